@@ -50,7 +50,7 @@ def test_to_our_own_format(capsys, tmp_path, model):
     status, out, err = run(capsys, "convert", model, target)
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == f"{model} -> {target}"
-    assert f"{target}: greatest difference to cellstack" in out
+    assert f"{target}: greatest difference from cellstack" in out
     x = np.ones((1, 2, 3))
     assert np.array_equal(load(target)(x), load(model)(x))
 
@@ -88,7 +88,7 @@ def test_names_that_c_hasn_t(capsys, tmp_path, model, name, stem):
 def test_a_difference_is_status_1(capsys, tmp_path, model):
     status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), "--tolerance", "1e-12")
     assert (status, err) == (1, "")
-    assert "greatest difference to cc" in out
+    assert "greatest difference from cc" in out
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
@@ -114,7 +114,7 @@ def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monk
         ("net.txt", r"expected a target with the suffix of a format, safetensors (.safetensors), "),
         ("net", r"C (.c), or a folder for C, which ends in /; got '"),
         ("a-b.c", r"expected a name of letters"),
-        ("no/folder/net.safetensors", r"expected a folder"),
+        ("no/folder/net.safetensors", r"there is no folder"),
     ],
 )
 def test_targets_that_can_t_be(capsys, tmp_path, model, target, message):
@@ -141,7 +141,7 @@ def test_a_folder_with_a_format_s_ending_is_not_filled_with_c(capsys, tmp_path, 
     target.mkdir()
     status, out, err = run(capsys, "convert", model, str(target))
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert f"{target}: expected a regular file to replace" in err
+    assert f"{target}: it exists and isn't a regular file" in err
     assert list(target.iterdir()) == []
 
 
@@ -328,7 +328,7 @@ def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
     report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
     assert list(report["parts"]) == ["0", "1"]
     assert report["parts"]["0"]["layers"][0]["summary"] == "LSTM 3 -> 4"
-    assert "beside them 1 (weight [2, 4], bias [2])" in report["error"]
+    assert "and 1 (weight [2, 4], bias [2])" in report["error"]
 
 
 def test_info_of_what_has_no_recurrent_part_says_why(capsys, tmp_path, pytorch_files):
@@ -459,7 +459,7 @@ def test_modules_in_an_order_that_is_said(capsys, tmp_path, pytorch_files):
     np.testing.assert_allclose(load(target)(X[None]), wanted, atol=1e-6)
     status, out, err = run(capsys, "info", target, *order)
     assert (status, out) == (2, "")
-    assert "--order: expected no order for" in err
+    assert "--order: order isn't used for" in err
     assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
 
 

@@ -216,7 +216,7 @@ def test_what_is_refused(run, saved, tmp_path, monkeypatch):
     assert "no such file" in run("nowhere")[2]
     assert "expected --rows of at least 1" in run("model", "--rows", 0)[2]
     assert "expected --output to name a file" in run("model", "-o", "")[2]
-    assert "expected a folder" in run("model", "-o", "nowhere/x.html")[2]
+    assert "there is no folder" in run("model", "-o", "nowhere/x.html")[2]
     monkeypatch.setattr("cellstack.inspect.contents.ROUNDED", ((10, np.float16),))
     status, out, err = run("model")
     assert (status, out) == (2, "")

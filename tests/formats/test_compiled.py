@@ -1,4 +1,4 @@
-"""Whole modules of PyTorch as networks: whichever way they are read, they answer as the module does, or are refused."""
+"""Whole PyTorch modules as networks: they agree with the module, or are refused."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import cellstack as cs
 
 
 class Tagger(nn.Module):
-    """A class of one's own, with a forward of its own: its graph is known to the exporter alone."""
+    """A custom class with its own forward: only the exporter knows its graph."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Sine(nn.Module):
 
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize(("kind", "width"), [(Tagger, 5), (Last, 4)])
-def test_a_class_of_ones_own_becomes_a_network(kind, width, accelerated):
+def test_a_custom_class_becomes_a_network(kind, width, accelerated):
     torch.manual_seed(0)
     module = kind().train()
     if accelerated:
@@ -56,7 +56,7 @@ def test_a_class_of_ones_own_becomes_a_network(kind, width, accelerated):
     np.testing.assert_allclose(net(x.numpy()), expected, atol=1e-5)
 
 
-def test_what_can_be_read_as_it_is_is(monkeypatch):
+def test_known_modules_are_read_directly(monkeypatch):
     def export(*_args, **_options):
         raise AssertionError("exported")
 
@@ -66,19 +66,19 @@ def test_what_can_be_read_as_it_is_is(monkeypatch):
     np.testing.assert_allclose(cs.compile(module, x)(x.numpy()), module(x)[0].detach().numpy(), atol=1e-6)
 
 
-def test_a_module_that_no_network_can_be_is_refused_with_the_reason_of_each_way_first_what_matters():
+def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_first():
     with pytest.raises(cs.FormatError) as raised:
         cs.compile(Sine(), torch.randn(2, 7, 4))
     assert str(raised.value) == (
-        "compile: Sine can't be a Network: ONNX has no such operator: compute that outside of the module; "
+        "compile: Sine can't be a Network: ONNX has no such operator: compute that part outside the module; "
         "by way of ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
         "is not supported; "
-        "read as it is: from_torch: the module (Sine): a class of its own, without to_nodes()"
+        "read as it is: from_torch: the module (Sine): a custom class without to_nodes()"
     )
 
 
 class Loud(nn.Module):
-    """What a trace of one example doesn't show: a branch by the numbers."""
+    """A branch on values, which a trace of one example doesn't show."""
 
     def __init__(self):
         super().__init__()
@@ -89,12 +89,12 @@ class Loud(nn.Module):
         return y * 2 if bool(x.abs().max() > 1e-3) else y
 
 
-def test_a_network_that_answers_otherwise_is_refused():
-    with pytest.raises(cs.FormatError, match=r"by way of ONNX: output 0 lies .* off the module's"):
+def test_a_network_with_other_outputs_is_refused():
+    with pytest.raises(cs.FormatError, match=r"by way of ONNX: output 0 differs from the module's by "):
         cs.compile(Loud(), torch.zeros(2, 7, 4))
 
 
-def test_what_is_no_module_or_no_example_is_refused():
+def test_invalid_modules_and_examples_are_refused():
     with pytest.raises(TypeError, match="expected a module of PyTorch, got int"):
         cs.compile(3, torch.zeros(1))
     for example in (None, (), ([1.0],)):
@@ -103,7 +103,7 @@ def test_what_is_no_module_or_no_example_is_refused():
 
 
 class Parts(nn.Module):
-    """What a module may return beside y."""
+    """Outputs of a module in addition to y."""
 
     def __init__(self, parts, **options):
         super().__init__()
@@ -128,7 +128,7 @@ RETURNED = {
 
 
 @pytest.mark.parametrize("name", RETURNED)
-def test_every_output_of_a_module_is_the_network_s(name):
+def test_the_network_has_every_output_of_the_module(name):
     module, x = Parts(RETURNED[name]), torch.randn(2, 7, 3)
     net = cs.compile(module, x)
     ours, (state,) = net.run(x.numpy())
@@ -136,7 +136,7 @@ def test_every_output_of_a_module_is_the_network_s(name):
     found = [*(ours if isinstance(ours, tuple) else (ours,)), *(part[None] for part in state)]
     for tensor in flat(expected):
         assert any(a.shape == tensor.shape and np.allclose(a, tensor.detach().numpy(), atol=1e-5) for a in found)
-        if tensor.shape[0] == 2:  # an output of its own, in order
+        if tensor.shape[0] == 2:  # a separate output, in order
             np.testing.assert_allclose(found.pop(0), tensor.detach().numpy(), atol=1e-5)
 
 
@@ -148,18 +148,18 @@ def flat(value):
 @pytest.mark.parametrize(
     ("parts", "why"),
     [
-        (lambda m, x, y, state: {"y": y, "name": "y"}, "output 1 of the module is a str, and no tensor"),
-        (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 lies"),
-        (lambda m, x, y, state: y * float(x.shape[0]), "with a row more output 0 lies"),
+        (lambda m, x, y, state: {"y": y, "name": "y"}, "output 1 of the module is a str, not a tensor"),
+        (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 differs"),
+        (lambda m, x, y, state: y * float(x.shape[0]), "with a row more output 0 differs"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # of tracing
-def test_what_the_network_would_leave_out_or_bind_to_the_example_is_refused(parts, why):
+def test_missing_outputs_and_outputs_fixed_by_the_example_are_refused(parts, why):
     with pytest.raises(cs.FormatError, match=why):
         cs.compile(Parts(parts), torch.randn(2, 7, 3))
 
 
-def test_inputs_that_are_nested_or_beside_the_example_are_refused_with_what_to_do():
+def test_invalid_nested_and_additional_inputs_are_refused_with_a_remedy():
     lstm, x, state = nn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
     with pytest.raises(TypeError, match=r"got a tuple of Tensor, NoneType"):
         cs.compile(lstm, (x, None))
@@ -180,11 +180,11 @@ class Packs(nn.Module):
         return nn.utils.rnn.pad_packed_sequence(self.lstm(rows)[0], batch_first=True)[0]
 
 
-def test_a_module_that_packs_its_rows_is_told_what_serves_instead(capfd):
+def test_the_error_for_packed_sequences_names_the_alternative(capfd):
     module, x, lengths = Packs().eval(), torch.randn(2, 5, 3), torch.tensor([5, 2])
-    with pytest.raises(cs.FormatError, match=r"Network: it packs its rows, .* net\(x, mask=\.\.\.\)") as raised:
+    with pytest.raises(cs.FormatError, match=r"Network: it packs sequences, .* net\(x, mask=\.\.\.\)") as raised:
         cs.compile(module, (x, lengths))
-    assert "ONNX" not in str(raised.value)  # nothing is exported, of which PyTorch would warn
+    assert "ONNX" not in str(raised.value)  # nothing is exported, about which PyTorch would warn
     assert capfd.readouterr() == ("", "")
     net = cs.compile(module.lstm, x)  # as the message says: over padded rows, and a mask
     mask = np.arange(5) < lengths.numpy()[:, None]
@@ -192,14 +192,14 @@ def test_a_module_that_packs_its_rows_is_told_what_serves_instead(capfd):
     np.testing.assert_allclose(net(x.numpy(), mask=mask)[mask], expected[mask], atol=1e-6)
 
 
-def test_time_before_batch_is_told_even_by_one_step_of_one_row():
+def test_time_before_batch_is_reported_even_for_one_step_of_one_row():
     for shape in ((5, 2, 3), (1, 1, 3)):
         with pytest.raises(cs.FormatError, match="it has layers with batch_first=False"):
             cs.compile(nn.LSTM(3, 4), torch.randn(shape))
 
 
 class Stateful(nn.Module):
-    """What takes its state and gives it back."""
+    """A module that takes and returns its state."""
 
     def __init__(self, forward, kind=nn.LSTM, layers=1, **options):
         super().__init__()
@@ -259,7 +259,7 @@ def test_states_among_the_inputs_become_those_of_the_network(case):
     module, x = Stateful(forward, **options).eval(), torch.randn(2, 5, 3)
     net = cs.compile(module, (x, *random(shapes)))
     assert len(net.inputs) == 1
-    given = random(shapes)  # others than those of the example
+    given = random(shapes)  # other values than the example's
     y, *after = flat(module(x, *given))
     starts = flat(given)
     if case == "h alone":
@@ -273,7 +273,7 @@ def test_states_among_the_inputs_become_those_of_the_network(case):
     last = [part.transpose(0, 1) for part in after] if case == "rows first" else after
     for part, theirs in zip(zip(*ends, strict=True), last, strict=False):
         np.testing.assert_allclose(np.stack(part), theirs.detach().numpy(), atol=1e-5)
-    np.testing.assert_allclose(  # and it streams, but where a layer runs backwards
+    np.testing.assert_allclose(  # it streams unless a layer runs backwards
         net.stream(batch=2).run(x.numpy()) if case != "both directions" else net(x.numpy()),
         flat(module(x, *(torch.zeros(1)[0] * part for part in given)))[0].detach().numpy()
         if case != "a pair"
@@ -315,7 +315,7 @@ ENDS = {
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
 @pytest.mark.parametrize("ends", ENDS)
-def test_an_encoder_that_gives_its_last_state_alone_is_one(ends, options):
+def test_an_encoder_that_returns_only_its_last_state(ends, options):
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -332,7 +332,7 @@ def test_an_encoder_that_gives_its_last_state_alone_is_one(ends, options):
     wanted = (expected[0] if isinstance(expected, tuple) else expected).detach()
     rows = wanted.transpose(0, 1).reshape(3, -1) if wanted.ndim == 3 else wanted
     ours, states = net.run(x.numpy())
-    np.testing.assert_allclose(ours, rows.numpy(), atol=1e-5)  # [B, H], one beside the other
+    np.testing.assert_allclose(ours, rows.numpy(), atol=1e-5)  # [B, H], concatenated
     if isinstance(expected, tuple):
         np.testing.assert_allclose(np.stack([state.c for state in states]), expected[1].detach().numpy(), atol=1e-5)
 
@@ -341,10 +341,10 @@ def test_an_encoder_that_gives_its_last_state_alone_is_one(ends, options):
     "change",
     [lambda y, h, c: (y, h, c * 1.01), lambda y, h, c: (y, c, h), lambda y, h, c: (y, h + y[:, -1], c)],
 )
-def test_a_state_that_a_branch_changes_is_seen(change):
+def test_a_branch_that_changes_a_state_is_detected(change):
     def forward(m, x, h, c):
         y, (h, c) = m.rnn(x, (h, c))
-        return change(y, h, c) if bool(x.abs().max() > 1e-3) else (y, h, c)  # the trace of zeros has the other way
+        return change(y, h, c) if bool(x.abs().max() > 1e-3) else (y, h, c)  # the trace of zeros takes the other branch
 
     with pytest.raises(cs.FormatError, match=r"output [12]|more than"):
         cs.compile(Stateful(forward), (torch.zeros(2, 5, 3), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
@@ -357,7 +357,7 @@ def test_several_inputs():
     np.testing.assert_allclose(net((x.numpy(), x.numpy())), module(x, x).detach().numpy(), atol=1e-5)
 
 
-def test_a_module_that_refuses_other_numbers_or_shapes_is_compared_by_the_example():
+def test_a_module_that_rejects_other_inputs_is_compared_on_the_example():
     def parts(m, x, y, state):
         if x.shape != (2, 7, 3) or x.abs().max() > 1:
             raise ValueError("not for me")
@@ -370,7 +370,7 @@ def test_a_module_that_refuses_other_numbers_or_shapes_is_compared_by_the_exampl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_taken_in_float32(dtype):
+def test_half_precision_is_converted_to_float32(dtype):
     module = Parts(lambda m, x, y, state: m.head(y)).to(dtype)
     x = torch.randn(2, 7, 3)
     net = cs.compile(module, x.to(dtype))
@@ -378,7 +378,7 @@ def test_half_precision_is_taken_in_float32(dtype):
     np.testing.assert_allclose(net(x.numpy()), module.float()(x).detach().numpy(), atol=1e-5)
 
 
-def test_the_example_stays_as_it_was():
+def test_the_example_is_not_modified():
     module, x = Parts(lambda m, x, y, state: m.head(y)), torch.randn(2, 7, 3)
     module.register_forward_pre_hook(lambda m, args: (args[0].mul_(2),))
     before = x.clone()
@@ -391,7 +391,7 @@ def test_what_the_module_refuses_and_what_cannot_be_compared_is_said():
     rejected = "compile: LSTM itself rejects the example: RuntimeError: .* Expected 3, got 5"
     with pytest.raises(ValueError, match=rejected):
         cs.compile(nn.LSTM(3, 4, batch_first=True), torch.randn(2, 7, 5))
-    with pytest.raises(ValueError, match=r"a row and a step at least, got \[0, 7, 3\]"):
+    with pytest.raises(ValueError, match=r"at least one row and one step, got \[0, 7, 3\]"):
         cs.compile(nn.LSTM(3, 4, batch_first=True), torch.zeros(0, 7, 3))
     module = nn.LSTM(3, 4, batch_first=True)
     module.last = module(torch.zeros(2, 7, 3))[0]

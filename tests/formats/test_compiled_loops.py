@@ -1,4 +1,4 @@
-"""Modules with loops over cells and with stacked states, as people write them: the module's numbers, or a reason."""
+"""Modules with loops over cells and with stacked states: equal outputs, or an error with the reason."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import cellstack as cs
 
 
 class Of(nn.Module):
-    """A module of these parts, with this forward."""
+    """A module with these parts and this forward."""
 
     def __init__(self, forward, **parts):
         super().__init__()
@@ -139,7 +139,7 @@ def given(name, rows, steps):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_over_cells_is_a_network_over_as_many_steps_as_there_are(name):
+def test_a_loop_over_cells_becomes_a_network_over_any_number_of_steps(name):
     forward, parts = LOOPS[name]
     module = Of(forward, **parts).eval()
     net = cs.compile(module, given(name, 2, 5))
@@ -149,7 +149,7 @@ def test_a_loop_over_cells_is_a_network_over_as_many_steps_as_there_are(name):
     assert len(net.cells) <= 2 or name == "decoder"
 
 
-def test_a_loop_takes_and_gives_its_state():
+def test_a_loop_takes_and_returns_its_state():
     def forward(m, x, h, c):
         ys = []
         for t in range(x.size(1)):
@@ -199,8 +199,8 @@ def crosswise(m, x, h):
 
 
 @pytest.mark.parametrize("forward", [sliced, indexed, unbound, crosswise])
-@pytest.mark.parametrize("rows", [2, 3])  # as many as there are layers, too
-def test_stacked_states_are_the_layers_however_they_are_taken_apart(forward, rows):
+@pytest.mark.parametrize("rows", [2, 3])  # one of them is the number of layers
+def test_stacked_states_are_those_of_the_layers_however_they_are_split(forward, rows):
     module = Of(forward, low=nn.GRU(3, 4, batch_first=True), high=nn.GRU(4, 4, batch_first=True)).eval()
     net = cs.compile(module, (torch.randn(rows, 5, 3), torch.randn(2, rows, 4)))
     x, h = torch.randn(5, 7, 3), torch.randn(2, 5, 4)
@@ -280,26 +280,29 @@ class Square(torch.autograd.Function):
 
 
 REFUSED = {
-    "fed back": (fed_back, "its loop over cell feeds its output back as its input, .* 5 here: fix it in forward"),
+    "fed back": (
+        fed_back,
+        "its loop over cell feeds its output back as its input, .* 5 here: fix the number in forward",
+    ),
     "c": (of_c, "the loop over cell uses c of every step"),
     "one left out": (
         lambda m, x: torch.stack(steps_of(m, x)[:-1], 1),
-        "its loop leaves steps out, does something else",
+        "its loop skips steps, treats some of them differently",
     ),
-    "added up": (lambda m, x: sum(steps_of(m, x)), "another way than torch.stack"),
-    "written": (written, "Network: it writes into a tensor that is there, .* join them by torch.stack"),
+    "added up": (lambda m, x: sum(steps_of(m, x)), "something else than torch.stack"),
+    "written": (written, "Network: it writes into an existing tensor, .* join them by torch.stack"),
     "doubled": (doubled, r"by the numbers themselves \(test_compiled_loops.py:\d+\), .* without if, while"),
-    "counted": (counted, "Network: called again with the same input it answers otherwise"),
+    "counted": (counted, "Network: a second call with the same input gives another output"),
     "function": (lambda m, x: Square.apply(loop(m, x)), "a part of it, such as an autograd.Function"),
     "spectrum": (lambda m, x: torch.fft.rfft(loop(m, x)).abs(), "Network: it computes a spectrum"),
-    "drawn": (lambda m, x: loop(m, x) + torch.randn(3), "it draws numbers"),
-    "chosen": (lambda m, x: loop(m, x).argmax(-1), "Network: it chooses by the numbers themselves"),
+    "drawn": (lambda m, x: loop(m, x) + torch.randn(3), "it draws random numbers"),
+    "chosen": (lambda m, x: loop(m, x).argmax(-1), "Network: its output depends on comparing values"),
     "time first": (lambda m, x: loop(m, x.transpose(0, 1)).transpose(0, 1), "it takes time before batch"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_told_with_what_to_do_and_nothing_is_printed(name, capfd, caplog):
+def test_refusals_name_a_remedy_and_nothing_is_printed(name, capfd, caplog):
     forward, why = REFUSED[name]
     with pytest.raises(cs.FormatError, match=why) as raised:
         cs.compile(Of(forward, **layers(head=nn.Linear(4, 3))), torch.randn(2, 5, 3))
@@ -308,10 +311,10 @@ def test_what_is_refused_is_told_with_what_to_do_and_nothing_is_printed(name, ca
     assert not caplog.records
 
 
-def test_examples_that_cannot_be_are_told_what_to_give():
+def test_errors_for_invalid_examples_say_what_to_pass():
     module, x = Of(loop, **layers()), torch.randn(2, 5, 3)
     for example in ({"x": x}, ({"x": x},)):
-        with pytest.raises(TypeError, match="got a dict: give a module whose forward takes its tensors one by one"):
+        with pytest.raises(TypeError, match="got a dict: pass a module whose forward takes the tensors as arguments"):
             cs.compile(module, example)
-    with pytest.raises(cs.FormatError, match="has no numbers on the device 'meta': give it weights first"):
+    with pytest.raises(cs.FormatError, match="is on the device 'meta', which stores no values: load its weights"):
         cs.compile(module.to("meta"), x)

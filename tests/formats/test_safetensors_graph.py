@@ -1,4 +1,4 @@
-"""The native format of graphs: every node with every setting there and back, and descriptions made to do harm."""
+"""The native format of graphs: every node with every setting round trips; malicious descriptions."""
 
 import json
 import re
@@ -86,7 +86,7 @@ EVERY = {
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_node_comes_back_with_every_setting(kind, dtype, tmp_path):
+def test_every_node_round_trips_with_every_setting(kind, dtype, tmp_path):
     for node in EVERY[kind](dtype):
         inputs = ("x", "y") if kind in ("merge", "step_mask") else ("x",)
         shapes = {"x": (None, 3), "y": (None,)} if kind == "step_mask" else inputs
@@ -112,7 +112,7 @@ def test_every_node_is_tested():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_what_is_done_in_a_frame_comes_back(dtype, tmp_path):
+def test_nodes_within_a_frame_round_trip(dtype, tmp_path):
     inner = (Reshape((-1, 2)), Conv1D(floats(2, 2, 4, dtype=dtype)), Activation("tanh"), Merge("mul"), Flatten())
     node = PerFrame((8,), inner, ((0,), (1,), (2,), (2, 3), (4,)))
     net = cs.Network([node], ["node"])
@@ -125,7 +125,7 @@ def test_what_is_done_in_a_frame_comes_back(dtype, tmp_path):
     assert other.nodes[0].stored()[0] == node.stored()[0]
 
 
-def test_the_format_page_knows_every_key_and_every_tensor():
+def test_the_format_page_lists_every_key_and_every_tensor():
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
     table = text[text.index("| `type` |") :].split("\n\n")[0]
     rows = {cells[1].strip(" `"): cells[2:4] for cells in (line.split("|") for line in table.splitlines()[2:])}
@@ -141,7 +141,7 @@ def test_the_format_page_knows_every_key_and_every_tensor():
         assert arrays <= set(re.findall(r"`(\w+) \[", tensors)), kind
 
 
-def test_the_format_page_knows_the_activations_of_nodes():
+def test_the_format_page_lists_the_activations_of_nodes():
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
     line = re.search(r"for `dense`, `conv1d` and `activation` also (.*?)\.\n", text, re.DOTALL)
     assert re.findall(r"`(\w+)`", line[1]) == list(MORE_ACTIVATIONS)
@@ -151,7 +151,7 @@ def test_the_format_page_knows_the_activations_of_nodes():
 
 
 def graph():
-    """A network of every kind of node but those that the other tests damage."""
+    """A network of every kind of node except those that the other tests damage."""
     rng = np.random.default_rng(0)
     cell, back = make_cell(rng, 5, 4), make_cell(rng, 4, 3, kind="gru")
     nodes = {
@@ -236,7 +236,7 @@ DAMAGE = {
     "no inputs": (top("inputs", []), "inputs to be different names, at least one"),
     "input text": (top("inputs", ["x"]), r"inputs: expected the keys \['name', 'shape'\], found str"),
     "input without shape": (top("inputs", [{"name": "x"}]), "inputs: expected the keys"),
-    "input twice": (top("inputs", [*INPUTS, INPUTS[0]]), "inputs of different names, found 'x' more than once"),
+    "input twice": (top("inputs", [*INPUTS, INPUTS[0]]), "the input 'x' occurs more than once"),
     "input number": (top("inputs", [{"name": 1, "shape": [3]}]), "expected name to be str, found int"),
     "input a node": (
         top("inputs", [*INPUTS, {"name": "lstm", "shape": [3]}]),
@@ -275,14 +275,14 @@ DAMAGE = {
         "'conv': Conv1D: expected padding to be an integer from 0",
     ),
     "conv activation": (put("conv", "activation", "cube"), "'conv': Conv1D: activation: expected"),
-    "conv bias": (put("conv", "use_bias", False), "tensor 'conv/bias': expected no such tensor"),
+    "conv bias": (put("conv", "use_bias", False), "tensor 'conv/bias': no node uses it"),
     "pool size": (put("max", "size", 0), "'max': Pool1D: expected size to be an integer from 1"),
     "pool strides null": (put("max", "strides", None), "'max': expected strides to be int, found NoneType"),
     "norm epsilon": (put("norm", "epsilon", 0), "'norm': LayerNorm: expected epsilon to be a finite number above 0"),
     "norm width": (put("norm", "input_size", None), "'norm': expected input_size with gain or bias, and null without"),
     "norm text": (put("norm", "input_size", "4"), "'norm': expected input_size to be int or NoneType, found str"),
     "norm without": (put("norm", "use_gain", False), "'norm': expected input_size with gain or bias, and null without"),
-    "norm bias": (put("norm", "use_bias", True), "tensor 'norm/bias': expected it, with shape .4., found no such"),
+    "norm bias": (put("norm", "use_bias", True), "tensor 'norm/bias': expected shape .4., found no such"),
     "slice step": (put("slice", "step", 0), "'slice': Select: expected step and axis other than 0"),
     "slice start": (put("slice", "start", "a"), "'slice': expected start to be int or NoneType, found str"),
     "slice huge": (put("slice", "start", 10**30), "'slice': Select: expected start to be an integer"),
@@ -305,7 +305,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named(case, blob, tmp_path):
+def test_errors_name_the_damage(case, blob, tmp_path):
     change, message = DAMAGE[case]
     path = tmp_path / "net.safetensors"
     path.write_bytes(changed(blob, change))
@@ -324,7 +324,7 @@ def test_the_graph_itself_loads(blob, tmp_path):
 
 
 def test_every_bit_of_a_graph_s_header(blob, tmp_path):
-    """A flipped bit (of each fifth byte) is found, or leaves a network that runs: never anything else."""
+    """A flipped bit (in each fifth byte) raises an error or gives a network that runs, never anything else."""
     path, passed = tmp_path / "net.safetensors", 0
     size = 8 + int.from_bytes(blob[:8], "little")
     for at in range(0, size, 5):
@@ -338,10 +338,10 @@ def test_every_bit_of_a_graph_s_header(blob, tmp_path):
         passed += 1
         axes = [[1, *(6 if axis is None else axis for axis in net.shapes[name])] for name in net.inputs]
         net([np.zeros(shape) for shape in axes])
-    assert passed < size / 25  # most of it matters
+    assert passed < size / 25  # most bits matter
 
 
-def test_no_graph_makes_the_reader_spend_time(tmp_path):
+def test_large_graphs_are_fast(tmp_path):
     """Tens of thousands of nodes, wires, inputs or outputs are read, or refused, in seconds."""
     path, count = tmp_path / "net.safetensors", 20_000
     relu = {"type": "activation", "activation": "relu"}

@@ -1,4 +1,4 @@
-"""One model out of Keras's, PyTorch's and ONNX's files is one graph, with one plan, the same numbers and one speed."""
+"""A model gives the same graph, plan, outputs and speed from Keras's, PyTorch's and ONNX's files."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ STEPS = 6
 
 
 class Node(nn.Module):
-    """A function, and the nodes that it is."""
+    """A function, and its nodes."""
 
     def __init__(self, function, *nodes):
         super().__init__()
@@ -37,7 +37,7 @@ class Node(nn.Module):
 
 
 class Ends(nn.Module):
-    """A bidirectional layer that returns its last state of each direction."""
+    """A bidirectional layer that returns the last state of each direction."""
 
     def __init__(self, kind, width, units):
         super().__init__()
@@ -48,7 +48,7 @@ class Ends(nn.Module):
 
     def to_nodes(self):
         (node,) = pytorch.from_torch(self.rnn).nodes
-        return [replace(node, **{half: last_of(getattr(node, half)) for half in ("forward", "backward")})]
+        return [replace(node, **{part: last_of(getattr(node, part)) for part in ("forward", "backward")})]
 
 
 def last_of(node):
@@ -71,7 +71,7 @@ def rnn(kind, width, units, layers=1, **settings):
     return getattr(nn, kind)(width, units, layers, batch_first=True, **settings)
 
 
-MODELS = {  # PyTorch's modules, Keras's layers, and what the nodes are called
+MODELS = {  # PyTorch's modules, Keras's layers, and the names of the nodes
     "words": (
         lambda: [nn.Embedding(11, 5), rnn("LSTM", 5, 4, bidirectional=True), output(), nn.Linear(8, 3), nn.Softmax(-1)],
         lambda: [
@@ -172,20 +172,20 @@ MODELS = {  # PyTorch's modules, Keras's layers, and what the nodes are called
 
 
 def swapped(rows):
-    """Rows of three gates, the first two of them swapped."""
+    """Rows of three gates, with the first two swapped."""
     r, z, n = rows.chunk(3)
     return torch.cat([z, r, n])
 
 
 def weights_of(module):
-    """A module's weights in Keras's order and layout: gates i f g o for an LSTM, z r g for a GRU."""
+    """A module's weights in Keras's layout: gates i f g o for an LSTM, z r g for a GRU."""
     module = module.rnn if isinstance(module, Ends) else module
     if isinstance(module, (nn.LSTM, nn.GRU)):
         for layer in range(module.num_layers):
             for way in ("", "_reverse")[: 1 + module.bidirectional]:
                 own = [getattr(module, f"{name}_l{layer}{way}") for name in ("weight_ih", "weight_hh")]
                 biases = torch.stack([getattr(module, f"{name}_l{layer}{way}") for name in ("bias_ih", "bias_hh")])
-                if isinstance(module, nn.GRU):  # PyTorch's gates are r z n; Keras keeps both biases
+                if isinstance(module, nn.GRU):  # PyTorch's gates are r z n; Keras has both biases
                     own, biases = [swapped(one) for one in own], swapped(biases.T).T
                 else:
                     biases = biases.sum(0)
@@ -201,7 +201,7 @@ def weights_of(module):
 
 
 def both(name):
-    """The model in PyTorch and in Keras, with the same weights, and what they take."""
+    """The model in PyTorch and in Keras, with the same weights, and its input."""
     modules, layers, _ = MODELS[name]
     module = nn.Sequential(*modules()).eval()
     for one in module:
@@ -229,13 +229,13 @@ def exported(module, x, path, dynamo):
 
 def file_of(model, path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras calls HDF5 old
+        warnings.simplefilter("ignore")  # Keras warns that HDF5 is legacy
         model.save(path)
     return cs.load(path)
 
 
 def pickled(module, path):
-    """A file of PyTorch's own modules: what takes an output out of a pair has no place in it."""
+    """A file with PyTorch's own modules only, without those that take the output from a pair."""
     own = [one for one in module if not isinstance(one, Node) or one.nodes]
     if any(isinstance(one, (Node, Ends)) for one in own):
         return None
@@ -264,7 +264,7 @@ def rewritten(module, path):
 
 
 def described(net):
-    """A network as text: kinds of nodes and cells with their settings, what they take, and what comes in."""
+    """A network as text: nodes and cells with their settings, their wires, and the inputs."""
     wires = [[("x", *net.names).index(source if source in net.names else "x") for source in one] for one in net.wires]
     nodes = [
         [
@@ -288,7 +288,7 @@ def test_torch_and_keras_have_the_same_model(name):
     np.testing.assert_allclose(model(x.numpy()).detach(), module(x).detach(), atol=tolerances.KERAS, rtol=0)
 
 
-EXPORTED = ("words", "norms after Conv1D")  # by the newer exporter, which takes seconds; the others are slow
+EXPORTED = ("words", "norms after Conv1D")  # by the newer exporter, which takes seconds for these; the others are slow
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def took(stream, frames):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a stack", "an activation apart"])
 def test_streams_of_the_same_model_run_at_the_same_speed(name, tmp_path):
-    """Rounds in which every stream has its turn, each beside the first of that round: the median of the ratios."""
+    """Time the streams in rounds; compare the median ratio to the first stream of the round."""
     module, model, x = both(name)
     nets = {way: READ[way](module, model, x, tmp_path) for way in READ}
     streams = {way: net.stream() for way, net in nets.items()}
@@ -351,7 +351,7 @@ def test_streams_of_the_same_model_run_at_the_same_speed(name, tmp_path):
         took(stream, frames)
     for turn in range(60):
         order = list(streams)
-        order = order[turn % len(order) :] + order[: turn % len(order)]  # nobody is first in every round
+        order = order[turn % len(order) :] + order[: turn % len(order)]  # no stream is always the first
         times = {way: took(streams[way], frames) for way in order}
         for way in order:
             ratios[way].append(times[way] / times["from_torch"])

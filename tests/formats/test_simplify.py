@@ -1,4 +1,4 @@
-"""One builder and one simplifier: what each rule makes of a graph, when it keeps out, and that the answers stay."""
+"""The builder and the simplifier: what each rule does, when it doesn't apply, and that outputs don't change."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ from cellstack.nodes import (
 )
 
 RNG = np.random.default_rng(5)
-DTYPE = np.float64  # so that only the order of the sums can show
+DTYPE = np.float64  # so that only the order of sums can differ
 
 
 def numbers(*shape):
@@ -60,7 +60,7 @@ def scale(width=3):
 
 
 def built(*nodes, shape=(None, 3)):
-    """A chain through the builder, and as it stands."""
+    """A chain, simplified by the builder and unchanged."""
     builder = Builder()
     wire = builder.input("x", shape)
     for node in nodes:
@@ -128,11 +128,11 @@ ONE_NODE = {  # chains that become one node
 def test_chains_become_one_node(nodes):
     simple, plain = built(*nodes)
     assert len(simple.nodes) == 1
-    turned = any(isinstance(node, Permute) for node in nodes)  # at which a mask that the caller gives would end
+    turned = any(isinstance(node, Permute) for node in nodes)  # these drop a mask of the caller
     agree(simple, plain, mask=None if turned else SOME)
 
 
-KEPT = {  # chains of which every node stays
+KEPT = {  # chains that aren't simplified
     "an activation after one": [dense(activation="relu"), Activation("tanh")],
     "a scale after an activation": [conv(activation="relu"), scale(5)],
     "a scale before a padded Conv1D": [scale(), conv(padding="causal")],
@@ -164,7 +164,7 @@ KEPT = {  # chains of which every node stays
 
 
 @pytest.mark.parametrize("nodes", KEPT.values(), ids=KEPT.keys())
-def test_what_has_to_stay_stays(nodes):
+def test_chains_that_are_not_simplified(nodes):
     simple, plain = built(*nodes, shape=(None, nodes[0].input_size or 3))
     if isinstance(nodes[0], Reshape):
         simple, plain = built(*nodes, shape=(4, 3))
@@ -177,7 +177,7 @@ def test_what_has_to_stay_stays(nodes):
 
 
 HUGE = Scale(np.array([1e200, 1.0, 1.0]), np.zeros(3))
-BEYOND = {  # chains whose products or sums are beyond the greatest float, but for zeros
+BEYOND = {  # chains whose folded weights overflow
     "factors": [HUGE, HUGE],
     "a sum and a factor": [Scale(positive(3), np.full(3, 1e200)), Scale(np.full(3, -1e200), numbers(3))],
     "a factor after Dense": [Dense(np.full((3, 3), 1e200)), HUGE],
@@ -194,14 +194,14 @@ BEYOND = {  # chains whose products or sums are beyond the greatest float, but f
 
 
 @pytest.mark.parametrize("nodes", BEYOND.values(), ids=BEYOND.keys())
-def test_what_overflows_stays(nodes):
+def test_weights_that_overflow_are_not_folded(nodes):
     simple, plain = built(*nodes)
     assert kinds(simple) == kinds(plain)
     with np.errstate(over="ignore", invalid="ignore"):
         assert np.array_equal(simple(np.zeros((1, 2, 3))), plain(np.zeros((1, 2, 3))), equal_nan=True)
 
 
-def test_a_value_that_goes_elsewhere_too_stays():
+def test_a_value_with_several_uses_is_kept():
     builder = Builder()
     first = builder.add("first", dense(), builder.input("x", (None, 3)))
     second = builder.add("second", Activation("relu"), first)
@@ -236,7 +236,7 @@ def test_a_value_times_its_sigmoid_is_an_activation():
         assert times_its_gate(False, *order, **settings) == ["Dense", "Activation", "Merge"]
 
 
-CUT = {  # slices of eight features, and what is left of them and of what puts them together
+CUT = {  # slices of eight features, and the nodes that are left of them and the Merge
     "whole": ([(0, 4), (4, 8)], [("Dense", 5)]),
     "whole, with open ends": ([(None, 3), (3, -1), (-1, None)], [("Dense", 5)]),
     "a part": ([(2, 4), (4, 7)], [("Select", 2, 7), ("Dense", 5)]),
@@ -247,8 +247,8 @@ CUT = {  # slices of eight features, and what is left of them and of what puts t
 
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize(("cuts", "left"), CUT.values(), ids=CUT.keys())
-def test_slices_that_are_put_together_again(cuts, left, other):
-    """`other`: one of the slices goes elsewhere too."""
+def test_slices_that_are_concatenated_again(cuts, left, other):
+    """`other`: one of the slices is also used elsewhere."""
     nodes, wires = [Bidirectional(lstm(), lstm(go_backwards=True))], [("x",)]
     nodes += [Select(start, stop, axis=-1) for start, stop in cuts]
     wires += [("n0",)] * len(cuts)
@@ -277,7 +277,7 @@ def test_slices_that_are_put_together_again(cuts, left, other):
         assert [node.taken for node in rest if isinstance(node, Select)] == [slice(*c[1:], 1) for c in left[:-1]]
 
 
-def test_a_stack_becomes_a_node_a_layer():
+def test_a_stack_becomes_one_node_per_layer():
     cells = tuple(make_cell(RNG, 3 if n == 0 else 4, 4, DTYPE) for n in range(3))
     for flags in ({}, {"return_sequences": False}, {"go_backwards": True}, {"zero_output_for_mask": True}):
         simple, plain = built(Recurrent(cells, **flags))
@@ -288,7 +288,7 @@ def test_a_stack_becomes_a_node_a_layer():
     agree(simple, plain, mask=SOME)
 
 
-def test_masks_that_the_graph_makes_are_those_of_the_chain():
+def test_masks_that_the_graph_creates_are_kept():
     table = Embedding(numbers(5, 3), mask_zero=True)
     ids = np.array([[1, 2, 0, 4], [0, 0, 3, 0]])
     for nodes in (
@@ -301,7 +301,7 @@ def test_masks_that_the_graph_makes_are_those_of_the_chain():
         agree(simple, plain, ids)
 
 
-NAMED = {  # padding by so many steps, and how it is called
+NAMED = {  # paddings in steps, and their names
     "causal": (conv(padding=(1, 0)), "causal"),
     "causal with a dilation": (conv(padding=(3, 0), dilation=3), "causal"),
     "the same": (conv(padding=(0, 1)), "same"),
@@ -314,7 +314,7 @@ NAMED = {  # padding by so many steps, and how it is called
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_padding_goes_by_its_name(name):
+def test_padding_gets_a_name(name):
     node, padding = NAMED[name]
     simple, plain = built(node)
     assert simple.nodes[0].padding == padding
@@ -322,8 +322,8 @@ def test_padding_goes_by_its_name(name):
         agree(simple, plain, numbers(2, steps, 3))
 
 
-def halves(merge=None, back=None, flags=(), width=2):
-    """Two layers over one sequence, side by side, the second over it in reverse."""
+def two_directions(merge=None, back=None, flags=(), width=2):
+    """Two layers over one sequence, the second over it in reverse, merged."""
     builder, ahead = Builder(), lstm(**dict(flags))
     x = builder.input("x", (None, 3))
     one = builder.add("ahead", ahead, x)
@@ -336,8 +336,8 @@ def halves(merge=None, back=None, flags=(), width=2):
 
 
 @pytest.mark.parametrize("flags", [{}, {"return_sequences": False}, {"zero_output_for_mask": True}])
-def test_two_layers_from_either_end_are_both_ways(flags):
-    builder, plain = halves(flags=flags.items())
+def test_two_opposite_layers_become_a_bidirectional(flags):
+    builder, plain = two_directions(flags=flags.items())
     drafts = []
     simple = builder.network(lambda draft: drafts.append(draft) or {})
     assert kinds(simple) == ["Bidirectional"]
@@ -346,23 +346,23 @@ def test_two_layers_from_either_end_are_both_ways(flags):
     agree(simple, plain, mask=SOME if flags else None)
 
 
-def test_both_ways_that_are_not():
+def test_opposite_layers_that_stay_separate():
     for how in (
         {"back": Activation("tanh")},
         {"merge": Merge("add"), "back": Select(step=-1), "width": 4},
         {"flags": {"return_sequences": False, "zero_output_for_mask": True}.items()},
     ):
-        builder, plain = halves(**how)
+        builder, plain = two_directions(**how)
         simple = builder.network()
         assert "Bidirectional" not in kinds(simple)
         agree(simple, plain)
-    builder, _ = halves()
+    builder, _ = two_directions()
     builder.output("ahead")
     assert "Bidirectional" not in kinds(builder.network())
 
 
 def woven(seed):
-    """A random graph through the builder, and as it stands, with more nodes between its own."""
+    """A random graph, simplified by the builder and unchanged, with additional nodes."""
     net, given = make_graph(seed, "float64")
     rng = np.random.default_rng(seed)
     builder, nodes, names, wires, ends = Builder(), [], [], [], {}
@@ -400,7 +400,7 @@ def woven(seed):
     return builder.network(), plain, given
 
 
-def test_random_graphs_give_the_same_answers():
+def test_random_graphs_give_the_same_outputs():
     fewer = compared = 0
     for seed in range(200):
         found = woven(seed)
@@ -416,7 +416,7 @@ def test_random_graphs_give_the_same_answers():
     assert fewer > 3 * compared / 2
 
 
-def test_weights_that_places_share_stay_shared():
+def test_shared_weights_stay_shared():
     shared, norm = dense(), scale(5)
     builder = Builder()
     x = builder.input("x", (None, 3))
@@ -430,7 +430,7 @@ def test_weights_that_places_share_stay_shared():
     assert network.nodes[0] is network.nodes[1]
 
 
-def test_shared_weights_are_not_copied_without_end(monkeypatch):
+def test_copies_of_shared_weights_are_limited(monkeypatch):
     monkeypatch.setattr("cellstack.formats.simplify.MOST_COPIED", 100)
     shared = dense(10, 10)
     builder = Builder()
@@ -444,7 +444,7 @@ def test_shared_weights_are_not_copied_without_end(monkeypatch):
 # ── the builder ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_names_are_unique_and_fit():
+def test_names_are_unique_and_valid():
     names = Names(["x"])
     assert [names.fresh(name) for name in ("x", "x", "y", "x.2", "x")] == ["x.2", "x.3", "y", "x.2.2", "x.4"]
     builder = Builder()
@@ -452,7 +452,7 @@ def test_names_are_unique_and_fit():
     assert builder.add("/a/b\n", dense(), "a.b") == "a.b_"
 
 
-def test_problems_come_in_order_of_weight_and_are_counted():
+def test_problems_are_ordered_by_rank_and_counted():
     builder = Builder()
     for number in range(50):
         builder.refuse(f"tensor {number}", rank=1)
@@ -462,19 +462,19 @@ def test_problems_come_in_order_of_weight_and_are_counted():
         builder.network()
 
 
-def test_what_a_file_asks_for_is_bounded():
+def test_nodes_and_created_numbers_are_limited():
     builder = Builder(most_nodes=2, most_numbers=10)
     wire = builder.input("x", (None, 3))
     for _ in range(2):
         wire = builder.add("relu", Activation("relu"), wire)
-    with pytest.raises(TooMuchError, match="at most 2 nodes"):
+    with pytest.raises(TooMuchError, match="more than 2 nodes"):
         builder.add("relu", Activation("relu"), wire)
     builder.make(10)
-    with pytest.raises(TooMuchError, match="at most 10 numbers"):
+    with pytest.raises(TooMuchError, match="more than 10 numbers"):
         builder.make(1)
 
 
-def test_a_node_that_does_not_fit_is_refused_where_it_is_added():
+def test_a_node_of_the_wrong_shape_is_refused_when_added():
     builder = Builder()
     with pytest.raises(cs.ShapeError, match="head: expected an input of 4 features, got 3"):
         builder.add("head", dense(4), builder.input("x", (None, 3)))
@@ -490,7 +490,7 @@ def test_outputs_that_are_inputs_or_outputs_already_are_copied():
     assert network.outputs == ("dense", "again", "raw")
 
 
-def test_nodes_that_lead_nowhere_are_left_out():
+def test_unused_nodes_are_dropped():
     builder = Builder()
     wire = builder.add("dense", dense(), builder.input("x", (None, 3)))
     builder.add("more", dense(5), wire)
@@ -510,12 +510,12 @@ LENGTHS = {  # whether a network takes sequences of any length
 
 
 @pytest.mark.parametrize(("nodes", "any_length"), LENGTHS.values(), ids=LENGTHS.keys())
-def test_sequences_may_have_any_length_where_no_node_needs_it(nodes, any_length):
+def test_sequences_may_have_any_length_unless_a_node_fixes_it(nodes, any_length):
     simple, _ = built(*nodes, shape=(6, 3))
     assert simple.shapes["x"] == (None if any_length else 6, 3)
 
 
-def test_a_length_that_was_asked_for_is_kept():
+def test_a_requested_length_is_kept():
     builder = Builder()
     builder.output(builder.add("lstm", lstm(), builder.input("x", (6, 3))))
     assert builder.length("x", 1) == 6

@@ -1,4 +1,4 @@
-"""What `verify` says: right files pass, wrong ones don't, and what can't be run is said."""
+"""`verify`: right files pass, wrong ones fail, and files that can't be run are reported."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def make_net(dtype="float32", **settings):
 
 
 def other_than(net):
-    """The same network, but for one number."""
+    """The same network with one number changed."""
     (stack,) = net.nodes
     kernel = np.array(stack.cells[0].kernel)
     kernel[0, 0] += 0.1
@@ -56,7 +56,7 @@ def other_than(net):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_what_was_saved_is_the_same_to_the_bit(tmp_path, seed):
+def test_a_saved_network_is_equal_bit_for_bit(tmp_path, seed):
     net = make_network(seed)
     net.save(tmp_path / "net.safetensors")
     report = verify(net, tmp_path / "net.safetensors")
@@ -66,7 +66,7 @@ def test_what_was_saved_is_the_same_to_the_bit(tmp_path, seed):
     assert report.note == ""
 
 
-def test_a_difference_is_found_in_every_answer(tmp_path):
+def test_a_difference_is_found_in_every_output(tmp_path):
     net = make_net()
     other_than(net).save(tmp_path / "net.safetensors")
     report = verify(net, tmp_path / "net.safetensors")
@@ -95,7 +95,7 @@ def test_several_inputs_ids_and_outputs(tmp_path):
     assert (given.ok(0.0), given.inputs) == (True, {"ids": (1, 2), "x": (1, 2, 3)})
 
 
-def test_the_input_is_drawn_by_its_seed(tmp_path):
+def test_the_seed_determines_the_random_input(tmp_path):
     net = make_net()
     other_than(net).save(tmp_path / "net.safetensors")
     one, again, other = (verify(net, tmp_path / "net.safetensors", seed=seed) for seed in (1, 1, 2))
@@ -140,16 +140,16 @@ def test_c_is_compiled_and_run(tmp_path, dtype):
         assert report.version[:1].isdigit()
 
 
-def test_c_that_isn_t_ours_is_not_run(tmp_path, monkeypatch):
+def test_other_c_files_are_not_run(tmp_path, monkeypatch):
     net = make_net()
     header, source = export(net, tmp_path)
-    assert "isn't what export_c writes" in str(verify(other_than(net), source))
+    assert "isn't the file that export_c writes" in str(verify(other_than(net), source))
     source.write_text(source.read_text() + f'\n__attribute__((constructor)) void f(void) {{ remove("{header}"); }}\n')
-    assert "isn't what export_c writes" in str(verify(net, source))
+    assert "isn't the file that export_c writes" in str(verify(net, source))
     assert header.exists()
     export(net, tmp_path)
     header.unlink()
-    assert f"{header} isn't what" in str(verify(net, source))
+    assert f"{header} isn't the file" in str(verify(net, source))
     export(net, tmp_path)
     monkeypatch.setenv("CC", "no-such-compiler")
     report = verify(net, source)
@@ -236,7 +236,7 @@ def save_onnx(path, nodes, inputs, outputs, constants):
     onnx.save(model, path)
 
 
-def test_an_onnx_graph_without_axes_to_turn(tmp_path):
+def test_an_onnx_graph_with_our_axes(tmp_path):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 2)).astype("f4")
     net = Network([Dense(kernel, activation="tanh")])
@@ -251,7 +251,7 @@ def test_an_onnx_graph_without_axes_to_turn(tmp_path):
 
 
 def lstm_onnx(path, rng, layout, directions, batch="B", steps="T"):
-    """An LSTM in ONNX's order of gates, with states in and out; returns its arrays."""
+    """An LSTM in ONNX's gate order, with states as inputs and outputs; returns its arrays."""
     shapes = {"w": (directions, 16, 3), "r": (directions, 16, 4), "b": (directions, 32)}
     arrays = {name: rng.normal(0, 0.5, size=shape).astype("f4") for name, shape in shapes.items()}
     node = helper.make_node(
@@ -266,7 +266,7 @@ def lstm_onnx(path, rng, layout, directions, batch="B", steps="T"):
 
 
 def by_hand(arrays, **changes):
-    """The network of these arrays, whose gates are put in order here."""
+    """The network of these arrays, with reordered gates."""
     order = np.concatenate([np.arange(4 * n, 4 * n + 4) for n in (0, 2, 3, 1)])  # of i f g o in i o f g
     stacks = []
     for d in range(len(arrays["w"])):
@@ -289,18 +289,18 @@ def test_an_onnx_lstm_with_its_states(tmp_path, directions):
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, "T"), ("B", 4), (2, 3)])
-def test_an_onnx_file_with_lengths_of_its_own(tmp_path, batch, steps):
+def test_an_onnx_file_with_fixed_lengths(tmp_path, batch, steps):
     arrays = lstm_onnx(tmp_path / "net.onnx", np.random.default_rng(0), 0, 1, batch, steps)
     report = verify(by_hand(arrays), tmp_path / "net.onnx")
     assert report.ok(1e-5), str(report)
     assert report.inputs == {"x": (5 if batch == "B" else batch, 7 if steps == "T" else steps, 3)}
     given = verify(by_hand(arrays), tmp_path / "net.onnx", x=np.ones((6, 5, 3)))
-    assert (given.ok(), "takes inputs of B=" in str(given)) == (False, True)
+    assert (given.ok(), "only takes inputs with B=" in str(given)) == (False, True)
 
 
 @pytest.mark.parametrize("batch", ["B", 1])
 def test_an_onnx_file_of_one_step_is_run_step_by_step(tmp_path, batch):
-    """Its states go on from step to step, as whoever streams with it lets them."""
+    """Its states are passed from step to step, as in streaming."""
     arrays = lstm_onnx(tmp_path / "net.onnx", np.random.default_rng(0), 0, 1, batch, 1)
     report = verify(by_hand(arrays), tmp_path / "net.onnx")
     assert report.ok(1e-5), str(report)
@@ -310,7 +310,7 @@ def test_an_onnx_file_of_one_step_is_run_step_by_step(tmp_path, batch):
 
 
 @pytest.mark.parametrize("learnt", [False, True])
-def test_what_we_write_as_onnx_gives_the_states_too(tmp_path, learnt):
+def test_our_onnx_files_return_the_states_too(tmp_path, learnt):
     rng = np.random.default_rng(0)
     cells = (make_cell(rng, 3, 4, learn_initial_state=learnt), make_cell(rng, 4, 5, kind="gru"))
     ahead = Recurrent((make_cell(rng, 5, 4),))
@@ -323,7 +323,7 @@ def test_what_we_write_as_onnx_gives_the_states_too(tmp_path, learnt):
     assert len(report.differences) == 1 + 6
 
 
-PER_FRAME = {  # of y [B, T, H], H = 4: what is made of it behind a Linear of 2
+PER_FRAME = {  # operations on y [B, T, H], H = 4, after a Linear of 2
     "rows": lambda line, y: line(y.reshape(-1, 4)),
     "rows and back": lambda line, y: line(y.reshape(-1, 4)).reshape(y.shape[0], -1, 2),
     "features first": lambda line, y: line(y).transpose(1, 2),
@@ -413,7 +413,7 @@ def test_what_we_write_as_onnx_has_batch_before_time(tmp_path):
 
 
 def in_order(order, end, kind, ways, states, sizes):
-    """A recurrent operator whose input's axes stand in one order, and whose output's stand in another."""
+    """A recurrent operator whose input and output have different orders of axes."""
     make, floats = helper.make_node, np.random.default_rng(0).standard_normal
     wide, parts = {"LSTM": 16, "GRU": 12}[kind], ("h", "c")[: 1 + (kind == "LSTM")] if states else ()
     arrays = {
@@ -467,7 +467,7 @@ def test_inputs_in_any_order_of_axes(tmp_path, order, sizes):
 
 
 @pytest.mark.parametrize("axes", AXES)
-def test_a_network_that_takes_one_number_of_steps(tmp_path, axes):
+def test_a_network_with_a_fixed_number_of_steps(tmp_path, axes):
     torch.manual_seed(0)
     net = exported(tmp_path / "net.onnx", PerFrame(lambda line, y: line(y.flatten(1)), 40), axes)
     report = verify(net, tmp_path / "net.onnx")
@@ -512,7 +512,7 @@ def test_a_keras_file(tmp_path):
         assert not verify(wrong, tmp_path / name).ok()
 
 
-def test_a_keras_file_with_lengths_of_its_own(tmp_path):
+def test_a_keras_file_with_fixed_lengths(tmp_path):
     import keras
 
     model = keras.Sequential([keras.Input((4, 3), batch_size=2), keras.layers.Activation("tanh")])
@@ -522,7 +522,7 @@ def test_a_keras_file_with_lengths_of_its_own(tmp_path):
     net = Network([Scale(np.ones(3, "f4"), np.zeros(3, "f4")), Activation("tanh")])
     report = verify(net, tmp_path / "net.keras")
     assert (report.ok(1e-5), report.inputs) == (True, {"x": (2, 4, 3)})
-    assert "takes inputs of B=2, T=4 alone" in str(verify(net, tmp_path / "net.keras", x=np.ones((1, 1, 3))))
+    assert "only takes inputs with B=2, T=4" in str(verify(net, tmp_path / "net.keras", x=np.ones((1, 1, 3))))
 
 
 def test_a_keras_file_that_can_t_be_run(tmp_path):
@@ -539,8 +539,8 @@ def test_a_keras_file_that_can_t_be_run(tmp_path):
     assert verify(make_net(), tmp_path / "net.keras").runtime is None
 
 
-def test_keras_layers_that_keep_their_state(tmp_path):
-    """Two in a row and something behind: the model that gives the states runs the lower one twice."""
+def test_stateful_keras_layers(tmp_path):
+    """Two consecutive ones and another layer: the model that returns the states runs the lower one twice."""
     import keras
 
     layers = keras.layers
@@ -558,18 +558,18 @@ def test_keras_layers_that_keep_their_state(tmp_path):
         assert len(report.differences) == 1 + count
 
 
-# ── a process of its own ────────────────────────────────────────────────────────────────────────────────────────────
+# ── the worker process ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def stand_in(tmp_path, monkeypatch, package, code):
-    """Let `code` be what is imported as a package."""
+    """Replace a package by `code`."""
     (tmp_path / "site").mkdir(exist_ok=True)
     (tmp_path / "site" / f"{package}.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
 
 def test_a_runtime_that_crashes(tmp_path):
-    """Files that ONNX Runtime ends its process with, by signal 11 and by abort(), if it still does."""
+    """Files on which ONNX Runtime crashes, by signal 11 and by abort(), if it still does."""
     rng = np.random.default_rng(0)
     w, r = (rng.normal(size=(1, 12, width)).astype("f4") for width in (3, 4))
     norm = [helper.make_node("LayerNormalization", ["x", "g", ""], ["y"])]
@@ -596,7 +596,7 @@ def test_a_runtime_that_crashes(tmp_path):
         ("raise KeyError('x')", "onnxruntime raised KeyError: 'x'"),
     ],
 )
-def test_what_a_runtime_ends_with_is_said(tmp_path, monkeypatch, code, how):
+def test_how_a_runtime_ended_is_reported(tmp_path, monkeypatch, code, how):
     make_net().save(tmp_path / "net.onnx")
     stand_in(tmp_path, monkeypatch, "onnxruntime", code)
     report = verify(make_net(), tmp_path / "net.onnx", streams=False)
@@ -608,13 +608,13 @@ def test_what_a_runtime_ends_with_is_said(tmp_path, monkeypatch, code, how):
 
 def test_without_an_interpreter_nothing_is_run(tmp_path, monkeypatch):
     make_net().save(tmp_path / "net.onnx")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # another process than the one that is kept
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # forces a new process
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     report = verify(make_net(), tmp_path / "net.onnx", streams=False)
     assert "the process of onnxruntime could not be started: " in report.note
 
 
-def test_a_native_file_that_is_damaged_is_not_verified(tmp_path):
+def test_a_damaged_native_file_is_not_verified(tmp_path):
     make_net().save(tmp_path / "net.safetensors")
     whole = (tmp_path / "net.safetensors").read_bytes()
     (tmp_path / "net.safetensors").write_bytes(whole[:-4])
@@ -639,7 +639,7 @@ def test_the_process_is_kept_and_ends_with_ours(tmp_path):
         os.kill(int(done.stdout), 0)
 
 
-# ── what isn't there, and how a report reads ────────────────────────────────────────────────────────────────────────
+# ── missing runtimes and files, and the report's text ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.onnx", "onnxruntime"), ("a.keras", "keras"), ("a.pt", "torch")])
@@ -650,11 +650,11 @@ def test_a_runtime_that_isn_t_installed(tmp_path, monkeypatch, name, package):
     assert (report.ok(), report.ok(np.inf), report.runtime) == (False, False, None)
     said = f"{tmp_path / name}: not verified: {tmp_path / name} is run by {package}, which needs {package}: pip install"
     assert str(report).splitlines()[-1] == f"{said} {package}"
-    assert len(report.streams) == 2  # they are ours
+    assert len(report.streams) == 2  # they need no runtime
     assert json.loads(json.dumps(report.to_json()))["ok"] is False
 
 
-def test_keras_finds_a_backend_that_is_there(tmp_path):
+def test_keras_uses_an_installed_backend(tmp_path):
     import keras
 
     with warnings.catch_warnings():  # keras's own
@@ -674,7 +674,7 @@ def test_keras_finds_a_backend_that_is_there(tmp_path):
     assert done.stdout == "pass: every relative difference is within 1.0e-04\nNone False\n"
 
 
-def test_files_that_aren_t_there_or_of_no_format(tmp_path):
+def test_missing_files_and_unknown_formats(tmp_path):
     with pytest.raises(FileNotFoundError):
         verify(make_net(), tmp_path / "net.onnx")
     (tmp_path / "net.txt").write_text("nothing")
@@ -702,23 +702,23 @@ def test_differences():
     assert _difference("y", np.ones((1, 2)), np.ones(2)).relative == inf
 
 
-def test_how_a_report_reads():
+def test_the_text_of_a_report():
     found = (Difference("out", (2, 3), (2, 3), 1.5e-7, 2e-7), Difference("cell 0 h", (2, 4), (4, 2), np.inf, np.inf))
     rounded = (Rounding("bfloat16", "out", 1e-2, 2e-3, 5e-3, 1e-3), Rounding("int8", "out", 2e-2, 4e-3, 1e-2, 2e-3))
     report = Report(
         "a.onnx", "onnxruntime", "1.2", {"x": (2, 7, 3)}, found, "not compared: cell 0 c", streams=rounded, drawn=True
     )
     assert str(report) == (
-        "a.onnx: greatest difference to onnxruntime 1.2 on x [2, 7, 3], drawn at random\n"
+        "a.onnx: greatest difference from onnxruntime 1.2 on x [2, 7, 3], drawn at random\n"
         "            shape                  absolute  relative\n"
         "  out       [2, 3]                 1.50e-07  2.00e-07\n"
         "  cell 0 h  [2, 4], theirs [4, 2]  inf       inf\n"
         "  not compared: cell 0 c\n"
-        "streams of fewer bits: difference to float32 on x [2, 7, 3], drawn at random\n"
+        "reduced-precision streams: difference from float32 on x [2, 7, 3], drawn at random\n"
         "                 greatest  relative  mean      relative\n"
         "  bfloat16  out  1.00e-02  5.00e-03  2.00e-03  1.00e-03\n"
         "  int8      out  2.00e-02  1.00e-02  4.00e-03  2.00e-03\n"
-        "a.onnx: fail: cell 0 h is of shape [2, 4], theirs of [4, 2]"
+        "a.onnx: fail: cell 0 h has the shape [2, 4], theirs [4, 2]"
     )
     report = replace(report, differences=found[:1], streams=())
     assert str(report).splitlines()[-1] == "a.onnx: pass: every relative difference is within 1.0e-04"
@@ -726,6 +726,6 @@ def test_how_a_report_reads():
     assert str(replace(report, runtime=None, note="no way")) == "a.onnx: not verified: no way"
 
 
-def test_what_is_no_network():
+def test_other_objects_are_refused():
     with pytest.raises(TypeError, match="expected net to be a Network, such as load"):
         verify("net.safetensors", "net.onnx")

@@ -1,4 +1,4 @@
-"""What `verify` says beyond outputs: states of Keras's layers and of masked graphs, and streams of fewer bits."""
+"""`verify` beyond outputs: states of Keras's layers and of masked graphs, and reduced-precision streams."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ def make_net(dtype="float32", **settings):
 
 
 def keras_models(keras):
-    """Models with recurrent layers, and how many arrays of states verify compares with; why, where it is none."""
+    """Models with recurrent layers, and how many state arrays verify compares, or why none."""
     layers, sequence, end = keras.layers, {"return_sequences": True}, keras.Input((None, 3))
     x = keras.Input((None, 3))
     one = layers.GRU(4, name="b_first")(x)
@@ -67,7 +67,7 @@ def test_the_states_of_keras_layers(tmp_path, name):
         assert all(one.relative > 1e-3 for one in wrong.differences)
 
 
-# ── streams of fewer bits, on the user's own sample ─────────────────────────────────────────────────────────────────
+# ── reduced-precision streams, on the user's sample ─────────────────────────────────────────────────────────────────
 
 
 def test_streams_are_measured_on_the_sample(tmp_path):
@@ -118,7 +118,7 @@ def test_streams_of_two_outputs_and_ids(tmp_path):
         (Network([Masking(), *make_net().nodes]), "layer_0 masks a step of row 1"),
     ],
 )  # fmt: skip
-def test_streams_that_can_t_be(tmp_path, net, why):
+def test_networks_without_reduced_precision_streams(tmp_path, net, why):
     net.save(tmp_path / "net.safetensors")
     x = np.ones((2, 4, 3))
     x[1, 2] = 0.0
@@ -126,7 +126,7 @@ def test_streams_that_can_t_be(tmp_path, net, why):
     assert report.ok(0.0)
     assert report.streams == ()
     assert why in report.no_streams
-    assert str(report).splitlines()[-2] == f"streams of fewer bits: not measured: {report.no_streams}"
+    assert str(report).splitlines()[-2] == f"reduced-precision streams: not measured: {report.no_streams}"
 
 
 # ── ONNX that we write ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,7 +147,7 @@ def test_onnx_with_masks_and_all_flags_gives_its_states(tmp_path, dtype):
     assert report.note == ""
 
 
-def test_what_onnx_runtime_has_not_in_float64(tmp_path):
+def test_operators_that_onnx_runtime_lacks_in_float64(tmp_path):
     net = Network([Dense(np.ones((3, 2)), None, "softsign")])
     onnx_adapter.save(net, str(tmp_path / "net.onnx"))
     report = verify(net, tmp_path / "net.onnx")

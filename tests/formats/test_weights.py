@@ -1,4 +1,4 @@
-"""Safetensors files of weights alone, as torch models are published in."""
+"""Safetensors files that hold only weights, as torch models are often published."""
 
 import os
 import subprocess
@@ -107,7 +107,7 @@ def test_half_precision_is_widened_and_other_dtypes_are_named(tmp_path):
         cs.load(saved(tmp_path, lstm.to(torch.float8_e4m3fn)))
 
 
-def test_our_own_files_have_parts_too(tmp_path):
+def test_extract_of_native_files(tmp_path):
     rng = np.random.default_rng(0)
     spec = cs.CellSpec(3, 4)
     cell = cs.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))

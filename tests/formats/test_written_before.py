@@ -1,4 +1,4 @@
-"""Files that an earlier version wrote load, and give what they gave (tests/fixtures/README.md)."""
+"""Files of an earlier version load and give the same outputs (tests/fixtures/README.md)."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def answers():
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512vnni"])
 def isa(request):
-    """An instruction set, in use for the length of a test."""
+    """An instruction set, used during a test."""
     if request.param not in _kernel.isas():
         pytest.skip(f"this machine has no {request.param}")
     before = _kernel.isa()
@@ -38,7 +38,7 @@ def given(answers, name):
 
 
 def check(got, want):
-    """Sums over x and over h were one chain then, and are two now; NumPy's BLAS has an order of its own anyway."""
+    """Sums over x and h were computed in one chain then, and in two now; NumPy's BLAS uses another order anyway."""
     assert got.dtype == want.dtype
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_states_of_streams(name, isa, answers):
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_streams_of_fewer_bits(weights, isa, answers):
+def test_reduced_precision_streams(weights, isa, answers):
     x, _ = given(answers, "gru_rnn")
     stream = cs.load(FOLDER / "gru_rnn.safetensors").stream(batch=len(x), weights=weights)
     # 0.1.0 rounded no x and h for matrices of bfloat16

@@ -46,7 +46,9 @@ def measured(build: Path) -> list[dict[str, float | str]]:
     options += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS=-Werror"]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *options], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", build, "--parallel", str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["cmake", "--build", build, "--parallel", str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL
+    )
     logs = [log.read_text(encoding="utf-8").splitlines() for log in build.rglob(LOG)]
     return [json.loads(line) for lines in logs for line in lines]
 

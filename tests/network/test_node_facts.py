@@ -415,19 +415,19 @@ NOT_IN_KERAS = {
     "one bound": ([Clip(0.5)], ".keras", "one: a Clip with one bound, from 0.5"),
     "pads": ([Pool1D("max", 3, 1, (1, 2))], ".keras", r"one: a pool with padding \(1, 2\)"),
     "value": ([Pad(1, 0, 1.0)], ".keras", "one: padding of 1 before and 0 after axis 1, of 1"),
-    "function": ([Reduce("sum", 1)], ".h5", "one: the function Sum, which .keras files hold and HDF5 can't"),
+    "function": ([Reduce("sum", 1)], ".h5", "one: the function Sum, which only .keras files can store"),
     "gelu_tanh": ([Activation("gelu_tanh")], ".h5", "one: the function Gelu"),
-    "masked sum": ([Masking(), Reduce("sum", 1)], ".keras", "two: the sum of the steps that a mask keeps"),
-    "two masks": ([Masking(), Masking(1.0)], ".keras", "two: a mask within another, where Keras keeps the last"),
+    "masked sum": ([Masking(), Reduce("sum", 1)], ".keras", "two: Keras's sum over time ignores the mask"),
+    "two masks": ([Masking(), Masking(1.0)], ".keras", "two: a second mask replaces the first in Keras"),
     "cropped": (
         [Masking(), Select(1, None), lstm()],
         ".keras",
-        "two: a sequence whose mask goes on to three, where Keras drops it",
+        "two: Keras drops the mask, which three needs",
     ),
     "clipped": (
         [Masking(), Clip(-1.0, 1.0), Activation("tanh"), lstm()],
         ".keras",
-        "two: a sequence whose mask goes on to four, where Keras drops it",
+        "two: Keras drops the mask, which four needs",
     ),
     "cut vector": ([Flatten(), Select(1, None)], ".keras", r"two: Cropping1D of \[B, 18\]"),
 }
@@ -437,7 +437,7 @@ NOT_IN_KERAS = {
 def test_nodes_that_keras_lacks_are_named(case, tmp_path):
     nodes, suffix, message = NOT_IN_KERAS[case]
     net = Network(nodes, ["one", "two", "three", "four"][: len(nodes)], inputs={"x": (6, 3)})
-    with pytest.raises(ValueError, match=f"^save: expected nodes that Keras has layers for, got {message}"):
+    with pytest.raises(ValueError, match=f"^save: Keras can't represent this network: {message}"):
         keras_adapter.save(net, str(tmp_path / f"net{suffix}"))
     assert not list(tmp_path.iterdir())
 

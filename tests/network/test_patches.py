@@ -295,9 +295,11 @@ def test_what_is_refused():
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".onnx", ".pt"])
 def test_other_formats_refuse_patches_by_name(suffix, tmp_path):
     net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", value=1.0))
-    with pytest.raises(ValueError, match=r"can't hold, got Patch\('layer_0', gate='f', value=1.0\): save it as"):
+    with pytest.raises(
+        ValueError, match=r"can't store patches; the network has Patch\('layer_0', gate='f', value=1.0\): save it as"
+    ):
         net.save(tmp_path / f"net{suffix}")
-    with pytest.raises(ValueError, match="which C can't hold"):
+    with pytest.raises(ValueError, match="C can't store patches"):
         net.export_c(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -412,5 +412,5 @@ def test_a_file_whose_wiring_is_wrong_is_refused(tmp_path):
 
 
 def test_a_state_dict_cannot_hold_it(tmp_path):
-    with pytest.raises(ValueError, match=r"save: .*PyTorch's format holds"):
+    with pytest.raises(ValueError, match=r"save: .*PyTorch files only hold"):
         seq2seq(*PAIRS["a GRU"]()).save(tmp_path / "net.pt")

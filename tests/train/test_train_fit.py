@@ -327,7 +327,7 @@ def test_a_full_disk_ends_no_training(sequences, tmp_path, monkeypatch):
 def test_a_checkpoint_that_can_t_be_written_is_said_before_the_first_step(sequences, tmp_path):
     model, inputs, examples, *parts = prepare(sequences)
     never = Raising(examples, 0, lambda: pytest.fail("a batch was fetched"))
-    with pytest.raises(FileNotFoundError, match="expected a folder"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         fit(model, inputs, never, *parts, SETTINGS, checkpoint=tmp_path / "no" / "run.ckpt")
 
 

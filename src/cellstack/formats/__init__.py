@@ -1,9 +1,9 @@
-"""Files: one adapter a format. Adding a format is adding a module here and its name to `ADAPTERS`.
+"""File formats, one adapter each. To add a format, add a module here and its name to `ADAPTERS`.
 
-An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` says whether a file that begins with these
-bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one;
-`extract(path)` returns the recurrent parts of a file by name, whatever else it holds. `OPTIONS`, where there are
-some, are names that `load` takes besides.
+An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` returns whether a file that starts with
+these bytes may be in its format, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes
+one, and `extract(path)` returns the recurrent parts of a file by name, even where the rest isn't supported. `OPTIONS`
+lists the names of further arguments that `load` takes, if there are any.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from cellstack.network import Network
 from cellstack.spec import FormatError
 
 ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
-HEAD_BYTES = 64  # what `recognises` gets to see
+HEAD_BYTES = 64  # of a file, passed to `recognises`
 
 
 def adapters() -> list[Any]:
-    """Return the adapter modules; an adapter imports what it needs when it is used."""
+    """Return the adapter modules; each imports its own dependencies only when it is used."""
     return [import_module(f"cellstack.formats.{name}") for name in ADAPTERS]
 
 
 def supported() -> str:
-    """Return the formats and their suffixes, as messages name them."""
+    """Return the formats and their suffixes as one text for messages."""
     return ", ".join(f"{adapter.NAME} ({' '.join(adapter.SUFFIXES)})" for adapter in adapters())
 
 
 def adapter_of(path: str) -> Any:
-    """Return the adapter for the file at `path`, by its content, or where that says nothing by its suffix.
+    """Return the adapter for the file at `path`, determined by its content, or else by its suffix.
 
     Raises:
-        FormatError: no format is like it.
-        OSError: the file can't be read, or is no regular file.
+        FormatError: no adapter recognises the file.
+        OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
     check_readable(path)
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     candidates = [adapter for adapter in adapters() if adapter.recognises(head)]
     by_suffix = [adapter for adapter in adapters() if PurePath(path).suffix.lower() in adapter.SUFFIXES]
-    # Two kinds of file may begin alike; and a damaged one may not look like its kind any more: what its suffix promises
-    # says what is wrong with it.
+    # Files of two formats may start with the same bytes, so the suffix decides between them. A damaged file may not be
+    # recognised at all: the adapter of its suffix then reports what is wrong.
     preferred = [adapter for adapter in candidates if adapter in by_suffix]
     for adapter in (*preferred, *candidates, *by_suffix):
         return adapter
@@ -52,29 +52,30 @@ def adapter_of(path: str) -> Any:
 
 
 def load(path: str | PathLike[str], **options: Any) -> Network:
-    """Read a network from a file; the content tells the format, and no code from the file is run.
+    """Read a network from a file. The format is detected from the content, and no code from the file is run.
 
     Args:
         path: the file.
-        **options: what a file leaves open, for the formats that have such; None: nothing is said.
-            PyTorch's weights: `order`, for those that don't say in which order their modules run, such as the weights
-            of one's own class: the modules' names, in that order. `"last"` stands for the last step of a sequence,
-            which after a bidirectional layer isn't both final states (`load` warns of that), `"relu"` and the like for
-            an activation, and a node for itself; `"words:Embedding"` and `"head:Linear"` tell apart what looks alike
-            without a bias. What else the class does between its modules is for the caller to know.
-            ONNX: `constants`, values of inputs by name, `{"sr": 16000}`; `weights`, the same of inputs that are
-            weights; `frames`, how many numbers a frame of an input has; `context`, how many of a frame's last numbers
-            stand ahead of the next one.
+        **options: what the file doesn't specify, for the formats below; None is the same as leaving an option out.
+            PyTorch's weights: `order`, the modules' names in the order in which they run, where the file doesn't
+            specify it, as with the weights of a custom class. The list may also hold `"last"` for the last step of a
+            sequence (after a bidirectional layer this isn't both final states, and `load` warns), the name of an
+            activation such as `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"`
+            distinguish an embedding from a Linear without a bias. Any other operation between the class's modules has
+            to be listed too.
+            ONNX: `constants`, the values of inputs by name, `{"sr": 16000}`; `weights`, the same for inputs that are
+            weights; `frames`, the number of values in a frame of an input; `context`, how many of a frame's last
+            values are repeated at the start of the next frame.
 
     Returns:
         The network, with its names and metadata.
 
     Raises:
-        TypeError: options that the file's format doesn't have, or an order for a file that says its own.
-        FormatError: the file is damaged, of a format that isn't supported, or holds what a Network can't run, each
-            named; names the file, the tensor, what was expected and what was found.
-        ModuleNotFoundError: the format is read by a package that isn't installed, which the message names.
-        OSError: the file can't be read, or is no regular file, such as a named pipe.
+        TypeError: an option that the file's format doesn't have, or an order for a file that specifies its own.
+        FormatError: the file is damaged, in an unsupported format, or holds operations that a Network can't run; the
+            message names the file, the tensor or operation, what was expected and what was found.
+        ModuleNotFoundError: the package that reads the format isn't installed; the message names it.
+        OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
     path = fspath(path)
     adapter = adapter_of(path)
@@ -83,22 +84,22 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
     for name in options:
         if name not in known:
             has = f"the option{'s' * (len(known) > 1)} {', '.join(known)}" if known else "no options"
-            raise TypeError(f"load: {path}: expected {has} for a file of {adapter.NAME}, got {name}")
+            raise TypeError(f"load: {path}: {adapter.NAME} files take {has}, got {name}")
     return adapter.load(path, **options)
 
 
 def extract(path: str | PathLike[str]) -> dict[str, Network]:
-    """Return the recurrent parts of a file by name, whatever else it holds.
+    """Return the recurrent parts of a file by name, even where the rest of it isn't supported.
 
     Args:
         path: the file.
 
     Returns:
-        One network a recurrent part, named as it is in the file: a stack of layers is one part where the file says so.
-        After them come, out of weights of PyTorch, those of each Linear.
+        One network for each recurrent part, under its name in the file. A stack of layers is one part where the file
+        stores it as one. For PyTorch's weights, the networks of the Linear modules follow.
 
     Raises:
-        FormatError, ModuleNotFoundError, OSError: see `load`; also for a file without any recurrent part.
+        FormatError, ModuleNotFoundError, OSError: see `load`; FormatError also for a file without a recurrent part.
     """
     path = fspath(path)
     adapter = adapter_of(path)
@@ -109,11 +110,11 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
 
 
 def save(network: Network, path: str | PathLike[str]) -> None:
-    """Write a network to a file, whole or not at all; the suffix picks the format.
+    """Write a network to a file atomically; the suffix determines the format.
 
     Args:
-        network: what to write.
-        path: where to; a file that is there is replaced in one step.
+        network: the network to write.
+        path: the file to write; an existing file is replaced in one step.
 
     Raises:
         ValueError: no format has this suffix.

@@ -1,7 +1,7 @@
-"""Assembling networks: every reader adds nodes to a `Builder`, which names, wires, checks and bounds them.
+"""Assembling networks: every reader adds nodes to a `Builder`, which names, wires and checks them, within size limits.
 
-A reader translates; the builder puts together. What can't be translated is collected, so that one error names all of
-it, and in the end the graph is simplified and becomes a `Network`.
+Layers that can't be translated are collected, so that one error names all of them. At the end the graph is simplified
+and becomes a `Network`.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError, ShapeError
 
 HINT = "cellstack.extract(path) gives its recurrent parts"
-MOST_NODES = 10_000  # a model may be used twice by one that is used twice, and so on
-MOST_NUMBERS = 1 << 24  # that a file doesn't hold: it only says how wide they are
-MOST_PROBLEMS = 6  # named one by one in a message
+MOST_NODES = 10_000  # nested models that are used several times each can multiply without end
+MOST_NUMBERS = 1 << 24  # created on reading: a few bytes of a file can ask for arrays of any width
+MOST_PROBLEMS = 6  # listed one by one in a message
 
 
 class TooMuchError(FormatError):
-    """A file that asks for so much that nothing else about it matters."""
+    """A file asks for more nodes or numbers than the limits allow; reading stops at once."""
 
 
 class ProblemsError(FormatError):
-    """What stands in the way of a Network, the message names it all."""
+    """Parts of a file can't be translated to a Network; the message lists them all."""
 
 
 class Names:
-    """Names that are all different: one that is taken gets a number after it.
+    """Makes names unique: one that is already taken gets a number appended.
 
     Args:
-        taken: names that something has.
-        mark: stands between a name and its number.
+        taken: names that are already in use.
+        mark: the separator between a name and its number.
     """
 
     def __init__(self, taken: Iterable[str] = (), mark: str = ".") -> None:
         self.taken, self.mark = set(taken), mark
-        self.numbers: dict[str, int] = {}  # the last that a name was given
+        self.numbers: dict[str, int] = {}  # the last number appended to each name
 
     def fresh(self, name: str) -> str:
-        """Return a name that nothing has, and keep it."""
+        """Return an unused name and reserve it."""
         found, number = name, self.numbers.get(name, 1)
         while found in self.taken:
             number += 1
@@ -54,13 +54,13 @@ class Names:
 
 
 def clean(name: str) -> str:
-    """Return a name as a Network takes it: printable, without `/`."""
+    """Return a name in the form that a Network accepts: printable, without `/`."""
     text = "".join(letter if letter.isprintable() else "_" for letter in name.strip("/").replace("/", "."))
     return text or "node"
 
 
 def listed(entries: Iterable[str], most: int = MOST_PROBLEMS, between: str = "; ") -> str:
-    """Return some entries as one text: the first of them, and how many more there are."""
+    """Return entries as one text: the first `most` of them, and how many more there are."""
     entries = list(entries)
     rest = len(entries) - most
     return between.join([*entries[:most], *([f"and {rest} more"] if rest > 0 else [])])
@@ -69,17 +69,17 @@ def listed(entries: Iterable[str], most: int = MOST_PROBLEMS, between: str = "; 
 class Builder:
     """Assembles one network.
 
-    A value goes by its wire: the name of the input or of the node that it comes from, or of a state of a node's.
+    A wire identifies a value: it is the name of an input, of the node that returns the value, or of a node's state.
 
     Args:
-        most_nodes: how many nodes there may be.
-        most_numbers: how many numbers may be made that the file doesn't hold.
+        most_nodes: the greatest number of nodes.
+        most_numbers: the greatest number of values that are created rather than read from the file.
 
     Attributes:
-        shapes: of every wire, the axes after the batch; None where it isn't known.
-        states: of what `add` put in, by the wire that it returned, the wires of its cells' states, in their order.
-        problems: what can't be translated, with its rank: the least comes first.
-        pinned: whether the network depends on the lengths that the inputs have in the file, time among them.
+        shapes: for every wire, the axes after the batch; None where they are unknown.
+        states: for every wire that `add` returned, the wires of its cells' states, in their order.
+        problems: what can't be translated, and its rank; messages list the lowest rank first.
+        pinned: whether the network depends on the axis lengths in the file, including the number of steps.
 
     >>> import numpy as np
     >>> from cellstack.nodes import Activation, Dense
@@ -106,29 +106,29 @@ class Builder:
         self.pinned = False
 
     def input(self, name: str, shape: Shape | None = None) -> str:
-        """Put an input in, and return its wire.
+        """Add an input, and return its wire.
 
         Args:
-            name: what it shall be called.
-            shape: the axes after the batch, None where any length will do; None = as the nodes that take it say.
+            name: the input's name; made unique where it is taken.
+            shape: the axes after the batch, None for an axis of any length; None = inferred from the nodes that use it.
         """
         wire = self.names.fresh(clean(name))
         self.inputs[wire] = self.shapes[wire] = shape
         return wire
 
     def add(self, name: str, node: Node, *wires: str) -> str:
-        """Put a node in, and return the wire that carries what it returns.
+        """Add a node, and return the wire of its output.
 
-        A stack of cells becomes a node a cell, as files have a layer each; one with residuals stays whole, as a Merge
-        treats masked steps otherwise.
+        A stack of cells becomes one node per cell, as files store one layer per cell. A residual stack stays whole,
+        because a Merge treats masked steps differently.
 
         Args:
-            name: what it shall be called; a number goes after it where that is taken.
+            name: the node's name; made unique where it is taken.
             node: the node.
-            wires: what it takes, then what its cells start from, if that is said.
+            wires: its inputs, then the initial states of its cells, if they are given.
 
         Raises:
-            ShapeError: the node can't take such values.
+            ShapeError: the node doesn't accept inputs of these shapes.
             TooMuchError: there are too many nodes.
         """
         if isinstance(node, Recurrent) and len(node.cells) > 1 and not node.residual:
@@ -141,9 +141,9 @@ class Builder:
             self.states[wire] = tuple(states)
             return wire
         if len(self.nodes) >= self.most_nodes:
-            raise TooMuchError(f"expected at most {self.most_nodes} nodes, found more")
+            raise TooMuchError(f"more than {self.most_nodes} nodes aren't supported")
         wire = self.names.fresh(clean(name))
-        takes, gives = node.axes  # where nothing else says what comes in, the node may
+        takes, gives = node.axes  # where the input's shape is unknown, the node may fix its number of axes
         unsaid = None if takes is None else (None,) * takes
         shapes = [self.shapes[source] or unsaid for source in wires]
         known = [shape for shape in shapes if shape is not None]
@@ -156,21 +156,21 @@ class Builder:
         return wire
 
     def output(self, wire: str, name: str = "output") -> None:
-        """Declare what a wire carries an output; an input, or one that is an output already, is copied.
+        """Make a wire an output; an input, or a wire that is an output already, is copied by an extra node.
 
         Args:
             wire: the wire.
-            name: of the node that copies, where there has to be one.
+            name: the name of that extra node.
         """
         if wire in self.inputs or wire in self.outputs:
             wire = self.add(name, Activation("linear"), wire)
         self.outputs.append(wire)
 
     def length(self, wire: str, place: int) -> int | None:
-        """Return the length of an axis, counted from 1, which the network then depends on; None where it isn't known.
+        """Return the length of an axis, None if it is unknown; from then on the network depends on that length.
 
         Args:
-            wire: of what value.
+            wire: the value's wire.
             place: the axis, 1 being the first after the batch.
         """
         shape = self.shapes[wire]
@@ -179,27 +179,27 @@ class Builder:
         return found
 
     def make(self, numbers: int) -> int:
-        """Return `numbers`, which are made and don't come out of the file.
+        """Count values that are created rather than read from the file, and return their number.
 
         Raises:
-            TooMuchError: there are too many of them in all.
+            TooMuchError: their total exceeds `most_numbers`.
         """
         self.numbers += numbers
         if self.numbers > self.most_numbers:
-            raise TooMuchError(f"expected at most {self.most_numbers} numbers that the file doesn't hold, found more")
+            raise TooMuchError(f"more than {self.most_numbers} numbers that aren't stored in the file aren't supported")
         return numbers
 
     def refuse(self, problem: str, rank: int = 0) -> None:
-        """Note what can't be translated, once.
+        """Record once that something can't be translated.
 
         Args:
-            problem: what it is, by name.
-            rank: what matters most has the least, and comes first.
+            problem: a description that names it.
+            rank: its position in the message; the lowest rank is listed first.
         """
         self.problems.setdefault(problem, rank)
 
     def check(self) -> None:
-        """Raise `ProblemsError` where something can't be translated."""
+        """Raise `ProblemsError` if something can't be translated."""
         if self.problems:
             raise ProblemsError(listed(sorted(self.problems, key=lambda problem: self.problems[problem])))
 
@@ -208,11 +208,11 @@ class Builder:
         metadata: Mapping[str, Any] | Callable[[Draft], Mapping[str, Any]] | None = None,
         numbered: bool = False,
     ) -> Network:
-        """Return the network, simplified: see `cellstack.formats.simplify`. Nodes that lead to no output are left out.
+        """Return the simplified network: see `cellstack.formats.simplify`. Nodes that reach no output are dropped.
 
         Args:
-            metadata: see `Network`; or what makes it of the simplified graph.
-            numbered: call the nodes layer_0, layer_1 and so on, whatever they are called here.
+            metadata: see `Network`; or a function that returns it for the simplified graph.
+            numbered: rename the nodes to layer_0, layer_1 and so on.
 
         Raises:
             ProblemsError: something can't be translated.
@@ -238,14 +238,14 @@ class Builder:
 
 
 def _layers(node: Recurrent) -> list[Recurrent]:
-    """Return a stack as a node a cell. One that runs backwards turns the sequence round once, below."""
+    """Return a stack as one node per cell. If it runs backwards, only its first node reverses the sequence."""
     first, *others = node.cells
     below = [Recurrent((first,), True, node.go_backwards), *(Recurrent((cell,)) for cell in others[:-1])]
     return [*below, Recurrent((others[-1],), node.return_sequences, False, node.zero_output_for_mask)]
 
 
 def _any_length(draft: Draft) -> dict[str, Shape | None]:
-    """Return the inputs' shapes for sequences of any length, where no node moves steps to another axis."""
+    """Return the inputs' shapes with the number of steps left open, unless a node moves steps to another axis."""
     loose: dict[str, Shape | None] = {}
     for name, shape in draft.inputs.items():
         takers = [draft.nodes[taker] for taker in draft.takers[name]]

@@ -1,4 +1,4 @@
-"""Any module of PyTorch as a network, for inference: read as it is or by way of ONNX, and held against the module."""
+"""Converts a PyTorch module to a network for inference, directly or by exporting it to ONNX, and compares the two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
-from cellstack.formats.exported import export, mend, shortened
+from cellstack.formats.exported import export, remedy, shortened
 from cellstack.formats.pytorch import from_torch
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
@@ -23,9 +23,9 @@ from cellstack.formats.sizes import Places, compared
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
-TOLERANCE = 1e-4  # greatest relative difference that passes: float32 on both sides, sums in other orders
-SCALES = (1.0, 0.01, 10.0)  # of the numbers that are drawn for the comparison
-MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # where a module goes by the numbers
+TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
+SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison
+MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # if a module's code depends on values
 MOST_WAYS = 30  # in which the axes of several inputs are tried together
 STEPS = 4  # of a module that steps a cell, when it is compared
 LONGER = 250  # steps more than the example has, in the comparison of a much longer sequence
@@ -51,15 +51,15 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     is taken as in evaluation, and in float32 where it has half precision; it is left as it was.
 
     Args:
-        module: the module; one that was accelerated, too.
-        example: an input as the module takes it, such as `[B, T, I]`; one tuple of several, which may hold tuples, as
-            `(x, (h, c))`. What a recurrent layer starts from becomes the network's state: what `run` takes as `state`.
+        module: the module; it may be accelerated.
+        example: an input of the module, such as `[B, T, I]`; several as one tuple, which may hold tuples, as in
+            `(x, (h, c))`. The initial state of a recurrent layer becomes the argument `state` of the network's `run`.
         tolerance: the greatest relative difference of an output that passes.
 
     Returns:
-        The network, with inputs and outputs in the order of the module's. Last states that the module returns beside
-        them are those that `Network.run` returns; a state that is all that is wanted of a layer is an output, `[B, H]`.
-        A module that steps a cell, as in `model(x, h, c)` with `x [B, I]`, becomes one over as many steps as there are.
+        The network, with inputs and outputs in the module's order. Final states that the module returns are among those
+        that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
+        that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
 
     Where the module reads numbers out of its tensors, as an `if` does, or compares sizes of its input, as in
     `if x.shape[1] > 4`, and the network agreed nonetheless, it warns and says where. Sizes that the module gets by
@@ -88,8 +88,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     inputs = example if isinstance(example, tuple) else (example,)
     if _holds_a_dict(inputs):
         raise TypeError(
-            "compile: expected example to be a tensor, or a tuple of tensors, got a dict: give a module whose forward "
-            "takes its tensors one by one and makes the dict of them"
+            "compile: expected example to be a tensor, or a tuple of tensors, got a dict: pass a module whose forward "
+            "takes the tensors as arguments and builds the dict"
         )
     flat = _tensors(inputs)
     if not flat or not all(isinstance(value, torch.Tensor) for value in flat):
@@ -100,7 +100,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         )
     if not all(value.numel() for value in flat):
         shapes = " and ".join(str(list(value.shape)) for value in flat)
-        raise ValueError(f"compile: expected an example with a row and a step at least, got {shapes}")
+        raise ValueError(f"compile: expected an example with at least one row and one step, got {shapes}")
     try:
         still = copy.deepcopy(module).eval()
     except Exception as error:  # a module may hold anything
@@ -110,8 +110,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         inputs = _like(inputs, (value.float() if value.is_floating_point() else value for value in flat))
     if any(part.is_meta for part in (*flat, *still.parameters(), *still.buffers())):
         raise FormatError(
-            f"compile: {type(module).__name__} has no numbers on the device 'meta': give it weights first, by "
-            "module.to_empty(device='cpu') and module.load_state_dict(...), and an example on the CPU"
+            f"compile: {type(module).__name__} is on the device 'meta', which stores no values: load its weights, by "
+            "module.to_empty(device='cpu') and module.load_state_dict(...), and pass an example on the CPU"
         )
     packs, answers, again = _first(still, inputs)
     if any(isinstance(a, torch.Tensor) and a.is_floating_point() and bool(a.isnan().any()) for a in answers):
@@ -122,13 +122,13 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     reasons = []
     if not again:
         reasons.append(
-            "called again with the same input it answers otherwise: it draws numbers, or keeps something from call to "
-            "call; let forward take the state and return it, and draw nothing"
+            "a second call with the same input gives another output: it draws random numbers, or keeps a state between "
+            "calls; let forward take and return the state, and draw no numbers"
         )
     if packs:
         reasons.append(
-            "it packs its rows, which no exporter can follow: give a module that runs over them as they are padded, "
-            "without lengths; net(x, mask=...) then leaves the padding out, as packing does"
+            "it packs sequences, which can't be exported: pass a module that takes padded sequences, without lengths; "
+            "net(x, mask=...) then ignores the padding, as packing does"
         )
     elif _time_first(still, inputs):
         reasons.append(BATCH_FIRST if _plain(still) else TIME_FIRST)
@@ -157,19 +157,19 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                         stacklevel=2,
                     )
                 return network
-            why = why or "it answers as the module's first call does"
+            why = why or "its output equals that of the module's first call"
             loops = network.metadata.get("onnx", {}).get("unrolled", {})
             if loops and why.startswith("with more steps"):
                 name, (count, what) = next(iter(loops.items()))
                 reasons.append(
-                    f"its loop over {name} {what}, which a Network can for a number of steps that is fixed alone, "
-                    f"{count} here: fix it in forward, or compile the module of one step and stream it"
+                    f"its loop over {name} {what}, which a Network only supports for a fixed number of steps, "
+                    f"{count} here: fix the number in forward, or compile a module of one step and stream it"
                 )
             other = "has the shape" in why or why.startswith(("with more steps", MUCH_LONGER))
             if other and not reasons and _loops(still, inputs):
                 reasons.append(
-                    "its loop leaves steps out, does something else at some of them, or joins them in another way than "
-                    "torch.stack(ys, 1): a Network does the same at every step, and gives them all"
+                    "its loop skips steps, treats some of them differently, or joins them by something else than "
+                    "torch.stack(ys, 1): a Network does the same at every step, and returns all steps"
                 )
             measured: list[str] = []
             if read is _by_onnx and why.startswith("with "):
@@ -195,7 +195,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                     f"it does something by the numbers themselves ({_some(looks)}), and a graph has what "
                     "it did for the example alone: write that without if, while, float() and numpy(), as by torch.where"
                 )
-            known = mend(why)
+            known = remedy(why)
             if known and not reasons:
                 reasons.append(known)
             why = shortened(why) if reasons else why
@@ -322,7 +322,7 @@ def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> b
 
 
 def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
-    """Return whether a module reads numbers out of its tensors, as `if` and `float()` do; lengths don't count."""
+    """Return whether a module reads values from its tensors, as `if` and `float()` do; sizes don't count."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -340,21 +340,21 @@ def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
 
 
 def _as_it_is(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
-    """Return the network that `from_torch` reads."""
+    """Return the network that `from_torch` returns."""
     try:
         network = from_torch(module)
-    except TypeError as error:  # a class of one's own is what most modules are: the other way may lead on
-        raise TypeError(str(error).replace(KNOWN, "a class of its own, without to_nodes()")) from error
+    except TypeError as error:  # most modules are custom classes, which may still be exported to ONNX
+        raise TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()")) from error
     if len(_tensors(inputs)) != len(network.inputs):
-        raise TypeError("it takes states, or something else, beside x")
+        raise TypeError("it takes states or other inputs in addition to x")
     return network
 
 
 def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
-    """Return the network that a module's ONNX graph holds, of any batch size and number of steps where it allows it.
+    """Return the network of a module's ONNX graph, for any batch size and number of steps if the graph allows it.
 
-    The graph's ends are called `input_n` and `output_n`, by their place among the tensors. Where the module looks at
-    numbers is added to `looks`.
+    The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
+    where the module's code reads values are added to `looks`.
     """
     import torch
 
@@ -380,9 +380,9 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: li
 
 
 def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
-    """Return, for each tensor that a module takes, which of its first two axes may have another length.
+    """Return, for each input tensor of a module, which of its first two axes may have another length.
 
-    One may where the module takes one entry more along it, alone or with such axes of the other tensors as are as long.
+    To test an axis, it is made longer by one, alone or together with axes of the other tensors that are as long.
     """
     import torch
 
@@ -393,14 +393,14 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
         try:
             with torch.no_grad():
                 module(*_fresh(_like(inputs, given)))
-        except Exception:  # the module's own way to say that it doesn't
+        except Exception:  # the module rejects these lengths
             return False
         return True
 
     def goes(n: int, axis: int) -> bool:
         if takes({n: axis}):
             return True
-        others: dict[tuple[int, ...], list[int]] = {}  # those of one shape go together
+        others: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
         for m, value in enumerate(flat):
             if m != n:
                 others.setdefault(tuple(value.shape), []).append(m)
@@ -424,7 +424,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
 
 
 def _calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
-    """Return how often a call of a module calls the part of it that it calls most."""
+    """Return how often a call of a module calls one of `parts`, for the part that is called most often."""
     import torch
 
     counts = dict.fromkeys(map(id, parts), 0)
@@ -443,16 +443,16 @@ def _calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
 
 
 def _loops(module: Any, inputs: tuple[Any, ...]) -> bool:
-    """Return whether a call of a module steps a cell several times."""
+    """Return whether a call of a module calls a cell several times."""
     import torch
 
     return _calls(module, [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)], inputs) > 1
 
 
 def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
-    """Return a module of which a call is one step so that its cells are exported as operators, whose states are known.
+    """Return a module whose call is one step, changed so that its cells are exported as operators with known states.
 
-    PyTorch writes out an nn.GRUCell and an nn.RNNCell as sums and products, in which nothing says what is a state.
+    PyTorch exports an nn.GRUCell and an nn.RNNCell as sums and products, in which states can't be recognised.
     """
     import torch
 
@@ -479,9 +479,9 @@ def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
 def _difference(
     network: Network, module: Any, example: tuple[Any, ...], tolerance: float, scales: tuple[float, ...]
 ) -> str | None:
-    """Return in what the network's outputs differ from the module's; None where they don't.
+    """Return how the network's outputs differ from the module's; None if they don't.
 
-    Compared are the example, numbers of its shape at each scale, and other shapes.
+    They are compared for the example, for random inputs of its shape at each scale, and for other shapes.
     """
     import torch
 
@@ -505,7 +505,7 @@ def _difference(
         except Exception:
             if given is first:
                 raise
-            continue  # the module is one for such numbers, or for this shape, alone
+            continue  # the module doesn't accept these values or this shape
         try:
             ours, states = ends.run(network, given)
         except (TypeError, ValueError) as error:
@@ -523,10 +523,10 @@ def _difference(
 
 
 class _Ends:
-    """What the inputs and outputs of a module are to the network that was read of it.
+    """How the inputs and outputs of a module correspond to those of its network.
 
-    Where it was read as it is, they are those of the network, in order. In the metadata of a graph stand those that
-    hold states, and the axes of each; and whether a call of the module is one step.
+    For a network of `from_torch` they are the same, in order. For a graph, the network's metadata says which of them
+    hold states, the axes of each, and whether a call of the module is one step.
     """
 
     def __init__(self, network: Network, count: int) -> None:
@@ -538,7 +538,7 @@ class _Ends:
         self.steps = noted.get("frames") is not None
         celled = [name for name, node in zip(network.names, network.nodes, strict=True) if node.cells]
         numbers = [celled.index(name) if name in celled else None for name in network.outputs]
-        self.answered = dict(zip(self.outputs, numbers, strict=False))  # the place of the node that gives each output
+        self.answered = dict(zip(self.outputs, numbers, strict=False))  # the index of the node that returns each output
         counts = [len(node.cells) for node in network.nodes if node.cells]
         self.firsts = [sum(counts[:number]) for number in range(len(counts))]
 
@@ -566,7 +566,7 @@ class _Ends:
                 )
 
     def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
-        """Return what a module answers, one after the other; where a call is one step, after a few of them."""
+        """Return the outputs of a module as a list; if a call is one step, those of several steps."""
         if not self.steps:
             return _tensors(module(*_fresh(_like(example, given))))
         import torch
@@ -585,15 +585,15 @@ class _Ends:
         ]
 
     def _goes_on(self) -> dict[int, int]:
-        """Return which output holds, after a step, the state that an input holds before it."""
+        """Return for each input that holds a state the output that holds it after a step."""
         ends = {tuple(map(tuple, refs)): name for name, refs in self.states.items()}
-        # An h that the network gives as an answer too isn't among the states.
+        # An h that is also an output of the network isn't among the states.
         ends |= {((number, 0, "h"),): name for name, number in self.answered.items() if number is not None}
         found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
         return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
 
     def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the outputs and the last states of a network, for the inputs of the module."""
+        """Return the outputs and the final states of a network, for the inputs of the module."""
         arrays = [_array(given[n]) for n in self.data]
         if self.steps:
             arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
@@ -607,7 +607,7 @@ class _Ends:
             lacks = [name for name, part in own.items() if part is None]
             if lacks and len(lacks) < len(own):
                 if cell.spec.learn_initial_state:
-                    raise ValueError(f"a cell is given a part of its state, but starts from a {lacks[0]} of its own")
+                    raise ValueError(f"a cell is given only a part of its state, but has a learned initial {lacks[0]}")
                 own |= {name: np.zeros((len(arrays[0]), cell.spec.state_sizes[name]), network.dtype) for name in lacks}
             states[n] = tuple(own.values()) if len(lacks) < len(own) else None
         x = tuple(arrays) if len(arrays) > 1 else arrays[0]
@@ -622,7 +622,7 @@ class _Ends:
         tolerance: float,
         squeezed: bool = False,
     ) -> str | None:
-        """Return what of a module's outputs isn't what the network gives; None: it gives all, and no more.
+        """Return how the network's outputs differ from the module's; None if they are the same outputs.
 
         Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
         Where the module may have `squeezed` axes of length 1 out of its outputs, the numbers alone are compared.
@@ -661,30 +661,30 @@ class _Ends:
             rows = list(theirs) if theirs.ndim == 3 else [theirs]
             if not all(any(same(part, row) for part in parts) for row in rows):
                 if not left:
-                    return f"output {n} of the module, {list(theirs.shape)}, is none of the network's"
+                    return f"the network has no output {n} of the module, {list(theirs.shape)}"
                 if left[0].shape != theirs.shape:
                     return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
-                return f"output {n} lies {_off(left[0], theirs):.1e} off the module's, more than {tolerance:.0e}"
-        return f"the network has {len(left)} outputs more than the module" if left else None
+                return f"output {n} differs from the module's by {_off(left[0], theirs):.1e}, more than {tolerance:.0e}"
+        return f"the network has {len(left)} more outputs than the module" if left else None
 
 
 def _no_tensor(n: int, value: Any) -> str:
-    return f"output {n} of the module is a {type(value).__name__}, and no tensor"
+    return f"output {n} of the module is a {type(value).__name__}, not a tensor"
 
 
 def _wider(value: Any, axis: int, more: int) -> Any:
-    """Return a tensor with more entries along an axis, those it has from the start."""
+    """Return a tensor with a longer axis, filled by repeating it from the start."""
     size = value.shape[axis]
     return value[(slice(None),) * axis + ([n % size for n in range(size + more)],)]
 
 
 def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return inputs that a module may write to."""
+    """Return copies of inputs, which a module may modify."""
     return _like(inputs, [value.detach().clone() for value in _tensors(inputs)])
 
 
 def _like(structure: Any, values: Iterable[Any]) -> Any:
-    """Return values in the structure of nested tuples and lists that `structure` has."""
+    """Return values in the nested tuples and lists of `structure`."""
     queue = iter(values)
 
     def put(part: Any) -> Any:
@@ -699,7 +699,7 @@ def _like(structure: Any, values: Iterable[Any]) -> Any:
 
 
 def _array(value: Any) -> Any:
-    """Return a tensor as NumPy has it, which knows no bfloat16."""
+    """Return a tensor as a NumPy array; bfloat16 as float32."""
     import torch
 
     value = value.detach().cpu()
@@ -725,7 +725,7 @@ def _off(ours: Any, theirs: Any) -> float:
 
 
 def _tensors(value: Any) -> list[Any]:
-    """Return the tensors in what a module returns, one after the other."""
+    """Return the tensors in a module's output as a flat list."""
     if isinstance(value, dict):
         value = list(value.values())
     return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else [value]

@@ -1,4 +1,4 @@
-"""A module of PyTorch as an ONNX file, with nothing printed to the console; and what to do where that fails."""
+"""Exports a PyTorch module to ONNX without printing to the console, and says how to fix modules that can't be read."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from typing import Any
 
 from cellstack.spec import FormatError
 
-LOOKS = "Converting a tensor to a "  # how PyTorch's warnings begin that a trace doesn't show what comes of a number
-LISTED = 2  # problems that a message names, if it names a mend; the rest is counted
+LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
+LISTED = 2  # problems that a message lists if it also gives a remedy; the rest are counted
 
-# What is in the reason why a module can't be read, and what to do about it; the first that is in it counts.
-MENDS = (
-    (r"ScatterND|aten::index_put|aten::copy_", "it writes into a tensor that is there, as in out[:, t] = y: collect "
+# Patterns in the reason why a module can't be read, and how to fix each; the first that matches is used.
+REMEDIES = (
+    (r"ScatterND|aten::index_put|aten::copy_", "it writes into an existing tensor, as in out[:, t] = y: collect "
      "the parts in a list and join them by torch.stack(parts, 1)"),
-    (r"Dropout '", "its dropout is on in evaluation too: give it training=self.training"),
-    (r"Random|Multinomial|Bernoulli|aten::normal|aten::rand", "it draws random numbers, and a Network has none: let it "
-     "return what they are drawn by, and draw outside"),
-    (r"ArgMax|ArgMin|TopK|aten::sort", "it chooses by the numbers themselves: let it return these, and choose outside"),
-    (r"Greater|Less|Equal|Where '|NonZero", "it chooses by the numbers themselves: let it return these, and choose "
-     "outside"),
-    (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten::baddbmm", "it multiplies values by "
-     "each other, as attention does, and a Network multiplies by weights: compile the module up to there"),
+    (r"Dropout '", "its dropout is active in evaluation mode too: pass training=self.training to it"),
+    (r"Random|Multinomial|Bernoulli|aten::normal|aten::rand", "it draws random numbers, which a Network can't: "
+     "return the distribution's parameters, and draw outside the module"),
+    (r"ArgMax|ArgMin|TopK|aten::sort", "its output depends on comparing values: return the values, and choose outside "
+     "the module"),
+    (r"Greater|Less|Equal|Where '|NonZero", "its output depends on comparing values: return the values, and choose "
+     "outside the module"),
+    (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten::baddbmm", "it multiplies computed "
+     "values by each other, as attention does, but a Network only multiplies by weights: compile the part before it"),
     (r"Einsum", "write the einsum as x @ weight, or as nn.Linear"),
-    (r"aten::fft|aten::stft|STFT|DFT", "it computes a spectrum: compute that outside, and give the module without it"),
-    (r"expected a vector to be repeated over time", "it repeats a vector as often as an input has steps, and a Network "
-     "repeats by a number that is fixed: give that number"),
-    (r"dynamo-optimized", "it is compiled by torch.compile: give what was, module._orig_mod"),
-    (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function, leaves PyTorch's own "
-     "operators, as NumPy does: write its forward in these"),
-    (r"no input;|found: no input", "its output doesn't come from the example: detach(), numpy() and .data leave the "
-     "graph, and so does what is kept from another call"),
-    (r"aten::\w+' to ONNX|Unsupported", "ONNX has no such operator: compute that outside of the module"),
+    (r"aten::fft|aten::stft|STFT|DFT", "it computes a spectrum: compute it outside, and compile the module without it"),
+    (r"expected a vector to be repeated over time", "it repeats a vector once for each step of an input, but a Network "
+     "repeats a fixed number of times: use a constant"),
+    (r"dynamo-optimized", "it is compiled by torch.compile: pass the original module, module._orig_mod"),
+    (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function or NumPy code, doesn't use "
+     "PyTorch's operators: write its forward with these"),
+    (r"no input;|found: no input", "its output doesn't depend on the example: detach(), numpy() and .data break the "
+     "graph, and so do values kept from another call"),
+    (r"aten::\w+' to ONNX|Unsupported", "ONNX has no such operator: compute that part outside the module"),
 )  # fmt: skip
 
 
@@ -44,28 +45,29 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
     """Write a module as an ONNX file, by tracing it once.
 
     Args:
-        module: the module, in evaluation.
-        inputs: what it takes.
-        path: where to.
-        options: those of `torch.onnx.export`.
+        module: the module, in evaluation mode.
+        inputs: its inputs.
+        path: the file to write.
+        options: passed to `torch.onnx.export`.
 
     Returns:
-        The places where the module looks at numbers, `file.py:12`: what it does by them the file doesn't show.
+        The places, such as `file.py:12`, where the module reads tensors' values: the file doesn't record how its output
+        depends on them.
 
     Raises:
-        FormatError: PyTorch can't; says why in a line.
+        FormatError: PyTorch can't export the module; the message gives the reason in one line.
         ModuleNotFoundError: the export needs a package that isn't installed.
     """
     import torch
 
-    logs = torch._C._jit_is_onnx_log_enabled()  # on throughout an export of some versions, and after it
+    logs = torch._C._jit_is_onnx_log_enabled()  # some versions turn it on during an export, and leave it on
 
     def hush(*_: Any) -> None:
         torch._C._jit_set_onnx_log_enabled(False)
 
     handle = module.register_forward_pre_hook(hush) if not isinstance(module, torch.jit.ScriptModule) else None
     looks: list[str] = []
-    theirs = os.path.dirname(torch.__file__)  # checks of PyTorch's own, which hold for any numbers
+    theirs = os.path.dirname(torch.__file__)  # PyTorch's own checks don't change what a module computes
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -76,7 +78,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
-                with _without_console():  # PyTorch warns there, past Python, of functions that it can't look into
+                with _without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
                     torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=True)
         for warning in caught:
             own = not warning.filename.startswith(theirs)
@@ -96,7 +98,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
 @contextmanager
 def _without_console() -> Iterator[None]:
-    """Lead what is written past Python to the console elsewhere, as long as this lasts."""
+    """Redirect console output that bypasses Python to a temporary file."""
     with tempfile.TemporaryFile() as elsewhere:
         kept = {}
         try:
@@ -113,13 +115,13 @@ def _without_console() -> Iterator[None]:
                 os.close(own)
 
 
-def mend(why: str) -> str:
-    """Return what to do about a reason why a module can't be read, in a sentence; "" where nothing is known."""
-    return next((text for pattern, text in MENDS if re.search(pattern, why)), "")
+def remedy(why: str) -> str:
+    """Return how to fix a module that can't be read for the reason `why`; "" if that is unknown."""
+    return next((text for pattern, text in REMEDIES if re.search(pattern, why)), "")
 
 
 def shortened(why: str) -> str:
-    """Return a reason with the first of its problems, the others counted."""
+    """Return a reason with the first few of its problems and the number of the others."""
     head, found, problems = why.partition(", found: ")
     parts = problems.split("; ")
     if not found or len(parts) <= LISTED:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one; and how a message shows what is in one."""
+"""Writes files atomically, and shows values from files in messages."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 def check_unedited(network: Network, what: str) -> None:
-    """Raise `ValueError` where a network has patches, which only the native format holds.
+    """Raise `ValueError` if a network has patches, which only the native format can store.
 
     Args:
-        network: what is written.
-        what: what it is written as, for the message.
+        network: the network to write.
+        what: the format, for the message.
     """
     for patch in network.patches[:1]:
         more = f" and {len(network.patches) - 1} more" if len(network.patches) > 1 else ""
         raise ValueError(
-            f"save: expected a network without patches, which {what} can't hold, got {patch}{more}: "
+            f"save: {what} can't store patches; the network has {patch}{more}: "
             "save it as .safetensors, or save net.unedited"
         )
 
 
 def short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, and short however long it is."""
+    """Return a value from a file as text for a message: printable, and at most `length` characters."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."
 
@@ -49,13 +49,13 @@ def check_readable(path: str | PathLike[str]) -> None:
 
 
 def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:
-    """Check what can be told before there is anything to write: that `replacing` could replace or make a file.
+    """Check in advance that `replacing` can replace or create a file.
 
     Args:
-        path: the file to replace or to make.
+        path: the file to replace or create.
 
     Returns:
-        The file that the path leads to, and the mode of what is there, None where nothing is.
+        The file that the path resolves to, and the mode of the existing file, None if there is none.
 
     Raises:
         OSError: `path` is no regular file, or may not be written, or its folder isn't there.
@@ -66,33 +66,33 @@ def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:
         mode = os.stat(target).st_mode
     if mode is not None:
         if not stat.S_ISREG(mode):
-            raise OSError(f"{given}: expected a regular file to replace, found something else there")
+            raise OSError(f"{given}: it exists and isn't a regular file, so it can't be replaced")
         if not os.access(target, os.W_OK):
-            raise PermissionError(f"{given}: the file that is there may not be written to")
+            raise PermissionError(f"{given}: no permission to write to the existing file")
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{given}: expected a folder {folder}, found none")
+        raise FileNotFoundError(f"{given}: there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{given}: the folder {folder} may not be written to")
+        raise PermissionError(f"{given}: no permission to write to the folder {folder}")
     return target, mode
 
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, and vanishes if it fails.
+    """Open a file that replaces `path` when the block ends, and is deleted if the block fails.
 
-    The bytes go to a new file beside it, and to the disk, before the name is moved over in one step. The mode of the
-    file that was there is kept; one that can't be written to is not replaced; a symbolic link stays one. A process that
-    is killed meanwhile leaves its draft there, `.cellstack-….tmp`, which nothing reads and anyone may delete.
+    The data is written to a new file in the same folder and flushed to the disk, then renamed in one step. The mode of
+    an existing file is kept; a read-only file isn't replaced; a symbolic link stays one. A killed process leaves its
+    temporary file `.cellstack-….tmp`, which is never read and may be deleted.
 
     Args:
-        path: the file to replace or to make.
+        path: the file to replace or create.
 
     Returns:
         A context manager over the open binary file.
 
     Raises:
-        OSError: `path` is no regular file, or may not be written, or there is no room for it; it names `path`.
+        OSError: `path` isn't a regular file, can't be written, or the disk is full; it names `path`.
     """
     target, mode = check_replaceable(path)
     folder = os.path.dirname(target)
@@ -113,7 +113,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
     if os.name == "posix":
-        with suppress(OSError):  # the file is whole by now; not every file system can put a folder on the disk
+        with suppress(OSError):  # the file is complete by now; not every file system can flush a folder
             folder_descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(folder_descriptor)

@@ -1,4 +1,4 @@
-"""Frames as lines of text, CSV or JSON: one a line in, one a line out."""
+"""The steps of a stream as lines of text, CSV or JSON: one input step a line, one answer a line."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def _no_constant(name: str) -> Any:
 
 
 class Lines:
-    """Turns lines into frames, and answers into lines; counts the lines, and names the one at fault.
+    """Parses lines to steps and formats answers as lines; counts the lines, so that errors name theirs.
 
-    A CSV line is numbers between commas; the first one may name its columns instead, each of them. A JSON line is an
-    array of numbers, or a number where a frame is one number. Lines without a character but blanks are passed over.
+    A CSV line is numbers separated by commas; the first line may hold the columns' names instead. A JSON line is an
+    array of numbers, or a number where a step has one feature. Blank lines are skipped.
 
     Args:
-        source: what the lines come from, for the message.
-        width: numbers in a frame.
-        form: "csv" or "json"; None = as the first line looks.
-        digits: that an answer is written with: 9 tell all float32 apart, 17 all float64.
-        as_json: answers as JSON whatever comes in.
+        source: where the lines come from, for messages.
+        width: the number of features of a step.
+        form: "csv" or "json"; None = detected from the first line.
+        digits: the significant digits of answers: 9 are exact for float32, 17 for float64.
+        as_json: whether to write answers as JSON even if the input is CSV.
 
     >>> lines = Lines("standard input", 2)
     >>> lines.frame(b"x,y"), lines.frame(b"1, 2.5")
@@ -46,19 +46,19 @@ class Lines:
     ) -> None:
         self.source, self.width, self.form, self.as_json = source, width, form, as_json
         self.longest = LONGEST_NUMBER * width + 1024
-        self.number = 0  # of the line read last
+        self.number = 0  # the last line read, from 1
         self._one = f"%.{digits}g"
         self._json = json.JSONDecoder(parse_constant=_no_constant)
-        self._texts: dict[int, str] = {}  # by width, an answer's numbers as a template
+        self._texts: dict[int, str] = {}  # a format string for an answer of each width
 
     def frame(self, line: bytes) -> list[float] | None:
-        """Return the numbers of a line; None where it holds no frame.
+        """Return the numbers of a line; None if it is blank or names the columns.
 
         Args:
-            line: with or without its end.
+            line: with or without its line end.
 
         Raises:
-            FormatError: it isn't a frame; the message says which line, what was expected and what was found.
+            FormatError: it isn't a step; the message gives the line, what was expected and what was found.
         """
         self.number += 1
         if self.number == 1:
@@ -66,7 +66,7 @@ class Lines:
         if not line.strip():
             return None
         if len(line) > self.longest:
-            raise self.error(f"expected at most {self.longest} bytes, found more")
+            raise self.error(f"the line is longer than {self.longest} bytes")
         if self.form is None:
             self.form = "json" if line.lstrip()[:1] in (b"[", b"{") else "csv"
         try:
@@ -80,7 +80,7 @@ class Lines:
         return values
 
     def text(self, values: list[float]) -> bytes:
-        """Return an answer as a line: what JSON has no number for is null there."""
+        """Return an answer as a line; JSON has no NaN and no infinity, which become null."""
         template = self._texts.get(len(values))
         if template is None:
             template = self._texts[len(values)] = ",".join([self._one] * len(values))
@@ -94,11 +94,11 @@ class Lines:
     def _from_csv(self, line: bytes) -> list[float] | None:
         parts = line.split(b",")
         try:
-            if b"_" in line:  # Python's float takes 1_000, nobody else does
+            if b"_" in line:  # Python's float accepts 1_000, which isn't CSV
                 raise ValueError
             return [float(part) for part in parts]
         except ValueError:
-            if self.number == 1 and not any(map(_holds_number, parts)):  # columns' names
+            if self.number == 1 and not any(map(_holds_number, parts)):  # the columns' names
                 if len(parts) == self.width:
                     return None
                 raise self.error(f"expected {self.width} numbers, or {self.width} names, found {len(parts)}") from None
@@ -114,20 +114,20 @@ class Lines:
         return [float(entry) for entry in values]
 
     def error(self, text: str) -> FormatError:
-        """Return the error of the line that was read last."""
+        """Return an error about the last line read."""
         return FormatError(f"{self.source}, line {self.number}: {text}")
 
 
 def picked(lines: Iterable[bytes], columns: Sequence[str], source: str) -> Iterator[bytes]:
-    """Give lines with some of their columns alone, in the order in which these are named.
+    """Yield lines reduced to some of their columns, in the given order.
 
     Args:
         lines: CSV, whose first line may name the columns; or JSON, an array or an object a line.
-        columns: by name, or by number, the first is 1.
-        source: what the lines come from, for the message.
+        columns: names, or numbers from 1.
+        source: where the lines come from, for messages.
 
     Raises:
-        FormatError: a column that isn't there; names the line, what was expected and what was found.
+        FormatError: a column is missing; the message gives the line, what was expected and what was found.
 
     >>> list(picked([b"a,b,c", b"1,2,3"], ["c", "1"], "a file"))
     [b'c,a', b'3,1']
@@ -164,7 +164,7 @@ def picked(lines: Iterable[bytes], columns: Sequence[str], source: str) -> Itera
 
 
 def _places(where: str, columns: Sequence[str], names: list[str], count: int) -> list[int]:
-    """Return where columns stand that go by name or by number."""
+    """Return the indices of columns that are given by name or by number."""
     found = {
         name: names.index(name) if name in names else int(name) - 1 if name.isdecimal() else -1 for name in columns
     }
@@ -179,7 +179,7 @@ def _all_there(where: str, missing: list[str], there: list[str]) -> None:
 
 
 def _holds_number(part: bytes) -> bool:
-    """Return whether a part of a line is numbers in other clothes: quoted, or with other characters between them."""
+    """Return whether a cell holds numbers in another notation: quoted, or separated by other characters."""
     words = part.replace(b"_", b"").replace(b";", b" ").replace(b'"', b" ").replace(b"'", b" ").split()
     return bool(words) and all(map(_is_number, words))
 

@@ -1,8 +1,7 @@
-"""The runtimes that files are made for, run beside us by `verify`. Each is imported when it is asked for.
+"""The runtimes that `verify` compares a network with: ONNX Runtime, Keras, PyTorch and compiled C. Imported on use.
 
-They run in a process of their own (`worker`), so that one that crashes is a report and not the end of ours. None is
-let run code out of a file: torch loads weights alone, keras refuses lambdas, and C is compiled from what we write
-ourselves, once the file has turned out to be the same.
+They run in a separate process (`worker`), so that a crash becomes a report. None runs code from a file: torch loads
+weights only, keras refuses lambdas, and a C file is compiled only if it equals the one that `export_c` writes.
 """
 
 from __future__ import annotations
@@ -34,10 +33,9 @@ from cellstack.spec import FormatError
 
 
 class Answers(NamedTuple):
-    """What a runtime made of the inputs: outputs by the network's names, states as `named` has them, where it has any.
+    """A runtime's answers: outputs by the network's names, and states by the names that `named` gives them, if any.
 
-    `runtime` and `version` name it; `no_states` says why states are missing, where there is something to say; `note` is
-    what to know of how the file was run.
+    `no_states` says why states are missing, if the reason is known; `note` says what to know about the run.
     """
 
     runtime: str
@@ -49,14 +47,14 @@ class Answers(NamedTuple):
 
 
 class CannotRunError(Exception):
-    """Nothing can run a file here; the message says why, and what to install where that would do."""
+    """No runtime can run a file here; the message says why, and what to install if that helps."""
 
 
 class OtherSizesError(CannotRunError):
-    """A file takes inputs of other lengths alone: `batch` rows of `steps` steps."""
+    """A file only takes inputs with `batch` rows of `steps` steps."""
 
     def __init__(self, batch: int, steps: int) -> None:
-        super().__init__(f"the file takes inputs of B={batch}, T={steps} alone")
+        super().__init__(f"the file only takes inputs with B={batch}, T={steps}")
         self.batch, self.steps = batch, steps
 
 
@@ -80,25 +78,25 @@ def named(states: Sequence[CellState]) -> dict[str, Array]:
 
 
 def run(net: Network, path: str, inputs: Inputs) -> Answers:
-    """Run a file in the runtime that it is made for: by its suffix, or where that says nothing by its content.
+    """Run a file in its own runtime, which is determined by its suffix, or else by its content.
 
     Args:
-        net: the network that the file is to be compared with; it says how inputs and outputs are named.
+        net: the network to compare the file with; it defines the names of inputs and outputs.
         path: the file.
         inputs: arrays by the network's names.
 
     Returns:
-        What the runtime answers.
+        The runtime's answers.
 
     Raises:
-        CannotRunError: it can't run the file; `OtherSizesError` where it could, with inputs of other lengths.
-        FormatError: no format is like the file.
-        OSError: it can't be read.
+        CannotRunError: the runtime can't run the file; `OtherSizesError` if it could with inputs of other lengths.
+        FormatError: the file is in no known format.
+        OSError: the file can't be read.
     """
     name = runtime_of(path)
     if name == "cellstack":
         return _by_us(net, path, inputs)
-    loaded = sys.modules.get("keras")  # its backend is the one that our own process has
+    loaded = sys.modules.get("keras")  # use the backend that our own process uses
     chosen = os.environ.get("KERAS_BACKEND") if loaded is None else loaded.config.backend()
     environment = {"KERAS_BACKEND": chosen} if chosen else {}
     try:
@@ -115,16 +113,16 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
 
 
 def run_here(name: str, net: Network, path: str, inputs: Inputs) -> tuple[dict[str, Any], list[Array]]:
-    """Run a file in this process; what `run` returns or raises as what goes between processes: JSON and arrays."""
+    """Run a file in this process, and return the result or the error of `run` as JSON and arrays."""
     try:
-        with warnings.catch_warnings():  # what a runtime says of itself, such as which of its ways it takes
+        with warnings.catch_warnings():  # runtimes warn about themselves, such as which algorithm they use
             warnings.simplefilter("ignore")
             answers = RUNTIMES[name](net, path, inputs)
     except OtherSizesError as error:
         return {"sizes": [error.batch, error.steps]}, []
     except CannotRunError as error:
         return {"why": str(error)}, []
-    except Exception as error:  # any: runtimes raise what they like, wherever they are called
+    except Exception as error:  # a runtime may raise anything
         return {"why": _says(f"can't run the file: {name} raised {type(error).__name__}", error)}, []
     arrays = [*answers.outputs.values(), *answers.states.values()]
     odd = next((array.dtype for array in arrays if array.dtype.kind not in "biuf"), None)
@@ -134,18 +132,18 @@ def run_here(name: str, net: Network, path: str, inputs: Inputs) -> tuple[dict[s
 
 
 def runtime_of(path: str) -> str:
-    """Return the name of what runs a file.
+    """Return the name of a file's runtime.
 
     Raises:
-        FormatError: no format is like it.
-        OSError: it can't be read.
+        FormatError: the file is in no known format.
+        OSError: the file can't be read.
     """
     suffix = PurePath(path).suffix.lower()
     return BY_SUFFIX[suffix if suffix in BY_SUFFIX else adapter_of(path).SUFFIXES[0]]
 
 
 def _package(name: str, path: str) -> Any:
-    """Return a package; `CannotRunError` where it isn't installed."""
+    """Import and return a package; raise `CannotRunError` if it isn't installed."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -158,7 +156,7 @@ def _says(what: str, error: Exception) -> str:
 
 
 def _by_name(names: Sequence[str], found: Sequence[str], arrays: Sequence[Any], what: str) -> dict[str, Any]:
-    """Return arrays by `names`: those that are `found` under the same names, else all in order."""
+    """Return arrays by `names`: matched by name if all of them are in `found`, else by order."""
     if set(names) <= set(found):
         return {name: arrays[found.index(name)] for name in names}
     if len(names) != len(found):
@@ -170,7 +168,7 @@ def _by_name(names: Sequence[str], found: Sequence[str], arrays: Sequence[Any], 
 
 
 def _by_us(net: Network, path: str, inputs: Inputs) -> Answers:
-    """Run what `load` reads out of a file of our own."""
+    """Load and run a file in the native format."""
     try:
         other = safetensors.load(path)
         y, states = other.run(_by_name(other.inputs, list(inputs), list(inputs.values()), "inputs"))
@@ -187,17 +185,17 @@ def _by_us(net: Network, path: str, inputs: Inputs) -> Answers:
 
 
 def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
-    """Run a model; what it takes beside the network's inputs are lengths, and states, which start at zero."""
+    """Run a model; its inputs that aren't inputs of the network are lengths, or states, which start at zero."""
     ort = _package("onnxruntime", path)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # it says what is wrong in what it raises too
+    options.log_severity_level = 4  # its exceptions hold the same messages
     ends = _ends_of(net, path)
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         found = _run_session(net, ends, session, inputs)
     except CannotRunError:
         raise
-    except Exception as error:  # its errors have no class in common
+    except Exception as error:  # its errors have no common base class
         lacks = re.search(r"Could not find an implementation for (\w+)", str(error))
         if lacks is not None and net.dtype == np.float64:
             raise CannotRunError(
@@ -214,7 +212,7 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
         cells = [ends["firsts"][node] + way for node, way, _ in refs]
         parts = parted(found[name], ends["state_axes"][name])
         states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=True)}
-    if not ends["outputs"]:  # what our reader doesn't read, masks say, we may have written
+    if not ends["outputs"]:  # our writer may write what our reader can't read, such as masks
         states = {name: found[after] for name, after in state_names(net).items() if after in found}
     turned = onnx.time_first(ends["inputs"])
     note = f"{turned}, and x was transposed for the file" if turned else ""
@@ -222,7 +220,7 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
 
 
 def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
-    """Return a session's outputs by name. A model of one step is run step by step, where its states can go on."""
+    """Return a session's outputs by name. A model of one step is run step by step if it takes its states as inputs."""
     if ends.get("frames"):
         return _run_frames(ends, session, inputs)
     entries, outs = session.get_inputs(), [entry.name for entry in session.get_outputs()]
@@ -259,7 +257,7 @@ def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Input
 
 
 def _run_frames(ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
-    """Return the outputs of a model that takes frames, each after its context: a frame a call, or rows of them."""
+    """Return the outputs of a model that takes frames, each preceded by its context: one per call, or all as rows."""
     entries = {entry.name: entry for entry in session.get_inputs()}
     outs = [entry.name for entry in session.get_outputs()]
     batch, steps = next(iter(inputs.values())).shape[:2]
@@ -279,7 +277,7 @@ def _run_frames(ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str,
             whole[name] = np.concatenate([ahead, x], axis=2).astype(dtype or x.dtype)
         elif name in ends["given"] and dtype is not None:
             if ends["given"][name] is None:
-                raise CannotRunError(f"the values that {name} was given when the file was loaded aren't kept")
+                raise CannotRunError(f"the value that was passed for {name} on loading isn't stored in the network")
             fed[name] = np.asarray(ends["given"][name], dtype)
         elif name in ends["starts"]:
             fed[name] = np.zeros([axis if isinstance(axis, int) else batch for axis in entry.shape], dtype)
@@ -303,21 +301,21 @@ def _run_frames(ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str,
 
 
 def parted(array: Array, axes: str) -> Array:
-    """Return the states `[S, B, H]` that an output holds, whose axes our reader notes: one row where there is no B."""
+    """Return the states `[S, B, H]` in an output whose axes are given by letters; without a B there is one row."""
     array = array.transpose(sorted(range(array.ndim), key=lambda n: "SBF".index(axes[n])))
     array = array if "B" in axes else array[..., None, :]
     return array.reshape(-1, *array.shape[-2:])
 
 
 def _ends_of(net: Network, path: str) -> dict[str, Any]:
-    """Return how the ends of a graph go with those of the network that our reader makes of it, as it notes it.
+    """Return how the graph's inputs and outputs correspond to the network's, as our ONNX reader records it.
 
-    They are `inputs` and `outputs`, in the network's order, each with its axes, and `states`, which are outputs too:
-    each of the operators' states, with its `state_axes`, and the `firsts` of the cells that the operators are. Where
-    our reader can't read the file whole they are empty: then all is taken as it comes.
+    `inputs` and `outputs` are in the network's order, each with its axes. `states` are the outputs that hold states of
+    operators, with their `state_axes`; `firsts` are the indices of the operators' first cells. If our reader can't read
+    the file, all are empty, and inputs and outputs are matched by order.
     """
     own = net.metadata.get("onnx")
-    if isinstance(own, dict) and own.keys() & {"frames", "given"}:  # a file that needs more than its path to be read
+    if isinstance(own, dict) and own.keys() & {"frames", "given"}:  # a file that was loaded with options
         return _noted(net, net)
     try:
         read = onnx.read_whole(path)
@@ -327,7 +325,7 @@ def _ends_of(net: Network, path: str) -> dict[str, Any]:
 
 
 def _noted(read: Network, net: Network) -> dict[str, Any]:
-    """Return the ends of a graph as they are noted in the network that our reader made of it."""
+    """Return the graph's inputs and outputs from the metadata of the network that our reader returned."""
     noted = read.metadata["onnx"]
     counts = [len(node.cells) for node in read.nodes if node.cells]
     return {
@@ -345,7 +343,7 @@ def _noted(read: Network, net: Network) -> dict[str, Any]:
 def _fed(
     net: Network, ends: dict[str, Any], entries: Sequence[Any], inputs: Inputs
 ) -> tuple[dict[str, str], dict[str, Array]]:
-    """Return the axes of what carries data, and all that a session is fed with, each in its order of axes."""
+    """Return the axes of the inputs that carry data, and all arrays to feed a session with, in its order of axes."""
     names = ends["inputs"] or dict.fromkeys([entry.name for entry in entries][: len(inputs)], "")
     given = {name: (inputs[ours], axes) for ours, (name, axes) in zip(net.inputs, names.items(), strict=False)}
     first = next(iter(inputs.values()))
@@ -368,13 +366,13 @@ def _fed(
 
 
 def ordered(array: Array, axes: str, batch: int) -> Array:
-    """Return an output as ours are: rows, steps, directions beside each other in the features.
+    """Return an output in a Network's layout: rows, steps, then features with the directions concatenated.
 
     Args:
-        array: what the runtime answers.
-        axes: what each of its axes is, as our reader notes it: `N` is rows and steps as one. Where features stand
-            before steps, or one axis of length 1 beside the features, the network answers so too.
-        batch: how many rows there are.
+        array: the runtime's output.
+        axes: a letter for each of its axes, as our reader records them; `N` is rows and steps merged. If features come
+            before steps, or an axis of length 1 is next to the features, the network's output has that layout too.
+        batch: the number of rows.
     """
     if len(axes) != array.ndim or not axes or not set(axes) <= set("BTFD1N"):
         return array
@@ -389,7 +387,7 @@ def ordered(array: Array, axes: str, batch: int) -> Array:
     order = sorted(range(array.ndim), key=lambda n: "BT1DF".index(axes[n]))
     array = array.transpose(order)
     kept = sum(axis in "BT" for axis in axes)
-    if "1" in axes or "D" in axes or axes == "B":  # one number a row is a feature of ours
+    if "1" in axes or "D" in axes or axes == "B":  # one number per row is one feature in a Network
         array = array.reshape(*array.shape[:kept], -1)
     return array if "B" in axes else array[None]
 
@@ -398,7 +396,7 @@ def ordered(array: Array, axes: str, batch: int) -> Array:
 
 
 def _choose_backend(ours: bool) -> None:
-    """Let keras find a backend that is installed, where nobody has chosen one; layers of ours run on torch alone."""
+    """Choose an installed backend for keras, if none is chosen; cellstack's layers only run on torch."""
     names = ("torch",) if ours else ("tensorflow", "torch", "jax")
     there = next((name for name in names if find_spec(name) is not None), None)
     if there is not None and "keras" not in sys.modules:
@@ -406,16 +404,16 @@ def _choose_backend(ours: bool) -> None:
 
 
 def _holds(path: str, text: bytes) -> bool:
-    """Whether a file has these bytes somewhere: both of Keras's containers keep a model's description as it is."""
+    """Return whether a file contains these bytes: both of Keras's containers store the description uncompressed."""
     with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # there is no map of nothing
+        if not os.fstat(file.fileno()).st_size:  # an empty file can't be mapped
             return False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             return whole.find(text) >= 0
 
 
 def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
-    """Raise `OtherSizesError` where a model has lengths of its own; its inputs stand in the network's order."""
+    """Raise `OtherSizesError` if a model, whose inputs are in the network's order, requires other lengths."""
     for name, shape in zip(net.inputs, shapes, strict=False):
         want, got = list(shape[:2]), list(inputs[name].shape[:2])
         sizes = [one or other for one, other in zip(want, got, strict=True)]
@@ -429,7 +427,7 @@ def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
     keras = _package("keras", path)
     try:
         if ours:
-            import_module("cellstack.keras")  # Keras knows layers of ours once this is imported
+            import_module("cellstack.keras")  # registers cellstack's layers with Keras
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
         names = [tensor.name for tensor in model.inputs]
         _check_sizes(net, [tensor.shape for tensor in model.inputs], inputs)
@@ -439,7 +437,7 @@ def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
         y = (made or model)(arrays if len(arrays) > 1 else arrays[0], training=False)
     except CannotRunError:
         raise
-    except Exception as error:  # any: it builds whatever the file describes
+    except Exception as error:  # building a model from a file may raise anything
         raise CannotRunError(_says(f"keras {keras.__version__} can't run it", error)) from None
     found = [keras.ops.convert_to_numpy(one) for one in keras.tree.flatten(y)]
     count = len(keras.tree.flatten(model.outputs))
@@ -451,7 +449,7 @@ def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
 
 
 def _inner(layer: Any) -> Iterator[Any]:
-    """Give a layer and all that are in it."""
+    """Yield a layer and all layers inside it."""
     yield layer
     parts = [getattr(layer, name, None) for name in ("forward_layer", "backward_layer", "layer")]
     for part in (*parts, *getattr(layer, "layers", ())):
@@ -460,16 +458,16 @@ def _inner(layer: Any) -> Iterator[Any]:
 
 
 def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
-    """Return a model that gives the states of a model's recurrent layers too; else None, and why there is none.
+    """Return a model that also returns the states of its recurrent layers; or None and the reason why there is none.
 
-    Each such layer is made again with `return_state` and its weights, on what it takes in the model; the states stand
-    in the order of the network's cells.
+    Each recurrent layer is copied with `return_state=True` and its weights, on the same input; the states are in the
+    order of the network's cells.
     """
     ours = sys.modules.get("cellstack.keras")
     kinds = (keras.layers.RNN, *((ours.LSTM, ours.GRU, ours.SimpleRNN) if ours is not None else ()))
     wraps = keras.layers.Bidirectional
     layers = {layer.name: layer for layer in model.layers if isinstance(layer, (*kinds, wraps))}
-    for layer in _inner(model):  # one that keeps its state may run twice in the new model; it is new, so at zero
+    for layer in _inner(model):  # a stateful layer may run twice in the new model; a fresh one starts at zero
         if getattr(layer, "stateful", False):
             layer.stateful = False
     nodes = {name: node for name, node in zip(net.names, net.nodes, strict=True) if node.cells}
@@ -492,13 +490,13 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
                 return None, f"{name} takes its initial state from the model"
             states = keras.tree.flatten(again(x, **dict(zip(["mask"], masks, strict=False))))[1:]
             again.set_weights(layer.get_weights())
-        except Exception as error:  # any, as above; an AttributeError where a layer is called twice
+        except Exception as error:  # any, as above; an AttributeError if a layer is called twice
             return None, _says(f"keras can't give the states of {name}", error)
         tensors += states
     sizes = [size for cell in net.cells for size in cell.spec.state_sizes.values()]
     found = [tensor.shape[-1] for tensor in tensors]
     if found != sizes:
-        return None, f"the layers at the model's top have states of widths {found}, the network's cells {sizes}"
+        return None, f"the model's top-level layers have states of widths {found}, the network's cells {sizes}"
     return keras.Model(model.inputs, [*keras.tree.flatten(model.outputs), *tensors]), ""
 
 
@@ -506,7 +504,7 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
 
 
 def _tensors(torch: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the tensors of nested dicts by their paths."""
+    """Yield the tensors of nested dicts with their paths."""
     if isinstance(found, Mapping):
         for name, value in found.items():
             yield from _tensors(torch, value, f"{prefix}.{name}" if prefix else str(name))
@@ -515,11 +513,11 @@ def _tensors(torch: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
-    """Run the one recurrent module whose state dict a file holds."""
+    """Run the recurrent module whose state dict is in a file."""
     torch = _package("torch", path)
     try:
         tensors = dict(_tensors(torch, torch.load(path, map_location="cpu", weights_only=True)))
-    except Exception as error:  # such as UnpicklingError: more than weights
+    except Exception as error:  # such as UnpicklingError: the file holds more than weights
         raise CannotRunError(_says("torch can't load it without running the file's own code", error)) from None
     weights = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     weights = {f"{name}_l0" if re.search(r"_(ih|hh)$", name) else name: one for name, one in weights.items()}
@@ -560,7 +558,7 @@ def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
 
 
 def _by_compiler(net: Network, path: str, inputs: Inputs) -> Answers:
-    """Compile what `export_c` writes of the network, where the file is just that, and run it."""
+    """Compile and run the C code that `export_c` writes for the network, if the file is identical to it."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise CannotRunError(f"{path} needs a C compiler, cc or what CC names: install gcc or clang")
@@ -572,7 +570,7 @@ def _by_compiler(net: Network, path: str, inputs: Inputs) -> Answers:
             raise CannotRunError(str(error)) from None
         for own, theirs in ((header, Path(path).with_suffix(".h")), (source, Path(path))):
             if not theirs.exists() or own.read_bytes() != theirs.read_bytes():
-                raise CannotRunError(f"{theirs} isn't what export_c writes of this network")
+                raise CannotRunError(f"{theirs} isn't the file that export_c writes for this network")
         built = os.path.join(folder, "library.so")
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", built, str(source), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -588,7 +586,7 @@ def _by_compiler(net: Network, path: str, inputs: Inputs) -> Answers:
 def _in_c(
     library: ctypes.CDLL, name: str, size: int, net: Network, x: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Run each row frame by frame."""
+    """Run each row step by step."""
     frames = np.ascontiguousarray(x.reshape(*x.shape[:2], -1), net.dtype)
     y = np.empty((*frames.shape[:2], net.shapes[net.outputs[0]][-1] or 1), net.dtype)
     memory = np.zeros((len(frames), size // net.dtype.itemsize), net.dtype)
@@ -608,8 +606,8 @@ def _in_c(
 
 
 def _by_nothing(net: Network, path: str, inputs: Inputs) -> Answers:
-    """Say that what runs such files is a library of C++, which there is no package of."""
-    raise CannotRunError(f"{path} is run by RTNeural or by a plugin of neural-amp-modeler's, not from here")
+    """Refuse: the runtimes of such files are C++ libraries without a Python package."""
+    raise CannotRunError(f"{path} is run by RTNeural or neural-amp-modeler, C++ libraries without a Python package")
 
 
 RUNTIMES: dict[str, Callable[[Network, str, Inputs], Answers]] = {

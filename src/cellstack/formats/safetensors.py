@@ -1,12 +1,12 @@
 """The native format: safetensors, with the network's description as JSON in the header's metadata.
 
-The container is written and read by the `safetensors` package. Under `__metadata__`, the key `cellstack` holds the
-description, which is ours: the format's version, the inputs, the nodes in order with their names, wires and settings,
-the outputs, and the network's own metadata. A tensor is named by its node, its place in it and its array:
+The `safetensors` package writes and reads the container. Under `__metadata__`, the key `cellstack` holds cellstack's
+description: the format's version, the inputs, the nodes in order with their names, wires and settings, the outputs, and
+the network's metadata. A tensor's name consists of its node, its position in the node and its array:
 `layer_0/forward/0/kernel`.
 
-What a file claims of an array is checked before the array is read, nothing in it is run, and memory stays near the size
-of the arrays: a header takes some fifteen times its length, which the package keeps below 100 MB.
+An array's shape and dtype are checked before the array is read, and nothing in the file is run. Memory stays near the
+size of the arrays: parsing the header takes some fifteen times its length, which the package limits to 100 MB.
 
 Ref: https://github.com/huggingface/safetensors#format
 """
@@ -25,7 +25,7 @@ from safetensors.numpy import save as to_bytes
 
 from cellstack.bfloat16 import BFloat16Array
 from cellstack.formats.files import replacing, short
-from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights, upper_halves
+from cellstack.formats.safetensors_weights import bfloat16_bits, extract_weights, has_parts, load_weights
 from cellstack.network import Network
 from cellstack.nodes import NODES, Node
 from cellstack.nodes.patches import Patch
@@ -40,13 +40,13 @@ SUFFIXES = (".safetensors",)
 OPTIONS = ("order",)
 KEY = "cellstack"
 VERSION = 1
-MAX_DESCRIPTION = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
+MAX_DESCRIPTION = 1 << 22  # enough for thousands of nodes; parsing JSON takes some twenty times its size
 DTYPES = {"F32": np.float32, "F64": np.float64}
-HALVES = "BF16"  # of cells' matrices alone
+BFLOAT16 = "BF16"  # only for the matrices of cells
 
 
 def recognises(head: bytes) -> bool:
-    """Return whether a file that begins with `head` looks like safetensors: a length, then a JSON object."""
+    """Return whether a file that starts with `head` looks like safetensors: a length, then a JSON object."""
     return len(head) > 8 and head[8:9] == b"{"
 
 
@@ -54,10 +54,10 @@ def recognises(head: bytes) -> bool:
 
 
 def described(network: Network) -> tuple[dict[str, Any], dict[str, Array | BFloat16Array]]:
-    """Return the description of `network`, which JSON can hold, and its arrays by the names of their tensors.
+    """Return the description of `network` as JSON values, and its arrays by the names of their tensors.
 
     Args:
-        network: what is described.
+        network: the network.
     """
     tensors: dict[str, Array | BFloat16Array] = {}
     nodes = []
@@ -74,41 +74,43 @@ def described(network: Network) -> tuple[dict[str, Any], dict[str, Array | BFloa
             said["value"] = list(patch.value.shape)
             tensors[f"patch/{number}/value"] = patch.value
         patches.append(said)
-    if patches:  # an older cellstack refuses what it doesn't know
+    if patches:  # left out if there are none, as older versions refuse unknown keys
         graph["patches"] = patches
     return {"version": VERSION, **graph, "metadata": network.metadata}, tensors
 
 
 def save(network: Network, path: str) -> None:
-    """Write `network` to `path`, whole or not at all.
+    """Write `network` to `path` atomically.
 
     Args:
-        network: what to write.
-        path: where to.
+        network: the network to write.
+        path: the file to write.
 
     Raises:
-        ValueError: a description (names and metadata) of more than 4 MiB.
+        ValueError: the description (names and metadata) is larger than 4 MiB.
         OSError: the file can't be written.
     """
     found, tensors = described(network)
     description = json.dumps(found)
     if len(description) > MAX_DESCRIPTION:
-        raise ValueError(f"save: expected a description of at most {MAX_DESCRIPTION} bytes, got {len(description)}")
+        raise ValueError(
+            f"save: the description has {len(description)} bytes, more than {MAX_DESCRIPTION}: shorten the metadata"
+        )
     with replacing(path) as file:
         file.write(_to_bytes(tensors, description))
 
 
 def _to_bytes(tensors: Mapping[str, Array | BFloat16Array], description: str) -> bytes:
-    """Return the bytes of a file: of bfloat16, which NumPy doesn't have, the bits, as the header says."""
-    halves = {name for name, array in tensors.items() if isinstance(array, BFloat16Array)}
+    """Return the bytes of a file; bfloat16 arrays are written as bits, as NumPy has no such dtype."""
+    narrow = {name for name, array in tensors.items() if isinstance(array, BFloat16Array)}
     written = {name: array.bits if isinstance(array, BFloat16Array) else array for name, array in tensors.items()}
     data = to_bytes(written, metadata={KEY: description})
-    if not halves:
+    if not narrow:
         return data
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    for name in halves:
-        header[name]["dtype"] = HALVES
+    for name in narrow:
+        header[name]["dtype"] = BFLOAT16
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[end:]
@@ -118,31 +120,31 @@ def _to_bytes(tensors: Mapping[str, Array | BFloat16Array], description: str) ->
 
 
 def _parse(where: str, text: str) -> Any:
-    """Parse JSON strictly: no key twice, no NaN; whatever is wrong is a `FormatError`."""
+    """Parse JSON strictly, without repeated keys or NaN; any defect is a `FormatError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise FormatError(f"{where}: expected every key once, found {short(key)} more than once")
+                raise FormatError(f"{where}: the key {short(key)} occurs more than once")
             found[key] = value
         return found
 
     def no_constant(name: str) -> Any:
-        raise FormatError(f"{where}: expected numbers that JSON knows, found {name}")
+        raise FormatError(f"{where}: {name} isn't a number in JSON")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except FormatError:
         raise
     except RecursionError:
-        raise FormatError(f"{where}: expected a description, found JSON nested too deep") from None
-    except ValueError as error:  # bad JSON, numbers beyond reason
+        raise FormatError(f"{where}: the JSON is nested too deeply") from None
+    except ValueError as error:  # invalid JSON, or integers with too many digits
         raise FormatError(f"{where}: expected JSON, found {str(error)[:300]}") from None
 
 
 def _take(where: str, table: Any, keys: Types, optional: Types | None = None) -> dict[str, Any]:
-    """Return `table`, which must have these keys, and no others but the optional ones, with values of these types."""
+    """Return `table` after checking its keys and the types of its values; only the `optional` keys may be missing."""
     optional = optional or {}
     if not isinstance(table, dict) or not table.keys() >= keys.keys():
         found = short(sorted(table)) if isinstance(table, dict) else type(table).__name__
@@ -150,19 +152,19 @@ def _take(where: str, table: Any, keys: Types, optional: Types | None = None) ->
     known = {**keys, **optional}
     unknown = sorted(table.keys() - known.keys())
     if unknown:
-        raise FormatError(f"{where}: expected the keys {sorted(known)} alone, found {short(unknown[0])}")
+        raise FormatError(f"{where}: unknown key {short(unknown[0])}; expected {sorted(known)}")
     for name, value in table.items():
         one = known[name]
         kinds = one if isinstance(one, tuple) else (one,)
-        whole = float in kinds and type(value) is int and abs(value) <= 1 << 53  # JSON has one kind of number
-        if type(value) not in kinds and not whole:  # bool is no int here
+        whole = float in kinds and type(value) is int and abs(value) <= 1 << 53  # JSON has one type of number
+        if type(value) not in kinds and not whole:  # a bool isn't accepted as an int
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise FormatError(f"{where}: expected {name} to be {expected}, found {type(value).__name__}")
     return table
 
 
 class _Tensors:
-    """Hands out the tensors of a file one by one, and knows which were never asked for."""
+    """Reads the tensors of a file one by one, and records which are left."""
 
     def __init__(self, path: str, file: safe_open) -> None:
         self.path, self.file = path, file
@@ -171,31 +173,31 @@ class _Tensors:
     def take(self, name: str, shape: tuple[int, ...], bfloat16: bool = False) -> Array | BFloat16Array:
         where = f"{self.path}: tensor {short(name)}"
         if name not in self.left:
-            raise FormatError(f"{where}: expected it, with shape {short(list(shape))}, found no such tensor")
+            raise FormatError(f"{where}: expected shape {short(list(shape))}, found no such tensor")
         self.left.remove(name)
         entry = self.file.get_slice(name)
         dtype, found = entry.get_dtype(), entry.get_shape()
-        known = (*DTYPES, HALVES) if bfloat16 else tuple(DTYPES)
+        known = (*DTYPES, BFLOAT16) if bfloat16 else tuple(DTYPES)
         if dtype not in known:
             raise FormatError(f"{where}: expected dtype {', '.join(known[:-1])} or {known[-1]}, found {short(dtype)}")
         if found != list(shape):
             raise FormatError(f"{where}: expected shape {short(list(shape))}, found {short(found)}")
-        if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
+        if 0 in shape:  # the other axis could be longer than NumPy allows
             raise FormatError(f"{where}: expected at least one number, found shape {short(found)}")
-        if dtype == HALVES:
-            return BFloat16Array(upper_halves(self.path, name, shape))
-        np.empty(shape, DTYPES[dtype])  # a MemoryError where there is no room for it: the package would panic
+        if dtype == BFLOAT16:
+            return BFloat16Array(bfloat16_bits(self.path, name, shape))
+        np.empty(shape, DTYPES[dtype])  # raises MemoryError if it doesn't fit: the package would panic
         return self.file.get_tensor(name)
 
 
 class _Entry(Entry):
-    """A node's description with its tensors, as `Node.restored` asks for them.
+    """A node's description with its tensors, as `Node.restored` takes them.
 
     Args:
-        tensors: of the whole file.
-        prefix: what the names of its tensors begin with.
+        tensors: the tensors of the whole file.
+        prefix: the start of the names of the node's tensors.
         table: the description, without name and wires.
-        kind: the type that it must have; "": it has none.
+        kind: the type that it must have; "" = it has none.
     """
 
     def __init__(self, tensors: _Tensors, prefix: str, table: Any, kind: str) -> None:
@@ -230,7 +232,7 @@ def _inputs(where: str, entries: list[Any]) -> dict[str, Any]:
     for entry in entries:
         name, shape = (_take(f"{where}: inputs", entry, {"name": str, "shape": list})[key] for key in ("name", "shape"))
         if name in inputs:
-            raise FormatError(f"{where}: expected inputs of different names, found {short(name)} more than once")
+            raise FormatError(f"{where}: the input {short(name)} occurs more than once")
         inputs[name] = shape
     return inputs
 
@@ -238,7 +240,7 @@ def _inputs(where: str, entries: list[Any]) -> dict[str, Any]:
 def _node(tensors: _Tensors, entry: Any) -> tuple[str, tuple[str, ...], Node]:
     """Return a node with its name and its wires."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise FormatError(f"{tensors.path}: expected every node to have a name, found {short(entry)}")
+        raise FormatError(f"{tensors.path}: expected a node with a name, found {short(entry)}")
     table = dict(entry)
     name = table.pop("name")
     wires = _names(f"{tensors.path}: {short(name)}", "wires", table.pop("wires", None))
@@ -251,7 +253,7 @@ def _node(tensors: _Tensors, entry: Any) -> tuple[str, tuple[str, ...], Node]:
         return name, wires, NODES[kind].restored(_Entry(tensors, name, table, kind))
     except FormatError:
         raise
-    except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
+    except (ValueError, TypeError) as error:  # settings or arrays that the node refuses
         raise FormatError(f"{tensors.path}: {short(name)}: {str(error)[:300]}") from None
 
 
@@ -274,23 +276,23 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
 
     Args:
         path: the file.
-        order: of modules, where the file holds weights alone: see `cellstack.load`.
+        order: the order of the modules, for a file of weights only: see `cellstack.load`.
 
     Returns:
         The network, bit for bit as it was saved.
 
     Raises:
-        FormatError: the file is damaged, of a newer version, or not a network; names the file, the tensor, what was
-            expected and what was found.
+        FormatError: the file is damaged, of a newer version, or not a network; the message names the file, the tensor,
+            what was expected and what was found.
         OSError: the file can't be read.
-        MemoryError: there is no room for it; names the file.
-        TypeError: an order for a network, which has its own.
+        MemoryError: the file doesn't fit into memory; the message names it.
+        TypeError: an order is given for a network, which has its own.
     """
     with _opened(path) as file:
         if _of_weights(file):
             return load_weights(path, file, order)
         if order is not None:
-            raise TypeError(f"load: expected no order for {path}: it holds a network, which says its own")
+            raise TypeError(f"load: order isn't used for {path}: it holds a network, which defines its own order")
         return _read(path, file)
 
 
@@ -301,7 +303,7 @@ def extract(path: str) -> dict[str, Network]:
         path: the file.
 
     Returns:
-        One network a part.
+        One network for each part.
 
     Raises:
         FormatError, OSError, MemoryError: see `load`.
@@ -325,13 +327,13 @@ def _opened(path: str) -> Iterator[safe_open]:
     except SafetensorError as error:
         raise FormatError(f"{path}: expected a safetensors file, found {short(str(error), 300)}") from None
     except RecursionError:
-        raise FormatError(f"{path}: expected a description, found JSON nested too deep") from None
-    except MemoryError:  # what the operating system says names neither the file nor its size
-        raise MemoryError(f"{path}: expected memory for its {os.path.getsize(path):,} bytes, got too little") from None
+        raise FormatError(f"{path}: the JSON is nested too deeply") from None
+    except MemoryError:  # the original error names neither the file nor its size
+        raise MemoryError(f"{path}: not enough memory for its {os.path.getsize(path):,} bytes") from None
 
 
 def _of_weights(file: safe_open) -> bool:
-    """Whether there is no description, but weights whose names say what they are."""
+    """Return whether a file has no description, but weights with the names of recurrent modules."""
     return KEY not in (file.metadata() or {}) and has_parts(file)
 
 
@@ -340,11 +342,11 @@ def _read(path: str, file: safe_open) -> Network:
     if text is None:
         raise FormatError(
             f"{path}: expected a description under __metadata__.{KEY}, found none: "
-            "a safetensors file of weights alone doesn't say what to do with them"
+            "a safetensors file of weights only doesn't define a network"
         )
     where = f"{path}: description"
     if len(text) > MAX_DESCRIPTION:
-        raise FormatError(f"{where}: expected at most {MAX_DESCRIPTION} characters, found {len(text)}")
+        raise FormatError(f"{where}: {len(text)} characters are more than the limit of {MAX_DESCRIPTION}")
     description = _parse(where, text)
     version = description.get("version") if isinstance(description, dict) else None
     if type(version) is not int or version < 1:
@@ -361,7 +363,7 @@ def _read(path: str, file: safe_open) -> Network:
     patches = [_patch(tensors, number, said) for number, said in enumerate(description.get("patches", []))]
     if tensors.left:
         unused = short(min(tensors.left))
-        raise FormatError(f"{path}: tensor {unused}: expected no such tensor, found one that no node uses")
+        raise FormatError(f"{path}: tensor {unused}: no node uses it")
     names, wires, nodes = zip(*found, strict=True) if found else ((), (), ())
     try:
         wiring = {"inputs": inputs, "wires": wires, "outputs": outputs}

@@ -1,4 +1,4 @@
-"""Safetensors files of weights alone, such as a torch state dict is saved in: their recurrent modules by name."""
+"""Safetensors files that hold only weights, such as a torch state dict: their recurrent modules by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from cellstack.bfloat16 import widened
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, held_as_read, network_of, networks_of, parts_of, with_dense
+from cellstack.formats.pytorch.names import NAME, keep_bfloat16, network_of, networks_of, parts_of, with_dense
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.ours import layers_of
 from cellstack.formats.pytorch.saved import Source
@@ -29,7 +29,7 @@ DTYPES = ("F16", "F32", "F64", "BF16")
 
 
 class _Tensor:
-    """A tensor of the file, read when it is asked for."""
+    """A tensor of the file, read on first use."""
 
     def __init__(self, path: str, file: safe_open, name: str) -> None:
         self.path, self.file, self.name = path, file, name
@@ -40,14 +40,14 @@ class _Tensor:
         if self.dtype not in DTYPES:
             found = f"found {self.dtype}"
             raise FormatError(f"{self.path}: tensor {self.name!r}: expected dtype {', '.join(DTYPES)}, {found}")
-        array = widened(upper_halves(self.path, self.name, self.shape)) if self.dtype == "BF16" else None
+        array = widened(bfloat16_bits(self.path, self.name, self.shape)) if self.dtype == "BF16" else None
         return np.asarray(self.file.get_tensor(self.name) if array is None else array, dtype)
 
 
-def upper_halves(path: str, name: str, shape: tuple[int, ...]) -> NDArray[np.uint16]:
-    """Return the bits of a tensor of bfloat16, which NumPy doesn't know.
+def bfloat16_bits(path: str, name: str, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    """Return the bits of a bfloat16 tensor, as NumPy has no such dtype.
 
-    The package has opened the file, and so checked that the header and the places in it are within the file.
+    The package has opened the file before, and so checked that the header and the offsets in it are within the file.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -61,26 +61,26 @@ def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
 
 
 def has_parts(file: safe_open) -> bool:
-    """Return whether any tensor is named as PyTorch names those of a recurrent module."""
+    """Return whether any tensor has a name that PyTorch gives the weights of a recurrent module."""
     try:
         tensors = _tensors("", file)
         return bool(layers_of(tensors) or parts_of(joined(tensors, "", NAME)))
-    except FormatError:  # of weights in pieces that don't fit, which reading them says
+    except FormatError:  # weights in pieces that don't fit together: reading them reports it
         return True
 
 
 def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None = None) -> Network:
-    """Return the one recurrent module that a file of weights consists of, or its modules in an order, one by one."""
+    """Return the network of a file of weights: its only recurrent module, or its modules in a given order."""
     tensors = _tensors(path, file)
     if order is not None:
         network = in_order(Contents(tensors), Source(path, Scripts(path, lambda _: "")), order)
     else:
         network = network_of(tensors, path)
-    return held_as_read(network, tensors)
+    return keep_bfloat16(network, tensors)
 
 
 def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
-    """Return the recurrent modules of a file of weights by name, and each Linear beside them."""
+    """Return the recurrent and the Linear modules of a file of weights, by name."""
     tensors = _tensors(path, file)
-    networks = {name: held_as_read(network, tensors) for name, network in networks_of(tensors, path).items()}
+    networks = {name: keep_bfloat16(network, tensors) for name, network in networks_of(tensors, path).items()}
     return with_dense(networks, tensors, path)

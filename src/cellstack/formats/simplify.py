@@ -1,8 +1,8 @@
-"""Simplifying a graph before it becomes a Network, so that one model is one graph, whichever file it came from.
+"""Simplifies a graph before it becomes a Network, so that a model gives the same graph from every file format.
 
-Each rule is a function of the graph and of one node, which it rewrites together with the node before it, and says
-whether it did. A rule computes what the nodes computed, to within rounding, and respects masks: where the value between
-two nodes goes nowhere else, and where no mask that the graph makes would go on further than before.
+Each rule takes the graph and one node, rewrites the node together with the one before it, and returns whether it did.
+A rule keeps the results, to within rounding. It applies only where no other node uses the value between the two nodes,
+and where it doesn't pass a mask that the graph creates further than before.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from cellstack.nodes.base import MORE_ACTIVATIONS, Array, Shape
 from cellstack.nodes.time import pads
 
 MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share
-BOUNDED = {(0.0, None): "relu", (0.0, 6.0): "relu6"}  # activations that bound what comes in
-BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't number by number
+BOUNDED = {(0.0, None): "relu", (0.0, 6.0): "relu6"}  # activations that are a Clip
+BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't elementwise
 
 
 class Draft:
     """A graph that is being rewritten: nodes by name, in an order in which they can run.
 
     Args:
-        inputs: their shapes.
-        nodes: the nodes by name; those that lead to no output are left out.
-        sources: what each takes.
+        inputs: the inputs' shapes.
+        nodes: the nodes by name; those that reach no output are dropped.
+        sources: the wires that each node takes.
         outputs: names of nodes, all different.
-        shapes: of every value, as far as it is known.
+        shapes: the shape of every value, None where it is unknown.
 
     Attributes:
-        cells: of a node that became part of another one, that one, and the place of the first of its cells there.
+        cells: for each node that became part of another one, that node and the index of its first cell there.
     """
 
     def __init__(
@@ -78,39 +78,39 @@ class Draft:
         self.nodes = {name: node for name, node in nodes.items() if name in used}
         self.sources = {name: sources[name] for name in self.nodes}
         self.takers: defaultdict[str, list[str]] = defaultdict(list)
-        self.masked: set[str] = set()  # values on which there may be a mask that the graph makes
+        self.masked: set[str] = set()  # values that may carry a mask that the graph creates
         for name, node in self.nodes.items():
             for source in self.sources[name]:
                 self.takers[source].append(name)
             if node.makes_mask or not self.masked.isdisjoint(self.sources[name]):
                 self.masked.add(name)
-        self.waiting = deque(self.nodes)  # nodes that are to be looked at
+        self.waiting = deque(self.nodes)  # nodes to try the rules on
         self._uses = Counter(id(node) for node in self.nodes.values())
         self._made: dict[tuple[Any, ...], tuple[Any, Node | None]] = {}
         self._copied = 0
 
     def before(self, name: str) -> str | None:
-        """Return the node whose value goes to this one and nowhere else; None where there is none."""
+        """Return the node before this one, if nothing else uses its value; else None."""
         (source, *others) = self.sources[name]
         alone = not others and source in self.nodes and len(self.takers[source]) == 1 and source not in self.outputs
         return source if alone else None
 
-    def hands_on(self, name: str) -> bool:
-        """Return whether a state of a node goes anywhere."""
+    def state_used(self, name: str) -> bool:
+        """Return whether another node or an output uses a state of a node."""
         states = (state_of(name, state) for state in self.nodes[name].state_sizes)
         return any(self.takers.get(state) or state in self.outputs for state in states)
 
     def starts(self, name: str) -> bool:
-        """Return whether a node's cells start from values."""
+        """Return whether a node's cells take their initial state from the graph."""
         return bool(self.nodes[name].apart(self.sources[name])[1])
 
     def fuse(self, before: str, name: str, node: Node) -> bool:
-        """Let one node do what this one and the one before it did; it has the name of the latter."""
+        """Replace nodes `before` and `name` by one, which keeps the name of `before`."""
         self.nodes[before], self.shapes[before] = node, self.shapes[name]
         return self._leave_out(name, before)
 
     def fold(self, before: str, name: str, node: Node) -> bool:
-        """Let one node do what this one and the one before it did; it has the name of the former."""
+        """Replace nodes `before` and `name` by one, which keeps the name `name`."""
         (source,) = self.sources[before]
         self.nodes[name], self.sources[name] = node, (source,)
         self.takers[source] = [name if taker == before else taker for taker in self.takers[source]]
@@ -118,14 +118,14 @@ class Draft:
         return True
 
     def bypass(self, name: str) -> bool:
-        """Leave out a node that changes nothing, unless it is needed as an output of its own."""
+        """Remove a node that changes nothing, unless it is needed as a separate output."""
         (source,) = self.sources[name]
         if name in self.outputs and (source in self.inputs or source in self.outputs):
             return False
         return self._leave_out(name, source)
 
     def take(self, name: str, source: str, *gone: str) -> bool:
-        """Let a node take another value; leave out the nodes named, and what it took where nothing else does."""
+        """Connect a node to another source; remove the nodes `gone`, and its old sources if they are no longer used."""
         taken = self.sources[name]
         self.sources[name] = (source,)
         self.takers[source].append(name)
@@ -134,7 +134,7 @@ class Draft:
         unused = [
             one
             for one in taken
-            if one in self.nodes and not self.takers[one] and one not in self.outputs and not self.hands_on(one)
+            if one in self.nodes and not self.takers[one] and one not in self.outputs and not self.state_used(one)
         ]
         gone = tuple(dict.fromkeys((*gone, *unused)))
         for one in gone:
@@ -146,7 +146,7 @@ class Draft:
         return True
 
     def _leave_out(self, name: str, source: str) -> bool:
-        """Let what a node gave come from elsewhere; look again at what takes it."""
+        """Remove a node, connect the nodes that use it to `source`, and try the rules on these again."""
         takers = self.takers.pop(name, [])
         for taker in takers:
             self.sources[taker] = tuple(source if one == name else one for one in self.sources[taker])
@@ -161,28 +161,28 @@ class Draft:
         del self.nodes[name], self.sources[name]
 
     def made(self, node: Node, *others: Any, make: Callable[[], Node | None]) -> Node | None:
-        """Return what a node becomes, once for all places where it becomes the same; None where it isn't to be.
+        """Return a node with rewritten weights, made once for all places that share it; None = don't rewrite it.
 
         Args:
-            node: the node whose weights are rewritten; several places may share it.
-            others: all that tells what it becomes.
-            make: makes it.
+            node: the node whose weights are rewritten; it may occur in several places.
+            others: everything else that the result depends on.
+            make: makes the new node.
         """
         key = (id(node), *(id(other) if isinstance(other, Node) else other for other in others))
         if key not in self._made:
-            if self._uses[id(node)] > 1:  # then the weights, shared until now, are copied
+            if self._uses[id(node)] > 1:  # the weights, shared until now, are copied
                 self._copied += node.parameters
                 if self._copied > MOST_COPIED:
                     return None
-            self._made[key] = ((node, *others), make())  # held, so that no other node gets their ids
+            self._made[key] = ((node, *others), make())  # kept alive, so that no other node gets their ids
         made = self._made[key][1]
         self._uses[id(made)] += 1
         return made
 
 
 def simplify(draft: Draft) -> None:
-    """Rewrite a graph by all of the rules until none applies."""
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows isn't folded: see `_finite`
+    """Apply the rules to a graph until none applies."""
+    with np.errstate(over="ignore", invalid="ignore"):  # weights that overflow aren't folded: see `_finite`
         while draft.waiting:
             name = draft.waiting.popleft()
             while name in draft.nodes and any(rule(draft, name) for rule in RULES):
@@ -193,9 +193,9 @@ def simplify(draft: Draft) -> None:
 
 
 def last_step(draft: Draft, name: str) -> bool:
-    """The last step of a sequence that a Recurrent returns: it returns that step alone.
+    """Let a Recurrent before a GlobalPool("last") return its last step only.
 
-    Not with masks, as a row that is masked as a whole has no last step.
+    Doesn't apply with masks: a row that is masked entirely has no last step.
     """
     before, node = draft.before(name), draft.nodes[name]
     if before is None or not isinstance(node, GlobalPool) or node.mode != "last" or before in draft.masked:
@@ -207,7 +207,7 @@ def last_step(draft: Draft, name: str) -> bool:
 
 
 def states_alone(draft: Draft, name: str) -> bool:
-    """A Recurrent that returns a sequence of which nothing is taken, as its states are: it returns its last step."""
+    """Let a Recurrent return its last step if nothing uses its sequence but only its states."""
     node = draft.nodes[name]
     if not isinstance(node, Recurrent) or not node.return_sequences or draft.takers.get(name) or name in draft.outputs:
         return False
@@ -217,7 +217,7 @@ def states_alone(draft: Draft, name: str) -> bool:
 
 
 def last_state(draft: Draft, name: str) -> bool:
-    """What a Recurrent returns after its last step, where other cells start from it: it is a state of its."""
+    """Start cells from the state h of a Recurrent instead of from its last step, which is the same value."""
     comes, starts = draft.nodes[name].apart(draft.sources[name])
     own = {start: state_of(start, "h") for start in starts if _returns_h(draft.nodes.get(start))}
     if not own:
@@ -231,14 +231,14 @@ def last_state(draft: Draft, name: str) -> bool:
 
 
 def _returns_h(node: Node | None) -> bool:
-    """Whether what a node returns is a state of its, whatever mask there is."""
+    """Return whether a node's output is its state h, with any mask."""
     if not isinstance(node, Recurrent) or len(node.cells) != 1:
         return False
     return not node.return_sequences and not node.zero_output_for_mask
 
 
 def backwards(draft: Draft, name: str) -> bool:
-    """A Recurrent over a sequence in reverse: one that runs the other way."""
+    """Replace a Recurrent over a reversed sequence by one that runs in the other direction."""
     node = draft.nodes[name]
     if not isinstance(node, Recurrent) or not _reverses(draft, draft.sources[name][0]) or draft.starts(name):
         return False
@@ -248,10 +248,10 @@ def backwards(draft: Draft, name: str) -> bool:
 
 
 def both_ways(draft: Draft, name: str) -> bool:
-    """Two Recurrents that run over one sequence from its two ends, side by side: a Bidirectional.
+    """Replace two concatenated Recurrents that run over one sequence in both directions by a Bidirectional.
 
-    Not with masks that the graph makes. One that a caller gives is none of the file's, and is as a Bidirectional has
-    it: its steps are zeros where they are left out.
+    Doesn't apply with masks that the graph creates. For a mask that the caller passes, the file defines nothing, so
+    the rule of a Bidirectional is used: the outputs of masked steps are zeros.
     """
     node, shape, sources = draft.nodes[name], draft.shapes[name], draft.sources[name]
     if not isinstance(node, Merge) or node.mode != "concat" or len(sources) != 2 or shape is None:
@@ -269,7 +269,7 @@ def both_ways(draft: Draft, name: str) -> bool:
     in_order = one.return_sequences == other.return_sequences == (len(gone) == 3)
     zeros = one.zero_output_for_mask == other.zero_output_for_mask <= one.return_sequences
     alone = all(len(draft.takers[wire]) == 1 and wire not in draft.outputs for wire in gone)
-    alone = alone and not any(draft.hands_on(one) or draft.starts(one) for one in (sources[0], back))
+    alone = alone and not any(draft.state_used(one) or draft.starts(one) for one in (sources[0], back))
     if not (opposite and in_order and zeros and alone) or one.dtype != other.dtype:
         return False
     draft.nodes[name] = Bidirectional(one, other)
@@ -278,7 +278,7 @@ def both_ways(draft: Draft, name: str) -> bool:
 
 
 def _reverses(draft: Draft, wire: str) -> bool:
-    """Whether a value is a sequence in reverse."""
+    """Return whether a value is a reversed sequence."""
     node = draft.nodes.get(wire)
     return isinstance(node, Select) and node.axis == 1 and node.taken in (slice(None, None, -1), slice(-1, None, -1))
 
@@ -287,7 +287,7 @@ def _reverses(draft: Draft, wire: str) -> bool:
 
 
 def padded_before(draft: Draft, name: str) -> bool:
-    """Steps of zeros before a Conv1D: its padding."""
+    """Turn zero padding before a Conv1D into the padding of the Conv1D."""
     before, node = draft.before(name), draft.nodes[name]
     pad, shape = (None, None) if before is None else (draft.nodes[before], draft.shapes[before])
     if before is None or not isinstance(pad, Pad) or not isinstance(node, Conv1D) or shape is None:
@@ -300,7 +300,10 @@ def padded_before(draft: Draft, name: str) -> bool:
 
 
 def named_padding(draft: Draft, name: str) -> bool:
-    """A step more after a sequence, for windows of two every two steps: the same at sequences of every length."""
+    """Replace a padding of one step at the end by "same", for windows of two steps with a stride of two.
+
+    Both give the same result for sequences of every length.
+    """
     node = draft.nodes[name]
     if not isinstance(node, (Conv1D, Pool1D)) or node.padding != (0, 1) or node.strides != 2:
         return False
@@ -312,11 +315,11 @@ def named_padding(draft: Draft, name: str) -> bool:
     return True
 
 
-# ── what does nothing ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── nodes without effect ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def nothing(draft: Draft, name: str) -> bool:
-    """A node that changes no number: a linear activation, a whole slice, a shape that is there already."""
+    """Remove a node without effect: a linear activation, a full slice, a reshape to the same shape."""
     node, (source, *_) = draft.nodes[name], draft.sources[name]
     shape, masked = draft.shapes[source], source in draft.masked
     if isinstance(node, Activation):
@@ -326,13 +329,13 @@ def nothing(draft: Draft, name: str) -> bool:
         length = shape[place - 1] if shape is not None and place else None
         ends = (None,) if length is None else (None, *range(length, length + 1))
         does_nothing = node.step == 1 and node.start in (None, 0) and node.stop in ends
-    elif isinstance(node, Permute):  # a mask ends with it
+    elif isinstance(node, Permute):  # it drops a mask
         does_nothing = list(node.dims) == sorted(node.dims) and not masked
     elif isinstance(node, (Flatten, Reshape)):
         same = shape is not None and None not in shape and shape == draft.shapes[name]
         does_nothing = shape is not None and len(shape) == 1 if isinstance(node, Flatten) else same and not masked
     elif isinstance(node, Scale):
-        known = shape is not None and shape[-1] is not None  # else the node alone says how wide the input is
+        known = shape is not None and shape[-1] is not None  # else only the node defines the input's width
         does_nothing = known and bool((node.scale == 1.0).all()) and not node.shift.any()
     else:
         return False
@@ -340,7 +343,7 @@ def nothing(draft: Draft, name: str) -> bool:
 
 
 def permuted_back(draft: Draft, name: str) -> bool:
-    """A Permute that another one undoes, at once or behind activations number by number."""
+    """Remove a Permute and a later one that undoes it, with only elementwise activations between them."""
     node, before = draft.nodes[name], draft.before(name)
     if not isinstance(node, Permute) or before is None or name in draft.masked:
         return False
@@ -369,7 +372,7 @@ def _by_number(node: Node) -> bool:
 
 
 def one_long_axis(draft: Draft, name: str) -> bool:
-    """A Permute of a value all but one of whose axes are of length 1: it is a Reshape."""
+    """Replace a Permute by a Reshape if at most one axis of the value is longer than 1."""
     node, (source, *_) = draft.nodes[name], draft.sources[name]
     shape, after = draft.shapes[source], draft.shapes[name]
     if not isinstance(node, Permute) or shape is None or after is None:
@@ -381,17 +384,17 @@ def one_long_axis(draft: Draft, name: str) -> bool:
 
 
 def two_shapes(draft: Draft, name: str) -> bool:
-    """A shape after a shape: the last of them is enough."""
+    """Keep only the last of two consecutive reshapes."""
     node, before = draft.nodes[name], draft.before(name)
     if before is None or not isinstance(node, (Flatten, Reshape)):
         return False
     first, shape = draft.nodes[before], draft.shapes[draft.sources[before][0]]
-    known = shape is not None and None not in shape  # else a length that the first refuses would go through
+    known = shape is not None and None not in shape  # else the network would accept lengths that the first one refuses
     return isinstance(first, (Flatten, Reshape)) and known and draft.fold(before, name, node)
 
 
 def pieces(draft: Draft, name: str) -> bool:
-    """Slices of the features of one value that follow each other, concatenated again: one slice of it."""
+    """Replace consecutive feature slices of one value that are concatenated again by one slice."""
     node, sources = draft.nodes[name], draft.sources[name]
     cuts = [cut for source in sources if isinstance(cut := draft.nodes.get(source), Select) and cut.step == 1]
     if not isinstance(node, Merge) or node.mode != "concat" or len(cuts) < len(sources):
@@ -413,7 +416,7 @@ def pieces(draft: Draft, name: str) -> bool:
 
 
 def activated(draft: Draft, name: str) -> bool:
-    """An activation after a Dense or a Conv1D that has none: it becomes theirs."""
+    """Move an activation into the Dense or Conv1D before it, if that has none."""
     before, node = draft.before(name), draft.nodes[name]
     if before is None or not isinstance(node, Activation):
         return False
@@ -426,7 +429,7 @@ def activated(draft: Draft, name: str) -> bool:
 
 
 def bounded(draft: Draft, name: str) -> bool:
-    """A Clip whose bounds are those of an activation."""
+    """Replace a Clip with the bounds of a ReLU or ReLU6 by that activation."""
     node = draft.nodes[name]
     text = BOUNDED.get((node.low, node.high)) if isinstance(node, Clip) else None
     if text is not None:
@@ -435,7 +438,7 @@ def bounded(draft: Draft, name: str) -> bool:
 
 
 def gated(draft: Draft, name: str) -> bool:
-    """A value times its sigmoid. Not with masks that the graph makes: a product is 0 where it is masked."""
+    """Replace a value times its sigmoid by a SiLU. Doesn't apply with masks, as a masked step of a product is 0."""
     node, sources = draft.nodes[name], draft.sources[name]
     if not isinstance(node, Merge) or node.mode != "mul" or len(sources) != 2 or name in draft.masked:
         return False
@@ -447,13 +450,13 @@ def gated(draft: Draft, name: str) -> bool:
     return False
 
 
-# ── products and sums, feature by feature ───────────────────────────────────────────────────────────────────────────
+# ── scale and shift of the features ─────────────────────────────────────────────────────────────────────────────────
 
 
 def scaling(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Return what a node multiplies each feature by, and what it adds then; None for a node that does something else.
+    """Return the scale and the shift of a node that computes x·scale + shift; None for any other node.
 
-    Both are `[W]`, or `[1]` where they are the same for all features.
+    Both are `[W]`, or `[1]` if they are the same for all features.
     """
     if isinstance(node, Scale):
         return node.scale.astype(np.float64), node.shift.astype(np.float64)
@@ -467,7 +470,7 @@ def scaling(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | Non
 
 
 def scaled_after(draft: Draft, name: str) -> bool:
-    """A product by feature, such as a batch normalisation, after a Dense or a Conv1D without an activation."""
+    """Fold a scale and shift, such as a batch normalisation, into the Dense or Conv1D without activation before it."""
     before, found = draft.before(name), scaling(draft.nodes[name])
     if before is None or found is None:
         return False
@@ -481,7 +484,7 @@ def scaled_after(draft: Draft, name: str) -> bool:
     def make() -> Node | None:
         bias = shift if product.bias is None else product.bias * scale + shift
         bias = np.broadcast_to(bias, product.kernel.shape[-1:])
-        keeps = product.bias is not None or bias.any() or (scale == 1.0).all()  # a sum of zeros is a bias too
+        keeps = product.bias is not None or bias.any() or (scale == 1.0).all()  # a shift by zeros is a bias too
         made = _finite(product.kernel.dtype, product.kernel * scale, bias)
         return None if made is None else replace(product, kernel=made[0], bias=made[1] if keeps else None)
 
@@ -490,9 +493,9 @@ def scaled_after(draft: Draft, name: str) -> bool:
 
 
 def scaled_before(draft: Draft, name: str) -> bool:
-    """A product by feature before a Dense, a Recurrent or a Conv1D without padding: it goes into their weights.
+    """Fold a scale and shift into the weights of the Dense, the Recurrent or the Conv1D without padding after it.
 
-    A sum alone doesn't: it may centre large numbers, which nearly cancel, and is more exact by itself.
+    A shift without a scale stays: it may centre large numbers, which nearly cancel, and is more exact by itself.
     """
     before, node = draft.before(name), draft.nodes[name]
     found = None if before is None else scaling(draft.nodes[before])
@@ -511,10 +514,10 @@ def scaled_before(draft: Draft, name: str) -> bool:
 
 
 def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Node | None:
-    """Return a node that takes `x` where it took `x·scale + shift`; None where that can't be."""
+    """Return a node whose output for `x` is that of `node` for `x·scale + shift`; None if there is none."""
     if isinstance(node, Bidirectional):
-        halves = [_with_input(half, scale, shift) for half in (node.forward, node.backward)]
-        return None if None in halves else replace(node, forward=halves[0], backward=halves[1])
+        parts = [_with_input(part, scale, shift) for part in (node.forward, node.backward)]
+        return None if None in parts else replace(node, forward=parts[0], backward=parts[1])
     if isinstance(node, Recurrent):
         cell = _cell_with_input(node.cells[0], scale, shift)
         return None if cell is None else replace(node, cells=(cell, *node.cells[1:]))
@@ -527,7 +530,7 @@ def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float6
 
 
 def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Cell | None:
-    if cell.spec.layer_norm:  # it normalises what comes from the input
+    if cell.spec.layer_norm:  # it normalises the product of the kernel and the input
         return None
     made = {"kernel": cell.kernel * scale[:, None]}
     description = cell.spec
@@ -541,13 +544,13 @@ def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.f
 
 
 def _finite(dtype: np.dtype[Any], *arrays: NDArray[Any]) -> list[Array] | None:
-    """Return arrays in a dtype; None where one overflows, as what isn't finite makes NaN of zeros."""
+    """Return arrays in a dtype; None if one overflows, as infinity times zero is NaN."""
     made = [array.astype(dtype) for array in arrays]
     return made if all(np.isfinite(array).all() for array in made) else None
 
 
 def scaled_twice(draft: Draft, name: str) -> bool:
-    """Two products by feature in a row: they are one. A sum before a quotient is a Standardise."""
+    """Combine two consecutive scales and shifts. A shift before a division becomes a Standardise."""
     before, second = draft.before(name), draft.nodes[name]
     if before is None or not isinstance(draft.nodes[before], Scale) or not isinstance(second, (Scale, Standardise)):
         return False
@@ -555,7 +558,7 @@ def scaled_twice(draft: Draft, name: str) -> bool:
     assert isinstance(first, Scale)
     if found is None or first.dtype != second.dtype:
         return False
-    if (first.scale == 1.0).all() and first.shift.any():  # a sum may centre large numbers: see `scaled_before`
+    if (first.scale == 1.0).all() and first.shift.any():  # a shift may centre large numbers: see `scaled_before`
         if isinstance(second, Standardise):
             return draft.fuse(before, name, Standardise(-first.shift, second.scale))
         if not (second.scale == 1.0).all():
@@ -566,7 +569,7 @@ def scaled_twice(draft: Draft, name: str) -> bool:
 
 
 def scaled_norm(draft: Draft, name: str) -> bool:
-    """A product by feature after a layer normalisation: its gain and bias."""
+    """Fold a scale and shift after a layer normalisation into its gain and bias."""
     before, second = draft.before(name), draft.nodes[name]
     norm = None if before is None else draft.nodes[before]
     if before is None or not isinstance(norm, LayerNorm) or not isinstance(second, Scale):

@@ -1,6 +1,6 @@
-"""A stream's state in a file, so that what was stopped goes on: safetensors, arrays by name.
+"""A stream's state as a safetensors file, so that a stopped stream can continue.
 
-They are `cell_0/h`, `cell_0/c` and so on; and `frames_0/x` where nodes keep frames.
+The arrays are `cell_0/h`, `cell_0/c` and so on, and `frames_0/x` for nodes that keep past steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {"float32": "F32", "float64": "F64"}
 
 
 def _named(network: Network, state: Sequence[Any]) -> dict[str, Array]:
-    """Return the arrays of a state by name: those of its cells, then those of what else remembers."""
+    """Return the arrays of a state by name: those of the cells, then those of other nodes with memory."""
     count, named = len(network.cells), {}
     for number, arrays in enumerate(state):
         prefix = f"cell_{number}" if number < count else f"frames_{number - count}"
@@ -36,11 +36,11 @@ def _named(network: Network, state: Sequence[Any]) -> dict[str, Array]:
 
 
 def save_state(path: str | PathLike[str], stream: Stream) -> None:
-    """Write a stream's state, whole or not at all.
+    """Write a stream's state atomically.
 
     Args:
-        path: where to; a file that is there is replaced in one step.
-        stream: whose state it is.
+        path: the file to write; an existing file is replaced in one step.
+        stream: the stream.
 
     Raises:
         OSError: the file can't be written.
@@ -55,14 +55,14 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
 
     Args:
         path: the file.
-        stream: the stream that it is for.
+        stream: the stream that is to continue from it.
 
     Returns:
-        A state as `Stream.state` takes it.
+        A state to assign to `Stream.state`.
 
     Raises:
-        FormatError: the file is damaged, no state, or that of another network or batch.
-        OSError: it can't be read.
+        FormatError: the file is damaged, holds no state, or the state of another network or batch size.
+        OSError: the file can't be read.
 
     >>> import tempfile
     >>> from cellstack import Cell, CellSpec, Network, Recurrent
@@ -86,8 +86,8 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
             names = set(file.keys())
             if names != expected.keys():
                 name = min(names ^ expected.keys())
-                what = "it, found no such tensor" if name in expected else "no such tensor, found one"
-                raise FormatError(f"{path}: tensor {name[:80]!r}: expected {what}: it isn't this network's state")
+                what = "is missing" if name in expected else "belongs to no cell"
+                raise FormatError(f"{path}: tensor {name[:80]!r} {what}: this isn't a state of this network")
             for name, array in expected.items():
                 entry = file.get_slice(name)
                 want = f"{DTYPES[array.dtype.name]} {list(array.shape)}"

@@ -1,4 +1,4 @@
-"""Does a file's own runtime answer as our network does, and a stream of fewer bits? The same input through all."""
+"""Compares a network's outputs with those of a file's own runtime, and with its own reduced-precision streams."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cellstack.nodes.recurrent import WEIGHTS
 from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4
-BFLOAT16_TOLERANCE = 2e-2  # of a network whose matrices were rounded, beside a file that may hold them as they were
-"""Greatest relative difference that passes where none is given: float32 on both sides, sums in other orders."""
-BATCH, STEPS = 5, 7  # of the input that is drawn, where neither the network nor the file has lengths of its own
-MOST_STEPS = 256  # that are tried where a network takes one number of steps alone
+BFLOAT16_TOLERANCE = 2e-2  # for a network with rounded matrices, compared with a file that may hold the original ones
+"""Default tolerances of the relative difference: float32 on both sides, with sums in different orders."""
+BATCH, STEPS = 5, 7  # of random inputs, unless the network or the file requires other lengths
+MOST_STEPS = 256  # that are tried for a network that takes a fixed number of steps
 
 
 class Difference(NamedTuple):
-    """How far two answers lie apart: `relative` is the greatest difference over the greatest magnitude of theirs."""
+    """The difference of two outputs; `relative` is the greatest difference over the greatest magnitude of `theirs`."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,10 +36,10 @@ class Difference(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """How far a stream whose weights have fewer bits lies from the float32 one, over all frames of an output.
+    """The difference between a stream with reduced-precision weights and the float32 stream, over all steps.
 
-    `greatest` and `mean` are of the differences, `relative` and `mean_relative` the same over the greatest magnitude
-    that the float32 one answers with.
+    `greatest` and `mean` are the absolute differences; `relative` and `mean_relative` are these divided by the greatest
+    magnitude of the float32 stream's output.
     """
 
     weights: str
@@ -52,19 +52,19 @@ class Rounding(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Args:
         path: the file.
-        runtime: what ran it, None where nothing could.
-        version: of the runtime.
+        runtime: the runtime that ran it, None if none could.
+        version: the runtime's version.
         inputs: shapes of the inputs, by name.
-        differences: one an output, then one an array of the state.
-        note: why nothing could run the file, and what would; or what was left out.
-        drawn: whether the inputs were drawn at random, for want of a sample.
-        streams: one an output for bfloat16, then one an output for int8.
+        differences: one for each output, then one for each array of the state.
+        note: why no runtime could run the file, and how to get one; or what wasn't compared.
+        drawn: whether the inputs are random, because no sample was given.
+        streams: one for each output with bfloat16 weights, then one for each with int8 weights.
         no_streams: why there are none.
-        weights: what the network's cells hold their matrices in.
+        weights: the dtype of the cells' matrices.
     """
 
     path: str
@@ -80,21 +80,21 @@ class Report:
 
     @property
     def tolerance(self) -> float:
-        """The greatest relative difference that passes where nothing else is said.
+        """The default tolerance of the relative difference.
 
-        That of float32 sums in another order, or, for a network with matrices in bfloat16, what rounding them does: the
-        file may hold them as they were.
+        It allows for float32 sums in another order and, for a network with bfloat16 matrices, for their rounding: the
+        file may hold the original ones.
         """
         return BFLOAT16_TOLERANCE if self.weights == "bfloat16" else TOLERANCE
 
     def ok(self, tolerance: float | None = None) -> bool:
-        """Return whether both ran, and every answer has the other's shape and lies near it.
+        """Return whether the file was run, and every shape matches and every difference is within the tolerance.
 
         Args:
-            tolerance: greatest relative difference; None = the report's own.
+            tolerance: greatest relative difference that passes; None = the report's own.
 
         Returns:
-            False too where nothing could run the file: nothing was verified then.
+            True if so; False also if no runtime could run the file.
         """
         tolerance = self.tolerance if tolerance is None else tolerance
         return self.runtime is not None and all(
@@ -102,7 +102,7 @@ class Report:
         )
 
     def verdict(self, tolerance: float | None = None) -> str:
-        """Return what comes of it, in a line: `pass`, `fail` with what lies furthest apart, or `not verified`.
+        """Return the verdict in a line: `pass`, `fail` with the greatest difference, or `not verified`.
 
         Args:
             tolerance: greatest relative difference that passes; None = the report's own.
@@ -114,11 +114,11 @@ class Report:
             return f"pass: every relative difference is within {tolerance:.1e}"
         worst = max(self.differences, key=lambda one: (one.shape != one.theirs, one.relative))
         if worst.shape != worst.theirs:
-            return f"fail: {worst.name} is of shape {list(worst.shape)}, theirs of {list(worst.theirs)}"
+            return f"fail: {worst.name} has the shape {list(worst.shape)}, theirs {list(worst.theirs)}"
         return f"fail: {worst.name} differs by {worst.relative:.2e}, more than {tolerance:.1e}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as what JSON can hold."""
+        """Return the report as a dict that JSON can store."""
         names = ("path", "runtime", "version", "inputs", "note", "drawn", "no_streams", "weights")
         return {name: getattr(self, name) for name in names} | {
             "ok": self.ok(),
@@ -143,7 +143,7 @@ class Report:
             for name, shape, theirs, absolute, relative in self.differences:
                 found = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
                 rows.append((name, found, f"{absolute:.2e}", f"{relative:.2e}"))
-            head = f"{self.path}: greatest difference to {self.runtime} {self.version} on {given}"
+            head = f"{self.path}: greatest difference from {self.runtime} {self.version} on {given}"
             lines = [head, *_aligned(rows), *([f"  {self.note}"] if self.note else [])]
         if self.streams:
             titles = ("", "", "greatest", "relative", "mean", "relative")
@@ -151,14 +151,14 @@ class Report:
                 (weights, name, f"{most:.2e}", f"{relative:.2e}", f"{mean:.2e}", f"{mean_relative:.2e}")
                 for weights, name, most, mean, relative, mean_relative in self.streams
             ]
-            lines += [f"streams of fewer bits: difference to float32 on {given}", *_aligned(rows)]
+            lines += [f"reduced-precision streams: difference from float32 on {given}", *_aligned(rows)]
         elif self.no_streams:
-            lines.append(f"streams of fewer bits: not measured: {self.no_streams}")
+            lines.append(f"reduced-precision streams: not measured: {self.no_streams}")
         return "\n".join([*lines, f"{self.path}: {self.verdict(tolerance)}"])
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines whose columns stand below each other."""
+    """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -167,22 +167,22 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     """Run the same input through a network and through a file's own runtime, and compare what they return.
 
     Args:
-        net: the network, such as what `load` made of the file, or what was saved to it.
-        path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and its like by torch (state
-            dicts of one recurrent module), `.c` by the machine's C compiler, `.safetensors` by `load`.
-        x: a sample of the data, as for `Network.run`, with a time axis; None draws one at random.
-        seed: of what is drawn.
-        streams: whether to measure how far streams of bfloat16 and int8 weights lie from the float32 one, on the same
-            input, frame by frame.
+        net: the network, such as the one that `load` returned for the file, or that was saved to it.
+        path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and similar by torch (state
+            dicts of one recurrent module), `.c` with the machine's C compiler, `.safetensors` by `load`.
+        x: a sample of the data, as for `Network.run`, with a time axis; None = random.
+        seed: the seed of random inputs.
+        streams: whether to also compare streams with bfloat16 and int8 weights with the float32 one, on the same input,
+            step by step.
 
     Returns:
-        The differences, per output and, where the runtime returns them, per state; and those of the streams, or why
-        the network can't have such. Where the runtime isn't installed or can't run the file, a report that says so,
-        and what to install.
+        The differences for each output and, if the runtime returns states, for each state; and those of the streams,
+        or why the network can't be streamed with such weights. If the runtime isn't installed or can't run the file,
+        the report says so, and what to install.
 
     Raises:
         ShapeError, TypeError: `x` doesn't fit the network.
-        FormatError: a file of no format that is known.
+        FormatError: the file is in no known format.
         OSError: the file can't be read.
 
     >>> import tempfile
@@ -203,7 +203,7 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", path)
     check_readable(path)
-    runtimes.runtime_of(path)  # a file of no known format is an error before anything is run
+    runtimes.runtime_of(path)  # raises for an unknown format before anything is run
     inputs = drawn(net, seed, BATCH, usual_steps(net)) if x is None else net.as_inputs("verify", x)
     try:
         report = _run_both(net, path, inputs)
@@ -222,7 +222,7 @@ def _not_verified(path: str, inputs: Inputs, error: CannotRunError) -> Report:
 
 
 def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
-    """Return the report on some inputs; `OtherSizesError` where the file takes others."""
+    """Return the report for some inputs; raise `OtherSizesError` if the file takes other lengths."""
     y, states = net.run(inputs)
     try:
         theirs = runtimes.run(net, path, inputs)
@@ -245,16 +245,16 @@ def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
 
 
 def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
-    """Return how far streams of fewer bits lie from the float32 one on some inputs; why, where there are none."""
+    """Return the differences of reduced-precision streams from the float32 one, and why if there are none."""
     if not net.cells:
-        return (), "the network has no cells, whose weights they round"
+        return (), "the network has no cells with weights to round"
     if net.dtype != np.float32:
-        return (), f"the network is in {net.dtype}, and they round weights of float32"
+        return (), f"the network is in {net.dtype}; only float32 weights can be rounded"
     batch = len(next(iter(inputs.values())))
     found: list[Rounding] = []
     try:
         whole, *others = (_streamed(net, inputs, batch, weights) for weights in WEIGHTS)
-    except ValueError as error:  # a node that can't be streamed, or a frame that it would mask
+    except ValueError as error:  # a node that can't be streamed, or a step that it would mask
         return (), str(error).removeprefix("Stream: ")
     for weights, answers in zip(list(WEIGHTS)[1:], others, strict=True):
         for name, exact, rounded in zip(net.outputs, whole, answers, strict=True):
@@ -272,7 +272,7 @@ def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[A
 
 
 def usual_steps(net: Network, wanted: int = STEPS) -> int:
-    """Return how many steps a network takes: those wanted, or what a Dense behind a Flatten, say, was made for."""
+    """Return a number of steps that a network accepts: `wanted` if possible; a Dense after a Flatten fixes it."""
     for steps in (wanted, *range(1, MOST_STEPS + 1)):
         try:
             net.run(drawn(net, 0, 1, steps))
@@ -283,7 +283,7 @@ def usual_steps(net: Network, wanted: int = STEPS) -> int:
 
 
 def drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:
-    """Return random inputs for a network: normal, or ids that its tables have."""
+    """Return random inputs for a network: normally distributed, or valid ids for embeddings."""
     rng = np.random.default_rng(seed)
     rows = min((len(node.table) for node in net.nodes if isinstance(node, Embedding)), default=1)
     inputs = {}

@@ -1,7 +1,7 @@
-"""A process beside ours for code that may take its process along when it fails: what dies there is an error here.
+"""A worker process for code that may crash its process: a crash there is an exception here.
 
-It is started at the first call, kept for the next ones, as runtimes take seconds to import, and ends with ours or when
-nobody has asked for a minute. Only JSON and numbers come back from it.
+It starts at the first call and is kept for further calls, as runtimes take seconds to import. It ends with our process
+or after a minute without a call. It returns only JSON and arrays of numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LENGTH = struct.Struct("<Q")
 
 
 class WorkerDiedError(Exception):
-    """The process ended before it had answered: by which signal, with which status, or that it never started."""
+    """The process never started or ended before it had answered; the message gives the signal or the exit status."""
 
 
 class _Key(NamedTuple):
@@ -42,7 +42,7 @@ class _Key(NamedTuple):
 
 
 class _Worker:
-    """The process, and what makes it the one that a call needs: module path, folder, our id, its own environment."""
+    """The process, and the key that a call has to match: module path, folder, our process id, extra environment."""
 
     def __init__(self, key: _Key) -> None:
         self.key, self.errors = key, tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
@@ -72,7 +72,7 @@ class _Worker:
         return said, [arrays[name] for name in arrays.files]
 
     def end(self) -> str:
-        """Wait for a process that has closed its pipes, and return how it ended."""
+        """Wait for the process, which has closed its pipes, and return how it ended."""
         self.process.wait()
         status = self.process.returncode
         how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
@@ -82,14 +82,14 @@ class _Worker:
         return f"{how}: {last[:200]}" if last else how
 
     def close(self) -> None:
-        """End it, whatever it is doing; it has nothing to save."""
+        """Kill the process; it has nothing to save."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             assert pipe is not None
             try:
                 pipe.close()
-            except BrokenPipeError:  # half a call was in its buffer
+            except BrokenPipeError:  # part of a call was still in its buffer
                 continue
 
 
@@ -99,7 +99,7 @@ _kept: list[_Worker] = []
 
 @atexit.register
 def _close() -> None:
-    """End the process that is kept; a process that was forked leaves it to the one that started it."""
+    """End the process; a fork of ours leaves that to the process that started it."""
     while _kept:
         worker = _kept.pop()
         if worker.key.parent == os.getpid():
@@ -107,18 +107,18 @@ def _close() -> None:
 
 
 def call(function: str, *arguments: Any, **environment: str) -> tuple[Any, list[Array]]:
-    """Call a function in the process beside ours.
+    """Call a function in the worker process.
 
     Args:
-        function: where it is, `module:name`. It returns what JSON can hold, and arrays of numbers.
-        *arguments: what it is called with; they are pickled.
-        **environment: variables that the process starts with beside ours, which may change from call to call.
+        function: the function as `module:name`. It returns a value that JSON can hold, and a list of numeric arrays.
+        *arguments: its arguments; they are pickled.
+        **environment: environment variables to set in addition to ours. Other values start a new process.
 
     Returns:
         What the function returned.
 
     Raises:
-        WorkerDiedError: the process ended before it had answered, as a runtime may that crashes.
+        WorkerDiedError: the process ended before it had answered, as when a runtime crashes.
     """
     key = _Key(tuple(map(str, sys.path)), os.getcwd(), os.getpid(), tuple(sorted(environment.items())))
     with _LOCK:
@@ -128,19 +128,19 @@ def call(function: str, *arguments: Any, **environment: str) -> tuple[Any, list[
             _kept.append(_Worker(key))
         try:
             return _kept[0].ask(function, arguments)
-        except BaseException:  # Ctrl-C too: an answer that is still to come would be taken for the next one's
+        except BaseException:  # Ctrl-C too: a late answer would be taken for that of the next call
             _close()
             raise
 
 
 def serve() -> None:
-    """Answer calls on standard input until it ends, or until nobody has called for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both of us; who waits for the answer ends this one
+    """Answer calls on standard input until it ends, or until none has come for `IDLE` seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the caller ends this one
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a runtime prints is no answer
+    os.dup2(2, 1)  # keep what a runtime prints apart from the answers
     while select.select([sys.stdin.buffer], [], [], IDLE)[0]:
         try:
-            function, arguments, environment = pickle.load(sys.stdin.buffer)  # what our own parent has written
+            function, arguments, environment = pickle.load(sys.stdin.buffer)  # written by our parent process
         except EOFError:
             return
         os.environ.clear()

@@ -1,4 +1,4 @@
-"""RTNeural's JSON and neural-amp-modeler's .nam, beside Keras and torch, which such files come from."""
+"""RTNeural's JSON and neural-amp-modeler's .nam, compared with the Keras and torch models that they come from."""
 
 import json
 
@@ -21,7 +21,7 @@ def rng_floats(*shape, seed=0, scale=0.5):
 
 
 def entry(layer, shape, **more):
-    """A layer as RTNeural's exporter writes it."""
+    """A layer in the form of RTNeural's exporter."""
     activation = getattr(getattr(layer, "activation", None), "__name__", "")
     weights = [array.tolist() for array in layer.get_weights()]
     words = {"LSTM": "lstm", "GRU": "gru", "Dense": "dense", "Conv1D": "conv1d", "PReLU": "prelu",
@@ -47,7 +47,7 @@ def written(folder, model, extra=(), steps=None, **top):
 
 
 def shaken(model):
-    """The model with random weights throughout; variances above 0."""
+    """The model with random weights; variances above 0."""
     for number, layer in enumerate(model.layers):
         arrays = [rng_floats(*array.shape, seed=10 * number + n) for n, array in enumerate(layer.get_weights())]
         if type(layer).__name__ == "BatchNormalization":
@@ -100,7 +100,7 @@ def test_a_model_of_every_layer(tmp_path):
     )
 
 
-def test_layers_of_one_name_are_kept_apart(tmp_path):
+def test_layers_with_the_same_name_get_different_ones(tmp_path):
     names = {n: {"name": "memory", "note": n} for n in range(2)}
     layers = [keras.layers.LSTM(units, return_sequences=True) for units in (3, 2)]
     path = written(tmp_path, shaken(keras.Sequential([keras.Input((None, 2)), *layers])), names)
@@ -112,7 +112,7 @@ def test_layers_of_one_name_are_kept_apart(tmp_path):
 
 
 def test_windows_without_padding(tmp_path):
-    """Where the shapes say that steps are lost, a convolution has no padding."""
+    """If the shapes show fewer steps after it, a convolution has no padding."""
     model = shaken(
         keras.Sequential([keras.Input((20, 1)), keras.layers.Conv1D(3, 5), keras.layers.Conv1D(2, 3, dilation_rate=2)])
     )
@@ -127,7 +127,7 @@ def test_windows_without_padding(tmp_path):
 
 
 def plain():
-    """A file's object that loads."""
+    """The JSON object of a valid file."""
     return {
         "in_shape": [None, None, 1],
         "layers": [
@@ -139,26 +139,26 @@ def plain():
 
 
 def changed(**more):
-    """What changes the first layer."""
+    """Return a function that changes the first layer."""
     return lambda found: found["layers"][0].update(more)
 
 
 def of_dense(**more):
-    """What changes the last layer."""
+    """Return a function that changes the last layer."""
     return lambda found: found["layers"][1].update(more)
 
 
 DAMAGE = {
-    "no such layer": (changed(type="conv2d"), "expected layers that a Network has, .*, found layer 0 of type 'conv2d'"),
+    "no such layer": (changed(type="conv2d"), "expected layers of the types .*, found layer 0 of type 'conv2d'"),
     "no type": (lambda found: found["layers"][1].pop("type"), "found layer 1 of type None"),
-    "no layers": (lambda found: found.update(layers=[]), "expected layers that a Network has, .*, found none"),
+    "no layers": (lambda found: found.update(layers=[]), "expected layers of the types .*, found none"),
     "layers as text": (lambda found: found.update(layers="lstm"), "expected layers to be a list, found 'lstm'"),
     "another width": (changed(shape=[None, None, 3]), r"layer 0 \(lstm\): weights 2: expected numbers \[12\], found"),
-    "fewer arrays": (lambda found: found["layers"][0]["weights"].pop(), "expected weights of 3 arrays, found 2"),
+    "fewer arrays": (lambda found: found["layers"][0]["weights"].pop(), "expected 3 arrays of weights, found 2"),
     "ragged": (of_dense(weights=[[[1.0], []]]), r"layer 1 \(dense\): weights 0: expected lists of numbers"),
     "text": (of_dense(weights=[["a"]]), r"layer 1 \(dense\): weights 0: expected lists of numbers"),
     "another activation": (changed(activation="relu"), r"layer 0 \(lstm\): expected the activation tanh, found relu"),
-    "no such activation": (of_dense(activation="swish"), "expected an activation that RTNeural has, tanh, .*'swish'"),
+    "no such activation": (of_dense(activation="swish"), "unknown activation 'swish'; RTNeural has tanh, "),
     "recurrent activation": (changed(recurrent_activation="hard_sigmoid"), "recurrent_activation sigmoid, found 'hard"),
     "strides": (of_dense(strides=[2]), r"expected strides 1, found \[2\]"),
     "open": (lambda found: found.update(in_shape=[None, None, None]), r"expected in_shape \[null, steps, features\]"),
@@ -167,7 +167,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named(case, tmp_path):
+def test_errors_name_the_damage(case, tmp_path):
     found = plain()
     path = tmp_path / "model.json"
     path.write_text(json.dumps(found))
@@ -197,14 +197,14 @@ def test_other_json_is_refused(text, message, tmp_path):
         cs.load(path)
 
 
-def test_content_picks_the_reader_and_nothing_is_written(tmp_path):
+def test_content_determines_the_reader_and_saving_is_refused(tmp_path):
     path = tmp_path / "a model"
     path.write_text("\n  " + json.dumps(plain()))
     net = cs.load(path)
-    with pytest.raises(ValueError, match=r"JSON of RTNeural and \.nam are read alone"):
+    with pytest.raises(ValueError, match=r"writing RTNeural's JSON and \.nam isn't supported"):
         net.save(tmp_path / "net.json")
     assert not (tmp_path / "net.json").exists()
-    assert "not from here" in cs.verify(net, path).note
+    assert "C++ libraries without a Python package" in cs.verify(net, path).note
 
 
 def test_a_state_dict_as_lists(tmp_path):
@@ -218,7 +218,7 @@ def test_a_state_dict_as_lists(tmp_path):
     both = {f"{name}.{key}": tensor.tolist() for name in "ab" for key, tensor in module.state_dict().items()}
     path.write_text(json.dumps(both | {"head.weight": [[1.0]]}))
     assert list(cs.extract(path)) == ["a", "b"]
-    with pytest.raises(FormatError, match="expected one recurrent module and nothing else"):
+    with pytest.raises(FormatError, match="expected only one recurrent module"):
         cs.load(path)
 
 
@@ -226,7 +226,7 @@ def test_a_state_dict_as_lists(tmp_path):
 
 
 class Amp(torch.nn.Module):
-    """A stack of LSTMs that start from a state of their own, and a linear head."""
+    """A stack of LSTMs with learned initial states, and a linear head."""
 
     def __init__(self, inputs, units, layers):
         super().__init__()
@@ -238,7 +238,7 @@ class Amp(torch.nn.Module):
         return self.head(self.core(x, state)[0])
 
     def numbers(self):
-        """The weights in the order of the format: each layer's rows of both matrices, its bias, its state; the head."""
+        """The weights in the file's order: for each layer the rows of both matrices, bias and state; then the head."""
         parts = []
         for layer in range(self.core.num_layers):
             w, u, b, d = (
@@ -286,7 +286,7 @@ def test_a_filter(tmp_path):
     np.testing.assert_allclose(cs.load(path)(x)[0, :, 0], expected, rtol=0, atol=NEAR)
 
 
-def test_a_filter_whose_bias_is_a_number_is_refused(tmp_path):
+def test_a_filter_with_a_number_as_bias_setting_is_refused(tmp_path):
     path = tmp_path / "filter.nam"
     config = {"receptive_field": 2, "bias": 1}
     path.write_text(json.dumps({"architecture": "Linear", "config": config, "weights": [0.5, 0.5, 0.1]}))
@@ -297,20 +297,20 @@ def test_a_filter_whose_bias_is_a_number_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": [0.0] * 5}, "expected weights of .* numbers or more, found 5"),
-        ({"weights": [0.0] * 500}, "expected weights of .* numbers, found 500"),
+        ({"weights": [0.0] * 5}, "expected at least .* weights, found 5"),
+        ({"weights": [0.0] * 500}, "expected .* weights, found 500"),
         ({"config": {"hidden_size": 4}}, r"config: expected input_size, .*, found \['hidden_size'\]"),
-        ({"config": {"input_size": 1, "hidden_size": 0}}, "expected hidden_size to be a whole number .*, found 0"),
+        ({"config": {"input_size": 1, "hidden_size": 0}}, "expected hidden_size to be a positive integer, found 0"),
         ({"config": {"input_size": 1, "hidden_size": 4, "dropout": 1}}, "config: expected input_size, hidden_size"),
         ({"config": []}, "expected config to be an object"),
         ({"architecture": 3}, "expected the architecture LSTM or Linear, found 3"),
     ],
 )  # fmt: skip
-def test_an_amplifier_that_is_damaged(change, message, tmp_path):
+def test_a_damaged_amplifier(change, message, tmp_path):
     path = amp_file(tmp_path, Amp(1, 4, 1), **change)
     with pytest.raises(FormatError, match=message):
         cs.load(path)
 
 
-def test_architectures_are_named():
+def test_unknown_architectures_are_named():
     assert list(nam.ARCHITECTURES) == ["LSTM", "Linear"]

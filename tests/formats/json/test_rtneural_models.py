@@ -1,4 +1,4 @@
-"""neural-amp-modeler's own exporter as the oracle: what it writes, and what its module answers."""
+"""Compares with neural-amp-modeler: its exporter's files, and its module's outputs."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import cellstack as cs
 
 pytestmark = pytest.mark.models
 
-# Run with the package on the path; what it imports for sound and training isn't needed to write a model.
+# Run with the package on the path; its imports for sound and training aren't needed to write a model.
 EXPORT = """
 import json, sys, types
 from unittest.mock import MagicMock
@@ -47,9 +47,9 @@ for name, model in {
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.eval()
-    model._get_non_user_metadata = lambda: {"name": "made for a test"}  # else it measures a recording of its own
+    model._get_non_user_metadata = lambda: {"name": "made for a test"}  # by default it processes a recording
     model.export(out, basename=name)
-    if hasattr(model, "_get_initial_state"):  # which the exported one starts from
+    if hasattr(model, "_get_initial_state"):  # the exported model's initial state
         h, c = model._get_initial_state()
         model._initial_hidden.data, model._initial_cell.data = h.reshape(-1, h.shape[-1]), c.reshape(-1, c.shape[-1])
     with torch.no_grad():

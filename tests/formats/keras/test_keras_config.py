@@ -1,4 +1,4 @@
-"""Settings of Keras's layers that mean something else than they seem to; and every setting changed, one at a time.
+"""Settings of Keras's layers with unexpected meanings; and every setting changed, one at a time.
 
 Whatever `cellstack.load` takes must give what Keras gives with the same file; all else is a `FormatError`.
 """
@@ -21,15 +21,21 @@ from cellstack.formats import keras as adapter
 
 L = keras.layers
 STEPS, WIDTH = 6, 3
-OTHERS = {  # what a setting of text may also be
+OTHERS = {  # other values of a text setting
     "activation": ["relu", "softmax", "hard_sigmoid", "gelu", "linear", "swish", "mish"],
     "recurrent_activation": ["hard_sigmoid", "tanh", "relu"],
     "padding": ["valid", "same", "causal"],
     "data_format": ["channels_first", "channels_last"],
     "merge_mode": ["sum", "mul", "ave", "concat", "max", None],
-    "dtype": ["float64"],  # ours computes in the dtype of the weights, whatever is said
+    "dtype": ["float64"],  # ours computes in the dtype of the weights, regardless of this setting
 }
-PASSED = {"build_config", "compile_config", "registered_name", "module", "shared_object_id"}  # what says nothing of it
+PASSED = {
+    "build_config",
+    "compile_config",
+    "registered_name",
+    "module",
+    "shared_object_id",
+}  # settings that don't matter
 
 
 def ids(build):
@@ -56,7 +62,7 @@ MODELS = {
     "shapes": lambda: numbers(
         lambda x: L.Flatten()(L.Permute((2, 1))(L.Cropping1D((1, 1))(L.ZeroPadding1D((1, 2))(L.UpSampling1D(2)(x)))))
     ),
-    "halves": lambda: numbers(
+    "two branches": lambda: numbers(
         lambda x: L.Concatenate()([L.GlobalAveragePooling1D()(x), L.RNN([L.LSTMCell(3), L.GRUCell(2)])(x)])
     ),
     "frames": lambda: numbers(
@@ -84,7 +90,7 @@ def model_of(build):
 
 
 def written(model, path):
-    """The model's file, as its members."""
+    """The members of the model's file."""
     quietly(lambda: model.save(path))
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -99,7 +105,7 @@ def put(members, config, path):
 
 
 def places(value, path=()):
-    """Where the settings of a description are that a layer may have."""
+    """The paths of the layers' settings in a description."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key not in PASSED:
@@ -118,7 +124,7 @@ REMOVED = object()
 
 
 def others(path, value):
-    """What else may stand in a place."""
+    """Other values for a setting."""
     name = next(key for key in reversed(path) if isinstance(key, str))
     yield from (other for other in OTHERS.get(name, ()) if other != value)
     if isinstance(path[-1], str) and path[-2:-1] == ("config",):
@@ -155,7 +161,7 @@ def changes(config):
 
 
 def inputs_of(model, net, rng):
-    """Random input with what is masked among it."""
+    """Random input with some masked steps."""
     shape = (3, *(axis or STEPS for axis in model.inputs[0].shape[1:]))
     if net.graph.ids:
         x = rng.integers(0, 7, shape)
@@ -167,7 +173,7 @@ def inputs_of(model, net, rng):
 
 
 def check(path, rng):
-    """Whether a file is taken, and Keras too takes it; then both have to agree."""
+    """Return whether we and Keras both accept a file; then both have to agree."""
     try:
         net = load(path)
     except FormatError:
@@ -176,7 +182,7 @@ def check(path, rng):
         model = quietly(lambda: keras.saving.load_model(path))
         x = inputs_of(model, net, rng)
         wanted = quietly(lambda: model(x))
-    except Exception:  # whatever Keras says of what it can't read or run
+    except Exception:  # Keras may raise anything for a file that it can't read or run
         return False
     wanted = [value.detach().numpy() for value in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
     got = net(x)
@@ -214,7 +220,7 @@ def test_many_settings_changed_one_at_a_time(tmp_path, name):
     assert mutate(tmp_path, name, 400) >= 40
 
 
-# ── settings that mean something else than they seem to ─────────────────────────────────────────────────────────────
+# ── settings with unexpected meanings ─────────────────────────────────────────────────────────────
 
 
 def compared(model, x, tmp_path):
@@ -227,7 +233,7 @@ def compared(model, x, tmp_path):
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_masking_takes_the_place_of_the_mask_before_it(tmp_path, last):
+def test_a_masking_replaces_the_mask_before_it(tmp_path, last):
     rng = np.random.default_rng(0)
     words = rng.integers(0, 3, (4, STEPS))
     inputs = keras.Input((STEPS,), dtype="int32")
@@ -239,7 +245,7 @@ def test_a_masking_takes_the_place_of_the_mask_before_it(tmp_path, last):
     compared(keras.Model(inputs, y), rng.integers(0, 2, (4, STEPS, 2)).astype("float32"), tmp_path)
 
 
-def test_a_cropping_ends_a_mask(tmp_path):
+def test_a_cropping_drops_a_mask(tmp_path):
     inputs = keras.Input((STEPS, 2))
     model = quietly(lambda: keras.Model(inputs, L.LSTM(3)(L.Cropping1D((1, 1))(L.Masking(0.0)(inputs)))))
     compared(model, np.random.default_rng(0).integers(0, 2, (4, STEPS, 2)).astype("float32"), tmp_path)
@@ -279,7 +285,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_network_has_not_is_refused_by_its_layer(tmp_path, case):
+def test_unsupported_settings_are_refused_by_layer_name(tmp_path, case):
     make, message = REFUSED[case]
     inputs = keras.Input((STEPS, WIDTH))
     model = keras.Model(inputs, L.LSTM(3)(make()(inputs)))
@@ -288,7 +294,7 @@ def test_what_a_network_has_not_is_refused_by_its_layer(tmp_path, case):
         load(tmp_path / "model.keras")
 
 
-@pytest.mark.parametrize("name", ["a stack", "halves"])
+@pytest.mark.parametrize("name", ["a stack", "two branches"])
 def test_a_layer_that_is_called_without_a_tensor(tmp_path, name):
     members = written(model_of(MODELS[name]), tmp_path / "model.keras")
     for number in range(1, len(json.loads(members["config.json"])["config"]["layers"])):
@@ -296,5 +302,5 @@ def test_a_layer_that_is_called_without_a_tensor(tmp_path, name):
         layer = config["config"]["layers"][number]
         layer["inbound_nodes"] = [{"args": [], "kwargs": {}}]
         put(members, config, tmp_path / "changed.keras")
-        with pytest.raises(FormatError, match=f"{layer['name']}.*(found a call without any|an operation on masks)"):
+        with pytest.raises(FormatError, match=f"{layer['name']}.*(found a call without any|this operation on masks)"):
             load(tmp_path / "changed.keras")

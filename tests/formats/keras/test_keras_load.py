@@ -1,4 +1,4 @@
-"""Keras's files against Keras 3: random models of every layer that a Network has, in both of its formats."""
+"""Keras files compared with Keras 3: random models of every supported layer, in both formats."""
 
 import json
 import warnings
@@ -22,7 +22,7 @@ def close(ours, theirs):
 
 
 def randomise(model, rng):
-    """Give every weight numbers of its own; what is one number a feature stays above 0, as variances must."""
+    """Randomise every weight; those with one number per feature stay above 0, as variances must."""
     for weight in model.weights:
         if not str(weight.dtype).startswith("int"):
             many = len(weight.shape) > 1
@@ -93,7 +93,7 @@ def random_recurrent(rng, sequences, masked=False):
 
 
 def random_plain(rng):
-    """A layer that takes a sequence and returns one, and lets a mask pass."""
+    """A layer from sequences to sequences that passes a mask on."""
     return pick(
         rng,
         [
@@ -140,7 +140,7 @@ def random_head(rng, masked):
 
 
 def random_sequential(rng):
-    """A Sequential model with what it takes: ids, padded sequences or plain ones."""
+    """A Sequential model and its input: ids, padded sequences or plain ones."""
     start, steps, width = int(rng.integers(3)), 8, int(rng.integers(1, 5))
     if start == 0:
         ids = rng.integers(0, 6, (3, steps))
@@ -214,7 +214,7 @@ def test_functional_models(tmp_path, seed, suffix):
     close(parts["both_ways"](ones), outputs_of(model.get_layer("both_ways"), ones)[0])
 
 
-def test_weights_alone_with_the_architecture_beside_them(tmp_path):
+def test_weights_only_with_a_separate_architecture(tmp_path):
     model = keras.Sequential([keras.Input((None, 3)), L.LSTM(4, return_sequences=True), L.LSTM(4), L.Dense(2)])
     randomise(model, np.random.default_rng(0))
     path = tmp_path / "model.weights.h5"
@@ -228,16 +228,16 @@ def test_weights_alone_with_the_architecture_beside_them(tmp_path):
         compare(adapter.load(path, architecture=way), model, x)
     parts = adapter.extract(path, ways[0])
     assert [net.nodes[0].cells[0].spec.input_size for net in parts.values()] == [3, 4]
-    with pytest.raises(FormatError, match=r"weights alone.*architecture"):
+    with pytest.raises(FormatError, match=r"weights only: .*architecture"):
         adapter.load(path)
-    with pytest.raises(FormatError, match=r"weights alone.*architecture"):
+    with pytest.raises(FormatError, match=r"weights only: .*architecture"):
         adapter.extract(path)
     written(model, tmp_path / "whole.keras")
-    with pytest.raises(FormatError, match="weights alone with an architecture, found its own"):
+    with pytest.raises(FormatError, match="architecture is for files of weights only"):
         adapter.load(tmp_path / "whole.keras", architecture=ways[0])
 
 
-def test_a_trained_model_brings_no_more_than_its_weights(tmp_path):
+def test_only_the_weights_of_a_trained_model_are_read(tmp_path):
     model = keras.Sequential([keras.Input((5, 3)), L.LSTM(4, dropout=0.2), L.Dropout(0.1), L.Dense(2)])
     model.compile("adam", "mse", metrics=["mae"])
     x = np.random.default_rng(0).normal(size=(8, 5, 3)).astype("float32")
@@ -246,8 +246,8 @@ def test_a_trained_model_brings_no_more_than_its_weights(tmp_path):
         compare(adapter.load(written(model, tmp_path / f"model{suffix}")), model, x)
 
 
-def test_layers_that_are_not_trained(tmp_path):
-    """HDF5 lists what isn't trained after what is, models within included."""
+def test_layers_that_are_not_trainable(tmp_path):
+    """HDF5 lists non-trainable weights after trainable ones, also in nested models."""
     frozen = L.Bidirectional(L.LSTM(3, return_sequences=True), trainable=False)
     still = L.Dense(6, trainable=False)
     inner = keras.Sequential([keras.Input((5, 6)), L.BatchNormalization(), still, L.BatchNormalization(), L.Dense(2)])
@@ -281,7 +281,7 @@ def test_standardising_layers(tmp_path):
         compare(adapter.load(written(model, tmp_path / f"model{suffix}")), model, x)
 
 
-def test_sequences_may_be_of_any_length_where_nothing_needs_one(tmp_path):
+def test_sequences_may_have_any_length_unless_a_layer_fixes_it(tmp_path):
     model = keras.Sequential([keras.Input((5, 3)), L.LSTM(4), L.Dense(2)])
     net = adapter.load(written(model, tmp_path / "model.keras"))
     assert net.shapes[net.inputs[0]] == (None, 3)
@@ -293,7 +293,7 @@ def test_sequences_may_be_of_any_length_where_nothing_needs_one(tmp_path):
 
 @keras.saving.register_keras_serializable(package="tests")
 class Odd(L.Layer):
-    """A layer that nobody else knows, with a weight."""
+    """A custom layer with a weight."""
 
     def build(self, shape):
         self.w = self.add_weight(shape=(shape[-1],), name="kernel")
@@ -302,7 +302,7 @@ class Odd(L.Layer):
         return x * self.w
 
 
-def test_everything_that_cannot_be_run_is_named(tmp_path):
+def test_all_unsupported_layers_are_named(tmp_path):
     inputs = keras.Input((5, 3))
     x = L.LSTM(4, return_sequences=True, name="fine")(inputs)
     x = Odd(name="odd_one")(x)
@@ -340,7 +340,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_a_network_has_not_is_refused(tmp_path, what):
+def test_unsupported_layers_are_refused(tmp_path, what):
     inputs = keras.Input((5, 3))
     model = keras.Model(inputs, REFUSED[what](inputs))
     path = written(model, tmp_path / "model.keras")
@@ -352,15 +352,15 @@ def test_what_a_network_has_not_is_refused(tmp_path, what):
     "between", [[], [L.Cropping1D((1, 2))], [L.Masking(0.5)], [L.Dense(2), L.Cropping1D(1), L.ReLU()]]
 )
 @pytest.mark.filterwarnings("ignore:Layer .* does not support")
-def test_a_mask_goes_on_as_far_as_in_keras(between):
-    """Cropping1D drops it, and a second Masking makes another in its place."""
+def test_a_mask_is_passed_on_as_far_as_in_keras(between):
+    """Cropping1D drops it, and a second Masking replaces it."""
     x = np.random.default_rng(0).normal(size=(4, 8, 2)).astype("float32")
     x[0, 3:], x[1, :2], x[2], x[3, 2] = 0.0, 0.0, 0.0, 0.5
     model = keras.Sequential([keras.Input((8, 2)), L.Masking(0.0), *between, L.LSTM(3)])
     compare(adapter.from_keras(model), model, x)
 
 
-def test_a_state_that_is_not_used_does_no_harm(tmp_path):
+def test_an_unused_state_is_ignored(tmp_path):
     inputs = keras.Input((5, 3))
     y, _, _ = L.LSTM(3, return_state=True, return_sequences=True)(inputs)
     model = keras.Model(inputs, y)
@@ -368,7 +368,7 @@ def test_a_state_that_is_not_used_does_no_harm(tmp_path):
     compare(adapter.load(written(model, tmp_path / "model.keras")), model, x)
 
 
-def test_from_keras_refuses_what_is_no_model():
+def test_from_keras_refuses_other_objects():
     with pytest.raises(TypeError, match="expected a Sequential or functional model"):
         adapter.from_keras(L.LSTM(3))
 

@@ -1,4 +1,4 @@
-"""Models that others published, in files of Keras 2, against the equations in float64 on weights that h5py reads.
+"""Published models in files of Keras 2, compared with the equations in float64 on weights that h5py reads.
 
 Whole models are worked out by the description that the file holds, layer by layer: `by_description`.
 
@@ -90,7 +90,7 @@ def close(ours, theirs):
 
 
 def test_textgenrnn(package):
-    """CuDNNLSTM, weights alone; a layer of the package's own stands after them, which is said."""
+    """CuDNNLSTM, weights only; the package's custom layer after them is reported."""
     (path,) = package("textgenrnn==2.0.0", "textgenrnn/textgenrnn_weights.hdf5")
     parts = adapter.extract(path)
     assert list(parts) == ["rnn_1", "rnn_2"]
@@ -123,7 +123,7 @@ def test_textgenrnn(package):
     ]
     ends = {"input_layers": [["input", 0, 0]], "output_layers": [["output", 0, 0]]}
     architecture = {"class_name": "Model", "config": {"layers": layers, **ends}}
-    with pytest.raises(FormatError, match="AttentionWeightedAverage 'attention': a layer that isn't supported"):
+    with pytest.raises(FormatError, match="AttentionWeightedAverage 'attention': this layer isn't supported"):
         adapter.load(path, architecture)
     again = adapter.extract(path, architecture)
     assert list(again) == ["rnn_1", "rnn_2"]
@@ -146,14 +146,14 @@ def test_chars2vec(package, size):
     words = np.random.default_rng(0).integers(0, net.input_size, (4, 12))
     x = np.eye(net.input_size)[words]
     y = x
-    names = layers_of(path)  # not those of the architecture for every size: the order tells
+    names = layers_of(path)  # they differ from the architecture's for some sizes: the order matters
     assert len(names) == 2
     for name in names:
         y = by_reference(y, *arrays_of(path, name), "hard_sigmoid(0.2, 0.5)")
     close(net(x), y[:, -1])
 
 
-# ── whole models, by their own descriptions ─────────────────────────────────────────────────────────────────────────
+# ── whole models with their descriptions ─────────────────────────────────────────────────────────────────────────
 
 
 def sigmoid(z):
@@ -176,7 +176,7 @@ FUNCTIONS = {
 
 
 def recurrent(kind, config, weights, x, used):
-    """An LSTM or a GRU of Keras 2, written out: gates i f c o, and z r h; steps that aren't used leave the state."""
+    """An LSTM or a GRU of Keras 2, written out: gates i f c o, and z r h; unused steps keep the state."""
     kernel, again, bias = weights
     inner, outer = FUNCTIONS[config["recurrent_activation"]], FUNCTIONS[config["activation"]]
     h = np.zeros((len(x), config["units"]))
@@ -212,7 +212,7 @@ def pool_same(config, x):
 
 
 def by_description(path, x):
-    """What a chain of layers makes of x, in float64, and what that was before the last activation."""
+    """The output of a chain of layers in float64, and the value before its last activation."""
     with h5py.File(path) as file:
         text = file.attrs["model_config"]
         group = file["model_weights"]
@@ -258,7 +258,7 @@ def by_description(path, x):
 
 
 def before_the_last(net):
-    """The network, a chain, without its last activation, which hides differences where it is flat."""
+    """The network, a chain, without its last activation, which hides differences where it saturates."""
     *nodes, last = net.nodes
     last = Dense(last.kernel, last.bias) if isinstance(last, Dense) else Activation("linear")
     return Network([*nodes, last], net.names)
@@ -294,8 +294,8 @@ def test_whole_models(package, what):
     close(ours, z)
 
 
-def test_a_network_of_convolutions_beside_which_nothing_is_recurrent(package):
-    """TCN is a layer of another package: it is named, and nothing else is."""
+def test_a_network_of_convolutions_without_recurrent_layers(package):
+    """TCN is a layer of another package: only it is named."""
     (path,) = package("dgad==3.1.4", "dgad/models/tcn_best.h5")
-    with pytest.raises(FormatError, match=r"found: TCN 'tcn': a layer that isn't supported$"):
+    with pytest.raises(FormatError, match=r"found: TCN 'tcn': this layer isn't supported$"):
         load(path)

@@ -1,4 +1,4 @@
-"""Files of Keras 1 and 2 as these wrote them, made by hand: their words, their layouts, their hard_sigmoid, cuDNN's."""
+"""Hand-made files in the form of Keras 1 and 2: their names, layouts and hard_sigmoid, and cuDNN's layers."""
 
 import json
 
@@ -16,7 +16,7 @@ def f64(array):
 
 
 def write(path, config, weights, version=None, backend="tensorflow", whole=True):
-    """Write HDF5 as Keras 1 and 2 did: names as fixed text, a group a layer, each weight under its own name."""
+    """Write HDF5 as Keras 1 and 2 did: names as fixed-length text, a group per layer, a dataset per weight."""
     with h5py.File(path, "w") as file:
         if whole:
             file.attrs["model_config"] = json.dumps(config).encode()
@@ -59,7 +59,7 @@ def lstm(x, gates, inner=sigmoid):
 
 
 def gru(x, gates, inner=sigmoid, after=None):
-    """A GRU in float64, likewise: z r h; `after` are the second biases, where the reset acts after the product."""
+    """A GRU in float64, likewise: z r h; `after` are the second biases, with the reset after the product."""
     h, ys = np.zeros((len(x), gates["z"][1].shape[0])), []
     for t in range(x.shape[1]):
         a = {key: f64(x[:, t]) @ f64(W) + f64(b) for key, (W, U, b) in gates.items()}
@@ -138,7 +138,7 @@ def test_a_whole_model_of_keras_1(tmp_path, rng, version):
 
 
 def test_a_graph_of_keras_1(tmp_path, rng):
-    """Bidirectional, arrays of all gates in one, a Merge and a model with two inputs."""
+    """Bidirectional, arrays with all gates, a Merge and a model with two inputs."""
     ahead, back = gates_of(rng, "ifco", 3, 4), gates_of(rng, "ifco", 3, 4)
 
     def joined(name, gates):
@@ -229,7 +229,7 @@ def test_a_convolution_of_keras_1(tmp_path, rng, backend):
 
 
 def cudnn_blocks(gates, order):
-    """Arrays as Keras 2 keeps a cuDNN layer's: each block as `[units, n]` row by row, under the shape `[n, units]`."""
+    """Arrays of a cuDNN layer in Keras 2's form: each block `[units, n]` row by row, with the shape `[n, units]`."""
     kernel = [np.ascontiguousarray(gates[key][0].T).reshape(gates[key][0].shape) for key in order]
     recurrent = [gates[key][1].T for key in order]
     return np.concatenate(kernel, axis=1), np.concatenate(recurrent, axis=1)
@@ -237,7 +237,7 @@ def cudnn_blocks(gates, order):
 
 @pytest.mark.parametrize("kind", ["CuDNNLSTM", "LSTM", "alone"])
 def test_cudnn_lstm(tmp_path, rng, kind):
-    """Under its own name, loaded into an LSTM's description as Keras 2 allows, and without any description."""
+    """With its own class, with the description of an LSTM, as Keras 2 allows, and without any description."""
     order = "ifco"
     gates = gates_of(rng, order, 5, 3)
     kernel, recurrent = cudnn_blocks(gates, order)
@@ -273,7 +273,7 @@ def test_cudnn_gru(tmp_path, rng, kind):
 
 @pytest.mark.parametrize("version", ["2.0.6", "2.2.4-tf", "2.4.0", None])
 def test_a_functional_model_of_keras_2(tmp_path, rng, version):
-    """Nested lists of what a layer takes, a shared layer, a bidirectional stack of cells, and 0.2 in hard_sigmoid."""
+    """Nested lists of inputs, a shared layer, a bidirectional stack of cells, and 0.2 in hard_sigmoid."""
     lstm_gates, gru_gates = gates_of(rng, "ifco", 3, 4), gates_of(rng, "zrh", 4, 2)
     kernel, bias = f32(rng, 2, 3), f32(rng, 3)
 
@@ -377,20 +377,20 @@ def small(tmp_path, rng, *, settings=None, weights=None, version="2.2.4", layer=
         ({"settings": {"return_sequences": 3}}, "expected return_sequences to be bool"),
         ({"settings": {"activation": "swish"}}, "'swish' isn't supported"),
         ({"version": "4.0"}, "expected keras_version 1, 2 or 3"),
-        ({"layer": "ConvLSTM2D"}, "ConvLSTM2D 'r': a layer that isn't supported"),
-        ({"layer": "Lambda"}, "Lambda 'r': a layer that isn't supported"),
-        ({"layer": "mine>LSTM"}, "mine>LSTM 'r': a layer that isn't supported"),
+        ({"layer": "ConvLSTM2D"}, "ConvLSTM2D 'r': this layer isn't supported"),
+        ({"layer": "Lambda"}, "Lambda 'r': this layer isn't supported"),
+        ({"layer": "mine>LSTM"}, "mine>LSTM 'r': this layer isn't supported"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, rng, change, message):
+def test_wrong_shapes_and_settings_are_refused(tmp_path, rng, change, message):
     with pytest.raises(FormatError, match=message):
         adapter.load(small(tmp_path, rng, **change))
 
 
-def test_weights_that_no_layer_uses_and_weights_that_lack_are_named(tmp_path, rng):
+def test_unused_and_missing_weights_are_named(tmp_path, rng):
     kernel, recurrent, bias = f32(rng, 3, 8), f32(rng, 2, 8), f32(rng, 8)
     full = {"r/kernel:0": kernel, "r/recurrent_kernel:0": recurrent, "r/bias:0": bias}
-    with pytest.raises(FormatError, match=r"every weight to be a layer's, found 'gone/kernel:0'"):
+    with pytest.raises(FormatError, match=r"no layer uses the weights 'gone/kernel:0'"):
         adapter.load(small(tmp_path, rng, weights={"r": full, "gone": {"kernel:0": kernel}}))
     with pytest.raises(FormatError, match=r"LSTM 'r': expected 3 weights.*found 4"):
         adapter.load(small(tmp_path, rng, weights={"r": {**full, "r/more:0": bias}}))
@@ -403,7 +403,7 @@ def test_weights_that_no_layer_uses_and_weights_that_lack_are_named(tmp_path, rn
         adapter.load(small(tmp_path, rng, weights={"r": {**full, "r/bias:0": np.arange(8)}}))
 
 
-def test_layers_find_their_weights_by_order_where_names_differ(tmp_path, rng):
+def test_weights_are_assigned_by_order_if_names_differ(tmp_path, rng):
     gates = gates_of(rng, "ifco", 3, 2)
     arrays = {
         f"l/{what}:0": np.concatenate([gates[k][n] for k in "ifco"], -1)
@@ -417,13 +417,13 @@ def test_layers_find_their_weights_by_order_where_names_differ(tmp_path, rng):
     x = rng.normal(size=(2, 4, 3))
     close(adapter.load(path, architecture=[layer])(x), lstm(x, gates, hard_sigmoid_2))
     unsaid = {"class_name": "LSTM", "config": {"units": 2}}
-    with pytest.raises(FormatError, match="expected activation, found none: what it is when it isn't said has changed"):
+    with pytest.raises(FormatError, match="expected activation, found none: its default differs"):
         adapter.load(path, architecture=[unsaid])
-    with pytest.raises(FormatError, match=r"weights alone of cuDNN's layers, found layers 'lstm_7'"):
+    with pytest.raises(FormatError, match=r"expected the weights of cuDNN layers, found layers 'lstm_7'"):
         adapter.extract(path)
 
 
 def test_the_reference_agrees_with_the_equations_of_this_file(rng):
-    """What this file works out by hand is the law's own hard_sigmoid."""
+    """The hard_sigmoid of this file equals that of reference.py."""
     z = rng.normal(size=50) * 3
     assert np.allclose(hard_sigmoid_2(z), reference.ACTIVATIONS["hard_sigmoid"][0](z, 0.2, 0.5))

@@ -1,4 +1,4 @@
-"""Keras 3's operations among a model's layers, layers that are several nodes, and states, against Keras."""
+"""Keras 3's operations, layers that become several nodes, and states, compared with Keras."""
 
 import json
 import tracemalloc
@@ -22,7 +22,7 @@ def sequences(units=4, **settings):
 
 
 def attended(h):
-    """The weighted mean over time that attention layers written by hand give."""
+    """The weighted mean over time of hand-written attention layers."""
     return ops.sum(h * ops.softmax(L.Dense(1, activation="tanh")(h), axis=1), axis=1)
 
 
@@ -124,8 +124,8 @@ OPERATIONS = {
     "convolutions by channel": lambda i: L.LSTM(3)(
         L.SeparableConv1D(4, 2)(L.DepthwiseConv1D(2, depth_multiplier=2)(i))
     ),
-    "halves": both,
-    "halves summed": lambda i: L.Add()(L.Bidirectional(L.LSTM(4), merge_mode=None)(i)),
+    "both directions": both,
+    "both directions summed": lambda i: L.Add()(L.Bidirectional(L.LSTM(4), merge_mode=None)(i)),
     "a state": lambda i: L.Dense(2)(sequences(return_state=True)(i)[1]),
     "a state and a step": lambda i: L.Concatenate()(L.LSTM(4, return_state=True)(i)[:2]),
     "a state backwards": lambda i: sequences(return_state=True, go_backwards=True)(i)[1],
@@ -161,7 +161,7 @@ def close(ours, theirs):
 
 
 def weights_of(model, path):
-    """Write the weights alone; Keras's torch backend has NumPy warn."""
+    """Write only the weights; Keras's torch backend causes a NumPy warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_weights(path)
@@ -169,7 +169,7 @@ def weights_of(model, path):
 
 
 def ways(model, folder):
-    """The network of a model: out of every file that it may be in, and out of memory."""
+    """The network of a model, read from every kind of file and from memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for suffix in (".keras", ".h5"):
@@ -221,7 +221,7 @@ MASKED = {
 @pytest.mark.parametrize("what", MASKED)
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask attached to it")
 @pytest.mark.filterwarnings("ignore:Layer .* does not support")
-def test_where_masks_end(tmp_path, what):
+def test_where_masks_are_dropped(tmp_path, what):
     rng = np.random.default_rng(0)
     inputs = keras.Input((6,))
     model = keras.Model(inputs, MASKED[what](L.Embedding(7, 3, mask_zero=True)(inputs)))
@@ -232,7 +232,7 @@ def test_where_masks_end(tmp_path, what):
 
 
 def test_a_siamese_model(tmp_path):
-    """An embedding and an LSTM that are used twice, and the distance between what they return."""
+    """An embedding and an LSTM that are used twice, and the distance between their outputs."""
     a, b = keras.Input((5,), name="a"), keras.Input((7,), name="b")
     table, lstm = L.Embedding(9, 3), L.LSTM(4)
     one, other = lstm(table(a)), lstm(table(b))
@@ -243,8 +243,8 @@ def test_a_siamese_model(tmp_path):
     compare(model, tmp_path, x)
 
 
-def test_integers_of_8_bits(tmp_path):
-    """What `quantize` makes: Dense and Embedding over their scales; what a Dense takes isn't rounded, which is said."""
+def test_int8_weights(tmp_path):
+    """Dense and Embedding after `quantize`: weights are dequantised; the metadata says that inputs aren't rounded."""
     rng = np.random.default_rng(0)
     inputs = keras.Input((6,))
     model = keras.Model(inputs, L.Dense(2)(L.Dense(5, "relu")(L.LSTM(4)(L.Embedding(9, 4)(inputs)))))
@@ -256,7 +256,7 @@ def test_integers_of_8_bits(tmp_path):
         warnings.simplefilter("ignore")
         model.quantize("int8")
     by_name = {layer.name: layer for layer in model.layers}
-    for layer in whole.layers:  # as Keras has it, but for what the layers take
+    for layer in whole.layers:  # as in Keras, except for the rounding of inputs
         quantised = by_name[layer.name]
         if isinstance(layer, L.Dense):
             layer.kernel.assign(quantised._kernel.value / quantised.kernel_scale.value)
@@ -265,11 +265,11 @@ def test_integers_of_8_bits(tmp_path):
     x = rng.integers(0, 9, (4, 6))
     for net in ways(model, tmp_path):
         close(net(x), whole(x).detach().numpy())
-        assert "isn't rounded to 8 bits" in net.metadata["source"]["assumed"]
+        assert "aren't rounded to 8 bits" in net.metadata["source"]["assumed"]
     assert np.abs(net(x) - model(x).detach().numpy()).max() < 2e-2
 
 
-def test_what_needs_a_length_keeps_that_of_the_file(tmp_path):
+def test_operations_that_need_a_length_keep_that_of_the_file(tmp_path):
     inputs = keras.Input((6, 3))
     cut = adapter.from_keras(keras.Model(inputs, ops.split(sequences()(inputs), 2, axis=1)[0]))
     assert cut.shapes[cut.inputs[0]] == (6, 3)
@@ -283,11 +283,11 @@ def test_what_needs_a_length_keeps_that_of_the_file(tmp_path):
     steps = [stream.step(x[:, t]) for t in range(9)]
     assert np.array_equal(steps[-1], last(x))
     anything = keras.Input((None, 3))
-    with pytest.raises(FormatError, match="needs the length of axis 1, which the file leaves open"):
+    with pytest.raises(FormatError, match="needs the length of axis 1, which the file doesn't specify"):
         adapter.from_keras(keras.Model(anything, ops.reshape(sequences()(anything), (-1, 12))))
 
 
-ONE_NODE = {  # what Keras computes, and the node that it is, for sequences [B, 6, 3]
+ONE_NODE = {  # Keras operations on sequences [B, 6, 3] that become one node
     "ReLU up to a bound": (lambda x: L.ReLU(max_value=0.8)(x), Clip(0.0, 0.8)),
     "ReLU6": (lambda x: L.ReLU(max_value=6.0)(x), Activation("relu6")),
     "from 0 to 6": (lambda x: ops.clip(x, 0, 6), Activation("relu6")),
@@ -316,7 +316,7 @@ ONE_NODE = {  # what Keras computes, and the node that it is, for sequences [B, 
         (lambda x: ops.silu(x), "silu"),
     ],
 )
-def test_activations_behind_a_dense_are_its_own_however_they_are_written(work, activation, tmp_path):
+def test_activations_after_a_dense_become_its_own_in_every_notation(work, activation, tmp_path):
     inputs = keras.Input((None, 3))
     model = keras.Model(inputs, work(L.Dense(4)(inputs)))
     x = np.random.default_rng(0).normal(size=(4, 6, 3)).astype("float32")
@@ -327,10 +327,10 @@ def test_activations_behind_a_dense_are_its_own_however_they_are_written(work, a
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("work", "node"), ONE_NODE.values(), ids=ONE_NODE.keys())
-def test_what_one_node_does_is_one_node(work, node, masked, tmp_path):
+def test_operations_that_become_one_node(work, node, masked, tmp_path):
     inputs = keras.Input((6, 3))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a layer drops the mask
+        warnings.simplefilter("ignore")  # warns that a layer drops the mask
         model = keras.Model(inputs, work(L.Masking(0.0)(inputs) if masked else inputs))
         x = np.random.default_rng(0).normal(size=(4, 6, 3)).astype("float32")
         x[:, -2:] = 0.0
@@ -353,7 +353,10 @@ def changed(model, change):
 
 DAMAGED = {
     "another operation": (lambda layer: layer.update(class_name="Bogus", registered_name=None), "Bogus"),
-    "no arguments": (lambda layer: layer["inbound_nodes"][0].update(args=[]), "an operation that|expected"),
+    "no arguments": (
+        lambda layer: layer["inbound_nodes"][0].update(args=[]),
+        "this operation isn't supported|expected",
+    ),
     "no key": (lambda layer: layer["inbound_nodes"][0]["args"].pop(), "expected"),
     "a text": (lambda layer: layer["inbound_nodes"][0]["args"].__setitem__(1, "x"), "expected"),
     "a step of 0": (
@@ -362,10 +365,13 @@ DAMAGED = {
     ),
     "a text in a slice": (lambda layer: layer["inbound_nodes"][0]["args"][1][1]["config"].update(start="a"), "slice"),
     "too many keys": (lambda layer: layer["inbound_nodes"][0]["args"][1].extend([0, 0]), "at most 3 keys"),
-    "a step that isn't": (lambda layer: layer["inbound_nodes"][0]["args"][1].__setitem__(1, 99), "an entry of axis 1"),
+    "a step that isn't": (
+        lambda layer: layer["inbound_nodes"][0]["args"][1].__setitem__(1, 99),
+        "index 99 is out of range for axis 1",
+    ),
     "lists in each other": (
         lambda layer: layer["inbound_nodes"][0]["args"].__setitem__(1, json.loads("[" * 900 + "]" * 900)),
-        "expected",
+        "lists are nested more than 16 deep",
     ),
 }
 
@@ -380,18 +386,18 @@ def test_damaged_operations(tmp_path, what):
         adapter.load(path, architecture=json.dumps(changed(model, change)))
 
 
-def test_a_file_that_claims_wide_inputs_brings_no_great_arrays(tmp_path):
+def test_wide_inputs_in_a_file_allocate_no_large_arrays(tmp_path):
     inputs = keras.Input((3,))
     model = keras.Model(inputs, L.Dense(2)(inputs * 2.0))
     path = weights_of(model, tmp_path / "m.weights.h5")
     config = json.loads(model.to_json())
     config["config"]["layers"][0]["config"]["batch_shape"] = [None, 2**31 - 1]
-    with pytest.raises(FormatError, match="expected at most 16777216 numbers that the file doesn't hold"):
+    with pytest.raises(FormatError, match="more than 16777216 numbers that aren't stored in the file"):
         adapter.load(path, architecture=config)
 
 
-def test_an_operation_that_leaves_out_whether_it_is_approximate(tmp_path):
-    """Keras makes a Gelu out of such a description as out of one that says `approximate`, its default."""
+def test_a_gelu_without_the_setting_approximate(tmp_path):
+    """Keras reads it with the default, `approximate=True`."""
     inputs = keras.Input((6, 3))
     model = keras.Model(inputs, ops.gelu(inputs * 2.0))
     config = changed(model, lambda layer: layer["config"].pop("approximate", None))
@@ -402,7 +408,7 @@ def test_an_operation_that_leaves_out_whether_it_is_approximate(tmp_path):
 
 
 @pytest.mark.parametrize("of", [lambda i: ops.split(i, 3, axis=1)[0], lambda i: L.PReLU(shared_axes=[1])(i)])
-def test_a_file_that_claims_long_axes_brings_no_long_lists(tmp_path, of):
+def test_long_axes_in_a_file_make_no_long_lists(tmp_path, of):
     inputs = keras.Input((3, 1))
     model = keras.Model(inputs, of(inputs))
     path = weights_of(model, tmp_path / "m.weights.h5")
@@ -419,7 +425,7 @@ def test_a_file_that_claims_long_axes_brings_no_long_lists(tmp_path, of):
                 where["indices_or_sections"] = 900_000_000
     tracemalloc.start()
     try:
-        with pytest.raises(FormatError, match="expected at most 16777216 numbers that the file doesn't hold"):
+        with pytest.raises(FormatError, match="more than 16777216 numbers that aren't stored in the file"):
             adapter.load(path, architecture=config)
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:

@@ -1,4 +1,4 @@
-"""Models with layers of cellstack.keras: they are read as Keras's own are, and answer as they do there."""
+"""Models with layers of cellstack.keras are read as Keras's own, with the same outputs as in Keras."""
 
 import os
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 def scattered(model, seed=0):
-    """Give every weight numbers of its own: zeros of a bias or a peephole would hide that they are read."""
+    """Randomise every weight: zeros in a bias or a peephole would hide whether it is read."""
     rng = np.random.default_rng(seed)
     model.set_weights([w + rng.normal(0, 0.2, w.shape).astype(w.dtype) for w in model.get_weights()])
     return model
@@ -43,8 +43,8 @@ LAYERS = {
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_file_is_the_network_that_the_layers_are(tmp_path, name, suffix):
-    masked = name not in ("both ways", "two ways", "normed")  # what a mask means backwards, Keras says otherwise
+def test_a_file_gives_the_same_network_as_the_layers(tmp_path, name, suffix):
+    masked = name not in ("both ways", "two ways", "normed")  # Keras treats masks differently backwards
     layers = [keras.layers.LSTM(3, return_sequences=True), LAYERS[name](), keras.layers.Dense(2)]
     model = scattered(keras.Sequential([keras.Input((None, 6)), *[keras.layers.Masking()] * masked, *layers]))
     x = np.random.default_rng(1).normal(size=(3, 7, 6)).astype("float32")
@@ -75,7 +75,7 @@ def test_verify_and_convert_take_it(tmp_path):
     np.testing.assert_allclose(cs.load(tmp_path / "m.onnx")(x), keras.ops.convert_to_numpy(model(x)), atol=1e-5)
 
 
-def test_states_between_layers_beside_a_mask_which_ours_heed(tmp_path):
+def test_states_between_layers_together_with_a_mask(tmp_path):
     x, h0 = keras.Input((None, 6), name="x"), keras.Input((4,), name="h0")
     y, h = ours.GRU(4, return_sequences=True, return_state=True)(keras.layers.Masking()(x), initial_state=h0)
     y = ours.GRU(4)(y, initial_state=h)
@@ -87,11 +87,11 @@ def test_states_between_layers_beside_a_mask_which_ours_heed(tmp_path):
     inputs[0][0, 4:] = inputs[0][1, :2] = 0.0
     expected = keras.ops.convert_to_numpy(model(inputs))
     np.testing.assert_allclose(cs.load(path)(tuple(inputs)), expected, atol=1e-5)
-    short = [inputs[0][:1, :4], inputs[1][:1]]  # what the mask leaves out has no influence
+    short = [inputs[0][:1, :4], inputs[1][:1]]  # masked steps have no influence
     np.testing.assert_allclose(keras.ops.convert_to_numpy(model(short)), expected[:1], atol=1e-5)
 
 
-def test_layers_of_one_name_but_of_two_packages_are_kept_apart(tmp_path):
+def test_layers_with_the_same_name_from_two_packages_are_distinguished(tmp_path):
     layers = [ours.GRU(4, return_sequences=True), keras.layers.GRU(4, return_sequences=True), ours.GRU(4)]
     model = scattered(keras.Sequential([keras.Input((None, 4)), *layers]))
     path = tmp_path / "m.keras"
@@ -100,14 +100,18 @@ def test_layers_of_one_name_but_of_two_packages_are_kept_apart(tmp_path):
     np.testing.assert_allclose(cs.load(path)(x), keras.ops.convert_to_numpy(model(x)), atol=1e-5)
 
 
-def test_gates_and_resets_are_refused_by_what_serves_instead(tmp_path):
+def test_gates_and_resets_are_refused_with_the_alternative(tmp_path):
     x, starts = keras.Input((None, 6)), keras.Input((None,), dtype="bool")
     y, *gates = ours.LSTM(4, return_sequences=True, return_gates=True, name="a")(x)
     keras.Model(x, y).save(tmp_path / "y.keras")
-    assert len(cs.load(tmp_path / "y.keras").cells) == 1  # where nobody takes them, they are not missed
+    assert len(cs.load(tmp_path / "y.keras").cells) == 1  # unused gates are ignored
     keras.Model(x, gates[1]).save(tmp_path / "gates.keras")
-    with pytest.raises(cs.FormatError, match=r"LSTM 'a': gates of every step .* net\.trace\(x\)"):
+    with pytest.raises(
+        cs.FormatError, match=r"LSTM 'a': a Network doesn't return the gates of every step: use net\.trace\(x\)"
+    ):
         cs.load(tmp_path / "gates.keras")
     keras.Model([x, starts], ours.GRU(4, name="b")(x, reset=starts)).save(tmp_path / "reset.keras")
-    with pytest.raises(cs.FormatError, match=r"GRU 'b': reset is an input of the model, .* net\.run\(x, reset="):
+    with pytest.raises(
+        cs.FormatError, match=r"GRU 'b': reset as an input of the model isn't supported: use net\.run\(x, reset="
+    ):
         cs.load(tmp_path / "reset.keras")

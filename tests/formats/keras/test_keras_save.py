@@ -1,4 +1,4 @@
-"""Networks written as Keras files: Keras 3 loads them and returns what they return; what has no layer is refused."""
+"""Networks written as Keras files: Keras 3 loads them and gives the same outputs; unsupported nodes are refused."""
 
 import warnings
 
@@ -42,7 +42,7 @@ def loaded(path):
 
 
 def same(net, again, x):
-    """Our own reader gives back the network, but for the arrays that went through another layer's."""
+    """Our reader returns the same network, except for arrays that were converted to another layer's."""
     for one, other in zip(np.atleast_1d(net(x)), np.atleast_1d(again(x)), strict=True):
         assert np.array_equal(one, other)
 
@@ -50,7 +50,7 @@ def same(net, again, x):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.filterwarnings("ignore:Layer .* does not support")
-def test_what_was_a_keras_model_becomes_one_again(tmp_path, seed, suffix):
+def test_keras_models_round_trip(tmp_path, seed, suffix):
     rng = np.random.default_rng(seed)
     model, x = random_sequential(rng)
     randomise(model, rng)
@@ -129,8 +129,8 @@ def test_nodes_of_every_kind(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_layers_side_by_side_keep_their_own_weights(tmp_path, suffix):
-    """Keras tells layers' weights by the order in which it lists the layers: by how far from the outputs they are."""
+def test_parallel_layers_keep_their_own_weights(tmp_path, suffix):
+    """Keras assigns weights by the order of its layers: by their distance from the outputs."""
     rng = np.random.default_rng(0)
     dense = [Dense(rng.normal(size=(4, 4)).astype("float32")) for _ in range(5)]
     nodes = [dense[0], dense[1], dense[2], Merge("add"), dense[3], dense[4], Merge("concat")]
@@ -143,7 +143,7 @@ def test_layers_side_by_side_keep_their_own_weights(tmp_path, suffix):
     same(net, adapter.load(path), x)
 
 
-def test_float64_and_like_gives_like(tmp_path):
+def test_float64_and_equal_networks_give_equal_files(tmp_path):
     rng = np.random.default_rng(0)
     net = Network([Recurrent((make_cell(rng, 3, 4, "float64"),)), Dense(rng.normal(size=(4, 2)), rng.normal(size=2))])
     for suffix in SUFFIXES:
@@ -152,7 +152,7 @@ def test_float64_and_like_gives_like(tmp_path):
         adapter.save(net, second)
         with open(first, "rb") as one, open(second, "rb") as other:
             assert one.read() == other.read()
-        again, x = adapter.load(first), rng.normal(size=(2, 5, 3))  # Keras's model casts it to float32
+        again, x = adapter.load(first), rng.normal(size=(2, 5, 3))  # Keras's model casts to float32
         assert again.dtype == np.float64
         assert again.names == net.names
         assert np.array_equal(again(x), net(x))
@@ -175,15 +175,15 @@ ODD_CELLS = {
 
 
 @pytest.mark.parametrize("what", ODD_CELLS)
-def test_cells_that_keras_has_not(tmp_path, rng, what):
+def test_cells_that_keras_does_not_have(tmp_path, rng, what):
     net = Network([Recurrent((fill(rng, CellSpec(3, 4, **ODD_CELLS[what])),))], ["odd"])
-    with pytest.raises(ValueError, match=r"^save: expected nodes that Keras has layers for, got odd: ") as caught:
+    with pytest.raises(ValueError, match=r"^save: Keras can't represent this network: odd: ") as caught:
         adapter.save(net, str(tmp_path / "model.keras"))
     assert what in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_nodes_that_keras_has_not_are_all_named(tmp_path, rng):
+def test_all_nodes_that_keras_does_not_have_are_named(tmp_path, rng):
     cells = (make_cell(rng, 4, 4), make_cell(rng, 4, 4))
     net = Network(
         [
@@ -208,7 +208,7 @@ def test_nodes_that_keras_has_not_are_all_named(tmp_path, rng):
             ("end", "rnn", "greatest"),
         ],
     )
-    with pytest.raises(ValueError, match="save: expected nodes that Keras has layers for") as caught:
+    with pytest.raises(ValueError, match="save: Keras can't represent this network") as caught:
         adapter.save(net, str(tmp_path / "model.h5"))
     text = str(caught.value)
     for name in (
@@ -218,12 +218,12 @@ def test_nodes_that_keras_has_not_are_all_named(tmp_path, rng):
         "end: the last",
     ):
         assert name in text
-    assert "greatest: the greatest of the steps that a mask keeps" in text
+    assert "greatest: Keras's max over time ignores the mask" in text
     assert "rnn:" not in text
 
 
-def test_a_cell_of_ones_is_written_bit_by_bit(tmp_path):
-    """Every array of a cell in its own place: numbers that tell each other apart."""
+def test_every_array_of_a_cell_is_written_bit_by_bit(tmp_path):
+    """Every array of a cell is in its place: all numbers differ."""
     spec = CellSpec(2, 3, kind="gru")
     arrays = {}
     for number, (name, shape) in enumerate(spec.shapes.items()):
@@ -238,8 +238,8 @@ def test_a_cell_of_ones_is_written_bit_by_bit(tmp_path):
         assert all(np.array_equal(array, arrays[name]) for name, array in node.cells[0].arrays.items())
 
 
-def test_a_name_that_keras_takes_for_weights_alone(tmp_path):
+def test_a_suffix_that_keras_reads_as_weights_only(tmp_path):
     net = Network([Dense(np.ones((3, 2), "f4"))])
-    with pytest.raises(ValueError, match=r"Keras takes such a file for weights alone; leave out \.weights"):
+    with pytest.raises(ValueError, match=r"as weights without a model; leave out \.weights"):
         net.save(tmp_path / "net.weights.h5")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Keras models whose states go from layer to layer, in and out: its examples, as Keras builds and answers them."""
+"""Keras models with states as inputs and outputs of layers: Keras's examples, compared with Keras."""
 
 import json
 import warnings
@@ -44,7 +44,7 @@ def assert_near(found, wanted):
 
 
 def seq2seq():
-    """The model that is trained, the encoder and the decoder that answer, as Keras's example has them."""
+    """The training model, the encoder and the decoder of Keras's example."""
     encoder_in, decoder_in = keras.Input((None, SOURCE), name="source"), keras.Input((None, TARGET), name="target")
     _, *states = L.LSTM(UNITS, return_state=True, name="encoder")(encoder_in)
     decoder = L.LSTM(UNITS, return_sequences=True, return_state=True, name="decoder")
@@ -56,7 +56,7 @@ def seq2seq():
 
 
 def addition():
-    """A sum read in and written out digit by digit."""
+    """A sum, read and written digit by digit."""
     model = keras.Sequential([keras.Input((7, 12)), L.LSTM(16), L.RepeatVector(4)])
     model.add(L.LSTM(16, return_sequences=True))
     model.add(L.Dense(12, activation="softmax"))
@@ -91,7 +91,7 @@ def characters():
 
 
 def video():
-    """Features of frames, and which frames a clip has, as an input of its own."""
+    """Features of frames, and the mask of a clip's frames as a separate input."""
     frames, used = keras.Input((8, 5)), keras.Input((8,), dtype="bool")
     x = L.GRU(8, return_sequences=True)(frames, mask=used)
     x = L.Dropout(0.4)(L.GRU(4)(x))
@@ -107,7 +107,7 @@ def stacks():
 
 
 def both_ways():
-    """The halves' states side by side, as what a decoder of both widths starts from."""
+    """The concatenated states of both directions, from which a decoder of twice the width starts."""
     x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
     _, h_ahead, c_ahead, h_back, c_back = L.Bidirectional(L.LSTM(4, return_state=True))(x)
     states = [L.Concatenate()([h_ahead, h_back]), L.Concatenate()([c_ahead, c_back])]
@@ -124,7 +124,7 @@ def merged_both_ways():
 
 
 def computed():
-    """Where a caption's cell starts, out of a picture's features: no state of another."""
+    """The initial state of a caption's cell, computed from an image's features, not another state."""
     features, words = keras.Input((5,)), keras.Input((None, SOURCE))
     start = [L.Dense(UNITS, activation="tanh")(features), L.Dense(UNITS)(features)]
     y = L.LSTM(UNITS, return_sequences=True)(words, initial_state=start)
@@ -138,7 +138,7 @@ def states_as_values():
 
 
 def masked():
-    """Ids of 0 are padding: the encoder leaves them out; the decoder, which is given states, doesn't in Keras 3."""
+    """Ids of 0 are padding: the encoder skips them; the decoder, which has initial states, doesn't in Keras 3."""
     source, target = keras.Input((None,), dtype="int32"), keras.Input((None,), dtype="int32")
     _, *states = L.LSTM(UNITS, return_state=True)(L.Embedding(11, 5, mask_zero=True)(source))
     y = L.LSTM(UNITS, return_sequences=True)(L.Embedding(11, 5, mask_zero=True)(target), initial_state=states)
@@ -149,7 +149,7 @@ def masked():
 
 
 def masked_and_merged():
-    """Numbers that no mask changes, after a layer that leaves its mask out."""
+    """Values that no mask changes, after a layer that ignores its mask."""
     x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
     _, *states = L.LSTM(UNITS, return_state=True)(x)
     z = L.LSTM(UNITS, return_sequences=True)(L.Masking()(y), initial_state=states)
@@ -168,7 +168,7 @@ def models_within():
 
 
 def two_decoders():
-    """One state from which two layers start, and which is an answer too."""
+    """A state from which two layers start, and which is also an output."""
     x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
     z, state = L.GRU(UNITS, return_sequences=True, return_state=True)(x)
     first, second = (L.GRU(UNITS, return_sequences=more)(y, initial_state=state) for more in (True, False))
@@ -176,7 +176,7 @@ def two_decoders():
 
 
 def zeros_where_masked():
-    """What it returns at masked steps are zeros, and so not its state."""
+    """Its output at masked steps is zero, and so not its state."""
     x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
     encoder = L.GRU(UNITS, return_state=True, return_sequences=True, zero_output_for_mask=True)
     _, state = encoder(L.Masking()(x))
@@ -198,7 +198,7 @@ UNWRITTEN = {"video": "a StepMask"}
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:Layer .* does not support masking")
-def test_a_model_answers_as_in_keras_and_is_written_again(tmp_path, case):
+def test_a_model_agrees_with_keras_and_round_trips(tmp_path, case):
     model, x = CASES[case]()
     wanted = answers(model, x)
     for suffix in (".keras", ".h5"):
@@ -216,7 +216,7 @@ def test_a_model_answers_as_in_keras_and_is_written_again(tmp_path, case):
     assert_near(ours(again, x), wanted)
 
 
-def test_the_seq2seq_models_load_whole_and_answer_step_by_step(tmp_path):
+def test_the_seq2seq_models_load_and_decode_step_by_step(tmp_path):
     trained, encoder, decoder = seq2seq()
     x, y = floats(3, 5, SOURCE), floats(3, 4, TARGET, seed=1)
     nets = [cs.load(written(model, tmp_path / f"{n}.keras")) for n, model in enumerate((trained, encoder, decoder))]
@@ -240,7 +240,7 @@ def test_the_seq2seq_models_load_whole_and_answer_step_by_step(tmp_path):
     assert_near(answers(keras.models.load_model(tmp_path / "again2.h5"), given), answers(decoder, given))
 
 
-def test_keras_2_lists_states_after_what_a_layer_takes(tmp_path):
+def test_keras_2_lists_states_after_a_layers_inputs(tmp_path):
     """Its files have no names for them: `[[["target", 0, 0, {}], ["encoder", 0, 1, {}], ["encoder", 0, 2, {}]]]`."""
     trained, _, _ = seq2seq()
     path = written(trained, tmp_path / "model.keras")
@@ -259,7 +259,7 @@ def test_keras_2_lists_states_after_what_a_layer_takes(tmp_path):
 
 
 def _mask_passed_on(x, y):
-    """Keras 3 leaves the mask of y out where states are given, and hands it on to the next layer."""
+    """Keras 3 ignores the mask of y if states are given, but passes it on to the next layer."""
     _, *states = L.LSTM(UNITS, return_state=True)(x)
     return L.LSTM(3)(L.LSTM(UNITS, return_sequences=True)(L.Masking()(y), initial_state=states))
 
@@ -275,14 +275,17 @@ def _at_every_frame(x, y):
 
 
 REFUSED = {
-    "a mask that goes past": (_mask_passed_on, "a mask that Keras hands on past a layer with an initial state"),
-    "and is merged": (_mask_passed_on_and_merged, "a mask that Keras hands on past a layer with an initial state"),
+    "a mask passed on": (_mask_passed_on, "a mask that Keras ignored in an earlier layer with an initial state"),
+    "and is merged": (
+        _mask_passed_on_and_merged,
+        "a mask that Keras ignored in an earlier layer with an initial state",
+    ),
     "ConvLSTM": (_at_every_frame, "ConvLSTM1D"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_network_has_not_is_refused_by_name(tmp_path, case):
+def test_unsupported_models_are_refused_by_name(tmp_path, case):
     build, message = REFUSED[case]
     x, y = keras.Input((None, SOURCE)), keras.Input((4, TARGET))
     out = build(x, y)
@@ -292,8 +295,8 @@ def test_what_a_network_has_not_is_refused_by_name(tmp_path, case):
         cs.load(path)
 
 
-def test_pictures_are_refused_and_the_recurrent_parts_are_there(tmp_path):
-    """A recogniser of text in pictures: convolutions of pictures, then LSTMs both ways and CTC's extra class."""
+def test_images_are_refused_and_the_recurrent_parts_extracted(tmp_path):
+    """An OCR model: convolutions of images, then bidirectional LSTMs and CTC's extra class."""
     picture = keras.Input((20, 8, 1))
     x = L.MaxPooling2D((2, 2))(L.Conv2D(4, 3, activation="relu", padding="same")(picture))
     x = L.Dense(6, activation="relu")(L.Reshape((10, 16))(x))

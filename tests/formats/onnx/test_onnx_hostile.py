@@ -340,7 +340,7 @@ def test_arrays_as_large_as_a_file_says(tmp_path, operator):
     path = write(tmp_path / "net.onnx", made, check=False)
     tracemalloc.start()
     start = time.process_time()
-    with pytest.raises(FormatError, match=rf"{operator} 'large': expected at most \d+ numbers that the file doesn't"):
+    with pytest.raises(FormatError, match=rf"{operator} 'large': more than \d+ numbers that aren't stored in the file"):
         adapter.load(path)
     assert time.process_time() - start < 2.0
     assert tracemalloc.get_traced_memory()[1] < 50e6
@@ -398,7 +398,7 @@ def test_many_nodes_that_share_a_large_weight(tmp_path, operator, shapes, axes, 
     path = write(tmp_path / "net.onnx", made, check=False)
     for read in reads:
         tracemalloc.start()
-        with pytest.raises(FormatError, match=r"the constants exceed the limit|expected at most"):
+        with pytest.raises(FormatError, match=r"more than|the constants exceed the limit"):
             read(path)
         assert tracemalloc.get_traced_memory()[1] < 40e6
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Torch modules as Networks: the same numbers, gates in their places, and what can't be taken named by its path."""
+"""Torch modules as Networks: equal outputs, gates in order, and unsupported modules named by their paths."""
 
 import itertools
 import subprocess
@@ -32,7 +32,7 @@ def randomise(module):
 
 
 @pytest.mark.parametrize(("kind", "order"), ORDERS)
-def test_gates_go_to_their_places(kind, order):
+def test_gates_are_reordered(kind, order):
     blocks = {gate: np.arange(6.0).reshape(3, 2) + 10 * n for n, gate in enumerate(OURS[kind])}
     theirs = np.concatenate([blocks[gate] for gate in order], axis=1)
     ours = np.concatenate([blocks[gate] for gate in OURS[kind]], axis=1)
@@ -52,12 +52,12 @@ def test_gates_go_to_their_places(kind, order):
     assert np.array_equal(together.bias, ours[0] + ours[1])
 
 
-def test_the_orders_are_those_of_the_house():
+def test_our_gate_orders():
     assert OURS == {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}
     assert len(ORDERS) == 24 + 6 + 1
 
 
-def test_what_is_no_order_is_refused():
+def test_invalid_gate_orders_are_refused():
     for order in ("iofc", "ifg", "ifgg", "zrg", ""):
         with pytest.raises(ValueError, match=f"permutation of ifgo, got '{order}'"):
             reorder(np.zeros(4), order, "ifgo")
@@ -141,7 +141,7 @@ def test_lengths_are_packed_sequences(bidirectional, kind):
         close(got[row, :length], y[row, :length])
 
 
-def test_the_network_has_weights_of_its_own():
+def test_the_network_has_copies_of_the_weights():
     module = nn.LSTM(3, 4, batch_first=True)
     x, net = torch.randn(1, 2, 3), cs.from_torch(module)
     y = net(x)
@@ -183,13 +183,13 @@ def test_sequential(activation):
     close(cs.from_torch(module)(x), module(x))
 
 
-def test_an_lstm_within_a_sequential_hands_on_its_output():
+def test_an_lstm_within_a_sequential_passes_on_its_output():
     lstm, head = nn.LSTM(3, 4, 2, batch_first=True), nn.Linear(4, 2)
     x = torch.randn(2, 5, 3)
     close(cs.from_torch(nn.Sequential(lstm, head))(x), head(lstm(x)[0]))
 
 
-def test_whatever_says_its_nodes():
+def test_objects_with_to_nodes():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -201,11 +201,11 @@ def test_whatever_says_its_nodes():
     assert (cs.from_torch(nn.Sequential(Model(), nn.ReLU()))(np.ones((1, 1, 3))) == 3).all()
 
 
-# ── what stands around recurrent layers ─────────────────────────────────────────────────────────────────────────────
+# ── modules around recurrent layers ─────────────────────────────────────────────────────────────────────────────
 
 
 class Turned(nn.Module):
-    """What people write between a convolution and an LSTM; a node of theirs for us."""
+    """A custom transposition between a convolution and an LSTM."""
 
     def forward(self, x):
         return x.transpose(1, 2)
@@ -215,7 +215,7 @@ class Turned(nn.Module):
 
 
 class Output(nn.LSTM):
-    """An LSTM that hands on its output alone, as from_torch takes every LSTM within a Sequential."""
+    """An LSTM that returns its output only, as from_torch converts every LSTM within a Sequential."""
 
     def forward(self, x):
         return super().forward(x)[0]
@@ -227,7 +227,7 @@ class Output(nn.LSTM):
 
 
 def worn(module):
-    """Give batch normalisation statistics and weights other than those it starts with."""
+    """Randomise the statistics and weights of batch normalisations."""
     for part in module.modules():
         if isinstance(part, nn.BatchNorm1d):
             part.running_mean.normal_()
@@ -238,7 +238,7 @@ def worn(module):
     return module.eval()
 
 
-AROUND = {  # a module, the shape of what it takes, how many Permutes are left
+AROUND = {  # a module, the shape of its input, how many Permutes are left
     "conv": (lambda: [nn.Conv1d(3, 5, 4)], (3, 20), 2),
     "conv of every setting": (lambda: [nn.Conv1d(6, 4, 3, 2, 2, 2, 2, bias=False)], (6, 20), 2),
     "same": (lambda: [nn.Conv1d(3, 5, 4, padding="same", dilation=3)], (3, 20), 2),
@@ -301,7 +301,7 @@ AROUND = {  # a module, the shape of what it takes, how many Permutes are left
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own word
 @pytest.mark.parametrize("case", AROUND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_stands_around_recurrent_layers(case, dtype):
+def test_modules_around_recurrent_layers(case, dtype):
     make, shape, turns = AROUND[case]
     module = worn(nn.Sequential(*make()).to(dtype))
     net = cs.from_torch(module)
@@ -311,7 +311,7 @@ def test_what_stands_around_recurrent_layers(case, dtype):
     assert net(x.numpy()).dtype == str(dtype).removeprefix("torch.")
 
 
-def test_embedding_and_all_that_follows():
+def test_an_embedding_and_later_layers():
     module = nn.Sequential(nn.Embedding(11, 6, padding_idx=0), Output(6, 4, batch_first=True), nn.Linear(4, 2))
     ids = torch.randint(0, 11, (3, 7))
     close(cs.from_torch(module)(ids.numpy()), module(ids))
@@ -358,7 +358,7 @@ def test_our_stack(mask, go_backwards):
 
 
 def make_cell(spec):
-    """Our layer's cell of this description, built."""
+    """The built layer cell of this description."""
     kinds = {"lstm": layers.LSTMCell, "gru": layers.GRUCell, "rnn": layers.SimpleRNNCell}
     settings = {name: value for name, value in spec.settings.items() if name != "kind"}
     if spec.kind == "rnn":
@@ -372,7 +372,7 @@ RESET = np.array([[False, True, False, False], [False] * 4, [True, False, False,
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("seed", range(20))
 def test_our_cells_of_any_flags(seed, kind):
-    """Every flag and every array travels, the learned initial state and zoneout's rates too; dropout doesn't."""
+    """Every flag and array is converted, with learned initial states and zoneout rates; dropout isn't."""
     spec = random_spec(np.random.default_rng(seed), kind)
     cell = make_cell(spec)
     rnn = layers.RNN(cell, return_sequences=True, return_state=True, go_backwards=bool(seed % 2)).eval()
@@ -455,7 +455,7 @@ def test_our_layers_in_a_row():
     assert cs.from_torch(single).dtype == np.float64
 
 
-# ── what can't be taken ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── unsupported modules ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def hooked():
@@ -482,7 +482,7 @@ def backwards_first():
 
 
 REFUSED = {
-    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected a module before it that says whether"),
+    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): its input may be \[B, C\] or \[B, C, T\]"),
     "norm of the batch": (
         lambda: nn.BatchNorm1d(3, track_running_stats=False),
         r"1\.0 \(BatchNorm1d\): expected running statistics",
@@ -503,37 +503,37 @@ REFUSED = {
     "dilated pool": (lambda: nn.MaxPool1d(3, dilation=2), r"1\.0 \(MaxPool1d\): expected dilation=1, got 2"),
     "pool rounded up": (lambda: nn.AvgPool1d(3, ceil_mode=True), r"1\.0 \(AvgPool1d\): expected ceil_mode=False"),
     "pool to several": (lambda: nn.AdaptiveAvgPool1d(2), r"1\.0 \(AdaptiveAvgPool1d\): expected output_size=1, got 2"),
-    "flat batch": (lambda: nn.Flatten(0), r"1\.0 \(Flatten\): expected every axis but the batch's.*got 0 to -1"),
-    "flat in part": (lambda: nn.Flatten(1, 2), r"1\.0 \(Flatten\): expected every axis but the batch's.*got 1 to 2"),
+    "flat batch": (lambda: nn.Flatten(0), r"1\.0 \(Flatten\): expected start_dim=1 and end_dim=-1, got 0 to -1"),
+    "flat in part": (lambda: nn.Flatten(1, 2), r"1\.0 \(Flatten\): expected start_dim=1 and end_dim=-1, got 1 to 2"),
     "a vector over time": (
         lambda: nn.Sequential(nn.Flatten(), nn.Conv1d(3, 3, 3)),
-        r"1\.0\.1 \(Conv1d\): expected \[B, C, T\], got \[B, C\] from before it",
+        r"1\.0\.1 \(Conv1d\): expected \[B, C, T\] as its input, got \[B, C\]",
     ),
     "both first": (
         lambda: nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3), nn.GRU(3, 3, batch_first=True)),
-        r"1\.0\.0 \(LSTM\): expected batch_first=True beside 1\.0\.2 \(GRU\), whose axes it would take for others",
+        r"1\.0\.0 \(LSTM\): expected batch_first=True, because 1\.0\.2 \(GRU\) takes the batch first",
     ),
     "ours and time first": (
         lambda: nn.Sequential(layers.LSTM(3, input_size=3, return_sequences=True), nn.RNN(3, 3)),
-        r"1\.0\.1 \(RNN\): expected batch_first=True beside 1\.0\.0 \(LSTM\)",
+        r"1\.0\.1 \(RNN\): expected batch_first=True, because 1\.0\.0 \(LSTM\)",
     ),
     "time first": (
         lambda: nn.Sequential(nn.LSTM(3, 3), nn.Conv1d(3, 3, 3)),
-        r"1\.0\.0 \(LSTM\): expected batch_first=True beside 1\.0\.1 \(Conv1d\)",
+        r"1\.0\.0 \(LSTM\): expected batch_first=True, because 1\.0\.1 \(Conv1d\)",
     ),
     "a cell alone": (lambda: nn.GRUCell(3, 3), r"1\.0 \(GRUCell\): expected a recurrent layer"),
     "half": (
         lambda: nn.Linear(3, 3, dtype=torch.bfloat16),
         r"1\.0 \(Linear\): .*float32 or float64, got torch.bfloat16",
     ),
-    "hook": (hooked, r"1\.0 \(Linear\): expected a module without forward hooks"),
+    "hook": (hooked, r"1\.0 \(Linear\): forward hooks aren't supported"),
     "subclass": (lambda: Doubled(3, 3), r"1\.0 \(Doubled\): expected a recurrent layer"),
     "softmax axis": (lambda: nn.Softmax(dim=1), r"1\.0 \(Softmax\): expected dim=-1, the feature axis, got 1"),
     "elu": (lambda: nn.ELU(-0.5), r"1\.0 \(ELU\): expected a recurrent layer"),
     "softplus": (lambda: nn.Softplus(2.0), r"1\.0 \(Softplus\): expected a recurrent layer"),
     "not built": (lambda: layers.LSTM(3), r"1\.0 \(LSTM\): .*weights don't exist yet"),
     "activation": (lambda: layers.LSTM(3, "gelu", input_size=3), r"1\.0 \(LSTM\): .*activation gelu"),
-    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected cells of ours, got a Foreign"),
+    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected cells of cellstack\.layers, got a Foreign"),
     "two outputs": (
         lambda: layers.Bidirectional(layers.LSTM(3, input_size=3), None),
         r"1\.0 \(Bidirectional\): expected a merge_mode",
@@ -555,21 +555,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_can_t_be_taken_is_named_by_its_path(case):
+def test_unsupported_modules_are_named_by_path(case):
     make, message = REFUSED[case]
     with pytest.raises(TypeError, match=message):
         cs.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Sequential(make())))
 
 
 @pytest.mark.parametrize("module", [None, 3, "lstm", nn.Linear])
-def test_what_is_no_module(module):
+def test_other_objects_are_refused(module):
     with pytest.raises(TypeError, match=r"from_torch: the module .*expected a torch module"):
         cs.from_torch(module)
     with pytest.raises(TypeError, match="expected a module that computes something, got Sequential"):
         cs.from_torch(nn.Sequential(nn.Identity()))
 
 
-def test_modules_that_don_t_meet():
+def test_modules_whose_widths_do_not_match():
     with pytest.raises(cs.ShapeError, match="layer_1: expected an input of 4 features, got 3"):
         cs.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 2)))
 

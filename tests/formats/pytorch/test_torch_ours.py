@@ -1,4 +1,4 @@
-"""Files of our own layers: state dicts, whole pickles, checkpoints; and modules in an order that the caller says."""
+"""Files of our layers: state dicts, whole pickles, checkpoints; and modules in an order that the caller gives."""
 
 import pickle
 import subprocess
@@ -19,7 +19,7 @@ EVERY = {"return_sequences": True, "input_size": WIDTH}
 
 
 def shaken(module):
-    """The module with weights that are all different."""
+    """The module with random weights."""
     if hasattr(module, "built") and not module.built:
         module.build(WIDTH)
     with torch.no_grad():
@@ -46,7 +46,7 @@ LAYERS = {
         layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True)
     ),
 }
-TOLD_BY_THE_PICKLE = {
+ONLY_IN_PICKLES = {
     "settings": lambda: layers.LSTM(
         4, "softsign", "hard_sigmoid", clip=0.7, zoneout=0.2, go_backwards=True, input_size=3
     ),
@@ -83,14 +83,14 @@ def test_state_dicts_of_our_layers(tmp_path, name, container):
         )
     net = cs.load(path)
     check(net, module)
-    assert "the weights don't say" in net.metadata["assumed"]
+    assert "a state dict doesn't store these settings" in net.metadata["assumed"]
     (part,) = cs.extract(path).values()
     check(part, module)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, *TOLD_BY_THE_PICKLE])
+@pytest.mark.parametrize("name", [*LAYERS, *ONLY_IN_PICKLES])
 def test_whole_pickles_of_our_layers(tmp_path, name):
-    module = shaken((LAYERS | TOLD_BY_THE_PICKLE)[name]())
+    module = shaken((LAYERS | ONLY_IN_PICKLES)[name]())
     module(torch.zeros(1, 2, WIDTH, dtype=next(module.parameters()).dtype))
     module = shaken(module)
     torch.save({"model": module}, tmp_path / "file.pt")
@@ -102,7 +102,7 @@ def test_whole_pickles_of_our_layers(tmp_path, name):
 
 
 class Own(nn.Module):
-    """Somebody's own class; its names say nothing of the order."""
+    """A custom class; its names don't show the order."""
 
     def __init__(self, ours=True):
         super().__init__()
@@ -114,7 +114,7 @@ class Own(nn.Module):
         return self.a_head(y if torch.is_tensor(y) else y[0])
 
 
-def test_pickles_of_our_layers_are_read_without_them(tmp_path):
+def test_pickles_of_our_layers_are_read_without_importing_them(tmp_path):
     module = shaken(Own())
     torch.save(module, tmp_path / "file.pt")
     code = (
@@ -128,10 +128,10 @@ def test_pickles_of_our_layers_are_read_without_them(tmp_path):
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("what", ["state", "module", "checkpoint", "lightning"])
-def test_ones_own_class_in_the_order_that_is_said(tmp_path, what, ours):
+def test_a_custom_class_in_a_given_order(tmp_path, what, ours):
     module = shaken(Own(ours))
     if ours:
-        module.memory = shaken(layers.LSTM(4, **EVERY))  # without what a state dict doesn't tell
+        module.memory = shaken(layers.LSTM(4, **EVERY))  # without settings that a state dict doesn't store
     optimiser = torch.optim.Adam(module.parameters())
     module(torch.randn(1, 2, WIDTH)).sum().backward()
     optimiser.step()
@@ -168,10 +168,10 @@ def test_a_lightning_checkpoint_of_one_layer(tmp_path):
     torch.save({"pytorch-lightning_version": "2", "state_dict": state, "callbacks": score}, tmp_path / "file.ckpt")
     net = cs.load(tmp_path / "file.ckpt")
     check(net, module)
-    assert net.metadata["left_out"] == "what Lightning keeps of the training"
+    assert net.metadata["left_out"] == "Lightning's training state"
 
 
-def test_words_and_nodes_in_an_order(tmp_path):
+def test_keywords_and_nodes_in_an_order(tmp_path):
     module = nn.ModuleDict(
         {"words": nn.Embedding(9, 3), "rnn": nn.GRU(3, 4, batch_first=True), "head": nn.Linear(4, 2)}
     )
@@ -182,14 +182,14 @@ def test_words_and_nodes_in_an_order(tmp_path):
     order = ["words:Embedding", "rnn", "last", "relu", "head", cs.Activation("softmax")]
     net = cs.load(tmp_path / "file.pt", order=order)
     np.testing.assert_allclose(net(ids.numpy()), wanted, atol=tolerances.NETWORK)
-    torch.save(module, tmp_path / "file.pt")  # which says itself what the words are
+    torch.save(module, tmp_path / "file.pt")  # it specifies the kinds of its modules
     net = cs.load(tmp_path / "file.pt", order=["words", *order[1:]])
     np.testing.assert_allclose(net(ids.numpy()), wanted, atol=tolerances.NETWORK)
 
 
 BAD = {
-    "left out": (["rnn"], r"expected the order to name every module with weights, found beside it .*head"),
-    "unknown": (["rnn", "tail"], r"expected a module 'tail', as the order says, found .*rnn, head"),
+    "left out": (["rnn"], r"order has to name every module with weights; it doesn't name .*head"),
+    "unknown": (["rnn", "tail"], r"there is no module 'tail', as in order; there are .*rnn, head"),
     "unlike": (["head", "rnn"], r"expected|LSTM"),
     "no kind": (["words", "rnn", "head"], r"words:Linear or words:Embedding"),
     "unsaid": (["words:Embedding", "rnn", "norm", "head"], r"'norm': .*found norm \(weight \[4\], bias \[4\]\)"),
@@ -207,14 +207,14 @@ def test_orders_that_do_not_fit(tmp_path, name):
         cs.load(tmp_path / "file.pt", order=order)
 
 
-def test_what_takes_no_order(tmp_path):
+def test_files_that_take_no_order(tmp_path):
     torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "file.pt")
     with pytest.raises(TypeError, match="expected order as a list of modules' names, got 'rnn'"):
         cs.load(tmp_path / "file.pt", order="rnn")
     cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.safetensors")
     cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.onnx")
     for suffix in ("safetensors", "onnx"):
-        with pytest.raises(TypeError, match=r"expected no order for|for a file of ONNX, got order"):
+        with pytest.raises(TypeError, match=r"order isn't used for|ONNX files take .*, got order"):
             cs.load(tmp_path / f"net.{suffix}", order=["rnn"])
 
 
@@ -223,12 +223,12 @@ def test_what_takes_no_order(tmp_path):
     [
         (lambda s: s.update({"cell.kernel": torch.zeros(3, 15)}), r"'cell\.kernel': expected \[3, 16\]"),
         (lambda s: s.update({"cell.recurrent_kernel": torch.zeros(4, 20)}), "expected 4H, 3H or H columns for H=4"),
-        (lambda s: s.update({"cell.cell_gain": torch.zeros(4)}), "expected no such array"),
+        (lambda s: s.update({"cell.cell_gain": torch.zeros(4)}), "lstm cells have no such array"),
         (lambda s: s.update({"cell.bias": torch.zeros(16, dtype=torch.int64)}), "expected floats, found int64"),
         (lambda s: s.update({"cell.kernel": torch.zeros(3)}), "expected two axes"),
     ],
 )
-def test_weights_that_no_layer_of_ours_has(tmp_path, change, message):
+def test_weights_that_none_of_our_layers_has(tmp_path, change, message):
     state = dict(layers.LSTM(4, **EVERY).state_dict())
     change(state)
     torch.save(state, tmp_path / "file.pt")
@@ -236,30 +236,30 @@ def test_weights_that_no_layer_of_ours_has(tmp_path, change, message):
         cs.load(tmp_path / "file.pt")
 
 
-def test_what_shapes_cannot_tell_apart_is_refused(tmp_path):
+def test_ambiguous_shapes_are_refused(tmp_path):
     torch.save(layers.GRU(4, reset_after=False, **EVERY).state_dict(), tmp_path / "file.pt")
-    with pytest.raises(cs.FormatError, match=r"tell a GRU with reset_after=False.* save the layer whole"):
+    with pytest.raises(cs.FormatError, match=r"may belong to a GRU with reset_after=False.* save the whole layer"):
         cs.load(tmp_path / "file.pt")
 
 
-def test_an_activation_of_ones_own_is_named(tmp_path):
+def test_a_custom_activation_is_named(tmp_path):
     torch.save(layers.LSTM(4, "gelu", **EVERY), tmp_path / "file.pt")
     with pytest.raises(cs.FormatError, match="no description for the activation"):
         cs.load(tmp_path / "file.pt")
 
 
-def test_a_held_state_is_said_to_be_left_out(tmp_path):
+def test_a_stateful_layers_state_is_reported_as_left_out(tmp_path):
     layer = shaken(layers.LSTM(4, stateful=True, **EVERY))
     layer(torch.randn(1, 3, WIDTH))
     torch.save(layer.state_dict(), tmp_path / "file.pt")
     net = cs.load(tmp_path / "file.pt")
-    assert "the state that the layer held (states.0.h, states.0.c)" in net.metadata["left_out"]
+    assert "the state of the stateful layer (states.0.h, states.0.c)" in net.metadata["left_out"]
     layer.reset_states()
     check(net, layer)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"units": -1}', "{}", '{"units": 1e400}', '{"kind": 3}', 5])
-def test_a_description_that_is_none(tmp_path, text):
+def test_an_invalid_description(tmp_path, text):
     layer = layers.LSTM(4, **EVERY)
     layer.cell._text = text
     torch.save(layer, tmp_path / "file.pt")

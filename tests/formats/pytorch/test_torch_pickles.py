@@ -1,4 +1,4 @@
-"""The reader of pickles: plain data as Python reads it, everything else as an inert record."""
+"""The reader of pickles: plain data as in Python, everything else as a placeholder."""
 
 import collections
 import copyreg
@@ -29,7 +29,7 @@ VALUES = st.recursive(
 
 
 @given(value=VALUES, protocol=st.integers(2, 5), shared=st.booleans())
-def test_plain_data_is_what_python_reads(value, protocol, shared):
+def test_plain_data_is_read_as_by_python(value, protocol, shared):
     value = [value, {"again": value}] if shared else value
     data = pickle.dumps(value, protocol)
     got, end = pickles.read("the pickle", data + b"more")
@@ -81,7 +81,7 @@ class Keyed:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_objects_are_records_of_their_class_and_state(protocol, monkeypatch):
+def test_objects_become_placeholders_with_class_and_state(protocol, monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("a class of the file's was used")
 
@@ -100,13 +100,13 @@ def test_objects_are_records_of_their_class_and_state(protocol, monkeypatch):
     assert kind == pickles.Global(f"{here}.Plain")
 
 
-def test_a_module_is_not_looked_for():
+def test_a_module_is_not_imported():
     data = b"\x80\x02cno.such.module\nThing\n)\x81."
     assert repr(pickles.read("the pickle", data)[0]) == "Standin('no.such.module.Thing')"
 
 
 def test_pickles_of_python_2():
-    """Text as bytes, a dict built out of pairs, an object of the oldest kind of class, the modules' old names."""
+    """Text as bytes, a dict built from pairs, an object of an old-style class, the modules' old names."""
     pairs = b"ccollections\nOrderedDict\n](U\x01aK\x01\x86U\x01bK\x02\x86e\x85R"
     assert pickles.read("x", b"\x80\x02" + pairs + b".")[0] == {"a": 1, "b": 2}
     assert pickles.read("x", b"\x80\x02(U\x02hiT\x02\0\0\0\xff\xfet.")[0] == ("hi", b"\xff\xfe")
@@ -115,17 +115,17 @@ def test_pickles_of_python_2():
     assert pickles.read("x", b"\x80\x02c__builtin__\nset\n](K\x01K\x02e\x85R.")[0] == [1, 2]
     made = pickles.read("x", b"\x80\x02ccopy_reg\n_reconstructor\n(cthe.module\nThing\nc__builtin__\nobject\nNtR.")[0]
     assert (made.kind, made.args) == ("the.module.Thing", ())
-    assert copyreg.__name__ == "copyreg"  # as the name is today
+    assert copyreg.__name__ == "copyreg"  # today's name
 
 
-def test_builders_make_what_they_are_asked_for():
+def test_builders_are_called():
     data = b"\x80\x02cthe.module\nThing\nK\x01K\x02\x86R."
     builders = {"the.module.Thing": lambda args: sum(args)}
     assert pickles.read("x", data, builders=builders)[0] == 3
 
 
-def test_what_python_would_call_by_way_of_an_attribute():
-    """A bound method, as pickles hold it: a call of getattr, of which nothing comes but a record."""
+def test_calls_of_attributes():
+    """A bound method is pickled as a call of getattr, which only gives a placeholder."""
     data = pickle.dumps(types.SimpleNamespace(f=[1].append), 2)
     made = pickles.read("x", data)[0]
     assert made.state["f"].kind == "builtins.getattr"
@@ -133,8 +133,8 @@ def test_what_python_would_call_by_way_of_an_attribute():
     assert called.kind == "builtins.getattr"
 
 
-def test_errors_name_the_file_and_the_place():
+def test_errors_name_the_file_and_the_position():
     with pytest.raises(cs.FormatError, match=r"^model.pt: byte 13: expected the classes of a model, found 'os.system'"):
         pickles.read("model.pt", b"\x80\x02cos\nsystem\n.", 0)
-    with pytest.raises(cs.FormatError, match=r"^model.pt: byte 4: expected no persistent id, found one"):
+    with pytest.raises(cs.FormatError, match=r"^model.pt: byte 4: persistent ids aren't supported"):
         pickles.read("model.pt", b"\x80\x02NQ.")

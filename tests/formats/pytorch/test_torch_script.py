@@ -1,4 +1,4 @@
-"""TorchScript: what its source says, and what in it isn't PyTorch's own code."""
+"""TorchScript: settings in the source, and code that isn't PyTorch's."""
 
 import io
 import time
@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
-OTHER = "expected the forward pass that PyTorch's class has, found TorchScript of another"
-HOOKS = "expected a module without forward hooks"
+OTHER = "its TorchScript code doesn't compute the forward pass of PyTorch's class"
+HOOKS = "forward hooks aren't supported"
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def model(width=3):
 
 
 @pytest.mark.parametrize("write", [torch.jit.script, lambda made: torch.jit.trace(made, torch.randn(2, 4, 3))])
-def test_layers_that_say_all_they_need(saved, write):
+def test_supported_layers(saved, write):
     made, x = model(), torch.randn(2, 4, 3)
     close(saved(write(made)), made, x)
 
@@ -97,8 +97,8 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(("forward", "width", "traced"), CHANGED)  # torch compiles layers that look alike once
-def test_forward_passes_of_others_are_refused(saved, forward, width, traced):
+@pytest.mark.parametrize(("forward", "width", "traced"), CHANGED)  # torch compiles equal layers only once
+def test_changed_forward_passes_are_refused(saved, forward, width, traced):
     made, x = model(width), torch.randn(2, 4, width)
     place, own = made if forward is backwards else made[0], made(x)
     place.forward = types.MethodType(forward, place)
@@ -128,7 +128,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize("what", ALONE)
-def test_settings_that_the_code_has_too(saved, what):
+def test_settings_that_are_also_in_the_code(saved, what):
     made, x = nn.Sequential(nn.Linear(3, 3), ALONE[what]()).eval(), torch.randn(2, 4, 3)
     close(saved(torch.jit.script(made)), made, x)
     close(saved(torch.jit.trace(made, x)), made, x)
@@ -138,14 +138,14 @@ def steeper(self, x: torch.Tensor) -> torch.Tensor:
     return functional.leaky_relu(x, 0.8)
 
 
-def test_a_setting_that_the_code_has_otherwise_is_refused(saved):
+def test_a_setting_that_contradicts_the_code_is_refused(saved):
     made = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU(0.45)).eval()
     made[1].forward = types.MethodType(steeper, made[1])
     with pytest.raises(cs.FormatError, match=OTHER):
         pytorch.load(saved(torch.jit.script(made)))
 
 
-def test_a_recurrent_layer_alone_that_does_more_is_refused(saved):
+def test_a_single_recurrent_layer_with_more_code_is_refused(saved):
     layer = nn.LSTM(3, 4, batch_first=True).eval()
     layer.register_forward_hook(lambda module, given, output: (output[0] * 2, output[1]))
     x = torch.randn(2, 5, 3)
@@ -157,12 +157,12 @@ def test_a_recurrent_layer_alone_that_does_more_is_refused(saved):
     path = saved(torch.jit.trace(layer, x))
     with pytest.raises(cs.FormatError, match=OTHER):
         pytorch.load(path)
-    assert list(pytorch.extract(path)) == [""]  # whatever stands around the weights
+    assert list(pytorch.extract(path)) == [""]  # regardless of the code
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("traced", [False, True])
-def test_the_nonlinearity_of_an_rnn_is_read_out_of_the_source(saved, traced, activation):
+def test_the_nonlinearity_of_an_rnn_is_read_from_the_source(saved, traced, activation):
     layer, x = nn.RNN(3, 4, batch_first=True, nonlinearity=activation).eval(), torch.randn(2, 5, 3)
     path = saved(torch.jit.trace(layer, x) if traced else torch.jit.script(layer))
     close(path, layer, x)
@@ -171,15 +171,15 @@ def test_the_nonlinearity_of_an_rnn_is_read_out_of_the_source(saved, traced, act
     assert network.nodes[0].cells[0].spec.activation == activation
 
 
-def test_an_rnn_whose_source_leaves_its_nonlinearity_out_is_refused(saved):
+def test_an_rnn_without_its_nonlinearity_in_the_source_is_refused(saved):
     path = saved(torch.jit.trace(nn.RNNCell(3, 4, nonlinearity="relu").eval(), torch.randn(2, 3)))
     for read in (pytorch.load, pytorch.extract):
-        with pytest.raises(cs.FormatError, match="expected the file to say nonlinearity"):
+        with pytest.raises(cs.FormatError, match="the file doesn't specify nonlinearity"):
             read(path)
 
 
-def test_source_of_a_class_of_many_is_read_once(tmp_path):
-    """One module of 200 classes' names, whose source is long and empty, in a zip of many members."""
+def test_source_of_many_classes_is_read_once(tmp_path):
+    """One module with 200 class names, whose source is long and empty, in a zip of many members."""
     kind = b"c__torch__.torch.nn.modules.activation\nReLU%d\n)\x81}X\x08\0\0\0trainingNsb"
     layers = b"".join(b"X\x03\0\0\0%03d" % n + kind % n for n in range(200))
     body = b"\x80\x02c__torch__.torch.nn.modules.container\nSequential\n)\x81}(" + layers + b"ub."
@@ -192,6 +192,6 @@ def test_source_of_a_class_of_many_is_read_once(tmp_path):
     path = tmp_path / "file.pt"
     path.write_bytes(file.getvalue())
     start = time.process_time()
-    with pytest.raises(cs.FormatError, match="expected"):
+    with pytest.raises(cs.FormatError, match="the file doesn't hold the source of its class"):
         pytorch.load(str(path))
     assert time.process_time() - start < 3

@@ -1,4 +1,4 @@
-"""TorchScript files with one change each: what is read agrees with torch.jit.load, all else is a FormatError."""
+"""TorchScript files with one change each agree with torch.jit.load, or raise FormatError."""
 
 import io
 import random
@@ -37,7 +37,7 @@ while head := source.read(8):
     sink.flush()
 """
 CHAIN, CHANNELS, IDS = (2, 5, 3), (2, 3, 8), None
-MODELS = {  # modules, with the shape of what they take
+MODELS = {  # modules and the shapes of their inputs
     "norms": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.3), nn.LayerNorm(4), nn.Softmax(-1), nn.Dropout(0.3)),
         CHAIN,
@@ -68,8 +68,8 @@ MODELS = {  # modules, with the shape of what they take
     "GRU cell": (lambda: nn.GRUCell(3, 4), (2, 3)),
     "LSTM cell": (lambda: nn.LSTMCell(3, 4), (2, 3)),
 }
-TAKEN_APART = ("softsign", "GRU cell", "LSTM cell")  # by the tracer, into products and sums, which are refused
-WORDS = (  # one of torch's functions for another
+TAKEN_APART = ("softsign", "GRU cell", "LSTM cell")  # the tracer writes them as products and sums, which are refused
+WORDS = (  # torch functions that replace each other
     *("linear", "relu", "tanh", "sigmoid", "neg", "leaky_relu", "elu", "softplus", "softsign", "hardsigmoid", "zeros"),
     *("ones", "softmax", "log_softmax", "add", "mul", "sub", "layer_norm", "batch_norm", "max_pool1d", "avg_pool1d"),
     *("lstm", "gru", "rnn_tanh", "rnn_relu", "gru_cell", "lstm_cell", "abs", "squeeze", "unsqueeze", "eq", "ne"),
@@ -88,7 +88,7 @@ def members(scripted):
 
 
 def put(entries, path):
-    """As torch reads it: data aligned to 64 bytes."""
+    """Write a zip that torch can read, with data aligned to 64 bytes."""
     writer = torch._C.PyTorchFileWriter(str(path))
     for name, data in entries.items():
         inner = name.partition("/")[2]
@@ -127,7 +127,7 @@ def coded(code, rng):
     if way == "number":
         whole = "." not in text and "e" not in text
         value = int(text) if whole else float(text)
-        less = value - 1 if whole else 0.0  # an epsilon less 1 would leave next to nothing of a variance
+        less = value - 1 if whole else 0.0  # an epsilon minus 1 would nearly cancel a variance
         other = repr(rng.choice([value + 1, less, -value, value * 2, type(value)(0)]))
     elif way == "name":
         other = rng.choice(NAME.findall(code))
@@ -150,7 +150,7 @@ def coded(code, rng):
 
 
 def pickled(data, rng):
-    """A small number among the pickle's: a length, a stride, an offset, a flag."""
+    """Change a small number in the pickle: a length, a stride, an offset, a flag."""
     places = [
         n for n in range(2, len(data) - 1) if data[n] in b"\x88\x89" or (data[n] == ord("K") and data[n + 1] < 16)
     ]
@@ -163,7 +163,7 @@ def pickled(data, rng):
 
 
 def change(entries, rng):
-    """The members of a file with one change, and what that is."""
+    """The members of a file with one change, and a description of it."""
     while True:
         if rng.random() < 0.2:
             name = next(name for name in entries if name.endswith("/data.pkl"))
@@ -177,7 +177,7 @@ def change(entries, rng):
 
 
 def agrees(path, x, name, runtime):
-    """Whether a file is taken, and PyTorch too takes it; then both have to agree."""
+    """Return whether we and PyTorch both accept a file; then both have to agree."""
     try:
         net = cs.load(path)
     except cs.FormatError:
@@ -192,7 +192,7 @@ def agrees(path, x, name, runtime):
 
 
 def taken(tmp_path, name, traced, count, runtime):
-    """How many changed files are taken, of so many."""
+    """Return how many of `count` changed files are accepted."""
     make, shape = MODELS[name]
     module, rng = make().eval(), random.Random(f"{name} {traced}")
     x = torch.randint(7, (2, 5)) if shape is None else torch.randn(shape)

@@ -1,4 +1,4 @@
-"""JSON that models of audio come in: [RTNeural](../../../docs/models.md)'s, neural-amp-modeler's, and state dicts."""
+"""JSON formats of audio models: [RTNeural](../../../docs/models.md), neural-amp-modeler, and state dicts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SUFFIXES = (".json", ".nam")
 
 
 def recognises(head: bytes) -> bool:
-    """Return whether a file that begins with `head` looks like JSON: an object."""
+    """Return whether a file that starts with `head` looks like a JSON object."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Return the object that a file holds.
+    """Return the JSON object in a file.
 
     Raises:
-        FormatError: it isn't JSON, or no object.
+        FormatError: it isn't JSON, or isn't an object.
         OSError: the file can't be read.
     """
     with open(path, "rb") as file:
@@ -44,7 +44,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _tensors(path: str, found: Mapping[str, Any]) -> dict[str, Array]:
-    """Return an object of arrays by name, as a state dict is written."""
+    """Return the arrays of a state dict by name."""
     return {name: array_of(f"{path}: {short(name)}", value).astype(np.float32) for name, value in found.items()}
 
 
@@ -53,17 +53,17 @@ def _is_tensors(found: Mapping[str, Any]) -> bool:
 
 
 def load(path: str) -> Network:
-    """Read a network out of JSON: its keys tell which kind it is.
+    """Read a network from JSON; the format is detected from its keys.
 
     Args:
-        path: RTNeural's model files, with `in_shape` and `layers`; neural-amp-modeler's `.nam`, with `architecture`
-            LSTM or Linear; or a state dict of PyTorch's as lists, of one recurrent module.
+        path: a model file of RTNeural, with `in_shape` and `layers`; a `.nam` of neural-amp-modeler, with
+            `architecture` LSTM or Linear; or a PyTorch state dict of one recurrent module, as lists.
 
     Returns:
-        The network, float32. What the file says beside its layers, the sample rate say, is in its metadata.
+        The network, float32. Other entries of the file, such as the sample rate, are in its metadata.
 
     Raises:
-        FormatError: another kind of JSON, or a layer that a Network hasn't, which is named.
+        FormatError: another kind of JSON, or an unsupported layer, which is named.
         OSError: the file can't be read.
     """
     found = _read(path)
@@ -73,7 +73,7 @@ def load(path: str) -> Network:
         if "architecture" in found:
             return nam.network_of(path, found)
     except ShapeError as error:
-        raise FormatError(f"{path}: expected layers that go together, found {str(error)[:300]}") from None
+        raise FormatError(f"{path}: the layers' shapes don't match: {str(error)[:300]}") from None
     if _is_tensors(found):
         return network_of(_tensors(path, found), path)
     raise _unknown(path, found)
@@ -83,10 +83,10 @@ def extract(path: str) -> dict[str, Network]:
     """Return the recurrent layers of a file by name.
 
     Args:
-        path: as for `load`; of a state dict every recurrent module.
+        path: as for `load`; a state dict may have several recurrent modules.
 
     Returns:
-        One network a layer.
+        One network for each layer.
 
     Raises:
         FormatError, OSError: see `load`.
@@ -108,9 +108,9 @@ def _unknown(path: str, found: Mapping[str, Any]) -> FormatError:
 
 
 def save(network: Network, path: str) -> None:
-    """Refuse to write: these formats are read alone.
+    """Refuse to write: these formats are read-only.
 
     Raises:
         ValueError: always.
     """
-    raise ValueError(f"save: expected a format that is written, got {path!r}: JSON of RTNeural and .nam are read alone")
+    raise ValueError(f"save: {path!r}: writing RTNeural's JSON and .nam isn't supported, only reading")

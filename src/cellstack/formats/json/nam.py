@@ -1,4 +1,4 @@
-"""neural-amp-modeler's `.nam` files: an architecture, its settings, and its weights in one list.
+"""neural-amp-modeler's `.nam` files: an architecture, its settings, and its weights as one list.
 
 Ref: https://github.com/sdatkinson/neural-amp-modeler, nam/models/recurrent.py and linear.py
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from cellstack.formats.build import Builder
 from cellstack.formats.files import short
-from cellstack.formats.json.values import array_of, held
+from cellstack.formats.json.values import array_of, value_of
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Conv1D, Dense, Recurrent
@@ -24,11 +24,11 @@ LINEAR_SETTINGS = ("receptive_field", "bias")
 
 
 class _Numbers:
-    """A file's weights, taken one array after the other.
+    """A file's weights, read one array after the other.
 
     Args:
-        path: of the file, for messages.
-        found: the object in it.
+        path: the file, for messages.
+        found: its JSON object.
     """
 
     def __init__(self, path: str, found: Mapping[str, Any]) -> None:
@@ -36,24 +36,22 @@ class _Numbers:
         self.numbers = array_of(f"{path}: weights", found.get("weights"), None).astype(np.float32)
 
     def take(self, *shape: int) -> Array:
-        """Return the next numbers in a shape."""
+        """Return the next weights, in a shape."""
         count = int(np.prod(shape))
         part = self.numbers[self.at : self.at + count]
         if len(part) < count:
-            raise FormatError(
-                f"{self.path}: expected weights of {self.at + count} numbers or more, found {self.at + len(part)}"
-            )
+            raise FormatError(f"{self.path}: expected at least {self.at + count} weights, found {self.at + len(part)}")
         self.at += count
         return part.reshape(shape)
 
     def check_taken(self) -> None:
-        """Raise `FormatError` where numbers are left."""
+        """Raise `FormatError` if weights are left."""
         if self.at != len(self.numbers):
-            raise FormatError(f"{self.path}: expected weights of {self.at} numbers, found {len(self.numbers)}")
+            raise FormatError(f"{self.path}: expected {self.at} weights, found {len(self.numbers)}")
 
 
 def _settings(path: str, found: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    config = held(f"{path}: config", found, "config", dict)
+    config = value_of(f"{path}: config", found, "config", dict)
     others = config.keys() - set(names)
     if others or not config.keys() >= {names[0]}:
         raise FormatError(f"{path}: config: expected {', '.join(names)}, found {short(sorted(config), 200)}")
@@ -61,15 +59,15 @@ def _settings(path: str, found: Mapping[str, Any], names: tuple[str, ...]) -> di
         value = config.get(name, False if name == "bias" else 1)
         whole = isinstance(value, bool) if name == "bias" else type(value) is int and 1 <= value < 1 << 24
         if not whole:
-            kind = "true or false" if name == "bias" else "a whole number from 1 up"
+            kind = "true or false" if name == "bias" else "a positive integer"
             raise FormatError(f"{path}: config: expected {name} to be {kind}, found {short(value)}")
     return dict(config)
 
 
 def _lstm(path: str, found: Mapping[str, Any], build: Builder) -> str:
-    """A stack of LSTMs, each from a state that was learned, and a Dense.
+    """Build a stack of LSTMs with learned initial states, and a Dense.
 
-    A matrix has a row for each unit of each gate, the input's columns first; there is one bias.
+    An LSTM's matrix has a row for each unit of each gate; the input's columns come first. There is one bias.
     """
     settings = _settings(path, found, LSTM_SETTINGS)
     width, units = settings.get("input_size", 1), settings.get("hidden_size", 1)
@@ -89,7 +87,7 @@ def _lstm(path: str, found: Mapping[str, Any], build: Builder) -> str:
 
 
 def _linear(path: str, found: Mapping[str, Any], build: Builder) -> str:
-    """One filter over the last samples."""
+    """Build one FIR filter over the last samples."""
     settings = _settings(path, found, LINEAR_SETTINGS)
     numbers = _Numbers(path, found)
     taps = numbers.take(settings["receptive_field"], 1, 1)
@@ -102,11 +100,11 @@ ARCHITECTURES = {"LSTM": _lstm, "Linear": _linear}
 
 
 def network_of(path: str, found: Mapping[str, Any]) -> Network:
-    """Return a file's network, `[B, T, I]` to `[B, T, 1]`, a sample a step.
+    """Return a file's network, `[B, T, I]` to `[B, T, 1]`, one sample per step.
 
     Args:
-        path: of the file, for messages.
-        found: the object in it.
+        path: the file, for messages.
+        found: its JSON object.
 
     Raises:
         FormatError: another architecture, or weights that don't fit it.

@@ -1,4 +1,4 @@
-"""RTNeural's model files: `in_shape`, and `layers` one after the other with their weights as Keras has them.
+"""RTNeural's model files: `in_shape`, and `layers` in order with their weights in Keras's layout.
 
 Ref: https://github.com/jatinchowdhury18/RTNeural, RTNeural/model_loader.h and python/model_utils.py
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from cellstack.formats.build import Builder, Names, ProblemsError
 from cellstack.formats.files import short
-from cellstack.formats.json.values import array_of, held
+from cellstack.formats.json.values import array_of, value_of
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Activation, Clip, Conv1D, Dense, Merge, Recurrent, Scale
@@ -25,19 +25,19 @@ USUAL = {
     "strides": (1, [1]),
     "recurrent_activation": ("sigmoid", ""),
     "reset_after": (True,),
-}  # what others would change
+}  # settings of which RTNeural supports only these values
 
 
 class _Layer(NamedTuple):
     """A layer of a file.
 
     Attributes:
-        where: it, for messages.
-        name: what its node is called.
-        entry: the object.
-        width: features that come in.
-        units: features that go out.
-        steps: how many steps come in and go out, None where the file doesn't say.
+        where: the layer, for messages.
+        name: the name of its node.
+        entry: its JSON object.
+        width: features of its input.
+        units: features of its output.
+        steps: steps of its input and its output, None where the file doesn't specify them.
     """
 
     where: str
@@ -49,37 +49,37 @@ class _Layer(NamedTuple):
 
     def weights(self, place: int, *shape: int | None) -> Array:
         """Return one of the layer's arrays, float32."""
-        arrays = held(self.where, self.entry, "weights", list)
+        arrays = value_of(self.where, self.entry, "weights", list)
         if place >= len(arrays):
-            raise FormatError(f"{self.where}: expected weights of {place + 1} arrays or more, found {len(arrays)}")
+            raise FormatError(f"{self.where}: expected at least {place + 1} arrays of weights, found {len(arrays)}")
         return array_of(f"{self.where}: weights {place}", arrays[place], *shape).astype(np.float32)
 
     @property
     def given(self) -> int:
-        """How many arrays there are."""
-        return len(held(self.where, self.entry, "weights", list))
+        """The number of its arrays of weights."""
+        return len(value_of(self.where, self.entry, "weights", list))
 
     def check_count(self, *counts: int) -> None:
-        """Raise `FormatError` unless there are so many arrays."""
+        """Raise `FormatError` unless the number of arrays is one of `counts`."""
         if self.given not in counts:
             wanted = " or ".join(map(str, counts))
-            raise FormatError(f"{self.where}: expected weights of {wanted} arrays, found {self.given}")
+            raise FormatError(f"{self.where}: expected {wanted} arrays of weights, found {self.given}")
 
     def number(self, key: str, *usual: Any) -> int:
-        """Return a whole number from 1 up, or the last of a list of such."""
-        value = held(self.where, self.entry, key, (int, list), *usual)
+        """Return a positive integer, or the last one of a list."""
+        value = value_of(self.where, self.entry, key, (int, list), *usual)
         value = value[-1] if isinstance(value, list) and value else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FormatError(f"{self.where}: expected {key} to be a number from 1 up, found {short(value)}")
+            raise FormatError(f"{self.where}: expected {key} to be a positive integer, found {short(value)}")
         return value
 
     @property
     def activation(self) -> str:
-        """The layer's activation, `""` where there is none."""
-        text = held(self.where, self.entry, "activation", str, "")
+        """The layer's activation, `""` if it has none."""
+        text = value_of(self.where, self.entry, "activation", str, "")
         if text and text not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
-            raise FormatError(f"{self.where}: expected an activation that RTNeural has, {names}, found {short(text)}")
+            raise FormatError(f"{self.where}: unknown activation {short(text)}; RTNeural has {names}")
         return text
 
 
@@ -91,7 +91,7 @@ def _dense(build: Builder, layer: _Layer, wire: str) -> str:
 
 
 def _conv(build: Builder, layer: _Layer, wire: str) -> str:
-    """A convolution is causal in RTNeural, unless the shapes say that it has a frame of its own without padding."""
+    """Add a convolution: causal, unless the shapes show that its steps were reduced for want of padding."""
     layer.check_count(1, 2)
     taps, dilation, groups = layer.number("kernel_size"), layer.number("dilation", 1), layer.number("groups", 1)
     if layer.width % groups:
@@ -103,7 +103,8 @@ def _conv(build: Builder, layer: _Layer, wire: str) -> str:
     if before is not None and after is not None and before != after:
         padding = "valid"
         if after != before - (taps - 1) * dilation:
-            raise FormatError(f"{layer.where}: expected {before} steps, or those of whole windows, found {after}")
+            wanted = before - (taps - 1) * dilation
+            raise FormatError(f"{layer.where}: expected {before} steps, or {wanted} without padding, found {after}")
     return build.add(layer.name, Conv1D(kernel, bias, 1, padding, dilation, groups, layer.activation or "linear"), wire)
 
 
@@ -124,7 +125,7 @@ def _recurrent(kind: str) -> Callable[[Builder, _Layer, str], str]:
 
 
 def prelu(build: Builder, name: str, slopes: Array, wire: str) -> str:
-    """Put in `max(x, 0) + slopes·min(x, 0)`, and return its wire."""
+    """Add nodes for `max(x, 0) + slopes·min(x, 0)`, and return the wire of the result."""
     if (slopes == slopes[0]).all():
         return build.add(name, Activation(f"leaky_relu({float(slopes[0])!r})"), wire)
     below = build.add(f"{name}.below", Clip(None, 0.0), wire)
@@ -145,7 +146,7 @@ def _batch_norm(build: Builder, layer: _Layer, wire: str) -> str:
     gamma, beta, mean, variance = ([None, None] if layer.given == 2 else []) + [
         layer.weights(place, layer.width) for place in range(layer.given)
     ]
-    epsilon = float(held(layer.where, layer.entry, "epsilon", (int, float)))
+    epsilon = float(value_of(layer.where, layer.entry, "epsilon", (int, float)))
     assert mean is not None
     assert variance is not None
     try:
@@ -171,8 +172,8 @@ TYPES: dict[str, Callable[[Builder, _Layer, str], str]] = {
 
 
 def _shape(where: str, found: Mapping[str, Any], key: str) -> tuple[int | None, int]:
-    """Return the steps, None where they aren't said, and the features that a shape has."""
-    shape = held(where, found, key, list)
+    """Return the number of steps in a shape, None if it isn't specified, and the number of features."""
+    shape = value_of(where, found, key, list)
     sizes = [n is None or (type(n) is int and n > 0) for n in shape]
     if len(shape) not in (2, 3) or not all(sizes) or shape[-1] is None:
         raise FormatError(f"{where}: expected {key} [null, steps, features], found {short(shape)}")
@@ -180,10 +181,10 @@ def _shape(where: str, found: Mapping[str, Any], key: str) -> tuple[int | None, 
 
 
 def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
-    """Return the layers; those that a Network hasn't are refused, all of them."""
+    """Return the layers; an error names all that aren't supported."""
     made: list[_Layer] = []
     names = Names()
-    entries = held(path, found, "layers", list)
+    entries = value_of(path, found, "layers", list)
     problems = []
     for number, entry in enumerate(entries):
         kind = entry.get("type") if isinstance(entry, dict) else None
@@ -191,7 +192,7 @@ def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
             problems.append(f"layer {number} of type {short(kind)}")
     if problems or not entries:
         known = ", ".join(TYPES)
-        raise FormatError(f"{path}: expected layers that a Network has, {known}, found {', '.join(problems) or 'none'}")
+        raise FormatError(f"{path}: expected layers of the types {known}, found {', '.join(problems) or 'none'}")
     steps, width = _shape(path, found, "in_shape")
     for number, entry in enumerate(entries):
         where, kind = f"{path}: layer {number} ({entry['type']})", entry["type"]
@@ -200,7 +201,7 @@ def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
             if key in entry and entry[key] not in usual:
                 raise FormatError(f"{where}: expected {key} {usual[0]}, found {short(entry[key])}")
         if kind in ("activation", "batchnorm", "prelu") and units != width:
-            raise FormatError(f"{where}: expected {width} features, as come into it, found a shape of {units}")
+            raise FormatError(f"{where}: expected {width} features, as its input has, found a shape of {units}")
         name = names.fresh(str(entry.get("name") or f"{kind}_{number}"))
         made.append(_Layer(where, name, entry, width, units, (steps, after)))
         steps, width = after, units
@@ -211,11 +212,11 @@ def network_of(path: str, found: Mapping[str, Any]) -> Network:
     """Return a model file's network, `[B, T, I]` to `[B, T, O]`.
 
     Args:
-        path: of the file, for messages.
-        found: the object in it.
+        path: the file, for messages.
+        found: its JSON object.
 
     Raises:
-        FormatError: a layer that a Network hasn't, or weights of another shape than the layers'.
+        FormatError: an unsupported layer, or weights of the wrong shape.
     """
     layers, build = _layers(path, found), Builder()
     wire = build.input("x", (None, layers[0].width))
@@ -234,18 +235,18 @@ def network_of(path: str, found: Mapping[str, Any]) -> Network:
 
 
 def parts_of(path: str, found: Mapping[str, Any]) -> dict[str, Network]:
-    """Return the recurrent layers of a model file by name, whatever else it holds.
+    """Return the recurrent layers of a model file by name, even where other layers aren't supported.
 
-    A name that comes twice has a number after it.
+    A repeated name gets a number appended.
     """
     networks, names = {}, Names()
-    entries = held(path, found, "layers", list)
+    entries = value_of(path, found, "layers", list)
     for number, entry in enumerate(entries):
         kind = entry.get("type") if isinstance(entry, dict) else None
         if kind in ("lstm", "gru"):
             where = f"{path}: layer {number} ({kind})"
             _, units = _shape(where, entry, "shape")
-            arrays = held(where, entry, "weights", list)
+            arrays = value_of(where, entry, "weights", list)
             width = len(arrays[0]) if arrays and isinstance(arrays[0], list) else 0
             layer = _Layer(where, str(entry.get("name") or f"{kind}_{number}"), entry, width, units, (None, None))
             name = names.fresh(layer.name)

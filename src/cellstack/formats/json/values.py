@@ -1,4 +1,4 @@
-"""What is asked of values in JSON: numbers as arrays, words of a kind."""
+"""Reads values from JSON with checks: lists of numbers as arrays, and values of a given type."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def array_of(where: str, value: Any, *shape: int | None) -> Array:
     """Return nested lists of numbers as an array of float64.
 
     Args:
-        where: whose they are, for the message.
+        where: the place in the file, for messages.
         value: the lists.
-        *shape: what it must be, None where any length will do; none given = any shape.
+        *shape: the shape that it must have, None for an axis of any length; left out = any shape.
 
     Raises:
         FormatError: other values, lists of unequal length, or another shape.
@@ -28,7 +28,7 @@ def array_of(where: str, value: Any, *shape: int | None) -> Array:
     except (ValueError, OverflowError):
         array = np.empty(0, object)
     if array.dtype.kind not in "iuf" or not isinstance(value, list):
-        raise FormatError(f"{where}: expected lists of numbers, each as long as the others, found {short(value)}")
+        raise FormatError(f"{where}: expected lists of numbers of equal length, found {short(value)}")
     fits = len(shape) == array.ndim and all(want in (None, got) for want, got in zip(shape, array.shape, strict=False))
     if shape and not fits:
         wanted = ["any" if axis is None else axis for axis in shape]
@@ -36,11 +36,11 @@ def array_of(where: str, value: Any, *shape: int | None) -> Array:
     return array.astype(np.float64)
 
 
-def held(where: str, found: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *usual: Any) -> Any:
-    """Return the value of a key, of a type; `usual`, where that is given, where there is none.
+def value_of(where: str, found: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *usual: Any) -> Any:
+    """Return the value of a key after checking its type; a missing key gives the default `usual`, if there is one.
 
     Raises:
-        FormatError: no such key, or a value of another type.
+        FormatError: the key is missing, or its value is of another type.
     """
     if key not in found and usual:
         return usual[0]

@@ -1,8 +1,8 @@
-"""Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights alone.
+"""Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights only.
 
-A file is read as data: nothing in it is run, and nothing outside of it is read. What a layer computes is told by its
-class, its settings and the version of Keras; a layer that isn't supported is refused by name. Whatever policy a layer
-has, such as `mixed_float16`, it is computed in the dtype of its weights; integers of 8 bits over their scales.
+A file is read as data: nothing in it is run, and nothing outside it is read. A layer's class, its settings and the
+version of Keras determine what it computes; a layer that isn't supported is refused by name. A layer is computed in the
+dtype of its weights, regardless of its dtype policy, such as `mixed_float16`; int8 weights are divided by their scale.
 
 Ref: https://keras.io/api/models/model_saving_apis/
 """
@@ -35,26 +35,26 @@ Architecture = dict[str, Any] | list[Any] | str | PathLike[str]
 
 
 def recognises(head: bytes) -> bool:
-    """Return whether a file that begins with `head` looks like Keras's: HDF5, or a zip with Keras's members."""
+    """Return whether a file that starts with `head` looks like Keras's: HDF5, or a zip with Keras's members."""
     return head.startswith(HDF5_HEAD) or (
         head[:4] == b"PK\x03\x04" and head[30:].startswith((b"metadata.json", b"config.json", b"model.weights.h5"))
     )
 
 
 def load(path: str | PathLike[str], architecture: Architecture | None = None) -> Network:
-    """Read a model from a file of any Keras.
+    """Read a model from a file of Keras 1, 2 or 3.
 
     Args:
         path: the file.
-        architecture: for a file of weights alone, what they belong to, as `model.to_json()` says it: a dict, JSON text,
-            or the path of a JSON file; or a list of layers, each `{"class_name": ..., "config": {...}}`.
+        architecture: for a file of weights only, the model's description as `model.to_json()` returns it: a dict, JSON
+            text, or the path of a JSON file; or a list of layers, each `{"class_name": ..., "config": {...}}`.
 
     Returns:
-        The model at inference, its nodes named as its layers. `metadata["source"]` says what wrote the file and what
-        was assumed.
+        The model in inference mode, with a node for each layer, of the same name. `metadata["source"]` holds the
+        version of Keras that wrote the file, and any assumption made.
 
     Raises:
-        FormatError: the file is damaged, or holds what isn't supported: all of it is named.
+        FormatError: the file is damaged, or holds layers or settings that aren't supported, all of which are named.
         OSError: the file can't be read.
         ModuleNotFoundError: h5py is missing.
 
@@ -70,17 +70,17 @@ def load(path: str | PathLike[str], architecture: Architecture | None = None) ->
 
 
 def extract(path: str | PathLike[str], architecture: Architecture | None = None) -> dict[str, Network]:
-    """Read the recurrent layers of a file, whatever else is in it.
+    """Read the recurrent layers of a file, even where its other layers aren't supported.
 
     Args:
         path: the file.
-        architecture: as for `load`. Weights of cuDNN's layers need none: they say all that there is to say.
+        architecture: as for `load`. Weights of cuDNN's layers need none, as these layers have no settings.
 
     Returns:
         A Network for each recurrent layer, by its name; `"outer.inner"` within another model.
 
     Raises:
-        FormatError: the file is damaged, no layer is recurrent, or one is that isn't supported.
+        FormatError: the file is damaged, has no recurrent layer, or one that isn't supported.
         OSError: the file can't be read.
         ModuleNotFoundError: h5py is missing.
     """
@@ -105,16 +105,16 @@ def from_keras(model: Any) -> Network:
     """Return a Keras model in memory as a Network, with copies of its weights.
 
     Args:
-        model: a Sequential or functional model of Keras 2 or 3, on any backend, built.
+        model: a built Sequential or functional model of Keras 2 or 3, on any backend.
 
     Returns:
-        The model at inference, its nodes named as its layers.
+        The model in inference mode, with a node for each layer, of the same name.
 
     Raises:
-        FormatError: what isn't supported; all of it is named.
-        TypeError: no such model.
+        FormatError: layers or settings that aren't supported, all of which are named.
+        TypeError: `model` isn't such a model.
 
-    Ref: the description is the model's own `get_config()`.
+    Ref: the description comes from the model's `get_config()`.
     """
     kind, package = type(model).__name__, type(model).__module__.split(".")[0]
     if package not in ("keras", "tf_keras", "tensorflow") or kind not in ("Sequential", "Functional", "Model"):
@@ -137,14 +137,14 @@ def from_keras(model: Any) -> Network:
 
 
 def save(network: Network, path: str) -> None:
-    """Write a network so that Keras 3 loads it: `.keras`, or HDF5 under the other suffixes.
+    """Write a network so that Keras 3 can load it: as `.keras`, or as HDF5 with any other suffix.
 
     Args:
-        network: what to write.
-        path: where to; a file that is there is replaced in one step.
+        network: the network to write.
+        path: the file to write; an existing file is replaced in one step.
 
     Raises:
-        ValueError: nodes that Keras has no layers for, all of them named; a path that ends in `.weights.h5`.
+        ValueError: nodes that Keras has no layers for, all of which are named; a path that ends in `.weights.h5`.
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
@@ -152,8 +152,7 @@ def save(network: Network, path: str) -> None:
 
     if path.lower().endswith(".weights.h5"):
         raise ValueError(
-            f"save: expected a name for a whole model, got {path!r}: Keras takes such a file for weights alone; "
-            "leave out .weights"
+            f"save: {path!r}: Keras reads files that end in .weights.h5 as weights without a model; leave out .weights"
         )
     check_unedited(network, NAME)
     write(network, path)
@@ -167,7 +166,7 @@ def _numbers(weight: Any) -> Any:
 
 
 def _plain(config: Any) -> Any:
-    """Return a description in the types that JSON gives: `get_config` has tuples too."""
+    """Return a description with JSON's types only: `get_config` also returns tuples."""
     if isinstance(config, dict):
         return {str(key): _plain(value) for key, value in config.items()}
     return [_plain(value) for value in config] if isinstance(config, (list, tuple)) else config
@@ -177,20 +176,18 @@ def _described(source: Source, architecture: Architecture | None) -> Model:
     config = source.config
     if architecture is not None:
         if config is not None:
-            raise FormatError(
-                f"{source.path}: expected a file of weights alone with an architecture, found its own in it"
-            )
+            raise FormatError(f"{source.path}: architecture is for files of weights only; this file holds its own")
         config = _given(architecture)
     if config is None:
         raise FormatError(
-            f"{source.path}: expected a model, found weights alone, which don't say what to do with them: "
-            "load(path, architecture=...) of cellstack.formats.keras, imported, takes the model's JSON beside them"
+            f"{source.path}: expected a model, found weights only: pass the model's JSON to "
+            "cellstack.formats.keras.load(path, architecture=...)"
         )
     model = model_of(source, config)
     if source.version is None and source.layout == LEGACY:
         modern = any(word in layer.config for layer in model.layers for word in WORDS_2)
         source.version = "2" if modern else "1"
-        source.assumed = f"Keras {source.version}, as the file names no version"
+        source.assumed = f"Keras {source.version}, as the file doesn't specify the version"
     return model
 
 
@@ -202,7 +199,7 @@ def _given(architecture: Architecture) -> Any:
         return parse("architecture", text)
     with open(text, "rb") as file:
         if os.fstat(file.fileno()).st_size > 1 << 26:
-            raise FormatError(f"{text}: expected JSON of at most 64 MiB, found more")
+            raise FormatError(f"{text}: the JSON is larger than 64 MiB")
         return parse(text, file.read())
 
 
@@ -229,7 +226,7 @@ def _wired(source: Source, model: Model, built: Built) -> Network:
     except ProblemsError as error:
         hint = f"; {HINT}" if built.recurrent else ""
         raise FormatError(f"{source.path}: expected layers that are supported, found: {error}{hint}") from None
-    except (ValueError, TypeError) as error:  # layers that don't meet
+    except (ValueError, TypeError) as error:  # layers whose shapes don't match
         text = str(error).removeprefix(f"{source.path}: ")
         raise FormatError(f"{source.path}: {text[:300]}") from None
 
@@ -237,9 +234,7 @@ def _wired(source: Source, model: Model, built: Built) -> Network:
 def _check_all_used(source: Source) -> None:
     unused = source.unused
     if unused:
-        raise FormatError(
-            f"{source.path}: expected every weight to be a layer's, found {', '.join(map(short, unused[:20]))}"
-        )
+        raise FormatError(f"{source.path}: no layer uses the weights {', '.join(map(short, unused[:20]))}")
 
 
 def _extract_cudnn(source: Source) -> dict[str, Network]:
@@ -260,9 +255,9 @@ def _extract_cudnn(source: Source) -> dict[str, Network]:
             key = name.replace("/", ".")
             found[key] = _alone(source, key, [node])
     if unknown or not found:
-        what = f"layers {', '.join(map(short, unknown))} whose activations it doesn't say" if unknown else "none"
+        what = f"layers {', '.join(map(short, unknown))} with unknown activations" if unknown else "none"
         raise FormatError(
-            f"{source.path}: expected weights alone of cuDNN's layers, found {what}: "
-            "extract(path, architecture=...) of cellstack.formats.keras, imported, takes the model's JSON beside them"
+            f"{source.path}: expected the weights of cuDNN layers, found {what}: pass the model's JSON to "
+            "cellstack.formats.keras.extract(path, architecture=...)"
         )
     return found

@@ -1,7 +1,7 @@
-"""Keras's recurrent layers and their activations, as nodes: of every version, and cuDNN's.
+"""Converts the recurrent layers and activations of all Keras versions, and the cuDNN layers, to nodes.
 
-The gates of Keras 2 and 3 stand in our order. Keras 1 kept an array a gate, in an order of its own, and cuDNN's layers
-keep their blocks transposed: both are put right in `layout`.
+Keras 2 and 3 store the gates in our order. Keras 1 stores one array for each gate, in another order, and cuDNN's layers
+store their blocks transposed; `layout` converts both.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from cellstack.spec import CellSpec, FormatError
 KINDS = {name: kind for kind, name in KIND_NAMES.items()}
 CUDNN = {"CuDNNLSTM": "lstm", "CuDNNGRU": "gru"}
 CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
-FLAGGED = {f"{OURS_OF_KERAS}{name}": kind for name, kind in KINDS.items()}  # with every flag that a cell has
-ALONE = {**KINDS, **CUDNN, **FLAGGED}  # layers that are a cell over time
+FLAGGED = {f"{OURS_OF_KERAS}{name}": kind for name, kind in KINDS.items()}  # have all flags of a CellSpec
+ALONE = {**KINDS, **CUDNN, **FLAGGED}  # layers of one cell
 RECURRENT = (*ALONE, "RNN", "Bidirectional")
 SPLIT = {"lstm": "igfo", "gru": "zrg", "rnn": "g"}  # the order in which Keras 1 lists a cell's arrays, gate by gate
-SPLIT_NAMES = {"g": "c"}  # and what it calls a gate where that isn't our letter; a GRU's candidate is h
-SCALES = ("kernel_scale", "embeddings_scale")  # of integers, which stand first among a layer's weights
+SPLIT_NAMES = {"g": "c"}  # Keras's letter for a gate if it isn't ours; a GRU's candidate is h
+SCALES = ("kernel_scale", "embeddings_scale")  # scales of integer weights
 STATISTICS = (*SCALES, "moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
-MORE = {  # activations that a layer has and a cell doesn't
+MORE = {  # activations that layers support and cells don't
     **{name: name for name in ("gelu", "silu", "selu", "exponential", "relu6", "log_softmax")},
     "swish": "silu",
 }
 
 
 class Slot(NamedTuple):
-    """A weight that a layer has: where Keras 3 keeps it within the layer, its own name, and whether it is trained.
+    """A weight of a layer: its path within the layer in Keras 3's files, its name, and whether it is trainable.
 
-    `whole`: its numbers are integers of 8 bits, beside which the layer has their scales.
+    `whole`: it holds 8-bit integers, whose scales are another weight of the layer.
     """
 
     path: str
@@ -50,14 +50,14 @@ class Slot(NamedTuple):
     whole: bool = False
 
     def below(self, prefix: str, trainable: bool = True) -> Slot:
-        """Return the slot as seen from the layer around."""
+        """Return the slot with a path relative to the enclosing layer."""
         return self._replace(
             path=f"{prefix}/{self.path}" if prefix else self.path, trainable=self.trainable and trainable
         )
 
 
 def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
-    """Return the slots of weights that are a layer's own."""
+    """Return the slots of a layer's own weights."""
     trained = layer.flag("trainable", True)
     return [Slot(f"vars/{n}", leaf, trained and leaf not in STATISTICS) for n, leaf in enumerate(leaves)]
 
@@ -66,12 +66,12 @@ def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
 
 
 def activation(layer: Layer, name: str, major: int, more: bool = False) -> str:
-    """Return the activation that a setting names, in our words; nothing stands for linear, as in Keras.
+    """Return the activation of a setting, by our name; None means linear, as in Keras.
 
-    `hard_sigmoid` was 0.2·z + 0.5 up to Keras 2, and is z/6 + 0.5 from 3 on. `more`: those too that cells don't have.
+    `hard_sigmoid` is 0.2·z + 0.5 up to Keras 2, and z/6 + 0.5 from Keras 3 on. `more`: allow those that cells lack.
     """
     if name not in layer.config:
-        raise layer.refuse(f"expected {name}, found none: what it is when it isn't said has changed in Keras")
+        raise layer.refuse(f"expected {name}, found none: its default differs between versions of Keras")
     value = layer.config[name]
     if isinstance(value, dict):  # Keras 3: a function by name, or a layer
         if value.get("class_name") in ("function", "Function"):
@@ -90,7 +90,7 @@ def activation(layer: Layer, name: str, major: int, more: bool = False) -> str:
 
 
 def activation_layer(layer: Layer, major: int, more: bool = False) -> str:
-    """Return what a layer that is an activation computes, in our words."""
+    """Return the activation that an activation layer computes, by our name."""
     kind = layer.kind
     if kind == "Activation":
         return activation(layer, "activation", major, more)
@@ -114,7 +114,7 @@ def activation_layer(layer: Layer, major: int, more: bool = False) -> str:
         if threshold:
             return f"thresholded_relu({threshold})"
         return f"leaky_relu({slope})" if slope else "relu"
-    raise layer.refuse("an activation that isn't supported")
+    raise layer.refuse("this activation isn't supported")
 
 
 def _number(layer: Layer, name: str, usual: float) -> float:
@@ -132,7 +132,7 @@ def _number(layer: Layer, name: str, usual: float) -> float:
 
 
 def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
-    """Return the cells of a recurrent layer: each described, its kind, and where Keras 3 keeps its weights."""
+    """Return the cells of a recurrent layer: for each its description, its kind, and the path of its weights."""
     if layer.kind in ALONE:
         return [(layer, ALONE[layer.kind], "" if layer.kind in FLAGGED else "cell")]
     cell = layer.within(layer.config.get("cell"), "cell")
@@ -147,12 +147,12 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
         raise cell.refuse("expected cells, found none")
     for entry in entries:
         if entry.kind not in CELLS:
-            raise entry.refuse("a cell that isn't supported")
+            raise entry.refuse("this cell isn't supported")
     return [(entry, CELLS[entry.kind], place) for entry, place in zip(entries, places, strict=True)]
 
 
 def _leaves(layer: Layer, kind: str, major: int) -> list[str]:
-    """Return the names of a cell's arrays in the order in which Keras lists them."""
+    """Return the names of a cell's arrays in Keras's order."""
     if layer.kind in FLAGGED:
         return list(_spec_of(layer, 1).shapes)
     biased = layer.flag("use_bias", True)
@@ -164,7 +164,7 @@ def _leaves(layer: Layer, kind: str, major: int) -> list[str]:
 
 
 def flagged(layer: Layer) -> bool:
-    """Whether a recurrent layer, or those that a Bidirectional holds, are of cellstack.keras."""
+    """Return whether a recurrent layer, or the layer in a Bidirectional, is one of cellstack.keras."""
     inner = layer.within(layer.config.get("layer"), "layer") if layer.kind == "Bidirectional" else layer
     return inner.kind in FLAGGED
 
@@ -188,8 +188,8 @@ def recurrent_slots(layer: Layer, major: int) -> list[Slot]:
     if layer.kind == "Bidirectional":
         trained = layer.flag("trainable", True)
         return [
-            slot.below(f"{half}_layer", trained)
-            for half, inner in zip(("forward", "backward"), _halves(layer), strict=True)
+            slot.below(f"{way}_layer", trained)
+            for way, inner in zip(("forward", "backward"), _directions(layer), strict=True)
             for slot in recurrent_slots(inner, major)
         ]
     trained, slots = layer.flag("trainable", True), []
@@ -207,13 +207,13 @@ def recurrent(layer: Layer, arrays: Iterator[Array], major: int) -> Recurrent | 
         major: the version of Keras.
 
     Raises:
-        FormatError: what isn't supported, or weights of other shapes.
+        FormatError: unsupported settings, or weights of other shapes.
     """
     if layer.kind == "Bidirectional":
-        ahead, back = (recurrent(half, arrays, major) for half in _halves(layer))
+        ahead, back = (recurrent(inner, arrays, major) for inner in _directions(layer))
         assert isinstance(ahead, Recurrent)
         assert isinstance(back, Recurrent)
-        mode = layer.config.get("merge_mode", "concat") or "concat"  # none: the graph takes the halves apart
+        mode = layer.config.get("merge_mode", "concat") or "concat"  # None: the graph splits the output
         if mode not in ("concat", "sum", "mul", "ave"):
             raise layer.refuse(f"expected merge_mode concat, sum, mul or ave, found {short(mode)}")
         return Bidirectional(ahead, back, mode)
@@ -230,17 +230,17 @@ def recurrent(layer: Layer, arrays: Iterator[Array], major: int) -> Recurrent | 
     return Recurrent(tuple(cells), **{name: layer.flag(name) for name in names})
 
 
-def _halves(layer: Layer) -> tuple[Layer, Layer]:
-    """Return the layers of a Bidirectional, forward and backward; older files describe the former alone."""
+def _directions(layer: Layer) -> tuple[Layer, Layer]:
+    """Return the forward and the backward layer of a Bidirectional; older files only describe the forward one."""
     ahead = layer.within(layer.config.get("layer"), "layer")
     if layer.config.get("backward_layer") is not None:
         back = layer.within(layer.config["backward_layer"], "backward_layer")
     else:
         config = {**ahead.config, "go_backwards": not ahead.flag("go_backwards")}
         back = Layer(ahead.where, ahead.name, ahead.kind, config)
-    for half in (ahead, back):
-        if half.kind not in (*ALONE, "RNN"):
-            raise layer.refuse(f"expected a recurrent layer within, found {short(half.kind)}")
+    for inner in (ahead, back):
+        if inner.kind not in (*ALONE, "RNN"):
+            raise layer.refuse(f"expected a recurrent layer within, found {short(inner.kind)}")
     return ahead, back
 
 
@@ -253,7 +253,7 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
         return Cell(spec, **dict(zip(spec.shapes, arrays, strict=True)))
     units = layer.integer("units")
     order = OURS[kind]
-    if len(arrays) > 3:  # Keras 1: kernel, recurrent kernel and bias of one gate after the other
+    if len(arrays) > 3:  # Keras 1: kernel, recurrent kernel and bias of each gate in turn
         source, letters = SPLIT[kind], (arrays[0::3], arrays[1::3], arrays[2::3])
         for name, one in zip("WUb", letters, strict=True):
             if any(array.ndim != (1 if name == "b" else 2) or array.shape[-1] != units for array in one):
@@ -282,7 +282,7 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
         expected = (one, (2 * wide,)) if kind == "lstm" else (one,)
     if bias is not None and bias.shape not in expected:
         raise layer.refuse(f"expected a bias {' or '.join(str(list(shape)) for shape in expected)}, found {bias.shape}")
-    if bias is not None and bias.shape == (2 * wide,):  # Keras 2 loads a cuDNN layer's weights into its own layers too
+    if bias is not None and bias.shape == (2 * wide,):  # Keras 2 can load a cuDNN layer's weights into its own layers
         kernel, recurrent_kernel, bias = from_cudnn(kind, kernel, recurrent_kernel, bias)
     elif cudnn:
         raise layer.refuse(f"expected a bias [{2 * wide}], as cuDNN's layers have, found {short(bias)}")
@@ -292,14 +292,14 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
 
 
 def found_cudnn(name: str, arrays: dict[str, Array]) -> Recurrent | None:
-    """Return the layer that some weights are, without a description of it: cuDNN's say it all, others don't.
+    """Return the node of a cuDNN layer from its weights, which determine it without a description.
 
     Args:
-        name: the layer's, for messages.
+        name: the layer's name, for messages.
         arrays: the layer's weights by their own names.
 
     Returns:
-        A Recurrent that returns sequences; None where the weights aren't those of a cuDNN layer.
+        A Recurrent that returns sequences; None if the weights aren't those of a cuDNN layer.
     """
     if arrays.keys() != {"kernel", "recurrent_kernel", "bias"}:
         return None

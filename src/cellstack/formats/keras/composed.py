@@ -1,4 +1,4 @@
-"""Keras's layers that are several nodes; states that layers return beside what they return; layers at every frame."""
+"""Keras's layers that take several nodes, and the states that recurrent layers return."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _prelu(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value
 
 
 def _over_axis(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    """Return what a node does to the features, done to another axis."""
+    """Apply a node for the features to another axis."""
     (node,), (value,) = nodes, values
     axes = len(build.shape(value))
     place = build.place(build.layer.axis("axis"), axes)
@@ -60,7 +60,7 @@ def _rescaling(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> V
 
 
 def _up_sampling(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    """Return every step several times: as many copies of the features, cut into steps."""
+    """Repeat every step: tile the features, then reshape the copies to steps."""
     (value,) = values
     times, (steps, _) = build.layer.integer("size", 2), build.shape(value)
     wide = build.repeat(value, 2, times)
@@ -68,7 +68,7 @@ def _up_sampling(build: LayerBuilder, nodes: list[Node], values: list[Value]) ->
 
 
 def _dot(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    """Return sums of products: of two vectors, or over time where one of the two sequences is one feature wide."""
+    """Return dot products: of two vectors, or over time if one of the two sequences has one feature."""
     layer, axes = build.layer, build.layer.config.get("axes")
     if len(values) != 2 or layer.flag("normalize"):
         raise layer.refuse("expected two values and normalize=False")
@@ -92,11 +92,11 @@ COMPOSED: dict[str, Composer] = {
     "UpSampling1D": _up_sampling,
     "Dot": _dot,
 }
-KEEPS = ("PReLU", "Rescaling", "UpSampling1D")  # of these, what Keras does with a mask is done here
+KEEPS = ("PReLU", "Rescaling", "UpSampling1D")  # their composers handle the mask
 
 
 def composer(build: LayerBuilder, values: list[Value]) -> Composer | None:
-    """Return what makes several nodes of a layer; None where its node alone does."""
+    """Return the function that builds a layer of several nodes; None if one node is enough."""
     layer, kind = build.layer, build.layer.kind
     if kind in AXES and over_features(build, values[0]):
         return None
@@ -107,7 +107,7 @@ def composer(build: LayerBuilder, values: list[Value]) -> Composer | None:
 
 
 def over_features(build: LayerBuilder, value: Value) -> bool:
-    """Return whether a layer that names an axis names the last one; a `FormatError` where it names no or several."""
+    """Return whether a layer's axis is the last one; raise `FormatError` if it has none or several."""
     layer = build.layer
     axis = layer.axis("axis") if "axis" in layer.config else -1
     if axis is None:
@@ -119,13 +119,13 @@ def over_features(build: LayerBuilder, value: Value) -> bool:
 
 
 def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> list[Value | Pending]:
-    """Return what a recurrent layer returns: its sequence or last step, then its states where it returns them.
+    """Return the outputs of a recurrent layer: its sequence or last step, then its states if it returns them.
 
     Args:
-        build: of the layer.
-        node: the layer's.
-        value: what the node returns.
-        masked: whether what it takes has a mask.
+        build: the layer's builder.
+        node: the layer's node.
+        value: the node's output.
+        masked: whether the layer's input has a mask.
     """
     layer = build.layer
     if isinstance(node, Recurrent):
@@ -136,21 +136,21 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
     whole = value
     units = node.forward.units
 
-    def half(taken: slice) -> Value:
+    def direction(taken: slice) -> Value:
         if node.merge_mode != "concat":
-            raise layer.refuse("the states of halves that are merged aren't supported")
+            raise layer.refuse("states of a Bidirectional are only supported with merge_mode concat or None")
         return build.select(value, len(build.shape(value)), taken)._replace(mask=value.mask)
 
-    halves = [partial(half, taken) for taken in (slice(0, units), slice(units, None))]
-    outputs = halves if layer.config.get("merge_mode", "concat") is None else [value]
+    directions = [partial(direction, taken) for taken in (slice(0, units), slice(units, None))]
+    outputs = directions if layer.config.get("merge_mode", "concat") is None else [value]
     if not layer.within(layer.config.get("layer"), "layer").flag("return_state"):
         return [*outputs]
-    ahead = _states(build, node.forward, whole, halves[0], masked, 0)
-    return [*outputs, *ahead, *_states(build, node.backward, whole, halves[1], masked, 1)]
+    ahead = _states(build, node.forward, whole, directions[0], masked, 0)
+    return [*outputs, *ahead, *_states(build, node.backward, whole, directions[1], masked, 1)]
 
 
 def _no_gates(layer: Layer) -> Value:
-    raise layer.refuse("gates of every step aren't values of a Network: net.trace(x) shows them")
+    raise layer.refuse("a Network doesn't return the gates of every step: use net.trace(x)")
 
 
 def _states(
@@ -158,16 +158,16 @@ def _states(
 ) -> list[Value | Pending]:
     """Return the states of a layer, cell by cell.
 
-    The top cell's h is the last step, in the order of work, of what the layer returns, where that is known: such a
-    value is there after every frame of a stream.
+    Where possible, the top cell's h is taken as the step of the layer's output that is computed last, because a stream
+    has that value after every step.
 
     Args:
-        build: of the layer.
-        node: the layer's, or one half of it.
-        whole: what the layer's node returns.
-        last: what this node returns.
-        masked: whether what it takes has a mask.
-        way: 0 of the half that runs forwards, 1 of the other.
+        build: the layer's builder.
+        node: the layer's node, or one direction of it.
+        whole: the output of the layer's node.
+        last: returns the output of `node`.
+        masked: whether the layer's input has a mask.
+        way: 0 for the forward direction, 1 for the backward one.
     """
     wires = build.builder.states[whole.wire]
     count = len(node.state_sizes)
@@ -188,7 +188,7 @@ def _states(
             found = build.squeeze(build.select(last(), 1, slice(0, 1)), 1)
         return found._replace(state=own[top])
 
-    started = len(build.builder.sources[whole.wire]) > 1  # then no stream can have it
+    started = len(build.builder.sources[whole.wire]) > 1  # with initial states it can't be streamed
     if merged or started or (masked and node.zero_output_for_mask):
         return [*states]
     return [*states[:top], h, *states[top + 1 :]]

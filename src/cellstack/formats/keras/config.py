@@ -1,7 +1,7 @@
-"""What Keras's descriptions of models say, of every version: layers, and which of them takes what from which.
+"""Reads the model descriptions of all Keras versions: layers, and the tensors that they take from each other.
 
-Keras 1 and 2 list what a layer takes as `[[["lstm_1", 0, 0, {}]]]`, Keras 3 as arguments in which tensors are dicts
-with a `keras_history`. Both become `Call`s here, and nothing after this module knows the difference.
+Keras 1 and 2 list a layer's inputs as `[[["lstm_1", 0, 0, {}]]]`, Keras 3 as arguments in which tensors are dicts with
+a `keras_history`. Both become `Call`s here; no other module depends on the difference.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cellstack.spec import FormatError
 MODELS = ("Sequential", "Functional", "Model", "ModelV2")  # the latter two: Keras 1 and 2
 DEEPEST = 16  # models within models
 BIGGEST = 2**31 - 1
-OPERATION = "ops."  # before the name of what is one of Keras 3's operations: layers have names in common with them
-LAMBDAS = ("TFOpLambda", "SlicingOpLambda")  # functions of TensorFlow among the layers of its own Keras
-TYPED = ("Cast", "ZerosLike", "OnesLike")  # of them, those that have a dtype as layers do
-OURS = "cellstack>"  # before the name of what is a layer of cellstack.keras
-CONSTANT = "_CONSTANT_VALUE"  # stands for a tensor where TensorFlow's own Keras lists a number among them
+OPERATION = "ops."  # prefix of the names of Keras 3's operations: some layers have the same names
+LAMBDAS = ("TFOpLambda", "SlicingOpLambda")  # how TensorFlow's Keras lists functions among the layers
+TYPED = ("Cast", "ZerosLike", "OnesLike")  # the operations that have a dtype, as layers do
+OURS = "cellstack>"  # prefix of the names of cellstack.keras's layers
+CONSTANT = "_CONSTANT_VALUE"  # marks a number that TensorFlow's Keras lists among the tensors
 
 
 class Ref(NamedTuple):
-    """A tensor: which layer returned it, in which of its calls, and which of what that call returned."""
+    """A tensor: the layer that returned it, the number of that call, and the index among the values it returned."""
 
     layer: str
     call: int = 0
@@ -33,9 +33,9 @@ class Ref(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One use of a layer: the tensors it takes, what else it takes in order, then tensors and others by name.
+    """One call of a layer: positional tensors and other positional values, then tensors and other values by name.
 
-    `arguments` are both as they stand, tensors and others in their places: an operation's order tells 1 - x from x - 1.
+    `arguments` are all positional arguments in their order, on which an operation's result depends: 1 - x isn't x - 1.
     """
 
     inputs: tuple[Ref, ...]
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
     @property
     def refs(self) -> tuple[Ref, ...]:
-        """All tensors that it takes."""
+        """All its tensors, positional and named."""
         return (*self.inputs, *(ref for _, ref in self.named))
 
 
@@ -54,7 +54,8 @@ class Call(NamedTuple):
 class Layer:
     """A layer as the file describes it.
 
-    `config` is its settings, `model` what it holds where it is a model itself, `inner` what a TimeDistributed wraps.
+    `config` holds its settings, `model` its contents if it is a model itself, `inner` the layer that a TimeDistributed
+    wraps.
     """
 
     where: str
@@ -67,7 +68,7 @@ class Layer:
 
     @property
     def operation(self) -> bool:
-        """Whether it is a function that the file lists among its layers: it has no weights, and ends masks."""
+        """Whether it is a function that the file lists among its layers; it has no weights, and drops masks."""
         return self.kind.startswith(OPERATION) or self.kind in LAMBDAS
 
     def refuse(self, why: str) -> FormatError:
@@ -75,7 +76,7 @@ class Layer:
         return FormatError(f"{self.where}: {why}")
 
     def get(self, name: str, kind: type | tuple[type, ...], *usual: Any) -> Any:
-        """Return a setting of a type; `usual` where it isn't there or None, and a `FormatError` without a usual."""
+        """Return a setting after checking its type; if it is missing or None, `usual`, or else a `FormatError`."""
         value = self.config.get(name)
         if value is None and usual:
             return usual[0]
@@ -85,22 +86,22 @@ class Layer:
         return value
 
     def integer(self, name: str, *usual: int, least: int = 1) -> int:
-        """Return a whole number of a setting; Keras writes some as a list of one."""
+        """Return an integer setting; Keras writes some as a list of one."""
         value = self.config.get(name)
         if isinstance(value, (list, tuple)) and len(value) == 1:
             value = value[0]
         if value is None and usual:
             return usual[0]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= BIGGEST:
-            raise self.refuse(f"expected {name} to be an integer from {least} up, found {short(value)}")
+            raise self.refuse(f"expected {name} to be an integer of at least {least}, found {short(value)}")
         return value
 
     def flag(self, name: str, usual: bool = False) -> bool:
-        """Return a setting that is true or false."""
+        """Return a boolean setting."""
         return self.get(name, bool, usual)
 
     def axis(self, name: str) -> int | None:
-        """Return an axis, counted as the file does; None where it says none, and where it says several of them."""
+        """Return an axis as the file counts it; None if it gives none or several."""
         value = self.config.get(name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -119,7 +120,7 @@ class Layer:
 
 @dataclass
 class Model:
-    """A model: its layers in the file's order, and which tensors go in and out."""
+    """A model: its layers in the file's order, its input and its output tensors."""
 
     name: str
     kind: str
@@ -140,9 +141,9 @@ def snake(name: str) -> str:
 
 
 def numbered(kinds: list[str]) -> list[str]:
-    """Return the names by which Keras 3 keeps the members of a list: those of their classes, the repeated numbered.
+    """Return the names under which Keras 3 stores the members of a list: their classes' names, numbered if repeated.
 
-    Of which package a class is makes no difference there.
+    The package of a class isn't part of the name.
 
     >>> numbered(["LSTM", "Dense", "LSTM"])
     ['lstm', 'dense', 'lstm_1']
@@ -156,14 +157,14 @@ def numbered(kinds: list[str]) -> list[str]:
 
 
 def model_of(source: Source, config: Any) -> Model:
-    """Return the model that a description describes.
+    """Return the model in a description.
 
     Args:
         source: the file, for messages.
-        config: of the model, as the file has it; or a list of layers one after the other.
+        config: the model's description as in the file; or a list of consecutive layers.
 
     Raises:
-        FormatError: not such a description.
+        FormatError: it isn't such a description.
     """
     if isinstance(config, list):
         config = {"class_name": "Sequential", "config": config}
@@ -177,7 +178,7 @@ def model_of(source: Source, config: Any) -> Model:
 
 def _model(where: str, kind: str, config: Any, depth: int) -> Model:
     if depth > DEEPEST:
-        raise FormatError(f"{where}: expected models at most {DEEPEST} deep in each other, found more")
+        raise FormatError(f"{where}: models are nested more than {DEEPEST} deep")
     listed = config if isinstance(config, list) else config.get("layers") if isinstance(config, dict) else None
     if not isinstance(listed, list):
         raise FormatError(f"{where}: expected the layers of the model, found {short(config)}")
@@ -190,7 +191,7 @@ def _model(where: str, kind: str, config: Any, depth: int) -> Model:
     names = [layer.name for layer in model.layers]
     if len(set(names)) != len(names):
         twice = next(one for one in names if names.count(one) > 1)
-        raise FormatError(f"{where}: expected every layer to have a name of its own, found {short(twice)} twice")
+        raise FormatError(f"{where}: two layers have the name {short(twice)}")
     if not sequential:
         ends = config if isinstance(config, dict) else {}
         model.inputs = _refs(where, "input_layers", ends.get("input_layers"))
@@ -199,7 +200,7 @@ def _model(where: str, kind: str, config: Any, depth: int) -> Model:
 
 
 def _chain(model: Model, config: Any) -> None:
-    """Give the layers of a Sequential model the calls that a functional one would list."""
+    """Add to the layers of a Sequential model the calls that a functional model would list."""
     if not model.layers or model.layers[0].kind != "InputLayer":
         first = model.layers[0].config if model.layers else {}
         shape = first.get("batch_input_shape") or first.get("batch_shape")
@@ -217,7 +218,7 @@ def _chain(model: Model, config: Any) -> None:
 
 
 def layer_of(where: str, entry: Any, depth: int) -> Layer:
-    """Return the layer that an entry of a description describes."""
+    """Return the layer in an entry of a description."""
     if not isinstance(entry, dict) or not isinstance(entry.get("class_name"), str):
         raise FormatError(f"{where}: expected a layer with a class_name, found {short(entry)}")
     kind, config = entry["class_name"], entry.get("config")
@@ -233,7 +234,7 @@ def layer_of(where: str, entry: Any, depth: int) -> Layer:
         layer = Layer(where, name, kind, settings)
         if kind == "TimeDistributed":
             if depth > DEEPEST:
-                raise FormatError(f"{where}: expected layers at most {DEEPEST} deep in each other, found more")
+                raise FormatError(f"{where}: layers are nested more than {DEEPEST} deep")
             layer.inner = layer_of(f"{where}: layer", config.get("layer"), depth + 1)
     else:
         raise FormatError(f"{where}: expected its settings, found {short(config)}")
@@ -245,12 +246,12 @@ def layer_of(where: str, entry: Any, depth: int) -> Layer:
 
 
 def _class(entry: dict[str, Any]) -> str:
-    """Return the class of a layer: its name alone where it is Keras's own, else with the package that it is of."""
+    """Return the name of a layer's class; classes that aren't Keras's own have their package as a prefix."""
     kind, module, registered = entry["class_name"], entry.get("module"), entry.get("registered_name")
     calls, settings = entry.get("inbound_nodes"), entry.get("config")
     if isinstance(module, str):
         operation = re.match(r"keras\.(src\.)?ops(\.|$)", module)
-    else:  # HDF5 of Keras 3 names no module; but every layer says its dtype, and hardly an operation
+    else:  # Keras 3 stores no module in HDF5; but every layer has a dtype there, and few operations do
         called = isinstance(calls, list) and any(isinstance(one, dict) for one in calls)
         words = {"trainable"} if kind in TYPED else {"trainable", "dtype"}
         plain = isinstance(settings, dict) and not words & settings.keys()
@@ -309,16 +310,16 @@ def _call(where: str, node: Any) -> Call:
 
 
 def _placed(where: str, value: Any, depth: int) -> Any:
-    """Return an argument with a `Ref` in the place of every tensor."""
+    """Return an argument with every tensor replaced by a `Ref`."""
     if isinstance(value, list):
         if depth > DEEPEST:
-            raise FormatError(f"{where}: expected lists at most {DEEPEST} deep in each other, found more")
+            raise FormatError(f"{where}: lists are nested more than {DEEPEST} deep")
         return [_placed(where, one, depth + 1) for one in value]
     return _history(where, value) if _is_tensor(value) else value
 
 
 def _flat(value: Any, depth: int = 0) -> Iterator[Any]:
-    """Give what a value is, or what stands in its lists: states of stacked cells are lists of lists."""
+    """Yield a value, or the elements of nested lists: states of stacked cells are lists of lists."""
     if isinstance(value, list) and depth < DEEPEST:
         for one in value:
             yield from _flat(one, depth + 1)

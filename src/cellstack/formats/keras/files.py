@@ -1,8 +1,7 @@
-"""Keras's containers: the zip of a `.keras` file, and HDF5 of every Keras, opened without trusting what they claim.
+"""Opens Keras's containers, the zip of a `.keras` file and the HDF5 of all versions, without trusting their contents.
 
-Nothing is unpacked to the disk and nothing outside of the file is read: links that lead to other names or other files,
-datasets whose numbers lie elsewhere, and objects with two names are refused before they are followed. What a file
-claims is checked against what it holds before anything is allocated for it.
+Nothing is unpacked to the disk, and nothing outside the file is read: links, datasets stored in other files and objects
+with two names are refused before they are followed. Sizes are checked against the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from cellstack.spec import FormatError
 HDF5_HEAD = b"\x89HDF\r\n\x1a\n"
 HEAP_HEAD = b"GCOL\x01\0\0\0"
 MEMBERS = {"config": "config.json", "metadata": "metadata.json", "weights": "model.weights.h5"}
-EXPANSION = 100  # how many times its own size a file may take when it is read; Keras itself compresses nothing
-SPARE = 1 << 20  # bytes that a file may take beside that, however small it is
-MAX_CONFIG = 1 << 26  # bytes of JSON, which take some twenty times as many when they are parsed
-MOST_SEARCHED = 1 << 28  # bytes, over which a search takes some tenths of a second
+EXPANSION = 100  # how many times its size a file may take in memory; Keras itself compresses nothing
+SPARE = 1 << 20  # bytes that a file may take in addition, however small it is
+MAX_CONFIG = 1 << 26  # bytes of JSON; parsing takes some twenty times as many
+MOST_SEARCHED = 1 << 28  # bytes that are searched, which takes some tenths of a second
 DEEPEST = 32  # groups within groups
-MOST_TEXTS = 64  # texts of any length in one attribute: each of them could be as long as the file
-LEGACY, V3 = "legacy", "v3"  # weights by layers' names with lists of their own; by places in the model
+MOST_TEXTS = 64  # variable-length texts in one attribute: each of them could be as long as the file
+LEGACY, V3 = "legacy", "v3"  # weights listed by layers' names; weights by their layers' positions in the model
 V3_ROOTS = ("layers", "_layer_checkpoint_dependencies")  # the latter in TensorFlow 2.12 to 2.15
 STATES = ("optimizer", "optimizer_weights", "_optimizer", "metrics", "_metrics", "compile_metrics")
 
 
 @contextmanager
 def guarded(label: str, what: str = "a Keras file") -> Iterator[None]:
-    """Turn whatever the libraries raise over a damaged file into a `FormatError`: h5py has many kinds."""
+    """Turn any exception for a damaged file into a `FormatError`: h5py raises many kinds."""
     try:
         yield
     except (FormatError, MemoryError):
@@ -52,18 +51,19 @@ def guarded(label: str, what: str = "a Keras file") -> Iterator[None]:
 
 @dataclass
 class Source:
-    """What a file holds: the description, and its weights, handed out one by one.
+    """An open file: the model's description, and its weights, which are read one by one.
 
     Attributes:
         path: the file, for messages.
         layout: `LEGACY` or `V3`.
-        version: of the Keras that wrote it, where it says; None where not.
-        backend: what that Keras ran on; None where the file doesn't say.
-        config: the model's description; None in a file of weights alone.
+        version: the version of Keras that wrote it; None if the file doesn't specify it.
+        backend: the backend of Keras that wrote it; None if the file doesn't specify it.
+        config: the model's description; None in a file of weights only.
         orders: `LEGACY`: for each layer, the names of its weights in order.
-        weights: every array's name, and what can be asked for it.
-        assumed: what the file doesn't say, and was assumed.
-        room: how many bytes of arrays may yet be read.
+        weights: every array by its name, an open dataset or a NumPy array.
+        assumed: what was assumed, where the file doesn't specify it.
+        room: how many bytes of arrays may still be read.
+        taken: the names of the weights that have been read.
     """
 
     path: str
@@ -79,17 +79,17 @@ class Source:
 
     @property
     def major(self) -> int:
-        """The version's first number; 1 where nothing says it, as Keras assumes too, but 3 for 3's own layout."""
+        """The major version; if it isn't specified, 3 for the layout of Keras 3, else 1, as Keras assumes too."""
         if self.version is None:
             return 3 if self.layout == V3 else 1
         first = self.version.split(".")[0]
         if not first.isdecimal() or not 0 <= int(first[:4]) <= 3:
             raise FormatError(f"{self.path}: expected keras_version 1, 2 or 3, found {short(self.version)}")
-        # TensorFlow 2's own Keras wrote files of 3's layout too; what it computes is 2's
+        # TensorFlow 2's Keras also writes the layout of Keras 3, but computes as Keras 2 does.
         return max(1, int(first))
 
     def take(self, name: str, whole: bool = False) -> Array:
-        """Return one array by name, as float32 or float64; `whole` ones are integers of 8 bits."""
+        """Return one array by name, as float32 or float64; a `whole` one has to be int8 in the file."""
         where = f"{self.path}: weight {short(name)}"
         value = self.weights[name]
         with guarded(where, "numbers"):
@@ -110,7 +110,7 @@ class Source:
         for axis in shape:
             size *= int(axis)
         if dataset.external or dataset.is_virtual:
-            raise FormatError(f"{where}: expected numbers in the file itself, found them in another one")
+            raise FormatError(f"{where}: datasets stored in another file aren't supported")
         stored = dataset.id.get_storage_size()
         filtered = dataset.id.get_create_plist().get_nfilters() > 0
         if size > stored * (EXPANSION if filtered else 1) or size > self.room:
@@ -120,7 +120,7 @@ class Source:
 
     @property
     def unused(self) -> list[str]:
-        """The weights that nobody asked for; what a training keeps for itself isn't one."""
+        """The weights that weren't read, without those of optimisers and metrics."""
         return [name for name in self.weights if name not in self.taken and not _of_training(name)]
 
 
@@ -140,7 +140,7 @@ def opened(path: str) -> Iterator[Source]:
         A context manager over the file's `Source`.
 
     Raises:
-        FormatError: not such a file, damaged, or hostile.
+        FormatError: it isn't such a file, or is damaged or hostile.
         OSError: the file can't be read.
         ModuleNotFoundError: h5py is missing.
     """
@@ -172,7 +172,7 @@ def opened(path: str) -> Iterator[Source]:
 
 
 def import_h5py() -> Any:
-    """Return h5py, or say where to get it."""
+    """Import and return h5py; raise an error that says how to install it."""
     try:
         import h5py
     except ModuleNotFoundError as error:
@@ -186,9 +186,9 @@ def _unzip(path: str, file: Any, room: int) -> tuple[Any, str | None, io.BytesIO
         names = archive.namelist()
         for name in names:
             if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
-                raise FormatError(f"{path}: expected members within the archive, found {short(name)}")
+                raise FormatError(f"{path}: the archive has a member with a path outside it, {short(name)}")
         if len(set(names)) != len(names):
-            raise FormatError(f"{path}: expected every member once, found one more than once")
+            raise FormatError(f"{path}: the archive has two members of one name")
         lacking = sorted(set(MEMBERS.values()) - set(names))
         if lacking:
             raise FormatError(f"{path}: expected {', '.join(MEMBERS.values())}, found no {', '.join(lacking)}")
@@ -197,7 +197,7 @@ def _unzip(path: str, file: Any, room: int) -> tuple[Any, str | None, io.BytesIO
             most = room if kind == "weights" else min(room, MAX_CONFIG)
             claimed = archive.getinfo(name).file_size
             if claimed > most:
-                raise FormatError(f"{path}: {name}: expected at most {most} bytes, found {claimed}")
+                raise FormatError(f"{path}: {name}: {claimed} bytes are more than the limit of {most}")
             with archive.open(name) as member:
                 contents[kind] = member.read(most + 1)
             if len(contents[kind]) != claimed:
@@ -211,7 +211,7 @@ def _unzip(path: str, file: Any, room: int) -> tuple[Any, str | None, io.BytesIO
 
 
 def _check_heaps(path: str, image: Any) -> None:
-    """Refuse heaps of texts whose entries don't lead from one to the next: the HDF5 library would read on for ever.
+    """Refuse heaps of texts whose entries have inconsistent lengths: the HDF5 library would never stop reading.
 
     Ref: HDF5 File Format Specification, version 3.0, section III.E, "Disk Format: Level 1E - Global Heap".
     """
@@ -227,7 +227,7 @@ def _check_heaps(path: str, image: Any) -> None:
         while start >= 0:
             end = start + int.from_bytes(data[start + 8 : start + 16], "little")
             if not start + 16 <= end <= len(data):
-                raise FormatError(f"{path}: expected a heap of texts within the file, found one that ends at {end}")
+                raise FormatError(f"{path}: expected a global heap within the file, found one that ends at {end}")
             heaps[start] = _heap(path, data, start + 16, end)
             start = data.find(HEAP_HEAD, end)
         if len(heaps) * len(data) <= MOST_SEARCHED:
@@ -240,50 +240,51 @@ def _heap(path: str, data: Any, at: int, end: int) -> dict[bytes, int]:
     sizes = {}
     while at + 16 <= end:
         index, size = data[at : at + 2], int.from_bytes(data[at + 8 : at + 16], "little")
-        step = size if index == b"\0\0" else 16 + (size + 7) // 8 * 8  # index 0 is what is free
+        step = size if index == b"\0\0" else 16 + (size + 7) // 8 * 8  # index 0 is the free space
         if step < 16 or at + step > end:
-            raise FormatError(f"{path}: expected texts in a heap, found one of {size} bytes at {at}")
+            raise FormatError(f"{path}: expected texts within a global heap, found one of {size} bytes at {at}")
         sizes[index + b"\0\0"] = size
         at += step
     return sizes
 
 
 def _check_texts(path: str, data: Any, heap: int, sizes: dict[bytes, int]) -> None:
-    """Refuse what points to a text, a length, a heap and an index, but is longer than the file.
+    """Refuse references to texts (a length, a heap and an index) whose length exceeds the file.
 
-    The library makes room for that length before it looks at the text.
-
-    What points to no heap isn't found out here; in a large file neither, where to search takes longer than to read.
+    The library allocates that length before it checks the text. References to no heap aren't detected here, and none
+    are in large files, where the search would take longer than reading.
     """
     address = heap.to_bytes(8, "little")
     at = data.find(address)
     while at >= 0:
         claimed, index = int.from_bytes(data[max(0, at - 4) : at], "little"), data[at + 8 : at + 12]
         if at % 8 == 4 and index in sizes and claimed > len(data):  # elsewhere the bytes mean something else
-            raise FormatError(f"{path}: expected a text of {sizes[index]} bytes, found {claimed} claimed at {at - 4}")
+            raise FormatError(
+                f"{path}: expected a text of {sizes[index]} bytes, found the length {claimed} at {at - 4}"
+            )
         at = data.find(address, at + 1)
 
 
 def parse(where: str, text: str | bytes) -> Any:
-    """Return what JSON says; whatever is wrong with it is a `FormatError`."""
+    """Parse JSON; any defect is a `FormatError`."""
     if len(text) > MAX_CONFIG:
-        raise FormatError(f"{where}: expected at most {MAX_CONFIG} bytes of JSON, found {len(text)}")
+        raise FormatError(f"{where}: {len(text)} bytes of JSON are more than the limit of {MAX_CONFIG}")
     try:
         return json.loads(text)
     except RecursionError:
-        raise FormatError(f"{where}: expected JSON, found it nested too deep") from None
-    except ValueError as error:  # UnicodeDecodeError is one
+        raise FormatError(f"{where}: the JSON is nested too deeply") from None
+    except ValueError as error:  # includes UnicodeDecodeError
         raise FormatError(f"{where}: expected JSON, found {short(str(error), 120)}") from None
 
 
 def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
-    """Return what an HDF5 file holds; the datasets are looked at, not read."""
+    """Return the contents of an HDF5 file, without reading the datasets."""
     base = _child(h5py, path, file, "model_weights") if "model_weights" in file else file
     names = _texts(h5py, path, base, "layer_names", size)
     layout = LEGACY if names is not None else V3
     if names is None and not any(root in file for root in V3_ROOTS):
         if "nb_layers" in file.attrs:
-            raise FormatError(f"{path}: expected weights of Keras 1 or later, found those of a Keras before 1")
+            raise FormatError(f"{path}: weights of Keras versions before 1 aren't supported")
         raise FormatError(f"{path}: expected weights by layers, found HDF5 that isn't Keras's")
     source = Source(path, layout, room=room)
     for key in ("keras_version", "backend"):
@@ -306,7 +307,7 @@ def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
             raise FormatError(f"{path}: layer {short(name)}: expected weight_names, found none")
         source.orders[name] = [f"{name}/{weight}" for weight in weights]
     if len(source.orders) != len(names or ()):
-        raise FormatError(f"{path}: expected every layer once in layer_names, found one more than once")
+        raise FormatError(f"{path}: layer_names holds a layer more than once")
     _walk(h5py, source, base, "", 0, seen)
     for name, order in source.orders.items():
         for weight in order:
@@ -316,7 +317,7 @@ def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
 
 
 def _child(h5py: Any, path: str, group: Any, name: str) -> Any:
-    """Return a group within a group, by the path of its name; no link that leads elsewhere is followed."""
+    """Return a group within a group by its path, without following soft or external links."""
     for part in name.split("/"):
         link = group.get(part, getlink=True) if part else None
         if not isinstance(link, h5py.HardLink):
@@ -329,18 +330,19 @@ def _child(h5py: Any, path: str, group: Any, name: str) -> Any:
 
 
 def _walk(h5py: Any, source: Source, group: Any, prefix: str, depth: int, seen: set[int]) -> None:
-    """Enter every dataset below a group into `source.weights`."""
+    """Add every dataset below a group to `source.weights`."""
     if depth > DEEPEST:
-        raise FormatError(f"{source.path}: expected groups at most {DEEPEST} deep, found more at {short(prefix)}")
+        raise FormatError(f"{source.path}: groups are nested more than {DEEPEST} deep at {short(prefix)}")
     for name in group:
         where = f"{source.path}: {short(prefix + name)}"
         link = group.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            raise FormatError(f"{where}: expected the thing itself, found a link, {type(link).__name__}")
+            found = f"{type(link).__name__} at {short(prefix + name)}"
+            raise FormatError(f"{source.path}: HDF5 links aren't supported (found {found})")
         item = group[name]
         address = h5py.h5o.get_info(item.id).addr
         if address in seen:
-            raise FormatError(f"{where}: expected every object under one name, found it under two")
+            raise FormatError(f"{where}: the same HDF5 object has another name too, which isn't supported")
         seen.add(address)
         if isinstance(item, h5py.Group):
             _walk(h5py, source, item, f"{prefix}{name}/", depth + 1, seen)
@@ -351,9 +353,9 @@ def _walk(h5py: Any, source: Source, group: Any, prefix: str, depth: int, seen: 
 
 
 def _texts(h5py: Any, path: str, group: Any, name: str, size: int) -> list[str] | None:
-    """Return an attribute's texts, one or many; None where there is no such attribute.
+    """Return an attribute's texts, one or many; None if there is no such attribute.
 
-    A list too long for an attribute is cut into name0, name1 and so on.
+    A list too long for one attribute is split into name0, name1 and so on.
     """
     if name in group.attrs:
         return _text_attribute(h5py, path, group, name, size)
@@ -370,7 +372,7 @@ def _text_attribute(h5py: Any, path: str, group: Any, name: str, size: int) -> l
     attribute = group.attrs.get_id(name)
     number = int(np.prod(attribute.shape or (), dtype=np.float64))
     if number == 0:
-        return []  # h5py writes an empty list as one of numbers
+        return []  # h5py writes an empty list as an array of numbers
     kind = attribute.get_type()
     if not isinstance(kind, h5py.h5t.TypeStringID):
         raise FormatError(f"{where}: expected text, found {attribute.dtype}")
@@ -383,5 +385,5 @@ def _text_attribute(h5py: Any, path: str, group: Any, name: str, size: int) -> l
     texts = [value] if isinstance(value, (str, bytes)) else list(np.asarray(value, object).ravel())
     texts = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in texts]
     for text in texts:
-        text.encode("utf-8")  # what h5py couldn't decode it hands on in a form that can't be written
+        text.encode("utf-8")  # fails on the surrogates that h5py returns for bytes that it can't decode
     return texts

@@ -1,7 +1,7 @@
-"""What a TimeDistributed does at every step, where the step is a frame of its own: a picture's row, a word's letters.
+"""Applies the layers of a TimeDistributed to each step, where a step has axes itself: an image row, a word's letters.
 
-The frames stand one after the other, as steps of one long sequence. What looks at several steps of a frame is cut so
-that it never sees two frames.
+Such steps are called frames here. They are concatenated to one long sequence. The windows of convolutions and pools
+that would overlap two frames are left out.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ POINTWISE = (Activation, Clip, Dense, LayerNorm, Scale, Standardise)
 
 
 def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Value:
-    """Return what a layer makes of every step of `value [B, T, …]`, by itself.
+    """Apply a layer to each step of `value [B, T, …]` separately.
 
     Args:
-        build: of the layer.
-        nodes: the layer's.
+        build: the layer's builder.
+        nodes: the layer's nodes.
         value: the frames.
 
     Raises:
-        FormatError: a layer for which a Network has no nodes that do this.
+        FormatError: a layer for which this isn't supported.
     """
     for node in nodes:
         if len(build.shape(value)) < 2:
@@ -83,11 +83,11 @@ def _at(build: LayerBuilder, node: Node, value: Value) -> Value:
             return build.reshape(pooled, (frames, width))
         if isinstance(node, Pool1D):
             return _pooled(build, node, value, steps, width)
-    raise build.layer.refuse("a layer that isn't supported at every step of a sequence")
+    raise build.layer.refuse("this layer isn't supported within a TimeDistributed")
 
 
 def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, width: int) -> Value:
-    """Return a convolution within each frame: over all of them, without the windows that see two."""
+    """Return a convolution within each frame: that over all frames, without the windows that overlap two of them."""
     frames = build.shape(value)[0]
     before, after = pads(node.padding, steps, node.span, node.strides)
     if before or after:
@@ -104,6 +104,6 @@ def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, widt
 def _pooled(build: LayerBuilder, node: Pool1D, value: Value, steps: int, width: int) -> Value:
     frames, count = build.shape(value)[0], steps // node.size
     if node.strides != node.size or (node.padding == "same" and steps % node.size) or not count:
-        raise build.layer.refuse("expected windows side by side within every frame")
+        raise build.layer.refuse("expected windows that don't overlap and fill every frame")
     value = build.select(value, 2, slice(0, count * node.size)) if steps % node.size else value
     return build.reshape(build.add(node, build.reshape(value, (None, width))), (frames, count, width))

@@ -1,4 +1,4 @@
-"""From the layers of a Keras model to a Network: what goes where, and where masks go."""
+"""Builds a Network from the layers of a Keras model: connects its values and tracks the masks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cellstack.nodes.base import MOST, MOST_AXES, Shape
 from cellstack.spec import FormatError
 
 MANY = (*MERGES, "Merge", "Dot")  # layers that take several tensors
-Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is noted already
+Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is already recorded
 
 
 class Reader:
@@ -35,9 +35,9 @@ class Reader:
         major: the version of Keras.
 
     Attributes:
-        builder: where the nodes go.
-        dtype: of the weights.
-        followed: masks of sequences that follow each other.
+        builder: the network's builder.
+        dtype: the dtype of the weights.
+        followed: the masks of concatenated sequences.
     """
 
     def __init__(self, built: Built, major: int) -> None:
@@ -47,7 +47,7 @@ class Reader:
         self.dtype: np.dtype[Any] = next(arrays, np.dtype(np.float32))
 
     def network(self, model: Model, metadata: dict[str, Any]) -> Network:
-        """Return the whole model as a Network; ValueError where its parts don't meet."""
+        """Return the whole model as a Network; raise ValueError if the shapes of its parts don't match."""
         layers = {layer.name: layer for layer in model.layers}
         values = []
         for ref in model.inputs:
@@ -63,13 +63,13 @@ class Reader:
         return self.builder.network(metadata)
 
     def _run(self, model: Model, scope: str, given: list[Value], framed: bool = False) -> list[Value | None]:
-        """Run a model over values: each call of each layer once what it takes is there, in the file's order.
+        """Add the nodes of a model's calls: each call once its inputs are available, in the file's order.
 
         Args:
-            model: whose layers they are.
-            scope: goes before their names.
-            given: what the model takes.
-            framed: whether each layer runs at every step of a sequence by itself.
+            model: the model.
+            scope: the prefix of its layers' names.
+            given: the model's inputs.
+            framed: whether each layer is applied to every step of a sequence separately.
         """
         values: Values = {}
         ready: list[int] = []
@@ -100,9 +100,7 @@ class Reader:
                     heapq.heappush(ready, one)
         stuck = [layer.where for (layer, _, _), count in zip(calls, missing, strict=True) if count]
         if stuck:
-            raise FormatError(
-                f"{stuck[0]}: expected to take what earlier layers return, found a circle or no such layer"
-            )
+            raise FormatError(f"{stuck[0]}: its inputs form a cycle, or come from a layer that isn't in the model")
         return [self._tensor(values, ref, f"the outputs of {short(model.name)}") for ref in model.outputs]
 
     def _tensor(self, values: Values, ref: Ref, where: str) -> Value | None:
@@ -110,7 +108,8 @@ class Reader:
         if found is None:
             raise FormatError(f"{where}: expected a tensor that a layer returns, found {list(ref)}")
         if ref.tensor >= len(found):
-            self._problem(f"{where}: takes value {ref.tensor} of layer {short(ref.layer)}, which returns {len(found)}")
+            count = len(found)
+            self._problem(f"{where}: takes value {ref.tensor} of layer {short(ref.layer)}, which returns only {count}")
             return None
         value = found[ref.tensor]
         if value is None or isinstance(value, Value):
@@ -153,14 +152,14 @@ class Reader:
                 return [*self._inside(layer.model, layer, f"{name}.", inputs, framed)]
             if framed:
                 if starts:
-                    raise layer.refuse("states to start from at every step of a sequence aren't supported")
+                    raise layer.refuse("initial states of a layer within a TimeDistributed aren't supported")
                 return self._frames(layer, inputs, name)
             return self._apply(layer, inputs, starts, name, {at for at, _ in named})
         except TooMuchError:
             raise
         except FormatError as error:
             self._problem(str(error))
-        except ValueError as error:  # what a node refuses in anybody's hands
+        except ValueError as error:  # inputs that the node refuses
             self._problem(str(layer.refuse(str(error)[:300])))
         return outputs
 
@@ -170,11 +169,11 @@ class Reader:
         return self._run(model, scope, inputs, framed)
 
     def _frames(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Pending | None]:
-        """Return what a layer makes of every step of its input by itself."""
+        """Apply a layer to every step of its input separately."""
         nodes, build = self.built.nodes.get(id(layer), []), self._of(layer, name)
-        none = not nodes and layer.kind not in NOTHING  # such as a layer around another
+        none = not nodes and layer.kind not in NOTHING  # such as a wrapper of another layer
         if len(inputs) != 1 or none or composer(build, inputs) is not None:
-            raise layer.refuse("a layer that isn't supported at every step of a sequence")
+            raise layer.refuse("this layer isn't supported within a TimeDistributed")
         return [at_every_frame(build, nodes, inputs[0])]
 
     def _of(self, layer: Layer, name: str) -> LayerBuilder:
@@ -186,17 +185,17 @@ class Reader:
     def _check_call(
         self, layer: Layer, call: Call, inputs: list[Value], named: list[tuple[str, Value]], name: str
     ) -> list[Value]:
-        """Return what a layer takes, with the mask that it is given; a `FormatError` for a call that nodes can't be."""
+        """Return a layer's inputs, with the mask passed to it; raise `FormatError` for an unsupported call."""
         for keyword, value in named:
             if keyword == "reset" and FLAGGED.keys() & {layer.kind}:
-                raise layer.refuse("reset is an input of the model, where a Network has net.run(x, reset=...)")
+                raise layer.refuse("reset as an input of the model isn't supported: use net.run(x, reset=...)")
             if keyword != "mask":
-                raise layer.refuse(f"{keyword} comes from another layer, which a node doesn't take")
+                raise layer.refuse(f"the argument {keyword} from another layer isn't supported")
             if len(inputs) == 1 and value.flag is None and value.wire in self.builder.inputs:
-                known = inputs[0].mask == ("given", value.wire)  # as Keras 3 lists the mask that goes along too
+                known = inputs[0].mask == ("given", value.wire)  # Keras 3 also lists a mask that it passes on itself
                 inputs = [inputs[0] if known else self._masked(layer, inputs[0], value, name)]
             elif len(inputs) != 1 or value.flag is None or value.flag != _own(inputs[0].mask):
-                raise layer.refuse("expected the mask that its sequence brings along or an input, found another")
+                raise layer.refuse("expected the sequence's own mask or an input as its mask, found another")
         settings = [name for name, value in call.settings if value is not None]
         odd = [name for name in settings if name not in ("training", "mask")]
         masks = (value for name, value in call.settings if name == "mask")
@@ -205,7 +204,7 @@ class Reader:
         ]
         odd += [short(value) for value in call.others if value is not None]
         if odd:
-            raise layer.refuse(f"expected a call with tensors alone, found {', '.join(odd)}")
+            raise layer.refuse(f"these arguments of its call aren't supported: {', '.join(odd)}")
         if not inputs:
             raise layer.refuse("expected a tensor, found a call without any")
         if any(value.flag is not None for value in inputs):
@@ -215,14 +214,14 @@ class Reader:
         return inputs
 
     def _masked(self, layer: Layer, value: Value, flags: Value, name: str) -> Value:
-        """Return a sequence with a mask that is an input of the model, in the place of the mask that it has."""
+        """Return a sequence with its mask replaced by an input of the model."""
         build = self._of(layer, f"{name}.masked")
         return build.add(StepMask(), build.bare(value), flags)._replace(mask=("given", flags.wire))
 
     def _apply(
         self, layer: Layer, inputs: list[Value], starts: list[Value], name: str, given: set[str]
     ) -> list[Value | Pending | None]:
-        """Return what a layer makes of `inputs`; `starts` are states to start from, `given` its arguments by name."""
+        """Apply a layer to `inputs`; `starts` are its initial states, `given` the names of its keyword arguments."""
         value = inputs[0]
         if layer.inner is not None:
             inner = layer.inner
@@ -235,16 +234,14 @@ class Reader:
         nodes, build = self.built.nodes[id(layer)], self._of(layer, name)
         passed = None
         if starts and self.major >= 3 and value.mask is not None and "mask" not in given and not flagged(layer):
-            # Keras 3 leaves the mask of a sequence out where states are given, and hands it on past the layer.
+            # Keras 3 ignores the mask of a sequence if states are given, but passes it on to the next layer.
             passed = ("passed", _own(value.mask))
             value = build.bare(value)
         elif any(map(_passed, inputs)) and any(node.heeds_mask for node in nodes):
-            raise layer.refuse(
-                "takes a mask that Keras hands on past a layer with an initial state, which leaves it out"
-            )
+            raise layer.refuse("takes a mask that Keras ignored in an earlier layer with an initial state")
         if layer.kind == "Softmax" and value.mask is not None:
             raise layer.refuse("a softmax over masked features isn't supported")
-        if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras takes the greatest of all steps
+        if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras ignores the mask here
             value = build.bare(value)
         compose = composer(build, [value, *inputs[1:]])
         if compose is not None:
@@ -254,11 +251,11 @@ class Reader:
         masked = value.mask is not None
         for node in nodes:
             values = inputs if node.inputs is None else [value]
-            # Keras forgets the mask of what it crops; a Masking's mask takes the place of the one before.
+            # Keras drops the mask of a cropped sequence; the mask of a Masking replaces the one before.
             taken = [build.bare(value)] if isinstance(node, (Masking, Select)) else values
             mask = self._mask(layer, node, taken, values[0].wire)
             if starts and len(starts) != len(node.state_sizes):
-                raise layer.refuse(f"expected {len(node.state_sizes)} states to start from, found {len(starts)}")
+                raise layer.refuse(f"expected {len(node.state_sizes)} initial states, found {len(starts)}")
             begun = [Value(start.start) for start in starts]
             value = build.add(node, *taken, *begun)._replace(mask=mask or passed)
         if layer.kind in RECURRENT:
@@ -266,32 +263,32 @@ class Reader:
         return [value]
 
     def _mask(self, layer: Layer, node: Node, values: list[Value], wire: str) -> Any:
-        """Return the mask that goes on after a node; a `FormatError` where Keras's would be another.
+        """Return the mask of a node's output; raise `FormatError` if Keras's would differ.
 
         Args:
-            layer: the node's, for messages.
+            layer: the node's layer, for messages.
             node: the node.
-            values: what it takes.
-            wire: where the first of them comes from in the file.
+            values: its inputs.
+            wire: the wire of the first input in the file.
         """
         masks, shape = [_own(value.mask) for value in values], self.builder.shapes[values[0].wire]
         axes, masked = 2 if shape is None else len(shape), any(value.mask is not None for value in values)
         if isinstance(node, Merge) and masked:
             along_time = node.mode == "concat" and node.place(axes) == 1
             if self.major < 3 and (along_time or len(set(masks)) > 1):
-                raise layer.refuse("merges sequences of different masks, for which Keras 2 has a rule of its own")
+                raise layer.refuse("merging sequences with different masks isn't supported for Keras 2")
             if node.mode == "concat":
                 masks = [("all",) if mask is None else mask for mask in masks]
         if isinstance(node, Recurrent) and masked and node.go_backwards and node.return_sequences:
-            raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
+            raise layer.refuse("returning a masked sequence backwards isn't supported: Keras doesn't reverse the mask")
         after = node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
         return ("passed", after) if after is not None and any(map(_passed, values)) else after
 
 
 def _first_calls(model: Model) -> dict[str, int]:
-    """Return by which number the first call of each model within goes, where that isn't 0.
+    """Return the number of the first call of each nested model, where it isn't 0.
 
-    Some versions of Keras count from 1: a functional model has a call of its own, from its inputs to its outputs.
+    Some versions of Keras count from 1: for them, building a functional model is its call 0.
     """
     refs = [*model.outputs, *(ref for layer in model.layers for call in layer.calls for ref in call.refs)]
     within = {layer.name for layer in model.layers if layer.model is not None and layer.model.kind != "Sequential"}
@@ -303,17 +300,17 @@ def _first_calls(model: Model) -> dict[str, int]:
 
 
 def _passed(value: Value) -> bool:
-    """Whether a value's mask is one that a layer left out and handed on: the network has none there."""
+    """Return whether a value's mask is one that a layer ignored and passed on; the network has no mask there."""
     return value.mask is not None and value.mask[0] == "passed"
 
 
 def _own(mask: Any) -> Any:
-    """Return a mask without the note that a layer has left it out and handed it on."""
+    """Return a mask without the mark that a layer has ignored it and passed it on."""
     return mask[1] if mask is not None and mask[0] == "passed" else mask
 
 
 class _MaskKeys:
-    """Masks by how they come about, see `Value`, as `Node.mask_after` works with them."""
+    """Masks by their definition (see `Value`), as `Node.mask_after` takes them."""
 
     def __init__(self, node: Node, wire: str, followed: Followed) -> None:
         self.node, self.wire, self.followed = node, wire, followed
@@ -337,7 +334,7 @@ class _MaskKeys:
 
 
 def _shape(layer: Layer) -> Shape | None:
-    """Return the shape of an input; None where the file doesn't say it."""
+    """Return the shape of an input; None if the file doesn't specify it."""
     shape = layer.config.get("batch_shape") or layer.config.get("batch_input_shape")
     if shape is None:
         return None

@@ -1,4 +1,4 @@
-"""The functions of TensorFlow that its own Keras lists among a model's layers, in the words of Keras 3's operations."""
+"""Maps the TensorFlow functions that tf.keras lists among a model's layers to Keras 3's operations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 
-NAMES = {  # TensorFlow's, without `tf.`: the operation, and its arguments in order
+NAMES = {  # TensorFlow's name without `tf.`: the operation, and its arguments in order
     "__operators__.getitem": ("GetItem", ("x", "key")),
     "__operators__.add": ("Add", ("x", "y")),
     "math.add": ("Add", ("x", "y")),
@@ -58,7 +58,7 @@ NAMES = {  # TensorFlow's, without `tf.`: the operation, and its arguments in or
     "identity": ("Copy", ("x",)),
     "stop_gradient": ("StopGradient", ("x",)),
 }
-WORDS = {  # TensorFlow's names of arguments, as above where they are the same in all functions
+WORDS = {  # TensorFlow's names of arguments, and those used above
     "slice_spec": "key",
     "perm": "axes",
     "shape": "newshape",
@@ -78,19 +78,19 @@ USUAL = {"Concatenate": 0, "Stack": 0, "Split": 0, "Take": 0, "Softmax": -1, "Lo
 
 
 def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple[str, list[Any], dict[str, Any]]:
-    """Return which operation a function of TensorFlow is, what it takes in order, and its settings.
+    """Return the operation of a TensorFlow function, its positional arguments, and its settings.
 
     Args:
-        layer: as the file lists it.
-        given: what it takes first, as a tensor or a list of tensors and numbers.
-        named: what else, by TensorFlow's names.
+        layer: the function as the file lists it.
+        given: its positional arguments: tensors, numbers or lists of them.
+        named: its other arguments, by TensorFlow's names.
 
     Raises:
-        FormatError: another function, or an argument of it that isn't known.
+        FormatError: an unknown function, or an unknown argument.
     """
     function = layer.config.get("function")
     if not isinstance(function, str) or function not in NAMES:
-        raise layer.refuse(f"a function that isn't supported, {short(function)}")
+        raise layer.refuse(f"the function {short(function)} isn't supported")
     kind, order = NAMES[function]
     settings: dict[str, Any] = {}
     for name, value in named.items():
@@ -107,7 +107,7 @@ def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple
         settings.setdefault("approximate", False)  # the function's default; the operation's is True
     if kind in USUAL and settings.get("axis") is None:
         settings["axis"] = USUAL[kind]
-    if kind == "Split" and isinstance(settings.get("indices_or_sections"), list):  # lengths, where Keras has places
+    if kind == "Split" and isinstance(settings.get("indices_or_sections"), list):  # TensorFlow gives lengths
         settings["indices_or_sections"] = _places(layer, settings["indices_or_sections"])
     return kind, given, settings
 

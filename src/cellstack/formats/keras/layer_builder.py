@@ -1,7 +1,6 @@
-"""What takes more than one node: entries of an axis, work on another axis than the last, on more axes than nodes take.
+"""Builds operations that take several nodes: indexing, operations on any axis and on values with more than two axes.
 
-Axes are counted as a file counts them, 0 being the batch;
-lengths come from the shapes that the inputs have in the file.
+Axes are counted as in the file, 0 being the batch. Lengths come from the inputs' shapes in the file.
 """
 
 from __future__ import annotations
@@ -29,76 +28,76 @@ from cellstack.nodes import (
 )
 from cellstack.nodes.base import Array, Node, Shape
 
-MOST_COPIES = 256  # of one value, side by side
-PIECE = 32  # how many numbers a piece of a split is counted as
+MOST_COPIES = 256  # of one value in a concatenation
+PIECE = 32  # the number of values that a piece of a split counts as, for the limit
 
 
 class Value(NamedTuple):
-    """A tensor: what returns it; its mask; where it is itself a mask, which one; where it is a state, which.
+    """A tensor: its wire; its mask; `flag`, if it is itself a mask; `state`, if it is a cell's state.
 
-    Masks are compared by how they come about: `("ne", wire, number)` says where a value differs from a number,
-    `("any", …)` that one of its features does, `("or", …)` that one of several masks keeps a step, `("time", n)` that
-    some of them follow each other, which ones the graph knows; `("wide", …)` is a mask as wide as the features,
-    `("all",)` and `("none",)` keep all and nothing.
+    Masks are compared by their definition: `("ne", wire, number)` keeps values that differ from a number, `("any", …)`
+    steps where this holds for any feature, `("or", …)` steps that any of several masks keeps. `("time", n)` is a
+    concatenation over time of masks that `Followed` numbers, `("wide", …)` a mask with a value per feature; `("all",)`
+    and `("none",)` keep everything and nothing.
     """
 
     wire: str
     mask: Any = None
     flag: Any = None
-    state: str = ""  # the wire of a cell's state after the last step, where it is one: cells start from that
+    state: str = ""  # the wire of a cell's final state, if the value is one: a cell that starts from it uses that wire
 
     @property
     def start(self) -> str:
-        """The wire from which a cell starts that starts from this."""
+        """The wire to use for an initial state."""
         return self.state or self.wire
 
 
-Pending = Callable[[], Value]  # a tensor whose nodes are put in once something takes it, or that can't be taken
+Pending = Callable[[], Value]  # makes a tensor's nodes on first use; raises if the tensor isn't supported
 
 
 class Followed:
-    """Masks of sequences that follow each other in time: a number stands for each, however they nest."""
+    """Numbers the masks of sequences that are concatenated over time."""
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[Any, ...], int] = {}
 
     def mask(self, masks: Sequence[Any]) -> Any:
-        """Return the mask of several sequences one after the other."""
+        """Return the mask of several sequences that are concatenated over time."""
         key = tuple(("all",) if mask is None else mask for mask in masks)
         return ("time", self._numbers.setdefault(key, len(self._numbers)))
 
 
 class LayerBuilder:
-    """Puts in the nodes of one layer or operation.
+    """Adds the nodes of one layer or operation.
 
     Args:
-        builder: where to.
-        layer: whose nodes they are, for messages.
-        name: what they are called.
-        dtype: of arrays that are made.
-        followed: the masks of sequences that follow each other.
+        builder: the network's builder.
+        layer: the layer, for messages.
+        name: the name of its nodes.
+        dtype: the dtype of arrays that are created.
+        followed: the masks of concatenated sequences.
     """
 
     def __init__(self, builder: Builder, layer: Layer, name: str, dtype: np.dtype[Any], followed: Followed) -> None:
         self.builder, self.layer, self.name, self.dtype, self.followed = builder, layer, name, dtype, followed
 
     def add(self, node: Node, *values: Value) -> Value:
-        """Put a node in; no mask is said to go on."""
+        """Add a node; the returned value has no mask."""
         return Value(self.builder.add(self.name, node, *(value.wire for value in values)))
 
     def shape(self, value: Value) -> Shape:
-        """Return the lengths of a value's axes after the batch; a `FormatError` where they aren't known."""
+        """Return the lengths of a value's axes after the batch; raise `FormatError` if they are unknown."""
         shape = self.builder.shapes[value.wire]
         if shape is None:
-            raise self.layer.refuse("takes a value of a shape that the file doesn't say")
+            raise self.layer.refuse("takes a value whose shape the file doesn't specify")
         return shape
 
     def length(self, value: Value, place: int) -> int:
-        """Return the length of an axis, which the network then depends on."""
+        """Return the length of an axis; from then on the network depends on it."""
         self.shape(value)
         found = self.builder.length(value.wire, place)
         if found is None:
-            raise self.layer.refuse(f"needs the length of axis {place}, which the file leaves open")
+            raise self.layer.refuse(f"needs the length of axis {place}, which the file doesn't specify")
         return found
 
     def width(self, value: Value) -> int:
@@ -107,11 +106,11 @@ class LayerBuilder:
         return self.length(value, 1) if len(shape) == 1 else shape[-1] or self.length(value, len(shape))
 
     def place(self, axis: Any, axes: int) -> int:
-        """Return an axis counted from the front, of so many after the batch; not the batch itself."""
+        """Return an axis counted from the front, given the number of axes after the batch; it can't be the batch."""
         if isinstance(axis, (list, tuple)) and len(axis) == 1:
             axis = axis[0]
         if type(axis) is not int or not -axes <= axis <= axes or axis == 0:
-            raise self.layer.refuse(f"expected one axis after the batch, of {axes}, found {short(axis)}")
+            raise self.layer.refuse(f"expected one of the {axes} axes after the batch, found {short(axis)}")
         return axis if axis > 0 else axes + 1 + axis
 
     def bare(self, value: Value) -> Value:
@@ -124,11 +123,11 @@ class LayerBuilder:
     # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def reshape(self, value: Value, shape: Sequence[int | None]) -> Value:
-        """Return a value in another shape; one of its lengths may be None, whatever is left."""
+        """Return a value in another shape; one of its lengths may be None, to be inferred."""
         if list(shape).count(None) > 1:
-            raise self.layer.refuse(f"needs lengths that the file leaves open, {short(list(shape))}")
+            raise self.layer.refuse(f"needs axis lengths that the file doesn't specify, {short(list(shape))}")
         if not shape or 0 in shape:
-            raise self.layer.refuse(f"expected a number of features a row, found the shape {short(list(shape))}")
+            raise self.layer.refuse(f"expected at least one feature per row, found the shape {short(list(shape))}")
         if tuple(shape) == self.builder.shapes[value.wire]:
             return value
         return self.add(Reshape(tuple(-1 if axis is None else axis for axis in shape)), value)
@@ -138,7 +137,7 @@ class LayerBuilder:
         return self.add(Permute(tuple(order)), value)
 
     def expand(self, value: Value, axis: Any) -> Value:
-        """Return a value with an axis of length 1 more."""
+        """Return a value with an additional axis of length 1."""
         shape = self.shape(value)
         place = self.place(axis, len(shape) + 1)
         return self.reshape(value, (*shape[: place - 1], 1, *shape[place - 1 :]))
@@ -156,35 +155,35 @@ class LayerBuilder:
         return self.add(Select(taken.start, taken.stop, taken.step or 1, place), value)
 
     def at(self, value: Value, place: int, index: int) -> Value:
-        """Return one entry of an axis, which ends with it."""
+        """Return one index of an axis, and remove the axis."""
         axes, length = len(self.shape(value)), self.shape(value)[place - 1]
         if length is not None and not -length <= index < length:
-            raise self.layer.refuse(f"expected an entry of axis {place} of {length}, found {index}")
+            raise self.layer.refuse(f"index {index} is out of range for axis {place} of length {length}")
         if axes == 2 and place == 1 and index == -1:
             return self.add(GlobalPool("last"), self.bare(value))
         one = self.select(value, place, slice(index, index + 1 or None))
         return self.squeeze(one, place)
 
     def repeat(self, value: Value, place: int, times: int) -> Value:
-        """Return a value so many times along one of its axes, end to end."""
+        """Return a value tiled along one of its axes."""
         shape = self.shape(value)
         if times == 1:
             return value
         if len(shape) == 2 and place == 1 and shape[0] == 1:
             return self.add(Repeat(times), self.squeeze(value, 1))
         if not 1 < times <= MOST_COPIES:
-            raise self.layer.refuse(f"expected at most {MOST_COPIES} copies, found {short(times)}")
+            raise self.layer.refuse(f"expected 1 to {MOST_COPIES} copies, found {short(times)}")
         return self.add(Merge("concat", place), *[value] * times)
 
     def last(self, value: Value, place: int, work: Callable[[Value], Value]) -> Value:
-        """Return what some work on the last axis does to another one."""
+        """Apply an operation on the last axis to another axis."""
         axes = len(self.shape(value))
         order = [*(axis for axis in range(1, axes + 1) if axis != place), place]
         back = [order.index(axis) + 1 for axis in range(1, axes + 1)]
         return self.permute(work(self.permute(value, order)), back)
 
     def flat(self, value: Value, work: Callable[[Value], Value]) -> Value:
-        """Return what some work on features does to a value of any number of axes: nodes take two of them."""
+        """Apply an operation on features to a value with any number of axes; nodes accept at most two."""
         shape = self.shape(value)
         if len(shape) <= 2:
             return work(value)
@@ -194,7 +193,7 @@ class LayerBuilder:
     # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def constant(self, value: Value, number: Any) -> Array:
-        """Return a number, or one a feature, as an array as wide as a value."""
+        """Return a number, or one number per feature, as an array with the width of a value."""
         width = self.width(value)
         try:
             array = np.asarray(number if isinstance(number, (int, float, list)) else "", np.float64)
@@ -206,12 +205,12 @@ class LayerBuilder:
         return np.full(self.builder.make(width), array.reshape(-1), self.dtype)
 
     def pieces(self, count: int) -> int:
-        """Return into how many pieces an axis is cut, as long as a file says; `TooMuchError` where they are many."""
+        """Return the number of pieces of a split; raise `TooMuchError` if a file asks for too many."""
         self.builder.make(count * PIECE)
         return count
 
     def number(self, number: Any) -> float:
-        """Return a number of a setting."""
+        """Return a numeric setting as a float."""
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not np.isfinite(number):
             raise self.layer.refuse(f"expected a number, found {short(number)}")
         return float(number)
@@ -234,11 +233,11 @@ class LayerBuilder:
         return self.flat(value, work)
 
     def activate(self, value: Value, activation: str) -> Value:
-        """Return an activation of a value, number by number or over the last axis."""
+        """Apply an activation to a value, elementwise or over the last axis."""
         return self.flat(value, lambda one: self.add(Activation(activation), one))
 
     def merge(self, mode: str, *values: Value, axis: int = -1) -> Value:
-        """Return several values merged; one stays as it is."""
+        """Return several values merged; a single one is returned unchanged."""
         return values[0] if len(values) == 1 else self.add(Merge(mode, axis), *values)
 
     def reduce(self, mode: str, value: Value, axis: Any, keepdims: bool) -> Value:
@@ -250,7 +249,7 @@ class LayerBuilder:
         return self.add(Reduce(mode, -1 if place == axes else place, keepdims), value)
 
     def clip(self, value: Value, low: Any, high: Any) -> Value:
-        """Return a value within bounds, None for one without end; numbers, or lists of one a feature."""
+        """Clip a value; a bound is a number, a list of one per feature, or None for no bound."""
         if isinstance(low, list) or isinstance(high, list):
             for mode, bound in (("max", low), ("min", high)):
                 value = value if bound is None else self.merge(mode, value, self.scale(value, 0.0, bound))

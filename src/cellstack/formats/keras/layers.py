@@ -1,4 +1,4 @@
-"""Keras's other layers as nodes: what stands around the recurrent ones."""
+"""Converts Keras's layers other than the recurrent ones to nodes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MERGES = {
 }
 MERGES_1 = {"concat": "Concatenate", "sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum"}
 POOLS = ("MaxPooling1D", "AveragePooling1D", "GlobalMaxPooling1D", "GlobalAveragePooling1D")
-CONVOLUTIONS = {  # channel by channel, and what comes after it: their kernels
+CONVOLUTIONS = {  # the names of their kernels: depthwise, then pointwise
     "DepthwiseConv1D": ("kernel",),
     "SeparableConv1D": ("depthwise_kernel", "pointwise_kernel"),
 }
@@ -65,7 +65,7 @@ RENAMED_1 = {
     "Convolution1D": "Conv1D",
     "AtrousConvolution1D": "Conv1D",
 }
-SETTINGS_1 = {  # of Keras 1, where they have another name now
+SETTINGS_1 = {  # settings of Keras 1 that have another name now
     "output_dim": "units",
     "inner_activation": "recurrent_activation",
     "nb_filter": "filters",
@@ -81,14 +81,14 @@ SETTINGS_1 = {  # of Keras 1, where they have another name now
 
 
 def modern(layer: Layer) -> Layer:
-    """Return a layer of Keras 1 in the words of Keras 2."""
+    """Return a layer of Keras 1 with the names of Keras 2."""
     kind = RENAMED_1.get(layer.kind, layer.kind)
     names = {} if kind == "Embedding" else SETTINGS_1
     config = {names.get(name, name): value for name, value in layer.config.items()}
     if kind == "Merge":
         mode = config.get("mode")
         if config.get("layers"):
-            raise layer.refuse("expected a Merge of tensors, found one that holds models of its own")
+            raise layer.refuse("a Merge that contains models isn't supported, only one of tensors")
         if not isinstance(mode, str) or mode not in MERGES_1:
             raise layer.refuse(f"mode {short(mode)} isn't supported")
         kind, config = MERGES_1[mode], {**config, "axis": config.get("concat_axis", -1)}
@@ -106,7 +106,7 @@ def modern(layer: Layer) -> Layer:
 
 
 def slots(layer: Layer, major: int) -> list[Slot]:
-    """Return the slots of the weights of a layer, which is no model, in the order in which its node takes them.
+    """Return the slots of a layer's weights, in the order in which its node takes them; the layer isn't a model.
 
     Raises:
         FormatError: a layer that isn't supported.
@@ -132,7 +132,7 @@ def slots(layer: Layer, major: int) -> list[Slot]:
     elif layer.kind in BUILDERS or layer.kind in (*NOTHING, *COMPOSED, "InputLayer"):
         leaves = []
     else:
-        raise layer.refuse("a layer that isn't supported")
+        raise layer.refuse("this layer isn't supported")
     if quantised(layer):
         first, *rest = own_slots(layer, [*leaves, f"{leaves[0]}_scale"])
         return [first._replace(trainable=False, whole=True), *rest]
@@ -140,19 +140,19 @@ def slots(layer: Layer, major: int) -> list[Slot]:
 
 
 def quantised(layer: Layer) -> bool:
-    """Return whether `model.quantize("int8")` has made integers of a layer's weights."""
+    """Return whether a layer's weights were quantised by `model.quantize("int8")`."""
     policy = layer.config.get("dtype")
     if not isinstance(policy, dict) or layer.kind not in ("Dense", "Embedding"):
         return False
     settings = policy.get("config")
     mode = settings.get("mode") if isinstance(settings, dict) else None
     if mode not in (None, "int8"):
-        raise layer.refuse(f"weights of {short(mode)} aren't supported, int8 is")
+        raise layer.refuse(f"{short(mode)} weights aren't supported, only int8")
     return mode == "int8"
 
 
 def _dequantised(layer: Layer, arrays: list[Array], axis: int) -> list[Array]:
-    """Return the weights with the integers over their scales, one for each entry of an axis."""
+    """Return the weights with the integers divided by their scales, one for each index of an axis."""
     if not quantised(layer):
         return arrays
     whole, *rest, scale = arrays
@@ -170,16 +170,16 @@ def _affine(layer: Layer) -> list[str]:
 
 
 def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None) -> list[Node]:
-    """Return the nodes that one layer is; none where it does nothing at inference.
+    """Return the nodes of one layer; none if it does nothing in inference mode.
 
     Args:
-        layer: as the file describes it; no model.
+        layer: as the file describes it; not a model.
         arrays: its weights, in the order of `slots`.
         major: the version of Keras.
-        backend: what that Keras ran on, where it is known.
+        backend: the backend of that Keras, if it is known.
 
     Raises:
-        FormatError: what isn't supported, or weights of other shapes.
+        FormatError: unsupported settings, or weights of other shapes.
     """
     layer = modern(layer) if major == 1 else layer
     try:
@@ -192,7 +192,7 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
         if layer.kind in CONVOLUTIONS:
             return _convolutions(layer, list(arrays), major)
         return [BUILDERS[layer.kind](layer, list(arrays), major)]
-    except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
+    except (ValueError, TypeError) as error:  # settings or weights that the node refuses
         if str(error).startswith(layer.where):
             raise
         raise layer.refuse(str(error)[:300]) from None
@@ -210,11 +210,11 @@ def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) ->
     layer.check_channels_last()
     filters, size = layer.integer("filters"), layer.integer("kernel_size")
     kernel = arrays[0]
-    if kernel.ndim == 4 and major == 1:  # a picture one pixel wide, in the order of either of its backends
+    if kernel.ndim == 4 and major == 1:  # stored as a 2D convolution of width 1, in the axis order of its backend
         kernel = kernel[:, 0] if kernel.shape[:2] == (size, 1) else kernel[..., 0].transpose(2, 1, 0)
     if kernel.ndim != 3 or kernel.shape[0] != size or kernel.shape[2] != filters:
         raise layer.refuse(f"expected kernel [{size}, C, {filters}], found {arrays[0].shape}")
-    if backend == "theano":  # it convolves in the strict sense: the kernel's last step meets the first
+    if backend == "theano":  # it computes a true convolution, with the kernel flipped
         kernel = kernel[::-1]
     return Conv1D(
         kernel,
@@ -228,9 +228,9 @@ def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) ->
 
 
 def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[Node]:
-    """Return a convolution channel by channel, each to as many as the file says; then, where there is one, of a step.
+    """Return a depthwise convolution and, for a SeparableConv1D, the pointwise one after it.
 
-    The kernel is `[K, C, M]`, and channel c becomes c·M to c·M + M - 1.
+    The depthwise kernel is `[K, C, M]`; channel c becomes channels c·M to c·M + M - 1.
     """
     layer.check_channels_last()
     pointwise = layer.kind == "SeparableConv1D"
@@ -285,7 +285,7 @@ def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
     mean, variance = (array.reshape(-1) for array in arrays)
     if mean.shape != variance.shape or not (variance >= 0.0).all():
         raise layer.refuse("expected a mean and a variance for each feature, found others")
-    return Standardise(mean, np.maximum(np.sqrt(variance), variance.dtype.type(1e-7)))  # Keras's least deviation
+    return Standardise(mean, np.maximum(np.sqrt(variance), variance.dtype.type(1e-7)))  # Keras's minimum
 
 
 def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -336,7 +336,7 @@ def _permute(layer: Layer, arrays: list[Array], major: int) -> Node:
 
 
 def _pair(layer: Layer, name: str) -> tuple[int, int]:
-    """Return how many steps a setting means, at the start and at the end."""
+    """Return the numbers of steps at the start and at the end in a setting."""
     layer.check_channels_last()
     found = layer.config.get(name)
     pair = [found, found] if type(found) is int else found

@@ -1,7 +1,7 @@
-"""Keras 3's operations among the layers of a model, and TensorFlow's: slices, sums, what is taken together.
+"""Converts the operations of Keras 3 and TensorFlow among a model's layers: slices, sums, concatenations and others.
 
-A file lists each as a layer, with what it takes as arguments of a call. What they return has no mask; but masks are
-themselves written down with a few of them, which lead to no node here: they say which mask it is.
+A file lists each as a layer whose inputs are the arguments of a call. Their results have no mask. Some of them compute
+masks themselves; these add no nodes here, they only define the mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLAIN = {"Exp": "exponential", **{name.title().replace("_", ""): name for name i
 BINARY = {"Add": "add", "Subtract": "sub", "Multiply": "mul", "Maximum": "max", "Minimum": "min"}
 DIVIDE = ("TrueDivide", "Divide")
 REDUCED = {"Mean": "mean", "Max": "max", "Min": "min", "Sum": "sum"}
-ORDER = {  # what the arguments after the first are called where they stand by their places
+ORDER = {  # the names of positional arguments after the first
     "GetItem": ("key",),
     "Take": ("indices",),
     "Reshape": ("newshape",),
@@ -32,15 +32,15 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
 def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> list[Value | Pending]:
-    """Return what an operation returns.
+    """Return the results of an operation.
 
     Args:
-        build: puts its nodes in.
-        call: what it takes.
-        look: returns the value that a reference names.
+        build: the operation's builder.
+        call: its arguments.
+        look: returns the value of a reference.
 
     Raises:
-        FormatError: an operation that isn't supported, or takes what it can't.
+        FormatError: an unsupported operation, or unsupported arguments.
     """
     layer = build.layer
     kind, given, settings = layer.kind.removeprefix(OPERATION), list(call.arguments), dict(layer.config)
@@ -61,7 +61,7 @@ def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> li
         return [_binary(build, kind, given)]
     worker = WORKERS.get(kind)
     if worker is None or not given:
-        raise layer.refuse("an operation that isn't supported")
+        raise layer.refuse("this operation isn't supported")
     if kind not in ("Concatenate", "Stack") and not isinstance(given[0], Value):
         raise layer.refuse(f"expected a tensor, found {short(given[0])}")
     found = worker(build, given[0], settings)
@@ -69,13 +69,13 @@ def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> li
 
 
 def _looked(layer: Layer, look: Callable[[Ref], Value], argument: Any, depth: int = 0) -> Any:
-    """Return an argument with values in the place of references."""
+    """Return an argument with the references replaced by their values."""
     if isinstance(argument, Ref):
         return look(argument)
     if not isinstance(argument, list):
         return argument
     if depth > DEEPEST:
-        raise layer.refuse(f"expected lists at most {DEEPEST} deep in each other, found more")
+        raise layer.refuse(f"lists are nested more than {DEEPEST} deep")
     return [_looked(layer, look, one, depth + 1) for one in argument]
 
 
@@ -93,7 +93,7 @@ def _bare(build: LayerBuilder, argument: Any) -> Any:
 
 
 def either(masks: list[Any]) -> Any:
-    """Return the mask that keeps the steps which one of several keeps; None among them keeps all."""
+    """Return the mask that keeps a step if any of several masks does; None keeps all steps."""
     parts: set[Any] = set()
     for mask in masks:
         parts |= mask[1] if isinstance(mask, tuple) and mask[0] == "or" else {("all",) if mask is None else mask}
@@ -106,7 +106,7 @@ def either(masks: list[Any]) -> Any:
 
 
 def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, Any]) -> Value:
-    """Return the mask that one of the operations gives by which Keras 3 writes down where a mask comes from."""
+    """Return the mask that an operation on masks defines."""
     values = [one for one in _flat(given) if isinstance(one, Value)]
     flags = [value.flag for value in values]
     wire, axis = values[0].wire if values else "", settings.get("axis")
@@ -133,20 +133,20 @@ def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, 
             return Value(wire, None, ("wide", either(inner)))
         if axis == 1:
             return Value(wire, None, ("wide", build.followed.mask(inner)))
-    raise build.layer.refuse("an operation on masks that isn't supported")
+    raise build.layer.refuse("this operation on masks isn't supported")
 
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
-    """Return two values taken together, or a value and a number."""
+    """Return the result of an operation on two values, or on a value and a number."""
     if len(given) != 2 or not any(isinstance(one, Value) for one in given):
         raise build.layer.refuse(f"expected two values, found {short(given)}")
     one, other = given
     if isinstance(one, Value) and isinstance(other, Value):
         if kind in DIVIDE:
-            raise build.layer.refuse("a quotient of two values isn't supported")
+            raise build.layer.refuse("dividing two values isn't supported")
         return build.merge(BINARY[kind], one, other)
     value, number = (one, other) if isinstance(one, Value) else (other, one)
     if kind == "Add":
@@ -157,12 +157,12 @@ def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
         return build.scale(value, -1.0, number) if value is not one else build.scale(value, 1.0, build.negative(number))
     if kind in DIVIDE:
         if value is not one:
-            raise build.layer.refuse("a number over a value isn't supported")
+            raise build.layer.refuse("dividing a number by a value isn't supported")
         return build.divide(value, number)
     return build.clip(value, number, None) if kind == "Maximum" else build.clip(value, None, number)
 
 
-# ── what takes one value ────────────────────────────────────────────────────────────────────────────────────────────
+# ── operations on one value ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _whole(build: LayerBuilder, settings: dict[str, Any], name: str) -> int:
@@ -180,7 +180,7 @@ def _flag(build: LayerBuilder, settings: dict[str, Any], name: str) -> bool:
 
 
 def _slice(build: LayerBuilder, key: Any) -> slice:
-    """Return a slice as the file writes it, of Keras 3 or of TensorFlow."""
+    """Return a slice in the notation of Keras 3 or TensorFlow."""
     ends = key.get("config", key) if isinstance(key, dict) else None
     if not isinstance(ends, dict) or not {"start", "stop", "step"} <= ends.keys():
         raise build.layer.refuse(f"expected a slice, found {short(key)}")
@@ -195,7 +195,7 @@ def _is_ellipsis(key: Any) -> bool:
 
 
 def _get_item(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
-    """Take slices and entries of axes; a None puts an axis in."""
+    """Apply slices and indices; None adds an axis."""
     keys = settings.get("key")
     keys = keys.get("items") if isinstance(keys, dict) and keys.get("class_name") == "__tuple__" else keys
     keys = list(keys) if isinstance(keys, (list, tuple)) else [keys]
@@ -214,7 +214,7 @@ def _get_item(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Va
         or _slice(build, keys[0]) not in (slice(None), slice(0, None))
     ):
         raise build.layer.refuse(f"expected all rows of the batch, found {short(keys[:1])}")
-    place = 1  # of the next axis; those before it are as they shall be
+    place = 1  # the next axis to process
     for key in keys[1:]:
         if key is None:
             value = build.expand(value, place)
@@ -244,14 +244,14 @@ def _reshape(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Val
         raise build.layer.refuse(f"expected a shape, found {short(shape)}")
     rest = [None if one in (None, -1) else one for one in shape[1:]]
     known = [one for one in rest if one is not None]
-    if shape[0] in (None, -1) and len(known) == len(rest):  # then a row must stay a row
+    if shape[0] in (None, -1) and len(known) == len(rest):  # a row has to stay a row
         rows = [build.length(value, place + 1) for place in range(len(old))]
         if prod(rows) != prod(known):
-            raise build.layer.refuse(f"mixes the rows of the batch: {rows} numbers a row become {rest}")
+            raise build.layer.refuse(f"mixes the rows of the batch: a row's shape {rows} becomes {rest}")
     elif shape[0] not in (None, -1):
         raise build.layer.refuse(f"expected a batch of any size, found {shape[0]}")
     elif shape[0] == -1:
-        raise build.layer.refuse(f"expected one length that is left open, found {short(shape)}")
+        raise build.layer.refuse(f"expected one unknown length, found {short(shape)}")
     return build.reshape(value, rest)
 
 
@@ -297,11 +297,11 @@ def _split(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> list[
     if type(cuts) is int:
         length = build.length(value, place)
         if not 0 < cuts <= length or length % cuts:
-            raise build.layer.refuse(f"expected {length} to be cut evenly, found {cuts}")
+            raise build.layer.refuse(f"an axis of length {length} can't be split into {cuts} equal pieces")
         step = length // build.pieces(cuts)
         cuts = list(range(step, length, step))
     if not isinstance(cuts, list) or not all(type(cut) is int and cut > 0 for cut in cuts) or sorted(cuts) != cuts:
-        raise build.layer.refuse(f"expected where to cut, found {short(cuts)}")
+        raise build.layer.refuse(f"expected increasing indices to split at, found {short(cuts)}")
     ends = [*zip([None, *cuts], [*cuts, None], strict=True)]
     return [partial(build.select, value, place, slice(start, stop)) for start, stop in ends]
 

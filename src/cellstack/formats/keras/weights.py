@@ -1,4 +1,4 @@
-"""Which of a Keras file's arrays is which layer's: by names and order up to Keras 2, by places in the model in 3."""
+"""Assigns a Keras file's arrays to layers: by names and order up to Keras 2, by positions in the model in Keras 3."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cellstack.spec import FormatError
 LEAVES = {"kernel", "recurrent_kernel", "bias", "embeddings", "gamma", "beta", "moving_mean", "moving_variance"}
 OLD_LEAF = re.compile(r"(?:^|_)((?:W|U|b)(?:_[ifcozrh])?|gamma|beta|running_mean|running_std)$")
 
-ROUNDED = "weights of 8 bits as numbers; what such a Dense takes isn't rounded to 8 bits, as Keras rounds it"
+ROUNDED = "8-bit weights are dequantised; the inputs of such a Dense aren't rounded to 8 bits, as Keras rounds them"
 
 
 class Part(NamedTuple):
-    """A layer that is no model: its name in the network, its place in Keras 3's weights, and the layer around it."""
+    """A layer that isn't a model: its name in the network, its path in Keras 3's weights, and the layer around it."""
 
     layer: Layer
     name: str
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 def parts_of(
     model: Model, scope: str = "", place: str = "layers", top: Layer | None = None, trained: bool = True
 ) -> list[Part]:
-    """Return every layer of a model, and of the models in it, in the file's order."""
+    """Return every layer of a model and of its nested models, in the file's order."""
     found = []
     layers = [layer for layer in model.layers if not layer.operation]
     for layer, own in zip(layers, numbered([layer.kind for layer in layers]), strict=True):
@@ -49,17 +49,17 @@ def parts_of(
 
 
 class Built:
-    """The nodes of every layer, or why it has none.
+    """The nodes of every layer, or the reason why it has none.
 
     Args:
         source: the file.
-        model: what it describes.
+        model: its description.
 
     Attributes:
-        nodes: by the layer's `id`.
-        refused: why a layer has none, likewise.
+        nodes: each layer's nodes, by the layer's `id`.
+        refused: why a layer isn't supported, by its `id`.
         parts: every layer.
-        path: of the file, for messages.
+        path: the file, for messages.
     """
 
     def __init__(self, source: Source, model: Model) -> None:
@@ -84,7 +84,7 @@ class Built:
         self.nodes[id(part.layer)] = nodes(part.layer, iter(arrays), source.major, source.backend)
 
     def _try(self, part: Part, work: Callable[[Part], None]) -> None:
-        """Do something for a layer; where it can't be done, go on with the others: the message names all of them."""
+        """Call `work` for a layer and record its error, so that the message can name all layers with errors."""
         try:
             work(part)
         except FormatError as error:
@@ -113,7 +113,7 @@ class Built:
             if lacking:
                 self._refuse(part, part.layer.refuse(f"expected a weight {short(lacking[0])}, found none"))
             else:
-                self._hand(given, wanted, part, names)
+                self._assign(given, wanted, part, names)
         return given
 
     def _by_order(self, wanted: dict[int, list[Slot]]) -> dict[int, list[Array]]:
@@ -127,16 +127,17 @@ class Built:
         given: dict[int, list[Array]] = {}
         for parts in tops.values():
             names = source.orders.get(groups.get(id(parts[0].top), ""), [])
-            if any(id(part.layer) not in wanted for part in parts):  # how many weights are whose can't be told
+            if any(id(part.layer) not in wanted for part in parts):  # it is unknown how many weights each layer has
                 source.taken.update(names)
                 for part in parts:
                     if part.layer is not parts[0].top and id(part.layer) in wanted and wanted[id(part.layer)]:
-                        self._refuse(part, part.layer.refuse("its weights lie among those of a layer that isn't known"))
+                        why = "its weights are stored among those of an unsupported layer"
+                        self._refuse(part, part.layer.refuse(why))
                 continue
             listed = [(part, slot) for part in parts for slot in wanted[id(part.layer)]]
             if len(listed) != len(names):
                 found = (
-                    f"expected {len(listed)} weights, {', '.join(slot.leaf for _, slot in listed)}; found {len(names)}"
+                    f"expected {len(listed)} weights ({', '.join(slot.leaf for _, slot in listed)}), found {len(names)}"
                 )
                 self._refuse(parts[0], parts[0].top.refuse(f"{found}, {', '.join(names)}" if names else found))
                 source.taken.update(names)
@@ -148,11 +149,13 @@ class Built:
                     self._refuse(part, part.layer.refuse(f"expected its {slot.leaf}, found {short(name)} in its place"))
             for part in parts:
                 own = [where[id(part.layer), slot.path] for slot in wanted[id(part.layer)]]
-                self._hand(given, wanted, part, own)
+                self._assign(given, wanted, part, own)
         return given
 
-    def _hand(self, given: dict[int, list[Array]], wanted: dict[int, list[Slot]], part: Part, names: list[str]) -> None:
-        """Give a layer its weights by name; a count, which nothing is computed with, isn't read."""
+    def _assign(
+        self, given: dict[int, list[Array]], wanted: dict[int, list[Slot]], part: Part, names: list[str]
+    ) -> None:
+        """Read the named weights of a layer; a `count` isn't used, and so isn't read."""
         source, slots = self._source, wanted[id(part.layer)]
         source.taken.update(names)
         pairs = [(slot, name) for slot, name in zip(slots, names, strict=True) if slot.leaf != "count"]
@@ -164,7 +167,7 @@ class Built:
             source.assumed = ROUNDED if source.assumed in (None, ROUNDED) else f"{source.assumed}; {ROUNDED}"
 
     def _groups(self, tops: list[list[Part]]) -> dict[int, str]:
-        """Return the file's name for each layer that has weights: its own, else the one in its turn."""
+        """Return the file's name for each layer that has weights: the same name, or else that at the same position."""
         names = [parts[0].top.name for parts in tops]
         orders = [name for name, weights in self._source.orders.items() if weights]
         if set(names) - set(orders) and not set(names) & set(orders) and len(names) == len(orders):
@@ -173,7 +176,7 @@ class Built:
 
 
 def _fits(name: str, leaf: str) -> bool:
-    """Whether a weight's name in the file allows it to be what is expected in its place."""
+    """Return whether a weight's name in the file is compatible with the weight that is expected there."""
     last = name.split("/")[-1].split(":")[0]
     old = OLD_LEAF.search(last)
     if leaf[0] in "WUb" and leaf not in LEAVES:

@@ -1,7 +1,7 @@
-"""Networks as Keras 3's files: `.keras`, and the HDF5 of `model.save("model.h5")`.
+"""Writes networks as files of Keras 3: `.keras`, and the HDF5 of `model.save("model.h5")`.
 
-A network becomes a functional model, a layer a node under its own name. What Keras doesn't have is refused, all of
-it by name. The network's metadata stays behind: Keras has no place for it.
+A network becomes a functional model with a layer for each node, of the same name. Nodes that Keras has no layer for are
+refused, all of them by name. The network's metadata isn't written: Keras has no place for it.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ from cellstack.nodes.recurrent import KIND_NAMES
 if TYPE_CHECKING:
     from cellstack.network import Network
 
-VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
+VERSION = "3.10.0"  # the version that files are written for; it decides which hard_sigmoid is meant
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
-NAMED = (*PLAIN, *MORE.values())  # of layers beside cells
+NAMED = (*PLAIN, *MORE.values())  # activations of layers, in addition to those of cells
 OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
-"""Functions that a model lists among its layers, and where Keras has them: HDF5 can't hold them."""
+"""Functions that a model lists among its layers, and their Keras module; HDF5 can't store them."""
 Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
-Tensor = tuple[str, int]  # the layer that returns it, and which of what that returns
+Tensor = tuple[str, int]  # the layer that returns it, and the index among its outputs
 
 
 class Feeds(NamedTuple):
-    """What a layer takes: its inputs, and states to start from, nested where it is a stack of cells."""
+    """A layer's inputs and its initial states, which are nested lists for a stack of cells."""
 
     inputs: list[Tensor]
     starts: list[Any]
 
     @property
     def layers(self) -> list[str]:
-        """The layers that return what it takes."""
+        """The layers that return its inputs and states."""
         return [name for name, _ in (*self.inputs, *_flat(self.starts))]
 
 
@@ -80,18 +80,18 @@ Layers = Iterator[Written]
 
 
 class _RefusedError(ValueError):
-    """A node, or a setting of one, that Keras doesn't have."""
+    """Keras has no such node or setting."""
 
 
 def write(network: Network, path: str) -> None:
-    """Write a network as a model of Keras 3; `.keras` is a zip, any other suffix HDF5.
+    """Write a network as a model of Keras 3: a zip if the suffix is `.keras`, else HDF5.
 
     Args:
-        network: what to write.
-        path: where to.
+        network: the network to write.
+        path: the file to write.
 
     Raises:
-        ValueError: what Keras doesn't have; all of it is named.
+        ValueError: nodes or settings that Keras doesn't have, all of which are named.
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
@@ -115,51 +115,52 @@ def _flat(starts: list[Any]) -> Iterator[Tensor]:
 
 
 def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feeds], list[Tensor]]:
-    """Return the layers, what each takes, and the tensors that are the answer.
+    """Return the layers, the inputs of each, and the output tensors.
 
     Args:
-        network: what to write.
-        operations: whether the file can hold functions among the layers.
+        network: the network to write.
+        operations: whether the file can store functions among the layers.
     """
     dtype, problems = str(network.dtype), []
     entries: list[Entry] = []
     wires: list[Feeds] = []
-    free = Names(mark="_")  # torch, under Keras, takes no name with a dot in it
+    free = Names(mark="_")  # Keras's torch backend accepts no names with a dot
     last = {name: (free.fresh(name.replace(".", "_")), 0) for name in (*network.inputs, *network.names)}
     for name in network.inputs:
         shape = [None, *network.shapes[name]]
         kind = "int32" if name in network.graph.ids else dtype
         if shape[-1] is None and name not in network.graph.ids:
-            problems.append(f"input {name}: of any width")
+            problems.append(f"input {name}: its width isn't fixed")
         entries.append(
             ("InputLayer", last[name][0], {"batch_shape": shape, "dtype": kind, "sparse": False, "ragged": False}, [])
         )
         wires.append(Feeds([], []))
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)
     graph, ends = network.graph, _ends(network)
-    for name, node, wired, handed in zip(network.names, network.nodes, network.wires, graph.states, strict=True):
+    for name, node, wired, exposed in zip(network.names, network.nodes, network.wires, graph.states, strict=True):
         sources, starts = node.apart(wired)
         before, axes = [masks.get(source) for source in sources], len(network.shapes[sources[0]])
         masks[name] = node.mask_after(before, axes, NamedMasks())  # names of the layers at which Keras drops them
         problems += _mask_problems(name, node, before, axes)
         if starts and before[0] is not None:
-            problems.append(f"{name}: a masked sequence with states to start from, where Keras leaves the mask out")
+            problems.append(f"{name}: Keras ignores the mask of a sequence with initial states")
         if name in ends:  # the h of the layer before
             sizes = network.nodes[network.names.index(ends[name])].state_sizes
             last[name] = last[ends[name]][0], 1 + [*sizes].index([state for state in sizes if state.endswith("h")][-1])
             continue
         try:
             layers = _layers(node)
-            if handed or name in ends.values():
+            if exposed or name in ends.values():
                 layers = [_with_states(*layer) for layer in layers]
         except _RefusedError as error:
             problems.append(f"{name}: {error}")
             continue
         for kind, _, _ in layers:
             if kind in OPERATIONS and not operations:
-                problems.append(f"{name}: the function {kind}, which .keras files hold and HDF5 can't")
+                problems.append(f"{name}: the function {kind}, which only .keras files can store, not HDF5")
             if kind in ("Cropping1D", "ZeroPadding1D") and axes != 2:
-                problems.append(f"{name}: {kind} of {network.graph.shown(sources[0])}, which takes sequences [B, T, W]")
+                shape = network.graph.shown(sources[0])
+                problems.append(f"{name}: {kind} of {shape}, which only takes sequences [B, T, W]")
             if (kind in OPERATIONS or kind == "Cropping1D") and masks[name] is not None:
                 masks[name] = (masks[name] or frozenset()) | {name}
         feeds = Feeds([last[source] for source in sources], _nested(node, [last[start] for start in starts]))
@@ -170,14 +171,14 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feed
             last[name] = own, 0
             feeds = Feeds([last[name]], [])
         places = {state_of(name, state): 1 + place for place, state in enumerate(node.state_sizes)}
-        last |= {state.value: (last[name][0], places[state.value]) for state in handed}
+        last |= {state.value: (last[name][0], places[state.value]) for state in exposed}
     if problems:
-        raise ValueError(f"save: expected nodes that Keras has layers for, got {'; '.join(problems)}")
+        raise ValueError(f"save: Keras can't represent this network: {'; '.join(problems)}")
     return entries, wires, [last[name] for name in network.outputs]
 
 
 def _ends(network: Network) -> dict[str, str]:
-    """Return nodes that take the last step of a sequence where it is a state of the node that returns that, by name."""
+    """Return the names of nodes that take a sequence's last step, if it is a state of the node that returns it."""
     nodes = dict(zip(network.names, network.nodes, strict=True))
     found = {}
     for name, node, (source, *_) in zip(network.names, network.nodes, network.wires, strict=True):
@@ -193,15 +194,15 @@ def _with_states(kind: str, settings: dict[str, Any], arrays: list[Array]) -> Wr
     """Return a recurrent layer that returns its states too."""
     if kind != "Bidirectional":
         return kind, {**settings, "return_state": True}, arrays
-    halves = {}
+    inner = {}
     for key in ("layer", "backward_layer"):
         entry = settings[key]
-        halves[key] = {**entry, "config": {**entry["config"], "return_state": True}}
-    return kind, {**settings, **halves}, arrays
+        inner[key] = {**entry, "config": {**entry["config"], "return_state": True}}
+    return kind, {**settings, **inner}, arrays
 
 
 def _nested(node: Node, starts: list[Tensor]) -> list[Any]:
-    """Return states to start from as Keras takes them: a list for each cell of a stack of several."""
+    """Return initial states in Keras's form: for a stack, a list for each cell."""
     if not starts or not isinstance(node, Recurrent) or len(node.cells) == 1:
         return starts
     left = iter(starts)
@@ -209,10 +210,10 @@ def _nested(node: Node, starts: list[Tensor]) -> list[Any]:
 
 
 def _order(names: list[str], wires: list[list[str]], outputs: list[str]) -> list[int]:
-    """Return in which order Keras lists the layers, by which it tells whose the weights are.
+    """Return the order in which Keras lists the layers, by which it assigns the weights.
 
-    Those come first from which the way to an output is longest; of them, those that a search from the outputs meets
-    first.
+    Layers with the longest path to an output come first; among equals, those that a depth-first search from the outputs
+    visits first.
 
     Ref: `map_graph` in Keras's `ops/function.py`.
     """
@@ -232,26 +233,26 @@ def _order(names: list[str], wires: list[list[str]], outputs: list[str]) -> list
 
 
 def _mask_problems(name: str, node: Node, masks: Sequence[frozenset[str] | None], axes: int) -> Iterator[str]:
-    """Give what a node makes of masks that Keras doesn't."""
+    """Yield the differences between a node's treatment of masks and Keras's."""
     on = [mask for mask in masks if mask is not None]
     if node.heeds_mask:
         for layer in sorted(frozenset().union(*on)):
-            yield f"{layer}: a sequence whose mask goes on to {name}, where Keras drops it"
+            yield f"{layer}: Keras drops the mask, which {name} needs"
     if not on:
         return
     if isinstance(node, GlobalPool) and node.mode == "max":
-        yield f"{name}: the greatest of the steps that a mask keeps, where Keras takes all"
+        yield f"{name}: Keras's max over time ignores the mask"
     if isinstance(node, Reduce) and node.place(axes) == 1:
-        yield f"{name}: the {node.mode} of the steps that a mask keeps, where Keras takes all"
+        yield f"{name}: Keras's {node.mode} over time ignores the mask"
     if isinstance(node, Masking):
-        yield f"{name}: a mask within another, where Keras keeps the last alone"
+        yield f"{name}: a second mask replaces the first in Keras"
 
 
 # ── nodes as layers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _layers(node: Node) -> list[Written]:
-    """Return the layers that a node is, with their settings and weights: one, or two where an activation is apart."""
+    """Return a node's layers with their settings and weights: one, or two if its activation is a separate layer."""
     for kind, build in BUILDERS.items():
         if isinstance(node, kind):
             return list(build(node))
@@ -259,7 +260,7 @@ def _layers(node: Node) -> list[Written]:
 
 
 def _activation(text: str) -> str:
-    """Return an activation as Keras calls it; `_RefusedError` where it has no such function."""
+    """Return Keras's name of an activation; raise `_RefusedError` if it has no such function."""
     if text in PLAIN:
         return text
     raise _RefusedError(f"the activation {text}")
@@ -283,7 +284,7 @@ def _activation_layer(text: str) -> Written:
 
 
 def _with_activation(kind: str, settings: dict[str, Any], arrays: list[Array], activation: str) -> Layers:
-    """Give a layer, and the layer of its activation after it where it can't be named in a setting."""
+    """Yield a layer, followed by the layer of its activation if that can't be a setting."""
     named = activation in NAMED
     yield kind, {**settings, "activation": activation if named else "linear"}, arrays
     if not named:
@@ -291,7 +292,7 @@ def _with_activation(kind: str, settings: dict[str, Any], arrays: list[Array], a
 
 
 def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
-    """Return the settings of a cell; `_RefusedError` for flags that Keras's cells don't have."""
+    """Return the settings and weights of a cell; raise `_RefusedError` for flags that Keras's cells don't have."""
     description = cell.spec
     known = (
         "kind",
@@ -339,8 +340,8 @@ def _stack(node: Recurrent) -> Written:
 def _bidirectional(node: Bidirectional) -> Layers:
     settings: dict[str, Any] = {"merge_mode": node.merge_mode}
     arrays = []
-    for half, key in ((node.forward, "layer"), (node.backward, "backward_layer")):
-        kind, inner, own = _stack(half)
+    for part, key in ((node.forward, "layer"), (node.backward, "backward_layer")):
+        kind, inner, own = _stack(part)
         settings[key] = _entry(
             kind, f"{'forward' if key == 'layer' else 'backward'}", {"dtype": str(node.dtype), **inner}
         )
@@ -380,13 +381,13 @@ def _embedding(node: Embedding) -> Layers:
 
 
 def _scale(node: Scale) -> Layers:
-    """Give a batch normalisation whose statistics are those of a value that is normal already."""
+    """Yield a batch normalisation with mean 0 and variance 1."""
     zeros, ones = np.zeros_like(node.scale), np.ones_like(node.scale)
     yield "BatchNormalization", {"axis": -1, "epsilon": 0.0}, [node.scale, node.shift, zeros, ones]
 
 
 def _standardise(node: Standardise) -> Layers:
-    if (node.scale < 1e-6).any():  # Keras keeps variances, and takes no scale below 1e-7
+    if (node.scale < 1e-6).any():  # Keras stores variances, and replaces scales below 1e-7
         raise _RefusedError("a scale below 1e-6")
     variance = node.scale.astype(np.float64) ** 2
     yield "Normalization", {"axis": [-1], "mean": node.mean.tolist(), "variance": variance.tolist()}, []
@@ -480,7 +481,7 @@ def _entry(kind: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _config(
     network: Network, entries: list[Entry], wires: list[Feeds], inputs: list[str], outputs: list[Tensor]
 ) -> dict[str, Any]:
-    """Return the description of the model as Keras 3 writes it."""
+    """Return the description of the model in Keras 3's form."""
     dtype, layers = str(network.dtype), []
 
     def tensor(one: Any) -> Any:
@@ -509,7 +510,7 @@ def _config(
 
 
 def _named(entries: list[Entry]) -> Iterator[tuple[str, str, list[tuple[str, str, Array]]]]:
-    """Give each layer's name and its place, and for each of its weights the path, the own name and the numbers."""
+    """Yield each layer's name, its path, and the path, the name and the array of each of its weights."""
     entries = [entry for entry in entries if entry[0] not in OPERATIONS]
     for (kind, name, settings, arrays), place in zip(entries, numbered([entry[0] for entry in entries]), strict=True):
         found = slots(layer_of("save", _entry(kind, name, settings), 0), 3)
@@ -527,7 +528,7 @@ def _hdf5(fill: Callable[[Any], None]) -> bytes:
 
 
 def _zipped(config: dict[str, Any], entries: list[Entry]) -> bytes:
-    """Return a `.keras` file: every member as it is, under a date of long ago, so that like gives like."""
+    """Return a `.keras` file, uncompressed and with a fixed date, so that equal networks give equal files."""
 
     def fill(file: Any) -> None:
         for name, place, weights in _named(entries):
@@ -570,5 +571,5 @@ def _legacy(config: dict[str, Any], entries: list[Entry]) -> bytes:
 
 
 def _older(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a description as HDF5 files have it: they know the model and its layers by their classes' names alone."""
+    """Return a description in HDF5's form, which names classes without their modules."""
     return {key: value for key, value in entry.items() if key not in ("module", "registered_name")}

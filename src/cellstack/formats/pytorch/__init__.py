@@ -1,13 +1,13 @@
-"""PyTorch: its files, read and written without it, and its modules in memory.
+"""PyTorch's files, read and written without PyTorch, and PyTorch modules in memory.
 
-`torch.save` writes state dicts, checkpoints around them, and whole modules. All are read as data: what a pickle in
-them would import or call is never imported or called (`pickles.py`). From a state dict's names and
-shapes come recurrent networks. What else it holds, such as a Linear, it doesn't say how to run: so `load` takes a file
-of one recurrent module alone, or a whole module of PyTorch's own, such as a `Sequential`, whose order is known; and
-`extract` the recurrent modules out of any file. `from_torch` takes modules in memory.
+`torch.save` writes state dicts, checkpoints that contain them, and whole modules. All are read as data: nothing that a
+pickle names is imported or called (`pickles.py`). The names and shapes in a state dict define its recurrent modules,
+but not the order in which modules run. So `load` reads a file of one recurrent module, or a whole PyTorch module such
+as a `Sequential`, whose order is known. `extract` reads the recurrent modules of any file, and `from_torch` converts
+modules in memory.
 
-Weights that PyTorch computes before it uses them are computed here too: weight norm, spectral norm, pruning, in old
-ways and as parametrizations. Those of dynamically quantised layers are multiplied out.
+Weights that PyTorch computes before use are computed here too: weight norm, spectral norm and pruning, as hooks and as
+parametrizations. The weights of dynamically quantised layers are dequantised.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -22,7 +22,7 @@ from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import from_torch, network_of_module
 from cellstack.formats.pytorch.names import (
     HINT,
-    held_as_read,
+    keep_bfloat16,
     network_of,
     networks_of,
     nothing_recurrent,
@@ -33,7 +33,7 @@ from cellstack.formats.pytorch.names import (
 from cellstack.formats.pytorch.names import NAME as WEIGHT
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
+from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import OUR_PACKAGE, Contents, attributes_of, contents, kind_of, within
 from cellstack.formats.pytorch.writer import save
@@ -49,32 +49,32 @@ OPTIONS = ("order",)
 
 
 def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
-    """Read a file that holds one recurrent module and nothing else, or one whole module that `from_torch` takes.
+    """Read a file that holds only one recurrent module, or one whole module that `from_torch` supports.
 
     Args:
-        path: what `torch.save` wrote: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, or of one of our
-            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict around any of these;
-            TorchScript of such modules, scripted or traced, where its code computes what PyTorch's own does. What an
-            optimiser keeps is no part of a model; neither is what Lightning writes beside its `state_dict`.
-        order: which modules run, one after the other, where the file doesn't say it: see `cellstack.load`.
+        path: a file of `torch.save`: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, or of one of our
+            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict that contains any of them;
+            TorchScript of such modules, scripted or traced, if its code computes what PyTorch's class does. The state
+            of an optimiser, and what Lightning stores in addition to its `state_dict`, is ignored.
+        order: the modules in the order in which they run, if the file doesn't specify it: see `cellstack.load`.
 
     Returns:
-        The network, float32 (float16 and bfloat16 are widened, but for matrices of cells, which stay in bfloat16:
-        `Network.with_weights`) or float64: it takes `[B, T, I]` whatever `batch_first`
-        says, and gives every step. Its metadata says where it comes from, and what is assumed where the file doesn't
-        say: a state dict doesn't hold whether `nn.RNN` has tanh or relu, and it is taken to be tanh. `"computed"` there
-        says which weights the file holds in pieces, or as integers; `"left_out"`, which tensors are of no model.
+        The network, in float32 or float64. float16 and bfloat16 are widened to float32, except the matrices of cells,
+        which stay in bfloat16 (see `Network.with_weights`). It takes `[B, T, I]` regardless of `batch_first`, and
+        returns every step. Its metadata holds the source, and under `"assumed"` what the file doesn't specify: a state
+        dict doesn't record the nonlinearity of `nn.RNN`, so tanh is assumed. `"computed"` lists weights that the file
+        stores in pieces or as integers, `"left_out"` tensors that aren't part of the model.
 
     Raises:
-        FormatError: the file is damaged, made to run code, or holds more than that, all of which is listed by name.
+        FormatError: the file is damaged, tries to run code, or holds anything else, all of which is named.
         OSError: the file can't be read.
-        MemoryError: there is no room for an array.
+        MemoryError: an array doesn't fit into memory.
     """
     with records(path) as file:
         scripts = Scripts(path, file.code)
         root, left_out = _model(file.read())
         found = contents(path, root, scripts)
-        return held_as_read(say_left_out(_read(path, found, scripts, order), left_out), found.tensors)
+        return keep_bfloat16(say_left_out(_read(path, found, scripts, order), left_out), found.tensors)
 
 
 def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | Node] | None) -> Network:
@@ -87,16 +87,16 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
 
 
 def _model(root: Any) -> tuple[Any, list[str]]:
-    """Return what a file holds of a model, and what else there is, in words: Lightning writes its training too."""
+    """Return a file's model, and descriptions of its other contents: Lightning also stores the state of training."""
     if isinstance(root, dict) and "pytorch-lightning_version" in root and isinstance(root.get("state_dict"), dict):
-        return {"state_dict": root["state_dict"]}, ["what Lightning keeps of the training"]
+        return {"state_dict": root["state_dict"]}, ["Lightning's training state"]
     return root, []
 
 
 def _whole(path: str, found: Contents, root: Standin) -> bool:
-    """Return whether a file is one module of PyTorch's own or ours, more than one of PyTorch's recurrent ones alone."""
+    """Return whether a file is a whole module of PyTorch or cellstack, other than a single recurrent one of PyTorch."""
     kind, child = kind_of(root), root
-    while kind.startswith("torch.nn.parallel.") and isinstance(child, Standin):  # what it wraps decides
+    while kind.startswith("torch.nn.parallel.") and isinstance(child, Standin):  # the wrapped module decides
         child = attributes_of(child).get("_modules", {}).get("module")
         kind = kind_of(child) if isinstance(child, Standin) else ""
     alone = len(parts_of(joined(found.tensors, path, WEIGHT, found.directions, found.axes))) == 1 and not found.unknown
@@ -105,31 +105,31 @@ def _whole(path: str, found: Contents, root: Standin) -> bool:
 
 
 def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
-    """Return a module of a file as the network that `from_torch` gives for it in memory."""
+    """Return the network of a module in a file, as `from_torch` does for one in memory."""
     try:
         computed = {name: tensor.how for name, tensor in module.tensors.items() if hasattr(tensor, "how")}
         metadata = {"source": {"format": "pytorch", "module": title}, **({"computed": computed} if computed else {})}
         return network_of_module(module, metadata)
     except FormatError:
         raise
-    except (TypeError, ValueError, UnsaidError) as error:
+    except (TypeError, ValueError, MissingSettingError) as error:
         raise FormatError(f"{path}: {str(error).removeprefix('from_torch: ')[:1000]}; {HINT}") from None
 
 
 def extract(path: str) -> dict[str, Network]:
-    """Read every recurrent module of a file, whatever stands around them, and each Linear beside them.
+    """Read every recurrent module and every Linear of a file, even where its other modules aren't supported.
 
     Args:
-        path: what `torch.save` wrote: a state dict, a checkpoint, a whole model, TorchScript.
+        path: a file of `torch.save`: a state dict, a checkpoint, a whole model, TorchScript.
 
     Returns:
         Networks by the modules' names, recurrent ones first, such as `"model_state.lstm"`; `""` where the names have no
         prefix.
 
     Raises:
-        FormatError: the file is damaged, made to run code, or holds no recurrent module, or one that isn't PyTorch's.
+        FormatError: the file is damaged, tries to run code, or holds no recurrent module, or one that isn't PyTorch's.
         OSError: the file can't be read.
-        MemoryError: there is no room for an array.
+        MemoryError: an array doesn't fit into memory.
     """
     with records(path) as file:
         scripts = Scripts(path, file.code)
@@ -140,5 +140,5 @@ def extract(path: str) -> dict[str, Network]:
         networks |= networks_of(others, path, found.activations, found.directions, found.axes)
         if not networks:
             raise nothing_recurrent(found.tensors, path, found.unknown)
-        networks = {name: held_as_read(network, found.tensors) for name, network in networks.items()}
+        networks = {name: keep_bfloat16(network, found.tensors) for name, network in networks.items()}
         return with_dense(networks, others, path)

@@ -1,8 +1,8 @@
-"""PyTorch's files as data: the objects that `torch.save` wrote, with tensors that are read when they are asked for.
+"""Reads the containers of `torch.save` as data; tensors are read on first use.
 
-Three containers are known: the zip of PyTorch 1.6 and later (TorchScript's is one too), the row of pickles of the
-versions before it, and a plain pickle that holds tensors. The pickles are read by `pickles.py`: nothing
-in them is run. What a file claims of a tensor is checked against the bytes that are there before anything is read.
+Three containers are supported: the zip of PyTorch 1.6 and later (also TorchScript's), the series of pickles of earlier
+versions, and a plain pickle that holds tensors. `pickles.py` reads the pickles without running anything. A tensor's
+size is checked against the file before it is read.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -27,10 +27,10 @@ from cellstack.spec import FormatError
 if TYPE_CHECKING:
     import zipfile
 
-MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with, as a pickle
-PROTOCOL = 1001  # of old files
+MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number at the start of old files, as a pickle
+PROTOCOL = 1001  # the version of old files
 MEMBER = re.compile(rb"[^/]+/(data\.pkl|data/|version|byteorder|constants\.pkl|code/|extra/|\.)")
-LONGEST_CODE = 1 << 20  # of a module's classes in TorchScript, in bytes
+LONGEST_CODE = 1 << 20  # bytes of source of a module of TorchScript classes
 TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0")
 
 
@@ -38,7 +38,7 @@ class _Zip(Records):
     """A zip whose members are `NAME/data.pkl`, `NAME/data/0` and so on, none of them compressed."""
 
     def __init__(self, path: str, file: BinaryIO, size: int) -> None:
-        import zipfile  # which takes longer to import than a small file to read
+        import zipfile  # importing it takes longer than reading a small file
 
         super().__init__(path, size)
         self.file = file
@@ -46,45 +46,45 @@ class _Zip(Records):
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
-            raise FormatError(f"{path}: expected a zip file, found a damaged one: {short(str(error), 200)}") from None
+            raise FormatError(f"{path}: the zip file is damaged: {short(str(error), 200)}") from None
         self.members = {member.filename: member for member in members}
         for name in self.members:
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise FormatError(f"{path}: expected names within the archive, found {short(name)}")
+                raise FormatError(f"{path}: the archive has a member with a path outside it, {short(name)}")
         if len(self.members) != len(members):
-            raise FormatError(f"{path}: expected every member of the zip once, found some more than once")
+            raise FormatError(f"{path}: the zip has two members of one name")
         roots = [name for name in self.members if name.split("/", 1)[-1] == "data.pkl"]
         if len(roots) != 1:
             raise FormatError(f"{path}: expected one data.pkl as torch.save writes it, found {len(roots)} in the zip")
         self.root = roots[0].removesuffix("data.pkl")
         self.kept: dict[str, NDArray[np.uint8]] = {}
-        self.archive: zipfile.ZipFile | None = None  # opened for the first source that is asked for
+        self.archive: zipfile.ZipFile | None = None  # opened when source is first read
         self.order = ">" if self.has("byteorder") and self.take("byteorder").strip() == b"big" else "<"
 
     def has(self, name: str) -> bool:
         return self.root + name in self.members
 
     def take(self, name: str, length: int | None = None) -> bytes:
-        """Return the bytes of a member, which must be `length` of them."""
+        """Return the bytes of a member; raise `FormatError` if it doesn't have the given length."""
         where = f"{self.where}: {short(name)}"
         member = self.members.get(self.root + name)
         if member is None:
-            raise FormatError(f"{where}: expected it in the zip, found no such member")
+            raise FormatError(f"{where}: the zip has no such member")
         if length is not None and member.file_size != length:
             raise FormatError(f"{where}: expected {length} bytes, found {member.file_size}")
         if member.compress_type != 0 or member.flag_bits & 1 or member.compress_size != member.file_size:
-            raise FormatError(f"{where}: expected a member as torch.save stores it, found it compressed or encrypted")
-        self.file.seek(max(member.header_offset, 0))  # damage can set it below
+            raise FormatError(f"{where}: compressed or encrypted members aren't supported; torch.save writes none")
+        self.file.seek(max(member.header_offset, 0))  # it may be negative in a damaged file
         head = self.file.read(30)
         if member.header_offset < 0 or len(head) < 30 or not head.startswith(b"PK\x03\x04"):
             raise FormatError(f"{where}: expected a member of the zip at byte {member.header_offset}, found none")
         start = member.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
         if start + member.file_size > self.size:
-            raise FormatError(f"{where}: expected {member.file_size} bytes at {start}, found a file that ends before")
+            raise FormatError(f"{where}: the file ends within its {member.file_size} bytes at {start}")
         self.file.seek(start)
         data = self.file.read(member.file_size)
-        if member.CRC not in (0, zlib.crc32(data)):  # 0: torch was told to leave it out
-            raise FormatError(f"{where}: expected a checksum of {member.CRC:08x}, found other bytes: damaged")
+        if member.CRC not in (0, zlib.crc32(data)):  # 0: torch wrote no checksum
+            raise FormatError(f"{where}: the bytes don't match the checksum {member.CRC:08x}: the file is damaged")
         return data
 
     def storage(self, key: str, length: int) -> NDArray[np.uint8]:
@@ -92,11 +92,11 @@ class _Zip(Records):
             self.kept[key] = np.frombuffer(self.take(f"data/{key}", length), np.uint8)
             self.spend(length, key)
         if len(self.kept[key]) != length:
-            raise FormatError(f"{self.where}: storage {short(key)}: expected {length} bytes, found other claims of it")
+            raise FormatError(f"{self.where}: storage {short(key)}: its tensors give it different lengths")
         return self.kept[key]
 
     def code(self, path: str) -> str:
-        """See `Records.code`: it is compressed, so it is read up to a limit."""
+        """See `Records.code`; source is compressed, so its size is limited."""
         import zipfile
 
         name = f"{self.root}code/{path.replace('.', '/')}.py"
@@ -110,20 +110,18 @@ class _Zip(Records):
             what = short(str(error), 200)
             raise FormatError(f"{self.where}: {short(name)}: expected a class's source, found {what}") from None
         if len(code) > LONGEST_CODE:
-            raise FormatError(
-                f"{self.where}: {short(name)}: expected at most {LONGEST_CODE} bytes of source, found more"
-            )
+            raise FormatError(f"{self.where}: {short(name)}: the source is longer than {LONGEST_CODE} bytes")
         return code.decode("utf-8", "replace")
 
     def read(self) -> Any:
-        """Return what is saved."""
+        """Return the saved object."""
         builders = Builders(self.where, self)
         return read(f"{self.where}: data.pkl", self.take("data.pkl"), 0, builders.by_path, builders.persistent)[0]
 
 
 class _Row(Records):
-    """The bytes of an old file: a magic number, a version, the machine, the objects and the keys as pickles; then all
-    storages in the order of the keys, each after its count of numbers.
+    """An old file: pickles of a magic number, a version, the machine, the object and the storages' keys, then the
+    storages in the order of the keys, each preceded by its number of elements.
     """
 
     def __init__(self, path: str, data: bytes) -> None:
@@ -148,13 +146,13 @@ class _Row(Records):
             if isinstance(made, Storage):
                 unit = size_of(made.dtype)
                 if self.units.setdefault(made.key, unit) != unit:
-                    raise FormatError(f"{self.where}: storage {short(made.key)}: expected one dtype, found several")
+                    raise FormatError(f"{self.where}: storage {short(made.key)}: it has several dtypes")
             return made
 
         return persistent
 
     def read(self) -> Any:
-        """Return what is saved, having found the place of every storage."""
+        """Return the saved object, and find the position of every storage."""
         self.next()  # the magic number
         version = self.next()
         if version != PROTOCOL:
@@ -170,11 +168,9 @@ class _Row(Records):
             count = int.from_bytes(head, "little", signed=True)
             length = count * self.units.get(key, 0)
             if key in self.places or key not in self.units:
-                raise FormatError(f"{self.where}: storage {short(key)}: expected it once, and used, found otherwise")
+                raise FormatError(f"{self.where}: storage {short(key)}: no tensor uses it, or it occurs twice")
             if len(head) < 8 or count < 0 or self.at + 8 + length > len(self.data):
-                raise FormatError(
-                    f"{self.where}: storage {short(key)}: expected its numbers, found a file that ends before them"
-                )
+                raise FormatError(f"{self.where}: storage {short(key)}: the file ends before its numbers")
             self.places[key] = (self.at + 8, length)
             self.at += 8 + length
         return made
@@ -182,7 +178,7 @@ class _Row(Records):
     def storage(self, key: str, length: int) -> NDArray[np.uint8]:
         where = f"{self.where}: storage {short(key)}"
         if key not in self.places:
-            raise FormatError(f"{where}: expected it after the pickles, found no such storage")
+            raise FormatError(f"{where}: the file has no such storage")
         start, found = self.places[key]
         if found != length:
             raise FormatError(f"{where}: expected {length} bytes, found {found}")
@@ -190,7 +186,7 @@ class _Row(Records):
 
 
 class _Plain(Records):
-    """A plain pickle whose storages are old files of their own, each as bytes."""
+    """A plain pickle in which each storage is an old file as bytes."""
 
     def __init__(self, path: str, data: bytes) -> None:
         super().__init__(path, len(data))
@@ -203,30 +199,30 @@ class _Plain(Records):
             raise FormatError(f"{self.where}: expected a storage as torch saves it, found {type(data).__name__}")
         self.nested += len(data)
         if self.nested > len(self.data):
-            raise FormatError(f"{self.where}: expected every storage once, found one that is read over and over")
+            raise FormatError(f"{self.where}: the pickle loads the same storage many times")
         return _Row(self.where, data).read()
 
     def read(self) -> Any:
-        """Return what is saved."""
+        """Return the saved object."""
         builders = Builders(self.where, self)
         builders.by_path["torch.storage._load_from_bytes"] = self.load
         return read(self.where, self.data, 0, builders.by_path, None)[0]
 
 
 def recognises(head: bytes) -> bool:
-    """Return whether a file that begins with `head` looks like one of torch's: its zip, old format, or oldest one."""
+    """Return whether a file that starts with `head` looks like one of torch: a zip, the old format or the oldest."""
     if head.startswith(b"PK\x03\x04"):
         length = int.from_bytes(head[26:28], "little")
         name = head[30 : 30 + length]
         if MEMBER.match(name):
             return True
-        return len(name) < length and re.fullmatch(rb"[^/]+(/[a-z.]*)?", name) is not None  # a name that is cut off
+        return len(name) < length and re.fullmatch(rb"[^/]+(/[a-z.]*)?", name) is not None  # `head` cuts the name off
     return (head.startswith(b"\x80") and MAGIC in head[:32]) or head.startswith(TAR_MEMBERS)
 
 
 @contextmanager
 def records(path: str) -> Iterator[Records]:
-    """Open a file of PyTorch's: `read()` gives what was saved.
+    """Open a PyTorch file; `read()` of its records returns the saved object.
 
     Args:
         path: the file.
@@ -235,7 +231,7 @@ def records(path: str) -> Iterator[Records]:
         A context manager over its records.
 
     Raises:
-        FormatError: the file isn't of torch's.
+        FormatError: it isn't a PyTorch file.
         OSError: the file can't be read.
     """
     with open(path, "rb") as file:
@@ -247,12 +243,12 @@ def records(path: str) -> Iterator[Records]:
             return
         if head.startswith(TAR_MEMBERS):
             raise FormatError(
-                f"{path}: expected a file of PyTorch 0.1.10 or later, found a tar file of a version before it: "
-                "load it with torch, and save it again"
+                f"{path}: tar files of PyTorch versions before 0.1.10 aren't supported: load it with torch, and save "
+                "it again"
             )
         if head[257:262] == b"ustar":
-            raise FormatError(f"{path}: expected a file that torch.save wrote, found a tar file: unpack it first")
+            raise FormatError(f"{path}: expected a file of torch.save, found a tar file: unpack it first")
         if not head.startswith(b"\x80"):
-            raise FormatError(f"{path}: expected a file that torch.save wrote, found one that begins with {head[:8]!r}")
+            raise FormatError(f"{path}: expected a file of torch.save, found one that begins with {head[:8]!r}")
         data = file.read()
         yield _Row(path, data) if MAGIC in data[:32] else _Plain(path, data)

@@ -1,8 +1,8 @@
-"""Weights that a file holds in pieces: what PyTorch computes out of them before it uses them.
+"""Weights that a file stores in pieces, from which PyTorch computes them before use.
 
-`torch.nn.utils` gives modules weights that are computed: a weight norm is a direction and its length, a spectral norm
-a weight and two vectors, pruning a weight and a mask; dynamic quantisation packs a layer's weights together. The pieces
-go by the weight's name with an ending, or by one with `parametrizations.` in it. What is known becomes the weight.
+`torch.nn.utils` computes weights of modules: weight norm from a direction and its length, spectral norm from a weight
+and two vectors, pruning from a weight and a mask; dynamic quantisation packs a layer's weights together. The pieces are
+named after the weight, with a suffix or with `parametrizations.` before it. Known pieces are joined to the weight.
 
 Ref: https://docs.pytorch.org/docs/stable/nn.html#utilities
 """
@@ -32,9 +32,9 @@ PACKED = re.compile(
     r"|_packed_params\._packed_params\.(?P<linear>weight|bias))",
     re.DOTALL,
 )
-ALIKE, CLEARER = 1e-6, 10.0  # how far numbers of float32 may be apart; how much the one way must beat the other
+ALIKE, CLEARER = 1e-6, 10.0  # the tolerance for float32; by which factor one axis has to fit better than the other
 WEIGHT_NORM, SPECTRAL_NORM, PRUNED = "weight norm", "spectral norm", "pruned"
-KNOWN: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {  # which pieces make what, and in which order it takes them
+KNOWN: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {  # by its pieces, the method and the order of its arguments
     frozenset(("g", "v")): (WEIGHT_NORM, ("g", "v")),
     frozenset(("original0", "original1")): (WEIGHT_NORM, ("original0", "original1")),
     frozenset(("orig", "mask")): (PRUNED, ("orig", "mask")),
@@ -45,13 +45,13 @@ KNOWN: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {  # which pieces mak
 
 @dataclass(eq=False, frozen=True)
 class Derived:
-    """A weight that is computed out of others when it is asked for; `np.asarray` computes it.
+    """A weight that is computed from others on use; `np.asarray` computes it.
 
     Attributes:
-        shape: its axes.
-        how: in words.
-        pieces: what it is computed out of.
-        make: computes it.
+        shape: its shape.
+        how: the name of the method.
+        pieces: the arguments of `make`.
+        make: computes the weight.
     """
 
     shape: tuple[int, ...]
@@ -62,10 +62,10 @@ class Derived:
     dtype = "float32"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """Return the weight: float64 where the first of its pieces is, else float32."""
+        """Return the weight: float64 if the first of its pieces is, else float32."""
         arrays = [np.asarray(piece) for piece in self.pieces]
         wanted = np.float64 if arrays[0].dtype == np.float64 else np.float32
-        with np.errstate(all="ignore"):  # a direction of length 0 gives no number, as it does in PyTorch
+        with np.errstate(all="ignore"):  # a direction of length 0 gives NaN, as in PyTorch
             made = self.make(*(array.astype(np.float64) for array in arrays))
             return made.astype(wanted if dtype is None else dtype)
 
@@ -77,21 +77,21 @@ def joined(
     directions: Mapping[str, int] | None = None,
     axes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Return tensors by name, with weights in the place of their pieces.
+    """Return tensors by name, with the pieces of weights replaced by the weights.
 
     Args:
-        tensors: by name; they aren't read.
-        where: what messages call the file.
+        tensors: tensors by name; they aren't read.
+        where: the file's name, for messages.
         weights: the names of weights to look for; None = any.
-        directions: how many quantised layers have, by name, where it is known.
-        axes: which axis of a weight under a spectral norm its u is of, by the weight's name, where it is known.
+        directions: the number of directions of quantised layers, by name, if known.
+        axes: for weights with spectral norm, the axis that u belongs to, by the weight's name, if known.
 
     Returns:
-        The same, but for the pieces; in the same order, a weight where its first piece stood.
+        The tensors in the same order, with each weight at the position of its first piece.
 
     Raises:
-        FormatError: pieces that don't make a weight, or make one that is there too; packed weights of which it can't be
-            told whose they are.
+        FormatError: the pieces don't form a weight, the weight is also stored whole, or packed weights can't be
+            assigned to layers and directions.
     """
     tensors = _unpacked(tensors, where, directions or {})
     groups: dict[str, dict[str, str]] = {}
@@ -119,18 +119,18 @@ def joined(
 
 
 def _twice(where: str, name: str) -> FormatError:
-    return FormatError(f"{where}: tensor {short(name, 200)}: expected it once, found it whole and in pieces")
+    return FormatError(f"{where}: tensor {short(name, 200)} is stored both whole and in pieces")
 
 
 def _made(where: str, tensors: Mapping[str, Any], pieces: Mapping[str, str], axis: int | None) -> Derived | None:
-    """Return the weight that these pieces make; None where they aren't pieces."""
+    """Return the weight of these pieces; None if they aren't pieces."""
     known = KNOWN.get(frozenset(pieces))
     if known is None:
         if any(name.startswith("original") for name in pieces):
             found = ", ".join(short(name, 200) for name in pieces.values())
             raise FormatError(
-                f"{where}: expected what computes it to be a weight norm or a spectral norm, found {found}, which "
-                "PyTorch computes it out of in a way that isn't known: remove_parametrizations before it is saved"
+                f"{where}: this parametrization isn't supported (found {found}), only weight norm and spectral norm: "
+                "call remove_parametrizations before saving"
             )
         return None
     how, order = known
@@ -160,16 +160,16 @@ def _norm_fits(length: tuple[int, ...], direction: tuple[int, ...]) -> bool:
 
 
 def _weight_norm(length: NDArray[Any], direction: NDArray[Any]) -> NDArray[Any]:
-    """Return `length · direction / |direction|`, the norm over every axis along which there is one length."""
+    """Return `length · direction / |direction|`, with the norm over the axes on which `length` has size 1."""
     axes = tuple(n for n in range(direction.ndim) if not length.ndim or length.shape[n] == 1)
     return direction * (length / np.sqrt(np.sum(direction**2, axis=axes, keepdims=True)))
 
 
 def _spectral_norm(where: str, ways: list[int], weight: NDArray[Any], u: NDArray[Any], v: NDArray[Any]) -> NDArray[Any]:
-    """Return the weight through its greatest singular value, as u and v have it.
+    """Return the weight divided by its greatest singular value, computed from u and v.
 
-    `ways` says which axes u may be of. Where a square weight leaves both, u tells: PyTorch makes it the direction of
-    the weight times v, along the right axis, so it points there.
+    `ways` holds the axes that u may belong to. For a square weight these may be both; then the axis is the one on which
+    u has the direction of the weight times v, because PyTorch computes u that way.
     """
     products = [(weight if at == 0 else weight.T) @ v for at in ways]
     sigmas = [u @ product for product in products]
@@ -178,15 +178,15 @@ def _spectral_norm(where: str, ways: list[int], weight: NDArray[Any], u: NDArray
         best = int(off[1] < off[0])
         if not off[1 - best] > CLEARER * max(off[best], ALIKE):
             raise FormatError(
-                f"{where}: expected the vectors of a spectral norm to tell which axis of the square weight it is of, "
-                "found that they don't: remove_spectral_norm before it is saved"
+                f"{where}: the axis of the spectral norm of this square weight can't be determined: call "
+                "remove_spectral_norm before saving"
             )
         return weight / sigmas[best]
     return weight / sigmas[0]
 
 
 def _unpacked(tensors: Mapping[str, Any], where: str, directions: Mapping[str, int]) -> dict[str, Any]:
-    """Return the tensors with those of dynamically quantised layers under the names that they have in others."""
+    """Return the tensors, with those of dynamically quantised layers renamed to the names of plain layers."""
     counts: dict[str, set[int]] = {}
     matches = {name: PACKED.fullmatch(name) for name in tensors}
     for match in matches.values():
@@ -206,7 +206,7 @@ def _unpacked(tensors: Mapping[str, Any], where: str, directions: Mapping[str, i
     }
     for name, match in matches.items():
         if match is None:
-            if name in biases:  # cells have theirs twice, and add the packed ones
+            if name in biases:  # cells store their biases twice, and use the packed ones
                 continue
             whole = name
         elif match["number"]:
@@ -224,13 +224,17 @@ def _unpacked(tensors: Mapping[str, Any], where: str, directions: Mapping[str, i
 
 
 def _ways(prefix: str, count: int, tensors: Mapping[str, Any], where: str) -> int:
-    """Return how many directions a packed layer has: its second one takes what the first takes, or what that gives."""
+    """Return the number of directions of a packed layer, from the input widths of its first weights.
+
+    The second weights have the width of the input if they are the other direction, that of the output if they are the
+    next layer.
+    """
     shapes = []
     for number in range(min(count, 3)):
         weights = [tensors.get(f"{prefix}_all_weight_values.{number}.param.weight_{part}") for part in ("ih", "hh")]
         if any(weight is None or len(weight.shape) != 2 for weight in weights):
             raise FormatError(
-                f"{where}: {short(prefix, 200)}: expected the packed weights of every layer, found others"
+                f"{where}: {short(prefix, 200)}: the packed weights of a layer are missing or have another shape"
             )
         shapes.append([weight.shape[1] for weight in weights if weight is not None])
     widths, units = [width for width, _ in shapes], shapes[0][1]
@@ -238,7 +242,7 @@ def _ways(prefix: str, count: int, tensors: Mapping[str, Any], where: str) -> in
     both = count % 2 == 0 and widths[1] == widths[0] and widths[2:] == [2 * units] * (len(widths) - 2)
     if one and both:
         raise FormatError(
-            f"{where}: {short(prefix, 200)}: expected packed weights whose widths tell two layers from two directions, "
-            f"found {units} numbers in and {units} units"
+            f"{where}: {short(prefix, 200)}: packed weights with {units} features in and {units} units may be two "
+            "layers or two directions, which isn't supported"
         )
     return 2 if both else 1

@@ -1,8 +1,8 @@
-"""From torch modules in memory to a Network. Torch is never imported here: who holds a module has imported it.
+"""Converts torch modules in memory to a Network. Torch isn't imported here: a caller with a module has imported it.
 
-Torch's convolutions, its pooling and its batch normalisation have time last, `[B, C, T]`, its other modules have it in
-the middle, `[B, T, W]`, and a Network has it there throughout. So each of the former stands between two `Permute`s,
-and two that meet, with at most activations between them, cancel out: the Network takes and gives what the module does.
+Torch's convolutions, pooling and batch normalisation have time last, `[B, C, T]`; its other modules, and all nodes of a
+Network, have it in the middle, `[B, T, W]`. So each of the former is put between two `Permute`s. Adjacent `Permute`s,
+also with activations between them, cancel out. The Network's inputs and outputs have the module's axes.
 """
 
 from __future__ import annotations
@@ -52,43 +52,43 @@ ACTIVATIONS = {
     "SELU": "selu",
     "SiLU": "silu",
 }
-GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
+GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times these activations of x
 OUR_CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell")
 TURN = (2, 1)
 KNOWN = (
-    "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, "
-    "an activation of ours or a Sequential of these; a module of your own is taken as the nodes that its method "
-    "to_nodes() returns: [] where it only takes the output out of (output, state), as recurrent layers here give it"
+    "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, a supported "
+    "activation or a Sequential of these; a custom module has to return its nodes from a method to_nodes(): [] if it "
+    "only takes the output from (output, state), as recurrent layers return only their output here"
 )
 
 
 def from_torch(module: Any) -> Network:
     """Return a torch module as a Network, with copies of its weights.
 
-    Taken are our layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of our cells, `Bidirectional`, `TimeDistributed`),
-    `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`, `BatchNorm1d`,
-    `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations, `Sequential` of them,
-    `DataParallel` around them, a cell of torch's alone, which then steps over time, and any object with
-    `to_nodes() -> list of nodes`. The Network takes what the module takes with `batch_first`, and is the module in
-    evaluation: dropout is left out, batch normalisation has its running statistics, and zoneout's rates act as
-    constants. A recurrent layer hands on its output alone: a module behind it that takes the output out of
-    `(output, state)` has nothing left to do, and says so by a `to_nodes()` that returns `[]`.
+    Supported are cellstack's layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of its cells, `Bidirectional`,
+    `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
+    `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
+    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, and any object with
+    `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is
+    off, batch normalisation uses its running statistics, and zoneout's rates act as constants. A recurrent layer passes
+    on its output only: a module after it that takes the output from `(output, state)` has nothing to do, and its
+    `to_nodes()` returns `[]`.
 
     Args:
-        module: the module; its weights may lie on any device, in float32 or float64.
+        module: the module; its weights may be on any device, in float32 or float64.
 
     Returns:
-        The network; `run` gives what torch's layers return beside their output, one state a layer and direction.
+        The network; `run` also returns the final states, one for each layer and direction.
 
     Raises:
-        TypeError: a module or a setting that a Network can't hold; the message names it by its path.
-        ShapeError: modules that don't meet in width or rank.
+        TypeError: an unsupported module or setting; the message names it by its path.
+        ShapeError: modules whose widths or ranks don't match.
     """
     return network_of_module(module)
 
 
 def network_of_module(module: Any, metadata: dict[str, Any] | None = None) -> Network:
-    """Return a module, in memory or of a file, as a Network: see `from_torch`."""
+    """Return a module in memory or in a file as a Network: see `from_torch`."""
     reader = Reader()
     reader.read(module, "")
     if not reader.builder.nodes:
@@ -96,8 +96,8 @@ def network_of_module(module: Any, metadata: dict[str, Any] | None = None) -> Ne
     if reader.time_first and reader.batch_first:
         path, kind = reader.time_first
         raise TypeError(
-            f"from_torch: {path or 'the module'} ({kind}): expected batch_first=True beside {reader.batch_first}, "
-            "whose axes it would take for others"
+            f"from_torch: {path or 'the module'} ({kind}): expected batch_first=True, because {reader.batch_first} "
+            "takes the batch first"
         )
     reader.builder.output(reader.wire)
     return reader.builder.network(metadata, numbered=True)
@@ -113,7 +113,7 @@ def _refuse(path: str, module: Any, why: str) -> TypeError:
 
 @contextmanager
 def _refusing(path: str, module: Any) -> Iterator[None]:
-    """Name the module in what its node, or the reader of its weights, refuses."""
+    """Add the module's name to errors of its node or its weights."""
     try:
         yield
     except ValueError as error:
@@ -121,13 +121,13 @@ def _refusing(path: str, module: Any) -> Iterator[None]:
 
 
 def _is(module: Any, *names: str, package: str = "torch.nn") -> bool:
-    """Whether `module` is of one of these classes, with the class's own forward pass."""
+    """Return whether `module` is of one of these classes, with the class's own forward pass."""
     if isinstance(module, Saved):
         return package.startswith(module.package) and module.kind in names
     classes = [getattr(sys.modules.get(package), name, None) for name in names]
     if "forward" in getattr(module, "__dict__", {}):
         return False
-    own = getattr(type(module), "_class_before", type(module))  # one that was accelerated is what it was before
+    own = getattr(type(module), "_class_before", type(module))  # the original class of an accelerated module
     return any(isinstance(module, kind) and own.forward is kind.forward for kind in classes if kind is not None)
 
 
@@ -140,7 +140,7 @@ def _array(path: str, module: Any, tensor: Any) -> Array:
 
 
 def _weights(path: str, module: Any) -> dict[str, Any]:
-    """Return the weights of a module by name, those in pieces computed out of them, whatever a hook last left there."""
+    """Return the weights of a module by name; those in pieces are computed anew, not taken from a hook's last call."""
     if isinstance(module, Saved):
         return module.tensors
     own = {name: value.detach().cpu() for name, value in (*module.named_parameters(), *module.named_buffers())}
@@ -157,15 +157,15 @@ def _weights(path: str, module: Any) -> dict[str, Any]:
 
 
 def _weight(path: str, module: Any, name: str) -> Array | None:
-    """Return a weight of a module; None where it has none of that name."""
+    """Return a weight of a module; None if it has none of that name."""
     found = _weights(path, module).get(name)
     if found is None and getattr(module, name) is not None:
-        raise _refuse(path, module, f"expected {name} among its parameters, found it elsewhere")
+        raise _refuse(path, module, f"expected {name} to be a parameter or a buffer")
     return None if found is None else _array(path, module, found)
 
 
 def _whole(path: str, module: Any, name: str) -> int:
-    """Return a setting of a module over one axis, which torch keeps as a number or as a tuple of one."""
+    """Return a setting for one axis, which torch stores as a number or as a tuple of one."""
     value = getattr(module, name)
     value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
     if not isinstance(value, int):
@@ -177,10 +177,10 @@ class Reader:
     """Reads modules one after the other.
 
     Attributes:
-        builder: where their nodes go.
-        wire: what the last of them returns.
+        builder: the network's builder.
+        wire: the output of the last module read.
         time_first: path and class of the first recurrent layer without `batch_first`.
-        batch_first: the first module that has the batch first, or tells axes apart by their place.
+        batch_first: the first module that takes the batch first, or depends on the positions of axes.
     """
 
     def __init__(self) -> None:
@@ -191,28 +191,28 @@ class Reader:
 
     @property
     def rank(self) -> int | None:
-        """How many axes the value has, the batch included; None where that isn't known."""
+        """The number of axes of the value, including the batch; None if unknown."""
         shape = self.builder.shapes[self.wire]
         return None if shape is None else len(shape) + 1
 
     def add(self, *nodes: Node, others: tuple[str, ...] = ()) -> None:
-        """Take some nodes more, one after the other; each takes the `others` first."""
+        """Add consecutive nodes; each takes the wires `others` before the previous output."""
         for node in nodes:
             self.wire = self.builder.add(f"layer_{len(self.builder.nodes)}", node, *others, self.wire)
 
     def has_batch_first(self, path: str, module: Any) -> None:
-        """Note that a module has the batch first."""
+        """Record that a module takes the batch first."""
         self.batch_first = self.batch_first or f"{path or 'the module'} ({_called(module)})"
 
     def over_time(self, path: str, module: Any, *nodes: Node) -> None:
-        """Take nodes that have time in the middle, for a module that has it last."""
+        """Add nodes, which have time in the middle, for a module that has time last."""
         self.has_batch_first(path, module)
         if self.rank == 2:
-            raise _refuse(path, module, "expected [B, C, T], got [B, C] from before it")
+            raise _refuse(path, module, "expected [B, C, T] as its input, got [B, C]")
         self.add(Permute(TURN), *nodes, Permute(TURN))
 
     def read(self, module: Any, path: str) -> None:
-        """Take the nodes of `module`, in order; `path` is its own within the module that was asked for."""
+        """Add the nodes of `module`, in order; `path` is its path within the outermost module."""
         if callable(getattr(module, "to_nodes", None)):
             self.add(*module.to_nodes())
             return
@@ -222,9 +222,9 @@ class Reader:
         if isinstance(module, Saved) and module.changed:
             raise _refuse(path, module, module.changed)
         if _hooked(module):
-            raise _refuse(path, module, "expected a module without forward hooks, which a Network can't hold")
+            raise _refuse(path, module, "forward hooks aren't supported")
         if _is(module, "Sequential", *WRAPPERS[:1]) or _is(module, *WRAPPERS, package="torch.nn.parallel"):
-            for name, child in module._modules.items():  # one that is there twice runs twice
+            for name, child in module._modules.items():  # a module that occurs twice runs twice
                 self.read(child, f"{path}.{name}" if path else name)
         elif _is(module, *KINDS):
             self.add(*_torch_layers(module, path))
@@ -232,7 +232,7 @@ class Reader:
                 self.has_batch_first(path, module)
             else:
                 self.time_first = self.time_first or (path, _called(module))
-        elif not path and _is(module, *CELLS):  # alone: in a row, nothing would step it
+        elif not path and _is(module, *CELLS):  # only by itself: a Sequential doesn't loop over steps
             self.add(*_torch_layers(module, path))
         elif _is(module, "Flatten"):
             self.flatten(module, path)
@@ -260,17 +260,17 @@ class Reader:
             self.add(node if node is not None else _activation(module, path))
 
     def flatten(self, module: Any, path: str) -> None:
-        """Take what makes one axis of all but the batch."""
+        """Add a Flatten."""
         if module.start_dim != 1 or module.end_dim not in (-1, self.rank and self.rank - 1):
             found = f"{module.start_dim} to {module.end_dim}"
-            raise _refuse(path, module, f"expected every axis but the batch's flattened, 1 to -1, got {found}")
+            raise _refuse(path, module, f"expected start_dim=1 and end_dim=-1, got {found}")
         self.has_batch_first(path, module)
         self.add(Flatten())
 
     def normalise(self, module: Any, path: str) -> None:
-        """Take a batch normalisation, with its running statistics, as one product and one sum."""
+        """Add a batch normalisation with its running statistics, as one scale and shift."""
         if module.running_mean is None:
-            raise _refuse(path, module, "expected running statistics: without them the batch tells what comes out")
+            raise _refuse(path, module, "expected running statistics: without them the output depends on the batch")
         mean, variance = (_weight(path, module, name) for name in ("running_mean", "running_var"))
         if mean is None or variance is None:
             raise _refuse(path, module, "expected running statistics, found one of the two")
@@ -278,14 +278,14 @@ class Reader:
         with _refusing(path, module):
             node = Scale.of_statistics(mean, variance, module.eps, gain, bias)
         if self.rank is None:
-            raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
+            raise _refuse(path, module, "its input may be [B, C] or [B, C, T]: put a module before it that fixes which")
         if self.rank == 2:
             self.add(node)
         else:
             self.over_time(path, module, node)
 
     def softmax(self, module: Any, path: str) -> None:
-        """Take a softmax, or its logarithm, over the features, or over the channels of [B, C, T]."""
+        """Add a softmax, or its logarithm, over the features, or over the channels of [B, C, T]."""
         node = Activation("softmax" if _is(module, "Softmax") else "log_softmax")
         if module.dim == -1 or module.dim == (self.rank and self.rank - 1):
             self.add(node)
@@ -296,12 +296,12 @@ class Reader:
 
 
 def _simple(module: Any, path: str) -> Node | None:
-    """Return the node of a module that works on the last axis, and has weights; None where it isn't one."""
+    """Return the node of a Linear, Embedding or LayerNorm; None for other modules."""
     if _is(module, "Linear"):
         return Dense(_kernel(path, module).T, _weight(path, module, "bias"))
     if _is(module, "Embedding"):
         if module.max_norm is not None:
-            raise _refuse(path, module, f"expected max_norm=None, got {module.max_norm}: it changes rows as it runs")
+            raise _refuse(path, module, f"expected max_norm=None, got {module.max_norm}: it changes rows when called")
         return Embedding(_kernel(path, module))
     if _is(module, "LayerNorm"):
         if len(module.normalized_shape) != 1:
@@ -311,7 +311,7 @@ def _simple(module: Any, path: str) -> Node | None:
 
 
 def _kernel(path: str, module: Any) -> Array:
-    """Return the weight of a module that has to have one."""
+    """Return the weight of a module; raise an error if it has none."""
     found = _weight(path, module, "weight")
     if found is None:
         raise _refuse(path, module, "expected a weight, got none")
@@ -369,7 +369,7 @@ def _activation(module: Any, path: str) -> Node:
 
 
 def _torch_layers(module: Any, path: str) -> list[Node]:
-    """Return torch's LSTM, GRU or RNN as one stack, or as one pair of cells a layer where it is bidirectional."""
+    """Return torch's LSTM, GRU or RNN as one stack, or if bidirectional as one pair of cells per layer."""
     kind = next(kind for name, kind in (KINDS | CELLS).items() if _is(module, name))
     activation = {"": module.nonlinearity} if kind == "rnn" else None
     weights = {name: weight for name, weight in _weights(path, module).items() if NAME.fullmatch(name)}
@@ -384,23 +384,23 @@ def _torch_layers(module: Any, path: str) -> list[Node]:
     return nodes
 
 
-# ── our own layers, which this package never imports ────────────────────────────────────────────────────────────────
+# ── cellstack's layers, which this package never imports ────────────────────────────────────────────────────────────
 
 
 def _layer(module: Any, path: str) -> Node | None:
-    """Return the node of one of our layers; None where it isn't one."""
+    """Return the node of one of cellstack's layers; None for other modules."""
     ours = "cellstack.layers"
     if _is(module, "Bidirectional", package=ours):
         if module.merge_mode is None:
             raise _refuse(path, module, "expected a merge_mode: a Network has one output")
-        halves = []
+        parts = []
         for name in ("forward_layer", "backward_layer"):
             node = _layer(_child(path, module, name), f"{path}.{name}" if path else name)
             if not isinstance(node, Recurrent):
-                raise _refuse(path, module, f"expected {name} to be an RNN or one of its kinds")
-            halves.append(node)
+                raise _refuse(path, module, f"expected {name} to be an RNN or a subclass of it")
+            parts.append(node)
         with _refusing(path, module):  # such as one whose forward layer runs backwards
-            return Bidirectional(halves[0], halves[1], module.merge_mode)
+            return Bidirectional(parts[0], parts[1], module.merge_mode)
     if _is(module, "TimeDistributed", package=ours):
         inner = Reader()
         inner.read(_child(path, module, "layer"), f"{path}.layer" if path else "layer")
@@ -408,7 +408,7 @@ def _layer(module: Any, path: str) -> Node | None:
         if len(nodes) == 1 and isinstance(nodes[0], (Activation, Clip, Dense)):
             return nodes[0]
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
-    if _is(module, *OUR_CELLS, package=ours) and not path:  # alone, which then steps over time
+    if _is(module, *OUR_CELLS, package=ours) and not path:  # a cell by itself is applied over time
         return Recurrent((_layer_cell(module, path, module),))
     if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):
         return None
@@ -417,26 +417,26 @@ def _layer(module: Any, path: str) -> Node | None:
     cells = list(_child(path, cell, "cells")._modules.values()) if stack else [cell]
     for one in cells:
         if not _is(one, *OUR_CELLS, package=ours):
-            raise _refuse(path, module, f"expected cells of ours, got a {_called(one)}")
+            raise _refuse(path, module, f"expected cells of cellstack.layers, got a {_called(one)}")
     names = ("return_sequences", "go_backwards", "zero_output_for_mask")
     flags = {name: bool(getattr(module, name)) for name in names} | {"residual": stack and bool(cell.residual)}
     return Recurrent(tuple(_layer_cell(one, path, module) for one in cells), **flags)
 
 
 def _child(path: str, module: Any, name: str) -> Any:
-    """Return the module that another one holds by that name."""
+    """Return the child of a module with that name."""
     found = module._modules.get(name)
     if found is None:
-        raise _refuse(path, module, f"expected a module {name} in it, found none")
+        raise _refuse(path, module, f"expected a child module {name}, found none")
     return found
 
 
 def _layer_cell(cell: Any, path: str, module: Any) -> Cell:
-    with _refusing(path, module):  # not built yet, or an activation that only torch can run
+    with _refusing(path, module):  # it may not be built yet, or have an activation that only torch can run
         spec = cell.spec
     arrays = {name: _weight(path, cell, name) for name in spec.shapes}
     for name, weight in arrays.items():
         if weight is None:
             raise _refuse(path, module, f"expected the weight {name}, found none")
-    with _refusing(path, module):  # as a file may hold anything
+    with _refusing(path, module):  # a file may hold weights of any shape
         return Cell(spec, *arrays.values())

@@ -1,8 +1,9 @@
-"""From tensors by name to networks: what the names and shapes of PyTorch's recurrent layers tell.
+"""Builds networks from a state dict by the names and shapes of PyTorch's recurrent layers.
 
-A state dict says neither in which order its modules run nor what runs between them. It does say what each recurrent
-module is: its names are `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`, `weight_ih_l0_reverse` and so on after the
-module's own name, and its shapes tell an LSTM `[4H, I]` from a GRU `[3H, I]` and a plain RNN `[H, I]`.
+A state dict specifies neither the order of its modules nor the operations between them. But it does define each
+recurrent module: its names are the module's name followed by `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`,
+`weight_ih_l0_reverse` and so on, and its shapes distinguish an LSTM `[4H, I]` from a GRU `[3H, I]` and a plain RNN
+`[H, I]`.
 
 Ref: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html#torch.nn.LSTM (Variables)
 """
@@ -35,15 +36,15 @@ NAME = re.compile(
     re.DOTALL,
 )
 DROPPED = re.compile(r"(?P<prefix>(?:.*[./:])?)(?P<name>weight_hh_l\d{1,4}(?:_reverse)?)_raw", re.DOTALL)
-ASSUMED = "tanh: the weights don't say whether this RNN's nonlinearity is tanh or relu"
-OPTIMISER = re.compile(  # what an optimiser keeps of a weight, by the weight's number, in the words of torch's own
+ASSUMED = "tanh: a state dict doesn't record whether this RNN's nonlinearity is tanh or relu"
+OPTIMISER = re.compile(  # the names of torch's optimisers for their state of a weight, which is numbered
     r"(?P<where>(?:.*\.)?state)\.\d+\.(?:step|exp_avg|exp_avg_sq|max_exp_avg_sq|exp_inf|momentum_buffer|square_avg|"
     r"acc_delta|grad_avg|sum|prev|step_size|ax|mu|eta|row_var|col_var|variance|mu_product|d|n_iter|old_dirs|old_stps|"
     r"ro|H_diag|prev_flat_grad|al|func_evals)(?:\.\d+)?",
     re.DOTALL,
 )
-LONGEST_ENTRY = 500  # letters of what a message lists by name
-MOST_OF_A_MODULE = 4  # of its tensors that a message lists
+LONGEST_ENTRY = 500  # characters of an entry in a message
+MOST_OF_A_MODULE = 4  # how many tensors of a module a message lists
 
 
 @dataclass
@@ -51,16 +52,16 @@ class Part:
     """The tensors of one recurrent module.
 
     Attributes:
-        prefix: what stands before `weight_ih_l0`, the dot included.
-        layered: whether the names end as those of layers do, `_l0`; a cell's don't.
-        names: each tensor's name, by what it is, its layer and whether it runs backwards.
-        beside: other tensors that are the module's own, not a child's.
+        prefix: the part of the names before `weight_ih_l0`, including the dot.
+        layered: whether the names end in a layer's number, `_l0`; a cell's don't.
+        names: the tensors' names, by array, layer and whether it is the backward direction.
+        others: other tensors of the module itself, not of a child.
     """
 
     prefix: str
     layered: bool
     names: dict[tuple[str, int, bool], str] = field(default_factory=dict)
-    beside: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -74,7 +75,7 @@ class Part:
 
 
 def parts_of(names: Iterable[str]) -> list[Part]:
-    """Return the recurrent modules that these names of tensors speak of, in their order."""
+    """Return the recurrent modules to which these names of tensors belong, in their order."""
     found: dict[tuple[str, bool], Part] = {}
     others: dict[str, list[str]] = {}
     names = list(names)
@@ -96,15 +97,15 @@ def parts_of(names: Iterable[str]) -> list[Part]:
         assert match is not None
         found[match["prefix"], True].names["weight_hh", int(match["layer"]), match["back"] is not None] = whole
     for part in found.values():
-        part.beside = others.get(part.prefix, [])
+        part.others = others.get(part.prefix, [])
     return list(found.values())
 
 
 def _raw_weights(names: list[str]) -> dict[str, str]:
-    """Return the recurrent weights that DropConnect keeps whole, by the name of the weights that it thins out.
+    """Return the raw recurrent weights of DropConnect, by the name of the weights with dropout applied.
 
-    AWD-LSTMs have them: `rnn.weight_hh_l0_raw` are the weights, and `rnn.module.weight_hh_l0`, or
-    `rnn.weight_hh_l0`, where a file holds it at all, is what the last step of training left of them.
+    AWD-LSTMs have them: `rnn.weight_hh_l0_raw` holds the weights. `rnn.module.weight_hh_l0` or `rnn.weight_hh_l0`, if
+    the file has it, holds the weights after the dropout of the last training step.
 
     Ref: Merity, Keskar and Socher 2018, "Regularizing and Optimizing LSTM Language Models", sec. 2.
     """
@@ -127,18 +128,18 @@ def networks_of(
     """Return every recurrent module that a state dict holds, as a Network.
 
     Args:
-        tensors: arrays by name as PyTorch names them; what isn't recurrent is passed over, and never read.
-        where: what messages call the file.
-        activations: of plain RNNs by their name, where it is known; else tanh is assumed, and `metadata` says so.
-        directions: how many quantised layers have, by name, where it is known; else their widths have to tell.
-        axes: those of spectral norms, as `derived.joined` takes them.
+        tensors: arrays by PyTorch's names; tensors of other modules are ignored and not read.
+        where: the file's name, for messages.
+        activations: the nonlinearity of plain RNNs by module name, if known; else tanh is assumed, as `metadata` says.
+        directions: the number of directions of quantised layers, by name, if known; else inferred from their widths.
+        axes: the axes of spectral norms, as in `derived.joined`.
 
     Returns:
         Networks by the module's name, such as `"encoder.lstm"`; `""` where the names have no prefix. Each has one
-        `Recurrent` or one `Bidirectional` a layer, and takes `[B, T, I]`.
+        `Recurrent` or one `Bidirectional` for each layer, and takes `[B, T, I]`.
 
     Raises:
-        FormatError: names or shapes that no layer of PyTorch has; names the tensor, what was expected and found.
+        FormatError: names or shapes that no PyTorch layer has; names the tensor, what was expected and found.
 
     >>> rng = np.random.default_rng(0)
     >>> state = {"rnn.weight_ih_l0": rng.normal(size=(12, 3)), "rnn.weight_hh_l0": rng.normal(size=(12, 4))}
@@ -158,9 +159,9 @@ def networks_of(
 
 
 def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], where: str) -> dict[str, Network]:
-    """Return networks, and beside them one a Linear that a state dict holds, where it holds anything recurrent.
+    """Return networks, and one for each Linear of a state dict, if it holds any recurrent module.
 
-    Of what else PyTorch has, nothing has a weight of two axes and as many biases as that has rows.
+    No other PyTorch module has a weight with two axes and a bias for each of its rows.
     """
     found = dict(networks)
     for name, tensor in tensors.items() if networks else ():
@@ -174,7 +175,7 @@ def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], wher
 
 
 def dense(title: str, tensors: Mapping[str, Any], where: str) -> Network:
-    """Return the network of the Linear of that name, whose tensors are there."""
+    """Return the network of the Linear with this name."""
     weight, bias = (tensors.get(f"{title}.{what}" if title else what) for what in ("weight", "bias"))
     try:
         node = Dense(array(weight).T, None if bias is None else array(bias))
@@ -199,13 +200,13 @@ def network_of(
     directions: Mapping[str, int] | None = None,
     axes: Mapping[str, int] | None = None,
 ) -> Network:
-    """Return the one recurrent module that a state dict consists of.
+    """Return the network of a state dict that holds only one recurrent module.
 
     Args:
         tensors: as for `networks_of`.
-        where: what messages call the file.
+        where: the file's name, for messages.
         activations: as for `networks_of`.
-        unknown: what else the file holds that can't be run, in words.
+        unknown: descriptions of other contents of the file, which can't be run.
         directions: as for `networks_of`.
         axes: as for `networks_of`.
 
@@ -213,7 +214,7 @@ def network_of(
         The network.
 
     Raises:
-        FormatError: no recurrent module, or more than that; lists by name what a state dict doesn't say how to run.
+        FormatError: there is no recurrent module, or anything else too, which is listed by name.
     """
     tensors = joined(tensors, where, NAME, directions, axes)
     parts = [*parts_of(tensors), *layers_of(tensors)]
@@ -225,10 +226,10 @@ def network_of(
     if len(parts) > 1 or left:
         left += by_module(tensors, [name for name in tensors if name in optimiser])
         names = listed([part.title or "one without a name" for part in parts], between=", ")
-        rest = f", and beside them {_listed(left)}" if left else ""
+        rest = f", and {_listed(left)}" if left else ""
         raise FormatError(
-            f"{where}: expected one recurrent module and nothing else, for weights don't say in which order modules "
-            f"run, found {len(parts)} recurrent ({names}){rest}; {HINT}, and cellstack.load(path, order=[…]) takes the "
+            f"{where}: expected only one recurrent module, as a state dict doesn't specify the order of modules, "
+            f"found {len(parts)} recurrent ({names}){rest}; {HINT}, and cellstack.load(path, order=[…]) takes the "
             "names of modules in the order in which they run"
         )
     network = next(iter(networks_of(tensors, where, activations, directions).values()))
@@ -236,19 +237,19 @@ def network_of(
 
 
 def say_left_out(network: Network, what: Iterable[str]) -> Network:
-    """Return a network that was just made, after its metadata says what of its file is part of no model."""
+    """Add to a network's metadata what its file holds that isn't part of the model, and return the network."""
     what = [*filter(None, [network.metadata.get("left_out")]), *what]
     if what:
         network.metadata["left_out"] = _listed(what)
     return network
 
 
-def held_as_read(network: Network, tensors: Mapping[str, Any]) -> Network:
-    """Return a network with its cells' matrices in bfloat16 where the file's tensors are, and none would be rounded.
+def keep_bfloat16(network: Network, tensors: Mapping[str, Any]) -> Network:
+    """Return a network with its cells' matrices in bfloat16, if the file has bfloat16 tensors and nothing is rounded.
 
     Args:
-        network: made of them, in float32.
-        tensors: by name.
+        network: the network of these tensors, in float32.
+        tensors: the file's tensors by name.
     """
     if not any(getattr(tensor, "dtype", None) in ("bfloat16", "BF16") for tensor in tensors.values()):
         return network
@@ -258,7 +259,7 @@ def held_as_read(network: Network, tensors: Mapping[str, Any]) -> Network:
 
 
 def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[str] = ()) -> FormatError:
-    """Return the error for a file without a recurrent module, which says what is there instead."""
+    """Return the error for a file without a recurrent module, which says what the file holds instead."""
     found = _listed([*unknown, *by_module(tensors, list(tensors))]) or "no tensor"
     return FormatError(
         f"{where}: expected weights of recurrent layers, named as PyTorch names them (weight_ih_l0 and so on), "
@@ -267,7 +268,7 @@ def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[
 
 
 def by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
-    """Return the names of tensors with their shapes, those of a module together; those of optimisers are counted."""
+    """Return the names and shapes of tensors grouped by module; those of optimisers are only counted."""
     modules: dict[str, list[str]] = {}
     optimisers: dict[str, int] = {}
     for name in names:
@@ -283,23 +284,23 @@ def by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
 
 
 def _listed(entries: list[str]) -> str:
-    """Return the entries as one text, printable and of bounded length: how many more there are, and not all of them."""
+    """Return the entries as one printable text of bounded length, with the number of those left out."""
     text = listed([entry[:LONGEST_ENTRY] for entry in entries], between=", ")
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
-    """Return the network of one module."""
+    """Return the network of one recurrent module."""
     names = part.names
     depth = 1 + max(layer for _, layer, _ in names)
     ways = (False, True) if any(back for _, _, back in names) else (False,)
     kinds = {what for what, _, _ in names} | {"weight_ih", "weight_hh"}
     kinds |= {"bias_ih", "bias_hh"} if kinds & {"bias_ih", "bias_hh"} else set()
     here = f"{where}: {short(part.title or 'the recurrent module', 200)}"
-    if part.beside:
+    if part.others:
         raise FormatError(
-            f"{here}: expected the weights of PyTorch's recurrent layers alone, found {_listed(part.beside)} among "
-            "them: a layer of another kind"
+            f"{here}: expected only the weights of a recurrent layer of PyTorch, found {_listed(part.others)} too: "
+            "another kind of layer"
         )
     for layer in range(depth):
         for back in ways:
@@ -307,8 +308,8 @@ def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str
                 if (what, layer, back) not in names:
                     tail = f"_l{layer}{'_reverse' * back}" if part.layered else ""
                     raise FormatError(
-                        f"{where}: tensor {short(part.prefix + what + tail, 200)}: expected it beside "
-                        f"{short(next(iter(names.values())), 200)}, found no such tensor"
+                        f"{where}: tensor {short(part.prefix + what + tail, 200)} is missing; the file holds "
+                        f"{short(next(iter(names.values())), 200)} of the same module"
                     )
     rnn = False
     layers: list[list[Cell]] = []
@@ -333,12 +334,12 @@ def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str
             wire = builder.add(f"layer_{number}", node, wire)
         builder.output(wire)
         return builder.network(metadata)
-    except (ValueError, TypeError) as error:  # layers that don't meet
+    except (ValueError, TypeError) as error:  # layers whose shapes don't match
         raise FormatError(f"{here}: {str(error)[:300]}") from None
 
 
 def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], activation: str | None) -> Cell:
-    """Return the cell of one layer and direction; `names` says which of its tensors is called what."""
+    """Return the cell of one layer and direction; `names` holds the names in the file of its arrays."""
 
     def tensor(what: str) -> str:
         return f"{where}: tensor {short(names[what], 200)}"
@@ -355,20 +356,18 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
     if kind is None or (projected and kind != "lstm"):
         raise FormatError(
             f"{tensor('weight_ih')}: expected {'4H' if projected else '4H, 3H or H'} rows for H={units} units, "
-            f"as {'an LSTM' if projected else 'LSTM, GRU and RNN'} have them, found {rows}"
+            f"as {'an LSTM has' if projected else 'LSTM, GRU and RNN have'}, found {rows}"
         )
     wanted = {"weight_ih": (rows, width), "weight_hh": (rows, out), "weight_hr": (out, units)}
     for what, shape in shapes.items():
         if shape != wanted.get(what, (rows,)):
-            found = f"found {short(list(shape))} beside {short(names['weight_ih'], 200)} {[rows, width]}"
+            found = f"found {short(list(shape))} with {short(names['weight_ih'], 200)} {[rows, width]}"
             raise FormatError(f"{tensor(what)}: expected {list(wanted.get(what, (rows,)))}, {found}")
     arrays: dict[str, Any] = {}
     for what, name in names.items():
         array = np.asarray(tensors[name])
         if array.dtype.kind != "f":
-            raise FormatError(
-                f"{tensor(what)}: expected floats, found {array.dtype}: a quantised layer, or none at all"
-            )
+            raise FormatError(f"{tensor(what)}: expected floats, found {array.dtype}: perhaps a quantised layer")
         arrays[what] = array.astype(np.float32) if array.dtype.itemsize < 4 else array
     biases = tuple(arrays[what] for what in ("bias_ih", "bias_hh") if what in arrays)
     size = out if projected else 0

@@ -1,8 +1,8 @@
-"""Our own layers' weights, by the names and shapes that they have in a state dict.
+"""Recognises the weights of cellstack's torch layers in a state dict by their names and shapes.
 
-A cell's arrays are called as in `cellstack.spec.ARRAYS`, after `cell.` in a layer of one cell, after `cell.cells.0.`
-and so on in a stack, and after `forward_layer.cell.` and `backward_layer.cell.` in a `Bidirectional`. Their shapes tell
-the kind and most flags. What they don't tell is taken to be as usual, and the network's metadata says so.
+A cell's arrays have the names in `cellstack.spec.ARRAYS`, with the prefix `cell.` in a layer of one cell,
+`cell.cells.0.` and so on in a stack, and `forward_layer.cell.` and `backward_layer.cell.` in a `Bidirectional`. Their
+shapes determine the kind and most flags. The other settings are assumed to be the defaults, as the metadata says.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from cellstack.network import Network
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import ARRAYS, CellSpec, FormatError
 
-BESIDE = "draws"  # how many dropout masks a cell has drawn
+COUNTER = "draws"  # how many dropout masks a cell has drawn
 NAME = re.compile(
-    rf"(?P<layer>(?:.*?[./:])??)(?P<half>(?:(?:forward|backward)_layer\.)?)cell\.(?:cells\.(?P<cell>0|[1-9]\d{{0,3}})\.)?"
-    rf"(?P<array>{'|'.join(ARRAYS)}|{BESIDE})",
+    rf"(?P<layer>(?:.*?[./:])??)(?P<way>(?:(?:forward|backward)_layer\.)?)cell\.(?:cells\.(?P<cell>0|[1-9]\d{{0,3}})\.)?"
+    rf"(?P<array>{'|'.join(ARRAYS)}|{COUNTER})",
     re.DOTALL,
 )
 HELD = re.compile(r"(?P<layer>(?:.*?[./:])??)(?:(?:forward|backward)_layer\.)?states\.\d{1,4}\.[hc]", re.DOTALL)
 LSTM_ALONE = ("peepholes", "projection", "cell_gain", "cell_bias", "initial_c")
 ASSUMED = (
-    "usual activations, no clipping, no zoneout, no residuals, every step returned{merged}: the weights don't say; the "
-    "layer saved whole, by torch.save(layer), does"
+    "default activations, no clipping, no zoneout, no residuals, every step returned{merged}: a state dict doesn't "
+    "store these settings; torch.save(layer) does"
 )
 
 
@@ -39,9 +39,9 @@ class Layer:
     """The tensors of one of our layers.
 
     Attributes:
-        prefix: what stands before `cell.`, or before `forward_layer.cell.`, the dot included.
-        cells: each cell's arrays, by their names in the file; the cells by half and place in the stack.
-        held: tensors of the state that a stateful layer held.
+        prefix: the part of the names before `cell.` or `forward_layer.cell.`, including the dot.
+        cells: for each direction and index in the stack, the names in the file of the cell's arrays.
+        held: the names of the tensors of a stateful layer's state.
     """
 
     prefix: str
@@ -60,13 +60,13 @@ class Layer:
 
 
 def layers_of(names: Iterable[str]) -> list[Layer]:
-    """Return our layers that these names of tensors speak of, in their order."""
+    """Return our layers to which these names of tensors belong, in their order."""
     names = list(names)
     found: dict[str, Layer] = {}
     for match in filter(None, map(NAME.fullmatch, names)):
         layer = found.setdefault(match["layer"], Layer(match["layer"]))
-        layer.cells.setdefault((match["half"], int(match["cell"] or 0)), {})[match["array"]] = match[0]
-    # What has no recurrent kernel is something else, such as a convolution that is called cell.
+        layer.cells.setdefault((match["way"], int(match["cell"] or 0)), {})[match["array"]] = match[0]
+    # Modules without a recurrent kernel are something else, such as a convolution with the name cell.
     found = {
         prefix: layer
         for prefix, layer in found.items()
@@ -82,40 +82,38 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
     """Return the network of one of our layers.
 
     Raises:
-        FormatError: names or shapes that no layer of ours has; names the tensor, what was expected and found.
+        FormatError: names or shapes that none of our layers has; names the tensor, what was expected and found.
     """
     here = f"{where}: {short(layer.title or 'the layer', 200)}"
-    halves = sorted({half for half, _ in layer.cells}, reverse=True)  # forward first
-    if halves not in ([""], ["forward_layer.", "backward_layer."]):
-        raise FormatError(
-            f"{here}: expected the cells of one layer, or of a forward and a backward one, found {halves}"
-        )
+    ways = sorted({way for way, _ in layer.cells}, reverse=True)  # forward first
+    if ways not in ([""], ["forward_layer.", "backward_layer."]):
+        raise FormatError(f"{here}: expected the cells of one layer, or of a forward and a backward one, found {ways}")
     stacks = []
-    for half in halves:
-        numbers = sorted(number for own, number in layer.cells if own == half)
+    for way in ways:
+        numbers = sorted(number for own, number in layer.cells if own == way)
         if numbers != list(range(len(numbers))):
             raise FormatError(f"{here}: expected cells numbered from 0 on, found {listed(map(str, numbers), 5, ', ')}")
-        stacks.append([_cell(where, layer.cells[half, number], tensors) for number in numbers])
-    merged = ", halves put side by side" if len(stacks) > 1 else ""
+        stacks.append([_cell(where, layer.cells[way, number], tensors) for number in numbers])
+    merged = ", directions concatenated" if len(stacks) > 1 else ""
     metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED.format(merged=merged)}
     if layer.held:
-        metadata["left_out"] = f"the state that the layer held ({listed(layer.held, 3, ', ')})"
+        metadata["left_out"] = f"the state of the stateful layer ({listed(layer.held, 3, ', ')})"
     builder = Builder()
     try:
         ahead, *back = [
-            Recurrent(tuple(cells), go_backwards=half == "backward_layer.")
-            for half, cells in zip(halves, stacks, strict=True)
+            Recurrent(tuple(cells), go_backwards=way == "backward_layer.")
+            for way, cells in zip(ways, stacks, strict=True)
         ]
         node = Bidirectional(ahead, back[0]) if back else ahead
         builder.output(builder.add("layer_0", node, builder.input("x")))
         return builder.network(metadata, numbered=True)
-    except (ValueError, TypeError) as error:  # cells that don't meet
+    except (ValueError, TypeError) as error:  # cells whose shapes don't match
         raise FormatError(f"{here}: {str(error)[:300]}") from None
 
 
 def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> Cell:
-    """Return a cell; `names` says which of its tensors is called what."""
-    names = {what: name for what, name in names.items() if what != BESIDE}
+    """Return a cell; `names` holds the names in the file of its arrays."""
+    names = {what: name for what, name in names.items() if what != COUNTER}
     shapes = {what: tuple(tensors[name].shape) for what, name in names.items()}
 
     def tensor(what: str) -> str:
@@ -127,13 +125,13 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
     spec = _spec(tensor("recurrent_kernel"), shapes)
     for what, shape in spec.shapes.items():
         if what not in names:
-            raise FormatError(f"{tensor('kernel')}: expected {what} {list(shape)} beside it, found none")
+            raise FormatError(f"{tensor('kernel')}: expected {what} {list(shape)} of the same cell, found none")
         if shapes[what] != shape:
-            found = f"{short(list(shapes[what]))} beside recurrent_kernel {short(list(shapes['recurrent_kernel']))}"
+            found = f"{short(list(shapes[what]))} with recurrent_kernel {short(list(shapes['recurrent_kernel']))}"
             raise FormatError(f"{tensor(what)}: expected {list(shape)}, as {spec.kind} cells have it, found {found}")
     for what in names:
         if what not in spec.shapes:
-            raise FormatError(f"{tensor(what)}: expected no such array in {spec.kind} cells, found one")
+            raise FormatError(f"{tensor(what)}: {spec.kind} cells have no such array")
     arrays = {}
     for what in spec.shapes:
         array = np.asarray(tensors[names[what]])
@@ -147,7 +145,7 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
 
 
 def _spec(here: str, shapes: Mapping[str, tuple[int, ...]]) -> CellSpec:
-    """Return what the shapes of a cell's arrays tell of it."""
+    """Return the description of a cell, determined from the shapes of its arrays."""
     (width, _), (out, columns) = shapes["kernel"], shapes["recurrent_kernel"]
     units, size = shapes.get("projection", (out, 0))
     blocks = columns // units if columns % units == 0 else 0
@@ -158,8 +156,8 @@ def _spec(here: str, shapes: Mapping[str, tuple[int, ...]]) -> CellSpec:
         raise FormatError(f"{here}: expected {wanted} for H={units} units, found {columns}")
     if blocks == 3 and not lstm and not two:
         raise FormatError(
-            f"{here}: expected weights that tell a GRU with reset_after=False, or without a bias, from an LSTM with "
-            "coupled gates, found such as all of them have: save the layer whole, by torch.save(layer)"
+            f"{here}: these weights may belong to a GRU with reset_after=False, a GRU without a bias or an LSTM with "
+            "coupled gates: save the whole layer, by torch.save(layer)"
         )
     flags: dict[str, Any] = {"layer_norm": "kernel_gain" in shapes, "learn_initial_state": "initial_h" in shapes}
     kind = "rnn" if blocks == 1 else "lstm" if blocks == 4 or lstm else "gru"

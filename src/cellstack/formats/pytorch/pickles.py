@@ -1,13 +1,13 @@
-"""Pickles as data: what a pickle says, with a stand-in for whatever it would import, make or call.
+"""Reads pickles as data, with placeholders for everything that a pickle would import, create or call.
 
-Python's own unpickler imports what a pickle names and calls it, takes memory by what the pickle claims, and can be
-made to overflow the stack. This reader does none of it: it walks the opcodes itself, without recursion, takes every
-length from the bytes that are there, and never imports a name. Classes and functions come out as `Global`, whatever
-is made of them as `Standin`, unless the caller has a builder for them. Dicts, lists, tuples, text and numbers come out
-as they are; sets as lists, for nothing is hashed that isn't text or a number.
+Python's unpickler imports and calls what a pickle names, allocates as much memory as the pickle claims, and can be made
+to overflow the stack. This reader does none of it: it interprets the opcodes without recursion, checks every length
+against the available bytes, and never imports a name. Classes and functions are returned as `Global`, and objects made
+with them as `Standin`, unless the caller passes a builder for them. Dicts, lists, tuples, text and numbers are returned
+as such; sets as lists, because only text and numbers are hashed.
 
-The opcodes are those of protocols 2 to 5; the text of protocols 0 and 1, which torch doesn't write, is refused. Memory
-and time stay within some hundred times the pickle's own length.
+The opcodes are those of protocols 2 to 5; the text protocols 0 and 1, which torch doesn't write, aren't supported.
+Memory and time stay within some hundred times the pickle's length.
 
 Ref: https://docs.python.org/3/library/pickletools.html
 """
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from cellstack.spec import FormatError
 
-# What no model needs: modules that reach the system, the interpreter or the network. Nothing in a pickle is run here,
-# but a file that asks for them was made to do harm elsewhere, and who loads it should know.
+# Modules for access to the system, the interpreter or the network, which no model needs. Nothing in a pickle is run
+# here, but a file that names them was made to do harm elsewhere, so it is refused with a message.
 SYSTEM = (
     "os posix nt subprocess sys runpy importlib pkgutil pty socket shutil ctypes _ctypes webbrowser codeop pdb bdb "
     "timeit cProfile marshal multiprocessing asyncio http urllib ftplib smtplib telnetlib pip ensurepip"
@@ -33,27 +33,27 @@ BUILT_IN = (
 DANGEROUS = frozenset(SYSTEM.split())
 DANGEROUS_BUILT_IN = frozenset(BUILT_IN.split())
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}  # Python 2's modules
-MOST_KEY = 1 << 60  # from here on different integers may have the same hash, and a dict of them would take for ever
-LONGEST_NAME = 500  # of a class, its module's included
-LONGEST_KEY = 16  # of a tuple as a dict's key, which is hashed anew at each use
+MOST_KEY = 1 << 60  # larger integers may have equal hashes, and make a dict of them quadratically slow
+LONGEST_NAME = 500  # of a class, including its module
+LONGEST_KEY = 16  # of a tuple as a dict's key, which is hashed at each use
 STOP = 0x2E
 
 
 class Global(NamedTuple):
-    """A class or function that a pickle names by its dotted path, such as `builtins.set`; it isn't imported."""
+    """A class or function in a pickle, by its dotted path, such as `builtins.set`; it isn't imported."""
 
     path: str
 
 
 class Standin:
-    """What a pickle would make by calling `kind` with `args`: an inert record of it.
+    """A placeholder for an object that a pickle would create by calling `kind` with `args`.
 
     Attributes:
         kind: the dotted path of the class or function.
-        args: what it would be called with.
-        state: what the object would be given as its state, usually its attributes by name; None without any.
-        items: what would be appended to it; None without any.
-        pairs: what would be set in it by key; None without any.
+        args: its arguments.
+        state: the state that would be set on the object, usually its attributes by name; None without any.
+        items: the items that would be appended to it; None without any.
+        pairs: the items that would be set in it by key; None without any.
     """
 
     __slots__ = ("args", "items", "kind", "pairs", "state")
@@ -75,20 +75,20 @@ def read(
     builders: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, int]:
-    """Return what the pickle at `start` says, and where it ends.
+    """Return the object in the pickle at `start`, and the pickle's end.
 
     Args:
-        where: what the messages call it, such as the file's name.
+        where: its name in messages, such as the file's name.
         data: the bytes that hold the pickle.
-        start: where in them it begins.
-        builders: by dotted path, what makes an object out of the arguments of a call.
-        persistent: what makes an object out of a persistent id; None where there may be none.
+        start: the index of its first byte.
+        builders: by dotted path, functions that make an object from the arguments of a call.
+        persistent: a function that makes an object from a persistent id; None = persistent ids aren't allowed.
 
     Returns:
         `(object, end)`.
 
     Raises:
-        FormatError: the pickle is damaged, of a kind that no model needs, or made to do harm.
+        FormatError: the pickle is damaged, uses features that no model needs, or was made to do harm.
 
     >>> import pickle
     >>> read("x", pickle.dumps({"a": [1, 2.5]}))[0]
@@ -100,13 +100,13 @@ def read(
     try:
         return machine.run(), machine.at
     except (IndexError, struct.error):
-        raise FormatError(f"{where}: expected a whole pickle, found one that ends or empties its stack early") from None
+        raise FormatError(f"{where}: the pickle is damaged: it ends or empties its stack too early") from None
     except UnicodeError:
-        raise FormatError(f"{where}: expected a pickle, found text or numbers that can't be read") from None
+        raise FormatError(f"{where}: the pickle is damaged: its text or numbers can't be decoded") from None
 
 
 class _Machine:
-    """The stack, the marks in it and the memo, as pickle's opcodes work on them."""
+    """An interpreter of pickle's opcodes, with its stack, its marks and its memo."""
 
     def __init__(
         self,
@@ -158,10 +158,10 @@ class _Machine:
         return text
 
     def charge(self, count: int) -> None:
-        """Count what is copied out of the memo: a short pickle could ask for the same long thing again and again."""
+        """Count copied items: a short pickle could copy the same long object many times."""
         self.copied += count
         if self.copied > len(self.data):
-            self.wrong("a pickle that holds what it makes", "one that copies the same things over and over")
+            raise FormatError(f"{self.where}: byte {self.at}: the pickle copies more items than it has bytes")
 
     # ── stack and memo ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -188,7 +188,7 @@ class _Machine:
 
     def get(self, key: int) -> None:
         if key not in self.memo:
-            self.wrong("what was put aside before", f"entry {str(key)[:40]}, which never was")
+            raise FormatError(f"{self.where}: byte {self.at}: the memo has no entry {str(key)[:40]}")
         self.stack.append(self.memo[key])
 
     # ── containers ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,7 +232,7 @@ class _Machine:
         self.set_pairs([key, value])
 
     def key(self, value: Any) -> Any:
-        """Return `value`, if a dict may safely have it as a key."""
+        """Return `value` after checking that it is safe as a key of a dict."""
         for part in value[: LONGEST_KEY + 1] if type(value) is tuple else (value,):
             fits = type(part) in (str, bytes, float, bool, type(None), Global, Standin)
             if not fits and not (type(part) is int and -MOST_KEY < part < MOST_KEY):
@@ -249,7 +249,7 @@ class _Machine:
         if not 0 < len(module) + len(name) <= LONGEST_NAME:
             self.wrong(f"the name of a class in {LONGEST_NAME} characters", f"one of {len(module) + len(name)}")
         module = RENAMED.get(module, module)
-        parts = [*module.split(".")[:1], *name.split(".")[:-1]]  # a dotted name would look up attributes on its way
+        parts = [*module.split(".")[:1], *name.split(".")[:-1]]  # a dotted name would look up attributes
         if not DANGEROUS.isdisjoint(parts) or (module == "builtins" and name.split(".")[0] in DANGEROUS_BUILT_IN):
             raise FormatError(
                 f"{self.where}: byte {self.at}: expected the classes of a model, found {f'{module}.{name}'!r}: "
@@ -315,7 +315,7 @@ class _Machine:
         self.push(self.call(self.stack.pop(), args))
 
     def new_with_keywords(self) -> None:
-        self.stack.pop()  # keywords of a constructor tell nothing of a tensor
+        self.stack.pop()  # a constructor's keywords don't matter for tensors
         self.reduce()
 
     def object_of(self) -> None:
@@ -329,17 +329,17 @@ class _Machine:
 
     def persist(self, key: Any) -> None:
         if self.persistent is None:
-            self.wrong("no persistent id", "one")
+            raise FormatError(f"{self.where}: byte {self.at}: persistent ids aren't supported in this kind of file")
         self.push(self.persistent(key))
 
     def skip_frame(self) -> None:
         size = self.number(U8)
         if size > len(self.data) - self.at:
-            self.wrong(f"a frame of at most {len(self.data) - self.at} bytes", f"one of {size}")
+            self.wrong(f"a frame of at most {len(self.data) - self.at} bytes, those that are left", f"one of {size}")
 
 
 def _text(data: bytes) -> str | bytes:
-    """Return the text of a Python 2 pickle, whose text and bytes are one; bytes where it isn't UTF-8."""
+    """Return a string of Python 2, which has one type for text and bytes: as text if it is UTF-8, else as bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError:

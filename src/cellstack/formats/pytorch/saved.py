@@ -1,7 +1,7 @@
-"""Modules as files hold them, asked for their settings and weights as the modules in memory would be.
+"""Modules in files, with the same attributes for settings and weights as modules in memory.
 
 A pickled module has its settings among its attributes. TorchScript writes them into its source, which
-`script.py` follows.
+`script.py` evaluates symbolically.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ PACKAGES = re.compile(
     r"(torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))|(?P<ours>cellstack\.layers))"
     r"\.\w+\.(?P<kind>\w+)"
 )
-MOST = 10_000  # modules: the same one may be met many times
-LATER = {"padding_mode": "zeros", "proj_size": 0, "approximate": "none"}  # settings that older versions lack, as then
+MOST = 10_000  # modules that are read; the same one may occur many times
+LATER = {"padding_mode": "zeros", "proj_size": 0, "approximate": "none"}  # settings that older versions didn't have
 
 
-class UnsaidError(AttributeError):
-    """A setting that the file doesn't say."""
+class MissingSettingError(AttributeError):
+    """The file doesn't specify a setting."""
 
 
 @dataclass
 class Source:
-    """What the modules of a file have in common.
+    """What the modules of a file share.
 
     Attributes:
-        where: what messages call the file.
+        where: the file's name, for messages.
         scripts: the source of TorchScript's classes.
-        left: how many modules may still be met.
+        left: how many more modules may be read.
     """
 
     where: str
@@ -49,17 +49,17 @@ class Saved:
     """A module of a file.
 
     Attributes:
-        path: that of its class.
-        kind: the class's name, "" where it is neither PyTorch's nor ours or has a forward pass of its own.
+        path: the dotted path of its class.
+        kind: the class's name; "" if it is neither PyTorch's nor ours, or has its own forward pass.
         package: "torch.nn", or "cellstack.layers" for one of ours.
         hooked: whether it has hooks other than those that compute a weight.
-        changed: what keeps it from computing what its class does, as far as TorchScript's source tells; "" = nothing.
+        changed: why TorchScript's source computes something else than its class; "" if it doesn't.
     """
 
     def __init__(self, source: Source, standin: Standin) -> None:
         source.left -= 1
         if source.left < 0:
-            raise FormatError(f"{source.where}: expected at most {MOST} modules in a row, found more")
+            raise FormatError(f"{source.where}: more than {MOST} modules aren't supported")
         self.source, self.standin, self.path = source, standin, kind_of(standin)
         self.attributes = attributes_of(standin)
         match = PACKAGES.fullmatch(self.path)
@@ -72,15 +72,15 @@ class Saved:
         self.own = {key: child for part in held for key, child in part.items()}
         implied: dict[str, Any] = {}
         if match and match["dynamic"]:
-            implied["bias"] = None  # where there is one, it is packed with the weights
+            implied["bias"] = None  # a bias is packed with the weights
         mode = self.attributes.get("mode")
-        if isinstance(mode, str) and mode.startswith("RNN_"):  # which old RNNs have alone
+        if isinstance(mode, str) and mode.startswith("RNN_"):  # old RNNs have no other setting for it
             implied["nonlinearity"] = mode.removeprefix("RNN_").lower()
         self.settings = LATER | implied | (written.constants if written else {}) | self.attributes | self.own
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        """Its weights and its children's, by name, read when they are asked for."""
+        """The weights of the module and its children by name, read on first use."""
         found = contents(self.source.where, self.standin, self.source.scripts)
         return joined(found.tensors, self.source.where, directions=found.directions, axes=found.axes)
 
@@ -90,29 +90,29 @@ class Saved:
         if name in self.tensors:
             return self.tensors[name]
         if name not in self.settings:
-            raise UnsaidError(f"expected the file to say {name}, found a module without it")
+            raise MissingSettingError(f"the file doesn't specify {name}")
         value = self.settings[name]
         if isinstance(value, (Tensor, Quantised)):
             return value
         if value is not None and not isinstance(value, (bool, int, float, str)):
             whole = isinstance(value, (list, tuple)) and all(type(part) is int for part in value)
             if not whole:
-                raise UnsaidError(f"expected {name} to be a setting, found {type(value).__name__}")
+                raise MissingSettingError(f"expected {name} to be a setting, found {type(value).__name__}")
             return tuple(value)
         return value
 
     @property
     def spec(self) -> CellSpec:
-        """Description of one of our cells.
+        """The description of one of our cells.
 
         Raises:
-            ValueError: the file doesn't say it, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
+            ValueError: the file doesn't hold it, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
         """
         foreign, text = self.attributes.get("_foreign"), self.attributes.get("_text")
         if foreign:
             raise ValueError(f"no description for the activation {short(foreign)}")
         if not isinstance(text, str):
-            raise ValueError("expected the file to describe the cell, found one without its description")
+            raise ValueError("the file holds no description of the cell")
         try:
             return described(text)
         except (ValueError, TypeError, RecursionError, OverflowError) as error:

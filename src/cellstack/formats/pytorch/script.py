@@ -1,9 +1,9 @@
-"""What TorchScript's source says of a module: its settings, and whether it computes what PyTorch's class does.
+"""Reads a module's settings from TorchScript's source, and checks that it computes what PyTorch's class does.
 
-A class's name says what the module was before it was scripted or traced; what runs is its code, where hooks and other
-forward passes end up. So the code is followed, statement by statement, over symbols: nothing in it is run. What comes
-out has to be the one call that the class is known for, with the module's own weights; its other arguments are the
-settings. That holds for functions of `torch.nn.functional` too, whose source is in the file.
+A class's name only says what the module was before it was scripted or traced; its code may also contain hooks or
+another forward pass. So the code is evaluated symbolically, statement by statement; nothing in it is run. The result
+has to be the call that defines the class, with the module's own weights; its other arguments are the settings. The
+source of functions of `torch.nn.functional` is in the file and evaluated too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from cellstack.spec import FormatError
 
 DEFINED = re.compile(r"^(?:class|def) (\w+)\(", re.MULTILINE)
 LONGEST_SOURCE = 1 << 24  # characters that are read
-LONGEST_PARSED = 1 << 20  # of these, those of what is followed
-MOST_STEPS = 1 << 20  # statements and expressions
+LONGEST_PARSED = 1 << 20  # characters that are parsed
+MOST_STEPS = 1 << 20  # expressions that are evaluated
 DEEPEST_CALL = 20
-UNKNOWN = "expected the forward pass that PyTorch's class has, found TorchScript of another: changed or hooked"
-HOOKED = "expected a module without forward hooks, which a Network can't hold"
-METHODS = ("forward", "forward__0", "forward_tensor")  # the last two: beside one for packed sequences
+UNKNOWN = "its TorchScript code doesn't compute the forward pass of PyTorch's class: it was changed, or has hooks"
+HOOKED = "forward hooks aren't supported"
+METHODS = ("forward", "forward__0", "forward_tensor")  # the last two exist if packed sequences have another method
 WEIGHTS = ("weight", "bias", "running_mean", "running_var", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 PACKED = ("_packed_params._packed_params", "_packed_weight_ih", "_packed_weight_hh")
-NEEDED = object()  # in the place of a usual value: there is none
+NEEDED = object()  # marks arguments without a default
 
 DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 SEQUENCE = "input, _hx, _params, bias, num_layers, _dropout, _train, bidirectional, batch_first"
@@ -69,13 +69,13 @@ ARGUMENTS = {
         "input, _hx, _packed_weight_ih, _packed_weight_hh, bias_ih, bias_hh",
     ),
 }
-"""Arguments of torch's functions, in order, with their usual values.
+"""Arguments of torch's functions, in order, with their defaults.
 
-Those of `WEIGHTS` and `PACKED` are the module's own, `input` is what the module takes, and those of `FIXED` have one
-value; others that begin with `_` change nothing in evaluation, and the rest are settings.
+Those in `WEIGHTS` and `PACKED` have to be the module's own weights, `input` the module's input, and those in `FIXED`
+have to have that value; others that begin with `_` don't matter in evaluation mode, and the rest are settings.
 """
-FIXED = {"train": False, "transposed": False, "scale": 1, "input_scale": 1, "cast": None}  # and no settings
-FUNCTIONS: dict[str, tuple[str, ...]] = {  # what a class calls, one of these
+FIXED = {"train": False, "transposed": False, "scale": 1, "input_scale": 1, "cast": None}
+FUNCTIONS: dict[str, tuple[str, ...]] = {  # the functions of which a class calls one
     "Linear": ("linear", "linear_dynamic", "linear_dynamic_fp16"),
     "Conv1d": ("conv1d", "convolution", "convolution_mode"),
     "BatchNorm1d": ("batch_norm",),
@@ -119,7 +119,7 @@ RECURRENT: dict[str, tuple[str, ...]] = {
     "GRUCell": ("gru_cell", "quantized_gru_cell_dynamic"),
     "RNNCell": ("rnn_tanh_cell", "rnn_relu_cell", "quantized_rnn_tanh_cell_dynamic", "quantized_rnn_relu_cell_dynamic"),
 }
-IMPLIED = {  # by what their code doesn't say
+IMPLIED = {  # settings that don't occur in the code
     "Conv1d": {"padding_mode": "zeros"},
     "Embedding": {"max_norm": None},
     "ReLU6": {"min_val": 0.0, "max_val": 6.0},
@@ -133,11 +133,11 @@ COMPUTED: dict[str, Callable[..., Any]] = {
 
 
 class Written(NamedTuple):
-    """What the source says of a module.
+    """The result of evaluating a module's source.
 
     Attributes:
         constants: its settings.
-        why: what keeps it from computing what PyTorch's own class does; "" where nothing does.
+        why: why it computes something else than PyTorch's class; "" if it doesn't.
     """
 
     constants: dict[str, Any]
@@ -145,21 +145,21 @@ class Written(NamedTuple):
 
 
 class UnreadError(Exception):
-    """Code that can't be followed."""
+    """Code that can't be evaluated."""
 
 
 class RaisedError(Exception):
-    """The code refuses what it is given."""
+    """The code raises an exception for its input."""
 
 
 @dataclass(eq=False, frozen=True)
 class Symbol:
-    """What only a run would know: what a function of torch's returns, something that the module holds.
+    """A value that is only known when the code runs, such as the result of a torch function or a weight.
 
     Attributes:
-        word: the function's name, or what it is.
-        given: the function's arguments.
-        named: those given by name.
+        word: the function's name, or the kind of value.
+        given: the positional arguments.
+        named: the keyword arguments.
     """
 
     word: str
@@ -169,17 +169,17 @@ class Symbol:
 
 @dataclass
 class Scripts:
-    """The source of a file's classes, read when it is asked for, each module of classes once.
+    """The source of a file's classes, read on first use, each module of classes once.
 
     Attributes:
-        where: what messages call the file.
-        code: gives the source of a module of classes.
-        unread: how much source may still be read, in characters.
-        unparsed: how much of it may still be parsed.
-        steps: how much of it may still be followed.
-        met: the source of every class and function of the modules of classes that were read.
-        parsed: what was parsed of it.
-        known: what was said of modules; each is held, so that no other gets its id.
+        where: the file's name, for messages.
+        code: returns the source of a module of classes.
+        unread: how many more characters of source may be read.
+        unparsed: how many more characters may be parsed.
+        steps: how many more expressions may be evaluated.
+        met: the source of every class and function in the modules of classes that were read.
+        parsed: the syntax trees of the parsed ones.
+        known: the results by the module's id; each module is kept alive, so that no other gets its id.
     """
 
     where: str
@@ -192,11 +192,11 @@ class Scripts:
     known: dict[int, tuple[Standin, Written]] = field(default_factory=dict)
 
     def written(self, module: Standin, attributes: dict[Any, Any]) -> Written | None:
-        """Return what the source says of a module; None where its class isn't TorchScript's.
+        """Evaluate the source of a module; return None if its class isn't TorchScript's.
 
         Args:
-            module: as the pickle has it.
-            attributes: those that it holds.
+            module: the module in the pickle.
+            attributes: its attributes.
         """
         if not module.kind.startswith("__torch__."):
             return None
@@ -207,12 +207,12 @@ class Scripts:
     def _written(self, kind: str, attributes: dict[Any, Any]) -> Written:
         found, name = self.defined(kind), kind.rpartition(".")[2]
         if not isinstance(found, ast.ClassDef):
-            return Written({}, "expected the source of its class, found none")
+            return Written({}, "the file doesn't hold the source of its class")
         constants, hooks = self._constants(found)
         if hooks:
             return Written(constants, HOOKED)
         words = FUNCTIONS.get(name, RECURRENT.get(name))
-        if words is None and name != "Sequential":  # what isn't known is refused by its name
+        if words is None and name != "Sequential":  # an unknown class is refused by its name
             return Written(constants, "")
         try:
             run = _Run(self, found, attributes, constants, name)
@@ -224,16 +224,14 @@ class Scripts:
             return Written(constants, UNKNOWN)
 
     def defined(self, path: str) -> Any:
-        """Return a class or a function of the source, parsed; None where there is none."""
+        """Return the syntax tree of a class or function; None if the source has none of that name."""
         if path not in self.parsed:
             module, _, name = path.rpartition(".")
             if module not in self.met:
                 code = self.code(module)
                 self.unread -= len(code)
                 if self.unread < 0:
-                    raise FormatError(
-                        f"{self.where}: expected at most {LONGEST_SOURCE} characters of source, found more"
-                    )
+                    raise FormatError(f"{self.where}: more than {LONGEST_SOURCE} characters of source aren't supported")
                 starts = [*DEFINED.finditer(code)]
                 ends = [*(start.start() for start in starts[1:]), len(code)]
                 self.met[module] = {
@@ -245,7 +243,7 @@ class Scripts:
     def _parsed(self, name: str, text: str) -> Any:
         self.unparsed -= len(text)
         if self.unparsed < 0:
-            raise FormatError(f"{self.where}: expected at most {LONGEST_PARSED} characters of source to follow")
+            raise FormatError(f"{self.where}: more than {LONGEST_PARSED} characters of source to parse")
         try:
             return next(iter(ast.parse(text).body), None)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -253,7 +251,7 @@ class Scripts:
             raise FormatError(f"{self.where}: expected the source of {short(name)}, found {what}") from None
 
     def _constants(self, found: ast.ClassDef) -> tuple[dict[str, Any], bool]:
-        """Return the settings in a class's head, and whether it has hooks."""
+        """Return the constants in a class's body, and whether it has hooks."""
         constants, hooks = {}, False
         for line in found.body:
             if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
@@ -269,13 +267,13 @@ class Scripts:
 
 
 class _Run:
-    """Follows a module's forward pass.
+    """Evaluates a module's forward pass symbolically.
 
     Args:
-        scripts: where its functions are.
-        found: its class.
-        attributes: what it holds.
-        constants: what its class's head says.
+        scripts: the file's source.
+        found: the module's class.
+        attributes: its attributes.
+        constants: the constants of its class.
         name: the class's name.
     """
 
@@ -287,13 +285,13 @@ class _Run:
         self.rank = None if name not in RECURRENT else 2 if name.endswith("Cell") else 3
         self.input, self.self = Symbol("input"), Symbol("self")
         self.held: dict[Any, Symbol] = {}
-        self.spent: list[Any] = []  # values that an operation in place has changed since
+        self.spent: list[Any] = []  # values that an in-place operation has changed
         self.depth = 0
 
-    # ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── results ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def forward(self) -> Any:
-        """Return what the forward pass returns, without the states."""
+        """Return the output of the forward pass, without the states."""
         method = next((self.methods[name] for name in METHODS if name in self.methods), None)
         if method is None:
             raise UnreadError
@@ -302,22 +300,22 @@ class _Run:
         return value.given[0] if isinstance(value, Symbol) and value.word == "item" and value.given[1] == 0 else value
 
     def expect_chain(self) -> None:
-        """Check that a Sequential calls its children in their order, and does nothing else."""
+        """Check that a Sequential only calls its children in their order."""
         value = self.forward()
         for name, child in reversed(self.attributes.items()):
             if not isinstance(child, Standin) or not child.kind.startswith("__torch__."):
                 continue
             if isinstance(value, Symbol) and value.word == "child" and value.given[0] == name:
                 value = value.given[1]
-            elif not child.kind.endswith(".Identity"):  # which the tracer calls without an argument, for nothing
+            elif not child.kind.endswith(".Identity"):  # the tracer writes a call without argument or result for it
                 raise UnreadError
         if value is not self.input:
             raise UnreadError
 
     def settings(self, words: tuple[str, ...]) -> dict[str, Any]:
-        """Return the settings of a module that computes one of torch's functions; `UnreadError` for another."""
+        """Return the settings of a module that computes one of the functions `words`; else raise `UnreadError`."""
         value = self.forward()
-        if isinstance(value, Symbol) and value.word == "to" and value.given:  # what is quantised comes out as it came
+        if isinstance(value, Symbol) and value.word == "to" and value.given:  # casts a quantised result back
             value = value.given[0] if getattr(value.given[0], "word", "").startswith("linear_dynamic") else value
         if (value is self.input and words in ((), DROPOUTS)) or (value is None and not words):
             return self.constants
@@ -346,14 +344,14 @@ class _Run:
         return IMPLIED.get(self.name, {}) | said | own
 
     def _softsign(self, value: Any) -> Any:
-        """Return x / (|x| + 1) as the function that it is."""
+        """Return x / (|x| + 1) as a call of softsign; other values unchanged."""
         match value:
             case Symbol("div", (x, Symbol("add", (Symbol("abs", (same,)), 1)))) if x is same:
                 return Symbol("softsign", (x,))
         return value
 
     def _checked(self, key: str, part: Any) -> Any:
-        """Return an argument; `UnreadError` where it isn't what the class gives there."""
+        """Return an argument; raise `UnreadError` if the class would pass another one."""
         recurrent = self.name in RECURRENT and not self.name.endswith("Cell")
         if part is NEEDED or (key == "input" and part is not self.input):
             raise UnreadError
@@ -370,7 +368,7 @@ class _Run:
         return part
 
     def _check_sequence(self, word: str, given: dict[str, Any]) -> None:
-        """Check what a recurrent layer or a cell starts from, and that a layer's weights are its own, in order."""
+        """Check that a recurrent layer or cell starts from zeros, and that a layer uses its own weights in order."""
         if "_hx" not in given:
             return
         starts = given["_hx"] if isinstance(given["_hx"], (tuple, list)) else [given["_hx"]]
@@ -396,7 +394,7 @@ class _Run:
     # ── statements ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def call(self, function: ast.FunctionDef, given: list[Any], named: dict[str, Any]) -> Any:
-        """Return what a function returns."""
+        """Return the result of a function of the source."""
         self.depth += 1
         names = [one.arg for one in function.args.args]
         if self.depth > DEEPEST_CALL or len(given) > len(names) or not set(names[len(given) :]) >= named.keys():
@@ -413,7 +411,7 @@ class _Run:
         return returned[0] if returned else None
 
     def block(self, body: list[ast.stmt], scope: dict[str, Any]) -> tuple[Any] | None:
-        """Follow statements; return what they return, as a tuple of one, where they do."""
+        """Evaluate statements; return their return value in a tuple of one, or None without a return statement."""
         for line in body:
             match line:
                 case ast.Pass():
@@ -434,7 +432,7 @@ class _Run:
         return None
 
     def assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
-        """Give a value its name, or the parts of one theirs."""
+        """Assign a value to a name, or its parts to several names."""
         if isinstance(target, ast.Name):
             scope[target.id] = value
             return
@@ -444,7 +442,7 @@ class _Run:
             self.assign(one, self.item(value, number, len(target.elts)), scope)
 
     def item(self, value: Any, number: Any, count: int | None = None) -> Any:
-        """Return a part of a value, one of `count`."""
+        """Return an element of a value, which has `count` elements."""
         if isinstance(value, Symbol):
             return Symbol("item", (value, number))
         fits = isinstance(value, (tuple, list)) and type(number) is int and -len(value) <= number < len(value)
@@ -453,7 +451,7 @@ class _Run:
         return value[number]
 
     def branch(self, test: Any, yes: list[ast.stmt], no: list[ast.stmt], scope: dict[str, Any]) -> tuple[Any] | None:
-        """Follow an if; where only a run can tell, both ways, of which one may refuse what comes in."""
+        """Evaluate an if; both branches if the condition isn't known, one of which may raise an exception."""
         if isinstance(test, bool):
             return self.block(yes if test else no, scope)
         if not isinstance(test, Symbol):
@@ -479,10 +477,10 @@ class _Run:
     # ── expressions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def value(self, node: ast.expr, scope: dict[str, Any]) -> Any:
-        """Return what an expression stands for."""
+        """Return the value of an expression."""
         self.scripts.steps -= 1
         if self.scripts.steps < 0:
-            raise FormatError(f"{self.scripts.where}: expected source of at most {MOST_STEPS} steps, found more")
+            raise FormatError(f"{self.scripts.where}: the source takes more than {MOST_STEPS} steps to evaluate")
         match node:
             case ast.Constant(value):
                 return value
@@ -505,12 +503,12 @@ class _Run:
         raise UnreadError
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """Return what a module, or one in it, holds under a name; the same symbol for the same tensor."""
+        """Return an attribute of the module or a child; equal tensors give the same symbol."""
         if not isinstance(owner, Symbol) or owner.word not in ("self", "held"):
             raise UnreadError
         inside = self.attributes if owner is self.self else owner.given[1]
         if name == "training":
-            return False  # a Network is the module in evaluation
+            return False  # a Network computes the module in evaluation mode
         if not isinstance(inside, dict) or name not in inside:
             if owner is self.self and name in self.constants:
                 return self.constants[name]
@@ -529,7 +527,7 @@ class _Run:
         return self.held.setdefault(key, Symbol("held", (key, inside)))
 
     def called(self, node: ast.Call, scope: dict[str, Any]) -> Any:
-        """Return what a call returns."""
+        """Return the result of a call."""
         function, path = node.func, _path(node.func)
         if isinstance(function, ast.Name) and function.id not in scope:
             return self._builtin(function.id, node.args, scope)
@@ -565,7 +563,7 @@ class _Run:
         raise UnreadError
 
     def _of_torch(self, path: str, given: list[Any], named: dict[str, Any]) -> Any:
-        """Return what a function of torch's returns: computed where it takes plain values, else a symbol."""
+        """Return the result of a torch function: computed if its arguments are plain values, else a symbol."""
         word = path.rpartition(".")[2]
         if word == "RaiseException":
             raise RaisedError
@@ -584,19 +582,19 @@ class _Run:
             except TypeError:
                 raise UnreadError from None
             return found if type(found) is not int or abs(found) < 2**63 else Symbol(word)
-        if word.endswith("_") and not word.endswith("__"):  # in place: what it was is no more
+        if word.endswith("_") and not word.endswith("__"):  # in place: the old value no longer exists
             self.spent += _roots(given[0]) if given else []
         return Symbol(word.strip("_"), tuple(given), named)
 
 
 def _arguments(word: str) -> dict[str, Any]:
-    """Return the arguments of a function of torch's, each with its usual value."""
+    """Return the arguments of a torch function, each with its default."""
     parts = (part.partition("=") for part in ARGUMENTS[word].split(", "))
     return {name: ast.literal_eval(usual) if usual else NEEDED for name, _, usual in parts}
 
 
 def _path(node: ast.expr) -> str | None:
-    """Return the dotted path of a function of torch's or of the file's; None where it isn't one."""
+    """Return the dotted path of a function of torch or of the file; None for another expression."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -607,7 +605,7 @@ def _path(node: ast.expr) -> str | None:
 
 
 def _roots(value: Any) -> list[Any]:
-    """Return a value, and what it may be a view of."""
+    """Return a value, and the values that it may be a view of."""
     found = []
     while isinstance(value, Symbol):
         found.append(value)
@@ -616,14 +614,14 @@ def _roots(value: Any) -> list[Any]:
 
 
 def _known(value: Any) -> bool:
-    """Return whether a value is plain, without symbols in it."""
+    """Return whether a value contains no symbols."""
     if isinstance(value, (tuple, list)):
         return all(map(_known, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting in one form: torch keeps one over one axis as a number, or as a row of one."""
+    """Return a setting in one form: torch stores one for one axis as a number, or as a list of one."""
     row = isinstance(value, (tuple, list))
     return value[0] if row and len(value) == 1 else tuple(value) if row else value
 

@@ -1,4 +1,4 @@
-"""Tensors as PyTorch's pickles tell them: what they claim of a storage, checked, and read when they are asked for.
+"""Tensors in PyTorch's pickles: their claims about storages are checked first, and their values read on first use.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -17,10 +17,10 @@ from cellstack.bfloat16 import widened
 from cellstack.formats.pytorch.pickles import Global, Standin
 from cellstack.spec import FormatError
 
-SHARES = 16  # how many times its own length a file's storages may be read as tensors: weights may be shared, not bred
+SHARES = 16  # tensors may share storages, but take at most this many times the file's length in total
 MOST_AXES = 64
 
-# A storage's kind, or a dtype, and what holds a number of it; bfloat16 is the upper half of a float32.
+# A storage's dtype, and NumPy's for it; bfloat16 has none, and is read as its 16 bits.
 DTYPES = {
     "float32": "f4",
     "float64": "f8",
@@ -68,45 +68,42 @@ TYPED_LISTS = ("restore_type_tag", "build_tensorlist", "build_intlist", "build_d
 
 
 class Records:
-    """The bytes of a file, of which tensors take a bounded number."""
+    """The bytes of a file; how many of them tensors may take is limited."""
 
-    order = "<"  # of the bytes in a number
+    order = "<"  # the byte order
 
     def __init__(self, where: str, size: int) -> None:
         self.where, self.size, self.spent = where, size, 0
 
     def spend(self, count: int, key: str) -> None:
-        """Count bytes that are about to be taken for storage `key`."""
+        """Count bytes that are about to be read from storage `key`."""
         self.spent += count
         if self.spent > SHARES * self.size:
-            raise FormatError(
-                f"{self.where}: expected tensors that have numbers of their own, "
-                f"found those of storage {short(key)} taken over and over"
-            )
+            raise FormatError(f"{self.where}: too many tensors share the numbers of storage {short(key)}")
 
     def storage(self, key: str, length: int) -> NDArray[np.uint8]:
-        """Return the bytes of a storage, which must be `length` of them."""
+        """Return the `length` bytes of a storage; raise `FormatError` if it has another length."""
         raise NotImplementedError
 
     def read(self) -> Any:
-        """Return what is saved."""
+        """Return the saved object."""
         raise NotImplementedError
 
     def code(self, path: str) -> str:
-        """Return the source, if any, that TorchScript keeps of a class's module."""
+        """Return the source that TorchScript stores for a module of classes; "" if there is none."""
         return ""
 
 
 @dataclass(eq=False, frozen=True)
 class Storage:
-    """A storage of a file: a row of numbers that tensors look into.
+    """A storage of a file: a one-dimensional array of which tensors are views.
 
     Attributes:
-        records: where its bytes lie.
-        key: what the file calls it.
-        dtype: what a number of it is.
+        records: the file's bytes.
+        key: its name in the file.
+        dtype: the dtype of its numbers.
         count: how many numbers it holds.
-        start: where in the bytes of `key` the first lies, counted in numbers; old files have storages within others.
+        start: the index of its first number within the bytes of `key`; old files have storages within others.
         whole: how many numbers the bytes of `key` hold.
     """
 
@@ -120,14 +117,14 @@ class Storage:
 
 @dataclass(eq=False, frozen=True)
 class Tensor:
-    """A tensor of a file; `np.asarray` reads it: float16 and bfloat16 as float32, all else as it is.
+    """A tensor of a file; `np.asarray` reads it: float16 and bfloat16 as float32, other dtypes unchanged.
 
     Attributes:
-        storage: what it looks into.
-        dtype: of its numbers.
-        offset: where in the storage its first number lies.
-        shape: its axes.
-        strides: of each axis, counted in numbers.
+        storage: the storage that it is a view of.
+        dtype: the dtype of its numbers.
+        offset: the index of its first number in the storage.
+        shape: its shape.
+        strides: the stride of each axis, counted in numbers.
     """
 
     storage: Storage
@@ -138,21 +135,21 @@ class Tensor:
 
     @property
     def ndim(self) -> int:
-        """How many axes it has."""
+        """The number of its axes."""
         return len(self.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Return the tensor's numbers.
 
         Args:
-            dtype: what to cast them to; None = as `Tensor` says.
-            copy: taken for NumPy's sake; the array is always the caller's own.
+            dtype: the dtype to cast to; None = see `Tensor`.
+            copy: ignored; part of NumPy's protocol. The result is always a copy.
 
         Returns:
             An array of `shape`.
 
         Raises:
-            FormatError: a dtype that isn't read, bytes that aren't there, or a tensor larger than its storage.
+            FormatError: the dtype isn't supported, the file is too short, or the tensor is larger than its storage.
         """
         storage, records = self.storage, self.storage.records
         if self.dtype not in READABLE:
@@ -160,8 +157,8 @@ class Tensor:
         item, count = size_of(self.dtype), prod(self.shape)
         if count > storage.count:
             raise FormatError(
-                f"{records.where}: expected a tensor that has numbers of its own, found one "
-                f"{short(list(self.shape))} in the {storage.count} of storage {short(storage.key)}"
+                f"{records.where}: a tensor {short(list(self.shape))} doesn't fit into the {storage.count} numbers "
+                f"of storage {short(storage.key)}"
             )
         records.spend(count * item, storage.key)
         unit = size_of(storage.dtype)
@@ -180,13 +177,13 @@ class Tensor:
 
 @dataclass(eq=False, frozen=True)
 class Quantised:
-    """A tensor whose file holds integers, and by what they are multiplied; `np.asarray` gives the products, float32.
+    """A quantised tensor, stored as integers with scales; `np.asarray` dequantises it to float32.
 
     Attributes:
-        integers: what the file holds.
-        scales: a number, or a tensor of one a slice.
-        zeros: the integers that stand for zero: one, or a tensor of one a slice.
-        axis: along which there is one a slice; None = one for all.
+        integers: the stored integers.
+        scales: a number, or a tensor with one per slice.
+        zeros: the zero point: an integer, or a tensor with one per slice.
+        axis: the axis of the slices; None = one scale and zero point for all.
     """
 
     integers: Tensor
@@ -195,33 +192,33 @@ class Quantised:
     axis: int | None
 
     dtype = "float32"
-    how = "dequantised: PyTorch also rounds what comes in at each step, which isn't done here"
+    how = "dequantised: PyTorch also quantises the inputs at each step, which isn't done here"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its axes."""
+        """Its shape."""
         return self.integers.shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """Return the numbers that the integers stand for; raises as `Tensor.__array__` does."""
+        """Return the dequantised numbers; raises as `Tensor.__array__` does."""
         shape = [1] * len(self.shape)
         if self.axis is not None:
             shape[self.axis] = -1
-        with np.errstate(all="ignore"):  # what overflows is infinite, as it is in PyTorch
+        with np.errstate(all="ignore"):  # overflow gives infinity, as in PyTorch
             scales = np.asarray(self.scales, np.float64).astype(np.float32).reshape(shape)
             whole = np.asarray(self.integers).astype(np.float32) - np.asarray(self.zeros, np.float32).reshape(shape)
             return (whole * scales).astype(np.float32 if dtype is None else dtype)
 
 
 def size_of(dtype: str) -> int:
-    """Return how many bytes hold a number of `dtype`."""
+    """Return the size in bytes of a number of `dtype`."""
     return np.dtype(DTYPES[dtype]).itemsize
 
 
 def short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, short, and found in no time whatever it is."""
+    """Return a value from a file as text for a message: printable, short, and quick to make."""
     if isinstance(value, int) and value.bit_length() > 200:
-        return f"a number of {value.bit_length()} bits"  # whose digits would take long to find
+        return f"a number of {value.bit_length()} bits"  # its digits would take long to compute
     if isinstance(value, (list, tuple)):
         text = ", ".join(short(part, length) for part in value[:MOST_AXES])
         text = f"[{text}]" if isinstance(value, list) else f"({text})"
@@ -232,11 +229,11 @@ def short(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-# ── what the pickles of torch call ──────────────────────────────────────────────────────────────────────────────────
+# ── functions that torch's pickles call ─────────────────────────────────────────────────────────────────────────────
 
 
 class Builders:
-    """Makes tensors and storages out of what torch's pickles call, and checks what they claim."""
+    """Makes tensors and storages for the calls in torch's pickles, and checks their arguments."""
 
     def __init__(self, where: str, records: Records) -> None:
         self.where, self.records = where, records
@@ -254,11 +251,11 @@ class Builders:
         }
 
     def first(self, args: tuple[Any, ...]) -> Any:
-        """Give what a parameter, or the type of a list, wraps."""
+        """Return the value that a parameter or a typed list wraps."""
         return args[0] if args else None
 
     def typed(self, args: tuple[Any, ...]) -> Any:
-        """Give a tensor of a subclass as a tensor: the function that makes it, the subclass, its arguments, a state."""
+        """Return a tensor subclass as a plain tensor. Arguments: the function, the subclass, its arguments, a state."""
         if len(args) >= 3 and isinstance(args[0], Global) and isinstance(args[2], tuple):
             builder = self.by_path.get(args[0].path)
             if builder is not None and builder != self.typed:
@@ -266,7 +263,7 @@ class Builders:
         return Standin("torch._tensor._rebuild_from_type_v2", args)
 
     def tensor(self, args: tuple[Any, ...], dtype_at: int | None = None) -> Tensor:
-        """Give a tensor: a storage, an offset, a shape, strides; a dtype where the storage has none of its own."""
+        """Return a tensor. Arguments: a storage, an offset, a shape, strides, and a dtype if the storage is untyped."""
         where = f"{self.where}: tensor"
         if len(args) < 4 or (dtype_at is not None and len(args) <= dtype_at):
             raise FormatError(f"{where}: expected a storage, offset, shape and strides, found {len(args)} values")
@@ -275,7 +272,7 @@ class Builders:
             raise FormatError(f"{where}: expected a storage, found {type(storage).__name__}")
         where = f"{where} in storage {short(storage.key, 40)}"
         if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-            raise FormatError(f"{where}: expected a stride for each axis, found other things")
+            raise FormatError(f"{where}: expected a shape and a stride for each axis")
         if len(shape) > MOST_AXES:
             raise FormatError(f"{where}: expected at most {MOST_AXES} axes, found {len(shape)}")
         for number in (offset, *shape, *strides):
@@ -295,7 +292,7 @@ class Builders:
         return Tensor(storage, dtype, offset, shape, strides)
 
     def quantised(self, args: tuple[Any, ...]) -> Quantised:
-        """Give a quantised tensor: a storage, an offset, a shape, strides, and how its integers are meant."""
+        """Return a quantised tensor. Arguments: a storage, an offset, a shape, strides, and the quantisation scheme."""
         where = f"{self.where}: quantised tensor"
         scheme, *numbers = args[4] if len(args) > 4 and isinstance(args[4], tuple) and args[4] else (None,)
         kind = scheme.path.removeprefix("torch.") if isinstance(scheme, Global) else type(scheme).__name__
@@ -319,10 +316,10 @@ class Builders:
         )
 
     def persistent(self, key: Any) -> Any:
-        """Return the storage, or the class, that a persistent id stands for."""
+        """Return the storage or the class of a persistent id."""
         where = f"{self.where}: persistent id"
         parts = list(key[:MOST_AXES]) if isinstance(key, tuple) else []
-        if len(parts) > 1 and parts[0] == "module":  # a class, with its source, which is left alone
+        if len(parts) > 1 and parts[0] == "module":  # a class, with its source, which is ignored
             return parts[1]
         if len(parts) < 5 or parts[0] != "storage":
             raise FormatError(f"{where}: expected a storage, found {type(key).__name__}")
@@ -347,5 +344,5 @@ def _dtype(where: str, kind: Any) -> str:
     dtype = STORAGES.get(name.removesuffix("Storage")) if name.endswith("Storage") else name
     if dtype not in DTYPES or module.split(".")[0] != "torch":
         found = short(kind.path) if isinstance(kind, Global) else type(kind).__name__
-        raise FormatError(f"{where}: expected a kind of storage of torch's, found {found}")
+        raise FormatError(f"{where}: expected a storage type of torch, found {found}")
     return dtype

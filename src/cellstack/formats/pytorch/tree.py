@@ -1,7 +1,7 @@
-"""What a file of PyTorch's holds, sorted: tensors by name, and the modules around them.
+"""Collects the tensors of a PyTorch file by name, and the modules that contain them.
 
-Checkpoints nest their state dicts as they like, and whole modules are pickled as objects with their parameters,
-buffers and modules in dicts. Both come down to names: `model_state.lstm.weight_ih_l0`.
+Checkpoints nest state dicts in any way, and whole modules are pickled as objects with their parameters, buffers and
+children in dicts. Both are flattened to names such as `model_state.lstm.weight_ih_l0`.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from cellstack.formats.pytorch.script import RECURRENT, Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
 from cellstack.spec import FormatError
 
-DEEPEST = 100  # how far things may lie within each other
+DEEPEST = 100  # how deep objects may be nested
 LONGEST_NAME = 1000
-OWN = ("_parameters", "_buffers", "_modules")  # where a module keeps what is its own
-COPIES = ("_flat_weights", "_all_weights", "_flat_weights_names")  # of a recurrent module's parameters
+OWN = ("_parameters", "_buffers", "_modules")  # a module's own dicts
+COPIES = ("_flat_weights", "_all_weights", "_flat_weights_names")  # copies of a recurrent module's parameters
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-COMPUTING = re.compile(  # hooks that compute a weight out of what `derived.py` knows
+COMPUTING = re.compile(  # hooks that compute a weight in a way that `derived.py` supports
     r"torch\.nn\.utils\.(weight_norm\.WeightNorm|spectral_norm\.SpectralNorm|prune\.\w+)"
 )
 PACKED = re.compile(r"__torch__\.torch\.classes\.(rnn\.CellParamsBase|quantized\.LinearPackedParamsBase)")
 MANGLED = re.compile(r"___torch_mangle_\d+\.")
-HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # of quantised modules: they do nothing themselves
+HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # parts of quantised modules that compute nothing
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
 OURS = (
     *("LSTM", "GRU", "SimpleRNN", "RNN", "LSTMCell", "GRUCell", "SimpleRNNCell", "StackedRNNCells", "Bidirectional"),
     "TimeDistributed",
 )
 OUR_PACKAGE = "cellstack.layers."
-NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # that they do in evaluation
+NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # modules that do nothing in evaluation mode
 
 
 @dataclass
 class Contents:
-    """What was found.
+    """The contents of a file.
 
     Attributes:
-        tensors: by name.
-        activations: of plain RNNs, by the module's name.
-        directions: how many quantised layers have, by name.
-        axes: which axis of a weight a spectral norm takes as rows, by the weight's name.
-        unknown: modules that do something that isn't known, in words.
-        roots: the modules that lie in no other, by their place in the file.
-        modules: every module whose settings the file says, by its place.
-        ours: those of them that are layers of ours and lie in no other of ours.
+        tensors: the tensors by name.
+        activations: the nonlinearities of plain RNNs, by module name.
+        directions: the number of directions of quantised layers, by name.
+        axes: the axis that a spectral norm takes as rows, by the weight's name.
+        unknown: descriptions of modules that aren't supported.
+        roots: the outermost modules, by their path in the file.
+        modules: every module whose settings are in the file, by name.
+        ours: those of them that are outermost layers of cellstack.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -61,18 +61,18 @@ class Contents:
 
 
 def within(name: str, module: str) -> bool:
-    """Whether what goes by `name` is that module, or lies in it."""
+    """Return whether `name` is the name of that module, or of something within it."""
     return not module or name == module or name.startswith(f"{module}.")
 
 
 def kind_of(value: Standin) -> str:
-    """Return the dotted path of an object's class, without what TorchScript adds to it."""
+    """Return the dotted path of an object's class, without TorchScript's additions."""
     return MANGLED.sub("", value.kind.removeprefix("__torch__."))
 
 
 def attributes_of(value: Standin) -> dict[Any, Any]:
     """Return an object's attributes by name."""
-    parts = value.state if isinstance(value.state, tuple) else (value.state,)  # they may come in two dicts
+    parts = value.state if isinstance(value.state, tuple) else (value.state,)  # there may be two dicts
     return {key: child for part in parts if isinstance(part, dict) for key, child in part.items()}
 
 
@@ -89,7 +89,7 @@ def hooked(attributes: dict[Any, Any]) -> bool:
 def _computed(attributes: dict[Any, Any]) -> dict[str, int | None]:
     """Return the weights that a module's hooks compute, each with the axis that a spectral norm takes as rows.
 
-    A module that is pickled whole has them among its attributes too, as the hooks last left them.
+    A module that is pickled whole also has them among its attributes, with the values of the last call.
     """
     found: dict[str, int | None] = {}
     for hooks in (attributes.get(name) for name in HOOKS):
@@ -104,19 +104,19 @@ def _computed(attributes: dict[Any, Any]) -> dict[str, int | None]:
 
 
 def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
-    """Return the tensors and modules within `root`, as `archive.opened` gives it.
+    """Return the tensors and modules within `root`.
 
     Args:
-        where: what messages call the file.
-        root: what was saved.
-        scripts: the source of TorchScript's classes, where the file may have it.
+        where: the file's name, for messages.
+        root: the saved object, as `archive.records` reads it.
+        scripts: the source of TorchScript's classes, if the file may have it.
 
     Returns:
-        Them, in the order of the file; an object that is there twice is looked into once.
+        The contents, in the order of the file; an object that occurs twice is visited once.
 
     Raises:
-        FormatError: things nested deeper, or with longer names, than any model has; two tensors of one name; a plain
-            RNN of TorchScript whose source doesn't say its nonlinearity.
+        FormatError: objects are nested too deeply or have too long names; two tensors have the same name; the source of
+            a plain RNN of TorchScript doesn't specify its nonlinearity.
     """
     found = Contents()
     seen: set[int] = set()
@@ -126,11 +126,11 @@ def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
         if isinstance(value, (Tensor, Quantised)):
             name = ".".join(path)
             if len(name) > LONGEST_NAME:
-                raise FormatError(f"{where}: expected names of at most {LONGEST_NAME} characters, found {short(name)}")
+                raise FormatError(f"{where}: the name {short(name)} is longer than {LONGEST_NAME} characters")
             if found.tensors.setdefault(name, value) is not value:
-                raise FormatError(f"{where}: tensor {short(name, 200)}: expected one of that name, found two")
+                raise FormatError(f"{where}: two tensors have the name {short(name, 200)}")
             continue
-        if isinstance(value, Storage):  # what isn't an ordinary tensor, such as a quantised one, is built on one
+        if isinstance(value, Storage):  # unknown kinds of tensors, such as sparse ones, are built on storages
             found.unknown.append(
                 f"{short('.'.join(path) or 'the whole file', 200)}: a storage of {value.count} {value.dtype}"
             )
@@ -138,7 +138,7 @@ def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
         if id(value) in seen:
             continue
         if len(path) > DEEPEST:
-            raise FormatError(f"{where}: expected at most {DEEPEST} things within each other, found more")
+            raise FormatError(f"{where}: objects are nested more than {DEEPEST} deep")
         seen.add(id(value))
         inside = _standin(where, value, path, found, scripts) if isinstance(value, Standin) else _entries(value)
         waiting += [(child, (*path, *names)) for names, child in reversed(inside)]
@@ -146,21 +146,21 @@ def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
 
 
 def _entries(value: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """Return what a dict or list holds, each with its name."""
+    """Return the elements of a dict or list that may hold tensors, with their names."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     names = ((key if isinstance(key, str) else short(key, 40), child) for key, child in pairs)
     return [((name,), child) for name, child in names if _holds(child)]
 
 
 def _holds(child: Any) -> bool:
-    """Return whether there may be tensors within."""
+    """Return whether a value may hold tensors."""
     return isinstance(child, (Tensor, Quantised, Storage, dict, list, tuple, Standin))
 
 
 def _standin(
     where: str, value: Standin, path: tuple[str, ...], found: Contents, scripts: Scripts | None
 ) -> list[tuple[tuple[str, ...], Any]]:
-    """Return what an object holds, each with its name; note what is known of it, where it is a module."""
+    """Return the values within an object with their names; if it is a module, record its properties in `found`."""
     packed = _packed(value)
     if packed is not None:
         return packed
@@ -182,7 +182,7 @@ def _standin(
                 found.activations[name] = word
         elif written and module in ("RNN", "RNNCell"):
             here = f"{where}: {short(name or 'the module itself', 200)}"
-            raise FormatError(f"{here}: expected the file to say nonlinearity, found a module without it")
+            raise FormatError(f"{here}: the file doesn't specify nonlinearity")
         if dynamic and isinstance(attributes.get("bidirectional"), bool):
             found.directions[name] = 1 + attributes["bidirectional"]
         if known or ours:
@@ -193,10 +193,10 @@ def _standin(
         plain = ours or (plain and known and (dynamic or ".quantized.modules.rnn" not in kind))
         changed = written.why if written else ""
         if not plain or changed or hooked(attributes):
-            what = changed or "with forward hooks" if plain else "whose code isn't run"
+            what = changed or "with forward hooks" if plain else "which isn't supported"
             found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
     if kind.endswith("multiarray._reconstruct"):
-        found.unknown.append(f"{short('.'.join(path), 200)}: an array of NumPy's")
+        found.unknown.append(f"{short('.'.join(path), 200)}: a NumPy array")
     computed = _computed(attributes)
     for weight, axis in computed.items():
         if axis is not None:
@@ -213,7 +213,7 @@ def _standin(
 
 
 def _packed(value: Standin) -> list[tuple[tuple[str, ...], Any]] | None:
-    """Return the weights, by name, of what quantised modules pack; None where it isn't that."""
+    """Return the packed weights of a quantised module by name; None if `value` isn't a packed object."""
     kind: Any = value.kind
     state: Any = value.state
     if kind == "torch.ScriptObject" and isinstance(state, tuple) and len(state) == 2:

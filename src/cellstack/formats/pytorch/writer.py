@@ -1,8 +1,7 @@
-"""Writing a network as `torch.save` writes a state dict, without torch: `load_state_dict` of `nn.LSTM` and its like
-takes it.
+"""Writes a network as a state dict in the format of `torch.save`, without torch, for `load_state_dict` of `nn.LSTM`.
 
-The file is a zip, nothing in it compressed: `archive/data.pkl`, a pickle that names every tensor and its storage;
-`archive/data/0` and so on, the storages; the byte order and the format's version.
+The file is an uncompressed zip: `archive/data.pkl` is a pickle that lists every tensor and its storage,
+`archive/data/0` and so on are the storages; two more members hold the byte order and the format's version.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -22,22 +21,21 @@ from cellstack.nodes import Node
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
-HELD = ("input_size", "units", "kind", "use_bias", "proj_size")  # what a state dict holds of a cell
-ALIGNMENT = 64  # of a storage in the file, so that it can be mapped into memory
+STORED = ("input_size", "units", "kind", "use_bias", "proj_size")  # settings of a cell that a state dict implies
+ALIGNMENT = 64  # of storages in the file, so that they can be memory-mapped
 VERSION = b"3\n"
 
 
 def save(network: Network, path: str) -> None:
-    """Write a network as a state dict, whole or not at all.
+    """Write a network as a state dict, atomically.
 
     Args:
-        network: `Recurrent` nodes of cells alike in a row, or `Bidirectional` ones of single cells, as the layers of
-            `nn.LSTM`, `nn.GRU` and `nn.RNN` are. Its names and metadata aren't written: a state dict has no place for
-            them.
-        path: where to.
+        network: consecutive `Recurrent` nodes of equal cells, or `Bidirectional` nodes of single cells, as in
+            `nn.LSTM`, `nn.GRU` and `nn.RNN`. Its names and metadata aren't written: a state dict has no place for them.
+        path: the file to write.
 
     Raises:
-        ValueError: something that PyTorch's layers, or a state dict of theirs, can't hold; names it.
+        ValueError: a node or setting that PyTorch's layers don't have, which is named.
         OSError: the file can't be written.
     """
     tensors = state_dict(network)
@@ -46,7 +44,7 @@ def save(network: Network, path: str) -> None:
 
 
 def state_dict(network: Network) -> dict[str, Array]:
-    """Return the network's arrays as PyTorch names and shapes them.
+    """Return the network's arrays with PyTorch's names and shapes.
 
     Args:
         network: as for `save`.
@@ -62,9 +60,9 @@ def state_dict(network: Network) -> dict[str, Array]:
     both, before = isinstance(network.nodes[0], Bidirectional), network.inputs[0]
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         if not isinstance(node, (Recurrent, Bidirectional)) or isinstance(node, Bidirectional) != both:
-            raise _refuse(name, node, "expected Recurrent or Bidirectional nodes alone, as a module has them")
+            raise _refuse(name, node, "expected only Recurrent or only Bidirectional nodes")
         if sources != (before,):
-            raise _refuse(name, node, f"expected it to take {before}, as layers follow each other")
+            raise _refuse(name, node, f"expected {before} as its input, the output of the layer before")
         before = name
         if isinstance(node, Bidirectional):
             pairs += _both(name, node, len(pairs) // 2)
@@ -84,18 +82,18 @@ def state_dict(network: Network) -> dict[str, Array]:
 
 
 def _refuse(name: str, node: Node, why: str) -> ValueError:
-    return ValueError(f"save: {name} ({type(node).__name__}): {why}; PyTorch's format holds a recurrent module alone")
+    return ValueError(f"save: {name} ({type(node).__name__}): {why}; PyTorch files only hold one recurrent module")
 
 
 def _cells(name: str, node: Recurrent, backwards: bool = False) -> tuple[Cell, ...]:
-    """Return the cells of a stack that a module of PyTorch's can be."""
+    """Return the cells of a stack, after checking that PyTorch's modules can represent it."""
     if not node.return_sequences or node.residual or node.go_backwards != backwards:
         raise _refuse(name, node, "expected return_sequences, and neither residual nor go_backwards")
     if node.zero_output_for_mask and not backwards:
         raise _refuse(name, node, "expected no zero_output_for_mask")
     for cell in node.cells:
         usual = {"reset_after": True, "activation": "tanh", "recurrent_activation": "sigmoid"}
-        other = [key for key, value in cell.spec.settings.items() if key not in HELD and usual.get(key) != value]
+        other = [key for key, value in cell.spec.settings.items() if key not in STORED and usual.get(key) != value]
         if other:
             settings = ", ".join(f"{key}={cell.spec.settings[key]!r}" for key in other)
             raise _refuse(name, node, f"expected cells as PyTorch has them, got {settings}")
@@ -104,14 +102,14 @@ def _cells(name: str, node: Recurrent, backwards: bool = False) -> tuple[Cell, .
 
 def _both(name: str, node: Bidirectional, layer: int) -> list[tuple[str, Cell]]:
     if node.merge_mode != "concat" or len(node.cells) != 2:
-        raise _refuse(name, node, "expected one cell each way, concatenated")
+        raise _refuse(name, node, "expected one cell per direction, with merge_mode concat")
     plain = Recurrent(node.forward.cells, node.forward.return_sequences, residual=node.forward.residual)
     (ahead,), (back,) = _cells(name, plain), _cells(name, node.backward, backwards=True)
     return [(f"_l{layer}", ahead), (f"_l{layer}_reverse", back)]
 
 
 def _arrays(cell: Cell) -> dict[str, Array]:
-    """Return a cell's arrays by PyTorch's names: rows, and two biases that add up."""
+    """Return a cell's arrays by PyTorch's names, transposed, and with two biases whose sum is the cell's."""
     kind = cell.spec.kind
     weight, recurrent, bias = to_rows(kind, CellArrays(cell.kernel, cell.recurrent_kernel, cell.bias), ORDERS[kind])
     arrays = {"weight_ih": weight, "weight_hh": recurrent}
@@ -147,7 +145,7 @@ def _tuple(*items: bytes) -> bytes:
 
 
 def _pickle(tensors: dict[str, Array]) -> bytes:
-    """Return the pickle, protocol 2, of an ordered dict of tensors, each in a storage of its own."""
+    """Return the pickle (protocol 2) of an ordered dict of tensors, each with its own storage."""
     empty = _name("collections.OrderedDict") + b")R"
     entries = []
     for number, (name, array) in enumerate(tensors.items()):
@@ -166,7 +164,7 @@ def _write(file: Any, tensors: dict[str, Array]) -> None:
     with zipfile.ZipFile(file, "w") as archive:
 
         def put(name: str, data: bytes) -> None:
-            member = zipfile.ZipInfo(f"archive/{name}")  # of 1980: the same network gives the same file
+            member = zipfile.ZipInfo(f"archive/{name}")  # a fixed date, so that equal networks give equal files
             padding = -(file.tell() + 30 + len(member.filename) + 4) % ALIGNMENT
             member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
             archive.writestr(member, data)
