@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
 import cellstack as cs
 from cellstack import _kernel
-from cellstack.layers import accelerated, op, served
+from cellstack.layers import accelerated, eligibility, op
 from cellstack.spec import CellSpec
 
 MODULES = [nn.LSTM, nn.GRU, nn.RNN]
@@ -28,8 +28,8 @@ CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 @pytest.fixture
 def runs(monkeypatch):
     """Count the calls that went to the kernel, which here takes those too that PyTorch is faster with."""
-    monkeypatch.setattr(served, "LEAST_STEPS", dict.fromkeys(served.LEAST_STEPS, (1, 1, 1)))
-    monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
+    monkeypatch.setattr(eligibility, "LEAST_STEPS", dict.fromkeys(eligibility.LEAST_STEPS, (1, 1, 1)))
+    monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     calls = []
     for name in ("run", "step"):
         real = getattr(op, name)
@@ -233,7 +233,7 @@ def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, m
     x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     packs = []
     real = op._weights
-    monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
+    monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     with torch.no_grad(), cs.packed_weights(nn.Sequential(ours)):
         for _ in range(3):
@@ -353,7 +353,7 @@ def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize(("units", "calls"), [(served.WIDE_RNN_CELL - 1, 0), (served.WIDE_RNN_CELL, 1)])
+@pytest.mark.parametrize(("units", "calls"), [(eligibility.WIDE_RNN_CELL - 1, 0), (eligibility.WIDE_RNN_CELL, 1)])
 def test_a_narrow_rnn_cell_is_left_to_pytorch_with_frozen_weights_too(units, calls, monkeypatch):
     theirs, ours = pair(nn.RNNCell, 3, units)
     steps, real = [], op.step
@@ -952,13 +952,13 @@ def test_frozen_contexts_may_end_in_any_order():
     assert ours._packed is not None
     second.__exit__(None, None, None)
     assert ours._packed is None
-    assert not {"_packed", "_holders"} & set(vars(ours))
+    assert not {"_packed", "_contexts"} & set(vars(ours))
     with cs.packed_weights(ours), torch.no_grad():
         ours(torch.ones(20, 2, 3))
         cs.restore(ours)
-        assert not {"_packed", "_holders"} & set(vars(ours))
+        assert not {"_packed", "_contexts"} & set(vars(ours))
         pickle.dumps(ours)
-    assert not {"_packed", "_holders"} & set(vars(ours))
+    assert not {"_packed", "_contexts"} & set(vars(ours))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
@@ -1099,7 +1099,7 @@ CELLS_IN_ROWS = {
 def test_weights_in_rows_give_the_bits_of_weights_in_columns(name, units, dtype, bias, isa):
     proj = (units + 1) // 2 if "projection" in name else 0
     spec = replace(CELLS_IN_ROWS[name], units=units, use_bias=bias, proj_size=proj)
-    form = op._form(op.in_rows(spec.text))
+    form = op._form(op.with_torch_layout(spec.text))
     torch.manual_seed(0)
     rows = [torch.randn(shape, dtype=dtype) * 0.3 for shape in form.shapes]
     columns = [array.contiguous() for array in op._in_columns(form, rows)]
@@ -1110,7 +1110,7 @@ def test_weights_in_rows_give_the_bits_of_weights_in_columns(name, units, dtype,
             results_and_gradients(spec, text, weights, time_major)
             for text, weights, time_major in (
                 (form_text, weights, time_major)
-                for form_text, weights in ((spec.text, columns), (op.in_rows(spec.text), rows))
+                for form_text, weights in ((spec.text, columns), (op.with_torch_layout(spec.text), rows))
                 for time_major in (False, True)
             )
         ]

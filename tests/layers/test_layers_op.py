@@ -588,7 +588,7 @@ def test_errors_against_float64_are_about_those_of_pytorch():
         torch.manual_seed(seed)
         width, units = (int(2 ** torch.empty(()).uniform_(2.0, 8.0)) for _ in range(2))
         theirs, x = torch.nn.LSTM(width, units), torch.randn(30, 4, width)
-        cell = op.in_rows(CellSpec(width, units).text)
+        cell = op.with_torch_layout(CellSpec(width, units).text)
         with torch.no_grad():
             ours = op.run(x.transpose(0, 1), [], list(theirs.parameters()), [], None, None, [cell], False, True, False)[
                 -1
