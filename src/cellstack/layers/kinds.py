@@ -37,7 +37,7 @@ class _OfOneCell(RNN):
         usual = {"use_cudnn": "auto", "implementation": 2}
         idle = [f"{key}={self._config[key]!r}" for key, value in usual.items() if self._config.get(key, value) != value]
         lines = super().plan()
-        return Plan([f"{line}; {', '.join(idle)} without effect" for line in lines]) if idle else lines
+        return Plan([f"{line}; no effect: {', '.join(idle)}" for line in lines]) if idle else lines
 
     units = of_cell("units")
     input_size = of_cell("input_size")

@@ -490,7 +490,7 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         ctx.mark_non_differentiable(*absent, *kept[3 * count :])
 
 
-# ── Batches of gradients: vmap over the backward pass ──────────────────────────────────────────────────────────────
+# ── Batches of gradients: vmap over the backward pass ─────────────────────────────────────────────────────────────────
 
 
 def _batched(grad: Tensor) -> bool:
@@ -706,7 +706,7 @@ def step(
     return ends
 
 
-# ── Dropout masks with the layer's own seed ───────────────────────────────────────────────────────────────────
+# ── Dropout masks with the layer's own seed ───────────────────────────────────────────────────────────────────────────
 
 _LIBRARY.define(
     "dropout_mask(Tensor(a!) draws, Tensor like, SymInt rows, SymInt width, float rate, int seed) -> Tensor",

@@ -160,7 +160,7 @@ class RNN(StatefulLayer):
             head = f"{self._owner} layer {n} {cell_name(cell)}"
             if not self._ours:
                 foreign_names = sorted({cell_name(c) for c in self.cells if not isinstance(c, Cell)})
-                idle = "; remat=True has no effect" if self.remat else ""
+                idle = "; no effect: remat=True" if self.remat else ""
                 lines.append(f"{head}: torch loop: custom cell {', '.join(foreign_names)}{idle}")
                 continue
             kernel = cell.like
@@ -169,7 +169,7 @@ class RNN(StatefulLayer):
             how = {"fused": f"fused cpu kernel ({op.isa()}){op.autocast()}", "cudnn": f"cuDNN through torch; {why}"}
             remat = ""
             if self.remat:
-                remat = "; backward recomputes the gates" if route == "fused" else "; remat=True has no effect"
+                remat = "; backward recomputes the gates" if route == "fused" else "; no effect: remat=True"
             lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}{remat}")
         return Plan(lines)
 
