@@ -261,12 +261,12 @@ class OwnCell(L.LSTMCell):
 
 LEFT = {
     "float16": (lambda: L.LSTM(6, dtype="mixed_float16"), {}, "mixed_float16 is neither float32 nor float64"),
-    "another cell": (lambda: L.RNN(OwnCell(6)), {}, "OwnCell is not one of"),
+    "another cell": (lambda: L.RNN(OwnCell(6)), {}, "OwnCell is not Keras's"),
     "activation": (lambda: L.GRU(6, activation="gelu"), {}, "an activation is not one of"),
     "recurrent dropout": (
         lambda: L.LSTM(6, recurrent_dropout=0.3),
         {"training": True},
-        "Keras draws one mask per gate",
+        "Keras draws a mask per gate",
     ),
     "cells of their own dtype": (lambda: L.RNN(L.GRUCell(6, dtype="float64")), {}, "its cell has dtype float64"),
     "a cell's activity": (

@@ -108,7 +108,7 @@ def training_tensors() -> AbstractContextManager[Any]:
     return torch.inference_mode(False)
 
 
-MASKS = {"mask": "the step counts", "reset": "a piece begins at the step"}
+MASKS = {"mask": "use the step", "reset": "a piece begins at the step"}
 """The meaning of True in each argument that has a bool per step."""
 
 

@@ -112,7 +112,7 @@ class StatefulLayer(Layer):
             raise TypeError(f"{self._owner}: expected indices to be integers or a bool mask, got {rows.dtype}")
         rows = rows.to(torch.int64).reshape(-1)
         if rows.numel() and not (-batch <= int(rows.min()) and int(rows.max()) < batch):
-            raise IndexError(f"{self._owner}: expected indices below the batch size {batch}, got {rows.tolist()}")
+            raise IndexError(f"{self._owner}: expected indices within the batch of {batch}, got {rows.tolist()}")
         if states is None:
             new = [foreign.initial_state(cell, rows.numel(), self._reference()) for cell in self.cells]
         else:

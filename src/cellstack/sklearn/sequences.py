@@ -292,7 +292,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"expected at least two classes, got one, {self.classes_[0]}")
+            raise ValueError(f"expected at least two classes, got one class, {self.classes_[0]}")
         weight = _check_sample_weight(sample_weight, y, ensure_non_negative=True)
         weight = weight * compute_sample_weight(self.class_weight, y)
         labels = self.classes_.tolist()
