@@ -464,12 +464,12 @@ def test_gates_of_a_call_that_pytorch_runs_are_refused():
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-@pytest.mark.parametrize("held", [False, True])
-def test_cells_return_gates_and_reset_rows(kind, held):
+@pytest.mark.parametrize("packed", [False, True])
+def test_cells_return_gates_and_reset_rows(kind, packed):
     theirs, ours = pair(kind, 4, 6)
     x, lstm = torch.randn(3, 4), kind is nn.LSTMCell
     hx = (torch.randn(3, 6), torch.randn(3, 6)) if lstm else torch.randn(3, 6)
-    with cs.packed_weights(ours) if held else nullcontext(), torch.set_grad_enabled(not held):
+    with cs.packed_weights(ours) if packed else nullcontext(), torch.set_grad_enabled(not packed):
         state, trace = ours(x, hx, return_gates=True)
         same([*state] if lstm else [state], theirs(x, hx), 1e-6)
         h = state[0] if lstm else state

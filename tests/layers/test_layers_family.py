@@ -199,8 +199,8 @@ def test_a_masked_row_is_the_row_without_its_masked_steps(kind, flags, go_backwa
     gates = [getattr(trace, gate) for gate in trace._fields if gate not in "ch"]
     assert all(torch.count_nonzero(gate[~processed]) == 0 for gate in gates)
     begin = layer.cell.get_initial_state(B)[0]
-    held = torch.cat([begin[:, None], y[:, :-1]], dim=1)
-    assert torch.equal(y[~processed], held[~processed])
+    previous = torch.cat([begin[:, None], y[:, :-1]], dim=1)
+    assert torch.equal(y[~processed], previous[~processed])
     zeroed = make(kind, flags, return_sequences=True, go_backwards=go_backwards, zero_output_for_mask=True)
     zeroed.set_weights(layer.get_weights())
     assert_close(zeroed(x, mask=mask), torch.where(processed[:, :, None], y, 0.0))

@@ -302,8 +302,8 @@ def test_results_never_share_memory(started, call):
         g = given(in_a_row(["lstm", "gru, learned start", "rnn"]), steps=steps, grad=False, started=started)
         for save in (False, True):
             out = CALLS[call](g, save=save)
-            held = [t for t in (*g.leaves, *out) if t.numel()]
-            assert len({t.untyped_storage().data_ptr() for t in held}) == len(held)
+            tensors = [t for t in (*g.leaves, *out) if t.numel()]
+            assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
 @pytest.mark.parametrize("call", CALLS)

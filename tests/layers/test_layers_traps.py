@@ -87,20 +87,20 @@ def test_1_states_of_a_stack_and_of_both_directions():
     assert [state.shape for state in rnn.states] == [(2, 2, 4), (2, 2, 5)]
     assert torch.equal(rnn(x), rnn(x, initial_state=states))
     both = layers.Bidirectional(layers.LSTM(4), input_size=3)
-    halves = [torch.randn(2, 4) for _ in range(4)]
-    both.states = halves
+    states = [torch.randn(2, 4) for _ in range(4)]
+    both.states = states
     assert len(both.states) == 4
-    assert torch.equal(both(x), both(x, initial_state=halves))
-    assert not torch.equal(both(x), both(x, initial_state=halves))
+    assert torch.equal(both(x), both(x, initial_state=states))
+    assert not torch.equal(both(x), both(x, initial_state=states))
 
 
 def test_2_reset_states_resets_all_some_or_sets():
     rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], stateful=True, input_size=3)
     x = torch.randn(3, 2, 3)
     first = rnn(x)
-    held = [torch.stack(tuple(state)) for state in rnn.states]
+    kept = [torch.stack(tuple(state)) for state in rnn.states]
     rnn.reset_states(indices=[0, 2])
-    for state, before in zip(rnn.states, held, strict=True):
+    for state, before in zip(rnn.states, kept, strict=True):
         after = torch.stack(tuple(state))
         assert torch.count_nonzero(after[:, [0, 2]]) == 0
         assert torch.equal(after[:, 1], before[:, 1])
@@ -300,10 +300,10 @@ def test_the_state_is_a_copy():
     lstm = layers.LSTM(4, input_size=3, return_state=True, stateful=True)
     with torch.no_grad():
         y, h, c = lstm(torch.randn(2, 5, 3))
-        held = [part.clone() for part in lstm.states]
+        kept = [part.clone() for part in lstm.states]
         for given in (y, h, c):
             given.zero_()
-        assert all(torch.equal(a, b) for a, b in zip(lstm.states, held, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(lstm.states, kept, strict=True))
         mine = torch.ones(2, 4)
         lstm.states = (mine, mine)
         mine.zero_()
