@@ -102,7 +102,7 @@ def plan(model: Any) -> Plan:
 
     >>> import torch
     >>> plan(torch.nn.LSTM(3, 4))
-    LSTM 3 -> 4: PyTorch's own: accelerate() would let the fused kernel run it
+    LSTM 3 -> 4: PyTorch: not accelerated; accelerate() makes the fused kernel run it
     """
     return _integration("plan", model).plan(model)
 

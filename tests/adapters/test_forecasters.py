@@ -1,4 +1,4 @@
-"""`SequenceForecaster` as sktime's and as aeon's: horizons, indices, panels, columns known in advance, refusals."""
+"""`SequenceForecaster` for sktime and aeon: horizons, indices, panels, columns known in advance, errors."""
 
 import pickle
 
@@ -36,19 +36,19 @@ def fitted(days):
 
 
 def panel(*ends):
-    """Series of one shape and of several sizes, that end at different rows."""
+    """Series of one shape and several lengths, which end at different rows."""
     dates = pd.date_range("2024-01-01", periods=ROWS, freq="D")
     parts = {f"shop {n}": pd.DataFrame({"sales": SEASON * (n + 1)}, dates)[:end] for n, end in enumerate(ends)}
     return pd.concat(parts, names=["shop", "day"])
 
 
-def test_what_it_says_is_what_the_estimator_says(days, fitted):
+def test_forecasts_equal_those_of_the_estimator(days, fitted):
     alone = quick(horizon=5, target="sales").fit(days.rename_axis("time").reset_index())
     np.testing.assert_array_equal(fitted.predict(), alone.predict()[[0, 1, 4]])
     np.testing.assert_array_equal(fitted.predict_quantiles(alpha=[0.1, 0.5, 0.9]), alone.predict_quantiles()[[0, 1, 4]])
 
 
-def test_a_horizon_is_any_up_to_the_last_step_of_the_fit(days, fitted):
+def test_any_horizon_up_to_the_fitted_one(days, fitted):
     assert fitted.estimator_.recipe_.horizon == 5
     every = fitted.predict(fh=np.arange(1, 6))
     assert list(every.index) == list(pd.date_range("2024-03-01", periods=5))
@@ -56,7 +56,7 @@ def test_a_horizon_is_any_up_to_the_last_step_of_the_fit(days, fitted):
     pd.testing.assert_series_equal(fitted.predict(fh=[4, 2]), every.iloc[[1, 3]], check_freq=False)
     absolute = pd.DatetimeIndex(["2024-03-04"], freq="D")
     np.testing.assert_array_equal(fitted.predict(fh=absolute), every.iloc[[3]])
-    with pytest.raises(ValueError, match=r"within 5 steps .* got 2024-03-06 .* step 6: give fit an fh that"):
+    with pytest.raises(ValueError, match=r"within 5 steps .* got 2024-03-06 .* step 6: pass fit an fh up to"):
         fitted.predict(fh=[6])
     with pytest.raises(NotImplementedError, match="in-sample"):
         fitted.predict(fh=[0, 1])
@@ -65,7 +65,7 @@ def test_a_horizon_is_any_up_to_the_last_step_of_the_fit(days, fitted):
     assert forecaster(horizon=7).fit(days, fh=[2]).estimator_.recipe_.horizon == 7
 
 
-def test_quantiles_between_those_of_the_fit_and_none_beyond(fitted):
+def test_quantiles_within_the_fitted_range_only(fitted):
     came = fitted.predict_interval(fh=[1], coverage=[0.8, 0.4])
     assert list(came.columns) == [("sales", c, side) for c in (0.8, 0.4) for side in ("lower", "upper")]
     low, high, inner_low, inner_high = came.iloc[0]
@@ -74,14 +74,14 @@ def test_quantiles_between_those_of_the_fit_and_none_beyond(fitted):
         fitted.predict_interval(fh=[1], coverage=0.9)
 
 
-def test_no_estimator_is_one_with_the_quantiles_that_sktime_asks_for(days, monkeypatch):
+def test_the_default_estimator_has_sktime_s_quantiles(days, monkeypatch):
     monkeypatch.setattr(sklearn, "SequenceForecaster", quick)
     model = sktime.SequenceForecaster().fit(days, fh=[1])
     assert list(model.predict_interval().columns) == [("sales", 0.9, "lower"), ("sales", 0.9, "upper")]
 
 
 @pytest.mark.parametrize("freq", ["h", "B", "W-TUE", "MS", "QE"])
-def test_dates_with_rows_left_out(freq):
+def test_dates_with_missing_rows(freq):
     dates = pd.date_range("2024-01-31", periods=ROWS + 3, freq=freq)
     y = pd.Series(SEASON, dates[:ROWS]).drop(dates[[3, 7, 8]])
     came = forecaster().fit(y, fh=[1, 3]).predict()
@@ -95,7 +95,7 @@ def test_periods(freq):
     assert list(came.index) == [periods[ROWS], periods[ROWS + 2]]
 
 
-def test_the_hour_that_comes_twice():
+def test_the_repeated_hour_of_a_clock_change():
     hours = pd.date_range("2024-10-24 12:00", periods=ROWS + 30, freq="h", tz="Europe/Berlin")
     came = forecaster().fit(pd.Series(SEASON, hours[:ROWS]), fh=np.arange(1, 31)).predict()
     assert list(came.index) == list(hours[ROWS:])
@@ -104,7 +104,7 @@ def test_the_hour_that_comes_twice():
 
 def test_dates_without_a_frequency_of_pandas_are_refused():
     fifteenth = pd.date_range("2024-01-01", periods=ROWS, freq="MS") + pd.Timedelta(days=14)
-    with pytest.raises(ValueError, match=r"spaced by 1MS: give y an index of periods"):
+    with pytest.raises(ValueError, match=r"spaced by 1MS: use an index of periods for y"):
         forecaster().fit(pd.Series(SEASON, fifteenth), fh=[1]).predict()
 
 
@@ -120,7 +120,7 @@ def test_whole_numbers_count_steps():
     assert arrays.predict().shape == (2, 2)
 
 
-def test_missing_values_at_the_end_are_forecast_over(days):
+def test_missing_values_at_the_end_are_forecast_too(days):
     y = days.copy()
     y.iloc[-2:] = np.nan
     model = forecaster().fit(y, fh=[1, 3])
@@ -152,7 +152,7 @@ def test_columns_known_in_advance(days, rng):
         model.predict(fh=[3], X=X.drop(X.index[ROWS + 1]))
 
 
-def test_columns_that_are_seen_up_to_now_are_not_asked_for_later(days):
+def test_inputs_are_not_required_for_the_horizon(days):
     X = pd.DataFrame({"weather": np.cos(np.arange(ROWS))}, days.index)
     model = forecaster(inputs=("weather",)).fit(days, X=X, fh=[1, 2])
     assert model.estimator_.recipe_.inputs == ("weather",)
@@ -221,15 +221,15 @@ def test_it_is_pickled_cloned_and_evaluated(days, fitted):
 
 
 @pytest.mark.parametrize(("name", "value"), [("target", "sales"), ("id", "shop"), ("date", "day")])
-def test_what_sktime_says_is_not_for_the_estimator_to_say(days, name, value):
+def test_parameters_determined_by_sktime_are_refused(days, name, value):
     with pytest.raises(ValueError, match=f"expected an estimator without {name}, .* got '{value}'"):
         forecaster(**{name: value}).fit(days, fh=[1])
 
 
-# ── aeon ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── aeon ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_aeon_s_number_is_the_last_step_of_the_horizon():
+def test_aeon_s_forecast_is_the_last_step_of_the_horizon():
     alone = quick(horizon=3).fit(SEASON)
     model = aeon.SequenceForecaster(quick(), horizon=3)
     assert model.forecast(SEASON) == alone.predict()[-1]

@@ -1,4 +1,4 @@
-"""CustomLSTM on our kernel beside a loop over days; the real one in test_recipes.py."""
+"""CustomLSTM on our kernel compared with a loop over days; test_recipes.py runs the original."""
 
 import copy
 
@@ -30,7 +30,7 @@ class Head(nn.Linear):
 
 
 class CustomLSTM(nn.Module):
-    """What stands in for NeuralHydrology's: its parts and their names, and a loop that knows nothing of ours."""
+    """A stand-in for NeuralHydrology's class: the same attributes, and an independent loop."""
 
     def __init__(self, width=3, units=5):
         super().__init__()
@@ -78,13 +78,13 @@ def test_every_state_and_gate_and_its_gradients(model, days, started, name):
     ours = neuralhydrology.accelerate(copy.deepcopy(model))
     found = []
     for one in (model, ours):
-        torch.manual_seed(2)  # of the dropout
+        torch.manual_seed(2)  # for the dropout
         results = one(data, **starts)
         weights = dict(one.named_parameters())
         if name != "y_hat":
             weights = {key: weight for key, weight in weights.items() if not key.startswith("head")}
         given_to = [data["x_d"], *starts.values(), *weights.values()]
-        asked = {"allow_unused": days == 1, "materialize_grads": days == 1}  # the first day's gates know of no c
+        asked = {"allow_unused": days == 1, "materialize_grads": days == 1}  # the first day's gates don't depend on c
         found.append((results, torch.autograd.grad(results[name].square().sum(), given_to, **asked)))
     (expected, slopes), (came, our_slopes) = found
     assert list(came) == list(expected)
@@ -93,7 +93,7 @@ def test_every_state_and_gate_and_its_gradients(model, days, started, name):
         torch.testing.assert_close(slope, wanted, rtol=1e-9, atol=1e-11)
 
 
-def test_without_gradients_too_and_after_new_weights(model):
+def test_without_gradients_and_after_new_weights(model):
     data, *_ = given(6)
     ours = neuralhydrology.accelerate(copy.deepcopy(model)).eval()
     model.eval()
@@ -106,15 +106,15 @@ def test_without_gradients_too_and_after_new_weights(model):
             expected, came = model(data), ours(data)
             for name in expected:
                 torch.testing.assert_close(came[name], expected[name], rtol=1e-10, atol=1e-12)
-        model.cell.w_hh.data = 2 * model.cell.w_hh.data  # as `copy_weights` sets them
+        model.cell.w_hh.data = 2 * model.cell.w_hh.data  # as in `copy_weights`
         ours.cell.w_hh.data = 2 * ours.cell.w_hh.data
         torch.testing.assert_close(ours(data)["y_hat"], model(data)["y_hat"], rtol=1e-10, atol=1e-12)
-        ours.cell = copy.deepcopy(other.cell)  # another cell in its place
+        ours.cell = copy.deepcopy(other.cell)  # another cell instead
         model.cell = copy.deepcopy(other.cell)
         torch.testing.assert_close(ours(data)["y_hat"], model(data)["y_hat"], rtol=1e-10, atol=1e-12)
 
 
-def test_its_parameters_stay_its_own_and_it_is_undone(model):
+def test_parameters_do_not_change_and_restore_undoes_it(model):
     names, inside = list(model.state_dict()), list(model.modules())
     assert neuralhydrology.accelerate(model) is model
     assert list(model.state_dict()) == names
@@ -123,7 +123,7 @@ def test_its_parameters_stay_its_own_and_it_is_undone(model):
     data, *_ = given(4)
     with torch.no_grad():
         copied.cell.w_ih.zero_()
-        assert (copied(data)["i"] - model.eval()(data)["i"]).abs().max() > 0.1  # a copy has weights of its own
+        assert (copied(data)["i"] - model.eval()(data)["i"]).abs().max() > 0.1  # a copy has separate weights
     neuralhydrology.restore(neuralhydrology.restore(model))
     assert model.forward.__func__ is CustomLSTM.forward
     assert list(vars(model)) == list(vars(CustomLSTM()))
@@ -132,5 +132,5 @@ def test_its_parameters_stay_its_own_and_it_is_undone(model):
 def test_another_model_is_refused():
     for other in (nn.LSTM(3, 4), nn.Linear(2, 2), "CustomLSTM"):
         for change in (neuralhydrology.accelerate, neuralhydrology.restore):
-            with pytest.raises(TypeError, match=f"{change.__name__}: expected a CustomLSTM of NeuralHydrology's, got "):
+            with pytest.raises(TypeError, match=f"{change.__name__}: expected a CustomLSTM of NeuralHydrology, got "):
                 change(other)

@@ -1,4 +1,4 @@
-"""The programs of docs/recipes.md, as their packages are: benchmarks/recipes.py compares what they say with ours."""
+"""The programs of docs/recipes.md with the original packages: benchmarks/recipes.py compares their results."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "recipes.py"
 HUB = "huggingface-hub certifi charset-normalizer idna regex"
-PACKAGES = {  # without what they depend on, where that is here or isn't imported
+PACKAGES = {  # without dependencies that are installed or not imported
     "stanza": f"stanza==1.15.0 colorama emoji orjson requests termcolor udapi udtools urllib3 {HUB}",
     "kokoro": f"kokoro==0.9.4 anyio h11 httpcore2 httpx2 tokenizers transformers truststore {HUB}",
     "hydrology": "neuralhydrology==1.13.0 certifi cftime netcdf4 ruamel.yaml xarray",
@@ -33,7 +33,7 @@ def test_before_and_after_compute_the_same(recipe, tmp_path):
     ask = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, *PACKAGES[recipe].split()]
     subprocess.run(ask, check=True)
     said = run(recipe, tmp_path)
-    assert re.findall(r"differ by \S+", said)  # and more than rounding would have ended it
+    assert re.findall(r"differ by \S+", said)  # larger differences than rounding end the program with an error
     assert "times" in said
 
 

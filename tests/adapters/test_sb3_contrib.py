@@ -1,4 +1,4 @@
-"""RecurrentPPO on our kernel beside itself: what a batch of episodes gives, what is learned, what is saved."""
+"""RecurrentPPO on our kernel compared with the original: batches of episodes, training, saved models."""
 
 import copy
 import zipfile
@@ -14,7 +14,7 @@ from cellstack.adapters import sb3_contrib
 
 
 def ppo(**settings):
-    # Plain gradient descent: Adam turns a gradient's rounding into a whole step where it is near zero.
+    # Plain gradient descent, as Adam turns the rounding error of a gradient near zero into a full step.
     lstm = {"lstm_hidden_size": 16, "optimizer_class": torch.optim.SGD, **settings}
     env = gymnasium.make("CartPole-v1")
     return RecurrentPPO(
@@ -34,7 +34,7 @@ def pass_over(policy, lstm, given):
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("where", ["nowhere", "first step", "anywhere"])
-def test_a_batch_of_episodes_is_the_one_that_sb3_steps_through(layers, where):
+def test_a_batch_of_episodes_equals_the_step_by_step_run(layers, where):
     model = ppo(n_lstm_layers=layers)
     model.policy.double()
     lstm, rows, steps = model.policy.lstm_actor, 5, 9
@@ -50,7 +50,7 @@ def test_a_batch_of_episodes_is_the_one_that_sb3_steps_through(layers, where):
     sb3_contrib.accelerate(model)
     for came, wanted in zip(pass_over(model.policy, lstm, given), expected, strict=True):
         torch.testing.assert_close(came, wanted, rtol=1e-10, atol=1e-12)
-    if where == "anywhere":  # and a start counts
+    if where == "anywhere":  # an episode start changes the results
         unlike = pass_over(model.policy, lstm, (*given[:2], torch.zeros_like(given[2])))
         assert (unlike[0] - expected[0]).abs().max() > 0.1
 
@@ -60,7 +60,7 @@ def test_a_batch_of_episodes_is_the_one_that_sb3_steps_through(layers, where):
     [{}, {"n_lstm_layers": 2}, {"enable_critic_lstm": False}, {"shared_lstm": True, "enable_critic_lstm": False}],
     ids=lambda settings: "-".join(settings) or "plain",
 )
-def test_what_is_learned_is_the_same(settings):
+def test_training_gives_the_same_weights(settings):
     theirs, ours = ppo(**settings), sb3_contrib.accelerate(ppo(**settings))
     initial = copy.deepcopy(theirs.policy.state_dict())
     for model in (theirs, ours):
@@ -72,7 +72,7 @@ def test_what_is_learned_is_the_same(settings):
         torch.testing.assert_close(ours.policy.state_dict()[name], wanted, rtol=0, atol=1e-6, msg=name)
 
 
-def test_what_is_saved_knows_nothing_of_us(tmp_path):
+def test_saved_models_load_without_cellstack(tmp_path):
     model = sb3_contrib.accelerate(ppo())
     model.learn(64)
     model.save(tmp_path / "model.zip")
@@ -87,7 +87,7 @@ def test_what_is_saved_knows_nothing_of_us(tmp_path):
     torch.testing.assert_close(torch.from_numpy(state[1]), torch.from_numpy(other_state[1]), rtol=0, atol=1e-6)
 
 
-def test_it_is_undone_and_copied():
+def test_restoring_and_copying():
     model = ppo()
     assert sb3_contrib.accelerate(sb3_contrib.accelerate(model)) is model
     copied = copy.deepcopy(model.policy)
@@ -103,7 +103,7 @@ def test_it_is_undone_and_copied():
     assert "fused cpu kernel" not in str(cs.plan(model.policy))
 
 
-def test_what_is_not_theirs_is_refused():
+def test_other_models_and_policies_are_refused():
     with pytest.raises(TypeError, match="expected a RecurrentPPO or its policy, got Linear"):
         sb3_contrib.accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a RecurrentPPO or its policy, got dict"):
@@ -116,7 +116,7 @@ def test_what_is_not_theirs_is_refused():
             return features, lstm_states
 
     model.policy.__class__ = Own
-    with pytest.raises(TypeError, match="with sb3-contrib's own _process_sequence, got Own: "):
+    with pytest.raises(TypeError, match="policies that override _process_sequence aren't supported, got Own: "):
         sb3_contrib.accelerate(model)
     assert type(model.policy.lstm_actor) is nn.LSTM
     elsewhere = ppo()

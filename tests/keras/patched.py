@@ -1,4 +1,4 @@
-"""A plugin for pytest: runs what it is given under `cellstack.keras.patch`, and writes down what came of it."""
+"""A pytest plugin: runs tests under `cellstack.keras.patch`, and writes their outcomes to a file."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def pytest_configure(config):
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
-        file, _line, name = report.location  # the same name stands in several files
+        file, _line, name = report.location  # the same name occurs in several files
         OUTCOMES[f"{os.path.basename(file)}::{name}"] = report.outcome
 
 

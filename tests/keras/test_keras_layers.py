@@ -1,4 +1,4 @@
-"""Our layers for Keras: held against our torch layers, in functional models, files and training."""
+"""Our Keras layers: compared with our torch layers, in functional models, files and training."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cellstack
-import cellstack.keras as door
+import cellstack.keras as ours_for_keras
 from cellstack import FormatError, ShapeError, layers
 from cellstack.keras import engines
 from cellstack.layers.cell import Masks
@@ -30,9 +30,9 @@ FLAGS = {
 
 
 def pair(name, **flags):
-    """A layer for Keras and a torch layer, with the same weights, none of them as they began."""
+    """A Keras layer and a torch layer with the same random weights."""
     kind, more = FLAGS[name]
-    theirs = getattr(door, kind)(5, **more, **flags)
+    theirs = getattr(ours_for_keras, kind)(5, **more, **flags)
     ours = getattr(layers, kind)(5, **more, **{k: v for k, v in flags.items() if k != "return_gates"}, input_size=4)
     theirs.build((None, None, 4))
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def flat(values):
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("name", FLAGS)
-def test_the_same_as_our_torch_layer(name, backwards):
+def test_results_equal_those_of_our_torch_layer(name, backwards):
     theirs, ours = pair(name, return_sequences=True, return_state=True, return_gates=True, go_backwards=backwards)
     assert [w.path.split("/")[-1] for w in theirs.weights] == [n.split(".")[-1] for n, _ in ours.named_parameters()]
     x, mask, reset = torch.randn(3, 7, 4), torch.rand(3, 7) < 0.7, torch.rand(3, 7) < 0.3
@@ -64,7 +64,7 @@ def test_the_same_as_our_torch_layer(name, backwards):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_a_state_is_started_from_and_checked():
+def test_an_initial_state_is_used_and_checked():
     theirs, ours = pair("projection", return_state=True)
     x, state = torch.randn(2, 5, 4), [torch.rand(2, 3), torch.rand(2, 5)]
     for a, b in zip(theirs(x, initial_state=state), ours(x, initial_state=state), strict=True):
@@ -73,7 +73,7 @@ def test_a_state_is_started_from_and_checked():
         theirs(x, initial_state=state[::-1])
 
 
-def test_masks_zero_the_output_where_it_is_asked():
+def test_zero_output_for_mask():
     theirs, ours = pair("peepholes", return_sequences=True, zero_output_for_mask=True)
     x, mask = torch.randn(3, 7, 4), torch.rand(3, 7) < 0.5
     torch.testing.assert_close(theirs(x, mask=mask), ours(x, mask=mask))
@@ -81,9 +81,9 @@ def test_masks_zero_the_output_where_it_is_asked():
     torch.testing.assert_close(theirs(x, mask=mask), ours(x, mask=mask))
 
 
-def test_training_draws_masks_and_inference_takes_the_rates():
+def test_training_draws_masks_and_inference_uses_the_rates():
     kind = {"zoneout": 0.3, "zoneout_cell": 0.3, "dropout": 0.4, "recurrent_dropout": 0.4, "return_sequences": True}
-    layer = door.LSTM(5, **kind)
+    layer = ours_for_keras.LSTM(5, **kind)
     x = torch.randn(3, 7, 4)
     assert torch.equal(layer(x), layer(x, training=False))
     torch.manual_seed(1)
@@ -91,9 +91,12 @@ def test_training_draws_masks_and_inference_takes_the_rates():
     assert not torch.equal(layer(x, training=True), first)
     torch.manual_seed(1)
     assert torch.equal(layer(x, training=True), first)
-    twins = [door.LSTM(5, seed=3, kernel_initializer="ones", recurrent_initializer="ones", **kind) for _ in range(2)]
+    twins = [
+        ours_for_keras.LSTM(5, seed=3, kernel_initializer="ones", recurrent_initializer="ones", **kind)
+        for _ in range(2)
+    ]
     assert torch.equal(twins[0](x, training=True), twins[1](x, training=True))
-    # The same masks, given to our cell, are the same numbers.
+    # With the same masks our cell gives the same results.
     torch.manual_seed(1)
     drawn = layer._drawn(x)
     shares = [float((drawn[0] == 0).float().mean()), *(float(mask.mean()) for mask in drawn[2:])]
@@ -107,21 +110,21 @@ def test_training_draws_masks_and_inference_takes_the_rates():
 
 @pytest.mark.parametrize("dtype", ["float64", "mixed_bfloat16"])
 def test_other_dtypes(dtype):
-    layer = door.GRU(5, layer_norm=True, dtype=dtype)
+    layer = ours_for_keras.GRU(5, layer_norm=True, dtype=dtype)
     x = torch.randn(3, 7, 4)
     y = layer(x)
     assert y.dtype is {"float64": torch.float64, "mixed_bfloat16": torch.bfloat16}[dtype]
-    exact = door.GRU(5, layer_norm=True)
+    exact = ours_for_keras.GRU(5, layer_norm=True)
     exact.build(x.shape)
     exact.set_weights(layer.get_weights()[: len(exact.weights)])
     torch.testing.assert_close(y.float(), exact(x), atol=0.05 if "16" in dtype else 1e-6, rtol=0)
 
 
-def test_a_model_of_them_is_trained_saved_and_read(tmp_path, rng):
+def test_a_model_is_trained_saved_and_loaded(tmp_path, rng):
     inputs, starts = keras.Input((6, 4)), keras.Input((6,), dtype="bool")
     hidden = keras.layers.Masking()(inputs)
     options = {"kernel_regularizer": "l2", "bias_constraint": "non_neg", "recurrent_initializer": "glorot_normal"}
-    y, h, _c, *gates = door.LSTM(
+    y, h, _c, *gates = ours_for_keras.LSTM(
         5,
         peepholes=True,
         proj_size=3,
@@ -132,7 +135,7 @@ def test_a_model_of_them_is_trained_saved_and_read(tmp_path, rng):
         **options,
     )(hidden, reset=starts)
     assert [gate.shape for gate in gates] == [(None, 6, 5)] * 5 + [(None, 6, 3)]
-    y = keras.layers.Bidirectional(door.GRU(4, layer_norm=True))(y)
+    y = keras.layers.Bidirectional(ours_for_keras.GRU(4, layer_norm=True))(y)
     outputs = keras.layers.Dense(2)(keras.layers.Concatenate()([y, h]))
     model = keras.Model([inputs, starts], outputs)
     model.compile(keras.optimizers.Adam(0.02), "mse")
@@ -142,19 +145,20 @@ def test_a_model_of_them_is_trained_saved_and_read(tmp_path, rng):
     path = tmp_path / "model.keras"
     model.save(path)
     again = keras.saving.load_model(path)
-    ours = [layer.get_config() for m in (model, again) for layer in m.layers if isinstance(layer, door.LSTM)]
+    ours = [layer.get_config() for m in (model, again) for layer in m.layers if isinstance(layer, ours_for_keras.LSTM)]
     assert ours[0] == ours[1]
     np.testing.assert_array_equal(again.predict([x, reset], verbose=0), model.predict([x, reset], verbose=0))
-    with pytest.raises(
-        FormatError, match=r"LSTM 'lstm.*': reset as an input of the model isn't supported"
-    ):  # never without it
+    match = r"LSTM 'lstm.*': reset as an input of the model isn't supported"
+    with pytest.raises(FormatError, match=match):  # never ignored
         cellstack.load(path)
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_config_makes_the_same_layer(name):
+def test_a_layer_equals_its_original_after_from_config(name):
     kind, flags = FLAGS[name]
-    layer = getattr(door, kind)(5, **flags, dropout=0.1, kernel_constraint="max_norm", activity_regularizer="l2")
+    layer = getattr(ours_for_keras, kind)(
+        5, **flags, dropout=0.1, kernel_constraint="max_norm", activity_regularizer="l2"
+    )
     config = json.loads(json.dumps(layer.get_config()))
     again = type(layer).from_config(config)
     assert again.get_config() == layer.get_config()
@@ -167,15 +171,19 @@ def test_bad_arguments_are_named():
         ({"units": 4, "peepholes": 1}, TypeError, "peepholes"),
         ({"units": 4, "dropout": 1.0}, ValueError, "expected dropout in"),
         ({"units": 4, "activation": "gelu"}, ValueError, "gelu"),
-        ({"units": 4, "activation": keras.activations.gelu}, ValueError, "expected activation to be one"),
+        (
+            {"units": 4, "activation": keras.activations.gelu},
+            ValueError,
+            "expected activation to name an activation that the kernel supports",
+        ),
         ({"units": 4, "return_gates": "yes"}, TypeError, "return_gates"),
     ):
         with pytest.raises(error, match=words):
-            door.LSTM(**given)
+            ours_for_keras.LSTM(**given)
 
 
-def test_another_backend_is_refused_in_one_line(monkeypatch):
-    layer = door.LSTM(4)
+def test_another_backend_is_refused(monkeypatch):
+    layer = ours_for_keras.LSTM(4)
     monkeypatch.setattr(engines, "NAME", "jax")
     with pytest.raises(NotImplementedError, match="expected Keras's torch backend, got jax: set KERAS_BACKEND=torch"):
         layer(torch.zeros(2, 3, 4))

@@ -1,4 +1,4 @@
-"""The tutorial that Keras's users know, with Keras in TensorFlow's place: its calls under the patch, and its states."""
+"""A well-known Keras tutorial with Keras instead of TensorFlow: its calls under `patch`, and its states."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ output, final_memory_state, final_carry_state = lstm_layer(x)
 """
 
 
-class tf:  # noqa: N801 — what the tutorial calls TensorFlow
+class tf:  # noqa: N801 — the tutorial's name of TensorFlow
     keras = keras
     float32 = "float32"
     zeros = staticmethod(keras.ops.zeros)
@@ -51,13 +51,13 @@ def test_the_tutorial_runs_with_its_shapes():
     assert tuple(cells["output"].shape) == (2, 3, 5)
     states = cells["final_memory_state"], cells["final_carry_state"]
     assert [tuple(torch.stack(list(state)).shape) for state in states] == [(2, 2, 4), (2, 2, 5)]
-    assert calls().served == 1  # the one of three steps; a single step is left to Keras
+    assert calls().served == 1  # the call of three steps; Keras runs single steps
     plain = cells["lstm_layer"](cells["x"])
     for a, b in zip(keras.tree.flatten(plain), keras.tree.flatten([cells["output"], *states]), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_the_state_that_it_sets_is_honoured():
+def test_the_state_that_it_sets_is_used():
     ones = FIRST.replace("tf.zeros([1, LSTM_CELL_SIZE])", "tf.constant(np.ones((1, LSTM_CELL_SIZE), 'float32'))")
     without, under = {"np": np, "tf": tf}, {"np": np, "tf": tf}
     keras.utils.set_random_seed(0)
@@ -69,5 +69,5 @@ def test_the_state_that_it_sets_is_honoured():
     wanted = lstm(inputs, initial_state=list(under["state"]))
     for name, value in zip(("output", "final_memory_state", "final_carry_state"), wanted, strict=True):
         torch.testing.assert_close(under[name], value)
-    torch.testing.assert_close(without["output"], lstm(inputs)[0])  # Keras itself starts from zeros, and says nothing
+    torch.testing.assert_close(without["output"], lstm(inputs)[0])  # Keras silently starts from zeros
     assert not torch.allclose(without["output"], under["output"])

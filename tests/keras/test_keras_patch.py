@@ -1,4 +1,4 @@
-"""Keras's own layers on our op: the same numbers, gradients and structures, and what is left to Keras."""
+"""Keras's layers on our op: the same results, gradients and structures, and the calls that Keras runs."""
 
 import keras
 import numpy as np
@@ -12,14 +12,14 @@ from cellstack.keras import accelerate, calls, patch, patching, plan, restore, u
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's with NumPy 2
 
 L = keras.layers
-HANDED_ON = L.LSTM.inner_loop, L.GRU.inner_loop, L.RNN.inner_loop, L.RNN.call, L.RNN.reset_state
+ORIGINAL = L.LSTM.inner_loop, L.GRU.inner_loop, L.RNN.inner_loop, L.RNN.call, L.RNN.reset_state
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was():
     calls(reset=True)
     yield
-    patching._accelerated.clear()  # models that a failed test still holds
+    patching._accelerated.clear()  # models of a failed test
     unpatch()
 
 
@@ -28,7 +28,7 @@ def leaves(value):
 
 
 def run(layer, x, *, seed=1, start=None, **how):
-    """A call with gradients of its weights, of x and of the initial state."""
+    """Call a layer, and compute the gradients of its weights, of x and of the initial state."""
     x = torch.tensor(x, requires_grad=x.dtype.kind == "f")
     given = {} if start is None else {"initial_state": keras.tree.map_structure(torch.clone, start)}
     inputs = [t.requires_grad_() for t in leaves(given)] + [x] * x.requires_grad
@@ -40,7 +40,7 @@ def run(layer, x, *, seed=1, start=None, **how):
 
 
 def same(layer, x, atol=1e-5, served=True, **how):
-    """Hold a layer under `patch` against itself without."""
+    """Compare a layer with and without `patch`."""
     theirs, their_gradients = run(layer, x, **how)
     before = calls().served
     with patch():
@@ -92,7 +92,7 @@ def test_the_same_as_keras(name, flags, rng):
     layer = LAYERS[name](**flags, dtype=dtype) if "stack" not in name and name != "a cell" else LAYERS[name](**flags)
     dtype = layer.compute_dtype
     x, mask = rng.normal(size=(4, 7, 5)).astype(dtype), rng.random((4, 7)) < 0.6
-    mask[0, :3], mask[1] = False, False  # steps that don't count at the start; a row without any that does
+    mask[0, :3], mask[1] = False, False  # masked steps at the start; a completely masked row
     layer.build((4, 7, 5))
     same(layer, x)
     same(layer, x, mask=torch.from_numpy(mask))
@@ -112,7 +112,7 @@ def test_the_same_as_keras(name, flags, rng):
         lambda: L.RNN([L.LSTMCell(6), L.LSTMCell(6, dropout=0.5)], return_sequences=True, go_backwards=True),
     ],
 )
-def test_dropout_draws_what_keras_draws(make, rng):
+def test_dropout_draws_the_masks_of_keras(make, rng):
     layer, x = make(), rng.normal(size=(4, 7, 5)).astype("float32")
     mask = torch.from_numpy(rng.random((4, 7)) < 0.6)
     first = same(layer, x, training=True)
@@ -120,20 +120,20 @@ def test_dropout_draws_what_keras_draws(make, rng):
     assert not torch.equal(same(layer, x, training=True, seed=2), first)
     torch.manual_seed(3)
     layer(torch.from_numpy(x), training=False)
-    after = torch.rand(())  # what Keras draws and doesn't use counts as well
+    after = torch.rand(())  # unused draws of Keras advance the generator too
     with patch():
         torch.manual_seed(3)
         layer(torch.from_numpy(x), training=False)
     assert torch.rand(()) == after
 
 
-def test_a_seed_draws_what_it_draws_on_keras(rng):
+def test_a_seed_draws_the_masks_of_keras(rng):
     x = torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32"))
     theirs, ours = (L.LSTM(6, dropout=0.4, seed=3) for _ in range(2))
     ours.build(x.shape)
     theirs.build(x.shape)
     ours.set_weights(theirs.get_weights())
-    for _ in range(2):  # the second call draws on
+    for _ in range(2):  # the second call continues the draws
         wanted = theirs(x, training=True)
         with patch():
             torch.testing.assert_close(ours(x, training=True), wanted)
@@ -148,7 +148,7 @@ def test_bidirectional_through_its_two_layers(rng):
     assert calls().served == 12
 
 
-def test_integers_count_as_numbers(rng):
+def test_integers_are_converted(rng):
     same(L.LSTM(6), rng.integers(0, 3, (4, 7, 5)))
 
 
@@ -166,7 +166,7 @@ def test_second_derivatives(rng):
     assert calls().served == 1
 
 
-def test_where_keras_fails_of_itself(rng):
+def test_calls_in_which_keras_fails(rng):
     x, mask = torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32")), torch.from_numpy(rng.random((4, 7)) < 0.6)
     alone, plain = L.RNN([L.LSTMCell(6)], return_state=True), L.LSTM(6, return_state=True)
     unrolled, rolled = (L.GRU(6, go_backwards=True, unroll=flag) for flag in (True, False))
@@ -182,11 +182,11 @@ def test_where_keras_fails_of_itself(rng):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-# ── States ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── States ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "a stack"])
-def test_stateful_layers_go_on_where_they_were(name, rng):
+def test_stateful_layers_continue_from_their_state(name, rng):
     x = torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32"))
     layer = LAYERS[name](stateful=True, return_state=True)
     theirs = leaves([layer(x) for _ in range(2)])
@@ -195,12 +195,12 @@ def test_stateful_layers_go_on_where_they_were(name, rng):
         ours = leaves([layer(x) for _ in range(2)])
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-        layer(x)[0].sum().backward()  # Keras itself writes over what its backward pass looks at
+        layer(x)[0].sum().backward()  # Keras overwrites values that its backward pass needs
         layer.reset_state()
         torch.testing.assert_close(layer(x)[0], theirs[0], atol=1e-6, rtol=1e-4)
 
 
-def test_states_set_by_hand_start_the_next_call(rng):
+def test_states_set_by_users_are_the_next_initial_state(rng):
     x = torch.from_numpy(rng.normal(size=(2, 5, 3)).astype("float32"))
     for name, given in (
         ("LSTM", (torch.rand(2, 6), torch.rand(2, 6))),
@@ -217,14 +217,14 @@ def test_states_set_by_hand_start_the_next_call(rng):
         assert not torch.equal(wanted, plain)
         with patch():
             torch.testing.assert_close(layer(x), wanted, atol=1e-6, rtol=1e-4)
-            assert layer.states is None  # they have served
+            assert layer.states is None  # they apply to one call
             torch.testing.assert_close(layer(x), plain, atol=1e-6, rtol=1e-4)
             layer.states = given
             layer.reset_state()
             torch.testing.assert_close(layer(x), plain, atol=1e-6, rtol=1e-4)
 
 
-def test_states_set_by_hand_of_a_stateful_layer_are_its_variables(rng):
+def test_states_set_by_users_of_a_stateful_layer_are_its_variables(rng):
     x = torch.from_numpy(rng.normal(size=(2, 5, 3)).astype("float32"))
     start = torch.rand(2, 6), torch.rand(2, 6)
     plain = L.LSTM(6)
@@ -245,14 +245,14 @@ def test_states_set_by_hand_of_a_stateful_layer_are_its_variables(rng):
         torch.testing.assert_close(layer(x), plain(x))
 
 
-def test_states_that_don_t_fit_are_named():
+def test_states_of_a_wrong_shape_are_refused():
     layer = L.LSTM(6, name="memory")
     layer.states = (torch.zeros(2, 6),) * 2
     with patch(), pytest.raises(ShapeError, match=r"memory: expected states of shapes \[\(3, 6\), \(3, 6\)\]"):
         layer(torch.zeros(3, 5, 3))
 
 
-# ── What is left to Keras ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Calls that Keras runs ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class OwnCell(L.LSTMCell):
@@ -261,10 +261,14 @@ class OwnCell(L.LSTMCell):
 
 LEFT = {
     "float16": (lambda: L.LSTM(6, dtype="mixed_float16"), {}, "mixed_float16 is neither float32 nor float64"),
-    "another cell": (lambda: L.RNN(OwnCell(6)), {}, "OwnCell is not one of"),
+    "another cell": (lambda: L.RNN(OwnCell(6)), {}, "OwnCell is not Keras's"),
     "activation": (lambda: L.GRU(6, activation="gelu"), {}, "an activation is not one of"),
-    "recurrent dropout": (lambda: L.LSTM(6, recurrent_dropout=0.3), {"training": True}, "Keras draws a mask a gate"),
-    "cells of their own dtype": (lambda: L.RNN(L.GRUCell(6, dtype="float64")), {}, "its cell is of float64"),
+    "recurrent dropout": (
+        lambda: L.LSTM(6, recurrent_dropout=0.3),
+        {"training": True},
+        "Keras draws a mask per gate",
+    ),
+    "cells of their own dtype": (lambda: L.RNN(L.GRUCell(6, dtype="float64")), {}, "its cell has dtype float64"),
     "a cell's activity": (
         lambda: L.RNN(L.GRUCell(6, activity_regularizer="l2")),
         {},
@@ -279,7 +283,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_left_to_keras_is_counted_and_said(name, rng):
+def test_calls_that_keras_runs_are_counted_and_in_the_plan(name, rng):
     make, how, why = LEFT[name]
     layer, x = make(), torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32"))
     keras.utils.set_random_seed(0)
@@ -292,19 +296,19 @@ def test_what_is_left_to_keras_is_counted_and_said(name, rng):
     (reason,) = calls().left
     assert why in reason
     assert calls().served == 0
-    assert name == "a state for all rows" or why in said  # which a call alone can show
+    assert name == "a state for all rows" or why in said  # which depends on the call
 
 
-def test_calls_that_are_over_before_ours_begins_are_left(rng):
+def test_keras_runs_calls_of_few_steps(rng):
     layer = L.LSTM(6)
     with patch():
         layer(torch.zeros(4, 1, 5))
-        assert calls() == (0, {"too short to be worth it": 1})
+        assert calls() == (0, {"too few steps for a gain": 1})
         layer(torch.zeros(4, 2, 5))
     assert calls().served == 1
 
 
-def test_who_looks_at_torch_s_own_operations_finds_them():
+def test_modes_and_tracers_see_torch_s_operators():
     layer = L.LSTM(6)
     x = torch.rand(4, 7, 5)
     layer(x)
@@ -314,10 +318,10 @@ def test_who_looks_at_torch_s_own_operations_finds_them():
             layer(x)
         keras.src.backend.compute_output_spec(layer.call, keras.KerasTensor((2, 7, 5)))
     assert calls().served == 0
-    assert sum(calls().left.values()) == 2  # a call that asks for shapes alone is none
+    assert sum(calls().left.values()) == 2  # calls that only infer shapes aren't counted
 
 
-# ── Models ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def model():
@@ -337,7 +341,7 @@ def data(rng):
     return x, rng.normal(size=(16, 2)).astype("float32")
 
 
-def test_fit_predict_and_save_are_keras_s_own(rng, tmp_path):
+def test_fit_predict_and_save_work_as_in_keras(rng, tmp_path):
     x, y = data(rng)
     theirs = model()
     their_history = theirs.fit(x, y, epochs=2, batch_size=8, verbose=0, shuffle=False).history
@@ -348,13 +352,13 @@ def test_fit_predict_and_save_are_keras_s_own(rng, tmp_path):
     np.testing.assert_allclose(our_history["loss"], their_history["loss"], rtol=1e-4)
     np.testing.assert_allclose(ours.predict(x, verbose=0), theirs.predict(x, verbose=0), atol=1e-5)
     assert calls().served > 0
-    assert not calls().left  # symbolic calls, by which Keras learns the shapes of a step, aren't calls of data
+    assert not calls().left  # symbolic calls, in which Keras infers shapes, aren't counted
     ours.save(tmp_path / "model.keras")
     served = calls().served
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded.predict(x, verbose=0), ours.predict(x, verbose=0), atol=1e-6)
     assert calls().served > served
-    assert "not accelerated" in str(plan(loaded))  # a model out of a file is Keras's own
+    assert "not accelerated" in str(plan(loaded))  # loaded models aren't accelerated
 
 
 def test_one_model_can_be_accelerated_alone(rng):
@@ -365,34 +369,34 @@ def test_one_model_can_be_accelerated_alone(rng):
     assert calls() == (0, {})
     one.predict(x, verbose=0)
     assert calls().served == 3
-    unpatch()  # undoes patch() alone
+    unpatch()  # undoes only patch()
     one.predict(x, verbose=0)
     assert calls().served == 6
     assert "fused cpu kernel" in str(plan(one))
     assert restore(one) is one
     one.predict(x, verbose=0)
     assert calls().served == 6
-    with pytest.raises(ValueError, match="accelerate: expected a model with a recurrent layer, got plain without one"):
+    with pytest.raises(ValueError, match="accelerate: the model plain has no recurrent layer: build it first"):
         accelerate(keras.Sequential([L.Dense(2)], name="plain"))
     for name in ("accelerate", "restore", "plan"):
-        with pytest.raises(TypeError, match=f"{name}: expected a layer or a model of Keras, got Linear"):
+        with pytest.raises(TypeError, match=f"{name}: expected a Keras layer or model, got Linear"):
             getattr(cellstack.keras, name)(torch.nn.Linear(2, 2))
 
 
-def test_keras_is_as_it_was_afterwards():
+def test_keras_is_restored_afterwards():
     def now():
         return L.LSTM.inner_loop, L.GRU.inner_loop, L.RNN.inner_loop, L.RNN.call, L.RNN.reset_state
 
     patch()
-    assert not set(now()) & set(HANDED_ON)
+    assert not set(now()) & set(ORIGINAL)
     with patch():
         pass
-    assert not set(now()) & set(HANDED_ON)  # the inner context ends with what was before it
+    assert not set(now()) & set(ORIGINAL)  # the inner context restores the state before it
     unpatch()
-    assert now() == HANDED_ON
+    assert now() == ORIGINAL
     with pytest.raises(KeyError), patch():
         raise KeyError
-    assert now() == HANDED_ON
+    assert now() == ORIGINAL
 
 
 def test_a_plan_says_where_the_weights_are():
@@ -412,6 +416,6 @@ def test_a_plan_has_a_line_for_every_recurrent_layer():
             keras.Sequential([L.LSTM(4, name="a", recurrent_dropout=0.1), L.TimeDistributed(L.GRU(3, name="b"))])
         )
     assert lines[0].startswith("a LSTM: fused cpu kernel (")
-    assert "; in training Keras: recurrent_dropout" in lines[0]
+    assert "; Keras in training: recurrent_dropout" in lines[0]
     assert lines[1].startswith("b GRU: fused cpu kernel (")
     assert len(lines) == 2

@@ -1,4 +1,4 @@
-"""Keras's own tests of its recurrent layers, as they stand in its wheel, under `cellstack.keras.patch`."""
+"""Keras's tests of its recurrent layers, from its wheel, under `cellstack.keras.patch`."""
 
 import json
 import os
@@ -26,7 +26,7 @@ if not FILES:
 
 
 def run(files, folder, patched, only=()):
-    """Run tests of Keras's in a process of their own; return their outcomes and what was served."""
+    """Run Keras's tests in a separate process; return their outcomes and the counts of calls."""
     to = folder / "written.json"
     environment = os.environ | {
         "KERAS_BACKEND": "torch",
@@ -38,7 +38,7 @@ def run(files, folder, patched, only=()):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "patched", "-p", "no:cacheprovider", "-W", "ignore"]
     tests = [f"{FOLDER / name}" for name in files]
     names = ["-k", " or ".join(only)] if only else []
-    (folder / "pytest.ini").write_text("[pytest]\n")  # not that of a tree around the wheel
+    (folder / "pytest.ini").write_text("[pytest]\n")  # ignore the configuration of parent folders
     done = subprocess.run(
         [*command, "-c", str(folder / "pytest.ini"), f"--rootdir={folder}", *names, *tests],
         cwd=folder,
@@ -64,7 +64,7 @@ def all_pass_that_pass_on_keras_itself(files, folder):
 def test_keras_s_recurrent_tests(tmp_path):
     found = all_pass_that_pass_on_keras_itself([name for name in QUICK if name in FILES], tmp_path)
     passed = sum(outcome == "passed" for outcome in found["outcomes"].values())
-    print(f"{passed} passed; {found['served']} calls served, left to Keras: {found['left']}")
+    print(f"{passed} passed; {found['served']} calls run by the kernel, by Keras: {found['left']}")
     assert passed >= 40
     assert found["served"] >= 100
 
@@ -73,5 +73,5 @@ def test_keras_s_recurrent_tests(tmp_path):
 def test_keras_s_recurrent_tests_all_of_them(tmp_path):
     found = all_pass_that_pass_on_keras_itself(FILES, tmp_path)
     passed = sum(outcome == "passed" for outcome in found["outcomes"].values())
-    print(f"{passed} passed; {found['served']} calls served, left to Keras: {found['left']}")
+    print(f"{passed} passed; {found['served']} calls run by the kernel, by Keras: {found['left']}")
     assert passed >= 60

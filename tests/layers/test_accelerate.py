@@ -1,4 +1,4 @@
-"""PyTorch's modules on the kernel: the same numbers, gradients, draws, classes, files and refusals as before."""
+"""Accelerated PyTorch modules: the same results, gradients, random draws, classes, files and errors as before."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
 import cellstack as cs
 from cellstack import _kernel
-from cellstack.layers import accelerated, op, served
+from cellstack.layers import accelerated, eligibility, op
 from cellstack.spec import CellSpec
 
 MODULES = [nn.LSTM, nn.GRU, nn.RNN]
@@ -27,9 +27,9 @@ CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Count the calls that went to the kernel, which here takes those too that PyTorch is faster with."""
-    monkeypatch.setattr(served, "LEAST_STEPS", dict.fromkeys(served.LEAST_STEPS, (1, 1, 1)))
-    monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
+    """Count the calls that the kernel runs, here including those that PyTorch runs faster."""
+    monkeypatch.setattr(eligibility, "LEAST_STEPS", dict.fromkeys(eligibility.LEAST_STEPS, (1, 1, 1)))
+    monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     calls = []
     for name in ("run", "step"):
         real = getattr(op, name)
@@ -38,14 +38,14 @@ def runs(monkeypatch):
 
 
 def pair(kind, *args, **rest):
-    """Return a module of PyTorch and an accelerated copy of it."""
+    """Return a PyTorch module and an accelerated copy of it."""
     torch.manual_seed(0)
     theirs = kind(*args, **rest)
     return theirs, cs.accelerate(copy.deepcopy(theirs))
 
 
 def flat(value):
-    """Return the tensors in what a module returns, one after the other."""
+    """Return the tensors in a module's results as a flat list."""
     if isinstance(value, PackedSequence):
         return [value.data, value.batch_sizes, *(i for i in value[2:] if i is not None)]
     return [value] if isinstance(value, torch.Tensor) else [t for part in value if part is not None for t in flat(part)]
@@ -61,7 +61,7 @@ def same(ours, theirs, tolerance):
 
 
 def check(theirs, ours, make, tolerance=1e-10, second=False):
-    """Compare outputs, gradients of all inputs and weights, and if asked second derivatives, of one call."""
+    """Compare outputs, gradients of all inputs and weights, and with `second` second derivatives, of one call."""
     found = []
     for module in (theirs, ours):
         torch.manual_seed(3)
@@ -86,7 +86,7 @@ def check(theirs, ours, make, tolerance=1e-10, second=False):
             )
 
 
-# ── PyTorch's own table of inputs ────────────────────────────────────────────────────────────────────────────────────
+# ── PyTorch's table of test inputs ────────────────────────────────────────────────────────────────────────────────────
 
 
 def inputs_of_pytorch():
@@ -102,7 +102,7 @@ def inputs_of_pytorch():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "made", "training"), list(inputs_of_pytorch()))
-def test_pytorch_s_own_inputs_give_what_its_own_modules_give(kind, made, training, runs):
+def test_pytorch_s_test_inputs_give_the_results_of_pytorch(kind, made, training, runs):
     built = made.constructor_input
     theirs, ours = pair(kind, *built.args, **built.kwargs, dtype=torch.float64)
     theirs.train(training), ours.train(training)
@@ -127,7 +127,7 @@ def copy_of(value):
     return value.detach().clone().requires_grad_()
 
 
-# ── every option, both ways ──────────────────────────────────────────────────────────────────────────────────────────
+# ── every option, compared with PyTorch ───────────────────────────────────────────────────────────────────────────────
 
 OPTIONS = [
     {"num_layers": layers, "bidirectional": both, "batch_first": first, "bias": bias, "dropout": share}
@@ -228,12 +228,12 @@ def test_cells(kind, bias, width, runs):
 
 
 @pytest.mark.parametrize("kind", [*MODULES, *CELLS])
-def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, monkeypatch):
+def test_weights_are_packed_once_and_again_when_a_version_changes(kind, monkeypatch):
     theirs, ours = pair(kind, 3, 4)
     x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     packs = []
     real = op._weights
-    monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
+    monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     with torch.no_grad(), cs.packed_weights(nn.Sequential(ours)):
         for _ in range(3):
@@ -247,7 +247,7 @@ def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, m
         assert copy.deepcopy(ours)._packed is None
     assert ours._packed is None
     with (
-        pytest.raises(ValueError, match="packed_weights: expected a module that accelerate"),
+        pytest.raises(ValueError, match=r"packed_weights: \w+ has no accelerated module: call accelerate"),
         cs.packed_weights(theirs),
     ):
         pass
@@ -294,7 +294,7 @@ def test_packed_weights_follow_a_vector_that_is_edited_in_place(kind, runs):
     assert runs
 
 
-def test_packed_weights_follow_memory_that_another_tensor_or_process_has(runs):
+def test_packed_weights_follow_memory_shared_with_a_tensor_or_process(runs):
     theirs, ours = pair(nn.LSTMCell, 3, 4)
     x = torch.randn(2, 3)
     others = [[w.data for w in module.parameters()] for module in (theirs, ours)]
@@ -313,7 +313,7 @@ def test_weights_in_shared_memory_are_packed_at_each_call_and_others_once(monkey
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     own, shared = cs.accelerate(nn.LSTMCell(3, 4)), cs.accelerate(nn.LSTMCell(3, 4).share_memory())
     tied = cs.accelerate(nn.LSTMCell(3, 4))
-    tied.weight_ih = own.weight_ih  # one parameter of two modules is one tensor
+    tied.weight_ih = own.weight_ih  # a parameter shared by two modules is one tensor
     for module, expected in ((own, 1), (shared, 3), (tied, 1)):
         packs.clear()
         with torch.no_grad(), cs.packed_weights(nn.ModuleList([own, module])):
@@ -322,7 +322,7 @@ def test_weights_in_shared_memory_are_packed_at_each_call_and_others_once(monkey
             assert len(packs) == expected
 
 
-def test_an_optimizer_of_other_weights_leaves_what_is_packed(monkeypatch):
+def test_an_optimizer_of_other_weights_keeps_packed_weights(monkeypatch):
     packs, real = [], op._weights
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     ours, other = cs.accelerate(nn.LSTMCell(3, 4)), nn.Linear(3, 4)
@@ -338,7 +338,7 @@ def test_an_optimizer_of_other_weights_leaves_what_is_packed(monkeypatch):
     assert len(hooks) == before
 
 
-def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
+def test_pytorch_runs_short_calls_except_those_it_does_not_support(monkeypatch):
     calls = []
     real = op.run
     monkeypatch.setattr(op, "run", lambda *args, **rest: calls.append(1) or real(*args, **rest))
@@ -353,8 +353,8 @@ def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize(("units", "calls"), [(served.WIDE_RNN_CELL - 1, 0), (served.WIDE_RNN_CELL, 1)])
-def test_a_narrow_rnn_cell_is_left_to_pytorch_with_frozen_weights_too(units, calls, monkeypatch):
+@pytest.mark.parametrize(("units", "calls"), [(eligibility.WIDE_RNN_CELL - 1, 0), (eligibility.WIDE_RNN_CELL, 1)])
+def test_pytorch_runs_a_narrow_rnn_cell_with_packed_weights_too(units, calls, monkeypatch):
     theirs, ours = pair(nn.RNNCell, 3, units)
     steps, real = [], op.step
     monkeypatch.setattr(op, "step", lambda *args, **rest: steps.append(1) or real(*args, **rest))
@@ -362,7 +362,7 @@ def test_a_narrow_rnn_cell_is_left_to_pytorch_with_frozen_weights_too(units, cal
     with torch.no_grad(), cs.packed_weights(ours):
         same(ours(x), theirs(x), 1e-6)
     assert len(steps) == calls
-    assert ("as fast below" in cs.plan(ours)[0]) == (not calls)
+    assert ("equally fast below" in cs.plan(ours)[0]) == (not calls)
 
 
 def test_a_relu_rnn_and_its_cell(runs):
@@ -381,12 +381,12 @@ def test_unbatched_input(runs):
     assert runs
 
 
-# ── reset and gates ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reset and gates ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", MODULES)
-def test_a_reset_starts_a_row_anew(kind, both, runs):
+def test_a_reset_sets_the_state_of_a_row_to_zeros(kind, both, runs):
     _, ours = pair(kind, 4, 6, 2, bidirectional=both, dtype=torch.float64)
     x = torch.randn(7, 2, 4, dtype=torch.float64)
     reset = torch.zeros(7, 2, dtype=torch.bool)
@@ -395,7 +395,7 @@ def test_a_reset_starts_a_row_anew(kind, both, runs):
     torch.testing.assert_close(y, torch.cat([ours(x[:3])[0], ours(x[3:])[0]]))
 
 
-def test_a_reset_of_one_row_leaves_the_others_alone(runs):
+def test_a_reset_of_one_row_does_not_change_others(runs):
     _, ours = pair(nn.LSTM, 4, 6, batch_first=True)
     x, hx = torch.randn(2, 5, 4), (torch.randn(1, 2, 6), torch.randn(1, 2, 6))
     reset = torch.tensor([[False] * 5, [True, False, False, True, False]])
@@ -421,7 +421,7 @@ def test_torch_compile_of_a_whole_graph():
 
 
 @pytest.mark.parametrize("reset", [torch.zeros(5, 2), torch.zeros(2, 5, dtype=torch.bool), [[False] * 2] * 5])
-def test_a_reset_that_fits_nothing_is_refused(reset):
+def test_a_reset_of_a_wrong_shape_or_type_is_refused(reset):
     _, ours = pair(nn.LSTM, 4, 6)
     with pytest.raises(ValueError, match="LSTM: expected reset"):
         ours(torch.randn(5, 2, 4), reset=reset)
@@ -429,12 +429,12 @@ def test_a_reset_that_fits_nothing_is_refused(reset):
 
 def test_resets_of_packed_sequences_are_refused():
     _, ours = pair(nn.LSTM, 4, 6)
-    with pytest.raises(ValueError, match="no reset with a PackedSequence"):
+    with pytest.raises(ValueError, match="LSTM: reset isn't supported with a PackedSequence"):
         ours(pack_sequence([torch.randn(3, 4)]), reset=torch.zeros(3, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_gates_of_any_module_can_be_looked_at(first):
+def test_every_module_returns_gates(first):
     theirs, ours = pair(nn.LSTM, 4, 6, 2, batch_first=first, bidirectional=True)
     x = torch.randn(5, 3, 4)
     y, (h, c), gates = ours(x, return_gates=True)
@@ -449,7 +449,7 @@ def test_gates_of_any_module_can_be_looked_at(first):
     torch.testing.assert_close(f * gates[0].c.select(time, -2) + i * g, c[0])
 
 
-def test_gates_of_packed_rows_stand_in_the_order_of_the_batch():
+def test_gates_of_packed_rows_are_in_batch_order():
     _, ours = pair(nn.GRU, 4, 6, batch_first=True)
     rows = [torch.randn(n, 4) for n in (2, 5, 3)]
     _, _, gates = ours(pack_sequence(rows, enforce_sorted=False), return_gates=True)
@@ -459,22 +459,22 @@ def test_gates_of_packed_rows_stand_in_the_order_of_the_batch():
 
 def test_gates_of_a_call_that_pytorch_runs_are_refused():
     _, ours = pair(nn.LSTM, 4, 6)
-    with pytest.raises(RuntimeError, match="no reset or return_gates in a call that PyTorch runs"):
+    with pytest.raises(RuntimeError, match="reset and return_gates need the kernel, but PyTorch runs this call"):
         ours.half()(torch.randn(5, 2, 4).half(), return_gates=True)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-@pytest.mark.parametrize("held", [False, True])
-def test_cells_give_their_gates_and_start_rows_anew(kind, held):
+@pytest.mark.parametrize("packed", [False, True])
+def test_cells_return_gates_and_reset_rows(kind, packed):
     theirs, ours = pair(kind, 4, 6)
     x, lstm = torch.randn(3, 4), kind is nn.LSTMCell
     hx = (torch.randn(3, 6), torch.randn(3, 6)) if lstm else torch.randn(3, 6)
-    with cs.packed_weights(ours) if held else nullcontext(), torch.set_grad_enabled(not held):
+    with cs.packed_weights(ours) if packed else nullcontext(), torch.set_grad_enabled(not packed):
         state, trace = ours(x, hx, return_gates=True)
         same([*state] if lstm else [state], theirs(x, hx), 1e-6)
         h = state[0] if lstm else state
         torch.testing.assert_close(trace.h, h)
-        if lstm:  # gates after their activations, as those of a sequence are
+        if lstm:  # gates after their activations, as for a sequence
             torch.testing.assert_close(trace.f * hx[1] + trace.i * trace.g, state[1])
             torch.testing.assert_close(trace.o * torch.tanh(trace.c), h)
         elif kind is nn.GRUCell:
@@ -498,21 +498,21 @@ def test_gates_of_a_cell_are_differentiable():
     assert x.grad.abs().sum() > 0
 
 
-def test_gates_and_resets_of_a_cell_that_it_cannot_give_are_refused():
+def test_unsupported_gates_and_resets_of_a_cell_are_refused():
     _, ours = pair(nn.LSTMCell, 4, 6)
-    with pytest.raises(ValueError, match=r"LSTMCell: expected reset of the shape of input .* \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"LSTMCell: expected reset \(3,\), the shape of input .*, got \(2,\)"):
         ours(torch.randn(3, 4), reset=torch.zeros(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="LSTMCell: expected reset to be a tensor of bool, got list"):
+    with pytest.raises(ValueError, match="LSTMCell: expected reset to be a bool tensor, got list"):
         ours(torch.randn(3, 4), reset=[False] * 3)
-    with pytest.raises(RuntimeError, match="LSTMCell: expected no reset or return_gates in a call that PyTorch runs"):
+    with pytest.raises(RuntimeError, match="LSTMCell: reset and return_gates need the kernel, but PyTorch"):
         ours.half()(torch.randn(3, 4).half(), return_gates=True)
 
 
-# ── what a user's program relies on ──────────────────────────────────────────────────────────────────────────────────
+# ── compatibility with users' programs ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", [*MODULES, *CELLS])
-def test_the_class_is_a_subclass_and_everything_else_is_as_it_was(kind):
+def test_only_the_class_changes_to_a_subclass(kind):
     module = kind(3, 4)
     before, shown, keys = list(module.parameters()), repr(module), list(module.state_dict())
     assert cs.accelerate(module) is module
@@ -526,7 +526,7 @@ def test_the_class_is_a_subclass_and_everything_else_is_as_it_was(kind):
     assert type(module) is kind
 
 
-def test_an_optimiser_and_a_hook_that_were_there_before_go_on():
+def test_earlier_optimisers_and_hooks_still_work():
     model = nn.Sequential(nn.LSTM(3, 4))
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
     seen = []
@@ -540,7 +540,7 @@ def test_an_optimiser_and_a_hook_that_were_there_before_go_on():
 
 
 @pytest.mark.parametrize("kind", [*MODULES, *CELLS])
-def test_a_weight_that_is_written_by_any_way_counts_in_the_next_call(kind):
+def test_the_next_call_uses_weights_written_in_any_way(kind):
     theirs, ours = pair(kind, 3, 4)
     x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     name = "weight_hh" if kind in CELLS else "weight_hh_l0"
@@ -556,7 +556,7 @@ def test_a_weight_that_is_written_by_any_way_counts_in_the_next_call(kind):
         same(ours(x), theirs(x), 1e-6)
 
 
-def test_copies_are_accelerated_and_pickles_are_pytorch_s_own():
+def test_copies_are_accelerated_and_pickles_are_pytorch_modules():
     _, ours = pair(nn.LSTM, 3, 4, 2)
     copied = copy.deepcopy(nn.Sequential(ours))[0]
     assert type(copied) is type(ours)
@@ -566,7 +566,7 @@ def test_copies_are_accelerated_and_pickles_are_pytorch_s_own():
     loaded = pickle.loads(pickle.dumps(ours))
     assert type(loaded) is nn.LSTM
     same(loaded(x), ours(x), 1e-6)
-    loaded.weight_hh_l0 = nn.Parameter(loaded.weight_hh_l0 * 2)  # what keeps weights together is whole
+    loaded.weight_hh_l0 = nn.Parameter(loaded.weight_hh_l0 * 2)  # weight sharing still works
     assert loaded._flat_weights[1] is loaded.weight_hh_l0
 
 
@@ -579,7 +579,7 @@ torch.save((model(torch.ones(5, 2, 3))[0].detach(), torch.load({weights!r})), {o
 """
 
 
-def test_a_saved_module_is_loaded_without_cellstack_and_the_other_way_round(tmp_path):
+def test_saved_modules_load_with_and_without_cellstack(tmp_path):
     _, ours = pair(nn.LSTM, 3, 4)
     model = nn.Sequential(ours)
     path, weights, out = (str(tmp_path / name) for name in ("model.pt", "weights.pt", "out.pt"))
@@ -602,7 +602,7 @@ def test_from_torch_reads_an_accelerated_module():
     torch.testing.assert_close(torch.from_numpy(cs.from_torch(ours)(x.numpy())), ours(x)[0].detach())
 
 
-def test_a_subclass_without_a_forward_of_its_own_is_served(runs):
+def test_a_subclass_that_does_not_override_forward_is_accelerated(runs):
     class Named(nn.LSTM):
         def __init__(self, *args):
             super().__init__(*args)
@@ -622,7 +622,7 @@ class Own(nn.LSTM):
         return super().forward(2 * input, hx)
 
 
-def test_a_forward_of_its_own_and_parametrised_weights_stay_pytorch_s(runs):
+def test_pytorch_runs_overridden_forwards_and_parametrised_weights(runs):
     own, changed = Own(3, 4), nn.GRU(3, 4)
     parametrize.register_parametrization(changed, "weight_hh_l0", nn.Tanh())
     model = nn.ModuleDict({"own": own, "changed": changed, "plain": nn.LSTM(3, 4)})
@@ -630,13 +630,13 @@ def test_a_forward_of_its_own_and_parametrised_weights_stay_pytorch_s(runs):
     cs.accelerate(model)
     assert (type(own), type(changed)) == kept
     lines = cs.plan(model)
-    assert lines[0] == "own: Own 3 -> 4: PyTorch's own: Own has a forward of its own"
-    assert lines[1].endswith("PyTorch's own: its weights are parametrised")
+    assert lines[0] == "own: Own 3 -> 4: PyTorch: Own overrides forward"
+    assert lines[1].endswith("PyTorch: its weights are parametrised")
     assert "fused cpu kernel" in lines[2]
     for module in (own, changed):
         module(torch.randn(5, 2, 3))
     assert not runs
-    with pytest.raises(ValueError, match=r"expected a module with an nn.LSTM.*Own has a forward of its own"):
+    with pytest.raises(ValueError, match=r"expected a module that contains an nn.LSTM.*Own overrides forward"):
         cs.accelerate(own)
 
 
@@ -668,7 +668,7 @@ def test_shared_and_frozen_weights():
     assert ours[0].weight_ih_l0.grad is None
 
 
-# ── calls that PyTorch runs, or refuses ──────────────────────────────────────────────────────────────────────────────
+# ── calls that PyTorch runs, or refuses ───────────────────────────────────────────────────────────────────────────────
 
 WRONG = {
     "width": lambda m: m(torch.randn(5, 2, 4)),
@@ -686,7 +686,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_pytorch_refuses_is_refused_in_its_words(name):
+def test_invalid_calls_raise_pytorch_s_errors(name):
     theirs, ours = pair(nn.LSTM, 3, 4, 2)
     with pytest.raises((ValueError, RuntimeError, AttributeError, TypeError, IndexError)) as expected:
         WRONG[name](theirs)
@@ -700,9 +700,9 @@ def test_an_empty_batch_gives_empty_outputs():
     same(ours(torch.randn(5, 0, 3)), theirs(torch.randn(5, 0, 3)), 0.0)
 
 
-def test_half_precision_meta_and_what_is_no_module():
+def test_bfloat16_meta_and_objects_that_are_no_modules():
     module = cs.accelerate(nn.LSTM(3, 4).bfloat16())
-    assert cs.plan(module) == ("LSTM 3 -> 4: PyTorch's own: its weights are bfloat16, not float32 or float64",)
+    assert cs.plan(module) == ("LSTM 3 -> 4: PyTorch: its weights are bfloat16, not float32 or float64",)
     assert module(torch.randn(5, 2, 3).bfloat16())[0].dtype is torch.bfloat16
     meta = cs.accelerate(nn.LSTM(3, 4, device="meta"))
     assert "its weights are on meta" in cs.plan(meta)[0]
@@ -719,7 +719,8 @@ def test_a_plan_says_what_runs_each_module():
 
     model = nn.Sequential(nn.LSTM(3, 4, 2, bidirectional=True), nn.GRUCell(8, 5), layers.LSTM(6, input_size=5))
     assert cs.plan(model)[0] == (
-        "0: LSTM 3 -> 4, 2 layers, both directions: PyTorch's own: accelerate() would let the fused kernel run it"
+        "0: LSTM 3 -> 4, 2 layers, both directions: PyTorch: not accelerated; "
+        "accelerate() makes the fused kernel run it"
     )
     lines = cs.plan(cs.accelerate(model))
     assert [line.split(":")[0] for line in lines] == ["0", "1", "2"]
@@ -766,7 +767,7 @@ def test_autocast_gives_packed_rows_the_dtypes_that_pytorch_gives(kind, lengths,
     assert runs
 
 
-def test_transforms_take_pytorch_s_own_way():
+def test_pytorch_runs_transforms():
     theirs, ours = pair(nn.LSTM, 3, 4)
     x = torch.randn(5, 2, 3)
     weights = {name: w * 2 for name, w in theirs.state_dict().items()}
@@ -779,14 +780,14 @@ def test_transforms_take_pytorch_s_own_way():
         torch.testing.assert_close(first[name], second[name])
 
 
-@pytest.mark.filterwarnings("ignore")  # what tracing and scripting say of themselves
-def test_tracing_scripting_and_export_see_pytorch_s_own():
+@pytest.mark.filterwarnings("ignore")  # deprecation warnings of tracing and scripting
+def test_tracing_and_export_record_pytorch_and_scripting_is_refused():
     theirs, ours = pair(nn.LSTM, 3, 4, batch_first=True)
     x = torch.randn(2, 5, 3)
     expected = theirs(x)
     same(torch.jit.trace(ours, x, check_trace=False)(x), expected, 1e-6)
     model = nn.Sequential(ours)
-    with pytest.raises(RuntimeError, match=r"expected PyTorch's own modules: call cellstack.restore\(model\) before"):
+    with pytest.raises(RuntimeError, match=r"jit.script doesn't support .*: call cellstack.restore\(model\) before"):
         torch.jit.script(model)
     torch.jit.script(cs.restore(model))
     cs.accelerate(model)
@@ -796,7 +797,7 @@ def test_tracing_scripting_and_export_see_pytorch_s_own():
 
 
 class Twice(nn.Module):
-    """Two recurrent modules, one after the other, whose forward has variables of its own."""
+    """A sequence of two recurrent modules, whose forward has local variables."""
 
     def __init__(self, kind):
         super().__init__()
@@ -808,7 +809,7 @@ class Twice(nn.Module):
         return z
 
 
-@pytest.mark.filterwarnings("ignore")  # what tracing says of itself
+@pytest.mark.filterwarnings("ignore")  # deprecation warnings of tracing
 @pytest.mark.parametrize("steps", [1, 6, 40])
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_model_with_two_modules_passes_the_checks_of_a_trace(kind, steps):
@@ -839,13 +840,13 @@ def test_pytorch_runs_a_module_with_sparse_weights():
     theirs, ours = pair(nn.LSTMCell, 3, 4)
     for module in (theirs, ours):
         module.weight_ih = nn.Parameter(module.weight_ih.detach().to_sparse())
-    assert cs.plan(ours) == ("LSTMCell 3 -> 4: PyTorch's own: its weights are sparse",)
+    assert cs.plan(ours) == ("LSTMCell 3 -> 4: PyTorch: its weights are sparse",)
     with torch.no_grad(), cs.packed_weights(ours):
         found, expected = (result_of(lambda m=module: m(torch.ones(2, 3))[0].tolist()) for module in (ours, theirs))
     assert found == expected
 
 
-def test_a_compiled_model_gives_the_same_and_learns():
+def test_a_compiled_model_gives_the_same_results_and_trains():
     theirs, ours = pair(nn.LSTM, 3, 4)
     x = torch.randn(5, 2, 3)
     compiled = torch.compile(ours, backend="aot_eager")
@@ -876,12 +877,12 @@ def test_accelerating_twice_changes_nothing():
     assert not issubclass(kind_of_cells, nn.LSTM)
 
 
-# ── what hostile programs do ─────────────────────────────────────────────────────────────────────────────────────────
+# ── unusual programs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
-def test_outputs_may_be_written_to_as_those_of_pytorch_may(kind, first, runs):
+def test_outputs_can_be_written_to_like_those_of_pytorch(kind, first, runs):
     theirs, ours = pair(kind, 3, 4, batch_first=first)
     for module in (theirs, ours):
         y = module(torch.ones(5, 2, 3))[0]
@@ -894,7 +895,7 @@ def test_outputs_may_be_written_to_as_those_of_pytorch_may(kind, first, runs):
 
 
 @pytest.mark.parametrize("hx", [[torch.zeros(1, 2, 4)], (torch.zeros(1, 2, 4),)])
-def test_a_state_in_a_list_is_refused_where_it_is_no_pair(hx, runs):
+def test_a_state_in_a_list_is_refused_unless_it_is_a_pair(hx, runs):
     theirs, ours = pair(nn.GRU, 3, 4)
     for x in (torch.ones(5, 2, 3), pack_sequence([torch.ones(3, 3), torch.ones(2, 3)])):
         for module in (theirs, ours):
@@ -909,7 +910,7 @@ def test_packed_rows_of_another_width_are_refused():
         ours(pack_sequence([torch.ones(3, 5)]))
 
 
-def test_weights_parametrised_afterwards_are_followed_and_restored(runs):
+def test_weights_parametrised_afterwards_are_used_and_restored(runs):
     theirs, ours = pair(nn.LSTM, 3, 4)
     x = torch.randn(5, 2, 3)
     for module in (theirs, ours):
@@ -931,20 +932,20 @@ def test_weights_parametrised_afterwards_are_followed_and_restored(runs):
         same(ours(x), theirs(x), 1e-6)
 
 
-def test_a_cell_parametrised_afterwards_is_followed_while_frozen(runs):
+def test_a_cell_parametrised_afterwards_is_followed_while_packed(runs):
     theirs, ours = pair(nn.GRUCell, 3, 4)
     x = torch.randn(2, 3)
     for module in (theirs, ours):
         parametrize.register_parametrization(module, "weight_hh", nn.Tanh())
     with torch.no_grad(), cs.packed_weights(ours):
-        for _ in range(4):  # each call computes a tensor, which may lie where the last one lay
+        for _ in range(4):  # each call computes a tensor, possibly at the address of the last one
             same(ours(x, torch.ones(2, 4)), theirs(x, torch.ones(2, 4)), 1e-6)
             for module in (theirs, ours):
                 module.parametrizations.weight_hh.original.mul_(1.5)
     assert runs
 
 
-def test_frozen_contexts_may_end_in_any_order():
+def test_packed_contexts_may_end_in_any_order():
     _, ours = pair(nn.LSTM, 3, 4)
     first, second = cs.packed_weights(ours), cs.packed_weights(ours)
     first.__enter__(), second.__enter__()
@@ -952,17 +953,17 @@ def test_frozen_contexts_may_end_in_any_order():
     assert ours._packed is not None
     second.__exit__(None, None, None)
     assert ours._packed is None
-    assert not {"_packed", "_holders"} & set(vars(ours))
+    assert not {"_packed", "_contexts"} & set(vars(ours))
     with cs.packed_weights(ours), torch.no_grad():
         ours(torch.ones(20, 2, 3))
         cs.restore(ours)
-        assert not {"_packed", "_holders"} & set(vars(ours))
+        assert not {"_packed", "_contexts"} & set(vars(ours))
         pickle.dumps(ours)
-    assert not {"_packed", "_holders"} & set(vars(ours))
+    assert not {"_packed", "_contexts"} & set(vars(ours))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
-def test_weights_made_in_inference_mode_can_be_frozen(kind, runs):
+def test_weights_created_in_inference_mode_can_be_packed(kind, runs):
     with torch.inference_mode():
         theirs, ours = pair(kind, 3, 4)
         x = torch.ones(2, 3) if kind in CELLS else torch.ones(5, 2, 3)
@@ -974,7 +975,7 @@ def test_weights_made_in_inference_mode_can_be_frozen(kind, runs):
     assert len(runs) == 2
 
 
-def test_what_is_packed_while_frozen_is_not_taken_for_a_later_tensor_at_the_same_place():
+def test_packed_weights_are_not_used_for_a_later_tensor_at_the_same_address():
     theirs, ours = pair(nn.LSTM, 3, 4)
     x = torch.ones(5, 2, 3)
     with torch.no_grad(), cs.packed_weights(ours):
@@ -993,7 +994,7 @@ def test_shallow_copies_are_accelerated_too():
 
 
 class Reduced(nn.LSTM):
-    """A class that says how it is copied and pickled."""
+    """A class that defines how it is copied and pickled."""
 
     def __init__(self, width, units, tag="new"):
         super().__init__(width, units)
@@ -1014,7 +1015,7 @@ class Copied(nn.GRU):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_class_that_says_how_it_is_copied_or_pickled_is_asked(protocol):
+def test_the_copy_and_pickle_methods_of_a_class_are_called(protocol):
     ours = cs.accelerate(Reduced(3, 4))
     loaded, copied = pickle.loads(pickle.dumps(ours, protocol)), copy.deepcopy(ours)
     assert type(loaded) is Reduced
@@ -1028,7 +1029,7 @@ def test_a_class_that_says_how_it_is_copied_or_pickled_is_asked(protocol):
     assert type(pickle.loads(pickle.dumps(ours, protocol))) is Copied
 
 
-def test_a_class_that_refuses_or_lists_its_subclasses_does_not_hear_of_ours():
+def test_init_subclass_of_a_user_s_class_is_not_called_for_ours():
     heard = []
 
     class Listed(nn.LSTM):
@@ -1045,9 +1046,9 @@ class Strict(nn.LSTM):
         raise ValueError("no")
 
 
-def test_a_check_of_its_own_is_not_passed_by():
+def test_a_class_that_overrides_a_check_stays_with_pytorch():
     model = cs.accelerate(nn.ModuleList([Strict(3, 4), nn.GRU(3, 4)]))
-    assert cs.plan(model)[0] == "0: Strict 3 -> 4: PyTorch's own: Strict has a check_forward_args of its own"
+    assert cs.plan(model)[0] == "0: Strict 3 -> 4: PyTorch: Strict overrides check_forward_args"
     with pytest.raises(ValueError, match="no"):
         model[0](torch.ones(5, 2, 3))
 
@@ -1070,9 +1071,9 @@ class Lazy(nn.modules.lazy.LazyModuleMixin, nn.LSTM):
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_a_module_whose_weights_are_not_there_yet_waits(runs):
+def test_a_module_with_uninitialised_weights_is_not_accelerated_yet(runs):
     module = Lazy(4)
-    with pytest.raises(ValueError, match="its weights aren't there yet"):
+    with pytest.raises(ValueError, match="its weights aren't initialised yet"):
         cs.accelerate(module)
     x = torch.ones(20, 2, 3)
     y = module(x)[0]
@@ -1081,7 +1082,7 @@ def test_a_module_whose_weights_are_not_there_yet_waits(runs):
     assert runs
 
 
-# ── weights in rows ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights in PyTorch's layout ───────────────────────────────────────────────────────────────────────────────────────
 
 CELLS_IN_ROWS = {
     "lstm": CellSpec(5, 2),
@@ -1096,10 +1097,10 @@ CELLS_IN_ROWS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("units", [2, 7, 16, 33, 130])
 @pytest.mark.parametrize("name", CELLS_IN_ROWS)
-def test_weights_in_rows_give_the_bits_of_weights_in_columns(name, units, dtype, bias, isa):
+def test_weights_in_pytorch_s_layout_give_the_same_bits(name, units, dtype, bias, isa):
     proj = (units + 1) // 2 if "projection" in name else 0
     spec = replace(CELLS_IN_ROWS[name], units=units, use_bias=bias, proj_size=proj)
-    form = op._form(op.in_rows(spec.text))
+    form = op._form(op.with_torch_layout(spec.text))
     torch.manual_seed(0)
     rows = [torch.randn(shape, dtype=dtype) * 0.3 for shape in form.shapes]
     columns = [array.contiguous() for array in op._in_columns(form, rows)]
@@ -1110,7 +1111,7 @@ def test_weights_in_rows_give_the_bits_of_weights_in_columns(name, units, dtype,
             results_and_gradients(spec, text, weights, time_major)
             for text, weights, time_major in (
                 (form_text, weights, time_major)
-                for form_text, weights in ((spec.text, columns), (op.in_rows(spec.text), rows))
+                for form_text, weights in ((spec.text, columns), (op.with_torch_layout(spec.text), rows))
                 for time_major in (False, True)
             )
         ]
@@ -1123,7 +1124,7 @@ def test_weights_in_rows_give_the_bits_of_weights_in_columns(name, units, dtype,
             assert torch.equal(a, b)
     wanted = found[0][1][4:]
     assert all(torch.equal(a, b) for a, b in zip(found[1][1][4:], wanted, strict=True))
-    for _, gradients in found[2:]:  # those of rows, in columns
+    for _, gradients in found[2:]:  # convert those of PyTorch's layout
         turned = list(gradients[4:])
         if bias:
             assert name == "gru" or torch.equal(turned[2], turned[3])

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export take a layer whole."""
+"""torch.compile and torch.export capture a layer as one graph."""
 
 import copy
 
@@ -85,7 +85,7 @@ def test_compiled_in_one_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor uses it
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_by_inductor(name):
     check(name, "inductor")

@@ -1,4 +1,4 @@
-"""Models with our layers inside, exported by torch: the same numbers, or one line that says what else there is."""
+"""Models with our layers, exported by torch: the same numbers, or an error that names an alternative."""
 
 import io
 import warnings
@@ -13,7 +13,7 @@ from cellstack import from_torch, layers, load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's exporters use what torch gives up
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's exporters use deprecated functions
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1:UserWarning"),
     pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export"),
@@ -60,13 +60,13 @@ def test_the_older_onnx_exporter(model, batch):
     close(by_onnxruntime(data.getvalue(), x := torch.randn(batch, 9, 3)), model, x)
 
 
-# It takes its time; "both" holds GRUs too.
+# It is slow; "both" has GRUs too.
 @pytest.mark.parametrize("model", ["lstm", "both", pytest.param("gru", marks=pytest.mark.slow)], indirect=True)
 def test_the_newer_onnx_exporter(model, tmp_path):
     x = torch.randn(2, 5, 3)
-    shapes = ({0: torch.export.Dim("B")},)  # T is what torch's own nn.LSTM fixes there, too
+    shapes = ({0: torch.export.Dim("B")},)  # torch's nn.LSTM also fixes T
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of all kinds: as an error, each sends it another way
+        warnings.simplefilter("ignore")  # torch's warnings, which as errors would change its behaviour
         torch.onnx.export(model, (x,), tmp_path / "net.onnx", dynamo=True, verbose=False, dynamic_shapes=shapes)
     data = (tmp_path / "net.onnx").read_bytes()
     for other in (x, torch.randn(3, 5, 3)):
@@ -89,7 +89,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_torch_has_no_operator_for_is_one_line(name):
+def test_cells_and_calls_without_a_torch_operator_are_refused(name):
     make, given = OTHERS[name]
     layer = make().eval()
 
@@ -101,21 +101,21 @@ def test_what_torch_has_no_operator_for_is_one_line(name):
         def forward(self, x):
             return self.layer(x, **given)
 
-    with pytest.raises(TypeError, match=r"from_torch\(model\)\.save\('model\.onnx'\) writes any cell of ours"):
+    with pytest.raises(TypeError, match=r"from_torch\(model\)\.save\('model\.onnx'\) exports any cell of cellstack"):
         torch.jit.trace(Own(), (torch.randn(2, 5, 3),))
     with pytest.raises(TypeError, match=r"from_torch\(model\)\.save\('model\.onnx'\)"):
         torch.onnx.export(Own(), (torch.randn(2, 5, 3),), io.BytesIO(), dynamo=False)
 
 
-def test_what_it_points_to_works(tmp_path):
+def test_the_suggested_export_works(tmp_path):
     layer = layers.LSTM(4, peepholes=True, **EVERY)
     from_torch(layer).save(tmp_path / "model.onnx")
     x = torch.randn(2, 5, 3)
     close(by_onnxruntime((tmp_path / "model.onnx").read_bytes(), x), layer, x)
 
 
-def test_script_is_refused_in_one_line():
+def test_script_is_refused():
     with pytest.raises(
-        TypeError, match=r"LSTM: expected torch\.jit\.trace or torch\.export in place of torch\.jit\.script"
+        TypeError, match=r"LSTM: torch\.jit\.script isn't supported: use torch\.jit\.trace or torch\.export"
     ):
         torch.jit.script(torch.nn.Sequential(layers.LSTM(4, **EVERY)))

@@ -1,4 +1,4 @@
-"""Every kind of layer with every flag, as a torch module: held against the reference, saved, masked, stacked."""
+"""Every kind of layer with every flag, as a torch module: compared with the reference, saved, masked, stacked."""
 
 import copy
 import json
@@ -55,7 +55,7 @@ B, T, I, H = 3, 6, 3, 5  # noqa: E741
 
 
 def randomise(module):
-    """Give every array numbers of its own, gains around 1."""
+    """Fill every array with different numbers, gains around 1."""
     with torch.no_grad():
         for name, weight in module.named_parameters():
             weight.copy_(float(name.endswith("_gain")) + 0.5 * torch.randn_like(weight))
@@ -63,7 +63,7 @@ def randomise(module):
 
 
 def make(kind, flags, **more):
-    """Return a layer with random weights that trains nothing: outside of training zoneout draws nothing."""
+    """Return a layer with random weights in evaluation mode, in which zoneout draws nothing."""
     return randomise(KINDS[kind][0](H, **flags, input_size=I, dtype="float64", **more)).eval()
 
 
@@ -90,7 +90,7 @@ def x():
     return torch.randn(B, T, I).double()
 
 
-# ── One layer ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One layer ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @each_case
@@ -189,7 +189,7 @@ def test_a_masked_row_is_the_row_without_its_masked_steps(kind, flags, go_backwa
     layer = make(kind, flags, return_state=True, return_sequences=True, go_backwards=go_backwards)
     mask = torch.rand(B, T) < 0.6
     y, *state, trace = layer(x, mask=mask, return_gates=True)
-    x[~mask] = torch.nan  # reaches nothing
+    x[~mask] = torch.nan  # must have no effect
     assert_close([*layer(x, mask=mask)], [y, *state])
     processed = mask.flip(1) if go_backwards else mask
     for b in range(B):
@@ -199,15 +199,15 @@ def test_a_masked_row_is_the_row_without_its_masked_steps(kind, flags, go_backwa
     gates = [getattr(trace, gate) for gate in trace._fields if gate not in "ch"]
     assert all(torch.count_nonzero(gate[~processed]) == 0 for gate in gates)
     begin = layer.cell.get_initial_state(B)[0]
-    held = torch.cat([begin[:, None], y[:, :-1]], dim=1)
-    assert torch.equal(y[~processed], held[~processed])
+    previous = torch.cat([begin[:, None], y[:, :-1]], dim=1)
+    assert torch.equal(y[~processed], previous[~processed])
     zeroed = make(kind, flags, return_sequences=True, go_backwards=go_backwards, zero_output_for_mask=True)
     zeroed.set_weights(layer.get_weights())
     assert_close(zeroed(x, mask=mask), torch.where(processed[:, :, None], y, 0.0))
 
 
 @each_case
-def test_going_backwards_is_going_forwards_over_the_turned_sequence(kind, flags, x):
+def test_going_backwards_equals_going_forwards_over_the_reversed_sequence(kind, flags, x):
     ahead = make(kind, flags, return_sequences=True, return_state=True)
     back = make(kind, flags, return_sequences=True, return_state=True, go_backwards=True)
     back.set_weights(ahead.get_weights())
@@ -256,7 +256,7 @@ def test_a_learned_start_is_trained_and_saved(x):
         layer(x).sum().backward()
         assert layer.cell.initial_h.grad.abs().min() > 0
         layer.zero_grad()
-        layer(x).sum().backward()  # goes on from where it stood
+        layer(x).sum().backward()  # uses and trains the initial state
         assert layer.cell.initial_h.grad is None or torch.count_nonzero(layer.cell.initial_h.grad) == 0
         layer.reset_states()
         with torch.no_grad():
@@ -267,7 +267,7 @@ def test_a_learned_start_is_trained_and_saved(x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zoneout_keeps_old_values_in_training_and_their_share_outside(kind, x):
+def test_zoneout_keeps_old_values_in_training_and_their_share_at_inference(kind, x):
     layer = make(kind, {"zoneout": 0.5, "seed": 3}, return_sequences=True)
     calm = layer(x)
     assert torch.equal(calm, layer(x))
@@ -282,14 +282,14 @@ def test_zoneout_keeps_old_values_in_training_and_their_share_outside(kind, x):
     assert torch.equal(twin(x), trace.h)
 
 
-# ── Stacks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stacks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STACK = [
     (layers.LSTMCell, 4, {"proj_size": 3, "peepholes": True}),
     (layers.GRUCell, 3, {"learn_initial_state": True}),
     (layers.SimpleRNNCell, 5, {"layer_norm": True}),
     (layers.GRUCell, 5, {"reset_after": False}),
-    (layers.LSTMCell, 5, {"activation": "gelu"}),  # the kernel hasn't that one
+    (layers.LSTMCell, 5, {"activation": "gelu"}),  # the kernel doesn't support gelu
     (layers.LSTMCell, 5, {"coupled": True, "zoneout": 0.2, "learn_initial_state": True}),
 ]
 
@@ -330,7 +330,7 @@ def test_a_mixed_stack_is_its_layers_one_after_the_other(masked, resets, residua
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("go_backwards", [False, True])
-def test_a_foreign_cell_within_changes_nothing(masked, resets, residual, go_backwards, x):
+def test_a_custom_cell_in_a_stack_gives_the_same_results(masked, resets, residual, go_backwards, x):
     class Foreign(torch.nn.Module):
         def __init__(self, cell):
             super().__init__()
@@ -354,7 +354,7 @@ def test_a_foreign_cell_within_changes_nothing(masked, resets, residual, go_back
     assert isinstance(got[1], State)
 
 
-def test_a_stack_is_saved_and_made_again(x):
+def test_a_stack_is_saved_and_loaded(x):
     stack = make_stack(True, stateful=True)
     stack(x)
     config = json.loads(json.dumps(stack.get_config()))
@@ -380,7 +380,7 @@ def test_a_stack_of_both_directions(x):
     assert_close(both(x, initial_state=states)[1 : len(STACK) + 1], both.forward_layer(x, states[: len(STACK)])[1:])
 
 
-def test_flags_that_a_kind_has_not_are_refused():
+def test_flags_that_a_kind_lacks_are_refused():
     for kind, name in ((layers.GRU, "peepholes"), (layers.SimpleRNN, "reset_after"), (layers.GRU, "forget_bias")):
         with pytest.raises(TypeError, match=name):
             kind(4, **{name: True})
@@ -390,7 +390,7 @@ def test_flags_that_a_kind_has_not_are_refused():
         layers.LSTM(4, proj_size=4)
 
 
-def test_a_configuration_is_the_layers_own():
+def test_a_configuration_is_a_copy():
     gates = {"o": "relu"}
     layer = layers.LSTM(4, gate_activations=gates, input_size=3)
     gates["o"] = "softsign"

@@ -1,4 +1,4 @@
-"""Gradients of whole layers, also of second order, of negated views, and past what a mask leaves out."""
+"""Gradients of whole layers: of first and second order, of negated views, and with masked steps."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ MASK = torch.tensor([[False, True, False], [True, True, False]])
 
 @pytest.fixture(params=["direct", "registered"])
 def path(request, monkeypatch):
-    """Both ways to the kernel: past the dispatcher, and through it."""
+    """Calls of the kernel with and without torch's dispatcher."""
     if request.param == "registered":
         monkeypatch.setattr(op, "direct", lambda x: False)
 
@@ -32,7 +32,7 @@ def draw(*shape):
 
 
 def function_of(layer, **kwargs):
-    """Return the layer as a function of x and of its parameters, with its dropout masks always the same."""
+    """Return the layer as a function of x and of its parameters, with constant dropout masks."""
     names = [name for name, _ in layer.named_parameters()]
 
     def run(x, *values):
@@ -45,7 +45,7 @@ def function_of(layer, **kwargs):
     return run, [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
 
 
-# ── Finite differences ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Finite differences ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def lstm(units=2, **kwargs):
@@ -57,7 +57,7 @@ FLAGS |= {"zoneout_cell": 0.3, "recurrent_dropout": 0.3, "learn_initial_state": 
 
 
 def one(kind, **kwargs):
-    """A layer of that kind whose parameters are all different, those too that start at zero or one."""
+    """A layer of that kind with random parameters, including those that are initialised with zeros or ones."""
     settings = {"return_sequences": True, "return_state": True, "input_size": WIDTH, "dtype": "float64"}
     return shaken(getattr(layers, kind)(3, **{**settings, **kwargs}))
 
@@ -157,7 +157,7 @@ def test_gradients_of_a_state_are_finite_differences(stateful, given):
     assert torch.autograd.gradcheck(run, (draw(BATCH, STEPS, WIDTH), draw(BATCH, 2), draw(BATCH, 2)))
 
 
-# ── With a graph of the gradients ──────────────────────────────────────────────────────────────────────────────────
+# ── With a graph of the gradients ─────────────────────────────────────────────────────────────────────────────────────
 
 
 CELLS = {"lstm": CellSpec(WIDTH, 2), "gru": CellSpec(WIDTH, 2, kind="gru"), "rnn": CellSpec(WIDTH, 2, kind="rnn")}
@@ -218,7 +218,7 @@ def test_a_tensor_given_twice_gets_each_of_its_gradients_once(name):
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("name", CELLS)
 def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps, name):
-    """The lower layer's results depend on nothing that is wanted, but may be part of the loss."""
+    """The lower layer's results depend on no wanted input, but may be part of the loss."""
     spec = CELLS[name]
     lower, upper = [w.detach() for w in chain(spec)[1:]], chain(spec)[1:]
     x, cells = torch.randn(BATCH, steps, 2).double(), [spec.text] * 2
@@ -230,7 +230,7 @@ def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps, name):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 10)
 
 
-# ── Functions of the parameters ────────────────────────────────────────────────────────────────────────────────────
+# ── Functions of the parameters ───────────────────────────────────────────────────────────────────────────────────────
 
 FUNCTIONAL = ["state", "gru", "gru, reset before", "simple", "flags", "stack", "residual", "torch loop", "both, concat"]
 
@@ -264,7 +264,7 @@ def test_torch_func_maps_over_parameters(name):
             torch.testing.assert_close(a[n], b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 10)
 
 
-# ── Batches of gradients ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Batches of gradients ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def close(a, b):
@@ -325,10 +325,10 @@ def test_vectorized_jacobians_and_hessians(name):
         close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch uses it
 @pytest.mark.usefixtures("path")
 def test_forward_mode_over_gradients():
-    """A tangent of the gradients that come in is neither lost nor left to the kernel, which knows of none."""
+    """Forward-mode tangents of incoming gradients are computed, though the kernel doesn't support them."""
     spec = CELLS["lstm"]
     inputs = chain(spec)
     outputs = chained(spec, *inputs)
@@ -341,11 +341,11 @@ def test_forward_mode_over_gradients():
         close(a, b)
 
 
-# ── Negated views ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Negated views ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def negated(t):
-    """Return `t` as torch gives the imaginary part of a conjugate: the numbers in memory have the other sign."""
+    """Return `t` as a negated view, like the imaginary part of a conjugate: memory has the other sign."""
     view = torch._neg_view(-t)
     assert view.is_neg()
     assert view.is_contiguous()
@@ -354,7 +354,7 @@ def negated(t):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
-def test_negated_views_are_the_numbers_that_they_stand_for(activation):
+def test_negated_views_have_the_right_values(activation):
     layer = layers.LSTM(4, activation=activation, return_sequences=True, return_state=True, input_size=3)
     cell, x, state = layer.cell, torch.randn(2, 5, 3), [torch.randn(2, 4) for _ in "hc"]
     for grad in (False, True):
@@ -363,7 +363,7 @@ def test_negated_views_are_the_numbers_that_they_stand_for(activation):
                 plain = flatten(run(given, state))
                 for a, b in zip(flatten(run(negated(given), [negated(s) for s in state])), plain, strict=True):
                     assert torch.equal(a, b)
-                # Both without a gradient: torch.matmul sums in another order where a weight requires one.
+                # Neither requires a gradient, as torch.matmul then sums in another order.
                 weights = {name: w.detach() for name, w in run.named_parameters()}
                 plain = flatten(torch.func.functional_call(run, weights, (given, state)))
                 weights = {name: negated(w) for name, w in weights.items()}
@@ -372,7 +372,7 @@ def test_negated_views_are_the_numbers_that_they_stand_for(activation):
 
 
 @pytest.mark.usefixtures("path")
-def test_negated_gradients_are_the_numbers_that_they_stand_for():
+def test_negated_gradients_have_the_right_values():
     layer, x = layers.LSTM(4, return_sequences=True, input_size=3), torch.randn(2, 5, 3)
     y = layer(x)
     given = torch.randn_like(y)
@@ -381,7 +381,7 @@ def test_negated_gradients_are_the_numbers_that_they_stand_for():
 
 
 class Turned(torch.nn.Module):
-    """A foreign cell whose output is a negated view."""
+    """A custom cell whose output is a negated view."""
 
     state_size = 3
 
@@ -389,13 +389,13 @@ class Turned(torch.nn.Module):
         return negated(x), states
 
 
-def test_negated_views_out_of_a_foreign_cell():
+def test_negated_views_from_a_custom_cell():
     cell, x = layers.LSTMCell(4, input_size=3), torch.randn(2, 5, 3)
     with torch.no_grad():
         assert torch.equal(layers.RNN([Turned(), cell])(x), layers.RNN(cell)(x))
 
 
-# ── What a mask leaves out ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Masked steps ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MASKED = {
     "gru": lambda: layers.GRU(4, return_sequences=True, input_size=3, learn_initial_state=True),
@@ -415,7 +415,7 @@ MASKED = {
 
 
 class Tripled(torch.nn.Module):
-    """A foreign cell with a weight."""
+    """A custom cell with a weight."""
 
     state_size = 3
 
@@ -430,7 +430,7 @@ class Tripled(torch.nn.Module):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", MASKED)
-def test_what_is_masked_reaches_neither_outputs_nor_gradients(name, value):
+def test_masked_steps_change_neither_outputs_nor_gradients(name, value):
     layer = MASKED[name]()
     mask = torch.tensor([[False, True, True, False, True], [False] * 5])
     x = torch.randn(2, 5, 3)
@@ -450,7 +450,7 @@ def test_what_is_masked_reaches_neither_outputs_nor_gradients(name, value):
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
 @pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN])
-def test_a_state_that_no_step_uses_reaches_no_weight(kind, activation):
+def test_a_state_that_no_step_uses_changes_no_gradient_of_a_weight(kind, activation):
     layer = kind(4, activation=activation, return_sequences=True, input_size=3)
     mask, x = torch.tensor([[True] * 5, [False] * 5]), torch.randn(2, 5, 3)
     gradients = []

@@ -47,7 +47,7 @@ def draw(seed):
         if family != "SimpleRNN":
             gates = (
                 GATE_ACTIVATIONS if family == "LSTM" else sorted(BOUNDED)
-            )  # a GRU's z and h multiply: else h², h⁴, …
+            )  # a GRU multiplies z and h: unbounded activations give h², h⁴, …
             given["recurrent_activation"] = str(rng.choice(gates)) if flag() else "sigmoid"
         return given | {"LSTM": {"unit_forget_bias": flag()}, "GRU": {"reset_after": flag()}}.get(family, {})
 
@@ -58,7 +58,7 @@ def draw(seed):
         "cells": [cell(family) for family in families],
         "return_sequences": flag(),
         "return_state": flag(),
-        "go_backwards": flag() and "bidirectional" not in kind,  # of forward layers Keras takes no other
+        "go_backwards": flag() and "bidirectional" not in kind,  # which Keras's Bidirectional refuses
         "stateful": flag(0.3),
         "zero_output_for_mask": flag(),
         "masked": flag(),
@@ -69,10 +69,10 @@ def draw(seed):
         "steps": int(rng.integers(1, 7)),
         "width": int(rng.integers(1, 20)),
     }
-    case["unroll"] = flag(0.2) and not case["masked"]  # Keras's masks fail where it unrolls backwards
+    case["unroll"] = flag(0.2) and not case["masked"]  # masks of unrolled backward layers fail in Keras
     if "bidirectional" in kind and case["stateful"]:
-        case["return_state"] = False  # Keras's compute_mask multiplies a generator
-    # What grows without bound loses digits in float32 on either side: these cases are compared in float64.
+        case["return_state"] = False  # Keras's compute_mask fails
+    # Unbounded values lose digits in float32 in both libraries: compare these cases in float64.
     bounded = {value for c in case["cells"] for name, value in c.items() if name.endswith("activation")} <= BOUNDED
     case["dtype"] = "float32" if bounded else "float64"
     return case, rng
@@ -80,7 +80,7 @@ def draw(seed):
 
 def build(module, case):
     dtype = {"dtype": case["dtype"]}
-    theirs = dtype if module is keras.layers else {}  # each of Keras's layers casts what it is given to its own dtype
+    theirs = dtype if module is keras.layers else {}  # each Keras layer casts its inputs to its dtype
     flags = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
     flags = {name: case[name] for name in flags}
     if "stack" in case["kind"]:
@@ -109,7 +109,7 @@ def flatten(results):
 
 
 def distance(a, b):
-    """Return the greatest difference, relative to the greatest entry where that is above 1."""
+    """Return the largest difference, relative to the largest entry if that is above 1."""
     a, b = a.detach(), b.detach()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
 
@@ -130,7 +130,7 @@ def draw_masks(cells, batch, rng, dtype):
 
 
 def pairs(seed):
-    """Any two settings that a case has together: of its call, and of its first cell."""
+    """All pairs of settings of a case: those of its call and of its first cell."""
     case, _ = draw(seed)
     settings = {**case, **case["cells"][0], "families": case["families"][0]}
     settings = [(name, str(value)) for name, value in settings.items() if name not in SIZES]
@@ -138,7 +138,7 @@ def pairs(seed):
 
 
 def seeds():
-    """Yield every seed; slow are those in which no two settings meet that haven't met in an earlier one."""
+    """Yield every seed; those without a new pair of settings are marked slow."""
     met = set()
     for seed in range(CASES):
         new = pairs(seed) - met
@@ -148,7 +148,7 @@ def seeds():
 
 @pytest.mark.parametrize("seed", list(seeds()))
 def test_outputs_and_gradients_are_keras(seed, monkeypatch):
-    # Keras computes products of float64 in float32, as JAX does unless it is told otherwise: here it isn't to.
+    # Like JAX, Keras computes float64 products in float32 by default; change that here.
     monkeypatch.setattr(keras_dtypes, "BIT64_TO_BIT32_DTYPE", {})
     case, rng = draw(seed)
     bound = {"float32": tolerances.KERAS, "float64": tolerances.KERAS_DOUBLE}[case["dtype"]]
@@ -181,12 +181,12 @@ def test_outputs_and_gradients_are_keras(seed, monkeypatch):
         x = rng.normal(size=(batch, steps, width))
         mask = rng.random((batch, steps)) < 0.6 if case["masked"] else None
         if mask is not None and (case["started"] or call):
-            mask[:, 0] = mask[:, -1] = True  # the first steps in either direction: see above
+            mask[:, 0] = mask[:, -1] = True  # the first steps of both directions: see above
         results = []
         drawn = draw_masks(our_cells, batch, rng, dtype)
         for ours_cell, theirs_cell, masks in zip(our_cells, their_cells, drawn, strict=True):
             drops[id(ours_cell)] = masks
-            count = getattr(theirs_cell, "dropout_mask_count", None)  # of masks; None: one for all gates
+            count = getattr(theirs_cell, "dropout_mask_count", None)  # number of masks; None: one for all gates
             theirs_cell._dropout_mask, theirs_cell._recurrent_dropout_mask = (
                 mask if mask is None or count is None else [mask] * count for mask in masks[:2]
             )
@@ -219,7 +219,7 @@ def test_outputs_and_gradients_are_keras(seed, monkeypatch):
     ("name", "flags"),
     [("LSTMCell", {}), ("GRUCell", {}), ("GRUCell", {"reset_after": False}), ("SimpleRNNCell", {})],
 )
-def test_the_cell_alone_is_keras(name, flags, rng):
+def test_a_cell_equals_that_of_keras(name, flags, rng):
     ours, theirs = getattr(layers, name)(5, input_size=3, **flags), getattr(keras.layers, name)(5, **flags)
     theirs.build((2, 3))
     ours.set_weights([rng.normal(size=w.shape) for w in ours.get_weights()])
@@ -235,7 +235,7 @@ def test_the_cell_alone_is_keras(name, flags, rng):
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN", "LSTMCell", "GRUCell", "SimpleRNNCell"])
-def test_arguments_come_in_the_order_of_keras(name):
+def test_arguments_have_the_order_of_keras(name):
     ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (layers, keras.layers))
     theirs = [key for key in theirs if key not in ("kwargs", "use_cudnn")]
     assert [key for key in ours if key in theirs] == theirs
@@ -261,7 +261,7 @@ def test_initialisers_have_the_spread_of_keras(name):
     ours = layers.LSTMCell(64, kernel_initializer=name, input_size=50).get_weights()[0]
     theirs = np.asarray(keras.initializers.get(name)((50, 256)))
     assert abs(ours.std() / theirs.std() - 1.0) < 0.05
-    if "uniform" in name:  # of Keras's truncated normal numbers a few are not
+    if "uniform" in name:  # some of Keras's truncated normal values aren't truncated
         assert abs(np.abs(ours).max() / np.abs(theirs).max() - 1.0) < 0.02
 
 

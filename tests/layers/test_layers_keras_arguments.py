@@ -1,4 +1,4 @@
-"""What code that was written for Keras gives to layers: its objects, its arguments without effect, its method names."""
+"""Compatibility with code for Keras: its objects, arguments that have no effect, and its method names."""
 
 import json
 
@@ -10,7 +10,7 @@ import torch
 from cellstack import layers
 from cellstack.layers import weights
 
-OF_OURS = {  # an object of Keras's, and the name or the description of the same
+OF_OURS = {  # a Keras object, and the name or description of the same
     "kernel_initializer": (keras.initializers.HeNormal(seed=3), {"class_name": "HeNormal", "config": {"seed": 3}}),
     "recurrent_initializer": (
         keras.initializers.RandomNormal(0.1, 0.2, seed=4),
@@ -44,12 +44,12 @@ def test_objects_of_keras_are_what_their_names_are(kind):
     for weight, other in zip(ours.get_weights(), same.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, other)
     assert {name: ours.get_config()[name] for name in described} == described
-    again = kind.from_config(json.loads(json.dumps(ours.get_config())))  # text alone: nothing of Keras's is in it
+    again = kind.from_config(json.loads(json.dumps(ours.get_config())))  # only text, no Keras objects
     assert again.get_config() == ours.get_config()
 
 
 class Ramp(keras.initializers.Initializer):
-    """A user's initialiser, as Keras asks for one: of a shape."""
+    """A user's initialiser in Keras's form: a callable of a shape."""
 
     def __call__(self, shape, dtype=None):
         return keras.ops.reshape(keras.ops.arange(int(np.prod(shape)), dtype=dtype), shape)
@@ -65,7 +65,7 @@ class Half(keras.constraints.Constraint):
         return w / 2
 
 
-def test_what_users_derive_from_keras_s_classes_is_called_as_keras_calls_it():
+def test_classes_derived_from_keras_s_are_called_as_by_keras():
     layer = layers.LSTM(2, bias_initializer=Ramp(), unit_forget_bias=False, bias_regularizer=Mean(), input_size=3)
     np.testing.assert_array_equal(layer.get_weights()[2], np.arange(8, dtype=np.float32))
     assert [term.item() for term in layer.losses] == [3.5]
@@ -73,11 +73,11 @@ def test_what_users_derive_from_keras_s_classes_is_called_as_keras_calls_it():
     layer.apply_constraints()
     np.testing.assert_array_equal(layer.get_weights()[0], np.arange(18.0).reshape(3, 6) / 2)
     rows = layers.LSTM(2, recurrent_regularizer=keras.regularizers.OrthogonalRegularizer(mode="rows"), input_size=3)
-    assert rows.losses[0].item() < 1e-6  # the initial rows stand at right angles
+    assert rows.losses[0].item() < 1e-6  # the initial rows are orthogonal
     rows.losses[0].backward()
 
 
-def test_an_initialiser_of_keras_s_whose_description_isn_t_all_is_called_itself():
+def test_a_keras_initialiser_with_an_incomplete_description_is_called():
     layer = layers.SimpleRNN(3, recurrent_initializer=keras.initializers.Identity(0.5), input_size=2)
     np.testing.assert_array_equal(layer.get_weights()[1], np.eye(3, dtype=np.float32) / 2)
     seeded = keras.initializers.GlorotUniform(seed=keras.random.SeedGenerator(3))
@@ -86,7 +86,7 @@ def test_an_initialiser_of_keras_s_whose_description_isn_t_all_is_called_itself(
     assert 0.0 < abs(layer.get_weights()[0]).max() < 1.0
 
 
-def test_settings_that_keras_leaves_open_are_the_usual_ones():
+def test_omitted_settings_of_keras_have_default_values():
     config = keras.initializers.serialize(keras.initializers.HeNormal(seed=1))
     assert None in config["config"].values()
     ours = layers.SimpleRNN(4, kernel_initializer=config, input_size=3).get_weights()[0]
@@ -95,11 +95,11 @@ def test_settings_that_keras_leaves_open_are_the_usual_ones():
 
 
 @pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
-def test_what_has_no_effect_is_accepted_and_said(kind):
+def test_arguments_without_effect_are_accepted_and_reported(kind):
     plain = kind(4, input_size=3)
-    assert "without effect" not in str(plain.plan())
+    assert "no effect" not in str(plain.plan())
     layer = kind(4, use_cudnn=False, implementation=1, input_size=3)
-    assert "; use_cudnn=False, implementation=1 without effect" in str(layer.plan())
+    assert "; no effect: use_cudnn=False, implementation=1" in str(layer.plan())
     assert layer.get_config() | {"use_cudnn": "auto", "implementation": 2} == plain.get_config()
     assert kind.from_config(layer.get_config()).get_config() == layer.get_config()
     layer.set_weights(plain.get_weights())
@@ -128,7 +128,7 @@ class Counting(keras.layers.Layer):
         return keras.ops.where(keras.ops.expand_dims(mask, -1), inputs, 0.0) if training is False else inputs
 
 
-def test_time_distributed_gives_a_layer_of_keras_s_the_mask_and_training():
+def test_time_distributed_passes_mask_and_training_to_a_keras_layer():
     x, mask = torch.ones(2, 3, 4), torch.tensor([[True, False, True], [True, True, False]])
     y = layers.TimeDistributed(Counting())(x, mask=mask, training=False)
     assert torch.equal(y, mask.unsqueeze(-1).expand(2, 3, 4).float())
@@ -144,4 +144,4 @@ def test_a_mask_of_steps_of_sequences_leaves_out_whole_sequences(inner):
     y = layer(x, mask=mask)
     assert torch.equal(y, layer(x, mask=mask.unsqueeze(2).expand(2, 3, 4)))
     assert not torch.equal(y, layer(x))
-    assert torch.equal(y[0, 1], torch.zeros(6))  # nothing was used: the initial state
+    assert torch.equal(y[0, 1], torch.zeros(6))  # all steps are masked: the initial state

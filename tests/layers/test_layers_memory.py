@@ -1,4 +1,4 @@
-"""Memory of results that comes back for the next ones of their size, and only once nobody has it any more."""
+"""Results reuse the memory of earlier ones of the same size, but only if nothing refers to it any more."""
 
 import threading
 
@@ -13,7 +13,7 @@ LIKE = torch.empty(0)
 SHAPE = (30, 700)
 
 
-def test_memory_comes_back():
+def test_memory_is_reused():
     memory = Reused()
     first = memory.empty(LIKE, SHAPE)
     assert (first.shape, first.dtype, first.is_contiguous()) == (SHAPE, torch.float32, True)
@@ -39,7 +39,7 @@ def test_memory_comes_back():
     ],
     ids=["view", "detached", "numpy", "storage", "dlpack", "buffer", "shared"],
 )
-def test_memory_that_somebody_has_is_not_given_out_again(keep):
+def test_memory_in_use_is_not_reused(keep):
     memory = Reused()
     first = memory.empty(LIKE, SHAPE)
     kept = keep(first)
@@ -61,7 +61,7 @@ def test_results_can_be_resized_as_any_tensor():
     assert bool((second == 1.0).all())
 
 
-def test_no_more_is_kept_than_said():
+def test_no_more_than_the_maximum_is_kept():
     memory = Reused(most=4 * 21_000 * 3)
     many = [memory.empty(LIKE, SHAPE) for _ in range(9)]
     places = {array.data_ptr() for array in many}
@@ -71,11 +71,11 @@ def test_no_more_is_kept_than_said():
     many.clear()
     again = [memory.empty(LIKE, SHAPE) for _ in range(3)]
     assert {array.data_ptr() for array in again} == set(last)
-    assert memory.empty(LIKE, (1 << 20,)).shape == (1 << 20,)  # more than all of it: not kept
+    assert memory.empty(LIKE, (1 << 20,)).shape == (1 << 20,)  # more than the maximum: not kept
     assert len(memory._storages) == 3
 
 
-def test_a_thread_that_finds_another_one_at_it_gets_new_memory():
+def test_a_thread_gets_new_memory_while_another_holds_the_lock():
     memory, wrong = Reused(), []
 
     def work(number):
@@ -90,11 +90,11 @@ def test_a_thread_that_finds_another_one_at_it_gets_new_memory():
     for thread in threads:
         thread.join()
     assert not wrong
-    with memory._turn:
+    with memory._lock:
         assert memory.empty(LIKE, SHAPE).shape == SHAPE
 
 
-def test_a_training_step_finds_the_memory_of_the_step_before():
+def test_a_training_step_reuses_the_memory_of_the_previous_one():
     layer = layers.LSTM(64, return_sequences=True, input_size=8)
     x = torch.randn(20, 60, 8)
 
@@ -105,9 +105,9 @@ def test_a_training_step_finds_the_memory_of_the_step_before():
 
     wanted = step().detach().clone()
     places = {step().data_ptr() for _ in range(6)}
-    assert len(places) < 4  # y and cells take turns in what there is
+    assert len(places) < 4  # y and cells share the memory
     assert step().data_ptr() in {storage.data_ptr() for storage in op._results._storages}
-    kept = [step() for _ in range(3)]  # what a caller keeps is the caller's
+    kept = [step() for _ in range(3)]  # results that the caller keeps aren't overwritten
     assert len({y.data_ptr() for y in kept}) == 3
     for y in kept:
         torch.testing.assert_close(y.detach(), wanted, atol=0, rtol=0)

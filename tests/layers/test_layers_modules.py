@@ -1,4 +1,4 @@
-"""Layers as torch modules: saving, copying, weights, configuration, gates, foreign cells, bad input."""
+"""Layers as torch modules: saving, copying, weights, configuration, gates, custom cells, bad input."""
 
 import copy
 import inspect
@@ -49,7 +49,7 @@ def x():
     return torch.randn(2, 5, 3)
 
 
-# ── Copies and files ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Copies and files ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_state_dict_round_trip_into_a_layer_without_weights(make, x):
@@ -67,14 +67,14 @@ def test_deepcopy_and_pickle_before_and_after_building(make, x, tmp_path):
         loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
         results = []
         for one in (layer, copied, loaded):
-            torch.manual_seed(3)  # the weights of what is not built yet
+            torch.manual_seed(3)  # for the weights of layers that aren't built yet
             results.append(one(x))
         assert same(results[0], results[1])
         assert same(results[0], results[2])
 
 
 @pytest.mark.parametrize("stateful", [False, True])
-def test_a_layer_with_a_state_out_of_a_graph_can_be_copied(x, stateful, tmp_path):
+def test_a_layer_whose_state_has_a_graph_can_be_copied(x, stateful, tmp_path):
     lstm = layers.LSTM(4, input_size=3, stateful=stateful)
     h = torch.randn(2, 4, requires_grad=True)
     lstm.states = h * 2, h.exp()
@@ -150,7 +150,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN])
-def test_everything_given_comes_back_from_get_config(kind):
+def test_get_config_returns_all_arguments(kind):
     given = {name: GIVEN[name] for name in inspect.signature(kind).parameters}
     layer = kind(**given)
     assert layer.get_config() == given
@@ -161,14 +161,14 @@ def test_everything_given_comes_back_from_get_config(kind):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
-def test_a_layer_takes_what_its_cell_takes(kind):
+def test_a_layer_takes_the_arguments_of_its_cell(kind):
     layer, cell, rnn = (
         {name: p.default for name, p in inspect.signature(getattr(layers, one)).parameters.items()}
         for one in (kind, f"{kind}Cell", "RNN")
     )
     of_layer = {name: value for name, value in rnn.items() if name != "cell"}
     if kind != "SimpleRNN":
-        of_layer["use_cudnn"] = "auto"  # as in Keras a layer's alone
+        of_layer["use_cudnn"] = "auto"  # only a layer has it, as in Keras
     assert layer == {**cell, **of_layer}
 
 
@@ -191,13 +191,13 @@ def test_weights_in_the_order_and_layout_of_keras(x):
     assert np.count_nonzero(both.get_weights()[0])
 
 
-def test_the_forget_bias_is_stored_and_may_be_left_out():
+def test_the_forget_bias_is_stored_and_optional():
     assert layers.LSTMCell(2, input_size=1).bias.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
     assert layers.LSTMCell(2, input_size=1, unit_forget_bias=False).bias.tolist() == [0] * 8
     assert layers.LSTMCell(2, input_size=1, use_bias=False).bias is None
 
 
-def test_moving_a_layer_counts_before_the_first_call(x):
+def test_moving_a_layer_works_before_the_first_call(x):
     lstm = layers.LSTM(4, stateful=True).double()
     assert lstm(x.double()).dtype == torch.float64
     assert lstm.float()(x).dtype == torch.float32
@@ -219,10 +219,10 @@ def test_regularisers_and_constraints_within_a_model(x):
     assert model[0].cell.kernel.min() >= 0.0
 
 
-# ── Gates ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Gates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_gates_obey_the_equations_and_have_gradients(x):
+def test_gates_satisfy_the_equations_and_have_gradients(x):
     lstm = layers.LSTM(4, return_sequences=True, input_size=3)
     y, trace = lstm(x, return_gates=True)
     assert isinstance(trace, Trace)
@@ -242,7 +242,7 @@ def test_gates_obey_the_equations_and_have_gradients(x):
         assert (got - want).abs().max() <= tolerances.REFERENCE_GRADIENT * want.abs().max()
 
 
-def test_gates_of_stacks_and_both_directions_come_in_the_order_of_y(x):
+def test_gates_of_stacks_and_both_directions_have_the_order_of_y(x):
     rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True, return_state=True)
     y, state_1, state_2, traces = rnn(x, return_gates=True)
     assert torch.equal(traces[1].h, y)
@@ -259,11 +259,11 @@ def test_gates_of_stacks_and_both_directions_come_in_the_order_of_y(x):
     assert torch.equal(trace.c[:, 1], trace.c[:, 0])
 
 
-# ── Cells of the user's own ────────────────────────────────────────────────────────────────────────────────────────
+# ── Custom cells ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Plain:
-    """A cell that knows nothing of torch modules, with one state."""
+    """A cell that isn't a torch module, with one state."""
 
     state_size = 3
 
@@ -273,7 +273,7 @@ class Plain:
 
 
 class Copying(torch.nn.Module):
-    """Our own cell's arithmetic behind a foreign face, with two states."""
+    """A custom cell with two states that computes the same as ours."""
 
     state_size = (4, 4)
     output_size = 4
@@ -290,7 +290,7 @@ class Copying(torch.nn.Module):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("go_backwards", [False, True])
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_foreign_cells_give_what_ours_give(x, masked, go_backwards, return_sequences):
+def test_custom_cells_give_the_results_of_ours(x, masked, go_backwards, return_sequences):
     cell = layers.LSTMCell(4, input_size=3)
     flags = {"return_sequences": return_sequences, "return_state": True, "go_backwards": go_backwards}
     mask = torch.rand(2, 5) < 0.5 if masked else None
@@ -300,13 +300,13 @@ def test_foreign_cells_give_what_ours_give(x, masked, go_backwards, return_seque
     assert same(ours, theirs)
 
 
-def test_foreign_cells_in_stacks_and_alone(x):
+def test_custom_cells_in_stacks_and_alone(x):
     rnn = layers.RNN([Plain(), layers.LSTMCell(4)], return_sequences=True, return_state=True)
     y, first, second = rnn(x)
     assert y.shape == (2, 5, 4)
     assert first.shape == (2, 3)
     assert isinstance(second, State)
-    assert "foreign cell Plain" in repr(rnn.plan())
+    assert "custom cell Plain" in repr(rnn.plan())
     with pytest.raises(TypeError, match="return_gates"):
         rnn(x, return_gates=True)
     alone = layers.RNN(Plain(), stateful=True, return_state=True)
@@ -320,7 +320,7 @@ def test_foreign_cells_in_stacks_and_alone(x):
         layers.RNN(torch.nn.Linear(3, 3))
 
 
-def test_both_directions_have_a_plain_cell_each():
+def test_both_directions_have_their_own_custom_cell():
     for cell in (Plain(), [Plain(), layers.LSTMCell(4)], layers.StackedRNNCells([Plain()])):
         both = layers.Bidirectional(layers.RNN(cell))
         ahead, back = (layer.cells[0].cell for layer in (both.forward_layer, both.backward_layer))
@@ -342,7 +342,7 @@ def test_time_distributed_folds_layers_of_ours(x):
         layers.TimeDistributed(layers.LSTM(3, stateful=True))
 
 
-# ── Plans ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Plans ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_plan_says_which_kernel_and_why(x):
@@ -369,7 +369,7 @@ def test_a_stack_with_one_layer_that_the_kernel_lacks(x):
     assert torch.equal(value, y)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch uses it
 def test_transforms_of_torch_func_take_the_torch_loop(x):
     lstm = layers.LSTM(4, input_size=3)
     tangent = torch.randn_like(x)
@@ -387,7 +387,7 @@ def test_transforms_of_torch_func_take_the_torch_loop(x):
     torch.testing.assert_close(each, leaf.grad)
 
 
-# ── What comes in ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_transforms_of_torch_func_take_the_torch_loop(x):
         lambda x: x.flip(1).flip(1),
     ],
 )
-def test_any_strides_give_the_same(x, change):
+def test_any_strides_give_the_same_result(x, change):
     lstm = layers.LSTM(4, return_sequences=True, input_size=3)
     moved = change(x)
     assert torch.equal(moved, x)
@@ -442,24 +442,28 @@ BAD = {
     "text": (lambda f: f([["a"]]), TypeError, "real numbers"),
     "none": (lambda f: f(None), TypeError, "real numbers"),
     "ragged": (lambda f: f([[[1, 2, 3]], [[1, 2, 3], [1, 2, 3]]]), TypeError, "array of numbers"),
-    "packed with a mask": (lambda f: f(pack_sequence([X[0]]), mask=X[:1, :, 0] == 0), ValueError, "no mask or lengths"),
-    "packed with lengths": (lambda f: f(pack_sequence([X[0]]), lengths=[3]), ValueError, "no mask or lengths"),
+    "packed with a mask": (
+        lambda f: f(pack_sequence([X[0]]), mask=X[:1, :, 0] == 0),
+        ValueError,
+        "mask and lengths aren't",
+    ),
+    "packed with lengths": (lambda f: f(pack_sequence([X[0]]), lengths=[3]), ValueError, "mask and lengths aren't"),
     "packed float64": (lambda f: f(pack_sequence([X[0].double()])), TypeError, "sequences of float32"),
     "packed width": (lambda f: f(pack_sequence([X[0, :, :2]])), ShapeError, r"I=3\], got \(1, 5, 2\)"),
     "packed state": (lambda f: f(X, initial_state=[pack_sequence([X[0]])] * 2), TypeError, "pad_packed_sequence"),
     "mask and lengths": (lambda f: f(X, mask=X[..., 0] == 0, lengths=[5, 5]), ValueError, "mask or lengths, got both"),
-    "lengths past T": (lambda f: f(X, lengths=[6, 5]), ValueError, r"within 0 and T=5, got \[6, 5\]"),
-    "lengths below 0": (lambda f: f(X, lengths=torch.tensor([-1, 5])), ValueError, "within 0 and T=5"),
+    "lengths past T": (lambda f: f(X, lengths=[6, 5]), ValueError, r"from 0 to T=5, got \[6, 5\]"),
+    "lengths below 0": (lambda f: f(X, lengths=torch.tensor([-1, 5])), ValueError, "from 0 to T=5"),
     "lengths of another batch": (lambda f: f(X, lengths=[5]), ShapeError, r"lengths \[B=2\], got \(1,\)"),
     "lengths no integers": (lambda f: f(X, lengths=[5.0, 5.0]), TypeError, "lengths to be integers, got float64"),
     "lengths a mask": (lambda f: f(X, lengths=[True, True]), TypeError, "lengths to be integers, got bool"),
-    "reset of integers": (lambda f: f(X, reset=torch.ones(2, 5)), TypeError, "reset of bool.*piece begins"),
+    "reset of integers": (lambda f: f(X, reset=torch.ones(2, 5)), TypeError, "reset of dtype bool.*piece begins"),
     "reset shape": (lambda f: f(X, reset=torch.ones(5, 2) == 1), ShapeError, r"reset \[B=2, T=5\], got \(5, 2\)"),
     "mask ragged": (lambda f: f(X, mask=[[True], [True, True]]), TypeError, "array of bool"),
     "sparse": (lambda f: f(torch.zeros(2, 5, 3).to_sparse()), TypeError, "dense"),
-    "device": (lambda f: f(torch.zeros(2, 5, 3, device="meta")), ValueError, "on cpu.*got it on meta"),
-    "mask of integers": (lambda f: f(X, mask=torch.ones(2, 5)), TypeError, "mask of bool"),
-    "mask of a list of integers": (lambda f: f(X, mask=[[1] * 5] * 2), TypeError, "mask of bool"),
+    "device": (lambda f: f(torch.zeros(2, 5, 3, device="meta")), ValueError, "on cpu.*got meta"),
+    "mask of integers": (lambda f: f(X, mask=torch.ones(2, 5)), TypeError, "mask of dtype bool"),
+    "mask of a list of integers": (lambda f: f(X, mask=[[1] * 5] * 2), TypeError, "mask of dtype bool"),
     "mask shape": (lambda f: f(X, mask=torch.ones(5, 2).bool()), ShapeError, r"mask \[B=2, T=5\], got \(5, 2\)"),
     "mask rank": (lambda f: f(X, mask=torch.ones(2, 5, 1).bool()), ShapeError, "mask"),
     "mask of one row": (lambda f: f(X, mask=torch.ones(1, 5).bool()), ShapeError, "mask"),
@@ -519,7 +523,7 @@ def test_bad_input_gives_one_clear_error(name):
         (
             lambda: layers.RNN([layers.LSTMCell(3), layers.LSTMCell(4, input_size=5)], input_size=2),
             ShapeError,
-            "as built",
+            "the weights are for input_size",
         ),
         (lambda: layers.Bidirectional(torch.nn.LSTM(3, 4)), TypeError, "RNN, LSTM, GRU or Simple"),
         (lambda: layers.Bidirectional(layers.LSTM(3), "max"), ValueError, "merge_mode"),
@@ -573,7 +577,7 @@ def isa(request):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
 def test_training_under_autocast(isa, kind):
-    """What comes in is widened; weights, states, sums and gradients stay float32.
+    """Inputs are widened; weights, states, sums and gradients stay float32.
 
     They have the bits of float32 too, but where the processor multiplies pairs of bfloat16.
     """
@@ -603,8 +607,8 @@ def test_training_under_autocast(isa, kind):
             torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
-def test_what_is_rounded_under_autocast_is_the_same_whichever_way(isa):
-    """Steps, sequences, with gradients and without, gates kept or made again: the same bits."""
+def test_rounding_under_autocast_is_the_same_for_all_calls(isa):
+    """Steps, sequences, with gradients and without, gates saved or recomputed: the same bits."""
     torch.manual_seed(0)
     cell = layers.LSTMCell(20, input_size=7)
     layer, again = layers.RNN(cell, return_sequences=True), layers.RNN(cell, return_sequences=True, remat=True)
@@ -629,6 +633,6 @@ def test_what_is_rounded_under_autocast_is_the_same_whichever_way(isa):
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(compiled(x), whole, atol=0, rtol=0)
-    with torch.autocast("cpu", torch.float16):  # which no kernel of ours multiplies
+    with torch.autocast("cpu", torch.float16):  # our kernels don't multiply float16
         mixed = layer(x)
     torch.testing.assert_close(mixed, layer(x), atol=0, rtol=0)

@@ -1,4 +1,4 @@
-"""The comparisons catch what they are there to catch: wrong gate orders and planted faults exceed the tolerances."""
+"""The comparisons detect errors: wrong gate orders and planted faults exceed the tolerances."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +21,7 @@ CELLS = {
     "gru, reset before": (layers.GRUCell, {"reset_after": False}),
     "gru with layer norm": (layers.GRUCell, {"layer_norm": True}),
 }
-BLOCKS = ("kernel", "recurrent_kernel", "bias", "kernel_gain", "recurrent_gain")  # arrays with one block a gate
+BLOCKS = ("kernel", "recurrent_kernel", "bias", "kernel_gain", "recurrent_gain")  # arrays with one block per gate
 
 
 def orders(name):
@@ -32,7 +32,7 @@ def orders(name):
 
 
 class Case:
-    """A cell with its arrays, and what it runs on: each number another."""
+    """A cell with its arrays and inputs, in which all numbers differ."""
 
     def __init__(self, name):
         rng = np.random.default_rng(3)
@@ -52,7 +52,7 @@ class Case:
         }
 
     def run(self, backwards=False, arrays=None, spec=None, state=None, **changes):
-        """Return y of the layer, and of the reference with changes made to what it is given."""
+        """Return y of the layer, and of the reference with changed arguments."""
         rnn = layers.RNN(self.cell, return_sequences=True, go_backwards=backwards)
         drop = torch.tensor(self.options["recurrent_dropout"], dtype=torch.float32)
         self.cell.masks = lambda batch, steps, training: layers.cell.Masks(recurrent=drop)
@@ -81,7 +81,7 @@ def test_the_comparison_holds(cases, name, backwards):
     assert np.abs(y - expected).max() <= tolerances.REFERENCE
 
 
-def test_there_are_so_many_wrong_orders():
+def test_the_number_of_wrong_orders():
     assert {name: len(orders(name)) for name in CELLS} == dict(zip(CELLS, (23, 5, 23, 5, 5, 5), strict=True))
 
 
@@ -134,9 +134,9 @@ def test_planted_faults_exceed_the_tolerances(cases, name, mutant):
     assert np.abs(y - expected).max() > 100 * tolerances.KERAS
 
 
-# ── Flags ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Flags ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# What the reference runs in place of a flag, one fault each; it must be seen in the results and in the gradients.
+# Faults of the reference in place of a flag; each must show in the results and the gradients.
 WITHOUT = {
     "lstm, peepholes": {"peepholes": False},
     "lstm, layer norm": {"layer_norm": False},
@@ -162,7 +162,7 @@ def both(name, spec):
     there = {"zoned": False, "started": False, "masked": True, "resets": True}
     g = given([flagged(name, WIDTH, UNITS)], 2, dtype=torch.float32, **there)
     weights = dict(zip(g.specs[0].shapes, g.weights, strict=True))
-    if spec.shapes.get("bias") != g.specs[0].shapes.get("bias"):  # of a GRU: two, or one
+    if spec.shapes.get("bias") != g.specs[0].shapes.get("bias"):  # a GRU has two, or one
         weights["bias"] = weights["bias"].sum(0)
     wrong = g._replace(specs=[spec], weights=[weights[key] for key in spec.shapes])
     (state,), (y,), *_ = split(g, fused(g))
@@ -187,11 +187,11 @@ def test_a_flag_that_is_ignored_or_slightly_wrong_is_caught(name):
     assert furthest(gradient, gradient_wanted) > 2 * tolerances.REFERENCE_GRADIENT
 
 
-# ── The backward pass ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── The backward pass ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def plant(out, fault):
-    """Plant a fault into what the reference's backward pass reads, and return dy."""
+    """Plant a fault into the inputs of the reference's backward pass, and return dy."""
     dy = np.ones_like(out.y)
     if fault == "mask ignored":
         out.tape.used = np.ones_like(out.tape.used)

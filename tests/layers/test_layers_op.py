@@ -1,4 +1,4 @@
-"""The autograd op: its numbers and derivatives against the reference, registration, and what it reads and writes."""
+"""The autograd op: results and derivatives compared with the reference, registration, and memory."""
 
 import itertools
 
@@ -18,19 +18,19 @@ MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The way to the kernel through the dispatcher, in place of that past it."""
+    """Calls of the kernel through torch's dispatcher, instead of direct ones."""
     monkeypatch.setattr(op, "direct", lambda x: False)
 
 
 @pytest.fixture(params=["direct", "registered"])
 def path(request):
-    """Both ways to the kernel."""
+    """Calls of the kernel with and without torch's dispatcher."""
     if request.param == "registered":
         request.getfixturevalue("registered")
 
 
 def as_function(g, call=fused):
-    """Return a run of `call` as a function of `g.leaves`, with all results that have gradients."""
+    """Return `call` as a function of `g.leaves`, with all differentiable results."""
 
     def run(x, *rest):
         starts, weights = list(rest[: len(g.starts)]), list(rest[len(g.starts) :])
@@ -39,7 +39,7 @@ def as_function(g, call=fused):
     return run
 
 
-# ── Numbers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CALLS = {"op": fused, "torch loop": loop}
 
@@ -109,8 +109,8 @@ def test_a_thousand_steps_are_the_reference(dtype, units, name):
 
 
 @pytest.mark.parametrize("name", ["lstm, all", "gru"])
-def test_threads_of_pytorch_leave_every_bit(name):
-    """As many as PyTorch has take part: workers of these tests have one each, unless a test asks for more."""
+def test_any_number_of_threads_gives_the_same_bits(name):
+    """The op uses PyTorch's number of threads, which is one in these tests unless set."""
     g = given([flagged(name, 16, 64), CellSpec(flagged(name, 16, 64).output_size, 64)], batch=40, steps=30)
     before, found = torch.get_num_threads(), []
     try:
@@ -125,7 +125,7 @@ def test_threads_of_pytorch_leave_every_bit(name):
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_linear_mode_is_exact(rng, kind):
-    """Identity activations and small integers leave nothing to round: every bit has to be right."""
+    """With identity activations and small integers there is no rounding: every bit must be right."""
     for units, width in ((1, 1), (3, 5), (16, 16), (17, 9)):
         spec = CellSpec(width, units, *(("linear",) if kind == "rnn" else ("linear", "linear")), kind=kind)
         g = given([spec], dtype=torch.float32, batch=2, steps=3, grad=False, masked=False, dropped=False, reverse=False)
@@ -136,15 +136,15 @@ def test_linear_mode_is_exact(rng, kind):
         _, (y,), (gates,), _ = split(g, fused(g))
         exact = (
             np.abs(np.maximum.accumulate(np.abs(wanted.y).max(axis=2), axis=1)) < 2**12
-        )  # then none went beyond 2^24
+        )  # then no value exceeded 2^24
         assert exact[:, 0].all()
         assert np.array_equal(y.numpy()[exact], wanted.y[exact])
         assert np.array_equal(gates.numpy()[:, 0], wanted.gates[:, 0])
 
 
 @pytest.mark.parametrize(("started", "bias", "reverse"), list(itertools.product((False, True), repeat=3)))
-def test_the_way_through_cudnn_is_the_loop(started, bias, reverse):
-    """On the CPU, where torch takes the same arguments to its own LSTM."""
+def test_the_cudnn_call_equals_the_loop(started, bias, reverse):
+    """On the CPU, where torch passes the same arguments to its LSTM."""
     none = dict.fromkeys(("masked", "resets", "dropped", "zoned"), False)
     g = given([CellSpec(3, 4, use_bias=bias)], started=started, reverse=reverse, **none)
     out = eager.cudnn_lstm(g.x, g.starts, g.weights, reverse)
@@ -152,18 +152,18 @@ def test_the_way_through_cudnn_is_the_loop(started, bias, reverse):
 
 
 def test_functions_are_those_of_the_reference():
-    from cellstack.reference import ACTIVATIONS as LAW
+    from cellstack.reference import ACTIVATIONS as REFERENCE
 
     z = torch.linspace(-3, 3, 101, dtype=torch.float64)
     texts = [*ACTIVATIONS, "hard_sigmoid(0.2, 0.5)", "elu(0.5)", "affine(-2.0, 0.5)", "leaky_relu(0.1)"]
     for text in [*texts, "thresholded_relu(-0.5)", "scaled_tanh(1.7, 0.6)"]:
         name, alpha, beta = activation(text)
         got = eager.function_of(activation(text))(z).numpy()
-        assert np.abs(got - LAW[name][0](z.numpy(), alpha, beta)).max() <= tolerances.REFERENCE_DOUBLE
+        assert np.abs(got - REFERENCE[name][0](z.numpy(), alpha, beta)).max() <= tolerances.REFERENCE_DOUBLE
         assert eager.function_of(activation(text)) is eager.as_function(text)
 
 
-def test_activations_go_by_their_names():
+def test_activations_are_found_by_name():
     assert eager.activation_name("leaky_relu( 0.20 )") == "leaky_relu"
     assert eager.activation_name("hard_sigmoid(0.2, 0.5)") == "hard_sigmoid(0.2, 0.5)"
     assert eager.activation_name(torch.nn.functional.elu) == "elu"
@@ -173,13 +173,13 @@ def test_activations_go_by_their_names():
             eager.activation_name(wrong)
 
 
-# ── Derivatives ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Derivatives ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 PAIRS = [(a, b, c, a ^ b, a ^ c) for a, b, c in itertools.product((False, True), repeat=3)]
 
 
-def test_any_two_of_what_may_be_there_come_in_every_combination():
+def test_all_pairs_of_options_occur():
     for one, other in itertools.combinations(range(5), 2):
         assert {(there[one], there[other]) for there in PAIRS} == set(itertools.product((False, True), repeat=2))
 
@@ -207,7 +207,7 @@ def test_gradients_of_every_flag_are_finite_differences(name, way, started, requ
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_has_its_derivative(name, kind):
+def test_every_activation_has_the_right_derivative(name, kind):
     parameters = tuple(0.9 * p + 0.03 for p in PARAMETERS.get(name, ()))
     text = f"{name}({', '.join(map(str, parameters))})" if parameters else name
     texts = (text,) if kind == "rnn" else (text, text)
@@ -227,7 +227,7 @@ def test_second_derivatives_are_finite_differences(name):
 
 
 @pytest.mark.parametrize("wanted", range(1, 2**6))
-def test_any_subset_of_inputs_may_ask_for_gradients(wanted):
+def test_any_subset_of_inputs_may_require_gradients(wanted):
     g = given([CellSpec(2, 2), CellSpec(2, 3, kind="gru", learn_initial_state=True)], started=True, resets=True)
     leaves = [g.x, g.starts[1], g.starts[2], g.weights[0], g.weights[4], g.weights[6]]
     asks = [bool(wanted >> n & 1) for n in range(len(leaves))]
@@ -247,7 +247,7 @@ def test_norms_have_no_gradient():
     assert none.shape == (0,)
 
 
-# ── Registration ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Registration ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OPCHECKS = [
     (["lstm", "gru", "rnn"], True, True, True),
@@ -292,7 +292,7 @@ def test_opcheck_of_the_dropout_mask_is_clean():
     )
 
 
-# ── Memory ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -302,8 +302,8 @@ def test_results_never_share_memory(started, call):
         g = given(in_a_row(["lstm", "gru, learned start", "rnn"]), steps=steps, grad=False, started=started)
         for save in (False, True):
             out = CALLS[call](g, save=save)
-            held = [t for t in (*g.leaves, *out) if t.numel()]
-            assert len({t.untyped_storage().data_ptr() for t in held}) == len(held)
+            tensors = [t for t in (*g.leaves, *out) if t.numel()]
+            assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -380,7 +380,7 @@ def test_weights_are_read_at_every_call(steps, kind):
             assert not torch.equal(cell(x), before)
 
 
-# ── Cells and stacks ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Cells and stacks ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def one_of_each(**kwargs):
@@ -405,7 +405,7 @@ def test_a_stack_called_as_a_cell_is_one_call_of_the_op(monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("loops", [False, True])
-def test_a_stack_is_cut_only_where_it_has_to_be(monkeypatch, loops, training):
+def test_a_stack_is_split_only_where_necessary(monkeypatch, loops, training):
     cells = [layers.LSTMCell(3), layers.GRUCell(3, dropout=0.5), layers.GRUCell(3)]
     cells += [layers.SimpleRNNCell(3, activation="gelu" if loops else "tanh"), layers.LSTMCell(3)]
     calls = []
@@ -463,7 +463,7 @@ def test_a_residual_stack_adds_inputs_to_outputs(reverse, learned):
     assert not torch.allclose(plain, y)
 
 
-def test_a_residual_stack_without_steps_returns_its_start():
+def test_a_residual_stack_without_steps_returns_its_initial_state():
     stacked = layers.StackedRNNCells([layers.GRUCell(3), layers.GRUCell(3)], residual=True, input_size=3)
     start = [torch.randn(2, 3), torch.randn(2, 3)]
     y, last, *_ = layers.stack.run_cells(
@@ -475,7 +475,7 @@ def test_a_residual_stack_without_steps_returns_its_start():
 
 @pytest.mark.parametrize("activation_of", [{}, {"gate_activations": {"g": "gelu"}}])
 @pytest.mark.parametrize("make", [layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell])
-def test_zoneout_keeps_whole_units_in_training_and_a_share_outside_of_it(make, activation_of):
+def test_zoneout_keeps_whole_units_in_training_and_a_share_at_inference(make, activation_of):
     cell = make(200, zoneout=0.3, seed=1, input_size=3, **activation_of)
     plain = make(200, input_size=3, **activation_of)
     plain.set_weights(cell.get_weights())
@@ -490,7 +490,7 @@ def test_zoneout_keeps_whole_units_in_training_and_a_share_outside_of_it(make, a
         torch.testing.assert_close(calm, 0.3 * old + 0.7 * new, rtol=0, atol=tolerances.LOOP)
 
 
-def test_masks_are_drawn_anew_at_each_step_and_once_a_sequence():
+def test_cells_draw_masks_at_each_step_and_layers_once_per_sequence():
     cell = layers.LSTMCell(50, dropout=0.5, recurrent_dropout=0.5, zoneout=0.5, zoneout_cell=0.2, seed=4, input_size=9)
     twin = layers.LSTMCell(50, dropout=0.5, recurrent_dropout=0.5, zoneout=0.5, zoneout_cell=0.2, seed=4, input_size=9)
     masks = cell.masks(3, 7, True)
@@ -508,7 +508,7 @@ FIRST_VALUES = {"peepholes": 0.0, "cell_bias": 0.0, "initial_h": 0.0, "initial_c
 FIRST_VALUES |= {"recurrent_gain": 1.0, "cell_gain": 1.0}
 
 
-def test_parameters_stand_in_the_order_of_the_description():
+def test_parameters_are_in_the_order_of_the_description():
     for kind, make in (("lstm", layers.LSTMCell), ("gru", layers.GRUCell), ("rnn", layers.SimpleRNNCell)):
         for name, flags in FLAGS.items():
             if flags.get("kind", "lstm") == kind:
@@ -526,7 +526,7 @@ def test_parameters_stand_in_the_order_of_the_description():
 @pytest.mark.parametrize(
     ("given_bias", "unit", "wanted"), [(None, True, 1.0), (None, False, 0.5), (2.5, True, 2.5), (0.0, False, 0.0)]
 )
-def test_the_forget_bias_starts_where_it_is_told_to(given_bias, unit, wanted):
+def test_the_initial_forget_bias(given_bias, unit, wanted):
     settings = {"forget_bias": given_bias, "unit_forget_bias": unit, "input_size": 1}
     bias = layers.LSTMCell(2, bias_initializer={"class_name": "constant", "config": {"value": 0.5}}, **settings).bias
     assert bias.tolist() == [0.5, 0.5, wanted, wanted, 0.5, 0.5, 0.5, 0.5]
@@ -536,17 +536,17 @@ WRONG = [
     (layers.LSTMCell, {"proj_size": 4}, layers.ShapeError, "LSTMCell 'a': expected proj_size from 1 to below units=4"),
     (layers.LSTMCell, {"zoneout": 1}, ValueError, r"LSTMCell 'a': expected zoneout in \[0, 1\), got 1"),
     (layers.LSTMCell, {"coupled": 1}, TypeError, "LSTMCell 'a': expected coupled to be True or False, got 1"),
-    (layers.LSTMCell, {"coupled": True, "forget_bias": 1.0}, ValueError, "expected forget_bias with a forget gate"),
+    (layers.LSTMCell, {"coupled": True, "forget_bias": 1.0}, ValueError, "forget_bias needs a forget gate"),
     (layers.GRUCell, {"gate_activations": {"f": "tanh"}}, ValueError, "GRUCell 'a': expected gate_activations of z, r"),
-    (layers.GRUCell, {"gate_activations": 3}, TypeError, "GRUCell 'a': expected gate_activations by gate, got 3"),
+    (layers.GRUCell, {"gate_activations": 3}, TypeError, "GRUCell 'a': expected gate_activations as a dict.* 3"),
     (layers.GRUCell, {"reset_after": False, "layer_norm": True}, ValueError, "GRUCell 'a': expected reset_after=True"),
-    (layers.GRUCell, {"gate_activations": {"r": "none"}}, ValueError, "GRUCell 'a': r: expected an activation out of"),
+    (layers.GRUCell, {"gate_activations": {"r": "none"}}, ValueError, "GRUCell 'a': r: expected one of sigmoid"),
     (layers.SimpleRNNCell, {"clip": -1.0}, ValueError, "SimpleRNNCell 'a': expected clip above 0 and finite, got -1.0"),
 ]
 
 
 @pytest.mark.parametrize(("make", "flags", "error", "message"), WRONG)
-def test_a_flag_that_a_cell_can_not_have_is_refused_at_once(make, flags, error, message):
+def test_an_invalid_flag_is_refused_by_the_constructor(make, flags, error, message):
     with pytest.raises(error, match=message):
         make(4, name="a", **flags)
 
@@ -563,7 +563,7 @@ def test_a_flag_that_a_cell_can_not_have_is_refused_at_once(make, flags, error, 
     ids=str,
 )
 @pytest.mark.parametrize("train", [False, True])
-def test_arrays_that_do_not_fit_never_reach_the_kernel(name, value, error, train):
+def test_arrays_of_a_wrong_shape_or_dtype_never_reach_the_kernel(name, value, error, train):
     cell = layers.LSTMCell(4, input_size=3)
     lstm = layers.RNN([cell], return_sequences=True)
     getattr(cell, name).data = value
@@ -575,20 +575,20 @@ def test_arrays_that_do_not_fit_never_reach_the_kernel(name, value, error, train
 
 def test_a_stack_of_two_dtypes_is_refused_by_name():
     stack = layers.RNN([layers.LSTMCell(4), layers.GRUCell(4, dtype="float64")])
-    with pytest.raises(TypeError, match="gru: expected kernel of float32, the dtype of its input, got float64"):
+    with pytest.raises(TypeError, match="gru: expected kernel of float32, the dtype of the input, got float64"):
         stack(torch.zeros(2, 5, 3))
 
 
-# ── Accuracy ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Accuracy ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_errors_against_float64_are_about_those_of_pytorch():
+def test_rounding_errors_are_close_to_those_of_pytorch():
     ratios = []
     for seed in range(24):
         torch.manual_seed(seed)
         width, units = (int(2 ** torch.empty(()).uniform_(2.0, 8.0)) for _ in range(2))
         theirs, x = torch.nn.LSTM(width, units), torch.randn(30, 4, width)
-        cell = op.in_rows(CellSpec(width, units).text)
+        cell = op.with_torch_layout(CellSpec(width, units).text)
         with torch.no_grad():
             ours = op.run(x.transpose(0, 1), [], list(theirs.parameters()), [], None, None, [cell], False, True, False)[
                 -1

@@ -27,7 +27,7 @@ def batch():
 
 def work(rank, folder):
     torch.set_num_threads(1)
-    # DistributedDataParallel imports this; imported while there is a group, it would hold on to the group's threads
+    # DistributedDataParallel imports this; imported while a group exists, it would keep the group's threads alive
     importlib.import_module("torch._dynamo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
@@ -37,7 +37,7 @@ def work(rank, folder):
 
 
 def train(rank, folder):
-    # A function of its own: the model has to be gone before its group, whose threads it would else wait for for ever.
+    # A separate function, to delete the model before its group, for whose threads it would otherwise wait forever.
     parallel = DistributedDataParallel(model())
     for _ in range(2):
         parallel.zero_grad()

@@ -1,4 +1,4 @@
-"""`remat=True`: gates that the backward pass makes again, with the same bits, for less memory."""
+"""`remat=True`: the backward pass recomputes the gates, with the same bits, to save memory."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def twins(make, **flags):
 
 
 def results(layer, x, **call):
-    """All that a training step gives: outputs, and gradients of x and of the weights."""
+    """The results of a training step: outputs, and gradients of x and of the weights."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     y, *rest = layer(x, **call) if layer.return_state else (layer(x, **call),)
@@ -88,7 +88,7 @@ def results_of_both(layer, x):
 
 
 def kept(call):
-    """Bytes of the tensors that a call keeps for its backward pass, each once."""
+    """Bytes of the tensors that a call saves for its backward pass, each counted once."""
     sizes = {}
 
     def pack(tensor):
@@ -102,7 +102,7 @@ def kept(call):
 
 
 @pytest.mark.parametrize(("cell", "plain_arrays", "again_arrays"), [("lstm", 6, 2), ("gru", 5, 1)])
-def test_what_is_kept_of_a_step_and_unit(cell, plain_arrays, again_arrays):
+def test_the_saved_values_per_step_and_unit(cell, plain_arrays, again_arrays):
     flags = {"lstm": layers.LSTMCell, "gru": layers.GRUCell}[cell]
     plain, again = twins(lambda: flags(UNITS))
     x, every = torch.randn(8, STEPS, WIDTH), 8 * STEPS * UNITS * 4
@@ -111,7 +111,7 @@ def test_what_is_kept_of_a_step_and_unit(cell, plain_arrays, again_arrays):
     assert kept(lambda: again(x)) == rest + again_arrays * every
 
 
-def test_gates_that_are_returned_are_kept():
+def test_returned_gates_are_saved():
     plain, again = twins(CELLS["lstm"])
     x = torch.randn(2, STEPS, WIDTH)
     traces = [layer(x, return_gates=True)[1] for layer in (plain, again)]
@@ -120,7 +120,7 @@ def test_gates_that_are_returned_are_kept():
         assert b.requires_grad
 
 
-def test_second_derivatives_are_there():
+def test_second_derivatives():
     found = []
     for layer in twins(CELLS["lstm"]):
         x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -130,18 +130,18 @@ def test_second_derivatives_are_there():
     assert torch.equal(*found)
 
 
-def test_the_op_is_registered_as_it_is():
+def test_opcheck_is_clean():
     cell = layers.LSTMCell(3, input_size=2, layer_norm=True)
     arrays = [array.detach().requires_grad_() for array in cell.arrays()]
-    given = torch.randn(2, 4, 2, requires_grad=True), [], arrays, [], None, None, [op.made_again(cell._text)]
+    given = torch.randn(2, 4, 2, requires_grad=True), [], arrays, [], None, None, [op.with_recomputed_gates(cell._text)]
     torch.library.opcheck(op.recurrent, (*given, False, True, True, 0, False))
 
 
-def test_plan_says_it():
+def test_the_plan_reports_remat():
     (line,) = layers.LSTM(4, remat=True, input_size=2).plan()
-    assert line.endswith("backward makes the gates again")
+    assert line.endswith("backward recomputes the gates")
     (line,) = layers.LSTM(4, remat=True, input_size=2, dtype="bfloat16").plan()
-    assert line.endswith("remat=True without effect")
+    assert line.endswith("no effect: remat=True")
     with pytest.raises(TypeError, match="remat"):
         layers.LSTM(4, remat=2)
     assert "remat=True" in repr(layers.GRU(4, remat=True))

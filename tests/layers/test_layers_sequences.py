@@ -1,4 +1,4 @@
-"""What a call over sequences takes besides a mask: resets, lengths, PackedSequence; and truncated backpropagation."""
+"""Resets, lengths, PackedSequence, and truncated backpropagation."""
 
 import gc
 
@@ -71,24 +71,24 @@ def assert_close(got, wanted, atol=tolerances.REFERENCE_DOUBLE):
 
 
 def gradients(results, leaves):
-    """The gradients of a sum that weighs every number otherwise; zeros where there is none."""
+    """The gradients of a sum in which every number has another weight; zeros if there is none."""
     generator = np.random.default_rng(0)
     loss = sum((part * torch.from_numpy(generator.normal(size=part.shape)).to(part)).sum() for part in flatten(results))
     return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
-# ── Resets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Resets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pieces(reset):
-    """Where each piece of a row begins and ends."""
+    """The first and last step of each piece of a row."""
     starts = sorted({0, *reset.nonzero().flatten().tolist()})
     return list(zip(starts, [*starts[1:], T], strict=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-def test_a_reset_is_the_pieces_apart(make, direction, masked, x):
+def test_resets_equal_separate_runs_of_the_pieces(make, direction, masked, x):
     layer = make(return_sequences=True, go_backwards=direction == "backward")
     layer = layers.Bidirectional(layer) if direction == "both" else layer
     reset = torch.rand(B, T) < 0.3
@@ -111,11 +111,11 @@ def test_a_reset_is_the_pieces_apart(make, direction, masked, x):
     y, moved = y.detach(), layer(changed, mask=mask, reset=reset).detach()
     if direction == "backward":
         y, moved = y.flip(1), moved.flip(1)
-    assert torch.equal(y[0, 2:], moved[0, 2:])  # not a bit of what lies before
+    assert torch.equal(y[0, 2:], moved[0, 2:])  # the steps before change no bit
 
 
 @pytest.mark.parametrize("go_backwards", [False, True])
-def test_an_initial_state_serves_the_first_piece_alone(make, go_backwards, x):
+def test_an_initial_state_applies_only_to_the_first_piece(make, go_backwards, x):
     layer = make(return_sequences=True, return_state=True, go_backwards=go_backwards)
     _, *state = layer(torch.randn(B, 2, I, dtype=torch.float64))
     start = [part.detach().requires_grad_() for part in flatten(state)]
@@ -129,7 +129,7 @@ def test_an_initial_state_serves_the_first_piece_alone(make, go_backwards, x):
     y, with_start, fresh = ((a.flip(1) if go_backwards else a).detach() for a in (y, with_start, fresh))
     assert_close(y[0], with_start[0])
     early, late = layer(x[1:2, :4])[0], layer(x[1:2, 4:])[0]
-    if go_backwards:  # it comes in at the end; a reset at step 0 has nothing behind it
+    if go_backwards:  # it applies to the last piece; a reset at step 0 has no effect
         assert_close(y[1, 4:], with_start[1, 4:])
         assert_close(y[1, :4], early[0].flip(0))
         assert_close(y[2], with_start[2])
@@ -143,7 +143,7 @@ def test_an_initial_state_serves_the_first_piece_alone(make, go_backwards, x):
         assert (part[2].abs().max() > 0) == go_backwards
 
 
-def test_a_reset_at_a_masked_step_shows_the_fresh_state(x):
+def test_a_reset_at_a_masked_step_outputs_the_initial_state(x):
     layer = layers.GRU(H, return_sequences=True, learn_initial_state=True, input_size=I, **DOUBLE)
     with torch.no_grad():
         layer.cell.initial_h.normal_()
@@ -155,7 +155,7 @@ def test_a_reset_at_a_masked_step_shows_the_fresh_state(x):
     assert_close(y[:, 5:], layer(x[:, 5:]))
 
 
-def test_resets_reach_foreign_cells_and_stateful_layers(x):
+def test_resets_of_custom_cells_and_stateful_layers(x):
     class Sum:
         state_size = I
 
@@ -171,13 +171,13 @@ def test_resets_reach_foreign_cells_and_stateful_layers(x):
     layer = layers.LSTM(H, stateful=True, return_sequences=True, input_size=I, **DOUBLE)
     fresh = layer(x)
     first = torch.zeros(B, T).bool()
-    first[1, 0] = True  # a row of the stream begins anew
+    first[1, 0] = True  # reset one row of the stream
     again = layer(x, reset=first)
     assert_close(again[1], fresh[1])
     assert not torch.allclose(again[0], fresh[0])
 
 
-# ── Lengths ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Lengths ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -191,7 +191,7 @@ def test_lengths_are_a_mask(make, kind, both, x):
         assert torch.equal(part, wanted)
 
 
-# ── PackedSequence ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── PackedSequence ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LENGTHS = torch.tensor([4, 9, 1])
 
@@ -218,7 +218,7 @@ def ours_of(module):
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("is_sorted", [False, True])
-def test_a_packed_call_is_that_of_torch(kind, both, is_sorted):
+def test_a_packed_call_equals_that_of_torch(kind, both, is_sorted):
     theirs = kind(I, H, batch_first=True, bidirectional=both)
     ours = ours_of(theirs)
     lengths = LENGTHS.sort(descending=True).values if is_sorted else LENGTHS
@@ -247,7 +247,7 @@ def test_a_packed_call_is_that_of_torch(kind, both, is_sorted):
 
 @pytest.mark.parametrize("go_backwards", [False, True])
 @pytest.mark.parametrize("return_sequences", [False, True])
-def test_a_packed_call_is_its_rows_one_by_one(make, go_backwards, return_sequences, x):
+def test_a_packed_call_equals_separate_calls_of_its_rows(make, go_backwards, return_sequences, x):
     layer = make(return_sequences=return_sequences, return_state=True, go_backwards=go_backwards)
     rows = [x[b, : LENGTHS[b]] for b in range(B)]
     packed = pack_sequence(rows, enforce_sorted=False)
@@ -282,8 +282,8 @@ def test_packed_through_a_model(x):
     wanted = second(first(x, mask=mask)[0], mask=mask)
     assert_close(padded[mask], dense(wanted)[mask])
     second(ahead)
-    assert_close(second.losses, [0.01 * hidden.data.square().sum()])  # of the steps that there are
-    with pytest.raises(ValueError, match="no mask"):
+    assert_close(second.losses, [0.01 * hidden.data.square().sum()])  # without padding
+    with pytest.raises(ValueError, match="a mask isn't supported with a PackedSequence"):
         dense(hidden, mask=mask)
     reset = torch.zeros(B, T).bool()
     reset[1, 5] = True
@@ -292,11 +292,11 @@ def test_packed_through_a_model(x):
     assert not torch.allclose(again[1, 5:], wanted[1, 5:])
 
 
-# ── Truncated backpropagation ──────────────────────────────────────────────────────────────────────────────────────
+# ── Truncated backpropagation ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def by_hand(layer, x, targets, loss, steps):
-    """The loop that one writes."""
+    """The equivalent training loop."""
     batch, length = x.shape[:2]
     state, total = None, 0.0
     for start in range(0, length, steps):
@@ -316,7 +316,7 @@ def grads_of(layer):
 
 
 @pytest.mark.parametrize("steps", [1, 4, T, 100])
-def test_a_truncated_pass_is_the_loop_written_by_hand(make, steps, x):
+def test_a_truncated_pass_equals_the_manual_loop(make, steps, x):
     layer = make(return_sequences=True, return_state=True)
     targets = torch.randn(B, T, layer(x)[0].shape[2], dtype=torch.float64)
     total, ends = by_hand(layer, x, targets, functional.mse_loss, steps)
@@ -329,7 +329,7 @@ def test_a_truncated_pass_is_the_loop_written_by_hand(make, steps, x):
     if steps >= T:
         functional.mse_loss(layer(x)[0], targets).backward()
         assert_close(grads_of(layer), wanted)
-    # A second part of the sequence goes on where the first stood.
+    # A second part of the sequence continues from the state of the first.
     more = truncated_backward(layer, x, targets, functional.mse_loss, steps, initial_state=state)[1]
     assert_close(more, layer(torch.cat([x, x], dim=1))[1:])
 
@@ -347,11 +347,11 @@ def test_the_gradient_reaches_no_further_than_a_chunk(x):
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
-def test_masks_and_resets_are_cut_along(make, with_lengths, x):
+def test_masks_and_resets_are_split_into_chunks(make, with_lengths, x):
     layer = make(return_sequences=True)
     lengths = torch.tensor([T, 2, 5])
     mask = torch.arange(T) < lengths[:, None] if with_lengths else torch.rand(B, T) < 0.5
-    mask[:, 3:6] &= with_lengths  # without lengths a chunk of which no step counts
+    mask[:, 3:6] &= with_lengths  # without lengths, one chunk is completely masked
     reset = torch.rand(B, T) < 0.2
     reset[:, 4] = True
     targets = torch.randn(B, T, layer(x).shape[2], dtype=torch.float64)
@@ -368,7 +368,7 @@ def test_masks_and_resets_are_cut_along(make, with_lengths, x):
     in_chunks, _ = truncated_backward(layer, x, targets, loss, 3, reset=reset, **given)
     assert_close(in_chunks, mean)
     grads_of(layer)
-    # Where every chunk begins anew there is nothing to cut off.
+    # With a reset at every chunk, truncation changes nothing.
     reset[:, ::3] = True
     truncated_backward(layer, x, targets, loss, 3, reset=reset, **given)
     found = grads_of(layer)
@@ -400,7 +400,7 @@ def test_memory_is_that_of_one_chunk():
         return Saved.most
 
     layer = layers.RNN([layers.LSTMCell(H), layers.GRUCell(H)], return_sequences=True, input_size=I)
-    given = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}  # there anyhow
+    given = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}  # counted in any case
     assert most(400) <= most(20)  # from the second chunk on there is a state
     assert most(10) > 2 * 10 * H * 4
 
@@ -461,7 +461,7 @@ def test_stateful_layers_and_models_of_any_kind(x):
 
 @pytest.mark.parametrize("units", [None, (5,), (5, H)], ids=["a layer", "a stack of one", "a stack"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_a_model_hands_on_what_a_layer_returns(kind, units, x):
+def test_a_model_can_return_the_results_of_a_layer(kind, units, x):
     flags = {"return_sequences": True, "return_state": True, "input_size": I}
     if units is None:
         layer = getattr(layers, kind)(H, **flags, **DOUBLE)
@@ -481,7 +481,7 @@ def test_a_model_hands_on_what_a_layer_returns(kind, units, x):
     assert_close(flatten(ends), flatten(states))
 
 
-def test_a_layer_is_told_to_add_a_batch_axis(x):
+def test_an_error_suggests_to_add_a_batch_axis(x):
     for layer in (layers.LSTM(H), layers.LSTM(H, input_size=I), layers.RNN([layers.GRUCell(H)])):
         with pytest.raises(ShapeError, match=r"got \(9, 3\): add a batch axis: x\[None\]$"):
             layer(x[0].float())
@@ -500,7 +500,7 @@ SEQUENCES = torch.zeros(B, T, I)
         (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2.5), TypeError, "steps to be an integer"),
         (lambda f, r: f(r, SEQUENCES, TARGETS[:, 1:], functional.mse_loss, 2), ShapeError, r"\(3, 9, 3\), \(3, 8, 4\)"),
         (lambda f, r: f(r, SEQUENCES.tolist(), TARGETS, functional.mse_loss, 2), TypeError, "got list, Tensor"),
-        (lambda f, r: f(3, SEQUENCES, TARGETS, functional.mse_loss, 2), TypeError, "RNN of ours or a callable.*int"),
+        (lambda f, r: f(3, SEQUENCES, TARGETS, functional.mse_loss, 2), TypeError, "cellstack RNN or a callable.*int"),
         (
             lambda f, r: f(layers.Bidirectional(r), SEQUENCES, TARGETS, functional.mse_loss, 2),
             TypeError,
@@ -520,7 +520,7 @@ SEQUENCES = torch.zeros(B, T, I)
             "got Tensor: .*return_state=True",
         ),
         (lambda f, r: f(lambda *_: (1,), SEQUENCES, TARGETS, functional.mse_loss, 2), TypeError, "got 1 value"),
-        (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2, max_norm=1.0), ValueError, "an optimizer"),
+        (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2, max_norm=1.0), ValueError, "max_norm needs"),
         (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2, lengths=[0] * 3), ValueError, "at least one"),
         (lambda f, r: f(r, SEQUENCES[:, :0], TARGETS[:, :0], functional.mse_loss, 2), ValueError, "at least one"),
         (
@@ -531,6 +531,6 @@ SEQUENCES = torch.zeros(B, T, I)
         (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2, reset=[True]), ShapeError, "reset"),
     ],
 )
-def test_what_can_not_be_truncated_is_refused(call, error, message):
+def test_unsupported_models_and_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=f"^truncated_backward.*{message}"):
         call(truncated_backward, layers.LSTM(H, return_sequences=True, input_size=I))

@@ -1,4 +1,4 @@
-"""The tutorial's steps, and the places where Keras sets a trap and we do the obvious thing."""
+"""The tutorial's steps, and cases in which Keras's behaviour is surprising and ours isn't."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from cellstack import layers
 from cellstack.layers import ShapeError, State
 
-# ── The tutorial, with our layers ──────────────────────────────────────────────────────────────────────────────────
+# ── The tutorial, with our layers ─────────────────────────────────────────────────────────────────────────────────────
 
 LSTM_CELL_SIZE = 4
 STACK_INPUT = [
@@ -54,10 +54,10 @@ def test_plain_lists_and_integers_are_taken():
     assert torch.equal(as_list, lstm(np.array(STACK_INPUT, dtype=np.float64)))
 
 
-# ── Traps ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Traps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_1_states_that_were_set_are_honoured():
+def test_1_states_that_were_set_are_used():
     lstm = layers.LSTM(4, input_size=3)
     x, h, c = torch.randn(2, 5, 3), torch.randn(2, 4), torch.randn(2, 4)
     expected = lstm(x, initial_state=(h, c))
@@ -71,7 +71,7 @@ def test_1_states_that_were_set_are_honoured():
     assert not torch.equal(expected, plain)
 
 
-def test_1_a_refused_call_leaves_the_states():
+def test_1_a_refused_call_keeps_the_states():
     lstm = layers.LSTM(4, input_size=3)
     lstm.states = torch.randn(2, 4), torch.randn(2, 4)
     with pytest.raises(ShapeError, match="batch of 2"):
@@ -87,20 +87,20 @@ def test_1_states_of_a_stack_and_of_both_directions():
     assert [state.shape for state in rnn.states] == [(2, 2, 4), (2, 2, 5)]
     assert torch.equal(rnn(x), rnn(x, initial_state=states))
     both = layers.Bidirectional(layers.LSTM(4), input_size=3)
-    halves = [torch.randn(2, 4) for _ in range(4)]
-    both.states = halves
+    states = [torch.randn(2, 4) for _ in range(4)]
+    both.states = states
     assert len(both.states) == 4
-    assert torch.equal(both(x), both(x, initial_state=halves))
-    assert not torch.equal(both(x), both(x, initial_state=halves))
+    assert torch.equal(both(x), both(x, initial_state=states))
+    assert not torch.equal(both(x), both(x, initial_state=states))
 
 
 def test_2_reset_states_resets_all_some_or_sets():
     rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], stateful=True, input_size=3)
     x = torch.randn(3, 2, 3)
     first = rnn(x)
-    held = [torch.stack(tuple(state)) for state in rnn.states]
+    kept = [torch.stack(tuple(state)) for state in rnn.states]
     rnn.reset_states(indices=[0, 2])
-    for state, before in zip(rnn.states, held, strict=True):
+    for state, before in zip(rnn.states, kept, strict=True):
         after = torch.stack(tuple(state))
         assert torch.count_nonzero(after[:, [0, 2]]) == 0
         assert torch.equal(after[:, 1], before[:, 1])
@@ -117,7 +117,7 @@ def test_2_reset_states_resets_all_some_or_sets():
     with pytest.raises(ShapeError, match="B=2"):
         rnn.reset_states(rows, indices=[0, 1])
     rnn.reset_states()
-    with pytest.raises(ShapeError, match="none is held"):
+    with pytest.raises(ShapeError, match="indices need a state"):
         rnn.reset_states(indices=[0])
 
 
@@ -170,7 +170,7 @@ def test_4_masks_are_drawn_once_a_call_and_scaled():
     assert h_mask.unique().tolist() == [0.0, 2.0]
     assert abs(float(x_mask.mean()) - 1.0) < 0.05
     assert abs(float(h_mask.mean()) - 1.0) < 0.05
-    # An input that is the same at every step, through a cell that forgets all: every step gives the same.
+    # Constant input and a cell without memory: every step has the same output.
     cell = layers.LSTMCell(8, dropout=0.5, recurrent_activation="linear", input_size=6)
     with torch.no_grad():
         cell.recurrent_kernel.zero_()
@@ -193,7 +193,7 @@ def test_4_a_seed_makes_masks_repeatable_and_resumable():
     assert torch.equal(a(x), resumed(x))
 
 
-def test_4_both_directions_draw_the_masks_of_their_seed():
+def test_4_both_directions_draw_masks_from_their_seed():
     def masks(layer):
         return layer.cell.masks(2, 1, True)[:2]
 
@@ -223,7 +223,7 @@ def test_5_a_leading_masked_step_emits_the_initial_h(return_sequences, go_backwa
         assert torch.equal(y[0], top[0][0])
 
 
-def test_6_a_stateful_layer_keeps_what_a_given_state_led_to():
+def test_6_a_stateful_layer_keeps_the_final_state_after_initial_state():
     lstm = layers.LSTM(4, stateful=True, return_state=True, input_size=3)
     x, start = torch.randn(2, 5, 3), (torch.randn(2, 4), torch.randn(2, 4))
     _, h, c = lstm(x, initial_state=start)
@@ -239,7 +239,7 @@ def test_6_a_stateful_layer_keeps_what_a_given_state_led_to():
         lstm(torch.randn(3, 5, 3))
 
 
-def test_7_the_state_is_saved_with_the_model_and_comes_back(tmp_path):
+def test_7_the_state_is_saved_and_loaded_with_the_model(tmp_path):
     def make():
         return layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], stateful=True)
 
@@ -296,14 +296,14 @@ def test_10_a_dropout_of_one_is_refused(name, value):
             make(4, **{name: value})
 
 
-def test_the_memory_is_the_layers_own():
+def test_the_state_is_a_copy():
     lstm = layers.LSTM(4, input_size=3, return_state=True, stateful=True)
     with torch.no_grad():
         y, h, c = lstm(torch.randn(2, 5, 3))
-        held = [part.clone() for part in lstm.states]
+        kept = [part.clone() for part in lstm.states]
         for given in (y, h, c):
             given.zero_()
-        assert all(torch.equal(a, b) for a, b in zip(lstm.states, held, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(lstm.states, kept, strict=True))
         mine = torch.ones(2, 4)
         lstm.states = (mine, mine)
         mine.zero_()
@@ -315,9 +315,9 @@ def test_rows_may_be_given_as_a_mask():
     lstm(torch.randn(3, 5, 3))
     lstm.reset_states(indices=torch.tensor([False, False, True]))
     assert [bool(row.any()) for row in lstm.states.h] == [True, True, False]
-    with pytest.raises(layers.ShapeError, match=r"mask \[B=3\], got \(2,\)"):
+    with pytest.raises(layers.ShapeError, match=r"bool mask \[B=3\], got \(2,\)"):
         lstm.reset_states(indices=[True, False])
-    with pytest.raises(TypeError, match="integers or a mask"):
+    with pytest.raises(TypeError, match="integers or a bool mask"):
         lstm.reset_states(indices=[1.9])
 
 
@@ -369,7 +369,7 @@ def test_arrays_of_any_kind_are_taken():
         torch.testing.assert_close(lstm(given), expected)
 
 
-def test_a_negative_bit_is_seen():
+def test_a_negated_view_has_the_right_values():
     lstm = layers.LSTM(4, input_size=3)
     x = torch.randn(2, 5, 3)
     torch.testing.assert_close(lstm(torch._neg_view(x)), lstm(-x))

@@ -1,4 +1,4 @@
-"""Weights, states and inputs that are subclasses of torch.Tensor: the kernel reads none whose numbers are elsewhere."""
+"""Weights, states and inputs of subclasses of torch.Tensor: the kernel reads none without ordinary memory."""
 
 import copy
 
@@ -15,11 +15,11 @@ from cellstack import layers
 SEQUENCES = [nn.LSTM, nn.GRU, nn.RNN]
 CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 PAIRS = (nn.LSTM, nn.LSTMCell)
-UNITS = 200  # of which no module is too narrow for the kernel
+UNITS = 200  # wide enough for the kernel in all modules
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without memory of its own, as DTensor and quantised weights are."""
+    """A tensor without its own memory, like DTensor and quantised weights."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -78,7 +78,7 @@ def same(found, expected):
 def test_pytorch_runs_a_module_whose_weights_are_a_subclass(kind, learns):
     theirs, ours = pair(kind)
     wrap(ours)
-    assert cs.plan(ours)[0].endswith("PyTorch's own: its weights are of a subclass of torch.Tensor (Wrapper)")
+    assert cs.plan(ours)[0].endswith("PyTorch: its weights are of a subclass of torch.Tensor (Wrapper)")
     x, hx = given(kind)
     x.requires_grad_(learns)
     with torch.set_grad_enabled(learns), cs.packed_weights(ours):
@@ -104,7 +104,7 @@ def test_pytorch_runs_a_call_with_a_state_or_an_input_of_a_subclass(kind):
 
 def test_a_reset_of_a_subclass_is_refused():
     _, ours = pair(nn.LSTM)
-    with pytest.raises(ValueError, match="LSTM: expected reset to be a tensor of bool, got Wrapper"):
+    with pytest.raises(ValueError, match="LSTM: expected reset to be a bool tensor, got Wrapper"):
         ours(torch.randn(20, 2, 3), reset=Wrapper(torch.zeros(20, 2, dtype=torch.bool)))
 
 
@@ -132,7 +132,7 @@ def test_our_layers_refuse_what_the_kernel_cannot_read(kind):
         cell(x[:, 0])
 
 
-def test_a_stateful_layer_goes_on_after_an_input_of_a_subclass_with_memory():
+def test_a_stateful_layer_works_after_an_input_of_a_subclass_with_memory():
     layer = layers.LSTM(4, input_size=3, stateful=True)
     x = torch.randn(2, 5, 3)
     layer(x.as_subclass(Plain))
@@ -143,7 +143,7 @@ def test_a_stateful_layer_goes_on_after_an_input_of_a_subclass_with_memory():
 
 
 @pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
-def test_a_layer_of_fake_tensors_gives_shapes(kind):
+def test_a_layer_of_fake_tensors_returns_shapes(kind):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -169,7 +169,7 @@ def test_gradients_per_sample_are_those_of_pytorch(kind, packed):
 
 
 def gradients_per_sample(module, x):
-    """Return the gradients of each sample, or PyTorch's error, which has none for oneDNN's LSTM."""
+    """Return the gradients of each sample, or PyTorch's error: oneDNN's LSTM doesn't support them."""
     try:
         out = call_for_per_sample_grads(module, batch_size=2, batch_first=False)(x)
     except RuntimeError as error:

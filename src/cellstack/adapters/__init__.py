@@ -1,1 +1,1 @@
-"""cellstack in other libraries: our estimators as theirs, their models on our kernel; each module needs its library."""
+"""Adapters for other libraries: our estimators in their APIs, their models on our kernel. Each needs its library."""

@@ -1,4 +1,4 @@
-"""The estimators as aeon's: collections `[n, C, T]`, lists of `[C, T]` and series, in its pipelines and benchmarks.
+"""The estimators in aeon's API: for collections `[n, C, T]`, lists of `[C, T]` and series.
 
 Ref: aeon, "Developer guide", https://www.aeon-toolkit.org/en/stable/developer_guide.html
 """
@@ -35,10 +35,10 @@ SMALL: dict[str, Any] = {"units": 4, "epochs": 2, "random_state": 0}
 
 
 class SequenceClassifier(BaseClassifier):
-    """`cellstack.sklearn.SequenceClassifier` as a classifier of aeon's.
+    """`cellstack.sklearn.SequenceClassifier` as an aeon classifier.
 
     Args:
-        estimator: what is fitted, as a copy: `estimator_`; one with its defaults where None.
+        estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters.
     """
 
     _tags = TAGS
@@ -62,10 +62,10 @@ class SequenceClassifier(BaseClassifier):
 
 
 class SequenceRegressor(BaseRegressor):
-    """`cellstack.sklearn.SequenceRegressor` as a regressor of aeon's.
+    """`cellstack.sklearn.SequenceRegressor` as an aeon regressor.
 
     Args:
-        estimator: what is fitted, as a copy: `estimator_`; one with its defaults where None.
+        estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters.
     """
 
     _tags = TAGS
@@ -88,18 +88,19 @@ class SequenceRegressor(BaseRegressor):
 class SequenceForecaster(
     DirectForecastingMixin, IterativeForecastingMixin, SeriesToSeriesForecastingMixin, BaseForecaster
 ):
-    """`cellstack.sklearn.SequenceForecaster` as a forecaster of aeon's: of one series of numbers, without dates.
+    """`cellstack.sklearn.SequenceForecaster` as an aeon forecaster, for one series of numbers without dates.
 
-    `predict` is aeon's: one number, `horizon` steps after the series that it is given. `series_to_series_forecast`
-    fits one network for all steps of a horizon; `direct_forecast` fits one a step, and `iterative_forecast` goes on
-    from its own forecasts, step by step.
+    As in aeon, `predict` returns one number, `horizon` steps after the end of the series. `series_to_series_forecast`
+    fits one network for all steps of a horizon; `direct_forecast` fits one network per step, and `iterative_forecast`
+    appends each forecast to the series and continues from there.
 
     Args:
-        estimator: what is fitted, as a copy: `estimator_`; one with its defaults where None. Its `horizon` is aeon's.
-        horizon: steps from the series' last value to the one that is forecast.
+        estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters. Its
+            `horizon` is replaced by aeon's.
+        horizon: steps from the series' last value to the forecast one.
 
     Raises:
-        ValueError: from `predict`, for a series that ends with a missing value; and what the estimator refuses.
+        ValueError: from `predict`, for a series that ends with a missing value; and the errors of the estimator.
 
     Example:
         >>> import numpy as np
@@ -111,8 +112,7 @@ class SequenceForecaster(
         (True, (3,))
     """
 
-    # Exogenous values are refused: aeon hands `predict` those of the step that is forecast alone, and a window has
-    # those before it.
+    # No exogenous values: aeon passes to `predict` only those of the forecast step, and the window needs earlier ones.
     _tags: ClassVar = {
         "capability:horizon": True,
         "capability:missing_values": True,
@@ -130,8 +130,8 @@ class SequenceForecaster(
         return self
 
     def _predict(self, y: NDArray, exog: None) -> float:  # type: ignore[override]
-        if np.isnan(y[0, -1]):  # the estimator counts from the last value that was observed
-            raise ValueError("expected y to end with a value, got a missing one: cut it off, for a longer horizon")
+        if np.isnan(y[0, -1]):  # the estimator's horizon starts at the last observed value
+            raise ValueError("expected y to end with a value, got a missing one: remove it and use a longer horizon")
         return float(self.estimator_.predict(y[0])[-1])
 
     def _series_to_series_forecast(self, y: Any, prediction_horizon: int, exog: NDArray | None) -> Any:

@@ -1,4 +1,4 @@
-"""sb3-contrib's `RecurrentPPO` on our kernel: a batch of episodes as one call, wherever in it an episode starts.
+"""sb3-contrib's `RecurrentPPO` on our kernel: one call per batch of sequences, even if episodes start within them.
 
 Ref: sb3-contrib, `RecurrentActorCriticPolicy`, https://sb3-contrib.readthedocs.io/en/master/modules/ppo_recurrent.html
 """
@@ -18,26 +18,26 @@ from cellstack.layers.accelerate import restore as restore_modules
 
 __all__ = ["accelerate", "restore"]
 
-_STEP = "_process_sequence"  # what every pass of a recurrent policy over its LSTMs goes through
-_ORIGINAL = "_cellstack_original"  # what a model's class was
+_STEP = "_process_sequence"  # the method that runs the LSTMs of a recurrent policy
+_ORIGINAL = "_cellstack_original"  # the attribute for a model's original class
 
 
 def accelerate(model: Any) -> Any:
-    """Let a `RecurrentPPO` collect and train on our kernel, in place.
+    """Make our kernel run a `RecurrentPPO` in rollouts and training; change the model in place.
 
-    Its LSTMs become ours (`cellstack.accelerate`), with the same parameters, and its policy runs a batch of sequences
-    in one call with `reset=` where it ran step by step. What it learns, saves and predicts stays its own: a saved model
-    is loaded without cellstack, and a loaded one is given to this function again.
+    Its LSTMs are accelerated (`cellstack.accelerate`) and keep their parameters, and its policy runs a batch of
+    sequences in one call with `reset=` instead of step by step. Training, saving and predicting work as before: saved
+    models load without cellstack; call this function again for a loaded model.
 
     Args:
-        model: a `RecurrentPPO`, or a `RecurrentActorCriticPolicy` by itself; on the CPU.
+        model: a `RecurrentPPO`, or a `RecurrentActorCriticPolicy`; on the CPU.
 
     Returns:
         `model` itself.
 
     Raises:
-        TypeError: no recurrent policy of sb3-contrib's, or one with another `_process_sequence` than its own.
-        ValueError: a policy that isn't on the CPU.
+        TypeError: not a recurrent policy of sb3-contrib, or one that overrides `_process_sequence`.
+        ValueError: the policy isn't on the CPU.
 
     >>> import gymnasium
     >>> from sb3_contrib import RecurrentPPO
@@ -47,11 +47,11 @@ def accelerate(model: Any) -> Any:
     """
     policy = _policy_of("accelerate", model)
     if policy.device.type != "cpu":
-        raise ValueError(f'accelerate: expected a policy on the CPU, got one on {policy.device}: give device="cpu"')
+        raise ValueError(f'accelerate: expected a policy on the CPU, got one on {policy.device}: pass device="cpu"')
     if getattr(type(policy), _STEP) is not RecurrentActorCriticPolicy._process_sequence:
         raise TypeError(
-            f"accelerate: expected a policy with sb3-contrib's own {_STEP}, got {type(policy).__name__}: "
-            "cellstack.accelerate(policy) swaps its LSTMs alone"
+            f"accelerate: policies that override {_STEP} aren't supported, got {type(policy).__name__}: "
+            "cellstack.accelerate(policy) accelerates only its LSTMs"
         )
     accelerate_modules(policy)
     policy._process_sequence = _process_sequence
@@ -61,16 +61,16 @@ def accelerate(model: Any) -> Any:
 
 
 def restore(model: Any) -> Any:
-    """Undo `accelerate`, in place.
+    """Undo `accelerate` in place.
 
     Args:
-        model: what was given to `accelerate`.
+        model: the accelerated model.
 
     Returns:
         `model` itself.
 
     Raises:
-        TypeError: no recurrent policy of sb3-contrib's.
+        TypeError: not a recurrent policy of sb3-contrib.
     """
     policy = _policy_of("restore", model)
     vars(policy).pop(_STEP, None)
@@ -82,7 +82,7 @@ def restore(model: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _with_rollouts(kind: type[RecurrentPPO]) -> type[RecurrentPPO]:
-    """Return a subclass that packs the weights once a rollout, within which they don't change."""
+    """Return a subclass that packs the weights once per rollout, during which they don't change."""
 
     def collect_rollouts(self: Any, *args: Any, **kwargs: Any) -> bool:
         with packed_weights(self.policy):
@@ -102,7 +102,7 @@ def _policy_of(owner: str, model: Any) -> Any:
 def _process_sequence(
     features: Tensor, lstm_states: tuple[Tensor, Tensor], episode_starts: Tensor, lstm: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the LSTM's output `[rows · T, H]` and its states, for rows of T steps that lie one after another.
+    """Return the LSTM's output `[rows · T, H]` and its states, for rows of T steps one after another.
 
     Where `episode_starts [rows · T]` is not zero, the states before that step are zeros.
     """

@@ -1,4 +1,4 @@
-"""The estimators as sktime's: series and panels in each of its types, in its pipelines and benchmarks.
+"""The estimators in sktime's API: for series, panels and hierarchies of all its types.
 
 Ref: sktime, "Implementing your own estimator", https://www.sktime.net/en/stable/developer_guide/add_estimators.html
 """
@@ -21,7 +21,7 @@ from cellstack import sklearn
 
 __all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor"]
 
-Frame: TypeAlias = Any  # of pandas, whose own types leave open what most methods return
+Frame: TypeAlias = Any  # a pandas frame: most of pandas' return types are imprecise
 
 TAGS = {
     "X_inner_mtype": "df-list",
@@ -35,14 +35,14 @@ SMALL: tuple[dict[str, Any], ...] = (
     {"units": 4, "epochs": 2, "random_state": 0},
     {"units": 3, "epochs": 2, "cell": "gru", "random_state": 0},
 )
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # those that sktime asks for where nothing is said, and quartiles
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # those of sktime's default coverage, and quartiles
 
 
 class SequenceClassifier(BaseClassifier):
-    """`cellstack.sklearn.SequenceClassifier` as a classifier of sktime's.
+    """`cellstack.sklearn.SequenceClassifier` as an sktime classifier.
 
     Args:
-        estimator: what is fitted, as a copy: `estimator_`; one with its defaults where None.
+        estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters.
 
     Example:
         >>> import numpy as np
@@ -72,19 +72,19 @@ class SequenceClassifier(BaseClassifier):
 
     @classmethod
     def get_test_params(cls, parameter_set: str = "default") -> Any:
-        """Return parameters for sktime's own checks.
+        """Return parameters for sktime's estimator checks.
 
         Args:
-            parameter_set: which; there is one.
+            parameter_set: ignored, as there is one set.
         """
         return [{"estimator": sklearn.SequenceClassifier(**small)} for small in SMALL]
 
 
 class SequenceRegressor(BaseRegressor):
-    """`cellstack.sklearn.SequenceRegressor` as a regressor of sktime's.
+    """`cellstack.sklearn.SequenceRegressor` as an sktime regressor.
 
     Args:
-        estimator: what is fitted, as a copy: `estimator_`; one with its defaults where None.
+        estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters.
 
     Example:
         >>> import numpy as np
@@ -111,32 +111,32 @@ class SequenceRegressor(BaseRegressor):
 
     @classmethod
     def get_test_params(cls, parameter_set: str = "default") -> Any:
-        """Return parameters for sktime's own checks.
+        """Return parameters for sktime's estimator checks.
 
         Args:
-            parameter_set: which; there is one.
+            parameter_set: ignored, as there is one set.
         """
         return [{"estimator": sklearn.SequenceRegressor(**small)} for small in SMALL]
 
 
 class SequenceForecaster(BaseForecaster):
-    """`cellstack.sklearn.SequenceForecaster` as a forecaster of sktime's.
+    """`cellstack.sklearn.SequenceForecaster` as an sktime forecaster.
 
-    One network is fitted, for all steps up to the last of `fh`, all columns of y and all series of a panel or a
-    hierarchy together. `predict` takes any `fh` up to there, and `update` with `update_params=False` goes on from newer
-    values with the same network. Columns of X are known in advance, `estimator`'s `inputs` aside, which are seen up to
-    now; in each series `fh` counts from its own last row. Whole numbers as an index count steps, with gaps where some
-    are missing; dates and periods are read as those of a table. After `pretrain` on a panel, `fit` and `update` leave
-    the network as it is, and forecast other series with it.
+    `fit` trains one network for all steps up to the last of `fh`, all columns of y and all series of a panel or
+    hierarchy together. `predict` takes any `fh` up to that step. `update` with `update_params=False` adds newer values
+    and keeps the network. Columns of X are known in advance, except those in the estimator's `inputs`, which are known
+    up to the present. In each series, `fh` counts from its last row. An index of whole numbers counts steps, with gaps
+    where some are missing; dates and periods are read like those of a table. After `pretrain` on a panel, `fit` and
+    `update` keep the network and use it to forecast other series.
 
     Args:
-        estimator: what is fitted, as a copy: `estimator_`; where None, one with its defaults and quantiles from 0.05 to
-            0.95. Its `target`, `id` and `date` are y's and the index's; its `horizon` is how far is forecast at least,
-            whatever `fh` says in `fit`.
+        estimator: the estimator, of which a copy is fitted as `estimator_`; None: one with default parameters and
+            quantiles from 0.05 to 0.95. Its `target`, `id` and `date` are taken from y and its index; its `horizon` is
+            the minimum number of steps, even if the `fh` of `fit` is shorter.
 
     Raises:
-        ValueError: an `fh` beyond what was fitted, quantiles beyond the outermost of the estimator's, X that lacks a
-            column or a step, and what the estimator refuses.
+        ValueError: an `fh` beyond the fitted steps, quantiles outside the range of the estimator's, a missing column or
+            step in X, and the errors of the estimator.
         NotImplementedError: an `fh` within the sample.
 
     Example:
@@ -169,8 +169,8 @@ class SequenceForecaster(BaseForecaster):
         "capability:pretrain": True,
         "python_dependencies": "torch",
     }
-    _config: ClassVar = {"remember_data": False}  # `_rows` has what is needed of it
-    _X = _y = None  # where sktime would remember it
+    _config: ClassVar = {"remember_data": False}  # `_rows` has the data
+    _X = _y = None  # unused attributes of sktime's base class
 
     def __init__(self, estimator: sklearn.SequenceForecaster | None = None):
         self.estimator = estimator
@@ -195,7 +195,7 @@ class SequenceForecaster(BaseForecaster):
         rows = _series(self._rows)
         for name, new in _series(self._together(y, X)).items():
             old = rows.get(name, new[:0])
-            old = old[(old.index <= new.index[-1]) & ~old.index.isin(new.index)]  # sktime also goes back in time
+            old = old[(old.index <= new.index[-1]) & ~old.index.isin(new.index)]  # updates may be earlier
             rows[name] = pd.concat([old, new]).sort_index()
         self._rows = _joined(rows, self._rows.index.names)
         if update_params and not self._is_pretrained():
@@ -203,7 +203,7 @@ class SequenceForecaster(BaseForecaster):
         return self
 
     def _is_pretrained(self) -> bool:
-        """Return whether the network is that of another panel, which stays as it is."""
+        """Whether the network was pretrained on another panel and must not change."""
         return bool(getattr(self, "_pretrained_attrs", ()))
 
     def _predict(self, fh: Any, X: Frame | None) -> Frame:
@@ -216,9 +216,9 @@ class SequenceForecaster(BaseForecaster):
         return pd.DataFrame(values.reshape(len(index), -1), index, columns)
 
     def _together(self, y: Frame, X: Frame | None) -> Frame:
-        """Return y and what of X stands beside it, under the names that the estimator has for their columns."""
+        """Join y and the rows of X with the same index, with the estimator's column names."""
         if len(y.columns) != len(self.targets_):
-            raise ValueError(f"expected {len(self.targets_)} columns in y, as it was fitted on, got {len(y.columns)}")
+            raise ValueError(f"expected {len(self.targets_)} columns in y, as in fit, got {len(y.columns)}")
         y, X = y.set_axis(self.targets_, axis=1), self._named(X)
         if X is None:
             return y
@@ -228,7 +228,7 @@ class SequenceForecaster(BaseForecaster):
         return y.join(X)
 
     def _named(self, X: Frame | None) -> Frame | None:
-        """Return X with the estimator's names of its columns."""
+        """Return X with the estimator's column names."""
         found = [] if X is None else list(X.columns)
         if set(found) != set(self.known_):
             have, wanted = (", ".join(map(str, names)) or "no column" for names in (found, self.known_))
@@ -236,19 +236,19 @@ class SequenceForecaster(BaseForecaster):
         return None if X is None else X.rename(columns=self.known_)
 
     def _learn(self, fh: Any, least: int) -> None:
-        """Fit the estimator for the steps of `fh`, `least` of them and its own horizon at least."""
+        """Fit the estimator for the steps of `fh`, and at least for `least` steps and its own horizon."""
         estimator: Any = clone(self.estimator or sklearn.SequenceForecaster(quantiles=QUANTILES))
         for name in ("target", "id", "date"):
             if getattr(estimator, name):
                 got = getattr(estimator, name)
-                raise ValueError(f"expected an estimator without {name}, which y and its index tell, got {got!r}")
+                raise ValueError(f"expected an estimator without {name}, as y and its index determine it, got {got!r}")
         groups = _series(self._rows)
         steps = max(least, estimator.horizon or 0)
         for rows in groups.values():
             if fh is None:
                 break
             seen = rows[self.targets_].notna().any(axis=1).to_numpy()
-            unseen = int(np.argmax(seen[::-1]))  # rows at the end without a value, which the forecast goes over
+            unseen = int(np.argmax(seen[::-1]))  # rows at the end without a value, which are forecast too
             steps = max(steps, unseen + int(max(fh.to_relative(get_cutoff(rows, return_index=True)))))
         how = {"target": self.targets_, **self._reading()}
         if not estimator.known:
@@ -257,7 +257,7 @@ class SequenceForecaster(BaseForecaster):
         self.estimator_.fit(self._table(groups))
 
     def _forecasts(self, fh: Any, X: Frame | None, levels: list[float]) -> tuple[Any, NDArray[np.float64]]:
-        """Return the index of the steps that `fh` asks for, and their quantiles `[steps, targets, levels]`."""
+        """Return the index of the steps of `fh`, and their quantiles `[steps, targets, levels]`."""
         recipe, groups, whole = self.estimator_.recipe_, _series(self._rows), {}
         knows = bool(recipe.known) or any(category.known for category in recipe.categories)
         known = self._named(X) if X is not None or knows else None
@@ -286,26 +286,26 @@ class SequenceForecaster(BaseForecaster):
         return index[0].append(index[1:]).set_names(self._rows.index.names), np.concatenate(found)
 
     def _cutoff_of(self, rows: Frame) -> Any:
-        """Return the last time of a series, with the frequency of its dates; where rows are left out, the table's."""
+        """Return the last time of a series, with the frequency of its dates; with missing rows, that of the table."""
         last: Any = get_cutoff(rows, return_index=True)
         if isinstance(last, pd.DatetimeIndex) and last.freq is None:
-            told = self.estimator_.network_.metadata["reading"]["freq"]
+            spacing = self.estimator_.network_.metadata["reading"]["freq"]
             try:
-                last.freq = told
+                last.freq = spacing
             except ValueError:
                 raise ValueError(
-                    f"expected dates whose frequency pandas has a name for, got {last[0]} as the last of y, of rows "
-                    f"that are spaced by {told}: give y an index of periods, as y.to_period('M') has it"
+                    f"expected dates at a frequency of pandas, got {last[0]} as the last of y, with rows spaced by "
+                    f"{spacing}: use an index of periods for y, as from y.to_period('M')"
                 ) from None
         return last
 
     def _reading(self) -> dict[str, Any]:
-        """Return the estimator's parameters that say how the rows are read."""
+        """Return the estimator's parameters for reading the rows."""
         *series, time = self._index_names()
         return {"id": series, "date": "" if _counts(self._rows) else time}
 
     def _index_names(self) -> list[str]:
-        """Return what the columns are called in which the estimator finds the index."""
+        """Return the names of the columns that hold the index."""
         taken, names = [*self.targets_, *self.known_.values()], []
         for n, name in enumerate(self._rows.index.names, 1 - self._rows.index.nlevels):
             name = str(name if name is not None else f"series{n or ''}" if n else "time")
@@ -316,7 +316,7 @@ class SequenceForecaster(BaseForecaster):
         return names
 
     def _table(self, groups: dict[tuple[Any, ...], Frame]) -> Frame:
-        """Return the rows of each series as the estimator reads them."""
+        """Return the rows of all series as the estimator's table."""
         if not _counts(self._rows):
             return _joined(groups, self._index_names()).reset_index()
         even = {name: rows.reindex(range(rows.index[0], rows.index[-1] + 1)) for name, rows in groups.items()}
@@ -325,12 +325,12 @@ class SequenceForecaster(BaseForecaster):
 
     @classmethod
     def get_test_params(cls, parameter_set: str = "default") -> Any:
-        """Return parameters for sktime's own checks.
+        """Return parameters for sktime's estimator checks.
 
         Args:
-            parameter_set: which; there is one.
+            parameter_set: ignored, as there is one set.
         """
-        # Their series have ten rows and more, which is too few to hold some of them out.
+        # The checks' series are as short as ten rows, too short for a validation part.
         small = {"members": 1, "seasons": (), "validation": 0.0, "quantiles": (0.01, 0.25, 0.75, 0.99)}
         return [{"estimator": sklearn.SequenceForecaster(**small, **each)} for each in SMALL]
 
@@ -341,12 +341,12 @@ def _fitted(estimator: Any, X: list[Any], y: NDArray) -> Any:
 
 
 def _arrays(X: list[Any]) -> list[NDArray]:
-    """Return sktime's frames, a row a step, as `[T, C]`."""
+    """Return sktime's frames, one row per step, as `[T, C]`."""
     return [frame.to_numpy() for frame in X]
 
 
 def _series(rows: Frame) -> dict[tuple[Any, ...], Frame]:
-    """Return the rows of each series by its name, `()` where there is one without a name; their index is the time."""
+    """Return the rows of each series by its name, `()` for a single series without a name, with the time as index."""
     levels = list(range(rows.index.nlevels - 1))
     if not levels:
         return {(): rows}
@@ -355,38 +355,38 @@ def _series(rows: Frame) -> dict[tuple[Any, ...], Frame]:
 
 
 def _joined(groups: dict[tuple[Any, ...], Frame], names: list[Any]) -> Frame:
-    """Return the rows of all series again, their index under these names."""
+    """Join the rows of all series, with these names of the index."""
     if () in groups:
         return groups[()].rename_axis(names)
     return pd.concat(groups, names=names)
 
 
 def _counts(rows: Frame) -> bool:
-    """Return whether the times of the rows are whole numbers."""
+    """Whether the times of the rows are whole numbers."""
     return pd.api.types.is_integer_dtype(rows.index.get_level_values(-1).dtype)
 
 
 def _places(fh: Any, last: Any, steps: Any) -> tuple[Any, NDArray[np.int64]]:
-    """Return the times that `fh` asks for and where they stand among the steps that are forecast.
+    """Return the times of `fh` and their positions in the forecast steps.
 
     Args:
         fh: sktime's horizon.
         last: time of the series' last row.
-        steps: times that are forecast. They begin after the last value, which may stand before the last row.
+        steps: the forecast times. They begin after the last value, which may be earlier than the last row.
     """
     wanted = fh.to_absolute_index(last)
     at = fh.to_relative(last).to_numpy() + next(iter(np.flatnonzero(steps == _clock(last)[0])), -1)
     if at.max() >= len(steps):
         raise ValueError(
-            f"expected fh within {len(steps)} steps after the last value of y, as the network was fitted for, got "
-            f"{wanted[at.argmax()]}, which is step {at.max() + 1}: give fit an fh that reaches as far"
+            f"expected fh within {len(steps)} steps after the last value of y, for which the network was fitted, got "
+            f"{wanted[at.argmax()]}, which is step {at.max() + 1}: pass fit an fh up to that step"
         )
     if not np.array_equal(steps[at], _clock(wanted)):
-        raise ValueError(f"expected fh at {list(map(str, steps[at]))}, as y is spaced, got {list(map(str, wanted))}")
+        raise ValueError(f"expected fh at the steps of y, {list(map(str, steps[at]))}, got {list(map(str, wanted))}")
     return wanted, at
 
 
 def _clock(times: Any) -> Any:
-    """Return times as tables have them: the start of a period, without a time zone."""
+    """Return times in the form of tables: the start of a period, without a time zone."""
     times = times.to_timestamp() if isinstance(times, pd.PeriodIndex) else times
     return times.tz_localize(None) if getattr(times, "tz", None) is not None else times

@@ -1,8 +1,8 @@
-"""The Keras door: Keras's own recurrent layers on our op, and layers for what Keras lacks.
+"""The Keras integration: Keras's recurrent layers on the fused kernel, and layers with additional flags.
 
-Keras's layers keep their classes, weights and habits: `fit`, `save`, functional models and `summary()` are Keras's own.
-What changes is the call that they make below them, step after step in Python on the torch backend: it goes to the fused
-kernel where that computes the same, faster. `plan(model)` says what runs each layer, and why.
+Keras's layers keep their classes and weights; `fit`, `save`, functional models and `summary()` work as before. On the
+torch backend Keras runs a Python loop over the steps, which the fused kernel replaces if it computes the same result
+faster. `plan(model)` says what runs each layer, and why.
 
 >>> import cellstack.keras
 >>> import keras

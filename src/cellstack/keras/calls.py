@@ -1,4 +1,4 @@
-"""How many calls of Keras's recurrent layers our op has served, and why others were left to Keras."""
+"""Count the calls of Keras's recurrent layers that the kernel ran, and those that Keras ran, by reason."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _left: Counter[str] = Counter()
 
 
 class Calls(NamedTuple):
-    """What became of the calls of accelerated layers since the process started, or since `calls(reset=True)`."""
+    """Numbers of calls of accelerated layers since the process started, or since `calls(reset=True)`."""
 
-    served: int  # by our op
-    left: dict[str, int]  # to Keras, by why
+    served: int  # run by the kernel
+    left: dict[str, int]  # run by Keras, by reason
 
 
 def calls(reset: bool = False) -> Calls:
-    """Return how many calls of accelerated Keras layers our op has served, and how many were left to Keras.
+    """Return how many calls of accelerated Keras layers the kernel ran, and how many Keras ran.
 
     Args:
-        reset: count from zero from here on.
+        reset: set the counts to zero afterwards.
 
     Returns:
-        `Calls(served, left)`: a number, and a number for each reason why calls were left.
+        `Calls(served, left)`: the number of calls that the kernel ran, and those that Keras ran, by reason.
 
     >>> calls(reset=True) and calls()
     Calls(served=0, left={})
@@ -37,7 +37,7 @@ def calls(reset: bool = False) -> Calls:
 
 
 def count(why_not: str) -> None:
-    """Count a call: as served, where there is no reason against it."""
+    """Count a call, under the reason why Keras ran it; "": the kernel ran it."""
     global _served
     if why_not:
         _left[why_not] += 1

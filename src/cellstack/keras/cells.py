@@ -1,4 +1,4 @@
-"""Keras's cells as our op knows them, and what keeps a layer of Keras's from being served."""
+"""Descriptions of Keras's cells for the op, and the reasons why the kernel doesn't support a Keras layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS: dict[type, str] = {
     keras.layers.GRUCell: "gru",
     keras.layers.SimpleRNNCell: "rnn",
 }
-"""Keras's cells, and what our descriptions call their kind. A subclass may compute anything, and is none of them."""
+"""Keras's cells, and their kind in our descriptions. Subclasses aren't included, as they may compute anything."""
 
 DTYPES = ("float32", "float64")
 
@@ -23,7 +23,7 @@ DTYPES = ("float32", "float64")
 def _known(name: str) -> Callable[..., Any] | None:
     try:
         return keras.activations.get(name)
-    except ValueError:  # what Keras doesn't have
+    except ValueError:  # Keras doesn't have it
         return None
 
 
@@ -35,12 +35,12 @@ _NAMES: dict[Any, str] = {function: name for name in ACTIVATIONS if (function :=
 
 
 def activation(function: Any) -> str:
-    """Return one of Keras's activations in our words, "" where the kernel doesn't have it."""
+    """Return our name of a Keras activation, "" if the kernel doesn't support it."""
     if function is None:
         return "linear"
     try:
         return _NAMES.get(function, "")
-    except TypeError:  # a layer or another object that can't be hashed
+    except TypeError:  # an object that can't be hashed, such as a layer
         return ""
 
 
@@ -63,18 +63,18 @@ def _names(cell: Any) -> tuple[str, ...]:
 
 
 def text(cell: Any, width: int) -> str:
-    """Return the description of a cell for inputs of `width`, as our op takes it."""
+    """Return the op's description of a cell for inputs of `width`."""
     kind = KINDS[type(cell)]
     return _text(kind, width, cell.units, _names(cell), cell.use_bias, kind != "gru" or cell.reset_after)
 
 
 def arrays(cell: Any) -> list[Any]:
-    """Return the variables of a built cell in the order in which our op takes them. They lie in memory as ours do."""
+    """Return the variables of a built cell in the op's order. Their layout in memory is the same as ours."""
     return [cell.kernel, cell.recurrent_kernel, *([] if cell.bias is None else [cell.bias])]
 
 
 def state_sizes(cell: Any) -> int:
-    """Return how many arrays a cell's state has."""
+    """Return the number of arrays of a cell's state."""
     return len(State._fields) if type(cell) is keras.layers.LSTMCell else 1
 
 
@@ -85,16 +85,16 @@ def of(layer: Any) -> Sequence[Any]:
 
 
 def why_not(layer: Any) -> str:
-    """Say why our op can't serve a layer whatever it is called with; "" where it can."""
+    """Return why the kernel supports no call of a layer; "" if it supports some."""
     dtype = layer.compute_dtype
     if dtype not in DTYPES or layer.variable_dtype != dtype:
         return f"{layer.dtype_policy.name} is neither float32 nor float64"
     for cell in of(layer):
         kind = type(cell)
         if kind not in KINDS:
-            return f"{kind.__name__} is not one of Keras's own LSTMCell, GRUCell and SimpleRNNCell"
+            return f"{kind.__name__} is not Keras's LSTMCell, GRUCell or SimpleRNNCell"
         if cell.compute_dtype != dtype or cell.variable_dtype != dtype:
-            return f"its cell is of {cell.dtype_policy.name}, the layer of {dtype}"
+            return f"its cell has dtype {cell.dtype_policy.name}, the layer {dtype}"
         if cell.activity_regularizer is not None:
             return "a cell's activity_regularizer adds a term at every step"
         if "" in _names(cell):
@@ -103,12 +103,12 @@ def why_not(layer: Any) -> str:
 
 
 def why_not_training(cells: Sequence[Any]) -> str:
-    """Say why our op can't serve cells where their dropout is at work; "" where it can."""
+    """Return why the kernel doesn't support cells with active dropout; "" if it does."""
     for cell in cells:
         if cell.recurrent_dropout and type(cell) is not keras.layers.SimpleRNNCell:
-            return "recurrent_dropout in training: Keras draws a mask a gate, our op has one for all"
+            return "recurrent_dropout in training: Keras draws a mask per gate, the kernel has one for all"
         if cell.dropout and getattr(cell, "implementation", 2) == 1:
-            return "dropout with implementation=1 in training: Keras draws a mask a gate, our op has one for all"
+            return "dropout with implementation=1 in training: Keras draws a mask per gate, the kernel has one for all"
         if 1.0 in (cell.dropout, cell.recurrent_dropout):
             return "dropout of 1"
     return ""

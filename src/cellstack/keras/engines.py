@@ -1,4 +1,4 @@
-"""What runs calls of Keras's layers in Keras's place: by Keras's backend, which is chosen when Keras is imported."""
+"""Select the implementation for Keras's backend, which is fixed when Keras is imported: only torch is supported."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if NAME == "torch":
 else:
 
     def why_not(x: Any, mask: Any) -> str:
-        """Say why our op serves no call."""
+        """Return why the kernel runs no call."""
         return f"on the {NAME} backend, whose loop is compiled"
 
     def concrete(x: Any) -> bool:
-        """Say that nothing is looked at."""
+        """Return False: no call is run here."""
         return False
 
     def symbolic(x: Any) -> bool:
-        """Whether a call only asks for shapes."""
+        """Whether a call only infers shapes."""
         return isinstance(x, keras.KerasTensor)
 
     def isa() -> str:
-        """Return the instruction set that the kernel would use: none."""
+        """Return "": the kernel isn't used."""
         return ""
 
     def draw(cells: Any, step: Any) -> None:
-        """Leave masks to Keras."""
+        """Not supported on this backend."""
         raise NotImplementedError
 
     def run(layer: Any, x: Any, initial_state: Any, mask: Any, training: Any) -> Any:
-        """Leave layers to Keras."""
+        """Not supported on this backend."""
         raise NotImplementedError
 
     def run_layer(
@@ -47,10 +47,10 @@ else:
         reverse: bool,
         traced: bool,
     ) -> Any:
-        """Run no layer of ours."""
+        """Not supported on this backend."""
         raise NotImplementedError
 
 
 def why_not_here() -> str:
-    """Say why no call can be served on Keras's backend; "" where calls can."""
+    """Return why the kernel runs no call on Keras's backend; "" if it can."""
     return "" if NAME == "torch" else why_not(None, None)

@@ -1,7 +1,7 @@
-"""`LSTM`, `GRU` and `SimpleRNN` as layers of Keras's, with every flag that a cell of ours has.
+"""`LSTM`, `GRU` and `SimpleRNN` as Keras layers, with all flags of our cells.
 
-They are true layers of Keras's: functional models, `fit`, `summary`, masks, `Bidirectional`, and files, which need
-`import cellstack.keras` before they are read. They run on the torch backend.
+They work with functional models, `fit`, `summary`, masks, `Bidirectional`, and files, which need `import
+cellstack.keras` before they are loaded. They need the torch backend.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _TABLES = {"initializer": keras.initializers, "regularizer": keras.regularizers,
 
 
 class _Recurrent(keras.layers.Layer):
-    """What the kinds share: a description out of their arguments, its arrays as weights, a call of the op."""
+    """Base class: makes a description from the arguments and its arrays as weights, and calls the op."""
 
     kind: ClassVar[str]
-    stateful, states = False, None  # Bidirectional asks
+    stateful, states = False, None  # Keras's Bidirectional reads them
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         given = {key: value for key, value in arguments.items() if key not in ("self", "__class__", "kwargs")}
@@ -55,11 +55,11 @@ class _Recurrent(keras.layers.Layer):
 
     @property
     def spec(self) -> CellSpec:
-        """The description of the cell; of width 1 before there is an input."""
+        """The description of the cell; of width 1 before the layer is built."""
         return self._spec
 
     def build(self, input_shape: Sequence[Any]) -> None:
-        """Make the weights, those of `CellSpec.shapes`."""
+        """Create the weights, those of `CellSpec.shapes`."""
         width = int(input_shape[-1])
         self._spec = replace(self._spec, input_size=width)
         self._arrays = [self._added(name, shape) for name, shape in self._spec.shapes.items()]
@@ -87,11 +87,12 @@ class _Recurrent(keras.layers.Layer):
 
         Args:
             sequences: `[B, T, I]`.
-            initial_state: arrays of the state, h `[B, P]` and an LSTM's c `[B, H]`; None: zeros, or what was learned.
-            mask: `[B, T]` of bool, True where a step counts. Elsewhere the state is carried and the output repeated
-                (before the first step that counts: the initial h); or zero, with `zero_output_for_mask`.
-            reset: `[B, T]` of bool, True where a row's next piece begins: nothing before it has influence on it.
-            training: whether dropout and zoneout draw masks.
+            initial_state: arrays of the state, h `[B, P]` and an LSTM's c `[B, H]`; None: zeros, or the learned state.
+            mask: bool `[B, T]`, True where a step counts. At other steps the state is carried over, and the output
+                repeats the previous one (before the first step that counts: the initial h), or is zero with
+                `zero_output_for_mask`.
+            reset: bool `[B, T]`, True where a new piece of a row begins: the steps before it have no influence on it.
+            training: whether dropout and zoneout are active.
 
         Returns:
             y `[B, T, P]` with `return_sequences`, else `[B, P]`; then the arrays of the state, with `return_state`;
@@ -100,9 +101,9 @@ class _Recurrent(keras.layers.Layer):
         if engines.why_not_here():
             raise NotImplementedError(
                 f"{self.name}: expected Keras's torch backend, got {engines.NAME}: set KERAS_BACKEND=torch before "
-                "Keras is imported"
+                "importing Keras"
             )
-        if mask is None:  # Keras hands it on to a layer that takes one tensor alone
+        if mask is None:  # Keras passes it only to layers with a single tensor argument
             mask = getattr(sequences, "_keras_mask", None)
         states = None
         if initial_state is not None:
@@ -124,7 +125,7 @@ class _Recurrent(keras.layers.Layer):
         return results if len(results) > 1 else out
 
     def _drawn(self, x: Any) -> tuple[Any, ...]:
-        """Draw dropout of x `[B, I]` and of h `[B, P]`, and where zoneout keeps h `[B, T, P]` and c `[B, T, H]`."""
+        """Draw the masks: dropout of x `[B, I]` and h `[B, P]`, zoneout of h `[B, T, P]` and c `[B, T, H]`."""
         batch, steps, width = _ops.shape(x)
         spec = self._spec
         kept = [
@@ -142,7 +143,7 @@ class _Recurrent(keras.layers.Layer):
         return None if ones is None else keras.random.dropout(ones, rate, seed=self.seed_generator)
 
     def compute_output_shape(self, sequences_shape: Sequence[Any], *_: Any) -> Any:
-        """Return the shapes of what a call returns."""
+        """Return the shapes of a call's results."""
         batch, steps = sequences_shape[:2]
         spec = self._spec
         shapes = [(batch, steps, spec.output_size) if self.return_sequences else (batch, spec.output_size)]
@@ -153,13 +154,13 @@ class _Recurrent(keras.layers.Layer):
         return shapes[0] if len(shapes) == 1 else tuple(shapes)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        """Return the mask of each result: that of the sequences for y of every step, none for the rest."""
+        """Return the mask of each result: that of the sequences for y of every step, None for the others."""
         own = keras.tree.flatten(previous_mask)[0] if self.return_sequences else None
         more = len(self.state_size) * self.return_state + len(_traced(self._spec)) * self.return_gates
         return [own, *[None] * more] if more else own
 
     def get_config(self) -> dict[str, Any]:
-        """Return everything that was given to the constructor, by argument."""
+        """Return the constructor's arguments by name."""
         made = {}
         for name, value in self._made.items():
             table = _TABLES[name.rsplit("_", 1)[1]]
@@ -170,7 +171,7 @@ class _Recurrent(keras.layers.Layer):
 
 
 def _forgetting(initializer: Any, units: int) -> Any:
-    """Return an initialiser of a bias whose forget gate's block, the second, is ones."""
+    """Return an initialiser of a bias that sets the forget gate's block, the second, to ones."""
 
     def first(shape: Any, dtype: Any = None) -> Any:
         parts = [initializer((units,), dtype=dtype), _ops.ones((units,), dtype=dtype)]
@@ -182,7 +183,7 @@ def _forgetting(initializer: Any, units: int) -> Any:
 def _activation(owner: str, name: str, given: Any) -> str:
     text = given if isinstance(given, str) else cells.activation(given)
     if not text:
-        raise ValueError(f"{owner}: expected {name} to be one that the kernel has, by its name, got {given!r}")
+        raise ValueError(f"{owner}: expected {name} to name an activation that the kernel supports, got {given!r}")
     return text
 
 
@@ -197,18 +198,18 @@ def _registered(kind: type) -> type:
 
 @_registered
 class LSTM(_Recurrent):
-    """A long short-term memory for Keras, with what Keras's own lacks.
+    """A long short-term memory for Keras, with flags that Keras's LSTM lacks.
 
     Args:
         units, use_bias, kernel_initializer, recurrent_initializer, bias_initializer, unit_forget_bias,
         kernel_regularizer, recurrent_regularizer, bias_regularizer, activity_regularizer, kernel_constraint,
         recurrent_constraint, bias_constraint, dropout, recurrent_dropout, seed, return_sequences, return_state,
-        go_backwards, zero_output_for_mask: as Keras's LSTM has them. Dropout draws a mask a call for all gates.
-        activation, recurrent_activation: names, with parameters where there are any: "hard_sigmoid(0.2, 0.5)".
+        go_backwards, zero_output_for_mask: see Keras's LSTM. Dropout draws one mask per call for all gates.
+        activation, recurrent_activation: names, optionally with parameters: "hard_sigmoid(0.2, 0.5)".
         peepholes, coupled, proj_size, layer_norm, norm_epsilon, clip, cell_clip, zoneout, zoneout_cell,
         gate_activations, learn_initial_state: see `cellstack.CellSpec`.
-        return_gates: return i, f, g, o, c and h of every step too, in the order processed.
-        kwargs: name, dtype and trainable, as every layer of Keras's has them.
+        return_gates: also return i, f, g, o, c and h of every step, in the order processed.
+        kwargs: name, dtype and trainable, as for every Keras layer.
 
     Raises:
         ShapeError: a width below 1, or a projection that isn't narrower than the units.
@@ -266,7 +267,7 @@ class LSTM(_Recurrent):
 
 @_registered
 class GRU(_Recurrent):
-    """Gated recurrent units for Keras, with what Keras's own lacks.
+    """Gated recurrent units for Keras, with flags that Keras's GRU lacks.
 
     Args:
         units, activation, recurrent_activation, use_bias, kernel_initializer, recurrent_initializer, bias_initializer,
@@ -275,7 +276,7 @@ class GRU(_Recurrent):
         go_backwards, zero_output_for_mask, kwargs: see `LSTM`.
         reset_after: whether the reset gate acts after the recurrent product, as in Keras's GRU.
         layer_norm, norm_epsilon, clip, zoneout, gate_activations, learn_initial_state: see `cellstack.CellSpec`.
-        return_gates: return z, r, g and h of every step too, in the order processed.
+        return_gates: also return z, r, g and h of every step, in the order processed.
 
     Raises:
         ShapeError: a width below 1.
@@ -328,7 +329,7 @@ class GRU(_Recurrent):
 
 @_registered
 class SimpleRNN(_Recurrent):
-    """A fully connected recurrence for Keras, with what Keras's own lacks.
+    """A fully connected recurrence for Keras, with flags that Keras's SimpleRNN lacks.
 
     Args:
         units, activation, use_bias, kernel_initializer, recurrent_initializer, bias_initializer, kernel_regularizer,
@@ -336,7 +337,7 @@ class SimpleRNN(_Recurrent):
         bias_constraint, dropout, recurrent_dropout, seed, return_sequences, return_state, go_backwards,
         zero_output_for_mask, kwargs: see `LSTM`.
         layer_norm, norm_epsilon, clip, zoneout, gate_activations, learn_initial_state: see `cellstack.CellSpec`.
-        return_gates: return g and h of every step too, in the order processed.
+        return_gates: also return g and h of every step, in the order processed.
 
     Raises:
         ShapeError: a width below 1.

@@ -1,4 +1,4 @@
-"""The calls that Keras's recurrent layers make below them, led to our op where it can serve them."""
+"""Redirect the inner calls of Keras's recurrent layers to our op where it supports them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _accelerated: WeakSet[Any] = WeakSet()
 
 
 def active(layer: Any) -> bool:
-    """Whether a recurrent layer's calls are led to our op where it can serve them."""
+    """Whether a recurrent layer is accelerated."""
     return _everywhere or layer in _accelerated
 
 
 def reason(layer: Any, sequences: Any, mask: Any, training: Any) -> str:
-    """Say why a call of an accelerated layer is left to Keras; "" where our op serves it."""
+    """Return why Keras runs a call of an accelerated layer; "" if our op runs it."""
     return (
         engines.why_not_here()
         or why_not(layer)
@@ -35,12 +35,12 @@ def reason(layer: Any, sequences: Any, mask: Any, training: Any) -> str:
     )
 
 
-# ── What stands in Keras's place ───────────────────────────────────────────────────────────────────────────────────
+# ── Replacements of Keras's methods ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
     def inner_loop(self: Any, sequences: Any, initial_state: Any, mask: Any, training: Any = False) -> Any:
-        # Keras's LSTM and GRU hand on to RNN what they can't do: they have been asked already.
+        # Keras's LSTM and GRU call that of RNN where they can't run: such calls have been decided already.
         if not active(self) or (original is _ORIGINAL[_RNN, "inner_loop"] and isinstance(self, (_LSTM, _GRU))):
             return original(self, sequences, initial_state, mask, training=training)
         used = mask[0] if isinstance(mask, (list, tuple)) else mask
@@ -69,20 +69,20 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _goes_straight(layer: Any) -> bool:
-    """Whether what Keras does around a layer's loop comes to nothing where it starts from zeros, at inference.
+    """Whether inference from a zero state can skip what Keras does around a layer's loop.
 
-    It makes the zeros, casts states, and draws masks of dropout, which count as draws even where they aren't used.
+    Keras creates the zeros, casts states, and draws dropout masks, which advance the seed even if they aren't used.
     """
     return (
         type(layer) in _PLAIN
         and not layer.stateful
-        and not (layer.return_state and len(of(layer)) > 1)  # nested as the cells are
+        and not (layer.return_state and len(of(layer)) > 1)  # nested like the cells
         and not any(getattr(cell, "dropout", 0) or getattr(cell, "recurrent_dropout", 0) for cell in of(layer))
     )
 
 
 def _inferred(layer: Any, sequences: Any, mask: Any) -> Any:
-    """Return what a call of a layer returns, straight from our op; None where Keras has to run it."""
+    """Return the results of a call of a layer, directly from our op; None if Keras has to run it."""
     used = mask[0] if isinstance(mask, (list, tuple)) else mask
     if reason(layer, sequences, used, False):
         return None
@@ -105,7 +105,7 @@ def _reset_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _draw_masks(original: Callable[..., Any]) -> Callable[..., Any]:
     def draw_masks(self: Any, cell: Any, input_sequence: Any, input_state: Any) -> None:
-        # Keras runs a step of every cell of a stack to learn the widths, which its own cells say themselves.
+        # Keras runs a step of every cell of a stack to find the widths, but its own cells have them as attributes.
         if active(self) and cell is self.cell and not why_not(self) and engines.concrete(input_sequence):
             engines.draw(of(self), input_sequence)
         else:
@@ -114,7 +114,7 @@ def _draw_masks(original: Callable[..., Any]) -> Callable[..., Any]:
     return draw_masks
 
 
-_IN_PLACE_OF = {
+_REPLACED = {
     (_RNN, "inner_loop"): _inner_loop,
     (_LSTM, "inner_loop"): _inner_loop,
     (_GRU, "inner_loop"): _inner_loop,
@@ -122,21 +122,21 @@ _IN_PLACE_OF = {
     (_RNN, "reset_state"): _reset_state,
     (_RNN, "_maybe_config_dropout_masks"): _draw_masks,
 }
-_ORIGINAL = {(kind, name): vars(kind)[name] for kind, name in _IN_PLACE_OF}
-_OURS = {key: replacement(_ORIGINAL[key]) for key, replacement in _IN_PLACE_OF.items()}
+_ORIGINAL = {(kind, name): vars(kind)[name] for kind, name in _REPLACED}
+_OURS = {key: replacement(_ORIGINAL[key]) for key, replacement in _REPLACED.items()}
 
 
 def _install() -> None:
-    """Let Keras's classes have our functions, as long as anything is accelerated."""
+    """Set our methods in Keras's classes while anything is accelerated, else Keras's own."""
     for (kind, name), function in (_OURS if _everywhere or _accelerated else _ORIGINAL).items():
         setattr(kind, name, function)
 
 
-# ── The door ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The public functions ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Patched:
-    """What `patch` returns: as a context it ends with what was before."""
+    """Context manager returned by `patch`, which restores the previous state."""
 
     def __init__(self, before: bool) -> None:
         self._before = before
@@ -157,12 +157,12 @@ def _set(everywhere: bool) -> None:
 
 
 def patch() -> _Patched:
-    """Let all recurrent layers of Keras run on our op where it can serve them, those that exist already too.
+    """Accelerate all of Keras's recurrent layers, including existing ones: our op runs the calls that it supports.
 
-    Classes, weights, configurations and files stay Keras's. `plan` says what runs each layer, `calls` what was served.
+    Classes, weights, configurations and files don't change. `plan` returns what runs each layer, `calls` counts calls.
 
     Returns:
-        A context, at whose end all is as it was before: `with patch(): …`. Or call `unpatch`.
+        A context manager that restores the previous state: `with patch(): …`. Otherwise call `unpatch`.
 
     >>> with patch():
     ...     y = keras.layers.GRU(4)(keras.ops.zeros((32, 10, 3)))
@@ -173,7 +173,7 @@ def patch() -> _Patched:
 
 
 def unpatch() -> None:
-    """Undo `patch`. Models that were accelerated by themselves stay so.
+    """Undo `patch`. Models passed to `accelerate` stay accelerated.
 
     >>> unpatch()
     """
@@ -181,30 +181,30 @@ def unpatch() -> None:
 
 
 def recurrent(owner: str, model: Any) -> list[Any]:
-    """Return every recurrent layer within a layer or model of Keras, each once.
+    """Return every recurrent layer in a Keras layer or model, each once.
 
     Raises:
-        TypeError: it is neither, as a message of `owner`.
+        TypeError: `model` is neither; the message names `owner`.
     """
     if not isinstance(model, keras.Layer):
-        raise TypeError(f"{owner}: expected a layer or a model of Keras, got {type(model).__name__}")
+        raise TypeError(f"{owner}: expected a Keras layer or model, got {type(model).__name__}")
     return [layer for layer in model._flatten_layers() if isinstance(layer, _RNN)]
 
 
 def accelerate(model: Any) -> Any:
-    """Let the recurrent layers within one model run on our op where it can serve them, in place.
+    """Accelerate the recurrent layers of one model in place: our op runs the calls that it supports.
 
-    A copy of the model, or one read from a file, is Keras's own again.
+    Copies of the model, and models loaded from a file, aren't accelerated.
 
     Args:
-        model: a layer or a model of Keras.
+        model: a Keras layer or model.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: something else.
-        ValueError: it has no recurrent layer; a model of one's own class has those of `build` only once it is built.
+        TypeError: `model` is neither.
+        ValueError: it has no recurrent layer. Build a model first if its layers are created in `build`.
 
     >>> model = accelerate(keras.Sequential([keras.Input((10, 3)), keras.layers.LSTM(4)]))
     >>> restore(model) is model
@@ -213,7 +213,7 @@ def accelerate(model: Any) -> Any:
     found = recurrent("accelerate", model)
     if not found:
         raise ValueError(
-            f"accelerate: expected a model with a recurrent layer, got {model.name} without one: build it before"
+            f"accelerate: the model {model.name} has no recurrent layer: build it first if it creates them in build()"
         )
     _accelerated.update(found)
     _install()
@@ -221,16 +221,16 @@ def accelerate(model: Any) -> Any:
 
 
 def restore(model: Any) -> Any:
-    """Undo `accelerate`. Under `patch` the model runs on our op all the same.
+    """Undo `accelerate`. While `patch` is active, the model stays accelerated.
 
     Args:
-        model: a layer or a model of Keras.
+        model: a Keras layer or model.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: something else.
+        TypeError: `model` is neither.
     """
     _accelerated.difference_update(recurrent("restore", model))
     _install()

@@ -1,4 +1,4 @@
-"""What runs each recurrent layer of a Keras model, and why."""
+"""Which implementation runs each recurrent layer of a Keras model, and why."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cellstack.spec import Plan
 
 
 def plan(model: Any) -> Plan:
-    """Say what runs each recurrent layer within a Keras model, and why; a line a layer.
+    """Return which implementation runs each recurrent layer of a Keras model, and why: one line per layer.
 
     Args:
-        model: a layer or a model of Keras.
+        model: a Keras layer or model.
 
     Returns:
-        A line for each layer, as a `Plan`, which shows itself as these lines.
+        A `Plan`: the lines.
 
     Raises:
-        TypeError: something else.
+        TypeError: `model` is neither.
 
     >>> import keras
     >>> from cellstack.keras import patch
@@ -33,7 +33,7 @@ def plan(model: Any) -> Plan:
 
 def _line(layer: Any) -> str:
     if not active(layer):
-        return "Keras: not accelerated: cellstack.keras.patch() or accelerate(model)"
+        return "Keras: not accelerated; cellstack.keras.patch() or accelerate(model) makes the fused kernel run it"
     why = engines.why_not_here() or why_not(layer)
     elsewhere = {} if why else {str(weight.value.device) for weight in layer.weights} - {"cpu"}
     if elsewhere:
@@ -43,5 +43,5 @@ def _line(layer: Any) -> str:
     line = f"fused cpu kernel ({engines.isa()})"
     training = why_not_training(of(layer))
     if training:
-        line += f"; in training Keras: {training}"
+        line += f"; Keras in training: {training}"
     return line

@@ -1,4 +1,4 @@
-"""States that were set by hand: `layer.states = (h, c)`, which Keras ignores in layers that aren't stateful."""
+"""States that users set, `layer.states = (h, c)`, which Keras ignores in layers that aren't stateful."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import keras
 from cellstack.spec import ShapeError
 
 
-def _by_hand(layer: Any) -> bool:
-    """Whether somebody has set the states: Keras's own are variables."""
+def _set_by_user(layer: Any) -> bool:
+    """Whether the user has set the states: those of Keras are variables."""
     return layer.states is not None and not all(
         isinstance(state, keras.Variable) for state in keras.tree.flatten(layer.states)
     )
 
 
 def start(layer: Any, sequences: Any, initial_state: Any) -> Any:
-    """Return what a call starts from: what it was given, else states set by hand, which then have served.
+    """Return the initial state of a call: its argument, or the states that the user set, which apply to one call.
 
-    Those of a stateful layer become the values of its variables.
+    A stateful layer assigns the states to its variables.
 
     Raises:
-        ShapeError: states that aren't those of the layer for this batch.
+        ShapeError: the states' shapes don't match the layer and this batch.
     """
-    if not _by_hand(layer):
+    if not _set_by_user(layer):
         return initial_state
     batch = sequences.shape[0]
     values = None if initial_state is not None and not layer.stateful else _checked(layer, batch)
@@ -41,7 +41,7 @@ def start(layer: Any, sequences: Any, initial_state: Any) -> Any:
 
 
 def _checked(layer: Any, batch: int) -> Any:
-    """Return the states that were set, in the structure in which the layer has them."""
+    """Return the states that the user set, in the structure of the layer's states."""
     wanted = layer.get_initial_state(batch)
     shapes = [tuple(state.shape) for state in keras.tree.flatten(wanted)]
     dtype = layer.cell.compute_dtype
@@ -50,20 +50,20 @@ def _checked(layer: Any, batch: int) -> Any:
     came = [tuple(value.shape) for value in values]
     if came != shapes:
         raise ShapeError(
-            f"{layer.name}: expected states of shapes {shapes}, for a batch of {batch}, got {came}: set others, or "
+            f"{layer.name}: expected states of shapes {shapes}, for a batch of {batch}, got {came}: set others, or set "
             "layer.states = None"
         )
     return keras.tree.pack_sequence_as(wanted, values)
 
 
 def reset(layer: Any) -> bool:
-    """Forget states that were set by hand, or those of a stack, whose nesting Keras's own reset doesn't know.
+    """Reset states that the user set, and nested states of a stack, which Keras's own reset doesn't support.
 
     Returns:
-        Whether there were any.
+        Whether there were such states.
     """
-    if _by_hand(layer):
-        if layer.built:  # while it is built, Keras resets what a stateful layer holds: these are yet to serve
+    if _set_by_user(layer):
+        if layer.built:  # Keras also resets a stateful layer when it builds it; keep the states for the first call
             layer.states = None
             if layer.stateful:
                 layer._create_state_variables(layer._expected_batch_size)

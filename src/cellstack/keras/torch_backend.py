@@ -1,4 +1,4 @@
-"""Keras's recurrent loops on the torch backend: a call of our op on the very variables that Keras holds."""
+"""Keras's recurrent loops on the torch backend, as calls of our op on Keras's variables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def why_not(x: Any, mask: Any) -> str:
-    """Say why our op can't be given these sequences, or not now; "" where it can."""
+    """Return why the kernel doesn't support these sequences in the current context; "" if it does."""
     if not concrete(x):
         return "traced, exported or transformed, or on another device"
     if x.ndim != 3 or 0 in x.shape:
@@ -35,7 +35,7 @@ def why_not(x: Any, mask: Any) -> str:
 
 
 def concrete(x: Any) -> bool:
-    """Whether `x` is a tensor with numbers in memory, and nobody looks for torch's own operations: tracer or mode."""
+    """Whether `x` is a CPU tensor with values, and no compiler, tracer, mode or transform is active."""
     return (
         type(x) in _PLAIN
         and x.is_cpu
@@ -47,27 +47,27 @@ def concrete(x: Any) -> bool:
 
 
 def symbolic(x: Any) -> bool:
-    """Whether a call only asks for shapes, as when a model is built: Keras gives it tensors without numbers."""
+    """Whether a call only infers shapes, as when a model is built: Keras passes tensors without values."""
     return isinstance(x, keras.KerasTensor) or (isinstance(x, Tensor) and x.is_meta)
 
 
 def draw(cells: Sequence[Any], step: Tensor) -> None:
-    """Let cells draw the dropout masks of a call, in Keras's order, for `step [B, I]`; they keep them for the call."""
+    """Make the cells draw and store the dropout masks of a call, in Keras's order, for `step [B, I]`."""
     for cell in cells:
         cell.get_dropout_mask(step)
-        step = step.new_empty(step.shape[0], cell.units)  # masks ask for shape and dtype alone
+        step = step.new_empty(step.shape[0], cell.units)  # masks depend only on shape and dtype
         cell.get_recurrent_dropout_mask(step)
 
 
 def run(
     layer: Any, x: Tensor, initial_state: Sequence[Any], mask: Tensor | None, training: Any
 ) -> tuple[tuple[Any, ...] | None, str]:
-    """Run a layer that can be served over `x [B, T, I]`, from `initial_state`, or from zeros where that is empty.
+    """Run a supported layer over `x [B, T, I]` from `initial_state`, or from zeros if that is empty.
 
     Returns:
-        What Keras's own loop returns: the last output `[B, H]`, the outputs `[B, T, H]` in the order processed (with
-        `return_sequences`, else `[B, 1, H]`), and the states in the structure in which they came, in a row where none
-        did. Or None, and why not.
+        The results of Keras's loop, and "": the last output `[B, H]`, the outputs `[B, T, H]` in the order processed
+        (with `return_sequences`, else `[B, 1, H]`), and the states in the structure of `initial_state`, a flat list if
+        that is empty. Or None, and the reason why Keras has to run the call.
     """
     cells = own.of(layer)
     weights = [[variable.value for variable in own.arrays(cell)] for cell in cells]
@@ -81,11 +81,11 @@ def run(
             return None, f"{x.dtype} sequences for weights of {dtype}".replace("torch.", "")
         x = x.to(dtype)
     if x.shape[1] < _least_steps(layer, cells, weights, mask, needs_grad(x, *flat[1:])):
-        return None, "too short to be worth it"
+        return None, "too few steps for a gain"
     sizes = [cell.units for cell in cells for _ in range(own.state_sizes(cell))]
     if starts and [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
         return None, "an initial state that isn't [B, H]"
-    if layer.stateful:  # Keras writes the new state into the variables that the backward pass would look at
+    if layer.stateful:  # Keras overwrites the variables, whose old values the backward pass needs
         starts = [state.clone() for state in starts]
     reverse, sequences = bool(layer.go_backwards), bool(layer.return_sequences)
     used = None if mask is None else mask.to(torch.bool)
@@ -102,17 +102,17 @@ def run(
     return (last, y, keras.tree.pack_sequence_as(initial_state, ends) if starts else ends), ""
 
 
-# From how many steps on a call of ours takes less time than Keras's, for weights of so many numbers: they are packed
-# once a call. Measured on one thread with AVX-512 for widths from 4 to 1024, batches from 1 to 256, one step to 40.
-# Where Keras hands sequences to its backend it has one product of all steps with the kernel, and a short loop after;
-# elsewhere a step of its loop costs many times more, most of it where there are gates.
-_HANDED_ON, _STEP_BY_STEP, _GATES_STEP_BY_STEP = (1.5, 2e5, 1.75, 4e5), (0.0, 6e5, 0.0, 2e5), (0.0, 4e6, 0.0, 1e6)
+# Numbers of steps from which our op is faster than Keras, depending on the size of the weights, which each call packs.
+# Measured on one thread with AVX-512 for widths from 4 to 1024, batches from 1 to 256, 1 to 40 steps. Where Keras
+# passes sequences to its backend, that computes one product of all steps with the kernel and a short loop; otherwise a
+# step of Keras's loop costs many times more, most of all with gates.
+_BY_BACKEND, _STEP_BY_STEP, _GATES_STEP_BY_STEP = (1.5, 2e5, 1.75, 4e5), (0.0, 6e5, 0.0, 2e5), (0.0, 4e6, 0.0, 1e6)
 
 
 def _least_steps(
     layer: Any, cells: Sequence[Any], weights: Sequence[Sequence[Tensor]], mask: Tensor | None, trains: bool
 ) -> float:
-    handed_on = (
+    by_backend = (
         mask is None
         and isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
         and layer.use_cudnn in ("auto", True)
@@ -121,18 +121,18 @@ def _least_steps(
     )
     count = sum(array.numel() for group in weights for array in group[:2])
     gated = all(type(cell) is not keras.layers.SimpleRNNCell for cell in cells)
-    measured = _HANDED_ON if handed_on else _GATES_STEP_BY_STEP if gated else _STEP_BY_STEP
+    measured = _BY_BACKEND if by_backend else _GATES_STEP_BY_STEP if gated else _STEP_BY_STEP
     base, each, base_trained, each_trained = measured
     return base_trained + min(count / each_trained, 8.0) if trains else base + count / each
 
 
 def _h(cells: Sequence[Any]) -> int:
-    """Return where the top cell's h is among the states."""
+    """Return the position of the top cell's h in the states."""
     return -own.state_sizes(cells[-1])
 
 
 def _drops(cell: Any, training: Any) -> Masks:
-    """Return a cell's dropout masks as Keras drew them for this call."""
+    """Return the dropout masks that Keras drew for this call of a cell."""
     if not training:
         return NO_MASKS
     return Masks(
@@ -150,10 +150,10 @@ def _stacked(
     reverse: bool,
     sequences: bool,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Run cells in as few calls of the op as there can be: between two of them stands a dropout of what goes in.
+    """Run cells in as few calls of the op as possible: a dropout of a cell's input separates two calls.
 
     Returns:
-        The top cell's y `[B, T, H]` in the order of x, where `sequences` or at hand; its last h; all states after.
+        The top cell's y `[B, T, H]` in the order of x (with `sequences`, else None); its last h; all final states.
     """
     ends: list[Tensor] = []
     first, count = 0, len(cells)
@@ -189,9 +189,9 @@ def _stacked(
 def _masked(
     y: Tensor | None, last: Tensor, start: Tensor | None, used: Tensor, reverse: bool, zero: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Bring outputs at steps that the mask leaves out to what Keras has there.
+    """Change the outputs at masked steps to those of Keras.
 
-    Keras puts zeros before the first step that counts, where ours is the initial h; with `zero`, at all of them.
+    Before the first step that counts, Keras returns zeros, our op the initial h; with `zero`, all are zeros.
     """
     at_end = used[:, 0 if reverse else -1]
     if zero:
@@ -217,10 +217,10 @@ def run_layer(
     reverse: bool,
     traced: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Run a cell of ours over `x [B, T, I]`: by the op, or by the torch loop where the kernel doesn't go.
+    """Run one of our cells over `x [B, T, I]`: with the op, or with the torch loop if the kernel doesn't support it.
 
     Returns:
-        y `[B, T, P]` in the order processed, the last output, the states, and the trace's arrays where it is wanted.
+        y `[B, T, P]` in the order processed, the last output, the states, and the trace's arrays if `traced`.
     """
     x = x.to(arrays[0].dtype)
     masks = Masks(*drops)

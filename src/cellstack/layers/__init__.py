@@ -1,13 +1,14 @@
-"""The torch door: Keras's recurrent layers as torch modules, on one fused autograd op.
+"""The torch layers: Keras's recurrent layers as torch modules, on one fused autograd op.
 
-Every layer takes tensors of its weights' dtype and device, integers, or anything array-like (which is converted), and
-raises before anything is computed: `ShapeError` for a wrong rank, width, batch or number of states; `TypeError` for a
-wrong dtype (complex, another floating dtype than the weights', a mask that isn't bool); `ValueError` for a tensor on
-another device. Dropout and zoneout follow the module's `train()` and `eval()`, or the argument `training`.
+Every layer takes tensors of its weights' dtype and device, tensors of integers, and array-likes, which it converts. It
+checks its arguments before it computes anything: `ShapeError` for a wrong rank, width, batch or number of states;
+`TypeError` for a wrong dtype (complex, a floating dtype other than the weights', a mask that isn't bool); `ValueError`
+for a tensor on another device. Dropout and zoneout follow the module's `train()` and `eval()`, or the argument
+`training`.
 
-Regularisation terms are in `layer.losses` (`losses(module)` for a whole model), constraints are applied by
-`layer.apply_constraints()` (`apply_constraints(module)`) after each step of an optimiser. Under `torch.autocast` a
-floating input is brought to the weights' dtype, in which the kernel computes.
+`layer.losses` has the regularisation terms (`losses(module)` for a whole model). Call `layer.apply_constraints()`
+(`apply_constraints(module)` for a whole model) after each step of the optimiser. Under `torch.autocast` a floating
+input is converted to the weights' dtype, in which the kernel computes.
 """
 
 from cellstack.layers.base import apply_constraints, losses

@@ -1,9 +1,9 @@
-"""PyTorch's own recurrent modules on the fused kernel: their class changes in place, and all else stays as it was.
+"""PyTorch's recurrent modules on the fused kernel: `accelerate` changes their class in place and nothing else.
 
-`accelerate` gives each `nn.LSTM`, `nn.GRU`, `nn.RNN` and each of their cells in a module a subclass of its class.
-Parameters, their names, buffers and hooks are the module's own, and the kernel reads the weights in the rows in which
-PyTorch keeps them. A call that the kernel can't serve, or not faster, goes to PyTorch's own `forward`, which also says
-what is wrong with a call that no one can serve; `plan` says which calls these are.
+`accelerate` replaces the class of each `nn.LSTM`, `nn.GRU`, `nn.RNN` and each of their cells in a module by a subclass.
+Parameters, their names, buffers and hooks stay the same, and the kernel reads the weights in PyTorch's layout. Calls
+that the kernel doesn't support, or doesn't run faster, go to PyTorch's `forward`, which also reports invalid calls;
+`plan` says which calls these are.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cellstack.layers import op
-from cellstack.layers.accelerated import PASSING, Accelerated, class_of, copied
+from cellstack.layers.accelerated import CONTEXT_ATTRIBUTES, Accelerated, class_of, copied
 from cellstack.layers.bidirectional import Bidirectional
-from cellstack.layers.rnn import RNN
-from cellstack.layers.served import (
+from cellstack.layers.eligibility import (
     LEAST_STEPS,
     WIDE_LSTM,
     WIDE_RNN_CELL,
@@ -28,35 +27,36 @@ from cellstack.layers.served import (
     is_narrow,
     obstacle,
     original_of,
-    own_way,
+    why_unsupported,
 )
+from cellstack.layers.rnn import RNN
 from cellstack.spec import Plan
 
 
 def _recurrent(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each of PyTorch's recurrent modules in `module`, with its name; a module that is there twice, once."""
+    """Yield each of PyTorch's recurrent modules in `module` with its name; a shared module once."""
     for name, part in module.named_modules():
         if base_of(type(part)) is not None:
             yield name, part
 
 
 def accelerate(module: nn.Module) -> nn.Module:
-    """Let the fused kernel run the recurrent modules of PyTorch in `module`, in place.
+    """Make the fused kernel run PyTorch's recurrent modules in `module`; change their class in place.
 
-    Each `nn.LSTM`, `nn.GRU`, `nn.RNN`, `nn.LSTMCell`, `nn.GRUCell` and `nn.RNNCell`, and each module of a class that
-    derives from one of these and has no forward of its own, becomes one of a subclass of its class. Its parameters are
-    the very same, so that optimisers, state dicts, hooks, `isinstance` and checkpoints go on as they were; what is
-    pickled is PyTorch's own module. Calls that the kernel can't serve run as before: `plan` tells which.
+    This applies to each `nn.LSTM`, `nn.GRU`, `nn.RNN`, `nn.LSTMCell`, `nn.GRUCell` and `nn.RNNCell`, and to each module
+    of a class that derives from one of these without overriding `forward`. The parameters remain the same objects, so
+    optimisers, state dicts, hooks, `isinstance` and checkpoints work as before; pickling saves PyTorch's own module.
+    Calls that the kernel doesn't support run in PyTorch: see `plan`.
 
     Args:
-        module: any module; one that was accelerated before stays as it is.
+        module: any module; one that is already accelerated isn't changed.
 
     Returns:
         The same module.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: there is no recurrent module of PyTorch in it that the kernel could run.
+        TypeError: `module` isn't a torch module.
+        ValueError: it contains no recurrent module of PyTorch that the kernel can run.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 8), nn.LSTM(8, 16, batch_first=True))
@@ -64,28 +64,28 @@ def accelerate(module: nn.Module) -> nn.Module:
     torch.Size([2, 5, 16])
     """
     found = list(_recurrent(_checked(module, "accelerate")))
-    if all(not isinstance(part, Accelerated) and own_way(part) is not None for _, part in found):
+    if all(not isinstance(part, Accelerated) and why_unsupported(part) is not None for _, part in found):
         what = ", ".join(f"{name or 'it'}: {obstacle(part)}" for name, part in found[:3])
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            "accelerate: expected a module with an nn.LSTM, nn.GRU or nn.RNN, or a cell of theirs, in it, got "
-            f"{type(module).__name__} without one{f' that the kernel could run ({what}{more})' if found else ''}"
+            "accelerate: expected a module that contains an nn.LSTM, nn.GRU or nn.RNN, or one of their cells, got "
+            f"{type(module).__name__} without one{f' that the kernel can run ({what}{more})' if found else ''}"
         )
     for _, part in found:
-        if not isinstance(part, Accelerated) and own_way(part) is None:
+        if not isinstance(part, Accelerated) and why_unsupported(part) is None:
             part.__class__ = class_of(type(part))
     return module
 
 
-_freezing = threading.Lock()  # contexts of several threads may hold one module
-_packing: dict[int, Any] = {}  # modules of all contexts that are open, by id
-_hooks: list[Any] = []  # the one on optimisers' steps, while a context is open
+_lock = threading.Lock()  # several threads may open contexts for one module
+_packing: dict[int, Any] = {}  # modules of all open contexts, by id
+_hooks: list[Any] = []  # the hook on optimisers' steps, while a context is open
 
 
-def _pack_again(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Discard what was packed from an optimiser's weights, after its step: fused optimisers change no version."""
+def _discard_packed(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Discard the packed copies of an optimiser's weights after its step: fused optimisers change no version."""
     written = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    with _freezing:
+    with _lock:
         for part in _packing.values():
             if any(id(weight) in written for weight in part.parameters()):
                 part.__dict__.get("_packed", {}).clear()
@@ -93,25 +93,25 @@ def _pack_again(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 @contextmanager
 def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
-    """Say that the weights of an accelerated module stay as they are, for as long as the context lasts.
+    """Keep the packed weights of an accelerated module between calls, for weights that don't change in between.
 
-    A call without gradients then packs them once, at the first call, which is most of what a step of a cell, or of a
-    sequence of length 1, costs: in a loop that acts, generates or listens, step by step.
+    Within the context, calls without gradients pack the weights only at the first call. Packing is most of the cost of
+    a single step, so this speeds up loops that run step by step, as when they act, generate or process a live signal.
 
     Weights that change within the context are packed again after each of these changes: a step of any
-    `torch.optim.Optimizer`, fused ones included, `load_state_dict`, an operation in place, `vector_to_parameters`, and
-    another tensor in place of one. Where another tensor or process shares the memory of a weight as it is packed, as
-    after `vector_to_parameters`, `share_memory` or with a `state_dict()` that is still referenced, every call packs
-    that layer's weights: such a call is correct, and as slow as outside the context. Writes that PyTorch's version
-    counter doesn't record aren't noticed otherwise: those through `.data` or a NumPy array, and those of a fused
-    operator that is called without its optimiser.
+    `torch.optim.Optimizer`, fused ones included, `load_state_dict`, an in-place operation, `vector_to_parameters`, and
+    replacing a parameter by another tensor. If another tensor or process shares the memory of a weight when it is
+    packed, as after `vector_to_parameters`, `share_memory` or while a `state_dict()` is referenced, every call packs
+    that layer's weights: it is correct, and as slow as outside the context. Other writes that PyTorch's version counter
+    doesn't record go unnoticed: those through `.data` or a NumPy array, and those of a fused operator that is called
+    without its optimiser.
 
     Args:
-        module: a module that `accelerate` was given, or one with such modules inside.
+        module: an accelerated module, or a module that contains some.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: there is no accelerated module in it.
+        TypeError: `module` isn't a torch module.
+        ValueError: it contains no accelerated module.
 
     >>> import torch
     >>> cell = accelerate(nn.LSTMCell(3, 4))
@@ -121,66 +121,66 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
     """
     parts = [part for _, part in _recurrent(_checked(module, "packed_weights")) if isinstance(part, Accelerated)]
     if not parts:
-        raise ValueError(f"packed_weights: expected a module that accelerate() was given, got {type(module).__name__}")
-    with _freezing:
+        raise ValueError(f"packed_weights: {type(module).__name__} has no accelerated module: call accelerate() first")
+    with _lock:
         for part in parts:
-            own = part.__dict__  # a class of one's own may let nothing be set
-            own["_holders"] = own.get("_holders", 0) + 1
+            own = part.__dict__  # a user's class may forbid setting attributes
+            own["_contexts"] = own.get("_contexts", 0) + 1
             own.setdefault("_packed", {})
             _packing[id(part)] = part
         if not _hooks:
-            _hooks.append(register_optimizer_step_post_hook(_pack_again))
+            _hooks.append(register_optimizer_step_post_hook(_discard_packed))
     try:
         yield module
     finally:
-        with _freezing:
+        with _lock:
             for part in parts:
                 own = part.__dict__
-                own["_holders"] = own.get("_holders", 1) - 1
-                if own["_holders"] < 1:
+                own["_contexts"] = own.get("_contexts", 1) - 1
+                if own["_contexts"] < 1:
                     _packing.pop(id(part), None)
-                    for name in PASSING:
+                    for name in CONTEXT_ATTRIBUTES:
                         own.pop(name, None)
             if not _packing and _hooks:
                 _hooks.pop().remove()
 
 
 def restore(module: nn.Module) -> nn.Module:
-    """Give the modules that `accelerate` changed their own classes back, in place, and return `module`.
+    """Undo `accelerate`: restore the classes of the modules in place, and return `module`.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: `module` isn't a torch module.
 
     >>> type(restore(accelerate(nn.LSTM(8, 16)))) is nn.LSTM
     True
     """
     for _, part in _recurrent(_checked(module, "restore")):
         part.__class__ = _restored(type(part))
-        for name in PASSING:
+        for name in CONTEXT_ATTRIBUTES:
             part.__dict__.pop(name, None)
     return module
 
 
 def _restored(kind: type) -> type:
-    """Return `kind` without ours; one that derives from ours, as `parametrize` makes them, on what ours was made of."""
+    """Return the class before `accelerate`; rebuild one that derives from ours, such as those of `parametrize`."""
     if not issubclass(kind, Accelerated):
         return kind
     if "_class_before" in vars(kind):
         return kind._class_before
     own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    if "__getstate__" in own:  # that of `parametrize`, which copies by what ours had
+    if "__getstate__" in own:  # that of `parametrize`, whose copies relied on our __deepcopy__
         own.setdefault("__deepcopy__", copied)
     make: Any = type(kind)
     return make(kind.__name__, tuple(map(_restored, kind.__bases__)), own)
 
 
 def plan(module: nn.Module) -> Plan:
-    """Say for each recurrent module in `module` what runs it, and why: one line each.
+    """Return which implementation runs each recurrent module in `module`, and why: one line per module.
 
-    The layers of `cellstack.layers` say what their own `plan` says.
+    For the layers of `cellstack.layers` these are the lines of their own `plan`.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: `module` isn't a torch module.
 
     >>> plan(accelerate(nn.Sequential(nn.LSTM(8, 16, num_layers=2))))  # doctest: +SKIP
     0: LSTM 8 -> 16, 2 layers: fused cpu kernel (avx512)
@@ -201,7 +201,7 @@ def plan(module: nn.Module) -> Plan:
 
 def _checked(module: Any, owner: str) -> nn.Module:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{owner}: expected a module of PyTorch, got {type(module).__name__}")
+        raise TypeError(f"{owner}: expected a PyTorch module, got {type(module).__name__}")
     return module
 
 
@@ -217,21 +217,21 @@ def _described(module: Any) -> str:
 def _how(module: Any) -> str:
     why = obstacle(module)
     if why is not None:
-        return f"PyTorch's own: {why}"
+        return f"PyTorch: {why}"
     if not isinstance(module, Accelerated):
-        return "PyTorch's own: accelerate() would let the fused kernel run it"
+        return "PyTorch: not accelerated; accelerate() makes the fused kernel run it"
     return f"fused cpu kernel ({op.isa()}){op.autocast()}{_small(module)}"
 
 
 def _small(module: Any) -> str:
-    """Say which calls of a module PyTorch runs because it is faster there."""
+    """Return which calls of a module PyTorch runs because it is at least as fast for them."""
     if is_narrow(module):
-        return f" with return_gates=; else PyTorch's own, as fast below {WIDE_RNN_CELL} units"
+        return f" with return_gates=; otherwise PyTorch, equally fast below {WIDE_RNN_CELL} units"
     if isinstance(module, nn.RNNCellBase):
-        return " within packed_weights() and without gradients; else PyTorch's own, as fast for one step"
+        return " within packed_weights() and without gradients; otherwise PyTorch, equally fast for one step"
     least, trained, _ = LEAST_STEPS[module.mode]
     if module.mode == "LSTM" and module.hidden_size >= WIDE_LSTM:
         return ""
     small = " of a small batch" if module.mode == "LSTM" else ""
     parts = [f"{trained} steps{small} in training"] + ([f"{least} otherwise"] if least > 1 else [])
-    return f"; PyTorch's own, as fast there, below {' and '.join(parts)}"
+    return f"; PyTorch, equally fast, below {' and '.join(parts)}"

@@ -1,4 +1,4 @@
-"""PyTorch's recurrent modules as subclasses of their own classes, which the kernel runs."""
+"""Subclasses of PyTorch's recurrent modules that run on the kernel."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from torch.nn.functional import dropout
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from cellstack.layers import op, served
+from cellstack.layers import eligibility, op
 from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
+from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
 from cellstack.layers.sequences import shifted
-from cellstack.layers.served import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
 from cellstack.layers.stack import trace_of
 from cellstack.spec import CellSpec
 
-# What a module has while `packed_weights` holds: its packed weights, and how many contexts hold them.
-PASSING = ("_packed", "_holders")
+# Attributes of a module within `packed_weights`: its packed weights, and the number of its open contexts.
+CONTEXT_ATTRIBUTES = ("_packed", "_contexts")
 
 
 class Accelerated(nn.Module):
-    """What these subclasses share: copies are of the same class; what is pickled is a module of PyTorch's own."""
+    """Base of the subclasses: copying keeps the class, pickling saves PyTorch's own module."""
 
     _class_before: type[nn.Module]
     _packed: dict[Any, Any] | None = None
 
     def __init_subclass__(cls) -> None:
-        """Keep the class from what the class below does with its subclasses, such as list or refuse them."""
+        """Bypass the user's class, whose `__init_subclass__` may register or refuse subclasses."""
 
     def __getstate__(self) -> Any:
         state = super().__getstate__()  # type: ignore[misc]
         own, *slots = state if isinstance(state, tuple) else (state,)
         if isinstance(own, dict):
-            own = {name: value for name, value in own.items() if name not in PASSING}
+            own = {name: value for name, value in own.items() if name not in CONTEXT_ATTRIBUTES}
         return (own, *slots) if slots else own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -48,7 +48,7 @@ class Accelerated(nn.Module):
         if isinstance(reduced, str):
             return reduced
         make, args, *rest = reduced
-        if getattr(make, "__name__", None) == "__newobj__":  # pickle wants it of the object's own class
+        if getattr(make, "__name__", None) == "__newobj__":  # pickle requires the object's own class there
             make, args = copyreg._reconstructor, (self._class_before, object, None)  # type: ignore[attr-defined]
         make, *args = (self._class_before if part is type(self) else part for part in (make, *args))
         return make, tuple(args), *rest
@@ -61,28 +61,28 @@ class Accelerated(nn.Module):
         own = getattr(super(), "__deepcopy__", None)
         if own is not None:
             return self._as_this(own(memo))
-        if parametrize.is_parametrized(self):  # its class lets nothing be reduced
+        if parametrize.is_parametrized(self):  # its class forbids pickling
             return copied(self, memo)
         return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
 
     def _as_this(self, copied: Any) -> Any:
-        """Return a copy with the class that this module has."""
+        """Give a copy the class of this module."""
         if type(copied) is self._class_before:
             copied.__class__ = type(self)
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # A module that took this one's place here would do so in the model for good, which torch.jit.script changes.
+        # Returning another module here would replace this one in the user's model for good.
         raise RuntimeError(
-            "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, and "
-            "accelerate(model) after it"
+            "torch.jit.script doesn't support accelerated modules: call cellstack.restore(model) before, and "
+            "accelerate(model) afterwards"
         )
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """Return a deep copy of a module of the same class."""
+    """Return a deep copy of a module, with the same class."""
     copied = memo[id(module)] = type(module).__new__(type(module))
-    own = {name: value for name, value in module.__dict__.items() if name not in PASSING}
+    own = {name: value for name, value in module.__dict__.items() if name not in CONTEXT_ATTRIBUTES}
     copied.__dict__ = copy.deepcopy(own, memo)
     return copied
 
@@ -93,19 +93,20 @@ class _Sequence(Accelerated, nn.RNNBase):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
     ) -> Any:
-        """Run over a sequence, as PyTorch's module does; see there for `input`, `hx` and what is returned.
+        """Run over a sequence like PyTorch's module; see its documentation for `input`, `hx` and the results.
 
         Args:
             input: `[T, B, I]`, with `batch_first` `[B, T, I]`; `[T, I]` without a batch; or a PackedSequence.
-            hx: the state to start from.
-            reset: bool, of the shape of `input` without its last axis: True where a row starts anew from zeros before
-                that step.
-            return_gates: return a trace of each layer and direction too, in the order of h_n: `Trace`, `GRUTrace` or
-                `RNNTrace`, with the axes that the output has; of packed input padded, rows in the order of the batch.
+            hx: the initial state.
+            reset: bool, of the shape of `input` without its last axis. Where it is True, the row's state is set to
+                zeros before that step.
+            return_gates: also return a trace (`Trace`, `GRUTrace` or `RNNTrace`) of each layer and direction, in the
+                order of h_n and with the axes of the output. For a PackedSequence the traces are padded, with rows in
+                batch order.
 
         Raises:
-            ValueError: `reset` of another shape, not of bool, or with a PackedSequence.
-            RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
+            ValueError: `reset` has another shape, isn't bool, or comes with a PackedSequence.
+            RuntimeError: `reset` or `return_gates` in a call that PyTorch's forward has to run.
         """
         asked = reset is not None or return_gates
         if isinstance(input, Tensor) and not asked and (exporting() or self._is_short(input)):
@@ -120,14 +121,14 @@ class _Sequence(Accelerated, nn.RNNBase):
             if asked:
                 raise _only_here(self)
             if packed is not None and isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] != self.input_size:
-                raise RuntimeError(  # PyTorch says so but for packed rows, of which it writes beyond arrays
+                raise RuntimeError(  # PyTorch doesn't check packed input, and writes beyond its arrays
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
                 )
             return super().forward(input, hx)
         sizes = None if packed is None else packed.batch_sizes
         padded = sizes is None or bool(
             sizes[-1] == sizes[0]
-        )  # packed rows of equal length run in PyTorch as padded ones do
+        )  # PyTorch runs packed rows of equal length like padded ones
         lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
         x, states = _in_full(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
@@ -160,12 +161,12 @@ class _Sequence(Accelerated, nn.RNNBase):
         own = self._parameters
         try:
             return [own[name] for name in self._flat_weights_names]
-        except KeyError:  # one is computed, by a hook such as that of weight_norm
+        except KeyError:  # a hook, such as that of weight_norm, computes one
             self._update_flat_weights()
             return self._flat_weights  # type: ignore[return-value]
 
     def _serves(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
-        """Whether the kernel can run this call."""
+        """Whether the kernel supports this call."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
             return False
         if not states:
@@ -180,23 +181,21 @@ class _Sequence(Accelerated, nn.RNNBase):
         return [state.shape for state in states] == [(*shape, size) for size in sizes]
 
     def _is_short(self, x: Tensor) -> bool:
-        """Whether a call has so few steps that PyTorch's own is as fast or faster."""
+        """Whether a call has so few steps that PyTorch is at least as fast."""
         if torch.is_grad_enabled():
-            least = served.LEAST_STEPS[self.mode][1]
+            least = eligibility.LEAST_STEPS[self.mode][1]
             if self.mode == "LSTM" and (
-                self.hidden_size >= served.WIDE_LSTM or x.numel() >= served.BIG_LSTM * self.input_size
+                self.hidden_size >= eligibility.WIDE_LSTM or x.numel() >= eligibility.BIG_LSTM * self.input_size
             ):
                 return False
         else:
-            least = served.LEAST_STEPS[self.mode][0 if self._packed is None else 2]
+            least = eligibility.LEAST_STEPS[self.mode][0 if self._packed is None else 2]
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
     def _flags(self, reset: Any, given: Any) -> Tensor:
-        """Return `reset` as `[B, T]`, checked to go with the input as it was given."""
+        """Return `reset` as `[B, T]`, after checking it against the input that was passed."""
         if isinstance(given, PackedSequence):
-            raise ValueError(
-                f"{name_of(self)}: expected no reset with a PackedSequence, whose rows end by their lengths"
-            )
+            raise ValueError(f"{name_of(self)}: reset isn't supported with a PackedSequence")
         reset = _checked_reset(self, reset, given.shape[:-1])
         return reset.unsqueeze(0) if reset.ndim == 1 else reset if self.batch_first else reset.transpose(0, 1)
 
@@ -210,7 +209,7 @@ class _Sequence(Accelerated, nn.RNNBase):
         traced: bool,
         packed: PackedSequence | None,
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
-        """Return y `[T, B, ·]`, the arrays of the last states `[layers, B, ·]`, and the traces, of `x [B, T, I]`."""
+        """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
         save = traced or needs_grad(x, *states, *weights)
         directions = 1 + self.bidirectional
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
@@ -242,17 +241,17 @@ class _Sequence(Accelerated, nn.RNNBase):
                     traces += [trace_of(kind, gates, memory, h.transpose(0, 1)) for h, gates, memory in every]
             y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
             if layer + step < self.num_layers:
-                if share and packed is not None:  # as PyTorch draws it: on what it has
+                if share and packed is not None:  # as PyTorch draws it: on packed data
                     y = _padded(dropout(_packed(y, packed), share), packed)[0]
                 else:
                     y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
         if save and directions == 1 and packed is None and not (kind == "lstm" and y.dtype is torch.float32):
-            y = y.clone()  # PyTorch's own may be written to, but for this; the way back needs the op's as it is
+            y = y.clone()  # callers may write to the output, as to PyTorch's; the backward pass needs the op's y
         last = [list(parts) for parts in zip(*ends, strict=True)]
         return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
 
     def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
-        """Return a trace, whose parts are `[B, T, H]`, with the axes that the output has."""
+        """Give a trace of arrays `[B, T, H]` the axes of the output."""
         if packed is not None and packed.unsorted_indices is not None:
             trace = type(trace)(*(part.index_select(0, packed.unsorted_indices) for part in trace))
         if not batched:
@@ -261,7 +260,7 @@ class _Sequence(Accelerated, nn.RNNBase):
 
 
 def _padded(data: Tensor, packed: PackedSequence) -> tuple[Tensor, Tensor | None]:
-    """Return packed data as `[B, T, ·]`, longest row first, and which steps count `[B, T]`; None: all do."""
+    """Return packed data as `[B, T, ·]`, longest row first, and the mask `[B, T]`, None if all steps count."""
     sizes = packed.batch_sizes
     x, _ = pad_packed_sequence(PackedSequence(data, sizes))
     used = None if sizes[-1] == sizes[0] else torch.arange(x.shape[1])[:, None] < sizes
@@ -280,22 +279,22 @@ class _Step(Accelerated, nn.RNNCellBase):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
     ) -> Any:
-        """Run one step, as PyTorch's module does; see there for `input`, `hx` and what is returned.
+        """Run one step like PyTorch's module; see its documentation for `input`, `hx` and the results.
 
         Args:
             input: `[B, I]`, or `[I]` without a batch.
-            hx: the state to start from.
-            reset: bool, `[B]`, or without a batch of no axis: True where a row starts anew from zeros.
-            return_gates: return `(state, trace)`, a `Trace`, `GRUTrace` or `RNNTrace` of arrays as the state has them.
+            hx: the initial state.
+            reset: bool `[B]`, a scalar without a batch. Where it is True, the row's state is set to zeros first.
+            return_gates: return `(state, trace)`: a `Trace`, `GRUTrace` or `RNNTrace` of arrays shaped like the state.
 
         Raises:
-            ValueError: `reset` of another shape, or not of bool.
-            RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
+            ValueError: `reset` has another shape or isn't bool.
+            RuntimeError: `reset` or `return_gates` in a call that PyTorch's forward has to run.
         """
         keep = self._packed
         asked = reset is not None or return_gates
-        # What packing costs, and the way back through a step, no kernel makes up for.
-        if not asked and (keep is None or served.is_narrow(self)):
+        # Packing at every call, or the backward pass of one step, costs more than the kernel saves.
+        if not asked and (keep is None or eligibility.is_narrow(self)):
             return super().forward(input, hx)
         mode = mode_of(self)
         states = arrays_of(hx, mode)
@@ -330,11 +329,11 @@ class _Step(Accelerated, nn.RNNCellBase):
         return state if trace is None else (state, trace)
 
     def _as_one(self, parts: Sequence[Tensor]) -> Any:
-        """Return the arrays of a state as the module takes and gives it."""
+        """Return a state's arrays in the module's form: a tuple for an LSTM, otherwise one array."""
         return tuple(parts) if mode_of(self) == "LSTM" else parts[0]
 
     def _fits(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
-        """Whether these are the tensors of a call that the kernel could run."""
+        """Whether the kernel supports a call on these tensors."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
             return False
         shape = (*x.shape[:-1], self.hidden_size)
@@ -343,23 +342,24 @@ class _Step(Accelerated, nn.RNNCellBase):
 
 
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
-    """Return a layer's cell as the op takes it."""
+    """Return the op's description of a layer's cell."""
     return _text(mode, width, hidden, proj, bias)
 
 
-# What torch.compiler.assume_constant_result sets, which imports the whole compiler: that would trace into the
-# description, through a cache too.
+# The compiler would otherwise trace into the description, even through the cache. torch.compiler.assume_constant_result
+# sets this attribute too, but imports the whole compiler.
 _cell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
 def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     activation = "relu" if mode == "RNN_RELU" else "tanh"
-    return op.in_rows(CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj).text)
+    spec = CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj)
+    return op.with_torch_layout(spec.text)
 
 
 def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """Return what a call takes in the weights' dtype, which under autocast it may not have."""
+    """Convert x and the states to the weights' dtype, from which they may differ under autocast."""
     if not torch.is_autocast_enabled("cpu"):
         return x, states
     return x.to(dtype), [state.to(dtype) for state in states]
@@ -368,10 +368,10 @@ def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[T
 def _lowered(
     mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool
 ) -> tuple[torch.dtype, ...] | None:
-    """Return the dtypes of h, which y has too, and of c, that PyTorch's module gives under autocast; None without it.
+    """Return the dtypes of h (and y) and of c that PyTorch's module returns under autocast; None without autocast.
 
-    Its products are of autocast's dtype, and an operation on two dtypes gives the wider one: so c, and h where it isn't
-    a product or the activation of one, depend on what they start from. oneDNN's LSTM gives its own dtype alone.
+    Products have autocast's dtype, and an operation on two dtypes returns the wider one. So the dtype of c, and that of
+    h unless h is a product or its activation, depends on the initial state. oneDNN's LSTM returns only its own dtype.
     """
     if not torch.is_autocast_enabled("cpu"):
         return None
@@ -393,14 +393,14 @@ def _onednn_takes_float16() -> bool:
 
 
 def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return `reset`, which has to be a tensor of bool of a shape."""
+    """Return `reset` on the CPU, after checking that it is a bool tensor of this shape."""
     if not isinstance(reset, Tensor) or op.wraps(reset) or reset.dtype is not torch.bool:
         known = isinstance(reset, Tensor) and not op.wraps(reset)
         came = str(reset.dtype).removeprefix("torch.") if known else type(reset).__name__
-        raise ValueError(f"{name_of(module)}: expected reset to be a tensor of bool, got {came}")
+        raise ValueError(f"{name_of(module)}: expected reset to be a bool tensor, got {came}")
     if reset.shape != shape:
         raise ValueError(
-            f"{name_of(module)}: expected reset of the shape of input without its last axis, {tuple(shape)}, "
+            f"{name_of(module)}: expected reset {tuple(shape)}, the shape of input without its last axis, "
             f"got {tuple(reset.shape)}"
         )
     return reset.to("cpu")
@@ -408,13 +408,13 @@ def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Ten
 
 def _only_here(module: nn.Module) -> RuntimeError:
     return RuntimeError(
-        f"{name_of(module)}: expected no reset or return_gates in a call that PyTorch runs: {why_not(module)}"
+        f"{name_of(module)}: reset and return_gates need the kernel, but PyTorch runs this call: {why_not(module)}"
     )
 
 
 @lru_cache(maxsize=256)
 def class_of(kind: type) -> type:
-    """Return the subclass of one of PyTorch's recurrent classes, or of a class that derives from it, on our op."""
+    """Return our subclass of one of PyTorch's recurrent classes, or of a class that derives from one."""
     mixin = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
     own = {
         "_class_before": kind,

@@ -1,4 +1,4 @@
-"""What every layer shares: arguments checked and converted, configuration, weights as NumPy, losses, constraints."""
+"""Base class and helpers of all layers: checking arguments, configuration, weights as NumPy, losses, constraints."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cellstack.spec import ShapeError
 Self = TypeVar("Self", bound="Layer")
 
 CLASSES: dict[str, type[Layer]] = {}
-"""Every layer class by its name, so that a nested configuration finds its way back."""
+"""All layer classes by name, to rebuild layers from nested configurations."""
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """Return the torch dtype by its name; torch's default for None."""
+    """Return the torch dtype of that name; torch's default for None."""
     if dtype is None:
         return torch.get_default_dtype()
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -35,11 +35,11 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     """Return `value` as a tensor of the dtype and on the device of `like`.
 
-    A tensor has to have them already, unless it holds integers or `torch.autocast` is on, whose mixture of dtypes is
-    meant; arrays, lists and numbers are converted.
+    A tensor must already have them, unless it holds integers or `torch.autocast` is on. Arrays, lists and numbers are
+    converted.
 
     Raises:
-        TypeError: complex numbers, another floating dtype, a sparse tensor, something that is no array of numbers.
+        TypeError: complex numbers, another floating dtype, a sparse tensor, or not an array of numbers.
         ValueError: a tensor on another device.
     """
     if type(value) is Tensor and value.dtype is like.dtype and value.device == like.device:
@@ -49,20 +49,20 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         if isinstance(value, PackedSequence):
             raise TypeError(
-                f"{owner}: expected {name} as one tensor: a PackedSequence goes into an RNN, its kinds or a "
-                "Bidirectional; elsewhere use torch.nn.utils.rnn.pad_packed_sequence"
+                f"{owner}: expected {name} as one tensor, got a PackedSequence, which only RNN, LSTM, GRU, SimpleRNN "
+                "and Bidirectional support: use torch.nn.utils.rnn.pad_packed_sequence"
             )
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
             return as_input(owner, name, torch.stack(list(value)), like)
         if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{owner}: expected {name} without a mask of its own, got a NumPy masked array: give mask=")
+            raise TypeError(f"{owner}: NumPy masked arrays aren't supported as {name}: pass the mask as mask=")
         try:
             array = np.asarray(value)
         except (ValueError, TypeError) as error:
             raise TypeError(f"{owner}: expected {name} to be an array of numbers: {error}") from None
         if array.dtype.kind not in "biuf":
             raise TypeError(f"{owner}: expected {name} to hold real numbers, got an array of {array.dtype}")
-        # torch takes native numbers of at most 8 bytes, with strides that don't turn back
+        # torch supports only native byte order, at most 8 bytes per number, and no negative strides
         plain = (
             np.dtype(np.float64) if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
         )
@@ -71,7 +71,7 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
         raise TypeError(f"{owner}: expected {name} to be a dense tensor, got one of layout {value.layout}")
     if value.device != like.device:
         raise ValueError(
-            f"{owner}: expected {name} on {like.device}, where the weights are, got it on {value.device}: "
+            f"{owner}: expected {name} on {like.device}, the device of the weights, got {value.device}: "
             f"move one of them with .to()"
         )
     if value.is_complex():
@@ -85,38 +85,38 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     return value if value.dtype == like.dtype else value.to(like.dtype)
 
 
-MEND = "cellstack.from_torch(model).save('model.onnx') writes any cell of ours"
-"""What to do about an exporter of torch's that can't have a layer."""
+EXPORT_HINT = "cellstack.from_torch(model).save('model.onnx') exports any cell of cellstack.layers"
+"""What to use where torch's exporters don't support a layer."""
 
 
 def recomputing() -> bool:
-    """Whether this call is made by a backward pass: torch.utils.checkpoint runs its part of the model a second time."""
+    """Whether a backward pass makes this call: torch.utils.checkpoint runs its part of the model a second time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def exporting() -> bool:
-    """Whether this call is recorded by torch.jit.trace or for torch.onnx.export, which know torch's operators alone."""
+    """Whether torch.jit.trace or torch.onnx.export records this call: these support only torch's operators."""
     if not torch.compiler.is_compiling():
         return torch._C._get_tracing_state() is not None
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def training_tensors() -> AbstractContextManager[Any]:
-    """Give a scope whose tensors outlive `torch.inference_mode`: those made within it could never be trained."""
+    """Return a context that leaves `torch.inference_mode`: tensors created in that mode can never be trained."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
 
 
 MASKS = {"mask": "use the step", "reset": "a piece begins at the step"}
-"""What True means in each argument that holds a bool for every step."""
+"""The meaning of True in each argument that has a bool per step."""
 
 
 def as_mask(owner: str, value: Any, like: Tensor, name: str = "mask") -> Tensor:
-    """Return a mask, or what else `MASKS` names, as a bool tensor on the device of `like`.
+    """Return one of the arguments in `MASKS` as a bool tensor on the device of `like`.
 
     Raises:
-        TypeError: anything but bools. Whether 0 and 1 mean "use" or "leave out" differs from place to place.
+        TypeError: not bools. Other types are ambiguous: libraries disagree on whether 1 means to use or to skip a step.
     """
     if isinstance(value, Tensor):
         mask = value
@@ -133,20 +133,20 @@ def as_mask(owner: str, value: Any, like: Tensor, name: str = "mask") -> Tensor:
     if mask.dtype != torch.bool:
         came = str(mask.dtype).removeprefix("torch.")
         raise TypeError(
-            f"{owner}: expected {name} of bool (True: {MASKS[name]}), got {came}: convert it, e.g. {name} != 0"
+            f"{owner}: expected {name} of dtype bool (True: {MASKS[name]}), got {came}: convert it, e.g. {name} != 0"
         )
     if mask.device != like.device:
         if isinstance(value, Tensor):
-            raise ValueError(f"{owner}: expected {name} on {like.device}, got it on {mask.device}")
+            raise ValueError(f"{owner}: expected {name} on {like.device}, got {mask.device}")
         mask = mask.to(like.device)
     return mask
 
 
 def last_axis(owner: str, input_size: int | Sequence[int | None]) -> int:
-    """Return the width I from itself or from a shape that ends in it (Keras's `build` takes shapes).
+    """Return the width I from an integer or from a shape, as its last axis (Keras's `build` takes shapes).
 
     Raises:
-        ShapeError: no width, or one below 1.
+        ShapeError: not a width, or one below 1.
     """
     width = input_size[-1] if isinstance(input_size, Sequence) and len(input_size) else input_size
     if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or width < 1:
@@ -187,7 +187,7 @@ class Layer(nn.Module):
         return all(child.built for child in self.children() if isinstance(child, Layer))
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
+        """Create the weights for inputs of width `input_size`, or of this shape."""
         raise NotImplementedError
 
     def _trains(self, training: Any) -> bool:
@@ -199,12 +199,12 @@ class Layer(nn.Module):
         return bool(training)
 
     def get_config(self) -> dict[str, Any]:
-        """Return everything that was given to the constructor, by argument."""
+        """Return the constructor's arguments by name."""
         return {key: describe(value) for key, value in self._config.items()}
 
     @classmethod
     def from_config(cls: type[Self], config: dict[str, Any]) -> Self:
-        """Make a new layer, with weights of its own, from what `get_config` returned."""
+        """Create a new layer, with new weights, from the result of `get_config`."""
         return cls(**{key: revive(value) for key, value in config.items()})
 
     def get_weights(self) -> list[NDArray[Any]]:
@@ -213,18 +213,18 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all weights, in the order of `get_weights`; builds the layer where it isn't built.
+        """Set all weights, in the order of `get_weights`; build the layer first if necessary.
 
         Raises:
-            ShapeError: the number of arrays or a shape differs. Nothing is set then.
-            TypeError: something that is no array of real numbers.
+            ShapeError: the number of arrays or a shape differs; no weight is set.
+            TypeError: not an array of real numbers.
         """
         arrays = [_weight(self._owner, value) for value in weights]
         if not self.built and arrays and arrays[0].ndim == 2:
             self.build(arrays[0].shape[0])
         named = list(self.named_parameters())
         if not self.built:
-            raise ShapeError(f"{self._owner}: expected the weights, a kernel first, got {len(arrays)} arrays")
+            raise ShapeError(f"{self._owner}: expected arrays of which the first is a kernel, got {len(arrays)} arrays")
         if len(named) != len(arrays):
             raise ShapeError(
                 f"{self._owner}: expected {len(named)} arrays ({', '.join(name for name, _ in named)}), "
@@ -237,24 +237,26 @@ class Layer(nn.Module):
             parameter.copy_(array)
 
     def count_params(self) -> int:
-        """Return how many numbers the weights hold."""
+        """Return the total number of elements of the weights."""
         return sum(weight.numel() for weight in self.parameters())
 
     @property
     def losses(self) -> list[Tensor]:
-        """Regularisation terms, one scalar each: of the weights as they are, and of the last call's output."""
+        """Regularisation terms, one scalar each: of the current weights, and of the last call's output."""
         return losses(self)
 
     def apply_constraints(self) -> None:
-        """Bring the weights back within their constraints; to be called after each step of an optimiser."""
+        """Project the weights onto their constraints; call it after each step of the optimiser."""
         apply_constraints(self)
 
     def __prepare_scriptable__(self) -> Any:
-        """Say what there is in place of torch.jit.script, which asks for this."""
-        raise TypeError(f"{self._owner}: expected torch.jit.trace or torch.export in place of torch.jit.script; {MEND}")
+        """Refuse torch.jit.script, which calls this method, and name the alternatives."""
+        raise TypeError(
+            f"{self._owner}: torch.jit.script isn't supported: use torch.jit.trace or torch.export; {EXPORT_HINT}"
+        )
 
     def _loss_terms(self) -> Iterator[Tensor]:
-        """Give the layer's own terms, without those of its children."""
+        """Yield the layer's own terms, without those of its children."""
         yield from ()
 
     def _constrain(self) -> None:
@@ -262,13 +264,13 @@ class Layer(nn.Module):
 
 
 def losses(module: nn.Module) -> list[Tensor]:
-    """Return the regularisation terms of all layers within `module`; add their sum to the loss.
+    """Return the regularisation terms of all layers in `module`; add their sum to the loss.
 
     Args:
         module: any torch module.
 
     Returns:
-        One scalar tensor a term: of the weights as they are, and of the outputs of each layer's last call.
+        One scalar tensor per term: of the current weights, and of the outputs of each layer's last call.
 
     >>> from cellstack import layers
     >>> [term.ndim for term in layers.losses(torch.nn.Sequential(layers.LSTMCell(4, kernel_regularizer="l2",
@@ -279,7 +281,7 @@ def losses(module: nn.Module) -> list[Tensor]:
 
 
 def apply_constraints(module: nn.Module) -> None:
-    """Apply the constraints of all layers within `module`; to be called after each step of an optimiser.
+    """Apply the constraints of all layers in `module`; call it after each step of the optimiser.
 
     Args:
         module: any torch module; its weights are changed in place.
@@ -290,7 +292,7 @@ def apply_constraints(module: nn.Module) -> None:
 
 
 def describe(value: Any) -> Any:
-    """Return what stands for `value` in a configuration: a class name and a configuration for a layer of ours."""
+    """Return `value` as it is represented in a configuration: a layer of ours as its class name and configuration."""
     if isinstance(value, Layer):
         return {"class_name": type(value).__name__, "config": value.get_config()}
     if isinstance(value, (list, tuple)):
@@ -299,7 +301,7 @@ def describe(value: Any) -> Any:
 
 
 def own(value: Any) -> Any:
-    """Return an argument as a layer keeps it: a dict of its own, what JSON knows in place of NumPy's and Keras's."""
+    """Return an argument in the form that a layer stores: dicts copied, NumPy's and Keras's objects as JSON types."""
     value = weights.described(value)
     if isinstance(value, Mapping):
         return dict(value)

@@ -1,4 +1,4 @@
-"""`Bidirectional`: one layer forwards and one backwards over the same sequence."""
+"""`Bidirectional`: two layers over the same sequence, one forward in time and one backward."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ MERGE_MODES = ("concat", "sum", "mul", "ave", None)
 
 
 class Bidirectional(Layer):
-    """Two layers over the same sequence, one in each direction; the backward output is turned back to time order.
+    """Two layers over the same sequence, one in each direction; the backward output is returned in time order.
 
-    With `return_sequences`, steps that a mask leaves out are zero in both outputs before they are merged, as in Keras.
+    With `return_sequences`, both outputs are zero at masked steps before they are merged, as in Keras.
 
     Args:
-        layer: an `RNN`, `LSTM`, `GRU` or `SimpleRNN`; it becomes the forward layer, with the weights it has.
-        merge_mode: how the two outputs become one: "concat", "sum", "mul", "ave", or None (both are returned).
+        layer: an `RNN`, `LSTM`, `GRU` or `SimpleRNN`; it becomes the forward layer and keeps its weights.
+        merge_mode: how to merge the two outputs: "concat", "sum", "mul", "ave", or None (return both).
         backward_layer: None: a new layer of the same configuration, in the other direction.
-        input_size: width I, to make the weights at once; None: at the first call.
-        name: said in error messages.
+        input_size: width I, to create the weights immediately; None: at the first call.
+        name: the layer's name in error messages.
 
     Raises:
-        TypeError: a layer that is no RNN.
-        ValueError: an unknown merge mode, or layers that don't fit together.
+        TypeError: a layer isn't an RNN.
+        ValueError: an unknown merge mode, or incompatible layers.
 
     >>> from cellstack import layers
     >>> both = Bidirectional(layers.LSTM(4, return_sequences=True))
@@ -63,7 +63,7 @@ class Bidirectional(Layer):
         self.forward_layer = layer
         if backward_layer is None:
             config = layer.get_config()
-            # revive copies cells; a layer that has weights hands their width on, not the weights.
+            # from_config copies the cells; of a built layer the new one takes the width, not the weights.
             backward_layer = type(layer).from_config({**config, "go_backwards": not layer.go_backwards})
             width = getattr(layer.cells[0], "input_size", None)
             if width is not None and not backward_layer.built:
@@ -74,7 +74,7 @@ class Bidirectional(Layer):
                 raise ValueError(f"{self._owner}: expected the same {flag} in both layers")
         if layer.go_backwards == backward_layer.go_backwards:
             raise ValueError(
-                f"{self._owner}: expected layers of opposite directions, got go_backwards={layer.go_backwards} twice"
+                f"{self._owner}: expected layers of opposite directions, got go_backwards={layer.go_backwards} in both"
             )
         self.return_sequences, self.return_state = layer.return_sequences, layer.return_state
         self.stateful = layer.stateful
@@ -82,24 +82,24 @@ class Bidirectional(Layer):
             self.build(input_size)
 
     def extra_repr(self) -> str:
-        """Say how outputs are merged."""
+        """Return the merge mode."""
         return f"merge_mode={self.merge_mode!r}"
 
     def get_config(self) -> dict[str, Any]:
-        """Return everything that was given to the constructor, by argument."""
+        """Return the constructor's arguments by name."""
         given = {"layer": describe(self.forward_layer)}
         if self._given_backward:
             given["backward_layer"] = describe(self.backward_layer)
         return {**self._config, **given}
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights of both layers for inputs of width `input_size`."""
+        """Create the weights of both layers for inputs of width `input_size`."""
         self.forward_layer.build(input_size)
         self.backward_layer.build(input_size)
 
     @property
     def states(self) -> tuple[Any, ...] | None:
-        """States that the next call starts from, the forward layer's, then the backward layer's; None: see `RNN`."""
+        """Initial states of the next call, the forward layer's, then the backward layer's; None: see `RNN.states`."""
         ahead, back = self.forward_layer, self.backward_layer
         if ahead._states is None or back._states is None:
             return None
@@ -107,15 +107,15 @@ class Bidirectional(Layer):
 
     @states.setter
     def states(self, value: Any) -> None:
-        self.forward_layer.states, self.backward_layer.states = self._halves(value)
+        self.forward_layer.states, self.backward_layer.states = self._split(value)
 
     def reset_states(self, states: Any = None, indices: Any = None) -> None:
-        """Forget the states, or replace them: see `RNN.reset_states`; `states` holds forward, then backward."""
-        ahead, back = self._halves(states)
+        """Reset or replace the states: see `RNN.reset_states`; `states` holds forward, then backward."""
+        ahead, back = self._split(states)
         self.forward_layer.reset_states(ahead, indices)
         self.backward_layer.reset_states(back, indices)
 
-    def _halves(self, value: Any) -> tuple[Any, Any]:
+    def _split(self, value: Any) -> tuple[Any, Any]:
         if value is None:
             return None, None
         ahead, back = self.forward_layer.state_count, self.backward_layer.state_count
@@ -128,7 +128,7 @@ class Bidirectional(Layer):
         return value[:ahead], value[ahead:]
 
     def plan(self) -> Plan:
-        """Say which kernel runs each layer, and why; one line a layer."""
+        """Return which kernel runs each layer, and why; one line per layer."""
         return Plan(
             f"{direction}: {line}"
             for direction, layer in (("forward", self.forward_layer), ("backward", self.backward_layer))
@@ -151,20 +151,20 @@ class Bidirectional(Layer):
         Args:
             sequences, mask, return_gates, lengths: see `RNN.forward`.
             initial_state: the forward layer's states, then the backward layer's, in one list.
-            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
-            reset: `[B, T]` of bool, True where a row's next piece begins, for both layers: see `RNN.forward`.
+            training: whether dropout and zoneout are active; None: use the module's mode.
+            reset: bool `[B, T]`, True where a new piece of a row begins, for both layers: see `RNN.forward`.
 
         Returns:
-            y, merged: `[B, T, 2H]` or `[B, 2H]` with "concat", else `[B, T, H]` or `[B, H]`; two outputs where
-            `merge_mode` is None. With `return_state` the states follow, forward then backward; with `return_gates` the
-            pair of the layers' traces, both in time order.
+            y, merged: `[B, T, 2H]` or `[B, 2H]` with "concat", else `[B, T, H]` or `[B, H]`; two outputs if
+            `merge_mode` is None. `return_state` adds the states, forward then backward; `return_gates` adds the pair of
+            the layers' traces, both in time order.
 
         Raises:
             ShapeError, TypeError, ValueError: see `RNN.forward`.
         """
         ahead, back = self.forward_layer, self.backward_layer
         training = self._trains(training)
-        start, start_back = self._halves(initial_state)
+        start, start_back = self._split(initial_state)
         zero = self.return_sequences
         given = ahead.given(sequences, mask, reset, lengths)
         run = ahead.run(given, start, training, return_gates, zero)

@@ -1,4 +1,4 @@
-"""What cells of every kind share: their weights, their masks, and which way they are computed."""
+"""Base class of the cells: their weights, their masks, and the choice of the implementation that runs them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer
 
 
 def rate(owner: str, name: str, value: float) -> float:
-    """Return a dropout rate, checked to lie in `[0, 1)`."""
+    """Return a dropout rate after checking that it is in `[0, 1)`."""
     if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{owner}: expected {name} in [0, 1), got {value!r}: at 1 nothing would be left")
+        raise ValueError(f"{owner}: expected {name} in [0, 1), got {value!r}")
     return float(value)
 
 
 class Masks(NamedTuple):
-    """What training draws for one call of a cell over T steps; None where it draws nothing."""
+    """Random masks for one call of a cell over T steps in training; None where there is none."""
 
     input: Tensor | None = None  # [B, I]
     recurrent: Tensor | None = None  # [B, P]
@@ -30,7 +30,7 @@ class Masks(NamedTuple):
     zoneout_cell: Tensor | None = None  # [B, T, H]
 
     def at(self, t: int) -> Masks:
-        """Return those of step `t` alone, as `Cell.step` takes them."""
+        """Return the masks of step `t`, for `Cell.step`."""
         of_step = (None if mask is None else mask[:, t : t + 1] for mask in self[2:])
         return Masks(self.input, self.recurrent, *of_step)
 
@@ -39,17 +39,17 @@ NO_MASKS = Masks()
 
 
 def as_drops(masks: Sequence[Masks], none: Tensor) -> list[Tensor]:
-    """Return the masks of layers as the op takes them, with `none` in place of what there isn't."""
+    """Return the masks of layers as the op's list, with the tensor `none` for absent ones."""
     if all(of_layer is NO_MASKS for of_layer in masks):
         return []
     drops = [mask for of_layer in masks for mask in of_layer[1:]]
     return [] if all(drop is None for drop in drops) else [none if drop is None else drop for drop in drops]
 
 
-# Arrays with initial values, penalties and constraints of their own, and how the constructors' arguments call them.
+# Arrays with an initialiser, a regulariser and a constraint, and the prefix of the constructor's arguments for them.
 _ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
 
-# Fields of CellSpec that a constructor takes as they are; those that its kind of cell has.
+# Fields of CellSpec that constructors take as arguments, if their kind of cell has them.
 _FLAGS = (
     "use_bias",
     "peepholes",
@@ -67,9 +67,9 @@ _FLAGS = (
 
 
 class Cell(Layer):
-    """What cells of every kind share. Their arrays are made at the first call or at once: see `CellSpec.shapes`.
+    """Base class of the cells. Their arrays (`CellSpec.shapes`) are created in the constructor or at the first call.
 
-    A subclass says its `kind`, and takes arguments by the names of the fields of `CellSpec`.
+    A subclass defines `kind` and takes arguments that are named like the fields of `CellSpec`.
     """
 
     kind: ClassVar[str]
@@ -84,7 +84,7 @@ class Cell(Layer):
         super().__init__(given["name"])
         self._config = given = {key: own(value) for key, value in given.items()}
         given["units"] = self.units = as_integer(self._owner, "units", given["units"])
-        if not 1 <= self.units < 2**29:  # from here on the bytes of a recurrent kernel are past 64 bits
+        if not 1 <= self.units < 2**29:  # from here on the size of a recurrent kernel in bytes overflows 64 bits
             raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {self.units}")
         if "proj_size" in given:
             given["proj_size"] = as_integer(self._owner, "proj_size", given["proj_size"])
@@ -104,7 +104,7 @@ class Cell(Layer):
         if seed is not None:
             given["seed"] = seed = as_integer(self._owner, "seed", seed)
             if abs(seed) >= 2**63:
-                raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
+                raise TypeError(f"{self._owner}: expected seed to be a 64-bit integer or None, got {seed!r}")
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
         self._parts = {
@@ -120,21 +120,22 @@ class Cell(Layer):
         }
         for name in ARRAYS:
             self.register_parameter(name, None)
-        # Carries dtype and device until there are weights, so that .to() and .double() count before the first call too.
+        # Carries dtype and device until there are weights, so that .to() and .double() work before the first call.
         self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=given["device"])
         if given["input_size"] is not None:
             self.build(given["input_size"])
 
     def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
-        """Return the functions of `CellSpec.slots`, names of those that the kernel doesn't have, and the description.
+        """Return the functions of `CellSpec.slots`, the names of those that the kernel lacks, and the description.
 
-        It is of width 1: flags are checked before there is an input. What the kernel doesn't have is linear there.
+        The description has width 1, to check the flags before there is an input. Activations that the kernel lacks are
+        linear in it.
         """
         by_gate = given["gate_activations"]
         try:
             by_gate = dict(by_gate.items() if isinstance(by_gate, Mapping) else by_gate)
         except (TypeError, ValueError):
-            raise TypeError(f"{self._owner}: expected gate_activations by gate, got {by_gate!r}") from None
+            raise TypeError(f"{self._owner}: expected gate_activations as a dict by gate, got {by_gate!r}") from None
         usual = {name: given[name] for name in ("activation", "recurrent_activation") if name in given}
         texts = {}
         for key, value in (*usual.items(), *by_gate.items()):
@@ -158,12 +159,12 @@ class Cell(Layer):
         return [eager.as_function(value) for value in chosen], foreign, spec
 
     def _describe(self, spec: CellSpec) -> None:
-        """Keep a description, and what each call asks of it."""
+        """Store the description, and the parts of it that each call needs."""
         self._spec, self._text, self._plain = spec, spec.text, spec.plain
         self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
 
     def extra_repr(self) -> str:
-        """Say the widths, and what isn't as usual."""
+        """Return the widths, and the arguments that differ from the defaults."""
         parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
         given = {key: self._config[key] for key in ("activation", "recurrent_activation") if key in self._config}
         usual = {"activation": "tanh", "recurrent_activation": "sigmoid"}
@@ -173,7 +174,7 @@ class Cell(Layer):
 
     @property
     def drops(self) -> bool:
-        """Whether training draws masks, of dropout or of zoneout."""
+        """Whether training draws dropout or zoneout masks."""
         return max(self.dropout, self.recurrent_dropout, self.zoneout, self.zoneout_cell) > 0.0
 
     @property
@@ -183,7 +184,7 @@ class Cell(Layer):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and on the device that the cell works in: its kernel, once there is one."""
+        """A tensor of the cell's dtype and device: its kernel, once that exists."""
         kernel = self._array("kernel")
         return self._like if kernel is None else kernel
 
@@ -198,20 +199,20 @@ class Cell(Layer):
         """Description of the built cell, without its arrays.
 
         Raises:
-            ValueError: the cell isn't built, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
+            ValueError: the cell isn't built, or an activation isn't in `cellstack.spec.ACTIVATIONS`.
         """
         if not self.built:
-            raise ValueError(f"{self._owner}: the weights don't exist yet: call the layer, or give input_size=")
+            raise ValueError(f"{self._owner}: the weights don't exist yet: call the layer, or pass input_size=")
         if self._foreign:
-            raise ValueError(f"{self._owner}: no description for the activation {self._foreign[0]}")
+            raise ValueError(f"{self._owner}: spec doesn't support the activation {self._foreign[0]}")
         return self._spec
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
+        """Create the weights for inputs of width `input_size`, or of this shape."""
         width = last_axis(self._owner, input_size)
         if self.input_size is not None:
             if width != self.input_size:
-                raise ShapeError(f"{self._owner}: expected input_size {self.input_size}, as built, got {width}")
+                raise ShapeError(f"{self._owner}: the weights are for input_size {self.input_size}, got {width}")
             return
         self._describe(replace(self._spec, input_size=width))
         with training_tensors():
@@ -224,7 +225,7 @@ class Cell(Layer):
                 setattr(self, name, nn.Parameter(values))
 
     def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
-        """Give a kernel, a bias or a projection its first values."""
+        """Initialise a kernel, a bias or a projection."""
         if initializer is None:
             raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
         weights.fill(values, initializer)
@@ -258,7 +259,7 @@ class Cell(Layer):
                 weight.copy_(constraint(weight))
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Return what a row starts from, `[batch_size, H]` for each array of the state: zeros, or what was learned."""
+        """Return the initial state, `[batch_size, H]` for each array: zeros, or the learned values."""
         learned = self._spec.learn_initial_state and self.built
         return [
             getattr(self, f"initial_{name}").expand(batch_size, size)
@@ -268,10 +269,10 @@ class Cell(Layer):
         ]
 
     def arrays(self) -> list[Tensor]:
-        """Return the arrays of a built cell as the op takes them, in the order of `CellSpec.shapes`.
+        """Return the arrays of a built cell for the op, in the order of `CellSpec.shapes`.
 
         Raises:
-            TypeError: one is of a subclass of torch.Tensor, which the kernel can't read.
+            TypeError: an array is of a subclass of torch.Tensor, which the kernel can't read.
         """
         arrays: list[Any] = [self._array(name) for name in self._names]
         for name, array in zip(self._names, arrays, strict=True):
@@ -283,7 +284,7 @@ class Cell(Layer):
         return arrays
 
     def _array(self, name: str) -> Tensor | None:
-        """Return the attribute `name`, without the search of a module's attributes where it is a parameter."""
+        """Return the attribute `name`; for a parameter without the slow attribute look-up of a module."""
         own = self._parameters
         return own[name] if name in own else getattr(self, name)
 
@@ -293,8 +294,8 @@ class Cell(Layer):
             return NO_MASKS
         if self.draws is not None and recomputing():
             raise RuntimeError(
-                f"{self._owner}: expected the masks of the first pass, but with seed= each call draws its own: under "
-                "torch.utils.checkpoint leave seed at None, torch's generator is put back for the second pass"
+                f"{self._owner}: seed= isn't supported under torch.utils.checkpoint, as the second pass would draw "
+                "other masks: leave seed at None, so that torch restores its generator for the second pass"
             )
         width = self.kernel.shape[0]
         return Masks(
@@ -308,31 +309,31 @@ class Cell(Layer):
         return op.dropout_mask(self.draws, self.kernel, rows, width, share, self.seed) if share else None
 
     def _draw_zoneout(self, batch: int, steps: int, width: int, share: float) -> Tensor | None:
-        """Draw ones where the old value is kept: where a dropout mask would have zeros."""
+        """Draw a mask of ones where the old value is kept: the complement of a dropout mask."""
         mask = self._draw(batch * steps, width, share)
         return None if mask is None else (mask == 0.0).to(mask.dtype).view(batch, steps, width)
 
     def route(self, kernel: Tensor) -> tuple[str, str]:
-        """Return which way weights like `kernel` are computed ("fused", "cudnn", "torch" or "loop"), and why."""
+        """Return the implementation for weights like `kernel` ("fused", "cudnn", "torch" or "loop"), and the reason."""
         if self._foreign:
             return "loop", f"activation {self._foreign[0]} is not one of {', '.join(ACTIVATIONS)}"
-        if kernel.is_cpu and kernel.dtype in op.ELEMENTS and op.unwatched() and not op.transformed():
-            return "fused", ""  # the usual case, which training asks at every step
+        if kernel.is_cpu and kernel.dtype in op.ELEMENTS and op.untraced() and not op.transformed():
+            return "fused", ""  # the usual case, checked at every training step
         device, dtype = kernel.device.type, kernel.dtype
         if device == "cuda":
             if not self._plain:
-                return "loop", "cuDNN computes the plain LSTM, of tanh and sigmoid, only"
+                return "loop", "cuDNN supports only the plain LSTM, with tanh and sigmoid"
             if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
-                return "cudnn", "a mask, a reset, recurrent dropout in training or return_gates take the torch loop"
+                return "cudnn", "the torch loop for masks, resets, return_gates, and recurrent dropout in training"
             return "loop", "cuDNN is not available"
         if device not in ("cpu", "meta"):
-            return "loop", f"there is no fused kernel for {device}"
+            return "loop", f"the fused kernel doesn't support {device}"
         if dtype not in (torch.float32, torch.float64):
             return "loop", f"{str(dtype).removeprefix('torch.')} is neither float32 nor float64"
         if exporting():
-            return "torch", "torch.jit.trace and torch.onnx.export need torch's own operators"
+            return "torch", "torch.jit.trace and torch.onnx.export need torch's operators"
         if op.transformed():
-            return "loop", "torch.func and forward-mode differentiation need torch's own operations"
+            return "loop", "torch.func and forward-mode differentiation need torch's operators"
         return "fused", ""
 
     def forward(self, inputs: Any, states: Any = None, training: bool | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -340,9 +341,9 @@ class Cell(Layer):
 
         Args:
             inputs: `[B, I]`.
-            states: for an LSTM the pair (h, c), else h or a list of it; each `[B, H]`, a projected h
-                `[B, P]`. None: the initial state.
-            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
+            states: for an LSTM the pair (h, c), otherwise h or [h]; each `[B, H]`, a projected h `[B, P]`. None: the
+                initial state.
+            training: whether dropout and zoneout are active; None: use the module's mode.
 
         Returns:
             h, and the new state as a list: `[h, c]`, or `[h]`.
@@ -361,9 +362,9 @@ class Cell(Layer):
         return ends[0], list(ends)
 
     def as_state(self, owner: str, value: Any, batch: int | None, layer: int | None = None) -> Any:
-        """Return a state that was given as tensors or arrays as `State` or `HiddenState`, checked and converted.
+        """Convert a state of tensors or arrays to `State` or `HiddenState`, and check it.
 
-        One array by itself is an h. A `batch` of None is taken from h.
+        A single array is h. If `batch` is None, it is that of h.
         """
         if not hasattr(value, "__len__"):
             raise TypeError(f"{owner}: expected a state of tensors or arrays, got {type(value).__name__}")
@@ -383,7 +384,7 @@ class Cell(Layer):
         return self.State(*tensors)
 
     def step(self, x: Tensor, state: Sequence[Tensor] | None, masks: Masks = NO_MASKS) -> tuple[Tensor, ...]:
-        """Run one step on what is known to be right: x `[B, I]`, a state, masks of one step (`Masks.at`)."""
+        """Run one step on checked arguments: x `[B, I]`, a state, masks of one step (`Masks.at`)."""
         if masks.input is not None:
             x = x * masks.input
         arrays, cells = self.arrays(), [self._text]
@@ -400,5 +401,5 @@ class Cell(Layer):
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether a call on these has to keep what its backward pass needs."""
+    """Whether a call on these tensors needs a backward pass."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The cells: what happens in one step of an LSTM, a GRU, a SimpleRNN."""
+"""The cells: one step of an LSTM, a GRU or a SimpleRNN."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ class LSTMCell(Cell):
         units: width H of the gates, and of the state.
         activation: φ, by Keras's name or as a callable; None means linear.
         recurrent_activation: σ, likewise.
-        use_bias: whether there is a bias.
+        use_bias: whether the cell has a bias.
         kernel_initializer, recurrent_initializer, bias_initializer: see `cellstack.layers.weights`.
-        unit_forget_bias: start the forget gate's bias at 1. It is stored in the bias, never added at run time.
-        kernel_regularizer, recurrent_regularizer, bias_regularizer: terms that `losses` gives.
+        unit_forget_bias: initialise the forget gate's bias with 1. It is part of the bias, never added at run time.
+        kernel_regularizer, recurrent_regularizer, bias_regularizer: their terms are in `losses`.
         kernel_constraint, recurrent_constraint, bias_constraint: applied by `apply_constraints`.
-        dropout: share of x that is dropped in training, in [0, 1); what stays is scaled by 1/(1-dropout). One mask
-            serves all gates.
-        recurrent_dropout: likewise of h_prev. A layer draws both masks once a call and uses them at every step; a
+        dropout: share of x that is dropped in training, in [0, 1); the rest is scaled by 1/(1-dropout). All gates use
+            the same mask.
+        recurrent_dropout: the same for h_prev. A layer draws both masks once per call and uses them at every step; a
             cell that is called by itself draws them at each call.
-        seed: makes the masks of dropout and zoneout repeatable: the n-th draw depends on the seed and n alone. The
+        seed: makes the masks of dropout and zoneout repeatable: the n-th draw depends only on the seed and n. The
             count is saved with the weights. None: torch's own generator.
-        peepholes: i and f see the cell before the step, o the one after it: `z_i += p_i·c_prev`.
+        peepholes: connect c to the gates: i and f use c_prev (`z_i += p_i·c_prev`), o uses the new c.
         coupled: f is 1 - i, and has no weights.
-        proj_size: width P of h, `h = (o·φ(c))·projection`. 0: none.
-        cell_clip: c is kept within ±cell_clip. None: it isn't.
-        zoneout_cell: share of units of c that keep their value in a step of training; see `zoneout`.
-        forget_bias: what the forget gate's bias starts at. None: as `unit_forget_bias` says.
-        gate_activations: other activations by gate, such as `{"o": "hard_sigmoid"}`; φ(c) goes by "cell".
+        proj_size: width P of h, `h = (o·φ(c))·projection`. 0: no projection.
+        cell_clip: clip c to ±cell_clip. None: no clipping.
+        zoneout_cell: share of units of c that keep their value in a training step; see `zoneout`.
+        forget_bias: initial value of the forget gate's bias. None: `unit_forget_bias` determines it.
+        gate_activations: other activations by gate, such as `{"o": "hard_sigmoid"}`; the key of φ(c) is "cell".
         layer_norm: normalise x·kernel, h_prev·recurrent_kernel, and c before its activation, each times a gain.
-        norm_epsilon: what layer normalisation adds to a variance.
-        clip: pre-activations are kept within ±clip. None: they aren't.
-        zoneout: share of units of h that keep their value in a step of training, in [0, 1); outside of training each
-            unit keeps that share of its value.
-        learn_initial_state: start from parameters, zeros at first, where no state is given and after a reset.
-        implementation: 1 or 2, accepted for Keras's sake; the result is the same either way.
-        input_size: width I, to make the weights at once; None: at the first call.
+        norm_epsilon: constant that layer normalisation adds to a variance.
+        clip: clip pre-activations to ±clip. None: no clipping.
+        zoneout: share of units of h that keep their value in a training step, in [0, 1); at inference each unit keeps
+            that share of its value.
+        learn_initial_state: use parameters, initially zeros, as the initial state and after a reset.
+        implementation: 1 or 2, for compatibility with Keras; it has no effect.
+        input_size: width I, to create the weights immediately; None: at the first call.
         dtype, device: of the weights; None: torch's default and the CPU.
-        name: said in error messages.
+        name: the cell's name in error messages.
 
     Raises:
         ShapeError: a width below 1, or a projection that isn't narrower than the units.
@@ -112,9 +112,8 @@ class LSTMCell(Cell):
         if forget_bias is not None and not (isinstance(forget_bias, (int, float)) and math.isfinite(forget_bias)):
             raise ValueError(f"LSTMCell: expected forget_bias to be a finite number, got {forget_bias!r}")
         super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
-        # Set, and yet without effect.
         if forget_bias is not None and (coupled or not use_bias):
-            raise ValueError(f"{self._owner}: expected forget_bias with a forget gate that has a bias")
+            raise ValueError(f"{self._owner}: forget_bias needs a forget gate with a bias")
 
     def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
         forget_bias = self.forget_bias
@@ -128,12 +127,12 @@ class LSTMCell(Cell):
 
     @property
     def unit_forget_bias(self) -> bool:
-        """Whether the forget gate's bias starts at 1, where `forget_bias` doesn't say otherwise."""
+        """Whether the forget gate's bias is initialised with 1, unless `forget_bias` is given."""
         return self._config["unit_forget_bias"]
 
     @property
     def forget_bias(self) -> float | None:
-        """What the forget gate's bias starts at; None: at what `bias_initializer` gives."""
+        """Initial value of the forget gate's bias; None: `bias_initializer` determines it."""
         if "f" not in self._spec.gates:
             return None
         given = self._config["forget_bias"]
@@ -157,7 +156,7 @@ class GRUCell(Cell):
         recurrent_dropout, seed, gate_activations, norm_epsilon, clip, zoneout, learn_initial_state, implementation,
         input_size, dtype, device, name: see `LSTMCell`.
         reset_after: whether the reset gate acts after the recurrent product, as in PyTorch and cuDNN.
-        layer_norm: normalise x·kernel and h_prev·recurrent_kernel, gates and candidate apart, each times a gain.
+        layer_norm: normalise x·kernel and h_prev·recurrent_kernel, gates and candidate separately, each times a gain.
 
     Raises:
         ShapeError: a width below 1.
@@ -169,7 +168,7 @@ class GRUCell(Cell):
     >>> tuple(h.shape), tuple(cell.kernel.shape), tuple(cell.bias.shape)
     ((2, 4), (6, 12), (2, 12))
 
-    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as all libraries have it.
+    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as in all libraries.
     """
 
     kind = "gru"

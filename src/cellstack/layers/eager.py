@@ -1,6 +1,6 @@
-"""The equations as a torch loop: the differentiable reference, and the route for what the fused kernel can't serve.
+"""The equations as a torch loop, which is differentiable any number of times; it runs what the kernel doesn't support.
 
-Also the list of activations by Keras's names, and cuDNN's LSTM through torch.
+Also the activations by Keras's names, and the LSTMs of cuDNN and torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cellstack.spec import CellSpec
 Function = Callable[[Tensor], Tensor]
 
 
-# ── Activations ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Activations ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def linear(z: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ def linear(z: Tensor) -> Tensor:
 
 
 def clipped(z: Tensor, low: float, high: float) -> Tensor:
-    """Return `z` within `low` and `high`; at the ends, as beyond them, it has no slope (that of torch.clamp is 1)."""
+    """Clip `z` to `low` and `high`; the gradient at the ends is 0, as beyond them (that of torch.clamp is 1)."""
     return torch.where((z > low) & (z < high), z, z.detach().clamp(low, high))
 
 
 def hard_sigmoid(z: Tensor, alpha: float, beta: float) -> Tensor:
-    """Return `alpha·z + beta`, cut off at 0 and 1."""
+    """Return `alpha·z + beta`, clipped to 0 and 1."""
     return clipped(alpha * z + beta, 0.0, 1.0)
 
 
@@ -65,7 +65,7 @@ def log_softmax(z: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def function_of(activation: words.Activation) -> Function:
-    """Return an activation of the kernel's as torch computes it: the same callable each time.
+    """Return one of the kernel's activations as a torch function: the same callable each time.
 
     >>> function_of(words.activation("leaky_relu(0.5)"))(torch.tensor([-2.0, 3.0]))
     tensor([-1.,  3.])
@@ -105,22 +105,22 @@ ACTIVATIONS: dict[str, Function] = {
     "swish": functional.silu,
     "tanh_shrink": functional.tanhshrink,
 }
-"""Activations by Keras's names; the kernel applies those of `cellstack.spec.ACTIVATIONS` itself."""
+"""Activations by Keras's names; the kernel implements those of `cellstack.spec.ACTIVATIONS`."""
 
 _NAMES: dict[object, str] = {function: name for name, function in reversed(ACTIVATIONS.items())}
 _NAMES |= {functional.tanh: "tanh", functional.sigmoid: "sigmoid", functional.relu: "relu", functional.elu: "elu"}
 
 
 def known(name: str | None) -> bool:
-    """Whether the kernel applies the activation of that name, as `activation_name` gives it."""
+    """Whether the kernel implements the activation of that name, as returned by `activation_name`."""
     return name is not None and name.partition("(")[0] in words.ACTIVATIONS
 
 
 def activation_name(given: str | Function | None) -> str | None:
-    """Return the name that an activation goes by, with its parameters; None for a callable of the user's own.
+    """Return the name of an activation, with its parameters; None for a callable that has none.
 
     Raises:
-        ValueError: a name that is not in `ACTIVATIONS`, or parameters that it can't have.
+        ValueError: a name that is not in `ACTIVATIONS`, or invalid parameters.
         TypeError: neither a name nor a callable.
 
     >>> activation_name("leaky_relu( 0.20 )"), activation_name(torch.tanh), activation_name(None)
@@ -132,7 +132,7 @@ def activation_name(given: str | Function | None) -> str | None:
         if known(given.strip()):
             return str(words.activation(given))
         if given not in ACTIVATIONS:
-            raise ValueError(f"expected an activation out of {', '.join(ACTIVATIONS)} or a callable, got {given!r}")
+            raise ValueError(f"expected one of {', '.join(ACTIVATIONS)} or a callable, got {given!r}")
         return given
     if not callable(given):
         raise TypeError(f"expected an activation's name or a callable, got {type(given).__name__}")
@@ -140,14 +140,14 @@ def activation_name(given: str | Function | None) -> str | None:
 
 
 def as_function(given: str | Function | None) -> Function:
-    """Return the function that was given as `activation_name` takes it."""
+    """Return the function of an activation in any form that `activation_name` takes."""
     name = activation_name(given)
     if name is None:
         return given  # type: ignore[return-value]
     return function_of(words.activation(name)) if known(name) else ACTIVATIONS[name]
 
 
-# ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The loop ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def run(
@@ -166,9 +166,9 @@ def run(
 ) -> list[Tensor]:
     """Run a stack of cells as a torch loop; arguments and results are those of `cellstack::recurrent` (see `op`).
 
-    But for these: `specs` has descriptions in place of their texts; `functions` has for each layer the activations, one
-    for each of `spec.slots`, whatever the description calls them; and in place of norms come empty tensors. To `steps`,
-    where it is given, each step adds the state that its equations give, as the graph has it: before zoneout and mask.
+    The differences: `specs` has descriptions instead of their texts; `functions` has each layer's activations, one per
+    entry of `spec.slots`, which replace those of the description; and the norms are empty tensors. If `steps` is given,
+    each step appends the state that the equations give before zoneout and mask, with its graph.
     """
     finals, ys, gates, cells = [], [], [], []
     left, begin = iter(weights), iter(starts)
@@ -188,7 +188,7 @@ def run(
 
 
 def _initial(spec: CellSpec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Return the state that a row starts from where none is given."""
+    """Return the initial state for calls without one."""
     return [
         arrays[f"initial_{name}"].expand(x.shape[0], size)
         if spec.learn_initial_state
@@ -210,21 +210,21 @@ def _layer(
     save: bool,
     every: list[list[Tensor]] | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Return the states after, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and an LSTM's cells."""
+    """Return the final states, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and an LSTM's cells."""
     steps = x.shape[1]
     act = dict(zip(spec.slots, functions, strict=True))
     advance = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}[spec.kind]
     fresh = None if reset is None else _initial(spec, arrays, x)
     drop, *zoneouts = drops
     rates = [spec.zoneout, spec.zoneout_cell]
-    # What is masked must not meet a gradient, not even one of zero: 0·NaN is NaN.
+    # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
     a = (x if mask is None else torch.where(mask[:, :, None], x, 0.0)) @ arrays["kernel"]  # [B, T, G·H]
     if spec.layer_norm:
         a = _norm(spec, a) * arrays["kernel_gain"]
     if spec.use_bias:
         a = a + (arrays["bias"][0] if spec.kind == "gru" and spec.reset_after else arrays["bias"])
     outputs, gates, cells = ([x.new_zeros(0)] * steps for _ in range(3))
-    states = [state.clone() for state in states]  # with no step the result must not be what was given
+    states = [state.clone() for state in states]  # with no step the results must not be the arguments themselves
     for t in reversed(range(steps)) if reverse else range(steps):
         if reset is not None and fresh is not None:
             states = [torch.where(reset[:, t, None], new, state) for new, state in zip(fresh, states, strict=True)]
@@ -243,18 +243,18 @@ def _layer(
             stacked = torch.stack(gate, dim=1)  # [B, planes, H]
             gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
     y = _joined(outputs, x, spec.output_size)
-    states = [state.view_as(state) for state in states]  # what is y of the last step too gets a gradient of its own
+    states = [state.view_as(state) for state in states]  # so that h and the last y get separate gradients
     kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
     return states, y, kept, _joined(cells, x, spec.units) if save and spec.kind == "lstm" else x.new_zeros(0)
 
 
 def _joined(parts: list[Tensor], x: Tensor, *sizes: int) -> Tensor:
-    """Return one tensor `[B, T, *sizes]` out of those of every step."""
+    """Stack the tensors of the steps to `[B, T, *sizes]`."""
     return torch.stack(parts, dim=1) if parts else x.new_zeros(x.shape[0], 0, *sizes)
 
 
 def _norm(spec: CellSpec, v: Tensor) -> Tensor:
-    """Normalise the rows of a product: all columns together, but a GRU's candidate apart from its gates."""
+    """Normalise the rows of a product: all columns together, except a GRU's candidate, separately from its gates."""
     parts = v.split([2 * spec.units, spec.units], dim=-1) if spec.kind == "gru" else (v,)
     return torch.cat([functional.layer_norm(part, part.shape[-1:], eps=spec.norm_epsilon) for part in parts], dim=-1)
 
@@ -264,7 +264,7 @@ def _clip(spec: CellSpec, z: Tensor) -> Tensor:
 
 
 def _recurrent(spec: CellSpec, w: Mapping[str, Tensor], h_dropped: Tensor) -> Tensor:
-    """Return what comes from h, `[B, G·H]`."""
+    """Return the recurrent part of the pre-activations, `[B, G·H]`."""
     b = h_dropped @ w["recurrent_kernel"]
     return _norm(spec, b) * w["recurrent_gain"] if spec.layer_norm else b
 
@@ -278,7 +278,7 @@ def _lstm(
     _: Tensor,
     c: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return gates i f g o, and h, c before zoneout: `a` is what comes from x, with the bias."""
+    """Return gates i f g o, and h, c before zoneout; `a` is x·kernel + bias."""
     z = dict(zip(spec.gates, (a + _recurrent(spec, w, h_dropped)).chunk(len(spec.gates), dim=1), strict=True))
     peep = w["peepholes"].unbind(0) if spec.peepholes else ()
     if peep:
@@ -304,12 +304,12 @@ def _lstm(
 def _gru(
     spec: CellSpec, w: Mapping[str, Tensor], act: Mapping[str, Function], a: Tensor, h_dropped: Tensor, h: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return gates z r g (and q_g, where the reset acts after the product), and h before zoneout."""
+    """Return gates z r g (and q_g with `reset_after`), and h before zoneout."""
     a_z, a_r, a_g = a.chunk(3, dim=1)
     if spec.reset_after:
         q = _recurrent(spec, w, h_dropped)
         q_z, q_r, q_g = (q + w["bias"][1] if spec.use_bias else q).chunk(3, dim=1)
-        kept = [q_g.detach()]  # for the kernel's backward pass alone, no gate of the cell
+        kept = [q_g.detach()]  # only for the kernel's backward pass, not a gate of the cell
     else:
         q_z, q_r = (h_dropped @ w["recurrent_kernel"][:, : 2 * spec.units]).chunk(2, dim=1)
         q_g, kept = None, []
@@ -327,21 +327,21 @@ def _rnn(
     return [g], [g]
 
 
-# ── cuDNN ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cuDNN ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cudnn_lstm(
     x: Tensor, starts: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one plain LSTM layer (`CellSpec.plain`, no mask) through cuDNN, by way of torch.
+    """Run one plain LSTM layer (`CellSpec.plain`, no mask) with cuDNN, through torch.
 
     Returns:
-        `h [B, H]`, `c [B, H]`, `y [B, T, H]`; `y[:, t]` belongs to `x[:, t]` in either direction.
+        `h [B, H]`, `c [B, H]`, `y [B, T, H]`; `y[:, t]` belongs to `x[:, t]` in both directions.
     """
     kernel, recurrent_kernel, *biases = weights
     batch, units = x.shape[0], recurrent_kernel.shape[0]
     bias = biases[0] if biases else kernel.new_zeros(4 * units)
-    # cuDNN wants matrices, then biases, in one block of memory: views of one are taken without another copy.
+    # cuDNN requires the matrices, then the biases, in one block of memory: views of a block avoid another copy.
     parts = [kernel.t(), recurrent_kernel.t(), bias, torch.zeros_like(bias)]
     block = torch.cat([part.reshape(-1) for part in parts])
     flat = [v.view(p.shape) for v, p in zip(block.split([p.numel() for p in parts]), parts, strict=True)]
@@ -354,16 +354,16 @@ def cudnn_lstm(
 def by_torch(
     spec: CellSpec, x: Tensor, starts: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool
 ) -> tuple[Tensor, ...]:
-    """Run one layer that torch computes too (`torch_kind`, no mask) by its own operator, which every exporter knows.
+    """Run one layer that torch supports (`torch_kind`, no mask) with torch's operator, which every exporter supports.
 
     Returns:
-        The states after, h `[B, H]` and an LSTM's c `[B, H]`, then `y [B, T, H]`, as `cudnn_lstm` gives it.
+        The final states, h `[B, H]` and an LSTM's c `[B, H]`, then `y [B, T, H]`, as in `cudnn_lstm`.
     """
     kernel, recurrent_kernel, *biases = weights
     units, kind = spec.units, torch_kind(spec)
     biases = list(biases[0].unbind(0)) if biases and biases[0].ndim == 2 else [*biases, *map(torch.zeros_like, biases)]
     flat = [kernel.t(), recurrent_kernel.t(), *biases]
-    if spec.kind == "gru":  # torch has r before z
+    if spec.kind == "gru":  # torch's gate order is r z g
         blocks = (part.chunk(3) for part in flat)
         flat = [torch.cat([r, z, g]) for z, r, g in blocks]
     begin = [start.unsqueeze(0) for start in starts] or [x.new_zeros(1, x.shape[0], units) for _ in spec.state_sizes]
@@ -375,7 +375,7 @@ def by_torch(
 
 
 def torch_kind(spec: CellSpec) -> str:
-    """Return the name of torch's own operator for a cell; "" where torch has none."""
+    """Return the name of torch's operator for a cell; "" if torch has none."""
     plain = CellSpec(spec.input_size, spec.units, use_bias=spec.use_bias, kind=spec.kind)
     if spec == plain:
         return "rnn_tanh" if spec.kind == "rnn" else spec.kind

@@ -1,4 +1,4 @@
-"""Cells of the user's own, and the Python loop that runs them: each cell is evaluated exactly T times a call."""
+"""Custom cells, and the Python loop that runs them: it calls each cell exactly T times per sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cellstack.spec import ShapeError
 
 
 class ForeignCell(nn.Module):
-    """A cell that is no torch module: any object with `state_size` and `call(x, states)` or `__call__`."""
+    """A cell that isn't a torch module: any object with `state_size` and `call(x, states)` or `__call__`."""
 
     def __init__(self, cell: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def as_cell(owner: str, cell: Any) -> nn.Module:
 
 
 def cell_name(cell: nn.Module) -> str:
-    """Return the class name of a cell, of the user's object where one was wrapped."""
+    """Return the class name of a cell; for a `ForeignCell` that of the wrapped object."""
     return type(cell.cell if isinstance(cell, ForeignCell) else cell).__name__
 
 
@@ -59,7 +59,7 @@ def takes_training(cell: nn.Module) -> bool:
 
 
 def output_width(cell: Any) -> int:
-    """Return the width of a cell's output: `output_size`, or else the width of its first state."""
+    """Return the width of a cell's output: `output_size`, or the width of its first state."""
     width = getattr(cell, "output_size", None)
     if width is None:
         width = cell.state_size if isinstance(cell.state_size, int) else cell.state_size[0]
@@ -67,7 +67,7 @@ def output_width(cell: Any) -> int:
 
 
 def initial_state(cell: Any, batch: int, like: Tensor) -> Any:
-    """Return a cell's own initial state, or zeros by its `state_size`, of the dtype and on the device of `like`."""
+    """Return the result of a cell's `get_initial_state`, or zeros with the dtype and device of `like`."""
     if hasattr(cell, "get_initial_state"):
         return cell.get_initial_state(batch_size=batch)
     if isinstance(cell.state_size, int):
@@ -81,7 +81,7 @@ def as_parts(state: Any) -> tuple[Tensor, ...]:
 
 
 def like_size(cell: Any, state: Any) -> Any:
-    """Return a state as the cell's `state_size` has it: a tensor, or a tuple of them; for cells of ours a `State`."""
+    """Return a state in the structure of the cell's `state_size`: a tensor or a tuple; for our cells a `State`."""
     parts = as_parts(state)
     if isinstance(cell, Cell):
         return cell.State(*parts)
@@ -106,7 +106,7 @@ def _choose_states(cells: Sequence[Any], where: Tensor, new: Sequence[Any], old:
 
 
 def _at_rest(states: Sequence[Any], like: Tensor) -> Tensor:
-    """Return the output before any step: the top cell's first state where that has an output's shape, else zeros."""
+    """Return the output before any step: the top cell's first state if it has the output's shape, else zeros."""
     first = as_parts(states[-1])[0]
     return first if first.shape == like.shape else torch.zeros_like(like)
 
@@ -122,13 +122,13 @@ def loop(
     like: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, list[Any]]:
-    """Run cells over `x [B, T, …]`, step by step; arguments as those of `stack.run_cells`.
+    """Run cells over `x [B, T, …]`, step by step; the arguments are those of `stack.run_cells`.
 
-    Before the first step that the mask counts, the output is the first state of the top cell where that has the
-    output's shape (the initial h), else zeros.
+    Before the first unmasked step, the output is the first state of the top cell if it has the output's shape (the
+    initial h), else zeros.
 
     Returns:
-        The top cell's output at every step, `[B, T, …]`, and after the last one; the states, one entry a cell.
+        The top cell's output at every step, `[B, T, …]`; its last output; the states, one entry per cell.
     """
     batch, steps = x.shape[:2]
     begin: list[Any] = []
@@ -140,7 +140,7 @@ def loop(
     if not steps:
         last = _at_rest(states, like.new_zeros(batch, output_width(cells[-1])))
         return last.new_zeros(batch, 0, *last.shape[1:]), last, states
-    if used is not None:  # a gradient of zero times a NaN that the mask leaves out would be NaN
+    if used is not None:  # masked steps may hold NaN, and a zero gradient times NaN is NaN
         x = torch.where(used.reshape(batch, steps, *(1,) * (x.ndim - 2)), x, 0.0)
     last: Tensor | None = None
     outputs = [x] * steps

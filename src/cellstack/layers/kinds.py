@@ -1,4 +1,4 @@
-"""`LSTM`, `GRU` and `SimpleRNN`: each an `RNN` of one cell, which takes the cell's arguments and its own."""
+"""`LSTM`, `GRU` and `SimpleRNN`: each an `RNN` of one cell that takes the arguments of both."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OF_LAYER = ("return_sequences", "return_state", "go_backwards", "stateful", "unr
 
 
 class _OfOneCell(RNN):
-    """What the kinds share: the arguments go to the cell or to the layer, and come back from `get_config`."""
+    """Base class: passes each argument to the cell or the layer, and returns all in `get_config`."""
 
     def __init__(self, cell: Callable[..., Cell], arguments: Mapping[str, Any]) -> None:
         given = {key: own(value) for key, value in arguments.items() if key not in ("self", "__class__")}
         of_layer = {key: given[key] for key in (*OF_LAYER, "activity_regularizer", "name")}
-        # The cell is named after the layer, so that its errors are the layer's.
+        # The cell has the layer's name, so that its error messages name the layer.
         of_the_cell = {key: value for key, value in given.items() if key not in (*of_layer, "use_cudnn")}
         made = cell(**of_the_cell, name=given["name"])
         use_cudnn = given.get("use_cudnn", "auto")
@@ -33,11 +33,11 @@ class _OfOneCell(RNN):
         self._config = {**given, "units": made.units, "seed": made.seed}
 
     def plan(self) -> Plan:
-        """See `RNN.plan`. What was given and has no say is named."""
+        """See `RNN.plan`. The lines also name arguments that have no effect."""
         usual = {"use_cudnn": "auto", "implementation": 2}
         idle = [f"{key}={self._config[key]!r}" for key, value in usual.items() if self._config.get(key, value) != value]
         lines = super().plan()
-        return Plan([f"{line}; {', '.join(idle)} without effect" for line in lines]) if idle else lines
+        return Plan([f"{line}; no effect: {', '.join(idle)}" for line in lines]) if idle else lines
 
     units = of_cell("units")
     input_size = of_cell("input_size")
@@ -57,8 +57,8 @@ class LSTM(_OfOneCell):
         recurrent_constraint, bias_constraint, dropout, recurrent_dropout, seed, peepholes, coupled, proj_size,
         layer_norm, norm_epsilon, clip, cell_clip, zoneout, zoneout_cell, gate_activations, forget_bias,
         learn_initial_state, implementation, input_size, dtype, device: see `LSTMCell`.
-        use_cudnn: "auto", True or False, accepted for Keras's sake: device, dtype and flags choose what runs. `plan`
-            says what.
+        use_cudnn: "auto", True or False, for compatibility with Keras; it has no effect. Device, dtype and flags
+            determine the implementation, see `plan`.
         activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
         remat, name: see `RNN`.
 

@@ -1,4 +1,4 @@
-"""Memory of a training step's results, kept for those of the next: a system takes longer to get pages than to fill."""
+"""Reuse the memory of a training step's results in the next step: allocating pages takes longer than filling them."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from torch import Tensor
 
 from cellstack import native
 
-_MOST = 256 << 20  # bytes that are kept, in use or not
-_LARGE_PAGES = 4 << 20  # bytes from which these pay; NumPy asks for them from the same size on
+_MOST = 256 << 20  # bytes kept at most, in use or not
+_LARGE_PAGES = 4 << 20  # bytes from which large pages pay off; NumPy uses the same size
 
 
 def _references(storages: Sequence[Any], place: int) -> int:
-    """Return how many references there are to one of them, as this interpreter counts those of a call like this."""
+    """Return the interpreter's reference count of one of the storages, which includes those of this call."""
     return sys.getrefcount(storages[place])
 
 
-_OURS = _references([object()], 0)  # to what a list has, and nobody else
+_OURS = _references([object()], 0)  # the count of an object that only a list refers to
 
 
 class Reused:
-    """Tensors whose memory others of their size had before them, as soon as nobody else has it any more.
+    """A pool that allocates tensors in the memory of earlier ones of the same size that are no longer referenced.
 
-    What is given out is a tensor like any other. What lies in it before it is written is not defined.
+    The tensors are ordinary ones with undefined contents.
     """
 
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
-        self._storages: list[torch.UntypedStorage] = []  # that which was given out last, last
-        self._turn = threading.Lock()
+        self._storages: list[torch.UntypedStorage] = []  # the most recently used last
+        self._lock = threading.Lock()
 
     def empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return a contiguous tensor of this shape, of the dtype of `like`, on the CPU."""
-        # Another thread is at it; or was, as this process was forked from its own.
-        if not self._turn.acquire(blocking=False):
+        # Another thread holds the lock, or held it when this process was forked.
+        if not self._lock.acquire(blocking=False):
             return like.new_empty(shape)
         try:
             found = self._found(like, shape)
             return self._made(like, shape) if found is None else found
         finally:
-            self._turn.release()
+            self._lock.release()
 
     def _found(self, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         size = math.prod(shape) * like.element_size()
@@ -56,7 +56,7 @@ class Reused:
             if (
                 storage.nbytes() == size
                 and torch._C._storage_Use_Count(storage._cdata) == 1  # pyright: ignore[reportAttributeAccessIssue]
-                and not storage.is_shared()  # with a process that may still read it
+                and not storage.is_shared()  # another process may still read it
             ):
                 self._storages.append(self._storages.pop(place))
                 return like.new_empty(0).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,7 +1,7 @@
-"""Looking at a layer as it learns: one call, from its forward pass to the gradient of the loss in each past state.
+"""Observe one training call of a layer: its forward pass, and the gradients of the loss in each past state.
 
-The call itself is left as it is, and so are its results and gradients. What the fused kernel doesn't hand out, the
-gradients of the states at each step, comes from running some of its rows and its last steps again, as a torch loop.
+The call, its results and its gradients don't change. The fused kernel doesn't return the gradients of the states at
+each step, so some rows and the last steps of the call run again as a torch loop.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from cellstack.layers.stack import Call, at_last_used, trace_of
 
 
 class Lags(NamedTuple):
-    """Gradients of the loss in one array of a cell's states, by how many steps back from the output they are.
+    """Gradients of the loss in one array of a cell's states, by their distance in steps from the output.
 
-    Lag 0 is the last step that counts at which the loss depends on the state, row by row. A row has no more lags than
-    steps that count before it, back to the last reset, within those that were run again.
+    In each row, lag 0 is the last unmasked step at which the loss depends on the state. A row's lags are the unmasked
+    steps before it, back to the last reset, among the steps that were run again.
     """
 
-    rows: Tensor  # [L], how many rows have the lag
+    rows: Tensor  # [L], number of rows that have the lag
     squares: Tensor  # [L, H], sums over these rows of the squared gradient
-    carried: Tensor  # [L, H], the same of the gradient that enters at lag 0 alone
-    start: Tensor  # [L], squared norm at lag 0 over these rows: what `carried` is a share of
+    carried: Tensor  # [L, H], the same for the part of the gradient that enters at lag 0
+    start: Tensor  # [L], squared norm at lag 0 over these rows, to which `carried` is relative
 
 
-class Looked(NamedTuple):
-    """What was seen of one cell."""
+class CellObservation(NamedTuple):
+    """The observations of one cell."""
 
     cell: Cell
-    arrays: dict[str, Tensor]  # as they were in the call
-    trace: Any  # [R, S, H], a trace in the order of time, of the rows and steps that were run again
+    arrays: dict[str, Tensor]  # their values in the call
+    trace: Any  # [R, S, H], a trace in time order, of the rows and steps that were run again
     used: Tensor | None  # [R, S]
-    gradients: dict[str, Tensor]  # of each array that learns, its gradient's norm, before any clipping
-    lags: dict[str, Lags]  # of h, and of an LSTM's c
+    gradients: dict[str, Tensor]  # norm of the gradient of each trained array, before clipping
+    lags: dict[str, Lags]  # for h, and for an LSTM's c
 
 
 class Observer:
-    """Looks at one call of a layer: the last before the first gradient reaches what the layer returned.
+    """Observes one call of a layer: the last one before a gradient reaches the layer's results.
 
     Args:
         layer: the layer.
-        rows: how many rows of the batch are run again at most; those that end last.
-        steps: how many steps at most; the last in the order in which they are processed.
+        rows: maximum number of rows of the batch to run again: those that end last.
+        steps: maximum number of steps to run again: the last in the order processed.
     """
 
     def __init__(self, layer: RNN, rows: int, steps: int) -> None:
         self.layer, self.rows, self.steps = layer, rows, steps
-        self.calls = 0  # before a gradient came
-        self.through_gates = False  # whether the loss is of gates or c of every step too, which isn't followed back
+        self.calls = 0  # until the first gradient
+        self.through_gates = False  # whether the loss also depends on gates or c of every step, which isn't traced back
         self._lock = threading.Lock()
         self._hooks: list[Any] = []
         self._call: Call | None = None
         self._first = 0
-        self._given: dict[int, Tensor] = {}  # gradients of the call's results, by place
+        self._given: dict[int, Tensor] = {}  # gradients of the call's results, by position
         self._norms: dict[tuple[int, str], Tensor] = {}
 
     def start(self) -> None:
-        """Wait for a call."""
+        """Start observing."""
         self.stop()
         self.calls, self._call, self.through_gates = 0, None, False
         self._given, self._norms = {}, {}
         self.layer._observers += (self,)
 
     def stop(self) -> None:
-        """Look no longer; what was seen stays."""
+        """Stop observing; keep the observations."""
         self._leave()
         self._unhook()
 
@@ -85,20 +85,20 @@ class Observer:
         self._hooks = []
 
     def __call__(self, call: Call) -> None:
-        """Note a call: copies of what it was given, and hooks for the gradients of what it returned."""
+        """Record a call: copy its arguments, and set hooks for the gradients of its results."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not min(call.x.shape[:2]):
             return
         results = _results(call.finals, call.y)
         if not any(result.requires_grad for result in results):
             return
         with self._lock:
-            if self._given:  # the gradient of a call before is there already
+            if self._given:  # an earlier call has received a gradient already
                 return
             self._unhook()
             self.calls += 1
             rows, self._first = self._part(call)
             self._call = _taken(call, rows)
-            # In a pass from the last step to the first, the last ones processed are the first in time.
+            # In a backward direction, the last steps processed are the first in time.
             part = slice(self._first, None) if not call.reverse else slice(0, call.x.shape[1] - self._first)
             for place, result in enumerate(results):
                 if result.requires_grad:
@@ -113,18 +113,18 @@ class Observer:
                         self._hooks.append(array.register_hook(self._array_hook(n, name)))
 
     def _part(self, call: Call) -> tuple[Tensor, int]:
-        """Return which rows are run again, and from which step on, in the order processed."""
+        """Return which rows to run again, and from which step on, in the order processed."""
         batch, steps = call.x.shape[:2]
         if call.used is None:
             return torch.arange(min(batch, self.rows), device=call.x.device), max(0, steps - self.steps)
         used = call.used.flip(1) if call.reverse else call.used
-        ends = (used * torch.arange(1, steps + 1, device=used.device)).amax(1)  # the steps up to the last that counts
+        ends = (used * torch.arange(1, steps + 1, device=used.device)).amax(1)  # steps up to the last unmasked one
         rows = ends.argsort(descending=True, stable=True)[: self.rows].sort().values
         return rows, max(0, int(ends.max()) - self.steps)
 
     def _result_hook(self, place: int, rows: Tensor, part: slice | None) -> Any:
         def hook(gradient: Tensor | None) -> None:
-            if gradient is None:  # of a result that the loss doesn't depend on
+            if gradient is None:  # the loss doesn't depend on this result
                 return
             if place not in self._given:
                 own = gradient.detach()[rows]
@@ -143,8 +143,8 @@ class Observer:
 
         return hook
 
-    def looked(self) -> list[Looked] | None:
-        """Return what was seen of each cell, and look no longer; None where no gradient has reached a call."""
+    def looked(self) -> list[CellObservation] | None:
+        """Stop observing, and return the observations of each cell; None if no gradient has reached a call."""
         self.stop()
         call, given, self._call, self._given = self._call, self._given, None, {}
         if call is None or not given:
@@ -154,17 +154,17 @@ class Observer:
 
 
 def _results(finals: Sequence[Any], y: Tensor) -> list[Tensor]:
-    """Return all that a call returns but its traces: the states after, then y."""
+    """Return the results of a call without its traces: the final states, then y."""
     return [*(part for state in finals for part in state), y]
 
 
 def _taken(call: Call, rows: Tensor) -> Call:
-    """Return copies of what a call was given, of some rows, so that it can be run again whatever becomes of it."""
+    """Copy the arguments of a call for some rows, so that it can be run again after the originals change."""
 
     def of(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach()[rows].clone()
 
-    wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32  # half precision would round away more
+    wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32  # float16, bfloat16 are too coarse
     x = call.x.detach()[rows].to(wide, copy=True)
     states = None
     if call.states is not None:
@@ -182,17 +182,19 @@ def _taken(call: Call, rows: Tensor) -> Call:
     )
 
 
-def _run_again(call: Call, first: int, given: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]) -> list[Looked]:
-    """Run a call's last steps again, cell by cell, and take the gradients of its states at each of them.
+def _run_again(
+    call: Call, first: int, given: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]
+) -> list[CellObservation]:
+    """Run a call's last steps again, cell by cell, and compute the gradients of its states at each step.
 
     Args:
-        call: what `_taken` kept.
-        first: from which step on, in the order processed.
-        given: the gradients of the call's results, of these rows and steps, by their place in `_results`.
+        call: the result of `_taken`.
+        first: the first step to run again, in the order processed.
+        given: the gradients of the call's results, for these rows and steps, by their position in `_results`.
         norms: the norms of the arrays' gradients, by cell and name.
     """
 
-    def ordered(tensor: Tensor | None) -> Tensor | None:  # from now on the steps lie in the order processed
+    def ordered(tensor: Tensor | None) -> Tensor | None:  # from here on, steps are in the order processed
         return tensor.flip(1) if call.reverse and tensor is not None else tensor
 
     x, used, reset = ordered(call.x), ordered(call.used), ordered(call.reset)
@@ -211,7 +213,7 @@ def _run_again(call: Call, first: int, given: dict[int, Tensor], norms: dict[tup
             state, early = _early(cell, call.arrays[n], y[:, :first], state, masks, used, reset, first)
         drops = as_drops([masks._replace(**_of_steps(masks, slice(first, None)))], y[:0, 0])
         seen: list[list[Tensor]] = []
-        # What learns nothing leaves no graph: so a start that asks for one, or the arrays do.
+        # Without an array that requires a gradient, autograd would build no graph.
         arrays = [array.requires_grad_() for array in call.arrays[n]]
         specs, functions = [cell._spec], [cell._functions]
         own = y[:, first:], state or [], arrays, drops, late, begun
@@ -234,24 +236,24 @@ def _run_again(call: Call, first: int, given: dict[int, Tensor], norms: dict[tup
     whole = _gradients(outputs, states, gradients)
     steps = [_by_step(whole, every, n) for n in range(len(every))]
     there, at = _last(steps, late)
-    if timed in places:  # of the outputs only the last
+    if timed in places:  # only the gradients of the outputs from lag 0 on
         numbers = torch.arange(outputs[-1].shape[1], device=at.device)
         gradients[-1] = torch.where((numbers >= at[:, None])[:, :, None], gradients[-1], 0.0)
     carried = _gradients(outputs, states, gradients)
     entering = [_by_step(carried, every, n) for n in range(len(every))]
     lag = _lag_of_step(late, begun, at, there, x.shape[1] - first)
-    looked = []
+    observations = []
     for n, cell in enumerate(call.cells):
         lags = {name: _lags(steps[n][name], entering[n][name], lag) for name in ("h", "c") if name in steps[n]}
         arrays = dict(zip(cell._names, (array.detach() for array in call.arrays[n]), strict=True))
         mine = {name: norm for (number, name), norm in norms.items() if number == n}
         trace = type(traces[n])(*(ordered(field.detach()) for field in traces[n]))
-        looked.append(Looked(cell, arrays, trace, ordered(late), mine, lags))
-    return looked
+        observations.append(CellObservation(cell, arrays, trace, ordered(late), mine, lags))
+    return observations
 
 
 def _of_steps(masks: Masks, part: slice) -> dict[str, Tensor | None]:
-    """Return a cell's zoneout masks of some steps."""
+    """Return a cell's zoneout masks for some steps."""
     return {
         name: None if mask is None else mask[:, part]
         for name, mask in (("zoneout", masks.zoneout), ("zoneout_cell", masks.zoneout_cell))
@@ -269,7 +271,7 @@ def _early(
     reset: Tensor | None,
     first: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """Run the steps before those that are looked at, on the kernel where it serves; return the state after, and y."""
+    """Run the steps before the observed ones, on the kernel if possible; return the final state, and y."""
     drops = as_drops([masks._replace(**_of_steps(masks, slice(0, first)))], x[:0, 0])
     used, reset = (None if flag is None else flag[:, :first] for flag in (used, reset))
     if cell.route(arrays[0])[0] == "fused":
@@ -288,7 +290,7 @@ def _gradients(outputs: list[Tensor], states: list[Tensor], gradients: list[Tens
 
 
 def _by_step(gradients: list[Tensor], every: list[list[list[Tensor]]], n: int) -> dict[str, Tensor]:
-    """Return the gradients of one cell's states, `[R, S, H]` each, out of those of all."""
+    """Return the gradients of one cell's states, `[R, S, H]` each, from those of all cells."""
     queue = iter(gradients)
     for seen in every[:n]:
         for state in seen:
@@ -298,9 +300,9 @@ def _by_step(gradients: list[Tensor], every: list[list[list[Tensor]]], n: int) -
 
 
 def _last(steps: list[dict[str, Tensor]], used: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return whether a row has a gradient at all, `[R]`, and the last step that counts at which it has one, `[R]`."""
+    """Return whether each row has a gradient, `[R]`, and the last unmasked step at which it has one, `[R]`."""
     every = [gradient for cell in steps for gradient in cell.values()]
-    there = torch.stack([(gradient != 0.0).any(2) for gradient in every]).any(0)  # [R, S]; NaN is one too
+    there = torch.stack([(gradient != 0.0).any(2) for gradient in every]).any(0)  # [R, S]; a NaN counts as a gradient
     if used is not None:
         there = there & used
     numbers = torch.arange(1, there.shape[1] + 1, device=there.device)
@@ -309,13 +311,13 @@ def _last(steps: list[dict[str, Tensor]], used: Tensor | None) -> tuple[Tensor, 
 
 
 def _lag_of_step(used: Tensor | None, reset: Tensor | None, at: Tensor, there: Tensor, steps: int) -> Tensor:
-    """Return the lag of each step, `[R, S]`; -1 for a step that has none."""
+    """Return the lag of each step, `[R, S]`; -1 for steps without a lag."""
     numbers = torch.arange(steps, device=at.device)
     counts = torch.ones(len(at), steps, dtype=torch.bool, device=at.device) if used is None else used
     counted = counts.cumsum(1)
     lags = counted.gather(1, at[:, None]) - counted
     fits = counts & (numbers <= at[:, None]) & there[:, None]
-    if reset is not None:  # the past ends where the piece of the output begins
+    if reset is not None:  # lags end where the piece of the output begins
         begins = torch.where(reset & (numbers <= at[:, None]), numbers, 0).amax(1, keepdim=True)
         fits = fits & (numbers >= begins)
     return torch.where(fits, lags, -1)

@@ -2,25 +2,25 @@
 
     recurrent(x, starts[], weights[], drops[], mask?, reset?, cells[], reverse, sequences, save, threads, time_major)
 
-runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` a layer, or `in_rows` of it,
-where the layer's weights are those of a module of PyTorch; of either, `made_again`, where the backward pass makes gates
-and norms again that forward then doesn't keep; of any of these `in_halves`, where products are of numbers that are
-rounded to bfloat16, forward and back. Results, in order:
+runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` per layer, which these
+functions extend, in this order: `with_torch_layout` for weights in the layout of PyTorch's modules;
+`with_recomputed_gates` to recompute gates and norms in the backward pass instead of saving them; `with_bfloat16` to
+round the factors of products to bfloat16 in the forward and the backward pass. Results, in order:
 
-    states after, layer by layer: h [B, P], and an LSTM's c [B, H],
-    with save: y [B, T, P] a layer, gates [B, T, planes, H] a layer, cells [B, T, H] a layer (size 0 but for an LSTM),
-        norms [B, T, norm_size] a layer (size 0 without layer_norm); all but norms are differentiable; gates and norms
-        of a layer that makes them again are of size 0,
-    else, with sequences: y [B, T, P] of the top layer.
+    final states, layer by layer: h [B, P], and an LSTM's c [B, H],
+    with save, per layer: y [B, T, P], gates [B, T, planes, H], cells [B, T, H] (size 0 except for an LSTM),
+        norms [B, T, norm_size] (size 0 without layer_norm); all but norms are differentiable; with recomputed gates,
+        gates and norms have size 0,
+    otherwise, with sequences: y [B, T, P] of the top layer.
 
 `starts` is empty (each layer's initial state) or has every array of the states, in the order of the results.
-`weights` has the arrays of each layer in the order of `CellSpec.shapes`. `drops` is empty or has three masks a layer,
-size 0 for none: recurrent dropout `[B, P]`, zoneout of h `[B, T, P]` and of c `[B, T, H]`. `mask` and `reset` are
-`[B, T]` of bool. Where `reset` is True the state before that step, in the order processed, is the initial one again.
+`weights` has the arrays of each layer in the order of `CellSpec.shapes`. `drops` is empty or has three masks per layer,
+of size 0 if absent: recurrent dropout `[B, P]`, zoneout of h `[B, T, P]` and of c `[B, T, H]`. `mask` and `reset` are
+bool `[B, T]`. Where `reset` is True, the state before that step, in the order processed, is the initial one.
 `threads=0` means `torch.get_num_threads()`. With `time_major` each y is `[T, B, P]`, and the gradient of x has time
-before batch in memory; all else is as it was, x `[B, T, I]` of any strides too.
+before batch in memory; everything else is the same: x is `[B, T, I]`, of any strides.
 
-The op trusts its caller: shapes and dtypes are checked once, in the layers.
+The op doesn't check its arguments: the layers check shapes and dtypes once.
 """
 
 from __future__ import annotations
@@ -56,26 +56,26 @@ _LIBRARY.define(
 
 
 class _Form(NamedTuple):
-    """What the op needs of a description at every call, worked out once."""
+    """A parsed entry of `cells`, cached with the values that every call needs."""
 
     spec: CellSpec
-    rows: bool  # whether its weights are those of a module of PyTorch
-    again: bool  # whether the backward pass makes gates and norms again
-    halves: bool  # whether products are of numbers that are rounded to bfloat16
-    description: Any  # as the kernel takes it
-    names: tuple[str, ...]  # of its weights
-    shapes: tuple[tuple[int, ...], ...]  # of its weights
-    at: tuple[int, ...]  # where each of the cell's arrays is in ARRAYS
+    rows: bool  # whether the weights are in PyTorch's layout
+    recomputes: bool  # whether the backward pass recomputes gates and norms
+    bfloat16: bool  # whether the factors of products are rounded to bfloat16
+    description: Any  # the kernel's object
+    names: tuple[str, ...]  # of the weights
+    shapes: tuple[tuple[int, ...], ...]  # of the weights
+    at: tuple[int, ...]  # the position of each of the cell's arrays in ARRAYS
     sizes: tuple[int, ...]  # of the state's arrays
     width: int  # of h
     functions: list[eager.Function]
 
     def every(self, batch: int, steps: int, time_major: bool) -> list[tuple[int, ...]]:
-        """Return the shapes of what is kept of every step: y, gates, cells and norms, of size 0 where there is none."""
+        """Return the shapes of the values saved at every step: y, gates, cells and norms, of size 0 if absent."""
         shapes = native.results(self.spec, batch, steps)
         if time_major:
             shapes["y"] = (steps, batch, self.width)
-        if self.again:
+        if self.recomputes:
             shapes = {name: shapes[name] for name in ("y", "cells") if name in shapes}
         return [shapes.get(name, (0,)) for name in ("y", "gates", "cells", "norms")]
 
@@ -83,37 +83,37 @@ class _Form(NamedTuple):
 _ROWS = "rows "
 
 
-def in_rows(text: str) -> str:
-    """Return what stands in the op's `cells` for a cell whose weights are those of a module of PyTorch.
+def with_torch_layout(text: str) -> str:
+    """Return the entry of the op's `cells` for a cell whose weights are in the layout of PyTorch's modules.
 
     They are, in this order, `weight_ih [G·H, I]`, `weight_hh [G·H, P]`, with a bias `bias_ih` and `bias_hh [G·H]`, and
-    with a projection `weight_hr [P, H]`; the gates of a GRU stand in the order r z g.
+    with a projection `weight_hr [P, H]`; the order of a GRU's gates is r z g.
     """
     return _ROWS + text
 
 
-_AGAIN = "again "
+_RECOMPUTES = "recomputes "
 
 
-def made_again(text: str) -> str:
-    """Return what stands in the op's `cells` for a cell whose gates are made again in the backward pass, not kept."""
-    return _AGAIN + text
+def with_recomputed_gates(text: str) -> str:
+    """Return the entry of the op's `cells` for a cell whose backward pass recomputes its gates."""
+    return _RECOMPUTES + text
 
 
-_HALVES = "halves "
+_BFLOAT16 = "bfloat16 "
 
 
-def in_halves(text: str) -> str:
-    """Return what stands in the op's `cells` for a cell of float32 whose products are of numbers in bfloat16."""
-    return _HALVES + text
+def with_bfloat16(text: str) -> str:
+    """Return the entry of the op's `cells` for a float32 cell whose products have factors in bfloat16."""
+    return _BFLOAT16 + text
 
 
 @lru_cache(maxsize=1024)
 def _form(text: str) -> _Form:
-    halves = text.startswith(_HALVES)
-    text = text.removeprefix(_HALVES)
-    again = text.startswith(_AGAIN)
-    text = text.removeprefix(_AGAIN)
+    bfloat16 = text.startswith(_BFLOAT16)
+    text = text.removeprefix(_BFLOAT16)
+    recomputes = text.startswith(_RECOMPUTES)
+    text = text.removeprefix(_RECOMPUTES)
     rows = text.startswith(_ROWS)
     spec = described(text.removeprefix(_ROWS))
     weights: dict[str, tuple[int, ...]] = dict(spec.shapes)
@@ -125,8 +125,8 @@ def _form(text: str) -> _Form:
     return _Form(
         spec,
         rows,
-        again,
-        halves,
+        recomputes,
+        bfloat16,
         native.description(spec, rows),
         tuple(weights),
         tuple(weights.values()),
@@ -143,7 +143,7 @@ def _every(text: str, batch: int, steps: int, time_major: bool) -> list[tuple[in
 
 
 def _with_one_bias(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return a layer's weights with one bias, as our cells have it, in the place of a module's two."""
+    """Return a layer's weights with one bias, as in our cells, instead of the two of PyTorch's modules."""
     if not form.rows or not form.spec.use_bias:
         return list(weights)
     weight_ih, weight_hh, bias_ih, bias_hh, *rest = weights
@@ -152,7 +152,7 @@ def _with_one_bias(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _in_columns(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return the arrays of a layer in our own layout, by operations that torch can differentiate."""
+    """Return the arrays of a layer in our layout, by differentiable operations."""
     arrays = _with_one_bias(form, weights)
     if not form.rows:
         return arrays
@@ -163,33 +163,33 @@ def _in_columns(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()  # an empty one is at 0
+    return 0 if tensor is None else tensor.data_ptr()  # 0 for an empty tensor too
 
 
-_LARGE = 1 << 16  # numbers from which on a result's memory is used again
+_LARGE = 1 << 16  # number of elements from which a result's memory is reused
 _results = Reused()
 
 
 def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a new tensor of a result of every step."""
+    """Allocate a tensor for the values of every step."""
     if math.prod(shape) >= _LARGE:
         return _results.empty(like, shape)
-    return like.new_empty(*shape)  # sizes one by one are taken in half the time that a tuple of them is
+    return like.new_empty(*shape)  # separate sizes take half the time of a tuple
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return `tensor` as memory has it: numbers side by side, none of them waiting to be negated."""
+    """Return `tensor` with contiguous memory and without a pending negation."""
     return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return `x` with its features side by side in memory; the kernel takes any strides for batch and time."""
+    """Return `x` with contiguous features; the kernel supports any strides for batch and time."""
     x = x.resolve_neg()
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def _addresses(form: _Form, arrays: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Return the addresses of a cell's arrays in the places that they have in ARRAYS."""
+    """Return the addresses of a cell's arrays in the order of ARRAYS, 0 for absent ones."""
     addresses = [0] * len(ARRAYS)
     for at, array in zip(form.at, arrays, strict=True):
         if array is not None:
@@ -197,22 +197,22 @@ def _addresses(form: _Form, arrays: Sequence[Tensor | None]) -> tuple[int, ...]:
     return tuple(addresses)
 
 
-# Weights may have changed since the last call, in ways that nobody hears of; so nothing packed is kept. Packing costs
-# as much as a few steps of a row: calls of no more read the weights where they lie. The bits are the same.
+# Weights may change between calls without notice, so packed weights aren't kept. Packing costs as much as a few steps
+# of one row: calls of fewer steps read the weights in place. The bits are the same.
 _UNPACKED_STEPS = 4  # rows × steps
 
 
 def _checked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return a layer's weights as memory has them. Who sets one by hand may have set anything: the kernel can't tell.
+    """Return a layer's weights as contiguous arrays, after checking them: users may have replaced one.
 
     Raises:
-        TypeError: an array of another dtype than x.
-        ShapeError: an array of another shape than the cell's.
+        TypeError: an array has another dtype than x.
+        ShapeError: an array has another shape than the cell's.
     """
     for name, shape, weight in zip(form.names, form.shapes, weights, strict=True):
         if weight.dtype is not dtype:
             wanted, came = (str(d).removeprefix("torch.") for d in (dtype, weight.dtype))
-            raise TypeError(f"{form.spec.kind}: expected {name} of {wanted}, the dtype of its input, got {came}")
+            raise TypeError(f"{form.spec.kind}: expected {name} of {wanted}, the dtype of the input, got {came}")
         if weight.shape != shape:
             raise ShapeError(f"{form.spec.kind}: expected {name} {list(shape)}, got {tuple(weight.shape)}")
     return [_plain(weight) for weight in _with_one_bias(form, weights)]
@@ -222,23 +222,23 @@ ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def _element(form: _Form, dtype: torch.dtype) -> str:
-    return "bfloat16" if form.halves else ELEMENTS[dtype]
+    return "bfloat16" if form.bfloat16 else ELEMENTS[dtype]
 
 
 def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: bool) -> tuple[Any, list[Tensor]]:
-    """Return the kernel's weights, and what must be kept until the call has ended."""
+    """Return the kernel's weights, and the tensors that must outlive the call."""
     flat = _checked(form, weights, dtype)
     return native.weights_at(form.description, _element(form, dtype), _addresses(form, flat), copy), flat
 
 
-def _lying(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
-    """Return the kernel's weights, read where they lie, of a call whose forward pass has checked them."""
+def _unpacked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+    """Return the kernel's weights, read in place, of a call whose forward pass has checked them."""
     flat = [_plain(weight) for weight in _with_one_bias(form, weights)]
     return native.weights_at(form.description, _element(form, dtype), _addresses(form, flat), False), flat
 
 
-# Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from, and
-# the memory of these: as long as it is there, no later tensor has such an address.
+# Packed weights by layer, with the addresses and versions of the tensors that they were packed from, and the storages
+# of these: as long as they exist, no later tensor has the same address.
 Kept = dict[int, tuple[list[tuple[int, int]], Any, list[torch.UntypedStorage]]]
 
 
@@ -248,17 +248,17 @@ def _uses(storage: torch.UntypedStorage) -> int:
 
 
 _probe = torch.empty(1)
-_ONE_TENSOR = _uses(_probe.untyped_storage())  # what the count is where one tensor alone has the memory
+_ONE_TENSOR = _uses(_probe.untyped_storage())  # the count if only one tensor uses the storage
 
 
 def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
-    """Return the kernel's weights of a layer, from `kept` where its tensors are the same and have the same versions.
+    """Return the kernel's weights of a layer, from `kept` if its tensors and their versions are the same.
 
-    Nothing is kept where another tensor or process shares the memory of one: what that writes changes no version here.
+    If another tensor or process shares the memory of a weight, they aren't kept: its writes change no version here.
     """
     try:
-        tensors = [(int(form.halves), 0), *((weight.data_ptr(), weight._version) for weight in weights)]
-    except RuntimeError:  # made in inference mode: such tensors have no version
+        tensors = [(int(form.bfloat16), 0), *((weight.data_ptr(), weight._version) for weight in weights)]
+    except RuntimeError:  # tensors created in inference mode have no version
         return _weights(form, weights, dtype, copy=True)[0]
     found = kept.get(layer)
     if found is None or found[0] != tensors:
@@ -277,7 +277,7 @@ def _flags(flags: Tensor | None) -> Tensor | None:
 def _sequences(
     x: Tensor, mask: Tensor | None, reset: Tensor | None, reverse: bool, time_major: bool
 ) -> native.Sequences:
-    """Return `x [B, T, I]` and its flags, as memory has them, as the kernel takes them."""
+    """Return the kernel's object for `x [B, T, I]` and its contiguous flags."""
     (batch, steps, _), (stride_batch, stride_time, _) = x.shape, x.stride()
     flags = _address(mask), _address(reset)
     return native.Sequences(
@@ -288,7 +288,7 @@ def _sequences(
 def _layer(
     weights: Any, start: Sequence[Tensor], end: Sequence[Tensor], every: Sequence[Tensor], drops: Sequence[Tensor]
 ) -> native.Layer:
-    """Return a layer of a call; `every` is y, gates, cells and norms of every step, or y alone, or nothing."""
+    """Return a layer of a call; `every` has y, gates, cells and norms of every step, or only y, or nothing."""
     kept = map(_address, every)
     if not drops:
         return native.Layer(weights, *_pair(start), *_pair(end), *kept)
@@ -325,7 +325,7 @@ def _forward(
         if keep is not None:
             packed = _kept_weights(keep, n, form, own, x.dtype)
         else:
-            packed, flat = _weights(form, own, x.dtype, long or form.rows or form.halves)
+            packed, flat = _weights(form, own, x.dtype, long or form.rows or form.bfloat16)
             kept.append(flat)
         end = [x.new_empty(batch, size) for size in form.sizes]
         start = begin[len(ends) : len(ends) + len(end)]
@@ -359,10 +359,10 @@ def _backward(
     threads: int,
     time_major: bool,
 ) -> list[Tensor]:
-    """Return the gradients of `[x, *starts, *weights]` that are wanted, in that order, as new contiguous tensors.
+    """Return the wanted gradients of `[x, *starts, *weights]`, in that order, as new contiguous tensors.
 
-    `saved` holds y, gates, cells, norms (each a layer), `grads` the gradients of all results of the forward, None for
-    zeros.
+    `saved` holds y, gates, cells, norms (each per layer), `grads` the gradients of all results of the forward pass,
+    None for zeros.
     """
     count = len(cells)
     results = _empty_gradients(x, [*starts, *weights], wanted, time_major)
@@ -373,15 +373,15 @@ def _backward(
     begin, drops = [_plain(t) for t in starts], [_plain(t) for t in drops]
     given = [None if grad is None else _plain(grad) for grad in grads]
     arrays = iter(weights)
-    every = sum(len(_form(text).sizes) for text in cells)  # where gradients of what is kept of every step begin
+    every = sum(len(_form(text).sizes) for text in cells)  # position of the first gradient of values of every step
     layers, gradients, kept, biases, first = [], [], [], [], 0
     for n, text in enumerate(cells):
         form = _form(text)
         own = slice(first, first + len(form.sizes))
         first = own.stop
-        lying, flat = _lying(form, list(islice(arrays, len(form.shapes))), x.dtype)
+        unpacked, flat = _unpacked(form, list(islice(arrays, len(form.shapes))), x.dtype)
         into = list(islice(wanted_arrays, len(form.shapes)))
-        if form.rows and form.spec.use_bias:  # of one bias, for both that the module has
+        if form.rows and form.spec.use_bias:  # the gradient of our one bias is that of both of PyTorch's
             both = into[2:4]
             bias = None if both == [None, None] else x.new_empty(flat[2].shape)
             into[2:4] = [bias]
@@ -389,7 +389,7 @@ def _backward(
             biases += [(part, target) for part, target in zip(parts, both, strict=True) if target is not None]
             kept.append([bias])
         kept.append(flat)
-        layers.append(_layer(lying, begin[own], (), saved[n::count], drops[3 * n : 3 * n + 3]))
+        layers.append(_layer(unpacked, begin[own], (), saved[n::count], drops[3 * n : 3 * n + 3]))
         dy, dgates, dcells = given[every + n :: count][:3]
         gradients.append(
             native.Gradients(
@@ -413,7 +413,7 @@ def _backward(
 def _empty_gradients(
     x: Tensor, others: Sequence[Tensor], wanted: Sequence[bool], time_major: bool
 ) -> list[Tensor | None]:
-    """Return a new tensor for each gradient of `[x, *others]` that is wanted."""
+    """Allocate a tensor for each wanted gradient of `[x, *others]`."""
     (batch, steps, width), (want, *rest) = x.shape, wanted
     dx = None
     if want:
@@ -423,7 +423,7 @@ def _empty_gradients(
 
 
 def _pair(arrays: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Return the addresses of h and c, of those that there are."""
+    """Return the addresses of h and c, 0 for absent ones."""
     if not arrays:
         return 0, 0
     return _address(arrays[0]), _address(arrays[1]) if len(arrays) > 1 else 0
@@ -476,21 +476,21 @@ def _fake_backward(
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    """Keep what the backward pass needs: of the inputs, which are the op's, and of its results."""
+    """Save what the backward pass needs of the op's inputs and results."""
     x, starts, weights, drops, mask, reset, cells, reverse, _, save, threads, time_major = inputs
     flags = [t for t in (mask, reset) if t is not None]
     ctx.counts = [1, len(starts), len(weights), len(drops), len(flags)]
     ctx.rest = mask is not None, cells, reverse, save, threads, time_major
-    ctx.set_materialize_grads(False)  # gradients of gates are big and mostly absent
+    ctx.set_materialize_grads(False)  # gradients of gates are large and mostly absent
     kept = output[sum(len(_form(text).sizes) for text in cells) :]
     ctx.save_for_backward(x, *starts, *weights, *drops, *flags, *kept)
     if save:
         count = len(cells)
-        absent = [t for t in kept[count : 3 * count] if t.ndim == 1]  # cells of what has none, gates that aren't kept
+        absent = [t for t in kept[count : 3 * count] if t.ndim == 1]  # cells of kinds without c, recomputed gates
         ctx.mark_non_differentiable(*absent, *kept[3 * count :])
 
 
-# ── Batches of gradients: vmap over the backward pass ──────────────────────────────────────────────────────────────
+# ── Batches of gradients: vmap over the backward pass ─────────────────────────────────────────────────────────────────
 
 
 def _batched(grad: Tensor) -> bool:
@@ -499,14 +499,14 @@ def _batched(grad: Tensor) -> bool:
 
 
 def _picked(value: Any, dim: Any, n: int) -> Any:
-    """Return the n-th of a batch along `dim`, of each tensor of a list where `dim` is one; None: there is no batch."""
+    """Return the n-th entry of a batch along `dim`, for lists entry by entry; a `dim` of None: not batched."""
     if isinstance(dim, (list, tuple)):
         return [_picked(part, own, n) for part, own in zip(value, dim, strict=True)]
     return value if dim is None else value.select(dim, n)
 
 
 def _one_by_one(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Tensor], list[int]]:
-    """torch.func.vmap of `recurrent_backward`."""
+    """Implement torch.func.vmap for `recurrent_backward`, one entry at a time."""
     call = torch.ops.cellstack.recurrent_backward
     found = [call(*_picked(inputs, dims, n)) for n in range(info.batch_size)]
     results = [torch.stack(parts) for parts in zip(*found, strict=True)]
@@ -514,10 +514,10 @@ def _one_by_one(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Te
 
 
 def _of_each(call: Callable[[list[Tensor | None]], list[Tensor]], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return what `call` gives for each of a batch of `grads`, of torch's older vmap, as a batch of the same kind."""
+    """Apply `call` to each entry of a batch of `grads` of torch's older vmap; return a batch of the same kind."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    # What isn't of the batch comes as a batch of one.
+    # Unbatched gradients become a batch of one.
     each = [None if grad is None else torch._remove_batch_dim(grad, level, 1, 0) for grad in grads]  # pyright: ignore[reportPrivateImportUsage]
     sizes = {len(grad) for grad in each if grad is not None}
     found = [call([g if g is None else g[min(n, len(g) - 1)] for g in each]) for n in range(max(sizes))]
@@ -525,19 +525,19 @@ def _of_each(call: Callable[[list[Tensor | None]], list[Tensor]], grads: Sequenc
 
 
 def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return gradients of `[x, *starts, *weights]`, None where `needs` says that none is wanted."""
+    """Return the gradients of `[x, *starts, *weights]`, None where `needs` is False."""
     masked, cells, reverse, save, threads, time_major = ctx.rest
     if not save:
-        raise RuntimeError("cellstack::recurrent was run with save=False: nothing was kept for its backward pass")
+        raise RuntimeError("cellstack::recurrent ran with save=False, so it has no backward pass")
     kept = iter(ctx.saved_tensors)
     (x,), starts, weights, drops, flags = (list(islice(kept, count)) for count in ctx.counts)
     saved = list(kept)
     mask = flags.pop(0) if masked else None
     reset = flags[0] if flags else None
     graph = torch.is_grad_enabled()  # create_graph
-    if graph or forward_ad._current_level >= 0:  # second derivatives go through the torch loop
+    if graph or forward_ad._current_level >= 0:  # the torch loop computes second derivatives
         with torch.enable_grad():
-            # Of views: an input may depend on another one, and that way is not for this op to differentiate.
+            # Views, as one input may depend on another: that dependency isn't part of this op's gradient.
             x, starts, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (starts, weights))
             forms = [_form(text) for text in cells]
             specs, functions = [form.spec for form in forms], [form.functions for form in forms]
@@ -578,9 +578,9 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 class _Direct(torch.autograd.Function):
-    """The op without its dispatcher, for a training step that nobody watches (see `direct`).
+    """The op without torch's dispatcher, for training steps that nothing records (see `direct`).
 
-    Tensors come flat, `[x, *starts, *weights]`; the op's other inputs come as they are.
+    `flat` has the tensors `[x, *starts, *weights]`, `rest` the op's other inputs.
     """
 
     @staticmethod
@@ -595,7 +595,7 @@ class _Direct(torch.autograd.Function):
         return None, None, *_gradients(ctx, list(ctx.needs_input_grad[2:]), grads)
 
 
-# Without what `Function.apply` does for transforms of torch.func, which nobody who calls it is in.
+# Skips what `Function.apply` does for transforms of torch.func: callers have checked that none is active.
 _apply: Any = super(torch.autograd.Function, _Direct).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -610,19 +610,19 @@ recurrent = torch.ops.cellstack.recurrent.default
 isa = native.isa
 
 
-# ── Straight to the kernel ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Calls without torch's dispatcher ──────────────────────────────────────────────────────────────────────────────────
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work: only the torch loop knows these."""
+    """Whether a transform of torch.func or forward-mode differentiation is active: only the torch loop has these."""
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or forward_ad._current_level >= 0
     )
 
 
-def unwatched() -> bool:
-    """Whether nobody looks on at what is called: no compiler, no tracer, no mode."""
+def untraced() -> bool:
+    """Whether no compiler, tracer or mode records or intercepts torch's operators."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
@@ -632,7 +632,7 @@ def unwatched() -> bool:
 
 
 PLAIN = (Tensor, nn.Parameter)
-"""The types of weights that the kernel reads: a subclass may have no memory, or intercept operations."""
+"""The types of weights that the kernel can read: a subclass may have no memory, or intercept operations."""
 
 
 def wraps(tensor: Tensor) -> bool:
@@ -645,7 +645,7 @@ def wraps(tensor: Tensor) -> bool:
 
 
 def symbolic(tensor: Tensor) -> bool:
-    """Whether a tensor only records operations and has no numbers, as in an export."""
+    """Whether a tensor only records operations and has no values, as in an export."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -653,11 +653,11 @@ def symbolic(tensor: Tensor) -> bool:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether nobody watches a call on `x` that isn't `transformed`: a plain tensor, `unwatched`.
+    """Whether a call on `x` that isn't `transformed` can skip torch's dispatcher: a plain tensor, `untraced`.
 
-    Then the dispatcher, which costs a small step more than its arithmetic does, may be left out.
+    The dispatcher costs more than the arithmetic of a small step.
     """
-    return type(x) is Tensor and unwatched()
+    return type(x) is Tensor and untraced()
 
 
 def run(
@@ -674,13 +674,12 @@ def run(
     time_major: bool = False,
     keep: Kept | None = None,
 ) -> list[Tensor]:
-    """Call the op on CPU tensors, by the shortest way that gives the same.
+    """Call the op on CPU tensors, without torch's dispatcher if possible.
 
-    With `keep` the weights are packed at the first call alone, where nothing is saved and nobody watches: that they
-    stay as they are is for the caller to know.
+    With `keep` direct calls without `save` pack the weights only once: the caller ensures that they don't change.
     """
-    if halves(x):
-        cells = [in_halves(text) for text in cells]
+    if uses_bfloat16(x):
+        cells = [with_bfloat16(text) for text in cells]
     rest = drops, mask, reset, cells, reverse, sequences, save, 0, time_major
     if not x.is_cpu or not direct(x):
         return recurrent(x, starts, weights, *rest)
@@ -692,22 +691,22 @@ def run(
 def step(
     x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str, keep: Kept | None = None
 ) -> tuple[Tensor, ...]:
-    """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
-    batch, form = x.shape[0], _form(in_halves(cell) if halves(x) else cell)
+    """Run one step of one layer without gradients, on x `[B, I]` that is `direct`, and a state or nothing."""
+    batch, form = x.shape[0], _form(with_bfloat16(cell) if uses_bfloat16(x) else cell)
     if keep is not None:
         packed = _kept_weights(keep, 0, form, weights, x.dtype)
     else:
-        packed, _flat = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows or form.halves)
+        packed, _flat = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows or form.bfloat16)
     x = _plain(x)  # a foreign cell's output may be a negated view
     begin = [_plain(part) for part in state]
     ends = tuple([x.new_empty(batch, size) for size in form.sizes])
-    frames = native.Sequences(batch, 1, x.data_ptr(), x.shape[1], x.shape[1])
+    sequences = native.Sequences(batch, 1, x.data_ptr(), x.shape[1], x.shape[1])
     threads = 1 if batch == 1 else torch.get_num_threads()
-    native.forward(frames, [native.Layer(packed, *_pair(begin), *_pair(ends))], threads)
+    native.forward(sequences, [native.Layer(packed, *_pair(begin), *_pair(ends))], threads)
     return ends
 
 
-# ── Dropout masks with a seed of the layer's own ───────────────────────────────────────────────────────────────────
+# ── Dropout masks with the layer's own seed ───────────────────────────────────────────────────────────────────────────
 
 _LIBRARY.define(
     "dropout_mask(Tensor(a!) draws, Tensor like, SymInt rows, SymInt width, float rate, int seed) -> Tensor",
@@ -734,25 +733,25 @@ torch.library.register_fake("cellstack::dropout_mask", _fake_dropout_mask, lib=_
 def dropout_mask(draws: Tensor | None, like: Tensor, rows: int, width: int, rate: float, seed: int | None) -> Tensor:
     """Draw a mask `[rows, width]` of zeros and `1/(1-rate)`.
 
-    With a `seed`, the n-th mask is a function of the seed and n, which `draws` counts: a run can be repeated, and
-    resumed where it stopped. Without one it comes from torch's own generator.
+    With a `seed`, the n-th mask depends only on the seed and n, which `draws` counts: a run can be repeated and
+    resumed. Without one, torch's generator draws it.
     """
     if seed is None or draws is None:
         return torch.nn.functional.dropout(like.new_ones(rows, width), rate)
     return torch.ops.cellstack.dropout_mask(draws, like.detach(), rows, width, rate, seed)
 
 
-def halves(like: Tensor) -> bool:
-    """Whether products of `like`'s dtype on the CPU are of numbers in bfloat16 now.
+def uses_bfloat16(like: Tensor) -> bool:
+    """Whether products in `like`'s dtype on the CPU now have factors in bfloat16.
 
-    They are under `torch.autocast("cpu", torch.bfloat16)`, in float32, where the processor multiplies pairs of
-    bfloat16 as fast as single numbers.
+    This is so for float32 under `torch.autocast("cpu", torch.bfloat16)` if the processor multiplies pairs of bfloat16
+    as fast as single float32 values.
     """
     return torch.is_autocast_enabled("cpu") and like.dtype is torch.float32 and _rounds()
 
 
-_PAIRS = "avx512bf16"  # the instruction set that multiplies them
-_AT_FIRST = isa()  # that in use as this process began, for compilers, who see no further than Python
+_PAIRS = "avx512bf16"  # the instruction set that multiplies pairs
+_AT_FIRST = isa()  # the instruction set at import, as compilers can't trace the call of isa()
 
 
 def _rounds() -> bool:
@@ -761,7 +760,7 @@ def _rounds() -> bool:
 
 
 def autocast() -> str:
-    """Return what a plan says of `torch.autocast`; nothing where it is off."""
+    """Return a plan's text about `torch.autocast`; "" if it is off."""
     if not torch.is_autocast_enabled("cpu"):
         return ""
     return f", in float32{' with products in bfloat16' if _rounds() else ''} under torch.autocast"

@@ -20,35 +20,35 @@ from cellstack.spec import Plan, ShapeError, as_flag, check_sequence
 
 
 class Run(NamedTuple):
-    """What a pass over a sequence leaves; sequences in the order of time, in whichever direction it went."""
+    """Results of a pass over a sequence, in time order for both directions."""
 
     y: Tensor  # [B, T, H] of the top cell, or [B, H] of the last step
-    states: list[Any]  # one entry a cell
-    traces: list[Any]  # one entry a cell; none where nobody asked
+    states: list[Any]  # one entry per cell
+    traces: list[Any]  # one entry per cell; empty if not requested
 
 
 class RNN(StatefulLayer):
-    """A cell, or a stack of cells, run over a sequence. A stack of cells of ours is one call of the fused kernel.
+    """Run a cell or a stack of cells over a sequence. The fused kernel runs a stack of our cells in one call.
 
     Args:
         cell: a cell, or a list of cells (a stack): `LSTMCell`, `GRUCell`, `SimpleRNNCell`, in any mixture and of any
             widths; `StackedRNNCells`; or any object with `state_size` and a call `(x, states) -> (y, states)`, which
             runs in a Python loop.
         return_sequences: return the output of every step, not only of the last.
-        return_state: return the states after the last step too.
-        go_backwards: run from the last step to the first. Outputs come in the order processed.
-        stateful: start each call from the states that the one before left; they are saved in the `state_dict`.
-        unroll: accepted for Keras's sake; the result is the same either way.
-        zero_output_for_mask: output zeros at steps that the mask leaves out, not the previous output.
-        activity_regularizer: a term of the output that `losses` gives after a call.
-        remat: keep of each step only h and c for the backward pass, which then makes the gates again: for an LSTM a
-            third of the memory, for a longer step (see `docs/semantics.md`). Outputs and gradients have the same bits.
-            A call with `return_gates` returns the gates, and so keeps them.
-        input_size: width I, to make the weights at once; None: at the first call.
-        name: said in error messages.
+        return_state: also return the states after the last step.
+        go_backwards: run from the last step to the first. Outputs are in the order processed.
+        stateful: start each call from the final states of the previous one; they are saved in the `state_dict`.
+        unroll: for compatibility with Keras; it has no effect.
+        zero_output_for_mask: output zeros at masked steps, instead of repeating the previous output.
+        activity_regularizer: a regularisation term of the output; `losses` has it after a call.
+        remat: save only h and c of each step, and recompute the gates in the backward pass: an LSTM needs a third of
+            the memory and more time (see `docs/semantics.md`). Outputs and gradients have the same bits. Calls with
+            `return_gates` save the gates.
+        input_size: width I, to create the weights immediately; None: at the first call.
+        name: the layer's name in error messages.
 
     Raises:
-        TypeError: `cell` is no cell.
+        TypeError: `cell` isn't a cell.
 
     >>> from cellstack.layers import GRUCell, LSTMCell
     >>> rnn = RNN(StackedRNNCells([LSTMCell(4), GRUCell(5)]), return_sequences=True, return_state=True)
@@ -57,7 +57,7 @@ class RNN(StatefulLayer):
     ((2, 3, 5), (2, 2, 4), (1, 2, 5))
     """
 
-    _observers: tuple[Callable[[Call], None], ...] = ()  # are shown every call, see `observer`
+    _observers: tuple[Callable[[Call], None], ...] = ()  # called after each call, see `observer`
     remat = False
 
     def __init__(
@@ -102,38 +102,38 @@ class RNN(StatefulLayer):
         self.activity_regularizer = weights.find(activity_regularizer, weights.REGULARIZERS, "activity_regularizer")
         self._activity: Tensor | None = None
         self._ours = all(isinstance(part, Cell) for part in self.cells)
-        self._like = torch.empty(0)  # for a stack without weights of its own
+        self._like = torch.empty(0)  # for a stack without weights
         if input_size is not None:
             self.build(input_size)
 
     @property
     def cells(self) -> Sequence[Any]:
         """The cells, bottom first."""
-        cell: Any = self._modules["cell"]  # as `self.cell`, without the search of a module's attributes
+        cell: Any = self._modules["cell"]  # as `self.cell`, without the slow attribute look-up of a module
         return cell.cells if isinstance(cell, StackedRNNCells) else (cell,)  # type: ignore[return-value]
 
     @property
     def stacked(self) -> bool:
-        """Whether there is a stack, of however many cells: its states come one a cell."""
+        """Whether the layer has a stack, of one or more cells: it then has one state per cell."""
         return isinstance(self.cell, StackedRNNCells)
 
     @property
     def residual(self) -> bool:
-        """Whether the cells of a stack add their input to their output: see `StackedRNNCells`."""
+        """Whether the stack has residual connections: see `StackedRNNCells`."""
         cell = self._modules["cell"]
         return isinstance(cell, StackedRNNCells) and cell.residual
 
     def public_traces(self, traces: list[Any]) -> Any:
-        """Return traces as a call returns them: a tuple, one a cell, for a stack; else the one."""
+        """Return traces in the form that a call returns: a tuple, one per cell, for a stack; else one trace."""
         return tuple(traces) if self.stacked else traces[0]
 
     def extra_repr(self) -> str:
-        """Say which flags are set."""
+        """Return the flags that are set."""
         flags = ("return_sequences", "return_state", "go_backwards", "stateful", "zero_output_for_mask", "remat")
         return ", ".join(f"{flag}=True" for flag in flags if getattr(self, flag))
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
+        """Create the weights for inputs of width `input_size`, or of this shape."""
         if isinstance(self.cell, Layer):
             self.cell.build(input_size)
 
@@ -143,7 +143,7 @@ class RNN(StatefulLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a graph can't be copied; who looks on looks at this layer alone.
+        # A tensor with a graph can't be copied, and observers observe only this layer.
         return {**super().__getstate__(), "_activity": None, "_observers": ()}
 
     def _loss_terms(self) -> Iterator[Tensor]:
@@ -151,26 +151,26 @@ class RNN(StatefulLayer):
             yield self._activity
 
     def plan(self) -> Plan:
-        """Say which kernel runs each layer of the stack, and why; one line a layer.
+        """Return which kernel runs each layer of the stack, and why; one line per layer.
 
-        It runs the layer and its first derivatives: with `create_graph=True` the torch loop differentiates.
+        This applies to the layer and its first derivatives; with `create_graph=True` the torch loop differentiates.
         """
         lines = []
         for n, cell in enumerate(self.cells):
             head = f"{self._owner} layer {n} {cell_name(cell)}"
             if not self._ours:
                 foreign_names = sorted({cell_name(c) for c in self.cells if not isinstance(c, Cell)})
-                idle = "; remat=True without effect" if self.remat else ""
-                lines.append(f"{head}: torch loop: foreign cell {', '.join(foreign_names)}{idle}")
+                idle = "; no effect: remat=True" if self.remat else ""
+                lines.append(f"{head}: torch loop: custom cell {', '.join(foreign_names)}{idle}")
                 continue
             kernel = cell.like
             route, why = cell.route(kernel)
             width = "?" if cell.input_size is None else cell.input_size
             how = {"fused": f"fused cpu kernel ({op.isa()}){op.autocast()}", "cudnn": f"cuDNN through torch; {why}"}
-            again = ""
+            remat = ""
             if self.remat:
-                again = "; backward makes the gates again" if route == "fused" else "; remat=True without effect"
-            lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}{again}")
+                remat = "; backward recomputes the gates" if route == "fused" else "; no effect: remat=True"
+            lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}{remat}")
         return Plan(lines)
 
     def forward(
@@ -187,31 +187,29 @@ class RNN(StatefulLayer):
         """Run over a sequence.
 
         Args:
-            sequences: `[B, T, I]`; a tensor of the weights' dtype and device, integers, or anything array-like. Or a
-                `PackedSequence` of torch.
-            initial_state: what this call starts from, in place of `states`: (h, c), h alone where there is no cell, or
-                one such state a cell of a stack; each `[B, H]`. In a stateful layer the state that results is what is
-                kept.
-            mask: `[B, T]` of bool, True where a step counts. Elsewhere the state is carried, and the output repeats
-                the previous one (before the first step that counts: the initial h), or is zero with
+            sequences: `[B, T, I]`: a tensor of the weights' dtype and device, a tensor of integers, or an array-like.
+                Or a torch `PackedSequence`.
+            initial_state: the initial state of this call, instead of `states`: (h, c), h for kinds without c, or one
+                such state per cell of a stack; each `[B, H]`. A stateful layer keeps the final state.
+            mask: bool `[B, T]`, True where a step counts. At other steps the state is carried over, and the output
+                repeats the previous one (before the first step that counts: the initial h), or is zero with
                 `zero_output_for_mask`.
-            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
-            return_gates: return a trace too, of every step (`Trace`, `GRUTrace` or `RNNTrace`): a tuple of them for a
-                stack. That of a PackedSequence is padded, its rows in the order of the batch.
-            reset: `[B, T]` of bool, True where a row's next piece begins: what lies before that step has no influence
-                on what lies after it, nor the other way round. A piece starts from the cells' initial state; where the
-                call does, at its first step, that replaces `initial_state`.
-            lengths: `[B]` integers from 0 to T, how many steps of each row count: in place of a mask.
+            training: whether dropout and zoneout are active; None: use the module's mode.
+            return_gates: also return a trace of every step (`Trace`, `GRUTrace` or `RNNTrace`), for a stack a tuple of
+                them. For a PackedSequence it is padded, with rows in batch order.
+            reset: bool `[B, T]`, True where a new piece of a row begins. Each piece starts from the cells' initial
+                state and is independent of the steps outside it; at the first step it replaces `initial_state`.
+            lengths: `[B]` integers from 0 to T, the number of steps of each row, instead of a mask.
 
         Returns:
-            y: `[B, T, H]` with `return_sequences`, else `[B, H]`, H being the width of h (`proj_size` where it is
-            projected); alone, or followed by the states with
-            `return_state` (h, and c of an LSTM; for a stack one state a cell), then by the trace with `return_gates`.
-            For a PackedSequence, y with `return_sequences` is one too; all else has its rows in the order of the batch.
+            y: `[B, T, H]` with `return_sequences`, else `[B, H]`, where H is the width of h (`proj_size` if it is
+            projected). `return_state` adds the states (h, and c of an LSTM; for a stack one state per cell), then
+            `return_gates` adds the trace. For a PackedSequence with `return_sequences`, y is one too; the other results
+            have rows in batch order.
 
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
-            TypeError: a wrong dtype, a mask or reset that isn't bool, or `return_gates` of a cell that isn't ours.
+            TypeError: a wrong dtype, a mask or reset that isn't bool, or `return_gates` with a custom cell.
             ValueError: a tensor on another device; more than one of `mask`, `lengths` and a PackedSequence.
         """
         given = self.given(sequences, mask, reset, lengths)
@@ -229,11 +227,11 @@ class RNN(StatefulLayer):
         return results[0] if len(results) == 1 else tuple(results)
 
     def given(self, sequences: Any, mask: Any, reset: Any, lengths: Any) -> Given:
-        """Return what a call is given but for its state, checked; builds the weights where there are none."""
+        """Check and convert the arguments of a call except its state; create the weights if there are none."""
         owner = self._owner
         if isinstance(sequences, PackedSequence):
             if mask is not None or lengths is not None:
-                raise ValueError(f"{owner}: expected no mask or lengths with a PackedSequence, which has its own")
+                raise ValueError(f"{owner}: mask and lengths aren't supported with a PackedSequence, which has lengths")
             x, used = unpack(owner, sequences, self._reference())
             self._check(x)
         else:
@@ -243,7 +241,7 @@ class RNN(StatefulLayer):
         return Given(x, used, starts, sequences if isinstance(sequences, PackedSequence) else None)
 
     def as_x(self, sequences: Any) -> Tensor:
-        """Return `sequences` as a tensor `[B, T, I]`, checked; builds the weights where there are none."""
+        """Return `sequences` as a checked tensor `[B, T, I]`; create the weights if there are none."""
         x = as_input(self._owner, "sequences", sequences, self._reference())
         self._check(x)
         return x
@@ -253,13 +251,13 @@ class RNN(StatefulLayer):
         if isinstance(first, Cell):
             check_sequence(self._owner, tuple(x.shape), first.input_size, "sequences")
         elif x.ndim < 3:
-            mend = ": add a batch axis: x[None]" if x.ndim == 2 else ""
-            raise ShapeError(f"{self._owner}: expected sequences [B, T, …], got {tuple(x.shape)}{mend}")
+            fix = ": add a batch axis: x[None]" if x.ndim == 2 else ""
+            raise ShapeError(f"{self._owner}: expected sequences [B, T, …], got {tuple(x.shape)}{fix}")
         if not self.built:
             self.build(x.shape[-1])
 
     def run(self, given: Given, initial_state: Any, training: bool | None, return_gates: bool, zero: bool) -> Run:
-        """Run over what `given` returned, and keep the state. `zero` is `zero_output_for_mask` for this call."""
+        """Run over the result of `given`; a stateful layer keeps the state. `zero`: `zero_output_for_mask`."""
         owner = self._owner
         x, used, reset, packed = given
         states = self._start(initial_state, x.shape[0])
@@ -282,7 +280,7 @@ class RNN(StatefulLayer):
                 self.remat,
             )
         elif return_gates:
-            raise TypeError(f"{owner}: expected return_gates=False: only cells of ours have gates to return")
+            raise TypeError(f"{owner}: return_gates isn't supported with custom cells")
         else:
             y, last, states = foreign.loop(
                 self.cells, x, states, used, reset, training, self.go_backwards, self._reference(), self.residual
@@ -294,15 +292,15 @@ class RNN(StatefulLayer):
         if zero and used is not None and packed is None and x.shape[1]:
             counts = used if self.return_sequences else used[:, 0 if self.go_backwards else -1]
             out = torch.where(counts.reshape(*counts.shape, *(1,) * (out.ndim - counts.ndim)), out, 0.0)
-        if self.activity_regularizer is not None:  # of what is returned: what pads a packed row isn't
+        if self.activity_regularizer is not None:  # without the padding of packed rows
             self._activity = self.activity_regularizer(
                 out if packed is None or not self.return_sequences else out[used]
             )
         return Run(out, states, traces)
 
     def _reference(self) -> Tensor:
-        """Return a tensor of the dtype and on the device that the layer works in."""
-        first = next(iter(self.cells))  # by its number a ModuleList looks for longer
+        """Return a tensor of the layer's dtype and device."""
+        first = next(iter(self.cells))  # indexing a ModuleList is slower
         if isinstance(first, Cell):
             return first.like
         return next((p for p in self.parameters() if p.is_floating_point()), self._like)

@@ -1,4 +1,4 @@
-"""What a call over sequences is given: which steps count, where pieces begin, and whether it came packed."""
+"""The inputs of a call over sequences: the sequences, their mask, resets and packing."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from cellstack.spec import ShapeError, check_mask
 
 
 class Given(NamedTuple):
-    """The sequences of a call, checked."""
+    """The checked inputs of a call."""
 
-    x: Tensor  # [B, T, …], rows in the order of the batch
-    used: Tensor | None  # [B, T] of bool, True where a step counts; None: everywhere
-    reset: Tensor | None  # [B, T] of bool, True where a piece begins, in the order of time; None: nowhere
-    packed: PackedSequence | None  # what x was before it was padded
+    x: Tensor  # [B, T, …], rows in batch order
+    used: Tensor | None  # bool [B, T], True where a step counts; None: everywhere
+    reset: Tensor | None  # bool [B, T], True where a piece begins, in time order; None: nowhere
+    packed: PackedSequence | None  # the input that x was padded from
 
 
 def as_used(owner: str, x: Tensor, mask: Any, lengths: Any) -> Tensor | None:
-    """Return `[B, T]` of bool, True where a step of x counts, from a mask or from the rows' lengths; None without.
+    """Return bool `[B, T]`, True where a step of x counts, from a mask or the rows' lengths; None without either.
 
     Raises:
-        ShapeError: another shape.
+        ShapeError: a wrong shape.
         TypeError: a mask that isn't bool, or lengths that aren't integers.
-        ValueError: both of them, or a length out of range.
+        ValueError: both mask and lengths, or a length out of range.
     """
     if mask is not None and lengths is not None:
         raise ValueError(f"{owner}: expected mask or lengths, got both")
@@ -38,7 +38,7 @@ def as_used(owner: str, x: Tensor, mask: Any, lengths: Any) -> Tensor | None:
 
 
 def as_steps(owner: str, name: str, value: Any, x: Tensor) -> Tensor:
-    """Return the argument `name`, a bool for each step of `x [B, T, …]`, checked."""
+    """Check and return the argument `name`, a bool for each step of `x [B, T, …]`."""
     steps = as_mask(owner, value, x, name)
     check_mask(owner, tuple(steps.shape), x.shape[0], x.shape[1], name)
     return steps
@@ -51,22 +51,22 @@ def _within(owner: str, lengths: Any, x: Tensor) -> Tensor:
         raise TypeError(f"{owner}: expected lengths to be integers, got {str(counts.dtype).removeprefix('torch.')}")
     if tuple(counts.shape) != (batch,):
         raise ShapeError(f"{owner}: expected lengths [B={batch}], got {tuple(counts.shape)}")
-    # A graph can't depend on numbers: under torch.compile what is past T counts as T.
+    # A compiled graph can't depend on values: there, a length above T is treated as T.
     if not torch.compiler.is_compiling() and batch and (int(counts.min()) < 0 or int(counts.max()) > steps):
-        raise ValueError(f"{owner}: expected lengths within 0 and T={steps}, got {counts.tolist()}")
+        raise ValueError(f"{owner}: expected lengths from 0 to T={steps}, got {counts.tolist()}")
     return torch.arange(steps, device=x.device) < counts.to(x.device)[:, None]
 
 
 def shifted(reset: Tensor) -> Tensor:
-    """Return where a pass from the last step to the first starts anew, for `reset [B, T]` in the order of time.
+    """Return the resets of a pass from the last step to the first, for `reset [B, T]` in time order.
 
-    It enters a piece at the piece's last step, the one before the next piece begins.
+    Such a pass enters a piece at its last step, the one before the next piece begins.
     """
     return torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], dim=1)
 
 
 def unpack(owner: str, packed: PackedSequence, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a PackedSequence as `x [B, T, …]`, rows in the order of the batch before it was packed, and its mask.
+    """Return a PackedSequence as `x [B, T, …]`, rows in the batch order before packing, and its mask.
 
     Raises:
         TypeError, ValueError: see `base.as_input`.
@@ -78,7 +78,7 @@ def unpack(owner: str, packed: PackedSequence, like: Tensor) -> tuple[Tensor, Te
 
 
 def pack(y: Tensor, like: PackedSequence) -> PackedSequence:
-    """Return `y [B, T, …]`, rows in the order of the batch, packed in the way `like` is."""
+    """Pack `y [B, T, …]`, rows in batch order, like the PackedSequence `like`."""
     order = like.sorted_indices
     rows = y if order is None else y.index_select(0, order)
     lengths = (like.batch_sizes[:, None] > torch.arange(rows.shape[0], device=like.batch_sizes.device)).sum(0)
@@ -87,7 +87,7 @@ def pack(y: Tensor, like: PackedSequence) -> PackedSequence:
 
 
 def flipped(value: Tensor, given: Given) -> Tensor:
-    """Return `value [B, T, …]` from the last step to the first; of packed rows each within its length."""
+    """Reverse the steps of `value [B, T, …]`; those of packed rows within their lengths."""
     if given.packed is None or given.used is None:
         return value.flip(1)
     steps = value.shape[1]

@@ -1,4 +1,4 @@
-"""`StackedRNNCells`: several cells as one."""
+"""`StackedRNNCells`: a stack of cells as one cell, and the call that runs a stack over a sequence."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op
-from cellstack.layers.base import MEND, Layer, as_input, last_axis
+from cellstack.layers.base import EXPORT_HINT, Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
 from cellstack.spec import GATES, TRACES, ShapeError, check_step
 
 
 class StackedRNNCells(Layer):
-    """Several cells, each fed with the output of the one before: itself a cell.
+    """A stack of cells as one cell: the output of each is the input of the next.
 
     Args:
         cells: bottom first; ours, of any kind and width, or any objects with `state_size` and a call
             `(x, states) -> (y, states)`.
-        residual: add its input to the output of each cell but the first, where they are of one width:
-            `y = h + x`. The state stays h.
-        input_size: width I of the first cell's input, to make the weights at once.
-        name: said in error messages.
+        residual: add the input to the output of each cell but the first, if they have the same width: `y = h + x`. The
+            state remains h.
+        input_size: width I of the first cell's input, to create the weights immediately.
+        name: the stack's name in error messages.
 
     Raises:
-        TypeError: something in `cells` is no cell, or `residual` no bool.
+        TypeError: an entry of `cells` isn't a cell, or `residual` isn't a bool.
         ValueError: no cells.
 
     >>> from cellstack.layers import LSTMCell
@@ -51,7 +51,7 @@ class StackedRNNCells(Layer):
         if not given:
             raise ValueError(f"{self._owner}: expected at least one cell, got none")
         if any(isinstance(cell, StackedRNNCells) for cell in given):
-            raise TypeError(f"{self._owner}: expected one flat list of cells, got a stack within a stack")
+            raise TypeError(f"{self._owner}: expected one flat list of cells, got a nested StackedRNNCells")
         if not isinstance(residual, bool):
             raise TypeError(f"{self._owner}: expected residual to be True or False, got {residual!r}")
         self._config = {"cells": given, "residual": residual, "input_size": input_size, "name": name}
@@ -67,7 +67,7 @@ class StackedRNNCells(Layer):
 
     @property
     def state_size(self) -> list[Any]:
-        """State sizes, nested: one entry a cell."""
+        """State sizes, nested: one entry per cell."""
         return [cell.state_size for cell in self.cells]
 
     @property
@@ -76,7 +76,7 @@ class StackedRNNCells(Layer):
         return output_width(self.cells[-1])
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights of all our cells for inputs of width `input_size`."""
+        """Create the weights of all our cells for inputs of width `input_size`."""
         width = last_axis(self._owner, input_size)
         for cell in self.cells:
             if isinstance(cell, Cell):
@@ -92,17 +92,17 @@ class StackedRNNCells(Layer):
 
         Args:
             inputs: `[B, I]`.
-            states: one entry a cell, bottom first.
+            states: one entry per cell, bottom first.
             training: whether dropout is active; None: whether the module is in training mode.
 
         Returns:
-            The top cell's output, and the new states, one entry a cell.
+            The top cell's output, and the new states, one entry per cell.
 
         Raises:
             ShapeError, TypeError, ValueError: see `cellstack.layers`.
         """
         if len(states) != len(self.cells):
-            raise ShapeError(f"{self._owner}: expected {len(self.cells)} states, one a cell, got {len(states)}")
+            raise ShapeError(f"{self._owner}: expected {len(self.cells)} states, one per cell, got {len(states)}")
         cells: Any = self.cells
         if all(isinstance(cell, Cell) for cell in cells):
             x = as_input(self._owner, "inputs", inputs, cells[0].like)
@@ -127,10 +127,10 @@ class StackedRNNCells(Layer):
 
 
 class Call(NamedTuple):
-    """What `run_cells` was given, drew and returned."""
+    """Arguments, random masks and results of a call of `run_cells`, for observers."""
 
     cells: Sequence[Cell]
-    arrays: list[list[Tensor]]  # a list a cell, as the op takes them
+    arrays: list[list[Tensor]]  # one list per cell, in the op's order
     masks: list[Masks]
     x: Tensor  # [B, T, I]
     states: Sequence[Any] | None
@@ -138,7 +138,7 @@ class Call(NamedTuple):
     reset: Tensor | None  # [B, T], in the order processed
     reverse: bool
     residual: bool
-    y: Tensor  # [B, T, P] of the top cell, where it was asked for or gradients need it
+    y: Tensor  # [B, T, P] of the top cell, if requested or needed for gradients
     finals: list[Any]
     traces: list[Any]
 
@@ -157,31 +157,32 @@ def run_cells(
     observers: Sequence[Callable[[Call], None]] = (),
     remat: bool = False,
 ) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
-    """Run built cells over a sequence: as many as can be in one call of the op, the others by their own routes.
+    """Run built cells over a sequence, as many as possible in one call of the op.
 
     Args:
         cells: bottom first.
         x: `[B, T, I]`.
-        states: one entry a cell; None: their initial states.
-        used: the mask, `[B, T]` of bool.
-        reset: where the state before a step, in the order processed, is the initial one again: `[B, T]` of bool.
-        training: whether masks are drawn.
-        traced: whether traces are wanted.
-        reverse: from the last step to the first; y stays in the order of x.
-        sequences: whether y is wanted, not only the last output.
+        states: one entry per cell; None: their initial states.
+        used: the mask, bool `[B, T]`.
+        reset: bool `[B, T]`, True where the state before a step, in the order processed, is the initial one.
+        training: whether dropout and zoneout are active.
+        traced: whether to return traces.
+        reverse: run from the last step to the first; y has the order of x.
+        sequences: whether to return y, not only the last output.
         residual: see `StackedRNNCells`.
-        observers: are shown what was run.
-        remat: whether the backward pass makes gates again, where they aren't traced.
+        observers: are called with the `Call`.
+        remat: whether the backward pass recomputes the gates, unless they are traced.
 
     Returns:
-        y `[B, T, P]` (where `sequences`), the last output `[B, P]`, a state a cell, a trace a cell (where `traced`).
+        y `[B, T, P]` (with `sequences`), the last output `[B, P]`, one state per cell, one trace per cell (with
+        `traced`).
     """
-    cells = list(cells)  # a part of a ModuleList is another ModuleList, which takes as long to make as a short step
+    cells = list(cells)  # slicing a ModuleList takes as long as a short step
     for cell in cells:
         if cell._forward_pre_hooks or cell._forward_hooks:
             raise TypeError(
-                f"{cell._owner}: expected a cell without forward hooks (pruning sets one), which a run over a sequence "
-                "doesn't call: torch.nn.utils.parametrize changes weights without them, prune.remove makes them final"
+                f"{cell._owner}: forward hooks of a cell aren't supported, as a run over a sequence doesn't call them "
+                "(pruning sets one): use torch.nn.utils.parametrize, or make pruning permanent with prune.remove"
             )
     batch, steps, _ = x.shape
     count = len(cells)
@@ -212,13 +213,13 @@ def run_cells(
         save = traced or needs_grad(y, *starts, *flat)
         if routes[start] == "fused":
             again = remat and save and not traced
-            texts = [op.made_again(cell._text) if again else cell._text for cell in cells[part]]
+            texts = [op.with_recomputed_gates(cell._text) if again else cell._text for cell in cells[part]]
             out = op.run(y, starts, flat, drops, used, reset, texts, reverse, wanted, save)
         elif routes[start] == "torch":
             if not eager.torch_kind(cells[start]._spec) or traced or drops or used is not None or reset is not None:
                 raise TypeError(
-                    f"{cells[start]._owner}: expected what torch's LSTM, GRU and RNN compute, as torch.jit.trace and "
-                    f"torch.onnx.export need it, got another cell, a mask, a reset, dropout or return_gates; {MEND}"
+                    f"{cells[start]._owner}: torch.jit.trace and torch.onnx.export support only what torch's LSTM, GRU "
+                    f"and RNN compute, without a mask, reset, dropout or return_gates; {EXPORT_HINT}"
                 )
             out, save, wanted = [*eager.by_torch(cells[start]._spec, y, starts, flat, reverse)], False, True
         elif routes[start] == "cudnn" and used is reset is None and not drops and not traced and batch * steps:
@@ -248,13 +249,13 @@ def run_cells(
 
 
 def trace_of(kind: str, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
-    """Return the trace of a cell of that kind out of what the op saves of it."""
-    named = dict(zip(GATES[kind], gates.unbind(2), strict=False))  # without what only the kernel needs
+    """Return the trace of a cell from the values that the op saves."""
+    named = dict(zip(GATES[kind], gates.unbind(2), strict=False))  # without planes for the kernel only
     return TRACES[kind](**named, **({"c": memory} if kind == "lstm" else {}), h=y)
 
 
 def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
-    """Return x of the last step that the mask counts, up to each step and since its last reset; zeros before that."""
+    """Return, for each step, x of the last unmasked step since the last reset; zeros if there is none."""
     if reverse:
         flipped = None if reset is None else reset.flip(1)
         return at_last_used(x.flip(1), used.flip(1), flipped, False).flip(1)

@@ -1,4 +1,4 @@
-"""The state that a layer holds between calls: set, read, reset, kept, saved."""
+"""The state that a layer keeps between calls: setting, reading, resetting and saving it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cellstack.spec import HiddenState, ShapeError, State
 
 
 class StatefulLayer(Layer):
-    """A layer with `states`: what the next call starts from. One entry a cell; for ours a `State` or `HiddenState`.
+    """A layer with `states`, the initial states of the next call: one per cell, for ours a `State` or `HiddenState`.
 
-    In a stateful layer they are what the last call left, cut off from its graph, and are part of the `state_dict`
-    (`states.0.h`, `states.0.c`, …; plain tensors). In any other layer states that were set serve one call.
+    A stateful layer keeps the final states of the last call, detached from its graph, and saves them in the
+    `state_dict` (`states.0.h`, `states.0.c`, …; plain tensors). In any other layer, `states` apply to one call.
     """
 
     stateful: bool
@@ -27,7 +27,7 @@ class StatefulLayer(Layer):
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
         self._states: list[Any] | None = None
-        self._set_once = False  # whether the last call started from states that served it alone
+        self._set_once = False  # whether the last call used `states` that applied only to it
 
     @property
     def cells(self) -> Sequence[Any]:
@@ -36,7 +36,7 @@ class StatefulLayer(Layer):
 
     @property
     def stacked(self) -> bool:
-        """Whether states come one a cell."""
+        """Whether the layer has a stack, with one state per cell."""
         raise NotImplementedError
 
     def _reference(self) -> Tensor:
@@ -44,13 +44,13 @@ class StatefulLayer(Layer):
 
     @property
     def states(self) -> Any:
-        """State that the next call starts from, for a stack one a cell; None for the cells' initial state.
+        """Initial state of the next call, for a stack one per cell; None for the cells' initial state.
 
-        `State(h, c)` for an LSTM, `HiddenState(h)` for other cells of ours. The initial state is zeros, or what the
-        cells learned with `learn_initial_state`.
+        `State(h, c)` for an LSTM, `HiddenState(h)` for our other cells. The cells' initial state is zeros, or learned
+        with `learn_initial_state`.
 
         Raises (when set):
-            ShapeError: not the right number of arrays, or a wrong rank or width.
+            ShapeError: a wrong number of arrays, rank or width.
             TypeError: a wrong dtype.
         """
         if self._states is None:
@@ -59,11 +59,11 @@ class StatefulLayer(Layer):
 
     @states.setter
     def states(self, value: Any) -> None:
-        # A copy: what the caller does to its own tensors afterwards is not done to the layer's memory.
+        # A copy, so that later changes of the caller's tensors don't change the layer's state.
         self._states = None if value is None else _copied(self.cells, self._as_states(value, None))
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy and pickle: a state that some graph led to is copied as numbers; the graph can't be.
+        # For copy and pickle, which don't support tensors with a graph.
         states = self._states
         if states is not None:
             states = [
@@ -73,46 +73,46 @@ class StatefulLayer(Layer):
         return {**self.__dict__, "_states": states}
 
     def public_states(self, states: list[Any]) -> tuple[Any, ...]:
-        """Return states in the order in which a call returns them: one a cell for a stack, else h, c."""
+        """Return states in the form that a call returns: one per cell for a stack, else h, c."""
         return tuple(states) if self.stacked else as_parts(states[0])
 
     @property
     def state_count(self) -> int:
-        """How many states a call returns."""
+        """Number of states that a call returns."""
         if self.stacked:
             return len(self.cells)
         size = self.cells[0].state_size
         return 1 if isinstance(size, int) else len(size)
 
     def reset_states(self, states: Any = None, indices: Any = None) -> None:
-        """Forget the state, or replace it.
+        """Reset the state, or replace it.
 
         Args:
-            states: what the next call starts from; None: the cells' initial state, for whatever batch comes.
-            indices: rows of the batch to reset, as integers or as a mask `[B]` of bool; the others keep theirs.
-                `states` then has one row for each.
+            states: initial states of the next call; None: the cells' initial state, for any batch size.
+            indices: rows of the batch to reset, as integers or a bool mask `[B]`; the others keep their state. `states`
+                then has one row per index.
 
         Raises:
-            ShapeError: a wrong shape, or `indices` where no state is held.
-            TypeError: indices that are neither.
-            IndexError: a row that isn't there.
+            ShapeError: a wrong shape, or `indices` for a layer without a state.
+            TypeError: `indices` are neither integers nor bools.
+            IndexError: an index out of range.
         """
         if indices is None:
             self.states = states
             return
         if self._states is None:
-            raise ShapeError(f"{self._owner}: expected a state whose rows can be reset, but none is held yet")
+            raise ShapeError(f"{self._owner}: indices need a state, but the layer has none yet")
         batch = as_parts(self._states[0])[0].shape[0]
         rows = torch.as_tensor(indices)
         if rows.dtype == torch.bool:
             if tuple(rows.shape) != (batch,):
-                raise ShapeError(f"{self._owner}: expected indices as a mask [B={batch}], got {tuple(rows.shape)}")
+                raise ShapeError(f"{self._owner}: expected indices as a bool mask [B={batch}], got {tuple(rows.shape)}")
             rows = rows.nonzero()
         elif rows.numel() and (rows.is_floating_point() or rows.is_complex()):
-            raise TypeError(f"{self._owner}: expected indices to be integers or a mask of bool, got {rows.dtype}")
+            raise TypeError(f"{self._owner}: expected indices to be integers or a bool mask, got {rows.dtype}")
         rows = rows.to(torch.int64).reshape(-1)
         if rows.numel() and not (-batch <= int(rows.min()) and int(rows.max()) < batch):
-            raise IndexError(f"{self._owner}: expected indices within a batch of {batch}, got {rows.tolist()}")
+            raise IndexError(f"{self._owner}: expected indices within the batch of {batch}, got {rows.tolist()}")
         if states is None:
             new = [foreign.initial_state(cell, rows.numel(), self._reference()) for cell in self.cells]
         else:
@@ -126,22 +126,22 @@ class StatefulLayer(Layer):
         self._states = changed
 
     def reset_state(self) -> None:
-        """Forget the state: `reset_states()` by Keras 3's name."""
+        """Reset the state: `reset_states()` under Keras 3's name."""
         self.reset_states()
 
     def _as_states(self, value: Any, batch: int | None) -> list[Any]:
-        """Return what was given as states, one entry a cell, checked against the cells and `batch`."""
+        """Return states in any accepted form as one entry per cell, checked against the cells and `batch`."""
         if not hasattr(value, "__len__"):
             raise TypeError(f"{self._owner}: expected a state of tensors or arrays, got {type(value).__name__}")
         if not self.stacked:
             if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (list, tuple)):
-                value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as a stack would have
+                value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as for a stack
             entries = [value]
-        else:  # what a stack of one cell starts from may be given alone
+        else:  # a stack of one cell also accepts its state without a list
             entries = [value] if len(self.cells) == 1 and isinstance(value, (State, HiddenState)) else list(value)
             if len(entries) != len(self.cells):
                 raise ShapeError(
-                    f"{self._owner}: expected {len(self.cells)} states, one a cell of the stack, got {len(entries)}"
+                    f"{self._owner}: expected {len(self.cells)} states, one per cell of the stack, got {len(entries)}"
                 )
         states = []
         for n, (cell, entry) in enumerate(zip(self.cells, entries, strict=True)):
@@ -167,24 +167,24 @@ class StatefulLayer(Layer):
         return state
 
     def _start(self, initial_state: Any, batch: int) -> list[Any] | None:
-        """Return the states that this call starts from, one entry a cell; None for the cells' initial state."""
+        """Return the initial states of this call, one entry per cell; None for the cells' initial state."""
         if initial_state is not None:
             states = self._as_states(initial_state, batch)
         else:
             states = self._states
             if (self.stateful or self._set_once) and recomputing():
                 raise RuntimeError(
-                    f"{self._owner}: expected a state that a recomputation finds again, but `states` have moved on "
-                    "since the first pass: under torch.utils.checkpoint give initial_state="
+                    f"{self._owner}: `states` aren't supported under torch.utils.checkpoint, as they have changed when "
+                    "the second pass runs: pass initial_state="
                 )
             once = not self.stateful and states is not None
-            if once != self._set_once:  # an export says no to any other assignment
+            if once != self._set_once:  # torch.export refuses other assignments
                 self._set_once = once
             if states is not None and as_parts(states[0])[0].shape[0] != batch:
-                held = as_parts(states[0])[0].shape[0]
+                kept = as_parts(states[0])[0].shape[0]
                 raise ShapeError(
-                    f"{self._owner}: expected a batch of {held}, that of the state it holds, got {batch}: "
-                    f"reset_states() forgets the state"
+                    f"{self._owner}: expected a batch of {kept}, as in the layer's state, got {batch}: "
+                    f"reset_states() resets the state"
                 )
         if not self.stateful and self._states is not None:
             self._states = None
@@ -196,7 +196,7 @@ class StatefulLayer(Layer):
                 like_size(cell, [part.detach() for part in as_parts(state)])
                 for cell, state in zip(self.cells, states, strict=True)
             ]
-            self._states = _copied(self.cells, detached)  # the caller has the results, and may write into them
+            self._states = _copied(self.cells, detached)  # the caller may write to the results
 
     def _apply(self, fn: Any, recurse: bool = True) -> StatefulLayer:
         super()._apply(fn, recurse)
@@ -220,7 +220,7 @@ class StatefulLayer(Layer):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.stateful:
-            # Whether the other one had a state or not: afterwards this layer goes on where that one stood.
+            # If the state dict has no state, the layer has none afterwards either.
             found: list[list[Tensor]] = [[] for _ in self.cells]
             for n in range(len(self.cells)):
                 for key in (*State._fields, *map(str, range(16))):
@@ -235,7 +235,7 @@ class StatefulLayer(Layer):
 
 
 def _rank(value: Any) -> int:
-    """Return how deep `value` is nested: the rank of an array, one more for each list around it."""
+    """Return the nesting depth of `value`: the rank of an array, plus one for each list around it."""
     if isinstance(value, (list, tuple)):
         return 1 + _rank(value[0]) if value else 1
     return getattr(value, "ndim", 0)

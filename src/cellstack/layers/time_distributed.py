@@ -1,4 +1,4 @@
-"""`TimeDistributed`: a layer applied to each step by itself."""
+"""`TimeDistributed`: a layer applied to each step separately."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cellstack.spec import ShapeError, check_mask
 
 
 class TimeDistributed(Layer):
-    """A module applied to every step of a sequence by itself: time is folded into the batch, and unfolded after.
+    """Apply a module to every step of a sequence separately: the time axis becomes part of the batch.
 
     Args:
         layer: any torch module that takes `[B, …]`.
-        input_size: width of the last axis, to make the weights of a layer of ours at once.
-        name: said in error messages.
+        input_size: width of the last axis, to create the weights of a layer of ours immediately.
+        name: the layer's name in error messages.
 
     Raises:
-        TypeError: no module, or a stateful layer: folded, its rows would not be those of the batch.
+        TypeError: `layer` isn't a module, or it is stateful: its rows would be steps, not rows of the batch.
 
     >>> tuple(TimeDistributed(nn.Linear(6, 5))(torch.zeros(2, 3, 6)).shape)
     (2, 3, 5)
@@ -38,10 +38,10 @@ class TimeDistributed(Layer):
         if not isinstance(layer, nn.Module):
             raise TypeError(f"{self._owner}: expected layer to be a torch module, got {type(layer).__name__}")
         if getattr(layer, "stateful", False):
-            raise TypeError(f"{self._owner}: expected a layer without a state that it keeps, got stateful=True")
+            raise TypeError(f"{self._owner}: stateful layers aren't supported")
         self._config = {"layer": layer, "input_size": input_size, "name": name}
         self.layer = layer
-        # A layer of Keras's on torch is a module whose forward takes anything; its call says what.
+        # On the torch backend a Keras layer is a module; only the signature of its `call` has the arguments.
         own: Any = getattr(layer, "call", None)
         takes = own if isinstance(own, MethodType) else layer.forward
         self._takes = set(inspect.signature(takes).parameters) & {"mask", "training"}
@@ -50,7 +50,7 @@ class TimeDistributed(Layer):
             self.build(input_size)
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights of a layer of ours; other modules have theirs."""
+        """Create the weights of a layer of ours; other modules already have theirs."""
         if isinstance(self.layer, Layer):
             self.layer.build(input_size)
 
@@ -63,13 +63,13 @@ class TimeDistributed(Layer):
         """Apply the layer to each step.
 
         Args:
-            inputs: `[B, T, …]`, at least three axes; or a `PackedSequence` of torch, whose steps lie folded already.
-            mask: `[B, T, …]` of bool; handed on, folded, to a layer that takes a mask, else without effect. With a
-                layer over sequences, `[B, T]` leaves out whole sequences.
-            training: handed on to a layer that takes it.
+            inputs: `[B, T, …]`, at least three axes; or a torch `PackedSequence`.
+            mask: bool `[B, T, …]`, passed to the layer if it takes a mask, otherwise ignored. For a recurrent layer, a
+                mask `[B, T]` masks whole sequences.
+            training: passed to the layer if it takes it.
 
         Returns:
-            What the layer returns, with `[B, T]` in place of each result's first axis; packed where `inputs` were.
+            The layer's results, with `[B, T]` instead of the first axis; packed if `inputs` are.
 
         Raises:
             ShapeError: fewer than three axes, or a mask of another shape.
@@ -79,7 +79,7 @@ class TimeDistributed(Layer):
         how: dict[str, Any] = {"training": training} if "training" in self._takes else {}
         if isinstance(inputs, PackedSequence):
             if mask is not None:
-                raise ValueError(f"{self._owner}: expected no mask with a PackedSequence, which has its lengths")
+                raise ValueError(f"{self._owner}: a mask isn't supported with a PackedSequence, which has lengths")
             y = self.layer(as_input(self._owner, "inputs", inputs.data, like), **how)
             return pytree.tree_map_only(Tensor, lambda t: PackedSequence(t, *inputs[1:]), y)
         x = as_input(self._owner, "inputs", inputs, like)
@@ -90,7 +90,7 @@ class TimeDistributed(Layer):
             used = as_mask(self._owner, mask, x)
             check_mask(self._owner, tuple(used.shape[:2]), batch, steps)
             if "mask" in self._takes:
-                # To a layer over sequences, a step that doesn't count is a sequence without steps.
+                # For a recurrent layer, each step is a sequence: mask all of its steps.
                 if used.ndim == 2 and isinstance(self.layer, (RNN, Bidirectional)):
                     used = used.unsqueeze(2).expand(*used.shape, x.shape[2])
                 how["mask"] = used.reshape(batch * steps, *used.shape[2:])

@@ -1,4 +1,4 @@
-"""`truncated_backward`: truncated backpropagation through time, in one call."""
+"""`truncated_backward`: truncated backpropagation through time."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ def truncated_backward(
     optimizer: torch.optim.Optimizer | None = None,
     max_norm: float | None = None,
 ) -> tuple[Tensor, Any]:
-    """Run over long sequences in chunks of `steps` and differentiate each by itself: gradients reach back no further.
+    """Run long sequences in chunks of `steps` and run the backward pass of each chunk separately.
 
-    The state goes on from chunk to chunk, cut off from its graph, so that a call needs the memory of one chunk, however
-    long the sequences are. It takes the place of `loss.backward()`: gradients are added to the `.grad` of whatever has
-    one, and what they sum up to is the gradient of the mean loss over all steps (without the paths that are cut).
-    With an `optimizer` each chunk is a step of it instead, on the gradient of that chunk's own mean loss.
+    The state is passed from chunk to chunk, detached from its graph, so the memory is that of one chunk for sequences
+    of any length. Use it instead of `loss.backward()`: it adds to the `.grad` of all parameters the gradient of the
+    mean loss over all steps, without the paths between chunks. With an `optimizer`, each chunk is an optimiser step on
+    the gradient of that chunk's mean loss instead.
 
     Args:
         model: an RNN of ours with `return_sequences`, or a callable `(chunk, state) -> (prediction, *states)` whose
-            prediction is `[B, t, …]`, which is also given `mask=` and `reset=` of the chunk where the call has them. Of
-            a state it may make what it likes: the first is `initial_state`, tensors in it are cut off. One state is
-            handed on by itself, several as a tuple: so a layer of ours with `return_state` can be called in it.
+            prediction is `[B, t, …]`. The callable also gets the chunk's `mask=` and `reset=` if the call has them. Its
+            state can be any structure of tensors, which are detached; the first one is `initial_state`. One state is
+            passed as it is, several as a tuple, so the callable can call a layer of ours with `return_state`.
         sequences: `[B, T, …]`, a tensor or an array.
         targets: `[B, T, …]`, on the device of the predictions.
-        loss: a callable of the predictions `[N, …]` and the targets `[N, …]` of the N steps of a chunk that count, in
-            the order of rows, then steps; returns their mean, as torch's losses do. A head may be part of it.
+        loss: a callable of the predictions `[N, …]` and targets `[N, …]` of a chunk's N steps that count, ordered by
+            row, then step; it returns their mean, like torch's losses. It may include a head.
         steps: steps of a chunk, at least 1; the last one may have fewer.
-        initial_state: what the first chunk starts from; None: as any call of the model does.
-        mask, lengths, reset: see `RNN.forward`. A chunk of which no step counts is run for its state alone.
-        optimizer: is stepped after each chunk, its gradients zeroed before. Constraints within a model that is a
-            module are applied then.
-        max_norm: to what the norm of all the optimizer's gradients is cut before a step.
+        initial_state: initial state of the first chunk; None: the model's default.
+        mask, lengths, reset: see `RNN.forward`. A chunk without steps that count only updates the state.
+        optimizer: makes a step after each chunk, with gradients zeroed before. If the model is a module, its
+            constraints are applied after the step.
+        max_norm: maximum norm of all the optimiser's gradients, to which they are clipped before a step.
 
     Returns:
-        The mean loss over all steps that count, a scalar without a graph; and the state after the last step, as
-        `initial_state` takes it.
+        The mean loss over all steps that count, a scalar without a graph; and the state after the last step, in the
+        form of `initial_state`.
 
     Raises:
         ShapeError: targets, mask or reset of another batch or number of steps.
@@ -79,9 +79,7 @@ def truncated_backward(
     if as_integer(OWNER, "steps", steps) < 1:
         raise ValueError(f"{OWNER}: expected steps >= 1, got {steps}")
     if max_norm is not None and optimizer is None:
-        raise ValueError(
-            f"{OWNER}: expected an optimizer with max_norm: without one, clip what all chunks summed up to"
-        )
+        raise ValueError(f"{OWNER}: max_norm needs an optimizer: without one, clip the gradients after this call")
     batch, length = _shape(sequences, targets)
     used = as_used(OWNER, targets, mask, lengths)
     starts = None if reset is None else as_steps(OWNER, "reset", reset, targets)
@@ -112,7 +110,7 @@ def truncated_backward(
 
 
 def _runner(model: Any) -> Callable[..., tuple[Tensor, Any]]:
-    """Return what runs a chunk from a state: the model itself, unless it is a layer of ours."""
+    """Return a function that runs a chunk from a state."""
     if isinstance(model, RNN):
         owner = f"{OWNER}: {type(model).__name__}"
         if model.go_backwards or not model.return_sequences:
@@ -125,7 +123,7 @@ def _runner(model: Any) -> Callable[..., tuple[Tensor, Any]]:
         return run
     if isinstance(model, Layer) or not callable(model):
         raise TypeError(
-            f"{OWNER}: expected an RNN of ours or a callable (chunk, state) -> (prediction, *states), "
+            f"{OWNER}: expected a cellstack RNN or a callable (chunk, state) -> (prediction, *states), "
             f"got {type(model).__name__}"
         )
 
@@ -134,7 +132,7 @@ def _runner(model: Any) -> Callable[..., tuple[Tensor, Any]]:
         if not isinstance(returned, tuple) or len(returned) < 2:
             came = f"{len(returned)} value" if isinstance(returned, tuple) else type(returned).__name__
             raise TypeError(
-                f"{OWNER}: expected the model to return (prediction, *states), got {came}: a layer of ours needs "
+                f"{OWNER}: expected the model to return (prediction, *states), got {came}: a cellstack layer needs "
                 "return_state=True"
             )
         y, *states = returned
@@ -144,7 +142,7 @@ def _runner(model: Any) -> Callable[..., tuple[Tensor, Any]]:
 
 
 def _shape(sequences: Any, targets: Any) -> tuple[int, int]:
-    """Return B and T, checked."""
+    """Check the shapes, and return B and T."""
     if not hasattr(sequences, "shape") or not isinstance(targets, Tensor):
         came = f"{type(sequences).__name__}, {type(targets).__name__}"
         raise TypeError(f"{OWNER}: expected sequences as a tensor or array, targets as a tensor, got {came}")

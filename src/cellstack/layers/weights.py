@@ -1,9 +1,8 @@
 """Initialisers, regularisers and constraints: Keras's names over torch.nn.init and plain torch.
 
-Each of them is given as a name (`"glorot_uniform"`), a description (`{"class_name": "L2", "config": {"l2": 0.01}}`,
-as Keras writes it), an object of Keras's, or a callable of one tensor. An initialiser fills its tensor in place, as
-those of torch.nn.init do, or returns what is to be copied into it; a regulariser returns a scalar; a constraint returns
-the new weights.
+Each of them can be a name (`"glorot_uniform"`), a description in Keras's form (`{"class_name": "L2", "config": {"l2":
+0.01}}`), a Keras object, or a callable of one tensor. An initialiser fills its tensor in place, like those of
+torch.nn.init, or returns the values to copy; a regulariser returns a scalar; a constraint returns the new weights.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 Given = str | Mapping[str, Any] | Callable[[Tensor], Any] | None
 
 
-# ── Initialisers ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Initialisers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def variance_scaling(
@@ -42,28 +41,28 @@ def variance_scaling(
         return nn.init.normal_(w, 0.0, std, generator=generator)
     if distribution != "truncated_normal":
         raise ValueError(f"expected distribution uniform, truncated_normal or untruncated_normal, got {distribution!r}")
-    std /= 0.87962566103423978  # the standard deviation of a unit normal cut off at ±2
+    std /= 0.87962566103423978  # the standard deviation of a unit normal truncated at ±2
     return nn.init.trunc_normal_(w, 0.0, std, -2.0 * std, 2.0 * std, generator=generator)
 
 
 def random_normal(
     w: Tensor, mean: float = 0.0, stddev: float = 0.05, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Fill `w` with normal numbers."""
+    """Fill `w` with values of a normal distribution."""
     return nn.init.normal_(w, mean, stddev, generator=generator)
 
 
 def random_uniform(
     w: Tensor, minval: float = -0.05, maxval: float = 0.05, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Fill `w` with uniform numbers."""
+    """Fill `w` with values of a uniform distribution."""
     return nn.init.uniform_(w, minval, maxval, generator=generator)
 
 
 def truncated_normal(
     w: Tensor, mean: float = 0.0, stddev: float = 0.05, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Fill `w` with normal numbers cut off at two standard deviations."""
+    """Fill `w` with values of a normal distribution truncated at two standard deviations."""
     return nn.init.trunc_normal_(w, mean, stddev, mean - 2 * stddev, mean + 2 * stddev, generator=generator)
 
 
@@ -96,7 +95,7 @@ INITIALIZERS: dict[str, Callable[..., Any]] = {
 }
 
 
-# ── Regularisers ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Regularisers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def l1_l2(w: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -115,7 +114,7 @@ def _l2(w: Tensor, l2: float = 0.01) -> Tensor:
 REGULARIZERS: dict[str, Callable[..., Any]] = {"l1": _l1, "l2": _l2, "l1_l2": l1_l2}
 
 
-# ── Constraints ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Constraints ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _norms(w: Tensor, axis: int) -> Tensor:
@@ -123,23 +122,23 @@ def _norms(w: Tensor, axis: int) -> Tensor:
 
 
 def max_norm(w: Tensor, max_value: float = 2.0, axis: int = 0) -> Tensor:
-    """Scale down what has a norm above `max_value` along `axis`."""
+    """Scale vectors along `axis` down to a norm of at most `max_value`."""
     norms = _norms(w, axis)
     return w * (norms.clamp(0.0, max_value) / (norms + 1e-7))
 
 
 def non_neg(w: Tensor) -> Tensor:
-    """Set what is negative to zero."""
+    """Set negative values to zero."""
     return w.clamp(min=0.0)
 
 
 def unit_norm(w: Tensor, axis: int = 0) -> Tensor:
-    """Scale to norm 1 along `axis`."""
+    """Scale vectors along `axis` to norm 1."""
     return w / (_norms(w, axis) + 1e-7)
 
 
 def min_max_norm(w: Tensor, min_value: float = 0.0, max_value: float = 1.0, rate: float = 1.0, axis: int = 0) -> Tensor:
-    """Move norms along `axis` into `[min_value, max_value]`, by the share `rate` of the way."""
+    """Move norms along `axis` towards `[min_value, max_value]`, by the fraction `rate` of the difference."""
     norms = _norms(w, axis)
     wanted = rate * norms.clamp(min_value, max_value) + (1.0 - rate) * norms
     return w * (wanted / (norms + 1e-7))
@@ -153,7 +152,7 @@ CONSTRAINTS: dict[str, Callable[..., Any]] = {
 }
 
 
-# ── What was given, as a function ──────────────────────────────────────────────────────────────────────────────────
+# ── Looking up and applying them ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _snake(name: str) -> str:
@@ -164,7 +163,7 @@ _BASES = {"Initializer": "initializers", "Regularizer": "regularizers", "Constra
 
 
 def _of_keras(value: Any) -> str:
-    """Return which of Keras's bases an object has, "" for none. Keras isn't imported to see it."""
+    """Return the name of the Keras base class of an object, "" if there is none, without importing Keras."""
     for kind in type(value).__mro__:
         if kind.__name__ in _BASES and kind.__module__.split(".")[0] in ("keras", "tf_keras"):
             return kind.__name__
@@ -172,15 +171,15 @@ def _of_keras(value: Any) -> str:
 
 
 def described(value: Any) -> Any:
-    """Return an initialiser, regulariser or constraint of Keras's as its description, where we have the same.
+    """Return the description of a Keras initialiser, regulariser or constraint that we implement too.
 
-    Whatever else is given comes back as it is: what users derived from Keras's classes too.
+    Other values are returned unchanged, including objects of classes that users derived from Keras's.
     """
     if not _of_keras(value) or type(value).__module__.split(".")[0] not in ("keras", "tf_keras"):
         return value
     name, config = type(value).__name__, value.get_config()
     if not set(inspect.signature(type(value)).parameters) <= set(config):
-        return value  # Identity doesn't tell its gain
+        return value  # the configuration of Keras's Identity lacks its gain
     config = {key: setting for key, setting in config.items() if setting is not None}
     tables = INITIALIZERS, REGULARIZERS, CONSTRAINTS
     function = next((table[_snake(name)] for table in tables if _snake(name) in table), None)
@@ -191,18 +190,18 @@ def described(value: Any) -> Any:
 
 
 def _initial(initializer: Any, w: Tensor) -> Tensor:
-    """Return what an initialiser of Keras's, which takes a shape, has for `w`."""
+    """Return the values of a Keras initialiser, which takes a shape, for `w`."""
     values = initializer(tuple(w.shape), dtype=str(w.dtype).removeprefix("torch."))
     values = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     return values.to(w)
 
 
 def find(given: Given, table: Mapping[str, Callable[..., Any]], argument: str) -> Callable[[Tensor], Any] | None:
-    """Return the function that `given` stands for in `table`, None for None.
+    """Return the function of `table` that `given` names or describes; a callable unchanged; None for None.
 
     Raises:
         ValueError: a name that isn't in the table.
-        TypeError: neither a name, a description nor a callable; or a setting that the function does not take.
+        TypeError: not a name, a description or a callable; or a setting that the function doesn't take.
     """
     settings: dict[str, Any] = {}
     given = described(given)
@@ -233,8 +232,8 @@ def _seeded(function: Callable[..., Any], seed: int, settings: dict[str, Any], w
 
 @torch.no_grad()
 def fill(w: Tensor, initializer: Callable[[Tensor], Any]) -> None:
-    """Initialise `w` in place, whether `initializer` works in place or returns the values."""
-    drawn = w if w.dtype in (torch.float32, torch.float64) else w.float()  # torch factorises no half precision
+    """Initialise `w`, with an `initializer` that works in place or returns the values."""
+    drawn = w if w.dtype in (torch.float32, torch.float64) else w.float()  # torch can't factorise float16 and bfloat16
     values = initializer(drawn)
     values = values if isinstance(values, Tensor) else drawn
     if values is not w:

@@ -1,4 +1,4 @@
-"""The scikit-learn door: estimators over sequences and tables, fitted as `cellstack train` fits, run without torch.
+"""scikit-learn estimators for sequences and tables, trained like `cellstack train`; they predict without torch.
 
 Ref: scikit-learn, "Developing scikit-learn estimators", https://scikit-learn.org/stable/developers/develop.html
 """

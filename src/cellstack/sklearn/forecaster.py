@@ -1,4 +1,4 @@
-"""`SequenceForecaster`: forecasts of tables as `cellstack train` makes them, as an estimator."""
+"""`SequenceForecaster`: the forecasts of tables of `cellstack train`, as an estimator."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ Floats = NDArray[np.float64]
 
 @dataclass(repr=False, eq=False, kw_only=True)
 class SequenceForecaster(BaseEstimator):
-    """Stacked recurrent layers that forecast what comes next in one series or many, with quantiles.
+    """Stacked recurrent layers that forecast one or more series, with quantiles.
 
-    X is a table, a row a step of time: a pandas or polars frame, the name of a CSV or Parquet file, or numbers `[n]` or
-    `[n, K]`, whose columns are then `"0"`, `"1"` and so on; NaN and masked values are missing. Rows aren't samples here
-    but steps of one thing, so that `sklearn.model_selection.TimeSeriesSplit` is the splitter to take, with test parts
-    that hold the steps that a forecast starts from and those that it is of.
+    X is a table with one row per time step: a pandas or polars frame, the name of a CSV or Parquet file, or numbers
+    `[n]` or `[n, K]`, whose columns are then `"0"`, `"1"` and so on; NaN and masked values are missing. Rows are steps
+    of a series, not independent samples, so use `sklearn.model_selection.TimeSeriesSplit`, with test parts that contain
+    the steps that a forecast starts from and the forecast steps.
 
     Args:
-        target: column to forecast, or several; the only column of numbers where None.
-        horizon: steps to forecast; one season where None.
-        window: steps that the network sees; two seasons, from 16 to 168, where None.
-        seasons: steps after which the series repeats itself; found in the series where None, () for none.
-        inputs: further columns that are known up to now; every one that isn't named elsewhere where None.
-        known: columns that are known in advance: rows after the last observed target hold them.
-        holidays: a country whose holidays the network sees, `"US"` or `"DE-BY"`; "" for none.
-        scale: unit of the values, `"spread"` or `"level"`; the latter where None and the logarithm is smoothed.
-        quantiles: of the forecasts' distribution; 0.5, the forecast, is added.
-        date, id, zone, day_first, freq: how the table is read, see `train.table.read_table`; `id` is its `ids`.
-        units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
-        epochs, batch, lr, clip, patience: how each is fitted, see `train.Settings`.
-        validation: share of each series' rows, its last, by which epochs and more are chosen; where None, 0.15, or 0
-            where the series are too short for that: then all rows are trained on, in all epochs.
-        threads, device, verbose, random_state: as those of `SequenceClassifier`.
+        target: column to forecast, or several; None: the only numeric column.
+        horizon: steps to forecast; None: one season.
+        window: steps that the network sees; None: two seasons, from 16 to 168.
+        seasons: periods of the series in steps; None: detected in the series, (): none.
+        inputs: further columns that are known up to the present; None: all columns not named elsewhere.
+        known: columns that are known in advance: rows after the last observed target contain them.
+        holidays: a country whose holidays are an input, such as `"US"` or `"DE-BY"`; "": none.
+        scale: unit of the values, `"spread"` or `"level"`; None: `"level"` if the logarithm is smoothed.
+        quantiles: quantiles to forecast; 0.5, the forecast, is added.
+        date, id, zone, day_first, freq: how to read the table, see `train.table.read_table`; `id` is its `ids`.
+        units, cell, dropout, members: how to build the networks, see `train.forecast.training.Build`.
+        epochs, batch, lr, clip, patience: how to train each network, see `train.Settings`.
+        validation: share of each series' rows, the last ones, used to choose the number of epochs and other settings;
+            None: 0.15, or 0 if the series are too short. With 0, training uses all rows and runs all epochs.
+        threads, device, verbose, random_state: see `SequenceClassifier`.
 
-    What is None of `units`, `dropout`, `members`, `epochs`, `batch`, `lr` and `patience` is as `cellstack train` has it
-    for as many windows as there are.
+    If `units`, `dropout`, `members`, `epochs`, `batch`, `lr` or `patience` is None, its value depends on the number of
+    windows, as in `cellstack train`.
 
     Attributes:
-        network_: the fitted `cellstack.Network`; `cellstack run` takes it once it is saved.
-        recipe_: what is forecast from what, a `train.Recipe`.
-        understood_: how the table was understood, a sentence each.
-        history_: one dict an epoch of each member.
-        n_iter_: epochs of all members together.
+        network_: the fitted `cellstack.Network`; once saved, `cellstack run` can use it.
+        recipe_: the inputs and targets of the forecast, a `train.Recipe`.
+        understood_: how the table was interpreted, as sentences.
+        history_: one dict per epoch of each member.
+        n_iter_: total number of epochs of all members.
 
     Raises:
-        ValueError: from `fit` and `predict`, for tables and parameters that can't be used; the message says which.
-        KeyboardInterrupt: Ctrl-C in `fit`. The estimator is fitted as far as it came.
+        ValueError: from `fit` and `predict`, for unusable tables and parameters; the message says which.
+        KeyboardInterrupt: Ctrl-C in `fit`. The estimator is fitted up to that point.
 
     Example:
         >>> import numpy as np
@@ -103,7 +103,7 @@ class SequenceForecaster(BaseEstimator):
 
         Args:
             X: the table.
-            y: not used: the targets are columns of X.
+            y: ignored: the targets are columns of X.
 
         Returns:
             This estimator.
@@ -131,30 +131,30 @@ class SequenceForecaster(BaseEstimator):
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history
         self.understood_, self.n_iter_ = trained.understood, len(result.history)
         self._last = table
-        if result.fit.interrupted:  # fitted as far as it came, and what called this is to stop
+        if result.fit.interrupted:  # fitted up to this point, but the caller has to stop
             raise KeyboardInterrupt
         return self
 
     def forecasts(self, X: Any = None) -> predict.Forecasts:
-        """Forecast with the names of the series, the steps' times and all quantiles.
+        """Return forecasts with the names of the series, the times of the steps and all quantiles.
 
         Args:
             X: see `predict`.
 
         Returns:
-            One row a series, see `train.forecast.predict.Forecasts`.
+            One row per series, see `train.forecast.predict.Forecasts`.
         """
         return self._forecasts(self._seen(X))
 
     def predict(self, X: Any = None) -> Floats:
-        """Forecast what comes after the last observed target of each series.
+        """Forecast the steps after the last observed target of each series.
 
         Args:
-            X: a table with the columns of that of the fit, of the same series or of others; that of the fit where None.
+            X: a table with the same columns as in `fit`, of the same or other series; None: the table of `fit`.
 
         Returns:
-            `[horizon]`, the median: `[S, horizon]` of S named series, in the order in which they appear, and with a
-            further axis for the targets where there are several.
+            The median, `[horizon]`; for S named series `[S, horizon]`, in the order of their first rows; with several
+            targets a last axis for them.
         """
         forecasts = self.forecasts(X)
         median = forecasts.median
@@ -165,26 +165,27 @@ class SequenceForecaster(BaseEstimator):
 
         Args:
             X: see `predict`.
-            quantiles: those of `recipe_.quantiles` where None; others, from the lowest of these to the highest, lie
-                between the two on either side, see `train.forecast.predict.Forecasts.at`.
+            quantiles: None: those of `recipe_.quantiles`. Others, from the lowest to the highest of these, are
+                interpolated, see `train.forecast.predict.Forecasts.at`.
 
         Returns:
-            As `predict`, with a last axis for the quantiles, in the order in which they were asked for.
+            As `predict`, with an additional last axis for the quantiles, in the given order.
         """
         forecasts = self.forecasts(X)
         values = forecasts.values if quantiles is None else forecasts.at(quantiles)
         return _squeezed(forecasts, values[:, :, 0] if values.shape[2] == 1 else values)
 
     def score(self, X: Any, y: None = None) -> float:
-        """Return how much less than the naive forecast's the absolute error is, over X's last `horizon` rows.
+        """Return the skill of the forecast of X's last `horizon` rows, compared with the naive forecast.
 
         Args:
-            X: a table whose series end with the truth; what lies before it is forecast from.
-            y: not used.
+            X: a table whose series end with the true values; the rows before them are the input of the forecast.
+            y: ignored.
 
         Returns:
-            `1 - error / error of the latest value`: 1 is without error, 0 no better than the latest value. It doesn't
-            depend on how the estimator was told to forecast, so that searches can go by it.
+            `1 - absolute error / absolute error of repeating the latest value`: 1 is a perfect forecast, 0 is no better
+            than the latest value. The baseline doesn't depend on the estimator's parameters, so searches can use the
+            score.
         """
         check_is_fitted(self)
         table, recipe = self._table(X), self.recipe_
@@ -208,7 +209,7 @@ class SequenceForecaster(BaseEstimator):
         return self._last if X is None else self._table(X)
 
     def _table(self, X: Any) -> Table:
-        """Return what X holds, as series on even grids."""
+        """Read X as a table of series at regular steps."""
         if isinstance(X, (np.ndarray, list, tuple)):
             import pandas as pd
 
@@ -221,5 +222,5 @@ class SequenceForecaster(BaseEstimator):
 
 
 def _squeezed(forecasts: predict.Forecasts, values: Floats) -> Floats:
-    """Return `[S, …]`, or the values alone of a table's only series, where that has no name."""
+    """Return `[S, …]`; for a single series without a name, its values without the first axis."""
     return values[0] if forecasts.ids == [""] else values

@@ -1,4 +1,4 @@
-"""Estimators over sequences, a class or numbers each: fitted by `train.fit`, run by the Network that comes of it."""
+"""Estimators that predict a class or numbers per sequence: trained with `train.fit`, run with the trained Network."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cellstack.train.checks import refuse_masked, unmasked
 from cellstack.train.data.targets import in_float32
 from cellstack.train.settings import check_number
 
-FEWEST, HELD = 20, 0.15  # sequences that an epoch is chosen by at least, and the share of all that they are
-EPOCHS, STEPS = 60, 750  # a fit without a word on epochs takes so many at least, and so many steps of the optimiser
+FEWEST, VALIDATION = 20, 0.15  # minimum number of validation sequences, and their share of all
+EPOCHS, STEPS = 60, 750  # minimum number of epochs, and of optimiser steps, if `epochs` is None
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
 class _SequenceEstimator(BaseEstimator):
-    """What the estimators share: their parameters, what they take as X, and the fit.
+    """Base class: the parameters, the checks of X, and the fit.
 
-    A dataclass, so that each class has all its parameters in the signature of its `__init__`, as scikit-learn asks.
+    A dataclass, so that the signature of each class's `__init__` has all parameters, as scikit-learn requires.
     """
 
     units: int | Sequence[int] = (48, 48)
@@ -47,7 +47,7 @@ class _SequenceEstimator(BaseEstimator):
     patience: int | None = None
     noise: float = 0.0
     offset: float = 0.0
-    validation: float | None = HELD
+    validation: float | None = VALIDATION
     init: Network | str | None = None
     threads: int | None = 1
     device: str = "auto"
@@ -62,11 +62,11 @@ class _SequenceEstimator(BaseEstimator):
         return tags
 
     def _check_sequences(self, X: Any, *, reset: bool) -> list[NDArray[np.float32]]:
-        """Return X as one `[T, C]` array a sequence, and hold its width against that of the fit.
+        """Return X as one `[T, C]` array per sequence, after checking its width against that of `fit`.
 
         Args:
-            X: what `fit` and `predict` take.
-            reset: this is the fit: remember the width.
+            X: the X of `fit` and `predict`.
+            reset: True in `fit`: store the width.
         """
         X = unmasked(X)
         ragged = _ragged(X)
@@ -82,18 +82,18 @@ class _SequenceEstimator(BaseEstimator):
         widths = {one.shape[1] for one in sequences}
         if len(widths) != 1 or not all(len(one) for one in sequences):
             raise ValueError(
-                f"expected sequences [T, C] of at least one step and of one number of channels C, got "
+                f"expected sequences [T, C] with at least one step and the same number of channels C, got "
                 f"{min(len(one) for one in sequences)} steps in the shortest, channels {sorted(widths)}"
             )
         self._check_form("sequences", reset)
         channels = widths.pop()
         if reset:
             self.n_features_in_ = channels
-            vars(self).pop("feature_names_in_", None)  # of a fit before, on a table with names
+            vars(self).pop("feature_names_in_", None)  # of an earlier fit on a table with column names
         elif channels != self.n_features_in_:
             raise ValueError(
                 f"X has {channels} features, but {type(self).__name__} is expecting {self.n_features_in_} features as "
-                "input: the last axis holds the channels"
+                "input: the last axis is the channel axis"
             )
         return sequences
 
@@ -109,15 +109,15 @@ class _SequenceEstimator(BaseEstimator):
 
         Args:
             sequences: `[T, C]` each.
-            y: positions in `labels`, `[n]` int64; targets, `[n, O]` float32, where there are no labels.
+            y: positions in `labels`, `[n]` int64; without labels, targets `[n, O]` float32.
             labels: the classes.
-            weight: how much each sequence counts, `[n]`.
+            weight: weight of each sequence, `[n]`.
         """
         epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
         check_number("epochs", epochs, whole=True)
         validation = self.validation
         if validation is None:
-            validation = HELD if HELD * len(sequences) >= FEWEST else 0.0
+            validation = VALIDATION if VALIDATION * len(sequences) >= FEWEST else 0.0
         result = train.fit(
             Sequences(self._seen(sequences), y, labels, "X", weight=weight.astype(np.float32)),
             validation=validation,
@@ -141,7 +141,7 @@ class _SequenceEstimator(BaseEstimator):
             device=self.device,
         )
         self.network_, self.history_, self.n_iter_ = result.network, result.history, len(result.history)
-        if result.fit.interrupted:  # fitted as far as it came, and what called this is to stop
+        if result.fit.interrupted:  # fitted up to this point, but the caller has to stop
             raise KeyboardInterrupt
 
     @property
@@ -149,11 +149,11 @@ class _SequenceEstimator(BaseEstimator):
         return "mean"
 
     def _seen(self, sequences: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Return the sequences as the network sees them."""
+        """Return the network's input for the sequences."""
         return list(map(with_changes, sequences)) if self.changes else sequences
 
     def _answers(self, X: Any) -> NDArray[np.float64]:
-        """Return what the network answers, `[n, O]`."""
+        """Return the network's outputs, `[n, O]`."""
         check_is_fitted(self)
         sequences = Labelled(Sequences(self._seen(self._check_sequences(X, reset=False)), None, (), "X"))
         inputs = predict.trained(self.network_, type(self).__name__).inputs
@@ -161,9 +161,9 @@ class _SequenceEstimator(BaseEstimator):
 
 
 def with_changes(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return a sequence with the changes of its channels beside them, `[T, 2 * C]` for `[T, C]`.
+    """Append the changes of its channels to a sequence: `[T, 2 * C]` for `[T, C]`.
 
-    A change is that from the latest step at which the channel was observed, 0 where there is none; NaN stays NaN.
+    A change is the difference from the channel's last observed value, 0 if there is none; NaN remains NaN.
 
     Ref: Furui 1986, "Speaker-independent isolated word recognition using dynamic features of speech spectrum".
 
@@ -177,14 +177,14 @@ def with_changes(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def seed_of(random_state: Any) -> int:
-    """Return what a `random_state` says: itself where it is a whole number, else a draw from it."""
+    """Return the seed of a `random_state`: itself if it is an integer, else a draw from it."""
     if isinstance(random_state, Integral):
         return int(random_state)
     return check_random_state(random_state).randint(2**31)
 
 
 def _ragged(X: Any) -> list[Any] | None:
-    """Return X as a list of sequences where it is one: arrays in a list, lists of unequal length, arrays as objects."""
+    """Return X as a list of sequences if it is a list of arrays, lists of unequal length, or an object array."""
     if getattr(X, "ndim", None) == 1 and getattr(getattr(X, "dtype", None), "kind", "") == "O":
         X = list(X)
     if not isinstance(X, (list, tuple)) or not len(X):
@@ -196,60 +196,61 @@ def _ragged(X: Any) -> list[Any] | None:
 
 
 def _column(one: Any) -> Any:
-    """Return a sequence `[T]` of one channel as `[T, 1]`, any other as it is."""
+    """Return a sequence `[T]` of one channel as `[T, 1]`, any other unchanged."""
     return np.asarray(one)[:, None] if np.ndim(one) == 1 else one
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
 class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
-    """Stacked recurrent layers that tell classes of sequences.
+    """Stacked recurrent layers that classify sequences.
 
-    X is what scikit-learn's splitters, searches and pipelines can index:
+    X can be anything that scikit-learn's splitters, searches and pipelines can index:
 
     - `[n, T, C]`: n sequences of T steps of C channels;
-    - a list of n arrays `[T, C]`, or `[T]` where there is one channel; T may differ;
-    - `[n, T]`, an array or a data frame: n sequences of one channel, a column a step.
+    - a list of n arrays `[T, C]`, or `[T]` for one channel; T may differ;
+    - `[n, T]`, an array or a data frame: n sequences of one channel, one column per step.
 
-    NaN and masked values are missing; steps without any value are left out. `n_features_in_` is the length of the last
-    axis: what is predicted must have as many channels, or, as a table, as many columns, as what was fitted.
+    NaN and masked values are missing; steps without any value are skipped. `n_features_in_` is the length of the last
+    axis: predictions need the same number of channels, or, for a table, of columns.
 
     Args:
         units: width of each layer, bottom first; one number for one layer.
         cell: `"lstm"`, `"gru"` or `"rnn"`.
-        bidirectional: run each layer from both ends.
+        bidirectional: run each layer in both directions.
         dropout: share of values dropped out after each layer in training.
-        pooling: `"mean"`, `"max"` or `"last"` over the steps; the largest where None, the mean with `every_step`.
-        changes: show the network how much each channel changed since the step before, too, as channels of their own.
-        every_step: read out every step and pool the answers; such a network answers frame by frame as a stream.
-        epochs: most passes over the training part; where None, as many as come to 750 steps, and 60 at least.
-        batch: most sequences in a step of the optimiser.
-        lr: Adam's rate in the first epoch; it falls to a hundredth along half a cosine.
-        clip: largest norm of all gradients together.
-        patience: epochs without a better validation loss before the fit stops; 0 never stops early, None after a third
-            of `epochs`.
+        pooling: `"mean"`, `"max"` or `"last"` over the steps; None: `"max"`, or `"mean"` with `every_step`.
+        changes: also use the change of each channel since the previous step as an input channel.
+        every_step: apply the output layer at every step and pool its outputs; as a stream, such a network returns an
+            output at every step.
+        epochs: maximum number of passes over the training part; None: as many as make 750 steps, at least 60.
+        batch: maximum number of sequences in an optimiser step.
+        lr: Adam's learning rate in the first epoch; it falls to a hundredth along half a cosine.
+        clip: maximum norm of all gradients together.
+        patience: epochs without a better validation loss before training stops; 0: never stop early, None: a third of
+            `epochs`.
         noise: standard deviation of the noise that training adds to each input, in units of its channel's scale.
-        offset: the same for noise that is drawn once a sequence and channel.
-        validation: share of the sequences, of each class, that is held out to choose the epoch; 0 for none, which is
-            the last one then. None: 0.15 where that is 20 sequences or more, else 0, as fewer choose badly.
-        init: a network, or the file of one, of the same shapes, whose weights are the start.
-        threads: how many to use. None: as many as pay, which is measured, so that the last bits may differ from fit to
-            fit.
-        device: where to train: `"auto"`, `"cpu"`, `"cuda"`. Predictions are the kernel's, on the CPU.
-        verbose: show a bar.
-        random_state: fixes every draw. An int is `seed` in `train.fit`.
-        class_weight: None, `"balanced"`, or weights by class: how much a sequence of it counts.
+        offset: the same for noise that is drawn once per sequence and channel.
+        validation: share of the sequences of each class that is held out to choose the best epoch; 0: none, keep the
+            last epoch. None: 0.15 if that is at least 20 sequences, else 0, as fewer choose badly.
+        init: a network of the same shapes, or its file, with the initial weights.
+        threads: number of threads. None: the fastest number, by measurement, so that the last bits may differ between
+            fits.
+        device: device for training: `"auto"`, `"cpu"`, `"cuda"`. Predictions run on the CPU kernel.
+        verbose: show a progress bar.
+        random_state: makes a fit repeatable. An int is the `seed` of `train.fit`.
+        class_weight: None, `"balanced"`, or the weight of each class's sequences.
 
     Attributes:
-        classes_: the classes, sorted, `[K]`.
-        network_: the fitted `cellstack.Network`: raw values in, where there are `changes` as `with_changes` puts them
-            beside each other, class probabilities out. It needs no torch, nor does a pickled estimator.
-        history_: one dict an epoch: `loss`, `validation_loss`, `accuracy` of the validation part, `lr`.
-        n_iter_: epochs run.
+        classes_: the sorted classes, `[K]`.
+        network_: the fitted `cellstack.Network`. Its input is the raw values, with `changes` the result of
+            `with_changes`; its output is class probabilities. It needs no torch, nor does a pickled estimator.
+        history_: one dict per epoch: `loss`, `validation_loss`, `accuracy` of the validation part, `lr`.
+        n_iter_: number of epochs run.
         n_features_in_: length of X's last axis.
 
     Raises:
-        ValueError: from `fit` and `predict`, for parameters and data that can't be used; the message says which.
-        KeyboardInterrupt: Ctrl-C in `fit`. The estimator is fitted as far as it came.
+        ValueError: from `fit` and `predict`, for unusable parameters and data; the message says which.
+        KeyboardInterrupt: Ctrl-C in `fit`. The estimator is fitted up to that point.
 
     Example:
         >>> import numpy as np
@@ -277,8 +278,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
         Args:
             X: n sequences.
-            y: their classes, `[n]`, of any type that sorts.
-            sample_weight: how much each sequence counts in the loss, `[n]`.
+            y: their classes, `[n]`, of any sortable type.
+            sample_weight: weight of each sequence in the loss, `[n]`.
 
         Returns:
             This estimator.
@@ -310,7 +311,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
             `[n, K]`, in the order of `classes_`.
         """
         answers = self._answers(X)
-        return answers / answers.sum(axis=1, keepdims=True)  # one in float64, not in the network's float32 alone
+        return answers / answers.sum(axis=1, keepdims=True)  # so that the float64 sum is 1, not only the float32 one
 
     def predict(self, X: Any) -> NDArray:
         """Return the most probable class.
@@ -325,7 +326,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         return self.classes_[chosen]
 
     def score(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> float:
-        """Return the share of sequences whose class is predicted, weighted by `sample_weight`, `[n]`."""
+        """Return the accuracy, weighted by `sample_weight`, `[n]`."""
         refuse_masked("y", y)
         refuse_masked("sample_weight", sample_weight)
         return super().score(X, y, sample_weight)
@@ -333,21 +334,21 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
 @dataclass(repr=False, eq=False, kw_only=True)
 class SequenceRegressor(RegressorMixin, _SequenceEstimator):
-    """Stacked recurrent layers that give numbers for sequences, one or several.
+    """Stacked recurrent layers that predict one or more numbers per sequence.
 
     Args:
-        units, cell, bidirectional, dropout, pooling, every_step: how the network is built, see `SequenceClassifier`.
-        epochs, batch, lr, clip, patience, noise, offset, validation: how it is fitted; without noise if not asked for,
-            as a number is often in the very level that noise hides.
-        init, threads, device, verbose, random_state: the same.
+        units, cell, bidirectional, dropout, pooling, every_step: how to build the network, see `SequenceClassifier`.
+        epochs, batch, lr, clip, patience, noise, offset, validation: how to train it, see `SequenceClassifier`. There
+            is no noise by default, as targets often depend on the level of the input, which noise hides.
+        init, threads, device, verbose, random_state: see `SequenceClassifier`.
 
     Attributes:
-        network_: the fitted `cellstack.Network`: raw values in, numbers in the targets' units out.
-        history_: one dict an epoch: `loss`, `validation_loss`, `rmse` of the validation part, `lr`.
-        n_iter_, n_features_in_: as those of `SequenceClassifier`.
+        network_: the fitted `cellstack.Network`, from raw values to numbers in the targets' units.
+        history_: one dict per epoch: `loss`, `validation_loss`, `rmse` of the validation part, `lr`.
+        n_iter_, n_features_in_: see `SequenceClassifier`.
 
     Raises:
-        ValueError, KeyboardInterrupt: as `SequenceClassifier` does.
+        ValueError, KeyboardInterrupt: see `SequenceClassifier`.
 
     Example:
         >>> import numpy as np
@@ -366,9 +367,9 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
         """Train on sequences and their targets.
 
         Args:
-            X: n sequences, in the forms that `SequenceClassifier` takes.
+            X: n sequences, see `SequenceClassifier`.
             y: their targets, `[n]` or `[n, O]`.
-            sample_weight: how much each sequence counts in the loss, `[n]`.
+            sample_weight: weight of each sequence in the loss, `[n]`.
 
         Returns:
             This estimator.
@@ -390,7 +391,7 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
             X: n sequences.
 
         Returns:
-            `[n]` or `[n, O]`, as y was, in its units.
+            `[n]` or `[n, O]`, like y in `fit`, in its units.
         """
         answers = self._answers(X)
         return answers[:, 0] if self._flat else answers

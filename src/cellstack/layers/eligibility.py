@@ -1,4 +1,4 @@
-"""Which of PyTorch's recurrent modules the kernel runs, and which of their calls."""
+"""Decide which of PyTorch's recurrent modules, and which of their calls, the kernel runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 from cellstack.layers import op
 
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
-_MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # that of an nn.RNNCell is told by its nonlinearity
+_MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # the mode of an nn.RNNCell depends on its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-# By which they run; a class that has one of its own runs by that.
+# The methods that a forward pass uses; a class that overrides one stays with PyTorch.
 _METHODS = (
     "forward",
     "check_forward_args",
@@ -26,54 +26,54 @@ _METHODS = (
     "permute_hidden",
 )
 _DTYPES = (torch.float32, torch.float64)
-# Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
+# Numbers of steps from which the kernel is faster: without gradients, with gradients, within packed_weights();
 # measured (benchmarks/accelerate.py).
 LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 16, 4), "RNN_RELU": (16, 16, 4)}
-# Units from which a cell without gates is the faster one for a step with frozen weights.
+# Units from which the kernel is faster for one step of a cell without gates, within packed_weights().
 WIDE_RNN_CELL = 128
-# Units, or rows × steps, from which an LSTM's training step is the faster one whatever its steps.
+# Units, or rows × steps, from which an LSTM's training step is faster at any number of steps.
 WIDE_LSTM, BIG_LSTM = 128, 512
 
 
 def is_narrow(module: nn.Module) -> bool:
-    """Return whether PyTorch runs a step of a module as fast with frozen weights too."""
+    """Whether PyTorch runs a step of this module as fast as the kernel, even within packed_weights()."""
     return isinstance(module, nn.RNNCell) and module.hidden_size < WIDE_RNN_CELL
 
 
 def original_of(kind: type) -> type:
-    """Return the class of PyTorch's, or that derives from it, that one of ours was made of; another as it is."""
+    """Return the class that a module had before `accelerate`; a class that isn't ours unchanged."""
     return getattr(kind, "_class_before", kind)
 
 
 def base_of(kind: type) -> type | None:
-    """Return which of PyTorch's recurrent classes `kind` is or derives from; None for another class."""
+    """Return PyTorch's recurrent class that `kind` is or derives from; None for other classes."""
     return next((base for base in _MODULES if issubclass(kind, base)), None)
 
 
-def _own_part(kind: type) -> str | None:
-    """Return the name of a method of `kind` that isn't the one by which PyTorch's own class runs; None: all are."""
+def _overridden(kind: type) -> str | None:
+    """Return the first of `_METHODS` that `kind` overrides; None if it overrides none."""
     base = base_of(kind)
     return next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
 
 
-def own_way(module: nn.Module) -> str | None:
-    """Return by what of its own a recurrent module runs, so that it keeps its class; None: by what PyTorch's has."""
+def why_unsupported(module: nn.Module) -> str | None:
+    """Return why `accelerate` leaves the class of a recurrent module as it is; None if it can replace the class."""
     kind = original_of(type(module))
-    own = _own_part(kind)
-    if own is not None:
-        return f"{kind.__name__} has a {own} of its own"
+    method = _overridden(kind)
+    if method is not None:
+        return f"{kind.__name__} overrides {method}"
     if parametrize.is_parametrized(module) and not hasattr(type(module), "_class_before"):
         return "its weights are parametrised"
     if any(map(is_lazy, module.parameters(recurse=False))):
-        return "its weights aren't there yet"
+        return "its weights aren't initialised yet"
     return None
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Return why PyTorch runs every call of a recurrent module as it is now; None where the kernel can run some."""
-    own = own_way(module)
-    if own is not None:
-        return own
+    """Return why PyTorch runs every call of a module in its current state; None if the kernel can run some."""
+    unsupported = why_unsupported(module)
+    if unsupported is not None:
+        return unsupported
     weights = list(module.parameters(recurse=False))
     subclasses = sorted({type(weight).__name__ for weight in weights if type(weight) not in op.PLAIN})
     if subclasses:
@@ -90,18 +90,18 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _watched() -> bool:
-    """Whether something looks on that knows PyTorch's operations alone: a tracer, an exporter, a transform."""
+def _traced() -> bool:
+    """Whether a tracer, an exporter or a transform is active: these support only PyTorch's operators."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch._C._get_tracing_state() is not None or op.transformed()
 
 
 def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) -> bool:
-    """Whether these are the tensors that the kernel takes; where it is no, PyTorch runs the call, or refuses it."""
-    if not isinstance(x, Tensor) or op.wraps(x) or _watched() or not x.numel() or x.shape[-1] != width:
+    """Whether the kernel supports these tensors; otherwise PyTorch runs the call, or refuses it."""
+    if not isinstance(x, Tensor) or op.wraps(x) or _traced() or not x.numel() or x.shape[-1] != width:
         return False
-    for array in (*weights, *states):  # first, since a subclass may intercept the reading of an attribute
+    for array in (*weights, *states):  # first, as a subclass may intercept reading an attribute
         if type(array) not in op.PLAIN:
             return False
     dtype = weights[0].dtype
@@ -120,15 +120,15 @@ def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) 
 
 
 def arrays_of(hx: Any, mode: str) -> Sequence[Any]:
-    """Return the arrays of a state as PyTorch's modules take it: a pair of an LSTM, else the array itself.
+    """Return the arrays of a state in the form of PyTorch's modules: the pair of an LSTM, otherwise one array.
 
-    An empty tuple isn't the same as None: PyTorch refuses it, so it is returned as if it were an array.
+    An empty tuple isn't equivalent to None: PyTorch refuses it, so it is returned as if it were an array.
     """
     return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) and hx else (hx,)
 
 
 def mode_of(cell: Any) -> str:
-    """Return what a cell would be called as the mode of an `nn.RNNBase`."""
+    """Return the `mode` that an `nn.RNNBase` of this cell has."""
     return (
         next((mode for kind, mode in _MODES.items() if isinstance(cell, kind)), None)
         or f"RNN_{cell.nonlinearity.upper()}"
@@ -136,10 +136,10 @@ def mode_of(cell: Any) -> str:
 
 
 def name_of(module: nn.Module) -> str:
-    """Return what messages call a module: the name of its own class."""
+    """Return the name of a module in messages: that of its class before `accelerate`."""
     return original_of(type(module)).__name__
 
 
 def why_not(module: nn.Module) -> str:
-    """Say why PyTorch has to run a call, which one that only the kernel could give was asked of."""
-    return obstacle(module) or "under a transform or a tracer, or with an input that it refuses"
+    """Return why PyTorch has to run a call that asks for something only the kernel supports."""
+    return obstacle(module) or "a transform or tracer is active, or the input is invalid"
