@@ -129,7 +129,7 @@ class Log:
         self.writer = event_writer(path)
         if self.writer is None:
             raise UsageError(
-                f"expected a log with the suffix {' or '.join(FILES)}, got {os.fspath(path)!r}: for TensorBoard events, "
+                f"expected a log with the suffix {' or '.join(FILES)}, got {os.fspath(path)!r}: for events, "
                 "pip install tensorboard"
             )
 
@@ -146,7 +146,7 @@ class Log:
         except OSError as error:
             if not self.failed:
                 self.failed = True
-                said = f"the log could not be written, training continues: {os.fspath(self.path)}: {error.strerror}"
+                said = f"the log could not be written, training continues: {self.path}: {error.strerror}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
