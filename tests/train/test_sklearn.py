@@ -1,4 +1,4 @@
-"""The estimators of the scikit-learn door: what they take, what they give, where they go."""
+"""The scikit-learn estimators: their inputs, outputs, and use of the trained networks."""
 
 import os
 import pickle

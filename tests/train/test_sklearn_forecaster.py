@@ -90,14 +90,17 @@ def test_forecasts_have_names_and_times(table):
 
 def test_series_too_short_to_hold_some_of_it_out(table):
     model = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales").fit(table[:30])
-    assert "no rows held out to choose by: all are trained on, in all epochs" in model.understood_
+    assert (
+        "no validation part: the networks are trained on all rows before the test part, for all epochs"
+        in model.understood_
+    )
     assert model.n_iter_ == 3
     whole = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales", validation=0.0).fit(table[:30])
     np.testing.assert_array_equal(model.predict(), whole.predict())
-    with pytest.raises(ValueError, match="expected more rows for the validation part"):
+    with pytest.raises(ValueError, match="too few rows for the validation part"):
         SequenceForecaster(**QUICK | {"horizon": 6}, target="sales", validation=0.15).fit(table[:30])
     held = SequenceForecaster(**QUICK, target="sales").fit(table)
-    assert "no rows held out" not in " ".join(held.understood_)
+    assert "no validation part" not in " ".join(held.understood_)
 
 
 def test_several_series_and_targets(table):

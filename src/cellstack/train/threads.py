@@ -29,7 +29,7 @@ def kept() -> Iterator[None]:
 
 
 def fastest(steps: list[Callable[[], None]], left: int) -> dict[int, float]:
-    """Set torch's number of threads, and with it the kernel's, to one or all, whichever runs a step faster.
+    """Set torch's number of threads, and with it the kernel's, to the faster of one and all.
 
     Args:
         steps: functions that run the forward and backward pass of one batch, without side effects.

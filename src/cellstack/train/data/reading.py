@@ -22,7 +22,7 @@ from cellstack.train.tables.source import Frame, read_source
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")
-HELD = ("x", "y", "lengths", "weight")
+ARRAYS = ("x", "y", "lengths", "weight")
 
 
 class Read(NamedTuple):
@@ -180,7 +180,7 @@ def _npz(path: Path, per_step: bool | None) -> dict[str, Any]:
                 "length, and the array lengths"
             ) from None
         raise FormatError(f"{path}: expected arrays written by np.savez: {str(error)[:120]}") from None
-    unknown = [name for name in arrays if name not in HELD]
+    unknown = [name for name in arrays if name not in ARRAYS]
     if unknown or "x" not in arrays:
         found = ", ".join(arrays) or "none"
         raise UsageError(f"expected an array named x and optionally y, lengths and weight, found {found}")

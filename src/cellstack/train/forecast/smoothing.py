@@ -8,8 +8,8 @@ seasons s (d is the mean change per row so far, r the remainder at the previous 
 
     forecast(t + k) = l + k·δ·d + (φ + … + φ^k)·b + ρ^k·r + s(t + k)
 
-At a missing value e is 0 and r ← ρ·r. Seasons that aren't divisors of a longer one have their own s. The seven parameters are those
-that forecast best so far, over the whole horizon, in a grid search.
+At a missing value e is 0 and r ← ρ·r. Seasons that aren't divisors of a longer one have their own s. The seven
+parameters are those that forecast best so far, over the whole horizon, in a grid search.
 
 Ref: Gardner and McKenzie, Forecasting trends in time series, Management Science 31 (1985), 1237-1246 (φ); Taylor,
 Short-term electricity demand forecasting using double seasonal exponential smoothing, Journal of the Operational
@@ -34,9 +34,7 @@ SEASONS = (0.0, 0.05, 0.1, 0.2, 0.4)
 TRENDS = ((0.0, 0.0, 1.0), (0.5, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.05, 0.9), (0.0, 0.1, 0.98), (0.0, 0.02, 1.0))
 MEMORIES = (0.0, 0.5, 0.8, 0.95)
 MOST_ROWS, MOST_ORIGINS = 6000, 300  # of the grid search, over all series
-SURE = (
-    1.02  # the logarithm's error may be larger by this factor: most positive series vary in proportion to their level
-)
+SURE = 1.02  # the logarithm may have a larger error by this factor: most positive series vary with their level
 
 
 class Smoothing(NamedTuple):

@@ -226,7 +226,7 @@ class _Fits:
         return "; ".join([*parts, what if found else "no data was held out to measure its accuracy on"])
 
     def _scale(self) -> Floats:
-        """Return the scale of each target's outputs, `[targets]`: the mean absolute value in the training part, or 1."""
+        """Return the scale of each target's outputs, `[targets]`: the mean absolute value in training, or 1."""
         some = self.windows.fetch(spread_out(self.kept, MEASURED))
         y, seen = (array.reshape(len(some.y), self.windows.recipe.horizon, -1) for array in (some.y, some.weight > 0))
         scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)

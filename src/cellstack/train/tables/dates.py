@@ -193,7 +193,7 @@ def _numbers_like(cells: Series, named: bool) -> bool:
 
 
 def _unix_unit(values: NDArray[np.float64]) -> str | None:
-    """Return the unit in which numbers are Unix times from 1971 to 2100; None if they aren't, or are dates in digits."""
+    """Return the unit in which numbers are Unix times from 1971 to 2100; None for none, or for digits of dates."""
     digits = [f"{value:.0f}" for value in values[:: max(1, len(values) // 50)]]
     if all(forms(text) for text in digits):
         return None

@@ -168,7 +168,7 @@ def inferred(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> Spacing
 
 
 def even_share(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> float:
-    """Return how even times are: the share of steps of the most frequent length or, if less, of occupied grid positions.
+    """Return how even times are: the share of steps of the most frequent length or, if less, of occupied positions.
 
     Rows are compared in their order within series; 0 if they are neither ascending nor descending.
     """

@@ -80,7 +80,7 @@ class Source:
         return cells.where(~cells.isin(MISSING))
 
     def numbers_rows(self, name: str) -> bool:
-        """Return whether a column is an index written by pandas, without a name or with the name that pandas gives it."""
+        """Return whether a column is an index written by pandas, without a name or with pandas's name for it."""
         cells = self.frame[name]
         if name not in self.index and not re.fullmatch(r"Unnamed: \d+", name):
             return False

@@ -170,7 +170,7 @@ def alphabet_of(net: Network, path: str) -> Alphabet:
         return Alphabet(None)
     if not isinstance(characters, (str, list)) or not all(isinstance(c, str) and len(c) == 1 for c in characters):
         raise UsageError(
-            f"{path}: expected characters in the metadata to be a string or a list of them, got {characters!r:.80}"
+            f"{path}: expected characters in the metadata as a string or a list of characters, got {characters!r:.80}"
         )
     if not characters or len(set(characters)) < len(characters):
         raise UsageError(f"{path}: expected distinct characters in the metadata, got {characters!r:.80}")

@@ -66,7 +66,7 @@ def generate(
     answer = [net.shapes[output] for output in net.outputs]
     if len(answer) != 1 or len(answer[0]) != 2 or answer[0][-1] != alphabet.size:
         raise UsageError(
-            f"{name}: expected a network with one output for each of its {alphabet.size} {alphabet.unit} at every step, "
+            f"{name}: expected a network with one output per step for each of its {alphabet.size} {alphabet.unit}, "
             f"found the outputs {', '.join(map(str, answer))}"
         )
     choose = _Choice(alphabet.size, temperature, top_k, top_p, gives_probabilities(net))
