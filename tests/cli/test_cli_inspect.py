@@ -108,7 +108,7 @@ def test_text(run, saved, tmp_path, monkeypatch):
     saved(ids=2, metadata={"characters": "abc"})
     assert "expected at most 2 characters" in run("model", "a.txt")[2]
     saved(ids=20)
-    assert "whose metadata has its characters" in run("model", "a.txt")[2]
+    assert "with its characters in its metadata" in run("model", "a.txt")[2]
     (tmp_path / "empty.txt").write_text("")
     saved(ids=256)
     assert "the text is empty" in run("model", "empty.txt")[2]

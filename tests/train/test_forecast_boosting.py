@@ -119,7 +119,7 @@ def test_forecasts_end_with_the_panel_and_need_an_observed_value(one):
     assert np.isnan(forecast[0, 2:]).all()
     late = replace(data, values=np.where(np.arange(len(data.values)) < 100, np.nan, data.values))
     assert np.isfinite(fitted(late).forecast(np.array([300]))).all()
-    with pytest.raises(ValueError, match="expected origins after which the target was observed"):
+    with pytest.raises(ValueError, match="no target was observed after any of the origins"):
         fitted(replace(data, values=np.full(len(data.values), np.nan)))
 
 

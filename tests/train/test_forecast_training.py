@@ -116,7 +116,9 @@ def test_a_forecast_depends_only_on_rows_up_to_its_origin(found):
 
 
 def test_too_few_rows_are_refused_with_the_number_needed(found):
-    with pytest.raises(UsageError, match=r"expected at least 12 rows up to where a forecast starts.*found 5: 36 serve"):
+    with pytest.raises(
+        UsageError, match=r"expected at least 12 rows \(one season\) before a forecast, found 5: 36 rows are best"
+    ):
         predict.forecast(found.result.network, read_table(waves(5)), "model")
 
 
@@ -248,7 +250,7 @@ def test_the_table_is_described():
         "`sky` as 2 categories",
         "`note`",
         "forecasting `y` 12 steps ahead from a window of 24; season 12, detected in the series",
-        "known in advance `promotion`",
+        "inputs known in advance: `promotion`",
         "the calendar: the season of the year",
     ):
         assert part in said, said
@@ -263,7 +265,7 @@ def test_the_table_is_described():
         (Request(), r"expected a target, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
         (Request(("y",), horizon=450), r"too few rows for the training part"),
-        (Request(("y",), country="XX"), r"whose holidays are known, such as US or DE-BY, got 'XX'"),
+        (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
         (Request(("y",), scale="log"), r"expected scale to be one of spread, level"),
     ],
 )
@@ -309,7 +311,7 @@ def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatc
         batches.clear()
         with pytest.raises(KeyboardInterrupt):
             trained(frame, build=build, options=options())
-    with pytest.raises(UsageError, match="a checkpoint is there already"):
+    with pytest.raises(UsageError, match="the checkpoint already exists"):
         trained(frame, build=build, options=options())
     again = trained(frame, build=build, options=options(resume=True))
     for a, b in zip(whole.result.network.nodes, again.result.network.nodes, strict=True):
@@ -330,7 +332,7 @@ def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys
     assert whole[0]["loss"] < done.history[2]["loss"]  # it continues from the trained weights
     assert "trained further with the validation part for 2, 2" in done.sentence
     err = capsys.readouterr().err
-    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, the validation part too:"):
+    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, with the validation part:"):
         assert name in err
 
 
@@ -463,7 +465,7 @@ def test_a_recipe_of_an_older_version_says_to_train_again(command):
     changed = cellstack.Network(
         net.nodes, net.names, {**net.metadata, "recipe": old}, inputs={"x": (None, net.input_size)}, wires=net.wires
     )
-    with pytest.raises(FormatError, match=r"expected a recipe as cellstack 0.2 or later writes it.*train it again"):
+    with pytest.raises(FormatError, match=r"the network's recipe isn't one of cellstack 0.2 or later.*train it again"):
         predict.trained(changed, "old")
 
 

@@ -232,22 +232,22 @@ def test_holidays_flag_the_day_and_its_neighbours():
 def test_a_recipe_is_unchanged_by_json():
     recipe = replace(RECIPE, categories=(Category("sky", ("rain", "sun"), known=True),), floors=(0.25,))
     assert Recipe.from_json(recipe.to_json()) == recipe
-    with pytest.raises(TypeError, match="window not there"):
+    with pytest.raises(TypeError, match="missing window"):
         Recipe.from_json({key: value for key, value in recipe.to_json().items() if key != "window"})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"horizon": 0}, "expected horizon to be a whole number from 1"),
+        ({"horizon": 0}, "expected horizon to be an integer from 1"),
         ({"seasons": (7, 7)}, "expected seasons to be ascending integers"),
-        ({"inputs": ("y",)}, "each column in one place"),
-        ({"rule": Rule("seasonal", 5)}, "expected a rule of these seasons"),
+        ({"inputs": ("y",)}, "each column only once"),
+        ({"rule": Rule("seasonal", 5)}, "expected rule to be one of"),
         ({"scale": "log"}, "expected scale to be one of spread, level"),
-        ({"quantiles": (0.1, 0.9)}, "0.5 among them"),
+        ({"quantiles": (0.1, 0.9)}, "including 0.5"),
         ({"floors": (0.0,)}, "expected floors above 0"),
-        ({"smoothing": RECIPE.smoothing * 2}, "expected one smoothing a target"),
-        ({"smoothing": (), "rule": Rule("smoothing", 1)}, "expected a rule of these seasons"),
+        ({"smoothing": RECIPE.smoothing * 2}, "expected one smoothing per target"),
+        ({"smoothing": (), "rule": Rule("smoothing", 1)}, "expected rule to be one of"),
     ],
 )
 def test_invalid_recipes_are_refused(change, message):

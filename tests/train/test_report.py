@@ -92,7 +92,7 @@ def test_a_page_of_synthetic_results(rng):
         "candidate g",
         "speaker <b>",
         "picked <for> a reason",
-        "This page computes",
+        "The page contains the forward stack's weights",
     ):
         assert part in text, part
     assert page == report.demo_page(
@@ -121,14 +121,14 @@ def test_a_short_demo(tmp_path, capsys):
     assert cli.main(["demo", "-o", str(tmp_path), "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert "median" in out
-    assert "most doubt" in out
+    assert "least certain" in out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "bidirectional.safetensors",
         "forward.safetensors",
         "report.html",
     ]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "most doubt" in check_page(page)
+    assert "least certain" in check_page(page)
     assert "&lt;script type=&quot;module&quot;&gt;" in page  # the live page, within the report
 
 

@@ -65,7 +65,7 @@ def test_quantiles_between_those_of_the_fit(table):
     np.testing.assert_allclose(levels[:, 1], known[:, 1] + share * (known[:, 0] - known[:, 1]))
     assert model.predict_quantiles(quantiles=[0.5 - 0.8 / 2]).shape == (3, 1)  # 0.09999999999999998
     for level in (0.05, 0.95, np.nan):
-        with pytest.raises(ValueError, match=r"expected quantiles from 0.1 to 0.9, .* fit it with quantiles"):
+        with pytest.raises(ValueError, match=r"expected quantiles from 0.1 to 0.9, .* train it with a wider range"):
             model.predict_quantiles(quantiles=(0.5, level))
     alone = SequenceForecaster(**QUICK, target="sales", quantiles=()).fit(table)
     np.testing.assert_array_equal(alone.predict_quantiles(quantiles=[0.5])[:, 0], alone.predict())

@@ -55,13 +55,13 @@ def test_encodings(tmp_path, encoding, asked):
 @pytest.mark.parametrize(
     ("text", "encoding", "message"),
     [
-        ("t,größe\n" + rows([1, 2]), "latin-1", r"line 1: expected UTF-8 text, found byte 0xf6: .* reads 't,größe'"),
+        ("t,größe\n" + rows([1, 2]), "latin-1", r"line 1: expected UTF-8 text, found byte 0xf6: .* gives 't,größe'"),
         (
             "t,y,z\n1,2,a\n3,4,é\n",
             "latin-1",
-            r"line 3: expected UTF-8 text, found byte 0xe9: give --encoding, such as lat",
+            r"line 3: expected UTF-8 text, found byte 0xe9: use --encoding, such as lat",
         ),
-        ("t,y\n1,2\n", "utf-16-le", r"found NUL bytes: give --encoding, such as utf-16-le"),
+        ("t,y\n1,2\n", "utf-16-le", r"found NUL bytes: use --encoding, such as utf-16-le"),
     ],
 )
 def test_other_encodings_are_named(tmp_path, text, encoding, message):
@@ -72,7 +72,7 @@ def test_other_encodings_are_named(tmp_path, text, encoding, message):
 def test_a_comma_in_a_name_and_lines_above_the_names(tmp_path):
     table = read_table(write(tmp_path, "time;y, in m\n" + rows(["1,5", "2,5"], ";")))
     assert table.columns["y, in m"].tolist() == [1.5, 2.5]
-    with pytest.raises(FormatError, match="line 2: expected 1 cells, found 2: leave out lines above"):
+    with pytest.raises(FormatError, match="line 2: expected 1 cells, found 2: remove lines above"):
         read_table(write(tmp_path, "# from here\nt,y\n" + rows([1, 2])))
     with pytest.raises(
         FormatError, match=r"between cells, found blanks in 'time y': in pandas, pd\.read_csv\(file, sep=r'\\s\+'\)"
@@ -110,7 +110,7 @@ def test_what_pandas_writes(tmp_path):
     frame.set_index(days(5)).drop(columns="time").to_csv(tmp_path / "c.csv")
     table = read_table(tmp_path / "c.csv")
     assert (table.date, list(table.columns)) == ("index", ["y"])
-    with pytest.raises(FormatError, match=r"columns' names, found 't,2\.5', where 2\.5 is a number"):
+    with pytest.raises(FormatError, match=r"column names, found 't,2\.5', in which 2\.5 is a number"):
         read_table(write(tmp_path, "t,2.5\n" + rows([1, 2]), name="e.csv"))
     pd.DataFrame(np.ones((3, 2))).to_csv(tmp_path / "d.csv")
     assert list(read_table(tmp_path / "d.csv").columns) == ["0", "1"]
@@ -152,7 +152,9 @@ def test_a_point_separates_thousands_in_a_file_with_decimal_commas(tmp_path):
 
 def test_columns_with_different_decimal_separators_are_refused(tmp_path):
     cells = [f"{n},5;{n % 3}.25" for n in range(9)]
-    with pytest.raises(FormatError, match=r"line 2: expected one decimal sign in all .*, found '0\.25' in column 'z'"):
+    with pytest.raises(
+        FormatError, match=r"line 2: expected the decimal separator ',' in all columns, found '0\.25' in column 'z'"
+    ):
         read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")))
     given = read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")), categories=["z"])
     assert given.categories["z"].labels == ("0.25", "1.25", "2.25")
@@ -161,7 +163,9 @@ def test_columns_with_different_decimal_separators_are_refused(tmp_path):
 
 def test_an_ambiguous_comma_is_refused(tmp_path):
     file = write(tmp_path, "t;y\n" + rows(["1,500", "2,500"], ";"))
-    with pytest.raises(FormatError, match=r"line 2: .* in column y, found '1,500': say --decimal , or --decimal \."):
+    with pytest.raises(
+        FormatError, match=r"line 2: '1,500' in column y is ambiguous: use --decimal , .* or --decimal \."
+    ):
         read_table(file)
     assert read_table(file, decimal=",").columns["y"].tolist() == [1.5, 2.5]
     assert read_table(file, decimal=".").columns["y"].tolist() == [1500, 2500]
@@ -182,7 +186,10 @@ def test_an_ambiguous_comma_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (["$1.50", "$2.50"], r"line 2: expected plain numbers in column 'y', found '\$1\.50': leave out the signs"),
+        (
+            ["$1.50", "$2.50"],
+            r"line 2: expected plain numbers in column 'y', found '\$1\.50': remove currency and percent signs",
+        ),
         (["5 %", "7 %"], r"line 2: expected plain numbers in column 'y', found '5 %'"),
         (["1", "inf"], r"line 3: expected finite numbers in column 'y', found 'inf'"),
         (["1", "1e39"], r"line 3: expected a number in float32's range in column 'y', found '1e39'"),
@@ -255,7 +262,7 @@ def test_indices_and_names_of_frames():
     index = pd.MultiIndex.from_product([["b", "a"], days(3)], names=["shop", None])
     table = read_table(pd.DataFrame({"y": range(6)}, index=index))
     assert (table.ids, table.id, table.starts.tolist()) == (("b", "a"), "shop", [0, 3, 6])
-    assert table.notes[0] == "series by `shop`, which the frame's index holds"
+    assert table.notes[0] == "series by `shop`, from the frame's index"
     both = pd.DataFrame(np.ones((3, 2)), columns=pd.MultiIndex.from_tuples([("y", "mean"), ("y", "max")]))
     with pytest.raises(FormatError, match=re.escape("expected one name per column, found ('y', 'mean')")):
         read_table(both)
@@ -327,7 +334,7 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
 def test_times_that_stand_twice(tmp_path):
     file = write(tmp_path, "t,shop,y\n" + "".join(f"{day:%Y-%m-%d},{shop},1\n" for day in days(4) for shop in "ab"))
     with pytest.raises(
-        FormatError, match=r"line 3: .* found '2023-01-01' in column t again, as in line 2: say --id shop"
+        FormatError, match=r"line 3: .* found '2023-01-01' in column t again, as in line 2: use --id shop"
     ):
         read_table(file)
     same = rows([1, 2, 3]) + rows([1, 2])
@@ -393,7 +400,9 @@ def test_rows_that_are_not_even(tmp_path):
     with pytest.raises(FormatError, match=re.escape("df.set_index('t').resample('MS').mean()")):
         read_table(pd.DataFrame({"t": thirtieth, "y": range(12)}))
     weekly = pd.DataFrame({"t": [*days(30), *days(9, freq="7D")], "id": [*"a" * 30, *"b" * 9], "y": range(39)})
-    with pytest.raises(FormatError, match=r"row 30: expected all series spaced alike \(daily\), .* 7 times as long"):
+    with pytest.raises(
+        FormatError, match=r"row 30: expected the same spacing in all series \(daily\), .* 7 times as long"
+    ):
         read_table(weekly, ids="id")
     with pytest.raises(FormatError, match="expected at least two rows of a series, found one of each: say --freq"):
         read_table(weekly.iloc[[0, 30]], ids="id")

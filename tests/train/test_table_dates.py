@@ -126,7 +126,7 @@ def test_the_order_of_day_and_month_is_detected_from_even_steps(tmp_path):
 def test_an_ambiguous_order_of_day_and_month_is_refused(tmp_path):
     file = series(tmp_path, [f"01/{month:02}/2022" for month in range(1, 13)])
     ways = re.escape("'01/02/2022' in column time is ambiguous, it may be 2022-02-01 or 2022-01-02: use --day-first or")
-    with pytest.raises(FormatError, match=f"a.csv: line 3: .* in column time, {ways}"):
+    with pytest.raises(FormatError, match=f"a.csv: line 3: {ways}"):
         read_table(file)
     assert str(read_table(file, day_first=True).spacing) == "monthly"
     table = read_table(file, day_first=False)
@@ -164,7 +164,7 @@ def test_a_format_that_the_dates_don_t_have(tmp_path):
     file = series(tmp_path, [f"{time:%Y-%m-%d}" for time in DAYS])
     with pytest.raises(FormatError, match="a date such as 31/01/2020 in column time, found '2023-01-01'"):
         read_table(file, date_format="%d/%m/%Y")
-    with pytest.raises(UsageError, match=r"expected a form of dates such as .*, got '%J'"):
+    with pytest.raises(UsageError, match=r"expected a date format such as .*, got '%J'"):
         read_table(file, date_format="%J")
     whole = read_table(series(tmp_path, [f"{time:%j %Y}" for time in DAYS]), date_format="%j %Y", date="time")
     np.testing.assert_array_equal(whole.times, DAYS.to_numpy())
@@ -196,7 +196,7 @@ def test_a_day_and_its_hour_in_separate_columns(tmp_path, header, form, date):
     for table in (read_table(file), read_table(file, date=date), read_table(file, date=date.split(","))):
         np.testing.assert_array_equal(table.times, HOURS.to_numpy())
         assert (table.date, list(table.columns)) == (date, ["y"])
-    assert read_table(file).notes[0] == "times by " + ", ".join(f"`{name}`" for name in date.split(",")) + " together"
+    assert read_table(file).notes[0] == "dates from " + ", ".join(f"`{name}`" for name in date.split(",")) + " together"
 
 
 def test_hours_from_1_to_24(tmp_path):
@@ -243,7 +243,7 @@ def test_an_offset_with_some_dates_only(tmp_path, ends):
 def test_days_of_local_time_whose_offset_changes(tmp_path):
     days = pd.date_range("2022-01-01", periods=400, freq="D", tz="Europe/Berlin")
     file = series(tmp_path, [day.isoformat() for day in days])
-    with pytest.raises(FormatError, match=r"line 88: expected dates spaced evenly \(daily\), .* say --zone, if they"):
+    with pytest.raises(FormatError, match=r"line 88: expected evenly spaced dates \(daily\), .* use --zone, if they"):
         read_table(file)
     table = read_table(file, zone="Europe/Berlin")
     np.testing.assert_array_equal(table.times, days.tz_localize(None).to_numpy())
@@ -315,7 +315,7 @@ def test_duplicate_times_without_daylight_saving(tmp_path):
     ):
         read_table(series(tmp_path, times))
     fixed = pd.date_range("2013-01-01", periods=8760, freq="h")
-    with pytest.raises(FormatError, match=r"line 2140: .* clock shows in Europe/Berlin, found 2013-03-31 02:00:00"):
+    with pytest.raises(FormatError, match=r"line 2140: 2013-03-31 02:00:00 doesn't exist in Europe/Berlin"):
         read_table(series(tmp_path, fixed), zone="Europe/Berlin")
     twice = fixed.to_numpy().copy()
     twice[7177] = twice[7178]  # an hour that Berlin's clock shows twice, in a year whose spring lacks none

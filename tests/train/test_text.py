@@ -43,7 +43,7 @@ def test_the_description_of_a_text():
     text = Text.of(content(str(ALICE)), "alice.txt")
     assert text.summary(text.parts()) == (
         "147,815 characters, 68 distinct; 133,033 to train on, 7,391 to validate on, 7,391 to test on; "
-        "rare ones: 'Z' 1x, 'X' 4x, '_' 4x"
+        "rare: 'Z' 1x, 'X' 4x, '_' 4x"
     )
     assert "".join(text.alphabet.characters[n] for n in text.ids[:400]) == ALICE.read_text()[:400]
     assert text.ids.dtype == np.uint8
@@ -59,10 +59,10 @@ def test_the_description_of_a_text():
         ("é".encode("latin1") * 300, FormatError, "found byte 0xe9 at 0: convert it .iconv"),
         ("a text".encode("utf-16"), FormatError, "expected UTF-8 text, found UTF-16"),
         ("a text".encode("utf-32"), FormatError, "expected UTF-8 text, found UTF-32"),
-        (b"ab\0c", FormatError, "found a zero byte at 2"),
+        (b"ab\0c", FormatError, "found a NUL byte at 2"),
         (b"", UsageError, "at least 200 characters, found none"),
         (b"short", UsageError, "at least 200 characters, found 5"),
-        (b"a" * 300, UsageError, "at least two different characters, found one"),
+        (b"a" * 300, UsageError, "at least two distinct characters, found one"),
     ],
 )
 def test_invalid_texts_are_refused(tmp_path, data, error, message):
@@ -83,7 +83,7 @@ def test_marks_line_ends_and_characters_of_any_plane_are_kept(tmp_path):
         UsageError, match=r"the model doesn't know 'x' \(U\+0078\) and 1 other: its alphabet has 3 characters"
     ):
         alphabet.encode("axy")
-    with pytest.raises(UsageError, match="half of a pair"):
+    with pytest.raises(UsageError, match="found the surrogate"):
         alphabet.encode("a\ud800")
     assert Alphabet(None).encode("ß").tolist() == [0xC3, 0x9F]
     with pytest.raises(UsageError, match=r"at most a half together, got 0\.05 and 0\.6"):
@@ -193,16 +193,16 @@ def test_bytes_are_decoded_incrementally():
         ({}, {"top_p": 0.0}, "top_p above 0"),
         ({}, {"top_p": 1.5}, "top_p above 0"),
         ({}, {"length": -1}, "length of at least 0"),
-        ({}, {"stop": ""}, "a text to stop at"),
-        ({"characters": "ab"}, {}, "expected a prompt: the network knows neither"),
-        ({"metadata": {}}, {}, "whose metadata has its characters"),
-        ({"metadata": {"characters": "abca "}}, {}, "different characters"),
+        ({}, {"stop": ""}, "expected stop to be a text"),
+        ({"characters": "ab"}, {}, "a prompt is required, because the model has neither"),
+        ({"metadata": {}}, {}, "with its characters in its metadata"),
+        ({"metadata": {"characters": "abca "}}, {}, "distinct characters"),
         (
             {"metadata": {"characters": ["a", "bc"]}},
             {},
             "expected characters in the metadata as a string or a list of characters",
         ),
-        ({"metadata": {"characters": "a "}}, {}, "one number for each of its 2 characters"),
+        ({"metadata": {"characters": "a "}}, {}, "one output per step for each of its 2 characters"),
     ],
 )
 def test_invalid_arguments_are_refused_by_the_call(rng, change, options, message):
@@ -212,7 +212,7 @@ def test_invalid_arguments_are_refused_by_the_call(rng, change, options, message
 
 def test_networks_that_aren_t_text_models(rng):
     whole = Network([*network(rng).nodes, GlobalPool("mean")], metadata={"characters": LETTERS})
-    with pytest.raises(UsageError, match="one number for each of its 5 characters after every one"):
+    with pytest.raises(UsageError, match="one output per step for each of its 5 characters"):
         generate(whole)
     back = Recurrent(network(rng, ids=False).nodes[0].cells, return_sequences=True, go_backwards=True)
     with pytest.raises(UsageError, match="the network doesn't support streaming"):

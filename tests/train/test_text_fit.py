@@ -118,7 +118,7 @@ def test_train_and_measure():
         bits_per_character(result.network, text.ids, (2280, 2400)), rel=1e-6
     )
     assert bits_per_character(result.network, last) == pytest.approx(result.scores["bits_per_character"], abs=0.1)
-    assert "never trained on: bits per character" in result.sentence
+    assert "on the test part: bits per character" in result.sentence
     assert all(len(entry["sample"]) == 80 for entry in history)
     assert set("".join(generate(result.network, "Alice", length=100))) <= set(ALICE)
 
@@ -177,11 +177,11 @@ def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
     second = learn(resumed, chunks(), SETTINGS, checkpoint=path, resume=True, **how)
     assert second.history == unbroken.history
     assert_same(weights(resumed), weights(whole))
-    with pytest.raises(UsageError, match="expected truncated as in this training, 8, found 16"):
+    with pytest.raises(UsageError, match="expected a checkpoint with truncated 8, as in this training, found 16"):
         learn(made(), chunks(steps=8), SETTINGS, checkpoint=path, resume=True)
-    with pytest.raises(UsageError, match="expected characters as in this training, 55, found"):
+    with pytest.raises(UsageError, match="expected a checkpoint with characters 55, as in this training, found"):
         learn(TextModel(55, Architecture((7, 6))), chunks(), SETTINGS, checkpoint=path, resume=True)
-    with pytest.raises(UsageError, match="expected text as in this training"):
+    with pytest.raises(UsageError, match="expected a checkpoint with text .*, as in this training"):
         learn(made(), chunks(text=ALICE[::-1]), SETTINGS, checkpoint=path, resume=True)
 
 

@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_settings_is_refused(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
-    with pytest.raises(ValueError, match=r"expected lr as in this training, 0.1, found 0.005"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint with lr 0.1, as in this training, found 0.005"):
         fit(model, *rest, Settings(epochs=1, lr=0.1), checkpoint=path, resume=True)
 
 
@@ -240,7 +240,9 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_p
         ("training", (model, inputs, examples, np.roll(np.arange(36), 1)[:27], held)),
     ]
     for name, other in others:
-        with pytest.raises(UsageError, match=rf"run\.ckpt: expected {name} as in this training") as error:
+        with pytest.raises(
+            UsageError, match=rf"run\.ckpt: expected a checkpoint with {name} .*, as in this training"
+        ) as error:
             fit(*other, Settings(epochs=1), checkpoint=path, resume=True)
         assert "\n" not in str(error.value)
     fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
@@ -266,7 +268,9 @@ def test_a_checkpoint_that_lacks_a_part_is_a_format_error(sequences, tmp_path, p
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
     state = torch.load(path, weights_only=True) if parts else {"cellstack_checkpoint": checkpoints.VERSION}
     torch.save({**state, **parts}, path)
-    with pytest.raises(FormatError, match=r"run\.ckpt: expected .* found ") as error:
+    with pytest.raises(
+        FormatError, match=r"run\.ckpt: the checkpoint (is damaged: its entry|doesn't fit this training)"
+    ) as error:
         fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
     assert "\n" not in str(error.value)
 
@@ -282,7 +286,10 @@ def test_a_damaged_checkpoint_is_a_format_error(tmp_path, damage):
         path.write_bytes(whole.replace(b"\0\0\x80?\0\0\x80?", b"\0\0\x80?\0\1\x80?", 1))
     else:
         path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"hello there"}[damage])
-    with pytest.raises(FormatError, match=r"run\.ckpt: expected a checkpoint"):
+    with pytest.raises(
+        FormatError,
+        match=r"run\.ckpt: .*(expected a checkpoint of|checkpoint is damaged|can't be read as a checkpoint)",
+    ):
         checkpoints.load(path)
 
 
@@ -369,7 +376,7 @@ def test_a_loss_that_explodes_is_an_error(sequences):
         model.head.weight.fill_(torch.inf)
     with pytest.raises(ValueError, match=r"no longer finite in epoch 1"):
         fit(model, *rest, SETTINGS)
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="there are no examples to train on"):
         fit(model, rest[0], rest[1], np.arange(0), rest[3], SETTINGS)
 
 
@@ -491,7 +498,7 @@ def test_an_existing_checkpoint_is_not_overwritten_by_default(sequences, tmp_pat
     model, *rest = prepare(sequences)
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match=r"run\.ckpt: a checkpoint is there already: resume \(--resume\) goes on"):
+    with pytest.raises(UsageError, match=r"run\.ckpt: the checkpoint already exists: resume \(--resume\) continues"):
         fit(model, *rest, Settings(epochs=1), checkpoint=path)
     assert path.read_bytes() == whole
     path.write_bytes(b"something else")
@@ -534,7 +541,7 @@ def test_a_user_s_scheduler_and_optimizer_are_resumed_too(sequences, tmp_path):
     second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True, **how)
     assert second.history == expected.history
     assert_same(weights(resumed), weights(whole))
-    with pytest.raises(UsageError, match="expected optimizer as in this training, Adam, found SGD"):
+    with pytest.raises(UsageError, match="expected a checkpoint with optimizer Adam, as in this training, found SGD"):
         fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
 
 

@@ -102,7 +102,8 @@ class Recipe:
         if len(seasons) > MOST_SEASONS:
             raise UsageError(f"expected at most {MOST_SEASONS} seasons, got {len(seasons)}")
         if self.rule not in self.rules:
-            raise UsageError(f"expected a rule for one of the seasons {seasons!r}, got {self.rule}")
+            names = ", ".join(f"{rule.name} {rule.season}" for rule in self.rules)
+            raise UsageError(f"expected rule to be one of {names}, got {self.rule}")
         if self.scale not in SCALES or not set(self.calendar) <= set(CALENDAR):
             raise UsageError(
                 f"expected scale to be one of {', '.join(SCALES)} and calendar of {', '.join(CALENDAR)}, "
