@@ -139,15 +139,15 @@ def test_inputs_known_in_advance_are_used():
     frame["promotion"] = (rng.random(500) < 0.3).astype(float)
     frame["y"] += 5 * frame["promotion"]
     settings = Settings(epochs=12, batch=64, lr=1e-2, patience=0)
-    told = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), settings=settings)
-    not_told = trained(frame, Request(("y",), seasons=(12,)), settings=settings)
-    errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (told, not_told)]
+    with_known = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), settings=settings)
+    without_known = trained(frame, Request(("y",), seasons=(12,)), settings=settings)
+    errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (with_known, without_known)]
     assert errors[0] < 0.7 * errors[1]
     ahead = frame.copy()
     ahead.loc[488:, "y"] = np.nan  # the forecast months have only the promotion
-    a = predict.forecast(told.result.network, read_table(ahead), "model").median[0, :, 0]
+    a = predict.forecast(with_known.result.network, read_table(ahead), "model").median[0, :, 0]
     ahead.loc[488:, "promotion"] = 1.0
-    b = predict.forecast(told.result.network, read_table(ahead), "model").median[0, :, 0]
+    b = predict.forecast(with_known.result.network, read_table(ahead), "model").median[0, :, 0]
     assert (b - a)[frame["promotion"][488:] == 0].mean() > 2.0
 
 
@@ -195,10 +195,10 @@ def test_a_season_that_makes_forecasts_worse_is_dropped(monkeypatch, error, aske
 
 
 def test_the_final_smoothing_uses_the_validation_part(monkeypatch):
-    told, known = training.smoothings, []
+    original, known = training.smoothings, []
 
     def marked(table, recipe, ends, *rest):
-        how, error = told(table, recipe, ends, *rest)
+        how, error = original(table, recipe, ends, *rest)
         known.append(int(ends[0]))
         return tuple(one._replace(level=ends[0] / 1000) for one in how), error
 

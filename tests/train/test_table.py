@@ -75,7 +75,9 @@ def test_a_comma_in_a_name_and_lines_above_the_names(tmp_path):
     with pytest.raises(FormatError, match="line 2: expected 1 cells, found 2: remove lines above"):
         read_table(write(tmp_path, "# from here\nt,y\n" + rows([1, 2])))
     with pytest.raises(
-        FormatError, match=r"between cells, found blanks in 'time y': in pandas, pd\.read_csv\(file, sep=r'\\s\+'\)"
+        FormatError,
+        match=r"between cells, found spaces in 'time y': pandas reads such a file with "
+        r"pd\.read_csv\(file, sep=r'\\s\+'\)",
     ):
         read_table(write(tmp_path, "time y\n" + rows([1, 2], " ")))
 
@@ -171,7 +173,7 @@ def test_an_ambiguous_comma_is_refused(tmp_path):
     assert read_table(file, decimal=".").columns["y"].tolist() == [1500, 2500]
     file = write(tmp_path, "t,y\n" + rows(['"1,5"', '"2,5"']))
     with pytest.raises(
-        FormatError, match=r"line 2: expected a decimal point in column y, found '1,5': say --decimal ,"
+        FormatError, match=r"line 2: expected a decimal point in column y, found '1,5': use --decimal ,"
     ):
         read_table(file)
     assert read_table(file, decimal=",").columns["y"].tolist() == [1.5, 2.5]
@@ -179,7 +181,7 @@ def test_an_ambiguous_comma_is_refused(tmp_path):
         FormatError, match=r"expected one decimal separator, found '1,5' in column y and '1,234\.5' in column z"
     ):
         read_table(write(tmp_path, "t;y;z\n" + rows(["1,5;1,234.5", "2,5;3"], ";")))
-    with pytest.raises(UsageError, match=r"expected \. or , as the decimal sign, got ';'"):
+    with pytest.raises(UsageError, match=r"expected \. or , as the decimal separator, got ';'"):
         read_table(file, decimal=";")
 
 
@@ -316,7 +318,7 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
     table = read_table(write(tmp_path, text), ids=("shop", "item"))
     assert (table.ids, table.id) == (("1/01", "1/02", "2/01", "2/02"), "shop,item")
     with pytest.raises(
-        FormatError, match=r"line 5: expected each time only once .*: use --id shop,item, if that identifies"
+        FormatError, match=r"line 5: expected each time only once, .*: use --id shop,item, if that identifies"
     ):
         read_table(
             write(
@@ -341,7 +343,7 @@ def test_times_that_stand_twice(tmp_path):
     table = read_table(write(tmp_path, "t,y\n" + same))
     assert table.columns["y"].tolist() == [1, 2, 3]
     assert "2 duplicate rows dropped" in table.notes
-    with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one, or their mean"):
+    with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one row, or their mean"):
         read_table(write(tmp_path, "t,y\n" + same.replace("02,2\n", "02,9\n", 1)))
     with pytest.raises(FormatError, match="use --id for the column that identifies series, or --date t,"):
         read_table(pd.DataFrame({"t": [*days(9), *days(9)], "y": range(18)}))
@@ -404,7 +406,7 @@ def test_rows_that_are_not_even(tmp_path):
         FormatError, match=r"row 30: expected the same spacing in all series \(daily\), .* 7 times as long"
     ):
         read_table(weekly, ids="id")
-    with pytest.raises(FormatError, match="expected at least two rows of a series, found one of each: say --freq"):
+    with pytest.raises(FormatError, match="the spacing can't be inferred from one row per series: use --freq"):
         read_table(weekly.iloc[[0, 30]], ids="id")
     with pytest.raises(UsageError, match="expected a spacing such as h, 30min, D, B or MS, got 'often'"):
         read_table(weekly, ids="id", freq="often")
@@ -431,7 +433,7 @@ def test_the_description_of_a_table(tmp_path):
         "2 gaps filled with masked rows (21 rows)",
         "missing values in `rentals` (1)",
         "`weather` as 2 categories",
-        "of no use: `c` (always 5), `e` (no value)",
+        "constant or empty, not used: `c` (always 5), `e` (no value)",
         "ignored: `note` (text with 379 distinct values in 379 rows)",
     ]
     many = pd.DataFrame({f"x{n}": ["a"] * 4 for n in range(30)} | {"y": range(4)})

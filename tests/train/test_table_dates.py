@@ -108,7 +108,9 @@ def test_numbers_that_aren_t_times_stay_numbers(tmp_path):
 def test_excel_s_numbers_are_dates_where_asked(tmp_path):
     serial = [(time - pd.Timestamp("1899-12-30")) / pd.Timedelta("1D") for time in HOURS]
     file = series(tmp_path, serial, "date,y")
-    with pytest.raises(FormatError, match=r"line 2: expected dates .*found '44956.83.*--date-format \(excel"):
+    with pytest.raises(
+        FormatError, match=r"line 2: expected dates .*found '44956.83.*--date-format to their format \(excel"
+    ):
         read_table(file)
     np.testing.assert_array_equal(read_table(file, date="date", date_format="excel").times, HOURS.to_numpy())
 
@@ -311,7 +313,7 @@ def test_duplicate_times_without_daylight_saving(tmp_path):
     times = local("Europe/Berlin").to_numpy().copy()
     times[4000] = times[3999]
     with pytest.raises(
-        FormatError, match=r"line 4002: expected each time only once, .* again, as in line 4001: keep one"
+        FormatError, match=r"line 4002: expected each time only once, .* again, as in line 4001: keep one row"
     ):
         read_table(series(tmp_path, times))
     fixed = pd.date_range("2013-01-01", periods=8760, freq="h")

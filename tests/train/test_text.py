@@ -50,7 +50,7 @@ def test_the_description_of_a_text():
     late = Text.of("ab" * 200 + "c", "late")
     assert late.summary(late.parts()).endswith("1 only in the held-out parts, not in training: 'c'")
     of_bytes = Text.of("aé".encode() * 100)
-    assert of_bytes.summary(of_bytes.parts(0.1, 0)) == "300 bytes, 3 different; 270 to train on, 30 to validate on"
+    assert of_bytes.summary(of_bytes.parts(0.1, 0)) == "300 bytes, 3 distinct; 270 to train on, 30 to validate on"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_marks_line_ends_and_characters_of_any_plane_are_kept(tmp_path):
     with pytest.raises(UsageError, match="found the surrogate"):
         alphabet.encode("a\ud800")
     assert Alphabet(None).encode("ß").tolist() == [0xC3, 0x9F]
-    with pytest.raises(UsageError, match=r"at most a half together, got 0\.05 and 0\.6"):
+    with pytest.raises(UsageError, match=r"together at most 0\.5, got 0\.05 and 0\.6"):
         Text.of("ab" * 200).parts(0.05, 0.6)
 
 
@@ -218,6 +218,6 @@ def test_networks_that_aren_t_text_models(rng):
     with pytest.raises(UsageError, match="the network doesn't support streaming"):
         generate(Network([back, Dense(np.ones((6, 5), "f4"))], metadata={"characters": LETTERS}))
     broken = Network([Embedding(np.full((5, 5), np.nan, "f4"))], metadata={"characters": LETTERS})
-    with pytest.raises(UsageError, match="expected numbers from the network"):
+    with pytest.raises(UsageError, match="expected finite outputs of the network"):
         list(generate(broken))
     assert alphabet_of(network(rng, None), "bytes") == Alphabet(None)

@@ -181,7 +181,7 @@ def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
         learn(made(), chunks(steps=8), SETTINGS, checkpoint=path, resume=True)
     with pytest.raises(UsageError, match="expected a checkpoint with characters 55, as in this training, found"):
         learn(TextModel(55, Architecture((7, 6))), chunks(), SETTINGS, checkpoint=path, resume=True)
-    with pytest.raises(UsageError, match="expected a checkpoint with text .*, as in this training"):
+    with pytest.raises(UsageError, match=r"expected a checkpoint with text .*, as in this training"):
         learn(made(), chunks(text=ALICE[::-1]), SETTINGS, checkpoint=path, resume=True)
 
 

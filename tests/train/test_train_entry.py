@@ -154,7 +154,7 @@ def test_an_iterable_that_changes_is_refused(toy):
             {},
             "an iterator isn't supported, because it can only be read once: pass the function that makes it",
         ),
-        (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: give its \.dataset"),
+        (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: pass its \.dataset"),
         (lambda: zip(x, y, strict=True), {"test": 0.2}, "expected test to be data of its own"),
         (lambda: zip(x, y, strict=True), {"y": y}, "expected no y where x is iterated over"),
         (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got a sequence alone"),
@@ -354,7 +354,7 @@ def test_invalid_frames(toy):
             frame.assign(t="noon"),
             "state",
             {"id": "id", "time": "t"},
-            "numbers or dates such as 2024-05-31T12:00, got 'noon'",
+            "numbers or dates such as 2024-05-31T12:00 in column 't', got 'noon'",
         ),
         (gone, "state", {"id": "id"}, "column 'id' has no value in row 60"),
         (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40\)"),
@@ -518,7 +518,7 @@ def test_a_warm_start_that_doesn_t_fit(toy, tmp_path):
     refused = [
         ({"units": 5}, "init: expected cell 0 with units 5, as in this model, found 4"),
         ({"units": (4, 4)}, "init: expected 2 cells, as in this model, found 1"),
-        ({"cell": "gru"}, "init: expected cell 0 of kind gru"),
+        ({"cell": "gru"}, "init: expected cell 0 with kind gru"),
         ({"y": np.arange(40) % 2}, r"init: expected an initial network with classes \[0, 1\], found \['busy'"),
         ({"y": np.arange(40) / 3}, "init: expected an initial network with task regress, found classify"),
         ({"x": toy[0][..., :2]}, "init: expected an initial network with channels 2, found 3"),
@@ -588,6 +588,6 @@ def test_the_sentence_at_the_end(toy):
         in stopped.sentence
     )
     assert train.fit(*toy, **how, validation=0).sentence == (
-        "trained for all 2 epochs; kept epoch 2, the last, without a validation part; no data was held out to measure its accuracy "
-        "on"
+        "trained for all 2 epochs; kept epoch 2, the last, without a validation part; no data was held out to "
+        "measure its accuracy on"
     )
