@@ -155,7 +155,7 @@ def test_an_iterable_that_changes_is_refused(toy):
             "an iterator isn't supported, because it can only be read once: pass the function that makes it",
         ),
         (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: pass its \.dataset"),
-        (lambda: zip(x, y, strict=True), {"test": 0.2}, "expected test to be data of its own"),
+        (lambda: zip(x, y, strict=True), {"test": 0.2}, "test: a share isn't supported where x is iterated over"),
         (lambda: zip(x, y, strict=True), {"y": y}, "expected no y where x is iterated over"),
         (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got a sequence alone"),
     ]
@@ -357,7 +357,7 @@ def test_invalid_frames(toy):
             "numbers or dates such as 2024-05-31T12:00 in column 't', got 'noon'",
         ),
         (gone, "state", {"id": "id"}, "column 'id' has no value in row 60"),
-        (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40\)"),
+        (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40 are missing\)"),
         (frame[["id", "state"]], "state", {"id": "id"}, "expected a numeric column in addition to 'id', found none"),
         (
             frame,
