@@ -251,7 +251,7 @@ def test_the_table_is_described():
         "`note`",
         "forecasting `y` 12 steps ahead from a window of 24; season 12, detected in the series",
         "inputs known in advance: `promotion`",
-        "the calendar: the season of the year",
+        "calendar: the season of the year",
     ):
         assert part in said, said
 

@@ -156,7 +156,7 @@ def test_an_iterable_that_changes_is_refused(toy):
         ),
         (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: pass its \.dataset"),
         (lambda: zip(x, y, strict=True), {"test": 0.2}, "test: a share isn't supported where x is iterated over"),
-        (lambda: zip(x, y, strict=True), {"y": y}, "expected no y where x is iterated over"),
+        (lambda: zip(x, y, strict=True), {"y": y}, "y isn't supported where x is iterated over"),
         (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got a sequence alone"),
     ]
     for source, how, message in refused:
