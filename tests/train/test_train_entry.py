@@ -157,7 +157,7 @@ def test_an_iterable_that_changes_is_refused(toy):
         (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: pass its \.dataset"),
         (lambda: zip(x, y, strict=True), {"test": 0.2}, "test: a share isn't supported where x is iterated over"),
         (lambda: zip(x, y, strict=True), {"y": y}, "y isn't supported where x is iterated over"),
-        (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got a sequence alone"),
+        (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got only a sequence"),
     ]
     for source, how, message in refused:
         with pytest.raises(UsageError, match=message):
