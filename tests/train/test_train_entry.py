@@ -357,7 +357,12 @@ def test_invalid_frames(toy):
             "numbers or dates such as 2024-05-31T12:00 in column 't', got 'noon'",
         ),
         (gone, "state", {"id": "id"}, "column 'id' has no value in row 60"),
-        (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40 are missing\)"),
+        (
+            frame,
+            {0: "calm"},
+            {"id": "id"},
+            r"expected an entry for every 'id', found none for 1 \(39 of 40 are missing\)",
+        ),
         (frame[["id", "state"]], "state", {"id": "id"}, "expected a numeric column in addition to 'id', found none"),
         (
             frame,

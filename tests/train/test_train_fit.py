@@ -319,7 +319,7 @@ def test_training_continues_on_a_full_disk(sequences, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     model, *rest = prepare(sequences)
-    with pytest.warns(RuntimeWarning, match=r"training goes on: .*run\.ckpt: No space left on device") as said:
+    with pytest.warns(RuntimeWarning, match=r"training continues: .*run\.ckpt: No space left on device") as said:
         result = fit(model, *rest, SETTINGS, checkpoint=path)
     assert len(said) == 1
     assert result.checkpoint_error == f"{path}: No space left on device"
