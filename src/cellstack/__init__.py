@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-# What is looked up at its first use, and the module that it comes from.
+# Names that are imported at their first use, and the module of each.
 LATER = {
     "ablate": "inspect.interventions",
     "accelerate": "integrations",
@@ -82,7 +82,7 @@ LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """Look up what would take longer than the rest: what reads other formats, and `__version__`."""
+    """Import what is slow to import at its first use: the readers of other formats, and `__version__`."""
     if name == "inspect":
         return import_module("cellstack.inspect")
     if name in LATER:

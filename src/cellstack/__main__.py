@@ -1,4 +1,4 @@
-"""`python -m cellstack` and `torchrun -m cellstack` are the command `cellstack`."""
+"""Run the command `cellstack`, for `python -m cellstack` and `torchrun -m cellstack`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`cellstack bench`: what it compares, what it says of who isn't there, and what it leaves behind."""
+"""`cellstack bench`: its comparisons, missing engines, and output files."""
 
 import importlib
 import io
@@ -22,7 +22,7 @@ TINY = ("--units", "5", "--batch", "1,3", "--steps", "4")
 
 
 class NoMachine:
-    """A machine that says nothing of itself."""
+    """A machine without measured limits."""
 
     def __init__(self, threads):
         how = dict.fromkeys(("gflops", "reading", "barrier"), "not measured here")
@@ -40,7 +40,7 @@ class NoMachine:
 
 @pytest.fixture
 def light(monkeypatch):
-    """No limits of the machine, and one round of one call."""
+    """Measure no limits of the machine, and one round of one call."""
     monkeypatch.setattr(surface, "Machine", NoMachine)
     monkeypatch.setattr(verb, "ROUNDS", 1)
     monkeypatch.setattr(verb, "SECONDS", 0.0)
@@ -53,7 +53,7 @@ def run(capsys, *words):
     return status, done.out, done.err
 
 
-def test_what_comes_before_a_call_is_not_in_its_time():
+def test_the_call_before_a_timed_call_is_not_timed():
     now, order = [0.0], []
 
     def takes(name, seconds):
@@ -69,7 +69,7 @@ def test_what_comes_before_a_call_is_not_in_its_time():
 
 
 @pytest.mark.parametrize("before", ["rest", "torch"])
-def test_something_may_come_before_each_call(before, light, capsys):
+def test_the_option_before(before, light, capsys):
     words = ("--what", "inference", *TINY, "--before", before)
     status, out, _ = run(capsys, *words)
     assert status == 0
@@ -78,7 +78,7 @@ def test_something_may_come_before_each_call(before, light, capsys):
     assert json.loads(out)["before"] == before
 
 
-def test_a_report_has_every_engine_the_machine_and_its_pictures(tmp_path, capsys, monkeypatch):
+def test_a_report_has_every_engine_the_machine_and_plots(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verb, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(verb, "QUICK_SECONDS", 0.0)
     monkeypatch.setattr(surface, "MACHINE_ROUNDS", 1)
@@ -122,7 +122,10 @@ def test_a_swapped_gate_is_found_and_not_timed(light, monkeypatch, capsys):
     assert status == 1
     assert "torch: y differs by" in out
     assert "differs" in out.splitlines()[-3]
-    makers = {"cellstack": swapped, "torch": engines.pytorch}  # ours is held against the equations, not against itself
+    makers = {
+        "cellstack": swapped,
+        "torch": engines.pytorch,
+    }  # cellstack is compared with the reference, not with itself
     monkeypatch.setattr(engines, "SURFACES", {**engines.SURFACES, "inference": makers})
     record = surface.measure("inference", Shape(2, 4, 3, 5), ["torch"], 1, 1)
     assert set(record["differs"]) == {"cellstack", "torch"}
@@ -142,7 +145,7 @@ def test_a_wrong_state_or_gradient_is_found(what):
         assert surface.excess(name, array * np.nan, array, allowed) == np.inf
 
 
-def test_who_is_not_there_is_said(light, monkeypatch, capsys):
+def test_missing_engines_are_reported(light, monkeypatch, capsys):
     real = importlib.import_module
 
     def without(name, *rest):
@@ -161,13 +164,13 @@ def test_who_is_not_there_is_said(light, monkeypatch, capsys):
     assert "ratio: smallest" not in out
 
 
-def test_without_torch_there_is_no_training_and_without_matplotlib_no_picture(light, monkeypatch, capsys, tmp_path):
+def test_without_torch_there_is_no_training_and_without_matplotlib_no_plot(light, monkeypatch, capsys, tmp_path):
     for name in ("torch", "matplotlib", "tqdm"):
         monkeypatch.setitem(sys.modules, name, None)
     status, out, err = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 0
-    assert "not measured: training, as torch isn't installed" in out
-    assert "no pictures, as matplotlib isn't installed: install cellstack[torch]" in out
+    assert "training was not measured, because torch isn't installed" in out
+    assert "no plots were written, because matplotlib isn't installed: install cellstack[torch]" in out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     assert err == ""
     status, _, err = run(capsys, "--what", "training", *TINY)
@@ -175,7 +178,7 @@ def test_without_torch_there_is_no_training_and_without_matplotlib_no_picture(li
     assert err == "cellstack bench: error: training needs torch, and torch isn't installed: install cellstack[torch]\n"
 
 
-def test_ctrl_c_leaves_what_was_measured(light, monkeypatch, capsys, tmp_path):
+def test_ctrl_c_reports_what_was_measured(light, monkeypatch, capsys, tmp_path):
     real, calls = surface.measure, iter([None])
 
     def once(*words):
@@ -202,18 +205,21 @@ def test_ctrl_c_leaves_what_was_measured(light, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--units", "8,0"], "expected whole numbers from 1 with commas between, got '8,0'"),
-        (["--batch", "few"], "expected whole numbers from 1 with commas between, got 'few'"),
-        (["--what", "inference,flight"], "expected inference, bfloat16, training, step, or some of them, got 'flight'"),
-        (["--what", "step", "--batch", "4"], "--batch does nothing here: a step is one step at batch 1"),
-        (["--what", "step", "--steps", "4"], "--steps does nothing here"),
+        (["--units", "8,0"], "expected positive integers separated by commas, got '8,0'"),
+        (["--batch", "few"], "expected positive integers separated by commas, got 'few'"),
+        (["--what", "inference,flight"], "expected one or more of inference, bfloat16, training, step, got 'flight'"),
+        (
+            ["--what", "step", "--batch", "4"],
+            "--batch has no effect: the surface 'step' always measures one step at batch 1",
+        ),
+        (["--what", "step", "--steps", "4"], "--steps has no effect: the surface 'step'"),
         (["--threads", "1000"], f"expected --threads of at most {processors()}, the processors"),
         (["--threads", "0"], "expected --threads from 1"),
         (["-o", ""], "expected --output to name a folder, got ''"),
         (["-o", __file__], "expected --output to name a folder, got "),
     ],
 )
-def test_what_is_asked_wrongly_is_one_line(words, message, capsys):
+def test_bad_options_are_one_line(words, message, capsys):
     try:
         status = cli.main(["bench", *words])
     except SystemExit as left:
@@ -241,7 +247,7 @@ def test_the_grid_of_the_benchmark_has_the_shapes_that_it_names():
     }
 
 
-def test_turns_go_round_and_what_is_timed_is_warm():
+def test_rounds_alternate_between_engines_after_a_warm_up():
     called = []
     times = turns.alternate({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3)
     assert "".join(called) == "aabb" * 3
@@ -249,7 +255,7 @@ def test_turns_go_round_and_what_is_timed_is_warm():
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system offers no such thing")
-def test_the_process_is_kept_on_its_processors_and_let_go():
+def test_the_process_is_pinned_to_its_processors_and_released():
     before = os.sched_getaffinity(0)
     with turns.kept_on(1):
         assert len(os.sched_getaffinity(0)) == 1
@@ -266,7 +272,7 @@ def test_a_limit_that_a_call_hides_is_left_out(monkeypatch):
     assert best == {}
 
 
-def test_a_picture_without_peers_or_limits(tmp_path):
+def test_a_plot_without_baselines_or_limits(tmp_path):
     record = {**Shape(1, 2, 3, 4)._asdict(), "flop": 10, "bytes": 5, "ratio": None, "differs": {}}
     record["milliseconds"] = {"cellstack": {"least": 1.0, "median": 2.0}}
     report = {"threads": 1, "processor": "one", "rounds": 1, "limits": LIMITS}
@@ -274,7 +280,7 @@ def test_a_picture_without_peers_or_limits(tmp_path):
     assert (tmp_path / "one.png").stat().st_size > 1000
 
 
-def test_answers_come_a_line_each(monkeypatch, capsys):
+def test_results_have_a_line_each(monkeypatch, capsys):
     monkeypatch.setattr(machine, "SIZES", (16,))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
     machine.answer("product")

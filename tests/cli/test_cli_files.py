@@ -1,4 +1,4 @@
-"""`cellstack convert` and `info`: any format in, any out, and what the other runtime says of it."""
+"""`cellstack convert`, `info` and `run`: between all formats, compared with the other runtime."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def run(capsys, *words):
 # ── convert ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_to_our_own_format(capsys, tmp_path, model):
+def test_to_the_native_format(capsys, tmp_path, model):
     target = str(tmp_path / "other.safetensors")
     status, out, err = run(capsys, "convert", model, target)
     assert (status, err) == (0, "")
@@ -77,7 +77,7 @@ def test_to_c(capsys, tmp_path, model, monkeypatch, target, files):
 
 
 @pytest.mark.parametrize(("name", "stem"), [("2-nets", "model_2_nets"), ("_", "model"), ("a__b c", "a_b_c")])
-def test_names_that_c_hasn_t(capsys, tmp_path, model, name, stem):
+def test_names_that_aren_t_valid_in_c(capsys, tmp_path, model, name, stem):
     source = tmp_path / f"{name}.safetensors"
     source.write_bytes((tmp_path / "net.safetensors").read_bytes())
     (tmp_path / "out").mkdir()
@@ -92,14 +92,14 @@ def test_a_difference_is_status_1(capsys, tmp_path, model):
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
-def test_tolerances_that_say_nothing(capsys, tmp_path, model, tolerance):
+def test_invalid_tolerances(capsys, tmp_path, model, tolerance):
     status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), f"--tolerance={tolerance}")
     assert (status, out) == (2, "")
     assert err == f"cellstack convert: error: expected --tolerance >= 0 and finite, got {float(tolerance)}\n"
     assert not (tmp_path / "net.c").exists()
 
 
-def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monkeypatch):
+def test_without_a_compiler_c_is_written_but_not_verified(capsys, tmp_path, model, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"))
     assert (status, err) == (0, "")
@@ -111,13 +111,13 @@ def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monk
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("net.txt", r"expected a target with the suffix of a format, safetensors (.safetensors), "),
-        ("net", r"C (.c), or a folder for C, which ends in /; got '"),
+        ("net.txt", r"expected a target with the suffix of a format (safetensors (.safetensors), "),
+        ("net", r"C (.c)), or a folder for C, ending in /, got '"),
         ("a-b.c", r"expected a name of letters"),
         ("no/folder/net.safetensors", r"there is no folder"),
     ],
 )
-def test_targets_that_can_t_be(capsys, tmp_path, model, target, message):
+def test_invalid_targets(capsys, tmp_path, model, target, message):
     before = sorted(tmp_path.iterdir())
     status, out, err = run(capsys, "convert", model, str(tmp_path / target))
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -130,13 +130,13 @@ def test_a_target_without_a_name_writes_nothing(capsys, tmp_path, model, monkeyp
     before = sorted(tmp_path.iterdir())
     status, out, err = run(capsys, "convert", model, "")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.endswith("C (.c), or a folder for C, which ends in /; got ''\n")
+    assert err.endswith("C (.c)), or a folder for C, ending in /, got ''\n")
     with pytest.raises(ValueError, match="export_c: expected a folder, got ''"):
         load(model).export_c("")
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_with_a_format_s_ending_is_not_filled_with_c(capsys, tmp_path, model):
+def test_no_c_is_written_to_a_folder_with_the_suffix_of_a_format(capsys, tmp_path, model):
     target = tmp_path / "net.keras"
     target.mkdir()
     status, out, err = run(capsys, "convert", model, str(target))
@@ -145,7 +145,7 @@ def test_a_folder_with_a_format_s_ending_is_not_filled_with_c(capsys, tmp_path, 
     assert list(target.iterdir()) == []
 
 
-def test_what_a_format_can_t_hold_is_named_once(capsys, tmp_path, pytorch_files):
+def test_a_node_that_the_format_doesn_t_support_is_named_once(capsys, tmp_path, pytorch_files):
     make_net(bidirectional=True).save(tmp_path / "net.safetensors")
     target = tmp_path / "net.pt"
     status, out, err = run(capsys, "convert", str(tmp_path / "net"), str(target))
@@ -154,7 +154,7 @@ def test_what_a_format_can_t_hold_is_named_once(capsys, tmp_path, pytorch_files)
     assert "for a folder" not in err
 
 
-def test_what_c_can_t_run_is_named(capsys, tmp_path):
+def test_a_node_that_c_doesn_t_support_is_named(capsys, tmp_path):
     make_net(bidirectional=True).save(tmp_path / "net.safetensors")
     status, _, err = run(capsys, "convert", str(tmp_path / "net"), str(tmp_path / "net.c"))
     assert (status, err.count("\n")) == (2, 1)
@@ -162,7 +162,7 @@ def test_what_c_can_t_run_is_named(capsys, tmp_path):
     assert not (tmp_path / "net.c").exists()
 
 
-def test_any_network_runs_over_numbers(capsys, tmp_path, model):
+def test_any_network_runs_on_numbers(capsys, tmp_path, model):
     net, x = load(model), np.random.default_rng(0).normal(size=(2, 3, 3)).astype("f4")
     np.save(tmp_path / "x.npy", x)
     status, out, err = run(capsys, "run", model, str(tmp_path / "x.npy"))
@@ -184,7 +184,7 @@ def test_any_network_runs_over_numbers(capsys, tmp_path, model):
     Network(net.nodes, net.names, wires=wires, outputs=("lstm", "out")).save(tmp_path / "two.safetensors")
     status, _, err = run(capsys, "run", str(tmp_path / "two"), str(tmp_path / "x.npy"))
     assert status == 2
-    assert "expected --json for the outputs lstm [B, T, 4], out [B, T, 2]" in err
+    assert "CSV can't represent the outputs lstm [B, T, 4], out [B, T, 2]: use --json" in err
     status, _, err = run(capsys, "run", model, str(tmp_path / "no.ts"))
     assert status == 2
 
@@ -196,11 +196,11 @@ def test_a_file_is_never_converted_onto_itself(capsys, tmp_path, model):
     for target in (model, str(other)):
         status, _, err = run(capsys, "convert", model, target)
         assert status == 2
-        assert "expected another file than the one that is read" in err
+        assert "the target is the source file, which would be overwritten" in err
     assert Path(model).read_bytes() == before
     status, _, err = run(capsys, "convert", model, str(tmp_path / "nowhere"))
     assert status == 2
-    assert "C (.c), or a folder for C, which ends in /" in err
+    assert "C (.c)), or a folder for C, ending in /" in err
 
 
 def test_the_version(capsys):
@@ -213,7 +213,7 @@ def test_the_version(capsys):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
-def test_a_sample_of_the_user_s_own(capsys, tmp_path, model, suffix):
+def test_a_user_s_sample(capsys, tmp_path, model, suffix):
     rows = np.random.default_rng(0).normal(size=(9, 3))
     sample = str(tmp_path / f"sample{suffix}")
     if suffix == ".csv":
@@ -260,7 +260,7 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
     assert "not measured: expected inputs with a time axis, got speaker [B, 2]" in out
     status, out, err = run(capsys, *words, str(tmp_path / "ids.csv"))
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "expected a .npz of the inputs x, speaker" in err
+    assert "expected a .npz file with the inputs x, speaker" in err
     vector = Network([Dense(np.ones((2, 2), "f4"))], inputs={"x": (2,)})
     vector.save(tmp_path / "vector.safetensors")
     (tmp_path / "rows.csv").write_text("1,2\n3,4\n5,6\n")
@@ -272,17 +272,17 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"1,2,3", "expected a sample that ends in .npy, .npz, .csv or .jsonl"),
-        ("a.npy", "zipped", "it doesn't hold what .npy says"),
+        ("a.txt", b"1,2,3", "expected a .npy, .npz, .csv or .jsonl file"),
+        ("a.npy", "zipped", "the content isn't .npy"),
         ("a.csv", b"1,2\n", "line 1: expected 3 numbers, found 2"),
-        ("a.csv", b"", "expected numbers, found none"),
-        ("a.npy", b"\x93NUMPY", "expected arrays of numbers as NumPy writes them"),
-        ("a.npz", b"nothing", "expected arrays of numbers as NumPy writes them"),
+        ("a.csv", b"", "the file contains no numbers"),
+        ("a.npy", b"\x93NUMPY", "expected numeric arrays written by NumPy"),
+        ("a.npz", b"nothing", "expected numeric arrays written by NumPy"),
         ("a.npy", None, "expected x [B, T, I=3], got (2, 2, 2)"),
         ("no.npy", None, "no.npy"),
     ],
 )
-def test_samples_that_can_t_be(capsys, tmp_path, model, name, content, message):
+def test_invalid_samples(capsys, tmp_path, model, name, content, message):
     path = tmp_path / name
     if content == "zipped":
         with path.open("wb") as file:
@@ -297,7 +297,7 @@ def test_samples_that_can_t_be(capsys, tmp_path, model, name, content, message):
     assert not (tmp_path / "net.onnx").exists()
 
 
-def test_objects_in_a_sample_aren_t_loaded(capsys, tmp_path, model):
+def test_pickled_objects_in_a_sample_aren_t_loaded(capsys, tmp_path, model):
     np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
     status, _, err = run(capsys, "convert", model, str(tmp_path / "net.onnx"), "--sample", str(tmp_path / "a.npy"))
     assert (status, err.count("\n")) == (2, 1)
@@ -307,7 +307,7 @@ def test_objects_in_a_sample_aren_t_loaded(capsys, tmp_path, model):
 # ── info ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_info_of_our_own(capsys, model):
+def test_info_of_the_native_format(capsys, model):
     status, out, _ = run(capsys, "info", model)
     assert status == 0
     assert "lstm  Recurrent" in out
@@ -316,13 +316,13 @@ def test_info_of_our_own(capsys, model):
     assert report["outputs"] == {"out": "[B, T, 2]"}
 
 
-def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
-    """The recurrent parts are listed, and why the whole isn't."""
+def test_info_of_a_network_that_can_t_be_run_as_a_whole(capsys, tmp_path, pytorch_files):
+    """It lists the recurrent parts, and the reason."""
     module = torch.nn.Sequential(torch.nn.LSTM(3, 4), torch.nn.Linear(4, 2))
     torch.save(module.state_dict(), tmp_path / "net.pt")
     status, out, err = run(capsys, "info", str(tmp_path / "net.pt"))
     assert (status, err) == (0, "")
-    assert "can't be run whole: " in out
+    assert "can't be run as a whole: " in out
     assert "recurrent parts\n  0:\n" in out
     assert "LSTM 3 -> 4" in out
     report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
@@ -331,7 +331,7 @@ def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
     assert "and 1 (weight [2, 4], bias [2])" in report["error"]
 
 
-def test_info_of_what_has_no_recurrent_part_says_why(capsys, tmp_path, pytorch_files):
+def test_info_without_a_recurrent_part_gives_the_reason(capsys, tmp_path, pytorch_files):
     torch.save(torch.nn.Linear(4, 2).state_dict(), tmp_path / "net.pt")
     status, out, err = run(capsys, "info", str(tmp_path / "net.pt"))
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -346,7 +346,7 @@ def test_from_torch_to_the_others(capsys, tmp_path, pytorch_files):
     assert all(one["ok"] for one in parity.values())
 
 
-def test_a_package_that_isn_t_there_is_one_line(capsys, tmp_path, monkeypatch):
+def test_a_missing_package_is_one_line(capsys, tmp_path, monkeypatch):
     from cellstack.cli import files as cli_files
 
     def needs(path, **options):
@@ -376,13 +376,13 @@ def test_a_network_with_pooling_streams_after_the_conversion(tmp_path, monkeypat
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """Puts text on standard input."""
+def standard_input(monkeypatch):
+    """Return a function that sets the text on standard input."""
 
-    def tell(text):
+    def write(text):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
-    return tell
+    return write
 
 
 @pytest.fixture
@@ -407,7 +407,7 @@ LINES = {
 
 @pytest.mark.parametrize("where", ["standard input", "file"])
 @pytest.mark.parametrize("name", LINES)
-def test_run_takes_lines_and_some_of_their_columns(capsys, tmp_path, small, told, name, where):
+def test_run_takes_lines_and_some_of_their_columns(capsys, tmp_path, small, standard_input, name, where):
     net, path = small
     text, columns = LINES[name]
     file = "-"
@@ -415,7 +415,7 @@ def test_run_takes_lines_and_some_of_their_columns(capsys, tmp_path, small, told
         file = str(tmp_path / f"lines.{'jsonl' if text[0] in '[{' else 'csv'}")
         Path(file).write_text(text)
     else:
-        told(text)
+        standard_input(text)
     status, out, err = run(capsys, "run", path, file, "--json", *(["--columns", columns] if columns else []))
     assert (status, err) == (0, "")
     np.testing.assert_allclose(json.loads(out)[net.outputs[0]], net(X[None]), atol=1e-6)
@@ -435,14 +435,14 @@ def test_run_takes_lines_and_some_of_their_columns(capsys, tmp_path, small, told
         ("a,b,c\n1,2,3\n", "a", r"line 1: expected 2 numbers, or 2 names, found 1"),
     ],
 )
-def test_columns_that_are_not_there(capsys, small, told, text, columns, message):
-    told(text)
+def test_columns_that_don_t_exist(capsys, small, standard_input, text, columns, message):
+    standard_input(text)
     status, out, err = run(capsys, "run", small[1], "-", "--columns", columns)
     assert (status, out) == (2, "")
     assert re.search(message, err)
 
 
-def test_modules_in_an_order_that_is_said(capsys, tmp_path, pytorch_files):
+def test_modules_in_a_given_order(capsys, tmp_path, pytorch_files):
     module = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(2, 4, batch_first=True), "head": torch.nn.Linear(4, 1)})
     torch.save(module.state_dict(), tmp_path / "net.pt")
     np.save(tmp_path / "x.npy", X[None])
@@ -466,5 +466,5 @@ def test_modules_in_an_order_that_is_said(capsys, tmp_path, pytorch_files):
 def test_a_target_of_no_format_is_one_sentence(capsys, tmp_path, small):
     status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.foo"))
     assert status == 2
-    assert "expected a target with the suffix of a format, safetensors (.safetensors), " in err
-    assert "C (.c), or a folder for C, which ends in /; got " in err
+    assert "expected a target with the suffix of a format (safetensors (.safetensors), " in err
+    assert "C (.c)), or a folder for C, ending in /, got " in err

@@ -1,4 +1,4 @@
-"""`cellstack inspect`: what a file holds as a network's input, and the page of the run."""
+"""`cellstack inspect`: files as a network's input, and the page of the run."""
 
 import json
 import wave
@@ -45,18 +45,18 @@ def description(path):
 
 
 def traced(monkeypatch):
-    """What the network was run over, as it is."""
+    """Record the input of the run."""
     seen = []
     trace = Network.trace
     monkeypatch.setattr(Network, "trace", lambda net, x, **rest: seen.append((x, rest)) or trace(net, x, **rest))
     return seen
 
 
-def test_without_a_file_it_draws_an_input_and_says_so(run, saved):
+def test_without_a_file_the_input_is_random(run, saved):
     saved()
     status, out, err = run("model")
     assert (status, err) == (0, "")
-    assert "drawn at random, as no FILE was given" in out.splitlines()[0]
+    assert "random input, because no FILE was given" in out.splitlines()[0]
     assert out.splitlines()[1].startswith("model.html: 1 row, 24 steps, ")
     assert description("model.html")["title"] == "model.safetensors, random input"
     status, out, _ = run("model.safetensors", "-o", "other.html", "--json")
@@ -100,7 +100,7 @@ def test_text(run, saved, tmp_path, monkeypatch):
     assert run("model", "a.txt")[0] == 0
     assert seen[-1][0]["x"].argmax(axis=2).tolist() == [[0, 2, 1]]
     (tmp_path / "b.txt").write_text("é", encoding="utf-8")
-    assert "found 'é'" in run("model", "b.txt")[2]
+    assert "doesn't know 'é'" in run("model", "b.txt")[2]
     saved(ids=256)
     assert run("model", "b.txt")[0] == 0
     assert seen[-1][0]["x"].tolist() == [[0xC3, 0xA9]]
@@ -108,10 +108,10 @@ def test_text(run, saved, tmp_path, monkeypatch):
     saved(ids=2, metadata={"characters": "abc"})
     assert "expected at most 2 characters" in run("model", "a.txt")[2]
     saved(ids=20)
-    assert "whose metadata has its characters" in run("model", "a.txt")[2]
+    assert "with its characters in its metadata" in run("model", "a.txt")[2]
     (tmp_path / "empty.txt").write_text("")
     saved(ids=256)
-    assert "expected a text, found none" in run("model", "empty.txt")[2]
+    assert "the text is empty" in run("model", "empty.txt")[2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -135,10 +135,10 @@ def test_sound(run, saved, tmp_path, monkeypatch, size):
     assert made["labels"]["values"][:3] == [0.0, 0.01, 0.02]
 
 
-def test_sound_that_is_none(run, saved, tmp_path):
+def test_a_file_that_isn_t_a_wave(run, saved, tmp_path):
     saved(width=80)
     (tmp_path / "s.wav").write_bytes(b"RIFF....")
-    assert "expected a wave of PCM samples" in run("model", "s.wav")[2]
+    assert "expected a wave file of PCM samples" in run("model", "s.wav")[2]
     with wave.open(str(tmp_path / "s.wav"), "wb") as file:
         file.setnchannels(2)
         file.setsampwidth(2)
@@ -149,7 +149,7 @@ def test_sound_that_is_none(run, saved, tmp_path):
     assert "doesn't take frames" in run("model", "s.wav")[2]
 
 
-def test_sound_that_is_damaged(run, saved, tmp_path):
+def test_a_damaged_wave(run, saved, tmp_path):
     saved(width=80)
     path = tmp_path / "s.wav"
     for size in (2, 3):
@@ -162,9 +162,9 @@ def test_sound_that_is_damaged(run, saved, tmp_path):
         path.write_bytes(whole[: -100 - size // 2])
         status, _, err = run("model", "s.wav")
         assert status == 2
-        assert "found a file that is cut off" in err
+        assert "the file is truncated" in err
         path.write_bytes(whole[:24] + b"\0\0\0\0" + whole[28:])
-        assert "expected a rate of at least 1 Hz" in run("model", "s.wav")[2]
+        assert "expected a sample rate of at least 1 Hz" in run("model", "s.wav")[2]
 
 
 def test_patches_of_steps_that_a_run_does_not_have(run, saved, tmp_path):
@@ -179,13 +179,13 @@ def test_patches_of_steps_that_a_run_does_not_have(run, saved, tmp_path):
 
 
 @pytest.mark.parametrize("characters", [5, {"a": 1}, True])
-def test_characters_that_are_none(run, saved, tmp_path, characters):
+def test_invalid_characters_in_the_metadata(run, saved, tmp_path, characters):
     saved(ids=20, metadata={"characters": characters})
     (tmp_path / "t.txt").write_text("abc")
-    assert "its characters as a text" in run("model", "t.txt")[2]
+    assert "expected characters in the metadata as a string or a list of characters" in run("model", "t.txt")[2]
 
 
-def test_what_a_model_was_trained_on(run, tmp_path, monkeypatch):
+def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatch):
     data = Path(cli.cellstack.__file__).parent / "data"
     words = ["train", data / "JapaneseVowels_TRAIN.ts", "--epochs", 1, "--units", 6, "--quiet", "-o", "vowels"]
     monkeypatch.chdir(tmp_path)
@@ -197,7 +197,7 @@ def test_what_a_model_was_trained_on(run, tmp_path, monkeypatch):
     assert seen[-1][0].shape[0] == 3
     mask = seen[-1][1]["mask"]
     assert mask is None or mask.any(axis=1).all()
-    assert "expected a .ts file" in run("vowels", data / "co2.csv")[2]
+    assert "expected a .ts or .npz file" in run("vowels", data / "co2.csv")[2]
     words = ["train", data / "co2.csv", "--target", "co2", "--epochs", 1, "--units", 4, "--quiet", "-o", "co2"]
     assert cli.main(list(map(str, words))) in (0, 130)
     status, out, err = run("co2", data / "co2.csv")
@@ -205,14 +205,14 @@ def test_what_a_model_was_trained_on(run, tmp_path, monkeypatch):
     labels = description("co2.html")["labels"]
     assert labels["kind"] == "date"
     assert (
-        "expected a table, .csv, .tsv, .parquet, as the model forecasts"
+        "expected a table (.csv, .tsv, .parquet), because the model forecasts"
         in run("co2", data / "JapaneseVowels_TEST.ts")[2]
     )
 
 
 def test_what_is_refused(run, saved, tmp_path, monkeypatch):
     saved()
-    assert "ends in one of .csv, .npy" in run("model", "x.png")[2]
+    assert "with one of the suffixes .csv, .npy" in run("model", "x.png")[2]
     assert "no such file" in run("nowhere")[2]
     assert "expected --rows of at least 1" in run("model", "--rows", 0)[2]
     assert "expected --output to name a file" in run("model", "-o", "")[2]
@@ -224,7 +224,7 @@ def test_what_is_refused(run, saved, tmp_path, monkeypatch):
     assert not (tmp_path / "model.html").exists()
 
 
-def test_open_shows_it_in_the_browser(run, saved, tmp_path, monkeypatch):
+def test_open_opens_the_browser(run, saved, tmp_path, monkeypatch):
     saved()
     opened = []
     monkeypatch.setattr(inspect.webbrowser, "open", opened.append)
@@ -238,7 +238,7 @@ def test_help_has_an_example(capsys):
     assert "cellstack inspect model.keras frames.npy -o frames.html" in capsys.readouterr().out
 
 
-def test_a_network_that_ends_in_one_answer(run, tmp_path, rng):
+def test_a_network_with_one_output_per_sequence(run, tmp_path, rng):
     Network([Recurrent((make_cell(rng, 2, 3),)), GlobalPool("mean")]).save(tmp_path / "pooled.safetensors")
     assert run("pooled")[0] == 0
     assert description("pooled.html")["nodes"][1]["timed"] is False

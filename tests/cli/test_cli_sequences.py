@@ -1,4 +1,4 @@
-"""`cellstack train` and `run` on sequences of every kind of file, and what they say."""
+"""`cellstack train` and `run` on sequences in every kind of file, and their reports."""
 
 import csv
 import io
@@ -50,11 +50,11 @@ def machines(rng, tmp_path):
 COLUMNS = ["--id", "machine", "--time", "hour", "--label", "state"]
 
 
-def test_what_is_understood_is_said_before_training_and_alone(capsys, machines):
+def test_the_data_is_described_before_training_and_by_dry_run(capsys, machines):
     said = [
         f"{machines / 'machines.parquet'}: 30 sequences of 8 steps, 2 channels (heat, noise)",
-        "  to classify: 2 classes, one a sequence: broken (10), fine (20)",
-        "  ignored: place, as it holds no numbers, but 'hall'",
+        "  classification: 2 classes, one per sequence: broken (10), fine (20)",
+        "  ignored: place, because it isn't numeric: 'hall'",
     ]
     words = ["train", machines / "machines.parquet", *COLUMNS]
     status, out, err = run(capsys, *words, "--dry-run")
@@ -63,16 +63,16 @@ def test_what_is_understood_is_said_before_training_and_alone(capsys, machines):
     assert (status, out.splitlines()[:3]) == (0, said)
     understood = json.loads(run(capsys, *words, "--dry-run", "--json")[1])["understood"]["training"]
     assert understood["classes"] == {"broken": 10, "fine": 20}
-    assert understood["ignored"] == {"place": "holds no numbers, but 'hall'"}
+    assert understood["ignored"] == {"place": "isn't numeric: 'hall'"}
 
 
-def test_what_is_understood_of_gaps_and_constants(capsys, tmp_path):
+def test_gaps_and_constants_are_described(capsys, tmp_path):
     file = tmp_path / "a.ts"
     file.write_text("@classLabel true a b c\n@data\n1,?:5,5:a\n2,3,4:5,5,5:b\n1,1:5,5:a\n")
     said = run(capsys, "train", file, "--dry-run")[1]
     assert "3 sequences of 2 to 3 steps, 2 channels\n" in said
-    assert "to classify: 3 classes, one a sequence: a (2), b (1), c (0)\n" in said
-    assert "of one example alone, which can be trained on or validated on, not both: b\n" in said
+    assert "classification: 3 classes, one per sequence: a (2), b (1), c (0)\n" in said
+    assert "with a single example, so either without training or without validation: b\n" in said
     assert "missing: 1 values, 7.14%" in said
     assert "constant: channel 1\n" in said
 
@@ -106,7 +106,7 @@ def test_train_and_run_on_every_kind_of_file(capsys, machines, name):
 
 
 def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
-    """Semicolons, decimal commas, another encoding; the index, which isn't learned from."""
+    """Semicolons, decimal commas, another encoding; an index column, which isn't used."""
     table = pd.read_csv(machines / "machines.csv")
     table.to_csv(machines / "index.csv")
     table.to_csv(machines / "german.csv", sep=";", decimal=",", index=False)
@@ -123,11 +123,11 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     answers = [run(capsys, "run", machines / "net", machines / name)[1] for name in ("machines.csv", "german.csv")]
     assert answers[0] == answers[1]
     table.to_csv(machines / "quoted.csv", decimal=",", index=False)
-    assert "say --decimal , if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
+    assert "use --decimal , if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
 
 
-def test_run_on_a_table_without_the_truth(capsys, machines):
+def test_run_on_a_table_without_labels(capsys, machines):
     assert run(capsys, "train", machines / "machines.csv", *COLUMNS, "-o", machines / "net", *SMALL)[0] == 0
     table = pd.read_csv(machines / "machines.csv").drop(columns=["state", "place"])
     table[table.machine == "m4"].to_csv(machines / "new.csv", index=False)
@@ -150,13 +150,13 @@ def test_the_page_of_a_network_that_was_trained_on_a_table(capsys, machines):
     assert page.stat().st_size > 10_000
 
 
-def test_an_answer_a_step(capsys, rng, tmp_path):
+def test_an_output_per_step(capsys, rng, tmp_path):
     x = rng.normal(size=(12, 5, 1))
     table = pd.DataFrame({"id": np.repeat(np.arange(12), 5), "x": x.ravel(), "sum": x.cumsum(axis=1).ravel()})
     table.to_csv(tmp_path / "a.csv", index=False)
     words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "sum", "--per-step", "-o", tmp_path / "net", *SMALL]
     status, out, _ = run(capsys, *words)
-    assert (status, "to regress: a number a step, from" in out) == (0, True)
+    assert (status, "regression: a number per step, from" in out) == (0, True)
     status, out, err = run(capsys, "run", tmp_path / "net", tmp_path / "a.csv")
     rows = list(csv.reader(io.StringIO(out)))
     assert rows[0] == ["id", "step", "predicted"]
@@ -167,8 +167,8 @@ def test_an_answer_a_step(capsys, rng, tmp_path):
 def test_it_ends_with_a_sentence(capsys, tmp_path):
     _, out, _ = run(capsys, "train", VOWELS, "-o", tmp_path / "net", *SMALL)
     assert re.search(
-        r"\ntrained for all 2 epochs; kept is epoch \d, whose validation loss is the lowest; on the 36 validation "
-        r"examples, never trained on, which chose the epoch: accuracy 0\.\d+\nwritten to ",
+        r"\ntrained for all 2 epochs; kept epoch \d, with the lowest validation loss; on the 36 validation "
+        r"examples, which also selected the epoch: accuracy 0\.\d+\nwrote ",
         out,
     )
     assert re.search(r"\n\d+ steps in [\d.]+ s, on 1 thread\n", out)
@@ -187,25 +187,30 @@ def test_history_picture_log_and_warm_start(capsys, tmp_path):
     assert json.loads(out)["history"][0]["loss"] < report["history"][0]["loss"]
 
 
-def test_a_checkpoint_is_overwritten_or_gone_on_from_when_asked(capsys, tmp_path):
+def test_a_checkpoint_is_overwritten_or_resumed_only_on_request(capsys, tmp_path):
     words = ["train", VOWELS, "-o", tmp_path / "net", *SMALL, "--checkpoint", tmp_path / "c"]
     assert run(capsys, *words)[0] == 0
     status, _, err = run(capsys, *words)
     assert status == 2
-    assert "c: a checkpoint is there already: resume (--resume) goes on from it, overwrite (--overwrite) begins" in err
+    assert (
+        "c: the checkpoint already exists: resume (--resume) continues from it, overwrite (--overwrite) starts" in err
+    )
     assert run(capsys, *words, "--overwrite")[0] == 0
     status, out, _ = run(capsys, *words, "--resume", "--epochs", "3")
     assert status == 0
-    assert "the checkpoint was made for 2 epochs: from epoch 3 on, the rate goes on as in a training of 3, at" in out
+    assert (
+        "the checkpoint is of a training of 2 epochs: from epoch 3 on, the learning rate is that of a training of 3"
+        in out
+    )
     status, _, err = run(capsys, *words, "--resume", "--overwrite")
-    assert (status, "or --overwrite, to begin anew, got both" in err) == (2, True)
+    assert (status, "and --overwrite (start again) exclude each other" in err) == (2, True)
 
 
 def test_the_ts_format_is_described(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "a sequence a line, its channels between colons, its class at the end" in said
+    assert "one sequence per line, channels separated by colons, the class last" in said
 
 
 def test_class_weights(capsys, machines):
@@ -228,12 +233,12 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
         (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
         (["machines.csv", "--label", "state"], "expected id= or --id, the column"),
         (["machines.csv", "--label", "mood", "--id", "machine"], "expected y to be a column, one of machine"),
-        (["machines.csv", *COLUMNS, "--season", "7"], "--season does nothing with sequences: it is for forecasts"),
+        (["machines.csv", *COLUMNS, "--season", "7"], "--season doesn't apply to sequences, only to forecasts"),
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
-        (["machines.npz", "--label", "state"], "expected y with a table alone, as .npz has its own"),
-        (["empty.csv", *COLUMNS], "empty.csv: line 1: expected the columns' names, found ''"),
+        (["machines.npz", "--label", "state"], "y applies only to tables, not to .npz"),
+        (["empty.csv", *COLUMNS], "empty.csv: line 1: expected column names, found ''"),
         (["broken.parquet", *COLUMNS], "broken.parquet: expected a Parquet file ("),
-        (["broken.npz"], "broken.npz: expected arrays by name as np.savez writes them, found another file"),
+        (["broken.npz"], "broken.npz: expected named arrays written by np.savez, found another kind of file"),
     ],
 )
 def test_bad_input_is_one_line(capsys, machines, words, message):
@@ -255,25 +260,25 @@ def test_the_network_holds_labels_that_are_numbers(capsys, rng, tmp_path):
     assert "p_3" in rows[0]
 
 
-def test_a_table_is_read_as_people_write_it(capsys, machines):
+def test_a_table_with_usual_dates_and_decimals(capsys, machines):
     table = pd.read_csv(machines / "machines.csv")
     plain = ["train", machines / "machines.csv", *COLUMNS, "--features", "heat,noise", "-o", machines / "plain", *SMALL]
     assert run(capsys, *plain)[0] == 0
     hours = pd.Timestamp("2024-02-01") + pd.to_timedelta(table.hour, unit="D")
-    table["hour"] = hours.dt.strftime("%d/%m/%Y")  # as text they don't rise from 01/02/2024 to 08/02/2024 by month
+    table["hour"] = hours.dt.strftime("%d/%m/%Y")  # as text, sorted by month they would not be ascending
     table["machine"] = table.machine.str.replace("m", "ü0")
     table = table.sample(frac=1, random_state=0).sort_values("machine", key=lambda ids: ids.str[2:].astype(int))
     file = machines / "german.csv"
     table.to_csv(file, sep=";", decimal=",", encoding="latin-1")  # with pandas's index
     status, _, err = run(capsys, "train", file, *COLUMNS, "--dry-run")
-    assert (status, "give --encoding, such as latin-1" in err, err.count("\n")) == (2, True, 1)
+    assert (status, "use --encoding, such as latin-1" in err, err.count("\n")) == (2, True, 1)
     words = ["train", file, *COLUMNS, "--encoding", "latin-1"]
     status, _, err = run(capsys, *words, "--features", "heat,noise", "--dry-run")
-    assert (status, "say --day-first or --month-first" in err, err.count("\n")) == (2, True, 1)
+    assert (status, "use --day-first or --month-first" in err, err.count("\n")) == (2, True, 1)
     status, out, _ = run(capsys, *words, "--day-first", "--features", "heat,noise", "--dry-run")
     assert (status, "8 steps, 2 channels (heat, noise)\n" in out, "  decimal commas\n" in out) == (0, True, True)
     assert run(capsys, *words, "--day-first", "--features", "heat,noise", "-o", machines / "net", *SMALL)[0] == 0
-    out = run(capsys, "run", machines / "net", file)[1]  # read as the training's was
+    out = run(capsys, "run", machines / "net", file)[1]  # read with the options of the training table
     rows = list(csv.DictReader(io.StringIO(out)))
     want = list(csv.DictReader(io.StringIO(run(capsys, "run", machines / "plain", machines / "machines.csv")[1])))
     assert [row.pop("machine") for row in rows] == [row.pop("machine").replace("m", "ü0") for row in want]
@@ -287,13 +292,13 @@ def test_row_numbers_are_no_feature_and_ids_keep_their_zeros(capsys, tmp_path, r
     words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "y"]
     out = run(capsys, *words, "--dry-run")[1]
     assert "1 channel (x)\n" in out
-    assert "ignored: index, as it numbers the rows\n" in out
+    assert "ignored: index, because it numbers the rows\n" in out
     assert run(capsys, *words, "-o", tmp_path / "net", *SMALL)[0] == 0
     assert run(capsys, "run", tmp_path / "net", tmp_path / "a.csv")[1].splitlines()[3].startswith("002,")
     status, _, err = run(capsys, *words, "--day-first", "--dry-run")
-    assert (status, "expected time, the column that holds dates" in err) == (2, True)
+    assert (status, "day_first and date_format need time, the column of dates" in err) == (2, True)
     status, _, err = run(capsys, "train", VOWELS, "--decimal", ",", "--dry-run")
-    assert (status, "expected decimal with a table alone" in err) == (2, True)
+    assert (status, "decimal applies only to tables" in err) == (2, True)
 
 
 @pytest.mark.parametrize("task", [[], ["--task", "regress"]])
@@ -303,7 +308,7 @@ def test_numbers_to_learn_with_decimal_commas(capsys, tmp_path, rng, task):
     table.to_csv(tmp_path / "a.csv", index=False, sep=";", decimal=",")
     words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "y", *task]
     out = run(capsys, *words, "--dry-run")[1]
-    assert f"to regress: a number a sequence, from {table.y.min():.6g} to {table.y.max():.6g}\n" in out
+    assert f"regression: a number per sequence, from {table.y.min():.6g} to {table.y.max():.6g}\n" in out
 
 
 def test_classes_that_a_spreadsheet_would_run_are_text(capsys, tmp_path, rng):

@@ -1,4 +1,4 @@
-"""`cellstack stream`: every frame answered at once, and a state that outlives whatever ends it."""
+"""`cellstack stream`: an immediate output for every step, and a state that is saved however it ends."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from cellstack.formats.state import load_state, save_state
 from cellstack.nodes import Conv1D, Embedding, Merge
 
 COMMAND = [sys.executable, "-W", "error", "-m", "cellstack", "stream"]
-PATIENCE = 20.0  # seconds that a test waits for what should come at once
+PATIENCE = 20.0  # seconds that a test waits for immediate output
 
 
 def make_net(dtype="float32", kinds=("lstm", "gru"), outputs=2):
@@ -72,7 +72,7 @@ def run(words, text):
 
 
 class Running:
-    """The command at work, a line at a time."""
+    """A running command, used a line at a time."""
 
     def __init__(self, *words):
         self.process = subprocess.Popen([*COMMAND, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -103,7 +103,7 @@ class Running:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("written", [as_csv, as_json])
-def test_answers_are_the_stream_s_bits(tmp_path, dtype, written):
+def test_outputs_equal_the_stream_s_bit_for_bit(tmp_path, dtype, written):
     net = make_net(dtype)
     net.save(tmp_path / "net.safetensors")
     x = frames(20)
@@ -113,7 +113,7 @@ def test_answers_are_the_stream_s_bits(tmp_path, dtype, written):
     assert np.array_equal(numbers(done.stdout, dtype), answers(net, x.astype(dtype)))
 
 
-def test_what_comes_in_and_what_goes_out(model, net):
+def test_forms_of_input_and_output(model, net):
     x = frames(3)
     expected = answers(net, x)
     for words, text in (
@@ -137,7 +137,7 @@ def test_numbers_beyond_float32_are_infinite(model, net):
     assert np.array_equal(numbers(done.stdout), net.stream().step(np.array([[np.inf, 2, 3]], "f4")))
 
 
-def test_ends_that_are_closed(model):
+def test_closed_standard_input_and_output(model):
     for closing in ("<&-", ">&-"):
         command = f"{shlex.join([*COMMAND, str(model)])} {closing}"
         done = subprocess.run(
@@ -150,7 +150,7 @@ def test_ends_that_are_closed(model):
 @pytest.mark.parametrize(
     "first", ["1;2;3", "1\t2\t3", "1 2 3", '"1","2","3"', "'1','2','3'", "1_0,2_0,3_0", "a,b,2", "a,b", "a;b;c"]
 )
-def test_a_first_line_that_names_no_columns_is_refused(model, first):
+def test_a_first_line_that_isn_t_a_header_is_refused(model, first):
     done = run([model], f"{first}\n1,2,3\n")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     counted = first in ("a,b", "a;b;c")
@@ -158,32 +158,32 @@ def test_a_first_line_that_names_no_columns_is_refused(model, first):
     assert f"standard input, line 1: expected {expected}" in done.stderr
 
 
-def test_a_first_line_that_names_the_columns_is_passed_over(model, net):
+def test_a_header_is_skipped(model, net):
     x = frames(2)
     for first in ("a,b,c", '"a","b b","c"', "sensor 1,sensor 2,t [s]", "x_1,x_2,"):
         assert np.array_equal(numbers(run([model], f"{first}\n{as_csv(x)}").stdout), answers(net, x))
 
 
-def test_a_state_that_is_no_number_any_more_is_said(model, tmp_path):
+def test_a_state_that_isn_t_finite_is_reported(model, tmp_path):
     state = str(tmp_path / "state")
     said = run([model, "--state", state], "1,2,3\n").stderr
-    assert said == f"1 frames, state in {state}\n"
+    assert said == f"1 steps, state in {state}\n"
     said = run([model, "--state", state], "1,nan,2\n").stderr
-    assert said == f"1 frames, state in {state}, which is no number any more: a frame held nan or inf\n"
+    assert said == f"1 steps, state in {state}, which is no longer finite: a step contained nan or inf\n"
 
 
-def test_a_trained_model_of_the_whole_sequence_says_what_streams(tmp_path):
+def test_a_model_with_mean_pooling_says_how_to_train_one_that_streams(tmp_path):
     path = str(tmp_path / "mean.safetensors")
-    for task, mend in (
+    for task, fix in (
         ("classify", ": train with --pooling last for streams\n"),
         (None, "which a stream doesn't have\n"),
     ):
         Network([make_net().nodes[1], GlobalPool("mean")], metadata={"task": task}).save(path)
         done = run([path], "1,2,3\n")
-        assert (done.returncode, done.stderr.endswith(mend)) == (2, True)
+        assert (done.returncode, done.stderr.endswith(fix)) == (2, True)
 
 
-def test_numbers_that_json_hasn_t_are_null(model):
+def test_nan_and_infinity_are_null_in_json(model):
     assert run([model], "1,nan,2\n").stdout == "nan,nan\n"
     assert run([model, "--json"], "1,2,3\n1,nan,3\n").stdout.splitlines()[1] == "[null,null]"
 
@@ -214,7 +214,7 @@ def test_numbers_that_json_hasn_t_are_null(model):
         ("7\n", r"line 1: expected 3 numbers, found 1"),
     ],
 )
-def test_a_line_at_fault_is_named(model, tmp_path, monkeypatch, capfd, text, message):
+def test_an_invalid_line_is_named(model, tmp_path, monkeypatch, capfd, text, message):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     state = tmp_path / "state"
     status = cli.main(["stream", model, "--state", str(state)])
@@ -226,17 +226,17 @@ def test_a_line_at_fault_is_named(model, tmp_path, monkeypatch, capfd, text, mes
     assert state.exists()
 
 
-def test_a_frame_of_one_number():
+def test_a_step_of_one_number():
     lines = Lines("here", 1)
     assert lines.frame(b"[1]") == lines.frame(b"1.0") == [1.0]
     assert lines.text([2.0]) == b"[2]\n"
     assert Lines("here", 1, "csv", 17).text([0.1]) == b"0.10000000000000001\n"
 
 
-# ── at once ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── latency ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_frame_is_answered_before_the_next_one_comes(model, net):
+def test_every_step_is_answered_before_the_next_arrives(model, net):
     x = frames(200)
     expected, took = answers(net, x), []
     with Running(model) as running:
@@ -251,7 +251,7 @@ def test_every_frame_is_answered_before_the_next_one_comes(model, net):
     assert np.median(took[20:]) < 0.01
 
 
-def test_half_a_line_is_waited_for(model, net):
+def test_an_incomplete_line_is_waited_for(model, net):
     x = frames(2)
     one, other = as_csv(x).splitlines(True)
     with Running(model) as running:
@@ -264,13 +264,13 @@ def test_half_a_line_is_waited_for(model, net):
 # ── the state ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_state_goes_on(model, net, tmp_path):
+def test_the_state_is_continued(model, net, tmp_path):
     x, state = frames(30), str(tmp_path / "state.safetensors")
     expected, got = answers(net, x), []
     for part in (x[:10], x[10:11], x[11:11], x[11:]):
         done = run([model, "--state", state], as_csv(part))
         assert done.returncode == 0
-        assert done.stderr == f"{len(part)} frames, state in {state}\n"
+        assert done.stderr == f"{len(part)} steps, state in {state}\n"
         got.append(numbers(done.stdout).reshape(-1, 2))
     assert np.array_equal(np.concatenate(got), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
@@ -282,19 +282,19 @@ def test_the_state_goes_on(model, net, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_with_the_state_saved(model, net, tmp_path, number, status):
+def test_signals_stop_it_and_the_state_is_saved(model, net, tmp_path, number, status):
     x, state = frames(6), str(tmp_path / "state")
     expected = answers(net, x)
     with Running(model, "--state", state) as running:
         for line, y in zip(as_csv(x[:4]).splitlines(True), expected, strict=False):
             assert np.array_equal(numbers(running.ask(line))[0], y)
         running.process.send_signal(number)
-        assert running.end() == (status, f"4 frames, stopped by {number.name}, state in {state}\n")
+        assert running.end() == (status, f"4 steps, stopped by {number.name}, state in {state}\n")
     done = run([model, "--state", state], as_csv(x[4:]))
     assert np.array_equal(numbers(done.stdout), expected[4:])
 
 
-def test_signals_that_rain_leave_a_state_between_two_frames(model, net, tmp_path):
+def test_repeated_signals_leave_a_state_between_two_steps(model, net, tmp_path):
     x, state = frames(400), str(tmp_path / "state")
     expected = answers(net, x)
     at = 0
@@ -309,13 +309,13 @@ def test_signals_that_rain_leave_a_state_between_two_frames(model, net, tmp_path
             status, said = running.end()
             got += running.process.stdout.readlines()
         assert status == 143
-        taken = int(re.match(r"(\d+) frames, stopped by SIGTERM", said)[1])
+        taken = int(re.match(r"(\d+) steps, stopped by SIGTERM", said)[1])
         assert taken == len(got)
         assert np.array_equal(numbers(b"".join(got).decode()), expected[at : at + taken])
         at += taken
 
 
-def test_a_reader_that_leaves(model, net, tmp_path):
+def test_a_reader_that_closes_the_pipe(model, net, tmp_path):
     x, state = frames(5000), str(tmp_path / "state")
     with Running(model, "--state", state) as running:
         assert running.ask(as_csv(x[:1]))
@@ -324,16 +324,16 @@ def test_a_reader_that_leaves(model, net, tmp_path):
             running.process.stdin.write(as_csv(x[1:]).encode())
         status, said = running.end()
     assert status == 0
-    taken = int(re.fullmatch(r"(\d+) frames, state in .*\n", said)[1])
+    taken = int(re.fullmatch(r"(\d+) steps, state in .*\n", said)[1])
     stream = net.stream()
     stream.run(x[None, :taken])
     assert all(map(np.array_equal, load_state(state, net.stream())[0], stream.state[0]))
 
 
-def test_a_reader_that_doesn_t_read_is_not_waited_for(model, net, tmp_path):
+def test_a_reader_that_doesn_t_read_delays_the_end_only_briefly(model, net, tmp_path):
     state = tmp_path / "state"
     with Running(model, "--state", str(state)) as running:
-        assert running.ask(as_csv(frames(1)))  # it has begun
+        assert running.ask(as_csv(frames(1)))  # it has started
         os.set_blocking(running.process.stdin.fileno(), False)
         text, until = as_csv(frames(20000)).encode(), time.monotonic() + PATIENCE
         while time.monotonic() < until:  # until both pipes are full
@@ -348,10 +348,10 @@ def test_a_reader_that_doesn_t_read_is_not_waited_for(model, net, tmp_path):
     assert state.exists()
 
 
-def test_a_state_that_can_t_be_written_is_said_before_the_first_frame(model, tmp_path):
+def test_a_state_that_can_t_be_written_is_reported_before_the_first_step(model, tmp_path):
     (tmp_path / "folder").mkdir()
     for state, message in (("nowhere/state", "there is no folder"), ("folder", "it exists and isn't a regular file")):
-        with Running(model, "--state", str(tmp_path / state)) as running:  # no frame is sent
+        with Running(model, "--state", str(tmp_path / state)) as running:  # no step is sent
             status, said = running.end()
         assert (status, said.count("\n")) == (2, 1)
         assert f"{state}: {message}" in said
@@ -367,7 +367,7 @@ def test_states_that_don_t_fit(model, net, tmp_path, capfd, monkeypatch):
         out, err = capfd.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert re.search(pattern, err), err
-        assert state.read_bytes() == before  # what was there is left alone
+        assert state.read_bytes() == before  # the file is unchanged
 
     save_state(state, make_net("float64").stream())
     refused(r"state: tensor 'cell_0/h': expected F32 \[1, 5\], found F64 \[1, 5\]")
@@ -389,7 +389,7 @@ def test_states_that_don_t_fit(model, net, tmp_path, capfd, monkeypatch):
 
 
 def test_states_with_bits_flipped(net, tmp_path):
-    """Whatever is in the file: a state of the right shapes, or a `FormatError`."""
+    """Any file gives a state of the right shapes, or a `FormatError`."""
     rng, stream, refused = np.random.default_rng(0), net.stream(), []
     save_state(tmp_path / "whole", stream)
     whole = (tmp_path / "whole").read_bytes()
@@ -454,13 +454,13 @@ def test_ids(tmp_path):
         (tmp_path / "state").unlink()
 
 
-def test_networks_without_one_frame_in_and_one_answer_out(tmp_path, capfd):
+def test_networks_without_one_input_and_one_output(tmp_path, capfd):
     two = Network([Merge("add")], inputs={"a": (None, 2), "b": (None, 2)}, wires=[("a", "b")])
     ends = Network([Dense(np.ones((2, 2), "f4")), Dense(np.ones((2, 2), "f4"))], outputs=("layer_0", "layer_1"))
     for net, message in (
         (two, "expected one input and one output, found the inputs a, b"),
         (ends, "and the outputs layer_0, layer_1"),
-        (Network([GlobalPool("last")]), "expected a network that fixes the width"),
+        (Network([GlobalPool("last")]), "networks that don't fix the width of their input aren't supported"),
     ):
         net.save(tmp_path / "net.safetensors")
         assert cli.main(["stream", str(tmp_path / "net")]) == 2

@@ -48,14 +48,16 @@ def test_generate_writes_what_the_library_does(run, model):
     ended = run("generate", "model", "--stop", "b", "--length", 1000)[1]
     assert ended.endswith("b\n")
     assert ended.count("b") == 1
-    report = json.loads(run("generate", "model", "--json")[1])  # a seed of its own is told, and repeats
+    report = json.loads(
+        run("generate", "model", "--json")[1]
+    )  # the random seed is reported, and gives the same text again
     assert report["text"] == json.loads(run("generate", "model", "--json", "--seed", report["seed"])[1])["text"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", "aXb"], r"the prompt: expected the network's 6 characters, found 'X' (U+0058)"),
+        (["--prompt", "aXb"], r"the prompt: the model doesn't know 'X' (U+0058): its alphabet has 6 characters"),
         (["--temperature", "-1"], "expected a temperature of at least 0"),
         (["--top-p", "2"], "expected top_p above 0"),
         (["--seed", "-1"], "expected a seed of at least 0, got -1"),
@@ -68,7 +70,7 @@ def test_generate_refuses_in_one_line(run, model, words, message):
     assert message in err
 
 
-def test_generate_streams_without_torch_and_a_reader_that_leaves_ends_it(tmp_path, model):
+def test_generate_streams_without_torch_and_stops_when_the_reader_closes_the_pipe(tmp_path, model):
     code = (
         "import sys; from cellstack.cli import main\n"
         "status = main.main(['generate', 'model', '--length', '100000000', '--seed', '0'])\n"
@@ -77,7 +79,7 @@ def test_generate_streams_without_torch_and_a_reader_that_leaves_ends_it(tmp_pat
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        first = process.stdout.read(50)  # long before it could have written all
+        first = process.stdout.read(50)  # long before all is written
         process.stdout.close()
         assert process.stderr.read().decode().split() == ["False", "0"]
     assert first.decode(errors="ignore")[:40] == "".join(generate(model, length=40, seed=0))
@@ -90,12 +92,12 @@ def book(tmp_path):
     return path
 
 
-def test_a_dry_run_says_what_was_understood(run, tmp_path):
+def test_a_dry_run_describes_the_text(run, tmp_path):
     status, out, err = run("train", ALICE, "--dry-run")
     assert (status, err, list(tmp_path.iterdir())) == (0, "", [])
     first, second = out.splitlines()
-    assert "147,815 characters, 68 different; 133,033 to train on" in first
-    assert second == "  8 streams, 128 characters of each a step, 130 steps an epoch"
+    assert "147,815 characters, 68 distinct; 133,033 to train on" in first
+    assert second == "  8 streams, 128 characters of each per training step, 130 training steps per epoch"
     report = json.loads(run("train", ALICE, "--dry-run", "--json", "--bytes", "--batch", 32)[1])["understood"]
     assert (report["unit"], report["length"], report["streams"], report["test"]) == ("bytes", 147815, 32, 7391)
 
@@ -104,7 +106,7 @@ def test_from_a_book_to_characters(run, book, tmp_path):
     status, out, err = run("train", book, "-o", "model", *SMALL)
     assert status == 0
     assert out.splitlines()[0].startswith(f"{book}: 2,400 characters, ")
-    assert "on the test part, which was never trained on: bits per character" in out
+    assert "on the test part: bits per character" in out
     assert [line.split("  ")[0] for line in err.replace("\r", "\n").splitlines() if "bits per" in line] == [
         "epoch 1",
         "epoch 2",
@@ -126,7 +128,7 @@ def test_from_a_book_to_characters(run, book, tmp_path):
     assert out.startswith("2,400 characters, ")
 
 
-def test_a_text_to_measure_on(run, book, tmp_path):
+def test_a_test_text(run, book, tmp_path):
     other = tmp_path / "other.md"
     other.write_text(book.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     report = json.loads(run("train", book, other, "-o", "model", *SMALL, "--quiet", "--json")[1])
@@ -134,28 +136,28 @@ def test_a_text_to_measure_on(run, book, tmp_path):
     measured = json.loads(run("run", "model", other, "--json")[1])
     assert measured["bits_per_character"] == report["test"]["bits_per_character"]
     other.write_text("ß" * 300, encoding="utf-8")
-    assert "characters, found 'ß' (U+00DF)" in run("train", book, other, "-o", "model", *SMALL)[2]
+    assert "the model doesn't know 'ß' (U+00DF): its alphabet" in run("train", book, other, "-o", "model", *SMALL)[2]
 
 
-def test_a_checkpoint_is_gone_on_from(run, book):
+def test_a_checkpoint_is_resumed(run, book):
     saved = ["--checkpoint", "book.checkpoint", "--quiet", "--json"]
     run("train", book, "-o", "part", *SMALL, "--epochs", 3, *saved)
     assert run("train", book, "-o", "part", *SMALL, "--epochs", 3, *saved)[0] == 2
     report = json.loads(run("train", book, "-o", "more", *SMALL, "--epochs", 4, *saved, "--resume")[1])
     assert [entry["epoch"] for entry in report["history"]] == [1, 2, 3, 4]
     book.write_text(book.read_text(encoding="utf-8")[::-1], encoding="utf-8")
-    assert "expected text as in this training" in run("train", book, "-o", "x", *SMALL, *saved, "--resume")[2]
+    assert "expected a checkpoint with text " in run("train", book, "-o", "x", *SMALL, *saved, "--resume")[2]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--target", "a"], "--target does nothing with texts: it is for forecasts"),
-        (["--noise", "1"], "--noise does nothing with texts"),
-        (["--bidirectional"], "--bidirectional does nothing with texts"),
+        (["--target", "a"], "--target doesn't apply to texts, only to forecasts"),
+        (["--noise", "1"], "--noise doesn't apply to texts"),
+        (["--bidirectional"], "--bidirectional doesn't apply to texts"),
         (["--steps", "0"], "expected steps >= 1, got 0"),
         (["--embedding", "-1"], "expected embedding of at least 0"),
-        (["--validation", "0.9"], "at most a half together"),
+        (["--validation", "0.9"], "together at most 0.5"),
     ],
 )
 def test_train_refuses_in_one_line(run, book, words, message):
@@ -164,7 +166,7 @@ def test_train_refuses_in_one_line(run, book, words, message):
     assert message in err
 
 
-def test_files_that_are_no_text(run, tmp_path):
+def test_files_that_aren_t_text(run, tmp_path):
     for name, data, message in (
         ("empty.txt", b"", "at least 200 characters, found none"),
         ("latin.txt", b"caf\xe9" * 99, "expected UTF-8 text, found byte 0xe9 at 3"),
@@ -180,7 +182,7 @@ def test_files_that_are_no_text(run, tmp_path):
 
 
 @pytest.mark.parametrize("characters", ["ACGT", "的一是不了人我在有他"])
-def test_a_text_without_blanks_and_line_ends(run, tmp_path, rng, characters):
+def test_a_text_without_spaces_and_line_ends(run, tmp_path, rng, characters):
     text = "".join(rng.choice(list(characters), 600))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     status, out, err = run("train", "text.txt", "-o", "model", *SMALL, "--json", "--quiet", "--checkpoint", "run.ckpt")
@@ -192,5 +194,5 @@ def test_a_text_without_blanks_and_line_ends(run, tmp_path, rng, characters):
     assert (tmp_path / "run.ckpt").exists()
     status, _, err = run("generate", "model")
     assert (status, err.count("\n")) == (2, 1)
-    assert "expected a prompt: the network knows neither a line end nor a blank" in err
+    assert "a prompt is required, because the model has neither a line end nor a space" in err
     assert run("generate", "model", "--prompt", text[:3], "--length", 5)[0] == 0

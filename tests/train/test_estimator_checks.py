@@ -1,6 +1,7 @@
-"""The estimators held against the checks that scikit-learn, aeon and sktime have for theirs, all of them.
+"""The estimators pass all checks that scikit-learn, aeon and sktime have for their own.
 
-Each library is in a process of its own: all three warn, and scikit-learn checks array APIs where SciPy was told before.
+Each library runs in a separate process: all three warn, and scikit-learn checks array APIs only if a variable
+of SciPy is set before its import.
 """
 
 import os

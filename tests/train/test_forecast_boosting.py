@@ -1,4 +1,4 @@
-"""Gradient boosting on lags: what it may look at, and that it is a baseline to be taken seriously."""
+"""Gradient boosting on lags: it uses only past values, and is a strong baseline."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +14,7 @@ HORIZON = 7
 
 
 def daily(seed, rows=420, scale=1.0):
-    """A week, a slow wander, holidays known in advance, noise."""
+    """A weekly season, a slow random walk, holidays known in advance, and noise."""
     rng = np.random.default_rng(seed)
     holiday = (rng.random(rows) < 0.1).astype(np.float64)
     week = np.tile([4.0, 4, 5, 5, 6, 2, 1], rows // 7 + 1)[:rows]
@@ -55,7 +55,7 @@ def measured(data, model, test):
     return measures.errors(model.forecast(test), actual)["mae"], measures.errors(naive, actual)["mae"]
 
 
-def test_it_beats_the_seasonal_naive_forecast_by_what_is_known_in_advance(one):
+def test_it_beats_the_seasonal_naive_forecast_with_inputs_known_in_advance(one):
     data, model = one
     mae, naive = measured(data, model, origins(data.starts, 0.8, 1.0))
     assert mae < 0.6 * naive
@@ -63,7 +63,7 @@ def test_it_beats_the_seasonal_naive_forecast_by_what_is_known_in_advance(one):
     assert measured(blind, fitted(blind), origins(data.starts, 0.8, 1.0))[0] > 1.5 * mae
 
 
-def test_it_looks_at_nothing_after_its_origins(one):
+def test_it_uses_nothing_after_its_origins(one):
     data, model = one
     first = int(0.8 * len(data.values))
     changed = replace(data, values=np.where(np.arange(len(data.values)) < first, data.values, -1e6))
@@ -112,14 +112,14 @@ def test_growth_is_learned_by_differences():
     assert mae < naive
 
 
-def test_it_ends_where_the_panel_ends_and_starts_where_something_was_observed(one):
+def test_forecasts_end_with_the_panel_and_need_an_observed_value(one):
     data, model = one
     forecast = model.forecast(np.array([len(data.values) - 3]))
     assert np.isfinite(forecast[0, :2]).all()
     assert np.isnan(forecast[0, 2:]).all()
     late = replace(data, values=np.where(np.arange(len(data.values)) < 100, np.nan, data.values))
     assert np.isfinite(fitted(late).forecast(np.array([300]))).all()
-    with pytest.raises(ValueError, match="expected origins after which the target was observed"):
+    with pytest.raises(ValueError, match="no target was observed after any of the origins"):
         fitted(replace(data, values=np.full(len(data.values), np.nan)))
 
 

@@ -1,4 +1,4 @@
-"""Forecasts by rules against numbers worked by hand, and the measures of a forecast."""
+"""Simple forecasting rules and error measures, compared with numbers worked by hand."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_each_rule_by_hand(arguments, expected):
     np.testing.assert_allclose(rules.seasonal(values, AT, 4, **arguments), [expected])
 
 
-def test_the_mean_of_seasons_leaves_out_what_was_not_observed():
+def test_the_mean_of_seasons_ignores_missing_values():
     values = np.array([1.0, 10, NAN, 20, 3, NAN, 99, 99])
     np.testing.assert_allclose(rules.seasonal_mean(values, AT, 3, season=2), [[2, 15, 2]])
     np.testing.assert_allclose(rules.seasonal_mean(values, AT, 2, season=2, count=1), [[3, NAN]])
@@ -37,13 +37,13 @@ def test_a_gap_is_bridged_by_the_season_before_and_drift_counts_the_seasons_betw
     np.testing.assert_allclose(rules.seasonal(values, AT, 2), [[5, 5]])
 
 
-def test_where_nothing_was_observed_at_a_phase_there_is_no_forecast():
+def test_a_phase_without_observed_values_has_no_forecast():
     values = np.array([NAN, 10, NAN, 12, NAN, 14])
     np.testing.assert_allclose(rules.seasonal(values, AT, 2, season=2, drift=True), [[NAN, 16]])
     assert np.isnan(rules.seasonal(np.full(6, NAN), AT, 2)).all()
 
 
-def test_no_rule_looks_past_its_origin_and_all_origins_at_once_are_as_one_by_one():
+def test_no_rule_uses_values_after_its_origin_and_many_origins_equal_one_by_one():
     rng = np.random.default_rng(0)
     values = rng.standard_normal(60).cumsum()
     values[rng.random(60) < 0.2] = NAN
@@ -56,7 +56,7 @@ def test_no_rule_looks_past_its_origin_and_all_origins_at_once_are_as_one_by_one
             np.testing.assert_allclose(row, rule(cut, np.array([origin]), 9)[0], err_msg=name)
 
 
-def test_a_season_that_the_rows_before_the_first_origin_do_not_hold_twice_gives_no_rule():
+def test_a_season_needs_two_periods_before_the_first_origin():
     assert list(rules.rules((4, 7), 13)) == [
         "naive",
         "drift",

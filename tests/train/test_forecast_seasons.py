@@ -74,7 +74,7 @@ def test_series_of_a_panel_that_are_too_short_alone_are_enough_together():
 
 
 @pytest.mark.parametrize("kind", ["noise", "walk", "autoregressive"])
-def test_none_in_what_has_none(kind):
+def test_no_season_in_series_without_one(kind):
     rng = np.random.default_rng(2)
     found = 0
     for _ in range(100):
@@ -88,5 +88,5 @@ def test_none_in_what_has_none(kind):
 
 
 @pytest.mark.parametrize("values", [np.zeros(0), np.ones(3), np.full(50, np.nan), np.full(50, 1e9), np.arange(50.0)])
-def test_nothing_to_find(values):
+def test_series_that_are_too_short_or_empty(values):
     assert seasons.find(values, None, (7, 24)) == ()

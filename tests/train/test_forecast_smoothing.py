@@ -1,4 +1,4 @@
-"""Exponential smoothing: its equations by hand, what it has no part in, gaps, seasons, and what the search finds."""
+"""Exponential smoothing: its equations by hand, gaps, seasons, and the grid search."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def ahead(values, seasons, how, horizon):
     return smoothed(values, seasons, how).ahead(np.array([len(values) - 1]), horizon)[0]
 
 
-def test_a_level_follows_by_its_share():
+def test_a_level_follows_with_its_parameter():
     found = smoothed([4.0, 8.0, 2.0], (), STILL._replace(level=0.25))
     np.testing.assert_allclose(found.level, [4.0, 5.0, 4.25])
     np.testing.assert_allclose(found.fitted, [np.nan, 4.0, 5.0])
@@ -39,11 +39,11 @@ def test_the_drift_is_the_mean_change_of_a_row():
     np.testing.assert_allclose(ahead([1.0, 2.0, 5.0, 7.0], (), how._replace(drift=0.5), 2), [8.0, 9.0])
 
 
-def test_what_is_left_fades():
+def test_the_remainder_decays():
     np.testing.assert_allclose(ahead([0.0, 8.0], (), STILL._replace(memory=0.5), 3), [4.0, 2.0, 1.0])
 
 
-def test_a_season_goes_on_and_follows():
+def test_a_season_is_continued_and_updated():
     values = [1.0, 2.0, 6.0] * 3
     np.testing.assert_allclose(ahead(values, (3,), STILL, 4), [1.0, 2.0, 6.0, 1.0])
     # in the second season a half of the error goes to the season, whatever γ; in the third a third
@@ -51,7 +51,7 @@ def test_a_season_goes_on_and_follows():
     np.testing.assert_allclose(ahead([0.0, 0.0, 6.0, 0.0, 6.0, 0.0], (2,), STILL, 2), [4.0, 0.0])
 
 
-def test_two_seasons_and_one_that_is_a_part_of_another():
+def test_two_seasons_and_one_that_is_a_divisor_of_another():
     assert smoothing.apart((24, 168)) == (168,)
     assert smoothing.apart((7, 365)) == (7, 365)
     n = np.arange(60)
@@ -59,13 +59,13 @@ def test_two_seasons_and_one_that_is_a_part_of_another():
     np.testing.assert_allclose(ahead(values[:45], (3, 5), STILL._replace(season=0.2), 15), values[n[45:]], atol=0.1)
 
 
-def test_logarithms_grow_by_shares_and_what_has_none_is_missing():
+def test_logarithms_and_values_without_one():
     how = STILL._replace(log=True, level=1.0, drift=1.0)
     np.testing.assert_allclose(ahead([1.0, 2.0, 4.0], (), how, 2), [8.0, 16.0])
     np.testing.assert_allclose(ahead([1.0, 2.0, 4.0, -3.0], (), how._replace(drift=0.0), 1), [4.0])
 
 
-def test_a_missing_value_changes_nothing_and_time_goes_on():
+def test_a_missing_value_has_no_error():
     how = STILL._replace(level=0.5, drift=1.0, memory=0.5)
     whole, gap = [2.0, 4.0, 6.0], [2.0, 4.0, 6.0, np.nan, np.nan]
     np.testing.assert_allclose(ahead(whole, (), how, 4)[2:], ahead(gap, (), how, 2))
@@ -79,7 +79,7 @@ def test_before_a_season_was_seen_there_is_no_forecast():
     assert np.isnan(smoothed([np.nan, np.nan], (), STILL).ahead(np.array([1]), 2)).all()
 
 
-def test_nothing_after_a_row_enters_its_forecast():
+def test_a_forecast_doesn_t_depend_on_later_rows():
     values = np.random.default_rng(0).normal(size=80).cumsum()
     changed = values.copy()
     changed[51:] += 100
@@ -88,7 +88,7 @@ def test_nothing_after_a_row_enters_its_forecast():
     np.testing.assert_array_equal(a, b)
 
 
-def test_series_of_a_panel_are_smoothed_as_each_by_itself():
+def test_series_of_a_panel_are_smoothed_separately():
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=40), rng.normal(size=30) + 9
     how = Smoothing(False, 0.3, 0.2, 1.0, 0.1, 0.9, 0.5)
@@ -97,7 +97,7 @@ def test_series_of_a_panel_are_smoothed_as_each_by_itself():
     np.testing.assert_array_equal(panel.ahead(np.array([69]), 5)[0], ahead(b, (6,), how, 5))
 
 
-def test_the_search_measures_what_the_forecasts_do():
+def test_the_search_measures_the_errors_of_the_forecasts():
     rng = np.random.default_rng(2)
     values = 20 + np.tile(rng.normal(size=6), 25) + np.cumsum(rng.normal(0, 0.3, 150))
     how, error = smoothing.best([values], (6,), 4, [2.0])
@@ -118,7 +118,7 @@ def test_the_search_finds_a_season_that_grows_with_the_level():
     assert np.abs(said / actual - 1).mean() < 0.06
 
 
-def test_values_below_zero_have_no_logarithm_and_few_rows_no_answer():
+def test_negative_values_have_no_logarithm_and_few_rows_no_result():
     values = np.random.default_rng(4).normal(size=60)
     assert not smoothing.best([values], (4,), 2, [1.0])[0].log
     assert smoothing.best([values[:6]], (4,), 2, [1.0]) is None

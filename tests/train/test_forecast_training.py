@@ -1,4 +1,4 @@
-"""Forecasts from the table to the measured network: what is learned, chosen, calibrated, written and resumed."""
+"""Training of forecasts: model selection, calibration, output files and resuming."""
 
 import csv
 import io
@@ -55,7 +55,7 @@ def test_it_beats_every_rule_where_there_is_more_to_learn(found):
     assert {"naive", "drift", "seasonal naive, 12", "seasonal naive with drift, 12"} < set(errors)
     best = min(value["mae"] for name, value in errors.items() if name != "model")
     assert errors["model"]["mae"] < 0.8 * best
-    assert 0.6 < errors["model"]["coverage"] < 0.95  # of the 0.8 that are meant
+    assert 0.6 < errors["model"]["coverage"] < 0.95  # 0.8 is intended
 
 
 def test_scores_are_those_of_the_written_forecasts(found):
@@ -84,7 +84,7 @@ def test_a_calibration_is_part_of_the_weights(found):
     np.testing.assert_allclose(changed.run(x)[0], 0.5 * plain.run(x)[0] + moved, rtol=1e-4, atol=1e-5)
 
 
-def test_a_network_that_knows_nothing_is_not_followed():
+def test_a_useless_network_gets_no_weight():
     table = read_table(waves())
     recipe = replace(plan(table, Request(seasons=(12,)), 0.35), floors=(0.01,))
     cut = parts(table, recipe, 0.15, 0.2)
@@ -105,7 +105,7 @@ def test_saved_and_run_elsewhere_it_forecasts_the_same(found, tmp_path):
     assert (np.diff(a.values, axis=-1) >= 0).all()
 
 
-def test_a_forecast_sees_only_what_comes_before_its_origin(found):
+def test_a_forecast_depends_only_on_rows_up_to_its_origin(found):
     table = read_table(waves())
     changed = waves()
     changed.loc[401:, "y"] = 1e5
@@ -115,8 +115,10 @@ def test_a_forecast_sees_only_what_comes_before_its_origin(found):
     np.testing.assert_array_equal(a.values, b.values)
 
 
-def test_too_few_rows_say_how_many_it_takes(found):
-    with pytest.raises(UsageError, match=r"expected at least 12 rows up to where a forecast starts.*found 5: 36 serve"):
+def test_too_few_rows_are_refused_with_the_number_needed(found):
+    with pytest.raises(
+        UsageError, match=r"expected at least 12 rows \(one season\) before a forecast, found 5: 36 rows are best"
+    ):
         predict.forecast(found.result.network, read_table(waves(5)), "model")
 
 
@@ -131,21 +133,21 @@ def test_several_series_one_new_and_one_too_short_to_train_on():
     assert np.isfinite(forecasts.values).all()
 
 
-def test_what_is_known_in_advance_is_used():
+def test_inputs_known_in_advance_are_used():
     rng = np.random.default_rng(3)
     frame = waves(noise=0.02)
     frame["promotion"] = (rng.random(500) < 0.3).astype(float)
     frame["y"] += 5 * frame["promotion"]
     settings = Settings(epochs=12, batch=64, lr=1e-2, patience=0)
-    told = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), settings=settings)
-    not_told = trained(frame, Request(("y",), seasons=(12,)), settings=settings)
-    errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (told, not_told)]
+    with_known = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), settings=settings)
+    without_known = trained(frame, Request(("y",), seasons=(12,)), settings=settings)
+    errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (with_known, without_known)]
     assert errors[0] < 0.7 * errors[1]
     ahead = frame.copy()
-    ahead.loc[488:, "y"] = np.nan  # the plan is there for the months that are to be forecast
-    a = predict.forecast(told.result.network, read_table(ahead), "model").median[0, :, 0]
+    ahead.loc[488:, "y"] = np.nan  # the forecast months have only the promotion
+    a = predict.forecast(with_known.result.network, read_table(ahead), "model").median[0, :, 0]
     ahead.loc[488:, "promotion"] = 1.0
-    b = predict.forecast(told.result.network, read_table(ahead), "model").median[0, :, 0]
+    b = predict.forecast(with_known.result.network, read_table(ahead), "model").median[0, :, 0]
     assert (b - a)[frame["promotion"][488:] == 0].mean() > 2.0
 
 
@@ -167,36 +169,36 @@ def prepared(frame, request=YEARLY):
 
 
 def growing(rows=200):
-    """A series that grows by shares and swings by as much."""
+    """A series with exponential growth and proportional variations."""
     frame = waves(rows)
     return frame.assign(y=np.exp(frame["y"] / 20 + np.arange(rows) / 50))
 
 
-def test_what_grows_by_shares_is_measured_by_its_level():
+def test_exponential_growth_is_scaled_by_the_level():
     windows, _ = prepared(growing())
     assert windows.recipe.scale == "level"
     assert windows.recipe.smoothing[0].log
     assert windows.recipe.rule == SMOOTHED
     assert prepared(growing(), Request(seasons=(12,), scale="spread"))[0].recipe.scale == "spread"
     below_zero = growing().assign(y=growing()["y"] - 5)
-    assert prepared(below_zero)[0].recipe.scale == "spread"  # its level is no unit
+    assert prepared(below_zero)[0].recipe.scale == "spread"  # its level can't be the unit
 
 
 @pytest.mark.parametrize(("error", "asked", "seasons"), [(0.9, None, ()), (1.1, None, (12,)), (0.1, (12,), (12,))])
-def test_a_season_that_does_harm_is_left_out(monkeypatch, error, asked, seasons):
+def test_a_season_that_makes_forecasts_worse_is_dropped(monkeypatch, error, asked, seasons):
     how = Smoothing(False, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0)
     errors = {(12,): 1.0, (): error}
     monkeypatch.setattr(training, "smoothings", lambda table, recipe, *_: ((how,), errors[recipe.seasons]))
     windows, cut = prepared(waves(), Request(seasons=asked))
     assert windows.recipe.seasons == seasons
-    assert len(cut.training) == 325 - 12 - (11 if seasons else 0)  # the first season is free again
+    assert len(cut.training) == 325 - 12 - (11 if seasons else 0)  # the first season can be used for training again
 
 
-def test_in_the_end_the_smoothing_knows_the_validation_part(monkeypatch):
-    told, known = training.smoothings, []
+def test_the_final_smoothing_uses_the_validation_part(monkeypatch):
+    original, known = training.smoothings, []
 
     def marked(table, recipe, ends, *rest):
-        how, error = told(table, recipe, ends, *rest)
+        how, error = original(table, recipe, ends, *rest)
         known.append(int(ends[0]))
         return tuple(one._replace(level=ends[0] / 1000) for one in how), error
 
@@ -206,7 +208,7 @@ def test_in_the_end_the_smoothing_knows_the_validation_part(monkeypatch):
     assert done.recipe.smoothing[0].level == 0.4
 
 
-def test_a_share_has_to_pay_by_more_than_a_standard_error():
+def test_a_weight_has_to_improve_by_more_than_a_standard_error():
     rng = np.random.default_rng(0)
     costs = np.stack([rng.normal(1.0, 0.1, 50), rng.normal(0.99, 0.1, 50)])
     assert training._smallest(costs, 10.0) == 0
@@ -215,7 +217,7 @@ def test_a_share_has_to_pay_by_more_than_a_standard_error():
     assert training._smallest(np.array([[1.0, 1.0], [0.5, 1.2]]), 1.0) == 0  # two that don't agree
 
 
-def test_networks_that_are_not_followed_are_not_trained_on(monkeypatch):
+def test_networks_without_weight_are_not_trained_further(monkeypatch):
     monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
@@ -230,7 +232,7 @@ def test_seasons_are_found_and_none_where_there_is_none():
     assert (recipe.seasons, recipe.horizon) == ((), 12)
 
 
-def test_what_was_understood_is_said():
+def test_the_table_is_described():
     frame = waves()
     frame["promotion"], frame["sky"], frame["note"] = (
         1.0 * (np.arange(500) % 5 == 0),
@@ -244,12 +246,12 @@ def test_what_was_understood_is_said():
     said = "\n".join(understood(table, recipe, request, parts(table, recipe, 0.15, 0.2)))
     for part in (
         "497 rows, monthly from 1980-01-01 to 2021-08-01 by `date`",
-        "1 gap filled by mask (3 rows)",
+        "1 gap filled with masked rows (3 rows)",
         "`sky` as 2 categories",
         "`note`",
-        "forecasting `y` 12 steps ahead from a window of 24; season 12, told by the series",
-        "known in advance `promotion`",
-        "the calendar: the season of the year",
+        "forecasting `y` 12 steps ahead from a window of 24; season 12, detected in the series",
+        "inputs known in advance: `promotion`",
+        "calendar: the season of the year",
     ):
         assert part in said, said
 
@@ -258,16 +260,16 @@ def test_what_was_understood_is_said():
     ("request_", "message"),
     [
         (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
-        (Request(("note",)), r"got 'note', which was ignored: text"),
-        (Request(("sky",)), r"expected a target of numbers, found text in column 'sky'"),
+        (Request(("note",)), r"got 'note', which is ignored: text"),
+        (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
         (Request(), r"expected a target, one or more of y, z"),
-        (Request(("y",), inputs=("y",)), r"expected each column in one place, got y in two"),
-        (Request(("y",), horizon=450), r"expected more rows for the training part"),
-        (Request(("y",), country="XX"), r"whose holidays are known, such as US or DE-BY, got 'XX'"),
+        (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
+        (Request(("y",), horizon=450), r"too few rows for the training part"),
+        (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
         (Request(("y",), scale="log"), r"expected scale to be one of spread, level"),
     ],
 )
-def test_what_cannot_be_asked_for(request_, message):
+def test_invalid_requests(request_, message):
     frame = waves()
     frame["z"], frame["sky"], frame["note"] = frame["y"] ** 2, ["sun", "rain"] * 250, [f"n{n}" for n in range(500)]
     with pytest.raises(UsageError, match=message):
@@ -275,11 +277,11 @@ def test_what_cannot_be_asked_for(request_, message):
 
 
 def test_a_target_without_values_is_refused():
-    with pytest.raises(UsageError, match="expected numbers in column 'z', found none"):
+    with pytest.raises(UsageError, match="column 'z' has no values"):
         trained(waves().assign(z=np.nan), Request(("z",)))
 
 
-def test_a_constant_series_is_forecast_as_that():
+def test_a_constant_series_has_a_constant_forecast():
     done = trained(waves().assign(y=3.0))
     np.testing.assert_allclose(
         predict.forecast(done.result.network, read_table(waves().assign(y=3.0)), "m").median, 3.0
@@ -287,7 +289,7 @@ def test_a_constant_series_is_forecast_as_that():
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch, on):
+def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatch, on):
     monkeypatch.setattr(training, "takes_long", lambda *_: on)
 
     def options(**more):
@@ -305,11 +307,11 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch, on
     with monkeypatch.context() as here:
         here.setattr("cellstack.train.loop._Run.train", train)
         whole = trained(frame, build=build)
-        last = len(batches) * 5 // 6  # while the members are trained on
+        last = len(batches) * 5 // 6  # while the members are trained further
         batches.clear()
         with pytest.raises(KeyboardInterrupt):
             trained(frame, build=build, options=options())
-    with pytest.raises(UsageError, match="a checkpoint is there already"):
+    with pytest.raises(UsageError, match="the checkpoint already exists"):
         trained(frame, build=build, options=options())
     again = trained(frame, build=build, options=options(resume=True))
     for a, b in zip(whole.result.network.nodes, again.result.network.nodes, strict=True):
@@ -321,16 +323,16 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch, on
     assert whole.result.history == again.result.history
 
 
-def test_what_takes_long_is_trained_on_and_all_else_anew(monkeypatch, capsys):
+def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys):
     build, settings = Build((8,), members=2, dropout=0.0), Settings(epochs=6, batch=64, lr=1e-2, patience=0)
     monkeypatch.setattr(training, "takes_long", lambda *_: True)
     done = trained(waves(), build=build, settings=settings, options=RunOptions(threads=1, progress=True)).result
     whole = [entry for entry in done.history if entry["whole"]]
     assert len(whole) == 4  # a third of six epochs, of each
-    assert whole[0]["loss"] < done.history[2]["loss"]  # from what was learned
-    assert "and on, with the validation part, for 2, 2" in done.sentence
+    assert whole[0]["loss"] < done.history[2]["loss"]  # it continues from the trained weights
+    assert "trained further with the validation part for 2, 2" in done.sentence
     err = capsys.readouterr().err
-    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, the validation part too:"):
+    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, with the validation part:"):
         assert name in err
 
 
@@ -343,7 +345,7 @@ def test_defaults_differ_by_how_many_windows_there_are_and_how_long_they_are():
 
 @pytest.mark.parametrize("windows", [1, 63, 64, 1499, 2000, 3001, 10**6])
 @pytest.mark.parametrize("length", [17, 60, 99, 101, 216, 400])
-def test_the_work_of_a_training_that_is_told_nothing_has_a_bound(windows, length):
+def test_the_work_of_a_training_with_default_options_is_bounded(windows, length):
     usual = defaults(windows, length)
     steps = epoch_steps(windows, usual["batch"])
     work = usual["members"] * usual["epochs"] * steps * min(windows, usual["batch"]) * length
@@ -361,14 +363,14 @@ def command(tmp_path_factory):
     return folder
 
 
-def test_the_command_says_what_it_understood_and_who_won(command, capsys):
+def test_the_command_describes_the_table_and_compares_with_baselines(command, capsys):
     words = ["--members", "1", "--units", "8", "--epochs", "2", "--threads", "1", "--quiet", "-o", str(command / "z")]
     assert main(["train", str(command / "y.csv"), *words]) == 0
     out = capsys.readouterr().out
     assert "300 rows, monthly from 1980-01-01" in out
     assert "gradient boosting on lags" in out
     assert "this model's mean absolute error is" in out
-    assert "lies within the interval meant to hold 80%" in out
+    assert "of the actual values are in the 80% prediction interval" in out
 
 
 def test_dry_run_trains_nothing(command, capsys):
@@ -388,7 +390,7 @@ def test_forecasts_of_the_test_part_are_written(command):
 
 @pytest.fixture(scope="module")
 def hourly(tmp_path_factory):
-    """Forecasts over midnight, of two shops, one of them named by a formula."""
+    """Forecasts over midnight, of two shops, one of them with a formula as its name."""
     folder = tmp_path_factory.mktemp("hourly")
     times = pd.date_range("2024-01-01", periods=200, freq="h")
     shops = [
@@ -402,7 +404,7 @@ def hourly(tmp_path_factory):
     return folder
 
 
-def test_the_dates_of_a_column_have_one_form(hourly, capsys):
+def test_the_dates_of_a_column_have_one_format(hourly, capsys):
     capsys.readouterr()
     assert main(["run", str(hourly / "y"), str(hourly / "y.csv")]) == 0
     after = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -418,7 +420,7 @@ def test_the_dates_of_a_column_have_one_form(hourly, capsys):
     assert pd.to_datetime([row["time"] for row in after]).notna().all()
 
 
-def test_fractions_of_seconds_have_one_form_too():
+def test_fractions_of_seconds_have_one_format_too():
     times = np.array(["2024-01-01T00:00:00", "2024-01-01T00:00:00.5"], "datetime64[us]")
     assert date_unit(times) == "us"
     assert date_texts(times, "us") == ["2024-01-01T00:00:00.000000", "2024-01-01T00:00:00.500000"]
@@ -457,17 +459,17 @@ def test_run_on_too_few_rows_fails(command, capsys, tmp_path):
     assert "expected at least 12 rows" in capsys.readouterr().err
 
 
-def test_a_recipe_of_an_older_version_says_what_to_do(command):
+def test_a_recipe_of_an_older_version_says_to_train_again(command):
     net = cellstack.load(command / "y.safetensors")
     old = {"target": "y", "inputs": [], "horizon": 12, "window": 24, "season": 12}
     changed = cellstack.Network(
         net.nodes, net.names, {**net.metadata, "recipe": old}, inputs={"x": (None, net.input_size)}, wires=net.wires
     )
-    with pytest.raises(FormatError, match=r"expected a recipe as cellstack 0.2 or later writes it.*train it again"):
+    with pytest.raises(FormatError, match=r"the network's recipe isn't one of cellstack 0.2 or later.*train it again"):
         predict.trained(changed, "old")
 
 
-def test_the_door_is_the_command(command):
+def test_the_function_and_the_command_give_the_same_network(command):
     done = train.fit_forecast(
         str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, baselines=False, target="y"
     )

@@ -1,4 +1,4 @@
-"""Windows over the series of a table: what enters them, in which units, and the way back."""
+"""Windows over the series of a table: their channels, units, and the inverse scaling."""
 
 from dataclasses import replace
 
@@ -41,15 +41,15 @@ def fetched(table, origin, recipe=RECIPE):
     return Windows(recipe, table, np.array([origin])).fetch(np.array([0]))
 
 
-def test_nothing_after_an_origin_enters_its_window():
+def test_a_window_doesn_t_depend_on_rows_after_its_origin():
     before, after = frame(), frame()
     after.loc[201:, ["y", "other"]] = 1e6
     a, b = (fetched(read_table(one, ids=()), 200) for one in (before, after))
     np.testing.assert_array_equal(a.x, b.x)
-    assert not np.array_equal(a.y, b.y)  # what is to be forecast did change
+    assert not np.array_equal(a.y, b.y)  # the targets did change
 
 
-def test_what_is_known_in_advance_enters_and_nothing_of_it_after_the_horizon():
+def test_inputs_known_in_advance_are_used_up_to_the_horizon():
     tables = [frame(), frame(), frame()]
     tables[1].loc[212, "plan"] = 7.0  # the last step of the horizon
     tables[2].loc[213, "plan"] = 7.0
@@ -59,7 +59,7 @@ def test_what_is_known_in_advance_enters_and_nothing_of_it_after_the_horizon():
     np.testing.assert_array_equal(x[0], x[2])
 
 
-def test_channels_stand_where_they_are_said_to():
+def test_the_order_of_channels():
     table = read_table(frame())
     windows = Windows(RECIPE, table, np.array([200]))
     x = windows.fetch(np.array([0])).x[0]
@@ -104,7 +104,7 @@ def test_rules_are_those_of_the_baselines():
         np.testing.assert_allclose(ours, theirs)
 
 
-def test_targets_are_differences_to_the_rule_and_forecasts_lead_back():
+def test_targets_are_differences_from_the_rule_and_forecasts_invert_them():
     table = read_table(frame())
     windows, every = Windows(RECIPE, table, np.array([190, 200])), np.arange(2)
     y = windows.fetch(every).y
@@ -113,7 +113,7 @@ def test_targets_are_differences_to_the_rule_and_forecasts_lead_back():
     np.testing.assert_allclose(windows.forecasts(every, 0 * out)[..., 0], windows.reference(every))
 
 
-def test_where_the_rule_has_nothing_to_go_by_the_latest_value_stands_in():
+def test_the_latest_value_replaces_a_rule_without_values():
     values = frame()
     values.loc[values["time"].dt.hour == 3, "y"] = np.nan  # closed at night, all days
     windows = Windows(RECIPE, read_table(values), np.array([200]))
@@ -124,7 +124,7 @@ def test_where_the_rule_has_nothing_to_go_by_the_latest_value_stands_in():
     np.testing.assert_array_equal(reference[hours != 3], seasonal_[hours != 3])
 
 
-def test_crossed_quantiles_are_put_in_order():
+def test_crossed_quantiles_are_sorted():
     windows = Windows(RECIPE, read_table(frame()), np.array([200]))
     out = np.zeros((1, 12, 1, 3))
     out[..., 0] = 1.0  # the lowest quantile above the others
@@ -133,7 +133,7 @@ def test_crossed_quantiles_are_put_in_order():
 
 
 @pytest.mark.parametrize(("scale", "shift"), [("spread", 500.0), ("level", 0.0)])
-def test_a_network_sees_the_same_whatever_the_units(scale, shift):
+def test_inputs_don_t_depend_on_the_units(scale, shift):
     recipe = replace(RECIPE, scale=scale)
     other = frame()
     other["y"] = 1000 * other["y"] + shift
@@ -150,7 +150,7 @@ def test_a_series_without_change_has_the_smallest_unit():
     assert np.nanmax(np.abs(windows.fetch(np.array([0])).x[..., 0])) == 0.0
 
 
-def test_series_of_a_panel_are_windowed_as_each_by_itself():
+def test_series_of_a_panel_have_separate_windows():
     a, b = frame(1), frame(2, rows=300)
     b["y"] *= 50
     whole = pd.concat([a.assign(shop="a"), b.assign(shop="b")])
@@ -162,13 +162,13 @@ def test_series_of_a_panel_are_windowed_as_each_by_itself():
             np.testing.assert_array_equal(x, y)
 
 
-def test_steps_before_a_series_begins_are_no_steps():
+def test_steps_before_a_series_are_masked():
     x = fetched(read_table(frame()), 12).x[0]
     assert np.isnan(x[:17]).all()
     assert not np.isnan(x[17:, -1]).any()
 
 
-def test_a_missing_value_is_missing_and_weighs_nothing():
+def test_a_missing_target_has_weight_0():
     values = frame()
     values.loc[[195, 205], "y"] = np.nan
     batch = fetched(read_table(values), 200)
@@ -177,7 +177,7 @@ def test_a_missing_value_is_missing_and_weighs_nothing():
     assert batch.weight[0].sum() > 0.0
 
 
-def test_several_targets_stand_side_by_side():
+def test_several_targets():
     recipe = replace(RECIPE, targets=("y", "other"), inputs=(), smoothing=RECIPE.smoothing * 2)
     table = read_table(frame())
     windows, every = Windows(recipe, table, np.array([200])), np.array([0])
@@ -188,7 +188,7 @@ def test_several_targets_stand_side_by_side():
         np.testing.assert_array_equal(batch.y[0].reshape(12, 2)[:, n], fetched(table, 200, alone).y[0])
 
 
-def test_a_category_has_a_channel_a_label_and_a_new_label_none():
+def test_a_category_has_a_channel_per_label_and_none_for_new_labels():
     values = frame(sky=np.where(np.arange(400) % 3 == 0, "sun", "rain"))
     recipe = replace(RECIPE, categories=(Category("sky", ("rain", "sun")),), calendar=())
     x = fetched(read_table(values), 200, recipe).x[0]
@@ -202,9 +202,9 @@ def test_a_category_has_a_channel_a_label_and_a_new_label_none():
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(UsageError, match=r"expected a column of numbers 'plan', found y, other"):
+    with pytest.raises(UsageError, match=r"expected a numeric column 'plan', found y, other"):
         Windows(RECIPE, read_table(frame().drop(columns="plan")), np.array([200]))
-    with pytest.raises(UsageError, match="expected dates, as the model looks at the hour, found none"):
+    with pytest.raises(UsageError, match="the model needs dates for its input 'hour', found none"):
         Windows(RECIPE, read_table(frame().drop(columns="time")), np.array([200]))
 
 
@@ -225,31 +225,31 @@ def test_holidays_flag_the_day_and_its_neighbours():
     np.testing.assert_array_equal(
         calendar.features(days, ("holidays",), "US"), [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
     )
-    with pytest.raises(UsageError, match="expected a country whose holidays are known, such as US or DE-BY, got 'XX'"):
+    with pytest.raises(UsageError, match="holidays: expected a supported country, such as US or DE-BY, got 'XX'"):
         calendar.features(days, ("holidays",), "XX")
 
 
-def test_recipe_survives_json():
+def test_a_recipe_is_unchanged_by_json():
     recipe = replace(RECIPE, categories=(Category("sky", ("rain", "sun"), known=True),), floors=(0.25,))
     assert Recipe.from_json(recipe.to_json()) == recipe
-    with pytest.raises(TypeError, match="window not there"):
+    with pytest.raises(TypeError, match="missing window"):
         Recipe.from_json({key: value for key, value in recipe.to_json().items() if key != "window"})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"horizon": 0}, "expected horizon to be a whole number from 1"),
-        ({"seasons": (7, 7)}, "expected seasons to be rising whole numbers"),
-        ({"inputs": ("y",)}, "each column in one place"),
-        ({"rule": Rule("seasonal", 5)}, "expected a rule of these seasons"),
+        ({"horizon": 0}, "expected horizon to be an integer from 1"),
+        ({"seasons": (7, 7)}, "expected seasons to be ascending integers"),
+        ({"inputs": ("y",)}, "each column only once"),
+        ({"rule": Rule("seasonal", 5)}, "expected rule to be one of"),
         ({"scale": "log"}, "expected scale to be one of spread, level"),
-        ({"quantiles": (0.1, 0.9)}, "0.5 among them"),
+        ({"quantiles": (0.1, 0.9)}, "including 0.5"),
         ({"floors": (0.0,)}, "expected floors above 0"),
-        ({"smoothing": RECIPE.smoothing * 2}, "expected one smoothing a target"),
-        ({"smoothing": (), "rule": Rule("smoothing", 1)}, "expected a rule of these seasons"),
+        ({"smoothing": RECIPE.smoothing * 2}, "expected one smoothing per target"),
+        ({"smoothing": (), "rule": Rule("smoothing", 1)}, "expected rule to be one of"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused(change, message):
+def test_invalid_recipes_are_refused(change, message):
     with pytest.raises(UsageError, match=message):
         replace(RECIPE, **change)

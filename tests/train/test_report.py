@@ -1,4 +1,4 @@
-"""The demo and its report: all parts there, nothing fetched from elsewhere."""
+"""The demo and its report: complete, and without external resources."""
 
 import json
 import re
@@ -24,7 +24,7 @@ class Balanced(HTMLParser):
         values = dict(attrs)
         if "id" in values:
             self.ids.append(values["id"])
-        for value in (value for name, value in values.items() if name != "srcdoc"):  # a page of its own
+        for value in (value for name, value in values.items() if name != "srcdoc"):  # a separate page
             self.refs += re.findall(r"url\(#([^)]+)\)", value or "")
         for name in ("href", "xlink:href", "src"):
             if name in values:
@@ -60,7 +60,7 @@ def check_page(page):
     return " ".join(parsed.text)
 
 
-def test_a_page_from_made_up_results(rng):
+def test_a_page_of_synthetic_results(rng):
     labels = ["a", "<b>", "c"]
     so_far = rng.dirichlet(np.ones(3), size=5)
     score = {"accuracy": 0.5, "train_seconds": 1.0}
@@ -87,12 +87,12 @@ def test_a_page_from_made_up_results(rng):
     for part in (
         "training",
         "validation",
-        "as told",
+        "predicted speaker",
         "forget gate f",
         "candidate g",
         "speaker <b>",
         "picked <for> a reason",
-        "This page computes",
+        "The page contains the forward stack's weights",
     ):
         assert part in text, part
     assert page == report.demo_page(
@@ -101,7 +101,7 @@ def test_a_page_from_made_up_results(rng):
 
 
 @pytest.mark.slow
-def test_the_demo_tells_the_whole_story(tmp_path, capsys):
+def test_the_demo_runs_and_reports(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert cli.main(["demo", "-o", str(folder), "--json"]) == 0
     out, said = capsys.readouterr()
@@ -121,26 +121,29 @@ def test_a_short_demo(tmp_path, capsys):
     assert cli.main(["demo", "-o", str(tmp_path), "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert "median" in out
-    assert "most doubt" in out
+    assert "least certain" in out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "bidirectional.safetensors",
         "forward.safetensors",
         "report.html",
     ]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "most doubt" in check_page(page)
+    assert "least certain" in check_page(page)
     assert "&lt;script type=&quot;module&quot;&gt;" in page  # the live page, within the report
 
 
-def test_the_replayed_utterance_is_the_one_told_right_with_the_most_doubt():
+def test_the_replayed_utterance_is_the_least_certain_correct_one():
     test = Sequences([np.zeros((n, 1), np.float32) for n in (5, 1, 5, 5)], np.array([0, 0, 0, 1]), ("a", "b"), "toy")
     answers = np.array([[0.9, 0.1], [0.55, 0.45], [0.4, 0.6], [0.3, 0.7]])
-    assert demo._telling(answers, test) == (3, "the one with the most doubt of the longer half of those told right")
-    assert demo._telling(1 - answers, test)[0] == 2
+    assert demo._utterance_to_replay(answers, test) == (
+        3,
+        "the least certain of the correctly classified utterances of at least median length",
+    )
+    assert demo._utterance_to_replay(1 - answers, test)[0] == 2
     nothing = Sequences(test.x, 1 - answers.argmax(axis=1), test.labels, "toy")
-    assert demo._telling(answers, nothing) == (
+    assert demo._utterance_to_replay(answers, nothing) == (
         2,
-        "the one with the most doubt of the longer half, as none was told right",
+        "the least certain of the utterances of at least median length: none was correct",
     )
 
 
@@ -169,5 +172,5 @@ def test_the_page_of_a_training_has_its_layers_and_findings():
     assert "a & b in training" in text
     assert "<low>: the gradient vanishes" in text  # shown as text
     assert "Layer <low>" in text
-    assert "What stands out in epoch 2" in text
-    assert "Nothing stands out" in check_page(report.training_page("one", history[:1], [TrainingRecord(1)]))
+    assert "Findings in epoch 2" in text
+    assert "No findings" in check_page(report.training_page("one", history[:1], [TrainingRecord(1)]))

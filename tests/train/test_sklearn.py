@@ -1,4 +1,4 @@
-"""The estimators of the scikit-learn door: what they take, what they give, where they go."""
+"""The scikit-learn estimators: their inputs, outputs, and use of the trained networks."""
 
 import os
 import pickle
@@ -204,7 +204,7 @@ def test_masked_targets_and_weights_are_refused(kind, table):
     model, some = kind(**QUICK | {"epochs": 1}), np.arange(60) == 3
     model.fit(X, np.ma.array(y), np.ma.ones(60))
     for called in (model.fit, model.score):
-        with pytest.raises(ValueError, match="y: masked values aren't supported: leave out the sequences"):
+        with pytest.raises(ValueError, match="y: masked values aren't supported: leave out their sequences"):
             called(X, np.ma.array(y, mask=some))
         with pytest.raises(ValueError, match="sample_weight: masked values aren't supported"):
             called(X, y, np.ma.array(np.ones(60), mask=some))
@@ -217,13 +217,9 @@ def test_targets_that_float32_cannot_hold_are_named(rng):
     y = X[:, -1]
     quick = QUICK | {"epochs": 2}
     for column in (y, y[:, 0]):
-        with pytest.raises(
-            ValueError, match=r"y: the targets' range overflows float32, .*divide them by a constant, got"
-        ):
+        with pytest.raises(ValueError, match=r"y: the targets overflow float32, .*divide them by a constant, got"):
             SequenceRegressor(**quick).fit(X, column * 1e300)
-        with pytest.raises(
-            ValueError, match=r"y: the targets' range underflows float32, .*multiply them by a constant"
-        ):
+        with pytest.raises(ValueError, match=r"y: the targets underflow float32, .*multiply them by a constant"):
             SequenceRegressor(**quick).fit(X, column * 1e-300)
     with pytest.raises(
         ValueError, match=r"y: the targets' range, -3\.3e\+38 to 3\.3e\+38, overflows float32: divide them"

@@ -65,7 +65,7 @@ def test_quantiles_between_those_of_the_fit(table):
     np.testing.assert_allclose(levels[:, 1], known[:, 1] + share * (known[:, 0] - known[:, 1]))
     assert model.predict_quantiles(quantiles=[0.5 - 0.8 / 2]).shape == (3, 1)  # 0.09999999999999998
     for level in (0.05, 0.95, np.nan):
-        with pytest.raises(ValueError, match=r"expected quantiles from 0.1 to 0.9, .* fit it with quantiles"):
+        with pytest.raises(ValueError, match=r"expected quantiles from 0.1 to 0.9, .* train it with a wider range"):
             model.predict_quantiles(quantiles=(0.5, level))
     alone = SequenceForecaster(**QUICK, target="sales", quantiles=()).fit(table)
     np.testing.assert_array_equal(alone.predict_quantiles(quantiles=[0.5])[:, 0], alone.predict())
@@ -90,14 +90,17 @@ def test_forecasts_have_names_and_times(table):
 
 def test_series_too_short_to_hold_some_of_it_out(table):
     model = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales").fit(table[:30])
-    assert "no rows held out to choose by: all are trained on, in all epochs" in model.understood_
+    assert (
+        "no validation part: the networks are trained on all rows before the test part, for all epochs"
+        in model.understood_
+    )
     assert model.n_iter_ == 3
     whole = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales", validation=0.0).fit(table[:30])
     np.testing.assert_array_equal(model.predict(), whole.predict())
-    with pytest.raises(ValueError, match="expected more rows for the validation part"):
+    with pytest.raises(ValueError, match="too few rows for the validation part"):
         SequenceForecaster(**QUICK | {"horizon": 6}, target="sales", validation=0.15).fit(table[:30])
     held = SequenceForecaster(**QUICK, target="sales").fit(table)
-    assert "no rows held out" not in " ".join(held.understood_)
+    assert "no validation part" not in " ".join(held.understood_)
 
 
 def test_several_series_and_targets(table):

@@ -1,4 +1,4 @@
-"""Tables as people have them: files and frames, several series, even grids, what is refused and what is said."""
+"""Tables: files and frames, several series, even grids, errors and descriptions."""
 
 import argparse
 import re
@@ -55,13 +55,13 @@ def test_encodings(tmp_path, encoding, asked):
 @pytest.mark.parametrize(
     ("text", "encoding", "message"),
     [
-        ("t,größe\n" + rows([1, 2]), "latin-1", r"line 1: expected UTF-8 text, found byte 0xf6: .* reads 't,größe'"),
+        ("t,größe\n" + rows([1, 2]), "latin-1", r"line 1: expected UTF-8 text, found byte 0xf6: .* gives 't,größe'"),
         (
             "t,y,z\n1,2,a\n3,4,é\n",
             "latin-1",
-            r"line 3: expected UTF-8 text, found byte 0xe9: give --encoding, such as lat",
+            r"line 3: expected UTF-8 text, found byte 0xe9: use --encoding, such as lat",
         ),
-        ("t,y\n1,2\n", "utf-16-le", r"found NUL bytes: give --encoding, such as utf-16-le"),
+        ("t,y\n1,2\n", "utf-16-le", r"found NUL bytes: use --encoding, such as utf-16-le"),
     ],
 )
 def test_other_encodings_are_named(tmp_path, text, encoding, message):
@@ -72,15 +72,17 @@ def test_other_encodings_are_named(tmp_path, text, encoding, message):
 def test_a_comma_in_a_name_and_lines_above_the_names(tmp_path):
     table = read_table(write(tmp_path, "time;y, in m\n" + rows(["1,5", "2,5"], ";")))
     assert table.columns["y, in m"].tolist() == [1.5, 2.5]
-    with pytest.raises(FormatError, match="line 2: expected 1 cells, found 2: leave out lines above"):
+    with pytest.raises(FormatError, match="line 2: expected 1 cells, found 2: remove lines above"):
         read_table(write(tmp_path, "# from here\nt,y\n" + rows([1, 2])))
     with pytest.raises(
-        FormatError, match=r"between cells, found blanks in 'time y': in pandas, pd\.read_csv\(file, sep=r'\\s\+'\)"
+        FormatError,
+        match=r"between cells, found spaces in 'time y': pandas reads such a file with "
+        r"pd\.read_csv\(file, sep=r'\\s\+'\)",
     ):
         read_table(write(tmp_path, "time y\n" + rows([1, 2], " ")))
 
 
-def test_a_spreadsheet_or_a_folder_is_no_table(tmp_path):
+def test_a_spreadsheet_and_a_folder_are_refused(tmp_path):
     with pytest.raises(FormatError, match="expected text, found a zip or Excel file: save it as CSV"):
         read_table(write(tmp_path, b"PK\x03\x04rest"))
     with pytest.raises(UsageError, match="found a spreadsheet: save it as CSV"):
@@ -110,16 +112,16 @@ def test_what_pandas_writes(tmp_path):
     frame.set_index(days(5)).drop(columns="time").to_csv(tmp_path / "c.csv")
     table = read_table(tmp_path / "c.csv")
     assert (table.date, list(table.columns)) == ("index", ["y"])
-    with pytest.raises(FormatError, match=r"columns' names, found 't,2\.5', where 2\.5 is a number"):
+    with pytest.raises(FormatError, match=r"column names, found 't,2\.5', in which 2\.5 is a number"):
         read_table(write(tmp_path, "t,2.5\n" + rows([1, 2]), name="e.csv"))
     pd.DataFrame(np.ones((3, 2))).to_csv(tmp_path / "d.csv")
     assert list(read_table(tmp_path / "d.csv").columns) == ["0", "1"]
 
 
-def test_rows_of_empty_cells_at_the_end_are_said(tmp_path):
+def test_empty_rows_at_the_end_are_reported(tmp_path):
     table = read_table(write(tmp_path, "t,y,z\n" + rows(["1,2", "2,", "3,4"]) + ",,\n,,\n"))
     assert len(table) == 3
-    assert "2 rows of empty cells at the end left out" in table.notes
+    assert "2 empty rows at the end dropped" in table.notes
     with pytest.raises(FormatError, match="line 1: expected a name for each column, found none for column 3"):
         read_table(write(tmp_path, "t,y,\n" + rows(["1,2", "3,4"])))
 
@@ -131,65 +133,72 @@ def test_rows_of_empty_cells_at_the_end_are_said(tmp_path):
     ("cells", "values", "said"),
     [
         (["1,5", "-2", "1e3"], [1.5, -2, 1000], "decimal commas"),
-        (["1.234,5", "12", "-1.234.567,25"], [1234.5, 12, -1234567.25], "`y`: thousands parted, as in '1.234,5'"),
-        (["1,234.5", "12", "1,234,567"], [1234.5, 12, 1234567], "`y`: thousands parted, as in '1,234.5'"),
-        (["1 234.5", "12", "1 234 567"], [1234.5, 12, 1234567], "`y`: thousands parted, as in '1 234.5'"),
-        (["1'234.5", "12", ""], [1234.5, 12, np.nan], '`y`: thousands parted, as in "1\'234.5"'),
+        (["1.234,5", "12", "-1.234.567,25"], [1234.5, 12, -1234567.25], "`y`: thousands separators, as in '1.234,5'"),
+        (["1,234.5", "12", "1,234,567"], [1234.5, 12, 1234567], "`y`: thousands separators, as in '1,234.5'"),
+        (["1 234.5", "12", "1 234 567"], [1234.5, 12, 1234567], "`y`: thousands separators, as in '1 234.5'"),
+        (["1'234.5", "12", ""], [1234.5, 12, np.nan], '`y`: thousands separators, as in "1\'234.5"'),
     ],
 )
-def test_decimal_commas_and_parted_thousands(tmp_path, cells, values, said):
+def test_decimal_commas_and_thousands_separators(tmp_path, cells, values, said):
     table = read_table(write(tmp_path, "t;y\n" + rows(cells, ";")))
     np.testing.assert_array_equal(table.columns["y"], values)
     assert said in table.notes
 
 
-def test_a_point_parts_thousands_in_a_file_of_decimal_commas(tmp_path):
+def test_a_point_separates_thousands_in_a_file_with_decimal_commas(tmp_path):
     table = read_table(write(tmp_path, "t;y;z\n" + rows(["1,5;1.234", "2,5;10", "3,5;2.345"], ";")))
     assert table.columns["z"].tolist() == [1234, 10, 2345]
     with pytest.raises(FormatError, match=r"line 3: expected a number in column 'z', found '1\.5'"):
         read_table(write(tmp_path, "t;y;z\n" + rows(["1,5;1.234", "2,5;1.5", "3,5;2.345"], ";")))
 
 
-def test_columns_of_either_decimal_sign_are_refused_not_taken_as_names(tmp_path):
+def test_columns_with_different_decimal_separators_are_refused(tmp_path):
     cells = [f"{n},5;{n % 3}.25" for n in range(9)]
-    with pytest.raises(FormatError, match=r"line 2: expected one decimal sign in all .*, found '0\.25' in column 'z'"):
+    with pytest.raises(
+        FormatError, match=r"line 2: expected the decimal separator ',' in all columns, found '0\.25' in column 'z'"
+    ):
         read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")))
-    told = read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")), categories=["z"])
-    assert told.categories["z"].labels == ("0.25", "1.25", "2.25")
+    given = read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")), categories=["z"])
+    assert given.categories["z"].labels == ("0.25", "1.25", "2.25")
     assert read_table(write(tmp_path, "t;y\n" + rows(["0,125", "1,125"], ";"))).columns["y"].tolist() == [0.125, 1.125]
 
 
-def test_a_comma_that_may_part_thousands_or_decimals_is_asked_for(tmp_path):
+def test_an_ambiguous_comma_is_refused(tmp_path):
     file = write(tmp_path, "t;y\n" + rows(["1,500", "2,500"], ";"))
-    with pytest.raises(FormatError, match=r"line 2: .* in column y, found '1,500': say --decimal , or --decimal \."):
+    with pytest.raises(
+        FormatError, match=r"line 2: '1,500' in column y is ambiguous: use --decimal , .* or --decimal \."
+    ):
         read_table(file)
     assert read_table(file, decimal=",").columns["y"].tolist() == [1.5, 2.5]
     assert read_table(file, decimal=".").columns["y"].tolist() == [1500, 2500]
     file = write(tmp_path, "t,y\n" + rows(['"1,5"', '"2,5"']))
     with pytest.raises(
-        FormatError, match=r"line 2: expected a decimal point in column y, found '1,5': say --decimal ,"
+        FormatError, match=r"line 2: expected a decimal point in column y, found '1,5': use --decimal ,"
     ):
         read_table(file)
     assert read_table(file, decimal=",").columns["y"].tolist() == [1.5, 2.5]
     with pytest.raises(
-        FormatError, match=r"expected one decimal sign, found '1,5' in column y and '1,234\.5' in column z"
+        FormatError, match=r"expected one decimal separator, found '1,5' in column y and '1,234\.5' in column z"
     ):
         read_table(write(tmp_path, "t;y;z\n" + rows(["1,5;1,234.5", "2,5;3"], ";")))
-    with pytest.raises(UsageError, match=r"expected \. or , as the decimal sign, got ';'"):
+    with pytest.raises(UsageError, match=r"expected \. or , as the decimal separator, got ';'"):
         read_table(file, decimal=";")
 
 
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (["$1.50", "$2.50"], r"line 2: expected plain numbers in column 'y', found '\$1\.50': leave out the signs"),
+        (
+            ["$1.50", "$2.50"],
+            r"line 2: expected plain numbers in column 'y', found '\$1\.50': remove currency and percent signs",
+        ),
         (["5 %", "7 %"], r"line 2: expected plain numbers in column 'y', found '5 %'"),
         (["1", "inf"], r"line 3: expected finite numbers in column 'y', found 'inf'"),
-        (["1", "1e39"], r"line 3: expected a number that float32 holds in column 'y', found '1e39'"),
+        (["1", "1e39"], r"line 3: expected a number in float32's range in column 'y', found '1e39'"),
         (["1", "2", "x3"], r"line 4: expected a number in column 'y', found 'x3': leave the column out, or"),
     ],
 )
-def test_what_is_no_number_is_quoted(tmp_path, cells, message):
+def test_a_cell_that_isn_t_a_number_is_quoted(tmp_path, cells, message):
     with pytest.raises(FormatError, match=rf"a\.csv: {message}"):
         read_table(write(tmp_path, "t,y\n" + rows(cells)))
 
@@ -200,14 +209,14 @@ def test_truth_values_and_names(tmp_path):
     np.testing.assert_array_equal(table.columns["open"], [1, 0, np.nan, 1])
     assert table.categories["road"].labels == ("7", "8")
     assert table.ignored == {
-        "weather": "text, 2 different values in 3 rows",
-        "note": "text, 4 different values in 4 rows",
+        "weather": "text with 2 distinct values in 3 rows",
+        "note": "text with 4 distinct values in 4 rows",
     }
     table = read_table(write(tmp_path, "t,weather,y\n" + rows(["sun,1", "rain,2", ",3", "sun,4", "rain,5"])))
     np.testing.assert_array_equal(table.categories["weather"].codes, [1, 0, -1, 1, 0])
     assert table.categories["weather"].labels == ("rain", "sun")
     short = read_table(write(tmp_path, "t,weather,y\n" + rows(["fog,1", "sun,2"])), **table.reading)
-    assert short.categories["weather"].labels == ("fog", "sun")  # few rows, but a category by what was read before
+    assert short.categories["weather"].labels == ("fog", "sun")  # few rows, but a category according to `reading`
 
 
 # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,25 +264,25 @@ def test_indices_and_names_of_frames():
     index = pd.MultiIndex.from_product([["b", "a"], days(3)], names=["shop", None])
     table = read_table(pd.DataFrame({"y": range(6)}, index=index))
     assert (table.ids, table.id, table.starts.tolist()) == (("b", "a"), "shop", [0, 3, 6])
-    assert table.notes[0] == "series by `shop`, which the frame's index holds"
+    assert table.notes[0] == "series by `shop`, from the frame's index"
     both = pd.DataFrame(np.ones((3, 2)), columns=pd.MultiIndex.from_tuples([("y", "mean"), ("y", "max")]))
-    with pytest.raises(FormatError, match=re.escape("expected one name a column, found ('y', 'mean')")):
+    with pytest.raises(FormatError, match=re.escape("expected one name per column, found ('y', 'mean')")):
         read_table(both)
-    with pytest.raises(FormatError, match=r"a data frame: expected a name once, found 'y' 2 times \(columns 1, 2\)"):
+    with pytest.raises(FormatError, match=r"a data frame: expected distinct names, found 'y' 2 times \(columns 1, 2\)"):
         read_table(pd.DataFrame(np.ones((3, 2)), columns=["y", "y"]))
     with pytest.raises(FormatError, match=r"a data frame: row 1: expected a date in column time, found 'NaT'"):
         read_table(pd.DataFrame({"time": [days(1)[0], pd.NaT, days(3)[2]], "y": range(3)}))
 
 
-def test_kinds_of_columns_that_are_no_numbers():
+def test_kinds_of_columns_that_aren_t_numeric():
     frame = pd.DataFrame({"y": range(4), "wait": pd.to_timedelta(range(4), "s"), "z": [1j] * 4, "l": [[1]] * 4})
     frame["since"] = frame["until"] = days(4)
     table = read_table(frame, date="")
     assert list(table.columns) == ["y"]
-    assert table.ignored["wait"] == "durations: make them numbers, as by .dt.total_seconds()"
+    assert table.ignored["wait"] == "durations: convert them to numbers, for example with .dt.total_seconds()"
     assert table.ignored["z"] == "complex numbers"
     assert table.ignored["l"] == "objects of list"
-    assert table.ignored["since"] == "dates beside those of the rows"
+    assert table.ignored["since"] == "dates in addition to those of the rows"
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -296,7 +305,7 @@ def test_several_series_with_gaps_and_starts_of_their_own(tmp_path):
     assert (table.date_after(1, 0), table.date_after(2, 1)) == ("2023-01-11", "2023-01-10")
     assert table.understood() == [
         "13 rows of 2 series by `shop` (5 to 10 steps each), daily from 2023-01-01 to 2023-01-10 by `day`",
-        "1 gap filled by mask (2 rows)",
+        "1 gap filled with masked rows (2 rows)",
         "rows sorted by time",
         "`weather` as 2 categories",
     ]
@@ -308,7 +317,9 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
     )
     table = read_table(write(tmp_path, text), ids=("shop", "item"))
     assert (table.ids, table.id) == (("1/01", "1/02", "2/01", "2/02"), "shop,item")
-    with pytest.raises(FormatError, match=r"line 5: expected each time once .*: say --id shop,item, if that tells"):
+    with pytest.raises(
+        FormatError, match=r"line 5: expected each time only once, .*: use --id shop,item, if that identifies"
+    ):
         read_table(
             write(
                 tmp_path, text.replace(",1,", ",x,").replace(",2,", ",z,").replace(",01,", ",i,").replace(",02,", ",j,")
@@ -318,23 +329,23 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
     assert read_table(frame, ids="shop").ids == ("7", "8")
     with pytest.raises(UsageError, match="expected a column 'store', found t, shop, item, y"):
         read_table(write(tmp_path, text), ids="store")
-    with pytest.raises(FormatError, match="line 2: expected the name of a series in column shop, found ''"):
+    with pytest.raises(FormatError, match="line 2: expected a series name in column shop, found ''"):
         read_table(write(tmp_path, text.replace(",1,01,", ",,01,", 1)), ids="shop")
 
 
 def test_times_that_stand_twice(tmp_path):
     file = write(tmp_path, "t,shop,y\n" + "".join(f"{day:%Y-%m-%d},{shop},1\n" for day in days(4) for shop in "ab"))
     with pytest.raises(
-        FormatError, match=r"line 3: .* found '2023-01-01' in column t again, as in line 2: say --id shop"
+        FormatError, match=r"line 3: .* found '2023-01-01' in column t again, as in line 2: use --id shop"
     ):
         read_table(file)
     same = rows([1, 2, 3]) + rows([1, 2])
     table = read_table(write(tmp_path, "t,y\n" + same))
     assert table.columns["y"].tolist() == [1, 2, 3]
-    assert "2 rows that repeat another in every cell left out" in table.notes
-    with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one, or their mean"):
+    assert "2 duplicate rows dropped" in table.notes
+    with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one row, or their mean"):
         read_table(write(tmp_path, "t,y\n" + same.replace("02,2\n", "02,9\n", 1)))
-    with pytest.raises(FormatError, match="name what tells series apart by --id, or a column of hours by --date t,"):
+    with pytest.raises(FormatError, match="use --id for the column that identifies series, or --date t,"):
         read_table(pd.DataFrame({"t": [*days(9), *days(9)], "y": range(18)}))
     with pytest.raises(FormatError, match=r"line 7: expected a number in column 'y', found 'x'"):  # lines stay right
         read_table(write(tmp_path, "t,y\n" + same + "2023-01-04,x\n2023-01-05,2\n"))
@@ -347,7 +358,7 @@ def test_weekdays(tmp_path):
     assert table.filled.rows.tolist() == [2]
     np.testing.assert_array_equal(table.times, pd.bdate_range("2023-01-02", periods=30).to_numpy())
     assert table.date_after(1) == "2023-02-13"
-    week = read_table(pd.DataFrame({"t": workdays[:9], "y": range(9)}))  # too short to tell a weekend from a gap
+    week = read_table(pd.DataFrame({"t": workdays[:9], "y": range(9)}))  # too short to distinguish a weekend from a gap
     assert str(week.spacing) == "daily"
     assert str(read_table(pd.DataFrame({"t": workdays[:9], "y": range(9)}), freq="B").spacing) == "every weekday"
 
@@ -391,9 +402,11 @@ def test_rows_that_are_not_even(tmp_path):
     with pytest.raises(FormatError, match=re.escape("df.set_index('t').resample('MS').mean()")):
         read_table(pd.DataFrame({"t": thirtieth, "y": range(12)}))
     weekly = pd.DataFrame({"t": [*days(30), *days(9, freq="7D")], "id": [*"a" * 30, *"b" * 9], "y": range(39)})
-    with pytest.raises(FormatError, match=r"row 30: expected all series spaced alike \(daily\), .* 7 times as long"):
+    with pytest.raises(
+        FormatError, match=r"row 30: expected the same spacing in all series \(daily\), .* 7 times as long"
+    ):
         read_table(weekly, ids="id")
-    with pytest.raises(FormatError, match="expected at least two rows of a series, found one of each: say --freq"):
+    with pytest.raises(FormatError, match="the spacing can't be inferred from one row per series: use --freq"):
         read_table(weekly.iloc[[0, 30]], ids="id")
     with pytest.raises(UsageError, match="expected a spacing such as h, 30min, D, B or MS, got 'often'"):
         read_table(weekly, ids="id", freq="often")
@@ -409,7 +422,7 @@ def test_tables_are_read_without_torch_and_pandas_comes_with_the_first(tmp_path)
     assert done.stdout.split() == ["False", "True", "False"]
 
 
-def test_what_is_understood_is_said(tmp_path):
+def test_the_description_of_a_table(tmp_path):
     frame = pd.DataFrame({"time": days(400, freq="h"), "rentals": np.arange(400.0), "c": 5, "e": np.nan})
     frame["weather"], frame["note"] = np.where(frame.rentals % 3, "sun", "rain"), [f"n{n}" for n in range(400)]
     frame.loc[7, "rentals"] = np.nan
@@ -417,11 +430,11 @@ def test_what_is_understood_is_said(tmp_path):
     table = read_table(tmp_path / "a.csv")
     assert table.understood() == [
         "379 rows, hourly from 2023-01-01 00:00 to 2023-01-17 15:00 by `time`",
-        "2 gaps filled by mask (21 rows)",
-        "cells missing in `rentals` (1)",
+        "2 gaps filled with masked rows (21 rows)",
+        "missing values in `rentals` (1)",
         "`weather` as 2 categories",
-        "of no use: `c` (always 5), `e` (no value)",
-        "ignored: `note` (text, 379 different values in 379 rows)",
+        "constant or empty, not used: `c` (always 5), `e` (no value)",
+        "ignored: `note` (text with 379 distinct values in 379 rows)",
     ]
     many = pd.DataFrame({f"x{n}": ["a"] * 4 for n in range(30)} | {"y": range(4)})
     assert read_table(many).understood()[1].endswith("`x7` (always 'a') and 22 more")

@@ -1,4 +1,4 @@
-"""Dates of a table: the forms in which people write them, which of two readings holds, time zones and their changes."""
+"""Dates of a table: formats, ambiguous ones, time zones and daylight saving."""
 
 import re
 
@@ -12,7 +12,7 @@ from cellstack.train.checks import UsageError
 
 
 def series(tmp_path, times, header="time,y", between=","):
-    """A file of numbers 0, 1, 2 … by these dates."""
+    """Write a file with these dates and the numbers 0, 1, 2 …"""
     file = tmp_path / "a.csv"
     file.write_text(header + "\n" + "".join(f"{time}{between}{n}\n" for n, time in enumerate(times)))
     return file
@@ -84,29 +84,33 @@ def test_unix_times(tmp_path, name, unit, scale):
     assert f"`{name}`: Unix time in {unit}, in UTC" in table.notes
 
 
-def test_a_cell_that_is_no_unix_time(tmp_path):
+def test_a_cell_that_isn_t_a_unix_time(tmp_path):
     seconds = [int(time.timestamp()) for time in HOURS]
     with pytest.raises(FormatError, match=f"line 7: expected a date such as {seconds[0]} in column time, found 'soon'"):
         read_table(series(tmp_path, [*seconds[:5], "soon", *seconds[6:]]))
     with pytest.raises(FormatError, match="line 7: expected a date in column time, found ''"):
         read_table(series(tmp_path, [*seconds[:5], "", *seconds[6:]]))
-    with pytest.raises(FormatError, match=f"line 2: expected a date by excel in column time, found '{seconds[0]}'"):
+    with pytest.raises(
+        FormatError, match=f"line 2: expected a date in the format excel in column time, found '{seconds[0]}'"
+    ):
         read_table(series(tmp_path, seconds), date_format="excel")
 
 
-def test_numbers_that_are_no_times_stay_numbers(tmp_path):
+def test_numbers_that_aren_t_times_stay_numbers(tmp_path):
     counter = 1_600_000_000 + np.array([0, 5, 5, 90, 17, 300])
     table = read_table(series(tmp_path, counter, "total,y"))
     assert (table.date, list(table.columns)) == (None, ["total", "y"])
-    assert table.understood()[0] == "6 rows, in their order: no column of dates"
+    assert table.understood()[0] == "6 rows, in row order: no column of dates"
     table = read_table(series(tmp_path, range(6), "time,y"))
-    assert "`time` taken as numbers, not as dates: --date and --date-format say otherwise" in table.notes
+    assert "`time` read as numbers, not dates: use --date and --date-format if it has dates" in table.notes
 
 
 def test_excel_s_numbers_are_dates_where_asked(tmp_path):
     serial = [(time - pd.Timestamp("1899-12-30")) / pd.Timedelta("1D") for time in HOURS]
     file = series(tmp_path, serial, "date,y")
-    with pytest.raises(FormatError, match=r"line 2: expected dates .*found '44956.83.*--date-format \(excel"):
+    with pytest.raises(
+        FormatError, match=r"line 2: expected dates .*found '44956.83.*--date-format to their format \(excel"
+    ):
         read_table(file)
     np.testing.assert_array_equal(read_table(file, date="date", date_format="excel").times, HOURS.to_numpy())
 
@@ -114,17 +118,17 @@ def test_excel_s_numbers_are_dates_where_asked(tmp_path):
 # ── day or month first ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_order_of_day_and_month_is_told_by_even_steps(tmp_path):
+def test_the_order_of_day_and_month_is_detected_from_even_steps(tmp_path):
     for form, order in (("%d/%m/%Y", "day"), ("%m/%d/%Y", "month")):
         table = read_table(series(tmp_path, [time.strftime(form) for time in MONTHS]))
         np.testing.assert_array_equal(table.times, MONTHS.to_numpy())
-        assert f"`time`: {order} first, told by their even steps" in table.notes
+        assert f"`time`: {order} first, detected from their even steps" in table.notes
 
 
-def test_the_order_of_day_and_month_is_asked_for(tmp_path):
+def test_an_ambiguous_order_of_day_and_month_is_refused(tmp_path):
     file = series(tmp_path, [f"01/{month:02}/2022" for month in range(1, 13)])
-    ways = re.escape("found '01/02/2022', which is 2022-02-01 or 2022-01-02: say --day-first or --month-first")
-    with pytest.raises(FormatError, match=f"a.csv: line 3: .* in column time, {ways}"):
+    ways = re.escape("'01/02/2022' in column time is ambiguous, it may be 2022-02-01 or 2022-01-02: use --day-first or")
+    with pytest.raises(FormatError, match=f"a.csv: line 3: {ways}"):
         read_table(file)
     assert str(read_table(file, day_first=True).spacing) == "monthly"
     table = read_table(file, day_first=False)
@@ -144,25 +148,25 @@ def test_an_order_that_the_dates_contradict(tmp_path):
 # ── which column ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_column_named_as_dates_that_holds_none(tmp_path):
+def test_a_column_with_a_name_for_dates_that_has_none(tmp_path):
     with pytest.raises(FormatError, match=r"line 2: expected dates such as 2020-01-31 in column date, found 'soon'"):
         read_table(series(tmp_path, ["soon", "later", "never"], "date,y"))
     table = read_table(series(tmp_path, ["soon", "later", "never"], "date,y"), date="")
-    assert table.ignored == {"date": "text, 3 different values in 3 rows"}
+    assert table.ignored == {"date": "text with 3 distinct values in 3 rows"}
 
 
-def test_names_that_hold_a_date_s_name_within(tmp_path):
+def test_names_that_contain_a_name_for_dates(tmp_path):
     table = read_table(series(tmp_path, [5, 1, 7, 2], "updates,y"))
     assert (table.date, list(table.columns)) == (None, ["updates", "y"])
     with pytest.raises(FormatError, match="expected dates such as 2020-01-31 in column InvoiceDate, found 'soon'"):
         read_table(series(tmp_path, ["soon", "x", "soon", "x"], "InvoiceDate,y"))
 
 
-def test_a_form_that_the_dates_don_t_have(tmp_path):
+def test_a_format_that_the_dates_don_t_have(tmp_path):
     file = series(tmp_path, [f"{time:%Y-%m-%d}" for time in DAYS])
     with pytest.raises(FormatError, match="a date such as 31/01/2020 in column time, found '2023-01-01'"):
         read_table(file, date_format="%d/%m/%Y")
-    with pytest.raises(UsageError, match=r"expected a form of dates such as .*, got '%J'"):
+    with pytest.raises(UsageError, match=r"expected a date format such as .*, got '%J'"):
         read_table(file, date_format="%J")
     whole = read_table(series(tmp_path, [f"{time:%j %Y}" for time in DAYS]), date_format="%j %Y", date="time")
     np.testing.assert_array_equal(whole.times, DAYS.to_numpy())
@@ -176,7 +180,7 @@ def test_any_column_can_be_named(tmp_path):
     with pytest.raises(UsageError, match="expected a column of dates 'c', found a, b, y"):
         read_table(file, date="c")
     file.write_text("a,y\n1.5,2\n2.5,3\n")
-    with pytest.raises(UsageError, match="expected a column of dates beside --zone, found none in a, y"):
+    with pytest.raises(UsageError, match="--zone needs a column of dates, found none in a, y"):
         read_table(file, zone="UTC")
 
 
@@ -189,17 +193,17 @@ def test_any_column_can_be_named(tmp_path):
         ("Year,Month,Day,Hour,y", "%Y,%-m,%-d,%-H", "Year,Month,Day,Hour"),
     ],
 )
-def test_a_day_and_its_hour_in_columns_of_their_own(tmp_path, header, form, date):
+def test_a_day_and_its_hour_in_separate_columns(tmp_path, header, form, date):
     file = series(tmp_path, [time.strftime(form) for time in HOURS], header)
     for table in (read_table(file), read_table(file, date=date), read_table(file, date=date.split(","))):
         np.testing.assert_array_equal(table.times, HOURS.to_numpy())
         assert (table.date, list(table.columns)) == (date, ["y"])
-    assert read_table(file).notes[0] == "times by " + ", ".join(f"`{name}`" for name in date.split(",")) + " together"
+    assert read_table(file).notes[0] == "dates from " + ", ".join(f"`{name}`" for name in date.split(",")) + " together"
 
 
 def test_hours_from_1_to_24(tmp_path):
     file = series(tmp_path, [f"{day:%Y-%m-%d},{hour}" for day in DAYS for hour in range(1, 25)], "day,hour,y")
-    with pytest.raises(FormatError, match=r"line 3: .* name what tells series apart by --id, or a column of hours by"):
+    with pytest.raises(FormatError, match=r"line 3: .* use --id for the column that identifies series, or --date"):
         read_table(file)
     with pytest.raises(FormatError, match=r"line 25: expected a date such as .*, found '2023-01-01 24:00'"):
         read_table(file, date="day,hour")
@@ -235,13 +239,13 @@ def test_an_offset_with_some_dates_only(tmp_path, ends):
     with pytest.raises(FormatError, match="line 23: expected a time zone with all dates of column time or with none"):
         read_table(series(tmp_path, times))
     table = read_table(series(tmp_path, [time.replace(" 00:00:00", "") for time in map(str, HOURS)]))
-    np.testing.assert_array_equal(table.times, HOURS.to_numpy())  # days beside times of day, none with an offset
+    np.testing.assert_array_equal(table.times, HOURS.to_numpy())  # days and times of day, without offsets
 
 
 def test_days_of_local_time_whose_offset_changes(tmp_path):
     days = pd.date_range("2022-01-01", periods=400, freq="D", tz="Europe/Berlin")
     file = series(tmp_path, [day.isoformat() for day in days])
-    with pytest.raises(FormatError, match=r"line 88: expected dates spaced evenly \(daily\), .* say --zone, if they"):
+    with pytest.raises(FormatError, match=r"line 88: expected evenly spaced dates \(daily\), .* use --zone, if they"):
         read_table(file)
     table = read_table(file, zone="Europe/Berlin")
     np.testing.assert_array_equal(table.times, days.tz_localize(None).to_numpy())
@@ -255,37 +259,37 @@ def local(zone, start="2013-01-01", hours=8760, freq="h"):
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize(
-    ("zone", "told", "twice"),
+    ("zone", "inferred", "twice"),
     [
         ("America/New_York", "America/New_York", "2013-11-03T01:00"),
-        ("America/Chicago", "America/New_York", "2013-11-03T01:00"),  # the same rule: the data can't tell them apart
+        ("America/Chicago", "America/New_York", "2013-11-03T01:00"),  # the same rule: the data can't distinguish them
         ("Europe/Berlin", "Europe/Berlin", "2013-10-27T02:00"),
         ("Europe/London", "Europe/London", "2013-10-27T01:00"),
         ("Australia/Sydney", "Australia/Sydney", "2013-04-07T02:00"),
     ],
 )
-def test_a_clock_change_is_told_by_the_hours_themselves(tmp_path, zone, told, twice, order):
+def test_daylight_saving_is_inferred_from_the_hours(tmp_path, zone, inferred, twice, order):
     times = local(zone)
     table = read_table(series(tmp_path, times[::order]))
     np.testing.assert_array_equal(table.times, times.to_numpy())
-    assert (str(table.spacing), table.zone, int(table.filled.rows[0])) == ("hourly", told, 0)
+    assert (str(table.spacing), table.zone, int(table.filled.rows[0])) == ("hourly", inferred, 0)
     assert table.columns["y"].tolist() == list(range(8760))[::order]
     assert (table.times == np.datetime64(twice)).sum() == 2
     said = next(note for note in table.notes if "clock" in note)
-    assert f"local time whose clock is changed as in {told} (--zone names another)" in said
+    assert f"local time with the daylight-saving rule of {inferred} (set --zone for another)" in said
     assert twice[:10] in said
     asked = read_table(series(tmp_path, times[::order]), zone=zone)
     np.testing.assert_array_equal(asked.times, times.to_numpy())
 
 
-def test_an_hour_in_its_own_column_over_a_clock_change(tmp_path):
+def test_an_hour_in_its_own_column_with_daylight_saving(tmp_path):
     times = local("Europe/Berlin")
     table = read_table(series(tmp_path, times.strftime("%Y-%m-%d,%-H"), "day,hour,y"))
     np.testing.assert_array_equal(table.times, times.to_numpy())
     assert (table.date, table.zone) == ("day,hour", "Europe/Berlin")
 
 
-def test_hours_that_go_on_over_a_clock_change(tmp_path):
+def test_times_after_a_clock_change(tmp_path):
     times = local("Europe/Berlin", "2013-10-01", 26 * 24)
     table = read_table(series(tmp_path, times), zone="Europe/Berlin")
     whole = local("Europe/Berlin", "2013-10-01", 26 * 24 + 48).to_numpy()
@@ -298,22 +302,24 @@ def test_a_spring_alone_and_series_with_gaps(tmp_path):
     assert (table.zone, int(table.filled.rows[0])) == ("America/New_York", 0)
     times = local("America/New_York")
     frame = pd.DataFrame({"t": [*times, *times], "shop": [*"a" * 8760, *"b" * 8760], "y": range(17520)})
-    frame = frame.drop(index=[40, 41, 8760 + 7345])  # the last one is one of an hour that stands twice
+    frame = frame.drop(index=[40, 41, 8760 + 7345])  # the last one is in an hour that occurs twice
     table = read_table(frame, ids="shop")
     assert table.zone == "America/New_York"
     assert table.filled.rows.tolist() == [2, 1]
-    assert "1 rows of it that stand once are taken as these" in " ".join(table.notes)
+    assert "so are 1 rows whose time occurs only once" in " ".join(table.notes)
 
 
-def test_times_that_no_clock_change_explains(tmp_path):
+def test_duplicate_times_without_daylight_saving(tmp_path):
     times = local("Europe/Berlin").to_numpy().copy()
     times[4000] = times[3999]
-    with pytest.raises(FormatError, match=r"line 4002: expected each time once .* again, as in line 4001: keep one"):
+    with pytest.raises(
+        FormatError, match=r"line 4002: expected each time only once, .* again, as in line 4001: keep one row"
+    ):
         read_table(series(tmp_path, times))
     fixed = pd.date_range("2013-01-01", periods=8760, freq="h")
-    with pytest.raises(FormatError, match=r"line 2140: .* clock shows in Europe/Berlin, found 2013-03-31 02:00:00"):
+    with pytest.raises(FormatError, match=r"line 2140: 2013-03-31 02:00:00 doesn't exist in Europe/Berlin"):
         read_table(series(tmp_path, fixed), zone="Europe/Berlin")
     twice = fixed.to_numpy().copy()
     twice[7177] = twice[7178]  # an hour that Berlin's clock shows twice, in a year whose spring lacks none
-    with pytest.raises(FormatError, match=r"say --zone, if the clock is put back then, as in Europe/Berlin"):
+    with pytest.raises(FormatError, match=r"use --zone, if the clock is set back then, as in Europe/Berlin"):
         read_table(series(tmp_path, twice))

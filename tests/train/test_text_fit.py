@@ -1,4 +1,4 @@
-"""A model of text in the fit loop: what is carried, what is kept apart, what repeats, and what comes out."""
+"""Training a text model: the carried state, held-out parts, reproducibility, and results."""
 
 import math
 import signal
@@ -65,7 +65,7 @@ def test_chunk_by_chunk_is_one_pass_and_the_network_is_the_model(options):
     np.testing.assert_allclose(net.stream(len(ids)).run(given[:, :20]), parts[:, :20].softmax(-1), atol=1e-6)
 
 
-def test_the_state_goes_on_cut_off_from_its_graph_and_an_epoch_begins_anew():
+def test_the_state_is_carried_without_its_graph_and_reset_in_each_epoch():
     model, seen = made(), []
 
     class Watched(Chunks):
@@ -91,10 +91,10 @@ def test_the_state_goes_on_cut_off_from_its_graph_and_an_epoch_begins_anew():
         ({"steps": 0}, "steps >= 1"),
         ({"text": "short"}, "at least 200 characters"),
         ({"text": 5}, "a text as str or bytes, got int"),
-        ({"validation": 0.6}, "at most a half together"),
+        ({"validation": 0.6}, "together at most 0.5"),
     ],
 )
-def test_what_can_not_be_fitted_is_refused(options, message):
+def test_invalid_arguments_of_fit_text(options, message):
     with pytest.raises(UsageError, match=message):
         fit_text(**{"text": ALICE, **options})
 
@@ -102,14 +102,14 @@ def test_what_can_not_be_fitted_is_refused(options, message):
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_text_is_learned_and_measured():
+def test_train_and_measure():
     result = fit_text(ALICE, epochs=6, lr=1e-2, **SMALL)
     history = result.history
     assert [entry["epoch"] for entry in history] == list(range(1, 7))
     assert history[-1]["bits_per_character"] < history[0]["bits_per_character"] < math.log2(len(set(ALICE)))
     best = min(history, key=lambda entry: entry["validation_loss"])
     assert best["bits_per_character"] == pytest.approx(best["validation_loss"] / math.log(2))
-    # The loop's figure, in torch, is that of the network, in NumPy.
+    # The loop's result, in torch, equals the network's, in NumPy.
     assert result.scores["validation_bits_per_character"] == pytest.approx(best["bits_per_character"], rel=1e-5)
     text = Text.of(ALICE)
     last = text.ids[-120:]
@@ -118,12 +118,12 @@ def test_a_text_is_learned_and_measured():
         bits_per_character(result.network, text.ids, (2280, 2400)), rel=1e-6
     )
     assert bits_per_character(result.network, last) == pytest.approx(result.scores["bits_per_character"], abs=0.1)
-    assert "never trained on: bits per character" in result.sentence
+    assert "on the test part: bits per character" in result.sentence
     assert all(len(entry["sample"]) == 80 for entry in history)
     assert set("".join(generate(result.network, "Alice", length=100))) <= set(ALICE)
 
 
-def test_what_is_held_out_is_never_trained_on():
+def test_held_out_parts_are_not_trained_on():
     first = fit_text(ALICE, epochs=1, **SMALL)
     other = ALICE[:2160] + "".join(sorted(ALICE[2160:]))
     second = fit_text(other, epochs=1, **SMALL)
@@ -161,7 +161,7 @@ class Stopping(Chunks):
 
 
 @pytest.mark.parametrize("at", [0, 33, 50])
-def test_resume_after_ctrl_c_equals_an_unbroken_run(tmp_path, at):
+def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
     how = {"threads": 1, "optimizer": adam(SETTINGS.lr)}
     whole = made()
     unbroken = learn(whole, chunks(), SETTINGS, **how)
@@ -177,15 +177,15 @@ def test_resume_after_ctrl_c_equals_an_unbroken_run(tmp_path, at):
     second = learn(resumed, chunks(), SETTINGS, checkpoint=path, resume=True, **how)
     assert second.history == unbroken.history
     assert_same(weights(resumed), weights(whole))
-    with pytest.raises(UsageError, match="expected truncated as in this training, 8, found 16"):
+    with pytest.raises(UsageError, match="expected a checkpoint with truncated 8, as in this training, found 16"):
         learn(made(), chunks(steps=8), SETTINGS, checkpoint=path, resume=True)
-    with pytest.raises(UsageError, match="expected characters as in this training, 55, found"):
+    with pytest.raises(UsageError, match="expected a checkpoint with characters 55, as in this training, found"):
         learn(TextModel(55, Architecture((7, 6))), chunks(), SETTINGS, checkpoint=path, resume=True)
-    with pytest.raises(UsageError, match="expected text as in this training"):
+    with pytest.raises(UsageError, match=r"expected a checkpoint with text .*, as in this training"):
         learn(made(), chunks(text=ALICE[::-1]), SETTINGS, checkpoint=path, resume=True)
 
 
-def test_looking_on_and_saying_change_nothing(tmp_path):
+def test_inspecting_and_progress_change_nothing(tmp_path):
     text, said = Text.of(ALICE), []
     built = Architecture((6,), embedding=4)
     runs = []

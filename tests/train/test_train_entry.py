@@ -1,4 +1,4 @@
-"""`train.fit`: data as people have it, what of their own they bring, and what is refused by name."""
+"""`train.fit`: forms of data, users' own parts of the training, and errors."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def toy(rng):
 
 
 def long_form(x, y):
-    """The same, a row a step."""
+    """The same in long form, with a row per step."""
     steps = x.shape[1]
     columns = {f"c{n}": x[..., n].ravel() for n in range(x.shape[2])}
     return pd.DataFrame(
@@ -54,7 +54,7 @@ class Items(torch.utils.data.Dataset):
 def test_every_form_of_the_same_data_gives_the_same_network(toy):
     x, y = toy
     frame = long_form(x, y)
-    shuffled = frame.sample(frac=1, random_state=1).sort_values("id", kind="stable")  # ids as they were, times not
+    shuffled = frame.sample(frac=1, random_state=1).sort_values("id", kind="stable")  # only the times are shuffled
     by_id = pd.Series(y, index=np.arange(len(y)))
     forms = [
         ((x, y), {}),
@@ -87,7 +87,7 @@ def test_a_mask_says_what_is_missing(toy, rng):
         assert found.history == expected
 
 
-def test_files_give_what_arrays_give(toy, tmp_path):
+def test_files_give_the_same_as_arrays(toy, tmp_path):
     x, y = toy
     x = x.astype(np.float32)
     frame = long_form(x, y)
@@ -115,12 +115,14 @@ def test_ragged_sequences_in_npz(rng, tmp_path):
 
 def test_npz_is_never_unpickled(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.array([np.zeros((3, 2)), None], object))
-    with pytest.raises(FormatError, match="one of objects, which are never unpickled: write x padded"):
+    with pytest.raises(
+        FormatError, match="arrays of objects aren't supported, because pickles aren't read: save x padded"
+    ):
         train.read_sequences(tmp_path / "a.npz")
 
 
-def test_what_is_iterated_over(toy):
-    """A source as large as the buffer or larger: the same examples, scales and classes; the same twice."""
+def test_an_iterable(toy):
+    """Sources that fit into the buffer or not: the same examples, scales and classes, reproducibly."""
     x, y = toy
 
     def source():
@@ -137,7 +139,7 @@ def test_what_is_iterated_over(toy):
     assert train.fit(source, test=(x, y), units=4, epochs=25, lr=2e-2, threads=1).scores["accuracy"] > 0.8
 
 
-def test_what_is_iterated_over_and_changes_is_refused(toy):
+def test_an_iterable_that_changes_is_refused(toy):
     x, y = toy
     left = iter([40, 40, 39])
 
@@ -147,18 +149,22 @@ def test_what_is_iterated_over_and_changes_is_refused(toy):
     with pytest.raises(UsageError, match="expected the same 40 examples in every pass, got 39"):
         train.fit(shrinking, validation=0.0, **{**SMALL, "epochs": 9})
     refused = [
-        (iter([(x[0], y[0])]), {}, "got an iterator, which can be read once: give the function that makes it"),
-        (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: give its \.dataset"),
-        (lambda: zip(x, y, strict=True), {"test": 0.2}, "expected test to be data of its own"),
-        (lambda: zip(x, y, strict=True), {"y": y}, "expected no y where x is iterated over"),
-        (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got a sequence alone"),
+        (
+            iter([(x[0], y[0])]),
+            {},
+            "an iterator isn't supported, because it can only be read once: pass the function that makes it",
+        ),
+        (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: pass its \.dataset"),
+        (lambda: zip(x, y, strict=True), {"test": 0.2}, "test: a share isn't supported where x is iterated over"),
+        (lambda: zip(x, y, strict=True), {"y": y}, "y isn't supported where x is iterated over"),
+        (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got only a sequence"),
     ]
     for source, how, message in refused:
         with pytest.raises(UsageError, match=message):
             train.fit(source, **how, **SMALL)
 
 
-def test_a_checkpoint_of_what_is_iterated_over_is_gone_on_from(toy, tmp_path):
+def test_a_checkpoint_with_an_iterable_is_resumed(toy, tmp_path):
     x, y = toy
     path = tmp_path / "run.ckpt"
 
@@ -171,7 +177,7 @@ def test_a_checkpoint_of_what_is_iterated_over_is_gone_on_from(toy, tmp_path):
     assert (stopped.fit.stopped, len(stopped.history)) == ("callback", 2)
     resumed = train.fit(source, **{**how, "epochs": 4}, checkpoint=path, resume=True)
     assert resumed.history == whole.history
-    with pytest.raises(UsageError, match=r"expected training as in this training"):
+    with pytest.raises(UsageError, match=r"expected a checkpoint with training .*, as in this training"):
         train.fit(lambda: zip(x, np.roll(y, 1), strict=True), **{**how, "epochs": 4}, checkpoint=path, resume=True)
 
 
@@ -221,8 +227,11 @@ def test_labels_of_any_type(toy, tmp_path, y, labels):
     assert set(found["predicted"]) <= set(labels) if labels else all(type(one) is float for one in found["predicted"])
 
 
-def test_whole_numbers_that_may_be_classes_or_not(toy):
-    with pytest.raises(UsageError, match="task='classify' or task='regress', as 40 different whole numbers among 40"):
+def test_integers_that_may_be_classes_or_numbers(toy):
+    with pytest.raises(
+        UsageError,
+        match="40 distinct integers among 40 may be classes or numbers: pass task='classify' or task='regress'",
+    ):
         train.fit(toy[0], np.arange(40), **SMALL)
     assert train.fit(toy[0], np.arange(40), task="regress", **SMALL).labels == ()
     assert train.fit(toy[0], np.arange(40) / 2, **SMALL).labels == ()
@@ -232,43 +241,47 @@ def test_whole_numbers_that_may_be_classes_or_not(toy):
 @pytest.mark.parametrize(
     ("y", "how", "message"),
     [
-        ([np.nan, *np.arange(39.0)], {}, r"y: expected an entry for every one of 40, got nan at position 0 \(1 miss"),
+        ([np.nan, *np.arange(39.0)], {}, r"y: missing values aren't supported, got nan at position 0 \(1 of 40"),
         ([*np.arange(39.0), -np.inf], {}, "y: expected finite numbers, got -inf at position 39"),
-        ([*np.arange(39.0), 1e300], {}, r"y: the targets' range overflows float32, .* got 1e\+300 at position 39"),
-        (np.arange(40) * 1e-300, {}, "y: the targets' range underflows float32, .*multiply them by a constant"),
+        ([*np.arange(39.0), 1e300], {}, r"y: the targets overflow float32, .* got 1e\+300 at position 39"),
+        (np.arange(40) * 1e-300, {}, "y: the targets underflow float32, .*multiply them by a constant"),
         (np.ma.array(np.arange(40.0), mask=np.arange(40) == 7), {}, "y: masked values aren't supported: leave out"),
         (["a", "b"] * 20, {"sample_weight": np.ma.array(np.ones(40), mask=True)}, "sample_weight: masked values"),
         ([None, *"ab" * 19, "c"], {}, "got None at position 0"),
         (pd.Series([pd.NA, *["a"] * 39], dtype="string"), {}, "got None at position 0"),
-        (["a", 1] * 20, {}, "y: expected entries of one type, got text and whole numbers"),
-        (["a"] * 39, {}, "y: expected one entry a sequence, 40, got 39"),
-        (["a"] * 40, {}, "expected sequences of at least two classes, got one"),
+        (["a", 1] * 20, {}, "y: expected entries of one type, got integers and text"),
+        (["a"] * 39, {}, "y: expected one entry per sequence, 40, got 39"),
+        (["a"] * 40, {}, "expected at least two classes, got one"),
         (["a", "b"] * 20, {"task": "regress"}, "y: expected numbers with task regress, got text"),
-        ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: task='regress' learns numbers"),
+        ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: use task='regress' for numbers"),
         ([object()] * 40, {}, "y: expected text, numbers or bools, got a object"),
         (["a", "b"] * 20, {"task": "sort"}, "expected task to be one of classify, regress, got 'sort'"),
         (
             ["a", "b"] * 20,
             {"test": (np.ones((2, 5, 3)), ["a", "c"])},
-            r"test: .* 'a', 'b', as trained on, got 'c' \(1 of 2\)",
+            r"test: .* 'a', 'b', as in training, got 'c' \(1 of 2\)",
         ),
         (["a", "b"] * 20, {"test": (np.ones((2, 5, 2)), ["a", "b"])}, "expected 3 channels, as trained on, found 2"),
-        (["a", "b"] * 20, {"validation": np.ones((2, 5, 3))}, "validation: expected sequences with classes"),
+        (
+            ["a", "b"] * 20,
+            {"validation": np.ones((2, 5, 3))},
+            "validation: the sequences have neither classes nor targets",
+        ),
         (["a", "b"] * 20, {"class_weight": {"c": 2}}, "class_weight: expected classes among 'a', 'b', got 'c'"),
         (["a", "b"] * 20, {"class_weight": "even"}, "expected class_weight to be 'balanced' or weights by class"),
-        (["a", "b"] * 20, {"sample_weight": np.ones(3)}, r"sample_weight: expected one number a sequence, \[40\]"),
+        (["a", "b"] * 20, {"sample_weight": np.ones(3)}, r"sample_weight: expected one number per sequence, \[40\]"),
         (
             ["a", "b"] * 20,
             {"sample_weight": -np.ones(40)},
             "sample_weight: expected finite numbers >= 0, got -1.0 at 0",
         ),
-        (np.arange(40.0), {"class_weight": "balanced"}, "expected class_weight with classes alone"),
-        (np.ones((40, 12)), {}, "expected per_step=True, or False for 12 targets a sequence"),
-        (["a", "b"] * 20, {"id": "machine"}, "expected id with a frame alone"),
+        (np.arange(40.0), {"class_weight": "balanced"}, "class_weight applies only to classes"),
+        (np.ones((40, 12)), {}, "the shape is ambiguous, because there are 12 targets and 12 steps"),
+        (["a", "b"] * 20, {"id": "machine"}, "id applies only to frames"),
         (["a", "b"] * 20, {"test": 1.5}, r"expected test to be a share in \(0, 1\)"),
     ],
 )
-def test_labels_that_can_t_be_used(toy, y, how, message):
+def test_invalid_labels(toy, y, how, message):
     with pytest.raises((UsageError, FormatError), match=message):
         train.fit(toy[0], y, **SMALL, **how)
 
@@ -299,28 +312,28 @@ def test_a_class_at_every_step(rng):
     [
         (
             np.ones((40, 12)),
-            r"got \(40, 12\): add an axis, x\[\.\.\., None\] where it is 40 sequences of one channel, or",
+            r"got \(40, 12\): add an axis, x\[\.\.\., None\] for 40 sequences of one channel, or",
         ),
         (np.ones(40), r"x: expected an array \[N, T, C\], got \(40,\)"),
         ([np.ones((3, 2))] * 39 + [np.ones(3)], r"x\[39\]: expected \[T, C\], got \(3,\): add an axis"),
         ([np.ones((3, 2))] * 39 + [np.ones((3, 1))], r"x\[39\]: expected 2 channels, as x\[0\] has, got 1"),
         ([np.ones((3, 2))] * 39 + [np.ones((0, 2))], r"x\[39\]: expected at least one step, got \(0, 2\)"),
         ([np.ones((3, 2))] * 39 + [np.full((3, 2), np.inf)], r"x\[39\]: .* got inf at step 0, channel 0"),
-        (np.full((40, 3, 1), 1e300), r"x\[0\]: expected finite numbers that float32 holds"),
+        (np.full((40, 3, 1), 1e300), r"x\[0\]: expected finite numbers in float32's range"),
         (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got an array of <U1"),
         (np.full((40, 3, 1), 1j), r"x\[0\]: expected numbers \[T, C\], got an array of complex128"),
         ([], "x: expected at least one sequence, got none"),
         ({"a": np.ones((40, 3))}, r"a frame with id=, got a dict"),
         (3, r"x: expected an array \[N, T, C\], a list of arrays \[T, C\] or a frame with id=, got a int"),
-        (np.full((40, 3, 2), [1, np.nan]), "found none in channel 1: leave it out"),
+        (np.full((40, 3, 2), [1, np.nan]), "channel 1 has no values in the training part: leave it out"),
     ],
 )
-def test_sequences_that_can_t_be_used(x, message):
+def test_invalid_sequences(x, message):
     with pytest.raises(UsageError, match=message):
         train.fit(x, np.arange(40) % 2, **SMALL)
 
 
-def test_frames_that_can_t_be_used(toy):
+def test_invalid_frames(toy):
     frame = long_form(*toy)
     varied = frame.assign(state=np.where(frame.t == 3, "odd", frame.state))
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
@@ -330,20 +343,35 @@ def test_frames_that_can_t_be_used(toy):
         (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
         (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),
-        (varied, "state", {"id": "id"}, "expected one 'state' for each 'id', got 'calm' and 'odd' for 0; for one a"),
-        (frame.assign(t=1), "state", {"id": "id", "time": "t"}, "expected each 't' once in a sequence, got 1 twice"),
+        (
+            varied,
+            "state",
+            {"id": "id"},
+            "expected one 'state' for each 'id', got 'calm' and 'odd' for 0; for one per step",
+        ),
+        (frame.assign(t=1), "state", {"id": "id", "time": "t"}, "'t' 1 occurs twice in the sequence with 'id'"),
         (
             frame.assign(t="noon"),
             "state",
             {"id": "id", "time": "t"},
-            "numbers or dates such as 2024-05-31T12:00, got 'noon'",
+            "numbers or dates such as 2024-05-31T12:00 in column 't', got 'noon'",
         ),
-        (gone, "state", {"id": "id"}, "expected a 'id' in every row, found none in row 60"),
-        (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40\)"),
-        (frame[["id", "state"]], "state", {"id": "id"}, "expected a column of numbers beside 'id', found none"),
-        (frame, frame["state"], {"id": "id"}, "y: expected an entry for each of 40 'id', got 480, one a row: give the"),
+        (gone, "state", {"id": "id"}, "column 'id' has no value in row 60"),
+        (
+            frame,
+            {0: "calm"},
+            {"id": "id"},
+            r"expected an entry for every 'id', found none for 1 \(39 of 40 are missing\)",
+        ),
+        (frame[["id", "state"]], "state", {"id": "id"}, "expected a numeric column in addition to 'id', found none"),
+        (
+            frame,
+            frame["state"],
+            {"id": "id"},
+            "y: expected one entry for each of 40 'id', got 480, one per row: pass the",
+        ),
         (frame, "state", {"id": "id", "features": "c0"}, "expected features as a list of columns, got 'c0'"),
-        (frame[:0], "state", {"id": "id"}, "expected rows, got a frame without any"),
+        (frame[:0], "state", {"id": "id"}, "the frame has no rows"),
     ]
     for data, y, how, message in refused:
         with pytest.raises(UsageError, match=message):
@@ -352,14 +380,14 @@ def test_frames_that_can_t_be_used(toy):
 
 def test_columns_that_aren_t_used_are_named_and_gaps_are_kept(toy):
     frame = long_form(*toy).assign(place="north", c1=lambda f: f.c1.where(f.t % 3 > 0))
-    with pytest.warns(UserWarning, match="column 'place' isn't used: it holds no numbers, but 'north'"):
+    with pytest.warns(UserWarning, match="column 'place' isn't used: it isn't numeric: 'north'"):
         result = train.fit(frame, "state", id="id", time="t", **SMALL)
     assert result.network.metadata["columns"] == ["c0", "c1", "c2"]
     assert result.network.metadata["observed"] == [1]
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
-def test_a_column_of_dates_that_nobody_named_is_told_with_what_it_is_for(library):
+def test_an_unused_column_of_dates_gets_a_hint(library):
     columns = {
         "id": [1, 1, 2],
         "when": pd.date_range("2024-01-01", periods=3).to_pydatetime().tolist(),
@@ -368,7 +396,7 @@ def test_a_column_of_dates_that_nobody_named_is_told_with_what_it_is_for(library
     frame = pd.DataFrame(columns) if library == "pandas" else pl.DataFrame(columns)
     given = {"id": "id", "features": None, "weight": None, "per_step": None, "name": "x"}
     assert grouped(frame, None, time=None, **given).ignored == {
-        "when": "holds dates: time= or --time puts a sequence's rows in their order"
+        "when": "contains dates: use time= or --time to order a sequence's rows by them"
     }
     assert not grouped(frame, None, time="when", **given).ignored
 
@@ -394,7 +422,7 @@ def test_dates_put_rows_in_order(toy):
         np.testing.assert_array_equal(found.x[0], expected)
 
 
-# ── one's own ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── users' own ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_head_a_loss_metrics_an_optimizer_a_scheduler_and_callbacks(toy):
@@ -427,25 +455,25 @@ def test_a_head_a_loss_metrics_an_optimizer_a_scheduler_and_callbacks(toy):
     assert all(0 <= entry["calm"] <= 1 for entry in result.history)
     assert [epoch.entry["epoch"] for epoch in seen] == [1, 2, 3]
     assert calls[0][1] == 2
-    assert torch.equal(head[0].weight, before)  # a fit of the same repeats
-    assert result.sentence.startswith("stopped by a callback after 3 epochs; kept is epoch")
-    assert "on the test part, which was never trained on: accuracy" in result.sentence
+    assert torch.equal(head[0].weight, before)  # the fit doesn't change the user's module
+    assert result.sentence.startswith("stopped by a callback after 3 epochs; kept epoch")
+    assert "on the test part: accuracy" in result.sentence
     with torch.no_grad():
         expected = result.model.answer(result.model(torch.from_numpy(x).float())).numpy()
     np.testing.assert_allclose(result.network(x.astype(np.float32)), expected, atol=2e-6)
 
 
-def test_what_of_one_s_own_can_t_be_used(toy):
+def test_invalid_heads_losses_and_metrics(toy):
     class Odd(nn.Module):
         def forward(self, x):
             return x[:, :2].sin()
 
     mean = nn.functional.cross_entropy
     refused = [
-        ({"head": Odd()}, "head: expected what can be written as a Network: the module .*to_nodes"),
-        ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, \(2, 2\) of 2 rows, got \(2, 3\)"),
-        ({"head": nn.Linear(5, 2)}, "head: expected a module of 4 inputs"),
-        ({"loss": mean}, r"expected a loss that gives one number a target, .* got \(\): .*reduction='none'"),
+        ({"head": Odd()}, "head: the module can't be converted to a Network: the module .*to_nodes"),
+        ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, so \(2, 2\) for 2 rows, got \(2, 3\)"),
+        ({"head": nn.Linear(5, 2)}, "head: expected a module with 4 inputs"),
+        ({"loss": mean}, r"expected a loss that returns one number per target, .* got \(\): .*reduction='none'"),
         ({"scheduler": "step"}, "expected scheduler to be cosine, constant or a callable"),
     ]
     for how, message in refused:
@@ -453,7 +481,7 @@ def test_what_of_one_s_own_can_t_be_used(toy):
             train.fit(*toy, **SMALL, **how)
 
 
-def test_a_loss_of_an_example_counts_for_all_of_its_targets(toy):
+def test_a_loss_per_example_applies_to_all_of_its_targets(toy):
     y = np.stack([toy[0].mean((1, 2)), toy[0].std((1, 2))], axis=1)
     ends = []
     for loss in (None, lambda out, target: (out - target).square().mean(1)):
@@ -470,7 +498,7 @@ def test_class_and_sample_weights(toy):
     heavy = np.where(np.arange(40) == 3, 2.0, 1.0)
     doubled = train.fit(np.concatenate([x, x[3:4]]), [*y, y[3]], **how).history[0]["loss"]
     inputs = train.fit(x, y, sample_weight=heavy, **how).history[0]["loss"]
-    assert inputs == pytest.approx(doubled, rel=2e-2)  # but for the scales of the inputs
+    assert inputs == pytest.approx(doubled, rel=2e-2)  # except for the scales of the inputs
     even = train.fit(x, y, class_weight="balanced", **how).history[0]["loss"]
     by_hand = train.fit(x, y, class_weight={"often": 40 / (2 * 34), "rare": 40 / (2 * 6)}, **how).history[0]["loss"]
     by_sample = train.fit(x, y, sample_weight=np.where(y == "rare", 40 / 12, 40 / 68), **how).history[0]["loss"]
@@ -493,12 +521,12 @@ def test_a_warm_start(toy, tmp_path, target):
 def test_a_warm_start_that_doesn_t_fit(toy, tmp_path):
     net = train.fit(*toy, **SMALL).network
     refused = [
-        ({"units": 5}, "init: expected cell 0 of units 5, as in this model, found 4"),
+        ({"units": 5}, "init: expected cell 0 with units 5, as in this model, found 4"),
         ({"units": (4, 4)}, "init: expected 2 cells, as in this model, found 1"),
-        ({"cell": "gru"}, "init: expected cell 0 of kind gru"),
-        ({"y": np.arange(40) % 2}, r"init: expected a network of the classes \[0, 1\], to start from, found \['busy'"),
-        ({"y": np.arange(40) / 3}, "init: expected a network of the task regress, to start from, found classify"),
-        ({"x": toy[0][..., :2]}, "init: expected a network of the channels 2, to start from, found 3"),
+        ({"cell": "gru"}, "init: expected cell 0 with kind gru"),
+        ({"y": np.arange(40) % 2}, r"init: expected an initial network with classes \[0, 1\], found \['busy'"),
+        ({"y": np.arange(40) / 3}, "init: expected an initial network with task regress, found classify"),
+        ({"x": toy[0][..., :2]}, "init: expected an initial network with channels 2, found 3"),
     ]
     for how, message in refused:
         with pytest.raises(UsageError, match=message):
@@ -507,7 +535,7 @@ def test_a_warm_start_that_doesn_t_fit(toy, tmp_path):
         train.fit(*toy, **SMALL, init=tmp_path / "none.safetensors")
 
 
-# ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── output files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_logs_and_the_history_as_files_and_as_a_picture(toy, tmp_path):
@@ -530,7 +558,7 @@ def test_logs_and_the_history_as_files_and_as_a_picture(toy, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_log_that_can_t_be_written_any_more_ends_no_training(toy, tmp_path, monkeypatch):
+def test_training_continues_if_the_log_can_t_be_written(toy, tmp_path, monkeypatch):
     from cellstack.train import history
 
     def full(path, entries):
@@ -538,14 +566,14 @@ def test_a_log_that_can_t_be_written_any_more_ends_no_training(toy, tmp_path, mo
 
     monkeypatch.setattr(history, "write", full)
     with pytest.warns(
-        RuntimeWarning, match=r"the log could not be written, training goes on: .*log\.csv: No space"
+        RuntimeWarning, match=r"the log could not be written, training continues: .*log\.csv: No space"
     ) as said:
         result = train.fit(*toy, **SMALL, log=tmp_path / "log.csv")
     assert len(said) == 1
     assert len(result.history) == 2
 
 
-def test_nothing_is_printed_or_warned_of_without_a_reason(toy, capsys):
+def test_no_output_and_no_warnings_by_default(toy, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train.fit(*toy, **SMALL)
@@ -555,15 +583,16 @@ def test_nothing_is_printed_or_warned_of_without_a_reason(toy, capsys):
 def test_the_sentence_at_the_end(toy):
     how = {**SMALL, "lr": 1e-9}
     assert re.match(
-        r"trained for all 2 epochs; kept is epoch \d, whose validation loss is the lowest; "
-        r"on the 6 validation examples, never trained on, which chose the epoch: accuracy 0\.",
+        r"trained for all 2 epochs; kept epoch \d, with the lowest validation loss; "
+        r"on the 6 validation examples, which also selected the epoch: accuracy 0\.",
         train.fit(*toy, **how).sentence,
     )
     stopped = train.fit(*toy, **{**how, "epochs": 30, "patience": 2})
     assert (
-        f"stopped after {len(stopped.history)} epochs, as the validation loss had not fallen for 2" in stopped.sentence
+        f"stopped after {len(stopped.history)} epochs, because the validation loss had not decreased for 2"
+        in stopped.sentence
     )
     assert train.fit(*toy, **how, validation=0).sentence == (
-        "trained for all 2 epochs; kept is epoch 2, the last, as none was held out; nothing was held out to measure it "
-        "on"
+        "trained for all 2 epochs; kept epoch 2, the last, without a validation part; no data was held out to "
+        "measure its accuracy on"
     )

@@ -1,4 +1,4 @@
-"""The model and the fit loop: repeatable, resumable, interruptible, and the same as what is exported."""
+"""The model and the fit loop: reproducible, resumable, interruptible, and equal to the exported network."""
 
 import copy
 import errno
@@ -24,7 +24,7 @@ CLASSES = ("a", "b", "c")
 
 @pytest.fixture
 def sequences(rng):
-    """Sequences that a model can learn to tell: each class has its own mean."""
+    """Sequences that a model can learn to classify: each class has its own mean."""
     y = np.arange(36) % 3
     x = [rng.normal(size=(int(rng.integers(3, 7)), 4)).astype(np.float32) + np.float32(label) for label in y]
     return Sequences(x, y, CLASSES, "toy")
@@ -59,7 +59,7 @@ def assert_same(first, second):
 
 
 class Raising:
-    """Examples that do something at the n-th batch that is fetched."""
+    """Examples that call a function at the n-th fetched batch."""
 
     def __init__(self, examples, at, action):
         self.examples, self.lengths, self.left, self.action = examples, examples.lengths, at, action
@@ -75,7 +75,7 @@ def test_a_run_repeats_bit_for_bit(sequences):
     ends = []
     for seed in (0, 0, 1):
         model, *rest = prepare(sequences)
-        torch.manual_seed(123 + len(ends))  # what was drawn before must not matter
+        torch.manual_seed(123 + len(ends))  # the previous state of the generator must not matter
         result = fit(model, *rest, Settings(epochs=3, batch=4, noise=0.1, seed=seed))
         ends.append((weights(model), result.history))
     assert_same(ends[0][0], ends[1][0])
@@ -124,7 +124,7 @@ def test_early_stopping(sequences):
 
 
 @pytest.mark.parametrize("at", [1, 9, 14, 30])
-def test_resume_after_ctrl_c_equals_an_unbroken_run(sequences, tmp_path, at):
+def test_resume_after_ctrl_c_equals_an_uninterrupted_run(sequences, tmp_path, at):
     path = tmp_path / "run.ckpt"
     whole, *rest = prepare(sequences)
     expected = fit(whole, *rest, SETTINGS)
@@ -143,7 +143,7 @@ def test_resume_after_ctrl_c_equals_an_unbroken_run(sequences, tmp_path, at):
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "every_step": True}, {"cell": "gru"}, {"cell": "rnn"}])
-def test_looking_at_the_layers_changes_no_bit(sequences, options):
+def test_inspecting_the_layers_changes_no_bit(sequences, options):
     plain, *rest = prepare(sequences, **options)
     expected = fit(plain, *rest, SETTINGS)
     looked, *rest = prepare(sequences, **options)
@@ -159,7 +159,7 @@ def test_looking_at_the_layers_changes_no_bit(sequences, options):
     assert all(not layer._observers for layer in looked.modules() if isinstance(layer, layers.RNN))
 
 
-def test_what_was_seen_of_the_layers_goes_on_after_a_resume(sequences, tmp_path):
+def test_records_of_the_layers_continue_after_a_resume(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     whole, *rest = prepare(sequences)
     expected = fit(whole, *rest, SETTINGS, inspect=1)
@@ -171,15 +171,15 @@ def test_what_was_seen_of_the_layers_goes_on_after_a_resume(sequences, tmp_path)
     resumed, *rest = prepare(sequences, seed=99)
     second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True, inspect=1)
     assert [record.epoch for record in second.records] == [1, 2, 3, 4]
-    ended = len(first.records)  # the epoch that was interrupted is seen in another of its batches
+    ended = len(first.records)  # the interrupted epoch is recorded in another batch
     for place in (*range(ended), *range(ended + 1, 4)):
         assert second.records[place].to_json() == expected.records[place].to_json()
     torch.save({**torch.load(path, weights_only=True), "records": [{"epoch": 1}]}, path)
-    with pytest.raises(FormatError, match="expected the state of this training, found one that doesn't fit"):
+    with pytest.raises(FormatError, match="the checkpoint doesn't fit this training"):
         fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
 
 
-def test_resume_after_a_crash_equals_an_unbroken_run(sequences, tmp_path):
+def test_resume_after_a_crash_equals_an_uninterrupted_run(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     whole, *rest = prepare(sequences)
     expected = fit(whole, *rest, SETTINGS)
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_other_settings_is_refused(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
-    with pytest.raises(ValueError, match=r"expected lr as in this training, 0.1, found 0.005"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint with lr 0.1, as in this training, found 0.005"):
         fit(model, *rest, Settings(epochs=1, lr=0.1), checkpoint=path, resume=True)
 
 
@@ -240,14 +240,16 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_p
         ("training", (model, inputs, examples, np.roll(np.arange(36), 1)[:27], held)),
     ]
     for name, other in others:
-        with pytest.raises(UsageError, match=rf"run\.ckpt: expected {name} as in this training") as error:
+        with pytest.raises(
+            UsageError, match=rf"run\.ckpt: expected a checkpoint with {name} .*, as in this training"
+        ) as error:
             fit(*other, Settings(epochs=1), checkpoint=path, resume=True)
         assert "\n" not in str(error.value)
     fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
 
 
-def test_missing_values_don_t_keep_a_checkpoint_from_its_data(sequences, tmp_path):
-    """NaN isn't equal to itself, and has more than one pattern of bits: the data is the same all the same."""
+def test_missing_values_don_t_change_the_digest_of_the_data(sequences, tmp_path):
+    """NaN isn't equal to itself and has several bit patterns, but the data is the same."""
     path = tmp_path / "run.ckpt"
     for bits in (0x7FC00000, 0xFFC00001):
         sequences.x[3][1, 2] = np.array(bits, np.uint32).view(np.float32)
@@ -266,7 +268,9 @@ def test_a_checkpoint_that_lacks_a_part_is_a_format_error(sequences, tmp_path, p
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
     state = torch.load(path, weights_only=True) if parts else {"cellstack_checkpoint": checkpoints.VERSION}
     torch.save({**state, **parts}, path)
-    with pytest.raises(FormatError, match=r"run\.ckpt: expected .* found ") as error:
+    with pytest.raises(
+        FormatError, match=r"run\.ckpt: the checkpoint (is damaged: its entry|doesn't fit this training)"
+    ) as error:
         fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
     assert "\n" not in str(error.value)
 
@@ -282,11 +286,14 @@ def test_a_damaged_checkpoint_is_a_format_error(tmp_path, damage):
         path.write_bytes(whole.replace(b"\0\0\x80?\0\0\x80?", b"\0\0\x80?\0\1\x80?", 1))
     else:
         path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"hello there"}[damage])
-    with pytest.raises(FormatError, match=r"run\.ckpt: expected a checkpoint"):
+    with pytest.raises(
+        FormatError,
+        match=r"run\.ckpt: .*(expected a checkpoint of|checkpoint is damaged|can't be read as a checkpoint)",
+    ):
         checkpoints.load(path)
 
 
-def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "run.ckpt"
     checkpoints.save(path, {"n": 1})
     whole = path.read_bytes()
@@ -296,8 +303,8 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
 
 
-def test_a_full_disk_ends_no_training(sequences, tmp_path, monkeypatch):
-    """The checkpoint before stays; the warning comes once; the weights are those of a run without checkpoints."""
+def test_training_continues_on_a_full_disk(sequences, tmp_path, monkeypatch):
+    """The old checkpoint is intact; there is one warning; the weights equal those without checkpoints."""
     path = tmp_path / "run.ckpt"
     whole, *rest = prepare(sequences)
     expected = fit(whole, *rest, SETTINGS)
@@ -312,7 +319,7 @@ def test_a_full_disk_ends_no_training(sequences, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     model, *rest = prepare(sequences)
-    with pytest.warns(RuntimeWarning, match=r"training goes on: .*run\.ckpt: No space left on device") as said:
+    with pytest.warns(RuntimeWarning, match=r"training continues: .*run\.ckpt: No space left on device") as said:
         result = fit(model, *rest, SETTINGS, checkpoint=path)
     assert len(said) == 1
     assert result.checkpoint_error == f"{path}: No space left on device"
@@ -324,14 +331,14 @@ def test_a_full_disk_ends_no_training(sequences, tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
 
 
-def test_a_checkpoint_that_can_t_be_written_is_said_before_the_first_step(sequences, tmp_path):
+def test_a_checkpoint_that_can_t_be_written_is_reported_before_the_first_step(sequences, tmp_path):
     model, inputs, examples, *parts = prepare(sequences)
     never = Raising(examples, 0, lambda: pytest.fail("a batch was fetched"))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         fit(model, inputs, never, *parts, SETTINGS, checkpoint=tmp_path / "no" / "run.ckpt")
 
 
-def test_sigint_that_is_ignored_stays_so(sequences):
+def test_an_ignored_sigint_stays_ignored(sequences):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         model, inputs, examples, *parts = prepare(sequences)
@@ -369,7 +376,7 @@ def test_a_loss_that_explodes_is_an_error(sequences):
         model.head.weight.fill_(torch.inf)
     with pytest.raises(ValueError, match=r"no longer finite in epoch 1"):
         fit(model, *rest, SETTINGS)
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="there are no examples to train on"):
         fit(model, rest[0], rest[1], np.arange(0), rest[3], SETTINGS)
 
 
@@ -397,7 +404,7 @@ def test_constraints_and_penalties_are_applied(sequences):
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("task", ["classify", "regress"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_the_network_answers_as_the_model_does(rng, bidirectional, pooling, every_step, task, cell):
+def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, every_step, task, cell):
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
     inputs = (mean, np.abs(scale) + 1)
@@ -416,7 +423,7 @@ def test_the_network_answers_as_the_model_does(rng, bidirectional, pooling, ever
 
 
 def test_missing_targets_don_t_count(sequences):
-    """A target whose weight is 0 may be anything: gradients, and so the weights, are the same."""
+    """The value of a target with weight 0 doesn't matter: gradients, and so the weights, are the same."""
     ends = []
     for value in (0.0, 1e6):
         y = np.stack([np.arange(36, dtype=np.float32) % 3, np.full(36, value, np.float32)], axis=1)
@@ -456,7 +463,7 @@ def test_settings_out_of_range(name, value):
 
 
 def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
-    """A real SIGINT to a real `cellstack train`: it ends soon, says so, and has written a network that runs."""
+    """A SIGINT to a `cellstack train` process: it stops soon, reports that, and writes a network that runs."""
     from importlib.resources import files
 
     data = files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts"
@@ -486,12 +493,12 @@ def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
 # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_checkpoint_that_is_there_is_not_overwritten_unasked(sequences, tmp_path):
+def test_an_existing_checkpoint_is_not_overwritten_by_default(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match=r"run\.ckpt: a checkpoint is there already: resume \(--resume\) goes on"):
+    with pytest.raises(UsageError, match=r"run\.ckpt: the checkpoint already exists: resume \(--resume\) continues"):
         fit(model, *rest, Settings(epochs=1), checkpoint=path)
     assert path.read_bytes() == whole
     path.write_bytes(b"something else")
@@ -500,7 +507,7 @@ def test_a_checkpoint_that_is_there_is_not_overwritten_unasked(sequences, tmp_pa
 
 
 def test_more_epochs_after_a_resume(sequences, tmp_path):
-    """The rate goes on as a run of as many epochs has it; fewer than were done leave nothing to do."""
+    """The learning rate is that of a run of as many epochs; with fewer than were done there is nothing to do."""
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)
     fit(model, *rest, Settings(epochs=3, batch=4), checkpoint=path)
@@ -512,14 +519,15 @@ def test_more_epochs_after_a_resume(sequences, tmp_path):
     assert rates[:3] != pytest.approx(expected[:3], rel=1e-3)
     assert result.resumed == 3
     assert result.notes == [
-        "the checkpoint was made for 3 epochs: from epoch 4 on, the rate goes on as in a training of 8, at 0.00347"
+        "the checkpoint is of a training of 3 epochs: from epoch 4 on, the learning rate is that of a training of 8 "
+        "epochs, now 0.00347"
     ]
     again = fit(model, *rest, Settings(epochs=2, batch=4), checkpoint=path, resume=True)
     assert again.history == result.history
     assert again.stopped == "epochs"
 
 
-def test_a_scheduler_and_an_optimizer_of_one_s_own_go_on_too(sequences, tmp_path):
+def test_a_user_s_scheduler_and_optimizer_are_resumed_too(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     how = {
         "optimizer": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
@@ -533,11 +541,11 @@ def test_a_scheduler_and_an_optimizer_of_one_s_own_go_on_too(sequences, tmp_path
     second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True, **how)
     assert second.history == expected.history
     assert_same(weights(resumed), weights(whole))
-    with pytest.raises(UsageError, match="expected optimizer as in this training, Adam, found SGD"):
+    with pytest.raises(UsageError, match="expected a checkpoint with optimizer Adam, as in this training, found SGD"):
         fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
 
 
-def test_what_a_callback_ended_isn_t_gone_on_with(sequences, tmp_path):
+def test_a_run_that_a_callback_stopped_stays_stopped(sequences, tmp_path):
     ends = lambda epoch: epoch.entry["epoch"] >= 2  # noqa: E731
 
     def train(epochs, *callbacks):
@@ -547,7 +555,7 @@ def test_what_a_callback_ended_isn_t_gone_on_with(sequences, tmp_path):
 
     (_, once), (_, again) = train(4, ends), train(4, ends)
     assert (again.stopped, again.history, again.steps) == ("callback", once.history, once.steps)
-    assert len(train(5, ends)[1].history) == 3  # more are asked for
+    assert len(train(5, ends)[1].history) == 3  # more epochs
     assert len(train(5)[1].history) == 5
 
 
@@ -585,7 +593,7 @@ print(result.history, result.network(x.astype(np.float32)).tobytes().hex())
 """
 
 
-def test_a_run_that_is_killed_in_mid_epoch_goes_on(tmp_path):
+def test_a_run_killed_within_an_epoch_is_resumed(tmp_path):
     ends = []
     for name, kills in (("whole", [0]), ("killed", [27, 0])):  # the 27th batch is one of the third epoch
         for kill in kills:
@@ -602,7 +610,7 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on(tmp_path):
 
 
 class Carrying(torch.nn.Module):
-    """Adds up what it sees in a GRU cell whose state goes on from batch to batch."""
+    """Sums up its inputs with a GRU cell whose state is carried from batch to batch."""
 
     def __init__(self):
         super().__init__()
@@ -668,7 +676,7 @@ def test_a_carried_state_is_part_of_the_checkpoint(tmp_path, stop_at):
     whole = made()
     expected = learn(whole, Stripes(), settings, threads=1)
     began = [fresh for training, fresh in whole.seen if training]
-    assert began == [True, False, False, False, False] * 4  # afresh where an epoch starts
+    assert began == [True, False, False, False, False] * 4  # reset at the start of an epoch
     assert all(fresh for training, fresh in whole.seen if not training)
     broken = made()
     first = learn(broken, Stripes(stop_at), settings, checkpoint=path, threads=1)
@@ -718,11 +726,11 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, two_threads, one, tw
     assert torch.get_num_threads() == 1
 
 
-def test_measuring_changes_no_bit_and_leaves_torch_as_it_was(sequences, monkeypatch, two_threads):
+def test_measuring_changes_no_bit_and_restores_torch_s_threads(sequences, monkeypatch, two_threads):
     from cellstack.train import threads
 
-    monkeypatch.setattr(threads, "LONG", 0.0)  # measure it however short
-    monkeypatch.setattr(threads, "WORTH", 1e9)  # and take one
+    monkeypatch.setattr(threads, "LONG", 0.0)  # measure even short fits
+    monkeypatch.setattr(threads, "WORTH", 1e9)  # and choose one thread
     monkeypatch.setattr(threads, "AT_MOST", 0.0)
     plain, *rest = prepare(sequences)
     expected = fit(plain, *rest, SETTINGS, threads=1, inspect=1)

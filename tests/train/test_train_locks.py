@@ -1,4 +1,4 @@
-"""Two trainings never write to one file at the same time, and a process that is killed leaves no lock."""
+"""Two trainings never write to the same file at the same time, and a killed process leaves no lock."""
 
 import errno
 import os
@@ -58,7 +58,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 
 
 def test_threads_that_lock_and_release_exclude_each_other(tmp_path):
-    """Whoever releases a lock removes its file, which another thread may have opened just before."""
+    """Releasing a lock removes its file, which another thread may have opened just before."""
     inside, most = [0], [0]
 
     def often(_):
@@ -76,7 +76,7 @@ def test_threads_that_lock_and_release_exclude_each_other(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
     def unsupported(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -128,7 +128,7 @@ def test_a_forecast_locks_the_checkpoint_of_all_its_members(tmp_path, monkeypatc
 
 
 def test_the_command_line_trains_once_to_an_output_and_a_checkpoint(tmp_path, capsys):
-    """And what SIGKILL ends is gone on from."""
+    """And a training stopped by SIGKILL can be resumed."""
     output, checkpoint = tmp_path / "net.safetensors", tmp_path / "run.ckpt"
     words = ["train", VOWELS, *SMALL, "-o", str(output), "--checkpoint", str(checkpoint)]
     process = subprocess.Popen([sys.executable, "-m", "cellstack", *words, "--epochs", "100000"])

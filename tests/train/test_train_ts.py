@@ -1,4 +1,4 @@
-"""Reading .ts files: what is read, and what is refused with one line that says where."""
+"""Reading .ts files, and errors that name the line."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_missing_values_are_nan(tmp_path):
 def test_the_order_of_a_trained_model_is_kept(tmp_path):
     path = write(tmp_path / "a.ts", HEADER + "@classLabel true one two\n@data\n7:8:one\n")
     assert read_ts(path, labels=("two", "one")).y.tolist() == [1]
-    with pytest.raises(FormatError, match=r"line 9: expected a class out of three, found 'one'"):
+    with pytest.raises(FormatError, match=r"line 9: expected one of the classes three, found 'one'"):
         read_ts(path, labels=("three",))
 
 
@@ -61,24 +61,24 @@ def test_the_order_of_a_trained_model_is_kept(tmp_path):
         ("", r"expected a line @data, found none"),
         ("1,2,3\n", r"line 1: expected a header line"),
         (HEADER + "@ \n@data\n1:2\n", r"line 7: expected a word after @, found none"),
-        (HEADER.replace("@dimensions 2", "@dimensions \u00b2") + "@data\n1:1\n", r"whole number after @dimensions"),
+        (HEADER.replace("@dimensions 2", "@dimensions \u00b2") + "@data\n1:1\n", r"an integer after @dimensions"),
         (HEADER + "@data\n", r"at least one sequence after @data"),
         (
             HEADER.replace("@timeStamps false", "@timeStamps true") + "@data\n(0,1):(0,1)\n",
-            r"@timeStamps false, found true",
+            r"@timeStamps true isn't supported",
         ),
         (HEADER.replace("@timeStamps false", "@timeStamps maybe") + "@data\n1:1\n", r"true or false after @timestamps"),
-        (HEADER.replace("@dimensions 2", "@dimensions two") + "@data\n1:1\n", r"whole number after @dimensions"),
+        (HEADER.replace("@dimensions 2", "@dimensions two") + "@data\n1:1\n", r"an integer after @dimensions"),
         (HEADER + "@classLabel true a b a\n@data\n1:2:a\n", r"each class once after @classLabel, found 'a' 2 times"),
         (HEADER + "@classLabel true\n@data\n1:2:a\n", r"classes' names after @classLabel"),
         (HEADER + "@data\n1:2\n1:2:3\n", r"line 9: expected 2 channel\(s\).*found 3"),
-        (HEADER + "@data\n1,2:3\n", r"line 8: expected channels of one length, found lengths \[1, 2\]"),
+        (HEADER + "@data\n1,2:3\n", r"line 8: expected channels of equal length, found lengths \[1, 2\]"),
         (HEADER + "@data\n1,x:3,4\n", r"line 8: expected a number, found 'x'"),
         (HEADER + "@data\n1,?:3,4\n", r"line 8: .*@missing false.*found '\?'"),
         (HEADER + "@data\n1,inf:3,4\n", r"finite number"),
-        (HEADER + "@data\n1,1e39:3,4\n", r"finite number that float32 holds"),
+        (HEADER + "@data\n1,1e39:3,4\n", r"finite number in float32's range"),
         (HEADER + "@data\n:3\n", r"at least one value"),
-        (HEADER + "@classLabel true a b\n@data\n1:2:c\n", r"line 9: expected a class out of a, b, found 'c'"),
+        (HEADER + "@classLabel true a b\n@data\n1:2:c\n", r"line 9: expected one of the classes a, b, found 'c'"),
         (HEADER + "@targetLabel true\n@data\n1:2:c\n", r"line 9: expected a number, found 'c'"),
         (
             HEADER.replace("@equalLength false", "@equalLength true") + "@data\n1:2\n1,2:3,4\n",
@@ -93,13 +93,13 @@ def test_what_is_refused(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_bytes_that_aren_t_text(tmp_path):
     (tmp_path / "a.ts").write_bytes(b"@data\n\xff\xfe")
     with pytest.raises(FormatError, match="UTF-8"):
         read_ts(tmp_path / "a.ts")
 
 
-def test_batches_are_of_one_length_and_hold_everything_once(rng):
+def test_batches_have_one_length_and_contain_each_example_once(rng):
     lengths = rng.integers(1, 6, 100)
     chosen = np.sort(rng.permutation(100)[:80])
     groups = batches(lengths, chosen, 7, np.random.default_rng(1))
@@ -118,7 +118,7 @@ def test_the_split_takes_its_share_of_every_class(rng):
     assert sorted([*kept, *held]) == list(range(80))
 
 
-def test_gaps_become_means_companions_and_masks(tmp_path):
+def test_gaps_become_means_indicators_and_masks(tmp_path):
     text = (
         HEADER.replace("@missing false", "@missing true")
         + "@classLabel true a b\n@data\n1,?,?,3:4,6,?,8:a\n5,5:5,5:b\n"
@@ -127,7 +127,7 @@ def test_gaps_become_means_companions_and_masks(tmp_path):
     inputs = Inputs.measure(examples, np.array([0]))
     np.testing.assert_allclose(inputs.mean, [2, 6])
     np.testing.assert_allclose(inputs.scale, [1, np.std([4, 6, 8])], rtol=1e-6)
-    assert inputs.observed == (0,)  # channel 1 is missing only where nothing is observed: the mask says it all
+    assert inputs.observed == (0,)  # channel 1 is missing only in empty steps, which are masked
     x, mask = inputs(examples.fetch(np.array([0])).x)
     np.testing.assert_array_equal(x[0], [[1, 4, 1], [2, 6, 0], [2, 6, 0], [3, 8, 1]])
     np.testing.assert_array_equal(mask, [[True, True, False, True]])
@@ -141,6 +141,6 @@ def test_gaps_become_means_companions_and_masks(tmp_path):
 def test_a_channel_without_values_is_refused_and_a_constant_one_keeps_scale_one(tmp_path):
     text = HEADER.replace("@missing false", "@missing true") + "@classLabel true a b\n@data\n1,2:?,?:a\n1,2:7,7:b\n"
     examples = Labelled(read_ts(write(tmp_path / "a.ts", text)))
-    with pytest.raises(ValueError, match="found none in channel 1"):
+    with pytest.raises(ValueError, match="channel 1 has no values"):
         Inputs.measure(examples, np.array([0]))
     assert Inputs.measure(examples, np.array([1])).scale[1] == 1

@@ -1,1 +1,1 @@
-"""The command line: `main` has the parser, each verb a module or a function in one."""
+"""The command line: `main` defines the parser; each verb is a module, or a function in one."""

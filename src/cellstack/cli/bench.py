@@ -1,4 +1,4 @@
-"""`bench`: how fast we are here, beside whoever else is installed and beside the machine's limits."""
+"""`bench`: speed on this machine, compared with the installed baselines and with the machine's limits."""
 
 from __future__ import annotations
 
@@ -18,62 +18,60 @@ from cellstack.train.checks import UsageError
 UNITS, BATCH, STEPS = (16, 64, 128, 256), (1, 8, 32), (100,)
 QUICK_UNITS, QUICK_BATCH, QUICK_STEPS = (32, 128), (1, 16), (50,)
 ROUNDS, QUICK_ROUNDS = 7, 3
-SECONDS, QUICK_SECONDS = 0.01, 0.004  # of a turn, at least
+SECONDS, QUICK_SECONDS = 0.01, 0.004  # least time of a round
 JSON_FILE = "bench.json"
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """Return the whole numbers, from 1, that stand in a text with commas between."""
+    """Parse positive integers, separated by commas."""
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
         found = (0,)
     if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 with commas between, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected positive integers separated by commas, got {text!r}")
     return tuple(dict.fromkeys(found))
 
 
 def surfaces(text: str) -> tuple[str, ...]:
-    """Return the surfaces that a text names, with commas between."""
+    """Parse the names of surfaces, separated by commas."""
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if wrong := [part for part in found if part not in SURFACES]:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(SURFACES)}, or some of them, got {wrong[0]!r}")
+        raise argparse.ArgumentTypeError(f"expected one or more of {', '.join(SURFACES)}, got {wrong[0]!r}")
     return found
 
 
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     """Add the options of `bench` to its parser."""
     listed = lambda numbers: ",".join(map(str, numbers))  # noqa: E731
-    bench.add_argument("--what", type=surfaces, metavar="A,B", help=f"of {', '.join(SURFACES)} (all that can be run)")
-    bench.add_argument("--units", type=sizes, metavar="N,N", help=f"widths of the LSTM ({listed(UNITS)})")
-    bench.add_argument("--batch", type=sizes, metavar="N,N", help=f"sequences at once ({listed(BATCH)})")
-    bench.add_argument("--steps", type=sizes, metavar="N,N", help=f"steps of a sequence ({listed(STEPS)})")
-    bench.add_argument("--threads", type=int, default=1, metavar="N", help="of every engine (%(default)s)")
+    bench.add_argument("--what", type=surfaces, metavar="A,B", help=f"one or more of {', '.join(SURFACES)} (all)")
+    bench.add_argument("--units", type=sizes, metavar="N,N", help=f"units of the LSTM ({listed(UNITS)})")
+    bench.add_argument("--batch", type=sizes, metavar="N,N", help=f"batch sizes ({listed(BATCH)})")
+    bench.add_argument("--steps", type=sizes, metavar="N,N", help=f"steps per sequence ({listed(STEPS)})")
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every engine (%(default)s)")
     bench.add_argument(
         "--before",
         choices=BEFORE,
         default="nothing",
-        help="what comes before each timed call: a product of PyTorch, whose threads spin afterwards; 10 ms of rest",
+        help="what runs before each timed call: a PyTorch product, whose threads spin afterwards, or 10 ms of rest",
     )
-    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds: a first look")
-    bench.add_argument("-o", "--output", metavar="FOLDER", help=f"write {JSON_FILE}, and a picture of each surface")
+    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    bench.add_argument("-o", "--output", metavar="FOLDER", help=f"write {JSON_FILE} and a plot of each surface to it")
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Measure, and say what came out.
+    """Measure and report the results.
 
     Returns:
-        0; 1 where an engine's outputs aren't those of the equations; 130 where Ctrl-C ended it, with all that was
+        0; 1 if an engine's outputs differ from the reference; 130 if Ctrl-C stopped it, after reporting what was
         measured until then.
     """
     if args.threads > processors():
-        raise UsageError(
-            f"expected --threads of at most {processors()}, the processors that there are for this process"
-        )
+        raise UsageError(f"expected --threads of at most {processors()}, the processors available to this process")
     what = args.what or tuple(SURFACES)
     for name in ("batch", "steps"):
         if what == ("step",) and getattr(args, name) is not None:
-            raise UsageError(f"--{name} does nothing here: a step is one step at batch 1")
+            raise UsageError(f"--{name} has no effect: the surface 'step' always measures one step at batch 1")
     if args.output is not None and (not args.output or (Path(args.output).exists() and not Path(args.output).is_dir())):
         raise UsageError(f"expected --output to name a folder, got {args.output!r}")
     said = []
@@ -81,7 +79,7 @@ def bench(args: argparse.Namespace) -> int:
         if args.what:
             raise UsageError(f"training needs torch, and {reason}: install cellstack[torch]")
         what = tuple(name for name in what if name != "training")
-        said.append(f"not measured: training, as {reason}")
+        said.append(f"training was not measured, because {reason}")
     if args.before == "torch" and (reason := _no_training()):
         raise UsageError(f"--before torch needs torch, and {reason}: install cellstack[torch]")
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
@@ -112,7 +110,7 @@ def _shapes(what: str, args: argparse.Namespace) -> list[Shape]:
 
 
 def _progress(work: Sequence[Any]) -> Iterable[Any]:
-    """Hand on what is to be done under a bar on standard error, where tqdm is there to draw one."""
+    """Show a progress bar for `work` on standard error, if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
@@ -121,7 +119,7 @@ def _progress(work: Sequence[Any]) -> Iterable[Any]:
 
 
 def write(report: dict[str, Any], output: str) -> list[str]:
-    """Write a report and its pictures into a folder, add their names to it, and return what is said of that."""
+    """Write a report and its plots to a folder, add their names to the report, and return the lines to print."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     done = {what: records for what, records in report["surfaces"].items() if records}
@@ -133,7 +131,7 @@ def write(report: dict[str, Any], output: str) -> list[str]:
             draw(what, records, report, Path(pictures[what]))
     except ModuleNotFoundError as error:
         package = (error.name or "matplotlib").partition(".")[0]
-        pictures, said = {}, [f"no pictures, as {package} isn't installed: install cellstack[torch]"]
+        pictures, said = {}, [f"no plots were written, because {package} isn't installed: install cellstack[torch]"]
     file = folder / JSON_FILE
     report["files"] = [str(file), *pictures.values()]
     file.write_text(json.dumps(plain(report), allow_nan=False, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share, and those on files of any network: `info`, `convert`, `run`."""
+"""Functions that the verbs share, and the verbs that take any network's file: `info`, `convert` and `run`."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 
 SUFFIX = ".safetensors"
-LOAD_OPTIONS = ("order", "constants", "frames", "context")  # of `cellstack.load`, that a command line can give
+LOAD_OPTIONS = ("order", "constants", "frames", "context")  # arguments of `cellstack.load` that are options here
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cellstack.load` to a verb's parser."""
-    group = parser.add_argument_group("models", "what the model's file leaves open; see docs/onnx.md")
-    text = "PyTorch's weights: which modules run, in which order; 'last' for the last step, 'relu' and the like"
+    group = parser.add_argument_group("models", "what the model's file doesn't define; see docs/onnx.md")
+    text = (
+        "PyTorch weights: the modules in the order in which they run, with 'last' (last step), 'relu' and so on between"
+    )
     group.add_argument("--order", type=names, metavar="A,B", help=text)
-    text = "ONNX: values of inputs that the network fixes, such as sr=16000"
+    text = "ONNX: inputs to replace by constants, such as sr=16000"
     group.add_argument("--constants", type=_by_name(_number), metavar="A=V,B=V", help=text)
-    text = "ONNX: how many numbers a frame of an input has, such as input=512"
+    text = "ONNX: samples per frame of an input, such as input=512"
     group.add_argument("--frames", type=_by_name(int), metavar="A=N,B=N", help=text)
-    text = "ONNX: how many of a frame's last numbers the file takes again ahead of the next one, such as input=64"
+    text = "ONNX: samples at the end of each frame that are repeated before the next frame, such as input=64"
     group.add_argument("--context", type=_by_name(int), metavar="A=N,B=N", help=text)
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return those of the options of `add_load_options` that are given, as `cellstack.load` takes them."""
+    """Return the options of `add_load_options` that were given, as keyword arguments of `cellstack.load`."""
     return {name: value for name in LOAD_OPTIONS if (value := getattr(args, name)) is not None}
 
 
 def _by_name(number: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
-    """Return what reads `name=number`, several with commas between."""
+    """Return a parser of `name=number`, one or more, separated by commas."""
 
     def read(text: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = (word.strip() for word in part.rpartition("="))
             if not name or name in found:
-                raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, each name once, got {text!r}")
+                raise argparse.ArgumentTypeError(f"expected NAME=NUMBER with distinct names, got {text!r}")
             try:
                 found[name] = number(value)
             except ValueError:
@@ -74,8 +76,8 @@ def _number(text: str) -> float | int | bool:
         return float(text)
 
 
-def held_in(net: Network, weights: str | None) -> Network:
-    """Return a network with its cells' matrices held as --weights says, or as they are where it says nothing."""
+def with_weights(net: Network, weights: str | None) -> Network:
+    """Return a network whose cells' matrices have the dtype of --weights; `net` itself where that isn't given."""
     if weights is None:
         return net
     try:
@@ -85,16 +87,16 @@ def held_in(net: Network, weights: str | None) -> Network:
 
 
 def load_model(name: str, options: Mapping[str, Any] | None = None) -> tuple[Network, str]:
-    """Return the network of a file, and the file's name; the native suffix may be left out.
+    """Load a network; return it and the path of its file. The native suffix may be omitted.
 
     Args:
-        name: of the file.
-        options: those of `cellstack.load`, as `load_options` has them.
+        name: the file's name.
+        options: keyword arguments of `cellstack.load`, see `load_options`.
 
     Raises:
-        FormatError: it can't be read as a network.
+        FormatError: the file doesn't contain a network that can be loaded.
         UsageError: options that the file's format doesn't have, or a format whose reader isn't installed.
-        OSError: it can't be read at all.
+        OSError: the file can't be read.
     """
     path = found(name)
     return _loaded(path, options or {}), path
@@ -103,7 +105,7 @@ def load_model(name: str, options: Mapping[str, Any] | None = None) -> tuple[Net
 def _loaded(path: str, options: Mapping[str, Any]) -> Network:
     try:
         return load(path, **options)
-    except ModuleNotFoundError as error:  # what reads the format isn't installed; the message says what to install
+    except ModuleNotFoundError as error:  # the reader of the format isn't installed; the message names the extra
         raise UsageError(f"{path}: {error}") from None
     except TypeError as error:
         if not options:
@@ -113,7 +115,7 @@ def _loaded(path: str, options: Mapping[str, Any]) -> Network:
 
 
 def found(name: str) -> str:
-    """Return the name of a file that is there: as given, or with the native suffix."""
+    """Return the name of an existing file: as given, or with the native suffix."""
     path = name if os.path.exists(name) else str(with_suffix(name))
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", name)
@@ -124,12 +126,12 @@ def with_suffix(name: str) -> Path:
     """Return a name with the native suffix."""
     path = Path(name)
     if not path.name:
-        raise UsageError(f"expected the name of a file, got {name!r}")
+        raise UsageError(f"expected a file name, got {name!r}")
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
 def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
-    """Import torch, and set how many threads it may use: as given, else `threads`, else all."""
+    """Import torch, and set its number of threads: --threads, else `threads`, else all."""
     try:
         import torch
         import tqdm  # noqa: F401
@@ -141,7 +143,7 @@ def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
 
 
 def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> None:
-    """Print an answer: as one JSON object where --json asks for it, else as lines."""
+    """Print the result: as one JSON object with --json, else as lines of text."""
     if args.json:
         print(json.dumps(plain(report), allow_nan=False))
     elif text:
@@ -149,7 +151,7 @@ def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> N
 
 
 def plain(value: Any) -> Any:
-    """Return `value` in what JSON has: lists for arrays, null for NaN."""
+    """Convert `value` to JSON types: arrays to lists, NaN and infinities to null."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -162,7 +164,7 @@ def plain(value: Any) -> Any:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Say what is in a file: its network, or where it can't be run whole its recurrent parts and why."""
+    """Describe a file's network; if it can't be run as a whole, its recurrent parts and the reason."""
     path = found(args.model)
     size = os.path.getsize(path)
     head = f"{path}: {size:,} bytes"
@@ -170,7 +172,7 @@ def info(args: argparse.Namespace) -> int:
     try:
         net = _loaded(path, options)
     except FormatError as error:
-        if options:  # what was asked for is the whole
+        if options:  # they ask for the whole network
             raise
         try:
             parts = extract(path)
@@ -178,7 +180,7 @@ def info(args: argparse.Namespace) -> int:
             raise error from None
         report = {"model": path, "bytes": size, "error": str(error)}
         report["parts"] = {name: _described(part) for name, part in parts.items()}
-        text = [head, f"can't be run whole: {error}", "recurrent parts"]
+        text = [head, f"can't be run as a whole: {error}", "recurrent parts"]
         text += [f"  {line}" for name, part in parts.items() for line in (f"{name}:", *_indented(part))]
         show(args, report, text)
         return 0
@@ -215,29 +217,29 @@ def _indented(net: Network) -> list[str]:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Write a network in another format, and say how far what was read and written answer alike.
+    """Write a network in another format, and compare the outputs of both files.
 
     Returns:
-        0; 1 where the answers lie further apart than --tolerance.
+        0; 1 if the outputs differ by more than --tolerance.
     """
-    from cellstack.formats.verify import TOLERANCE, verify  # the other verbs start without what it needs
+    from cellstack.formats.verify import TOLERANCE, verify  # slow to import, and only needed here
 
     if args.tolerance is not None and not 0.0 <= args.tolerance < math.inf:
         raise UsageError(f"expected --tolerance >= 0 and finite, got {args.tolerance}")
     net, source = load_model(args.source, load_options(args))
     x = None if args.sample is None else read_sample(net, args.sample)
-    read, net = net, held_in(net, args.weights)
+    read, net = net, with_weights(net, args.weights)
     target = Path(args.target)
     suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}
-    named = target.suffix.lower() in {".c", *suffixes}  # a format, whatever is there
+    named = target.suffix.lower() in {".c", *suffixes}  # the suffix names a format, even if a folder has that name
     to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "" and not named)
     if not args.target or not (to_folder or named):
         raise UsageError(
-            f"expected a target with the suffix of a format, {supported()}, C (.c), or a folder for C, which ends in "
-            f"{os.sep}; got {args.target!r}"
+            f"expected a target with the suffix of a format ({supported()}, C (.c)), or a folder for C, ending in "
+            f"{os.sep}, got {args.target!r}"
         )
     if target.exists() and target.samefile(source):
-        raise UsageError(f"{args.target}: expected another file than the one that is read, which would be lost")
+        raise UsageError(f"{args.target}: the target is the source file, which would be overwritten")
     if to_folder or target.suffix.lower() == ".c":
         in_c = not to_folder
         stem = target.stem if in_c else re.sub(r"[^A-Za-z0-9]+", "_", Path(source).stem).strip("_")
@@ -250,22 +252,24 @@ def convert(args: argparse.Namespace) -> int:
     else:
         try:
             net.save(target)
-        except (TypeError, ValueError) as error:  # a node that the format can't hold
+        except (TypeError, ValueError) as error:  # a node that the format can't represent
             raise UsageError(
-                f"{args.target}: {str(error).removeprefix('save: ')}; {SUFFIX} holds every network"
+                f"{args.target}: {str(error).removeprefix('save: ')}; {SUFFIX} supports every network"
             ) from None
         files = [str(target)]
     widened = net.weights == "bfloat16" and Path(files[-1]).suffix != SUFFIX
-    there = net.with_weights("float32") if widened else net  # the network that was written
-    paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
-    reports = {path: verify(read if path == source else there, path, x, streams=path == paths[-1]) for path in paths}
+    stored = net.with_weights("float32") if widened else net  # the network that was written
+    paths = (
+        [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]
+    )  # no other runtime reads the native format
+    reports = {path: verify(read if path == source else stored, path, x, streams=path == paths[-1]) for path in paths}
     allowed = {path: one.tolerance if path == source else TOLERANCE for path, one in reports.items()}
     if args.tolerance is not None:
         allowed = dict.fromkeys(reports, args.tolerance)
     verdicts = {one.verdict(allowed[path]).partition(":")[0] for path, one in reports.items()}
     verdict = next(word for word in ("fail", "not verified", "pass") if word in verdicts)
     written = f"{source} -> {', '.join(files)}"
-    said = ["matrices held in bfloat16 are written as float32, which has the same numbers and doesn't round x and h"]
+    said = ["bfloat16 matrices are written as float32: the values are the same, but x and h are no longer rounded"]
     said *= widened
     text = [written, *said, *(one.text(allowed[path]) for path, one in reports.items()), f"{verdict}: {written}"]
     report = {"source": source, "files": files, "sample": args.sample, "verdict": verdict, "weights": net.weights}
@@ -275,12 +279,12 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def run_any(args: argparse.Namespace, net: Network) -> int:
-    """Print what a network answers to a file of numbers, whoever made it: with --json every output, by name.
+    """Run any network over a file of numbers and print its outputs: with --json all of them, by name.
 
-    Else, as CSV, a line for each row of the batch, and for each step where the answer has such.
+    Otherwise as CSV: a line for each row of the batch, and for each step if the output is a sequence.
 
     Raises:
-        UsageError: numbers that don't fit; several outputs, or more axes, without --json.
+        UsageError: numbers of the wrong shape; several outputs, or more than three axes, without --json.
     """
     y, _ = net.run(read_sample(net, args.file, args.columns), threads=args.threads)
     answers = dict(zip(net.outputs, y if isinstance(y, tuple) else (y,), strict=True))
@@ -289,7 +293,7 @@ def run_any(args: argparse.Namespace, net: Network) -> int:
         return 0
     if len(answers) > 1 or next(iter(answers.values())).ndim > 3:
         shapes = ", ".join(f"{name} {net.graph.shown(name)}" for name in answers)
-        raise UsageError(f"{args.model}: expected --json for the outputs {shapes}")
+        raise UsageError(f"{args.model}: CSV can't represent the outputs {shapes}: use --json")
     (array,) = answers.values()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*("row", "step")[: array.ndim - 1], *(f"y_{n}" for n in range(array.shape[-1]))])
@@ -299,34 +303,34 @@ def run_any(args: argparse.Namespace, net: Network) -> int:
 
 
 def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -> Any:
-    """Return a sample of a network's data out of a file, as `Network.run` takes it.
+    """Read input data for a network from a file, as `Network.run` takes it.
 
     Args:
-        net: what it is for.
+        net: the network.
         path: `.npy`, an array `[B, T, I]`, or `[T, I]` of one row; `.npz`, such an array for each input, by name;
-            `.csv`, the frames of one row, a line each, with or without the names of the columns; `.jsonl`, the same
-            as JSON; `-`, either of them on standard input.
-        columns: those of the lines that are frames, by name or by number from 1; None = all.
+            `.csv`, the steps of one row, a line each, with or without a header; `.jsonl`, the same as JSON; `-`,
+            either of these on standard input.
+        columns: the columns of the lines to use, by name or by number from 1; None = all.
 
     Raises:
-        UsageError: another suffix, or no such arrays.
-        FormatError: lines that aren't frames.
+        UsageError: another suffix, or arrays that don't fit the network.
+        FormatError: a line that isn't a step.
         OSError: the file can't be read.
     """
     suffix = Path(path).suffix.lower()
     as_lines = path == "-" or suffix in (".csv", ".jsonl")
     if suffix not in (".npy", ".npz") and not as_lines:
-        raise UsageError(f"expected a sample that ends in .npy, .npz, .csv or .jsonl, or - for lines, got {path!r}")
+        raise UsageError(f"expected a .npy, .npz, .csv or .jsonl file, or - for standard input, got {path!r}")
     if columns is not None and not as_lines:
-        raise UsageError(f"{path}: --columns does nothing here: it is for .csv, .jsonl and standard input")
+        raise UsageError(f"{path}: --columns applies only to .csv, .jsonl and standard input")
     if as_lines:
         if len(net.inputs) > 1:
             raise UsageError(
-                f"{path}: expected a .npz of the inputs {', '.join(net.inputs)}, got lines, which hold one"
+                f"{path}: expected a .npz file with the inputs {', '.join(net.inputs)}: lines can hold one input only"
             )
         width = 1 if net.graph.ids else net.input_size
         if width is None:
-            raise UsageError(f"{path}: expected .npy or .npz for a network that takes any width")
+            raise UsageError(f"{path}: expected .npy or .npz, because the network doesn't fix the width of its input")
         source = "standard input" if path == "-" else path
         lines = Lines(source, width, "csv" if suffix == ".csv" else None)
         with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
@@ -338,13 +342,13 @@ def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -
         try:
             with open(path, "rb") as file:
                 read: Any = np.load(file, allow_pickle=False)
-                if isinstance(read, np.ndarray) != (suffix == ".npy"):  # np.load goes by content
-                    raise ValueError(f"it doesn't hold what {suffix} says")
+                if isinstance(read, np.ndarray) != (suffix == ".npy"):  # np.load ignores the suffix
+                    raise ValueError(f"the content isn't {suffix}")
                 given = {net.inputs[0]: read} if suffix == ".npy" else {name: read[name] for name in read.files}
         except (ValueError, EOFError, AttributeError, BadZipFile) as error:
-            raise UsageError(f"{path}: expected arrays of numbers as NumPy writes them: {str(error)[:200]}") from None
+            raise UsageError(f"{path}: expected numeric arrays written by NumPy: {str(error)[:200]}") from None
     if not all(array.size for array in given.values()):
-        raise UsageError(f"{path}: expected numbers, found none")
+        raise UsageError(f"{path}: the file contains no numbers")
     for name in given.keys() & set(net.inputs):
         if net.graph.timed(name) and given[name].ndim == len(net.shapes[name]):  # one row
             given[name] = np.expand_dims(given[name], 0)

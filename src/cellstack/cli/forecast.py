@@ -1,4 +1,4 @@
-"""Forecasts on the command line: what `train` and `run` do with a table."""
+"""Forecasts on the command line: `train` and `run` on a table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     found = tuple(int(part) for part in text.split(",") if part.strip())
     if min(found, default=1) < 1:
         raise ValueError
-    return tuple(number for number in found if number > 1)  # 1 is none
+    return tuple(number for number in found if number > 1)  # 1 means no season
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -43,38 +43,46 @@ def _levels(text: str) -> tuple[float, ...]:
     return found
 
 
-_numbers.__name__, _levels.__name__ = "steps", "quantiles"  # what argparse calls them
+_numbers.__name__, _levels.__name__ = "steps", "quantiles"  # the names in argparse's messages
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Add the options of `train` that are for forecasts alone, and return them."""
-    group = train.add_argument_group("forecasts", "what isn't given is told by the table")
+    """Add the options of `train` that apply to forecasts only, and return them."""
+    group = train.add_argument_group("forecasts", "options that aren't given are inferred from the table")
     return [
-        group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only one of numbers)"),
+        group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only numeric one)"),
         group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)"),
-        group.add_argument("--inputs", type=names, metavar="A,B", help="columns to look at (all others; '' for none)"),
-        group.add_argument("--known", type=names, metavar="A,B", help="columns known in advance: plans, prices"),
-        group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)"),
-        group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)"),
-        group.add_argument("--holidays", metavar="CC", help="look at a country's holidays: US, or DE-BY"),
+        group.add_argument("--inputs", type=names, metavar="A,B", help="input columns (all others; '' for none)"),
         group.add_argument(
-            "--scale", choices=SCALES, help="unit of the values: their spread or level (as they are smoothed)"
+            "--known", type=names, metavar="A,B", help="columns whose future values are known, such as prices"
         ),
-        group.add_argument("--quantiles", type=_levels, metavar="Q,Q", help="to forecast beside the median (0.1,0.9)"),
-        group.add_argument("--members", type=int, metavar="N", help="networks that are averaged (3; of many rows 2)"),
-        group.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
+        group.add_argument(
+            "--season", type=_numbers, metavar="N,N", help="steps in each season (detected; 1 for none)"
+        ),
+        group.add_argument("--window", type=int, metavar="N", help="input steps (two seasons, from 16 to 168)"),
+        group.add_argument("--holidays", metavar="CC", help="use a country's holidays as an input: US, DE-BY"),
+        group.add_argument(
+            "--scale", choices=SCALES, help="divide values by their spread or by their level (as smoothing fits better)"
+        ),
+        group.add_argument(
+            "--quantiles", type=_levels, metavar="Q,Q", help="quantiles in addition to the median (0.1,0.9)"
+        ),
+        group.add_argument("--members", type=int, metavar="N", help="networks to average (3; 2 for many rows)"),
+        group.add_argument(
+            "--test-share", type=float, metavar="P", help=f"share of last rows to test on ({TEST_SHARE})"
+        ),
         group.add_argument(
             "--forecasts",
             metavar="FILE",
-            help="CSV to get the test part's forecasts, and what came; a name that "
-            "a spreadsheet would run as a formula gets a ' before it",
+            help="write forecasts and actual values of the test part to a CSV; names that a spreadsheet would run as a "
+            "formula are prefixed with '",
         ),
     ]
 
 
 @dataclass
 class Job:
-    """A table that was read: see `cli.train.Job`."""
+    """A table to forecast: see `cli.train.Job`."""
 
     table: Table
     request: Request
@@ -88,7 +96,7 @@ class Job:
     test: Backtest | None = None
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
-        """Train on it."""
+        """Train on the table."""
         from cellstack.train.forecast.training import Build, train_forecast
 
         build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
@@ -97,7 +105,7 @@ class Job:
         return trained.result
 
     def write(self) -> None:
-        """Write the forecasts of the test part where that is asked for."""
+        """Write the forecasts of the test part if --forecasts is given."""
         if self.forecasts is not None and self.test is not None:
             with replacing(self.forecasts) as file:
                 text = io.StringIO(newline="")
@@ -105,19 +113,19 @@ class Job:
                 file.write(text.getvalue().encode())
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the errors of forecasts of the test part, beside those of its baselines."""
+        """Return the errors of the model and of its baselines on the test part."""
         return result.scores, text_of(result.scores) if result.scores else []
 
 
 def read(args: argparse.Namespace) -> Job:
-    """Read a table, and decide what is forecast from what.
+    """Read a table, and choose targets, inputs and windows.
 
     Raises:
-        UsageError: a second file, or no target among several columns.
-        FormatError: it can't be read as a table.
+        UsageError: a second file, or several numeric columns without --target.
+        FormatError: the file can't be read as a table.
     """
     if args.test is not None:
-        raise UsageError("expected one table: its last rows are what is measured on, see --test-share")
+        raise UsageError("expected one table: forecasts are tested on its last rows, see --test-share")
     if args.forecasts is not None:
         check_replaceable(args.forecasts)
     share = TEST_SHARE if args.test_share is None else args.test_share
@@ -143,7 +151,7 @@ def read(args: argparse.Namespace) -> Job:
 
 
 def text_of(scores: dict[str, Any]) -> list[str]:
-    """Return the errors of a model and its baselines as a table, best first, and a sentence that says who won."""
+    """Return the errors of a model and its baselines as a table, best first, and a sentence that compares them."""
     lines: list[str] = []
     for target, found in scores["targets"].items():
         order = sorted(found, key=lambda name: (np.isnan(found[name]["mae"]), found[name]["mae"]))
@@ -158,23 +166,25 @@ def text_of(scores: dict[str, Any]) -> list[str]:
         baseline = next((name for name in order if name != "model"), None)
         if baseline is not None and found[baseline]["mae"] > 0:
             share = ours["mae"] / found[baseline]["mae"] - 1
-            won, so = f"{share:.1%} more than", ": the simpler way serves better here"
-            if abs(share) < 0.0005:  # what a tenth of a percent can't tell
-                won, so = "level with", ": the simpler way serves as well here"
+            compared, advice = f"{share:.1%} higher than", ": the baseline is better on this table"
+            if abs(share) < 0.0005:  # 0.0% when rounded to a tenth of a percent
+                compared, advice = "equal to", ": the baseline is as good on this table"
             elif share < 0:
-                won, so = f"{-share:.1%} less than", ""
-            lines.append(f"  this model's mean absolute error is {won} that of the best of the others, {baseline}{so}")
+                compared, advice = f"{-share:.1%} lower than", ""
+            lines.append(
+                f"  this model's mean absolute error is {compared} that of the best baseline, {baseline}{advice}"
+            )
         if "coverage" in ours:
             lines.append(
-                f"  {ours['coverage']:.0%} of what came lies within the interval meant to hold {ours['interval']:.0%}"
+                f"  {ours['coverage']:.0%} of the actual values are in the {ours['interval']:.0%} prediction interval"
             )
     return lines
 
 
 def write(file: IO[str], forecasts: predict.Forecasts, table: Table, actual: NDArray | None = None) -> None:
-    """Write forecasts as CSV: series, date or step, each target and its quantiles, and what came where it is known.
+    """Write forecasts as CSV: series, date or step, each target and its quantiles, and actual values where known.
 
-    All dates have one form. Names that a spreadsheet would run as a formula are made text, see `history.cell`.
+    All dates have one form. Names that a spreadsheet would run as a formula are written as text, see `history.cell`.
     """
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header(forecasts, table, actual is not None))
@@ -224,10 +234,10 @@ def shown(value: float) -> str:
 
 
 def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Forecasts, Table]:
-    """Forecast what comes after a table's last rows, or after `--origin`.
+    """Forecast the steps after a table's last rows, or after `--origin`.
 
     Raises:
-        UsageError: see `predict.forecast`; an origin that isn't in the table.
+        UsageError: see `predict.forecast`; or an origin that isn't in the table.
     """
     recipe, _ = predict.trained(net, path)
     table = table_from(args, args.file, predict.reading(net, path))
@@ -239,15 +249,15 @@ def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Fore
 
 
 def origins_at(table: Table, text: str) -> NDArray[np.int64]:
-    """Return the row at a date, or of a number, of each series that has it.
+    """Return the row with a date, or with a number from 1, in each series that has it.
 
     Raises:
-        UsageError: no series does, or it isn't a date.
+        UsageError: no series has it, or `text` isn't a date.
     """
     found = []
     if table.times is None:
         if not text.isdecimal() or not int(text) >= 1:
-            raise UsageError(f"expected --origin to be the number of a row, as {table.path} has no dates, got {text!r}")
+            raise UsageError(f"expected --origin to be a row number, because {table.path} has no dates, got {text!r}")
         for series in range(len(table.ids)):
             rows = table.rows(series)
             if rows.start + int(text) <= rows.stop:
@@ -261,8 +271,6 @@ def origins_at(table: Table, text: str) -> NDArray[np.int64]:
             ) from None
         found = np.flatnonzero(table.times == time).tolist()
     if not found:
-        span = (
-            f", which is from {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
-        )
+        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
         raise UsageError(f"expected --origin to be a row of {table.path}{span}, got {text}")
     return np.array(found, np.int64)

@@ -1,4 +1,4 @@
-"""`cellstack inspect`: a network run over a file, and the page that looks into the run."""
+"""`cellstack inspect`: run a network over a file, and write a page that shows what happened inside."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".ts", ".tsv", ".txt", ".wav")
 
 
 class Sample(NamedTuple):
-    """What a network is run over, and what stands beside it in the page."""
+    """The input of a run, and what the page shows with it: labels of the steps, sound, a line about the input."""
 
     x: Any
     mask: NDArray[np.bool_] | None = None
@@ -42,7 +42,7 @@ def inspect(args: argparse.Namespace) -> int:
     """Trace a network over a file, or over a small random input, and write the page of the trace.
 
     Raises:
-        UsageError: a file that the network doesn't take, or more numbers than a page holds.
+        UsageError: a file that doesn't fit the network, or more numbers than a page can hold.
     """
     if args.rows < 1:
         raise UsageError(f"expected --rows of at least 1, got {args.rows}")
@@ -50,7 +50,7 @@ def inspect(args: argparse.Namespace) -> int:
     output = args.output if args.output is not None else f"{Path(path).stem}.html"
     if not output:
         raise UsageError("expected --output to name a file, got ''")
-    check_replaceable(output)  # now, not after the run
+    check_replaceable(output)  # before the run
     sample = _random(net) if args.file is None else _read(net, path, args.file, args.rows)
     try:
         t = net.trace(sample.x, mask=sample.mask, threads=args.threads)
@@ -69,18 +69,18 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _random(net: Network) -> Sample:
-    from cellstack.formats.verify import drawn, usual_steps  # the other verbs start without what it needs
+    from cellstack.formats.verify import drawn, usual_steps  # slow to import, and only needed here
 
     steps = usual_steps(net, RANDOM_STEPS)
-    text = "numbers drawn at random, as no FILE was given: the page shows how the network works, not what it is for"
+    text = "random input, because no FILE was given: the page shows how the network computes, not how it performs"
     return Sample(drawn(net, 0, 1, steps), text=text)
 
 
 def _read(net: Network, model: str, path: str, rows: int) -> Sample:
-    """Return what a file holds, as the network takes it: at most so many rows."""
+    """Read a file as the network's input, at most `rows` rows of it."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {path!r}")
+        raise UsageError(f"expected a file with one of the suffixes {', '.join(SUFFIXES)}, got {path!r}")
     if suffix == ".ts" or (suffix in TABLES and net.metadata.get("task") is not None):
         return _series(net, model, path, rows)
     if suffix == ".txt":
@@ -94,10 +94,10 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 
 
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
-    """Return sequences, or the last window of a table, as `cellstack run` gives them to a model that was trained."""
+    """Return sequences, or the last window of a table, as `cellstack run` passes them to a model trained here."""
     forecasts = net.metadata["task"] == "forecast"
     if forecasts and Path(path).suffix.lower() not in TABLES:
-        raise UsageError(f"{path}: expected a table, {', '.join(TABLES)}, as the model forecasts")
+        raise UsageError(f"{path}: expected a table ({', '.join(TABLES)}), because the model forecasts")
     labels = None
     if forecasts:
         recipe, inputs = forecast.trained(net, model)
@@ -105,9 +105,7 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
         windows = forecast.checked_windows(recipe, table, forecast.last_origins(table, recipe), inputs, model)
         examples, count = windows, min(rows, len(windows.origins))
         series = f" of {count} of {len(windows.origins)} series" if table.id else ""
-        text = (
-            f"the last window{series} of {path}, {recipe.window} steps up to now and {recipe.horizon} that are forecast"
-        )
+        text = f"the last window{series} of {path}: {recipe.window} past steps and {recipe.horizon} to forecast"
         if table.times is not None and count == 1:
             times = extended_times(table, recipe.horizon)
             labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]
@@ -131,38 +129,39 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
 def _one_input(net: Network, path: str) -> str:
     if len(net.inputs) != 1 or not net.graph.timed(net.inputs[0]):
         raise UsageError(
-            f"{path}: expected a .npz of the inputs {', '.join(net.inputs)}, as the network doesn't take one sequence"
+            f"{path}: expected a .npz file with the inputs {', '.join(net.inputs)}: the network's input "
+            "isn't a single sequence"
         )
     return net.inputs[0]
 
 
 def _text(net: Network, path: str) -> Sample:
-    """Return the characters of a text as a network of text takes them: as ids, or one of its features each."""
+    """Return a text's characters as a text model takes them: as ids, or one-hot."""
     alphabet = alphabet_of(net, path)
     text = content(path, alphabet.characters is None)
     ids = alphabet.encode(text, path)
     if not len(ids):
-        raise UsageError(f"{path}: expected a text, found none")
+        raise UsageError(f"{path}: the text is empty")
     labels = list(text) if isinstance(text, str) else [chr(byte) if byte < 128 else f"{byte:02x}" for byte in text]
     x = as_input(net, ids)[None]
     return Sample({net.inputs[0]: x}, labels=labels, text=f"the {len(ids):,} {alphabet.unit} of {path}")
 
 
 def _sound(net: Network, path: str) -> Sample:
-    """Return a wave in frames of as many samples as the network takes at a step, from -1 to 1."""
+    """Return a wave file's samples, from -1 to 1, in frames as wide as the network's input."""
     name = _one_input(net, path)
     if name in net.graph.ids or net.input_size is None:
-        raise UsageError(f"{path}: expected .npy for this network, which doesn't take frames of samples")
+        raise UsageError(f"{path}: expected .npy, because this network doesn't take frames of samples")
     try:
         with wave.open(path) as file:
             channels, size, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             data = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
-        raise UsageError(f"{path}: expected a wave of PCM samples, found another file: {error}") from None
+        raise UsageError(f"{path}: expected a wave file of PCM samples: {error}") from None
     if len(data) % (size * channels):
-        raise UsageError(f"{path}: expected whole samples of {size * channels} bytes, found a file that is cut off")
+        raise UsageError(f"{path}: the file is truncated: its last sample has fewer than {size * channels} bytes")
     if not rate:
-        raise UsageError(f"{path}: expected a rate of at least 1 Hz, found 0")
+        raise UsageError(f"{path}: expected a sample rate of at least 1 Hz, found 0")
     if size == 3:
         triples = np.frombuffer(data, np.uint8).reshape(-1, 3)
         samples = np.pad(triples, ((0, 0), (1, 0))).reshape(-1).view("<i4") / 2.0**31
@@ -174,7 +173,7 @@ def _sound(net: Network, path: str) -> Sample:
     width = net.input_size
     steps = len(samples) // width
     if not steps:
-        raise UsageError(f"{path}: expected at least {width} samples, a frame of this network, found {len(samples)}")
+        raise UsageError(f"{path}: expected at least {width} samples (one frame of this network), found {len(samples)}")
     x = samples[: steps * width].reshape(1, steps, width)
     times = np.round(np.arange(steps) * width / rate, 6)
     text = f"{steps:,} frames of {width} samples of {path}, at {rate:,} Hz"

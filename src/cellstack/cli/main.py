@@ -26,7 +26,7 @@ from cellstack.nodes.recurrent import HELD, WEIGHTS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train.checks import TooFewRowsError, UsageError
 
-MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the process where it can't
+MOST_THREADS = 1024  # OpenMP ends the process if it can't start as many as requested
 
 EXAMPLES = {
     "demo": "cellstack demo -o cellstack-demo",
@@ -59,29 +59,29 @@ EXAMPLES = {
 
 
 class Version(argparse.Action):
-    """`--version`: looked up when it is asked for, which takes longer than the other verbs' start."""
+    """`--version`: looked up only when asked for, because that takes longer than the start of any verb."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print it and leave."""
+        """Print the version and exit."""
         print(f"cellstack {cellstack.__version__}")
         parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and name the option or choice that a misspelt one is near to."""
+    """A parser whose errors are one line, and suggest the option or choice closest to a misspelt one."""
 
     def parse_known_args(self, *given: Any, **named: Any) -> Any:
-        """Return as argparse does, with nothing left over: each verb refuses that itself, as it knows its options."""
+        """Parse, and refuse unknown arguments here, where the verb's own options are known for suggestions."""
         found, left = super().parse_known_args(*given, **named)
         if left:
-            options = [word for word in left if word.startswith("-")]  # what follows one belongs to it
+            options = [word for word in left if word.startswith("-")]  # words after an unknown option are its values
             known = self._option_string_actions
             said = [f"unrecognized argument {word}{near(word.split('=')[0], known)}" for word in options or left]
             self.error("; ".join(said))
         return found, left
 
     def error(self, message: str) -> Any:
-        """Leave with status 2."""
+        """Print the error and exit with status 2."""
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice:
             message += near(choice[1], re.findall(r"[^', ]+", choice[2]))
@@ -89,14 +89,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """Return a question after what is likely to be meant, "" where nothing is near."""
+    """Return a suggestion of the closest known word, "" if none is close."""
     found = get_close_matches(word, list(known), 1)
     return f", did you mean {found[0]}?" if found else ""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of every verb."""
-    top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
+    """Return the parser with all verbs."""
+    top = Parser(
+        prog="cellstack",
+        description="Train, run and inspect recurrent networks.",
+        epilog="example:\n  cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n\n"
+        "cellstack VERB --help describes a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -108,83 +114,86 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {EXAMPLES[name]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        answer = "answers as JSON lines" if name == "stream" else "answer with one JSON object on standard output"
+        answer = "write outputs as JSON lines" if name == "stream" else "write one JSON object to standard output"
         made.add_argument("--json", action="store_true", help=answer)
         if name not in ("stream", "generate", "convert", "bench"):
-            made.add_argument(
-                "--threads",
-                type=int,
-                metavar="N",
-                help="processor threads (default: all; a training measures how many pay)",
-            )
+            usual = {"train": "the faster of one and all", "demo": "1"}.get(name, "all")
+            made.add_argument("--threads", type=int, metavar="N", help=f"processor threads ({usual})")
         return made
 
-    demo = verb("demo", "the whole story on real speech, in under a minute")
-    demo.add_argument("-o", "--output", default="cellstack-demo", metavar="DIR", help="where to (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="fixes every draw (default: %(default)s)")
-    demo.add_argument("--epochs", type=int, help="passes over the data for both models (default: as tuned)")
+    demo = verb("demo", "train, run and inspect two networks on recorded speech, in under a minute")
+    demo.add_argument("-o", "--output", default="cellstack-demo", metavar="DIR", help="output folder (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
+    demo.add_argument("--epochs", type=int, metavar="N", help="passes over the data for both models (60)")
 
     add_arguments(verb("train", "train on sequences, a time series or a text, and write the network"))
-    runs = verb("run", "predict: a class or number for each sequence, what comes next in a series; or run any network")
-    runs.add_argument("model", metavar="MODEL")
+    runs = verb(
+        "run", "classify sequences, predict numbers, forecast a series, or run any network on a file of numbers"
+    )
+    runs.add_argument("model", metavar="MODEL", help="a network in any supported format")
     runs.add_argument(
         "file",
         metavar="FILE",
-        help="of the kind that the model was trained on; for others .npy, .npz, .csv or .jsonl of numbers; - for lines "
-        "on standard input",
+        help="for a network trained by cellstack: data of the kind it was trained on; for any other: numbers as .npy, "
+        ".npz, .csv or .jsonl; - reads standard input",
     )
-    runs.add_argument("--columns", type=names, metavar="A,B", help="of the lines: by name, or by number from 1 (all)")
-    runs.add_argument("--time", metavar="COLUMN", help="of a table: puts the rows of a sequence in order (as trained)")
-    runs.add_argument("--label", metavar="COLUMN", help="of a table: holds the truth (as trained, where it is there)")
-    runs.add_argument("--origin", metavar="DATE", help="forecast what comes after this row, not after the last one")
-    runs.add_argument("--weights", choices=HELD, help="round the cells' matrices first (as they are)")
+    runs.add_argument("--columns", type=names, metavar="A,B", help="columns to use, by name or by number from 1 (all)")
+    runs.add_argument("--time", metavar="COLUMN", help="table column that orders a sequence's rows (as trained)")
+    runs.add_argument("--label", metavar="COLUMN", help="table column of the true values (as trained, if present)")
+    runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (the last one)")
+    runs.add_argument("--weights", choices=HELD, help="dtype to round the cells' matrices to (unchanged)")
     add_load_options(runs)
     add_table_options(runs)
-    steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
-    steps.add_argument("model", metavar="MODEL")
+    steps = verb("stream", "read a step per line from standard input; write each output immediately to standard output")
+    steps.add_argument("model", metavar="MODEL", help="a network in any supported format")
     steps.add_argument(
-        "--format", choices=FORMS, help="of the frames: numbers between commas, or JSON arrays (told by the first line)"
+        "--format", choices=FORMS, help="of the input: numbers separated by commas, or JSON arrays (detected)"
     )
     steps.add_argument(
         "--state",
         metavar="FILE",
-        help="go on from the state in it, where it is there, and write it at the end, on Ctrl-C and SIGTERM too",
+        help="start from the state in FILE, if it exists, and save the state to it at the end, also after Ctrl-C or "
+        "SIGTERM",
     )
-    text = "what the cells' matrices are held in: fewer bits make a step faster, and round (as the model has them)"
+    text = "dtype of the cells' matrices: fewer bits are faster, and round the weights (unchanged)"
     steps.add_argument("--weights", choices=WEIGHTS, help=text)
     add_load_options(steps)
-    add_generate_arguments(verb("generate", "text from a network of characters or bytes, each as it comes"))
-    other = verb("convert", "write a network in another format, and compare what was read and written")
-    other.add_argument("source", metavar="A", help="a file that holds a network")
-    other.add_argument("target", metavar="B", help="where to, the suffix picks the format; .c or a folder: C99")
+    add_generate_arguments(verb("generate", "write text with a text model, one character or byte at a time"))
+    other = verb("convert", "write a network in another format, and compare the outputs of both files")
+    other.add_argument("source", metavar="SOURCE", help="a network in any supported format")
     other.add_argument(
-        "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
+        "target", metavar="TARGET", help="file to write: its suffix selects the format; .c or a folder writes C99"
     )
     other.add_argument(
-        "--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4, bfloat16 2e-2)"
+        "--sample",
+        metavar="FILE",
+        help="input for the comparison: .npy [B, T, I], .npz with an array per input, .csv or .jsonl (random numbers)",
     )
-    text = "hold the cells' matrices in so many bits: bfloat16 rounds them and halves the file (as they are)"
+    other.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest relative difference that passes (1e-4; 2e-2 for bfloat16)"
+    )
+    text = "dtype of the cells' matrices: bfloat16 rounds them and makes the file about half as large (unchanged)"
     other.add_argument("--weights", choices=HELD, help=text)
     add_load_options(other)
-    inside = verb("inspect", "write a page that looks into a run: what every gate, cell and layer did, and what if")
-    inside.add_argument("model", metavar="MODEL", help="of any format that can be read")
+    inside = verb(
+        "inspect", "run a network over a file, and write a page on which to explore its gates, states and layers"
+    )
+    inside.add_argument("model", metavar="MODEL", help="a network in any supported format")
     inside.add_argument(
         "file",
         nargs="?",
         metavar="FILE",
-        help="what it is run over: .npy, .npz or .csv of numbers, a file or table of what the model was trained on, "
-        ".txt of characters, .wav; without it, a few numbers drawn at random",
+        help="input of the run: numbers as .npy, .npz or .csv, data of the kind that the model was trained on, .txt "
+        "or .wav; if omitted, random numbers",
     )
-    inside.add_argument("-o", "--output", metavar="PAGE", help="where to (default: the model's name, .html)")
-    inside.add_argument("--open", action="store_true", help="show it in the browser")
-    inside.add_argument("--rows", type=int, default=8, metavar="N", help="rows of FILE, at most (%(default)s)")
+    inside.add_argument("-o", "--output", metavar="PAGE", help="file to write (the model's name with .html)")
+    inside.add_argument("--open", action="store_true", help="open the page in the browser")
+    inside.add_argument("--rows", type=int, default=8, metavar="N", help="most rows of FILE to use (%(default)s)")
     add_load_options(inside)
-    looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
-    looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
+    looks = verb("info", "describe a network: layers, shapes, sizes, and which implementation runs each layer")
+    looks.add_argument("model", metavar="MODEL", help="a network in any supported format")
     add_load_options(looks)
-    add_bench_arguments(
-        verb("bench", "how fast it is here, beside the peers that are installed and the machine's limits")
-    )
+    add_bench_arguments(verb("bench", "measure speed on this machine, compared with other installed libraries"))
     return top
 
 
@@ -192,13 +201,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after `cellstack`; those of this process where None.
+        argv: the arguments after `cellstack`; None = those of this process.
 
     Returns:
-        0; 1 where `convert` or `bench` found a difference, or rows are too few for a forecast; 2 for bad input, with
-        one line on standard error; 130 where Ctrl-C ended it, 143 where SIGTERM ended `stream`.
+        0; 1 if `convert` or `bench` found a difference, or a forecast has too few rows; 2 for bad input, with one
+        line on standard error; 130 after Ctrl-C, 143 if SIGTERM stopped `stream`.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have letters that a terminal can't show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have characters that the terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
@@ -209,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cellstack: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing more can be written
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -219,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args.verb, f"not enough memory: {error}")
     except TooFewRowsError as error:
         return _fail(args.verb, str(error), 1)
-    except (FormatError, ShapeError, UsageError) as error:  # any other is a bug of ours, and shows where it is
+    except (FormatError, ShapeError, UsageError) as error:  # any other error is a bug, and keeps its traceback
         return _fail(args.verb, str(error))
 
 
@@ -229,7 +238,7 @@ def _fail(verb: str, reason: str, status: int = 2) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    needs_torch(args, threads=1)  # steps this small don't gain from a second thread
+    needs_torch(args, threads=1)  # steps this small aren't faster on a second thread
     try:
         from cellstack.train import demo
     except ModuleNotFoundError as error:

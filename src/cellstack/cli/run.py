@@ -1,4 +1,4 @@
-"""`cellstack run`: what a network answers to a file."""
+"""`cellstack run`: run a network over a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli import forecast
-from cellstack.cli.files import held_in, load_model, load_options, run_any, show
+from cellstack.cli.files import load_model, load_options, run_any, show, with_weights
 from cellstack.cli.tables import SEQUENCES, given, merged, only_one
 from cellstack.cli.text import measure
 from cellstack.network import Network
@@ -25,13 +25,13 @@ from cellstack.train.history import cell
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict what a file holds, or comes after it; or run any network."""
+    """Classify, predict or forecast with a network trained here; run any other network."""
     net, path = load_model(args.model, load_options(args))
-    net = held_in(net, args.weights)
+    net = with_weights(net, args.weights)
     if net.metadata.get("task") is None:
         return run_any(args, net)
     if args.columns is not None:
-        raise UsageError(f"--columns does nothing here: {path} takes the columns that it was trained on, by name")
+        raise UsageError(f"--columns has no effect: {path} uses the columns that it was trained on, by name")
     if args.file == "-":
         with TemporaryDirectory() as folder:
             args.file = str(Path(folder) / f"standard-input{'.txt' if net.metadata['task'] == 'text' else '.csv'}")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
-    """Predict by a network that was trained here."""
+    """Predict with a network that was trained here."""
     if net.metadata["task"] == "forecast":
         return _forecast(args, net, path)
     if net.metadata["task"] == "text":
@@ -63,7 +63,7 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
 
 
 def _forecast(args: argparse.Namespace, net: Network, path: str) -> int:
-    """Forecast what comes after a table's last rows."""
+    """Forecast the steps after a table's last rows."""
     found, table = forecast.run(args, net, path)
     if not args.json:
         forecast.write(sys.stdout, found, table)
@@ -92,32 +92,32 @@ def read_as_trained(
     label: str | None = None,
     reading: Mapping[str, Any] | None = None,
 ) -> Sequences:
-    """Return a file's sequences, a table's by the columns by which the network's own were read.
+    """Read a file's sequences; a table with the columns that the network was trained on.
 
     Args:
-        file: what to read; a table's column of the truth may be absent.
+        file: the file; a table may lack the column of the true values.
         net, path, task: the network, its file, and what it was trained for.
-        id, time, label: columns of a table; as it was trained where None.
-        reading: how a table is to be read, of `SEQUENCES`; the rest as it was trained.
+        id, time, label: columns of a table; None = as in training.
+        reading: options of reading a table, of `SEQUENCES`; the others are as in training.
 
     Raises:
-        UsageError: columns for what is no table, or a table for a network that wasn't trained on one.
-        FormatError: it can't be read as what its suffix says.
+        UsageError: columns for a file that isn't a table, or a table for a network that wasn't trained on one.
+        FormatError: the content doesn't match the suffix.
     """
     asked = {"id": id, "time": time, "label": label, **(reading or {})}
-    told: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
+    known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
     if Path(file).suffix.lower() not in TABLES:
         for name, column in asked.items():
             if column is not None:
-                raise UsageError(f"{file}: --{name.replace('_', '-')} does nothing here: it is for tables")
-        return read_sequences(file, **told)
+                raise UsageError(f"{file}: --{name.replace('_', '-')} applies only to tables")
+        return read_sequences(file, **known)
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
     if columns is None:
-        raise UsageError(f"{file}: expected a .ts file or .npz, as {path} was not trained on a table")
+        raise UsageError(f"{file}: expected a .ts or .npz file, because {path} wasn't trained on a table")
     how = merged({name: table.get(name) for name in SEQUENCES}, reading or {})
     named = {name: asked[name] or table.get(name) for name in ("id", "time", "label")}
     y = named.pop("label")
-    return read_sequences(file, y, features=columns, optional=label is None, **named, **told, **how)
+    return read_sequences(file, y, features=columns, optional=label is None, **named, **known, **how)
 
 
 def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> list[str]:
@@ -129,7 +129,7 @@ def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> l
 
 
 def _rows(task: predict.Trained, result: dict[str, Any], data: Sequences) -> Iterator[list[Any]]:
-    """Yield a line a sequence, or a step."""
+    """Yield a line for each sequence, or for each step."""
     for n, (predicted, answers) in enumerate(zip(result["predicted"], result["answers"], strict=True)):
         steps = zip(predicted, answers, strict=True) if task.per_step else [(predicted, answers)]
         for step, (one, answer) in enumerate(steps):

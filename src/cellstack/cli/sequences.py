@@ -1,4 +1,4 @@
-"""`cellstack train` on sequences: to classify or regress, of `.ts`, `.npz` and tables in long form."""
+"""`cellstack train` on sequences, for classification or regression: `.ts`, `.npz` and tables in long form."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from cellstack.train.data.targets import counted
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
 UNUSED = ("date", "zone", "freq", "category")
-SHOWN = 12  # classes that are named one by one
+SHOWN = 12  # most classes to list
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the options for sequences to the parser, and return them."""
     data = train.add_argument_group("sequences in tables")
     return [
-        data.add_argument("--label", metavar="COLUMN", help="holds the classes or numbers to learn"),
-        data.add_argument("--time", metavar="COLUMN", help="puts the rows of a sequence in order (as they stand)"),
-        data.add_argument("--features", metavar="A,B", help="columns to take (default: all others of numbers)"),
-        data.add_argument("--weight", metavar="COLUMN", help="how much each sequence counts"),
-        data.add_argument("--per-step", action="store_true", help="learn an entry of --label a step"),
-        data.add_argument("--class-weights", choices=("balanced",), help="let every class count alike"),
+        data.add_argument("--label", metavar="COLUMN", help="column of the classes or numbers to learn"),
+        data.add_argument("--time", metavar="COLUMN", help="column that orders the rows of a sequence (row order)"),
+        data.add_argument("--features", metavar="A,B", help="input columns (all other numeric ones)"),
+        data.add_argument("--weight", metavar="COLUMN", help="column of the sequences' weights in the loss"),
+        data.add_argument("--per-step", action="store_true", help="learn a label for each step, not for each sequence"),
+        data.add_argument("--class-weights", choices=("balanced",), help="give every class the same total weight"),
     ]
 
 
 @dataclass
 class Job:
-    """Sequences that were read: see `cli.train.Job`."""
+    """Sequences to train on: see `cli.train.Job`."""
 
     training: Sequences
     test: Sequences | None
@@ -46,34 +46,34 @@ class Job:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
-        """Train on them."""
+        """Train on the sequences."""
         from cellstack.train.workflow import train_sequences
 
         train = partial(train_sequences, class_weight=self.class_weights)
         return train(self.training, self.test, architecture, settings, options, own)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return what was measured on the test file."""
+        """Return the scores on the test file."""
         found = {name: value for name, value in result.scores.items() if name not in ("answers", "predicted")}
         return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
 
     def write(self) -> None:
-        """There is nothing more to write."""
+        """Do nothing: there are no more files to write."""
 
 
 def read(args: argparse.Namespace) -> Job:
-    """Read the training file, and the test file where there is one.
+    """Read the training file, and the test file if one is given.
 
     Raises:
-        UsageError: a table without the options that it takes, or data that can't be used.
-        FormatError: a file that can't be read as what its suffix says.
+        UsageError: a table without the options that it needs, or data that can't be used.
+        FormatError: the content of a file doesn't match its suffix.
     """
     tables = [name for name in (args.file, args.test) if name is not None and Path(name).suffix.lower() in TABLES]
     if tables and args.label is None:
-        raise UsageError(f"{args.file}: expected --label COLUMN, which holds the classes or numbers to learn")
+        raise UsageError(f"{args.file}: expected --label COLUMN, the classes or numbers to learn")
     features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
-    told = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
-    how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **told)
+    columns = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
+    how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **columns)
     training = how(args.file, task=args.task, **given(args, SEQUENCES))
     if args.test is None:
         test = None
@@ -91,7 +91,7 @@ def read(args: argparse.Namespace) -> Job:
 
 
 def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
-    """Return what was made of the data, as lines and in plain values."""
+    """Describe how the data was read, as lines and as plain values."""
     lengths, count = data.lengths, len(data.x)
     missing = np.sum([np.isnan(x).sum(axis=0) for x in data.x], axis=0)
     low = np.min([np.where(np.isnan(x), np.inf, x).min(axis=0) for x in data.x], axis=0)
@@ -106,11 +106,13 @@ def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
     lines += [f"  {line}" for line in (*_learned(data), *data.notes)]
     share = float(missing.sum()) / float(lengths.sum() * data.channels)
     if share:
-        lines.append(f"  missing: {int(missing.sum()):,} values, {share:.2%}, left out by mask or marked beside")
+        lines.append(
+            f"  missing: {int(missing.sum()):,} values, {share:.2%}, handled by a mask or by indicator channels"
+        )
     lines += [
-        f"  {what}: {', '.join(held)}" for what, held in (("constant", constant), ("without a value", empty)) if held
+        f"  {what}: {', '.join(found)}" for what, found in (("constant", constant), ("without values", empty)) if found
     ]
-    lines += [f"  ignored: {column}, as it {why}" for column, why in data.ignored.items()]
+    lines += [f"  ignored: {column}, because it {why}" for column, why in data.ignored.items()]
     described: dict[str, Any] = {
         "file": path,
         "sequences": count,
@@ -131,19 +133,19 @@ def _counts(data: Sequences) -> dict[Any, int]:
 
 
 def _learned(data: Sequences) -> list[str]:
-    """Say what there is to learn."""
+    """Describe what is to be learned."""
     each = "step" if data.per_step else "sequence"
     if data.y is None:
-        return ["without classes or numbers"]
+        return ["no classes or numbers to learn"]
     if not data.labels:
         y = np.concatenate(data.y) if isinstance(data.y, list) else data.y
         many = "a number" if y.ndim == 1 else f"{y.shape[1]} numbers"
-        return [f"to regress: {many} a {each}, from {y.min():.6g} to {y.max():.6g}"]
+        return [f"regression: {many} per {each}, from {y.min():.6g} to {y.max():.6g}"]
     counts = _counts(data)
     shown = ", ".join(f"{label} ({n:,})" for label, n in list(counts.items())[:SHOWN])
     more = f", and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-    lines = [f"to classify: {len(counts)} classes, one a {each}: {shown}{more}"]
+    lines = [f"classification: {len(counts)} classes, one per {each}: {shown}{more}"]
     single = [str(label) for label, n in counts.items() if n == 1]
     if single:
-        lines.append(f"  of one example alone, which can be trained on or validated on, not both: {', '.join(single)}")
+        lines.append(f"  with a single example, so either without training or without validation: {', '.join(single)}")
     return lines

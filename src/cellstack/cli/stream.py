@@ -1,4 +1,4 @@
-"""`cellstack stream`: frames in on standard input, answers out on standard output, each at once."""
+"""`cellstack stream`: read steps from standard input, and write each output immediately to standard output."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
     from cellstack.streaming.stream import Stream
 
-GRACE = 1.0  # seconds that the answer to the last frame may take to be read
-DIGITS = {"float32": 9, "float64": 17}  # that tell all numbers of a dtype apart
+GRACE = 1.0  # seconds that the reader has, after a signal, to read the last output
+DIGITS = {"float32": 9, "float64": 17}  # enough to distinguish all numbers of a dtype
 
 
 class Stopped(BaseException):
-    """A signal has asked for the end."""
+    """A signal asked the process to stop."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class Signals:
-    """Within it SIGINT and SIGTERM raise `Stopped`: at once while a frame is waited for, else between two frames.
+    """A context in which SIGINT and SIGTERM raise `Stopped`: immediately while waiting for input, else between steps.
 
-    So nothing cuts a step in two, and its answer is written; but a reader that doesn't read is waited for no longer
-    than `GRACE` seconds. One that is ignored, as SIGINT is in the background of a shell, stays ignored.
+    So a signal never interrupts a step, and the step's output is written; but the process waits no longer than `GRACE`
+    seconds for the reader of its output. A signal that is ignored, as SIGINT is in a shell's background, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Signals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise `Stopped` where a signal has come while it was held back."""
+        """Raise `Stopped` if a signal arrived during a step."""
         if self.caught is not None:
             raise Stopped(self.caught)
 
@@ -81,12 +81,12 @@ class Signals:
 
 
 def stream(args: argparse.Namespace) -> int:
-    """Answer frames until they end or a signal comes; then save the state where --state names a file.
+    """Run the steps until the input ends or a signal arrives; then save the state if --state is given.
 
     Returns:
-        0; 128 and the signal's number where one ended it.
+        0; or 128 plus the number of the signal that stopped it.
     """
-    if sys.stdin is None or sys.stdout is None:  # as Python has it where the shell has closed them
+    if sys.stdin is None or sys.stdout is None:  # Python sets them to None if the shell has closed them
         raise UsageError("expected standard input and standard output to be open")
     net, path = load_model(args.model, load_options(args))
     try:
@@ -95,18 +95,18 @@ def stream(args: argparse.Namespace) -> int:
         raise UsageError(f"--weights {args.weights}: {error}") from None
     except ValueError as error:
         whole = any(isinstance(node, GlobalPool) and node.mode != "last" for node in net.nodes)
-        mend = ": train with --pooling last for streams" if whole and net.metadata.get("task") else ""
-        raise UsageError(f"{path}: {error}{mend}") from None
+        fix = ": train with --pooling last for streams" if whole and net.metadata.get("task") else ""
+        raise UsageError(f"{path}: {error}{fix}") from None
     if (len(net.inputs), len(net.outputs)) != (1, 1):
         found = f"the inputs {', '.join(net.inputs)} and the outputs {', '.join(net.outputs)}"
         raise UsageError(f"{path}: expected one input and one output, found {found}")
     width = 1 if net.inputs[0] in net.graph.ids else net.input_size
     if width is None:
-        raise UsageError(f"{path}: expected a network that fixes the width of its input, found one that takes any")
+        raise UsageError(f"{path}: networks that don't fix the width of their input aren't supported by stream")
     if args.state is not None:
         if not args.state:
             raise UsageError("expected --state to name a file, got ''")
-        check_replaceable(args.state)  # now, not after all frames
+        check_replaceable(args.state)  # before the first step
         if os.path.exists(args.state):
             running.state = load_state(args.state, running)
     frames = _Frames(running, Lines("standard input", width, args.format, DIGITS[net.dtype.name], args.json))
@@ -116,35 +116,35 @@ def stream(args: argparse.Namespace) -> int:
             frames.answer(sys.stdin.buffer.readline, sys.stdout.fileno(), signals)
         except Stopped as stopped:
             status = 128 + stopped.number
-        except BrokenPipeError:  # the reader, such as head, has seen enough
+        except BrokenPipeError:  # the reader, such as head, has closed the pipe
             status = 0
         finally:
-            signals.waiting, signals.stepping = False, True  # the state is written whole, whatever comes
+            signals.waiting, signals.stepping = False, True  # no signal may interrupt saving
             if args.state is not None:
                 save_state(args.state, running)
     if status or args.state is not None:
         ended = f", stopped by {signal.Signals(status - 128).name}" if status else ""
         saved = f", state in {args.state}" if args.state is not None else ""
         if saved and not all(np.isfinite(array).all() for state in running.state for array in state):
-            saved += ", which is no number any more: a frame held nan or inf"
-        print(f"{frames.count} frames{ended}{saved}", file=sys.stderr)
+            saved += ", which is no longer finite: a step contained nan or inf"
+        print(f"{frames.count} steps{ended}{saved}", file=sys.stderr)
     return status
 
 
 class _Frames:
-    """Answers lines with lines, and counts the frames among them."""
+    """Reads steps and writes outputs, line by line, and counts the steps."""
 
     def __init__(self, running: Stream, lines: Lines) -> None:
         self.running, self.lines = running, lines
         self.count = 0
 
     def answer(self, readline: Callable[[int], bytes], out: int, signals: Signals) -> None:
-        """Read, step and write, a line at a time, until there is no line any more.
+        """Read, step and write, a line at a time, until the input ends.
 
         Args:
-            readline: returns the next line, of at most so many bytes, or what is left of one.
-            out: the descriptor to write to. Nothing is kept back in a buffer.
-            signals: which may end it.
+            readline: returns the next line, or the next part of it, of at most the given number of bytes.
+            out: the descriptor to write to, unbuffered.
+            signals: raises `Stopped` to end the loop.
         """
         net, lines = self.running.network, self.lines
         step, parse, text, longest = self.running.step, lines.frame, lines.text, lines.longest + 1
@@ -157,7 +157,7 @@ class _Frames:
                 signals.stepping = True
                 try:
                     answer = step(frame)
-                except ValueError as error:  # such as an id beyond a table
+                except ValueError as error:  # such as an id out of range
                     raise lines.error(str(error)) from None
                 self.count += 1
                 signals.stepping = False
@@ -167,15 +167,15 @@ class _Frames:
 
 
 def _write(out: int, data: bytes) -> None:
-    """Write all of it, at once where there is room."""
+    """Write all of `data`."""
     while data:
         data = data[_write_some(out, data) :]
 
 
 def _write_some(out: int, data: bytes) -> int:
-    """Write what there is room for, and return how many bytes that was."""
+    """Write as much as the pipe takes, and return the number of bytes."""
     try:
         return os.write(out, data)
-    except BlockingIOError:  # a pipe whose other end has set it not to block
+    except BlockingIOError:  # the other end has made the pipe non-blocking
         select.select([], [out], [])
         return 0

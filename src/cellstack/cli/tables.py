@@ -1,4 +1,4 @@
-"""The options by which every verb reads a table."""
+"""Options of reading a table, which several verbs share."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import Any
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.table import Table, read_table
 
-SEQUENCES = ("day_first", "date_format", "decimal", "encoding")  # options by which sequences in tables are read too
+SEQUENCES = ("day_first", "date_format", "decimal", "encoding")  # options that apply to sequences too
 TABLE = ("date", "zone", "id", "freq", "category", *SEQUENCES)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Return the names that stand in a text with commas between."""
+    """Parse names, separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of reading a table to a verb's parser."""
-    group = parser.add_argument_group("tables", "what the file doesn't tell; see docs/tables.md")
-    group.add_argument("--date", metavar="A", help="column of dates, or day,hour for two ('' for none)")
+    group = parser.add_argument_group("tables", "how to read a table; see docs/tables.md")
+    group.add_argument("--date", metavar="A", help="date column, or two: day,hour ('' for none)")
     order = group.add_mutually_exclusive_group()
     order.add_argument("--day-first", dest="day_first", action="store_true", default=None, help="01/02 is 1 February")
     order.add_argument("--month-first", dest="day_first", action="store_false", default=None, help="01/02 is 2 January")
     group.add_argument(
-        "--date-format", metavar="F", help="such as %%d.%%m.%%Y; s, ms, us, ns for Unix times; excel for its numbers"
+        "--date-format",
+        metavar="F",
+        help="such as %%d.%%m.%%Y; s, ms, us or ns for Unix times; excel for Excel's day numbers",
     )
     group.add_argument("--zone", metavar="Z", help="time zone of the dates, such as Europe/Berlin")
-    group.add_argument("--id", type=names, metavar="A,B", help="columns that tell several series apart")
-    group.add_argument("--freq", metavar="F", help="spacing of the rows: h, 30min, D, B for weekdays, MS for months")
-    group.add_argument("--category", type=names, metavar="A,B", help="columns to take as names, not as numbers")
-    group.add_argument("--decimal", choices=(".", ","), help="sign before decimals")
-    group.add_argument("--encoding", metavar="E", help="of the text, such as latin-1 (utf-8)")
+    group.add_argument("--id", type=names, metavar="A,B", help="columns that identify the series or sequence of a row")
+    group.add_argument("--freq", metavar="F", help="spacing of the rows: h, 30min, D, B (weekdays), MS (months)")
+    group.add_argument("--category", type=names, metavar="A,B", help="columns to treat as categories, not as numbers")
+    group.add_argument("--decimal", choices=(".", ","), help="decimal separator")
+    group.add_argument("--encoding", metavar="E", help="text encoding, such as latin-1 (utf-8)")
 
 
 def only_one(columns: tuple[str, ...] | None) -> str | None:
-    """Return the column that tells sequences apart, which is one.
+    """Return the one column that identifies sequences.
 
     Raises:
-        UsageError: several.
+        UsageError: more than one column.
     """
     if columns is not None and len(columns) != 1:
         raise UsageError(f"expected --id to name one column for sequences, got {', '.join(columns) or 'none'}")
@@ -48,12 +50,12 @@ def only_one(columns: tuple[str, ...] | None) -> str | None:
 
 
 def table_from(args: argparse.Namespace, path: str, reading: Mapping[str, Any] | None = None) -> Table:
-    """Read a table as the options of `add_table_options` say.
+    """Read a table with the options of `add_table_options`.
 
     Args:
-        args: what they were parsed into.
+        args: the parsed options.
         path: the file.
-        reading: how a table of this kind was read before (`Table.reading`); options that are given go before it.
+        reading: how a table of this kind was read before (`Table.reading`); options that are given override it.
 
     Raises:
         FormatError, UsageError, OSError: see `read_table`.
@@ -62,12 +64,12 @@ def table_from(args: argparse.Namespace, path: str, reading: Mapping[str, Any] |
 
 
 def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
-    """Return those of the options of `add_table_options` that are given, as `read_table` calls them."""
+    """Return the options of `add_table_options` that were given, as keyword arguments of `read_table`."""
     names = {"id": "ids", "category": "categories"}
     return {names.get(name, name): value for name in options if (value := getattr(args, name)) is not None}
 
 
 def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a table is to be read, as asked for, else as one of its kind was read before."""
-    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # not known any more
+    """Return the options of reading a table: those that are given, else those with which one was read before."""
+    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # no longer valid
     return {name: value for name, value in before.items() if name not in unknown} | {**given}

@@ -1,4 +1,4 @@
-"""`cellstack train` on a text, to tell what comes next, and `cellstack generate`: what a network of text writes."""
+"""`cellstack train` on a text, to predict the next character, and `cellstack generate`, which writes text."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the options for texts to the parser, and return them."""
     text = train.add_argument_group("texts")
     return [
-        text.add_argument("--bytes", action="store_true", help="learn the bytes of a file, whatever they mean"),
-        text.add_argument("--steps", type=int, metavar="N", help=f"how far gradients reach back ({STEPS})"),
+        text.add_argument("--bytes", action="store_true", help="learn bytes, not characters: for a file of any kind"),
+        text.add_argument("--steps", type=int, metavar="N", help=f"steps of truncated backpropagation ({STEPS})"),
         text.add_argument(
             "--embedding",
             type=int,
             metavar="N",
-            help=f"width of a character's vector ({TextArchitecture.embedding}); 0: one-hot",
+            help=f"size of the character embedding ({TextArchitecture.embedding}); 0: one-hot",
         ),
     ]
 
 
 @dataclass
 class Job:
-    """A text that was read: see `cli.train.Job`."""
+    """A text to train on: see `cli.train.Job`."""
 
     text: Text
     parts: Parts
@@ -61,7 +61,7 @@ class Job:
     defaults: dict[str, Any]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
-        """Train on it."""
+        """Train on the text."""
         from cellstack.train.text.workflow import above_the_bar, train_text
 
         chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
@@ -77,15 +77,15 @@ class Job:
         return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
 
     def write(self) -> None:
-        """There is nothing more to write."""
+        """Do nothing: there are no more files to write."""
 
 
 def read(args: argparse.Namespace) -> Job:
-    """Read a text, and the one to measure on where there is one.
+    """Read a text, and the test text if one is given.
 
     Raises:
-        UsageError: a text that is too short, or one to measure on with characters that the first one lacks.
-        FormatError: it isn't UTF-8.
+        UsageError: a text is too short, or the test text has characters that the first one lacks.
+        FormatError: a text isn't UTF-8.
     """
     text = Text.of(content(args.file, args.bytes), args.file)
     validation = DEFAULTS["validation"] if args.validation is None else args.validation
@@ -97,10 +97,11 @@ def read(args: argparse.Namespace) -> Job:
     streams = Streams(text.ids, parts.training, batch, steps)
     lines = [
         f"{args.file}: {text.summary(parts)}",
-        f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each a step, {len(streams)} steps an epoch",
+        f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each per training step, {len(streams)} "
+        "training steps per epoch",
     ]
     if test is not None:
-        lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to measure on")
+        lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to test on")
     described = {
         "file": args.file,
         "unit": text.alphabet.unit,
@@ -114,7 +115,7 @@ def read(args: argparse.Namespace) -> Job:
 
 
 def measure(args: argparse.Namespace, net: Network, path: str) -> int:
-    """Say how well a network of text tells the characters of a file."""
+    """Report the bits per character of a text model on a file."""
     alphabet = alphabet_of(net, path)
     ids = alphabet.encode(content(args.file, alphabet.characters is None), args.file)
     if len(ids) < 2:
@@ -127,28 +128,37 @@ def measure(args: argparse.Namespace, net: Network, path: str) -> int:
 
 def add_generate_arguments(generate: argparse.ArgumentParser) -> None:
     """Add the options of `generate` to its parser."""
-    generate.add_argument("model", metavar="MODEL", help="a network of text, as cellstack train BOOK.txt makes one")
-    generate.add_argument("--prompt", default="", metavar="TEXT", help="what it goes on from (default: a line's begin)")
     generate.add_argument(
-        "--length", type=int, default=1000, metavar="N", help="characters to write, bytes of a model of bytes (1000)"
+        "model", metavar="MODEL", help="a text model, such as one trained by cellstack train BOOK.txt"
+    )
+    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (the start of a line)")
+    generate.add_argument(
+        "--length",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="characters to write, or bytes if the model has bytes (1000)",
     )
     generate.add_argument(
         "--temperature",
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1 bolder, below 1 safer; 0: the likeliest (1)",
+        help="above 1: more varied; below 1: more predictable; 0: always the most likely (1)",
     )
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the likeliest K characters alone")
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample only from the K most likely characters")
     generate.add_argument(
-        "--top-p", type=float, metavar="P", help="from the fewest that have this probability together"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample only from the smallest set of characters with this total probability",
     )
-    generate.add_argument("--seed", type=int, metavar="N", help="fixes the draws (default: others each time)")
-    generate.add_argument("--stop", metavar="TEXT", help="end once this has been written")
+    generate.add_argument("--seed", type=int, metavar="N", help="random seed (a new one each time)")
+    generate.add_argument("--stop", metavar="TEXT", help="stop after writing this text")
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Write what a network of text goes on with, each character as it comes."""
+    """Continue a text with a text model, and write each character immediately."""
     net, path = load_model(args.model)
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if args.seed is None else args.seed
     started = time.perf_counter()

@@ -1,9 +1,9 @@
-"""`cellstack train`: the options that all kinds of data share, and what it says before and after the training.
+"""`cellstack train`: the options that all kinds of data share, and the report before and after training.
 
-A kind is a module of its own, of which this one asks:
+Each kind of data is a separate module with:
 
 - `add_arguments(train)`: adds its options to the parser and returns them; their default is None (False for a switch);
-- `UNUSED`: options of this module that do nothing for it;
+- `UNUSED`: options of this module that don't apply to it;
 - `read(args)`: reads the data and returns a `Job`.
 """
 
@@ -30,7 +30,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
-EVENTS = "events.out.tfevents.*"  # files of TensorBoard's
+EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast, "texts": text}
 TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts", "text": "texts"}
 SUFFIXES = {".ts": "sequences", ".npz": "sequences", ".csv": "forecasts", ".tsv": "forecasts", ".parquet": "forecasts"}
@@ -50,10 +50,10 @@ DEFAULTS = {
 
 
 class Job(Protocol):
-    """Data that was read, and what is to be done with it.
+    """Data that was read, and how to train on it.
 
-    `understood` is what was made of the data, a line each; `described` is the same in plain values, for --json;
-    `defaults` is what is taken for `units`, `lr`, `pooling` and the like where nothing is said.
+    `understood` describes how the data was read, in lines; `described` is the same in plain values, for --json;
+    `defaults` has the defaults of `units`, `lr`, `pooling` and so on.
     """
 
     understood: list[str]
@@ -65,11 +65,11 @@ class Job(Protocol):
         ...
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return what was measured on held-out data, in plain values and as lines."""
+        """Return the scores on held-out data, as plain values and as lines."""
         ...
 
     def write(self) -> None:
-        """Write what else was asked for, once the network is written."""
+        """Write further output files, after the network has been written."""
         ...
 
 
@@ -80,7 +80,7 @@ def _widths(text: str) -> tuple[int, ...]:
     return widths
 
 
-_widths.__name__ = "widths"  # what argparse calls it: invalid widths value: '48,x'
+_widths.__name__ = "widths"  # the name in argparse's message: invalid widths value: '48,x'
 
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
@@ -88,73 +88,89 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "file",
         metavar="FILE",
-        help="sequences: .ts (the UEA and UCR archives' format: a sequence a line, its channels between colons, its "
-        "class at the end), .npz (x [N, T, C], y, lengths), or with --task or --label a table, .csv, .tsv or .parquet, "
-        "with a row a step; without these a table is a series to forecast; .txt or .md: a text to go on with",
+        help="sequences: .ts (the UEA and UCR archives' format: one sequence per line, channels separated by colons, "
+        "the class last), .npz (x [N, T, C], y, lengths), or, with --task or --label, a .csv, .tsv or .parquet table "
+        "with one row per step; a series to forecast: such a table without these options; a text: .txt or .md",
     )
-    train.add_argument("test", nargs="?", metavar="TEST", help="sequences, or a text, to measure on, never trained on")
-    train.add_argument("-o", "--output", metavar="MODEL", help=f"where to ({SUFFIX} is added)")
-    train.add_argument("--dry-run", action="store_true", help="say what is understood of the data, and train nothing")
-    train.add_argument("--task", choices=tuple(TASKS), help="what to learn (told by the file and its labels)")
+    train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
+    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({SUFFIX} is added)")
+    train.add_argument("--dry-run", action="store_true", help="report how the data is read, without training")
+    train.add_argument("--task", choices=tuple(TASKS), help="what to learn (inferred from the file and its labels)")
     add_table_options(train)
     train.set_defaults(owned={name: module.add_arguments(train) for name, module in KINDS.items()})
     model = train.add_argument_group("model")
-    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="of each layer (%(default)s)")
+    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="kind of cell (%(default)s)")
     model.add_argument(
-        "--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 48; texts 256,256)"
+        "--units",
+        type=_widths,
+        metavar="N,N",
+        help="units of each layer, first layer first (48,48; forecasts 48; texts 256,256)",
     )
-    model.add_argument("--bidirectional", action="store_true", help="read sequences from both ends")
-    model.add_argument("--pooling", choices=("mean", "max", "last"), help="over time (mean)")
+    model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
+    model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (mean)")
     model.add_argument(
-        "--every-step", action="store_true", help="learn to answer after every step; for streams, with --pooling last"
+        "--every-step", action="store_true", help="compute the loss at every step; for streams, with --pooling last"
     )
-    model.add_argument("--dropout", type=float, metavar="P", help="after each layer (0.3; forecasts 0.1)")
-    model.add_argument("--init", metavar="MODEL", help="start from the weights of this network, of the same shapes")
+    model.add_argument("--dropout", type=float, metavar="P", help="dropout after each layer (0.3; forecasts 0.1)")
+    model.add_argument("--init", metavar="MODEL", help="start from the weights of a network with the same shapes")
     how = train.add_argument_group("training")
     how.add_argument(
-        "--epochs", type=int, metavar="N", help="most passes over the data (60; forecasts 16 or 60; texts 30)"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="largest number of passes over the data (60; forecasts 16 or 60; texts 30)",
     )
-    how.add_argument("--lr", type=float, metavar="X", help="Adam's rate at the start (5e-3; forecasts 1e-3 or 3e-3)")
+    how.add_argument(
+        "--lr", type=float, metavar="X", help="initial learning rate of Adam (5e-3; forecasts 1e-3 or 3e-3)"
+    )
     how.add_argument(
         "--batch",
         type=int,
         metavar="N",
-        help="examples in a step, all processes (16; forecasts 32 or 64; texts 8 to 32)",
+        help="batch size, over all processes (16; forecasts 32 or 64; texts 8 to 32)",
     )
     how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
     how.add_argument(
         "--patience",
         type=int,
         metavar="N",
-        help="epochs without progress (20; forecasts 6 or 8; texts 5); 0: never stop early",
+        help="epochs without improvement before stopping (20; forecasts 6 or 8; texts 5); 0: never stop early",
     )
-    how.add_argument("--validation", type=float, metavar="P", help="share to validate on (0.15; texts 0.05)")
-    how.add_argument("--noise", type=float, metavar="X", help="noise on inputs, in their scales (0)")
-    how.add_argument("--offset", type=float, metavar="X", help="noise, one draw a sequence (0)")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes every draw (%(default)s)")
-    how.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and on Ctrl-C")
     how.add_argument(
-        "--resume", action="store_true", help="go on from --checkpoint where there is one; --epochs may be more"
+        "--validation", type=float, metavar="P", help="share of the data to validate on (0.15; texts 0.05)"
     )
-    how.add_argument("--overwrite", action="store_true", help="begin anew where there is a --checkpoint")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to (%(default)s)")
-    said = train.add_argument_group("what is said")
+    how.add_argument(
+        "--noise", type=float, metavar="X", help="noise on each input value, in standard deviations of its channel (0)"
+    )
+    how.add_argument("--offset", type=float, metavar="X", help="noise that is constant over a sequence, likewise (0)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
+    how.add_argument("--checkpoint", metavar="FILE", help="file to write after each epoch and on Ctrl-C")
+    how.add_argument(
+        "--resume", action="store_true", help="continue from --checkpoint if it exists; --epochs may be larger"
+    )
+    how.add_argument("--overwrite", action="store_true", help="start again even if --checkpoint exists")
+    how.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to train on (%(default)s)"
+    )
+    said = train.add_argument_group("reports")
     said.add_argument(
-        "--log", metavar="PATH", help="each epoch's figures as it ends: a .csv or .json, or a folder for TensorBoard"
+        "--log",
+        metavar="PATH",
+        help="write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard",
     )
-    said.add_argument("--history", metavar="FILE", help="all of them at the end: .csv or .json")
-    said.add_argument("--picture", metavar="FILE", help="the same drawn: .png, .svg or .pdf")
+    said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
+    said.add_argument("--picture", metavar="FILE", help="plot them: to .png, .svg or .pdf")
     said.add_argument(
         "--inspect",
         action="store_true",
-        help="look at the layers in a batch of each epoch (gates, norms, gradients by steps back): MODEL-inspect/ gets "
-        "report.html, and events for TensorBoard where it is installed",
+        help="record gates, norms and gradients over time in one batch of each epoch; writes report.html, and events "
+        "for TensorBoard if it is installed, to MODEL-inspect/",
     )
     said.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train on a file, and write the network; or say what is understood of it."""
+    """Train on a file and write the network; or report how the file is read."""
     name = kind_of(args)
     module = KINDS[name]
     _check_used(args, name)
@@ -170,7 +186,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bool) -> int:
-    """Train on a file, and write the network to `output`, as the `first` of several processes."""
+    """Train on a file and write the network to `output`; `first` is whether this is process 0 of several."""
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     job = module.read(args)
     options = RunOptions(
@@ -206,49 +222,49 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
         if folder is not None:
             report["inspect"] = _inspected(result, output, folder)
             lines += _inspect_text(report["inspect"])
-    except OSError as error:  # what was learned is said all the same
+    except OSError as error:  # the report is printed all the same
         failed = error
-    show(args, report, [*lines, f"written to {output}"])
+    show(args, report, [*lines, f"wrote {output}"])
     if failed is not None:
         raise failed
     return 130 if result.fit.interrupted else 0
 
 
 def kind_of(args: argparse.Namespace) -> str:
-    """Return which kind of data a file is: by what is asked for, else by its suffix.
+    """Return the kind of a file's data: determined by --task or --label, else by its suffix.
 
     Raises:
-        UsageError: a suffix that is none's, or not of what is asked for.
+        UsageError: an unknown suffix, or one that doesn't match --task.
     """
     suffix = Path(args.file).suffix.lower()
     if suffix not in SUFFIXES and args.task != "text":
-        raise UsageError(f"{args.file}: expected a file that ends in one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{args.file}: expected a file with one of the suffixes {', '.join(SUFFIXES)}")
     if args.task == "forecast" and SUFFIXES[suffix] != "forecasts":
         tables = ", ".join(ending for ending, kind in SUFFIXES.items() if kind == "forecasts")
-        raise UsageError(f"{args.file}: expected a table to forecast, a file that ends in one of {tables}")
+        raise UsageError(f"{args.file}: expected a table to forecast, with one of the suffixes {tables}")
     if args.task is not None:
         return TASKS[args.task]
     return "sequences" if args.label is not None else SUFFIXES[suffix]
 
 
 def _check_used(args: argparse.Namespace, name: str) -> None:
-    """Raise `UsageError` where an option is given that does nothing for this kind of data."""
+    """Raise `UsageError` if an option is given that doesn't apply to this kind of data."""
     given = {dest for dest, value in vars(args).items() if value not in (None, False)}
     unused = [(dest, "") for dest in KINDS[name].UNUSED]
     unused += [(action.dest, kind) for kind, actions in args.owned.items() if kind != name for action in actions]
     for dest, kind in unused:
         if dest in given:
-            more = f": it is for {kind}" if kind else ""
-            raise UsageError(f"{args.file}: --{dest.replace('_', '-')} does nothing with {name}{more}")
+            more = f", only to {kind}" if kind else ""
+            raise UsageError(f"{args.file}: --{dest.replace('_', '-')} doesn't apply to {name}{more}")
 
 
 def _checked_output(args: argparse.Namespace) -> Path:
-    """Return where the network goes; all that is written at the end is checked now, not after the training."""
+    """Return the network's file; check all output files now, before the training."""
     if args.output is None:
-        raise UsageError("expected -o MODEL, where the network goes, or --dry-run")
+        raise UsageError("expected -o MODEL, the file to write, or --dry-run")
     output = with_suffix(args.output)
     if not output.parent.is_dir():
-        raise UsageError(f"expected a folder {output.parent} to write to, found none")
+        raise UsageError(f"the folder {output.parent} doesn't exist")
     check_replaceable(output)
     if args.history is not None:
         history.check(args.history, history.FILES, "--history")
@@ -256,16 +272,16 @@ def _checked_output(args: argparse.Namespace) -> Path:
         history.check(args.picture, history.PICTURES, "--picture")
     for flag in ("resume", "overwrite"):
         if getattr(args, flag) and args.checkpoint is None:
-            raise UsageError(f"expected --checkpoint FILE to --{flag}")
+            raise UsageError(f"--{flag} requires --checkpoint FILE")
     if args.resume and args.overwrite:
-        raise UsageError("expected --resume, to go on from the checkpoint, or --overwrite, to begin anew, got both")
+        raise UsageError("--resume (continue from the checkpoint) and --overwrite (start again) exclude each other")
     if args.checkpoint is not None and os.path.realpath(args.checkpoint) == os.path.realpath(output):
         raise UsageError(f"--checkpoint and -o name the same file, {output}: the network would replace the checkpoint")
     return output
 
 
 def _chosen(args: argparse.Namespace, job: Job, names: Iterable[str]) -> dict[str, Any]:
-    """Return options as they are given, as the kind of data has them, or as all have."""
+    """Return options as given, else the defaults for this kind of data, else the common defaults."""
     defaults = {**DEFAULTS, **job.defaults}
     return {name: value if (value := getattr(args, name)) is not None else defaults[name] for name in names}
 
@@ -281,11 +297,11 @@ def _architecture(args: argparse.Namespace, job: Job) -> Architecture:
 
 
 def _save(network: Network, output: Path) -> None:
-    """Write a network; where there is no room for it, among the temporary files, so that what was learned isn't lost.
+    """Write a network; if that fails, write it to a temporary folder, so that the training isn't lost.
 
     Raises:
-        UsageError: it was written there.
-        OSError: there is no room there either.
+        UsageError: it was written to the temporary folder.
+        OSError: that failed too.
     """
     try:
         network.save(output)
@@ -301,7 +317,7 @@ def _save(network: Network, output: Path) -> None:
 
 
 def _inspect_folder(output: Path, resume: bool) -> Path:
-    """Return the folder for what is seen in a training, made and without the events of another one."""
+    """Create the folder for --inspect, without the events of an earlier training; return it."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -316,7 +332,7 @@ def _inspect_folder(output: Path, resume: bool) -> Path:
 
 
 def _inspected(result: Any, output: Path, folder: Path) -> dict[str, Any]:
-    """Write the report of what was seen; return where it is, and what was seen."""
+    """Write the report of --inspect; return its path and the records."""
     records = result.fit.records
     report = None
     if records:
@@ -336,23 +352,23 @@ def _inspected(result: Any, output: Path, folder: Path) -> dict[str, Any]:
 
 def _inspect_text(inspected: dict[str, Any]) -> list[str]:
     if not inspected["records"]:
-        return ["the layers weren't looked at: no epoch came to its end"]
+        return ["nothing to inspect: no epoch was completed"]
     last = inspected["records"][-1]
     findings = [f"  - {sentence}" for sentence in last["findings"]]
-    lines = [f"layers in epoch {last['epoch']}: {'what stands out' if findings else 'nothing stands out'}", *findings]
+    lines = [f"layers in epoch {last['epoch']}: {'findings' if findings else 'no findings'}", *findings]
     shown = f"tensorboard --logdir {inspected['tensorboard']}"
     if inspected["tensorboard"] is None:
-        shown = "no events were written, as TensorBoard isn't installed: pip install tensorboard"
+        shown = "no events were written, because TensorBoard isn't installed: pip install tensorboard"
     return [*lines, f"  {inspected['report']}", f"  {shown}"]
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
-    """Print a warning as errors are printed: what it says, and not where in our code it arose."""
+    """Print a warning in one line, as errors are printed, without its place in the code."""
     print(f"cellstack train: warning: {message}", file=sys.stderr)
 
 
 def _report(job: Job, result: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return what is said at the end, in plain values and as lines."""
+    """Return the report at the end, as plain values and as lines."""
     fit = result.fit
     scores, scored = job.scores(result)
     report = {
@@ -380,9 +396,9 @@ def _report(job: Job, result: Any, output: Path) -> tuple[dict[str, Any], list[s
 
 
 def _threads(fit: Any) -> str:
-    """Say how many threads were used, and why."""
+    """Report how many threads were used, and why."""
     used = f"on {fit.threads} thread{'s' * (fit.threads != 1)}"
     if len(fit.timed) < 2:
         return used
     each = " and ".join(f"{1000 * seconds:.2g} ms on {n}" for n, seconds in sorted(fit.timed.items()))
-    return f"{used}, as a step took {each}"
+    return f"{used}: a step took {each}"

@@ -1,6 +1,6 @@
-"""Train on real data: readers, batches without padding, the model, the fit loop, checkpoints.
+"""Training on real data: readers, batches without padding, the model, the fit loop, checkpoints.
 
-The readers need no torch, so that a trained model can be run without it; the rest is imported when it is first used.
+The readers don't need torch, so that a trained model can be run without it; the rest is imported at its first use.
 """
 
 from __future__ import annotations

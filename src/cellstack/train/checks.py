@@ -1,4 +1,4 @@
-"""What is read and asked for, checked: the error for what can't be done as given, and the text of a file."""
+"""Checks of arguments and data, and the error that they raise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from cellstack.spec import FormatError
 
 
 class UsageError(ValueError):
-    """What was asked for can't be done as given, settings or data: one line says what was expected and what came."""
+    """Arguments, settings or data that can't be used as given; the message says how to fix it."""
 
 
 class TooFewRowsError(UsageError):
-    """A series has fewer rows than a forecast takes: the message says how many it takes."""
+    """A series has fewer rows than a forecast needs; the message says how many it needs."""
 
 
 def is_count(value: object) -> bool:
-    """Return whether `value` is a whole number from 1 to `MOST`; a bool is none."""
+    """Return whether `value` is an integer from 1 to `MOST`, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
 
 
 def unmasked(array: Any) -> Any:
-    """Return an array with NaN for masked values; what isn't a masked array as it is.
+    """Replace the masked values of a masked array by NaN; return anything else unchanged.
 
     Raises:
         UsageError: masked values that aren't real numbers.
@@ -42,7 +42,7 @@ def refuse_masked(name: str, values: Any) -> None:
     """Raise `UsageError` where an array, or an array in a list, has masked values."""
     parts = values if isinstance(values, (list, tuple)) else [values]
     if any(isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part) for part in parts):
-        raise UsageError(f"{name}: masked values aren't supported: leave out the sequences that they belong to")
+        raise UsageError(f"{name}: masked values aren't supported: leave out their sequences")
 
 
 def read_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The whole story on real speech: the tutorial's shapes, two trained stacks, a replay without torch, a report."""
+"""A demo on recorded speech: the tutorial's shapes, two trained stacks, a replay without torch, and a report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cellstack.train.fitting import Result
 from cellstack.train.settings import Architecture, RunOptions, Settings
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
-# they were recorded); the test utterances had no say.
+# they were recorded); the test utterances weren't used.
 SETTINGS = {"epochs": 60, "noise": 0.6, "offset": 0.3, "patience": 0}
 UNITS, DROPOUT, VALIDATION = (48, 48), 0.3, 0.1
 Say = Callable[..., None]
@@ -33,17 +33,18 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
     """Run the demo and write two networks and `report.html` to `folder`.
 
     Args:
-        folder: where to; made where it doesn't exist.
-        seed: fixes every draw.
-        epochs: passes over the data, for both models; as tuned where None.
-        say: takes a line for the user.
+        folder: the output folder; created if it doesn't exist.
+        seed: of all random numbers.
+        epochs: passes over the data, for both models; None = 60.
+        say: called with each line of output.
 
     Returns:
-        What was measured, in plain values and arrays.
+        The results, as plain values and arrays.
 
     Raises:
-        OSError: the folder can't be written to; or, a ChildProcessError, the replay failed.
-        UsageError: a seed or a number of epochs out of its range.
+        OSError: the folder can't be written to.
+        ChildProcessError: the replay failed.
+        UsageError: a seed or a number of epochs out of range.
     """
     started = time.perf_counter()
     settings = Settings(**{**SETTINGS, "seed": seed} | ({} if epochs is None else {"epochs": epochs}))
@@ -53,8 +54,8 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         training = read_ts(data / "JapaneseVowels_TRAIN.ts")
         test = read_ts(data / "JapaneseVowels_TEST.ts", training.labels)
         say(
-            f"Japanese vowels: who is speaking? {len(training.x)} utterances of {len(training.labels)} speakers to "
-            f"learn from, {len(test.x)} to be tested on, {training.channels} coefficients a frame"
+            f"Japanese vowels: who is speaking? {len(training.labels)} speakers, {len(training.x)} utterances to train "
+            f"on, {len(test.x)} to test on, {training.channels} coefficients per frame"
         )
         whole = _train("bidirectional", training, test, settings, folder, say)
         causal = _train("forward", training, test, settings, folder, say)
@@ -63,7 +64,7 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         say("      " + " ".join(f"{label:>4}" for label in training.labels))
         for label, row in zip(training.labels, confusion, strict=True):
             say(f"{label:>6}" + " ".join(f"{count:>4}" if count else "   ." for count in row))
-        index, why = _telling(causal.scores["answers"], test)
+        index, why = _utterance_to_replay(causal.scores["answers"], test)
         frames = _replay(folder / "forward.safetensors", data / "JapaneseVowels_TEST.ts", index)
     _say_replay(frames, index, why, say)
     gates = _gates(causal.model, test.x[index])
@@ -86,14 +87,14 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
 
 
 def walk_tutorial(say: Say) -> dict[str, list[int]]:
-    """Take the steps of the tutorial: a tiny LSTM, then a stack of two; returns the shapes that it prints."""
-    say("A tiny LSTM: 4 units over one sequence of one step and six features")
+    """Run the tutorial: a tiny LSTM, then a stack of two; return the shapes that it prints."""
+    say("A tiny LSTM: 4 units, on one sequence of one step with six features")
     lstm = layers.LSTM(4, return_sequences=True, return_state=True)
     lstm.states = (torch.zeros(1, 4), torch.zeros(1, 4))
     y, h, c = lstm(np.array([[[3, 2, 2, 2, 2, 2]]], np.float32))
     shapes = {"lstm_output": list(y.shape), "lstm_memory": list(h.shape), "lstm_carry": list(c.shape)}
     _say_shapes(say, {"Output": y, "Memory": h, "Carry state": c})
-    say("A stack of two, of 4 and 5 units, over two sequences of three steps")
+    say("A stack of two layers with 4 and 5 units, on two sequences of three steps")
     stack = layers.RNN(
         layers.StackedRNNCells([layers.LSTMCell(4), layers.LSTMCell(5)]), return_sequences=True, return_state=True
     )
@@ -117,7 +118,7 @@ def _train(name: str, training: Sequences, test: Sequences, settings: Settings, 
     both = name == "bidirectional"
     say(
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
-        + ("from both ends" if both else "frame by frame")
+        + ("in both directions" if both else "frame by frame")
     )
     architecture = Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
     options = RunOptions(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
@@ -127,13 +128,13 @@ def _train(name: str, training: Sequences, test: Sequences, settings: Settings, 
     return outcome
 
 
-def _telling(answers: np.ndarray, test: Sequences) -> tuple[int, str]:
-    """Return the utterance that is worth replaying, and what it was picked for."""
+def _utterance_to_replay(answers: np.ndarray, test: Sequences) -> tuple[int, str]:
+    """Choose an utterance for the replay; return its index and the reason for the choice."""
     assert test.y is not None
     longer, right = test.lengths >= np.median(test.lengths), answers.argmax(axis=1) == test.y
-    chosen, why = longer & right, "the one with the most doubt of the longer half of those told right"
+    chosen, why = longer & right, "the least certain of the correctly classified utterances of at least median length"
     if not chosen.any():
-        chosen, why = longer, "the one with the most doubt of the longer half, as none was told right"
+        chosen, why = longer, "the least certain of the utterances of at least median length: none was correct"
     return int(np.argmin(np.where(chosen, answers.max(axis=1), 2.0))), why
 
 
@@ -145,19 +146,19 @@ def _replay(network: Path, file: Path, index: int) -> dict[str, Any]:
         raise ChildProcessError(f"the replay failed: {reason[-1]}")
     frames = json.loads(done.stdout)
     if frames["torch"]:
-        raise ChildProcessError("the replay imported torch, which it must not need")
+        raise ChildProcessError("the replay imported torch, but must run without it")
     return frames
 
 
 def _say_replay(frames: dict[str, Any], index: int, why: str, say: Say) -> None:
     truth, labels = frames["truth"], frames["labels"]
-    say(f"\nThe forward stack, loaded in a new process without torch, hears test utterance {index} (speaker {truth}),")
+    say(f"\nThe forward stack, in a new process without torch, processes test utterance {index} (speaker {truth}),")
     say(f"{why}:")
     say("  frame   µs  speaker so far")
     for t, (so_far, took) in enumerate(zip(frames["so_far"], frames["microseconds"], strict=True), 1):
         best = int(np.argmax(so_far))
         say(f"  {t:>5} {took:>4.0f}  {labels[best]} {so_far[best]:6.1%} {'█' * round(so_far[best] * 30)}")
-    say(f"  median {np.median(frames['microseconds']):.0f} µs a frame")
+    say(f"  median {np.median(frames['microseconds']):.0f} µs per frame")
 
 
 def _gates(model: Any, x: np.ndarray) -> list[tuple[str, layers.Trace]]:

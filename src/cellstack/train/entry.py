@@ -1,4 +1,4 @@
-"""`train.fit`: from data in memory or a file to a trained network, in one call."""
+"""`train.fit`: train a network on data in memory or in a file, in one call."""
 
 from __future__ import annotations
 
@@ -63,40 +63,39 @@ def fit(
     inspect: bool = False,
     buffer: int = BUFFER,
 ) -> Result:
-    """Train a network to tell classes or numbers of sequences, of whole ones or of each of their steps.
+    """Train a network to classify sequences or to predict numbers, for whole sequences or for each of their steps.
 
     Args:
-        x: an array `[N, T, C]`; a list of arrays `[T, C]`, each with its own T; a pandas or polars frame, a row a step;
-            the name of a file, .ts, .npz, .csv or .parquet; a map-style dataset of `(sequence, target)`, such as
-            torch's; or an iterable of these that begins anew each time, or a function that returns an iterator, for
-            what is larger than memory: see `Stream`. NaN where a value is missing.
-        y: classes, text or whole numbers or bools, or numbers, one a sequence or, with a further axis, several numbers
-            a sequence or an entry a step. With a frame also the name of a column, or a mapping or Series by id; with a
-            file of a frame that name; None with files that hold them, .ts and .npz.
-        validation: share of the sequences held out for early stopping, of each class alike; or data of its own: a pair
-            `(x, y)`, a frame or a file as `x` is. The epoch that does best on it is kept; 0: none, and the last one is.
-        test: the same for what nothing is chosen by: `scores` are measured on it. None: nothing.
-        task: `"classify"` or `"regress"`; told by `y` where None: text, bools and whole numbers are classes.
-        id, time, features, per_step: see `as_sequences`; for frames, but for the last.
-        units: width of each layer, bottom first.
+        x: an array `[N, T, C]`; a list of arrays `[T, C]`, whose T may differ; a pandas or polars frame with a row per
+            step; the name of a file, .ts, .npz, .csv or .parquet; a map-style dataset of `(sequence, target)`, such as
+            torch's; or, for data larger than memory, an iterable of these that can be iterated repeatedly, or a
+            function that returns an iterator: see `Stream`. NaN where a value is missing.
+        y: classes (text, integers or bools) or numbers: one per sequence or, with another axis, several numbers per
+            sequence or one entry per step. With a frame also the name of a column, or a mapping or Series by id; with
+            a table's file the name of a column; None with .ts and .npz files, which contain it.
+        validation: share of the sequences held out for early stopping, the same of each class; or separate data: a
+            pair `(x, y)`, a frame or a file like `x`. The best epoch on it is kept; 0: none, and the last is kept.
+        test: likewise, for data that isn't used in training: `scores` are measured on it. None: no test.
+        task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
+        id, time, features, per_step: see `as_sequences`; all but `per_step` are for frames.
+        units: units of each layer, first layer first.
         cell, bidirectional, dropout, pooling, every_step: see `Model`.
-        head, loss, metrics, optimizer, scheduler, callbacks: what of your own takes the place of what there is, or
-            stands beside it: see `Own`.
-        class_weight: `"balanced"`, or weights by class: how much each counts in the loss.
-        sample_weight: `[N]`, how much each sequence counts; with a frame also a column or a mapping by id.
+        head, loss, metrics, optimizer, scheduler, callbacks: your own parts of the model or the training: see `Own`.
+        class_weight: `"balanced"`, or weights by class: their weights in the loss.
+        sample_weight: `[N]`, the sequences' weights in the loss; with a frame also a column or a mapping by id.
         epochs, batch, lr, clip, patience, noise, offset, seed: see `Settings`.
-        init: a network, or the file of one, of the same shapes, whose weights are the start.
+        init: a network of the same shapes, or its file, whose weights are the initial ones.
         checkpoint, resume, overwrite, progress, threads, inspect: see `learn`.
-        log: where each epoch's figures go as it ends: a file that ends in .csv or .json, or a folder for TensorBoard.
+        log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         device: see `processes`.
-        buffer: of what is iterated over, how many examples are in memory at a time; they are shuffled among each other.
+        buffer: for iterables, the number of examples in memory at a time; they are shuffled among each other.
 
     Returns:
-        The `Result`: `.network` runs without torch, `.model` is a torch module, `.scores`, `.history`, `.labels`, and
-        `.sentence` says what stopped the training and how good it is.
+        The `Result`: `.network` runs without torch, `.model` is a torch module; also `.scores`, `.history`, `.labels`,
+        and `.sentence`, which says what stopped the training and how good the network is.
 
     Raises:
-        UsageError: data or settings that can't be used as they are given; the message names the mend.
+        UsageError: data or settings that can't be used as given; the message says how to fix it.
         FormatError: a file that can't be read.
         OSError: a file that can't be read or written.
 
@@ -107,23 +106,23 @@ def fit(
     >>> result.labels, result.network(x[:2].astype(np.float32)).shape
     (('busy', 'calm'), (2, 2))
     """
-    told = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
+    reading = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
     if is_stream(x):
         share = float(validation) if isinstance(validation, (int, float)) else 0.0
         if isinstance(test, (int, float)):
-            raise UsageError("expected test to be data of its own, where x is iterated over, got a share")
-        whole: Any = _stream(x, share, seed, buffer, told, {"y": y, "sample_weight": sample_weight})
+            raise UsageError("test: a share isn't supported where x is iterated over: pass separate data")
+        whole: Any = _stream(x, share, seed, buffer, reading, {"y": y, "sample_weight": sample_weight})
     else:
-        whole = _taken(x, y, "x", weight=sample_weight, **told)
+        whole = _taken(x, y, "x", weight=sample_weight, **reading)
     for column, why in whole.ignored.items():
         warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=2)
-    told["task"] = task or ("classify" if whole.labels else None if whole.y is None else "regress")
+    reading["task"] = task or ("classify" if whole.labels else None if whole.y is None else "regress")
     parts, shares = {}, {}
     for name, given in (("validation", validation), ("test", test)):
         if given is None or isinstance(given, (int, float)):
             shares[name] = float(given or 0.0)
         else:
-            parts[name] = _other(name, given, y, whole, **told)
+            parts[name] = _other(name, given, y, whole, **reading)
     training, tested = whole, parts.get("test")
     if shares.get("test"):
         training, tested = _cut(whole, shares["test"], seed)
@@ -154,45 +153,47 @@ def fit(
     )
 
 
-def _stream(x: Any, share: float, seed: int, buffer: int, told: dict[str, Any], others: dict[str, Any]) -> Stream:
-    """Return what is iterated over, once it has been."""
-    RunOptions(share)  # checks it
+def _stream(x: Any, share: float, seed: int, buffer: int, reading: dict[str, Any], others: dict[str, Any]) -> Stream:
+    """Return an iterable as a `Stream`, after one pass over it."""
+    RunOptions(share)  # checks the share
     if buffer < 1:
         raise UsageError(f"expected buffer >= 1, got {buffer}")
-    for name, given in (*others.items(), *told.items()):
+    for name, given in (*others.items(), *reading.items()):
         if name != "task" and given is not None:
             raise UsageError(
-                f"expected no {name} where x is iterated over, as its items are (sequence, target, weight)"
+                f"{name} isn't supported where x is iterated over: its items are (sequence, target, weight)"
             )
-    return Stream(x, share, seed, told["task"], buffer=buffer)
+    return Stream(x, share, seed, reading["task"], buffer=buffer)
 
 
-def _taken(x: Any, y: Any, name: str, **told: Any) -> Sequences:
-    """Return data, or what a file holds, as sequences."""
+def _taken(x: Any, y: Any, name: str, **reading: Any) -> Sequences:
+    """Return data in memory or in a file as sequences."""
     if isinstance(x, (str, os.PathLike)):
-        return read_sequences(x, y, **told)
-    return as_sequences(x, y, name=name, **told)
+        return read_sequences(x, y, **reading)
+    return as_sequences(x, y, name=name, **reading)
 
 
-def _other(name: str, given: Any, y: Any, whole: Sequences, **told: Any) -> Sequences:
-    """Return data of its own for one of the parts, in the form of the training's."""
+def _other(name: str, given: Any, y: Any, whole: Sequences, **reading: Any) -> Sequences:
+    """Return separate validation or test data, in the form of the training data."""
     pair = isinstance(given, tuple) and len(given) == 2
     x, own = given if pair else (given, y if isinstance(y, str) else None)
     if whole.columns:
-        told["features"] = whole.columns
+        reading["features"] = whole.columns
     try:
-        return _taken(x, own, name, labels=whole.labels or None, **told)
+        return _taken(x, own, name, labels=whole.labels or None, **reading)
     except UsageError as error:
         said = str(error)
         raise UsageError(said if said.startswith(name) else f"{name}: {said}") from None
 
 
 def _cut(whole: Sequences, share: float, seed: int) -> tuple[Sequences, Sequences]:
-    """Return what is trained on and what is tested on: `share` of each class."""
+    """Split off a test part, `share` of each class; return both parts."""
     if not 0.0 < share < 1.0:
-        raise UsageError(f"expected test to be a share in (0, 1), or data of its own, got {share}")
+        raise UsageError(f"expected test to be a share in (0, 1), or separate data, got {share}")
     y = np.zeros(len(whole.x)) if whole.y is None or isinstance(whole.y, list) else whole.y
     kept, held = split(y, share, np.random.default_rng([seed, 1]))
     if not len(held) or not len(kept):
-        raise UsageError(f"expected a test share that holds a sequence out, and leaves one, got {share} of {len(y)}")
+        raise UsageError(
+            f"test: a share of {share} of {len(y)} sequences leaves none to {'train' if len(held) else 'test'} on"
+        )
     return taken(whole, kept), taken(whole, held)

@@ -1,4 +1,4 @@
-"""What a model learns from: examples, and the batches of an epoch, which need no padding. Needs no torch."""
+"""Training examples, and the batches of an epoch, which need no padding. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 
-VALIDATED = 256  # examples of a batch that takes no gradient
+VALIDATED = 256  # batch size without gradients
 
 
 class Batch(NamedTuple):
-    """Examples that make one step.
+    """The examples of one training step.
 
-    `x` is what a model takes: an array whose first axis is the batch, or a tuple or dict of such; as examples come,
+    `x` is the model's input: an array whose first axis is the batch, or a tuple or dict of such; for sequences
     `[B, T, I]` float32, NaN where missing. `y` is `[B]` int64 classes or `[B, O]` float32 targets, with an axis T after
-    the first where there is one a step; `weight` is float32 in the shape of `y`: how much each counts in the loss, 0
-    where the target is missing. `mask` is `[B, T]`, True at the steps to use; None where all are.
+    the first if there is one per step; `weight` is float32 in the shape of `y`: the weight of each in the loss, 0
+    where the target is missing. `mask` is `[B, T]`, True at the steps to use; None = all.
     """
 
     x: Any
@@ -32,18 +32,18 @@ class Batch(NamedTuple):
 
 
 class Data(Protocol):
-    """What the fit loop learns from: the batches of every epoch.
+    """Training data for the fit loop: the batches of every epoch.
 
-    `steps` is how many batches an epoch has; `validates`, whether there is a validation part.
+    `steps` is the number of batches in an epoch; `validates` says whether there is a validation part.
     """
 
     steps: int
     validates: bool
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch, counted from 0, from the `first`-th on.
+        """Yield the batches of an epoch, numbered from 0, from batch `first` on.
 
-        They depend on what the data was made with and on the two numbers alone, in every process.
+        They depend only on the constructor's arguments and on the two numbers, in every process.
         """
         ...
 
@@ -52,26 +52,26 @@ class Data(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values that differ where the data does: a checkpoint is gone on from with the same alone."""
+        """Return plain values that identify the data: training only resumes from a checkpoint with the same ones."""
         ...
 
 
 class Examples(Protocol):
-    """Examples that can be had by position."""
+    """Examples that can be fetched by index."""
 
     lengths: NDArray[np.int64]
 
     def fetch(self, indices: NDArray[np.int64]) -> Batch:
-        """Return the examples at `indices`, which must be of one length."""
+        """Return the examples at `indices`, which must all have the same length."""
         ...
 
 
 class Labelled:
-    """Sequences with their classes or targets, as `Examples`; those without either weigh nothing.
+    """Sequences with their classes or targets, as `Examples`; without those, all weights are 0.
 
     Args:
         sequences: the data.
-        weights: of each class, on top of the sequences' own weights; None where all count alike.
+        weights: class weights, multiplied with the sequences' weights; None = all 1.
     """
 
     def __init__(self, sequences: Sequences, weights: NDArray[np.float32] | None = None):
@@ -99,12 +99,12 @@ class Labelled:
 def shaped(
     y: NDArray, weight: NDArray | None, weights: NDArray[np.float32] | None
 ) -> tuple[NDArray, NDArray[np.float32]]:
-    """Return targets as a `Batch` has them, `[N]` classes or `[N, O]` numbers, and weights in the same shape.
+    """Return targets in the shape of `Batch.y`, `[N]` classes or `[N, O]` numbers, and weights in the same shape.
 
     Args:
         y: classes or targets, `[N]` or `[N, O]`.
-        weight: of each entry, `[N]`; None where all count alike.
-        weights: of each class; None where all count alike.
+        weight: weight of each entry, `[N]`; None = all 1.
+        weights: class weights; None = all 1.
     """
     y = y if y.dtype.kind == "i" or y.ndim == 2 else y[:, None]
     whole = np.ones(y.shape, np.float32) if weights is None else weights[y]
@@ -121,11 +121,11 @@ def batches(
     Args:
         lengths: steps of every example, `[N]`.
         indices: the examples to batch.
-        size: most examples in a batch. A length's examples are spread evenly over as few batches as hold them.
-        rng: shuffles the examples within their length, and then the batches; file order and rising length where None.
+        size: maximum batch size. The examples of a length are spread evenly over as few batches as possible.
+        rng: shuffles the examples of each length, and then the batches; None = file order and ascending length.
 
     Returns:
-        Positions in `lengths`, one array a batch; every one of `indices` appears once.
+        Indices into `lengths`, one array per batch; each of `indices` appears once.
     """
     groups = []
     for length in np.unique(lengths[indices]):
@@ -137,7 +137,7 @@ def batches(
 
 
 def split(y: NDArray, share: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return positions to train on and to validate on, `share` of each class (of all, for targets) in the latter."""
+    """Return indices to train on and to validate on; the latter are `share` of each class (or of all, for targets)."""
     strata = [np.flatnonzero(y == label) for label in np.unique(y)] if y.dtype.kind == "i" else [np.arange(len(y))]
     held = [rng.permutation(group)[: round(share * len(group))] for group in strata]
     validation = np.sort(np.concatenate(held))
@@ -146,15 +146,15 @@ def split(y: NDArray, share: float, rng: np.random.Generator) -> tuple[NDArray[n
 
 @dataclass(frozen=True)
 class Inputs:
-    """Turns raw inputs with gaps into what the network takes; measured on the training part alone.
+    """Turns raw inputs with gaps into the network's inputs, with statistics of the training part only.
 
-    A missing value becomes the training mean, which is zero once standardised, and a channel that is ever missing
-    where another is observed gets a channel beside it that says 1 where it was observed and 0 where not. A step at
-    which nothing was observed is left out by the mask: the state is carried over it.
+    A missing value is replaced by the training mean, which is zero after standardisation. A channel that is sometimes
+    missing while another is observed gets an indicator channel: 1 where observed, 0 where missing. A step without any
+    observed value is masked: the state is carried over it.
 
     Args:
         mean, scale: of each raw channel, `[I]`; scale is 1 where a channel is constant.
-        observed: which channels have such a companion.
+        observed: indices of the channels with an indicator.
     """
 
     mean: NDArray[np.float32]
@@ -169,12 +169,12 @@ class Inputs:
         most: int = 4096,
         called: Callable[[int], str] = "channel {}".format,
     ) -> Inputs:
-        """Measure means and scales on the examples at `indices`, on `most` of them evenly spread where there are more.
+        """Measure means and scales on the examples at `indices`, or on `most` of them, evenly spread, if more.
 
-        `called` says what a message calls a channel.
+        `called` returns the name of a channel for messages.
 
         Raises:
-            UsageError: a channel without a single value.
+            UsageError: a channel without values.
         """
         some = indices[np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(np.int64)]
         rows = [examples.fetch(group).x for group in batches(examples.lengths, some, most)]
@@ -182,9 +182,7 @@ class Inputs:
         missing = np.isnan(x)
         if missing.all(axis=0).any():
             channel = int(np.argmax(missing.all(axis=0)))
-            raise UsageError(
-                f"expected values in every channel of the training part, found none in {called(channel)}: leave it out"
-            )
+            raise UsageError(f"{called(channel)} has no values in the training part: leave it out")
         scale = np.nanstd(x, axis=0)
         partly = missing & ~missing.all(axis=1, keepdims=True)
         mean = np.nanmean(x, axis=0)
@@ -193,43 +191,43 @@ class Inputs:
 
     @property
     def standardise(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and scale of every channel that the network takes, companions included."""
+        """Mean and scale of each of the network's input channels, including the indicators."""
         extra = np.zeros(len(self.observed), np.float32)
         return np.concatenate([self.mean, extra]), np.concatenate([self.scale, extra + 1])
 
     def __call__(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """Fill `x [B, T, I]`: returns `[B, T, I + companions]` and the mask `[B, T]`, None where all steps count."""
+        """Fill `x [B, T, I]`: return `[B, T, I + indicators]` and the mask `[B, T]`, None if all steps are used."""
         missing = np.isnan(x)
-        companions = 1.0 - missing[..., list(self.observed)].astype(np.float32)
-        filled = np.concatenate([np.where(missing, self.mean, x), companions], axis=-1, dtype=np.float32)
+        indicators = 1.0 - missing[..., list(self.observed)].astype(np.float32)
+        filled = np.concatenate([np.where(missing, self.mean, x), indicators], axis=-1, dtype=np.float32)
         used = np.asarray(~missing.all(axis=-1))
         return filled, None if used.all() else used
 
     def fill(self, batch: Batch) -> Batch:
-        """Return a batch of raw examples as a model takes it."""
+        """Return a batch of raw examples as the model's input."""
         x, mask = self(batch.x)
         return batch._replace(x=x, mask=mask)
 
     @property
     def digest(self) -> str:
-        """Of all that it was measured to be."""
+        """A digest of all fields."""
         return digest([self.mean, self.scale, np.array(self.observed, np.int64)])
 
 
 def standard_scale(mean: NDArray, scale: NDArray) -> NDArray[np.float32]:
-    """Return the scales of channels, 1 for those that are constant but for rounding."""
+    """Return the scales of channels, 1 for those that are constant up to rounding."""
     return np.where(scale > 1e-6 * np.maximum(np.abs(mean), 1e-6), scale, 1.0).astype(np.float32)
 
 
 def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return mean and scale of the targets in each column of `values [N, O]` where `weight` is above 0.
+    """Return mean and scale of each column of the targets `values [N, O]`, where `weight` is above 0.
 
     Raises:
-        UsageError: a column without a target, or one whose range float32 can't hold.
+        UsageError: a column without targets, or one whose range float32 can't represent.
     """
     counted = np.where(weight > 0, values, np.nan).astype(np.float64)
     if np.isnan(counted).all(axis=0).any():
-        raise UsageError("expected at least one observed target in the training part, found none")
+        raise UsageError("the training part has no observed targets")
     scale = np.nanstd(counted, axis=0)
     limits = np.finfo(np.float32)
     for bad, what in (
@@ -245,18 +243,18 @@ def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32
 
 
 class Indexed:
-    """Examples by position as `Data`: batches of one length, gaps filled, noise added in training.
+    """Indexed examples as `Data`: batches of equal length, gaps filled, noise added in training.
 
     Args:
         examples: the data.
         inputs: fills gaps; measured on the training part.
-        training, validation: positions in `examples`; the latter may be empty.
-        batch: most examples in a training step.
-        seed: fixes the order and the noise.
+        training, validation: indices into `examples`; the latter may be empty.
+        batch: maximum batch size in training.
+        seed: of the order and the noise.
         noise, offset: see `Settings`.
 
     Raises:
-        UsageError: nothing to train on.
+        UsageError: no training examples.
     """
 
     def __init__(
@@ -271,7 +269,7 @@ class Indexed:
         offset: float = 0.0,
     ):
         if not len(training):
-            raise UsageError("expected at least one example to train on, got none")
+            raise UsageError("there are no examples to train on")
         self.examples, self.inputs, self.training, self.validation = examples, inputs, training, validation
         self.batch, self.seed, self.noise, self.offset = batch, seed, noise, offset
         self.steps = len(batches(examples.lengths, training, batch))
@@ -304,13 +302,13 @@ class Indexed:
 
 
 def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tuple[int, int, int]) -> Batch:
-    """Return a batch with the noise of a step added: see `Settings`.
+    """Return a batch with noise added: see `Settings`.
 
     Args:
-        batch: examples as they come, `x [B, T, I]`.
-        inputs: has the channels' scales.
-        noise, offset: how strong it is.
-        draw: seed, epoch and step, of which the noise is a function.
+        batch: raw examples, `x [B, T, I]`.
+        inputs: provides the channels' scales.
+        noise, offset: strength of the noise.
+        draw: seed, epoch and step, which determine the noise.
     """
     x, rng = batch.x, np.random.default_rng(np.random.SeedSequence(draw))
     for strength, shape in ((noise, x.shape), (offset, (len(x), 1, x.shape[2]))):
@@ -320,21 +318,21 @@ def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tup
 
 
 class Digest:
-    """A digest of arrays' shapes and values; one NaN is as good as another."""
+    """A digest of arrays' shapes and values; all NaNs are equal."""
 
     def __init__(self) -> None:
-        self.held = hashlib.sha256()
+        self.hash = hashlib.sha256()
 
     def add(self, *arrays: NDArray) -> None:
-        """Take arrays into it."""
+        """Add arrays to the digest."""
         for array in arrays:
             if array.dtype.kind == "f":
                 array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
-            self.held.update(f"{array.dtype.str}{array.shape}".encode())
-            self.held.update(np.ascontiguousarray(array).data)
+            self.hash.update(f"{array.dtype.str}{array.shape}".encode())
+            self.hash.update(np.ascontiguousarray(array).data)
 
     def __str__(self) -> str:
-        return self.held.hexdigest()[:16]
+        return self.hash.hexdigest()[:16]
 
 
 def digest(arrays: Iterable[NDArray]) -> str:

@@ -1,4 +1,4 @@
-"""A model made and fitted as the options say, and what comes of it: whatever it learns."""
+"""Make a model and fit it, for any task, and the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cellstack.train.loop import learn
 from cellstack.train.processes import processes
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
-COPIES = 4  # of each weight that training keeps at least: itself, its gradient, and two moments of Adam
+COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
 RECURRENT = ("Recurrent", "Bidirectional")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
@@ -31,13 +31,13 @@ class Result:
     """A trained network.
 
     Args:
-        network: the network, its metadata filled in; it needs no torch.
-        model: the same as a torch module.
-        fit: what the fit did.
-        scores: what was measured on held-out data, see `predict`; {} where there was none.
-        rank: number of this process among those that trained; 0 is the one that writes and prints.
-        validated: how many examples the validation part has.
-        told: what `sentence` is, where several fits made the network.
+        network: the network with its metadata; it doesn't need torch.
+        model: the same network as a torch module.
+        fit: the course of the fit.
+        scores: scores on test data, see `predict`; {} without test data.
+        rank: number of this process among those that trained; process 0 writes and prints.
+        validated: number of examples in the validation part.
+        summary: the text of `sentence`, if several fits made the network.
     """
 
     network: Network
@@ -46,30 +46,30 @@ class Result:
     scores: dict[str, Any]
     rank: int = 0
     validated: int = 0
-    told: str = ""
+    summary: str = ""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry an epoch: see `Fit`."""
+        """One entry per epoch: see `Fit`."""
         return self.fit.history
 
     @property
     def labels(self) -> tuple[Any, ...]:
-        """The classes, in the order of the network's answers; () where it answers with numbers."""
+        """The classes, in the order of the network's outputs; () for regression."""
         return tuple(self.network.metadata.get("labels", ()))
 
     @property
     def sentence(self) -> str:
-        """What stopped the training, which epoch is kept, and how well it does on what was never trained on."""
-        return self.told or "; ".join(part for part in (self._stopped(), self._kept(), self._measured()) if part)
+        """What stopped the training, which epoch was kept, and its scores on held-out data."""
+        return self.summary or "; ".join(part for part in (self._stopped(), self._kept(), self._measured()) if part)
 
     def _stopped(self) -> str:
         done, fit = len(self.fit.history), self.fit
         how = {
             "epochs": f"trained for all {_count(done, 'epoch')}",
-            "patience": f"stopped after {_count(done, 'epoch')}, as the validation loss had not fallen for "
+            "patience": f"stopped after {_count(done, 'epoch')}, because the validation loss had not decreased for "
             f"{done - fit.best['epoch'] if fit.best else 0}",
-            "ctrl-c": f"stopped by Ctrl-C after {_count(done, 'whole epoch')}",
+            "ctrl-c": f"stopped by Ctrl-C after {_count(done, 'complete epoch')}",
             "callback": f"stopped by a callback after {_count(done, 'epoch')}",
         }
         return how[fit.stopped]
@@ -77,22 +77,20 @@ class Result:
     def _kept(self) -> str:
         best = self.fit.best
         if best is None:
-            return "no epoch came to its end: the weights are those of the last step"
-        why = "whose validation loss is the lowest" if "validation_loss" in best else "the last, as none was held out"
-        return f"kept is epoch {best['epoch']}, {why}"
+            return "no epoch was completed: the weights are those of the last step"
+        why = "with the lowest validation loss" if "validation_loss" in best else "the last, without a validation part"
+        return f"kept epoch {best['epoch']}, {why}"
 
     def _measured(self) -> str:
         best, names = self.fit.best, ("accuracy", "mae", "rmse", "bits_per_character")
         scored = [f"{name.replace('_', ' ')} {self.scores[name]:.4g}" for name in names if name in self.scores]
         if scored:
-            return f"on the test part, which was never trained on: {', '.join(scored)}"
+            return f"on the test part: {', '.join(scored)}"
         if best is None or "validation_loss" not in best:
-            return "nothing was held out to measure it on"
+            return "no data was held out to measure its accuracy on"
         found = [f"{name.replace('_', ' ')} {best[name]:.4g}" for name in names if name in best]
         found = ", ".join(found or [f"loss {best['validation_loss']:.4g}"])
-        return (
-            f"on the {_count(self.validated, 'validation example')}, never trained on, which chose the epoch: {found}"
-        )
+        return f"on the {_count(self.validated, 'validation example')}, which also selected the epoch: {found}"
 
 
 def _count(number: int, what: str) -> str:
@@ -102,17 +100,17 @@ def _count(number: int, what: str) -> str:
 def fitted(
     make: Callable[[], Any], data: Data, settings: Settings, options: RunOptions, own: Own = Own()
 ) -> tuple[Any, Fit, int]:
-    """Make a model and fit it; returns it, what the fit did, and this process's rank.
+    """Make a model and fit it; return the model, the `Fit` and this process's rank.
 
     Args:
-        make: makes the model, a `Learner`; its draws are those of the seed.
-        data: what it learns from.
-        settings, options: how.
-        own: the optimiser, scheduler, metrics and callbacks; the rest of it is for `make` to heed.
+        make: makes the model, a `Learner`; its random numbers depend on the seed.
+        data: the training data.
+        settings, options: how to fit.
+        own: the optimiser, scheduler, metrics and callbacks; `make` uses the rest of it.
 
     Raises:
         UsageError: see `learn`.
-        MemoryError: torch can't have the memory that a step takes.
+        MemoryError: torch can't allocate the memory of a step.
     """
     try:
         with processes(options.device) as team:
@@ -123,7 +121,7 @@ def fitted(
             with ExitStack() as stack:
                 writer = stack.enter_context(event_writer(options.events) or nullcontext()) if writes else None
                 callbacks = own.callbacks
-                if options.log is not None:  # of several processes the first one calls it
+                if options.log is not None:  # only the first of several processes calls it
                     callbacks = (*callbacks, stack.enter_context(closing(Log(options.log))))
                 fit = learn(
                     model,
@@ -151,12 +149,12 @@ def fitted(
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
-    """Raise `UsageError` where a model can't be trained on this machine at all, before any of it is made.
+    """Raise `UsageError` if a model can't fit into this machine's memory, before it is made.
 
     Args:
         architecture: how the model is built.
         width: of its input.
-        outputs: how many classes or numbers it answers with.
+        outputs: number of classes or of predicted numbers.
     """
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     numbers, ways = 0, 1 + architecture.bidirectional
@@ -167,13 +165,13 @@ def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
     if takes > have:
         units = ",".join(map(str, architecture.units))
         raise UsageError(
-            f"expected units that fit into memory, got {units}: their {numbers:,} weights take {takes / 1e9:,.1f} GB "
-            f"in training, of {have / 1e9:,.1f} GB that this machine has"
+            f"units {units} don't fit into memory: their {numbers:,} weights need {takes / 1e9:,.1f} GB in training, "
+            f"and this machine has {have / 1e9:,.1f} GB"
         )
 
 
 def as_network(model: Any, metadata: dict[str, Any]) -> Network:
-    """Return a trained model as a Network, its nodes named by what they are for."""
+    """Return a trained model as a Network whose nodes are named by their purpose."""
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
     names = [

@@ -1,4 +1,4 @@
-"""A training's history as a file, as a picture, and as it goes on: CSV, JSON, TensorBoard."""
+"""A training's history as a file, as a plot, and as a log during training: CSV, JSON, TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
-APART = ("epoch", "lr")  # what isn't drawn
-FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # with which a spreadsheet's formula may begin; the last four are full-width
+APART = ("epoch", "lr")  # entries that aren't plotted
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a spreadsheet's formula; the last four are full-width
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -25,8 +25,8 @@ def check(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) ->
     """Check before a training that a file can be written after it.
 
     Raises:
-        UsageError: another suffix.
-        OSError: it can't be written.
+        UsageError: an unsupported suffix.
+        OSError: the file can't be written.
     """
     if Path(path).suffix.lower() not in suffixes:
         raise UsageError(f"expected {what} to end in one of {', '.join(suffixes)}, got {os.fspath(path)!r}")
@@ -34,26 +34,26 @@ def check(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) ->
 
 
 def write(path: str | os.PathLike[str], history: Sequence[dict[str, Any]]) -> None:
-    """Write a history: `.csv`, a line an epoch, or `.json`, a list of objects.
+    """Write a history: `.csv`, a line per epoch, or `.json`, a list of objects.
 
     Raises:
-        OSError: it can't be written; what was there stays.
+        OSError: the file can't be written; the previous file is intact.
     """
     if Path(path).suffix.lower() == ".json":
         text = json.dumps(list(history), indent=1) + "\n"
     else:
         names = list(dict.fromkeys(name for entry in history for name in entry))
-        held = io.StringIO()
-        writer = csv.DictWriter(held, names, lineterminator="\n")
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: cell(value) for name, value in entry.items()} for entry in history)
-        text = held.getvalue()
+        text = buffer.getvalue()
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def cell(value: Any) -> Any:
-    """Return a value as a cell of CSV: text that a spreadsheet would run as a formula begins with `'`, a number never.
+    """Return a value as a CSV cell: text that a spreadsheet would run as a formula is prefixed with `'`.
 
     Ref: OWASP, "CSV injection".
 
@@ -66,16 +66,16 @@ def cell(value: Any) -> Any:
 
 
 def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: dict[str, Any] | None = None) -> None:
-    """Draw the losses over the epochs, and each metric below them, with the kept epoch marked.
+    """Plot the losses over the epochs, and each metric below them, with the kept epoch marked.
 
     Raises:
         UsageError: matplotlib isn't installed.
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise UsageError(f"a picture needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"a plot needs {error.name}: install cellstack[torch]") from None
     numbers = [name for name in history[0] if name not in APART and isinstance(history[0][name], float)]
     losses = [name for name in numbers if name in ("loss", "validation_loss")]
     rows = [losses, *([name] for name in numbers if name not in losses)]
@@ -100,7 +100,7 @@ def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: 
 
 
 def event_writer(folder: str | os.PathLike[str] | None) -> Any:
-    """Return TensorBoard's writer to a folder, torch's own choice of one where None; None without TensorBoard."""
+    """Return a TensorBoard writer to a folder (None = torch's default); None if TensorBoard isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
@@ -109,16 +109,16 @@ def event_writer(folder: str | os.PathLike[str] | None) -> Any:
 
 
 class Log:
-    """A callback that writes each epoch's figures as it ends: to a file, anew each time, or as TensorBoard's events.
+    """A callback that writes each epoch's metrics as it ends: to a file, rewritten each time, or to TensorBoard.
 
-    A file that can't be written ends no training: there is one warning.
+    If the file can't be written, there is one warning, and the training continues.
 
     Args:
-        path: a file that ends in .csv or .json, else a folder.
+        path: a .csv or .json file, else a folder.
 
     Raises:
-        UsageError: a folder, where TensorBoard isn't installed.
-        OSError: a file that can't be written.
+        UsageError: a folder, and TensorBoard isn't installed.
+        OSError: the file can't be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -129,7 +129,7 @@ class Log:
         self.writer = event_writer(path)
         if self.writer is None:
             raise UsageError(
-                f"expected a log that ends in {' or '.join(FILES)}, got {os.fspath(path)!r}: for TensorBoard's events, "
+                f"expected a log with the suffix {' or '.join(FILES)}, got {os.fspath(path)!r}: for events, "
                 "pip install tensorboard"
             )
 
@@ -146,10 +146,10 @@ class Log:
         except OSError as error:
             if not self.failed:
                 self.failed = True
-                said = f"the log could not be written, training goes on: {os.fspath(self.path)}: {error.strerror}"
+                said = f"the log could not be written, training continues: {self.path}: {error.strerror}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the TensorBoard writer, if there is one."""
         if self.writer is not None:
             self.writer.close()

@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: the first one ends it after the step, the second one at once."""
+"""Ctrl-C in a training: the first one stops it after the current step, the second one immediately."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C sets; the second one does what it always does.
+    """Yield an event that the first Ctrl-C sets; the second one has its usual effect.
 
-    Where SIGINT is ignored, as in the background of a shell, it stays so.
+    If SIGINT is ignored, as in the background of a shell, it stays ignored.
     """
     event = threading.Event()
-    in_main = threading.current_thread() is threading.main_thread()  # signals reach no other
+    in_main = threading.current_thread() is threading.main_thread()  # only the main thread receives signals
     if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield event
         return

@@ -1,4 +1,4 @@
-"""What the fit loop asks of a model, what it tells a callback, and what it has done at the end."""
+"""The fit loop's interfaces: the model's protocol, the argument of callbacks, and the result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cellstack.inspect.records import TrainingRecord
 
 
 class Learner(Protocol):
-    """What a `torch.nn.Module` offers to be fitted.
+    """The methods that a `torch.nn.Module` needs to be fitted.
 
-    `forward(x, mask)` returns what the other methods take as `out`; x and mask are those of a `Batch`, as tensors.
+    `forward(x, mask)` returns the argument `out` of the other methods; x and mask are those of a `Batch`, as tensors.
 
     A model that carries a state from batch to batch, as in truncated backpropagation, also has an attribute `carried`:
-    tensors in tuples, lists or dicts, or None. The loop sets it to None where an epoch starts, and for the validation
-    part; `forward` reads it and puts the state after the batch there. The loop cuts it off from its graph after each
-    step and keeps it in the checkpoint, with NamedTuples as plain tuples, so that a resumed run goes on from it.
+    tensors in tuples, lists or dicts, or None. The loop sets it to None at the start of an epoch and for the validation
+    part; `forward` reads it and stores the state after the batch in it. The loop detaches it from its graph after each
+    step and saves it in the checkpoint, with NamedTuples as plain tuples, so that a resumed run continues from it.
     """
 
     def losses(self, out: Any, mask: Tensor | None, y: Tensor) -> Tensor:
@@ -26,23 +26,23 @@ class Learner(Protocol):
         ...
 
     def measure(self, out: Any, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Return sums over a batch of the validation part: they are added up over batches and processes."""
+        """Return sums over a batch of the validation part, to be added up over batches and processes."""
         ...
 
     def measured(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the metrics that the sums amount to, by the names that the history has them under."""
+        """Compute the metrics from the sums; return them by their names in the history."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values in which a checkpoint's model must be alike, beside the shapes of the weights."""
+        """Return plain values that must match a checkpoint's model, in addition to the shapes of the weights."""
         ...
 
 
 class Epoch(NamedTuple):
-    """What a callback is given after an epoch.
+    """The argument of a callback, after an epoch.
 
-    `entry` is its line of the history, to which a callback may add; `model` is in evaluation mode; `fit` is what was
-    done so far.
+    `entry` is the epoch's entry in the history, to which a callback may add; `model` is in evaluation mode; `fit` is
+    the state of the fit so far.
     """
 
     entry: dict[str, Any]
@@ -52,21 +52,21 @@ class Epoch(NamedTuple):
 
 @dataclass
 class Fit:
-    """What a fit did. The model holds the best weights when it returns.
+    """The course of a fit. Afterwards, the model has the best weights.
 
     Args:
-        history: one entry an epoch: `epoch`, `lr`, `loss` and, with a validation part, `validation_loss` and the
+        history: one entry per epoch: `epoch`, `lr`, `loss` and, with a validation part, `validation_loss` and the
             model's metrics.
-        best: the entry whose weights were kept; None before the first epoch was done.
+        best: the entry whose weights were kept; None before the end of the first epoch.
         steps: steps of the optimiser.
         seconds: time spent in this call.
-        stopped: what ended it: `"epochs"`, `"patience"`, `"ctrl-c"` or `"callback"`.
-        checkpoint_error: why the last checkpoint could not be written; "" where it was, or none was asked for.
-        records: what was seen of the layers, in the epochs that were looked at.
-        threads: how many were used.
-        timed: seconds of a step by the number of threads, where that was measured.
-        resumed: the epochs that a checkpoint brought.
-        notes: what has to be said of how it went, a sentence each.
+        stopped: what stopped it: `"epochs"`, `"patience"`, `"ctrl-c"` or `"callback"`.
+        checkpoint_error: why the last checkpoint could not be written; "" if it was, or if none was requested.
+        records: records of the layers, of the inspected epochs.
+        threads: number of threads used.
+        timed: seconds of a step by the number of threads, if measured.
+        resumed: number of epochs that a checkpoint contained.
+        notes: remarks on the fit, a sentence each.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -83,5 +83,5 @@ class Fit:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it."""
+        """Whether Ctrl-C stopped it."""
         return self.stopped == "ctrl-c"

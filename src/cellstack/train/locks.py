@@ -14,22 +14,22 @@ from os import PathLike
 
 from cellstack.train.checks import UsageError
 
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 
 @contextmanager
 def locked(path: str | PathLike[str] | None) -> Iterator[None]:
     """Lock a file against other trainings while the block runs.
 
-    The operating system holds the lock, on a small file in the same folder, `.cellstack-….lock`, and releases it when
-    the process ends, however it ends. What a killed process leaves there locks nothing.
+    The operating system keeps the lock, on a small file in the same folder, `.cellstack-….lock`, and releases it when
+    the process ends, even if it is killed. A leftover lock file doesn't lock anything.
 
     Args:
         path: the file, which need not exist; None: lock nothing.
 
     Raises:
         UsageError: another training has locked the file.
-        OSError: no file can be made in the folder.
+        OSError: no file can be created in the folder.
     """
     if path is None:
         yield
@@ -43,7 +43,7 @@ def locked(path: str | PathLike[str] | None) -> Iterator[None]:
     finally:
         if _is_at(descriptor, name):
             os.unlink(name)
-        with suppress(OSError):  # where there are no locks
+        with suppress(OSError):  # on file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have inherited the descriptor
         os.close(descriptor)
 
@@ -69,8 +69,8 @@ def _lock(name: str, path: str) -> int:
             return descriptor
         if _is_at(descriptor, name):
             break
-        os.close(descriptor)  # the training that had it has just removed it
-    with suppress(OSError):  # on a full disk, messages don't name the process
+        os.close(descriptor)  # its owner has just removed it
+    with suppress(OSError):  # on a full disk the lock works too, but messages don't name the process
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f" (process {os.getpid()} on {platform.node()})".encode())
     return descriptor

@@ -1,8 +1,8 @@
-"""The fit loop, over any model and data that keep to a small protocol: see `learner.Learner` and `examples.Data`.
+"""The fit loop, for any model and data that follow a small protocol: see `learner.Learner` and `examples.Data`.
 
-Adam or another optimiser, clipping, early stopping, checkpoints, Ctrl-C, one process or many. Every random draw of a
-step is a function of (seed, epoch, step) alone. So a run repeats bit for bit, a resumed run equals an unbroken one, and
-processes that share a batch draw the same numbers for it.
+Adam or another optimiser, clipping, early stopping, checkpoints, Ctrl-C, one process or many. The random numbers of a
+step depend only on (seed, epoch, step). So a run is reproducible bit for bit, a resumed run equals an uninterrupted
+one, and processes that share a batch draw the same numbers for it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cellstack.train.model import Dropout
 from cellstack.train.processes import Processes
 from cellstack.train.settings import Settings
 
-TIMED = 3  # batches that a choice of threads is measured on
+TIMED = 3  # batches on which the number of threads is chosen
 NO_METRIC = ("epoch", "lr", "loss", "validation_loss")
 
 
@@ -68,62 +68,62 @@ def learn(
     metrics: Mapping[str, Callable[[NDArray, NDArray], float]] | None = None,
     callbacks: Sequence[Callable[[Epoch], Any]] = (),
 ) -> Fit:
-    """Fit a model to data, keeping the weights that do best on the validation part.
+    """Fit a model to data, and keep the weights of the best epoch on the validation part.
 
     Args:
-        model: a module that is a `Learner`. Its weights are the start, and afterwards the best found (the last, without
-            a validation part).
+        model: a module that is a `Learner`. Training starts from its weights, and sets them to the best ones found
+            (the last, without a validation part).
         data: the batches.
-        settings: how to fit; of it the loop reads `epochs`, `lr`, `clip`, `patience` and `seed`.
-        checkpoint: file that is written after every epoch and on Ctrl-C. Where that fails, as on a full disk, there is
-            a warning, the checkpoint before stays, and the fit goes on.
-        resume: go on from `checkpoint` where it exists. More epochs than it was made for may be asked for: the rate
-            then goes on as a run of so many epochs has it, from that epoch on. What a callback ended stays so,
-            unless more epochs or no callbacks come with it.
-        overwrite: begin anew where `checkpoint` exists.
-        progress: show a bar with loss, metrics, steps/s and time left on standard error.
-        name: what stands before the bar.
-        team: the processes that share each batch; this one alone where None.
-        inspect: look at the layers in one epoch of so many, see `inspect.TrainingMonitor`; 0: never. What is trained is
-            the same bit for bit. Of several processes the first one looks, at its own rows.
-        writer: a `torch.utils.tensorboard.SummaryWriter` that gets what was seen.
-        threads: how many to use; measured on the first batches where None, see `threads.fastest`, and as the checkpoint
-            has it where one is gone on from, as other threads give other last bits.
-        optimizer: makes one of the parameters; Adam at `settings.lr` where None.
-        scheduler: makes one of the optimiser, stepped once an epoch, with the validation loss where its `step` needs
-            one; or `"cosine"`, half a one down to a hundredth of the rate, or `"constant"`.
-        metrics: by name, callables of the truth and the answers over the whole validation part: `[M]` classes or
-            `[M, O]` numbers, as in `y`, and `[M, O]`, as the model's `answer(out, mask)` gives them; M counts
-            sequences, or all of their steps.
-        callbacks: called with an `Epoch` after each; one that returns True ends the fit. Of several processes the first
-            one calls them.
+        settings: how to fit; the loop uses `epochs`, `lr`, `clip`, `patience` and `seed`.
+        checkpoint: a file to write after every epoch and on Ctrl-C. If that fails, for example because the disk is
+            full, there is a warning, the previous checkpoint is intact, and the fit continues.
+        resume: continue from `checkpoint` if it exists, with more epochs if wanted: from then on the learning rate is
+            that of a run of so many epochs. A run that a callback stopped stays stopped, unless there are more epochs
+            or no callbacks.
+        overwrite: start again even if `checkpoint` exists.
+        progress: show a bar with loss, metrics, steps/s and remaining time on standard error.
+        name: a label before the bar.
+        team: the processes that share each batch; None = this one only.
+        inspect: record the layers in every `inspect`-th epoch, see `inspect.TrainingMonitor`; 0: never. The weights are
+            the same bit for bit. With several processes, the first one records its own rows.
+        writer: a `torch.utils.tensorboard.SummaryWriter` for the records.
+        threads: number of threads; None = the fastest on the first batches, see `threads.fastest`, or, when resuming,
+            that of the checkpoint, because another number changes the last bits.
+        optimizer: a callable that makes an optimiser of the parameters; None = Adam with `settings.lr`.
+        scheduler: a callable that makes a scheduler of the optimiser, stepped once per epoch, with the validation loss
+            if its `step` needs one; or `"cosine"`, half a cosine down to a hundredth of the rate, or `"constant"`.
+        metrics: by name, functions of the true values and the predictions over the whole validation part: `[M]` classes
+            or `[M, O]` numbers, as in `y`, and `[M, O]`, as returned by the model's `answer(out, mask)`; M is the
+            number of sequences, or of all their steps.
+        callbacks: called with an `Epoch` after each epoch; one that returns True stops the fit. With several processes,
+            only the first one calls them.
 
     Returns:
-        What happened. After Ctrl-C (SIGINT) too: the step is finished, then the loop ends; a second one raises.
+        The course of the fit. After Ctrl-C (SIGINT) the loop finishes the step and returns; a second one raises.
 
     Raises:
-        UsageError: nothing to train on, a loss that isn't finite, a checkpoint that is there without `resume` or
-            `overwrite`, one that another training is writing, or one of other settings, another model or other data.
+        UsageError: no training data; a loss that isn't finite; a checkpoint that exists without `resume` or
+            `overwrite`, that another training is writing, or that has other settings, another model or other data.
         FormatError: a damaged checkpoint.
-        OSError: `checkpoint` is where no file can be written, which is told before the first step.
+        OSError: `checkpoint` can't be written, checked before the first step.
     """
     team = team or Processes()
     path = None if checkpoint is None else os.fspath(checkpoint)
     if path is not None and team.rank == 0:
         check_replaceable(path)
     if hasattr(model, "carried") and team.world > 1:
-        raise UsageError("expected one process for a model that carries its state from batch to batch, got several")
+        raise UsageError("a model that carries its state from batch to batch can't be trained by several processes")
     with (
         locked(path if team.rank == 0 else None),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         counted.kept(),
         interruptible() as interrupt,
     ):
-        going_on = path is not None and Path(path).exists() and not overwrite
-        if going_on and not resume:
+        resuming = path is not None and Path(path).exists() and not overwrite
+        if resuming and not resume:
             raise UsageError(
-                f"{path}: a checkpoint is there already: resume (--resume) goes on from it, overwrite (--overwrite) "
-                "begins anew"
+                f"{path}: the checkpoint already exists: resume (--resume) continues from it, overwrite (--overwrite) "
+                "starts again"
             )
         if threads is not None:
             torch.set_num_threads(threads)
@@ -131,13 +131,13 @@ def learn(
         run.metrics, run.callbacks = dict(metrics or {}), callbacks
         if inspect and team.rank == 0:
             run.monitor = TrainingMonitor(run.model, inspect, writer=writer)
-        if going_on and path is not None:
+        if resuming and path is not None:
             run.restore(path, threads)
         return run.go(checkpoint, name if progress else None, interrupt, measure=threads is None)
 
 
 class _Run:
-    """A fit under way."""
+    """The state of a fit."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Run:
     def go(
         self, checkpoint: str | os.PathLike[str] | None, bar_name: str | None, interrupt: threading.Event, measure: bool
     ) -> Fit:
-        """Run to the end, to early stopping or to Ctrl-C; with a progress bar of this name, with none where None."""
+        """Run until the end, early stopping or Ctrl-C; `bar_name` is the progress bar's label, None = no bar."""
         settings, result, started = self.settings, self.result, time.perf_counter()
         per_epoch = self.data.steps
         total, done = settings.epochs * per_epoch, self.epoch * per_epoch + self.step
@@ -189,7 +189,7 @@ class _Run:
                     self.step += 1
                     bar.update()
                     bar.set_postfix(self.shown(), refresh=False)
-                    # Processes must leave at the same step, or the others would wait for ever.
+                    # Processes must stop at the same step, or the others would wait forever.
                     if self.team.add([float(interrupt.is_set())])[0] > 0:
                         result.stopped = "ctrl-c"
                         break
@@ -197,8 +197,8 @@ class _Run:
                     self.close_epoch()
                 elif not result.stopped:
                     raise UsageError(
-                        f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: what "
-                        "is iterated over must give the same examples each time"
+                        f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: an "
+                        "iterable must yield the same examples each time"
                     )
                 result.threads = torch.get_num_threads()
                 if checkpoint is not None and self.team.rank == 0:
@@ -213,7 +213,7 @@ class _Run:
         return result
 
     def loss(self, batch: Batch, share: float = 1.0, rows: NDArray[np.int64] | None = None) -> tuple[Tensor, float]:
-        """Return the sum of the weighted losses of a global batch's `rows`, over the weight of all, and that weight."""
+        """Return the weighted losses of a global batch's `rows`, summed and divided by the total weight, and that."""
         size = len(batch.weight)
         rows = np.arange(size) if rows is None else rows
         for dropout in self.dropouts:
@@ -226,8 +226,8 @@ class _Run:
         each = self.model.losses(out, mask, y)
         if each.shape != weight.shape:
             raise UsageError(
-                f"expected a loss that gives one number a target, in the shape {tuple(weight.shape)}, got "
-                f"{tuple(each.shape)}: losses of torch do with reduction='none'"
+                f"expected a loss that returns one number per target, in the shape {tuple(weight.shape)}, got "
+                f"{tuple(each.shape)}: use reduction='none' with torch's losses"
             )
         loss = (each * (weight * share)).sum() / total
         for dropout in self.dropouts:
@@ -235,12 +235,12 @@ class _Run:
         return loss, total
 
     def train(self, batch: Batch) -> None:
-        """Take one step of the optimiser on a global batch, of which this process does its rows."""
+        """Take one optimiser step on a global batch; this process computes its own rows."""
         settings = self.settings
         draws = np.random.SeedSequence([settings.seed, self.epoch, self.step])
         torch.manual_seed(int(draws.generate_state(1)[0]))
         rows, share = self.team.rows(len(batch.weight)), 1.0
-        if not len(rows):  # a process without a row joins the step all the same, with a row that counts for nothing
+        if not len(rows):  # a process without rows must join the step too: with a row of weight 0
             rows, share = np.array([0]), 0.0
         mine, total = self.loss(batch, share, rows)
         loss = mine * self.team.world  # gradients are averaged over the processes, and should be added
@@ -262,7 +262,7 @@ class _Run:
             self.sums[n] += value
 
     def time(self, batches: list[Batch], left: int) -> dict[int, float]:
-        """Choose the number of threads on some batches, of which nothing stays: see `threads.fastest`."""
+        """Choose the number of threads on some batches, without side effects: see `threads.fastest`."""
         carried = getattr(self.model, "carried", None)
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
@@ -272,7 +272,7 @@ class _Run:
                 self.model.carried = carried
 
         if self.monitor is not None:
-            self.monitor.close()  # it looks at the first gradient that comes, which is to be that of a step
+            self.monitor.close()  # it records the first gradient that it sees, which must be a training step's
         took = counted.fastest([partial(passes, batch) for batch in batches], left)
         if self.monitor is not None:
             self.monitor.skip(0)
@@ -283,7 +283,7 @@ class _Run:
         return took
 
     def close_epoch(self) -> None:
-        """Validate, keep the weights where they are the best, and begin the next epoch."""
+        """Validate, keep the weights if they are the best, and start the next epoch."""
         rate = self.optimizer.param_groups[0]["lr"]
         entry: dict[str, Any] = {"epoch": self.epoch + 1, "lr": float(rate), "loss": self.sums[0] / self.sums[1]}
         record = None if self.monitor is None else self.monitor.epoch()
@@ -304,19 +304,19 @@ class _Run:
         stop = False
         if self.callbacks and self.team.rank == 0:
             self.model.eval()
-            for callback in self.callbacks:  # all of them, whatever one says
+            for callback in self.callbacks:  # call all, even if one returns True
                 stop = bool(callback(Epoch(entry, self.model, self.result))) or stop
         if self.callbacks and self.team.add([float(stop)])[0] > 0:
             self.called_off = True
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return the validation loss and the metrics, each process having done its share of the batches."""
+        """Compute the validation loss and the metrics; each process computes its share of the batches."""
         self.model.eval()
         carried = getattr(self.model, "carried", None)
         if hasattr(self.model, "carried"):
             self.model.carried = None
-        sums: dict[str, float] = {"": 0.0, " ": 0.0}  # weighted losses and weights, which no model's sums are named
+        sums: dict[str, float] = {"": 0.0, " ": 0.0}  # weighted losses and weights, by names that no model uses
         whole: list[tuple[NDArray, NDArray]] = []
         for batch in islice(self.data.held(), self.team.rank, None, self.team.world):
             x, y, weight, mask = self.tensors(batch)
@@ -329,7 +329,7 @@ class _Run:
                 whole.append(_flat(batch, self.model.answer(out, mask).cpu().numpy()))
         if hasattr(self.model, "carried"):
             self.model.carried = carried
-        gathered = self.team.gather((sums, whole))  # one may have had no batch, and so no sums of the model's
+        gathered = self.team.gather((sums, whole))  # a process without a batch has no sums of the model
         names = dict.fromkeys(chain.from_iterable(theirs for theirs, _ in gathered))
         sums = {name: sum(theirs.get(name, 0.0) for theirs, _ in gathered) for name in names}
         loss, weight = sums.pop(""), sums.pop(" ")
@@ -340,21 +340,21 @@ class _Run:
         return figures
 
     def tensors(self, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor | None]:
-        """Return x, y, weight and mask as tensors where this process computes."""
+        """Return x, y, weight and mask as tensors on this process's device."""
         x, y, weight, mask = pytree.tree_map_only(
             np.ndarray, lambda array: torch.from_numpy(array).to(self.team.device), tuple(batch)
         )
         return x, y, weight, mask
 
     def shown(self) -> dict[str, str]:
-        """Return what the bar shows beside steps/s and the time left."""
+        """Return what the bar shows in addition to steps/s and the remaining time."""
         shown = {"epoch": str(self.epoch + 1), "loss": f"{self.sums[0] / max(self.sums[1], 1e-12):.4f}"}
         last = self.result.history[-1] if self.result.history else {}
         numbers = {name: value for name, value in last.items() if isinstance(value, float) and name not in NO_METRIC}
         return shown | {name: f"{value:.4f}" for name, value in numbers.items()}
 
     def ended(self) -> str:
-        """Return why there is no further epoch; "" where there is one."""
+        """Return why there is no further epoch; "" if there is one."""
         if self.called_off:
             return "callback"
         best, patience = self.result.best, self.settings.patience
@@ -364,7 +364,7 @@ class _Run:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from; more epochs may be asked for."""
+        """What must be the same to resume from a checkpoint; the number of epochs may differ."""
         settings = {name: value for name, value in asdict(self.settings).items() if name != "epochs"}
         return {
             **settings,
@@ -393,23 +393,25 @@ class _Run:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint; work done isn't lost where that fails, so the fit goes on."""
+        """Write a checkpoint; if that fails, warn, and let the fit continue."""
         failed, self.result.checkpoint_error = self.result.checkpoint_error, ""
         try:
             checkpoints.save(path, self.state())
         except OSError as error:
             self.result.checkpoint_error = f"{os.fspath(path)}: {error.strerror or error}"
-            if not failed:  # once, not after each epoch that follows
-                said = f"the checkpoint could not be written, training goes on: {self.result.checkpoint_error}"
+            if not failed:  # warn once, not after each following epoch
+                said = f"the checkpoint could not be written, training continues: {self.result.checkpoint_error}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def restore(self, path: str | os.PathLike[str], threads: int | None) -> None:
-        """Go on from a checkpoint, with its number of threads unless one is asked for."""
+        """Load a checkpoint, with its number of threads unless one is given."""
         state = checkpoints.load(path)
         for name, mine in self.fingerprint.items():
             found = state["fingerprint"].get(name)
             if found != mine:
-                raise UsageError(f"{path}: expected {name} as in this training, {mine}, found {found}")
+                raise UsageError(
+                    f"{path}: expected a checkpoint with {name} {mine}, as in this training, found {found}"
+                )
         try:
             self.epoch, self.step, *self.sums = state["position"]
             self.model.load_state_dict(state["model"])
@@ -422,9 +424,7 @@ class _Run:
             self.result.records = [TrainingRecord.from_json(record) for record in state["records"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             why = checkpoints.first_line(error)
-            raise FormatError(
-                f"{path}: expected the state of this training, found one that doesn't fit: {why}"
-            ) from None
+            raise FormatError(f"{path}: the checkpoint doesn't fit this training: {why}") from None
         if self.callbacks and state["epochs"] == self.settings.epochs:
             self.called_off = state["called_off"]
         if self.cosine and state["epochs"] != self.settings.epochs:
@@ -439,7 +439,7 @@ class _Run:
             self.monitor.skip(self.epoch)
 
     def extend(self, before: int) -> None:
-        """Let the rate go on as a run of the epochs that are asked for has it, where a checkpoint was for others."""
+        """Continue with the learning rate of a run of `settings.epochs`, if the checkpoint was for another number."""
         epochs, state = self.settings.epochs, self.schedule.state_dict()
         least, share = state["eta_min"], (1 + math.cos(math.pi * min(self.epoch / epochs, 1.0))) / 2
         rates = [least + (base - least) * share for base in state["base_lrs"]]
@@ -447,8 +447,8 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.result.notes.append(
-            f"the checkpoint was made for {before} epochs: from epoch {self.epoch + 1} on, the rate goes on as in a "
-            f"training of {epochs}, at {rates[0]:.3g}"
+            f"the checkpoint is of a training of {before} epochs: from epoch {self.epoch + 1} on, the learning rate is "
+            f"that of a training of {epochs} epochs, now {rates[0]:.3g}"
         )
 
 
@@ -465,7 +465,7 @@ def _schedule(
 
 
 def _flat(batch: Batch, answers: NDArray) -> tuple[NDArray, NDArray]:
-    """Return the truth and the answers that count, `[M]` classes or `[M, O]` numbers and `[M, O]`."""
+    """Return the true values and predictions of nonzero weight, `[M]` classes or `[M, O]` numbers, and `[M, O]`."""
     classes = batch.y.dtype.kind in "iu"
     truth, weight = (array.reshape(-1) if classes else array.reshape(-1, array.shape[-1]) for array in batch[1:3])
     counts = weight > 0 if classes else (weight > 0).any(axis=-1)
@@ -473,7 +473,7 @@ def _flat(batch: Batch, answers: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _cut_off(state: Any) -> Any:
-    """Return a state without its graph, in plain containers, as a checkpoint holds it."""
+    """Return a state detached from its graph, in plain containers, as in a checkpoint."""
     if isinstance(state, Tensor):
         return state.detach()
     if isinstance(state, (tuple, list)):

@@ -1,4 +1,4 @@
-"""The measures of numbers that were predicted, beside what came. Needs no torch."""
+"""Error measures of predicted numbers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 def errors(
     predicted: NDArray[np.float64], actual: NDArray[np.float64], scaled_by: float | None = None
 ) -> dict[str, float]:
-    """Return `mae`, the mean absolute error, and `rmse`, the root of the mean squared one; NaN of nothing.
+    """Return `mae`, the mean absolute error, and `rmse`, the root mean squared error, of the observed values.
 
-    What wasn't observed isn't measured.
+    Both are NaN without observed values.
 
     Args:
-        predicted, actual: of one shape; the latter is NaN where missing.
-        scaled_by: what `mase`, then there too, is the mean absolute error divided by, see `seasonal_error`.
+        predicted, actual: arrays of the same shape; `actual` is NaN where missing.
+        scaled_by: if given, also return `mase`, the mean absolute error divided by it, see `seasonal_error`.
     """
     difference = (predicted - actual)[~np.isnan(actual)]
     mae, rmse = (
@@ -29,11 +29,11 @@ def errors(
 
 
 def seasonal_error(values: NDArray[np.float64], season: int) -> float:
-    """Return the mean absolute change over a season, by which MASE divides errors; NaN where nothing is a season apart.
+    """Return the mean absolute change over a season, the scale of MASE; NaN if no observed values are a season apart.
 
     Args:
         values: of the training part, `[N]`.
-        season: rows.
+        season: its length, in rows.
 
     Ref: Hyndman and Koehler, Another look at measures of forecast accuracy, International Journal of Forecasting 22
     (2006), 679-688, section 3.
@@ -44,7 +44,7 @@ def seasonal_error(values: NDArray[np.float64], season: int) -> float:
 
 
 def pinball(quantiles: NDArray[np.float64], actual: NDArray[np.float64], levels: Sequence[float]) -> float:
-    """Return the mean quantile loss over everything observed and all levels; NaN of nothing.
+    """Return the mean quantile loss over all observed values and all levels; NaN without observed values.
 
         loss = max(q·(y - ŷ), (q - 1)·(y - ŷ))
 
@@ -61,6 +61,6 @@ def pinball(quantiles: NDArray[np.float64], actual: NDArray[np.float64], levels:
 
 
 def coverage(low: NDArray[np.float64], high: NDArray[np.float64], actual: NDArray[np.float64]) -> float:
-    """Return the share of what was observed that lies from `low` to `high`; NaN of nothing."""
+    """Return the share of the observed values between `low` and `high`; NaN without observed values."""
     observed = ~np.isnan(actual)
     return float(((low <= actual) & (actual <= high))[observed].mean()) if observed.any() else np.nan

@@ -1,4 +1,4 @@
-"""The model that is trained: standardise, stacked cells, pool, a head. It becomes a Network by `to_nodes`."""
+"""The model that is trained: standardisation, stacked cells, pooling, a head. `to_nodes` turns it into a Network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN}
 
 
 class Standardise(nn.Module):
-    """`(x - mean) / scale`, channel by channel; both are buffers `[I]`, so they travel with the weights."""
+    """`(x - mean) / scale`, for each channel; both are buffers `[I]`, so they are saved with the weights."""
 
     mean: Tensor
     scale: Tensor
@@ -38,14 +38,14 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.scale
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Return what `forward` was given."""
+        """Undo `forward`."""
         return x * self.scale + self.mean
 
 
 class Dropout(nn.Module):
-    """torch.nn.Dropout, its mask drawn for the whole batch that the processes share.
+    """torch.nn.Dropout with a mask for the whole batch that the processes share.
 
-    Each process takes its own rows of the mask, so that a batch split over processes is dropped out as in one.
+    Each process uses its own rows of the mask, so that the result doesn't depend on the number of processes.
     """
 
     def __init__(self, p: float):
@@ -65,30 +65,29 @@ class Dropout(nn.Module):
 
 
 class Model(nn.Module):
-    """Stacked recurrent layers over a sequence, read out as classes or numbers.
+    """Stacked recurrent layers with an output of classes or numbers.
 
     Args:
         inputs: mean and scale of each input channel, `[I]` both.
-        outputs: how many classes, or how many numbers.
-        units: width of each layer, bottom first.
+        outputs: number of classes, or of predicted numbers.
+        units: units of each layer, first layer first.
         task: `"classify"` or `"regress"`.
-        bidirectional: run each layer from both ends, outputs side by side.
-        dropout: share of values dropped out after each layer in training.
-        pooling: `"mean"`, `"max"` or `"last"` over the steps that the mask keeps; `"none"` for an answer at every step,
-            `[B, T, O]`, each with a target of its own.
-        every_step: read out every step and pool the answers (class probabilities), not the hidden states. Such a model
-            has an answer after each step of a stream, and each step counts in its loss.
-        targets: mean and scale of each number, `[O]` both; training sees standardised targets, users don't.
-        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
-        head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` where
-            every step is read out; one dense layer where None. What `from_torch` takes can be one.
-        loss: a callable of logits or standardised numbers, `[B, O]`, and of class positions `[B]` or standardised
-            targets `[B, O]`, that returns a loss each, `[B]` or in the targets' shape, as torch's do with
-            `reduction="none"`; cross-entropy or squared errors where None. Entries of a step stand beside each other in
-            the first axis.
+        bidirectional: run each layer in both directions and concatenate the outputs.
+        dropout: dropout probability after each layer.
+        pooling: `"mean"`, `"max"` or `"last"` over the steps that the mask selects; `"none"` for an output at every
+            step, `[B, T, O]`, each with its own target.
+        every_step: apply the head to every step and pool the outputs (class probabilities), not the hidden states. Such
+            a model has an output after each step of a stream, and each step contributes to the loss.
+        targets: mean and scale of each predicted number, `[O]` both; the loss uses standardised targets.
+        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` if it
+            is applied to every step; any module that `from_torch` supports. None = one dense layer.
+        loss: a function of logits or standardised predictions, `[B, O]`, and of class indices `[B]` or standardised
+            targets `[B, O]`, that returns the loss of each, `[B]` or in the targets' shape, like torch's losses with
+            `reduction="none"`; None = cross-entropy or squared error. With an output at every step, B counts all steps.
 
     Raises:
-        UsageError: an option out of its range, or a head that can't be part of a Network.
+        UsageError: an option out of range, or a head that can't be part of a Network.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class Model(nn.Module):
             if value not in choices:
                 raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
         if every_step and pooling == "none":
-            raise UsageError("Model: expected a pooling of the answers with every_step, got pooling none")
+            raise UsageError("Model: every_step needs pooling mean, max or last, got none")
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
         self.cell, self.own_loss = cell, loss
         self.standardise = Standardise(*inputs)
@@ -133,12 +132,12 @@ class Model(nn.Module):
         self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
 
     def check_head(self, width: int, outputs: int) -> None:
-        """Raise `UsageError` where a head of one's own has other widths, or can't be written as nodes."""
+        """Raise `UsageError` if a user's head has the wrong widths, or can't be written as nodes."""
         try:
             nodes_of(self.head)
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"head: expected what can be written as a Network: {str(error).removeprefix('from_torch: ')}"
+                f"head: the module can't be converted to a Network: {str(error).removeprefix('from_torch: ')}"
             ) from None
         steps = (2,) if self.every_step or self.pooling == "none" else ()
         training = self.head.training
@@ -146,17 +145,17 @@ class Model(nn.Module):
             with torch.no_grad():
                 shape = tuple(self.head.eval()(torch.zeros(2, *steps, width)).shape)
         except RuntimeError as error:
-            raise UsageError(f"head: expected a module of {width} inputs: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"head: expected a module with {width} inputs: {str(error).splitlines()[0]}") from None
         self.head.train(training)
         if shape != (2, *steps, outputs):
-            raise UsageError(f"head: expected {outputs} outputs, {(2, *steps, outputs)} of 2 rows, got {shape}")
+            raise UsageError(f"head: expected {outputs} outputs, so {(2, *steps, outputs)} for 2 rows, got {shape}")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return logits or standardised numbers: `[B, O]`, or `[B, T, O]` where every step is read out.
+        """Return logits or standardised predictions: `[B, O]`, or `[B, T, O]` with an output at every step.
 
         Args:
             x: `[B, T, I]` float32.
-            mask: `[B, T]` bool, True = use; all steps where None.
+            mask: `[B, T]` bool, True = use; None = all.
         """
         x = self.standardise(x)
         for layer in self.recurrent:
@@ -164,7 +163,7 @@ class Model(nn.Module):
         return self.head(x) if self.every_step or self.pooling == "none" else self.head(self.pool(x, mask))
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return `[B, W]` for `x [B, T, W]`; zeros for a row whose mask keeps no step."""
+        """Return `[B, W]` for `x [B, T, W]`; zeros for a row whose steps are all masked."""
         if mask is None:
             return x.mean(1) if self.pooling == "mean" else x.amax(1) if self.pooling == "max" else x[:, -1]
         used = mask[..., None]  # [B, T, 1]
@@ -178,12 +177,12 @@ class Model(nn.Module):
         return torch.where(mask.any(1, keepdim=True), y, 0.0)
 
     def answer(self, out: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return `[B, O]` class probabilities, or numbers in the targets' units, for what `forward` returned."""
+        """Return class probabilities, or predictions in the targets' units, `[B, O]`, for `forward`'s output."""
         out = out.softmax(-1) if self.task == "classify" else self.targets.inverse(out)
         return self.pool(out, mask) if self.every_step else out
 
     def losses(self, out: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
-        """Return each target's loss, in the shape of `y`: cross-entropy in nats, or squared standardised errors."""
+        """Return each target's loss, in the shape of `y`: cross-entropy in nats, or squared standardised error."""
         if self.task == "classify" and self.every_step:
             each = self.each(out, y[:, None].expand(-1, out.shape[1]))
             used = torch.ones_like(each) if mask is None else mask.to(each)
@@ -199,30 +198,30 @@ class Model(nn.Module):
             function = nn.functional.cross_entropy if self.task == "classify" else nn.functional.mse_loss
             return function(*flat, reduction="none").view(y.shape)
         own = self.own_loss(*flat)
-        if own.shape == flat[0].shape[:1] and flat[1].ndim == 2:  # one an example: of all its targets
+        if own.shape == flat[0].shape[:1] and flat[1].ndim == 2:  # one loss per example, for all its targets
             own = own[:, None].expand(flat[1].shape)
         return own.view(y.shape) if own.shape == flat[1].shape else own
 
     def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Return sums over a batch, which add up over batches to what `measured` takes."""
+        """Return sums over a batch; added up over batches they are the argument of `measured`."""
         answer = self.answer(out, mask)
         each = (answer.argmax(-1) == y).float() if self.task == "classify" else (answer - y).double().square()
         return {"score": (each * weight).sum(dtype=torch.float64), "weight": weight.sum(dtype=torch.float64)}
 
     def measured(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the metric, `accuracy`, or `rmse` in the targets' units, of sums that `measure` gave."""
+        """Return `accuracy`, or `rmse` in the targets' units, from sums of `measure`."""
         mean = sums["score"] / max(sums["weight"], 1e-12)
         return {"accuracy": mean} if self.task == "classify" else {"rmse": mean**0.5}
 
     def describe(self) -> dict[str, Any]:
-        """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
+        """Return what must match a checkpoint's model, in addition to the shapes of the weights."""
         names = ("task", "cell", "bidirectional", "pooling", "every_step")
         targets = digest(value.cpu().numpy() for value in (self.targets.mean, self.targets.scale))
         own = {"head": repr(self.head), "own_loss": None if self.own_loss is None else named(self.own_loss)}
         return {name: getattr(self, name) for name in names} | {"dropout": self.dropout.p, "targets": targets} | own
 
     def to_nodes(self) -> list[Node]:
-        """Return the model as nodes: raw inputs in; class probabilities, or numbers in the targets' units, out."""
+        """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units."""
         standardise = nodes.Standardise(as_array(self.standardise.mean), as_array(self.standardise.scale))
         if self.bidirectional:
             stack = [
@@ -246,7 +245,7 @@ def nodes_of(head: nn.Module) -> list[Node]:
     """Return a head as nodes.
 
     Raises:
-        TypeError: a module that a Network can't hold; its message names it.
+        TypeError: the head contains a module that a Network doesn't support; the message names it.
     """
     if isinstance(head, nn.Linear):
         bias = head.bias if head.bias is not None else torch.zeros(head.out_features)
@@ -255,7 +254,7 @@ def nodes_of(head: nn.Module) -> list[Node]:
 
 
 def _folded(last: Node, end: Node) -> list[Node]:
-    """Return the last node of a head and what makes answers of it, as one node where that one is dense."""
+    """Merge the last node of a head with the activation or scaling after it, if that node is dense."""
     if not isinstance(last, Dense) or last.activation != "linear":
         return [last, end]
     if isinstance(end, Activation):
@@ -266,17 +265,17 @@ def _folded(last: Node, end: Node) -> list[Node]:
 
 
 def named(function: Any) -> str:
-    """Return what a function, a class or an object that is called is known by."""
+    """Return the name of a function or class, or the repr of another callable."""
     return getattr(function, "__qualname__", None) or repr(function)
 
 
 def as_recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:
-    """Return layers of ours as one node, bottom first."""
-    cells = [layer.cell for layer in stack]
-    held = (Cell(cell.spec, *(as_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in cells)
-    return Recurrent(tuple(held), return_sequences=True, go_backwards=go_backwards)
+    """Return cellstack layers as one node, first layer first."""
+    modules = [layer.cell for layer in stack]
+    cells = (Cell(cell.spec, *(as_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in modules)
+    return Recurrent(tuple(cells), return_sequences=True, go_backwards=go_backwards)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as an array of its own layout, on the CPU."""
+    """Return a tensor as a contiguous array on the CPU."""
     return np.ascontiguousarray(tensor.detach().cpu().numpy())

@@ -1,4 +1,4 @@
-"""Classes or numbers of a trained network over sequences. Needs no torch."""
+"""Run a trained network over sequences, to classify them or to predict numbers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TASKS = ("classify", "regress")
 
 
 class Trained(NamedTuple):
-    """What a network's metadata says about what it was trained for.
+    """What a network was trained for, according to its metadata.
 
-    `task` is `"classify"` or `"regress"`; `labels` are the classes; `per_step` says whether there is an answer at every
+    `task` is `"classify"` or `"regress"`; `labels` are the classes; `per_step` says whether there is an output at every
     step.
     """
 
@@ -32,7 +32,7 @@ class Trained(NamedTuple):
 
 
 def metadata(task: str, inputs: Inputs, labels: tuple[Any, ...] = (), **more: Any) -> dict[str, Any]:
-    """Return what `trained` reads, as plain values, and whatever `more` should travel along."""
+    """Return the metadata that `trained` reads, as plain values, and `more` entries."""
     return {"task": task, "labels": list(labels), "observed": list(inputs.observed), **more}
 
 
@@ -49,25 +49,25 @@ def trained(net: Network, path: str) -> Trained:
     task, first = net.metadata.get("task"), net.nodes[0]
     if task not in TASKS or not isinstance(first, Standardise):
         raise FormatError(
-            f"{path}: expected the metadata of cellstack train, its task one of {', '.join(TASKS)}, found task {task!r}"
+            f"{path}: expected a network written by cellstack train, for the task {' or '.join(TASKS)}, found {task!r}"
         )
     answers = [net.shapes[name] for name in net.outputs]
     outputs = answers[0][-1]
     per_step = net.metadata.get("per_step", False) is True
     if len(net.inputs) != 1 or len(answers) != 1 or len(answers[0]) != 1 + per_step or outputs is None:
-        expected, found = ("step", "the whole alone") if per_step else ("sequence", "every step")
-        raise FormatError(f"{path}: expected one answer a {expected}, found a network that answers {found}")
+        expected, found = ("step", "one per sequence") if per_step else ("sequence", "one per step")
+        raise FormatError(f"{path}: expected a network with one output per {expected}, found {found}")
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
     return Trained(task, labels, inputs, per_step)
 
 
 def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
-    """Return the raw channels' part of the first node, and which of them have a companion."""
+    """Return the raw channels of the first node, and which of them have an indicator."""
     raw = len(first.mean) - len(observed) if isinstance(observed, list) else 0
     if raw < 1 or not all(type(n) is int and before < n < raw for before, n in pairwise([-1, *observed])):
         raise FormatError(
-            f"{path}: expected observed to be rising positions of the raw channels, below {raw}, found {observed!r}"
+            f"{path}: expected observed to be ascending indices of raw channels, below {raw}, found {observed!r}"
         )
     return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
 
@@ -75,9 +75,9 @@ def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
 def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:
     kinds = {type(label) for label in labels} if isinstance(labels, list) else {list}
     if kinds not in (set(), {str}, {int}, {bool}):
-        raise FormatError(f"{path}: expected labels to be a list of text, whole numbers or bools, found {labels!r:.60}")
+        raise FormatError(f"{path}: expected labels to be a list of strings, integers or bools, found {labels!r:.60}")
     if task == "classify" and not outputs == len(labels) == len(set(labels)):
-        raise FormatError(f"{path}: expected {outputs} different labels, one an output, found {len(set(labels))}")
+        raise FormatError(f"{path}: expected {outputs} distinct labels, one per output, found {len(set(labels))}")
     if task == "regress" and labels:
         raise FormatError(f"{path}: expected no labels for regress, found {len(labels)}")
     return tuple(labels)
@@ -86,39 +86,39 @@ def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:
 def run(
     net: Network, x: Any, y: Any = None, *, id: str | None = None, time: str | None = None, threads: int | None = None
 ) -> dict[str, Any]:
-    """Run a network that `train.fit` made on data in memory, in any form that `train.fit` takes but for iterables.
+    """Run a network made by `train.fit` on data in memory, in any form that `train.fit` takes except iterables.
 
     Args:
         net: the network.
-        x: the data; of a frame, the columns are taken that the network was trained on.
-        y: the truth, where it is known.
-        id, time: columns of a frame; as it was trained where None.
-        threads: how many the kernel may use.
+        x: the data; of a frame, the columns on which the network was trained.
+        y: the true values, if known.
+        id, time: columns of a frame; None = as in training.
+        threads: number of the kernel's threads.
 
     Returns:
-        `predicted`, `answers` and, where `y` is given, what was measured: see `sequences`. In the order of the
-        sequences; `ids` are there where they come from a frame.
+        `predicted`, `answers` and, if `y` is given, the scores: see `sequences`. In the order of the sequences, with
+        their `ids` if they come from a frame.
 
     Raises:
-        UsageError: data in another form, or classes that the network doesn't know.
+        UsageError: data in another form, or classes that the network doesn't have.
         FormatError: a network that wasn't trained here, or sequences of another width.
     """
-    task, told = trained(net, "the network"), dict[str, Any]()
+    task, reading = trained(net, "the network"), dict[str, Any]()
     if is_frame(x):
         table = net.metadata.get("table") or {}
-        told = {"id": id or table.get("id"), "time": time or table.get("time")}
-        told["features"] = net.metadata.get("columns") or None
+        reading = {"id": id or table.get("id"), "time": time or table.get("time")}
+        reading["features"] = net.metadata.get("columns") or None
     labels = task.labels or None
-    data = as_sequences(x, y, task=task.task, labels=labels, per_step=task.per_step or None, **told)
+    data = as_sequences(x, y, task=task.task, labels=labels, per_step=task.per_step or None, **reading)
     result = sequences(net, data, data.name, threads)
     return {"ids": data.ids, **result} if data.ids else result
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:
-    """Return what the network answers to every example, in batches without padding.
+    """Run the network over all examples, in batches without padding.
 
     Returns:
-        `[N, O]`; a list of `[T, O]` where the network answers every step.
+        The outputs, `[N, O]`; a list of `[T, O]` if the network has an output at every step.
     """
     everything = np.arange(len(examples.lengths))
     per_step = len(net.shapes[net.outputs[0]]) == 2
@@ -137,18 +137,18 @@ def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | Non
 
 
 def sequences(net: Network, sequences: Sequences, path: str, threads: int | None = None) -> dict[str, Any]:
-    """Classify sequences, or give their numbers.
+    """Classify sequences, or predict their numbers.
 
     Args:
-        net: a network that `cellstack train` or `train.fit` made.
-        sequences: what to run it on; read with the network's `labels`.
-        path: the file they come from, for messages.
-        threads: how many the kernel may use.
+        net: a network made by `cellstack train` or `train.fit`.
+        sequences: the data, read with the network's `labels`.
+        path: the file of the data, for messages.
+        threads: number of the kernel's threads.
 
     Returns:
-        `answers`, see `answers`, and `predicted`, a label, a number or a list of numbers each, or a list of these for
-        every step; where the data holds the truth, `accuracy` and `confusion` (`[true, predicted]` counts), or `rmse`
-        and `mae`.
+        `answers`, see `answers`, and `predicted`, a label, a number or a list of numbers for each sequence, or a list
+        of these with one for each step; if the data has the true values, also `accuracy` and `confusion`
+        (`[true, predicted]` counts), or `rmse` and `mae`.
 
     Raises:
         FormatError: sequences of another kind or width than the network's.
@@ -163,10 +163,10 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
     if sequences.y is not None and sequences.per_step != task.per_step:
         kinds = ("sequence", "step")
         raise FormatError(
-            f"{path}: expected one truth a {kinds[task.per_step]}, found one a {kinds[not task.per_step]}"
+            f"{path}: expected one target per {kinds[task.per_step]}, found one per {kinds[not task.per_step]}"
         )
     out = answers(net, task.inputs, Labelled(sequences), threads)
-    parts = out if task.per_step else [out]  # [T, O] each, or all in one
+    parts = out if task.per_step else [out]  # [T, O] each, or one [N, O]
     if task.task == "classify":
         chosen = [part.argmax(axis=1) for part in parts]
         predicted: list[Any] = [[task.labels[n] for n in part] for part in chosen]

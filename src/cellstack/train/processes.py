@@ -1,4 +1,4 @@
-"""One process or many: who this process is, and what the processes add up together."""
+"""Training with one process or many: this process's rank, and sums over all processes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cellstack.train.checks import UsageError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together.
+    """The processes that train together, as seen from this one.
 
     Args:
         rank: number of this process, from 0.
-        world: how many there are.
-        device: where this process computes.
+        world: number of processes.
+        device: this process's device.
     """
 
     rank: int = 0
@@ -35,7 +35,7 @@ class Processes:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def rows(self, size: int) -> NDArray[np.int64]:
-        """Return this process's rows of a batch of `size`: every `world`-th one; none where the batch is too small."""
+        """Return this process's rows of a batch of `size`: every `world`-th; none if the batch is too small."""
         return np.arange(self.rank, size, self.world)
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -53,7 +53,7 @@ class Processes:
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every process's plain value, by rank."""
+        """Return the plain values of all processes, in the order of ranks."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -63,14 +63,14 @@ class Processes:
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the processes that `torchrun` started, or be the only one; leave at the end.
+    """Join the process group that `torchrun` started, if any, and leave it at the end.
 
     Args:
-        device: `"cpu"`, `"cuda"`, or `"auto"`: CUDA where there is a GPU for each process of this machine, else the
-            CPU. Processes meet through NCCL on GPUs and gloo on CPUs.
+        device: `"cpu"`, `"cuda"`, or `"auto"`: CUDA if there is a GPU for each process on this machine, else the CPU.
+            Processes communicate through NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UsageError: another device, CUDA where there is none, or an environment that is only half torchrun's.
+        UsageError: an unknown device, CUDA without enough GPUs, or incomplete environment variables of torchrun.
     """
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
@@ -86,16 +86,16 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if world == 1:
         yield Processes(device=place)
         return
-    # The wrapped model imports this; imported while there is a group, it would hold on to the group for good.
+    # The wrapped model imports this module, which would keep a reference to the group if one existed.
     importlib.import_module("torch._dynamo")
     try:
         dist.init_process_group("nccl" if use_gpu else "gloo")
-    except ValueError as error:  # the environment says that there are more, and not where
-        raise UsageError(f"expected {world} processes that torchrun started: {error}") from None
+    except ValueError as error:  # WORLD_SIZE is set, but the address isn't
+        raise UsageError(f"expected {world} processes started by torchrun: {error}") from None
     try:
         yield Processes(dist.get_rank(), world, place)
     finally:
-        # A group that something still refers to keeps its threads, and a thread that frees a tensor while the
-        # interpreter shuts down aborts the process. The wrapped model is part of cycles: collect it first.
+        # As long as something refers to a group its threads run, and a thread that frees a tensor while the
+        # interpreter shuts down aborts the process. The wrapped model is part of reference cycles: collect it first.
         gc.collect()
         dist.destroy_process_group()

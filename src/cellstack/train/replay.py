@@ -1,4 +1,4 @@
-"""Replay one utterance frame by frame, in a process that has never seen torch: `python -m cellstack.train.replay`."""
+"""Replay one utterance frame by frame, in a process without torch: `python -m cellstack.train.replay`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from cellstack.train.data.ts import read_ts
 
 
 def replay(path: str, file: str, index: int) -> dict[str, Any]:
-    """Load a network that answers every step, and step it through one sequence of a `.ts` file.
+    """Load a network with an output at every step, and step it through one sequence of a `.ts` file.
 
     Args:
-        path: the network's file; its last node pools the answers.
+        path: the network's file; its last node pools the outputs.
         file: the sequences.
-        index: which of them.
+        index: index of the sequence.
 
     Returns:
-        `truth`; `labels`; `frame` and `so_far` `[T, O]`, the probabilities after each frame from that frame's answer
-        and as the mean of those so far; `microseconds` `[T]`, what each step took; `whole` `[O]`, the answer of one
-        pass over the sequence; `torch`, whether this process has imported torch.
+        `truth`; `labels`; `frame` and `so_far` `[T, O]`, the probabilities at each frame, and their mean up to it;
+        `microseconds` `[T]`, the duration of each step; `whole` `[O]`, the output of one pass over the sequence;
+        `torch`, whether this process has imported torch.
     """
     net = load(path)
     task = predict.trained(net, path)
     data = read_ts(file, task.labels)
     frames, mask = task.inputs(data.x[index][None])
     if mask is not None:
-        raise ValueError(f"{file}: expected sequence {index} without frames that hold nothing")
-    stepper = Network(net.nodes[:-1], net.names[:-1])  # the pool is what is done here, frame by frame
+        raise ValueError(f"{file}: sequence {index} has frames without values")
+    stepper = Network(net.nodes[:-1], net.names[:-1])  # the pooling is done here, frame by frame
     stepper.stream().run(frames)  # packs the weights and warms the caches
     stream = stepper.stream()
     answers, took = [], []

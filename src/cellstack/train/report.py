@@ -1,4 +1,4 @@
-"""Reports of the demo and of a training: one HTML file without outside resources, readable in light and in dark."""
+"""Reports of the demo and of a training: one self-contained HTML file, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from cellstack.inspect.records import VANISHED, LayerRecord, TrainingRecord
 from cellstack.spec import Trace
 
-# Figures are drawn in stand-in colours that the page's style sheet replaces, so that one file serves light and dark.
+# Figures are drawn in placeholder colours, which are replaced by variables of the style sheet, for light and dark mode.
 INK, FAINT = "#010203", "#010204"
-SERIES = ("#2a78d6", "#eb6834", "#1baf7a")  # blue, orange, green: told apart on white and on black, by colour-blind too
+SERIES = (
+    "#2a78d6",
+    "#eb6834",
+    "#1baf7a",
+)  # blue, orange, green: distinct on white and black, also for the colour-blind
 THEME = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -93,49 +97,49 @@ def demo_page(
     """Return the demo's page.
 
     Args:
-        result: what the demo measured.
+        result: the demo's results.
         whole, causal: the history of each fit, see `Fit`.
         confusion: `[true, predicted]` counts.
         gates: name and trace `[T, H]` of each layer over the replayed utterance.
-        inside: a whole page that looks into the forward stack's run over that utterance, and computes.
+        inside: the page of `save_html`, as HTML, of the forward stack's run over that utterance.
     """
     replay, labels = result["replay"], result["replay"]["labels"]
     took = float(np.median(replay["microseconds"]))
     tiles = [
-        (f"{result['bidirectional']['accuracy']:.1%}", "of test utterances told right, bidirectional stack"),
+        (f"{result['bidirectional']['accuracy']:.1%}", "of test utterances correct, bidirectional stack"),
         (f"{result['forward']['accuracy']:.1%}", "forward stack, frame by frame"),
-        (f"{took:.0f} µs", "a frame, in a process without torch"),
+        (f"{took:.0f} µs", "per frame, in a process without torch"),
         (f"{result['bidirectional']['train_seconds'] + result['forward']['train_seconds']:.0f} s", "to train both"),
     ]
     total = int(confusion.sum())
     sections = [
         _section(
             "Training",
-            "Mean loss of an utterance (nats) in each pass over the training part, and on the part held out for "
-            "validation. Only training sees noise and dropout: its loss may well be the higher one.",
+            "Mean loss per utterance (nats) in each epoch, on the training part and on the validation part. Noise and "
+            "dropout apply only in training, so the training loss may be the higher one.",
             _curves({"bidirectional": whole, "forward": causal}),
         ),
         _section(
-            "Who was taken for whom",
-            f"The {total} test utterances, bidirectional stack: {int(np.trace(confusion))} lie on the diagonal.",
+            "Confusion matrix",
+            f"The {total} test utterances, bidirectional stack: {int(np.trace(confusion))} are on the diagonal.",
             _confusion(confusion, labels),
         ),
         _section(
             f"Frame by frame: test utterance {replay['utterance']}, speaker {replay['truth']}",
-            f"What the forward stack holds likely after each frame: the mean of its answers so far. The utterance is "
-            f"{replay['why']}. The stack was loaded from its file in a process of its own, which never imported torch.",
+            f"The forward stack's probabilities after each frame: the mean of its outputs so far. The utterance is "
+            f"{replay['why']}. The stack was loaded from its file in a separate process, which never imported torch.",
             _probabilities(replay) + _frame_table(replay),
         ),
         _section(
             "Inside: the gates of the same utterance",
-            "Each row is a unit, each column a frame. Input, forget and output gates run from closed (dark) to open "
-            "(light); candidate, cell and output are signed. Units are sorted by how open their forget gate is.",
+            "Each row is a unit, each column a frame. Input, forget and output gates range from closed (dark) to open "
+            "(light); candidate, cell and output are signed. Units are sorted by the mean of their forget gate.",
             "".join(_gates(name, trace) for name, trace in gates),
         ),
         _section(
-            "Live: the same run, to be taken apart",
-            "This page computes: the forward stack's weights are in it. Click a layer to open its cell, point at a "
-            "number to see how it came about, change an input or hold a gate under What if, and watch the answer move.",
+            "Live: explore the same run",
+            "The page contains the forward stack's weights and runs it. Click a layer to open its cell, point at a "
+            "number to see how it is computed, or change an input or fix a gate under What if to see the effect.",
             f'<iframe class="live" title="The forward stack\'s run, live" srcdoc="{html.escape(inside)}"></iframe>',
         ),
     ]
@@ -144,8 +148,8 @@ def demo_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>cellstack: who is speaking?</title><style>{STYLE}</style></head><body><main>"
-        "<h1>Who is speaking?</h1><p>Nine speakers say two Japanese vowels. Two stacks of LSTMs learn to tell who it "
-        "is from 12 cepstrum coefficients a frame.</p>"
+        "<h1>Who is speaking?</h1><p>Nine speakers say two Japanese vowels. Two stacks of LSTMs learn to identify the "
+        "speaker from 12 cepstrum coefficients per frame.</p>"
         f'<div class="tiles">{cards}</div>{"".join(sections)}'
         "<footer>Data: Japanese Vowels, Kudo, Toyama and Shimbo 1999, UCI Machine Learning Repository, CC BY 4.0. "
         f"Seed {result['seed']}.</footer></main></body></html>\n"
@@ -155,12 +159,12 @@ def demo_page(
 def training_page(
     name: str, history: Sequence[dict[str, float]], records: Sequence[TrainingRecord], unit: str = "nats"
 ) -> str:
-    """Return the page of a training that was looked at.
+    """Return the page of an inspected training.
 
     Args:
         name: of the model.
         history: of the fit, see `Fit`.
-        records: what was seen of the layers, at least in one epoch.
+        records: records of the layers, of at least one epoch.
         unit: of the loss.
     """
     last = records[-1]
@@ -178,14 +182,14 @@ def training_page(
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in last.findings)
     sections = [
         _section(
-            f"What stands out in epoch {last.epoch}",
-            "In one batch. A remedy is worth trying where the loss no longer falls, or where what is to be told lies "
-            "further back than the gradient reaches.",
-            f"<ul>{items}</ul>" if items else "<p>Nothing stands out.</p>",
+            f"Findings in epoch {last.epoch}",
+            "In one batch. Try a remedy if the loss no longer decreases, or if the output depends on steps further "
+            "back than the gradient reaches.",
+            f"<ul>{items}</ul>" if items else "<p>No findings.</p>",
         ),
         _section(
             "Loss",
-            "Mean loss in each epoch over the training part, and over the part held out for validation.",
+            "Mean loss in each epoch, on the training part and on the validation part.",
             _curves({name: history}, f"loss ({unit})"),
         ),
     ]
@@ -194,9 +198,9 @@ def training_page(
         sections.append(
             _section(
                 f"Layer {layer}",
-                "Left: of the gradient that enters at the last output of a sequence, the share that is left so many "
-                "steps back. Where it has vanished, hardly anything is learned of what lies further back. Middle: the "
-                "mean of each gate. Right: norms of all weights together and of their gradient, before clipping.",
+                "Left: the share of the gradient at a sequence's last output that remains after so many steps back. "
+                "Where it has vanished, the layer learns hardly anything from earlier steps. Middle: the mean of each "
+                "gate. Right: norms of all weights together and of their gradient, before clipping.",
                 _layer(layer, seen) + _figures_table(seen),
             )
         )
@@ -205,7 +209,7 @@ def training_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>cellstack: {html.escape(name)} in training</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(name)} in training</h1><p>What its layers did in one batch of each epoch.</p>"
+        f"<h1>{html.escape(name)} in training</h1><p>Its layers in one batch of each epoch.</p>"
         f'<div class="tiles">{cards}</div>{"".join(sections)}</main></body></html>\n'
     )
 
@@ -220,7 +224,7 @@ def _layer(name: str, seen: dict[int, LayerRecord]) -> str:
             carried = np.where(seen[epoch].lags["carried"] > 0.0, seen[epoch].lags["carried"], np.nan)
             reach.plot(carried, color=color, label=f"epoch {epoch}")
         reach.axhline(VANISHED, color=FAINT, linewidth=0.8, linestyle="--")
-        reach.set(title="gradient left", xlabel="steps back from the output", yscale="log")
+        reach.set(title="remaining gradient", xlabel="steps back from the output", yscale="log")
         for gate, color in zip(next(iter(seen.values())).figures.get("gates", {}), SERIES, strict=False):
             gates.plot(epochs, _over(seen, "gates", gate), color=color, label=gate, **_marked(epochs))
         gates.set(title="mean of the gates", xlabel="epoch", ylim=(-0.03, 1.03))
@@ -236,12 +240,12 @@ def _layer(name: str, seen: dict[int, LayerRecord]) -> str:
 
 
 def _marked(epochs: Sequence[float]) -> dict[str, Any]:
-    """Return how to draw a line over epochs: a line of one point has to be a point."""
+    """Return the style of a line over epochs: a single point needs a marker."""
     return {"marker": "o", "markersize": 3} if len(epochs) == 1 else {}
 
 
 def _over(seen: dict[int, LayerRecord], group: str, what: str) -> list[float]:
-    """Return a number over the epochs; NaN, which leaves a gap, where it wasn't measured or has no logarithm."""
+    """Return a number over the epochs; NaN, a gap, where it wasn't measured or has no logarithm."""
     numbers = [record.figures.get(group, {}).get(what, np.nan) for record in seen.values()]
     return [number if np.isfinite(number) and (number > 0.0 or group == "gates") else np.nan for number in numbers]
 
@@ -253,8 +257,8 @@ def _figures_table(seen: dict[int, LayerRecord]) -> str:
         for group, numbers in last.figures.items()
         for what, number in numbers.items()
     ]
-    head = f"<tr><th>figure</th><th>of</th><th>epoch {epoch}</th></tr>"
-    return f"<details><summary>every figure as a table</summary><table>{head}{''.join(rows)}</table></details>"
+    head = f"<tr><th>measure</th><th>of</th><th>epoch {epoch}</th></tr>"
+    return f"<details><summary>all numbers as a table</summary><table>{head}{''.join(rows)}</table></details>"
 
 
 def _section(title: str, text: str, body: str) -> str:
@@ -267,14 +271,14 @@ def _theme(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:
 
 
 def _figure(figure: Figure, label: str) -> str:
-    """Return a figure as an inline SVG whose ink is the page's."""
+    """Return a figure as an inline SVG in the page's colours."""
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # ids are the page's, not the figure's: keep those that are referred to, and give each figure its own
+    # ids are shared by the whole page: keep those that are referred to, with a prefix for each figure
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r' \bid="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     mark = re.sub(r"\W+", "-", label.lower())
@@ -315,7 +319,7 @@ def _confusion(confusion: NDArray[np.int64], labels: Sequence[str]) -> str:
         ticks = np.arange(count) + 0.5
         axis.set_xticks(ticks, labels)
         axis.set_yticks(ticks, list(labels)[::-1])
-        axis.set(xlabel="speaker as told", ylabel="true speaker")
+        axis.set(xlabel="predicted speaker", ylabel="true speaker")
         axis.tick_params(length=0)
     return _figure(figure, "confusion matrix")
 
@@ -347,7 +351,7 @@ def _frame_table(replay: dict[str, Any]) -> str:
         bar = f'<td class="bar"><i style="width:{so_far[best]:.1%}"></i></td>'
         rows.append(f"<tr><td>{t}</td><td>{name}</td><td>{so_far[best]:.1%}</td>{bar}<td>{took:.1f}</td></tr>")
     head = "<tr><th>frame</th><th>speaker</th><th>probability</th><th></th><th>µs</th></tr>"
-    return f"<details><summary>every frame as a table</summary><table>{head}{''.join(rows)}</table></details>"
+    return f"<details><summary>all frames as a table</summary><table>{head}{''.join(rows)}</table></details>"
 
 
 def _gates(name: str, trace: Trace) -> str:

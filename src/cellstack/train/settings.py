@@ -17,17 +17,17 @@ class Settings:
     """How to fit.
 
     Args:
-        epochs: most passes over the training part.
-        batch: most examples in a step, over all processes.
-        lr: the rate in the first epoch; without a scheduler of one's own it falls to a hundredth along half a cosine.
+        epochs: maximum number of passes over the training part.
+        batch: batch size, over all processes.
+        lr: learning rate in the first epoch; the default scheduler lowers it to a hundredth along half a cosine.
         clip: largest norm of all gradients together.
-        patience: epochs without a better validation loss before the fit stops; 0 never stops early.
+        patience: epochs without a lower validation loss before the fit stops; 0: never stop early.
         noise: standard deviation of noise that training adds to each input, in units of its channel's scale.
-        offset: the same for noise that is drawn once a sequence and channel: another speaker's place, sensor or level.
-        seed: fixes every draw; below 2^63.
+        offset: likewise, for noise that is constant over a sequence and channel: a varying sensor, place or level.
+        seed: of all random numbers; below 2^63.
 
     Raises:
-        UsageError: a setting out of its range.
+        UsageError: a setting out of range.
     """
 
     epochs: int = 60
@@ -49,12 +49,12 @@ class Settings:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and bound == "> 0"):
                 raise UsageError(f"expected {name} {bound} and finite, got {value}")
-        if self.seed >= 2**63:  # as many as torch takes
+        if self.seed >= 2**63:  # torch's limit
             raise UsageError(f"expected seed < 2^63, got {self.seed}")
 
 
 def check_number(name: str, value: Any, whole: bool) -> None:
-    """Raise `UsageError` where a setting is no number, or where it has to be `whole` no integer."""
+    """Raise `UsageError` if a setting isn't a number, or isn't an integer although `whole`."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise UsageError(f"expected {name} to be {'an integer' if whole else 'a number'}, got {value!r:.80}")
 
@@ -79,13 +79,13 @@ class RunOptions:
         validation: share of the training part held out for early stopping; 0 for none.
         checkpoint, resume, overwrite, progress, threads: see `learn`.
         device: see `processes`.
-        inspect: look at the layers in each epoch, see `learn`.
-        events: folder that then gets TensorBoard's events, where TensorBoard is installed; None for none.
-        log: where each epoch's figures go as it ends: a file that ends in .csv or .json, or a folder for TensorBoard.
-        name: what stands before the progress bar, where several models are trained.
+        inspect: record the layers in each epoch, see `learn`.
+        events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
+        log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
+        name: a label before the progress bar, if several models are trained.
 
     Raises:
-        UsageError: a share out of its range.
+        UsageError: a share out of range.
     """
 
     validation: float = 0.15
@@ -109,19 +109,19 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Own:
-    """What a user brings in place of, or beside, what there is.
+    """A user's own parts of the model and the training, which replace or extend the defaults.
 
     Args:
-        head: a `torch.nn.Module` from pooled states `[B, W]` to `[B, O]`, in place of one dense layer.
-        loss: a callable of what the model gives, logits or standardised numbers, and of the targets: class positions or
-            standardised numbers; returns each example's loss, `[B]` or in the targets' shape.
-        metrics: by name, callables of the truth and of what was predicted over the whole validation part, as labels or
-            numbers in the targets' units; return one number.
-        optimizer: a callable of the parameters that returns a `torch.optim.Optimizer`; Adam where None.
-        scheduler: a callable of the optimiser that returns a scheduler, stepped once an epoch; `"constant"`, or
+        head: a `torch.nn.Module` from pooled states `[B, W]` to `[B, O]`, instead of one dense layer.
+        loss: a function of the model's output (logits or standardised predictions) and of the targets (class indices or
+            standardised numbers) that returns each example's loss, `[B]` or in the targets' shape.
+        metrics: by name, functions of the true values and the predictions over the whole validation part, as labels or
+            as numbers in the targets' units, that return a number.
+        optimizer: a function of the parameters that returns a `torch.optim.Optimizer`; None = Adam.
+        scheduler: a function of the optimiser that returns a scheduler, stepped once per epoch; or `"constant"` or
             `"cosine"`.
         callbacks: called after every epoch, see `learn`.
-        init: a network, or the file of one, whose weights are the start.
+        init: a network, or the file of one, whose weights are the initial ones.
     """
 
     head: Any = None

@@ -1,7 +1,7 @@
-"""How many threads a step is fastest with: measured at the start of a fit, on its own batches.
+"""The fastest number of threads for a training step, measured at the start of a fit on its own batches.
 
-A second thread costs a meeting point in every operation. A small model loses by it, and on a busy machine many times
-over, as threads that wait for one another spin on cores that others need.
+Threads synchronise in every operation. That makes a small model slower, and much slower on a busy machine, because
+waiting threads spin on cores that others need.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 import torch
 
-WORTH = 1.15  # more threads have to be this much faster: they sum in another order, and take a core from others
-LONG = 3.0  # seconds that the rest of a fit has to take on one thread, before it is worth measuring
-ROUNDS, AT_MOST = 5, 1.0  # rounds of measuring, and the seconds after which no further one begins
+WORTH = 1.15  # more threads must be faster by this factor, as they change the order of sums and occupy more cores
+LONG = 3.0  # measure only if the rest of the fit takes at least so many seconds on one thread
+ROUNDS, AT_MOST = 5, 1.0  # rounds of measuring, and the seconds after which no further one starts
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Give torch's number of threads back as it was."""
+    """Restore torch's number of threads at the end."""
     before = torch.get_num_threads()
     try:
         yield
@@ -29,14 +29,14 @@ def kept() -> Iterator[None]:
 
 
 def fastest(steps: list[Callable[[], None]], left: int) -> dict[int, float]:
-    """Set torch's number of threads, and with it the kernel's, to what runs a step fastest: one, or all there are.
+    """Set torch's number of threads, and with it the kernel's, to the faster of one and all.
 
     Args:
-        steps: each runs the passes of one batch, and leaves no trace.
-        left: how many steps the fit has before it.
+        steps: functions that run the forward and backward pass of one batch, without side effects.
+        left: number of steps that the fit still has to run.
 
     Returns:
-        The seconds of a step by the number of threads, the fastest of some rounds; that of one thread alone where the
+        The seconds of a step by the number of threads, the fastest of several rounds; only that of one thread if the
         fit is too short to measure more.
     """
     most, started = torch.get_num_threads(), time.perf_counter()
@@ -58,7 +58,7 @@ def fastest(steps: list[Callable[[], None]], left: int) -> dict[int, float]:
 
 
 def _seconds(steps: list[Callable[[], None]]) -> float:
-    """Return the seconds that a step takes, on average."""
+    """Return the mean duration of a step, in seconds."""
     started = time.perf_counter()
     for step in steps:
         step()

@@ -1,4 +1,4 @@
-"""A warm start: the weights of a network that was trained before, as those that a model begins with."""
+"""Warm start: initialise a model with the weights of a trained network."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cellstack.train.model import Model
 
 
 class Start:
-    """What a training starts from.
+    """The network whose weights initialise a training.
 
     Args:
         given: a network, or the file of one.
 
     Raises:
-        FormatError: the file can't be read as a network, or its metadata doesn't fit it.
-        OSError: it can't be read at all.
+        FormatError: the file doesn't contain a network that can be loaded, or its metadata doesn't fit it.
+        OSError: the file can't be read.
     """
 
     def __init__(self, given: Network | str | os.PathLike[str]):
@@ -38,35 +38,34 @@ class Start:
         self.trained = predict.trained(self.network, self.name) if is_ours else None
 
     def check(self, task: str, labels: tuple[Any, ...], channels: int) -> None:
-        """Raise `UsageError` where the network was trained for something else."""
+        """Raise `UsageError` if the network was trained for something else."""
         if self.trained is None:
             return
         pairs = [("task", task, self.trained.task), ("channels", channels, len(self.trained.inputs.mean))]
         pairs.append(("classes", list(labels), list(self.trained.labels)))
         for what, wanted, found in pairs:
             if wanted != found:
-                raise UsageError(
-                    f"{self.name}: expected a network of the {what} {wanted}, to start from, found {found}"
-                )
+                raise UsageError(f"{self.name}: expected an initial network with {what} {wanted}, found {found}")
 
     def into(self, model: Model, own_head: bool) -> None:
-        """Put the weights into a model: those of the cells, and of the dense layer at the end where it has ours.
+        """Copy the weights into a model: those of the cells, and of the dense head unless the head is the user's.
 
         Raises:
-            UsageError: other cells than the model's, or a head of another shape.
+            UsageError: the cells differ from the model's, or the head has another shape.
         """
         cells, wanted = _cells(self.network), _cells_of(model)
         if len(cells) != len(wanted):
             raise UsageError(f"{self.name}: expected {len(wanted)} cells, as in this model, found {len(cells)}")
-        for n, (held, cell) in enumerate(zip(cells, wanted, strict=True)):
-            ours, theirs = asdict(cell.spec), asdict(held.spec)
+        for n, (initial, cell) in enumerate(zip(cells, wanted, strict=True)):
+            ours, theirs = asdict(cell.spec), asdict(initial.spec)
             for name in ours:
                 if ours[name] != theirs[name]:
                     raise UsageError(
-                        f"{self.name}: expected cell {n} of {name} {ours[name]}, as in this model, found {theirs[name]}"
+                        f"{self.name}: expected cell {n} with {name} {ours[name]}, as in this model, found "
+                        f"{theirs[name]}"
                     )
-            for name in held.spec.shapes:
-                _copy(getattr(cell, name), getattr(held, name))
+            for name in initial.spec.shapes:
+                _copy(getattr(cell, name), getattr(initial, name))
         if own_head or self.trained is None:
             return
         last = next((node for node in reversed(self.network.nodes) if isinstance(node, Dense)), None)
@@ -76,7 +75,9 @@ class Start:
             found = "none" if last is None else str(last.kernel.shape)
             raise UsageError(f"{self.name}: expected a dense layer {shape} at its end, as in this model, found {found}")
         scale, mean = (value.numpy() for value in (model.targets.scale, model.targets.mean))
-        _copy(head.weight, (last.kernel / scale).T)  # answers are in the targets' units, the head's are scaled
+        _copy(
+            head.weight, (last.kernel / scale).T
+        )  # the network's outputs are in the targets' units, the head's are standardised
         _copy(head.bias, (last.bias - mean) / scale)
 
 
@@ -93,8 +94,8 @@ def _cells(network: Network) -> list[Cell]:
 def _cells_of(model: Model) -> list[Any]:
     found: list[Any] = []
     for layer in model.recurrent:
-        ways = [layer.forward_layer, layer.backward_layer] if isinstance(layer, layers.Bidirectional) else [layer]
-        found += [way.cell for way in ways]
+        both = [layer.forward_layer, layer.backward_layer] if isinstance(layer, layers.Bidirectional) else [layer]
+        found += [one.cell for one in both]
     return found
 
 

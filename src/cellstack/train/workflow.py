@@ -1,4 +1,4 @@
-"""From sequences to a trained network and its measured errors: what `train.fit`, the command line and the demo do."""
+"""Train a network on sequences and measure its errors, for `train.fit`, the command line and the demo."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def train_sequences(
     validation: Sequences | None = None,
     class_weight: Any = None,
 ) -> Result:
-    """Train on sequences, and measure on test sequences where there are some.
+    """Train on sequences, and measure the scores on test sequences if there are any.
 
     Args:
-        training: what to learn from, and to hold out for validation; a `Stream` has chosen its validation part itself.
-        test: what to measure on, read with the labels of `training`; None for nothing.
+        training: the training data, with the validation part; a `Stream` has chosen its validation part itself.
+        test: test data, read with the labels of `training`; None for none.
         architecture: how the model is built.
         settings: how it is fitted.
         options: how the training is run.
-        own: what takes the place of the model's, or stands beside it.
-        validation: what to validate on, read with the labels of `training`; a share of it, see `options`, where None.
-        class_weight: see `targets.class_weights`; they weigh in the loss of training and validation, and in the
-            accuracy that the history has.
+        own: the user's own parts of the model and the training.
+        validation: validation data, read with the labels of `training`; None = a share of `training`, see `options`.
+        class_weight: see `targets.class_weights`; they apply to the loss in training and validation, and to the
+            accuracy in the history.
 
     Returns:
-        The network and what was measured: `scores` are those of `predict.sequences`.
+        The network and its scores, which are those of `predict.sequences`.
 
     Raises:
         UsageError: sequences without classes or targets, or fewer than two classes; see `learn` for more.
@@ -58,14 +58,14 @@ def train_sequences(
     """
     y = training.y
     if y is None:
-        raise UsageError(f"{training.name}: expected sequences with classes or targets, got neither")
+        raise UsageError(f"{training.name}: the sequences have neither classes nor targets")
     classify, flat = bool(training.labels), np.concatenate(y) if isinstance(y, list) else y
     if classify and len(np.unique(flat)) < 2:
-        raise UsageError(f"{training.name}: expected sequences of at least two classes, got one")
+        raise UsageError(f"{training.name}: expected at least two classes, got one")
     for name, other in (("validation", validation), ("test", test)):
-        _check_alike(name, other, training)  # before the work, not after it
+        _check_alike(name, other, training)  # before the training
     if class_weight is not None and not classify:
-        raise UsageError("expected class_weight with classes alone, got it with numbers")
+        raise UsageError("class_weight applies only to classes, not to numbers")
     if training.per_step:
         architecture = _per_step(architecture)
     if isinstance(training, Stream):
@@ -76,7 +76,9 @@ def train_sequences(
     task = "classify" if classify else "regress"
     if start is not None:
         start.check(task, training.labels, training.channels)
-    known = None if start is None or start.trained is None else start.trained.inputs  # its cells know those scales
+    known = (
+        None if start is None or start.trained is None else start.trained.inputs
+    )  # its weights depend on those scales
     inputs = parts.measure() if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
@@ -97,7 +99,7 @@ def train_sequences(
 
 
 class _Parts(NamedTuple):
-    """What is trained on, `y` and `weight` as batches have them, what is validated on, and the way to `Data`."""
+    """The training part's `y` and `weight`, the size of the validation part, and functions that make `Data`."""
 
     y: NDArray
     weight: NDArray[np.float32]
@@ -109,7 +111,7 @@ class _Parts(NamedTuple):
 def _indexed(
     training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, options: RunOptions
 ) -> _Parts:
-    """Return the parts of sequences that can be had by position."""
+    """Return the parts of sequences in memory."""
     assert training.y is not None
     whole, (kept, held) = _split(training, validation, options.validation, settings.seed)
     weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
@@ -124,7 +126,7 @@ def _indexed(
 
 
 def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings) -> _Parts:
-    """Return the parts of what is iterated over."""
+    """Return the parts of a `Stream`."""
     kept = ~stream.held
     weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
     y, weight = shaped(stream.y, stream.weight, weights)
@@ -148,21 +150,25 @@ def _check_alike(name: str, other: Sequences | None, training: Sequences | Strea
             f"{name}: expected the columns {', '.join(training.columns)}, as trained on, got {', '.join(other.columns)}"
         )
     if name == "validation" and other.y is None:
-        raise UsageError("validation: expected sequences with classes or targets, got neither")
+        raise UsageError("validation: the sequences have neither classes nor targets")
     if other.y is not None and other.per_step != training.per_step:
-        raise UsageError(f"{name}: expected classes or targets in the form of those of the training")
+        kinds = ("sequence", "step")
+        raise UsageError(
+            f"{name}: expected one class or target per {kinds[training.per_step]}, as in training, got one per "
+            f"{kinds[other.per_step]}"
+        )
 
 
 def _per_step(architecture: Architecture) -> Architecture:
     if architecture.every_step:
-        raise UsageError("expected every_step with one class or target a sequence, got one a step")
+        raise UsageError("every_step applies only to one class or target per sequence, got one per step")
     return replace(architecture, pooling="none")
 
 
 def _split(
     training: Sequences, validation: Sequences | None, share: float, seed: int
 ) -> tuple[Sequences, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return all sequences that are learned from or validated on, and the positions of each."""
+    """Return the sequences to train or validate on, and the indices of either."""
     if validation is None:
         y = np.zeros(len(training.x)) if isinstance(training.y, list) or training.y is None else training.y
         return training, split(y, share, np.random.default_rng(seed))
@@ -173,7 +179,7 @@ def _split(
 
 
 def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> Callable[[NDArray, NDArray], float]:
-    """Return a metric of labels, or of numbers, as the loop calls one: with positions and probabilities."""
+    """Wrap a metric of labels, or of numbers, for the loop, which calls it with class indices and probabilities."""
     names = np.array(labels)
 
     def measured(truth: NDArray, answers: NDArray) -> float:
@@ -185,7 +191,7 @@ def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> 
 
 
 def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
-    """Return the entries of some sequences, of all their steps where each has one a step."""
+    """Return the entries of some sequences, or of all their steps if there is one per step."""
     return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]
 
 
@@ -199,7 +205,7 @@ def _model(
     own: Own = Own(),
     start: Start | None = None,
 ) -> tuple[Model, Fit, int]:
-    """Make a model that ends in `head` and fit it; returns both and this process's rank."""
+    """Make a model with `head` and fit it; return the model, the `Fit` and this process's rank."""
     check_memory(architecture, len(inputs.standardise[0]), head["outputs"])
 
     def make() -> Model:

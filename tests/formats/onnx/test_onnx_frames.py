@@ -286,8 +286,8 @@ def test_the_command_line_takes_the_options(tmp_path, capsys, monkeypatch):
     ("words", "message"),
     {
         "no number": (["--frames", "input=12.5"], "--frames: expected a whole number for 'input', got '12.5'"),
-        "no name": (["--constants", "16000"], "--constants: expected NAME=NUMBER, each name once, got '16000'"),
-        "twice": (["--context", "a=1,a=2"], "--context: expected NAME=NUMBER, each name once, got 'a=1,a=2'"),
+        "no name": (["--constants", "16000"], "--constants: expected NAME=NUMBER with distinct names, got '16000'"),
+        "twice": (["--context", "a=1,a=2"], "--context: expected NAME=NUMBER with distinct names, got 'a=1,a=2'"),
         "a word": (["--constants", "sr=fast"], "expected a number, true or false for 'sr', got 'fast'"),
     }.values(),
 )

@@ -1,1 +1,1 @@
-"""Sequences as people have them: arrays, lists, frames, files, datasets, iterables."""
+"""Sequences from arrays, lists, frames, files, datasets and iterables."""

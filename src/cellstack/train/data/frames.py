@@ -1,4 +1,4 @@
-"""Sequences out of frames in long form, a row a step: pandas's and polars's, of which neither is imported here."""
+"""Sequences from frames in long form, with a row per step: pandas and polars, neither of which is imported here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 
-NUMBERED = re.compile(r"Unnamed: \d+|index(_0)?")  # a column that may be an index without a name
+NUMBERED = re.compile(r"Unnamed: \d+|index(_0)?")  # names that an index column without a name gets
 
 
 class Grouped(NamedTuple):
-    """A frame's sequences, see `Sequences`; `y` and `weight` are an entry a sequence, or `y` a list of them a step."""
+    """A frame's sequences, see `Sequences`; `y` has an entry per sequence or step, `weight` one per sequence."""
 
     x: list[NDArray[np.float64]]
     y: Any
@@ -42,21 +42,20 @@ def grouped(
     per_step: bool | None,
     name: str,
 ) -> Grouped:
-    """Cut a frame into its sequences: see `as_sequences` for the arguments.
+    """Split a frame into its sequences: see `as_sequences` for the arguments.
 
     Raises:
-        UsageError: a column that isn't there, ids or times that are missing, a time that stands twice in a sequence,
-            more than one class in a sequence, or no column of numbers.
+        UsageError: a column that doesn't exist, missing ids or times, a time that occurs twice in a sequence, more than
+            one class in a sequence, or no numeric column.
     """
     names = [str(column) for column in frame.columns]
     if isinstance(features, str):
         raise UsageError(f"{name}: expected features as a list of columns, got {features!r}")
     if not len(frame):
-        raise UsageError(f"{name}: expected rows, got a frame without any")
+        raise UsageError(f"{name}: the frame has no rows")
     if id is None:
         raise UsageError(
-            f"{name}: expected id= or --id, the column that says which sequence a row belongs to, one of "
-            f"{', '.join(names)}"
+            f"{name}: expected id= or --id, the column that identifies the sequence of a row, one of {', '.join(names)}"
         )
     label, weighs = (given if isinstance(given, str) else None for given in (y, weight))
     for what, column in (("id", id), ("time", time), ("y", label), ("sample_weight", weighs)):
@@ -71,7 +70,7 @@ def grouped(
         if same.any():
             row = order[int(np.argmax(same))]
             raise UsageError(
-                f"{name}: expected each {time!r} once in a sequence, got {plain(frame, time)[row]} twice for {id!r} "
+                f"{name}: {time!r} {plain(frame, time)[row]} occurs twice in the sequence with {id!r} "
                 f"{ids[codes[row]]!r}"
             )
     cuts = np.cumsum(np.bincount(codes, minlength=len(ids)))[:-1]
@@ -89,11 +88,11 @@ def grouped(
         elif features is not None:
             raise UsageError(f"{name}: expected numbers in column {column!r}, got {plain(frame, column)[0]!r:.40}")
         elif time is None and _dated(frame, column):
-            ignored[column] = "holds dates: time= or --time puts a sequence's rows in their order"
+            ignored[column] = "contains dates: use time= or --time to order a sequence's rows by them"
         else:
-            ignored[column] = f"holds no numbers, but {plain(frame, column)[0]!r:.40}"
+            ignored[column] = f"isn't numeric: {plain(frame, column)[0]!r:.40}"
     if not used:
-        raise UsageError(f"{name}: expected a column of numbers beside {id!r}, found none")
+        raise UsageError(f"{name}: expected a numeric column in addition to {id!r}, found none")
     x = np.split(np.stack(list(used.values()), axis=1)[order], cuts)
     by_id = {value: n for n, value in enumerate(ids)}
     return Grouped(
@@ -108,19 +107,19 @@ def grouped(
 
 
 def _dated(frame: Any, column: str) -> bool:
-    """Return whether a column is one of dates or times, of pandas or polars."""
+    """Return whether a column has a date or time dtype of pandas or polars."""
     dtype = _series(frame, column).dtype
     return getattr(dtype, "kind", "") == "M" or str(dtype).startswith("Date")
 
 
 def plain(frame: Any, column: str) -> NDArray:
-    """Return a column's values, as objects where they aren't numbers."""
+    """Return a column's values, as objects unless they are numbers."""
     values = _series(frame, column).to_numpy()
     return values if values.dtype.kind in "biuf" else values.astype(object)
 
 
 def numeric(frame: Any, column: str) -> NDArray[np.float64] | None:
-    """Return a column's numbers, NaN where missing; None where it holds others."""
+    """Return a column's numbers, NaN where missing; None if it isn't numeric."""
     series = _series(frame, column)
     if hasattr(series.dtype, "is_numeric"):  # polars
         if not (series.dtype.is_numeric() or str(series.dtype) == "Boolean"):
@@ -135,10 +134,10 @@ def numeric(frame: Any, column: str) -> NDArray[np.float64] | None:
 
 
 def ordered(frame: Any, column: str, name: str) -> NDArray:
-    """Return a column's times as numbers or dates that can be put in order.
+    """Return a column's times as numbers or dates that can be sorted.
 
     Raises:
-        UsageError: a time that is missing, or that is neither a number nor a date as ISO 8601 writes it.
+        UsageError: a missing time, or one that is neither a number nor an ISO 8601 date.
     """
     series = _series(frame, column)
     numbers = numeric(frame, column)
@@ -152,7 +151,7 @@ def ordered(frame: Any, column: str, name: str) -> NDArray:
                 )
             except (TypeError, ValueError):
                 raise UsageError(
-                    f"{name}: expected {column!r} to hold numbers or dates such as 2024-05-31T12:00, got "
+                    f"{name}: expected numbers or dates such as 2024-05-31T12:00 in column {column!r}, got "
                     f"{series.to_numpy()[0]!r:.40}"
                 ) from None
         numbers = values
@@ -160,7 +159,7 @@ def ordered(frame: Any, column: str, name: str) -> NDArray:
     else:
         missing = np.isnan(numbers)
     if missing.any():
-        raise UsageError(f"{name}: expected a {column!r} in every row, found none in row {int(np.argmax(missing))}")
+        raise UsageError(f"{name}: column {column!r} has no value in row {int(np.argmax(missing))}")
     return numbers
 
 
@@ -172,13 +171,13 @@ def _series(frame: Any, column: str) -> Any:
 
 
 def _coded(values: NDArray, column: str, name: str) -> tuple[NDArray[np.int64], tuple[Any, ...]]:
-    """Return each row's place among the ids, and these in order of first appearance."""
+    """Return the index of each row's id, and the ids in order of first appearance."""
     places: dict[Any, int] = {}
     codes = np.array([places.setdefault(value, len(places)) for value in values.tolist()], np.int64)
     missing = [place for value, place in places.items() if value is None or value != value]
     if missing:
         row = int(np.argmax(np.isin(codes, missing)))
-        raise UsageError(f"{name}: expected a {column!r} in every row, found none in row {row}")
+        raise UsageError(f"{name}: column {column!r} has no value in row {row}")
     return codes, tuple(places)
 
 
@@ -193,7 +192,7 @@ def _of_each(
     per_step: bool | None,
     name: str,
 ) -> Any:
-    """Return an entry a sequence, or a step: of a column, or of what is given by id."""
+    """Return an entry for each sequence, or each step, from a column or from values by id."""
     if isinstance(given, str):
         parts = np.split(plain(frame, given)[order], cuts)
         if per_step:
@@ -201,7 +200,7 @@ def _of_each(
         for value, part in zip(by_id, parts, strict=True):
             other = next((one for one in part.tolist() if one != part[0] and one == one), part[0])
             if other != part[0] and part[0] == part[0]:
-                more = "; for one a step, per_step=True (--per-step)" if what == "y" else ""
+                more = "; for one per step use per_step=True (--per-step)" if what == "y" else ""
                 raise UsageError(
                     f"{name}: expected one {given!r} for each {id!r}, got {part[0]!r} and {other!r} for {value!r}{more}"
                 )
@@ -211,24 +210,26 @@ def _of_each(
     if is_frame(given):
         others = [str(column) for column in given.columns if str(column) != id]
         if len(others) != 1 or len(others) == len(given.columns):
-            raise UsageError(f"{what}: expected a frame of {id!r} and one column more, got {', '.join(given.columns)}")
+            raise UsageError(
+                f"{what}: expected a frame with {id!r} and one other column, got {', '.join(given.columns)}"
+            )
         given = dict(zip(plain(given, id).tolist(), plain(given, others[0]).tolist(), strict=True))
     series: Any = given
     if not isinstance(given, Mapping) and given is not None and len(given) == len(frame) != len(by_id):
         raise UsageError(
-            f"{what}: expected an entry for each of {len(by_id)} {id!r}, got {len(given)}, one a row: give the name of "
-            "the column"
+            f"{what}: expected one entry for each of {len(by_id)} {id!r}, got {len(given)}, one per row: pass the name "
+            "of the column instead"
         )
     if hasattr(series, "index") and hasattr(series, "to_dict"):  # a Series by id
         if not series.index.is_unique:
-            raise UsageError(f"{what}: expected each {id!r} once in its index, got one twice")
+            raise UsageError(f"{what}: expected each {id!r} once in the index of the Series, got one twice")
         given = series.to_dict()
     if isinstance(given, Mapping):
         missing = [value for value in by_id if value not in given]
         if missing:
             raise UsageError(
                 f"{what}: expected an entry for every {id!r}, found none for {missing[0]!r} ({len(missing)} of "
-                f"{len(by_id)})"
+                f"{len(by_id)} are missing)"
             )
         return [given[value] for value in by_id]
     return given

@@ -1,4 +1,4 @@
-"""Sequences that stay where they are until a batch needs them: map-style datasets, such as torch's."""
+"""Sequences that are fetched when a batch needs them: map-style datasets, such as torch's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cellstack.train.data.frames import is_frame
 
 
 class Lazy(Sequence[NDArray[np.float32]]):
-    """A list of arrays, each made when it is looked up; their lengths are known.
+    """A list of arrays of known lengths, each fetched when it is indexed.
 
     Args:
-        fetch: returns the array at a position, the same each time.
+        fetch: returns the array at an index, the same each time.
         lengths: steps of each, `[N]`.
-        indices: the positions that are there, in order; all where None.
+        indices: the indices that the list contains, in order; None = all.
     """
 
     def __init__(self, fetch: Callable[[int], NDArray[np.float32]], lengths: NDArray[np.int64], indices: Any = None):
@@ -27,7 +27,7 @@ class Lazy(Sequence[NDArray[np.float32]]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Steps of each of those that are there."""
+        """Steps of each array in the list."""
         return self.all_lengths[self.indices]
 
     def __len__(self) -> int:
@@ -38,18 +38,18 @@ class Lazy(Sequence[NDArray[np.float32]]):
         array = self.fetch(at)
         if len(array) != self.all_lengths[at]:
             raise UsageError(
-                f"x[{at}]: expected {self.all_lengths[at]} steps, as when it was first read, got {len(array)}: a "
-                "sequence must keep its length"
+                f"x[{at}]: expected {self.all_lengths[at]} steps, as in the first pass, got {len(array)}: a dataset "
+                "must return the same sequence each time"
             )
         return array
 
     def take(self, indices: NDArray[np.int64]) -> Lazy:
-        """Return some of them."""
+        """Return the arrays at `indices`, as a list of the same kind."""
         return Lazy(self.fetch, self.all_lengths, self.indices[indices])
 
 
 def is_dataset(x: Any) -> bool:
-    """Return whether x is looked up by position and knows how long it is, and is no array, list or frame."""
+    """Return whether x has `__getitem__` and `__len__`, and isn't an array, list or frame."""
     if hasattr(x, "shape") or isinstance(x, (list, tuple, str, bytes, dict)) or is_frame(x):
         return False
     by_position = hasattr(x, "__getitem__") and hasattr(x, "__len__")
@@ -59,7 +59,7 @@ def is_dataset(x: Any) -> bool:
 def read(
     x: Any, checked: Callable[[Any, int], NDArray[np.float32]], name: str
 ) -> tuple[Lazy, list[Any] | None, list[Any] | None]:
-    """Read a dataset once: return its sequences, still where they are, and its targets and weights, None for none.
+    """Iterate over a dataset once; return its sequences, lazily, and its targets and weights, None for none.
 
     Args:
         x: the dataset; an item is a sequence, or a tuple `(sequence, target)` or `(sequence, target, weight)`.
@@ -67,7 +67,7 @@ def read(
         name: for messages.
 
     Raises:
-        UsageError: no item, or items of several forms.
+        UsageError: no items, or items of different forms.
     """
     lengths, targets, weights = np.empty(len(x), np.int64), [], []
     sizes = set()
@@ -76,7 +76,7 @@ def read(
         lengths[n] = len(checked(array, n))
         sizes.add(len(more))
         if len(sizes) > 1:
-            raise UsageError(f"{name}[{n}]: expected an item of the form of {name}[0], got {1 + len(more)} parts")
+            raise UsageError(f"{name}[{n}]: expected an item of the same form as {name}[0], got {1 + len(more)} parts")
         targets += more[:1]
         weights += more[1:]
     if not len(x):
@@ -85,7 +85,7 @@ def read(
 
 
 def parts(item: Any, name: str) -> tuple[Any, ...]:
-    """Return an item as a tuple of a sequence and, where they are there, a target and a weight."""
+    """Return an item as a tuple of a sequence and, if present, a target and a weight."""
     if not isinstance(item, tuple):
         if isinstance(item, dict):
             raise UsageError(f"{name}: expected (sequence, target), got a dict of {', '.join(map(str, item))}")

@@ -1,4 +1,4 @@
-"""Sequences out of files: `.ts`, `.npz`, and tables in long form, CSV or Parquet. Needs no torch."""
+"""Sequences from files: `.ts`, `.npz`, and tables in long form, CSV or Parquet. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cellstack.train.tables.source import Frame, read_source
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")
-HELD = ("x", "y", "lengths", "weight")
+ARRAYS = ("x", "y", "lengths", "weight")
 
 
 class Read(NamedTuple):
     """A table as a frame.
 
-    `ignored` says why columns of it aren't used, `notes` what was assumed; `reading` are the arguments of `read_frame`
-    that read another file of its kind in the same way.
+    `ignored` has the unused columns with the reasons, `notes` the assumptions; `reading` has the arguments with which
+    `read_frame` reads another file of its kind in the same way.
     """
 
     frame: Frame
@@ -52,37 +52,37 @@ def read_sequences(
     optional: bool = False,
     **reading: Any,
 ) -> Sequences:
-    """Read sequences from a file, told by its suffix.
+    """Read sequences from a file; its suffix determines the format.
 
     Args:
-        path: `.ts`; `.npz` with `x [N, T, C]` and, where there are such, `y`, `lengths [N]` of the sequences where they
-            are padded at their ends, and `weight [N]`; `.csv`, `.tsv` or `.parquet`, a table with a row a step.
-        y: the column of a table that holds the classes or targets; None for none, and for other files.
+        path: `.ts`; `.npz` with `x [N, T, C]` and optionally `y`, `lengths [N]` of sequences that are padded at the
+            end, and `weight [N]`; `.csv`, `.tsv` or `.parquet`, a table with a row per step.
+        y: a table's column of classes or targets; None for none, and for other files.
         task, labels, id, time, features, weight, per_step: see `as_sequences`.
-        optional: a table without the column y has no classes or targets, instead of being refused.
+        optional: accept a table without the column y, as data without classes or targets.
         reading: `day_first`, `date_format`, `decimal` and `encoding` of a table, see `read_table`.
 
     Raises:
-        FormatError: the file can't be read as what its suffix says.
-        UsageError: another suffix, or what `as_sequences` refuses.
-        OSError: it can't be read at all.
+        FormatError: the content doesn't match the suffix.
+        UsageError: an unsupported suffix, or an error of `as_sequences`.
+        OSError: the file can't be read.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"{path}: expected a file that ends in one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{path}: expected a file with one of the suffixes {', '.join(SUFFIXES)}")
     if suffix in (".ts", ".npz"):
         own = {"y": y, "id": id, "time": time, "features": features, "weight": weight, **reading}
         for name, given in own.items():
             if given is not None:
-                raise UsageError(f"{path}: expected {name} with a table alone, as {suffix} has its own, got {given!r}")
+                raise UsageError(f"{path}: {name} applies only to tables, not to {suffix}, got {given!r}")
     try:
         if suffix == ".ts":
             return _ts(path, task, labels)
         if suffix == ".npz":
             arrays = _npz(path, per_step)
-            told = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
-            return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **told)
+            own = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
+            return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **own)
         read = read_frame(path, y, task, id=id, time=time, features=features, weight=weight, **reading)
         if optional and y not in read.frame:
             y = per_step = None
@@ -117,20 +117,20 @@ def read_frame(
     decimal: str | None = None,
     encoding: str | None = None,
 ) -> Read:
-    """Return a table as a pandas frame, its columns of numbers as such, in whichever way these are written.
+    """Return a table as a pandas frame, with numeric columns parsed regardless of how the numbers are written.
 
     Args:
         path: a file that `read_source` reads.
-        label: its column of classes or numbers; classes are left as they stand.
-        task, id, time, features, weight: see `as_sequences`; times that are text are read as dates.
+        label: its column of classes or numbers; classes aren't parsed.
+        task, id, time, features, weight: see `as_sequences`; times that are text are parsed as dates.
         day_first, date_format, decimal, encoding: see `read_table`.
 
     Raises:
-        FormatError: it can't be read as a table, or only in more than one way.
-        UsageError: what reads it isn't installed, or an argument out of its range.
+        FormatError: it can't be read as a table, or is ambiguous.
+        UsageError: the reader isn't installed, or an argument is out of range.
     """
     if time is None and (day_first is not None or date_format is not None):
-        raise UsageError("expected time, the column that holds dates, where it is told how they are written")
+        raise UsageError("day_first and date_format need time, the column of dates")
     source = read_source(path, encoding, () if id is None else (id,))
     frame, notes, ignored = source.frame, source.notes, dict[str, str]()
     named = (id, time, label, weight)
@@ -151,7 +151,7 @@ def read_frame(
     if time is not None and time in frame and (date_format is not None or frame[time].dtype.kind not in "iuf"):
         series, _ = series_of(source, (id,) if id is not None and id in frame else ())
         found = dates.read(source, time, series, day_first, date_format)
-        notes += [f"`{time}`: {found.told}"] if found.told else []
+        notes += [f"`{time}`: {found.note}"] if found.note else []
         frame[time], date_format = found.times, found.form
     reading = {"date_format": date_format or None, "decimal": "," if sign == "," else decimal, "encoding": encoding}
     return Read(frame.drop(columns=list(ignored)), ignored, tuple(notes), reading)
@@ -168,33 +168,35 @@ def _ts(path: Path, task: str | None, labels: tuple[Any, ...] | None) -> Sequenc
 def _npz(path: Path, per_step: bool | None) -> dict[str, Any]:
     """Return a file's arrays, x as a list of sequences without their padding."""
     with path.open("rb") as file:
-        if not is_zipfile(file):  # np.load goes by content, and would take it for a pickle
-            raise FormatError(f"{path}: expected arrays by name as np.savez writes them, found another file")
+        if not is_zipfile(file):  # np.load would take it for a pickle
+            raise FormatError(f"{path}: expected named arrays written by np.savez, found another kind of file")
     try:
         with np.load(path, allow_pickle=False) as read:
             arrays = {name: read[name] for name in read.files}
     except (ValueError, EOFError, BadZipFile) as error:
         if "pickle" in str(error):
             raise FormatError(
-                f"{path}: expected arrays of numbers or text, found one of objects, which are never unpickled: write x "
-                "padded to one length, and the lengths beside it"
+                f"{path}: arrays of objects aren't supported, because pickles aren't read: save x padded to one "
+                "length, and the array lengths"
             ) from None
-        raise FormatError(f"{path}: expected arrays as np.savez writes them: {str(error)[:120]}") from None
-    unknown = [name for name in arrays if name not in HELD]
+        raise FormatError(f"{path}: expected arrays written by np.savez: {str(error)[:120]}") from None
+    unknown = [name for name in arrays if name not in ARRAYS]
     if unknown or "x" not in arrays:
         found = ", ".join(arrays) or "none"
-        raise UsageError(f"expected arrays named x and, where there are such, y, lengths and weight, found {found}")
+        raise UsageError(f"expected an array named x and optionally y, lengths and weight, found {found}")
     lengths = arrays.pop("lengths", None)
     if lengths is not None:
         x = arrays["x"]
         if lengths.shape != x.shape[:1] or lengths.dtype.kind not in "iu" or x.ndim != 3:
             raise UsageError(
-                f"expected x [N, T, C] and lengths [N] of whole numbers, got {x.shape}, {lengths.shape} {lengths.dtype}"
+                f"expected x [N, T, C] and integers lengths [N], got {x.shape} and {lengths.shape} {lengths.dtype}"
             )
         wrong = (lengths < 1) | (lengths > x.shape[1])
         if wrong.any():
             raise UsageError(f"expected lengths from 1 to T = {x.shape[1]}, got {lengths[np.argmax(wrong)]}")
         arrays["x"] = [row[:length] for row, length in zip(x, lengths, strict=True)]
-        if per_step is not False and "y" in arrays and arrays["y"].shape[:2] == x.shape[:2]:  # one a step, padded alike
+        if (
+            per_step is not False and "y" in arrays and arrays["y"].shape[:2] == x.shape[:2]
+        ):  # one per step, with the same padding
             arrays["y"] = [row[:length] for row, length in zip(arrays["y"], lengths, strict=True)]
     return arrays

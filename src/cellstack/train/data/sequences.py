@@ -1,6 +1,6 @@
-"""`Sequences`, the inside form of what is classified or regressed, and the way to it from what is in memory.
+"""`Sequences`, the internal form of data to classify or regress, and the conversion of data in memory to it.
 
-Needs no torch, and no library of the frames that it takes.
+Needs neither torch nor the libraries of the supported frames.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from cellstack.train.data.targets import FLOAT, as_targets, as_weights
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences, each with a class, with targets, or with neither; or with one of them at every step.
+    """Sequences with classes, with targets, or with neither, for each sequence or for each step.
 
     Args:
-        x: one `[T, I]` float32 array a sequence, in the data's units; NaN where a value is missing. A list, or `Lazy`.
-        y: `[N]` int64 positions in `labels`, or float32 targets `[N]` or `[N, O]` where `labels` is empty; a list of
-            `[T]` or `[T, O]` arrays of these where there is one at every step; None where the data has none.
-        labels: the classes, text or whole numbers or bools.
+        x: one `[T, I]` float32 array per sequence, in the data's units; NaN where missing. A list, or `Lazy`.
+        y: `[N]` int64 indices into `labels`, or float32 targets `[N]` or `[N, O]` if `labels` is empty; a list of
+            `[T]` or `[T, O]` arrays of these if there is one per step; None for data with neither.
+        labels: the classes: strings, integers or bools.
         name: of the data, for messages.
-        columns: names of the channels; () where they have none.
-        ids: of the sequences; () where they have none.
-        weight: `[N]` float32, how much each counts in the loss; None where all count alike.
-        ignored: what of the data isn't used, and why.
-        table: the columns of a table that say what is what, `id`, `time` and `label`, and how a file of one is read,
-            see `read_sequences`; {} where it comes from none.
-        notes: what was assumed in reading, a sentence each.
+        columns: names of the channels; () for none.
+        ids: of the sequences; () for none.
+        weight: `[N]` float32, the weights in the loss; None = all 1.
+        ignored: unused columns, and why.
+        table: the columns `id`, `time` and `label` of a table, and the options of reading its file, see
+            `read_sequences`; {} for data that isn't a table.
+        notes: assumptions made in reading, a sentence each.
     """
 
     x: Sequence[NDArray[np.float32]]
@@ -63,7 +63,7 @@ class Sequences:
         return isinstance(self.y, list)
 
     def channel(self, number: int) -> str:
-        """Return what a message calls a channel."""
+        """Return a channel's name for messages."""
         return f"column {self.columns[number]!r}" if self.columns else f"channel {number}"
 
 
@@ -83,27 +83,27 @@ def as_sequences(
     """Return data in memory as `Sequences`.
 
     Args:
-        x: an array `[N, T, I]`; a list of arrays `[T, I]`, each with its own T; a pandas or polars frame in long form,
-            a row a step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now and then
-            again as batches need it; or `Sequences`, which are returned as they are where `y` and `weight` are None.
+        x: an array `[N, T, I]`; a list of arrays `[T, I]`, whose T may differ; a pandas or polars frame in long form,
+            with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now
+            and again when batches need it; or `Sequences`, which are returned unchanged, without `y` and `weight`.
             NaN, or a masked value of a masked array, is missing.
-        y: a class or number a sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, a step;
-            None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
-        task: `"classify"` or `"regress"`; told by `y` where None: text, bools and whole numbers are classes.
-        labels: the classes of a model trained before, in its order; those of `y`, sorted, where None.
-        id: the frame's column that says which sequence a row belongs to.
-        time: the frame's column by which the rows of a sequence are put in order; as they stand where None.
-        features: the frame's columns to take; all others of numbers where None.
-        weight: `[N]`, how much each sequence counts; with a frame also a column's name or a mapping.
-        per_step: whether `y` has one entry a step; told by its shape where None.
+        y: a class or number per sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, per
+            step; None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
+        task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
+        labels: the classes of a trained model, in its order; None = those of `y`, sorted.
+        id: the frame's column that identifies the sequence of a row.
+        time: the frame's column by which to sort a sequence's rows; None = row order.
+        features: the frame's input columns; None = all other numeric ones.
+        weight: `[N]`, the sequences' weights in the loss; with a frame also a column's name or a mapping.
+        per_step: whether `y` has one entry per step; None = determined by its shape.
         name: of the data, for messages.
 
     Raises:
-        UsageError: data in another form; the message says which was expected, and how to get there.
+        UsageError: data in another form; the message says which is expected, and how to convert to it.
     """
     if isinstance(x, Sequences):
         if y is not None or weight is not None:
-            raise UsageError(f"{x.name}: expected Sequences alone, which have their own classes, got y or weights too")
+            raise UsageError(f"{x.name}: y and weights aren't supported with Sequences, which contain them")
         return x
     ids: tuple[Any, ...] = ()
     columns: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ def as_sequences(
     else:
         for what, given in (("id", id), ("time", time), ("features", features)):
             if given is not None:
-                raise UsageError(f"expected {what} with a frame alone, got it with {_kind(x)}")
+                raise UsageError(f"{what} applies only to frames, not to {_kind(x)}")
         if lazy.is_dataset(x):
             arrays, own, weights = lazy.read(x, one, name)
             y, weight = own if y is None else y, weights if weight is None else weight
@@ -145,7 +145,7 @@ def _kind(x: Any) -> str:
 
 
 def _arrays(x: Any, name: str) -> list[Any]:
-    """Return an array a sequence, of what is an array or a list."""
+    """Split an array or a list into one array per sequence."""
     if hasattr(x, "detach"):  # a torch tensor
         x = x.detach().cpu().numpy()
     if hasattr(x, "shape") or not isinstance(x, (list, tuple)):
@@ -156,8 +156,8 @@ def _arrays(x: Any, name: str) -> list[Any]:
             )
         if len(shape) == 2:
             raise UsageError(
-                f"{name}: expected an array [N, T, C], got {tuple(shape)}: add an axis, {name}[..., None] where it is "
-                f"{shape[0]} sequences of one channel, or {name}[None] where it is one sequence"
+                f"{name}: expected an array [N, T, C], got {tuple(shape)}: add an axis, {name}[..., None] for "
+                f"{shape[0]} sequences of one channel, or {name}[None] for one sequence"
             )
         if len(shape) != 3:
             raise UsageError(f"{name}: expected an array [N, T, C], got {tuple(shape)}")
@@ -192,7 +192,7 @@ def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDA
         step, channel = map(int, np.argwhere(too_large)[0])
         where = f"column {columns[channel]!r}" if columns else f"channel {channel}"
         raise UsageError(
-            f"{name}[{n}]: expected finite numbers that float32 holds, or NaN where one is missing, got "
+            f"{name}[{n}]: expected finite numbers in float32's range, or NaN where missing, got "
             f"{array[step, channel]} at step {step}, {where}"
         )
     return np.array(array, np.float32, order="C")
@@ -216,7 +216,7 @@ def taken(whole: Sequences, indices: NDArray[np.int64]) -> Sequences:
 
 
 def joined(first: Sequences, second: Sequences) -> Sequences:
-    """Return two sets of sequences, both with classes or targets of one form, as one."""
+    """Concatenate two sets of sequences, whose classes or targets have the same form."""
     weight = None
     if first.weight is not None or second.weight is not None:
         each = [np.ones(len(one.x), np.float32) if one.weight is None else one.weight for one in (first, second)]

@@ -1,8 +1,8 @@
-"""Examples that are iterated over, as where they are larger than memory: a first pass measures them, each epoch is one.
+"""Examples from an iterable, for data larger than memory: a first pass measures them, and each epoch is another pass.
 
-They are shuffled within a buffer: so many follow each other are read, put into batches of one length, and learned in
-drawn order, before the next are read. What lies further apart in the source is never in one batch, so a source that is
-sorted by class should be shuffled where it is stored.
+They are shuffled within a buffer: as many consecutive examples as fit into the buffer are read, grouped into batches of
+equal length, and trained on in random order, before the next ones are read. Examples further apart in the source are
+never in the same batch, so shuffle a source that is sorted by class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUFFER = 4096
 
 
 def is_stream(x: Any) -> bool:
-    """Return whether x is iterated over from its beginning, and is no array, list, frame, file's name or dataset."""
+    """Return whether x is an iterable or a function, and not an array, list, frame, file name or dataset."""
     if (
         hasattr(x, "shape")
         or isinstance(x, (list, tuple, dict, set, str, bytes, os.PathLike, Sequences))
@@ -39,16 +39,17 @@ class Stream:
     """A source of examples after its first pass.
 
     Args:
-        source: an iterable of `(sequence [T, C], target)` or `(sequence, target, weight)` that begins anew each time,
-            or a function that returns an iterator. It has to give the same examples in the same order each time.
-        share: of the examples that are held out for validation, drawn one by one.
-        seed: fixes which.
+        source: an iterable of `(sequence [T, C], target)` or `(sequence, target, weight)` that can be iterated
+            repeatedly, or a function that returns an iterator. Each pass must yield the same examples in the same
+            order.
+        share: probability of each example to be held out for validation.
+        seed: of that choice.
         task: see `as_sequences`.
         name: of the data, for messages.
-        buffer: how many examples are in memory at a time.
+        buffer: number of examples in memory at a time.
 
     Raises:
-        UsageError: an iterator, which can be read but once, items of another form, or what `as_sequences` refuses.
+        UsageError: an iterator, which can only be read once; items of another form; or an error of `as_sequences`.
     """
 
     columns: tuple[str, ...] = ()
@@ -58,11 +59,11 @@ class Stream:
         self, source: Any, share: float, seed: int, task: str | None = None, name: str = "x", buffer: int = BUFFER
     ):
         if any(kind.__name__ == "DataLoader" for kind in type(source).__mro__):
-            raise UsageError(f"{name}: expected a dataset, got a DataLoader: give its .dataset, batches are made here")
+            raise UsageError(f"{name}: expected a dataset, got a DataLoader: pass its .dataset instead")
         if not callable(source) and iter(source) is source:
             raise UsageError(
-                f"{name}: expected an iterable that begins anew each time, got an iterator, which can be read once: "
-                "give the function that makes it, or a class with __iter__"
+                f"{name}: an iterator isn't supported, because it can only be read once: pass the function that makes "
+                "it, or an object with __iter__"
             )
         self.source, self.name, self.buffer = source, name, buffer
         self.ignored: dict[str, str] = {}
@@ -79,7 +80,7 @@ class Stream:
             if not held[-1]:
                 sums.add(x)
         if not len(lengths):
-            raise UsageError(f"{name}: expected at least one example, got none")
+            raise UsageError(f"{name}: the iterable is empty")
         self.lengths, self.held = np.array(lengths, np.int64), np.array(held, bool)
         targets, self.labels = as_targets(y, self.lengths, task, per_step=False)
         assert isinstance(targets, np.ndarray)
@@ -90,13 +91,13 @@ class Stream:
         self.digests = tuple(map(str, digests))
 
     def items(self) -> Iterator[tuple[NDArray[np.float32], Any, Any]]:
-        """Yield every example, its sequence checked; None for a weight that isn't there."""
+        """Yield every example, with its sequence checked; a missing weight is None."""
         whole: Any = self.source() if callable(self.source) else self.source
         width = 0
         for n, item in enumerate(whole):
             found = parts(item, f"{self.name}[{n}]")
             if len(found) < 2:
-                raise UsageError(f"{self.name}[{n}]: expected (sequence, target), got a sequence alone")
+                raise UsageError(f"{self.name}[{n}]: expected (sequence, target), got only a sequence")
             x = checked(found[0], n, self.name)
             width = width or x.shape[1]
             if x.shape[1] != width:
@@ -105,7 +106,7 @@ class Stream:
 
 
 class _Sums:
-    """Means and scales of channels, summed up sequence by sequence around the first one's means."""
+    """Means and scales of channels, accumulated over sequences relative to the first one's means."""
 
     def add(self, x: NDArray[np.float32]) -> None:
         missing = np.isnan(x)
@@ -122,12 +123,10 @@ class _Sums:
 
     def inputs(self) -> Inputs:
         if not hasattr(self, "total"):
-            raise UsageError("expected at least one example to train on, got none")
+            raise UsageError("there are no examples to train on")
         if not self.count.all():
             channel = int(np.argmin(self.count))
-            raise UsageError(
-                f"expected values in every channel of the training part, found none in channel {channel}: leave it out"
-            )
+            raise UsageError(f"channel {channel} has no values in the training part: leave it out")
         mean = self.total / self.count
         scale = np.sqrt(np.maximum(self.squares / self.count - np.square(mean), 0.0))
         mean = mean + self.around
@@ -143,7 +142,7 @@ class Streamed:
         inputs: fills gaps.
         y: targets in the form of `Batch`, `[N]` or `[N, O]`; their weights in the same shape.
         weight: see `y`.
-        validation: examples of their own to validate on; those that the stream holds out where None.
+        validation: separate examples to validate on; None = those that the stream holds out.
         batch, seed, noise, offset: see `Indexed`.
     """
 
@@ -206,12 +205,14 @@ class Streamed:
         }
 
     def _blocks(self, held: bool) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
-        """Yield the examples of one part, so many at a time, with their places in the source."""
+        """Yield the examples of one part, a buffer at a time, with their indices in the source."""
         places, block = [], []
         n = -1
         for n, (x, _, _) in enumerate(self.stream.items()):
             if n >= len(self.stream.lengths) or len(x) != self.stream.lengths[n]:
-                raise UsageError(f"{self.stream.name}: expected the same examples in every pass, got another at {n}")
+                raise UsageError(
+                    f"{self.stream.name}: expected the same examples in every pass, but example {n} differs"
+                )
             if self.stream.held[n] == held:
                 places.append(n)
                 block.append(x)

@@ -1,4 +1,4 @@
-"""What is learned of sequences, in the forms in which people have it: classes of any type, numbers, one a step."""
+"""Targets of sequences: classes of several types, or numbers, for each sequence or each step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from cellstack.train.checks import UsageError, refuse_masked
 
 TASKS = ("classify", "regress")
-WORDS = {str: "text", bool: "bools", int: "whole numbers", float: "numbers"}
-FEW = 20  # different whole numbers that are classes without being asked for
+WORDS = {str: "text", bool: "bools", int: "integers", float: "numbers"}
+FEW = 20  # up to so many distinct integers are taken as classes
 FLOAT, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-SHARE = 5  # beyond these, so many examples a class on average
+SHARE = 5  # more distinct integers are classes only with so many examples per class on average
 
 
 def as_targets(
@@ -25,18 +25,18 @@ def as_targets(
     labels: tuple[Any, ...] | None = None,
     per_step: bool | None = None,
 ) -> tuple[NDArray | list[NDArray] | None, tuple[Any, ...]]:
-    """Return targets as `Sequences` hold them, and the classes.
+    """Return targets in the form of `Sequences.y`, and the classes.
 
     Args:
         y: see `as_sequences`.
         lengths: steps of each sequence, `[N]`.
-        task: `"classify"`, `"regress"`, or None: told by y.
-        labels: the classes to find y among; those of y where None.
-        per_step: whether y has one entry a step; told by its shape where None.
+        task: `"classify"`, `"regress"`, or None = determined by y.
+        labels: the known classes; None = those of y.
+        per_step: whether y has one entry per step; None = determined by its shape.
 
     Raises:
-        UsageError: another number of entries than of sequences, missing ones, a type that is none of a class's, a class
-            that isn't among `labels`, or numbers that may be both, classes and targets.
+        UsageError: the wrong number of entries, missing ones, an unsupported type, a class that isn't in `labels`, or
+            integers that may be classes or targets.
     """
     if task not in (None, *TASKS):
         raise UsageError(f"expected task to be one of {', '.join(TASKS)}, got {task!r}")
@@ -44,34 +44,34 @@ def as_targets(
         return None, labels or ()
     refuse_masked("y", y)
     if isinstance(y, Mapping):
-        raise UsageError("y: expected one entry a sequence; by id with a frame alone, got a mapping")
+        raise UsageError("y: expected one entry per sequence, got a mapping: mappings by id apply only to frames")
     parts = [_array(part) for part in y] if _nested(y) else None
     if parts is None:
         flat = _array(y)
         if flat.ndim == 0:
-            raise UsageError(f"y: expected one entry a sequence, got {y!r:.60}")
+            raise UsageError(f"y: expected one entry per sequence, got {y!r:.60}")
         if len(flat) != len(lengths):
-            raise UsageError(f"y: expected one entry a sequence, {len(lengths)}, got {len(flat)}")
+            raise UsageError(f"y: expected one entry per sequence, {len(lengths)}, got {len(flat)}")
         if flat.ndim == 1:
             if per_step:
-                raise UsageError("y: expected one entry a step with per_step, got one a sequence")
+                raise UsageError("y: expected one entry per step with per_step, got one per sequence")
             return _values(flat, task, labels)
         parts = list(flat)
     if len(parts) != len(lengths):
-        raise UsageError(f"y: expected one entry a sequence, {len(lengths)}, got {len(parts)}")
+        raise UsageError(f"y: expected one entry per sequence, {len(lengths)}, got {len(parts)}")
     if per_step is None:
-        per_step = _told(parts, lengths, task)
+        per_step = _is_per_step(parts, lengths, task)
     if not per_step:
         return _values(np.stack(parts), task, labels)
     for n, (part, length) in enumerate(zip(parts, lengths, strict=True)):
         if len(part) != length:
-            raise UsageError(f"y[{n}]: expected one entry a step, {length}, got {len(part)}")
+            raise UsageError(f"y[{n}]: expected one entry per step, {length}, got {len(part)}")
     values, labels = _values(np.concatenate(parts), task, labels)
     return np.split(values, np.cumsum(lengths)[:-1]), labels
 
 
 def _nested(y: Any) -> bool:
-    """Return whether y is a list of arrays or lists, or an array of such."""
+    """Return whether y is a list or an object array of arrays or lists."""
     if isinstance(y, (list, tuple)) or (isinstance(y, np.ndarray) and y.dtype == object and y.ndim == 1):
         return bool(len(y)) and all(
             isinstance(part, (list, tuple)) or (hasattr(part, "shape") and len(part.shape)) for part in y
@@ -79,35 +79,35 @@ def _nested(y: Any) -> bool:
     return False
 
 
-def _told(parts: list[NDArray], lengths: NDArray[np.int64], task: str | None) -> bool:
-    """Return whether there is an entry a step, by the shapes."""
+def _is_per_step(parts: list[NDArray], lengths: NDArray[np.int64], task: str | None) -> bool:
+    """Return whether there is one entry per step, according to the shapes."""
     counts = np.array([len(part) for part in parts])
     fits, even = bool((counts == lengths).all()), len(set(counts.tolist())) == 1
     if not fits and not even:
         n = int(np.argmax(counts != lengths))
         raise UsageError(
-            f"y[{n}]: expected one entry a step, {lengths[n]}, or as many in all sequences, got {counts[n]}"
+            f"y[{n}]: expected one entry per step, {lengths[n]}, or the same number in all sequences, got {counts[n]}"
         )
     if not fits:
         return False
     numbers = parts[0].dtype.kind == "f" or task == "regress"
     if even and parts[0].ndim == 1 and numbers:
         raise UsageError(
-            f"y: expected per_step=True, or False for {counts[0]} targets a sequence: as there are {counts[0]} steps "
-            "too, the shape doesn't tell"
+            f"y: the shape is ambiguous, because there are {counts[0]} targets and {counts[0]} steps: pass "
+            f"per_step=True for one target per step, or per_step=False for {counts[0]} targets per sequence"
         )
     return True
 
 
 def _array(y: Any) -> NDArray:
-    """Return y as an array: of numbers, or of plain objects; lists of several types aren't made text."""
+    """Return y as an array of numbers or of plain objects; lists of several types aren't converted to text."""
     if hasattr(y, "detach"):
         y = y.detach().cpu()
     if hasattr(y, "dtype") or hasattr(y, "shape"):
         y = y.to_numpy() if hasattr(y, "to_numpy") else np.asarray(y)
         return y if y.dtype.kind in "biufSUO" else y.astype(object)
     if not isinstance(y, Iterable) or isinstance(y, (str, bytes)):
-        raise UsageError(f"y: expected one entry a sequence, got {y!r:.60}")
+        raise UsageError(f"y: expected one entry per sequence, got {y!r:.60}")
     items = list(y)
     array = np.empty(len(items), object)
     array[:] = items
@@ -115,7 +115,7 @@ def _array(y: Any) -> NDArray:
 
 
 def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> tuple[NDArray, tuple[Any, ...]]:
-    """Return `[N]` or `[N, O]` values as codes of classes, with these, or as float32."""
+    """Return `[N]` or `[N, O]` values as class indices and the classes, or as float32 and ()."""
     values = np.array([_plain(value) for value in flat.ravel()], object) if flat.dtype.kind in "SUO" else flat.ravel()
     if values.dtype == object:
         _refuse_missing(values, [value is None or value != value for value in values])
@@ -132,14 +132,14 @@ def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> 
         try:
             values = values.astype(kind)
         except OverflowError:
-            raise UsageError("y: expected whole numbers below 2^63, got a larger one") from None
+            raise UsageError("y: expected integers below 2^63, got a larger one") from None
     else:
         kind = {"b": bool, "i": int, "u": int, "f": float}[values.dtype.kind]
     if labels is not None or task == "classify" or (task is None and kind is not float):
         if kind is float and labels is None and task is None:
             raise UsageError("y: expected classes, got numbers")
         if flat.ndim > 1:
-            raise UsageError(f"y: expected one class an entry, got {flat.shape}: several at once aren't supported")
+            raise UsageError(f"y: expected one class per entry, got {flat.shape}: multiple labels aren't supported")
         return _classes(values, kind, labels, task is None)
     if kind in (str, bool) and task == "regress":
         raise UsageError(f"y: expected numbers with task regress, got {WORDS[kind]}")
@@ -152,26 +152,29 @@ def in_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return targets in float32.
 
     Raises:
-        UsageError: one that isn't finite, or that is too large for float32; or all of them are too small for it.
+        UsageError: a target that isn't finite, or is too large for float32; or all are too small for it.
     """
     sizes = np.abs(numbers).ravel()
     for bad, what in (
         (~np.isfinite(sizes), "expected finite numbers"),
-        (sizes > FLOAT, f"the targets' range overflows float32, which ends at {FLOAT:.2g}: divide them by a constant"),
+        (
+            sizes > FLOAT,
+            f"the targets overflow float32, whose largest number is {FLOAT:.2g}: divide them by a constant",
+        ),
     ):
         if bad.any():
             at = int(np.argmax(bad))
             raise UsageError(f"y: {what}, got {numbers.ravel()[at]} at position {at}")
     if 0 < sizes.max(initial=0.0) < TINY:
         raise UsageError(
-            f"y: the targets' range underflows float32, which begins at {TINY:.2g}: multiply them by a constant, got "
-            f"{sizes.max()} at most"
+            f"y: the targets underflow float32, whose smallest normal number is {TINY:.2g}: multiply them by a "
+            f"constant, got {sizes.max()} at most"
         )
     return numbers.astype(np.float32)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as Python has it."""
+    """Return a value as a plain Python object."""
     value = value.item() if isinstance(value, np.generic) else value
     return value.decode() if isinstance(value, bytes) else None if type(value).__name__ == "NAType" else value
 
@@ -180,15 +183,15 @@ def _refuse_missing(values: NDArray, missing: Any) -> None:
     where = np.flatnonzero(np.asarray(missing))
     if len(where):
         raise UsageError(
-            f"y: expected an entry for every one of {len(values)}, got {values[where[0]]} at position {where[0]} "
-            f"({len(where)} missing): leave out what isn't known"
+            f"y: missing values aren't supported, got {values[where[0]]} at position {where[0]} ({len(where)} of "
+            f"{len(values)} are missing): leave them out"
         )
 
 
 def _classes(
-    values: NDArray, kind: type, labels: tuple[Any, ...] | None, told: bool
+    values: NDArray, kind: type, labels: tuple[Any, ...] | None, inferred: bool
 ) -> tuple[NDArray[np.int64], tuple[Any, ...]]:
-    """Return the values' positions among the classes, and these."""
+    """Return the values' class indices, and the classes; `inferred` is whether the task was determined by y."""
     if kind is float:
         numbers = values.astype(np.float64)
         _refuse_missing(numbers, np.isnan(numbers))
@@ -196,53 +199,55 @@ def _classes(
         if broken.any() or not np.isfinite(numbers).all():
             at = int(np.argmax(broken | ~np.isfinite(numbers)))
             raise UsageError(
-                f"y: expected classes as text, whole numbers or bools, got {numbers[at]} at position {at}: "
-                "task='regress' learns numbers"
+                f"y: expected classes as text, integers or bools, got {numbers[at]} at position {at}: use "
+                "task='regress' for numbers"
             )
         values, kind = numbers.astype(np.int64), int
     found, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
     own = tuple(found.tolist())
     if labels is None:
-        if told and kind is int and len(own) > max(FEW, len(values) // SHARE):
+        if inferred and kind is int and len(own) > max(FEW, len(values) // SHARE):
             raise UsageError(
-                f"y: expected task='classify' or task='regress', as {len(own)} different whole numbers among "
-                f"{len(values)} may be either"
+                f"y: {len(own)} distinct integers among {len(values)} may be classes or numbers: pass task='classify' "
+                "or task='regress'"
             )
         return codes.astype(np.int64), own
-    places = {(type(label), label): n for n, label in enumerate(labels)}  # True is no 1
+    places = {(type(label), label): n for n, label in enumerate(labels)}  # True isn't 1
     for n, label in enumerate(own):
         if (type(label), label) not in places:
             known = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
             raise UsageError(
-                f"expected the classes {known}, as trained on, got {label!r} ({counts[n]} of {len(values)})"
+                f"expected the classes {known}, as in training, got {label!r} ({counts[n]} of {len(values)})"
             )
     order = np.array([places[type(label), label] for label in own], np.int64)
     return order[codes], labels
 
 
 def as_weights(weight: Any, count: int) -> NDArray[np.float32] | None:
-    """Return what each sequence counts, `[N]`; None where nothing is given.
+    """Return the weight of each sequence, `[N]`; None if none are given.
 
     Raises:
-        UsageError: another number of them, or one that isn't finite or below 0.
+        UsageError: the wrong number of weights, or one that isn't finite or is below 0.
     """
     if weight is None:
         return None
     if isinstance(weight, Mapping):
-        raise UsageError("sample_weight: expected one number a sequence; by id with a frame alone, got a mapping")
+        raise UsageError(
+            "sample_weight: expected one number per sequence, got a mapping: mappings by id apply only to frames"
+        )
     refuse_masked("sample_weight", weight)
     try:
         array = np.asarray(weight, np.float64)
     except (TypeError, ValueError):
-        raise UsageError("sample_weight: expected one number a sequence, got something else") from None
+        raise UsageError("sample_weight: expected one number per sequence, got something else") from None
     if array.shape != (count,):
-        raise UsageError(f"sample_weight: expected one number a sequence, [{count}], got {array.shape}")
+        raise UsageError(f"sample_weight: expected one number per sequence, [{count}], got {array.shape}")
     bad = ~(np.isfinite(array) & (array >= 0) & (array <= FLOAT))
     if bad.any():
         at = int(np.argmax(bad))
         raise UsageError(f"sample_weight: expected finite numbers >= 0, got {array[at]} at {at}")
     if not array.any():
-        raise UsageError("sample_weight: expected a number above 0, got none")
+        raise UsageError("sample_weight: all weights are 0")
     return array.astype(np.float32)
 
 
@@ -250,12 +255,12 @@ def class_weights(given: Any, codes: NDArray[np.int64], labels: tuple[Any, ...])
     """Return the weight of each class, `[K]`.
 
     Args:
-        given: `"balanced"`, N / (K · count) as in scikit-learn, or weights by class, 1 for those that aren't named.
-        codes: the classes of the training part.
+        given: `"balanced"`, N / (K · count) as in scikit-learn, or weights by class, 1 for classes without one.
+        codes: class indices of the training part.
         labels: the classes.
 
     Raises:
-        UsageError: another word, a class that isn't there, or a weight below 0.
+        UsageError: another string, an unknown class, or a weight below 0.
     """
     counts = np.bincount(codes.ravel(), minlength=len(labels))
     if isinstance(given, str):
@@ -270,11 +275,11 @@ def class_weights(given: Any, codes: NDArray[np.int64], labels: tuple[Any, ...])
         raise UsageError(f"class_weight: expected classes among {', '.join(map(repr, labels))}, got {unknown[0]!r}")
     weights = np.array([plain.get(label, 1.0) for label in labels], np.float32)
     if not (np.isfinite(weights) & (weights >= 0)).all() or not weights[codes.ravel()].any():
-        raise UsageError(f"class_weight: expected finite weights >= 0, some of them above, got {dict(plain)}")
+        raise UsageError(f"class_weight: expected finite weights >= 0, at least one above 0, got {dict(plain)}")
     return weights
 
 
 def counted(codes: NDArray[np.int64], labels: tuple[Any, ...]) -> dict[Any, int]:
-    """Return how often each class is there."""
+    """Return the number of entries of each class."""
     counts = Counter(codes.ravel().tolist())
     return {label: counts.get(n, 0) for n, label in enumerate(labels)}

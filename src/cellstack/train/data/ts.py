@@ -25,11 +25,10 @@ def read_ts(path: str | os.PathLike[str], labels: tuple[Any, ...] | None = None)
 
     Args:
         path: the file.
-        labels: the classes, in the order of a model trained before, found by their text; as the file declares them
-            where None.
+        labels: the classes of a trained model, in its order, matched as text; None = as the file declares them.
 
     Raises:
-        FormatError: the file can't be read as `.ts`; the message names the line, what was expected and what was found.
+        FormatError: the file isn't valid `.ts`; the message names the line, what was expected and what was found.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -55,7 +54,7 @@ def read_ts(path: str | os.PathLike[str], labels: tuple[Any, ...] | None = None)
     if not rows:
         raise FormatError(f"{path}: expected at least one sequence after @data, found none")
     if _flag(path, header, "timestamps"):
-        raise FormatError(f"{path}: expected @timeStamps false, found true: only evenly spaced steps can be read")
+        raise FormatError(f"{path}: @timeStamps true isn't supported: steps must be evenly spaced")
     reader = _Rows(path, header, labels)
     x, y = zip(*(reader.sequence(number, line) for number, line in rows), strict=True)
     name = " ".join(header.get("problemname", [])) or path.stem
@@ -63,7 +62,7 @@ def read_ts(path: str | os.PathLike[str], labels: tuple[Any, ...] | None = None)
 
 
 class _Rows:
-    """Reads lines after @data, and holds each against what the header and the lines before say."""
+    """Reads lines after @data, and checks each against the header and the previous lines."""
 
     def __init__(self, path: Path, header: dict[str, list[str]], labels: tuple[Any, ...] | None):
         self.path = path
@@ -93,26 +92,26 @@ class _Rows:
         values = [self._channel(number, part) for part in parts]
         lengths = {len(channel) for channel in values}
         if len(lengths) > 1:
-            raise _error(self.path, number, "channels of one length", f"lengths {sorted(lengths)}")
+            raise _error(self.path, number, "channels of equal length", f"lengths {sorted(lengths)}")
         if self.equal:
             self.length = self.length or len(values[0])
             if len(values[0]) != self.length:
                 raise _error(self.path, number, f"{self.length} steps (@equalLength true)", str(len(values[0])))
         if self.classes and label not in self.codes:
-            raise _error(self.path, number, f"a class out of {', '.join(self.codes)}", repr(label))
+            raise _error(self.path, number, f"one of the classes {', '.join(self.codes)}", repr(label))
         if self.targets:
             _number(self.path, number, label)
         return np.array(values, np.float32).T.copy(), label
 
     def column(self, texts: tuple[str, ...]) -> NDArray | None:
-        """Return classes as positions, or targets as numbers."""
+        """Return classes as indices, or targets as numbers."""
         if self.classes:
             return np.array([self.codes[text] for text in texts], np.int64)
         return np.array([float(text) for text in texts], np.float32) if self.targets else None
 
     def _channel(self, number: int, text: str) -> list[float]:
         if not text.strip():
-            raise _error(self.path, number, "at least one value a channel", "none")
+            raise _error(self.path, number, "at least one value per channel", "none")
         values = []
         for item in map(str.strip, text.split(",")):
             if item.lower() not in MISSING:
@@ -130,7 +129,7 @@ def _number(path: Path, number: int, text: str) -> float:
     except ValueError:
         raise _error(path, number, "a number", repr(text)) from None
     if not abs(value) <= float(np.finfo(np.float32).max):
-        raise _error(path, number, "a finite number that float32 holds", repr(text))
+        raise _error(path, number, "a finite number in float32's range", repr(text))
     return value
 
 
@@ -144,7 +143,7 @@ def _flag(path: Path, header: dict[str, list[str]], key: str) -> bool:
 def _count(path: Path, header: dict[str, list[str]], key: str) -> int:
     text = (header.get(key) or ["0"])[0]
     if not text.isdecimal() or len(text) > 18:
-        raise FormatError(f"{path}: expected a whole number after @{key}, found {text!r}")
+        raise FormatError(f"{path}: expected an integer after @{key}, found {text!r}")
     return int(text)
 
 

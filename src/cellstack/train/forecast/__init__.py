@@ -1,1 +1,1 @@
-"""Forecasts: what of a table a network sees, how it is trained, and how it stands beside simple rules."""
+"""Forecasts: a network's inputs from a table, its training, and its comparison with simple rules."""

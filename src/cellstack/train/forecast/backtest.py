@@ -1,4 +1,4 @@
-"""Forecasts from many origins beside simple rules and gradient boosting, measured on what came. Needs no torch."""
+"""Errors of forecasts from many origins, compared with simple rules and gradient boosting. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MOST_ORIGINS = 2000
 
 
 class Backtest(NamedTuple):
-    """What came, and what was forecast of it.
+    """Forecasts and actual values.
 
     Args:
         forecasts: of the model.
-        actual: `[N, horizon, targets]`, NaN where missing.
+        actual: actual values, `[N, horizon, targets]`, NaN where missing.
         baselines: forecasts by name, each `[N, horizon, targets]`.
-        typical: error by which MASE divides, `[S, targets]`.
+        typical: the scale of MASE, `[S, targets]`.
         series: of each origin, `[N]`.
     """
 
@@ -42,16 +42,16 @@ class Backtest(NamedTuple):
 
     @property
     def rivals(self) -> dict[str, Floats]:
-        """Return `baselines`, by its name until 0.2."""
+        """Return `baselines`; `rivals` was its name until 0.2."""
         warnings.warn("Backtest.rivals is now Backtest.baselines", DeprecationWarning, stacklevel=2)
         return self.baselines
 
     @property
     def scores(self) -> dict[str, Any]:
-        """Return errors of the model and its baselines, for each target, over the points that all of them forecast.
+        """Return the errors of the model and its baselines for each target, over the points that all of them forecast.
 
-        `mae`, `rmse` in the target's units, `mase`; of the model also the `pinball` loss and the `coverage` of the
-        interval between the outer quantiles. Several series: `mase` is the median of theirs.
+        `mae` and `rmse` in the target's units, and `mase`; for the model also the `pinball` loss and the `coverage` of
+        the interval between the outer quantiles. With several series, `mase` is the median over them.
         """
         recipe = self.forecasts.recipe
         found = {}
@@ -87,9 +87,9 @@ def _spread(quantiles: Floats, actual: Floats, recipe: Recipe) -> dict[str, floa
 
 
 def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
-    """Return what every rule forecasts from the windows' origins, `[N, horizon, targets]` by its name.
+    """Return each rule's forecasts from the windows' origins, `[N, horizon, targets]`, by name.
 
-    Exponential smoothing is one of them, though a part of the model: it tells what the network adds to it.
+    Exponential smoothing is included, although it is part of the model, to show how much the network improves it.
     """
     recipe = windows.recipe
     shape = (len(windows.origins), recipe.horizon, len(recipe.targets))
@@ -111,9 +111,9 @@ def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
 
 
 def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict[str, Floats]:
-    """Return what gradient boosting on lags forecasts, by its name; nothing where scikit-learn isn't installed.
+    """Return the forecasts of gradient boosting on lags, by name; {} if scikit-learn isn't installed.
 
-    A target that it can't be fitted to has no forecasts, which are NaN.
+    Forecasts are NaN for a target to which it can't be fitted.
     """
     if find_spec("sklearn") is None:
         return {}

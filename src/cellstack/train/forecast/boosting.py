@@ -1,10 +1,10 @@
-"""Gradient boosting on lags: the baseline of a trained network in its backtest. Needs scikit-learn, no torch.
+"""Gradient boosting on lags: a baseline for a trained network in its backtest. Needs scikit-learn, no torch.
 
-One model forecasts all steps of all series: its rows are pairs of an origin and a step ahead. Features are the step,
-what was observed at the same phase of the last seasons, the latest values, means of the last seasons, the calendar of
-the step that is forecast, columns known in advance at that step, others at the origin, and the series. It learns the
-value or its difference to the naive or to a seasonal naive forecast, of the values or of their logarithms: its
-validation part chooses, and so it does the number of trees.
+One model forecasts all steps of all series: its rows are pairs of an origin and a step ahead. Its features are the
+step, the values at the same phase of the last seasons, the latest values, means of the last seasons, the calendar of
+the forecast step, columns known in advance at that step, other columns at the origin, and the series. It learns the
+value or its difference from the naive or a seasonal naive forecast, of the values or of their logarithms. The
+validation part determines which, and the number of trees.
 
 Ref: Friedman, Greedy function approximation: a gradient boosting machine, Annals of Statistics 29 (2001), 1189-1232;
 Ke et al., LightGBM, NeurIPS 2017, whose histograms scikit-learn's HistGradientBoostingRegressor follows.
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from cellstack.train import measures
 from cellstack.train.forecast import rules
 
-RECENT = 6  # latest values that are features
-CATEGORIES = 255  # at most: scikit-learn's limit
-MOST_QUICK, MOST_TUNED = 12_000, 40_000  # pairs of an origin and a step to learn from; twice as many in the end
+RECENT = 6  # number of latest values among the features
+CATEGORIES = 255  # scikit-learn's limit
+MOST_QUICK, MOST_TUNED = 12_000, 40_000  # pairs of an origin and a step to train on; twice as many in the final fit
 TUNED = (
     {"max_iter": 300},
     {"max_iter": 300, "loss": "absolute_error"},
@@ -37,7 +37,7 @@ TUNED = (
 
 
 class Way(NamedTuple):
-    """What the trees learn: of values or logarithms, the difference to what was one season before; 0 for none."""
+    """What the trees learn: values or logarithms, less those one season before (season 0: nothing subtracted)."""
 
     log: bool
     season: int
@@ -45,15 +45,15 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """Series on even grids, as the boosting takes them.
+    """Series on even grids, the input of `Boosting`.
 
     Args:
         values: the target `[N]`, NaN where missing.
         starts: rows `starts[s]:starts[s + 1]` are series s, `[S + 1]`.
         times: datetime64 `[N]`; None without dates.
-        known: columns that are known in advance, `[N]` each.
-        past: columns that are known up to the origin, `[N]` each.
-        categories: names of the columns among them that are codes of categories, -1 where missing.
+        known: columns whose future values are known, `[N]` each.
+        past: columns known only up to the origin, `[N]` each.
+        categories: names of the columns among these that contain category codes, -1 where missing.
     """
 
     values: NDArray[np.float64]
@@ -71,15 +71,15 @@ class Boosting:
     """Gradient boosting, fitted to a panel.
 
     Args:
-        panel: what is forecast.
+        panel: the series.
         horizon: steps ahead.
-        seasons: in rows, short ones first; those that a training part doesn't hold twice are left out.
-        train: rows of the origins to learn from, `[n]`.
-        validation: rows of the origins that choose, `[m]`; the model is fitted once more to both, as they chose.
-        tuned: choose among more, which takes up to two minutes instead of ten seconds.
-        seed: of the draws of rows and features.
+        seasons: in rows, ascending; those of which a training part has fewer than two are ignored.
+        train: rows of the origins to train on, `[n]`.
+        validation: rows of the origins for model selection, `[m]`; the selected model is then fitted to both.
+        tuned: try more settings, which takes up to two minutes instead of ten seconds.
+        seed: of the random choice of rows and features.
 
-    No row is looked at that comes after the last target of these origins, but by `forecast`, up to its origins.
+    The fit uses no row after the last target of these origins; `forecast` uses rows up to its origins.
 
     Raises:
         ImportError: scikit-learn isn't installed.
@@ -123,10 +123,7 @@ class Boosting:
         self.model = self._fitted(self.way, settings, self._pairs(seen, 2 * most, rng))
 
     def forecast(self, origins: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the forecasts `[B, horizon]`.
-
-        They are NaN where the panel doesn't reach as far, or holds nothing up to the origin that they could start from.
-        """
+        """Return the forecasts `[B, horizon]`; NaN beyond the panel's end, or without values up to the origin."""
         at, ahead = np.repeat(origins, self.horizon), np.tile(np.arange(1, self.horizon + 1), len(origins))
         inside = at + ahead < self.panel.starts[self.series[at] + 1]
         out = np.full(len(at), np.nan)
@@ -137,18 +134,18 @@ class Boosting:
         return out.reshape(-1, self.horizon)
 
     def _pairs(self, origins: NDArray[np.int64], most: int, rng: np.random.Generator) -> Pairs:
-        """Return `most` of the pairs at random whose target was observed, in order."""
+        """Return the pairs with an observed target, or a random sample of `most` of them, in order."""
         at, ahead = np.repeat(origins, self.horizon), np.tile(np.arange(1, self.horizon + 1), len(origins))
         first = self.latest[1][at] >= 0
         there = np.flatnonzero(first & ~np.isnan(self.panel.values[at + ahead]))
         if not len(there):
-            raise ValueError("expected origins after which the target was observed, found none")
+            raise ValueError("no target was observed after any of the origins")
         if len(there) > most:
             there = np.sort(rng.choice(there, most, replace=False))
         return at[there], ahead[there]
 
     def _compare(self, way: Way, settings: dict[str, Any], learn: Pairs, check: Pairs) -> None:
-        """Fit to `learn`, and keep the settings and the number of trees if none were better on `check`."""
+        """Fit to `learn`; keep the settings and the number of trees if they are the best so far on `check`."""
         model = self._fitted(way, settings, learn)
         x, base = self._features(way, check)
         rows = check[0] + check[1]
@@ -164,8 +161,8 @@ class Boosting:
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         x, base = self._features(way, pairs)
-        x[:, np.isnan(x).all(0)] = 0.0  # scikit-learn takes no column without a value
-        categories = list(range(x.shape[1] - len(self.categories) - self.by_series, x.shape[1]))  # they stand last
+        x[:, np.isnan(x).all(0)] = 0.0  # scikit-learn refuses a column without values
+        categories = list(range(x.shape[1] - len(self.categories) - self.by_series, x.shape[1]))  # they are last
         fixed = {"early_stopping": False, "random_state": self.seed, "categorical_features": categories}
         with _one_thread():
             return HistGradientBoostingRegressor(**settings, **fixed).fit(
@@ -173,7 +170,7 @@ class Boosting:
             )
 
     def _forth(self, way: Way) -> NDArray[np.float64]:
-        """Return the target as the trees see it, `[N]`."""
+        """Return the transformed target, which the trees learn, `[N]`."""
         return np.log(self.panel.values) if way.log else self.panel.values / self.unit[self.series]
 
     def _back(self, way: Way, pairs: Pairs, y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -187,9 +184,9 @@ class Boosting:
     def _seasonal(
         self, y: NDArray[np.float64], pairs: Pairs, season: int, back: int = 0, shift: int = 0
     ) -> NDArray[np.float64]:
-        """Return the latest value at the phase of the step ahead, or `back` seasons before, or `shift` rows beside it.
+        """Return the latest value at the phase of the step ahead, `back` seasons earlier, `shift` rows later.
 
-        NaN where there is none, or none that the origin knows.
+        NaN where there is none up to the origin.
         """
         at, ahead = pairs
         rows = at + ahead - season * (-(-ahead // season) + back) + shift
@@ -198,7 +195,7 @@ class Boosting:
         return np.where(source < 0, np.nan, y[source])
 
     def _features(self, way: Way, pairs: Pairs) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Return the features `[M, F]`, and what is added to the model's answer `[M]`."""
+        """Return the features `[M, F]`, and the base to add to the model's output, `[M]`."""
         at, ahead = pairs
         y = self._forth(way)
         sums = _sums(y)
@@ -233,8 +230,8 @@ class Boosting:
 def _one_thread() -> Any:
     """Return a context in which scikit-learn's loops run on one thread.
 
-    At these sizes a loop takes microseconds: two threads gain little on an idle machine, and on a busy one, where each
-    waits for the other to be let run, they take ten times as long.
+    At these sizes a loop takes microseconds: two threads gain little on an idle machine, and are ten times slower on a
+    busy one, where each waits until the other is scheduled.
     """
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
@@ -242,20 +239,20 @@ def _one_thread() -> Any:
 
 
 def _unit(values: NDArray[np.float64], season: int) -> float:
-    """Return the mean absolute change over a season, or else the mean absolute value, or else 1."""
+    """Return the mean absolute change over a season; if that is 0, the mean absolute value; if that is 0 too, 1."""
     seen = np.abs(values[~np.isnan(values)])
     change = measures.seasonal_error(values, season)
     return change if change > 0 else (float(seen.mean()) if seen.any() else 1.0)
 
 
 def _sums(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return running sums and counts of what was observed, `[2, N + 1]`."""
+    """Return cumulative sums and counts of the observed values, `[2, N + 1]`."""
     seen = ~np.isnan(y)
     return np.pad(np.cumsum([np.where(seen, y, 0.0), seen], axis=1), ((0, 0), (1, 0)))
 
 
 def _means(sums: NDArray[np.float64], low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the mean over rows `low` to `high`, without the latter; NaN where nothing was observed."""
+    """Return the mean over the rows from `low` to before `high`; NaN without observed values."""
     total, count = sums[:, high] - sums[:, low]
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 

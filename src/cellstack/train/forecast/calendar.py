@@ -1,4 +1,4 @@
-"""What a date says: hour, weekday, day of the year, holidays, as numbers. Needs no torch."""
+"""Calendar features of dates: hour, weekday, day of the year, holidays. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from cellstack.train.checks import UsageError
 
 DAY, YEAR = 86_400.0, 365.2425
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
-HARMONICS = {"hour": 3, "weekday": 3, "year": 2, "day": 8}  # three of a week tell all its days apart
+HARMONICS = {"hour": 3, "weekday": 3, "year": 2, "day": 8}  # three distinguish all days of a week
 
 
 def usual(step: float, span: float, country: str) -> tuple[str, ...]:
-    """Return what of the date is worth seeing.
+    """Return the calendar features that are useful for a table.
 
     Args:
-        step: seconds from row to row.
-        span: seconds from the first row to the last that is trained on.
-        country: whose holidays; "" for none.
+        step: seconds between rows.
+        span: seconds from the first to the last row of the training part.
+        country: the country of the holidays; "" for none.
     """
     within_day, within_week, years = step < DAY, step <= DAY, span / (YEAR * DAY)
     kinds = {
         "hour": within_day,
         "weekday": within_week,
         "year": step < 300 * DAY and years > 1.5 and not (within_week and years > 4),
-        "day": within_week and years > 4,  # of fewer years, it would learn each day's fortune by heart
+        "day": within_week and years > 4,  # with fewer years, it would memorise single days
     }
     return (*(name for name, used in kinds.items() if used), *(("holidays",) if country and within_week else ()))
 
 
 def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str = "") -> NDArray[np.float32]:
-    """Return what dates say, `[N, channels]`.
+    """Return the calendar features of dates, `[N, channels]`.
 
-    An hour, a weekday and a day of the year are sines and cosines of their place in the day, the week and the year and
-    of multiples of it: near in time is near in value, and midnight has no step. `"year"` has two multiples, the
-    seasons, `"day"` eight, about a fortnight. A holiday is three flags: this day, the day before, and the day after.
+    The hour, the weekday and the day of the year are harmonics, sines and cosines of the phase in the day, the week and
+    the year and of multiples of it: values are continuous, also at midnight. `"year"` has two harmonics, which resolve
+    the seasons of the year, `"day"` eight, which resolve about two weeks. A holiday is three flags: this day is one,
+    the next day is one, the previous day was one.
 
     Args:
         times: `[N]`, wall-clock time to the second.
         kinds: of `CALENDAR`, see `recipe`, in the order of their channels.
-        country: whose holidays, an ISO 3166 code, with a subdivision after a hyphen: `"DE-BY"`.
+        country: the country of the holidays, an ISO 3166 code, with a subdivision after a hyphen: `"DE-BY"`.
 
     Raises:
-        UsageError: a country whose holidays aren't known, or the package `holidays` isn't installed.
+        UsageError: an unsupported country, or the package `holidays` isn't installed.
     """
     seconds = times.astype("datetime64[s]").astype(np.int64)
     days = times.astype("datetime64[D]")
@@ -69,7 +70,7 @@ def holidays(country: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime6
     """Return a country's public holidays in the years of `days`.
 
     Raises:
-        UsageError: they aren't known, or the package `holidays` isn't installed.
+        UsageError: an unsupported country, or the package `holidays` isn't installed.
     """
     try:
         from holidays import country_holidays
@@ -81,6 +82,6 @@ def holidays(country: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime6
         known = country_holidays(code, subdivision or None, years=range(int(years.min()), int(years.max()) + 2))
     except NotImplementedError as error:
         raise UsageError(
-            f"expected a country whose holidays are known, such as US or DE-BY, got {country!r}: {error}"
+            f"holidays: expected a supported country, such as US or DE-BY, got {country!r}: {error}"
         ) from None
     return np.array(sorted(known), "datetime64[D]")

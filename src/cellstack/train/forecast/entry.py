@@ -1,4 +1,4 @@
-"""From a table in memory or in a file to a network that forecasts: `train.fit_forecast`."""
+"""`train.fit_forecast`: train a network to forecast a table in memory or in a file."""
 
 from __future__ import annotations
 
@@ -41,33 +41,34 @@ def fit_forecast(
     """Train a network to forecast columns of a table, as `cellstack train` does, with the same defaults.
 
     Args:
-        data: a pandas or polars frame, the name of a CSV or Parquet file, or what `read_table` made of one, which takes
-            the column of the dates, that of the series and more.
-        target: column to forecast, or several; the only column of numbers where None.
-        horizon: steps to forecast; one season where None.
-        test: share of each series' rows, its last, to measure on; 0 for none.
-        validation: share of the rows before these by which choices are made; where None, 0.15, or 0 where the series
-            are too short for that.
+        data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table` from `read_table`, which has
+            options for the dates, the series and more.
+        target: column to forecast, or several; None = the only numeric column.
+        horizon: steps to forecast; None = one season.
+        test: share of each series' last rows to test on; 0 for none.
+        validation: share of the rows before the test part, for model selection; None = 0.15, or 0 if the series are
+            too short.
         units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
-        baselines: measure gradient boosting on lags too, where scikit-learn is installed.
+        baselines: also measure gradient boosting on lags, if scikit-learn is installed.
         asked: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`.
 
-    What is None is told by the table and by how many windows there are to train on.
+    Arguments that are None depend on the table and on the number of training windows.
 
     Returns:
-        `result`, with the network and its measured errors, `recipe`, `test` and `understood`.
+        `result`, with the network and its errors, `recipe`, `test` and `understood`.
 
     Raises:
-        UsageError: a column that isn't there or holds nothing, too few rows, or what doesn't fit together.
+        UsageError: a column that doesn't exist or is empty, too few rows, or arguments that don't fit each other.
 
     Example:
         >>> import numpy as np, pandas as pd
         >>> from cellstack import train
         >>> n = np.arange(120)
         >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
-        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), units=4, members=1, epochs=1, baselines=False)
+        >>> quick = {"units": 4, "members": 1, "epochs": 1, "baselines": False}
+        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), **quick)
         >>> done.recipe.horizon, done.result.network.metadata["task"]
         (4, 'forecast')
     """

@@ -1,4 +1,4 @@
-"""The network that forecasts: stacked cells over a window and its horizon, read out at each step of the horizon."""
+"""The forecasting network: stacked cells over a window and its horizon, with an output at each step of the horizon."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cellstack.train.model import LAYERS, Dropout, Standardise, as_array, as_rec
 
 
 class Calibration(NamedTuple):
-    """What held-out data say of the outputs of networks together.
+    """Corrections of the networks' mean output, determined on held-out data.
 
     Args:
-        followed: by what each target's outputs are multiplied, from 0, the rule alone, to 1, `[targets]`.
-        moved: what is then added to each quantile's, `[targets, quantiles]`, in the windows' units.
+        followed: factor of each target's outputs, from 0 (only the rule) to 1, `[targets]`.
+        moved: shift of each quantile, added afterwards, `[targets, quantiles]`, in the windows' units.
     """
 
     followed: np.ndarray
@@ -29,25 +29,26 @@ class Calibration(NamedTuple):
 
 
 class Forecaster(nn.Module):
-    """Stacked cells over a window and its horizon; at each step of the horizon a dense head sees them and the inputs.
+    """Stacked cells over a window and its horizon, and a dense head on the states and inputs of the horizon's steps.
 
-    The head starts at zero, so that training starts at the rule that the outputs are added to, and what is linear in
-    the inputs needn't pass through the cells, whose outputs are bounded.
+    The head's weights start at zero, so that training starts from the rule to which the outputs are added. It also
+    gets the inputs, because the cells, whose outputs are bounded, can't represent an unbounded linear relation.
 
     Args:
         inputs: mean and scale of each channel, `[C]` both.
         targets: scale of each target's outputs, `[targets]`.
         horizon: steps to forecast.
         quantiles: see `Recipe`.
-        units: width of each layer, bottom first.
-        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
-        dropout: share of values dropped out after each layer in training.
+        units: units of each layer, first layer first.
+        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        dropout: dropout probability after each layer.
 
     Raises:
-        UsageError: an option out of its range.
+        UsageError: an option out of range.
 
-    Ref: the linear way beside the recurrent one: Lai et al. 2018, "Modeling long- and short-term temporal patterns with
-    deep neural networks", section 3.6; quantile loss: Wen et al. 2017, "A multi-horizon quantile recurrent forecaster".
+    Ref: a linear path parallel to the recurrent one: Lai et al. 2018, "Modeling long- and short-term temporal patterns
+    with deep neural networks", section 3.6; quantile loss: Wen et al. 2017, "A multi-horizon quantile recurrent
+    forecaster".
     """
 
     def __init__(
@@ -88,21 +89,21 @@ class Forecaster(nn.Module):
 
         Args:
             x: `[B, window + horizon, C]` float32.
-            mask: `[B, window + horizon]` bool, True = use; all steps where None.
+            mask: `[B, window + horizon]` bool, True = use; None = all.
         """
         x = self.standardise(x)
         *lower, last = self.recurrent
         h = x
         for layer in lower:
             h = self.dropout(layer(h, mask=mask))
-        h = self.dropout(last(h, mask=mask)[:, -self.horizon :])  # no more is read, and drawing for it takes long
+        h = self.dropout(last(h, mask=mask)[:, -self.horizon :])  # only these are used, and random numbers are slow
         out = self.head(torch.cat([h, x[:, -self.horizon :]], dim=-1))
         return out.unflatten(-1, (len(self.scale), len(self.quantiles)))
 
     def losses(self, out: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
-        """Return the quantile loss of each target, `[B, horizon · targets]` as `y`, in units of `targets`.
+        """Return the quantile loss of each target, `[B, horizon · targets]` like `y`, in units of `targets`.
 
-        Twice the mean over the quantiles, so that the median alone has the mean absolute error.
+        Twice the mean over the quantiles: with the median only, that is the mean absolute error.
         """
         error = y.unflatten(1, (self.horizon, -1))[..., None] / self.scale[:, None] - out
         return 2 * torch.maximum(self.quantiles * error, (self.quantiles - 1) * error).mean(-1).flatten(1)
@@ -113,7 +114,7 @@ class Forecaster(nn.Module):
         return (out[..., middle] * self.scale).flatten(1)
 
     def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Return sums over a batch: of the medians' errors, by their series' typical ones, and their number."""
+        """Return sums over a batch: the medians' errors relative to the typical ones, and their number."""
         errors = (self.answer(out) - y).abs() * weight
         return {"errors": errors.sum(dtype=torch.float64), "count": (weight > 0).sum(dtype=torch.float64)}
 
@@ -122,21 +123,21 @@ class Forecaster(nn.Module):
         return {"mase": sums["errors"] / max(sums["count"], 1.0)}
 
     def describe(self) -> dict[str, Any]:
-        """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
+        """Return what must match a checkpoint's model, in addition to the shapes of the weights."""
         return {"task": "forecast", "cell": self.cell, "horizon": self.horizon, "dropout": self.dropout.p}
 
 
 def as_network(
     members: Sequence[Forecaster], metadata: dict[str, Any], calibration: Calibration | None = None
 ) -> Network:
-    """Return models as one network: `[B, window + horizon, C]` in, `[B, horizon, targets · quantiles]` out.
+    """Return models as one network, from `[B, window + horizon, C]` to `[B, horizon, targets · quantiles]`.
 
-    It answers with the mean of their answers, in the units of the windows.
+    Its output is the mean of the models' outputs, in the units of the windows.
 
     Args:
         members: models of one recipe, with the same inputs.
         metadata: of the network.
-        calibration: what the validation part says of the answers; it becomes part of the weights.
+        calibration: corrections of the outputs, which become part of the weights.
     """
     first = members[0]
     horizon, quantiles = first.horizon, len(first.quantiles)

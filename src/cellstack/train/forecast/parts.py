@@ -1,4 +1,4 @@
-"""The parts of a table in the order of time, and the windows that a fit takes from them. Needs no torch."""
+"""The training, validation and test parts of a table, and the windows of a fit. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-LEAST_STEPS, MOST_STEPS = 20, 50  # of an epoch
+LEAST_STEPS, MOST_STEPS = 20, 50  # training steps of an epoch
 
 
 class Parts(NamedTuple):
-    """Rows of the origins to train, to validate and to test on; and where each series' first two parts end, `[S]`."""
+    """Rows of the origins to train, validate and test on, and the ends of each series' first two parts, `[S]`."""
 
     training: Ints
     validation: Ints
@@ -31,41 +31,38 @@ class Parts(NamedTuple):
 
 
 def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts:
-    """Return the origins to train on, to validate on and to test on, in that order of time in each series.
+    """Return the origins to train on, to validate on and to test on, in chronological order in each series.
 
-    The last `test` of a series' rows are its test part, the `validation` before them its validation part. An origin
-    belongs to the part that holds all of its targets; windows may reach back into the part before. A series that is
-    too short for a part has no origin there.
+    The last `test` share of a series' rows is its test part, the `validation` share before it its validation part. An
+    origin belongs to the part that contains all of its targets; windows may extend back into the previous part. A
+    series that is too short for a part has no origin in it.
 
     Raises:
-        UsageError: shares that leave nothing to train on, or no series is long enough for a part; the message says how
-            many rows it takes.
+        UsageError: shares that leave no training part, or no series is long enough for a part.
     """
     if not (test >= 0.0 and validation >= 0.0 and test + validation < 1.0):
-        raise UsageError(
-            f"expected shares to validate and test on that leave rows to train on, got {validation} and {test}"
-        )
+        raise UsageError(f"the validation share {validation} and the test share {test} leave no rows to train on")
     starts, ends = _bounds(table, recipe, validation, test)
     first, rows = table.starts[:-1], np.diff(table.starts)
     found: list[Ints] = []
     for name, share, start, end in zip(
         ("training", "validation", "test"), (1.0, validation, test), starts, ends, strict=True
     ):
-        stop = end - recipe.horizon  # origins before it have all targets in the part
+        stop = end - recipe.horizon  # all targets of the origins before it are in the part
         pieces = [np.arange(a, b) for a, b in zip(start, stop, strict=True)]
         origins = np.concatenate(pieces) if share > 0 else np.empty(0, np.int64)
         if share > 0 and not len(origins):
             raise UsageError(
-                f"{table.path}: expected more rows for the {name} part: a season of {recipe.needed} and a horizon of "
-                f"{recipe.horizon} don't fit, as it ends at row {int((end - first).max())} of {int(rows.max())}: "
-                "ask for a shorter horizon or season, or for other shares to validate and test on"
+                f"{table.path}: too few rows for the {name} part, which ends at row {int((end - first).max())} of "
+                f"{int(rows.max())}: a season of {recipe.needed} and a horizon of {recipe.horizon} don't fit: choose a "
+                "shorter horizon or season, or other validation and test shares"
             )
         found.append(origins)
     return Parts(found[0], found[1], found[2], ends[0], ends[1])
 
 
 def can_validate(table: Table, recipe: Recipe, validation: float, test: float) -> bool:
-    """Return whether a series is long enough to train on where another, or the same, is to validate on."""
+    """Return whether at least one series is long enough to train on, and one to validate on."""
     (training, held, _), (end, held_end, _) = _bounds(table, recipe, validation, test)
     return bool((training < end - recipe.horizon).any() and (held < held_end - recipe.horizon).any())
 
@@ -79,10 +76,10 @@ def _bounds(table: Table, recipe: Recipe, validation: float, test: float) -> tup
 
 
 def typical_errors(table: Table, recipe: Recipe, ends: Ints) -> Floats:
-    """Return the mean absolute error of the value one season before, in each series' training part, `[S, targets]`.
+    """Return the mean absolute error of the seasonal naive forecast in each series' training part, `[S, targets]`.
 
-    It's what errors are measured by, so that series of all sizes count alike; where it isn't above 0, as in a series
-    that never changes, the median of the others, else 1.
+    Errors are divided by it, so that series of all magnitudes have the same weight. Where it is 0, as for a constant
+    series, it is the median of the others, else 1.
 
     Ref: Hyndman and Koehler 2006, "Another look at measures of forecast accuracy", section 2.4.
     """
@@ -100,32 +97,32 @@ def typical_errors(table: Table, recipe: Recipe, ends: Ints) -> Floats:
 
 
 def floors(windows: Windows, indices: Ints) -> tuple[float, ...]:
-    """Return the smallest unit of each target: a hundredth of the median one of some windows, 1 where all are 0."""
+    """Return the smallest unit of each target: a hundredth of the median unit of some windows, 1 if all are 0."""
     units = windows.units(spread_out(indices, 2048)).unit
     medians = np.array([np.median(column[column > 1e-300]) if (column > 1e-300).any() else 100.0 for column in units.T])
     return tuple(float(median) for median in medians / 100)
 
 
 def spread_out(indices: Ints, most: int) -> Ints:
-    """Return `most` of the indices, evenly spread; all where there are no more."""
+    """Return at most `most` of the indices, evenly spread."""
     return indices[np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(np.int64)]
 
 
 def epoch_steps(windows: int, batch: int) -> int:
-    """Return the steps of an epoch: enough to train on a short series as well, and not all windows of a long one."""
+    """Return the training steps of an epoch: at least `LEAST_STEPS` for short series, at most `MOST_STEPS`."""
     return min(MOST_STEPS, max(LEAST_STEPS, -(-windows // batch)))
 
 
 class WindowData:
-    """Windows as `Data` of the fit loop: as many as are wanted, drawn anew in each epoch.
+    """Windows as `Data` of the fit loop, drawn at random in each epoch.
 
     Args:
         windows: of the training and the validation part.
         inputs: fills gaps; measured on the training part.
-        training, validation: positions in `windows`; the latter may be empty.
-        batch: windows in a step.
-        seed: fixes the draws.
-        held: windows that are validated on, at most, evenly spread.
+        training, validation: indices into `windows`; the latter may be empty.
+        batch: batch size.
+        seed: of the random choice.
+        held: maximum number of windows to validate on, evenly spread.
     """
 
     def __init__(
@@ -159,7 +156,7 @@ class WindowData:
             yield self.filled(self.validation[start : start + VALIDATED])
 
     def filled(self, indices: Ints) -> Batch:
-        """Return windows as the network takes them."""
+        """Return windows as the network's input."""
         batch = self.windows.fetch(indices)
         x, mask = self.inputs(batch.x)
         return batch._replace(x=x, mask=mask)

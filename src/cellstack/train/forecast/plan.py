@@ -1,4 +1,4 @@
-"""From a table and what is asked for to a recipe; and what was understood, in sentences. Needs no torch."""
+"""Make a recipe from a table and a request, and describe it in sentences. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from cellstack.train.forecast.seasons import find
 from cellstack.train.settings import RunOptions
 from cellstack.train.tables.table import Table, listed
 
-MANY, LONG = 3000, 100  # windows, and steps of a window and its horizon, beyond which training takes long
-MOST_WORK = 15_000_000  # steps of windows that all networks together are trained on: of all epochs, windows and rows
+MANY, LONG = 3000, 100  # more windows, or more steps of a window with its horizon, make training slow
+MOST_WORK = 15_000_000  # sequence steps to train on, over all networks, epochs and windows
 FEWEST_EPOCHS = 8
-WITHOUT_SEASON = 12  # steps of the horizon where none is given and there is no season
+WITHOUT_SEASON = 12  # default horizon without a season
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for of a forecast; what is None is told by the table.
+    """What to forecast, and from which inputs; arguments that aren't given are inferred from the table.
 
     Args:
-        targets: columns to forecast; the only column of numbers where none is named.
-        horizon: steps to forecast; one season, the shortest.
-        window: steps that the network sees; two seasons, from 16 to 168.
-        seasons: steps after which the series repeats itself; found in the training part.
-        inputs: further columns that the network sees up to now; every one that isn't named elsewhere.
-        known: columns that are known in advance, over the horizon too.
-        country: whose holidays the network sees, `"US"` or `"DE-BY"`; "" for none.
-        scale: unit of the values, see `Recipe`; the level where the logarithm is smoothed.
-        quantiles: of the forecast's distribution; 0.5 is added where it isn't there.
+        targets: columns to forecast; by default the only numeric column.
+        horizon: steps to forecast; by default the shortest season.
+        window: input steps; by default two seasons, from 16 to 168.
+        seasons: lengths of the seasons, in steps; by default detected in the training part.
+        inputs: further columns, known up to the origin; by default all others.
+        known: columns whose future values are known.
+        country: the country of holidays, `"US"` or `"DE-BY"`; "" for none.
+        scale: unit of the values, see `Recipe`; by default the level if the logarithm is smoothed, else the spread.
+        quantiles: of the forecast's distribution; 0.5 is added.
     """
 
     targets: tuple[str, ...] = ()
@@ -56,10 +56,7 @@ class Request:
 
 
 class Plan(NamedTuple):
-    """What is forecast from what, the table's parts, and how networks are built and fitted where nothing is said.
-
-    `validation` is the share of the rows to choose by.
-    """
+    """The recipe, the table's parts, the default options of the networks and the fit, and the validation share."""
 
     recipe: Recipe
     parts: Parts
@@ -68,13 +65,13 @@ class Plan(NamedTuple):
 
 
 def planned(table: Table, request: Request, validation: float | None, test: float) -> Plan:
-    """Return how a table is gone about.
+    """Plan the training on a table.
 
     Args:
         table: the series.
-        request: what is asked for.
-        validation, test: shares of each series' rows to choose and to measure by; the first is 0.15 where None, and 0
-            where the series are too short for that.
+        request: what to forecast.
+        validation, test: shares of each series' rows for model selection and for the test; `validation` None = 0.15, or
+            0 if the series are too short.
 
     Raises:
         UsageError: see `plan` and `parts`.
@@ -88,15 +85,15 @@ def planned(table: Table, request: Request, validation: float | None, test: floa
 
 
 def defaults(windows: int, length: int) -> dict[str, Any]:
-    """Return what networks are built of and fitted by where nothing is said.
+    """Return the default options of the networks and the fit.
 
-    They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate or in many
-    epochs; of many, one network learns nearly what several do. All of it is to be done in a minute, so that batches of
-    many windows, or of long ones, are small, and very long ones are gone through less often.
+    They were chosen on real series, see docs/forecasting.md: a high learning rate or many epochs overfit to few
+    windows; with many windows, one network is nearly as good as several. Training should take about a minute, so
+    batches are smaller for many or long windows, and there are fewer epochs for very long ones.
 
     Args:
-        windows: how many there are to train on.
-        length: of each, its horizon included.
+        windows: number of training windows.
+        length: steps of each, including its horizon.
     """
     few, many = windows < 1500, windows > MANY
     members = 2 if many else 3
@@ -114,39 +111,42 @@ def defaults(windows: int, length: int) -> dict[str, Any]:
 
 
 def takes_long(windows: int, length: int) -> bool:
-    """Return whether a network is trained for so long that steps are to be saved: on many windows, or long ones."""
+    """Return whether training is slow, so that its steps should be limited: with many windows, or long ones."""
     return windows > MANY or length > LONG
 
 
 def plan(table: Table, request: Request, held: float) -> Recipe:
-    """Return what is forecast from what; rule, scale and floors are left to what the data show.
+    """Return a recipe; its rule, scale and floors are determined later, see `training.prepared`.
 
     Args:
         table: the series.
-        request: what is asked for.
-        held: share of each series' rows that isn't trained on, from which no season is told.
+        request: what to forecast.
+        held: share of each series' rows that isn't trained on, and is not used to detect seasons.
 
     Raises:
-        UsageError: a column that isn't there or has no value, or what doesn't fit together.
+        UsageError: a column that doesn't exist or is empty, or arguments that don't fit each other.
     """
     targets = request.targets or _only_target(table, request)
     asked = {"target": targets, "column known in advance": request.known, "input": request.inputs or ()}
     for what, name in ((what, name) for what, named in asked.items() for name in named):
         if name not in table.columns and name not in table.categories:
-            why = f", which was ignored: {table.ignored[name]}" if name in table.ignored else ""
+            why = f", which is ignored: {table.ignored[name]}" if name in table.ignored else ""
             have = listed([*table.columns, *table.categories])
             raise UsageError(f"{table.path}: expected {what} to be one of {have}, got {name!r}{why}")
     for name in targets:
         if name in table.categories:
-            raise UsageError(f"{table.path}: expected a target of numbers, found text in column {name!r}")
+            raise UsageError(f"{table.path}: expected a numeric target, found text in column {name!r}")
         if np.isnan(table.columns[name]).all():
-            raise UsageError(f"{table.path}: expected numbers in column {name!r}, found none")
+            raise UsageError(f"{table.path}: column {name!r} has no values")
     still = table.unchanging()
     taken = {*targets, *request.known}
     others = [name for name in (*table.columns, *table.categories) if name not in taken and name not in still]
     inputs = tuple(others) if request.inputs is None else request.inputs
     if both := taken & set(inputs):
-        raise UsageError(f"expected each column in one place, got {listed(sorted(both))} in two")
+        raise UsageError(
+            f"each column can have one role only: {listed(sorted(both))} can't be an input and also a target or known "
+            "in advance"
+        )
     seasons = request.seasons
     if seasons is None:
         seasons = find_seasons(table, targets[0], held)
@@ -159,9 +159,9 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
         span = float((table.times.max() - table.times.min()) / np.timedelta64(1, "s"))
         dates = calendar.usual(step_seconds(table), span, request.country)
     elif request.country:
-        raise UsageError(f"{table.path}: expected dates to tell holidays by, found none")
+        raise UsageError(f"{table.path}: holidays need a column of dates, found none")
     if request.country:
-        calendar.holidays(request.country, np.array(["2020-01-01"], "datetime64[D]"))  # now, not after a while
+        calendar.holidays(request.country, np.array(["2020-01-01"], "datetime64[D]"))  # an error now, not later
     categories = tuple(
         Category(name, table.categories[name].labels, name in request.known)
         for name in (*inputs, *request.known)
@@ -184,9 +184,10 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
 
 
 def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
-    """Return the steps that are forecast where none are asked for: the shortest season that is natural to the table.
+    """Return the default horizon: the shortest natural season of the table.
 
-    A day of hours, a week of days, a year of months; without dates the shortest that was found, else `WITHOUT_SEASON`.
+    A day for hourly rows, a week for daily, a year for monthly rows; without dates the shortest season that was
+    detected, else `WITHOUT_SEASON`.
     """
     if table.spacing is not None and table.spacing.seasons:
         return table.spacing.season
@@ -196,12 +197,12 @@ def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
 def _only_target(table: Table, request: Request) -> tuple[str, ...]:
     names = [name for name in table.columns if name not in request.known]
     if len(names) != 1:
-        raise UsageError(f"{table.path}: expected a target, one or more of {listed(names) or 'no column of numbers'}")
+        raise UsageError(f"{table.path}: expected a target, one or more of {listed(names) or 'no numeric columns'}")
     return (names[0],)
 
 
 def find_seasons(table: Table, target: str, held: float) -> tuple[int, ...]:
-    """Return the seasons of a column, told by the part of each series that is trained on."""
+    """Detect the seasons of a column, in the training part of each series."""
     pieces, starts = [], [0]
     for series in range(len(table.ids)):
         rows = table.rows(series)
@@ -215,31 +216,31 @@ def find_seasons(table: Table, target: str, held: float) -> tuple[int, ...]:
 
 
 def step_seconds(table: Table) -> float:
-    """Return the seconds from a row to the next, of months the mean."""
+    """Return the seconds between rows; for months, their mean."""
     assert table.spacing is not None
     return table.spacing.months * calendar.YEAR * calendar.DAY / 12 or table.spacing.seconds
 
 
 def understood(table: Table, recipe: Recipe, asked: Request, cut: Parts) -> list[str]:
-    """Return what was understood, a sentence each, what matters first; `cut` are the parts of the table."""
+    """Describe a table and a recipe, in sentences, the most important first; `cut` are the parts of the table."""
     seasons = " and ".join(f"{season:,}" for season in recipe.seasons)
-    told = "as asked" if asked.seasons is not None else "told by the series"
+    source = "as requested" if asked.seasons is not None else "detected in the series"
     said = [
         f"forecasting {listed([f'`{name}`' for name in recipe.targets])} {recipe.horizon:,} "
         f"{'step' if recipe.horizon == 1 else 'steps'} ahead from a window of {recipe.window:,}; "
         + (
-            f"{'seasons' if len(recipe.seasons) > 1 else 'season'} {seasons}, {told}"
+            f"{'seasons' if len(recipe.seasons) > 1 else 'season'} {seasons}, {source}"
             if seasons
-            else f"no season, {told}"
+            else f"no season{', as requested' if asked.seasons is not None else ' detected'}"
         )
     ]
     looked: list[str] = []
     if recipe.inputs or any(not category.known for category in recipe.categories):
         names = [*recipe.inputs, *(category.name for category in recipe.categories if not category.known)]
-        looked.append("inputs up to now " + listed([f"`{name}`" for name in names]))
+        looked.append("inputs known up to the origin: " + listed([f"`{name}`" for name in names]))
     if recipe.known or any(category.known for category in recipe.categories):
         names = [*recipe.known, *(category.name for category in recipe.categories if category.known)]
-        looked.append("known in advance " + listed([f"`{name}`" for name in names]))
+        looked.append("inputs known in advance: " + listed([f"`{name}`" for name in names]))
     if recipe.calendar:
         words = {
             "hour": "the hour",
@@ -248,25 +249,27 @@ def understood(table: Table, recipe: Recipe, asked: Request, cut: Parts) -> list
             "day": "the day of the year",
         }
         looked.append(
-            "the calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar)
+            "calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar)
         )
-    said.append("; ".join(looked) or "inputs: none but the target")
+    said.append("; ".join(looked) or "no inputs other than the target")
     still = table.unchanging()
-    said += [f"the target `{name}` is {still[name]}: so is its forecast" for name in recipe.targets if name in still]
+    said += [
+        f"the target `{name}` is {still[name]}, and so is its forecast" for name in recipe.targets if name in still
+    ]
     if not len(cut.validation):
-        said.append("no rows held out to choose by: all are trained on, in all epochs")
+        said.append("no validation part: the networks are trained on all rows before the test part, for all epochs")
     return [*table.understood(leave_out=recipe.targets), *said, *_too_short(table, cut)]
 
 
 def _too_short(table: Table, cut: Parts) -> list[str]:
-    """Return how many series have no origin to train on, or none to measure on, and the first of them."""
+    """Name the series that are too short to train on, or to test on."""
     sentences = []
-    for what, origins in (("trained on", cut.training), ("measured on", cut.test)):
-        held = np.zeros(len(table.ids), bool)
-        held[np.searchsorted(table.starts, origins, side="right") - 1] = True
-        short = np.flatnonzero(~held)
+    for what, origins in (("train on", cut.training), ("test on", cut.test)):
+        used = np.zeros(len(table.ids), bool)
+        used[np.searchsorted(table.starts, origins, side="right") - 1] = True
+        short = np.flatnonzero(~used)
         if len(origins) and len(short):
             rows = np.diff(table.starts)[short]
             named = [f"`{table.ids[n]}` ({count:,} rows)" for n, count in zip(short, rows, strict=True)]
-            sentences.append(f"too short to be {what}: {listed(named)}")
+            sentences.append(f"too short to {what}: {listed(named)}")
     return sentences

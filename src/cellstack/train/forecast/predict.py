@@ -22,19 +22,19 @@ from cellstack.train.tables.table import Table, read_table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-TOGETHER = 512  # windows that are run at once
+TOGETHER = 512  # windows in a batch
 
 
 class Forecasts(NamedTuple):
     """Forecasts from several origins.
 
     Args:
-        recipe: what was forecast from what.
-        ids: name of the series of each origin, `[N]`; `""` where the table holds one without a name.
-        origins: row of the last step that each forecast sees, `[N]`.
-        times: wall-clock time of each step that is forecast, `[N, horizon]`; None without dates.
-        values: `[N, horizon, targets, quantiles]` in the targets' units, NaN where there is nothing to start from.
-        reference: what the rule says that the network's output is added to, `[N, horizon, targets]`.
+        recipe: targets, inputs and windows.
+        ids: name of the series of each origin, `[N]`; `""` for a table with one series without a name.
+        origins: last row that each forecast uses, `[N]`.
+        times: wall-clock time of each forecast step, `[N, horizon]`; None without dates.
+        values: `[N, horizon, targets, quantiles]` in the targets' units, NaN without values to start from.
+        reference: forecasts of the rule to which the network's output is added, `[N, horizon, targets]`.
     """
 
     recipe: Recipe
@@ -52,14 +52,14 @@ class Forecasts(NamedTuple):
     def at(self, levels: Sequence[float]) -> Floats:
         """Return any quantiles, `[N, horizon, targets, levels]`.
 
-        Between two of the recipe's they lie on the straight line between these over the normal distribution's
-        quantiles: exact where forecasts are normally distributed, and never beyond the two where they aren't.
+        Between two of the recipe's quantiles they are interpolated linearly over the quantiles of the normal
+        distribution: exact if forecasts are normally distributed, and otherwise still between the two.
 
         Args:
             levels: from the lowest of the recipe's quantiles to the highest.
 
         Raises:
-            UsageError: a level beyond these, of which nothing was learned.
+            UsageError: a level outside this range, for which the network wasn't trained.
         """
         known = np.array(self.recipe.quantiles)
         at = np.array(levels, np.float64)
@@ -68,13 +68,13 @@ class Forecasts(NamedTuple):
         beyond = ~((at >= known[0]) & (at <= known[-1]))
         if beyond.any():
             raise UsageError(
-                f"expected quantiles from {known[0]:g} to {known[-1]:g}, the outermost that the network was fitted "
-                f"for, got {at[beyond][0]:g}: fit it with quantiles that reach as far"
+                f"expected quantiles from {known[0]:g} to {known[-1]:g}, the range that the network was trained for, "
+                f"got {at[beyond][0]:g}: train it with a wider range of quantiles"
             )
         normal = np.array([NormalDist().inv_cdf(level) for level in known])
         wanted = np.array([NormalDist().inv_cdf(level) for level in at])
         above = np.clip(np.searchsorted(known, at), 1, None) if len(known) > 1 else np.zeros(len(at), np.int64)
-        below = np.maximum(above - 1, 0)  # itself where there is one
+        below = np.maximum(above - 1, 0)  # the same if there is only one
         share = (wanted - normal[below]) / np.where(above > below, normal[above] - normal[below], 1.0)
         return self.values[..., below] * (1 - share) + self.values[..., above] * share
 
@@ -82,7 +82,7 @@ class Forecasts(NamedTuple):
 def outputs(
     net: Network, inputs: Inputs, windows: Windows, indices: Ints, threads: int | None = None
 ) -> NDArray[np.float32]:
-    """Return what a network says of the windows at `indices`, `[N, horizon, targets, quantiles]`, in their units."""
+    """Return a network's outputs for the windows at `indices`, `[N, horizon, targets, quantiles]`, in their units."""
     recipe = windows.recipe
     out = np.empty((len(indices), recipe.horizon, len(recipe.targets), len(recipe.quantiles)), np.float32)
     for start in range(0, len(indices), TOGETHER):
@@ -113,18 +113,18 @@ def forecast(
     origins: Ints | None = None,
     threads: int | None = None,
 ) -> Forecasts:
-    """Forecast what comes after the last rows of a table's series, or after others.
+    """Forecast the steps after the last rows of a table's series, or after other origins.
 
     Args:
-        net: a network that `cellstack train` made of a table.
-        table: one series or many, those too that training didn't see.
+        net: a network that `cellstack train` trained on a table.
+        table: one or more series, which may differ from those in training.
         path: the network's file, for messages.
-        origins: rows of the last steps that are seen, `[N]`; where None, in each series the last row at which a target
-            was observed. Rows after it hold what is known in advance.
-        threads: how many the kernel may use.
+        origins: last rows to use, `[N]`; None = in each series the last row with an observed target. Later rows
+            contain the inputs known in advance.
+        threads: number of the kernel's threads.
 
     Raises:
-        UsageError: a column of the recipe isn't there, or a series has too few rows: the message says how many.
+        UsageError: a column of the recipe is missing, or a series has too few rows; the message says how many it needs.
         FormatError: the network's metadata doesn't fit it.
     """
     recipe, inputs = trained(net, path)
@@ -135,14 +135,15 @@ def forecast(
 
 
 def unknown(recipe: Recipe, table: Table, origins: Ints) -> list[str]:
-    """Say what a model goes without in a table: text that training didn't see, values ahead that aren't there."""
+    """Return warnings about a table: categories that weren't in the training data, missing values known in advance."""
     said = []
     for category in recipe.categories:
         new = [label for label in table.categories[category.name].labels if label not in category.labels]
         if new:
             more = f" and {len(new) - 3} more" if len(new) > 3 else ""
             said.append(
-                f"`{category.name}`: training saw no {', '.join(map(repr, new[:3]))}{more}: taken as none it knows"
+                f"`{category.name}`: the training data didn't contain {', '.join(map(repr, new[:3]))}{more}: treated "
+                "as no known category"
             )
     rows = origins[:, None] + np.arange(1, recipe.horizon + 1)
     beyond = rows >= table.starts[np.searchsorted(table.starts, origins, side="right")][:, None]
@@ -153,27 +154,27 @@ def unknown(recipe: Recipe, table: Table, origins: Ints) -> list[str]:
         count = int((missing[at] | beyond).sum())
         if count:
             said.append(
-                f"`{name}`, known in advance, has no value at {count:,} of {rows.size:,} steps that are forecast: "
-                "write these rows, without the target, below those that were observed"
+                f"`{name}`, known in advance, has no value at {count:,} of {rows.size:,} forecast steps: append these "
+                "rows, without the target, to the table"
             )
     return said
 
 
 def last_origins(table: Table, recipe: Recipe) -> Ints:
-    """Return, for each series, the last row at which a target was observed.
+    """Return, for each series, the last row with an observed target.
 
     Raises:
-        UsageError: a series without a single one.
+        UsageError: a series without any.
     """
     for name in recipe.targets:
         if name not in table.columns:
-            raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {', '.join(table.columns)}")
+            raise UsageError(f"{table.path}: expected a numeric column {name!r}, found {', '.join(table.columns)}")
     seen = np.any([~np.isnan(table.columns[name]) for name in recipe.targets], axis=0)
     found = []
     for name, first, end in zip(table.ids, table.starts[:-1], table.starts[1:], strict=True):
         rows = np.flatnonzero(seen[first:end])
         if not len(rows):
-            raise UsageError(f"{table.path}: expected values of {', '.join(recipe.targets)}{_series(name)}, found none")
+            raise UsageError(f"{table.path}: {', '.join(recipe.targets)} has no values{_series(name)}")
         found.append(int(first + rows[-1]))
     return np.array(found, np.int64)
 
@@ -182,13 +183,13 @@ def checked_windows(recipe: Recipe, table: Table, origins: Ints, inputs: Inputs,
     """Return the windows that end at `origins`, `[N]`.
 
     Raises:
-        UsageError: a series has fewer rows up to an origin than a forecast takes, or the table lacks a column.
-        FormatError: the recipe has another number of channels than the network.
+        UsageError: a series has fewer rows up to an origin than a forecast needs, or the table lacks a column.
+        FormatError: the recipe and the network differ in the number of channels.
     """
     windows = Windows(recipe, table, origins)
     if windows.channels != len(inputs.mean):
         raise FormatError(
-            f"{path}: expected {windows.channels} channels for this recipe, found {len(inputs.mean)} in the network"
+            f"{path}: expected a network with {windows.channels} channels for its recipe, found {len(inputs.mean)}"
         )
     rows = windows.origins - table.starts[windows.series] + 1
     short = np.flatnonzero(rows < recipe.needed)
@@ -196,14 +197,14 @@ def checked_windows(recipe: Recipe, table: Table, origins: Ints, inputs: Inputs,
         name = table.ids[windows.series[short[0]]]
         more = f" ({len(short)} series are too short)" if len(short) > 1 else ""
         raise TooFewRowsError(
-            f"{table.path}: expected at least {recipe.needed} rows up to where a forecast starts, which is one season, "
-            f"found {rows[short[0]]}{_series(name)}{more}: {recipe.reach} serve best"
+            f"{table.path}: expected at least {recipe.needed} rows (one season) before a forecast, found "
+            f"{rows[short[0]]}{_series(name)}{more}: {recipe.reach} rows are best"
         )
     return windows
 
 
 def times(windows: Windows) -> NDArray[np.datetime64] | None:
-    """Return the time of each step that is forecast, `[N, horizon]`, None without dates."""
+    """Return the time of each forecast step, `[N, horizon]`, None without dates."""
     table, horizon = windows.table, windows.recipe.horizon
     if table.times is None:
         return None
@@ -212,7 +213,7 @@ def times(windows: Windows) -> NDArray[np.datetime64] | None:
 
 
 def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
-    """Return what a network that forecasts was trained for, and how its inputs are filled.
+    """Return a forecasting network's recipe, and the scaling of its inputs.
 
     Raises:
         FormatError: it wasn't written by `cellstack train`, or its metadata doesn't fit its nodes.
@@ -220,35 +221,39 @@ def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
     values, first = net.metadata.get("recipe"), net.nodes[0]
     if net.metadata.get("task") != "forecast" or not isinstance(first, Standardise):
         raise FormatError(
-            f"{path}: expected a network that cellstack train made to forecast, found task {net.metadata.get('task')!r}"
+            f"{path}: expected a network that cellstack trained to forecast, found task {net.metadata.get('task')!r}"
         )
     try:
         recipe = Recipe.from_json(values)  # type: ignore[arg-type]
     except (UsageError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
-            f"{path}: expected a recipe as cellstack 0.2 or later writes it, found another ({error}): train it again"
+            f"{path}: the network's recipe isn't one of cellstack 0.2 or later ({error}): train it again"
         ) from None
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     answer = net.shapes[net.outputs[0]]
     wanted = len(recipe.targets) * len(recipe.quantiles)
     if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != wanted:
-        raise FormatError(f"{path}: expected one answer [B, horizon, {wanted}], as the recipe says, found another")
+        raise FormatError(f"{path}: expected one output [B, horizon, {wanted}], according to the recipe, found another")
     ahead = [-node.start for node in net.nodes if isinstance(node, Select) and node.start is not None]
     if any(steps != recipe.horizon for steps in ahead):
-        raise FormatError(f"{path}: expected a horizon of {ahead[0]}, as the network answers, found {recipe.horizon}")
+        raise FormatError(
+            f"{path}: expected a horizon of {ahead[0]}, as in the network's output, found {recipe.horizon}"
+        )
     return recipe, inputs
 
 
 def reading(net: Network, path: str) -> dict[str, Any]:
-    """Return the arguments of `read_table` by which the table was read that a network was trained on.
+    """Return the arguments of `read_table` with which a network's training table was read.
 
     Raises:
-        FormatError: the network's metadata holds others.
+        FormatError: the network's metadata has invalid ones.
     """
     values = net.metadata.get("reading")
     known = set(signature(read_table).parameters) - {"source"}
     if not isinstance(values, dict) or not values.keys() <= known:
-        raise FormatError(f"{path}: expected reading to hold some of {', '.join(sorted(known))}, found {values!r:.60}")
+        raise FormatError(
+            f"{path}: expected reading to have only keys of {', '.join(sorted(known))}, found {values!r:.60}"
+        )
     return values
 
 

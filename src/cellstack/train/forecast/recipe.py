@@ -1,4 +1,4 @@
-"""What is forecast from what, as plain values that travel in a model's metadata. Needs no torch."""
+"""The recipe of a forecast: targets, inputs and windows, saved in the network's metadata. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cellstack.train.forecast.smoothing import Smoothing
 CALENDAR = ("hour", "weekday", "year", "day", "holidays")
 SCALES = ("spread", "level")
 MOST_SEASONS = 3
-LONGEST_WINDOW, SHORTEST_WINDOW = 168, 16  # that are taken where none is asked for
+LONGEST_WINDOW, SHORTEST_WINDOW = 168, 16  # limits of the default window
 
 
 class Rule(NamedTuple):
     """A rule that forecasts without a network.
 
     Args:
-        name: `"naive"`, the latest value; `"seasonal"`, the latest value at the same place in a season; `"mean"`, the
+        name: `"naive"`, the latest value; `"seasonal"`, the latest value at the same phase of a season; `"mean"`, the
             mean of the latest four of these; `"smoothing"`, exponential smoothing.
-        season: of `"seasonal"` and `"mean"`, in steps; 1 for the others.
+        season: for `"seasonal"` and `"mean"`, in steps; 1 for the others.
     """
 
     name: str
@@ -32,12 +32,12 @@ NAIVE, SMOOTHED = Rule("naive", 1), Rule("smoothing", 1)
 
 @dataclass(frozen=True)
 class Category:
-    """A column of text, as the network takes it: one channel a label; a label that training didn't see has none.
+    """A one-hot column of text, with a channel per label; other labels are all zeros.
 
     Args:
         name: of the column.
         labels: in the order of their channels.
-        known: known in advance, over the horizon too.
+        known: whether its future values are known.
     """
 
     name: str
@@ -47,27 +47,27 @@ class Category:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is forecast from what: it travels in the model's metadata.
+    """Targets, inputs and windows of a forecast, saved in the network's metadata.
 
     Args:
         targets: columns to forecast.
         horizon: steps to forecast.
-        window: steps that the network sees.
-        seasons: steps after which the series repeats itself, rising; none where it doesn't.
-        rule: what the network's output is added to: smoothing, where there is one.
-        scale: unit of the network's values: `"spread"`, the standard deviation of what it looks back at, or `"level"`,
-            its mean, for series whose swings grow with it.
-        smoothing: how each target is smoothed; none where no series is long enough to say.
-        floors: smallest unit of each target, so that a stretch without change has one.
-        inputs: columns of numbers that are known up to now.
-        known: columns of numbers that are known in advance, over the horizon too.
+        window: input steps.
+        seasons: lengths of the seasons in steps, ascending; () for none.
+        rule: the rule to which the network's output is added: smoothing, if there is one.
+        scale: unit of the network's values: `"spread"`, the standard deviation of the window, or `"level"`, its mean,
+            for series whose variations are proportional to it.
+        smoothing: parameters of each target's smoothing; () if no series is long enough to determine them.
+        floors: smallest unit of each target, for windows without variation.
+        inputs: numeric columns known only up to the origin.
+        known: numeric columns whose future values are known.
         categories: columns of text.
-        calendar: what of the date the network sees, of `CALENDAR`.
-        country: whose holidays; "" where `calendar` doesn't have them.
-        quantiles: of the forecast's distribution, rising; the middle one is 0.5, the forecast.
+        calendar: calendar features, of `CALENDAR`.
+        country: the country of the holidays; "" without holidays in `calendar`.
+        quantiles: of the forecast's distribution, ascending; 0.5, the forecast itself, is one of them.
 
     Raises:
-        UsageError: a value out of its range, or one that doesn't fit another.
+        UsageError: a value out of range, or values that don't fit each other.
     """
 
     targets: tuple[str, ...]
@@ -89,20 +89,21 @@ class Recipe:
         for name in ("targets", "inputs", "known"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(column, str) for column in value):
-                raise UsageError(f"expected {name} to be a tuple of columns' names, got {value!r}")
+                raise UsageError(f"expected {name} to be a tuple of column names, got {value!r}")
         names = self.columns
         if not self.targets or len(set(names)) < len(names):
-            raise UsageError(f"expected at least one target, and each column in one place, got {', '.join(names)}")
+            raise UsageError(f"expected at least one target, and each column only once, got {', '.join(names)}")
         for name in ("horizon", "window"):
             if not is_count(getattr(self, name)):
-                raise UsageError(f"expected {name} to be a whole number from 1 to {MOST}, got {getattr(self, name)!r}")
+                raise UsageError(f"expected {name} to be an integer from 1 to {MOST}, got {getattr(self, name)!r}")
         seasons = self.seasons
         if not all(is_count(season) and season > 1 for season in seasons) or list(seasons) != sorted(set(seasons)):
-            raise UsageError(f"expected seasons to be rising whole numbers from 2 to {MOST}, got {seasons!r}")
+            raise UsageError(f"expected seasons to be ascending integers from 2 to {MOST}, got {seasons!r}")
         if len(seasons) > MOST_SEASONS:
             raise UsageError(f"expected at most {MOST_SEASONS} seasons, got {len(seasons)}")
         if self.rule not in self.rules:
-            raise UsageError(f"expected a rule of these seasons, got {self.rule}")
+            names = ", ".join(f"{rule.name} {rule.season}" for rule in self.rules)
+            raise UsageError(f"expected rule to be one of {names}, got {self.rule}")
         if self.scale not in SCALES or not set(self.calendar) <= set(CALENDAR):
             raise UsageError(
                 f"expected scale to be one of {', '.join(SCALES)} and calendar of {', '.join(CALENDAR)}, "
@@ -114,50 +115,50 @@ class Recipe:
             or list(quantiles) != sorted(set(quantiles))
             or not 0 < quantiles[0] <= quantiles[-1] < 1
         ):
-            raise UsageError(f"expected quantiles that rise between 0 and 1, 0.5 among them, got {quantiles!r}")
+            raise UsageError(f"expected ascending quantiles between 0 and 1, including 0.5, got {quantiles!r}")
         if self.smoothing and len(self.smoothing) != len(self.targets):
-            raise UsageError(f"expected one smoothing a target, got {self.smoothing!r}")
+            raise UsageError(f"expected one smoothing per target, got {self.smoothing!r}")
         if self.floors and (len(self.floors) != len(self.targets) or not min(self.floors) > 0):
-            raise UsageError(f"expected floors above 0, one a target, got {self.floors!r}")
+            raise UsageError(f"expected floors above 0, one per target, got {self.floors!r}")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that it takes."""
+        """All columns that it uses."""
         return (*self.targets, *self.inputs, *self.known, *(category.name for category in self.categories))
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules whose forecasts the network sees."""
+        """The rules whose forecasts are inputs of the network."""
         seasonal = (Rule(name, season) for name in ("seasonal", "mean") for season in self.seasons)
         return (NAIVE, *seasonal, *((SMOOTHED,) if self.smoothing else ()))
 
     @property
     def reach(self) -> int:
-        """Rows before an origin, itself included, that what the network sees is made of, the means of seasons aside."""
+        """Rows up to an origin from which the network's inputs are computed, except the means of seasons."""
         return self.window + max(self.seasons, default=0)
 
     @property
     def span(self) -> int:
-        """Rows up to an origin that its unit is measured on: a window and the shortest season."""
+        """Rows up to an origin from which its unit is computed: a window and the shortest season."""
         return self.window + min(self.seasons, default=0)
 
     @property
     def needed(self) -> int:
-        """Fewest rows up to an origin for a forecast."""
+        """Rows up to an origin that a forecast needs at least."""
         return max(self.seasons, default=1)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain values."""
-        lists = {"rule": list(self.rule), "smoothing": [list(how) for how in self.smoothing]}  # asdict leaves them
+        lists = {"rule": list(self.rule), "smoothing": [list(how) for how in self.smoothing]}  # asdict keeps tuples
         return asdict(self) | lists
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe that `to_json` wrote.
+        """Return the recipe from the values of `to_json`.
 
         Raises:
-            UsageError: a value out of its range.
-            TypeError: an entry too few or too many, or no entries at all.
+            UsageError: a value out of range.
+            TypeError: a missing or unknown entry, or no entries at all.
         """
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         values["rule"] = Rule(*values["rule"])
@@ -167,5 +168,5 @@ class Recipe:
         )
         missing = {field.name for field in fields(cls)} - set(values)
         if missing:
-            raise TypeError(f"{', '.join(sorted(missing))} not there")
+            raise TypeError(f"missing {', '.join(sorted(missing))}")
         return cls(**values)

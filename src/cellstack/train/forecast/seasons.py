@@ -1,9 +1,9 @@
-"""The seasons of a series or of a panel, found in its values. Needs no torch.
+"""Detect the seasons of a series or of a panel in its values. Needs no torch.
 
-A period is tested on the values less their centred moving average over one period. That leaves neither a level nor a
-random walk: what remains of either has no autocorrelation at that lag or beyond, because the filter spans one period.
-So the autocorrelation at the period is held against Bartlett's bound, and against its neighbours, which it has to
-exceed: a slow wave makes all lags alike. A longer season is tested on what the shorter ones leave.
+A period is tested on the values minus their centred moving average over one period. That removes levels and random
+walks: the remainder of either has no autocorrelation at that lag or beyond, because the filter spans one period. The
+autocorrelation at the period must exceed Bartlett's bound, and its neighbours, because a slow wave has a similar
+autocorrelation at all lags. A longer season is tested on the remainder after the shorter ones are removed.
 
 Ref: Bartlett, On the theoretical specification and sampling properties of autocorrelated time-series, Supplement to
 the Journal of the Royal Statistical Society 8 (1946), 27-41; Hyndman and Athanasopoulos, Forecasting: Principles and
@@ -20,24 +20,24 @@ from numpy.typing import NDArray
 
 from cellstack.train.forecast.recipe import MOST_SEASONS
 
-LEAST = 0.1  # autocorrelation: a weaker season is no help, however certain
-BOUND = 2.33  # standard errors: one in a hundred series without a season has a natural one found in it
-SEARCHED = 4.0  # of a period that the search has chosen among many
-PEAKS = 8  # of the spectrum, looked at by the search
-ALIKE = 0.8  # of the strongest: a whole number of periods repeats itself as well, so that the shortest counts
-LONGEST = 2048  # rows: the longest period that is searched for
+LEAST = 0.1  # least autocorrelation: a weaker season doesn't help, even if it is significant
+BOUND = 2.33  # standard errors for a natural period: one false detection in a hundred series without a season
+SEARCHED = 4.0  # standard errors for a period that the search has chosen among many
+PEAKS = 8  # peaks of the spectrum that the search tries
+ALIKE = 0.8  # share of the strongest: multiples of a period are about as strong, so the shortest such period is taken
+LONGEST = 2048  # rows: the longest period to search for
 
 
 def find(
     values: NDArray[np.float64], starts: NDArray[np.int64] | None = None, natural: Sequence[int] = ()
 ) -> tuple[int, ...]:
-    """Return the seasons in rows, short ones first, three at most, none where none is certain.
+    """Return the significant seasons in rows, ascending, three at most.
 
     Args:
         values: `[N]`, NaN where missing; rows `starts[s]:starts[s + 1]` are series s, on an even grid.
         starts: `[S + 1]`; None for one series. The series of a panel are tested together.
-        natural: periods by the spacing of the rows, as 24 and 168 hours. Where none of them is certain, or none is
-            given as without dates, periods are searched for.
+        natural: periods that follow from the spacing of the rows, such as 24 and 168 hours. If none is significant, or
+            none is given, as without dates, other periods are searched for.
     """
     bounds = [0, len(values)] if starts is None else [int(start) for start in starts]
     series = [values[a:b] for a, b in pairwise(bounds)]
@@ -59,18 +59,18 @@ def _certain(series: list[NDArray[np.float64]], period: int, shorter: Sequence[i
     if period < 2 or period - apart < 1:
         return False
     correlation, pairs = _autocorrelation(series, period, shorter, period + apart)
-    if pairs[period] < max(1, period // 4):  # less than a quarter of a season beside another
+    if pairs[period] < max(1, period // 4):  # less than a quarter of a season to compare with another
         return False
-    memory = np.minimum.accumulate(correlation[1:period] > 0)  # up to its first zero; a season comes back after it
+    memory = np.minimum.accumulate(correlation[1:period] > 0)  # up to its first zero, after which a season returns
     error = np.sqrt((1 + 2 * np.square(correlation[1:period][memory]).sum()) / pairs[period])
-    beside = max(correlation[period - apart], correlation[period + apart])
-    return bool(correlation[period] > max(LEAST, bound * error, beside))
+    neighbours = max(correlation[period - apart], correlation[period + apart])
+    return bool(correlation[period] > max(LEAST, bound * error, neighbours))
 
 
 def _searched(series: list[NDArray[np.float64]], found: Sequence[int]) -> int | None:
-    """Return the strongest period that is certain and longer than those found; none of them: None.
+    """Return the strongest significant period that is longer than those found; None if there is none.
 
-    Candidates are peaks of the spectrum, placed by the autocorrelation.
+    Candidates are peaks of the spectrum, refined by the autocorrelation.
     """
     longest = min(LONGEST, max((len(one) for one in series), default=0) // 3)
     if longest < 2:
@@ -100,9 +100,9 @@ def _searched(series: list[NDArray[np.float64]], found: Sequence[int]) -> int | 
 def _autocorrelation(
     series: list[NDArray[np.float64]], period: int, shorter: Sequence[int], lags: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the autocorrelation of what is faster than `period` and of no shorter season, and the pairs at each lag.
+    """Return the autocorrelation of the detrended values without shorter seasons, and the pairs at each lag.
 
-    Both are `[lags + 1]`, over the pairs of which both values were observed, of all series together; 0 without any.
+    Both are `[lags + 1]`, over the pairs of observed values of all series together; 0 without any.
     """
     product, pairs = np.zeros(lags + 1), np.zeros(lags + 1)
     for one in series:
@@ -118,14 +118,14 @@ def _correlated(x: NDArray[np.float64], size: int, lags: int) -> NDArray[np.floa
 
 
 def _left(values: NDArray[np.float64], period: int, shorter: Sequence[int]) -> NDArray[np.float64]:
-    """Return what is faster than `period` and of no shorter season, with a spread of 1, or all NaN where nothing is."""
+    """Return the detrended values without shorter seasons, scaled to a spread of 1; all NaN if they are constant."""
     left = _without(_detrended(values, period), [season for season in shorter if season < period])
     spread = np.sqrt(np.nanmean(np.square(left)))
     return np.where(spread > 1e-9 * np.nanmax(np.abs(values)), left / (spread or 1.0), np.nan)
 
 
 def _detrended(values: NDArray[np.float64], period: int) -> NDArray[np.float64]:
-    """Return the values less their centred moving average over one period, of what was observed in it."""
+    """Return the values minus their centred moving average over one period, of the observed values."""
     seen = ~np.isnan(values)
     rows = np.arange(len(values))
     low, high = np.maximum(rows - period // 2, 0), np.minimum(rows + (period + 1) // 2, len(values))
@@ -135,7 +135,7 @@ def _detrended(values: NDArray[np.float64], period: int) -> NDArray[np.float64]:
 
 
 def _without(values: NDArray[np.float64], seasons: Sequence[int]) -> NDArray[np.float64]:
-    """Return the values less the mean of each phase of each season, short ones first."""
+    """Return the values minus the mean of each phase of each season, shortest season first."""
     for season in sorted(seasons):
         phase = np.arange(len(values)) % season
         seen = ~np.isnan(values)

@@ -1,19 +1,19 @@
-"""Exponential smoothing: a level, a trend and seasons that follow what is observed, row by row. Needs no torch.
+"""Exponential smoothing: a level, a trend and seasons, updated row by row. Needs no torch.
 
-Of a series y, or of its logarithm, what is expected at row t, and what becomes of level l, slope b and seasons s when
-it's observed (d is the mean change of a row so far, r what was left at the row before, n the seasons so far):
+For a series y, or its logarithm: the error e of the prediction at row t, and the updates of level l, slope b and
+seasons s (d is the mean change per row so far, r the remainder at the previous row, n the number of seasons so far):
 
     e = y - (l + δ·d + φ·b + ρ·r + s)
     l ← l + δ·d + φ·b + α·e        b ← φ·b + β·e        s ← s + (1 - α)·(γ + (1 - γ) / n)·e        r ← y - l - s
 
     forecast(t + k) = l + k·δ·d + (φ + … + φ^k)·b + ρ^k·r + s(t + k)
 
-A missing value changes nothing but what goes on by itself. Several seasons that aren't whole parts of each other have
-an s each. The seven numbers are those that forecast best so far, over the whole horizon: a search on a grid.
+At a missing value e is 0 and r ← ρ·r. Seasons that aren't divisors of a longer one have their own s. The seven
+parameters are those that forecast best so far, over the whole horizon, in a grid search.
 
 Ref: Gardner and McKenzie, Forecasting trends in time series, Management Science 31 (1985), 1237-1246 (φ); Taylor,
 Short-term electricity demand forecasting using double seasonal exponential smoothing, Journal of the Operational
-Research Society 54 (2003), 799-805 (several seasons, ρ); as what a network goes on from: Smyl, A hybrid method of
+Research Society 54 (2003), 799-805 (several seasons, ρ); as the start of a network's forecast: Smyl, A hybrid method of
 exponential smoothing and recurrent neural networks for time series forecasting, International Journal of Forecasting
 36 (2020), 75-85.
 """
@@ -33,15 +33,15 @@ LEVELS = (0.0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0)
 SEASONS = (0.0, 0.05, 0.1, 0.2, 0.4)
 TRENDS = ((0.0, 0.0, 1.0), (0.5, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.05, 0.9), (0.0, 0.1, 0.98), (0.0, 0.02, 1.0))
 MEMORIES = (0.0, 0.5, 0.8, 0.95)
-MOST_ROWS, MOST_ORIGINS = 6000, 300  # that are searched on, of all series together
-SURE = 1.02  # of the values' error that the logarithm's may reach: most series above 0 grow and swing by shares
+MOST_ROWS, MOST_ORIGINS = 6000, 300  # of the grid search, over all series
+SURE = 1.02  # the logarithm may have a larger error by this factor: most positive series vary with their level
 
 
 class Smoothing(NamedTuple):
-    """How fast what is smoothed follows; the letters are those of the equations.
+    """The parameters of the smoothing, with the letters of the equations.
 
     Args:
-        log: smooth the logarithm; a value that has none counts as missing.
+        log: smooth the logarithm; a value without a logarithm is treated as missing.
         level, season: α, γ.
         drift, trend, damping: δ, β, φ.
         memory: ρ.
@@ -57,12 +57,12 @@ class Smoothing(NamedTuple):
 
 
 class SmoothingState(NamedTuple):
-    """What is known after a row; numbers, or arrays of as many ways of smoothing.
+    """The state after a row: numbers, or arrays with one entry per set of parameters.
 
     Args:
-        fitted: what was expected of the row.
+        fitted: the prediction of the row.
         level, drift, slope, rest: l, δ·d, b, r.
-        phases: the season's values by the place in it, for each season.
+        phases: for each season, its values by phase.
     """
 
     fitted: Any
@@ -79,8 +79,8 @@ class Smoothed:
     Args:
         values: `[N]`, NaN where missing.
         starts: rows `starts[s]:starts[s + 1]` are series s, `[S + 1]`.
-        seasons: in rows, rising.
-        how: the numbers.
+        seasons: in rows, ascending.
+        how: the parameters.
     """
 
     def __init__(self, values: Floats, starts: Ints, seasons: Sequence[int], how: Smoothing):
@@ -94,7 +94,7 @@ class Smoothed:
                 self.slope[at], self.rest[at] = state.slope, state.rest
                 for n, season in enumerate(self.seasons):
                     self.phases[n, at] = state.phases[n][row % season]
-                    if np.isnan(state.fitted):  # the first state: what comes after it has a season before it
+                    if np.isnan(state.fitted):  # the first state has a complete season before it
                         places = np.arange(row + 1 - season, row + 1)
                         self.phases[n, first + places] = np.array(state.phases[n])[places % season]
         if how.log:
@@ -102,7 +102,7 @@ class Smoothed:
                 self.fitted = np.exp(self.fitted)
 
     def ahead(self, origins: Ints, horizon: int) -> Floats:
-        """Return forecasts `[B, horizon]` from rows `origins`; NaN before there is a state."""
+        """Return forecasts `[B, horizon]` from rows `origins`; NaN before the first state."""
         steps = np.arange(1, horizon + 1)
         season = np.zeros((len(origins), horizon))
         for n, length in enumerate(self.seasons):
@@ -113,19 +113,19 @@ class Smoothed:
 
 
 def apart(seasons: Sequence[int]) -> tuple[int, ...]:
-    """Return the seasons that aren't whole parts of a longer one, which has their shape in it."""
+    """Return the seasons that aren't divisors of a longer one, which would include them."""
     return tuple(one for one in seasons if not any(other > one and other % one == 0 for other in seasons))
 
 
 def scaled(values: Floats, log: bool) -> list[float]:
-    """Return the values as they are smoothed."""
+    """Return the values, or their logarithms with `log`."""
     if log:
         values = np.log(np.where(values > 0, values, np.nan))
     return values.tolist()
 
 
 def states(y: list[float], seasons: tuple[int, ...], how: Any) -> Iterator[tuple[int, SmoothingState]]:
-    """Yield rows and the states after them, from the first at which a whole season was seen."""
+    """Yield rows and the states after them, starting after the first complete season."""
     longest = max(seasons, default=1)
     begin = next((row for row, value in enumerate(y) if value == value), len(y))
     end = begin + longest
@@ -162,7 +162,7 @@ def states(y: list[float], seasons: tuple[int, ...], how: Any) -> Iterator[tuple
 
 
 def begun(y: list[float], begin: int, seasons: tuple[int, ...]) -> tuple[float, list[list[Any]]]:
-    """Return a level, and the seasons' values by their places, out of one season that begins at row `begin`."""
+    """Return the initial level and the seasons' values by phase, from one season that starts at row `begin`."""
     left = np.array(y)
     level = float(np.nanmean(left))
     left -= level
@@ -178,7 +178,7 @@ def begun(y: list[float], begin: int, seasons: tuple[int, ...]) -> tuple[float, 
 
 
 def ahead(state: SmoothingState, season: Any, how: Any, steps: Ints) -> Floats:
-    """Return forecasts over the last axis, whose steps are `steps`, of a state whose arrays end in an axis of 1."""
+    """Return forecasts for `steps`, along the last axis, from a state whose arrays have a last axis of length 1."""
     damping = np.asarray(how.damping)[..., None] ** np.arange(1, steps[-1] + 1)
     damped = damping.cumsum(-1)
     found = state.level + state.drift * steps + state.slope * damped
@@ -192,17 +192,17 @@ def ahead(state: SmoothingState, season: Any, how: Any, steps: Ints) -> Floats:
 def best(
     series: Sequence[Floats], seasons: Sequence[int], horizon: int, typical: Sequence[float], after: int = 0
 ) -> tuple[Smoothing, float] | None:
-    """Return the numbers that forecast series best, and their mean error by the series' typical ones.
+    """Return the parameters that forecast the series best, and their mean error relative to the typical ones.
 
     Args:
         series: values `[N]` each, NaN where missing.
-        seasons: in rows, rising.
+        seasons: in rows, ascending.
         horizon: steps ahead.
-        typical: what the errors of each series are measured by.
-        after: rows of each series before the first forecast that is measured, at least two of the longest season.
+        typical: typical error of each series, by which its errors are divided.
+        after: rows of each series before the first measured forecast, at least two of the longest season.
 
     Returns:
-        None where no series is long enough to try any. The logarithm is taken unless the values do clearly better.
+        None if no series is long enough. The logarithm is smoothed unless the values give clearly smaller errors.
     """
     kept = apart(seasons)
     longest = max(kept, default=1)
@@ -239,7 +239,7 @@ def _origins(rows: int, after: int, horizon: int, most: int) -> set[int]:
 
 
 def _errors(values: Floats, seasons: tuple[int, ...], horizon: int, how: Any, origins: set[int]) -> tuple[Floats, int]:
-    """Return the sum of absolute errors of each way from some origins, and how many there are."""
+    """Return the sum of absolute errors from some origins, for each set of parameters, and the number of errors."""
     steps = np.arange(1, horizon + 1)
     total, count = np.zeros(len(how.level)), 0
     for row, state in states(scaled(values, how.log), seasons, how):
@@ -252,7 +252,7 @@ def _errors(values: Floats, seasons: tuple[int, ...], horizon: int, how: Any, or
             season = season + np.stack([np.broadcast_to(phase[(row + k) % len(phase)], len(total)) for k in steps], -1)
         level, drift, slope, rest = (np.broadcast_to(each, len(total))[:, None] for each in state[1:5])
         said = ahead(SmoothingState(None, level, drift, slope, rest, []), season, how, steps)
-        with np.errstate(over="ignore"):  # a way that runs away is infinitely wrong
+        with np.errstate(over="ignore"):  # a diverging forecast has an infinite error
             total += np.nan_to_num(np.abs(said - y)[:, seen], nan=np.inf).sum(-1)
         count += int(seen.sum())
     return total, count

@@ -1,11 +1,11 @@
-"""From a table to a network that forecasts, and its errors beside those of simple rules.
+"""Train networks to forecast a table, and compare their errors with those of simple rules.
 
-The networks' outputs are added to exponential smoothing. How the targets are smoothed, told by the training part, says
-which seasons are kept and the unit of the values. The validation part, the rows before the test part, says which epoch
-of each member is kept, how far to follow the network rather than the rule, and by how much its outer
-quantiles have to be moved to cover what they promise. Then the targets are smoothed and each member is trained anew,
-for as many epochs, on training and validation part together: the latest rows tell most of what comes next. Where that
-takes long, it is trained on from where it is, for a third of the epochs.
+The networks' outputs are added to exponential smoothing. The training part determines the parameters of the smoothing,
+and these the seasons and the unit of the values. The validation part, the rows before the test part, determines the
+best epoch of each network, the weight of the networks relative to the rule, and the shifts of the outer quantiles that
+give them the right coverage. Then the smoothing is determined again and each network is trained from scratch, for as
+many epochs, on the training and validation parts together, because the latest rows matter most for a forecast. If that
+takes long, its training is continued instead, for a third of the epochs.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-MEASURED = 2048  # windows that scales are measured on
-FEWEST = 50  # points by which a quantile is moved
-ON, ON_RATE = 1 / 3, 0.5  # of the epochs and of the rate, that networks are trained on with the validation part as well
+MEASURED = 2048  # windows on which scales are measured
+FEWEST = 50  # least number of points to determine the shift of a quantile
+ON, ON_RATE = 1 / 3, 0.5  # share of the epochs and of the learning rate for continued training with the validation part
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Build:
     """How the networks are built.
 
     Args:
-        units: width of each layer, bottom first.
-        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
-        dropout: share of values dropped out after each layer in training.
-        members: networks that are trained, each from a seed of its own, and averaged.
+        units: units of each layer, first layer first.
+        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        dropout: dropout probability after each layer.
+        members: number of networks to average, each trained with its own seed.
 
     Raises:
-        UsageError: no member.
+        UsageError: members out of range.
     """
 
     units: tuple[int, ...] = (48,)
@@ -69,13 +69,13 @@ class Build:
 
 
 class Trained(NamedTuple):
-    """A network that forecasts, and how it was come by.
+    """A forecasting network and its training.
 
     Args:
-        result: the network, and what the fits of its members did: their histories one after the other.
-        recipe: what is forecast from what.
-        test: forecasts of the test part, None where there is none.
-        understood: how the table was understood, a sentence each.
+        result: the network, and the fits of its members, with their histories concatenated.
+        recipe: targets, inputs and windows.
+        test: forecasts of the test part, None without one.
+        understood: how the table was read, a sentence each.
     """
 
     result: Result
@@ -94,20 +94,20 @@ def train_forecast(
     baselines: bool = True,
     recipe: Recipe | None = None,
 ) -> Trained:
-    """Train on each series' earlier rows; measure by forecasts from origins in its last `test` of the rows.
+    """Train on each series' earlier rows, and measure the errors of forecasts in its last rows.
 
     Args:
         table: the series.
-        request: what is forecast from what.
+        request: what to forecast.
         build: how the networks are built.
         settings: how each is fitted.
-        options: how the training is run; the validation part lies between the training part and the test part.
-        test: share of each series' rows to measure on; 0 for none.
-        baselines: measure gradient boosting on lags too, where scikit-learn is installed.
-        recipe: what `plan` makes of table and request, where that is at hand.
+        options: how the training is run; the validation part is between the training part and the test part.
+        test: share of each series' last rows to test on; 0 for none.
+        baselines: also measure gradient boosting on lags, if scikit-learn is installed.
+        recipe: the result of `plan` for table and request, if already known.
 
     Raises:
-        UsageError: a column that isn't there or holds nothing, too few rows, or a checkpoint that another training is
+        UsageError: a column that doesn't exist or is empty, too few rows, or a checkpoint that another training is
             writing; see `learn` for more.
     """
     if recipe is None:
@@ -117,7 +117,7 @@ def train_forecast(
     checkpoint, first = options.checkpoint, int(os.environ.get("RANK", "0")) == 0  # of several processes
     if checkpoint is not None and first:
         check_replaceable(str(fits.stage(0, whole=False).checkpoint))
-    with locked(checkpoint if first else None):  # of all members; each fit locks its own
+    with locked(checkpoint if first else None):  # for all members; each fit also locks its own checkpoint
         members, calibration = fits.members()
     windows = fits.windows
     recipe = windows.recipe
@@ -137,16 +137,18 @@ def train_forecast(
     if len(cut.test) and fits.rank == 0:
         found = measured(network, windows, fits.inputs, cut, baselines)
         scores = found.scores
-    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.told(scores))
+    result = Result(
+        network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.summary(scores)
+    )
     return Trained(result, recipe, found, understood(table, recipe, request, cut))
 
 
 def prepared(table: Table, recipe: Recipe, request: Request, validation: float, test: float) -> tuple[Windows, Parts]:
-    """Return the windows of the training and then of the validation part, all choices made but the network; the parts.
+    """Return the windows of the training part followed by the validation part, with a complete recipe, and the parts.
 
-    The rule is smoothing, the naive one where no series is long enough. How the targets are smoothed says more: where
-    the logarithm serves, the unit is the level; and where what is smoothed is forecast better without its longest
-    season, that one did harm, as of a cycle whose length changes.
+    The rule is smoothing, or the naive one if no series is long enough. If the logarithm is smoothed, the unit is the
+    level. If smoothing is better without the longest season, that season is dropped: its length may vary, like that of
+    a cycle.
     """
     cut = parts(table, recipe, validation, test)
     typical = typical_errors(table, recipe, cut.ends)
@@ -163,13 +165,13 @@ def prepared(table: Table, recipe: Recipe, request: Request, validation: float, 
         scale = request.scale or ("level" if all(each.log for each in how) else "spread")
         recipe = replace(recipe, smoothing=how, scale=scale, rule=SMOOTHED)
     windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
-    return windows.told(replace(recipe, floors=floors(windows, np.arange(len(cut.training))))), cut
+    return windows.with_recipe(replace(recipe, floors=floors(windows, np.arange(len(cut.training))))), cut
 
 
 def smoothings(
     table: Table, recipe: Recipe, ends: Ints, typical: Floats, after: int = 0
 ) -> tuple[tuple[Smoothing, ...], float] | None:
-    """Return how each target is best smoothed in the rows before `ends`, and the mean error; see `smoothing.best`."""
+    """Return the best smoothing of each target in the rows before `ends`, and the mean error; see `smoothing.best`."""
     found = []
     for n, name in enumerate(recipe.targets):
         series = [table.columns[name][first:end] for first, end in zip(table.starts[:-1], ends, strict=True)]
@@ -181,7 +183,7 @@ def smoothings(
 
 
 def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, baselines: bool) -> backtest.Backtest:
-    """Return a network's forecasts of the test part beside those of its baselines."""
+    """Return the forecasts of a network and of its baselines on the test part."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
     origins = spread_out(cut.test, backtest.MOST_ORIGINS)
@@ -194,7 +196,7 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, bas
 
 
 class _Fits:
-    """The fits of a training, and what they did together."""
+    """The fits of a training, and their combined result."""
 
     def __init__(self, build: Build, settings: Settings, options: RunOptions, windows: Windows, cut: Parts):
         self.build, self.settings, self.options, self.windows = build, settings, options, windows
@@ -206,8 +208,8 @@ class _Fits:
         self.whole, self.rank = Fit(), 0
         self.stops: list[str] = []
 
-    def told(self, scores: dict[str, Any]) -> str:
-        """Return what stopped the fits, which epochs are kept, and how well it does on what was never trained on."""
+    def summary(self, scores: dict[str, Any]) -> str:
+        """Return what stopped the fits, which epochs were kept, and the errors on the test part."""
         history, names = self.whole.history, {"epochs": "all", "patience": "early", "ctrl-c": "by Ctrl-C"}
         kept = [0] * len(self.stops)
         for entry in history:
@@ -217,14 +219,14 @@ class _Fits:
         each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
         parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
         if any(kept):
-            again = "on" if takes_long(len(self.kept), int(self.windows.lengths[0])) else "anew"
-            parts.append(f"and {again}, with the validation part, for {', '.join(map(str, kept))}")
+            how = "trained further" if takes_long(len(self.kept), int(self.windows.lengths[0])) else "retrained"
+            parts.append(f"{how} with the validation part for {', '.join(map(str, kept))}")
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
-        what = f"on the test part, which was never trained on, the mean absolute error of {', '.join(found)}"
-        return "; ".join([*parts, what if found else "nothing was held out to measure it on"])
+        what = f"mean absolute error on the test part: {', '.join(found)}"
+        return "; ".join([*parts, what if found else "no data was held out to measure its accuracy on"])
 
     def _scale(self) -> Floats:
-        """Return the scale of each target's outputs, `[targets]`: the mean absolute one in the training part, or 1."""
+        """Return the scale of each target's outputs, `[targets]`: the mean absolute value in training, or 1."""
         some = self.windows.fetch(spread_out(self.kept, MEASURED))
         y, seen = (array.reshape(len(some.y), self.windows.recipe.horizon, -1) for array in (some.y, some.weight > 0))
         scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)
@@ -239,14 +241,14 @@ class _Fits:
         start: Forecaster | None = None,
         until: int | None = None,
     ) -> tuple[Forecaster, Fit]:
-        """Fit one network, on the training part, or on the `whole`, with the validation part.
+        """Fit one network.
 
         Args:
             member: its number, from 0.
-            settings, options: how.
-            whole: on both parts.
-            start: has the weights that it starts from; drawn where None.
-            until: the last epoch, of all those that the rate is laid out for.
+            settings, options: how to fit.
+            whole: train on the training and validation parts, not only on the training part.
+            start: model with the initial weights; None = random.
+            until: stop after this epoch; the learning rate is that of all `settings.epochs`.
         """
         inputs, windows, scale, build = self.inputs, self.windows, self.scale, self.build
         recipe = windows.recipe
@@ -268,7 +270,7 @@ class _Fits:
         return model, fit
 
     def members(self) -> tuple[list[Forecaster], Calibration | None]:
-        """Return the networks that are averaged, and what the validation part says of their outputs."""
+        """Train the networks; return them, and the corrections of their outputs."""
         first: list[Forecaster] = []
         epochs: list[int] = []
         for member in range(self.build.members):
@@ -284,7 +286,7 @@ class _Fits:
         if self.whole.interrupted:
             return first, calibration
         before, self.windows = self.windows, self._smoothed_anew()
-        if not calibration.followed.any():  # the rule is what forecasts
+        if not calibration.followed.any():  # only the rule forecasts
             return first, calibration
         again: list[Forecaster] = []
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
@@ -295,14 +297,14 @@ class _Fits:
             else:
                 model, fit = self.fit(member, how, options, whole=True, until=best)
             self.join(fit, member, whole=True)
-            if fit.interrupted:  # a part of them is worth less than all of the first ones
+            if fit.interrupted:  # all of the first ones are better than some of the second
                 self.windows = before
                 return first, calibration
             again.append(model)
         return again, calibration
 
     def _smoothed_anew(self) -> Windows:
-        """Return the windows with the targets smoothed as is best in both parts."""
+        """Return the windows with the best smoothing for both parts."""
         windows = self.windows
         table, recipe, typical = windows.table, windows.recipe, windows.typical
         assert typical is not None
@@ -312,16 +314,16 @@ class _Fits:
         return Windows(replace(recipe, smoothing=found[0]), table, windows.origins, typical)
 
     def stage(self, member: int, whole: bool) -> RunOptions:
-        """Return how a member's fit is run: with a checkpoint of its own; the first one is looked at."""
+        """Return the options of a member's fit: it has its own checkpoint; only the first fit is inspected."""
         checkpoint = self.options.checkpoint
         if checkpoint is not None:
             checkpoint = f"{os.fspath(checkpoint)}.{member + 1}{'-whole' * whole}"
-        name = f"network {member + 1} of {self.build.members}{', the validation part too' * whole}"
+        name = f"network {member + 1} of {self.build.members}{', with the validation part' * whole}"
         inspect = self.options.inspect and member == 0 and not whole
         return replace(self.options, checkpoint=checkpoint, inspect=inspect, name=name)
 
     def join(self, fit: Fit, member: int, whole: bool = False) -> None:
-        """Add what a fit did to what all did."""
+        """Add a fit to the combined result."""
         entries = [{"member": member + 1, "whole": whole} | entry for entry in fit.history]
         together = self.whole
         together.history += entries
@@ -341,9 +343,9 @@ class _Fits:
 
 
 def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, held: Ints) -> Calibration:
-    """Return how far to follow the members' mean, and how far to move its quantiles.
+    """Return the weight of the members' mean output, and the shifts of its quantiles.
 
-    Ref: moving quantiles by what they miss on held-out data: Romano et al. 2019, "Conformalized quantile regression".
+    Ref: shifts of quantiles determined on held-out data: Romano et al. 2019, "Conformalized quantile regression".
     """
     recipe, some = windows.recipe, spread_out(held, MEASURED)
     network = as_network(members, {})
@@ -355,7 +357,7 @@ def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, 
     followed = np.ones(len(recipe.targets))
     moved = np.zeros((len(recipe.targets), len(recipe.quantiles)))
     _, counts = np.unique(windows.series[some], return_counts=True)
-    independent = float(np.maximum(counts / recipe.horizon, 1).sum())  # horizons that don't overlap
+    independent = float(np.maximum(counts / recipe.horizon, 1).sum())  # number of horizons that don't overlap
     for n in range(len(recipe.targets)):
         seen = ~np.isnan(y[..., n])
         if not seen.any():
@@ -369,15 +371,15 @@ def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, 
                 continue
             if seen.sum() >= FEWEST:
                 moved[n, q] = np.quantile((y[..., n] - followed[n] * out[..., n, q])[seen], level)
-            else:  # too few to say: as far from the median as the network has it, which it is followed for less
+            else:  # too few: keep the network's distance from the median, although its weight is below 1
                 moved[n, q] = (1 - followed[n]) * (out[..., n, q] - median)[seen].mean()
     return Calibration(followed, moved)
 
 
 def _smallest(costs: Floats, independent: float) -> int:
-    """Return the first row of `costs` `[N, B]` that does as well as the best, to within one standard error.
+    """Return the first row of `costs` `[N, B]` whose mean is within one standard error of the best.
 
-    Ref: the rule of one standard error: Breiman et al. 1984, "Classification and regression trees", section 3.4.3.
+    Ref: the one-standard-error rule: Breiman et al. 1984, "Classification and regression trees", section 3.4.3.
     """
     more = costs - costs[np.argmin(costs.mean(axis=1))]
     return int(np.argmax(more.mean(axis=1) <= more.std(axis=1) / np.sqrt(independent)))

@@ -1,16 +1,16 @@
-"""Windows over the series of a table, as a network sees them, and the way back to the targets' units. Needs no torch.
+"""Windows over a table's series, the inputs of a network, and the inverse scaling of its outputs. Needs no torch.
 
-A network sees `window` steps up to an origin t and the `horizon` steps after it, in one sequence. The channels of a
-step u, for each target y:
+The input is one sequence of `window` steps up to an origin t and the `horizon` steps after it. The channels of a step
+u, for each target y:
 
     y(u)          up to t; missing after it
-    rule(t, u)    what each simple rule says of u: the latest value, and for each season the latest value at the same
-                  place in it and the mean of the latest four, before t as of one season earlier; and exponential
-                  smoothing, before t as of the step before; after t all of them as of t
+    rule(t, u)    the forecast of u by each simple rule: the latest value, and for each season the latest value at the
+                  same phase and the mean of the latest four (for u up to t, forecast one season earlier); and
+                  exponential smoothing (for u up to t, forecast one step earlier); for u after t, all forecast at t
 
-and inputs up to t, known inputs, categories and the calendar at every step. All of a target's values are measured in
-units of the window itself, (y - base) / unit, so that levels never seen in training do no harm and one network serves
-many series, those too that training didn't see. Its outputs, a quantile each, are added to one of the rules:
+and inputs up to t, known inputs, categories and the calendar at every step. All of a target's values are scaled with
+the window's own statistics, (y - base) / unit, so that one network can forecast levels and series that it wasn't
+trained on. Its outputs, one per quantile, are added to one of the rules:
 
     forecast(t + k) = rule(t, t + k) + unit(t) · network(…)[k]           k = 1 … horizon
 
@@ -48,7 +48,7 @@ class Units(NamedTuple):
 
 
 class Target:
-    """A column with what the rules say of each of its rows."""
+    """A column with the rules' forecasts of each of its rows."""
 
     def __init__(self, values: Floats, starts: Ints, seasons: tuple[int, ...], how: Smoothing | None):
         self.values = values
@@ -57,7 +57,7 @@ class Target:
         self.means = {season: _means(values, starts, season) for season in seasons}
 
     def of(self, rule: Rule) -> Floats:
-        """Return, at each row, what a rule says whole seasons later, `[N]`."""
+        """Return, at each row, a rule's forecast for whole seasons later, `[N]`."""
         return self.means[rule.season] if rule.name == "mean" else self.latest[rule.season]
 
 
@@ -65,14 +65,14 @@ class Windows:
     """Windows of a table that end at `origins`, as `Examples`.
 
     Args:
-        recipe: what is forecast from what.
-        table: holds the columns.
-        origins: row of the last step of each window, `[N]`.
-        typical: for each series and target, `[S, targets]`, what an error is measured by in the loss, so that each
-            series counts alike; None where nothing is trained.
+        recipe: targets, inputs and windows.
+        table: the series.
+        origins: last row of each window, `[N]`.
+        typical: typical error of each series and target, `[S, targets]`, by which the loss is divided, so that all
+            series have the same weight; None if not for training.
 
     Raises:
-        UsageError: a column isn't there, or dates are needed and there are none; the message names those that are.
+        UsageError: a column is missing, or dates are needed and there are none; the message names the columns.
     """
 
     def __init__(self, recipe: Recipe, table: Table, origins: Ints, typical: Floats | None = None):
@@ -80,17 +80,17 @@ class Windows:
         self.recipe, self.table, self.origins, self.typical = recipe, table, origins, typical
         self.lengths = np.full(len(origins), recipe.window + recipe.horizon, np.int64)
         self.series = np.searchsorted(table.starts, origins, side="right") - 1
-        ways = recipe.smoothing or (None,) * len(recipe.targets)
+        smoothings = recipe.smoothing or (None,) * len(recipe.targets)
         self.targets = [
             Target(table.columns[name], table.starts, recipe.seasons, how)
-            for name, how in zip(recipe.targets, ways, strict=True)
+            for name, how in zip(recipe.targets, smoothings, strict=True)
         ]
         self.past = _columns([table.columns[name] for name in recipe.inputs], len(table))
         self.always = self._known()
         self.labels = self._labels()
 
     def _known(self) -> NDArray[np.float32]:
-        """Return what is known in advance at each row and `horizon` rows past each series, `[N + S·horizon, …]`."""
+        """Return the inputs known in advance at each row and `horizon` rows past each series, `[N + S·horizon, …]`."""
         recipe, table = self.recipe, self.table
         known = _columns([table.columns[name] for name in recipe.known], len(table))
         parts = [known]
@@ -103,17 +103,17 @@ class Windows:
         return np.concatenate([numbers, dates], axis=1)
 
     def _labels(self) -> NDArray[np.float32]:
-        """Return the categories that are known up to now alone, `[N, labels]`."""
+        """Return the categories that are known only up to the origin, `[N, labels]`."""
         return _one_hot(self.recipe, self.table, known=False)
 
-    def told(self, recipe: Recipe) -> Windows:
-        """Return the same windows for a recipe that differs in rule or floors alone."""
+    def with_recipe(self, recipe: Recipe) -> Windows:
+        """Return the same windows for a recipe that differs only in rule or floors."""
         other = copy(self)
         other.recipe = recipe
         return other
 
     def typical_of(self, indices: Ints) -> Floats:
-        """Return what errors are measured by in each window, `[B, targets]`; 1 where nothing is trained."""
+        """Return the typical error in each window, `[B, targets]`; 1 if not for training."""
         if self.typical is None:
             return np.ones((len(indices), len(self.targets)))
         return self.typical[self.series[indices]]
@@ -154,7 +154,7 @@ class Windows:
             at += columns.shape[1]
         x[:, :, at:-1] = self.always[np.maximum(steps, first) + (series * horizon)[:, None]]
         x[:, :, -1] = np.maximum(np.arange(1 - window, horizon + 1), 0) / horizon
-        x[~begun] = np.nan  # before the series' first row: no step at all
+        x[~begun] = np.nan  # before the series' first row: masked
         y = (self.actual(indices) - self.reference(indices)) / units.unit[:, None]  # [B, horizon, targets]
         seen = ~np.isnan(y)
         weight = seen * (units.unit / self.typical_of(indices))[:, None]
@@ -166,7 +166,7 @@ class Windows:
         )
 
     def units(self, indices: Ints) -> Units:
-        """Return base and unit of each target in each window; where nothing was observed, 0 and the smallest unit."""
+        """Return base and unit of each target in each window; without observed values, 0 and the smallest unit."""
         recipe = self.recipe
         span = recipe.span
         steps = self.origins[indices][:, None] + np.arange(1 - span, 1)
@@ -184,7 +184,7 @@ class Windows:
         return Units(np.stack(bases, axis=1), np.stack(units, axis=1))
 
     def rule(self, rule: Rule, target: int, indices: Ints) -> Floats:
-        """Return a rule's forecasts of a target, `[B, horizon]`, NaN where it has nothing to go by."""
+        """Return a rule's forecasts of a target, `[B, horizon]`, NaN where it has no value to use."""
         smoothed = self.targets[target].smoothed
         if rule == SMOOTHED and smoothed is not None:
             return smoothed.ahead(self.origins[indices], self.recipe.horizon)
@@ -195,9 +195,10 @@ class Windows:
         return np.where(rows >= first, self.targets[target].of(rule)[np.maximum(rows, first)], np.nan)
 
     def reference(self, indices: Ints) -> Floats:
-        """Return what the network's output is added to, `[B, horizon, targets]`.
+        """Return the forecasts of the rule to which the network's output is added, `[B, horizon, targets]`.
 
-        Where the recipe's rule has nothing to go by, as of an hour that was never observed, it's the latest value.
+        Where the recipe's rule has no value to use, for example at an hour that was never observed, it is the latest
+        value.
         """
         every = []
         for n in range(len(self.targets)):
@@ -206,7 +207,7 @@ class Windows:
         return np.stack(every, axis=-1)
 
     def actual(self, indices: Ints) -> Floats:
-        """Return what came, `[B, horizon, targets]`, NaN where missing or beyond the series."""
+        """Return the actual values, `[B, horizon, targets]`, NaN where missing or beyond the series."""
         rows = self.origins[indices][:, None] + np.arange(1, self.recipe.horizon + 1)
         end = self.table.starts[self.series[indices] + 1][:, None]
         inside = rows < end
@@ -214,9 +215,9 @@ class Windows:
         return np.stack([np.where(inside, target.values[kept], np.nan) for target in self.targets], axis=-1)
 
     def forecasts(self, indices: Ints, out: NDArray) -> Floats:
-        """Return forecasts in the targets' units, `[B, horizon, targets, quantiles]`, of a network's outputs.
+        """Return forecasts in the targets' units, `[B, horizon, targets, quantiles]`, from a network's outputs.
 
-        Quantiles that cross are put in order: Chernozhukov et al. 2010, "Quantile and probability curves without
+        Quantiles that cross are sorted: Chernozhukov et al. 2010, "Quantile and probability curves without
         crossing".
         """
         recipe = self.recipe
@@ -240,13 +241,13 @@ def _check_columns(recipe: Recipe, table: Table) -> None:
     numbers = (*recipe.targets, *recipe.inputs, *recipe.known)
     for name in numbers:
         if name not in table.columns:
-            raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {listed([*table.columns])}")
+            raise UsageError(f"{table.path}: expected a numeric column {name!r}, found {listed([*table.columns])}")
     for category in recipe.categories:
         if category.name not in table.categories:
             found = listed([*table.categories]) or "none"
-            raise UsageError(f"{table.path}: expected a column of text {category.name!r}, found {found}")
+            raise UsageError(f"{table.path}: expected a text column {category.name!r}, found {found}")
     if recipe.calendar and (table.times is None or table.spacing is None):
-        raise UsageError(f"{table.path}: expected dates, as the model looks at the {recipe.calendar[0]}, found none")
+        raise UsageError(f"{table.path}: the model needs dates for its input {recipe.calendar[0]!r}, found none")
 
 
 def _columns(columns: list[Floats], rows: int) -> NDArray[np.float32]:
@@ -254,7 +255,7 @@ def _columns(columns: list[Floats], rows: int) -> NDArray[np.float32]:
 
 
 def _one_hot(recipe: Recipe, table: Table, known: bool) -> NDArray[np.float32]:
-    """Return a channel a label, NaN where the text is missing, zeros where training didn't see it."""
+    """Return a channel per label, NaN where the text is missing, zeros for labels that weren't in training."""
     parts = [np.empty((len(table), 0), np.float32)]
     for category in recipe.categories:
         if category.known == known:
@@ -277,7 +278,7 @@ def _extended(columns: NDArray[np.float32], starts: Ints, rows: int) -> NDArray[
 
 
 def _carried(values: Floats, starts: Ints, period: int) -> Floats:
-    """Return the latest value observed at each row or whole periods before it in its series, else NaN."""
+    """Return the latest observed value at each row or whole periods before it in its series, else NaN."""
     out = np.full(len(values), np.nan)
     for first, end in pairwise(starts):
         at = latest(values[first:end], period)
@@ -286,7 +287,7 @@ def _carried(values: Floats, starts: Ints, period: int) -> Floats:
 
 
 def _means(values: Floats, starts: Ints, season: int) -> Floats:
-    """Return at each row the mean of what was observed at this place in the last seasons, `MEAN_OF` at most."""
+    """Return at each row the mean of the observed values at this phase of the last seasons, `MEAN_OF` at most."""
     rows = np.arange(len(values))
     first = np.repeat(starts[:-1], np.diff(starts))
     total, count = np.zeros(len(values)), np.zeros(len(values))

@@ -1,1 +1,1 @@
-"""Tables as people have them: which columns hold what, read as time series on an even grid."""
+"""Read tables as time series on an even grid, and detect the meaning of their columns."""

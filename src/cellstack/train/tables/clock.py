@@ -1,4 +1,4 @@
-"""Local times whose clock is put forward and back: which hour stands twice, which is missing. Needs no torch."""
+"""Local times with daylight saving: the hours that occur twice or are skipped. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.tables.dates import Dates
 from cellstack.train.tables.source import Series, Source
 
-# One zone for each rule by which clocks are changed today; the data tells the rule, not the place.
+# One zone for each daylight-saving rule in use today; only the rule can be inferred from the data, not the location.
 RULES = (
     *("America/New_York", "Europe/Berlin", "Europe/London", "Europe/Helsinki", "Australia/Sydney"),
     *("Pacific/Auckland", "America/Santiago", "America/Sao_Paulo", "Australia/Lord_Howe", "Asia/Jerusalem"),
@@ -20,7 +20,7 @@ RULES = (
 def zoned(
     given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None
 ) -> tuple[NDArray[np.datetime64] | None, str | None]:
-    """Return the times in UTC, None where no zone is known, and the wall clock's zone; say what was assumed.
+    """Return the times in UTC, None if no zone is known, and the wall clock's zone; add assumptions to the notes.
 
     Raises:
         UsageError: there is no such zone.
@@ -36,26 +36,26 @@ def zoned(
             zone = _offset(found.offsets[0]) if same else "UTC"
             if not same:
                 given.notes.append(
-                    f"`{found.name}` names {len(found.offsets)} offsets ({', '.join(found.offsets[:3])}): taken "
-                    f"in UTC, --zone gives local time"
+                    f"`{found.name}` has {len(found.offsets)} UTC offsets ({', '.join(found.offsets[:3])}): converted "
+                    f"to UTC; --zone converts to local time"
                 )
         return found.times.to_numpy(), zone or found.zone
     asked = zone is not None
     if zone is None:
-        zone = told(found.times, codes)
+        zone = inferred(found.times, codes)
         if zone is None:
             return None, None
     utc, said = to_utc(given, found.times, codes, zone)
     if not asked:
-        how = said or "the hours that it skips are those that are missing"
-        said = f"local time whose clock is changed as in {zone} (--zone names another): {how}"
+        how = said or "the hours that daylight saving skips are missing"
+        said = f"local time with the daylight-saving rule of {zone} (set --zone for another): {how}"
     if said:
         given.notes.append(f"`{found.name}`: {said}")
     return utc.to_numpy(), zone
 
 
 def _offset(text: str) -> str:
-    """Return an offset as pandas names its zone: `UTC+01:00`."""
+    """Return pandas's name of a fixed offset: `UTC+01:00`."""
     if text in ("Z", "UTC", "GMT"):
         return "UTC"
     digits = text[1:].replace(":", "").ljust(4, "0")
@@ -63,7 +63,7 @@ def _offset(text: str) -> str:
 
 
 def wall_clock(utc: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetime64]:
-    """Return times in UTC as the clock of a zone shows them, datetime64[us]."""
+    """Convert times in UTC to the local time of a zone, datetime64[us]."""
     import pandas as pd
 
     return (
@@ -77,7 +77,7 @@ def wall_clock(utc: NDArray[np.datetime64], zone: str | None) -> NDArray[np.date
 
 
 def utc_of(wall: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetime64]:
-    """Return one series' wall-clock times in UTC; of two that are alike, the first is before the clock is put back."""
+    """Convert one series' local times to UTC; of two equal times, the first is before the clock is set back."""
     import pandas as pd
 
     times = pd.Series(wall.astype("datetime64[us]"))
@@ -90,12 +90,12 @@ def utc_of(wall: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetim
 
 
 def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -> tuple[Series, str]:
-    """Return local times in UTC, and what was assumed.
+    """Convert local times to UTC; return them and a note on what was assumed.
 
-    Of an hour that stands twice, the rows that come first are those before the clock is put back.
+    In an hour that occurs twice, the earlier rows are taken as those before the clock is set back.
 
     Raises:
-        FormatError: a time that the zone's clock doesn't show; the message names the change.
+        FormatError: a time that doesn't exist in the zone, because the clock is set forward.
     """
     import pandas as pd
 
@@ -106,21 +106,21 @@ def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -
     if gone.any():
         row = int(np.argmax(gone))
         raise FormatError(
-            f"{source.at(row)}: expected times that the clock shows in {zone}, found {times.iloc[row]}, when it is put "
-            f"forward: leave out --zone, or give UTC, where the file's clock isn't changed"
+            f"{source.at(row)}: {times.iloc[row]} doesn't exist in {zone}, because the clock is set forward then: omit "
+            f"--zone, or set it to UTC, if the file's times have no daylight saving"
         )
     changes = np.unique(times[twice].to_numpy().astype("datetime64[D]"))
     said = ""
     if len(changes):
         days = ", ".join(map(str, changes[:3])) + (" …" if len(changes) > 3 else "")
-        said = f"of the hour that stands twice ({days}), the earlier rows are those before the clock is put back"
+        said = f"in the hour that occurs twice ({days}), the earlier rows are those before the clock is set back"
         single = int((~pd.DataFrame({"c": codes[twice], "t": times[twice]}).duplicated(keep=False)).sum())
-        said += f"; {single} rows of it that stand once are taken as these" if single else ""
+        said += f"; so are {single} rows whose time occurs only once" if single else ""
     return utc.dt.tz_convert("UTC").dt.tz_localize(None), said
 
 
 def _before(times: Series, codes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return for each row whether it is the earlier of two with one time, or the only one."""
+    """Return for each row whether it is the earlier of two with the same time, or the only one."""
     import pandas as pd
 
     rising = np.diff(times.to_numpy()).astype(np.int64)
@@ -129,21 +129,21 @@ def _before(times: Series, codes: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _twice(times: Series, zone: str) -> NDArray[np.bool_]:
-    """Return for each row whether the zone's clock shows its time twice."""
+    """Return for each row whether its local time occurs twice in the zone."""
     return times.dt.tz_localize(zone, ambiguous="NaT", nonexistent="shift_forward").isna().to_numpy()
 
 
 def _never(times: Series, zone: str) -> NDArray[np.bool_]:
-    """Return for each row whether the zone's clock never shows its time."""
+    """Return for each row whether its local time is skipped in the zone."""
     return times.dt.tz_localize(zone, ambiguous=np.ones(len(times), bool), nonexistent="NaT").isna().to_numpy()
 
 
-def told(times: Series, codes: NDArray[np.int64]) -> str | None:
-    """Return a zone by whose rule the local times of a table double an hour in autumn and leave one out in spring.
+def inferred(times: Series, codes: NDArray[np.int64]) -> str | None:
+    """Return a zone whose daylight-saving rule fits the local times of a table; None if no rule fits.
 
-    Every time that stands twice in a series must lie in an hour that the clock shows twice, and none may stand in an
-    hour that it never shows. Where the times span no autumn, the rows right before and after a change in spring must be
-    there. None where no rule fits.
+    Every time that occurs twice in a series must be in an hour that occurs twice in the zone, and no time may be in an
+    hour that the zone skips. If the times don't span an autumn, the rows directly before and after a change in spring
+    must be present.
     """
     import pandas as pd
 
@@ -166,7 +166,7 @@ def told(times: Series, codes: NDArray[np.int64]) -> str | None:
 
 
 def _spring_alone(times: Series, zone: str) -> bool:
-    """Return whether rows leave out exactly the hours that the clock skips, with none doubled that could be."""
+    """Return whether exactly the hours that the zone skips are missing, and no hour that occurs twice is spanned."""
     import pandas as pd
 
     times = times.sort_values()
@@ -183,5 +183,5 @@ def _spring_alone(times: Series, zone: str) -> bool:
 
 
 def near_a_change(times: Series) -> str | None:
-    """Return a zone whose clock is put back at one of these times; None where there is none."""
+    """Return a zone whose clock is set back at one of these times; None if there is none."""
     return next((zone for zone in RULES if _twice(times, zone).any()), None)

@@ -1,4 +1,4 @@
-"""What the cells of a column are: numbers, categories, or what can't be used. Needs no torch."""
+"""Convert the cells of a column to numbers or categories. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cellstack.train.tables.source import Series, Source
 LARGEST = float(np.finfo(np.float32).max)
 MOST_LABELS = 1000
 SIGN, POWER, BLANKS = r"[+-]?", r"(?:[eE][+-]?\d+)?", "'\u00a0\u202f "
-FIRST = r"[1-9]\d{0,2}"  # 1,234 may be thousands or thousandths, 0,234 is no thousands
+FIRST = r"[1-9]\d{0,2}"  # 1,234 may have a thousands separator, 0,234 can't
 POINT = rf"{SIGN}(?:\d+|{FIRST}(?:[,{BLANKS}]\d{{3}})+)?(?:\.\d*)?{POWER}"
 COMMA = rf"{SIGN}(?:\d+|{FIRST}(?:[.{BLANKS}]\d{{3}})+)?(?:,\d*)?{POWER}"
 GROUPED = rf"{SIGN}{FIRST}(?:,\d{{3}})+(?:\.\d*)?"
@@ -25,11 +25,11 @@ MONEY = re.compile(r"[-+]?\s?(?:[$€£¥]\s?[\d.,]+|[\d.,]+\s?[%$€£¥])")
 
 @dataclass(frozen=True)
 class CategoryColumn:
-    """A column of text with few different values.
+    """A column of text with few distinct values.
 
     Args:
-        codes: int64 `[N]`, positions in `labels`; -1 where missing.
-        labels: the different values, sorted.
+        codes: int64 `[N]`, indices into `labels`; -1 where missing.
+        labels: the distinct values, sorted.
     """
 
     codes: NDArray[np.int64]
@@ -37,14 +37,14 @@ class CategoryColumn:
 
 
 def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str:
-    """Return the sign between a number's whole and its decimals: as asked for, else as the cells tell it.
+    """Return the decimal separator: as requested, else as detected in the cells.
 
     Raises:
-        FormatError: the cells can be read in two ways.
+        FormatError: the cells are ambiguous.
     """
     if asked is not None:
         if asked not in (".", ","):
-            raise UsageError(f"expected . or , as the decimal sign, got {asked!r}")
+            raise UsageError(f"expected . or , as the decimal separator, got {asked!r}")
         return asked
     either = pointed = comma = None
     for name in names:
@@ -67,18 +67,18 @@ def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str
                 either = either or (row, name)
     if comma and pointed:
         raise FormatError(
-            f"{source.at(comma[0])}: expected one decimal sign, found {source.quote(*comma)} in column {comma[1]} and "
-            f"{source.quote(*pointed)} in column {pointed[1]}"
+            f"{source.at(comma[0])}: expected one decimal separator, found {source.quote(*comma)} in column {comma[1]} "
+            f"and {source.quote(*pointed)} in column {pointed[1]}"
         )
     if comma and source.separator == ",":
         raise FormatError(
-            f"{source.at(comma[0])}: expected a decimal point in column {comma[1]}, found {source.quote(*comma)}: say "
+            f"{source.at(comma[0])}: expected a decimal point in column {comma[1]}, found {source.quote(*comma)}: use "
             f"--decimal , if these are decimal commas"
         )
     if either and not comma and not pointed:
         raise FormatError(
-            f"{source.at(either[0])}: expected a number that can be read in one way in column {either[1]}, found "
-            f"{source.quote(*either)}: say --decimal , or --decimal . (a comma then parts thousands)"
+            f"{source.at(either[0])}: {source.quote(*either)} in column {either[1]} is ambiguous: use --decimal , for "
+            f"decimal commas, or --decimal . if the comma separates thousands"
         )
     return "," if comma else "."
 
@@ -88,7 +88,7 @@ def _is_text(cells: Series) -> bool:
 
 
 def are_decimals(cells: Series, decimal: str) -> bool:
-    """Return whether every cell that isn't missing is a fraction, or is written as a number with this decimal sign."""
+    """Return whether all cells that aren't missing are floats, or text that is a number with this decimal separator."""
     present = cells.dropna()
     if not _is_text(present):
         return present.dtype.kind == "f"
@@ -99,16 +99,16 @@ def are_decimals(cells: Series, decimal: str) -> bool:
 def convert(
     source: Source, name: str, decimal: str, as_text: bool
 ) -> tuple[NDArray[np.float64] | CategoryColumn | str, str]:
-    """Return a column as float64 numbers `[N]`, as a category, or why it can't be used; and what was assumed.
+    """Return a column as float64 numbers `[N]`, as a category, or why it can't be used; and a note on assumptions.
 
     Args:
         source: the table.
         name: of the column.
-        decimal: the decimal sign.
-        as_text: take it as a category whatever it holds.
+        decimal: the decimal separator.
+        as_text: convert it to a category regardless of its content.
 
     Raises:
-        FormatError: a cell that is no number in a column of numbers, or none that float32 holds.
+        FormatError: a cell of a numeric column that isn't a number, or is out of float32's range.
     """
     import pandas as pd
 
@@ -123,14 +123,14 @@ def convert(
             source, name, cells.astype("Float64").to_numpy(np.float64, na_value=np.nan)
         ), "0 and 1 for false and true"
     if pd.api.types.is_datetime64_any_dtype(kind) or isinstance(kind, pd.PeriodDtype):
-        return "dates beside those of the rows", ""
+        return "dates in addition to those of the rows", ""
     if pd.api.types.is_timedelta64_dtype(kind):
-        return "durations: make them numbers, as by .dt.total_seconds()", ""
+        return "durations: convert them to numbers, for example with .dt.total_seconds()", ""
     if pd.api.types.is_complex_dtype(kind):
         return "complex numbers", ""
     present = cells.dropna()
     if decimal == "," and source.lines is not None and pd.api.types.is_float_dtype(kind) and len(present):
-        cells = source.text(name)  # a point that was read as one may part thousands
+        cells = source.text(name)  # a point may have been a thousands separator
         present = cells.dropna()
     if pd.api.types.is_numeric_dtype(cells.dtype) or not len(present):
         return _checked(source, name, cells.astype("Float64").to_numpy(np.float64, na_value=np.nan)), ""
@@ -158,15 +158,15 @@ def _of_text(
         if 2 * int(other.sum()) >= len(some):
             row = int(some.index[int(np.argmax(other.to_numpy(bool)))])
             raise FormatError(
-                f"{source.at(row)}: expected one decimal sign in all columns, here {decimal!r}, found "
-                f"{source.quote(row, name)} in column {name!r}: write one, or name the column by --category where its "
-                "cells are names"
+                f"{source.at(row)}: expected the decimal separator {decimal!r} in all columns, found "
+                f"{source.quote(row, name)} in column {name!r}: use the same one everywhere, or add the column to "
+                "--category if its cells are names"
             )
         if 2 * int(some.str.fullmatch(MONEY).sum()) >= len(some):
             row = int(present.index[0])
             raise FormatError(
-                f"{source.at(row)}: expected plain numbers in column {name!r}, found {source.quote(row, name)}: leave "
-                f"out the signs of money and of percent"
+                f"{source.at(row)}: expected plain numbers in column {name!r}, found {source.quote(row, name)}: remove "
+                f"currency and percent signs"
             )
         return _category(cells, False), ""
     fit = present.str.fullmatch(form) & present.str.contains(r"\d")
@@ -176,13 +176,13 @@ def _of_text(
         if re.fullmatch(r"(?i)[+-]?(inf|infinity)", present[row]):
             raise FormatError(f"{source.at(row)}: expected finite numbers in column {name!r}, found {found}")
         raise FormatError(
-            f"{source.at(row)}: expected a number in column {name!r}, found {found}: leave the column out, or "
-            f"name it by --category where a forecast's cells are names"
+            f"{source.at(row)}: expected a number in column {name!r}, found {found}: leave the column out, or, for a "
+            f"forecast, add it to --category if its cells are names"
         )
     parted = present.str.contains(f"[{groups}]", regex=True)
     plain = cells.str.replace(f"[{groups}]", "", regex=True) if parted.any() else cells
     values = (plain.str.replace(",", ".", regex=False) if decimal == "," else plain).astype(np.float64).to_numpy()
-    said = f"thousands parted, as in {present[parted].iloc[0]!r}" if parted.any() else ""
+    said = f"thousands separators, as in {present[parted].iloc[0]!r}" if parted.any() else ""
     return _checked(source, name, values), said
 
 
@@ -191,17 +191,17 @@ def _checked(source: Source, name: str, values: NDArray[np.float64]) -> NDArray[
     if beyond.any():
         row = int(np.argmax(beyond))
         found = source.quote(row, name)
-        what = "finite numbers" if np.isinf(values[row]) and "inf" in found.lower() else "a number that float32 holds"
+        what = "finite numbers" if np.isinf(values[row]) and "inf" in found.lower() else "a number in float32's range"
         raise FormatError(f"{source.at(row)}: expected {what} in column {name!r}, found {found}")
     return values
 
 
-def _category(cells: Series, whatever: bool) -> CategoryColumn | str:
+def _category(cells: Series, always: bool) -> CategoryColumn | str:
     import pandas as pd
 
     cells = cells.astype(str).where(cells.notna())
     codes, labels = pd.factorize(cells, sort=True)
     present = int((codes >= 0).sum())
-    if not whatever and (2 * len(labels) > present or len(labels) > MOST_LABELS):
-        return f"text, {len(labels):,} different values in {present:,} rows"
+    if not always and (2 * len(labels) > present or len(labels) > MOST_LABELS):
+        return f"text with {len(labels):,} distinct values in {present:,} rows"
     return CategoryColumn(codes.astype(np.int64), tuple(str(label) for label in labels))

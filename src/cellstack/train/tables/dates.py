@@ -1,7 +1,7 @@
-"""Which column of a table holds its dates, in which form they are written, and their times. Needs no torch.
+"""Find the column of a table's dates, detect their format, and parse them. Needs no torch.
 
-A form is guessed from cells; pandas then parses every cell strictly by it. What the cells don't settle, such as whether
-the day or the month comes first, is asked for and not guessed.
+The format is detected from some cells; pandas then parses every cell strictly with it. If the cells are ambiguous, for
+example in whether the day or the month comes first, the user is asked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cellstack.train.tables.source import Frame, Series, Source, listed
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())
-EXCEL = "1899-12-30"  # day 0 of its serial numbers, the leap day that 1900 didn't have among them
-MOST_DAYS = 2_900_000  # from either to the end of the calendar
+EXCEL = "1899-12-30"  # day 0 of its day numbers, which count a 29 February 1900 that didn't exist
+MOST_DAYS = 2_900_000  # from either epoch to the end of the calendar
 NAMED = re.compile(r"(?:^|.*[_\W])(?:date|datetime|timestamp|ds)(?:$|[_\W].*)|.*[a-z](?-i:Date)$", re.IGNORECASE)
 MAY_BE_NAMED = re.compile(
     r"(?:^|.*[_\W])(?:time|year|month|week|quarter|period|day|unix|epoch|ts)(?:$|[_\W].*)", re.IGNORECASE
@@ -39,11 +39,11 @@ class Dates:
     """The dates of a table.
 
     Args:
-        name: of the column or, with commas between, columns.
-        times: datetime64[us], one a row; in UTC where `offsets` says so.
-        offsets: offsets from UTC that the cells name, in order of appearance; none where they name none.
-        form: how they are written: one of strptime's forms, or `quarter`, `week`, `s`, `ms`, `us`, `ns`, `excel`.
-        told: how the day was told from the month, and the like; empty where nothing had to be.
+        name: of the column, or of several, separated by commas.
+        times: datetime64[us], one per row; in UTC if there are `offsets`.
+        offsets: UTC offsets in the cells, in order of appearance; () for none.
+        form: their format: one of strptime's, or `quarter`, `week`, `s`, `ms`, `us`, `ns`, `excel`.
+        note: an assumption, for example on the order of day and month; "" for none.
         zone: of a frame's times.
     """
 
@@ -51,29 +51,29 @@ class Dates:
     times: Series
     offsets: tuple[str, ...] = ()
     form: str = ""
-    told: str = ""
+    note: str = ""
     zone: str | None = None
 
     def shown(self, source: Source, row: int) -> str:
-        """Return the cells of a row's date as they stand in the table."""
+        """Return the cells of a row's date as written in the table."""
         names = [self.name] if self.name in source.frame else self.name.split(",")
         return " ".join(source.quote(row, name.strip()) for name in names)
 
 
 def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | None:
-    """Return the name of the column of dates, or of several that make them up; None where no column looks like dates.
+    """Return the name of the date column, or of several that form the dates together; None if none looks like dates.
 
-    Text that looks like dates comes first, then a column for the year and others for its parts, then numbers that a
-    column's name or their even steps make dates. A column of hours or times of day is taken along where a day stands in
-    several rows of a series.
+    Text that looks like dates has priority, then columns for the year and its parts, then numbers that are dates
+    according to the column's name or to their even steps. A column of hours or times of day is added if a series has
+    several rows per day.
 
     Args:
-        source: the table; what was assumed is added to its notes.
-        ids: names of the columns that tell series apart.
+        source: the table; assumptions are added to its notes.
+        ids: names of the columns that identify series.
         codes: number of each row's series.
 
     Raises:
-        FormatError: a column that is named as dates are holds none.
+        FormatError: a column with a name for dates doesn't contain any.
     """
     import pandas as pd
 
@@ -89,11 +89,11 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
     for some in (sorted(typed, key=lambda name: name not in source.index), like, [parts] if parts else [], counted):
         if some:
             found = some[0] if some[0] == parts else _best(frame, some)
-            also = None if found == parts else _clock_beside(frame, found, names, codes)
+            also = None if found == parts else _clock_column(frame, found, names, codes)
             if also is not None:
                 found = f"{found},{also}"
             if "," in found and found not in frame:
-                source.notes.append(f"times by {', '.join(f'`{part}`' for part in found.split(','))} together")
+                source.notes.append(f"dates from {', '.join(f'`{part}`' for part in found.split(','))} together")
             return found
     for name in names:
         text = frame[name].dropna()
@@ -109,16 +109,16 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
                 )
             raise FormatError(
                 f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
-                f"{source.quote(row, name)}: say how they are written by --date-format (excel for its numbers), name "
-                f"another column by --date, or say --date '' for none"
+                f"{source.quote(row, name)}: set --date-format to their format (excel for Excel's day numbers), --date "
+                f"to another column, or --date '' for no dates"
             )
         if MAY_BE_NAMED.match(name) and name in numbers and len(text) == len(frame) and text.is_monotonic_increasing:
-            source.notes.append(f"`{name}` taken as numbers, not as dates: --date and --date-format say otherwise")
+            source.notes.append(f"`{name}` read as numbers, not dates: use --date and --date-format if it has dates")
     return None
 
 
 def _best(frame: Frame, names: list[str]) -> str:
-    """Return the column whose dates are whole and rise, else one that is named as dates are, else the first."""
+    """Return a column of complete, ascending dates, else one with a name for dates, else the first."""
     whole = [name for name in names if frame[name].notna().all()]
     rising = [name for name in whole if frame[name].is_monotonic_increasing]
     named = [name for name in names if NAMED.match(name)]
@@ -126,7 +126,7 @@ def _best(frame: Frame, names: list[str]) -> str:
 
 
 def _parts(names: list[str]) -> str | None:
-    """Return the columns that hold a year and its parts, with commas between; None where there are none."""
+    """Return the columns of a year and its parts, separated by commas; None if there are none."""
     called = {name.strip().lower(): name for name in reversed(names)}
     found = ["year", "quarter"] if "quarter" in called and "month" not in called else ["year", "month"]
     for part in ("day", "hour", "minute", "second"):
@@ -136,8 +136,8 @@ def _parts(names: list[str]) -> str | None:
     return ",".join(called[part] for part in found) if all(part in called for part in found) else None
 
 
-def _clock_beside(frame: Frame, date: str, names: list[str], codes: NDArray[np.int64]) -> str | None:
-    """Return a column of hours or times of day that makes the times of each series different; None where none does."""
+def _clock_column(frame: Frame, date: str, names: list[str], codes: NDArray[np.int64]) -> str | None:
+    """Return a column of hours or times of day that makes the times of each series distinct; None if none does."""
     import pandas as pd
 
     if not pd.DataFrame({"c": codes, "d": frame[date]}).duplicated().any():
@@ -151,7 +151,7 @@ def _clock_beside(frame: Frame, date: str, names: list[str], codes: NDArray[np.i
         else:
             hours = isinstance(cells.iloc[0], str) and bool(cells.str.fullmatch(TIME_OF_DAY).all())
         if hours and pd.DataFrame({"c": codes, "d": frame[date], "h": cells}).duplicated().mean() < 0.01:
-            return name  # but for an hour that stands twice as the clock is put back
+            return name  # the tolerance is for the hour that occurs twice when the clock is set back
     return None
 
 
@@ -162,7 +162,7 @@ def _is_period(cells: Series) -> bool:
 
 
 def _look_like(cells: Series) -> bool:
-    """Return whether at least half of the first different cells may be dates."""
+    """Return whether at least half of the first distinct cells may be dates."""
     some = cells.dropna().iloc[:10_000].astype(str).drop_duplicates().iloc[:50]
     return len(some) > 0 and 2 * sum(bool(forms(cell)) for cell in some) >= len(some)
 
@@ -172,7 +172,7 @@ def _named(name: str) -> bool:
 
 
 def _numbers_like(cells: Series, named: bool) -> bool:
-    """Return whether whole numbers are dates: by the column's name, by their digits, or by even steps of Unix time."""
+    """Return whether integers are dates: by the column's name, by their digits, or by even steps of Unix time."""
     values = cells.dropna().to_numpy(np.float64)
     if not len(values) or not np.isfinite(values).all() or (values % 1 != 0).any():
         return False
@@ -193,7 +193,7 @@ def _numbers_like(cells: Series, named: bool) -> bool:
 
 
 def _unix_unit(values: NDArray[np.float64]) -> str | None:
-    """Return the unit in which numbers are Unix times from 1971 to 2100; None where they aren't, or are dates."""
+    """Return the unit in which numbers are Unix times from 1971 to 2100; None for none, or for digits of dates."""
     digits = [f"{value:.0f}" for value in values[:: max(1, len(values) // 50)]]
     if all(forms(text) for text in digits):
         return None
@@ -204,18 +204,18 @@ def _unix_unit(values: NDArray[np.float64]) -> str | None:
 
 
 def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | None, form: str | None) -> Dates:
-    """Return the dates of a column, or of several, their names with commas between.
+    """Return the dates of a column, or of several.
 
     Args:
         source: the table.
-        name: of the column.
+        name: of the column, or of several, separated by commas.
         codes: number of each row's series, `[N]`.
-        day_first: whether the day stands before the month; told by the cells where None.
-        form: in which they are written, see `Dates`; told by the cells where None.
+        day_first: whether the day comes before the month; None = detected.
+        form: format of the dates, see `Dates`; None = detected.
 
     Raises:
-        FormatError: a cell that is no date, or dates that can be read in two ways.
-        UsageError: a column that isn't there, or a form that is none.
+        FormatError: a cell that isn't a date, or ambiguous dates.
+        UsageError: a column that doesn't exist, or an invalid format.
     """
     import pandas as pd
 
@@ -252,7 +252,7 @@ def _complete(source: Source, cells: Series, name: str) -> Series:
 
 
 def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> Dates | None:
-    """Return dates that are counted: Unix times, serial numbers of Excel; None for those that are written in digits."""
+    """Return the dates of Unix times or Excel's day numbers; None for dates written in digits."""
     import pandas as pd
 
     if form is not None and form not in UNITS and form != "excel":
@@ -266,7 +266,7 @@ def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> D
     if beyond.any():
         row = int(np.argmax(beyond))
         raise FormatError(
-            f"{source.at(row)}: expected a date by {unit} in column {name}, found {source.quote(row, name)}"
+            f"{source.at(row)}: expected a date in the format {unit} in column {name}, found {source.quote(row, name)}"
         )
     if unit == "excel":
         times = pd.Series(pd.to_datetime(values, unit="D", origin=EXCEL)).dt.round("ms")
@@ -274,12 +274,12 @@ def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> D
     whole = pd.Series(
         np.rint(values / UNITS[unit] * 1e6).astype(np.int64) if unit != "ns" else cells.to_numpy() // 1000
     )
-    told = f"Unix time in {unit}, in UTC"
-    return Dates(name, whole.astype("int64").astype("datetime64[us]"), ("UTC",), unit, told)
+    note = f"Unix time in {unit}, in UTC"
+    return Dates(name, whole.astype("int64").astype("datetime64[us]"), ("UTC",), unit, note)
 
 
 def _joined(source: Source, names: list[str]) -> Series:
-    """Return several columns as one of text: years, quarters, months, days; a day and its hour or time of day."""
+    """Join several columns to one of text: years, quarters, months, days; or a day and its hour or time of day."""
     import pandas as pd
 
     frame, kinds = source.frame, [name.strip().lower() for name in names]
@@ -290,7 +290,7 @@ def _joined(source: Source, names: list[str]) -> Series:
         cells = frame[name]
         whole = pd.api.types.is_numeric_dtype(cells.dtype) and bool((cells % 1 == 0).all())
         text[kind] = (cells.astype("int64") if whole else cells).astype(str).str.strip()
-        if whole and kind not in PARTS[:4] and kind != kinds[0]:  # hours, by whatever name
+        if whole and kind not in PARTS[:4] and kind != kinds[0]:  # hours, regardless of the name
             text[kind] = text[kind].str.zfill(2) + ("" if kind in PARTS else ":00")
     if kinds[0] != "year":
         rest = [text[kind] for kind in kinds[1:]]
@@ -320,7 +320,7 @@ def _of_text(
 ) -> Dates:
     import pandas as pd
 
-    numbers, unique = pd.factorize(cells)  # a panel's dates stand many times
+    numbers, unique = pd.factorize(cells)  # a panel's dates occur many times
     unique = pd.Series(unique, dtype=object).astype(str)
     sample = unique.iloc[:: max(1, len(unique) // 50)].iloc[:60]
     choices = [form] if form is not None else list(dict.fromkeys(form for cell in sample for form in forms(cell)))
@@ -340,9 +340,9 @@ def _of_text(
         like = str(cells.iloc[good]) if not bad.all() else f"{datetime(2020, 1, 31):{form or '%Y-%m-%d'}}"
         raise FormatError(f"{source.at(row)}: expected a date such as {like} in column {name}, found {found}")
     whole = {form: times for form, times in read.items() if not times.isna().any()}
-    best, told = _chosen(source, cells, name, whole, numbers, codes)
+    best, note = _chosen(source, cells, name, whole, numbers, codes)
     if len(whole) == 1 and day_first is None and form is None and says_day_first(best) is not None:
-        told = f"{_order(best)} first, told by the dates"
+        note = f"{_order(best)} first, detected from the dates"
     offsets = ()
     if "%z" in best or best.startswith("%Y-%m-%d"):  # pandas reads the latter with an offset and without
         named = unique.str.extract(OFFSET)[0]
@@ -355,7 +355,7 @@ def _of_text(
                 f"found {cells.iloc[row]!r} after {cells.iloc[row - 1]!r}"
             )
     times = pd.Series(whole[best].to_numpy()[numbers])
-    return Dates(name, times, offsets, best, told)
+    return Dates(name, times, offsets, best, note)
 
 
 def _order(form: str) -> str:
@@ -370,7 +370,7 @@ def _chosen(
     numbers: NDArray[np.int64],
     codes: NDArray[np.int64],
 ) -> tuple[str, str]:
-    """Return the form of those that read every cell under which the dates rise evenly, and how it was told."""
+    """Return the format, of those that parse every cell, whose dates are evenly spaced, and a note on that."""
     best = next(iter(read))
     differ = [form for form, times in read.items() if not times.equals(read[best])]
     if not differ:
@@ -378,10 +378,10 @@ def _chosen(
     shares = {form: even_share(read[form].to_numpy()[numbers], codes) for form in (best, *differ)}
     even = [form for form, share in shares.items() if share >= 0.9]
     if len(even) == 1 and all(share < 0.5 for form, share in shares.items() if form != even[0]):
-        return even[0], f"{_order(even[0])} first, told by their even steps"
+        return even[0], f"{_order(even[0])} first, detected from their even steps"
     row = int(np.argmax((read[best] != read[differ[0]]).to_numpy()[numbers]))
     ways = [read[form].to_numpy()[numbers[row]].astype("datetime64[D]") for form in (best, differ[0])]
     raise FormatError(
-        f"{source.at(row)}: expected dates that can be read in one way in column {name}, found {cells.iloc[row]!r}, "
-        f"which is {ways[0]} or {ways[1]}: say --day-first or --month-first"
+        f"{source.at(row)}: {cells.iloc[row]!r} in column {name} is ambiguous, it may be {ways[0]} or {ways[1]}: use "
+        f"--day-first or --month-first"
     )

@@ -1,4 +1,4 @@
-"""The forms in which dates are written: which a cell may have, and cells parsed strictly by one. Needs no torch."""
+"""Formats of dates: those that a cell may have, and strict parsing with one of them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.source import Series
 
-DAYS = (  # those of digits whose day or month may come first stand in pairs
+DAYS = (  # ambiguous formats, with the day or the month first, are in pairs
     *("%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S", "%Y%m%d %H%M", "%Y%m%dT%H%M", "%Y%m%dT%H%M%S", "%Y%m%dT%H%M%S%z"),
     *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%Y-%m", "%Y/%m", "%Y%m", "%m/%Y", "%m.%Y", "%m-%Y", "%Y"),
     *(f"{a}{sign}{b}{sign}{year}" for sign in "./-" for year in ("%Y", "%y") for a, b in (("%d", "%m"), ("%m", "%d"))),
@@ -43,7 +43,7 @@ CLOCK = re.compile(
     r"(?P<half> ?[AaPp][Mm])?)(?P<zone> ?(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?))?"
 )
 OFFSET = r"(?:[T ]\d{1,2}(?::?\d\d)*(?:\.\d+)?|[AaPp][Mm]) ?(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
-WIDTHS = {  # strptime takes fewer digits
+WIDTHS = {  # strptime would accept fewer digits
     "%Y": 4,
     "%Y%m": 6,
     "%Y%m%d": 8,
@@ -55,14 +55,14 @@ WIDTHS = {  # strptime takes fewer digits
     "%Y%m%dT%H%M%S": 15,
     "%Y%m%dT%H%M%S%z": 16,
 }
-PATTERNS = {  # what isn't a form of strptime, as what pandas reads
+PATTERNS = {  # formats that strptime doesn't have
     "quarter": re.compile(r"(?P<y>\d{4})[-: /]?Q(?P<q>[1-4])|Q(?P<q2>[1-4])[-: /]?(?P<y2>\d{4})", re.IGNORECASE),
     "week": re.compile(r"(?P<y>\d{4})-?W(?P<w>\d\d)(?:-?(?P<d>[1-7]))?", re.IGNORECASE),
 }
 
 
 def forms(cell: str) -> list[str]:
-    """Return every form in which a cell may be a date, as strptime writes forms; `quarter` and `week` besides.
+    """Return all formats in which a cell may be a date: strptime's, or `quarter` or `week`.
 
     >>> forms("31.01.2023 05:00"), forms("01.02.2023")
     (['%d.%m.%Y %H:%M'], ['%d.%m.%Y', '%m.%d.%Y'])
@@ -96,12 +96,12 @@ def _days(text: str) -> list[str]:
 
 
 def says_day_first(form: str) -> bool | None:
-    """Return whether a form of digits has the day before the month; None where there is no question."""
+    """Return whether a numeric format has the day before the month; None if it isn't ambiguous."""
     return {"%d": True, "%m": False}.get(form[:2]) if re.match(r"%[dm][./-]%[dm]", form) else None
 
 
 def parsed(cells: Series, form: str) -> Series:
-    """Parse text strictly by one form; NaT where it isn't written so. Times with an offset come in UTC."""
+    """Parse text strictly with one format; NaT where it doesn't match. Times with an offset are converted to UTC."""
     import pandas as pd
 
     if form == "quarter":
@@ -112,7 +112,7 @@ def parsed(cells: Series, form: str) -> Series:
     elif form == "week":
         parts = cells.str.extract(PATTERNS[form])
         cells, form = parts["y"] + "-" + parts["w"] + "-" + parts["d"].fillna("1"), "%G-%V-%u"
-    if "%z" in form:  # the names that stand for no offset
+    if "%z" in form:  # names of the zero offset
         cells = cells.str.replace(r" ?(?:UTC|GMT|Z)$", "Z", regex=True)
     if form.startswith("%Y-%m-%d"):  # with and without a time of day, with and without parts of a second
         cells = cells.where(cells.str.match(r"\d{4}-\d{1,2}-\d{1,2}(?:\D|$)"))
@@ -122,5 +122,5 @@ def parsed(cells: Series, form: str) -> Series:
     try:
         times = pd.to_datetime(cells, format=form, errors="coerce", utc=True)
     except ValueError as error:
-        raise UsageError(f"expected a form of dates such as %d.%m.%Y, got {form!r} ({error})") from None
+        raise UsageError(f"expected a date format such as %d.%m.%Y, got {form!r} ({error})") from None
     return times.dt.tz_localize(None).astype("datetime64[us]")

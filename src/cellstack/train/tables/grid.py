@@ -1,4 +1,4 @@
-"""The even grid on which a table's rows stand: its spacing, and the place of each row. Needs no torch."""
+"""The even grid of a table's rows: its spacing, and the position of each row. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ UNITS = ((7 * DAY, "weeks"), (DAY, "days"), (3600, "hours"), (60, "minutes"), (1
 
 @dataclass(frozen=True)
 class Spacing:
-    """Distance between two rows: whole calendar months, or seconds, or from one working day to the next.
+    """Distance between two rows: whole calendar months, or seconds, or one weekday.
 
     Args:
-        months: whole months; 0 where it is told in seconds.
+        months: whole months; 0 if the spacing is in seconds.
         seconds: seconds.
-        end: months are counted from one's last day to another's last day.
-        weekdays: rows are days from Monday to Friday, one each (`seconds` is a day).
+        end: rows are on the last days of months.
+        weekdays: rows are the days from Monday to Friday (`seconds` is a day).
     """
 
     months: int = 0
@@ -32,7 +32,7 @@ class Spacing:
 
     @property
     def seasons(self) -> tuple[int, ...]:
-        """Rows in each longer natural period, shortest first: the day and the week of hours, the year of months."""
+        """Rows in each longer natural period, ascending: day and week for hourly rows, year for monthly rows."""
         if self.weekdays:
             return (5, 261)
         if self.months:
@@ -44,7 +44,7 @@ class Spacing:
 
     @property
     def season(self) -> int:
-        """Rows in the next longer natural period: a day of hours, a week of days, a year of weeks or of months."""
+        """Rows in the next longer natural period: the day for hourly, the week for daily, else the year."""
         return next(iter(self.seasons), 1)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Spacing:
 
     @property
     def alias(self) -> str:
-        """The spacing as pandas writes it, which `spacing_of` reads again."""
+        """The spacing in pandas's notation, which `spacing_of` parses."""
         if self.weekdays:
             return "B"
         if self.months:
@@ -71,11 +71,11 @@ class Spacing:
         return f"{round(self.seconds / size)}{unit}"
 
     def times(self, start: Any, steps: NDArray[np.int64]) -> NDArray[np.datetime64]:
-        """Return the times that stand `steps` rows after `start`, datetime64[us].
+        """Return the times `steps` rows after `start`, datetime64[us].
 
         Args:
-            start: datetime64, one or as many as `steps`; wall-clock time or, where the spacing is below a day and there
-                is a time zone, UTC.
+            start: datetime64, one or as many as `steps`; wall-clock time or, if the spacing is below a day and there is
+                a time zone, UTC.
             steps: int64, of any shape.
         """
         start = start.astype("datetime64[us]")
@@ -87,12 +87,12 @@ class Spacing:
         return self._months_after(start, self.months * steps)
 
     def after(self, start: datetime, rows: int) -> datetime:
-        """Return the date of the row that stands `rows` after the one at `start`."""
+        """Return the date `rows` rows after `start`."""
         after: Any = self.times(np.datetime64(start, "us"), np.array(rows)).item()
         return after
 
     def places(self, times: NDArray[np.datetime64], first: NDArray[np.datetime64]) -> NDArray[np.float64]:
-        """Return how many rows each of `times` stands after its series' `first`; no whole number where between two."""
+        """Return the number of rows from its series' `first` to each of `times`; not an integer between two rows."""
         if self.weekdays:
             days, day = times.astype("datetime64[D]"), first.astype("datetime64[D]")
             places = np.busday_count(day, days).astype(np.float64)
@@ -104,7 +104,7 @@ class Spacing:
         return np.where(self._months_after(first, months) == times, places, np.floor(places) + 0.5)
 
     def _months_after(self, start: Any, months: NDArray[np.int64]) -> NDArray[np.datetime64]:
-        """Return the times that stand `months` calendar months after `start`; days that a month lacks are its last."""
+        """Return the times `months` calendar months after `start`, on the last day if a month has fewer days."""
         month, day = start.astype("datetime64[M]"), start.astype("datetime64[D]")
         other = month + months
         last = ((other + 1).astype("datetime64[D]") - other.astype("datetime64[D]")).astype(np.int64) - 1
@@ -113,16 +113,16 @@ class Spacing:
 
 
 def spacing_of(text: str) -> Spacing:
-    """Return the spacing that pandas's word for it means: `h`, `30min`, `D`, `B`, `W`, `MS`, `ME`, `QS`, `YS`.
+    """Parse a spacing in pandas's notation: `h`, `30min`, `D`, `B`, `W`, `MS`, `ME`, `QS`, `YS`.
 
     Raises:
-        ValueError: another word, or a step of nothing or backwards.
+        ValueError: an unknown notation, or a step that isn't positive.
     """
     import pandas as pd
 
     offset: Any = pd.tseries.frequencies.to_offset(text)
     if offset.n < 1:
-        raise ValueError(f"{text} is no step forward")
+        raise ValueError(f"{text} isn't a positive step")
     name = type(offset).__name__
     if name == "BusinessDay" and offset.n == 1:
         return Spacing(seconds=DAY, weekdays=True)
@@ -136,11 +136,11 @@ def spacing_of(text: str) -> Spacing:
     return Spacing(seconds=pd.Timedelta(offset).total_seconds())
 
 
-def told(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> Spacing | None:
-    """Return the spacing of sorted times, series after series; None where no series has two.
+def inferred(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> Spacing | None:
+    """Return the spacing of sorted times, series after series; None if no series has two.
 
-    Whole months where each row stands on the same day of its month, or on its last; weekdays where days follow each
-    other over at least two weekends without one; else the step that is most frequent.
+    Whole months if all rows are on the same day of a month, or on its last day; weekdays if consecutive days skip at
+    least two weekends and contain none; else the most frequent step.
     """
     same = codes[1:] == codes[:-1]
     if not same.any():
@@ -168,9 +168,9 @@ def told(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> Spacing | N
 
 
 def even_share(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> float:
-    """Return how even times are: the share of steps of one length or, if less, of a grid's places that are taken.
+    """Return how even times are: the share of steps of the most frequent length or, if less, of occupied positions.
 
-    Rows count in their order within series; 0 where they neither rise nor fall throughout.
+    Rows are compared in their order within series; 0 if they are neither ascending nor descending.
     """
     order = np.argsort(codes, kind="stable")
     times, codes = times[order], codes[order]

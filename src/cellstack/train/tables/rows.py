@@ -1,4 +1,4 @@
-"""Where each row of a table stands: in which series, at what time, on which even grid. Needs no torch."""
+"""Assign the rows of a table to series, and to positions on an even grid of times. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LATEST = np.datetime64("9999-01-01")  # the calendar ends a year later
 
 
 class Filled(NamedTuple):
-    """What was put in by series: `gaps` and `rows` in them, int64 `[S]` each."""
+    """Number of filled `gaps`, and of inserted `rows`, in each series, int64 `[S]` each."""
 
     gaps: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -28,8 +28,8 @@ class Filled(NamedTuple):
 class Placed(NamedTuple):
     """Rows on their grid.
 
-    `place` int64 `[R]` is where each row of the source goes; series s has places `starts[s]:starts[s+1]`. `times`
-    `[N]`, `spacing`, `zone` and `form` (how the dates are written) are None without dates.
+    `place` int64 `[R]` is the position of each row of the source; series s has positions `starts[s]:starts[s+1]`.
+    `times` `[N]`, `spacing`, `zone` and `form` (the format of the dates) are None without dates.
     """
 
     place: NDArray[np.int64]
@@ -57,10 +57,10 @@ def series_of(given: Source, ids: tuple[str, ...]) -> tuple[NDArray[np.int64], t
         if cells.isna().any():
             row = int(np.argmax(cells.isna().to_numpy()))
             raise FormatError(
-                f"{given.at(row)}: expected the name of a series in column {name}, found {given.quote(row, name)}"
+                f"{given.at(row)}: expected a series name in column {name}, found {given.quote(row, name)}"
             )
         if cells.dtype.kind == "f" and (cells % 1 == 0).all():
-            cells = cells.astype("int64")  # 7.0 is called 7, as a file says it
+            cells = cells.astype("int64")  # named 7, not 7.0, as in a file
         codes, labels = pd.factorize(cells)
         labels = pd.Index([str(label) for label in labels])
         joined = (codes, labels) if joined is None else _joined(joined, (codes, labels))
@@ -76,11 +76,11 @@ def _joined(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def in_order(codes: NDArray[np.int64], count: int) -> Placed:
-    """Return rows without dates on their grid: series after series, in their order.
+    """Place rows without dates: series after series, in row order.
 
     Args:
         codes: number of each row's series, `[R]`.
-        count: series S.
+        count: number of series S.
     """
     order = np.argsort(codes, kind="stable")
     place = np.empty(len(order), np.int64)
@@ -90,18 +90,18 @@ def in_order(codes: NDArray[np.int64], count: int) -> Placed:
 
 
 def by_dates(given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None, freq: str | None) -> Placed:
-    """Return rows with dates on an even grid; those that only repeat another are left out of `given`.
+    """Place rows with dates on an even grid; exact duplicates of rows are removed from `given`.
 
     Args:
-        given: the table; what was assumed is added to its notes.
+        given: the table; assumptions are added to its notes.
         found: its dates.
         codes: number of each row's series, `[R]`.
-        zone: time zone of the wall clock; told by the dates where None.
-        freq: spacing, as pandas writes it; told by the dates where None.
+        zone: time zone of the local times; None = inferred.
+        freq: spacing, in pandas's notation; None = inferred.
 
     Raises:
-        FormatError: a time that stands twice, or dates that aren't spaced evenly.
-        UsageError: a zone or a spacing that is none.
+        FormatError: a time that occurs twice, or dates that aren't evenly spaced.
+        UsageError: an unknown zone or spacing.
     """
     utc, zone = zoned(given, found, codes, zone)
     wall: Any = found.times.to_numpy() if utc is None else wall_clock(utc, zone)
@@ -128,14 +128,14 @@ def _on_grid(
     order: NDArray[np.int64],
     freq: str | None,
 ) -> Any:
-    """Return the grid of times that are sorted, series after series; `order` says which row each of them is of."""
+    """Place sorted times on a grid, series after series; `order` has the row of each of them."""
     try:
-        spacing = grid.spacing_of(freq) if freq is not None else grid.told(times, codes)
+        spacing = grid.spacing_of(freq) if freq is not None else grid.inferred(times, codes)
     except ValueError:
         raise UsageError(f"expected a spacing such as h, 30min, D, B or MS, got {freq!r}") from None
     if spacing is None:
         raise FormatError(
-            f"{given.path}: expected at least two rows of a series, found one of each: say --freq, as D for days"
+            f"{given.path}: the spacing can't be inferred from one row per series: use --freq, such as D for days"
         )
     if times.max() >= LATEST:
         raise FormatError(f"{given.path}: expected dates before the year 9999, found {times.max()}")
@@ -147,10 +147,10 @@ def _on_grid(
     if len(uneven):
         row, name = int(order[uneven[0]]), found.name
         months = np.diff(times.astype("datetime64[M]").astype(np.int64))[np.diff(codes) == 0]
-        alias = "MS" if months.min() >= 1 else spacing.alias  # one row a month, on days of no rule
-        zone = "" if len(found.offsets) < 2 else "say --zone, if they are even in local time; or "
+        alias = "MS" if months.min() >= 1 else spacing.alias  # one row per month, on irregular days
+        zone = "" if len(found.offsets) < 2 else "use --zone, if they are even in local time; or "
         raise FormatError(
-            f"{given.at(row)}: expected dates spaced evenly ({spacing}), found {found.shown(given, row)}, which lies "
+            f"{given.at(row)}: expected evenly spaced dates ({spacing}), found {found.shown(given, row)}, which is "
             f"between two steps: {zone}resample them, in pandas "
             f"df.set_index({name!r}).resample({alias!r}).mean()"
         )
@@ -176,7 +176,7 @@ def _on_grid(
 def _refuse_other_steps(
     given: Source, spacing: Spacing, steps: NDArray[np.int64], codes: NDArray[np.int64], order: NDArray[np.int64]
 ) -> None:
-    """Raise `FormatError` where a series of some length never makes the step that the others make."""
+    """Raise `FormatError` if a series of at least 5 rows never has a step of the common spacing."""
     same = np.diff(codes) == 0
     small = np.full(int(codes[-1]) + 1, np.iinfo(np.int64).max)
     np.minimum.at(small, codes[1:][same], np.diff(steps)[same])
@@ -184,13 +184,13 @@ def _refuse_other_steps(
     if len(other):
         row = order[np.argmax(codes == other[0])]
         raise FormatError(
-            f"{given.at(row)}: expected all series spaced alike ({spacing}), found one, with this row, whose steps are "
-            f"at least {small[other[0]]} times as long: train on series of each spacing by themselves"
+            f"{given.at(row)}: expected the same spacing in all series ({spacing}), found steps at least "
+            f"{small[other[0]]} times as long in the series of this row: train separately on series of each spacing"
         )
 
 
 def _falls(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> bool:
-    """Return whether rows of a series stand out of the order of time."""
+    """Return whether the rows of any series aren't in chronological order."""
     order = np.argsort(codes, kind="stable")
     same = np.diff(codes[order]) == 0
     return bool((np.diff(times[order])[same] < np.timedelta64(0)).any())
@@ -199,10 +199,10 @@ def _falls(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> bool:
 def _untwinned(
     given: Source, found: Dates, times: NDArray[np.datetime64], codes: NDArray[np.int64], zone: str | None
 ) -> NDArray[np.bool_]:
-    """Return which rows to keep: those that repeat another in every cell are left out, and said.
+    """Return which rows to keep: exact duplicates are dropped, with a note.
 
     Raises:
-        FormatError: a time stands twice in a series, in rows that differ; the message names what tells them apart.
+        FormatError: a time occurs twice in a series, in rows that differ; the message says how to fix it.
     """
     import pandas as pd
 
@@ -213,27 +213,27 @@ def _untwinned(
     repeated = given.frame.duplicated().to_numpy()
     if (repeated | ~twin).all():
         given.keep(~repeated)
-        given.notes.append(f"{repeated.sum():,} rows that repeat another in every cell left out")
+        given.notes.append(f"{repeated.sum():,} duplicate rows dropped")
         return ~repeated
     row = int(np.argmax(twin & ~repeated))
     before = int(np.argmax((codes == codes[row]) & (times == times[row])))
     if apart := _apart(given.frame, keys, found.name):
-        mend = f"say --id {apart}, if that tells the series apart"
+        fix = f"use --id {apart}, if that identifies the series"
     else:
-        mend = f"keep one, or their mean, in pandas df.groupby({found.name!r}).mean()"
+        fix = f"keep one row, or their mean, in pandas df.groupby({found.name!r}).mean()"
         if 10 * twin.sum() > len(twin):
-            mend = f"name what tells series apart by --id, or a column of hours by --date {found.name},…; or {mend}"
+            fix = f"use --id for the column that identifies series, or --date {found.name},… to add hours; or {fix}"
         if zone is None and (like := near_a_change(pd.Series(times[[row]]))):
-            mend = f"say --zone, if the clock is put back then, as in {like}; else {mend}"
-    where = "in order of time" if codes.max() == 0 else "in each series"
+            fix = f"use --zone, if the clock is set back then, as in {like}; else {fix}"
+    where = "" if codes.max() == 0 else " in each series"
     raise FormatError(
-        f"{given.at(row)}: expected each time once {where}, found {found.shown(given, row)} in column {found.name} "
-        f"again, as in {given.at(before).removeprefix(given.path + ': ')}: {mend}"
+        f"{given.at(row)}: expected each time only once{where}, found {found.shown(given, row)} in column {found.name} "
+        f"again, as in {given.at(before).removeprefix(given.path + ': ')}: {fix}"
     )
 
 
 def _apart(frame: Frame, keys: Frame, date: str) -> str:
-    """Return the column, or two of text, with few different values beside which each time stands once; else ""."""
+    """Return a column, or two of text, with few distinct values, for each of which every time is unique; else ""."""
     of_text = []
     for name in frame.columns:
         if frame[name].dtype.kind == "f" or name in date.split(",") or HOURS.match(name):

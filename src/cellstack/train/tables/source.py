@@ -1,4 +1,4 @@
-"""Where a table comes from: a CSV or Parquet file, a pandas or a polars frame, as one pandas frame. Needs no torch."""
+"""The source of a table, a CSV or Parquet file or a pandas or polars frame, as a pandas frame. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from numpy.typing import NDArray
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 
-# Of pandas; its own types leave open what most methods return, and it is imported where a table is read.
+# pandas's types: Any, because its stubs leave most return types open, and it is imported only to read a table.
 Series: TypeAlias = Any
 Frame: TypeAlias = Any
 
 WORDS = "? NA Na na N/A n/a #N/A NaN nan NAN -nan NULL Null null None none"
 MISSING = ("", *WORDS.split(" "))
-MARKS = (  # of an encoding, at the start of a file
+MARKS = (  # byte order marks
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-SEPARATORS = "\t|;,"  # of two that fit alike the first is taken: a comma stands in numbers and names too
-SHOWN = 8  # names in a sentence
+SEPARATORS = "\t|;,"  # in order of preference: commas also occur in numbers and names
+SHOWN = 8  # most names to list in a sentence
 BINARY = {b"PK\x03\x04": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "a gzip file"}
 
 
 @dataclass
 class Source:
-    """Cells of a table as they were given, before anything is made of them.
+    """The cells of a table as given, before they are interpreted.
 
     Args:
         path: the file, or "a data frame".
-        frame: columns by name, rows numbered from 0; numbers where every cell is one, else text without blanks at its
-            ends; missing cells are NaN.
+        frame: columns by name, rows numbered from 0; numbers if every cell is one, else stripped text; missing cells
+            are NaN.
         lines: number of each row's last line; None for a data frame.
-        index: columns that stood in the frame's index, or under no name as the first of a file.
-        notes: what was found out, a sentence each.
+        index: columns from the frame's index, or the first column of a file if it has no name.
+        notes: assumptions, a sentence each.
         separator, encoding: of a CSV file.
-        places: of the rows among those of the source, where some were left out.
-        written: columns of a file as they are written, those that were asked for.
+        places: original indices of the rows, if some were removed.
+        written: cache of a file's columns as written.
     """
 
     path: str
@@ -63,16 +63,16 @@ class Source:
     written: dict[str, Series] = field(default_factory=dict)
 
     def at(self, row: int) -> str:
-        """Return the file and the line of a row, as messages begin."""
+        """Return the file and the line of a row, the start of a message."""
         return f"{self.path}: " + (f"row {self._place(row)}" if self.lines is None else f"line {self.lines[row]}")
 
     def quote(self, row: int, name: str) -> str:
-        """Return a cell as it stands in the file, in quotation marks, shortened."""
+        """Return a cell as written in the file, in quotation marks, shortened."""
         value = self.frame[name].iloc[row] if self.lines is None else self._written(name).iloc[self._place(row)]
         return repr(str(value)[:40])
 
     def text(self, name: str) -> Series:
-        """Return a column as text, as it stands in the file; NaN where missing."""
+        """Return a column as text, as written in the file; NaN where missing."""
         if self.lines is None:
             return self.frame[name].astype(str).str.removesuffix(".0").where(self.frame[name].notna())
         cells = self._written(name)
@@ -80,14 +80,14 @@ class Source:
         return cells.where(~cells.isin(MISSING))
 
     def numbers_rows(self, name: str) -> bool:
-        """Return whether a column is the index that pandas wrote, or wrote again under the name that it gave it."""
+        """Return whether a column is an index written by pandas, without a name or with pandas's name for it."""
         cells = self.frame[name]
         if name not in self.index and not re.fullmatch(r"Unnamed: \d+", name):
             return False
         return cells.dtype.kind == "i" and bool((np.diff(cells.to_numpy()) == 1).all())
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
-        """Leave out all other rows."""
+        """Remove all other rows."""
         self.places = np.flatnonzero(rows) if self.places is None else self.places[rows]
         self.frame = self.frame[rows].reset_index(drop=True)
         self.lines = None if self.lines is None else self.lines[rows]
@@ -96,7 +96,7 @@ class Source:
         return row if self.places is None else int(self.places[row])
 
     def _written(self, name: str) -> Series:
-        """Return a column of a file as it is written, of all its rows."""
+        """Return a column of a file as written, with all its rows."""
         if name not in self.written:
             place = list(self.frame).index(name)
             with open(self.path, encoding=self.encoding, newline="") as file:
@@ -111,12 +111,12 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
 
     Args:
         source: path of a `.csv` (or otherwise named text) or `.parquet` file, or a pandas or polars frame.
-        encoding: of a text file; UTF-8, or what its first bytes say, where None.
-        texts: columns to leave as text though they are numbers, as ids are.
+        encoding: of a text file; None = UTF-8, or according to the byte order mark.
+        texts: columns to keep as text even if they are numbers, such as ids.
 
     Raises:
         FormatError: it can't be read as a table; the message names the line, what was expected and what was found.
-        UsageError: a package that reads it isn't installed, or an object that is no table.
+        UsageError: a required package isn't installed, or the object isn't a table.
         OSError: the file can't be read.
     """
     try:
@@ -127,7 +127,7 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
         path = Path(source)
         suffix = path.suffix.lower()
         if suffix in (".parquet", ".pq"):
-            path.stat()  # a missing file is said as one
+            path.stat()  # raises FileNotFoundError
             return _of_frame(str(path), _parquet(path))
         if suffix in (".xlsx", ".xls", ".ods"):
             raise UsageError(f"{path}: expected CSV or Parquet, found a spreadsheet: save it as CSV")
@@ -136,8 +136,8 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
         source = source.to_frame("y" if source.name is None else source.name)
     if not isinstance(source, pd.DataFrame):
         if not hasattr(source, "to_pandas"):
-            mend = ": call its collect() first" if hasattr(source, "collect") else ""
-            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}{mend}")
+            fix = ": call its collect() first" if hasattr(source, "collect") else ""
+            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}{fix}")
         try:
             source = source.to_pandas()
         except ModuleNotFoundError as error:
@@ -162,14 +162,14 @@ def _of_frame(path: str, frame: Frame) -> Source:
     if isinstance(frame.columns, pd.MultiIndex):
         found = tuple(frame.columns[0])
         raise FormatError(
-            f"{path}: expected one name a column, found {found}: flatten them, df.columns = ['_'.join(c) for c in df]"
+            f"{path}: expected one name per column, found {found}: flatten them, df.columns = ['_'.join(c) for c in df]"
         )
     index = []
     if isinstance(frame.index, pd.MultiIndex) or frame.index.name is not None or not _counts(frame.index):
         names = [f"index{n or ''}" if name is None else str(name) for n, name in enumerate(frame.index.names)]
         twice = [name for name in names if name in map(str, frame.columns)]
         if twice:
-            raise FormatError(f"{path}: expected a name once, found {twice[0]!r} in the index and among the columns")
+            raise FormatError(f"{path}: expected distinct names, found {twice[0]!r} in the index and in the columns")
         frame = frame.reset_index(names=names)
         index = names
     frame = frame.rename(columns=str).reset_index(drop=True)
@@ -178,7 +178,7 @@ def _of_frame(path: str, frame: Frame) -> Source:
 
 
 def _counts(index: Any) -> bool:
-    """Return whether an index only numbers rows, as one that was cut out of a longer frame does too."""
+    """Return whether an index only numbers rows, which includes that of a part of a longer frame."""
     import pandas as pd
 
     return isinstance(index, pd.RangeIndex) or pd.api.types.is_integer_dtype(index.dtype)
@@ -191,13 +191,13 @@ def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source
     for mark, what in BINARY.items():
         if head.startswith(mark):
             raise FormatError(f"{path}: expected text, found {what}: save it as CSV")
-    told = next((name for mark, name in MARKS if head.startswith(mark)), None)
+    marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if encoding is None:
-        if told is None and b"\0" in head:
-            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: give --encoding, such as utf-16-le")
-        encoding = told or "utf-8"
+        if marked is None and b"\0" in head:
+            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: use --encoding, such as utf-16-le")
+        encoding = marked or "utf-8"
         if encoding.startswith(("utf-16", "utf-32")):
-            notes.append(f"{encoding.upper()} text, told by its first bytes")
+            notes.append(f"{encoding.upper()} text, detected from its byte order mark")
     try:
         codecs.lookup(encoding)
     except LookupError:
@@ -209,7 +209,7 @@ def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source
 
 
 def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
-    """Return what isn't text in this encoding, by its line."""
+    """Return a message with the line that isn't text in this encoding."""
     data = path.read_bytes()
     try:
         data.decode(encoding)
@@ -218,7 +218,7 @@ def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
         said = f"line {line}: expected {encoding.upper().removesuffix('-SIG')} text, found byte {byte:#04x}"
         start = data.rfind(b"\n", 0, whole.start) + 1
         like = data[start : start + 60].split(b"\n")[0].decode("latin-1").strip()
-        return said + (f": give --encoding, such as latin-1, which reads {like!r}" if encoding != "latin-1" else "")
+        return said + (f": use --encoding, such as latin-1, which gives {like!r}" if encoding != "latin-1" else "")
     return f"expected {encoding} text ({error})"
 
 
@@ -234,22 +234,24 @@ def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str
                 if not cells and len(names) > 1:
                     continue
                 if cells or len(names) > 1:
-                    mend = ": leave out lines above the columns' names" if len(names) == 1 else ""
-                    raise FormatError(f"{path}: line {line}: expected {len(names)} cells, found {len(cells)}{mend}")
+                    fix = ": remove lines above the header" if len(names) == 1 else ""
+                    raise FormatError(f"{path}: line {line}: expected {len(names)} cells, found {len(cells)}{fix}")
             lines.append(line)
     with open(path, encoding=encoding, newline="") as file:
         _header(_rows(path, file, separator))
         as_text = {names.index(name): str for name in texts if name in names}
         frame = _body(file, separator, len(names), dtype=as_text, na_values=list(MISSING)).set_axis(names, axis=1)
     if len(frame) != len(lines):
-        raise FormatError(f"{path}: expected {len(lines)} rows, as lines and quotation marks say, found {len(frame)}")
+        raise FormatError(
+            f"{path}: expected {len(lines)} rows according to lines and quotation marks, found {len(frame)}"
+        )
     for name in names:
         if frame[name].dtype == object or frame[name].dtype == "str":
             frame[name] = _stripped(frame[name])
     used = frame.notna().any(axis=1).to_numpy()
     if len(names) > 1 and len(used) and not used[-1]:
         last = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
-        notes.append(f"{len(frame) - last} rows of empty cells at the end left out")
+        notes.append(f"{len(frame) - last} empty rows at the end dropped")
         frame, lines = frame.iloc[:last], lines[:last]
     return Source(str(path), frame, np.array(lines, np.int64), index, notes, separator, encoding)
 
@@ -263,7 +265,7 @@ def _stripped(cells: Series) -> Series:
 
 
 def _rows(path: str | Path, file: IO[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Give each row's cells with the number of its last line; the file stands behind the row that was given last."""
+    """Yield each row's cells with the number of its last line; the file's position is after the last yielded row."""
     reader = csv.reader(iter(file.readline, ""), delimiter=separator, skipinitialspace=True)
     try:
         for row in reader:
@@ -273,12 +275,12 @@ def _rows(path: str | Path, file: IO[str], separator: str) -> Iterator[tuple[int
 
 
 def _header(rows: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
-    """Return the first row that isn't blank, a name's line breaks as blanks, and its line."""
+    """Return the number of the first line that isn't blank, and its cells, with line breaks replaced by spaces."""
     return next(((line, [" ".join(cell.split()) for cell in cells]) for line, cells in rows if any(cells)), (1, []))
 
 
 def _body(file: IO[str], separator: str, width: int, **how: Any) -> Frame:
-    """Return the rows that are left of a file, its columns by their places."""
+    """Return the remaining rows of a file, with columns named by their index."""
     import pandas as pd
 
     try:
@@ -300,10 +302,10 @@ def _body(file: IO[str], separator: str, width: int, **how: Any) -> Frame:
 
 
 def _separator(path: Path, encoding: str) -> str:
-    """Return the sign that cuts most of the first lines into equally many cells, at least two; a comma where none.
+    """Return the separator that splits most of the first lines into the same number of cells, else a comma.
 
     Raises:
-        FormatError: blanks seem to be between the cells.
+        FormatError: the cells seem to be separated by spaces.
     """
     with open(path, encoding=encoding, newline="") as file:
         lines = [line for _, line in zip(range(100), file, strict=False) if line.strip()]
@@ -318,19 +320,19 @@ def _separator(path: Path, encoding: str) -> str:
             best, cells = separator, widths[0]
     if cells == 1 and len(lines) > 1 and all(len(line.split()) > 1 for line in lines):
         raise FormatError(
-            f"{path}: expected commas, semicolons, tabs or | between cells, found blanks in {lines[0].strip()[:60]!r}: "
-            f"in pandas, pd.read_csv(file, sep=r'\\s+') reads such a file"
+            f"{path}: expected commas, semicolons, tabs or | between cells, found spaces in {lines[0].strip()[:60]!r}: "
+            f"pandas reads such a file with pd.read_csv(file, sep=r'\\s+')"
         )
     return best
 
 
 def _names(path: Path, line: int, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Return the columns' names, checked, and the one that is the index that pandas wrote under no name."""
+    """Return the columns' names, checked, and the name of the index column that pandas wrote without a name."""
     counted = [str(n) for n in range(len(names) - 1)]
     numbers = [name for name in names if _is_number(name)]
-    which = f", where {numbers[0]} is a number" if numbers and len(numbers) < len(names) else ""
+    which = f", in which {numbers[0]} is a number" if numbers and len(numbers) < len(names) else ""
     if not names or not any(names) or (numbers and names[1:] != counted):
-        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}{which}")
+        raise FormatError(f"{path}: line {line}: expected column names, found {','.join(names)[:60]!r}{which}")
     index = ()
     if not names[0]:
         names = ["index" if "index" not in names else "index_0", *names[1:]]
@@ -347,7 +349,7 @@ def _check_names(path: str | Path, names: list[str], line: str = "") -> None:
     for name, count in Counter(names).items():
         if count > 1:
             places = ", ".join(str(n) for n, other in enumerate(names, 1) if other == name)
-            raise FormatError(f"{path}: {line}expected a name once, found {name!r} {count} times (columns {places})")
+            raise FormatError(f"{path}: {line}expected distinct names, found {name!r} {count} times (columns {places})")
 
 
 def _is_number(text: str) -> bool:
@@ -359,6 +361,6 @@ def _is_number(text: str) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names with commas between, and how many more there are."""
+    """Return names separated by commas, at most `SHOWN`, and the number of the others."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

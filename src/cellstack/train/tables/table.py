@@ -1,4 +1,4 @@
-"""Tables as people have them, read as evenly spaced time series; what was understood is said. Needs no torch."""
+"""Tables, read as evenly spaced time series, with a description of how they were read. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = ["CategoryColumn", "Filled", "Spacing", "Table", "read_table"]
 
 @dataclass(frozen=True)
 class Table:
-    """One or more series, each on an even grid, one row a step of time.
+    """One or more series, each on an even grid, with one row per time step.
 
     Args:
         path: the file, or "a data frame".
-        ids: names of the series, in order of first appearance; `("",)` where the table holds one without a name.
-        starts: int64 `[S+1]`; series s stands in rows `starts[s]:starts[s+1]` of every column.
-        columns: float64 `[N]` by name, NaN where a value is missing. Rows that the table leaves out are there, all NaN.
-        categories: columns of text with few different values, by name; codes are -1 where missing.
-        times: datetime64[s] `[N]` (datetime64[us] where the spacing isn't of whole seconds), wall-clock time of each
-            row; None where the table has no dates.
-        date: name of the column of dates; with commas between, where several make them up.
-        id: name of the column that names the series, likewise; None where the table holds one.
+        ids: names of the series, in order of first appearance; `("",)` for one series without a name.
+        starts: int64 `[S+1]`; series s is in rows `starts[s]:starts[s+1]` of every column.
+        columns: float64 `[N]` by name, NaN where missing. Rows that are missing in the table are all NaN.
+        categories: columns of text with few distinct values, by name; codes are -1 where missing.
+        times: datetime64[s] `[N]` (datetime64[us] if the spacing isn't in whole seconds), wall-clock time of each row;
+            None without dates.
+        date: name of the date column, or of several, separated by commas.
+        id: likewise, of the columns that identify the series; None if there is one series.
         spacing: between two rows, the same in all series; None without dates.
-        zone: time zone of `times`, where one was given or told.
-        ignored: why a column isn't used, by its name.
+        zone: time zone of `times`, if given or inferred.
+        ignored: unused columns, and why.
         filled: gaps that were filled with rows, by series.
-        notes: what was assumed in reading, a sentence each.
+        notes: assumptions made in reading, a sentence each.
         reading: arguments of `read_table` that read another file of this kind in the same way; plain values.
     """
 
@@ -59,7 +59,7 @@ class Table:
     reading: dict[str, Any]
 
     def __len__(self) -> int:
-        """Rows N, of all series together, with those that were filled in."""
+        """Rows N of all series together, including filled gaps."""
         return int(self.starts[-1])
 
     def rows(self, series: int) -> slice:
@@ -67,10 +67,10 @@ class Table:
         return slice(int(self.starts[series]), int(self.starts[series + 1]))
 
     def times_after(self, steps: int, series: int = 0) -> NDArray[np.datetime64] | None:
-        """Return the wall-clock times of the `steps` rows that follow a series' last one; None without dates.
+        """Return the wall-clock times of the `steps` rows after a series' last one; None without dates.
 
         Raises:
-            FormatError: they lie beyond what a date can be.
+            FormatError: they are after the year 9999.
         """
         if self.times is None or self.spacing is None:
             return None
@@ -86,16 +86,16 @@ class Table:
         return (wall_clock(times, self.zone) if absolute else times).astype(self.times.dtype)
 
     def date_after(self, rows: int, series: int = 0) -> str | None:
-        """Return the date of the row that stands `rows` after a series' last one, in ISO form; None without dates.
+        """Return the date `rows` rows after a series' last one, in ISO form; None without dates.
 
         Raises:
-            FormatError: it lies beyond what a date can be.
+            FormatError: it is after the year 9999.
         """
         times = self.times_after(rows, series)
         return None if times is None else iso(times[-1])
 
     def unchanging(self) -> dict[str, str]:
-        """Return what there is to say of columns that hold one value or none, by name."""
+        """Return a description of the columns with only one value or none, by name."""
         said = {}
         for name, values in self.columns.items():
             present = values[~np.isnan(values)]
@@ -109,15 +109,15 @@ class Table:
         return said
 
     def _shown(self, time: np.datetime64) -> str:
-        """Return a time with as much of the clock as its table needs."""
+        """Return a time, without the time of day if the spacing is in whole days."""
         whole = self.spacing is not None and not self.spacing.seconds % grid.DAY
         return iso(time) if whole else str(time).replace("T", " ").removesuffix(":00")
 
     def understood(self, leave_out: Sequence[str] = ()) -> list[str]:
-        """Return what was understood of the table, a sentence each, what matters first.
+        """Describe how the table was read, in sentences, the most important first.
 
         Args:
-            leave_out: columns of which it isn't said that they never change.
+            leave_out: columns that aren't reported as constant.
         """
         count = len(self) - int(self.filled.rows.sum())
         said = f"{count:,} rows"
@@ -126,13 +126,15 @@ class Table:
             span = f"{lengths.min():,}" + (f" to {lengths.max():,}" if lengths.min() != lengths.max() else "")
             said += f" of {len(self.ids):,} series by `{self.id}` ({span} steps each)"
         if self.times is None:
-            sentences = [f"{said}, in their order: no column of dates"]
+            sentences = [f"{said}, in row order: no column of dates"]
         else:
             span = f"from {self._shown(self.times.min())} to {self._shown(self.times.max())}"
             sentences = [f"{said}, {self.spacing} {span} by `{self.date}`" + (f", in {self.zone}" if self.zone else "")]
             gaps, rows = int(self.filled.gaps.sum()), int(self.filled.rows.sum())
             if gaps:
-                sentences.append(f"{gaps:,} {_plural('gap', gaps)} filled by mask ({rows:,} {_plural('row', rows)})")
+                sentences.append(
+                    f"{gaps:,} {_plural('gap', gaps)} filled with masked rows ({rows:,} {_plural('row', rows)})"
+                )
         sentences += self.notes
         holes = {
             name: int(np.isnan(values).sum()) - int(self.filled.rows.sum()) for name, values in self.columns.items()
@@ -141,26 +143,28 @@ class Table:
         still = {name: why for name, why in self.unchanging().items() if name not in leave_out}
         missing = [f"`{name}` ({count:,})" for name, count in holes.items() if count and name not in still]
         if missing:
-            sentences.append(f"cells missing in {listed(missing)}")
+            sentences.append(f"missing values in {listed(missing)}")
         if self.categories:
             named = [
                 f"`{name}` as {len(c.labels):,} categories" for name, c in self.categories.items() if name not in still
             ]
             sentences += [listed(named)] if named else []
         if still:
-            sentences.append("of no use: " + listed([f"`{name}` ({why})" for name, why in still.items()]))
+            sentences.append(
+                "constant or empty, not used: " + listed([f"`{name}` ({why})" for name, why in still.items()])
+            )
         if self.ignored:
             sentences.append("ignored: " + listed([f"`{name}` ({why})" for name, why in self.ignored.items()]))
         return sentences
 
 
 def iso(time: Any) -> str:
-    """Return a datetime64 in ISO form, the day alone at midnight."""
+    """Return a datetime64 in ISO form, only the day if it is midnight."""
     return str(time.astype("datetime64[us]").item().isoformat()).removesuffix("T00:00:00")
 
 
 def date_unit(*times: NDArray[np.datetime64]) -> str:
-    """Return the coarsest unit that holds all of some times, D, s or us: that in which a column of them is written."""
+    """Return the coarsest unit, D, s or us, that represents all of the times, in which to write a column of them."""
     for unit in ("D", "s"):
         if all((some.astype(f"datetime64[{unit}]") == some).all() for some in times):
             return unit
@@ -168,7 +172,7 @@ def date_unit(*times: NDArray[np.datetime64]) -> str:
 
 
 def date_texts(times: NDArray[np.datetime64], unit: str) -> list[str]:
-    """Return times in ISO form, all in the form of `unit`, see `date_unit`.
+    """Return times in ISO form, all with the precision of `unit`, see `date_unit`.
 
     >>> date_texts(np.array(["2020-01-01T23", "2020-01-02T00"], "datetime64[s]"), "s")
     ['2020-01-01T23:00:00', '2020-01-02T00:00:00']
@@ -197,28 +201,28 @@ def read_table(
 
     Args:
         source: path of a `.csv` or `.parquet` file, a pandas or a polars frame.
-        date: name of the column of dates, several where these together make them up (a day and its hour; year and
-            month), or `""` for none; found by names and cells where None.
-        day_first: whether the day stands before the month in dates such as 01/02/2023; told by the cells where None.
-        date_format: how dates are written: a form of strptime's, `s`, `ms`, `us` or `ns` for Unix times, `excel` for
-            serial numbers; told by the cells where None.
-        zone: time zone, such as `Europe/Berlin`, of dates without an offset, or to turn those with one into.
-        ids: names of the columns that tell series apart.
-        freq: spacing of the rows, as pandas writes it: `h`, `30min`, `D`, `B`, `MS`; told by the dates where None.
-        decimal: sign before decimals, `.` or `,`.
-        encoding: of a text file; UTF-8, or what its first bytes say, where None.
-        categories: columns to take as categories whatever they hold.
+        date: name of the date column, or of several that form the dates together (a day and its hour; year and month),
+            or `""` for none; None = detected by names and cells.
+        day_first: whether the day comes before the month in dates such as 01/02/2023; None = detected.
+        date_format: format of the dates: strptime's, `s`, `ms`, `us` or `ns` for Unix times, `excel` for Excel's day
+            numbers; None = detected.
+        zone: time zone, such as `Europe/Berlin`, of dates without an offset, or to which to convert those with one.
+        ids: names of the columns that identify series.
+        freq: spacing of the rows, in pandas's notation: `h`, `30min`, `D`, `B`, `MS`; None = inferred.
+        decimal: decimal separator, `.` or `,`; None = detected.
+        encoding: of a text file; None = UTF-8, or according to the byte order mark.
+        categories: columns to read as categories regardless of their content.
 
     Raises:
-        FormatError: what can't be read, or only in more than one way; the message names file, line, column and cell.
-        UsageError: a column that isn't there, an argument out of its range, or a package that isn't installed.
+        FormatError: a cell that can't be read, or is ambiguous; the message names file, line, column and cell.
+        UsageError: a column that doesn't exist, an argument out of range, or a package that isn't installed.
         OSError: the file can't be read.
     """
     ids = (ids,) if isinstance(ids, str) else tuple(ids)
     how = {"--day-first": day_first, "--date-format": date_format, "--zone": zone, "--freq": freq}
     given = read_source(source, encoding, (*ids, *categories))
     if len(given.frame) < 2:
-        below = " below the names" if given.lines is not None else ""
+        below = " below the header" if given.lines is not None else ""
         raise FormatError(f"{given.path}: expected at least two rows{below}, found {len(given.frame)}")
     date = ",".join(date) if date is not None and not isinstance(date, str) else date
     for name in (*ids, *categories):
@@ -228,17 +232,17 @@ def read_table(
         date = dates.find(given, ids, series_of(given, ids)[0])
         if date is None and (asked := [name for name, value in how.items() if value is not None]):
             raise UsageError(
-                f"{given.path}: expected a column of dates beside {asked[0]}, found none in "
-                f"{listed(list(given.frame))}: name it by --date"
+                f"{given.path}: {asked[0]} needs a column of dates, found none in {listed(list(given.frame))}: name it "
+                "with --date"
             )
     if not ids and len(given.index) > 1 and date in given.index:
         ids = tuple(name for name in given.index if name != date)
-        given.notes.append(f"series by {listed([f'`{name}`' for name in ids])}, which the frame's index holds")
+        given.notes.append(f"series by {listed([f'`{name}`' for name in ids])}, from the frame's index")
     codes, names = series_of(given, ids)
     if date:
         found = dates.read(given, date, codes, day_first, date_format)
-        if found.told:
-            given.notes.append(f"`{date}`: {found.told}")
+        if found.note:
+            given.notes.append(f"`{date}`: {found.note}")
         placed = by_dates(given, found, codes, zone, freq)
     else:
         placed = in_order(codes, len(names))
@@ -263,7 +267,7 @@ def read_table(
             columns[name] = np.full(rows, np.nan)
             columns[name][placed.place] = value
     if not columns:
-        raise FormatError(f"{given.path}: expected a column of numbers, found none in {listed(list(given.frame))}")
+        raise FormatError(f"{given.path}: expected a numeric column, found none in {listed(list(given.frame))}")
     if decimal == ",":
         given.notes.append("decimal commas")
     reading = {

@@ -1,1 +1,1 @@
-"""Text: a model of characters or bytes, from a book to a stream of characters."""
+"""Text models: train a model of characters or bytes on a text, and generate text with it."""

@@ -1,4 +1,4 @@
-"""Texts: their characters as ids, the parts to train and measure on, the streams of a batch. Needs no torch."""
+"""Texts: their characters as ids, the parts to train and test on, the streams of a batch. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cellstack.train.checks import UsageError
 
 CELLS = ("lstm", "gru", "rnn")
 BYTES = 256
-LEAST = 200  # characters: 10 each to validate and to test on
-EPOCH = 128  # steps that an epoch is to have
-RARE = 5  # times that a character occurs at most, to be named
-CONTEXT = 256  # characters before the first that counts, in each stream that is measured
-MEASURED = 16  # streams that a part is measured in
+LEAST = 200  # least length of a text: 10 characters each to validate and to test on
+EPOCH = 128  # target number of training steps per epoch
+RARE = 5  # characters that occur at most so often are listed as rare
+CONTEXT = 256  # characters of context before the first that counts, in each measured stream
+MEASURED = 16  # streams into which a measured part is divided
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -36,16 +36,16 @@ Ids = NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model of text is built.
+    """How a text model is built.
 
     Args:
-        units: width of each layer, bottom first.
-        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
-        embedding: width of a character's vector, which is learned; 0: one-hot.
-        dropout: share of what each layer returns that is dropped out in training.
+        units: units of each layer, first layer first.
+        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        embedding: size of the character embedding; 0: one-hot.
+        dropout: dropout probability after each layer.
 
     Raises:
-        UsageError: an option out of its range.
+        UsageError: an option out of range.
     """
 
     units: tuple[int, ...] = (256, 256)
@@ -66,22 +66,22 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Alphabet:
-    """What a model of text tells apart, in the order of its ids.
+    """The vocabulary of a text model, in the order of its ids.
 
     Args:
-        characters: single characters, all different; None: the 256 bytes.
+        characters: distinct single characters; None: the 256 bytes.
     """
 
     characters: tuple[str, ...] | None
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of characters or bytes."""
         return BYTES if self.characters is None else len(self.characters)
 
     @property
     def unit(self) -> str:
-        """What one of them is called."""
+        """The unit's name for messages."""
         return "bytes" if self.characters is None else "characters"
 
     def encode(self, text: str | bytes, name: str = "the text") -> Ids:
@@ -89,15 +89,15 @@ class Alphabet:
 
         Args:
             text: any text; bytes for an alphabet of bytes.
-            name: what it is called in messages.
+            name: of the text, for messages.
 
         Raises:
-            UsageError: a character that isn't there, which is named, or one that is half of a pair (a surrogate).
+            UsageError: a character that isn't in the alphabet, or a surrogate.
         """
         if self.characters is None:
             return np.frombuffer(text if isinstance(text, bytes) else _encoded(text, "utf-8", name), np.uint8)
         if isinstance(text, bytes):
-            raise UsageError(f"{name}: expected a text as str for a network of characters, got bytes")
+            raise UsageError(f"{name}: expected str for a model of characters, got bytes")
         points, own = code_points(text, name), code_points("".join(self.characters), name)
         places = np.full(sys.maxunicode + 1, -1, np.int32)
         places[own] = np.arange(len(own))
@@ -107,14 +107,15 @@ class Alphabet:
             others = len(np.unique(points[unknown])) - 1
             more = "" if not others else f" and {others} other{'s' * (others > 1)}"
             raise UsageError(
-                f"{name}: expected the network's {len(own)} characters, found {shown(chr(points[unknown[0]]))}{more}"
+                f"{name}: the model doesn't know {shown(chr(points[unknown[0]]))}{more}: its alphabet has {len(own)} "
+                "characters"
             )
         return ids
 
     def decoder(self) -> Callable[[int, bool], str]:
-        """Return what makes characters of ids as they come, each with whether it is the last.
+        """Return an incremental decoder, a function of an id and of whether it is the last.
 
-        Bytes make one once all of its are there, and U+FFFD where they make none.
+        It returns a character as soon as all of its bytes are decoded, and U+FFFD for invalid bytes.
         """
         if self.characters is not None:
             characters = self.characters
@@ -123,12 +124,12 @@ class Alphabet:
         return lambda number, last: decode(bytes([number]), last)
 
     def metadata(self) -> dict[str, Any]:
-        """Return what `alphabet_of` finds in a network's metadata."""
+        """Return the metadata that `alphabet_of` reads."""
         return {"task": "text", "characters": None if self.characters is None else list(self.characters)}
 
 
 def code_points(text: str, name: str) -> NDArray[np.uint32]:
-    """Return a text's characters as numbers `[N]`."""
+    """Return the code points of a text's characters, `[N]`."""
     return np.frombuffer(_encoded(text, "utf-32-le", name), np.dtype("<u4"))
 
 
@@ -137,49 +138,49 @@ def _encoded(text: str, encoding: str, name: str) -> bytes:
         return text.encode(encoding)
     except UnicodeEncodeError as error:
         found = shown(error.object[error.start])
-        raise UsageError(f"{name}: expected characters of Unicode, found half of a pair, {found}") from None
+        raise UsageError(f"{name}: expected Unicode characters, found the surrogate {found}") from None
 
 
 def shown(character: str) -> str:
-    """Return a character as messages show it."""
+    """Return a character for messages."""
     return f"{character!r} (U+{ord(character):04X})"
 
 
 def alphabet_of(net: Network, path: str) -> Alphabet:
-    """Return what a network of text tells apart: its metadata's `characters`, or the bytes, where it takes 256.
+    """Return a text model's alphabet: its metadata's `characters`, or bytes if its input has 256 ids or features.
 
     Args:
-        net: a network that takes one sequence, of ids or of one feature a character.
-        path: its file, or what else it is called, for messages.
+        net: a network with one input sequence, of ids or one-hot.
+        path: its file or name, for messages.
 
     Raises:
-        UsageError: no such network, or metadata that don't fit it.
+        UsageError: another kind of network, or metadata that doesn't fit it.
     """
     if len(net.inputs) != 1 or not net.graph.timed(net.inputs[0]):
         raise UsageError(
-            f"{path}: expected a network that takes one sequence, found the inputs {', '.join(net.inputs)}"
+            f"{path}: expected a network with one input sequence, found the inputs {', '.join(net.inputs)}"
         )
     width, characters = _width(net), net.metadata.get("characters")
     if characters is None:
         if width != BYTES:
             raise UsageError(
-                f'{path}: expected a network whose metadata has its characters, {{"characters": "abc"}}, or one that '
-                f"takes {BYTES} bytes, found one that takes {'any width' if width is None else width}"
+                f'{path}: expected a network with its characters in its metadata, {{"characters": "abc"}}, or with an '
+                f"input of {BYTES} bytes, found an input of {'any width' if width is None else f'width {width}'}"
             )
         return Alphabet(None)
     if not isinstance(characters, (str, list)) or not all(isinstance(c, str) and len(c) == 1 for c in characters):
         raise UsageError(
-            f"{path}: expected the network's metadata to have its characters as a text, got {characters!r:.80}"
+            f"{path}: expected characters in the metadata as a string or a list of characters, got {characters!r:.80}"
         )
     if not characters or len(set(characters)) < len(characters):
-        raise UsageError(f"{path}: expected different characters in the network's metadata, got {characters!r:.80}")
+        raise UsageError(f"{path}: expected distinct characters in the metadata, got {characters!r:.80}")
     if width is not None and len(characters) > width:
         raise UsageError(f"{path}: expected at most {width} characters in its metadata, got {len(characters)}")
     return Alphabet(tuple(characters))
 
 
 def _width(net: Network) -> int | None:
-    """Return how many different characters the network can take, None where any number."""
+    """Return the number of distinct characters that the network's input allows, None for any number."""
     name = net.inputs[0]
     if name not in net.graph.ids:
         return net.input_size
@@ -188,21 +189,21 @@ def _width(net: Network) -> int | None:
 
 
 def as_input(net: Network, ids: Ids) -> NDArray:
-    """Return ids `[...]` as a network takes them: themselves, or one-hot `[..., I]` where it takes features."""
+    """Return ids `[...]` as a network's input: as they are, or one-hot `[..., I]` if it takes features."""
     if net.inputs[0] in net.graph.ids:
         return ids.astype(np.int64)
     return np.eye(net.input_size or int(ids.max(initial=0)) + 1, dtype=net.dtype)[ids]
 
 
 def content(path: str, as_bytes: bool = False) -> str | bytes:
-    """Return what a text file holds: text out of UTF-8, without the mark that it may begin with; or its bytes.
+    """Return the text of a UTF-8 file, without a byte order mark; or its bytes.
 
     Args:
         path: the file.
-        as_bytes: take its bytes as they are, whatever they mean.
+        as_bytes: return its bytes.
 
     Raises:
-        FormatError: another encoding, which is named where the file says it.
+        FormatError: the file has another encoding.
         OSError: it can't be read.
     """
     data = Path(path).read_bytes()
@@ -219,19 +220,19 @@ def content(path: str, as_bytes: bool = False) -> str | bytes:
             f"(iconv -f latin1 -t utf-8), or train on its bytes"
         ) from None
     if "\0" in text:
-        raise FormatError(f"{path}: expected text, found a zero byte at {text.index(chr(0)):,}: train on its bytes")
+        raise FormatError(f"{path}: expected text, found a NUL byte at {text.index(chr(0)):,}: train on its bytes")
     return text
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text as a model of it is trained.
+    """A text to train a model on.
 
     Args:
-        name: its file, or what else it is called.
-        ids: what stands in it, `[N]`, of as few bytes each as hold them.
-        alphabet: what the ids mean.
-        counts: how often each occurs, `[V]`.
+        name: its file or name, for messages.
+        ids: its characters or bytes as ids, `[N]`, in the smallest integer dtype.
+        alphabet: the characters of the ids.
+        counts: number of occurrences of each id, `[V]`.
     """
 
     name: str
@@ -241,16 +242,15 @@ class Text:
 
     @classmethod
     def of(cls, text: str | bytes, name: str = "the text", alphabet: Alphabet | None = None) -> Text:
-        """Return a text.
+        """Encode a text.
 
         Args:
-            text: what stands in it.
-            name: what it is called in messages.
-            alphabet: of another text; the characters that occur in this one, or for bytes all 256, where None.
+            text: the text.
+            name: of the text, for messages.
+            alphabet: of another text; None = the characters that occur in this one, or all 256 bytes.
 
         Raises:
-            UsageError: fewer than 200 characters, one that stands there again and again, or one that isn't in an
-                alphabet that is given.
+            UsageError: fewer than 200 characters, only one distinct character, or one that isn't in `alphabet`.
         """
         if not isinstance(text, (str, bytes)):
             raise UsageError(f"expected a text as str or bytes, got {type(text).__name__}")
@@ -266,22 +266,22 @@ class Text:
         ids = ids.astype(np.min_scalar_type(alphabet.size), copy=False)
         counts = np.bincount(ids, minlength=alphabet.size)
         if np.count_nonzero(counts) < 2:
-            raise UsageError(f"{name}: expected a text of at least two different {alphabet.unit}, found one alone")
+            raise UsageError(f"{name}: expected a text with at least two distinct {alphabet.unit}, found one")
         return cls(name, ids, alphabet, counts)
 
     def parts(self, validation: float = 0.05, test: float = 0.05) -> Parts:
-        """Return where its parts begin and end: the first one is trained on, the last ones are held out.
+        """Divide the text into a training part and, at the end, a validation and a test part.
 
         Args:
-            validation, test: their shares; at least one character each, none for a share of 0.
+            validation, test: shares of the parts; at least one character each, none for a share of 0.
 
         Raises:
             UsageError: shares that leave less than half to train on.
         """
         if not (validation >= 0.0 and test >= 0.0 and validation + test <= 0.5):
             raise UsageError(
-                f"expected shares for validation and test of at least 0, at most a half together, got {validation} "
-                f"and {test}"
+                f"expected validation and test shares of at least 0 and together at most 0.5, got {validation} and "
+                f"{test}"
             )
         count = len(self.ids)
         sizes = [max(1, round(count * share)) if share else 0 for share in (validation, test)]
@@ -289,29 +289,29 @@ class Text:
         return Parts((0, first), (first, first + sizes[0]), (first + sizes[0], count))
 
     def summary(self, parts: Parts) -> str:
-        """Return what was understood, in one line."""
+        """Describe the text and its parts in one line."""
         unit, different = self.alphabet.unit, int(np.count_nonzero(self.counts))
         sizes = [end - begin for begin, end in parts]
-        said = [f"{len(self.ids):,} {unit}, {different} different"]
-        held = [
+        said = [f"{len(self.ids):,} {unit}, {different} distinct"]
+        shares = [
             f"{size:,} to {verb} on" for size, verb in zip(sizes, ("train", "validate", "test"), strict=True) if size
         ]
-        said.append(", ".join(held))
+        said.append(", ".join(shares))
         rare = [n for n in np.argsort(self.counts, kind="stable") if 0 < self.counts[n] <= RARE]
         if rare and self.alphabet.characters is not None:
             names = [f"{self.alphabet.characters[n]!r} {self.counts[n]}x" for n in rare[:8]]
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
-            said.append(f"rare ones: {', '.join(names)}{more}")
+            said.append(f"rare: {', '.join(names)}{more}")
         unseen = self.counts > 0
         unseen[np.unique(self.ids[slice(*parts.training)])] = False
         if unseen.any() and self.alphabet.characters is not None:
             names = ", ".join(repr(self.alphabet.characters[n]) for n in np.flatnonzero(unseen)[:8])
-            said.append(f"{int(unseen.sum())} in the held-out parts alone, which training never sees: {names}")
+            said.append(f"{int(unseen.sum())} only in the held-out parts, not in training: {names}")
         return "; ".join(said)
 
 
 class Parts(NamedTuple):
-    """Where the parts of a text begin and end."""
+    """Start and end of each part of a text."""
 
     training: tuple[int, int]
     validation: tuple[int, int]
@@ -319,24 +319,24 @@ class Parts(NamedTuple):
 
 
 def usual_batch(characters: int, steps: int) -> int:
-    """Return how many streams go through a part of so many characters, where nobody says.
+    """Return the default number of streams for a training part of so many characters.
 
-    As many as leave `EPOCH` steps an epoch, from 8, below which a step costs hardly less, to 32: what a text is learned
-    in is steps, and a small one has few.
+    The number that gives about `EPOCH` training steps per epoch, because a small text has too few steps otherwise; at
+    least 8, as fewer streams hardly make a step faster, and at most 32.
     """
     return min(32, max(8, characters // (max(steps, 1) * EPOCH)))
 
 
 class Streams:
-    """A part of a text as rows side by side, each read from its begin to its end, some steps at a time.
+    """A part of a text as parallel streams, the rows of a batch, which are read in chunks of some steps.
 
-    The row of a stream goes on where it stood, so that a model may carry its state from chunk to chunk. What has to be
-    told is the character after each: every one of the part is, but for its very first.
+    Each chunk continues the previous one in every row, so that a model may carry its state from chunk to chunk. The
+    targets are the next characters: all characters of the part except the first.
 
     Args:
         ids: of the text, `[N]`.
-        part: where the part begins and ends.
-        rows: at most so many streams; fewer where each would be shorter than a chunk.
+        part: start and end of the part.
+        rows: maximum number of streams; fewer if each would be shorter than a chunk.
         steps: of a chunk; the last may have fewer.
 
     Raises:
@@ -350,14 +350,14 @@ class Streams:
         self.ids, self.steps = ids, min(steps, count)
         self.rows = max(1, min(rows, count // self.steps))
         self.length = -(-count // self.rows)
-        # Rows of one length: neighbours share a character or two where the part can't be cut evenly.
+        # Rows of equal length: neighbours overlap by a character or two if the part can't be divided evenly.
         self.starts = part[0] + np.linspace(0, count - self.length, self.rows).round().astype(np.int64)
 
     def __len__(self) -> int:
         return -(-self.length // self.steps)
 
     def chunk(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return x and what comes after each, `[B, t]` both."""
+        """Return x and the next characters, both `[B, t]`."""
         first = number * self.steps
         many = min(self.steps, self.length - first)
         window = self.ids[self.starts[:, None] + np.arange(first, first + many + 1)].astype(np.int64)
@@ -365,14 +365,14 @@ class Streams:
 
 
 def measured(ids: Ids, part: tuple[int, int]) -> Iterator[tuple[NDArray, NDArray, NDArray[np.bool_]]]:
-    """Yield x, what comes after each, and whether it counts, `[B, t]`, chunk by chunk of streams to be measured.
+    """Yield x, the next characters, and whether these count, `[B, t]` each, chunk by chunk.
 
-    Every character of the part counts once. Each is told out of at least `CONTEXT` before it, where the text has so
-    many: streams begin earlier than what counts of them.
+    Every character of the part counts once, and is predicted from at least `CONTEXT` previous characters, if the text
+    has so many: streams start before the first character that counts.
 
     Args:
         ids: of the text, `[N]`.
-        part: where the part begins and ends.
+        part: start and end of the part.
     """
     begin, end = max(part[0], 1), part[1]
     before = min(CONTEXT, begin - 1)
@@ -380,22 +380,22 @@ def measured(ids: Ids, part: tuple[int, int]) -> Iterator[tuple[NDArray, NDArray
     length = -(-(end - begin) // rows)
     for first in range(0, before + length, CONTEXT):
         steps = np.arange(first, min(first + CONTEXT, before + length))
-        told = begin + length * np.arange(rows)[:, None] + steps - before  # [B, t]
-        counts = (steps >= before) & (told < end)
-        told = np.minimum(told, end - 1)
-        yield ids[told - 1].astype(np.int64), ids[told].astype(np.int64), counts
+        targets = begin + length * np.arange(rows)[:, None] + steps - before  # [B, t]
+        counts = (steps >= before) & (targets < end)
+        targets = np.minimum(targets, end - 1)
+        yield ids[targets - 1].astype(np.int64), ids[targets].astype(np.int64), counts
 
 
 def bits_per_character(
     net: Network, ids: Ids, part: tuple[int, int] | None = None, threads: int | None = None
 ) -> float:
-    """Return the mean of `-log2 p` over a text, p being what the network gave the character that came.
+    """Return the mean of `-log2 p` over a text, where p is the network's probability of the actual next character.
 
     Args:
-        net: a network of text, see `alphabet_of`, that answers after every character.
+        net: a text model, see `alphabet_of`, with an output after every character.
         ids: of the text, `[N]`.
-        part: where what is measured begins and ends, see `measured`; None: all but the first character.
-        threads: how many the kernel may use.
+        part: start and end of the part to measure, see `measured`; None: all but the first character.
+        threads: number of the kernel's threads.
     """
     state, total, count = None, 0.0, 0
     logits = not gives_probabilities(net)
@@ -413,16 +413,16 @@ def bits_per_character(
 
 
 def gives_probabilities(net: Network) -> bool:
-    """Return whether a network's answers are probabilities: whether its last node ends in a softmax."""
+    """Return whether a network's outputs are probabilities: whether its last node ends in a softmax."""
     return getattr(net.nodes[net.names.index(net.outputs[0])], "activation", None) == "softmax"
 
 
 def beginning(alphabet: Alphabet) -> str:
-    """Return the default prompt: a line end, or a blank where the alphabet has none; "" where it has neither."""
+    """Return the default prompt: a line end, or a space if the alphabet has none; "" if it has neither."""
     known = alphabet.characters
     return next((character for character in "\n " if known is None or character in known), "")
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line that a terminal can show: line ends as ⏎, what isn't printable left out."""
+    """Return a text as one line for a terminal: line ends as ⏎, without unprintable characters."""
     return "".join(c if c.isprintable() else "⏎" * (c == "\n") for c in text)

@@ -1,4 +1,4 @@
-"""The model of a text that is trained, and the batches that it is trained on. It becomes a Network by `to_nodes`."""
+"""The text model that is trained, and its training batches. `to_nodes` turns it into a Network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cellstack.train.text.data import Architecture, Parts, Streams, Text, measur
 
 
 class TextModel(nn.Module):
-    """Characters in, logits of the next one out after each: embedding or one-hot, stacked cells, a dense head.
+    """A model from characters to logits of the next one: embedding or one-hot, stacked cells, a dense head.
 
     Args:
-        size: how many characters there are, V.
+        size: number of characters, V.
         architecture: how it is built.
     """
 
@@ -37,14 +37,14 @@ class TextModel(nn.Module):
             width = units
         self.dropout = Dropout(architecture.dropout)
         self.head = nn.Linear(width, size)
-        self.carried: tuple[Any, ...] | None = None  # the states that the next chunk starts from, one a layer
+        self.carried: tuple[Any, ...] | None = None  # the initial states of the next chunk, one per layer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return logits `[B, T, V]` for ids `[B, T]`, going on from the carried state and leaving the one after there.
+        """Return logits `[B, T, V]` for ids `[B, T]`, starting from the carried state, which is then updated.
 
         Args:
             x: int64.
-            mask: None: every step counts.
+            mask: None = use all steps.
         """
         y = (
             nn.functional.one_hot(x, self.size).to(self.head.weight.dtype)
@@ -69,19 +69,19 @@ class TextModel(nn.Module):
         return nn.functional.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
     def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Return sums over a batch, which add up over batches to what `measured` takes."""
+        """Return sums over a batch; added up over batches they are the argument of `measured`."""
         return {"nats": (self.losses(out, mask, y) * weight).sum(dtype=torch.float64), "characters": weight.sum()}
 
     def measured(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return `bits_per_character` of sums that `measure` gave."""
+        """Return `bits_per_character` from sums of `measure`."""
         return {"bits_per_character": sums["nats"] / max(sums["characters"], 1.0) / math.log(2.0)}
 
     def describe(self) -> dict[str, Any]:
-        """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
+        """Return what must match a checkpoint's model, in addition to the shapes of the weights."""
         return {"task": "text", "characters": self.size, "cell": self.cell, "dropout": self.dropout.p}
 
     def to_nodes(self) -> list[Node]:
-        """Return the model as nodes: ids or one-hot in, the probabilities of the next character out after each."""
+        """Return the model as nodes, from ids or one-hot to the probabilities of the next character after each."""
         table = [] if self.embedding is None else [Embedding(as_array(self.embedding.weight))]
         head = Dense(as_array(self.head.weight.T), as_array(self.head.bias), "softmax")
         return [*table, as_recurrent(list(self.recurrent)), head]
@@ -92,9 +92,9 @@ class Chunks:
 
     Args:
         text: the text.
-        parts: which of it is trained and validated on.
-        batch: at most so many streams.
-        steps: of a chunk: how far gradients reach back.
+        parts: its training and validation parts.
+        batch: maximum number of streams.
+        steps: of a chunk, over which gradients are backpropagated.
     """
 
     def __init__(self, text: Text, parts: Parts, batch: int, steps: int):

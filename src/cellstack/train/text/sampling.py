@@ -1,4 +1,4 @@
-"""Text out of a network of text, a character at a time, as it comes. Needs no torch."""
+"""Generate text with a text model, one character at a time. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ def generate(
     stop: str | None = None,
     name: str = "the network",
 ) -> Iterator[str]:
-    """Return an iterator of the characters that a network of text writes after a prompt.
+    """Continue a prompt with a text model; return an iterator of characters.
 
-    Each is drawn from what the network gives after all before it, `p^(1/temperature)`, and fed back.
+    Each character is sampled from the model's probabilities given all previous ones, `p^(1/temperature)`, and fed back.
 
     Args:
-        net: a network that takes characters, as ids or one-hot, and gives probabilities or logits of the next after
-            each; its metadata say which: `{"characters": "abc"}`, or `{}` for 256 bytes of UTF-8. Such is what
-            `fit_text` and `cellstack train book.txt` make. It has to be one that streams.
-        prompt: what goes before; without one it begins as after a line end, or after a blank where it knows none.
-        length: at most so many characters (bytes, for a network of bytes).
-        temperature: above 1 it dares more, below 1 less; 0 always takes the likeliest.
-        top_k: draw from the likeliest k alone.
-        top_p: draw from the fewest that have this probability together, after the temperature; in (0, 1].
-        seed: fixes the draws; None: others each time.
-        stop: end once this has been written; the text ends with it.
-        name: what the network is called in messages.
+        net: a text model, such as one from `fit_text` or `cellstack train book.txt`: its input is characters, as ids or
+            one-hot, its output probabilities or logits of the next one after each; its metadata has the characters,
+            `{"characters": "abc"}`, or `{}` for the 256 bytes of UTF-8. It must support streaming.
+        prompt: the text to continue; "" = a line end, or a space if the model has no line end.
+        length: maximum number of characters (bytes, for a model of bytes).
+        temperature: above 1 is more varied, below 1 more predictable; 0 always selects the most likely character.
+        top_k: sample only from the k most likely characters.
+        top_p: sample only from the smallest set of characters with this total probability, after the temperature; in
+            (0, 1].
+        seed: of the random numbers; None: a new one each time.
+        stop: stop after writing this text.
+        name: of the network, for messages.
 
     Returns:
-        An iterator of single characters. A network of bytes gives one as soon as its bytes are there, and U+FFFD for
-        bytes that make none.
+        An iterator of single characters. A model of bytes yields a character as soon as its bytes are complete, and
+        U+FFFD for invalid bytes.
 
     Raises:
-        UsageError: no such network, a character of the prompt that it doesn't know, an option out of its range. All of
-            it at the call, not at the first character.
+        UsageError: another kind of network, a character of the prompt that it doesn't know, or an option out of range;
+            raised by the call, not by the first character.
 
     >>> from cellstack import Cell, CellSpec, Dense, Recurrent
     >>> from cellstack.nodes import Embedding
@@ -65,8 +66,8 @@ def generate(
     answer = [net.shapes[output] for output in net.outputs]
     if len(answer) != 1 or len(answer[0]) != 2 or answer[0][-1] != alphabet.size:
         raise UsageError(
-            f"{name}: expected a network that gives one number for each of its {alphabet.size} {alphabet.unit} after "
-            f"every one, found one that gives {', '.join(map(str, answer))}"
+            f"{name}: expected a network with one output per step for each of its {alphabet.size} {alphabet.unit}, "
+            f"found the outputs {', '.join(map(str, answer))}"
         )
     choose = _Choice(alphabet.size, temperature, top_k, top_p, gives_probabilities(net))
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
@@ -74,19 +75,19 @@ def generate(
     if seed is not None and seed < 0:
         raise UsageError(f"expected a seed of at least 0, got {seed}")
     if stop == "":
-        raise UsageError("expected a text to stop at, got ''")
+        raise UsageError("expected stop to be a text, got ''")
     prompt = prompt or beginning(alphabet)
     if not prompt:
-        raise UsageError(f"{name}: expected a prompt: the network knows neither a line end nor a blank to begin after")
+        raise UsageError(f"{name}: a prompt is required, because the model has neither a line end nor a space")
     begin = alphabet.encode(prompt, "the prompt")
     try:
         stream = net.stream()
     except ValueError as error:
-        raise UsageError(f"{name}: expected a network that streams: {error}") from None
+        raise UsageError(f"{name}: the network doesn't support streaming: {error}") from None
     rng = np.random.default_rng(seed)
 
     def characters() -> Iterator[str]:
-        """Yield them."""
+        """Yield the characters."""
         decode, written = alphabet.decoder(), ""
         answers = stream.run(as_input(net, begin)[None])[0, -1]  # [V]
         for count in range(length):
@@ -104,7 +105,7 @@ def generate(
 
 
 class _Choice:
-    """Draws an id from what a network gives."""
+    """Samples an id from a network's output."""
 
     def __init__(self, size: int, temperature: float, top_k: int | None, top_p: float | None, probabilities: bool):
         if not (math.isfinite(temperature) and temperature >= 0.0):
@@ -130,11 +131,11 @@ class _Choice:
             weights = self._likeliest(weights)
         sums = weights.cumsum()
         if not 0.0 < sums[-1] < math.inf:
-            raise UsageError(f"expected numbers from the network, got {given.tolist()!r:.60}")
+            raise UsageError(f"expected finite outputs of the network, got {given.tolist()!r:.60}")
         return min(int(sums.searchsorted(rng.random() * sums[-1], "right")), len(sums) - 1)
 
     def _likeliest(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the weights, 0 for all but the likeliest."""
+        """Return the weights, with 0 for all but the most likely ids."""
         order = np.argsort(-weights, kind="stable")[: self.top_k]
         if self.top_p is not None:
             sums = weights[order].cumsum()

@@ -1,4 +1,4 @@
-"""From a text to a trained network of it, and what it scores: `train.fit_text`, and what the command line does."""
+"""Train a text model and measure its bits per character, for `train.fit_text` and the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAMPLE_TEMPERATURE = 0.8
 
 
 def adam(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
-    """Return what makes Adam of parameters: torch's fused one, which takes one pass over the weights."""
+    """Return a function from parameters to torch's fused Adam, which makes only one pass over the weights."""
     return partial(torch.optim.Adam, lr=lr, fused=True)
 
 
@@ -50,22 +50,22 @@ def train_text(
     test: Text | None = None,
     say: Callable[[str], Any] | None = None,
 ) -> Result:
-    """Train on a part of a text, and measure on the parts that follow it.
+    """Train on a part of a text, and measure the scores on the following parts.
 
     Args:
         text: the text.
-        parts: which of it is trained, validated and measured on.
+        parts: its training, validation and test parts.
         architecture: how the model is built.
-        steps: characters of a step of each stream: how far gradients reach back.
-        settings: how it is fitted; `batch` is at most so many streams through the text.
+        steps: characters of each stream in a training step, over which gradients are backpropagated.
+        settings: how it is fitted; `batch` is the maximum number of streams.
         options: how the training is run.
-        own: what takes the place of the optimiser and the scheduler, and further callbacks.
-        test: a text of the same alphabet to measure on, in place of the test part.
-        say: is given a line after every epoch: bits per character, and a sample.
+        own: the user's optimiser, scheduler and further callbacks.
+        test: a test text with the same alphabet, instead of the test part.
+        say: called with a line after every epoch: bits per character, and a sample.
 
     Returns:
-        The network and what was measured: `scores` has `bits_per_character` of the test part and
-        `validation_bits_per_character`, of those that there are. The history has a `sample` of every epoch.
+        The network and its scores: `bits_per_character` of the test part and `validation_bits_per_character`, of the
+        parts that exist. The history has a `sample` for every epoch.
 
     Raises:
         UsageError: see `learn`.
@@ -73,7 +73,7 @@ def train_text(
     size, alphabet = text.alphabet.size, text.alphabet
     metadata = {**alphabet.metadata(), "data": os.path.basename(text.name)}
     check_memory(Recurrent(architecture.units, cell=architecture.cell), architecture.embedding or size, size)
-    # A text without line ends and blanks, such as DNA or Chinese, is sampled after its own first character.
+    # For a text without line ends and spaces, such as DNA or Chinese, the prompt is its first character.
     prompt = beginning(alphabet) or alphabet.decoder()(int(text.ids[0]), True)
 
     def sample(epoch: Epoch) -> None:
@@ -106,7 +106,7 @@ def train_text(
 
 
 def _line(entry: dict[str, Any]) -> str:
-    """Return what is said after an epoch."""
+    """Return the line about an epoch."""
     figures = f"{entry['bits_per_character']:.3f} bits per character" if "bits_per_character" in entry else ""
     return f"epoch {entry['epoch']}  {figures}  {one_line(entry['sample'])}"
 
@@ -139,36 +139,36 @@ def fit_text(
     device: str = "auto",
     inspect: bool = False,
 ) -> Result:
-    """Train a network to tell the next character of a text, by truncated backpropagation over stateful batches.
+    """Train a network to predict the next character of a text, by truncated backpropagation over stateful batches.
 
-    The text's first part is read by `batch` streams side by side, each from its begin to its end, `steps` characters at
-    a time: the state goes on from step to step, gradients reach back to the step's begin. An epoch starts from zeros.
+    The training part is divided into `batch` parallel streams, which are read `steps` characters at a time. The state
+    is carried from one training step to the next, while gradients are truncated at its start. Each epoch starts with
+    zero states.
 
     Args:
-        text: a text, whose characters the network then knows; bytes, for one of all 256; or the `Path` of a file that
-            holds UTF-8.
-        validation, test: shares of the text, at its end, that are never trained on. The epoch that does best on the
-            first is kept; 0: the last one is. On the second the network is measured.
-        units: width of each layer, bottom first.
+        text: a text, whose characters become the model's; bytes, for a model of all 256 bytes; or the `Path` of a UTF-8
+            file.
+        validation, test: shares of the text, at its end, to validate and test on. The best epoch on the validation part
+            is kept; without one, the last.
+        units: units of each layer, first layer first.
         cell, embedding, dropout: see `Architecture`.
-        steps: how far gradients reach back.
-        batch: at most so many streams, fewer in a text in which each would be shorter than `steps`; by the length of
-            the text where None, 8 to 32, see `usual_batch`.
+        steps: characters over which gradients are backpropagated.
+        batch: maximum number of streams, fewer if each would be shorter than `steps`; None = 8 to 32, depending on the
+            length of the text, see `usual_batch`.
         epochs, lr, clip, patience, seed: see `Settings`.
         optimizer, scheduler, callbacks: see `Own`.
         checkpoint, resume, overwrite, threads, inspect: see `learn`.
-        log: where each epoch's figures go as it ends: a file that ends in .csv or .json, or a folder for TensorBoard.
-        progress: show a bar, and above it a line an epoch with a sample, on standard error.
+        log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
+        progress: show a bar, and above it a line with a sample for each epoch, on standard error.
         device: see `processes`.
 
     Returns:
-        The `Result`: `.network` takes ids `[B, T]` (one-hot `[B, T, V]` without an embedding) and gives the next
-        character's probabilities `[B, T, V]`; it streams, and `generate` writes with it. `.scores` has
-        `bits_per_character` of the test part and `validation_bits_per_character`; `.history` a line an epoch, with a
-        `sample`.
+        The `Result`: `.network` maps ids `[B, T]` (one-hot `[B, T, V]` without an embedding) to the next character's
+        probabilities `[B, T, V]`; it supports streaming and `generate`. `.scores` has `bits_per_character` of the test
+        part and `validation_bits_per_character`; `.history` has an entry per epoch, with a `sample`.
 
     Raises:
-        UsageError: a text that is too short, or settings that can't be used; the message names the mend.
+        UsageError: a text that is too short, or settings that can't be used; the message says how to fix it.
         FormatError: a file that isn't UTF-8.
         OSError: a file that can't be read or written.
 
@@ -204,5 +204,5 @@ def fit_text(
 
 
 def above_the_bar(line: str) -> None:
-    """Print a line on standard error, above the bar where there is one."""
+    """Print a line on standard error, above the progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
