@@ -46,7 +46,7 @@ export class NetworkDiagram {
     const number = new Map(rows.map((row, n) => [row.name, n]));
     const skips = rows.some((row, n) => row.sources.some((source) => number.get(source) !== n - 1)); // wires past a layer
     const letters = Math.min(this.space < 400 ? 11 : 16, Math.max(4, ...rows.map((row) => row.name.length)));
-    const left = letters * CHARACTER + 6; // the names
+    const left = letters * CHARACTER + 12; // the names
     const least = skips ? 28 : GAP.least;
     const count = Math.min(Math.max(1, view.steps), Math.max(1, Math.floor((this.space - left - least) / (BOX.least + least))));
     const fitting = Math.min((this.space - left) / (count + 0.25), (this.space - left - least) / count); // with a gap before the first
@@ -66,7 +66,7 @@ export class NetworkDiagram {
     if (asked !== this.asked) return;
     const x = (column) => left + gap + column * across;
     const wide = x(steps.length);
-    const high = rows.length * (BOX.high + GAP.up) + 26;
+    const high = rows.length * (BOX.high + GAP.up) + 6;
     const y = (n) => high - 30 - BOX.high - n * (BOX.high + GAP.up);
     const wires = [];
     const boxes = [];
@@ -116,7 +116,7 @@ export class NetworkDiagram {
     if (focused !== null) this.picture.querySelector(`[data-box="${focused}"]`)?.focus({ preventScroll: true });
   }
 
-  // The steps' numbers and labels, or only the numbers where they don't fit.
+  // The steps' numbers and labels, or only the numbers if they don't fit; the word "step" is then at the left.
   stepNames(steps, across) {
     const { view } = this;
     if (!view.steps) return [""];
@@ -126,8 +126,9 @@ export class NetworkDiagram {
       const text = `step ${number}${label}`;
       return text.length > 18 ? `${text.slice(0, 17)}…` : text;
     });
+    const short = words.map((text) => text.slice("step ".length));
     const fits = (texts) => Math.max(...texts.map((text) => text.length)) * 6.6 <= across - 4;
-    return [words, numbers.map((number) => `step ${number}`)].find(fits) ?? numbers;
+    return [words, short, numbers.map((number) => `step ${number}`)].find(fits) ?? numbers;
   }
 
   // The name of a layer or an input, to the left of its boxes.
