@@ -145,6 +145,7 @@ mark { background: var(--soft); color: var(--ink); border-radius: 3px; padding: 
 input[type="range"] { accent-color: var(--accent); width: 180px; min-height: 32px; }
 input[type="number"] { width: 100px; }
 output { font-weight: 600; min-width: 56px; display: inline-block; align-self: center; }
+.toolbar output { align-self: end; line-height: 32px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; align-items: start; }
 .group { border-top: 1px solid var(--grid); padding-top: 10px; margin-top: 14px; }
 .group:first-child { border-top: 0; padding-top: 0; margin-top: 0; }
