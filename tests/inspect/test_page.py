@@ -3,6 +3,7 @@
 import itertools
 import re
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -548,7 +549,7 @@ def test_a_wave_is_shown_above_the_map(open_page, rng):
     spectrum = np.frombuffer(audio.arrays[place], np.uint8).reshape(audio.description["arrays"][place]["shape"])
     assert spectrum[:, 5:-5].mean(axis=1).argmax() == pytest.approx(len(spectrum) / 2, abs=1)  # half of 4 kHz
     screen.keys("ArrowRight")
-    assert screen.text(".readout").startswith("step 1 at 0.01 ")
+    assert screen.text(".readout").startswith("step 1 (label 0.01) · ")
 
 
 # ── the page computes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -875,8 +876,8 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
     screen.page.locator('.number[data-field="h"][data-unit="2"]').focus()
     assert "This step is masked" in screen.text(".popover")
     boxes = screen.page.locator(".network .box")
-    assert boxes.count() == 6 * 3 + 3
-    boxes.filter(has_text="lstm").first.press("Enter")
+    assert boxes.count() == 6 * 5 + 3  # five steps fit; three nodes have one output per row
+    screen.page.locator('.network .box[aria-label^="lstm,"]').first.press("Enter")
     screen.settle()
     assert "LSTM cell of lstm" in screen.text("#panel-cell h3")
     for name in ("unit", "memory", "gradient", "whatif", "match"):
@@ -1093,6 +1094,66 @@ def test_on_a_phone(open_page, net, x):
         screen.tab(tab)
         screen.settle()
         assert screen.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_an_embedded_page_does_not_scroll_the_page_around_it(browser, net, x, tmp_path):
+    inside = b"".join(html.page(net.trace(x), None, None, None, None)).decode()
+    around = tmp_path / "around.html"
+    frame = f'<iframe style="width: 100%; height: 3000px" srcdoc="{escape(inside)}"></iframe>'
+    around.write_text(f'<!doctype html><meta charset="utf-8"><div style="height: 3000px"></div>{frame}', "utf-8")
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(around.as_uri())
+    within = page.frames[1]
+    within.evaluate("document.getElementById('page').ready.then(() => null)")
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.evaluate("scrollY") == 0
+    tab = within.locator("#tab-playground")
+    tab.evaluate("(one) => one.click()")  # unlike Playwright's click, without scrolling to it
+    place, tabs = tab.bounding_box(), within.locator(".tabs").bounding_box()
+    assert page.evaluate("scrollY") > 0
+    assert 0 <= place["y"] <= 801 - place["height"]
+    assert tabs["x"] <= place["x"]
+    assert place["x"] + place["width"] <= tabs["x"] + tabs["width"] + 1
+    page.close()
+
+
+def steps_drawn(screen):
+    """The numbers of the steps in the drawing of the network; it must fit into its card."""
+    screen.settle()
+    assert screen.page.locator(".net .scroll").evaluate("(one) => one.scrollWidth - one.clientWidth") == 0
+    names = screen.page.locator(".network .stepname:not(.head)").all_text_contents()
+    return [int(re.findall(r"\d+", name)[0]) for name in names]
+
+
+def test_the_drawing_of_the_network_has_as_many_steps_as_fit(open_page, net, rng):
+    t = net.trace(rng.normal(size=(1, 15, 3)))
+    screen = open_page(t, width=890)
+    assert steps_drawn(screen) == list(range(15))  # all of them
+    assert screen.page.locator(".network .box").count() == 4 * 15
+    screen.page.set_viewport_size({"width": 1400, "height": 900})
+    some = steps_drawn(screen)
+    assert 6 <= len(some) < 15
+    screen.keys(*["ArrowRight"] * 10)
+    shown = steps_drawn(screen)
+    assert shown == list(range(shown[0], shown[0] + len(some)))
+    assert 10 in shown
+    assert screen.page.locator(".network .stepname.now").text_content() == "10"
+    screen.page.set_viewport_size({"width": 390, "height": 800})
+    assert 3 <= len(steps_drawn(screen)) < len(some)
+    screen.page.locator(".network .rowname", has_text="upper").first.click()
+    screen.settle()
+    assert "LSTM cell of upper, unit 0, step 10" in screen.text("#panel-cell h3")
+
+
+def test_steps_in_the_drawing_have_their_labels_if_they_fit(open_page, net, rng):
+    t = net.trace(rng.normal(size=(1, 4, 3)))
+    for width, labels, names in (
+        (1400, "abcd", [f"step {n} “{label}”" for n, label in enumerate("abcd")]),
+        (390, "abcd", [*(f"{n} “{label}”" for n, label in enumerate("abcd")), "step"]),
+        (390, ["a long label"] * 4, [f"step {n}" for n in range(4)]),
+    ):
+        screen = open_page(t, width=width, labels=labels)
+        assert screen.page.locator(".network .stepname").all_text_contents() == names
 
 
 CUT_OFF = """() => {

@@ -77,8 +77,7 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         "report": str(folder / "report.html"),
     }
     t = causal.network.trace(test.x[index][None])
-    frames_from_one = list(range(1, len(test.x[index]) + 1))
-    inside = b"".join(html.page(t, frames_from_one, None, f"Test utterance {index}", None)).decode()
+    inside = b"".join(html.page(t, None, None, f"Test utterance {index}: step 0 is frame 1", None)).decode()
     page = report.demo_page(result, whole.fit.history, causal.fit.history, confusion, gates, inside)
     (folder / "report.html").write_text(page, encoding="utf-8")
     result["seconds"] = round(time.perf_counter() - started, 2)

@@ -81,8 +81,10 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { color: var(--muted); font-weight: 600; } td.bar { width: 45%; text-align: left; }
 td.bar i { display: block; height: .6rem; border-radius: 3px; background: var(--accent); }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--accent); }
-.live { border: 1px solid var(--line, #8884); border-radius: 8px; height: 110rem; width: 100%; }
+.live { border: 1px solid var(--line, #8884); border-radius: 8px; height: 144rem; width: 100%; }
 footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
+@media (max-width: 40rem) { main { padding: 1.5rem .6rem 3rem; } section { padding: 1rem .8rem; }
+  section:has(> .live) { padding: 1rem 0 0; } section:has(> .live) > :not(.live) { margin-inline: .8rem; } }
 """
 
 
@@ -332,12 +334,13 @@ def _probabilities(replay: dict[str, Any]) -> str:
     with _theme():
         figure = Figure(figsize=(9, 2.7), layout="constrained")
         axis = figure.subplots()
-        for n in range(so_far.shape[1]):
-            if n != truth and n not in baselines:
-                axis.plot(steps, so_far[:, n], color=FAINT, linewidth=0.9, alpha=0.5)
         for n, color in zip([truth, *baselines], SERIES, strict=True):
             label = f"speaker {replay['labels'][n]}" + (" (true)" if n == truth else "")
             axis.plot(steps, so_far[:, n], color=color, label=label, marker="o", markersize=3)
+        others = [n for n in range(so_far.shape[1]) if n not in (truth, *baselines)]
+        for n in others:
+            label = "other speakers" if n == others[0] else None
+            axis.plot(steps, so_far[:, n], color=FAINT, linewidth=0.9, alpha=0.5, zorder=1, label=label)
         axis.set(xlabel="frame", ylabel="probability so far", ylim=(-0.03, 1.03))
         figure.legend(loc="outside right upper")
     return _figure(figure, "probability after each frame")

@@ -242,6 +242,6 @@ export class Labels {
     const label = this.short(row, step);
     if (label === "") return `step ${number}`;
     if (this.kind === "text") return `step ${number} “${label}”`;
-    return this.kind === "number" ? `step ${number} at ${label}` : `step ${number}, ${label}`;
+    return this.kind === "number" ? `step ${number} (label ${label})` : `step ${number} (${label})`;
   }
 }

@@ -112,6 +112,7 @@ export function tabs(label, panels, onchange) {
   const bodies = make("div", { class: "panels" });
   let open = null;
   const show = (name, focus = false) => {
+    const chosen = open !== null; // by the reader: the first panel opens without scrolling
     open = name;
     for (const one of panels) {
       const selected = one.name === name;
@@ -119,7 +120,7 @@ export function tabs(label, panels, onchange) {
       one.tab.tabIndex = selected ? 0 : -1;
       one.panel.hidden = !selected;
       if (selected && focus) one.tab.focus();
-      if (selected) one.tab.scrollIntoView({ block: "nearest", inline: "nearest" });
+      if (selected && chosen) one.tab.scrollIntoView({ block: "nearest", inline: "nearest" });
     }
     onchange(name);
   };

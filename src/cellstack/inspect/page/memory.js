@@ -89,7 +89,7 @@ export class Memory {
     const stretch = keep.steps === view.steps ? 1 : keep.steps / view.steps;
     this.stepOf = drawBars(this.chart, view.colours, parts, { from: from * stretch, span: span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: step, positive: view.colours.warm, negative: view.colours.cold }).step;
     const total = parts.reduce((all, part) => all + part, start);
-    this.sum.textContent = `from the steps ${shown(total - start, 5)} + from the initial state ${shown(start, 5)} = ${shown(total, 5)}; ${name} is ${shown(state.at(unit, step), 5)}`;
+    this.sum.textContent = `Sum of the steps: ${shown(total - start, 5)} · from the initial state: ${shown(start, 5)} · together: ${shown(total, 5)} · ${name} of the run: ${shown(state.at(unit, step), 5)}`;
     this.sum.dataset.sum = String(total);
     const largest = Array.from(parts.keys()).filter((n) => parts[n] !== 0).sort((a, b) => Math.abs(parts[b]) - Math.abs(parts[a])).slice(0, 8);
     this.chart.setAttribute("aria-label", `Bars: the contribution of each past step to ${name}. They sum to ${shown(total, 5)}.`);

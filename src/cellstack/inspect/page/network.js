@@ -1,12 +1,13 @@
-// A diagram of the network: layers stacked upwards, unrolled over the steps around the cursor.
+// A diagram of the network: layers stacked upwards, unrolled over all steps, or over as many around the cursor as fit.
 
 import { Plane } from "./data.js";
 import { make, replaceChildren, shown, svg } from "./dom.js";
 import { cssColour, palette, scaleOf } from "./draw.js";
 
-const BOX = { wide: 104, high: 46 };
-const GAP = { across: 34, up: 30 };
-const EDGE = 10;
+const BOX = { least: 34, most: 104, high: 28 };
+const GAP = { least: 14, most: 34, up: 26 };
+const CHARACTER = 7.2; // width of one in a name, about
+const CHIP = 4; // width of a unit's value, at least
 const MOST_CHIPS = 12; // units shown in a box
 
 export class NetworkDiagram {
@@ -15,6 +16,10 @@ export class NetworkDiagram {
     this.picture = svg("svg", { class: "network", role: "group", "aria-label": "The network, unrolled over time" });
     this.element = make("div", { class: "scroll" }, this.picture);
     this.asked = 0;
+    this.space = 0; // the width that the drawing fills
+    new ResizeObserver(() => {
+      if (this.element.clientWidth !== this.space) this.draw();
+    }).observe(this.element);
     view.on((changed) => {
       if (["step", "row", "place", "result", "shows", "theme"].some((name) => changed.has(name))) this.draw();
     });
@@ -37,9 +42,18 @@ export class NetworkDiagram {
     const asked = (this.asked += 1);
     const { view } = this;
     const rows = this.rowsOf();
-    const columns = this.element.clientWidth < 400 ? 2 : 3;
-    const count = Math.min(columns, Math.max(1, view.steps));
-    const first = Math.max(0, Math.min(view.step - 1, view.steps - count));
+    this.space = this.element.clientWidth;
+    const number = new Map(rows.map((row, n) => [row.name, n]));
+    const skips = rows.some((row, n) => row.sources.some((source) => number.get(source) !== n - 1)); // wires past a layer
+    const letters = Math.min(this.space < 400 ? 11 : 16, Math.max(4, ...rows.map((row) => row.name.length)));
+    const left = letters * CHARACTER + 12; // the names
+    const least = skips ? 28 : GAP.least;
+    const count = Math.min(Math.max(1, view.steps), Math.max(1, Math.floor((this.space - left - least) / (BOX.least + least))));
+    const fitting = Math.min((this.space - left) / (count + 0.25), (this.space - left - least) / count); // with a gap before the first
+    const across = Math.max(BOX.least + least, Math.min(BOX.most + GAP.most, fitting));
+    const gap = Math.max(least, Math.min(GAP.most, across / 4));
+    const boxWide = across - gap;
+    const first = Math.max(0, Math.min(view.step - Math.floor(count / 2), view.steps - count));
     const steps = view.steps ? Array.from({ length: count }, (_, n) => first + n) : [0];
     const planes = await Promise.all(
       rows.map(async (row) => {
@@ -50,44 +64,45 @@ export class NetworkDiagram {
       }),
     );
     if (asked !== this.asked) return;
-    const number = new Map(rows.map((row, n) => [row.name, n]));
-    const past = rows.some((row, n) => row.sources.some((source) => number.get(source) !== n - 1)) ? 30 : 0; // space for wires that skip a layer
-    const x = (column) => EDGE + past + 12 + column * (BOX.wide + GAP.across);
-    const wide = past + EDGE + steps.length * (BOX.wide + GAP.across) + 16;
-    const high = rows.length * (BOX.high + GAP.up) + 26;
-    const y = (n) => high - 34 - BOX.high - n * (BOX.high + GAP.up);
+    const x = (column) => left + gap + column * across;
+    const wide = x(steps.length);
+    const high = rows.length * (BOX.high + GAP.up) + 6;
+    const y = (n) => high - 30 - BOX.high - n * (BOX.high + GAP.up);
     const wires = [];
     const boxes = [];
     const arrow = (path, title) => wires.push(svg("path", { d: path, class: "wire", "marker-end": "url(#head)" }, title ? svg("title", {}, title) : null));
     const unrolled = (row) => row.timed || row.cells.length > 0;
     rows.forEach((row, n) => {
-      const across = unrolled(row) ? steps.map((_, column) => [x(column), BOX.wide]) : [[x(0), x(steps.length - 1) + BOX.wide - x(0)]];
-      across.forEach(([left, width], column) => {
+      const places = unrolled(row) ? steps.map((_, column) => [x(column), boxWide]) : [[x(0), x(steps.length - 1) + boxWide - x(0)]];
+      places.forEach(([start, width], column) => {
         for (const source of row.sources) {
           const below = number.get(source);
           // A node with one output per row is connected to the last step.
           const once = !unrolled(row) && unrolled(rows[below]) && !rows[below].timed;
-          const from = once ? x(steps.length - 1) + BOX.wide / 2 : unrolled(rows[below]) ? left + width / 2 : x(steps.length - 1) / 2 + (x(0) + BOX.wide) / 2;
-          const to = once ? from : left + width / 2;
+          const from = once ? x(steps.length - 1) + boxWide / 2 : unrolled(rows[below]) ? start + width / 2 : x(steps.length - 1) / 2 + (x(0) + boxWide) / 2;
+          const to = once ? from : start + width / 2;
           if (below === n - 1) arrow(`M ${from} ${y(below)} L ${to} ${y(n) + BOX.high + 5}`);
-          else arrow(`M ${from - BOX.wide / 2} ${y(below) + BOX.high / 2} C ${from - BOX.wide / 2 - 30} ${y(below)}, ${to - BOX.wide / 2 - 30} ${y(n) + BOX.high}, ${to - BOX.wide / 2 - 5} ${y(n) + BOX.high / 2}`);
+          else arrow(`M ${from - boxWide / 2} ${y(below) + BOX.high / 2} C ${from - boxWide / 2 - 26} ${y(below)}, ${to - boxWide / 2 - 26} ${y(n) + BOX.high}, ${to - boxWide / 2 - 5} ${y(n) + BOX.high / 2}`);
         }
-        boxes.push(this.box(row, n, left, y(n), width, unrolled(row) ? steps[column] : null, planes[n]));
+        boxes.push(this.box(row, n, start, y(n), width, unrolled(row) ? steps[column] : null, planes[n]));
       });
+      boxes.push(this.name(row, y(n), letters));
       if (!row.cells.length) return;
       const backwards = row.cells.some((cell) => cell.reverse);
       const forwards = row.cells.some((cell) => !cell.reverse);
       const word = row.cells[0].spec.kind === "lstm" ? "h and c" : "h";
       for (let column = 0; column <= steps.length; column += 1) {
-        const from = column === 0 ? 2 : x(column - 1) + BOX.wide;
-        const to = column === steps.length ? wide - 8 : x(column);
+        const from = x(column - 1) + boxWide;
+        const to = column === steps.length ? wide - 2 : x(column);
         if (forwards) arrow(`M ${from + 1} ${y(n) + BOX.high / 2 - (backwards ? 7 : 0)} L ${to - 6} ${y(n) + BOX.high / 2 - (backwards ? 7 : 0)}`, `${word} are passed to the next step`);
         if (backwards) arrow(`M ${to - 1} ${y(n) + BOX.high / 2 + (forwards ? 7 : 0)} L ${from + 6} ${y(n) + BOX.high / 2 + (forwards ? 7 : 0)}`, `${word} are passed to the previous step`);
       }
     });
-    const heads = steps.map((step, column) =>
-      svg("text", { x: x(column) + BOX.wide / 2, y: high - 8, class: step === view.step ? "stepname now" : "stepname" }, view.steps ? this.stepName(step) : ""),
+    const names = this.stepNames(steps, across);
+    const heads = names.map((name, column) =>
+      svg("text", { x: x(column) + boxWide / 2, y: high - 8, class: steps[column] === view.step ? "stepname now" : "stepname" }, name),
     );
+    if (view.steps && !names[0].startsWith("step")) heads.push(svg("text", { x: 0, y: high - 8, class: "stepname head" }, "step"));
     this.picture.setAttribute("viewBox", `0 0 ${wide} ${high}`);
     this.picture.style.width = `${wide}px`;
     const focused = this.picture.getRootNode().activeElement?.getAttribute?.("data-box") ?? null;
@@ -101,19 +116,52 @@ export class NetworkDiagram {
     if (focused !== null) this.picture.querySelector(`[data-box="${focused}"]`)?.focus({ preventScroll: true });
   }
 
-  stepName(step) {
+  // The steps' numbers and labels, or only the numbers if they don't fit; the word "step" is then at the left.
+  stepNames(steps, across) {
     const { view } = this;
-    const label = view.labels.kind === "text" ? ` “${view.labels.short(view.row, step)}”` : "";
-    const text = `step ${view.description.steps[step]}${label}`;
-    return text.length > 18 ? `${text.slice(0, 17)}…` : text;
+    if (!view.steps) return [""];
+    const numbers = steps.map((step) => String(view.description.steps[step]));
+    const words = numbers.map((number, n) => {
+      const label = view.labels.kind === "text" ? ` “${view.labels.short(view.row, steps[n])}”` : "";
+      const text = `step ${number}${label}`;
+      return text.length > 18 ? `${text.slice(0, 17)}…` : text;
+    });
+    const short = words.map((text) => text.slice("step ".length));
+    const fits = (texts) => Math.max(...texts.map((text) => text.length)) * 6.6 <= across - 4;
+    return [words, short, numbers.map((number) => `step ${number}`)].find(fits) ?? numbers;
+  }
+
+  // The name of a layer or an input, to the left of its boxes.
+  name(row, top, letters) {
+    const place = this.placeOf(row);
+    const chosen = this.chosen(place, row);
+    return svg(
+      "text",
+      { x: 0, y: top + BOX.high / 2 + 4.5, class: `rowname${chosen ? " now" : ""}${place === null ? " dim" : ""}`, onclick: place === null ? () => {} : () => this.choose(place, null) },
+      svg("title", {}, this.described(row)),
+      row.name.length > letters ? `${row.name.slice(0, letters - 1)}…` : row.name,
+    );
+  }
+
+  chosen(place, row) {
+    const { view } = this;
+    return place !== null && view.place.name === place.name && (view.place.kind === "input") === Boolean(row.input);
+  }
+
+  described(row) {
+    return row.input ? `${row.name}: an input, ${row.shape ?? ""}` : `${row.name}: ${row.kind} ${row.summary}, ${row.shape}`;
+  }
+
+  choose(place, step) {
+    this.view.set({ place, unit: 0, ...(step === null ? {} : { step }) });
+    this.view.follow();
+    this.onchoose?.(place);
   }
 
   box(row, n, left, top, width, step, plane) {
     const { view } = this;
     const place = this.placeOf(row);
-    const chosen = place !== null && view.place.name === place.name && (view.place.kind === "input") === Boolean(row.input) && (step === null || step === view.step);
-    const fits = Math.floor((width - 16) / 7.2);
-    const title = row.name.length > fits ? `${row.name.slice(0, fits - 1)}…` : row.name;
+    const chosen = this.chosen(place, row) && (step === null || step === view.step);
     const group = svg(
       "g",
       {
@@ -121,22 +169,16 @@ export class NetworkDiagram {
         ...(place === null ? {} : { role: "button", tabindex: "0", "data-box": `${n}-${step ?? "all"}` }),
         "aria-label": `${row.name}, ${row.input ? "input" : row.kind}${step === null ? "" : `, step ${view.description.steps[step]}`}`,
       },
-      svg("title", {}, row.input ? `${row.name}: an input, ${row.shape ?? ""}` : `${row.name}: ${row.kind} ${row.summary}, ${row.shape}${place === null && plane !== null ? `: ${Array.from(plane.data.slice(0, 12), (value) => shown(value, 4)).join(", ")}` : ""}`),
-      svg("rect", { x: left, y: top, width, height: BOX.high, rx: 7 }),
-      svg("text", { x: left + 8, y: top + 17 }, title),
-      ...this.chips(left + 8, top + 26, width - 16, step, plane),
+      svg("title", {}, `${this.described(row)}${place === null && plane !== null ? `: ${Array.from(plane.data.slice(0, 12), (value) => shown(value, 4)).join(", ")}` : ""}`),
+      svg("rect", { x: left, y: top, width, height: BOX.high, rx: 6 }),
+      ...this.chips(left + 5, top + 7, width - 10, step, plane),
     );
     if (place !== null) {
-      const choose = () => {
-        view.set({ place, unit: 0, ...(step === null ? {} : { step }) });
-        view.follow();
-        this.onchoose?.(place);
-      };
-      group.addEventListener("click", choose);
+      group.addEventListener("click", () => this.choose(place, step));
       group.addEventListener("keydown", (event) => {
         if (event.key === "Enter" || event.key === " ") {
           event.preventDefault();
-          choose();
+          this.choose(place, step);
         }
       });
     }
@@ -158,12 +200,13 @@ export class NetworkDiagram {
     const own = step === null ? 0 : plane.steps === this.view.steps ? step : Math.min(plane.steps - 1, Math.floor((step * plane.steps) / this.view.steps));
     const scale = scaleOf("", plane.range);
     const colours = palette(scale.kind, this.view.theme);
-    const count = Math.min(MOST_CHIPS, plane.units);
+    const count = Math.min(MOST_CHIPS, plane.units, Math.max(1, Math.floor(width / CHIP)));
     const size = Math.min(14, width / count);
+    const space = Math.min(1.5, size / 6);
     return Array.from({ length: count }, (_, unit) => {
       const value = plane.at(unit, own);
       const level = Math.max(0, Math.min(255, Math.floor(((value - scale.low) / (scale.high - scale.low)) * 255)));
-      return svg("rect", { x: left + unit * size, y: top, width: size - 1.5, height: 12, rx: 2, class: Number.isFinite(value) ? "chip" : "chip nothing", fill: Number.isFinite(value) ? cssColour(colours[level]) : null });
+      return svg("rect", { x: left + unit * size, y: top, width: size - space, height: 14, rx: 2, class: Number.isFinite(value) ? "chip" : "chip nothing", fill: Number.isFinite(value) ? cssColour(colours[level]) : null });
     });
   }
 }

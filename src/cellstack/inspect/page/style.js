@@ -34,9 +34,8 @@ header { display: flex; gap: 16px; align-items: flex-start; justify-content: spa
 .note { color: var(--muted); margin: 8px 0; max-width: 78ch; }
 .note:empty { display: none; }
 .warning { background: var(--warn-soft); color: var(--warn); border-radius: 8px; padding: 8px 12px; margin: 0 0 14px; max-width: none; }
-.stage { display: grid; grid-template-columns: minmax(0, auto) minmax(0, 1fr); gap: 20px; align-items: start; }
+.stage { display: grid; grid-template-columns: minmax(0, 440px) minmax(0, 1fr); gap: 20px; align-items: start; }
 .card { border: 1px solid var(--edge); border-radius: 12px; padding: 14px 16px; background: var(--ground); min-width: 0; }
-.net { max-width: 440px; }
 .net .scroll { max-height: 520px; overflow: auto; }
 .scroll { overflow-x: auto; max-width: 100%; }
 button, select, input[type="text"], input[type="number"] {
@@ -114,10 +113,13 @@ tbody th, thead th:first-child { text-align: left; }
 .network .box > rect:first-of-type { fill: var(--raised); stroke: var(--edge); stroke-width: 1.2; }
 .network .box.chosen > rect:first-of-type { stroke: var(--accent); stroke-width: 2.4; fill: var(--soft); }
 .network .box.dim { cursor: default; opacity: 0.75; }
-.network .box text { font-size: 12.5px; fill: var(--ink); font-weight: 600; }
+.network .rowname { font-size: 12.5px; fill: var(--ink); font-weight: 600; cursor: pointer; }
+.network .rowname.now { fill: var(--accent); }
+.network .rowname.dim { cursor: default; fill: var(--muted); }
 .network .chip { stroke: var(--edge); stroke-width: 0.6; }
 .network .nothing { fill: #000; stroke: #fff; }
 .network .stepname { font-size: 12px; text-anchor: middle; fill: var(--muted); }
+.network .stepname.head { text-anchor: start; }
 .network .stepname.now { fill: var(--ink); font-weight: 650; }
 .steptable td { padding: 2px; }
 .steptable { font-size: 12.5px; }
@@ -143,6 +145,7 @@ mark { background: var(--soft); color: var(--ink); border-radius: 3px; padding: 
 input[type="range"] { accent-color: var(--accent); width: 180px; min-height: 32px; }
 input[type="number"] { width: 100px; }
 output { font-weight: 600; min-width: 56px; display: inline-block; align-self: center; }
+.toolbar output { align-self: end; line-height: 32px; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; align-items: start; }
 .group { border-top: 1px solid var(--grid); padding-top: 10px; margin-top: 14px; }
 .group:first-child { border-top: 0; padding-top: 0; margin-top: 0; }
@@ -158,8 +161,6 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
   .inner { padding: 14px 12px 32px; }
   .stage { grid-template-columns: minmax(0, 1fr); gap: 14px; }
   .outcome { order: -1; }
-  .net { max-width: none; }
-  .net .scroll { max-height: 300px; }
   .card { padding: 12px; }
 }
 @media (prefers-reduced-motion: no-preference) { .tabs button { transition: color 0.15s, border-color 0.15s; } }

@@ -371,7 +371,7 @@ export class WhatIf {
     const said = [];
     if (changes.status) said.push(changes.status);
     else if (after !== null) said.push(`${countOf(changes)} changed; dashed: before.`);
-    if (changes.difference !== null) said.push(`Without changes, this page reproduces the trace to ${shown(changes.difference, 2)}.`);
+    if (changes.difference !== null) said.push(`Without changes, this page reproduces the trace to within ${shown(changes.difference, 2)}.`);
     this.status.textContent = said.join(" ");
   }
 
