@@ -220,7 +220,7 @@ def test_what_is_refused(run, saved, tmp_path, monkeypatch):
     monkeypatch.setattr("cellstack.inspect.contents.ROUNDED", ((10, np.float16),))
     status, out, err = run("model")
     assert (status, out) == (2, "")
-    assert "take some of the rows" in err
+    assert "select rows, rows=0" in err
     assert not (tmp_path / "model.html").exists()
 
 

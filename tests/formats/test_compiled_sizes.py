@@ -88,7 +88,7 @@ def test_a_branch_on_the_number_of_a_step_is_refused():
             return torch.stack(ys, 1)
 
     with pytest.raises(
-        cs.FormatError, match=r"Network: its loop .* treats some of them differently .* with 250 steps more"
+        cs.FormatError, match=r"Network: its loop .* treats some of them differently.* with 250 steps more"
     ):
         cs.compile(Loop(), X)
 

@@ -347,7 +347,7 @@ def test_a_trace_matches_the_run_and_is_restored_from_a_file(rng, tmp_path):
     again = load_trace(tmp_path / "a.trace")
     np.testing.assert_array_equal(again["decoder"].x[1], trace["decoder"].x[1])
     trace.save_html(tmp_path / "a.html")
-    assert "hand them on, which a page doesn" in (tmp_path / "a.html").read_text()
+    assert "start from the states of others, or pass on their own" in (tmp_path / "a.html").read_text()
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the page's engine")
