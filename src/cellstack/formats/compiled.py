@@ -398,7 +398,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
             return False
         return True
 
-    def goes(n: int, axis: int) -> bool:
+    def may_change(n: int, axis: int) -> bool:
         if takes({n: axis}):
             return True
         others: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
@@ -418,7 +418,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     found = []
     for n, value in enumerate(flat):
         if value.ndim > 2:
-            found.append([axis for axis in (0, 1) if len(flat) == 1 or goes(n, axis)] or [0, 1])
+            found.append([axis for axis in (0, 1) if len(flat) == 1 or may_change(n, axis)] or [0, 1])
         else:
             found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
     return found
@@ -573,7 +573,7 @@ class _Ends:
         import torch
 
         made: list[list[Any]] = []
-        after = self._goes_on()
+        after = self._next_states()
         for t in range(STEPS):
             now = [value.roll(t, -1) if n in self.data else value for n, value in enumerate(given)]
             if made:
@@ -585,7 +585,7 @@ class _Ends:
             for n in range(len(last))
         ]
 
-    def _goes_on(self) -> dict[int, int]:
+    def _next_states(self) -> dict[int, int]:
         """Return, for each input that is a state, the index of the output that is this state after a step."""
         ends = {tuple(map(tuple, refs)): name for name, refs in self.states.items()}
         # An h that is also an output of the network isn't among the states.
