@@ -115,7 +115,7 @@ struct Forward {
     T *q, *m, *p;
     // Scratch for narrow weights: rows of x; rows of h, r·h or o·φ(c); scales of rows: see Product.
     T *narrow_x, *narrow_h, *scales;
-    Patches<T> patches;  // lines and held start at the first of the rows
+    Patches<T> patches;  // `lines` and `held` start at the first of the rows
 };
 
 // The backward pass over rows of one layer, for steps n in [first, last) of the processing order, from last to first.

@@ -144,7 +144,7 @@ bool divides(const Weights<T>& weights) {
 
 // A rough estimate, in nanoseconds, of the time of some rows and blocks of a step, to compare cuts. A core computes two
 // multiply-adds per cycle, or two of pairs; each tile of rows loads its panel from the second-level cache, half of
-// which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from behind it.
+// which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from a slower level.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
     const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
