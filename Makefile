@@ -1,14 +1,14 @@
-# Every target makes the virtual environment .venv and installs what it needs. PYTHON=… picks another interpreter.
+# Every target creates the virtual environment .venv and installs what it needs. PYTHON=… selects another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A BLAS that is set to another processor's routines would make the peers look slow.
+# A BLAS that uses another processor's routines would slow down the libraries that benchmarks compare with.
 UNTUNED := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE
-# Tests start many processes: where no bytecode may be kept, each of these compiles the package anew.
+# Tests start many processes. Without bytecode files, each of these would compile the package again.
 CACHED := env -u PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
-# What pyproject.toml builds with. Without an environment of its own for each build, which has another path every time,
-# nothing that was compiled before is compiled again.
+# The build requirements of pyproject.toml. Builds use them from .venv: pip's isolated environment has a new path each
+# time, which would compile everything again.
 BUILD_NEEDS := 'scikit-build-core>=0.10' 'nanobind>=2.4' 'numpy>=2.0' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
@@ -18,13 +18,13 @@ INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/installed  ## the whole story on real speech, in under a minute
+demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
 	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile
 
-test-all: $(VENV)/tested  ## all tests, but for those that download
+test-all: $(VENV)/tested  ## all tests, except those that download
 	$(CACHED) $(BIN)/python -m pytest -m "not models"
 
 test-models: $(VENV)/tested  ## published models, downloaded, compared with their own runtimes
@@ -41,7 +41,7 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
-bench: $(VENV)/tested  ## cellstack and its peers, in one run
+bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
 	$(INSTALL) '.[bench]'
 	for name in inference training accelerate text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
@@ -53,7 +53,7 @@ guard: $(VENV)/ready  ## the compiler's memory, and the kernel's instructions (v
 	$(BIN)/python tests/guard/compiler.py
 	$(BIN)/python tests/guard/instructions.py $(if $(RECORD),--record)
 
-clean:  ## remove what the targets made
+clean:  ## remove what the targets created
 	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 

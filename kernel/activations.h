@@ -1,5 +1,5 @@
-// Activations and their slopes. The usual ones, tanh and sigmoid, are constants in a copy of each routine, so that
-// their switch costs nothing there.
+// Activations and their derivatives. The default ones, tanh and sigmoid, are constants in a specialised copy of each
+// routine, where the switch costs nothing.
 #pragma once
 #include "description.h"
 #include "vec.h"
@@ -48,7 +48,7 @@ INLINE V<T> apply(const Activation& activation, V<T> z) {
     }
 }
 
-// Derivative of an activation, from its value.
+// The derivative of an activation, as a function of its value.
 template <class T>
 INLINE V<T> slope(const Activation& activation, V<T> y) {
     const V<T> zero = splat(T(0)), one = splat(T(1));
@@ -85,13 +85,13 @@ INLINE V<T> slope(const Activation& activation, V<T> y) {
 
 constexpr Activation kUsualTanh = {kTanh, 0, 0}, kUsualSigmoid = {kSigmoid, 0, 0};
 
-// The activation of a gate that usually has tanh (`Tanh`) or sigmoid.
+// The activation of a gate whose default is tanh (`Tanh`) or sigmoid.
 template <class T, bool Usual, bool Tanh>
 INLINE V<T> act(const Activation& activation, V<T> z) {
     return apply<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : activation, z);
 }
 
-// Values of the activations at the ends of a clip: a gate that has one of them, or lies beyond, has no slope.
+// The values of the activations at the bounds of a clip: at or beyond them the derivative of a gate is 0.
 template <class T>
 struct Limits {
     bool on;
@@ -100,7 +100,7 @@ struct Limits {
         if (!on) return;
         const V<T> end = splat(T(d.clip));
         for (int k = 0; k < 5; ++k) {
-            // the one that falls back to zero in between has its ends where it is z itself
+            // a thresholded ReLU is 0 in between, so its bounds are those of z
             const Activation a =
                 d.activations[k].code == kThresholdedRelu ? Activation{kLinear, 0, 0} : d.activations[k];
             const V<T> first = apply<T>(a, -end), second = apply<T>(a, end);

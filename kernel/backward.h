@@ -1,5 +1,5 @@
-// Backward, some steps at a time: their dz, last to first, with dh going through the transposed weights; then, over all
-// of these steps and rows at once, the gradients of x and of the weights.
+// The backward pass, some steps at a time: first their dz, from last to first, with dh through the transposed weights;
+// then the gradients of x and of the weights, over all of these steps and rows at once.
 #pragma once
 #include "gru.h"
 #include "lstm.h"
@@ -9,7 +9,7 @@
 namespace cellstack {
 namespace {
 
-// A block of a row of the plain LSTM, from dh and dc after the step to dz and dc before it.
+// One block of a row of the plain LSTM: from dh and dc after the step to dz, and dc before the step.
 template <class T>
 INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const Place& at, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
@@ -37,7 +37,7 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     store(dc_at, dc);
 }
 
-// Outputs and their panels that belong to the blocks that are run now: all where h is projected.
+// The blocks of h, and their panels, that belong to the blocks of this call: all of them if h is projected.
 template <class T>
 struct Outputs {
     int64_t block, end_block, panel, end_panel;
@@ -48,7 +48,8 @@ struct Outputs {
           end_panel((end_block + kBlocksOfPanel - 1) / kBlocksOfPanel) {}
 };
 
-// What rows that started afresh before step n pass on goes into the initial state, not into the step before.
+// The gradient of the state of rows that were reset before step n: it is added to that of the initial state, and the
+// step before gets none.
 template <class T>
 __attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
@@ -70,8 +71,8 @@ __attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int
     }
 }
 
-// dh before step n: dq through the transposed weights, for rows that the mask lets in, and (not Plain) what was
-// carried. Panels go up in even steps and down in odd ones: the last ones are still in the cache.
+// dh before step n: dq times the transposed weights, for unmasked rows, plus (not Plain) the part in `carry`. Panels in
+// ascending order at even steps, descending at odd ones: the last ones are still in the cache.
 template <class T, bool Plain>
 void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
@@ -115,10 +116,10 @@ void run_blocks_back(Backward<T>& f) {
     }
 }
 
-// From dh after the step to the gradient of h without zoneout, into dm (or dp, where h was projected), and what of dh
-// goes past the step, into carry.
+// From dh after the step to the gradient of h before zoneout, stored in dm (in dp if h is projected); the part of dh
+// that passes to the step before unchanged, by zoneout or a mask, is stored in `carry`.
 template <class T>
-void give_back(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int64_t unit_columns, bool used) {
+void output_gradient(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int64_t unit_columns, bool used) {
     const Description& d = *f.d;
     const int64_t t = time_of(f, n);
     const Outputs<T> own(f);
@@ -137,9 +138,9 @@ void give_back(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int6
     }
 }
 
-// A row that the mask leaves out has no gradient but what passes by.
+// A masked row: its gradients pass to the step before, and its dz is zero.
 template <class T>
-void leave_out(const Backward<T>& f, int64_t r, int64_t n) {
+void mask_row(const Backward<T>& f, int64_t r, int64_t n) {
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
@@ -180,12 +181,12 @@ void run_rows_back(Backward<T>& f) {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
         if (part == 0) {
-            rows([&](int64_t r, bool used) { give_back(f, r, n, columns, unit_columns, used); });
+            rows([&](int64_t r, bool used) { output_gradient(f, r, n, columns, unit_columns, used); });
             if (Kind == kLstm && d.projects())
                 to_dm(f.dp, 1, f.output_blocks, f.projection_t, H, 0, unit_columns / wide);
             rows([&](int64_t r, bool used) {
                 if (!used)
-                    leave_out(f, r, n);
+                    mask_row(f, r, n);
                 else if constexpr (Kind == kLstm)
                     lstm_row_back<T, Usual>(f, limits, r, n, unit_columns);
                 else if constexpr (Kind == kGru)
@@ -196,7 +197,7 @@ void run_rows_back(Backward<T>& f) {
         }
         if constexpr (Kind != kGru) continue;
         if (part == 1) {
-            // What goes into r's place is what the product of the whole is going to read of it, and not before.
+            // At this point dz of r is zero, so the product doesn't include it; the next phase computes it.
             const Outputs<T> own(f);
             to_dm(f.dz, d.gates(), f.blocks, f.candidate_t, d.output, own.panel, own.end_panel);
         } else if (part == 2) {
@@ -243,12 +244,12 @@ void input_gradient(const Tiles<T>& tiles, const T* dz, int gates, int64_t block
     });
 }
 
-// Where sums of weights are: how far blocks, columns and gates are apart.
+// The distances between blocks, columns and gates in the sums of weight gradients.
 struct Sums {
     int64_t block, column, gate;
 };
 
-// Numbers side by side of a row and of the one after it, which may be missing, as pairs.
+// Joins a row and the next one, which may be missing, to a row of pairs.
 template <class T>
 INLINE void pair_up(T* to, const T* a, const T* b, int64_t n) {
     if constexpr (kHasPairs && sizeof(T) == 4) {
@@ -286,7 +287,7 @@ void weight_gradient(const WeightGradient<T>& f) {
                                wide);
                 }
         }
-        const int vectors = N > 1 ? N : G;  // one gate of some blocks, or the gates of one
+        const int vectors = N > 1 ? N : G;  // one gate of several blocks, or all gates of one block
         for (int64_t piece = 0; piece < pieces; ++piece) {
             const int64_t m = count * piece / pieces, rows = count * (piece + 1) / pieces - m;
             const bool more = f.more || piece > 0;
@@ -295,7 +296,7 @@ void weight_gradient(const WeightGradient<T>& f) {
                 const int64_t stride = gradient_stride(of.columns), H = f.units;
                 const Sums apart = f.rows ? Sums{of.columns * wide, wide, W} : Sums{W, G * H, H};
                 T* sums = f.rows ? of.sums + (block - f.first) * apart.block : of.out + block * W;
-                // Where vectors reach beyond what is to be written, a tile's sums pass through memory of its own.
+                // If the vectors extend beyond what may be written, the sums of a tile pass through a separate buffer.
                 const bool whole = f.rows || (lanes == W && of.first_gate == 0 && of.last_gate == G);
                 const Sums inside = whole ? apart : Sums{0, wide, W};
                 Tile<T> t = tile_over<T>(rows);

@@ -1,6 +1,6 @@
-// The kernel for Python. Addresses are plain integers, or NumPy arrays read through NumPy's own interface: a DLPack
-// exchange costs more than a step. Shapes and dtypes are checked in Python, before anything here is called; see cell.h
-// for what each pointer means.
+// The Python bindings of the kernel. Addresses are integers, or NumPy arrays read through NumPy's C API: a DLPack
+// exchange costs more than a step. Shapes and dtypes are checked in Python before any call; see cell.h for what each
+// pointer means.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -31,11 +31,12 @@ using namespace cellstack;
 
 namespace {
 
-// What may be handed over where an address is expected.
+// How the memory of an argument is used.
 enum class Use { kRead, kWrite, kStrided };
 
-// Where an argument's numbers lie. Python gives a number (0 = absent), None (absent) or a NumPy array, which is kept
-// alive as long as the description that it is part of; it must be aligned and, but for strided ones, contiguous.
+// The address of an argument's numbers. Python passes an integer (0 = absent), None (absent) or a NumPy array, which is
+// kept alive as long as the object that contains this address. An array must be aligned and, unless it is kStrided,
+// contiguous.
 template <Use>
 struct Address {
     void* at = nullptr;
@@ -77,7 +78,7 @@ struct nb::detail::type_caster<Address<use>> {
 
 namespace {
 
-// The call of the kernel as Python describes it: cell.h's Sequences, Layer and Gradients before their type is known.
+// A call as Python describes it: cell.h's Sequences, Layer and Gradients before their number type is known.
 struct SequencesOf {
     int64_t batch, steps;
     Strided x;
@@ -127,7 +128,7 @@ struct LayerOf {
     }
 };
 
-// The arrays of a cell in a tuple, in the order of cellstack.spec.ARRAYS.
+// The arrays of a cell from a tuple, in the order of cellstack.spec.ARRAYS.
 template <class T>
 Arrays<T> arrays_of(const nb::tuple& tuple) {
     if (tuple.size() != kArrays) throw nb::value_error("arrays: expected one entry for each of spec.ARRAYS");
@@ -171,7 +172,7 @@ void run_forward(const SequencesOf& sequences, const nb::list& entries, int thre
     const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
     for (const Layer<T>& layer : layers)
         if ((layer.weights->description().rows || narrow(layer.weights->element())) && !layer.weights->copied())
-            throw nb::value_error("forward: expected weights in rows, or of fewer bits, to be copied");
+            throw nb::value_error("forward: weights in rows, or with fewer bits, must be copied (copy=True)");
     const Sequences<T> in = sequences.as<T>();
     nb::gil_scoped_release released;
     forward<T>(in, layers, threads);
@@ -181,9 +182,9 @@ template <class T>
 void run_backward(const SequencesOf& sequences, const nb::list& entries, const nb::list& wanted, int threads) {
     const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
     const std::vector<Gradients<T>> gradients = each(wanted, &GradientsOf::as<T>);
-    if (layers.size() != gradients.size()) throw nb::value_error("backward: expected gradients of each layer");
+    if (layers.size() != gradients.size()) throw nb::value_error("backward: expected one Gradients per layer");
     for (const Layer<T>& layer : layers)
-        if (layer.weights->copied()) throw nb::value_error("backward: expected weights that weren't copied");
+        if (layer.weights->copied()) throw nb::value_error("backward: the weights must not be copied (copy=False)");
     const Sequences<T> in = sequences.as<T>();
     nb::gil_scoped_release released;
     backward<T>(in, layers, gradients, threads);
@@ -199,7 +200,7 @@ constexpr const char* kElements[] = {"float32", "float64", "bfloat16", "int8"}; 
 Element element_named(const std::string& name) {
     for (int k = 0; k < 4; ++k)
         if (name == kElements[k]) return Element(k);
-    throw nb::value_error(("expected float32, float64, bfloat16 or int8, got " + name).c_str());
+    throw nb::value_error(("element: expected float32, float64, bfloat16 or int8, got " + name).c_str());
 }
 
 template <class T>
@@ -214,13 +215,14 @@ Array<T> new_array(std::initializer_list<size_t> shape) {
     return Array<T>(data, shape, owner);
 }
 
-// Holds a stream for one call: its state is being written, and a second thread would find it half done.
+// Reserves a stream for one call: a second thread would read a state that is being written.
 class InUse {
   public:
     explicit InUse(std::atomic_flag& busy) : busy_(busy) {
         if (busy_.test_and_set(std::memory_order_acquire))
             throw std::runtime_error(
-                "Stream: expected one thread at a time, got a call while another one runs: fork()");
+                "Stream: only one thread at a time can use a stream, and another call is running: "
+                "fork() makes a stream for each thread");
     }
     ~InUse() { busy_.clear(std::memory_order_release); }
     InUse(const InUse&) = delete;
@@ -229,19 +231,19 @@ class InUse {
     std::atomic_flag& busy_;
 };
 
-// Rows whose states a call reads and writes, so that no other call takes them meanwhile. A with statement enters and
-// leaves what is written in C++ with no moment in between at which the handler of a signal could raise; written in
-// Python, a row could stay taken for good. The interpreter's lock guards it all.
+// Reserves the rows whose states a call reads and writes. It is written in C++ because there a signal handler can't
+// raise while a with statement enters or leaves; in Python, a row could stay reserved forever. The GIL protects all of
+// it.
 class Turns {
   public:
     explicit Turns(size_t rows) : taken_(rows, 0) {}
 
-    // What a call takes: the rows at these places, or all.
+    // The rows of one call: those with these indices, or all.
     class Turn {
       public:
         Turn(Turns& of, std::vector<int64_t> rows) : of_(of), rows_(std::move(rows)) {}
-        // None, and the rows are taken; or the number among them of the first that is taken already, and whether by
-        // this call itself, as it is among them twice.
+        // Returns None if the rows are now taken; otherwise the position of the first row that was taken already, and
+        // whether this call took it itself because `rows` contains it twice.
         nb::object enter() {
             const auto row = [&](size_t n) -> char& { return of_.taken_[size_t(rows_[n])]; };
             for (size_t n = 0; n < rows_.size(); ++n) {
@@ -279,7 +281,8 @@ class Turns {
         const auto* first = static_cast<const int64_t*>(PyArray_DATA(array));
         all.assign(first, first + PyArray_DIM(array, 0));
         for (int64_t row : all)
-            if (row < 0 || size_t(row) >= taken_.size()) throw nb::index_error("Turns: no such row");
+            if (row < 0 || size_t(row) >= taken_.size())
+                throw nb::index_error(("Turns: there is no row " + std::to_string(row)).c_str());
         return {*this, std::move(all)};
     }
 
@@ -287,7 +290,7 @@ class Turns {
     class Free {
       public:
         Free(Turns& of, nb::object open) : of_(of), open_(std::move(open)) {}
-        // The row, which is then taken; or None where there is none.
+        // Takes such a row and returns it, or returns None if there is none.
         nb::object enter() {
             auto* array = reinterpret_cast<PyArrayObject*>(open_.ptr());
             const auto* open = static_cast<const char*>(PyArray_DATA(array));
@@ -315,16 +318,16 @@ class Turns {
         auto* array = reinterpret_cast<PyArrayObject*>(open.ptr());
         if (!PyArray_CheckExact(open.ptr()) || PyArray_TYPE(array) != NPY_BOOL || PyArray_NDIM(array) != 1 ||
             !PyArray_ISCARRAY_RO(array) || size_t(PyArray_DIM(array, 0)) != taken_.size())
-            throw nb::type_error("Turns: expected a contiguous array of bool, one a row");
+            throw nb::type_error("Turns: expected open as a contiguous array of bool, one per row");
         return {*this, std::move(open)};
     }
 
   private:
     std::vector<char> taken_;
-    size_t next_ = 0;  // where the next free row is looked for first
+    size_t next_ = 0;  // where the search for a free row starts
 };
 
-// A stream with the Python objects of its weights, which it keeps alive.
+// A stream that keeps the Python objects of its weights alive.
 template <class T>
 class BoundStream {
   public:
@@ -368,13 +371,14 @@ class BoundStream {
     }
     using State = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
     void set_state(size_t layer, const State& h, std::optional<State> c) {
-        if (layer >= stream_.weights().size()) throw nb::index_error("Stream: no such layer");
+        if (layer >= stream_.weights().size())
+            throw nb::index_error(("Stream: there is no layer " + std::to_string(layer)).c_str());
         const Description& d = description(layer);
         const auto fits = [&](const State& array, int64_t width) {
             return int64_t(array.shape(0)) == stream_.batch() && int64_t(array.shape(1)) == width;
         };
         if (!d.keeps_state() || !fits(h, d.output) || c.has_value() != (d.kind == kLstm) || (c && !fits(*c, d.units)))
-            throw nb::value_error("Stream: a state has the wrong shape");
+            throw nb::value_error("Stream: the state has the wrong shape");
         const InUse in_use(busy_);
         stream_.set_state(int(layer), h.data(), c ? c->data() : nullptr);
     }
@@ -383,10 +387,10 @@ class BoundStream {
     static std::vector<const Weights<T>*> pointers(const nb::list& weights) {
         std::vector<const Weights<T>*> all;
         for (nb::handle w : weights) all.push_back(nb::cast<const Weights<T>*>(w));
-        if (all.empty()) throw nb::value_error("Stream: no layers");
+        if (all.empty()) throw nb::value_error("Stream: expected at least one layer");
         return all;
     }
-    // NumPy's own interface, not nanobind's: two arrays through DLPack cost more than the step of a small cell.
+    // NumPy's C API, not nanobind's arrays: two arrays through DLPack cost more than a step of a small cell.
     template <int Dims>
     nb::object advance(nb::handle given) {
         const Description &first = description(0), &last = description(stream_.weights().size() - 1);
@@ -411,9 +415,8 @@ class BoundStream {
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
 
-// Layers over whole sequences, from their cells' initial states; of those past the first `timed`, which keep no state,
-// the steps are the last h alone. What a network of cells and dense layers needs, as one call that costs little beside
-// its steps.
+// Layers over whole sequences, from their cells' initial states. The layers after the first `timed` have no state and
+// only process the last h. It computes a network of cells and dense layers in one call with little overhead.
 template <class T>
 class BoundStack {
   public:
@@ -421,12 +424,14 @@ class BoundStack {
         : kept_(nb::tuple(weights)), timed_(timed), last_(last) {
         for (nb::handle w : weights) weights_.push_back(nb::cast<const Weights<T>*>(w));
         if (!timed || timed > weights_.size() || (timed < weights_.size() && !last))
-            throw nb::value_error("Stack: expected layers over time, and beyond them some of the last h");
+            throw nb::value_error(
+                "Stack: expected at least one layer over time, and last=True if layers follow that process the last h");
         if (last && !weights_[timed - 1]->description().keeps_state())
-            throw nb::value_error("Stack: expected a cell before what takes the last h");
+            throw nb::value_error("Stack: the layer whose last h is used must be a cell");
     }
 
-    // y [B, T, P] of x [B, T, I], or [B, P] of the last step; None where x isn't an array as the kernel takes it.
+    // Returns y [B, T, P] for x [B, T, I], or [B, P] for the last step; None if x isn't an array that the kernel
+    // accepts.
     nb::object run(nb::handle given, int threads) const {
         auto* x = reinterpret_cast<PyArrayObject*>(given.ptr());
         constexpr int type = sizeof(T) == 8 ? NPY_DOUBLE : NPY_FLOAT;
@@ -499,14 +504,15 @@ void bind_activate(nb::module_& m) {
         "One activation over an array, for tests.");
 }
 
-// Asks the system for large pages behind memory that was just allocated, before anything is written there: fetching
-// some ten megabytes page by page takes longer than writing them.
+// Asks the system for large pages for memory that was just allocated, before it is written: for some ten megabytes, the
+// page faults of small pages take longer than the writes.
 void prefer_large_pages(void* memory, size_t bytes) {
 #ifdef __linux__
     constexpr uintptr_t page = 4096;
     const uintptr_t first = (uintptr_t(memory) + page - 1) / page * page,
                     last = (uintptr_t(memory) + bytes) / page * page;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: it may say no
+    // Only a hint: failure is harmless.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
@@ -514,8 +520,8 @@ void prefer_large_pages(void* memory, size_t bytes) {
 
 NB_MODULE(_kernel, m) {
     if (PyArray_ImportNumPyAPI() < 0) nb::raise_python_error();
-    nb::set_leak_warnings(false);  // weights that a module of the user's still holds at exit are no leak
-    m.doc() = "The kernel: recurrent cells on the CPU. Addresses are integers; nothing checks shapes here.";
+    nb::set_leak_warnings(false);  // weights that a user's module still references at exit are no leak
+    m.doc() = "The kernel: recurrent cells on the CPU. Addresses are integers; shapes are not checked here.";
     if (const char* asked = std::getenv("CELLSTACK_ISA"); asked && !set_instruction_set(asked)) {
         std::string message = std::string("CELLSTACK_ISA: expected one of this machine's instruction sets (");
         for (const char* name : instruction_sets()) message += std::string(name) + ", ";
@@ -532,18 +538,18 @@ NB_MODULE(_kernel, m) {
             for (const char* name : instruction_sets()) names.append(name);
             return names;
         },
-        "Instruction sets that this machine runs, best first.");
+        "The instruction sets that this machine supports, best first.");
     m.attr("THREAD_WORK") = kThreadWork;
     m.def("isa", &instruction_set, "The instruction set in use.");
     m.def(
         "set_isa",
         [](const char* name) {
-            if (!set_instruction_set(name)) throw nb::value_error("set_isa: this machine has no such instruction set");
+            if (!set_instruction_set(name))
+                throw nb::value_error((std::string("set_isa: this machine doesn't support ") + name).c_str());
         },
         "name"_a,
-        "Use another instruction set for weights packed from now on, all of them; '' for the best, as at the start, "
-        "where "
-        "float weights of few units go to narrower vectors.");
+        "Use this instruction set for all weights packed from now on; '' for the default: the best one, and AVX2 for "
+        "float layers of few units.");
 
     nb::class_<Description>(m, "Description")
         .def(
@@ -565,13 +571,13 @@ NB_MODULE(_kernel, m) {
             },
             "kind"_a, "input_size"_a, "units"_a, "output_size"_a, "activations"_a, "use_bias"_a, "peepholes"_a,
             "coupled"_a, "layer_norm"_a, "reset_after"_a, "norm_epsilon"_a, "clip"_a, "cell_clip"_a, "zoneout"_a,
-            "zoneout_cell"_a, "rows"_a = false, "A cell without its arrays: cellstack.native makes one of a CellSpec.");
+            "zoneout_cell"_a, "rows"_a = false,
+            "A cell without its arrays; cellstack.native makes it from a CellSpec.");
     m.def(
         "weights",
         [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy) -> nb::object {
             const Element element = element_named(name);
-            if (element == Element::kInt8 && !copy)
-                throw nb::value_error("weights: expected int8 with copy=True alone");
+            if (element == Element::kInt8 && !copy) throw nb::value_error("weights: int8 requires copy=True");
             if (element == Element::kFloat64)
                 return nb::cast(new Weights<double>(description, arrays_of<const double>(arrays), copy),
                                 nb::rv_policy::take_ownership);
@@ -607,22 +613,20 @@ NB_MODULE(_kernel, m) {
             return weights.size() && nb::isinstance<Weights<double>>(weights[0]) ? of(0.0) : of(0.0f);
         },
         "weights"_a, "batch"_a, "steps"_a, "resets"_a, "threads"_a,
-        "How threads cut a call up: groups of rows; in each, teams that share out the layers, and shares of the "
-        "units.");
+        "How a call is divided among threads: groups of rows, and in each group teams that divide the layers, or "
+        "shares of the units.");
     m.def(
         "prefer_large_pages",
         [](uintptr_t memory, size_t bytes) { prefer_large_pages(reinterpret_cast<void*>(memory), bytes); }, "memory"_a,
-        "bytes"_a,
-        "Ask the system for large pages behind memory that was just allocated, which are faster to get than small "
-        "ones.");
+        "bytes"_a, "Ask the system for large pages for memory that was just allocated: they cause fewer page faults.");
     nb::class_<Turns>(m, "Turns")
         .def(nb::init<size_t>(), "rows"_a)
         .def("free", &Turns::free, "open"_a, nb::keep_alive<0, 1>(),
-             "What takes a row that is neither taken nor open, for the length of a with statement, which gives its "
-             "number, or None where there is none.")
+             "A context manager that takes a row which is neither taken nor open: it returns the row's number, or None "
+             "if there is none.")
         .def("turn", &Turns::turn, "rows"_a.none() = nb::none(), nb::keep_alive<0, 1>(),
-             "What takes rows for the length of a with statement, which gives None where they are taken, or what stood "
-             "in the way: its number among the rows, and whether it is among them twice.");
+             "A context manager that takes rows: it returns None; or, if a row was already taken, its position among "
+             "the rows, and whether it is listed twice.");
     nb::class_<Turns::Free>(m, "Free").def("__enter__", &Turns::Free::enter).def("__exit__", &Turns::Free::exit);
     nb::class_<Turns::Turn>(m, "Turn").def("__enter__", &Turns::Turn::enter).def("__exit__", &Turns::Turn::exit);
     const auto none = nb::none();

@@ -1,8 +1,8 @@
-// What cells of every kind are made of, forward and backward, from the sums of a row to its gates and state and back:
-// lstm.h, gru.h and rnn.h have the equations of each. A flag is found by its name in Description.
+// The parts that all cells share, forward and backward: from the sums of a row to its gates and state, and back.
+// lstm.h, gru.h and rnn.h have the equations of each. Flags have the names that they have in Description.
 //
-// `Plain` is the LSTM without flags, whose blocks of units pass from the sums to h in registers; all else goes row by
-// row. `Usual` is any cell whose activations are the usual ones.
+// `Plain` is the LSTM without flags, whose blocks of units are computed from the sums to h in registers; all other
+// cells are computed row by row. `Usual` is any cell with the default activations.
 #pragma once
 #include "activations.h"
 #include "leaf.h"
@@ -11,7 +11,7 @@
 namespace cellstack {
 namespace {
 
-// Where a row's block of units lies: from `unit` on, `lanes` of them.
+// A block of units of row r at time t: `lanes` units, starting at `unit`.
 struct Place {
     int64_t r, t, unit;
     int lanes;
@@ -28,7 +28,7 @@ INLINE void each_block(int64_t r, int64_t t, int64_t blocks, int64_t units, F&& 
     for (int64_t block = 0; block < blocks; ++block) body(place<T>(r, t, block, units));
 }
 
-// The blocks of a row that are run now.
+// Calls body for the blocks of a row that this call computes.
 template <class T, class F>
 INLINE void each_block(const Forward<T>& f, int64_t r, int64_t t, F&& body) {
     for (int64_t block = f.block; block < f.end_block; ++block) body(place<T>(r, t, block, f.w.d->units));
@@ -39,19 +39,19 @@ INLINE V<T> limited(double limit, V<T> z) {
     return limit < __builtin_inf() ? clamp(z, T(-limit), T(limit)) : z;
 }
 
-// Share `keep` of the old value, the rest of the new one.
+// The fraction `keep` of the old value plus the rest of the new one.
 template <class T>
 INLINE V<T> mixed(V<T> keep, V<T> old, V<T> fresh) {
     return fma(keep, old, (splat(T(1)) - keep) * fresh);
 }
 
-// The zoneout of a block: a mask of the call's, or the description's rate.
+// The zoneout of a block: the mask passed for this call, or the description's rate.
 template <class T>
 INLINE V<T> zone(const T* mask, double rate, int64_t steps, int64_t width, const Place& at) {
     return mask ? load_lanes(mask + (at.r * steps + at.t) * width + at.unit, at.lanes) : splat(T(rate));
 }
 
-// What patches make of a block of a target: `before` is what it was after the step before.
+// A block of a target after its patch; `before` is its value after the previous step.
 template <class T>
 __attribute__((noinline)) V<T> patched(const Patches<T>& p, int32_t line, const Place& at, V<T> v, V<T> before) {
     const T* row = p.table + line * 3 * p.width + at.unit;
@@ -88,7 +88,7 @@ INLINE T total(V<T> v) {
     return sum;
 }
 
-// Ones in the lanes that are units, zeros beyond.
+// Ones in lanes that are units, zeros in padding.
 template <class T>
 INLINE V<T> lanes_of(const Place& at) {
     V<T> ones{};
@@ -96,7 +96,7 @@ INLINE V<T> lanes_of(const Place& at) {
     return ones;
 }
 
-// v = (v - mean) / deviation over `gates` gates of a row, `stride` apart; returns the deviation's reciprocal.
+// v = (v - mean) / deviation over `gates` gates of a row, `stride` apart; returns the reciprocal of the deviation.
 template <class T>
 INLINE T standardise(T* v, int gates, int64_t stride, int64_t units, double epsilon) {
     constexpr int W = Vec<T>::W;
@@ -122,7 +122,7 @@ INLINE T standardise(T* v, int gates, int64_t stride, int64_t units, double epsi
     return reciprocal;
 }
 
-// Gates that are normalised together: all of them, but for a GRU z and r, then g.
+// Gates that are normalised together: all of them; in a GRU z and r, and separately g.
 struct Groups {
     int count, first[2], size[2];
     explicit Groups(const Description& d) : count(1), first{0, 2}, size{d.gates(), 1} {
@@ -137,7 +137,7 @@ INLINE V<T> bias_at(const Panels<T>& w, const T* bias, int gate, const Place& at
     return load(bias + at.unit * w.d->gates() + gate * Vec<T>::W);
 }
 
-// The two sums of a row, [gates][stride] each, normalised, times their gain, plus their bias.
+// Normalises the two sums of a row, [gates][stride] each, multiplies them by their gain and adds their bias.
 template <class T>
 void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t stride) {
     const Description& d = *f.w.d;
@@ -154,7 +154,7 @@ void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t st
             if (norms) norms[2 * wide + 2 * side + k] = reciprocal;
         }
         if (norms && groups.count == 1)
-            norms[2 * wide + 2 * side + 1] = 0;  // nothing that is given out is left unwritten
+            norms[2 * wide + 2 * side + 1] = 0;  // not used, but no part of an output array is left unwritten
         for (int g = 0; g < d.gates(); ++g)
             each_block<T>(r, t, f.w.blocks, H, [&](const Place& at) INLINED {
                 T* sum = sums + g * stride + at.unit;
@@ -166,7 +166,7 @@ void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t st
     }
 }
 
-// ── out of a step ────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── outputs of a step ────────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class T>
 INLINE void write_h(const Forward<T>& f, const Place& at, V<T> kept, V<T> fed, T* h_next) {
@@ -176,15 +176,15 @@ INLINE void write_h(const Forward<T>& f, const Place& at, V<T> kept, V<T> fed, T
     if (f.y) store_lanes(f.y + at.r * f.y_row + at.t * f.y_time + at.unit, kept, at.lanes);
 }
 
-// h before the step, as it was given out.
+// h before the step, without recurrent dropout.
 template <class T>
 INLINE V<T> h_before(const Forward<T>& f, const Place& at, const T* h) {
     return load((f.recurrent_dropout ? f.h_kept : h) + at.r * f.w.output_blocks * Vec<T>::W + at.unit);
 }
 
-// A block of h goes out: to the next step, and to y.
+// Writes a block of h for the next step, and to y.
 template <class T, bool Plain>
-INLINE void give(const Forward<T>& f, const Place& at, V<T> fresh, const T* h, T* h_next) {
+INLINE void write_output(const Forward<T>& f, const Place& at, V<T> fresh, const T* h, T* h_next) {
     const Description& d = *f.w.d;
     V<T> kept = fresh;
     if (!Plain && d.zoneout > 0)
@@ -211,7 +211,7 @@ INLINE void keep_cell(const Forward<T>& f, const Place& at) {
     store_lanes(f.cells + (at.r * f.steps + at.t) * f.w.d->units + at.unit, c, at.lanes);
 }
 
-// A row that the mask leaves out: its state stays, its gates are zero.
+// A masked row: its state stays, its gates are zero.
 template <class T>
 void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
     const Description& d = *f.w.d;
@@ -220,7 +220,7 @@ void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
         write_h(f, at, h_before(f, at, h), load(h + r * f.w.output_blocks * Vec<T>::W + at.unit), h_next);
     };
     if (d.projects()) each_block<T>(r, t, f.w.output_blocks, d.output, stay);
-    if (f.m) memset(f.m + r * wide, 0, size_t(wide) * sizeof(T));  // what a projection is going to read
+    if (f.m) memset(f.m + r * wide, 0, size_t(wide) * sizeof(T));  // which the projection reads
     if (f.norms) memset(f.norms + here * d.norm_size(), 0, size_t(d.norm_size()) * sizeof(T));
     each_block(f, r, t, [&](const Place& at) {
         if (!d.projects()) stay(at);
@@ -230,21 +230,21 @@ void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
     });
 }
 
-// ── back ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── backward ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// The blocks of a row that are run now.
+// Calls body for the blocks of a row that this call computes.
 template <class T, class F>
 INLINE void each_block(const Backward<T>& f, int64_t r, int64_t t, F&& body) {
     for (int64_t block = f.block; block < f.end_block; ++block) body(place<T>(r, t, block, f.d->units));
 }
 
-// Which of the gates and norms are those of a row at a time.
+// The index of a row and time in the stored gates and norms.
 template <class T>
 INLINE int64_t kept_at(const Backward<T>& f, int64_t r, int64_t t) {
     return f.kept_first + r * f.kept_row + t * f.kept_time;
 }
 
-// What the state was before step n of a row: null for zeros.
+// The state before step n of a row; null: zeros.
 template <class T>
 INLINE const T* before(const Backward<T>& f, int64_t r, int64_t n, const T* all, int64_t row, int64_t time,
                        const T* start, const T* initial, int64_t width) {
@@ -266,7 +266,7 @@ INLINE V<T> units_of(const T* row, const Place& at) {
     return row ? load_lanes(row + at.unit, at.lanes) : splat(T(0));
 }
 
-// dz of a row's block, gate by gate.
+// Where dz of a row's block is stored, [gates][W].
 template <class T>
 INLINE T* block_of(const Backward<T>& f, T* dz, int gates, int64_t r, int64_t n, int64_t unit) {
     const int64_t m = (n - f.first) * f.batch + f.row0 + r, dz_rows = (f.last - f.first) * f.batch;
@@ -279,7 +279,8 @@ INLINE void add_to_vector(const Backward<T>& f, int vector, const Place& at, V<T
     store(sum, load(sum) + gradient);
 }
 
-// Gradients of one side's sums, out of those of their normalised values times gain plus bias.
+// Given the gradients of the normalised sums times gain plus bias, computes those of the sums: over x (side 0) or over
+// h (side 1).
 template <class T>
 void normalise_back(const Backward<T>& f, int64_t r, int64_t n, T* dz, int side) {
     constexpr int W = Vec<T>::W;

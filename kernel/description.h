@@ -1,11 +1,11 @@
-// What a cell is, without its numbers: the kernel's view of cellstack.spec.CellSpec. A dense layer is one without a
-// state, whose output at a step depends on that step alone; it has a forward pass only.
+// What a cell is, without its weights: the kernel's view of cellstack.spec.CellSpec. A dense layer is a cell without a
+// state, whose output at a step depends on that step only; it has a forward pass only.
 #pragma once
 #include <cstdint>
 
 namespace cellstack {
 
-// What numbers are held in. Those of a call are float32 or float64; matrices of a float32 call may be narrower.
+// Number formats. A call computes in float32 or float64; matrices of a float32 call may have a narrower format.
 enum class Element : int { kFloat32, kFloat64, kBfloat16, kInt8 };
 
 template <class T>
@@ -14,14 +14,14 @@ constexpr Element element_of() {
 }
 constexpr bool narrow(Element e) { return e == Element::kBfloat16 || e == Element::kInt8; }
 
-// Words of 32 bits that a column of so many narrow weights takes.
+// 32-bit words per column of `depth` narrow weights.
 constexpr int64_t narrow_words(int64_t depth, int bits) { return (depth * bits + 31) / 32; }
 constexpr int bits_of(Element e) { return e == Element::kBfloat16 ? 16 : 8; }
-// The same of weights of any element, in numbers of the call.
+// The same for weights in any format, in numbers of the call's type.
 constexpr int64_t words_of(Element e, int64_t depth) { return narrow(e) ? narrow_words(depth, bits_of(e)) : depth; }
 
-// How far apart the rows that narrow weights are multiplied with are, in words: bfloat16 may be widened to floats
-// again, and is written some vectors at a time.
+// The distance between rows that are multiplied by narrow weights, in words: rows for bfloat16 may be stored as floats,
+// and are written in whole vectors.
 constexpr int64_t narrow_stride(Element e, int64_t depth) {
     return e == Element::kBfloat16 ? (depth + 15) / 16 * 16 : narrow_words(depth, 8);
 }
@@ -53,34 +53,36 @@ struct Activation {
 struct Description {
     int kind;
     int64_t input, units, output;  // I, H, P: the width of h, H where nothing is projected
-    // Of activation, recurrent_activation and gate_activations: LSTM i f g o and the cell's; GRU z r g; SimpleRNN g.
+    // One per gate: i, f, g, o, and then the cell's for an LSTM; z, r, g for a GRU; g for a SimpleRNN.
     Activation activations[5];
     bool use_bias, peepholes, coupled, layer_norm, reset_after;
-    bool rows;                             // whether matrices lie as PyTorch has them: see Arrays
-    double norm_epsilon, clip, cell_clip;  // clips: infinity where there is none
+    bool rows;                             // whether matrices have PyTorch's layout: see Arrays
+    double norm_epsilon, clip, cell_clip;  // clips: infinity if there is none
     double zoneout, zoneout_cell;
 
     bool projects() const { return output != units; }  // proj_size
     bool keeps_state() const { return kind != kDense; }
-    // Blocks of columns in the weights.
+    // Blocks of columns in the matrices.
     int gates() const { return kind == kLstm ? (coupled ? 3 : 4) : kind == kGru ? 3 : 1; }
-    // Where the block of a gate stands among those of a matrix or a bias, as the caller has them.
+    // The position of a gate's block in the caller's matrices and biases.
     int place(int gate) const { return rows && kind == kGru && gate < 2 ? 1 - gate : gate; }
-    // What is kept of a step's gates: one array a gate, a coupled f too; the candidate's recurrent sum before a reset.
+    // Gate arrays stored per step: one per gate, including a coupled f; and the candidate's recurrent sum before the
+    // reset, if the reset acts after the product.
     int planes() const { return kind == kLstm ? 4 : kind == kGru ? (reset_after ? 4 : 3) : 1; }
-    // Normalised sums of x and of h; the reciprocal deviations of two groups of gates each.
+    // Numbers that layer normalisation stores per step: the normalised sums of x and of h, and for each the reciprocal
+    // deviations of two groups of gates.
     int64_t norm_size() const { return layer_norm ? 2 * gates() * units + 4 : 0; }
-    // Whether the sums over x and over h are needed apart.
+    // Whether the sums over x and over h are needed separately.
     bool apart() const { return layer_norm || (kind == kGru && reset_after); }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
-    // Whether every gate has its usual activation: constants in a copy of each routine.
+    // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {
         const int g = kind == kRnn ? 0 : 2, count = kind == kLstm ? 5 : kind == kGru ? 3 : 1;
         for (int k = 0; k < count; ++k)
             if (activations[k].code != (k == g || k == 4 ? kTanh : kSigmoid)) return false;
         return true;
     }
-    // Whether this is the LSTM without any flag, for which there is a shorter way.
+    // Whether this is the LSTM without any flag, which takes the path by blocks.
     bool plain() const {
         constexpr double none = __builtin_inf();
         return kind == kLstm && usual() && !peepholes && !coupled && !projects() && !layer_norm && clip == none &&
@@ -88,37 +90,37 @@ struct Description {
     }
 };
 
-// The arrays of a cell, or of their gradients; null where it has none. In the order of cellstack.spec.ARRAYS. Of a
-// description with `rows` each matrix is transposed, [gates·H, I], [gates·H, P], [P, H], and the gates of a GRU, in its
-// biases too, stand in PyTorch's order, r z g.
+// The arrays of a cell, or their gradients, in the order of cellstack.spec.ARRAYS; null if the cell doesn't have one.
+// If the description has `rows`, each matrix is transposed, [gates·H, I], [gates·H, P], [P, H], and the gates of a GRU,
+// in biases too, have PyTorch's order, r z g.
 template <class T>
 struct Arrays {
     T* kernel;            // [I, gates·H]
     T* recurrent_kernel;  // [P, gates·H]
     T* bias;              // [gates·H]; [2, gates·H] for a GRU whose reset acts after the product
-    T* peepholes;         // [3, H], i f o; [2, H], i o, where coupled
+    T* peepholes;         // [3, H], i f o; [2, H], i o, if coupled
     T* projection;        // [H, P]
     T* kernel_gain;       // [gates·H]
     T* recurrent_gain;    // [gates·H]
     T* cell_gain;         // [H]
     T* cell_bias;         // [H]
-    T* initial_h;         // [P], of learn_initial_state
+    T* initial_h;         // [P], with learn_initial_state
     T* initial_c;         // [H]
 };
 constexpr int kArrays = 11;
 
-// What a patch may act on: gates by their plane, the cell, h.
+// What a patch may change: a gate (numbered by its plane), c or h.
 enum Target : int { kGatesTarget = 0, kCellTarget = 4, kOutputTarget, kTargets };
 
-// Numbers of a layer that are changed as it runs, unit by unit of a target: v becomes scale·v + hold·before + shift,
-// `before` being what v was after the step before (or in the state that was given). A factor of 0 leaves out even what
-// is no number. Steps that a mask leaves out stay as they are.
+// Patches change values of a layer during a run, for each unit of a target: v becomes scale·v + hold·before + shift,
+// where `before` is v after the previous step (or in the initial state). A term with the factor 0 is left out, even if
+// the other factor is NaN or infinite. Masked steps aren't changed.
 template <class T>
 struct Patches {
-    const int32_t* lines;  // [B, T, kTargets]: which line of the table; negative: none. Null: nothing is patched
+    const int32_t* lines;  // [B, T, kTargets]: the line of the table; negative: no patch. Null: no patches at all
     const T* table;        // [lines, 3, width]: scale, hold and shift of every unit
     int64_t width;
-    T* held;  // [B, planes, H], gates after the last step that was used, in and out; null: no gate has a hold
+    T* held;  // [B, planes, H], gates after the last unmasked step, read and written; null: no gate has a hold
 };
 
 }  // namespace cellstack

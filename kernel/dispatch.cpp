@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that the machine has, until another is asked for.
+// Selects the instruction set: the best one that the machine supports, unless another one is requested.
 #include "dispatch.h"
 
 #include <atomic>
@@ -19,7 +19,7 @@ std::vector<const InstructionSet*> find() {
         __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni")) {
             sets.push_back(&avx512::vnni);
-            // Some processors take four times as long for a pair as for a multiply-add, others as long.
+            // On some processors a pair takes four times as long as a multiply-add, on others equally long.
             if (__builtin_cpu_supports("avx512bf16"))
                 sets.insert(avx512::pairs_pay() ? sets.begin() : sets.end(), &avx512::pairs);
         }

@@ -13,12 +13,12 @@ const Leaf<T>& leaf_of(const InstructionSet& set) {
         return set.twice;
 }
 
-// The leaf of a layer of so many units: that of the set in use; but where half a vector's lanes or more would lie idle,
-// and nobody has asked for that set by name, AVX2's, whose sums have the same bits.
+// The leaf for a layer of this many units: that of the instruction set in use. If at least half of each vector would be
+// padding, and the set wasn't chosen by name, it is that of AVX2, whose sums have the same bits.
 template <class T>
 const Leaf<T>& leaf_for(int64_t units);
 
-// A matrix of a cell, or its bias, of depth 1, as the caller has it.
+// A matrix of a cell in the caller's layout, or a bias as a matrix of depth 1.
 template <class T>
 Matrix<T> matrix_of(const Description& d, const T* at, int64_t depth, int64_t units, int gates) {
     Matrix<T> m{at, depth, units, gates, d.rows, {}};

@@ -1,6 +1,6 @@
-// Forward: x·kernel of a chunk of steps as one product, then the recurrence step by step. The plain LSTM takes each
-// block of units from the sums to h in registers; every other cell takes row by row, when the sums of all blocks are
-// there.
+// The forward pass: x·kernel for a chunk of steps as one product, then the recurrence step by step. The plain LSTM
+// computes each block of units from the sums to h in registers; all other cells compute a row once the sums of all its
+// blocks are known.
 #pragma once
 #include "gru.h"
 #include "lstm.h"
@@ -10,7 +10,7 @@
 namespace cellstack {
 namespace {
 
-// Rows that start afresh before step n: their state becomes the cell's initial state.
+// Sets the state of rows that are reset before step n to the cell's initial state.
 template <class T>
 __attribute__((noinline)) void restart(const Forward<T>& f, int64_t n) {
     const Description& d = *f.w.d;
@@ -35,7 +35,7 @@ INLINE void swap_states(Forward<T>& f) {
 
 // ── the plain LSTM, by blocks ────────────────────────────────────────────────────────────────────────────────────────
 
-// Rows of x of a chunk, one step after the other; those of a matrix's narrow weights.
+// The rows of x in a chunk, step by step; and rows in the format that narrow weights need.
 template <class T>
 INLINE Rows<T> rows_of_x(const Forward<T>& f) {
     return {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows};
@@ -45,7 +45,7 @@ INLINE Rows<T> narrow_rows(const Forward<T>& f, const T* at, int64_t depth, int6
     return {at, narrow_stride(f.w.element, depth), 0, count};
 }
 
-// A tile over all gates of a block, for a panel of so many numbers a row.
+// A tile over all gates of a block, for a panel of this depth.
 template <class T>
 INLINE Tile<T> block_tile(const Forward<T>& f, int64_t depth) {
     constexpr int W = Vec<T>::W;
@@ -54,7 +54,8 @@ INLINE Tile<T> block_tile(const Forward<T>& f, int64_t depth) {
     return t;
 }
 
-// Whether the mask has any of the rows m … m+R of a chunk, which are those of the batch at one step after the other.
+// Whether the mask uses any of the rows m … m+R of a chunk, which are the rows of the batch at one step after the
+// other.
 template <class T>
 INLINE bool any_used(const Forward<T>& f, int64_t m, int R) {
     bool used = !f.mask;
@@ -85,13 +86,13 @@ void project(const Forward<T>& f) {
     }
 }
 
-// From the four sums of one row and block to c and h, and to all outputs that are wanted.
+// Computes c and h, and all requested outputs, from the four sums of one row and block.
 template <class T>
 INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, int64_t t, const T* h, T* h_next) {
     const Place at = place<T>(r, t, block, f.w.d->units);
     if (!f.mask || f.mask[r * f.steps + t]) {
         const V<T> c = lstm_gates<T, true, true>(f, at, z);
-        give<T, true>(f, at, z[3] * tanh<T>(c), h, h_next);
+        write_output<T, true>(f, at, z[3] * tanh<T>(c), h, h_next);
     } else {
         write_h(f, at, h_before(f, at, h), load(h + r * f.w.blocks * Vec<T>::W + at.unit), h_next);
         UNROLL
@@ -101,7 +102,7 @@ INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, 
     keep_cell(f, at);
 }
 
-// N blocks of a row that is alone at step n, whose sums stay in registers.
+// N blocks at step n of a batch of one row, whose sums stay in registers.
 template <class Kind, int N, class T>
 INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h, T* h_next) {
     constexpr int W = Vec<T>::W;
@@ -112,7 +113,7 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
         accumulate<Kind, 1, N, 4>(sums, at, words);
     };
     V<T> sums[1][N * 4];
-    alignas(kVectorBytes) V<T> here[N * 4];  // the sums over x: made ahead, or here, where they pass through the stack
+    alignas(kVectorBytes) V<T> here[N * 4];  // the sums over x, on the stack, unless z contains them already
     if (!f.z) {
         UNROLL
         for (int v = 0; v < N * 4; ++v) sums[0][v] = load(f.w.bias + block * step + v * W);
@@ -133,7 +134,7 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
     }
 }
 
-// A step of a row that is alone. Two blocks together: eight chains hide the latency of one.
+// A step of a batch of one row. Two blocks at a time: eight chains hide the latency of one.
 template <class Kind, class T>
 __attribute__((noinline)) void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
     const int64_t blocks = f.end_block - f.block, twos = blocks / 2;
@@ -157,7 +158,7 @@ void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next)
     row_alone<Plain<T>>(f, n, down, h, h_next);
 }
 
-// Rows row … row+R of a block at step n, from their sums over x and over h, [R][4][W] each.
+// Computes rows row … row+R of a block at step n from their sums over x and over h, [R][4][W] each.
 template <class T>
 __attribute__((noinline)) void finish_rows(const Forward<T>& f, const T* over_x, const T* sums, int64_t n,
                                            int64_t block, int64_t row, int R, const T* h, T* h_next) {
@@ -170,21 +171,21 @@ __attribute__((noinline)) void finish_rows(const Forward<T>& f, const T* over_x,
     }
 }
 
-// Rows whose sums wait for their activations together.
+// The number of rows whose sums are computed before their activations.
 constexpr int64_t kStepRows = 4 * kRows;
 
-// One of the two products of a step: with rows of x or of h.
+// One of the two products of a step: with rows of x or with rows of h.
 template <class T>
 struct Side {
     const T* matrix;
     Tile<T> t;
-    int64_t panel;   // numbers of a block
-    const T* first;  // of the rows of the step, which are t.a_row apart
+    int64_t panel;   // numbers per block
+    const T* first;  // the first row of the step; rows are t.a_row apart
     T* sums;         // [kWideRows][4][W]
     Side(const Forward<T>& f, const T* matrix, int64_t depth, T* sums)
         : matrix(matrix), t(block_tile(f, depth)), panel(t.depth * t.panel_step), sums(sums) {}
 
-    // The sums of some rows; a tile of h's fetches some of `ahead`.
+    // Computes the sums of some rows; tiles of h also prefetch part of `ahead`.
     INLINE void add_up(const Forward<T>& f, int64_t row, int64_t count, const T*& ahead) {
         t.to = sums;
         if (widens_once(f.w, f.rows, 4))
@@ -201,9 +202,9 @@ struct Side {
     }
 };
 
-// All rows of a block at step n: their sums go through memory, one row at a time, as the activations take registers
-// too. Those over x are made here where they weren't made for all steps of the chunk. A tile has time to fetch some of
-// `ahead`, the panel that comes next: its first tile would wait for it, where the weights don't fit into a near cache.
+// All rows of a block at step n. The sums pass through memory, because the activations of a row need registers too. The
+// sums over x are computed here unless they were computed for the whole chunk. Tiles prefetch part of `ahead`, the next
+// panel: if the weights don't fit into a near cache, its first tile would wait for it.
 template <class T>
 void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t block, const T* ahead, T* h_next) {
     constexpr int W = Vec<T>::W;
@@ -213,8 +214,7 @@ void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t b
     h.t.panel = h.matrix + block * h.panel;
     for (int64_t row = 0, some; row < f.rows; row += some) {
         some = f.rows - row < most ? f.rows - row : most;
-        // Rows that the mask leaves out, such as those of a packed sequence that have ended, are summed only where one
-        // of those that go with them isn't.
+        // Groups of rows that are all masked, such as rows of a packed sequence that have ended, are skipped.
         if (any_used(f, before + row, int(some))) {
             if (!f.z) x.add_up(f, row, some, ahead);
             h.add_up(f, row, some, ahead);
@@ -244,7 +244,7 @@ void run_blocks(Forward<T>& f) {
         T* h_next = f.h_next;
         const Rows<T> own{f.h, f.w.blocks * W, 0, f.rows};
         round(f.narrow_h, own, f.rows, H);
-        // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
+        // Blocks in ascending order at even steps, descending at odd ones: the last ones are still in the cache.
         const bool down = n & 1;
         if (f.rows == 1) {
             row_alone(f, n, down, static_cast<const T*>(f.h), h_next);
@@ -273,7 +273,7 @@ void run_rows(Forward<T>& f) {
     const auto product = [&](const T* matrix, const T* bias, int64_t depth, T* narrow) {
         return Product<T>(w, matrix, bias, G, depth, H, w.blocks, f.block, f.end_block, stride, narrow, f.scales);
     };
-    // Layer normalisation comes between the product and its bias.
+    // Layer normalisation is applied between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     if (f.project) {
         Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x);
@@ -318,7 +318,8 @@ void run_rows(Forward<T>& f) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
                 each_block<T>(r, t, w.output_blocks, d.output, [&](const Place& at) INLINED {
-                    give<T, false>(f, at, load_lanes(f.p + r * projected.stride + at.unit, at.lanes), f.h, f.h_next);
+                    write_output<T, false>(f, at, load_lanes(f.p + r * projected.stride + at.unit, at.lanes), f.h,
+                                           f.h_next);
                 });
             });
         }
@@ -326,7 +327,7 @@ void run_rows(Forward<T>& f) {
     }
 }
 
-// A layer without a state: the product, and its activation.
+// A layer without a state: a product and its activation.
 template <class T>
 void run_dense(const Forward<T>& f) {
     const Panels<T>& w = f.w;

@@ -1,5 +1,5 @@
-// The backward pass: goes down a stack layer by layer; cuts each into steps that fit a cache, rows for the way back
-// through time, and tasks for the gradients of x and of the weights.
+// The backward pass: processes a stack layer by layer, from the top, in chunks of steps that fit into a cache; divides
+// rows or units among threads for the pass through time, and the gradients of x and of the weights into tasks.
 #include <algorithm>
 #include <deque>
 #include <memory>
@@ -13,24 +13,24 @@
 namespace cellstack {
 namespace {
 
-// As much dz as stays in a second-level cache until the gradients have been made of it.
+// Bytes of dz that stay in a second-level cache until the gradients have been computed from them.
 constexpr int64_t kGradientBytes = int64_t(1) << 20;
-constexpr int64_t kInputRows = 96;   // of a task of the gradient of x
-constexpr int64_t kAgainRows = 192;  // whose gates a thread makes again at a time
+constexpr int64_t kInputRows = 96;   // per task of the gradient of x
+constexpr int64_t kAgainRows = 192;  // whose gates a thread recomputes at a time
 
-// Whether the units of a layer may be shared out: none needs anything of the others' but their dz.
+// Whether threads may divide the units of a layer: a unit depends on others only through their dz.
 bool divides_back(const Description& d) { return !d.layer_norm && !d.projects(); }
 
-// Nanoseconds that rows and panels of a step take, roughly; for choosing among cuts. A tile of up to six rows goes over
-// `depth` vectors of a panel, half as many where these are of pairs; weights that don't fit into the core's own cache
-// are waited for.
+// A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
+// rows processes `depth` vectors of a panel (half as many for pairs); weights that don't fit into the core's own cache
+// cause waiting.
 double step_cost_back(int64_t rows, int64_t panels, int64_t depth, int64_t panel_bytes) {
     const int64_t tiles = ceil_div(rows, 6), cycles = depth * std::max(2 * rows + tiles, 4 * tiles);
     const double weights = double(panels) * double(panel_bytes);
     return double(panels * cycles) / 3 + (weights > 1.8e6 ? weights / 30 : 0);
 }
 
-// How threads cut the way back through time: groups of rows, and shares of the units in each.
+// How the pass through time is divided among threads: groups of rows, and shares of the units in each group.
 Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size_t bytes, bool pairs, int threads) {
     const int64_t panels = ceil_div(d.output, 4 * width);
     const int64_t depth = ceil_div(d.units, width) * d.gates() * width / (pairs ? 2 : 1);
@@ -48,8 +48,8 @@ Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size
     return best;
 }
 
-// The way back through one layer: chunk by chunk from the last step to the first, each first through time and then for
-// the gradients that are sums over its dz.
+// The backward pass of one layer, chunk by chunk from the last step to the first: each chunk first passes through time,
+// and then the gradients that are sums over its dz are computed.
 template <class T>
 class BackwardLayer {
   public:
@@ -57,7 +57,7 @@ class BackwardLayer {
     void run();
 
   private:
-    // Matrices whose gradients are made of the same dz.
+    // Matrices whose gradients are computed from the same dz.
     struct Pass {
         const T* dz;
         int gates;
@@ -88,7 +88,7 @@ class BackwardLayer {
     void sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const;
 
     T* pairs_of(int thread) const { return pairs ? rows_in_pairs + thread * paired : nullptr; }
-    // t of the n-th step processed.
+    // The time of the n-th step processed.
     int64_t time_of(int64_t n) const { return in.reverse ? steps - 1 - n : n; }
     int64_t columns_of(int64_t n) const { return ceil_div(n, wide) * wide; }
 
@@ -106,10 +106,10 @@ class BackwardLayer {
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
     const int64_t planes = d.planes(), norms = d.norm_size();
     const bool lstm = d.kind == kLstm, by_rows = !d.plain(), reset_before = d.kind == kGru && !d.reset_after;
-    const bool again = !s.gates;  // they are made again, a chunk's at a time
+    const bool again = !s.gates;  // gates are recomputed, a chunk at a time
     const bool pairs = s.weights->element() == Element::kBfloat16 && current().pairs;  // products of bfloat16
     const Tiles<T>& tiles = leaf.tiles_of(pairs ? Element::kBfloat16 : element_of<T>());
-    // Whether anybody wants what lies before the first step; else its product is left out.
+    // Whether any gradient from before the first step is requested; if not, its product is skipped.
     const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;
     const int threads;
     const int64_t chunk;
@@ -120,10 +120,10 @@ class BackwardLayer {
     T *recurrent_t, *candidate_t, *kernel_t, *projection_t;  // transposed
     T *dz, *dq, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
     T *gradients, *gradients_out, *copied;
-    T* rows_in_pairs;  // of each thread, `paired` numbers: what is multiplied as bfloat16
-    T *made_gates, *made_norms, *x_in, *h_in, *c_in;  // of gates that are made again
+    T* rows_in_pairs;                                 // `paired` numbers per thread: operands as pairs of bfloat16
+    T *made_gates, *made_norms, *x_in, *h_in, *c_in;  // for recomputed gates
     int64_t rows_again, lines, copies, paired;
-    // Where the rows of dz came from, in its order: x, the h that went into the step, r·h, and dx.
+    // For each row of dz, in its order: x, h before the step, r·h, and dx.
     std::vector<const T*> x_rows, h_rows, m_rows;
     std::vector<T*> dx_rows;
     std::unique_ptr<Weights<T>> packed;
@@ -132,7 +132,7 @@ class BackwardLayer {
     int64_t weight_tasks = 0;
 };
 
-// As much dz as stays in the cache.
+// The number of steps whose dz stays in the cache.
 template <class T>
 int64_t chunk_of(const Sequences<T>& in, int64_t numbers) {
     const int64_t steps = kGradientBytes / int64_t(numbers * sizeof(T)) / std::max<int64_t>(in.batch, 1);
@@ -148,7 +148,7 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
       chunk(chunk_of(in, blocks * deep)),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
-// Gradients of matrices and biases where there is no step.
+// Without steps, the gradients of matrices and biases are zero.
 template <class T>
 void BackwardLayer<T>::clear() const {
     const bool two = d.kind == kGru && d.reset_after;
@@ -174,14 +174,15 @@ void BackwardLayer<T>::take_memory() {
     const int64_t rows_dm = if_(by_rows, B * unit_columns);
     lines = if_(by_rows, 2 * blocks * W);
     const int64_t vectors = if_(d.peepholes || d.layer_norm, B * kVectors * blocks * W);
-    const int64_t matrices = d.rows ? I + P + (reset_before ? P : 0) : 0;  // columns that are summed before written
+    // Columns whose sums are in scratch until they are written.
+    const int64_t matrices = d.rows ? I + P + (reset_before ? P : 0) : 0;
     const int64_t sums = Parts<T>::size(blocks * (matrices + 2) * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
     const int64_t most = std::max({I, P, H});
     const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
     const int64_t x_again = if_(again, rows_again * I), h_again = if_(again, rows_again * P);
     const int64_t c_again = if_(again && lstm, rows_again * H);
-    // Rows of a step, or of a task of the gradient of x; or all rows of some blocks, two of them together.
+    // Rows of a step or of a task of the gradient of x; or all rows of some blocks, two rows in one.
     const int64_t paired_rows = std::max(ceil_div(B, cut.groups), std::min(kInputRows, chunk_rows));
     paired = if_(pairs, std::max(paired_rows * std::max(blocks * deep, output_blocks * W) / 2,
                                  kBlocksOfPanel * ceil_div(chunk_rows, 2) * deep));
@@ -239,7 +240,7 @@ void BackwardLayer<T>::add_pass(Pass pass) {
         any = any || of.out;
     }
     if (!any) return;
-    // Small pieces: a thread whose core another program uses too takes fewer of them.
+    // Small pieces: a thread whose core another program uses too computes fewer of them.
     pass.tasks = threads == 1 ? 1 : std::min<int64_t>(4 * threads, pass.blocks);
     weight_tasks += pass.tasks;
     passes.push_back(pass);
@@ -280,7 +281,7 @@ int64_t BackwardLayer<T>::phases(int64_t first, int64_t last) const {
     return phases_back(d, last - first) - !(first || to_start);
 }
 
-// Back through the time of a chunk: some rows, and some of the blocks.
+// The pass through time of a chunk, for some rows and some of the blocks.
 template <class T>
 Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_step, int64_t last_step) const {
     const int64_t first = B * group / cut.groups, rows = B * (group + 1) / cut.groups - first;
@@ -297,7 +298,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.gates = again ? made_gates : at(s.gates, steps * planes * H), f.cells = at(s.cells, steps * H);
     f.norms = again ? made_norms : at(s.norms, steps * norms);
     f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
-    if (again) {  // rows of a chunk, step by step in the processing order, as those of dz
+    if (again) {  // rows of a chunk, step by step in the processing order, like those of dz
         f.kept_row = 1, f.kept_time = in.reverse ? -B : B;
         f.kept_first = first + (in.reverse ? steps - 1 - first_step : -first_step) * B;
     }
@@ -328,7 +329,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
     for (int64_t n = first, m = 0; n < last; ++n)
         for (int64_t b = 0; b < B; ++b, ++m) {
             const int64_t t = time_of(n);
-            // dz is zero where the mask leaves a step out; x and h may be anything there, NaN too, and must not meet it
+            // dz is zero at masked steps, but x and h may be anything there, even NaN, and must not be multiplied by it
             const bool used = !in.mask || in.mask[b * steps + t];
             x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
             dx_rows[m] = g.dx ? g.dx + b * in.row_stride(I) + t * in.time_stride(I) : nullptr;
@@ -342,7 +343,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
         }
 }
 
-// r·h, that went into the candidate.
+// r·h, the input of the candidate's product.
 template <class T>
 void BackwardLayer<T>::find_products(int64_t first, int64_t last) {
     for (int64_t n = first, m = 0; n < last; ++n)
@@ -352,8 +353,8 @@ void BackwardLayer<T>::find_products(int64_t first, int64_t last) {
         }
 }
 
-// Gates of a chunk, as forward had them: all of its rows and steps are rows of one step, as the states before them are
-// known. The weights are packed as forward packs them.
+// Recomputes the gates of a chunk, with the bits of the forward pass. All states are known, so all rows and steps of
+// the chunk are computed as rows of a single step. The weights are packed as in the forward pass.
 template <class T>
 void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
     if (!packed) packed.reset(new Weights<T>(d, arrays, true, s.weights->element()));
@@ -401,8 +402,8 @@ void BackwardLayer<T>::go_back(int64_t first, int64_t last) {
     });
 }
 
-// The gradients of x and of the weights. Every task writes a part of its own, so the bits do not depend on which thread
-// takes it.
+// The gradients of x and of the weights. Every task writes a separate part, so the bits don't depend on which thread
+// runs it.
 template <class T>
 void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
     const int64_t rows = (last - first) * B;
@@ -423,7 +424,7 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
     });
 }
 
-// Some blocks of a pass. A thread copies the rows of x and h for its first task of the pass alone.
+// The weight gradients of some blocks of a pass. A thread copies the rows of x and h only for its first task of a pass.
 template <class T>
 void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for, int64_t first, int64_t last) {
     size_t which = 0;
@@ -454,7 +455,7 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for,
     leaf.weight_gradient(f);
 }
 
-// What isn't a matrix: its gradients by row, on the way back, and here their sum.
+// The gradients of arrays that aren't matrices: summed per row during the pass through time, and here over rows.
 template <class T>
 void BackwardLayer<T>::sum_rows() const {
     T* const bias = d.layer_norm ? to.bias : nullptr;
@@ -479,7 +480,7 @@ void BackwardLayer<T>::sum_rows() const {
             }
 }
 
-// An initial state has a gradient from rows that started afresh, and from the start, where none was given.
+// The gradient of an initial state: from rows that were reset and, if no state was passed, from the start.
 template <class T>
 void BackwardLayer<T>::sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const {
     for (int64_t k = 0; out && k < width; ++k) {
@@ -511,7 +512,7 @@ void BackwardLayer<T>::run() {
     if (g.dc0) unpad(g.dc0, dc, blocks * W, B, H);
 }
 
-// Whether any gradient of a layer is wanted.
+// Whether any gradient of a layer is requested.
 template <class T>
 bool wanted(const Gradients<T>& g) {
     const Arrays<T>& a = g.arrays;
@@ -529,7 +530,7 @@ void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const
     const int depth = int(layers.size());
     int lowest = 0;
     while (lowest < depth && !wanted(gradients[lowest])) ++lowest;
-    // What comes down from layer to layer, the gradient of x of the one and of y of the other: in two places in turn.
+    // The gradient of a layer's x is that of the y below; two buffers for it alternate.
     const auto numbers = [&](int l) { return in.batch * in.steps * layers[l].weights->description().output; };
     int64_t most = 0;
     for (int l = lowest; l + 1 < depth; ++l) most = std::max(most, Parts<T>::size(numbers(l)));

@@ -1,4 +1,4 @@
-// The GRU, both its forms, forward and back.
+// The GRU in both forms, forward and backward.
 //     h = z·h_prev + (1 - z)·g          reset_after: g = φ(x·K + r·(h·R)), else g = φ(x·K + (r·h)·R)
 #pragma once
 #include "cells.h"
@@ -6,7 +6,7 @@
 namespace cellstack {
 namespace {
 
-// The reset gate before the product: z, and r·h, which the candidate's product is going to take.
+// For a reset gate before the product: computes z, r, and r·h, the input of the candidate's product.
 template <class T, bool Usual>
 void gru_reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h) {
     const Description& d = *f.w.d;
@@ -52,11 +52,12 @@ void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
         } else {
             keep_gates(f, at, z);
         }
-        give<T, false>(f, at, mixed<T>(z[0], h_before(f, at, h), z[2]), h, h_next);
+        write_output<T, false>(f, at, mixed<T>(z[0], h_before(f, at, h), z[2]), h, h_next);
     });
 }
 
-// All of a GRU's gates but, where it acts before the product, r; dh_prev past the product goes into `carry`.
+// dz of all gates, except of an r that acts before the product; the gradient of h_prev that doesn't pass through a
+// product is added to `carry`.
 template <class T, bool Usual>
 void gru_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
@@ -96,7 +97,7 @@ void gru_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int6
     normalise_back(f, r, n, f.dq, 1);
 }
 
-// The reset gate before the product, from the gradient of r·h (with h's dropout) that went into it: `given`.
+// dz of an r that acts before the product; `given` is the gradient of r·h, to which h's dropout still applies.
 template <class T, bool Usual>
 INLINE void gru_reset_back(const Backward<T>& f, const Limits<T>& limits, int64_t n, int64_t columns, const Place& at,
                            V<T> given) {

@@ -1,6 +1,6 @@
-// The LSTM with every flag, forward and back.
-//     c = f·c_prev + i·g                          h = o·φ(c)
-//     peepholes: i and f see c_prev, o sees c     coupled: f = 1 - i     layer_norm: φ(LN(c))
+// The LSTM with every flag, forward and backward.
+//     c = f·c_prev + i·g                               h = o·φ(c)
+//     peepholes: i and f use c_prev, o uses c          coupled: f = 1 - i          layer_norm: φ(LN(c))
 #pragma once
 #include "cells.h"
 
@@ -13,7 +13,7 @@ INLINE V<T> peephole(const Description& d, const T* weights, int gate, const Pla
     return load_lanes(weights + row * d.units + at.unit, at.lanes);
 }
 
-// From sums to gates, in place; the new cell is the state, and what comes back is what it would be without zoneout.
+// Computes the gates from the sums, in place, and stores the new cell state; returns that state before zoneout.
 template <class T, bool Plain, bool Usual>
 INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
     const Description& d = *f.w.d;
@@ -59,7 +59,7 @@ void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t 
         if (d.projects())
             store(line + at.unit, m);
         else
-            give<T, false>(f, at, m, h, h_next);
+            write_output<T, false>(f, at, m, h, h_next);
     };
     if (d.layer_norm) normalise(f, r, t, sums, q, stride);
     each_block(f, r, t, [&](const Place& at) INLINED {
@@ -93,7 +93,7 @@ void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t 
     });
 }
 
-// h = o·φ(c): dz of o; returns the gradient of c on this way. `dm` is that of h.
+// h = o·φ(c): computes dz of o from `dm`, the gradient of h, and returns the gradient of c through h.
 template <class T, bool Plain, bool Usual>
 INLINE V<T> lstm_output_back(const Backward<T>& f, const Limits<T>& limits, const Place& at, V<T> o, V<T> phi_c,
                              V<T> dm, V<T>& dz_o) {
@@ -102,7 +102,8 @@ INLINE V<T> lstm_output_back(const Backward<T>& f, const Limits<T>& limits, cons
     return dm * o * slope<T>(Usual ? kUsualTanh : d.activations[4], phi_c);
 }
 
-// c = f·c_prev + i·g: dz of i, f and g; returns the gradient of c_prev. `dc` is that of c; dz[3] is there already.
+// c = f·c_prev + i·g: computes dz of i, f and g from `dc`, the gradient of c, and returns the gradient of c_prev. The
+// caller has computed dz[3].
 template <class T, bool Plain, bool Usual>
 INLINE V<T> lstm_cell_back(const Backward<T>& f, const Limits<T>& limits, const Place& at, const V<T> (&gates)[4],
                            V<T> c_prev, V<T> dc, V<T> (&dz)[4]) {

@@ -1,12 +1,12 @@
-// Products with weights of 16 or 8 bits, for float: panels whose k go two or four to a lane of 32 bits.
+// Products with weights of 16 or 8 bits, for float only: panels with two or four k in each lane of 32 bits.
 //
-// bfloat16: weights and the rows that they are multiplied with are rounded, sums stay floats. A product of two such
-// numbers is exact in a float, and k follow each other; so sums have the same bits whether the processor multiplies
-// pairs (`Panels::pairs`) or a shift and a mask make floats of a word's halves.
-// int8: weights times a scale a column; a row is cut to steps of its largest magnitude / 127 when it comes, so that
-// sums are of whole numbers, exact on every machine, up to a depth of 133,144 (127·127·depth < 2^31). Ref: Jacob et al.
-// 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", eq. 1; ONNX's
-// DynamicQuantizeLinear, here symmetric.
+// bfloat16: the weights and the rows that they are multiplied with are rounded, the sums stay floats. A product of two
+// bfloat16 is exact in a float, and k rises; so the sums have the same bits whether the processor multiplies pairs
+// (`Panels::pairs`), or a shift and a mask convert the two parts of a word to floats.
+// int8: weights have one scale per column; a row is quantised before its product, in steps of its largest magnitude /
+// 127. The sums are integers, exact on every machine, up to a depth of 133,144 (127·127·depth < 2^31). Ref: Jacob et
+// al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", eq. 1;
+// ONNX's DynamicQuantizeLinear, but symmetric.
 #pragma once
 #include "product.h"
 
@@ -15,14 +15,14 @@ namespace {
 
 // ── packing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// The float nearest to each lane among those whose lower half is zero, ties to even; a NaN stays one.
+// Rounds each lane to the nearest float whose lower 16 bits are zero, ties to even; NaN stays NaN.
 INLINE Words rounded(V<float> x) {
     const Words bits = (Words)x, nearest = (Words)((Unsigned)bits + 0x7fff + ((Unsigned)bits >> 16 & 1));
     const Words quiet = bits | 0x400000;
     return (x == x ? nearest : quiet) & int32_t(0xffff0000);
 }
 
-// A block's panel of floats, [depth][gates][W], as words of bfloat16.
+// Packs a block's panel of floats, [depth][gates][W], as words of two bfloat16.
 INLINE void pack_bfloat16(uint32_t* to, const float* panel, int64_t depth, int gates) {
     constexpr int W = Vec<float>::W;
     const int64_t row = gates * W;
@@ -35,7 +35,8 @@ INLINE void pack_bfloat16(uint32_t* to, const float* panel, int64_t depth, int g
         }
 }
 
-// Rows rounded to bfloat16, as floats or in pairs as in a panel; zeros beyond `depth`. They go `stride` words apart.
+// Rounds rows to bfloat16, as floats or in pairs as in a panel; zeros beyond `depth`. The results are narrow_stride
+// apart.
 __attribute__((noinline)) void round_rows(bool pairs, float* to, const Rows<float>& rows, int64_t count,
                                           int64_t depth) {
     constexpr int W = Vec<float>::W;
@@ -55,10 +56,11 @@ __attribute__((noinline)) void round_rows(bool pairs, float* to, const Rows<floa
     }
 }
 
-// The same as words of int8, with the scale of each column, and what 128 in place of each of a row's zeros adds to it.
+// Packs a block's panel as words of four int8, with the scale of each column and the amount that the rows' offset of
+// 128 adds to its sum.
 INLINE void pack_bytes(uint32_t* to, const float* panel, int64_t depth, int gates, float* scales, uint32_t* shifts) {
     constexpr int W = Vec<float>::W;
-    constexpr float magic = 12582912.0f;  // 1.5·2^23: adding it rounds to a whole number, which the low bits hold
+    constexpr float magic = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer, in the low bits
     const int64_t row = gates * W;
     for (int v = 0; v < gates; ++v) {
         const float* column = panel + v * W;
@@ -66,7 +68,7 @@ INLINE void pack_bytes(uint32_t* to, const float* panel, int64_t depth, int gate
         for (int64_t k = 0; k < depth; ++k) {
             const V<float> w = load(column + k * row), size = w < splat(0.0f) ? -w : w;
             most = size > most ? size : most;
-            check += w * splat(0.0f);  // NaN where a weight is no number
+            check += w * splat(0.0f);  // NaN if a weight isn't finite
         }
         const V<float> scale = most / splat(127.0f);
         const Words some = (scale > splat(0.0f)) & (check == splat(0.0f));
@@ -87,7 +89,8 @@ INLINE void pack_bytes(uint32_t* to, const float* panel, int64_t depth, int gate
 
 // ── products ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// A row in steps of `scale`, 128 up, so that it has no sign; NaN where a value is no number, or none that has steps.
+// Quantises a row in steps of the scale that it returns, with an offset of 128, so that the bytes are unsigned; returns
+// NaN if a value isn't finite.
 INLINE float quantise(uint8_t* to, const float* a, int64_t n) {
     constexpr int W = Vec<float>::W;
     V<float> most = splat(0.0f), check = splat(0.0f);
@@ -115,20 +118,20 @@ INLINE float quantise(uint8_t* to, const float* a, int64_t n) {
     return largest / 127 + sum;
 }
 
-// Rows enough to share what it costs to make floats of a word, and room for the floats in the first-level cache.
+// Enough rows to share the cost of widening a word, and space for the floats in the first-level cache.
 constexpr int64_t kWideRows = 11 * kRows;
 constexpr int64_t kWideFloats = 8192;
 
-// A product of more rows than a tile has, with weights of bfloat16 that are made floats once for all of them, some k at
-// a time; meanwhile the sums of the other k wait. `t` as for Widened, with all but its rows.
+// A product of more rows than a tile has, with bfloat16 weights that are widened once for all of them, some k at a
+// time; meanwhile the sums over earlier k are stored. `t` as for Widened, without its rows.
 void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vectors, const Rows<float>& rows,
                      int64_t count) {
     constexpr int W = Vec<float>::W;
     alignas(kVectorBytes) float floats[kWideFloats], waiting[kWideRows * 4 * W];
     const int64_t row = vectors * W, deep = kWideFloats / row / 2;
-    // Parts of the rows as even as they can be, so that no tile is of fewer than half its rows.
+    // The rows in parts of nearly equal size, so that no tile has fewer than half its rows.
     const int64_t parts = (count + kWideRows - 1) / kWideRows;
-    int64_t there = -1;  // from which word on the weights are in `floats`
+    int64_t there = -1;  // the first of the words that are in `floats`
     for (int64_t part = 0, at = 0, some; part < parts; ++part, at += some) {
         some = (count - at + parts - part - 1) / (parts - part);
         for (int64_t first = 0; first < t.depth; first += deep) {
@@ -155,8 +158,8 @@ void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vector
     }
 }
 
-// Whether it is faster than making floats of a word for each tile: where the sums of one leave no registers for that
-// (12 of 16), and where rows are many.
+// Whether that is faster than widening words in each tile: if the sums of a tile leave no registers for it (12 of 16),
+// or if there are many rows.
 INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
     const int64_t few = kRows == 3 && vectors == 4 ? 4 : 12;
     return w.element == Element::kBfloat16 && !w.pairs && count > few;
@@ -164,7 +167,7 @@ INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
 INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
-// Runs a product with weights of any width.
+// Runs a product with weights in any format.
 template <class T>
 INLINE void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
                      int first = 0, int wanted = 0) {

@@ -1,4 +1,4 @@
-// Tasks on the threads of PyTorch, where it is in this process and they are awake.
+// Runs tasks on PyTorch's threads, if PyTorch is in this process and its threads are awake.
 #include "threads.h"
 
 #ifdef __linux__
@@ -16,7 +16,7 @@ using Parallel = void (*)(void (*function)(void* context), void* context, unsign
 using Count = int (*)();
 
 struct OpenMp {
-    Parallel parallel = nullptr;  // GOMP_parallel, which LLVM's and Intel's libraries have too
+    Parallel parallel = nullptr;  // GOMP_parallel, which LLVM's and Intel's libraries also provide
     Count threads = nullptr;      // omp_get_max_threads
 };
 
@@ -31,7 +31,7 @@ unsigned long long libraries_loaded() {
     return count;
 }
 
-// The library that PyTorch's threads are of; looked for again where others were loaded since.
+// The OpenMP library of PyTorch's threads; searched for again after other libraries were loaded.
 OpenMp open_mp() {
     static std::mutex one;
     static unsigned long long seen = 0;
@@ -49,22 +49,22 @@ OpenMp open_mp() {
     return found;
 }
 
-constexpr clockid_t kUnknown = 0, kNobody = 1;  // no thread has these
+constexpr clockid_t kUnknown = 0, kNone = 1;  // no thread has these ids
 
-// Nanoseconds that a thread has been on a processor, by its clock; -1 where it has ended.
+// The CPU time of a thread in nanoseconds; -1 if the thread has ended.
 int64_t time_of(clockid_t thread) {
     timespec time;
     return clock_gettime(thread, &time) ? -1 : int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
-// Tasks go to whoever comes first, in rising order, so that a team of fewer threads than tasks does them too.
+// Threads claim tasks dynamically, in ascending order, so a team of fewer threads than tasks does all of them too.
 struct Team {
     void (*task)(void*, int);
     void* context;
     int count;
     pthread_t caller;
     std::atomic<int> next{0};
-    std::atomic<clockid_t> other{kNobody};
+    std::atomic<clockid_t> other{kNone};
 
     static void work(void* team) {
         Team& t = *static_cast<Team*>(team);
@@ -74,7 +74,7 @@ struct Team {
     }
 };
 
-std::atomic<bool> forked{false};  // a child doesn't have the threads of its parent
+std::atomic<bool> forked{false};  // a forked child process doesn't have its parent's threads
 
 }  // namespace
 
@@ -83,9 +83,9 @@ bool run_on_open_mp(int count, void (*task)(void*, int), void* context) {
     if (at_fork || forked) return false;
     const OpenMp with = open_mp();
     if (!with.parallel || with.threads() < count) return false;
-    // One of the team that OpenMP keeps for this thread; unknown until its first call.
+    // Another thread of the team that OpenMP keeps for this thread; unknown until its first call.
     thread_local clockid_t other = kUnknown;
-    if (other == kNobody) return false;
+    if (other == kNone) return false;
     if (other != kUnknown) {
         const int64_t before = time_of(other);
         if (before >= 0 && time_of(other) == before) return false;  // it sleeps, or waits for a processor

@@ -1,11 +1,11 @@
-// Products of rows with matrices in panels: the tiles of rows and blocks around the loop over k.
+// Products of rows with matrices in panels: tiles of rows and blocks around the loop over k.
 #pragma once
 #include "tiles.h"
 
 namespace cellstack {
 namespace {
 
-// Calls body(first row, rows) on tiles of at most kRows rows, as even as they can be, the larger ones first.
+// Calls body(first row, rows) on tiles of at most kRows rows, as equal in size as possible, the larger ones first.
 template <class F>
 INLINE void each_tile(int64_t rows, F&& body) {
     if (rows <= kRows) {
@@ -21,13 +21,13 @@ INLINE int64_t time_of(const T& f, int64_t n) {
     return f.reverse ? f.steps - 1 - n : n;
 }
 
-// Rows of a product: those of a batch at one step after the other.
+// The rows of a product: those of a batch at one step, then those at the next.
 template <class T>
 struct Rows {
     const T* base;
     int64_t row, time, batch;  // row m is row m mod batch of step m / batch
     INLINE const T* at(int64_t m) const { return base + m % batch * row + m / batch * time; }
-    // The rows of a tile from row m on.
+    // The rows of a tile, starting at row m.
     INLINE void point(Tile<T>& t, int64_t m, int R) const {
         if (m + R <= batch) {
             const T* first = base + m * row;
@@ -43,7 +43,7 @@ struct Rows {
     }
 };
 
-// A tile whose rows are read number by number.
+// A tile whose rows are contiguous in k.
 template <class T>
 INLINE Tile<T> tile_over(int64_t depth) {
     Tile<T> t{};
@@ -51,7 +51,7 @@ INLINE Tile<T> tile_over(int64_t depth) {
     return t;
 }
 
-// N vectors of columns of an unpacked product, in the order of `accumulate`; the last may have fewer lanes.
+// N vectors of columns of an unpacked product, summed in the order of `accumulate`; the last may have fewer lanes.
 template <class T, int N>
 INLINE void unpacked_columns(T* to, const T* bias, bool add, const T* a, const T* matrix, int64_t stride, int64_t n,
                              int lanes = Vec<T>::W) {
@@ -71,7 +71,7 @@ INLINE void unpacked_columns(T* to, const T* bias, bool add, const T* a, const T
     }
 }
 
-// to [columns] = bias + a [n] · matrix [n, columns], or added to it; the rows of the matrix are `stride` apart
+// to [columns] = bias + a [n] · matrix [n, columns], or added to `to`; the rows of the matrix are `stride` apart.
 template <class T>
 void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matrix, int64_t columns, int64_t stride,
                       int64_t n) {
@@ -88,18 +88,18 @@ void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matri
     }
 }
 
-// A product of rows: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate. Each is summed as a chain of
-// its own. It is set up once, for a matrix and the blocks of a call, and run at every step.
+// A product of rows: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate, each summed in a separate
+// chain. It is set up once per call, for a matrix and some blocks, and run at every step.
 template <class T>
 struct Product {
     const Panels<T>& w;
     const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
     const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
     int gates;
-    int64_t depth, units, block, end_block;  // of the blocks those that are made
-    int64_t stride;                          // of what it goes to, [rows][gates][stride]
-    T* narrow;      // scratch for narrow weights: the rows as these take them, [rows][narrow_stride(element, depth)]
-    T* row_scales;  // and of int8 the size of a row's steps
+    int64_t depth, units, block, end_block;  // blocks [block, end_block) are computed
+    int64_t stride;                          // of the result, [rows][gates][stride]
+    T* narrow;      // scratch for narrow weights: the rows in their format, [rows][narrow_stride(element, depth)]
+    T* row_scales;  // for int8 also the scale of each row
     Tile<T> t;
     const T *scales, *shifts;
     int64_t panel;
@@ -124,9 +124,10 @@ struct Product {
         scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step;
     }
 
-    // Calls body(routine of a row alone, vectors) for each group of vectors, when all of the tile is there but its
-    // rows: the gates of a block, or of two where there is one row; where one or two gates are wanted, one gate of
-    // several blocks. `wanted` of the gates, from `first` on; blocks from the last to the first where `down`.
+    // Calls body(routine for a single row, vectors) for each group of vectors, after setting everything in the tile
+    // except its rows. A group is the gates of a block (of two blocks if there is one row), or, if one or two gates are
+    // requested, one gate of several blocks. Computes `wanted` gates, starting at `first`; blocks in descending order
+    // if `down`.
     template <class F>
     INLINE void each_group(T* to, bool add, bool down, int64_t count, int first, int wanted, F&& body) {
         constexpr int W = Vec<T>::W;
@@ -173,7 +174,7 @@ struct Product {
     }
 };
 
-// dz·matrixᵀ, for `count` rows of dz from row m on, which has G gates side by side in each block.
+// dz·matrixᵀ, for `count` rows of dz, starting at row m, with G adjacent gates in each block.
 template <class T>
 struct Transposed {
     const Tiles<T>& tiles;
@@ -181,13 +182,12 @@ struct Transposed {
     int gates;
     int64_t m, count, blocks, dz_rows;
     const T* panels;               // see pack_transposed
-    int64_t columns, first, last;  // the matrix's rows; the panels that are made
-    bool down;                     // from the last to the first
-    T* pairs;                      // scratch [blocks][count][G·W / 2]: products are of pairs of bfloat16; or null
+    int64_t columns, first, last;  // rows of the matrix; panels [first, last) are computed
+    bool down;                     // in descending order
+    T* pairs;                      // scratch [blocks][count][G·W / 2]: products of pairs of bfloat16; or null
 };
 
-// body(row, column, vector), by vectors of the matrix's rows. A tile of several rows has time to fetch some of the
-// panel that comes next.
+// Calls body(row, column, vector) for each vector of the result. Tiles of several rows prefetch part of the next panel.
 template <class T, class F>
 INLINE void product_transposed(const Transposed<T>& p, F&& body) {
     constexpr int W = Vec<T>::W, wide = 4 * W;

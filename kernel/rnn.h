@@ -1,4 +1,4 @@
-// The SimpleRNN, forward and back: h = φ(x·K + h_prev·R + b).
+// The SimpleRNN, forward and backward: h = φ(x·K + h_prev·R + b).
 #pragma once
 #include "cells.h"
 
@@ -15,7 +15,7 @@ void rnn_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
         z[0] = act<T, Usual, true>(d.activations[0], limited<T>(d.clip, z[0]));
         patch_gate<T>(f, 0, at, z[0]);
         keep_gates(f, at, z);
-        give<T, false>(f, at, z[0], h, h_next);
+        write_output<T, false>(f, at, z[0], h, h_next);
     });
 }
 

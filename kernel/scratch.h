@@ -1,4 +1,5 @@
-// Memory for a call, and what it is measured by: sizes that can't wrap, parts on lines of their own, rows with padding.
+// Memory for a call, and the arithmetic of sizes: sizes that can't overflow, parts that start at a cache line, rows
+// with padding.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace cellstack {
 
-// Sizes are products of what a caller asks for: whatever is beyond this would wrap around sooner or later.
+// Sizes are products of numbers that a caller chooses. Larger ones than this are refused before they can overflow.
 constexpr int64_t kMostNumbers = int64_t(1) << 44;
 
 inline int64_t checked(int64_t a, int64_t b) {
@@ -17,8 +18,8 @@ inline int64_t checked(int64_t a, int64_t b) {
     return a * b;
 }
 
-// Memory for the length of a call or an object, aligned to a cache line. Blocks that a thread gave back are kept for
-// its next calls, the largest of them: fresh pages cost more than the sums that go into them.
+// Memory for the lifetime of a call or an object, aligned to a cache line. A thread keeps the largest of its freed
+// blocks for its next calls: fresh pages cost more than the sums that are written to them.
 template <class T>
 class Scratch {
   public:
@@ -36,12 +37,12 @@ class Scratch {
         }
     }
     ~Scratch() {
-        // A larger one takes the place of a smaller one, which goes on to the next; the smallest is left over.
-        size_t room = kMost;
+        // A larger block replaces a smaller one, which in turn may replace another; the smallest is freed.
+        size_t left = kMost;
         for (Block& block : spare().blocks) {
-            if (block.bytes < own_.bytes && own_.bytes <= room) std::swap(block, own_);
-            if (block.bytes > room) free(std::exchange(block, {}).memory);
-            room -= block.bytes;
+            if (block.bytes < own_.bytes && own_.bytes <= left) std::swap(block, own_);
+            if (block.bytes > left) free(std::exchange(block, {}).memory);
+            left -= block.bytes;
         }
         free(own_.memory);
     }
@@ -71,7 +72,7 @@ class Scratch {
     Block own_;
 };
 
-// Hands out parts of one scratch block, each on a cache line of its own.
+// Divides one scratch block into parts that start at a cache line.
 template <class T>
 class Parts {
   public:
@@ -95,7 +96,7 @@ inline int useful_threads(int asked, int64_t multiplications) {
     return int(std::max<int64_t>(1, std::min<int64_t>({asked, multiplications / kThreadWork, kMostThreads})));
 }
 
-// [rows][units] between the caller's arrays and the padded ones that the inner routines use.
+// Copies [rows][units] between the caller's arrays and the padded ones of the inner routines.
 template <class T>
 void pad(T* to, int64_t stride, const T* from, int64_t rows, int64_t units) {
     for (int64_t r = 0; r < rows; ++r) {

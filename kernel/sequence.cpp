@@ -1,4 +1,4 @@
-// Sequences, stacks and streams: cuts the work into rows, layers and chunks, and hands it to the inner routines.
+// Sequences, stacks and streams: divides the work into rows, layers and chunks, and calls the inner routines.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace cellstack {
 namespace {
 
-// Steps whose x·kernel is one product: enough rows to load each weight once for many, few enough to stay in the cache.
+// Rows × steps whose x·kernel is one product: enough to use each loaded weight often, few enough to stay in the cache.
 constexpr int64_t kProductRows = 64;
 
 }  // namespace
@@ -21,8 +21,9 @@ constexpr int64_t kProductRows = 64;
 
 namespace {
 
-// Matrices of 16 or 8 bits a weight, as narrow.h reads them: [blocks][words of all k][gates][W]; of 8 bits, the
-// columns' scales and the sums that undo the rows' 128 follow. Numbers are floats, or words of as many bits.
+// The size of a matrix with 16 or 8 bits per weight, in the layout of narrow.h: [blocks][words of all k][gates][W]; for
+// int8 the columns' scales follow, and the amounts that the rows' offset of 128 adds to their sums. In floats, or words
+// of the same size.
 int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, int64_t width) {
     return blocks * gates * width * (narrow_words(rows, bits_of(element)) + (element == Element::kInt8 ? 2 : 0));
 }
@@ -43,7 +44,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
     const bool two_biases = d.use_bias && d.kind == kGru && d.reset_after;
-    // What isn't a matrix or a bias, and how many numbers it has.
+    // The arrays that are neither matrices nor biases, and how many numbers they have.
     struct {
         const T* Arrays<const T>::* array;
         int64_t count;
@@ -53,7 +54,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
         {&Arrays<const T>::cell_bias, d.units},      {&Arrays<const T>::initial_h, d.output},
         {&Arrays<const T>::initial_c, d.units},
     };
-    // Numbers that a matrix of so many rows, units and gates takes.
+    // How many numbers a matrix takes.
     const auto size = [&](int64_t rows, int64_t units, int gates, Element held) {
         const int64_t of = ceil_div(units, leaf.width);
         return narrow(held) ? narrow_size(held, of, rows, gates, leaf.width) : rows * of * gates * leaf.width;
@@ -124,26 +125,26 @@ const Arrays<const T>& Weights<T>::arrays() const {
 
 namespace {
 
-// How many steps make a chunk; a single step of the plain LSTM is summed in place, without the product.
+// The number of steps in a chunk; a single step of the plain LSTM is summed in place, without the product.
 int64_t chunk_steps(int64_t rows, int64_t steps) {
     return std::max<int64_t>(1, std::min(steps, kProductRows / std::max<int64_t>(rows, 1)));
 }
 
-// Of one row and step.
+// Multiplications per row and step.
 int64_t multiplications(const Description& d) {
     return d.units * (d.gates() * (d.input + (d.keeps_state() ? d.output : 0)) + (d.projects() ? d.output : 0));
 }
 
-// Whether threads may share out the units of a layer: a unit's part of a step takes from other units h alone.
+// Whether threads may divide the units of a layer: a unit depends on others only through their h.
 template <class T>
 bool divides(const Weights<T>& weights) {
     const Description& d = weights.description();
     return weights.copied() && !d.layer_norm && !d.projects() && (d.kind != kGru || d.reset_after);
 }
 
-// Nanoseconds that some rows and blocks of a step take, roughly; for choosing among cuts. Cycles at two multiply-adds
-// each, or pairs of them; a panel comes from the second-level cache for each tile of rows, which the sums hide by half,
-// and, where the weights of a core exceed that cache, once from behind it.
+// A rough estimate, in nanoseconds, of the time of some rows and blocks of a step, to compare cuts. A core computes two
+// multiply-adds per cycle, or two of pairs; each tile of rows loads its panel from the second-level cache, half of
+// which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from a slower level.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
     const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
@@ -153,15 +154,15 @@ double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t wid
     return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
 
-// Nanoseconds that threads which share out the units of a layer take for a step beside its sums: they wait for each
-// other, and each fetches the others' part of h, at so many nanoseconds a byte, out of their cores.
+// Nanoseconds per step that threads which divide the units of a layer take in addition to the sums: they wait for each
+// other, and each fetches the others' part of h from their cores, at a fixed time per byte.
 double step_between(const Description& d, int64_t rows, int shares, double bytes) {
     constexpr double fetching = 0.5;
     const double others = double(rows * d.output) * bytes * (shares - 1) / shares;
     return lockstep_latency() * (shares - 1) + fetching * others;
 }
 
-// What several threads have to be faster by than one, by the estimate.
+// By this factor several threads must be faster than one, by the estimate, to be used.
 constexpr double kMargin = 1.15;
 
 template <class T>
@@ -194,7 +195,7 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
         consider({groups, 1, 1, whole}, cost_of(0, depth, rows, 1));
         const int left = threads / groups, teams = std::min(left, depth);
         if (teams > 1 && steps > 1) {
-            // Smaller chunks fill and drain the pipeline sooner, and read the weights over x more often.
+            // Smaller chunks fill and drain the pipeline sooner, but read the weights over x more often.
             const int64_t chunk = std::max<int64_t>(1, std::min(whole, std::max<int64_t>(8, steps / (16 * teams))));
             double slowest = 0;
             for (int team = 0; team < teams; ++team)
@@ -216,11 +217,11 @@ struct Runner {
     Forward<T> f;
     const Leaf<T>* leaf;
     T* product;
-    int64_t scale_size, narrow_x_size, narrow_h_size;  // of the scratch for narrow weights that a share has
+    int64_t scale_size, narrow_x_size, narrow_h_size;  // per share: scratch for narrow weights
 
     // What `open` takes from the parts, in numbers.
     struct Sizes {
-        int64_t h, kept, c, z, q, m, p, scales, narrow_x, narrow_h;  // the last three for each share of the units
+        int64_t h, kept, c, z, q, m, p, scales, narrow_x, narrow_h;  // the last three per share of the units
         Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched) {
             Panels<T> w = weights.impl().panels;
             w.patched = patched;
@@ -263,8 +264,8 @@ struct Runner {
     int64_t h_stride() const { return f.w.output_blocks * leaf->width; }
     int64_t c_stride() const { return f.w.blocks * leaf->width; }
 
-    // The state that rows start from: what is given, else the cell's initial one. That of row r lies at `places[r]` of
-    // the caller's arrays, where there are places.
+    // Sets the state from which the rows start: the one that was passed, else the cell's initial state. With `places`,
+    // the state of row r is at index `places[r]` of the caller's arrays.
     void start(const T* h, const T* c, const int64_t* places = nullptr) {
         const Description& d = *f.w.d;
         if (!d.keeps_state()) return;
@@ -282,9 +283,9 @@ struct Runner {
         leaf->forward(f);
     }
 
-    // The same for threads that share out the units, in phases: a step each, a chunk's sums over x with its first one;
-    // or a whole chunk, where there is no state. In a phase a share writes to places of its own, and reads what all
-    // shares have written in the phases before. `f` as a chunk is to have it, `before` so many steps of the call.
+    // The same for threads that divide the units, in phases. A phase is a step, and the first phase of a chunk includes
+    // its sums over x; without a state, a phase is a whole chunk. In a phase a share writes only its own units, and
+    // reads what all shares wrote in earlier phases. `own` describes the chunk; `before` steps of the call precede it.
     int64_t phases(int64_t steps, int64_t chunk) const { return f.w.d->keeps_state() ? steps : ceil_div(steps, chunk); }
     void run_share(Forward<T> own, int64_t phase, int64_t before, int share, int shares) const {
         own.project = phase == 0;
@@ -295,7 +296,7 @@ struct Runner {
         if (own.narrow_x) own.narrow_x += share * narrow_x_size, own.narrow_h += share * narrow_h_size;
         leaf->forward(own);
     }
-    // After the last phase.
+    // After the last phase: makes h the current state.
     void settle(int64_t steps) {
         if (steps & 1) std::swap(f.h, f.h_next);
     }
@@ -345,7 +346,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     const int groups = cut.groups;
     const int64_t most_rows = ceil_div(B, groups), chunk = cut.chunk;
 
-    // y of layers below the top that the caller does not want lies in scratch.
+    // The y of layers below the top is stored in scratch unless the caller requests it.
     std::vector<T*> y(depth);
     int64_t count = 0;
     for (int l = 0; l + 1 < depth; ++l)
@@ -364,7 +365,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     std::vector<T*> memory(size_t(depth) * groups);
     for (size_t k = 0; k < memory.size(); ++k) memory[k] = parts.take(sizes[k / groups]);
     std::vector<std::atomic<int64_t>> done(size_t(depth) * groups);
-    // Rows of a group have states of their own, at places of the whole, or one after the other.
+    // Where the states of a group's rows are: at their places, or contiguous in the caller's arrays.
     const auto places_of = [&](int group) { return in.places ? in.places + B * group / groups : nullptr; };
     const auto state_of = [&](auto* all, int group, int64_t width) {
         return all && !in.places ? all + B * group / groups * width : all;
@@ -377,7 +378,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         const int64_t H = d.units, P = d.output, below = l ? description(l - 1).output : 0;
         Parts<T> own(memory[size_t(l) * groups + group]);
         runner.open(*layer.weights, rows, chunk, cut.shares, layer.drops.recurrent, layer.patches.lines, own);
-        // Rows from `first` on, of an array with so much a row.
+        // The group's part of an array with `a_row` numbers per row.
         const auto at = [&](auto* all, int64_t a_row) { return all ? all + first * a_row : nullptr; };
         Forward<T>& f = runner.f;
         f.steps = steps, f.reverse = in.reverse;
@@ -402,7 +403,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     if (cut.shares > 1) {
         std::vector<Runner<T>> runners(size_t(depth) * groups);
         std::deque<Lockstep> teams;
-        std::vector<int64_t> start(size_t(depth) + 1);  // the phase that a layer begins with
+        std::vector<int64_t> start(size_t(depth) + 1);  // the first phase of each layer
         for (size_t k = 0; k < runners.size(); ++k) open_layer(runners[k], int(k / groups), int(k % groups));
         for (int l = 0; l < depth; ++l) start[l + 1] = start[l] + runners[size_t(l) * groups].phases(steps, chunk);
         for (int group = 0; group < groups; ++group) teams.emplace_back(cut.shares, start[depth]);
@@ -436,7 +437,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         }
         close_layer(runner, l, group);
     };
-    // Task k: rows k mod groups, layers from bottom to top; it waits for tasks with lower numbers alone.
+    // Task k: a team's layers from bottom to top, for one group of rows; it only waits for tasks with lower numbers.
     parallel(groups * cut.teams, [&](int k) {
         FlushDenormals flush;
         const int group = k % groups, team = k / groups;
@@ -449,18 +450,18 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
 template <class T>
 struct Stream<T>::Impl {
     std::vector<const Weights<T>*> weights;
-    int64_t batch, chunk, work = 0;  // work: multiplications of a step
-    int threads, groups;             // threads share the rows: each group of these has runners of its own
+    int64_t batch, chunk, work = 0;  // work: multiplications per step
+    int threads, groups;             // threads divide the rows into groups, each with separate runners
     std::vector<Runner<T>> runners;  // [groups][layers]
-    std::vector<T*> between;         // [groups][layers], y of a layer: two chunks in turn, each [rows, chunk, P]
-    std::vector<T*> before;          // [groups][layers], h and c as `keep` found them
+    std::vector<T*> between;         // [groups][layers], y of a layer: two chunks alternately, each [rows, chunk, P]
+    std::vector<T*> before;          // [groups][layers], h and c as saved by `keep`
     std::unique_ptr<Scratch<T>> memory;
 
     int64_t first_row(int group) const { return batch * group / groups; }
-    int shares() const { return groups == 1 ? threads : 1; }  // at most, of the units
+    int shares() const { return groups == 1 ? threads : 1; }  // the most shares of the units
     size_t place(int group, int layer) const { return size_t(group) * weights.size() + size_t(layer); }
 
-    // What `f`, of one group and layer, has to know of chunk n of a call.
+    // Sets the fields of `f`, of one group and layer, for chunk n of a call.
     void place_chunk(Forward<T>& f, int group, int layer, int64_t n, const T* x, T* y, int64_t steps) const {
         const int64_t first = n * chunk, row = first_row(group);
         const auto kept = [&](int of, int64_t width) {
@@ -478,14 +479,14 @@ struct Stream<T>::Impl {
             f.y_row = steps * f.y_time, f.y = y + row * f.y_row + first * f.y_time;
     }
 
-    // Chunk n of a call, for one group and layer.
+    // Runs chunk n of a call, for one group and layer.
     void advance(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) {
         Runner<T>& runner = runners[place(group, layer)];
         place_chunk(runner.f, group, layer, n, x, y, steps);
         runner.steps(0, runner.f.steps);
     }
 
-    // A call by threads that share out the units: layer by layer of each chunk.
+    // A call by threads that divide the units: layer by layer of each chunk.
     void share_out(const T* x, T* y, int64_t steps, int shares) {
         const int depth = int(weights.size());
         const auto phases = [&](int64_t n) {
@@ -516,7 +517,7 @@ struct Stream<T>::Impl {
         const Forward<T>& f = runner.f;
         return f.rows * ((f.h ? runner.h_stride() : 0) + (f.c ? runner.c_stride() : 0));
     }
-    // Copies h and c of every layer to what `before` has of it, or back.
+    // Copies h and c of every layer to `before`, or back.
     void copy_states(bool back) {
         for (size_t k = 0; k < before.size(); ++k) {
             const Forward<T>& f = runners[k].f;
@@ -570,7 +571,8 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
     const int64_t chunks = ceil_div(steps, s.chunk);
     const int64_t work = steps > kMostNumbers / std::max<int64_t>(s.work, 1) ? kMostNumbers : s.work * steps;
     const int threads = useful_threads(s.threads, work);
-    // Threads take rows where there are enough, else units, or layers: those of a team, a chunk behind the team below.
+    // Threads divide the rows if there are enough, else the units or the layers: each team's layers stay a chunk behind
+    // the team below.
     const int tasks = std::min(threads, s.groups);
     const Cut cut = s.groups == 1 ? cut_up(s.weights, s.batch, steps, 1, false, threads)
                                   : Cut{tasks, std::min(depth, threads / tasks), 1, s.chunk};

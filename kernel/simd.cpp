@@ -1,8 +1,8 @@
-// The inner routines (leaf.h), compiled once per instruction set: the same source, other flags.
+// The inner routines (leaf.h), compiled once per instruction set: the same source with different flags.
 //
-// Nothing here, nor in what is included, may be shared with another translation unit (an inline function compiled for
-// AVX-512 must not be the copy that the linker keeps for all), hence the anonymous namespaces and no standard
-// templates.
+// Nothing here, or in the included headers, may be shared with another translation unit: of an inline function the
+// linker keeps one copy for all of them, which may be the one compiled for AVX-512. Hence the anonymous namespaces, and
+// no standard templates.
 #include <ctime>
 
 #include "backward.h"
@@ -11,7 +11,7 @@
 namespace cellstack {
 namespace {
 
-// W columns, from `k` on, of as many rows, from `row` on, which lie `stride` apart; zeros beyond `rows` and `depth`.
+// W columns, starting at `k`, of W rows, starting at `row`, which are `stride` apart; zeros beyond `rows` and `depth`.
 template <class T>
 INLINE void load_square(V<T> (&square)[Vec<T>::W], const T* from, int64_t row, int64_t rows, int64_t k, int64_t depth,
                         int64_t stride) {
@@ -22,7 +22,7 @@ INLINE void load_square(V<T> (&square)[Vec<T>::W], const T* from, int64_t row, i
         square[r] = row + r < rows ? load_lanes(from + (row + r) * stride + k, lanes) : splat(T(0));
 }
 
-// A block's panel, [depth][gates][W].
+// Packs a block's panel, [depth][gates][W].
 template <class T>
 void pack_block(T* to, const Matrix<T>& m, int64_t block) {
     constexpr int W = Vec<T>::W;
@@ -54,7 +54,7 @@ void pack(T* to, const Matrix<T>& m) {
     for (int64_t block = 0; block < blocks; ++block) pack_block(to + block * size, m, block);
 }
 
-// Of 8 bits, the scales of all columns and their shifts follow the words.
+// For int8, the scales of all columns and their shifts follow the words.
 template <class T>
 void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
     if constexpr (sizeof(T) == 4) {
@@ -78,7 +78,8 @@ template <class T>
 void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const int64_t blocks = (m.units + W - 1) / W, deep = pairs ? W / 2 : W;
-    // A quarter of a panel at a time: so few rows are read side by side that each goes on where the last read ended.
+    // A quarter of a panel at a time: so few rows are read alternately that each read continues where the last one
+    // ended.
     for (int64_t k = panel * wide; k < end_panel * wide; k += W) {
         T* row = to + (k / wide * blocks * m.gates * deep * 4 + k / W % 4) * W;
         for (int64_t block = 0; block < blocks; ++block)
@@ -127,7 +128,7 @@ constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
 constexpr Leaf<double> kDouble = leaf<double>({}, {});
 
 #if defined(__AVX512F__)
-// Nanoseconds that some tiles of sums take, the fastest of several times.
+// The time of some tiles of sums in nanoseconds: the least of several measurements.
 double time_of_sums(TileRoutine<float> routine) {
     constexpr int W = Vec<float>::W, depth = 64;
     alignas(kVectorBytes) static float rows[kRows * depth], panel[depth * 4 * W], sums[kRows * 4 * W];

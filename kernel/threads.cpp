@@ -26,7 +26,7 @@ void pause_a_moment() {
 #endif
 }
 
-// Spinning catches the next call of a loop without the few microseconds that waking a thread takes; after that, sleep.
+// Spinning catches the next call of a loop without the few microseconds that waking a thread takes; then threads sleep.
 constexpr int kSpins = 2000;
 
 class Pool {
@@ -37,10 +37,10 @@ class Pool {
             while (int(workers_.size()) < count - 1)
                 workers_.emplace_back([this, seen = call_of(claims_.load())] { work(seen); });
         } catch (const std::system_error&) {
-            // no more threads to be had: those that there are do all of it
+            // the system allows no more threads: the existing ones do all tasks
         }
         task_ = task, context_ = context;
-        keep_off();
+        avoid_caller();
         left_.store(count, std::memory_order_relaxed);
         const uint64_t call = call_of(claims_.load()) + 1;
         {
@@ -57,9 +57,9 @@ class Pool {
   private:
     static uint64_t call_of(uint64_t claims) { return claims >> 32; }
 
-    // Tasks go to whoever comes first, in rising order: a thread that wakes late holds nobody up. A claim names its
-    // call, so one that comes after the call has ended fails; while a claimed task is under way the call can't end, and
-    // what is read here is of that call.
+    // Threads claim tasks dynamically, in ascending order, so a thread that wakes late doesn't delay the others. A
+    // claim contains the number of its call, and fails after that call has ended; while a claimed task runs, the call
+    // can't end, so what is read here belongs to that call.
     void claim_tasks(uint64_t call) {
         uint64_t claims = claims_.load(std::memory_order_acquire);
         while (call_of(claims) == call && (claims & 0xffff) < (claims >> 16 & 0xffff))
@@ -70,10 +70,10 @@ class Pool {
             }
     }
 
-    // Lets the workers run wherever this thread may, but where it is. A virtual machine's scheduler takes an idle
-    // processor for one that the host has taken away, and wakes a thread on the processor of the one that wakes it,
-    // which is busy: it would come milliseconds late.
-    void keep_off() {
+    // Lets the workers run on all of the caller's processors except the current one. A virtual machine's scheduler
+    // takes an idle processor for one that the host has withdrawn, and wakes a thread on the processor of the thread
+    // that wakes it, which is busy: the worker would start milliseconds late.
+    void avoid_caller() {
 #ifdef __linux__
         const int here = sched_getcpu();
         if (here == caller_ && off_ == workers_.size()) return;
@@ -101,15 +101,16 @@ class Pool {
     std::mutex calls_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    std::atomic<uint64_t> claims_{0};  // number of the call, how many tasks it has, how many of them are claimed
+    std::atomic<uint64_t> claims_{0};  // the number of the call, of its tasks, and of those that are claimed
     std::atomic<int> left_{0};
-    int caller_ = -1;  // the processor that the workers keep off, so many of them
+    int caller_ = -1;  // the processor that the workers avoid, and how many workers do
     size_t off_ = 0;
     void (*task_)(void*, int) = nullptr;
     void* context_ = nullptr;
 };
 
-// Never destroyed: workers sleep in it until the process ends. A forked child has no workers and starts a pool anew.
+// Never destroyed: workers sleep in it until the process ends. A forked child process has no workers and makes a new
+// pool.
 Pool* pool = nullptr;
 std::once_flag pool_made;
 
@@ -141,8 +142,9 @@ void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
     }
 }
 
-// A thread that gives its core away between two shares holds nobody up; one that loses it within a share, as its time
-// is over and another program's thread wants the core, does, for milliseconds. So it offers its core now and then.
+// A thread that yields its core between two shares doesn't delay the others; one that loses it within a share, when its
+// time slice ends and another program needs the core, delays them for milliseconds. So each thread yields its core at
+// intervals.
 constexpr int64_t kOffer = 500'000;  // nanoseconds
 
 static int64_t nanoseconds() {
@@ -153,7 +155,7 @@ Lockstep::Lockstep(int shares, int64_t phases) : shares_(shares), phases_(phases
 
 Lockstep::Waiter::Waiter(const Lockstep& lockstep) : lockstep_(lockstep), since_(nanoseconds()) {}
 
-void Lockstep::Waiter::give_way() {
+void Lockstep::Waiter::yield_core() {
     if (++phases_ % 16) return;
     const int64_t now = nanoseconds();
     if (now - since_ < kOffer) return;
@@ -165,11 +167,12 @@ double lockstep_latency() {
     static const double latency = [] {
         constexpr int rounds = 15, phases = 300, wanted = 5, numbers = 256;
         std::vector<double> taken;
-        // what a step passes on: each share writes some lines and reads those that the other wrote in the phase before
+        // what a step exchanges: each share writes some lines, and reads those that the other wrote in the previous
+        // phase
         alignas(64) float passed[2][2][numbers] = {};
         for (int round = 0; round < rounds && int(taken.size()) < wanted; ++round) {
             Lockstep lockstep(2, phases);
-            int own_shares = 0;  // of the second thread
+            int own_shares = 0;  // that the second thread did
             const int64_t start = nanoseconds();
             parallel(2, [&](int own) {
                 lockstep.run(own, [&](int64_t phase, int share) {
@@ -178,10 +181,10 @@ double lockstep_latency() {
                     if (own && share == own) ++own_shares;
                 });
             });
-            // where the other thread wasn't there, this one did its shares, and nobody waited for anybody
+            // if the other thread was late, this one did its shares, and neither waited for the other
             if (own_shares > phases * 9 / 10) taken.push_back(double(nanoseconds() - start) / phases);
         }
-        if (int(taken.size()) < wanted) return 500.0;  // a machine that is busy
+        if (int(taken.size()) < wanted) return 500.0;  // the machine is busy
         std::sort(taken.begin(), taken.end());
         return std::max(200.0, taken[wanted / 2]);
     }();

@@ -1,4 +1,4 @@
-// A pool of worker threads for calls that ask for more than one.
+// A pool of worker threads, and ways for threads to wait for each other.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace cellstack {
 
-// Runs task(k) for k in [0, count), on up to `count` threads, the caller's among them; returns when all are done.
-// A task may wait for one with a lower number, never for one with a higher.
+// Runs task(k) for k in [0, count) on up to `count` threads, including the caller's; returns when all are done. A task
+// may wait for one with a lower number, never for one with a higher number.
 void parallel(int count, void (*task)(void* context, int k), void* context);
 
 template <class F>
@@ -15,21 +15,21 @@ void parallel(int count, F&& body) {
     parallel(count, [](void* context, int k) { (*static_cast<F*>(context))(k); }, &body);
 }
 
-// Runs the tasks likewise, on the threads of PyTorch, and returns true; or returns false, as it isn't in this process,
-// or has too few of them, or they sleep. For some milliseconds after an operation of PyTorch they spin, and threads of
-// our own would have to share processors with them. Once they sleep, they are no help: a call of OpenMP ends when the
-// last of its threads has come, which may be milliseconds later.
+// Runs the tasks in the same way on PyTorch's threads, and returns true; or returns false if PyTorch isn't in this
+// process, or its threads are too few or asleep. For some milliseconds after an operation of PyTorch they spin, and
+// would compete with the pool's threads for processors. Once they sleep, using them would be slow: an OpenMP call only
+// ends when the last of its threads has arrived, which may be milliseconds later.
 bool run_on_open_mp(int count, void (*task)(void* context, int k), void* context);
 
-// A turn of a loop that waits for what is nearly there; after some turns others may have the core.
+// One iteration of a loop that waits for a short time; after some iterations other threads may take the core.
 void wait_a_moment(int spin);
 
 // Waits until `counter` reaches `value`.
 void wait_for(const std::atomic<int64_t>& counter, int64_t value);
 
-// Work in phases, each cut into the same shares: a phase begins when all shares of the one before are done. The threads
-// of a team call `run`, each with a share of its own, which stays in its cache; a thread that comes late, or that the
-// system has put to sleep between two shares, holds nobody up: the others do its shares.
+// Work in phases, each divided into the same shares: a phase begins when all shares of the previous one are done. The
+// threads of a team call `run`, each with its own share, whose data stays in its cache. If a thread is late, or the
+// system suspends it between two shares, the others do its share.
 class Lockstep {
   public:
     Lockstep(int shares, int64_t phases);
@@ -56,10 +56,10 @@ class Lockstep {
 
   private:
     struct alignas(64) Claims {
-        std::atomic<int64_t> phases{0};  // in how many phases somebody has taken this share
+        std::atomic<int64_t> phases{0};  // in how many phases a thread has claimed this share
     };
-    // How long a thread waits for the others before it does their shares, and when it lets other programs have its
-    // core.
+    // Decides how long a thread waits for the others before it does their shares, and when it yields its core to other
+    // programs.
     class Waiter {
       public:
         explicit Waiter(const Lockstep& lockstep);
@@ -69,12 +69,12 @@ class Lockstep {
                 if (spin == patience_) patience_ = help() ? 0 : kPatience;
                 wait_a_moment(spin);
             }
-            give_way();
+            yield_core();
         }
 
       private:
         static constexpr int kPatience = 64;
-        void give_way();
+        void yield_core();
         const Lockstep& lockstep_;
         int patience_ = kPatience, phases_ = 0;
         int64_t since_;
@@ -89,14 +89,15 @@ class Lockstep {
     const int shares_;
     const int64_t phases_;
     std::unique_ptr<Claims[]> claims_;
-    alignas(64) std::atomic<int64_t> done_{0};  // shares, of all phases
+    alignas(64) std::atomic<int64_t> done_{0};  // shares done, over all phases
 };
 
-// Nanoseconds that a phase of a Lockstep of two threads takes beside its work, with what a step passes on: measured
-// once.
+// The overhead of a phase of a Lockstep of two threads in nanoseconds, including the exchange of a step's results;
+// measured once.
 double lockstep_latency();
 
-// Within its scope, results and operands that are denormal count as zero; the thread's own mode comes back after.
+// Within its scope, denormal results and operands are treated as zero; the thread's previous mode is restored
+// afterwards.
 class FlushDenormals {
   public:
     FlushDenormals();

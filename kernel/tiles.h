@@ -1,4 +1,4 @@
-// Tiles of a product, for every size and every kind of number: the loops over k that all of the kernel is about.
+// Tiles of a product, for every size and every kind of number: the loops over k where the kernel spends its time.
 #pragma once
 #include "leaf.h"
 #include "vec.h"
@@ -7,15 +7,15 @@ namespace cellstack {
 namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 6;  // of a tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
+constexpr int kRows = 6;  // per tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
 #else
 constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
 #endif
 
 template <class T>
-constexpr int64_t kLine = 64 / sizeof(T);  // numbers in a line of a cache
+constexpr int64_t kLine = 64 / sizeof(T);  // numbers per cache line
 
-// Rows and a panel at some k, on the way through them.
+// Pointers to the rows and the panel at the current k.
 template <class T, int R>
 struct Cursor {
     const T* a[R];
@@ -24,13 +24,13 @@ struct Cursor {
     int64_t step, vector, block;
     const T* ahead = nullptr;
 
-    // Vector v of N blocks with C each.
+    // Vector v of N blocks of C vectors each.
     template <int C>
     INLINE V<T> read(int v) const {
         return load(panel + v / C * block + v % C * vector);
     }
-    // As a register: R operations take it, and a compiler may read it anew for each of two or three, which costs a line
-    // that isn't in the first-level cache as many waits.
+    // Forces the vector into a register: R operations use it, and for two or three of them a compiler may load it again
+    // each time, which waits as many times for a line that isn't in the first-level cache.
     template <int C>
     INLINE V<T> weights(int v) const {
         V<T> w = read<C>(v);
@@ -46,10 +46,10 @@ struct Cursor {
     }
 };
 
-// kRecurrent: whether there are recurrent tiles of four vectors (1), for steps; of fewer too (2), for the backward
-// pass.
+// kRecurrent: which recurrent tiles exist: those of four vectors (1), for steps; and those of fewer too (2), for the
+// backward pass.
 
-// Numbers of T, each product rounded once with its sum.
+// Numbers of T, each product rounded once, with its sum.
 template <class T>
 struct Plain {
     using Number = T;
@@ -59,7 +59,7 @@ struct Plain {
     static INLINE Sum multiply_add(V<T> a, V<T> w, Sum sum) { return fma(a, w, sum); }
 };
 
-// Two bfloat16 of neighbouring k in the bits of a float, in the rows and in the panel, multiplied by one instruction.
+// Two bfloat16 of adjacent k in the bits of a float, in the rows and in the panel, multiplied by one instruction.
 struct Pairs {
     using Number = float;
     using Sum = V<float>;
@@ -68,7 +68,7 @@ struct Pairs {
     static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) { return add_pairs(a, w, sum); }
 };
 
-// Four int8 of neighbouring k, those of the rows 128 up; whole numbers, exact.
+// Four int8 of adjacent k, those of the rows with an offset of 128; the sums are integers and exact.
 template <bool Vnni>
 struct Int8 {
     using Number = float;
@@ -80,8 +80,8 @@ struct Int8 {
     }
 };
 
-// Two bfloat16 of neighbouring k in each word of the panel, made floats on the way; rows of floats that are rounded to
-// bfloat16. A product of two such numbers is exact in a float and k follow each other, so the bits are those of Pairs.
+// Two bfloat16 of adjacent k in each word of the panel, widened to floats after loading; rows of floats that are
+// rounded to bfloat16. A product of two bfloat16 is exact in a float and k rises, so the bits are those of Pairs.
 struct Widened {
     using Number = float;
     using Sum = V<float>;
@@ -91,7 +91,7 @@ struct Widened {
 };
 template <int R, int N, int C, bool Ahead>
 INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at, int64_t depth) {
-    // With many sums the two numbers of a word are taken one after the other, which leaves registers for the sums.
+    // With many sums the two numbers of a word are processed one after the other, which leaves registers for the sums.
     constexpr bool apart = R * N * C > (kRows == 6 ? 16 : 8);
     for (int64_t k = 0; k < depth; ++k, at.template next<Ahead>()) {
         V<float> even[R], odd[R];
@@ -155,8 +155,8 @@ INLINE void begin(const Tile<T>& t, V<T> (&sums)[R][N * C]) {
         for (int v = 0; v < N * C; ++v) sums[r][v] = splat(T(0));
     }
 }
-// Whatever of a tile is needed at its end is read before the first sum is written: the compiler can't know that they
-// are apart.
+// All fields of the tile that are needed here are read before the first sum is written: the compiler can't know that
+// they don't alias.
 template <class T, int R, int N, int C>
 INLINE void end(const Tile<T>& t, const V<T> (&sums)[R][N * C]) {
     T* row = t.to;
@@ -175,7 +175,7 @@ INLINE void end(const Tile<T>& t, const V<T> (&sums)[R][N * C]) {
     }
 }
 
-// int8 starts from zero, and ends with what undoes the rows' 128 and the steps of rows and columns.
+// int8 starts from zero; at the end the effect of the rows' offset of 128 is subtracted and the scales are applied.
 template <class T, int R, int N, int C>
 INLINE void begin(const Tile<T>&, Words (&sums)[R][N * C]) {
     UNROLL

@@ -1,7 +1,7 @@
 // Vectors of one instruction set, as wide as the compiler flags of this translation unit allow, for float and double.
 //
-// Only what the kernel needs. The compiler's vector extension gives arithmetic and comparison; intrinsics stand where
-// it has no word: fused multiply-add, broadcasts, NaN-keeping minimum and maximum, the ragged last block.
+// Only what the kernel needs. The compiler's vector extension provides arithmetic and comparison; intrinsics provide
+// the rest: fused multiply-add, broadcasts, minimum and maximum that keep NaN, the partial last block.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,7 +13,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
-// Before a loop over a constant few: with every index a constant, arrays of vectors are in registers.
+// Unrolls a loop with a small constant count: then every index is a constant, and arrays of vectors are in registers.
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
@@ -69,10 +69,10 @@ INLINE V<float> splat(float x) { return (V<float>)_mm512_set1_ps(x); }
 INLINE V<double> splat(double x) { return (V<double>)_mm512_set1_pd(x); }
 INLINE V<float> fma(V<float> a, V<float> b, V<float> c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE V<double> fma(V<double> a, V<double> b, V<double> c) { return _mm512_fmadd_pd(a, b, c); }
-// The smaller one of |x| and hi; of a NaN either may come.
+// The smaller one of |x| and hi; for NaN, either of them.
 INLINE V<float> magnitude_at_most(V<float> x, float hi) { return _mm512_range_ps(x, splat(hi), 0b1010); }
 INLINE V<float> one_signed_as(V<float> x) { return _mm512_or_ps(_mm512_and_ps(x, splat(-0.0f)), splat(1.0f)); }
-// min and max give their second operand where one is NaN, so a NaN in x passes a clamp
+// min and max return their second operand if one is NaN, so a NaN in x passes through a clamp
 INLINE V<float> clamp(V<float> x, float lo, float hi) { return _mm512_max_ps(splat(lo), _mm512_min_ps(splat(hi), x)); }
 INLINE V<double> clamp(V<double> x, double lo, double hi) {
     return _mm512_max_pd(splat(lo), _mm512_min_pd(splat(hi), x));
@@ -132,7 +132,7 @@ INLINE void store_n(T* p, X v, int n) {
 }
 #endif
 
-// The first n lanes, n = W for all but a layer's last block.
+// The first n lanes; n = W except in a layer's last block.
 template <class T>
 INLINE V<T> load_lanes(const T* p, int n) {
     return n == Vec<T>::W ? load(p) : load_n(p, n);
@@ -145,10 +145,10 @@ INLINE void store_lanes(T* p, V<T> v, int n) {
         store_n(p, v, n);
 }
 
-// ── weights of fewer bits, for float alone ───────────────────────────────────────────────────────────────────────────
-typedef Vec<float>::I Words;  // 32 bits a lane: two bfloat16, or four int8, of as many k
+// ── weights with fewer bits, for float only ──────────────────────────────────────────────────────────────────────────
+typedef Vec<float>::I Words;  // 32 bits per lane: two bfloat16 or four int8, of adjacent k
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));  // the same bits, for sums that may wrap around
-typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // as many numbers
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // one per lane
 typedef uint32_t HalfOfWords __attribute__((vector_size(kVectorBytes / 2)));
 
 INLINE Words load_words(const uint32_t* p) {
@@ -159,7 +159,7 @@ INLINE Words load_words(const uint32_t* p) {
 INLINE void store_words(uint32_t* p, Words v) { memcpy(p, &v, sizeof v); }
 INLINE Words splat(int32_t x) { return Words{} + x; }
 
-// sums + Σ a[j]·w[j] over the four bytes of a lane, those of a without a sign.
+// sums + Σ a[j]·w[j] over the four bytes of a lane; those of a are unsigned.
 INLINE Words add_dot(Words sums, Words a, Words w) {
     for (int shift = 24; shift >= 0; shift -= 8) sums += ((a >> (24 - shift)) & 255) * ((w << shift) >> 24);
     return sums;
@@ -168,10 +168,10 @@ INLINE Words add_dot(Words sums, Words a, Words w) {
 INLINE V<float> lower_float(Words w) { return (V<float>)(w << 16); }
 INLINE V<float> upper_float(Words w) { return (V<float>)(w & int32_t(0xffff0000)); }
 
-// Instructions of processors with AVX512-VNNI and AVX512-BF16, for routines that are only in the tables of these.
-// add_pairs: sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, the upper ones first: what two fused
-// multiply-adds of the numbers as floats give, bit for bit, denormals taken for zeros. pairs_of: pairs of neighbours in
-// x, and of what a and b have in the same lane.
+// Instructions of processors with AVX512-VNNI and AVX512-BF16, for routines that only the tables of these sets contain.
+// add_pairs: sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, upper 16 bits first; the bits are those of
+// two fused multiply-adds of the numbers as floats, with denormals as zeros. pairs_of: pairs of adjacent numbers in x;
+// pairs of the numbers that a and b have in the same lane.
 #if defined(__AVX512F__)
 constexpr bool kHasPairs = true;
 INLINE Words add_dot_vnni(Words sums, Words a, Words w) {
@@ -193,16 +193,15 @@ INLINE V<float> pairs_of(V<float> a, V<float> b) {
     return (V<float>)_mm512_or_si512(upper, _mm512_cvtepu16_epi32(bfloat16_of(b)));
 }
 #else
-constexpr bool kHasPairs = false;  // and none of these is ever called
+constexpr bool kHasPairs = false;  // the functions below are never called
 INLINE Words add_dot_vnni(Words sums, Words, Words) { return sums; }
 INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }
 INLINE HalfOfWords pairs_of(V<float>) { return HalfOfWords{}; }
 INLINE V<float> pairs_of(V<float>, V<float>) { return V<float>{}; }
 #endif
 
-// W vectors as a square matrix, transposed: numbers whose row and lane differ in one bit change places, bit by bit.
-// Lane l of a pair's first vector comes from lane l + First of a, or, where it has the bit Step, of b, Step before
-// that.
+// Transposes a square matrix of W vectors: for each bit of the index, numbers whose row and lane differ in that bit are
+// exchanged. Lane l of choose_lanes is lane l + First of a or, if l has the bit Step, lane l + First - Step of b.
 template <class T, int First, int Step>
 struct Lanes {
     static constexpr int W = Vec<T>::W;
@@ -260,14 +259,14 @@ struct Exp<double> {
     static constexpr double log2e = 1.44269504088896340736;
     static constexpr double magic = 6755399441055744.0 + 1023;  // 1.5·2^52 + bias
     static constexpr int mantissa = 52;
-    // Taylor: the rest is below 1e-17 on |r| <= 0.35
+    // Taylor series: the remainder is below 1e-17 for |r| <= 0.35
     static constexpr double p[12] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
                                      1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
                                      1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
 };
 
-// 2^n, of an n + bias that was rounded by adding it to `magic`: its low bits hold it. Moved up into the exponent, the
-// others fall off.
+// 2^n, given n + bias in the low bits of a number that was rounded by adding `magic`: they are shifted into the
+// exponent, and the other bits are shifted out.
 template <class T>
 INLINE V<T> power_of_two(V<T> shifted) {
     return (V<T>)((typename Vec<T>::I)shifted << Exp<T>::mantissa);
@@ -280,7 +279,7 @@ INLINE V<T> polynomial(const T (&p)[N], V<T> x) {
     return sum;
 }
 
-// 2^n and e^r - 1 of an x that lies in the range, or of -x.
+// 2^n and e^r - 1 for an x in range, or for -x.
 template <class T, int Sign = 1>
 INLINE void split_exp(V<T> x, V<T>& power, V<T>& rest) {
     using E = Exp<T>;
@@ -317,25 +316,26 @@ INLINE V<T> tanh(V<T> x) {
     return e / (e + splat(T(2)));
 }
 
-// For floats both ways at once, each taken where the rounding of its last operation is most of its error:
+// For floats both forms are computed, and each is selected where the rounding of its last operation is most of its
+// error:
 //     |x| < 0.6:  x + x³·p(x²)              else:  ±(1 - 2/(e^2|x| + 1))
-// The first costs little time, as it doesn't wait for the exponential. Its polynomial is off by 2.8e-9 of tanh, that of
-// e^2r = 1 + r·q(r), on |r| <= ln2/4, by 2.6e-9. As in `Exp`, they are minimax fits by Remez's exchange, in 40 digits,
-// rounded.
+// The first takes little time, as it doesn't wait for the exponential. The relative error of its polynomial is 2.8e-9,
+// that of e^2r = 1 + r·q(r) for |r| <= ln2/4 is 2.6e-9. Like those in `Exp`, they are minimax fits by the Remez
+// exchange algorithm, computed with 40 digits and rounded.
 template <>
 INLINE V<float> tanh<float>(V<float> x) {
     using E = Exp<float>;
     constexpr float p[5] = {-5.8951583e-3f, 2.0795971e-2f, -5.3783830e-2f, 1.3331924e-1f, -3.3333299e-1f};
     constexpr float q[6] = {8.9993104e-2f, 2.6812989e-1f, 6.6663635e-1f, 1.3333092f, 2.0000002f, 2.0f};
     const V<float> square = x * x, near = fma(square * x, polynomial(p, square), x);
-    const V<float> u = magnitude_at_most(x, 10.0f);  // from 9.02 on the result is ±1
-    const V<float> magic = splat(E::magic - 1);      // which halves the power
+    const V<float> u = magnitude_at_most(x, 10.0f);  // for |x| > 9.02 the result is ±1
+    const V<float> magic = splat(E::magic - 1);      // minus one halves the power
     const V<float> shifted = fma(u, splat(2 * E::log2e), magic);
-    const V<float> r = fma(shifted - magic, splat(-0.34657359028f), u);  // ln2/2 in one piece: n is small
+    const V<float> r = fma(shifted - magic, splat(-0.34657359028f), u);  // ln2/2 as one float: n is small
     const V<float> power = power_of_two<float>(shifted);
     const V<float> half = fma(power * r, polynomial(q, r), power + splat(0.5f));  // (e^2|x| + 1)/2
     const V<float> sign = one_signed_as(x), far = sign - sign / half;
-    return square >= splat(0.36f) ? far : near;  // NaN is near
+    return square >= splat(0.36f) ? far : near;  // NaN selects `near`
 }
 
 }  // namespace

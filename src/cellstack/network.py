@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> None:
-    """Warn of a pool that takes the last step of a bidirectional layer, where its final states may be meant."""
+    """Warn about each pool that takes the last step of a bidirectional layer: its final states may be intended."""
     by_name = dict(zip(names, nodes, strict=True))
     sources = dict(zip(names, graph.wires, strict=True))
 
@@ -172,6 +171,7 @@ class Network:
         wires: Sequence[Sequence[str]] | None = None,
         outputs: Sequence[str] | None = None,
         patches: Iterable[Patch] = (),
+        _warn: bool = True,  # False if the nodes come from a file, from training or from another network
     ) -> None:
         nodes, patches = tuple(nodes), tuple(patches)
         names = _checked_names(nodes, names)
@@ -201,7 +201,7 @@ class Network:
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith("cellstack."):  # files say what they mean
+        if _warn:
             _warn_of_last_steps(nodes, names, graph)
 
     @property
@@ -568,6 +568,7 @@ class Network:
             wires=self.wires,
             outputs=self.outputs,
             patches=patches,
+            _warn=False,
         )
 
     def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:

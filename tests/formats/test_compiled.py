@@ -71,9 +71,9 @@ def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_fi
         cs.compile(Sine(), torch.randn(2, 7, 4))
     assert str(raised.value) == (
         "compile: Sine can't be a Network: ONNX has no such operator: compute that part outside the module; "
-        "by way of ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
+        "exported to ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
         "is not supported; "
-        "read as it is: from_torch: the module (Sine): a custom class without to_nodes()"
+        "read directly: from_torch: the module (Sine): a custom class without to_nodes()"
     )
 
 
@@ -90,7 +90,7 @@ class Loud(nn.Module):
 
 
 def test_a_network_with_other_outputs_is_refused():
-    with pytest.raises(cs.FormatError, match=r"by way of ONNX: output 0 differs from the module's by "):
+    with pytest.raises(cs.FormatError, match=r"exported to ONNX: output 0 differs from the module's by "):
         cs.compile(Loud(), torch.zeros(2, 7, 4))
 
 
@@ -150,7 +150,7 @@ def flat(value):
     [
         (lambda m, x, y, state: {"y": y, "name": "y"}, "output 1 of the module is a str, not a tensor"),
         (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 differs"),
-        (lambda m, x, y, state: y * float(x.shape[0]), "with a row more output 0 differs"),
+        (lambda m, x, y, state: y * float(x.shape[0]), "with one more row output 0 differs"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # of tracing
@@ -364,7 +364,7 @@ def test_a_module_that_rejects_other_inputs_is_compared_on_the_example():
         return m.head(y)
 
     module, x = Parts(parts), torch.zeros(2, 7, 3)
-    with pytest.warns(UserWarning, match="Parts goes by the numbers themselves"):
+    with pytest.warns(UserWarning, match="Parts reads values of tensors"):
         net = cs.compile(module, x)
     np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=1e-5)
 

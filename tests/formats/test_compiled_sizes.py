@@ -51,7 +51,7 @@ def test_a_branch_on_a_size_that_was_tried_is_refused_and_located(condition):
 @pytest.mark.parametrize("condition", [lambda x: len(x) == 1, lambda x: len(x) > 4])
 def test_a_branch_on_len_is_refused_and_located(condition):
     module, place = twice_where(condition)
-    with pytest.raises(cs.FormatError, match=rf"Network: it answers otherwise for other sizes, .*len\(x\) \({place}\)"):
+    with pytest.raises(cs.FormatError, match=rf"Network: its outputs differ for other sizes, .*len\(x\) \({place}\)"):
         cs.compile(module, X)
 
 
@@ -88,7 +88,7 @@ def test_a_branch_on_the_number_of_a_step_is_refused():
             return torch.stack(ys, 1)
 
     with pytest.raises(
-        cs.FormatError, match=r"Network: its loop .* treats some of them differently.* with 250 steps more"
+        cs.FormatError, match=r"Network: its loop .* treats some of them differently, .* with 250 more steps"
     ):
         cs.compile(Loop(), X)
 

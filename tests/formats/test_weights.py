@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 import cellstack as cs
 from cellstack import FormatError
+from cellstack.train.fitting import as_network
 
 
 def saved(tmp_path, module, **others):
@@ -54,7 +56,7 @@ def test_the_last_step_of_a_bidirectional_layer_in_an_order_is_warned_of(tmp_pat
         torch.save(model.state_dict(), path := tmp_path / "model.pt")
     with pytest.warns(UserWarning, match=rf"^load: .*model.{suffix}: .*{BOTH_WAYS}: .* cellstack.compile") as record:
         net = cs.load(path, order=["rnn", *between, last, "head"])
-    assert record[0].filename == __file__
+    assert [warning.filename for warning in record] == [__file__]
     x = torch.randn(2, 7, 3)
     y = model["rnn"](x)[0][:, -1]
     np.testing.assert_allclose(
@@ -85,12 +87,14 @@ def test_the_last_step_of_a_bidirectional_node_is_warned_of_where_a_network_is_b
     (both,) = cs.from_torch(gru).nodes
     with pytest.warns(UserWarning, match=rf"^Network: layer_2: .*{BOTH_WAYS}: .* return_sequences=False") as record:
         net = cs.Network([both, cs.Activation("relu"), cs.GlobalPool("last")])
-    assert record[0].filename == __file__
+    assert [warning.filename for warning in record] == [__file__]
     x = torch.randn(2, 7, 3)
-    with warnings.catch_warnings():  # a file says what it means; other networks are none of it
+    with warnings.catch_warnings():  # networks from files, training and other networks, and other nodes
         warnings.simplefilter("error")
         net.save(tmp_path / "net.safetensors")
         assert cs.load(tmp_path / "net.safetensors")(x.numpy()).shape == (2, 8)
+        net.with_weights("bfloat16")
+        as_network(SimpleNamespace(to_nodes=lambda: net.nodes), {})
         cs.Network([both, cs.GlobalPool("mean")])
         cs.Network([both.forward, cs.GlobalPool("last")])
         directions = [replace(part, return_sequences=False) for part in (both.forward, both.backward)]

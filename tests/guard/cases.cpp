@@ -1,7 +1,7 @@
-// Fixed pieces of the kernel's work, for `make guard` to count their instructions (instructions.py).
+// Fixed pieces of the kernel's work, whose instructions `make guard` counts (instructions.py).
 //
-// Without an argument: the names of all cases, a line each. With a name: does that case's work once, so that memory is
-// there and symbols are bound, and then once more within `counted`, the function in which callgrind counts.
+// Without an argument, lists the names of all cases, one per line. With a name, runs that case once, so that memory is
+// allocated and symbols are bound, and then once more within `counted`, the function in which callgrind counts.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -16,7 +16,7 @@
 
 using namespace cellstack;
 
-// No loop of the caller's is counted, and after the call something is left to do: it isn't left by a jump.
+// callgrind counts only in here. The statement after the call prevents a tail call, which would leave this function.
 extern "C" __attribute__((noinline)) void counted(const std::function<void()>& work) {
     static volatile int calls = 0;
     work();
@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kNoAvx2 = 3;  // exit status
 
-// Numbers of which all of a case's arrays are made: the same on every machine, on cache lines of their own.
+// The contents of a case's arrays: the same on every machine, starting at a cache line.
 class Numbers {
   public:
     explicit Numbers(int64_t count, double scale = 0) : count_(count), lines_(size_t(count + 15) / 16) {
@@ -39,7 +39,7 @@ class Numbers {
     }
     float* at() { return lines_[0].numbers; }
     const float* at() const { return lines_[0].numbers; }
-    bool sound() const {  // written, with numbers
+    bool sound() const {  // finite, and not all zero
         double sum = 0;
         for (int64_t k = 0; k < count_; ++k) sum += std::abs(at()[k]);
         return std::isfinite(sum) && sum > 0;
@@ -78,7 +78,7 @@ struct Cell {
 
 struct Work {
     std::function<void()> run;
-    std::function<bool()> sound;  // whether it left what it should
+    std::function<bool()> sound;  // whether its results are valid
 };
 
 // Steps of a stream, one call each.
@@ -108,8 +108,8 @@ Work sequence(int kind, int64_t batch, int64_t length, int64_t units) {
             [=] { return y->sound(); }};
 }
 
-// Forward and backward as a layer of the torch door has them: weights in rows, packed for the forward pass, read where
-// they lie by the backward pass.
+// The forward and backward pass as the torch layers call them: weights in rows, packed for the forward pass, read in
+// place by the backward pass.
 Work training(int kind, int64_t batch, int64_t length, int64_t units) {
     struct All {
         Cell cell;
@@ -124,10 +124,10 @@ Work training(int kind, int64_t batch, int64_t length, int64_t units) {
                 Layer<float> layer{};
                 layer.y = all->y.at(), layer.gates = all->gates.at();
                 layer.cells = kind == kLstm ? all->cells.at() : nullptr;
-                const auto packed = all->cell.weights(), lying = all->cell.weights(false);
+                const auto packed = all->cell.weights(), unpacked = all->cell.weights(false);
                 layer.weights = packed.get();
                 forward<float>(in, {layer}, 1);
-                layer.weights = lying.get();
+                layer.weights = unpacked.get();
                 Gradients<float> gradients{};
                 gradients.dy = all->dy.at(), gradients.dx = all->dx.at();
                 gradients.arrays.kernel = all->dkernel.at(), gradients.arrays.bias = all->dbias.at();

@@ -1,10 +1,10 @@
-"""Compile the kernel from nothing, and fail where a process of the compiler takes more memory than a small machine has.
+"""Compile the kernel from scratch, and fail if a compiler process uses more memory than a small machine has.
 
-    python tests/guard/compiler.py              # as `make guard` does; CXX=clang++ takes another compiler
-    python tests/guard/compiler.py -- g++ …     # one process: what CMake calls for each file
+    python tests/guard/compiler.py              # as `make guard` does; CXX=clang++ selects another compiler
+    python tests/guard/compiler.py -- g++ …     # one compiler process, as CMake runs it for each file
 
-The table has the processor's seconds and the greatest memory of each file. Seconds depend on the machine, so that only
-memory has a limit.
+The table lists the CPU seconds and the peak memory of each file. Seconds depend on the machine, so only memory has a
+limit.
 """
 
 import json
@@ -23,7 +23,7 @@ MOST = 800  # MB
 
 
 def compiled(command: Sequence[str]) -> int:
-    """Run one process of the compiler, write down what it took, and return its exit status."""
+    """Run one compiler process, log its time and memory, and return its exit status."""
     status = subprocess.run(command).returncode
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     source = next((word for word in command if word.endswith((".cpp", ".c"))), command[-1])
@@ -33,13 +33,13 @@ def compiled(command: Sequence[str]) -> int:
         "seconds": used.ru_utime + used.ru_stime,
         "megabytes": used.ru_maxrss / 1024,
     }
-    with Path(LOG).open("a", encoding="utf-8") as log:  # CMake's generators run the compiler in the build's folder
+    with Path(LOG).open("a", encoding="utf-8") as log:  # in the build folder, where CMake's generators run the compiler
         log.write(json.dumps(record) + "\n")
     return status
 
 
 def measured(build: Path) -> list[dict[str, float | str]]:
-    """Compile everything in a fresh folder, and return what each file took."""
+    """Compile everything in a fresh folder, and return the time and memory of each file."""
     shutil.rmtree(build, ignore_errors=True)
     launcher = f"{sys.executable};{Path(__file__).resolve()};--"
     options = [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}", "-DCMAKE_BUILD_TYPE=Release"]
@@ -54,9 +54,9 @@ def measured(build: Path) -> list[dict[str, float | str]]:
 
 
 def problems(records: Sequence[dict]) -> list[str]:
-    """Return a line for each file that takes too much memory."""
+    """Return a line for each file that needs too much memory."""
     return [
-        f"{record['file']}: a process of the compiler takes {record['megabytes']:.0f} MB, more than {MOST}: split it"
+        f"{record['file']}: its compiler process uses {record['megabytes']:.0f} MB, more than {MOST}: split the file"
         for record in records
         if record["megabytes"] > MOST
     ]

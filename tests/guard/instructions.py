@@ -1,8 +1,8 @@
 """Count the instructions of fixed pieces of the kernel's work under callgrind, and compare them with recorded ones.
 
-`make guard` runs this, `make guard RECORD=1` with `--record`. A clock says little on a machine that others use too;
-this count is the same each time, to the instruction. It is that of the code for AVX2, the best that valgrind knows, as
-one compiler made it: with another one nothing is compared, and that is said.
+`make guard` runs this, `make guard RECORD=1` with `--record`. Times vary on a machine that others use too; the counts
+are the same each time, to the instruction. They are for AVX2, the best instruction set that valgrind supports, and for
+one compiler: with a different one nothing is compared, and a message says so.
 """
 
 import argparse
@@ -22,15 +22,15 @@ RECORD = HERE / "instructions.json"
 BUILD = ROOT / "build" / "guard"
 TOLERANCE = 0.03
 NO_AVX2 = 3  # exit status of cases.cpp
-MEND = "`make guard RECORD=1` writes new figures"
+RECORDING = "`make guard RECORD=1` records new counts"
 
 
 class GuardError(Exception):
-    """The guard can't do its work; says what is missing."""
+    """The guard can't run; the message says why."""
 
 
 def configure(build: Path) -> str:
-    """Set up the build, compile nothing yet, and return the compiler: its name and its version."""
+    """Configure the build without compiling, and return the compiler's name and version."""
     for tool, package in (("cmake", "cmake"), ("valgrind", "valgrind")):
         if shutil.which(tool) is None:
             raise GuardError(f"expected {tool} in the PATH: apt-get install {package}")
@@ -40,13 +40,13 @@ def configure(build: Path) -> str:
 
 
 def compiled(build: Path) -> Path:
-    """Compile the driver, for as many cores as there are, and return where it lies."""
+    """Compile the driver on all cores and return its path."""
     subprocess.run(["cmake", "--build", build, "--parallel"], check=True, stdout=subprocess.DEVNULL)
     return build / "guard"
 
 
 def cases(driver: Path) -> list[str] | None:
-    """Return the names of the driver's cases; None where the processor has no AVX2."""
+    """Return the names of the driver's cases; None if the processor doesn't support AVX2."""
     listed = subprocess.run([driver], capture_output=True, text=True)
     if listed.returncode == NO_AVX2:
         return None
@@ -55,7 +55,7 @@ def cases(driver: Path) -> list[str] | None:
 
 
 def count(driver: Path, case: str) -> int:
-    """Return how many instructions a case takes."""
+    """Return the number of instructions of a case."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "callgrind.out")
         options = ["--tool=callgrind", "--toggle-collect=counted", f"--callgrind-out-file={out}"]
@@ -66,7 +66,7 @@ def count(driver: Path, case: str) -> int:
 
 
 def instructions(profile: str, case: str) -> int:
-    """Return the sum that callgrind's file ends in."""
+    """Return the total at the end of a callgrind file."""
     total = re.search(r"^totals: (\d+)", profile, re.MULTILINE)
     if total is None or not int(total[1]):
         raise GuardError(f"{case}: callgrind counted nothing in the function `counted`")
@@ -74,17 +74,17 @@ def instructions(profile: str, case: str) -> int:
 
 
 def family(compiler: str) -> str:
-    """Return what of a compiler has to be as it was: its name and its major version."""
+    """Return the parts of a compiler that must match: its name and its major version."""
     return compiler.split(".")[0]
 
 
 def problems(recorded: dict[str, int], counted: dict[str, int]) -> list[str]:
-    """Return what isn't as it was recorded, a line each."""
-    found = [f"{case}: is recorded, and isn't a case any more" for case in recorded if case not in counted]
+    """Return a line for each difference from the recorded counts."""
+    found = [f"{case}: is recorded but is no longer a case" for case in recorded if case not in counted]
     for case, now in counted.items():
         before = recorded.get(case)
         if before is None:
-            found.append(f"{case}: isn't recorded")
+            found.append(f"{case}: has no recorded count")
         elif abs(now - before) > TOLERANCE * before:
             found.append(
                 f"{case}: expected {before:,} instructions within {TOLERANCE:.0%}, got {now:,}, {now / before - 1:+.1%}"
@@ -93,21 +93,23 @@ def problems(recorded: dict[str, int], counted: dict[str, int]) -> list[str]:
 
 
 def table(recorded: dict[str, int], counted: dict[str, int]) -> str:
-    """Return all counts as text, beside those recorded."""
+    """Return all counts as text, with their change from the recorded ones."""
     lines = []
     for case, now in counted.items():
-        beside = f"{now / recorded[case] - 1:+8.2%}" if case in recorded else "     new"
-        lines.append(f"{case:36}{now:>12,}{beside}")
+        change = f"{now / recorded[case] - 1:+8.2%}" if case in recorded else "     new"
+        lines.append(f"{case:36}{now:>12,}{change}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--record", action="store_true", help="write the counts as those to compare with")
-    parser.add_argument("--figures", type=Path, default=RECORD, help="the file that holds them")
+    parser.add_argument("--record", action="store_true", help="record the counts instead of comparing them")
+    parser.add_argument("--figures", type=Path, default=RECORD, help="the file with the recorded counts")
     options = parser.parse_args(arguments)
     if platform.machine() not in ("x86_64", "AMD64"):
-        print(f"guard: it is AVX2 that is counted, and this is {platform.machine()}: nothing was compared")
+        print(
+            f"guard: instructions are counted for AVX2, and this machine is {platform.machine()}: nothing was compared"
+        )
         return 0
     try:
         return guard(options.figures, options.record)
@@ -121,26 +123,30 @@ def guard(figures: Path, record: bool) -> int:
     compiler = configure(BUILD)
     known = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {"compiler": "", "counts": {}}
     if not record and family(compiler) != family(known["compiler"]):
-        was = f"are of {known['compiler']}" if known["counts"] else "aren't there"
-        print(f"guard: the figures {was}, this compiler is {compiler}: nothing was compared. {MEND}")
+        why = (
+            f"the recorded counts are for {known['compiler']}, and this compiler is {compiler}"
+            if known["counts"]
+            else "no counts are recorded"
+        )
+        print(f"guard: {why}: nothing was compared. {RECORDING}")
         return 0
     driver = compiled(BUILD)
     names = cases(driver)
     if names is None:
-        print("guard: it is AVX2 that is counted, and this processor has none: nothing was compared")
+        print("guard: instructions are counted for AVX2, which this processor doesn't support: nothing was compared")
         return 0
     counted = {case: count(driver, case) for case in names}
     print(table(known["counts"], counted))
     if record:
         text = json.dumps({"compiler": compiler, "counts": counted}, indent=2)
         figures.write_text(text + "\n", encoding="utf-8")
-        print(f"guard: wrote the counts of {len(counted)} cases, {compiler}")
+        print(f"guard: recorded the counts of {len(counted)} cases for {compiler}")
         return 0
     found = problems(known["counts"], counted)
     for line in found:
         print(f"guard: {line}", file=sys.stderr)
     if found:
-        print(f"guard: where this is meant, {MEND}; say in the commit why", file=sys.stderr)
+        print(f"guard: if this is intended, {RECORDING}; give the reason in the commit message", file=sys.stderr)
     return bool(found)
 
 

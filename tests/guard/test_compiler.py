@@ -1,4 +1,4 @@
-"""What the guard makes of the compiler's memory; compiles nothing. The compiling itself is `make guard`."""
+"""How the guard checks the compiler's memory, without compiling; `make guard` compiles."""
 
 import json
 import sys
@@ -18,13 +18,13 @@ def test_a_process_is_measured_and_its_exit_status_passed_on(tmp_path, monkeypat
     assert record["seconds"] > 0
 
 
-def test_the_guard_fails_where_a_file_takes_too_much_memory(monkeypatch, capsys):
+def test_the_guard_fails_if_a_file_needs_too_much_memory(monkeypatch, capsys):
     records = [{"file": "small.cpp", "seconds": 1.0, "megabytes": 799.0}]
     monkeypatch.setattr(compiler, "measured", lambda build: records)
     assert compiler.main([]) == 0
     records.append({"file": "large.cpp", "seconds": 2.0, "megabytes": 801.0})
     assert compiler.main([]) == 1
-    said = capsys.readouterr()
-    assert "large.cpp: a process of the compiler takes 801 MB, more than 800" in said.err
-    assert "small.cpp" not in said.err
-    assert said.out.index("large.cpp") > said.out.index("seconds")
+    output = capsys.readouterr()
+    assert "large.cpp: its compiler process uses 801 MB, more than 800: split the file" in output.err
+    assert "small.cpp" not in output.err
+    assert output.out.index("large.cpp") > output.out.index("seconds")

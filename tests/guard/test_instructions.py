@@ -1,4 +1,4 @@
-"""What the guard makes of counts; needs neither valgrind nor a compiler. The counting itself is `make guard`."""
+"""How the guard compares counts, without valgrind or a compiler; `make guard` counts."""
 
 import json
 import re
@@ -14,7 +14,7 @@ COUNTS = {"lstm step": 10_000, "gru step": 8_000}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine whose compiler and counts are as a test says; what it asked for, in order."""
+    """A simulated machine whose compiler and counts a test chooses; `asked` lists the steps that were run."""
 
     machine = SimpleNamespace(compiler="GNU 12.4.0", counts=dict(COUNTS), has_avx2=True, asked=[])
 
@@ -50,40 +50,40 @@ def test_counts_within_three_percent_pass(machine, figures, capsys):
     assert not err
 
 
-@pytest.mark.parametrize(("now", "said"), [(10_301, "+3.0%"), (12_000, "+20.0%"), (9_699, "-3.0%")])
-def test_counts_beyond_them_fail_and_are_named(machine, figures, capsys, now, said):
+@pytest.mark.parametrize(("now", "change"), [(10_301, "+3.0%"), (12_000, "+20.0%"), (9_699, "-3.0%")])
+def test_larger_differences_fail_and_are_named(machine, figures, capsys, now, change):
     machine.counts["lstm step"] = now
     assert guard(figures) == 1
     err = capsys.readouterr().err
-    assert f"lstm step: expected 10,000 instructions within 3%, got {now:,}, {said}" in err
+    assert f"lstm step: expected 10,000 instructions within 3%, got {now:,}, {change}" in err
     assert "gru step" not in err
     assert "make guard RECORD=1" in err
 
 
-def test_a_case_that_came_or_went_fails(machine, figures, capsys):
+def test_an_added_or_removed_case_fails(machine, figures, capsys):
     machine.counts = {"lstm step": 10_000, "rnn step": 5}
     assert guard(figures) == 1
     err = capsys.readouterr().err
-    assert "gru step: is recorded, and isn't a case any more" in err
-    assert "rnn step: isn't recorded" in err
+    assert "gru step: is recorded but is no longer a case" in err
+    assert "rnn step: has no recorded count" in err
 
 
 @pytest.mark.parametrize("compiler", ["GNU 13.2.0", "GNU 1.0", "Clang 12.4.0"])
-def test_another_compiler_is_said_and_not_compared(machine, figures, capsys, compiler):
+def test_with_another_compiler_nothing_is_compared(machine, figures, capsys, compiler):
     machine.compiler, machine.counts["lstm step"] = compiler, 99_999
     assert guard(figures) == 0
     out = capsys.readouterr().out
-    assert f"are of GNU 12.2.0, this compiler is {compiler}: nothing was compared" in out
+    assert f"the recorded counts are for GNU 12.2.0, and this compiler is {compiler}: nothing was compared" in out
     assert "make guard RECORD=1" in out
-    assert machine.asked == []  # minutes of compiling are saved
+    assert machine.asked == []  # not even compiled, which takes minutes
 
 
 def test_without_figures_nothing_is_compared(machine, tmp_path, capsys):
     assert guard(tmp_path / "none.json") == 0
-    assert "aren't there" in capsys.readouterr().out
+    assert "no counts are recorded: nothing was compared" in capsys.readouterr().out
 
 
-def test_recorded_figures_are_those_compared_with(machine, figures):
+def test_recorded_counts_are_used_by_the_next_comparison(machine, figures):
     machine.compiler, machine.counts = "Clang 19.1.0", {"lstm step": 7}
     assert guard(figures, "--record") == 0
     assert json.loads(figures.read_text()) == {"compiler": "Clang 19.1.0", "counts": {"lstm step": 7}}
@@ -93,19 +93,19 @@ def test_recorded_figures_are_those_compared_with(machine, figures):
 
 
 @pytest.mark.parametrize("options", [[], ["--record"]])
-def test_a_processor_without_avx2_is_said(machine, figures, capsys, options):
+def test_a_processor_without_avx2_is_reported(machine, figures, capsys, options):
     machine.has_avx2, before = False, figures.read_text()
     assert guard(figures, *options) == 0
-    assert "this processor has none" in capsys.readouterr().out
+    assert "which this processor doesn't support" in capsys.readouterr().out
     assert figures.read_text() == before
 
 
 @pytest.mark.parametrize("options", [[], ["--record"]])
-def test_another_architecture_is_said(machine, figures, monkeypatch, capsys, options):
+def test_another_architecture_is_reported(machine, figures, monkeypatch, capsys, options):
     monkeypatch.setattr(instructions.platform, "machine", lambda: "aarch64")
     before = figures.read_text()
     assert guard(figures, *options) == 0
-    assert "this is aarch64: nothing was compared" in capsys.readouterr().out
+    assert "this machine is aarch64: nothing was compared" in capsys.readouterr().out
     assert figures.read_text() == before
 
 
@@ -134,7 +134,7 @@ def test_a_driver_that_fails_is_an_error(monkeypatch):
         instructions.count(Path("guard"), "a case")
 
 
-def test_the_figures_in_the_repository_are_whole():
+def test_the_recorded_counts_cover_all_cases():
     known = json.loads(instructions.RECORD.read_text(encoding="utf-8"))
     assert re.fullmatch(r"\w+ \d+(\.\d+)*", known["compiler"])
     assert all(count > 1000 for count in known["counts"].values())

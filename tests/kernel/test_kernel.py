@@ -747,7 +747,7 @@ def test_weights_have_a_number_format():
         assert native.weights(spec, given, element).element == element
     with pytest.raises(ValueError, match="copy"):
         native.weights(spec, arrays, "int8", copy=False)
-    with pytest.raises(ValueError, match="forward: expected weights in rows, or of fewer bits, to be copied"):
+    with pytest.raises(ValueError, match="forward: weights in rows, or with fewer bits, must be copied"):
         calls.forward(spec, arrays, np.zeros((1, 2, 3), np.float32), element="bfloat16", copy=False)
     with pytest.raises(ValueError, match="expected float32, float64, bfloat16 or int8, got float16"):
         native.weights(spec, arrays, "float16")

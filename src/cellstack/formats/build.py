@@ -234,6 +234,7 @@ class Builder:
             inputs=self.inputs if self.pinned else _any_length(draft),
             wires=[[named(source) for source in draft.sources[name]] for name in draft.nodes],
             outputs=[named(name) for name in draft.outputs],
+            _warn=False,
         )
 
 

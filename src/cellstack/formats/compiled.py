@@ -26,49 +26,49 @@ from cellstack.spec import FormatError
 TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
 SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison
 MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # if a module's code depends on values
-MOST_WAYS = 30  # in which the axes of several inputs are tried together
-STEPS = 4  # of a module that steps a cell, when it is compared
-LONGER = 250  # steps more than the example has, in the comparison of a much longer sequence
-MORE_ROWS = 10  # than the example has, in the comparison of a larger batch
-ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} steps more "
-NUDGE = 1 + 1e-6  # a factor of the weights that changes an answer no more than rounding does
+MOST_WAYS = 30  # combinations of axes of several inputs that are tried
+STEPS = 4  # in the comparison of a module that computes one step of a cell
+LONGER = 250  # additional steps in the comparison of a much longer sequence
+MORE_ROWS = 10  # additional rows in the comparison of a larger batch
+ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} more steps "
+NUDGE = 1 + 1e-6  # a factor for the weights, as close to 1 as rounding errors
 BATCH_FIRST = (
-    "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
-    "which changes no weight, and give an example [B, T, I]"
+    "it has layers with batch_first=False, but a Network takes batch before time: set batch_first=True, with the same "
+    "weights, and pass an example [B, T, I]"
 )
 TIME_FIRST = (
-    "it takes time before batch, and a Network takes batch before time: compile a module whose forward calls it with "
-    "x.transpose(0, 1) and transposes the sequences that it returns, and give an example [B, T, I]"
+    "it takes time before batch, but a Network takes batch before time: compile a wrapper whose forward calls it with "
+    "x.transpose(0, 1) and transposes the sequences that it returns, and pass an example [B, T, I]"
 )
 
 
 def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
-    """Return a module of PyTorch as a Network, which runs without PyTorch, streams, and is saved in any format.
+    """Convert a PyTorch module to a Network, which runs without PyTorch, streams, and can be saved in any format.
 
-    The module is read as `from_torch` reads it; where that can't be, it is exported to ONNX, and the graph is read.
-    Either way the network has to answer as the module does: for the example, for other numbers of its shape, and for
-    other sizes where both take them: one row, more rows, one step, a step less, and up to 250 steps more. The module
-    is taken as in evaluation, and in float32 where it has half precision; it is left as it was.
+    The module is read by `from_torch` or, if that isn't possible, exported to ONNX. The outputs of the network are then
+    compared with those of the module: for the example, for other values of the same shape, and for other sizes that
+    both accept: one row, more rows, one step, one step fewer, and up to 250 more steps. The comparison uses a copy of
+    the module in evaluation mode, converted to float32 if it has weights in float16 or bfloat16.
 
     Args:
         module: the module; it may be accelerated.
         example: an input of the module, such as `[B, T, I]`; several as one tuple, which may hold tuples, as in
             `(x, (h, c))`. The initial state of a recurrent layer becomes the argument `state` of the network's `run`.
-        tolerance: the greatest relative difference of an output that passes.
+        tolerance: the greatest relative difference of an output that is accepted.
 
     Returns:
         The network, with inputs and outputs in the module's order. Final states that the module returns are among those
         that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
 
-    Where the module reads numbers out of its tensors, as an `if` does, or compares sizes of its input, as in
-    `if x.shape[1] > 4`, and the network agreed nonetheless, it warns and says where. Sizes that the module gets by
-    `len` and step numbers, as in `if t == 300`, are found only where one of the sizes above shows the difference.
+    If the module's code reads values of tensors, as in `if x.sum() > 0`, or compares sizes of its input, as in
+    `if x.shape[1] > 4`, and the outputs agree nonetheless, a warning lists the lines. Uses of `len` and of step
+    numbers, as in `if t == 300`, are only found if the outputs differ for one of the sizes above.
 
     Raises:
-        TypeError: it is no module, the example is no tensor, or the tolerance no number.
+        TypeError: `module` isn't a module, the example isn't a tensor, or the tolerance isn't a number.
         ValueError: the example is empty, the module itself rejects it, or returns NaN for it.
-        FormatError: neither way leads to a network that answers as the module does; says why, for each.
+        FormatError: neither way leads to a network with the module's outputs; the message gives the reason for each.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
     >>> import torch
@@ -135,7 +135,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     tried: list[str] = []
     looks: list[str] = []
     places: list[str] = []
-    for how, read in (("read as it is", _as_it_is), ("by way of ONNX", _by_onnx)):
+    for how, read in (("read directly", _directly), ("exported to ONNX", _by_onnx)):
         if read is _by_onnx and packs:
             continue
         try:
@@ -144,8 +144,9 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             if why is None and again:
                 if looks and _reads(still, inputs):
                     warnings.warn(
-                        f"compile: {type(module).__name__} goes by the numbers themselves ({_some(looks)}), "
-                        "and the network does what it did for the example: others agreed, but not all can be tried",
+                        f"compile: {type(module).__name__} reads values of tensors ({_some(looks)}), and the "
+                        "network does what it did for the example: the outputs for other values that were tried agree, "
+                        "but not all values can be tried",
                         stacklevel=2,
                     )
                 places = _compared_sizes(network, still, inputs).compared if read is _by_onnx else []
@@ -168,7 +169,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             other = "has the shape" in why or why.startswith(("with more steps", MUCH_LONGER))
             if other and not reasons and _loops(still, inputs):
                 reasons.append(
-                    "its loop skips steps, treats some of them differently, or joins them by something else than "
+                    "its loop skips steps, treats some of them differently, or doesn't join them by "
                     "torch.stack(ys, 1): a Network does the same at every step, and returns all steps"
                 )
             measured: list[str] = []
@@ -176,13 +177,13 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                 places, measured = _compared_sizes(network, still, inputs)
                 if places:
                     reasons.append(
-                        f"it compares sizes of its input ({_some(places)}), and a graph has what it did for "
-                        "the example's sizes alone: do the same for all sizes, or compile a module for each case",
+                        f"it compares sizes of its input ({_some(places)}), but a graph only contains what it "
+                        "did for the example's sizes: do the same for all sizes, or compile a module for each case",
                     )
             if measured and not reasons:
                 reasons.append(
-                    f"it answers otherwise for other sizes, perhaps by what it does with len(x) ({_some(measured)}): "
-                    "a graph has what it did for the example's sizes alone"
+                    f"its outputs differ for other sizes, perhaps because of len(x) ({_some(measured)}): a graph only "
+                    "contains what it did for the example's sizes"
                 )
             turned = [axes for axes in network.metadata.get("onnx", {}).get("inputs", {}).values() if axes[:2] == "TB"]
             if turned and not reasons:
@@ -192,8 +193,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         if read is _by_onnx:
             if looks and not packs and (not places or _reads(still, inputs)):
                 reasons.append(
-                    f"it does something by the numbers themselves ({_some(looks)}), and a graph has what "
-                    "it did for the example alone: write that without if, while, float() and numpy(), as by torch.where"
+                    f"it reads values of tensors ({_some(looks)}), but a graph only contains what it did for the "
+                    "example: write it without if, while, float() and numpy(), for instance by torch.where"
                 )
             known = remedy(why)
             if known and not reasons:
@@ -212,13 +213,13 @@ def _holds_a_dict(value: Any) -> bool:
 
 
 def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]:
-    """Run a module, twice.
+    """Run a module twice.
 
     Returns:
-        Whether one of its recurrent layers is given packed rows, what it answers, and whether it does so again.
+        Whether it passes packed rows to a recurrent layer, its outputs, and whether the second call returns them again.
 
     Raises:
-        ValueError: the module rejects them.
+        ValueError: the module rejects the inputs.
     """
     import torch
 
@@ -232,7 +233,7 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]
     try:
         with torch.no_grad():
             answers, second = (_tensors(module(*_fresh(inputs))) for _ in range(2))
-    except Exception as error:  # a module raises what it likes
+    except Exception as error:  # a module may raise any exception
         raise ValueError(
             f"compile: {type(module).__name__} itself rejects the example: {type(error).__name__}: {error}"
         ) from error
@@ -248,14 +249,14 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]
 
 
 def _plain(module: Any) -> bool:
-    """Return whether all parts of a module are of PyTorch's classes, or ours: no `forward` that may permute axes."""
+    """Return whether all parts of a module are PyTorch's classes or ours: no custom `forward` may permute axes."""
     return all(type(part).__module__.startswith(("torch.", "cellstack.")) for part in module.modules())
 
 
 def _time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether the first axis of a module's input is the time of all its layers with `batch_first=False`.
 
-    It isn't where `forward` permutes the axes before it calls them.
+    It isn't if `forward` permutes the axes before it calls the layers.
     """
     import torch
 
@@ -263,7 +264,7 @@ def _time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
     first, *others = _tensors(inputs)
 
     def lengths(x: Any) -> list[int]:
-        """Return the lengths of the first axis of what the layers take, for an input."""
+        """Return the length of the first axis of each layer's input, given the first input of the module."""
         found: list[int] = []
 
         def look(_: Any, given: tuple[Any, ...]) -> None:
@@ -283,7 +284,7 @@ def _time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
     for axis in (0, 1) if before and first.ndim > 1 else ():
         try:
             after = lengths(_wider(first, axis, 1))
-        except Exception:  # the module takes no other length along it
+        except Exception:  # the module accepts no other length of this axis
             after = []
         if after:
             return all((old != new) == (axis == 0) for old, new in zip(before, after, strict=False))
@@ -296,7 +297,7 @@ def _compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> 
     others = [given for _, given in _Ends(network, len(first)).longer(first)]
     try:
         return compared(lambda given: module(*_fresh(_like(example, given))), first, others)
-    except Exception as error:  # whatever code makes of sizes that aren't plain numbers
+    except Exception as error:  # code may reject sizes that aren't plain integers
         warnings.warn(
             f"compile: whether {type(module).__name__} compares sizes of its input can't be checked: {error}",
             stacklevel=3,
@@ -305,9 +306,9 @@ def _compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> 
 
 
 def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> bool:
-    """Return whether a module's own answer is infinite, or rounding alone moves it by more than the tolerance.
+    """Return whether a module's output is infinite, or changes by more than the tolerance through rounding alone.
 
-    Rounding errors may grow from step to step: then float32 doesn't determine the answer to a long sequence.
+    Rounding errors may grow from step to step: then float32 doesn't determine the output for a long sequence.
     """
     import torch
 
@@ -339,7 +340,7 @@ def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
     return bool(read)
 
 
-def _as_it_is(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
+def _directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
     """Return the network that `from_torch` returns."""
     try:
         network = from_torch(module)
@@ -382,7 +383,7 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: li
 def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     """Return, for each input tensor of a module, which of its first two axes may have another length.
 
-    To test an axis, it is made longer by one, alone or together with axes of the other tensors that are as long.
+    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
     """
     import torch
 
@@ -397,7 +398,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
             return False
         return True
 
-    def goes(n: int, axis: int) -> bool:
+    def may_change(n: int, axis: int) -> bool:
         if takes({n: axis}):
             return True
         others: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
@@ -417,7 +418,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     found = []
     for n, value in enumerate(flat):
         if value.ndim > 2:
-            found.append([axis for axis in (0, 1) if len(flat) == 1 or goes(n, axis)] or [0, 1])
+            found.append([axis for axis in (0, 1) if len(flat) == 1 or may_change(n, axis)] or [0, 1])
         else:
             found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
     return found
@@ -498,7 +499,7 @@ def _difference(
 
     tries = [("", first), *(("", times(drawn(first), factor)) for factor in scales)]
     for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
-        alone = what in (ONE_ROW, ONE_STEP)  # where a module's squeeze() may leave an axis out
+        alone = what in (ONE_ROW, ONE_STEP)  # then a module's squeeze() may remove an axis
         try:
             with torch.no_grad():
                 expected = ends.answers(module, example, given)
@@ -510,8 +511,8 @@ def _difference(
             ours, states = ends.run(network, given)
         except (TypeError, ValueError) as error:
             if not what:
-                return f"the network refuses the example: {error}"
-            continue  # it says so to whoever asks for that shape
+                return f"the network rejects the example: {error}"
+            continue  # the network raises an error for this shape
         why = ends.unlike(ours, states, expected, tolerance, alone)
         if why is not None and what == MUCH_LONGER:
             answers = functools.partial(ends.answers, example=example, given=given)
@@ -526,7 +527,7 @@ class _Ends:
     """How the inputs and outputs of a module correspond to those of its network.
 
     For a network of `from_torch` they are the same, in order. For a graph, the network's metadata says which of them
-    hold states, the axes of each, and whether a call of the module is one step.
+    are states, the axes of each, and whether a call of the module is one step.
     """
 
     def __init__(self, network: Network, count: int) -> None:
@@ -543,21 +544,21 @@ class _Ends:
         self.firsts = [sum(counts[:number]) for number in range(len(counts))]
 
     def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-        """Yield the inputs in other sizes, each with the words that begin a reason that comes of it."""
+        """Yield inputs of other sizes, each with the beginning of the message for outputs that differ."""
         shapes = [given[n].shape for n in self.data]
         rows, steps = (min((s[axis] for s in shapes if len(s) > axis), default=1) for axis in (0, 1))
         tries = (
-            (0, 1, "with a row more "),
+            (0, 1, "with one more row "),
             (1, 4, "with more steps "),
-            (1, -1, "with a step less "),
+            (1, -1, "with one step fewer "),
             (0, 1 - rows, ONE_ROW),
             (1, 1 - steps, ONE_STEP),
-            (0, MORE_ROWS, f"with {MORE_ROWS} rows more "),
+            (0, MORE_ROWS, f"with {MORE_ROWS} more rows "),
             (1, LONGER, MUCH_LONGER),
         )
         for axis, more, what in tries:
             if (axis and self.steps) or not more:
-                continue  # `answers` takes several
+                continue  # `answers` always computes several steps
             along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
             if all(given[n].ndim > axis and given[n].shape[axis] + more > 0 for n in self.data):
                 yield (
@@ -572,7 +573,7 @@ class _Ends:
         import torch
 
         made: list[list[Any]] = []
-        after = self._goes_on()
+        after = self._next_states()
         for t in range(STEPS):
             now = [value.roll(t, -1) if n in self.data else value for n, value in enumerate(given)]
             if made:
@@ -584,8 +585,8 @@ class _Ends:
             for n in range(len(last))
         ]
 
-    def _goes_on(self) -> dict[int, int]:
-        """Return for each input that holds a state the output that holds it after a step."""
+    def _next_states(self) -> dict[int, int]:
+        """Return, for each input that is a state, the index of the output that is this state after a step."""
         ends = {tuple(map(tuple, refs)): name for name, refs in self.states.items()}
         # An h that is also an output of the network isn't among the states.
         ends |= {((number, 0, "h"),): name for name, number in self.answered.items() if number is not None}
@@ -624,8 +625,9 @@ class _Ends:
     ) -> str | None:
         """Return how the network's outputs differ from the module's; None if they are the same outputs.
 
-        Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
-        Where the module may have `squeezed` axes of length 1 out of its outputs, the numbers alone are compared.
+        Outputs of the module that aren't outputs of the network, in order, must be among the network's last states,
+        `[B, H]` or stacked. If the module may have `squeezed` axes of length 1 out of its outputs, only values are
+        compared.
         """
         import torch
 
@@ -644,9 +646,9 @@ class _Ends:
             noted = self.axes[name] if name in self.states else axes
             if squeezed and theirs.ndim < len(noted) and (name in self.states or noted[:1] in ("1", "D")):
                 return None  # which axis of the state is missing isn't known
-            if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which the network gives as it gives answers
+            if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which is an output [B, H] of the network
                 theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
-            if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number a row
+            if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number per row
                 theirs = theirs[:, None]
             if left and name not in self.states and same(left[0], theirs):
                 left.pop(0)
@@ -656,12 +658,13 @@ class _Ends:
                 own = [getattr(states[self.firsts[ref[0]] + ref[1]], ref[2]) for ref in self.states[name]]
                 for row, part in zip(rows, own, strict=True):
                     if not same(part, row):
-                        return f"output {n}, a state, lies {_off(part, row):.1e} off the module's"
+                        off = f"{_off(part, row):.1e}, more than {tolerance:.0e}"
+                        return f"output {n}, a state, differs from the module's by {off}"
                 continue
             rows = list(theirs) if theirs.ndim == 3 else [theirs]
             if not all(any(same(part, row) for part in parts) for row in rows):
                 if not left:
-                    return f"the network has no output {n} of the module, {list(theirs.shape)}"
+                    return f"the network doesn't return output {n} of the module, {list(theirs.shape)}"
                 if left[0].shape != theirs.shape:
                     return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
                 return f"output {n} differs from the module's by {_off(left[0], theirs):.1e}, more than {tolerance:.0e}"
@@ -713,9 +716,9 @@ def _same(ours: Any, theirs: Any, tolerance: float, squeezed: bool = False) -> b
 
 
 def _off(ours: Any, theirs: Any) -> float:
-    """Return the greatest difference of two arrays of one shape over the greatest finite number of `theirs`.
+    """Return the greatest difference of two arrays of the same shape, relative to the largest finite value of `theirs`.
 
-    Where both are NaN, or the same infinity, they don't differ; where one alone is, they differ infinitely.
+    Where both are NaN, or the same infinity, they don't differ; where only one is, they differ infinitely.
     """
     with np.errstate(invalid="ignore"):
         apart = np.abs(ours - theirs)

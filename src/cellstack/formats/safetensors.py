@@ -367,6 +367,6 @@ def _read(path: str, file: safe_open) -> Network:
     names, wires, nodes = zip(*found, strict=True) if found else ((), (), ())
     try:
         wiring = {"inputs": inputs, "wires": wires, "outputs": outputs}
-        return Network(nodes, names, description["metadata"], **wiring, patches=patches)
+        return Network(nodes, names, description["metadata"], **wiring, patches=patches, _warn=False)
     except (IndexError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: {str(error)[:300]}") from None

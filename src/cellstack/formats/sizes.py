@@ -1,4 +1,4 @@
-"""Where a module's own code compares sizes of tensors: an exported graph keeps what it did for the example's sizes."""
+"""Finds where a module's code compares sizes of tensors: a graph only contains what it did for the example's sizes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> 
     Args:
         run: calls the module.
         example: the input that it was exported with.
-        others: inputs of other sizes; those that the module rejects are left out.
+        others: inputs of other sizes; those that the module rejects are skipped.
     """
     measured: list[str] = []
     runs = [_comparisons(run, example, measured)]
     for other in others:
-        with suppress(Exception):  # the module doesn't take this size
+        with suppress(Exception):  # the module rejects this size
             runs.append(_comparisons(run, other, measured))
     found = []
     for place in dict.fromkeys(place for seen in runs for place in seen):

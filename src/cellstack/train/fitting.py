@@ -178,4 +178,4 @@ def as_network(model: Any, metadata: dict[str, Any]) -> Network:
         f"recurrent_{n}" if kind in RECURRENT else NODE_NAMES.get(kind, kind.lower()) for n, kind in enumerate(kinds)
     ]
     names = [f"{name}_{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
-    return Network(tuple(nodes), tuple(names), metadata)
+    return Network(tuple(nodes), tuple(names), metadata, _warn=False)
