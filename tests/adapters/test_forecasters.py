@@ -70,7 +70,7 @@ def test_quantiles_within_the_fitted_range_only(fitted):
     assert list(came.columns) == [("sales", c, side) for c in (0.8, 0.4) for side in ("lower", "upper")]
     low, high, inner_low, inner_high = came.iloc[0]
     assert low < inner_low < fitted.predict(fh=[1]).iloc[0] < inner_high < high
-    with pytest.raises(ValueError, match=r"from 0.1 to 0.9, .* got 0.05: fit it with quantiles"):
+    with pytest.raises(ValueError, match=r"from 0.1 to 0.9, .* got 0.05: train it with a wider range of quantiles"):
         fitted.predict_interval(fh=[1], coverage=0.9)
 
 

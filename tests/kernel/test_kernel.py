@@ -411,7 +411,7 @@ def test_a_call_accepts_only_arrays_that_the_kernel_can_read():
         native.Sequences(2, 3, unaligned, 15, 5)
     with pytest.raises(ValueError, match="at least one layer"):
         native.forward(native.sequences(case["x"]), [], 1)
-    with pytest.raises(ValueError, match="weights that weren't copied"):
+    with pytest.raises(ValueError, match="the weights must not be copied"):
         native.backward(native.sequences(case["x"]), [native.Layer(weights)], [native.Gradients()], 1)
     with pytest.raises(ValueError, match="gradients of each layer"):
         native.backward(native.sequences(case["x"]), [native.Layer(weights)], [], 1)

@@ -342,7 +342,7 @@ def test_the_command_line(tmp_path, capsys):
     stack.save(source)
     assert cli.main(["convert", source, str(tmp_path / "out.onnx"), "--weights", "bfloat16"]) == 0
     out = capsys.readouterr().out
-    assert "matrices held in bfloat16 are written as float32" in out
+    assert "bfloat16 matrices are written as float32" in out
     assert "pass: every relative difference is within 1.0e-04" in out
     np.save(tmp_path / "x.npy", X)
     assert cli.main(["run", source, str(tmp_path / "x.npy"), "--weights", "bfloat16", "--json"]) == 0

@@ -54,7 +54,7 @@ def in_two(path, output, *extra):
     command = [*start, *words(path, output, *extra)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1
+    assert done.stdout.count(f"wrote {output}\n") == 1
     return load(output)
 
 
