@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile
+	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/tested  ## all tests, except those that download
 	$(CACHED) $(BIN)/python -m pytest -m "not models"

@@ -16,6 +16,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files with few but long tests: first, so that no worker is left alone with them at the end.
+LONG = (
+    "tests/train/",
+    "tests/architecture/",
+    "tests/cli/",
+    "tests/inspect/",
+    "test_torch_bad.py",
+    "test_onnx_unrolled.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)

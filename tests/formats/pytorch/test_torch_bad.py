@@ -219,7 +219,7 @@ def test_bombs(refused, case):
     assert time.process_time() - start < 2.0
 
 
-MANY = 300_000
+MANY = 100_000
 NESTED = {
     "tuples": b"]" + b"\x85" * MANY,
     "lists": b"]" * MANY + b"a" * (MANY - 1),
@@ -230,7 +230,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("case", NESTED)
-def test_hundreds_of_thousands_of_nested_objects(refused, case):
+def test_a_hundred_thousand_nested_objects(refused, case):
     """Neither reading nor freeing them overflows the stack."""
     start = time.process_time()
     refused(zipped(b"\x80\x02" + NESTED[case] + b"."), "objects are nested more than 100 deep")
