@@ -56,6 +56,7 @@ def test_marks_that_do_not_match_are_counted(example):
     assert example.unmatched(["`a `b' c' "]) == pytest.approx(2 / 3)  # the first may follow an open quote
 
 
+@pytest.mark.slow
 def test_quick(example, tmp_path):
     command = [sys.executable, "-W", "error", EXAMPLE, "--quick", "--html"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

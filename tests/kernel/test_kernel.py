@@ -413,7 +413,7 @@ def test_a_call_accepts_only_arrays_that_the_kernel_can_read():
         native.forward(native.sequences(case["x"]), [], 1)
     with pytest.raises(ValueError, match="the weights must not be copied"):
         native.backward(native.sequences(case["x"]), [native.Layer(weights)], [native.Gradients()], 1)
-    with pytest.raises(ValueError, match="gradients of each layer"):
+    with pytest.raises(ValueError, match="one Gradients per layer"):
         native.backward(native.sequences(case["x"]), [native.Layer(weights)], [], 1)
 
 

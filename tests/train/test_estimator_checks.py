@@ -51,7 +51,8 @@ def checked(code, folder, **environment):
     return [line for line in done.stdout.splitlines() if line.split()[0] in ("passed", "failed", "xfail", "skipped")]
 
 
-@pytest.mark.parametrize("kind", ["SequenceClassifier", pytest.param("SequenceRegressor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SequenceClassifier", "SequenceRegressor"])
 def test_scikit_learn_s_checks(kind, tmp_path):
     lines = checked(SKLEARN.format(kind=kind, expected=EXPECTED), tmp_path, SCIPY_ARRAY_API="1")
     assert len(lines) > 50

@@ -133,6 +133,7 @@ def test_several_series_one_new_and_one_too_short_to_train_on():
     assert np.isfinite(forecasts.values).all()
 
 
+@pytest.mark.slow
 def test_inputs_known_in_advance_are_used():
     rng = np.random.default_rng(3)
     frame = waves(noise=0.02)
