@@ -53,8 +53,8 @@ struct Activation {
 struct Description {
     int kind;
     int64_t input, units, output;  // I, H, P: the width of h, H where nothing is projected
-    // Of activation, recurrent_activation and gate_activations, one per gate: i, f, g, o and then the cell's for an LSTM;
-    // z, r, g for a GRU; g for a SimpleRNN.
+    // Of activation, recurrent_activation and gate_activations, one per gate: i, f, g, o and then the cell's for an
+    // LSTM; z, r, g for a GRU; g for a SimpleRNN.
     Activation activations[5];
     bool use_bias, peepholes, coupled, layer_norm, reset_after;
     bool rows;                             // whether matrices have PyTorch's layout: see Arrays
