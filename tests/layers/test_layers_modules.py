@@ -523,7 +523,7 @@ def test_bad_input_gives_one_clear_error(name):
         (
             lambda: layers.RNN([layers.LSTMCell(3), layers.LSTMCell(4, input_size=5)], input_size=2),
             ShapeError,
-            "the weights are for input_size",
+            "cell 1 has weights for input_size 5, but the cell below it returns 3 values",
         ),
         (lambda: layers.Bidirectional(torch.nn.LSTM(3, 4)), TypeError, "RNN, LSTM, GRU or Simple"),
         (lambda: layers.Bidirectional(layers.LSTM(3), "max"), ValueError, "merge_mode"),

@@ -379,3 +379,18 @@ def test_a_negated_view_has_the_right_values():
     given = torch.randn(2, 4)
     grads = [torch.autograd.grad(lstm(x), lstm.cell.kernel, g)[0] for g in (torch._neg_view(given), -given)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("width", [1, 3, 9, 1000])
+def test_a_stack_refuses_a_cell_with_weights_for_another_width_than_that_below(width):
+    cells = [layers.LSTMCell(4, input_size=2), layers.LSTMCell(3, input_size=width)]
+    message = f"cell 1 has weights for input_size {width}, but the cell below it returns 4 values"
+    with pytest.raises(ShapeError, match=message):
+        layers.RNN(cells)
+    stack = layers.RNN([layers.GRUCell(4), layers.GRUCell(3)], return_sequences=True)
+    stack.cell.cells[0].build(2)
+    stack.cell.cells[1].build(width)  # after it was put into the stack
+    with pytest.raises(ShapeError, match=message):
+        stack(torch.zeros(1, 5, 2))
+    with pytest.raises(ShapeError, match=message):
+        stack.cell(torch.zeros(1, 2), stack.cell.get_initial_state(1))

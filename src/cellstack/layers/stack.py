@@ -57,13 +57,28 @@ class StackedRNNCells(Layer):
         self._config = {"cells": given, "residual": residual, "input_size": input_size, "name": name}
         self.residual = residual
         self.cells = nn.ModuleList(as_cell(self._owner, cell) for cell in given)
+        self._check_widths()
         if input_size is not None:
             self.build(input_size)
 
     @property
     def built(self) -> bool:
-        """Whether the weights of all our cells exist."""
-        return all(cell.built for cell in self.cells if isinstance(cell, Cell))
+        """Whether the weights of all our cells exist, each for the output of the cell below it."""
+        if not all(cell.built for cell in self.cells if isinstance(cell, Cell)):
+            return False
+        self._check_widths()  # a cell may have got its weights after it was put into the stack
+        return True
+
+    def _check_widths(self) -> None:
+        """Raise a ShapeError if a cell has weights for another width than the cell below it returns."""
+        below = None
+        for n, cell in enumerate(self.cells):
+            if below is not None and isinstance(cell, Cell) and cell.input_size not in (None, below):
+                raise ShapeError(
+                    f"{self._owner}: cell {n} has weights for input_size {cell.input_size}, but the cell below it returns "
+                    f"{below} values"
+                )
+            below = output_width(cell)
 
     @property
     def state_size(self) -> list[Any]:
@@ -78,6 +93,7 @@ class StackedRNNCells(Layer):
     def build(self, input_size: int | Sequence[int | None]) -> None:
         """Create the weights of all our cells for inputs of width `input_size`."""
         width = last_axis(self._owner, input_size)
+        self._check_widths()
         for cell in self.cells:
             if isinstance(cell, Cell):
                 cell.build(width)
