@@ -75,8 +75,8 @@ class StackedRNNCells(Layer):
         for n, cell in enumerate(self.cells):
             if below is not None and isinstance(cell, Cell) and cell.input_size not in (None, below):
                 raise ShapeError(
-                    f"{self._owner}: cell {n} has weights for input_size {cell.input_size}, but the cell below it returns "
-                    f"{below} values"
+                    f"{self._owner}: cell {n} has weights for input_size {cell.input_size}, "
+                    f"but the cell below it returns {below} values"
                 )
             below = output_width(cell)
 
