@@ -29,7 +29,7 @@ struct Tile {
     const T* panel;         // vector v of k: panel + k·panel_step + v·panel_vector (+ panel_block in a second block)
     int64_t panel_step, panel_vector, panel_block;
     int64_t depth;                // number of k in a segment
-    int64_t segments, a_segment;  // segments are contiguous in the panel, and a_segment apart in the rows
+    int64_t segments, a_segment;  // `recurrent` only: segments are contiguous in the panel, a_segment apart in the rows
     const T* from;                // initial values of the sums; null: zeros
     int64_t from_row, from_vector, from_block;
     T* to;
