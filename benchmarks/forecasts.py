@@ -31,8 +31,8 @@ import pandas as pd
 from series import SERIES, options, write
 
 import cellstack
-from cellstack.train.forecast import predict, rules, seasons
-from cellstack.train.forecast.boosting import Boosting, Panel
+from cellstack.train.forecasting import predict, rules, seasons
+from cellstack.train.forecasting.boosting import Boosting, Panel
 from cellstack.train.tables.table import Table, read_table
 
 STEPS = {"hourly": "h", "half-hourly": "30min", "daily": "D", "weekly": "7D", "monthly": "MS", "quarterly": "QS"}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cellstack.train import measures
-from cellstack.train.forecast import rules
-from cellstack.train.forecast.boosting import Boosting, Panel
+from cellstack.train.forecasting import rules
+from cellstack.train.forecasting.boosting import Boosting, Panel
 
 HORIZON = 7
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cellstack.train import measures
-from cellstack.train.forecast import rules
+from cellstack.train.forecasting import rules
 
 NAN = np.nan
 AT = np.array([5])

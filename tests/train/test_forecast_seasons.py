@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cellstack
-from cellstack.train.forecast import seasons
+from cellstack.train.forecasting import seasons
 
 AEON = Path(find_spec("aeon").origin).parent / "datasets/data"
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cellstack.train.forecast import smoothing
-from cellstack.train.forecast.smoothing import Smoothed, Smoothing
+from cellstack.train.forecasting import smoothing
+from cellstack.train.forecasting.smoothing import Smoothed, Smoothing
 
 STILL = Smoothing(False, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 

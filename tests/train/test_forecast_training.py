@@ -15,14 +15,14 @@ from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecast import predict, training
-from cellstack.train.forecast.model import Calibration, Forecaster, as_network
-from cellstack.train.forecast.parts import epoch_steps, parts, typical_errors
-from cellstack.train.forecast.plan import MOST_WORK, Request, defaults, plan, understood
-from cellstack.train.forecast.recipe import SMOOTHED
-from cellstack.train.forecast.smoothing import Smoothing
-from cellstack.train.forecast.training import Build, calibrated, train_forecast
-from cellstack.train.forecast.windows import Windows
+from cellstack.train.forecasting import predict, training
+from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
+from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
+from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, understood
+from cellstack.train.forecasting.recipe import SMOOTHED
+from cellstack.train.forecasting.smoothing import Smoothing
+from cellstack.train.forecasting.training import Build, calibrated, train_forecast
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.settings import RunOptions, Settings
 from cellstack.train.tables.table import date_texts, date_unit, read_table
 

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from cellstack.train.checks import UsageError
-from cellstack.train.forecast import calendar
-from cellstack.train.forecast.recipe import SMOOTHED, Category, Recipe, Rule
-from cellstack.train.forecast.rules import seasonal, seasonal_mean
-from cellstack.train.forecast.smoothing import Smoothed, Smoothing
-from cellstack.train.forecast.windows import Windows
+from cellstack.train.forecasting import calendar
+from cellstack.train.forecasting.recipe import SMOOTHED, Category, Recipe, Rule
+from cellstack.train.forecasting.rules import seasonal, seasonal_mean
+from cellstack.train.forecasting.smoothing import Smoothed, Smoothing
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.tables.table import read_table
 
 HOURS = pd.date_range("2024-01-01", periods=400, freq="h")

@@ -108,7 +108,7 @@ def test_a_checkpoint_has_one_training(tmp_path, rng, how):
 
 
 def test_a_forecast_locks_the_checkpoint_of_all_its_members(tmp_path, monkeypatch):
-    from cellstack.train.forecast import training
+    from cellstack.train.forecasting import training
 
     table = pd.DataFrame({"y": np.sin(np.arange(200) / 3)})
     small = {"horizon": 2, "window": 8, "units": 3, "members": 2, "epochs": 1, "threads": 1, "baselines": False}

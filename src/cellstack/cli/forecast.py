@@ -17,10 +17,10 @@ from cellstack.cli.tables import names, table_from
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.forecast import predict
-from cellstack.train.forecast.backtest import Backtest
-from cellstack.train.forecast.plan import Request, planned, understood
-from cellstack.train.forecast.recipe import SCALES, Recipe
+from cellstack.train.forecasting import predict
+from cellstack.train.forecasting.backtest import Backtest
+from cellstack.train.forecasting.plan import Request, planned, understood
+from cellstack.train.forecasting.recipe import SCALES, Recipe
 from cellstack.train.history import cell
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table, date_texts, date_unit, iso
@@ -97,7 +97,7 @@ class Job:
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the table."""
-        from cellstack.train.forecast.training import Build, train_forecast
+        from cellstack.train.forecasting.training import Build, train_forecast
 
         build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
         trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)

@@ -19,8 +19,8 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES
 from cellstack.train.examples import Labelled
-from cellstack.train.forecast import predict as forecast
-from cellstack.train.forecast.windows import extended_times
+from cellstack.train.forecasting import predict as forecast
+from cellstack.train.forecasting.windows import extended_times
 from cellstack.train.tables.table import read_table
 from cellstack.train.text.data import alphabet_of, as_input, content
 

@@ -13,8 +13,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from cellstack.sklearn.sequences import seed_of
 from cellstack.train.checks import UsageError, unmasked
-from cellstack.train.forecast import predict
-from cellstack.train.forecast.rules import seasonal
+from cellstack.train.forecasting import predict
+from cellstack.train.forecasting.rules import seasonal
 from cellstack.train.tables.table import Table, read_table
 
 Floats = NDArray[np.float64]
@@ -40,7 +40,7 @@ class SequenceForecaster(BaseEstimator):
         scale: unit of the values, `"spread"` or `"level"`; None: `"level"` if the logarithm is smoothed.
         quantiles: quantiles to forecast; 0.5, the forecast, is added.
         date, id, zone, day_first, freq: how to read the table, see `train.table.read_table`; `id` is its `ids`.
-        units, cell, dropout, members: how to build the networks, see `train.forecast.training.Build`.
+        units, cell, dropout, members: how to build the networks, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience: how to train each network, see `train.Settings`.
         validation: share of each series' rows, the last ones, used to choose the number of epochs and other settings;
             None: 0.15, or 0 if the series are too short. With 0, training uses all rows and runs all epochs.
@@ -108,7 +108,7 @@ class SequenceForecaster(BaseEstimator):
         Returns:
             This estimator.
         """
-        from cellstack.train.forecast.entry import fit_forecast  # torch
+        from cellstack.train.forecasting.entry import fit_forecast  # torch
 
         table = self._table(X)
         same = ("units", "cell", "dropout", "members", "epochs", "batch", "lr", "clip", "patience", "validation")
@@ -142,7 +142,7 @@ class SequenceForecaster(BaseEstimator):
             X: see `predict`.
 
         Returns:
-            One row per series, see `train.forecast.predict.Forecasts`.
+            One row per series, see `train.forecasting.predict.Forecasts`.
         """
         return self._forecasts(self._seen(X))
 
@@ -166,7 +166,7 @@ class SequenceForecaster(BaseEstimator):
         Args:
             X: see `predict`.
             quantiles: None: those of `recipe_.quantiles`. Others, from the lowest to the highest of these, are
-                interpolated, see `train.forecast.predict.Forecasts.at`.
+                interpolated, see `train.forecasting.predict.Forecasts.at`.
 
         Returns:
             As `predict`, with an additional last axis for the quantiles, in the given order.

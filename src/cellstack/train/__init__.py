@@ -14,8 +14,8 @@ from cellstack.train.data.reading import read_sequences
 from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
-from cellstack.train.forecast.recipe import Recipe
-from cellstack.train.forecast.windows import Windows
+from cellstack.train.forecasting.recipe import Recipe
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.predict import run
 from cellstack.train.settings import Settings
 from cellstack.train.tables.table import CategoryColumn, Spacing, Table, read_table
@@ -24,7 +24,7 @@ from cellstack.train.text.sampling import generate
 if TYPE_CHECKING:
     from cellstack.train.entry import fit
     from cellstack.train.fitting import Result
-    from cellstack.train.forecast.entry import fit_forecast
+    from cellstack.train.forecasting.entry import fit_forecast
     from cellstack.train.learner import Epoch, Fit, Learner
     from cellstack.train.loop import learn
     from cellstack.train.model import Model
@@ -38,7 +38,7 @@ _LATER = {
     "Result": "fitting",
     "fit": "entry",
     "learn": "loop",
-    "fit_forecast": "forecast.entry",
+    "fit_forecast": "forecasting.entry",
     "fit_text": "text.workflow",
 }
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import VALIDATED, Batch, Inputs, digest
-from cellstack.train.forecast.recipe import Recipe
-from cellstack.train.forecast.windows import Windows
+from cellstack.train.forecasting.recipe import Recipe
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.measures import seasonal_error
 from cellstack.train.tables.table import Table
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.train.checks import UsageError
-from cellstack.train.forecast import calendar
-from cellstack.train.forecast.parts import Parts, can_validate, epoch_steps, parts
-from cellstack.train.forecast.recipe import (
+from cellstack.train.forecasting import calendar
+from cellstack.train.forecasting.parts import Parts, can_validate, epoch_steps, parts
+from cellstack.train.forecasting.recipe import (
     LONGEST_WINDOW,
     NAIVE,
     SCALES,
@@ -18,7 +18,7 @@ from cellstack.train.forecast.recipe import (
     Category,
     Recipe,
 )
-from cellstack.train.forecast.seasons import find
+from cellstack.train.forecasting.seasons import find
 from cellstack.train.settings import RunOptions
 from cellstack.train.tables.table import Table, listed
 

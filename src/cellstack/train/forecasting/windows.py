@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch
-from cellstack.train.forecast.calendar import features
-from cellstack.train.forecast.recipe import NAIVE, SMOOTHED, Recipe, Rule
-from cellstack.train.forecast.rules import MEAN_OF, latest
-from cellstack.train.forecast.smoothing import Smoothed, Smoothing
+from cellstack.train.forecasting.calendar import features
+from cellstack.train.forecasting.recipe import NAIVE, SMOOTHED, Recipe, Rule
+from cellstack.train.forecasting.rules import MEAN_OF, latest
+from cellstack.train.forecasting.smoothing import Smoothed, Smoothing
 from cellstack.train.tables.table import Table, listed
 
 Floats = NDArray[np.float64]

@@ -24,14 +24,14 @@ from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.fitting import Result, check_memory, fitted
-from cellstack.train.forecast import backtest, smoothing
-from cellstack.train.forecast.model import Calibration, Forecaster, as_network
-from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
-from cellstack.train.forecast.plan import Request, plan, takes_long, understood
-from cellstack.train.forecast.predict import forecasts_of, outputs
-from cellstack.train.forecast.recipe import SMOOTHED, Recipe
-from cellstack.train.forecast.smoothing import Smoothing
-from cellstack.train.forecast.windows import Windows
+from cellstack.train.forecasting import backtest, smoothing
+from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
+from cellstack.train.forecasting.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
+from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
+from cellstack.train.forecasting.predict import forecasts_of, outputs
+from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
+from cellstack.train.forecasting.smoothing import Smoothing
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings

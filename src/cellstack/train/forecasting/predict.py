@@ -15,8 +15,8 @@ from cellstack.nodes import Select, Standardise
 from cellstack.spec import FormatError
 from cellstack.train.checks import TooFewRowsError, UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecast.recipe import Recipe
-from cellstack.train.forecast.windows import Windows, extended_times
+from cellstack.train.forecasting.recipe import Recipe
+from cellstack.train.forecasting.windows import Windows, extended_times
 from cellstack.train.predict import raw_inputs
 from cellstack.train.tables.table import Table, read_table
 

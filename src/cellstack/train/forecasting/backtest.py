@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.forecast.boosting import Boosting, Panel
-from cellstack.train.forecast.parts import Parts
-from cellstack.train.forecast.predict import Forecasts
-from cellstack.train.forecast.recipe import SMOOTHED, Recipe
-from cellstack.train.forecast.rules import rules
-from cellstack.train.forecast.windows import Windows
+from cellstack.train.forecasting.boosting import Boosting, Panel
+from cellstack.train.forecasting.parts import Parts
+from cellstack.train.forecasting.predict import Forecasts
+from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
+from cellstack.train.forecasting.rules import rules
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.measures import coverage, errors, pinball
 from cellstack.train.tables.table import Table
 

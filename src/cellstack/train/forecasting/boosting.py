@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train import measures
-from cellstack.train.forecast import rules
+from cellstack.train.forecasting import rules
 
 RECENT = 6  # number of latest values among the features
 CATEGORIES = 255  # scikit-learn's limit

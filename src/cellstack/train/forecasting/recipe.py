@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from cellstack.train.checks import MOST, UsageError, is_count
-from cellstack.train.forecast.smoothing import Smoothing
+from cellstack.train.forecasting.smoothing import Smoothing
 
 CALENDAR = ("hour", "weekday", "year", "day", "holidays")
 SCALES = ("spread", "level")

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from cellstack.train.forecast.plan import Request, planned
-from cellstack.train.forecast.training import Build, Trained, train_forecast
+from cellstack.train.forecasting.plan import Request, planned
+from cellstack.train.forecasting.training import Build, Trained, train_forecast
 from cellstack.train.settings import RunOptions, Settings
 from cellstack.train.tables.table import Table, read_table
 
@@ -48,7 +48,7 @@ def fit_forecast(
         test: share of each series' last rows to test on; 0 for none.
         validation: share of the rows before the test part, for model selection; None = 0.15, or 0 if the series are
             too short.
-        units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
+        units, cell, dropout, members: how the networks are built, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.

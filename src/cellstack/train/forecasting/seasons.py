@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.forecast.recipe import MOST_SEASONS
+from cellstack.train.forecasting.recipe import MOST_SEASONS
 
 LEAST = 0.1  # least autocorrelation: a weaker season doesn't help, even if it is significant
 BOUND = 2.33  # standard errors for a natural period: one false detection in a hundred series without a season
