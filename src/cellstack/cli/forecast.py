@@ -19,6 +19,7 @@ from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting import predict
 from cellstack.train.forecasting.backtest import Backtest
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.plan import Request, planned, understood
 from cellstack.train.forecasting.recipe import SCALES, Recipe
 from cellstack.train.history import cell
@@ -181,7 +182,7 @@ def text_of(scores: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write(file: IO[str], forecasts: predict.Forecasts, table: Table, actual: NDArray | None = None) -> None:
+def write(file: IO[str], forecasts: Forecasts, table: Table, actual: NDArray | None = None) -> None:
     """Write forecasts as CSV: series, date or step, each target and its quantiles, and actual values where known.
 
     All dates have one form. Names that a spreadsheet would run as a formula are written as text, see `history.cell`.
@@ -191,7 +192,7 @@ def write(file: IO[str], forecasts: predict.Forecasts, table: Table, actual: NDA
     writer.writerows(rows(forecasts, table, actual))
 
 
-def header(forecasts: predict.Forecasts, table: Table, actual: bool) -> list[str]:
+def header(forecasts: Forecasts, table: Table, actual: bool) -> list[str]:
     """Return the columns' names."""
     recipe = forecasts.recipe
     found = [*([table.id] if table.id else []), *(["origin"] if actual else []), table.date or "step"]
@@ -201,7 +202,7 @@ def header(forecasts: predict.Forecasts, table: Table, actual: bool) -> list[str
     return list(map(cell, found))
 
 
-def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> Iterator[list[Any]]:
+def rows(forecasts: Forecasts, table: Table, actual: NDArray | None) -> Iterator[list[Any]]:
     """Return a line for each step of each origin."""
     recipe = forecasts.recipe
     outer = [n for n, level in enumerate(recipe.quantiles) if level != 0.5]
@@ -220,7 +221,7 @@ def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> 
             yield row
 
 
-def dates_of(forecasts: predict.Forecasts, table: Table) -> tuple[list[str], list[list[str]]] | None:
+def dates_of(forecasts: Forecasts, table: Table) -> tuple[list[str], list[list[str]]] | None:
     """Return the dates of the origins, and of the steps of each, all in one form; None without dates."""
     if table.times is None or forecasts.times is None:
         return None
@@ -233,7 +234,7 @@ def shown(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.6g}"
 
 
-def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Forecasts, Table]:
+def run(args: argparse.Namespace, net: Network, path: str) -> tuple[Forecasts, Table]:
     """Forecast the steps after a table's last rows, or after `--origin`.
 
     Raises:

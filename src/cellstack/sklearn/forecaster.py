@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from cellstack.sklearn.sequences import seed_of
 from cellstack.train.checks import UsageError, unmasked
 from cellstack.train.forecasting import predict
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.rules import seasonal
 from cellstack.train.tables.table import Table, read_table
 
@@ -135,14 +136,14 @@ class SequenceForecaster(BaseEstimator):
             raise KeyboardInterrupt
         return self
 
-    def forecasts(self, X: Any = None) -> predict.Forecasts:
+    def forecasts(self, X: Any = None) -> Forecasts:
         """Return forecasts with the names of the series, the times of the steps and all quantiles.
 
         Args:
             X: see `predict`.
 
         Returns:
-            One row per series, see `train.forecasting.predict.Forecasts`.
+            One row per series, see `train.forecasting.forecasts.Forecasts`.
         """
         return self._forecasts(self._seen(X))
 
@@ -166,7 +167,7 @@ class SequenceForecaster(BaseEstimator):
         Args:
             X: see `predict`.
             quantiles: None: those of `recipe_.quantiles`. Others, from the lowest to the highest of these, are
-                interpolated, see `train.forecasting.predict.Forecasts.at`.
+                interpolated, see `train.forecasting.forecasts.Forecasts.at`.
 
         Returns:
             As `predict`, with an additional last axis for the quantiles, in the given order.
@@ -201,7 +202,7 @@ class SequenceForecaster(BaseEstimator):
         ours, latest = (np.nansum(np.abs(said - actual)) for said in (forecasts.median, naive))
         return float(1 - ours / max(latest, np.finfo(float).tiny))
 
-    def _forecasts(self, table: Table, origins: NDArray[np.int64] | None = None) -> predict.Forecasts:
+    def _forecasts(self, table: Table, origins: NDArray[np.int64] | None = None) -> Forecasts:
         return predict.forecast(self.network_, table, type(self).__name__, origins, self.threads)
 
     def _seen(self, X: Any) -> Table:
@@ -221,6 +222,6 @@ class SequenceForecaster(BaseEstimator):
         return read_table(X, date=self.date, day_first=self.day_first, zone=self.zone, ids=self.id, freq=self.freq)
 
 
-def _squeezed(forecasts: predict.Forecasts, values: Floats) -> Floats:
+def _squeezed(forecasts: Forecasts, values: Floats) -> Floats:
     """Return `[S, …]`; for a single series without a name, its values without the first axis."""
     return values[0] if forecasts.ids == [""] else values

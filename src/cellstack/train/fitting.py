@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -171,11 +172,10 @@ def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
 
 
 def as_network(model: Any, metadata: dict[str, Any]) -> Network:
-    """Return a trained model as a Network whose nodes are named by their purpose."""
+    """Return a trained model as a Network: `layer_0`, `layer_1` … are its layers, other names say what a node does."""
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
-    names = [
-        f"recurrent_{n}" if kind in RECURRENT else NODE_NAMES.get(kind, kind.lower()) for n, kind in enumerate(kinds)
-    ]
+    layer = (f"layer_{n}" for n in count())
+    names = [next(layer) if kind in RECURRENT else NODE_NAMES.get(kind, kind.lower()) for kind in kinds]
     names = [f"{name}_{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
     return Network(tuple(nodes), tuple(names), metadata, _warn=False)

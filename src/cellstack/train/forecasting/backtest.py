@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.forecasting.boosting import Boosting, Panel
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.parts import Parts
-from cellstack.train.forecasting.predict import Forecasts
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.windows import Windows
