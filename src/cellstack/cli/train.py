@@ -21,9 +21,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from cellstack.cli import forecast, sequences, text
-from cellstack.cli.files import SUFFIX, found, needs_torch, show, with_suffix
+from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.tables import add_table_options
-from cellstack.formats.files import check_replaceable, replacing
+from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.network import Network
 from cellstack.train import history
 from cellstack.train.checks import UsageError
@@ -93,7 +93,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         "with one row per step; a series to forecast: such a table without these options; a text: .txt or .md",
     )
     train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
-    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({SUFFIX} is added)")
+    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({NATIVE} is added)")
     train.add_argument("--dry-run", action="store_true", help="report how the data is read, without training")
     train.add_argument("--task", choices=tuple(TASKS), help="what to learn (inferred from the file and its labels)")
     add_table_options(train)

@@ -35,7 +35,7 @@ class Result:
         network: the network with its metadata; it doesn't need torch.
         model: the same network as a torch module.
         fit: the course of the fit.
-        scores: scores on test data, see `predict`; {} without test data.
+        scores: scores on test data, see `Predictions`; {} without test data.
         rank: number of this process among those that trained; process 0 writes and prints.
         validated: number of examples in the validation part.
         summary: the text of `sentence`, if several fits made the network.
@@ -57,7 +57,11 @@ class Result:
     @property
     def labels(self) -> tuple[Any, ...]:
         """The classes, in the order of the network's outputs; () for regression."""
-        return tuple(self.network.metadata.get("labels", ()))
+        return self.network.labels
+
+    def predict(self, data: Any, y: Any = None, **options: Any) -> Any:
+        """Predict for new data with the network: see `Network.predict`."""
+        return self.network.predict(data, y, **options)
 
     @property
     def sentence(self) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data.frames import as_frame, distinct
 from cellstack.train.forecasting.recipe import Recipe
-from cellstack.train.tables.table import Table
+from cellstack.train.tables.table import Table, date_unit
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -29,6 +31,7 @@ class Forecasts:
         times: wall-clock time of each forecast step, `[N, horizon]`; None without dates.
         values: `[N, horizon, targets, quantiles]` in the targets' units, NaN without values to start from.
         reference: forecasts of the rule to which the network's output is added, `[N, horizon, targets]`.
+        polars: whether `to_frame` returns a polars frame.
     """
 
     recipe: Recipe
@@ -38,11 +41,60 @@ class Forecasts:
     times: NDArray[np.datetime64] | None
     values: Floats
     reference: Floats
+    polars: bool = False
 
     @property
     def median(self) -> Floats:
         """The forecast, `[N, horizon, targets]`."""
         return self.values[..., self.recipe.quantiles.index(0.5)]
+
+    @property
+    def dates(self) -> tuple[NDArray[np.datetime64], NDArray[np.datetime64]] | None:
+        """The times of the origins, `[N]`, and of their steps, `[N, horizon]`; None without dates.
+
+        Both have the coarsest unit, of D, s and us, that represents all times of the table.
+        """
+        table, times = self.table, self.times
+        if table.times is None or times is None:
+            return None
+        unit = f"datetime64[{date_unit(table.times, times)}]"
+        return table.times[self.origins].astype(unit), times.astype(unit)
+
+    def columns(self, actual: Floats | None = None) -> dict[str, Any]:
+        """Return a table's columns by name, as lists or arrays of equal length, with a row per origin and step.
+
+        They are the id of the series, if there are several; the date, or `step` from 1; for each target, the forecast
+        in a column of its name, and the quantiles, such as `sales_0.1`.
+
+        Args:
+            actual: `[N, horizon, targets]`; if given, there are also the columns `origin`, its date or row, and
+                `sales_actual`.
+        """
+        recipe, table, dates = self.recipe, self.table, self.dates
+        horizon, count = recipe.horizon, len(self.origins)
+        pairs: list[tuple[str, Any]] = []
+        if table.id:
+            pairs.append((table.id, [name for name in self.ids for _ in range(horizon)]))
+        if actual is not None:
+            pairs.append(("origin", np.repeat(self.origins if dates is None else dates[0], horizon)))
+        steps = np.tile(np.arange(1, horizon + 1), count) if dates is None else dates[1].reshape(-1)
+        pairs.append((table.date or "step", steps))
+        for n, name in enumerate(recipe.targets):
+            if actual is not None:
+                pairs.append((f"{name}_actual", actual[..., n].reshape(-1)))
+            pairs.append((name, self.median[..., n].reshape(-1)))
+            for q, level in enumerate(recipe.quantiles):
+                if level != 0.5:
+                    pairs.append((f"{name}_{level:g}", self.values[..., n, q].reshape(-1)))
+        return distinct(pairs)
+
+    def to_frame(self, actual: Floats | None = None) -> Any:
+        """Return `columns` as a pandas frame, with dates as datetime64; as a polars frame if the data was one.
+
+        Raises:
+            UsageError: pandas isn't installed.
+        """
+        return as_frame(self.columns(actual), self.polars)
 
     def at(self, levels: Sequence[float]) -> Floats:
         """Return any quantiles, `[N, horizon, targets, levels]`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -12,12 +13,14 @@ from cellstack.network import Network
 from cellstack.nodes import Select, Standardise
 from cellstack.spec import FormatError
 from cellstack.train.checks import TooFewRowsError, UsageError
+from cellstack.train.data.frames import is_polars
+from cellstack.train.data.reading import merged
 from cellstack.train.examples import Inputs
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.windows import Windows, extended_times
-from cellstack.train.predict import raw_inputs
-from cellstack.train.tables.table import Table, read_table
+from cellstack.train.tables.table import Table, iso, read_table
+from cellstack.train.trained import raw_inputs
 
 Ints = NDArray[np.int64]
 TOGETHER = 512  # windows in a batch
@@ -49,6 +52,34 @@ def forecasts_of(net: Network, inputs: Inputs, windows: Windows, threads: int | 
         np.concatenate([windows.forecasts(part, outputs(net, inputs, windows, part, threads)) for part in parts]),
         windows.reference(every),
     )
+
+
+def forecasts_after(
+    net: Network, data: Any, path: str, origin: Any = None, threads: int | None = None, **given: Any
+) -> tuple[Forecasts, list[str]]:
+    """Forecast the steps after the last rows of a table, or after another origin, and return warnings about the table.
+
+    Args:
+        net: a network that forecasts.
+        data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table`.
+        path: the network's file, for messages.
+        origin: see `origins_at`; None = in each series the last row with an observed target.
+        threads: number of the kernel's threads.
+        given: arguments of `read_table`; as in training where not given.
+
+    Raises:
+        UsageError: an origin that isn't in the table, or options for a `Table`; and see `forecast`.
+    """
+    recipe, _ = trained(net, path)
+    if isinstance(data, Table):
+        for name in given:
+            raise UsageError(f"predict: {name} has no effect for a Table, which has been read already")
+        table = data
+    else:
+        table = read_table(data, **merged(reading(net, path), given))
+    origins = None if origin is None else origins_at(table, origin)
+    found = forecast(net, table, path, origins, threads)
+    return replace(found, polars=is_polars(data)), unknown(recipe, table, found.origins)
 
 
 def forecast(
@@ -121,6 +152,34 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
         if not len(rows):
             raise UsageError(f"{table.path}: {', '.join(recipe.targets)} has no values{_series(name)}")
         found.append(int(first + rows[-1]))
+    return np.array(found, np.int64)
+
+
+def origins_at(table: Table, text: str) -> NDArray[np.int64]:
+    """Return the row with a date, or with a number from 1, in each series that has it.
+
+    Raises:
+        UsageError: no series has it, or `text` isn't a date.
+    """
+    found = []
+    if table.times is None:
+        if not text.isdecimal() or not int(text) >= 1:
+            raise UsageError(f"expected --origin to be a row number, because {table.path} has no dates, got {text!r}")
+        for series in range(len(table.ids)):
+            rows = table.rows(series)
+            if rows.start + int(text) <= rows.stop:
+                found.append(rows.start + int(text) - 1)
+    else:
+        try:
+            time = np.datetime64(text).astype(table.times.dtype)
+        except ValueError:
+            raise UsageError(
+                f"expected --origin to be a date such as 2020-01-31 or 2020-01-31T12:00, got {text!r}"
+            ) from None
+        found = np.flatnonzero(table.times == time).tolist()
+    if not found:
+        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        raise UsageError(f"expected --origin to be a row of {table.path}{span}, got {text}")
     return np.array(found, np.int64)
 
 

@@ -25,6 +25,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.fitting import Result, check_memory, fitted
 from cellstack.train.forecasting import backtest, smoothing
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
 from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
@@ -82,6 +83,20 @@ class Trained(NamedTuple):
     recipe: Recipe
     test: backtest.Backtest | None
     understood: list[str]
+
+    @property
+    def network(self) -> Network:
+        """The network, which runs without torch."""
+        return self.result.network
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The errors of the network and its baselines on the test part; {} without one."""
+        return self.result.scores
+
+    def predict(self, data: Any, **options: Any) -> Forecasts:
+        """Forecast the steps after the rows of a table with the network: see `Network.predict`."""
+        return self.result.network.predict(data, **options)
 
 
 def train_forecast(
