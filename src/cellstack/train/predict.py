@@ -232,7 +232,8 @@ def outputs(net: Network, data: Any, threads: int | None = None, columns: Sequen
     """
     if isinstance(data, (str, os.PathLike)):
         path = os.fspath(data)
-        data = read_ts(path).x if path.lower().endswith(".ts") else read_sample(net, path, columns)
+        of_ts = columns is None and path.lower().endswith(".ts")
+        data = read_ts(path).x if of_ts else read_sample(net, path, columns)
     if is_frame(data):
         raise UsageError(
             "predict: expected arrays, a list of sequences or a file, got a data frame: frames need a network that was "
