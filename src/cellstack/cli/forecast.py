@@ -24,7 +24,7 @@ from cellstack.train.forecasting.plan import Request, planned, understood
 from cellstack.train.forecasting.recipe import SCALES, Recipe
 from cellstack.train.history import cell
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.tables.table import Table, date_texts, date_unit, iso
+from cellstack.train.tables.table import Table, date_texts, date_unit
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
 TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
@@ -242,36 +242,8 @@ def run(args: argparse.Namespace, net: Network, path: str) -> tuple[Forecasts, T
     """
     recipe, _ = predict.trained(net, path)
     table = table_from(args, args.file, predict.reading(net, path))
-    origins = None if args.origin is None else origins_at(table, args.origin)
+    origins = None if args.origin is None else predict.origins_at(table, args.origin, "--origin")
     found = predict.forecast(net, table, path, origins, args.threads)
     for line in predict.unknown(recipe, table, found.origins):
         print(f"cellstack run: warning: {line}", file=sys.stderr)
     return found, table
-
-
-def origins_at(table: Table, text: str) -> NDArray[np.int64]:
-    """Return the row with a date, or with a number from 1, in each series that has it.
-
-    Raises:
-        UsageError: no series has it, or `text` isn't a date.
-    """
-    found = []
-    if table.times is None:
-        if not text.isdecimal() or not int(text) >= 1:
-            raise UsageError(f"expected --origin to be a row number, because {table.path} has no dates, got {text!r}")
-        for series in range(len(table.ids)):
-            rows = table.rows(series)
-            if rows.start + int(text) <= rows.stop:
-                found.append(rows.start + int(text) - 1)
-    else:
-        try:
-            time = np.datetime64(text).astype(table.times.dtype)
-        except ValueError:
-            raise UsageError(
-                f"expected --origin to be a date such as 2020-01-31 or 2020-01-31T12:00, got {text!r}"
-            ) from None
-        found = np.flatnonzero(table.times == time).tolist()
-    if not found:
-        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
-        raise UsageError(f"expected --origin to be a row of {table.path}{span}, got {text}")
-    return np.array(found, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date, datetime, timezone
 from inspect import signature
 from typing import Any
 
@@ -17,7 +18,9 @@ from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.windows import Windows, extended_times
 from cellstack.train.predict import raw_inputs
-from cellstack.train.tables.table import Table, read_table
+from cellstack.train.tables.clock import utc_of
+from cellstack.train.tables.dates import in_form, written_as
+from cellstack.train.tables.table import Table, iso, read_table
 
 Ints = NDArray[np.int64]
 TOGETHER = 512  # windows in a batch
@@ -122,6 +125,66 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
             raise UsageError(f"{table.path}: {', '.join(recipe.targets)} has no values{_series(name)}")
         found.append(int(first + rows[-1]))
     return np.array(found, np.int64)
+
+
+def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
+    """Return the row of a table with a date, or with a number, in each series that has it.
+
+    Args:
+        table: the series.
+        origin: a date: text in the format of the table's dates or in ISO form, a `datetime` or a `datetime64`; or the
+            number of a row in each series, from 1. Without a UTC offset, a date is in the table's time zone; without a
+            time of day, it is midnight.
+        name: of the argument, for messages.
+
+    Raises:
+        UsageError: no series has it, it isn't a date, or it occurs twice because the clock is set back.
+    """
+    if table.times is None and isinstance(origin, str) and origin.strip().isdecimal():
+        origin = int(origin)
+    if isinstance(origin, (int, np.integer)) and not isinstance(origin, (bool, np.timedelta64)) and origin > 0:
+        found = table.starts[:-1] + int(origin) - 1
+        found = found[found < table.starts[1:]]
+    elif table.times is None:
+        raise UsageError(f"expected {name} to be a row number from 1, because {table.path} has no dates, got {origin}")
+    else:
+        found = _rows_at(table, table.times, origin, name)
+    if not len(found):
+        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        raise UsageError(f"expected {name} to be a row of {table.path}{span}, got {origin}")
+    return found.astype(np.int64)
+
+
+def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any, name: str) -> Ints:
+    """Return the rows of a table with a date."""
+    form = table.reading.get("date_format")
+    time = _time_of(origin, form)
+    if time is None:
+        like = dict.fromkeys([written_as(times[-1], form), iso(times[-1])])
+        raise UsageError(f"expected {name} to be a date such as {' or '.join(like)}, got {origin!r}")
+    if time[1] and table.zone is None:
+        raise UsageError(f"expected {name} without a UTC offset, because {table.path} has none, got {origin}")
+    if time[1]:
+        times = np.concatenate([utc_of(times[table.rows(series)], table.zone) for series in range(len(table.ids))])
+    found = np.flatnonzero(times == time[0])
+    series = np.searchsorted(table.starts, found, side="right")
+    if len(np.unique(series)) < len(series):
+        raise UsageError(
+            f"{name} {origin} occurs twice, because the clock is set back then: add the UTC offset of one of them"
+        )
+    return found
+
+
+def _time_of(origin: Any, form: str | None) -> tuple[np.datetime64, bool] | None:
+    """Return a date, and whether it is in UTC, not in local time; None if it isn't a date."""
+    if isinstance(origin, str):
+        found = (in_form(origin.strip(), how) for how in (form, "%Y-%m-%d", "%Y-%m", "%Y") if how)
+        return next((time for time in found if time is not None), None)
+    if isinstance(origin, datetime) and origin.tzinfo is not None:
+        return np.datetime64(origin.astimezone(timezone.utc).replace(tzinfo=None), "us"), True
+    if isinstance(origin, (date, np.datetime64)) and origin == origin:  # NaT isn't
+        return np.array(origin, "datetime64[us]")[()], False
+    return None
 
 
 def checked_windows(recipe: Recipe, table: Table, origins: Ints, inputs: Inputs, path: str) -> Windows:
