@@ -41,7 +41,8 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
     if net.task == "text":
         return measure(args, net, path)
     if net.task == "forecast":
-        found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, **given(args, TABLE))
+        how = given(args, TABLE)
+        found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, "--origin", **how)
         for note in notes:
             print(f"cellstack run: warning: {note}", file=sys.stderr)
         return _show(args, found.columns(), _forecasts(found))

@@ -19,6 +19,7 @@ from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
 from cellstack.train.learner import Fit
 from cellstack.train.loop import learn
+from cellstack.train.predict import predict
 from cellstack.train.processes import processes
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
@@ -61,7 +62,7 @@ class Result:
 
     def predict(self, data: Any, y: Any = None, **options: Any) -> Any:
         """Predict for new data with the network: see `Network.predict`."""
-        return self.network.predict(data, y, **options)
+        return predict(self.network, data, y, **options)
 
     @property
     def sentence(self) -> str:

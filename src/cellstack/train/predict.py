@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections import UserList
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.measures import errors
 from cellstack.train.predictions import Predictions
+from cellstack.train.tables.table import read_table
 from cellstack.train.text.data import alphabet_of, content
 from cellstack.train.text.sampling import generate
 from cellstack.train.trained import Trained, trained
@@ -53,19 +55,21 @@ def predict(
     task = net.metadata.get("task")  # `as_trained` refuses an unknown one
     if task == "forecast":
         _refuse({"y": y}, "a network that forecasts: compare the forecasts with the rows that follow the origin")
-        # A table's options have the names of `read_table`.
-        reading = {"ids": id, "date": time, **options}
-        reading = {key: value for key, value in reading.items() if value is not None}
-        found, notes = forecasts_after(net, data, name, threads=threads, **reading)
+        _check_options(options, ("origin", *signature(read_table).parameters))
+        how = {"ids": id, "date": time, **options}  # named as in `read_table`
+        how = {key: value for key, value in how.items() if value is not None}
+        found, notes = forecasts_after(net, data, name, threads=threads, **how)
         for note in notes:
             warnings.warn(note, stacklevel=3)
         return found
     if task == "text":
         _refuse({"y": y, "id": id, "time": time, "threads": threads}, "a network that continues a text")
+        _check_options(options, signature(generate).parameters)
         return _continued(net, data, name, options)
     if task is None:
-        _refuse({"y": y, "id": id, "time": time, **options}, "a network that wasn't trained with cellstack.train")
+        _refuse({"y": y, "id": id, "time": time, **options}, "a network that wasn't trained by cellstack.train")
         return outputs(net, data, threads)
+    _check_options(options, TABLES_ONLY)
     found = as_trained(net, data, y, name, id=id, time=time, **options)
     return replace(sequences(net, found, found.name, threads), polars=is_polars(data))
 
@@ -74,6 +78,13 @@ def _refuse(given: Mapping[str, Any], what: str) -> None:
     for name, value in given.items():
         if value is not None:
             raise UsageError(f"predict: {name} has no effect for {what}")
+
+
+def _check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    names = [name for name in known if name not in ("source", "net", "prompt", "name")]  # what predict itself passes
+    for option in options:
+        if option not in names:
+            raise TypeError(f"predict: expected options among {', '.join(names)}, got {option!r}")
 
 
 # ── classes and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -98,9 +109,6 @@ def as_trained(
             doesn't know its columns' names.
         FormatError: a network that wasn't trained here, or a file that can't be read.
     """
-    unknown = how.keys() - set(TABLES_ONLY)
-    if unknown:
-        raise TypeError(f"predict: expected options among {', '.join(TABLES_ONLY)}, got {min(unknown)}")
     task = trained(net, name)
     known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None

@@ -26,7 +26,8 @@ class Forecasts:
     Args:
         recipe: targets, inputs and windows.
         table: the series.
-        ids: name of the series of each origin, `[N]`; `""` for a table with one series without a name.
+        ids: of the series of each origin, `[N]`: its name, or its value in the frame that `predict` was given; `""` for
+            a table with one series without a name.
         origins: last row that each forecast uses, `[N]`.
         times: wall-clock time of each forecast step, `[N, horizon]`; None without dates.
         values: `[N, horizon, targets, quantiles]` in the targets' units, NaN without values to start from.
@@ -36,7 +37,7 @@ class Forecasts:
 
     recipe: Recipe
     table: Table
-    ids: list[str]
+    ids: list[Any]
     origins: Ints
     times: NDArray[np.datetime64] | None
     values: Floats

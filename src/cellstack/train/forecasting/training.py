@@ -35,6 +35,7 @@ from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
+from cellstack.train.predict import predict
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table
 
@@ -96,7 +97,7 @@ class Trained(NamedTuple):
 
     def predict(self, data: Any, **options: Any) -> Forecasts:
         """Forecast the steps after the rows of a table with the network: see `Network.predict`."""
-        return self.result.network.predict(data, **options)
+        return predict(self.network, data, **options)
 
 
 def train_forecast(
