@@ -83,8 +83,8 @@ def as_sequences(
     """Return data in memory as `Sequences`.
 
     Args:
-        x: an array `[N, T, I]`; a list of arrays `[T, I]`, whose T may differ; a pandas or polars frame in long form,
-            with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now
+        x: an array `[N, T, I]`; a list or an object array of arrays `[T, I]`, whose T may differ; a pandas or polars
+            frame in long form, with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now
             and again when batches need it; or `Sequences`, which are returned unchanged, without `y` and `weight`.
             NaN, or a masked value of a masked array, is missing.
         y: a class or number per sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, per
@@ -162,6 +162,8 @@ def _arrays(x: Any, name: str) -> list[Any]:
     """Split an array or a list into one array per sequence."""
     if hasattr(x, "detach"):  # a torch tensor
         x = x.detach().cpu().numpy()
+    if isinstance(x, np.ndarray) and x.dtype == object and x.ndim == 1:
+        x = list(x)
     if hasattr(x, "shape") or not isinstance(x, (list, tuple)):
         shape = getattr(x, "shape", None)
         if shape is None:
