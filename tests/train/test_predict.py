@@ -60,7 +60,8 @@ def shops():
     time = pd.date_range("2024-01-01", periods=len(n), freq="h")
     level = 5 + np.sin(n * np.pi / 12)
     noise = rng.normal(size=(2, len(n))) / 10
-    shop = [pd.DataFrame({"time": time, "shop": k, "sales": level * k + noise[k - 1], "rain": n % 5}) for k in (1, 2)]
+    more = {"rain": n % 5, "kind": np.where(n % 3, "a", "b")}
+    shop = [pd.DataFrame({"time": time, "shop": k, "sales": level * k + noise[k - 1], **more}) for k in (1, 2)]
     return pd.concat(shop, ignore_index=True)
 
 
@@ -99,7 +100,7 @@ def test_a_network_knows_its_task_its_classes_and_its_channels(classifier, of_fr
     net = forecaster.network
     assert (net.task, net.labels, len(net.channels)) == ("forecast", (), net.input_size)
     assert net.channels[:2] == ("sales", "sales (naive)")
-    assert {"rain", "hour sin1", "holiday tomorrow", "steps ahead", "rain observed"} <= set(net.channels)
+    assert {"rain", "kind=a", "hour sin1", "holiday tomorrow", "steps ahead", "rain observed"} <= set(net.channels)
     assert (writer.network.task, writer.network.channels) == ("text", ())
     bare = Network(net.nodes[:1], metadata={"task": "sentiment", "columns": ["a"]})
     assert (bare.task, bare.labels, bare.channels) == (None, (), ())

@@ -84,9 +84,9 @@ def as_sequences(
 
     Args:
         x: an array `[N, T, I]`; a list or an object array of arrays `[T, I]`, whose T may differ; a pandas or polars
-            frame in long form, with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now
-            and again when batches need it; or `Sequences`, which are returned unchanged, without `y` and `weight`.
-            NaN, or a masked value of a masked array, is missing.
+            frame in long form, with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`,
+            which is read once now and again when batches need it; or `Sequences`, which are returned unchanged,
+            without `y` and `weight`. NaN, or a masked value of a masked array, is missing.
         y: a class or number per sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, per
             step; None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
         task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
