@@ -183,7 +183,7 @@ def _time_of(origin: Any, form: str | None) -> tuple[np.datetime64, bool] | None
     if isinstance(origin, datetime) and origin.tzinfo is not None:
         return np.datetime64(origin.astimezone(timezone.utc).replace(tzinfo=None), "us"), True
     if isinstance(origin, (date, np.datetime64)) and origin == origin:  # NaT isn't
-        return np.array(origin, "datetime64[us]")[()], False
+        return np.array([origin], "datetime64[us]")[0], False
     return None
 
 
