@@ -21,8 +21,9 @@ from cellstack.train.forecasting import predict
 from cellstack.train.forecasting.backtest import Backtest
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.plan import Request, planned, understood
+from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.recipe import SCALES, Recipe
-from cellstack.train.history import cell
+from cellstack.train.history import PICTURES, Panel, cell, check, save
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table, date_texts, date_unit
 
@@ -31,20 +32,23 @@ TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in text.split(",") if part.strip())
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = (0,)
     if min(found, default=1) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 24,168, or 1 for no season, got {text!r}")
     return tuple(number for number in found if number > 1)  # 1 means no season
 
 
 def _levels(text: str) -> tuple[float, ...]:
-    found = tuple(float(part) for part in text.split(","))
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (0.0,)
     if not all(0.0 < level < 1.0 for level in found):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected numbers between 0 and 1 such as 0.1,0.9, got {text!r}")
     return found
-
-
-_numbers.__name__, _levels.__name__ = "steps", "quantiles"  # the names in argparse's messages
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -104,6 +108,10 @@ class Job:
         trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)
         self.test = trained.test
         return trained.result
+
+    def panels(self) -> list[Panel]:
+        """Return functions that draw the test part, and the error by horizon, for --picture."""
+        return [] if self.test is None else backtest_panels(self.test)
 
     def write(self) -> None:
         """Write the forecasts of the test part if --forecasts is given."""
@@ -241,9 +249,20 @@ def run(args: argparse.Namespace, net: Network, path: str) -> tuple[Forecasts, T
         UsageError: see `predict.forecast`; or an origin that isn't in the table.
     """
     recipe, _ = predict.trained(net, path)
+    if args.picture is not None:
+        check(args.picture, PICTURES, "--picture")
     table = table_from(args, args.file, predict.reading(net, path))
     origins = None if args.origin is None else predict.origins_at(table, args.origin, "--origin")
     found = predict.forecast(net, table, path, origins, args.threads)
     for line in predict.unknown(recipe, table, found.origins):
         print(f"cellstack run: warning: {line}", file=sys.stderr)
+    if args.picture is not None:
+        save(args.picture, found.plot())
     return found, table
+
+
+def refuse_options(args: argparse.Namespace, path: str) -> None:
+    """Raise `UsageError` if an option of `run` is given that applies only to forecasts."""
+    for name in ("origin", "picture"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} applies only to forecasts: {path} wasn't trained to forecast")

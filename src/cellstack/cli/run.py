@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     """Classify, predict or forecast with a network trained here; run any other network."""
     net, path = load_model(args.model, load_options(args))
     net = with_weights(net, args.weights)
+    if net.metadata.get("task") != "forecast":
+        forecast.refuse_options(args, path)
     if net.metadata.get("task") is None:
         return run_any(args, net)
     if args.columns is not None:

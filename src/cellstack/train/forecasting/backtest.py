@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.measures import coverage, errors, pinball
 from cellstack.train.tables.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -56,15 +59,36 @@ class Backtest(NamedTuple):
         recipe = self.forecasts.recipe
         found = {}
         for n, name in enumerate(recipe.targets):
-            every = {"model": self.forecasts.median[..., n]} | {
-                key: baseline[..., n] for key, baseline in self.baselines.items()
-            }
-            actual = self.actual[..., n].copy()
-            actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan
+            every, actual = self.compared(n)
             table = {key: self._errors(values, actual, n) for key, values in every.items()}
             table["model"] |= _spread(self.forecasts.values[:, :, n], actual, recipe)
             found[name] = table
         return {"targets": found, "origins": len(self.actual)}
+
+    def compared(self, target: int) -> tuple[dict[str, Floats], Floats]:
+        """Return the forecasts of a target by `"model"` and each baseline, and the actual values, `[N, horizon]` each.
+
+        Actual values are NaN where one of them has no forecast.
+        """
+        every = {"model": self.forecasts.median[..., target]}
+        every |= {key: baseline[..., target] for key, baseline in self.baselines.items()}
+        actual = self.actual[..., target].copy()
+        actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan
+        return every, actual
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: forecasts of the test part with the actual values, and the error by horizon.
+
+        Of several series, it shows the first and the last; the errors are those of all series. The model is compared
+        with the four best baselines.
+
+        Raises:
+            UsageError: matplotlib isn't installed.
+        """
+        from cellstack.train.forecasting.plot import backtest_panels
+        from cellstack.train.history import panels
+
+        return panels(backtest_panels(self))
 
     def _errors(self, values: Floats, actual: Floats, target: int) -> dict[str, float]:
         each = []

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.recipe import Recipe
-from cellstack.train.tables.table import Table
+from cellstack.train.tables.table import Table, iso
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forecasts:
     """Forecasts from several origins.
 
@@ -38,6 +44,21 @@ class Forecasts:
     times: NDArray[np.datetime64] | None
     values: Floats
     reference: Floats
+
+    def __repr__(self) -> str:
+        count, recipe = len(self.origins), self.recipe
+        said = f"{count:,} forecast{'s' * (count != 1)} of {', '.join(recipe.targets)}"
+        when = "" if self.times is None else f" from {iso(self.times.min())} to {iso(self.times.max())}"
+        levels = ", ".join(f"{level:g}" for level in recipe.quantiles)
+        return f"<{said}, {recipe.horizon} step{'s' * (recipe.horizon != 1)} each{when}, quantiles {levels}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the plot, which notebooks show; None without matplotlib: they show the text."""
+        if find_spec("matplotlib") is None:
+            return None
+        picture = BytesIO()
+        self.plot().savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
 
     @property
     def median(self) -> Floats:
@@ -72,3 +93,19 @@ class Forecasts:
         below = np.maximum(above - 1, 0)  # the same if there is only one
         share = (wanted - normal[below]) / np.where(above > below, normal[above] - normal[below], 1.0)
         return self.values[..., below] * (1 - share) + self.values[..., above] * share
+
+    def plot(self, which: int | Sequence[int] | None = None, *, history: int | None = None) -> Figure:
+        """Return a matplotlib figure: the last values of the history, the median, and the intervals of the quantiles.
+
+        Each forecast and target has its own panel. Actual values after the origin are drawn where the table has them.
+
+        Args:
+            which: numbers of the forecasts, of N; None = all, or six of them, evenly spread.
+            history: steps before the origin; None = twice the horizon or a window, and at least 16.
+
+        Raises:
+            UsageError: matplotlib isn't installed, or there is no such forecast.
+        """
+        from cellstack.train.forecasting.plot import plot
+
+        return plot(self, which, history)
