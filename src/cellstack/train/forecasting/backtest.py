@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.forecasting.boosting import Boosting, Panel
+from cellstack.train.forecasting.calendar import features
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.parts import Parts
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
@@ -145,6 +146,11 @@ def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict
     codes = {category.name: table.categories[category.name].codes for category in recipe.categories}
     numbers = {name: table.columns[name] for name in (*recipe.inputs, *recipe.known)}
     known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
+    if recipe.country and table.times is not None:
+        flags = features(table.times, ("holidays",), recipe.country).T.astype(np.float64)
+        days = {f"holidays, {recipe.country}, {n}": flag for n, flag in enumerate(flags)}
+        numbers |= days
+        known |= days.keys()
     columns = numbers | codes
     for n, name in enumerate(recipe.targets):
         panel = Panel(
