@@ -222,6 +222,10 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
     monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
+    said = (
+        "the networks don't improve on exponential smoothing in the validation part and have weight 0: the forecast of "
+    )
+    assert f"{said}y is exponential smoothing alone" in done.result.sentence
     np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)
     np.testing.assert_allclose(done.test.forecasts.median, done.test.baselines["exponential smoothing"])
 
@@ -359,7 +363,8 @@ def command(tmp_path_factory):
     frame = waves(300)
     frame.to_csv(folder / "y.csv", index=False)
     words = ["--members", "1", "--units", "8", "--epochs", "3", "--threads", "1", "--quiet"]
-    words = ["train", str(folder / "y.csv"), *words, "--forecasts", str(folder / "test.csv"), "-o", str(folder / "y")]
+    words += ["--forecasts", str(folder / "test.csv"), "--picture", str(folder / "training.svg")]
+    words = ["train", str(folder / "y.csv"), *words, "-o", str(folder / "y")]
     assert main(words) == 0
     return folder
 
@@ -451,6 +456,49 @@ def test_run_forecasts_after_the_last_row_or_another(command, capsys):
     np.testing.assert_allclose(found["y"]["forecast"], written, rtol=1e-4)
     assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1899-12-01"]) == 2
     assert "expected --origin to be a row of" in capsys.readouterr().err
+
+
+def test_run_accepts_the_format_of_the_file_for_its_origin(command, capsys, tmp_path):
+    frame = waves(300)
+    frame.assign(date=frame["date"].dt.strftime("%d/%m/%Y")).to_csv(tmp_path / "z.csv", index=False)
+    words = ["run", str(command / "y"), str(tmp_path / "z.csv"), "--day-first", "--json", "--origin"]
+    for origin in ("01/12/1999", "1999-12-01", "1999-12"):
+        assert main([*words, origin]) == 0
+        assert json.loads(capsys.readouterr().out)["forecasts"][0]["dates"][0] == "2000-01-01"
+    assert main([*words, "1.12.1999"]) == 2
+    said = "expected --origin to be a date such as 01/12/2004 or 2004-12-01, got '1.12.1999'"
+    assert said in capsys.readouterr().err
+
+
+def test_pictures_of_a_training_and_of_a_forecast(command, capsys, tmp_path):
+    drawn = (command / "training.svg").read_text()
+    assert drawn.count('id="axes_') == 4  # losses, mase, test part, error by horizon
+    words = ["run", str(command / "y"), str(command / "y.csv"), "--origin", "1999-12-01", "--picture"]
+    assert main([*words, str(tmp_path / "y.png")]) == 0
+    assert (tmp_path / "y.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.startswith("date,y,y_0.1,y_0.9\n2000-01-01")
+    assert main([*words, str(tmp_path / "y.gif")]) == 2
+    assert "expected --picture to end in one of .png, .svg, .pdf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--horizon", "0", "expected horizon to be an integer from 1 to"),
+        ("--window", "0", "expected window to be an integer from 1 to"),
+        ("--season", "0", "--season: expected numbers of steps such as 24,168, or 1 for no season, got '0'"),
+        ("--season", "day", "--season: expected numbers of steps such as 24,168, or 1 for no season, got 'day'"),
+        ("--quantiles", "2", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got '2'"),
+        ("--quantiles", "low", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got 'low'"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(command, capsys, option, value, message):
+    try:
+        status = main(["train", str(command / "y.csv"), "--dry-run", option, value])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 def test_run_on_too_few_rows_fails(command, capsys, tmp_path):

@@ -266,6 +266,7 @@ def test_forecasts_after_an_earlier_row(shops, forecaster):
         warnings.simplefilter("ignore", UserWarning)
         np.testing.assert_array_equal(earlier.values, forecaster.predict(cut).values)
     assert forecaster.scores["targets"].keys() == {"sales"}
+    assert earlier.plot().axes[0].get_title(loc="left") == "1, sales"
 
 
 def test_a_table_with_one_forecast_per_day_has_days():

@@ -15,7 +15,9 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.backtest import Backtest
 from cellstack.train.forecasting.plan import Request, planned, understood
+from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.recipe import SCALES, Recipe
+from cellstack.train.history import Panel
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table
 
@@ -24,20 +26,23 @@ TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in text.split(",") if part.strip())
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = (0,)
     if min(found, default=1) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 24,168, or 1 for no season, got {text!r}")
     return tuple(number for number in found if number > 1)  # 1 means no season
 
 
 def _levels(text: str) -> tuple[float, ...]:
-    found = tuple(float(part) for part in text.split(","))
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (0.0,)
     if not all(0.0 < level < 1.0 for level in found):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected numbers between 0 and 1 such as 0.1,0.9, got {text!r}")
     return found
-
-
-_numbers.__name__, _levels.__name__ = "steps", "quantiles"  # the names in argparse's messages
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -97,6 +102,10 @@ class Job:
         trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)
         self.test = trained.test
         return trained.result
+
+    def panels(self) -> list[Panel]:
+        """Return functions that draw the test part, and the error by horizon, for --picture."""
+        return [] if self.test is None else backtest_panels(self.test)
 
     def write(self) -> None:
         """Write the forecasts of the test part if --forecasts is given."""

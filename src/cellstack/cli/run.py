@@ -17,6 +17,7 @@ from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.predict import forecasts_after
+from cellstack.train.history import PICTURES, check, save
 from cellstack.train.predict import as_trained, sequences
 
 
@@ -24,6 +25,10 @@ def run(args: argparse.Namespace) -> int:
     """Classify, predict or forecast with a network trained here; run any other network."""
     net, path = load_model(args.model, load_options(args))
     net = with_weights(net, args.weights)
+    if net.task != "forecast":
+        for option in ("origin", "picture"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option} applies only to forecasts: {path} wasn't trained to forecast")
     if net.metadata.get("task") is None:
         return run_any(args, net)
     if args.columns is not None:
@@ -41,10 +46,14 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
     if net.task == "text":
         return measure(args, net, path)
     if net.task == "forecast":
+        if args.picture is not None:
+            check(args.picture, PICTURES, "--picture")
         how = given(args, TABLE)
         found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, "--origin", **how)
         for note in notes:
             print(f"cellstack run: warning: {note}", file=sys.stderr)
+        if args.picture is not None:
+            save(args.picture, found.plot())
         return _show(args, found.columns(), _forecasts(found))
     how = {"id": only_one(args.id), "time": args.time, **given(args, SEQUENCES)}
     found = sequences(net, as_trained(net, args.file, args.label, path, **how), args.file, args.threads)

@@ -57,6 +57,10 @@ class Job:
         found = result.scores
         return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
 
+    def panels(self) -> list[Any]:
+        """Return nothing: --picture shows the history only."""
+        return []
+
     def write(self) -> None:
         """Do nothing: there are no more files to write."""
 

@@ -68,6 +68,10 @@ class Job(Protocol):
         """Return the scores on held-out data, as plain values and as lines."""
         ...
 
+    def panels(self) -> list[history.Panel]:
+        """Return functions that draw further panels of --picture."""
+        ...
+
     def write(self) -> None:
         """Write further output files, after the network has been written."""
         ...
@@ -159,7 +163,9 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         help="write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard",
     )
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    said.add_argument("--picture", metavar="FILE", help="plot them: to .png, .svg or .pdf")
+    said.add_argument(
+        "--picture", metavar="FILE", help="plot them, and the forecasts of the test part: to .png, .svg or .pdf"
+    )
     said.add_argument(
         "--inspect",
         action="store_true",
@@ -218,7 +224,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
         if args.history and result.history:
             history.write(args.history, result.history)
         if args.picture and result.history:
-            history.draw(args.picture, result.history, result.fit.best)
+            history.draw(args.picture, result.history, result.fit.best, job.panels())
         if folder is not None:
             report["inspect"] = _inspected(result, output, folder)
             lines += _inspect_text(report["inspect"])

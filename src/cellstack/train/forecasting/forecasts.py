@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +15,16 @@ from numpy.typing import NDArray
 from cellstack.train.checks import UsageError
 from cellstack.train.data.frames import as_frame, distinct
 from cellstack.train.forecasting.recipe import Recipe
-from cellstack.train.tables.table import Table, date_unit
+from cellstack.train.tables.table import Table, date_unit, iso
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forecasts:
     """Forecasts from several origins.
 
@@ -43,6 +48,21 @@ class Forecasts:
     values: Floats
     reference: Floats
     polars: bool = False
+
+    def __repr__(self) -> str:
+        count, recipe = len(self.origins), self.recipe
+        said = f"{count:,} forecast{'s' * (count != 1)} of {', '.join(recipe.targets)}"
+        when = "" if self.times is None else f" from {iso(self.times.min())} to {iso(self.times.max())}"
+        levels = ", ".join(f"{level:g}" for level in recipe.quantiles)
+        return f"<{said}, {recipe.horizon} step{'s' * (recipe.horizon != 1)} each{when}, quantiles {levels}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the plot, which notebooks show; None without matplotlib: they show the text."""
+        if find_spec("matplotlib") is None:
+            return None
+        picture = BytesIO()
+        self.plot().savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
 
     @property
     def median(self) -> Floats:
@@ -125,3 +145,19 @@ class Forecasts:
         below = np.maximum(above - 1, 0)  # the same if there is only one
         share = (wanted - normal[below]) / np.where(above > below, normal[above] - normal[below], 1.0)
         return self.values[..., below] * (1 - share) + self.values[..., above] * share
+
+    def plot(self, which: int | Sequence[int] | None = None, *, history: int | None = None) -> Figure:
+        """Return a matplotlib figure: the last values of the history, the median, and the intervals of the quantiles.
+
+        Each forecast and target has its own panel. Actual values after the origin are drawn where the table has them.
+
+        Args:
+            which: numbers of the forecasts, of N; None = all, or six of them, evenly spread.
+            history: steps before the origin; None = twice the horizon or a window, and at least 16.
+
+        Raises:
+            UsageError: matplotlib isn't installed, or there is no such forecast.
+        """
+        from cellstack.train.forecasting.plot import plot
+
+        return plot(self, which, history)

@@ -95,7 +95,7 @@ def forecasts_after(
 
 def _own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
     """Return names of series as the values of the frame's column, so that a result can be joined with the frame."""
-    if not is_frame(data) or table.id not in map(str, data.columns):
+    if table.id is None or not is_frame(data) or table.id not in map(str, data.columns):
         return ids
     values = plain(data, table.id).tolist()
     whole = [
@@ -234,7 +234,7 @@ def _time_of(origin: Any, form: str | None) -> tuple[np.datetime64, bool] | None
     if isinstance(origin, datetime) and origin.tzinfo is not None:
         return np.datetime64(origin.astimezone(timezone.utc).replace(tzinfo=None), "us"), True
     if isinstance(origin, (date, np.datetime64)) and origin == origin:  # NaT isn't
-        return np.array(origin, "datetime64[us]")[()], False
+        return np.array([origin], "datetime64[us]")[0], False
     return None
 
 
