@@ -223,7 +223,7 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
     said = (
-        "the networks don't improve on exponential smoothing in the validation part and have weight 0: the forecast of "
+        "the networks don't clearly improve on exponential smoothing in the validation part and have weight 0: the forecast of "
     )
     assert f"{said}y is exponential smoothing alone" in done.result.sentence
     np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)

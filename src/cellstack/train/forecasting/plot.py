@@ -120,7 +120,7 @@ def _intervals(axis: Any, x: Any, values: NDArray, levels: tuple[float, ...], la
         even = abs(low + high - 1) < 1e-9
         text = f"{high - low:.0%} interval" if even else f"quantiles {low:g} to {high:g}"
         label = {"label": text} if labelled else {}
-        look = {"color": FORECAST, "alpha": 0.2, "zorder": 1}
+        look = {"color": FORECAST, "alpha": min(0.2 + 0.15 * n, 0.5), "zorder": 1}
         if len(values) == 1:  # one step has no area
             axis.vlines(x, values[:, n], values[:, -1 - n], linewidth=5, **look, **label)
         else:
