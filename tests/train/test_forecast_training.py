@@ -333,7 +333,11 @@ def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys
     assert whole[0]["loss"] < done.history[2]["loss"]  # it continues from the trained weights
     assert "trained further with the validation part for 2, 2" in done.sentence
     err = capsys.readouterr().err
-    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, with the validation part:"):
+    for name in (
+        "network 1 of 2, epoch 6/6",
+        "network 2 of 2, epoch 6/6",
+        "network 2 of 2, with the validation part, epoch 2/2",
+    ):
         assert name in err
 
 

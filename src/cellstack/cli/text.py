@@ -62,12 +62,13 @@ class Job:
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the text."""
-        from cellstack.train.text.workflow import above_the_bar, train_text
+        from cellstack.train.progress import above
+        from cellstack.train.text.workflow import train_text
 
         chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
         built = replace(self.architecture, **chosen)
         settings = replace(settings, batch=self.batch)
-        say = above_the_bar if options.progress else None
+        say = None if options.progress is False else above
         return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:

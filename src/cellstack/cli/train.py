@@ -194,7 +194,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
         checkpoint=args.checkpoint,
         resume=args.resume,
         overwrite=args.overwrite,
-        progress=not args.quiet,
+        progress=False if args.quiet else None,
         device=args.device,
         inspect=args.inspect,
         events=folder,

@@ -57,7 +57,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     threads: int | None = None,
     device: str = "auto",
     inspect: bool = False,
@@ -85,7 +85,8 @@ def fit(
         sample_weight: `[N]`, the sequences' weights in the loss; with a frame also a column or a mapping by id.
         epochs, batch, lr, clip, patience, noise, offset, seed: see `Settings`.
         init: a network of the same shapes, or its file, whose weights are the initial ones.
-        checkpoint, resume, overwrite, progress, threads, inspect: see `learn`.
+        checkpoint, resume, overwrite, threads, inspect: see `learn`.
+        progress: show a progress bar; None = where standard error is a terminal, and in notebooks.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         device: see `processes`.
         buffer: for iterables, the number of examples in memory at a time; they are shuffled among each other.

@@ -77,7 +77,8 @@ class RunOptions:
 
     Args:
         validation: share of the training part held out for early stopping; 0 for none.
-        checkpoint, resume, overwrite, progress, threads: see `learn`.
+        checkpoint, resume, overwrite, threads: see `learn`.
+        progress: likewise; or a `progress.Bar` that several fits share.
         device: see `processes`.
         inspect: record the layers in each epoch, see `learn`.
         events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
@@ -91,7 +92,7 @@ class RunOptions:
     validation: float = 0.15
     checkpoint: str | os.PathLike[str] | None = None
     resume: bool = False
-    progress: bool = False
+    progress: Any = None
     device: str = "auto"
     inspect: bool = False
     events: str | os.PathLike[str] | None = None

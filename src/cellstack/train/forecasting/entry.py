@@ -32,7 +32,7 @@ def fit_forecast(
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
     baselines: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,

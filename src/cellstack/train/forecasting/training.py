@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
+from cellstack.train.processes import is_first
+from cellstack.train.progress import Bar, is_shown
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table
 
@@ -114,10 +117,10 @@ def train_forecast(
         recipe = plan(table, request, options.validation + test)
     windows, cut = prepared(table, recipe, request, options.validation, test)
     fits = _Fits(build, settings, options, windows, cut)
-    checkpoint, first = options.checkpoint, int(os.environ.get("RANK", "0")) == 0  # of several processes
+    checkpoint, first = options.checkpoint, is_first()
     if checkpoint is not None and first:
         check_replaceable(str(fits.stage(0, whole=False).checkpoint))
-    with locked(checkpoint if first else None):  # for all members; each fit also locks its own checkpoint
+    with locked(checkpoint if first else None), closing(fits.bar):  # for all members; each fit also locks its own
         members, calibration = fits.members()
     windows = fits.windows
     recipe = windows.recipe
@@ -205,8 +208,22 @@ class _Fits:
         self.ends = cut.validation_ends
         self.inputs = Inputs.measure(windows, self.kept, MEASURED)
         self.scale = self._scale()
+        self.long = takes_long(len(self.kept), int(windows.lengths[0]))
         self.whole, self.rank = Fit(), 0
         self.stops: list[str] = []
+        first, _, most = self.epochs
+        self.bar = Bar(is_shown(options.progress) and is_first(), [first] * build.members + [most] * build.members)
+        self.options = replace(options, progress=self.bar)
+
+    @property
+    def epochs(self) -> tuple[int, int, int]:
+        """The most epochs of a fit to the training part, and the fewest and the most of the second fit."""
+        most = self.settings.epochs
+        return (most, self.again(1), self.again(most)) if len(self.held) else (most, 0, 0)
+
+    def again(self, best: int) -> int:
+        """Return the epochs of the fit with the validation part, if the first fit was best after `best` epochs."""
+        return max(1, round(best * ON)) if self.long else best
 
     def summary(self, scores: dict[str, Any]) -> str:
         """Return what stopped the fits, which epochs were kept, and the errors on the test part."""
@@ -219,7 +236,7 @@ class _Fits:
         each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
         parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
         if any(kept):
-            how = "trained further" if takes_long(len(self.kept), int(self.windows.lengths[0])) else "retrained"
+            how = "trained further" if self.long else "retrained"
             parts.append(f"{how} with the validation part for {', '.join(map(str, kept))}")
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
         what = f"mean absolute error on the test part: {', '.join(found)}"
@@ -289,10 +306,11 @@ class _Fits:
         if not calibration.followed.any():  # only the rule forecasts
             return first, calibration
         again: list[Forecaster] = []
+        self.bar.expected = [self.again(best) for best in epochs]
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
             how, options = self.settings, self.stage(member, whole=True)
-            if takes_long(len(self.kept), int(self.windows.lengths[0])):
-                on = replace(how, epochs=max(1, round(best * ON)), lr=how.lr * ON_RATE)
+            if self.long:
+                on = replace(how, epochs=self.again(best), lr=how.lr * ON_RATE)
                 model, fit = self.fit(member, on, options, whole=True, start=model)
             else:
                 model, fit = self.fit(member, how, options, whole=True, until=best)
