@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 
 import nbformat
 import pytest
@@ -38,11 +39,9 @@ def in_a_terminal(code):
         os.execv(sys.executable, [sys.executable, "-c", code])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     written = b""
-    while True:
-        try:
+    with suppress(OSError):  # the process has ended
+        while True:
             written += os.read(terminal, 65536)
-        except OSError:  # the process has ended
-            break
     assert os.waitpid(pid, 0)[1] == 0, written.decode()
     return written.decode()
 

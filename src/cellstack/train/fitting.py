@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from cellstack.network import Network
+from cellstack.nodes.recurrent import Bidirectional
 from cellstack.spec import CellSpec
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
@@ -27,7 +29,7 @@ RECURRENT = ("Recurrent", "Bidirectional")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A trained network.
 
@@ -49,9 +51,26 @@ class Result:
     validated: int = 0
     summary: str = ""
 
+    def __repr__(self) -> str:
+        """Describe it in about five lines, without the history."""
+        return "\n  ".join([f"Result: {self.described}", *self.sentence.split("; "), self.fit.took])
+
+    @property
+    def described(self) -> str:
+        """The network in one line."""
+        nodes = [node for node in self.network.nodes if type(node).__name__ in RECURRENT]
+        layers = Counter(
+            f"bidirectional {node.forward.summary}" if isinstance(node, Bidirectional) else node.summary
+            for node in nodes
+        )
+        said = [f"{count} networks of {name}" if count > 1 else name for name, count in layers.items()]
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        classes = [f"{len(self.labels)} classes"] * bool(self.labels)
+        return ", ".join([*said, f"{weights:,} weights", *classes])
+
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry per epoch: see `Fit`."""
+        """One entry per epoch; its metrics are of the validation part: see `Fit`."""
         return self.fit.history
 
     @property

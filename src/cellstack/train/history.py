@@ -16,6 +16,7 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
+METRICS = ("accuracy", "rmse", "mase", "bits_per_character")  # all are measured on the validation part
 APART = ("epoch", "lr")  # entries that aren't plotted
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a spreadsheet's formula; the last four are full-width
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -65,6 +66,16 @@ def cell(value: Any) -> Any:
     return value
 
 
+def named(entry: str) -> str:
+    """Return the name of a history's entry for readers, who must see that metrics are of the validation part.
+
+    >>> named("loss"), named("validation_loss"), named("accuracy")
+    ('training loss', 'validation loss', 'validation accuracy')
+    """
+    part = "training " if entry == "loss" else "validation " if entry in METRICS else ""
+    return part + entry.replace("_", " ")
+
+
 def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: dict[str, Any] | None = None) -> None:
     """Plot the losses over the epochs, and each metric below them, with the kept epoch marked.
 
@@ -87,7 +98,7 @@ def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: 
             axes.plot(
                 epochs,
                 [entry.get(name) for entry in history],
-                label=name.replace("_", " "),
+                label=named(name),
                 marker="." * (len(epochs) < 30),
             )
         if best is not None:

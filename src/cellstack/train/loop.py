@@ -160,6 +160,7 @@ class _Run:
         self.result = Fit()
         self.best_weights: dict[str, Tensor] | None = None
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0]  # sums of weighted losses and of weights in this epoch
+        self.figures: dict[str, float] = {}  # of the last epoch, on the validation part
         self.monitor: TrainingMonitor | None = None
         self.metrics: dict[str, Callable[[NDArray, NDArray], float]] = {}
         self.callbacks: Sequence[Callable[[Epoch], Any]] = ()
@@ -199,7 +200,7 @@ class _Run:
                         break
                 if self.step == per_epoch:
                     self.close_epoch()
-                    bar.validated(self.result.history[-1])
+                    bar.validated(self.figures)
                 elif not result.stopped:
                     raise UsageError(
                         f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: an "
@@ -296,7 +297,8 @@ class _Run:
         if record is not None:
             self.result.records.append(record)
         if self.data.validates:
-            entry.update(self.validate())
+            self.figures = self.validate()
+            entry.update(self.figures)
         best = self.result.best
         if not self.data.validates or best is None or entry["validation_loss"] < best["validation_loss"]:
             self.result.best = entry

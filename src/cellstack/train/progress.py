@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-APART = ("epoch", "lr", "loss", "validation_loss")  # entries of the history that aren't metrics
 
 
 def in_notebook() -> bool:
@@ -75,12 +74,11 @@ class Bar:
             self.bar.set_postfix_str(f"loss {loss:.3g}{self.measured}", refresh=False)
             self.bar.update()
 
-    def validated(self, entry: dict[str, Any]) -> None:
-        """Show the validation loss and the metrics of an epoch's history entry from now on."""
-        if "validation_loss" in entry:
-            found = {name: value for name, value in entry.items() if isinstance(value, float) and name not in APART}
-            each = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in found.items())
-            self.measured = f"; validation loss {entry['validation_loss']:.3g}{each}"
+    def validated(self, figures: Mapping[str, float]) -> None:
+        """Show an epoch's loss and metrics on the validation part from now on."""
+        self.measured = "; " * bool(figures) + ", ".join(
+            f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items()
+        )
 
     def end(self, completed: bool) -> None:
         """End a fit; `completed` is whether it needs no further steps."""

@@ -38,7 +38,7 @@ from cellstack.train.locks import locked
 from cellstack.train.processes import is_first
 from cellstack.train.progress import Bar, is_shown
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.tables.table import Table
+from cellstack.train.tables.table import Table, listed
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -85,6 +85,20 @@ class Trained(NamedTuple):
     recipe: Recipe
     test: backtest.Backtest | None
     understood: list[str]
+
+    def __repr__(self) -> str:
+        """Describe it in about five lines."""
+        head = f"Trained: forecasts {listed(list(self.recipe.targets))} {self.recipe.horizon:,} steps ahead"
+        lines = [self.result.described, *self.result.sentence.split("; ")]
+        best = []
+        for name, found in self.result.scores.get("targets", {}).items():
+            mae = {key: errors["mae"] for key, errors in found.items() if key != "model"}
+            best += [
+                f"{name} {mae[key]:.4g} ({key})"
+                for key in sorted(mae, key=lambda key: (np.isnan(mae[key]), mae[key]))[:1]
+            ]
+        lines += [f"the best baselines: {', '.join(best)}"] * bool(best)
+        return "\n  ".join([head, *lines, self.result.fit.took])
 
 
 def train_forecast(
