@@ -263,7 +263,7 @@ def test_the_table_is_described():
         (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
         (Request(("note",)), r"got 'note', which is ignored: text"),
         (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
-        (Request(), r"expected a target, one or more of y, z"),
+        (Request(), r"expected target= or --target, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
         (Request(("y",), horizon=450), r"too few rows for the training part"),
         (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),

@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -20,10 +21,13 @@ from cellstack.train.checks import UsageError
 from cellstack.train.forecasting import predict
 from cellstack.train.forecasting.backtest import Backtest
 from cellstack.train.forecasting.forecasts import Forecasts
-from cellstack.train.forecasting.plan import Request, planned, understood
+from cellstack.train.forecasting.parts import Parts
+from cellstack.train.forecasting.plan import Request, planned, takes_long, understood
+from cellstack.train.forecasting.prepare import Build, again, describe, prepared
 from cellstack.train.forecasting.recipe import SCALES, Recipe
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.history import cell
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
 from cellstack.train.tables.table import Table, date_texts, date_unit, iso
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
@@ -95,13 +99,39 @@ class Job:
     described: dict[str, Any]
     defaults: dict[str, Any]
     test: Backtest | None = None
+    ready: tuple[Windows, Parts] | None = None
+    others: float = 0.0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come, after the steps before it, which are measured: smoothing is done twice."""
+        started = time.perf_counter()
+        self.ready = prepared(self.table, self.recipe, self.request, options.validation, self.share)
+        self.others = 2 * (time.perf_counter() - started)
+        return describe(*self.ready, self._build(architecture), settings)
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`. If the networks don't improve on the rule, there is no second fit."""
+        assert self.ready is not None
+        windows, cut = self.ready
+        most = again(settings.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
+        second = [(0, most, False)] * bool(len(cut.validation))
+        return [epochs_of(settings, bool(len(cut.validation))), *second] * self.members
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [f"{path}.1"]
+
+    def _build(self, architecture: Architecture) -> Build:
+        return Build(architecture.units, architecture.cell, architecture.dropout, self.members)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the table."""
-        from cellstack.train.forecasting.training import Build, train_forecast
+        from cellstack.train.forecasting.training import train_forecast
 
-        build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
-        trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)
+        build = self._build(architecture)
+        trained = train_forecast(self.table, self.request, build, settings, options, self.share, ready=self.ready)
         self.test = trained.test
         return trained.result
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
@@ -15,16 +13,13 @@ import torch
 
 from cellstack.network import Network
 from cellstack.nodes.recurrent import Bidirectional
-from cellstack.spec import CellSpec
-from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
-from cellstack.train.learner import Fit
-from cellstack.train.loop import learn
+from cellstack.train.learner import Fit, Rehearsed
+from cellstack.train.loop import learn, rehearse
 from cellstack.train.processes import processes
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Own, RunOptions, Settings
 
-COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
 RECURRENT = ("Recurrent", "Bidirectional")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
@@ -130,6 +125,7 @@ def fitted(
 
     Raises:
         UsageError: see `learn`.
+        Rehearsed: always with `options.rehearse`, after measuring some steps.
         MemoryError: torch can't allocate the memory of a step.
     """
     try:
@@ -137,6 +133,9 @@ def fitted(
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(settings.seed)
                 model = make()
+            if options.rehearse:
+                how = {"threads": options.threads, "optimizer": own.optimizer, "scheduler": own.scheduler}
+                raise Rehearsed(rehearse(model, data, settings, team, **how))
             writes = options.inspect and options.events is not None and team.rank == 0
             with ExitStack() as stack:
                 writer = stack.enter_context(event_writer(options.events) or nullcontext()) if writes else None
@@ -166,28 +165,6 @@ def fitted(
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None
         raise
-
-
-def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
-    """Raise `UsageError` if a model can't fit into this machine's memory, before it is made.
-
-    Args:
-        architecture: how the model is built.
-        width: of its input.
-        outputs: number of classes or of predicted numbers.
-    """
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    numbers, ways = 0, 1 + architecture.bidirectional
-    for units in architecture.units:
-        arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
-        numbers, width = numbers + ways * sum(map(math.prod, arrays)), ways * units
-    takes = 4 * COPIES * (numbers + (width + 1) * outputs)
-    if takes > have:
-        units = ",".join(map(str, architecture.units))
-        raise UsageError(
-            f"units {units} don't fit into memory: their {numbers:,} weights need {takes / 1e9:,.1f} GB in training, "
-            f"and this machine has {have / 1e9:,.1f} GB"
-        )
 
 
 def as_network(model: Any, metadata: dict[str, Any]) -> Network:

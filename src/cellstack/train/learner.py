@@ -59,6 +59,26 @@ class Epoch(NamedTuple):
     fit: Fit
 
 
+class Cost(NamedTuple):
+    """How long a fit takes on this machine: seconds of a step and of a validation, and steps of an epoch."""
+
+    step: float
+    validation: float
+    steps: int
+
+    def seconds(self, epochs: int, validates: bool = True) -> float:
+        """Return the seconds of so many epochs."""
+        return epochs * (self.steps * self.step + self.validation * validates)
+
+
+class Rehearsed(Exception):  # noqa: N818
+    """Ends a rehearsal, see `RunOptions.rehearse`, where the first fit would begin; it is no error."""
+
+    def __init__(self, cost: Cost):
+        super().__init__(f"a step takes {cost.step:.3g} s")
+        self.cost = cost
+
+
 @dataclass(repr=False)
 class Fit:
     """The course of a fit. Afterwards, the model has the best weights.

@@ -34,10 +34,10 @@ from cellstack.inspect.records import TrainingRecord
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train import threads as counted
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.examples import Batch, Data
 from cellstack.train.interrupt import interruptible
-from cellstack.train.learner import Epoch, Fit
+from cellstack.train.learner import Cost, Epoch, Fit
 from cellstack.train.locks import locked
 from cellstack.train.model import Dropout
 from cellstack.train.processes import Processes
@@ -45,6 +45,7 @@ from cellstack.train.progress import Bar, opened
 from cellstack.train.settings import Settings
 
 TIMED = 3  # batches on which the number of threads is chosen
+REHEARSED = 1.0  # seconds for which a rehearsal trains
 
 
 def learn(
@@ -119,12 +120,9 @@ def learn(
         counted.kept(),
         interruptible() as interrupt,
     ):
+        if path is not None and not (resume or overwrite):
+            refuse_existing(path)
         resuming = path is not None and Path(path).exists() and not overwrite
-        if resuming and not resume:
-            raise UsageError(
-                f"{path}: the checkpoint already exists: resume (--resume) continues from it, overwrite (--overwrite) "
-                "starts again"
-            )
         if threads is not None:
             torch.set_num_threads(threads)
         run = _Run(model, data, settings, team, optimizer, scheduler)
@@ -135,6 +133,39 @@ def learn(
             run.restore(path, threads)
         with opened(progress, hidden=team.rank > 0) as bar:
             return run.go(checkpoint, bar, name, interrupt, measure=threads is None)
+
+
+def rehearse(
+    model: Any,
+    data: Data,
+    settings: Settings,
+    team: Processes,
+    *,
+    threads: int | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | str = "cosine",
+) -> Cost:
+    """Train a model for about a second, to measure how long a fit takes; see `learn` for the arguments."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), counted.kept():
+        if threads is not None:
+            torch.set_num_threads(threads)
+        run = _Run(model, data, settings, team, optimizer, scheduler)
+        if hasattr(model, "carried"):
+            model.carried = None
+        if threads is None and team.device.type == "cpu" and torch.get_num_threads() > 1:
+            run.time(list(islice(data.epoch(0), TIMED)), settings.epochs * data.steps)
+        batches = data.epoch(0)
+        run.train(next(batches))  # warms up
+        started, done, took = time.perf_counter(), 0, 0.0
+        for batch in chain(batches, data.epoch(1)):
+            run.train(batch)
+            done, took = done + 1, time.perf_counter() - started
+            if took > REHEARSED:
+                break
+        started = time.perf_counter()
+        if data.validates:
+            run.validate()
+        return Cost(took / max(done, 1), time.perf_counter() - started, data.steps)
 
 
 class _Run:

@@ -11,6 +11,9 @@ from typing import Any
 
 from cellstack.train.checks import UsageError
 
+POOLINGS = ("mean", "max", "last", "none")
+CELLS = ("lstm", "gru", "rnn")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,6 +56,12 @@ class Settings:
             raise UsageError(f"expected seed < 2^63, got {self.seed}")
 
 
+def epochs_of(settings: Settings, validates: bool) -> tuple[int, int, bool]:
+    """Return the fewest and the most epochs of a fit, and whether it has a validation part."""
+    early = settings.patience + 1 if validates and settings.patience else settings.epochs
+    return min(early, settings.epochs), settings.epochs, validates
+
+
 def check_number(name: str, value: Any, whole: bool) -> None:
     """Raise `UsageError` if a setting isn't a number, or isn't an integer although `whole`."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
@@ -61,7 +70,11 @@ def check_number(name: str, value: Any, whole: bool) -> None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model is built: see `Model`."""
+    """How a model is built: see `Model`.
+
+    Raises:
+        UsageError: an option out of range.
+    """
 
     units: tuple[int, ...]
     bidirectional: bool = False
@@ -69,6 +82,17 @@ class Architecture:
     pooling: str = "mean"
     every_step: bool = False
     cell: str = "lstm"
+
+    def __post_init__(self) -> None:
+        if not self.units or not all(isinstance(size, Integral) and size >= 1 for size in self.units):
+            given = ", ".join(map(repr, self.units)) or "none"
+            raise UsageError(f"expected units >= 1 for each layer, and at least one layer, got {given}")
+        check_number("dropout", self.dropout, whole=False)
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"expected dropout in [0, 1), got {self.dropout}")
+        for name, value, choices in (("pooling", self.pooling, POOLINGS), ("cell", self.cell, CELLS)):
+            if value not in choices:
+                raise UsageError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,7 @@ class RunOptions:
         events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         name: a label before the progress bar, if several models are trained.
+        rehearse: only measure how long training takes: `fitted` raises `Rehearsed` instead of fitting.
 
     Raises:
         UsageError: a share out of range.
@@ -100,6 +125,7 @@ class RunOptions:
     threads: int | None = None
     log: str | os.PathLike[str] | None = None
     name: str = ""
+    rehearse: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:

@@ -81,8 +81,9 @@ def read_sequences(
             return _ts(path, task, labels)
         if suffix == ".npz":
             arrays = _npz(path, per_step)
-            own = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
-            return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **own)
+            own = {"task": task, "labels": labels, "per_step": per_step, "name": str(path)}
+            data = as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **own)
+            return replace(data, name=path.stem)
         read = read_frame(path, y, task, id=id, time=time, features=features, weight=weight, **reading)
         if optional and y not in read.frame:
             y = per_step = None
@@ -96,11 +97,14 @@ def read_sequences(
             features=features,
             weight=weight,
             per_step=per_step,
-            name=path.stem,
+            name=str(path),
         )
-        return replace(data, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading)
+        return replace(
+            data, name=path.stem, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading
+        )
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        said = str(error)
+        raise UsageError(said if said.startswith(str(path)) else f"{path}: {said}") from None
 
 
 def read_frame(

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from cellstack.train.fitting import Result, as_network, check_memory, fitted
+from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.loop import Epoch
 from cellstack.train.progress import above, is_shown
 from cellstack.train.settings import Architecture as Recurrent
 from cellstack.train.settings import Own, RunOptions, Settings
+from cellstack.train.sizes import check_memory
 from cellstack.train.text.data import (
     Architecture,
     Parts,
