@@ -251,7 +251,7 @@ def test_integers_that_may_be_classes_or_numbers(toy):
         (pd.Series([pd.NA, *["a"] * 39], dtype="string"), {}, "got None at position 0"),
         (["a", 1] * 20, {}, "y: expected entries of one type, got integers and text"),
         (["a"] * 39, {}, "y: expected one entry per sequence, 40, got 39"),
-        (["a"] * 40, {}, "expected at least two classes, got one"),
+        (["a"] * 40, {}, "expected at least two classes, got only the class 'a'"),
         (["a", "b"] * 20, {"task": "regress"}, "y: expected numbers with task regress, got text"),
         ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: use task='regress' for numbers"),
         ([object()] * 40, {}, "y: expected text, numbers or bools, got a object"),
@@ -339,7 +339,7 @@ def test_invalid_frames(toy):
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
     refused = [
         (frame, "state", {}, r"x: expected id= or --id, .* one of id, t, c0"),
-        (frame, "mood", {"id": "id"}, "expected y to be a column, one of id, .* got 'mood'"),
+        (frame, "mood", {"id": "id"}, "expected y .--label. to be a column, one of id, .* got 'mood'"),
         (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
         (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),

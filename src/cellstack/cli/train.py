@@ -192,6 +192,8 @@ def train(args: argparse.Namespace) -> int:
     name = kind_of(args)
     module = KINDS[name]
     _check_used(args, name)
+    if args.test is not None and os.path.realpath(args.test) == os.path.realpath(args.file):
+        raise UsageError(f"{args.test}: the test file is the training file, on which scores say nothing")
     output = _checked_output(args)
     if args.dry_run:
         return _dry_run(args, module)
@@ -346,6 +348,8 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
         if not output.parent.is_dir():
             raise UsageError(f"the folder {output.parent} doesn't exist")
         check_replaceable(output)
+    if args.log is not None and Path(args.log).suffix.lower() in history.FILES:
+        check_replaceable(args.log)
     if args.history is not None:
         history.check(args.history, history.FILES, "--history")
     if args.picture is not None:

@@ -15,7 +15,7 @@ from cellstack.train.data.sequences import Sequences, as_sequences, taken
 from cellstack.train.data.stream import BUFFER, Stream, is_stream
 from cellstack.train.examples import split
 from cellstack.train.fitting import Result
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, widths_of
 from cellstack.train.workflow import train_sequences
 
 
@@ -123,13 +123,16 @@ def fit(
         if given is None or isinstance(given, (int, float)):
             shares[name] = float(given or 0.0)
         else:
+            if (given[0] if isinstance(given, tuple) else given) is x:
+                raise UsageError(f"{name}: this is the training data, on which scores say nothing: pass other data")
             parts[name] = _other(name, given, y, whole, **reading)
+            if parts[name].y is None:
+                raise UsageError(f"{name}: the sequences have neither classes nor targets: pass a pair (x, y)")
     training, tested = whole, parts.get("test")
     if shares.get("test"):
         training, tested = _cut(whole, shares["test"], seed)
     settings = Settings(epochs, batch, lr, clip, patience, noise, offset, seed)
-    widths = (units,) if isinstance(units, int) else tuple(units)
-    architecture = Architecture(widths, bidirectional, dropout, pooling, every_step, cell)
+    architecture = Architecture(widths_of(units), bidirectional, dropout, pooling, every_step, cell)
     options = RunOptions(
         shares.get("validation", 0.0),
         checkpoint=checkpoint,
@@ -141,7 +144,7 @@ def fit(
         threads=threads,
         log=log,
     )
-    own = Own(head, loss, metrics, optimizer, scheduler, tuple(callbacks), init)
+    own = Own(head, loss, metrics, optimizer, scheduler, callbacks, init)
     return train_sequences(
         training,
         tested,

@@ -57,10 +57,11 @@ def check(
     """
     y = training.y
     if y is None:
-        raise UsageError(f"{training.name}: the sequences have neither classes nor targets")
+        raise UsageError(f"{training.name}: the sequences have neither classes nor targets: pass them as y")
     flat = np.concatenate(y) if isinstance(y, list) else y
     if training.labels and len(np.unique(flat)) < 2:
-        raise UsageError(f"{training.name}: expected at least two classes, got one")
+        found = f"only the class {training.labels[int(flat[0])]!r}" if len(flat) else "none"
+        raise UsageError(f"{training.name}: expected at least two classes, got {found}")
     for name, other in (("validation", validation), ("test", test)):
         _check_alike(name, other, training)
     if class_weight is not None and not training.labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -62,6 +62,24 @@ def epochs_of(settings: Settings, validates: bool) -> tuple[int, int, bool]:
     return min(early, settings.epochs), settings.epochs, validates
 
 
+def widths_of(units: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the units of each layer, given as one number or as several."""
+    return tuple(units) if isinstance(units, Iterable) and not isinstance(units, str) else (units,)
+
+
+def check_layers(units: tuple[int, ...], cell: str, dropout: float) -> None:
+    """Raise `UsageError` if recurrent layers can't be made with these options."""
+    whole = [isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in units]
+    if not whole or not all(whole):
+        given = ", ".join(map(repr, units)) or "none"
+        raise UsageError(f"expected units to be integers of at least 1, one for each layer, got {given}")
+    if cell not in CELLS:
+        raise UsageError(f"expected cell to be one of {', '.join(CELLS)}, got {cell!r}")
+    check_number("dropout", dropout, whole=False)
+    if not 0.0 <= dropout < 1.0:
+        raise UsageError(f"expected dropout in [0, 1), got {dropout}")
+
+
 def check_number(name: str, value: Any, whole: bool) -> None:
     """Raise `UsageError` if a setting isn't a number, or isn't an integer although `whole`."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
@@ -84,15 +102,9 @@ class Architecture:
     cell: str = "lstm"
 
     def __post_init__(self) -> None:
-        if not self.units or not all(isinstance(size, Integral) and size >= 1 for size in self.units):
-            given = ", ".join(map(repr, self.units)) or "none"
-            raise UsageError(f"expected units >= 1 for each layer, and at least one layer, got {given}")
-        check_number("dropout", self.dropout, whole=False)
-        if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"expected dropout in [0, 1), got {self.dropout}")
-        for name, value, choices in (("pooling", self.pooling, POOLINGS), ("cell", self.cell, CELLS)):
-            if value not in choices:
-                raise UsageError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")
+        check_layers(self.units, self.cell, self.dropout)
+        if self.pooling not in POOLINGS:
+            raise UsageError(f"expected pooling to be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,9 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:
-            raise UsageError(f"expected validation in [0, 1), got {self.validation}")
+            raise UsageError(f"expected validation to be a share in [0, 1), got {self.validation}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"expected threads >= 1, got {self.threads}")
         if self.resume and self.checkpoint is None:
             raise UsageError("expected a checkpoint to resume from, got none")
 
@@ -149,6 +163,9 @@ class Own:
             `"cosine"`.
         callbacks: called after every epoch, see `learn`.
         init: a network, or the file of one, whose weights are the initial ones.
+
+    Raises:
+        UsageError: something else than a function where one is needed.
     """
 
     head: Any = None
@@ -158,3 +175,17 @@ class Own:
     scheduler: Callable[[Any], Any] | str = "cosine"
     callbacks: Sequence[Callable[[Any], Any]] = ()
     init: Any = None
+
+    def __post_init__(self) -> None:
+        for name, value, example in (
+            ("loss", self.loss, "torch.nn.MSELoss(reduction='none')"),
+            ("optimizer", self.optimizer, "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"),
+        ):
+            if value is not None and not callable(value):
+                raise UsageError(f"expected {name} to be a function, such as {example}, got {value!r:.60}")
+        if self.metrics is not None and not isinstance(self.metrics, Mapping):
+            raise UsageError(
+                "expected metrics to be functions by name, such as {'f1': f1_score}, got " + f"{self.metrics!r:.60}"
+            )
+        if not isinstance(self.callbacks, Iterable) or not all(map(callable, self.callbacks)):
+            raise UsageError(f"expected callbacks to be a list of functions, got {self.callbacks!r:.60}")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train import predict
+from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.stream import Stream
 from cellstack.train.examples import Data, Inputs, target_scaling
@@ -58,6 +59,8 @@ def train_sequences(
     classify = bool(training.labels)
     if training.per_step:
         architecture = per_step(architecture)
+    elif architecture.pooling == "none":
+        raise UsageError("pooling none applies only to one class or target per step, got one per sequence")
     parts = parts_of(training, validation, class_weight, settings, options.validation)
     start = None if own.init is None else Start(own.init)
     task = "classify" if classify else "regress"

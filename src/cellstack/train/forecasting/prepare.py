@@ -19,7 +19,7 @@ from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.windows import Windows
-from cellstack.train.settings import Architecture, Settings
+from cellstack.train.settings import Architecture, Settings, check_layers, check_number
 from cellstack.train.sizes import size_of
 from cellstack.train.tables.table import Table, iso
 
@@ -40,7 +40,7 @@ class Build:
         members: number of networks to average, each trained with its own seed.
 
     Raises:
-        UsageError: members out of range.
+        UsageError: an option out of range.
     """
 
     units: tuple[int, ...] = (48,)
@@ -49,6 +49,8 @@ class Build:
     members: int = 3
 
     def __post_init__(self) -> None:
+        check_layers(self.units, self.cell, self.dropout)
+        check_number("members", self.members, whole=True)
         if not 1 <= self.members <= 99:
             raise UsageError(f"expected members from 1 to 99, got {self.members}")
 
@@ -115,16 +117,19 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
     size = size_of(Architecture(build.units, cell=build.cell), width)
     weights = size.weights + (size.width + width + 1) * outputs
     steps, many = epoch_steps(len(cut.training), settings.batch), build.members > 1
-    validation = _span(table, cut.ends, cut.validation_ends)
-    tested = _span(table, cut.validation_ends, table.starts[1:])
+    spans: dict[str, list[str] | None] = {"validation": None, "test": None}
     said = [f"{len(cut.training):,} windows to train on, up to {_span(table, table.starts[:-1], cut.ends)[1]}"]
     if len(cut.validation):
+        spans["validation"] = validation = _span(table, cut.ends, cut.validation_ends)
         said.append(f"{len(cut.validation):,} forecasts to validate on, of the rows from {' to '.join(validation)}")
     compared: list[str] = []
     if len(cut.test):
         compared, used = baselines(table, recipe), min(len(cut.test), MOST_ORIGINS)
+        spans["test"] = tested = _span(table, cut.validation_ends, table.starts[1:])
         said.append(f"{used:,} forecasts to test on, of the rows from {' to '.join(tested)}")
         said.append(f"baselines to compare with: {', '.join(f'`{name}`' for name in compared)}")
+    else:
+        said.append("no test part")
     again = "; then trained again with the validation part" * bool(len(cut.validation))
     said.append(
         f"{build.members} network{'s' * many}{', each' * many}: {size.layers}, {weights:,} weights; at most "
@@ -132,8 +137,8 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
     )
     return said, {
         "training": {"windows": len(cut.training)},
-        "validation": {"forecasts": len(cut.validation), "rows": validation if len(cut.validation) else None},
-        "test": {"forecasts": min(len(cut.test), MOST_ORIGINS), "rows": tested if len(cut.test) else None},
+        "validation": {"forecasts": len(cut.validation), "rows": spans["validation"]},
+        "test": {"forecasts": min(len(cut.test), MOST_ORIGINS), "rows": spans["test"]},
         "baselines": compared,
         "networks": build.members,
         "layers": size.layers,
@@ -151,11 +156,11 @@ def baselines(table: Table, recipe: Recipe) -> list[str]:
     return names + ["gradient boosting on lags"] * (find_spec("sklearn") is not None)
 
 
-def _span(table: Table, first: Ints, end: Ints) -> tuple[str, str]:
+def _span(table: Table, first: Ints, end: Ints) -> list[str]:
     """Return the dates, or the numbers from 1, of the first and the last row of a part of each series."""
     used = first < end
     first, last = first[used], end[used] - 1
     if table.times is not None:
-        return iso(table.times[first].min()), iso(table.times[last].max())
+        return [iso(table.times[first].min()), iso(table.times[last].max())]
     before = table.starts[:-1][used]
-    return f"{int((first - before).min()) + 1:,}", f"{int((last - before).max()) + 1:,}"
+    return [f"{int((first - before).min()) + 1:,}", f"{int((last - before).max()) + 1:,}"]

@@ -15,7 +15,7 @@ from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.loop import Epoch
 from cellstack.train.progress import above, is_shown
 from cellstack.train.settings import Architecture as Recurrent
-from cellstack.train.settings import Own, RunOptions, Settings
+from cellstack.train.settings import Own, RunOptions, Settings, widths_of
 from cellstack.train.sizes import check_memory
 from cellstack.train.text.data import (
     Architecture,
@@ -179,7 +179,6 @@ def fit_text(
     'se is a rose is a rose is '
     """
     whole = Text.of(content(str(text)), str(text)) if isinstance(text, Path) else Text.of(text)
-    widths = (units,) if isinstance(units, int) else tuple(units)
     options = RunOptions(
         checkpoint=checkpoint,
         resume=resume,
@@ -195,10 +194,10 @@ def fit_text(
     return train_text(
         whole,
         parts,
-        Architecture(widths, cell, embedding, dropout),
+        Architecture(widths_of(units), cell, embedding, dropout),
         steps,
         Settings(epochs, batch, lr, clip, patience, seed=seed),
         options,
-        Own(optimizer=optimizer, scheduler=scheduler, callbacks=tuple(callbacks)),
+        Own(optimizer=optimizer, scheduler=scheduler, callbacks=callbacks),
         say=above if is_shown(progress) else None,
     )
