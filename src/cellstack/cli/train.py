@@ -337,8 +337,9 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
     """Return the network's file, None for a dry run without one; check all output files now, before the training."""
     if args.output is None and not args.dry_run:
         raise UsageError("expected -o MODEL, the file to write, or --dry-run")
-    output = None if args.output is None else with_suffix(args.output)
-    if output is not None:
+    output = None
+    if args.output is not None:
+        output = with_suffix(args.output)
         suffix = Path(args.output).suffix.lower()
         if suffix != SUFFIX and suffix in {".c", *(one for adapter in adapters() for one in adapter.SUFFIXES)}:
             raise UsageError(

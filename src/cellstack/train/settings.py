@@ -64,7 +64,8 @@ def epochs_of(settings: Settings, validates: bool) -> tuple[int, int, bool]:
 
 def widths_of(units: int | Sequence[int]) -> tuple[int, ...]:
     """Return the units of each layer, given as one number or as several."""
-    return tuple(units) if isinstance(units, Iterable) and not isinstance(units, str) else (units,)
+    several: Any = units  # a string isn't a sequence of numbers
+    return tuple(several) if isinstance(units, Iterable) and not isinstance(units, str) else (several,)
 
 
 def check_layers(units: tuple[int, ...], cell: str, dropout: float) -> None:

@@ -249,7 +249,7 @@ class _Fits:
         before, self.windows = self.windows, self._smoothed_anew()
         if not calibration.followed.any():  # only the rule forecasts
             return first, calibration
-        again: list[Forecaster] = []
+        second: list[Forecaster] = []
         self.bar.expected = [again(best, self.long) for best in epochs]
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
             how, options = self.settings, self.stage(member, whole=True)
@@ -262,8 +262,8 @@ class _Fits:
             if fit.interrupted:  # all of the first ones are better than some of the second
                 self.windows = before
                 return first, calibration
-            again.append(model)
-        return again, calibration
+            second.append(model)
+        return second, calibration
 
     def _smoothed_anew(self) -> Windows:
         """Return the windows with the best smoothing for both parts."""
