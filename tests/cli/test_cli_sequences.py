@@ -107,7 +107,7 @@ def test_a_dry_run_needs_no_torch(machines):
 @pytest.mark.parametrize("name", ["machines.parquet", "machines.csv", "machines.npz"])
 def test_train_and_run_on_every_kind_of_file(capsys, machines, tmp_path, name):
     columns = [] if name.endswith("npz") else COLUMNS
-    other = tmp_path / name
+    other = tmp_path / f"other-{name}"
     other.write_bytes((machines / name).read_bytes())
     words = ["train", machines / name, other, *columns, "-o", machines / "net", *SMALL]
     report = json.loads(run(capsys, *words, "--json")[1])
