@@ -188,5 +188,5 @@ class Own:
             raise UsageError(
                 "expected metrics to be functions by name, such as {'f1': f1_score}, got " + f"{self.metrics!r:.60}"
             )
-        if not isinstance(self.callbacks, Iterable) or not all(map(callable, self.callbacks)):
+        if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
             raise UsageError(f"expected callbacks to be a list of functions, got {self.callbacks!r:.60}")
