@@ -219,7 +219,7 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", VOWELS, "-o", ""], r"expected a file name, got ''"),
         (["train", VOWELS, "-o", "x", "--threads", "1000000000000"], r"expected --threads from 1 to 1024"),
         (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
-        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation in \[0, 1\)"),
+        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation to be a share in \[0, 1\)"),
         (
             ["train", VOWELS, "-o", "x", "--units", "1000000"],
             r"units 1000000 don't fit into memory: .* GB",

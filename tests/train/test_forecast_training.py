@@ -288,7 +288,7 @@ def test_the_table_is_described():
         (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
         (Request(("note",)), r"got 'note', which is ignored: text"),
         (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
-        (Request(), r"expected a target, one or more of y, z"),
+        (Request(), r"expected target= or --target, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
         (Request(("y",), horizon=450), r"too few rows for the training part"),
         (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
@@ -358,7 +358,11 @@ def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys
     assert whole[0]["loss"] < done.history[2]["loss"]  # it continues from the trained weights
     assert "trained further with the validation part for 2, 2" in done.sentence
     err = capsys.readouterr().err
-    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, with the validation part:"):
+    for name in (
+        "network 1 of 2, epoch 6/6",
+        "network 2 of 2, epoch 6/6",
+        "network 2 of 2, with the validation part, epoch 2/2",
+    ):
         assert name in err
 
 

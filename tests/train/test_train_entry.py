@@ -209,7 +209,7 @@ def test_a_network_is_run_on_what_it_was_trained_on(toy):
         ([np.int8(7), np.int8(-1)] * 20, (-1, 7)),
         (np.array([7, 1] * 20, np.uint8), (1, 7)),
         ([True, False] * 20, (False, True)),
-        (np.array([1.0, 0.0] * 20), None),
+        (np.array([1.5, 0.0] * 20), None),
         (["rare", *["often"] * 39], ("often", "rare")),
         (pd.Series(["b", "a"] * 20, dtype="string"), ("a", "b")),
         (pl.Series(["b", "a"] * 20), ("a", "b")),
@@ -238,6 +238,60 @@ def test_integers_that_may_be_classes_or_numbers(toy):
     assert len(train.fit(toy[0], np.arange(40), task="classify", validation=0, **SMALL).labels) == 40
 
 
+def test_zeros_and_ones_and_one_hot_rows_may_be_classes_or_numbers(toy):
+    ones = np.array([1.0, 0.0] * 20)
+    rows = np.eye(2)[ones.astype(int)]
+    for y, message in (
+        (ones, "0.0 and 1.0 may be classes or targets: pass task="),
+        (rows, r"pass the classes, y.argmax"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train.fit(toy[0], y, **SMALL)
+        assert train.fit(toy[0], y, task="regress", **SMALL).labels == ()
+    assert train.fit(toy[0], ones, task="classify", **SMALL).labels == (0, 1)
+    with pytest.raises(UsageError, match=r"got \(40, 2\): pass the classes of one-hot rows, y.argmax"):
+        train.fit(toy[0], rows.astype(int), **SMALL)
+    with pytest.raises(UsageError, match=r"got \(40, 1\): pass y\[:, 0\]"):
+        train.fit(toy[0], ones.astype(str)[:, None], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": lambda x: x.swapaxes(0, 1)}, r"expected one entry per sequence, 12, got 40; .* pass x.swapaxes\(0, 1\)"),
+        ({"x": lambda x: [(one, 1) for one in x], "y": None}, "got a pair: pass the sequences as x, the answers as y"),
+        ({"x": lambda x: (x, x)}, r"x\[0\]: expected \[T, C\], got .*: a pair \(x, y\) is passed as two arguments"),
+        ({"units": 8.0}, "expected units to be integers of at least 1, one for each layer, got 8.0"),
+        ({"units": "8"}, "expected units to be integers of at least 1, one for each layer, got '8'"),
+        ({"units": (8, True)}, "expected units to be integers of at least 1, one for each layer, got 8, True"),
+        ({"units": ()}, "expected units to be integers of at least 1, one for each layer, got none"),
+        ({"optimizer": "adam"}, "expected optimizer to be a function, such as .*, got 'adam'"),
+        ({"loss": "mse"}, "expected loss to be a function, such as .*, got 'mse'"),
+        ({"metrics": ["accuracy"]}, r"expected metrics to be functions by name, .*, got \['accuracy'\]"),
+        ({"callbacks": print}, "expected callbacks to be a list of functions"),
+        ({"pooling": "none"}, "pooling none applies only to one class or target per step, got one per sequence"),
+        ({"threads": 0}, "expected threads >= 1, got 0"),
+        ({"y": None}, "neither classes nor targets: pass them as y"),
+    ],
+)
+def test_wrong_arguments_are_named(toy, changes, message):
+    given = {"x": lambda x: x, "y": ["a", "b"] * 20, **SMALL} | changes
+    with pytest.raises(UsageError, match=message):
+        train.fit(given.pop("x")(np.stack(toy[0])), given.pop("y"), **given)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_scores_on_the_training_data_are_refused(toy, name):
+    y = ["a", "b"] * 20
+    for given in ((toy[0], y), toy[0]):
+        with pytest.raises(UsageError, match=f"{name}: this is the training data"):
+            train.fit(toy[0], y, **SMALL, **{name: given})
+
+
+def test_units_may_be_a_numpy_integer(toy):
+    assert train.fit(toy[0], ["a", "b"] * 20, units=np.int64(4), epochs=1, threads=1).network.nodes[1].units == 4
+
+
 @pytest.mark.parametrize(
     ("y", "how", "message"),
     [
@@ -251,7 +305,7 @@ def test_integers_that_may_be_classes_or_numbers(toy):
         (pd.Series([pd.NA, *["a"] * 39], dtype="string"), {}, "got None at position 0"),
         (["a", 1] * 20, {}, "y: expected entries of one type, got integers and text"),
         (["a"] * 39, {}, "y: expected one entry per sequence, 40, got 39"),
-        (["a"] * 40, {}, "expected at least two classes, got one"),
+        (["a"] * 40, {}, "expected at least two classes, got only the class 'a'"),
         (["a", "b"] * 20, {"task": "regress"}, "y: expected numbers with task regress, got text"),
         ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: use task='regress' for numbers"),
         ([object()] * 40, {}, "y: expected text, numbers or bools, got a object"),
@@ -325,7 +379,7 @@ def test_a_class_at_every_step(rng):
         ([np.ones((3, 2))] * 39 + [np.ones((0, 2))], r"x\[39\]: expected at least one step, got \(0, 2\)"),
         ([np.ones((3, 2))] * 39 + [np.full((3, 2), np.inf)], r"x\[39\]: .* got inf at step 0, channel 0"),
         (np.full((40, 3, 1), 1e300), r"x\[0\]: expected finite numbers in float32's range"),
-        (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got an array of <U1"),
+        (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got text"),
         (np.full((40, 3, 1), 1j), r"x\[0\]: expected numbers \[T, C\], got an array of complex128"),
         ([], "x: expected at least one sequence, got none"),
         ({"a": np.ones((40, 3))}, r"a frame with id=, got a dict"),
@@ -344,7 +398,7 @@ def test_invalid_frames(toy):
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
     refused = [
         (frame, "state", {}, r"x: expected id= or --id, .* one of id, t, c0"),
-        (frame, "mood", {"id": "id"}, "expected y to be a column, one of id, .* got 'mood'"),
+        (frame, "mood", {"id": "id"}, "expected y .--label. to be a column, one of id, .* got 'mood'"),
         (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
         (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),

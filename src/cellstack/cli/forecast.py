@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from cellstack.cli.tables import names, table_from
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.backtest import Backtest
-from cellstack.train.forecasting.plan import Request, planned, understood
+from cellstack.train.forecasting.parts import Parts
+from cellstack.train.forecasting.plan import Request, planned, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
+from cellstack.train.forecasting.prepare import Build, again, describe, prepared
 from cellstack.train.forecasting.recipe import SCALES, Recipe
+from cellstack.train.forecasting.windows import Windows
 from cellstack.train.history import Panel
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
 from cellstack.train.tables.table import Table
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
@@ -93,13 +97,39 @@ class Job:
     described: dict[str, Any]
     defaults: dict[str, Any]
     test: Backtest | None = None
+    ready: tuple[Windows, Parts] | None = None
+    others: float = 0.0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come, after the steps before it, which are measured: smoothing is done twice."""
+        started = time.perf_counter()
+        self.ready = prepared(self.table, self.recipe, self.request, options.validation, self.share)
+        self.others = 2 * (time.perf_counter() - started)
+        return describe(*self.ready, self._build(architecture), settings)
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`. If the networks don't improve on the rule, there is no second fit."""
+        assert self.ready is not None
+        windows, cut = self.ready
+        most = again(settings.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
+        second = [(0, most, False)] * bool(len(cut.validation))
+        return [epochs_of(settings, bool(len(cut.validation))), *second] * self.members
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [f"{path}.1"]
+
+    def _build(self, architecture: Architecture) -> Build:
+        return Build(architecture.units, architecture.cell, architecture.dropout, self.members)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the table."""
-        from cellstack.train.forecasting.training import Build, train_forecast
+        from cellstack.train.forecasting.training import train_forecast
 
-        build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
-        trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)
+        build = self._build(architecture)
+        trained = train_forecast(self.table, self.request, build, settings, options, self.share, ready=self.ready)
         self.test = trained.test
         return trained.result
 

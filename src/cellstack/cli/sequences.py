@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack.cli.tables import SEQUENCES, given, only_one
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.parts import check, parts_of, per_step
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.sizes import size_of
 
 UNUSED = ("date", "zone", "freq", "category")
 SHOWN = 12  # most classes to list
@@ -44,6 +47,54 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
+    others: float = 0.0
+    validated: int = 0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come."""
+        training, test, share = self.training, self.test, options.validation
+        check(training, None, test, self.class_weights)
+        if training.per_step:
+            architecture = per_step(architecture)
+        parts = parts_of(training, None, self.class_weights, settings, share)
+        self.validated = parts.validated
+        inputs = parts.measure()
+        steps = parts.data(inputs).steps
+        outputs = len(training.labels) or (1 if parts.y.ndim == 1 else parts.y.shape[1])
+        size = size_of(architecture, len(inputs.standardise[0]))
+        weights = size.weights + (size.width + 1) * outputs
+        sizes = {"training": len(training.x) - parts.validated, "validation": parts.validated}
+        sizes["test"] = 0 if test is None else len(test.x)
+        chosen = f" ({share:.0%}{' of each class' * bool(training.labels and not training.per_step)}, chosen at random)"
+        lines = [
+            f"{sizes['training']:,} sequences to train on; {sizes['validation'] or 'none'} to validate on"
+            f"{chosen * bool(parts.validated)}; {format(sizes['test'], ',') if test is not None else 'none'} to test on"
+        ]
+        baseline, said = _baseline(parts.y, training.labels)
+        lines += [
+            said,
+            f"1 network: {size.layers}, {weights:,} weights; at most {settings.epochs} epochs of {steps} "
+            f"steps, batches of {settings.batch}",
+        ]
+        return lines, sizes | {
+            "baselines": baseline,
+            "networks": 1,
+            "layers": size.layers,
+            "weights": weights,
+            "epochs": settings.epochs,
+            "steps": steps,
+            "batch": settings.batch,
+        }
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`."""
+        return [epochs_of(settings, self.validated > 0)]
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [path]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the sequences."""
@@ -129,6 +180,19 @@ def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
         "ignored": data.ignored,
     }
     return lines, described
+
+
+def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+    """Return the score on the training part of the best answer that doesn't depend on the sequence."""
+    if not labels:
+        rmse = float(np.sqrt(np.square(y - y.mean(axis=0)).mean()))
+        return {"mean": {"rmse": rmse}}, f"for comparison: the RMSE of the mean is {rmse:.4g} on the training part"
+    counts = np.bincount(y.ravel(), minlength=len(labels))
+    share, best = float(counts.max() / counts.sum()), labels[int(counts.argmax())]
+    return (
+        {"most frequent class": {"class": best, "accuracy": share}},
+        f"for comparison: the accuracy of always answering {best!r} is {share:.4g} on the training part",
+    )
 
 
 def _counts(data: Sequences) -> dict[Any, int]:

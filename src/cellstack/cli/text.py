@@ -13,7 +13,8 @@ import numpy as np
 from cellstack.cli.files import load_model, show
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.sizes import size_of
 from cellstack.train.text.data import Architecture as TextArchitecture
 from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
 from cellstack.train.text.sampling import generate as characters_of
@@ -59,15 +60,55 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any]
+    others: float = 0.0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come."""
+        built, size = self.built(architecture), self.text.alphabet.size
+        wide = built.embedding or size
+        layers = size_of(architecture, wide)
+        weights = built.embedding * size + layers.weights + (layers.width + 1) * size
+        streams = Streams(self.text.ids, self.parts.training, self.batch, self.steps)
+        spans = {name: (begin + 1, end) for name, (begin, end) in self.parts._asdict().items() if end > begin}
+        verbs = {"training": "train", "validation": "validate", "test": "test"}
+        parts = [f"{begin:,} to {end:,} to {verbs[name]} on" for name, (begin, end) in spans.items()]
+        lines = [
+            f"{self.text.alphabet.unit} {', '.join(parts)}",
+            f"1 network: {layers.layers}, {weights:,} weights; at most {settings.epochs} epochs of "
+            f"{len(streams)} steps, batches of {streams.rows} streams, {streams.steps} {self.text.alphabet.unit} each",
+        ]
+        return lines, spans | {
+            "baselines": [],
+            "networks": 1,
+            "layers": layers.layers,
+            "weights": weights,
+            "epochs": settings.epochs,
+            "steps": len(streams),
+            "batch": streams.rows,
+        }
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`."""
+        return [epochs_of(settings, self.parts.validation[1] > self.parts.validation[0])]
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [path]
+
+    def built(self, architecture: Architecture) -> TextArchitecture:
+        """Return how the text model is built."""
+        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
+        return replace(self.architecture, **chosen)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the text."""
-        from cellstack.train.text.workflow import above_the_bar, train_text
+        from cellstack.train.progress import above
+        from cellstack.train.text.workflow import train_text
 
-        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
-        built = replace(self.architecture, **chosen)
-        settings = replace(settings, batch=self.batch)
-        say = above_the_bar if options.progress else None
+        built, settings = self.built(architecture), replace(settings, batch=self.batch)
+        say = None if options.progress is False else above
         return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
@@ -101,8 +142,6 @@ def read(args: argparse.Namespace) -> Job:
     streams = Streams(text.ids, parts.training, batch, steps)
     lines = [
         f"{args.file}: {text.summary(parts)}",
-        f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each per training step, {len(streams)} "
-        "training steps per epoch",
     ]
     if test is not None:
         lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to test on")

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -23,10 +24,11 @@ from typing import Any, Protocol
 from cellstack.cli import forecast, sequences, text
 from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.tables import add_table_options
+from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.network import Network
 from cellstack.train import history
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
@@ -53,12 +55,28 @@ class Job(Protocol):
     """Data that was read, and how to train on it.
 
     `understood` describes how the data was read, in lines; `described` is the same in plain values, for --json;
-    `defaults` has the defaults of `units`, `lr`, `pooling` and so on.
+    `defaults` has the defaults of `units`, `lr`, `pooling` and so on; `others` has the seconds of the steps before and
+    after the fits, as far as `plan` measured them.
     """
 
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any]
+    others: float
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come, in lines and as plain values: its parts, baselines and networks."""
+        ...
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """Return the fewest and the most epochs of each fit to come, and whether they include a validation."""
+        ...
+
+    def checkpoints(self, path: str) -> list[str]:
+        """Return the files of the checkpoints that `--checkpoint` names."""
+        ...
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train; return a `Result`."""
@@ -180,12 +198,14 @@ def train(args: argparse.Namespace) -> int:
     name = kind_of(args)
     module = KINDS[name]
     _check_used(args, name)
-    if args.dry_run:
-        job = module.read(args)
-        show(args, {"understood": job.described}, job.understood)
-        return 0
-    needs_torch(args)
+    same = args.test is not None and os.path.realpath(args.test) == os.path.realpath(args.file)
+    if same and name != "forecasts":  # which take only one file
+        raise UsageError(f"{args.test}: the test file is the training file, on which scores say nothing")
     output = _checked_output(args)
+    if args.dry_run:
+        return _dry_run(args, module)
+    needs_torch(args)
+    assert output is not None
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes
     with locked(output if first else None):
         return _train(args, module, output, first)
@@ -195,22 +215,12 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     """Train on a file and write the network to `output`; `first` is whether this is process 0 of several."""
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     job = module.read(args)
-    options = RunOptions(
-        **_chosen(args, job, ("validation",)),
-        checkpoint=args.checkpoint,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        progress=not args.quiet,
-        device=args.device,
-        inspect=args.inspect,
-        events=folder,
-        threads=args.threads,
-        log=args.log,
-    )
-    own = Own(init=None if args.init is None else found(args.init))
-    settings, architecture = _settings(args, job), _architecture(args, job)
-    if first and not args.json:
-        print("\n".join(job.understood), flush=True)
+    settings, architecture, options, own = _choices(args, job)
+    options = replace(options, events=folder)
+    say = (lambda lines: print("\n".join(lines), flush=True)) if first and not args.json else lambda _: None
+    say(job.understood)
+    lines, planned = job.plan(architecture, settings, options)
+    say(lines)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         result = job.fit(architecture, settings, options, own)
@@ -218,6 +228,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
         return 0
     _save(result.network, output)
     report, lines = _report(job, result, output)
+    report["plan"] = planned
     failed = None
     try:
         job.write()
@@ -234,6 +245,71 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     if failed is not None:
         raise failed
     return 130 if result.fit.interrupted else 0
+
+
+def _dry_run(args: argparse.Namespace, module: ModuleType) -> int:
+    """Report how the data is read, what would be trained, and how long that would take."""
+    job = module.read(args)
+    settings, architecture, options, own = _choices(args, job)
+    lines, planned = job.plan(architecture, settings, options)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        planned["seconds"] = _expected(args, job, settings, architecture, options, own)
+    lines.append(_expected_text(planned["seconds"]))
+    show(args, {"understood": job.described, "plan": planned}, [*job.understood, *lines])
+    return 0
+
+
+def _expected(
+    args: argparse.Namespace,
+    job: Job,
+    settings: Settings,
+    architecture: Architecture,
+    options: RunOptions,
+    own: Own,
+) -> tuple[float, float] | None:
+    """Return the seconds of a training on this machine, with the fewest and the most epochs; None without torch.
+
+    Some steps are trained and timed.
+    """
+    try:
+        needs_torch(args)
+    except UsageError:
+        return None
+    from cellstack.train.learner import Rehearsed
+
+    rehearsal = RunOptions(options.validation, progress=False, device=args.device, threads=args.threads, rehearse=True)
+    try:
+        job.fit(architecture, settings, rehearsal, own)
+    except Rehearsed as done:
+        fits = job.fits(settings)
+        few, most = (sum(done.cost.seconds(fit[n], fit[2]) for fit in fits) for n in (0, 1))
+        return few + job.others, most + job.others
+    raise AssertionError("a rehearsal ends before the first fit")
+
+
+def _expected_text(seconds: tuple[float, float] | None) -> str:
+    if seconds is None:
+        return "expected time: not measured, because torch isn't installed"
+    few, most = seconds
+    if most < 1.5 * few or most < 2.0:
+        return f"expected time: about {_duration(most)} on this machine"
+    low, high = _duration(few), _duration(most)
+    low = low.split()[0] if low.split()[1].rstrip("s") == high.split()[1].rstrip("s") else low
+    return f"expected time: {low} to {high} on this machine, depending on early stopping"
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in words, with one or two digits.
+
+    >>> [_duration(seconds) for seconds in (0.2, 1.2, 47, 130, 9000)]
+    ['1 second', '1 second', '47 seconds', '2 minutes', '2.5 hours']
+    """
+    for name, size, least in (("hour", 3600, 5400), ("minute", 60, 90), ("second", 1, 0)):
+        if seconds >= least:
+            count = max(1.0, round(seconds / size, 1 if size == 3600 else 0))
+            return f"{count:g} {name}{'s' * (count != 1)}"
+    raise AssertionError
 
 
 def kind_of(args: argparse.Namespace) -> str:
@@ -264,14 +340,24 @@ def _check_used(args: argparse.Namespace, name: str) -> None:
             raise UsageError(f"{args.file}: --{dest.replace('_', '-')} doesn't apply to {name}{more}")
 
 
-def _checked_output(args: argparse.Namespace) -> Path:
-    """Return the network's file; check all output files now, before the training."""
-    if args.output is None:
+def _checked_output(args: argparse.Namespace) -> Path | None:
+    """Return the network's file, None for a dry run without one; check all output files now, before the training."""
+    if args.output is None and not args.dry_run:
         raise UsageError("expected -o MODEL, the file to write, or --dry-run")
-    output = with_suffix(args.output)
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder {output.parent} doesn't exist")
-    check_replaceable(output)
+    output = None
+    if args.output is not None:
+        output = with_suffix(args.output)
+        suffix = Path(args.output).suffix.lower()
+        if suffix != NATIVE and suffix in {".c", *(one for adapter in adapters() for one in adapter.SUFFIXES)}:
+            raise UsageError(
+                f"-o {args.output}: train writes {NATIVE}, which keeps what predictions need: `cellstack convert "
+                f"{Path(args.output).with_suffix(NATIVE)} {args.output}` then makes {suffix}"
+            )
+        if not output.parent.is_dir():
+            raise UsageError(f"the folder {output.parent} doesn't exist")
+        check_replaceable(output)
+    if args.log is not None and Path(args.log).suffix.lower() in history.FILES:
+        check_replaceable(args.log)
     if args.history is not None:
         history.check(args.history, history.FILES, "--history")
     if args.picture is not None:
@@ -281,9 +367,40 @@ def _checked_output(args: argparse.Namespace) -> Path:
             raise UsageError(f"--{flag} requires --checkpoint FILE")
     if args.resume and args.overwrite:
         raise UsageError("--resume (continue from the checkpoint) and --overwrite (start again) exclude each other")
-    if args.checkpoint is not None and os.path.realpath(args.checkpoint) == os.path.realpath(output):
+    if (
+        args.checkpoint is not None
+        and output is not None
+        and os.path.realpath(args.checkpoint) == os.path.realpath(output)
+    ):
         raise UsageError(f"--checkpoint and -o name the same file, {output}: the network would replace the checkpoint")
     return output
+
+
+def _choices(args: argparse.Namespace, job: Job) -> tuple[Settings, Architecture, RunOptions, Own]:
+    """Return how to train, checked as far as possible without training.
+
+    Raises:
+        UsageError: an option out of range, or a checkpoint that exists without --resume or --overwrite.
+        FileNotFoundError: no network to start from.
+    """
+    options = RunOptions(
+        **_chosen(args, job, ("validation",)),
+        checkpoint=args.checkpoint,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=False if args.quiet else None,
+        device=args.device,
+        inspect=args.inspect,
+        threads=args.threads,
+        log=args.log,
+    )
+    own = Own(init=None if args.init is None else found(args.init))
+    settings, architecture = _settings(args, job), _architecture(args, job)
+    if args.checkpoint is not None and not (args.resume or args.overwrite):
+        for path in job.checkpoints(args.checkpoint):
+            check_replaceable(path)
+            refuse_existing(path)
+    return settings, architecture, options, own
 
 
 def _chosen(args: argparse.Namespace, job: Job, names: Iterable[str]) -> dict[str, Any]:

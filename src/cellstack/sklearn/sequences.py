@@ -51,7 +51,7 @@ class _SequenceEstimator(BaseEstimator):
     init: Network | str | None = None
     threads: int | None = 1
     device: str = "auto"
-    verbose: bool = False
+    verbose: bool | None = False
     random_state: int | np.random.RandomState | None = None
 
     def __sklearn_tags__(self) -> Any:
@@ -235,7 +235,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         threads: number of threads. None: the fastest number, by measurement, so that the last bits may differ between
             fits.
         device: device for training: `"auto"`, `"cpu"`, `"cuda"`. Predictions run on the CPU kernel.
-        verbose: show a progress bar.
+        verbose: show a progress bar; None = where standard error is a terminal, and in notebooks.
         random_state: makes a fit repeatable. An int is the `seed` of `train.fit`.
         class_weight: None, `"balanced"`, or the weight of each class's sequences.
 

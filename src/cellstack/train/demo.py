@@ -121,7 +121,7 @@ def _train(name: str, training: Sequences, test: Sequences, settings: Settings, 
         + ("in both directions" if both else "frame by frame")
     )
     architecture = Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
-    options = RunOptions(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
+    options = RunOptions(VALIDATION, device="cpu")
     outcome = workflow.train_sequences(training, test, architecture, settings, options)
     outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")

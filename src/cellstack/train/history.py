@@ -24,6 +24,7 @@ Panel = Callable[[Any], None]  # draws on a matplotlib Axes
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#9b6bc4", "#8a8984")  # blue, orange, green, violet, grey
 NO_MATPLOTLIB = "a plot needs matplotlib: install matplotlib, or cellstack[torch]"
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
+METRICS = ("accuracy", "rmse", "mase", "bits_per_character")  # all are measured on the validation part
 APART = ("epoch", "lr")  # entries that aren't plotted
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a spreadsheet's formula; the last four are full-width
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -73,6 +74,16 @@ def cell(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
         return f"'{value}"
     return value
+
+
+def named(entry: str) -> str:
+    """Return the name of a history's entry for readers, who must see that metrics are of the validation part.
+
+    >>> named("loss"), named("validation_loss"), named("accuracy")
+    ('training loss', 'validation loss', 'validation accuracy')
+    """
+    part = "training " if entry == "loss" else "validation " if entry in METRICS else ""
+    return part + entry.replace("_", " ")
 
 
 def draw(
@@ -142,7 +153,7 @@ def _of_one(axis: Any, history: Sequence[dict[str, Any]], names: list[str], best
     epochs = [entry["epoch"] for entry in history]
     for name, color in zip(names, COLORS, strict=False):
         values = [entry.get(name) for entry in history]
-        axis.plot(epochs, values, color=color, label=name.replace("_", " "), marker="." * (len(epochs) < 30))
+        axis.plot(epochs, values, color=color, label=named(name), marker="." * (len(epochs) < 30))
     if best is not None:
         axis.axvline(best["epoch"], color="0.6", linestyle=":", label=f"kept, epoch {best['epoch']}")
     axis.legend(frameon=False)
@@ -162,7 +173,7 @@ def _of_members(axis: Any, history: Sequence[dict[str, Any]], names: list[str]) 
             points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
             if not points:
                 continue
-            said = f"{name.replace('_', ' ')}{', with the validation part' * whole}"
+            said = f"{named(name)}{', with the validation part' * whole}"
             styles[said] = {"linestyle": ":" if whole else "--" if name.startswith("validation_") else "-"}
             axis.plot(*zip(*points, strict=True), color=color, marker="." * (len(points) < 30), **styles[said])
             if name == "validation_loss":

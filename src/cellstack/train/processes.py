@@ -61,6 +61,11 @@ class Processes:
         return found
 
 
+def is_first() -> bool:
+    """Return whether this is the only process, or the first of those that `torchrun` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the process group that `torchrun` started, if any, and leave it at the end.

@@ -83,9 +83,9 @@ def read_sequences(
             return replace(data, columns=named(features, data.channels, path.stem))
         if suffix == ".npz":
             arrays = _npz(path, per_step)
-            own = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
+            own = {"task": task, "labels": labels, "per_step": per_step, "name": str(path)}
             own |= {"weight": arrays.get("weight"), "features": features}
-            return as_sequences(arrays["x"], arrays.get("y"), **own)
+            return replace(as_sequences(arrays["x"], arrays.get("y"), **own), name=path.stem)
         read = read_frame(path, y, task, id=id, time=time, features=features, weight=weight, **reading)
         if optional and y not in read.frame:
             y = per_step = None
@@ -99,11 +99,14 @@ def read_sequences(
             features=features,
             weight=weight,
             per_step=per_step,
-            name=path.stem,
+            name=str(path),
         )
-        return replace(data, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading)
+        return replace(
+            data, name=path.stem, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading
+        )
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        said = str(error)
+        raise UsageError(said if said.startswith(str(path)) else f"{path}: {said}") from None
 
 
 def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,19 +187,23 @@ def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDA
     """Return one sequence as `[T, I]` float32."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
+    if isinstance(array, tuple) and len(array) == 2 and hasattr(array[0], "shape"):
+        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got a pair: pass the sequences as x, the answers as y")
     try:
         array = np.asarray(unmasked(array))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}[{n}]: expected numbers [T, C]: {error}") from None
     if array.dtype.kind not in "biuf":
-        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got an array of {array.dtype}")
+        what = "text" if array.dtype.kind in "SU" else f"an array of {array.dtype}"
+        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got {what}")
     if array.ndim == 1:
         raise UsageError(
             f"{name}[{n}]: expected [T, C], got {array.shape}: add an axis to sequences of one channel, "
             f"[s[:, None] for s in {name}]"
         )
     if array.ndim != 2:
-        raise UsageError(f"{name}[{n}]: expected [T, C], got {array.shape}")
+        pair = ": a pair (x, y) is passed as two arguments, or as a tuple for validation and test" * (array.ndim == 3)
+        raise UsageError(f"{name}[{n}]: expected [T, C], got {array.shape}{pair}")
     if not array.size:
         what = "step" if not len(array) else "channel"
         raise UsageError(f"{name}[{n}]: expected at least one {what}, got {array.shape}")
