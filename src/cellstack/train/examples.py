@@ -279,6 +279,7 @@ class Indexed:
         batch: maximum batch size in training.
         seed: of the order and the noise.
         noise, offset: see `Settings`.
+        gap: see `batches`; 1 for batches of one length each, without padding.
 
     Raises:
         UsageError: no training examples.
@@ -294,32 +295,33 @@ class Indexed:
         seed: int,
         noise: float = 0.0,
         offset: float = 0.0,
+        gap: float = GAP,
     ):
         if not len(training):
             raise UsageError("there are no examples to train on")
         self.examples, self.inputs, self.training, self.validation = examples, inputs, training, validation
-        self.batch, self.seed, self.noise, self.offset = batch, seed, noise, offset
-        self.steps = len(batches(examples.lengths, training, batch, gap=GAP))
+        self.batch, self.seed, self.noise, self.offset, self.gap = batch, seed, noise, offset, gap
+        self.steps = len(batches(examples.lengths, training, batch, gap=gap))
         self.validates = bool(len(validation))
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """See `Data`."""
         rng = np.random.default_rng([self.seed, number])
-        order = batches(self.examples.lengths, self.training, self.batch, rng, GAP)
+        order = batches(self.examples.lengths, self.training, self.batch, rng, self.gap)
         for step, indices in enumerate(order[first:], first):
             batch = self.examples.fetch(indices)
             yield self.inputs.fill(augment(batch, self.inputs, self.noise, self.offset, (self.seed, number, step)))
 
     def held(self) -> Iterator[Batch]:
         """See `Data`."""
-        for indices in batches(self.examples.lengths, self.validation, VALIDATED, gap=GAP):
+        for indices in batches(self.examples.lengths, self.validation, VALIDATED, gap=self.gap):
             yield self.inputs.fill(self.examples.fetch(indices))
 
     def describe(self) -> dict[str, Any]:
         """See `Data`."""
         parts = {"training": self.training, "validation": self.validation}
         digests = {name: self._digest(indices) for name, indices in parts.items()}
-        return {"inputs": self.inputs.digest, **digests, **batching(self.examples.lengths)}
+        return {"inputs": self.inputs.digest, **digests, **batching(self.examples.lengths, self.gap)}
 
     def _digest(self, indices: NDArray[np.int64]) -> str:
         found = Digest()
@@ -329,9 +331,9 @@ class Indexed:
         return str(found)
 
 
-def batching(lengths: NDArray[np.int64]) -> dict[str, str]:
-    """Return what a checkpoint says of how examples of several lengths are batched."""
-    return {"batches": f"of similar lengths, {MIXED} and {GAP}"} if len(np.unique(lengths)) > 1 else {}
+def batching(lengths: NDArray[np.int64], gap: float) -> dict[str, str]:
+    """Return what a checkpoint says of batches with padding, which depend on more than `Settings`."""
+    return {"batches": f"of similar lengths, {MIXED} and {gap}"} if gap > 1 and len(np.unique(lengths)) > 1 else {}
 
 
 def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tuple[int, int, int]) -> Batch:

@@ -17,10 +17,11 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences, joined
 from cellstack.train.data.stream import Stream, Streamed
 from cellstack.train.data.targets import class_weights
-from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
+from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
 from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.learner import Fit
 from cellstack.train.model import Model
+from cellstack.train.processes import uses_gpu
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.warm import Start
 
@@ -69,7 +70,7 @@ def train_sequences(
     if training.per_step:
         architecture = _per_step(architecture)
     if isinstance(training, Stream):
-        parts = _streamed(training, validation, class_weight, settings)
+        parts = _streamed(training, validation, class_weight, settings, options)
     else:
         parts = _indexed(training, validation, class_weight, settings, options)
     start = None if own.init is None else Start(own.init)
@@ -119,13 +120,15 @@ def _indexed(
 
     def data(inputs: Inputs) -> Data:
         s = settings
-        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset)
+        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, _gap(options))
 
     measure = partial(Inputs.measure, examples, kept, called=whole.channel)
     return _Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
 
 
-def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings) -> _Parts:
+def _streamed(
+    stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings, options: RunOptions
+) -> _Parts:
     """Return the parts of a `Stream`."""
     kept = ~stream.held
     weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
@@ -134,10 +137,15 @@ def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, s
 
     def data(inputs: Inputs) -> Data:
         s = settings
-        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset)
+        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset, _gap(options))
 
     validated = int(stream.held.sum()) if validation is None else len(validation.x)
     return _Parts(y[kept], weight[kept], validated, lambda: stream.inputs, data)
+
+
+def _gap(options: RunOptions) -> float:
+    """Return `gap` of `batches`. On GPUs nothing is padded: cuDNN has no masks, and the torch loop is much slower."""
+    return 1.0 if uses_gpu(options.device) else GAP
 
 
 def _check_alike(name: str, other: Sequences | None, training: Sequences | Stream) -> None:

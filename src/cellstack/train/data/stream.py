@@ -155,7 +155,7 @@ class Streamed:
         y: targets in the form of `Batch`, `[N]` or `[N, O]`; their weights in the same shape.
         weight: see `y`.
         validation: separate examples to validate on; None = those that the stream holds out.
-        batch, seed, noise, offset: see `Indexed`.
+        batch, seed, noise, offset, gap: see `Indexed`.
     """
 
     def __init__(
@@ -169,13 +169,14 @@ class Streamed:
         seed: int,
         noise: float,
         offset: float,
+        gap: float = GAP,
     ):
         self.stream, self.inputs, self.y, self.weight, self.validation = stream, inputs, y, weight, validation
-        self.batch, self.seed, self.noise, self.offset = batch, seed, noise, offset
+        self.batch, self.seed, self.noise, self.offset, self.gap = batch, seed, noise, offset, gap
         self.buffer = buffer = stream.buffer
         kept = stream.lengths[~stream.held]
         blocks = [kept[at : at + buffer] for at in range(0, len(kept), buffer)]
-        self.steps = sum(len(batches(block, np.arange(len(block)), batch, gap=GAP)) for block in blocks)
+        self.steps = sum(len(batches(block, np.arange(len(block)), batch, gap=gap)) for block in blocks)
         self.validates = validation is not None or bool(stream.held.any())
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
@@ -183,7 +184,7 @@ class Streamed:
         step = 0
         for count, (places, block) in enumerate(self._blocks(False)):
             rng = np.random.default_rng([self.seed, number, count])
-            for indices in batches(self.stream.lengths[places], np.arange(len(places)), self.batch, rng, GAP):
+            for indices in batches(self.stream.lengths[places], np.arange(len(places)), self.batch, rng, self.gap):
                 if step >= first:
                     raw = self._batch(places, block, indices)
                     yield self.inputs.fill(
@@ -195,11 +196,11 @@ class Streamed:
         """See `Data`."""
         if self.validation is not None:
             lengths = self.validation.lengths
-            for indices in batches(lengths, np.arange(len(lengths)), VALIDATED, gap=GAP):
+            for indices in batches(lengths, np.arange(len(lengths)), VALIDATED, gap=self.gap):
                 yield self.inputs.fill(self.validation.fetch(indices))
             return
         for places, block in self._blocks(True):
-            for indices in batches(self.stream.lengths[places], np.arange(len(places)), VALIDATED, gap=GAP):
+            for indices in batches(self.stream.lengths[places], np.arange(len(places)), VALIDATED, gap=self.gap):
                 yield self.inputs.fill(self._batch(places, block, indices))
 
     def describe(self) -> dict[str, Any]:
@@ -215,7 +216,7 @@ class Streamed:
             "training": f"{training} {found}",
             "validation": f"{validation} {held}",
             "buffer": self.buffer,
-            **batching(self.stream.lengths),
+            **batching(self.stream.lengths, self.gap),
         }
 
     def _blocks(self, held: bool) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
