@@ -107,6 +107,67 @@ def test_it_learns_and_keeps_the_best(sequences):
     assert np.mean(losses) == pytest.approx(result.best["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bidirectional": True, "pooling": "max"},
+        {"cell": "gru", "pooling": "last"},
+        {"every_step": True},
+        {"task": "regress", "every_step": True, "cell": "rnn"},
+        {"pooling": "none", "bidirectional": True},
+        {"pooling": "none", "task": "regress"},
+    ],
+    ids=str,
+)
+def test_padding_changes_no_loss_and_no_gradient(sequences, rng, options):
+    """A batch of several lengths has the losses, metrics and gradients of its sequences one by one."""
+    classes, per_step = options.get("task") != "regress", options.get("pooling") == "none"
+    if not classes:
+        sequences = replace(sequences, labels=(), y=rng.normal(size=36).astype(np.float32))
+    if per_step:
+        y = [np.full(len(x), y) for x, y in zip(sequences.x, sequences.y, strict=True)]
+        sequences = replace(sequences, y=y)
+    sequences.x[0][1:, :] = np.nan  # a gap at the end, next to padding
+    sequences.x[1][0, 2] = np.nan  # a channel with an indicator
+    examples, chosen = Labelled(sequences), np.arange(12)
+    inputs = Inputs.measure(examples, chosen)
+    torch.manual_seed(0)
+    model = Model(inputs.standardise, len(CLASSES) if classes else 1, (5, 4), **options)
+    data = Indexed(examples, inputs, chosen, chosen, 12, 0, noise=0.0)
+    (batch,) = data.epoch(0)
+    assert len(np.unique(examples.lengths[chosen])) > 2
+    assert batch.mask is not None
+    assert np.isfinite(batch.x).all()
+
+    def measured(one):
+        x, y, weight, mask = (None if part is None else torch.from_numpy(part) for part in one)
+        model.zero_grad()
+        out = model(x, mask)
+        loss = (model.losses(out, mask, y) * weight).sum()
+        loss.backward()
+        return [loss.detach(), *model.measure(out, mask, y, weight).values(), *(p.grad for p in model.parameters())]
+
+    single = [measured(inputs.fill(examples.fetch(np.array([n])))) for n in chosen]
+    for found, *parts in zip(measured(batch), *single, strict=True):
+        torch.testing.assert_close(found, sum(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_many(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state["fingerprint"]["batches"]
+    torch.save(state, path)
+    with pytest.raises(UsageError, match=r"expected a checkpoint with batches of similar lengths.*, found None"):
+        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+    alike = replace(sequences, x=[x[:3] for x in sequences.x])
+    model, *rest = prepare(alike)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path, overwrite=True)
+    assert "batches" not in torch.load(path, weights_only=True)["fingerprint"]  # earlier checkpoints can be resumed
+
+
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
 def test_other_cells_learn_too(sequences, cell):
     model, *rest = prepare(sequences, cell=cell)

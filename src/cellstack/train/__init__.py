@@ -1,4 +1,4 @@
-"""Training on real data: readers, batches without padding, the model, the fit loop, checkpoints.
+"""Training on real data: readers, batches of similar lengths, the model, the fit loop, checkpoints.
 
 The readers don't need torch, so that a trained model can be run without it; the rest is imported at its first use.
 """

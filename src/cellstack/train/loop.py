@@ -276,7 +276,9 @@ class _Run:
         """Take one optimiser step on a global batch; this process computes its own rows."""
         settings = self.settings
         draws = np.random.SeedSequence([settings.seed, self.epoch, self.step])
-        torch.manual_seed(int(draws.generate_state(1)[0]))
+        # torch.manual_seed takes 0.3 ms, as it also seeds the generators of devices that this process doesn't use.
+        seeded = torch.manual_seed if self.team.device.type != "cpu" else torch.default_generator.manual_seed
+        seeded(int(draws.generate_state(1)[0]))
         rows, share = self.team.rows(len(batch.weight)), 1.0
         if not len(rows):  # a process without rows must join the step too: with a row of weight 0
             rows, share = np.array([0]), 0.0

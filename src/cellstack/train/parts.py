@@ -15,7 +15,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences, joined
 from cellstack.train.data.stream import Stream, Streamed
 from cellstack.train.data.targets import class_weights
-from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split
+from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, shaped, split
 from cellstack.train.settings import Architecture, Settings
 
 
@@ -30,7 +30,12 @@ class Parts(NamedTuple):
 
 
 def parts_of(
-    training: Sequences | Stream, validation: Sequences | None, class_weight: Any, settings: Settings, share: float
+    training: Sequences | Stream,
+    validation: Sequences | None,
+    class_weight: Any,
+    settings: Settings,
+    share: float,
+    gap: float = GAP,
 ) -> Parts:
     """Return the parts of sequences.
 
@@ -40,10 +45,11 @@ def parts_of(
         class_weight: see `targets.class_weights`.
         settings: batch size, noise, and the seed of the choice.
         share: of `training`, to validate on.
+        gap: see `batches`.
     """
     if isinstance(training, Stream):
-        return _streamed(training, validation, class_weight, settings)
-    return _indexed(training, validation, class_weight, settings, share)
+        return _streamed(training, validation, class_weight, settings, gap)
+    return _indexed(training, validation, class_weight, settings, share, gap)
 
 
 def check(
@@ -69,7 +75,7 @@ def check(
 
 
 def _indexed(
-    training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, share: float
+    training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, share: float, gap: float
 ) -> Parts:
     """Return the parts of sequences in memory."""
     assert training.y is not None
@@ -79,13 +85,13 @@ def _indexed(
 
     def data(inputs: Inputs) -> Data:
         s = settings
-        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset)
+        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
 
     measure = partial(Inputs.measure, examples, kept, called=whole.channel)
     return Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
 
 
-def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings) -> Parts:
+def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings, gap: float) -> Parts:
     """Return the parts of a `Stream`."""
     kept = ~stream.held
     weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
@@ -94,7 +100,7 @@ def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, s
 
     def data(inputs: Inputs) -> Data:
         s = settings
-        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset)
+        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset, gap)
 
     validated = int(stream.held.sum()) if validation is None else len(validation.x)
     return Parts(y[kept], weight[kept], validated, lambda: stream.inputs, data)

@@ -14,11 +14,12 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.stream import Stream
-from cellstack.train.examples import Data, Inputs, target_scaling
+from cellstack.train.examples import GAP, Data, Inputs, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.learner import Fit
 from cellstack.train.model import Model
 from cellstack.train.parts import check, parts_of, per_step
+from cellstack.train.processes import uses_gpu
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.sizes import check_memory
 from cellstack.train.trained import metadata
@@ -62,7 +63,8 @@ def train_sequences(
         architecture = per_step(architecture)
     elif architecture.pooling == "none":
         raise UsageError("pooling none applies only to one class or target per step, got one per sequence")
-    parts = parts_of(training, validation, class_weight, settings, options.validation)
+    gap = 1.0 if uses_gpu(options.device) else GAP  # cuDNN has no masks, and the torch loop is much slower
+    parts = parts_of(training, validation, class_weight, settings, options.validation, gap)
     start = None if own.init is None else Start(own.init)
     task = "classify" if classify else "regress"
     if start is not None:
