@@ -100,7 +100,8 @@ def close(shown, true, digits=4):
 def open_page(browser, tmp_path):
     screens = []
 
-    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", before="", **options):
+    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", before="", first=True, **options):
+        """Open the page of a trace; `first` moves from the step where it opens to step 0 and unit 0."""
         path = tmp_path / f"page{len(screens)}.html"
         trace.save_html(path, **options)
         context = browser.new_context(
@@ -110,6 +111,8 @@ def open_page(browser, tmp_path):
         context.add_init_script(before)
         screen = Screen(context.new_page(), path)
         screens.append((context, screen))
+        if first and screen.page.locator(".stack").count():
+            screen.looked_at(step=0, unit=0)
         return screen
 
     yield opened

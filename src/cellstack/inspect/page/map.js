@@ -1,7 +1,7 @@
 // The heat map: units by steps of one gate or state, on a canvas; only the visible part is drawn.
 
 import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
-import { cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
+import { clipped, cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
 import { byLikeness, byNumber, bySize, halfLives, variances } from "./seriation.js";
 import { paintTiles } from "./tiles.js";
 import { MEANINGS } from "./view.js";
@@ -10,6 +10,7 @@ import { Wave } from "./wave.js";
 const LEAST_HALF = 2 ** -24; // above 0, of a float16
 const MOST_HIGH = 440; // height of the map, at most
 const ROW = 30; // height of a unit's row, at most
+const WIDEST = 150; // margin for names, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "similarity"]];
 
 // The ranges where flags have a value: [from, to) pairs.
@@ -72,7 +73,13 @@ export class HeatMap {
     this.element = make(
       "div",
       { class: "map" },
-      make("div", { class: "toolbar" }, this.place.element, this.field.element, this.order.element, this.rows.element, this.stepBox.element, this.unitBox.element, this.shows.element),
+      make(
+        "div",
+        { class: "toolbar" },
+        this.place.element,
+        this.field.element,
+        make("div", { class: "together" }, this.order.element, this.rows.element, this.stepBox.element, this.unitBox.element, this.shows.element),
+      ),
       this.about,
       this.wave.element,
       this.ruler,
@@ -101,7 +108,7 @@ export class HeatMap {
   }
 
   plotWidth() {
-    return Math.max(50, this.stack.clientWidth - LEFT - RIGHT);
+    return Math.max(50, this.stack.clientWidth - this.view.left - RIGHT);
   }
 
   resized() {
@@ -144,10 +151,24 @@ export class HeatMap {
     this.scale = scaleOf(view.field, plane.range);
     if (view.shows === "difference") this.scale = scaleOf("", plane.range);
     this.layOut();
+    this.setMargin();
     this.drawLegend();
     this.draw();
     this.say();
     this.fillTable();
+  }
+
+  // Set the margin: wider for names than for numbers.
+  setMargin() {
+    const { view } = this;
+    this.names = view.namesOf(view.place, view.field);
+    const pen = this.cells.getContext("2d");
+    pen.font = "11px system-ui, sans-serif";
+    const widest = Math.max(0, ...(this.names ?? []).slice(0, 1000).map((name) => pen.measureText(name).width));
+    const left = Math.max(LEFT, Math.min(widest + 12, WIDEST, 0.3 * this.stack.clientWidth));
+    if (left === view.left) return;
+    view.left = left;
+    view.move(view.window.from, view.window.span, this.plotWidth());
   }
 
   async sorted(plane) {
@@ -253,7 +274,7 @@ export class HeatMap {
   drawCells() {
     const { context: pen, width, height, ratio } = fitted(this.cells);
     const { view, plane, scale } = this;
-    const left = Math.round(LEFT * ratio);
+    const left = Math.round(this.view.left * ratio);
     const wide = Math.max(1, width - left - Math.round(RIGHT * ratio));
     if (this.image === null || this.image.width !== wide || this.image.height !== height) {
       this.image = pen.createImageData(wide, height);
@@ -317,7 +338,9 @@ export class HeatMap {
     for (let row = Math.ceil(offset / rowHeight / every) * every; row < plane.units; row += every) {
       const y = (row + 0.5) * rowHeight - offset;
       if (y > height - 4 * ratio) break;
-      if (y >= 5 * ratio) pen.fillText(String(view.unitNumber(view.place, view.field, this.positions[row])), left - 6 * ratio, y);
+      const unit = this.positions[row];
+      const text = this.names?.[unit] ?? String(view.unitNumber(view.place, view.field, unit));
+      if (y >= 5 * ratio) pen.fillText(clipped(pen, text, left - 8 * ratio), left - 6 * ratio, y);
     }
   }
 
@@ -326,7 +349,7 @@ export class HeatMap {
     const { context: pen, width, height, ratio } = fitted(this.over);
     const { view } = this;
     pen.clearRect(0, 0, width, height);
-    const left = Math.round(LEFT * ratio);
+    const left = Math.round(this.view.left * ratio);
     const wide = width - left - Math.round(RIGHT * ratio);
     const across = (step) => left + ((step - view.window.from) / view.window.span) * wide;
     pen.save();
@@ -379,7 +402,7 @@ export class HeatMap {
     const { context: pen, width, height, ratio } = fitted(this.ruler);
     const { view } = this;
     pen.clearRect(0, 0, width, height);
-    const left = LEFT * ratio;
+    const left = this.view.left * ratio;
     const wide = width - left - RIGHT * ratio;
     const { from, span } = view.window;
     const perStep = wide / span;
@@ -439,7 +462,7 @@ export class HeatMap {
   drawWhole() {
     const { context: pen, width, height, ratio } = fitted(this.whole);
     const { view } = this;
-    const left = LEFT * ratio;
+    const left = this.view.left * ratio;
     const wide = width - left - RIGHT * ratio;
     pen.clearRect(0, 0, width, height);
     this.whole.hidden = view.window.span >= view.steps;
@@ -484,11 +507,11 @@ export class HeatMap {
     const at = this.hover ?? { unit: view.unit, step: view.step };
     const own = Math.min(plane.steps - 1, Math.floor(at.step * this.stretch));
     if (own < 0 || at.unit >= plane.units) return;
-    const number = view.unitNumber(view.place, view.field, at.unit);
+    const unit = view.unitTitle(view.place, view.field, at.unit);
     const value = plane.at(at.unit, own);
     const what = view.shows === "difference" ? `change of ${view.field}` : view.field;
     const out = this.left.some(([a, b]) => own >= a && own < b) ? " · masked" : "";
-    this.readout.textContent = `${view.labels.full(view.row, at.step)} · unit ${number} · ${what} = ${shown(value, 5)}${out}`;
+    this.readout.textContent = `${view.labels.full(view.row, at.step)} · ${unit} · ${what} = ${shown(value, 5)}${out}`;
     this.stepBox.box.value = String(view.description.steps[view.step]);
     this.unitBox.box.value = String(view.unitNumber(view.place, view.field, view.unit));
     this.stack.setAttribute(
@@ -512,7 +535,7 @@ export class HeatMap {
       table(
         ["unit", ...steps.map((step) => view.labels.full(view.row, step))],
         rows.map((unit) => [
-          String(view.unitNumber(view.place, view.field, unit)),
+          this.names?.[unit] ?? String(view.unitNumber(view.place, view.field, unit)),
           ...steps.map((step) => shown(plane.at(unit, Math.min(plane.steps - 1, Math.floor(step * this.stretch))), 4)),
         ]),
         { caption },
@@ -531,7 +554,7 @@ export class HeatMap {
   stepUnder(event) {
     const at = this.stack.getBoundingClientRect();
     const { from, span } = this.view.window;
-    return from + ((event.clientX - at.left - LEFT) / this.plotWidth()) * span;
+    return from + ((event.clientX - at.left - this.view.left) / this.plotWidth()) * span;
   }
 
   under(event) {
@@ -565,7 +588,7 @@ export class HeatMap {
       if (pinch !== null && pointers.size === 2) {
         const [a, b] = [...pointers.values()];
         const span = (pinch.span * pinch.apart) / (Math.abs(a.clientX - b.clientX) || 1);
-        const share = ((a.clientX + b.clientX) / 2 - stack.getBoundingClientRect().left - LEFT) / this.plotWidth();
+        const share = ((a.clientX + b.clientX) / 2 - stack.getBoundingClientRect().left - this.view.left) / this.plotWidth();
         view.move(pinch.middle - share * span, span, this.plotWidth());
       } else if (drag !== null) {
         const [dx, dy] = [event.clientX - drag.x, event.clientY - drag.y];
@@ -604,7 +627,7 @@ export class HeatMap {
     stack.addEventListener("keydown", (event) => this.key(event));
     const jump = (event) => {
       const at = this.whole.getBoundingClientRect();
-      const share = (event.clientX - at.left - LEFT) / this.plotWidth();
+      const share = (event.clientX - at.left - this.view.left) / this.plotWidth();
       view.move(share * view.steps - view.window.span / 2, view.window.span, this.plotWidth());
     };
     this.whole.addEventListener("pointerdown", (event) => {

@@ -1,7 +1,8 @@
 // The selection: row, layer, gate, unit and step, the window of steps, the marked range; and its numbers. Listeners are
 // notified of changes once per animation frame.
 
-import { Labels, Plane, planeOf } from "./data.js";
+import { Labels, Plane, planeOf, visible } from "./data.js";
+import { LEFT } from "./draw.js";
 
 export const MEANINGS = {
   i: "input gate: how much of the candidate is written",
@@ -63,6 +64,7 @@ export class View {
     this.step = 0;
     this.window = { from: 0, span: Math.max(1, this.steps) };
     this.range = null; // [from, to) of steps, marked
+    this.left = LEFT; // the margin of the map, wider for names
     this.order = "number";
     this.theme = "light";
     this.result = null; // the result after a change: { planes: Map, run }
@@ -119,6 +121,64 @@ export class View {
     const own = this.stepsOf(place);
     if (own === this.steps || !this.steps) return Math.min(this.step, own - 1);
     return Math.min(own - 1, Math.floor((this.step * own) / this.steps));
+  }
+
+  // The step at the cursor of a node with `own` steps; the output of a forecast has only the last steps of the run.
+  stepOfNode(node, own) {
+    if (own === this.steps) return this.step;
+    if (this.description.answer.task === "forecast" && this.description.outputs.includes(node.name)) return Math.max(0, this.step - (this.steps - own));
+    return Math.min(own - 1, Math.floor((this.step * own) / this.steps));
+  }
+
+  // The names of the units of a field: the channels of an input, the classes of an output; null where it has none.
+  namesOf(place, field) {
+    if (place.kind !== "cell") return this.shownNames(place.node.names);
+    return field === "x" && place.lowest ? this.namesFrom(place.node.sources[0]) : null;
+  }
+
+  // The names of the features of an input or a node.
+  namesFrom(name) {
+    const { inputs, nodes } = this.description;
+    return this.shownNames([...inputs, ...nodes].find((one) => one.name === name)?.names ?? null);
+  }
+
+  shownNames(names) {
+    return names === null || this.description.answer.task !== "text" ? names : names.map(visible);
+  }
+
+  // "unit 3", or the feature's name.
+  unitTitle(place, field, unit) {
+    return this.namesOf(place, field)?.[unit] ?? `unit ${this.unitNumber(place, field, unit)}`;
+  }
+
+  // The step and the unit where h changes most: the page opens there. The start is left out, where each state leaves its
+  // initial value: the first eighth of the steps that aren't masked.
+  async opening() {
+    const { place } = this;
+    if (place?.kind !== "cell") return { step: 0, unit: 0 };
+    const plane = await this.traced(place, "h");
+    const mask = await this.mask(place);
+    const used = Array.from({ length: plane.steps }, (_, step) => step).filter((step) => mask === null || mask[step]);
+    if (place.cell.reverse) used.reverse();
+    let found = { step: used[0] ?? 0, unit: 0 };
+    let most = 0;
+    for (let n = Math.max(1, Math.ceil(used.length / 8)); n < used.length; n += 1) {
+      let all = 0;
+      let largest = -1;
+      let unit = 0;
+      for (let k = 0; k < plane.units; k += 1) {
+        const change = Math.abs(plane.at(k, used[n]) - plane.at(k, used[n - 1]));
+        if (!Number.isFinite(change)) continue;
+        all += change * change;
+        if (change > largest) [largest, unit] = [change, k];
+      }
+      if (all > most) {
+        most = all;
+        found = { step: used[n], unit };
+      }
+    }
+    if (plane.steps !== this.steps) found.step = Math.floor((found.step * this.steps) / plane.steps);
+    return found;
   }
 
   // The number of a unit in its layer: a trace may cover only some of them.
