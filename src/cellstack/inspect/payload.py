@@ -47,11 +47,11 @@ def named(network: Network) -> Named:
         targets, quantiles = tuple(recipe.get("targets", ())), tuple(recipe.get("quantiles", ()))
         outputs = tuple(f"{target}, quantile {level:g}" for target in targets for level in quantiles)
         return Named(task, channels, outputs, targets, quantiles)
-    if task == "text":
-        characters = metadata.get("characters")
+    characters = metadata.get("characters")
+    if task == "text" or isinstance(characters, (str, list)):
         bytes_ = [chr(byte) if 32 <= byte < 127 else f"{byte:02x}" for byte in range(256)]
-        alphabet = tuple(characters if isinstance(characters, list) else bytes_)
-        return Named(task, alphabet, alphabet)
+        alphabet = tuple(characters if isinstance(characters, (str, list)) else bytes_)
+        return Named("text", alphabet, alphabet)
     return Named(None, channels)
 
 
