@@ -8,7 +8,7 @@ import { MEANINGS } from "./view.js";
 const MOST_TERMS = 12; // terms of a sum shown one by one; the rest is one line
 const MOST_UNITS = 12; // in the table
 const MOST_INPUTS = 24;
-const NARROW = 560; // below this width, the drawing is narrower, with shorter numbers
+const NARROW = 640; // with less space, in CSS pixels, the drawing is narrower, with shorter numbers
 const NARROWER = 0.68;
 const NAMES = { lstm: "LSTM", gru: "GRU", rnn: "SimpleRNN" };
 
@@ -75,13 +75,8 @@ export class CellView {
     this.wires = svg("svg", { class: "wires", role: "group" });
     this.numbers = make("div", { class: "numbers" });
     this.note = make("p", { class: "note" });
-    this.element = make(
-      "div",
-      {},
-      this.title,
-      this.note,
-      make("div", { class: "cellview" }, make("div", { class: "scroll" }, this.wires), this.numbers),
-    );
+    this.body = make("div", { class: "cellview" }, make("div", { class: "scroll" }, this.wires), this.numbers);
+    this.element = make("div", {}, this.title, this.note, this.body);
     this.open = false;
     this.built = null;
     this.asked = 0;
@@ -119,7 +114,8 @@ export class CellView {
   build(place, unit) {
     const { cell } = place;
     const first = Math.max(0, Math.min(unit - MOST_UNITS / 2, cell.units.length - MOST_UNITS));
-    this.narrow = this.element.clientWidth < NARROW;
+    const parts = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;
+    this.narrow = this.element.clientWidth / parts < NARROW;
     const key = `${place.key} ${first} ${this.narrow}`;
     if (this.built?.key === key) return;
     this.pop.hide();
@@ -184,7 +180,7 @@ export class CellView {
       return number;
     });
     const names = this.view.namesOf(place, "x");
-    const titled = xs.map((number, n) => (names === null ? number : make("span", { class: "titled" }, make("span", {}, names[n]), number)));
+    const titled = xs.map((number, n) => (names === null ? number : make("span", { class: "titled", title: names[n] }, make("span", {}, names[n]), number)));
     replaceChildren(
       this.numbers,
       make(

@@ -10,6 +10,7 @@ import { Wave } from "./wave.js";
 const LEAST_HALF = 2 ** -24; // above 0, of a float16
 const MOST_HIGH = 440; // height of the map, at most
 const ROW = 30; // height of a unit's row, at most
+const LETTER = 7.4; // width of one in a table, about
 const WIDEST = 150; // margin for names, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "similarity"]];
 
@@ -521,19 +522,22 @@ export class HeatMap {
     );
   }
 
-  // The visible part as a table, at most 12 units and 12 steps.
+  // The visible part as a table: at most 12 units, and 12 steps or as many as fit.
   fillTable() {
     const { view, plane } = this;
     if (!this.behind.open || plane === null) return;
-    const first = Math.max(0, Math.min(view.step - 5, view.steps - 12));
-    const steps = Array.from({ length: Math.min(12, view.steps) }, (_, n) => first + n);
+    const headOf = (step) => view.labels.full(view.row, step).slice("step ".length);
+    const widest = Math.max(9, ...Array.from({ length: view.steps }, (_, n) => headOf(n).length).slice(0, 1000));
+    const most = Math.max(2, Math.min(12, Math.floor((this.body.clientWidth - Math.max(view.left, 76) - 20) / (16 + LETTER * widest))));
+    const first = Math.max(0, Math.min(view.step - Math.floor(most / 2), view.steps - most));
+    const steps = Array.from({ length: Math.min(most, view.steps) }, (_, n) => first + n);
     const top = Math.max(0, Math.min((this.rowOf[view.unit] ?? 0) - 5, plane.units - 12));
     const rows = Array.from({ length: Math.min(12, plane.units) }, (_, n) => this.positions[top + n]);
     const caption = `${view.field} of ${view.place.title}: ${plural(rows.length, "unit")} and ${plural(steps.length, "step")} around the cursor`;
     replaceChildren(
       this.body,
       table(
-        ["unit", ...steps.map((step) => view.labels.full(view.row, step))],
+        ["unit, step", ...steps.map(headOf)],
         rows.map((unit) => [
           this.names?.[unit] ?? String(view.unitNumber(view.place, view.field, unit)),
           ...steps.map((step) => shown(plane.at(unit, Math.min(plane.steps - 1, Math.floor(step * this.stretch))), 4)),

@@ -99,7 +99,7 @@ tbody th, thead th:first-child { text-align: left; }
 .chart.dragged { height: 120px; cursor: ns-resize; touch-action: none; margin: 0 0 8px; }
 .tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
-.cellview { display: grid; grid-template-columns: minmax(560px, 1fr) minmax(0, auto); gap: 16px 28px; align-items: start; }
+.cellview { display: grid; grid-template-columns: minmax(440px, 1fr) minmax(0, auto); gap: 16px 28px; align-items: start; }
 .port.small .value { font-size: 12px; font-weight: 500; }
 .wires { display: block; width: 100%; min-width: 560px; max-width: 880px; height: auto; }
 .wires.narrow { min-width: 0; }
@@ -134,10 +134,11 @@ tbody th, thead th:first-child { text-align: left; }
 .steptable th:first-child { position: sticky; left: 0; background: var(--ground); }
 .number { min-height: 28px; min-width: 60px; padding: 2px 6px; border-radius: 6px; background: var(--fill, transparent); color: var(--on, inherit); border-color: var(--grid); text-align: right; cursor: help; font-variant-numeric: tabular-nums; }
 .steptable tr.chosen th .plain { font-weight: 700; color: var(--ink); }
-.inputs { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: end; margin-top: 10px; color: var(--muted); }
+.inputs { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: end; margin-top: 10px; width: 0; min-width: 100%; color: var(--muted); }
 .inputs .number { color: var(--ink); }
-.titled { display: inline-flex; flex-direction: column; font-size: 12px; max-width: 160px; }
-.titled span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.titled { display: inline-flex; flex-direction: column; font-size: 12px; max-width: 200px; }
+.weights .field { width: 116px; }
+.titled span, .weights .field span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .titled .number { font-size: 13px; }
 .popover { position: absolute; z-index: 20; max-width: min(430px, calc(100vw - 16px)); max-height: 70vh; overflow: auto; background: var(--ground); color: var(--ink); border: 1px solid var(--edge); border-radius: 10px; padding: 10px 12px; box-shadow: 0 8px 30px rgba(0, 0, 0, 0.25); font-size: 13px; }
 .popover .result { font-weight: 650; }

@@ -327,7 +327,7 @@ export class WhatIf {
     replaceChildren(
       this.weights,
       make("p", { class: "note" }, `Into ${gate} of unit ${unit} of ${place.title}${entries.length > some.length ? `, the first ${some.length} of ${entries.length}` : ""}:`),
-      make("div", { class: "buttons" }, ...some.map((entry, n) => make("label", { class: "field" }, make("span", {}, entry.title), boxes[n]))),
+      make("div", { class: "buttons" }, ...some.map((entry, n) => make("label", { class: "field", title: entry.title }, make("span", {}, entry.title), boxes[n]))),
     );
   }
 
