@@ -11,7 +11,7 @@ import pytest
 
 from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
 from cellstack.inspect import contents, html
-from cellstack.nodes import Embedding, Merge
+from cellstack.nodes import Embedding, Merge, Select, Standardise
 
 PAGE = Path(html.__file__).parent / "page"
 
@@ -155,6 +155,233 @@ def test_the_joined_text_is_one_module_without_a_tag_or_an_address():
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
 
 
+# ── names, and the prediction ─────────────────────────────────────────────────────────────────────────────────────────
+
+CHANNELS, CLASSES = ["temperature", "visits per hour", "rain"], ["calm", "lively", "closed early"]
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def make_classifier(rng, **metadata):
+    """A network as training makes it: it takes raw channels, and gives a probability of each class."""
+    first = Standardise(np.array([20.0, 50.0, 0.5]), np.array([5.0, 10.0, 0.5]))
+    nodes = [
+        first,
+        Recurrent((make_cell(rng, 3, 4),)),
+        GlobalPool("mean"),
+        Dense(rng.normal(size=(4, 3)), None, "softmax"),
+    ]
+    return Network(nodes, ["standardise", "layer_0", "pool", "head"], metadata)
+
+
+def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
+    net = make_classifier(rng, task="classify", labels=CLASSES, columns=CHANNELS, observed=[])
+    x = rng.normal(size=(2, 10, 3)) * [5, 10, 0.5] + [20, 50, 0.5]
+    screen = open_page(net.trace(x))
+    page = screen.page
+    assert page.locator(".inputs .titled > span").all_inner_texts() == CHANNELS
+    page.locator('.port[data-field="f"]').hover()
+    rows = [line.split("\t")[0] for line in page.locator(".popover tr").all_inner_texts()]
+    assert rows[:4] == [*CHANNELS, "sum"]
+    page.locator('.port[data-field="x"]').hover()
+    assert "visits per hour = " in screen.text(".popover")
+    screen.tab("whatif")
+    page.get_by_label("Weight of temperature into").wait_for()
+    assert page.get_by_role("slider", name="visits per hour").count() == 1
+    assert page.locator(".outcome tbody th").all_inner_texts() == CLASSES
+    screen.tab("gradient")
+    page.locator("#panel-gradient tbody tr").first.wait_for()
+    options = [
+        page.locator("#panel-gradient").get_by_label(label, exact=True).locator("option").all_inner_texts()
+        for label in ("Output unit", "Feature")
+    ]
+    assert options == [CLASSES, ["all, their norm", *CHANNELS]]
+    assert "output calm" in screen.text("#panel-gradient h3")
+    screen.choose("Layer", "input x")
+    screen.looked_at(unit=1, step=3)
+    assert screen.text(".readout").startswith("step 3 · visits per hour · x = ")
+    page.locator(".map summary").click()
+    assert page.locator(".map .behind tbody th").all_inner_texts() == CHANNELS
+    left = page.evaluate("document.getElementById('page').ready.then(({ view }) => view.left)")
+    assert left > 44  # wide enough for the names
+    box = page.locator(".stack").bounding_box()
+    page.mouse.click(box["x"] + left + 0.5 * (box["width"] - left - 6) / 10, box["y"] + 5)
+    screen.settle()
+    assert screen.text(".readout").startswith("step 0 · temperature · x = ")
+
+
+def test_the_predicted_class_its_probability_and_the_true_class(open_page, rng):
+    net = make_classifier(rng, task="classify", labels=CLASSES, columns=CHANNELS)
+    x = rng.normal(size=(2, 10, 3)) * [5, 10, 0.5] + [20, 50, 0.5]
+    t = net.trace(x)
+    screen = open_page(t, truth=["lively", "calm"])
+    for row, true in enumerate(("lively", "calm")):
+        screen.choose("Row", str(row))
+        said, p = screen.text(".answer"), t.y[row]
+        order = np.argsort(-p)
+        assert said.startswith(f"Row {row}: predicted {CLASSES[order[0]]}, probability ")
+        assert numbers_in(said)[1:] == [round(float(p[n]), 3) for n in order]
+        assert said.endswith(f"; true: {true}")
+    screen.tab("whatif")
+    screen.page.get_by_role("slider", name="temperature").evaluate(
+        "(slider) => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }"
+    )
+    screen.page.locator(".answer", has_text="after the changes").wait_for()
+    changed = x[1:].copy()
+    changed[0, 0, 0] = float(screen.page.get_by_role("slider", name="temperature").input_value())
+    p = net.run(changed)[0][0]
+    after = numbers_in(screen.text(".answer").split("after the changes")[1])
+    assert after == [round(float(value), 3) for value in sorted(p)[::-1]]
+
+
+def test_a_class_at_each_step_a_number_and_a_character(open_page, rng):
+    nodes = [Recurrent((make_cell(rng, 3, 4),)), Dense(rng.normal(size=(4, 3)), None, "softmax")]
+    t = Network(nodes, metadata={"task": "classify", "labels": [1, 2, 5], "columns": []}).trace(
+        rng.normal(size=(1, 6, 3))
+    )
+    screen = open_page(t, truth=[[1, 1, 2, 2, 5, 5]])
+    screen.looked_at(step=4)
+    best = [1, 2, 5][int(t.y[0, 4].argmax())]
+    assert screen.text(".answer").startswith(f"Step 4: predicted {best}, probability ")
+    assert screen.text(".answer").endswith("; true: 5")
+    text = {"characters": "a b"}
+    t = Network(nodes, metadata=text).trace(rng.normal(size=(1, 6, 3)))
+    screen = open_page(t, labels="ab aab")
+    screen.looked_at(step=1)
+    best = "a␣b"[int(t.y[0, 1].argmax())]
+    assert screen.text(".answer").startswith(f"Step 1 “b”: next character “{best}”, probability ")
+    assert screen.text(".answer").endswith("; true: “␣”")
+    table = {"task": "regress", "labels": [], "table": {"label": "load in kW"}}
+    nodes = [Recurrent((make_cell(rng, 3, 4),), return_sequences=False), Dense(rng.normal(size=(4, 1)))]
+    t = Network(nodes, metadata=table).trace(rng.normal(size=(2, 6, 3)))
+    screen = open_page(t, truth=[3.5, float("nan")])
+    said = screen.text(".answer")
+    assert said.startswith("Row 0: predicted load in kW: ")
+    assert said.endswith("; true: 3.5")
+    assert close(numbers_in(said)[1], t.y[0, 0], 5)
+    screen.choose("Row", "1")
+    assert "true" not in screen.text(".answer")
+
+
+def test_a_forecast_in_its_units_at_the_steps_of_the_horizon(open_page, rng):
+    recipe = {"targets": ["sales"], "quantiles": [0.1, 0.5, 0.9]}
+    nodes = [Recurrent((make_cell(rng, 3, 4),)), Select(-4), Dense(rng.normal(size=(4, 3)))]
+    net = Network(nodes, ["layer", "ahead", "head"], {"task": "forecast", "recipe": recipe})
+    t = net.trace(rng.normal(size=(1, 10, 3)))
+    days = np.arange("2024-02-25", "2024-03-06", dtype="datetime64[D]").astype("datetime64[s]")
+    offset = 100.0 + np.arange(4)[:, None]
+    screen = open_page(t, labels=days, rescale=(7.0, offset), names={"x": ["sales", "price", "holiday"]})
+    for step, at in ((0, 0), (6, 0), (8, 2)):
+        screen.looked_at(step=step)
+        said = screen.text(".answer")
+        assert said.startswith(f"Step {6 + at} ({days[6 + at].astype('datetime64[D]')}): forecast of sales: ")
+        low, middle, high = sorted(t.y[0, at] * 7.0 + 100.0 + at)
+        found = numbers_in(said.split("sales: ")[1])
+        assert [close(found[n], value, 5) for n, value in ((0, middle), (2, low), (4, high))] == [True] * 3
+
+
+def test_names_that_do_not_fit_are_refused(net, x, tmp_path):
+    t = net.trace(x)
+    with pytest.raises(ValueError, match=r"expected 3 names for x, got \['a'\]"):
+        t.save_html(tmp_path / "a.html", names={"x": ["a"]})
+    with pytest.raises(ValueError, match="expected names of x, lower, upper, head, got 'y'"):
+        t.save_html(tmp_path / "a.html", names={"y": ["a"]})
+    with pytest.raises(ValueError, match="expected truth to be a list of 2, one for each row"):
+        t.save_html(tmp_path / "a.html", truth=[1])
+    with pytest.raises(ValueError, match=r"expected rescale as \(scale, offset\) for \[2, 10, 2\]"):
+        t.save_html(tmp_path / "a.html", rescale=(np.ones(3), 0.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── where it opens, and how it fits ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_it_opens_where_h_changes_most(open_page, rng, reverse):
+    x = rng.normal(size=(2, 30, 3)) * 0.05
+    x[0, 17, 1] = 6.0
+    x[0, 26] = 50.0  # masked
+    mask = np.ones((2, 30), bool)
+    mask[0, 24:] = False
+    cell = make_cell(rng, 3, 4)
+    t = Network([Recurrent((cell,), go_backwards=reverse)]).trace(x, mask=mask)
+    screen = open_page(t, first=False)
+    h = t["layer_0"].h[0]
+    change = abs(np.diff(h[:24], axis=0)) if not reverse else abs(np.diff(h[23::-1], axis=0))
+    step, unit = screen.page.evaluate(
+        "document.getElementById('page').ready.then(({ view }) => [view.step, view.unit])"
+    )
+    norms = (change**2).sum(axis=1)
+    at = 3 + int(norms[2:].argmax())  # the first eighth is left out
+    assert step == (at if not reverse else 23 - at)
+    assert unit == change[at - 1].argmax()
+    assert f"unit {unit}, step {step}" in screen.text("#panel-cell h3")
+
+
+def lone_controls(screen):
+    """The controls above the map that have a line for themselves, though others precede them."""
+    return screen.page.locator(".map .toolbar").evaluate(
+        """(bar) => {
+            const shown = [...bar.querySelectorAll(".field, .choice")].filter((one) => one.checkVisibility());
+            const lines = new Map();
+            for (const one of shown) {
+                const line = Math.round(one.getBoundingClientRect().bottom / 8);
+                lines.set(line, [...(lines.get(line) ?? []), one.innerText]);
+            }
+            return [...lines.values()].slice(1).filter((line) => line.length === 1).map(([text]) => text);
+        }"""
+    )
+
+
+CUT_COLUMNS = """() => [...document.getElementById("page").shadowRoot.querySelectorAll(".scroll, .behind, .tabs")]
+    .filter((one) => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1)
+    .map((one) => `${one.className}: ${one.scrollWidth} in ${one.clientWidth}`)"""
+
+
+def test_everything_fits_into_1280_pixels(open_page, rng):
+    lower = make_cell(rng, 12, 48)
+    lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # small weights have long numbers: -0.001234
+    net = Network(
+        [Recurrent((lower, make_cell(rng, 48, 48))), Dense(rng.normal(size=(48, 2)))], ["recurrent_1", "head"]
+    )
+    days = np.arange("2024-02-25T12", "2024-03-16T12", 24, dtype="datetime64[h]")
+    screen = open_page(net.trace(rng.normal(size=(2, 20, 12)) / 50), width=1280, labels=days, first=False)
+    assert lone_controls(screen) == []
+    screen.page.locator(".map summary").click()
+    for tab in ("cell", "unit", "text", "memory", "gradient", "match", "playground"):
+        screen.tab(tab)
+        screen.settle()
+        assert screen.page.evaluate(CUT_COLUMNS) == [], tab
+    screen.tab("whatif")
+    screen.page.get_by_role("slider", name="x 0").evaluate(
+        "(slider) => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }"
+    )
+    screen.page.get_by_role("combobox", name="Show", exact=True).wait_for()
+    assert lone_controls(screen) == []
+
+
+def test_the_input_row_and_the_wires_are_in_reach_at_390_pixels(open_page, rng):
+    layers = [Recurrent((make_cell(rng, 3, 3),)) for _ in range(24)]
+    screen = open_page(Network(layers).trace(rng.normal(size=(2, 10, 3))), width=390, height=800, touch=True)
+    inside = """(one) => {
+        const [own, box] = [one.getBoundingClientRect(), one.closest(".scroll").getBoundingClientRect()];
+        return own.left >= box.left - 1 && own.right <= box.right + 1 && own.top >= box.top - 1 && own.bottom <= box.bottom + 1;
+    }"""
+    assert screen.page.locator(".network .rowname", has_text="x").last.evaluate(inside)
+    assert screen.page.locator(".network .stepname.now").evaluate(inside)
+    for port in ("c_prev", "h_prev", "x", "f", "i", "g", "o", "c", "h"):
+        assert screen.page.locator(f'.port[data-field="{port}"]').evaluate(inside), port
+    assert lone_controls(screen) == [screen.text(".map .toolbar .choice")]  # seven buttons have their own line
+    texts = screen.page.locator(".port .value").evaluate_all(
+        """(all) => all.filter((one) => one.getBBox().width > one.closest(".port").querySelector("rect").getBBox().width)
+            .map((one) => one.textContent)"""
+    )
+    assert texts == []
+
+
 # ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -264,7 +491,8 @@ def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
     screen.settle()
     rows = [line.split("\t") for line in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
-    assert close(parsed(rows[2][4]), t["lower"].o[0, 3, 2])
+    at = screen.page.locator(".map .behind thead th").all_inner_texts().index("9")
+    assert close(parsed(rows[2][at]), t["lower"].o[0, 9, 2])
 
 
 def colour_at(screen, step, unit, of):

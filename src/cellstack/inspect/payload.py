@@ -50,7 +50,7 @@ def named(network: Network) -> Named:
     characters = metadata.get("characters")
     if task == "text" or isinstance(characters, (str, list)):
         bytes_ = [chr(byte) if 32 <= byte < 127 else f"{byte:02x}" for byte in range(256)]
-        alphabet = tuple(characters if isinstance(characters, (str, list)) else bytes_)
+        alphabet = tuple(map(str, characters if isinstance(characters, (str, list)) else bytes_))
         return Named("text", alphabet, alphabet)
     return Named(None, channels)
 

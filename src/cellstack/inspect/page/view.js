@@ -160,22 +160,20 @@ export class View {
     const mask = await this.mask(place);
     const used = Array.from({ length: plane.steps }, (_, step) => step).filter((step) => mask === null || mask[step]);
     if (place.cell.reverse) used.reverse();
-    let found = { step: used[0] ?? 0, unit: 0 };
-    let most = 0;
-    for (let n = Math.max(1, Math.ceil(used.length / 8)); n < used.length; n += 1) {
-      let all = 0;
-      let largest = -1;
-      let unit = 0;
-      for (let k = 0; k < plane.units; k += 1) {
-        const change = Math.abs(plane.at(k, used[n]) - plane.at(k, used[n - 1]));
-        if (!Number.isFinite(change)) continue;
-        all += change * change;
-        if (change > largest) [largest, unit] = [change, k];
+    const start = Math.max(1, Math.ceil(used.length / 8));
+    const changes = new Float64Array(used.length); // of all units together, squared
+    for (let unit = 0; unit < plane.units; unit += 1) {
+      const line = plane.line(unit);
+      for (let n = start; n < used.length; n += 1) {
+        const change = line[used[n]] - line[used[n - 1]];
+        if (Number.isFinite(change)) changes[n] += change * change;
       }
-      if (all > most) {
-        most = all;
-        found = { step: used[n], unit };
-      }
+    }
+    const at = changes.reduce((best, change, n) => (change > changes[best] ? n : best), 0);
+    const found = { step: used[at] ?? 0, unit: 0 };
+    if (at > 0) {
+      const sizes = Array.from({ length: plane.units }, (_, unit) => Math.abs(plane.at(unit, used[at]) - plane.at(unit, used[at - 1])));
+      found.unit = sizes.reduce((best, size, unit) => (size > sizes[best] || !Number.isFinite(sizes[best]) ? unit : best), 0);
     }
     if (plane.steps !== this.steps) found.step = Math.floor((found.step * this.steps) / plane.steps);
     return found;
