@@ -283,14 +283,22 @@ def test_a_forecast_in_its_units_at_the_steps_of_the_horizon(open_page, rng):
         assert [close(found[n], value, 5) for n, value in ((0, middle), (2, low), (4, high))] == [True] * 3
 
 
+def test_rows_have_their_ids(open_page, net, x):
+    screen = open_page(net.trace(x), names={"head": ["up", "down"]}, ids=["customer 17", ""])
+    choices = screen.page.get_by_role("combobox", name="Row", exact=True).locator("option").all_inner_texts()
+    assert choices == ["0 (customer 17)", "1"]
+    assert screen.text(".answer").startswith("Row 0 (customer 17), step 0: predicted up: ")
+
+
 def test_names_that_do_not_fit_are_refused(net, x, tmp_path):
     t = net.trace(x)
     with pytest.raises(ValueError, match=r"expected 3 names for x, got \['a'\]"):
         t.save_html(tmp_path / "a.html", names={"x": ["a"]})
     with pytest.raises(ValueError, match="expected names of x, lower, upper, head, got 'y'"):
         t.save_html(tmp_path / "a.html", names={"y": ["a"]})
-    with pytest.raises(ValueError, match="expected truth to be a list of 2, one for each row"):
-        t.save_html(tmp_path / "a.html", truth=[1])
+    for name in ("truth", "ids"):
+        with pytest.raises(ValueError, match=f"expected {name} to be a list of 2, one for each row, got 'ab'"):
+            t.save_html(tmp_path / "a.html", **{name: "ab"})
     with pytest.raises(ValueError, match=r"expected rescale as \(scale, offset\) for \[2, 10, 2\]"):
         t.save_html(tmp_path / "a.html", rescale=(np.ones(3), 0.0))
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".ts", ".tsv", ".txt", ".wav")
 
 class Sample(NamedTuple):
     """The input of a run, and what the page shows with it: labels of the steps, sound, a line about the input, and
-    `names`, `truth` and `rescale` of `save_html`.
+    `names`, `truth`, `rescale` and `ids` of `save_html`.
     """
 
     x: Any
@@ -101,7 +101,7 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     forecasts = net.metadata["task"] == "forecast"
     if forecasts and Path(path).suffix.lower() not in TABLES:
         raise UsageError(f"{path}: expected a table ({', '.join(TABLES)}), because the model forecasts")
-    labels, meaning = None, {}
+    labels, meaning = None, dict[str, Any]()
     if forecasts:
         recipe, inputs = forecast.trained(net, model)
         table = read_table(path, **forecast.reading(net, model))
@@ -113,7 +113,8 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
         names = [*windows.names, *(f"{windows.names[n]}, observed" for n in inputs.observed)]
         every = len(recipe.quantiles)  # the output has the quantiles of each target
         scale, offset = windows.units(some).unit[:, None].repeat(every, -1), windows.reference(some).repeat(every, -1)
-        meaning = {"names": {net.inputs[0]: names}, "rescale": (scale, offset)}
+        ids = [table.ids[series] for series in windows.series[some]]
+        meaning = {"names": {net.inputs[0]: names}, "rescale": (scale, offset), "ids": ids}
         if table.times is not None and count == 1:
             times = extended_times(table, recipe.horizon)
             labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]
@@ -124,7 +125,9 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
             raise UsageError(f"{path}: expected {len(task.inputs.mean)} channels, found {data.channels}")
         examples, count, inputs = Labelled(data), min(rows, len(data.x)), task.inputs
         if data.y is not None:
-            meaning = {"truth": [_true(data, number) for number in range(count)]}
+            meaning["truth"] = [_true(data, number) for number in range(count)]
+        if data.ids:
+            meaning["ids"] = data.ids[:count]
         text = f"{count} of {len(data.x)} sequences of {path}"
     each = [inputs(examples.fetch(np.array([number])).x) for number in range(count)]
     steps = max(x.shape[1] for x, _ in each)

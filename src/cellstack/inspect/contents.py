@@ -116,12 +116,13 @@ def payload(
     names: Mapping[str, Any] | None = None,
     truth: Any = None,
     rescale: tuple[Any, Any] | None = None,
+    ids: Any = None,
 ) -> Payload:
     """Return the contents of a trace's page: see `NetworkTrace.save_html`.
 
     Args:
         t: the trace.
-        labels, audio, title, rows, names, truth, rescale: see there.
+        labels, audio, title, rows, names, truth, rescale, ids: see there.
         packed: whether the arrays are compressed.
 
     Raises:
@@ -181,6 +182,7 @@ def payload(
         "title": title if title is not None else f"A trace of {len(numbers)} step{'s' * (len(numbers) != 1)}",
         "rows": count,
         "row_numbers": [int(number) for number in taken],
+        "row_ids": None if ids is None else [str(_each_row(t, "ids", ids)[row]) for row in taken],
         "steps": [int(number) for number in numbers],
         "labels": _labels(labels, len(numbers), count),
         "audio": None if audio is None else _audio(audio, arrays),
@@ -380,9 +382,6 @@ def _features(t: NetworkTrace, given: Mapping[str, Any] | None) -> dict[str, lis
 def _answer(t: NetworkTrace, taken: Array, truth: Any, rescale: tuple[Any, Any] | None, arrays: Arrays) -> Any:
     """Return what the network predicts: its task, the names of its targets, the true values, the targets' units."""
     own = named(t.network)
-    rows = len(t.y[0] if isinstance(t.y, tuple) else t.y)
-    if truth is not None and (isinstance(truth, str) or len(truth) != rows):
-        raise ValueError(f"save_html: expected truth to be a list of {rows}, one for each row, got {truth!r:.80}")
     scaled = None
     if rescale is not None:
         shape = np.shape(t.y)
@@ -397,9 +396,17 @@ def _answer(t: NetworkTrace, taken: Array, truth: Any, rescale: tuple[Any, Any] 
         "task": own.task,
         "targets": list(own.targets),
         "quantiles": list(own.quantiles),
-        "truth": None if truth is None else [_plain(truth[row]) for row in taken],
+        "truth": None if truth is None else [_plain(_each_row(t, "truth", truth)[row]) for row in taken],
         "rescale": scaled,
     }
+
+
+def _each_row(t: NetworkTrace, name: str, given: Any) -> Any:
+    """Return what was given for each row of a trace; `ValueError` if it is something else."""
+    rows = len(t.y[0] if isinstance(t.y, tuple) else t.y)
+    if isinstance(given, str) or len(given) != rows:
+        raise ValueError(f"save_html: expected {name} to be a list of {rows}, one for each row, got {given!r:.80}")
+    return given
 
 
 def _plain(value: Any) -> Any:

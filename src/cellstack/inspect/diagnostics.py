@@ -300,7 +300,9 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     if quarter >= LEAST_QUARTER:
         early, late = (float(part.mean()) for part in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
         drift = late / early if early else math.nan
-        figures["growth of the state (mean size in the last quarter of the run, relative to the second quarter)"] = drift
+        figures["growth of the state (mean size in the last quarter of the run, relative to the second quarter)"] = (
+            drift
+        )
         if drift > GROWN:
             grown = f"the state grows by a factor of {drift:.1f} from the second quarter of the run to the last"
             found.append((2, f"{grown}. Reset it, or clip c"))

@@ -391,6 +391,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         names: Mapping[str, Sequence[str]] | None = None,
         truth: Sequence[Any] | None = None,
         rescale: tuple[Any, Any] | None = None,
+        ids: Sequence[Any] | None = None,
     ) -> None:
         """Write an interactive page of the trace: one HTML file that works offline.
 
@@ -408,6 +409,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             names: the names of features, by the name of an input or a node: `{"x": columns, "head": classes}`; a
                 network that was trained here has those of its channels, classes and targets.
             truth: the true class or value of each row, or a list with one for each step; shown next to the prediction.
+            ids: the name of each row, such as a customer's.
             rescale: `(scale, offset)`, which broadcast to the output: `output·scale + offset` is the prediction in its
                 original units.
 
@@ -419,7 +421,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """
         from cellstack.inspect.html import save_html  # a page is made of a trace, not a trace of it
 
-        save_html(self, path, labels, audio, title, rows, names=names, truth=truth, rescale=rescale)
+        save_html(self, path, labels, audio, title, rows, names=names, truth=truth, rescale=rescale, ids=ids)
 
     def widget(
         self,
@@ -431,6 +433,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         names: Mapping[str, Sequence[str]] | None = None,
         truth: Sequence[Any] | None = None,
         rescale: tuple[Any, Any] | None = None,
+        ids: Sequence[Any] | None = None,
     ) -> Any:
         """Return the page of the trace as a widget for Jupyter, VS Code or marimo; arguments as in `save_html`.
 
@@ -442,7 +445,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """
         from cellstack.inspect.widget import widget  # as a page
 
-        return widget(self, labels, audio, title, rows, names=names, truth=truth, rescale=rescale)
+        return widget(self, labels, audio, title, rows, names=names, truth=truth, rescale=rescale, ids=ids)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         from cellstack.inspect.widget import mimebundle  # as a page

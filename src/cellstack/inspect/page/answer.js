@@ -43,7 +43,7 @@ export class Answer {
     const parts = this.said(inUnits(traced));
     if (after !== null) parts.push("; after the changes: ", ...this.said(inUnits(Float64Array.from(after.subarray(step * width, (step + 1) * width)))));
     const truth = this.truth(step);
-    const row = view.description.rows > 1 ? `Row ${view.description.row_numbers[view.row]}` : "";
+    const row = view.description.rows > 1 ? `Row ${view.rowTitle(view.row)}` : "";
     const at = node.timed ? view.labels.full(view.row, answer.task === "forecast" ? Math.max(view.step, view.steps - steps) : view.step) : "";
     const head = [row, at].filter((text) => text !== "").join(", ");
     replaceChildren(this.element, head ? `${head[0].toUpperCase()}${head.slice(1)}: ` : "", this.verb, ...parts, truth === null ? null : `; true: ${truth}`);

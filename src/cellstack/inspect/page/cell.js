@@ -237,9 +237,9 @@ export class CellView {
 
   // A number that fits into a box of the drawing.
   short(value) {
-    if (!this.narrow) return shown(value, 4);
-    const texts = [3, 2, 1].map((digits) => shown(value, digits));
-    return texts.find((text) => text.length <= 6) ?? texts[2];
+    const [digits, most] = this.narrow ? [[3, 2, 1], 6] : [[4, 3, 2, 1], 8];
+    const texts = digits.map((count) => shown(value, count));
+    return texts.find((text) => text.length <= most) ?? texts.at(-1);
   }
 
   listed(x) {

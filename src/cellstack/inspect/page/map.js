@@ -77,9 +77,9 @@ export class HeatMap {
       make(
         "div",
         { class: "toolbar" },
-        this.place.element,
+        make("div", { class: "together" }, this.place.element, this.rows.element),
         this.field.element,
-        make("div", { class: "together" }, this.order.element, this.rows.element, this.stepBox.element, this.unitBox.element, this.shows.element),
+        make("div", { class: "together" }, this.order.element, this.stepBox.element, this.unitBox.element, this.shows.element),
       ),
       this.about,
       this.wave.element,
@@ -100,7 +100,7 @@ export class HeatMap {
     const { view } = this;
     const { description } = view;
     setChoices(this.place.box, view.places.map((place) => [place.key, place.title]), view.place.key);
-    setChoices(this.rows.box, description.row_numbers.map((number, n) => [n, String(number)]), view.row);
+    setChoices(this.rows.box, description.row_numbers.map((_, n) => [n, view.rowTitle(n)]), view.row);
     this.rows.element.hidden = description.rows < 2;
     if (description.audio !== null) await this.wave.read();
     view.move(0, view.steps, this.plotWidth());

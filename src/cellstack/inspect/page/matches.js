@@ -141,7 +141,7 @@ export class Matches {
     );
     for (const item of this.list.children) {
       const [a, b, row] = others[Array.prototype.indexOf.call(this.list.children, item)];
-      item.firstChild.textContent = `${view.description.rows > 1 ? `row ${view.description.row_numbers[row]}, ` : ""}${b - a === 1 ? `step ${view.description.steps[a]}` : `steps ${view.description.steps[a]} to ${view.description.steps[b - 1]}`}`;
+      item.firstChild.textContent = `${view.description.rows > 1 ? `row ${view.rowTitle(row)}, ` : ""}${b - a === 1 ? `step ${view.description.steps[a]}` : `steps ${view.description.steps[a]} to ${view.description.steps[b - 1]}`}`;
     }
     view.set({ matches: [[from, to, view.row], ...others] });
   }

@@ -146,6 +146,12 @@ export class View {
     return names === null || this.description.answer.task !== "text" ? names : names.map(visible);
   }
 
+  // "0", or "0 (customer 17)".
+  rowTitle(row) {
+    const { row_numbers: numbers, row_ids: ids } = this.description;
+    return `${numbers[row]}${ids === null || ids[row] === "" ? "" : ` (${ids[row]})`}`;
+  }
+
   // "unit 3", or the feature's name.
   unitTitle(place, field, unit) {
     return this.namesOf(place, field)?.[unit] ?? `unit ${this.unitNumber(place, field, unit)}`;
