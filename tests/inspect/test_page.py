@@ -376,7 +376,8 @@ def test_the_input_row_and_the_wires_are_in_reach_at_390_pixels(open_page, rng):
     screen = open_page(Network(layers).trace(rng.normal(size=(2, 10, 3))), width=390, height=800, touch=True)
     inside = """(one) => {
         const [own, box] = [one.getBoundingClientRect(), one.closest(".scroll").getBoundingClientRect()];
-        return own.left >= box.left - 1 && own.right <= box.right + 1 && own.top >= box.top - 1 && own.bottom <= box.bottom + 1;
+        const across = own.left >= box.left - 1 && own.right <= box.right + 1;
+        return across && own.top >= box.top - 1 && own.bottom <= box.bottom + 1;
     }"""
     assert screen.page.locator(".network .rowname", has_text="x").last.evaluate(inside)
     assert screen.page.locator(".network .stepname.now").evaluate(inside)
@@ -384,8 +385,9 @@ def test_the_input_row_and_the_wires_are_in_reach_at_390_pixels(open_page, rng):
         assert screen.page.locator(f'.port[data-field="{port}"]').evaluate(inside), port
     assert lone_controls(screen) == [screen.text(".map .toolbar .choice")]  # seven buttons have their own line
     texts = screen.page.locator(".port .value").evaluate_all(
-        """(all) => all.filter((one) => one.getBBox().width > one.closest(".port").querySelector("rect").getBBox().width)
-            .map((one) => one.textContent)"""
+        """(all) => all.map((one) => [one, one.closest(".port").querySelector("rect")])
+            .filter(([text, box]) => text.getBBox().width > box.getBBox().width)
+            .map(([text]) => text.textContent)"""
     )
     assert texts == []
 
