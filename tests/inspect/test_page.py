@@ -281,6 +281,14 @@ def test_a_forecast_in_its_units_at_the_steps_of_the_horizon(open_page, rng):
         low, middle, high = sorted(t.y[0, at] * 7.0 + 100.0 + at)
         found = numbers_in(said.split("sales: ")[1])
         assert [close(found[n], value, 5) for n, value in ((0, middle), (2, low), (4, high))] == [True] * 3
+        screen.tab("whatif")
+        screen.settle()
+        rows = [line.split("\t") for line in screen.page.locator(".outcome tbody tr").all_inner_texts()]
+        assert [row[0] for row in rows] == [f"sales, quantile {q}" for q in (0.1, 0.5, 0.9)]
+        for row, value in zip(rows, t.y[0, at] * 7.0 + 100.0 + at, strict=True):
+            assert close(parsed(row[1]), value, 5)
+        assert screen.text(".outcome caption").startswith(f"At step {6 + at} ")
+        assert screen.page.locator("#panel-whatif").get_by_label("Output unit").input_value() == "1"  # the median
 
 
 def test_rows_have_their_ids(open_page, net, x):

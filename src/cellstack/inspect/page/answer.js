@@ -32,19 +32,17 @@ export class Answer {
     const { view, node } = this;
     const { answer } = view.description;
     const stored = await view.store.get(node.value);
-    const scaled = answer.rescale === null ? null : await Promise.all(answer.rescale.map((one) => view.store.get(one)));
+    const inUnits = await view.inUnits(node);
     if (asked !== this.asked) return;
     const [, width, steps] = node.timed ? stored.shape : [0, stored.shape[1], 1];
     const step = node.timed ? view.stepOfNode(node, steps) : 0;
     const traced = Float64Array.from({ length: width }, (_, k) => stored.data[view.row * width * steps + k * steps + step]);
     const after = view.shows === "trace" ? null : (view.result?.run.values[node.name]?.data ?? null);
-    const place = (view.row * steps + step) * width;
-    const inUnits = (values) => (scaled === null ? values : values.map((value, k) => value * scaled[0].data[place + k] + scaled[1].data[place + k]));
-    const parts = this.said(inUnits(traced));
-    if (after !== null) parts.push("; after the changes: ", ...this.said(inUnits(Float64Array.from(after.subarray(step * width, (step + 1) * width)))));
+    const parts = this.said(traced.map((value, k) => inUnits(value, step, k)));
+    if (after !== null) parts.push("; after the changes: ", ...this.said(Float64Array.from(after.subarray(step * width, (step + 1) * width), (value, k) => inUnits(value, step, k))));
     const truth = this.truth(step);
     const row = view.description.rows > 1 ? `Row ${view.rowTitle(view.row)}` : "";
-    const at = node.timed ? view.labels.full(view.row, answer.task === "forecast" ? Math.max(view.step, view.steps - steps) : view.step) : "";
+    const at = node.timed ? view.labels.full(view.row, view.runStep(node, steps)) : "";
     const head = [row, at].filter((text) => text !== "").join(", ");
     replaceChildren(this.element, head ? `${head[0].toUpperCase()}${head.slice(1)}: ` : "", this.verb, ...parts, truth === null ? null : `; true: ${truth}`);
   }
@@ -75,7 +73,7 @@ export class Answer {
     }
     const quoted = (name) => (answer.task === "text" ? `“${visible(name)}”` : name);
     const order = [...values.keys()].sort((a, b) => values[b] - values[a]);
-    const others = order.slice(1, 1 + MOST_OTHERS).map((k) => `${quoted(names[k])} ${chance(values[k])}`);
+    const others = order.slice(1, 1 + MOST_OTHERS).map((k) => `${quoted(names[k])}: ${chance(values[k])}`);
     return [strong(quoted(names[order[0]])), `, probability ${chance(values[order[0]])} (then ${others.join(", ")})`];
   }
 

@@ -77,12 +77,12 @@ export class Gradients {
       const shape = description.arrays[node.value.array].shape;
       const width = shape[1];
       const names = view.namesFrom(name);
-      setChoices(this.unit.box, Array.from({ length: width }, (_, n) => [n, names?.[n] ?? String(n)]), Number(this.unit.box.value) < width ? this.unit.box.value || 0 : 0);
+      setChoices(this.unit.box, Array.from({ length: width }, (_, n) => [n, names?.[n] ?? String(n)]), Number(this.unit.box.value || width) < width ? this.unit.box.value : view.firstUnit(node));
       this.unit.element.hidden = width < 2;
       const unit = Number(this.unit.box.value);
       const step = node.timed ? view.stepOfNode(node, shape[2]) : undefined;
       of = { value: name, row: 0, unit, ...(node.timed ? { step } : {}) };
-      what = `output ${names?.[unit] ?? `${name}[${unit}]`}${node.timed ? `, ${view.labels.full(view.row, view.step)}` : ""}`;
+      what = `output ${names?.[unit] ?? `${name}[${unit}]`}${node.timed ? `, ${view.labels.full(view.row, view.runStep(node, shape[2]))}` : ""}`;
     }
     this.title.textContent = `How much the input of each step affects ${what}`;
     this.said.textContent = "Computing …";

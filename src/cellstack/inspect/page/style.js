@@ -104,8 +104,8 @@ tbody th, thead th:first-child { text-align: left; }
 .wires { display: block; width: 100%; min-width: 560px; max-width: 880px; height: auto; }
 .wires.narrow { min-width: 0; }
 .wires.narrow .port .name { font-size: 14px; }
-.wires.narrow .port .value { font-size: 15px; }
-.wires.narrow .port.small .value { font-size: 14px; }
+.wires.narrow .port .value { font-size: 14px; }
+.wires.narrow .port.small .value { font-size: 13px; }
 .wire { fill: none; stroke: var(--muted); stroke-width: 1.6; }
 .head { fill: var(--muted); }
 .hull { fill: var(--raised); stroke: var(--edge); }
@@ -145,7 +145,7 @@ tbody th, thead th:first-child { text-align: left; }
 .popover .patched { color: var(--warn); }
 .popover .sum { margin: 4px 0 6px; width: 100%; }
 .popover .sum th, .popover .sum td { padding: 1px 6px; border: 0; }
-.popover .sum th { font-weight: 400; }
+.popover .sum th { font-weight: 400; white-space: normal; overflow-wrap: anywhere; }
 .popover .sum tr:last-child th, .popover .sum tr:last-child td { border-top: 1px solid var(--edge); font-weight: 650; }
 .text { line-height: 1.9; font-size: 15px; max-height: 420px; overflow: auto; border: 1px solid var(--grid); border-radius: 8px; padding: 10px 12px; overflow-wrap: anywhere; }
 .text span { padding: 2px 1px; border-radius: 2px; cursor: pointer; white-space: pre-wrap; }

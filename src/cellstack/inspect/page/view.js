@@ -126,8 +126,38 @@ export class View {
   // The step at the cursor of a node with `own` steps; the output of a forecast has only the last steps of the run.
   stepOfNode(node, own) {
     if (own === this.steps) return this.step;
-    if (this.description.answer.task === "forecast" && this.description.outputs.includes(node.name)) return Math.max(0, this.step - (this.steps - own));
+    if (this.forecasts(node)) return Math.max(0, this.step - (this.steps - own));
     return Math.min(own - 1, Math.floor((this.step * own) / this.steps));
+  }
+
+  // The run's step to which that step belongs.
+  runStep(node, own) {
+    return this.forecasts(node) ? Math.max(this.step, this.steps - own) : this.step;
+  }
+
+  // Whether a node's output is a forecast.
+  forecasts(node) {
+    const { answer, outputs } = this.description;
+    return answer.task === "forecast" && outputs.includes(node.name);
+  }
+
+  // The unit of an output to show first: the median of a forecast.
+  firstUnit(node) {
+    return this.forecasts(node) ? Math.max(0, this.description.answer.quantiles.indexOf(0.5)) : 0;
+  }
+
+  // A function of a value, its step and its unit, which returns the value of an output in its original units.
+  async inUnits(node) {
+    const { answer, outputs, arrays } = this.description;
+    if (answer.rescale === null || !outputs.includes(node.name)) return (value) => value;
+    const [scale, offset] = await Promise.all(answer.rescale.map((one) => this.store.get(one)));
+    const [rows, ...rest] = arrays[answer.rescale[0].array].shape;
+    const size = scale.data.length / rows;
+    const width = rest.at(-1);
+    return (value, step, unit) => {
+      const at = this.row * size + step * width + unit;
+      return value * scale.data[at] + offset.data[at];
+    };
   }
 
   // The names of the units of a field: the channels of an input, the classes of an output; null where it has none.
@@ -149,7 +179,7 @@ export class View {
   // "0", or "0 (customer 17)".
   rowTitle(row) {
     const { row_numbers: numbers, row_ids: ids } = this.description;
-    return `${numbers[row]}${ids === null || ids[row] === "" ? "" : ` (${ids[row]})`}`;
+    return `${numbers[row]}${ids === null || ["", String(numbers[row])].includes(ids[row]) ? "" : ` (${ids[row]})`}`;
   }
 
   // "unit 3", or the feature's name.

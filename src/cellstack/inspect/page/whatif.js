@@ -1,7 +1,7 @@
 // What if: change an input, patch a gate, reset the state, edit a weight; and see the result.
 
 import { countOf, sentenceOf } from "./changes.js";
-import { planeOf } from "./data.js";
+import { Plane, planeOf } from "./data.js";
 import { button, checkbox, make, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
 import { MEANINGS } from "./view.js";
@@ -351,18 +351,23 @@ export class WhatIf {
     const width = stored.shape[1];
     const names = view.namesFrom(name);
     const title = (k) => names?.[k] ?? `${name}[${k}]`;
-    if (this.outputUnit.box.options.length !== width || this.outputUnit.box.options[0].text !== title(0)) setChoices(this.outputUnit.box, Array.from({ length: width }, (_, n) => [n, title(n)]), 0);
+    if (this.outputUnit.box.options.length !== width || this.outputUnit.box.options[0].text !== title(0)) setChoices(this.outputUnit.box, Array.from({ length: width }, (_, n) => [n, title(n)]), view.firstUnit(node));
     this.outputUnit.element.hidden = width < 2 || !node.timed;
     const unit = Number(this.outputUnit.box.value || 0);
     const after = view.result?.run.values[name] ?? null;
     const step = node.timed ? view.stepOfNode(node, stored.shape[2]) : 0;
     const steps = node.timed ? stored.shape[2] : 1;
-    const before = (k) => stored.data[view.row * width * steps + k * steps + step];
-    const now = (k) => (after === null ? before(k) : after.data[step * width + k]);
+    const inUnits = await view.inUnits(node);
+    if (asked !== this.asked) return;
+    const traced = (k) => stored.data[view.row * width * steps + k * steps + step];
+    const computed = (k) => (after === null ? traced(k) : after.data[step * width + k]);
+    const before = (k) => inUnits(traced(k), step, k);
+    const now = (k) => inUnits(computed(k), step, k);
     this.chart.hidden = !node.timed;
     if (node.timed) {
       const place = view.places.find((one) => one.name === name && one.kind !== "input");
-      const planes = await this.outputPlanes(node, place, after);
+      const raw = await this.outputPlanes(node, place, after);
+      const planes = raw.map((plane) => plane && new Plane(Float64Array.from(plane.data, (value, n) => inUnits(value, n % plane.steps, Math.floor(n / plane.steps))), plane.units, plane.steps));
       if (asked !== this.asked) return;
       const stretch = planes[0].steps === view.steps ? 1 : planes[0].steps / view.steps;
       const colour = lineColour("y", view.theme);
@@ -370,12 +375,12 @@ export class WhatIf {
         ...(planes[1] === null ? [] : [{ plane: planes[1], unit, colour: view.colours.warm }]),
         { plane: planes[0], unit, colour: planes[1] === null ? colour : view.colours.muted, dash: planes[1] === null ? null : [4, 3] },
       ];
-      drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: Math.floor(view.step * stretch), range: view.range });
+      drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: step, range: view.range });
       this.chart.setAttribute("aria-label", `${title(unit)} over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
     }
-    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // ignore rounding
+    const change = (k) => (Math.abs(computed(k) - traced(k)) <= view.rounding ? 0 : now(k) - before(k)); // ignore rounding
     const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [title(k), shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
-    replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.step)}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
+    replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.runStep(node, steps))}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
     const said = [];
     if (changes.status) said.push(changes.status);
     else if (after !== null) said.push(`${countOf(changes)} changed; dashed: before.`);
