@@ -186,6 +186,7 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     page.locator('.port[data-field="f"]').hover()
     rows = [line.split("\t")[0] for line in page.locator(".popover tr").all_inner_texts()]
     assert rows[:4] == [*CHANNELS, "sum"]
+    assert page.locator(".popover").evaluate("(one) => one.scrollWidth - one.clientWidth") == 0
     page.locator('.port[data-field="x"]').hover()
     assert "visits per hour = " in screen.text(".popover")
     screen.tab("whatif")

@@ -289,7 +289,7 @@ export class CellView {
     const some = sorted.slice(0, MOST_TERMS);
     const rest = sorted.slice(MOST_TERMS).reduce((all, term) => all + term.product, 0);
     const row = (name, value, weight, product) =>
-      make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value), make("td", {}, weight), make("td", {}, product));
+      make("tr", {}, make("th", { scope: "row", title: name }, name), make("td", {}, value), make("td", {}, weight), make("td", {}, product));
     return [
       make(
         "table",

@@ -140,12 +140,12 @@ tbody th, thead th:first-child { text-align: left; }
 .weights .field { width: 116px; }
 .titled span, .weights .field span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .titled .number { font-size: 13px; }
-.popover { position: absolute; z-index: 20; max-width: min(430px, calc(100vw - 16px)); max-height: 70vh; overflow: auto; background: var(--ground); color: var(--ink); border: 1px solid var(--edge); border-radius: 10px; padding: 10px 12px; box-shadow: 0 8px 30px rgba(0, 0, 0, 0.25); font-size: 13px; }
+.popover { position: absolute; z-index: 20; max-width: min(500px, calc(100vw - 16px)); max-height: 70vh; overflow: auto; background: var(--ground); color: var(--ink); border: 1px solid var(--edge); border-radius: 10px; padding: 10px 12px; box-shadow: 0 8px 30px rgba(0, 0, 0, 0.25); font-size: 13px; }
 .popover .result { font-weight: 650; }
 .popover .patched { color: var(--warn); }
 .popover .sum { margin: 4px 0 6px; width: 100%; }
 .popover .sum th, .popover .sum td { padding: 1px 6px; border: 0; }
-.popover .sum th { font-weight: 400; white-space: normal; overflow-wrap: anywhere; }
+.popover .sum th { font-weight: 400; max-width: 180px; overflow: hidden; text-overflow: ellipsis; }
 .popover .sum tr:last-child th, .popover .sum tr:last-child td { border-top: 1px solid var(--edge); font-weight: 650; }
 .text { line-height: 1.9; font-size: 15px; max-height: 420px; overflow: auto; border: 1px solid var(--grid); border-radius: 8px; padding: 10px 12px; overflow-wrap: anywhere; }
 .text span { padding: 2px 1px; border-radius: 2px; cursor: pointer; white-space: pre-wrap; }
@@ -176,6 +176,11 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
   .stage { grid-template-columns: minmax(0, 1fr); gap: 14px; }
   .outcome { order: -1; }
   .card { padding: 12px; }
+}
+@media (max-width: 480px) {
+  .popover, .popover .sum { font-size: 12px; }
+  .popover .sum th, .popover .sum td { padding: 1px 4px; }
+  .popover .sum th { max-width: 82px; }
 }
 @media (prefers-reduced-motion: no-preference) { .tabs button { transition: color 0.15s, border-color 0.15s; } }
 @media print {
