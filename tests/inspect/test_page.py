@@ -182,6 +182,7 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     x = rng.normal(size=(2, 10, 3)) * [5, 10, 0.5] + [20, 50, 0.5]
     screen = open_page(net.trace(x))
     page = screen.page
+    page.locator(".inputs .titled").first.wait_for()
     assert page.locator(".inputs .titled > span").all_inner_texts() == CHANNELS
     page.locator('.port[data-field="f"]').hover()
     rows = [line.split("\t")[0] for line in page.locator(".popover tr").all_inner_texts()]
@@ -205,6 +206,7 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     screen.looked_at(unit=1, step=3)
     assert screen.text(".readout").startswith("step 3 · visits per hour · x = ")
     page.locator(".map summary").click()
+    page.locator(".map .behind tbody th").first.wait_for()
     assert page.locator(".map .behind tbody th").all_inner_texts() == CHANNELS
     left = page.evaluate("document.getElementById('page').ready.then(({ view }) => view.left)")
     assert left > 44  # wide enough for the names
