@@ -66,6 +66,7 @@ ONNX_TYPES = {
     "tensor(int32)": "int32",
 }
 Inputs = Mapping[str, Array]
+MODULE = "to compare with the model, pass the torch module instead of its file: cellstack.verify(net, module)"
 
 
 def named(states: Sequence[CellState]) -> dict[str, Array]:
@@ -173,7 +174,8 @@ def _by_us(net: Network, path: str, inputs: Inputs) -> Answers:
         other = safetensors.load(path)
         y, states = other.run(_by_name(other.inputs, list(inputs), list(inputs.values()), "inputs"))
     except FormatError as error:
-        raise CannotRunError(str(error)) from None
+        ordered = net.metadata.get("source", {}).get("order")
+        raise CannotRunError(MODULE if ordered else str(error)) from None
     except ValueError as error:
         raise CannotRunError(_says("the network in the file takes other inputs", error)) from None
     arrays = y if isinstance(y, tuple) else (y,)
@@ -523,7 +525,10 @@ def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
     weights = {f"{name}_l0" if re.search(r"_(ih|hh)$", name) else name: one for name, one in weights.items()}
     layers = [re.search(r"_l(\d+)(_reverse)?$", name) for name in weights]
     if len(weights) != len(tensors) or "weight_hh_l0" not in weights or len(inputs) != 1 or None in layers:
-        raise CannotRunError(f"expected the weights of one recurrent module, found {', '.join(tensors)[:200]}")
+        raise CannotRunError(
+            "torch can only run a state dict of one recurrent module, as it doesn't contain the model's forward; "
+            f"{MODULE} (found {', '.join(tensors)[:200]})"
+        )
     cell = net.cells[0].spec
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell.kind]
     flags = {"proj_size": cell.proj_size} if cell.kind == "lstm" else {}
