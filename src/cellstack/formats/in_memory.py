@@ -37,6 +37,7 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
         CannotRunError: the module raises an error, or returns too few tensors.
     """
     import torch
+    from torch.utils._pytree import tree_leaves
 
     weights = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
     like = {"device": weights[0].device, "dtype": weights[0].dtype} if weights else {}
@@ -56,13 +57,15 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
         except Exception as error:  # a module may raise anything
             text = " ".join(str(error).split())
             raise CannotRunError(f"the module raised {type(error).__name__}: {text[:300]}") from None
-    leaves = torch.utils._pytree.tree_leaves(returned)
+    leaves = tree_leaves(returned)
     found = [one.detach().cpu() for one in leaves if isinstance(one, torch.Tensor)]
     found = [one.float().numpy() if one.dtype == torch.bfloat16 else one.numpy() for one in found]
     states: dict[str, Array] = {}
     if isinstance(module, torch.nn.RNNBase) and len(found) > 1:  # each [layers, B, H]
         after, found = found[1:], found[:1]
-        pairs = ((number, name, array) for name, array in zip("hc", after, strict=False) for number in range(len(array)))
+        pairs = (
+            (number, name, array) for name, array in zip("hc", after, strict=False) for number in range(len(array))
+        )
         states = {f"cell {number} {name}": array[number] for number, name, array in pairs}
     noted = net.metadata.get("onnx", {}).get("outputs", {})  # of a network of `compile`
     places = [int(name[7:]) for name in noted if re.fullmatch(r"output_\d+", name)]

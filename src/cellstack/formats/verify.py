@@ -1,4 +1,4 @@
-"""Compares a network's outputs with those of a file's own runtime or a torch module, and with its own reduced-precision streams."""
+"""Compares a network's outputs with those of a file's own runtime, of a torch module, or of reduced-precision streams."""
 
 from __future__ import annotations
 
@@ -279,7 +279,9 @@ def _with_module(net: Network, module: Any, inputs: Inputs, seed: int | None) ->
         ours |= named(states)
         for key, array in (theirs.outputs | theirs.states).items():
             one = _difference(key, ours.get(key), array)
-            differences[key] = max(differences.get(key, one), one, key=lambda one: (one.shape != one.theirs, one.relative))
+            differences[key] = max(
+                differences.get(key, one), one, key=lambda one: (one.shape != one.theirs, one.relative)
+            )
     assert answers is not None
     also = f"greatest differences, also with {', '.join(sizes)}" if sizes else ""
     note = "; ".join(filter(None, [also, answers.note, *notes]))

@@ -211,8 +211,8 @@ def test_files_that_take_no_order(tmp_path):
     torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "file.pt")
     with pytest.raises(TypeError, match="expected order as a list of modules' names, got 'rnn'"):
         cs.load(tmp_path / "file.pt", order="rnn")
-    cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.safetensors")
-    cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.onnx")
+    cs.from_torch(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.safetensors")
+    cs.from_torch(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.onnx")
     for suffix in ("safetensors", "onnx"):
         with pytest.raises(TypeError, match=r"order isn't used for|ONNX files take .*, got order"):
             cs.load(tmp_path / f"net.{suffix}", order=["rnn"])

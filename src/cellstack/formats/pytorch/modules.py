@@ -101,9 +101,7 @@ def from_torch(module: Any) -> Network:
     return network
 
 
-def network_of_module(
-    module: Any, metadata: dict[str, Any] | None = None, reader: Reader | None = None
-) -> Network:
+def network_of_module(module: Any, metadata: dict[str, Any] | None = None, reader: Reader | None = None) -> Network:
     """Return a module in memory or in a file as a Network, without warnings: see `from_torch`."""
     reader = Reader() if reader is None else reader
     reader.read(module, "")

@@ -89,14 +89,14 @@ def _warn_of_last(reader: Reader, where: str) -> None:
 
 def _add(reader: Reader, where: str, title: str, nodes: Iterable[Node], layers: Sequence[Node]) -> None:
     """Add the nodes of an entry; `layers` are those of the last recurrent module, for messages."""
-    for node in nodes:
-        try:
-            reader.add(node)
-        except ShapeError as error:
-            shape, hint = reader.builder.shapes[reader.wire], ""
-            if isinstance(node, Dense) and shape is not None:
-                hint = _other_states(layers, node.kernel.shape[0], len(shape) == 1)
-            raise FormatError(f"{where}: {title}, as in order: {error}{hint}") from None
+    nodes = [*nodes]
+    try:
+        reader.add(*nodes)
+    except ShapeError as error:
+        shape, hint = reader.builder.shapes[reader.wire], ""
+        if isinstance(nodes[0], Dense) and shape is not None:
+            hint = _other_states(layers, nodes[0].kernel.shape[0], len(shape) == 1)
+        raise FormatError(f"{where}: {title}, as in order: {error}{hint}") from None
 
 
 def _other_states(layers: Sequence[Node], width: int, pooled: bool) -> str:
