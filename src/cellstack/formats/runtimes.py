@@ -525,9 +525,10 @@ def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
     weights = {f"{name}_l0" if re.search(r"_(ih|hh)$", name) else name: one for name, one in weights.items()}
     layers = [re.search(r"_l(\d+)(_reverse)?$", name) for name in weights]
     if len(weights) != len(tensors) or "weight_hh_l0" not in weights or len(inputs) != 1 or None in layers:
+        modules = dict.fromkeys(name.rpartition(".")[0] or name for name in tensors)
         raise CannotRunError(
             "torch can only run a state dict of one recurrent module, as it doesn't contain the model's forward; "
-            f"{MODULE} (found {', '.join(tensors)[:200]})"
+            f"{MODULE} (found {', '.join(modules)[:200]})"
         )
     cell = net.cells[0].spec
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell.kind]

@@ -140,11 +140,13 @@ class Model(nn.Module):
     def check_head(self, width: int, outputs: int) -> None:
         """Raise `UsageError` if a user's head has the wrong widths, or can't be written as nodes."""
         try:
-            nodes_of(self.head)
+            last = nodes_of(self.head)[-1]
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"head: the module can't be converted to a Network: {str(error).removeprefix('from_torch: ')}"
             ) from None
+        if self.task == "classify" and isinstance(last, (Activation, Dense)) and last.activation == "softmax":
+            raise UsageError("head: expected logits, got a softmax at its end: the loss and the network apply softmax")
         steps = (2,) if self.every_step or self.pooling == "none" else ()
         training = self.head.training
         try:

@@ -92,11 +92,7 @@ def from_torch(module: Any) -> Network:
     """
     reader = Reader()
     network = network_of_module(module, reader=reader)
-    doubts = [LAST_OF_BOTH] if reader.last_of_both else []
-    if reader.time_first:
-        path, kind = reader.time_first
-        doubts.append(f"{path or 'the module'} ({kind}) {TIME_FIRST}")
-    for doubt in doubts:
+    for doubt in reader.doubts:
         warnings.warn(f"from_torch: {doubt}", stacklevel=2)
     return network
 
@@ -214,6 +210,15 @@ class Reader:
         self.time_first: tuple[str, str] | None = None
         self.batch_first: str | None = None
         self.last_of_both = False
+
+    @property
+    def doubts(self) -> list[str]:
+        """What may not be what the caller means, for warnings."""
+        doubts = [LAST_OF_BOTH] if self.last_of_both else []
+        if self.time_first:
+            path, kind = self.time_first
+            doubts.append(f"{path or 'the module'} ({kind}) {TIME_FIRST}")
+        return doubts
 
     @property
     def rank(self) -> int | None:

@@ -69,6 +69,8 @@ def in_order(found: Contents, source: Source, order: Sequence[str | Node]) -> Ne
         raise FormatError(
             f"{where}: order has to name every module with weights; it doesn't name {listed(rest, 6, ', ')}"
         )
+    for doubt in reader.doubts:
+        warnings.warn(f"load: {where}: {doubt}", stacklevel=5)
     reader.builder.output(reader.wire)
     said = {"assumed": "; ".join(dict.fromkeys(assumed))} if assumed else {}
     metadata = {"source": {"format": "pytorch", "order": [str(entry) for entry in order]}, **said}
