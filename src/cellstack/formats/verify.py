@@ -1,4 +1,4 @@
-"""Compares a network's outputs with those of a file's own runtime, of a torch module, or of reduced-precision streams."""
+"""Compares a network with a file's own runtime or a torch module, and with its own reduced-precision streams."""
 
 from __future__ import annotations
 

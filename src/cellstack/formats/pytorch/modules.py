@@ -217,7 +217,7 @@ class Reader:
         doubts = [LAST_OF_BOTH] if self.last_of_both else []
         if self.time_first:
             path, kind = self.time_first
-            doubts.append(f"{path or 'the module'} ({kind}) {TIME_FIRST}")
+            doubts.append(f"{path or 'the module'} ({kind.rpartition('.')[2]}) {TIME_FIRST}")
         return doubts
 
     @property
