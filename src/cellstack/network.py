@@ -20,8 +20,8 @@ from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_integer
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.patches import CellPatches, Patch
-from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways
-from cellstack.nodes.time import GlobalPool
+from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways, final
+from cellstack.nodes.time import FINAL, GlobalPool
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -45,13 +45,25 @@ def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: 
         if isinstance(node, GlobalPool) and node.mode == "last" and ends_both_ways(before(name)):
             warnings.warn(
                 f'Network: {name}: GlobalPool("last") after a Bidirectional is the last step, not both final states: '
-                "at that step the backward direction has read one step only. For both final states leave the pool out, "
-                "and give the two parts of the Bidirectional return_sequences=False",
+                "at that step the backward direction has read one step only. For both final states write "
+                'GlobalPool("final") directly after the Bidirectional',
                 stacklevel=3,
             )
 
 
 TASKS = ("classify", "regress", "forecast", "text")
+
+
+def _with_final(nodes: tuple[Node, ...], names: tuple[str, ...]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """Return a chain in which each `GlobalPool("final")` is part of the recurrent node before it."""
+    kept: list[tuple[Node, str]] = []
+    for node, name in zip(nodes, names, strict=True):
+        ending = final(kept[-1][0]) if kept and isinstance(node, GlobalPool) and node.mode == FINAL else None
+        if ending is None:
+            kept.append((node, name))
+        else:
+            kept[-1] = ending, kept[-1][1]
+    return tuple(node for node, _ in kept), tuple(name for _, name in kept)
 
 
 def processors() -> int:
@@ -177,7 +189,10 @@ class Network:
         _warn: bool = True,  # False if the nodes come from a file, from training or from another network
     ) -> None:
         nodes, patches = tuple(nodes), tuple(patches)
-        names = _checked_names(nodes, names)
+        named = _checked_names(nodes, names)
+        if wires is None and outputs is None:
+            nodes, named = _with_final(nodes, named)
+        names = named if names is not None else _checked_names(nodes, None)
         dtypes = {name: node.dtype for name, node in zip(names, nodes, strict=True) if node.dtype is not None}
         dtype = next(iter(dtypes.values()), np.dtype(np.float32))
         for name, found in dtypes.items():

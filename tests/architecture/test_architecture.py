@@ -72,7 +72,8 @@ BELOW_FORMATS = {
     "safetensors": {"files", "safetensors_weights"},
     "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
-    "verify": {"files", "runtimes"},
+    "in_memory": {"runtimes"},
+    "verify": {"files", "in_memory", "runtimes"},
     "exported": set(),
     "sizes": set(),
     "compiled": {"build", "exported", "onnx", "pytorch", "runtimes", "sizes"},

@@ -532,6 +532,7 @@ def test_invalid_heads_losses_and_metrics(toy):
         ({"head": Odd()}, "head: the module can't be converted to a Network: the module .*to_nodes"),
         ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, so \(2, 2\) for 2 rows, got \(2, 3\)"),
         ({"head": nn.Linear(5, 2)}, "head: expected a module with 4 inputs"),
+        ({"head": nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1))}, "head: expected logits, got a softmax at its end"),
         ({"loss": mean}, r"expected a loss that returns one number per target, .* got \(\): .*reduction='none'"),
         ({"scheduler": "step"}, "expected scheduler to be cosine, constant or a callable"),
     ]

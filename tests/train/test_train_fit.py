@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network, layers, train
+from cellstack import FormatError, GlobalPool, Network, layers, train
 from cellstack.train import Indexed, Inputs, Labelled, Model, Sequences, Settings, learn
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
@@ -469,6 +469,10 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
     inputs = (mean, np.abs(scale) + 1)
+    if bidirectional and every_step and pooling == "last":
+        with pytest.raises(UsageError, match="every_step with pooling last isn't supported for bidirectional layers"):
+            Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell)
+        return
     model = Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell).eval()
     net = Network(tuple(model.to_nodes()))
     assert {held.spec.kind for held in net.cells} == {cell}
@@ -481,6 +485,21 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
         with torch.no_grad():
             expected = model.answer(model(torch.from_numpy(x), held), held).numpy()
         np.testing.assert_allclose(net(x, mask=mask), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_last_of_both_directions_takes_the_final_states(rng, cell):
+    """As in torch's h[-2] and h[-1], not the last step, at which the backward direction has read one step."""
+    model = Model((np.zeros(3), np.ones(3)), 2, (4, 5), bidirectional=True, pooling="last", cell=cell.lower()).eval()
+    assert model.describe()["pooling"] == "final"  # a checkpoint of a model that took the last step doesn't fit
+    net = Network(tuple(model.to_nodes()))
+    assert not any(isinstance(node, GlobalPool) for node in net.nodes)
+    x = rng.normal(size=(1, 6, 3)).astype(np.float32)
+    _, ends = net.run(x)
+    with torch.no_grad():
+        final = torch.from_numpy(np.concatenate([ends[-2].h, ends[-1].h], axis=1))
+        expected = model.head(final).softmax(-1).numpy()
+    np.testing.assert_allclose(net(x), expected, atol=1e-6)
 
 
 def test_missing_targets_don_t_count(sequences):

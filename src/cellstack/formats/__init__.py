@@ -58,11 +58,13 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
         path: the file; `.safetensors`, the suffix of the native format, may be omitted.
         **options: what the file doesn't specify, for the formats below; None is the same as leaving an option out.
             PyTorch's weights: `order`, the modules' names in the order in which they run, where the file doesn't
-            specify it, as with the weights of a custom class. The list may also hold `"last"` for the last step of a
-            sequence (after a bidirectional layer this isn't both final states, and `load` warns), the name of an
-            activation such as `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"`
-            distinguish an embedding from a Linear without a bias. Any other operation between the class's modules has
-            to be listed too.
+            specify it, as with the weights of a custom class: `["lstm", "final", "fc"]`. `"final"` means the final
+            hidden states of the recurrent module before it, forward then backward (`h[-2]` and `h[-1]` if it is
+            bidirectional, else `h[-1]`), and `"last"` the last step (`y[:, -1]`); after a bidirectional layer these
+            differ, and `load` warns about `"last"`. The list may also hold the name of an activation such as
+            `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"` distinguish an embedding from a Linear without
+            a bias. Any other operation between the class's modules has to be listed too. `verify(network, module)`
+            compares the result with the model.
             ONNX: `constants`, the values of inputs by name, `{"sr": 16000}`; `weights`, the same for inputs that are
             weights; `frames`, the number of values in a frame of an input; `context`, how many of a frame's last
             values are repeated at the start of the next frame.
