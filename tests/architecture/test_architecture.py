@@ -86,7 +86,7 @@ OUTSIDE_ALSO = {
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
 ON_CALL_ALSO = {
     "bench": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
-    "cli": {"matplotlib", "torch", "tqdm"},
+    "cli": {"matplotlib", "shtab", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
     "train": {"holidays", "pandas", "sklearn", "threadpoolctl"},

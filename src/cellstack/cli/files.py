@@ -30,7 +30,7 @@ LOAD_OPTIONS = ("order", "constants", "frames", "context")  # arguments of `cell
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cellstack.load` to a verb's parser."""
-    group = parser.add_argument_group("models", "what the model's file doesn't define; see docs/onnx.md")
+    group = parser.add_argument_group("model files", "what the model's file doesn't define; see docs/onnx.md")
     text = (
         "PyTorch weights: the modules in the order in which they run, with 'last' (last step), 'relu' and so on between"
     )
@@ -136,7 +136,7 @@ def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
         import torch
         import tqdm  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"{args.verb} needs {error.name}: pip install 'cellstack[torch]'") from None
     threads = args.threads or threads
     if threads is not None:
         torch.set_num_threads(threads)

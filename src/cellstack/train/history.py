@@ -75,7 +75,7 @@ def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: 
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise UsageError(f"a plot needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"a plot needs {error.name}: pip install 'cellstack[torch]'") from None
     numbers = [name for name in history[0] if name not in APART and isinstance(history[0][name], float)]
     losses = [name for name in numbers if name in ("loss", "validation_loss")]
     rows = [losses, *([name] for name in numbers if name not in losses)]
