@@ -499,7 +499,11 @@ CALLS = {
     "lengths below": ({"x": X, "lengths": [-1, 5]}, ShapeError, "from 0 to T=5, got -1 to 5"),
     "lengths above": ({"x": X, "lengths": [0, 6]}, ShapeError, "from 0 to T=5, got 0 to 6"),
     "lengths of floats": ({"x": X, "lengths": [1.0, 2.0]}, TypeError, "integers, got float64"),
-    "two states": ({"x": X, "state": (State(H, H),) * 2}, ShapeError, "tuple of 1 states, one per cell, got 2"),
+    "two states": (
+        {"x": X, "state": (State(H, H),) * 2},
+        ShapeError,
+        "1 states, one per cell, or .* 2 arrays, got 2 .State, State",
+    ),
     "a state of another kind": ({"x": X, "state": HiddenState(H)}, ShapeError, r"pair \(h, c\), got 1 array"),
     "h alone": ({"x": X, "state": ((H,),)}, ShapeError, r"pair \(h, c\), got 1 array"),
     "an array as state": ({"x": X, "state": np.zeros((2, 2, 4))}, ShapeError, r"pair \(h, c\), got 1 array"),

@@ -127,7 +127,7 @@ EPILOG = """example:
 
 exit codes:
   0    success
-  1    convert or bench found a difference; too few rows to train a forecast
+  1    convert or bench found a difference; a table is too short to forecast
   2    an invalid argument or file; standard error has one line with the reason
   130  stopped by Ctrl-C
   143  stream was stopped by SIGTERM

@@ -79,9 +79,9 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "file",
         metavar="FILE",
-        help="sequences: .ts (one sequence per line, channels separated by colons, the class last; the format of the UEA "
-        "and UCR archives), .npz (x [N, T, C], y, lengths), or, with --label, a .csv, .tsv or .parquet table with one "
-        "row per step; a series to forecast: such a table without --label; a text: .txt or .md",
+        help="sequences: .ts (one sequence per line, channels separated by colons, the class last; the format of the "
+        "UEA and UCR archives), .npz (x [N, T, C], y, lengths), or, with --label, a .csv, .tsv or .parquet table with "
+        "one row per step; a series to forecast: such a table without --label; a text: .txt or .md",
     )
     train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
     train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({SUFFIX} is added)")
