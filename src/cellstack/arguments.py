@@ -104,7 +104,7 @@ def as_states(
         return (None,) * len(cells)
     given = (state,) if len(cells) == 1 and _of_one_cell(state, cells[0]) else state
     if not isinstance(given, Sequence):
-        raise ShapeError(f"{owner}: expected state as {len(cells)} states, one per cell, got {type(given).__name__}")
+        raise ShapeError(f"{owner}: expected state as one state per cell ({len(cells)}), got {type(given).__name__}")
     given = as_nested(owner, "state", given, [len(cell.spec.state_sizes) for cell in cells])
     states = []
     for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):

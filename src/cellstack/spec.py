@@ -518,10 +518,10 @@ def as_nested(owner: str, name: str, value: Any, counts: Sequence[int]) -> list[
         arrays = iter(given)
         return [tuple(islice(arrays, count)) for count in counts]
     if len(given) != len(counts):
-        flat = f", or a flat list of their {sum(counts)} arrays" if sum(counts) > len(counts) else ""
+        flat = f", or as a flat list of {sum(counts)} arrays" if sum(counts) > len(counts) else ""
         kinds = ", ".join(type(one).__name__ for one in given[:4])
         found = f"{len(given)} ({kinds})" if as_list and given else f"{type(value).__name__} of length {len(given)}"
-        raise ShapeError(f"{owner}: expected {name} as {len(counts)} states, one per cell{flat}, got {found}")
+        raise ShapeError(f"{owner}: expected {name} as one state per cell ({len(counts)}){flat}, got {found}")
     return given
 
 

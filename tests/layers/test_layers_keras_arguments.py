@@ -138,7 +138,7 @@ def test_the_states_of_a_stack_as_a_flat_list():
     assert torch.equal(both(x, initial_state=flat + flat), both(x, initial_state=nested + nested))
     alone = layers.RNN([layers.LSTMCell(4)])
     assert torch.equal(alone(x, initial_state=list(lstm)), alone(x, initial_state=[lstm]))
-    words = "expected the state as 2 states, one per cell, or a flat list of their 3 arrays, got "
+    words = r"expected the state as one state per cell \(2\), or as a flat list of 3 arrays, got "
     for wrong, found in (
         (flat[:1], r"1 \(Tensor\)"),
         (flat + flat, r"6 \(Tensor, Tensor, Tensor, Tensor\)"),

@@ -275,7 +275,7 @@ def test_the_states_of_several_cells_as_a_flat_list(rng):
         assert np.array_equal(y, expected)
         assert all(map(np.array_equal, arrays_of(ends), arrays_of(after)))
         assert np.array_equal(net.trace(x, state=states).y, expected)
-    with pytest.raises(ShapeError, match=r"3 states, one per cell, or a flat list of their 5 arrays, got 4 \(ndarray"):
+    with pytest.raises(ShapeError, match=r"one state per cell \(3\), or as a flat list of 5 arrays, got 4 \(ndarray"):
         net.run(x, flat[:4])
     stream = net.stream(2)
     stream.state = [*flat, *stream.state[3:]]
