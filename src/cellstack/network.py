@@ -721,7 +721,10 @@ def _patched(
         if not count:
             raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
         if patch.cell is None and count > 1:
-            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
+            raise ValueError(
+                f"Network: {patch.node!r} has {count} cells: expected cell=0 to {count - 1} (bottom first, forward "
+                f"before backward) in {patch}"
+            )
         if patch.cell is not None and patch.cell >= count:
             raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
     found = []
