@@ -305,9 +305,9 @@ class Network:
                 Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and keep their dtype. Several inputs
                 are a dict by name, or a tuple in order.
             state: a state per cell in the order of `cells`: `State(h, c)` for an LSTM and `HiddenState(h)` for the
-                others, or a pair of arrays, each `[B, H]`. With one cell the outer tuple may be omitted. None, for all
-                or for one cell: the cell's initial state, which is zeros unless it is learned. A cell that starts from
-                values of the network has to be None.
+                others, or a pair of arrays, each `[B, H]`; or all arrays in one flat list. With one cell the outer
+                tuple may be omitted. None, for all or for one cell: the cell's initial state, which is zeros
+                unless it is learned. A cell that starts from values of the network has to be None.
             mask: `[B, T]` of bool, True: the step is used; None: all steps are. The mask applies to every input with a
                 time axis; a dict by name sets one per input.
             lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
@@ -815,7 +815,10 @@ def _patched(
         if not count:
             raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
         if patch.cell is None and count > 1:
-            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
+            raise ValueError(
+                f"Network: {patch.node!r} has {count} cells: expected cell=0 to {count - 1} (bottom first, forward "
+                f"before backward) in {patch}"
+            )
         if patch.cell is not None and patch.cell >= count:
             raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
     found = []

@@ -475,6 +475,17 @@ def test_modules_in_a_given_order(capsys, tmp_path, pytorch_files):
     assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
 
 
+def test_targets_that_can_only_be_read_or_lack_what_the_network_has(capsys, tmp_path, small):
+    """The message of Python and that of the command line."""
+    status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.nam"))
+    assert (status, ".nam" in err.split("got")[0], ".json" in err) == (2, False, False)
+    status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.pt"))
+    words = "PyTorch files only hold one recurrent module; .safetensors supports every network"
+    assert (status, words in err) == (2, True)
+    with pytest.raises(ValueError, match=words):
+        load(small[1]).save(tmp_path / "net.pt")
+
+
 def test_a_target_of_no_format_is_one_sentence(capsys, tmp_path, small):
     status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.foo"))
     assert status == 2

@@ -240,12 +240,6 @@ def test_open_opens_the_browser(run, saved, tmp_path, monkeypatch):
     assert opened == [(tmp_path / "model.html").as_uri()]
 
 
-def test_help_has_an_example(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["inspect", "--help"])
-    assert "cellstack inspect model.keras frames.npy -o frames.html" in capsys.readouterr().out
-
-
 def test_a_network_with_one_output_per_sequence(run, tmp_path, rng):
     Network([Recurrent((make_cell(rng, 2, 3),)), GlobalPool("mean")]).save(tmp_path / "pooled.safetensors")
     assert run("pooled")[0] == 0

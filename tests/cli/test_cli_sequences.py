@@ -141,7 +141,7 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     answers = [run(capsys, "run", machines / "net", machines / name)[1] for name in ("machines.csv", "german.csv")]
     assert answers[0] == answers[1]
     table.to_csv(machines / "quoted.csv", decimal=",", index=False)
-    assert "use --decimal , if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
+    assert "use --decimal comma if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
 
 

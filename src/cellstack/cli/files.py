@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from cellstack.cli.tables import names
-from cellstack.formats import adapters, extract, load, supported
+from cellstack.formats import extract, listed, load, writers
 from cellstack.formats.files import NATIVE, found
 from cellstack.network import Network
 from cellstack.spec import FormatError
@@ -30,7 +30,7 @@ LOAD_OPTIONS = ("order", "constants", "frames", "context")  # arguments of `cell
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cellstack.load` to a verb's parser."""
-    group = parser.add_argument_group("models", "what the model's file doesn't define; see docs/onnx.md")
+    group = parser.add_argument_group("model files", "what the model's file doesn't define; see docs/onnx.md")
     text = (
         "PyTorch weights: the modules in the order in which they run, with 'last' (last step), 'relu' and so on between"
     )
@@ -128,7 +128,7 @@ def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
         import torch
         import tqdm  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"{args.verb} needs {error.name}: pip install 'cellstack[torch]'") from None
     threads = args.threads or threads
     if threads is not None:
         torch.set_num_threads(threads)
@@ -243,13 +243,13 @@ def convert(args: argparse.Namespace) -> int:
     x = None if args.sample is None else read_sample(net, args.sample)
     read, net = net, with_weights(net, args.weights)
     target = Path(args.target)
-    suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}
+    suffixes = {suffix for adapter in writers() for suffix in adapter.SUFFIXES}
     named = target.suffix.lower() in {".c", *suffixes}  # the suffix names a format, even if a folder has that name
     to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "" and not named)
     if not args.target or not (to_folder or named):
         raise UsageError(
-            f"expected a target with the suffix of a format ({supported()}, C (.c)), or a folder for C, ending in "
-            f"{os.sep}, got {args.target!r}"
+            f"expected a target with the suffix of a format ({listed(writers())}, C (.c)), or a folder for C, ending "
+            f"in {os.sep}, got {args.target!r}"
         )
     if target.exists() and target.samefile(source):
         raise UsageError(f"{args.target}: the target is the source file, which would be overwritten")
@@ -266,9 +266,7 @@ def convert(args: argparse.Namespace) -> int:
         try:
             net.save(target)
         except (TypeError, ValueError) as error:  # a node that the format can't represent
-            raise UsageError(
-                f"{args.target}: {str(error).removeprefix('save: ')}; {NATIVE} supports every network"
-            ) from None
+            raise UsageError(f"{args.target}: {str(error).removeprefix('save: ')}") from None
         files = [str(target)]
     widened = net.weights == "bfloat16" and Path(files[-1]).suffix != NATIVE
     stored = net.with_weights("float32") if widened else net  # the network that was written

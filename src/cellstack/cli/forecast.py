@@ -51,28 +51,42 @@ def _levels(text: str) -> tuple[float, ...]:
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the options of `train` that apply to forecasts only, and return them."""
-    group = train.add_argument_group("forecasts", "options that aren't given are inferred from the table")
+    group = train.add_argument_group("forecasts")
     return [
-        group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only numeric one)"),
-        group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)"),
-        group.add_argument("--inputs", type=names, metavar="A,B", help="input columns (all others; '' for none)"),
+        train.add_argument(
+            "--target", type=names, metavar="A,B", help="forecasts: columns to forecast (default: the only numeric one)"
+        ),
+        train.add_argument(
+            "--horizon", type=int, metavar="N", help="forecasts: steps to forecast (default: one season)"
+        ),
+        group.add_argument(
+            "--inputs", type=names, metavar="A,B", help="input columns; '' for none (default: all others)"
+        ),
         group.add_argument(
             "--known", type=names, metavar="A,B", help="columns whose future values are known, such as prices"
         ),
         group.add_argument(
-            "--season", type=_numbers, metavar="N,N", help="steps in each season (detected; 1 for none)"
-        ),
-        group.add_argument("--window", type=int, metavar="N", help="input steps (two seasons, from 16 to 168)"),
-        group.add_argument("--holidays", metavar="CC", help="use a country's holidays as an input: US, DE-BY"),
-        group.add_argument(
-            "--scale", choices=SCALES, help="divide values by their spread or by their level (as smoothing fits better)"
+            "--season", type=_numbers, metavar="N,N", help="steps in each season; 1 for none (default: detected)"
         ),
         group.add_argument(
-            "--quantiles", type=_levels, metavar="Q,Q", help="quantiles in addition to the median (0.1,0.9)"
+            "--window", type=int, metavar="N", help="input steps (default: two seasons, from 16 to 168)"
         ),
-        group.add_argument("--members", type=int, metavar="N", help="networks to average (3; 2 for many rows)"),
         group.add_argument(
-            "--test-share", type=float, metavar="P", help=f"share of last rows to test on ({TEST_SHARE})"
+            "--holidays", metavar="CC", help="use a country's holidays as an input, such as US or DE-BY"
+        ),
+        group.add_argument(
+            "--scale",
+            choices=SCALES,
+            help="divide values by their spread or by their level (default: the one with which smoothing fits better)",
+        ),
+        group.add_argument(
+            "--quantiles", type=_levels, metavar="Q,Q", help="quantiles in addition to the median (default: 0.1,0.9)"
+        ),
+        group.add_argument(
+            "--members", type=int, metavar="N", help="networks to average (default: 3; for many rows 2)"
+        ),
+        group.add_argument(
+            "--test-share", type=float, metavar="P", help=f"share of last rows to test on (default: {TEST_SHARE})"
         ),
         group.add_argument(
             "--forecasts",

@@ -26,11 +26,14 @@ SHOWN = 12  # most classes to list
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the options for sequences to the parser, and return them."""
-    data = train.add_argument_group("sequences in tables")
+    data = train.add_argument_group("sequences", "options for .csv, .tsv and .parquet tables of sequences")
+    text = "sequences in a table: column of the classes or numbers to learn"
     return [
-        data.add_argument("--label", metavar="COLUMN", help="column of the classes or numbers to learn"),
-        data.add_argument("--time", metavar="COLUMN", help="column that orders the rows of a sequence (row order)"),
-        data.add_argument("--features", metavar="A,B", help="input columns (all other numeric ones)"),
+        train.add_argument("--label", metavar="COLUMN", help=text),
+        data.add_argument(
+            "--time", metavar="COLUMN", help="column that orders the rows of a sequence (default: as in the file)"
+        ),
+        data.add_argument("--features", metavar="A,B", help="input columns (default: all other numeric ones)"),
         data.add_argument("--weight", metavar="COLUMN", help="column of the sequences' weights in the loss"),
         data.add_argument("--per-step", action="store_true", help="learn a label for each step, not for each sequence"),
         data.add_argument("--class-weights", choices=("balanced",), help="give every class the same total weight"),

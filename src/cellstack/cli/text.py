@@ -37,12 +37,14 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     text = train.add_argument_group("texts")
     return [
         text.add_argument("--bytes", action="store_true", help="learn bytes, not characters: for a file of any kind"),
-        text.add_argument("--steps", type=int, metavar="N", help=f"steps of truncated backpropagation ({STEPS})"),
+        text.add_argument(
+            "--steps", type=int, metavar="N", help=f"steps of truncated backpropagation (default: {STEPS})"
+        ),
         text.add_argument(
             "--embedding",
             type=int,
             metavar="N",
-            help=f"size of the character embedding ({TextArchitecture.embedding}); 0: one-hot",
+            help=f"size of the character embedding; 0: one-hot (default: {TextArchitecture.embedding})",
         ),
     ]
 
@@ -174,20 +176,22 @@ def add_generate_arguments(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "model", metavar="MODEL", help="a text model, such as one trained by cellstack train BOOK.txt"
     )
-    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (the start of a line)")
+    generate.add_argument(
+        "--prompt", default="", metavar="TEXT", help="text to continue (default: the start of a line)"
+    )
     generate.add_argument(
         "--length",
         type=int,
         default=1000,
         metavar="N",
-        help="characters to write, or bytes if the model has bytes (1000)",
+        help="characters to write, or bytes if the model has bytes (default: %(default)s)",
     )
     generate.add_argument(
         "--temperature",
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1: more varied; below 1: more predictable; 0: always the most likely (1)",
+        help="above 1: more varied; below 1: more predictable; 0: always the most likely (default: %(default)s)",
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="sample only from the K most likely characters")
     generate.add_argument(
@@ -196,7 +200,7 @@ def add_generate_arguments(generate: argparse.ArgumentParser) -> None:
         metavar="P",
         help="sample only from the smallest set of characters with this total probability",
     )
-    generate.add_argument("--seed", type=int, metavar="N", help="random seed (a new one each time)")
+    generate.add_argument("--seed", type=int, metavar="N", help="random seed (default: a new one each time)")
     generate.add_argument("--stop", metavar="TEXT", help="stop after writing this text")
 
 

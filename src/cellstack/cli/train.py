@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from cellstack.cli import forecast, sequences, text
+from cellstack.cli.arguments import sizes
 from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
@@ -95,102 +96,72 @@ class Job(Protocol):
         ...
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    widths = tuple(int(part) for part in text.split(","))
-    if min(widths) < 1:
-        raise ValueError
-    return widths
-
-
-_widths.__name__ = "widths"  # the name in argparse's message: invalid widths value: '48,x'
-
-
 def add_arguments(train: argparse.ArgumentParser) -> None:
     """Add the options of `train` to its parser."""
     train.add_argument(
         "file",
         metavar="FILE",
-        help="sequences: .ts (the UEA and UCR archives' format: one sequence per line, channels separated by colons, "
-        "the class last), .npz (x [N, T, C], y, lengths), or, with --task or --label, a .csv, .tsv or .parquet table "
-        "with one row per step; a series to forecast: such a table without these options; a text: .txt or .md",
+        help="sequences: .ts (one sequence per line, channels separated by colons, the class last; the format of the "
+        "UEA and UCR archives), .npz (x [N, T, C], y, lengths), or, with --label, a .csv, .tsv or .parquet table with "
+        "one row per step; a series to forecast: such a table without --label; a text: .txt or .md",
     )
     train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
     train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({NATIVE} is added)")
-    train.add_argument("--dry-run", action="store_true", help="report how the data is read, without training")
-    train.add_argument("--task", choices=tuple(TASKS), help="what to learn (inferred from the file and its labels)")
-    add_table_options(train)
+    text = "what to learn (default: inferred from the file and its labels)"
+    train.add_argument("--task", choices=tuple(TASKS), help=text)
     train.set_defaults(owned={name: module.add_arguments(train) for name, module in KINDS.items()})
+    text = "units of each layer, first layer first (default: 48,48; forecasts 48; texts 256,256)"
+    train.add_argument("--units", type=sizes, metavar="N,N", help=text)
+    text = "largest number of passes over the data (default: 60; forecasts 16 or 60; texts 30)"
+    train.add_argument("--epochs", type=int, metavar="N", help=text)
+    train.add_argument("--dry-run", action="store_true", help="report how the data is read and how long training takes")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_table_options(train)
     model = train.add_argument_group("model")
-    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="kind of cell (%(default)s)")
-    model.add_argument(
-        "--units",
-        type=_widths,
-        metavar="N,N",
-        help="units of each layer, first layer first (48,48; forecasts 48; texts 256,256)",
-    )
+    text = "kind of cell (default: %(default)s)"
+    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help=text)
     model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
-    model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (mean)")
-    model.add_argument(
-        "--every-step", action="store_true", help="compute the loss at every step; for streams, with --pooling last"
-    )
-    model.add_argument("--dropout", type=float, metavar="P", help="dropout after each layer (0.3; forecasts 0.1)")
+    model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (default: mean)")
+    text = "compute the loss at every step; for streams, with --pooling last"
+    model.add_argument("--every-step", action="store_true", help=text)
+    text = "dropout after each layer (default: 0.3; forecasts 0.1)"
+    model.add_argument("--dropout", type=float, metavar="P", help=text)
     model.add_argument("--init", metavar="MODEL", help="start from the weights of a network with the same shapes")
     how = train.add_argument_group("training")
+    text = "initial learning rate of Adam (default: 5e-3; forecasts 1e-3 or 3e-3)"
+    how.add_argument("--lr", type=float, metavar="X", help=text)
+    text = "batch size, over all processes (default: 16; forecasts 32 or 64; texts 8 to 32)"
+    how.add_argument("--batch", type=int, metavar="N", help=text)
     how.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="largest number of passes over the data (60; forecasts 16 or 60; texts 30)",
+        "--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (default: %(default)s)"
     )
-    how.add_argument(
-        "--lr", type=float, metavar="X", help="initial learning rate of Adam (5e-3; forecasts 1e-3 or 3e-3)"
-    )
-    how.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="batch size, over all processes (16; forecasts 32 or 64; texts 8 to 32)",
-    )
-    how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
-    how.add_argument(
-        "--patience",
-        type=int,
-        metavar="N",
-        help="epochs without improvement before stopping (20; forecasts 6 or 8; texts 5); 0: never stop early",
-    )
-    how.add_argument(
-        "--validation", type=float, metavar="P", help="share of the data to validate on (0.15; texts 0.05)"
-    )
-    how.add_argument(
-        "--noise", type=float, metavar="X", help="noise on each input value, in standard deviations of its channel (0)"
-    )
-    how.add_argument("--offset", type=float, metavar="X", help="noise that is constant over a sequence, likewise (0)")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
+    text = "epochs without improvement before stopping; 0: never stop early (default: 20; forecasts 6 or 8; texts 5)"
+    how.add_argument("--patience", type=int, metavar="N", help=text)
+    text = "share of the data to validate on (default: 0.15; texts 0.05)"
+    how.add_argument("--validation", type=float, metavar="P", help=text)
+    text = "noise on each input value, in standard deviations of its channel (default: 0)"
+    how.add_argument("--noise", type=float, metavar="X", help=text)
+    text = "noise that is constant over a sequence, in the same unit (default: 0)"
+    how.add_argument("--offset", type=float, metavar="X", help=text)
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     how.add_argument("--checkpoint", metavar="FILE", help="file to write after each epoch and on Ctrl-C")
-    how.add_argument(
-        "--resume", action="store_true", help="continue from --checkpoint if it exists; --epochs may be larger"
-    )
+    text = "continue from --checkpoint if it exists; --epochs may be larger"
+    how.add_argument("--resume", action="store_true", help=text)
     how.add_argument("--overwrite", action="store_true", help="start again even if --checkpoint exists")
-    how.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to train on (%(default)s)"
-    )
+    text = "device to train on (default: %(default)s)"
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     said = train.add_argument_group("reports")
-    said.add_argument(
-        "--log",
-        metavar="PATH",
-        help="write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard",
-    )
+    text = "write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard"
+    said.add_argument("--log", metavar="PATH", help=text)
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    said.add_argument(
-        "--picture", metavar="FILE", help="plot them, and the forecasts of the test part: to .png, .svg or .pdf"
-    )
+    text = "plot all epochs' metrics at the end, and the forecasts of the test part: to .png, .svg or .pdf"
+    said.add_argument("--picture", metavar="FILE", help=text)
     said.add_argument(
         "--inspect",
         action="store_true",
         help="record gates, norms and gradients over time in one batch of each epoch; writes report.html, and events "
         "for TensorBoard if it is installed, to MODEL-inspect/",
     )
-    said.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -444,7 +415,7 @@ def _inspect_folder(output: Path, resume: bool) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"train --inspect needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"train --inspect needs {error.name}: pip install 'cellstack[torch]'") from None
     folder = output.with_name(f"{output.stem}-inspect")
     folder.mkdir(exist_ok=True)
     check_replaceable(folder / "report.html")

@@ -1,13 +1,14 @@
 """File formats, one adapter each. To add a format, add a module here and its name to `ADAPTERS`.
 
-An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` returns whether a file that starts with
-these bytes may be in its format, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes
-one, and `extract(path)` returns the recurrent parts of a file by name, even where the rest isn't supported. `OPTIONS`
-lists the names of further arguments that `load` takes, if there are any.
+An adapter has `NAME` and `SUFFIXES`, and three functions: `recognises(head)` returns whether a file that starts with
+these bytes may be in its format, `load(path)` returns a Network or raises `FormatError`, and `extract(path)` returns
+the recurrent parts of a file by name, even where the rest isn't supported. `save(network, path)` writes a network,
+unless the format can only be read. `OPTIONS` lists the names of further arguments that `load` takes, if there are any.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import PurePath
@@ -18,6 +19,7 @@ from cellstack.network import Network
 from cellstack.spec import FormatError
 
 ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
+NATIVE = ".safetensors"
 HEAD_BYTES = 64  # of a file, passed to `recognises`
 
 
@@ -26,9 +28,14 @@ def adapters() -> list[Any]:
     return [import_module(f"cellstack.formats.{name}") for name in ADAPTERS]
 
 
-def supported() -> str:
-    """Return the formats and their suffixes as one text for messages."""
-    return ", ".join(f"{adapter.NAME} ({' '.join(adapter.SUFFIXES)})" for adapter in adapters())
+def writers() -> list[Any]:
+    """Return the adapters that can write networks."""
+    return [adapter for adapter in adapters() if hasattr(adapter, "save")]
+
+
+def listed(some: Iterable[Any]) -> str:
+    """Return the names and suffixes of adapters as one text for messages."""
+    return ", ".join(f"{adapter.NAME} ({' '.join(adapter.SUFFIXES)})" for adapter in some)
 
 
 def adapter_of(path: str) -> Any:
@@ -48,7 +55,7 @@ def adapter_of(path: str) -> Any:
     preferred = [adapter for adapter in candidates if adapter in by_suffix]
     for adapter in (*preferred, *candidates, *by_suffix):
         return adapter
-    raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
+    raise FormatError(f"{path}: expected one of {listed(adapters())}, found a file that begins with {head[:8]!r}")
 
 
 def load(path: str | PathLike[str], **options: Any) -> Network:
@@ -119,12 +126,17 @@ def save(network: Network, path: str | PathLike[str]) -> None:
         path: the file to write; an existing file is replaced in one step.
 
     Raises:
-        ValueError: no format has this suffix.
+        ValueError: no format that can be written has this suffix, or the format can't represent the network.
         OSError: the file can't be written.
     """
     path = fspath(path)
-    for adapter in adapters():
+    for adapter in writers():
         if PurePath(path).suffix.lower() in adapter.SUFFIXES:
-            adapter.save(network, path)
+            try:
+                adapter.save(network, path)
+            except ValueError as error:
+                if NATIVE not in str(error):
+                    error.args = (f"{error}; {NATIVE} supports every network",)
+                raise
             return
-    raise ValueError(f"save: expected a path that ends as one of {supported()}, got {path!r}")
+    raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}")

@@ -26,7 +26,7 @@ def _page_class() -> Any:
         import anywidget
         import traitlets
     except ModuleNotFoundError as error:
-        raise ImportError(f"a widget needs {error.name}: install cellstack[notebook]") from None
+        raise ImportError(f"a widget needs {error.name}: pip install 'cellstack[notebook]'") from None
 
     class Page(anywidget.AnyWidget):
         """Draws the result of `cellstack.inspect.contents.payload` with the page's module."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from cellstack.layers import foreign
 from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
 from cellstack.layers.cell import Cell
-from cellstack.layers.foreign import as_parts, cell_name, like_size
-from cellstack.spec import HiddenState, ShapeError, State
+from cellstack.layers.foreign import as_parts, cell_name, like_size, state_counts
+from cellstack.spec import HiddenState, ShapeError, State, as_nested
 
 
 class StatefulLayer(Layer):
@@ -140,11 +140,8 @@ class StatefulLayer(Layer):
                 value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as for a stack
             entries = [value]
         else:  # a stack of one cell also accepts its state without a list
-            entries = [value] if len(self.cells) == 1 and isinstance(value, (State, HiddenState)) else list(value)
-            if len(entries) != len(self.cells):
-                raise ShapeError(
-                    f"{self._owner}: expected {len(self.cells)} states, one per cell of the stack, got {len(entries)}"
-                )
+            alone = len(self.cells) == 1 and isinstance(value, (State, HiddenState))
+            entries = [value] if alone else as_nested(self._owner, "the state", value, state_counts(self.cells))
         states = []
         for n, (cell, entry) in enumerate(zip(self.cells, entries, strict=True)):
             layer = n if self.stacked else None

@@ -6,8 +6,10 @@ The readers don't need torch, so that a trained model can be run without it; the
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from cellstack.spec import check_installed
 from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import read_sequences
@@ -85,4 +87,10 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         advice = f": {_ADVICE[name]}" if name in _ADVICE else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
+    for package in ("torch", "tqdm"):
+        check_installed(f"cellstack.train.{name}", package, "torch")
     return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [name for name in __all__ if name not in _LATER or find_spec("torch")]  # help() reads every name

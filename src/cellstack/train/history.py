@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Panel = Callable[[Any], None]  # draws on a matplotlib Axes
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#9b6bc4", "#8a8984")  # blue, orange, green, violet, grey
-NO_MATPLOTLIB = "a plot needs matplotlib: install matplotlib, or cellstack[torch]"
+NO_MATPLOTLIB = "a plot needs matplotlib: pip install 'cellstack[torch]'"
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
 METRICS = ("accuracy", "rmse", "mase", "bits_per_character")  # all are measured on the validation part
 APART = ("epoch", "lr")  # entries that aren't plotted

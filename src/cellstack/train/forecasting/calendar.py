@@ -102,7 +102,7 @@ def holidays(country: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime6
     try:
         from holidays import country_holidays
     except ModuleNotFoundError:
-        raise UsageError("holidays need the package holidays: install cellstack[holidays]") from None
+        raise UsageError("holidays need the package holidays: pip install 'cellstack[holidays]'") from None
     years = days.astype("datetime64[Y]").astype(np.int64) + 1970
     code, _, subdivision = country.partition("-")
     try:
