@@ -15,7 +15,7 @@ from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecasting import predict, training
+from cellstack.train.forecasting import backtest, predict, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
 from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, understood
@@ -222,12 +222,33 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
     monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
-    said = (
-        "the networks don't improve on exponential smoothing in the validation part and have weight 0: the forecast of "
-    )
-    assert f"{said}y is exponential smoothing alone" in done.result.sentence
+    said = "the networks don't clearly improve on exponential smoothing in the validation part and have weight 0"
+    assert f"{said}: the forecast of y is exponential smoothing alone" in done.result.sentence
     np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)
     np.testing.assert_allclose(done.test.forecasts.median, done.test.baselines["exponential smoothing"])
+
+
+def test_boosting_gets_the_same_holidays_as_the_network(monkeypatch):
+    given = []
+
+    class Model:
+        def __init__(self, panel, *_):
+            given.append(panel)
+
+        def forecast(self, origins):
+            return np.zeros((len(origins), 7))
+
+    monkeypatch.setattr(backtest, "Boosting", Model)
+    days = pd.date_range("2021-01-01", periods=400)
+    table = read_table(pd.DataFrame({"day": days, "y": np.arange(400) % 7.0, "price": 1.0 + np.arange(400) % 3}))
+    recipe = plan(table, Request(("y",), known=("price",), country="DE"), 0.35)
+    cut = parts(table, recipe, 0.15, 0.2)
+    assert backtest.by_boosting(table, recipe, cut.test, cut)["gradient boosting on lags"].shape[1:] == (7, 1)
+    same, following, previous = (given[0].known[f"holidays of DE, {n}"] for n in range(3))
+    assert [flag[358] for flag in (same, following, previous)] == [1, 1, 0]  # 25 December, before the 26th
+    assert set(given[0].known) == {"price", *(f"holidays of DE, {n}" for n in range(3))}
+    backtest.by_boosting(table, replace(recipe, calendar=(), country=""), cut.test, cut)
+    assert set(given[1].known) == {"price"}
 
 
 def test_seasons_are_found_and_none_where_there_is_none():
@@ -479,6 +500,15 @@ def test_pictures_of_a_training_and_of_a_forecast(command, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("date,y,y_0.1,y_0.9\n2000-01-01")
     assert main([*words, str(tmp_path / "y.gif")]) == 2
     assert "expected --picture to end in one of .png, .svg, .pdf" in capsys.readouterr().err
+
+
+def test_options_of_forecasts_are_refused_for_other_networks(capsys, tmp_path):
+    cellstack.Network((cellstack.nodes.Activation("relu"),), inputs={"x": (None, 1)}).save(tmp_path / "net.safetensors")
+    np.save(tmp_path / "x.npy", np.zeros((1, 2, 1), np.float32))
+    for option, value in (("--origin", "2024-01-01"), ("--picture", str(tmp_path / "y.png"))):
+        assert main(["run", str(tmp_path / "net"), str(tmp_path / "x.npy"), option, value]) == 2
+        assert f"{option} applies only to forecasts: " in capsys.readouterr().err
+    assert not (tmp_path / "y.png").exists()
 
 
 @pytest.mark.parametrize(

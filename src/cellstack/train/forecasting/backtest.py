@@ -148,7 +148,7 @@ def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict
     known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
     if recipe.country and table.times is not None:
         flags = features(table.times, ("holidays",), recipe.country).T.astype(np.float64)
-        days = {f"holidays, {recipe.country}, {n}": flag for n, flag in enumerate(flags)}
+        days = {f"holidays of {recipe.country}, {n}": flag for n, flag in enumerate(flags)}
         numbers |= days
         known |= days.keys()
     columns = numbers | codes

@@ -206,10 +206,11 @@ class Boosting:
         at, ahead = pairs
         found = []
         for name in self.categories:
-            known = name in self.panel.known
-            codes = self.panel.known[name][at + ahead] if known else self.panel.past[name][at]
-            found.append(codes)
-            found += [self._before(self.panel.known[name], pairs, season) for season in self.seasons] if known else []
+            if name in self.panel.known:
+                codes = self.panel.known[name]
+                found += [codes[at + ahead], codes[at], *(self._before(codes, pairs, s) for s in self.seasons)]
+            else:
+                found.append(self.panel.past[name][at])
         found = [np.where(codes < 0, np.nan, codes) for codes in found]
         return [*found, self.series[at].astype(np.float64)] if self.by_series else found
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 ACTUAL, FORECAST, BASELINES = "#3c3c3a", COLORS[0], COLORS[1:]
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "parse_math": False}  # names may contain $
 MOST = 6  # panels of forecasts
 PIECES = 8  # forecasts in a panel of the test part
 SHORTEST = 16  # steps of the history
@@ -97,10 +98,9 @@ def _series(
         label = {"label": "forecast"} if n == at[0] else {}
         axis.plot(x, forecasts.median[n, :, target], color=FORECAST, linewidth=1.8, marker=marker, **label)
         _intervals(axis, x, forecasts.values[n, :, target], recipe.quantiles, labelled=bool(label))
-    axis.set_title(
-        title + ", ".join(part for part in (str(forecasts.ids[at[0]]), name) if part), loc="left", fontsize=10
-    )
-    axis.set_ylabel(name)
+    said = title + ", ".join(part for part in (str(forecasts.ids[at[0]]), name) if part)
+    axis.set_title(said, **TITLE)
+    axis.set_ylabel(name, parse_math=False)
     if table.times is None:
         axis.set_xlabel("row")
     else:
@@ -122,7 +122,7 @@ def _intervals(axis: Any, x: Any, values: NDArray, levels: tuple[float, ...], la
         even = abs(low + high - 1) < 1e-9
         text = f"{high - low:.0%} interval" if even else f"quantiles {low:g} to {high:g}"
         label = {"label": text} if labelled else {}
-        look = {"color": FORECAST, "alpha": 0.2, "zorder": 1}
+        look = {"color": FORECAST, "alpha": min(0.2 + 0.15 * n, 0.5), "zorder": 1}
         if len(values) == 1:  # one step has no area
             axis.vlines(x, values[:, n], values[:, -1 - n], linewidth=5, **look, **label)
         else:
@@ -143,8 +143,8 @@ def _by_horizon(axis: Any, test: Backtest, target: int) -> None:
     for name, color in zip(order, BASELINES, strict=False):
         axis.plot(steps, errors[name], color=color, linewidth=1.2, marker=marker, label=name)
     name = test.forecasts.recipe.targets[target]
-    axis.set_title(f"error of {name} by horizon, with the best baselines", loc="left", fontsize=10)
-    axis.set_ylabel(f"mean absolute error, {name}")
+    axis.set_title(f"error of {name} by horizon, with the best baselines", **TITLE)
+    axis.set_ylabel(f"mean absolute error, {name}", parse_math=False)
     axis.set_xlabel("steps ahead")
     axis.set_ylim(bottom=0.0)
     axis.legend(frameon=False, fontsize=8)

@@ -262,8 +262,8 @@ class _Fits:
             alone = [name for name, weight in zip(recipe.targets, calibration.followed, strict=True) if not weight]
             rule = "exponential smoothing" if recipe.rule == SMOOTHED else "the latest value"
             parts.append(
-                f"the networks don't improve on {rule} in the validation part and have weight 0: the forecast of "
-                f"{', '.join(alone)} is {rule} alone"
+                f"the networks don't clearly improve on {rule} in the validation part and have weight 0: the forecast "
+                f"of {', '.join(alone)} is {rule} alone"
             )
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
         what = f"mean absolute error on the test part: {', '.join(found)}"
