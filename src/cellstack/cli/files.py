@@ -32,7 +32,8 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cellstack.load` to a verb's parser."""
     group = parser.add_argument_group("model files", "what the model's file doesn't define; see docs/onnx.md")
     text = (
-        "PyTorch weights: the modules in the order in which they run, with 'last' (last step), 'relu' and so on between"
+        "PyTorch weights: the modules in the order in which they run, with 'final' (final states), 'last' (last step), "
+        "'relu' and so on between"
     )
     group.add_argument("--order", type=names, metavar="A,B", help=text)
     text = "ONNX: inputs to replace by constants, such as sr=16000"

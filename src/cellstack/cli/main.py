@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         threads = getattr(args, "threads", None)
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {threads}")
-        return VERBS[args.verb](args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(args.verb, "warning", str(message))
+            return VERBS[args.verb](args)
     except KeyboardInterrupt:
         print("cellstack: stopped", file=sys.stderr)
         return 130
@@ -313,8 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(verb: str, reason: str, status: int = 2) -> int:
-    print(f"cellstack {verb}: error: {' '.join(reason.split())}", file=sys.stderr)
+    _say(verb, "error", reason)
     return status
+
+
+def _say(verb: str, what: str, text: str) -> None:
+    """Print an error or a warning in one line, without its place in the code."""
+    print(f"cellstack {verb}: {what}: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -192,9 +190,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     say(job.understood)
     lines, planned = job.plan(architecture, settings, options)
     say(lines)
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        result = job.fit(architecture, settings, options, own)
+    result = job.fit(architecture, settings, options, own)
     if result.rank:
         return 0
     _save(result.network, output)
@@ -223,9 +219,7 @@ def _dry_run(args: argparse.Namespace, module: ModuleType) -> int:
     job = module.read(args)
     settings, architecture, options, own = _choices(args, job)
     lines, planned = job.plan(architecture, settings, options)
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        planned["seconds"] = _expected(args, job, settings, architecture, options, own)
+    planned["seconds"] = _expected(args, job, settings, architecture, options, own)
     lines.append(_expected_text(planned["seconds"]))
     show(args, {"understood": job.described, "plan": planned}, [*job.understood, *lines])
     return 0
@@ -454,11 +448,6 @@ def _inspect_text(inspected: dict[str, Any]) -> list[str]:
     if inspected["tensorboard"] is None:
         shown = "no events were written, because TensorBoard isn't installed: pip install tensorboard"
     return [*lines, f"  {inspected['report']}", f"  {shown}"]
-
-
-def _warn(message: Warning | str, *_: Any) -> None:
-    """Print a warning in one line, as errors are printed, without its place in the code."""
-    print(f"cellstack train: warning: {message}", file=sys.stderr)
 
 
 def _report(job: Job, result: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
