@@ -51,6 +51,9 @@ def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: 
             )
 
 
+TASKS = ("classify", "regress", "forecast", "text")
+
+
 def processors() -> int:
     """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -377,9 +380,12 @@ class Network:
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
         """Return the checked inputs with their masks and resets, by name."""
-        arrays = self.as_inputs("Network", x)
-        for name in arrays:
-            self._check_input(name, arrays)
+        try:
+            arrays = self.as_inputs("Network", x)
+            for name in arrays:
+                self._check_input(name, arrays)
+        except (ShapeError, TypeError) as error:
+            raise type(error)(f"{error}{self._hint(x)}") from error
         if mask is None and lengths is None and reset is None:
             return {name: Flow(array) for name, array in arrays.items()}
         timed = [name for name in arrays if self.graph.timed(name)]
@@ -401,6 +407,16 @@ class Network:
             used = as_mask("Network", own["mask"], own["lengths"], batch, steps)
             flows[name] = Flow(array, used, as_flags("Network", "reset", own["reset"], batch, steps, "a piece begins"))
         return flows
+
+    def _hint(self, x: Any) -> str:
+        """Return a hint for an input that `run` refuses and `predict` takes."""
+        several = isinstance(x, (list, tuple)) and len({len(row) for row in x if hasattr(row, "__len__")}) > 1
+        kinds = {
+            "the names of files": isinstance(x, (str, PathLike)),
+            "data frames": self.task is not None and hasattr(x, "columns") and hasattr(x, "dtypes"),
+            "lists of sequences of any lengths": several and len(self.inputs) == 1,
+        }
+        return next((f": net.predict takes {what}" for what, given in kinds.items() if given), "")
 
     def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
         """Return the inputs by name as arrays of real numbers, cast to the network's dtype except for ids.
@@ -614,6 +630,69 @@ class Network:
         from cellstack.streaming.sessions import Sessions  # imported here, like Stream
 
         return Sessions(self, capacity, threads, weights)
+
+    @property
+    def task(self) -> str | None:
+        """What `cellstack.train` trained the network for: classify, regress, forecast or text; None for others."""
+        task = self.metadata.get("task")
+        return task if task in TASKS else None
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """The classes, in the order of the outputs; () unless the network was trained to classify."""
+        return tuple(self.metadata.get("labels") or ()) if self.task == "classify" else ()
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The names of the input's channels, as many as its width; () if they aren't known."""
+        from cellstack.train.trained import channels  # imported here because training depends on networks
+
+        return channels(self)
+
+    def predict(
+        self, data: Any, y: Any = None, *, id: Any = None, time: Any = None, threads: int | None = None, **options: Any
+    ) -> Any:
+        """Predict for new data what the network was trained for: classes, numbers, forecasts or the rest of a text.
+
+        Without torch, and read as in training: gaps, the columns of a table and their format, the classes' names and
+        the units of numbers. `task` determines what is predicted:
+
+        - `"classify"`, `"regress"`: the class or the numbers of each sequence, or of each of its steps, as
+          `Predictions`: a sequence of them with `probabilities`, `scores` and `to_frame`. The data is anything that
+          `train.fit` takes, also new columns in another order.
+        - `"forecast"`: the steps after the last rows of a table, or after the row `origin=`, as `Forecasts` with
+          dates, ids, quantiles and `to_frame`. The data is a pandas or polars frame, a table's file, or a `Table`.
+        - `"text"`: the text that follows a prompt, without the prompt. A str is always a prompt; a `pathlib.Path` is a
+          file that contains it.
+        - None, for networks that weren't trained by `cellstack.train`: the outputs, `[N, …]`, for arrays, lists of
+          sequences, or files of them; a list of arrays if the outputs have a time axis and the lengths differ.
+
+        Args:
+            data: see above.
+            y: the true values, if known, in the form that `train.fit` takes; then `scores` compares them with the
+                predictions. Files contain them; of a frame it is the name of the column.
+            id, time: columns of a table, as in `train.fit`; None: as in training.
+            threads: the number of threads that the kernel may use.
+            options: `origin`, and the options of `train.read_table`, for forecasts; `length`, `temperature`, `top_k`,
+                `top_p`, `seed`, `stop` for texts, see `train.generate`; `day_first`, `date_format`, `decimal`,
+                `encoding` of a file that is a table. Those of a table are as in training where they aren't given.
+
+        Returns:
+            See above.
+
+        Raises:
+            ValueError: data of another kind or width than the network's, or options that it doesn't have.
+            OSError: a file that can't be read.
+
+        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
+        >>> net = Network([Recurrent((cell,), return_sequences=False)])
+        >>> net.predict([np.ones((5, 3)), np.ones((7, 3))]).shape
+        (2, 4)
+        """
+        from cellstack.train.predict import predict  # imported here because training depends on networks
+
+        return predict(self, data, y, id=id, time=time, threads=threads, **options)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the network to a file atomically; the suffix determines the format.

@@ -47,7 +47,13 @@ BELOW = {
 }
 
 # Methods that call a part that depends on theirs: they import it only when they are called.
-ON_CALL = {("network", "streaming"), ("network", "formats"), ("network", "inspect"), ("inspect", "layers")}
+ON_CALL = {
+    ("network", "streaming"),
+    ("network", "formats"),
+    ("network", "inspect"),
+    ("network", "train"),
+    ("inspect", "layers"),
+}
 
 # Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.
 BELOW_FORMATS = {
@@ -89,7 +95,7 @@ ON_CALL_ALSO = {
     "cli": {"matplotlib", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
-    "train": {"holidays", "pandas", "sklearn", "threadpoolctl"},
+    "train": {"holidays", "pandas", "polars", "sklearn", "threadpoolctl"},
     "sklearn": {"pandas"},
 }
 

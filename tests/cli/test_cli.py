@@ -305,7 +305,10 @@ def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, tmp_path):
     assert (status, "expected 12 channels, found 2" in err) == (2, True)
     cell = load(vowels).nodes[1].forward
     Network((cell, GlobalPool("last"))).save(tmp_path / "bare.safetensors")
-    status, _, err = run(capsys, "run", str(tmp_path / "bare"), VOWELS)
+    status, out, _ = run(capsys, "run", str(tmp_path / "bare"), VOWELS)  # sequences of many lengths
+    assert (status, out.count("\n")) == (0, 1 + 270)
+    (tmp_path / "notes.txt").write_text("1,2")
+    status, _, err = run(capsys, "run", str(tmp_path / "bare"), str(tmp_path / "notes.txt"))
     assert (status, "expected a .npy, .npz, .csv or .jsonl file" in err) == (2, True)
     damaged = tmp_path / "damaged.safetensors"
     with open(vowels, "rb") as file:

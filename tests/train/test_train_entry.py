@@ -186,15 +186,15 @@ def test_a_network_is_run_on_what_it_was_trained_on(toy):
     frame = long_form(x, y).assign(place="north")
     with pytest.warns(UserWarning, match="place"):
         result = train.fit(frame, "state", id="id", time="t", test=0.2, **SMALL)
-    whole = train.run(result.network, frame, "state")
-    assert whole["ids"] == tuple(range(40))
-    assert whole["confusion"].sum() == 40
-    some = train.run(result.network, [x[3], x[1, :5]])
-    assert some["predicted"][0] == whole["predicted"][3]
+    whole = result.predict(frame, "state")
+    assert whole.ids == tuple(range(40))
+    assert whole.scores["confusion"].sum() == 40
+    some = result.network.predict([x[3], x[1, :5]])
+    assert some[0] == whole[3]
     with pytest.raises(UsageError, match="expected features among"):
-        train.run(result.network, frame.drop(columns="c1"))
+        result.predict(frame.drop(columns="c1"))
     with pytest.raises(FormatError, match="expected 3 channels, found 2"):
-        train.run(result.network, x[..., :2])
+        result.predict(x[..., :2])
 
 
 # ── classes and targets ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,8 +223,8 @@ def test_labels_of_any_type(toy, tmp_path, y, labels):
     net = load(tmp_path / "net.safetensors")
     assert tuple(net.metadata["labels"]) == result.labels
     truth = as_sequences(toy[0], y, labels=labels)
-    found = train.run(net, truth)
-    assert set(found["predicted"]) <= set(labels) if labels else all(type(one) is float for one in found["predicted"])
+    found = net.predict(truth)
+    assert set(found) <= set(labels) if labels else all(type(one) is float for one in found)
 
 
 def test_integers_that_may_be_classes_or_numbers(toy):
@@ -289,9 +289,11 @@ def test_invalid_labels(toy, y, how, message):
 def test_several_targets(toy):
     y = np.stack([toy[0].mean((1, 2)), 100 + toy[0].std((1, 2))], axis=1)
     result = train.fit(toy[0], y, **{**SMALL, "epochs": 30}, test=0.2)
-    assert result.scores["answers"].shape == (8, 2)
-    assert np.abs(result.scores["answers"][:, 1] - 100).max() < 10  # in the targets' own units
-    assert len(result.scores["predicted"][0]) == 2
+    assert result.scores.keys() == {"mae", "rmse"}
+    found = result.predict(toy[0], y)
+    assert np.abs(np.asarray(found)[:, 1] - 100).max() < 10  # in the targets' own units
+    assert (len(found[0]), found.probabilities, found.scores.keys()) == (2, None, {"mae", "rmse"})
+    assert list(found.columns()) == ["sequence", "predicted_1", "predicted_2"]
 
 
 def test_a_class_at_every_step(rng):
@@ -300,8 +302,11 @@ def test_a_class_at_every_step(rng):
     result = train.fit(x, y, test=0.25, units=8, epochs=25, lr=2e-2, dropout=0, threads=1)
     assert result.network(x[0][None].astype(np.float32)).shape == (1, len(x[0]), 2)
     assert result.scores["accuracy"] > 0.75
-    assert [len(one) for one in result.scores["predicted"]] == [len(one) for one in result.scores["answers"]]
-    assert result.scores["confusion"].sum() == sum(map(len, result.scores["predicted"]))
+    found = result.predict(x, y)
+    assert [len(one) for one in found] == [len(one) for one in found.probabilities] == [len(one) for one in x]
+    assert found.scores["confusion"].sum() == sum(map(len, x))
+    assert np.mean([(one == truth).mean() for one, truth in zip(found, y, strict=True)]) > 0.75
+    assert {len(column) for column in found.columns().values()} == {sum(map(len, x))}
 
 
 # ── sequences that can't be used ────────────────────────────────────────────────────────────────────────────────────

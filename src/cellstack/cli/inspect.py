@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cli.files import load_model, load_options, read_sample, show
-from cellstack.cli.run import read_as_trained
+from cellstack.cli.files import load_model, load_options, show
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES
+from cellstack.train.data.samples import read_sample
 from cellstack.train.examples import Labelled
 from cellstack.train.forecasting import predict as forecast
 from cellstack.train.forecasting.windows import extended_times
@@ -98,7 +98,7 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     """Return sequences, or the last window of a table, as `cellstack run` passes them to a model trained here."""
-    forecasts = net.metadata["task"] == "forecast"
+    forecasts = net.task == "forecast"
     if forecasts and Path(path).suffix.lower() not in TABLES:
         raise UsageError(f"{path}: expected a table ({', '.join(TABLES)}), because the model forecasts")
     labels, meaning = None, dict[str, Any]()
@@ -120,7 +120,7 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
             labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]
     else:
         task = predict.trained(net, model)
-        data = read_as_trained(path, net, model, task)
+        data = predict.as_trained(net, path, name=model)
         if data.channels != len(task.inputs.mean):
             raise UsageError(f"{path}: expected {len(task.inputs.mean)} channels, found {data.channels}")
         examples, count, inputs = Labelled(data), min(rows, len(data.x)), task.inputs

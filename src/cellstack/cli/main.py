@@ -141,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--time", metavar="COLUMN", help="table column that orders a sequence's rows (as trained)")
     runs.add_argument("--label", metavar="COLUMN", help="table column of the true values (as trained, if present)")
     runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (the last one)")
+    runs.add_argument("--picture", metavar="FILE", help="plot the forecast: to .png, .svg or .pdf")
     runs.add_argument("--weights", choices=HELD, help="dtype to round the cells' matrices to (unchanged)")
     add_load_options(runs)
     add_table_options(runs)

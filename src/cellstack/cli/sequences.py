@@ -54,8 +54,12 @@ class Job:
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the scores on the test file."""
-        found = {name: value for name, value in result.scores.items() if name not in ("answers", "predicted")}
+        found = result.scores
         return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
+
+    def panels(self) -> list[Any]:
+        """Return nothing: --picture shows the history only."""
+        return []
 
     def write(self) -> None:
         """Do nothing: there are no more files to write."""

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import TABLES_ONLY, merged
 from cellstack.train.tables.table import Table, read_table
 
-SEQUENCES = ("day_first", "date_format", "decimal", "encoding")  # options that apply to sequences too
+SEQUENCES = TABLES_ONLY  # options that apply to sequences too
 TABLE = ("date", "zone", "id", "freq", "category", *SEQUENCES)
 
 
@@ -67,9 +68,3 @@ def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
     """Return the options of `add_table_options` that were given, as keyword arguments of `read_table`."""
     names = {"id": "ids", "category": "categories"}
     return {names.get(name, name): value for name in options if (value := getattr(args, name)) is not None}
-
-
-def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of reading a table: those that are given, else those with which one was read before."""
-    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # no longer valid
-    return {name: value for name, value in before.items() if name not in unknown} | {**given}

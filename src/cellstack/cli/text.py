@@ -76,6 +76,10 @@ class Job:
         found = [f"{what} {result.scores[name]:.4f}" for name, what in names.items() if name in result.scores]
         return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
 
+    def panels(self) -> list[Any]:
+        """Return nothing: --picture shows the history only."""
+        return []
+
     def write(self) -> None:
         """Do nothing: there are no more files to write."""
 

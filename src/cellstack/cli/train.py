@@ -21,9 +21,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from cellstack.cli import forecast, sequences, text
-from cellstack.cli.files import SUFFIX, found, needs_torch, show, with_suffix
+from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.tables import add_table_options
-from cellstack.formats.files import check_replaceable, replacing
+from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.network import Network
 from cellstack.train import history
 from cellstack.train.checks import UsageError
@@ -68,6 +68,10 @@ class Job(Protocol):
         """Return the scores on held-out data, as plain values and as lines."""
         ...
 
+    def panels(self) -> list[history.Panel]:
+        """Return functions that draw further panels of --picture."""
+        ...
+
     def write(self) -> None:
         """Write further output files, after the network has been written."""
         ...
@@ -93,7 +97,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         "with one row per step; a series to forecast: such a table without these options; a text: .txt or .md",
     )
     train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
-    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({SUFFIX} is added)")
+    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({NATIVE} is added)")
     train.add_argument("--dry-run", action="store_true", help="report how the data is read, without training")
     train.add_argument("--task", choices=tuple(TASKS), help="what to learn (inferred from the file and its labels)")
     add_table_options(train)
@@ -159,7 +163,9 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         help="write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard",
     )
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    said.add_argument("--picture", metavar="FILE", help="plot them: to .png, .svg or .pdf")
+    said.add_argument(
+        "--picture", metavar="FILE", help="plot them, and the forecasts of the test part: to .png, .svg or .pdf"
+    )
     said.add_argument(
         "--inspect",
         action="store_true",
@@ -218,7 +224,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
         if args.history and result.history:
             history.write(args.history, result.history)
         if args.picture and result.history:
-            history.draw(args.picture, result.history, result.fit.best)
+            history.draw(args.picture, result.history, result.fit.best, job.panels())
         if folder is not None:
             report["inspect"] = _inspected(result, output, folder)
             lines += _inspect_text(report["inspect"])

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Any
 
-from cellstack.formats.files import check_readable
+from cellstack.formats.files import check_readable, found
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -55,7 +55,7 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
     """Read a network from a file. The format is detected from the content, and no code from the file is run.
 
     Args:
-        path: the file.
+        path: the file; `.safetensors`, the suffix of the native format, may be omitted.
         **options: what the file doesn't specify, for the formats below; None is the same as leaving an option out.
             PyTorch's weights: `order`, the modules' names in the order in which they run, where the file doesn't
             specify it, as with the weights of a custom class. The list may also hold `"last"` for the last step of a
@@ -77,7 +77,7 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
         ModuleNotFoundError: the package that reads the format isn't installed; the message names it.
         OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
-    path = fspath(path)
+    path = found(path)
     adapter = adapter_of(path)
     known = getattr(adapter, "OPTIONS", ())
     options = {name: value for name, value in options.items() if value is not None}
@@ -92,7 +92,7 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
     """Return the recurrent parts of a file by name, even where the rest of it isn't supported.
 
     Args:
-        path: the file.
+        path: the file, as for `load`.
 
     Returns:
         One network for each recurrent part, under its name in the file. A stack of layers is one part where the file
@@ -101,7 +101,7 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
     Raises:
         FormatError, ModuleNotFoundError, OSError: see `load`; FormatError also for a file without a recurrent part.
     """
-    path = fspath(path)
+    path = found(path)
     adapter = adapter_of(path)
     parts = adapter.extract(path)
     if not parts:

@@ -16,7 +16,7 @@ from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.windows import Windows
-from cellstack.train.predict import run
+from cellstack.train.predictions import Predictions
 from cellstack.train.settings import Settings
 from cellstack.train.tables.table import CategoryColumn, Spacing, Table, read_table
 from cellstack.train.text.sampling import generate
@@ -42,6 +42,9 @@ _LATER = {
     "fit_text": "text.workflow",
 }
 
+# Names that don't exist, and that are guessed.
+_ADVICE = dict.fromkeys(("forecast", "run"), "use network.predict(data), or predict(data) of what fit returns")
+
 __all__ = [
     "Batch",
     "CategoryColumn",
@@ -54,6 +57,7 @@ __all__ = [
     "Labelled",
     "Learner",
     "Model",
+    "Predictions",
     "Recipe",
     "Result",
     "Sequences",
@@ -73,12 +77,12 @@ __all__ = [
     "read_sequences",
     "read_table",
     "read_ts",
-    "run",
     "split",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        advice = f": {_ADVICE[name]}" if name in _ADVICE else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
     return getattr(import_module(f".{_LATER[name]}", __name__), name)

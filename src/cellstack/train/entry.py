@@ -77,7 +77,8 @@ def fit(
             pair `(x, y)`, a frame or a file like `x`. The best epoch on it is kept; 0: none, and the last is kept.
         test: likewise, for data that isn't used in training: `scores` are measured on it. None: no test.
         task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
-        id, time, features, per_step: see `as_sequences`; all but `per_step` are for frames.
+        id, time, features, per_step: see `as_sequences`. `id` and `time` apply to frames only; `features` selects their
+            columns, and names the channels of other data.
         units: units of each layer, first layer first.
         cell, bidirectional, dropout, pooling, every_step: see `Model`.
         head, loss, metrics, optimizer, scheduler, callbacks: your own parts of the model or the training: see `Own`.

@@ -19,6 +19,7 @@ from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
 from cellstack.train.learner import Fit
 from cellstack.train.loop import learn
+from cellstack.train.predict import predict
 from cellstack.train.processes import processes
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
@@ -35,7 +36,7 @@ class Result:
         network: the network with its metadata; it doesn't need torch.
         model: the same network as a torch module.
         fit: the course of the fit.
-        scores: scores on test data, see `predict`; {} without test data.
+        scores: scores on test data, see `Predictions`; {} without test data.
         rank: number of this process among those that trained; process 0 writes and prints.
         validated: number of examples in the validation part.
         summary: the text of `sentence`, if several fits made the network.
@@ -57,7 +58,11 @@ class Result:
     @property
     def labels(self) -> tuple[Any, ...]:
         """The classes, in the order of the network's outputs; () for regression."""
-        return tuple(self.network.metadata.get("labels", ()))
+        return self.network.labels
+
+    def predict(self, data: Any, y: Any = None, **options: Any) -> Any:
+        """Predict for new data with the network: see `Network.predict`."""
+        return predict(self.network, data, y, **options)
 
     @property
     def sentence(self) -> str:

@@ -22,6 +22,7 @@ from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.learner import Fit
 from cellstack.train.model import Model
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.trained import metadata
 from cellstack.train.warm import Start
 
 
@@ -50,7 +51,7 @@ def train_sequences(
             accuracy in the history.
 
     Returns:
-        The network and its scores, which are those of `predict.sequences`.
+        The network and its scores on the test sequences, see `Predictions`.
 
     Raises:
         UsageError: sequences without classes or targets, or fewer than two classes; see `learn` for more.
@@ -93,8 +94,8 @@ def train_sequences(
         "per_step": training.per_step,
         "table": training.table,
     }
-    net = as_network(model, predict.metadata(task, inputs, training.labels, **more))
-    scores = {} if test is None else predict.sequences(net, test, test.name)
+    net = as_network(model, metadata(task, inputs, training.labels, **more))
+    scores = {} if test is None else predict.sequences(net, test, test.name).scores
     return Result(net, model, fit, scores, rank, parts.validated)
 
 

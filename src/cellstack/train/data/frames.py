@@ -1,9 +1,11 @@
-"""Sequences from frames in long form, with a row per step: pandas and polars, neither of which is imported here."""
+"""Sequences from frames in long form, with a row per step, and frames from columns: pandas and polars.
+
+Neither is imported with this module."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +31,45 @@ class Grouped(NamedTuple):
 def is_frame(value: Any) -> bool:
     """Return whether a value is a data frame."""
     return hasattr(value, "columns") and hasattr(value, "dtypes") and hasattr(value, "__getitem__")
+
+
+def is_polars(value: Any) -> bool:
+    """Return whether a value is a polars frame."""
+    return type(value).__module__.partition(".")[0] == "polars"
+
+
+def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return columns by name; a name that occurs again gets an underscore at its end."""
+    found: dict[str, Any] = {}
+    for name, values in pairs:
+        while name in found:
+            name += "_"
+        found[name] = values
+    return found
+
+
+def as_frame(columns: Mapping[str, Any], polars: bool) -> Any:
+    """Return columns as a pandas frame, or as a polars frame.
+
+    Raises:
+        UsageError: pandas isn't installed.
+    """
+    if polars:
+        import polars as pl
+
+        return pl.DataFrame({name: _for_polars(values) for name, values in columns.items()})
+    try:
+        import pandas as pd
+    except ModuleNotFoundError:
+        raise UsageError(
+            "to_frame needs pandas: install cellstack[table], or use columns(), a dict of the same columns"
+        ) from None
+    return pd.DataFrame(dict(columns))
+
+
+def _for_polars(values: Any) -> Any:
+    """Return times in seconds in a unit that polars has."""
+    return values.astype("datetime64[ms]") if getattr(values, "dtype", None) == "datetime64[s]" else values
 
 
 def grouped(

@@ -31,6 +31,17 @@ def usual(step: float, span: float, country: str) -> tuple[str, ...]:
     return (*(name for name, used in kinds.items() if used), *(("holidays",) if country and within_week else ()))
 
 
+def names(kinds: tuple[str, ...]) -> list[str]:
+    """Return the names of the channels of `features`."""
+    found = []
+    for kind in kinds:
+        if kind == "holidays":
+            found += ["holiday", "holiday tomorrow", "holiday yesterday"]
+        else:
+            found += [f"{kind} {wave}{n}" for n in range(1, HARMONICS[kind] + 1) for wave in ("sin", "cos")]
+    return found
+
+
 def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str = "") -> NDArray[np.float32]:
     """Return the calendar features of dates, `[N, channels]`.
 

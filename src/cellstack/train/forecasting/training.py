@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +21,28 @@ from torch import nn
 
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
+from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.fitting import Result, check_memory, fitted
 from cellstack.train.forecasting import backtest, smoothing
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
 from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
+from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
+from cellstack.train.predict import predict
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -82,6 +89,29 @@ class Trained(NamedTuple):
     recipe: Recipe
     test: backtest.Backtest | None
     understood: list[str]
+
+    @property
+    def network(self) -> Network:
+        """The network, which runs without torch."""
+        return self.result.network
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The errors of the network and its baselines on the test part; {} without one."""
+        return self.result.scores
+
+    def predict(self, data: Any, **options: Any) -> Forecasts:
+        """Forecast the steps after the rows of a table with the network: see `Network.predict`."""
+        return predict(self.network, data, **options)
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: the losses of each network, and `test.plot()` if there is a test part.
+
+        Raises:
+            UsageError: matplotlib isn't installed.
+        """
+        found = history.curves(self.result.history) if self.result.history else []
+        return history.panels([*found, *(backtest_panels(self.test) if self.test is not None else [])])
 
 
 def train_forecast(
@@ -138,7 +168,13 @@ def train_forecast(
         found = measured(network, windows, fits.inputs, cut, baselines)
         scores = found.scores
     result = Result(
-        network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.summary(scores)
+        network,
+        nn.ModuleList(members),
+        fits.whole,
+        scores,
+        fits.rank,
+        len(fits.held),
+        fits.summary(scores, calibration),
     )
     return Trained(result, recipe, found, understood(table, recipe, request, cut))
 
@@ -208,8 +244,8 @@ class _Fits:
         self.whole, self.rank = Fit(), 0
         self.stops: list[str] = []
 
-    def summary(self, scores: dict[str, Any]) -> str:
-        """Return what stopped the fits, which epochs were kept, and the errors on the test part."""
+    def summary(self, scores: dict[str, Any], calibration: Calibration | None) -> str:
+        """Return what stopped the fits, which epochs were kept, what the networks add, and the errors of the test."""
         history, names = self.whole.history, {"epochs": "all", "patience": "early", "ctrl-c": "by Ctrl-C"}
         kept = [0] * len(self.stops)
         for entry in history:
@@ -221,6 +257,14 @@ class _Fits:
         if any(kept):
             how = "trained further" if takes_long(len(self.kept), int(self.windows.lengths[0])) else "retrained"
             parts.append(f"{how} with the validation part for {', '.join(map(str, kept))}")
+        recipe = self.windows.recipe
+        if calibration is not None and not calibration.followed.all():
+            alone = [name for name, weight in zip(recipe.targets, calibration.followed, strict=True) if not weight]
+            rule = "exponential smoothing" if recipe.rule == SMOOTHED else "the latest value"
+            parts.append(
+                f"the networks don't clearly improve on {rule} in the validation part and have weight 0: the forecast "
+                f"of {', '.join(alone)} is {rule} alone"
+            )
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
         what = f"mean absolute error on the test part: {', '.join(found)}"
         return "; ".join([*parts, what if found else "no data was held out to measure its accuracy on"])
