@@ -210,8 +210,8 @@ def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatc
     assert labels["kind"] == "date"
     assert labels["values"][0] == "2000-01-08"  # without a time: they are all midnight
     inputs = description("co2.html")["inputs"][0]["names"]
-    assert inputs[:2] == ["co2", "co2, naive"]
-    assert inputs[-1].endswith(", observed")
+    assert inputs[0] == "co2"
+    assert inputs[-1].endswith(" observed")
     assert (
         "expected a table (.csv, .tsv, .parquet), because the model forecasts"
         in run("co2", data / "JapaneseVowels_TEST.ts")[2]

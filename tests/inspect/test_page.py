@@ -217,7 +217,7 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
 
 
 def test_the_predicted_class_its_probability_and_the_true_class(open_page, rng):
-    net = make_classifier(rng, task="classify", labels=CLASSES, columns=CHANNELS)
+    net = make_classifier(rng, task="classify", labels=CLASSES, columns=CHANNELS, observed=[])
     x = rng.normal(size=(2, 10, 3)) * [5, 10, 0.5] + [20, 50, 0.5]
     t = net.trace(x)
     screen = open_page(t, truth=["lively", "calm"])

@@ -110,11 +110,10 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
         series = f" of {count} of {len(windows.origins)} series" if table.id else ""
         text = f"the last window{series} of {path}: {recipe.window} past steps and {recipe.horizon} to forecast"
         some = np.arange(count)
-        names = [*windows.names, *(f"{windows.names[n]}, observed" for n in inputs.observed)]
         every = len(recipe.quantiles)  # the output has the quantiles of each target
         scale, offset = windows.units(some).unit[:, None].repeat(every, -1), windows.reference(some).repeat(every, -1)
         ids = [table.ids[series] for series in windows.series[some]]
-        meaning = {"names": {net.inputs[0]: names}, "rescale": (scale, offset), "ids": ids}
+        meaning = {"rescale": (scale, offset), "ids": ids}
         if table.times is not None and count == 1:
             times = extended_times(table, recipe.horizon)
             labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]

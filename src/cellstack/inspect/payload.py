@@ -30,14 +30,9 @@ class Named(NamedTuple):
 
 def named(network: Network) -> Named:
     """Return the names in a network's metadata, as training writes them."""
-    metadata = network.metadata
-    task, columns, labels = (metadata.get(key) for key in ("task", "columns", "labels"))
-    channels = tuple(map(str, columns)) if isinstance(columns, list) else ()
-    observed = metadata.get("observed")
-    if channels and isinstance(observed, list):  # the indicators follow the channels
-        channels += tuple(f"{channels[n]}, observed" for n in observed)
-    if task == "classify" and isinstance(labels, list):
-        return Named(task, channels, tuple(map(str, labels)))
+    metadata, task, channels = network.metadata, network.task, network.channels
+    if task == "classify":
+        return Named(task, channels, tuple(map(str, network.labels)))
     if task == "regress":
         label = (metadata.get("table") or {}).get("label")
         targets = tuple(map(str, label)) if isinstance(label, list) else (str(label),) if label else ()

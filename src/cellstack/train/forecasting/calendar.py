@@ -9,7 +9,6 @@ from cellstack.train.checks import UsageError
 
 DAY, YEAR = 86_400.0, 365.2425
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
-PERIODS = {"hour": "day", "weekday": "week", "year": "year", "day": "year"}
 HARMONICS = {"hour": 3, "weekday": 3, "year": 2, "day": 8}  # three distinguish all days of a week
 
 
@@ -76,21 +75,6 @@ def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str
         for harmonic in range(1, HARMONICS[kind] + 1):
             channels += [np.sin(2 * np.pi * harmonic * place), np.cos(2 * np.pi * harmonic * place)]
     return np.stack(channels, axis=-1).astype(np.float32) if channels else np.empty((len(times), 0), np.float32)
-
-
-def channel_names(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the channels of `features`."""
-    names = []
-    for kind in kinds:
-        if kind == "holidays":
-            names += ["holiday", "holiday the next day", "holiday the day before"]
-        else:
-            names += [
-                f"{wave} {n} of the {PERIODS[kind]}"
-                for n in range(1, HARMONICS[kind] + 1)
-                for wave in ("sine", "cosine")
-            ]
-    return tuple(names)
 
 
 def holidays(country: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime64]:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch
-from cellstack.train.forecasting.calendar import channel_names, features
+from cellstack.train.forecasting.calendar import features
 from cellstack.train.forecasting.recipe import NAIVE, SMOOTHED, Recipe, Rule
 from cellstack.train.forecasting.rules import MEAN_OF, latest
 from cellstack.train.forecasting.smoothing import Smoothed, Smoothing
@@ -123,21 +123,6 @@ class Windows:
         """Channels of a step."""
         per_target = 1 + len(self.recipe.rules)
         return len(self.targets) * per_target + self.past.shape[1] + self.labels.shape[1] + self.always.shape[1] + 1
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the channels of a step, in the order of `fetch`."""
-        recipe = self.recipe
-        rules = [rule.name if rule.season == 1 else f"{rule.name} {rule.season}" for rule in recipe.rules]
-        targets = [name for target in recipe.targets for name in (target, *(f"{target}, {rule}" for rule in rules))]
-        labels = {
-            known: [
-                f"{each.name} {label}" for each in recipe.categories if each.known == known for label in each.labels
-            ]
-            for known in (False, True)
-        }
-        always = (*recipe.known, *labels[True], *channel_names(recipe.calendar))
-        return (*targets, *recipe.inputs, *labels[False], *always, "share of the horizon")
 
     def fetch(self, indices: Ints) -> Batch:
         """See `Examples`: `x [B, window + horizon, channels]`, `y [B, horizon · targets]` in the windows' units."""
