@@ -81,7 +81,7 @@ def plain(x, y, epochs, seed, *shape, packs):
 @torch.no_grad()
 def accuracy(fitted, x, y):
     if isinstance(fitted, train.Result):
-        return float(np.mean(train.run(fitted.network, x)["predicted"] == y))
+        return float(np.mean(np.asarray(fitted.network.predict(x)) == y))
     model, (mean, scale) = fitted
     model.eval()
     lengths = torch.tensor([len(row) for row in x])
