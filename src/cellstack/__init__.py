@@ -84,7 +84,7 @@ LATER = {
 }
 
 
-# Packages that are imported at their first use.
+# Subpackages that are imported at their first use.
 PACKAGES = ("adapters", "inspect", "keras", "layers", "sklearn", "train")
 
 
@@ -104,6 +104,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names; help() reads them all, so not what may be missing or selects a backend of Keras."""
+    """Return the public names, which `help()` reads: without packages that may be missing or select Keras's backend."""
     packages = ["train", *(["layers"] if find_spec("torch") else [])]
     return sorted({*__all__, "__version__", *packages, *(name for name in PACKAGES if name in globals())})

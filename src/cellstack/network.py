@@ -667,20 +667,20 @@ class Network:
     def predict(
         self, data: Any, y: Any = None, *, id: Any = None, time: Any = None, threads: int | None = None, **options: Any
     ) -> Any:
-        """Predict for new data what the network was trained for: classes, numbers, forecasts or the rest of a text.
+        """Predict for new data what the network was trained for: classes, numbers, forecasts or a text's continuation.
 
-        Without torch, and read as in training: gaps, the columns of a table and their format, the classes' names and
-        the units of numbers. `task` determines what is predicted:
+        Needs no torch. The data is read as in training: missing values, the columns of a table and their format, the
+        names of classes and the units of numbers. `task` determines what is predicted:
 
         - `"classify"`, `"regress"`: the class or the numbers of each sequence, or of each of its steps, as
           `Predictions`: a sequence of them with `probabilities`, `scores` and `to_frame`. The data is anything that
-          `train.fit` takes, also new columns in another order.
+          `train.fit` takes; the columns of a table may be in another order.
         - `"forecast"`: the steps after the last rows of a table, or after the row `origin=`, as `Forecasts` with
           dates, ids, quantiles and `to_frame`. The data is a pandas or polars frame, a table's file, or a `Table`.
         - `"text"`: the text that follows a prompt, without the prompt. A str is always a prompt; a `pathlib.Path` is a
           file that contains it.
-        - None, for networks that weren't trained by `cellstack.train`: the outputs, `[N, …]`, for arrays, lists of
-          sequences, or files of them; a list of arrays if the outputs have a time axis and the lengths differ.
+        - None, for networks that `cellstack.train` didn't train: the outputs, `[N, …]`, for arrays, lists of sequences,
+          or files of them; a list of arrays if the outputs have a time axis and the lengths differ.
 
         Args:
             data: see above.
@@ -696,7 +696,8 @@ class Network:
             See above.
 
         Raises:
-            ValueError: data of another kind or width than the network's, or options that it doesn't have.
+            ValueError: data of another kind or width than the network takes, or an option that doesn't apply to it.
+            TypeError: an unknown option.
             OSError: a file that can't be read.
 
         >>> from cellstack import Cell, CellSpec, Recurrent

@@ -219,7 +219,7 @@ def test_help_has_the_main_options_first_and_an_example_last(capsys, monkeypatch
         assert default.startswith("(default: ")
 
 
-def test_the_help_of_train_begins_with_what_everybody_needs(capsys, monkeypatch):
+def test_the_help_of_train_begins_with_the_main_options(capsys, monkeypatch):
     out = help_of(capsys, monkeypatch, "train")
     first = out.split("\nsequences:\n")[0]
     found = re.findall(r"^  ([A-Z]+|-o|--[\w-]+)\b", first, re.MULTILINE)
@@ -248,7 +248,7 @@ def test_cellstack_alone_shows_the_help_as_help_does(capsys, monkeypatch):
     assert capsys.readouterr().out == help_of(capsys, monkeypatch, "train")
 
 
-def test_the_words_of_an_option_are_explained(capsys):
+def test_invalid_values_of_options_are_explained(capsys):
     for words, said in (
         (["train", "a.ts", "--units", "0"], "--units: expected positive integers separated by commas, got '0'"),
         (["train", "a.ts", "--epochs", "many"], "argument --epochs: expected an integer, got 'many'"),

@@ -475,7 +475,7 @@ def test_modules_in_a_given_order(capsys, tmp_path, pytorch_files):
     assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
 
 
-def test_targets_that_can_only_be_read_or_lack_what_the_network_has(capsys, tmp_path, small):
+def test_formats_that_cannot_be_written_or_cannot_represent_the_network_are_refused(capsys, tmp_path, small):
     """The message of Python and that of the command line."""
     status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.nam"))
     assert (status, ".nam" in err.split("got")[0], ".json" in err) == (2, False, False)

@@ -167,7 +167,7 @@ def test_a_header_is_skipped(model, net):
 @pytest.mark.parametrize("text", ["", "\n\n", "a,b,c\n"])
 def test_input_without_steps_is_reported(model, text):
     done = run([model], text)
-    said = "0 steps: standard input was empty, or had only the columns' names\n"
+    said = "0 steps: standard input was empty, or had only a header line\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
 
 

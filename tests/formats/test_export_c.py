@@ -350,7 +350,7 @@ def test_whole_sequences_under_sanitizers(tmp_path, name, seed):
     assert verify(net, tmp_path / "net.c", streams=False).ok(1e-4 if dtype == "float32" else 1e-9)
 
 
-def test_the_largest_of_nan_is_nan_in_c(tmp_path):
+def test_the_maximum_of_nan_is_nan_in_c(tmp_path):
     rng = np.random.default_rng(0)
     net = Network([layer(rng, "float32", 3), GlobalPool("max")])
     x = frames(net, 6)[None]

@@ -162,7 +162,7 @@ def test_the_last_step_in_an_order_is_the_last_used_one(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:load:UserWarning")
-def test_orders_whose_widths_belong_to_other_states(tmp_path, width, order, message):
+def test_orders_whose_widths_are_those_of_other_states(tmp_path, width, order, message):
     rnn = torch.nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
     path = saved(tmp_path, torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(width, 2)}))
     with pytest.raises(FormatError, match=message):

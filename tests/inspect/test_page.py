@@ -382,7 +382,7 @@ def test_everything_fits_into_1280_pixels(open_page, rng):
     assert lone_controls(screen) == []
 
 
-def test_the_input_row_and_the_wires_are_in_reach_at_390_pixels(open_page, rng):
+def test_the_input_row_and_the_wires_are_visible_at_390_pixels(open_page, rng):
     layers = [Recurrent((make_cell(rng, 3, 3),)) for _ in range(24)]
     screen = open_page(Network(layers).trace(rng.normal(size=(2, 10, 3))), width=390, height=800, touch=True)
     inside = """(one) => {

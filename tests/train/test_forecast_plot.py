@@ -68,7 +68,7 @@ def test_a_panel_for_each_series_and_target():
     np.testing.assert_array_equal(lines(figure.axes[0])["history"].get_ydata(), 2.0 * np.arange(44, 60))
 
 
-def test_names_aren_t_formulas():
+def test_names_are_not_read_as_math():
     one = forecasts([59], targets=("in $, not $_x",), shops=("$^", "b"))
     assert one.plot().axes[0].get_title("left") == "$^, in $, not $_x"
     assert one._repr_png_().startswith(b"\x89PNG")

@@ -120,7 +120,7 @@ def test_as_many_names_as_channels(ragged, names):
         train.fit(*ragged, features=names, **SMALL)
 
 
-def test_the_same_answers_for_every_form_of_the_data(ragged, classifier, tmp_path):
+def test_every_form_of_the_data_gives_the_same_predictions(ragged, classifier, tmp_path):
     x, y = ragged
     net, frame = classifier.network, long_form(x, y)
     expected = net.predict(x).probabilities
@@ -391,7 +391,7 @@ def test_a_call_of_the_network_says_that_predict_takes_lists_frames_and_files(ra
 
 
 @pytest.mark.parametrize("name", ["run", "forecast"])
-def test_guessed_names_lead_to_predict(name):
+def test_the_error_of_a_guessed_name_mentions_predict(name):
     with pytest.raises(AttributeError, match=rf"no attribute '{name}': use network\.predict\(data\)"):
         getattr(train, name)
 

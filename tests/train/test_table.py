@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 
 from cellstack import FormatError
-from cellstack.cli.tables import add_table_options, table_from
+from cellstack.cli.tables import TABLE, add_table_options, given, table_from
 from cellstack.train import CategoryColumn, Spacing, read_table
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import merged
 
 
 def write(tmp_path, text, encoding="utf-8", name="a.csv"):
@@ -450,9 +451,10 @@ def test_the_options_of_the_command_line(tmp_path):
     table = table_from(parser.parse_args(words), str(file))
     assert (table.ids, str(table.spacing), table.columns["y"][0], table.zone) == (("7/1",), "monthly", 1.25, "UTC")
     assert isinstance(table.categories["kind"], CategoryColumn)
-    again = table_from(parser.parse_args([]), str(file), table.reading)
+    again = read_table(str(file), **merged(table.reading, given(parser.parse_args([]), TABLE)))
     np.testing.assert_array_equal(again.times, table.times)
-    other = table_from(parser.parse_args(["--month-first", "--freq", "D"]), str(file), table.reading)
+    words = ["--month-first", "--freq", "D"]
+    other = read_table(str(file), **merged(table.reading, given(parser.parse_args(words), TABLE)))
     assert str(other.times[-1]) == "2022-01-12T00:00:00"
     with pytest.raises(SystemExit):
         parser.parse_args(["--day-first", "--month-first"])

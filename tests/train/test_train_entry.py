@@ -259,7 +259,10 @@ def test_zeros_and_ones_and_one_hot_rows_may_be_classes_or_numbers(toy):
     ("changes", "message"),
     [
         ({"x": lambda x: x.swapaxes(0, 1)}, r"expected one entry per sequence, 12, got 40; .* pass x.swapaxes\(0, 1\)"),
-        ({"x": lambda x: [(one, 1) for one in x], "y": None}, "got a pair: pass the sequences as x, the answers as y"),
+        (
+            {"x": lambda x: [(one, 1) for one in x], "y": None},
+            "got a pair: pass the sequences as x, the labels or numbers as y",
+        ),
         ({"x": lambda x: (x, x)}, r"x\[0\]: expected \[T, C\], got .*: a pair \(x, y\) is passed as two arguments"),
         ({"units": 8.0}, "expected units to be integers of at least 1, one for each layer, got 8.0"),
         ({"units": "8"}, "expected units to be integers of at least 1, one for each layer, got '8'"),

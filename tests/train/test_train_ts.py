@@ -135,7 +135,7 @@ def test_a_gap_between_lengths_is_not_padded(rng):
 
 @pytest.mark.parametrize("length", [1, 7, 12345])
 def test_batches_of_one_length_do_not_depend_on_the_gap(length):
-    """And they are what they have always been, so that the same data gives the same weights bit for bit."""
+    """They are those of earlier versions, so that the same data gives the same weights bit for bit."""
     chosen, lengths = np.arange(3, 50), np.full(60, length)
     expected = np.array_split(np.random.default_rng(5).permutation(chosen), 6)
     rng = np.random.default_rng(5)

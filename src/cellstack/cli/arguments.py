@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Help(argparse.HelpFormatter):
-    """Help with `-o, --output FILE` for an option, examples as written, and verbs without a heading of their own."""
+    """Formats options as `-o, --output FILE`, leaves examples as written, and lists verbs under one heading."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)

@@ -18,7 +18,7 @@ from cellstack.train.forecasting.backtest import Backtest
 from cellstack.train.forecasting.parts import Parts
 from cellstack.train.forecasting.plan import Request, planned, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
-from cellstack.train.forecasting.prepare import Build, again, describe, prepared
+from cellstack.train.forecasting.prepare import Build, describe, prepared, refit_epochs
 from cellstack.train.forecasting.recipe import SCALES, Recipe
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.history import Panel
@@ -86,7 +86,7 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
             "--members", type=int, metavar="N", help="networks to average (default: 3; for many rows 2)"
         ),
         group.add_argument(
-            "--test-share", type=float, metavar="P", help=f"share of last rows to test on (default: {TEST_SHARE})"
+            "--test-share", type=float, metavar="P", help=f"share of the last rows to test on (default: {TEST_SHARE})"
         ),
         group.add_argument(
             "--forecasts",
@@ -117,17 +117,17 @@ class Job:
     def plan(
         self, architecture: Architecture, settings: Settings, options: RunOptions
     ) -> tuple[list[str], dict[str, Any]]:
-        """Describe the training to come, after the steps before it, which are measured: smoothing is done twice."""
+        """Describe the training to come; prepares the data for it, and measures how long that takes."""
         started = time.perf_counter()
         self.ready = prepared(self.table, self.recipe, self.request, options.validation, self.share)
-        self.others = 2 * (time.perf_counter() - started)
+        self.others = 2 * (time.perf_counter() - started)  # smoothing is fitted again with the validation part
         return describe(*self.ready, self._build(architecture), settings)
 
     def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
         """See `cli.train.Job`. If the networks don't improve on the rule, there is no second fit."""
         assert self.ready is not None
         windows, cut = self.ready
-        most = again(settings.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
+        most = refit_epochs(settings.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
         second = [(0, most, False)] * bool(len(cut.validation))
         return [epochs_of(settings, bool(len(cut.validation))), *second] * self.members
 

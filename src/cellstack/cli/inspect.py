@@ -97,7 +97,7 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 
 
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
-    """Return sequences, or the last window of a table, as `cellstack run` passes them to a model trained here."""
+    """Return sequences, or the last window of a table, as `cellstack run` passes them to a network with a task."""
     forecasts = net.task == "forecast"
     if forecasts and Path(path).suffix.lower() not in TABLES:
         raise UsageError(f"{path}: expected a table ({', '.join(TABLES)}), because the model forecasts")

@@ -31,7 +31,7 @@ MOST_THREADS = 1024  # OpenMP ends the process if it can't start as many as requ
 
 
 class Verb(NamedTuple):
-    """What the help says of a verb: what it does, its arguments in short, and examples of it."""
+    """The help of a verb: what it does, its arguments in short, and examples."""
 
     summary: str
     usage: str
@@ -59,7 +59,7 @@ HELP = {
         threads="the faster of 1 and all",
     ),
     "run": Verb(
-        "predict or forecast, or run any network on a file of numbers",
+        "predict or forecast with a trained network; run any network on a file of numbers",
         "MODEL FILE [options]",
         """cellstack run vowels Vowels_TEST.ts > predictions.csv
   cellstack run model.keras steps.npy > answers.csv
@@ -92,7 +92,7 @@ HELP = {
         threads=None,
     ),
     "inspect": Verb(
-        "write a page on which to explore gates, states and layers",
+        "write an interactive page of the gates and states of a network",
         "MODEL [FILE] [options]",
         """cellstack inspect vowels Vowels_TEST.ts --open
   cellstack inspect model.keras steps.npy -o steps.html
@@ -128,7 +128,7 @@ EPILOG = """example:
 
 exit codes:
   0    success
-  1    convert or bench found a difference; a table is too short to forecast
+  1    convert or bench found a difference; a table has too few rows to forecast
   2    an invalid argument or file; standard error has one line with the reason
   130  stopped by Ctrl-C
   143  stream was stopped by SIGTERM
@@ -212,7 +212,7 @@ def _add_stream(steps: Parser) -> None:
         help="start from the state in FILE, if it exists, and save the state to it at the end, also after Ctrl-C or "
         "SIGTERM",
     )
-    text = "round the cells' matrices to this dtype: fewer bits are faster (default: as in the file)"
+    text = "round the cells' matrices to this dtype; fewer bits are faster (default: as in the file)"
     steps.add_argument("--weights", choices=WEIGHTS, help=text)
     add_load_options(steps)
 

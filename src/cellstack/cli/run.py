@@ -23,7 +23,7 @@ from cellstack.train.predict import as_trained, sequences
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classify, predict or forecast with a network trained here; run any other network."""
+    """Classify, predict or forecast with a network trained by cellstack; run any other network."""
     net, path = load_model(args.model, load_options(args))
     net = with_weights(net, args.weights)
     if net.task != "forecast":
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
-    """Predict with a network that was trained here."""
+    """Predict with a network trained by cellstack."""
     if net.task == "text":
         return measure(args, net, path)
     if net.task == "forecast":

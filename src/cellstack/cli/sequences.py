@@ -186,15 +186,17 @@ def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
 
 
 def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
-    """Return the score on the training part of the best answer that doesn't depend on the sequence."""
+    """Return the score of the best constant prediction on the training part."""
     if not labels:
         rmse = float(np.sqrt(np.square(y - y.mean(axis=0)).mean()))
-        return {"mean": {"rmse": rmse}}, f"for comparison: the RMSE of the mean is {rmse:.4g} on the training part"
+        return {
+            "mean": {"rmse": rmse}
+        }, f"for comparison: the RMSE of always predicting the mean is {rmse:.4g} on the training part"
     counts = np.bincount(y.ravel(), minlength=len(labels))
     share, best = float(counts.max() / counts.sum()), labels[int(counts.argmax())]
     return (
         {"most frequent class": {"class": best, "accuracy": share}},
-        f"for comparison: the accuracy of always answering {best!r} is {share:.4g} on the training part",
+        f"for comparison: the accuracy of always predicting {best!r} is {share:.4g} on the training part",
     )
 
 

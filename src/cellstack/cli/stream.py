@@ -126,7 +126,7 @@ def stream(args: argparse.Namespace) -> int:
             saved += ", which is no longer finite: a step contained nan or inf"
         print(f"{frames.count} steps{ended}{saved}", file=sys.stderr)
     elif not frames.count:
-        print("0 steps: standard input was empty, or had only the columns' names", file=sys.stderr)
+        print("0 steps: standard input was empty, or had only a header line", file=sys.stderr)
     return status
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cellstack.train.checks import UsageError
-from cellstack.train.data.reading import TABLES_ONLY, merged
+from cellstack.train.data.reading import TABLES_ONLY
 from cellstack.train.tables.table import Table, read_table
 
 SEQUENCES = TABLES_ONLY  # options that apply to sequences too
@@ -58,18 +58,17 @@ def only_one(columns: tuple[str, ...] | None) -> str | None:
     return columns[0] if columns else None
 
 
-def table_from(args: argparse.Namespace, path: str, reading: Mapping[str, Any] | None = None) -> Table:
+def table_from(args: argparse.Namespace, path: str) -> Table:
     """Read a table with the options of `add_table_options`.
 
     Args:
         args: the parsed options.
         path: the file.
-        reading: how a table of this kind was read before (`Table.reading`); options that are given override it.
 
     Raises:
         FormatError, UsageError, OSError: see `read_table`.
     """
-    return read_table(path, **merged(reading or {}, given(args, TABLE)))
+    return read_table(path, **given(args, TABLE))
 
 
 def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:

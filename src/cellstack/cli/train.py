@@ -54,8 +54,8 @@ class Job(Protocol):
     """Data that was read, and how to train on it.
 
     `understood` describes how the data was read, in lines; `described` is the same in plain values, for --json;
-    `defaults` has the defaults of `units`, `lr`, `pooling` and so on; `others` has the seconds of the steps before and
-    after the fits, as far as `plan` measured them.
+    `defaults` has the defaults of `units`, `lr`, `pooling` and so on; `others` is the time in seconds that a training
+    takes in addition to its fits, as far as `plan` measured it.
     """
 
     understood: list[str]
@@ -112,7 +112,9 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument("--units", type=sizes, metavar="N,N", help=text)
     text = "largest number of passes over the data (default: 60; forecasts 16 or 60; texts 30)"
     train.add_argument("--epochs", type=int, metavar="N", help=text)
-    train.add_argument("--dry-run", action="store_true", help="report how the data is read and how long training takes")
+    train.add_argument(
+        "--dry-run", action="store_true", help="only report how the data is read and how long training takes"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     add_table_options(train)
     model = train.add_argument_group("model")
@@ -169,7 +171,7 @@ def train(args: argparse.Namespace) -> int:
     _check_used(args, name)
     same = args.test is not None and os.path.realpath(args.test) == os.path.realpath(args.file)
     if same and name != "forecasts":  # which take only one file
-        raise UsageError(f"{args.test}: the test file is the training file, on which scores say nothing")
+        raise UsageError(f"{args.test}: the test file is the training file; test on other data")
     output = _checked_output(args)
     if args.dry_run:
         return _dry_run(args, module)
@@ -215,7 +217,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
 
 
 def _dry_run(args: argparse.Namespace, module: ModuleType) -> int:
-    """Report how the data is read, what would be trained, and how long that would take."""
+    """Report how the data is read, what would be trained, and how long it would take."""
     job = module.read(args)
     settings, architecture, options, own = _choices(args, job)
     lines, planned = job.plan(architecture, settings, options)
@@ -235,22 +237,22 @@ def _expected(
 ) -> tuple[float, float] | None:
     """Return the seconds of a training on this machine, with the fewest and the most epochs; None without torch.
 
-    Some steps are trained and timed.
+    Trains and times some steps.
     """
     try:
         needs_torch(args)
     except UsageError:
         return None
-    from cellstack.train.learner import Rehearsed
+    from cellstack.train.learner import Timed
 
-    rehearsal = RunOptions(options.validation, progress=False, device=args.device, threads=args.threads, rehearse=True)
+    timing = RunOptions(options.validation, progress=False, device=args.device, threads=args.threads, timing=True)
     try:
-        job.fit(architecture, settings, rehearsal, own)
-    except Rehearsed as done:
+        job.fit(architecture, settings, timing, own)
+    except Timed as done:
         fits = job.fits(settings)
         few, most = (sum(done.cost.seconds(fit[n], fit[2]) for fit in fits) for n in (0, 1))
         return few + job.others, most + job.others
-    raise AssertionError("a rehearsal ends before the first fit")
+    raise AssertionError("timing ends before the first fit")
 
 
 def _expected_text(seconds: tuple[float, float] | None) -> str:
@@ -315,8 +317,8 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
         suffix = Path(args.output).suffix.lower()
         if suffix != NATIVE and suffix in {".c", *(one for adapter in adapters() for one in adapter.SUFFIXES)}:
             raise UsageError(
-                f"-o {args.output}: train writes {NATIVE}, which keeps what predictions need: `cellstack convert "
-                f"{Path(args.output).with_suffix(NATIVE)} {args.output}` then makes {suffix}"
+                f"-o {args.output}: train writes only {NATIVE} files, which store what `run` needs; afterwards, "
+                f"`cellstack convert {Path(args.output).with_suffix(NATIVE)} {args.output}` writes {suffix}"
             )
         if not output.parent.is_dir():
             raise UsageError(f"the folder {output.parent} doesn't exist")

@@ -157,7 +157,10 @@ class Builder:
         return wire
 
     def final(self, wire: str) -> None:
-        """Make the recurrent node that returns a wire, which nothing uses yet, return its final output only.
+        """Make the recurrent node whose output is a wire return its final output only.
+
+        Args:
+            wire: the output, which no other node uses yet.
 
         Raises:
             ShapeError: the wire isn't the output of a recurrent node.

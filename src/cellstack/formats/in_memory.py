@@ -24,8 +24,9 @@ def is_module(value: Any) -> bool:
 def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]) -> Answers:
     """Call a module in evaluation mode, without gradients, and return its outputs, and its states if they are known.
 
-    The tensors that it returns, also in nested tuples, lists and dicts, are the network's outputs in order. A module
-    whose recurrent layers take time before batch gets a transposed x, and its sequences are transposed back.
+    The tensors that it returns, also in nested tuples, lists and dicts, are matched with the network's outputs in
+    order. A module whose recurrent layers take time before batch gets a transposed x, and its output is transposed
+    back.
 
     Args:
         net: the network.

@@ -172,8 +172,8 @@ def verify(net: Network, path: str | PathLike[str] | Any, x: Any = None, seed: i
         net: the network, such as the one that `load` returned for the file, or that was saved to it.
         path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and similar by torch (state
             dicts of one recurrent module), `.c` with the machine's C compiler, `.safetensors` by `load`. Or a
-            `torch.nn.Module`, which is called in evaluation mode: the state dict of a model doesn't contain its
-            `forward`, so compare a network of `load(path, order=[…])` with the model in memory.
+            `torch.nn.Module`, which is called in evaluation mode. A state dict doesn't contain the `forward` of its
+            model, so pass the model itself to verify a network of `load(path, order=[…])`.
         x: a sample of the data, as for `Network.run`, with a time axis; None = random. A module is called with random
             inputs of several batch sizes and lengths.
         seed: the seed of random inputs.
@@ -257,7 +257,7 @@ def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
 
 
 def _with_module(net: Network, module: Any, inputs: Inputs, seed: int | None) -> Report:
-    """Return the report for a torch module: the greatest differences over several sizes, if a seed is given."""
+    """Return the report for a torch module; if a seed is given, with the greatest differences over several sizes."""
     name = type(module).__name__
     shapes = {name: array.shape for name, array in inputs.items()}
     differences: dict[str, Difference] = {}
@@ -283,7 +283,7 @@ def _with_module(net: Network, module: Any, inputs: Inputs, seed: int | None) ->
                 differences.get(key, one), one, key=lambda one: (one.shape != one.theirs, one.relative)
             )
     assert answers is not None
-    also = f"greatest differences, also with {', '.join(sizes)}" if sizes else ""
+    also = f"the differences are the greatest of these inputs and of {', '.join(sizes)}" if sizes else ""
     note = "; ".join(filter(None, [also, answers.note, *notes]))
     return Report(name, answers.runtime, answers.version, shapes, tuple(differences.values()), note)
 

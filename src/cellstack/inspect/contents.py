@@ -355,7 +355,8 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
 def _features(t: NetworkTrace, given: Mapping[str, Any] | None) -> dict[str, list[str] | None]:
     """Return the names of the features of each input and node, None where they have none.
 
-    They are given, or from the network's metadata; nodes that only change values or steps keep those of their source.
+    They are those of `given`, else those in the network's metadata. Nodes that keep the features of their source keep
+    their names, too.
     """
     network, own = t.network, named(t.network)
     width = {name: network.shapes[name][-1] if network.shapes[name] else None for name in network.shapes}
@@ -380,7 +381,7 @@ def _features(t: NetworkTrace, given: Mapping[str, Any] | None) -> dict[str, lis
 
 
 def _answer(t: NetworkTrace, taken: Array, truth: Any, rescale: tuple[Any, Any] | None, arrays: Arrays) -> Any:
-    """Return what the network predicts: its task, the names of its targets, the true values, the targets' units."""
+    """Return what the page needs to show the prediction: task, targets, quantiles, true values, and the scaling."""
     own = named(t.network)
     scaled = None
     if rescale is not None:
@@ -402,7 +403,7 @@ def _answer(t: NetworkTrace, taken: Array, truth: Any, rescale: tuple[Any, Any] 
 
 
 def _each_row(t: NetworkTrace, name: str, given: Any) -> Any:
-    """Return what was given for each row of a trace; `ValueError` if it is something else."""
+    """Return an argument that must have one entry per row of the trace; raise `ValueError` if it doesn't."""
     rows = len(t.y[0] if isinstance(t.y, tuple) else t.y)
     if isinstance(given, str) or len(given) != rows:
         raise ValueError(f"save_html: expected {name} to be a list of {rows}, one for each row, got {given!r:.80}")

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Named(NamedTuple):
-    """The names that a trained network has for its numbers; empty where it has none."""
+    """The names of a trained network's inputs and outputs; empty where it has none."""
 
     task: str | None = None
     channels: tuple[str, ...] = ()
-    """Of the input's features."""
+    """The input's features."""
     outputs: tuple[str, ...] = ()
-    """Of the output's features: the classes, the targets, the quantiles of each target, or the characters."""
+    """The output's features: the classes, the targets, the quantiles of each target, or the characters."""
     targets: tuple[str, ...] = ()
     """The columns that a regression or a forecast predicts."""
     quantiles: tuple[float, ...] = ()

@@ -65,7 +65,7 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
         )
         axis.set_ylabel(f"{field}, unit")
         axis.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-        if name != above:  # once for all fields of a cell: next to each of them, long names would overlap
+        if name != above:  # once per cell: a long name at each of its fields would overlap
             axis.set_title("\n".join(wrap(name, NAME_LENGTH)), loc="left", fontsize="medium", fontweight="bold")
         above = name
         figure.colorbar(image, ax=axis, ticks=MaxNLocator(4))

@@ -406,8 +406,8 @@ class NetworkTrace(Mapping[str, NodeTrace]):
                 it is shown above the map, with its spectrum.
             title: the heading of the page.
             rows: the rows, as a slice, a number or numbers; None = all.
-            names: the names of features, by the name of an input or a node: `{"x": columns, "head": classes}`; a
-                network that was trained here has those of its channels, classes and targets.
+            names: the names of features, by the name of an input or a node: `{"x": columns, "head": classes}`. Networks
+                trained by cellstack already have those of their channels, classes and targets.
             truth: the true class or value of each row, or a list with one for each step; shown next to the prediction.
             ids: the name of each row, such as a customer's.
             rescale: `(scale, offset)`, which broadcast to the output: `output·scale + offset` is the prediction in its

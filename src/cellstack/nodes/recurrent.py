@@ -677,7 +677,7 @@ def ends_both_ways(backwards: Iterable[Node]) -> bool:
 
 
 def final(node: Node) -> Recurrent | Bidirectional | None:
-    """Return a recurrent node so that it returns its final output, of both directions; None for other nodes."""
+    """Return a recurrent node that returns only the final output, of both directions; None for other nodes."""
     if isinstance(node, Bidirectional):
         forward, backward = (replace(part, return_sequences=False) for part in (node.forward, node.backward))
         return replace(node, forward=forward, backward=backward)

@@ -363,7 +363,7 @@ class GlobalPool(Node):
 
     Args:
         mode: `"mean"`, `"max"` or `"last"`; `"final"` for the final states of the recurrent node directly before it in
-            a chain. This isn't a node of its own: a `Network` drops it, and gives that node `return_sequences=False`.
+            a chain. A `Network` doesn't keep it as a node, but gives that node `return_sequences=False`.
 
     Raises:
         ValueError: an unknown mode.

@@ -44,7 +44,7 @@ _LATER = {
     "fit_text": "text.workflow",
 }
 
-# Names that don't exist, and that are guessed.
+# Names that users may guess but that don't exist, with advice for the error message.
 _ADVICE = dict.fromkeys(("forecast", "run"), "use network.predict(data), or predict(data) of what fit returns")
 
 __all__ = [

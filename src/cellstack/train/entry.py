@@ -125,7 +125,7 @@ def fit(
             shares[name] = float(given or 0.0)
         else:
             if (given[0] if isinstance(given, tuple) else given) is x:
-                raise UsageError(f"{name}: this is the training data, on which scores say nothing: pass other data")
+                raise UsageError(f"{name}: this is the training data: pass other data")
             parts[name] = _other(name, given, y, whole, **reading)
             if parts[name].y is None:
                 raise UsageError(f"{name}: the sequences have neither classes nor targets: pass a pair (x, y)")

@@ -14,8 +14,8 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 
 VALIDATED = 256  # batch size without gradients
-MIXED = 1.2  # lengths that differ by less than this factor are mixed in training: the shortest aren't always together
-GAP = 2.0  # a gap between the data's lengths of more than this factor is never filled by padding
+MIXED = 1.2  # greatest random factor of a length when sequences are sorted, so that batches differ between epochs
+GAP = 2.0  # sequences on either side of a gap in the lengths by more than this factor never share a batch
 
 
 class Batch(NamedTuple):
@@ -143,8 +143,8 @@ def batches(
         indices: the examples to batch.
         size: maximum batch size. The examples are spread evenly over as few batches as possible.
         rng: shuffles the examples of similar length, and then the batches; None = file order and ascending length.
-        gap: examples are in separate batches if no length of `indices` lies between theirs, and these differ by more
-            than this factor. With 1, all examples of a batch have the same length.
+        gap: where two successive lengths of the examples differ by more than this factor, shorter and longer examples
+            are in separate batches. With 1, all examples of a batch have the same length.
 
     Returns:
         Indices into `lengths`, one array per batch; each of `indices` appears once. The number of batches doesn't
@@ -332,7 +332,7 @@ class Indexed:
 
 
 def batching(lengths: NDArray[np.int64], gap: float) -> dict[str, str]:
-    """Return what a checkpoint says of batches with padding, which depend on more than `Settings`."""
+    """Return a checkpoint's entry about padded batches, which must match on resuming; {} without padding."""
     return {"batches": f"of similar lengths, {MIXED} and {gap}"} if gap > 1 and len(np.unique(lengths)) > 1 else {}
 
 

@@ -15,8 +15,8 @@ from cellstack.network import Network
 from cellstack.nodes.recurrent import Bidirectional
 from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
-from cellstack.train.learner import Fit, Rehearsed
-from cellstack.train.loop import learn, rehearse
+from cellstack.train.learner import Fit, Timed
+from cellstack.train.loop import cost_of_fit, learn
 from cellstack.train.predict import predict
 from cellstack.train.processes import processes
 from cellstack.train.settings import Own, RunOptions, Settings
@@ -48,7 +48,7 @@ class Result:
     summary: str = ""
 
     def __repr__(self) -> str:
-        """Describe it in about five lines, without the history."""
+        """Describe the result in about five lines, without the history."""
         return "\n  ".join([f"Result: {self.described}", *self.sentence.split("; "), self.fit.took])
 
     @property
@@ -130,7 +130,7 @@ def fitted(
 
     Raises:
         UsageError: see `learn`.
-        Rehearsed: always with `options.rehearse`, after measuring some steps.
+        Timed: always with `options.timing`, after timing some steps.
         MemoryError: torch can't allocate the memory of a step.
     """
     try:
@@ -138,9 +138,9 @@ def fitted(
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(settings.seed)
                 model = make()
-            if options.rehearse:
+            if options.timing:
                 how = {"threads": options.threads, "optimizer": own.optimizer, "scheduler": own.scheduler}
-                raise Rehearsed(rehearse(model, data, settings, team, **how))
+                raise Timed(cost_of_fit(model, data, settings, team, **how))
             writes = options.inspect and options.events is not None and team.rank == 0
             with ExitStack() as stack:
                 writer = stack.enter_context(event_writer(options.events) or nullcontext()) if writes else None
@@ -173,7 +173,7 @@ def fitted(
 
 
 def as_network(model: Any, metadata: dict[str, Any]) -> Network:
-    """Return a trained model as a Network: `layer_0`, `layer_1` … are its layers, other names say what a node does."""
+    """Return a trained model as a Network, with its layers named `layer_0`, `layer_1` … and other nodes by kind."""
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
     layer = (f"layer_{n}" for n in count())

@@ -77,7 +77,7 @@ def cell(value: Any) -> Any:
 
 
 def named(entry: str) -> str:
-    """Return the name of a history's entry for readers, who must see that metrics are of the validation part.
+    """Return the name of a history's entry for readers, with the part that it was measured on.
 
     >>> named("loss"), named("validation_loss"), named("accuracy")
     ('training loss', 'validation loss', 'validation accuracy')

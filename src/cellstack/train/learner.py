@@ -60,19 +60,19 @@ class Epoch(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """How long a fit takes on this machine: seconds of a step and of a validation, and steps of an epoch."""
+    """How long a fit takes on this machine: seconds per step and per validation, and steps per epoch."""
 
     step: float
     validation: float
     steps: int
 
-    def seconds(self, epochs: int, validates: bool = True) -> float:
-        """Return the seconds of so many epochs."""
+    def seconds(self, epochs: int, validates: bool) -> float:
+        """Return the seconds of a number of epochs, with or without validation."""
         return epochs * (self.steps * self.step + self.validation * validates)
 
 
-class Rehearsed(Exception):  # noqa: N818
-    """Ends a rehearsal, see `RunOptions.rehearse`, where the first fit would begin; it is no error."""
+class Timed(Exception):  # noqa: N818
+    """Ends a training with `RunOptions.timing` where its first fit would begin; it isn't an error."""
 
     def __init__(self, cost: Cost):
         super().__init__(f"a step takes {cost.step:.3g} s")
@@ -85,8 +85,8 @@ class Fit:
 
     Args:
         history: one entry per epoch: `epoch`, `lr` and `loss`, the mean over the training part; with a validation part
-            also `validation_loss` and, measured on it as well, the model's metrics: `accuracy`, `rmse`, `mase` or
-            `bits_per_character`. Without one there are no metrics: none is ever measured on the training part.
+            also `validation_loss` and the model's metrics on that part: `accuracy`, `rmse`, `mase` or
+            `bits_per_character`. Metrics are never measured on the training part.
         best: the entry whose weights were kept; None before the end of the first epoch.
         steps: steps of the optimiser.
         seconds: time spent in this call.
@@ -112,7 +112,7 @@ class Fit:
     notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Describe it in at most two lines, without the history."""
+        """Describe the fit in at most two lines, without the history."""
         count = len(self.history)
         said = f"Fit: {count} epoch{'s' * (count != 1)}, {STOPPED[self.stopped]}; {self.took}"
         if self.best is None:
@@ -126,7 +126,7 @@ class Fit:
 
     @property
     def took(self) -> str:
-        """How many steps it took, how long, and on how many threads."""
+        """The number of steps, the time, and the number of threads, as text."""
         return f"{self.steps:,} steps in {self.seconds:.1f} s on {self.threads} thread{'s' * (self.threads != 1)}"
 
     @property

@@ -45,7 +45,7 @@ from cellstack.train.progress import Bar, opened
 from cellstack.train.settings import Settings
 
 TIMED = 3  # batches on which the number of threads is chosen
-REHEARSED = 1.0  # seconds for which a rehearsal trains
+TIMED_SECONDS = 1.0  # how long `cost_of_fit` trains
 
 
 def learn(
@@ -135,7 +135,7 @@ def learn(
             return run.go(checkpoint, bar, name, interrupt, measure=threads is None)
 
 
-def rehearse(
+def cost_of_fit(
     model: Any,
     data: Data,
     settings: Settings,
@@ -160,7 +160,7 @@ def rehearse(
         for batch in chain(batches, data.epoch(1)):
             run.train(batch)
             done, took = done + 1, time.perf_counter() - started
-            if took > REHEARSED:
+            if took > TIMED_SECONDS:
                 break
         started = time.perf_counter()
         if data.validates:

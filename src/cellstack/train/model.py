@@ -192,7 +192,7 @@ class Model(nn.Module):
         return self.bidirectional and self.pooling == "last"
 
     def final(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the final states of both directions, `[B, 2H]`: the last used step's forward half, the first's other.
+        """Return the final states of both directions, `[B, 2H]`: forward at the last used step, backward at the first.
 
         Args:
             x: the output of a bidirectional layer, `[B, T, 2H]`.

@@ -1,4 +1,4 @@
-"""The training and validation parts of sequences, and the checks that they fit together. Needs no torch."""
+"""The training and validation parts of sequences, and checks that they have the same form. Needs no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parts_of(
     """Return the parts of sequences.
 
     Args:
-        training: the training data, with the validation part; a `Stream` has chosen its validation part itself.
+        training: the training data, including the validation part; a `Stream` selects its validation part itself.
         validation: separate validation data; None = a share of `training`.
         class_weight: see `targets.class_weights`.
         settings: batch size, noise, and the seed of the choice.
@@ -55,7 +55,7 @@ def parts_of(
 def check(
     training: Sequences | Stream, validation: Sequences | None, test: Sequences | None, class_weight: Any
 ) -> None:
-    """Check before the training that it is possible, and that the parts have the same form.
+    """Check that the data can be trained on, and that all parts have the same form.
 
     Raises:
         UsageError: sequences without classes or targets, fewer than two classes, or parts that differ.
@@ -146,5 +146,5 @@ def _split(
 
 
 def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
-    """Return the entries of some sequences, or of all their steps if there is one per step."""
+    """Return the values of the sequences `kept`, or of all their steps if there is one per step."""
     return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]

@@ -30,9 +30,9 @@ from cellstack.train.predictions import Predictions
 from cellstack.train.tables.table import read_table
 from cellstack.train.text.data import alphabet_of, content
 from cellstack.train.text.sampling import generate
-from cellstack.train.trained import Trained, trained
+from cellstack.train.trained import Task, trained
 
-__all__ = ["Trained", "answers", "as_trained", "outputs", "predict", "sequences", "trained"]
+__all__ = ["answers", "as_trained", "outputs", "predict", "sequences", "trained"]
 
 
 def predict(
@@ -46,7 +46,7 @@ def predict(
     name: str = "the network",
     **options: Any,
 ) -> Any:
-    """Predict with a network what it was trained for: see `Network.predict`.
+    """Predict what a network was trained for: see `Network.predict`.
 
     Args:
         net, data, y, id, time, threads, options: see `Network.predict`.
@@ -67,7 +67,7 @@ def predict(
         _check_options(options, signature(generate).parameters)
         return _continued(net, data, name, options)
     if task is None:
-        _refuse({"y": y, "id": id, "time": time, **options}, "a network that wasn't trained by cellstack.train")
+        _refuse({"y": y, "id": id, "time": time, **options}, "a network that cellstack.train didn't train")
         return outputs(net, data, threads)
     _check_options(options, TABLES_ONLY)
     found = as_trained(net, data, y, name, id=id, time=time, **options)
@@ -107,7 +107,7 @@ def as_trained(
     Raises:
         UsageError: data in another form, a class that the network doesn't have, or a table's file for a network that
             doesn't know its columns' names.
-        FormatError: a network that wasn't trained here, or a file that can't be read.
+        FormatError: a network that `cellstack.train` didn't train, or a file that can't be read.
     """
     task = trained(net, name)
     known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
@@ -182,7 +182,7 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
     return Predictions(out, task.labels, sequences.ids, sequences.table.get("id") or "sequence", scores)
 
 
-def _scores(task: Trained, out: Any, y: Any, path: str) -> dict[str, Any]:
+def _scores(task: Task, out: Any, y: Any, path: str) -> dict[str, Any]:
     """Return the scores of outputs, compared with the true values."""
     flat = np.concatenate(out) if task.per_step else out  # [N, O]
     truth = np.concatenate(y) if isinstance(y, list) else y

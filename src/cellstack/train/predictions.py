@@ -1,4 +1,4 @@
-"""`Predictions`: what a network predicts for sequences, and its table and text forms. Needs no torch."""
+"""`Predictions`: what a network predicts for sequences, as a sequence, a table and text. Needs no torch."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Bar:
         bar.set_postfix_str("")
 
     def step(self, epoch: int, loss: float) -> None:
-        """Count a step of an epoch, which is numbered from 1; `loss` is the epoch's mean so far."""
+        """Count a step of an epoch, which counts from 1; `loss` is the mean of the epoch so far."""
         if self.bar is not None:
             self.bar.set_description_str(self._described(epoch), refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.3g}{self.measured}", refresh=False)
@@ -81,11 +81,11 @@ class Bar:
         )
 
     def end(self, completed: bool) -> None:
-        """End a fit; `completed` is whether it needs no further steps."""
+        """End a fit; `completed`: it wasn't interrupted, so it needs no further steps."""
         self.completed = completed
 
     def close(self) -> None:
-        """Close the bar: full if the last fit was completed, although it may have needed fewer steps than expected."""
+        """Close the bar, at 100 % if the last fit was completed, also after fewer steps than expected."""
         if self.bar is not None:
             if self.completed:
                 self.bar.total = self.bar.n
@@ -99,7 +99,7 @@ class Bar:
 
 @contextmanager
 def opened(progress: bool | Bar | None, hidden: bool = False) -> Iterator[Bar]:
-    """Make a bar for one fit, and close it; a `Bar` is returned as it is, because it is used by several fits."""
+    """Make a bar for one fit, and close it afterwards; yield a `Bar`, which several fits share, unchanged."""
     if isinstance(progress, Bar):
         yield progress
         return

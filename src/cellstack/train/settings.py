@@ -121,7 +121,7 @@ class RunOptions:
         events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         name: a label before the progress bar, if several models are trained.
-        rehearse: only measure how long training takes: `fitted` raises `Rehearsed` instead of fitting.
+        timing: only measure how long training takes: `fitted` raises `Timed` instead of fitting.
 
     Raises:
         UsageError: a share out of range.
@@ -138,7 +138,7 @@ class RunOptions:
     threads: int | None = None
     log: str | os.PathLike[str] | None = None
     name: str = ""
-    rehearse: bool = False
+    timing: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:
@@ -166,7 +166,7 @@ class Own:
         init: a network, or the file of one, whose weights are the initial ones.
 
     Raises:
-        UsageError: something else than a function where one is needed.
+        UsageError: an argument that isn't a function, a mapping or a list of functions, where one is needed.
     """
 
     head: Any = None
@@ -186,7 +186,7 @@ class Own:
                 raise UsageError(f"expected {name} to be a function, such as {example}, got {value!r:.60}")
         if self.metrics is not None and not isinstance(self.metrics, Mapping):
             raise UsageError(
-                "expected metrics to be functions by name, such as {'f1': f1_score}, got " + f"{self.metrics!r:.60}"
+                f"expected metrics to be functions by name, such as {{'f1': f1_score}}, got {self.metrics!r:.60}"
             )
         if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
             raise UsageError(f"expected callbacks to be a list of functions, got {self.callbacks!r:.60}")

@@ -1,4 +1,4 @@
-"""The layers of a network to train, in words, and their number of weights. Needs no torch."""
+"""The size of a network before it is trained: its layers as text, and their number of weights. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COPIES = 4  # values per weight in training, at least: the weight, its gradient,
 
 
 class Size(NamedTuple):
-    """The recurrent layers in words, such as `LSTM 12 -> 48 -> 48`, their weights, and the width of their output."""
+    """The recurrent layers as text, such as `LSTM 12 -> 48 -> 48`; their number of weights; their output's width."""
 
     layers: str
     weights: int

@@ -16,11 +16,11 @@ TASKS = ("classify", "regress")
 OBSERVED = "{} observed"  # the name of a channel that is 1 where another one was observed
 
 
-class Trained(NamedTuple):
+class Task(NamedTuple):
     """What a network was trained for, according to its metadata.
 
-    `task` is `"classify"` or `"regress"`; `labels` are the classes; `per_step` says whether there is an output at every
-    step.
+    `task` is `"classify"` or `"regress"`; `labels` are the classes; `inputs` are the raw channels; `per_step` is whether
+    there is an output at every step.
     """
 
     task: str
@@ -34,7 +34,7 @@ def metadata(task: str, inputs: Inputs, labels: tuple[Any, ...] = (), **more: An
     return {"task": task, "labels": list(labels), "observed": list(inputs.observed), **more}
 
 
-def trained(net: Network, path: str) -> Trained:
+def trained(net: Network, path: str) -> Task:
     """Return what the network was trained for.
 
     Args:
@@ -57,7 +57,7 @@ def trained(net: Network, path: str) -> Trained:
         raise FormatError(f"{path}: expected a network with one output per {expected}, found {found}")
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
-    return Trained(task, labels, inputs, per_step)
+    return Task(task, labels, inputs, per_step)
 
 
 def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:

@@ -229,7 +229,7 @@ def test_final_states_in_to_nodes():
         cs.from_torch(nn.Sequential(head, Last("final")))
 
 
-def test_a_module_that_takes_time_first_is_warned_of_by_name():
+def test_a_module_that_takes_time_before_batch_gives_a_warning_with_its_name():
     model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4), nn.LSTM(4, 2))
     with pytest.warns(
         UserWarning, match=r"^from_torch: 1 \(GRU\) has batch_first=False and takes \[T, B, I\]"

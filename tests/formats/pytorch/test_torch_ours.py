@@ -195,7 +195,7 @@ def test_keywords_and_nodes_in_an_order(tmp_path):
         (nn.ModuleDict({"rnn": nn.GRU(3, 4)}), ["rnn", "final"], r"rnn \(GRU\)"),
     ],
 )
-def test_a_file_that_records_time_before_batch_is_warned_of(tmp_path, module, order, name):
+def test_a_file_that_records_time_before_batch_gives_a_warning(tmp_path, module, order, name):
     torch.save(module, tmp_path / "file.pt")
     with pytest.warns(UserWarning, match=rf"^load: .*file.pt: {name} has batch_first=False") as record:
         cs.load(tmp_path / "file.pt", order=order)

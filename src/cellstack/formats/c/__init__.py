@@ -30,8 +30,8 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
     The header defines `name_IN` and `name_OUT`, the widths of a step's input and output; the struct `name_state`; and
     `name_init`, `name_reset` and `name_step`. If the network needs whole sequences, because it has a layer that runs
     backwards or a mean or maximum over time, it defines `name_run` instead, which takes a sequence of any length, and
-    `name_WORK(steps)`, the numbers of memory that it needs. A float64 network computes in double, a float32 one in
-    float.
+    `name_WORK(steps)`, the length of the scratch array that it needs. A float64 network computes in double, a float32
+    one in float.
 
     Args:
         network: a chain of `Recurrent`, `Bidirectional`, `Standardise`, `Scale`, `LayerNorm`, `Clip`, `Embedding`

@@ -1,7 +1,7 @@
-"""Networks that need a whole sequence as C: those that run backwards, or take a mean or maximum over time.
+"""Networks that need a whole sequence, as C: those that run backwards, or take a mean or maximum over time.
 
-A chain is cut at these nodes. The nodes between them run step by step, in one loop; their outputs go to memory that the
-caller provides if a later node has to read the steps in another order.
+A chain is cut at these nodes. The nodes between two cuts run step by step, in one loop. If the next node reads the
+steps in another order, their outputs are stored in memory that the caller provides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SequenceWriter(Writer):
     """Writes a function that runs a whole sequence; see `Writer`."""
 
     unit = "one sequence"
-    memory = "the state of a run; see _WORK for the memory of the sequences. Nothing is allocated."
+    memory = "the state of a run; in addition, the array of _WORK(steps). Nothing is allocated."
     includes = "\n#include <stddef.h>\n"
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class SequenceWriter(Writer):
             for label, node in zip(self.network.names, self.network.nodes, strict=True)
             if not (isinstance(node, Activation) and node.activation == "linear")
         ]
-        self.buffers = [0, 0]  # the widths of the memory for a step
+        self.buffers = [0, 0]  # the width of each buffer: values per step
         self.sequence, self.width = "x", self.input_width([node for _, node in entries])
         group: list[tuple[str, Node]] = []  # consecutive nodes that run step by step
         at = ""  # the value, once the time axis is removed
@@ -81,7 +81,7 @@ class SequenceWriter(Writer):
 
     @contextmanager
     def _loop(self, backwards: bool = False) -> Iterator[None]:
-        """Put the lines of a step into a loop over all steps of the current sequence, in which `v` is a step."""
+        """Put the lines written inside into a loop over the steps of the current sequence, in which `v` is a step."""
         outer, self.steps = self.steps, []
         width = self.width
         yield
@@ -113,11 +113,11 @@ class SequenceWriter(Writer):
         self.sequence = target
 
     def _buffer(self) -> str:
-        """Return the name of memory that the current sequence isn't in."""
+        """Return the name of the buffer that the current sequence isn't stored in."""
         return "buffer_1" if self.sequence == "buffer_0" else "buffer_0"
 
     def _filled(self, target: str, width: int) -> None:
-        """Record how much memory a sequence takes."""
+        """Record the width of the sequence that is stored in a buffer."""
         if target != "y":
             number = int(target[-1])
             self.buffers[number] = max(width, self.buffers[number])
@@ -204,11 +204,11 @@ class SequenceWriter(Writer):
         y = f"[steps, {name}_OUT]" if self.every_step else f"[{name}_OUT]"
         ids = f" * Each step of x is {self.ids}.\n" if self.ids else ""
         return f"""\
-/* How many numbers of memory a run over this many steps takes. */
+/* The length of the scratch array `work` for a run over this many steps. */
 #define {name}_WORK(steps) ((size_t)(steps) * {sum(self.buffers)})
 
 /* Take a sequence x [steps, {name}_IN] of at least one step, and write the network's output to y {y}.
-{ids} * work [{name}_WORK(steps)] is scratch, and may be NULL if that is 0. The arrays must not overlap. */
+{ids} * work [{name}_WORK(steps)] is scratch memory, and may be NULL if its length is 0. The arrays must not overlap. */
 void {name}_run({name}_state *s, const {real} *x, size_t steps, {real} *y, {real} *work);
 """
 

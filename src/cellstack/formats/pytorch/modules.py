@@ -126,8 +126,8 @@ LAST_OF_BOTH = (
     'direction has read one step only. For h[-2] and h[-1] use GlobalPool("final")'
 )
 TIME_FIRST = (
-    "has batch_first=False and takes [T, B, I], but the network takes [B, T, I]; set batch_first = True, which leaves "
-    "the weights the same, or transpose the network's input and output"
+    "has batch_first=False and takes [T, B, I], but the network takes [B, T, I]; set batch_first = True, which doesn't "
+    "change the weights, or transpose the network's input and output"
 )
 
 
@@ -213,7 +213,7 @@ class Reader:
 
     @property
     def doubts(self) -> list[str]:
-        """What may not be what the caller means, for warnings."""
+        """Texts of warnings about what the caller may not have intended."""
         doubts = [LAST_OF_BOTH] if self.last_of_both else []
         if self.time_first:
             path, kind = self.time_first

@@ -102,15 +102,15 @@ def _add(reader: Reader, where: str, title: str, nodes: Iterable[Node], layers: 
 
 
 def _other_states(layers: Sequence[Node], width: int, pooled: bool) -> str:
-    """Return which states of the layers have the width that a Linear expects, as a sentence; "" if none has."""
+    """Return a sentence that says which states have the width that a Linear expects; "" if none has."""
     sizes = [cell.spec.output_size for node in layers for cell in node.cells]
     both = bool(layers) and isinstance(layers[-1], Bidirectional)
     if not pooled or not sizes:
         return ""
     if width == sum(sizes):
-        found = f"the final states of all {len(layers)} layers together, and 'final' is that of the last layer"
+        found = f"the final states of all {len(layers)} layers together, and 'final' takes only those of the last layer"
     elif both and width == sizes[-1]:
-        found = "one direction; h[-1] is the final state of the backward direction, and 'final' holds both"
+        found = "one direction; h[-1] is the final state of the backward direction, and 'final' takes both"
     else:
         return ""
     return f". {width} is the width of {found}: use cellstack.compile(model, example) for such a model"

@@ -111,7 +111,7 @@ def read_sequences(
 
 def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of reading a table: those that are given, else those with which one was read before."""
-    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # no longer valid
+    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # it belonged to the old options
     return {name: value for name, value in before.items() if name not in unknown} | {**given}
 
 

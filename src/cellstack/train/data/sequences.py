@@ -188,7 +188,9 @@ def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDA
     if hasattr(array, "detach"):
         array = array.detach().cpu()
     if isinstance(array, tuple) and len(array) == 2 and hasattr(array[0], "shape"):
-        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got a pair: pass the sequences as x, the answers as y")
+        raise UsageError(
+            f"{name}[{n}]: expected numbers [T, C], got a pair: pass the sequences as x, the labels or numbers as y"
+        )
     try:
         array = np.asarray(unmasked(array))
     except (TypeError, ValueError) as error:

@@ -196,13 +196,13 @@ class Boosting:
         return np.where(source < 0, np.nan, y[source])
 
     def _before(self, values: NDArray[Any], pairs: Pairs, season: int) -> NDArray[np.float64]:
-        """Return a column at the latest row up to the origin at the phase of the step ahead; NaN before the series."""
+        """Return a column's latest value up to the origin at the phase of the forecast step; NaN before the series."""
         at, ahead = pairs
         rows = at + ahead - season * -(-ahead // season)
         return np.where(rows >= self.panel.starts[self.series[at]], values[np.maximum(rows, 0)], np.nan)
 
     def _codes(self, pairs: Pairs) -> list[NDArray[np.float64]]:
-        """Return the features that are codes: of the categories, and of the series."""
+        """Return the categorical features, as codes: the categories, and the series."""
         at, ahead = pairs
         found = []
         for name in self.categories:

@@ -52,7 +52,7 @@ def plot(forecasts: Forecasts, which: int | Sequence[int] | None, history: int |
 
 
 def backtest_panels(test: Backtest) -> list[Panel]:
-    """Return functions that draw the test part with forecasts, and the error by horizon, of each target."""
+    """Return, for each target, functions that draw the test part with forecasts, and the error by horizon."""
     found: list[Panel] = []
     for n in range(len(test.forecasts.recipe.targets)):
         look = {"target": n, "title": "end of the test part: ", "legend": True}

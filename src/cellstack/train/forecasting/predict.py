@@ -94,7 +94,7 @@ def forecasts_after(
 
 
 def _own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
-    """Return names of series as the values of the frame's column, so that a result can be joined with the frame."""
+    """Return the ids of series with the type of the frame's column, so that results can be joined with the frame."""
     if table.id is None or not is_frame(data) or table.id not in map(str, data.columns):
         return ids
     values = plain(data, table.id).tolist()
@@ -179,7 +179,7 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
 
 
 def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
-    """Return the row of a table with a date, or with a number, in each series that has it.
+    """Return the row with a date, or with a row number, in each series that has it.
 
     Args:
         table: the series.
@@ -227,7 +227,7 @@ def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any, name: str
 
 
 def _time_of(origin: Any, form: str | None) -> tuple[np.datetime64, bool] | None:
-    """Return a date, and whether it is in UTC, not in local time; None if it isn't a date."""
+    """Return a date, and whether it is in UTC rather than local time; None if `origin` isn't a date."""
     if isinstance(origin, str):
         found = (in_form(origin.strip(), how) for how in (form, "%Y-%m-%d", "%Y-%m", "%Y") if how)
         return next((time for time in found if time is not None), None)

@@ -1,4 +1,4 @@
-"""The steps before the networks are trained: the rule to which they are added, and the windows. Needs no torch."""
+"""What precedes the training of the networks: the rule to which they are added, and the windows. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cellstack.train.tables.table import Table, iso
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MEASURED = 2048  # windows on which scales are measured
-ON = 1 / 3  # share of the epochs for continued training with the validation part
+CONTINUED = 1 / 3  # share of the epochs for continued training with the validation part
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ def smoothings(
     return tuple(how for how, _ in found), float(np.mean([error for _, error in found]))
 
 
-def again(best: int, long: bool) -> int:
+def refit_epochs(best: int, long: bool) -> int:
     """Return the epochs of a network's second fit, with the validation part.
 
     Args:
         best: the best epoch of the first fit.
         long: whether training is slow: then the second fit continues the first, instead of starting again.
     """
-    return max(1, round(best * ON)) if long else best
+    return max(1, round(best * CONTINUED)) if long else best
 
 
 def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> tuple[list[str], dict[str, Any]]:

@@ -32,7 +32,7 @@ from cellstack.train.forecasting.parts import Parts, WindowData, spread_out
 from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
-from cellstack.train.forecasting.prepare import MEASURED, Build, again, prepared, smoothings
+from cellstack.train.forecasting.prepare import MEASURED, Build, prepared, refit_epochs, smoothings
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 FEWEST = 50  # least number of points to determine the shift of a quantile
-ON_RATE = 0.5  # share of the learning rate for continued training with the validation part
+CONTINUED_RATE = 0.5  # share of the learning rate for continued training with the validation part
 
 
 class Trained(NamedTuple):
@@ -92,7 +92,7 @@ class Trained(NamedTuple):
         return history.panels([*found, *(backtest_panels(self.test) if self.test is not None else [])])
 
     def __repr__(self) -> str:
-        """Describe it in about five lines."""
+        """Describe the training in about five lines."""
         head = f"Trained: forecasts {listed(list(self.recipe.targets))} {self.recipe.horizon:,} steps ahead"
         lines = [self.result.described, *self.result.sentence.split("; ")]
         best = []
@@ -201,12 +201,12 @@ class _Fits:
         self.whole, self.rank = Fit(), 0
         self.stops: list[str] = []
         most = [settings.epochs] * build.members
-        second = [again(epochs, self.long) for epochs in most] if len(self.held) else []
+        second = [refit_epochs(epochs, self.long) for epochs in most] if len(self.held) else []
         self.bar = Bar(is_shown(options.progress) and is_first(), most + second)
         self.options = replace(options, progress=self.bar)
 
     def summary(self, scores: dict[str, Any], calibration: Calibration | None) -> str:
-        """Return what stopped the fits, which epochs were kept, what the networks add, and the errors of the test."""
+        """Return why the fits stopped, which epochs were kept, what the networks add, and the errors in the test."""
         history, names = self.whole.history, {"epochs": "all", "patience": "early", "ctrl-c": "by Ctrl-C"}
         kept = [0] * len(self.stops)
         for entry in history:
@@ -294,11 +294,11 @@ class _Fits:
         if not calibration.followed.any():  # only the rule forecasts
             return first, calibration
         second: list[Forecaster] = []
-        self.bar.expected = [again(best, self.long) for best in epochs]
+        self.bar.expected = [refit_epochs(best, self.long) for best in epochs]
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
             how, options = self.settings, self.stage(member, whole=True)
             if self.long:
-                on = replace(how, epochs=again(best, self.long), lr=how.lr * ON_RATE)
+                on = replace(how, epochs=refit_epochs(best, self.long), lr=how.lr * CONTINUED_RATE)
                 model, fit = self.fit(member, on, options, whole=True, start=model)
             else:
                 model, fit = self.fit(member, how, options, whole=True, until=best)

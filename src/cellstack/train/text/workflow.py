@@ -159,8 +159,8 @@ def fit_text(
         optimizer, scheduler, callbacks: see `Own`.
         checkpoint, resume, overwrite, threads, inspect: see `learn`.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
-        progress: show a bar, and above it a line with a sample for each epoch, on standard error; None = where that is
-            a terminal, and in notebooks.
+        progress: show a bar, and above it a line with a sample for each epoch, on standard error; None = if that is a
+            terminal, and in notebooks.
         device: see `processes`.
 
     Returns:
