@@ -19,8 +19,8 @@ OBSERVED = "{} observed"  # the name of a channel that is 1 where another one wa
 class Task(NamedTuple):
     """What a network was trained for, according to its metadata.
 
-    `task` is `"classify"` or `"regress"`; `labels` are the classes; `inputs` are the raw channels; `per_step` is whether
-    there is an output at every step.
+    `task` is `"classify"` or `"regress"`; `labels` are the classes; `inputs` are the raw channels; `per_step` says
+    whether there is an output at every step.
     """
 
     task: str
