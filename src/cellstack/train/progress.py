@@ -83,6 +83,8 @@ class Bar:
     def end(self, completed: bool) -> None:
         """End a fit; `completed` is whether it needs no further steps."""
         self.completed = completed
+        if self.bar is not None:
+            self.bar.refresh()  # tqdm may have skipped the last steps
 
     def close(self) -> None:
         """Close the bar: full if the last fit was completed, although it may have needed fewer steps than expected."""
