@@ -1,0 +1,12 @@
+"""The kinds of cell, one module each: gates, states, arrays, flags, and the equations of a step, written once.
+
+To add a kind, add a module and its `Kind` to `KINDS`; `cellstack.spec` and the views take everything else from there.
+"""
+
+from cellstack.cells.base import Kind
+from cellstack.cells.gru import GRU
+from cellstack.cells.lstm import LSTM
+from cellstack.cells.rnn import SIMPLE_RNN
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN)}
+"""Every kind of cell by its name in a `CellSpec`; the position is the kernel's code for the kind."""
