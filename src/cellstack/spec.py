@@ -319,6 +319,11 @@ class CellSpec:
         return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
 
     @property
+    def two_biases(self) -> bool:
+        """Whether the products with x and with h have a bias each, `[2, G·H]`."""
+        return len(self.shapes.get("bias", ())) == 2
+
+    @property
     def plain(self) -> bool:
         """Whether this is the standard LSTM, which cuDNN has too: tanh, sigmoid, and no flag except `use_bias`."""
         return self == CellSpec(self.input_size, self.units, use_bias=self.use_bias)

@@ -27,14 +27,14 @@ BELOW = {
     "bfloat16": set(),
     "_kernel": set(),
     "reference": {"spec", "bfloat16"},
-    "layout": {"spec"},
+    "layout": {"cells", "spec"},
     "native": {"spec", "_kernel"},
     "nodes": {"cells", "spec", "bfloat16", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
     "network": {"spec", "native", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
-    "formats": {"spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
+    "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model

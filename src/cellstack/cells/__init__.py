@@ -10,3 +10,8 @@ from cellstack.cells.rnn import SIMPLE_RNN
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN)}
 """Every kind of cell by its name in a `CellSpec`; the position is the kernel's code for the kind."""
+
+
+def orders(of: str) -> dict[str, str]:
+    """Return the order of the gates of each kind in another format, `"torch"`, `"keras1"` or `"onnx"`."""
+    return {kind.name: kind.names[of].order for kind in KINDS.values() if of in kind.names}

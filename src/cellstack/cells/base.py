@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -125,6 +125,13 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
     return biased(ops, spec, product(ops, spec, x, "kernel"))
 
 
+class Foreign(NamedTuple):
+    """A kind of cell in another format: its name there, and the order of its gates, in our letters."""
+
+    name: str
+    order: str
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of cell.
@@ -145,6 +152,7 @@ class Kind:
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
+        names: what it is called in `"torch"`, `"keras"`, `"keras1"` and `"onnx"`, where they have it.
         ref: papers.
     """
 
@@ -160,6 +168,7 @@ class Kind:
     outputs: tuple[str, ...] = ()
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
+    names: dict[str, Foreign] = field(default_factory=dict)
     ref: str = ""
 
     @property

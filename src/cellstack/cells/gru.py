@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cellstack.cells.base import HiddenState, Kind, Ops, Shapes, V, biased, product
+from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, Shapes, V, biased, product
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -58,5 +58,11 @@ GRU = Kind(
     flags=("reset_after",),
     normed=(2, 1),
     planes=lambda spec: ("q_g",) if spec.reset_after else (),
+    names={
+        "torch": Foreign("GRU", "rzg"),
+        "keras": Foreign("GRU", "zrg"),
+        "keras1": Foreign("GRU", "zrg"),
+        "onnx": Foreign("GRU", "zrg"),
+    },
     ref='Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8',
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cellstack.cells.base import Kind, Ops, Shapes, State, V, product
+from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, product
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -66,5 +66,11 @@ LSTM = Kind(
     shapes=shapes,
     flags=("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
     outputs=("cell",),
+    names={
+        "torch": Foreign("LSTM", "ifgo"),
+        "keras": Foreign("LSTM", "ifgo"),
+        "keras1": Foreign("LSTM", "igfo"),
+        "onnx": Foreign("LSTM", "iofg"),
+    },
     ref='Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2 and 3',
 )

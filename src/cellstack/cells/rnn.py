@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cellstack.cells.base import HiddenState, Kind, Ops, V, product
+from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, V, product
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -31,5 +31,11 @@ SIMPLE_RNN = Kind(
     state=HiddenState,
     trace=RNNTrace,
     step=step,
+    names={
+        "torch": Foreign("RNN", "g"),
+        "keras": Foreign("SimpleRNN", "g"),
+        "keras1": Foreign("SimpleRNN", "g"),
+        "onnx": Foreign("RNN", "g"),
+    },
     ref='Elman 1990, "Finding Structure in Time"',
 )

@@ -283,21 +283,23 @@ def by_torch(
     units, kind = spec.units, torch_kind(spec)
     biases = list(biases[0].unbind(0)) if biases and biases[0].ndim == 2 else [*biases, *map(torch.zeros_like, biases)]
     flat = [kernel.t(), recurrent_kernel.t(), *biases]
-    if spec.kind == "gru":  # torch's gate order is r z g
-        blocks = (part.chunk(3) for part in flat)
-        flat = [torch.cat([r, z, g]) for z, r, g in blocks]
+    order = spec.of_kind.names["torch"].order
+    if tuple(order) != spec.gates:
+        places = [spec.gates.index(gate) for gate in order]
+        flat = [torch.cat([part.chunk(len(places))[place] for place in places]) for part in flat]
     begin = [start.unsqueeze(0) for start in starts] or [x.new_zeros(1, x.shape[0], units) for _ in spec.state_sizes]
     x = x.flip(1) if reverse else x
     options = bool(biases), 1, 0.0, False, False, True
     run = getattr(torch._VF, kind)  # type: ignore[attr-defined]
-    y, *ends = run(x, begin if spec.kind == "lstm" else begin[0], flat, *options)
+    y, *ends = run(x, begin if len(begin) > 1 else begin[0], flat, *options)
     return *(end.squeeze(0) for end in ends), y.flip(1) if reverse else y
 
 
 def torch_kind(spec: CellSpec) -> str:
     """Return the name of torch's operator for a cell; "" if torch has none."""
     plain = CellSpec(spec.input_size, spec.units, use_bias=spec.use_bias, kind=spec.kind)
-    if spec == plain:
-        return "rnn_tanh" if spec.kind == "rnn" else spec.kind
-    relu = spec.kind == "rnn" and spec == replace(plain, activation="relu")
-    return "rnn_relu" if relu else ""
+    name = getattr(spec.of_kind.names.get("torch"), "name", "").lower()
+    if name != "rnn":
+        return name if spec == plain else ""
+    same = spec == replace(plain, activation=spec.activation)
+    return f"rnn_{spec.activation}" if same and spec.activation in ("tanh", "relu") else ""

@@ -192,8 +192,8 @@ WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
 class Form(NamedTuple):
     """A form of cell: cells of one form share a function, regardless of their widths.
 
-    `arrays` are the members of the struct that point to weights, each with the cell's array, or the part of one, that it
-    is; `scratch` is the length of the function's last argument in units of H.
+    `arrays` are the members of the struct that point to weights: each is one of the cell's arrays, or columns of one.
+    `scratch` is the length of the function's last argument in units of H.
     """
 
     text: str
