@@ -11,6 +11,7 @@
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from cellstack.formats import extract, load
@@ -23,6 +24,8 @@ from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
     from cellstack import inspect
+    from cellstack import layers as layers
+    from cellstack import train as train
     from cellstack.formats.compiled import compile
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
@@ -81,10 +84,14 @@ LATER = {
 }
 
 
+# Packages that are imported at their first use.
+PACKAGES = ("adapters", "inspect", "keras", "layers", "sklearn", "train")
+
+
 def __getattr__(name: str) -> Any:
-    """Import what is slow to import at its first use: the readers of other formats, and `__version__`."""
-    if name == "inspect":
-        return import_module("cellstack.inspect")
+    """Import what is slow to import at its first use: our packages, the readers of other formats, and `__version__`."""
+    if name in PACKAGES:
+        return import_module(f"cellstack.{name}")
     if name in LATER:
         value = getattr(import_module(f"cellstack.{LATER[name]}"), name)
         globals()[name] = value
@@ -94,3 +101,9 @@ def __getattr__(name: str) -> Any:
     from importlib.metadata import version
 
     return version("cellstack")
+
+
+def __dir__() -> list[str]:
+    """Return the public names; help() reads them all, so not what may be missing or selects a backend of Keras."""
+    packages = ["train", *(["layers"] if find_spec("torch") else [])]
+    return sorted({*__all__, "__version__", *packages, *(name for name in PACKAGES if name in globals())})

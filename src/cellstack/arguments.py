@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cellstack.nodes.base import Array, CellState
 from cellstack.nodes.recurrent import Cell
-from cellstack.spec import STATES, HiddenState, ShapeError, State, check_mask, check_state
+from cellstack.spec import STATES, HiddenState, ShapeError, State, as_nested, check_mask, check_state
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
@@ -87,7 +87,7 @@ def as_states(
     """Return one state per cell, contiguous and of the cell's dtype; None for a cell whose state isn't given.
 
     The state of a cell without c may be `HiddenState(h)`, a sequence of one h, or h itself. The state of a network with
-    one cell may be given without the outer tuple.
+    one cell may be given without the outer tuple, and that of several cells as a flat list of arrays.
 
     Args:
         owner: the function or class, for error messages.
@@ -103,9 +103,9 @@ def as_states(
     if state is None:
         return (None,) * len(cells)
     given = (state,) if len(cells) == 1 and _of_one_cell(state, cells[0]) else state
-    if not isinstance(given, Sequence) or len(given) != len(cells):
-        got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
-        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one per cell, got {got}")
+    if not isinstance(given, Sequence):
+        raise ShapeError(f"{owner}: expected state as one state per cell ({len(cells)}), got {type(given).__name__}")
+    given = as_nested(owner, "state", given, [len(cell.spec.state_sizes) for cell in cells])
     states = []
     for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
         sizes, where = cell.spec.state_sizes, f"state of layer {layer}"

@@ -20,8 +20,8 @@ from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_integer
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.patches import CellPatches, Patch
-from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways
-from cellstack.nodes.time import GlobalPool
+from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways, final
+from cellstack.nodes.time import FINAL, GlobalPool
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -45,10 +45,25 @@ def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: 
         if isinstance(node, GlobalPool) and node.mode == "last" and ends_both_ways(before(name)):
             warnings.warn(
                 f'Network: {name}: GlobalPool("last") after a Bidirectional is the last step, not both final states: '
-                "at that step the backward direction has read one step only. For both final states leave the pool out, "
-                "and give the two parts of the Bidirectional return_sequences=False",
+                "at that step the backward direction has read one step only. For both final states write "
+                'GlobalPool("final") directly after the Bidirectional',
                 stacklevel=3,
             )
+
+
+TASKS = ("classify", "regress", "forecast", "text")
+
+
+def _with_final(nodes: tuple[Node, ...], names: tuple[str, ...]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """Return a chain in which each `GlobalPool("final")` is part of the recurrent node before it."""
+    kept: list[tuple[Node, str]] = []
+    for node, name in zip(nodes, names, strict=True):
+        ending = final(kept[-1][0]) if kept and isinstance(node, GlobalPool) and node.mode == FINAL else None
+        if ending is None:
+            kept.append((node, name))
+        else:
+            kept[-1] = ending, kept[-1][1]
+    return tuple(node for node, _ in kept), tuple(name for _, name in kept)
 
 
 def processors() -> int:
@@ -174,7 +189,10 @@ class Network:
         _warn: bool = True,  # False if the nodes come from a file, from training or from another network
     ) -> None:
         nodes, patches = tuple(nodes), tuple(patches)
-        names = _checked_names(nodes, names)
+        named = _checked_names(nodes, names)
+        if wires is None and outputs is None:
+            nodes, named = _with_final(nodes, named)
+        names = named if names is not None else _checked_names(nodes, None)
         dtypes = {name: node.dtype for name, node in zip(names, nodes, strict=True) if node.dtype is not None}
         dtype = next(iter(dtypes.values()), np.dtype(np.float32))
         for name, found in dtypes.items():
@@ -287,9 +305,9 @@ class Network:
                 Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and keep their dtype. Several inputs
                 are a dict by name, or a tuple in order.
             state: a state per cell in the order of `cells`: `State(h, c)` for an LSTM and `HiddenState(h)` for the
-                others, or a pair of arrays, each `[B, H]`. With one cell the outer tuple may be omitted. None, for all
-                or for one cell: the cell's initial state, which is zeros unless it is learned. A cell that starts from
-                values of the network has to be None.
+                others, or a pair of arrays, each `[B, H]`; or all arrays in one flat list. With one cell the outer
+                tuple may be omitted. None, for all or for one cell: the cell's initial state, which is zeros
+                unless it is learned. A cell that starts from values of the network has to be None.
             mask: `[B, T]` of bool, True: the step is used; None: all steps are. The mask applies to every input with a
                 time axis; a dict by name sets one per input.
             lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
@@ -377,9 +395,12 @@ class Network:
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
         """Return the checked inputs with their masks and resets, by name."""
-        arrays = self.as_inputs("Network", x)
-        for name in arrays:
-            self._check_input(name, arrays)
+        try:
+            arrays = self.as_inputs("Network", x)
+            for name in arrays:
+                self._check_input(name, arrays)
+        except (ShapeError, TypeError) as error:
+            raise type(error)(f"{error}{self._hint(x)}") from error
         if mask is None and lengths is None and reset is None:
             return {name: Flow(array) for name, array in arrays.items()}
         timed = [name for name in arrays if self.graph.timed(name)]
@@ -401,6 +422,16 @@ class Network:
             used = as_mask("Network", own["mask"], own["lengths"], batch, steps)
             flows[name] = Flow(array, used, as_flags("Network", "reset", own["reset"], batch, steps, "a piece begins"))
         return flows
+
+    def _hint(self, x: Any) -> str:
+        """Return a hint for an input that `run` refuses and `predict` takes."""
+        several = isinstance(x, (list, tuple)) and len({len(row) for row in x if hasattr(row, "__len__")}) > 1
+        kinds = {
+            "the names of files": isinstance(x, (str, PathLike)),
+            "data frames": self.task is not None and hasattr(x, "columns") and hasattr(x, "dtypes"),
+            "lists of sequences of any lengths": several and len(self.inputs) == 1,
+        }
+        return next((f": net.predict takes {what}" for what, given in kinds.items() if given), "")
 
     def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
         """Return the inputs by name as arrays of real numbers, cast to the network's dtype except for ids.
@@ -615,6 +646,69 @@ class Network:
 
         return Sessions(self, capacity, threads, weights)
 
+    @property
+    def task(self) -> str | None:
+        """What `cellstack.train` trained the network for: classify, regress, forecast or text; None for others."""
+        task = self.metadata.get("task")
+        return task if task in TASKS else None
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """The classes, in the order of the outputs; () unless the network was trained to classify."""
+        return tuple(self.metadata.get("labels") or ()) if self.task == "classify" else ()
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The names of the input's channels, as many as its width; () if they aren't known."""
+        from cellstack.train.trained import channels  # imported here because training depends on networks
+
+        return channels(self)
+
+    def predict(
+        self, data: Any, y: Any = None, *, id: Any = None, time: Any = None, threads: int | None = None, **options: Any
+    ) -> Any:
+        """Predict for new data what the network was trained for: classes, numbers, forecasts or the rest of a text.
+
+        Without torch, and read as in training: gaps, the columns of a table and their format, the classes' names and
+        the units of numbers. `task` determines what is predicted:
+
+        - `"classify"`, `"regress"`: the class or the numbers of each sequence, or of each of its steps, as
+          `Predictions`: a sequence of them with `probabilities`, `scores` and `to_frame`. The data is anything that
+          `train.fit` takes, also new columns in another order.
+        - `"forecast"`: the steps after the last rows of a table, or after the row `origin=`, as `Forecasts` with
+          dates, ids, quantiles and `to_frame`. The data is a pandas or polars frame, a table's file, or a `Table`.
+        - `"text"`: the text that follows a prompt, without the prompt. A str is always a prompt; a `pathlib.Path` is a
+          file that contains it.
+        - None, for networks that weren't trained by `cellstack.train`: the outputs, `[N, …]`, for arrays, lists of
+          sequences, or files of them; a list of arrays if the outputs have a time axis and the lengths differ.
+
+        Args:
+            data: see above.
+            y: the true values, if known, in the form that `train.fit` takes; then `scores` compares them with the
+                predictions. Files contain them; of a frame it is the name of the column.
+            id, time: columns of a table, as in `train.fit`; None: as in training.
+            threads: the number of threads that the kernel may use.
+            options: `origin`, and the options of `train.read_table`, for forecasts; `length`, `temperature`, `top_k`,
+                `top_p`, `seed`, `stop` for texts, see `train.generate`; `day_first`, `date_format`, `decimal`,
+                `encoding` of a file that is a table. Those of a table are as in training where they aren't given.
+
+        Returns:
+            See above.
+
+        Raises:
+            ValueError: data of another kind or width than the network's, or options that it doesn't have.
+            OSError: a file that can't be read.
+
+        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
+        >>> net = Network([Recurrent((cell,), return_sequences=False)])
+        >>> net.predict([np.ones((5, 3)), np.ones((7, 3))]).shape
+        (2, 4)
+        """
+        from cellstack.train.predict import predict  # imported here because training depends on networks
+
+        return predict(self, data, y, id=id, time=time, threads=threads, **options)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the network to a file atomically; the suffix determines the format.
 
@@ -721,7 +815,10 @@ def _patched(
         if not count:
             raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
         if patch.cell is None and count > 1:
-            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
+            raise ValueError(
+                f"Network: {patch.node!r} has {count} cells: expected cell=0 to {count - 1} (bottom first, forward "
+                f"before backward) in {patch}"
+            )
         if patch.cell is not None and patch.cell >= count:
             raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
     found = []

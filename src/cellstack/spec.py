@@ -9,9 +9,11 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -355,6 +357,12 @@ class CellSpec:
         return json.dumps(self.settings)
 
 
+def check_installed(owner: str, package: str, extra: str) -> None:
+    """Raise `ModuleNotFoundError`, which names the extra of cellstack to install, unless a package is installed."""
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"{owner} needs {package}: pip install 'cellstack[{extra}]'", name=package)
+
+
 def as_flag(owner: str, name: str, value: Any) -> bool:
     """Return `value`, a Python or NumPy bool; `TypeError` for anything else, such as the truthy text "False"."""
     if not isinstance(value, (bool, np.bool_)):
@@ -439,6 +447,31 @@ def check_state(
     for (name, size), shape in zip(sizes.items(), shapes, strict=True):
         if tuple(shape) != (batch, size):
             raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, H={size}], got {tuple(shape)}")
+
+
+def as_nested(owner: str, name: str, value: Any, counts: Sequence[int]) -> list[Any]:
+    """Return the states of a stack as one entry per cell, from that form or from a flat list of arrays.
+
+    Args:
+        owner: the function or class, for the message.
+        name: the argument's name, for the message.
+        value: one state per cell; or the arrays of all states, bottom first: h, c, h, c for two LSTM cells.
+        counts: the number of arrays of each cell's state.
+
+    Raises:
+        ShapeError: neither.
+    """
+    given = list(value)
+    as_list = isinstance(value, Sequence)  # not one array of all states, such as PyTorch's [layers, B, H]
+    if as_list and len(given) == sum(counts) > len(counts) and all(hasattr(one, "ndim") for one in given):
+        arrays = iter(given)
+        return [tuple(islice(arrays, count)) for count in counts]
+    if len(given) != len(counts):
+        flat = f", or as a flat list of {sum(counts)} arrays" if sum(counts) > len(counts) else ""
+        kinds = ", ".join(type(one).__name__ for one in given[:4])
+        found = f"{len(given)} ({kinds})" if as_list and given else f"{type(value).__name__} of length {len(given)}"
+        raise ShapeError(f"{owner}: expected {name} as one state per cell ({len(counts)}){flat}, got {found}")
+    return given
 
 
 def check_mask(owner: str, shape: tuple[int, ...], batch: int, steps: int, name: str = "mask") -> None:

@@ -14,6 +14,7 @@ import pytest
 import cellstack
 from cellstack import keras as keras_integration
 from cellstack import layers
+from cellstack import train as training
 from cellstack.nodes import NODES
 
 SOURCE = Path(cellstack.__file__).parent
@@ -43,13 +44,19 @@ BELOW = {
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
     "cli": {"spec", "nodes", "network", "formats", "train", "bench", ""},
-    "sklearn": {"network", "train"},
+    "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
 }
 
 # Methods that call a part that depends on theirs: they import it only when they are called.
-ON_CALL = {("network", "streaming"), ("network", "formats"), ("network", "inspect"), ("inspect", "layers")}
+ON_CALL = {
+    ("network", "streaming"),
+    ("network", "formats"),
+    ("network", "inspect"),
+    ("network", "train"),
+    ("inspect", "layers"),
+}
 
 # Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.
 BELOW_FORMATS = {
@@ -68,7 +75,8 @@ BELOW_FORMATS = {
     "safetensors": {"files", "safetensors_weights"},
     "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
-    "verify": {"files", "runtimes"},
+    "in_memory": {"runtimes"},
+    "verify": {"files", "in_memory", "runtimes"},
     "exported": set(),
     "sizes": set(),
     "compiled": {"build", "exported", "onnx", "pytorch", "runtimes", "sizes"},
@@ -89,10 +97,10 @@ OUTSIDE_ALSO = {
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
 ON_CALL_ALSO = {
     "bench": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
-    "cli": {"matplotlib", "torch", "tqdm"},
+    "cli": {"matplotlib", "shtab", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
-    "train": {"holidays", "pandas", "sklearn", "threadpoolctl"},
+    "train": {"holidays", "pandas", "polars", "sklearn", "threadpoolctl"},
     "sklearn": {"pandas"},
 }
 
@@ -237,6 +245,54 @@ def test_import_cellstack_is_fast_and_imports_no_framework(tmp_path):
     print(f"import cellstack: {min(took):.3f} s")
     assert not loaded & {"torch", "matplotlib", "tqdm", "keras", "onnx", "h5py", "pandas", "safetensors"}
     assert min(took) < 0.15
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_dir_shows_the_public_names_and_nothing_else():
+    code = (
+        "import sys, cellstack as cs\nfrom cellstack import train\n"
+        "print(*dir(cs)); print(*dir(train)); print('torch' in sys.modules)\n"
+        "print(cs.layers.LSTM.__name__); print(*dir(cs.layers)); print(*dir(cs.inspect)); print(*dir(cs.sklearn))\n"
+        "print(*sorted(set(dir(cs)) - set(cs.__all__)))"
+    )
+    names, train, torch, lstm, *parts, more = run_python(code)
+    assert names.split() == sorted([*cellstack.__all__, "__version__", "layers", "train"])
+    assert train.split() == sorted(training.__all__)
+    assert (torch, lstm) == ("False", "LSTM")
+    assert parts == [" ".join(sorted(package.__all__)) for package in (layers, cellstack.inspect, cellstack.sklearn)]
+    assert more == "__version__ layers sklearn train"  # an integration is shown once it is imported
+    assert dir(keras_integration) == sorted(keras_integration.__all__)
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "message"),
+    [
+        ("torch", "from cellstack import layers", "cellstack.layers needs torch: pip install 'cellstack[torch]'"),
+        ("torch", "import cellstack; cellstack.layers", "cellstack.layers needs torch: pip install 'cellstack[torch]'"),
+        ("torch", "from cellstack.train import fit", "cellstack.train.fit needs torch: pip install 'cellstack[torch]'"),
+        ("tqdm", "from cellstack import train; train.fit", "train.fit needs tqdm: pip install 'cellstack[torch]'"),
+        ("torch", "import cellstack.keras", "cellstack.keras needs torch: pip install 'cellstack[torch]'"),
+        ("keras", "import cellstack.keras", "cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras"),
+        ("torch", "import cellstack.sklearn", "cellstack.sklearn needs torch: pip install 'cellstack[sklearn]'"),
+        ("sklearn", "import cellstack.sklearn", "cellstack.sklearn needs sklearn: pip install 'cellstack[sklearn]'"),
+    ],
+)
+def test_a_missing_package_names_its_extra(package, code, message):
+    before = f"import sys; sys.modules[{package!r}] = None"
+    program = f"{before}\ntry:\n    {code}\nexcept ModuleNotFoundError as error:\n    print(error.name, error)"
+    (said,) = run_python(program)
+    assert said.startswith(f"{package} ")
+    assert said.endswith(message)
+
+
+def test_help_works_without_torch():
+    code = "print(*(len(pydoc.render_doc(module)) for module in (cellstack, cellstack.train)))"
+    (sizes,) = run_python(f"import sys; sys.modules['torch'] = None\nimport pydoc, cellstack, cellstack.train\n{code}")
+    assert min(map(int, sizes.split())) > 10_000
 
 
 def test_no_torch_free_module_imports_torch():

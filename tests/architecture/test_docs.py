@@ -52,8 +52,8 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_the_readme_is_short_and_its_code_runs_the_part_for_deployment_without_torch(tmp_path):
     assert len(text_of(ROOT / "README.md").splitlines()) <= 120
-    first, training, accelerated, deployed = blocks_of(ROOT / "README.md")  # the last reads what the first saves
-    for block, loaded in ((first, "True"), (training, "True"), (accelerated, "True"), (deployed, "False")):
+    first, training, forecast, deployed = blocks_of(ROOT / "README.md")  # the last reads what the first saves
+    for block, loaded in ((first, "True"), (training, "True"), (forecast, "True"), (deployed, "False")):
         code = block + "\nimport sys\nprint('torch' in sys.modules)"
         done = run(["-c", code], tmp_path)
         assert done.splitlines()[-1] == loaded

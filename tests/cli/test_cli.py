@@ -106,7 +106,7 @@ def test_train_says_that_tensorboard_is_not_installed(capsys, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = run(capsys, "train", VOWELS, "-o", str(output), *SMALL, "--inspect")
     assert status == 2
-    assert "train --inspect needs matplotlib: install cellstack[torch]" in err
+    assert "train --inspect needs matplotlib: pip install 'cellstack[torch]'" in err
 
 
 def test_run_gives_the_scores_of_training(capsys, vowels):
@@ -197,14 +197,78 @@ def test_info(capsys, vowels):
     assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "run", "stream", "convert", "info"])
-def test_help_has_an_example_and_every_verb_json(capsys, verb):
+def help_of(capsys, monkeypatch, *words, columns=80):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:
-        cli.main([verb, "--help"])
+        cli.main([*words, "--help"])
     assert end.value.code == 0
-    out = capsys.readouterr().out
-    assert f"example:\n  cellstack {verb}" in out
-    assert "--json" in out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_has_the_main_options_first_and_an_example_last(capsys, monkeypatch, verb):
+    out = help_of(capsys, monkeypatch, verb)
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert out.startswith(f"usage: cellstack {verb} ")
+    assert re.search(rf"\nexamples?:\n  .*\bcellstack {verb}\b", out)
+    headings = re.findall(r"^(\w.*):$", out, re.MULTILINE)
+    assert headings[-2] == "general"
+    assert ("--json" in out.split("\ngeneral:\n")[1]) == (verb not in ("completion", "help"))
+    assert "(%" not in out
+    for default in re.findall(r"\((?:default: )?(?:all|detected|unchanged|[\d.,]+)[);]", " ".join(out.split())):
+        assert default.startswith("(default: ")
+
+
+def test_the_help_of_train_begins_with_what_everybody_needs(capsys, monkeypatch):
+    out = help_of(capsys, monkeypatch, "train")
+    first = out.split("\nsequences:\n")[0]
+    found = re.findall(r"^  ([A-Z]+|-o|--[\w-]+)\b", first, re.MULTILINE)
+    main = ["--task", "--label", "--target", "--horizon", "--units", "--epochs", "--dry-run", "--quiet"]
+    assert found == ["FILE", "TEST", "-o", *main]
+    assert "--decimal {point,comma}" in out
+    headings = re.findall(r"^(\w+):$", out, re.MULTILINE)
+    groups = ["sequences", "forecasts", "texts", "tables", "model", "training", "reports"]
+    assert headings == ["options", *groups, "general", "examples"]
+
+
+def test_cellstack_alone_shows_the_help_as_help_does(capsys, monkeypatch):
+    overview = help_of(capsys, monkeypatch)
+    for words in ([], ["help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert (end.value.code, *capsys.readouterr()) == (0, overview, "")
+    for verb in cli.VERBS:
+        assert re.search(rf"^  {verb} +\w", overview, re.MULTILINE)
+    for code in (0, 1, 2, 130, 143):
+        assert re.search(rf"^  {code} +\w", overview, re.MULTILINE)
+    assert max(map(len, overview.splitlines())) <= 80
+    with pytest.raises(SystemExit) as end:
+        cli.main(["help", "train"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == help_of(capsys, monkeypatch, "train")
+
+
+def test_the_words_of_an_option_are_explained(capsys):
+    for words, said in (
+        (["train", "a.ts", "--units", "0"], "--units: expected positive integers separated by commas, got '0'"),
+        (["train", "a.ts", "--epochs", "many"], "argument --epochs: expected an integer, got 'many'"),
+        (["train", "a.ts", "--lr", "fast"], "argument --lr: expected a number, got 'fast'"),
+        (["train", "a.csv", "--decimal", ";"], "argument --decimal: expected point or comma, got ';'"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        assert (end.value.code, said in capsys.readouterr().err) == (2, True)
+
+
+def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("y;z\n" + "".join(f"1,{n % 7:03d};{n}\n" for n in range(120)), encoding="utf-8")
+    words = ["train", str(file), "--target", "y", "--dry-run"]
+    means = {name: run(capsys, *words, "--decimal", name)[:2] for name in ("comma", ",", "point", ".")}
+    assert means["comma"] == means[","]
+    assert means["point"] == means["."]
+    assert [status for status, _ in means.values()] == [0, 0, 0, 0]
+    assert run(capsys, "train", str(file), "--target", "y", "--dry-run")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -219,7 +283,7 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", VOWELS, "-o", ""], r"expected a file name, got ''"),
         (["train", VOWELS, "-o", "x", "--threads", "1000000000000"], r"expected --threads from 1 to 1024"),
         (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
-        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation in \[0, 1\)"),
+        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation to be a share in \[0, 1\)"),
         (
             ["train", VOWELS, "-o", "x", "--units", "1000000"],
             r"units 1000000 don't fit into memory: .* GB",
@@ -280,8 +344,8 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words
 @pytest.mark.parametrize(
     "words",
     [
-        [],
         ["fly"],
+        ["help", "fly"],
         ["train"],
         ["train", "a.ts", "-o", "x", "--units", "4,x"],
         ["run", "m"],
@@ -305,7 +369,10 @@ def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, tmp_path):
     assert (status, "expected 12 channels, found 2" in err) == (2, True)
     cell = load(vowels).nodes[1].forward
     Network((cell, GlobalPool("last"))).save(tmp_path / "bare.safetensors")
-    status, _, err = run(capsys, "run", str(tmp_path / "bare"), VOWELS)
+    status, out, _ = run(capsys, "run", str(tmp_path / "bare"), VOWELS)  # sequences of many lengths
+    assert (status, out.count("\n")) == (0, 1 + 270)
+    (tmp_path / "notes.txt").write_text("1,2")
+    status, _, err = run(capsys, "run", str(tmp_path / "bare"), str(tmp_path / "notes.txt"))
     assert (status, "expected a .npy, .npz, .csv or .jsonl file" in err) == (2, True)
     damaged = tmp_path / "damaged.safetensors"
     with open(vowels, "rb") as file:
@@ -611,7 +678,7 @@ def test_co2_beats_the_seasonal_naive_forecast(capsys, tmp_path):
         ("run a b c", "cellstack run: error: unrecognized argument c"),
         (
             "trian x.csv",
-            "'generate', 'convert', 'inspect', 'info', 'bench'), did you mean train?",
+            "'inspect', 'info', 'bench', 'completion', 'help'), did you mean train?",
         ),
     ],
 )

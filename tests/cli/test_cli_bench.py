@@ -170,12 +170,15 @@ def test_without_torch_there_is_no_training_and_without_matplotlib_no_plot(light
     status, out, err = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 0
     assert "training was not measured, because torch isn't installed" in out
-    assert "no plots were written, because matplotlib isn't installed: install cellstack[torch]" in out
+    assert "no plots were written, because matplotlib isn't installed: pip install 'cellstack[torch]'" in out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     assert err == ""
     status, _, err = run(capsys, "--what", "training", *TINY)
     assert status == 2
-    assert err == "cellstack bench: error: training needs torch, and torch isn't installed: install cellstack[torch]\n"
+    assert (
+        err
+        == "cellstack bench: error: training needs torch, and torch isn't installed: pip install 'cellstack[torch]'\n"
+    )
 
 
 def test_ctrl_c_reports_what_was_measured(light, monkeypatch, capsys, tmp_path):

@@ -14,7 +14,7 @@ from networks import make_cell
 import cellstack
 from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, Standardise, formats, load
 from cellstack.cli import main as cli
-from cellstack.nodes import Embedding, Merge
+from cellstack.nodes import Embedding, Merge, Reduce
 
 
 def make_net(bidirectional=False):
@@ -155,11 +155,23 @@ def test_a_node_that_the_format_doesn_t_support_is_named_once(capsys, tmp_path, 
 
 
 def test_a_node_that_c_doesn_t_support_is_named(capsys, tmp_path):
-    make_net(bidirectional=True).save(tmp_path / "net.safetensors")
+    net = make_net(bidirectional=True)
+    Network([*net.nodes, Reduce("sum", 1)]).save(tmp_path / "net.safetensors")
     status, _, err = run(capsys, "convert", str(tmp_path / "net"), str(tmp_path / "net.c"))
     assert (status, err.count("\n")) == (2, 1)
-    assert "lstm can't run step by step: it runs backwards" in err
+    assert "layer_3: Reduce isn't supported; these nodes are: " in err
     assert not (tmp_path / "net.c").exists()
+
+
+def test_a_bidirectional_network_becomes_c_from_weights_in_an_order(capsys, tmp_path):
+    rnn = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
+    torch.save(torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(8, 2)}).state_dict(), tmp_path / "net.pt")
+    status, out, _ = run(
+        capsys, "convert", str(tmp_path / "net.pt"), str(tmp_path / "net.c"), "--order", "rnn,final,head"
+    )
+    assert status == 0
+    assert f"{tmp_path / 'net.c'}: pass" in out
+    assert "pass the torch module instead of its file" in out
 
 
 def test_any_network_runs_on_numbers(capsys, tmp_path, model):
@@ -461,6 +473,17 @@ def test_modules_in_a_given_order(capsys, tmp_path, pytorch_files):
     assert (status, out) == (2, "")
     assert "--order: order isn't used for" in err
     assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
+
+
+def test_targets_that_can_only_be_read_or_lack_what_the_network_has(capsys, tmp_path, small):
+    """The message of Python and that of the command line."""
+    status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.nam"))
+    assert (status, ".nam" in err.split("got")[0], ".json" in err) == (2, False, False)
+    status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.pt"))
+    words = "PyTorch files only hold one recurrent module; .safetensors supports every network"
+    assert (status, words in err) == (2, True)
+    with pytest.raises(ValueError, match=words):
+        load(small[1]).save(tmp_path / "net.pt")
 
 
 def test_a_target_of_no_format_is_one_sentence(capsys, tmp_path, small):

@@ -197,6 +197,10 @@ def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatc
     assert seen[-1][0].shape[0] == 3
     mask = seen[-1][1]["mask"]
     assert mask is None or mask.any(axis=1).all()
+    said = description("vowels.html")
+    assert said["answer"]["task"] == "classify"
+    assert said["answer"]["truth"] == ["1", "1", "1"]  # the file begins with the first speaker
+    assert said["nodes"][-1]["names"] == [str(speaker) for speaker in range(1, 10)]
     assert "expected a .ts or .npz file" in run("vowels", data / "co2.csv")[2]
     words = ["train", data / "co2.csv", "--target", "co2", "--epochs", 1, "--units", 4, "--quiet", "-o", "co2"]
     assert cli.main(list(map(str, words))) in (0, 130)
@@ -204,6 +208,10 @@ def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatc
     assert (status, err) == (0, "")
     labels = description("co2.html")["labels"]
     assert labels["kind"] == "date"
+    assert labels["values"][0] == "2000-01-08"  # without a time: they are all midnight
+    inputs = description("co2.html")["inputs"][0]["names"]
+    assert inputs[0] == "co2"
+    assert inputs[-1].endswith(" observed")
     assert (
         "expected a table (.csv, .tsv, .parquet), because the model forecasts"
         in run("co2", data / "JapaneseVowels_TEST.ts")[2]
@@ -230,12 +238,6 @@ def test_open_opens_the_browser(run, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(inspect.webbrowser, "open", opened.append)
     assert run("model", "--open")[0] == 0
     assert opened == [(tmp_path / "model.html").as_uri()]
-
-
-def test_help_has_an_example(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["inspect", "--help"])
-    assert "cellstack inspect model.keras frames.npy -o frames.html" in capsys.readouterr().out
 
 
 def test_a_network_with_one_output_per_sequence(run, tmp_path, rng):

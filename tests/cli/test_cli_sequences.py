@@ -18,6 +18,7 @@ from cellstack.cli import main as cli
 from cellstack.train import history
 
 VOWELS = str(files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts")
+CO2 = str(files("cellstack") / "data" / "co2.csv")
 SMALL = ["--units", "4", "--epochs", "2", "--threads", "1", "--quiet"]
 
 
@@ -57,11 +58,20 @@ def test_the_data_is_described_before_training_and_by_dry_run(capsys, machines):
         "  ignored: place, because it isn't numeric: 'hall'",
     ]
     words = ["train", machines / "machines.parquet", *COLUMNS]
+    said += [
+        "25 sequences to train on; 5 to validate on (15% of each class, chosen at random); none to test on",
+        "for comparison: the accuracy of always answering 'fine' is 0.68 on the training part",
+        "1 network: LSTM 2 -> 48 -> 48, 28,514 weights; at most 60 epochs of 2 steps, batches of 16",
+    ]
     status, out, err = run(capsys, *words, "--dry-run")
-    assert (status, out.splitlines(), err) == (0, said, "")
+    assert (status, out.splitlines()[:-1], err) == (0, said, "")
+    assert re.fullmatch(r"expected time: .*\d+ seconds? on this machine.*", out.splitlines()[-1])
     status, out, _ = run(capsys, *words, "-o", machines / "net", *SMALL)
-    assert (status, out.splitlines()[:3]) == (0, said)
-    understood = json.loads(run(capsys, *words, "--dry-run", "--json")[1])["understood"]["training"]
+    assert (status, out.splitlines()[:5]) == (0, said[:5])
+    report = json.loads(run(capsys, *words, "--dry-run", "--json")[1])
+    assert (report["plan"]["training"], report["plan"]["validation"], report["plan"]["test"]) == (25, 5, 0)
+    assert report["plan"]["baselines"]["most frequent class"] == {"class": "fine", "accuracy": 0.68}
+    understood = report["understood"]["training"]
     assert understood["classes"] == {"broken": 10, "fine": 20}
     assert understood["ignored"] == {"place": "isn't numeric: 'hall'"}
 
@@ -79,19 +89,27 @@ def test_gaps_and_constants_are_described(capsys, tmp_path):
 
 def test_a_dry_run_needs_no_torch(machines):
     code = (
-        "import sys; from cellstack.cli.main import main; assert main(sys.argv[1:]) == 0; "
-        "assert not {'torch', 'matplotlib', 'tqdm'} & set(sys.modules)"
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'tqdm', 'matplotlib')); "
+        "from cellstack.cli.main import main; assert main(sys.argv[1:]) == 0"
     )
-    for words in ([VOWELS], [str(machines / "machines.npz")], [str(machines / "machines.csv"), *COLUMNS]):
+    for words in (
+        [VOWELS],
+        [CO2, "--members", "1"],
+        [str(machines / "machines.npz")],
+        [str(machines / "machines.csv"), *COLUMNS],
+    ):
         command = [sys.executable, "-c", code, "train", *words, "--dry-run"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "expected time: not measured, because torch isn't installed"
 
 
 @pytest.mark.parametrize("name", ["machines.parquet", "machines.csv", "machines.npz"])
-def test_train_and_run_on_every_kind_of_file(capsys, machines, name):
+def test_train_and_run_on_every_kind_of_file(capsys, machines, tmp_path, name):
     columns = [] if name.endswith("npz") else COLUMNS
-    words = ["train", machines / name, machines / name, *columns, "-o", machines / "net", *SMALL]
+    other = tmp_path / f"other-{name}"
+    other.write_bytes((machines / name).read_bytes())
+    words = ["train", machines / name, other, *columns, "-o", machines / "net", *SMALL]
     report = json.loads(run(capsys, *words, "--json")[1])
     assert report["task"] == "classify"
     assert np.sum(report["test"]["confusion"]) == 30
@@ -123,7 +141,7 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     answers = [run(capsys, "run", machines / "net", machines / name)[1] for name in ("machines.csv", "german.csv")]
     assert answers[0] == answers[1]
     table.to_csv(machines / "quoted.csv", decimal=",", index=False)
-    assert "use --decimal , if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
+    assert "use --decimal comma if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
 
 
@@ -232,7 +250,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
     [
         (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
         (["machines.csv", "--label", "state"], "expected id= or --id, the column"),
-        (["machines.csv", "--label", "mood", "--id", "machine"], "expected y to be a column, one of machine"),
+        (["machines.csv", "--label", "mood", "--id", "machine"], "expected y (--label) to be a column, one of machine"),
         (["machines.csv", *COLUMNS, "--season", "7"], "--season doesn't apply to sequences, only to forecasts"),
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
         (["machines.npz", "--label", "state"], "y applies only to tables, not to .npz"),

@@ -164,6 +164,13 @@ def test_a_header_is_skipped(model, net):
         assert np.array_equal(numbers(run([model], f"{first}\n{as_csv(x)}").stdout), answers(net, x))
 
 
+@pytest.mark.parametrize("text", ["", "\n\n", "a,b,c\n"])
+def test_input_without_steps_is_reported(model, text):
+    done = run([model], text)
+    said = "0 steps: standard input was empty, or had only the columns' names\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
+
+
 def test_a_state_that_isn_t_finite_is_reported(model, tmp_path):
     state = str(tmp_path / "state")
     said = run([model, "--state", state], "1,2,3\n").stderr
@@ -175,7 +182,7 @@ def test_a_state_that_isn_t_finite_is_reported(model, tmp_path):
 def test_a_model_with_mean_pooling_says_how_to_train_one_that_streams(tmp_path):
     path = str(tmp_path / "mean.safetensors")
     for task, fix in (
-        ("classify", ": train with --pooling last for streams\n"),
+        ("classify", '; train with pooling="last" (--pooling last) for a network that can be streamed\n'),
         (None, "which a stream doesn't have\n"),
     ):
         Network([make_net().nodes[1], GlobalPool("mean")], metadata={"task": task}).save(path)

@@ -1,6 +1,7 @@
 """`cellstack generate`, and `cellstack train` on a text."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -95,10 +96,16 @@ def book(tmp_path):
 def test_a_dry_run_describes_the_text(run, tmp_path):
     status, out, err = run("train", ALICE, "--dry-run")
     assert (status, err, list(tmp_path.iterdir())) == (0, "", [])
-    first, second = out.splitlines()
+    first, parts, network, time = out.splitlines()
     assert "147,815 characters, 68 distinct; 133,033 to train on" in first
-    assert second == "  8 streams, 128 characters of each per training step, 130 training steps per epoch"
-    report = json.loads(run("train", ALICE, "--dry-run", "--json", "--bytes", "--batch", 32)[1])["understood"]
+    assert parts.endswith(", 133,034 to 140,424 to validate on, 140,425 to 147,815 to test on")
+    layers = "LSTM 64 -> 256 -> 256, 875,844 weights; at most 30 epochs of 130 steps"
+    assert network == f"1 network: {layers}, batches of 8 streams, 128 characters each"
+    assert re.fullmatch(r"expected time: \d.* on this machine, depending on early stopping", time)
+    report = json.loads(run("train", ALICE, "--dry-run", "--json", "--bytes", "--batch", 32)[1])
+    assert report["plan"]["networks"] == 1
+    assert 0 < report["plan"]["seconds"][0] < report["plan"]["seconds"][1]
+    report = report["understood"]
     assert (report["unit"], report["length"], report["streams"], report["test"]) == ("bytes", 147815, 32, 7391)
 
 

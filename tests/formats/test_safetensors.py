@@ -208,6 +208,20 @@ def test_the_content_determines_the_format(blob, tmp_path):
             cs.load(tmp_path / "other.txt")
 
 
+def test_the_native_suffix_may_be_omitted(tmp_path):
+    small().save(tmp_path / "net.safetensors")
+    (tmp_path / "net").mkdir()  # such as one for C code
+    for name in (tmp_path / "net", str(tmp_path / "net")):
+        assert cs.load(name).names == small().names
+        assert cs.extract(name)
+    with pytest.raises(FileNotFoundError, match=r"no such file, nor .*none\.safetensors: .*none'"):
+        cs.load(tmp_path / "none")
+    small().save(tmp_path / "other.safetensors")
+    (tmp_path / "other").write_bytes(b"GIF89a")
+    with pytest.raises(cs.FormatError):  # the name as given comes first
+        cs.load(tmp_path / "other")
+
+
 def test_files_that_can_t_be_opened(tmp_path):
     with pytest.raises(FileNotFoundError):
         cs.load(tmp_path / "none.safetensors")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from networks import make_cell, make_network
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 from cellstack import (
     Activation,
@@ -176,7 +177,7 @@ def test_other_c_files_are_not_run(tmp_path, monkeypatch):
 def test_a_state_dict(tmp_path, kind, flags):
     if ("proj_size" in flags and kind != "LSTM") or ("nonlinearity" in flags and kind != "RNN"):
         flags = {}
-    module = getattr(torch.nn, kind)(3, 4, **flags)
+    module = getattr(torch.nn, kind)(3, 4, batch_first=True, **flags)
     net = from_torch(module)
     for saved in (module.state_dict(), {"model": {f"rnn.{n}": t for n, t in module.state_dict().items()}, "epoch": 3}):
         torch.save(saved, tmp_path / "net.pt")
@@ -192,7 +193,7 @@ def test_a_state_dict(tmp_path, kind, flags):
 
 def test_a_cell_s_state_dict(tmp_path):
     cell = torch.nn.LSTMCell(3, 4)
-    module = torch.nn.LSTM(3, 4)
+    module = torch.nn.LSTM(3, 4, batch_first=True)
     module.load_state_dict({f"{name}_l0": tensor for name, tensor in cell.state_dict().items()})
     torch.save(cell.state_dict(), tmp_path / "net.pt")
     assert verify(from_torch(module), tmp_path / "net.pt").ok(1e-5)
@@ -204,19 +205,76 @@ class Trap:
 
 
 def test_torch_files_that_aren_t_run(tmp_path):
-    module = torch.nn.LSTM(3, 4)
+    module = torch.nn.LSTM(3, 4, batch_first=True)
     net = from_torch(module)
     for saved, message in (
         (module, "without running the file's own code"),
         ({"weight": Trap()}, "without running the file's own code"),
-        (torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(), "one recurrent module, found 0.weight_ih_l0"),
-        (torch.nn.Linear(3, 4).state_dict(), "one recurrent module, found weight, bias"),
+        (torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(), "verify(net, module) (found 0, 1)"),
+        (torch.nn.Linear(3, 4).state_dict(), "verify(net, module) (found weight, bias"),
         (torch.nn.LSTM(3, 5).state_dict(), "torch.nn.LSTM doesn't take the file's weights"),
     ):
         torch.save(saved, tmp_path / "net.pt")
         report = verify(net, tmp_path / "net.pt")
         assert (report.ok(), report.runtime) == (False, None)
         assert message in str(report)
+
+
+# ── a torch module ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Classifier(torch.nn.Module):
+    """The common model: both final states of the last layer, then a Linear."""
+
+    def __init__(self, joined=False, **flags):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(3, 4, 2, bidirectional=True, dropout=0.5, **{"batch_first": True} | flags)
+        self.head, self.joined = torch.nn.Linear(8, 1), joined
+
+    def forward(self, x):
+        y, (h, _) = self.lstm(x)
+        score = self.head(torch.cat((h[-2], h[-1]), 1)).squeeze(-1)
+        return {"score": score, "steps": y} if self.joined else score
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_an_ordered_state_dict_is_compared_with_its_module(tmp_path, suffix):
+    model = Classifier(joined=True)
+    path = tmp_path / f"net.{suffix}"
+    (torch.save if suffix == "pt" else save_file)(model.state_dict(), path)
+    net = load(path, order=["lstm", "final", "head"])
+    report = verify(net, model)
+    assert (report.path, report.runtime, report.ok(1e-5)) == ("Classifier", "torch", True)
+    assert "B=1 T=7, B=2 T=1, B=3 T=28; not compared: 1 more tensors" in report.note
+    assert model.training
+    assert model.lstm.training
+    with pytest.warns(UserWarning, match='write "final" instead'):
+        other = load(path, order=["lstm", "last", "head"])
+    assert verify(other, model).verdict().startswith("fail: layer_3 differs by")
+    assert verify(net, model, np.ones((2, 5, 3))).inputs == {"x": (2, 5, 3)}
+    unable = verify(net, path)
+    assert unable.runtime is None
+    assert "pass the torch module instead of its file: cellstack.verify(net, module)" in unable.note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_module_that_takes_time_before_batch_gets_a_transposed_input(dtype):
+    gru = torch.nn.GRU(3, 4, 2, bidirectional=True, dtype=dtype)
+    with pytest.warns(UserWarning, match="has batch_first=False"):
+        net = from_torch(gru)
+    report = verify(net, gru)
+    assert report.ok(1e-5), str(report)
+    assert [one.name for one in report.differences] == [net.outputs[0], *(f"cell {n} h" for n in range(4))]
+    assert "the module takes time before batch, so x was transposed for it" in report.note
+    assert not any(module._forward_pre_hooks for module in gru.modules())
+
+
+def test_modules_that_can_t_be_compared():
+    net = from_torch(torch.nn.LSTM(3, 4, batch_first=True))
+    assert "the module raised RuntimeError" in verify(net, torch.nn.Linear(5, 2)).verdict()
+    assert "fail: layer_0 has the shape [5, 7, 4], theirs [5, 7, 2]" in str(verify(net, torch.nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match="expected a file's path or a torch module, got dict"):
+        verify(net, {})
 
 
 # ── ONNX ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -54,7 +54,9 @@ def test_the_last_step_of_a_bidirectional_layer_in_an_order_is_warned_of(tmp_pat
     path = saved(tmp_path, model)
     if suffix == "pt":
         torch.save(model.state_dict(), path := tmp_path / "model.pt")
-    with pytest.warns(UserWarning, match=rf"^load: .*model.{suffix}: .*{BOTH_WAYS}: .* cellstack.compile") as record:
+    with pytest.warns(
+        UserWarning, match=rf'^load: .*model.{suffix}: .*{BOTH_WAYS}: .* write "final" instead$'
+    ) as record:
         net = cs.load(path, order=["rnn", *between, last, "head"])
     assert [warning.filename for warning in record] == [__file__]
     x = torch.randn(2, 7, 3)
@@ -85,7 +87,7 @@ def test_a_last_step_that_is_a_final_state_is_not_warned_of(tmp_path):
 def test_the_last_step_of_a_bidirectional_node_is_warned_of_where_a_network_is_built_by_hand(tmp_path):
     gru = torch.nn.GRU(3, 4, batch_first=True, bidirectional=True)
     (both,) = cs.from_torch(gru).nodes
-    with pytest.warns(UserWarning, match=rf"^Network: layer_2: .*{BOTH_WAYS}: .* return_sequences=False") as record:
+    with pytest.warns(UserWarning, match=rf'^Network: layer_2: .*{BOTH_WAYS}: .* GlobalPool\("final"\)') as record:
         net = cs.Network([both, cs.Activation("relu"), cs.GlobalPool("last")])
     assert [warning.filename for warning in record] == [__file__]
     x = torch.randn(2, 7, 3)
@@ -98,9 +100,89 @@ def test_the_last_step_of_a_bidirectional_node_is_warned_of_where_a_network_is_b
         cs.Network([both, cs.GlobalPool("mean")])
         cs.Network([both.forward, cs.GlobalPool("last")])
         directions = [replace(part, return_sequences=False) for part in (both.forward, both.backward)]
-        final = cs.Network([cs.Bidirectional(*directions)])  # as the warning advises
-    expected = torch.cat(list(gru(x)[1]), 1).detach().numpy()
-    np.testing.assert_allclose(final(x.numpy()), expected, atol=1e-6)
+        final = cs.Network([cs.Bidirectional(*directions), cs.Activation("relu")])
+        named = cs.Network([both, cs.GlobalPool("final"), cs.Activation("relu")], ["both", "final", "relu"])
+    assert named.names == ("both", "relu")
+    expected = torch.relu(torch.cat(list(gru(x)[1]), 1)).detach().numpy()
+    for net in (final, named):
+        np.testing.assert_allclose(net(x.numpy()), expected, atol=1e-6)
+    named.save(tmp_path / "named.safetensors")
+    again = cs.load(tmp_path / "named.safetensors")
+    assert repr(again) == repr(named)
+    with pytest.raises(ValueError, match="both can't run step by step: it runs backwards"):
+        again.stream()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_final_states_in_an_order_are_those_of_the_last_layer(tmp_path, kind, both, depth):
+    rnn = getattr(torch.nn, kind)(3, 4, depth, batch_first=True, bidirectional=both)
+    head = torch.nn.Linear(4 * (1 + both), 2)
+    path = saved(tmp_path, torch.nn.ModuleDict({"rnn": rnn, "head": head}))
+    x = torch.randn(3, 6, 3)
+    h = rnn(x)[1][0] if kind == "LSTM" else rnn(x)[1]
+    expected = head(torch.cat(list(h[-1 - both :]), 1)).detach().numpy()
+    for final in ("final", cs.GlobalPool("final")):
+        net = cs.load(path, order=["rnn", final, "head"])
+        assert [type(node).__name__ for node in net.nodes] == ["Bidirectional" if both else "Recurrent"] * depth + [
+            "Dense"
+        ]
+        np.testing.assert_allclose(net(x.numpy()), expected, atol=1e-6)
+    padded = np.concatenate([x.numpy(), np.ones((3, 2, 3), "f4")], axis=1)
+    np.testing.assert_allclose(net(padded, lengths=[6, 6, 6]), expected, atol=1e-6)
+    if not both:
+        np.testing.assert_array_equal(net(x.numpy()), cs.load(path, order=["rnn", "last", "head"])(x.numpy()))
+
+
+def test_the_last_step_in_an_order_is_the_last_used_one(tmp_path):
+    rnn = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
+    path = saved(tmp_path, torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(8, 2)}))
+    with pytest.warns(UserWarning, match="is the last step"):
+        net = cs.load(path, order=["rnn", "last", "head"])
+    x = torch.randn(1, 6, 3).numpy()
+    padded = np.concatenate([x, np.ones((1, 2, 3), "f4")], axis=1)
+    np.testing.assert_allclose(net(padded, lengths=[6]), net(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "order", "message"),
+    [
+        (
+            16,
+            ["rnn", "final", "head"],
+            "head, as in order: .*16 is the width of the final states of all 2 layers togeth",
+        ),
+        (4, ["rnn", "final", "head"], "4 is the width of one direction; h.-1. is the final state of the backward dir"),
+        (4, ["rnn", "last", "head"], "4 is the width of one direction"),
+        (5, ["rnn", "final", "head"], "expected an input of 5 features, got 8 from before it$"),
+        (16, ["rnn", "head"], "expected an input of 16 features, got 8 from before it$"),
+        (8, ["rnn", "relu", "final", "head"], r"'final', as in order: .*must directly follow a recurrent layer"),
+        (8, ["rnn", "finale", "head"], "order also takes 'last' for the last step, 'final' for the final states"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:load:UserWarning")
+def test_orders_whose_widths_belong_to_other_states(tmp_path, width, order, message):
+    rnn = torch.nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
+    path = saved(tmp_path, torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(width, 2)}))
+    with pytest.raises(FormatError, match=message):
+        cs.load(path, order=order)
+
+
+def test_final_states_need_a_recurrent_node_before_them(tmp_path):
+    (both,) = cs.from_torch(torch.nn.GRU(3, 4, batch_first=True, bidirectional=True)).nodes
+    pool = cs.GlobalPool("final")
+    for nodes, wires in (
+        ([pool], None),
+        ([both, cs.Activation("relu"), pool], None),
+        ([both, pool], [("x",), ("layer_0",)]),
+    ):
+        with pytest.raises(cs.ShapeError, match=r'GlobalPool\("final"\) must directly follow'):
+            cs.Network(nodes, wires=wires)
+    cs.Network([both.forward, cs.GlobalPool("mean")]).save(path := tmp_path / "net.safetensors")
+    path.write_bytes(path.read_bytes().replace(b'"mean"', b'"final"').replace(b" " * 2, b" ", 1))
+    with pytest.raises(FormatError):
+        cs.load(path)
 
 
 def test_half_precision_is_widened_and_other_dtypes_are_named(tmp_path):

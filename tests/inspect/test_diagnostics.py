@@ -164,6 +164,16 @@ def test_a_report_names_units_and_remedies():
     assert report_of(make_cell(rng_of(0), 1, 2), x).findings[0].startswith("lstm: units 0, 1 are NaN or infinite")
 
 
+def test_shares_of_steps_are_printed_in_percent():
+    x = np.ones((1, 120, 1))
+    said = report_of(constant([-9.0, 0.0, 1.0, 9.0], 2), x)
+    assert said.figures["lstm"]["share of steps at which i is"] == {"shut (below 0.1)": 1.0, "open (above 0.9)": 0.0}
+    lines = repr(said).splitlines()
+    assert "  share of steps at which o is: shut (below 0.1) 0.0%, open (above 0.9) 100.0%" in lines
+    name = "growth of the state (mean size in the last quarter of the run, relative to the second quarter)"
+    assert name in said.figures["lstm"]
+
+
 def test_chaos_is_reported():
     rng = rng_of(0)
     cell = Cell(CellSpec(1, 30, kind="rnn"), np.zeros((1, 30)), rng.normal(size=(30, 30)) * 0.5, np.zeros(30))
@@ -221,13 +231,49 @@ def test_a_plot_has_a_map_for_each_gate_and_state():
     t = net.trace(rng.normal(size=(2, 40, 3)))
     figure = t.plot(row=1)
     maps = [axis for axis in figure.axes if axis.get_images()]
-    labels = [axis.get_ylabel().replace("\n", " ") for axis in maps if axis.get_ylabel()]
-    assert labels == [f"layer_0 {field}, unit" for field in "ifgoch"] + [f"layer_1 {field}, unit" for field in "zrgh"]
+    assert [axis.get_ylabel() for axis in maps] == [f"{field}, unit" for field in ("ifgoch" + "zrgh")]
+    titles = [axis.get_title(loc="left") for axis in maps]
+    assert titles == ["layer_0", *[""] * 5, "layer_1", *[""] * 3]
     np.testing.assert_array_equal(maps[1].get_images()[0].get_array(), t["layer_0"].f[1].T)
     some = t.plot("layer_1", ["h"])
-    assert [axis.get_ylabel() for axis in some.axes if axis.get_ylabel()] == ["layer_1\nh, unit"]
+    assert [axis.get_ylabel() for axis in some.axes if axis.get_ylabel()] == ["h, unit"]
     with pytest.raises(ValueError, match="plot: no cells with f in layer_1"):
         t.plot("layer_1", ["f"])
+
+
+@pytest.mark.parametrize("steps", [1, 200])
+def test_the_labels_of_a_plot_do_not_overlap(steps):
+    rng = rng_of(0)
+    names = ["a_bidirectional_encoder_with_a_name_that_is_longer_than_its_panel_is_high", "decoder"]
+    lower = Recurrent((make_cell(rng, 3, 64), make_cell(rng, 64, 1)))
+    figure = (
+        Network([lower, Recurrent((make_cell(rng, 1, 150, kind="gru"),))], names)
+        .trace(rng.normal(size=(1, steps, 3)))
+        .plot()
+    )
+    figure.draw_without_rendering()  # lays it out
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for axis in figure.axes
+        for text in (
+            axis.yaxis.label,
+            axis._left_title,
+            *(
+                label
+                for label in axis.get_yticklabels()
+                if min(axis.get_ylim()) <= label.get_position()[1] <= max(axis.get_ylim())
+            ),
+        )
+        if text.get_text() and text.get_visible()
+    ]
+    width, height = figure.bbox.size
+    for number, (text, box) in enumerate(boxes):
+        assert box.x0 >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+        assert not [other for other, there in boxes[:number] if box.overlaps(there)], text
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert all("." not in tick for tick in ticks)  # units are whole
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])

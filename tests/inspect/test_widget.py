@@ -84,6 +84,7 @@ def test_bytes_from_a_kernel_are_drawn_as_those_of_a_file(browser, t):
     tab = context.new_page()
     tab.goto("about:blank")
     text = tab.evaluate(f"(async () => {{{script}}})()")
+    step, unit = (int(text.split(word)[1].split()[0]) for word in ("step ", "unit "))
     shown = float(text.split("h = ")[1].replace("−", "-"))
-    assert shown == pytest.approx(float(t["layer_0"].h[0, 0, 0]), rel=1e-4)
+    assert shown == pytest.approx(float(t["layer_0"].h[0, step, unit]), rel=1e-4)
     context.close()

@@ -1,6 +1,9 @@
 """Our Keras layers: compared with our torch layers, in functional models, files and training."""
 
 import json
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -10,7 +13,6 @@ import torch
 import cellstack
 import cellstack.keras as ours_for_keras
 from cellstack import FormatError, ShapeError, layers
-from cellstack.keras import engines
 from cellstack.layers.cell import Masks
 from cellstack.layers.stack import run_cells
 
@@ -182,8 +184,19 @@ def test_bad_arguments_are_named():
             ours_for_keras.LSTM(**given)
 
 
-def test_another_backend_is_refused(monkeypatch):
-    layer = ours_for_keras.LSTM(4)
-    monkeypatch.setattr(engines, "NAME", "jax")
-    with pytest.raises(NotImplementedError, match="expected Keras's torch backend, got jax: set KERAS_BACKEND=torch"):
-        layer(torch.zeros(2, 3, 4))
+@pytest.mark.parametrize("installed", [True, False])
+def test_another_backend_is_refused_and_the_setting_explained(installed):
+    """Without KERAS_BACKEND, Keras imports TensorFlow."""
+    code = "import sys\n"
+    if installed:
+        code += "from importlib.machinery import ModuleSpec\nfrom types import ModuleType\n"
+        code += "keras = sys.modules['keras'] = ModuleType('keras')\nkeras.__spec__ = ModuleSpec('keras', None)\n"
+        code += "keras.backend = ModuleType('backend')\nkeras.backend.backend = lambda: 'jax'\n"
+    else:
+        code += "sys.modules['tensorflow'] = None\n"
+    code += "try:\n    import cellstack\n    cellstack.keras.patch()\nexcept ImportError as error:\n    print(error)"
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = "jax" if installed else "tensorflow, which isn't installed"
+    fix = "set KERAS_BACKEND=torch before Keras is imported"
+    assert done.stdout == f"cellstack.keras needs Keras's torch backend: {fix}; it is set to {found}\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import layers
+from cellstack import ShapeError, layers
 from cellstack.layers import weights
 
 OF_OURS = {  # a Keras object, and the name or description of the same
@@ -119,6 +119,40 @@ def test_reset_state_is_keras_3_s_name():
     layer.reset_state()
     assert layer.states is None
     assert torch.equal(layer(x), first)
+
+
+def test_the_states_of_a_stack_as_a_flat_list():
+    lstm, gru = (torch.randn(2, 4), torch.randn(2, 4)), (torch.randn(2, 5),)
+    nested, flat, x = [lstm, gru], [*lstm, *gru], torch.randn(2, 3, 6)
+    stack = layers.RNN([layers.LSTMCell(4), layers.GRUCell(5)], return_state=True)
+    expected = stack(x, initial_state=nested)
+    for states in (flat, tuple(flat), [one.numpy() for one in flat]):
+        assert all(map(torch.equal, map(as_row, stack(x, initial_state=states)), map(as_row, expected)))
+    assert not torch.equal(stack(x, initial_state=[flat[1], flat[0], flat[2]])[0], expected[0])
+    stack.states = flat
+    assert all(map(torch.equal, [array for state in stack.states for array in state], flat))
+    stack.reset_states(flat)
+    assert torch.equal(stack(x)[0], expected[0])
+    assert torch.equal(stack.cell(x[:, 0], flat)[0], stack.cell(x[:, 0], nested)[0])
+    both = layers.Bidirectional(layers.RNN([layers.LSTMCell(4), layers.GRUCell(5)]))
+    assert torch.equal(both(x, initial_state=flat + flat), both(x, initial_state=nested + nested))
+    alone = layers.RNN([layers.LSTMCell(4)])
+    assert torch.equal(alone(x, initial_state=list(lstm)), alone(x, initial_state=[lstm]))
+    words = r"expected the state as one state per cell \(2\), or as a flat list of 3 arrays, got "
+    for wrong, found in (
+        (flat[:1], r"1 \(Tensor\)"),
+        (flat + flat, r"6 \(Tensor, Tensor, Tensor, Tensor\)"),
+        ([lstm, gru, gru], r"3 \(tuple, tuple, tuple\)"),
+        (torch.zeros(3, 2, 4), "Tensor of length 3"),  # PyTorch's form, one array for all layers
+    ):
+        with pytest.raises(ShapeError, match=words + found):
+            stack(x, initial_state=wrong)
+    with pytest.raises(ShapeError, match=r"expected h of state of layer 1 \[B=2, H=5\], got \(2, 4\)"):
+        stack(x, initial_state=[*lstm, lstm[0]])
+
+
+def as_row(result):
+    return torch.cat(list(result), 1) if isinstance(result, tuple) else result
 
 
 class Counting(keras.layers.Layer):

@@ -394,3 +394,44 @@ def test_a_stack_refuses_a_cell_with_weights_for_another_width_than_that_below(w
         stack(torch.zeros(1, 5, 2))
     with pytest.raises(ShapeError, match=message):
         stack.cell(torch.zeros(1, 2), stack.cell.get_initial_state(1))
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN, layers.LSTMCell])
+def test_sizes_in_pytorch_s_order_are_explained(kind):
+    with pytest.raises(TypeError, match=r"got int 8: the first argument is units, and input_size= is the width of x"):
+        kind(4, 8)
+
+
+def test_pytorch_s_states_of_two_layers_are_not_read_as_the_pairs_of_two_cells():
+    stack = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(4)], return_sequences=True, input_size=3)
+    theirs = torch.nn.LSTM(3, 4, 2, batch_first=True)
+    with torch.no_grad():
+        for n, cell in enumerate(stack.cell.cells):
+            cell.kernel.copy_(getattr(theirs, f"weight_ih_l{n}").T)
+            cell.recurrent_kernel.copy_(getattr(theirs, f"weight_hh_l{n}").T)
+            cell.bias.copy_(getattr(theirs, f"bias_ih_l{n}") + getattr(theirs, f"bias_hh_l{n}"))
+    x, h, c = torch.randn(5, 6, 3), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    with pytest.raises(ShapeError, match=r"two arrays \[2, 5, 4\] may be h and c of all layers, as in PyTorch"):
+        stack(x, initial_state=(h, c))
+    torch.testing.assert_close(stack(x, initial_state=list(zip(h, c, strict=True))), theirs(x, (h, c))[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_bidirectional_layer_returns_both_final_states_like_torch_s_h(kind):
+    theirs = getattr(torch.nn, kind)(3, 4, batch_first=True, bidirectional=True)
+    ours = layers.Bidirectional(getattr(layers, kind)(4), input_size=3)
+    for end, layer in (("", ours.forward_layer), ("_reverse", ours.backward_layer)):
+        w, r, b, s = (getattr(theirs, f"{name}_l0{end}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        gates = [1, 0, 2] if kind == "GRU" else range(4)  # torch's r z n, here z r g
+
+        def turned(array, gates=gates):
+            return torch.cat([array.chunk(len(gates))[n] for n in gates])
+
+        bias = torch.stack([turned(b), turned(s)]) if kind == "GRU" else b + s
+        with torch.no_grad():
+            layer.cell.kernel.copy_(turned(w).T)
+            layer.cell.recurrent_kernel.copy_(turned(r).T)
+            layer.cell.bias.copy_(bias)
+    x = torch.randn(2, 5, 3)
+    h = theirs(x)[1][0] if kind == "LSTM" else theirs(x)[1]
+    torch.testing.assert_close(ours(x), torch.cat((h[-2], h[-1]), 1))

@@ -499,11 +499,15 @@ CALLS = {
     "lengths below": ({"x": X, "lengths": [-1, 5]}, ShapeError, "from 0 to T=5, got -1 to 5"),
     "lengths above": ({"x": X, "lengths": [0, 6]}, ShapeError, "from 0 to T=5, got 0 to 6"),
     "lengths of floats": ({"x": X, "lengths": [1.0, 2.0]}, TypeError, "integers, got float64"),
-    "two states": ({"x": X, "state": (State(H, H),) * 2}, ShapeError, "tuple of 1 states, one per cell, got 2"),
+    "two states": (
+        {"x": X, "state": (State(H, H),) * 2},
+        ShapeError,
+        r"one state per cell \(1\), or as a flat list of 2 arrays, got 2 \(State, State\)",
+    ),
     "a state of another kind": ({"x": X, "state": HiddenState(H)}, ShapeError, r"pair \(h, c\), got 1 array"),
     "h alone": ({"x": X, "state": ((H,),)}, ShapeError, r"pair \(h, c\), got 1 array"),
     "an array as state": ({"x": X, "state": np.zeros((2, 2, 4))}, ShapeError, r"pair \(h, c\), got 1 array"),
-    "a number as state": ({"x": X, "state": 3}, ShapeError, "one per cell, got int"),
+    "a number as state": ({"x": X, "state": 3}, ShapeError, r"one state per cell \(1\), got int"),
     "a number in a state": ({"x": X, "state": (3,)}, ShapeError, "layer 0 to be arrays h, c, got int"),
     "state batch": (
         {"x": X, "state": (State(H[:1], H[:1]),)},
@@ -512,7 +516,7 @@ CALLS = {
     ),
     "state width": ({"x": X, "state": (State(H, H[:, :3]),)}, ShapeError, r"c of state of layer 0 .*got \(2, 3\)"),
     "state complex": ({"x": X, "state": (State(H + 1j, H),)}, TypeError, "state of layer 0 to hold real numbers"),
-    "state of numbers": ({"x": X, "state": (1, 2)}, ShapeError, "one per cell, got 2"),
+    "state of numbers": ({"x": X, "state": (1, 2)}, ShapeError, r"one state per cell \(1\), or .*, got 2 \(int, int\)"),
     "no threads": ({"x": X, "threads": 0}, ValueError, "threads to be an integer from 1 to 2147483647, got 0"),
     "half a thread": ({"x": X, "threads": 1.5}, ValueError, "threads to be an integer from 1 to 2147483647, got 1.5"),
 }

@@ -15,7 +15,7 @@ import cellstack as cs
 from cellstack import Bidirectional, Dense, Network, Recurrent, ShapeError
 from cellstack.inspect.files import load as load_trace
 from cellstack.inspect.payload import payload_of
-from cellstack.nodes import Merge, StepMask
+from cellstack.nodes import Merge, Pool1D, StepMask
 from cellstack.spec import FormatError, HiddenState, State
 
 
@@ -257,6 +257,32 @@ def test_flags_that_are_an_input_are_a_mask(rng):
 
 
 # ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arrays_of(states):
+    return [array for state in states for array in state]
+
+
+def test_the_states_of_several_cells_as_a_flat_list(rng):
+    cells = (*recurrent(3, 4, 5).cells, *recurrent(5, 2, kind="gru").cells)
+    net = Network([Recurrent(cells), Pool1D("max", 2, 1, "causal")])
+    x, sizes = rng.normal(size=(2, 6, 3)).astype(np.float32), (4, 4, 5, 5, 2)
+    h, c, h_2, c_2, h_3 = flat = [rng.normal(size=(2, size)).astype(np.float32) for size in sizes]
+    nested = (State(h, c), State(h_2, c_2), HiddenState(h_3))
+    expected, after = net.run(x, nested)
+    for states in (flat, tuple(flat)):
+        y, ends = net.run(x, states)
+        assert np.array_equal(y, expected)
+        assert all(map(np.array_equal, arrays_of(ends), arrays_of(after)))
+        assert np.array_equal(net.trace(x, state=states).y, expected)
+    with pytest.raises(ShapeError, match=r"one state per cell \(3\), or as a flat list of 5 arrays, got 4 \(ndarray"):
+        net.run(x, flat[:4])
+    stream = net.stream(2)
+    stream.state = [*flat, *stream.state[3:]]
+    assert len(stream.state) == 4  # with the memory of the pool
+    assert all(map(np.array_equal, arrays_of(stream.state[:3]), flat))
+    with pytest.raises(ShapeError, match="3 states, one per cell, and 1 Frames"):
+        stream.state = flat
 
 
 def test_which_states_can_be_streamed(rng):

@@ -371,7 +371,11 @@ CALLS = {
     "chunk rank": (lambda s: s.run(X), ShapeError, r"x \[B, T, I=3\], got \(2, 3\)"),
     "chunk batch": (lambda s: s.run(X[:1, None]), ShapeError, r"B=2, got \(1, 1, 3\)"),
     "state": (lambda s: setattr(s, "state", (State(X, X),)), ShapeError, r"h of state of layer 0 \[B=2, H=4\]"),
-    "states": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states"),
+    "states": (
+        lambda s: setattr(s, "state", ()),
+        ShapeError,
+        r"one state per cell \(1\), or as a flat list of 2 arrays, got tuple of length 0",
+    ),
     "no state": (lambda s: setattr(s, "state", None), TypeError, "got None: use reset"),
     "row": (lambda s: s.reset(2), IndexError, "out of bounds"),
     "rows": (lambda s: s.reset([0, 1], (State(X, X),)), ShapeError, r"\[B=2, H=4\], got \(2, 3\)"),

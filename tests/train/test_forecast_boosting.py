@@ -63,6 +63,37 @@ def test_it_beats_the_seasonal_naive_forecast_with_inputs_known_in_advance(one):
     assert measured(blind, fitted(blind), origins(data.starts, 0.8, 1.0))[0] > 1.5 * mae
 
 
+@pytest.mark.parametrize("seed", [0, 1, 4])
+def test_a_known_column_explains_how_this_season_differs_from_the_last(seed):
+    """The temperatures of the test part are new, and so is the value one season before, which depends on them too."""
+    rng, rows = np.random.default_rng(seed), 420
+    day = np.arange(rows)
+    temperature = 15 * np.sin(day * 2 * np.pi / 365) + rng.standard_normal(rows).cumsum()
+    week = np.tile([4.0, 4, 5, 5, 6, 2, 1], rows // 7)
+    data = Panel(
+        values=50 + 2 * week - temperature + 0.3 * rng.standard_normal(rows),
+        starts=np.array([0, rows]),
+        times=np.datetime64("2021-01-04", "s") + day * np.timedelta64(1, "D"),
+        known={"temperature": temperature},
+    )
+    blind, test = replace(data, known={}), origins(data.starts, 0.8, 1.0)
+    assert measured(data, fitted(data), test)[0] < 0.4 * measured(blind, fitted(blind), test)[0]
+
+
+def test_a_known_category_explains_how_this_season_differs_from_the_last():
+    rng, rows = np.random.default_rng(0), 420
+    codes = rng.integers(0, 3, rows)
+    level = rng.standard_normal(rows).cumsum()
+    values = 50 + level + np.array([0.0, 8.0, -8.0])[codes] + 0.1 * rng.standard_normal(rows)
+    data = replace(panel(), values=values, known={"kind": codes}, categories=frozenset({"kind"}))
+    bare, test = (
+        replace(data, values=values - np.array([0.0, 8.0, -8.0])[codes], known={}),
+        origins(data.starts, 0.8, 1),
+    )
+    bare = replace(bare, categories=frozenset())
+    assert measured(data, fitted(data), test)[0] < 1.4 * measured(bare, fitted(bare), test)[0]
+
+
 def test_it_uses_nothing_after_its_origins(one):
     data, model = one
     first = int(0.8 * len(data.values))

@@ -15,7 +15,7 @@ from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecasting import predict, training
+from cellstack.train.forecasting import backtest, predict, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
 from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, understood
@@ -24,7 +24,7 @@ from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.training import Build, calibrated, train_forecast
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.settings import RunOptions, Settings
-from cellstack.train.tables.table import date_texts, date_unit, read_table
+from cellstack.train.tables.table import date_unit, read_table
 
 QUICK = {"build": Build((8,), members=1, dropout=0.0), "settings": Settings(epochs=4, batch=64, lr=1e-2, patience=0)}
 ALONE = RunOptions(threads=1)
@@ -222,8 +222,33 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
     monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
+    said = "the networks don't clearly improve on exponential smoothing in the validation part and have weight 0"
+    assert f"{said}: the forecast of y is exponential smoothing alone" in done.result.sentence
     np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)
     np.testing.assert_allclose(done.test.forecasts.median, done.test.baselines["exponential smoothing"])
+
+
+def test_boosting_gets_the_same_holidays_as_the_network(monkeypatch):
+    given = []
+
+    class Model:
+        def __init__(self, panel, *_):
+            given.append(panel)
+
+        def forecast(self, origins):
+            return np.zeros((len(origins), 7))
+
+    monkeypatch.setattr(backtest, "Boosting", Model)
+    days = pd.date_range("2021-01-01", periods=400)
+    table = read_table(pd.DataFrame({"day": days, "y": np.arange(400) % 7.0, "price": 1.0 + np.arange(400) % 3}))
+    recipe = plan(table, Request(("y",), known=("price",), country="DE"), 0.35)
+    cut = parts(table, recipe, 0.15, 0.2)
+    assert backtest.by_boosting(table, recipe, cut.test, cut)["gradient boosting on lags"].shape[1:] == (7, 1)
+    same, following, previous = (given[0].known[f"holidays of DE, {n}"] for n in range(3))
+    assert [flag[358] for flag in (same, following, previous)] == [1, 1, 0]  # 25 December, before the 26th
+    assert set(given[0].known) == {"price", *(f"holidays of DE, {n}" for n in range(3))}
+    backtest.by_boosting(table, replace(recipe, calendar=(), country=""), cut.test, cut)
+    assert set(given[1].known) == {"price"}
 
 
 def test_seasons_are_found_and_none_where_there_is_none():
@@ -263,7 +288,7 @@ def test_the_table_is_described():
         (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
         (Request(("note",)), r"got 'note', which is ignored: text"),
         (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
-        (Request(), r"expected a target, one or more of y, z"),
+        (Request(), r"expected target= or --target, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
         (Request(("y",), horizon=450), r"too few rows for the training part"),
         (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
@@ -333,7 +358,11 @@ def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys
     assert whole[0]["loss"] < done.history[2]["loss"]  # it continues from the trained weights
     assert "trained further with the validation part for 2, 2" in done.sentence
     err = capsys.readouterr().err
-    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, with the validation part:"):
+    for name in (
+        "network 1 of 2, epoch 6/6",
+        "network 2 of 2, epoch 6/6",
+        "network 2 of 2, with the validation part, epoch 2/2",
+    ):
         assert name in err
 
 
@@ -359,7 +388,8 @@ def command(tmp_path_factory):
     frame = waves(300)
     frame.to_csv(folder / "y.csv", index=False)
     words = ["--members", "1", "--units", "8", "--epochs", "3", "--threads", "1", "--quiet"]
-    words = ["train", str(folder / "y.csv"), *words, "--forecasts", str(folder / "test.csv"), "-o", str(folder / "y")]
+    words += ["--forecasts", str(folder / "test.csv"), "--picture", str(folder / "training.svg")]
+    words = ["train", str(folder / "y.csv"), *words, "-o", str(folder / "y")]
     assert main(words) == 0
     return folder
 
@@ -424,7 +454,6 @@ def test_the_dates_of_a_column_have_one_format(hourly, capsys):
 def test_fractions_of_seconds_have_one_format_too():
     times = np.array(["2024-01-01T00:00:00", "2024-01-01T00:00:00.5"], "datetime64[us]")
     assert date_unit(times) == "us"
-    assert date_texts(times, "us") == ["2024-01-01T00:00:00.000000", "2024-01-01T00:00:00.500000"]
     assert date_unit(times[:1], times[:1]) == "D"
     assert date_unit(times[:1], times[:1] + np.timedelta64(1, "m")) == "s"
 
@@ -452,6 +481,58 @@ def test_run_forecasts_after_the_last_row_or_another(command, capsys):
     np.testing.assert_allclose(found["y"]["forecast"], written, rtol=1e-4)
     assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1899-12-01"]) == 2
     assert "expected --origin to be a row of" in capsys.readouterr().err
+
+
+def test_run_accepts_the_format_of_the_file_for_its_origin(command, capsys, tmp_path):
+    frame = waves(300)
+    frame.assign(date=frame["date"].dt.strftime("%d/%m/%Y")).to_csv(tmp_path / "z.csv", index=False)
+    words = ["run", str(command / "y"), str(tmp_path / "z.csv"), "--day-first", "--json", "--origin"]
+    for origin in ("01/12/1999", "1999-12-01", "1999-12"):
+        assert main([*words, origin]) == 0
+        assert json.loads(capsys.readouterr().out)["forecasts"][0]["dates"][0] == "2000-01-01"
+    assert main([*words, "1.12.1999"]) == 2
+    said = "expected --origin to be a date such as 01/12/2004 or 2004-12-01, got '1.12.1999'"
+    assert said in capsys.readouterr().err
+
+
+def test_pictures_of_a_training_and_of_a_forecast(command, capsys, tmp_path):
+    drawn = (command / "training.svg").read_text()
+    assert drawn.count('id="axes_') == 4  # losses, mase, test part, error by horizon
+    words = ["run", str(command / "y"), str(command / "y.csv"), "--origin", "1999-12-01", "--picture"]
+    assert main([*words, str(tmp_path / "y.png")]) == 0
+    assert (tmp_path / "y.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.startswith("date,y,y_0.1,y_0.9\n2000-01-01")
+    assert main([*words, str(tmp_path / "y.gif")]) == 2
+    assert "expected --picture to end in one of .png, .svg, .pdf" in capsys.readouterr().err
+
+
+def test_options_of_forecasts_are_refused_for_other_networks(capsys, tmp_path):
+    cellstack.Network((cellstack.nodes.Activation("relu"),), inputs={"x": (None, 1)}).save(tmp_path / "net.safetensors")
+    np.save(tmp_path / "x.npy", np.zeros((1, 2, 1), np.float32))
+    for option, value in (("--origin", "2024-01-01"), ("--picture", str(tmp_path / "y.png"))):
+        assert main(["run", str(tmp_path / "net"), str(tmp_path / "x.npy"), option, value]) == 2
+        assert f"{option} applies only to forecasts: " in capsys.readouterr().err
+    assert not (tmp_path / "y.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--horizon", "0", "expected horizon to be an integer from 1 to"),
+        ("--window", "0", "expected window to be an integer from 1 to"),
+        ("--season", "0", "--season: expected numbers of steps such as 24,168, or 1 for no season, got '0'"),
+        ("--season", "day", "--season: expected numbers of steps such as 24,168, or 1 for no season, got 'day'"),
+        ("--quantiles", "2", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got '2'"),
+        ("--quantiles", "low", "--quantiles: expected numbers between 0 and 1 such as 0.1,0.9, got 'low'"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(command, capsys, option, value, message):
+    try:
+        status = main(["train", str(command / "y.csv"), "--dry-run", option, value])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 def test_run_on_too_few_rows_fails(command, capsys, tmp_path):

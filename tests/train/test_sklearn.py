@@ -336,8 +336,8 @@ def test_the_network_goes_where_networks_go(ragged, tmp_path):
     sequences = train.Sequences([with_changes(x) for x in X], None, (), "X")
     loaded = cellstack.load(tmp_path / "net.safetensors")
     answered = train.predict.sequences(loaded, sequences, "net.safetensors")
-    assert answered["predicted"] == model.predict(X).tolist()
-    np.testing.assert_allclose(answered["answers"], model.predict_proba(X), rtol=1e-6)
+    assert list(answered) == model.predict(X).tolist()
+    np.testing.assert_allclose(answered.probabilities, model.predict_proba(X), rtol=1e-6)
 
 
 def test_ctrl_c_leaves_a_fitted_estimator_and_stops_what_called(table, monkeypatch):

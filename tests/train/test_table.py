@@ -166,14 +166,14 @@ def test_columns_with_different_decimal_separators_are_refused(tmp_path):
 def test_an_ambiguous_comma_is_refused(tmp_path):
     file = write(tmp_path, "t;y\n" + rows(["1,500", "2,500"], ";"))
     with pytest.raises(
-        FormatError, match=r"line 2: '1,500' in column y is ambiguous: use --decimal , .* or --decimal \."
+        FormatError, match=r"line 2: '1,500' in column y is ambiguous: use --decimal comma .* or --decimal point"
     ):
         read_table(file)
     assert read_table(file, decimal=",").columns["y"].tolist() == [1.5, 2.5]
     assert read_table(file, decimal=".").columns["y"].tolist() == [1500, 2500]
     file = write(tmp_path, "t,y\n" + rows(['"1,5"', '"2,5"']))
     with pytest.raises(
-        FormatError, match=r"line 2: expected a decimal point in column y, found '1,5': use --decimal ,"
+        FormatError, match=r"line 2: expected a decimal point in column y, found '1,5': use --decimal comma if"
     ):
         read_table(file)
     assert read_table(file, decimal=",").columns["y"].tolist() == [1.5, 2.5]

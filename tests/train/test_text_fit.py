@@ -83,8 +83,8 @@ def test_the_state_is_carried_without_its_graph_and_reset_in_each_epoch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ()}, "units of at least 1"),
-        ({"units": (4, 0)}, "units of at least 1"),
+        ({"units": ()}, "units to be integers of at least 1"),
+        ({"units": (4, 0)}, "units to be integers of at least 1"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ({"cell": "elman"}, "cell to be one of lstm, gru, rnn"),
         ({"embedding": -1}, "embedding of at least 0"),

@@ -186,15 +186,15 @@ def test_a_network_is_run_on_what_it_was_trained_on(toy):
     frame = long_form(x, y).assign(place="north")
     with pytest.warns(UserWarning, match="place"):
         result = train.fit(frame, "state", id="id", time="t", test=0.2, **SMALL)
-    whole = train.run(result.network, frame, "state")
-    assert whole["ids"] == tuple(range(40))
-    assert whole["confusion"].sum() == 40
-    some = train.run(result.network, [x[3], x[1, :5]])
-    assert some["predicted"][0] == whole["predicted"][3]
+    whole = result.predict(frame, "state")
+    assert whole.ids == tuple(range(40))
+    assert whole.scores["confusion"].sum() == 40
+    some = result.network.predict([x[3], x[1, :5]])
+    assert some[0] == whole[3]
     with pytest.raises(UsageError, match="expected features among"):
-        train.run(result.network, frame.drop(columns="c1"))
+        result.predict(frame.drop(columns="c1"))
     with pytest.raises(FormatError, match="expected 3 channels, found 2"):
-        train.run(result.network, x[..., :2])
+        result.predict(x[..., :2])
 
 
 # ── classes and targets ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,7 +209,7 @@ def test_a_network_is_run_on_what_it_was_trained_on(toy):
         ([np.int8(7), np.int8(-1)] * 20, (-1, 7)),
         (np.array([7, 1] * 20, np.uint8), (1, 7)),
         ([True, False] * 20, (False, True)),
-        (np.array([1.0, 0.0] * 20), None),
+        (np.array([1.5, 0.0] * 20), None),
         (["rare", *["often"] * 39], ("often", "rare")),
         (pd.Series(["b", "a"] * 20, dtype="string"), ("a", "b")),
         (pl.Series(["b", "a"] * 20), ("a", "b")),
@@ -223,8 +223,8 @@ def test_labels_of_any_type(toy, tmp_path, y, labels):
     net = load(tmp_path / "net.safetensors")
     assert tuple(net.metadata["labels"]) == result.labels
     truth = as_sequences(toy[0], y, labels=labels)
-    found = train.run(net, truth)
-    assert set(found["predicted"]) <= set(labels) if labels else all(type(one) is float for one in found["predicted"])
+    found = net.predict(truth)
+    assert set(found) <= set(labels) if labels else all(type(one) is float for one in found)
 
 
 def test_integers_that_may_be_classes_or_numbers(toy):
@@ -236,6 +236,60 @@ def test_integers_that_may_be_classes_or_numbers(toy):
     assert train.fit(toy[0], np.arange(40), task="regress", **SMALL).labels == ()
     assert train.fit(toy[0], np.arange(40) / 2, **SMALL).labels == ()
     assert len(train.fit(toy[0], np.arange(40), task="classify", validation=0, **SMALL).labels) == 40
+
+
+def test_zeros_and_ones_and_one_hot_rows_may_be_classes_or_numbers(toy):
+    ones = np.array([1.0, 0.0] * 20)
+    rows = np.eye(2)[ones.astype(int)]
+    for y, message in (
+        (ones, "0.0 and 1.0 may be classes or targets: pass task="),
+        (rows, r"pass the classes, y.argmax"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train.fit(toy[0], y, **SMALL)
+        assert train.fit(toy[0], y, task="regress", **SMALL).labels == ()
+    assert train.fit(toy[0], ones, task="classify", **SMALL).labels == (0, 1)
+    with pytest.raises(UsageError, match=r"got \(40, 2\): pass the classes of one-hot rows, y.argmax"):
+        train.fit(toy[0], rows.astype(int), **SMALL)
+    with pytest.raises(UsageError, match=r"got \(40, 1\): pass y\[:, 0\]"):
+        train.fit(toy[0], ones.astype(str)[:, None], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": lambda x: x.swapaxes(0, 1)}, r"expected one entry per sequence, 12, got 40; .* pass x.swapaxes\(0, 1\)"),
+        ({"x": lambda x: [(one, 1) for one in x], "y": None}, "got a pair: pass the sequences as x, the answers as y"),
+        ({"x": lambda x: (x, x)}, r"x\[0\]: expected \[T, C\], got .*: a pair \(x, y\) is passed as two arguments"),
+        ({"units": 8.0}, "expected units to be integers of at least 1, one for each layer, got 8.0"),
+        ({"units": "8"}, "expected units to be integers of at least 1, one for each layer, got '8'"),
+        ({"units": (8, True)}, "expected units to be integers of at least 1, one for each layer, got 8, True"),
+        ({"units": ()}, "expected units to be integers of at least 1, one for each layer, got none"),
+        ({"optimizer": "adam"}, "expected optimizer to be a function, such as .*, got 'adam'"),
+        ({"loss": "mse"}, "expected loss to be a function, such as .*, got 'mse'"),
+        ({"metrics": ["accuracy"]}, r"expected metrics to be functions by name, .*, got \['accuracy'\]"),
+        ({"callbacks": print}, "expected callbacks to be a list of functions"),
+        ({"pooling": "none"}, "pooling none applies only to one class or target per step, got one per sequence"),
+        ({"threads": 0}, "expected threads >= 1, got 0"),
+        ({"y": None}, "neither classes nor targets: pass them as y"),
+    ],
+)
+def test_wrong_arguments_are_named(toy, changes, message):
+    given = {"x": lambda x: x, "y": ["a", "b"] * 20, **SMALL} | changes
+    with pytest.raises(UsageError, match=message):
+        train.fit(given.pop("x")(np.stack(toy[0])), given.pop("y"), **given)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_scores_on_the_training_data_are_refused(toy, name):
+    y = ["a", "b"] * 20
+    for given in ((toy[0], y), toy[0]):
+        with pytest.raises(UsageError, match=f"{name}: this is the training data"):
+            train.fit(toy[0], y, **SMALL, **{name: given})
+
+
+def test_units_may_be_a_numpy_integer(toy):
+    assert train.fit(toy[0], ["a", "b"] * 20, units=np.int64(4), epochs=1, threads=1).network.nodes[1].units == 4
 
 
 @pytest.mark.parametrize(
@@ -251,7 +305,7 @@ def test_integers_that_may_be_classes_or_numbers(toy):
         (pd.Series([pd.NA, *["a"] * 39], dtype="string"), {}, "got None at position 0"),
         (["a", 1] * 20, {}, "y: expected entries of one type, got integers and text"),
         (["a"] * 39, {}, "y: expected one entry per sequence, 40, got 39"),
-        (["a"] * 40, {}, "expected at least two classes, got one"),
+        (["a"] * 40, {}, "expected at least two classes, got only the class 'a'"),
         (["a", "b"] * 20, {"task": "regress"}, "y: expected numbers with task regress, got text"),
         ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: use task='regress' for numbers"),
         ([object()] * 40, {}, "y: expected text, numbers or bools, got a object"),
@@ -289,9 +343,11 @@ def test_invalid_labels(toy, y, how, message):
 def test_several_targets(toy):
     y = np.stack([toy[0].mean((1, 2)), 100 + toy[0].std((1, 2))], axis=1)
     result = train.fit(toy[0], y, **{**SMALL, "epochs": 30}, test=0.2)
-    assert result.scores["answers"].shape == (8, 2)
-    assert np.abs(result.scores["answers"][:, 1] - 100).max() < 10  # in the targets' own units
-    assert len(result.scores["predicted"][0]) == 2
+    assert result.scores.keys() == {"mae", "rmse"}
+    found = result.predict(toy[0], y)
+    assert np.abs(np.asarray(found)[:, 1] - 100).max() < 10  # in the targets' own units
+    assert (len(found[0]), found.probabilities, found.scores.keys()) == (2, None, {"mae", "rmse"})
+    assert list(found.columns()) == ["sequence", "predicted_1", "predicted_2"]
 
 
 def test_a_class_at_every_step(rng):
@@ -300,8 +356,11 @@ def test_a_class_at_every_step(rng):
     result = train.fit(x, y, test=0.25, units=8, epochs=25, lr=2e-2, dropout=0, threads=1)
     assert result.network(x[0][None].astype(np.float32)).shape == (1, len(x[0]), 2)
     assert result.scores["accuracy"] > 0.75
-    assert [len(one) for one in result.scores["predicted"]] == [len(one) for one in result.scores["answers"]]
-    assert result.scores["confusion"].sum() == sum(map(len, result.scores["predicted"]))
+    found = result.predict(x, y)
+    assert [len(one) for one in found] == [len(one) for one in found.probabilities] == [len(one) for one in x]
+    assert found.scores["confusion"].sum() == sum(map(len, x))
+    assert np.mean([(one == truth).mean() for one, truth in zip(found, y, strict=True)]) > 0.75
+    assert {len(column) for column in found.columns().values()} == {sum(map(len, x))}
 
 
 # ── sequences that can't be used ────────────────────────────────────────────────────────────────────────────────────
@@ -320,7 +379,7 @@ def test_a_class_at_every_step(rng):
         ([np.ones((3, 2))] * 39 + [np.ones((0, 2))], r"x\[39\]: expected at least one step, got \(0, 2\)"),
         ([np.ones((3, 2))] * 39 + [np.full((3, 2), np.inf)], r"x\[39\]: .* got inf at step 0, channel 0"),
         (np.full((40, 3, 1), 1e300), r"x\[0\]: expected finite numbers in float32's range"),
-        (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got an array of <U1"),
+        (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got text"),
         (np.full((40, 3, 1), 1j), r"x\[0\]: expected numbers \[T, C\], got an array of complex128"),
         ([], "x: expected at least one sequence, got none"),
         ({"a": np.ones((40, 3))}, r"a frame with id=, got a dict"),
@@ -339,7 +398,7 @@ def test_invalid_frames(toy):
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
     refused = [
         (frame, "state", {}, r"x: expected id= or --id, .* one of id, t, c0"),
-        (frame, "mood", {"id": "id"}, "expected y to be a column, one of id, .* got 'mood'"),
+        (frame, "mood", {"id": "id"}, "expected y .--label. to be a column, one of id, .* got 'mood'"),
         (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
         (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),
@@ -473,6 +532,7 @@ def test_invalid_heads_losses_and_metrics(toy):
         ({"head": Odd()}, "head: the module can't be converted to a Network: the module .*to_nodes"),
         ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, so \(2, 2\) for 2 rows, got \(2, 3\)"),
         ({"head": nn.Linear(5, 2)}, "head: expected a module with 4 inputs"),
+        ({"head": nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1))}, "head: expected logits, got a softmax at its end"),
         ({"loss": mean}, r"expected a loss that returns one number per target, .* got \(\): .*reduction='none'"),
         ({"scheduler": "step"}, "expected scheduler to be cosine, constant or a callable"),
     ]

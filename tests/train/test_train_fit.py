@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network, layers, train
+from cellstack import FormatError, GlobalPool, Network, layers, train
 from cellstack.train import Indexed, Inputs, Labelled, Model, Sequences, Settings, learn
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
@@ -105,6 +105,67 @@ def test_it_learns_and_keeps_the_best(sequences):
         x, _ = inputs(batch.x)
         losses.append(model.losses(model(torch.from_numpy(x)), None, torch.from_numpy(batch.y)).item())
     assert np.mean(losses) == pytest.approx(result.best["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bidirectional": True, "pooling": "max"},
+        {"cell": "gru", "pooling": "last"},
+        {"every_step": True},
+        {"task": "regress", "every_step": True, "cell": "rnn"},
+        {"pooling": "none", "bidirectional": True},
+        {"pooling": "none", "task": "regress"},
+    ],
+    ids=str,
+)
+def test_padding_changes_no_loss_and_no_gradient(sequences, rng, options):
+    """A batch of several lengths has the losses, metrics and gradients of its sequences one by one."""
+    classes, per_step = options.get("task") != "regress", options.get("pooling") == "none"
+    if not classes:
+        sequences = replace(sequences, labels=(), y=rng.normal(size=36).astype(np.float32))
+    if per_step:
+        y = [np.full(len(x), y) for x, y in zip(sequences.x, sequences.y, strict=True)]
+        sequences = replace(sequences, y=y)
+    sequences.x[0][1:, :] = np.nan  # a gap at the end, next to padding
+    sequences.x[1][0, 2] = np.nan  # a channel with an indicator
+    examples, chosen = Labelled(sequences), np.arange(12)
+    inputs = Inputs.measure(examples, chosen)
+    torch.manual_seed(0)
+    model = Model(inputs.standardise, len(CLASSES) if classes else 1, (5, 4), **options)
+    data = Indexed(examples, inputs, chosen, chosen, 12, 0, noise=0.0)
+    (batch,) = data.epoch(0)
+    assert len(np.unique(examples.lengths[chosen])) > 2
+    assert batch.mask is not None
+    assert np.isfinite(batch.x).all()
+
+    def measured(one):
+        x, y, weight, mask = (None if part is None else torch.from_numpy(part) for part in one)
+        model.zero_grad()
+        out = model(x, mask)
+        loss = (model.losses(out, mask, y) * weight).sum()
+        loss.backward()
+        return [loss.detach(), *model.measure(out, mask, y, weight).values(), *(p.grad for p in model.parameters())]
+
+    single = [measured(inputs.fill(examples.fetch(np.array([n])))) for n in chosen]
+    for found, *parts in zip(measured(batch), *single, strict=True):
+        torch.testing.assert_close(found, sum(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_many(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state["fingerprint"]["batches"]
+    torch.save(state, path)
+    with pytest.raises(UsageError, match=r"expected a checkpoint with batches of similar lengths.*, found None"):
+        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+    alike = replace(sequences, x=[x[:3] for x in sequences.x])
+    model, *rest = prepare(alike)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path, overwrite=True)
+    assert "batches" not in torch.load(path, weights_only=True)["fingerprint"]  # earlier checkpoints can be resumed
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
@@ -408,6 +469,10 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
     inputs = (mean, np.abs(scale) + 1)
+    if bidirectional and every_step and pooling == "last":
+        with pytest.raises(UsageError, match="every_step with pooling last isn't supported for bidirectional layers"):
+            Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell)
+        return
     model = Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell).eval()
     net = Network(tuple(model.to_nodes()))
     assert {held.spec.kind for held in net.cells} == {cell}
@@ -420,6 +485,21 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
         with torch.no_grad():
             expected = model.answer(model(torch.from_numpy(x), held), held).numpy()
         np.testing.assert_allclose(net(x, mask=mask), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_last_of_both_directions_takes_the_final_states(rng, cell):
+    """As in torch's h[-2] and h[-1], not the last step, at which the backward direction has read one step."""
+    model = Model((np.zeros(3), np.ones(3)), 2, (4, 5), bidirectional=True, pooling="last", cell=cell.lower()).eval()
+    assert model.describe()["pooling"] == "final"  # a checkpoint of a model that took the last step doesn't fit
+    net = Network(tuple(model.to_nodes()))
+    assert not any(isinstance(node, GlobalPool) for node in net.nodes)
+    x = rng.normal(size=(1, 6, 3)).astype(np.float32)
+    _, ends = net.run(x)
+    with torch.no_grad():
+        final = torch.from_numpy(np.concatenate([ends[-2].h, ends[-1].h], axis=1))
+        expected = model.head(final).softmax(-1).numpy()
+    np.testing.assert_allclose(net(x), expected, atol=1e-6)
 
 
 def test_missing_targets_don_t_count(sequences):
@@ -437,11 +517,11 @@ def test_missing_targets_don_t_count(sequences):
     assert_same(*ends)
 
 
-def test_the_bar_shows_loss_metric_speed_and_time_left(sequences, capsys):
+def test_the_bar_shows_epoch_loss_metric_and_time_left(sequences, capsys):
     model, *rest = prepare(sequences)
     fit(model, *rest, SETTINGS, progress=True)
     shown = capsys.readouterr().err
-    for part in ("loss=", "accuracy=", "step/s", "<00:00"):
+    for part in ("epoch 1/4", ", loss 1.", "; validation loss 1.", ", accuracy ", "<00:00"):
         assert part in shown
 
 

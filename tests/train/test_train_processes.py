@@ -6,18 +6,21 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 
-from cellstack import load
+from cellstack import load, train
 from cellstack.cli import main as cli
+from cellstack.train import workflow
+from cellstack.train.settings import RunOptions
 
-# 13 sequences of 5 lengths in batches of up to 3: shards of 2 + 1 and of 1 + 0 rows
+# 13 sequences of 5 lengths in batches of up to 3, one of them alone: shards of 2 + 1 and of 1 + 0 rows
 MAKE = textwrap.dedent(
     """
     import numpy as np
     rng = np.random.default_rng(5)
     lines = ["@problemName toy", "@timeStamps false", "@missing false", "@univariate false", "@dimensions 3"]
     lines += ["@equalLength false", "@classLabel true a b", "@data"]
-    for n, length in enumerate([4] * 5 + [5] * 4 + [6] * 2 + [7, 8]):
+    for n, length in enumerate([4] * 5 + [5] * 4 + [6] * 2 + [7, 20]):
         x = rng.normal(size=(3, length)) + n % 2
         lines.append(":".join(",".join(f"{v:.4f}" for v in row) for row in x) + ":" + "ab"[n % 2])
     PATH.write_text("\\n".join(lines) + "\\n")
@@ -97,3 +100,20 @@ def test_no_thread_of_the_group_is_left(tmp_path):
     command += [str(tmp_path / "left_over.py"), str(tmp_path / "toy.ts")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_batches_are_padded_on_the_cpu_only(monkeypatch):
+    """cuDNN's LSTM has no masks."""
+    gaps = []
+    for gpus in (0, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        gaps += [workflow._gap(RunOptions(device=device)) for device in ("auto", "cpu", "cuda")]
+    assert gaps == [2.0, 2.0, 2.0, 1.0, 2.0, 1.0]
+    lengths = np.repeat([9, 10], 4)
+    sequences = train.Sequences([np.ones((length, 1), np.float32) for length in lengths], lengths - 9, ("a", "b"), "x")
+    examples, chosen = train.Labelled(sequences), np.arange(8)
+    for gap, steps in ((1.0, 2), (2.0, 1)):
+        data = train.Indexed(examples, train.Inputs.measure(examples, chosen), chosen, chosen, 8, 0, gap=gap)
+        assert [len(batch.x) for batch in data.epoch(0)] == [8 // steps] * steps
+        assert all((batch.mask is None) == (gap == 1) for batch in data.epoch(0))
+        assert ("batches" in data.describe()) == (gap > 1)

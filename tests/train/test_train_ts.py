@@ -111,6 +111,42 @@ def test_batches_have_one_length_and_contain_each_example_once(rng):
     assert not all(np.array_equal(a, b) for a, b in zip(groups, other, strict=True))
 
 
+def test_batches_of_similar_lengths_are_few_and_mixed(rng):
+    lengths = rng.integers(20, 201, 300)
+    chosen = np.sort(rng.permutation(300)[:250])
+    epochs = [batches(lengths, chosen, 16, np.random.default_rng(n), gap=2.0) for n in (1, 1, 2)]
+    for groups in epochs:
+        assert len(groups) == len(batches(lengths, chosen, 16, gap=2.0)) == 16  # 250 / 16
+        assert {len(group) for group in groups} == {15, 16}
+        assert np.sort(np.concatenate(groups)).tolist() == chosen.tolist()
+        assert sum(len(group) * lengths[group].max() for group in groups) < 1.15 * lengths[chosen].sum()
+        assert not all(np.diff([lengths[group].min() for group in groups]) >= 0)
+    as_sets = [{frozenset(group.tolist()) for group in groups} for groups in epochs]
+    assert all(np.array_equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
+    assert not as_sets[0] & as_sets[2]  # each epoch has other companions, also among the shortest
+
+
+def test_a_gap_between_lengths_is_not_padded(rng):
+    lengths = rng.permutation([*[10] * 5, *range(15, 31), 61, 1000])
+    groups = batches(lengths, np.arange(len(lengths)), 16, rng, gap=2.0)
+    assert sorted(sorted(lengths[group].tolist()) for group in groups if lengths[group].max() > 30) == [[61], [1000]]
+    assert len(groups) == 4  # and 21 of the others
+
+
+@pytest.mark.parametrize("length", [1, 7, 12345])
+def test_batches_of_one_length_do_not_depend_on_the_gap(length):
+    """And they are what they have always been, so that the same data gives the same weights bit for bit."""
+    chosen, lengths = np.arange(3, 50), np.full(60, length)
+    expected = np.array_split(np.random.default_rng(5).permutation(chosen), 6)
+    rng = np.random.default_rng(5)
+    rng.permutation(chosen)
+    expected = [expected[n].tolist() for n in rng.permutation(6)]
+    for gap in (1.0, 2.0):
+        assert [g.tolist() for g in batches(lengths, chosen, 9, np.random.default_rng(5), gap)] == expected
+        assert np.concatenate(batches(lengths, chosen, 9, gap=gap)).tolist() == chosen.tolist()
+        assert batches(lengths, chosen[:0], 9, gap=gap) == []
+
+
 def test_the_split_takes_its_share_of_every_class(rng):
     y = np.repeat(np.arange(4), 20)
     kept, held = split(y, 0.25, rng)

@@ -11,6 +11,7 @@ from typing import Any
 
 from cellstack.bench.engines import SURFACES
 from cellstack.bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
+from cellstack.cli.arguments import sizes
 from cellstack.cli.files import plain, show
 from cellstack.network import processors
 from cellstack.train.checks import UsageError
@@ -22,15 +23,9 @@ SECONDS, QUICK_SECONDS = 0.01, 0.004  # least time of a round
 JSON_FILE = "bench.json"
 
 
-def sizes(text: str) -> tuple[int, ...]:
-    """Parse positive integers, separated by commas."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = (0,)
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive integers separated by commas, got {text!r}")
-    return tuple(dict.fromkeys(found))
+def distinct(text: str) -> tuple[int, ...]:
+    """Parse distinct positive integers, separated by commas."""
+    return tuple(dict.fromkeys(sizes(text)))
 
 
 def surfaces(text: str) -> tuple[str, ...]:
@@ -44,16 +39,19 @@ def surfaces(text: str) -> tuple[str, ...]:
 def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     """Add the options of `bench` to its parser."""
     listed = lambda numbers: ",".join(map(str, numbers))  # noqa: E731
-    bench.add_argument("--what", type=surfaces, metavar="A,B", help=f"one or more of {', '.join(SURFACES)} (all)")
-    bench.add_argument("--units", type=sizes, metavar="N,N", help=f"units of the LSTM ({listed(UNITS)})")
-    bench.add_argument("--batch", type=sizes, metavar="N,N", help=f"batch sizes ({listed(BATCH)})")
-    bench.add_argument("--steps", type=sizes, metavar="N,N", help=f"steps per sequence ({listed(STEPS)})")
-    bench.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every engine (%(default)s)")
+    text = f"what to measure: one or more of {', '.join(SURFACES)} (default: all)"
+    bench.add_argument("--what", type=surfaces, metavar="A,B", help=text)
+    bench.add_argument("--units", type=distinct, metavar="N,N", help=f"units of the LSTM (default: {listed(UNITS)})")
+    bench.add_argument("--batch", type=distinct, metavar="N,N", help=f"batch sizes (default: {listed(BATCH)})")
+    bench.add_argument("--steps", type=distinct, metavar="N,N", help=f"steps per sequence (default: {listed(STEPS)})")
+    text = "threads of every engine (default: %(default)s)"
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help=text)
     bench.add_argument(
         "--before",
         choices=BEFORE,
         default="nothing",
-        help="what runs before each timed call: a PyTorch product, whose threads spin afterwards, or 10 ms of rest",
+        help="what runs before each timed call: a PyTorch product, whose threads spin afterwards, or 10 ms of rest "
+        "(default: %(default)s)",
     )
     bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     bench.add_argument("-o", "--output", metavar="FOLDER", help=f"write {JSON_FILE} and a plot of each surface to it")
@@ -77,11 +75,11 @@ def bench(args: argparse.Namespace) -> int:
     said = []
     if "training" in what and (reason := _no_training()):
         if args.what:
-            raise UsageError(f"training needs torch, and {reason}: install cellstack[torch]")
+            raise UsageError(f"training needs torch, and {reason}: pip install 'cellstack[torch]'")
         what = tuple(name for name in what if name != "training")
         said.append(f"training was not measured, because {reason}")
     if args.before == "torch" and (reason := _no_training()):
-        raise UsageError(f"--before torch needs torch, and {reason}: install cellstack[torch]")
+        raise UsageError(f"--before torch needs torch, and {reason}: pip install 'cellstack[torch]'")
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
     report = run({name: _shapes(name, args) for name in what}, args.threads, rounds, seconds, _progress, args.before)
     said = [*lines(report), *said]
@@ -131,7 +129,8 @@ def write(report: dict[str, Any], output: str) -> list[str]:
             draw(what, records, report, Path(pictures[what]))
     except ModuleNotFoundError as error:
         package = (error.name or "matplotlib").partition(".")[0]
-        pictures, said = {}, [f"no plots were written, because {package} isn't installed: install cellstack[torch]"]
+        pictures = {}
+        said = [f"no plots were written, because {package} isn't installed: pip install 'cellstack[torch]'"]
     file = folder / JSON_FILE
     report["files"] = [str(file), *pictures.values()]
     file.write_text(json.dumps(plain(report), allow_nan=False, indent=1) + "\n", encoding="utf-8")

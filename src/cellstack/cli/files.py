@@ -9,30 +9,31 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import IO, Any
 
 import numpy as np
 
 from cellstack.cli.tables import names
-from cellstack.formats import adapters, extract, load, supported
-from cellstack.formats.lines import Lines, picked
+from cellstack.formats import extract, listed, load, writers
+from cellstack.formats.files import NATIVE, found
 from cellstack.network import Network
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
+from cellstack.train.data.samples import read_sample
+from cellstack.train.history import cell
+from cellstack.train.predict import outputs
 
-SUFFIX = ".safetensors"
 LOAD_OPTIONS = ("order", "constants", "frames", "context")  # arguments of `cellstack.load` that are options here
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cellstack.load` to a verb's parser."""
-    group = parser.add_argument_group("models", "what the model's file doesn't define; see docs/onnx.md")
+    group = parser.add_argument_group("model files", "what the model's file doesn't define; see docs/onnx.md")
     text = (
-        "PyTorch weights: the modules in the order in which they run, with 'last' (last step), 'relu' and so on between"
+        "PyTorch weights: the modules in the order in which they run, with 'final' (final states), 'last' (last step), "
+        "'relu' and so on between"
     )
     group.add_argument("--order", type=names, metavar="A,B", help=text)
     text = "ONNX: inputs to replace by constants, such as sr=16000"
@@ -114,20 +115,12 @@ def _loaded(path: str, options: Mapping[str, Any]) -> Network:
         raise UsageError(f"{given}: {str(error).removeprefix('load: ')}") from None
 
 
-def found(name: str) -> str:
-    """Return the name of an existing file: as given, or with the native suffix."""
-    path = name if os.path.exists(name) else str(with_suffix(name))
-    if not os.path.exists(path):
-        raise FileNotFoundError(2, "no such file", name)
-    return path
-
-
 def with_suffix(name: str) -> Path:
     """Return a name with the native suffix."""
     path = Path(name)
     if not path.name:
         raise UsageError(f"expected a file name, got {name!r}")
-    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+    return path if path.suffix == NATIVE else path.with_name(path.name + NATIVE)
 
 
 def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
@@ -136,7 +129,7 @@ def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
         import torch
         import tqdm  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"{args.verb} needs {error.name}: pip install 'cellstack[torch]'") from None
     threads = args.threads or threads
     if threads is not None:
         torch.set_num_threads(threads)
@@ -148,6 +141,27 @@ def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> N
         print(json.dumps(plain(report), allow_nan=False))
     elif text:
         print("\n".join(text))
+
+
+def write_csv(file: IO[str], columns: Mapping[str, Any]) -> None:
+    """Write columns of equal length as CSV: numbers with six digits, empty where missing, dates in ISO form.
+
+    Text that a spreadsheet would run as a formula is escaped, see `history.cell`.
+    """
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(cell, columns))
+    writer.writerows(zip(*map(_cells, columns.values()), strict=True))
+
+
+def _cells(values: Any) -> list[Any]:
+    """Return a column's cells."""
+    if isinstance(values, np.ndarray):
+        values = (np.datetime_as_string(values) if values.dtype.kind == "M" else values).tolist()
+    return [_shown(value) if isinstance(value, float) else cell(value) for value in values]
+
+
+def _shown(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def plain(value: Any) -> Any:
@@ -230,13 +244,13 @@ def convert(args: argparse.Namespace) -> int:
     x = None if args.sample is None else read_sample(net, args.sample)
     read, net = net, with_weights(net, args.weights)
     target = Path(args.target)
-    suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}
+    suffixes = {suffix for adapter in writers() for suffix in adapter.SUFFIXES}
     named = target.suffix.lower() in {".c", *suffixes}  # the suffix names a format, even if a folder has that name
     to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "" and not named)
     if not args.target or not (to_folder or named):
         raise UsageError(
-            f"expected a target with the suffix of a format ({supported()}, C (.c)), or a folder for C, ending in "
-            f"{os.sep}, got {args.target!r}"
+            f"expected a target with the suffix of a format ({listed(writers())}, C (.c)), or a folder for C, ending "
+            f"in {os.sep}, got {args.target!r}"
         )
     if target.exists() and target.samefile(source):
         raise UsageError(f"{args.target}: the target is the source file, which would be overwritten")
@@ -253,14 +267,12 @@ def convert(args: argparse.Namespace) -> int:
         try:
             net.save(target)
         except (TypeError, ValueError) as error:  # a node that the format can't represent
-            raise UsageError(
-                f"{args.target}: {str(error).removeprefix('save: ')}; {SUFFIX} supports every network"
-            ) from None
+            raise UsageError(f"{args.target}: {str(error).removeprefix('save: ')}") from None
         files = [str(target)]
-    widened = net.weights == "bfloat16" and Path(files[-1]).suffix != SUFFIX
+    widened = net.weights == "bfloat16" and Path(files[-1]).suffix != NATIVE
     stored = net.with_weights("float32") if widened else net  # the network that was written
     paths = (
-        [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]
+        [files[-1]] if Path(source).suffix == NATIVE else [source, files[-1]]
     )  # no other runtime reads the native format
     reports = {path: verify(read if path == source else stored, path, x, streams=path == paths[-1]) for path in paths}
     allowed = {path: one.tolerance if path == source else TOLERANCE for path, one in reports.items()}
@@ -286,75 +298,18 @@ def run_any(args: argparse.Namespace, net: Network) -> int:
     Raises:
         UsageError: numbers of the wrong shape; several outputs, or more than three axes, without --json.
     """
-    y, _ = net.run(read_sample(net, args.file, args.columns), threads=args.threads)
+    y = outputs(net, args.file, args.threads, args.columns)
     answers = dict(zip(net.outputs, y if isinstance(y, tuple) else (y,), strict=True))
     if args.json:
         show(args, answers, [])
         return 0
-    if len(answers) > 1 or next(iter(answers.values())).ndim > 3:
+    (name, rows), *others = answers.items()
+    axes = len(net.graph.shapes[name])  # without the batch
+    if others or axes > 2:
         shapes = ", ".join(f"{name} {net.graph.shown(name)}" for name in answers)
         raise UsageError(f"{args.model}: CSV can't represent the outputs {shapes}: use --json")
-    (array,) = answers.values()
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([*("row", "step")[: array.ndim - 1], *(f"y_{n}" for n in range(array.shape[-1]))])
-    for at in np.ndindex(array.shape[:-1]):
-        writer.writerow([*at, *array[at].tolist()])
+    writer.writerow([*("row", "step")[:axes], *(f"y_{n}" for n in range(rows[0].shape[-1]))])
+    for n, row in enumerate(rows):
+        writer.writerows([n, *at, *row[at].tolist()] for at in np.ndindex(row.shape[:-1]))
     return 0
-
-
-def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -> Any:
-    """Read input data for a network from a file, as `Network.run` takes it.
-
-    Args:
-        net: the network.
-        path: `.npy`, an array `[B, T, I]`, or `[T, I]` of one row; `.npz`, such an array for each input, by name;
-            `.csv`, the steps of one row, a line each, with or without a header; `.jsonl`, the same as JSON; `-`,
-            either of these on standard input.
-        columns: the columns of the lines to use, by name or by number from 1; None = all.
-
-    Raises:
-        UsageError: another suffix, or arrays that don't fit the network.
-        FormatError: a line that isn't a step.
-        OSError: the file can't be read.
-    """
-    suffix = Path(path).suffix.lower()
-    as_lines = path == "-" or suffix in (".csv", ".jsonl")
-    if suffix not in (".npy", ".npz") and not as_lines:
-        raise UsageError(f"expected a .npy, .npz, .csv or .jsonl file, or - for standard input, got {path!r}")
-    if columns is not None and not as_lines:
-        raise UsageError(f"{path}: --columns applies only to .csv, .jsonl and standard input")
-    if as_lines:
-        if len(net.inputs) > 1:
-            raise UsageError(
-                f"{path}: expected a .npz file with the inputs {', '.join(net.inputs)}: lines can hold one input only"
-            )
-        width = 1 if net.graph.ids else net.input_size
-        if width is None:
-            raise UsageError(f"{path}: expected .npy or .npz, because the network doesn't fix the width of its input")
-        source = "standard input" if path == "-" else path
-        lines = Lines(source, width, "csv" if suffix == ".csv" else None)
-        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-            rows = file if columns is None else picked(file, columns, source)
-            frames = [frame for frame in map(lines.frame, rows) if frame is not None]
-        array = np.array(frames, np.float64).reshape(len(frames), width)
-        given: dict[str, Any] = {next(iter(net.inputs)): array.ravel() if net.graph.ids else array}
-    else:
-        try:
-            with open(path, "rb") as file:
-                read: Any = np.load(file, allow_pickle=False)
-                if isinstance(read, np.ndarray) != (suffix == ".npy"):  # np.load ignores the suffix
-                    raise ValueError(f"the content isn't {suffix}")
-                given = {net.inputs[0]: read} if suffix == ".npy" else {name: read[name] for name in read.files}
-        except (ValueError, EOFError, AttributeError, BadZipFile) as error:
-            raise UsageError(f"{path}: expected numeric arrays written by NumPy: {str(error)[:200]}") from None
-    if not all(array.size for array in given.values()):
-        raise UsageError(f"{path}: the file contains no numbers")
-    for name in given.keys() & set(net.inputs):
-        if net.graph.timed(name) and given[name].ndim == len(net.shapes[name]):  # one row
-            given[name] = np.expand_dims(given[name], 0)
-    try:
-        flows = net.as_inputs("sample", given)
-        net.run(flows)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from None
-    return flows

@@ -3,74 +3,90 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import io
-import sys
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cellstack.cli.files import write_csv
 from cellstack.cli.tables import names, table_from
 from cellstack.formats.files import check_replaceable, replacing
-from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.forecasting import predict
 from cellstack.train.forecasting.backtest import Backtest
-from cellstack.train.forecasting.forecasts import Forecasts
-from cellstack.train.forecasting.plan import Request, planned, understood
+from cellstack.train.forecasting.parts import Parts
+from cellstack.train.forecasting.plan import Request, planned, takes_long, understood
+from cellstack.train.forecasting.plot import backtest_panels
+from cellstack.train.forecasting.prepare import Build, again, describe, prepared
 from cellstack.train.forecasting.recipe import SCALES, Recipe
-from cellstack.train.history import cell
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.tables.table import Table, date_texts, date_unit, iso
+from cellstack.train.forecasting.windows import Windows
+from cellstack.train.history import Panel
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.tables.table import Table
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
 TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in text.split(",") if part.strip())
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = (0,)
     if min(found, default=1) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected numbers of steps such as 24,168, or 1 for no season, got {text!r}")
     return tuple(number for number in found if number > 1)  # 1 means no season
 
 
 def _levels(text: str) -> tuple[float, ...]:
-    found = tuple(float(part) for part in text.split(","))
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (0.0,)
     if not all(0.0 < level < 1.0 for level in found):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected numbers between 0 and 1 such as 0.1,0.9, got {text!r}")
     return found
-
-
-_numbers.__name__, _levels.__name__ = "steps", "quantiles"  # the names in argparse's messages
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the options of `train` that apply to forecasts only, and return them."""
-    group = train.add_argument_group("forecasts", "options that aren't given are inferred from the table")
+    group = train.add_argument_group("forecasts")
     return [
-        group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only numeric one)"),
-        group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)"),
-        group.add_argument("--inputs", type=names, metavar="A,B", help="input columns (all others; '' for none)"),
+        train.add_argument(
+            "--target", type=names, metavar="A,B", help="forecasts: columns to forecast (default: the only numeric one)"
+        ),
+        train.add_argument(
+            "--horizon", type=int, metavar="N", help="forecasts: steps to forecast (default: one season)"
+        ),
+        group.add_argument(
+            "--inputs", type=names, metavar="A,B", help="input columns; '' for none (default: all others)"
+        ),
         group.add_argument(
             "--known", type=names, metavar="A,B", help="columns whose future values are known, such as prices"
         ),
         group.add_argument(
-            "--season", type=_numbers, metavar="N,N", help="steps in each season (detected; 1 for none)"
-        ),
-        group.add_argument("--window", type=int, metavar="N", help="input steps (two seasons, from 16 to 168)"),
-        group.add_argument("--holidays", metavar="CC", help="use a country's holidays as an input: US, DE-BY"),
-        group.add_argument(
-            "--scale", choices=SCALES, help="divide values by their spread or by their level (as smoothing fits better)"
+            "--season", type=_numbers, metavar="N,N", help="steps in each season; 1 for none (default: detected)"
         ),
         group.add_argument(
-            "--quantiles", type=_levels, metavar="Q,Q", help="quantiles in addition to the median (0.1,0.9)"
+            "--window", type=int, metavar="N", help="input steps (default: two seasons, from 16 to 168)"
         ),
-        group.add_argument("--members", type=int, metavar="N", help="networks to average (3; 2 for many rows)"),
         group.add_argument(
-            "--test-share", type=float, metavar="P", help=f"share of last rows to test on ({TEST_SHARE})"
+            "--holidays", metavar="CC", help="use a country's holidays as an input, such as US or DE-BY"
+        ),
+        group.add_argument(
+            "--scale",
+            choices=SCALES,
+            help="divide values by their spread or by their level (default: the one with which smoothing fits better)",
+        ),
+        group.add_argument(
+            "--quantiles", type=_levels, metavar="Q,Q", help="quantiles in addition to the median (default: 0.1,0.9)"
+        ),
+        group.add_argument(
+            "--members", type=int, metavar="N", help="networks to average (default: 3; for many rows 2)"
+        ),
+        group.add_argument(
+            "--test-share", type=float, metavar="P", help=f"share of last rows to test on (default: {TEST_SHARE})"
         ),
         group.add_argument(
             "--forecasts",
@@ -95,22 +111,52 @@ class Job:
     described: dict[str, Any]
     defaults: dict[str, Any]
     test: Backtest | None = None
+    ready: tuple[Windows, Parts] | None = None
+    others: float = 0.0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come, after the steps before it, which are measured: smoothing is done twice."""
+        started = time.perf_counter()
+        self.ready = prepared(self.table, self.recipe, self.request, options.validation, self.share)
+        self.others = 2 * (time.perf_counter() - started)
+        return describe(*self.ready, self._build(architecture), settings)
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`. If the networks don't improve on the rule, there is no second fit."""
+        assert self.ready is not None
+        windows, cut = self.ready
+        most = again(settings.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
+        second = [(0, most, False)] * bool(len(cut.validation))
+        return [epochs_of(settings, bool(len(cut.validation))), *second] * self.members
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [f"{path}.1"]
+
+    def _build(self, architecture: Architecture) -> Build:
+        return Build(architecture.units, architecture.cell, architecture.dropout, self.members)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the table."""
-        from cellstack.train.forecasting.training import Build, train_forecast
+        from cellstack.train.forecasting.training import train_forecast
 
-        build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
-        trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)
+        build = self._build(architecture)
+        trained = train_forecast(self.table, self.request, build, settings, options, self.share, ready=self.ready)
         self.test = trained.test
         return trained.result
+
+    def panels(self) -> list[Panel]:
+        """Return functions that draw the test part, and the error by horizon, for --picture."""
+        return [] if self.test is None else backtest_panels(self.test)
 
     def write(self) -> None:
         """Write the forecasts of the test part if --forecasts is given."""
         if self.forecasts is not None and self.test is not None:
             with replacing(self.forecasts) as file:
                 text = io.StringIO(newline="")
-                write(text, self.test.forecasts, self.table, self.test.actual)
+                write_csv(text, self.test.forecasts.columns(self.test.actual))
                 file.write(text.getvalue().encode())
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
@@ -180,98 +226,3 @@ def text_of(scores: dict[str, Any]) -> list[str]:
                 f"  {ours['coverage']:.0%} of the actual values are in the {ours['interval']:.0%} prediction interval"
             )
     return lines
-
-
-def write(file: IO[str], forecasts: Forecasts, table: Table, actual: NDArray | None = None) -> None:
-    """Write forecasts as CSV: series, date or step, each target and its quantiles, and actual values where known.
-
-    All dates have one form. Names that a spreadsheet would run as a formula are written as text, see `history.cell`.
-    """
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header(forecasts, table, actual is not None))
-    writer.writerows(rows(forecasts, table, actual))
-
-
-def header(forecasts: Forecasts, table: Table, actual: bool) -> list[str]:
-    """Return the columns' names."""
-    recipe = forecasts.recipe
-    found = [*([table.id] if table.id else []), *(["origin"] if actual else []), table.date or "step"]
-    for target in recipe.targets:
-        found += [f"{target}_actual"] * actual + [target]
-        found += [f"{target}_{level:g}" for level in recipe.quantiles if level != 0.5]
-    return list(map(cell, found))
-
-
-def rows(forecasts: Forecasts, table: Table, actual: NDArray | None) -> Iterator[list[Any]]:
-    """Return a line for each step of each origin."""
-    recipe = forecasts.recipe
-    outer = [n for n, level in enumerate(recipe.quantiles) if level != 0.5]
-    begun, steps = dates_of(forecasts, table) or (forecasts.origins.tolist(), None)
-    for n, origin in enumerate(begun):
-        for k in range(recipe.horizon):
-            row: list[Any] = [cell(forecasts.ids[n])] if table.id else []
-            if actual is not None:
-                row.append(origin)
-            row.append(k + 1 if steps is None else steps[n][k])
-            for target in range(len(recipe.targets)):
-                if actual is not None:
-                    row.append(shown(actual[n, k, target]))
-                row.append(shown(forecasts.median[n, k, target]))
-                row += [shown(forecasts.values[n, k, target, q]) for q in outer]
-            yield row
-
-
-def dates_of(forecasts: Forecasts, table: Table) -> tuple[list[str], list[list[str]]] | None:
-    """Return the dates of the origins, and of the steps of each, all in one form; None without dates."""
-    if table.times is None or forecasts.times is None:
-        return None
-    unit = date_unit(table.times, forecasts.times)
-    return date_texts(table.times[forecasts.origins], unit), [date_texts(times, unit) for times in forecasts.times]
-
-
-def shown(value: float) -> str:
-    """Return a number as a cell, empty where it is missing."""
-    return "" if np.isnan(value) else f"{value:.6g}"
-
-
-def run(args: argparse.Namespace, net: Network, path: str) -> tuple[Forecasts, Table]:
-    """Forecast the steps after a table's last rows, or after `--origin`.
-
-    Raises:
-        UsageError: see `predict.forecast`; or an origin that isn't in the table.
-    """
-    recipe, _ = predict.trained(net, path)
-    table = table_from(args, args.file, predict.reading(net, path))
-    origins = None if args.origin is None else origins_at(table, args.origin)
-    found = predict.forecast(net, table, path, origins, args.threads)
-    for line in predict.unknown(recipe, table, found.origins):
-        print(f"cellstack run: warning: {line}", file=sys.stderr)
-    return found, table
-
-
-def origins_at(table: Table, text: str) -> NDArray[np.int64]:
-    """Return the row with a date, or with a number from 1, in each series that has it.
-
-    Raises:
-        UsageError: no series has it, or `text` isn't a date.
-    """
-    found = []
-    if table.times is None:
-        if not text.isdecimal() or not int(text) >= 1:
-            raise UsageError(f"expected --origin to be a row number, because {table.path} has no dates, got {text!r}")
-        for series in range(len(table.ids)):
-            rows = table.rows(series)
-            if rows.start + int(text) <= rows.stop:
-                found.append(rows.start + int(text) - 1)
-    else:
-        try:
-            time = np.datetime64(text).astype(table.times.dtype)
-        except ValueError:
-            raise UsageError(
-                f"expected --origin to be a date such as 2020-01-31 or 2020-01-31T12:00, got {text!r}"
-            ) from None
-        found = np.flatnonzero(table.times == time).tolist()
-    if not found:
-        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
-        raise UsageError(f"expected --origin to be a row of {table.path}{span}, got {text}")
-    return np.array(found, np.int64)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cli.files import load_model, load_options, read_sample, show
-from cellstack.cli.run import read_as_trained
+from cellstack.cli.files import load_model, load_options, show
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES
+from cellstack.train.data.samples import read_sample
 from cellstack.train.examples import Labelled
 from cellstack.train.forecasting import predict as forecast
 from cellstack.train.forecasting.windows import extended_times
@@ -29,13 +29,16 @@ SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".ts", ".tsv", ".txt", ".wav")
 
 
 class Sample(NamedTuple):
-    """The input of a run, and what the page shows with it: labels of the steps, sound, a line about the input."""
+    """The input of a run, and what the page shows with it: labels of the steps, sound, a line about the input, and
+    `names`, `truth`, `rescale` and `ids` of `save_html`.
+    """
 
     x: Any
     mask: NDArray[np.bool_] | None = None
     labels: Any = None
     audio: tuple[Any, float] | None = None
     text: str = ""
+    meaning: dict[str, Any] = {}  # noqa: RUF012, never changed
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -55,7 +58,7 @@ def inspect(args: argparse.Namespace) -> int:
     try:
         t = net.trace(sample.x, mask=sample.mask, threads=args.threads)
         title = f"{Path(path).name}, {'random input' if args.file is None else Path(args.file).name}"
-        t.save_html(output, sample.labels, audio=sample.audio, title=title)
+        t.save_html(output, sample.labels, audio=sample.audio, title=title, **sample.meaning)
     except ValueError as error:
         raise UsageError(f"{args.file or path}: {str(error).removeprefix('save_html: ')}") from None
     size = Path(output).stat().st_size
@@ -95,10 +98,10 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     """Return sequences, or the last window of a table, as `cellstack run` passes them to a model trained here."""
-    forecasts = net.metadata["task"] == "forecast"
+    forecasts = net.task == "forecast"
     if forecasts and Path(path).suffix.lower() not in TABLES:
         raise UsageError(f"{path}: expected a table ({', '.join(TABLES)}), because the model forecasts")
-    labels = None
+    labels, meaning = None, dict[str, Any]()
     if forecasts:
         recipe, inputs = forecast.trained(net, model)
         table = read_table(path, **forecast.reading(net, model))
@@ -106,15 +109,24 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
         examples, count = windows, min(rows, len(windows.origins))
         series = f" of {count} of {len(windows.origins)} series" if table.id else ""
         text = f"the last window{series} of {path}: {recipe.window} past steps and {recipe.horizon} to forecast"
+        some = np.arange(count)
+        every = len(recipe.quantiles)  # the output has the quantiles of each target
+        scale, offset = windows.units(some).unit[:, None].repeat(every, -1), windows.reference(some).repeat(every, -1)
+        ids = [table.ids[series] for series in windows.series[some]]
+        meaning = {"rescale": (scale, offset), "ids": ids}
         if table.times is not None and count == 1:
             times = extended_times(table, recipe.horizon)
             labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]
     else:
         task = predict.trained(net, model)
-        data = read_as_trained(path, net, model, task)
+        data = predict.as_trained(net, path, name=model)
         if data.channels != len(task.inputs.mean):
             raise UsageError(f"{path}: expected {len(task.inputs.mean)} channels, found {data.channels}")
         examples, count, inputs = Labelled(data), min(rows, len(data.x)), task.inputs
+        if data.y is not None:
+            meaning["truth"] = [_true(data, number) for number in range(count)]
+        if data.ids:
+            meaning["ids"] = data.ids[:count]
         text = f"{count} of {len(data.x)} sequences of {path}"
     each = [inputs(examples.fetch(np.array([number])).x) for number in range(count)]
     steps = max(x.shape[1] for x, _ in each)
@@ -123,7 +135,14 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     for number, (x, used) in enumerate(each):
         whole[number, : x.shape[1]] = x[0]
         mask[number, : x.shape[1]] = True if used is None else used[0]
-    return Sample(whole, None if mask.all() else mask, labels, text=text)
+    return Sample(whole, None if mask.all() else mask, labels, text=text, meaning=meaning)
+
+
+def _true(data: Any, number: int) -> Any:
+    """Return the true class or value of a sequence, or the list of those of its steps."""
+    values = np.asarray(data.y[number]).tolist()
+    named = (lambda value: data.labels[value]) if data.labels else (lambda value: value)
+    return [named(value) for value in values] if isinstance(values, list) else named(values)
 
 
 def _one_input(net: Network, path: str) -> str:

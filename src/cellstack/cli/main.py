@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cellstack
+from cellstack.cli.arguments import Parser
 from cellstack.cli.bench import add_bench_arguments, bench
+from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info, needs_torch, show
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
@@ -28,34 +29,111 @@ from cellstack.train.checks import TooFewRowsError, UsageError
 
 MOST_THREADS = 1024  # OpenMP ends the process if it can't start as many as requested
 
-EXAMPLES = {
-    "demo": "cellstack demo -o cellstack-demo",
-    "train": "cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors\n"
-    "  cellstack train book.txt -o book\n"
-    "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
-    "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors\n"
-    "  cellstack train Vowels_TRAIN.ts --inspect -o vowels.safetensors\n"
-    "  cellstack train machines.parquet --id machine --time hour --label state --dry-run",
-    "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
-    "  cellstack run model.keras frames.npy > answers.csv\n"
-    "  cut -d, -f2- log.csv | cellstack run model.onnx - --columns speed,3\n"
-    "  cellstack run weights.pt frames.csv --order rnn,last,head",
-    "stream": "cellstack stream model --state model.state < frames.csv > answers.csv\n"
-    "  cellstack stream silero_vad.onnx --constants sr=16000 --frames input=512 --context input=64 < frames.csv",
-    "generate": "cellstack generate book --prompt 'Alice was' --temperature 0.8 --length 500\n"
-    "  cellstack generate book --seed 1 --stop '.'",
-    "convert": "cellstack convert model.onnx model.safetensors\n"
-    "  cellstack convert model.safetensors firmware/model.c\n"
-    "  cellstack convert model.keras small.safetensors --weights bfloat16\n"
-    "  cellstack convert model.safetensors model.onnx --sample frames.csv",
-    "info": "cellstack info vowels.safetensors",
-    "inspect": "cellstack inspect vowels.safetensors Vowels_TEST.ts --open\n"
-    "  cellstack inspect model.keras frames.npy -o frames.html\n"
-    "  cellstack inspect model.safetensors",
-    "bench": "cellstack bench -o figures\n"
-    "  cellstack bench --what inference --units 32,256 --batch 1,64 --threads 2\n"
-    "  cellstack bench --quick --json > bench.json",
+
+class Verb(NamedTuple):
+    """What the help says of a verb: what it does, its arguments in short, and examples of it."""
+
+    summary: str
+    usage: str
+    examples: str
+    threads: str | None = "all"  # the default of --threads; None: the verb doesn't have this option
+    json: str | None = "write one JSON object to standard output"  # None: the verb doesn't have --json
+
+
+HELP = {
+    "demo": Verb(
+        "train, run and inspect two networks on speech, in a minute",
+        "[options]",
+        "cellstack demo -o cellstack-demo",
+        threads="1",
+    ),
+    "train": Verb(
+        "train on sequences, a time series or a text",
+        "FILE [TEST] -o MODEL [options]",
+        """cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors
+  cellstack train book.txt -o book
+  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --bidirectional -o vowels
+  cellstack train machines.parquet --id machine --label state --dry-run
+  cellstack train Vowels_TRAIN.ts --inspect -o vowels
+  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels""",
+        threads="the faster of 1 and all",
+    ),
+    "run": Verb(
+        "predict or forecast, or run any network on a file of numbers",
+        "MODEL FILE [options]",
+        """cellstack run vowels Vowels_TEST.ts > predictions.csv
+  cellstack run model.keras steps.npy > answers.csv
+  cut -d, -f2- log.csv | cellstack run model.onnx - --columns speed,3
+  cellstack run weights.pt steps.csv --order rnn,last,head""",
+    ),
+    "stream": Verb(
+        "read a step per line, and write each output immediately",
+        "MODEL [options]",
+        """cellstack stream model --state model.state < steps.csv > answers.csv
+  cellstack stream silero_vad.onnx --constants sr=16000 --frames input=512 \\
+    --context input=64 < frames.csv""",
+        threads=None,
+        json="write outputs as JSON lines",
+    ),
+    "generate": Verb(
+        "continue a text with a text model",
+        "MODEL [options]",
+        """cellstack generate book --prompt 'Alice was' --temperature 0.8 --length 500
+  cellstack generate book --seed 1 --stop '.'""",
+        threads=None,
+    ),
+    "convert": Verb(
+        "write a network in another format, and compare the outputs of both files",
+        "SOURCE TARGET [options]",
+        """cellstack convert model.onnx model.safetensors
+  cellstack convert model.safetensors firmware/model.c
+  cellstack convert model.keras small.safetensors --weights bfloat16
+  cellstack convert model.safetensors model.onnx --sample steps.csv""",
+        threads=None,
+    ),
+    "inspect": Verb(
+        "write a page on which to explore gates, states and layers",
+        "MODEL [FILE] [options]",
+        """cellstack inspect vowels Vowels_TEST.ts --open
+  cellstack inspect model.keras steps.npy -o steps.html
+  cellstack inspect model.safetensors""",
+    ),
+    "info": Verb(
+        "describe layers, shapes and sizes, and what runs each layer",
+        "MODEL [options]",
+        "cellstack info vowels",
+    ),
+    "bench": Verb(
+        "measure speed, compared with other installed libraries",
+        "[options]",
+        """cellstack bench -o figures
+  cellstack bench --what inference --units 32,256 --batch 1,64 --threads 2
+  cellstack bench --quick --json > bench.json""",
+        threads=None,
+    ),
+    "completion": Verb(
+        "print a script for tab completion in a shell",
+        "SHELL",
+        """echo 'source <(cellstack completion bash)' >> ~/.bashrc
+  cellstack completion zsh > ~/.zsh/completions/_cellstack
+  cellstack completion fish > ~/.config/fish/completions/cellstack.fish""",
+        threads=None,
+        json=None,
+    ),
+    "help": Verb("show the help of a verb", "[VERB]", "cellstack help train", threads=None, json=None),
 }
+
+EPILOG = """example:
+  cellstack run vowels Vowels_TEST.ts > predictions.csv
+
+exit codes:
+  0    success
+  1    convert or bench found a difference; a table is too short to forecast
+  2    an invalid argument or file; standard error has one line with the reason
+  130  stopped by Ctrl-C
+  143  stream was stopped by SIGTERM
+
+`cellstack help VERB` describes a verb."""
 
 
 class Version(argparse.Action):
@@ -67,69 +145,42 @@ class Version(argparse.Action):
         parser.exit()
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and suggest the option or choice closest to a misspelt one."""
-
-    def parse_known_args(self, *given: Any, **named: Any) -> Any:
-        """Parse, and refuse unknown arguments here, where the verb's own options are known for suggestions."""
-        found, left = super().parse_known_args(*given, **named)
-        if left:
-            options = [word for word in left if word.startswith("-")]  # words after an unknown option are its values
-            known = self._option_string_actions
-            said = [f"unrecognized argument {word}{near(word.split('=')[0], known)}" for word in options or left]
-            self.error("; ".join(said))
-        return found, left
-
-    def error(self, message: str) -> Any:
-        """Print the error and exit with status 2."""
-        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
-        if choice:
-            message += near(choice[1], re.findall(r"[^', ]+", choice[2]))
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """Return a suggestion of the closest known word, "" if none is close."""
-    found = get_close_matches(word, list(known), 1)
-    return f", did you mean {found[0]}?" if found else ""
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser with all verbs."""
-    top = Parser(
-        prog="cellstack",
-        description="Train, run and inspect recurrent networks.",
-        epilog="example:\n  cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n\n"
-        "cellstack VERB --help describes a verb.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
+    description = "Train, run and inspect recurrent networks."
+    top = Parser(prog="cellstack", usage="%(prog)s VERB ...", description=description, epilog=EPILOG, add_help=False)
+    verbs = top.add_subparsers(title="verbs", prog="cellstack", dest="verb", required=True, metavar="VERB")
+    general = top.add_argument_group("options")
+    general.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    for name, verb in HELP.items():
         made = verbs.add_parser(
             name,
-            help=text,
-            description=text,
-            epilog=f"example:\n  {EXAMPLES[name]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=f"cellstack {name} {verb.usage}",
+            help=verb.summary,
+            description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+            epilog=f"example{'s' * (len(verb.examples.splitlines()) > 1)}:\n  {verb.examples}",
+            add_help=False,
         )
-        answer = "write outputs as JSON lines" if name == "stream" else "write one JSON object to standard output"
-        made.add_argument("--json", action="store_true", help=answer)
-        if name not in ("stream", "generate", "convert", "bench"):
-            usual = {"train": "the faster of one and all", "demo": "1"}.get(name, "all")
-            made.add_argument("--threads", type=int, metavar="N", help=f"processor threads ({usual})")
-        return made
+        ARGUMENTS[name](made)
+        general = made.add_argument_group("general")
+        if verb.json is not None:
+            general.add_argument("--json", action="store_true", help=verb.json)
+        if verb.threads is not None:
+            text = f"number of processor threads (default: {verb.threads})"
+            general.add_argument("--threads", type=int, metavar="N", help=text)
+        general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    return top
 
-    demo = verb("demo", "train, run and inspect two networks on recorded speech, in under a minute")
-    demo.add_argument("-o", "--output", default="cellstack-demo", metavar="DIR", help="output folder (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
-    demo.add_argument("--epochs", type=int, metavar="N", help="passes over the data for both models (60)")
 
-    add_arguments(verb("train", "train on sequences, a time series or a text, and write the network"))
-    runs = verb(
-        "run", "classify sequences, predict numbers, forecast a series, or run any network on a file of numbers"
-    )
+def _add_demo(demo: Parser) -> None:
+    text = "output folder (default: %(default)s)"
+    demo.add_argument("-o", "--output", default="cellstack-demo", metavar="DIR", help=text)
+    demo.add_argument("--epochs", type=int, metavar="N", help="passes over the data for both models (default: 60)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+
+
+def _add_run(runs: Parser) -> None:
     runs.add_argument("model", metavar="MODEL", help="a network in any supported format")
     runs.add_argument(
         "file",
@@ -137,29 +188,36 @@ def parser() -> argparse.ArgumentParser:
         help="for a network trained by cellstack: data of the kind it was trained on; for any other: numbers as .npy, "
         ".npz, .csv or .jsonl; - reads standard input",
     )
-    runs.add_argument("--columns", type=names, metavar="A,B", help="columns to use, by name or by number from 1 (all)")
-    runs.add_argument("--time", metavar="COLUMN", help="table column that orders a sequence's rows (as trained)")
-    runs.add_argument("--label", metavar="COLUMN", help="table column of the true values (as trained, if present)")
-    runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (the last one)")
-    runs.add_argument("--weights", choices=HELD, help="dtype to round the cells' matrices to (unchanged)")
+    text = "columns to use, by name or by number from 1 (default: all)"
+    runs.add_argument("--columns", type=names, metavar="A,B", help=text)
+    text = "table column of the true values (default: as in training, if the table has it)"
+    runs.add_argument("--label", metavar="COLUMN", help=text)
+    text = "table column that orders a sequence's rows (default: as in training)"
+    runs.add_argument("--time", metavar="COLUMN", help=text)
+    runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (default: the last row)")
+    runs.add_argument("--picture", metavar="FILE", help="plot the forecast: to .png, .svg or .pdf")
+    text = "round the cells' matrices to this dtype (default: as in the file)"
+    runs.add_argument("--weights", choices=HELD, help=text)
     add_load_options(runs)
-    add_table_options(runs)
-    steps = verb("stream", "read a step per line from standard input; write each output immediately to standard output")
+    add_table_options(runs, "as in training")
+
+
+def _add_stream(steps: Parser) -> None:
     steps.add_argument("model", metavar="MODEL", help="a network in any supported format")
-    steps.add_argument(
-        "--format", choices=FORMS, help="of the input: numbers separated by commas, or JSON arrays (detected)"
-    )
+    text = "form of the input: numbers separated by commas, or JSON arrays (default: detected)"
+    steps.add_argument("--format", choices=FORMS, help=text)
     steps.add_argument(
         "--state",
         metavar="FILE",
         help="start from the state in FILE, if it exists, and save the state to it at the end, also after Ctrl-C or "
         "SIGTERM",
     )
-    text = "dtype of the cells' matrices: fewer bits are faster, and round the weights (unchanged)"
+    text = "round the cells' matrices to this dtype: fewer bits are faster (default: as in the file)"
     steps.add_argument("--weights", choices=WEIGHTS, help=text)
     add_load_options(steps)
-    add_generate_arguments(verb("generate", "write text with a text model, one character or byte at a time"))
-    other = verb("convert", "write a network in another format, and compare the outputs of both files")
+
+
+def _add_convert(other: Parser) -> None:
     other.add_argument("source", metavar="SOURCE", help="a network in any supported format")
     other.add_argument(
         "target", metavar="TARGET", help="file to write: its suffix selects the format; .c or a folder writes C99"
@@ -167,34 +225,57 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--sample",
         metavar="FILE",
-        help="input for the comparison: .npy [B, T, I], .npz with an array per input, .csv or .jsonl (random numbers)",
+        help="input for the comparison: .npy [B, T, I], .npz with an array per input, .csv or .jsonl (default: random "
+        "numbers)",
     )
-    other.add_argument(
-        "--tolerance", type=float, metavar="X", help="largest relative difference that passes (1e-4; 2e-2 for bfloat16)"
+    text = "largest relative difference that passes (default: 1e-4; for bfloat16 2e-2)"
+    other.add_argument("--tolerance", type=float, metavar="X", help=text)
+    text = (
+        "round the cells' matrices to this dtype; with bfloat16 the file is about half as large (default: as in SOURCE)"
     )
-    text = "dtype of the cells' matrices: bfloat16 rounds them and makes the file about half as large (unchanged)"
     other.add_argument("--weights", choices=HELD, help=text)
     add_load_options(other)
-    inside = verb(
-        "inspect", "run a network over a file, and write a page on which to explore its gates, states and layers"
-    )
+
+
+def _add_inspect(inside: Parser) -> None:
     inside.add_argument("model", metavar="MODEL", help="a network in any supported format")
     inside.add_argument(
         "file",
         nargs="?",
         metavar="FILE",
         help="input of the run: numbers as .npy, .npz or .csv, data of the kind that the model was trained on, .txt "
-        "or .wav; if omitted, random numbers",
+        "or .wav (default: random numbers)",
     )
-    inside.add_argument("-o", "--output", metavar="PAGE", help="file to write (the model's name with .html)")
+    text = "file to write (default: the model's name with .html)"
+    inside.add_argument("-o", "--output", metavar="PAGE", help=text)
     inside.add_argument("--open", action="store_true", help="open the page in the browser")
-    inside.add_argument("--rows", type=int, default=8, metavar="N", help="most rows of FILE to use (%(default)s)")
+    text = "use at most this many rows of FILE (default: %(default)s)"
+    inside.add_argument("--rows", type=int, default=8, metavar="N", help=text)
     add_load_options(inside)
-    looks = verb("info", "describe a network: layers, shapes, sizes, and which implementation runs each layer")
+
+
+def _add_info(looks: Parser) -> None:
     looks.add_argument("model", metavar="MODEL", help="a network in any supported format")
     add_load_options(looks)
-    add_bench_arguments(verb("bench", "measure speed on this machine, compared with other installed libraries"))
-    return top
+
+
+def _add_help(helps: Parser) -> None:
+    helps.add_argument("topic", nargs="?", choices=tuple(HELP), metavar="VERB", help="the verb (default: an overview)")
+
+
+ARGUMENTS: dict[str, Callable[[Any], None]] = {
+    "demo": _add_demo,
+    "train": add_arguments,
+    "run": _add_run,
+    "stream": _add_stream,
+    "generate": add_generate_arguments,
+    "convert": _add_convert,
+    "inspect": _add_inspect,
+    "info": _add_info,
+    "bench": add_bench_arguments,
+    "completion": add_completion_arguments,
+    "help": _add_help,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,17 +285,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `cellstack`; None = those of this process.
 
     Returns:
-        0; 1 if `convert` or `bench` found a difference, or a forecast has too few rows; 2 for bad input, with one
-        line on standard error; 130 after Ctrl-C, 143 if SIGTERM stopped `stream`.
+        The exit code: see `EPILOG`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have characters that the terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(given or ["help"])
     try:
         threads = getattr(args, "threads", None)
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {threads}")
-        return VERBS[args.verb](args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(args.verb, "warning", str(message))
+            return VERBS[args.verb](args)
     except KeyboardInterrupt:
         print("cellstack: stopped", file=sys.stderr)
         return 130
@@ -233,8 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(verb: str, reason: str, status: int = 2) -> int:
-    print(f"cellstack {verb}: error: {' '.join(reason.split())}", file=sys.stderr)
+    _say(verb, "error", reason)
     return status
+
+
+def _say(verb: str, what: str, text: str) -> None:
+    """Print an error or a warning in one line, without its place in the code."""
+    print(f"cellstack {verb}: {what}: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -242,13 +330,22 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from cellstack.train import demo
     except ModuleNotFoundError as error:
-        raise UsageError(f"demo needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"demo needs {error.name}: pip install 'cellstack[torch]'") from None
     if not args.output:
         raise UsageError("expected --output to name a folder, got ''")
     say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
     report = demo.run(Path(args.output), args.seed, args.epochs, say)
     show(args, report, [])
     return 0
+
+
+def _help(args: argparse.Namespace) -> int:
+    parser().parse_args([*([] if args.topic is None else [args.topic]), "--help"])  # prints it and exits
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    return completion(parser(), args)
 
 
 VERBS = {
@@ -258,7 +355,9 @@ VERBS = {
     "stream": stream,
     "generate": generate,
     "convert": convert,
-    "info": info,
     "inspect": inspect,
+    "info": info,
     "bench": bench,
+    "completion": _completion,
+    "help": _help,
 }

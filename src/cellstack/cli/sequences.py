@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack.cli.tables import SEQUENCES, given, only_one
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.parts import check, parts_of, per_step
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.sizes import size_of
 
 UNUSED = ("date", "zone", "freq", "category")
 SHOWN = 12  # most classes to list
@@ -23,11 +26,14 @@ SHOWN = 12  # most classes to list
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     """Add the options for sequences to the parser, and return them."""
-    data = train.add_argument_group("sequences in tables")
+    data = train.add_argument_group("sequences", "options for .csv, .tsv and .parquet tables of sequences")
+    text = "sequences in a table: column of the classes or numbers to learn"
     return [
-        data.add_argument("--label", metavar="COLUMN", help="column of the classes or numbers to learn"),
-        data.add_argument("--time", metavar="COLUMN", help="column that orders the rows of a sequence (row order)"),
-        data.add_argument("--features", metavar="A,B", help="input columns (all other numeric ones)"),
+        train.add_argument("--label", metavar="COLUMN", help=text),
+        data.add_argument(
+            "--time", metavar="COLUMN", help="column that orders the rows of a sequence (default: as in the file)"
+        ),
+        data.add_argument("--features", metavar="A,B", help="input columns (default: all other numeric ones)"),
         data.add_argument("--weight", metavar="COLUMN", help="column of the sequences' weights in the loss"),
         data.add_argument("--per-step", action="store_true", help="learn a label for each step, not for each sequence"),
         data.add_argument("--class-weights", choices=("balanced",), help="give every class the same total weight"),
@@ -44,6 +50,54 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
+    others: float = 0.0
+    validated: int = 0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come."""
+        training, test, share = self.training, self.test, options.validation
+        check(training, None, test, self.class_weights)
+        if training.per_step:
+            architecture = per_step(architecture)
+        parts = parts_of(training, None, self.class_weights, settings, share)
+        self.validated = parts.validated
+        inputs = parts.measure()
+        steps = parts.data(inputs).steps
+        outputs = len(training.labels) or (1 if parts.y.ndim == 1 else parts.y.shape[1])
+        size = size_of(architecture, len(inputs.standardise[0]))
+        weights = size.weights + (size.width + 1) * outputs
+        sizes = {"training": len(training.x) - parts.validated, "validation": parts.validated}
+        sizes["test"] = 0 if test is None else len(test.x)
+        chosen = f" ({share:.0%}{' of each class' * bool(training.labels and not training.per_step)}, chosen at random)"
+        lines = [
+            f"{sizes['training']:,} sequences to train on; {sizes['validation'] or 'none'} to validate on"
+            f"{chosen * bool(parts.validated)}; {format(sizes['test'], ',') if test is not None else 'none'} to test on"
+        ]
+        baseline, said = _baseline(parts.y, training.labels)
+        lines += [
+            said,
+            f"1 network: {size.layers}, {weights:,} weights; at most {settings.epochs} epochs of {steps} "
+            f"steps, batches of {settings.batch}",
+        ]
+        return lines, sizes | {
+            "baselines": baseline,
+            "networks": 1,
+            "layers": size.layers,
+            "weights": weights,
+            "epochs": settings.epochs,
+            "steps": steps,
+            "batch": settings.batch,
+        }
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`."""
+        return [epochs_of(settings, self.validated > 0)]
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [path]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the sequences."""
@@ -54,8 +108,12 @@ class Job:
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the scores on the test file."""
-        found = {name: value for name, value in result.scores.items() if name not in ("answers", "predicted")}
+        found = result.scores
         return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
+
+    def panels(self) -> list[Any]:
+        """Return nothing: --picture shows the history only."""
+        return []
 
     def write(self) -> None:
         """Do nothing: there are no more files to write."""
@@ -125,6 +183,19 @@ def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
         "ignored": data.ignored,
     }
     return lines, described
+
+
+def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+    """Return the score on the training part of the best answer that doesn't depend on the sequence."""
+    if not labels:
+        rmse = float(np.sqrt(np.square(y - y.mean(axis=0)).mean()))
+        return {"mean": {"rmse": rmse}}, f"for comparison: the RMSE of the mean is {rmse:.4g} on the training part"
+    counts = np.bincount(y.ravel(), minlength=len(labels))
+    share, best = float(counts.max() / counts.sum()), labels[int(counts.argmax())]
+    return (
+        {"most frequent class": {"class": best, "accuracy": share}},
+        f"for comparison: the accuracy of always answering {best!r} is {share:.4g} on the training part",
+    )
 
 
 def _counts(data: Sequences) -> dict[Any, int]:

@@ -16,7 +16,6 @@ from cellstack.cli.files import load_model, load_options
 from cellstack.formats.files import check_replaceable
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
-from cellstack.nodes import GlobalPool
 from cellstack.train.checks import UsageError
 
 if TYPE_CHECKING:
@@ -94,9 +93,7 @@ def stream(args: argparse.Namespace) -> int:
     except TypeError as error:
         raise UsageError(f"--weights {args.weights}: {error}") from None
     except ValueError as error:
-        whole = any(isinstance(node, GlobalPool) and node.mode != "last" for node in net.nodes)
-        fix = ": train with --pooling last for streams" if whole and net.metadata.get("task") else ""
-        raise UsageError(f"{path}: {error}{fix}") from None
+        raise UsageError(f"{path}: {error}") from None
     if (len(net.inputs), len(net.outputs)) != (1, 1):
         found = f"the inputs {', '.join(net.inputs)} and the outputs {', '.join(net.outputs)}"
         raise UsageError(f"{path}: expected one input and one output, found {found}")
@@ -128,6 +125,8 @@ def stream(args: argparse.Namespace) -> int:
         if saved and not all(np.isfinite(array).all() for state in running.state for array in state):
             saved += ", which is no longer finite: a step contained nan or inf"
         print(f"{frames.count} steps{ended}{saved}", file=sys.stderr)
+    elif not frames.count:
+        print("0 steps: standard input was empty, or had only the columns' names", file=sys.stderr)
     return status
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import TABLES_ONLY, merged
 from cellstack.train.tables.table import Table, read_table
 
-SEQUENCES = ("day_first", "date_format", "decimal", "encoding")  # options that apply to sequences too
+SEQUENCES = TABLES_ONLY  # options that apply to sequences too
 TABLE = ("date", "zone", "id", "freq", "category", *SEQUENCES)
 
 
@@ -18,24 +19,32 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def add_table_options(parser: argparse.ArgumentParser) -> None:
+def decimal(text: str) -> str:
+    """Parse a decimal separator, by name or as the character itself."""
+    found = {"point": ".", "comma": ",", ".": ".", ",": ","}.get(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected point or comma, got {text!r}")
+    return found
+
+
+def add_table_options(parser: argparse.ArgumentParser, default: str = "detected") -> None:
     """Add the options of reading a table to a verb's parser."""
-    group = parser.add_argument_group("tables", "how to read a table; see docs/tables.md")
-    group.add_argument("--date", metavar="A", help="date column, or two: day,hour ('' for none)")
+    group = parser.add_argument_group("tables", f"how to read a table; see docs/tables.md (default: {default})")
+    group.add_argument("--date", metavar="COLUMN", help="date column, or two: day,hour ('' for none)")
+    group.add_argument("--id", type=names, metavar="A,B", help="columns that identify the series or sequence of a row")
+    group.add_argument("--category", type=names, metavar="A,B", help="columns to treat as categories, not as numbers")
     order = group.add_mutually_exclusive_group()
     order.add_argument("--day-first", dest="day_first", action="store_true", default=None, help="01/02 is 1 February")
     order.add_argument("--month-first", dest="day_first", action="store_false", default=None, help="01/02 is 2 January")
     group.add_argument(
         "--date-format",
         metavar="F",
-        help="such as %%d.%%m.%%Y; s, ms, us or ns for Unix times; excel for Excel's day numbers",
+        help="format of the dates: such as %%d.%%m.%%Y; s, ms, us or ns for Unix times; excel for Excel's day numbers",
     )
     group.add_argument("--zone", metavar="Z", help="time zone of the dates, such as Europe/Berlin")
-    group.add_argument("--id", type=names, metavar="A,B", help="columns that identify the series or sequence of a row")
     group.add_argument("--freq", metavar="F", help="spacing of the rows: h, 30min, D, B (weekdays), MS (months)")
-    group.add_argument("--category", type=names, metavar="A,B", help="columns to treat as categories, not as numbers")
-    group.add_argument("--decimal", choices=(".", ","), help="decimal separator")
-    group.add_argument("--encoding", metavar="E", help="text encoding, such as latin-1 (utf-8)")
+    group.add_argument("--decimal", type=decimal, metavar="{point,comma}", help="decimal separator")
+    group.add_argument("--encoding", metavar="E", help="text encoding, such as latin-1")
 
 
 def only_one(columns: tuple[str, ...] | None) -> str | None:
@@ -67,9 +76,3 @@ def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
     """Return the options of `add_table_options` that were given, as keyword arguments of `read_table`."""
     names = {"id": "ids", "category": "categories"}
     return {names.get(name, name): value for name in options if (value := getattr(args, name)) is not None}
-
-
-def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of reading a table: those that are given, else those with which one was read before."""
-    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # no longer valid
-    return {name: value for name, value in before.items() if name not in unknown} | {**given}

@@ -13,7 +13,8 @@ import numpy as np
 from cellstack.cli.files import load_model, show
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.sizes import size_of
 from cellstack.train.text.data import Architecture as TextArchitecture
 from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
 from cellstack.train.text.sampling import generate as characters_of
@@ -36,12 +37,14 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     text = train.add_argument_group("texts")
     return [
         text.add_argument("--bytes", action="store_true", help="learn bytes, not characters: for a file of any kind"),
-        text.add_argument("--steps", type=int, metavar="N", help=f"steps of truncated backpropagation ({STEPS})"),
+        text.add_argument(
+            "--steps", type=int, metavar="N", help=f"steps of truncated backpropagation (default: {STEPS})"
+        ),
         text.add_argument(
             "--embedding",
             type=int,
             metavar="N",
-            help=f"size of the character embedding ({TextArchitecture.embedding}); 0: one-hot",
+            help=f"size of the character embedding; 0: one-hot (default: {TextArchitecture.embedding})",
         ),
     ]
 
@@ -59,15 +62,55 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any]
+    others: float = 0.0
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come."""
+        built, size = self.built(architecture), self.text.alphabet.size
+        wide = built.embedding or size
+        layers = size_of(architecture, wide)
+        weights = built.embedding * size + layers.weights + (layers.width + 1) * size
+        streams = Streams(self.text.ids, self.parts.training, self.batch, self.steps)
+        spans = {name: (begin + 1, end) for name, (begin, end) in self.parts._asdict().items() if end > begin}
+        verbs = {"training": "train", "validation": "validate", "test": "test"}
+        parts = [f"{begin:,} to {end:,} to {verbs[name]} on" for name, (begin, end) in spans.items()]
+        lines = [
+            f"{self.text.alphabet.unit} {', '.join(parts)}",
+            f"1 network: {layers.layers}, {weights:,} weights; at most {settings.epochs} epochs of "
+            f"{len(streams)} steps, batches of {streams.rows} streams, {streams.steps} {self.text.alphabet.unit} each",
+        ]
+        return lines, spans | {
+            "baselines": [],
+            "networks": 1,
+            "layers": layers.layers,
+            "weights": weights,
+            "epochs": settings.epochs,
+            "steps": len(streams),
+            "batch": streams.rows,
+        }
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """See `cli.train.Job`."""
+        return [epochs_of(settings, self.parts.validation[1] > self.parts.validation[0])]
+
+    def checkpoints(self, path: str) -> list[str]:
+        """See `cli.train.Job`."""
+        return [path]
+
+    def built(self, architecture: Architecture) -> TextArchitecture:
+        """Return how the text model is built."""
+        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
+        return replace(self.architecture, **chosen)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on the text."""
-        from cellstack.train.text.workflow import above_the_bar, train_text
+        from cellstack.train.progress import above
+        from cellstack.train.text.workflow import train_text
 
-        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
-        built = replace(self.architecture, **chosen)
-        settings = replace(settings, batch=self.batch)
-        say = above_the_bar if options.progress else None
+        built, settings = self.built(architecture), replace(settings, batch=self.batch)
+        say = None if options.progress is False else above
         return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
@@ -75,6 +118,10 @@ class Job:
         names = {"validation_bits_per_character": "validation", "bits_per_character": "test"}
         found = [f"{what} {result.scores[name]:.4f}" for name, what in names.items() if name in result.scores]
         return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
+
+    def panels(self) -> list[Any]:
+        """Return nothing: --picture shows the history only."""
+        return []
 
     def write(self) -> None:
         """Do nothing: there are no more files to write."""
@@ -97,8 +144,6 @@ def read(args: argparse.Namespace) -> Job:
     streams = Streams(text.ids, parts.training, batch, steps)
     lines = [
         f"{args.file}: {text.summary(parts)}",
-        f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each per training step, {len(streams)} "
-        "training steps per epoch",
     ]
     if test is not None:
         lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to test on")
@@ -131,20 +176,22 @@ def add_generate_arguments(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "model", metavar="MODEL", help="a text model, such as one trained by cellstack train BOOK.txt"
     )
-    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (the start of a line)")
+    generate.add_argument(
+        "--prompt", default="", metavar="TEXT", help="text to continue (default: the start of a line)"
+    )
     generate.add_argument(
         "--length",
         type=int,
         default=1000,
         metavar="N",
-        help="characters to write, or bytes if the model has bytes (1000)",
+        help="characters to write, or bytes if the model has bytes (default: %(default)s)",
     )
     generate.add_argument(
         "--temperature",
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1: more varied; below 1: more predictable; 0: always the most likely (1)",
+        help="above 1: more varied; below 1: more predictable; 0: always the most likely (default: %(default)s)",
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="sample only from the K most likely characters")
     generate.add_argument(
@@ -153,7 +200,7 @@ def add_generate_arguments(generate: argparse.ArgumentParser) -> None:
         metavar="P",
         help="sample only from the smallest set of characters with this total probability",
     )
-    generate.add_argument("--seed", type=int, metavar="N", help="random seed (a new one each time)")
+    generate.add_argument("--seed", type=int, metavar="N", help="random seed (default: a new one each time)")
     generate.add_argument("--stop", metavar="TEXT", help="stop after writing this text")
 
 

@@ -12,21 +12,22 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from cellstack.cli import forecast, sequences, text
-from cellstack.cli.files import SUFFIX, found, needs_torch, show, with_suffix
+from cellstack.cli.arguments import sizes
+from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.tables import add_table_options
-from cellstack.formats.files import check_replaceable, replacing
+from cellstack.formats import adapters
+from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.network import Network
 from cellstack.train import history
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
@@ -53,12 +54,28 @@ class Job(Protocol):
     """Data that was read, and how to train on it.
 
     `understood` describes how the data was read, in lines; `described` is the same in plain values, for --json;
-    `defaults` has the defaults of `units`, `lr`, `pooling` and so on.
+    `defaults` has the defaults of `units`, `lr`, `pooling` and so on; `others` has the seconds of the steps before and
+    after the fits, as far as `plan` measured them.
     """
 
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any]
+    others: float
+
+    def plan(
+        self, architecture: Architecture, settings: Settings, options: RunOptions
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Describe the training to come, in lines and as plain values: its parts, baselines and networks."""
+        ...
+
+    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+        """Return the fewest and the most epochs of each fit to come, and whether they include a validation."""
+        ...
+
+    def checkpoints(self, path: str) -> list[str]:
+        """Return the files of the checkpoints that `--checkpoint` names."""
+        ...
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train; return a `Result`."""
@@ -68,19 +85,13 @@ class Job(Protocol):
         """Return the scores on held-out data, as plain values and as lines."""
         ...
 
+    def panels(self) -> list[history.Panel]:
+        """Return functions that draw further panels of --picture."""
+        ...
+
     def write(self) -> None:
         """Write further output files, after the network has been written."""
         ...
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    widths = tuple(int(part) for part in text.split(","))
-    if min(widths) < 1:
-        raise ValueError
-    return widths
-
-
-_widths.__name__ = "widths"  # the name in argparse's message: invalid widths value: '48,x'
 
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
@@ -88,85 +99,67 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "file",
         metavar="FILE",
-        help="sequences: .ts (the UEA and UCR archives' format: one sequence per line, channels separated by colons, "
-        "the class last), .npz (x [N, T, C], y, lengths), or, with --task or --label, a .csv, .tsv or .parquet table "
-        "with one row per step; a series to forecast: such a table without these options; a text: .txt or .md",
+        help="sequences: .ts (one sequence per line, channels separated by colons, the class last; the format of the "
+        "UEA and UCR archives), .npz (x [N, T, C], y, lengths), or, with --label, a .csv, .tsv or .parquet table with "
+        "one row per step; a series to forecast: such a table without --label; a text: .txt or .md",
     )
     train.add_argument("test", nargs="?", metavar="TEST", help="test sequences or test text, not used for training")
-    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({SUFFIX} is added)")
-    train.add_argument("--dry-run", action="store_true", help="report how the data is read, without training")
-    train.add_argument("--task", choices=tuple(TASKS), help="what to learn (inferred from the file and its labels)")
-    add_table_options(train)
+    train.add_argument("-o", "--output", metavar="MODEL", help=f"file to write ({NATIVE} is added)")
+    text = "what to learn (default: inferred from the file and its labels)"
+    train.add_argument("--task", choices=tuple(TASKS), help=text)
     train.set_defaults(owned={name: module.add_arguments(train) for name, module in KINDS.items()})
+    text = "units of each layer, first layer first (default: 48,48; forecasts 48; texts 256,256)"
+    train.add_argument("--units", type=sizes, metavar="N,N", help=text)
+    text = "largest number of passes over the data (default: 60; forecasts 16 or 60; texts 30)"
+    train.add_argument("--epochs", type=int, metavar="N", help=text)
+    train.add_argument("--dry-run", action="store_true", help="report how the data is read and how long training takes")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_table_options(train)
     model = train.add_argument_group("model")
-    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="kind of cell (%(default)s)")
-    model.add_argument(
-        "--units",
-        type=_widths,
-        metavar="N,N",
-        help="units of each layer, first layer first (48,48; forecasts 48; texts 256,256)",
-    )
+    text = "kind of cell (default: %(default)s)"
+    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help=text)
     model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
-    model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (mean)")
-    model.add_argument(
-        "--every-step", action="store_true", help="compute the loss at every step; for streams, with --pooling last"
-    )
-    model.add_argument("--dropout", type=float, metavar="P", help="dropout after each layer (0.3; forecasts 0.1)")
+    model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (default: mean)")
+    text = "compute the loss at every step; for streams, with --pooling last"
+    model.add_argument("--every-step", action="store_true", help=text)
+    text = "dropout after each layer (default: 0.3; forecasts 0.1)"
+    model.add_argument("--dropout", type=float, metavar="P", help=text)
     model.add_argument("--init", metavar="MODEL", help="start from the weights of a network with the same shapes")
     how = train.add_argument_group("training")
+    text = "initial learning rate of Adam (default: 5e-3; forecasts 1e-3 or 3e-3)"
+    how.add_argument("--lr", type=float, metavar="X", help=text)
+    text = "batch size, over all processes (default: 16; forecasts 32 or 64; texts 8 to 32)"
+    how.add_argument("--batch", type=int, metavar="N", help=text)
     how.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="largest number of passes over the data (60; forecasts 16 or 60; texts 30)",
+        "--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (default: %(default)s)"
     )
-    how.add_argument(
-        "--lr", type=float, metavar="X", help="initial learning rate of Adam (5e-3; forecasts 1e-3 or 3e-3)"
-    )
-    how.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="batch size, over all processes (16; forecasts 32 or 64; texts 8 to 32)",
-    )
-    how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
-    how.add_argument(
-        "--patience",
-        type=int,
-        metavar="N",
-        help="epochs without improvement before stopping (20; forecasts 6 or 8; texts 5); 0: never stop early",
-    )
-    how.add_argument(
-        "--validation", type=float, metavar="P", help="share of the data to validate on (0.15; texts 0.05)"
-    )
-    how.add_argument(
-        "--noise", type=float, metavar="X", help="noise on each input value, in standard deviations of its channel (0)"
-    )
-    how.add_argument("--offset", type=float, metavar="X", help="noise that is constant over a sequence, likewise (0)")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
+    text = "epochs without improvement before stopping; 0: never stop early (default: 20; forecasts 6 or 8; texts 5)"
+    how.add_argument("--patience", type=int, metavar="N", help=text)
+    text = "share of the data to validate on (default: 0.15; texts 0.05)"
+    how.add_argument("--validation", type=float, metavar="P", help=text)
+    text = "noise on each input value, in standard deviations of its channel (default: 0)"
+    how.add_argument("--noise", type=float, metavar="X", help=text)
+    text = "noise that is constant over a sequence, in the same unit (default: 0)"
+    how.add_argument("--offset", type=float, metavar="X", help=text)
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     how.add_argument("--checkpoint", metavar="FILE", help="file to write after each epoch and on Ctrl-C")
-    how.add_argument(
-        "--resume", action="store_true", help="continue from --checkpoint if it exists; --epochs may be larger"
-    )
+    text = "continue from --checkpoint if it exists; --epochs may be larger"
+    how.add_argument("--resume", action="store_true", help=text)
     how.add_argument("--overwrite", action="store_true", help="start again even if --checkpoint exists")
-    how.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to train on (%(default)s)"
-    )
+    text = "device to train on (default: %(default)s)"
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
     said = train.add_argument_group("reports")
-    said.add_argument(
-        "--log",
-        metavar="PATH",
-        help="write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard",
-    )
+    text = "write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard"
+    said.add_argument("--log", metavar="PATH", help=text)
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    said.add_argument("--picture", metavar="FILE", help="plot them: to .png, .svg or .pdf")
+    text = "plot all epochs' metrics at the end, and the forecasts of the test part: to .png, .svg or .pdf"
+    said.add_argument("--picture", metavar="FILE", help=text)
     said.add_argument(
         "--inspect",
         action="store_true",
         help="record gates, norms and gradients over time in one batch of each epoch; writes report.html, and events "
         "for TensorBoard if it is installed, to MODEL-inspect/",
     )
-    said.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -174,12 +167,14 @@ def train(args: argparse.Namespace) -> int:
     name = kind_of(args)
     module = KINDS[name]
     _check_used(args, name)
-    if args.dry_run:
-        job = module.read(args)
-        show(args, {"understood": job.described}, job.understood)
-        return 0
-    needs_torch(args)
+    same = args.test is not None and os.path.realpath(args.test) == os.path.realpath(args.file)
+    if same and name != "forecasts":  # which take only one file
+        raise UsageError(f"{args.test}: the test file is the training file, on which scores say nothing")
     output = _checked_output(args)
+    if args.dry_run:
+        return _dry_run(args, module)
+    needs_torch(args)
+    assert output is not None
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes
     with locked(output if first else None):
         return _train(args, module, output, first)
@@ -189,36 +184,25 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     """Train on a file and write the network to `output`; `first` is whether this is process 0 of several."""
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     job = module.read(args)
-    options = RunOptions(
-        **_chosen(args, job, ("validation",)),
-        checkpoint=args.checkpoint,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        progress=not args.quiet,
-        device=args.device,
-        inspect=args.inspect,
-        events=folder,
-        threads=args.threads,
-        log=args.log,
-    )
-    own = Own(init=None if args.init is None else found(args.init))
-    settings, architecture = _settings(args, job), _architecture(args, job)
-    if first and not args.json:
-        print("\n".join(job.understood), flush=True)
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        result = job.fit(architecture, settings, options, own)
+    settings, architecture, options, own = _choices(args, job)
+    options = replace(options, events=folder)
+    say = (lambda lines: print("\n".join(lines), flush=True)) if first and not args.json else lambda _: None
+    say(job.understood)
+    lines, planned = job.plan(architecture, settings, options)
+    say(lines)
+    result = job.fit(architecture, settings, options, own)
     if result.rank:
         return 0
     _save(result.network, output)
     report, lines = _report(job, result, output)
+    report["plan"] = planned
     failed = None
     try:
         job.write()
         if args.history and result.history:
             history.write(args.history, result.history)
         if args.picture and result.history:
-            history.draw(args.picture, result.history, result.fit.best)
+            history.draw(args.picture, result.history, result.fit.best, job.panels())
         if folder is not None:
             report["inspect"] = _inspected(result, output, folder)
             lines += _inspect_text(report["inspect"])
@@ -228,6 +212,69 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     if failed is not None:
         raise failed
     return 130 if result.fit.interrupted else 0
+
+
+def _dry_run(args: argparse.Namespace, module: ModuleType) -> int:
+    """Report how the data is read, what would be trained, and how long that would take."""
+    job = module.read(args)
+    settings, architecture, options, own = _choices(args, job)
+    lines, planned = job.plan(architecture, settings, options)
+    planned["seconds"] = _expected(args, job, settings, architecture, options, own)
+    lines.append(_expected_text(planned["seconds"]))
+    show(args, {"understood": job.described, "plan": planned}, [*job.understood, *lines])
+    return 0
+
+
+def _expected(
+    args: argparse.Namespace,
+    job: Job,
+    settings: Settings,
+    architecture: Architecture,
+    options: RunOptions,
+    own: Own,
+) -> tuple[float, float] | None:
+    """Return the seconds of a training on this machine, with the fewest and the most epochs; None without torch.
+
+    Some steps are trained and timed.
+    """
+    try:
+        needs_torch(args)
+    except UsageError:
+        return None
+    from cellstack.train.learner import Rehearsed
+
+    rehearsal = RunOptions(options.validation, progress=False, device=args.device, threads=args.threads, rehearse=True)
+    try:
+        job.fit(architecture, settings, rehearsal, own)
+    except Rehearsed as done:
+        fits = job.fits(settings)
+        few, most = (sum(done.cost.seconds(fit[n], fit[2]) for fit in fits) for n in (0, 1))
+        return few + job.others, most + job.others
+    raise AssertionError("a rehearsal ends before the first fit")
+
+
+def _expected_text(seconds: tuple[float, float] | None) -> str:
+    if seconds is None:
+        return "expected time: not measured, because torch isn't installed"
+    few, most = seconds
+    if most < 1.5 * few or most < 2.0:
+        return f"expected time: about {_duration(most)} on this machine"
+    low, high = _duration(few), _duration(most)
+    low = low.split()[0] if low.split()[1].rstrip("s") == high.split()[1].rstrip("s") else low
+    return f"expected time: {low} to {high} on this machine, depending on early stopping"
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in words, with one or two digits.
+
+    >>> [_duration(seconds) for seconds in (0.2, 1.2, 47, 130, 9000)]
+    ['1 second', '1 second', '47 seconds', '2 minutes', '2.5 hours']
+    """
+    for name, size, least in (("hour", 3600, 5400), ("minute", 60, 90), ("second", 1, 0)):
+        if seconds >= least:
+            count = max(1.0, round(seconds / size, 1 if size == 3600 else 0))
+            return f"{count:g} {name}{'s' * (count != 1)}"
+    raise AssertionError
 
 
 def kind_of(args: argparse.Namespace) -> str:
@@ -258,14 +305,24 @@ def _check_used(args: argparse.Namespace, name: str) -> None:
             raise UsageError(f"{args.file}: --{dest.replace('_', '-')} doesn't apply to {name}{more}")
 
 
-def _checked_output(args: argparse.Namespace) -> Path:
-    """Return the network's file; check all output files now, before the training."""
-    if args.output is None:
+def _checked_output(args: argparse.Namespace) -> Path | None:
+    """Return the network's file, None for a dry run without one; check all output files now, before the training."""
+    if args.output is None and not args.dry_run:
         raise UsageError("expected -o MODEL, the file to write, or --dry-run")
-    output = with_suffix(args.output)
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder {output.parent} doesn't exist")
-    check_replaceable(output)
+    output = None
+    if args.output is not None:
+        output = with_suffix(args.output)
+        suffix = Path(args.output).suffix.lower()
+        if suffix != NATIVE and suffix in {".c", *(one for adapter in adapters() for one in adapter.SUFFIXES)}:
+            raise UsageError(
+                f"-o {args.output}: train writes {NATIVE}, which keeps what predictions need: `cellstack convert "
+                f"{Path(args.output).with_suffix(NATIVE)} {args.output}` then makes {suffix}"
+            )
+        if not output.parent.is_dir():
+            raise UsageError(f"the folder {output.parent} doesn't exist")
+        check_replaceable(output)
+    if args.log is not None and Path(args.log).suffix.lower() in history.FILES:
+        check_replaceable(args.log)
     if args.history is not None:
         history.check(args.history, history.FILES, "--history")
     if args.picture is not None:
@@ -275,9 +332,40 @@ def _checked_output(args: argparse.Namespace) -> Path:
             raise UsageError(f"--{flag} requires --checkpoint FILE")
     if args.resume and args.overwrite:
         raise UsageError("--resume (continue from the checkpoint) and --overwrite (start again) exclude each other")
-    if args.checkpoint is not None and os.path.realpath(args.checkpoint) == os.path.realpath(output):
+    if (
+        args.checkpoint is not None
+        and output is not None
+        and os.path.realpath(args.checkpoint) == os.path.realpath(output)
+    ):
         raise UsageError(f"--checkpoint and -o name the same file, {output}: the network would replace the checkpoint")
     return output
+
+
+def _choices(args: argparse.Namespace, job: Job) -> tuple[Settings, Architecture, RunOptions, Own]:
+    """Return how to train, checked as far as possible without training.
+
+    Raises:
+        UsageError: an option out of range, or a checkpoint that exists without --resume or --overwrite.
+        FileNotFoundError: no network to start from.
+    """
+    options = RunOptions(
+        **_chosen(args, job, ("validation",)),
+        checkpoint=args.checkpoint,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=False if args.quiet else None,
+        device=args.device,
+        inspect=args.inspect,
+        threads=args.threads,
+        log=args.log,
+    )
+    own = Own(init=None if args.init is None else found(args.init))
+    settings, architecture = _settings(args, job), _architecture(args, job)
+    if args.checkpoint is not None and not (args.resume or args.overwrite):
+        for path in job.checkpoints(args.checkpoint):
+            check_replaceable(path)
+            refuse_existing(path)
+    return settings, architecture, options, own
 
 
 def _chosen(args: argparse.Namespace, job: Job, names: Iterable[str]) -> dict[str, Any]:
@@ -321,7 +409,7 @@ def _inspect_folder(output: Path, resume: bool) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"train --inspect needs {error.name}: install cellstack[torch]") from None
+        raise UsageError(f"train --inspect needs {error.name}: pip install 'cellstack[torch]'") from None
     folder = output.with_name(f"{output.stem}-inspect")
     folder.mkdir(exist_ok=True)
     check_replaceable(folder / "report.html")
@@ -360,11 +448,6 @@ def _inspect_text(inspected: dict[str, Any]) -> list[str]:
     if inspected["tensorboard"] is None:
         shown = "no events were written, because TensorBoard isn't installed: pip install tensorboard"
     return [*lines, f"  {inspected['report']}", f"  {shown}"]
-
-
-def _warn(message: Warning | str, *_: Any) -> None:
-    """Print a warning in one line, as errors are printed, without its place in the code."""
-    print(f"cellstack train: warning: {message}", file=sys.stderr)
 
 
 def _report(job: Job, result: Any, output: Path) -> tuple[dict[str, Any], list[str]]:

@@ -1,23 +1,25 @@
 """File formats, one adapter each. To add a format, add a module here and its name to `ADAPTERS`.
 
-An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` returns whether a file that starts with
-these bytes may be in its format, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes
-one, and `extract(path)` returns the recurrent parts of a file by name, even where the rest isn't supported. `OPTIONS`
-lists the names of further arguments that `load` takes, if there are any.
+An adapter has `NAME` and `SUFFIXES`, and three functions: `recognises(head)` returns whether a file that starts with
+these bytes may be in its format, `load(path)` returns a Network or raises `FormatError`, and `extract(path)` returns
+the recurrent parts of a file by name, even where the rest isn't supported. `save(network, path)` writes a network,
+unless the format can only be read. `OPTIONS` lists the names of further arguments that `load` takes, if there are any.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Any
 
-from cellstack.formats.files import check_readable
+from cellstack.formats.files import check_readable, found
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
 ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
+NATIVE = ".safetensors"
 HEAD_BYTES = 64  # of a file, passed to `recognises`
 
 
@@ -26,9 +28,14 @@ def adapters() -> list[Any]:
     return [import_module(f"cellstack.formats.{name}") for name in ADAPTERS]
 
 
-def supported() -> str:
-    """Return the formats and their suffixes as one text for messages."""
-    return ", ".join(f"{adapter.NAME} ({' '.join(adapter.SUFFIXES)})" for adapter in adapters())
+def writers() -> list[Any]:
+    """Return the adapters that can write networks."""
+    return [adapter for adapter in adapters() if hasattr(adapter, "save")]
+
+
+def listed(some: Iterable[Any]) -> str:
+    """Return the names and suffixes of adapters as one text for messages."""
+    return ", ".join(f"{adapter.NAME} ({' '.join(adapter.SUFFIXES)})" for adapter in some)
 
 
 def adapter_of(path: str) -> Any:
@@ -48,21 +55,23 @@ def adapter_of(path: str) -> Any:
     preferred = [adapter for adapter in candidates if adapter in by_suffix]
     for adapter in (*preferred, *candidates, *by_suffix):
         return adapter
-    raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
+    raise FormatError(f"{path}: expected one of {listed(adapters())}, found a file that begins with {head[:8]!r}")
 
 
 def load(path: str | PathLike[str], **options: Any) -> Network:
     """Read a network from a file. The format is detected from the content, and no code from the file is run.
 
     Args:
-        path: the file.
+        path: the file; `.safetensors`, the suffix of the native format, may be omitted.
         **options: what the file doesn't specify, for the formats below; None is the same as leaving an option out.
             PyTorch's weights: `order`, the modules' names in the order in which they run, where the file doesn't
-            specify it, as with the weights of a custom class. The list may also hold `"last"` for the last step of a
-            sequence (after a bidirectional layer this isn't both final states, and `load` warns), the name of an
-            activation such as `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"`
-            distinguish an embedding from a Linear without a bias. Any other operation between the class's modules has
-            to be listed too.
+            specify it, as with the weights of a custom class: `["lstm", "final", "fc"]`. `"final"` means the final
+            hidden states of the recurrent module before it, forward then backward (`h[-2]` and `h[-1]` if it is
+            bidirectional, else `h[-1]`), and `"last"` the last step (`y[:, -1]`); after a bidirectional layer these
+            differ, and `load` warns about `"last"`. The list may also hold the name of an activation such as
+            `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"` distinguish an embedding from a Linear without
+            a bias. Any other operation between the class's modules has to be listed too. `verify(network, module)`
+            compares the result with the model.
             ONNX: `constants`, the values of inputs by name, `{"sr": 16000}`; `weights`, the same for inputs that are
             weights; `frames`, the number of values in a frame of an input; `context`, how many of a frame's last
             values are repeated at the start of the next frame.
@@ -77,7 +86,7 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
         ModuleNotFoundError: the package that reads the format isn't installed; the message names it.
         OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
-    path = fspath(path)
+    path = found(path)
     adapter = adapter_of(path)
     known = getattr(adapter, "OPTIONS", ())
     options = {name: value for name, value in options.items() if value is not None}
@@ -92,7 +101,7 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
     """Return the recurrent parts of a file by name, even where the rest of it isn't supported.
 
     Args:
-        path: the file.
+        path: the file, as for `load`.
 
     Returns:
         One network for each recurrent part, under its name in the file. A stack of layers is one part where the file
@@ -101,7 +110,7 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
     Raises:
         FormatError, ModuleNotFoundError, OSError: see `load`; FormatError also for a file without a recurrent part.
     """
-    path = fspath(path)
+    path = found(path)
     adapter = adapter_of(path)
     parts = adapter.extract(path)
     if not parts:
@@ -117,12 +126,17 @@ def save(network: Network, path: str | PathLike[str]) -> None:
         path: the file to write; an existing file is replaced in one step.
 
     Raises:
-        ValueError: no format has this suffix.
+        ValueError: no format that can be written has this suffix, or the format can't represent the network.
         OSError: the file can't be written.
     """
     path = fspath(path)
-    for adapter in adapters():
+    for adapter in writers():
         if PurePath(path).suffix.lower() in adapter.SUFFIXES:
-            adapter.save(network, path)
+            try:
+                adapter.save(network, path)
+            except ValueError as error:
+                if NATIVE not in str(error):
+                    error.args = (f"{error}; {NATIVE} supports every network",)
+                raise
             return
-    raise ValueError(f"save: expected a path that ends as one of {supported()}, got {path!r}")
+    raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}")

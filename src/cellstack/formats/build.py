@@ -14,6 +14,7 @@ from cellstack.graph import origin, state_of
 from cellstack.network import Network
 from cellstack.nodes import Activation, Flatten, Node, Permute, Recurrent, Reshape
 from cellstack.nodes.base import Shape
+from cellstack.nodes.recurrent import final
 from cellstack.spec import FormatError, ShapeError
 
 HINT = "cellstack.extract(path) gives its recurrent parts"
@@ -154,6 +155,18 @@ class Builder:
         self.shapes |= sizes
         self.states[wire] = tuple(sizes)
         return wire
+
+    def final(self, wire: str) -> None:
+        """Make the recurrent node that returns a wire, which nothing uses yet, return its final output only.
+
+        Raises:
+            ShapeError: the wire isn't the output of a recurrent node.
+        """
+        node = final(self.nodes[wire]) if wire in self.nodes else None
+        if node is None:
+            raise ShapeError('GlobalPool("final") must directly follow a recurrent layer')
+        shape = self.shapes[wire]
+        self.nodes[wire], self.shapes[wire] = node, (None,) if shape is None else shape[-1:]
 
     def output(self, wire: str, name: str = "output") -> None:
         """Make a wire an output; an input, or a wire that is an output already, is copied by an extra node.

@@ -16,7 +16,7 @@ import numpy as np
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
 from cellstack.formats.exported import export, remedy, shortened
-from cellstack.formats.pytorch import from_torch
+from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
 from cellstack.formats.sizes import Places, compared
@@ -343,7 +343,7 @@ def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
 def _directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
     """Return the network that `from_torch` returns."""
     try:
-        network = from_torch(module)
+        network = network_of_module(module)
     except TypeError as error:  # most modules are custom classes, which may still be exported to ONNX
         raise TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()")) from error
     if len(_tensors(inputs)) != len(network.inputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -12,6 +13,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from cellstack.network import Network
+
+
+NATIVE = ".safetensors"  # the suffix of the native format, which may be omitted to read a file
+
+
+def found(path: str | PathLike[str]) -> str:
+    """Return the name of an existing file: as given, or with the suffix of the native format.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    name = os.fspath(path)
+    other = name + NATIVE if os.path.basename(name) and not name.endswith(NATIVE) else ""
+    if other and os.path.isfile(other) and not os.path.isfile(name):  # a folder may have the name
+        return other
+    if not os.path.exists(name):
+        raise FileNotFoundError(errno.ENOENT, f"no such file, nor {other}" if other else "no such file", name)
+    return name
 
 
 def check_unedited(network: Network, what: str) -> None:

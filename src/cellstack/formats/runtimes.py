@@ -66,6 +66,7 @@ ONNX_TYPES = {
     "tensor(int32)": "int32",
 }
 Inputs = Mapping[str, Array]
+MODULE = "to compare with the model, pass the torch module instead of its file: cellstack.verify(net, module)"
 
 
 def named(states: Sequence[CellState]) -> dict[str, Array]:
@@ -173,7 +174,8 @@ def _by_us(net: Network, path: str, inputs: Inputs) -> Answers:
         other = safetensors.load(path)
         y, states = other.run(_by_name(other.inputs, list(inputs), list(inputs.values()), "inputs"))
     except FormatError as error:
-        raise CannotRunError(str(error)) from None
+        ordered = net.metadata.get("source", {}).get("order")
+        raise CannotRunError(MODULE if ordered else str(error)) from None
     except ValueError as error:
         raise CannotRunError(_says("the network in the file takes other inputs", error)) from None
     arrays = y if isinstance(y, tuple) else (y,)
@@ -523,7 +525,11 @@ def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
     weights = {f"{name}_l0" if re.search(r"_(ih|hh)$", name) else name: one for name, one in weights.items()}
     layers = [re.search(r"_l(\d+)(_reverse)?$", name) for name in weights]
     if len(weights) != len(tensors) or "weight_hh_l0" not in weights or len(inputs) != 1 or None in layers:
-        raise CannotRunError(f"expected the weights of one recurrent module, found {', '.join(tensors)[:200]}")
+        modules = dict.fromkeys(name.rpartition(".")[0] or name for name in tensors)
+        raise CannotRunError(
+            "torch can only run a state dict of one recurrent module, as it doesn't contain the model's forward; "
+            f"{MODULE} (found {', '.join(modules)[:200]})"
+        )
     cell = net.cells[0].spec
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell.kind]
     flags = {"proj_size": cell.proj_size} if cell.kind == "lstm" else {}
@@ -577,32 +583,46 @@ def _by_compiler(net: Network, path: str, inputs: Inputs) -> Answers:
         if done.returncode:
             raise CannotRunError(f"{compiler}: {done.stderr.strip()[:300]}")
         version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout
-        found = re.search(r"RAM: +([\d,]+) bytes", header.read_text(encoding="ascii"))
-        size = int(found[1].replace(",", "")) if found else 0
-        outputs, states = _in_c(ctypes.CDLL(built), name, size, net, next(iter(inputs.values())))
+        text = header.read_text(encoding="ascii")
+        outputs, states = _in_c(ctypes.CDLL(built), name, text, net, next(iter(inputs.values())))
     return Answers(PurePath(compiler).name, version.strip(), outputs, states)
 
 
 def _in_c(
-    library: ctypes.CDLL, name: str, size: int, net: Network, x: Array
+    library: ctypes.CDLL, name: str, header: str, net: Network, x: Array
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Run each row step by step."""
+    """Run each row, step by step unless the network takes whole sequences."""
     frames = np.ascontiguousarray(x.reshape(*x.shape[:2], -1), net.dtype)
+    size = _number(r"RAM: +([\d,]+) bytes", header)
     y = np.empty((*frames.shape[:2], net.shapes[net.outputs[0]][-1] or 1), net.dtype)
     memory = np.zeros((len(frames), size // net.dtype.itemsize), net.dtype)
 
     def call(what: str, *arrays: Array) -> None:
         getattr(library, f"{name}_{what}")(*(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
 
+    whole = len(net.shapes[net.outputs[0]]) == 2
+    by_steps = hasattr(library, f"{name}_step")
+    work = np.empty(0 if by_steps else frames.shape[1] * _number(r"_WORK\(steps\) .*\* (\d+)\)", header), net.dtype)
     for row, state in enumerate(memory):
+        if not by_steps:
+            out = y[row] if whole else y[row, -1]
+            pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (state, frames[row], out, work)]
+            getattr(library, f"{name}_run")(*pointers[:2], ctypes.c_size_t(frames.shape[1]), *pointers[2:])
+            continue
         call("init", state)
         for t in range(frames.shape[1]):
             call("step", state, frames[row, t], y[row, t])
     sizes = [size for cell in net.cells for size in cell.spec.state_sizes.values()]
     blocks = np.split(memory, np.cumsum(sizes), axis=1)  # scratch comes last
     names = (f"cell {n} {array}" for n, cell in enumerate(net.cells) for array in cell.spec.state_sizes)
-    whole = len(net.shapes[net.outputs[0]]) == 2
     return {net.outputs[0]: y if whole else y[:, -1]}, dict(zip(names, blocks, strict=False))
+
+
+def _number(pattern: str, header: str) -> int:
+    """Return a number in a header that we wrote."""
+    found = re.search(pattern, header)
+    assert found is not None
+    return int(found[1].replace(",", ""))
 
 
 def _by_nothing(net: Network, path: str, inputs: Inputs) -> Answers:

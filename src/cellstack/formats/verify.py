@@ -1,8 +1,9 @@
-"""Compares a network's outputs with those of a file's own runtime, and with its own reduced-precision streams."""
+"""Compares a network with a file's own runtime or a torch module, and with its own reduced-precision streams."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from cellstack.formats import runtimes
 from cellstack.formats.files import check_readable
+from cellstack.formats.in_memory import is_module, run_module
 from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, named
 from cellstack.network import Network
 from cellstack.nodes import Embedding
@@ -55,7 +57,7 @@ class Report:
     """The result of `verify`.
 
     Args:
-        path: the file.
+        path: the file, or the class of the torch module.
         runtime: the runtime that ran it, None if none could.
         version: the runtime's version.
         inputs: shapes of the inputs, by name.
@@ -163,14 +165,17 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0, streams: bool = True) -> Report:
-    """Run the same input through a network and through a file's own runtime, and compare what they return.
+def verify(net: Network, path: str | PathLike[str] | Any, x: Any = None, seed: int = 0, streams: bool = True) -> Report:
+    """Run the same input through a network and through a file's own runtime or a torch module, and compare the outputs.
 
     Args:
         net: the network, such as the one that `load` returned for the file, or that was saved to it.
         path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and similar by torch (state
-            dicts of one recurrent module), `.c` with the machine's C compiler, `.safetensors` by `load`.
-        x: a sample of the data, as for `Network.run`, with a time axis; None = random.
+            dicts of one recurrent module), `.c` with the machine's C compiler, `.safetensors` by `load`. Or a
+            `torch.nn.Module`, which is called in evaluation mode: the state dict of a model doesn't contain its
+            `forward`, so compare a network of `load(path, order=[…])` with the model in memory.
+        x: a sample of the data, as for `Network.run`, with a time axis; None = random. A module is called with random
+            inputs of several batch sizes and lengths.
         seed: the seed of random inputs.
         streams: whether to also compare streams with bfloat16 and int8 weights with the float32 one, on the same input,
             step by step.
@@ -199,6 +204,13 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     """
     if not isinstance(net, Network):
         raise TypeError(f"verify: expected net to be a Network, such as load(path) returns, got {type(net).__name__}")
+    if is_module(path):
+        inputs = drawn(net, seed, BATCH, usual_steps(net)) if x is None else net.as_inputs("verify", x)
+        report = _with_module(net, path, inputs, seed if x is None else None)
+        rounded, why = _rounded(net, inputs) if streams else ((), "")
+        return replace(report, drawn=x is None, streams=rounded, no_streams=why, weights=net.weights)
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"verify: expected a file's path or a torch module, got {type(path).__name__}")
     path = fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", path)
@@ -242,6 +254,50 @@ def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
         tuple(_difference(name, ours.get(name), array) for name, array in pairs.items()),
         "; ".join(filter(None, [f"not compared: {', '.join(left)}{why}" if left else "", theirs.note])),
     )
+
+
+def _with_module(net: Network, module: Any, inputs: Inputs, seed: int | None) -> Report:
+    """Return the report for a torch module: the greatest differences over several sizes, if a seed is given."""
+    name = type(module).__name__
+    shapes = {name: array.shape for name, array in inputs.items()}
+    differences: dict[str, Difference] = {}
+    sizes: list[str] = []
+    notes: list[str] = []
+    answers = None
+    for size, values in (("", inputs), *(() if seed is None else _other_sizes(net, inputs, seed))):
+        y, states = net.run(values)
+        ours = dict(zip(net.outputs, y if len(net.outputs) > 1 else (y,), strict=True))
+        try:
+            theirs = run_module(net, module, values, ours)
+        except CannotRunError as error:
+            if answers is None:
+                return Report(name, None, "", shapes, (), str(error))
+            notes.append(f"not compared for {size}: {error}")
+            continue
+        answers = answers or theirs
+        sizes += [size] if size else []
+        ours |= named(states)
+        for key, array in (theirs.outputs | theirs.states).items():
+            one = _difference(key, ours.get(key), array)
+            differences[key] = max(
+                differences.get(key, one), one, key=lambda one: (one.shape != one.theirs, one.relative)
+            )
+    assert answers is not None
+    also = f"greatest differences, also with {', '.join(sizes)}" if sizes else ""
+    note = "; ".join(filter(None, [also, answers.note, *notes]))
+    return Report(name, answers.runtime, answers.version, shapes, tuple(differences.values()), note)
+
+
+def _other_sizes(net: Network, inputs: Inputs, seed: int) -> Iterator[tuple[str, Inputs]]:
+    """Yield random inputs of other batch sizes and lengths that a network accepts, each with its sizes as text."""
+    steps = next((array.shape[1] for name, array in inputs.items() if net.graph.timed(name)), 1)
+    for batch, length in ((1, steps), (2, 1), (3, 4 * steps)):
+        values = drawn(net, seed, batch, length)
+        try:
+            net.run(values)
+        except ShapeError:
+            continue
+        yield f"B={batch} T={length}", values
 
 
 def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:

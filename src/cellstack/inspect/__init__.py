@@ -29,3 +29,7 @@ __all__ = [
     "spectral_radii",
     "watch",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,14 +9,15 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cellstack.graph import origin
-from cellstack.inspect.payload import payload_of
+from cellstack.inspect.payload import named, payload_of
+from cellstack.nodes import Activation, Clip, Masking, Scale, Select, Standardise
 from cellstack.spec import GATES
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ ROUNDED = ((1 << 19, np.float64), (1 << 22, np.float32), (LARGEST, np.float16))
 """Size limits of a trace, in numbers, and the widest dtype for each."""
 SMALLEST_NORMAL = 2.0**-14  # below, a float16 has fewer digits
 MOST_BLOCKS = 1 << 17  # maximum number of blocks of a wave's minimum and maximum
+KEEPING = (Activation, Clip, Masking, Scale, Standardise)  # nodes whose output has the features of their input
 BANDS, FRAMES = 96, 2048  # maximum size of a spectrum
 
 
@@ -111,16 +113,20 @@ def payload(
     title: str | None = None,
     rows: Any = None,
     packed: bool = True,
+    names: Mapping[str, Any] | None = None,
+    truth: Any = None,
+    rescale: tuple[Any, Any] | None = None,
+    ids: Any = None,
 ) -> Payload:
     """Return the contents of a trace's page: see `NetworkTrace.save_html`.
 
     Args:
         t: the trace.
-        labels, audio, title, rows: see there.
+        labels, audio, title, rows, names, truth, rescale, ids: see there.
         packed: whether the arrays are compressed.
 
     Raises:
-        ValueError: more numbers than a page supports; labels or a wave that don't fit.
+        ValueError: more numbers than a page supports; labels, names, true values or a wave that don't fit.
         IndexError: a row that doesn't exist.
         TypeError: a title that isn't a string.
     """
@@ -136,9 +142,11 @@ def payload(
     numbers, aligned, nodes = t.steps, t._parts.aligned, t._parts.nodes
     network = t.network
     flows = _flows(t)
+    features = _features(t, names)
     inputs = [
         {
             "name": name,
+            "names": features[name],
             "shape": network.graph.shown(name),
             "ids": name in network.graph.ids,
             **_value(flows.get(name), network.graph.timed(name), name in aligned, taken, arrays),
@@ -157,6 +165,7 @@ def payload(
         described.append(
             {
                 "name": name,
+                "names": features[name],
                 "kind": type(node).__name__,
                 "summary": node.summary,
                 "shape": network.graph.shown(name),
@@ -173,12 +182,14 @@ def payload(
         "title": title if title is not None else f"A trace of {len(numbers)} step{'s' * (len(numbers) != 1)}",
         "rows": count,
         "row_numbers": [int(number) for number in taken],
+        "row_ids": None if ids is None else [str(_each_row(t, "ids", ids)[row]) for row in taken],
         "steps": [int(number) for number in numbers],
         "labels": _labels(labels, len(numbers), count),
         "audio": None if audio is None else _audio(audio, arrays),
         "inputs": inputs,
         "nodes": described,
         "outputs": list(network.outputs),
+        "answer": _answer(t, taken, truth, rescale, arrays),
         "rounded": arrays.dtype.name if arrays.dtype.itemsize < network.dtype.itemsize else None,
         "dtype": network.dtype.name,
         "patches": [
@@ -341,6 +352,73 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     return {"network": stored, "run": flags, "why_not": None}
 
 
+def _features(t: NetworkTrace, given: Mapping[str, Any] | None) -> dict[str, list[str] | None]:
+    """Return the names of the features of each input and node, None where they have none.
+
+    They are given, or from the network's metadata; nodes that only change values or steps keep those of their source.
+    """
+    network, own = t.network, named(t.network)
+    width = {name: network.shapes[name][-1] if network.shapes[name] else None for name in network.shapes}
+    found: dict[str, list[str] | None] = dict.fromkeys((*network.inputs, *network.names))
+    usual = {network.inputs[0]: own.channels} if len(network.inputs) == 1 else {}
+    ends = {network.outputs[0]: own.outputs} if len(network.outputs) == 1 else {}
+    for name, some in (usual | ends).items():
+        if len(some) == width[name] and name not in network.graph.ids:
+            found[name] = list(some)
+    for name, some in (given or {}).items():
+        if name not in found:
+            raise ValueError(f"save_html: expected names of {', '.join(found)}, got {name!r:.80}")
+        listed = [str(one) for one in some]
+        if isinstance(some, str) or len(listed) != width[name]:
+            raise ValueError(f"save_html: expected {width[name]} names for {name}, got {some!r:.80}")
+        found[name] = listed
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        kept = isinstance(node, KEEPING) or (isinstance(node, Select) and node.axis == 1)
+        if found[name] is None and kept and len(sources) == 1 and width[name] == width.get(sources[0]):
+            found[name] = found[sources[0]]
+    return found
+
+
+def _answer(t: NetworkTrace, taken: Array, truth: Any, rescale: tuple[Any, Any] | None, arrays: Arrays) -> Any:
+    """Return what the network predicts: its task, the names of its targets, the true values, the targets' units."""
+    own = named(t.network)
+    scaled = None
+    if rescale is not None:
+        shape = np.shape(t.y)
+        try:
+            scaled = [
+                arrays.put(_some(np.array(np.broadcast_to(np.asarray(one, np.float64), shape)), taken))
+                for one in rescale
+            ]
+        except ValueError as error:
+            raise ValueError(f"save_html: expected rescale as (scale, offset) for {list(shape)}: {error}") from None
+    return {
+        "task": own.task,
+        "targets": list(own.targets),
+        "quantiles": list(own.quantiles),
+        "truth": None if truth is None else [_plain(_each_row(t, "truth", truth)[row]) for row in taken],
+        "rescale": scaled,
+    }
+
+
+def _each_row(t: NetworkTrace, name: str, given: Any) -> Any:
+    """Return what was given for each row of a trace; `ValueError` if it is something else."""
+    rows = len(t.y[0] if isinstance(t.y, tuple) else t.y)
+    if isinstance(given, str) or len(given) != rows:
+        raise ValueError(f"save_html: expected {name} to be a list of {rows}, one for each row, got {given!r:.80}")
+    return given
+
+
+def _plain(value: Any) -> Any:
+    """Return a true value in JSON-compatible form: a number, a string, or a list of these; None for NaN."""
+    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
+        return [_plain(one) for one in value]
+    value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return value if math.isfinite(value) else None
+    return None if value is None else str(value)
+
+
 def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:
     """Return the labels of the steps, for all rows, or for each row."""
     if labels is None:
@@ -377,7 +455,8 @@ def _texts(labels: Any) -> tuple[str, list[Any]]:
             return "text", [str(label) for label in labels]
         array = np.asarray(labels)
     if array.dtype.kind == "M":
-        return "date", np.datetime_as_string(array).tolist()
+        whole = array.astype("datetime64[D]")  # without a time of day if all are midnight
+        return "date", np.datetime_as_string(whole if (whole == array).all() else array).tolist()
     if array.dtype.kind in "iuf":
         return "number", [None if not math.isfinite(value) else value for value in array.astype(float).tolist()]
     if array.dtype.kind == "O":  # such as datetime.date

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LEFT, RIGHT = 0.1, 0.9  # below, a gate is nearly closed; above, nearly open (Karpathy et al.)
 MOSTLY = 0.95  # share of the steps
+SHARE = "share of steps"  # how the names of such figures begin: they are printed in percent
 SILENT = 0.01  # bound on |h| of a dead unit, and on the change of h of a stuck one
 FLAT = 0.99  # above, tanh has a slope of less than 0.02
 LONGEST = 1000  # default number of steps of a Lyapunov exponent
@@ -231,7 +232,8 @@ class Report:
             lines.append(name)
             for what, value in figures.items():
                 each = value.items() if isinstance(value, dict) else [("", value)]
-                lines.append(f"  {what}: {', '.join(f'{gate} {number:.3g}'.strip() for gate, number in each)}")
+                form = ".1%" if what.startswith(SHARE) else ".3g"
+                lines.append(f"  {what}: {', '.join(f'{part} {number:{form}}'.strip() for part, number in each)}")
         found = [f"- {sentence}" for sentence in self.findings] or ["nothing stands out"]
         return "\n".join([*lines, *found])
 
@@ -271,8 +273,8 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     h = cell["h"][used].astype(np.float64)
     figures: dict[str, float | dict[str, float]] = {"rms of h": rms(h)}
     for gate, (left, right) in gate_shares(cell).items():
-        means = {"shut": float(left.mean()), "open": float(right.mean())}
-        figures[f"steps with {gate} below {LEFT}, above {RIGHT}"] = means
+        means = {f"shut (below {LEFT})": float(left.mean()), f"open (above {RIGHT})": float(right.mean())}
+        figures[f"{SHARE} at which {gate} is"] = means
     if spec.kind == "lstm":
         figures["rms of c"] = rms(cell["c"][used].astype(np.float64))
     if spec.kind != "rnn":
@@ -298,7 +300,9 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     if quarter >= LEAST_QUARTER:
         early, late = (float(part.mean()) for part in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
         drift = late / early if early else math.nan
-        figures["drift of the state, last quarter over the second"] = drift
+        figures["growth of the state (mean size in the last quarter of the run, relative to the second quarter)"] = (
+            drift
+        )
         if drift > GROWN:
             grown = f"the state grows by a factor of {drift:.1f} from the second quarter of the run to the last"
             found.append((2, f"{grown}. Reset it, or clip c"))

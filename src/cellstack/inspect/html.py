@@ -45,6 +45,7 @@ MODULES = (
     "seriation",
     "formulas",
     "view",
+    "answer",
     "network",
     "tiles",
     "wave",
@@ -113,19 +114,19 @@ def _joinable(name: str) -> str:
 
 
 def save_html(
-    t: NetworkTrace, path: str | PathLike[str], labels: Any, audio: Any, title: str | None, rows: Any
+    t: NetworkTrace, path: str | PathLike[str], labels: Any, audio: Any, title: str | None, rows: Any, **meaning: Any
 ) -> None:
     """Write the page of a trace: see `NetworkTrace.save_html`."""
     check_replaceable(path)  # before the work of compressing
-    parts = page(t, labels, audio, title, rows)
+    parts = page(t, labels, audio, title, rows, **meaning)
     with replacing(path) as file:
         for part in parts:
             file.write(part)
 
 
-def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any) -> Iterator[bytes]:
+def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any, **meaning: Any) -> Iterator[bytes]:
     """Return the page of a trace in chunks: see `NetworkTrace.save_html`; errors are raised before the first chunk."""
-    made = contents.payload(t, labels, audio, title, rows)
+    made = contents.payload(t, labels, audio, title, rows, **meaning)
     head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
     before, after = b'<script type="text/plain" id="array-%d">', b"</script>\n"
     arrays = ((before % number, base64.b64encode(data), after) for number, data in enumerate(made.arrays))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,41 @@ from cellstack.formats import safetensors as native_format
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
+
+
+class Named(NamedTuple):
+    """The names that a trained network has for its numbers; empty where it has none."""
+
+    task: str | None = None
+    channels: tuple[str, ...] = ()
+    """Of the input's features."""
+    outputs: tuple[str, ...] = ()
+    """Of the output's features: the classes, the targets, the quantiles of each target, or the characters."""
+    targets: tuple[str, ...] = ()
+    """The columns that a regression or a forecast predicts."""
+    quantiles: tuple[float, ...] = ()
+
+
+def named(network: Network) -> Named:
+    """Return the names in a network's metadata, as training writes them."""
+    metadata, task, channels = network.metadata, network.task, network.channels
+    if task == "classify":
+        return Named(task, channels, tuple(map(str, network.labels)))
+    if task == "regress":
+        label = (metadata.get("table") or {}).get("label")
+        targets = tuple(map(str, label)) if isinstance(label, list) else (str(label),) if label else ()
+        return Named(task, channels, targets, targets)
+    if task == "forecast":
+        recipe = metadata.get("recipe") or {}
+        targets, quantiles = tuple(recipe.get("targets", ())), tuple(recipe.get("quantiles", ()))
+        outputs = tuple(f"{target}, quantile {level:g}" for target in targets for level in quantiles)
+        return Named(task, channels, outputs, targets, quantiles)
+    characters = metadata.get("characters")
+    if task == "text" or isinstance(characters, (str, list)):
+        bytes_ = [chr(byte) if 32 <= byte < 127 else f"{byte:02x}" for byte in range(256)]
+        alphabet = tuple(map(str, characters if isinstance(characters, (str, list)) else bytes_))
+        return Named("text", alphabet, alphabet)
+    return Named(None, channels)
 
 
 def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace
     from cellstack.nodes.base import Array
 
+NAME_LENGTH = 80  # characters of a cell's name in a line
 GATES = ("i", "f", "o", "z", "r")  # from 0 to 1; states and candidates are centred on 0
 
 
@@ -27,6 +29,8 @@ def _pyplot() -> Any:
 def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[str] | None, row: int) -> Figure:
     """Return a figure of one row of a trace: see `NetworkTrace.plot`."""
     pyplot = _pyplot()
+    from matplotlib.ticker import MaxNLocator  # once pyplot has said what is missing
+
     count = len(t.y[0] if isinstance(t.y, tuple) else t.y)
     if not isinstance(row, (int, np.integer)) or isinstance(row, bool) or not -count <= row < count:
         raise IndexError(f"plot: expected row as a number below {count}, got {row!r:.80}")
@@ -46,7 +50,7 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
     figure, axes = pyplot.subplots(
         len(panels), sharex=True, squeeze=False, figsize=(8, 0.6 + 1.3 * len(panels)), layout="constrained"
     )
-    steps = t.steps
+    steps, above = t.steps, None
     for axis, (name, field, values) in zip(axes[:, 0], panels, strict=True):
         most = 1.0 if field in GATES else max(float(abs(values).max(initial=0.0)), 1e-9)
         image = axis.imshow(
@@ -59,9 +63,14 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
             vmax=most,
             extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, values.shape[1] - 0.5) if len(steps) else None,
         )
-        axis.set_ylabel(f"{name}\n{field}, unit")
-        figure.colorbar(image, ax=axis)
+        axis.set_ylabel(f"{field}, unit")
+        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        if name != above:  # once for all fields of a cell: next to each of them, long names would overlap
+            axis.set_title("\n".join(wrap(name, NAME_LENGTH)), loc="left", fontsize="medium", fontweight="bold")
+        above = name
+        figure.colorbar(image, ax=axis, ticks=MaxNLocator(4))
     axes[-1, 0].set_xlabel("step")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     pyplot.close(figure)  # otherwise a notebook draws it twice
     return figure
 

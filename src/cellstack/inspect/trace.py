@@ -388,6 +388,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         audio: tuple[Any, float] | None = None,
         title: str | None = None,
         rows: Index = None,
+        names: Mapping[str, Sequence[str]] | None = None,
+        truth: Sequence[Any] | None = None,
+        rescale: tuple[Any, Any] | None = None,
+        ids: Sequence[Any] | None = None,
     ) -> None:
         """Write an interactive page of the trace: one HTML file that works offline.
 
@@ -402,16 +406,22 @@ class NetworkTrace(Mapping[str, NodeTrace]):
                 it is shown above the map, with its spectrum.
             title: the heading of the page.
             rows: the rows, as a slice, a number or numbers; None = all.
+            names: the names of features, by the name of an input or a node: `{"x": columns, "head": classes}`; a
+                network that was trained here has those of its channels, classes and targets.
+            truth: the true class or value of each row, or a list with one for each step; shown next to the prediction.
+            ids: the name of each row, such as a customer's.
+            rescale: `(scale, offset)`, which broadcast to the output: `output·scale + offset` is the prediction in its
+                original units.
 
         Raises:
-            ValueError: more numbers than a page supports; labels or a wave that don't fit.
+            ValueError: more numbers than a page supports; labels, names, true values or a wave that don't fit.
             IndexError: a row that doesn't exist.
             TypeError: a title that isn't a string.
             OSError: the file can't be written.
         """
         from cellstack.inspect.html import save_html  # a page is made of a trace, not a trace of it
 
-        save_html(self, path, labels, audio, title, rows)
+        save_html(self, path, labels, audio, title, rows, names=names, truth=truth, rescale=rescale, ids=ids)
 
     def widget(
         self,
@@ -420,6 +430,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         audio: tuple[Any, float] | None = None,
         title: str | None = None,
         rows: Index = None,
+        names: Mapping[str, Sequence[str]] | None = None,
+        truth: Sequence[Any] | None = None,
+        rescale: tuple[Any, Any] | None = None,
+        ids: Sequence[Any] | None = None,
     ) -> Any:
         """Return the page of the trace as a widget for Jupyter, VS Code or marimo; arguments as in `save_html`.
 
@@ -431,7 +445,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """
         from cellstack.inspect.widget import widget  # as a page
 
-        return widget(self, labels, audio, title, rows)
+        return widget(self, labels, audio, title, rows, names=names, truth=truth, rescale=rescale, ids=ids)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         from cellstack.inspect.widget import mimebundle  # as a page

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 MOST_SHOWN = 1 << 22  # maximum size of a trace shown at the end of a notebook cell, sent to the browser each time
 
 
-def widget(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any) -> Any:
+def widget(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any, **meaning: Any) -> Any:
     """Return the page of a trace as a widget: see `NetworkTrace.widget`."""
-    made = contents.payload(t, labels, audio, title, rows, packed=False)
+    made = contents.payload(t, labels, audio, title, rows, packed=False, **meaning)
     return _page_class()(payload={"description": made.description, "arrays": made.arrays})
 
 
@@ -26,7 +26,7 @@ def _page_class() -> Any:
         import anywidget
         import traitlets
     except ModuleNotFoundError as error:
-        raise ImportError(f"a widget needs {error.name}: install cellstack[notebook]") from None
+        raise ImportError(f"a widget needs {error.name}: pip install 'cellstack[notebook]'") from None
 
     class Page(anywidget.AnyWidget):
         """Draws the result of `cellstack.inspect.contents.payload` with the page's module."""

@@ -15,8 +15,22 @@ True
 
 from importlib.util import find_spec
 
+from cellstack.spec import check_installed
+
 if find_spec("keras") is None:
     raise ModuleNotFoundError("cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras", name="keras")
+check_installed("cellstack.keras", "torch", "torch")
+
+_NEEDS = "cellstack.keras needs Keras's torch backend: set KERAS_BACKEND=torch before Keras is imported"
+try:
+    import keras as _keras
+except ModuleNotFoundError as error:  # without a setting, Keras imports TensorFlow
+    _package = (error.name or "").partition(".")[0]
+    if _package not in ("tensorflow", "jax"):
+        raise
+    raise ModuleNotFoundError(f"{_NEEDS}; it is set to {_package}, which isn't installed", name=_package) from None
+if _keras.backend.backend() != "torch":
+    raise ImportError(f"{_NEEDS}; it is set to {_keras.backend.backend()}", name="keras")
 
 from cellstack.keras.calls import Calls, calls
 from cellstack.keras.layers import GRU, LSTM, SimpleRNN
@@ -35,3 +49,7 @@ __all__ = [
     "restore",
     "unpatch",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

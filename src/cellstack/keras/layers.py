@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from cellstack.keras import cells, engines
+from cellstack.keras import cells, torch_backend
 from cellstack.spec import TRACES, CellSpec, as_flag, as_integer, check_state
 
 _ops: Any = keras.ops
@@ -98,11 +98,6 @@ class _Recurrent(keras.layers.Layer):
             y `[B, T, P]` with `return_sequences`, else `[B, P]`; then the arrays of the state, with `return_state`;
             then the gates and states of every step `[B, T, H]`, with `return_gates`, in the order of the kind's trace.
         """
-        if engines.why_not_here():
-            raise NotImplementedError(
-                f"{self.name}: expected Keras's torch backend, got {engines.NAME}: set KERAS_BACKEND=torch before "
-                "importing Keras"
-            )
         if mask is None:  # Keras passes it only to layers with a single tensor argument
             mask = getattr(sequences, "_keras_mask", None)
         states = None
@@ -113,7 +108,7 @@ class _Recurrent(keras.layers.Layer):
             check_state(self.name, shapes, sequences.shape[0], self._spec.state_sizes)
         drops = self._drawn(sequences) if training else (None,) * 4
         arrays = [variable.value for variable in self._arrays]
-        y, last, ends, every = engines.run_layer(
+        y, last, ends, every = torch_backend.run_layer(
             self._spec, sequences, states, arrays, drops, mask, reset, self.go_backwards, self.return_gates
         )
         out = y if self.return_sequences else last

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import keras
 
-from cellstack.keras import engines, states
+from cellstack.keras import states, torch_backend
 from cellstack.keras.calls import count
 from cellstack.keras.cells import of, why_not, why_not_training
 
@@ -27,12 +27,7 @@ def active(layer: Any) -> bool:
 
 def reason(layer: Any, sequences: Any, mask: Any, training: Any) -> str:
     """Return why Keras runs a call of an accelerated layer; "" if our op runs it."""
-    return (
-        engines.why_not_here()
-        or why_not(layer)
-        or (why_not_training(of(layer)) if training else "")
-        or engines.why_not(sequences, mask)
-    )
+    return why_not(layer) or (why_not_training(of(layer)) if training else "") or torch_backend.why_not(sequences, mask)
 
 
 # ── Replacements of Keras's methods ───────────────────────────────────────────────────────────────────────────────────
@@ -47,8 +42,8 @@ def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         results, why = None, reason(self, sequences, used, training)
         if not why:
             given = list(initial_state) if keras.tree.is_nested(initial_state) else [initial_state]
-            results, why = engines.run(self, sequences, given, used, training)
-        if not engines.symbolic(sequences):
+            results, why = torch_backend.run(self, sequences, given, used, training)
+        if not torch_backend.symbolic(sequences):
             count(why)
         return original(self, sequences, initial_state, mask, training=training) if results is None else results
 
@@ -57,7 +52,7 @@ def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, sequences: Any, initial_state: Any = None, mask: Any = None, training: Any = False) -> Any:
-        if active(self) and engines.concrete(sequences):
+        if active(self) and torch_backend.concrete(sequences):
             initial_state = states.start(self, sequences, initial_state)
             if initial_state is None and not training and _goes_straight(self):
                 results = _inferred(self, sequences, mask)
@@ -86,7 +81,7 @@ def _inferred(layer: Any, sequences: Any, mask: Any) -> Any:
     used = mask[0] if isinstance(mask, (list, tuple)) else mask
     if reason(layer, sequences, used, False):
         return None
-    results, _ = engines.run(layer, sequences, (), used, False)
+    results, _ = torch_backend.run(layer, sequences, (), used, False)
     if results is None:
         return None
     count("")
@@ -106,8 +101,8 @@ def _reset_state(original: Callable[..., Any]) -> Callable[..., Any]:
 def _draw_masks(original: Callable[..., Any]) -> Callable[..., Any]:
     def draw_masks(self: Any, cell: Any, input_sequence: Any, input_state: Any) -> None:
         # Keras runs a step of every cell of a stack to find the widths, but its own cells have them as attributes.
-        if active(self) and cell is self.cell and not why_not(self) and engines.concrete(input_sequence):
-            engines.draw(of(self), input_sequence)
+        if active(self) and cell is self.cell and not why_not(self) and torch_backend.concrete(input_sequence):
+            torch_backend.draw(of(self), input_sequence)
         else:
             original(self, cell, input_sequence, input_state)
 

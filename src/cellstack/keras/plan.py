@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cellstack.keras import engines
+from cellstack.keras import torch_backend
 from cellstack.keras.cells import of, why_not, why_not_training
 from cellstack.keras.patching import active, recurrent
 from cellstack.spec import Plan
@@ -34,13 +34,13 @@ def plan(model: Any) -> Plan:
 def _line(layer: Any) -> str:
     if not active(layer):
         return "Keras: not accelerated; cellstack.keras.patch() or accelerate(model) makes the fused kernel run it"
-    why = engines.why_not_here() or why_not(layer)
+    why = why_not(layer)
     elsewhere = {} if why else {str(weight.value.device) for weight in layer.weights} - {"cpu"}
     if elsewhere:
         why = f"weights on {', '.join(sorted(elsewhere))}"
     if why:
         return f"Keras: {why}"
-    line = f"fused cpu kernel ({engines.isa()})"
+    line = f"fused cpu kernel ({torch_backend.isa()})"
     training = why_not_training(of(layer))
     if training:
         line += f"; Keras in training: {training}"

@@ -11,6 +11,10 @@ for a tensor on another device. Dropout and zoneout follow the module's `train()
 input is converted to the weights' dtype, in which the kernel computes.
 """
 
+from cellstack.spec import check_installed
+
+check_installed("cellstack.layers", "torch", "torch")
+
 from cellstack.layers.base import apply_constraints, losses
 from cellstack.layers.bidirectional import Bidirectional
 from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
@@ -42,3 +46,7 @@ __all__ = [
     "losses",
     "truncated_backward",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

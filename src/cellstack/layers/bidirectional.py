@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cellstack.layers.base import Layer, describe
+from cellstack.layers.foreign import state_counts
 from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import pack
 from cellstack.spec import Plan, ShapeError
@@ -120,6 +121,9 @@ class Bidirectional(Layer):
             return None, None
         ahead, back = self.forward_layer.state_count, self.backward_layer.state_count
         came = len(value) if hasattr(value, "__len__") else type(value).__name__
+        flat = [sum(state_counts(layer.cells)) for layer in (self.forward_layer, self.backward_layer)]
+        if came == sum(flat):  # the arrays of stacks in a flat list
+            ahead, back = flat
         if came != ahead + back:
             raise ShapeError(
                 f"{self._owner}: expected {ahead} states for the forward layer, then {back} for the backward layer, "
@@ -150,7 +154,8 @@ class Bidirectional(Layer):
 
         Args:
             sequences, mask, return_gates, lengths: see `RNN.forward`.
-            initial_state: the forward layer's states, then the backward layer's, in one list.
+            initial_state: the forward layer's states, then the backward layer's, in one list; those of stacks also as
+                a flat list of arrays.
             training: whether dropout and zoneout are active; None: use the module's mode.
             reset: bool `[B, T]`, True where a new piece of a row begins, for both layers: see `RNN.forward`.
 

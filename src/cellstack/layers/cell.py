@@ -142,7 +142,9 @@ class Cell(Layer):
             try:
                 name = eager.activation_name(value)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{self._owner}: {key}: {error}") from None
+                turned = key == "activation" and isinstance(value, int)  # torch.nn.LSTM(input_size, hidden_size)
+                hint = f" {value}: the first argument is units, and input_size= is the width of x" if turned else ""
+                raise type(error)(f"{self._owner}: {key}: {error}{hint}") from None
             texts[key] = name if eager.known(name) else "linear"
         fields = {key: texts[key] for key in usual} | {name: given[name] for name in _FLAGS if name in given}
         by_name = {gate: texts[gate] for gate in by_gate}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,11 @@ def initial_state(cell: Any, batch: int, like: Tensor) -> Any:
     if isinstance(cell.state_size, int):
         return like.new_zeros(batch, cell.state_size)
     return [like.new_zeros(batch, size) for size in cell.state_size]
+
+
+def state_counts(cells: Iterable[Any]) -> list[int]:
+    """Return the number of tensors in each cell's state."""
+    return [1 if isinstance(cell.state_size, int) else len(cell.state_size) for cell in cells]
 
 
 def as_parts(state: Any) -> tuple[Tensor, ...]:

@@ -190,7 +190,8 @@ class RNN(StatefulLayer):
             sequences: `[B, T, I]`: a tensor of the weights' dtype and device, a tensor of integers, or an array-like.
                 Or a torch `PackedSequence`.
             initial_state: the initial state of this call, instead of `states`: (h, c), h for kinds without c, or one
-                such state per cell of a stack; each `[B, H]`. A stateful layer keeps the final state.
+                such state per cell of a stack; each `[B, H]`. The states of a stack may also be a flat list of arrays:
+                h, c, h, c for two LSTM cells. A stateful layer keeps the final state.
             mask: bool `[B, T]`, True where a step counts. At other steps the state is carried over, and the output
                 repeats the previous one (before the first step that counts: the initial h), or is zero with
                 `zero_output_for_mask`.

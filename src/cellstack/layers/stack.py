@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from cellstack.layers import eager, op
 from cellstack.layers.base import EXPORT_HINT, Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
-from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
-from cellstack.spec import GATES, STATES, TRACES, ShapeError, check_step
+from cellstack.layers.foreign import as_cell, initial_state, output_width, state_counts, takes_training
+from cellstack.spec import GATES, STATES, TRACES, ShapeError, as_nested, check_step
 
 
 class StackedRNNCells(Layer):
@@ -108,7 +108,7 @@ class StackedRNNCells(Layer):
 
         Args:
             inputs: `[B, I]`.
-            states: one entry per cell, bottom first.
+            states: one entry per cell, bottom first, or a flat list of their arrays.
             training: whether dropout is active; None: whether the module is in training mode.
 
         Returns:
@@ -117,8 +117,7 @@ class StackedRNNCells(Layer):
         Raises:
             ShapeError, TypeError, ValueError: see `cellstack.layers`.
         """
-        if len(states) != len(self.cells):
-            raise ShapeError(f"{self._owner}: expected {len(self.cells)} states, one per cell, got {len(states)}")
+        states = as_nested(self._owner, "states", states, state_counts(self.cells))
         cells: Any = self.cells
         if all(isinstance(cell, Cell) for cell in cells):
             x = as_input(self._owner, "inputs", inputs, cells[0].like)

@@ -11,8 +11,8 @@ from torch import Tensor
 from cellstack.layers import foreign
 from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
 from cellstack.layers.cell import Cell
-from cellstack.layers.foreign import as_parts, cell_name, like_size
-from cellstack.spec import HiddenState, ShapeError, State
+from cellstack.layers.foreign import as_parts, cell_name, like_size, state_counts
+from cellstack.spec import HiddenState, ShapeError, State, as_nested
 
 
 class StatefulLayer(Layer):
@@ -133,16 +133,15 @@ class StatefulLayer(Layer):
         """Return states in any accepted form as one entry per cell, checked against the cells and `batch`."""
         if not hasattr(value, "__len__"):
             raise TypeError(f"{self._owner}: expected a state of tensors or arrays, got {type(value).__name__}")
+        if self.stacked:
+            self._refuse_torch_order(value)
         if not self.stacked:
             if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (list, tuple)):
                 value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as for a stack
             entries = [value]
         else:  # a stack of one cell also accepts its state without a list
-            entries = [value] if len(self.cells) == 1 and isinstance(value, (State, HiddenState)) else list(value)
-            if len(entries) != len(self.cells):
-                raise ShapeError(
-                    f"{self._owner}: expected {len(self.cells)} states, one per cell of the stack, got {len(entries)}"
-                )
+            alone = len(self.cells) == 1 and isinstance(value, (State, HiddenState))
+            entries = [value] if alone else as_nested(self._owner, "the state", value, state_counts(self.cells))
         states = []
         for n, (cell, entry) in enumerate(zip(self.cells, entries, strict=True)):
             layer = n if self.stacked else None
@@ -153,6 +152,16 @@ class StatefulLayer(Layer):
             states.append(state)
             batch = as_parts(state)[0].shape[0]
         return states
+
+    def _refuse_torch_order(self, value: Any) -> None:
+        """Refuse two arrays of two rows of states for a stack of two cells: torch's (h, c), or a pair for each cell."""
+        if len(self.cells) != 2 or not isinstance(value, (list, tuple)) or len(value) != 2:
+            return
+        if all(getattr(one, "ndim", 0) == 3 for one in value):
+            raise ShapeError(
+                f"{self._owner}: two arrays {list(value[0].shape)} may be h and c of all layers, as in PyTorch, or the "
+                "states of two layers: pass [(h[0], c[0]), (h[1], c[1])]"
+            )
 
     def _foreign_state(self, cell: Any, entry: Any, batch: int | None) -> Any:
         sizes = [cell.state_size] if isinstance(cell.state_size, int) else list(cell.state_size)

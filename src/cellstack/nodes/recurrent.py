@@ -677,6 +677,14 @@ def ends_both_ways(backwards: Iterable[Node]) -> bool:
     return False
 
 
+def final(node: Node) -> Recurrent | Bidirectional | None:
+    """Return a recurrent node so that it returns its final output, of both directions; None for other nodes."""
+    if isinstance(node, Bidirectional):
+        forward, backward = (replace(part, return_sequences=False) for part in (node.forward, node.backward))
+        return replace(node, forward=forward, backward=backward)
+    return replace(node, return_sequences=False) if isinstance(node, Recurrent) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Bidirectional(Node):
     """A forward and a backward stack over the same sequence, whose outputs are merged step by step.

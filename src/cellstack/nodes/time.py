@@ -28,11 +28,13 @@ from cellstack.nodes.base import (
     padded,
 )
 from cellstack.nodes.reduce import reduced
+from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
 
 POOL_MODES = ("mean", "max", "last")
+FINAL = "final"  # the mode of a pool that a network merges into the recurrent node before it
 WINDOW_MODES = ("mean", "max")
 PADDINGS = ("valid", "same", "causal")
 
@@ -357,11 +359,11 @@ class GlobalPool(Node):
     """`[B, T, W]` to `[B, W]`: the mean, the maximum or the last of the steps that the mask uses.
 
     A row without such a step gives zeros. `"last"` after a `Bidirectional` isn't its final states: at the last step the
-    backward direction has read that step only. A `Bidirectional` whose parts have `return_sequences=False` returns both
-    final states.
+    backward direction has read that step only.
 
     Args:
-        mode: `"mean"`, `"max"` or `"last"`.
+        mode: `"mean"`, `"max"` or `"last"`; `"final"` for the final states of the recurrent node directly before it in
+            a chain. This isn't a node of its own: a `Network` drops it, and gives that node `return_sequences=False`.
 
     Raises:
         ValueError: an unknown mode.
@@ -375,9 +377,14 @@ class GlobalPool(Node):
     heeds_mask = True
 
     def __post_init__(self) -> None:
-        check_choice("GlobalPool", "mode", self.mode, POOL_MODES)
+        check_choice("GlobalPool", "mode", self.mode, (*POOL_MODES, FINAL))
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
+        if self.mode == FINAL:
+            raise ShapeError(
+                f'{owner}: GlobalPool("final") must directly follow a Recurrent or Bidirectional in a chain; '
+                "in a graph, give that node return_sequences=False instead"
+            )
         return super().check(owner, *shapes)[1:]
 
     @property

@@ -3,7 +3,16 @@
 Ref: scikit-learn, "Developing scikit-learn estimators", https://scikit-learn.org/stable/developers/develop.html
 """
 
+from cellstack.spec import check_installed
+
+for _package in ("sklearn", "torch"):
+    check_installed("cellstack.sklearn", _package, "sklearn")
+
 from cellstack.sklearn.forecaster import SequenceForecaster
 from cellstack.sklearn.sequences import SequenceClassifier, SequenceRegressor, with_changes
 
 __all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor", "with_changes"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -96,7 +96,7 @@ class SequenceForecaster(BaseEstimator):
     validation: float | None = None
     threads: int | None = 1
     device: str = "auto"
-    verbose: bool = False
+    verbose: bool | None = False
     random_state: int | np.random.RandomState | None = None
 
     def fit(self, X: Any, y: None = None) -> SequenceForecaster:

@@ -17,7 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from cellstack import train
 from cellstack.network import Network
-from cellstack.train import Labelled, Sequences, predict
+from cellstack.train import Sequences, predict
 from cellstack.train.checks import refuse_masked, unmasked
 from cellstack.train.data.targets import in_float32
 from cellstack.train.settings import check_number
@@ -51,7 +51,7 @@ class _SequenceEstimator(BaseEstimator):
     init: Network | str | None = None
     threads: int | None = 1
     device: str = "auto"
-    verbose: bool = False
+    verbose: bool | None = False
     random_state: int | np.random.RandomState | None = None
 
     def __sklearn_tags__(self) -> Any:
@@ -155,9 +155,8 @@ class _SequenceEstimator(BaseEstimator):
     def _answers(self, X: Any) -> NDArray[np.float64]:
         """Return the network's outputs, `[n, O]`."""
         check_is_fitted(self)
-        sequences = Labelled(Sequences(self._seen(self._check_sequences(X, reset=False)), None, (), "X"))
-        inputs = predict.trained(self.network_, type(self).__name__).inputs
-        return predict.answers(self.network_, inputs, sequences, self.threads)
+        sequences = Sequences(self._seen(self._check_sequences(X, reset=False)), None, (), "X")
+        return np.asarray(predict.sequences(self.network_, sequences, type(self).__name__, self.threads).outputs)
 
 
 def with_changes(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -236,7 +235,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         threads: number of threads. None: the fastest number, by measurement, so that the last bits may differ between
             fits.
         device: device for training: `"auto"`, `"cpu"`, `"cuda"`. Predictions run on the CPU kernel.
-        verbose: show a progress bar.
+        verbose: show a progress bar; None = where standard error is a terminal, and in notebooks.
         random_state: makes a fit repeatable. An int is the `seed` of `train.fit`.
         class_weight: None, `"balanced"`, or the weight of each class's sequences.
 

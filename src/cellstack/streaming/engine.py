@@ -257,14 +257,16 @@ class Engine:
         count = len(starts) - len(cells)
         if state is None:
             return starts
-        if count and (not isinstance(state, Sequence) or len(state) != len(starts)):
+        flat = sum(len(cell.spec.state_sizes) for cell in cells)
+        if count and (not isinstance(state, Sequence) or len(state) - count not in (len(cells), flat)):
             got = len(state) if isinstance(state, Sequence) else type(state).__name__
             raise ShapeError(
                 f"{owner}: expected state to be a tuple of {len(cells)} states, one per cell, and {count} Frames, one "
                 f"per node with a memory, got {got}"
             )
-        entries: list[Any] = list(as_states(owner, tuple(state[: len(cells)]) if count else state, cells, batch))
-        for given, start in zip(state[len(cells) :] if count else (), starts[len(cells) :], strict=True):
+        of_cells, frames = (tuple(state[:-count]), state[-count:]) if count else (state, ())
+        entries: list[Any] = list(as_states(owner, of_cells, cells, batch))
+        for given, start in zip(frames, starts[len(cells) :], strict=True):
             array = as_floats(owner, "Frames", given.x if isinstance(given, Frames) else given, self.network.dtype)
             if array.shape != start[0].shape:
                 expected = list(start[0].shape)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack.graph import origin
-from cellstack.nodes import Dense, Recurrent
+from cellstack.nodes import Dense, GlobalPool, Recurrent
 from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
@@ -140,7 +140,9 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
             if why is None and not answers_with(node, state):
                 why = f"its state {state.value} is an input of a node or an output, which only run() supports"
         if why is not None:
-            raise ValueError(f"{owner}: {name} can't run step by step: {why}")
+            trained = isinstance(node, GlobalPool) and network.metadata.get("task")
+            fix = '; train with pooling="last" (--pooling last) for a network that can be streamed' if trained else ""
+            raise ValueError(f"{owner}: {name} can't run step by step: {why}{fix}")
         on = [masks.get(source) for source in sources]  # a state has none
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))

@@ -1,4 +1,4 @@
-"""Training on real data: readers, batches without padding, the model, the fit loop, checkpoints.
+"""Training on real data: readers, batches of similar lengths, the model, the fit loop, checkpoints.
 
 The readers don't need torch, so that a trained model can be run without it; the rest is imported at its first use.
 """
@@ -6,8 +6,10 @@ The readers don't need torch, so that a trained model can be run without it; the
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from cellstack.spec import check_installed
 from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import read_sequences
@@ -16,7 +18,7 @@ from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.windows import Windows
-from cellstack.train.predict import run
+from cellstack.train.predictions import Predictions
 from cellstack.train.settings import Settings
 from cellstack.train.tables.table import CategoryColumn, Spacing, Table, read_table
 from cellstack.train.text.sampling import generate
@@ -42,6 +44,9 @@ _LATER = {
     "fit_text": "text.workflow",
 }
 
+# Names that don't exist, and that are guessed.
+_ADVICE = dict.fromkeys(("forecast", "run"), "use network.predict(data), or predict(data) of what fit returns")
+
 __all__ = [
     "Batch",
     "CategoryColumn",
@@ -54,6 +59,7 @@ __all__ = [
     "Labelled",
     "Learner",
     "Model",
+    "Predictions",
     "Recipe",
     "Result",
     "Sequences",
@@ -73,12 +79,18 @@ __all__ = [
     "read_sequences",
     "read_table",
     "read_ts",
-    "run",
     "split",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        advice = f": {_ADVICE[name]}" if name in _ADVICE else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
+    for package in ("torch", "tqdm"):
+        check_installed(f"cellstack.train.{name}", package, "torch")
     return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [name for name in __all__ if name not in _LATER or find_spec("torch")]  # help() reads every name

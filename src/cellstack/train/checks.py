@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ class UsageError(ValueError):
 
 class TooFewRowsError(UsageError):
     """A series has fewer rows than a forecast needs; the message says how many it needs."""
+
+
+def refuse_existing(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise `UsageError` if a checkpoint exists that a training without `resume` or `overwrite` would replace."""
+    if os.path.exists(checkpoint):
+        raise UsageError(
+            f"{os.fspath(checkpoint)}: the checkpoint already exists: resume (--resume) continues from it, overwrite "
+            "(--overwrite) starts again"
+        )
 
 
 def is_count(value: object) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from cellstack import layers
 from cellstack.inspect import html
-from cellstack.train import report, workflow
+from cellstack.train import predict, report, workflow
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.ts import read_ts
 from cellstack.train.fitting import Result
@@ -64,7 +64,8 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         say("      " + " ".join(f"{label:>4}" for label in training.labels))
         for label, row in zip(training.labels, confusion, strict=True):
             say(f"{label:>6}" + " ".join(f"{count:>4}" if count else "   ." for count in row))
-        index, why = _utterance_to_replay(causal.scores["answers"], test)
+        answers = np.asarray(predict.sequences(causal.network, test, test.name).outputs)
+        index, why = _utterance_to_replay(answers, test)
         frames = _replay(folder / "forward.safetensors", data / "JapaneseVowels_TEST.ts", index)
     _say_replay(frames, index, why, say)
     gates = _gates(causal.model, test.x[index])
@@ -120,7 +121,7 @@ def _train(name: str, training: Sequences, test: Sequences, settings: Settings, 
         + ("in both directions" if both else "frame by frame")
     )
     architecture = Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
-    options = RunOptions(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
+    options = RunOptions(VALIDATION, device="cpu")
     outcome = workflow.train_sequences(training, test, architecture, settings, options)
     outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")

@@ -15,7 +15,7 @@ from cellstack.train.data.sequences import Sequences, as_sequences, taken
 from cellstack.train.data.stream import BUFFER, Stream, is_stream
 from cellstack.train.examples import split
 from cellstack.train.fitting import Result
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings, widths_of
 from cellstack.train.workflow import train_sequences
 
 
@@ -57,7 +57,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     threads: int | None = None,
     device: str = "auto",
     inspect: bool = False,
@@ -77,7 +77,8 @@ def fit(
             pair `(x, y)`, a frame or a file like `x`. The best epoch on it is kept; 0: none, and the last is kept.
         test: likewise, for data that isn't used in training: `scores` are measured on it. None: no test.
         task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
-        id, time, features, per_step: see `as_sequences`; all but `per_step` are for frames.
+        id, time, features, per_step: see `as_sequences`. `id` and `time` apply to frames only; `features` selects their
+            columns, and names the channels of other data.
         units: units of each layer, first layer first.
         cell, bidirectional, dropout, pooling, every_step: see `Model`.
         head, loss, metrics, optimizer, scheduler, callbacks: your own parts of the model or the training: see `Own`.
@@ -85,7 +86,8 @@ def fit(
         sample_weight: `[N]`, the sequences' weights in the loss; with a frame also a column or a mapping by id.
         epochs, batch, lr, clip, patience, noise, offset, seed: see `Settings`.
         init: a network of the same shapes, or its file, whose weights are the initial ones.
-        checkpoint, resume, overwrite, progress, threads, inspect: see `learn`.
+        checkpoint, resume, overwrite, threads, inspect: see `learn`.
+        progress: show a progress bar; None = where standard error is a terminal, and in notebooks.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         device: see `processes`.
         buffer: for iterables, the number of examples in memory at a time; they are shuffled among each other.
@@ -122,13 +124,16 @@ def fit(
         if given is None or isinstance(given, (int, float)):
             shares[name] = float(given or 0.0)
         else:
+            if (given[0] if isinstance(given, tuple) else given) is x:
+                raise UsageError(f"{name}: this is the training data, on which scores say nothing: pass other data")
             parts[name] = _other(name, given, y, whole, **reading)
+            if parts[name].y is None:
+                raise UsageError(f"{name}: the sequences have neither classes nor targets: pass a pair (x, y)")
     training, tested = whole, parts.get("test")
     if shares.get("test"):
         training, tested = _cut(whole, shares["test"], seed)
     settings = Settings(epochs, batch, lr, clip, patience, noise, offset, seed)
-    widths = (units,) if isinstance(units, int) else tuple(units)
-    architecture = Architecture(widths, bidirectional, dropout, pooling, every_step, cell)
+    architecture = Architecture(widths_of(units), bidirectional, dropout, pooling, every_step, cell)
     options = RunOptions(
         shares.get("validation", 0.0),
         checkpoint=checkpoint,
@@ -140,7 +145,7 @@ def fit(
         threads=threads,
         log=log,
     )
-    own = Own(head, loss, metrics, optimizer, scheduler, tuple(callbacks), init)
+    own = Own(head, loss, metrics, optimizer, scheduler, callbacks, init)
     return train_sequences(
         training,
         tested,

@@ -1,9 +1,9 @@
-"""Training examples, and the batches of an epoch, which need no padding. Needs no torch."""
+"""Training examples, and the batches of an epoch, of similar lengths. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 
 VALIDATED = 256  # batch size without gradients
+MIXED = 1.2  # lengths that differ by less than this factor are mixed in training: the shortest aren't always together
+GAP = 2.0  # a gap between the data's lengths of more than this factor is never filled by padding
 
 
 class Batch(NamedTuple):
@@ -62,7 +64,10 @@ class Examples(Protocol):
     lengths: NDArray[np.int64]
 
     def fetch(self, indices: NDArray[np.int64]) -> Batch:
-        """Return the examples at `indices`, which must all have the same length."""
+        """Return the examples at `indices`, padded at their end to the longest of them.
+
+        The padding is NaN in `x`, and has weight 0 if there is a target per step.
+        """
         ...
 
 
@@ -90,10 +95,21 @@ class Labelled:
 
     def fetch(self, indices: NDArray[np.int64]) -> Batch:
         """See `Examples`."""
-        x = np.stack([self.x[n] for n in indices])
+        x = padded([self.x[n] for n in indices], np.nan)
         if isinstance(self.y, list):
-            return Batch(x, np.stack([self.y[n] for n in indices]), np.stack([self.weight[n] for n in indices]))
+            return Batch(x, *(padded([part[n] for n in indices], 0) for part in (self.y, self.weight)))
         return Batch(x, self.y[indices], self.weight[indices])
+
+
+def padded(arrays: Sequence[NDArray], value: float) -> NDArray:
+    """Stack arrays `[T, …]`, the shorter ones with `value` at their end."""
+    longest = max(map(len, arrays))
+    if min(map(len, arrays)) == longest:
+        return np.stack(arrays)
+    whole = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, arrays[0].dtype)
+    for row, array in zip(whole, arrays, strict=True):
+        row[: len(array)] = array
+    return whole
 
 
 def shaped(
@@ -114,24 +130,35 @@ def shaped(
 
 
 def batches(
-    lengths: NDArray[np.int64], indices: NDArray[np.int64], size: int, rng: np.random.Generator | None = None
+    lengths: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    size: int,
+    rng: np.random.Generator | None = None,
+    gap: float = 1.0,
 ) -> list[NDArray[np.int64]]:
-    """Group examples of equal length into batches, so that no step is padding.
+    """Group examples of equal length, or with `gap` of similar length, into batches.
 
     Args:
         lengths: steps of every example, `[N]`.
         indices: the examples to batch.
-        size: maximum batch size. The examples of a length are spread evenly over as few batches as possible.
-        rng: shuffles the examples of each length, and then the batches; None = file order and ascending length.
+        size: maximum batch size. The examples are spread evenly over as few batches as possible.
+        rng: shuffles the examples of similar length, and then the batches; None = file order and ascending length.
+        gap: examples are in separate batches if no length of `indices` lies between theirs, and these differ by more
+            than this factor. With 1, all examples of a batch have the same length.
 
     Returns:
-        Indices into `lengths`, one array per batch; each of `indices` appears once.
+        Indices into `lengths`, one array per batch; each of `indices` appears once. The number of batches doesn't
+        depend on `rng`.
     """
+    own, rising = lengths[indices], np.unique(lengths[indices])
+    part = np.searchsorted(rising[1:][rising[1:] > gap * rising[:-1]], own, side="right")
     groups = []
-    for length in np.unique(lengths[indices]):
-        group = indices[lengths[indices] == length]
+    for number in np.unique(part):
+        group, mixing = indices[part == number], np.ones(1)
         if rng is not None:
             group = rng.permutation(group)
+            mixing = np.linspace(1.0, MIXED, len(group))  # random, as the order is; equal lengths keep this order
+        group = group[np.argsort(lengths[group] * mixing, kind="stable")]
         groups += np.array_split(group, -(-len(group) // size))
     return groups if rng is None else [groups[n] for n in rng.permutation(len(groups))]
 
@@ -243,7 +270,7 @@ def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32
 
 
 class Indexed:
-    """Indexed examples as `Data`: batches of equal length, gaps filled, noise added in training.
+    """Indexed examples as `Data`: batches of similar lengths, gaps and padding masked, noise added in training.
 
     Args:
         examples: the data.
@@ -252,6 +279,7 @@ class Indexed:
         batch: maximum batch size in training.
         seed: of the order and the noise.
         noise, offset: see `Settings`.
+        gap: see `batches`; 1 for batches of one length each, without padding.
 
     Raises:
         UsageError: no training examples.
@@ -267,31 +295,33 @@ class Indexed:
         seed: int,
         noise: float = 0.0,
         offset: float = 0.0,
+        gap: float = GAP,
     ):
         if not len(training):
             raise UsageError("there are no examples to train on")
         self.examples, self.inputs, self.training, self.validation = examples, inputs, training, validation
-        self.batch, self.seed, self.noise, self.offset = batch, seed, noise, offset
-        self.steps = len(batches(examples.lengths, training, batch))
+        self.batch, self.seed, self.noise, self.offset, self.gap = batch, seed, noise, offset, gap
+        self.steps = len(batches(examples.lengths, training, batch, gap=gap))
         self.validates = bool(len(validation))
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """See `Data`."""
         rng = np.random.default_rng([self.seed, number])
-        order = batches(self.examples.lengths, self.training, self.batch, rng)
+        order = batches(self.examples.lengths, self.training, self.batch, rng, self.gap)
         for step, indices in enumerate(order[first:], first):
             batch = self.examples.fetch(indices)
             yield self.inputs.fill(augment(batch, self.inputs, self.noise, self.offset, (self.seed, number, step)))
 
     def held(self) -> Iterator[Batch]:
         """See `Data`."""
-        for indices in batches(self.examples.lengths, self.validation, VALIDATED):
+        for indices in batches(self.examples.lengths, self.validation, VALIDATED, gap=self.gap):
             yield self.inputs.fill(self.examples.fetch(indices))
 
     def describe(self) -> dict[str, Any]:
         """See `Data`."""
         parts = {"training": self.training, "validation": self.validation}
-        return {"inputs": self.inputs.digest} | {name: self._digest(indices) for name, indices in parts.items()}
+        digests = {name: self._digest(indices) for name, indices in parts.items()}
+        return {"inputs": self.inputs.digest, **digests, **batching(self.examples.lengths, self.gap)}
 
     def _digest(self, indices: NDArray[np.int64]) -> str:
         found = Digest()
@@ -299,6 +329,11 @@ class Indexed:
         for group in batches(self.examples.lengths, indices, VALIDATED):
             found.add(*self.examples.fetch(group)[:3])
         return str(found)
+
+
+def batching(lengths: NDArray[np.int64], gap: float) -> dict[str, str]:
+    """Return what a checkpoint says of batches with padding, which depend on more than `Settings`."""
+    return {"batches": f"of similar lengths, {MIXED} and {gap}"} if gap > 1 and len(np.unique(lengths)) > 1 else {}
 
 
 def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tuple[int, int, int]) -> Batch:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -13,21 +12,20 @@ from typing import Any
 import torch
 
 from cellstack.network import Network
-from cellstack.spec import CellSpec
-from cellstack.train.checks import UsageError
+from cellstack.nodes.recurrent import Bidirectional
 from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
-from cellstack.train.learner import Fit
-from cellstack.train.loop import learn
+from cellstack.train.learner import Fit, Rehearsed
+from cellstack.train.loop import learn, rehearse
+from cellstack.train.predict import predict
 from cellstack.train.processes import processes
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Own, RunOptions, Settings
 
-COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
 RECURRENT = ("Recurrent", "Bidirectional")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A trained network.
 
@@ -35,7 +33,7 @@ class Result:
         network: the network with its metadata; it doesn't need torch.
         model: the same network as a torch module.
         fit: the course of the fit.
-        scores: scores on test data, see `predict`; {} without test data.
+        scores: scores on test data, see `Predictions`; {} without test data.
         rank: number of this process among those that trained; process 0 writes and prints.
         validated: number of examples in the validation part.
         summary: the text of `sentence`, if several fits made the network.
@@ -49,15 +47,36 @@ class Result:
     validated: int = 0
     summary: str = ""
 
+    def __repr__(self) -> str:
+        """Describe it in about five lines, without the history."""
+        return "\n  ".join([f"Result: {self.described}", *self.sentence.split("; "), self.fit.took])
+
+    @property
+    def described(self) -> str:
+        """The network in one line."""
+        nodes = [node for node in self.network.nodes if type(node).__name__ in RECURRENT]
+        layers = Counter(
+            f"bidirectional {node.forward.summary}" if isinstance(node, Bidirectional) else node.summary
+            for node in nodes
+        )
+        said = [f"{count} networks of {name}" if count > 1 else name for name, count in layers.items()]
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        classes = [f"{len(self.labels)} classes"] * bool(self.labels)
+        return ", ".join([*said, f"{weights:,} weights", *classes])
+
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry per epoch: see `Fit`."""
+        """One entry per epoch; its metrics are of the validation part: see `Fit`."""
         return self.fit.history
 
     @property
     def labels(self) -> tuple[Any, ...]:
         """The classes, in the order of the network's outputs; () for regression."""
-        return tuple(self.network.metadata.get("labels", ()))
+        return self.network.labels
+
+    def predict(self, data: Any, y: Any = None, **options: Any) -> Any:
+        """Predict for new data with the network: see `Network.predict`."""
+        return predict(self.network, data, y, **options)
 
     @property
     def sentence(self) -> str:
@@ -111,6 +130,7 @@ def fitted(
 
     Raises:
         UsageError: see `learn`.
+        Rehearsed: always with `options.rehearse`, after measuring some steps.
         MemoryError: torch can't allocate the memory of a step.
     """
     try:
@@ -118,6 +138,9 @@ def fitted(
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(settings.seed)
                 model = make()
+            if options.rehearse:
+                how = {"threads": options.threads, "optimizer": own.optimizer, "scheduler": own.scheduler}
+                raise Rehearsed(rehearse(model, data, settings, team, **how))
             writes = options.inspect and options.events is not None and team.rank == 0
             with ExitStack() as stack:
                 writer = stack.enter_context(event_writer(options.events) or nullcontext()) if writes else None
@@ -147,28 +170,6 @@ def fitted(
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None
         raise
-
-
-def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
-    """Raise `UsageError` if a model can't fit into this machine's memory, before it is made.
-
-    Args:
-        architecture: how the model is built.
-        width: of its input.
-        outputs: number of classes or of predicted numbers.
-    """
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    numbers, ways = 0, 1 + architecture.bidirectional
-    for units in architecture.units:
-        arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
-        numbers, width = numbers + ways * sum(map(math.prod, arrays)), ways * units
-    takes = 4 * COPIES * (numbers + (width + 1) * outputs)
-    if takes > have:
-        units = ",".join(map(str, architecture.units))
-        raise UsageError(
-            f"units {units} don't fit into memory: their {numbers:,} weights need {takes / 1e9:,.1f} GB in training, "
-            f"and this machine has {have / 1e9:,.1f} GB"
-        )
 
 
 def as_network(model: Any, metadata: dict[str, Any]) -> Network:

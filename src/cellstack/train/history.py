@@ -8,14 +8,23 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Panel = Callable[[Any], None]  # draws on a matplotlib Axes
+COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#9b6bc4", "#8a8984")  # blue, orange, green, violet, grey
+NO_MATPLOTLIB = "a plot needs matplotlib: pip install 'cellstack[torch]'"
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
+METRICS = ("accuracy", "rmse", "mase", "bits_per_character")  # all are measured on the validation part
 APART = ("epoch", "lr")  # entries that aren't plotted
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a spreadsheet's formula; the last four are full-width
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -25,9 +34,11 @@ def check(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) ->
     """Check before a training that a file can be written after it.
 
     Raises:
-        UsageError: an unsupported suffix.
+        UsageError: an unsupported suffix, or matplotlib isn't installed, for a picture.
         OSError: the file can't be written.
     """
+    if suffixes is PICTURES and find_spec("matplotlib") is None:
+        raise UsageError(NO_MATPLOTLIB)
     if Path(path).suffix.lower() not in suffixes:
         raise UsageError(f"expected {what} to end in one of {', '.join(suffixes)}, got {os.fspath(path)!r}")
     check_replaceable(path)
@@ -65,38 +76,120 @@ def cell(value: Any) -> Any:
     return value
 
 
-def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: dict[str, Any] | None = None) -> None:
-    """Plot the losses over the epochs, and each metric below them, with the kept epoch marked.
+def named(entry: str) -> str:
+    """Return the name of a history's entry for readers, who must see that metrics are of the validation part.
+
+    >>> named("loss"), named("validation_loss"), named("accuracy")
+    ('training loss', 'validation loss', 'validation accuracy')
+    """
+    part = "training " if entry == "loss" else "validation " if entry in METRICS else ""
+    return part + entry.replace("_", " ")
+
+
+def draw(
+    path: str | os.PathLike[str],
+    history: Sequence[dict[str, Any]],
+    best: dict[str, Any] | None = None,
+    more: Sequence[Panel] = (),
+) -> None:
+    """Write a plot of the losses and of each metric over the epochs, with the kept epoch marked.
+
+    Args:
+        path: the file, with a suffix of `PICTURES`.
+        history: an entry per epoch. Networks that were trained one after the other have separate curves.
+        best: the entry of the kept epoch; of several networks, each keeps the one with the lowest validation loss.
+        more: functions that draw further panels, each on a matplotlib Axes.
 
     Raises:
         UsageError: matplotlib isn't installed.
         OSError: the file can't be written.
     """
+    save(path, panels([*curves(history, best), *more]))
+
+
+def save(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write a matplotlib figure to a file with a suffix of `PICTURES`.
+
+    Raises:
+        OSError: the file can't be written; the previous file is intact.
+    """
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)
+
+
+def panels(drawn: Sequence[Panel], columns: int = 1) -> Figure:
+    """Return a figure with a panel for each function, which draws on its Axes.
+
+    Raises:
+        UsageError: matplotlib isn't installed.
+    """
     try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UsageError(f"a plot needs {error.name}: install cellstack[torch]") from None
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        raise UsageError(NO_MATPLOTLIB) from None
+    rows = -(-len(drawn) // columns)
+    size = (7.5 if columns == 1 else 5.5 * columns, 3.0 * rows)
+    figure, grid = pyplot.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    for axis, draws in zip(grid.flat, drawn, strict=False):
+        draws(axis)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in grid.flat[len(drawn) :]:
+        axis.set_axis_off()
+    pyplot.close(figure)  # otherwise a notebook draws it twice
+    return figure
+
+
+def curves(history: Sequence[dict[str, Any]], best: dict[str, Any] | None = None) -> list[Panel]:
+    """Return functions that draw the losses and each metric over the epochs, see `draw`."""
     numbers = [name for name in history[0] if name not in APART and isinstance(history[0][name], float)]
     losses = [name for name in numbers if name in ("loss", "validation_loss")]
     rows = [losses, *([name] for name in numbers if name not in losses)]
-    figure = Figure(figsize=(7, 2.4 * len(rows)), layout="constrained")
-    all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    if "member" in history[0]:
+        return [partial(_of_members, history=history, names=names) for names in rows]
+    return [partial(_of_one, history=history, names=names, best=best) for names in rows]
+
+
+def _of_one(axis: Any, history: Sequence[dict[str, Any]], names: list[str], best: dict[str, Any] | None) -> None:
     epochs = [entry["epoch"] for entry in history]
-    for axes, names in zip(all_axes, rows, strict=True):
+    for name, color in zip(names, COLORS, strict=False):
+        values = [entry.get(name) for entry in history]
+        axis.plot(epochs, values, color=color, label=named(name), marker="." * (len(epochs) < 30))
+    if best is not None:
+        axis.axvline(best["epoch"], color="0.6", linestyle=":", label=f"kept, epoch {best['epoch']}")
+    axis.legend(frameon=False)
+    _of_epochs(axis)
+
+
+def _of_members(axis: Any, history: Sequence[dict[str, Any]], names: list[str]) -> None:
+    """Draw the curves of each network: of its training, and of its training with the validation part."""
+    from matplotlib.lines import Line2D
+
+    styles: dict[str, dict[str, Any]] = {}
+    colors = {}
+    for member, whole in dict.fromkeys((entry["member"], entry["whole"]) for entry in history):
+        entries = [entry for entry in history if (entry["member"], entry["whole"]) == (member, whole)]
+        colors[f"network {member}"] = color = COLORS[(member - 1) % len(COLORS)]
         for name in names:
-            axes.plot(
-                epochs,
-                [entry.get(name) for entry in history],
-                label=name.replace("_", " "),
-                marker="." * (len(epochs) < 30),
-            )
-        if best is not None:
-            axes.axvline(best["epoch"], color="0.6", linestyle=":", label=f"kept, epoch {best['epoch']}")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    all_axes[-1].set_xlabel("epoch")
-    with replacing(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)
+            points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
+            if not points:
+                continue
+            said = f"{named(name)}{', with the validation part' * whole}"
+            styles[said] = {"linestyle": ":" if whole else "--" if name.startswith("validation_") else "-"}
+            axis.plot(*zip(*points, strict=True), color=color, marker="." * (len(points) < 30), **styles[said])
+            if name == "validation_loss":
+                styles["kept epoch"] = {"linestyle": "", "marker": "o", "markersize": 5}
+                axis.plot(*min(points, key=lambda point: point[1]), color=color, **styles["kept epoch"])
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items() if len(colors) > 1]
+    handles += [Line2D([], [], color="0.3", label=name, **style) for name, style in styles.items()]
+    axis.legend(handles=handles, frameon=False, fontsize=8, ncols=2)
+    _of_epochs(axis)
+
+
+def _of_epochs(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def event_writer(folder: str | os.PathLike[str] | None) -> Any:

@@ -8,6 +8,15 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from cellstack.inspect.records import TrainingRecord
+from cellstack.train.history import named
+
+STOPPED = {
+    "": "not finished",
+    "epochs": "all of them",
+    "patience": "stopped early",
+    "ctrl-c": "stopped by Ctrl-C",
+    "callback": "stopped by a callback",
+}
 
 
 class Learner(Protocol):
@@ -50,13 +59,34 @@ class Epoch(NamedTuple):
     fit: Fit
 
 
-@dataclass
+class Cost(NamedTuple):
+    """How long a fit takes on this machine: seconds of a step and of a validation, and steps of an epoch."""
+
+    step: float
+    validation: float
+    steps: int
+
+    def seconds(self, epochs: int, validates: bool = True) -> float:
+        """Return the seconds of so many epochs."""
+        return epochs * (self.steps * self.step + self.validation * validates)
+
+
+class Rehearsed(Exception):  # noqa: N818
+    """Ends a rehearsal, see `RunOptions.rehearse`, where the first fit would begin; it is no error."""
+
+    def __init__(self, cost: Cost):
+        super().__init__(f"a step takes {cost.step:.3g} s")
+        self.cost = cost
+
+
+@dataclass(repr=False)
 class Fit:
     """The course of a fit. Afterwards, the model has the best weights.
 
     Args:
-        history: one entry per epoch: `epoch`, `lr`, `loss` and, with a validation part, `validation_loss` and the
-            model's metrics.
+        history: one entry per epoch: `epoch`, `lr` and `loss`, the mean over the training part; with a validation part
+            also `validation_loss` and, measured on it as well, the model's metrics: `accuracy`, `rmse`, `mase` or
+            `bits_per_character`. Without one there are no metrics: none is ever measured on the training part.
         best: the entry whose weights were kept; None before the end of the first epoch.
         steps: steps of the optimiser.
         seconds: time spent in this call.
@@ -80,6 +110,24 @@ class Fit:
     timed: dict[int, float] = field(default_factory=dict)
     resumed: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Describe it in at most two lines, without the history."""
+        count = len(self.history)
+        said = f"Fit: {count} epoch{'s' * (count != 1)}, {STOPPED[self.stopped]}; {self.took}"
+        if self.best is None:
+            return said
+        found = [
+            f"{named(name)} {value:.4g}"
+            for name, value in self.best.items()
+            if isinstance(value, float) and name != "lr"
+        ]
+        return f"{said}\n  best epoch {self.best['epoch']}: {', '.join(found)}"
+
+    @property
+    def took(self) -> str:
+        """How many steps it took, how long, and on how many threads."""
+        return f"{self.steps:,} steps in {self.seconds:.1f} s on {self.threads} thread{'s' * (self.threads != 1)}"
 
     @property
     def interrupted(self) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import sys
 import threading
 import time
 import warnings
@@ -27,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from cellstack import layers
 from cellstack.formats.files import check_replaceable
@@ -36,17 +34,18 @@ from cellstack.inspect.records import TrainingRecord
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train import threads as counted
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.examples import Batch, Data
 from cellstack.train.interrupt import interruptible
-from cellstack.train.learner import Epoch, Fit
+from cellstack.train.learner import Cost, Epoch, Fit
 from cellstack.train.locks import locked
 from cellstack.train.model import Dropout
 from cellstack.train.processes import Processes
+from cellstack.train.progress import Bar, opened
 from cellstack.train.settings import Settings
 
 TIMED = 3  # batches on which the number of threads is chosen
-NO_METRIC = ("epoch", "lr", "loss", "validation_loss")
+REHEARSED = 1.0  # seconds for which a rehearsal trains
 
 
 def learn(
@@ -57,7 +56,7 @@ def learn(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | Bar | None = None,
     name: str = "",
     team: Processes | None = None,
     inspect: int = 0,
@@ -81,7 +80,9 @@ def learn(
             that of a run of so many epochs. A run that a callback stopped stays stopped, unless there are more epochs
             or no callbacks.
         overwrite: start again even if `checkpoint` exists.
-        progress: show a bar with loss, metrics, steps/s and remaining time on standard error.
+        progress: show a bar on standard error, with the epoch, the remaining time if all epochs are run, the loss, and
+            the last epoch's loss and metrics on the validation part; None = where standard error is a terminal, and in
+            notebooks. With several processes, only the first one shows it.
         name: a label before the bar.
         team: the processes that share each batch; None = this one only.
         inspect: record the layers in every `inspect`-th epoch, see `inspect.TrainingMonitor`; 0: never. The weights are
@@ -119,12 +120,9 @@ def learn(
         counted.kept(),
         interruptible() as interrupt,
     ):
+        if path is not None and not (resume or overwrite):
+            refuse_existing(path)
         resuming = path is not None and Path(path).exists() and not overwrite
-        if resuming and not resume:
-            raise UsageError(
-                f"{path}: the checkpoint already exists: resume (--resume) continues from it, overwrite (--overwrite) "
-                "starts again"
-            )
         if threads is not None:
             torch.set_num_threads(threads)
         run = _Run(model, data, settings, team, optimizer, scheduler)
@@ -133,7 +131,41 @@ def learn(
             run.monitor = TrainingMonitor(run.model, inspect, writer=writer)
         if resuming and path is not None:
             run.restore(path, threads)
-        return run.go(checkpoint, name if progress else None, interrupt, measure=threads is None)
+        with opened(progress, hidden=team.rank > 0) as bar:
+            return run.go(checkpoint, bar, name, interrupt, measure=threads is None)
+
+
+def rehearse(
+    model: Any,
+    data: Data,
+    settings: Settings,
+    team: Processes,
+    *,
+    threads: int | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | str = "cosine",
+) -> Cost:
+    """Train a model for about a second, to measure how long a fit takes; see `learn` for the arguments."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), counted.kept():
+        if threads is not None:
+            torch.set_num_threads(threads)
+        run = _Run(model, data, settings, team, optimizer, scheduler)
+        if hasattr(model, "carried"):
+            model.carried = None
+        if threads is None and team.device.type == "cpu" and torch.get_num_threads() > 1:
+            run.time(list(islice(data.epoch(0), TIMED)), settings.epochs * data.steps)
+        batches = data.epoch(0)
+        run.train(next(batches))  # warms up
+        started, done, took = time.perf_counter(), 0, 0.0
+        for batch in chain(batches, data.epoch(1)):
+            run.train(batch)
+            done, took = done + 1, time.perf_counter() - started
+            if took > REHEARSED:
+                break
+        started = time.perf_counter()
+        if data.validates:
+            run.validate()
+        return Cost(took / max(done, 1), time.perf_counter() - started, data.steps)
 
 
 class _Run:
@@ -159,22 +191,27 @@ class _Run:
         self.result = Fit()
         self.best_weights: dict[str, Tensor] | None = None
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0]  # sums of weighted losses and of weights in this epoch
+        self.figures: dict[str, float] = {}  # of the last epoch, on the validation part
         self.monitor: TrainingMonitor | None = None
         self.metrics: dict[str, Callable[[NDArray, NDArray], float]] = {}
         self.callbacks: Sequence[Callable[[Epoch], Any]] = ()
         self.called_off = False  # by a callback
 
     def go(
-        self, checkpoint: str | os.PathLike[str] | None, bar_name: str | None, interrupt: threading.Event, measure: bool
+        self,
+        checkpoint: str | os.PathLike[str] | None,
+        bar: Bar,
+        name: str,
+        interrupt: threading.Event,
+        measure: bool,
     ) -> Fit:
-        """Run until the end, early stopping or Ctrl-C; `bar_name` is the progress bar's label, None = no bar."""
+        """Run until the end, early stopping or Ctrl-C; `name` is the bar's label."""
         settings, result, started = self.settings, self.result, time.perf_counter()
         per_epoch = self.data.steps
         total, done = settings.epochs * per_epoch, self.epoch * per_epoch + self.step
-        hidden, look = bar_name is None or self.team.rank > 0, {"unit": "step", "dynamic_ncols": True}
-        bar = tqdm(total=total, initial=done, desc=bar_name or None, disable=hidden, file=sys.stderr, **look)
+        bar.begin(name, settings.epochs, per_epoch, done)
         measure = measure and not result.threads and self.team.world == 1 and self.team.device.type == "cpu"
-        with bar, self.monitor or nullcontext():
+        with self.monitor or nullcontext():
             while not result.stopped and not self.ended():
                 if self.step == 0 and hasattr(self.model, "carried"):
                     self.model.carried = None
@@ -187,14 +224,14 @@ class _Run:
                 for batch in batches:
                     self.train(batch)
                     self.step += 1
-                    bar.update()
-                    bar.set_postfix(self.shown(), refresh=False)
+                    bar.step(self.epoch + 1, self.sums[0] / max(self.sums[1], 1e-12))
                     # Processes must stop at the same step, or the others would wait forever.
                     if self.team.add([float(interrupt.is_set())])[0] > 0:
                         result.stopped = "ctrl-c"
                         break
                 if self.step == per_epoch:
                     self.close_epoch()
+                    bar.validated(self.figures)
                 elif not result.stopped:
                     raise UsageError(
                         f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: an "
@@ -204,6 +241,7 @@ class _Run:
                 if checkpoint is not None and self.team.rank == 0:
                     self.save(checkpoint)
         result.stopped = result.stopped or self.ended()
+        bar.end(completed=not result.interrupted)
         result.steps = self.epoch * per_epoch + self.step
         result.threads = torch.get_num_threads()
         result.seconds = time.perf_counter() - started
@@ -238,7 +276,9 @@ class _Run:
         """Take one optimiser step on a global batch; this process computes its own rows."""
         settings = self.settings
         draws = np.random.SeedSequence([settings.seed, self.epoch, self.step])
-        torch.manual_seed(int(draws.generate_state(1)[0]))
+        # torch.manual_seed takes 0.3 ms, as it also seeds the generators of devices that this process doesn't use.
+        seeded = torch.manual_seed if self.team.device.type != "cpu" else torch.default_generator.manual_seed
+        seeded(int(draws.generate_state(1)[0]))
         rows, share = self.team.rows(len(batch.weight)), 1.0
         if not len(rows):  # a process without rows must join the step too: with a row of weight 0
             rows, share = np.array([0]), 0.0
@@ -290,7 +330,8 @@ class _Run:
         if record is not None:
             self.result.records.append(record)
         if self.data.validates:
-            entry.update(self.validate())
+            self.figures = self.validate()
+            entry.update(self.figures)
         best = self.result.best
         if not self.data.validates or best is None or entry["validation_loss"] < best["validation_loss"]:
             self.result.best = entry
@@ -345,13 +386,6 @@ class _Run:
             np.ndarray, lambda array: torch.from_numpy(array).to(self.team.device), tuple(batch)
         )
         return x, y, weight, mask
-
-    def shown(self) -> dict[str, str]:
-        """Return what the bar shows in addition to steps/s and the remaining time."""
-        shown = {"epoch": str(self.epoch + 1), "loss": f"{self.sums[0] / max(self.sums[1], 1e-12):.4f}"}
-        last = self.result.history[-1] if self.result.history else {}
-        numbers = {name: value for name, value in last.items() if isinstance(value, float) and name not in NO_METRIC}
-        return shown | {name: f"{value:.4f}" for name, value in numbers.items()}
 
     def ended(self) -> str:
         """Return why there is no further epoch; "" if there is one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cellstack import layers, nodes
 from cellstack.formats.pytorch.modules import from_torch
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent, final
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import digest
 
@@ -75,7 +75,8 @@ class Model(nn.Module):
         bidirectional: run each layer in both directions and concatenate the outputs.
         dropout: dropout probability after each layer.
         pooling: `"mean"`, `"max"` or `"last"` over the steps that the mask selects; `"none"` for an output at every
-            step, `[B, T, O]`, each with its own target.
+            step, `[B, T, O]`, each with its own target. With `bidirectional`, `"last"` takes the final state of each
+            direction of the last layer: the forward one after the last step, the backward one after the first.
         every_step: apply the head to every step and pool the outputs (class probabilities), not the hidden states. Such
             a model has an output after each step of a stream, and each step contributes to the loss.
         targets: mean and scale of each predicted number, `[O]` both; the loss uses standardised targets.
@@ -116,6 +117,11 @@ class Model(nn.Module):
                 raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
         if every_step and pooling == "none":
             raise UsageError("Model: every_step needs pooling mean, max or last, got none")
+        if every_step and pooling == "last" and bidirectional:
+            raise UsageError(
+                "Model: every_step with pooling last isn't supported for bidirectional layers: at the last step the "
+                "backward direction has read one step only; choose pooling mean or max"
+            )
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
         self.cell, self.own_loss = cell, loss
         self.standardise = Standardise(*inputs)
@@ -134,11 +140,13 @@ class Model(nn.Module):
     def check_head(self, width: int, outputs: int) -> None:
         """Raise `UsageError` if a user's head has the wrong widths, or can't be written as nodes."""
         try:
-            nodes_of(self.head)
+            last = nodes_of(self.head)[-1]
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"head: the module can't be converted to a Network: {str(error).removeprefix('from_torch: ')}"
             ) from None
+        if self.task == "classify" and isinstance(last, (Activation, Dense)) and last.activation == "softmax":
+            raise UsageError("head: expected logits, got a softmax at its end: the loss and the network apply softmax")
         steps = (2,) if self.every_step or self.pooling == "none" else ()
         training = self.head.training
         try:
@@ -164,6 +172,8 @@ class Model(nn.Module):
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return `[B, W]` for `x [B, T, W]`; zeros for a row whose steps are all masked."""
+        if self.ends_both_ways:
+            return self.final(x, mask)
         if mask is None:
             return x.mean(1) if self.pooling == "mean" else x.amax(1) if self.pooling == "max" else x[:, -1]
         used = mask[..., None]  # [B, T, 1]
@@ -174,6 +184,25 @@ class Model(nn.Module):
         else:
             last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
             y = x[torch.arange(len(x), device=x.device), last]
+        return torch.where(mask.any(1, keepdim=True), y, 0.0)
+
+    @property
+    def ends_both_ways(self) -> bool:
+        """Whether pooling takes the final states of both directions."""
+        return self.bidirectional and self.pooling == "last"
+
+    def final(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the final states of both directions, `[B, 2H]`: the last used step's forward half, the first's other.
+
+        Args:
+            x: the output of a bidirectional layer, `[B, T, 2H]`.
+            mask: `[B, T]`; a row without a used step gives zeros.
+        """
+        ahead, back = x.chunk(2, -1)
+        if mask is None:
+            return torch.cat([ahead[:, -1], back[:, 0]], -1)
+        rows, order = torch.arange(len(x), device=x.device), torch.arange(1, mask.shape[1] + 1, device=x.device)
+        y = torch.cat([ahead[rows, (mask * order).argmax(1)], back[rows, mask.to(torch.uint8).argmax(1)]], -1)
         return torch.where(mask.any(1, keepdim=True), y, 0.0)
 
     def answer(self, out: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -218,7 +247,10 @@ class Model(nn.Module):
         names = ("task", "cell", "bidirectional", "pooling", "every_step")
         targets = digest(value.cpu().numpy() for value in (self.targets.mean, self.targets.scale))
         own = {"head": repr(self.head), "own_loss": None if self.own_loss is None else named(self.own_loss)}
-        return {name: getattr(self, name) for name in names} | {"dropout": self.dropout.p, "targets": targets} | own
+        both = {"pooling": "final"} if self.ends_both_ways else {}  # older checkpoints were trained on the last step
+        return (
+            {name: getattr(self, name) for name in names} | both | {"dropout": self.dropout.p, "targets": targets} | own
+        )
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units."""
@@ -230,6 +262,8 @@ class Model(nn.Module):
             ]
         else:
             stack = [as_recurrent(list(self.recurrent))]
+        if self.ends_both_ways:
+            stack = [*stack[:-1], final(stack[-1])]
         before: list[Node] = [standardise, *stack]
         head = nodes_of(self.head)
         if self.task == "classify":
@@ -237,7 +271,7 @@ class Model(nn.Module):
         else:  # y·scale + mean
             head.append(Scale(as_array(self.targets.scale), as_array(self.targets.mean)))
         head = [*head[:-2], *_folded(head[-2], head[-1])]
-        pool = [] if self.pooling == "none" else [GlobalPool(self.pooling)]
+        pool = [] if self.pooling == "none" or self.ends_both_ways else [GlobalPool(self.pooling)]
         return [*before, *head, *pool] if self.every_step else [*before, *pool, *head]
 
 

@@ -1,117 +1,134 @@
-"""Run a trained network over sequences, to classify them or to predict numbers. Needs no torch."""
+"""Predictions of any network, without torch: `predict`, which `Network.predict` calls."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any, NamedTuple
+import os
+import warnings
+from collections import UserList
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack.network import Network
-from cellstack.nodes import Standardise
 from cellstack.spec import FormatError
-from cellstack.train.data.frames import is_frame
+from cellstack.train.checks import UsageError
+from cellstack.train.data.frames import is_frame, is_polars
+from cellstack.train.data.reading import TABLES, TABLES_ONLY, merged, read_sequences
+from cellstack.train.data.samples import read_sample
 from cellstack.train.data.sequences import Sequences, as_sequences
+from cellstack.train.data.stream import is_stream
+from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
+from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.measures import errors
+from cellstack.train.predictions import Predictions
+from cellstack.train.tables.table import read_table
+from cellstack.train.text.data import alphabet_of, content
+from cellstack.train.text.sampling import generate
+from cellstack.train.trained import Trained, trained
 
-TASKS = ("classify", "regress")
-
-
-class Trained(NamedTuple):
-    """What a network was trained for, according to its metadata.
-
-    `task` is `"classify"` or `"regress"`; `labels` are the classes; `per_step` says whether there is an output at every
-    step.
-    """
-
-    task: str
-    labels: tuple[Any, ...]
-    inputs: Inputs
-    per_step: bool = False
+__all__ = ["Trained", "answers", "as_trained", "outputs", "predict", "sequences", "trained"]
 
 
-def metadata(task: str, inputs: Inputs, labels: tuple[Any, ...] = (), **more: Any) -> dict[str, Any]:
-    """Return the metadata that `trained` reads, as plain values, and `more` entries."""
-    return {"task": task, "labels": list(labels), "observed": list(inputs.observed), **more}
-
-
-def trained(net: Network, path: str) -> Trained:
-    """Return what the network was trained for.
+def predict(
+    net: Network,
+    data: Any,
+    y: Any = None,
+    *,
+    id: Any = None,
+    time: Any = None,
+    threads: int | None = None,
+    name: str = "the network",
+    **options: Any,
+) -> Any:
+    """Predict with a network what it was trained for: see `Network.predict`.
 
     Args:
-        net: the network.
-        path: the file it was read from, for the message.
-
-    Raises:
-        FormatError: it wasn't written by `cellstack train`, or its metadata doesn't fit its nodes.
+        net, data, y, id, time, threads, options: see `Network.predict`.
+        name: the network's file, for messages.
     """
-    task, first = net.metadata.get("task"), net.nodes[0]
-    if task not in TASKS or not isinstance(first, Standardise):
-        raise FormatError(
-            f"{path}: expected a network written by cellstack train, for the task {' or '.join(TASKS)}, found {task!r}"
-        )
-    answers = [net.shapes[name] for name in net.outputs]
-    outputs = answers[0][-1]
-    per_step = net.metadata.get("per_step", False) is True
-    if len(net.inputs) != 1 or len(answers) != 1 or len(answers[0]) != 1 + per_step or outputs is None:
-        expected, found = ("step", "one per sequence") if per_step else ("sequence", "one per step")
-        raise FormatError(f"{path}: expected a network with one output per {expected}, found {found}")
-    inputs = raw_inputs(first, net.metadata.get("observed"), path)
-    labels = _labels(net.metadata.get("labels"), task, outputs, path)
-    return Trained(task, labels, inputs, per_step)
+    task = net.metadata.get("task")  # `as_trained` refuses an unknown one
+    if task == "forecast":
+        _refuse({"y": y}, "a network that forecasts: compare the forecasts with the rows that follow the origin")
+        _check_options(options, ("origin", *signature(read_table).parameters))
+        how = {"ids": id, "date": time, **options}  # named as in `read_table`
+        how = {key: value for key, value in how.items() if value is not None}
+        found, notes = forecasts_after(net, data, name, threads=threads, **how)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+        return found
+    if task == "text":
+        _refuse({"y": y, "id": id, "time": time, "threads": threads}, "a network that continues a text")
+        _check_options(options, signature(generate).parameters)
+        return _continued(net, data, name, options)
+    if task is None:
+        _refuse({"y": y, "id": id, "time": time, **options}, "a network that wasn't trained by cellstack.train")
+        return outputs(net, data, threads)
+    _check_options(options, TABLES_ONLY)
+    found = as_trained(net, data, y, name, id=id, time=time, **options)
+    return replace(sequences(net, found, found.name, threads), polars=is_polars(data))
 
 
-def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
-    """Return the raw channels of the first node, and which of them have an indicator."""
-    raw = len(first.mean) - len(observed) if isinstance(observed, list) else 0
-    if raw < 1 or not all(type(n) is int and before < n < raw for before, n in pairwise([-1, *observed])):
-        raise FormatError(
-            f"{path}: expected observed to be ascending indices of raw channels, below {raw}, found {observed!r}"
-        )
-    return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
+def _refuse(given: Mapping[str, Any], what: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"predict: {name} has no effect for {what}")
 
 
-def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:
-    kinds = {type(label) for label in labels} if isinstance(labels, list) else {list}
-    if kinds not in (set(), {str}, {int}, {bool}):
-        raise FormatError(f"{path}: expected labels to be a list of strings, integers or bools, found {labels!r:.60}")
-    if task == "classify" and not outputs == len(labels) == len(set(labels)):
-        raise FormatError(f"{path}: expected {outputs} distinct labels, one per output, found {len(set(labels))}")
-    if task == "regress" and labels:
-        raise FormatError(f"{path}: expected no labels for regress, found {len(labels)}")
-    return tuple(labels)
+def _check_options(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    names = [name for name in known if name not in ("source", "net", "prompt", "name")]  # what predict itself passes
+    for option in options:
+        if option not in names:
+            raise TypeError(f"predict: expected options among {', '.join(names)}, got {option!r}")
 
 
-def run(
-    net: Network, x: Any, y: Any = None, *, id: str | None = None, time: str | None = None, threads: int | None = None
-) -> dict[str, Any]:
-    """Run a network made by `train.fit` on data in memory, in any form that `train.fit` takes except iterables.
+# ── classes and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_trained(
+    net: Network, data: Any, y: Any = None, name: str = "the network", *, id: Any = None, time: Any = None, **how: Any
+) -> Sequences:
+    """Return data as sequences for a network, with the columns on which it was trained and its classes.
 
     Args:
-        net: the network.
-        x: the data; of a frame, the columns on which the network was trained.
-        y: the true values, if known.
-        id, time: columns of a frame; None = as in training.
-        threads: number of the kernel's threads.
-
-    Returns:
-        `predicted`, `answers` and, if `y` is given, the scores: see `sequences`. In the order of the sequences, with
-        their `ids` if they come from a frame.
+        net: a network that classifies or predicts numbers.
+        data: see `train.fit`.
+        y: the true values, see `train.fit`; None for those that the data contains: a file, a dataset or an iterable.
+            A table's file may lack the column of the training data.
+        name: the network's file, for messages.
+        id, time: columns of a table; None = as in training.
+        how: `day_first`, `date_format`, `decimal` and `encoding` of a table's file; as in training where not given.
 
     Raises:
-        UsageError: data in another form, or classes that the network doesn't have.
-        FormatError: a network that wasn't trained here, or sequences of another width.
+        UsageError: data in another form, a class that the network doesn't have, or a table's file for a network that
+            doesn't know its columns' names.
+        FormatError: a network that wasn't trained here, or a file that can't be read.
     """
-    task, reading = trained(net, "the network"), dict[str, Any]()
-    if is_frame(x):
-        table = net.metadata.get("table") or {}
-        reading = {"id": id or table.get("id"), "time": time or table.get("time")}
-        reading["features"] = net.metadata.get("columns") or None
-    labels = task.labels or None
-    data = as_sequences(x, y, task=task.task, labels=labels, per_step=task.per_step or None, **reading)
-    result = sequences(net, data, data.name, threads)
-    return {"ids": data.ids, **result} if data.ids else result
+    task = trained(net, name)
+    known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
+    table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
+    named = {"id": id or table.get("id"), "time": time or table.get("time"), "features": columns}
+    if isinstance(data, (str, os.PathLike)):
+        if Path(data).suffix.lower() not in TABLES:
+            return read_sequences(data, y, id=id, time=time, **known, **how)
+        if columns is None:
+            raise UsageError(f"{data}: expected a .ts or .npz file, because {name} wasn't trained on a table")
+        how = merged({option: table.get(option) for option in TABLES_ONLY}, how)
+        label = table.get("label") if y is None else y
+        return read_sequences(data, label, optional=y is None, **named, **known, **how)
+    for option in how:
+        raise UsageError(f"predict: {option} applies only to a table's file")
+    if is_frame(data):
+        return as_sequences(data, y, **named, **known)
+    if is_stream(data):
+        items: Any = data() if callable(data) else data
+        data = UserList(items)  # a dataset, whose items may have their true values
+    return as_sequences(data, y, id=id, time=time, **known)
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:
@@ -136,7 +153,7 @@ def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | Non
     return out
 
 
-def sequences(net: Network, sequences: Sequences, path: str, threads: int | None = None) -> dict[str, Any]:
+def sequences(net: Network, sequences: Sequences, path: str, threads: int | None = None) -> Predictions:
     """Classify sequences, or predict their numbers.
 
     Args:
@@ -144,11 +161,6 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
         sequences: the data, read with the network's `labels`.
         path: the file of the data, for messages.
         threads: number of the kernel's threads.
-
-    Returns:
-        `answers`, see `answers`, and `predicted`, a label, a number or a list of numbers for each sequence, or a list
-        of these with one for each step; if the data has the true values, also `accuracy` and `confusion`
-        (`[true, predicted]` counts), or `rmse` and `mae`.
 
     Raises:
         FormatError: sequences of another kind or width than the network's.
@@ -166,23 +178,96 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
             f"{path}: expected one target per {kinds[task.per_step]}, found one per {kinds[not task.per_step]}"
         )
     out = answers(net, task.inputs, Labelled(sequences), threads)
-    parts = out if task.per_step else [out]  # [T, O] each, or one [N, O]
-    if task.task == "classify":
-        chosen = [part.argmax(axis=1) for part in parts]
-        predicted: list[Any] = [[task.labels[n] for n in part] for part in chosen]
-    else:
-        chosen = [part[:, 0] if part.shape[1] == 1 else part for part in parts]
-        predicted = [part.tolist() for part in chosen]
-    result: dict[str, Any] = {"answers": out, "predicted": predicted if task.per_step else predicted[0]}
-    if sequences.y is None:
-        return result
-    flat = np.concatenate(chosen)
-    truth = np.concatenate(sequences.y) if isinstance(sequences.y, list) else sequences.y
+    scores = {} if sequences.y is None else _scores(task, out, sequences.y, path)
+    return Predictions(out, task.labels, sequences.ids, sequences.table.get("id") or "sequence", scores)
+
+
+def _scores(task: Trained, out: Any, y: Any, path: str) -> dict[str, Any]:
+    """Return the scores of outputs, compared with the true values."""
+    flat = np.concatenate(out) if task.per_step else out  # [N, O]
+    truth = np.concatenate(y) if isinstance(y, list) else y
     if task.task != "classify":
         if truth.size != flat.size:
             count = truth.shape[1] if truth.ndim == 2 else 1
-            raise FormatError(f"{path}: expected {out[0].shape[-1]} targets, found {count}")
-        return result | errors(flat, truth.reshape(flat.shape).astype(np.float64))
+            raise FormatError(f"{path}: expected {flat.shape[1]} targets, found {count}")
+        return errors(flat, truth.reshape(flat.shape).astype(np.float64))
+    chosen = flat.argmax(axis=1)
     confusion = np.zeros((len(task.labels),) * 2, np.int64)
-    np.add.at(confusion, (truth, flat), 1)
-    return result | {"accuracy": float((flat == truth).mean()), "confusion": confusion}
+    np.add.at(confusion, (truth, chosen), 1)
+    return {"accuracy": float((chosen == truth).mean()), "confusion": confusion}
+
+
+# ── text ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _continued(net: Network, prompt: Any, name: str, options: dict[str, Any]) -> str:
+    """Return the text that follows a prompt, which is a text or the path of one."""
+    if isinstance(prompt, os.PathLike):
+        prompt = content(os.fspath(prompt), alphabet_of(net, name).characters is None)
+    elif isinstance(prompt, str) and os.path.isfile(prompt):
+        raise UsageError(
+            f"predict: {prompt!r} is both a text to continue and a file's name: pass pathlib.Path({prompt!r}) to "
+            "continue the file's text; train.generate continues the name itself"
+        )
+    elif not isinstance(prompt, (str, bytes)):
+        raise UsageError(
+            f"predict: expected a text to continue, or the pathlib.Path of one, got {type(prompt).__name__}"
+        )
+    return "".join(generate(net, prompt, name=name, **options))
+
+
+# ── other networks ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def outputs(net: Network, data: Any, threads: int | None = None, columns: Sequence[str] | None = None) -> Any:
+    """Return the outputs of any network, for sequences of any lengths.
+
+    Args:
+        net: the network.
+        data: what `Network.run` takes; for a network with one input also a list, an object array, a dataset or an
+            iterable of sequences `[T, I]`, whose T may differ; or the name of a file: `.ts`, or one that `read_sample`
+            reads.
+        threads: number of the kernel's threads.
+        columns: see `read_sample`.
+
+    Returns:
+        `[N, …]`, in the order of the sequences; a list of arrays if the output has a time axis and lengths differ; a
+        tuple of these if there are several outputs.
+
+    Raises:
+        UsageError: data in another form, or no sequence.
+        ShapeError: sequences of another width or rank.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        path = os.fspath(data)
+        of_ts = columns is None and path.lower().endswith(".ts")
+        data = read_ts(path).x if of_ts else read_sample(net, path, columns)
+    if is_frame(data):
+        raise UsageError(
+            "predict: expected arrays, a list of sequences or a file, got a data frame: frames need a network that was "
+            "trained on one"
+        )
+    array = hasattr(data, "shape") and getattr(data.dtype, "kind", "") != "O"
+    if array or isinstance(data, Mapping) or len(net.inputs) > 1:
+        return net.run(data, threads=threads)[0]
+    return _of_rows(net, data, lambda rows: net.run(rows, threads=threads)[0])
+
+
+def _of_rows(net: Network, data: Any, run: Callable[[NDArray], Any]) -> Any:
+    """Run a network with one input over sequences, grouped by shape, so that nothing is padded."""
+    name = net.inputs[0]
+    sequences: Any = data() if callable(data) else data
+    rows = [net.as_inputs("predict", row)[name] for row in sequences]
+    if not rows:
+        raise UsageError("predict: expected at least one sequence, got none")
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(row.shape, []).append(n)
+    found: list[list[Any]] = [[None] * len(rows) for _ in net.outputs]
+    for members in groups.values():
+        y = run(np.stack([rows[n] for n in members]))
+        for out, part in zip(found, y if isinstance(y, tuple) else (y,), strict=True):
+            for n, one in zip(members, part, strict=True):
+                out[n] = one
+    whole = [np.stack(out) if len({one.shape for one in out}) == 1 else out for out in found]
+    return whole[0] if len(whole) == 1 else tuple(whole)

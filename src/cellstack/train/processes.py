@@ -61,6 +61,16 @@ class Processes:
         return found
 
 
+def is_first() -> bool:
+    """Return whether this is the only process, or the first of those that `torchrun` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def uses_gpu(device: str) -> bool:
+    """Return whether `processes(device)` chooses a GPU."""
+    return device != "cpu" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the process group that `torchrun` started, if any, and leave it at the end.
@@ -79,7 +89,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "cuda" and gpus < needed:
         raise UsageError(f"expected {needed} GPU(s) for device cuda, found {gpus}")
-    use_gpu = device != "cpu" and gpus >= needed
+    use_gpu = uses_gpu(device)
     place = torch.device("cuda", local) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)

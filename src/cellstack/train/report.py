@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cellstack.inspect.records import VANISHED, LayerRecord, TrainingRecord
 from cellstack.spec import Trace
+from cellstack.train.history import named
 
 # Figures are drawn in placeholder colours, which are replaced by variables of the style sheet, for light and dark mode.
 INK, FAINT = "#010203", "#010204"
@@ -175,7 +176,7 @@ def training_page(
         (str(len(history)), "epochs"),
         (f"{history[-1]['loss']:.3g}", f"training loss in the last epoch, {unit}"),
         *(
-            (f"{history[-1][key]:.3g}", f"{key} in the last epoch")
+            (f"{history[-1][key]:.3g}", f"{named(key)} in the last epoch")
             for key in ("accuracy", "rmse")
             if key in history[-1]
         ),

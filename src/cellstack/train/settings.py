@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
 from cellstack.train.checks import UsageError
+
+POOLINGS = ("mean", "max", "last", "none")
+CELLS = ("lstm", "gru", "rnn")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,31 @@ class Settings:
             raise UsageError(f"expected seed < 2^63, got {self.seed}")
 
 
+def epochs_of(settings: Settings, validates: bool) -> tuple[int, int, bool]:
+    """Return the fewest and the most epochs of a fit, and whether it has a validation part."""
+    early = settings.patience + 1 if validates and settings.patience else settings.epochs
+    return min(early, settings.epochs), settings.epochs, validates
+
+
+def widths_of(units: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the units of each layer, given as one number or as several."""
+    several: Any = units  # a string isn't a sequence of numbers
+    return tuple(several) if isinstance(units, Iterable) and not isinstance(units, str) else (several,)
+
+
+def check_layers(units: tuple[int, ...], cell: str, dropout: float) -> None:
+    """Raise `UsageError` if recurrent layers can't be made with these options."""
+    whole = [isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in units]
+    if not whole or not all(whole):
+        given = ", ".join(map(repr, units)) or "none"
+        raise UsageError(f"expected units to be integers of at least 1, one for each layer, got {given}")
+    if cell not in CELLS:
+        raise UsageError(f"expected cell to be one of {', '.join(CELLS)}, got {cell!r}")
+    check_number("dropout", dropout, whole=False)
+    if not 0.0 <= dropout < 1.0:
+        raise UsageError(f"expected dropout in [0, 1), got {dropout}")
+
+
 def check_number(name: str, value: Any, whole: bool) -> None:
     """Raise `UsageError` if a setting isn't a number, or isn't an integer although `whole`."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
@@ -61,7 +89,11 @@ def check_number(name: str, value: Any, whole: bool) -> None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model is built: see `Model`."""
+    """How a model is built: see `Model`.
+
+    Raises:
+        UsageError: an option out of range.
+    """
 
     units: tuple[int, ...]
     bidirectional: bool = False
@@ -70,6 +102,11 @@ class Architecture:
     every_step: bool = False
     cell: str = "lstm"
 
+    def __post_init__(self) -> None:
+        check_layers(self.units, self.cell, self.dropout)
+        if self.pooling not in POOLINGS:
+            raise UsageError(f"expected pooling to be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -77,12 +114,14 @@ class RunOptions:
 
     Args:
         validation: share of the training part held out for early stopping; 0 for none.
-        checkpoint, resume, overwrite, progress, threads: see `learn`.
+        checkpoint, resume, overwrite, threads: see `learn`.
+        progress: likewise; or a `progress.Bar` that several fits share.
         device: see `processes`.
         inspect: record the layers in each epoch, see `learn`.
         events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         name: a label before the progress bar, if several models are trained.
+        rehearse: only measure how long training takes: `fitted` raises `Rehearsed` instead of fitting.
 
     Raises:
         UsageError: a share out of range.
@@ -91,7 +130,7 @@ class RunOptions:
     validation: float = 0.15
     checkpoint: str | os.PathLike[str] | None = None
     resume: bool = False
-    progress: bool = False
+    progress: Any = None
     device: str = "auto"
     inspect: bool = False
     events: str | os.PathLike[str] | None = None
@@ -99,10 +138,13 @@ class RunOptions:
     threads: int | None = None
     log: str | os.PathLike[str] | None = None
     name: str = ""
+    rehearse: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:
-            raise UsageError(f"expected validation in [0, 1), got {self.validation}")
+            raise UsageError(f"expected validation to be a share in [0, 1), got {self.validation}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"expected threads >= 1, got {self.threads}")
         if self.resume and self.checkpoint is None:
             raise UsageError("expected a checkpoint to resume from, got none")
 
@@ -122,6 +164,9 @@ class Own:
             `"cosine"`.
         callbacks: called after every epoch, see `learn`.
         init: a network, or the file of one, whose weights are the initial ones.
+
+    Raises:
+        UsageError: something else than a function where one is needed.
     """
 
     head: Any = None
@@ -131,3 +176,17 @@ class Own:
     scheduler: Callable[[Any], Any] | str = "cosine"
     callbacks: Sequence[Callable[[Any], Any]] = ()
     init: Any = None
+
+    def __post_init__(self) -> None:
+        for name, value, example in (
+            ("loss", self.loss, "torch.nn.MSELoss(reduction='none')"),
+            ("optimizer", self.optimizer, "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"),
+        ):
+            if value is not None and not callable(value):
+                raise UsageError(f"expected {name} to be a function, such as {example}, got {value!r:.60}")
+        if self.metrics is not None and not isinstance(self.metrics, Mapping):
+            raise UsageError(
+                "expected metrics to be functions by name, such as {'f1': f1_score}, got " + f"{self.metrics!r:.60}"
+            )
+        if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
+            raise UsageError(f"expected callbacks to be a list of functions, got {self.callbacks!r:.60}")

@@ -5,23 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.data.sequences import Sequences, joined
-from cellstack.train.data.stream import Stream, Streamed
-from cellstack.train.data.targets import class_weights
-from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
-from cellstack.train.fitting import Result, as_network, check_memory, fitted
+from cellstack.train.data.sequences import Sequences
+from cellstack.train.data.stream import Stream
+from cellstack.train.examples import GAP, Data, Inputs, target_scaling
+from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.learner import Fit
 from cellstack.train.model import Model
+from cellstack.train.parts import check, parts_of, per_step
+from cellstack.train.processes import uses_gpu
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.sizes import check_memory
+from cellstack.train.trained import metadata
 from cellstack.train.warm import Start
 
 
@@ -50,28 +51,20 @@ def train_sequences(
             accuracy in the history.
 
     Returns:
-        The network and its scores, which are those of `predict.sequences`.
+        The network and its scores on the test sequences, see `Predictions`.
 
     Raises:
         UsageError: sequences without classes or targets, or fewer than two classes; see `learn` for more.
         FormatError: test sequences of another kind or width.
     """
-    y = training.y
-    if y is None:
-        raise UsageError(f"{training.name}: the sequences have neither classes nor targets")
-    classify, flat = bool(training.labels), np.concatenate(y) if isinstance(y, list) else y
-    if classify and len(np.unique(flat)) < 2:
-        raise UsageError(f"{training.name}: expected at least two classes, got one")
-    for name, other in (("validation", validation), ("test", test)):
-        _check_alike(name, other, training)  # before the training
-    if class_weight is not None and not classify:
-        raise UsageError("class_weight applies only to classes, not to numbers")
+    check(training, validation, test, class_weight)
+    classify = bool(training.labels)
     if training.per_step:
-        architecture = _per_step(architecture)
-    if isinstance(training, Stream):
-        parts = _streamed(training, validation, class_weight, settings)
-    else:
-        parts = _indexed(training, validation, class_weight, settings, options)
+        architecture = per_step(architecture)
+    elif architecture.pooling == "none":
+        raise UsageError("pooling none applies only to one class or target per step, got one per sequence")
+    gap = 1.0 if uses_gpu(options.device) else GAP  # cuDNN has no masks, and the torch loop is much slower
+    parts = parts_of(training, validation, class_weight, settings, options.validation, gap)
     start = None if own.init is None else Start(own.init)
     task = "classify" if classify else "regress"
     if start is not None:
@@ -93,89 +86,9 @@ def train_sequences(
         "per_step": training.per_step,
         "table": training.table,
     }
-    net = as_network(model, predict.metadata(task, inputs, training.labels, **more))
-    scores = {} if test is None else predict.sequences(net, test, test.name)
+    net = as_network(model, metadata(task, inputs, training.labels, **more))
+    scores = {} if test is None else predict.sequences(net, test, test.name).scores
     return Result(net, model, fit, scores, rank, parts.validated)
-
-
-class _Parts(NamedTuple):
-    """The training part's `y` and `weight`, the size of the validation part, and functions that make `Data`."""
-
-    y: NDArray
-    weight: NDArray[np.float32]
-    validated: int
-    measure: Callable[[], Inputs]
-    data: Callable[[Inputs], Data]
-
-
-def _indexed(
-    training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, options: RunOptions
-) -> _Parts:
-    """Return the parts of sequences in memory."""
-    assert training.y is not None
-    whole, (kept, held) = _split(training, validation, options.validation, settings.seed)
-    weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
-    examples = Labelled(whole, weights)
-
-    def data(inputs: Inputs) -> Data:
-        s = settings
-        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset)
-
-    measure = partial(Inputs.measure, examples, kept, called=whole.channel)
-    return _Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
-
-
-def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings) -> _Parts:
-    """Return the parts of a `Stream`."""
-    kept = ~stream.held
-    weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
-    y, weight = shaped(stream.y, stream.weight, weights)
-    own = None if validation is None else Labelled(validation, weights)
-
-    def data(inputs: Inputs) -> Data:
-        s = settings
-        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset)
-
-    validated = int(stream.held.sum()) if validation is None else len(validation.x)
-    return _Parts(y[kept], weight[kept], validated, lambda: stream.inputs, data)
-
-
-def _check_alike(name: str, other: Sequences | None, training: Sequences | Stream) -> None:
-    if other is None:
-        return
-    if other.channels != training.channels:
-        raise FormatError(f"{other.name}: expected {training.channels} channels, as trained on, found {other.channels}")
-    if other.columns != training.columns:
-        raise UsageError(
-            f"{name}: expected the columns {', '.join(training.columns)}, as trained on, got {', '.join(other.columns)}"
-        )
-    if name == "validation" and other.y is None:
-        raise UsageError("validation: the sequences have neither classes nor targets")
-    if other.y is not None and other.per_step != training.per_step:
-        kinds = ("sequence", "step")
-        raise UsageError(
-            f"{name}: expected one class or target per {kinds[training.per_step]}, as in training, got one per "
-            f"{kinds[other.per_step]}"
-        )
-
-
-def _per_step(architecture: Architecture) -> Architecture:
-    if architecture.every_step:
-        raise UsageError("every_step applies only to one class or target per sequence, got one per step")
-    return replace(architecture, pooling="none")
-
-
-def _split(
-    training: Sequences, validation: Sequences | None, share: float, seed: int
-) -> tuple[Sequences, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return the sequences to train or validate on, and the indices of either."""
-    if validation is None:
-        y = np.zeros(len(training.x)) if isinstance(training.y, list) or training.y is None else training.y
-        return training, split(y, share, np.random.default_rng(seed))
-    return joined(training, validation), (
-        np.arange(len(training.x)),
-        np.arange(len(training.x), len(training.x) + len(validation.x)),
-    )
 
 
 def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> Callable[[NDArray, NDArray], float]:
@@ -188,11 +101,6 @@ def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> 
         return metric(*(array[:, 0] if array.shape[1] == 1 else array for array in (truth, answers)))
 
     return measured
-
-
-def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
-    """Return the entries of some sequences, or of all their steps if there is one per step."""
-    return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]
 
 
 def _model(

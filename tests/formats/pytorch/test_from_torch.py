@@ -1,5 +1,6 @@
 """Torch modules as Networks: equal outputs, gates in order, and unsupported modules named by their paths."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_invalid_gate_orders_are_refused():
 def test_torch_lstm(depth, bidirectional, bias, batch_first, dtype):
     settings = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dropout": 0.5 * (depth > 1)}
     module = nn.LSTM(5, 7, depth, **settings, dtype=dtype).eval()
-    net = cs.from_torch(module)
+    with contextlib.nullcontext() if batch_first else pytest.warns(UserWarning, match=r"LSTM\) has batch_first=False"):
+        net = cs.from_torch(module)
     x = torch.randn(3, 9, 5, dtype=dtype)
     h0, c0 = torch.randn(2, depth * (1 + bidirectional), 3, 7, dtype=dtype)
     y, (h, c) = module(x if batch_first else x.transpose(0, 1), (h0, c0))
@@ -199,6 +201,41 @@ def test_objects_with_to_nodes():
             return [cs.Dense(self.weight.detach().numpy())]
 
     assert (cs.from_torch(nn.Sequential(Model(), nn.ReLU()))(np.ones((1, 1, 3))) == 3).all()
+
+
+class Last(nn.Module):
+    """Takes the last step, or the final states, of the layer before it."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def to_nodes(self):
+        return [cs.GlobalPool(self.mode)]
+
+
+def test_final_states_in_to_nodes():
+    gru, head = nn.GRU(3, 4, 2, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+    x = torch.randn(2, 5, 3)
+    y, h = gru(x)
+    net = cs.from_torch(nn.Sequential(gru, Last("final"), head))
+    assert [type(node).__name__ for node in net.nodes] == ["Bidirectional", "Bidirectional", "Dense"]
+    close(net(x), head(torch.cat((h[-2], h[-1]), 1)))
+    with pytest.warns(UserWarning, match=r'^from_torch: GlobalPool\("last"\) .* use GlobalPool\("final"\)$') as record:
+        net = cs.from_torch(nn.Sequential(gru, Last("last"), head))
+    assert [warning.filename for warning in record] == [__file__]
+    close(net(x), head(y[:, -1]))
+    with pytest.raises(cs.ShapeError, match=r'GlobalPool\("final"\) must directly follow a recurrent layer'):
+        cs.from_torch(nn.Sequential(head, Last("final")))
+
+
+def test_a_module_that_takes_time_first_is_warned_of_by_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4), nn.LSTM(4, 2))
+    with pytest.warns(
+        UserWarning, match=r"^from_torch: 1 \(GRU\) has batch_first=False and takes \[T, B, I\]"
+    ) as record:
+        cs.from_torch(model)
+    assert [warning.filename for warning in record] == [__file__]
 
 
 # ── modules around recurrent layers ─────────────────────────────────────────────────────────────────────────────

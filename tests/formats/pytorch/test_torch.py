@@ -540,7 +540,7 @@ def test_torch_loads_our_files(tmp_path, kind, depth, bidirectional, bias, dtype
 def test_storages_are_aligned_for_mapping(tmp_path):
     import zipfile
 
-    pytorch.save(cs.from_torch(nn.LSTM(5, 7)), str(tmp_path / "file.pt"))
+    pytorch.save(cs.from_torch(nn.LSTM(5, 7, batch_first=True)), str(tmp_path / "file.pt"))
     data = (tmp_path / "file.pt").read_bytes()
     for member in zipfile.ZipFile(io.BytesIO(data)).infolist():
         name, extra = (int.from_bytes(data[member.header_offset + at :][:2], "little") for at in (26, 28))

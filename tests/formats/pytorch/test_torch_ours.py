@@ -187,6 +187,32 @@ def test_keywords_and_nodes_in_an_order(tmp_path):
     np.testing.assert_allclose(net(ids.numpy()), wanted, atol=tolerances.NETWORK)
 
 
+@pytest.mark.parametrize(
+    ("module", "order", "name"),
+    [
+        (nn.LSTM(3, 4), None, r"the module \(LSTM\)"),
+        (nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4)), None, r"1 \(GRU\)"),
+        (nn.ModuleDict({"rnn": nn.GRU(3, 4)}), ["rnn", "final"], r"rnn \(GRU\)"),
+    ],
+)
+def test_a_file_that_records_time_before_batch_is_warned_of(tmp_path, module, order, name):
+    torch.save(module, tmp_path / "file.pt")
+    with pytest.warns(UserWarning, match=rf"^load: .*file.pt: {name} has batch_first=False") as record:
+        cs.load(tmp_path / "file.pt", order=order)
+    assert [warning.filename for warning in record] == [__file__]
+    torch.save(module.state_dict(), tmp_path / "file.pt")  # doesn't record it
+    cs.load(
+        tmp_path / "file.pt", order=order or [*dict.fromkeys(key.rpartition(".")[0] for key in module.state_dict())]
+    )
+
+
+def test_the_gate_order_of_a_cell_s_weights_is_reported_as_assumed(tmp_path):
+    torch.save(nn.GRUCell(3, 4).state_dict(), tmp_path / "file.pt")
+    assert "gates in the order of torch.nn.GRUCell" in cs.load(tmp_path / "file.pt").metadata["assumed"]
+    torch.save(nn.GRU(3, 4).state_dict(), tmp_path / "file.pt")
+    assert "assumed" not in cs.load(tmp_path / "file.pt").metadata
+
+
 BAD = {
     "left out": (["rnn"], r"order has to name every module with weights; it doesn't name .*head"),
     "unknown": (["rnn", "tail"], r"there is no module 'tail', as in order; there are .*rnn, head"),
@@ -211,8 +237,8 @@ def test_files_that_take_no_order(tmp_path):
     torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "file.pt")
     with pytest.raises(TypeError, match="expected order as a list of modules' names, got 'rnn'"):
         cs.load(tmp_path / "file.pt", order="rnn")
-    cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.safetensors")
-    cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.onnx")
+    cs.from_torch(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.safetensors")
+    cs.from_torch(nn.LSTM(3, 4, batch_first=True)).save(tmp_path / "net.onnx")
     for suffix in ("safetensors", "onnx"):
         with pytest.raises(TypeError, match=r"order isn't used for|ONNX files take .*, got order"):
             cs.load(tmp_path / f"net.{suffix}", order=["rnn"])

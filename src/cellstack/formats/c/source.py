@@ -2,24 +2,20 @@
 
 The source needs <math.h> and <string.h>, allocates nothing and has no global state: weights are constants, and
 everything that changes is in a struct that the caller owns. The results equal those of a `Stream` of one row, up to
-rounding. The cells' functions are in `cells`; docs/c.md describes the files.
+rounding. The cells' functions are in `cells`, networks that need whole sequences in `sequences`; docs/c.md describes
+the files.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack
-from os import PathLike
-from pathlib import Path
 from string import Template
 
 from cellstack import spec
 from cellstack.formats.build import Names
 from cellstack.formats.c.cells import HELPERS, WIDTHS, Form, form_key, form_of, shape_text
 from cellstack.formats.c.step import activate, literal
-from cellstack.formats.files import check_unedited, replacing
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -41,78 +37,28 @@ from cellstack.streaming.framewise import answers_framewise
 
 NUMBERS_A_LINE = 8
 TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
-# fmt: off
-HEADERS = {
-    "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math",
-    "setjmp", "signal", "stdalign", "stdarg", "stdatomic", "stdbool", "stddef", "stdint", "stdio", "stdlib",
-    "stdnoreturn", "string", "tgmath", "threads", "time", "uchar", "wchar", "wctype",
-}
-# fmt: on
 NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent)
 WHOLE = ("softmax", "log_softmax")  # activations over all features of a step together
 
 
-def export(network: Network, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
-    """Write a network as `name.h` and `name.c`, in C99 that also compiles as C++.
-
-    The header defines `name_IN` and `name_OUT`, the widths of a step's input and output; the struct `name_state`; and
-    `name_init`, `name_reset` and `name_step`. A float64 network computes in double, a float32 one in float.
+class Writer:
+    """Collects the parts of the files: arrays, members of the state, functions, and the lines of a step.
 
     Args:
-        network: a chain of nodes that can run step by step: `Recurrent` that runs forward, `Standardise`,
-            `Scale`, `LayerNorm`, `Clip`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of
-            one group, `GlobalPool("last")`.
-        directory: the output folder; it is created if it doesn't exist. Both files are replaced, or neither.
-        name: the name of the files, and the prefix of every identifier in them.
-
-    Returns:
-        The paths of the header and of the source.
+        network: the network.
+        name: the prefix of every identifier.
 
     Raises:
-        ValueError: a node that can't be streamed or written as C, which the message names; an invalid C name.
-        OSError: the files can't be written.
-
-    >>> import tempfile
-    >>> import numpy as np
-    >>> cell = Cell(spec.CellSpec(3, 4, kind="gru"), np.ones((3, 12)), np.ones((4, 12)), np.zeros((2, 12)))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     header, source = export(Network([Recurrent((cell,))]), folder, "tagger")
-    ...     print(header.name, source.name, "#define tagger_OUT 4" in header.read_text())
-    tagger.h tagger.c True
+        ValueError: the network can't be written.
     """
-    if (
-        not isinstance(name, str)
-        or re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None
-        or "__" in name
-        or name.endswith("_")
-    ):
-        raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as in C, got {name!r}")
-    if name.lower() in HEADERS:
-        raise ValueError(f"export_c: {name!r} is the name of a standard C header")
-    if not os.fspath(directory) or Path(directory).suffix in (".c", ".h"):
-        raise ValueError(
-            f"export_c: expected a folder, got {os.fspath(directory)!r}: name= sets the names of the files"
-        )
-    check_unedited(network, "C")
-    writer = _Writer(network, name)
-    header, source = writer.header(), writer.source()
-    os.makedirs(directory, exist_ok=True)
-    paths = Path(directory, f"{name}.h"), Path(directory, f"{name}.c")
-    with ExitStack() as stack:  # both or neither: both are on disk before either replaces an old file
-        for path, text in zip(paths, (header, source), strict=True):
-            file = stack.enter_context(replacing(path))
-            file.write(text.encode("ascii"))
-            file.flush()
-            os.fsync(file.fileno())
-    return paths
 
-
-class _Writer:
-    """Collects the parts of the files: arrays, members of the state, functions, and the lines of a step."""
+    unit = "one step"
+    memory = "what is kept between steps, and scratch. Nothing is allocated."
+    includes = ""
 
     def __init__(self, network: Network, name: str) -> None:
-        _check(network)
         self.network, self.name = network, name
+        self.check()
         self.real, self.f = TYPES[network.dtype.name]
         self.identifiers = Names(mark="_")  # keeps the nodes' identifiers distinct
         self.arrays: list[str] = []
@@ -123,30 +69,45 @@ class _Writer:
         self.scratch: dict[str, int] = {}
         self.steps: list[str] = []
         self.resets: list[str] = []
-        nodes = [(label, node) for label, node in zip(network.names, network.nodes, strict=True) if _acts(node)]
-        first = nodes[0][1] if nodes else None
-        width = 1 if isinstance(first, Embedding) else network.input_size
-        if width is None or not nodes:
-            raise ValueError("export_c: the network must fix the width of its input")
-        self.inputs, at = width, "x"
+        self.inputs = self.outputs = 0
+        self.write()
+
+    def check(self) -> None:
+        """Raise `ValueError` where a node can't run step by step, or can't be written as C."""
+        answers_framewise("export_c", self.network)
+        check_chain(self.network, NODES)
+
+    def write(self) -> None:
+        """Write all nodes."""
+        nodes = [entry for entry in zip(self.network.names, self.network.nodes, strict=True) if acts(entry[1])]
+        at, width = "x", self.input_width([node for _, node in nodes])
         for number, (label, node) in enumerate(nodes):
-            at, width = self._node(label, node, at, width, number == len(nodes) - 1)
+            at, width = self.node(label, node, at, width, number == len(nodes) - 1)
         self.outputs = width
         if at != "y":
             self.steps.append(f"    memcpy(y, {at}, {width} * sizeof *y);")
 
+    def input_width(self, nodes: list[Node]) -> int:
+        """Return the number of values of a step of x."""
+        width = 1 if nodes and isinstance(nodes[0], Embedding) else self.network.input_size
+        if width is None or not nodes:
+            raise ValueError("export_c: the network must fix the width of its input")
+        self.inputs = width
+        return width
+
     # ── names and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _fill(self, template: str) -> str:
+    def fill(self, template: str) -> str:
+        """Return a template with the names of this network filled in."""
         return Template(template).substitute(name=self.name, real=self.real, f=self.f)
 
-    def _identifier(self, text: str) -> str:
+    def identifier(self, text: str) -> str:
         """Return `text` as part of a C identifier, made unique."""
         return self.identifiers.fresh(re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "node")
 
     def _array(self, owner: str, name: str, array: Array, shape: str) -> str:
         """Write an array of constants, and return its name."""
-        called = f"{self.name}_{self._identifier(f'{owner}_{name}')}"
+        called = f"{self.name}_{self.identifier(f'{owner}_{name}')}"
         self.weights += array.size
         self.arrays += ["", f"static const {self.real} {called}[{array.size}] = {{ /* {shape} */", *self._rows(array)]
         self.arrays.append("};")
@@ -175,22 +136,23 @@ class _Writer:
         self.scratch[name] = max(width, self.scratch.get(name, 0))
         return f"s->{name}"
 
-    def _each(self, width: int, target: str, expression: str) -> list[str]:
+    def each(self, width: int, target: str, expression: str) -> list[str]:
+        """Return the lines that set every entry j of `target [width]`."""
         return [f"    for (size_t j = 0; j < {width}; j++) {{", f"        {target}[j] = {expression};", "    }"]
 
     def _activated(self, target: str, width: int, text: str) -> list[str]:
         """Return the lines that apply an activation in place."""
         if text in WHOLE:
             return [f"    ${{name}}_{text}({target}, {width});"]
-        return [] if text == "linear" else self._each(width, target, activate(_named(text), f"{target}[j]"))
+        return [] if text == "linear" else self.each(width, target, activate(_named(text), f"{target}[j]"))
 
-    def _node(self, label: str, node: Node, at: str, width: int, last: bool) -> tuple[str, int]:
+    def node(self, label: str, node: Node, at: str, width: int, last: bool) -> tuple[str, int]:
         """Write a node that reads `at [width]`; return the name of its output and the output's width."""
         kind = type(node).__name__
-        owner = self._identifier(label)
-        self.steps += ["", _comment(f"    /* {label}: {kind}, {node.summary} */")]
+        owner = self.identifier(label)
+        self.steps += ["", comment(f"    /* {label}: {kind}, {node.summary} */")]
         if isinstance(node, Recurrent):
-            return self._recurrent(owner, node, at, last)
+            return self.recurrent(owner, node, at, last)
         if isinstance(node, Conv1D):
             return self._convolution(owner, node, at, last)
         if isinstance(node, Embedding):
@@ -198,17 +160,17 @@ class _Writer:
             table = self._array(owner, "table", node.table, f"[V={rows}, E={width}]")
             zero = f"0.0{self.f}"
             choice = f"{at}[0] >= {zero} && {at}[0] < {rows}.0{self.f} ? (size_t){at}[0] : 0"
-            pointer = self._identifier(f"{owner}_row")
+            pointer = self.identifier(f"{owner}_row")
             self.steps.append(f"    const {self.real} *const {pointer} = {table} + {width} * ({choice});")
             return pointer, width
         width_out = node.kernel.shape[1] if isinstance(node, Dense) else width
         target = self._target(at, width_out, last)
         if isinstance(node, Standardise):
             mean, scale = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("mean", "scale"))
-            self.steps += self._each(width, target, f"({at}[j] - {mean}[j]) / {scale}[j]")
+            self.steps += self.each(width, target, f"({at}[j] - {mean}[j]) / {scale}[j]")
         elif isinstance(node, Scale):
             scale, shift = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("scale", "shift"))
-            self.steps += self._each(width, target, f"{at}[j] * {scale}[j] + {shift}[j]")
+            self.steps += self.each(width, target, f"{at}[j] * {scale}[j] + {shift}[j]")
         elif isinstance(node, LayerNorm):
             self.steps += [
                 f"    memcpy({target}, {at}, {width} * sizeof *{target});",
@@ -217,25 +179,25 @@ class _Writer:
             gain = "" if node.gain is None else f" * {self._array(owner, 'gain', node.gain, f'[{width}]')}[j]"
             bias = "" if node.bias is None else f" + {self._array(owner, 'bias', node.bias, f'[{width}]')}[j]"
             if gain or bias:
-                self.steps += self._each(width, target, f"{target}[j]{gain}{bias}")
+                self.steps += self.each(width, target, f"{target}[j]{gain}{bias}")
         elif isinstance(node, Dense):
             kernel = self._array(owner, "kernel", node.kernel, f"[I={width}, O={width_out}]")
             self.steps += self._start(owner, target, width_out, node.bias)
             self.steps.append(f"    ${{name}}_accumulate({target}, {width_out}, {at}, {width}, {kernel});")
             self.steps += self._activated(target, width_out, node.activation)
         elif isinstance(node, Clip):
-            self.steps += self._each(width, target, _clipped(node, f"{at}[j]"))
+            self.steps += self.each(width, target, _clipped(node, f"{at}[j]"))
         elif isinstance(node, Activation) and node.activation in WHOLE:
             self.steps.append(f"    memcpy({target}, {at}, {width} * sizeof *{target});")
             self.steps += self._activated(target, width, node.activation)
         elif isinstance(node, Activation):
-            self.steps += self._each(width, target, activate(_named(node.activation), f"{at}[j]"))
+            self.steps += self.each(width, target, activate(_named(node.activation), f"{at}[j]"))
         return target, width_out
 
     def _start(self, owner: str, target: str, width: int, bias: Array | None) -> list[str]:
         """Return the lines that initialise a sum with the bias, or with zeros."""
         if bias is None:  # no memset: GCC warns where its byte count equals the array's length
-            return self._each(width, target, "0")
+            return self.each(width, target, "0")
         return [f"    memcpy({target}, {self._array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"]
 
     def _convolution(self, owner: str, node: Conv1D, at: str, last: bool) -> tuple[str, int]:
@@ -248,7 +210,7 @@ class _Writer:
             taken = f"{target}, {filters}, {at}, {channels}, {kernel}"
             self.steps += [*start, f"    ${{name}}_accumulate({taken});", *done]
             return target, filters
-        seen, kept = self._identifier(f"{owner}_x"), (node.span - 1) * channels
+        seen, kept = self.identifier(f"{owner}_x"), (node.span - 1) * channels
         self.frames.append((seen, node.span * channels, f"the last steps into {owner}"))
         self.resets.append(f"    memset(s->{seen}, 0, sizeof s->{seen});")
         tap = f"s->{seen} + k * {node.dilation * channels}, {channels}, {kernel} + k * {channels * filters}"
@@ -263,16 +225,16 @@ class _Writer:
         ]
         return target, filters
 
-    def _recurrent(self, owner: str, node: Recurrent, at: str, last: bool) -> tuple[str, int]:
+    def recurrent(self, owner: str, node: Recurrent, at: str, last: bool) -> tuple[str, int]:
         """Write a stack of cells. A cell's output is h, in the state."""
         for number, cell in enumerate(node.cells):
-            name = owner if len(node.cells) == 1 else self._identifier(f"{owner}_{number}")
+            name = owner if len(node.cells) == 1 else self.identifier(f"{owner}_{number}")
             below = at
             at = self._cell(name, cell, at)
             added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
             if added:
                 target = self._target(below, cell.spec.output_size, last and number == len(node.cells) - 1)
-                self.steps += self._each(cell.spec.output_size, target, f"{at}[j] + {below}[j]")
+                self.steps += self.each(cell.spec.output_size, target, f"{at}[j] + {below}[j]")
                 at = target
         return at, node.units
 
@@ -294,7 +256,7 @@ class _Writer:
             pointers.append(self._array(owner, name, array, shape_text(cell.spec, matrix)))
         sizes = {"inputs": cell.spec.input_size, "units": units, "projected": cell.spec.proj_size}
         widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
-        weights = f"{self.name}_{self._identifier(f'{owner}_weights')}"
+        weights = f"{self.name}_{self.identifier(f'{owner}_weights')}"
         self.arrays += [
             "",
             f"static const struct {self.name}_{called} {weights} = {{",
@@ -303,7 +265,7 @@ class _Writer:
         ]
         state = []
         for array, size in cell.spec.state_sizes.items():
-            member = self._identifier(f"{owner}_{array}")
+            member = self.identifier(f"{owner}_{array}")
             self.members.append((member, size, f"{array} of {owner}"))
             state.append(f"s->{member}")
             if cell.spec.learn_initial_state:
@@ -333,22 +295,20 @@ class _Writer:
         kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
         nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between steps */"]
-        ids = isinstance(next(filter(_acts, self.network.nodes)), Embedding)
-        what = "one id, a whole number; ids out of range are treated as 0" if ids else "one step"
         text = f"""\
-/* {name}: a recurrent network, one step at a time. Written by cellstack (export_c); don't edit, export again.
+/* {name}: a recurrent network, {self.unit} at a time. Written by cellstack (export_c); don't edit, export again.
  *
 {chr(10).join(described)}
  *
  * Flash:  {flash:,} bytes of constants, and the code.
- * RAM:    {ram:,} bytes, sizeof({name}_state): what is kept between steps, and scratch. Nothing is allocated.
+ * RAM:    {ram:,} bytes, sizeof({name}_state): {self.memory}
  * Stack:  no arrays and no recursion: a few pointers and counters per call, three calls deep, and <math.h>'s own.
  *
  * States are independent: use any number of them, in any threads. A state is plain memory, and may be copied.
  */
 #ifndef {name.upper()}_H
 #define {name.upper()}_H
-
+{self.includes}
 #ifdef __cplusplus
 extern "C" {{
 #endif
@@ -360,15 +320,7 @@ typedef struct {{
 {chr(10).join(kept + scratch + nothing)}
 }} {name}_state;
 
-/* Initialise a state: call this first. */
-void {name}_init({name}_state *s);
-
-/* Reset a state to the start of a sequence: every cell's own initial state. */
-void {name}_reset({name}_state *s);
-
-/* Take x, {what}, and write the network's output to y, which may be the same array as x. */
-void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT]);
-
+{self.declarations()}
 #ifdef __cplusplus
 }}
 #endif
@@ -377,22 +329,31 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
 """
         return _ascii(text)
 
-    def source(self) -> str:
-        """Return the source."""
+    def declarations(self) -> str:
+        """Return the functions' declarations, with comments."""
         name, real = self.name, self.real
-        forms = "".join(self._fill(form.text) for _, form in self.forms.values())
-        steps = self._fill("\n".join(self.steps)).lstrip("\n")
+        return f"""\
+/* Initialise a state: call this first. */
+void {name}_init({name}_state *s);
+
+/* Reset a state to the start of a sequence: every cell's own initial state. */
+void {name}_reset({name}_state *s);
+
+/* Take x, {self.ids or "one step"}, and write the network's output to y, which may be the same array as x. */
+void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT]);
+"""
+
+    @property
+    def ids(self) -> str | None:
+        """What a step of x is, if it is an id."""
+        ids = isinstance(next(filter(acts, self.network.nodes)), Embedding)
+        return "one id, a whole number; ids out of range are treated as 0" if ids else None
+
+    def functions(self, resets: str, steps: str) -> str:
+        """Return the functions' source."""
+        name, real = self.name, self.real
         steps += "" if "s->" in steps else "\n    (void)s;"
-        helpers = self._helpers(forms + steps)
-        resets = "\n".join(self.resets) or "    (void)s; /* no cell, no state */"
-        text = f"""\
-/* {name}: see {name}.h. Arrays are row-major; I is a cell's input width, H its units. */
-#include "{name}.h"
-
-#include <math.h>
-#include <string.h>
-{helpers}{forms}{chr(10).join(self.arrays)}
-
+        return f"""\
 void {name}_init({name}_state *s)
 {{
     memset(s, 0, sizeof *s);
@@ -409,12 +370,29 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
 {steps}
 }}
 """
+
+    def source(self) -> str:
+        """Return the source."""
+        name = self.name
+        forms = "".join(self.fill(form.text) for _, form in self.forms.values())
+        steps = self.fill("\n".join(self.steps)).lstrip("\n")
+        helpers = self._helpers(forms + steps)
+        resets = "\n".join(self.resets) or "    (void)s; /* no cell, no state */"
+        text = f"""\
+/* {name}: see {name}.h. Arrays are row-major; I is a cell's input width, H its units. */
+#include "{name}.h"
+
+#include <math.h>
+#include <string.h>
+{helpers}{forms}{chr(10).join(self.arrays)}
+
+{self.functions(resets, steps)}"""
         return _ascii(text)
 
     def _helpers(self, code: str) -> str:
         """Return the functions that `code` calls."""
         called = set(re.findall(rf"\b{self.name}_(\w+?)\(", code))
-        return "".join(self._fill(text) for helper, text in HELPERS.items() if helper in called)
+        return "".join(self.fill(text) for helper, text in HELPERS.items() if helper in called)
 
 
 def _named(text: str) -> spec.Activation:
@@ -429,12 +407,12 @@ def _clipped(node: Clip, inner: str) -> str:
     return f"{below}{above}{inner}"
 
 
-def _acts(node: Node) -> bool:
+def acts(node: Node) -> bool:
     """Whether a node changes the values of a step."""
     return not isinstance(node, GlobalPool) and not (isinstance(node, Activation) and node.activation == "linear")
 
 
-def _comment(text: str) -> str:
+def comment(text: str) -> str:
     """Return a comment in which nothing ends the comment early or looks like a template field."""
     return text[:-2].replace("*/", "* /").replace("$", "$$") + text[-2:]
 
@@ -443,13 +421,12 @@ def _ascii(text: str) -> str:
     return text.replace("·", "*").encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _check(network: Network) -> None:
-    """Raise `ValueError` where a node can't run step by step, or can't be written as C."""
-    answers_framewise("export_c", network)
+def check_chain(network: Network, nodes: tuple[type[Node], ...]) -> None:
+    """Raise `ValueError` where a node isn't of one of these kinds or can't be written as C, or isn't in a chain."""
     expected = (network.inputs[0], *network.names)
     for name, node, sources, before in zip(network.names, network.nodes, network.wires, expected, strict=False):
-        if not isinstance(node, NODES):
-            found = ", ".join(kind.__name__ for kind in NODES)
+        if not isinstance(node, nodes):
+            found = ", ".join(kind.__name__ for kind in nodes)
             raise ValueError(f"export_c: {name}: {type(node).__name__} isn't supported; these nodes are: {found}")
         if isinstance(node, Embedding) and node.mask_zero:
             raise ValueError(f"export_c: {name}: mask_zero isn't supported, as the C code has no masks")

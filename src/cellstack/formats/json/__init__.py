@@ -105,12 +105,3 @@ def extract(path: str) -> dict[str, Network]:
 def _unknown(path: str, found: Mapping[str, Any]) -> FormatError:
     kinds = "in_shape and layers (RTNeural), architecture (neural-amp-modeler), or tensors by name"
     return FormatError(f"{path}: expected JSON with {kinds}, found the keys {short(list(found), 200)}")
-
-
-def save(network: Network, path: str) -> None:
-    """Refuse to write: these formats are read-only.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(f"save: {path!r}: writing RTNeural's JSON and .nam isn't supported, only reading")

@@ -14,12 +14,13 @@ Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.modules import from_torch, network_of_module
+from cellstack.formats.pytorch.modules import KINDS, TIME_FIRST, Reader, from_torch, network_of_module
 from cellstack.formats.pytorch.names import (
     HINT,
     keep_bfloat16,
@@ -82,8 +83,17 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
         return in_order(found, Source(path, scripts), order)
     place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)
     if module is None or not _whole(path, found, module):
+        for name, one in found.modules.items():
+            kind = kind_of(one).rpartition(".")[2]
+            if kind in KINDS and attributes_of(one).get("batch_first") is False:
+                warnings.warn(f"load: {path}: {name or 'the module'} ({kind}) {TIME_FIRST}", stacklevel=4)
+                break
         return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
-    return _network(path, found, Saved(Source(path, scripts), module), ".".join(place))
+    reader = Reader()
+    network = _network(path, found, Saved(Source(path, scripts), module), ".".join(place), reader)
+    for doubt in reader.doubts:
+        warnings.warn(f"load: {path}: {doubt}", stacklevel=4)  # the call of cellstack.load
+    return network
 
 
 def _model(root: Any) -> tuple[Any, list[str]]:
@@ -104,12 +114,12 @@ def _whole(path: str, found: Contents, root: Standin) -> bool:
     return known and len(contents(path, root).tensors) == len(found.tensors)
 
 
-def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
+def _network(path: str, found: Contents, module: Saved, title: str, reader: Reader | None = None) -> Network:
     """Return the network of a module in a file, as `from_torch` does for one in memory."""
     try:
         computed = {name: tensor.how for name, tensor in module.tensors.items() if hasattr(tensor, "how")}
         metadata = {"source": {"format": "pytorch", "module": title}, **({"computed": computed} if computed else {})}
-        return network_of_module(module, metadata)
+        return network_of_module(module, metadata, reader)
     except FormatError:
         raise
     except (TypeError, ValueError, MissingSettingError) as error:

@@ -8,6 +8,7 @@ also with activations between them, cancel out. The Network's inputs and outputs
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,8 @@ from cellstack.nodes import (
     Reshape,
     Scale,
 )
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent, ends_both_ways
+from cellstack.nodes.time import FINAL
 from cellstack.spec import DTYPES
 
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}  # torch's layers
@@ -72,7 +74,11 @@ def from_torch(module: Any) -> Network:
     `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is
     off, batch normalisation uses its running statistics, and zoneout's rates act as constants. A recurrent layer passes
     on its output only: a module after it that takes the output from `(output, state)` has nothing to do, and its
-    `to_nodes()` returns `[]`.
+    `to_nodes()` returns `[]`. One that takes the final states, `torch.cat((h[-2], h[-1]), 1)` after a bidirectional
+    layer, returns `[GlobalPool("final")]`; one that takes the last step, `y[:, -1]`, returns `[GlobalPool("last")]`.
+
+    Warns if a module has `batch_first=False`, as the network takes the batch first, and if `to_nodes()` takes the last
+    step of a bidirectional layer, which isn't its final states.
 
     Args:
         module: the module; its weights may be on any device, in float32 or float64.
@@ -84,12 +90,16 @@ def from_torch(module: Any) -> Network:
         TypeError: an unsupported module or setting; the message names it by its path.
         ShapeError: modules whose widths or ranks don't match.
     """
-    return network_of_module(module)
-
-
-def network_of_module(module: Any, metadata: dict[str, Any] | None = None) -> Network:
-    """Return a module in memory or in a file as a Network: see `from_torch`."""
     reader = Reader()
+    network = network_of_module(module, reader=reader)
+    for doubt in reader.doubts:
+        warnings.warn(f"from_torch: {doubt}", stacklevel=2)
+    return network
+
+
+def network_of_module(module: Any, metadata: dict[str, Any] | None = None, reader: Reader | None = None) -> Network:
+    """Return a module in memory or in a file as a Network, without warnings: see `from_torch`."""
+    reader = Reader() if reader is None else reader
     reader.read(module, "")
     if not reader.builder.nodes:
         raise TypeError(f"from_torch: expected a module that computes something, got {_called(module)}")
@@ -109,6 +119,16 @@ def _called(module: Any) -> str:
 
 def _refuse(path: str, module: Any, why: str) -> TypeError:
     return TypeError(f"from_torch: {path or 'the module'} ({_called(module)}): {why}")
+
+
+LAST_OF_BOTH = (
+    'GlobalPool("last") after a bidirectional layer is the last step, not both final states: at that step the backward '
+    'direction has read one step only. For h[-2] and h[-1] use GlobalPool("final")'
+)
+TIME_FIRST = (
+    "has batch_first=False and takes [T, B, I], but the network takes [B, T, I]; set batch_first = True, which leaves "
+    "the weights the same, or transpose the network's input and output"
+)
 
 
 @contextmanager
@@ -181,6 +201,7 @@ class Reader:
         wire: the output of the last module read.
         time_first: path and class of the first recurrent layer without `batch_first`.
         batch_first: the first module that takes the batch first, or depends on the positions of axes.
+        last_of_both: whether a module's `to_nodes` takes the last step of a bidirectional layer.
     """
 
     def __init__(self) -> None:
@@ -188,6 +209,16 @@ class Reader:
         self.wire = self.builder.input("x")
         self.time_first: tuple[str, str] | None = None
         self.batch_first: str | None = None
+        self.last_of_both = False
+
+    @property
+    def doubts(self) -> list[str]:
+        """What may not be what the caller means, for warnings."""
+        doubts = [LAST_OF_BOTH] if self.last_of_both else []
+        if self.time_first:
+            path, kind = self.time_first
+            doubts.append(f"{path or 'the module'} ({kind.rpartition('.')[2]}) {TIME_FIRST}")
+        return doubts
 
     @property
     def rank(self) -> int | None:
@@ -198,6 +229,9 @@ class Reader:
     def add(self, *nodes: Node, others: tuple[str, ...] = ()) -> None:
         """Add consecutive nodes; each takes the wires `others` before the previous output."""
         for node in nodes:
+            if isinstance(node, GlobalPool) and node.mode == FINAL:
+                self.builder.final(self.wire)
+                continue
             self.wire = self.builder.add(f"layer_{len(self.builder.nodes)}", node, *others, self.wire)
 
     def has_batch_first(self, path: str, module: Any) -> None:
@@ -214,7 +248,13 @@ class Reader:
     def read(self, module: Any, path: str) -> None:
         """Add the nodes of `module`, in order; `path` is its path within the outermost module."""
         if callable(getattr(module, "to_nodes", None)):
-            self.add(*module.to_nodes())
+            for node in module.to_nodes():
+                self.last_of_both = self.last_of_both or (
+                    isinstance(node, GlobalPool)
+                    and node.mode == "last"
+                    and ends_both_ways(reversed(self.builder.nodes.values()))
+                )
+                self.add(node)
             return
         torch = sys.modules.get("torch")
         if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):

@@ -44,6 +44,7 @@ OPTIMISER = re.compile(  # the names of torch's optimisers for their state of a 
     r"ro|H_diag|prev_flat_grad|al|func_evals)(?:\.\d+)?",
     re.DOTALL,
 )
+GATES_ASSUMED = "gates in the order of torch.nn.{}: a cell that isn't PyTorch's may use these names with another order"
 LONGEST_ENTRY = 500  # characters of an entry in a message
 MOST_OF_A_MODULE = 4  # how many tensors of a module a message lists
 
@@ -231,7 +232,7 @@ def network_of(
         raise FormatError(
             f"{where}: expected only one recurrent module, as a state dict doesn't specify the order of modules, "
             f"found {len(parts)} recurrent ({names}){rest}; {HINT}, and cellstack.load(path, order=[…]) takes the "
-            "names of modules in the order in which they run"
+            "names of modules in the order in which they run, with 'final' or 'last' after a recurrent one"
         )
     network = next(iter(networks_of(tensors, where, activations, directions).values()))
     return say_left_out(network, by_module(tensors, [name for name in tensors if name in optimiser]))
@@ -321,8 +322,11 @@ def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str
             rnn = rnn or cell.spec.kind == "rnn"
             layers[-1].append(cell)
     metadata: dict[str, Any] = {"source": {"format": "pytorch", "module": part.title}}
+    kind = layers[0][0].spec.kind
     if rnn and activation is None:
         metadata["assumed"] = ASSUMED
+    elif not part.layered and not rnn:
+        metadata["assumed"] = GATES_ASSUMED.format(f"{kind.upper()}Cell")
     computed = {what: tensors[name].how for (what, _, _), name in names.items() if hasattr(tensors[name], "how")}
     if computed:
         metadata["computed"] = computed

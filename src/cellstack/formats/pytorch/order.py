@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cellstack.formats.build import listed
@@ -14,11 +14,12 @@ from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
 from cellstack.formats.pytorch.tensors import short
 from cellstack.formats.pytorch.tree import Contents, within
 from cellstack.network import Network
-from cellstack.nodes import Activation, Embedding, GlobalPool, Node, Reshape, Select
+from cellstack.nodes import Activation, Bidirectional, Dense, Embedding, GlobalPool, Node
 from cellstack.nodes.recurrent import ends_both_ways
-from cellstack.spec import FormatError
+from cellstack.nodes.time import FINAL
+from cellstack.spec import FormatError, ShapeError
 
-LAST = "last"  # means the last step of a sequence
+WORDS = ("last", FINAL)  # the last step of a sequence; the final states of the recurrent module before it
 MOST_NAMES = 8  # how many of a file's modules a message lists
 KINDS = ("Linear", "Embedding")  # modules that may consist of one matrix
 
@@ -42,31 +43,25 @@ def in_order(found: Contents, source: Source, order: Sequence[str | Node]) -> Ne
     recurrent = networks_of(tensors, where, found.activations, found.directions)
     names = dict.fromkeys((*recurrent, *found.modules, *(name.rpartition(".")[0] for name in tensors)))
     used, assumed = [], []
+    layers: tuple[Node, ...] = ()  # of the last recurrent module
     for entry in order:
-        last = entry == LAST or (isinstance(entry, GlobalPool) and entry.mode == "last")
-        if last and ends_both_ways(reversed(reader.builder.nodes.values())):
-            warnings.warn(
-                f"load: {where}: {entry if isinstance(entry, str) else 'GlobalPool(last)'} after a bidirectional layer "
-                "is the last step, not both final states: at that step the backward direction has read one step only. "
-                "This is right for a model that takes y[:, -1]; for one that takes h[-2] and h[-1], use "
-                "cellstack.compile(model, example)",
-                stacklevel=5,  # the call of cellstack.load
-            )
-        if isinstance(entry, Node):
-            reader.add(entry)
-            continue
-        name, kind = _placed(where, entry, [*names])
-        if name is None:
-            reader.add(*((Select(-1, None), Reshape((-1,))) if entry == LAST else (Activation(entry),)))
-            continue
-        used.append(name)
+        name, kind = (None, None) if isinstance(entry, Node) else _placed(where, entry, [*names])
+        if name is not None:
+            used.append(name)
+        if name in recurrent:
+            layers = recurrent[name].nodes
+            assumed += filter(None, [recurrent[name].metadata.get("assumed")])
         if name in found.modules:
             _read(reader, Saved(source, found.modules[name]), name, where)
         elif name in recurrent:
-            reader.add(*recurrent[name].nodes)
-            assumed += filter(None, [recurrent[name].metadata.get("assumed")])
+            _add(reader, where, name, layers, layers)
+        elif name is not None:
+            _add(reader, where, name, [_matrix(where, name, kind, tensors)], layers)
         else:
-            reader.add(_matrix(where, name, kind, tensors))
+            node = entry if isinstance(entry, Node) else GlobalPool(entry) if entry in WORDS else Activation(entry)
+            if isinstance(node, GlobalPool) and node.mode == "last":
+                _warn_of_last(reader, where)
+            _add(reader, where, short(entry) if isinstance(entry, str) else type(entry).__name__, [node], layers)
     unused = [name for name in tensors if not any(within(name, module) for module in used)]
     optimiser = [name for name in unused if OPTIMISER.fullmatch(name)]
     rest = by_module(tensors, [name for name in unused if name not in set(optimiser)])
@@ -74,11 +69,51 @@ def in_order(found: Contents, source: Source, order: Sequence[str | Node]) -> Ne
         raise FormatError(
             f"{where}: order has to name every module with weights; it doesn't name {listed(rest, 6, ', ')}"
         )
+    for doubt in reader.doubts:
+        warnings.warn(f"load: {where}: {doubt}", stacklevel=5)
     reader.builder.output(reader.wire)
     said = {"assumed": "; ".join(dict.fromkeys(assumed))} if assumed else {}
     metadata = {"source": {"format": "pytorch", "order": [str(entry) for entry in order]}, **said}
     network = reader.builder.network(metadata, numbered=True)
     return say_left_out(network, by_module(tensors, optimiser))
+
+
+def _warn_of_last(reader: Reader, where: str) -> None:
+    """Warn if the last step is that of a bidirectional layer: its final states may be intended."""
+    if ends_both_ways(reversed(reader.builder.nodes.values())):
+        warnings.warn(
+            f'load: {where}: "last" after a bidirectional layer is the last step, not both final states: at that step '
+            "the backward direction has read one step only. This is right for a model that takes y[:, -1]; for one "
+            'that takes h[-2] and h[-1], write "final" instead',
+            stacklevel=6,  # the call of cellstack.load
+        )
+
+
+def _add(reader: Reader, where: str, title: str, nodes: Iterable[Node], layers: Sequence[Node]) -> None:
+    """Add the nodes of an entry; `layers` are those of the last recurrent module, for messages."""
+    nodes = [*nodes]
+    try:
+        reader.add(*nodes)
+    except ShapeError as error:
+        shape, hint = reader.builder.shapes[reader.wire], ""
+        if isinstance(nodes[0], Dense) and shape is not None:
+            hint = _other_states(layers, nodes[0].kernel.shape[0], len(shape) == 1)
+        raise FormatError(f"{where}: {title}, as in order: {error}{hint}") from None
+
+
+def _other_states(layers: Sequence[Node], width: int, pooled: bool) -> str:
+    """Return which states of the layers have the width that a Linear expects, as a sentence; "" if none has."""
+    sizes = [cell.spec.output_size for node in layers for cell in node.cells]
+    both = bool(layers) and isinstance(layers[-1], Bidirectional)
+    if not pooled or not sizes:
+        return ""
+    if width == sum(sizes):
+        found = f"the final states of all {len(layers)} layers together, and 'final' is that of the last layer"
+    elif both and width == sizes[-1]:
+        found = "one direction; h[-1] is the final state of the backward direction, and 'final' holds both"
+    else:
+        return ""
+    return f". {width} is the width of {found}: use cellstack.compile(model, example) for such a model"
 
 
 def _placed(where: str, entry: str, names: list[str]) -> tuple[str | None, str | None]:
@@ -89,14 +124,15 @@ def _placed(where: str, entry: str, names: list[str]) -> tuple[str | None, str |
         raise FormatError(f"{where}: {short(entry)} may be any of the modules {listed(fits, MOST_NAMES, ', ')}")
     if fits:
         return fits[0], kind
-    if entry != LAST:
+    if entry not in WORDS:
         try:
             Activation(entry)
         except ValueError:
             own = [name for name in names if name]
             raise FormatError(
                 f"{where}: there is no module {short(entry)}, as in order; there are {listed(own, MOST_NAMES, ', ')}; "
-                f"order also takes {LAST!r} for the last step, and names of activations"
+                "order also takes 'last' for the last step, 'final' for the final states of the recurrent module "
+                "before it, and names of activations"
             ) from None
     return None, None
 

@@ -8,6 +8,8 @@ import { MEANINGS } from "./view.js";
 const MOST_TERMS = 12; // terms of a sum shown one by one; the rest is one line
 const MOST_UNITS = 12; // in the table
 const MOST_INPUTS = 24;
+const NARROW = 640; // with less space, in CSS pixels, the drawing is narrower, with shorter numbers
+const NARROWER = 0.68;
 const NAMES = { lstm: "LSTM", gru: "GRU", rnn: "SimpleRNN" };
 
 // The wiring of each kind: boxes with the fields they show, and the paths between them.
@@ -73,13 +75,8 @@ export class CellView {
     this.wires = svg("svg", { class: "wires", role: "group" });
     this.numbers = make("div", { class: "numbers" });
     this.note = make("p", { class: "note" });
-    this.element = make(
-      "div",
-      {},
-      this.title,
-      this.note,
-      make("div", { class: "cellview" }, make("div", { class: "scroll" }, this.wires), this.numbers),
-    );
+    this.body = make("div", { class: "cellview" }, make("div", { class: "scroll" }, this.wires), this.numbers);
+    this.element = make("div", {}, this.title, this.note, this.body);
     this.open = false;
     this.built = null;
     this.asked = 0;
@@ -117,17 +114,24 @@ export class CellView {
   build(place, unit) {
     const { cell } = place;
     const first = Math.max(0, Math.min(unit - MOST_UNITS / 2, cell.units.length - MOST_UNITS));
-    const key = `${place.key} ${first}`;
+    const parts = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;
+    this.narrow = this.element.clientWidth / parts < NARROW;
+    const key = `${place.key} ${first} ${this.narrow}`;
     if (this.built?.key === key) return;
     this.pop.hide();
     const wiring = WIRING[cell.spec.kind];
-    const [wide, high] = wiring.size;
+    const [whole, high] = wiring.size;
+    const across = this.narrow ? NARROWER : 1;
+    const wide = whole * across;
+    this.wires.classList.toggle("narrow", this.narrow);
     this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
     this.wires.setAttribute("aria-label", `The wiring of one unit of this ${NAMES[cell.spec.kind]} cell`);
     const ports = {};
-    const boxes = Object.entries(wiring.ports).map(([name, [x, y, text]]) => {
+    const boxes = Object.entries(wiring.ports).map(([name, [left, y, text]]) => {
+      const x = left * across;
+      const width = name === "x" ? 86 : 86 * across;
       const value = svg("text", { x, y: y + 12, class: "value" }, "");
-      const box = svg("rect", { x: x - 43, y: y - 22, width: 86, height: 44, rx: 8 });
+      const box = svg("rect", { x: x - width / 2, y: y - 22, width, height: 44, rx: 8 });
       const group = svg("g", { class: name === "x" ? "port small" : "port", "data-field": name, tabindex: "0", role: "button" }, box, svg("text", { x, y: y - 6, class: "name" }, text), value);
       ports[name] = { group, box, value, texts: group.querySelectorAll("text") };
       this.pop.attach(group, () => this.formula(place, name, this.unit));
@@ -142,12 +146,13 @@ export class CellView {
     replaceChildren(
       this.wires,
       svg("defs", {}, svg("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" }, svg("path", { d: "M 0 0 L 8 4 L 0 8 z", class: "head" }))),
-      svg("rect", { x: 104, y: 18, width: wide - 160 - 40, height: high - 66, rx: 16, class: "hull" }),
-      ...wiring.paths.map((d) => svg("path", { d, class: "wire", "marker-end": "url(#tip)" })),
-      ...wiring.dots.map(([cx, cy]) => svg("circle", { cx, cy, r: 3, class: "head" })),
-      ...wiring.signs.map(([x, y, sign]) =>
-        svg("g", { class: "sign" }, svg("rect", { x: x - (sign.length > 1 ? 22 : 16), y: y - 16, width: sign.length > 1 ? 44 : 32, height: 32, rx: 16 }), svg("text", { x, y: y + 5 }, sign)),
-      ),
+      svg("rect", { x: 104 * across, y: 18, width: wide - 200 * across, height: high - 66, rx: 16, class: "hull" }),
+      ...wiring.paths.map((d) => svg("path", { d: d.replace(/([MH]) (\d+)/g, (_, letter, x) => `${letter} ${x * across}`), class: "wire", "marker-end": "url(#tip)" })),
+      ...wiring.dots.map(([cx, cy]) => svg("circle", { cx: cx * across, cy, r: 3, class: "head" })),
+      ...wiring.signs.map(([left, y, sign]) => {
+        const [x, width] = [left * across, (sign.length > 1 ? 44 : 32) * across];
+        return svg("g", { class: "sign" }, svg("rect", { x: x - width / 2, y: y - 16, width, height: 32, rx: width / 2 }), svg("text", { x, y: y + 5 }, sign));
+      }),
       ...boxes,
     );
     // The table of all values of the step.
@@ -174,6 +179,8 @@ export class CellView {
       this.pop.attach(number, () => this.formula(place, "x", n));
       return number;
     });
+    const names = this.view.namesOf(place, "x");
+    const titled = xs.map((number, n) => (names === null ? number : make("span", { class: "titled", title: names[n] }, make("span", {}, names[n]), number)));
     replaceChildren(
       this.numbers,
       make(
@@ -187,7 +194,7 @@ export class CellView {
           make("tbody", {}, ...rows),
         ),
       ),
-      make("p", { class: "inputs" }, make("span", {}, `x, the input${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...xs),
+      make("p", { class: "inputs" }, make("span", {}, `x, the input${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...titled),
     );
     this.built = { key, ports, cells, xs, rows };
   }
@@ -207,7 +214,7 @@ export class CellView {
     const kind = (name) => (["i", "f", "o", "z", "r"].includes(name) ? name : "state");
     for (const [name, port] of Object.entries(built.ports)) {
       const value = name === "x" ? null : valueOf(found, name, name === "h" || name === "h_prev" ? Math.min(unit, (found.now.h?.length ?? 1) - 1) : unit);
-      port.value.textContent = name === "x" ? this.listed(found.x) : shown(value, 4);
+      port.value.textContent = name === "x" ? this.listed(found.x) : this.short(value);
       if (value !== null && value !== undefined) paint(port.group, value, kind(name));
       else port.group.style.setProperty("--fill", "var(--raised)");
       port.group.setAttribute("aria-label", name === "x" ? `x, the input: ${this.listed(found.x)}` : `${name} of this unit: ${shown(value, 4)}`);
@@ -220,11 +227,19 @@ export class CellView {
       if (value === null || value === undefined) number.style.setProperty("--fill", "transparent");
       else paint(number, value, kind(name));
     }
+    const names = view.namesOf(place, "x");
     built.xs.forEach((number, n) => {
       number.textContent = shown(found.x?.[n], 4);
-      number.setAttribute("aria-label", `x ${n}: ${number.textContent}`);
+      number.setAttribute("aria-label", `${names?.[n] ?? `x ${n}`}: ${number.textContent}`);
     });
     for (const row of built.rows) row.classList.toggle("chosen", Number(row.dataset.unit) === unit);
+  }
+
+  // A number that fits into a box of the drawing.
+  short(value) {
+    const [digits, most] = this.narrow ? [[3, 2, 1], 6] : [[4, 3, 2, 1], 8];
+    const texts = digits.map((count) => shown(value, count));
+    return texts.find((text) => text.length <= most) ?? texts.at(-1);
   }
 
   listed(x) {
@@ -242,7 +257,8 @@ export class CellView {
     const number = cell.units[unit] ?? unit;
     if (name === "x") {
       if (found.x === null) return null;
-      const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `x[${n}] = ${shown(value, 5)}`);
+      const names = view.namesOf(place, "x");
+      const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `${names?.[n] ?? `x[${n}]`} = ${shown(value, 5)}`);
       return [head("x: the input at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
     }
     if (name === "c_prev" || name === "h_prev") {
@@ -273,7 +289,7 @@ export class CellView {
     const some = sorted.slice(0, MOST_TERMS);
     const rest = sorted.slice(MOST_TERMS).reduce((all, term) => all + term.product, 0);
     const row = (name, value, weight, product) =>
-      make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value), make("td", {}, weight), make("td", {}, product));
+      make("tr", {}, make("th", { scope: "row", title: name }, name), make("td", {}, value), make("td", {}, weight), make("td", {}, product));
     return [
       make(
         "table",
@@ -353,7 +369,7 @@ export async function given(view, place) {
   else if (!found.masked) {
     const arrays = {};
     for (const [name, reference] of Object.entries(cell.weights)) arrays[name] = changed ? (view.result.weights?.[place.key]?.[name] ?? (await view.store.get(reference))) : await view.store.get(reference);
-    found.step = new CellStep(cell.spec, arrays, { x: found.x, h: found.before.h, c: found.before.c, now });
+    found.step = new CellStep(cell.spec, arrays, { x: found.x, h: found.before.h, c: found.before.c, now, names: view.namesOf(place, "x") });
   }
   return found;
 }

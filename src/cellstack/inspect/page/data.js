@@ -213,6 +213,11 @@ export function planeOf(value, row) {
   return new Plane(data, width, steps);
 }
 
+// A text with visible blanks.
+export function visible(text) {
+  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+}
+
 // The labels of the steps.
 export class Labels {
   constructor(description) {
@@ -233,7 +238,7 @@ export class Labels {
     if (value === null) return "";
     if (this.kind === "number") return shown(value, 6);
     if (this.kind === "date") return value;
-    return value.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+    return visible(value);
   }
 
   // "step 12 “e”": the step's number in the run, and its label.

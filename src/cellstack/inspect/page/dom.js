@@ -125,7 +125,7 @@ export function tabs(label, panels, onchange) {
     onchange(name);
   };
   for (const one of panels) {
-    one.tab = button(one.title, () => show(one.name), { role: "tab", id: `tab-${one.name}`, "aria-controls": `panel-${one.name}` });
+    one.tab = button(one.title, () => show(one.name), { role: "tab", id: `tab-${one.name}`, title: one.hint, "aria-controls": `panel-${one.name}` });
     one.panel = make(
       "section",
       { role: "tabpanel", id: `panel-${one.name}`, "aria-labelledby": `tab-${one.name}`, tabindex: "-1" },

@@ -59,6 +59,14 @@ export function scaleOf(field, range) {
   return { kind: "state", low: -most, high: most };
 }
 
+// A text that fits into a width, shortened with an ellipsis.
+export function clipped(pen, text, width) {
+  if (pen.measureText(text).width <= width) return text;
+  let end = text.length;
+  while (end > 1 && pen.measureText(`${text.slice(0, end)}…`).width > width) end -= 1;
+  return `${text.slice(0, end)}…`;
+}
+
 // Resize a canvas to its displayed size, in device pixels.
 export function fitted(canvas) {
   const ratio = window.devicePixelRatio || 1;

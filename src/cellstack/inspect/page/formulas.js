@@ -41,7 +41,7 @@ function momentsOf(v, from, to, epsilon) {
 // The inputs of a step, and all intermediate results.
 //
 //   weights  { kernel: { data, shape }, … }
-//   given    { x, h, c }: the input and the state before the step, c of an LSTM
+//   given    { x, h, c, names }: the input and the state before the step, c of an LSTM; names of the input's features
 export class CellStep {
   constructor(spec, weights, given) {
     this.spec = spec;
@@ -72,7 +72,7 @@ export class CellStep {
     const letter = which === "kernel" ? "x" : "h";
     return Array.from(v, (value, k) => {
       const weight = matrix.data[k * columns + column];
-      return { name: letter === "x" ? `x[${k}]` : `h_prev[${k}]`, value, weight, product: value * weight };
+      return { name: letter === "x" ? (this.given.names?.[k] ?? `x[${k}]`) : `h_prev[${k}]`, value, weight, product: value * weight };
     });
   }
 

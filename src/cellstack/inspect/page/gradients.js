@@ -76,12 +76,13 @@ export class Gradients {
       const node = description.nodes.find((one) => one.name === name);
       const shape = description.arrays[node.value.array].shape;
       const width = shape[1];
-      setChoices(this.unit.box, Array.from({ length: width }, (_, n) => n), Number(this.unit.box.value) < width ? this.unit.box.value || 0 : 0);
+      const names = view.namesFrom(name);
+      setChoices(this.unit.box, Array.from({ length: width }, (_, n) => [n, names?.[n] ?? String(n)]), Number(this.unit.box.value || width) < width ? this.unit.box.value : view.firstUnit(node));
       this.unit.element.hidden = width < 2;
       const unit = Number(this.unit.box.value);
-      const step = node.timed ? Math.min(shape[2] - 1, Math.floor((view.step * shape[2]) / view.steps)) : undefined;
+      const step = node.timed ? view.stepOfNode(node, shape[2]) : undefined;
       of = { value: name, row: 0, unit, ...(node.timed ? { step } : {}) };
-      what = `output ${name}[${unit}]${node.timed ? `, ${view.labels.full(view.row, view.step)}` : ""}`;
+      what = `output ${names?.[unit] ?? `${name}[${unit}]`}${node.timed ? `, ${view.labels.full(view.row, view.runStep(node, shape[2]))}` : ""}`;
     }
     this.title.textContent = `How much the input of each step affects ${what}`;
     this.said.textContent = "Computing …";
@@ -115,8 +116,9 @@ export class Gradients {
     }
     const [, steps, ...rest] = value.shape;
     const width = rest.reduce((a, b) => a * b, 1);
-    const features = [["all", "all, their norm"], ...Array.from({ length: Math.min(width, 200) }, (_, n) => [n, String(n)])];
-    if (this.feature.box.options.length !== features.length) setChoices(this.feature.box, features, "all");
+    const names = view.namesFrom(this.by.box.value);
+    const features = [["all", "all, their norm"], ...Array.from({ length: Math.min(width, 200) }, (_, n) => [n, names?.[n] ?? String(n)])];
+    if (this.feature.box.options.length !== features.length || this.feature.box.options[1].text !== features[1][1]) setChoices(this.feature.box, features, "all");
     this.feature.element.hidden = width < 2;
     const chosen = width < 2 ? "0" : this.feature.box.value;
     const values = Float64Array.from({ length: steps }, (_, step) => {
@@ -138,6 +140,6 @@ export class Gradients {
       ? `The input affects it most at ${view.labels.full(view.row, order[0])}: ${shown(values[order[0]], 5)}${this.logarithm ? ". The chart shows powers of ten." : ""}`
       : "No step of this input affects it.";
     this.chart.setAttribute("aria-label", this.said.textContent);
-    replaceChildren(this.list, table(["step", chosen === "all" ? "norm of the gradient" : `gradient by feature ${chosen}`], order.map((n) => [view.labels.full(view.row, n), shown(values[n], 5)]), { caption: "The steps with the largest influence" }));
+    replaceChildren(this.list, table(["step", chosen === "all" ? "norm of the gradient" : `gradient by ${names?.[chosen] ?? `feature ${chosen}`}`], order.map((n) => [view.labels.full(view.row, n), shown(values[n], 5)]), { caption: "The steps with the largest influence" }));
   }
 }

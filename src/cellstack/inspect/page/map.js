@@ -1,7 +1,7 @@
 // The heat map: units by steps of one gate or state, on a canvas; only the visible part is drawn.
 
 import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
-import { cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
+import { clipped, cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
 import { byLikeness, byNumber, bySize, halfLives, variances } from "./seriation.js";
 import { paintTiles } from "./tiles.js";
 import { MEANINGS } from "./view.js";
@@ -10,6 +10,8 @@ import { Wave } from "./wave.js";
 const LEAST_HALF = 2 ** -24; // above 0, of a float16
 const MOST_HIGH = 440; // height of the map, at most
 const ROW = 30; // height of a unit's row, at most
+const LETTER = 7.4; // width of one in a table, about
+const WIDEST = 150; // margin for names, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "similarity"]];
 
 // The ranges where flags have a value: [from, to) pairs.
@@ -72,7 +74,13 @@ export class HeatMap {
     this.element = make(
       "div",
       { class: "map" },
-      make("div", { class: "toolbar" }, this.place.element, this.field.element, this.order.element, this.rows.element, this.stepBox.element, this.unitBox.element, this.shows.element),
+      make(
+        "div",
+        { class: "toolbar" },
+        make("div", { class: "together" }, this.place.element, this.rows.element),
+        this.field.element,
+        make("div", { class: "together" }, this.order.element, this.stepBox.element, this.unitBox.element, this.shows.element),
+      ),
       this.about,
       this.wave.element,
       this.ruler,
@@ -92,7 +100,7 @@ export class HeatMap {
     const { view } = this;
     const { description } = view;
     setChoices(this.place.box, view.places.map((place) => [place.key, place.title]), view.place.key);
-    setChoices(this.rows.box, description.row_numbers.map((number, n) => [n, String(number)]), view.row);
+    setChoices(this.rows.box, description.row_numbers.map((_, n) => [n, view.rowTitle(n)]), view.row);
     this.rows.element.hidden = description.rows < 2;
     if (description.audio !== null) await this.wave.read();
     view.move(0, view.steps, this.plotWidth());
@@ -101,7 +109,7 @@ export class HeatMap {
   }
 
   plotWidth() {
-    return Math.max(50, this.stack.clientWidth - LEFT - RIGHT);
+    return Math.max(50, this.stack.clientWidth - this.view.left - RIGHT);
   }
 
   resized() {
@@ -144,10 +152,24 @@ export class HeatMap {
     this.scale = scaleOf(view.field, plane.range);
     if (view.shows === "difference") this.scale = scaleOf("", plane.range);
     this.layOut();
+    this.setMargin();
     this.drawLegend();
     this.draw();
     this.say();
     this.fillTable();
+  }
+
+  // Set the margin: wider for names than for numbers.
+  setMargin() {
+    const { view } = this;
+    this.names = view.namesOf(view.place, view.field);
+    const pen = this.cells.getContext("2d");
+    pen.font = "11px system-ui, sans-serif";
+    const widest = Math.max(0, ...(this.names ?? []).slice(0, 1000).map((name) => pen.measureText(name).width));
+    const left = Math.max(LEFT, Math.min(widest + 12, WIDEST, 0.3 * this.stack.clientWidth));
+    if (left === view.left) return;
+    view.left = left;
+    view.move(view.window.from, view.window.span, this.plotWidth());
   }
 
   async sorted(plane) {
@@ -253,7 +275,7 @@ export class HeatMap {
   drawCells() {
     const { context: pen, width, height, ratio } = fitted(this.cells);
     const { view, plane, scale } = this;
-    const left = Math.round(LEFT * ratio);
+    const left = Math.round(this.view.left * ratio);
     const wide = Math.max(1, width - left - Math.round(RIGHT * ratio));
     if (this.image === null || this.image.width !== wide || this.image.height !== height) {
       this.image = pen.createImageData(wide, height);
@@ -317,7 +339,9 @@ export class HeatMap {
     for (let row = Math.ceil(offset / rowHeight / every) * every; row < plane.units; row += every) {
       const y = (row + 0.5) * rowHeight - offset;
       if (y > height - 4 * ratio) break;
-      if (y >= 5 * ratio) pen.fillText(String(view.unitNumber(view.place, view.field, this.positions[row])), left - 6 * ratio, y);
+      const unit = this.positions[row];
+      const text = this.names?.[unit] ?? String(view.unitNumber(view.place, view.field, unit));
+      if (y >= 5 * ratio) pen.fillText(clipped(pen, text, left - 8 * ratio), left - 6 * ratio, y);
     }
   }
 
@@ -326,7 +350,7 @@ export class HeatMap {
     const { context: pen, width, height, ratio } = fitted(this.over);
     const { view } = this;
     pen.clearRect(0, 0, width, height);
-    const left = Math.round(LEFT * ratio);
+    const left = Math.round(this.view.left * ratio);
     const wide = width - left - Math.round(RIGHT * ratio);
     const across = (step) => left + ((step - view.window.from) / view.window.span) * wide;
     pen.save();
@@ -379,7 +403,7 @@ export class HeatMap {
     const { context: pen, width, height, ratio } = fitted(this.ruler);
     const { view } = this;
     pen.clearRect(0, 0, width, height);
-    const left = LEFT * ratio;
+    const left = this.view.left * ratio;
     const wide = width - left - RIGHT * ratio;
     const { from, span } = view.window;
     const perStep = wide / span;
@@ -439,7 +463,7 @@ export class HeatMap {
   drawWhole() {
     const { context: pen, width, height, ratio } = fitted(this.whole);
     const { view } = this;
-    const left = LEFT * ratio;
+    const left = this.view.left * ratio;
     const wide = width - left - RIGHT * ratio;
     pen.clearRect(0, 0, width, height);
     this.whole.hidden = view.window.span >= view.steps;
@@ -484,11 +508,11 @@ export class HeatMap {
     const at = this.hover ?? { unit: view.unit, step: view.step };
     const own = Math.min(plane.steps - 1, Math.floor(at.step * this.stretch));
     if (own < 0 || at.unit >= plane.units) return;
-    const number = view.unitNumber(view.place, view.field, at.unit);
+    const unit = view.unitTitle(view.place, view.field, at.unit);
     const value = plane.at(at.unit, own);
     const what = view.shows === "difference" ? `change of ${view.field}` : view.field;
     const out = this.left.some(([a, b]) => own >= a && own < b) ? " · masked" : "";
-    this.readout.textContent = `${view.labels.full(view.row, at.step)} · unit ${number} · ${what} = ${shown(value, 5)}${out}`;
+    this.readout.textContent = `${view.labels.full(view.row, at.step)} · ${unit} · ${what} = ${shown(value, 5)}${out}`;
     this.stepBox.box.value = String(view.description.steps[view.step]);
     this.unitBox.box.value = String(view.unitNumber(view.place, view.field, view.unit));
     this.stack.setAttribute(
@@ -498,21 +522,24 @@ export class HeatMap {
     );
   }
 
-  // The visible part as a table, at most 12 units and 12 steps.
+  // The visible part as a table: at most 12 units, and 12 steps or as many as fit.
   fillTable() {
     const { view, plane } = this;
     if (!this.behind.open || plane === null) return;
-    const first = Math.max(0, Math.min(view.step - 5, view.steps - 12));
-    const steps = Array.from({ length: Math.min(12, view.steps) }, (_, n) => first + n);
+    const headOf = (step) => view.labels.full(view.row, step).slice("step ".length);
+    const widest = Math.max(9, ...Array.from({ length: view.steps }, (_, n) => headOf(n).length).slice(0, 1000));
+    const most = Math.max(2, Math.min(12, Math.floor((this.body.clientWidth - Math.max(view.left, 76) - 20) / (16 + LETTER * widest))));
+    const first = Math.max(0, Math.min(view.step - Math.floor(most / 2), view.steps - most));
+    const steps = Array.from({ length: Math.min(most, view.steps) }, (_, n) => first + n);
     const top = Math.max(0, Math.min((this.rowOf[view.unit] ?? 0) - 5, plane.units - 12));
     const rows = Array.from({ length: Math.min(12, plane.units) }, (_, n) => this.positions[top + n]);
     const caption = `${view.field} of ${view.place.title}: ${plural(rows.length, "unit")} and ${plural(steps.length, "step")} around the cursor`;
     replaceChildren(
       this.body,
       table(
-        ["unit", ...steps.map((step) => view.labels.full(view.row, step))],
+        ["unit, step", ...steps.map(headOf)],
         rows.map((unit) => [
-          String(view.unitNumber(view.place, view.field, unit)),
+          this.names?.[unit] ?? String(view.unitNumber(view.place, view.field, unit)),
           ...steps.map((step) => shown(plane.at(unit, Math.min(plane.steps - 1, Math.floor(step * this.stretch))), 4)),
         ]),
         { caption },
@@ -531,7 +558,7 @@ export class HeatMap {
   stepUnder(event) {
     const at = this.stack.getBoundingClientRect();
     const { from, span } = this.view.window;
-    return from + ((event.clientX - at.left - LEFT) / this.plotWidth()) * span;
+    return from + ((event.clientX - at.left - this.view.left) / this.plotWidth()) * span;
   }
 
   under(event) {
@@ -565,7 +592,7 @@ export class HeatMap {
       if (pinch !== null && pointers.size === 2) {
         const [a, b] = [...pointers.values()];
         const span = (pinch.span * pinch.apart) / (Math.abs(a.clientX - b.clientX) || 1);
-        const share = ((a.clientX + b.clientX) / 2 - stack.getBoundingClientRect().left - LEFT) / this.plotWidth();
+        const share = ((a.clientX + b.clientX) / 2 - stack.getBoundingClientRect().left - this.view.left) / this.plotWidth();
         view.move(pinch.middle - share * span, span, this.plotWidth());
       } else if (drag !== null) {
         const [dx, dy] = [event.clientX - drag.x, event.clientY - drag.y];
@@ -604,7 +631,7 @@ export class HeatMap {
     stack.addEventListener("keydown", (event) => this.key(event));
     const jump = (event) => {
       const at = this.whole.getBoundingClientRect();
-      const share = (event.clientX - at.left - LEFT) / this.plotWidth();
+      const share = (event.clientX - at.left - this.view.left) / this.plotWidth();
       view.move(share * view.steps - view.window.span / 2, view.window.span, this.plotWidth());
     };
     this.whole.addEventListener("pointerdown", (event) => {

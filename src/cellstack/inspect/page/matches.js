@@ -1,4 +1,4 @@
-// Select and match, after Strobelt et al. 2018, "LSTMVis": the units that are on throughout a marked range, and other
+// Find similar steps, after Strobelt et al. 2018, "LSTMVis": the units that are on throughout a marked range, and other
 // ranges in the data where they are on together.
 
 import { button, checkbox, make, plural, replaceChildren, shown } from "./dom.js";
@@ -40,16 +40,18 @@ export class Matches {
     this.threshold = null; // null: the default of the shown field
     this.edges = false;
     this.left = new Set(); // units that the reader deselected
-    this.slider = make("input", { type: "range", min: "-1", max: "1", step: "0.01", "aria-label": "On means at least", oninput: () => { this.threshold = Number(this.slider.value); this.draw(); } });
+    this.slider = make("input", { type: "range", min: "-1", max: "1", step: "0.01", "aria-label": "Threshold", oninput: () => { this.threshold = Number(this.slider.value); this.draw(); } });
+    this.name = make("span", {}, "Threshold");
     this.level = make("output", {});
-    const edges = checkbox("and off just before and after it", false, (on) => { this.edges = on; this.draw(); });
+    this.here = button("Mark the steps around the cursor", () => view.set({ range: [Math.max(0, view.step - 1), Math.min(view.steps, view.step + 2)] }), { title: "The cursor's step, the one before it and the one after it" });
+    const edges = checkbox("only units that are off just before and after these steps", false, (on) => { this.edges = on; this.draw(); });
     this.said = make("p", { class: "note" });
     this.units = make("div", { class: "pills", role: "group", "aria-label": "Units that are on throughout the range" });
     this.list = make("ol", { class: "found" });
     this.element = make(
       "div",
       {},
-      make("div", { class: "toolbar" }, make("label", { class: "field" }, make("span", {}, "On means at least"), this.slider), this.level, edges.element),
+      make("div", { class: "toolbar" }, this.here, make("label", { class: "field" }, this.name, this.slider), this.level, edges.element),
       this.said,
       this.units,
       this.list,
@@ -78,9 +80,10 @@ export class Matches {
     this.slider.step = String(size / 200);
     this.slider.value = String(threshold);
     this.level.textContent = shown(threshold, 3);
+    this.name.textContent = `A unit is on where ${view.field} is at least`;
     if (view.range === null || plane.steps !== view.steps) {
       this.said.textContent =
-        plane.steps === view.steps ? "Mark a range of steps in the map: hold Shift and drag over it, or Shift and the arrow keys." : `${view.place.title} doesn't have a step for each step of the input.`;
+        plane.steps === view.steps ? "No steps are marked yet. Press “Mark a range” below the map and drag over the steps; or hold Shift, and drag or press the arrow keys." : `${view.place.title} doesn't have a step for each step of the input.`;
       replaceChildren(this.units);
       replaceChildren(this.list);
       view.set({ matches: [] });
@@ -138,7 +141,7 @@ export class Matches {
     );
     for (const item of this.list.children) {
       const [a, b, row] = others[Array.prototype.indexOf.call(this.list.children, item)];
-      item.firstChild.textContent = `${view.description.rows > 1 ? `row ${view.description.row_numbers[row]}, ` : ""}${b - a === 1 ? `step ${view.description.steps[a]}` : `steps ${view.description.steps[a]} to ${view.description.steps[b - 1]}`}`;
+      item.firstChild.textContent = `${view.description.rows > 1 ? `row ${view.rowTitle(row)}, ` : ""}${b - a === 1 ? `step ${view.description.steps[a]}` : `steps ${view.description.steps[a]} to ${view.description.steps[b - 1]}`}`;
     }
     view.set({ matches: [[from, to, view.row], ...others] });
   }

@@ -6,6 +6,7 @@ import { cssColour, palette, scaleOf } from "./draw.js";
 
 const BOX = { least: 34, most: 104, high: 28 };
 const GAP = { least: 14, most: 34, up: 26 };
+const MOST_ROWS = 9; // more rows are drawn closer together
 const CHARACTER = 7.2; // width of one in a name, about
 const CHIP = 4; // width of a unit's value, at least
 const MOST_CHIPS = 12; // units shown in a box
@@ -45,7 +46,7 @@ export class NetworkDiagram {
     this.space = this.element.clientWidth;
     const number = new Map(rows.map((row, n) => [row.name, n]));
     const skips = rows.some((row, n) => row.sources.some((source) => number.get(source) !== n - 1)); // wires past a layer
-    const letters = Math.min(this.space < 400 ? 11 : 16, Math.max(4, ...rows.map((row) => row.name.length)));
+    const letters = Math.min(this.space < 350 ? 11 : 16, Math.max(4, ...rows.map((row) => row.name.length)));
     const left = letters * CHARACTER + 12; // the names
     const least = skips ? 28 : GAP.least;
     const count = Math.min(Math.max(1, view.steps), Math.max(1, Math.floor((this.space - left - least) / (BOX.least + least))));
@@ -66,8 +67,9 @@ export class NetworkDiagram {
     if (asked !== this.asked) return;
     const x = (column) => left + gap + column * across;
     const wide = x(steps.length);
-    const high = rows.length * (BOX.high + GAP.up) + 6;
-    const y = (n) => high - 30 - BOX.high - n * (BOX.high + GAP.up);
+    const up = rows.length > MOST_ROWS ? GAP.up / 2 : GAP.up;
+    const high = (rows.length - 1) * (BOX.high + up) + BOX.high + 32; // with the steps' names
+    const y = (n) => high - 30 - BOX.high - n * (BOX.high + up);
     const wires = [];
     const boxes = [];
     const arrow = (path, title) => wires.push(svg("path", { d: path, class: "wire", "marker-end": "url(#head)" }, title ? svg("title", {}, title) : null));
@@ -113,6 +115,8 @@ export class NetworkDiagram {
       ...boxes,
       ...heads,
     );
+    if (!this.drawn) this.element.scrollTop = this.element.scrollHeight; // the input is at the bottom
+    this.drawn = true;
     if (focused !== null) this.picture.querySelector(`[data-box="${focused}"]`)?.focus({ preventScroll: true });
   }
 
@@ -139,7 +143,7 @@ export class NetworkDiagram {
       "text",
       { x: 0, y: top + BOX.high / 2 + 4.5, class: `rowname${chosen ? " now" : ""}${place === null ? " dim" : ""}`, onclick: place === null ? () => {} : () => this.choose(place, null) },
       svg("title", {}, this.described(row)),
-      row.name.length > letters ? `${row.name.slice(0, letters - 1)}…` : row.name,
+      row.name.length > letters ? `${row.name.slice(0, letters - 3)}…${row.name.slice(-2)}` : row.name,
     );
   }
 
@@ -149,7 +153,8 @@ export class NetworkDiagram {
   }
 
   described(row) {
-    return row.input ? `${row.name}: an input, ${row.shape ?? ""}` : `${row.name}: ${row.kind} ${row.summary}, ${row.shape}`;
+    const names = row.input ? this.view.shownNames(row.names) : null;
+    return row.input ? `${row.name}: an input, ${row.shape ?? ""}${names === null ? "" : `: ${names.slice(0, 24).join(", ")}${names.length > 24 ? " …" : ""}`}` : `${row.name}: ${row.kind} ${row.summary}, ${row.shape}`;
   }
 
   choose(place, step) {
@@ -161,6 +166,7 @@ export class NetworkDiagram {
   box(row, n, left, top, width, step, plane) {
     const { view } = this;
     const place = this.placeOf(row);
+    const names = view.shownNames(row.names);
     const chosen = this.chosen(place, row) && (step === null || step === view.step);
     const group = svg(
       "g",
@@ -169,7 +175,7 @@ export class NetworkDiagram {
         ...(place === null ? {} : { role: "button", tabindex: "0", "data-box": `${n}-${step ?? "all"}` }),
         "aria-label": `${row.name}, ${row.input ? "input" : row.kind}${step === null ? "" : `, step ${view.description.steps[step]}`}`,
       },
-      svg("title", {}, `${this.described(row)}${place === null && plane !== null ? `: ${Array.from(plane.data.slice(0, 12), (value) => shown(value, 4)).join(", ")}` : ""}`),
+      svg("title", {}, `${this.described(row)}${place === null && plane !== null ? `: ${Array.from(plane.data.slice(0, 12), (value, n) => `${names === null ? "" : `${names[n]} `}${shown(value, 4)}`).join(", ")}` : ""}`),
       svg("rect", { x: left, y: top, width, height: BOX.high, rx: 6 }),
       ...this.chips(left + 5, top + 7, width - 10, step, plane),
     );

@@ -1,5 +1,6 @@
 // The page: one run of a network, and runs with changes. The same module serves a file and a notebook.
 
+import { Answer } from "./answer.js";
 import { CellView } from "./cell.js";
 import { Changes } from "./changes.js";
 import { Store } from "./data.js";
@@ -82,6 +83,8 @@ async function build(payload, page, root) {
     ),
     theme,
   );
+  const answer = new Answer(view);
+  header.firstChild.append(answer.element);
   const inner = make("div", { class: "inner" }, header);
   page.append(inner);
   follow();
@@ -117,13 +120,13 @@ async function build(payload, page, root) {
     memory: { title: "Memory", about: "The cell state is a sum: what each past step wrote, times the share that all later forget gates kept. These are the terms at the cursor.", pane: new Memory(view) },
     gradient: { title: "Gradient", about: "How much a number changes with each input: the gradient, computed by backpropagation in this page. The cursor selects the step.", pane: new Gradients(view, rerun, changes) },
     whatif: { title: "What if", about: "Change an input, patch a gate, reset the state or edit a weight: the page runs the network again and shows the result in every view.", pane: new WhatIf(view, rerun, changes) },
-    match: { title: "Select and match", about: "Mark a range of steps to find the units that are on throughout it, and other places where they are on together.", pane: new Matches(view) },
+    match: { title: "Find similar steps", hint: "Which units are active at some steps, and where else the same units are active", about: "Mark some steps in the map, such as a word or a peak. The page lists the units that are on, which means above a threshold, at all of these steps, and every other place where the same units are on together: steps that the network treats alike.", pane: new Matches(view) },
     playground: { title: "Playground", about: PLAY, pane: new Playground(view, runner) },
   };
   if (view.labels.kind === null) delete panes.text;
   const tabbed = tabs(
     "Views of the trace",
-    Object.entries(panes).map(([name, { title, about, pane }]) => ({ name, title, about, element: pane.element })),
+    Object.entries(panes).map(([name, { title, about, hint, pane }]) => ({ name, title, about, hint, element: pane.element })),
     (name) => {
       for (const [own, { pane }] of Object.entries(panes)) {
         pane.open = own === name;
@@ -145,9 +148,11 @@ async function build(payload, page, root) {
   );
   const resize = new ResizeObserver(() => panes[tabbed.open]?.pane.draw());
   resize.observe(tabbed.element);
+  view.set(await view.opening());
   await map.start();
   performance.mark("cellstack: the map is drawn");
   await diagram.draw();
+  await answer.draw();
   tabbed.show("cell");
   await rerun.start();
   if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} The page shows only the trace, without what-if and gradients.`));

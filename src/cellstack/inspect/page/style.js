@@ -30,13 +30,14 @@ h3 { font-size: 14px; margin: 0 0 8px; font-weight: 600; overflow-wrap: anywhere
 p { margin: 0; }
 header { display: flex; gap: 16px; align-items: flex-start; justify-content: space-between; margin-bottom: 14px; }
 .summary { color: var(--muted); margin-top: 3px; overflow-wrap: anywhere; }
+.answer { margin-top: 4px; overflow-wrap: anywhere; }
 .about { color: var(--muted); margin: 0 0 10px; max-width: 78ch; }
 .note { color: var(--muted); margin: 8px 0; max-width: 78ch; }
 .note:empty { display: none; }
 .warning { background: var(--warn-soft); color: var(--warn); border-radius: 8px; padding: 8px 12px; margin: 0 0 14px; max-width: none; }
 .stage { display: grid; grid-template-columns: minmax(0, 440px) minmax(0, 1fr); gap: 20px; align-items: start; }
 .card { border: 1px solid var(--edge); border-radius: 12px; padding: 14px 16px; background: var(--ground); min-width: 0; }
-.net .scroll { max-height: 520px; overflow: auto; }
+.net .scroll { max-height: 700px; overflow: auto; }
 .scroll { overflow-x: auto; max-width: 100%; }
 button, select, input[type="text"], input[type="number"] {
   font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--edge); border-radius: 7px; padding: 4px 10px; min-height: 32px;
@@ -53,6 +54,9 @@ select { max-width: min(260px, 70vw); padding-right: 4px; }
 svg g:focus-visible { outline: none; }
 svg g:focus-visible > rect:first-of-type, svg .port:focus-visible rect { stroke: var(--accent); stroke-width: 3; }
 .toolbar { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin-bottom: 8px; }
+.together { display: flex; gap: 8px; align-items: end; min-width: 0; }
+.together .field { min-width: 48px; }
+.together select { max-width: min(260px, 100%); }
 .field { display: inline-flex; flex-direction: column; gap: 2px; }
 .field > span { font-size: 12px; color: var(--muted); }
 .short input[type="number"] { width: 60px; padding: 4px 2px 4px 8px; }
@@ -95,9 +99,13 @@ tbody th, thead th:first-child { text-align: left; }
 .chart.dragged { height: 120px; cursor: ns-resize; touch-action: none; margin: 0 0 8px; }
 .tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
-.cellview { display: grid; grid-template-columns: minmax(560px, 1fr) minmax(0, auto); gap: 16px 28px; align-items: start; }
+.cellview { display: grid; grid-template-columns: minmax(440px, 1fr) minmax(0, auto); gap: 16px 28px; align-items: start; }
 .port.small .value { font-size: 12px; font-weight: 500; }
 .wires { display: block; width: 100%; min-width: 560px; max-width: 880px; height: auto; }
+.wires.narrow { min-width: 0; }
+.wires.narrow .port .name { font-size: 14px; }
+.wires.narrow .port .value { font-size: 14px; }
+.wires.narrow .port.small .value { font-size: 13px; }
 .wire { fill: none; stroke: var(--muted); stroke-width: 1.6; }
 .head { fill: var(--muted); }
 .hull { fill: var(--raised); stroke: var(--edge); }
@@ -123,16 +131,21 @@ tbody th, thead th:first-child { text-align: left; }
 .network .stepname.now { fill: var(--ink); font-weight: 650; }
 .steptable td { padding: 2px; }
 .steptable { font-size: 12.5px; }
+.steptable th:first-child { position: sticky; left: 0; background: var(--ground); }
 .number { min-height: 28px; min-width: 60px; padding: 2px 6px; border-radius: 6px; background: var(--fill, transparent); color: var(--on, inherit); border-color: var(--grid); text-align: right; cursor: help; font-variant-numeric: tabular-nums; }
 .steptable tr.chosen th .plain { font-weight: 700; color: var(--ink); }
-.inputs { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin-top: 10px; color: var(--muted); }
+.inputs { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: end; margin-top: 10px; width: 0; min-width: 100%; color: var(--muted); }
 .inputs .number { color: var(--ink); }
-.popover { position: absolute; z-index: 20; max-width: min(430px, calc(100vw - 16px)); max-height: 70vh; overflow: auto; background: var(--ground); color: var(--ink); border: 1px solid var(--edge); border-radius: 10px; padding: 10px 12px; box-shadow: 0 8px 30px rgba(0, 0, 0, 0.25); font-size: 13px; }
+.titled { display: inline-flex; flex-direction: column; font-size: 12px; max-width: 200px; }
+.weights .field { width: 116px; }
+.titled span, .weights .field span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.titled .number { font-size: 13px; }
+.popover { position: absolute; z-index: 20; max-width: min(500px, calc(100vw - 16px)); max-height: 70vh; overflow: auto; background: var(--ground); color: var(--ink); border: 1px solid var(--edge); border-radius: 10px; padding: 10px 12px; box-shadow: 0 8px 30px rgba(0, 0, 0, 0.25); font-size: 13px; }
 .popover .result { font-weight: 650; }
 .popover .patched { color: var(--warn); }
 .popover .sum { margin: 4px 0 6px; width: 100%; }
 .popover .sum th, .popover .sum td { padding: 1px 6px; border: 0; }
-.popover .sum th { font-weight: 400; }
+.popover .sum th { font-weight: 400; max-width: 180px; overflow: hidden; text-overflow: ellipsis; }
 .popover .sum tr:last-child th, .popover .sum tr:last-child td { border-top: 1px solid var(--edge); font-weight: 650; }
 .text { line-height: 1.9; font-size: 15px; max-height: 420px; overflow: auto; border: 1px solid var(--grid); border-radius: 8px; padding: 10px 12px; overflow-wrap: anywhere; }
 .text span { padding: 2px 1px; border-radius: 2px; cursor: pointer; white-space: pre-wrap; }
@@ -156,12 +169,18 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
 .sliders input[type="range"] { width: 100%; }
 .weights input { width: 116px; min-height: 28px; padding: 1px 6px; text-align: right; }
 .status { color: var(--muted); min-height: 1.45em; }
+@media (max-width: 1340px) { .stage { grid-template-columns: minmax(0, 400px) minmax(0, 1fr); } }
 @media (max-width: 1240px) { .cellview { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 900px) {
   .inner { padding: 14px 12px 32px; }
   .stage { grid-template-columns: minmax(0, 1fr); gap: 14px; }
   .outcome { order: -1; }
   .card { padding: 12px; }
+}
+@media (max-width: 480px) {
+  .popover, .popover .sum { font-size: 12px; }
+  .popover .sum th, .popover .sum td { padding: 1px 4px; }
+  .popover .sum th { max-width: 82px; }
 }
 @media (prefers-reduced-motion: no-preference) { .tabs button { transition: color 0.15s, border-color 0.15s; } }
 @media print {

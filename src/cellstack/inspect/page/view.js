@@ -1,7 +1,8 @@
 // The selection: row, layer, gate, unit and step, the window of steps, the marked range; and its numbers. Listeners are
 // notified of changes once per animation frame.
 
-import { Labels, Plane, planeOf } from "./data.js";
+import { Labels, Plane, planeOf, visible } from "./data.js";
+import { LEFT } from "./draw.js";
 
 export const MEANINGS = {
   i: "input gate: how much of the candidate is written",
@@ -63,6 +64,7 @@ export class View {
     this.step = 0;
     this.window = { from: 0, span: Math.max(1, this.steps) };
     this.range = null; // [from, to) of steps, marked
+    this.left = LEFT; // the margin of the map, wider for names
     this.order = "number";
     this.theme = "light";
     this.result = null; // the result after a change: { planes: Map, run }
@@ -119,6 +121,98 @@ export class View {
     const own = this.stepsOf(place);
     if (own === this.steps || !this.steps) return Math.min(this.step, own - 1);
     return Math.min(own - 1, Math.floor((this.step * own) / this.steps));
+  }
+
+  // The step at the cursor of a node with `own` steps; the output of a forecast has only the last steps of the run.
+  stepOfNode(node, own) {
+    if (own === this.steps) return this.step;
+    if (this.forecasts(node)) return Math.max(0, this.step - (this.steps - own));
+    return Math.min(own - 1, Math.floor((this.step * own) / this.steps));
+  }
+
+  // The run's step to which that step belongs.
+  runStep(node, own) {
+    return this.forecasts(node) ? Math.max(this.step, this.steps - own) : this.step;
+  }
+
+  // Whether a node's output is a forecast.
+  forecasts(node) {
+    const { answer, outputs } = this.description;
+    return answer.task === "forecast" && outputs.includes(node.name);
+  }
+
+  // The unit of an output to show first: the median of a forecast.
+  firstUnit(node) {
+    return this.forecasts(node) ? Math.max(0, this.description.answer.quantiles.indexOf(0.5)) : 0;
+  }
+
+  // A function of a value, its step and its unit, which returns the value of an output in its original units.
+  async inUnits(node) {
+    const { answer, outputs, arrays } = this.description;
+    if (answer.rescale === null || !outputs.includes(node.name)) return (value) => value;
+    const [scale, offset] = await Promise.all(answer.rescale.map((one) => this.store.get(one)));
+    const [rows, ...rest] = arrays[answer.rescale[0].array].shape;
+    const size = scale.data.length / rows;
+    const width = rest.at(-1);
+    return (value, step, unit) => {
+      const at = this.row * size + step * width + unit;
+      return value * scale.data[at] + offset.data[at];
+    };
+  }
+
+  // The names of the units of a field: the channels of an input, the classes of an output; null where it has none.
+  namesOf(place, field) {
+    if (place.kind !== "cell") return this.shownNames(place.node.names);
+    return field === "x" && place.lowest ? this.namesFrom(place.node.sources[0]) : null;
+  }
+
+  // The names of the features of an input or a node.
+  namesFrom(name) {
+    const { inputs, nodes } = this.description;
+    return this.shownNames([...inputs, ...nodes].find((one) => one.name === name)?.names ?? null);
+  }
+
+  shownNames(names) {
+    return names === null || this.description.answer.task !== "text" ? names : names.map(visible);
+  }
+
+  // "0", or "0 (customer 17)".
+  rowTitle(row) {
+    const { row_numbers: numbers, row_ids: ids } = this.description;
+    return `${numbers[row]}${ids === null || ["", String(numbers[row])].includes(ids[row]) ? "" : ` (${ids[row]})`}`;
+  }
+
+  // "unit 3", or the feature's name.
+  unitTitle(place, field, unit) {
+    return this.namesOf(place, field)?.[unit] ?? `unit ${this.unitNumber(place, field, unit)}`;
+  }
+
+  // The step and the unit where h changes most: the page opens there. The start is left out, where each state leaves its
+  // initial value: the first eighth of the steps that aren't masked.
+  async opening() {
+    const { place } = this;
+    if (place?.kind !== "cell") return { step: 0, unit: 0 };
+    const plane = await this.traced(place, "h");
+    const mask = await this.mask(place);
+    const used = Array.from({ length: plane.steps }, (_, step) => step).filter((step) => mask === null || mask[step]);
+    if (place.cell.reverse) used.reverse();
+    const start = Math.max(1, Math.ceil(used.length / 8));
+    const changes = new Float64Array(used.length); // of all units together, squared
+    for (let unit = 0; unit < plane.units; unit += 1) {
+      const line = plane.line(unit);
+      for (let n = start; n < used.length; n += 1) {
+        const change = line[used[n]] - line[used[n - 1]];
+        if (Number.isFinite(change)) changes[n] += change * change;
+      }
+    }
+    const at = changes.reduce((best, change, n) => (change > changes[best] ? n : best), 0);
+    const found = { step: used[at] ?? 0, unit: 0 };
+    if (at > 0) {
+      const sizes = Array.from({ length: plane.units }, (_, unit) => Math.abs(plane.at(unit, used[at]) - plane.at(unit, used[at - 1])));
+      found.unit = sizes.reduce((best, size, unit) => (size > sizes[best] || !Number.isFinite(sizes[best]) ? unit : best), 0);
+    }
+    if (plane.steps !== this.steps) found.step = Math.floor((found.step * this.steps) / plane.steps);
+    return found;
   }
 
   // The number of a unit in its layer: a trace may cover only some of them.

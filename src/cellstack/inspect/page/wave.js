@@ -1,7 +1,7 @@
 // A wave and its spectrum above the map, over the same steps.
 
 import { make, shown } from "./dom.js";
-import { fitted, LEFT, palette, RIGHT } from "./draw.js";
+import { fitted, palette, RIGHT } from "./draw.js";
 
 export class Wave {
   constructor(view) {
@@ -39,7 +39,7 @@ export class Wave {
     const { view, sound } = this;
     if (sound === null) return;
     const { context: pen, width, height, ratio } = fitted(this.element);
-    const left = LEFT * ratio;
+    const left = view.left * ratio;
     const wide = width - left - RIGHT * ratio;
     const { from, span } = view.window;
     pen.clearRect(0, 0, width, height);

@@ -1,7 +1,7 @@
 // What if: change an input, patch a gate, reset the state, edit a weight; and see the result.
 
 import { countOf, sentenceOf } from "./changes.js";
-import { planeOf } from "./data.js";
+import { Plane, planeOf } from "./data.js";
 import { button, checkbox, make, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
 import { MEANINGS } from "./view.js";
@@ -26,6 +26,7 @@ export class WhatIf {
     this.wide = checkbox("over the marked range", false, () => {});
     this.sliders = make("div", { class: "sliders" });
     this.feature = 0; // of the input that the chart shows
+    this.inputTitle = make("p", { class: "note" });
     this.inputChart = make("canvas", { class: "chart dragged", role: "img" });
     this.listenToDrags();
     // patches
@@ -83,7 +84,7 @@ export class WhatIf {
       make(
         "div",
         {},
-        group("Drag an input value", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.inputChart, this.sliders),
+        group("Change an input value", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.inputTitle, this.inputChart, this.sliders),
         group("Patch a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
         group("Reset the state", make("p", {}, this.reset)),
         group("Edit a weight", make("div", { class: "toolbar" }, this.weightGate.element), this.weights),
@@ -126,19 +127,21 @@ export class WhatIf {
     const [low, high] = base.data.reduce(([a, b], one) => [Math.min(a, one), Math.max(b, one)], [0, 0]);
     const margin = input.ids ? 0 : 0.5 * (high - low) || 1;
     const count = Math.min(width, MOST_SLIDERS);
+    const names = view.namesFrom(name);
     this.wide.element.hidden = view.range === null || !input.timed;
     if (rebuild || this.sliderCount !== `${name} ${count}`) {
       this.sliderCount = `${name} ${count}`;
       this.feature = 0;
       this.rows = Array.from({ length: count }, (_, k) => {
         const step = input.ids ? 1 : (high - low + 2 * margin) / 400;
-        const slider = make("input", { type: "range", min: String(low - margin), max: String(high + margin), step: String(step), "aria-label": `${name} ${k}` });
+        const title = names?.[k] ?? `${name}[${k}]`;
+        const slider = make("input", { type: "range", min: String(low - margin), max: String(high + margin), step: String(step), "aria-label": names?.[k] ?? `${name} ${k}` });
         const number = make("output", {});
         slider.addEventListener("input", () => {
           this.feature = k;
           this.setInput(name, k, width, Number(slider.value), input.timed);
         });
-        return { slider, number, head: make("span", {}, `${input.name}[${k}]`) };
+        return { slider, number, head: make("span", {}, title) };
       });
       replaceChildren(this.sliders, ...this.rows.flatMap(({ slider, number, head }) => [head, slider, number]), width > count ? make("span", {}, `and ${width - count} more`) : null);
     }
@@ -147,7 +150,7 @@ export class WhatIf {
       slider.value = String(value.data[at]);
       number.textContent = shown(value.data[at], 4) + (changes.inputs.get(name)?.has(at) ? ` (was ${shown(base.data[at], 4)})` : "");
     });
-    this.inputChart.hidden = !input.timed;
+    this.inputChart.hidden = this.inputTitle.hidden = !input.timed;
     if (!input.timed) return;
     const planes = [value, base].map((one) => planeOf({ data: one.data, shape: [1, view.steps, width] }, 0));
     const lines = [
@@ -155,8 +158,10 @@ export class WhatIf {
       ...(value === base ? [] : [{ plane: planes[1], unit: this.feature, colour: view.colours.muted, dash: [4, 3] }]),
     ];
     const window_ = { ...view.window, steps: view.description.steps };
+    const named = names?.[this.feature] ?? `${name}[${this.feature}]`;
+    this.inputTitle.textContent = `${named}: drag its line to change it`;
     const chart = drawLines(this.inputChart, view.colours, lines, window_, { cursor: view.step, range: view.range, ends: { low: low - (margin || 0.5), high: high + (margin || 0.5) } });
-    this.inputChart.setAttribute("aria-label", `${name}[${this.feature}] over the steps, to be dragged; the sliders do the same`);
+    this.inputChart.setAttribute("aria-label", `${named} over the steps, to be dragged; the sliders do the same`);
     this.dragged = { name, width, low: low - margin, high: high + margin, ids: input.ids, ...chart };
   }
 
@@ -294,11 +299,12 @@ export class WhatIf {
     this.weightKey = key;
     const column = blocks.indexOf(gate) * spec.units + unit;
     const entries = [];
+    const names = view.namesOf(place, "x");
     for (const [name, letter] of [["kernel", "x"], ["recurrent_kernel", "h_prev"], ["bias", "bias"]]) {
       if (place.cell.weights[name] === undefined) continue;
       const stored = await view.store.get(place.cell.weights[name]);
       const [rows, columns] = stored.shape.length > 1 ? stored.shape : [1, stored.shape[0]];
-      for (let k = 0; k < rows; k += 1) entries.push({ name, title: name === "bias" ? (rows > 1 ? `bias ${k}` : "bias") : `${letter}[${k}]`, at: k * columns + column, was: stored.data[k * columns + column] });
+      for (let k = 0; k < rows; k += 1) entries.push({ name, title: name === "bias" ? (rows > 1 ? `bias ${k}` : "bias") : (name === "kernel" ? names?.[k] : null) ?? `${letter}[${k}]`, at: k * columns + column, was: stored.data[k * columns + column] });
     }
     const some = entries.slice(0, MOST_WEIGHTS);
     const valueOfEdit = ({ name, at, was }) => changes.edits.find((edit) => edit.node === place.name && edit.cell === place.number && edit.name === name && edit.at === at)?.value ?? was;
@@ -321,7 +327,7 @@ export class WhatIf {
     replaceChildren(
       this.weights,
       make("p", { class: "note" }, `Into ${gate} of unit ${unit} of ${place.title}${entries.length > some.length ? `, the first ${some.length} of ${entries.length}` : ""}:`),
-      make("div", { class: "buttons" }, ...some.map((entry, n) => make("label", { class: "field" }, make("span", {}, entry.title), boxes[n]))),
+      make("div", { class: "buttons" }, ...some.map((entry, n) => make("label", { class: "field", title: entry.title }, make("span", {}, entry.title), boxes[n]))),
     );
   }
 
@@ -343,18 +349,25 @@ export class WhatIf {
     const stored = await view.store.get(node.value);
     if (asked !== this.asked) return;
     const width = stored.shape[1];
-    if (this.outputUnit.box.options.length !== width) setChoices(this.outputUnit.box, Array.from({ length: width }, (_, n) => n), 0);
+    const names = view.namesFrom(name);
+    const title = (k) => names?.[k] ?? `${name}[${k}]`;
+    if (this.outputUnit.box.options.length !== width || this.outputUnit.box.options[0].text !== title(0)) setChoices(this.outputUnit.box, Array.from({ length: width }, (_, n) => [n, title(n)]), view.firstUnit(node));
     this.outputUnit.element.hidden = width < 2 || !node.timed;
     const unit = Number(this.outputUnit.box.value || 0);
     const after = view.result?.run.values[name] ?? null;
-    const step = node.timed ? Math.min(stored.shape[2] - 1, Math.floor((view.step * stored.shape[2]) / view.steps)) : 0;
+    const step = node.timed ? view.stepOfNode(node, stored.shape[2]) : 0;
     const steps = node.timed ? stored.shape[2] : 1;
-    const before = (k) => stored.data[view.row * width * steps + k * steps + step];
-    const now = (k) => (after === null ? before(k) : after.data[step * width + k]);
+    const inUnits = await view.inUnits(node);
+    if (asked !== this.asked) return;
+    const traced = (k) => stored.data[view.row * width * steps + k * steps + step];
+    const computed = (k) => (after === null ? traced(k) : after.data[step * width + k]);
+    const before = (k) => inUnits(traced(k), step, k);
+    const now = (k) => inUnits(computed(k), step, k);
     this.chart.hidden = !node.timed;
     if (node.timed) {
       const place = view.places.find((one) => one.name === name && one.kind !== "input");
-      const planes = await this.outputPlanes(node, place, after);
+      const raw = await this.outputPlanes(node, place, after);
+      const planes = raw.map((plane) => plane && new Plane(Float64Array.from(plane.data, (value, n) => inUnits(value, n % plane.steps, Math.floor(n / plane.steps))), plane.units, plane.steps));
       if (asked !== this.asked) return;
       const stretch = planes[0].steps === view.steps ? 1 : planes[0].steps / view.steps;
       const colour = lineColour("y", view.theme);
@@ -362,12 +375,12 @@ export class WhatIf {
         ...(planes[1] === null ? [] : [{ plane: planes[1], unit, colour: view.colours.warm }]),
         { plane: planes[0], unit, colour: planes[1] === null ? colour : view.colours.muted, dash: planes[1] === null ? null : [4, 3] },
       ];
-      drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: Math.floor(view.step * stretch), range: view.range });
-      this.chart.setAttribute("aria-label", `${name}[${unit}] over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
+      drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: step, range: view.range });
+      this.chart.setAttribute("aria-label", `${title(unit)} over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
     }
-    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // ignore rounding
-    const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [`${name}[${k}]`, shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
-    replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.step)}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
+    const change = (k) => (Math.abs(computed(k) - traced(k)) <= view.rounding ? 0 : now(k) - before(k)); // ignore rounding
+    const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [title(k), shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
+    replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.runStep(node, steps))}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
     const said = [];
     if (changes.status) said.push(changes.status);
     else if (after !== null) said.push(`${countOf(changes)} changed; dashed: before.`);

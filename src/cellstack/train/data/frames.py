@@ -1,9 +1,11 @@
-"""Sequences from frames in long form, with a row per step: pandas and polars, neither of which is imported here."""
+"""Sequences from frames in long form, with a row per step, and frames from columns: pandas and polars.
+
+Neither is imported with this module."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,45 @@ def is_frame(value: Any) -> bool:
     return hasattr(value, "columns") and hasattr(value, "dtypes") and hasattr(value, "__getitem__")
 
 
+def is_polars(value: Any) -> bool:
+    """Return whether a value is a polars frame."""
+    return type(value).__module__.partition(".")[0] == "polars"
+
+
+def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return columns by name; a name that occurs again gets an underscore at its end."""
+    found: dict[str, Any] = {}
+    for name, values in pairs:
+        while name in found:
+            name += "_"
+        found[name] = values
+    return found
+
+
+def as_frame(columns: Mapping[str, Any], polars: bool) -> Any:
+    """Return columns as a pandas frame, or as a polars frame.
+
+    Raises:
+        UsageError: pandas isn't installed.
+    """
+    if polars:
+        import polars as pl
+
+        return pl.DataFrame({name: _for_polars(values) for name, values in columns.items()})
+    try:
+        import pandas as pd
+    except ModuleNotFoundError:
+        raise UsageError(
+            "to_frame needs pandas: install cellstack[table], or use columns(), a dict of the same columns"
+        ) from None
+    return pd.DataFrame(dict(columns))
+
+
+def _for_polars(values: Any) -> Any:
+    """Return times in seconds in a unit that polars has."""
+    return values.astype("datetime64[ms]") if getattr(values, "dtype", None) == "datetime64[s]" else values
+
+
 def grouped(
     frame: Any,
     y: Any,
@@ -53,12 +94,16 @@ def grouped(
         raise UsageError(f"{name}: expected features as a list of columns, got {features!r}")
     if not len(frame):
         raise UsageError(f"{name}: the frame has no rows")
-    if id is None:
-        raise UsageError(
-            f"{name}: expected id= or --id, the column that identifies the sequence of a row, one of {', '.join(names)}"
-        )
     label, weighs = (given if isinstance(given, str) else None for given in (y, weight))
-    for what, column in (("id", id), ("time", time), ("y", label), ("sample_weight", weighs)):
+    if id is None:
+        others = ", ".join(column for column in names if column not in (label, weighs, time, *(features or ())))
+        raise UsageError(
+            f"{name}: expected id= or --id, the column that identifies the sequence of a row, one of {others}"
+        )
+    if id in (label, weighs, time):
+        what = "y" if id == label else "time" if id == time else "sample_weight"
+        raise UsageError(f"{name}: {id!r} can't be both id and {what}: id is the column that identifies the sequence")
+    for what, column in (("id", id), ("time", time), ("y (--label)", label), ("sample_weight (--weight)", weighs)):
         if column is not None and column not in names:
             raise UsageError(f"{name}: expected {what} to be a column, one of {', '.join(names)}, got {column!r}")
     codes, ids = _coded(plain(frame, id), id, name)
@@ -198,15 +243,16 @@ def _of_each(
         if per_step:
             return parts
         for value, part in zip(by_id, parts, strict=True):
-            other = next((one for one in part.tolist() if one != part[0] and one == one), part[0])
-            if other != part[0] and part[0] == part[0]:
+            first = part.tolist()[0]
+            other = next((one for one in part.tolist() if one != first and one == one), first)
+            if other != first and first == first:
                 more = "; for one per step use per_step=True (--per-step)" if what == "y" else ""
                 raise UsageError(
-                    f"{name}: expected one {given!r} for each {id!r}, got {part[0]!r} and {other!r} for {value!r}{more}"
+                    f"{name}: expected one {given!r} for each {id!r}, got {first!r} and {other!r} for {value!r}{more}"
                 )
-        first = np.empty(len(parts), object)
-        first[:] = [part[0] for part in parts]
-        return first
+        found = np.empty(len(parts), object)
+        found[:] = [part[0] for part in parts]
+        return found
     if is_frame(given):
         others = [str(column) for column in given.columns if str(column) != id]
         if len(others) != 1 or len(others) == len(given.columns):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.data.sequences import Sequences, as_sequences
+from cellstack.train.data.sequences import Sequences, as_sequences, named
 from cellstack.train.data.ts import read_ts
 from cellstack.train.tables import dates
 from cellstack.train.tables.columns import are_decimals, convert, decimal_sign
@@ -22,6 +22,7 @@ from cellstack.train.tables.source import Frame, read_source
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")
+TABLES_ONLY = ("day_first", "date_format", "decimal", "encoding")  # options of reading a table of sequences
 ARRAYS = ("x", "y", "lengths", "weight")
 
 
@@ -72,17 +73,19 @@ def read_sequences(
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a file with one of the suffixes {', '.join(SUFFIXES)}")
     if suffix in (".ts", ".npz"):
-        own = {"y": y, "id": id, "time": time, "features": features, "weight": weight, **reading}
+        own = {"y": y, "id": id, "time": time, "weight": weight, **reading}
         for name, given in own.items():
             if given is not None:
                 raise UsageError(f"{path}: {name} applies only to tables, not to {suffix}, got {given!r}")
     try:
         if suffix == ".ts":
-            return _ts(path, task, labels)
+            data = _ts(path, task, labels)
+            return replace(data, columns=named(features, data.channels, path.stem))
         if suffix == ".npz":
             arrays = _npz(path, per_step)
-            own = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
-            return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **own)
+            own = {"task": task, "labels": labels, "per_step": per_step, "name": str(path)}
+            own |= {"weight": arrays.get("weight"), "features": features}
+            return replace(as_sequences(arrays["x"], arrays.get("y"), **own), name=path.stem)
         read = read_frame(path, y, task, id=id, time=time, features=features, weight=weight, **reading)
         if optional and y not in read.frame:
             y = per_step = None
@@ -96,11 +99,20 @@ def read_sequences(
             features=features,
             weight=weight,
             per_step=per_step,
-            name=path.stem,
+            name=str(path),
         )
-        return replace(data, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading)
+        return replace(
+            data, name=path.stem, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading
+        )
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        said = str(error)
+        raise UsageError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+
+
+def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of reading a table: those that are given, else those with which one was read before."""
+    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # no longer valid
+    return {name: value for name, value in before.items() if name not in unknown} | {**given}
 
 
 def read_frame(

@@ -83,17 +83,17 @@ def as_sequences(
     """Return data in memory as `Sequences`.
 
     Args:
-        x: an array `[N, T, I]`; a list of arrays `[T, I]`, whose T may differ; a pandas or polars frame in long form,
-            with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now
-            and again when batches need it; or `Sequences`, which are returned unchanged, without `y` and `weight`.
-            NaN, or a masked value of a masked array, is missing.
+        x: an array `[N, T, I]`; a list or an object array of arrays `[T, I]`, whose T may differ; a pandas or polars
+            frame in long form, with a row per step; a map-style dataset, such as torch's, of `(sequence, target)`,
+            which is read once now and again when batches need it; or `Sequences`, which are returned unchanged,
+            without `y` and `weight`. NaN, or a masked value of a masked array, is missing.
         y: a class or number per sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, per
             step; None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
         task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
         labels: the classes of a trained model, in its order; None = those of `y`, sorted.
         id: the frame's column that identifies the sequence of a row.
         time: the frame's column by which to sort a sequence's rows; None = row order.
-        features: the frame's input columns; None = all other numeric ones.
+        features: the frame's input columns, None = all other numeric ones; of other data, the names of its channels.
         weight: `[N]`, the sequences' weights in the loss; with a frame also a column's name or a mapping.
         per_step: whether `y` has one entry per step; None = determined by its shape.
         name: of the data, for messages.
@@ -125,7 +125,7 @@ def as_sequences(
         ids, columns, ignored = found.ids, found.columns, found.ignored
         table = {"id": id, "time": time, "label": found.label}
     else:
-        for what, given in (("id", id), ("time", time), ("features", features)):
+        for what, given in (("id", id), ("time", time)):
             if given is not None:
                 raise UsageError(f"{what} applies only to frames, not to {_kind(x)}")
         if lazy.is_dataset(x):
@@ -134,9 +134,23 @@ def as_sequences(
         else:
             arrays = _arrays(x, name)
     rows: Any = arrays if isinstance(arrays, lazy.Lazy) else [one(array, n) for n, array in enumerate(arrays)]
+    columns = columns or named(features, rows[0].shape[1], name)
     lengths = lengths_of(rows)
     targets, labels = as_targets(y, lengths, task, labels, per_step)
     return Sequences(rows, targets, labels, name, columns, ids, as_weights(weight, len(rows)), ignored, table)
+
+
+def named(features: Sequence[str] | None, channels: int, name: str) -> tuple[str, ...]:
+    """Return the names of the channels of data that isn't a frame; () for none.
+
+    Raises:
+        UsageError: another number of names than of channels, or a name that occurs twice.
+    """
+    if features is None:
+        return ()
+    if isinstance(features, str) or len(set(features)) != len(features) or len(features) != channels:
+        raise UsageError(f"{name}: expected features as a list of {channels} names, one per channel, got {features!r}")
+    return tuple(features)
 
 
 def _kind(x: Any) -> str:
@@ -148,6 +162,8 @@ def _arrays(x: Any, name: str) -> list[Any]:
     """Split an array or a list into one array per sequence."""
     if hasattr(x, "detach"):  # a torch tensor
         x = x.detach().cpu().numpy()
+    if isinstance(x, np.ndarray) and x.dtype == object and x.ndim == 1:
+        x = list(x)
     if hasattr(x, "shape") or not isinstance(x, (list, tuple)):
         shape = getattr(x, "shape", None)
         if shape is None:
@@ -171,19 +187,23 @@ def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDA
     """Return one sequence as `[T, I]` float32."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
+    if isinstance(array, tuple) and len(array) == 2 and hasattr(array[0], "shape"):
+        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got a pair: pass the sequences as x, the answers as y")
     try:
         array = np.asarray(unmasked(array))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}[{n}]: expected numbers [T, C]: {error}") from None
     if array.dtype.kind not in "biuf":
-        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got an array of {array.dtype}")
+        what = "text" if array.dtype.kind in "SU" else f"an array of {array.dtype}"
+        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got {what}")
     if array.ndim == 1:
         raise UsageError(
             f"{name}[{n}]: expected [T, C], got {array.shape}: add an axis to sequences of one channel, "
             f"[s[:, None] for s in {name}]"
         )
     if array.ndim != 2:
-        raise UsageError(f"{name}[{n}]: expected [T, C], got {array.shape}")
+        pair = ": a pair (x, y) is passed as two arguments, or as a tuple for validation and test" * (array.ndim == 3)
+        raise UsageError(f"{name}[{n}]: expected [T, C], got {array.shape}{pair}")
     if not array.size:
         what = "step" if not len(array) else "channel"
         raise UsageError(f"{name}[{n}]: expected at least one {what}, got {array.shape}")

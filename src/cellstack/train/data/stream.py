@@ -1,7 +1,7 @@
 """Examples from an iterable, for data larger than memory: a first pass measures them, and each epoch is another pass.
 
 They are shuffled within a buffer: as many consecutive examples as fit into the buffer are read, grouped into batches of
-equal length, and trained on in random order, before the next ones are read. Examples further apart in the source are
+similar lengths, and trained on in random order, before the next ones are read. Examples further apart in the source are
 never in the same batch, so shuffle a source that is sorted by class.
 """
 
@@ -19,7 +19,19 @@ from cellstack.train.data.frames import is_frame
 from cellstack.train.data.lazy import is_dataset, parts
 from cellstack.train.data.sequences import Sequences, checked
 from cellstack.train.data.targets import as_targets, as_weights
-from cellstack.train.examples import VALIDATED, Batch, Digest, Examples, Inputs, augment, batches, standard_scale
+from cellstack.train.examples import (
+    GAP,
+    VALIDATED,
+    Batch,
+    Digest,
+    Examples,
+    Inputs,
+    augment,
+    batches,
+    batching,
+    padded,
+    standard_scale,
+)
 
 BUFFER = 4096
 
@@ -143,7 +155,7 @@ class Streamed:
         y: targets in the form of `Batch`, `[N]` or `[N, O]`; their weights in the same shape.
         weight: see `y`.
         validation: separate examples to validate on; None = those that the stream holds out.
-        batch, seed, noise, offset: see `Indexed`.
+        batch, seed, noise, offset, gap: see `Indexed`.
     """
 
     def __init__(
@@ -157,13 +169,14 @@ class Streamed:
         seed: int,
         noise: float,
         offset: float,
+        gap: float = GAP,
     ):
         self.stream, self.inputs, self.y, self.weight, self.validation = stream, inputs, y, weight, validation
-        self.batch, self.seed, self.noise, self.offset = batch, seed, noise, offset
+        self.batch, self.seed, self.noise, self.offset, self.gap = batch, seed, noise, offset, gap
         self.buffer = buffer = stream.buffer
         kept = stream.lengths[~stream.held]
         blocks = [kept[at : at + buffer] for at in range(0, len(kept), buffer)]
-        self.steps = sum(len(batches(block, np.arange(len(block)), batch)) for block in blocks)
+        self.steps = sum(len(batches(block, np.arange(len(block)), batch, gap=gap)) for block in blocks)
         self.validates = validation is not None or bool(stream.held.any())
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
@@ -171,7 +184,7 @@ class Streamed:
         step = 0
         for count, (places, block) in enumerate(self._blocks(False)):
             rng = np.random.default_rng([self.seed, number, count])
-            for indices in batches(self.stream.lengths[places], np.arange(len(places)), self.batch, rng):
+            for indices in batches(self.stream.lengths[places], np.arange(len(places)), self.batch, rng, self.gap):
                 if step >= first:
                     raw = self._batch(places, block, indices)
                     yield self.inputs.fill(
@@ -182,11 +195,12 @@ class Streamed:
     def held(self) -> Iterator[Batch]:
         """See `Data`."""
         if self.validation is not None:
-            for indices in batches(self.validation.lengths, np.arange(len(self.validation.lengths)), VALIDATED):
+            lengths = self.validation.lengths
+            for indices in batches(lengths, np.arange(len(lengths)), VALIDATED, gap=self.gap):
                 yield self.inputs.fill(self.validation.fetch(indices))
             return
         for places, block in self._blocks(True):
-            for indices in batches(self.stream.lengths[places], np.arange(len(places)), VALIDATED):
+            for indices in batches(self.stream.lengths[places], np.arange(len(places)), VALIDATED, gap=self.gap):
                 yield self.inputs.fill(self._batch(places, block, indices))
 
     def describe(self) -> dict[str, Any]:
@@ -202,6 +216,7 @@ class Streamed:
             "training": f"{training} {found}",
             "validation": f"{validation} {held}",
             "buffer": self.buffer,
+            **batching(self.stream.lengths, self.gap),
         }
 
     def _blocks(self, held: bool) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
@@ -228,4 +243,4 @@ class Streamed:
 
     def _batch(self, places: NDArray[np.int64], block: list[NDArray[np.float32]], indices: NDArray[np.int64]) -> Batch:
         at = places[indices]
-        return Batch(np.stack([block[n] for n in indices]), self.y[at], self.weight[at])
+        return Batch(padded([block[n] for n in indices], np.nan), self.y[at], self.weight[at])

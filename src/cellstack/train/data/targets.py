@@ -51,7 +51,9 @@ def as_targets(
         if flat.ndim == 0:
             raise UsageError(f"y: expected one entry per sequence, got {y!r:.60}")
         if len(flat) != len(lengths):
-            raise UsageError(f"y: expected one entry per sequence, {len(lengths)}, got {len(flat)}")
+            swapped = "; x is [N, T, C], and its second axis has as many entries: pass x.swapaxes(0, 1)?"
+            more = swapped if len(lengths) and (lengths == len(flat)).all() else ""
+            raise UsageError(f"y: expected one entry per sequence, {len(lengths)}, got {len(flat)}{more}")
         if flat.ndim == 1:
             if per_step:
                 raise UsageError("y: expected one entry per step with per_step, got one per sequence")
@@ -139,13 +141,33 @@ def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> 
         if kind is float and labels is None and task is None:
             raise UsageError("y: expected classes, got numbers")
         if flat.ndim > 1:
-            raise UsageError(f"y: expected one class per entry, got {flat.shape}: multiple labels aren't supported")
+            why = "multiple labels aren't supported"
+            if flat.shape[-1] == 1 or _is_one_hot(flat):
+                why = "pass y[:, 0]" if flat.shape[-1] == 1 else "pass the classes of one-hot rows, y.argmax(axis=1)"
+            raise UsageError(f"y: expected one class per entry, got {flat.shape}: {why}")
         return _classes(values, kind, labels, task is None)
     if kind in (str, bool) and task == "regress":
         raise UsageError(f"y: expected numbers with task regress, got {WORDS[kind]}")
     numbers = values.astype(np.float64)
     _refuse_missing(numbers, np.isnan(numbers))
+    if task is None and _is_one_hot(flat):
+        raise UsageError(
+            f"y: the rows of {flat.shape} look like one-hot classes: pass the classes, y.argmax(axis=1), or "
+            "task='regress' for numbers"
+        )
+    if task is None and flat.ndim == 1 and set(np.unique(numbers)) == {0.0, 1.0}:
+        raise UsageError(
+            "y: the numbers 0.0 and 1.0 may be classes or targets: pass task='classify' or task='regress', or integers "
+            "for classes"
+        )
     return in_float32(numbers).reshape(flat.shape), ()
+
+
+def _is_one_hot(rows: NDArray) -> bool:
+    """Return whether each of at least two rows `[N, K]` has one 1, and 0 elsewhere."""
+    if rows.ndim != 2 or min(rows.shape) < 2 or rows.dtype.kind not in "biuf":
+        return False
+    return bool(((rows == 0) | (rows == 1)).all() and (rows.sum(axis=1) == 1).all())
 
 
 def in_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:

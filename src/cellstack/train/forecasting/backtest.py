@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.forecasting.boosting import Boosting, Panel
+from cellstack.train.forecasting.calendar import features
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.parts import Parts
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
@@ -17,6 +18,9 @@ from cellstack.train.forecasting.rules import rules
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.measures import coverage, errors, pinball
 from cellstack.train.tables.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -56,15 +60,36 @@ class Backtest(NamedTuple):
         recipe = self.forecasts.recipe
         found = {}
         for n, name in enumerate(recipe.targets):
-            every = {"model": self.forecasts.median[..., n]} | {
-                key: baseline[..., n] for key, baseline in self.baselines.items()
-            }
-            actual = self.actual[..., n].copy()
-            actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan
+            every, actual = self.compared(n)
             table = {key: self._errors(values, actual, n) for key, values in every.items()}
             table["model"] |= _spread(self.forecasts.values[:, :, n], actual, recipe)
             found[name] = table
         return {"targets": found, "origins": len(self.actual)}
+
+    def compared(self, target: int) -> tuple[dict[str, Floats], Floats]:
+        """Return the forecasts of a target by `"model"` and each baseline, and the actual values, `[N, horizon]` each.
+
+        Actual values are NaN where one of them has no forecast.
+        """
+        every = {"model": self.forecasts.median[..., target]}
+        every |= {key: baseline[..., target] for key, baseline in self.baselines.items()}
+        actual = self.actual[..., target].copy()
+        actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan
+        return every, actual
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: forecasts of the test part with the actual values, and the error by horizon.
+
+        Of several series, it shows the first and the last; the errors are those of all series. The model is compared
+        with the four best baselines.
+
+        Raises:
+            UsageError: matplotlib isn't installed.
+        """
+        from cellstack.train.forecasting.plot import backtest_panels
+        from cellstack.train.history import panels
+
+        return panels(backtest_panels(self))
 
     def _errors(self, values: Floats, actual: Floats, target: int) -> dict[str, float]:
         each = []
@@ -121,6 +146,11 @@ def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict
     codes = {category.name: table.categories[category.name].codes for category in recipe.categories}
     numbers = {name: table.columns[name] for name in (*recipe.inputs, *recipe.known)}
     known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
+    if recipe.country and table.times is not None:
+        flags = features(table.times, ("holidays",), recipe.country).T.astype(np.float64)
+        days = {f"holidays of {recipe.country}, {n}": flag for n, flag in enumerate(flags)}
+        numbers |= days
+        known |= days.keys()
     columns = numbers | codes
     for n, name in enumerate(recipe.targets):
         panel = Panel(

@@ -2,9 +2,10 @@
 
 One model forecasts all steps of all series: its rows are pairs of an origin and a step ahead. Its features are the
 step, the values at the same phase of the last seasons, the latest values, means of the last seasons, the calendar of
-the forecast step, columns known in advance at that step, other columns at the origin, and the series. It learns the
-value or its difference from the naive or a seasonal naive forecast, of the values or of their logarithms. The
-validation part determines which, and the number of trees.
+the forecast step, columns known in advance at that step, their differences from the origin and from the same phase of
+the last seasons, other columns at the origin, and the series. It learns the value or its difference from the naive or a
+seasonal naive forecast, of the values or of their logarithms. The validation part determines which, and the number of
+trees.
 
 Ref: Friedman, Greedy function approximation: a gradient boosting machine, Annals of Statistics 29 (2001), 1189-1232;
 Ke et al., LightGBM, NeurIPS 2017, whose histograms scikit-learn's HistGradientBoostingRegressor follows.
@@ -162,7 +163,7 @@ class Boosting:
 
         x, base = self._features(way, pairs)
         x[:, np.isnan(x).all(0)] = 0.0  # scikit-learn refuses a column without values
-        categories = list(range(x.shape[1] - len(self.categories) - self.by_series, x.shape[1]))  # they are last
+        categories = list(range(x.shape[1] - len(self._codes(pairs)), x.shape[1]))  # they are last
         fixed = {"early_stopping": False, "random_state": self.seed, "categorical_features": categories}
         with _one_thread():
             return HistGradientBoostingRegressor(**settings, **fixed).fit(
@@ -194,6 +195,25 @@ class Boosting:
         source = np.where(there, self.latest[season][np.where(there, rows, 0)], -1)
         return np.where(source < 0, np.nan, y[source])
 
+    def _before(self, values: NDArray[Any], pairs: Pairs, season: int) -> NDArray[np.float64]:
+        """Return a column at the latest row up to the origin at the phase of the step ahead; NaN before the series."""
+        at, ahead = pairs
+        rows = at + ahead - season * -(-ahead // season)
+        return np.where(rows >= self.panel.starts[self.series[at]], values[np.maximum(rows, 0)], np.nan)
+
+    def _codes(self, pairs: Pairs) -> list[NDArray[np.float64]]:
+        """Return the features that are codes: of the categories, and of the series."""
+        at, ahead = pairs
+        found = []
+        for name in self.categories:
+            if name in self.panel.known:
+                codes = self.panel.known[name]
+                found += [codes[at + ahead], codes[at], *(self._before(codes, pairs, s) for s in self.seasons)]
+            else:
+                found.append(self.panel.past[name][at])
+        found = [np.where(codes < 0, np.nan, codes) for codes in found]
+        return [*found, self.series[at].astype(np.float64)] if self.by_series else found
+
     def _features(self, way: Way, pairs: Pairs) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Return the features `[M, F]`, and the base to add to the model's output, `[M]`."""
         at, ahead = pairs
@@ -218,12 +238,16 @@ class Boosting:
             changes += [last - before]
         columns = [ahead, *(level - base for level in levels), *changes, *_calendar(self.panel.times, at + ahead)]
         numbers = lambda names: [name for name in names if name not in self.categories]  # noqa: E731
-        columns += [self.panel.known[name][rows] for name in numbers(self.panel.known) for rows in (at + ahead, at)]
+        for name in numbers(self.panel.known):
+            values = self.panel.known[name]
+            then = values[at + ahead]
+            columns += [
+                then,
+                then - values[at],
+                *(then - self._before(values, pairs, season) for season in self.seasons),
+            ]
         columns += [self.panel.past[name][at] for name in numbers(self.panel.past)]
-        for name in self.categories:
-            codes = self.panel.known[name][at + ahead] if name in self.panel.known else self.panel.past[name][at]
-            columns.append(np.where(codes < 0, np.nan, codes))
-        columns += [self.series[at]] if self.by_series else []
+        columns += self._codes(pairs)
         return np.stack([np.asarray(column, np.float32) for column in columns], axis=1), base
 
 

@@ -30,6 +30,17 @@ def usual(step: float, span: float, country: str) -> tuple[str, ...]:
     return (*(name for name, used in kinds.items() if used), *(("holidays",) if country and within_week else ()))
 
 
+def names(kinds: tuple[str, ...]) -> list[str]:
+    """Return the names of the channels of `features`."""
+    found = []
+    for kind in kinds:
+        if kind == "holidays":
+            found += ["holiday", "holiday tomorrow", "holiday yesterday"]
+        else:
+            found += [f"{kind} {wave}{n}" for n in range(1, HARMONICS[kind] + 1) for wave in ("sin", "cos")]
+    return found
+
+
 def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str = "") -> NDArray[np.float32]:
     """Return the calendar features of dates, `[N, channels]`.
 
@@ -75,7 +86,7 @@ def holidays(country: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime6
     try:
         from holidays import country_holidays
     except ModuleNotFoundError:
-        raise UsageError("holidays need the package holidays: install cellstack[holidays]") from None
+        raise UsageError("holidays need the package holidays: pip install 'cellstack[holidays]'") from None
     years = days.astype("datetime64[Y]").astype(np.int64) + 1970
     code, _, subdivision = country.partition("-")
     try:

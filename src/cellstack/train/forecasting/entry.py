@@ -9,7 +9,7 @@ from typing import Any
 
 from cellstack.train.forecasting.plan import Request, planned
 from cellstack.train.forecasting.training import Build, Trained, train_forecast
-from cellstack.train.settings import RunOptions, Settings
+from cellstack.train.settings import RunOptions, Settings, widths_of
 from cellstack.train.tables.table import Table, read_table
 
 
@@ -32,7 +32,7 @@ def fit_forecast(
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
-    progress: bool = False,
+    progress: bool | None = None,
     baselines: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -82,9 +82,7 @@ def fit_forecast(
     given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
     given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
     given = {name: usual[name] if value is None else value for name, value in given.items()}
-    layers = given["units"]
-    layers = tuple(layers) if isinstance(layers, Sequence) else (layers,)
-    build = Build(layers, cell, given["dropout"], given["members"])
+    build = Build(widths_of(given["units"]), cell, given["dropout"], given["members"])
     settings = Settings(given["epochs"], given["batch"], given["lr"], clip, given["patience"], seed=seed)
     options = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
     return train_forecast(table, request, build, settings, options, test, baselines, recipe)

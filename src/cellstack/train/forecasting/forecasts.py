@@ -4,45 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data.frames import as_frame, distinct
 from cellstack.train.forecasting.recipe import Recipe
-from cellstack.train.tables.table import Table
+from cellstack.train.tables.table import Table, date_unit, iso
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forecasts:
     """Forecasts from several origins.
 
     Args:
         recipe: targets, inputs and windows.
         table: the series.
-        ids: name of the series of each origin, `[N]`; `""` for a table with one series without a name.
+        ids: of the series of each origin, `[N]`: its name, or its value in the frame that `predict` was given; `""` for
+            a table with one series without a name.
         origins: last row that each forecast uses, `[N]`.
         times: wall-clock time of each forecast step, `[N, horizon]`; None without dates.
         values: `[N, horizon, targets, quantiles]` in the targets' units, NaN without values to start from.
         reference: forecasts of the rule to which the network's output is added, `[N, horizon, targets]`.
+        polars: whether `to_frame` returns a polars frame.
     """
 
     recipe: Recipe
     table: Table
-    ids: list[str]
+    ids: list[Any]
     origins: Ints
     times: NDArray[np.datetime64] | None
     values: Floats
     reference: Floats
+    polars: bool = False
+
+    def __repr__(self) -> str:
+        count, recipe = len(self.origins), self.recipe
+        said = f"{count:,} forecast{'s' * (count != 1)} of {', '.join(recipe.targets)}"
+        when = "" if self.times is None else f" from {iso(self.times.min())} to {iso(self.times.max())}"
+        levels = ", ".join(f"{level:g}" for level in recipe.quantiles)
+        return f"<{said}, {recipe.horizon} step{'s' * (recipe.horizon != 1)} each{when}, quantiles {levels}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the plot, which notebooks show; None without matplotlib: they show the text."""
+        if find_spec("matplotlib") is None:
+            return None
+        picture = BytesIO()
+        self.plot().savefig(picture, format="png", dpi=100)
+        return picture.getvalue()
 
     @property
     def median(self) -> Floats:
         """The forecast, `[N, horizon, targets]`."""
         return self.values[..., self.recipe.quantiles.index(0.5)]
+
+    @property
+    def dates(self) -> tuple[NDArray[np.datetime64], NDArray[np.datetime64]] | None:
+        """The times of the origins, `[N]`, and of their steps, `[N, horizon]`; None without dates.
+
+        Both have the coarsest unit, of D, s and us, that represents all times of the table.
+        """
+        table, times = self.table, self.times
+        if table.times is None or times is None:
+            return None
+        unit = f"datetime64[{date_unit(table.times, times)}]"
+        return table.times[self.origins].astype(unit), times.astype(unit)
+
+    def columns(self, actual: Floats | None = None) -> dict[str, Any]:
+        """Return a table's columns by name, as lists or arrays of equal length, with a row per origin and step.
+
+        They are the id of the series, if there are several; the date, or `step` from 1; for each target, the forecast
+        in a column of its name, and the quantiles, such as `sales_0.1`.
+
+        Args:
+            actual: `[N, horizon, targets]`; if given, there are also the columns `origin`, its date or row, and
+                `sales_actual`.
+        """
+        recipe, table, dates = self.recipe, self.table, self.dates
+        horizon, count = recipe.horizon, len(self.origins)
+        pairs: list[tuple[str, Any]] = []
+        if table.id:
+            pairs.append((table.id, [name for name in self.ids for _ in range(horizon)]))
+        if actual is not None:
+            pairs.append(("origin", np.repeat(self.origins if dates is None else dates[0], horizon)))
+        steps = np.tile(np.arange(1, horizon + 1), count) if dates is None else dates[1].reshape(-1)
+        pairs.append((table.date or "step", steps))
+        for n, name in enumerate(recipe.targets):
+            if actual is not None:
+                pairs.append((f"{name}_actual", actual[..., n].reshape(-1)))
+            pairs.append((name, self.median[..., n].reshape(-1)))
+            for q, level in enumerate(recipe.quantiles):
+                if level != 0.5:
+                    pairs.append((f"{name}_{level:g}", self.values[..., n, q].reshape(-1)))
+        return distinct(pairs)
+
+    def to_frame(self, actual: Floats | None = None) -> Any:
+        """Return `columns` as a pandas frame, with dates as datetime64; as a polars frame if the data was one.
+
+        Raises:
+            UsageError: pandas isn't installed.
+        """
+        return as_frame(self.columns(actual), self.polars)
 
     def at(self, levels: Sequence[float]) -> Floats:
         """Return any quantiles, `[N, horizon, targets, levels]`.
@@ -72,3 +145,19 @@ class Forecasts:
         below = np.maximum(above - 1, 0)  # the same if there is only one
         share = (wanted - normal[below]) / np.where(above > below, normal[above] - normal[below], 1.0)
         return self.values[..., below] * (1 - share) + self.values[..., above] * share
+
+    def plot(self, which: int | Sequence[int] | None = None, *, history: int | None = None) -> Figure:
+        """Return a matplotlib figure: the last values of the history, the median, and the intervals of the quantiles.
+
+        Each forecast and target has its own panel. Actual values after the origin are drawn where the table has them.
+
+        Args:
+            which: numbers of the forecasts, of N; None = all, or six of them, evenly spread.
+            history: steps before the origin; None = twice the horizon or a window, and at least 16.
+
+        Raises:
+            UsageError: matplotlib isn't installed, or there is no such forecast.
+        """
+        from cellstack.train.forecasting.plot import plot
+
+        return plot(self, which, history)

@@ -150,8 +150,10 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
     seasons = request.seasons
     if seasons is None:
         seasons = find_seasons(table, targets[0], held)
-    horizon = request.horizon or usual_horizon(table, seasons)
-    window = request.window or int(np.clip(2 * min(seasons, default=1), SHORTEST_WINDOW, LONGEST_WINDOW))
+    horizon = usual_horizon(table, seasons) if request.horizon is None else request.horizon
+    window = request.window
+    if window is None:
+        window = int(np.clip(2 * min(seasons, default=1), SHORTEST_WINDOW, LONGEST_WINDOW))
     if request.scale is not None and request.scale not in SCALES:
         raise UsageError(f"expected scale to be one of {', '.join(SCALES)}, got {request.scale!r}")
     dates: tuple[str, ...] = ()
@@ -197,7 +199,9 @@ def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
 def _only_target(table: Table, request: Request) -> tuple[str, ...]:
     names = [name for name in table.columns if name not in request.known]
     if len(names) != 1:
-        raise UsageError(f"{table.path}: expected a target, one or more of {listed(names) or 'no numeric columns'}")
+        raise UsageError(
+            f"{table.path}: expected target= or --target, one or more of {listed(names) or 'no numeric columns'}"
+        )
     return (names[0],)
 
 

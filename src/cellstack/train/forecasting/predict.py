@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import date, datetime, timezone
 from inspect import signature
 from typing import Any
 
@@ -12,12 +14,16 @@ from cellstack.network import Network
 from cellstack.nodes import Select, Standardise
 from cellstack.spec import FormatError
 from cellstack.train.checks import TooFewRowsError, UsageError
+from cellstack.train.data.frames import is_frame, is_polars, plain
+from cellstack.train.data.reading import merged
 from cellstack.train.examples import Inputs
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.recipe import Recipe
 from cellstack.train.forecasting.windows import Windows, extended_times
-from cellstack.train.predict import raw_inputs
-from cellstack.train.tables.table import Table, read_table
+from cellstack.train.tables.clock import utc_of
+from cellstack.train.tables.dates import in_form, written_as
+from cellstack.train.tables.table import Table, iso, read_table
+from cellstack.train.trained import raw_inputs
 
 Ints = NDArray[np.int64]
 TOGETHER = 512  # windows in a batch
@@ -49,6 +55,54 @@ def forecasts_of(net: Network, inputs: Inputs, windows: Windows, threads: int | 
         np.concatenate([windows.forecasts(part, outputs(net, inputs, windows, part, threads)) for part in parts]),
         windows.reference(every),
     )
+
+
+def forecasts_after(
+    net: Network,
+    data: Any,
+    path: str,
+    origin: Any = None,
+    threads: int | None = None,
+    origin_name: str = "origin",
+    **given: Any,
+) -> tuple[Forecasts, list[str]]:
+    """Forecast the steps after the last rows of a table, or after another origin, and return warnings about the table.
+
+    Args:
+        net: a network that forecasts.
+        data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table`.
+        path: the network's file, for messages.
+        origin: see `origins_at`; None = in each series the last row with an observed target.
+        threads: number of the kernel's threads.
+        origin_name: of the argument `origin`, for messages.
+        given: arguments of `read_table`; as in training where not given.
+
+    Raises:
+        UsageError: an origin that isn't in the table, or options for a `Table`; and see `forecast`.
+    """
+    recipe, _ = trained(net, path)
+    if isinstance(data, Table):
+        for name in given:
+            raise UsageError(f"predict: {name} has no effect for a Table, which has been read already")
+        table = data
+    else:
+        table = read_table(data, **merged(reading(net, path), given))
+    origins = None if origin is None else origins_at(table, origin, origin_name)
+    found = forecast(net, table, path, origins, threads)
+    ids = _own_ids(data, table, found.ids)
+    return replace(found, ids=ids, polars=is_polars(data)), unknown(recipe, table, found.origins)
+
+
+def _own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
+    """Return names of series as the values of the frame's column, so that a result can be joined with the frame."""
+    if table.id is None or not is_frame(data) or table.id not in map(str, data.columns):
+        return ids
+    values = plain(data, table.id).tolist()
+    whole = [
+        int(value) if isinstance(value, float) and value % 1 == 0 else value for value in values
+    ]  # named 7, not 7.0
+    named = {str(name).strip(): value for name, value in zip(whole, values, strict=True)}
+    return [named.get(name, name) for name in ids]
 
 
 def forecast(
@@ -122,6 +176,66 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
             raise UsageError(f"{table.path}: {', '.join(recipe.targets)} has no values{_series(name)}")
         found.append(int(first + rows[-1]))
     return np.array(found, np.int64)
+
+
+def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
+    """Return the row of a table with a date, or with a number, in each series that has it.
+
+    Args:
+        table: the series.
+        origin: a date: text in the format of the table's dates or in ISO form, a `datetime` or a `datetime64`; or the
+            number of a row in each series, from 1. Without a UTC offset, a date is in the table's time zone; without a
+            time of day, it is midnight.
+        name: of the argument, for messages.
+
+    Raises:
+        UsageError: no series has it, it isn't a date, or it occurs twice because the clock is set back.
+    """
+    if table.times is None and isinstance(origin, str) and origin.strip().isdecimal():
+        origin = int(origin)
+    if isinstance(origin, (int, np.integer)) and not isinstance(origin, (bool, np.timedelta64)) and origin > 0:
+        found = table.starts[:-1] + int(origin) - 1
+        found = found[found < table.starts[1:]]
+    elif table.times is None:
+        raise UsageError(f"expected {name} to be a row number from 1, because {table.path} has no dates, got {origin}")
+    else:
+        found = _rows_at(table, table.times, origin, name)
+    if not len(found):
+        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        raise UsageError(f"expected {name} to be a row of {table.path}{span}, got {origin}")
+    return found.astype(np.int64)
+
+
+def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any, name: str) -> Ints:
+    """Return the rows of a table with a date."""
+    form = table.reading.get("date_format")
+    time = _time_of(origin, form)
+    if time is None:
+        like = dict.fromkeys([written_as(times[-1], form), iso(times[-1])])
+        raise UsageError(f"expected {name} to be a date such as {' or '.join(like)}, got {origin!r}")
+    if time[1] and table.zone is None:
+        raise UsageError(f"expected {name} without a UTC offset, because {table.path} has none, got {origin}")
+    if time[1]:
+        times = np.concatenate([utc_of(times[table.rows(series)], table.zone) for series in range(len(table.ids))])
+    found = np.flatnonzero(times == time[0])
+    series = np.searchsorted(table.starts, found, side="right")
+    if len(np.unique(series)) < len(series):
+        raise UsageError(
+            f"{name} {origin} occurs twice, because the clock is set back then: add the UTC offset of one of them"
+        )
+    return found
+
+
+def _time_of(origin: Any, form: str | None) -> tuple[np.datetime64, bool] | None:
+    """Return a date, and whether it is in UTC, not in local time; None if it isn't a date."""
+    if isinstance(origin, str):
+        found = (in_form(origin.strip(), how) for how in (form, "%Y-%m-%d", "%Y-%m", "%Y") if how)
+        return next((time for time in found if time is not None), None)
+    if isinstance(origin, datetime) and origin.tzinfo is not None:
+        return np.datetime64(origin.astimezone(timezone.utc).replace(tzinfo=None), "us"), True
+    if isinstance(origin, (date, np.datetime64)) and origin == origin:  # NaT isn't
+        return np.array([origin], "datetime64[us]")[0], False
+    return None
 
 
 def checked_windows(recipe: Recipe, table: Table, origins: Ints, inputs: Inputs, path: str) -> Windows:

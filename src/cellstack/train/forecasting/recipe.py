@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from cellstack.train.checks import MOST, UsageError, is_count
+from cellstack.train.forecasting import calendar
 from cellstack.train.forecasting.smoothing import Smoothing
 
 CALENDAR = ("hour", "weekday", "year", "day", "holidays")
@@ -131,6 +132,15 @@ class Recipe:
         """The rules whose forecasts are inputs of the network."""
         seasonal = (Rule(name, season) for name in ("seasonal", "mean") for season in self.seasons)
         return (NAIVE, *seasonal, *((SMOOTHED,) if self.smoothing else ()))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The names of the channels of a window, see `windows`, in their order."""
+        rules = [rule.name if rule.season == 1 else f"{rule.name} {rule.season}" for rule in self.rules]
+        found = [name for target in self.targets for name in (target, *(f"{target} ({rule})" for rule in rules))]
+        texts = {known: [each for each in self.categories if each.known is known] for known in (False, True)}
+        past, ahead = ([f"{each.name}={label}" for each in texts[known] for label in each.labels] for known in texts)
+        return (*found, *self.inputs, *past, *self.known, *ahead, *calendar.names(self.calendar), "steps ahead")
 
     @property
     def reach(self) -> int:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,51 +22,35 @@ from torch import nn
 
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
-from cellstack.train.checks import UsageError
+from cellstack.train import history
 from cellstack.train.examples import Inputs
-from cellstack.train.fitting import Result, check_memory, fitted
-from cellstack.train.forecasting import backtest, smoothing
+from cellstack.train.fitting import Result, fitted
+from cellstack.train.forecasting import backtest
+from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
-from cellstack.train.forecasting.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
+from cellstack.train.forecasting.parts import Parts, WindowData, spread_out
 from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
+from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
+from cellstack.train.forecasting.prepare import MEASURED, Build, again, prepared, smoothings
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
-from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
+from cellstack.train.predict import predict
+from cellstack.train.processes import is_first
+from cellstack.train.progress import Bar, is_shown
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.tables.table import Table
+from cellstack.train.sizes import check_memory
+from cellstack.train.tables.table import Table, listed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-MEASURED = 2048  # windows on which scales are measured
 FEWEST = 50  # least number of points to determine the shift of a quantile
-ON, ON_RATE = 1 / 3, 0.5  # share of the epochs and of the learning rate for continued training with the validation part
-
-
-@dataclass(frozen=True)
-class Build:
-    """How the networks are built.
-
-    Args:
-        units: units of each layer, first layer first.
-        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
-        dropout: dropout probability after each layer.
-        members: number of networks to average, each trained with its own seed.
-
-    Raises:
-        UsageError: members out of range.
-    """
-
-    units: tuple[int, ...] = (48,)
-    cell: str = "lstm"
-    dropout: float = 0.1
-    members: int = 3
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.members <= 99:
-            raise UsageError(f"expected members from 1 to 99, got {self.members}")
+ON_RATE = 0.5  # share of the learning rate for continued training with the validation part
 
 
 class Trained(NamedTuple):
@@ -83,6 +68,43 @@ class Trained(NamedTuple):
     test: backtest.Backtest | None
     understood: list[str]
 
+    @property
+    def network(self) -> Network:
+        """The network, which runs without torch."""
+        return self.result.network
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The errors of the network and its baselines on the test part; {} without one."""
+        return self.result.scores
+
+    def predict(self, data: Any, **options: Any) -> Forecasts:
+        """Forecast the steps after the rows of a table with the network: see `Network.predict`."""
+        return predict(self.network, data, **options)
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: the losses of each network, and `test.plot()` if there is a test part.
+
+        Raises:
+            UsageError: matplotlib isn't installed.
+        """
+        found = history.curves(self.result.history) if self.result.history else []
+        return history.panels([*found, *(backtest_panels(self.test) if self.test is not None else [])])
+
+    def __repr__(self) -> str:
+        """Describe it in about five lines."""
+        head = f"Trained: forecasts {listed(list(self.recipe.targets))} {self.recipe.horizon:,} steps ahead"
+        lines = [self.result.described, *self.result.sentence.split("; ")]
+        best = []
+        for name, found in self.result.scores.get("targets", {}).items():
+            mae = {key: errors["mae"] for key, errors in found.items() if key != "model"}
+            best += [
+                f"{name} {mae[key]:.4g} ({key})"
+                for key in sorted(mae, key=lambda key: (np.isnan(mae[key]), mae[key]))[:1]
+            ]
+        lines += [f"the best baselines: {', '.join(best)}"] * bool(best)
+        return "\n  ".join([head, *lines, self.result.fit.took])
+
 
 def train_forecast(
     table: Table,
@@ -93,6 +115,7 @@ def train_forecast(
     test: float = 0.2,
     baselines: bool = True,
     recipe: Recipe | None = None,
+    ready: tuple[Windows, Parts] | None = None,
 ) -> Trained:
     """Train on each series' earlier rows, and measure the errors of forecasts in its last rows.
 
@@ -105,19 +128,21 @@ def train_forecast(
         test: share of each series' last rows to test on; 0 for none.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.
         recipe: the result of `plan` for table and request, if already known.
+        ready: the result of `prepared`, if already known.
 
     Raises:
         UsageError: a column that doesn't exist or is empty, too few rows, or a checkpoint that another training is
             writing; see `learn` for more.
     """
-    if recipe is None:
-        recipe = plan(table, request, options.validation + test)
-    windows, cut = prepared(table, recipe, request, options.validation, test)
+    if ready is None:
+        recipe = recipe or plan(table, request, options.validation + test)
+        ready = prepared(table, recipe, request, options.validation, test)
+    windows, cut = ready
     fits = _Fits(build, settings, options, windows, cut)
-    checkpoint, first = options.checkpoint, int(os.environ.get("RANK", "0")) == 0  # of several processes
+    checkpoint, first = options.checkpoint, is_first()
     if checkpoint is not None and first:
         check_replaceable(str(fits.stage(0, whole=False).checkpoint))
-    with locked(checkpoint if first else None):  # for all members; each fit also locks its own checkpoint
+    with locked(checkpoint if first else None), closing(fits.bar):  # for all members; each fit also locks its own
         members, calibration = fits.members()
     windows = fits.windows
     recipe = windows.recipe
@@ -138,48 +163,15 @@ def train_forecast(
         found = measured(network, windows, fits.inputs, cut, baselines)
         scores = found.scores
     result = Result(
-        network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.summary(scores)
+        network,
+        nn.ModuleList(members),
+        fits.whole,
+        scores,
+        fits.rank,
+        len(fits.held),
+        fits.summary(scores, calibration),
     )
     return Trained(result, recipe, found, understood(table, recipe, request, cut))
-
-
-def prepared(table: Table, recipe: Recipe, request: Request, validation: float, test: float) -> tuple[Windows, Parts]:
-    """Return the windows of the training part followed by the validation part, with a complete recipe, and the parts.
-
-    The rule is smoothing, or the naive one if no series is long enough. If the logarithm is smoothed, the unit is the
-    level. If smoothing is better without the longest season, that season is dropped: its length may vary, like that of
-    a cycle.
-    """
-    cut = parts(table, recipe, validation, test)
-    typical = typical_errors(table, recipe, cut.ends)
-    smoothed = smoothings(table, recipe, cut.ends, typical)
-    if request.seasons is None and recipe.seasons and smoothed is not None:
-        shorter = replace(recipe, seasons=recipe.seasons[:-1])
-        other = smoothings(table, shorter, cut.ends, typical, 2 * recipe.seasons[-1])
-        if other is not None and other[1] < smoothed[1]:
-            recipe, smoothed = shorter, other
-            cut = parts(table, recipe, validation, test)
-            typical = typical_errors(table, recipe, cut.ends)
-    if smoothed is not None:
-        how = smoothed[0]
-        scale = request.scale or ("level" if all(each.log for each in how) else "spread")
-        recipe = replace(recipe, smoothing=how, scale=scale, rule=SMOOTHED)
-    windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
-    return windows.with_recipe(replace(recipe, floors=floors(windows, np.arange(len(cut.training))))), cut
-
-
-def smoothings(
-    table: Table, recipe: Recipe, ends: Ints, typical: Floats, after: int = 0
-) -> tuple[tuple[Smoothing, ...], float] | None:
-    """Return the best smoothing of each target in the rows before `ends`, and the mean error; see `smoothing.best`."""
-    found = []
-    for n, name in enumerate(recipe.targets):
-        series = [table.columns[name][first:end] for first, end in zip(table.starts[:-1], ends, strict=True)]
-        best = smoothing.best(series, recipe.seasons, recipe.horizon, typical[:, n].tolist(), after)
-        if best is None:
-            return None
-        found.append(best)
-    return tuple(how for how, _ in found), float(np.mean([error for _, error in found]))
 
 
 def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, baselines: bool) -> backtest.Backtest:
@@ -205,11 +197,16 @@ class _Fits:
         self.ends = cut.validation_ends
         self.inputs = Inputs.measure(windows, self.kept, MEASURED)
         self.scale = self._scale()
+        self.long = takes_long(len(self.kept), int(windows.lengths[0]))
         self.whole, self.rank = Fit(), 0
         self.stops: list[str] = []
+        most = [settings.epochs] * build.members
+        second = [again(epochs, self.long) for epochs in most] if len(self.held) else []
+        self.bar = Bar(is_shown(options.progress) and is_first(), most + second)
+        self.options = replace(options, progress=self.bar)
 
-    def summary(self, scores: dict[str, Any]) -> str:
-        """Return what stopped the fits, which epochs were kept, and the errors on the test part."""
+    def summary(self, scores: dict[str, Any], calibration: Calibration | None) -> str:
+        """Return what stopped the fits, which epochs were kept, what the networks add, and the errors of the test."""
         history, names = self.whole.history, {"epochs": "all", "patience": "early", "ctrl-c": "by Ctrl-C"}
         kept = [0] * len(self.stops)
         for entry in history:
@@ -219,8 +216,16 @@ class _Fits:
         each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
         parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
         if any(kept):
-            how = "trained further" if takes_long(len(self.kept), int(self.windows.lengths[0])) else "retrained"
+            how = "trained further" if self.long else "retrained"
             parts.append(f"{how} with the validation part for {', '.join(map(str, kept))}")
+        recipe = self.windows.recipe
+        if calibration is not None and not calibration.followed.all():
+            alone = [name for name, weight in zip(recipe.targets, calibration.followed, strict=True) if not weight]
+            rule = "exponential smoothing" if recipe.rule == SMOOTHED else "the latest value"
+            parts.append(
+                f"the networks don't clearly improve on {rule} in the validation part and have weight 0: the forecast "
+                f"of {', '.join(alone)} is {rule} alone"
+            )
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
         what = f"mean absolute error on the test part: {', '.join(found)}"
         return "; ".join([*parts, what if found else "no data was held out to measure its accuracy on"])
@@ -288,11 +293,12 @@ class _Fits:
         before, self.windows = self.windows, self._smoothed_anew()
         if not calibration.followed.any():  # only the rule forecasts
             return first, calibration
-        again: list[Forecaster] = []
+        second: list[Forecaster] = []
+        self.bar.expected = [again(best, self.long) for best in epochs]
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
             how, options = self.settings, self.stage(member, whole=True)
-            if takes_long(len(self.kept), int(self.windows.lengths[0])):
-                on = replace(how, epochs=max(1, round(best * ON)), lr=how.lr * ON_RATE)
+            if self.long:
+                on = replace(how, epochs=again(best, self.long), lr=how.lr * ON_RATE)
                 model, fit = self.fit(member, on, options, whole=True, start=model)
             else:
                 model, fit = self.fit(member, how, options, whole=True, until=best)
@@ -300,8 +306,8 @@ class _Fits:
             if fit.interrupted:  # all of the first ones are better than some of the second
                 self.windows = before
                 return first, calibration
-            again.append(model)
-        return again, calibration
+            second.append(model)
+        return second, calibration
 
     def _smoothed_anew(self) -> Windows:
         """Return the windows with the best smoothing for both parts."""

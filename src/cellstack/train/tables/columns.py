@@ -73,12 +73,12 @@ def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str
     if comma and source.separator == ",":
         raise FormatError(
             f"{source.at(comma[0])}: expected a decimal point in column {comma[1]}, found {source.quote(*comma)}: use "
-            f"--decimal , if these are decimal commas"
+            f"--decimal comma if these are decimal commas"
         )
     if either and not comma and not pointed:
         raise FormatError(
-            f"{source.at(either[0])}: {source.quote(*either)} in column {either[1]} is ambiguous: use --decimal , for "
-            f"decimal commas, or --decimal . if the comma separates thousands"
+            f"{source.at(either[0])}: {source.quote(*either)} in column {either[1]} is ambiguous: use --decimal comma "
+            f"for decimal commas, or --decimal point if the comma separates thousands"
         )
     return "," if comma else "."
 

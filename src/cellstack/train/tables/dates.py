@@ -31,6 +31,7 @@ MAY_BE_NAMED = re.compile(
 )
 HOURS = re.compile(r"(?:^|.*[_\W])(?:hour|hr|h|time|hour_of_day)(?:$|[_\W].*)", re.IGNORECASE)
 TIME_OF_DAY = r"\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?"
+CLOCK_FORM = re.compile(r"(T|,? +)%[HI].*")  # the part of a format for the time of day
 PARTS = ("year", "quarter", "month", "day", "hour", "minute", "second")
 
 
@@ -385,3 +386,37 @@ def _chosen(
         f"{source.at(row)}: {cells.iloc[row]!r} in column {name} is ambiguous, it may be {ways[0]} or {ways[1]}: use "
         f"--day-first or --month-first"
     )
+
+
+def in_form(text: str, form: str) -> tuple[np.datetime64, bool] | None:
+    """Parse one date in a format of `Dates`, or the day alone in it.
+
+    Returns:
+        The date as datetime64[us], and whether it is in UTC; None if it isn't in the format.
+    """
+    import pandas as pd
+
+    if form in UNITS or form == "excel":
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        days = number if form == "excel" else number / UNITS[form] / 86_400
+        if not abs(days) < MOST_DAYS:
+            return None
+        if form == "excel":
+            return pd.to_datetime(number, unit="D", origin=EXCEL).round("ms").to_datetime64().astype(
+                "datetime64[us]"
+            ), False
+        return np.datetime64(round(number / UNITS[form] * 1e6), "us"), True
+    for how in (form, CLOCK_FORM.sub("", form)):
+        time = parsed(pd.Series([text]), how).iloc[0]
+        if time is not pd.NaT:
+            return time.to_datetime64().astype("datetime64[us]"), re.search(OFFSET, text) is not None
+    return None
+
+
+def written_as(time: np.datetime64, form: str | None) -> str:
+    """Return a date in one of strptime's formats; in ISO form for others."""
+    when = time.astype("datetime64[s]").item()
+    return f"{when:{form}}".strip() if form is not None and "%" in form else when.isoformat().removesuffix("T00:00:00")

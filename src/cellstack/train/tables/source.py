@@ -122,7 +122,7 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
     try:
         import pandas as pd
     except ModuleNotFoundError:
-        raise UsageError("reading tables needs pandas: install cellstack[table]") from None
+        raise UsageError("reading tables needs pandas: pip install 'cellstack[table]'") from None
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         suffix = path.suffix.lower()
@@ -141,7 +141,7 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
         try:
             source = source.to_pandas()
         except ModuleNotFoundError as error:
-            raise UsageError(f"reading this frame needs {error.name}: install cellstack[parquet]") from None
+            raise UsageError(f"reading this frame needs {error.name}: pip install 'cellstack[parquet]'") from None
     return _of_frame("a data frame", source)
 
 
@@ -151,7 +151,7 @@ def _parquet(path: Path) -> Frame:
     try:
         return pd.read_parquet(path)
     except ImportError:
-        raise UsageError(f"{path}: reading Parquet needs pyarrow: install cellstack[parquet]") from None
+        raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'cellstack[parquet]'") from None
     except (ValueError, OSError) as error:
         raise FormatError(f"{path}: expected a Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -171,15 +171,6 @@ def date_unit(*times: NDArray[np.datetime64]) -> str:
     return "us"
 
 
-def date_texts(times: NDArray[np.datetime64], unit: str) -> list[str]:
-    """Return times in ISO form, all with the precision of `unit`, see `date_unit`.
-
-    >>> date_texts(np.array(["2020-01-01T23", "2020-01-02T00"], "datetime64[s]"), "s")
-    ['2020-01-01T23:00:00', '2020-01-02T00:00:00']
-    """
-    return np.datetime_as_string(times.astype(f"datetime64[{unit}]")).tolist()
-
-
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else word + "s"
 

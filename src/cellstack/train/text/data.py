@@ -16,8 +16,8 @@ from cellstack.network import Network
 from cellstack.nodes import Embedding
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
+from cellstack.train.settings import check_layers
 
-CELLS = ("lstm", "gru", "rnn")
 BYTES = 256
 LEAST = 200  # least length of a text: 10 characters each to validate and to test on
 EPOCH = 128  # target number of training steps per epoch
@@ -54,14 +54,9 @@ class Architecture:
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        if not self.units or min(self.units) < 1:
-            raise UsageError(f"expected units of at least 1 for at least one layer, got {self.units}")
-        if self.cell not in CELLS:
-            raise UsageError(f"expected cell to be one of {', '.join(CELLS)}, got {self.cell!r}")
+        check_layers(self.units, self.cell, self.dropout)
         if self.embedding < 0:
             raise UsageError(f"expected embedding of at least 0, got {self.embedding}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"expected dropout in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)

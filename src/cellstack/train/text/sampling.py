@@ -15,7 +15,7 @@ from cellstack.train.text.data import alphabet_of, as_input, beginning, gives_pr
 
 def generate(
     net: Network,
-    prompt: str = "",
+    prompt: str | bytes = "",
     *,
     length: int = 1000,
     temperature: float = 1.0,
@@ -33,7 +33,8 @@ def generate(
         net: a text model, such as one from `fit_text` or `cellstack train book.txt`: its input is characters, as ids or
             one-hot, its output probabilities or logits of the next one after each; its metadata has the characters,
             `{"characters": "abc"}`, or `{}` for the 256 bytes of UTF-8. It must support streaming.
-        prompt: the text to continue; "" = a line end, or a space if the model has no line end.
+        prompt: the text to continue, or bytes for a model of bytes; "" = a line end, or a space if the model has no
+            line end.
         length: maximum number of characters (bytes, for a model of bytes).
         temperature: above 1 is more varied, below 1 more predictable; 0 always selects the most likely character.
         top_k: sample only from the k most likely characters.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from cellstack.train.fitting import Result, as_network, check_memory, fitted
+from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.loop import Epoch
+from cellstack.train.progress import above, is_shown
 from cellstack.train.settings import Architecture as Recurrent
-from cellstack.train.settings import Own, RunOptions, Settings
+from cellstack.train.settings import Own, RunOptions, Settings, widths_of
+from cellstack.train.sizes import check_memory
 from cellstack.train.text.data import (
     Architecture,
     Parts,
@@ -134,7 +134,7 @@ def fit_text(
     resume: bool = False,
     overwrite: bool = False,
     log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     threads: int | None = None,
     device: str = "auto",
     inspect: bool = False,
@@ -159,7 +159,8 @@ def fit_text(
         optimizer, scheduler, callbacks: see `Own`.
         checkpoint, resume, overwrite, threads, inspect: see `learn`.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
-        progress: show a bar, and above it a line with a sample for each epoch, on standard error.
+        progress: show a bar, and above it a line with a sample for each epoch, on standard error; None = where that is
+            a terminal, and in notebooks.
         device: see `processes`.
 
     Returns:
@@ -178,7 +179,6 @@ def fit_text(
     'se is a rose is a rose is '
     """
     whole = Text.of(content(str(text)), str(text)) if isinstance(text, Path) else Text.of(text)
-    widths = (units,) if isinstance(units, int) else tuple(units)
     options = RunOptions(
         checkpoint=checkpoint,
         resume=resume,
@@ -194,15 +194,10 @@ def fit_text(
     return train_text(
         whole,
         parts,
-        Architecture(widths, cell, embedding, dropout),
+        Architecture(widths_of(units), cell, embedding, dropout),
         steps,
         Settings(epochs, batch, lr, clip, patience, seed=seed),
         options,
-        Own(optimizer=optimizer, scheduler=scheduler, callbacks=tuple(callbacks)),
-        say=above_the_bar if progress else None,
+        Own(optimizer=optimizer, scheduler=scheduler, callbacks=callbacks),
+        say=above if is_shown(progress) else None,
     )
-
-
-def above_the_bar(line: str) -> None:
-    """Print a line on standard error, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,231 @@
+"""Networks that need a whole sequence as C: those that run backwards, or take a mean or maximum over time.
+
+A chain is cut at these nodes. The nodes between them run step by step, in one loop; their outputs go to memory that the
+caller provides if a later node has to read the steps in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cellstack.formats.c.source import NODES, Writer, check_chain, comment
+from cellstack.network import Network
+from cellstack.nodes import Activation, Bidirectional, GlobalPool, Node, Recurrent
+
+VECTOR = "s->vector"  # the value after the time axis is removed
+MERGES = {"sum": "{a} + {b}", "mul": "{a} * {b}", "ave": "({a} + {b}) * 0.5$f"}
+
+
+def needs_sequence(network: Network) -> bool:
+    """Return whether a node needs the whole sequence, so that the network can't run step by step."""
+    return any(_whole(node) for node in network.nodes)
+
+
+def _whole(node: Node) -> bool:
+    backwards = isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards)
+    return backwards or (isinstance(node, GlobalPool) and node.mode != "last")
+
+
+class SequenceWriter(Writer):
+    """Writes a function that runs a whole sequence; see `Writer`."""
+
+    unit = "one sequence"
+    memory = "the state of a run; see _WORK for the memory of the sequences. Nothing is allocated."
+    includes = "\n#include <stddef.h>\n"
+
+    def check(self) -> None:
+        """Raise `ValueError` where a node can't be written as C."""
+        network = self.network
+        check_chain(network, (*NODES, Bidirectional))
+        (name,) = network.inputs
+        if not network.graph.timed(name):
+            raise ValueError(f"export_c: expected an input with a time axis, got {name} {network.graph.shown(name)}")
+        for name, node, (source,) in zip(network.names, network.nodes, network.wires, strict=True):
+            why = None if _whole(node) else node.frames(network.shapes[source]).why_not
+            if why is not None and len(network.shapes[source]) > 1:
+                raise ValueError(f"export_c: {name} can't be written as C: {why}")
+
+    def write(self) -> None:
+        """Write all nodes."""
+        entries = [
+            (label, node)
+            for label, node in zip(self.network.names, self.network.nodes, strict=True)
+            if not (isinstance(node, Activation) and node.activation == "linear")
+        ]
+        self.buffers = [0, 0]  # the widths of the memory for a step
+        self.sequence, self.width = "x", self.input_width([node for _, node in entries])
+        group: list[tuple[str, Node]] = []  # consecutive nodes that run step by step
+        at = ""  # the value, once the time axis is removed
+        for number, (label, node) in enumerate(entries):
+            last = number == len(entries) - 1
+            if at:
+                at, self.width = self.node(label, node, at, self.width, last)
+            elif isinstance(node, GlobalPool):
+                at = self._pool(group, node, label)
+            elif isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards):
+                if group:
+                    self._store(group, self._buffer())
+                    group = []
+                at = self._backwards(label, node, "y" if last else "")
+            elif isinstance(node, Recurrent) and not node.return_sequences:
+                with self._loop():
+                    at = self._steps([*group, (label, node)])
+            else:
+                group.append((label, node))
+        if not at and group:
+            self._store(group, "y")
+        elif at and at != "y":
+            self.steps.append(f"    memcpy(y, {at}, {self.width} * sizeof *y);")
+        self.outputs, self.every_step = self.width, not at
+
+    @contextmanager
+    def _loop(self, backwards: bool = False) -> Iterator[None]:
+        """Put the lines of a step into a loop over all steps of the current sequence, in which `v` is a step."""
+        outer, self.steps = self.steps, []
+        width = self.width
+        yield
+        head = "for (size_t t = steps; t-- > 0;) {" if backwards else "for (size_t t = 0; t < steps; t++) {"
+        step = f"        const {self.real} *const v = {self.sequence} + t * {width};"
+        apart = [] if outer and outer[-1].endswith("*/") else [""]
+        self.steps = [
+            *outer,
+            *apart,
+            f"    {head}",
+            step,
+            *(f"    {line}" if line else "" for line in self.steps),
+            "    }",
+        ]
+
+    def _steps(self, group: list[tuple[str, Node]]) -> str:
+        """Write nodes for one step; return the name of the last one's output."""
+        at = "v"
+        for label, node in group:
+            at, self.width = self.node(label, node, at, self.width, False)
+        return at
+
+    def _store(self, group: list[tuple[str, Node]], target: str) -> None:
+        """Run nodes over all steps, and store their output."""
+        with self._loop():
+            at = self._steps(group)
+            self._copy(f"{target} + t * {self.width}", at, self.width)
+            self._filled(target, self.width)
+        self.sequence = target
+
+    def _buffer(self) -> str:
+        """Return the name of memory that the current sequence isn't in."""
+        return "buffer_1" if self.sequence == "buffer_0" else "buffer_0"
+
+    def _filled(self, target: str, width: int) -> None:
+        """Record how much memory a sequence takes."""
+        if target != "y":
+            number = int(target[-1])
+            self.buffers[number] = max(width, self.buffers[number])
+
+    def _copy(self, target: str, at: str, width: int) -> None:
+        self.steps.append(f"    memcpy({target}, {at}, {width} * sizeof *{at});")
+
+    def _vector(self, width: int) -> None:
+        self.scratch["vector"] = max(width, self.scratch.get("vector", 0))
+
+    def _pool(self, group: list[tuple[str, Node]], node: GlobalPool, label: str) -> str:
+        """Write nodes, and the mean, maximum or last value of their output."""
+        before = len(self.steps)
+        note = comment(f"    /* {label}: GlobalPool, {node.summary} */")
+        with self._loop():
+            at = self._steps(group)
+            self.steps += ["", note]
+            if node.mode == "last":
+                self._copy(VECTOR, at, self.width)
+            elif node.mode == "mean":
+                self.steps += self.each(self.width, VECTOR, f"{VECTOR}[j] + {at}[j]")
+            else:
+                more = f"{at}[j] > {VECTOR}[j] || {at}[j] != {at}[j]"  # NaN stays
+                self.steps += self.each(self.width, VECTOR, f"{more} ? {at}[j] : {VECTOR}[j]")
+        self._vector(self.width)
+        if node.mode != "last":
+            self.steps[before:before] = self.each(self.width, VECTOR, "0" if node.mode == "mean" else "-INFINITY")
+        if node.mode == "mean":
+            self.steps += self.each(self.width, VECTOR, f"{VECTOR}[j] / ({self.real})steps")
+        return VECTOR
+
+    def _backwards(self, label: str, node: Bidirectional | Recurrent, end: str) -> str:
+        """Write a node that runs backwards; return the name of its final output, or "" if it returns a sequence."""
+        self.steps += ["", comment(f"    /* {label}: {type(node).__name__}, {node.summary} */")]
+        owner, width = self.identifier(label), self.width
+        if isinstance(node, Recurrent):
+            target = end or self._buffer()
+            with self._loop(backwards=True):
+                at, self.width = self.recurrent(owner, node, "v", False)
+                if node.return_sequences:  # in the order in which the steps are processed
+                    self._copy(f"{target} + (steps - 1 - t) * {self.width}", at, self.width)
+            if not node.return_sequences:
+                return at
+            self._filled(target, self.width)
+            self.sequence = target
+            return ""
+        ways = {False: node.forward, True: node.backward}
+        sequences, merge = node.forward.return_sequences, node.merge_mode
+        first = node.forward.units
+        out = first + (node.backward.units if merge == "concat" else 0)
+        target = (end or self._buffer()) if sequences else VECTOR
+        place = f"{target} + t * {out}" if sequences else VECTOR
+        for backwards, part in ways.items():
+            with self._loop(backwards):
+                at, _ = self.recurrent(
+                    self.identifier(f"{owner}_{'back' if backwards else 'forward'}"), part, "v", False
+                )
+                if sequences:
+                    self._merge(place, f"{target}[t * {out} + j]", at, part.units, first, merge, backwards)
+            if not sequences:
+                self._merge(place, f"{VECTOR}[j]", at, part.units, first, merge, backwards)
+            assert self.width == width
+        self.width = out
+        if not sequences:
+            self._vector(out)
+            return VECTOR
+        self._filled(target, out)
+        self.sequence = target
+        return ""
+
+    def _merge(self, place: str, entry: str, at: str, units: int, first: int, merge: str, backwards: bool) -> None:
+        """Write the output of one direction to its place, after the other direction's or merged with it."""
+        if not backwards or merge == "concat":
+            self._copy(f"{place} + {first}" if backwards else place, at, units)
+            return
+        both = MERGES[merge].format(a=entry, b=f"{at}[j]")
+        self.steps += [f"    for (size_t j = 0; j < {units}; j++) {{", f"        {entry} = {both};", "    }"]
+
+    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def declarations(self) -> str:
+        """Return the function's declaration, with comments."""
+        name, real = self.name, self.real
+        y = f"[steps, {name}_OUT]" if self.every_step else f"[{name}_OUT]"
+        ids = f" * Each step of x is {self.ids}.\n" if self.ids else ""
+        return f"""\
+/* How many numbers of memory a run over this many steps takes. */
+#define {name}_WORK(steps) ((size_t)(steps) * {sum(self.buffers)})
+
+/* Take a sequence x [steps, {name}_IN] of at least one step, and write the network's output to y {y}.
+{ids} * work [{name}_WORK(steps)] is scratch, and may be NULL if that is 0. The arrays must not overlap. */
+void {name}_run({name}_state *s, const {real} *x, size_t steps, {real} *y, {real} *work);
+"""
+
+    def functions(self, resets: str, steps: str) -> str:
+        """Return the functions' source."""
+        name, real = self.name, self.real
+        places = ("work", f"work + steps * {self.buffers[0]}")
+        used = [
+            f"    {real} *const buffer_{number} = {place};"
+            for number, place in enumerate(places)
+            if self.buffers[number]
+        ]
+        lines = [*(used or ["    (void)work;"]), *([f"    {name}_reset(s);"] if self.resets else []), steps]
+        reset = f"static void {name}_reset({name}_state *s)\n{{\n{resets}\n}}\n\n" if self.resets else ""
+        return f"""\
+{reset}void {name}_run({name}_state *s, const {real} *x, size_t steps, {real} *y, {real} *work)
+{{
+{chr(10).join(lines)}
+}}
+"""

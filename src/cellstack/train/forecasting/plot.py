@@ -1,0 +1,150 @@
+"""Plots of forecasts: the history, the median, the intervals and the actual values; and the error by horizon.
+
+Needs no torch. matplotlib is imported at the first plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train.checks import UsageError
+from cellstack.train.forecasting.forecasts import Forecasts
+from cellstack.train.forecasting.parts import spread_out
+from cellstack.train.history import COLORS, Panel, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cellstack.train.forecasting.backtest import Backtest
+
+Ints = NDArray[np.int64]
+ACTUAL, FORECAST, BASELINES = "#3c3c3a", COLORS[0], COLORS[1:]
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 10, "parse_math": False}  # names may contain $
+MOST = 6  # panels of forecasts
+PIECES = 8  # forecasts in a panel of the test part
+SHORTEST = 16  # steps of the history
+FEW_POINTS = 100  # in a panel; up to here, points are marked
+
+
+def plot(forecasts: Forecasts, which: int | Sequence[int] | None, history: int | None) -> Figure:
+    """Return a figure of forecasts: see `Forecasts.plot`."""
+    count, recipe = len(forecasts.origins), forecasts.recipe
+    chosen = spread_out(np.arange(count), MOST) if which is None else np.atleast_1d(np.asarray(which))
+    if chosen.dtype.kind not in "iu" or not ((chosen >= -count) & (chosen < count)).all() or not chosen.size:
+        raise UsageError(f"plot: expected which forecasts as numbers below {count}, got {which!r:.80}")
+    if history is None:
+        history = max(SHORTEST, 2 * recipe.horizon, min(recipe.window, 6 * recipe.horizon))
+    elif not isinstance(history, (int, np.integer)) or isinstance(history, bool) or history < 0:
+        raise UsageError(f"plot: expected history as a number of steps, got {history!r}")
+    targets = range(len(recipe.targets))
+    drawn = [
+        partial(_series, forecasts=forecasts, at=np.array([n]), target=target, history=int(history))
+        for n in chosen % count
+        for target in targets
+    ]
+    drawn[0].keywords["legend"] = True
+    return panels(drawn, columns=len(targets) if 1 < len(targets) <= 3 else 1 if len(drawn) <= 3 else 2)
+
+
+def backtest_panels(test: Backtest) -> list[Panel]:
+    """Return functions that draw the test part with forecasts, and the error by horizon, of each target."""
+    found: list[Panel] = []
+    for n in range(len(test.forecasts.recipe.targets)):
+        look = {"target": n, "title": "end of the test part: ", "legend": True}
+        found += [
+            partial(_series, forecasts=test.forecasts, at=_apart(test, series), **look)
+            for series in spread_out(np.unique(test.series), 2)
+        ]
+        found.append(partial(_by_horizon, test=test, target=n))
+    return found
+
+
+def _apart(test: Backtest, series: int) -> Ints:
+    """Return the last forecasts of a series that don't overlap, at most `PIECES`, in order of time."""
+    every = np.flatnonzero(test.series == series)
+    found: list[int] = []
+    for n in every[np.argsort(-test.forecasts.origins[every])]:
+        if not found or test.forecasts.origins[n] + test.forecasts.recipe.horizon <= test.forecasts.origins[found[-1]]:
+            found.append(int(n))
+    return np.array(found[:PIECES][::-1])
+
+
+def _series(
+    axis: Any, forecasts: Forecasts, at: Ints, target: int, *, history: int = 0, title: str = "", legend: bool = False
+) -> None:
+    """Draw forecasts `at` of one series, the actual values, and `history` rows before the first origin."""
+    table, recipe = forecasts.table, forecasts.recipe
+    name = recipe.targets[target]
+    rows = table.rows(int(np.searchsorted(table.starts, forecasts.origins[at[0]], side="right")) - 1)
+    first, last = forecasts.origins[at[0]], forecasts.origins[at[-1]]
+    past = np.arange(max(rows.start, first + 1 - history), first + 1)
+    later = np.arange(first + 1, min(rows.stop, last + 1 + recipe.horizon))
+    times = np.arange(len(table)) - rows.start + 1 if table.times is None else table.times
+    values = table.columns[name]
+    marker = "." if len(past) + len(later) + recipe.horizon <= FEW_POINTS else ""
+    if len(past):
+        axis.plot(times[past], values[past], color=ACTUAL, linewidth=1.2, label="history")
+    if len(later) and not np.isnan(values[later]).all():
+        look = {"linestyle": ":", "marker": marker} if len(past) else {}
+        axis.plot(times[later], values[later], color=ACTUAL, linewidth=1.2, label="actual", **look)
+    for n in at:
+        ahead = forecasts.origins[n] + np.arange(1, recipe.horizon + 1)
+        x = ahead - rows.start + 1 if forecasts.times is None else forecasts.times[n]
+        label = {"label": "forecast"} if n == at[0] else {}
+        axis.plot(x, forecasts.median[n, :, target], color=FORECAST, linewidth=1.8, marker=marker, **label)
+        _intervals(axis, x, forecasts.values[n, :, target], recipe.quantiles, labelled=bool(label))
+    said = title + ", ".join(part for part in (str(forecasts.ids[at[0]]), name) if part)
+    axis.set_title(said, **TITLE)
+    axis.set_ylabel(name, parse_math=False)
+    if table.times is None:
+        axis.set_xlabel("row")
+    else:
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+        locator = AutoDateLocator(minticks=3, maxticks=8)
+        axis.xaxis.set_major_locator(locator)
+        axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    if legend:  # above the curves
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.15 * (high - low))
+        axis.legend(loc="upper left", ncols=6, frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.2)
+
+
+def _intervals(axis: Any, x: Any, values: NDArray, levels: tuple[float, ...], labelled: bool) -> None:
+    """Fill the intervals between quantiles, `[horizon, quantiles]`, from the outermost pair to the innermost."""
+    for n in range(len(levels) // 2):
+        low, high = levels[n], levels[-1 - n]
+        even = abs(low + high - 1) < 1e-9
+        text = f"{high - low:.0%} interval" if even else f"quantiles {low:g} to {high:g}"
+        label = {"label": text} if labelled else {}
+        look = {"color": FORECAST, "alpha": min(0.2 + 0.15 * n, 0.5), "zorder": 1}
+        if len(values) == 1:  # one step has no area
+            axis.vlines(x, values[:, n], values[:, -1 - n], linewidth=5, **look, **label)
+        else:
+            axis.fill_between(x, values[:, n], values[:, -1 - n], linewidth=0, **look, **label)
+
+
+def _by_horizon(axis: Any, test: Backtest, target: int) -> None:
+    """Draw the mean absolute error of each step ahead, of the model and of the best baselines."""
+    every, actual = test.compared(target)
+    seen = ~np.isnan(actual)
+    count = np.where(seen.any(axis=0), seen.sum(axis=0), np.nan)
+    errors = {name: np.where(seen, np.abs(values - actual), 0.0).sum(axis=0) / count for name, values in every.items()}
+    order = sorted((name for name in errors if name != "model"), key=lambda name: np.nansum(errors[name] * count))
+    steps = np.arange(1, test.forecasts.recipe.horizon + 1)
+    marker = "." if len(steps) <= 50 else ""
+    look = {"marker": "o"} if len(steps) == 1 else {}
+    axis.plot(steps, errors["model"], color=FORECAST, linewidth=3.0, label="this model", **look)
+    for name, color in zip(order, BASELINES, strict=False):
+        axis.plot(steps, errors[name], color=color, linewidth=1.2, marker=marker, label=name)
+    name = test.forecasts.recipe.targets[target]
+    axis.set_title(f"error of {name} by horizon, with the best baselines", **TITLE)
+    axis.set_ylabel(f"mean absolute error, {name}", parse_math=False)
+    axis.set_xlabel("steps ahead")
+    axis.set_ylim(bottom=0.0)
+    axis.legend(frameon=False, fontsize=8)

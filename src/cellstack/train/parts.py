@@ -1,0 +1,150 @@
+"""The training and validation parts of sequences, and the checks that they fit together. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+from cellstack.train.data.sequences import Sequences, joined
+from cellstack.train.data.stream import Stream, Streamed
+from cellstack.train.data.targets import class_weights
+from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, shaped, split
+from cellstack.train.settings import Architecture, Settings
+
+
+class Parts(NamedTuple):
+    """The training part's `y` and `weight`, the size of the validation part, and functions that make `Data`."""
+
+    y: NDArray
+    weight: NDArray[np.float32]
+    validated: int
+    measure: Callable[[], Inputs]
+    data: Callable[[Inputs], Data]
+
+
+def parts_of(
+    training: Sequences | Stream,
+    validation: Sequences | None,
+    class_weight: Any,
+    settings: Settings,
+    share: float,
+    gap: float = GAP,
+) -> Parts:
+    """Return the parts of sequences.
+
+    Args:
+        training: the training data, with the validation part; a `Stream` has chosen its validation part itself.
+        validation: separate validation data; None = a share of `training`.
+        class_weight: see `targets.class_weights`.
+        settings: batch size, noise, and the seed of the choice.
+        share: of `training`, to validate on.
+        gap: see `batches`.
+    """
+    if isinstance(training, Stream):
+        return _streamed(training, validation, class_weight, settings, gap)
+    return _indexed(training, validation, class_weight, settings, share, gap)
+
+
+def check(
+    training: Sequences | Stream, validation: Sequences | None, test: Sequences | None, class_weight: Any
+) -> None:
+    """Check before the training that it is possible, and that the parts have the same form.
+
+    Raises:
+        UsageError: sequences without classes or targets, fewer than two classes, or parts that differ.
+        FormatError: parts with other channels.
+    """
+    y = training.y
+    if y is None:
+        raise UsageError(f"{training.name}: the sequences have neither classes nor targets: pass them as y")
+    flat = np.concatenate(y) if isinstance(y, list) else y
+    if training.labels and len(np.unique(flat)) < 2:
+        found = f"only the class {training.labels[int(flat[0])]!r}" if len(flat) else "none"
+        raise UsageError(f"{training.name}: expected at least two classes, got {found}")
+    for name, other in (("validation", validation), ("test", test)):
+        _check_alike(name, other, training)
+    if class_weight is not None and not training.labels:
+        raise UsageError("class_weight applies only to classes, not to numbers")
+
+
+def _indexed(
+    training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, share: float, gap: float
+) -> Parts:
+    """Return the parts of sequences in memory."""
+    assert training.y is not None
+    whole, (kept, held) = _split(training, validation, share, settings.seed)
+    weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
+    examples = Labelled(whole, weights)
+
+    def data(inputs: Inputs) -> Data:
+        s = settings
+        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
+
+    measure = partial(Inputs.measure, examples, kept, called=whole.channel)
+    return Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
+
+
+def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings, gap: float) -> Parts:
+    """Return the parts of a `Stream`."""
+    kept = ~stream.held
+    weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
+    y, weight = shaped(stream.y, stream.weight, weights)
+    own = None if validation is None else Labelled(validation, weights)
+
+    def data(inputs: Inputs) -> Data:
+        s = settings
+        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset, gap)
+
+    validated = int(stream.held.sum()) if validation is None else len(validation.x)
+    return Parts(y[kept], weight[kept], validated, lambda: stream.inputs, data)
+
+
+def _check_alike(name: str, other: Sequences | None, training: Sequences | Stream) -> None:
+    if other is None:
+        return
+    if other.channels != training.channels:
+        raise FormatError(f"{other.name}: expected {training.channels} channels, as trained on, found {other.channels}")
+    if other.columns != training.columns:
+        raise UsageError(
+            f"{name}: expected the columns {', '.join(training.columns)}, as trained on, got {', '.join(other.columns)}"
+        )
+    if name == "validation" and other.y is None:
+        raise UsageError("validation: the sequences have neither classes nor targets")
+    if other.y is not None and other.per_step != training.per_step:
+        kinds = ("sequence", "step")
+        raise UsageError(
+            f"{name}: expected one class or target per {kinds[training.per_step]}, as in training, got one per "
+            f"{kinds[other.per_step]}"
+        )
+
+
+def per_step(architecture: Architecture) -> Architecture:
+    """Return the architecture of a network with an output at every step."""
+    if architecture.every_step:
+        raise UsageError("every_step applies only to one class or target per sequence, got one per step")
+    return replace(architecture, pooling="none")
+
+
+def _split(
+    training: Sequences, validation: Sequences | None, share: float, seed: int
+) -> tuple[Sequences, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the sequences to train or validate on, and the indices of either."""
+    if validation is None:
+        y = np.zeros(len(training.x)) if isinstance(training.y, list) or training.y is None else training.y
+        return training, split(y, share, np.random.default_rng(seed))
+    return joined(training, validation), (
+        np.arange(len(training.x)),
+        np.arange(len(training.x), len(training.x) + len(validation.x)),
+    )
+
+
+def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
+    """Return the entries of some sequences, or of all their steps if there is one per step."""
+    return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]

@@ -1,0 +1,52 @@
+"""The layers of a network to train, in words, and their number of weights. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+from cellstack.nodes.recurrent import KIND_NAMES
+from cellstack.spec import CellSpec
+from cellstack.train.checks import UsageError
+from cellstack.train.settings import Architecture
+
+COPIES = 4  # values per weight in training, at least: the weight, its gradient, and Adam's two moments
+
+
+class Size(NamedTuple):
+    """The recurrent layers in words, such as `LSTM 12 -> 48 -> 48`, their weights, and the width of their output."""
+
+    layers: str
+    weights: int
+    width: int
+
+
+def size_of(architecture: Architecture, width: int) -> Size:
+    """Return the size of the recurrent layers on an input of `width`."""
+    ways = 1 + architecture.bidirectional
+    said = " -> ".join(map(str, (width, *architecture.units)))
+    weights = 0
+    for units in architecture.units:
+        arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
+        weights, width = weights + ways * sum(map(math.prod, arrays)), ways * units
+    return Size(f"{'bidirectional ' * (ways > 1)}{KIND_NAMES[architecture.cell]} {said}", weights, width)
+
+
+def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
+    """Raise `UsageError` if a model can't fit into this machine's memory, before it is made.
+
+    Args:
+        architecture: how the model is built.
+        width: of its input.
+        outputs: number of classes or of predicted numbers.
+    """
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _, numbers, width = size_of(architecture, width)
+    takes = 4 * COPIES * (numbers + (width + 1) * outputs)
+    if takes > have:
+        units = ",".join(map(str, architecture.units))
+        raise UsageError(
+            f"units {units} don't fit into memory: their {numbers:,} weights need {takes / 1e9:,.1f} GB in training, "
+            f"and this machine has {have / 1e9:,.1f} GB"
+        )

@@ -1,0 +1,195 @@
+"""Plots of forecasts, of the test part, and of each network's training."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cellstack.train import Recipe, history, read_table
+from cellstack.train.checks import UsageError
+from cellstack.train.forecasting.backtest import Backtest
+from cellstack.train.forecasting.forecasts import Forecasts
+from cellstack.train.forecasting.predict import times
+from cellstack.train.forecasting.training import Trained
+from cellstack.train.forecasting.windows import Windows
+
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def forecasts(origins, horizon=4, targets=("y",), shops=("a", "b"), dates=True, quantiles=LEVELS):
+    """Forecasts that are the row number of each step, of 60 rows per series whose values are twice the row number."""
+    parts = []
+    for shop in shops:
+        frame = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=60), "shop": shop})
+        parts.append(frame.assign(**{name: 2.0 * np.arange(60) for name in targets}))
+    frame = pd.concat(parts).drop(columns=[] if dates else ["day"])
+    table = read_table(frame, ids="shop", date=None if dates else "")
+    recipe = Recipe(targets, horizon, 16, quantiles=quantiles)
+    windows = Windows(recipe, table, np.array(origins))
+    ahead = windows.origins[:, None] + np.arange(1, horizon + 1)
+    spread = np.array(quantiles) - 0.5
+    values = np.broadcast_to(ahead[:, :, None, None] + spread, (*ahead.shape, len(targets), len(quantiles)))
+    ids = [table.ids[n] for n in windows.series]
+    return Forecasts(recipe, table, ids, windows.origins, times(windows), values, values[..., 0])
+
+
+def lines(axis):
+    return {line.get_label(): line for line in axis.get_lines()}
+
+
+def test_history_forecast_intervals_and_what_the_table_has_after_the_origin():
+    (axis,) = forecasts([49]).plot(history=10).axes
+    found = lines(axis)
+    assert list(found) == ["history", "actual", "forecast"]
+    np.testing.assert_array_equal(found["history"].get_ydata(), 2.0 * np.arange(40, 50))
+    np.testing.assert_array_equal(found["actual"].get_ydata(), 2.0 * np.arange(50, 54))
+    np.testing.assert_array_equal(found["forecast"].get_ydata(), np.arange(50, 54))
+    assert found["forecast"].get_xdata()[0] == np.datetime64("2024-02-20")
+    assert [area.get_label() for area in axis.collections] == ["90% interval", "50% interval"]
+    heights = [area.get_datalim(axis.transData).height for area in axis.collections]
+    np.testing.assert_allclose(heights, [3 + 0.9, 3 + 0.5])
+    assert (axis.get_title("left"), axis.get_ylabel()) == ("a, y", "y")
+
+
+def test_after_the_last_row_there_is_only_the_forecast():
+    (axis,) = forecasts([59]).plot().axes
+    assert list(lines(axis)) == ["history", "forecast"]
+    assert len(lines(axis)["history"].get_ydata()) == 16
+
+
+def test_a_panel_for_each_series_and_target():
+    figure = forecasts([59, 119], targets=("y", "z")).plot()
+    assert [axis.get_title("left") for axis in figure.axes] == ["a, y", "a, z", "b, y", "b, z"]
+    assert [axis.get_legend() is not None for axis in figure.axes] == [True, False, False, False]
+    figure = forecasts([59, 119], targets=("y", "z")).plot(-1)
+    assert [axis.get_title("left") for axis in figure.axes] == ["b, y", "b, z"]
+    np.testing.assert_array_equal(lines(figure.axes[0])["history"].get_ydata(), 2.0 * np.arange(44, 60))
+
+
+def test_names_aren_t_formulas():
+    one = forecasts([59], targets=("in $, not $_x",), shops=("$^", "b"))
+    assert one.plot().axes[0].get_title("left") == "$^, in $, not $_x"
+    assert one._repr_png_().startswith(b"\x89PNG")
+
+
+def test_many_forecasts_are_six_panels():
+    figure = forecasts(list(range(20, 50))).plot()
+    assert [lines(axis)["forecast"].get_ydata()[0] for axis in figure.axes] == [21, 26, 32, 38, 44, 50]
+
+
+def test_without_dates_rows_are_counted_from_1_in_each_series():
+    (axis,) = forecasts([109], dates=False).plot().axes
+    assert axis.get_xlabel() == "row"
+    np.testing.assert_array_equal(lines(axis)["forecast"].get_xdata(), [51, 52, 53, 54])
+    np.testing.assert_array_equal(lines(axis)["actual"].get_xdata(), [51, 52, 53, 54])
+
+
+def test_one_step_and_one_quantile():
+    (axis,) = forecasts([49], horizon=1).plot().axes
+    np.testing.assert_allclose(axis.collections[0].get_segments()[0][:, 1], [49.55, 50.45])
+    (axis,) = forecasts([49], quantiles=(0.5,)).plot().axes
+    assert not axis.collections
+    (axis,) = forecasts([49], quantiles=(0.1, 0.5)).plot().axes
+    assert axis.collections[0].get_label() == "quantiles 0.1 to 0.5"
+
+
+@pytest.mark.parametrize(
+    ("which", "history", "message"),
+    [
+        (2, None, "expected which forecasts as numbers below 2, got 2"),
+        ([0, -3], None, "expected which forecasts as numbers below 2"),
+        ([], None, "expected which forecasts as numbers below 2"),
+        ("a", None, "expected which forecasts as numbers below 2, got 'a'"),
+        (0, -1, "expected history as a number of steps, got -1"),
+        (0, 2.5, "expected history as a number of steps, got 2.5"),
+    ],
+)
+def test_forecasts_that_don_t_exist_are_refused(which, history, message):
+    with pytest.raises(UsageError, match=message):
+        forecasts([59, 119]).plot(which, history=history)
+
+
+def test_a_notebook_shows_the_plot_and_a_terminal_one_line(monkeypatch):
+    one = forecasts([59, 119])
+    assert one._repr_png_().startswith(b"\x89PNG")
+    assert repr(one) == (
+        "<2 forecasts of y, 4 steps each from 2024-03-01 to 2024-03-04, quantiles 0.05, 0.25, 0.5, 0.75, 0.95>"
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert one._repr_png_() is None
+    with pytest.raises(UsageError, match=r"a plot needs matplotlib: install matplotlib, or cellstack\[torch\]"):
+        one.plot()
+    with pytest.raises(UsageError, match="a plot needs matplotlib"):
+        history.check("a.png", history.PICTURES, "--picture")
+
+
+def backtest():
+    """A test of both series, with baselines that are 1, 2 … too high, and two values that aren't compared."""
+    found = forecasts([*range(30, 56), *range(90, 116)])
+    actual = found.median.copy()
+    actual[..., 1:, :] -= 0.5
+    actual[3, 2] = np.nan
+    baselines = {f"rule {n}": found.median + n for n in (5, 1, 4, 2, 3)}
+    baselines["rule 1"][4, 3] = np.nan
+    series = np.repeat([0, 1], 26)
+    return Backtest(found, actual, baselines, np.ones((2, 1)), series)
+
+
+def test_the_test_part_is_drawn_with_forecasts_that_don_t_overlap():
+    first, last, _ = backtest().plot().axes
+    assert [axis.get_title("left") for axis in (first, last)] == [
+        "end of the test part: a, y",
+        "end of the test part: b, y",
+    ]
+    pieces = [line.get_ydata() for line in first.get_lines() if line.get_label() != "actual"]
+    assert [piece[0] for piece in pieces] == [32, 36, 40, 44, 48, 52, 56]
+    np.testing.assert_array_equal(lines(first)["actual"].get_ydata(), 2.0 * np.arange(32, 60))
+    assert sum(label == "forecast" for label in (line.get_label() for line in first.get_lines())) == 1
+
+
+def test_the_error_by_horizon_is_compared_with_the_four_best_baselines():
+    test = backtest()
+    axis = test.plot().axes[-1]
+    found = lines(axis)
+    assert list(found) == ["this model", "rule 1", "rule 2", "rule 3", "rule 4"]
+    np.testing.assert_allclose(found["this model"].get_ydata(), [0, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(found["rule 2"].get_ydata(), [2, 2.5, 2.5, 2.5])
+    assert test.scores["targets"]["y"]["model"]["mae"] == pytest.approx(154 * 0.5 / 206)
+
+
+def test_steps_without_actual_values_have_no_error():
+    test = backtest()
+    test.actual[:, 2] = np.nan
+    drawn = lines(test.plot().axes[-1])["this model"].get_ydata()
+    assert np.isnan(drawn).tolist() == [False, False, True, False]
+
+
+MEMBERS = [
+    {"member": member, "whole": whole, "epoch": epoch, "lr": 0.1, "loss": 1.0 / epoch + member}
+    | ({} if whole else {"validation_loss": 2.0 + abs(epoch - member), "mase": 0.5 * member})
+    for whole in (False, True)
+    for member in (1, 2)
+    for epoch in (1, 2, 3)
+]
+
+
+def test_each_network_has_its_own_curves():
+    figure = history.panels(history.curves(MEMBERS))
+    losses, mase = figure.axes
+    curves = [(line.get_color(), line.get_linestyle(), line.get_xdata()) for line in losses.get_lines()]
+    assert [len(x) for *_, x in curves] == [3, 3, 1, 3, 3, 1, 3, 3]  # loss, validation loss, kept epoch; with all rows
+    assert len({color for color, *_ in curves}) == 2
+    assert [x[0] for *_, x in curves if len(x) == 1] == [1, 2]
+    np.testing.assert_array_equal(losses.get_lines()[3].get_ydata(), [3.0, 2.5, 1.0 / 3 + 2])
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
+        *("network 1", "network 2", "loss", "validation loss", "kept epoch", "loss, with the validation part")
+    ]
+    assert len(mase.get_lines()) == 2
+
+
+def test_a_training_is_drawn_with_its_test_part_if_there_is_one():
+    result = SimpleNamespace(history=MEMBERS)
+    assert len(Trained(result, None, backtest(), []).plot().axes) == 5
+    assert len(Trained(result, None, None, []).plot().axes) == 2
