@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells import KINDS
 from cellstack.spec import GATES, ShapeError
 
 Array = NDArray[Any]
@@ -75,7 +76,8 @@ def from_rows(
     """
     ours, bias = OURS[kind], None
     if biases:
-        together = np.stack(biases) if kind == "gru" and reset_after else sum(biases[1:], start=biases[0])
+        two = reset_after and "reset_after" in KINDS[kind].flags
+        together = np.stack(biases) if two else sum(biases[1:], start=biases[0])
         bias = reorder(together, order, ours)
     return CellArrays(reorder(weight, order, ours, axis=0).T, reorder(recurrent, order, ours, axis=0).T, bias)
 
@@ -120,5 +122,5 @@ def from_cudnn(kind: str, kernel: Array, recurrent: Array, bias: Array) -> CellA
     turned = [block.reshape(block.shape[::-1]).T for block in np.split(kernel, gates, axis=1)]
     crossed = [block.T for block in np.split(recurrent, gates, axis=1)]
     biases = bias.reshape(2, -1)
-    together = biases if kind == "gru" else biases[0] + biases[1]
+    together = biases if "reset_after" in KINDS[kind].flags else biases[0] + biases[1]
     return CellArrays(np.concatenate(turned, axis=1), np.concatenate(crossed, axis=1), together)

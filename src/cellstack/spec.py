@@ -18,11 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("z", "r", "g"), "rnn": ("g",)}
-"""The kinds of cell, and the order of their gate blocks in every array that has H columns per gate.
+from cellstack.cells import KINDS, Kind
+from cellstack.cells.base import HiddenState as HiddenState
+from cellstack.cells.base import State as State
+from cellstack.cells.base import usual_shapes
+from cellstack.cells.gru import GRUTrace as GRUTrace
+from cellstack.cells.lstm import Trace as Trace
+from cellstack.cells.rnn import RNNTrace as RNNTrace
 
-LSTM: input, forget, candidate, output. GRU: update, reset, candidate. SimpleRNN: the candidate alone.
-"""
+GATES = {name: tuple(kind.gates) for name, kind in KINDS.items()}
+"""The kinds of cell, and the order of their gate blocks in every array that has H columns per gate."""
 
 ARRAYS = (
     "kernel",
@@ -73,13 +78,6 @@ PARAMETERS = {
     scaled_tanh   alpha·tanh(beta·z)                      thresholded_relu  z where above alpha, else 0
 """
 
-OWN_FLAGS = {
-    "lstm": ("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
-    "gru": ("reset_after",),
-    "rnn": (),
-}
-"""Flags that only one kind of cell has."""
-
 DTYPES = ("float32", "float64")
 
 
@@ -91,63 +89,10 @@ class FormatError(ValueError):
     """A file is malformed or unsupported: the message names the file, the tensor, and what was expected and found."""
 
 
-class State(NamedTuple):
-    """State of one LSTM layer after a step, each `[B, H]`; a projected h is `[B, P]`. A stack has a tuple of these."""
-
-    h: Any
-    c: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the pair when stacked, `(2, B, H)`."""
-        return (len(self), *self.h.shape)
-
-
-class HiddenState(NamedTuple):
-    """State of one GRU or SimpleRNN layer, which has no cell state: h alone, `[B, H]`."""
-
-    h: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape when stacked, `(1, B, H)`."""
-        return (len(self), *self.h.shape)
-
-
-class Trace(NamedTuple):
-    """An LSTM's gates (after their activations), c and h at every step, each `[B, T, H]`; h may be projected.
-
-    At a masked step the gates are zero, and `c` and `h` keep their values.
-    """
-
-    i: Any
-    f: Any
-    g: Any
-    o: Any
-    c: Any
-    h: Any
-
-
-class GRUTrace(NamedTuple):
-    """A GRU's gates (after their activations) and h at every step, each `[B, T, H]`: see `Trace`."""
-
-    z: Any
-    r: Any
-    g: Any
-    h: Any
-
-
-class RNNTrace(NamedTuple):
-    """A SimpleRNN's candidate and h at every step, each `[B, T, H]`: see `Trace`. They differ only under zoneout."""
-
-    g: Any
-    h: Any
-
-
-STATES = {"lstm": State, "gru": HiddenState, "rnn": HiddenState}
+STATES = {name: kind.state for name, kind in KINDS.items()}
 """The type of the state of each kind of cell."""
 
-TRACES = {"lstm": Trace, "gru": GRUTrace, "rnn": RNNTrace}
+TRACES = {name: kind.trace for name, kind in KINDS.items()}
 """The type of the trace of each kind of cell."""
 
 
@@ -292,12 +237,17 @@ class CellSpec:
                 f"CellSpec: expected proj_size from 1 to below units={self.units}, or 0, got {self.proj_size}"
             )
         usual = _usual_values(self)
-        for kind, names in OWN_FLAGS.items():
-            for name in names:
-                if kind != self.kind and getattr(self, name) != usual[name]:
-                    raise ValueError(f"CellSpec: {name} is valid with kind={kind!r} only, not with {self.kind!r}")
-        if self.kind == "rnn" and self.recurrent_activation != usual["recurrent_activation"]:
-            raise ValueError("CellSpec: recurrent_activation isn't valid with kind='rnn', which only has the gate g")
+        for kind in KINDS.values():
+            for name in kind.flags:
+                if name not in self.of_kind.flags and getattr(self, name) != usual[name]:
+                    raise ValueError(f"CellSpec: {name} is valid with kind={kind.name!r} only, not with {self.kind!r}")
+        if (
+            set(self.of_kind.gates.values()) == {"candidate"}
+            and self.recurrent_activation != usual["recurrent_activation"]
+        ):
+            raise ValueError(
+                f"CellSpec: recurrent_activation isn't valid with kind={self.kind!r}, which only has the gate g"
+            )
         if self.layer_norm and not self.reset_after:
             raise ValueError(
                 "CellSpec: expected reset_after=True with layer_norm: the two products are normalised separately"
@@ -321,12 +271,19 @@ class CellSpec:
         object.__setattr__(self, "gate_activations", kept)
 
     def _usual(self, slot: str) -> str:
-        return self.activation if slot in ("g", "cell") else self.recurrent_activation
+        kind = self.of_kind
+        candidate = slot in kind.outputs or kind.gates[slot] == "candidate"
+        return self.activation if candidate else self.recurrent_activation
+
+    @property
+    def of_kind(self) -> Kind:
+        """The declaration of this kind of cell."""
+        return KINDS[self.kind]
 
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the activations: the gates, and "cell" for an LSTM's c. That of a coupled f isn't used."""
-        return (*GATES[self.kind], "cell") if self.kind == "lstm" else GATES[self.kind]
+        return self.of_kind.slots
 
     @property
     def activations(self) -> tuple[Activation, ...]:
@@ -356,12 +313,17 @@ class CellSpec:
 
         One per gate of `GATES[kind]`; with `reset_after`, one more for the recurrent product of a GRU's candidate.
         """
-        return len(GATES[self.kind]) + (self.kind == "gru" and self.reset_after)
+        return len(GATES[self.kind]) + len(self.of_kind.planes(self))
 
     @cached_property
     def norm_size(self) -> int:
         """How many numbers the kernel saves per step and row for layer normalisation; 0 without it."""
         return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
+
+    @property
+    def two_biases(self) -> bool:
+        """Whether the products with x and with h have a bias each, `[2, G·H]`."""
+        return len(self.shapes.get("bias", ())) == 2
 
     @property
     def plain(self) -> bool:
@@ -371,21 +333,8 @@ class CellSpec:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the cell's arrays by name, in the order of `ARRAYS`."""
-        wide = len(self.gates) * self.units
-        has = {
-            "kernel": (self.input_size, wide),
-            "recurrent_kernel": (self.output_size, wide),
-            "bias": self.use_bias and ((2, wide) if self.kind == "gru" and self.reset_after else (wide,)),
-            "peepholes": self.peepholes and (len(self.gates) - 1, self.units),  # i, f, o; coupled: i, o
-            "projection": self.proj_size and (self.units, self.proj_size),
-            "kernel_gain": self.layer_norm and (wide,),
-            "recurrent_gain": self.layer_norm and (wide,),
-            "cell_gain": self.layer_norm and self.kind == "lstm" and (self.units,),
-            "cell_bias": self.layer_norm and self.kind == "lstm" and (self.units,),
-            "initial_h": self.learn_initial_state and (self.output_size,),
-            "initial_c": self.learn_initial_state and self.kind == "lstm" and (self.units,),
-        }
-        return {name: has[name] for name in ARRAYS if has[name]}
+        found = usual_shapes(self) | self.of_kind.shapes(self)
+        return {name: shape for name in ARRAYS if (shape := found.get(name)) is not None}
 
     @property
     def parameters(self) -> int:

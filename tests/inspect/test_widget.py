@@ -46,7 +46,7 @@ def test_the_widget_holds_the_payload_and_the_module(t):
 
 def test_without_anywidget_its_text_is_shown(t, without_anywidget):
     assert t._repr_mimebundle_() == {"text/plain": repr(t)}
-    with pytest.raises(ImportError, match=r"install cellstack\[notebook\]"):
+    with pytest.raises(ImportError, match=r"pip install 'cellstack\[notebook\]'"):
         t.widget()
 
 

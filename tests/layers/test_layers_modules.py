@@ -537,7 +537,11 @@ def test_bad_input_gives_one_clear_error(name):
         ),
         (lambda: layers.Bidirectional(layers.LSTM(3))(X, initial_state=[PAIR[0]] * 3), ShapeError, "got 3"),
         (lambda: layers.LSTMCell(4)(X), ShapeError, "no time axis"),
-        (lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(4)])(X, initial_state=[PAIR]), ShapeError, "2 states"),
+        (
+            lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(4)])(X, initial_state=[PAIR]),
+            ShapeError,
+            r"per cell \(2\)",
+        ),
     ],
 )
 def test_bad_constructions_and_calls(make, error, message):

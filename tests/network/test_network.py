@@ -27,7 +27,7 @@ from cellstack import (
     native,
     reference,
 )
-from cellstack.nodes import Scale
+from cellstack.nodes import Merge, Scale
 from cellstack.nodes.recurrent import Recording
 from cellstack.spec import ARRAYS
 
@@ -615,7 +615,7 @@ BUILDS = {
     "activation list": (lambda: Activation([]), ValueError, "Activation: activation: "),
     "parameters": (lambda: Activation("elu(1, 2)"), ValueError, "expected elu with 1 finite parameters or without"),
     "dense activation": (lambda: Dense(D(3, 2), None, None), ValueError, "Dense: activation: expected .*got None"),
-    "pool": (lambda: GlobalPool("median"), ValueError, "mode to be one of mean, max, last, got 'median'"),
+    "pool": (lambda: GlobalPool("median"), ValueError, "mode to be one of mean, max, last, final, got 'median'"),
     "no nodes": (lambda: Network([]), ShapeError, "at least one node"),
     "not a node": (lambda: Network([one(), "relu"]), TypeError, "node 1 to be a node, got str"),
     "nodes that don't match": (lambda: Network([one(), Dense(D(5, 2))]), ShapeError, "layer_1: .*5 features, got 4"),
@@ -786,8 +786,9 @@ def test_a_network_writes_itself_as_c(tmp_path):
     header, source = small().export_c(tmp_path / "new", "lstm")
     assert (header.name, source.name) == ("lstm.h", "lstm.c")
     assert "lstm_step" in header.read_text()
-    with pytest.raises(ValueError, match="layer_0"):
-        small(go_backwards=True).export_c(tmp_path)
+    graph = Network([one(), Merge("concat")], ["lstm", "both"], wires=[("x",), ("lstm", "x")], inputs=("x",))
+    with pytest.raises(ValueError, match="both"):
+        graph.export_c(tmp_path)
 
 
 def recorded(net, x, **given):

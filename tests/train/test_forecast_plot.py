@@ -119,7 +119,7 @@ def test_a_notebook_shows_the_plot_and_a_terminal_one_line(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert one._repr_png_() is None
-    with pytest.raises(UsageError, match=r"a plot needs matplotlib: install matplotlib, or cellstack\[torch\]"):
+    with pytest.raises(UsageError, match=r"a plot needs matplotlib: pip install 'cellstack\[torch\]'"):
         one.plot()
     with pytest.raises(UsageError, match="a plot needs matplotlib"):
         history.check("a.png", history.PICTURES, "--picture")
@@ -184,7 +184,14 @@ def test_each_network_has_its_own_curves():
     assert [x[0] for *_, x in curves if len(x) == 1] == [1, 2]
     np.testing.assert_array_equal(losses.get_lines()[3].get_ydata(), [3.0, 2.5, 1.0 / 3 + 2])
     assert [text.get_text() for text in losses.get_legend().get_texts()] == [
-        *("network 1", "network 2", "loss", "validation loss", "kept epoch", "loss, with the validation part")
+        *(
+            "network 1",
+            "network 2",
+            "training loss",
+            "validation loss",
+            "kept epoch",
+            "training loss, with the validation part",
+        )
     ]
     assert len(mase.get_lines()) == 2
 

@@ -15,7 +15,7 @@ from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecasting import backtest, predict, training
+from cellstack.train.forecasting import backtest, predict, prepare, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
 from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, understood
@@ -189,7 +189,7 @@ def test_exponential_growth_is_scaled_by_the_level():
 def test_a_season_that_makes_forecasts_worse_is_dropped(monkeypatch, error, asked, seasons):
     how = Smoothing(False, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0)
     errors = {(12,): 1.0, (): error}
-    monkeypatch.setattr(training, "smoothings", lambda table, recipe, *_: ((how,), errors[recipe.seasons]))
+    monkeypatch.setattr(prepare, "smoothings", lambda table, recipe, *_: ((how,), errors[recipe.seasons]))
     windows, cut = prepared(waves(), Request(seasons=asked))
     assert windows.recipe.seasons == seasons
     assert len(cut.training) == 325 - 12 - (11 if seasons else 0)  # the first season can be used for training again
@@ -203,7 +203,8 @@ def test_the_final_smoothing_uses_the_validation_part(monkeypatch):
         known.append(int(ends[0]))
         return tuple(one._replace(level=ends[0] / 1000) for one in how), error
 
-    monkeypatch.setattr(training, "smoothings", marked)
+    for module in (prepare, training):
+        monkeypatch.setattr(module, "smoothings", marked)
     done = trained(waves())
     assert known == [325, 400]
     assert done.recipe.smoothing[0].level == 0.4

@@ -11,7 +11,6 @@ import torch
 from cellstack import load, train
 from cellstack.cli import main as cli
 from cellstack.train import workflow
-from cellstack.train.settings import RunOptions
 
 # 13 sequences of 5 lengths in batches of up to 3, one of them alone: shards of 2 + 1 and of 1 + 0 rows
 MAKE = textwrap.dedent(
@@ -107,7 +106,7 @@ def test_batches_are_padded_on_the_cpu_only(monkeypatch):
     gaps = []
     for gpus in (0, 1):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        gaps += [workflow._gap(RunOptions(device=device)) for device in ("auto", "cpu", "cuda")]
+        gaps += [workflow.gap_of(device) for device in ("auto", "cpu", "cuda")]
     assert gaps == [2.0, 2.0, 2.0, 1.0, 2.0, 1.0]
     lengths = np.repeat([9, 10], 4)
     sequences = train.Sequences([np.ones((length, 1), np.float32) for length in lengths], lengths - 9, ("a", "b"), "x")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +51,7 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
         how = given(args, TABLE)
         found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, "--origin", **how)
         for note in notes:
-            warnings.warn(note, stacklevel=2)
+            print(f"cellstack run: warning: {note}", file=sys.stderr)
         if args.picture is not None:
             save(args.picture, found.plot())
         return _show(args, found.columns(), _forecasts(found))

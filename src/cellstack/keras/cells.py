@@ -65,7 +65,7 @@ def _names(cell: Any) -> tuple[str, ...]:
 def text(cell: Any, width: int) -> str:
     """Return the op's description of a cell for inputs of `width`."""
     kind = KINDS[type(cell)]
-    return _text(kind, width, cell.units, _names(cell), cell.use_bias, kind != "gru" or cell.reset_after)
+    return _text(kind, width, cell.units, _names(cell), cell.use_bias, getattr(cell, "reset_after", True))
 
 
 def arrays(cell: Any) -> list[Any]:

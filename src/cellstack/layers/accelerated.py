@@ -21,7 +21,7 @@ from cellstack.layers.cell import needs_grad
 from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
 from cellstack.layers.sequences import shifted
 from cellstack.layers.stack import trace_of
-from cellstack.spec import CellSpec
+from cellstack.spec import STATES, CellSpec
 
 # Attributes of a module within `packed_weights`: its packed weights, and the number of its open contexts.
 CONTEXT_ATTRIBUTES = ("_packed", "_contexts")
@@ -232,7 +232,7 @@ class _Sequence(Accelerated, nn.RNNBase):
                 flags = reset if reset is None or not direction else shifted(reset)
                 keep = None if packed_weights is None else packed_weights.setdefault((layer, direction), {})
                 out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
-                parts = 2 if kind == "lstm" else 1
+                parts = len(STATES[kind]._fields)
                 ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
                 kept = out[parts * step :]
                 outputs.append(kept[step - 1 if save else 0])
@@ -245,7 +245,8 @@ class _Sequence(Accelerated, nn.RNNBase):
                     y = _padded(dropout(_packed(y, packed), share), packed)[0]
                 else:
                     y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
-        if save and directions == 1 and packed is None and not (kind == "lstm" and y.dtype is torch.float32):
+        copied = "c" in STATES[kind]._fields and y.dtype is torch.float32
+        if save and directions == 1 and packed is None and not copied:
             y = y.clone()  # callers may write to the output, as to PyTorch's; the backward pass needs the op's y
         last = [list(parts) for parts in zip(*ends, strict=True)]
         return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
@@ -316,7 +317,8 @@ class _Step(Accelerated, nn.RNNCellBase):
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
         cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
         if return_gates:
-            parts, kind = 2 if mode == "LSTM" else 1, KINDS[mode]
+            kind = KINDS[mode]
+            parts = len(STATES[kind]._fields)
             out = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, True, True)
             ends, (y, gates, memory) = tuple(out[:parts]), out[parts : parts + 3]
             every = trace_of(kind, gates, memory, y)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cellstack import spec as words
 from cellstack.spec import CellSpec
+from cellstack.views.torch import TorchOps, clipped
 
 Function = Callable[[Tensor], Tensor]
 
@@ -26,11 +27,6 @@ Function = Callable[[Tensor], Tensor]
 def linear(z: Tensor) -> Tensor:
     """Return `z`."""
     return z
-
-
-def clipped(z: Tensor, low: float, high: float) -> Tensor:
-    """Clip `z` to `low` and `high`; the gradient at the ends is 0, as beyond them (that of torch.clamp is 1)."""
-    return torch.where((z > low) & (z < high), z, z.detach().clamp(low, high))
 
 
 def hard_sigmoid(z: Tensor, alpha: float, beta: float) -> Tensor:
@@ -212,17 +208,13 @@ def _layer(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Return the final states, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and an LSTM's cells."""
     steps = x.shape[1]
-    act = dict(zip(spec.slots, functions, strict=True))
-    advance = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}[spec.kind]
+    kind = spec.of_kind
     fresh = None if reset is None else _initial(spec, arrays, x)
     drop, *zoneouts = drops
+    ops = TorchOps(spec, arrays, functions, drop)
     rates = [spec.zoneout, spec.zoneout_cell]
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
-    a = (x if mask is None else torch.where(mask[:, :, None], x, 0.0)) @ arrays["kernel"]  # [B, T, G·H]
-    if spec.layer_norm:
-        a = _norm(spec, a) * arrays["kernel_gain"]
-    if spec.use_bias:
-        a = a + (arrays["bias"][0] if spec.kind == "gru" and spec.reset_after else arrays["bias"])
+    a = kind.inputs(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H]
     outputs, gates, cells = ([x.new_zeros(0)] * steps for _ in range(3))
     states = [state.clone() for state in states]  # with no step the results must not be the arguments themselves
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -230,7 +222,8 @@ def _layer(
             states = [torch.where(reset[:, t, None], new, state) for new, state in zip(fresh, states, strict=True)]
         used = None if mask is None else mask[:, t, None]
         old = states if used is None else [torch.where(used, state, 0.0) for state in states]
-        gate, new = advance(spec, arrays, act, a[:, t], old[0] if drop is None else old[0] * drop, *old)
+        gate, new = kind.step(ops, spec, a[:, t], *old)
+        new = list(new)
         if every is not None:
             every.append(list(new))
         for k, (keeps, rate) in enumerate(zip(zoneouts, rates, strict=True)):
@@ -240,91 +233,18 @@ def _layer(
         states = new if used is None else [torch.where(used, *pair) for pair in zip(new, states, strict=True)]
         outputs[t], cells[t] = states[0], states[-1]
         if save:
-            stacked = torch.stack(gate, dim=1)  # [B, planes, H]
+            # What follows the gates is only for the kernel's backward pass, which takes no gradient of it.
+            stacked = torch.stack([*gate[: len(kind.gates)], *(v.detach() for v in gate[len(kind.gates) :])], dim=1)
             gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
     y = _joined(outputs, x, spec.output_size)
     states = [state.view_as(state) for state in states]  # so that h and the last y get separate gradients
     kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
-    return states, y, kept, _joined(cells, x, spec.units) if save and spec.kind == "lstm" else x.new_zeros(0)
+    return states, y, kept, _joined(cells, x, spec.units) if save and "c" in spec.state_sizes else x.new_zeros(0)
 
 
 def _joined(parts: list[Tensor], x: Tensor, *sizes: int) -> Tensor:
     """Stack the tensors of the steps to `[B, T, *sizes]`."""
     return torch.stack(parts, dim=1) if parts else x.new_zeros(x.shape[0], 0, *sizes)
-
-
-def _norm(spec: CellSpec, v: Tensor) -> Tensor:
-    """Normalise the rows of a product: all columns together, except a GRU's candidate, separately from its gates."""
-    parts = v.split([2 * spec.units, spec.units], dim=-1) if spec.kind == "gru" else (v,)
-    return torch.cat([functional.layer_norm(part, part.shape[-1:], eps=spec.norm_epsilon) for part in parts], dim=-1)
-
-
-def _clip(spec: CellSpec, z: Tensor) -> Tensor:
-    return z if spec.clip is None else clipped(z, -spec.clip, spec.clip)
-
-
-def _recurrent(spec: CellSpec, w: Mapping[str, Tensor], h_dropped: Tensor) -> Tensor:
-    """Return the recurrent part of the pre-activations, `[B, G·H]`."""
-    b = h_dropped @ w["recurrent_kernel"]
-    return _norm(spec, b) * w["recurrent_gain"] if spec.layer_norm else b
-
-
-def _lstm(
-    spec: CellSpec,
-    w: Mapping[str, Tensor],
-    act: Mapping[str, Function],
-    a: Tensor,
-    h_dropped: Tensor,
-    _: Tensor,
-    c: Tensor,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return gates i f g o, and h, c before zoneout; `a` is x·kernel + bias."""
-    z = dict(zip(spec.gates, (a + _recurrent(spec, w, h_dropped)).chunk(len(spec.gates), dim=1), strict=True))
-    peep = w["peepholes"].unbind(0) if spec.peepholes else ()
-    if peep:
-        z["i"] = z["i"] + peep[0] * c
-        if not spec.coupled:
-            z["f"] = z["f"] + peep[1] * c
-    i = act["i"](_clip(spec, z["i"]))
-    f = 1.0 - i if spec.coupled else act["f"](_clip(spec, z["f"]))
-    g = act["g"](_clip(spec, z["g"]))
-    c = f * c + i * g
-    if spec.cell_clip is not None:
-        c = clipped(c, -spec.cell_clip, spec.cell_clip)
-    if peep:
-        z["o"] = z["o"] + peep[-1] * c
-    o = act["o"](_clip(spec, z["o"]))
-    c_out = c
-    if spec.layer_norm:
-        c_out = functional.layer_norm(c, c.shape[-1:], w["cell_gain"], w["cell_bias"], spec.norm_epsilon)
-    h = o * act["cell"](c_out)
-    return [i, f, g, o], [h @ w["projection"] if spec.proj_size else h, c]
-
-
-def _gru(
-    spec: CellSpec, w: Mapping[str, Tensor], act: Mapping[str, Function], a: Tensor, h_dropped: Tensor, h: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return gates z r g (and q_g with `reset_after`), and h before zoneout."""
-    a_z, a_r, a_g = a.chunk(3, dim=1)
-    if spec.reset_after:
-        q = _recurrent(spec, w, h_dropped)
-        q_z, q_r, q_g = (q + w["bias"][1] if spec.use_bias else q).chunk(3, dim=1)
-        kept = [q_g.detach()]  # only for the kernel's backward pass, not a gate of the cell
-    else:
-        q_z, q_r = (h_dropped @ w["recurrent_kernel"][:, : 2 * spec.units]).chunk(2, dim=1)
-        q_g, kept = None, []
-    z, r = act["z"](_clip(spec, a_z + q_z)), act["r"](_clip(spec, a_r + q_r))
-    b_g = (r * h_dropped) @ w["recurrent_kernel"][:, 2 * spec.units :] if q_g is None else r * q_g
-    g = act["g"](_clip(spec, a_g + b_g))
-    return [z, r, g, *kept], [z * h + (1.0 - z) * g]
-
-
-def _rnn(
-    spec: CellSpec, w: Mapping[str, Tensor], act: Mapping[str, Function], a: Tensor, h_dropped: Tensor, _: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the candidate g, and h before zoneout."""
-    g = act["g"](_clip(spec, a + _recurrent(spec, w, h_dropped)))
-    return [g], [g]
 
 
 # ── cuDNN ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,21 +283,23 @@ def by_torch(
     units, kind = spec.units, torch_kind(spec)
     biases = list(biases[0].unbind(0)) if biases and biases[0].ndim == 2 else [*biases, *map(torch.zeros_like, biases)]
     flat = [kernel.t(), recurrent_kernel.t(), *biases]
-    if spec.kind == "gru":  # torch's gate order is r z g
-        blocks = (part.chunk(3) for part in flat)
-        flat = [torch.cat([r, z, g]) for z, r, g in blocks]
+    order = spec.of_kind.names["torch"].order
+    if tuple(order) != spec.gates:
+        places = [spec.gates.index(gate) for gate in order]
+        flat = [torch.cat([part.chunk(len(places))[place] for place in places]) for part in flat]
     begin = [start.unsqueeze(0) for start in starts] or [x.new_zeros(1, x.shape[0], units) for _ in spec.state_sizes]
     x = x.flip(1) if reverse else x
     options = bool(biases), 1, 0.0, False, False, True
     run = getattr(torch._VF, kind)  # type: ignore[attr-defined]
-    y, *ends = run(x, begin if spec.kind == "lstm" else begin[0], flat, *options)
+    y, *ends = run(x, begin if len(begin) > 1 else begin[0], flat, *options)
     return *(end.squeeze(0) for end in ends), y.flip(1) if reverse else y
 
 
 def torch_kind(spec: CellSpec) -> str:
     """Return the name of torch's operator for a cell; "" if torch has none."""
     plain = CellSpec(spec.input_size, spec.units, use_bias=spec.use_bias, kind=spec.kind)
-    if spec == plain:
-        return "rnn_tanh" if spec.kind == "rnn" else spec.kind
-    relu = spec.kind == "rnn" and spec == replace(plain, activation="relu")
-    return "rnn_relu" if relu else ""
+    name = getattr(spec.of_kind.names.get("torch"), "name", "").lower()
+    if name != "rnn":
+        return name if spec == plain else ""
+    same = spec == replace(plain, activation=spec.activation)
+    return f"rnn_{spec.activation}" if same and spec.activation in ("tanh", "relu") else ""

@@ -147,7 +147,7 @@ def _with_one_bias(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
     if not form.rows or not form.spec.use_bias:
         return list(weights)
     weight_ih, weight_hh, bias_ih, bias_hh, *rest = weights
-    bias = torch.stack([bias_ih, bias_hh]) if form.spec.kind == "gru" else bias_ih + bias_hh
+    bias = torch.stack([bias_ih, bias_hh]) if form.spec.two_biases else bias_ih + bias_hh
     return [weight_ih, weight_hh, bias, *rest]
 
 
@@ -157,9 +157,11 @@ def _in_columns(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
     if not form.rows:
         return arrays
     arrays = [array if ARRAYS[at] == "bias" else array.t() for at, array in zip(form.at, arrays, strict=True)]
-    if form.spec.kind == "gru":
-        arrays = [array.unflatten(-1, (3, -1))[..., [1, 0, 2], :].flatten(-2) for array in arrays]
-    return arrays
+    gates, order = form.spec.gates, form.spec.of_kind.names["torch"].order
+    if tuple(order) == gates:
+        return arrays
+    places = [order.index(gate) for gate in gates]
+    return [array.unflatten(-1, (len(gates), -1))[..., places, :].flatten(-2) for array in arrays]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -13,7 +13,7 @@ from cellstack.layers import eager, op
 from cellstack.layers.base import EXPORT_HINT, Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, state_counts, takes_training
-from cellstack.spec import GATES, TRACES, ShapeError, as_nested, check_step
+from cellstack.spec import GATES, STATES, TRACES, ShapeError, as_nested, check_step
 
 
 class StackedRNNCells(Layer):
@@ -265,8 +265,8 @@ def run_cells(
 
 def trace_of(kind: str, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
     """Return the trace of a cell from the values that the op saves."""
-    named = dict(zip(GATES[kind], gates.unbind(2), strict=False))  # without planes for the kernel only
-    return TRACES[kind](**named, **({"c": memory} if kind == "lstm" else {}), h=y)
+    planes = gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
+    return TRACES[kind](*planes, *([memory] if "c" in STATES[kind]._fields else []), y)
 
 
 def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:

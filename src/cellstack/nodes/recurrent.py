@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cellstack import native
 from cellstack.bfloat16 import BFloat16Array, rounded
+from cellstack.cells import KINDS
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -52,7 +53,7 @@ CELL_WIDTHS: Types = {"input_size": int, "units": int}
 CELL_FLAGS: Types = {
     flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
 }  # optional in a file: the default applies
-KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
+KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -83,6 +83,8 @@ class Bar:
     def end(self, completed: bool) -> None:
         """End a fit; `completed`: it wasn't interrupted, so it needs no further steps."""
         self.completed = completed
+        if self.bar is not None:
+            self.bar.refresh()  # tqdm may have skipped the last steps
 
     def close(self) -> None:
         """Close the bar, at 100 % if the last fit was completed, also after fewer steps than expected."""

@@ -63,8 +63,7 @@ def train_sequences(
         architecture = per_step(architecture)
     elif architecture.pooling == "none":
         raise UsageError("pooling none applies only to one class or target per step, got one per sequence")
-    gap = 1.0 if uses_gpu(options.device) else GAP  # cuDNN has no masks, and the torch loop is much slower
-    parts = parts_of(training, validation, class_weight, settings, options.validation, gap)
+    parts = parts_of(training, validation, class_weight, settings, options.validation, gap_of(options.device))
     start = None if own.init is None else Start(own.init)
     task = "classify" if classify else "regress"
     if start is not None:
@@ -89,6 +88,11 @@ def train_sequences(
     net = as_network(model, metadata(task, inputs, training.labels, **more))
     scores = {} if test is None else predict.sequences(net, test, test.name).scores
     return Result(net, model, fit, scores, rank, parts.validated)
+
+
+def gap_of(device: str) -> float:
+    """Return `gap` of `batches`. On GPUs nothing is padded: cuDNN has no masks, and the torch loop is much slower."""
+    return 1.0 if uses_gpu(device) else GAP
 
 
 def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> Callable[[NDArray, NDArray], float]:

@@ -155,6 +155,7 @@ def corpus():
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*batch_first=False:UserWarning")
 def test_damaged_pickles_and_source(tmp_path):
     """Seeded damage with valid checksums: nothing but a FormatError is raised, and quickly."""
     dice, path, refusals = random.Random(0), tmp_path / "file.pt", 0

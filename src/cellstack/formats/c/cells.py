@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from cellstack.nodes.recurrent import KIND_NAMES
-from cellstack.spec import PARAMETERS, Activation, CellSpec
+from cellstack.formats.c.step import Matrix, Step, times
+from cellstack.spec import CellSpec
 
 HELPERS = {
     "accumulate": """
@@ -186,21 +186,20 @@ static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 }
 """Helper functions in C; only those that are called are written."""
 
-STEMS = {"lstm": "lstm", "gru": "gru", "rnn": "simple_rnn"}
 WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
 
 
 class Form(NamedTuple):
     """A form of cell: cells of one form share a function, regardless of their widths.
 
-    `arrays` are the members of the struct that point to weights; `scratch` are the arguments after the state, each with
-    its length in units of H.
+    `arrays` are the members of the struct that point to weights: each is one of the cell's arrays, or columns of one.
+    `scratch` is the length of the function's last argument in units of H.
     """
 
     text: str
     widths: tuple[str, ...]
-    arrays: dict[str, str]
-    scratch: dict[str, int]
+    arrays: dict[str, Matrix]
+    scratch: int
 
 
 def form_key(spec: CellSpec) -> str:
@@ -208,21 +207,6 @@ def form_key(spec: CellSpec) -> str:
     apart = ("input_size", "units", "learn_initial_state")
     settings = {name: value for name, value in spec.settings.items() if name not in apart}
     return json.dumps({**settings, "proj_size": spec.proj_size > 0}, sort_keys=True)
-
-
-def literal(value: float) -> str:
-    """Return a number as a C literal, in a template."""
-    return f"{float(value)!r}$f"
-
-
-def activate(found: Activation, inner: str) -> str:
-    """Return a C expression, as a template, that applies an activation, which may be one of `MORE_ACTIVATIONS`."""
-    if found.name == "linear":
-        return inner
-    if found.name == "tanh":
-        return f"tanh$f({inner})"
-    given = [literal(value) for value in (found.alpha, found.beta)[: len(PARAMETERS.get(found.name, ()))]]
-    return f"${{name}}_{found.name}({', '.join([inner, *given])})"
 
 
 def form_of(spec: CellSpec, stem: str) -> Form:
@@ -235,208 +219,49 @@ def form_of(spec: CellSpec, stem: str) -> Form:
     Returns:
         The form; its text is a template.
     """
-    wide = f"{len(spec.gates)}H"
-    height = "P" if spec.proj_size else "H"
-    apart = spec.kind == "gru" and not spec.reset_after  # g multiplies r*h, the other gates h
-    recurrent = {"recurrent_zr": "[H, 2H]", "recurrent_g": "[H, H]"} if apart else {}
-    shapes = {
-        "kernel": f"[I, {wide}]",
-        "recurrent_kernel": f"[{height}, {wide}]",
-        "bias": f"[2, {wide}]" if spec.kind == "gru" and not apart else f"[{wide}]",
-        "peepholes": f"[{len(spec.gates) - 1}, H]",
-        "projection": "[H, P]",
-        "kernel_gain": f"[{wide}]",
-        "recurrent_gain": f"[{wide}]",
-        "cell_gain": "[H]",
-        "cell_bias": "[H]",
-    }
-    arrays: dict[str, str] = {}
+    step = Step(spec)
+    height = {name: "P" if name == "h" and spec.proj_size else "H" for name in spec.state_sizes}
+    arrays: dict[str, Matrix] = {}
     for name in spec.shapes:
         if not name.startswith("initial_"):
-            arrays |= recurrent if recurrent and name == "recurrent_kernel" else {name: shapes[name]}
-    body, scratch = {"lstm": _lstm, "gru": _gru, "rnn": _simple_rnn}[spec.kind](spec)
+            parts = [matrix for matrix in step.matrices if matrix.array == name] or [Matrix(name, None)]
+            arrays |= {matrix.name: matrix for matrix in parts}
     widths = ("inputs", "units", "projected") if spec.proj_size else ("inputs", "units")
     members = [(f"size_t {width};", WIDTHS[width]) for width in widths]
-    members += [(f"const $real *{name};", shape) for name, shape in arrays.items()]
-    cell = ", $real *c" if spec.kind == "lstm" else ""
-    passed = "".join(f", $real *{name}" for name in scratch)
-    state = f"h [{height}]" + (" and c [H]" if cell else "")
+    members += [(f"const $real *{name};", shape_text(spec, matrix)) for name, matrix in arrays.items()]
+    passed = "".join(f", $real *{name}" for name in (*spec.state_sizes, "scratch"))
+    state = " and ".join(f"{name} [{letter}]" for name, letter in height.items())
+    blocks = sum(step.scratch.values())
     lines = [
         "",
-        f"/* {KIND_NAMES[spec.kind]}, gates {' '.join(spec.gates)}: a block of H columns each. */",
+        f"/* {spec.of_kind.title}, gates {' '.join(spec.gates)}: a block of H columns each. */",
         f"struct ${{name}}_{stem} {{",
         *(f"    {member:<32} /* {shape} */" for member, shape in members),
         "};",
         "",
-        f"/* {state} after x [I]; {' and '.join(f'{name} [{n}H]' for name, n in scratch.items())}: scratch. */",
-        f"static void ${{name}}_{stem}_step(const struct ${{name}}_{stem} *w, const $real *x, $real *h{cell}{passed})",
+        f"/* {state} after x [I]; scratch [{blocks}H]. */",
+        f"static void ${{name}}_{stem}_step(const struct ${{name}}_{stem} *w, const $real *x{passed})",
         "{",
-        *(f"    {line}" if line else "" for line in body),
+        *(f"    {line}" if line else "" for line in step.lines),
         "}",
         "",
     ]
-    return Form("\n".join(lines), widths, arrays, scratch)
+    return Form("\n".join(lines), widths, arrays, blocks)
 
 
-def _gate(spec: CellSpec, slot: str, inner: str) -> str:
-    """Return the expression of a gate, given its pre-activation."""
-    if spec.clip is not None:
-        inner = f"${{name}}_clip({inner}, {literal(spec.clip)})"
-    return activate(spec.activations[spec.slots.index(slot)], inner)
-
-
-def _kept(rate: float, before: str, new: str) -> str:
-    """Return a unit's value after zoneout: at inference, the rate is the share of the old value that is kept."""
-    return f"{literal(rate)} * {before} + {literal(1.0 - rate)} * {new}" if rate else new
-
-
-def _at(block: int) -> str:
-    """Return the index expression of unit j in a block of H."""
-    return f"{block} * H + j" if block > 1 else "H + j" if block else "j"
-
-
-def _sums(spec: CellSpec, height: str) -> tuple[list[str], dict[str, int]]:
-    """Return the lines that compute z [G*H] from x and h in one sum, and the scratch that they need."""
-    count = len(spec.gates)
-    wide = f"{count} * H" if count > 1 else "H"
-    if not spec.layer_norm:
-        start = "memcpy(z, w->bias, {} * sizeof *z);" if spec.use_bias else "memset(z, 0, {} * sizeof *z);"
-        return [
-            start.format(wide),
-            f"${{name}}_accumulate(z, {wide}, x, w->inputs, w->kernel);",
-            f"${{name}}_accumulate(z, {wide}, h, {height}, w->recurrent_kernel);",
-        ], {"z": count}
-    bias = " + w->bias[j]" if spec.use_bias else ""
-    epsilon = literal(spec.norm_epsilon)
-    return [
-        f"memset(z, 0, {wide} * sizeof *z);",
-        f"memset(q, 0, {wide} * sizeof *q);",
-        f"${{name}}_accumulate(z, {wide}, x, w->inputs, w->kernel);",
-        f"${{name}}_accumulate(q, {wide}, h, {height}, w->recurrent_kernel);",
-        f"${{name}}_normalise(z, {wide}, {epsilon});",
-        f"${{name}}_normalise(q, {wide}, {epsilon});",
-        f"for (size_t j = 0; j < {wide}; j++) {{",
-        f"    z[j] = z[j] * w->kernel_gain[j] + q[j] * w->recurrent_gain[j]{bias};",
-        "}",
-    ], {"z": count, "q": count}
-
-
-def _lstm(spec: CellSpec) -> tuple[list[str], dict[str, int]]:
-    sums, scratch = _sums(spec, "P" if spec.proj_size else "H")
-    blocks = {gate: f"z[{_at(n)}]" for n, gate in enumerate(spec.gates)}
-    seeing = [gate for gate in spec.gates if gate != "g"] if spec.peepholes else []
-    holes = {gate: f" + w->peepholes[{_at(n)}]" for n, gate in enumerate(seeing)}
-
-    def gate(slot: str, cell: str) -> str:
-        hole = f"{holes[slot]} * {cell}" if slot in holes else ""
-        return f"    const $real {slot} = {_gate(spec, slot, blocks[slot] + hole)};"
-
-    new = "f * c[j] + i * g"
-    if spec.cell_clip is not None:
-        new = f"${{name}}_clip({new}, {literal(spec.cell_clip)})"
-    lines = [
-        "const size_t H = w->units;",
-        *(["const size_t P = w->projected;"] if spec.proj_size else []),
-        "",
-        *sums,
-        "for (size_t j = 0; j < H; j++) {",
-        gate("i", "c[j]"),
-        "    const $real f = 1.0$f - i;" if spec.coupled else gate("f", "c[j]"),
-        gate("g", "c[j]"),
-        f"    const $real c_new = {new};",
-        gate("o", "c_new"),
-        f"    c[j] = {_kept(spec.zoneout_cell, 'c[j]', 'c_new')};",
-    ]
-    on_cell = spec.activations[spec.slots.index("cell")]
-    last = "z[j]" if spec.proj_size else "h[j]"  # the projection reads it from the place of i
-    share = 0.0 if spec.proj_size else spec.zoneout
-    if spec.layer_norm:
-        out = _kept(share, "h[j]", f"z[H + j] * {activate(on_cell, 'c_out')}")
-        lines += [
-            f"    z[j] = c_new; /* overwrites i and {'g' if spec.coupled else 'f'}, no longer needed */",
-            "    z[H + j] = o;",
-            "}",
-            f"${{name}}_normalise(z, H, {literal(spec.norm_epsilon)});",
-            "for (size_t j = 0; j < H; j++) {",
-            "    const $real c_out = z[j] * w->cell_gain[j] + w->cell_bias[j];",
-            f"    {last} = {out};",
-            "}",
-        ]
-    else:
-        out = _kept(share, "h[j]", f"o * {activate(on_cell, 'c_new')}")
-        lines += [f"    {last} = {out};", "}"]
-    if spec.proj_size:
-        target = "z + H" if spec.zoneout else "h"
-        lines += [f"memset({target}, 0, P * sizeof *h);", f"${{name}}_accumulate({target}, P, z, H, w->projection);"]
-    if spec.proj_size and spec.zoneout:
-        lines += ["for (size_t j = 0; j < P; j++) {", f"    h[j] = {_kept(spec.zoneout, 'h[j]', 'z[H + j]')};", "}"]
-    return lines, scratch
-
-
-def _gru(spec: CellSpec) -> tuple[list[str], dict[str, int]]:
-    update = "z * h[j] + (1.0$f - z) * g"
-    update = _kept(spec.zoneout, "h[j]", f"({update})" if spec.zoneout else update)
-    if not spec.reset_after:
-        start = "memcpy(a, w->bias, 3 * H * sizeof *a);" if spec.use_bias else "memset(a, 0, 3 * H * sizeof *a);"
-        return [
-            "const size_t H = w->units;",
-            "",
-            start,
-            "${name}_accumulate(a, 3 * H, x, w->inputs, w->kernel);",
-            "${name}_accumulate(a, 2 * H, h, H, w->recurrent_zr);",
-            "for (size_t j = 0; j < H; j++) {",
-            f"    const $real r = {_gate(spec, 'r', 'a[H + j]')};",
-            "    q[j] = r * h[j];",
-            "}",
-            "${name}_accumulate(a + 2 * H, H, q, H, w->recurrent_g);",
-            "for (size_t j = 0; j < H; j++) {",
-            f"    const $real z = {_gate(spec, 'z', 'a[j]')};",
-            f"    const $real g = {_gate(spec, 'g', 'a[2 * H + j]')};",
-            f"    h[j] = {update};",
-            "}",
-        ], {"a": 3, "q": 1}
-    lines = ["const size_t H = w->units;", ""]
-    bias, norm = spec.use_bias, spec.layer_norm
-    for array, source, rows, kernel, at in (
-        ("a", "x", "w->inputs", "kernel", "w->bias"),
-        ("q", "h", "H", "recurrent_kernel", "w->bias + 3 * H"),
-    ):
-        start = f"memcpy({array}, {at}, " if bias and not norm else f"memset({array}, 0, "
-        lines += [
-            f"{start}3 * H * sizeof *{array});",
-            f"${{name}}_accumulate({array}, 3 * H, {source}, {rows}, w->{kernel});",
-        ]
-    if norm:  # g is normalised separately from z and r
-        epsilon = literal(spec.norm_epsilon)
-        for array in ("a", "q"):
-            lines += [
-                f"${{name}}_normalise({array}, 2 * H, {epsilon});",
-                f"${{name}}_normalise({array} + 2 * H, H, {epsilon});",
-            ]
-        lines += [
-            "for (size_t j = 0; j < 3 * H; j++) {",
-            f"    a[j] = a[j] * w->kernel_gain[j]{' + w->bias[j]' if bias else ''};",
-            f"    q[j] = q[j] * w->recurrent_gain[j]{' + w->bias[3 * H + j]' if bias else ''};",
-            "}",
-        ]
-    lines += [
-        "for (size_t j = 0; j < H; j++) {",
-        f"    const $real z = {_gate(spec, 'z', 'a[j] + q[j]')};",
-        f"    const $real r = {_gate(spec, 'r', 'a[H + j] + q[H + j]')};",
-        f"    const $real g = {_gate(spec, 'g', 'a[2 * H + j] + r * q[2 * H + j]')};",
-        f"    h[j] = {update};",
-        "}",
-    ]
-    return lines, {"a": 3, "q": 3}
-
-
-def _simple_rnn(spec: CellSpec) -> tuple[list[str], dict[str, int]]:
-    sums, scratch = _sums(spec, "H")
-    return [
-        "const size_t H = w->units;",
-        "",
-        *sums,
-        "for (size_t j = 0; j < H; j++) {",
-        f"    h[j] = {_kept(spec.zoneout, 'h[j]', _gate(spec, 'g', 'z[j]'))};",
-        "}",
-    ], scratch
+def shape_text(spec: CellSpec, matrix: Matrix) -> str:
+    """Return the shape of one of a cell's arrays in terms of its widths, such as `[I, 4H]`."""
+    shape = spec.shapes[matrix.array]
+    if matrix.gates is not None:
+        shape = (*shape[:-1], (matrix.gates[1] - matrix.gates[0]) * spec.units)
+    letters = {
+        "kernel": ("I", "H"),
+        "recurrent_kernel": ("P" if spec.proj_size else "H", "H"),
+        "projection": ("H", "P"),
+    }
+    names = letters.get(matrix.array)
+    if names is None:
+        rows = [str(n) for n in shape[:-1]]
+        return f"[{', '.join([*rows, times(shape[-1] // spec.units, 'H').replace(' * ', '')])}]"
+    last = times(shape[-1] // spec.units, "H").replace(" * ", "") if names[1] == "H" else names[1]
+    return f"[{names[0]}, {last}]"

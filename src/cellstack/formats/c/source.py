@@ -14,7 +14,8 @@ from string import Template
 
 from cellstack import spec
 from cellstack.formats.build import Names
-from cellstack.formats.c.cells import HELPERS, STEMS, WIDTHS, Form, activate, form_key, form_of, literal
+from cellstack.formats.c.cells import HELPERS, WIDTHS, Form, form_key, form_of, shape_text
+from cellstack.formats.c.step import activate, literal
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -240,16 +241,19 @@ class Writer:
     def _cell(self, owner: str, cell: Cell, at: str) -> str:
         key = form_key(cell.spec)
         if key not in self.forms:
-            stem = STEMS[cell.spec.kind]
+            stem = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell.spec.of_kind.title).lower()
             number = 1 + sum(called.split("_cell")[0] == stem for called, _ in self.forms.values())
             called = f"{stem}_cell" if number == 1 else f"{stem}_cell_{number}"
             self.forms[key] = called, form_of(cell.spec, called)
         called, form = self.forms[key]
         arrays, units = dict(cell.arrays), cell.spec.units
-        if "recurrent_zr" in form.arrays:
-            recurrent = arrays.pop("recurrent_kernel")
-            arrays |= {"recurrent_zr": recurrent[:, : 2 * units], "recurrent_g": recurrent[:, 2 * units :]}
-        pointers = [self._array(owner, name, arrays[name], shape) for name, shape in form.arrays.items()]
+        pointers = []
+        for name, matrix in form.arrays.items():
+            array = arrays[matrix.array]
+            if matrix.gates is not None:
+                start, stop = matrix.gates
+                array = array[:, start * units : stop * units]
+            pointers.append(self._array(owner, name, array, shape_text(cell.spec, matrix)))
         sizes = {"inputs": cell.spec.input_size, "units": units, "projected": cell.spec.proj_size}
         widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
         weights = f"{self.name}_{self.identifier(f'{owner}_weights')}"
@@ -269,10 +273,8 @@ class Writer:
                 self.resets.append(f"    memcpy(s->{member}, {start}, sizeof s->{member});")
             else:
                 self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
-        scratch = [f"gates_{number}" for number in range(len(form.scratch))]
-        for name, blocks in zip(scratch, form.scratch.values(), strict=True):
-            self.scratch[name] = max(blocks * units, self.scratch.get(name, 0))
-        passed = ", ".join([f"&{weights}", at, *state, *(f"s->{name}" for name in scratch)])
+        self.scratch["gates"] = max(form.scratch * units, self.scratch.get("gates", 0))
+        passed = ", ".join([f"&{weights}", at, *state, "s->gates"])
         self.steps.append(f"    ${{name}}_{called}_step({passed});")
         return state[0]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells import orders
 from cellstack.formats.keras.config import OURS as OURS_OF_KERAS
 from cellstack.formats.keras.config import Layer, numbered
 from cellstack.formats.keras.files import short
@@ -27,7 +28,7 @@ CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
 FLAGGED = {f"{OURS_OF_KERAS}{name}": kind for name, kind in KINDS.items()}  # have all flags of a CellSpec
 ALONE = {**KINDS, **CUDNN, **FLAGGED}  # layers of one cell
 RECURRENT = (*ALONE, "RNN", "Bidirectional")
-SPLIT = {"lstm": "igfo", "gru": "zrg", "rnn": "g"}  # the order in which Keras 1 lists a cell's arrays, gate by gate
+SPLIT = orders("keras1")  # the order in which Keras 1 lists a cell's arrays, gate by gate
 SPLIT_NAMES = {"g": "c"}  # Keras's letter for a gate if it isn't ours; a GRU's candidate is h
 SCALES = ("kernel_scale", "embeddings_scale")  # scales of integer weights
 STATISTICS = (*SCALES, "moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")

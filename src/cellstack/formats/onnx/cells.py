@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells import orders
 from cellstack.formats.build import clean
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
@@ -19,7 +20,7 @@ from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import GATES, CellSpec, FormatError, activation
 from cellstack.spec import PARAMETERS as USUAL_PARAMETERS
 
-ORDER = {"lstm": "iofg", "gru": "zrg", "rnn": "g"}  # order of the gate blocks; ONNX calls g c or h
+ORDER = orders("onnx")  # of the gate blocks; ONNX calls g c or h
 PEEPHOLES, OUR_PEEPHOLES = "iof", "ifo"
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn", "DynamicQuantizeLSTM": "lstm"}
 MICROSOFT = "com.microsoft"

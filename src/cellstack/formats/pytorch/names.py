@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.bfloat16 import exact
+from cellstack.cells import orders
 from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import layers_of, network_of_layer
@@ -28,7 +29,7 @@ from cellstack.nodes import Dense
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import MATRICES, CellSpec, FormatError
 
-ORDERS = {"lstm": "ifgo", "gru": "rzg", "rnn": "g"}  # torch's gates
+ORDERS = orders("torch")
 KINDS = {4: "lstm", 3: "gru", 1: "rnn"}
 NAME = re.compile(
     r"(?P<prefix>(?:.*[./:])?)(?P<what>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"

@@ -114,7 +114,7 @@ def _arrays(cell: Cell) -> dict[str, Array]:
     weight, recurrent, bias = to_rows(kind, CellArrays(cell.kernel, cell.recurrent_kernel, cell.bias), ORDERS[kind])
     arrays = {"weight_ih": weight, "weight_hh": recurrent}
     if bias is not None:
-        arrays["bias_ih"], arrays["bias_hh"] = bias if kind == "gru" else (bias, np.zeros_like(bias))
+        arrays["bias_ih"], arrays["bias_hh"] = bias if cell.spec.two_biases else (bias, np.zeros_like(bias))
     if cell.projection is not None:
         arrays["weight_hr"] = cell.projection.T
     return arrays

@@ -1,0 +1,17 @@
+"""The kinds of cell, one module each: gates, states, arrays, flags, and the equations of a step, written once.
+
+To add a kind, add a module and its `Kind` to `KINDS`; `cellstack.spec` and the views take everything else from there.
+"""
+
+from cellstack.cells.base import Kind
+from cellstack.cells.gru import GRU
+from cellstack.cells.lstm import LSTM
+from cellstack.cells.rnn import SIMPLE_RNN
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN)}
+"""Every kind of cell by its name in a `CellSpec`; the position is the kernel's code for the kind."""
+
+
+def orders(of: str) -> dict[str, str]:
+    """Return the order of the gates of each kind in another format, `"torch"`, `"keras1"` or `"onnx"`."""
+    return {kind.name: kind.names[of].order for kind in KINDS.values() if of in kind.names}

@@ -1,0 +1,185 @@
+"""What a kind of cell declares, and the operations over which its step is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from cellstack.spec import CellSpec
+
+V = TypeVar("V")  # a vector of a view: an array, a tensor, the name of a value in a graph …
+
+
+class State(NamedTuple):
+    """State of one LSTM layer after a step, each `[B, H]`; a projected h is `[B, P]`. A stack has a tuple of these."""
+
+    h: Any
+    c: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the pair when stacked, `(2, B, H)`."""
+        return (len(self), *self.h.shape)
+
+
+class HiddenState(NamedTuple):
+    """State of one GRU or SimpleRNN layer, which has no cell state: h alone, `[B, H]`."""
+
+    h: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape when stacked, `(1, B, H)`."""
+        return (len(self), *self.h.shape)
+
+
+class Ops(Protocol[V]):
+    """The operations of a step, over row vectors; each view implements them once for all kinds.
+
+    Vectors have H columns, or G·H where a gate's name or several are meant. `weight`, `product` and `gain` take arrays
+    of the cell by their names in `CellSpec.shapes`.
+    """
+
+    def product(self, v: V, name: str, gates: slice = ...) -> V:
+        """Return `v` times a matrix, or times the columns of some of its gates."""
+        ...
+
+    def weight(self, name: str, row: int | None = None) -> V:
+        """Return a vector of weights, or a row of an array of them."""
+        ...
+
+    def split(self, v: V, count: int) -> Sequence[V]:
+        """Return the `count` blocks of H columns of a vector."""
+        ...
+
+    def add(self, a: V, b: V) -> V:
+        """Return `a + b`."""
+        ...
+
+    def mul(self, a: V, b: V) -> V:
+        """Return `a⊙b`."""
+        ...
+
+    def one_minus(self, v: V) -> V:
+        """Return `1 - v`."""
+        ...
+
+    def clip(self, v: V, bound: float | None) -> V:
+        """Return `v` clipped to ±bound; its slope is 0 at the bounds. None: `v` itself."""
+        ...
+
+    def norm(self, v: V, blocks: Sequence[int] = (1,)) -> V:
+        """Return `(v - mean) / sqrt(variance + epsilon)`, each of the blocks of so many gates' columns on its own."""
+        ...
+
+    def gate(self, name: str, z: V) -> V:
+        """Return a gate: its activation of the pre-activations, clipped to ±`spec.clip`; traced and patched."""
+        ...
+
+    def record(self, name: str, v: V) -> V:
+        """Return a gate that has no activation, or a state that the rest of the step uses: traced and patched."""
+        ...
+
+    def activation(self, slot: str, v: V) -> V:
+        """Return the activation of one of the kind's `outputs`."""
+        ...
+
+    def dropped(self, h: V) -> V:
+        """Return h as the recurrent product sees it: after recurrent dropout, in training."""
+        ...
+
+
+Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for those that the flags leave out
+
+
+def usual_shapes(spec: CellSpec) -> Shapes:
+    """Return the shapes of the arrays that every kind may have."""
+    wide = len(spec.gates) * spec.units
+    return {
+        "kernel": (spec.input_size, wide),
+        "recurrent_kernel": (spec.output_size, wide),
+        "bias": (wide,) if spec.use_bias else None,
+        "kernel_gain": (wide,) if spec.layer_norm else None,
+        "recurrent_gain": (wide,) if spec.layer_norm else None,
+    } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in spec.state_sizes.items()}
+
+
+def product(ops: Ops[V], spec: CellSpec, v: V, name: str) -> V:
+    """Return `v` times `kernel` or `recurrent_kernel`, normalised where the cell has layer normalisation."""
+    out = ops.product(v, name)
+    if not spec.layer_norm:
+        return out
+    gain = {"kernel": "kernel_gain", "recurrent_kernel": "recurrent_gain"}[name]
+    return ops.mul(ops.norm(out, spec.of_kind.blocks(spec)), ops.weight(gain))
+
+
+def biased(ops: Ops[V], spec: CellSpec, v: V, row: int | None = None) -> V:
+    """Return `v` plus the bias, or a row of it; `v` itself where the cell has none."""
+    return ops.add(v, ops.weight("bias", row)) if spec.use_bias else v
+
+
+def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
+    """Return `x·kernel + bias`, for kinds that have one bias."""
+    return biased(ops, spec, product(ops, spec, x, "kernel"))
+
+
+class Foreign(NamedTuple):
+    """A kind of cell in another format: its name there, and the order of its gates, in our letters."""
+
+    name: str
+    order: str
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A kind of cell.
+
+    Args:
+        name: in a `CellSpec` and in files.
+        title: in texts, and of the layer.
+        gates: the order of their blocks in every array that has H columns per gate, with each gate's role: `"write"`,
+            `"keep"` (of the old state), `"candidate"`, `"output"` or `"reset"`.
+        state: the type of the state, h first.
+        trace: the type of the values at every step: the gates, then the states, h last.
+        step: the equations: returns the gates, followed by the `planes`, and the states after a step before zoneout,
+            from the operations, the description, the result of `inputs`, and the states before.
+        inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
+            description and x; it is computed for all steps at once where the view has them.
+        shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
+        flags: settings of `CellSpec` that only this kind has.
+        outputs: activations in addition to the gates'.
+        normed: numbers of gates that layer normalisation normalises together.
+        planes: what the forward pass of the kernel saves per step in addition to the gates.
+        names: what it is called in `"torch"`, `"keras"`, `"keras1"` and `"onnx"`, where they have it.
+        ref: papers.
+    """
+
+    name: str
+    title: str
+    gates: dict[str, str]
+    state: type[Any]
+    trace: type[Any]
+    step: Callable[..., tuple[Sequence[Any], Sequence[Any]]]
+    inputs: Callable[..., Any] = inputs
+    shapes: Callable[[CellSpec], Shapes] = lambda spec: {}
+    flags: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    normed: tuple[int, ...] | None = None
+    planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
+    names: dict[str, Foreign] = field(default_factory=dict)
+    ref: str = ""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the activations: the gates, then `outputs`."""
+        return (*self.gates, *self.outputs)
+
+    def role(self, role: str) -> str | None:
+        """Return the gate with a role, None if this kind has none."""
+        return next((gate for gate, its in self.gates.items() if its == role), None)
+
+    def blocks(self, spec: CellSpec) -> tuple[int, ...]:
+        """Return the numbers of gates whose columns layer normalisation normalises together."""
+        return self.normed or (len(spec.gates),)

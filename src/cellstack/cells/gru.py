@@ -1,0 +1,68 @@
+"""Gated recurrent units: update gate z, reset gate r, candidate g; state h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, Shapes, V, biased, product
+
+if TYPE_CHECKING:
+    from cellstack.spec import CellSpec
+
+
+class GRUTrace(NamedTuple):
+    """A GRU's gates (after their activations) and h at every step, each `[B, T, H]`: see `Trace`."""
+
+    z: Any
+    r: Any
+    g: Any
+    h: Any
+
+
+def shapes(spec: CellSpec) -> Shapes:
+    """Return the shape of the biases: with `reset_after` one of x's product and one of h's."""
+    return {"bias": (2, 3 * spec.units)} if spec.use_bias and spec.reset_after else {}
+
+
+def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
+    """Return `x·kernel` plus its bias."""
+    return biased(ops, spec, product(ops, spec, x, "kernel"), 0 if spec.reset_after else None)
+
+
+def step(ops: Ops[V], spec: CellSpec, a: V, h: V) -> tuple[Sequence[V], Sequence[V]]:
+    """Return z r g and, with `reset_after`, q_g; and h; see `cellstack.reference` for the equations."""
+    a_z, a_r, a_g = ops.split(a, 3)
+    seen = ops.dropped(h)
+    if spec.reset_after:
+        q_z, q_r, q_g = ops.split(biased(ops, spec, product(ops, spec, seen, "recurrent_kernel"), 1), 3)
+    else:
+        q_z, q_r = ops.split(ops.product(seen, "recurrent_kernel", slice(0, 2)), 2)
+        q_g = None
+    z, r = ops.gate("z", ops.add(a_z, q_z)), ops.gate("r", ops.add(a_r, q_r))
+    b_g = ops.product(ops.mul(r, seen), "recurrent_kernel", slice(2, 3)) if q_g is None else ops.mul(r, q_g)
+    g = ops.gate("g", ops.add(a_g, b_g))
+    h = ops.add(ops.mul(z, h), ops.mul(ops.one_minus(z), g))
+    return (z, r, g) if q_g is None else (z, r, g, q_g), (h,)
+
+
+GRU = Kind(
+    name="gru",
+    title="GRU",
+    gates={"z": "keep", "r": "reset", "g": "candidate"},
+    state=HiddenState,
+    trace=GRUTrace,
+    step=step,
+    inputs=inputs,
+    shapes=shapes,
+    flags=("reset_after",),
+    normed=(2, 1),
+    planes=lambda spec: ("q_g",) if spec.reset_after else (),
+    names={
+        "torch": Foreign("GRU", "rzg"),
+        "keras": Foreign("GRU", "zrg"),
+        "keras1": Foreign("GRU", "zrg"),
+        "onnx": Foreign("GRU", "zrg"),
+    },
+    ref='Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8',
+)

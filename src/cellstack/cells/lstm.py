@@ -1,0 +1,76 @@
+"""The LSTM: input gate i, forget gate f, candidate g, output gate o; states h and c."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, product
+
+if TYPE_CHECKING:
+    from cellstack.spec import CellSpec
+
+
+class Trace(NamedTuple):
+    """An LSTM's gates (after their activations), c and h at every step, each `[B, T, H]`; h may be projected.
+
+    At a masked step the gates are zero, and `c` and `h` keep their values.
+    """
+
+    i: Any
+    f: Any
+    g: Any
+    o: Any
+    c: Any
+    h: Any
+
+
+def shapes(spec: CellSpec) -> Shapes:
+    """Return the shapes of peepholes, projection, and the normalisation of c."""
+    normed = (spec.units,) if spec.layer_norm else None
+    return {
+        "peepholes": (len(spec.gates) - 1, spec.units) if spec.peepholes else None,  # of all gates but g
+        "projection": (spec.units, spec.proj_size) if spec.proj_size else None,
+        "cell_gain": normed,
+        "cell_bias": normed,
+    }
+
+
+def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V) -> tuple[Sequence[V], Sequence[V]]:
+    """Return i f g o, and h and c; see `cellstack.reference` for the equations."""
+    sums = ops.add(a, product(ops, spec, ops.dropped(h), "recurrent_kernel"))
+    z = dict(zip(spec.gates, ops.split(sums, len(spec.gates)), strict=True))
+    seeing = [gate for gate in spec.gates if gate != "g"] if spec.peepholes else []
+    p = {gate: ops.weight("peepholes", row) for row, gate in enumerate(seeing)}
+    for gate in seeing[:-1]:  # i and f depend on c before the step, o on c after it
+        z[gate] = ops.add(z[gate], ops.mul(p[gate], c))
+    i = ops.gate("i", z["i"])
+    f = ops.record("f", ops.one_minus(i)) if spec.coupled else ops.gate("f", z["f"])
+    g = ops.gate("g", z["g"])
+    c = ops.record("c", ops.clip(ops.add(ops.mul(f, c), ops.mul(i, g)), spec.cell_clip))
+    o = ops.gate("o", ops.add(z["o"], ops.mul(p["o"], c)) if spec.peepholes else z["o"])
+    c_out = c
+    if spec.layer_norm:
+        c_out = ops.add(ops.mul(ops.norm(c), ops.weight("cell_gain")), ops.weight("cell_bias"))
+    h = ops.mul(o, ops.activation("cell", c_out))
+    return (i, f, g, o), (ops.product(h, "projection") if spec.proj_size else h, c)
+
+
+LSTM = Kind(
+    name="lstm",
+    title="LSTM",
+    gates={"i": "write", "f": "keep", "g": "candidate", "o": "output"},
+    state=State,
+    trace=Trace,
+    step=step,
+    shapes=shapes,
+    flags=("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
+    outputs=("cell",),
+    names={
+        "torch": Foreign("LSTM", "ifgo"),
+        "keras": Foreign("LSTM", "ifgo"),
+        "keras1": Foreign("LSTM", "igfo"),
+        "onnx": Foreign("LSTM", "iofg"),
+    },
+    ref='Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2 and 3',
+)

@@ -1,0 +1,90 @@
+"""A cell's step in torch, differentiable any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cellstack.spec import CellSpec
+
+
+def clipped(z: Tensor, low: float, high: float) -> Tensor:
+    """Clip `z` to `low` and `high`; the gradient at the ends is 0, as beyond them (that of torch.clamp is 1)."""
+    return torch.where((z > low) & (z < high), z, z.detach().clamp(low, high))
+
+
+class TorchOps:
+    """See `cellstack.cells.base.Ops`; vectors are tensors `[B, …]`, or `[B, T, …]` for all steps at once.
+
+    Args:
+        spec: the cell.
+        arrays: its arrays by name.
+        activations: the function of each of `spec.slots`.
+        drop: `[B, H]`, the mask of recurrent dropout; None for none.
+    """
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        arrays: Mapping[str, Tensor],
+        activations: Sequence[Callable[[Tensor], Tensor]],
+        drop: Tensor | None,
+    ) -> None:
+        self.spec, self.arrays, self.drop = spec, arrays, drop
+        self.activations = dict(zip(spec.slots, activations, strict=True))
+
+    def product(self, v: Tensor, name: str, gates: slice = slice(None)) -> Tensor:
+        """Return the matrix product."""
+        matrix = self.arrays[name]
+        if gates != slice(None):
+            matrix = matrix[:, gates.start * self.spec.units : gates.stop * self.spec.units]
+        return v @ matrix
+
+    def weight(self, name: str, row: int | None = None) -> Tensor:
+        """Return a vector of weights."""
+        return self.arrays[name] if row is None else self.arrays[name][row]
+
+    def split(self, v: Tensor, count: int) -> Sequence[Tensor]:
+        """Return the blocks of a vector."""
+        return v.chunk(count, dim=-1)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a + b`."""
+        return a + b
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a⊙b`."""
+        return a * b
+
+    def one_minus(self, v: Tensor) -> Tensor:
+        """Return `1 - v`."""
+        return 1.0 - v
+
+    def clip(self, v: Tensor, bound: float | None) -> Tensor:
+        """Return `v` clipped to ±bound."""
+        return v if bound is None else clipped(v, -bound, bound)
+
+    def norm(self, v: Tensor, blocks: Sequence[int] = (1,)) -> Tensor:
+        """Return `v` normalised, block by block."""
+        widths = [count * self.spec.units for count in blocks]
+        parts = v.split(widths, dim=-1) if len(widths) > 1 else (v,)
+        return torch.cat([functional.layer_norm(p, p.shape[-1:], eps=self.spec.norm_epsilon) for p in parts], dim=-1)
+
+    def gate(self, name: str, z: Tensor) -> Tensor:
+        """Return a gate."""
+        return self.activations[name](self.clip(z, self.spec.clip))
+
+    def record(self, name: str, v: Tensor) -> Tensor:
+        """Return `v`."""
+        return v
+
+    def activation(self, slot: str, v: Tensor) -> Tensor:
+        """Return an activation."""
+        return self.activations[slot](v)
+
+    def dropped(self, h: Tensor) -> Tensor:
+        """Return h after recurrent dropout."""
+        return h if self.drop is None else h * self.drop
