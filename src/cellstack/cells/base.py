@@ -38,8 +38,8 @@ class HiddenState(NamedTuple):
 class Ops(Protocol[V]):
     """The operations of a step, over row vectors; each view implements them once for all kinds.
 
-    Vectors have H columns, or G·H where a gate's name or several are meant. `weight`, `product` and `gain` take arrays
-    of the cell by their names in `CellSpec.shapes`.
+    A vector has H columns, or G·H with a block of H for each of G gates. `product` and `weight` take the names of
+    arrays, as in `CellSpec.shapes`.
     """
 
     def product(self, v: V, name: str, gates: slice = ...) -> V:
@@ -71,15 +71,15 @@ class Ops(Protocol[V]):
         ...
 
     def norm(self, v: V, blocks: Sequence[int] = (1,)) -> V:
-        """Return `(v - mean) / sqrt(variance + epsilon)`, each of the blocks of so many gates' columns on its own."""
+        """Return `(v - mean) / sqrt(variance + epsilon)`, separately for each of `blocks`, given as numbers of gates."""
         ...
 
     def gate(self, name: str, z: V) -> V:
-        """Return a gate: its activation of the pre-activations, clipped to ±`spec.clip`; traced and patched."""
+        """Return a gate: the activation of `z` clipped to ±`spec.clip`. Views may trace and patch it."""
         ...
 
     def record(self, name: str, v: V) -> V:
-        """Return a gate that has no activation, or a state that the rest of the step uses: traced and patched."""
+        """Return `v`: a gate without activation, or a state that the step uses. Views may trace and patch it."""
         ...
 
     def activation(self, slot: str, v: V) -> V:
@@ -91,7 +91,7 @@ class Ops(Protocol[V]):
         ...
 
 
-Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for those that the flags leave out
+Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for those that the cell doesn't have
 
 
 def usual_shapes(spec: CellSpec) -> Shapes:
@@ -137,8 +137,8 @@ class Kind:
     """A kind of cell.
 
     Args:
-        name: in a `CellSpec` and in files.
-        title: in texts, and of the layer.
+        name: the kind's name in a `CellSpec` and in files.
+        title: its name in texts, and that of the layer.
         gates: the order of their blocks in every array that has H columns per gate, with each gate's role: `"write"`,
             `"keep"` (of the old state), `"candidate"`, `"output"` or `"reset"`.
         state: the type of the state, h first.
@@ -152,7 +152,7 @@ class Kind:
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
-        names: what it is called in `"torch"`, `"keras"`, `"keras1"` and `"onnx"`, where they have it.
+        names: its name and order of gates in `"torch"`, `"keras"`, `"keras1"` and `"onnx"`, where they have it.
         ref: papers.
     """
 

@@ -233,7 +233,7 @@ def _layer(
         states = new if used is None else [torch.where(used, *pair) for pair in zip(new, states, strict=True)]
         outputs[t], cells[t] = states[0], states[-1]
         if save:
-            # What follows the gates is only for the kernel's backward pass, which takes no gradient of it.
+            # The planes after the gates are used only by the kernel's backward pass, and need no gradient.
             stacked = torch.stack([*gate[: len(kind.gates)], *(v.detach() for v in gate[len(kind.gates) :])], dim=1)
             gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
     y = _joined(outputs, x, spec.output_size)

@@ -1,1 +1,1 @@
-"""Views of a cell's step: for each, a class of the operations over which `cellstack.cells` writes the equations."""
+"""Views of a cell's step: each is a class with the operations of `cellstack.cells.base.Ops`."""

@@ -112,5 +112,5 @@ class Recorded:
         return self._new("activation", v, name=slot)
 
     def dropped(self, h: Value) -> Value:
-        """Return h: what runs the recorded step has no dropout."""
+        """Return h: generated code has no dropout."""
         return h

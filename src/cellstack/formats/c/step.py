@@ -1,8 +1,8 @@
 """A cell's step as the body of a C function, generated from its recorded operations.
 
-Matrix products and normalisations are calls over arrays. What is between two calls is one loop over the units: calls
-of level n precede loop n, and need what the loops before it have stored. Other values are local variables of a loop,
-or parts of an expression.
+Matrix products and normalisations are calls over arrays; between them, loops over the units compute everything else.
+The calls of level n precede loop n, and use the arrays that earlier loops stored. Other values are local variables of a
+loop, or parts of an expression.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from cellstack.spec import PARAMETERS, Activation, CellSpec
 from cellstack.views.recorded import Recorded, Value
 
-SUM, FACTOR, ATOM = range(3)  # how tightly an expression's last operator binds
+SUM, FACTOR, ATOM = range(3)  # the precedence of an expression's operator
 ARRAYS = ("z", "a", "q", "u", "v", "s", "t", "n")  # names of scratch arrays, without those of gates
 
 
@@ -34,7 +34,7 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A value of the function: `operation` is `"sum"` or `"norm"`, which are calls, or that of a `Value`."""
+    """A value of the function. `operation` is `"sum"` or `"norm"`, which are calls, or the operation of a `Value`."""
 
     operation: str
     of: tuple[Node, ...]
@@ -97,8 +97,8 @@ class Step:
         self.levels = {node: node.level for node in every}
         self._sink()
         self.scratch: dict[str, int] = {}
-        self.places: dict[Node, str] = {}  # the arrays in which values are
-        self.texts: dict[Node, tuple[str, int]] = {}  # local variables, which the loop being written has
+        self.places: dict[Node, str] = {}  # the arrays in which values are stored
+        self.texts: dict[Node, tuple[str, int]] = {}  # local variables of the current loop
         body: list[str] = []
         for level in range(1 + max(self.levels.values())):
             body += [line for call in self.calls if self.levels[call] == level for line in self._call(call)]
