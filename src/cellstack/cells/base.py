@@ -71,7 +71,7 @@ class Ops(Protocol[V]):
         ...
 
     def norm(self, v: V, blocks: Sequence[int] = (1,)) -> V:
-        """Return `(v - mean) / sqrt(variance + epsilon)`, separately for each of `blocks`, given as numbers of gates."""
+        """Return `(v - mean) / sqrt(variance + epsilon)`, separately for each block, given as a number of gates."""
         ...
 
     def gate(self, name: str, z: V) -> V:
