@@ -289,6 +289,36 @@ def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
         assert [Path(each.filename).name for each in caught] == ["test_predict.py"]
 
 
+QUICK = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1, "horizon": 5}
+
+
+def test_a_column_or_a_number_alone_is_accepted_for_several(shops):
+    one = train.fit_forecast(shops, "sales", id="shop", known="rain", inputs="kind", seasons=24, quantiles=0.9, **QUICK)
+    recipe = one.recipe
+    assert (recipe.known, recipe.seasons, recipe.quantiles) == (("rain",), (24,), (0.5, 0.9))
+    assert [category.name for category in recipe.categories] == ["kind"]
+
+
+def test_options_of_reading_are_passed_on(shops, tmp_path):
+    later = shops.rename(columns={"time": "when"})
+    later.to_csv(tmp_path / "shops.csv", index=False, sep=";", decimal=",")
+    options = {"id": ["shop"], "time": "when", "zone": "UTC", "decimal": ","}
+    done = train.fit_forecast(tmp_path / "shops.csv", "sales", seasons=24, **options, **QUICK)
+    reading = done.network.metadata["reading"]
+    assert (reading["ids"], reading["date"], reading["zone"], reading["decimal"]) == (["shop"], "when", "UTC", ",")
+    with pytest.raises(UsageError, match="fit_forecast: id has no effect for a Table"):
+        train.fit_forecast(train.read_table(shops, ids="shop"), "sales", id="shop", **QUICK)
+    with pytest.raises(FormatError, match=r"use --id shop \(in Python id='shop'"):
+        train.fit_forecast(shops, "sales", **QUICK)
+
+
+def test_an_unknown_option_is_refused_with_the_closest_one(shops):
+    with pytest.raises(TypeError, match=r"^fit_forecast: there is no option 'season': did you mean 'seasons'\?$"):
+        train.fit_forecast(shops, "sales", season=7)
+    with pytest.raises(TypeError, match=r"no option 'qqq': expected one of target, horizon, id, .*window.*, zone"):
+        train.fit_forecast(shops, "sales", qqq=7)
+
+
 # ── text ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
