@@ -111,18 +111,53 @@ def test_forecasts_that_don_t_exist_are_refused(which, history, message):
         forecasts([59, 119]).plot(which, history=history)
 
 
-def test_a_notebook_shows_the_plot_and_a_terminal_one_line(monkeypatch):
+def test_a_notebook_shows_the_plot_and_a_terminal_the_first_steps(monkeypatch):
     one = forecasts([59, 119])
     assert one._repr_png_().startswith(b"\x89PNG")
-    assert repr(one) == (
-        "<2 forecasts of y, 4 steps each from 2024-03-01 to 2024-03-04, quantiles 0.05, 0.25, 0.5, 0.75, 0.95>"
-    )
+    assert repr(one).splitlines() == [
+        "Forecasts of y: 4 steps from each of 2 origins, 2024-03-01 to 2024-03-04; median (90% interval)",
+        *("  a, 2024-03-01: 60 (59.55 to 60.45)", "  a, 2024-03-02: 61 (60.55 to 61.45)"),
+        *("  a, 2024-03-03: 62 (61.55 to 62.45)", "  a, 2024-03-04: 63 (62.55 to 63.45)"),
+        *("  b, 2024-03-01: 120 (119.5 to 120.5)", "  … 8 rows, see to_frame()"),
+    ]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert one._repr_png_() is None
     with pytest.raises(UsageError, match=r"a plot needs matplotlib: pip install 'cellstack\[torch\]'"):
         one.plot()
     with pytest.raises(UsageError, match="a plot needs matplotlib"):
         history.check("a.png", history.PICTURES, "--picture")
+
+
+def test_the_text_names_each_target_and_the_scores():
+    lines = repr(forecasts([49], horizon=1, targets=("y", "z"), shops=("a",), dates=False, quantiles=(0.5,)))
+    assert lines.splitlines() == [
+        "Forecasts of y, z: 1 step",
+        "  a, step 1: y 50, z 50",
+        *("  compared with the later rows, y: mae 50, rmse 50", "  compared with the later rows, z: mae 50, rmse 50"),
+    ]
+
+
+def test_forecasts_are_compared_with_the_later_rows_of_the_table():
+    one = forecasts([57, 117])  # two of four steps are in the table
+    np.testing.assert_array_equal(one.actual[0, :, 0], [116, 118, np.nan, np.nan])
+    columns = one.columns()
+    assert list(columns)[:5] == ["shop", "origin", "day", "y_actual", "y"]
+    np.testing.assert_array_equal(columns["y_actual"][:4], [116, 118, np.nan, np.nan])
+    errors = np.array([116 - 58, 118 - 59, 116 - 118, 118 - 119])  # rows 58, 59 and, of series b, 118, 119
+    assert one.scores == {
+        "y": {
+            "mae": np.abs(errors).mean(),
+            "rmse": pytest.approx(np.sqrt(np.square(errors).mean())),
+            "coverage": 0.0,
+        }
+    }
+    assert one.to_frame()["y_actual"].notna().sum() == 4
+    last = forecasts([59, 119])
+    assert last.scores == {}
+    assert "y_actual" not in last.columns()
+    assert "origin" not in last.columns()
+    one.table.columns["y"][58] = 58.0
+    assert one.scores["y"]["coverage"] == 0.25
 
 
 def backtest():

@@ -269,6 +269,23 @@ def test_forecasts_after_an_earlier_row(shops, forecaster):
     assert earlier.plot().axes[0].get_title(loc="left") == "1, sales"
 
 
+def test_what_the_parts_of_a_forecast_show(shops, forecaster):
+    table = train.read_table(shops, ids="shop")
+    assert repr(table).splitlines() == [
+        "Table of a data frame: 960 rows of 2 series by `shop` (480 steps each), hourly from 2024-01-01 00:00 to "
+        "2024-01-20 23:00 by `time`",
+        *("  numbers: `sales`, `rain`", "  categories: `kind`"),
+    ]
+    first, errors = repr(forecaster.test).splitlines()
+    assert first == "Backtest: 184 forecasts of 5 steps, 2024-01-17 00:00 to 2024-01-20 23:00"
+    mae = forecaster.scores["targets"]["sales"]["model"]["mae"]
+    assert errors.startswith(f"  sales: mean absolute error {mae:.4g}; baselines 0.")
+    assert errors.endswith("% in the interval")
+    assert str(forecaster.predict(shops)).splitlines()[1].startswith("  1, 2024-01-21 00:00: ")
+    with pytest.raises(UsageError, match="which covers 2024-01-01 00:00 to 2024-01-20 23:00, got 2023"):
+        forecaster.predict(shops, origin="2023-01-01")
+
+
 def test_a_table_with_one_forecast_per_day_has_days():
     days = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=200), "y": np.sin(np.arange(200))})
     how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
@@ -387,7 +404,7 @@ def test_what_a_task_doesn_t_take_is_refused_by_name(ragged, classifier, forecas
         (classifier.network, frame, {"id": "machine", "decimal": ","}, UsageError, "decimal applies only to a table's"),
         (classifier.network, ragged[0][0], {}, UsageError, r"x\[None\] for one sequence"),
         (classifier.network, ragged[0], {"y": ["loud"] * 40}, UsageError, "expected the classes 'busy', 'calm'"),
-        (forecaster.network, shops, {"y": "sales"}, UsageError, "y has no effect for a network that forecasts"),
+        (forecaster.network, shops, {"y": "sales"}, UsageError, r"later rows of the table are compared: see \.scores"),
         (forecaster.network, shops, {"length": 3}, TypeError, "expected options among origin, date"),
         (forecaster.network, table, {"freq": "h"}, UsageError, "freq has no effect for a Table"),
         (forecaster.network, ragged[0], {}, UsageError, "expected a path, or a pandas or polars frame"),

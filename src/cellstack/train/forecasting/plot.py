@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
-from cellstack.train.forecasting.forecasts import Forecasts
+from cellstack.train.forecasting.forecasts import Forecasts, interval
 from cellstack.train.forecasting.parts import spread_out
 from cellstack.train.history import COLORS, Panel, panels
 
@@ -119,9 +119,7 @@ def _intervals(axis: Any, x: Any, values: NDArray, levels: tuple[float, ...], la
     """Fill the intervals between quantiles, `[horizon, quantiles]`, from the outermost pair to the innermost."""
     for n in range(len(levels) // 2):
         low, high = levels[n], levels[-1 - n]
-        even = abs(low + high - 1) < 1e-9
-        text = f"{high - low:.0%} interval" if even else f"quantiles {low:g} to {high:g}"
-        label = {"label": text} if labelled else {}
+        label = {"label": interval(low, high)} if labelled else {}
         look = {"color": FORECAST, "alpha": min(0.2 + 0.15 * n, 0.5), "zorder": 1}
         if len(values) == 1:  # one step has no area
             axis.vlines(x, values[:, n], values[:, -1 - n], linewidth=5, **look, **label)
