@@ -128,6 +128,41 @@ def test_a_notebook_shows_the_plot_and_a_terminal_the_first_steps(monkeypatch):
         history.check("a.png", history.PICTURES, "--picture")
 
 
+def over_new_year(freq, rows, horizon, end):
+    """A forecast whose last step is at `end`."""
+    times_ = pd.date_range(end=end, periods=rows, freq=freq)
+    table = read_table(pd.DataFrame({"time": times_, "y": np.arange(rows) % 7.0}))
+    recipe = Recipe(("y",), horizon, 16)
+    windows = Windows(recipe, table, np.array([rows - 1 - horizon]))
+    values = np.zeros((1, horizon, 1, 3))
+    return Forecasts(recipe, table, [""], windows.origins, times(windows), values, values[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("freq", "horizon", "end", "labels"),
+    [
+        ("D", 14, "2025-01-07", ["1 Dec\n2024", "8 Dec", "15 Dec", "22 Dec", "1 Jan\n2025", "8 Jan"]),
+        ("h", 24, "2024-12-31T05", ["29 Dec\n2024", "30 Dec", "31 Dec"]),
+        (
+            "15min",
+            24,
+            "2025-01-01T04:30",
+            ["12:00\n31 Dec 2024", "15:00", "18:00", "21:00", "00:00\n1 Jan 2025", "03:00"],
+        ),
+        ("W", 10, "2025-02-09", ["Aug\n2024", "Sep", "Oct", "Nov", "Dec", "Jan\n2025", "Feb"]),
+        ("MS", 12, "2025-05-01", ["2023", "2024", "2025"]),
+    ],
+)
+def test_the_labels_of_dates_are_right_over_the_end_of_a_year(freq, horizon, end, labels):
+    figure = over_new_year(freq, 120, horizon, end).plot()
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    shown = [tick.get_text() for tick in axis.get_xticklabels() if tick.get_text()]
+    assert shown == labels
+    found = lines(axis)
+    assert found["actual"].get_zorder() > found["forecast"].get_zorder()
+
+
 def test_the_text_names_each_target_and_the_scores():
     lines = repr(forecasts([49], horizon=1, targets=("y", "z"), shops=("a",), dates=False, quantiles=(0.5,)))
     assert lines.splitlines() == [
@@ -190,6 +225,9 @@ def test_the_error_by_horizon_is_compared_with_the_four_best_baselines():
     found = lines(axis)
     assert list(found) == ["this model", "rule 1", "rule 2", "rule 3", "rule 4"]
     np.testing.assert_allclose(found["this model"].get_ydata(), [0, 0.5, 0.5, 0.5])
+    axis.figure.canvas.draw()
+    legend = axis.get_legend().get_window_extent().transformed(axis.transData.inverted())
+    assert legend.y0 > max(line.get_ydata().max() for line in found.values())
     np.testing.assert_allclose(found["rule 2"].get_ydata(), [2, 2.5, 2.5, 2.5])
     assert test.scores["targets"]["y"]["model"]["mae"] == pytest.approx(154 * 0.5 / 206)
 
@@ -213,6 +251,8 @@ MEMBERS = [
 def test_each_network_has_its_own_curves():
     figure = history.panels(history.curves(MEMBERS))
     losses, mase = figure.axes
+    assert (losses.get_ylabel(), mase.get_ylabel()) == ("loss", "validation mase")
+    assert losses.get_xticks().tolist() == [1, 2, 3]
     curves = [(line.get_color(), line.get_linestyle(), line.get_xdata()) for line in losses.get_lines()]
     assert [len(x) for *_, x in curves] == [3, 3, 1, 3, 3, 1, 3, 3]  # loss, validation loss, kept epoch; with all rows
     assert len({color for color, *_ in curves}) == 2
@@ -229,6 +269,13 @@ def test_each_network_has_its_own_curves():
         )
     ]
     assert len(mase.get_lines()) == 2
+
+
+@pytest.mark.parametrize(("epochs", "ticks"), [(1, [1]), (12, [1, 5, 10]), (60, [1, 10, 20, 30, 40, 50, 60])])
+def test_epochs_are_counted_from_1(epochs, ticks):
+    entries = [{"epoch": n + 1, "lr": 0.1, "loss": 1.0} for n in range(epochs)]
+    (axis,) = history.panels(history.curves(entries)).axes
+    assert axis.get_xticks().tolist() == ticks
 
 
 def test_a_training_is_drawn_with_its_test_part_if_there_is_one():
