@@ -19,6 +19,7 @@ from cellstack.train.settings import RunOptions, Settings, widths_of
 from cellstack.train.tables.table import Table, read_table
 
 SEVERAL = ("seasons", "inputs", "known", "quantiles")  # of `Request`; one alone is accepted too
+ELSEWHERE = {"holidays": "country"}  # names of the command line and of `SequenceForecaster`
 READING = tuple(name for name in signature(read_table).parameters if name != "source")
 
 
@@ -118,8 +119,12 @@ def _check(options: dict[str, Any]) -> None:
     own = [name for name in signature(fit_forecast).parameters if name not in ("data", "options")]
     for name in options:
         if name not in (*known, *READING):
-            close = get_close_matches(name, [*own, *known, *READING], 1)
-            fix = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join([*own, *known, *READING])}"
+            close = get_close_matches(name, [*own, *known, *READING, *ELSEWHERE], 1)
+            fix = (
+                f"did you mean {ELSEWHERE.get(close[0], close[0])!r}?"
+                if close
+                else f"expected one of {', '.join([*own, *known, *READING])}"
+            )
             raise TypeError(f"fit_forecast: there is no option {name!r}: {fix}")
 
 
