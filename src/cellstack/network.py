@@ -676,7 +676,8 @@ class Network:
           `Predictions`: a sequence of them with `probabilities`, `scores` and `to_frame`. The data is anything that
           `train.fit` takes; the columns of a table may be in another order.
         - `"forecast"`: the steps after the last rows of a table, or after the row `origin=`, as `Forecasts` with
-          dates, ids, quantiles and `to_frame`. The data is a pandas or polars frame, a table's file, or a `Table`.
+          dates, ids, quantiles, `to_frame`, and `scores` if the table has later rows. The data is a pandas or polars
+          frame, a table's file, or a `Table`.
         - `"text"`: the text that follows a prompt, without the prompt. A str is always a prompt; a `pathlib.Path` is a
           file that contains it.
         - None, for networks that `cellstack.train` didn't train: the outputs, `[N, …]`, for arrays, lists of sequences,
@@ -685,7 +686,7 @@ class Network:
         Args:
             data: see above.
             y: the true values, if known, in the form that `train.fit` takes; then `scores` compares them with the
-                predictions. Files contain them; of a frame it is the name of the column.
+                predictions. Files contain them; of a frame it is the name of the column. Not for forecasts.
             id, time: columns of a table, as in `train.fit`; None: as in training.
             threads: the number of threads that the kernel may use.
             options: `origin`, and the options of `train.read_table`, for forecasts; `length`, `temperature`, `top_k`,

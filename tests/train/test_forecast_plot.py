@@ -111,18 +111,88 @@ def test_forecasts_that_don_t_exist_are_refused(which, history, message):
         forecasts([59, 119]).plot(which, history=history)
 
 
-def test_a_notebook_shows_the_plot_and_a_terminal_one_line(monkeypatch):
+def test_a_notebook_shows_the_plot_and_a_terminal_the_first_steps(monkeypatch):
     one = forecasts([59, 119])
     assert one._repr_png_().startswith(b"\x89PNG")
-    assert repr(one) == (
-        "<2 forecasts of y, 4 steps each from 2024-03-01 to 2024-03-04, quantiles 0.05, 0.25, 0.5, 0.75, 0.95>"
-    )
+    assert repr(one).splitlines() == [
+        "Forecasts of y: 4 steps from each of 2 origins, 2024-03-01 to 2024-03-04; median (90% interval)",
+        *("  a, 2024-03-01: 60 (59.55 to 60.45)", "  a, 2024-03-02: 61 (60.55 to 61.45)"),
+        *("  a, 2024-03-03: 62 (61.55 to 62.45)", "  a, 2024-03-04: 63 (62.55 to 63.45)"),
+        *("  b, 2024-03-01: 120 (119.5 to 120.5)", "  … 8 rows, see to_frame()"),
+    ]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert one._repr_png_() is None
     with pytest.raises(UsageError, match=r"a plot needs matplotlib: pip install 'cellstack\[torch\]'"):
         one.plot()
     with pytest.raises(UsageError, match="a plot needs matplotlib"):
         history.check("a.png", history.PICTURES, "--picture")
+
+
+def over_new_year(freq, rows, horizon, end):
+    """A forecast whose last step is at `end`."""
+    times_ = pd.date_range(end=end, periods=rows, freq=freq)
+    table = read_table(pd.DataFrame({"time": times_, "y": np.arange(rows) % 7.0}))
+    recipe = Recipe(("y",), horizon, 16)
+    windows = Windows(recipe, table, np.array([rows - 1 - horizon]))
+    values = np.zeros((1, horizon, 1, 3))
+    return Forecasts(recipe, table, [""], windows.origins, times(windows), values, values[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("freq", "horizon", "end", "labels"),
+    [
+        ("D", 14, "2025-01-07", ["1 Dec\n2024", "8 Dec", "15 Dec", "22 Dec", "1 Jan\n2025", "8 Jan"]),
+        ("h", 24, "2024-12-31T05", ["29 Dec\n2024", "30 Dec", "31 Dec"]),
+        (
+            "15min",
+            24,
+            "2025-01-01T04:30",
+            ["12:00\n31 Dec 2024", "15:00", "18:00", "21:00", "00:00\n1 Jan 2025", "03:00"],
+        ),
+        ("W", 10, "2025-02-09", ["Aug\n2024", "Sep", "Oct", "Nov", "Dec", "Jan\n2025", "Feb"]),
+        ("MS", 12, "2025-05-01", ["2023", "2024", "2025"]),
+    ],
+)
+def test_the_labels_of_dates_are_right_over_the_end_of_a_year(freq, horizon, end, labels):
+    figure = over_new_year(freq, 120, horizon, end).plot()
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    shown = [tick.get_text() for tick in axis.get_xticklabels() if tick.get_text()]
+    assert shown == labels
+    found = lines(axis)
+    assert found["actual"].get_zorder() > found["forecast"].get_zorder()
+
+
+def test_the_text_names_each_target_and_the_scores():
+    lines = repr(forecasts([49], horizon=1, targets=("y", "z"), shops=("a",), dates=False, quantiles=(0.5,)))
+    assert lines.splitlines() == [
+        "Forecasts of y, z: 1 step",
+        "  a, step 1: y 50, z 50",
+        *("  compared with the later rows, y: mae 50, rmse 50", "  compared with the later rows, z: mae 50, rmse 50"),
+    ]
+
+
+def test_forecasts_are_compared_with_the_later_rows_of_the_table():
+    one = forecasts([57, 117])  # two of four steps are in the table
+    np.testing.assert_array_equal(one.actual[0, :, 0], [116, 118, np.nan, np.nan])
+    columns = one.columns()
+    assert list(columns)[:5] == ["shop", "origin", "day", "y_actual", "y"]
+    np.testing.assert_array_equal(columns["y_actual"][:4], [116, 118, np.nan, np.nan])
+    errors = np.array([116 - 58, 118 - 59, 116 - 118, 118 - 119])  # rows 58, 59 and, of series b, 118, 119
+    assert one.scores == {
+        "y": {
+            "mae": np.abs(errors).mean(),
+            "rmse": pytest.approx(np.sqrt(np.square(errors).mean())),
+            "coverage": 0.0,
+        }
+    }
+    assert one.to_frame()["y_actual"].notna().sum() == 4
+    last = forecasts([59, 119])
+    assert last.scores == {}
+    assert "y_actual" not in last.columns()
+    assert "origin" not in last.columns()
+    one.table.columns["y"][58] = 58.0
+    assert one.scores["y"]["coverage"] == 0.25
 
 
 def backtest():
@@ -155,6 +225,9 @@ def test_the_error_by_horizon_is_compared_with_the_four_best_baselines():
     found = lines(axis)
     assert list(found) == ["this model", "rule 1", "rule 2", "rule 3", "rule 4"]
     np.testing.assert_allclose(found["this model"].get_ydata(), [0, 0.5, 0.5, 0.5])
+    axis.figure.canvas.draw()
+    legend = axis.get_legend().get_window_extent().transformed(axis.transData.inverted())
+    assert legend.y0 > max(line.get_ydata().max() for line in found.values())
     np.testing.assert_allclose(found["rule 2"].get_ydata(), [2, 2.5, 2.5, 2.5])
     assert test.scores["targets"]["y"]["model"]["mae"] == pytest.approx(154 * 0.5 / 206)
 
@@ -178,6 +251,8 @@ MEMBERS = [
 def test_each_network_has_its_own_curves():
     figure = history.panels(history.curves(MEMBERS))
     losses, mase = figure.axes
+    assert (losses.get_ylabel(), mase.get_ylabel()) == ("loss", "validation mase")
+    assert losses.get_xticks().tolist() == [1, 2, 3]
     curves = [(line.get_color(), line.get_linestyle(), line.get_xdata()) for line in losses.get_lines()]
     assert [len(x) for *_, x in curves] == [3, 3, 1, 3, 3, 1, 3, 3]  # loss, validation loss, kept epoch; with all rows
     assert len({color for color, *_ in curves}) == 2
@@ -194,6 +269,13 @@ def test_each_network_has_its_own_curves():
         )
     ]
     assert len(mase.get_lines()) == 2
+
+
+@pytest.mark.parametrize(("epochs", "ticks"), [(1, [1]), (12, [1, 5, 10]), (60, [1, 10, 20, 30, 40, 50, 60])])
+def test_epochs_are_counted_from_1(epochs, ticks):
+    entries = [{"epoch": n + 1, "lr": 0.1, "loss": 1.0} for n in range(epochs)]
+    (axis,) = history.panels(history.curves(entries)).axes
+    assert axis.get_xticks().tolist() == ticks
 
 
 def test_a_training_is_drawn_with_its_test_part_if_there_is_one():

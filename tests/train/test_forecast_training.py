@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -452,6 +453,14 @@ def test_the_dates_of_a_column_have_one_format(hourly, capsys):
     assert pd.to_datetime([row["time"] for row in after]).notna().all()
 
 
+def test_the_dates_of_a_report_have_one_form(hourly, capsys):
+    assert main(["train", str(hourly / "y.csv"), "--id", "shop", "--horizon", "5", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "hourly from 2024-01-01 00:00 to 2024-01-09 07:00" in out
+    assert "windows to train on, up to 2024-01-06 09:00\n" in out
+    assert not re.search(r"\d{4}-\d\d-\d\d(?! \d\d:\d\d)", out)
+
+
 def test_fractions_of_seconds_have_one_format_too():
     times = np.array(["2024-01-01T00:00:00", "2024-01-01T00:00:00.5"], "datetime64[us]")
     assert date_unit(times) == "us"
@@ -477,9 +486,15 @@ def test_run_forecasts_after_the_last_row_or_another(command, capsys):
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [rows[0]["date"], rows[-1]["date"], len(rows)] == ["2005-01-01", "2005-12-01", 12]
     assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1999-12-01", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["forecasts"][0]
-    written = [float(row["y"]) for row in list(csv.DictReader(io.StringIO((command / "test.csv").read_text())))[:12]]
-    np.testing.assert_allclose(found["y"]["forecast"], written, rtol=1e-4)
+    report = json.loads(capsys.readouterr().out)
+    found = report["forecasts"][0]
+    tested = list(csv.DictReader(io.StringIO((command / "test.csv").read_text())))[:12]
+    np.testing.assert_allclose(found["y"]["forecast"], [float(row["y"]) for row in tested], rtol=1e-4)
+    np.testing.assert_allclose(found["y"]["actual"], [float(row["y_actual"]) for row in tested], rtol=1e-4)
+    error = np.subtract(found["y"]["forecast"], found["y"]["actual"])
+    assert report["scores"]["y"]["mae"] == pytest.approx(np.abs(error).mean())
+    assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1999-12-01"]) == 0
+    assert list(csv.DictReader(io.StringIO(capsys.readouterr().out))) == tested
     assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1899-12-01"]) == 2
     assert "expected --origin to be a row of" in capsys.readouterr().err
 

@@ -269,6 +269,23 @@ def test_forecasts_after_an_earlier_row(shops, forecaster):
     assert earlier.plot().axes[0].get_title(loc="left") == "1, sales"
 
 
+def test_what_the_parts_of_a_forecast_show(shops, forecaster):
+    table = train.read_table(shops, ids="shop")
+    assert repr(table).splitlines() == [
+        "Table of a data frame: 960 rows of 2 series by `shop` (480 steps each), hourly from 2024-01-01 00:00 to "
+        "2024-01-20 23:00 by `time`",
+        *("  numbers: `sales`, `rain`", "  categories: `kind`"),
+    ]
+    first, errors = repr(forecaster.test).splitlines()
+    assert first == "Backtest: 184 forecasts of 5 steps, 2024-01-17 00:00 to 2024-01-20 23:00"
+    mae = forecaster.scores["targets"]["sales"]["model"]["mae"]
+    assert errors.startswith(f"  sales: mean absolute error {mae:.4g}; baselines 0.")
+    assert errors.endswith("% in the interval")
+    assert str(forecaster.predict(shops)).splitlines()[1].startswith("  1, 2024-01-21 00:00: ")
+    with pytest.raises(UsageError, match="which covers 2024-01-01 00:00 to 2024-01-20 23:00, got 2023"):
+        forecaster.predict(shops, origin="2023-01-01")
+
+
 def test_a_table_with_one_forecast_per_day_has_days():
     days = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=200), "y": np.sin(np.arange(200))})
     how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
@@ -287,6 +304,38 @@ def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
         with pytest.warns(UserWarning, match="`rain`, known in advance, has no value") as caught:
             predict(shops)
         assert [Path(each.filename).name for each in caught] == ["test_predict.py"]
+
+
+QUICK = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1, "horizon": 5}
+
+
+def test_a_column_or_a_number_alone_is_accepted_for_several(shops):
+    one = train.fit_forecast(shops, "sales", id="shop", known="rain", inputs="kind", seasons=24, quantiles=0.9, **QUICK)
+    recipe = one.recipe
+    assert (recipe.known, recipe.seasons, recipe.quantiles) == (("rain",), (24,), (0.5, 0.9))
+    assert [category.name for category in recipe.categories] == ["kind"]
+
+
+def test_options_of_reading_are_passed_on(shops, tmp_path):
+    later = shops.rename(columns={"time": "when"})
+    later.to_csv(tmp_path / "shops.csv", index=False, sep=";", decimal=",")
+    options = {"id": ["shop"], "time": "when", "zone": "UTC", "decimal": ","}
+    done = train.fit_forecast(tmp_path / "shops.csv", "sales", seasons=24, **options, **QUICK)
+    reading = done.network.metadata["reading"]
+    assert (reading["ids"], reading["date"], reading["zone"], reading["decimal"]) == (["shop"], "when", "UTC", ",")
+    with pytest.raises(UsageError, match="fit_forecast: id has no effect for a Table"):
+        train.fit_forecast(train.read_table(shops, ids="shop"), "sales", id="shop", **QUICK)
+    with pytest.raises(FormatError, match=r"use --id shop \(in Python id='shop'"):
+        train.fit_forecast(shops, "sales", **QUICK)
+
+
+def test_an_unknown_option_is_refused_with_the_closest_one(shops):
+    with pytest.raises(TypeError, match=r"^fit_forecast: there is no option 'season': did you mean 'seasons'\?$"):
+        train.fit_forecast(shops, "sales", season=7)
+    with pytest.raises(TypeError, match=r"no option 'holidays': did you mean 'country'\?"):
+        train.fit_forecast(shops, "sales", holidays="DE")
+    with pytest.raises(TypeError, match=r"no option 'qqq': expected one of target, horizon, id, .*window.*, zone"):
+        train.fit_forecast(shops, "sales", qqq=7)
 
 
 # ── text ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -357,7 +406,7 @@ def test_what_a_task_doesn_t_take_is_refused_by_name(ragged, classifier, forecas
         (classifier.network, frame, {"id": "machine", "decimal": ","}, UsageError, "decimal applies only to a table's"),
         (classifier.network, ragged[0][0], {}, UsageError, r"x\[None\] for one sequence"),
         (classifier.network, ragged[0], {"y": ["loud"] * 40}, UsageError, "expected the classes 'busy', 'calm'"),
-        (forecaster.network, shops, {"y": "sales"}, UsageError, "y has no effect for a network that forecasts"),
+        (forecaster.network, shops, {"y": "sales"}, UsageError, r"later rows of the table are compared: see \.scores"),
         (forecaster.network, shops, {"length": 3}, TypeError, "expected options among origin, date"),
         (forecaster.network, table, {"freq": "h"}, UsageError, "freq has no effect for a Table"),
         (forecaster.network, ragged[0], {}, UsageError, "expected a path, or a pandas or polars frame"),

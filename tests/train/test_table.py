@@ -319,7 +319,8 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
     table = read_table(write(tmp_path, text), ids=("shop", "item"))
     assert (table.ids, table.id) == (("1/01", "1/02", "2/01", "2/02"), "shop,item")
     with pytest.raises(
-        FormatError, match=r"line 5: expected each time only once, .*: use --id shop,item, if that identifies"
+        FormatError,
+        match=r"line 5: expected each time only once, .*: use --id shop,item \(in Python id=.*, if that identifies",
     ):
         read_table(
             write(
@@ -337,7 +338,8 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
 def test_times_that_stand_twice(tmp_path):
     file = write(tmp_path, "t,shop,y\n" + "".join(f"{day:%Y-%m-%d},{shop},1\n" for day in days(4) for shop in "ab"))
     with pytest.raises(
-        FormatError, match=r"line 3: .* found '2023-01-01' in column t again, as in line 2: use --id shop"
+        FormatError,
+        match=r"line 3: .* found '2023-01-01' in column t again, as in line 2: use --id shop \(in Python id='shop'",
     ):
         read_table(file)
     same = rows([1, 2, 3]) + rows([1, 2])
@@ -346,7 +348,9 @@ def test_times_that_stand_twice(tmp_path):
     assert "2 duplicate rows dropped" in table.notes
     with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one row, or their mean"):
         read_table(write(tmp_path, "t,y\n" + same.replace("02,2\n", "02,9\n", 1)))
-    with pytest.raises(FormatError, match="use --id for the column that identifies series, or --date t,"):
+    with pytest.raises(
+        FormatError, match=r"use --id \(in Python id=.*\) for the column that identifies series, or --date t,"
+    ):
         read_table(pd.DataFrame({"t": [*days(9), *days(9)], "y": range(18)}))
     with pytest.raises(FormatError, match=r"line 7: expected a number in column 'y', found 'x'"):  # lines stay right
         read_table(write(tmp_path, "t,y\n" + same + "2023-01-04,x\n2023-01-05,2\n"))

@@ -203,7 +203,7 @@ def test_a_day_and_its_hour_in_separate_columns(tmp_path, header, form, date):
 
 def test_hours_from_1_to_24(tmp_path):
     file = series(tmp_path, [f"{day:%Y-%m-%d},{hour}" for day in DAYS for hour in range(1, 25)], "day,hour,y")
-    with pytest.raises(FormatError, match=r"line 3: .* use --id for the column that identifies series, or --date"):
+    with pytest.raises(FormatError, match=r"line 3: .* use --id .* for the column that identifies series, or --date"):
         read_table(file)
     with pytest.raises(FormatError, match=r"line 25: expected a date such as .*, found '2023-01-01 24:00'"):
         read_table(file, date="day,hour")

@@ -156,7 +156,7 @@ class Job:
         if self.forecasts is not None and self.test is not None:
             with replacing(self.forecasts) as file:
                 text = io.StringIO(newline="")
-                write_csv(text, self.test.forecasts.columns(self.test.actual))
+                write_csv(text, self.test.forecasts.columns())
                 file.write(text.getvalue().encode())
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:

@@ -77,6 +77,7 @@ def _show(args: argparse.Namespace, columns: dict[str, Any], report: dict[str, A
 def _forecasts(found: Forecasts) -> dict[str, Any]:
     """Return forecasts as the report of --json."""
     recipe, dates, every = found.recipe, found.dates, []
+    actual, scores = found.actual, found.scores
     for n in range(len(found.origins)):
         one = {"series": found.ids[n]} if found.table.id else {}
         if dates is not None:
@@ -84,5 +85,7 @@ def _forecasts(found: Forecasts) -> dict[str, Any]:
         for k, target in enumerate(recipe.targets):
             levels = {f"{level:g}": found.values[n, :, k, q] for q, level in enumerate(recipe.quantiles)}
             one |= {target: {"forecast": found.median[n, :, k], "quantiles": levels}}
+            if target in scores:
+                one[target]["actual"] = actual[n, :, k]
         every.append(one)
-    return {"targets": recipe.targets, "horizon": recipe.horizon, "forecasts": every}
+    return {"targets": recipe.targets, "horizon": recipe.horizon, "forecasts": every, "scores": scores}

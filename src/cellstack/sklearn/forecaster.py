@@ -122,11 +122,11 @@ class SequenceForecaster(BaseEstimator):
             baselines=False,
             seed=seed_of(self.random_state),
             progress=self.verbose,
-            seasons=None if self.seasons is None else tuple(self.seasons),
-            inputs=None if self.inputs is None else tuple(self.inputs),
-            known=tuple(self.known),
+            seasons=self.seasons,
+            inputs=self.inputs,
+            known=self.known,
             country=self.holidays,
-            quantiles=tuple(self.quantiles),
+            quantiles=self.quantiles,
         )
         result = trained.result
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history

@@ -26,6 +26,7 @@ NO_MATPLOTLIB = "a plot needs matplotlib: pip install 'cellstack[torch]'"
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
 METRICS = ("accuracy", "rmse", "mase", "bits_per_character")  # all are measured on the validation part
 APART = ("epoch", "lr")  # entries that aren't plotted
+STEPS = (1, *(part * 10**n for n in range(7) for part in (5, 10, 20)))  # between ticks
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a spreadsheet's formula; the last four are full-width
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -157,7 +158,7 @@ def _of_one(axis: Any, history: Sequence[dict[str, Any]], names: list[str], best
     if best is not None:
         axis.axvline(best["epoch"], color="0.6", linestyle=":", label=f"kept, epoch {best['epoch']}")
     axis.legend(frameon=False)
-    _of_epochs(axis)
+    _label(axis, names)
 
 
 def _of_members(axis: Any, history: Sequence[dict[str, Any]], names: list[str]) -> None:
@@ -182,14 +183,16 @@ def _of_members(axis: Any, history: Sequence[dict[str, Any]], names: list[str]) 
     handles = [Line2D([], [], color=color, label=name) for name, color in colors.items() if len(colors) > 1]
     handles += [Line2D([], [], color="0.3", label=name, **style) for name, style in styles.items()]
     axis.legend(handles=handles, frameon=False, fontsize=8, ncols=2)
-    _of_epochs(axis)
+    _label(axis, names)
 
 
-def _of_epochs(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def _label(axis: Any, names: list[str]) -> None:
+    """Name the axes of a panel, and set its ticks: epochs count from 1."""
+    axis.set_ylabel("loss" if "loss" in names else named(names[0]))
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last = int(axis.dataLim.x1)
+    step = next(step for step in STEPS if last <= 10 * step or step == STEPS[-1])
+    axis.set_xticks(sorted({1, *range(step, last + 1, step)}))
 
 
 def event_writer(folder: str | os.PathLike[str] | None) -> Any:

@@ -54,7 +54,7 @@ def predict(
     """
     task = net.metadata.get("task")  # `as_trained` refuses an unknown one
     if task == "forecast":
-        _refuse({"y": y}, "a network that forecasts: compare the forecasts with the rows that follow the origin")
+        _refuse({"y": y}, "a network that forecasts: later rows of the table are compared: see .scores")
         _check_options(options, ("origin", *signature(read_table).parameters))
         how = {"ids": id, "date": time, **options}  # named as in `read_table`
         how = {key: value for key, value in how.items() if value is not None}

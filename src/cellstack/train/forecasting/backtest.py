@@ -91,6 +91,21 @@ class Backtest(NamedTuple):
 
         return panels(backtest_panels(self))
 
+    def __repr__(self) -> str:
+        """Describe it in a few lines: the mean absolute errors of the model and of the two best baselines."""
+        recipe, times, table = self.forecasts.recipe, self.forecasts.times, self.forecasts.table
+        when = "" if times is None else f", {table.shown(times.min())} to {table.shown(times.max())}"
+        lines = [
+            f"Backtest: {len(self.actual):,} forecasts of {recipe.horizon} step{'s' * (recipe.horizon != 1)}{when}"
+        ]
+        for name, found in self.scores["targets"].items():
+            mae = {key: errors["mae"] for key, errors in found.items()}
+            best = sorted((key for key in mae if key != "model"), key=lambda key: (np.isnan(mae[key]), mae[key]))[:2]
+            compared = ", ".join(f"{mae[key]:.4g} ({key})" for key in best)
+            inside = f"; {found['model']['coverage']:.0%} in the interval" if "coverage" in found["model"] else ""
+            lines.append(f"{name}: mean absolute error {mae['model']:.4g}; baselines {compared}{inside}")
+        return "\n  ".join(lines)
+
     def _errors(self, values: Floats, actual: Floats, target: int) -> dict[str, float]:
         each = []
         for series in np.unique(self.series):

@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
+import numpy as np
+
+from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.plan import Request, planned
 from cellstack.train.forecasting.training import Build, Trained, train_forecast
 from cellstack.train.settings import RunOptions, Settings, widths_of
 from cellstack.train.tables.table import Table, read_table
+
+SEVERAL = ("seasons", "inputs", "known", "quantiles")  # of `Request`; one alone is accepted too
+ELSEWHERE = {"holidays": "country"}  # names of the command line and of `SequenceForecaster`
+READING = tuple(name for name in signature(read_table).parameters if name != "source")
 
 
 def fit_forecast(
@@ -18,6 +28,8 @@ def fit_forecast(
     target: str | Sequence[str] | None = None,
     horizon: int | None = None,
     *,
+    id: str | Sequence[str] | None = None,
+    time: str | Sequence[str] | None = None,
     test: float = 0.2,
     validation: float | None = RunOptions.validation,
     units: int | Sequence[int] | None = None,
@@ -36,15 +48,16 @@ def fit_forecast(
     baselines: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    **asked: Any,
+    **options: Any,
 ) -> Trained:
     """Train a network to forecast columns of a table, as `cellstack train` does, with the same defaults.
 
     Args:
-        data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table` from `read_table`, which has
-            options for the dates, the series and more.
+        data: a pandas or polars frame, the name of a CSV or Parquet file, or a `Table` from `read_table`.
         target: column to forecast, or several; None = the only numeric column.
         horizon: steps to forecast; None = one season.
+        id: column that identifies the series, or several; None = one series.
+        time: column of dates, or several that form them together; None = detected.
         test: share of each series' last rows to test on; 0 for none.
         validation: share of the rows before the test part, for model selection; None = 0.15, or 0 if the series are
             too short.
@@ -52,7 +65,9 @@ def fit_forecast(
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.
-        asked: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`.
+        options: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`; one column or
+            number alone is accepted where it has several. And the options of `read_table`: `zone`, `freq`, `day_first`,
+            `decimal` and more.
 
     Arguments that are None depend on the table and on the number of training windows.
 
@@ -61,6 +76,7 @@ def fit_forecast(
 
     Raises:
         UsageError: a column that doesn't exist or is empty, too few rows, or arguments that don't fit each other.
+        TypeError: an unknown option.
 
     Example:
         >>> import numpy as np, pandas as pd
@@ -68,16 +84,21 @@ def fit_forecast(
         >>> n = np.arange(120)
         >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
         >>> quick = {"units": 4, "members": 1, "epochs": 1, "baselines": False}
-        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), **quick)
+        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=12, **quick)
         >>> done.recipe.horizon, done.result.network.metadata["task"]
         (4, 'forecast')
     """
-    if "rivals" in asked:
+    if "rivals" in options:
         warnings.warn("fit_forecast: rivals= is now baselines=", DeprecationWarning, stacklevel=2)
-        baselines = asked.pop("rivals")
-    table = data if isinstance(data, Table) else read_table(data)
-    targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
-    request = Request(targets, horizon, **asked)
+        baselines = options.pop("rivals")
+    _check(options)
+    reading = {"ids": id, "date": time, **{name: options.pop(name) for name in READING if name in options}}
+    table = _table(data, {name: value for name, value in reading.items() if value is not None})
+    request = Request(
+        _several(target) or (),
+        horizon,
+        **{name: _several(value) if name in SEVERAL else value for name, value in options.items()},
+    )
     recipe, _, usual, validation = planned(table, request, validation, test)
     given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
     given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
@@ -86,3 +107,36 @@ def fit_forecast(
     settings = Settings(given["epochs"], given["batch"], given["lr"], clip, given["patience"], seed=seed)
     options = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
     return train_forecast(table, request, build, settings, options, test, baselines, recipe)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse unknown options.
+
+    Raises:
+        TypeError: names the closest option.
+    """
+    known = [field.name for field in fields(Request) if field.name not in ("targets", "horizon")]
+    own = [name for name in signature(fit_forecast).parameters if name not in ("data", "options")]
+    for name in options:
+        if name not in (*known, *READING):
+            close = get_close_matches(name, [*own, *known, *READING, *ELSEWHERE], 1)
+            fix = (
+                f"did you mean {ELSEWHERE.get(close[0], close[0])!r}?"
+                if close
+                else f"expected one of {', '.join([*own, *known, *READING])}"
+            )
+            raise TypeError(f"fit_forecast: there is no option {name!r}: {fix}")
+
+
+def _table(data: Any, reading: dict[str, Any]) -> Table:
+    if not isinstance(data, Table):
+        return read_table(data, **reading)
+    for name in reading:
+        shown = {"ids": "id", "date": "time"}.get(name, name)
+        raise UsageError(f"fit_forecast: {shown} has no effect for a Table, which has been read already")
+    return data
+
+
+def _several(value: Any) -> tuple[Any, ...] | None:
+    """Return one name or number, or several, as a tuple; None for None."""
+    return value if value is None else (value,) if isinstance(value, (str, int, float, np.number)) else tuple(value)

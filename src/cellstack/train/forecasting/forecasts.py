@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import islice, product
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,16 @@ from numpy.typing import NDArray
 from cellstack.train.checks import UsageError
 from cellstack.train.data.frames import as_frame, distinct
 from cellstack.train.forecasting.recipe import Recipe
-from cellstack.train.tables.table import Table, date_unit, iso
+from cellstack.train.forecasting.windows import actual_after
+from cellstack.train.measures import coverage, errors
+from cellstack.train.tables.table import Table, date_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+SHOWN = 5  # rows of the text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,11 +54,29 @@ class Forecasts:
     polars: bool = False
 
     def __repr__(self) -> str:
-        count, recipe = len(self.origins), self.recipe
-        said = f"{count:,} forecast{'s' * (count != 1)} of {', '.join(recipe.targets)}"
-        when = "" if self.times is None else f" from {iso(self.times.min())} to {iso(self.times.max())}"
-        levels = ", ".join(f"{level:g}" for level in recipe.quantiles)
-        return f"<{said}, {recipe.horizon} step{'s' * (recipe.horizon != 1)} each{when}, quantiles {levels}>"
+        """Describe them in about ten lines: the first steps, and the scores if the table has later rows."""
+        recipe, table, times = self.recipe, self.table, self.times
+        count, horizon, levels = len(self.origins), recipe.horizon, recipe.quantiles
+        steps = f"{horizon} step{'s' * (horizon != 1)}" + f" from each of {count:,} origins" * (count > 1)
+        when = "" if times is None else f", {table.shown(times.min())} to {table.shown(times.max())}"
+        spread = f"; median ({interval(levels[0], levels[-1])})" if len(levels) > 1 else ""
+        lines = [f"Forecasts of {', '.join(recipe.targets)}: {steps}{when}{spread}"]
+        for n, step in islice(product(range(count), range(horizon)), SHOWN):
+            name = f"{self.ids[n]}, " if table.id else ""
+            date = f"step {step + 1}" if times is None else table.shown(times[n, step])
+            lines.append(f"{name}{date}: {', '.join(self._point(n, step, k) for k in range(len(recipe.targets)))}")
+        lines += [f"… {count * horizon:,} rows, see to_frame()"] * (count * horizon > SHOWN)
+        for name, found in self.scores.items():
+            scores = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+            lines.append(f"compared with the later rows, {name}: {scores}")
+        return "\n  ".join(lines)
+
+    def _point(self, n: int, step: int, target: int) -> str:
+        """Return a step of a forecast as text: the median, and the outer quantiles."""
+        low, high = self.values[n, step, target, [0, -1]]
+        name = f"{self.recipe.targets[target]} " * (len(self.recipe.targets) > 1)
+        spread = f" ({low:.4g} to {high:.4g})" * (len(self.recipe.quantiles) > 1)
+        return f"{name}{self.median[n, step, target]:.4g}{spread}"
 
     def _repr_png_(self) -> bytes | None:
         """Return the plot, which notebooks show; None without matplotlib: they show the text."""
@@ -70,6 +92,29 @@ class Forecasts:
         return self.values[..., self.recipe.quantiles.index(0.5)]
 
     @property
+    def actual(self) -> Floats:
+        """The table's values after the origins, `[N, horizon, targets]`, NaN where it has none."""
+        return actual_after(self.recipe, self.table, self.origins)
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The errors of the median compared with `actual`, by target; {} if no target has actual values.
+
+        `mae` and `rmse` in the target's units, and `coverage`, the share of the actual values between the outer
+        quantiles.
+        """
+        recipe, found = self.recipe, {}
+        actual = np.where(np.isnan(self.median), np.nan, self.actual)
+        for n, name in enumerate(recipe.targets):
+            if np.isnan(actual[..., n]).all():
+                continue
+            found[name] = errors(self.median[..., n], actual[..., n])
+            if len(recipe.quantiles) > 1:
+                outer = self.values[:, :, n]
+                found[name]["coverage"] = coverage(outer[..., 0], outer[..., -1], actual[..., n])
+        return found
+
+    @property
     def dates(self) -> tuple[NDArray[np.datetime64], NDArray[np.datetime64]] | None:
         """The times of the origins, `[N]`, and of their steps, `[N, horizon]`; None without dates.
 
@@ -81,27 +126,26 @@ class Forecasts:
         unit = f"datetime64[{date_unit(table.times, times)}]"
         return table.times[self.origins].astype(unit), times.astype(unit)
 
-    def columns(self, actual: Floats | None = None) -> dict[str, Any]:
+    def columns(self) -> dict[str, Any]:
         """Return a table's columns by name, as lists or arrays of equal length, with a row per origin and step.
 
         They are the id of the series, if there are several; the date, or `step` from 1; for each target, the forecast
-        in a column of its name, and the quantiles, such as `sales_0.1`.
-
-        Args:
-            actual: `[N, horizon, targets]`; if given, there are also the columns `origin`, its date or row, and
-                `sales_actual`.
+        in a column of its name, and the quantiles, such as `sales_0.1`. If the table has values after an origin, there
+        are also `origin`, its date or row, and `sales_actual`.
         """
         recipe, table, dates = self.recipe, self.table, self.dates
         horizon, count = recipe.horizon, len(self.origins)
         pairs: list[tuple[str, Any]] = []
         if table.id:
             pairs.append((table.id, [name for name in self.ids for _ in range(horizon)]))
-        if actual is not None:
+        actual = self.actual
+        compared = not np.isnan(actual).all()
+        if compared:
             pairs.append(("origin", np.repeat(self.origins if dates is None else dates[0], horizon)))
         steps = np.tile(np.arange(1, horizon + 1), count) if dates is None else dates[1].reshape(-1)
         pairs.append((table.date or "step", steps))
         for n, name in enumerate(recipe.targets):
-            if actual is not None:
+            if compared:
                 pairs.append((f"{name}_actual", actual[..., n].reshape(-1)))
             pairs.append((name, self.median[..., n].reshape(-1)))
             for q, level in enumerate(recipe.quantiles):
@@ -109,13 +153,13 @@ class Forecasts:
                     pairs.append((f"{name}_{level:g}", self.values[..., n, q].reshape(-1)))
         return distinct(pairs)
 
-    def to_frame(self, actual: Floats | None = None) -> Any:
+    def to_frame(self) -> Any:
         """Return `columns` as a pandas frame, with dates as datetime64; as a polars frame if the data was one.
 
         Raises:
             UsageError: pandas isn't installed.
         """
-        return as_frame(self.columns(actual), self.polars)
+        return as_frame(self.columns(), self.polars)
 
     def at(self, levels: Sequence[float]) -> Floats:
         """Return any quantiles, `[N, horizon, targets, levels]`.
@@ -161,3 +205,12 @@ class Forecasts:
         from cellstack.train.forecasting.plot import plot
 
         return plot(self, which, history)
+
+
+def interval(low: float, high: float) -> str:
+    """Return the name of the interval between two quantiles.
+
+    >>> interval(0.1, 0.9), interval(0.1, 0.5)
+    ('80% interval', 'quantiles 0.1 to 0.5')
+    """
+    return f"{high - low:.0%} interval" if abs(low + high - 1) < 1e-9 else f"quantiles {low:g} to {high:g}"

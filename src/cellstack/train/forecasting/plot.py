@@ -6,6 +6,7 @@ Needs no torch. matplotlib is imported at the first plot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
-from cellstack.train.forecasting.forecasts import Forecasts
+from cellstack.train.forecasting.forecasts import Forecasts, interval
 from cellstack.train.forecasting.parts import spread_out
 from cellstack.train.history import COLORS, Panel, panels
 
@@ -90,8 +91,8 @@ def _series(
     if len(past):
         axis.plot(times[past], values[past], color=ACTUAL, linewidth=1.2, label="history")
     if len(later) and not np.isnan(values[later]).all():
-        look = {"linestyle": ":", "marker": marker} if len(past) else {}
-        axis.plot(times[later], values[later], color=ACTUAL, linewidth=1.2, label="actual", **look)
+        look = {"linestyle": (0, (2, 1)), "marker": marker} if len(past) else {}
+        axis.plot(times[later], values[later], color=ACTUAL, linewidth=1.2, label="actual", zorder=3, **look)
     for n in at:
         ahead = forecasts.origins[n] + np.arange(1, recipe.horizon + 1)
         x = ahead - rows.start + 1 if forecasts.times is None else forecasts.times[n]
@@ -104,24 +105,64 @@ def _series(
     if table.times is None:
         axis.set_xlabel("row")
     else:
-        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
-        locator = AutoDateLocator(minticks=3, maxticks=8)
-        axis.xaxis.set_major_locator(locator)
-        axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        _date_ticks(axis)
     if legend:  # above the curves
         low, high = axis.get_ylim()
         axis.set_ylim(low, high + 0.15 * (high - low))
         axis.legend(loc="upper left", ncols=6, frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.2)
 
 
+def _date_ticks(axis: Any) -> None:
+    """Label the ticks of a time axis, see `date_labels`."""
+    from matplotlib.dates import AutoDateLocator, num2date
+    from matplotlib.ticker import Formatter
+
+    class Labels(Formatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{num2date(x):%Y-%m-%d %H:%M}"  # where the pointer is
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            low, high = sorted(axis.get_xlim())
+            seen = [low <= value <= high for value in values]  # the locator also returns ticks outside the axis
+            labels = iter(date_labels([num2date(value) for value, inside in zip(values, seen, strict=True) if inside]))
+            return [next(labels) if inside else "" for inside in seen]
+
+    axis.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=8))
+    axis.xaxis.set_major_formatter(Labels())
+
+
+def date_labels(times: Sequence[datetime]) -> list[str]:
+    """Return the labels of ticks: the first one and those where a day or a year begins also name it, in a second line.
+
+    >>> date_labels([datetime(2024, 12, 24), datetime(2024, 12, 31), datetime(2025, 1, 7)])
+    ['24 Dec\\n2024', '31 Dec', '7 Jan\\n2025']
+    >>> date_labels([datetime(2024, 12, 31, 12), datetime(2024, 12, 31, 18), datetime(2025, 1, 1)])
+    ['12:00\\n31 Dec 2024', '18:00', '00:00\\n1 Jan 2025']
+    """
+    clock = "" if all(one.time() == time.min for one in times) else "%H:%M"
+    if any(one.second or one.microsecond for one in times):
+        clock = "%H:%M:%S"
+    monthly = all(one.day == 1 for one in times) and not clock
+    if monthly and all(one.month == 1 for one in times):
+        return [f"{one:%Y}" for one in times]
+    labels = []
+    for before, one in zip([None, *times], times, strict=False):
+        day = f"{one:%b}" if monthly else f"{one.day} {one:%b}"
+        year = f"{one:%Y}" if before is None or before.year != one.year else ""
+        if not clock:
+            labels.append("\n".join(part for part in (day, year) if part))
+        elif before is None or before.date() != one.date():
+            labels.append(f"{one:{clock}}\n{day} {year}".strip())
+        else:
+            labels.append(f"{one:{clock}}")
+    return labels
+
+
 def _intervals(axis: Any, x: Any, values: NDArray, levels: tuple[float, ...], labelled: bool) -> None:
     """Fill the intervals between quantiles, `[horizon, quantiles]`, from the outermost pair to the innermost."""
     for n in range(len(levels) // 2):
         low, high = levels[n], levels[-1 - n]
-        even = abs(low + high - 1) < 1e-9
-        text = f"{high - low:.0%} interval" if even else f"quantiles {low:g} to {high:g}"
-        label = {"label": text} if labelled else {}
+        label = {"label": interval(low, high)} if labelled else {}
         look = {"color": FORECAST, "alpha": min(0.2 + 0.15 * n, 0.5), "zorder": 1}
         if len(values) == 1:  # one step has no area
             axis.vlines(x, values[:, n], values[:, -1 - n], linewidth=5, **look, **label)
@@ -146,5 +187,6 @@ def _by_horizon(axis: Any, test: Backtest, target: int) -> None:
     axis.set_title(f"error of {name} by horizon, with the best baselines", **TITLE)
     axis.set_ylabel(f"mean absolute error, {name}", parse_math=False)
     axis.set_xlabel("steps ahead")
-    axis.set_ylim(bottom=0.0)
-    axis.legend(frameon=False, fontsize=8)
+    lines = -(-len(axis.get_lines()) // 2)  # of the legend, above the curves
+    axis.set_ylim(0.0, axis.get_ylim()[1] * (1 + 0.12 * lines))
+    axis.legend(loc="upper left", ncols=2, frameon=False, fontsize=8)

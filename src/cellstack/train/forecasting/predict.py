@@ -201,7 +201,11 @@ def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
     else:
         found = _rows_at(table, table.times, origin, name)
     if not len(found):
-        span = f", which covers {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        span = (
+            f", which covers {table.shown(table.times.min())} to {table.shown(table.times.max())}"
+            if table.times is not None
+            else ""
+        )
         raise UsageError(f"expected {name} to be a row of {table.path}{span}, got {origin}")
     return found.astype(np.int64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -118,15 +119,19 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
     weights = size.weights + (size.width + width + 1) * outputs
     steps, many = epoch_steps(len(cut.training), settings.batch), build.members > 1
     spans: dict[str, list[str] | None] = {"validation": None, "test": None}
-    said = [f"{len(cut.training):,} windows to train on, up to {_span(table, table.starts[:-1], cut.ends)[1]}"]
+    trained = _span(table, table.starts[:-1], cut.ends, table.shown)
+    said = [f"{len(cut.training):,} windows to train on, up to {trained[1]}"]
     if len(cut.validation):
-        spans["validation"] = validation = _span(table, cut.ends, cut.validation_ends)
-        said.append(f"{len(cut.validation):,} forecasts to validate on, of the rows from {' to '.join(validation)}")
+        part = table, cut.ends, cut.validation_ends
+        spans["validation"] = _span(*part, iso)
+        shown = " to ".join(_span(*part, table.shown))
+        said.append(f"{len(cut.validation):,} forecasts to validate on, of the rows from {shown}")
     compared: list[str] = []
     if len(cut.test):
         compared, used = baselines(table, recipe), min(len(cut.test), MOST_ORIGINS)
-        spans["test"] = tested = _span(table, cut.validation_ends, table.starts[1:])
-        said.append(f"{used:,} forecasts to test on, of the rows from {' to '.join(tested)}")
+        part = table, cut.validation_ends, table.starts[1:]
+        spans["test"] = _span(*part, iso)
+        said.append(f"{used:,} forecasts to test on, of the rows from {' to '.join(_span(*part, table.shown))}")
         said.append(f"baselines to compare with: {', '.join(f'`{name}`' for name in compared)}")
     else:
         said.append("no test part")
@@ -156,11 +161,11 @@ def baselines(table: Table, recipe: Recipe) -> list[str]:
     return names + ["gradient boosting on lags"] * (find_spec("sklearn") is not None)
 
 
-def _span(table: Table, first: Ints, end: Ints) -> list[str]:
-    """Return the dates, or the numbers from 1, of the first and the last row of a part of each series."""
+def _span(table: Table, first: Ints, end: Ints, form: Callable[[Any], str]) -> list[str]:
+    """Return the dates, written by `form`, or the numbers from 1, of the first and last row of a part of the series."""
     used = first < end
     first, last = first[used], end[used] - 1
     if table.times is not None:
-        return [iso(table.times[first].min()), iso(table.times[last].max())]
+        return [form(table.times[first].min()), form(table.times[last].max())]
     before = table.starts[:-1][used]
     return [f"{int((first - before).min()) + 1:,}", f"{int((last - before).max()) + 1:,}"]

@@ -208,11 +208,7 @@ class Windows:
 
     def actual(self, indices: Ints) -> Floats:
         """Return the actual values, `[B, horizon, targets]`, NaN where missing or beyond the series."""
-        rows = self.origins[indices][:, None] + np.arange(1, self.recipe.horizon + 1)
-        end = self.table.starts[self.series[indices] + 1][:, None]
-        inside = rows < end
-        kept = np.where(inside, rows, end - 1)
-        return np.stack([np.where(inside, target.values[kept], np.nan) for target in self.targets], axis=-1)
+        return actual_after(self.recipe, self.table, self.origins[indices])
 
     def forecasts(self, indices: Ints, out: NDArray) -> Floats:
         """Return forecasts in the targets' units, `[B, horizon, targets, quantiles]`, from a network's outputs.
@@ -224,6 +220,15 @@ class Windows:
         out = out.reshape(len(indices), recipe.horizon, len(recipe.targets), len(recipe.quantiles))
         unit = self.units(indices).unit[:, None, :, None]
         return np.sort(self.reference(indices)[..., None] + unit * out.astype(np.float64), axis=-1)
+
+
+def actual_after(recipe: Recipe, table: Table, origins: Ints) -> Floats:
+    """Return the targets' values after `origins`, `[N, horizon, targets]`, NaN where missing or beyond the series."""
+    rows = origins[:, None] + np.arange(1, recipe.horizon + 1)
+    end = table.starts[np.searchsorted(table.starts, origins, side="right")][:, None]
+    inside = rows < end
+    kept = np.where(inside, rows, end - 1)
+    return np.stack([np.where(inside, table.columns[name][kept], np.nan) for name in recipe.targets], axis=-1)
 
 
 def extended_times(table: Table, rows: int) -> NDArray[np.datetime64]:

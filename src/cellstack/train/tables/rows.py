@@ -218,11 +218,14 @@ def _untwinned(
     row = int(np.argmax(twin & ~repeated))
     before = int(np.argmax((codes == codes[row]) & (times == times[row])))
     if apart := _apart(given.frame, keys, found.name):
-        fix = f"use --id {apart}, if that identifies the series"
+        names = apart.split(",")
+        python = f"id={names if len(names) > 1 else apart!r}, for read_table ids="
+        fix = f"use --id {apart} (in Python {python}), if that identifies the series"
     else:
         fix = f"keep one row, or their mean, in pandas df.groupby({found.name!r}).mean()"
         if 10 * twin.sum() > len(twin):
-            fix = f"use --id for the column that identifies series, or --date {found.name},… to add hours; or {fix}"
+            by_id = "use --id (in Python id=, for read_table ids=) for the column that identifies series"
+            fix = f"{by_id}, or --date {found.name},… to add hours; or {fix}"
         if zone is None and (like := near_a_change(pd.Series(times[[row]]))):
             fix = f"use --zone, if the clock is set back then, as in {like}; else {fix}"
     where = "" if codes.max() == 0 else " in each series"

@@ -21,7 +21,7 @@ from cellstack.train.tables.source import listed, read_source
 __all__ = ["CategoryColumn", "Filled", "Spacing", "Table", "read_table"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """One or more series, each on an even grid, with one row per time step.
 
@@ -61,6 +61,16 @@ class Table:
     def __len__(self) -> int:
         """Rows N of all series together, including filled gaps."""
         return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        """Describe it in three or four lines."""
+        lines = [f"Table of {self.path}: {self.understood()[0]}"]
+        lines.append(f"numbers: {listed([f'`{name}`' for name in self.columns])}")
+        if self.categories:
+            lines.append(f"categories: {listed([f'`{name}`' for name in self.categories])}")
+        if self.ignored:
+            lines.append(f"ignored: {listed([f'`{name}`' for name in self.ignored])}")
+        return "\n  ".join(lines)
 
     def rows(self, series: int) -> slice:
         """Return the rows of a series."""
@@ -108,8 +118,8 @@ class Table:
                 said[name] = f"always {category.labels[0]!r}" if category.labels else "no value"
         return said
 
-    def _shown(self, time: np.datetime64) -> str:
-        """Return a time, without the time of day if the spacing is in whole days."""
+    def shown(self, time: np.datetime64) -> str:
+        """Return a time for readers, without the time of day if the spacing is in whole days."""
         whole = self.spacing is not None and not self.spacing.seconds % grid.DAY
         return iso(time) if whole else str(time).replace("T", " ").removesuffix(":00")
 
@@ -128,7 +138,7 @@ class Table:
         if self.times is None:
             sentences = [f"{said}, in row order: no column of dates"]
         else:
-            span = f"from {self._shown(self.times.min())} to {self._shown(self.times.max())}"
+            span = f"from {self.shown(self.times.min())} to {self.shown(self.times.max())}"
             sentences = [f"{said}, {self.spacing} {span} by `{self.date}`" + (f", in {self.zone}" if self.zone else "")]
             gaps, rows = int(self.filled.gaps.sum()), int(self.filled.rows.sum())
             if gaps:
