@@ -33,7 +33,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model files", "what the model's file doesn't define; see docs/onnx.md")
     text = (
         "PyTorch weights: the modules in the order in which they run, with 'final' (final states), 'last' (last step), "
-        "'relu' and so on between"
+        "'mean' or 'max' (over all steps), 'relu' and so on between"
     )
     group.add_argument("--order", type=names, metavar="A,B", help=text)
     text = "ONNX: inputs to replace by constants, such as sr=16000"
