@@ -145,6 +145,19 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
 
 
+def test_a_network_of_arrays_runs_on_a_table(capsys, machines):
+    assert run(capsys, "train", machines / "machines.npz", "-o", machines / "net", *SMALL)[0] == 0
+    words = ["run", machines / "net", machines / "machines.csv", "--id", "machine", "--time", "hour"]
+    status, out, err = run(capsys, *words, "--label", "state")
+    table = pd.read_csv(machines / "machines.csv")
+    assert (status, out.count("\n")) == (0, 1 + table["machine"].nunique())
+    table.assign(more=1.5).to_csv(machines / "machines.csv", index=False)
+    status, out, err = run(capsys, *words, "--label", "state")
+    assert (status, out) == (2, "")
+    assert "channels, found" in err
+    assert "heat, " in err
+
+
 def test_run_on_a_table_without_labels(capsys, machines):
     assert run(capsys, "train", machines / "machines.csv", *COLUMNS, "-o", machines / "net", *SMALL)[0] == 0
     table = pd.read_csv(machines / "machines.csv").drop(columns=["state", "place"])

@@ -70,8 +70,8 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
             bidirectional, else `h[-1]`), and `"last"` the last step (`y[:, -1]`); after a bidirectional layer these
             differ, and `load` warns about `"last"`. `"mean"` and `"max"` are taken over all steps. The list may also
             hold the name of an activation such as `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"`
-            distinguish an embedding from a Linear without a bias. Any other operation between the class's modules has to be listed too. `verify(network, module)`
-            compares the result with the model.
+            distinguish an embedding from a Linear without a bias. Any other operation between the class's modules has
+            to be listed too. `verify(network, module)` compares the result with the model.
             ONNX: `constants`, the values of inputs by name, `{"sr": 16000}`; `weights`, the same for inputs that are
             weights; `frames`, the number of values in a frame of an input; `context`, how many of a frame's last
             values are repeated at the start of the next frame.
