@@ -603,7 +603,7 @@ def _in_c(
 
     whole = len(net.shapes[net.outputs[0]]) == 2
     by_steps = hasattr(library, f"{name}_step")
-    work = np.empty(0 if by_steps else frames.shape[1] * _number(r"_WORK\(steps\) .*\* (\d+)\)", header), net.dtype)
+    work = np.empty(0 if by_steps else frames.shape[1] * _number(r"_WORK\(steps\) .*\* (\d+)", header), net.dtype)
     for row, state in enumerate(memory):
         if not by_steps:
             out = y[row] if whole else y[row, -1]
