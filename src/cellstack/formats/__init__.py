@@ -139,4 +139,6 @@ def save(network: Network, path: str | PathLike[str]) -> None:
                     error.args = (f"{error}; {NATIVE} supports every network",)
                 raise
             return
-    raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}")
+    named = PurePath(path).name
+    such = f": {NATIVE} supports every network, such as {str(PurePath(path)) + NATIVE!r}" * bool(named)
+    raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}{such}")
