@@ -210,7 +210,10 @@ def test_torch_files_that_aren_t_run(tmp_path):
     for saved, message in (
         (module, "without running the file's own code: Weights only load failed"),
         ({"weight": Trap()}, "without running the file's own code"),
-        (torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(), "how its modules run (found 0, 1): compare with"),
+        (
+            torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(),
+            "how its modules run (found 0, 1): compare with",
+        ),
         (torch.nn.Linear(3, 4).state_dict(), "how its modules run (found weight, bias)"),
         (torch.nn.LSTM(3, 5).state_dict(), "torch.nn.LSTM doesn't take the file's weights"),
     ):
