@@ -126,7 +126,7 @@ def as_trained(
     for option in how:
         raise UsageError(f"predict: {option} applies only to a table's file")
     if is_frame(data):
-        if y is None and label not in map(str, data.columns):
+        if y is None and label not in [str(column) for column in data.columns]:
             label = known["per_step"] = None
         return as_sequences(data, label, **named, **known)
     if is_stream(data):
