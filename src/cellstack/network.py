@@ -686,7 +686,8 @@ class Network:
         Args:
             data: see above.
             y: the true values, if known, in the form that `train.fit` takes; then `scores` compares them with the
-                predictions. Files contain them; of a frame it is the name of the column. Not for forecasts.
+                predictions. Of a frame it is the name of the column. None: what a file contains, or the column of the
+                training's classes or numbers, if a table has it.
             id, time: columns of a table, as in `train.fit`; None: as in training.
             threads: the number of threads that the kernel may use.
             options: `origin`, and the options of `train.read_table`, for forecasts; `length`, `temperature`, `top_k`,

@@ -171,7 +171,25 @@ def test_a_bidirectional_network_becomes_c_from_weights_in_an_order(capsys, tmp_
     )
     assert status == 0
     assert f"{tmp_path / 'net.c'}: pass" in out
-    assert "pass the torch module instead of its file" in out
+    shapes, verdict = out.splitlines()[-2:]
+    assert shapes == "[B, T, 3] -> [B, 2]: an output for the whole sequence"
+    assert verdict == (
+        f"not verified: {tmp_path / 'net.pt'}: a state dict doesn't say how its modules run (found rnn, head): compare "
+        "with your module: cs.verify(cs.load(…), module)"
+    )
+
+
+def test_a_forgotten_final_state_does_not_end_in_pass(capsys, tmp_path, pytorch_files):
+    rnn = torch.nn.LSTM(3, 4, batch_first=True)
+    torch.save(torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(4, 3)}).state_dict(), tmp_path / "net.pt")
+    words = ["convert", str(tmp_path / "net.pt"), str(tmp_path / "net.safetensors"), "--order", "rnn,head"]
+    status, out, _ = run(capsys, *words)
+    shapes, verdict = out.splitlines()[-2:]
+    assert (status, shapes) == (0, "[B, T, 3] -> [B, T, 3]: an output at every step")
+    assert verdict.startswith(f"not verified: {tmp_path / 'net.pt'}: a state dict doesn't say")
+    report = json.loads(run(capsys, *words, "--json")[1])
+    assert (report["verdict"], report["shapes"]) == ("not verified", shapes)
+    assert report["not_verified"] == [verdict.removeprefix("not verified: ")]
 
 
 def test_any_network_runs_on_numbers(capsys, tmp_path, model):
@@ -239,9 +257,9 @@ def test_a_user_s_sample(capsys, tmp_path, model, suffix):
     assert (status, err) == (0, "")
     assert "on x [1, 9, 3]\n" in out
     assert "drawn" not in out
-    assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["bfloat16", "int8"]
+    assert [line.split()[0] for line in out.splitlines()[-5:-3]] == ["bfloat16", "int8"]
     target = tmp_path / "net.c"
-    assert out.splitlines()[-2] == f"{target}: pass: every relative difference is within 1.0e-04"
+    assert out.splitlines()[-3] == f"{target}: pass: every relative difference is within 1.0e-04"
     assert out.splitlines()[-1] == f"pass: {model} -> {target.with_suffix('.h')}, {target}"
     report = json.loads(run(capsys, *words, "--json")[1])
     assert report["sample"] == sample
@@ -454,6 +472,10 @@ def test_columns_that_don_t_exist(capsys, small, standard_input, text, columns, 
     assert re.search(message, err)
 
 
+class Own(torch.nn.Module):
+    """A class that no reader knows."""
+
+
 def test_modules_in_a_given_order(capsys, tmp_path, pytorch_files):
     module = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(2, 4, batch_first=True), "head": torch.nn.Linear(4, 1)})
     torch.save(module.state_dict(), tmp_path / "net.pt")
@@ -473,6 +495,20 @@ def test_modules_in_a_given_order(capsys, tmp_path, pytorch_files):
     assert (status, out) == (2, "")
     assert "--order: order isn't used for" in err
     assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
+    status, _, err = run(capsys, "run", str(tmp_path / "net.pt"), str(tmp_path / "x.npy"))
+    assert status == 2
+    assert "as a state dict doesn't specify the order of modules" in err
+    assert "pass order=[…] (--order A,B), the names of modules in the order in which they run" in err
+    assert "(or `cellstack info FILE`) gives its recurrent parts" in err
+    own = Own()
+    own.rnn, own.head = module["rnn"], module["head"]
+    torch.save(own, tmp_path / "whole.pt")
+    status, _, err = run(capsys, "run", str(tmp_path / "whole.pt"), str(tmp_path / "x.npy"))
+    assert status == 2
+    assert "as the file of a pickled class doesn't contain its code" in err
+    status, out, err = run(capsys, "run", str(tmp_path / "whole.pt"), str(tmp_path / "x.npy"), *order, "--json")
+    assert (status, err) == (0, "")
+    np.testing.assert_allclose(next(iter(json.loads(out).values())), wanted, atol=1e-6)
 
 
 def test_formats_that_cannot_be_written_or_cannot_represent_the_network_are_refused(capsys, tmp_path, small):

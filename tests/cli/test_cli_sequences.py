@@ -121,6 +121,11 @@ def test_train_and_run_on_every_kind_of_file(capsys, machines, tmp_path, name):
         ("broken", "fine")[float(row["p_fine"]) > 0.5] for row in rows[:3]
     ]
     assert rows[7].get("machine", "m7") == "m7"
+    lines = [line.split() for line in err.splitlines()]
+    assert [*lines[-3:-1], lines[-1][:1]] == [["broken", "fine"], ["broken", *lines[-2][1:]], ["fine"]]
+    assert [[int(count) for count in line[1:]] for line in lines[-2:]] == report["test"]["confusion"]
+    again = json.loads(run(capsys, "run", machines / "net", machines / name, "--json")[1])
+    assert (again["labels"], again["confusion"]) == (["broken", "fine"], report["test"]["confusion"])
 
 
 def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
@@ -143,6 +148,19 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     table.to_csv(machines / "quoted.csv", decimal=",", index=False)
     assert "use --decimal comma if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
+
+
+def test_a_network_of_arrays_runs_on_a_table(capsys, machines):
+    assert run(capsys, "train", machines / "machines.npz", "-o", machines / "net", *SMALL)[0] == 0
+    words = ["run", machines / "net", machines / "machines.csv", "--id", "machine", "--time", "hour"]
+    status, out, err = run(capsys, *words, "--label", "state")
+    table = pd.read_csv(machines / "machines.csv")
+    assert (status, out.count("\n")) == (0, 1 + table["machine"].nunique())
+    table.assign(more=1.5).to_csv(machines / "machines.csv", index=False)
+    status, out, err = run(capsys, *words, "--label", "state")
+    assert (status, out) == (2, "")
+    assert "channels, found" in err
+    assert "heat, " in err
 
 
 def test_run_on_a_table_without_labels(capsys, machines):
@@ -180,6 +198,16 @@ def test_an_output_per_step(capsys, rng, tmp_path):
     assert rows[0] == ["id", "step", "predicted"]
     assert [row[:2] for row in rows[5:7]] == [["0", "4"], ["1", "0"]]
     assert "rmse" in err
+
+
+def test_one_epoch_and_the_test_score_are_said_once(capsys, machines, tmp_path):
+    other = tmp_path / "other.npz"
+    other.write_bytes((machines / "machines.npz").read_bytes())
+    words = ["train", machines / "machines.npz", other, "-o", tmp_path / "net", *SMALL, "--epochs", "1"]
+    out = run(capsys, *words)[1]
+    assert "; at most 1 epoch of " in out
+    assert "\ntrained for 1 epoch; kept epoch 1" in out
+    assert out.count("accuracy 0.") == 1
 
 
 def test_it_ends_with_a_sentence(capsys, tmp_path):

@@ -112,6 +112,15 @@ def test_a_cell_of_every_flag_round_trips(seed, kind, tmp_path):
         assert other.cells[0].arrays[name].tobytes() == array.tobytes()
 
 
+def test_a_name_without_a_suffix_is_refused_with_the_native_one(tmp_path):
+    net = cs.Network([cs.Dense(np.ones((2, 3), "f4"))])
+    with pytest.raises(
+        ValueError, match=r"got '.*/q': \.safetensors supports every network, such as '.*/q\.safetensors'"
+    ):
+        net.save(tmp_path / "q")
+    assert not list(tmp_path.iterdir())
+
+
 def test_integers_are_accepted_as_floats(tmp_path):
     cell = make_cell(np.random.default_rng(0), 2, 2, clip=5)  # some languages write 5.0 so
     cs.Network([cs.Recurrent((cell,))]).save(tmp_path / "net.safetensors")

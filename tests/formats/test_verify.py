@@ -208,16 +208,20 @@ def test_torch_files_that_aren_t_run(tmp_path):
     module = torch.nn.LSTM(3, 4, batch_first=True)
     net = from_torch(module)
     for saved, message in (
-        (module, "without running the file's own code"),
+        (module, "without running the file's own code: Weights only load failed"),
         ({"weight": Trap()}, "without running the file's own code"),
-        (torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(), "verify(net, module) (found 0, 1)"),
-        (torch.nn.Linear(3, 4).state_dict(), "verify(net, module) (found weight, bias"),
+        (
+            torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(),
+            "how its modules run (found 0, 1): compare with",
+        ),
+        (torch.nn.Linear(3, 4).state_dict(), "how its modules run (found weight, bias)"),
         (torch.nn.LSTM(3, 5).state_dict(), "torch.nn.LSTM doesn't take the file's weights"),
     ):
         torch.save(saved, tmp_path / "net.pt")
         report = verify(net, tmp_path / "net.pt")
         assert (report.ok(), report.runtime) == (False, None)
         assert message in str(report)
+        assert "\x1b" not in str(report)  # torch colours its messages
 
 
 # ── a torch module ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,7 +258,7 @@ def test_an_ordered_state_dict_is_compared_with_its_module(tmp_path, suffix):
     assert verify(net, model, np.ones((2, 5, 3))).inputs == {"x": (2, 5, 3)}
     unable = verify(net, path)
     assert unable.runtime is None
-    assert "pass the torch module instead of its file: cellstack.verify(net, module)" in unable.note
+    assert "compare with your module: cs.verify(cs.load(…), module)" in unable.note
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

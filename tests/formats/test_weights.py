@@ -135,6 +135,15 @@ def test_the_final_states_in_an_order_are_those_of_the_last_layer(tmp_path, kind
         np.testing.assert_array_equal(net(x.numpy()), cs.load(path, order=["rnn", "last", "head"])(x.numpy()))
 
 
+@pytest.mark.parametrize(("word", "pooled"), [("mean", lambda y: y.mean(1)), ("max", lambda y: y.amax(1))])
+def test_an_order_takes_the_mean_and_the_maximum_by_name(tmp_path, word, pooled):
+    gru, head = torch.nn.GRU(3, 4, batch_first=True), torch.nn.Linear(4, 2)
+    path = saved(tmp_path, torch.nn.ModuleDict({"gru": gru, "head": head}))
+    x = torch.randn(2, 6, 3)
+    net = cs.load(path, order=["gru", word, "head"])
+    np.testing.assert_allclose(net(x.numpy()), head(pooled(gru(x)[0])).detach().numpy(), atol=1e-6)
+
+
 def test_the_last_step_in_an_order_is_the_last_used_one(tmp_path):
     rnn = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
     path = saved(tmp_path, torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(8, 2)}))
@@ -158,7 +167,7 @@ def test_the_last_step_in_an_order_is_the_last_used_one(tmp_path):
         (5, ["rnn", "final", "head"], "expected an input of 5 features, got 8 from before it$"),
         (16, ["rnn", "head"], "expected an input of 16 features, got 8 from before it$"),
         (8, ["rnn", "relu", "final", "head"], r"'final', as in order: .*must directly follow a recurrent layer"),
-        (8, ["rnn", "finale", "head"], "order also takes 'last' for the last step, 'final' for the final states"),
+        (8, ["rnn", "finale", "head"], "order also takes 'last' for the last step, 'mean' and 'max' over all steps, "),
     ],
 )
 @pytest.mark.filterwarnings("ignore:load:UserWarning")

@@ -159,7 +159,12 @@ def test_a_table_s_columns_are_selected_by_name_as_in_training(ragged, of_frame,
     net = of_frame.network
     found = net.predict(frame.assign(more=1.0)[["more", "b", "hour", "c", "machine", "state", "a"]])
     np.testing.assert_array_equal(found.probabilities, net.predict(x).probabilities)
-    assert (found.ids[:2], found.scores) == (("m0", "m1"), {})
+    assert (found.ids[:2], found.scores.keys()) == (("m0", "m1"), {"accuracy", "confusion"})
+    assert found.scores["accuracy"] == net.predict(frame, "state").scores["accuracy"]
+    assert net.predict(frame.drop(columns="state")).scores == {}
+    message = r"got 'machine'; for a single sequence, add it with the same value in every row"
+    with pytest.raises(UsageError, match=message):
+        net.predict(frame[frame["machine"] == "m0"].drop(columns="machine"))
     frame.to_csv(tmp_path / "new.csv", index=False)
     assert net.predict(tmp_path / "new.csv").scores["accuracy"] == net.predict(frame, "state").scores["accuracy"]
     frame.drop(columns="state").rename(columns={"machine": "m"}).to_csv(tmp_path / "bare.csv", index=False)
@@ -170,7 +175,7 @@ def test_a_table_s_columns_are_selected_by_name_as_in_training(ragged, of_frame,
         net.predict([one[:, :2] for one in x])
 
 
-def test_a_network_of_unnamed_arrays_takes_arrays_and_frames_but_no_table_s_file(ragged, tmp_path):
+def test_a_network_of_unnamed_arrays_takes_frames_and_tables_with_as_many_numeric_columns(ragged, tmp_path):
     x, y = ragged
     net = train.fit(x, y, **SMALL).network
     assert net.channels == ()
@@ -178,8 +183,15 @@ def test_a_network_of_unnamed_arrays_takes_arrays_and_frames_but_no_table_s_file
     found = net.predict(frame, id="machine", time="hour")
     np.testing.assert_array_equal(found.probabilities, net.predict(x).probabilities)
     frame.to_csv(tmp_path / "new.csv", index=False)
-    with pytest.raises(UsageError, match=r"expected a \.ts or \.npz file, because the network wasn't trained on"):
+    frame.to_parquet(tmp_path / "new.parquet", index=False)
+    for name in ("new.csv", "new.parquet"):
+        read = net.predict(tmp_path / name, "state", id="machine", time="hour")
+        np.testing.assert_allclose(read.probabilities, found.probabilities, rtol=1e-6)
+        assert read.scores["accuracy"] == net.predict(x, y).scores["accuracy"]
+    with pytest.raises(FormatError, match=r"new: expected 3 channels, found 4: a, b, c, hour$"):
         net.predict(tmp_path / "new.csv", id="machine")
+    with pytest.raises(UsageError, match=r"wasn't trained on a table, or id= \(--id\), the column that identifies"):
+        net.predict(tmp_path / "new.csv")
 
 
 def test_numbers_are_in_the_targets_units(ragged):

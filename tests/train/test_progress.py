@@ -32,12 +32,12 @@ done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), **quick)
 """
 
 
-def in_a_terminal(code):
+def in_a_terminal(code, columns=120):
     """Return what a process writes to a pseudo-terminal."""
     pid, terminal = pty.fork()
     if not pid:
         os.execv(sys.executable, [sys.executable, "-c", code])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     written = b""
     with suppress(OSError):  # the process has ended
         while True:
@@ -58,6 +58,13 @@ def test_a_terminal_shows_a_bar_by_default():
     shown = in_a_terminal(FIT.format(""))
     assert re.search(r"epoch 3/3 100%\|.*\| 00:0\d<00:00, loss 0.\d+; validation loss 0.\d+, accuracy [01]", shown)
     assert "epoch" not in in_a_terminal(FIT.format(", progress=False"))
+
+
+@pytest.mark.parametrize(("columns", "end"), [(50, r"loss 0\.\d+"), (70, r"; validation loss 0\.\d+")])
+def test_a_narrow_terminal_shows_fewer_figures_instead_of_cut_ones(columns, end):
+    lines = [line for line in re.split("[\r\n]+", in_a_terminal(FIT.format(""), columns)) if "epoch 3/3 100%" in line]
+    assert lines
+    assert all(re.search(rf"00:0\d<00:00, .*{end} *$", line) for line in lines)
 
 
 def test_redirected_output_has_no_bar_unless_it_is_asked_for():

@@ -618,6 +618,8 @@ def test_logs_and_the_history_as_files_and_as_a_picture(toy, tmp_path):
     drawn = (tmp_path / "a.svg").read_text()
     assert "accuracy" in drawn or "<svg" in drawn
     history.draw(tmp_path / "a.png", result.history)
+    with pytest.raises(TypeError, match=r"expected a path, then the history: draw\(path, history\), got list"):
+        history.draw(result.history, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

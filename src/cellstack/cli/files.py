@@ -33,7 +33,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model files", "what the model's file doesn't define; see docs/onnx.md")
     text = (
         "PyTorch weights: the modules in the order in which they run, with 'final' (final states), 'last' (last step), "
-        "'relu' and so on between"
+        "'mean' or 'max' (over all steps), 'relu' and so on between"
     )
     group.add_argument("--order", type=names, metavar="A,B", help=text)
     text = "ONNX: inputs to replace by constants, such as sr=16000"
@@ -281,13 +281,27 @@ def convert(args: argparse.Namespace) -> int:
     verdicts = {one.verdict(allowed[path]).partition(":")[0] for path, one in reports.items()}
     verdict = next(word for word in ("fail", "not verified", "pass") if word in verdicts)
     written = f"{source} -> {', '.join(files)}"
+    reasons = [f"{path}: {one.note}" for path, one in reports.items() if one.runtime is None]
+    ending = "; ".join(reasons) if verdict == "not verified" else written
     said = ["bfloat16 matrices are written as float32: the values are the same, but x and h are no longer rounded"]
     said *= widened
-    text = [written, *said, *(one.text(allowed[path]) for path, one in reports.items()), f"{verdict}: {written}"]
+    shown = {path: one for path, one in reports.items() if verdict == "fail" or one.runtime or one.streams}
+    compared = [one.text(allowed[path]) for path, one in shown.items()]
+    text = [written, *said, *compared, _answered(net), f"{verdict}: {ending}"]
     report = {"source": source, "files": files, "sample": args.sample, "verdict": verdict, "weights": net.weights}
+    report |= {"not_verified": reasons, "shapes": _answered(net)}
     report["parity"] = {path: one.to_json() for path, one in reports.items()}
     show(args, report, text)
     return 1 if verdict == "fail" else 0
+
+
+def _answered(net: Network) -> str:
+    """Return the shapes of inputs and outputs, and whether the output has a time axis: a wrong order shows here."""
+    inputs, outputs = ([net.graph.shown(name) for name in names] for names in (net.inputs, net.outputs))
+    said = ""
+    if len(outputs) == 1 and any(map(net.graph.timed, net.inputs)):
+        said = f": an output {'at every step' if len(net.shapes[net.outputs[0]]) == 2 else 'for the whole sequence'}"
+    return f"{', '.join(inputs)} -> {', '.join(outputs)}{said}"
 
 
 def run_any(args: argparse.Namespace, net: Network) -> int:

@@ -19,6 +19,9 @@ from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.history import PICTURES, check, save
 from cellstack.train.predict import as_trained, sequences
+from cellstack.train.predictions import Predictions
+
+MOST_CLASSES = 10  # for which the confusion matrix is printed
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,12 +60,28 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
         return _show(args, found.columns(), _forecasts(found))
     how = {"id": only_one(args.id), "time": args.time, **given(args, SEQUENCES)}
     found = sequences(net, as_trained(net, args.file, args.label, path, **how), args.file, args.threads)
-    report = {"answers": found.outputs, "predicted": found.predicted, **found.scores}
+    labels = {"labels": list(found.labels)} if found.labels else {}
+    report = {"answers": found.outputs, "predicted": found.predicted, **labels, **found.scores}
     _show(args, found.columns(), {"ids": list(found.ids), **report} if found.ids else report)
     for name in ("accuracy", "mae", "rmse"):
         if name in found.scores and not args.json:
             print(f"{name} {found.scores[name]:.4f}", file=sys.stderr)
+    if "confusion" in found.scores and len(found.labels) <= MOST_CLASSES and not args.json:
+        print("\n".join(_confusion(found)), file=sys.stderr)
     return 0
+
+
+def _confusion(found: Predictions) -> list[str]:
+    """Return the confusion matrix as lines, with the classes' names."""
+    names, counts = [str(label) for label in found.labels], found.scores["confusion"]
+    width = max(*map(len, names), len(str(counts.max())))
+    rows = zip(names, counts.tolist(), strict=True)
+    lines = ["  ".join(str(cell).rjust(width) for cell in (name, *row)) for name, row in rows]
+    return [
+        "confusion: rows are true classes, columns predicted ones",
+        "  ".join(n.rjust(width) for n in ("", *names)),
+        *lines,
+    ]
 
 
 def _show(args: argparse.Namespace, columns: dict[str, Any], report: dict[str, Any]) -> int:

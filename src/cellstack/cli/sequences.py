@@ -78,8 +78,8 @@ class Job:
         baseline, said = _baseline(parts.y, training.labels)
         lines += [
             said,
-            f"1 network: {size.layers}, {weights:,} weights; at most {settings.epochs} epochs of {steps} "
-            f"steps, batches of {settings.batch}",
+            f"1 network: {size.layers}, {weights:,} weights; at most {settings.epochs} "
+            f"epoch{'s' * (settings.epochs != 1)} of {steps} step{'s' * (steps != 1)}, batches of {settings.batch}",
         ]
         return lines, sizes | {
             "baselines": baseline,
@@ -108,8 +108,7 @@ class Job:
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the scores on the test file."""
-        found = result.scores
-        return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
+        return result.scores, []  # the result's sentence, which is printed too, contains them
 
     def panels(self) -> list[Any]:
         """Return nothing: --picture shows the history only."""

@@ -78,8 +78,9 @@ class Job:
         parts = [f"{begin:,} to {end:,} to {verbs[name]} on" for name, (begin, end) in spans.items()]
         lines = [
             f"{self.text.alphabet.unit} {', '.join(parts)}",
-            f"1 network: {layers.layers}, {weights:,} weights; at most {settings.epochs} epochs of "
-            f"{len(streams)} steps, batches of {streams.rows} streams, {streams.steps} {self.text.alphabet.unit} each",
+            f"1 network: {layers.layers}, {weights:,} weights; at most {settings.epochs} "
+            f"epoch{'s' * (settings.epochs != 1)} of {len(streams)} steps, batches of {streams.rows} streams, "
+            f"{streams.steps} {self.text.alphabet.unit} each",
         ]
         return lines, spans | {
             "baselines": [],

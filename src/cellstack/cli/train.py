@@ -304,6 +304,7 @@ def _check_used(args: argparse.Namespace, name: str) -> None:
     for dest, kind in unused:
         if dest in given:
             more = f", only to {kind}" if kind else ""
+            more += ": to test, name a TEST file after FILE" * (dest == "test_share")
             raise UsageError(f"{args.file}: --{dest.replace('_', '-')} doesn't apply to {name}{more}")
 
 

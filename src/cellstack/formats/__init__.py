@@ -68,10 +68,10 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
             specify it, as with the weights of a custom class: `["lstm", "final", "fc"]`. `"final"` means the final
             hidden states of the recurrent module before it, forward then backward (`h[-2]` and `h[-1]` if it is
             bidirectional, else `h[-1]`), and `"last"` the last step (`y[:, -1]`); after a bidirectional layer these
-            differ, and `load` warns about `"last"`. The list may also hold the name of an activation such as
-            `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"` distinguish an embedding from a Linear without
-            a bias. Any other operation between the class's modules has to be listed too. `verify(network, module)`
-            compares the result with the model.
+            differ, and `load` warns about `"last"`. `"mean"` and `"max"` are taken over all steps. The list may also
+            hold the name of an activation such as `"relu"`, or a node. `"words:Embedding"` and `"head:Linear"`
+            distinguish an embedding from a Linear without a bias. Any other operation between the class's modules has
+            to be listed too. `verify(network, module)` compares the result with the model.
             ONNX: `constants`, the values of inputs by name, `{"sr": 16000}`; `weights`, the same for inputs that are
             weights; `frames`, the number of values in a frame of an input; `context`, how many of a frame's last
             values are repeated at the start of the next frame.
@@ -139,4 +139,6 @@ def save(network: Network, path: str | PathLike[str]) -> None:
                     error.args = (f"{error}; {NATIVE} supports every network",)
                 raise
             return
-    raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}")
+    named = PurePath(path).name
+    such = f": {NATIVE} supports every network, such as {str(PurePath(path)) + NATIVE!r}" * bool(named)
+    raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}{such}")

@@ -17,7 +17,7 @@ from cellstack.nodes.base import Shape
 from cellstack.nodes.recurrent import final
 from cellstack.spec import FormatError, ShapeError
 
-HINT = "cellstack.extract(path) gives its recurrent parts"
+HINT = "cellstack.extract(path) (or `cellstack info FILE`) gives its recurrent parts"
 MOST_NODES = 10_000  # nested models that are used several times each can multiply without end
 MOST_NUMBERS = 1 << 24  # created on reading: a few bytes of a file can ask for arrays of any width
 MOST_PROBLEMS = 6  # listed one by one in a message

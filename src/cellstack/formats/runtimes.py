@@ -66,7 +66,8 @@ ONNX_TYPES = {
     "tensor(int32)": "int32",
 }
 Inputs = Mapping[str, Array]
-MODULE = "to compare with the model, pass the torch module instead of its file: cellstack.verify(net, module)"
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # colours for terminals, which torch writes into its messages
+MODULE = "compare with your module: cs.verify(cs.load(…), module)"
 
 
 def named(states: Sequence[CellState]) -> dict[str, Array]:
@@ -152,7 +153,7 @@ def _package(name: str, path: str) -> Any:
 
 
 def _says(what: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(ESCAPE.sub("", str(error)).split())
     return f"{what}: {text if len(text) <= 300 else text[:297] + '...'}"
 
 
@@ -520,15 +521,15 @@ def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
     try:
         tensors = dict(_tensors(torch, torch.load(path, map_location="cpu", weights_only=True)))
     except Exception as error:  # such as UnpicklingError: the file holds more than weights
-        raise CannotRunError(_says("torch can't load it without running the file's own code", error)) from None
+        said = _says("torch can't load it without running the file's own code", error)
+        raise CannotRunError(f"{said}; {MODULE}") from None
     weights = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     weights = {f"{name}_l0" if re.search(r"_(ih|hh)$", name) else name: one for name, one in weights.items()}
     layers = [re.search(r"_l(\d+)(_reverse)?$", name) for name in weights]
     if len(weights) != len(tensors) or "weight_hh_l0" not in weights or len(inputs) != 1 or None in layers:
         modules = dict.fromkeys(name.rpartition(".")[0] or name for name in tensors)
         raise CannotRunError(
-            "torch can only run a state dict of one recurrent module, as it doesn't contain the model's forward; "
-            f"{MODULE} (found {', '.join(modules)[:200]})"
+            f"a state dict doesn't say how its modules run (found {', '.join(modules)[:200]}): {MODULE}"
         )
     cell = net.cells[0].spec
     kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell.kind]
@@ -602,7 +603,7 @@ def _in_c(
 
     whole = len(net.shapes[net.outputs[0]]) == 2
     by_steps = hasattr(library, f"{name}_step")
-    work = np.empty(0 if by_steps else frames.shape[1] * _number(r"_WORK\(steps\) .*\* (\d+)\)", header), net.dtype)
+    work = np.empty(0 if by_steps else frames.shape[1] * _number(r"_WORK\(steps\) .*\* (\d+)", header), net.dtype)
     for row, state in enumerate(memory):
         if not by_steps:
             out = y[row] if whole else y[row, -1]

@@ -86,7 +86,7 @@ class Result:
     def _stopped(self) -> str:
         done, fit = len(self.fit.history), self.fit
         how = {
-            "epochs": f"trained for all {_count(done, 'epoch')}",
+            "epochs": f"trained for {'all ' * (done != 1)}{_count(done, 'epoch')}",
             "patience": f"stopped after {_count(done, 'epoch')}, because the validation loss had not decreased for "
             f"{done - fit.best['epoch'] if fit.best else 0}",
             "ctrl-c": f"stopped by Ctrl-C after {_count(done, 'complete epoch')}",

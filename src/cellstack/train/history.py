@@ -102,9 +102,12 @@ def draw(
         more: functions that draw further panels, each on a matplotlib Axes.
 
     Raises:
+        TypeError: the arguments are swapped.
         UsageError: matplotlib isn't installed.
         OSError: the file can't be written.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"draw: expected a path, then the history: draw(path, history), got {type(path).__name__}")
     save(path, panels([*curves(history, best), *more]))
 
 

@@ -98,33 +98,37 @@ def as_trained(
     Args:
         net: a network that classifies or predicts numbers.
         data: see `train.fit`.
-        y: the true values, see `train.fit`; None for those that the data contains: a file, a dataset or an iterable.
-            A table's file may lack the column of the training data.
+        y: the true values, see `train.fit`; None for those that the data contains: a file, a frame, a dataset or an
+            iterable. A table may lack the column of the training data.
         name: the network's file, for messages.
         id, time: columns of a table; None = as in training.
         how: `day_first`, `date_format`, `decimal` and `encoding` of a table's file; as in training where not given.
 
     Raises:
-        UsageError: data in another form, a class that the network doesn't have, or a table's file for a network that
-            doesn't know its columns' names.
+        UsageError: data in another form, or a class that the network doesn't have.
         FormatError: a network that `cellstack.train` didn't train, or a file that can't be read.
     """
     task = trained(net, name)
     known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
-    table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
+    table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None  # None: any numeric columns
+    label = table.get("label") if y is None else y
     named = {"id": id or table.get("id"), "time": time or table.get("time"), "features": columns}
     if isinstance(data, (str, os.PathLike)):
         if Path(data).suffix.lower() not in TABLES:
             return read_sequences(data, y, id=id, time=time, **known, **how)
-        if columns is None:
-            raise UsageError(f"{data}: expected a .ts or .npz file, because {name} wasn't trained on a table")
+        if named["id"] is None:
+            raise UsageError(
+                f"{data}: expected a .ts or .npz file, because {name} wasn't trained on a table, or id= (--id), the "
+                "column that identifies the sequence of a row"
+            )
         how = merged({option: table.get(option) for option in TABLES_ONLY}, how)
-        label = table.get("label") if y is None else y
         return read_sequences(data, label, optional=y is None, **named, **known, **how)
     for option in how:
         raise UsageError(f"predict: {option} applies only to a table's file")
     if is_frame(data):
-        return as_sequences(data, y, **named, **known)
+        if y is None and label not in [str(column) for column in data.columns]:
+            label = known["per_step"] = None
+        return as_sequences(data, label, **named, **known)
     if is_stream(data):
         items: Any = data() if callable(data) else data
         data = UserList(items)  # a dataset, whose items may have their true values
@@ -171,7 +175,8 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
         kinds = ("numbers", "classes")
         raise FormatError(f"{path}: expected {kinds[not classes]}, found {kinds[classes]}")
     if sequences.channels != len(task.inputs.mean):
-        raise FormatError(f"{path}: expected {len(task.inputs.mean)} channels, found {sequences.channels}")
+        names = f": {', '.join(sequences.columns)}" if sequences.columns else ""
+        raise FormatError(f"{path}: expected {len(task.inputs.mean)} channels, found {sequences.channels}{names}")
     if sequences.y is not None and sequences.per_step != task.per_step:
         kinds = ("sequence", "step")
         raise FormatError(

@@ -30,8 +30,9 @@ class Predictions(Sequence[Any]):
         labels: the classes, in the order of the outputs; () if numbers are predicted.
         ids: of the sequences; () if the data has none.
         id: name of the column of ids.
-        scores: `accuracy` and `confusion` (`[true, predicted]` counts), or `rmse` and `mae`; {} if the data doesn't
-            have the true values.
+        scores: `accuracy` and `confusion`, or `rmse` and `mae`; {} if the data doesn't have the true values.
+            `confusion` `[K, K]` has counts, with a row for each true class and a column for each predicted one, in the
+            order of `labels`.
         polars: whether `to_frame` returns a polars frame.
 
     >>> found = Predictions(np.array([[0.25, 0.75], [0.9, 0.1]]), ("busy", "calm"), ids=("a", "b"), id="machine")

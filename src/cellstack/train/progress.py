@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+WIDTH = len(" 100%|=| 00:00<00:00, ")  # of what is neither the description nor the figures; the bar takes the rest
 
 
 def in_notebook() -> bool:
@@ -42,7 +43,8 @@ class Bar:
     def __init__(self, shown: bool, expected: Sequence[int] = ()):
         self.shown, self.expected = shown, list(expected)
         self.bar: Any = None
-        self.label, self.epochs, self.measured, self.completed = "", 0, "", False
+        self.measured: list[str] = []
+        self.label, self.epochs, self.completed = "", 0, False
 
     def begin(self, label: str, epochs: int, steps: int, done: int) -> None:
         """Start a fit.
@@ -56,7 +58,7 @@ class Bar:
         if not self.shown:
             return
         self.label, self.epochs = label, self.expected.pop(0) if self.expected else epochs
-        self.measured, self.completed = "", False
+        self.measured, self.completed = [], False
         if self.bar is None:
             file = sys.stdout if in_notebook() else sys.stderr  # a notebook shows standard error in red
             look = {"bar_format": FORMAT, "dynamic_ncols": True, "smoothing": 0.1, "file": file}
@@ -71,14 +73,12 @@ class Bar:
         """Count a step of an epoch, which counts from 1; `loss` is the mean of the epoch so far."""
         if self.bar is not None:
             self.bar.set_description_str(self._described(epoch), refresh=False)
-            self.bar.set_postfix_str(f"loss {loss:.3g}{self.measured}", refresh=False)
+            self.bar.set_postfix_str(self._figures(loss), refresh=False)
             self.bar.update()
 
     def validated(self, figures: Mapping[str, float]) -> None:
         """Show an epoch's loss and metrics on the validation part from now on."""
-        self.measured = "; " * bool(figures) + ", ".join(
-            f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items()
-        )
+        self.measured = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items()]
 
     def end(self, completed: bool) -> None:
         """End a fit; `completed`: it wasn't interrupted, so it needs no further steps."""
@@ -93,6 +93,16 @@ class Bar:
                 self.bar.total = self.bar.n
                 self.bar.refresh()
             self.bar.close()
+
+    def _figures(self, loss: float) -> str:
+        """Return the loss and as many of the validation part's figures as the terminal's width allows."""
+        figures = [f"loss {loss:.3g}"]
+        width = self.bar.ncols - len(self.bar.desc) - WIDTH if self.bar.ncols else float("inf")
+        for figure in self.measured:
+            if len(", ".join([*figures, figure])) > width:
+                break
+            figures.append(figure)
+        return "; ".join(filter(None, [figures[0], ", ".join(figures[1:])]))
 
     def _described(self, epoch: int) -> str:
         label = f"{self.label}, " if self.label else ""

@@ -265,7 +265,7 @@ def test_all_that_cannot_be_run_is_named(tmp_path):
     message = (
         r"Sin 'first': the operator isn't supported; Cos 'second': the operator isn't supported; "
         r"Strange 'third': the operator of of.mine isn't supported; "
-        r"cellstack\.extract\(path\) gives its recurrent parts$"
+        r"cellstack\.extract\(path\) \(or `cellstack info FILE`\) gives its recurrent parts$"
     )
     with pytest.raises(FormatError, match=message):
         adapter.load(path)

@@ -135,7 +135,7 @@ def test_extract_returns_every_recurrent_part(write, how):
         pytorch.load(path)
     for name in ("lstm", "decoder.rnn", "plain", "embed (weight [11, 5])", "head (weight [2, 12], bias [2])"):
         assert name in str(caught.value)
-    assert "cellstack.extract(path) gives its recurrent parts" in str(caught.value)
+    assert "(or `cellstack info FILE`) gives its recurrent parts" in str(caught.value)
 
 
 @pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
@@ -622,7 +622,7 @@ def test_the_refusal_of_a_checkpoint_names_what_matters(tmp_path):
         cs.load(tmp_path / "file.pt")
     text = str(caught.value)
     assert "found 1 recurrent (model.rnn), and model.head (weight [2, 8], bias [2]), loss_0" in text
-    assert "loss_4 (value [2]), and 36 more; cellstack.extract(path) gives its recurrent parts" in text
+    assert "loss_4 (value [2]), and 36 more; pass order=[…] (--order A,B), the names of modules" in text
     torch.save({"model": model["rnn"].state_dict(), "optimizer": optimiser.state_dict()}, tmp_path / "file.pt")
     assert cs.load(tmp_path / "file.pt").metadata["left_out"] == "30 tensors of an optimiser (optimizer.state)"
     assert [*cs.extract(tmp_path / "file.pt")] == ["model"]

@@ -354,7 +354,7 @@ def test_unsupported_parts_of_a_pickled_sequential_are_refused_by_name(write):
     ):
         with pytest.raises(cs.FormatError, match=message) as caught:
             pytorch.load(write(model))
-        assert "cellstack.extract(path) gives its recurrent parts" in str(caught.value)
+        assert "(or `cellstack info FILE`) gives its recurrent parts" in str(caught.value)
     for model in (own, patched):
         with pytest.raises(
             TypeError, match=r"1 \((Turn|Linear)\): expected a recurrent layer, .*a method to_nodes\(\)"

@@ -202,13 +202,16 @@ class SequenceWriter(Writer):
         """Return the function's declaration, with comments."""
         name, real = self.name, self.real
         y = f"[steps, {name}_OUT]" if self.every_step else f"[{name}_OUT]"
+        work = sum(self.buffers)
+        least = "" if work else " + 1"  # C doesn't allow an empty array
+        unused = "" if work else "; this network doesn't use it, and it may be NULL"
         ids = f" * Each step of x is {self.ids}.\n" if self.ids else ""
         return f"""\
 /* The length of the scratch array `work` for a run over this many steps. */
-#define {name}_WORK(steps) ((size_t)(steps) * {sum(self.buffers)})
+#define {name}_WORK(steps) ((size_t)(steps) * {work}{least})
 
 /* Take a sequence x [steps, {name}_IN] of at least one step, and write the network's output to y {y}.
-{ids} * work [{name}_WORK(steps)] is scratch memory, and may be NULL if its length is 0. The arrays must not overlap. */
+{ids} * work [{name}_WORK(steps)] is scratch memory{unused}. The arrays must not overlap. */
 void {name}_run({name}_state *s, const {real} *x, size_t steps, {real} *y, {real} *work);
 """
 

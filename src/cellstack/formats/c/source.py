@@ -304,6 +304,8 @@ class Writer:
  * RAM:    {ram:,} bytes, sizeof({name}_state): {self.memory}
  * Stack:  no arrays and no recursion: a few pointers and counters per call, three calls deep, and <math.h>'s own.
  *
+ * Build:  cc -std=c99 -O3 program.c {name}.c -lm
+ *
  * States are independent: use any number of them, in any threads. A state is plain memory, and may be copied.
  */
 #ifndef {name.upper()}_H

@@ -229,10 +229,15 @@ def network_of(
         left += by_module(tensors, [name for name in tensors if name in optimiser])
         names = listed([part.title or "one without a name" for part in parts], between=", ")
         rest = f", and {_listed(left)}" if left else ""
+        what = (
+            "the file of a pickled class doesn't contain its code"
+            if unknown
+            else "a state dict doesn't specify the order of modules"
+        )
         raise FormatError(
-            f"{where}: expected only one recurrent module, as a state dict doesn't specify the order of modules, "
-            f"found {len(parts)} recurrent ({names}){rest}; {HINT}, and cellstack.load(path, order=[…]) takes the "
-            "names of modules in the order in which they run, with 'final' or 'last' after a recurrent one"
+            f"{where}: expected only one recurrent module, as {what}, "
+            f"found {len(parts)} recurrent ({names}){rest}; pass order=[…] (--order A,B), the names of modules in the "
+            f"order in which they run, with 'final' or 'last' after a recurrent one; {HINT}"
         )
     network = next(iter(networks_of(tensors, where, activations, directions).values()))
     return say_left_out(network, by_module(tensors, [name for name in tensors if name in optimiser]))

@@ -16,10 +16,10 @@ from cellstack.formats.pytorch.tree import Contents, within
 from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, Dense, Embedding, GlobalPool, Node
 from cellstack.nodes.recurrent import ends_both_ways
-from cellstack.nodes.time import FINAL
+from cellstack.nodes.time import FINAL, POOL_MODES
 from cellstack.spec import FormatError, ShapeError
 
-WORDS = ("last", FINAL)  # the last step of a sequence; the final states of the recurrent module before it
+WORDS = (*POOL_MODES, FINAL)  # modes of GlobalPool
 MOST_NAMES = 8  # how many of a file's modules a message lists
 KINDS = ("Linear", "Embedding")  # modules that may consist of one matrix
 
@@ -131,8 +131,8 @@ def _placed(where: str, entry: str, names: list[str]) -> tuple[str | None, str |
             own = [name for name in names if name]
             raise FormatError(
                 f"{where}: there is no module {short(entry)}, as in order; there are {listed(own, MOST_NAMES, ', ')}; "
-                "order also takes 'last' for the last step, 'final' for the final states of the recurrent module "
-                "before it, and names of activations"
+                "order also takes 'last' for the last step, 'mean' and 'max' over all steps, 'final' for the final "
+                "states of the recurrent module before it, and names of activations"
             ) from None
     return None, None
 

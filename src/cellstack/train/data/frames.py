@@ -105,7 +105,10 @@ def grouped(
         raise UsageError(f"{name}: {id!r} can't be both id and {what}: id is the column that identifies the sequence")
     for what, column in (("id", id), ("time", time), ("y (--label)", label), ("sample_weight (--weight)", weighs)):
         if column is not None and column not in names:
-            raise UsageError(f"{name}: expected {what} to be a column, one of {', '.join(names)}, got {column!r}")
+            alone = "; for a single sequence, add it with the same value in every row" if what == "id" else ""
+            raise UsageError(
+                f"{name}: expected {what} to be a column, one of {', '.join(names)}, got {column!r}{alone}"
+            )
     codes, ids = _coded(plain(frame, id), id, name)
     order = np.argsort(codes, kind="stable")
     if time is not None:

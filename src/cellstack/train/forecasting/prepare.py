@@ -138,7 +138,7 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
     again = "; then trained again with the validation part" * bool(len(cut.validation))
     said.append(
         f"{build.members} network{'s' * many}{', each' * many}: {size.layers}, {weights:,} weights; at most "
-        f"{settings.epochs} epochs of {steps} steps, batches of {settings.batch}{again}"
+        f"{settings.epochs} epoch{'s' * (settings.epochs != 1)} of {steps} steps, batches of {settings.batch}{again}"
     )
     return said, {
         "training": {"windows": len(cut.training)},
