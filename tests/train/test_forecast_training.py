@@ -517,7 +517,7 @@ def test_pictures_of_a_training_and_of_a_forecast(command, capsys, tmp_path):
     words = ["run", str(command / "y"), str(command / "y.csv"), "--origin", "1999-12-01", "--picture"]
     assert main([*words, str(tmp_path / "y.png")]) == 0
     assert (tmp_path / "y.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.startswith("date,y,y_0.1,y_0.9\n2000-01-01")
+    assert capsys.readouterr().out.startswith("origin,date,y_actual,y,y_0.1,y_0.9\n1999-12-01,2000-01-01,")
     assert main([*words, str(tmp_path / "y.gif")]) == 2
     assert "expected --picture to end in one of .png, .svg, .pdf" in capsys.readouterr().err
 

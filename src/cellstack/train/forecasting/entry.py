@@ -94,19 +94,16 @@ def fit_forecast(
     _check(options)
     reading = {"ids": id, "date": time, **{name: options.pop(name) for name in READING if name in options}}
     table = _table(data, {name: value for name, value in reading.items() if value is not None})
-    request = Request(
-        _several(target) or (),
-        horizon,
-        **{name: _several(value) if name in SEVERAL else value for name, value in options.items()},
-    )
+    asked: dict[str, Any] = {name: _several(value) if name in SEVERAL else value for name, value in options.items()}
+    request = Request(_several(target) or (), horizon, **asked)
     recipe, _, usual, validation = planned(table, request, validation, test)
     given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
     given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
     given = {name: usual[name] if value is None else value for name, value in given.items()}
     build = Build(widths_of(given["units"]), cell, given["dropout"], given["members"])
     settings = Settings(given["epochs"], given["batch"], given["lr"], clip, given["patience"], seed=seed)
-    options = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
-    return train_forecast(table, request, build, settings, options, test, baselines, recipe)
+    run = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
+    return train_forecast(table, request, build, settings, run, test, baselines, recipe)
 
 
 def _check(options: dict[str, Any]) -> None:
