@@ -334,7 +334,8 @@ class CellSpec:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the cell's arrays by name, in the order of `ARRAYS`."""
         found = usual_shapes(self) | self.of_kind.shapes(self)
-        return {name: shape for name in ARRAYS if (shape := found.get(name)) is not None}
+        shapes = {name: found.get(name) for name in ARRAYS}
+        return {name: shape for name, shape in shapes.items() if shape}
 
     @property
     def parameters(self) -> int:
