@@ -139,6 +139,6 @@ def save(network: Network, path: str | PathLike[str]) -> None:
                     error.args = (f"{error}; {NATIVE} supports every network",)
                 raise
             return
-    named = PurePath(path).name
-    such = f": {NATIVE} supports every network, such as {str(PurePath(path)) + NATIVE!r}" * bool(named)
+    bare = PurePath(path).name and not PurePath(path).suffix
+    such = f": {NATIVE} supports every network, such as {path + NATIVE!r}" if bare else ""
     raise ValueError(f"save: expected a path that ends as one of {listed(writers())}, got {path!r}{such}")
