@@ -182,6 +182,43 @@ def test_a_network_of_unnamed_arrays_takes_arrays_and_frames_but_no_table_s_file
         net.predict(tmp_path / "new.csv", id="machine")
 
 
+def test_float16_is_read_like_float32(ragged, classifier):
+    half = [one.astype(np.float16) for one in ragged[0]]
+    whole = classifier.predict([one.astype(np.float32) for one in half])
+    np.testing.assert_array_equal(classifier.predict(half).probabilities, whole.probabilities)
+    half[1][0, 2] = np.inf
+    with pytest.raises(UsageError, match=r"x\[1\]: expected finite numbers .* got inf at step 0, channel 2"):
+        classifier.predict(half)
+
+
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_ids_that_are_dates_stay_dates(ragged, of_frame, unit):
+    x, y = ragged
+    days = dict(zip([f"m{n}" for n in range(len(x))], pd.date_range("2024-01-01", periods=len(x)), strict=True))
+    frame = long_form(x, y)
+    frame["machine"] = frame["machine"].map(days).astype(f"datetime64[{unit}]")
+    found = of_frame.predict(frame, dict(zip(days.values(), y, strict=True)))
+    assert list(found.ids) == list(days.values())
+    assert found.to_frame()["machine"].tolist() == list(days.values())
+    assert found.scores["accuracy"] == of_frame.predict(x, y).scores["accuracy"]
+
+
+def test_columns_of_a_list_of_frames_are_compared(ragged, classifier):
+    x, y = ragged
+    frames = [pd.DataFrame(one, columns=["a", "b", "c"]) for one in x]
+    swapped = [one[["b", "a", "c"]] for one in frames]
+    np.testing.assert_array_equal(classifier.predict(frames).probabilities, classifier.predict(x).probabilities)
+    with pytest.raises(UsageError, match=r"x\[0\]: expected the columns a, b, c, got b, a, c"):
+        classifier.predict(swapped)
+    with pytest.raises(UsageError, match=r"x\[1\]: expected the columns a, b, c, got b, a, c"):
+        train.fit([frames[0], *swapped[1:]], y, **SMALL)
+    fitted = train.fit(frames, y, validation=(x[:8], y[:8]), **SMALL)
+    train.fit(x, y, validation=(frames[:8], y[:8]), **SMALL)
+    assert fitted.network.channels == ("a", "b", "c")
+    with pytest.raises(UsageError, match="got b, a, c"):
+        fitted.predict(swapped)
+
+
 def test_numbers_are_in_the_targets_units(ragged):
     x, _ = ragged
     y = np.array([1e4 + one.std() for one in x])

@@ -128,7 +128,8 @@ def as_trained(
     if is_stream(data):
         items: Any = data() if callable(data) else data
         data = UserList(items)  # a dataset, whose items may have their true values
-    return as_sequences(data, y, id=id, time=time, **known)
+    frames = isinstance(data, (list, tuple)) and any(map(is_frame, data))
+    return as_sequences(data, y, id=id, time=time, features=columns if frames else None, **known)
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:

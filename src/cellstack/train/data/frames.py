@@ -159,7 +159,10 @@ def _dated(frame: Any, column: str) -> bool:
 
 def plain(frame: Any, column: str) -> NDArray:
     """Return a column's values, as objects unless they are numbers."""
-    values = _series(frame, column).to_numpy()
+    series = _series(frame, column)
+    values = series.to_numpy()
+    if values.dtype.kind in "mM":  # NumPy would convert nanoseconds to integers
+        values = np.array([*series.to_list(), None], object)[:-1]
     return values if values.dtype.kind in "biuf" else values.astype(object)
 
 
