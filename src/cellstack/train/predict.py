@@ -110,7 +110,11 @@ def as_trained(
         FormatError: a network that wasn't trained here, or a file that can't be read.
     """
     task = trained(net, name)
-    known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
+    known: dict[str, Any] = {
+        "task": task.task,
+        "labels": task.labels or None,
+        "per_step": task.per_step or (False if task.task == "regress" else None),
+    }
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
     named = {"id": id or table.get("id"), "time": time or table.get("time"), "features": columns}
     if isinstance(data, (str, os.PathLike)):
