@@ -14,6 +14,7 @@ from networks import make_cell
 import cellstack
 from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, Standardise, formats, load
 from cellstack.cli import main as cli
+from cellstack.cli.files import write_csv
 from cellstack.nodes import Embedding, Merge, Reduce
 
 
@@ -527,3 +528,9 @@ def test_a_target_of_no_format_is_one_sentence(capsys, tmp_path, small):
     assert status == 2
     assert "expected a target with the suffix of a format (safetensors (.safetensors), " in err
     assert "C (.c)), or a folder for C, ending in /, got " in err
+
+
+def test_large_numbers_of_a_csv_keep_their_decimals():
+    text = io.StringIO()
+    write_csv(text, {"y": np.array([0.123456789, 12345.678, 30_000_109.74, np.inf])})
+    assert text.getvalue().splitlines() == ["y", "0.123457", "12345.678", "30000109.74", "inf"]

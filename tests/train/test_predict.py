@@ -194,6 +194,62 @@ def test_a_network_of_unnamed_arrays_takes_frames_and_tables_with_as_many_numeri
         net.predict(tmp_path / "new.csv")
 
 
+def test_float16_is_read_like_float32(ragged, classifier):
+    half = [one.astype(np.float16) for one in ragged[0]]
+    whole = classifier.predict([one.astype(np.float32) for one in half])
+    np.testing.assert_array_equal(classifier.predict(half).probabilities, whole.probabilities)
+    half[1][0, 2] = np.inf
+    with pytest.raises(UsageError, match=r"x\[1\]: expected finite numbers .* got inf at step 0, channel 2"):
+        classifier.predict(half)
+
+
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_ids_that_are_dates_stay_dates(ragged, of_frame, unit):
+    x, y = ragged
+    days = dict(zip([f"m{n}" for n in range(len(x))], pd.date_range("2024-01-01", periods=len(x)), strict=True))
+    frame = long_form(x, y)
+    frame["machine"] = frame["machine"].map(days).astype(f"datetime64[{unit}]")
+    found = of_frame.predict(frame, dict(zip(days.values(), y, strict=True)))
+    assert list(found.ids) == list(days.values())
+    assert found.to_frame()["machine"].tolist() == list(days.values())
+    assert found.scores["accuracy"] == of_frame.predict(x, y).scores["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["text", "date", "pandas", "zone"])
+def test_rows_are_in_the_order_of_dates_far_apart(ragged, of_frame, kind):
+    x, y = ragged
+    frame = long_form(x, y)
+    days = [f"{2100 + 100 * hour}-01-01" for hour in frame["hour"]]  # in nanoseconds these would overflow
+    dates = pd.Series(np.array(days, "datetime64[s]"))
+    times = {"text": days, "date": dates.dt.date, "pandas": dates, "zone": dates.dt.tz_localize("UTC")}
+    found = of_frame.predict(frame.assign(hour=times[kind])[::-1])
+    np.testing.assert_array_equal(found.probabilities[::-1], of_frame.predict(x).probabilities)
+
+
+@pytest.mark.parametrize("text", ["{}", "202401{:02}", "now"])
+def test_text_that_is_no_iso_date_is_no_time(ragged, of_frame, text):
+    frame = long_form(*ragged)
+    frame["hour"] = [text.format(hour) for hour in frame["hour"]]
+    with pytest.raises(UsageError, match=r"expected numbers or dates such as 2024-05-31T12:00 in column 'hour', got"):
+        of_frame.predict(frame)
+
+
+def test_columns_of_a_list_of_frames_are_compared(ragged, classifier):
+    x, y = ragged
+    frames = [pd.DataFrame(one, columns=["a", "b", "c"]) for one in x]
+    swapped = [one[["b", "a", "c"]] for one in frames]
+    np.testing.assert_array_equal(classifier.predict(frames).probabilities, classifier.predict(x).probabilities)
+    with pytest.raises(UsageError, match=r"x\[0\]: expected the columns a, b, c, got b, a, c"):
+        classifier.predict(swapped)
+    with pytest.raises(UsageError, match=r"x\[1\]: expected the columns a, b, c, got b, a, c"):
+        train.fit([frames[0], *swapped[1:]], y, **SMALL)
+    fitted = train.fit(frames, y, validation=(x[:8], y[:8]), **SMALL)
+    train.fit(x, y, validation=(frames[:8], y[:8]), **SMALL)
+    assert fitted.network.channels == ("a", "b", "c")
+    with pytest.raises(UsageError, match="got b, a, c"):
+        fitted.predict(swapped)
+
+
 def test_numbers_are_in_the_targets_units(ragged):
     x, _ = ragged
     y = np.array([1e4 + one.std() for one in x])
@@ -218,6 +274,16 @@ def test_predictions_as_columns_and_as_frames(ragged, of_frame):
         frame.groupby("machine").size().tolist()
     )
     assert polars["predicted"].to_list() == pandas["predicted"].tolist() == list(found)
+
+
+def test_as_many_targets_as_steps_are_those_of_the_training(ragged):
+    x, _ = ragged
+    y = np.stack([one.sum(axis=0) for one in x])
+    fitted = train.fit(x, y, **SMALL)
+    short = np.stack([one[:3] for one in x])
+    assert fitted.predict(short, y).scores["mae"] == pytest.approx(mean_absolute_error(y, fitted.predict(short)))
+    with pytest.raises(UsageError, match="y: expected one target per sequence, or the same number of them, got"):
+        fitted.predict(x, [one[:, 0] for one in x])
 
 
 def test_predictions_of_each_step():

@@ -146,7 +146,8 @@ def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> N
 def write_csv(file: IO[str], columns: Mapping[str, Any]) -> None:
     """Write columns of equal length as CSV: numbers with six digits, empty where missing, dates in ISO form.
 
-    Text that a spreadsheet would run as a formula is escaped, see `history.cell`.
+    Numbers from 10,000 on have ten digits, so that the quantiles of large ones differ. Text that a spreadsheet would
+    run as a formula is escaped, see `history.cell`.
     """
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(cell, columns))
@@ -161,7 +162,7 @@ def _cells(values: Any) -> list[Any]:
 
 
 def _shown(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
+    return "" if math.isnan(value) else f"{value:.{6 if abs(value) < 1e4 else 10}g}"
 
 
 def plain(value: Any) -> Any:

@@ -111,7 +111,7 @@ def _check_alike(name: str, other: Sequences | None, training: Sequences | Strea
         return
     if other.channels != training.channels:
         raise FormatError(f"{other.name}: expected {training.channels} channels, as trained on, found {other.channels}")
-    if other.columns != training.columns:
+    if training.columns and other.columns != training.columns:
         raise UsageError(
             f"{name}: expected the columns {', '.join(training.columns)}, as trained on, got {', '.join(other.columns)}"
         )

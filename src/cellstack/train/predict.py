@@ -109,7 +109,11 @@ def as_trained(
         FormatError: a network that `cellstack.train` didn't train, or a file that can't be read.
     """
     task = trained(net, name)
-    known: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
+    known: dict[str, Any] = {
+        "task": task.task,
+        "labels": task.labels or None,
+        "per_step": task.per_step or (False if task.task == "regress" else None),
+    }
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None  # None: any numeric columns
     label = table.get("label") if y is None else y
     named = {"id": id or table.get("id"), "time": time or table.get("time"), "features": columns}
@@ -132,7 +136,8 @@ def as_trained(
     if is_stream(data):
         items: Any = data() if callable(data) else data
         data = UserList(items)  # a dataset, whose items may have their true values
-    return as_sequences(data, y, id=id, time=time, **known)
+    frames = isinstance(data, (list, tuple)) and any(map(is_frame, data))
+    return as_sequences(data, y, id=id, time=time, features=columns if frames else None, **known)
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 
+PANDAS_DATES = re.compile(r"datetime64\[(\w+)")  # with or without a zone
+ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ].*)?)?)?$")
 NUMBERED = re.compile(r"Unnamed: \d+|index(_0)?")  # names that an index column without a name gets
 
 
@@ -162,7 +164,10 @@ def _dated(frame: Any, column: str) -> bool:
 
 def plain(frame: Any, column: str) -> NDArray:
     """Return a column's values, as objects unless they are numbers."""
-    values = _series(frame, column).to_numpy()
+    series = _series(frame, column)
+    values = series.to_numpy()
+    if values.dtype.kind in "mM":  # NumPy would convert nanoseconds to integers
+        values = np.array([*series.to_list(), None], object)[:-1]
     return values if values.dtype.kind in "biuf" else values.astype(object)
 
 
@@ -190,12 +195,14 @@ def ordered(frame: Any, column: str, name: str) -> NDArray:
     series = _series(frame, column)
     numbers = numeric(frame, column)
     if numbers is None:
-        zoned = str(series.dtype).startswith("datetime64[")
-        values = series.to_numpy(dtype="datetime64[ns]") if zoned else series.to_numpy()
+        unit = PANDAS_DATES.match(str(series.dtype))
+        values = series.to_numpy(dtype=f"datetime64[{unit[1]}]") if unit else series.to_numpy()
         if values.dtype.kind not in "mM":
             try:
+                if any(isinstance(value, str) and not ISO_DATE.match(value) for value in values):
+                    raise ValueError("NumPy would read 20240131 as a year")
                 values = np.array(
-                    [np.datetime64("NaT") if value is None else value for value in values], "datetime64[ns]"
+                    [np.datetime64("NaT") if value is None else value for value in values], "datetime64[us]"
                 )
             except (TypeError, ValueError):
                 raise UsageError(

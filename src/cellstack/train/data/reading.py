@@ -165,6 +165,8 @@ def read_frame(
         found = dates.read(source, time, series, day_first, date_format)
         notes += [f"`{time}`: {found.note}"] if found.note else []
         frame[time], date_format = found.times, found.form
+    elif day_first is not None:
+        raise UsageError(f"day_first has no effect: column {time!r} contains numbers, not dates")
     reading = {"date_format": date_format or None, "decimal": "," if sign == "," else decimal, "encoding": encoding}
     return Read(frame.drop(columns=list(ignored)), ignored, tuple(notes), reading)
 

@@ -110,9 +110,15 @@ def as_sequences(
     ignored: dict[str, str] = {}
     table: dict[str, str | None] = {}
     width = 0
+    order: list[str] = []  # of the columns, if each sequence is a frame
 
     def one(array: Any, n: int) -> NDArray[np.float32]:
-        nonlocal width
+        nonlocal width, order
+        if frames.is_frame(array):
+            own = [str(column) for column in array.columns]
+            order = order or list(features or own)
+            if own != order:
+                raise UsageError(f"{name}[{n}]: expected the columns {', '.join(order)}, got {', '.join(own)}")
         found = checked(array, n, name, columns)
         width = width or found.shape[1]
         if found.shape[1] != width:
@@ -134,7 +140,7 @@ def as_sequences(
         else:
             arrays = _arrays(x, name)
     rows: Any = arrays if isinstance(arrays, lazy.Lazy) else [one(array, n) for n, array in enumerate(arrays)]
-    columns = columns or named(features, rows[0].shape[1], name)
+    columns = columns or named(order or None if features is None else features, rows[0].shape[1], name)
     lengths = lengths_of(rows)
     targets, labels = as_targets(y, lengths, task, labels, per_step)
     return Sequences(rows, targets, labels, name, columns, ids, as_weights(weight, len(rows)), ignored, table)
@@ -209,7 +215,7 @@ def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDA
     if not array.size:
         what = "step" if not len(array) else "channel"
         raise UsageError(f"{name}[{n}]: expected at least one {what}, got {array.shape}")
-    too_large = np.abs(array) > FLOAT if array.dtype.kind == "f" else np.zeros(1, bool)
+    too_large = np.abs(array) > np.float64(FLOAT) if array.dtype.kind == "f" else np.zeros(1, bool)
     if too_large.any():
         step, channel = map(int, np.argwhere(too_large)[0])
         where = f"column {columns[channel]!r}" if columns else f"channel {channel}"
