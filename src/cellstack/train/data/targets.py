@@ -64,9 +64,9 @@ def as_targets(
     if per_step is None:
         per_step = _is_per_step(parts, lengths, task)
     if not per_step:
-        counts = [len(part) for part in parts]
-        if len(set(counts)) > 1:
-            raise UsageError(f"y: expected one target per sequence, or the same number of them, got {counts[:2]} …")
+        for n, part in enumerate(parts):
+            if part.shape != parts[0].shape:
+                raise UsageError(f"y[{n}]: expected {parts[0].shape} targets, as y[0] has, got {part.shape}")
         return _values(np.stack(parts), task, labels)
     for n, (part, length) in enumerate(zip(parts, lengths, strict=True)):
         if len(part) != length:
