@@ -319,7 +319,7 @@ def test_all_unsupported_layers_are_named(tmp_path):
             assert repr(name) in text
         assert "'fine'" not in text
         assert text.startswith(f"{path}: ")
-            assert text.endswith("gives its recurrent parts")
+        assert text.endswith("gives its recurrent parts")
         assert list(adapter.extract(path)) == ["fine", "after"]
     with pytest.raises(FormatError, match="odd_one"):
         adapter.from_keras(model)
