@@ -87,6 +87,7 @@ def test_gaps_and_constants_are_described(capsys, tmp_path):
     assert "constant: channel 1\n" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_torch(machines):
     code = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'tqdm', 'matplotlib')); "

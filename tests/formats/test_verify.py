@@ -716,6 +716,7 @@ def test_a_runtime_that_isn_t_installed(tmp_path, monkeypatch, name, package):
     assert json.loads(json.dumps(report.to_json()))["ok"] is False
 
 
+@pytest.mark.slow
 def test_keras_uses_an_installed_backend(tmp_path):
     import keras
 

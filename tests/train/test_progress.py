@@ -60,6 +60,7 @@ def test_a_terminal_shows_a_bar_by_default():
     assert "epoch" not in in_a_terminal(FIT.format(", progress=False"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "end"), [(50, r"loss 0\.\d+"), (70, r"; validation loss 0\.\d+")])
 def test_a_narrow_terminal_shows_fewer_figures_instead_of_cut_ones(columns, end):
     lines = [line for line in re.split("[\r\n]+", in_a_terminal(FIT.format(""), columns)) if "epoch 3/3 100%" in line]
@@ -76,6 +77,7 @@ def test_redirected_output_has_no_bar_unless_it_is_asked_for():
         assert bars or not done.stderr
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_a_bar_by_default(tmp_path, monkeypatch):
     assert "epoch 3/3 100%" in in_a_notebook(FIT.format(""), tmp_path, monkeypatch)
     assert not in_a_notebook(FIT.format(", progress=False"), tmp_path, monkeypatch)

@@ -122,6 +122,7 @@ def test_the_score_is_what_is_saved_of_the_rule_s_error(table):
     assert model.score(table[:100]) == pytest.approx(1 - ours / latest)
 
 
+@pytest.mark.slow
 def test_a_search_over_splits_in_time(table):
     model = SequenceForecaster(**QUICK, target="sales")
     splits = TimeSeriesSplit(2, test_size=24)

@@ -673,6 +673,7 @@ print(result.history, result.network(x.astype(np.float32)).tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_is_resumed(tmp_path):
     ends = []
     for name, kills in (("whole", [0]), ("killed", [27, 0])):  # the 27th batch is one of the third epoch

@@ -60,7 +60,7 @@ def in_two(path, output, *extra):
     return load(output)
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_give_the_same_as_one(tmp_path, bidirectional):
     path = tmp_path / "toy.ts"
     exec(MAKE, {"PATH": path})
@@ -90,6 +90,7 @@ sys.exit(sum("gloo" in name for name in names))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_no_thread_of_the_group_is_left(tmp_path):
     """A thread that still runs while the interpreter shuts down can abort the process."""

@@ -241,6 +241,7 @@ def mutate(folder, found, seconds, seed):
     return counts
 
 
+@pytest.mark.slow
 def test_models_with_one_change(tmp_path):
     counts = mutate(tmp_path, models(tmp_path), SECONDS, 0)
     assert counts["agreed"] > 20
