@@ -152,7 +152,7 @@ class Kind:
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
-        names: its name and order of gates in `"torch"`, `"keras"`, `"keras1"` and `"onnx"`, where they have it.
+        names: its name and order of gates in `"torch"`, `"keras1"` and `"onnx"`, where they have it.
         ref: papers.
     """
 
@@ -175,10 +175,6 @@ class Kind:
     def slots(self) -> tuple[str, ...]:
         """Names of the activations: the gates, then `outputs`."""
         return (*self.gates, *self.outputs)
-
-    def role(self, role: str) -> str | None:
-        """Return the gate with a role, None if this kind has none."""
-        return next((gate for gate, its in self.gates.items() if its == role), None)
 
     def blocks(self, spec: CellSpec) -> tuple[int, ...]:
         """Return the numbers of gates whose columns layer normalisation normalises together."""

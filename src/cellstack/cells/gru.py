@@ -60,7 +60,6 @@ GRU = Kind(
     planes=lambda spec: ("q_g",) if spec.reset_after else (),
     names={
         "torch": Foreign("GRU", "rzg"),
-        "keras": Foreign("GRU", "zrg"),
         "keras1": Foreign("GRU", "zrg"),
         "onnx": Foreign("GRU", "zrg"),
     },

@@ -68,7 +68,6 @@ LSTM = Kind(
     outputs=("cell",),
     names={
         "torch": Foreign("LSTM", "ifgo"),
-        "keras": Foreign("LSTM", "ifgo"),
         "keras1": Foreign("LSTM", "igfo"),
         "onnx": Foreign("LSTM", "iofg"),
     },
