@@ -13,8 +13,8 @@ import numpy as np
 import peers
 
 from cellstack import native, reference
-from cellstack.bench.turns import alternate
 from cellstack.spec import CellSpec
+from cellstack_bench.turns import alternate
 
 
 def members(units):

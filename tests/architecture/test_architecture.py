@@ -40,10 +40,9 @@ BELOW = {
     "layers": {"spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"spec", "layers"},
-    "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
+    "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
-    "cli": {"spec", "nodes", "network", "formats", "train", "bench", ""},
+    "cli": {"spec", "nodes", "network", "formats", "train", ""},
     "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
@@ -93,10 +92,10 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
 ON_CALL_ALSO = {
-    "bench": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
     "cli": {"matplotlib", "shtab", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},

@@ -183,6 +183,10 @@ def test_the_map_has_every_file_and_no_other():
             mapped |= {folder + name for name in re.findall(r"`([^`]+)`", row[1])}
     found = [*(ROOT / "kernel").glob("*.*"), *(ROOT / "src" / "cellstack").rglob("*.py*")]
     found += (ROOT / "src" / "cellstack").rglob("*.js")
+    found += [
+        *(ROOT / "benchmarks" / "cellstack_bench").glob("*.py"),
+        *(ROOT / "examples" / "cellstack_demo").glob("*.py"),
+    ]
     assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"}
 
 

@@ -18,7 +18,7 @@ from cellstack.train.text.data import Architecture, Text, bits_per_character
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.workflow import adam, train_text
 
-ALICE = (files("cellstack") / "data" / "alice.txt").read_text(encoding="utf-8")[:2400]
+ALICE = (files("cellstack_demo") / "data" / "alice.txt").read_text(encoding="utf-8")[:2400]
 SMALL = {"units": (10, 8), "embedding": 6, "steps": 16, "batch": 4, "threads": 1}
 SETTINGS = Settings(epochs=3, batch=4, lr=5e-3, seed=3, patience=0)
 

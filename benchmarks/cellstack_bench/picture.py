@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.bench.surface import gflops
+from cellstack_bench.surface import gflops
 
 
 def draw(what: str, records: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: Path) -> None:

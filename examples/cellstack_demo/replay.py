@@ -1,4 +1,4 @@
-"""Replay one utterance frame by frame, in a process without torch: `python -m cellstack.train.replay`."""
+"""Replay one utterance frame by frame, in a process without torch: `python -m cellstack_demo.replay`."""
 
 from __future__ import annotations
 

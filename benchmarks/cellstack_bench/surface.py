@@ -12,9 +12,9 @@ import numpy as np
 
 import cellstack
 from cellstack import native
-from cellstack.bench import engines
-from cellstack.bench.machine import Machine, processor
-from cellstack.bench.turns import alternate, kept_on
+from cellstack_bench import engines
+from cellstack_bench.machine import Machine, processor
+from cellstack_bench.turns import alternate, kept_on
 
 TOLERANCE = 5e-5  # of outputs, which are between -1 and 1
 BFLOAT16_TOLERANCE = 3e-2  # of outputs in bfloat16: several times 1/256, the spacing of its numbers below 1

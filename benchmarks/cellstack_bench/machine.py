@@ -1,6 +1,6 @@
 """The machine's limits, as far as NumPy reaches them: products, and reading of arrays that fit a cache.
 
-    python -m cellstack.bench.machine product
+    python -m cellstack_bench.machine product
 
 answers each line on its standard input with the best figures so far, as a line of JSON. A separate process has a BLAS
 with its own number of threads, and doesn't disturb other measurements while it waits.
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bench.turns import rest, timed
+from cellstack_bench.turns import rest, timed
 
 SIZES = (256, 384, 512, 1024)
 TURN = 0.002  # seconds for one figure in one round
@@ -153,7 +153,7 @@ class Machine:
         env = {name: value for name, value in os.environ.items() if name not in MISTUNED}
         env |= dict.fromkeys(THREADS_OF, str(threads))
         return subprocess.Popen(
-            [sys.executable, "-m", "cellstack.bench.machine", what],
+            [sys.executable, "-m", "cellstack_bench.machine", what],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

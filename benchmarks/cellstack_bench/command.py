@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellstack.bench.engines import SURFACES
-from cellstack.bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
 from cellstack.cli.arguments import sizes
 from cellstack.cli.files import plain, show
 from cellstack.network import processors
 from cellstack.train.checks import UsageError
+from cellstack_bench.engines import SURFACES
+from cellstack_bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
 
 UNITS, BATCH, STEPS = (16, 64, 128, 256), (1, 8, 32), (100,)
 QUICK_UNITS, QUICK_BATCH, QUICK_STEPS = (32, 128), (1, 16), (50,)
@@ -123,7 +123,7 @@ def write(report: dict[str, Any], output: str) -> list[str]:
     done = {what: records for what, records in report["surfaces"].items() if records}
     pictures, said = {what: str(folder / f"{what}.png") for what in done}, []
     try:
-        from cellstack.bench.picture import draw
+        from cellstack_bench.picture import draw
 
         for what, records in done.items():
             draw(what, records, report, Path(pictures[what]))

@@ -16,11 +16,12 @@ import torch
 
 from cellstack import layers
 from cellstack.inspect import html
-from cellstack.train import predict, report, workflow
+from cellstack.train import predict, workflow
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.ts import read_ts
 from cellstack.train.fitting import Result
 from cellstack.train.settings import Architecture, RunOptions, Settings
+from cellstack_demo.report import report
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
 # they were recorded); the test utterances weren't used.
@@ -50,7 +51,7 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
     settings = Settings(**{**SETTINGS, "seed": seed} | ({} if epochs is None else {"epochs": epochs}))
     folder.mkdir(parents=True, exist_ok=True)
     tutorial = walk_tutorial(say)
-    with as_file(files("cellstack") / "data") as data:
+    with as_file(files("cellstack_demo") / "data") as data:
         training = read_ts(data / "JapaneseVowels_TRAIN.ts")
         test = read_ts(data / "JapaneseVowels_TEST.ts", training.labels)
         say(
@@ -79,7 +80,7 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
     }
     t = causal.network.trace(test.x[index][None])
     inside = b"".join(html.page(t, None, None, f"Test utterance {index}: step 0 is frame 1", None)).decode()
-    page = report.demo_page(result, whole.fit.history, causal.fit.history, confusion, gates, inside)
+    page = report(result, whole.fit.history, causal.fit.history, confusion, gates, inside)
     (folder / "report.html").write_text(page, encoding="utf-8")
     result["seconds"] = round(time.perf_counter() - started, 2)
     say(f"\nreport: {result['report']}   ({result['seconds']:.0f} s in all)")
@@ -139,7 +140,7 @@ def _utterance_to_replay(answers: np.ndarray, test: Sequences) -> tuple[int, str
 
 
 def _replay(network: Path, file: Path, index: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "cellstack.train.replay", str(network), str(file), str(index)]
+    command = [sys.executable, "-m", "cellstack_demo.replay", str(network), str(file), str(index)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
