@@ -54,7 +54,7 @@ ON_CALL = {
     ("network", "formats"),
     ("network", "inspect"),
     ("network", "train"),
-    ("inspect", "layers"),
+    ("inspect", "train"),
 }
 
 # Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from cellstack.inspect.records import TrainingRecord
+from cellstack.train.monitoring.records import TrainingRecord
 from cellstack.train.history import named
 
 STOPPED = {

@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 
 from cellstack import layers
 from cellstack.formats.files import check_replaceable
-from cellstack.inspect.monitor import TrainingMonitor
-from cellstack.inspect.records import TrainingRecord
+from cellstack.train.monitoring.monitor import TrainingMonitor
+from cellstack.train.monitoring.records import TrainingRecord
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train import threads as counted

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellstack.inspect.records import VANISHED, LayerRecord, TrainingRecord
+from cellstack.train.monitoring.records import VANISHED, LayerRecord, TrainingRecord
 from cellstack.train.history import named
 
 # Figures are drawn in placeholder colours, which are replaced by variables of the style sheet, for light and dark mode.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cellstack.inspect.records import LayerRecord, TrainingRecord, examined
+from cellstack.train.monitoring.records import LayerRecord, TrainingRecord, examined
 
 if TYPE_CHECKING:
     from types import TracebackType

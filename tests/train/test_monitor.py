@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import cellstack as cs
 from cellstack import layers
-from cellstack.inspect import TrainingMonitor, TrainingRecord, records
+from cellstack.inspect import TrainingMonitor, TrainingRecord
 from cellstack.layers import observer
+from cellstack.train.monitoring.records import VANISHED
 
 DOUBLE = {"dtype": "float64"}
 
@@ -565,7 +566,7 @@ def test_records_go_through_json():
     assert again.scalars() == record.scalars()
     assert again.findings == record.findings
     assert isinstance(cs.inspect.LayerRecord, type)
-    assert records.VANISHED == 0.01
+    assert VANISHED == 0.01
 
 
 def test_tensorboard_reads_back_what_was_written(tmp_path):
