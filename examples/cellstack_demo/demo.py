@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from cellstack.train import predict, workflow
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.ts import read_ts
 from cellstack.train.fitting import Result
-from cellstack.train.settings import Architecture, RunOptions, Settings
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack_demo.report import report
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
 # they were recorded); the test utterances weren't used.
-SETTINGS = {"epochs": 60, "noise": 0.6, "offset": 0.3, "patience": 0}
-UNITS, DROPOUT, VALIDATION = (48, 48), 0.3, 0.1
+OPTIONS = FitOptions(epochs=60, noise=0.6, offset=0.3, patience=0, validation=0.1, device="cpu")
+UNITS, DROPOUT = (48, 48), 0.3
 Say = Callable[..., None]
 
 
@@ -48,7 +49,7 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         UsageError: a seed or a number of epochs out of range.
     """
     started = time.perf_counter()
-    settings = Settings(**{**SETTINGS, "seed": seed} | ({} if epochs is None else {"epochs": epochs}))
+    options = replace(OPTIONS, seed=seed, epochs=OPTIONS.epochs if epochs is None else epochs)
     folder.mkdir(parents=True, exist_ok=True)
     tutorial = walk_tutorial(say)
     with as_file(files("cellstack_demo") / "data") as data:
@@ -58,8 +59,8 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
             f"Japanese vowels: who is speaking? {len(training.labels)} speakers, {len(training.x)} utterances to train "
             f"on, {len(test.x)} to test on, {training.channels} coefficients per frame"
         )
-        whole = _train("bidirectional", training, test, settings, folder, say)
-        causal = _train("forward", training, test, settings, folder, say)
+        whole = _train("bidirectional", training, test, options, folder, say)
+        causal = _train("forward", training, test, options, folder, say)
         confusion = whole.scores["confusion"]
         say("\nconfusion of the bidirectional stack, true speaker by row:")
         say("      " + " ".join(f"{label:>4}" for label in training.labels))
@@ -115,15 +116,14 @@ def _say_shapes(say: Say, results: dict[str, Any]) -> None:
         say(f"  {name:<12}: [{' '.join(map(str, value.shape))}]")
 
 
-def _train(name: str, training: Sequences, test: Sequences, settings: Settings, folder: Path, say: Say) -> Result:
+def _train(name: str, training: Sequences, test: Sequences, options: FitOptions, folder: Path, say: Say) -> Result:
     both = name == "bidirectional"
     say(
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
         + ("in both directions" if both else "frame by frame")
     )
     architecture = Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
-    options = RunOptions(VALIDATION, device="cpu")
-    outcome = workflow.train_sequences(training, test, architecture, settings, options)
+    outcome = workflow.train_sequences(training, test, architecture, options)
     outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")
     return outcome
