@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +17,11 @@ from cellstack import native
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_integer
-from cellstack.nodes.dense import Dense
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways, final
 from cellstack.nodes.time import FINAL, GlobalPool
+from cellstack.plan import Call as Stage  # noqa: F401  # its name in pickles of older versions
+from cellstack.plan import Calls
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -71,20 +71,6 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-class Stage(NamedTuple):
-    """A unit of execution: one node, or consecutive nodes of cells, joined into one call of the kernel.
-
-    Attributes:
-        nodes: the indices of its nodes, in order.
-        node: the node to run.
-        sources: the names of its inputs.
-    """
-
-    nodes: tuple[int, ...]
-    node: Node
-    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -173,7 +159,7 @@ class Network:
     patches: tuple[Patch, ...]
     started: tuple[str, ...]
     _passes_states: bool
-    _stages: tuple[Stage, ...]
+    calls: Calls
     _patched: tuple[CellPatches | None, ...]
 
     def __init__(
@@ -215,7 +201,7 @@ class Network:
             "_patched": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
             "started": _started(nodes, names, graph),  # for each cell, which values it starts from, or ""
             "_passes_states": any(graph.states),
-            "_stages": _stages(nodes, names, graph, {patch.node for patch in patches}),
+            "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -240,8 +226,21 @@ class Network:
         first = sum(len(node.cells) for node in self.nodes[:place])
         return self._patched[first : first + len(self.nodes[place].cells)]
 
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments that make this network."""
+        inputs = {name: self.shapes[name] for name in self.inputs}
+        names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
+        return {name: getattr(self, name) for name in names} | {"inputs": inputs}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_whole"}  # rebuilt when needed
+        return self._arguments()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "shapes" in state:  # pickled by an older version, with all attributes
+            state = {name: state[name] for name in ("nodes", "names", "metadata", "wires", "outputs", "patches")} | {
+                "inputs": {name: state["shapes"][name] for name in state["inputs"]}
+            }
+        self.__init__(**state, _warn=False)
 
     def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
         """Run the network from the cells' initial states and return its output: `run` without states.
@@ -254,8 +253,8 @@ class Network:
         Returns:
             `[B, T, W]`, or `[B, W]` if a node removes the time axis; a tuple of these if there are several outputs.
         """
-        if mask is None and lengths is None and type(x) is np.ndarray and (whole := self._whole) is not None:
-            stack, work = whole
+        if mask is None and lengths is None and type(x) is np.ndarray and (call := self._one_call) is not None:
+            stack, work = call
             many = x.size * work >= 2 * native.THREAD_WORK
             y = stack.run(x, processors() if many else 1)
             if y is not None:
@@ -263,28 +262,16 @@ class Network:
         return self.run(x, mask=mask, lengths=lengths)[0]
 
     @cached_property
-    def _whole(self) -> tuple[Any, float] | None:
+    def _one_call(self) -> tuple[Any, float] | None:
         """The network as one call of the kernel, which has little overhead, and its multiplications per number of x.
 
-        None unless the network is a chain of forward cells and dense layers without patches.
+        None if the network needs several calls.
         """
-        before = (*self.inputs, *self.names)
-        chain = len(self.inputs) == 1 and self.wires == tuple((name,) for name in before[:-1])
-        if not chain or self.outputs != (self.names[-1],) or self.patches:
+        call = self.calls.whole
+        if call is None:
             return None
-        weights: list[Any] = []
-        timed, last = 0, False
-        for node in self.nodes:
-            if type(node) is Recurrent and not (last or node.go_backwards) and len(node.parts) == 1:
-                weights += [cell.packed for cell in node.cells]
-                last = not node.return_sequences
-            elif type(node) is Dense and node.beyond is None:
-                weights.append(node.packed)
-            else:
-                return None
-            timed = timed if last and isinstance(node, Dense) else len(weights)
         work = sum(node.multiplications for node in self.nodes) / (self.input_size or 1)
-        return native.stack(weights, timed, last), work
+        return native.stack([layer.packed for layer in call.layers], call.timed, call.last_step), work
 
     def run(
         self,
@@ -345,7 +332,7 @@ class Network:
         threads = processors() if threads is None else check_integer("Network", "threads", threads)
         after: tuple[CellState, ...] = ()
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
-            for numbers, node, sources in self._stages:
+            for numbers, node, sources, _ in self.calls.sequences:
                 name = self.names[numbers[-1]]
                 flows = [values[source] for source in sources]
                 if self.graph.late[numbers[0]]:
@@ -374,7 +361,7 @@ class Network:
                     values |= self._states_of(numbers, ends, record)
                 for number in numbers:
                     for value in self.graph.done[number]:
-                        values.pop(value, None)  # absent between the nodes of one stage
+                        values.pop(value, None)  # absent between the nodes of one call
         if self._passes_states:  # an output that is a state mustn't share memory with the returned states
             given += [array for one in after for array in one]
         return as_own([values[name].x for name in self.outputs], given), after
@@ -590,17 +577,7 @@ class Network:
         return self._with(tuple(node.with_weights(weights) for node in self.nodes), self.patches)
 
     def _with(self, nodes: tuple[Node, ...], patches: tuple[Patch, ...]) -> Network:
-        inputs = {name: self.shapes[name] for name in self.inputs}
-        return Network(
-            nodes,
-            self.names,
-            self.metadata,
-            inputs=inputs,
-            wires=self.wires,
-            outputs=self.outputs,
-            patches=patches,
-            _warn=False,
-        )
+        return Network(**{**self._arguments(), "nodes": nodes, "patches": patches}, _warn=False)
 
     def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:
         """Return a `Stream` that runs this network step by step.
@@ -755,7 +732,7 @@ class Network:
             The lines.
         """
         rows = []
-        begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
+        begun = {number: self.names[call.nodes[0]] for call in self.calls.sequences for number in call.nodes[1:]}
         for number, (name, origin, node) in enumerate(zip(self.names, self._origins(), self.nodes, strict=True)):
             engine = f"in the call of {begun[number]}" if number in begun else node.engine(self.dtype)
             patches = sum(patch.node == name for patch in self.patches)
@@ -841,36 +818,6 @@ def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> t
         starts = node.apart(sources)[1]
         found += [f"{name} starts from {', '.join(starts)}" if starts else ""] * len(node.cells)
     return tuple(found)
-
-
-def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patched: set[str]) -> tuple[Stage, ...]:
-    """Return the nodes in the order of execution, joined where one call of the kernel can run several.
-
-    In one call, threads can work on different layers, and no sequences are stored between them. The bits are the same.
-    """
-    stages: list[Stage] = []
-    uses = Counter((*graph.outputs, *(source for sources in graph.wires for source in sources)))
-    for number, (node, sources) in enumerate(zip(nodes, graph.wires, strict=True)):
-        below = stages[-1] if stages else None
-        alone = below is not None and len(below.sources) == 1  # without initial states
-        if below is not None and alone and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
-            joined = _joined(below.node, node)
-            # Patches above a backward node count the steps of its output, which is in reverse order.
-            if joined is not None and not (joined.go_backwards and names[number] in patched):
-                stages[-1] = Stage((*below.nodes, number), joined, below.sources)
-                continue
-        stages.append(Stage((number,), node, sources))
-    return tuple(stages)
-
-
-def _joined(below: Node, above: Node) -> Recurrent | None:
-    """Join two stacks of cells into one; None if that isn't possible."""
-    if not isinstance(below, Recurrent) or not isinstance(above, Recurrent) or not below.return_sequences:
-        return None
-    if below.residual or above.residual or below.zero_output_for_mask or above.go_backwards:
-        return None  # a backward node reverses its sequence, so only the lower one may run backwards
-    cells = (*below.cells, *above.cells)
-    return Recurrent(cells, above.return_sequences, below.go_backwards, above.zero_output_for_mask)
 
 
 def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:

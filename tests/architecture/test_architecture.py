@@ -33,8 +33,9 @@ BELOW = {
     "nodes": {"cells", "spec", "bfloat16", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
-    "network": {"spec", "native", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
+    "plan": {"nodes", "graph"},
+    "network": {"spec", "native", "nodes", "graph", "arguments", "plan"},
+    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "views", "native"},

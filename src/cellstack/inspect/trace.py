@@ -578,7 +578,7 @@ def _in_own_order(
 ) -> tuple[list[Record | None], dict[str, Flow]]:
     """Return the records of cells and all values, also between nodes of one call, each in its own order of steps."""
     records, flows = list(recording), dict(recording.flows)
-    for stage in network._stages:
+    for stage in network.calls.sequences:
         backwards = getattr(stage.node, "go_backwards", False)
         for place, number in enumerate(stage.nodes[:-1]):
             above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]

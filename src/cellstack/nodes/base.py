@@ -223,6 +223,48 @@ def check_activation(owner: str, text: Any) -> str:
         raise ValueError(f"{owner}: activation: {error} (or {', '.join(MORE_ACTIVATIONS)})") from None
 
 
+class KernelLayers(NamedTuple):
+    """What the kernel runs of a node, or of several consecutive nodes in one call.
+
+    Attributes:
+        groups: the layers by call of the kernel, bottom first; True if the input of the call is added to its output.
+        timed: how many layers run at every step; the layers above them run at the last step only.
+        reverse: whether they run from the last step to the first.
+        last_step: whether only the output of the last step is returned.
+        zeros_at_masked: whether the output is set to zeros at masked steps.
+        finish: what NumPy applies to the output, or None.
+    """
+
+    groups: tuple[tuple[tuple[Any, ...], bool], ...]
+    timed: int
+    reverse: bool = False
+    last_step: bool = False
+    zeros_at_masked: bool = False
+    finish: Callable[[Array], Array] | None = None
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """All cells and dense layers, bottom first."""
+        return tuple(layer for layers, _ in self.groups for layer in layers)
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether any layer is a cell."""
+        return any(not isinstance(layer, Node) for layer in self.layers)
+
+    @property
+    def only_cells(self) -> bool:
+        """Whether all layers are cells."""
+        return not any(isinstance(layer, Node) for layer in self.layers)
+
+    def then(self, above: KernelLayers) -> KernelLayers:
+        """Return these layers with those of the next node on top, as one call."""
+        timed = self.timed + (0 if self.last_step else above.timed)
+        last_step = self.last_step or above.last_step
+        layers = (*self.layers, *above.layers)
+        return KernelLayers(((layers, False),), timed, self.reverse, last_step, above.zeros_at_masked, above.finish)
+
+
 class FrameRule(NamedTuple):
     """How a node runs step by step in a stream, apart from the states of its cells.
 
@@ -286,6 +328,11 @@ class Node:
     arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     settings: ClassVar[Types] = {}
     multiplied: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def kernel_layers(self) -> KernelLayers | None:
+        """What the kernel can run in one call with the nodes below and above; None if it can't run the node."""
+        return None
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -13,6 +13,7 @@ from cellstack import native, spec
 from cellstack.nodes.base import (
     MORE_ACTIVATIONS,
     Array,
+    KernelLayers,
     Shape,
     Stepwise,
     activation_function,
@@ -60,12 +61,18 @@ class Dense(Stepwise):
     @cached_property
     def packed(self) -> Any:
         """The weights in the kernel's layout, packed at the first use."""
-        return native.dense(self.kernel, self.bias, spec.activation("linear" if self.beyond else self.activation))
+        return native.dense(
+            self.kernel, self.bias, spec.activation("linear" if self.numpy_activation else self.activation)
+        )
 
     @cached_property
-    def beyond(self) -> Callable[[Array], Array] | None:
+    def numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
+
+    @property
+    def kernel_layers(self) -> KernelLayers:
+        return KernelLayers((((self,), False),), 1, finish=self.numpy_activation)
 
     def apply(self, x: Array) -> Array:
         """Return `[..., O]` for `x [..., I]` of the kernel's dtype.
@@ -82,12 +89,12 @@ class Dense(Stepwise):
         y = np.empty((*x.shape[:-1], self.kernel.shape[1]), x.dtype)
         rows = native.Sequences(1, x.size // self.kernel.shape[0], x, 0, x.shape[-1])
         native.forward(rows, [native.Layer(self.packed, y=y)], 1)
-        return self.beyond(y) if self.beyond else y
+        return self.numpy_activation(y) if self.numpy_activation else y
 
     @property
     def summary(self) -> str:
         return self.activation
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        after = f", {self.activation} in NumPy" if self.beyond else ""
+        after = f", {self.activation} in NumPy" if self.numpy_activation else ""
         return f"fused kernel ({native.isa()}, {dtype}): one product{after}"

@@ -20,6 +20,7 @@ from cellstack.nodes.base import (
     CellState,
     Flow,
     FrameRule,
+    KernelLayers,
     Node,
     Shape,
     Types,
@@ -444,6 +445,16 @@ class Recurrent(Node):
             else:
                 parts[-1] = ((*parts[-1][0], cell), False)
         return tuple(parts)
+
+    @property
+    def kernel_layers(self) -> KernelLayers:
+        last_step, zeros = not self.return_sequences, self.zero_output_for_mask
+        return KernelLayers(self.parts, len(self.cells), self.go_backwards, last_step, zeros)
+
+    @classmethod
+    def of_layers(cls, layers: KernelLayers) -> Recurrent:
+        """Return the node that runs the cells of several nodes in one call."""
+        return cls(layers.layers, not layers.last_step, layers.reverse, layers.zeros_at_masked)
 
     @property
     def summary(self) -> str:
