@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cellstack.nodes import Dense
     from cellstack.nodes.base import Array, CellState
     from cellstack.nodes.patches import CellPatches
-    from cellstack.plan import Call
+    from cellstack.network.plan import Call
     from cellstack.streaming.parts import Rows, Run, Stateful
 
 
