@@ -19,8 +19,10 @@ from cellstack.network.description import as_text, plan_lines
 from cellstack.network.plan import Calls
 from cellstack.network.running import processors, run
 from cellstack.nodes.base import Array, CellState, Node, Shape
+from cellstack.nodes.cell import Cell
 from cellstack.nodes.patches import CellPatches, Patch
-from cellstack.nodes.recurrent import Cell, Recording, ends_both_ways, final
+from cellstack.nodes.recording import Recording
+from cellstack.nodes.recurrent import ends_both_ways, final
 from cellstack.nodes.time import FINAL, GlobalPool
 from cellstack.spec import Plan, ShapeError
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from cellstack.arguments import as_flags, as_mask, as_own, as_states
 from cellstack.nodes.base import Array, CellState, Flow, check_choice, check_integer
-from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Recording, Recurrent
+from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.recording import Recording
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import ShapeError, check_sequence
 
 if TYPE_CHECKING:

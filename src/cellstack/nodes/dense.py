@@ -10,17 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cellstack import native, spec
-from cellstack.nodes.base import (
-    MORE_ACTIVATIONS,
-    Array,
-    KernelLayers,
-    Shape,
-    Stepwise,
-    activation_function,
-    check_activation,
-    hold,
-    one_dtype,
-)
+from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
+from cellstack.nodes.base import Array, KernelLayers, NodeRun, Shape, StateGradients, Stepwise, hold, one_dtype
 from cellstack.spec import ShapeError
 
 
@@ -90,6 +81,10 @@ class Dense(Stepwise):
         rows = native.Sequences(1, x.size // self.kernel.shape[0], x, 0, x.shape[-1])
         native.forward(rows, [native.Layer(self.packed, y=y)], 1)
         return self.numpy_activation(y) if self.numpy_activation else y
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        z = run.inputs[0].x @ self.kernel + (0 if self.bias is None else self.bias)
+        return [activation_gradient(self.activation, z, dy) @ self.kernel.T]
 
     @property
     def summary(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.nodes.base import check_choice, check_integer
-from cellstack.nodes.recurrent import WEIGHTS, Cell
+from cellstack.nodes.cell import WEIGHTS, Cell
 from cellstack.spec import ShapeError, check_sequence, check_step
 from cellstack.streaming.framewise import (
     answers_framewise,
@@ -21,10 +21,10 @@ from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 
 if TYPE_CHECKING:
     from cellstack.network import Network
+    from cellstack.network.plan import Call
     from cellstack.nodes import Dense
     from cellstack.nodes.base import Array, CellState
     from cellstack.nodes.patches import CellPatches
-    from cellstack.network.plan import Call
     from cellstack.streaming.parts import Rows, Run, Stateful
 
 

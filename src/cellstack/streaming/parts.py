@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellstack import native
 from cellstack.nodes.base import Array
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import STATES
 
 if TYPE_CHECKING:
