@@ -141,11 +141,12 @@ def test_nodes_of_signals():
         Conv1D(rng.normal(size=(2, 2, 3)), activation="tanh"),
         Select(stop=2),
         Select(start=-1, axis=2),
+        Merge("concat"),
         Flatten(),
         Merge("concat"),
     )
-    frames = PerFrame((6,), inner, ((0,), (1,), (2,), (2,), (3,), (5, 0)))
-    check(Network([frames, Dense(rng.normal(size=(12, 2)))]), x, step=1, unit=1)
+    frames = PerFrame((6,), inner, ((0,), (1,), (2,), (2,), (3, 4), (5,), (6, 0)))
+    check(Network([frames, Dense(rng.normal(size=(14, 2)))]), x, step=1, unit=1)
     assert not np.isnan(
         Network([Magnitude()], inputs={"x": (None, 2)}).trace(np.zeros((1, 2, 2))).gradient(0)["x"]
     ).any()
