@@ -33,10 +33,10 @@ BELOW = {
     "nodes": {"cells", "spec", "bfloat16", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
-    "network": {"spec", "native", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
+    "network": {"spec", "bfloat16", "native", "nodes", "graph", "arguments"},
+    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
-    "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
+    "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "network", "formats"},
     "layers": {"spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"spec", "layers"},

@@ -40,7 +40,7 @@ from cellstack.nodes import (
     Standardise,
     Take,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES
 
 NEAR = (

@@ -21,7 +21,7 @@ from cellstack.cli.tables import add_table_options, names
 from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
-from cellstack.nodes.recurrent import HELD, WEIGHTS
+from cellstack.nodes.cell import HELD, WEIGHTS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train.checks import TooFewRowsError, UsageError
 from cellstack_bench.command import add_bench_arguments, bench

@@ -17,7 +17,7 @@ from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, 
 from cellstack.network import Network
 from cellstack.nodes import Embedding
 from cellstack.nodes.base import Array
-from cellstack.nodes.recurrent import WEIGHTS
+from cellstack.nodes.cell import WEIGHTS
 from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats import safetensors as native_format
+from cellstack.network.description import described
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -68,7 +68,7 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
     >>> payload["arrays"]["layer_0/0/kernel"]
     {'dtype': 'float64', 'shape': [1, 1], 'data': 'AAAAAAAA8D8='}
     """
-    description, arrays = native_format.described(network)
+    description, arrays = described(network)
     pack = pack or packed
     return {"description": description, "arrays": {name: pack(np.asarray(array)) for name, array in arrays.items()}}
 

@@ -1,28 +1,30 @@
-"""`Network`: nodes and the wires between them as data, and how they run in NumPy with the kernel."""
+"""`Network`: nodes and the wires between them as data, and the public methods."""
 
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cellstack import native
-from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
+from cellstack.arguments import as_floats, as_numbers
 from cellstack.graph import Graph, Inputs, check_name, wired
-from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_integer
-from cellstack.nodes.dense import Dense
+from cellstack.network.description import as_text, plan_lines
+from cellstack.network.plan import Calls
+from cellstack.network.running import processors, run
+from cellstack.nodes.base import Array, CellState, Node, Shape
+from cellstack.nodes.cell import Cell
 from cellstack.nodes.patches import CellPatches, Patch
-from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways, final
+from cellstack.nodes.recording import Recording
+from cellstack.nodes.recurrent import ends_both_ways, final
 from cellstack.nodes.time import FINAL, GlobalPool
-from cellstack.spec import Plan, ShapeError, check_sequence
+from cellstack.spec import Plan, ShapeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,27 +66,6 @@ def _with_final(nodes: tuple[Node, ...], names: tuple[str, ...]) -> tuple[tuple[
         else:
             kept[-1] = ending, kept[-1][1]
     return tuple(node for node, _ in kept), tuple(name for _, name in kept)
-
-
-def processors() -> int:
-    """Return the number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class Stage(NamedTuple):
-    """A unit of execution: one node, or consecutive nodes of cells, joined into one call of the kernel.
-
-    Attributes:
-        nodes: the indices of its nodes, in order.
-        node: the node to run.
-        sources: the names of its inputs.
-    """
-
-    nodes: tuple[int, ...]
-    node: Node
-    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -172,9 +153,9 @@ class Network:
     graph: Graph
     patches: tuple[Patch, ...]
     started: tuple[str, ...]
-    _passes_states: bool
-    _stages: tuple[Stage, ...]
-    _patched: tuple[CellPatches | None, ...]
+    has_state_values: bool
+    calls: Calls
+    patches_by_cell: tuple[CellPatches | None, ...]
 
     def __init__(
         self,
@@ -212,10 +193,10 @@ class Network:
             "dtype": dtype,
             "graph": graph,
             "patches": patches,
-            "_patched": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
+            "patches_by_cell": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
             "started": _started(nodes, names, graph),  # for each cell, which values it starts from, or ""
-            "_passes_states": any(graph.states),
-            "_stages": _stages(nodes, names, graph, {patch.node for patch in patches}),
+            "has_state_values": any(graph.states),
+            "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -238,10 +219,23 @@ class Network:
         """
         place = self.names.index(name)
         first = sum(len(node.cells) for node in self.nodes[:place])
-        return self._patched[first : first + len(self.nodes[place].cells)]
+        return self.patches_by_cell[first : first + len(self.nodes[place].cells)]
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments that make this network."""
+        inputs = {name: self.shapes[name] for name in self.inputs}
+        names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
+        return {name: getattr(self, name) for name in names} | {"inputs": inputs}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_whole"}  # rebuilt when needed
+        return self._arguments()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "shapes" in state:  # pickled by an older version, with all attributes
+            state = {name: state[name] for name in ("nodes", "names", "metadata", "wires", "outputs", "patches")} | {
+                "inputs": {name: state["shapes"][name] for name in state["inputs"]}
+            }
+        self.__init__(**state, _warn=False)
 
     def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
         """Run the network from the cells' initial states and return its output: `run` without states.
@@ -254,8 +248,8 @@ class Network:
         Returns:
             `[B, T, W]`, or `[B, W]` if a node removes the time axis; a tuple of these if there are several outputs.
         """
-        if mask is None and lengths is None and type(x) is np.ndarray and (whole := self._whole) is not None:
-            stack, work = whole
+        if mask is None and lengths is None and type(x) is np.ndarray and (call := self._one_call) is not None:
+            stack, work = call
             many = x.size * work >= 2 * native.THREAD_WORK
             y = stack.run(x, processors() if many else 1)
             if y is not None:
@@ -263,28 +257,16 @@ class Network:
         return self.run(x, mask=mask, lengths=lengths)[0]
 
     @cached_property
-    def _whole(self) -> tuple[Any, float] | None:
+    def _one_call(self) -> tuple[Any, float] | None:
         """The network as one call of the kernel, which has little overhead, and its multiplications per number of x.
 
-        None unless the network is a chain of forward cells and dense layers without patches.
+        None if the network needs several calls.
         """
-        before = (*self.inputs, *self.names)
-        chain = len(self.inputs) == 1 and self.wires == tuple((name,) for name in before[:-1])
-        if not chain or self.outputs != (self.names[-1],) or self.patches:
+        call = self.calls.whole
+        if call is None:
             return None
-        weights: list[Any] = []
-        timed, last = 0, False
-        for node in self.nodes:
-            if type(node) is Recurrent and not (last or node.go_backwards) and len(node.parts) == 1:
-                weights += [cell.packed for cell in node.cells]
-                last = not node.return_sequences
-            elif type(node) is Dense and node.beyond is None:
-                weights.append(node.packed)
-            else:
-                return None
-            timed = timed if last and isinstance(node, Dense) else len(weights)
         work = sum(node.multiplications for node in self.nodes) / (self.input_size or 1)
-        return native.stack(weights, timed, last), work
+        return native.stack([layer.packed for layer in call.layers], call.timed, call.last_step), work
 
     def run(
         self,
@@ -333,105 +315,7 @@ class Network:
             ValueError: threads below 1 or above 2^31 - 1; unknown weights; ids out of range; resets for a node that
                 combines steps.
         """
-        if weights is not None:
-            check_choice("Network", "weights", weights, WEIGHTS)
-        values = self._flows(x, mask, lengths, reset)
-        given = [flow.x for flow in values.values()]
-        if record is not None:  # the caller may change the inputs later
-            values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
-            record.flows.update(values)
-        batch, cells = len(given[0]), self.cells
-        states = as_states("Network", state, cells, batch, self.started)
-        threads = processors() if threads is None else check_integer("Network", "threads", threads)
-        after: tuple[CellState, ...] = ()
-        with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
-            for numbers, node, sources in self._stages:
-                name = self.names[numbers[-1]]
-                flows = [values[source] for source in sources]
-                if self.graph.late[numbers[0]]:
-                    node.check(name, *(flow.x.shape[1:] for flow in flows))
-                if reset is not None and node.mixes_steps and any(flow.reset is not None for flow in flows):
-                    raise ValueError(
-                        f"Network: reset isn't supported: {name} ({type(node).__name__}) combines steps "
-                        "that may belong to different pieces"
-                    )
-                if reset is not None and flows[0].reset is not None and node.apart(flows)[1]:
-                    raise ValueError(
-                        f"Network: reset of {sources[0]} isn't supported: {name} starts from "
-                        f"{', '.join(sources[1:])}, which a new piece doesn't have"
-                    )
-                own = states[len(after) : len(after) + len(node.cells)]
-                if isinstance(node, (Recurrent, Bidirectional)):
-                    patches = self._patched[len(after) : len(after) + len(node.cells)]
-                    x, used, begun, ends = node.run(flows, own, threads, record, patches, weights)
-                else:
-                    x, used, begun, ends = node.run(flows, own, threads)
-                values[name] = Flow(x, used, begun)
-                if record is not None:
-                    record.flows[name] = values[name]
-                after += ends
-                if self._passes_states:
-                    values |= self._states_of(numbers, ends, record)
-                for number in numbers:
-                    for value in self.graph.done[number]:
-                        values.pop(value, None)  # absent between the nodes of one stage
-        if self._passes_states:  # an output that is a state mustn't share memory with the returned states
-            given += [array for one in after for array in one]
-        return as_own([values[name].x for name in self.outputs], given), after
-
-    def _states_of(
-        self, numbers: tuple[int, ...], ends: tuple[CellState, ...], record: Recording | None
-    ) -> dict[str, Flow]:
-        """Return the states of these nodes that are values of the network, by name; `ends` are all their states."""
-        found, first = {}, 0
-        for number in numbers:
-            for value, cell, part in self.graph.states[number]:
-                array = getattr(ends[first + cell], part)
-                found[value] = Flow(array if record is None else array.copy())  # the caller may change the state later
-            first += len(self.nodes[number].cells)
-        if record is not None:
-            record.flows.update(found)
-        return found
-
-    def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
-        """Return the checked inputs with their masks and resets, by name."""
-        try:
-            arrays = self.as_inputs("Network", x)
-            for name in arrays:
-                self._check_input(name, arrays)
-        except (ShapeError, TypeError) as error:
-            raise type(error)(f"{error}{self._hint(x)}") from error
-        if mask is None and lengths is None and reset is None:
-            return {name: Flow(array) for name, array in arrays.items()}
-        timed = [name for name in arrays if self.graph.timed(name)]
-        flags = {"mask": mask, "lengths": lengths, "reset": reset}
-        for what, value in flags.items():
-            for name in value if isinstance(value, Mapping) else ():
-                if name not in timed:
-                    known = f"the inputs with a time axis are {', '.join(timed)}" if timed else "no input has one"
-                    raise ValueError(f"Network: {what} for {name!r}, which has no time axis: {known}")
-            if value is not None and not timed:
-                raise ValueError(f"Network: {what} isn't supported: no input has a time axis")
-        flows = {}
-        for name, array in arrays.items():
-            if name not in timed:
-                flows[name] = Flow(array)
-                continue
-            own = {what: value.get(name) if isinstance(value, Mapping) else value for what, value in flags.items()}
-            batch, steps = array.shape[:2]
-            used = as_mask("Network", own["mask"], own["lengths"], batch, steps)
-            flows[name] = Flow(array, used, as_flags("Network", "reset", own["reset"], batch, steps, "a piece begins"))
-        return flows
-
-    def _hint(self, x: Any) -> str:
-        """Return a hint for an input that `run` refuses and `predict` takes."""
-        several = isinstance(x, (list, tuple)) and len({len(row) for row in x if hasattr(row, "__len__")}) > 1
-        kinds = {
-            "the names of files": isinstance(x, (str, PathLike)),
-            "data frames": self.task is not None and hasattr(x, "columns") and hasattr(x, "dtypes"),
-            "lists of sequences of any lengths": several and len(self.inputs) == 1,
-        }
-        return next((f": net.predict takes {what}" for what, given in kinds.items() if given), "")
+        return run(self, x, state, mask, lengths, reset, threads, weights, record)
 
     def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
         """Return the inputs by name as arrays of real numbers, cast to the network's dtype except for ids.
@@ -460,24 +344,6 @@ class Network:
             name: as_numbers(owner, name, value) if name in ids else as_floats(owner, name, value, self.dtype)
             for name, value in zip(names, values, strict=True)
         }
-
-    def _check_input(self, name: str, arrays: dict[str, Array]) -> None:
-        """Raise `ShapeError` unless an input has its shape, and the batch size of the first input."""
-        array, shape = arrays[name], self.shapes[name]
-        if len(shape) == 2 and shape[0] is None and name not in self.graph.ids:
-            check_sequence("Network", array.shape, shape[1], name)
-        else:
-            fits = array.ndim == len(shape) + 1 and all(
-                want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
-            )
-            if not fits:
-                hint = ": add a batch axis: x[None]" if array.ndim == len(shape) else ""
-                raise ShapeError(f"Network: expected {name} {self.graph.shown(name)}, got {array.shape}{hint}")
-        first = next(iter(arrays.values()))
-        if len(array) != len(first):
-            raise ShapeError(
-                f"Network: expected {name} with B={len(first)}, as {self.inputs[0]} has, got {array.shape}"
-            )
 
     def trace(
         self,
@@ -590,17 +456,7 @@ class Network:
         return self._with(tuple(node.with_weights(weights) for node in self.nodes), self.patches)
 
     def _with(self, nodes: tuple[Node, ...], patches: tuple[Patch, ...]) -> Network:
-        inputs = {name: self.shapes[name] for name in self.inputs}
-        return Network(
-            nodes,
-            self.names,
-            self.metadata,
-            inputs=inputs,
-            wires=self.wires,
-            outputs=self.outputs,
-            patches=patches,
-            _warn=False,
-        )
+        return Network(**{**self._arguments(), "nodes": nodes, "patches": patches}, _warn=False)
 
     def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:
         """Return a `Stream` that runs this network step by step.
@@ -754,47 +610,10 @@ class Network:
         Returns:
             The lines.
         """
-        rows = []
-        begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
-        for number, (name, origin, node) in enumerate(zip(self.names, self._origins(), self.nodes, strict=True)):
-            engine = f"in the call of {begun[number]}" if number in begun else node.engine(self.dtype)
-            patches = sum(patch.node == name for patch in self.patches)
-            engine += f", {patches} patch{'es' * (patches > 1)}" if patches else ""
-            rows.append((name, origin, node.summary, _cost(*self._cost(node)), engine))
-        costs = [self._cost(node) for node in self.nodes]
-        total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
-        return Plan([*_table(rows), f"total per step: {total}"])
-
-    def _cost(self, node: Node) -> tuple[int, int]:
-        """Return the multiplications by parameters of a node per step, and the bytes of parameters read."""
-        return node.multiplications, node.bytes_read
-
-    def _origins(self) -> list[str]:
-        """Return, for each node, its inputs as text; "" if its input is the node before it."""
-        before = ((self.inputs[0],), *((name,) for name in self.names[:-1]))
-        return [
-            "" if sources == usual else f"of {', '.join(sources)}"
-            for sources, usual in zip(self.wires, before, strict=True)
-        ]
+        return plan_lines(self)
 
     def __repr__(self) -> str:
-        numbers = [f"{node.parameters:,}" for node in self.nodes]
-        width = max(map(len, numbers))
-        rows = [
-            (name, origin, type(node).__name__, node.summary, self.graph.shown(name), number.rjust(width))
-            for name, origin, node, number in zip(self.names, self._origins(), self.nodes, numbers, strict=True)
-        ]
-        total = sum(node.parameters for node in self.nodes)
-        comes, goes = (self._ends(names) for names in (self.inputs, self.outputs))
-        head = f"Network of {self.dtype}: {comes} -> {goes}, {total:,} numbers"
-        patches = [f"  {patch!r}" for patch in self.patches]
-        return "\n".join([head, *("  " + line for line in _table(rows)), *patches])
-
-    def _ends(self, names: tuple[str, ...]) -> str:
-        """Return the shapes of the inputs or outputs, with their names if there are several."""
-        shapes = [self.graph.shown(name) for name in names]
-        named = len(names) > 1
-        return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
+        return as_text(self)
 
 
 @cache
@@ -843,36 +662,6 @@ def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> t
     return tuple(found)
 
 
-def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patched: set[str]) -> tuple[Stage, ...]:
-    """Return the nodes in the order of execution, joined where one call of the kernel can run several.
-
-    In one call, threads can work on different layers, and no sequences are stored between them. The bits are the same.
-    """
-    stages: list[Stage] = []
-    uses = Counter((*graph.outputs, *(source for sources in graph.wires for source in sources)))
-    for number, (node, sources) in enumerate(zip(nodes, graph.wires, strict=True)):
-        below = stages[-1] if stages else None
-        alone = below is not None and len(below.sources) == 1  # without initial states
-        if below is not None and alone and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
-            joined = _joined(below.node, node)
-            # Patches above a backward node count the steps of its output, which is in reverse order.
-            if joined is not None and not (joined.go_backwards and names[number] in patched):
-                stages[-1] = Stage((*below.nodes, number), joined, below.sources)
-                continue
-        stages.append(Stage((number,), node, sources))
-    return tuple(stages)
-
-
-def _joined(below: Node, above: Node) -> Recurrent | None:
-    """Join two stacks of cells into one; None if that isn't possible."""
-    if not isinstance(below, Recurrent) or not isinstance(above, Recurrent) or not below.return_sequences:
-        return None
-    if below.residual or above.residual or below.zero_output_for_mask or above.go_backwards:
-        return None  # a backward node reverses its sequence, so only the lower one may run backwards
-    cells = (*below.cells, *above.cells)
-    return Recurrent(cells, above.return_sequences, below.go_backwards, above.zero_output_for_mask)
-
-
 def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:
     if not nodes:
         raise ShapeError("Network: expected at least one node, got none")
@@ -899,16 +688,3 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         return json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"Network: expected metadata that JSON can hold, without NaN: {error}") from error
-
-
-def _cost(multiplications: int, read: int) -> str:
-    """Return the cost of a step as text; "" without parameters."""
-    return f"{multiplications:,} multiplications, {read:,} bytes" if read else ""
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines with aligned columns, without empty columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in rows
-    ]
