@@ -29,7 +29,7 @@ from cellstack.formats.onnx.values import (
     Unknown,
     Vector,
 )
-from cellstack.formats.onnx.written_out.scans import is_scan
+from cellstack.formats.onnx.decomposed.scans import is_scan
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network

@@ -12,7 +12,7 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Final, Flowing, Lengths, Run, States
-from cellstack.formats.onnx.written_out.scans import read_scan
+from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.nodes import Reshape, Scale, Select
 
 

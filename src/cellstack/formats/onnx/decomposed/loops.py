@@ -10,10 +10,10 @@ import numpy as np
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Model, Scope, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
-from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
-from cellstack.formats.onnx.written_out.found import find_steps
-from cellstack.formats.onnx.written_out.linear import Place, place_of
-from cellstack.formats.onnx.written_out.rows import Loop
+from cellstack.formats.onnx.decomposed.chains import Chain, cell_of, find_chains, stripped
+from cellstack.formats.onnx.decomposed.found import find_steps
+from cellstack.formats.onnx.decomposed.linear import Place, place_of
+from cellstack.formats.onnx.decomposed.rows import Loop
 from cellstack.nodes.recurrent import Cell
 
 

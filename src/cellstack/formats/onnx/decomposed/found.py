@@ -8,14 +8,14 @@ from typing import NamedTuple
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
-from cellstack.formats.onnx.written_out.chains import cell_of, common, find_chains
-from cellstack.formats.onnx.written_out.equations import Step, steps_of
-from cellstack.formats.onnx.written_out.linear import Term, array_of
+from cellstack.formats.onnx.decomposed.chains import cell_of, common, find_chains
+from cellstack.formats.onnx.decomposed.equations import Step, steps_of
+from cellstack.formats.onnx.decomposed.linear import Term, array_of
 from cellstack.nodes.recurrent import Cell
 from cellstack.spec import FormatError
 
 
-def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
+def find_decomposed(scope: Scope) -> Iterator[tuple[str, Operator]]:
     """Yield the decomposed cells of a graph, by name; each once, regardless of its number of steps.
 
     Raises:
@@ -58,7 +58,7 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
         seen: the pairs of weights already found; new ones are added.
 
     Raises:
-        FormatError: see `find_written_out`.
+        FormatError: see `find_decomposed`.
     """
     for step in steps_of(scope, rows=True):
         terms = [term for gate in step.gates.values() for term in gate.products]

@@ -20,7 +20,7 @@ import numpy as np
 from cellstack.formats.onnx.cells import activation_text
 from cellstack.formats.onnx.file import DOMAINS, Scope
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.written_out.linear import Linear, inputs_of, linear, pairs, scalar, unit
+from cellstack.formats.onnx.decomposed.linear import Linear, inputs_of, linear, pairs, scalar, unit
 
 ORDER = {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}
 

@@ -18,9 +18,9 @@ import numpy as np
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.written_out.chains import cell_of
-from cellstack.formats.onnx.written_out.equations import Matcher, Step, bare
-from cellstack.formats.onnx.written_out.linear import Term, inputs_of, pairs, scalar
+from cellstack.formats.onnx.decomposed.chains import cell_of
+from cellstack.formats.onnx.decomposed.equations import Matcher, Step, bare
+from cellstack.formats.onnx.decomposed.linear import Term, inputs_of, pairs, scalar
 from cellstack.layout import Array
 from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
