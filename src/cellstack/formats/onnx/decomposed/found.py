@@ -1,16 +1,15 @@
-"""Finds cells that a graph decomposes: chains of steps, and single LSTM steps, as in files where a call is one step."""
+"""Finds cells that a graph decomposes: chains of steps, and single steps, as in files where a call is one step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from cellstack.formats.onnx.cells import Operator
+from cellstack.formats.onnx.decomposed.chains import find_chains, name_of
+from cellstack.formats.onnx.decomposed.linear import array_of
+from cellstack.formats.onnx.decomposed.match import Step, cell_of, steps_of
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
-from cellstack.formats.onnx.decomposed.chains import cell_of, common, find_chains
-from cellstack.formats.onnx.decomposed.equations import Step, steps_of
-from cellstack.formats.onnx.decomposed.linear import Term, array_of
 from cellstack.nodes.recurrent import Cell
 from cellstack.spec import FormatError
 
@@ -23,71 +22,60 @@ def find_decomposed(scope: Scope) -> Iterator[tuple[str, Operator]]:
     """
     seen = set[frozenset[str]]()
     for chain in find_chains(scope):
-        weights = frozenset((chain.inputs[0].weights, chain.recurrent))
+        weights = frozenset(chain.steps[0].matrices)
         if weights in seen:
             continue
         seen.add(weights)
         try:
-            cell = cell_of(scope, chain.steps[-1], chain.is_h, {})
+            cell = cell_of(scope, chain.steps[-1], {})
         except ValueError:  # sums that look like a cell's, but whose matrices don't form a cell
             continue
-        started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
-        yield chain.name, Operator((cell,), "forward", False, "", started)
-    for found in find_steps(scope, seen):
-        yield found.name, Operator((found.cell,), "forward", False, "", {"initial_h": found.h.value})
+        yield chain.name, Operator((cell,), "forward", False, "", _started(chain.steps[0]))
+    for name, cell, step in find_steps(scope, seen):
+        yield name, Operator((cell,), "forward", False, "", _started(step))
 
 
-class Found(NamedTuple):
-    """A decomposed LSTM of a single step.
-
-    `x` and `h` are its products, `h.value` and `step.c[1]` the names of its initial state.
-    """
-
-    name: str
-    cell: Cell
-    step: Step
-    x: Term
-    h: Term
+def _started(step: Step) -> dict[str, str]:
+    return {f"initial_{state}": name for state, name in step.before.items()}
 
 
-def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
-    """Yield the decomposed LSTMs of a single step, each once.
+def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[tuple[str, Cell, Step]]:
+    """Yield the decomposed cells of a single step, each once: its name, the cell and the step.
+
+    Only kinds with further states than h are found: a layer of two products is a step of the others.
 
     Args:
         scope: the graph.
-        seen: the pairs of weights already found; new ones are added.
+        seen: the sets of matrices already found; new ones are added.
 
     Raises:
         FormatError: see `find_decomposed`.
     """
-    for step in steps_of(scope, rows=True):
-        terms = [term for gate in step.gates.values() for term in gate.products]
-        weights = frozenset(term.weights for term in terms)
-        if step.kind != "lstm" or weights in seen or len(weights) != 2:  # another step of the same LSTM
+    for readings in steps_of(scope, rows=True):
+        matrices = frozenset(readings[0].matrices)
+        if len(readings[0].before) < 2 or matrices in seen or len(matrices) != 2:  # another step of the same cell
             continue
-        seen.add(weights)
-        h = _of_h(scope, step, terms)
+        seen.add(matrices)
+        step = _with_h(scope, readings)
         try:
-            cell = None if h is None else cell_of(scope, step, lambda term, h=h: term.weights == h.weights, {})
+            cell = None if step is None else cell_of(scope, step, {})
         except ValueError:
             continue
-        if cell is None or h is None:
-            continue
-        x = next(term for term in terms if term.weights != h.weights)
-        yield Found(common(x.weights, h.weights) or label(step.node), cell, step, x, h)
+        if cell is not None and step is not None:
+            yield name_of(step), cell, step
 
 
 def takes_states(scope: Scope) -> bool:
-    """Whether a graph decomposes a single LSTM step that starts from inputs: a call is then one step."""
+    """Whether a graph decomposes a single step that starts from inputs: a call is then one step."""
     given = {name for name in scope.inputs if name not in scope.initializers}
     if len(given) < 2:
         return False
     live = live_nodes(scope)  # the replaced nodes of loops are still there, but dead
     try:
-        steps = [found for found in find_steps(scope, set()) if id(found.step.node) in live]
+        steps = [step for _, _, step in find_steps(scope, set()) if id(step.node) in live]
     except FormatError:  # an ambiguous product of h: reading the graph reports it
         return False
-    return any({_root(scope, found.h.value), _root(scope, found.step.c[1])} <= given for found in steps)
+    return any({_root(scope, name) for name in step.before.values()} <= given for step in steps)
 
 
 def _root(scope: Scope, name: str) -> str:
@@ -102,25 +90,25 @@ def _root(scope: Scope, name: str) -> str:
     return name
 
 
-def _of_h(scope: Scope, step: Step, terms: list[Term]) -> Term | None:
-    """Return a product of h: its weights are square, and its origin is that of c_prev; None where there is none."""
-    found = {}
-    for term in terms:
-        deep = array_of(scope, term).shape[1]
-        if deep == term.stop - term.start:
-            found[term.weights] = term
+def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
+    """Return the reading in which h is multiplied by a square matrix, and has the origin of the other states, or one
+    like it; None where there is none."""
+    found = []
+    for step in readings:
+        matrix = array_of(scope, step.arrays["recurrent_kernel", None][0][0])
+        found += [step] if matrix.shape[0] == matrix.shape[1] else []
     if len(found) == 2:
-        start, given = _root(scope, step.c[1]), {value.name: declared(value) for value in scope.graph.input}
-        roots = {name: _root(scope, term.value) for name, term in found.items()}
+        first, given = found[0], {value.name: declared(value) for value in scope.graph.input}
+        start = _root(scope, next(name for state, name in first.before.items() if state != "h"))
+        roots = [_root(scope, step.before["h"]) for step in found]
         tests = (
             lambda root: root == start,
             lambda root: root in given,  # where x is computed, and h is an input
             lambda root: root in given and given[root] == given.get(start),  # like c
         )
-        alike = ([name for name, root in roots.items() if test(root)] for test in tests)
-        one = next((names for names in alike if len(names) == 1), [])
-        found = {name: term for name, term in found.items() if name in one}
-        if len(found) != 1:
+        alike = ([step for step, root in zip(found, roots, strict=True) if test(root)] for test in tests)
+        found = next((steps for steps in alike if len(steps) == 1), [])
+        if not found:
             text = "can't distinguish the product of h from that of x: both have square weights"
-            raise FormatError(f"{scope.model.path}: node {short(label(step.node))}: {text}")
-    return next(iter(found.values()), None)
+            raise FormatError(f"{scope.model.path}: node {short(label(first.node))}: {text}")
+    return found[0] if found else None
