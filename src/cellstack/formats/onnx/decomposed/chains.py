@@ -5,11 +5,13 @@ A step follows another if it takes the other's states, and both have the same we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
 
+from cellstack.formats.onnx.decomposed.linear import Term
 from cellstack.formats.onnx.decomposed.match import Matcher, Step, steps_of, stripped, total
 from cellstack.formats.onnx.file import Scope, label
 from cellstack.formats.onnx.fold import numbers
@@ -64,9 +66,11 @@ def _follows(scope: Scope, step: Step, before: Step) -> bool:
 
 def name_of(step: Step) -> str:
     """Return the common prefix of the names of a step's matrices, up to a whole word, else the name of its node."""
-    first, *others = (step.arrays[name, None][0][0].weights for name in ("kernel", "recurrent_kernel"))
-    alike = takewhile(lambda letters: len({*letters}) == 1, zip(first, *others, strict=False))
-    text = "".join(letters[0] for letters in alike)
+    names = [
+        terms[0].weights for (*_, block), terms in step.terms.items() if not block and terms and not terms[0].vector
+    ]
+    alike = takewhile(lambda letters: len({*letters}) == 1, zip(*names, strict=False))
+    text = "".join(letters[0] for letters in alike) if len(names) > 1 else ""
     return text[: max(text.rfind("/"), text.rfind("."), 0)] or label(step.node)
 
 
@@ -76,29 +80,17 @@ def _with_folded(scope: Scope, chain: Chain) -> Chain:
     matcher = Matcher(scope, zeros=after.form.before["h"])
     readings = [] if node is None else matcher.steps(after.form, node, {"h": node.output[0]}, {})
     for step in readings:
-        deep = {
-            term.weights
-            for each in step.arrays.values()
-            for terms in each.values()
-            for term in terms
-            if not term.value and np.ndim(numbers(scope.constant(term.weights))) > 1
-        }
-        if len(deep) < 2 and step.settings == after.settings and _alike(scope, step, after):
-            first = Step(
-                step.form, step.node, {**step.bound, **{k: v for k, v in after.bound.items() if isinstance(k, tuple)}}
-            )
+        biases = {term.weights for terms in step.terms.values() for term in terms if term.vector}
+        deep = [name for name in biases if np.ndim(numbers(scope.constant(name))) > 1]
+        alike = all(_alike(scope, terms, after.terms[key]) for key, terms in step.terms.items())
+        if not step.before["h"] and len(deep) < 2 and step.settings == after.settings and alike:
+            first = Step(step.form, step.node, {**after.bound, **step.bound, **after.terms, after.form.before["h"]: ""})
             return replace(chain, steps=[first, *chain.steps], folded="".join(deep))
     return chain
 
 
-def _alike(scope: Scope, step: Step, after: Step) -> bool:
-    """Whether a step has the same weights as another, apart from the products of h, which it lacks."""
-    for key, each in step.arrays.items():
-        for n, terms in each.items():
-            others = after.arrays[key][n]
-            if any(term.value for term in terms):
-                if [term.rows for term in terms] != [term.rows for term in others]:
-                    return False
-            elif not np.allclose(*(total(scope, found, 1) for found in (terms, others)), rtol=1e-6, atol=1e-6):
-                return False
-    return True
+def _alike(scope: Scope, terms: Sequence[Term], others: Sequence[Term]) -> bool:
+    """Whether the terms of a block are the same matrix, or constants of the same sum."""
+    if any(not term.vector for term in terms):
+        return [term.rows for term in terms] == [term.rows for term in others]
+    return np.allclose(total(scope, terms, 1), total(scope, others, 1), rtol=1e-6, atol=1e-6)

@@ -95,7 +95,7 @@ def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
     like it; None where there is none."""
     found = []
     for step in readings:
-        matrix = array_of(scope, step.arrays["recurrent_kernel", None][0][0])
+        matrix = array_of(scope, step.terms["recurrent_kernel", None, 0][0])
         found += [step] if matrix.shape[0] == matrix.shape[1] else []
     if len(found) == 2:
         first, given = found[0], {value.name: declared(value) for value in scope.graph.input}
