@@ -14,15 +14,15 @@ from cellstack.formats.build import HINT, Names
 from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
+from cellstack.formats.onnx.decomposed.found import find_decomposed, takes_states
+from cellstack.formats.onnx.decomposed.loops import roll, roll_steps
+from cellstack.formats.onnx.decomposed.products import name_activations
+from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
 from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
 from cellstack.formats.onnx.frames import Frame, frames_of, makes_steps
 from cellstack.formats.onnx.graph import data_inputs, load_graph
 from cellstack.formats.onnx.settle import check_settled, fix, plain, settle
 from cellstack.formats.onnx.writer import write
-from cellstack.formats.onnx.written_out.found import find_written_out, takes_states
-from cellstack.formats.onnx.written_out.loops import roll, roll_steps
-from cellstack.formats.onnx.written_out.products import name_activations
-from cellstack.formats.onnx.written_out.scans import is_scan, read_scan
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -61,7 +61,7 @@ def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
             if operator is not None:
                 whole.add(id(node))
                 yield label(node), partial(_same, operator)
-    for name, operator in find_written_out(scope):
+    for name, operator in find_decomposed(scope):
         yield name, partial(_same, operator)
     for graph in within:
         yield from _parts(graph)

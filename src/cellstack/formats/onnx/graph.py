@@ -12,6 +12,7 @@ import numpy as np
 from cellstack.formats.build import Builder, ProblemsError, TooMuchError
 from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
+from cellstack.formats.onnx.decomposed.scans import is_scan
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
 from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
@@ -29,7 +30,6 @@ from cellstack.formats.onnx.values import (
     Unknown,
     Vector,
 )
-from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network

@@ -35,6 +35,7 @@ class Term:
         stop: the row after the last.
         moves: the nodes that select a step of the product, in order; empty where the value is a single step.
         flat: whether the value has rows without time.
+        vector: whether the constant is a vector: the product is elementwise, or there is no value.
         normed: the bounds of separately normalised blocks of the product: `(0, N)`, or `(0, M, N)`; () without.
         gain: the name of the normalised product's gain.
         epsilon: the number added to its variance.
@@ -47,6 +48,7 @@ class Term:
     stop: int
     moves: tuple[Any, ...] = ()
     flat: bool = False
+    vector: bool = False
     normed: tuple[int, ...] = ()
     gain: str = ""
     epsilon: float = 0.0
@@ -74,7 +76,7 @@ def array_of(scope: Scope, term: Term) -> Array:
     """Return a term's rows, `[N, I]` or `[N]`."""
     found = scope.constant(term.weights)
     assert isinstance(found, np.ndarray)
-    array = found.reshape(-1) if not term.value else found.T if term.transposed else found
+    array = found.reshape(-1) if term.vector else found.T if term.transposed else found
     return array[term.start : term.stop]
 
 
@@ -96,7 +98,7 @@ def linear(scope: Scope, name: str, left: list[int] | None = None, rows: bool = 
         if name not in scope.rows:
             scope.rows[name] = _row(constant)
         width = scope.rows[name]
-        return Linear((), (Term("", name, False, 0, width),)) if width else None
+        return Linear((), (Term("", name, False, 0, width, vector=True),)) if width else None
     node = scope.producers.get(name)
     if node is None:
         return None
@@ -176,7 +178,7 @@ def _by_vector(scope: Scope, node: Any, left: list[int]) -> Linear | None:
     term = _normed(scope, value, left)
     if term is not None:
         return Linear((replace(term, gain=gain),), ()) if (term.start, term.stop) == (0, width) else None
-    return Linear((), (), (Term(value, gain, False, 0, width),))
+    return Linear((), (), (Term(value, gain, False, 0, width, vector=True),))
 
 
 def _normed(scope: Scope, name: str, left: list[int]) -> Term | None:

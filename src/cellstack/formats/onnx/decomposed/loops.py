@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import Operator
+from cellstack.formats.onnx.cells import Operator, operator_of
+from cellstack.formats.onnx.decomposed.chains import Chain, find_chains
+from cellstack.formats.onnx.decomposed.found import find_steps
+from cellstack.formats.onnx.decomposed.linear import Place, place_of
+from cellstack.formats.onnx.decomposed.match import cell_of, stripped
+from cellstack.formats.onnx.decomposed.rows import Loop
 from cellstack.formats.onnx.file import Model, Scope, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
-from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
-from cellstack.formats.onnx.written_out.found import find_steps
-from cellstack.formats.onnx.written_out.linear import Place, place_of
-from cellstack.formats.onnx.written_out.rows import Loop
 from cellstack.nodes.cell import Cell
 
 
@@ -74,7 +75,7 @@ class _Roller:
         starts = [self._start(name, deep) for name in chain.starts]
         if None in starts:
             return False
-        cell = cell_of(scope, chain.steps[-1], chain.is_h, {})
+        cell = cell_of(scope, chain.steps[-1], {})
         names = self._operator(cell, x, starts, "reverse" if backwards else "forward")
         y = self.squeezed(names[0], 1)
         self._outputs(y, names, deep, backwards)
@@ -82,7 +83,7 @@ class _Roller:
 
     def _taken(self) -> tuple[str, bool] | None:
         """Return the name of the sequence that the steps run over, and whether backward; None where there is none."""
-        terms = self.chain.inputs
+        terms = [step.x for step in self.chain.steps]
         places = [place_of(self.scope, term, self.known) for term in terms]
         count = len(places)
         found = [place for place in places if place is not None]
@@ -103,12 +104,16 @@ class _Roller:
             x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)
         return x, backwards
 
-    def roll_step(self) -> None:
-        """Add the operator for a chain of one step on rows `[B, F]`, with an internal time axis of length 1."""
+    def roll_step(self, starts: Sequence[str]) -> None:
+        """Add the operator for a chain of one step on rows `[B, F]`, with an internal time axis of length 1.
+
+        Args:
+            starts: the names of the states before the step.
+        """
         chain = self.chain
-        cell = cell_of(self.scope, chain.steps[0], chain.is_h, {})
-        x = self.squeezed(chain.inputs[0].value, 0, operator="Unsqueeze")
-        names = self._operator(cell, x, [self._start(name, False) for name in chain.starts], "forward")
+        cell = cell_of(self.scope, chain.steps[0], {})
+        x = self.squeezed(chain.steps[0].x.value, 0, operator="Unsqueeze")
+        names = self._operator(cell, x, [self._start(name, False) for name in starts], "forward")
         self._ends(names, False)
 
     def roll_apart(self) -> dict[str, list[Any]]:
@@ -116,20 +121,20 @@ class _Roller:
         chain, before = self.chain, dict[str, list[Any]]()
         if self._is_deep():
             return before
-        names = [(step.node.output[0], *([step.c[0]] if step.kind == "lstm" else [])) for step in chain.steps]
+        if any(step.x.moves for step in chain.steps):
+            return {}
+        starts = chain.starts
         for n, step in enumerate(chain.steps):
-            if chain.inputs[n].moves:
-                return {}
-            starts = chain.starts if n == 0 else names[n - 1]
-            one = Chain([step], starts, [chain.inputs[n]], chain.recurrent, chain.name)
-            roller = _Roller(self.scope, one, f"{self.number} {n}", self.loop, {})
-            roller.roll_step()
+            roller = _Roller(self.scope, Chain([step], chain.name), f"{self.number} {n}", self.loop, {})
+            ends = [*step.after.values()]
+            roller.roll_step(starts)
             self.constants += roller.constants
-            before[f"{roller.prefix}was {names[n][-1]}"] = roller.made
+            before[f"{roller.prefix}was {ends[-1]}"] = roller.made
+            starts = ends
         return before
 
     def _operator(self, cell: Cell, x: str, starts: list[str | None], direction: str) -> list[str]:
-        """Add a cell as an operator, and return the names of its outputs: Y, h, and c of an LSTM.
+        """Add a cell as an operator, and return the names of its outputs: Y and the states.
 
         Args:
             cell: the cell.
@@ -137,11 +142,11 @@ class _Roller:
             starts: the names of the initial states; "" for zeros.
             direction: the operator's direction.
         """
-        names = [f"{self.prefix}{part}" for part in ("Y", "h", "c")][: 3 if cell.spec.kind == "lstm" else 2]
+        names = [f"{self.prefix}{part}" for part in ("Y", *cell.spec.state_sizes)]
         inputs = [x, "", "", "", "", *(name or "" for name in starts)]
-        node = self.onnx.helper.make_node(cell.spec.kind.upper(), inputs, names, name=self.chain.name)
-        self.made.append(node)
-        started = {f"initial_{part}": name for part, name in zip("hc", starts, strict=False) if name}
+        self.made.append(self.onnx.helper.make_node(operator_of(cell.spec), inputs, names, name=self.chain.name))
+        given = zip(cell.spec.state_sizes, starts, strict=True)
+        started = {f"initial_{state}": name for state, name in given if name}
         self.scope.model.rolled[names[0]] = Operator((cell,), direction, False, "", started)
         return names
 
@@ -184,13 +189,11 @@ class _Roller:
             step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
 
     def _ends(self, names: list[str], deep: bool) -> None:
-        """Add the replacements of the final h and c."""
+        """Add the replacements of the final states."""
         last = self.chain.steps[-1]
-        ends = [(last.node, last.node.output[0])]
-        if names[2:]:
-            ends.append((self.scope.producers[last.c[0]], last.c[0]))
-        for name, (node, old) in zip(names[1:], ends, strict=True):
+        for name, old in zip(names[1:], last.after.values(), strict=True):
             self.put("Identity", [name], old) if deep else self.squeezed(name, 0, old)
+            node = self.scope.producers[old]
             node.output[0] = f"{self.prefix}was {old}"
 
     def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
@@ -257,14 +260,17 @@ def roll(model: Model, whole: bool = False) -> None:
         scope = Scope(model, model.proto.graph)
         live = live_nodes(scope)
         for chain in chains:
-            inner = [scope.producers.get(step.c[0]) for step in chain.steps[:-1] if step.kind == "lstm"]
-            if chain.name not in model.unrolled and any(node is not None and id(node) in live for node in inner):
-                model.lost.append(f"the loop over {chain.name} uses c of every step; a Network has only the last")
+            for state in [*chain.steps[0].after][1:] if chain.name not in model.unrolled else ():
+                inner = [scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
+                if any(node is not None and id(node) in live for node in inner):
+                    model.lost.append(
+                        f"the loop over {chain.name} uses {state} of every step; a Network has only the last"
+                    )
 
 
 def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
     """Explain why a chain's steps don't run over one sequence; `h`: the name of the first step's h."""
-    waiting, seen = [chain.inputs[1].value], set[str]()
+    waiting, seen = [chain.steps[1].x.value], set[str]()
     while waiting:
         name = waiting.pop()
         if name == h:
@@ -277,15 +283,14 @@ def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
 
 
 def roll_steps(model: Model) -> None:
-    """Replace the decomposed single LSTM steps of the outermost graph by LSTM operators."""
+    """Replace the decomposed single steps of the outermost graph by recurrent operators."""
     scope = Scope(model, model.proto.graph)
     before: dict[str, list[Any]] = {}
-    for number, found in enumerate(list(find_steps(scope, set())), len(model.rolled)):
-        starts = (found.h.value, found.step.c[1])
-        chain = Chain([found.step], starts, [found.x], found.h.weights, found.name)
-        roller = _Roller(scope, chain, number, Loop(scope, {}, False), {})
-        roller.roll_step()
-        before[f"{roller.prefix}was {found.step.c[0]}"] = roller.made  # c may be used before h is computed
+    for number, (name, _, step) in enumerate(list(find_steps(scope, set())), len(model.rolled)):
+        roller = _Roller(scope, Chain([step], name), number, Loop(scope, {}, False), {})
+        roller.roll_step([*step.before.values()])
+        last = [*step.after.values()][-1]  # may be used before h is computed
+        before[f"{roller.prefix}was {last}"] = roller.made
         scope.graph.initializer.extend(roller.constants)
     _placed(scope, before)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.decomposed.linear import inputs_of, pairs
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.written_out.linear import inputs_of, pairs
 
 MOST_FACTORS = 4
 

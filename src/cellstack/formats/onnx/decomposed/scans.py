@@ -1,7 +1,7 @@
 """Reads a Scan as a cell: its body computes one step of the cell, regardless of which exporter wrote it.
 
-The body maps the states and x to the states and y, which is h. Before the output, h may be projected, and both states
-may keep a share of their previous value (zoneout). Where a description in the body describes the same cell, it takes
+The body maps the states and x to the states and y, which is h; h and c may keep a share of their previous value
+(zoneout). Where a description in the body describes the same cell, it takes
 precedence: its numbers aren't rounded to float32.
 
 Ref: ONNX, Operators.md, Scan.
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells import KINDS
 from cellstack.formats.onnx.cells import Operator
+from cellstack.formats.onnx.decomposed.linear import Term, pairs, scalar
+from cellstack.formats.onnx.decomposed.match import Matcher, bare, cell_of, forms
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.written_out.chains import cell_of
-from cellstack.formats.onnx.written_out.equations import Matcher, Step, bare
-from cellstack.formats.onnx.written_out.linear import Term, inputs_of, pairs, scalar
 from cellstack.layout import Array
 from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec, FormatError
@@ -56,56 +56,46 @@ def read_scan(scope: Scope, node: Any) -> Operator:
         raise FormatError(f"{where}: inputs and outputs must run in the same direction, along the first axis")
     body: Any = attributes["body"]
     counts = (len(body.input), len(body.output), len(node.input), len(node.output))
-    if len(set(counts)) != 1 or counts[0] not in (2, 3):
-        raise FormatError(f"{where}: expected a step of a cell: one or two states, x and y, found {counts}")
-    starts: dict[str, Array] = {}
-    for part, name in zip("hc", node.input[:-1], strict=False):
+    if len(set(counts)) != 1 or counts[0] < 2:
+        raise FormatError(f"{where}: expected a step of a cell: states, x and y, found {counts}")
+    starts: list[Array | None] = []
+    for name in node.input[:-1]:
         array = numbers(scope.constant(name))
-        if isinstance(array, np.ndarray):
-            rows = array.reshape(-1, array.shape[-1]) if array.size else array
-            if not array.size or (rows != rows[:1]).any():
-                raise FormatError(f"{where}: the rows of the initial {part} must be equal")
-            starts[part] = rows[0]
-    started = {f"initial_{part}": name for part, name in zip("hc", node.input[:-1], strict=False) if part not in starts}
-    starts = starts if any(one.any() for one in starts.values()) else {}
+        rows = array.reshape(-1, array.shape[-1]) if isinstance(array, np.ndarray) and array.size else array
+        if isinstance(rows, np.ndarray) and (not rows.size or (rows != rows[:1]).any()):
+            raise FormatError(f"{where}: the rows of the initial states must be equal")
+        starts.append(rows[0] if isinstance(rows, np.ndarray) else None)
     try:
         cell = _cell(Scope(scope.model, body, scope, label(node)), starts)
     except ValueError as error:
         text = str(error).removeprefix(f"{scope.model.path}: ")[:300]
         raise FormatError(f"{where}: the body isn't a step of a cell without a mask: {text}") from None
+    given = zip(cell.spec.state_sizes, node.input, starts, strict=False)
+    started = {f"initial_{state}": name for state, name, start in given if start is None}
     direction = "reverse" if way[0] == [1] else "forward"
     return Operator((_as_described(cell, body.doc_string),), direction, False, "", started)
 
 
-def _cell(scope: Scope, starts: dict[str, Array]) -> Cell:
+def _cell(scope: Scope, starts: list[Array | None]) -> Cell:
     """Return the cell whose step a graph computes; `ValueError` where it isn't a cell."""
-    *states, x = (value.name for value in scope.graph.input)
+    *before, x = (value.name for value in scope.graph.input)
     *ends, y = (bare(scope, value.name) for value in scope.graph.output)
     if y != ends[0]:
         raise ValueError("y isn't the new h")
-    flags: dict[str, Any] = {"learn_initial_state": bool(starts)}
-    for name, n in zip(("zoneout", "zoneout_cell"), range(len(states)), strict=False):
-        ends[n], kept = _kept(scope, ends[n], states[n])
+    flags: dict[str, Any] = {"learn_initial_state": any(start is not None and start.any() for start in starts)}
+    for name, n in zip(("zoneout", "zoneout_cell"), range(len(before)), strict=False):
+        ends[n], kept = _kept(scope, ends[n], before[n])
         if kept:
             flags[name] = kept
-    arrays = {f"initial_{name}": start for name, start in starts.items()}
-    step, projection = _step(scope, ends, states)
-    if projection is not None:
-        arrays["projection"], flags["proj_size"] = projection, projection.shape[1]
-
-    def is_h(term: Term) -> bool:
-        value = bare(scope, term.value)
-        if value not in (x, states[0], bare(scope, step.reset)) or term.moves:
-            raise ValueError("a product of a value other than x and h")
-        return value != x
-
-    if step.kind == "gru" and bare(scope, step.h) != states[0]:
-        raise ValueError("a GRU that mixes its candidate with a value other than h")
-    if step.reset and states[0] not in [bare(scope, other) for _, other in pairs(scope, step.reset, "Mul")]:
-        raise ValueError("a reset gate on a value other than h")
-    if step.kind == "lstm" and (bare(scope, step.c[0]), bare(scope, step.c[1])) != (ends[1], states[1]):
-        raise ValueError("an LSTM whose c isn't the state")
-    return cell_of(scope, step, is_h, flags, **arrays)
+    matcher = Matcher(scope, within_loop=True)
+    for form in (form for kind in KINDS.values() if len(kind.state._fields) == len(before) for form in forms(kind)):
+        names = form.kind.state._fields
+        bound = {form.x: Term(x, "", False, 0, 0)} | dict(zip(form.before.values(), before, strict=True))
+        for step in matcher.steps(form, scope.producers.get(ends[0]), dict(zip(names, ends, strict=True)), bound):
+            given = zip(names, starts, strict=True)
+            arrays = {f"initial_{name}": start for name, start in given if start is not None}
+            return cell_of(scope, step, flags, **(arrays if flags["learn_initial_state"] else {}))
+    raise ValueError(f"{short(ends[0])} isn't computed from gates as in a cell")
 
 
 def _kept(scope: Scope, name: str, before: str) -> tuple[str, float]:
@@ -118,21 +108,6 @@ def _kept(scope: Scope, name: str, before: str) -> tuple[str, float]:
                 if bare(scope, state) == before and whole and kept is not None:
                     return bare(scope, value), kept
     return name, 0.0
-
-
-def _step(scope: Scope, ends: list[str], states: list[str]) -> tuple[Step, Array | None]:
-    """Return the step that computes h, and the projection of h."""
-    match, name, projection = Matcher(scope, within_loop=True), ends[0], None
-    if len(states) == 2:
-        product = inputs_of(scope, name, "MatMul")
-        if product:
-            found = scope.constant(product[1])
-            name, projection = bare(scope, product[0]), found if isinstance(found, np.ndarray) else None
-    node = scope.producers.get(name)
-    step = None if node is None else match.lstm(node) if len(states) == 2 else match.gru(node) or match.rnn(node)
-    if step is None:
-        raise ValueError(f"{short(name)} isn't computed from gates as in a cell")
-    return step, projection
 
 
 def _as_described(cell: Cell, text: str) -> Cell:
@@ -148,8 +123,7 @@ def _settings(spec: CellSpec) -> dict[str, Any]:
     """Return the settings of a spec, numbers rounded to float32, activations by gate."""
     words = {entry.name: getattr(spec, entry.name) for entry in fields(spec) if "activation" not in entry.name}
     words |= dict(zip(spec.slots, spec.activations, strict=True))
-    if spec.coupled:
-        del words["f"]
+    words = {name: word for name, word in words.items() if name in spec.gates or name not in spec.of_kind.gates}
     rounded = {name: np.float32(value) for name, value in words.items() if isinstance(value, float)}
     texts = {slot: (words[slot].name, *map(np.float32, words[slot][1:])) for slot in spec.slots if slot in words}
     return words | rounded | texts
