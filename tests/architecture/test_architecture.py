@@ -74,11 +74,8 @@ BELOW_FORMATS = {
     "safetensors": {"files", "safetensors_weights"},
     "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
-    "in_memory": {"runtimes"},
-    "verify": {"files", "in_memory", "runtimes"},
-    "exported": set(),
-    "sizes": set(),
-    "compiled": {"build", "exported", "onnx", "pytorch", "runtimes", "sizes"},
+    "verify": {"files", "runtimes"},
+    "compiled": {"build", "onnx", "pytorch", "runtimes"},
 }
 
 # Which packages outside the standard library each part may import; torch only in the parts that are about it.

@@ -126,10 +126,17 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
 
 
 class Foreign(NamedTuple):
-    """A kind of cell in another format: its name there, and the order of its gates, in our letters."""
+    """A kind of cell in another format.
+
+    Args:
+        name: its name there.
+        order: the order of its gates there, in our letters.
+        letters: that format's letters of these gates, where it has an array for each of them.
+    """
 
     name: str
     order: str
+    letters: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +159,8 @@ class Kind:
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
-        names: its name and order of gates in `"torch"`, `"keras1"` and `"onnx"`, where they have it.
+        names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
+            on it), `"rtneural"` and `"onnx"`, where they have it. Writers refuse kinds that their format doesn't have.
         ref: papers.
     """
 
@@ -175,6 +183,11 @@ class Kind:
     def slots(self) -> tuple[str, ...]:
         """Names of the activations: the gates, then `outputs`."""
         return (*self.gates, *self.outputs)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the cell has gates in addition to the candidate, and hence a recurrent activation."""
+        return set(self.gates.values()) != {"candidate"}
 
     def blocks(self, spec: CellSpec) -> tuple[int, ...]:
         """Return the numbers of gates whose columns layer normalisation normalises together."""

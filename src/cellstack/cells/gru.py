@@ -60,7 +60,10 @@ GRU = Kind(
     planes=lambda spec: ("q_g",) if spec.reset_after else (),
     names={
         "torch": Foreign("GRU", "rzg"),
-        "keras1": Foreign("GRU", "zrg"),
+        "keras": Foreign("GRU", "zrg"),
+        "keras1": Foreign("GRU", "zrg", letters="zrh"),
+        "cudnn": Foreign("CuDNNGRU", "zrg"),
+        "rtneural": Foreign("gru", "zrg"),
         "onnx": Foreign("GRU", "zrg"),
     },
     ref='Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8',

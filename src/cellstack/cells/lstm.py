@@ -68,7 +68,10 @@ LSTM = Kind(
     outputs=("cell",),
     names={
         "torch": Foreign("LSTM", "ifgo"),
-        "keras1": Foreign("LSTM", "igfo"),
+        "keras": Foreign("LSTM", "ifgo"),
+        "keras1": Foreign("LSTM", "igfo", letters="icfo"),
+        "cudnn": Foreign("CuDNNLSTM", "ifgo"),
+        "rtneural": Foreign("lstm", "ifgo"),
         "onnx": Foreign("LSTM", "iofg"),
     },
     ref='Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2 and 3',

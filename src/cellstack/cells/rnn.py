@@ -33,6 +33,7 @@ SIMPLE_RNN = Kind(
     step=step,
     names={
         "torch": Foreign("RNN", "g"),
+        "keras": Foreign("SimpleRNN", "g"),
         "keras1": Foreign("SimpleRNN", "g"),
         "onnx": Foreign("RNN", "g"),
     },

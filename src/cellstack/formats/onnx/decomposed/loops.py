@@ -35,6 +35,8 @@ class _Roller:
         self.number, self.prefix = number, f"rolled {number} "
         self.made: list[Any] = []
         self.constants: list[Any] = []
+        self.rolled: dict[str, Operator] = {}  # by the names of their Y
+        self.replaced: dict[int, Any] = {}  # other nodes of the graph that change, by id
 
     def put(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
         """Add an operator and return the name of its output."""
@@ -129,7 +131,9 @@ class _Roller:
             ends = [*step.after.values()]
             roller.roll_step(starts)
             self.constants += roller.constants
-            before[f"{roller.prefix}was {ends[-1]}"] = roller.made
+            self.rolled |= roller.rolled
+            self.replaced |= roller.replaced
+            before[ends[-1]] = roller.made
             starts = ends
         return before
 
@@ -147,7 +151,7 @@ class _Roller:
         self.made.append(self.onnx.helper.make_node(operator_of(cell.spec), inputs, names, name=self.chain.name))
         given = zip(cell.spec.state_sizes, starts, strict=True)
         started = {f"initial_{state}": name for state, name in given if name}
-        self.scope.model.rolled[names[0]] = Operator((cell,), direction, False, "", started)
+        self.rolled[names[0]] = Operator((cell,), direction, False, "", started)
         return names
 
     def _is_deep(self) -> bool:
@@ -183,18 +187,24 @@ class _Roller:
                 self.put("Gather", [y, self._constant(at)], name, axis=0)
         in_order = h[::-1] if backwards else h
         for node in (*self.joins.get(h[0], ()), *self.joins.get(h[-1], ())):
-            if len(node.input) == len(h):
+            if len(node.input) == len(h) and id(node) not in self.replaced:
                 self._join(node, in_order, y, deep)
         for step in steps[:-1]:
-            step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
+            self._set_aside(step.node)
+
+    def _set_aside(self, node: Any) -> None:
+        """Give the first output of a node another name: a new node computes the value."""
+        made = type(node)()
+        made.CopyFrom(node)
+        made.output[0] = f"{self.prefix}was {node.output[0]}"
+        self.replaced[id(node)] = made
 
     def _ends(self, names: list[str], deep: bool) -> None:
         """Add the replacements of the final states."""
         last = self.chain.steps[-1]
         for name, old in zip(names[1:], last.after.values(), strict=True):
             self.put("Identity", [name], old) if deep else self.squeezed(name, 0, old)
-            node = self.scope.producers[old]
-            node.output[0] = f"{self.prefix}was {old}"
+            self._set_aside(self.scope.producers[old])
 
     def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
         """Replace a Concat of every step's h by the operator's output."""
@@ -214,58 +224,63 @@ class _Roller:
         made = self.onnx.helper.make_node("Identity", [source], list(node.output), name=node.name)
         if axis == 1:
             made = self.onnx.helper.make_node("Transpose", [source], list(node.output), name=node.name, perm=[1, 0, 2])
-        node.CopyFrom(made)
+        self.replaced[id(node)] = made
+        self.scope.producers.update(dict.fromkeys(made.output, made))
 
 
-def roll(model: Model, whole: bool = False) -> None:
-    """Replace the unrolled steps of cells in the outermost graph by recurrent operators.
+def roll(model: Model, whole: bool = False) -> Model:
+    """Return a model in which recurrent operators replace the unrolled steps of cells in the outermost graph.
 
     Other uses of a step's h select it from the operator's output; operators that the loop repeats at every step are
     applied to all steps at once. Steps that don't run over one sequence from one end to the other, or don't start from
     zeros or an input, become operators of one step each.
 
     Args:
-        model: the file, which is changed.
+        model: the file.
         whole: whether loops run over all steps of a sequence; else over as many as the graph unrolls.
     """
-    scope = Scope(model, model.proto.graph)
+    scope = model.scope.draft()
+    chains = find_chains(scope)
+    if not chains:
+        return model
     loop = Loop(scope, {}, whole)
     joins: dict[str, list[Any]] = {}
     concats = [node for node in scope.graph.node if node.op_type == "Concat" and node.input]
     for node in concats:
         joins.setdefault(stripped(scope, node.input[0]), []).append(node)
     before: dict[str, list[Any]] = {}  # new nodes, by the name of the value before which they go
-    chains = find_chains(scope)
+    replaced: dict[int, Any] = {}
+    rolled, unrolled, constants, lost = dict(model.rolled), dict(model.unrolled), list[Any](), list[str]()
     for number, chain in enumerate(chains):
         roller = _Roller(scope, chain, number, loop, joins)
         try:
             h = chain.steps[0].node.output[0]
-            rolled = roller.roll()
-            made = {chain.steps[0].node.output[0]: roller.made} if rolled else roller.roll_apart()
-            if made and not rolled:
-                model.unrolled[chain.name] = len(chain.steps), _why_apart(scope, chain, h)
+            whole_chain = roller.roll()
+            made = {h: roller.made} if whole_chain else roller.roll_apart()
         except ValueError:  # weights that don't form a cell: reading the graph reports the operators
             continue
+        if made and not whole_chain:
+            unrolled[chain.name] = len(chain.steps), _why_apart(scope, chain, h)
         before |= made
-        scope.graph.initializer.extend(roller.constants)
+        rolled |= roller.rolled
+        replaced |= roller.replaced
+        constants += roller.constants
         scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
         scope.producers.update((name, node) for nodes in made.values() for node in nodes for name in node.output)
     for node in concats if loop.known else ():
-        name = loop.joined(list(node.input), model.attributes(node).get("axis", 0)) if len(node.input) > 1 else None
+        several = len(node.input) > 1 and id(node) not in replaced
+        name = loop.joined(list(node.input), model.attributes(node).get("axis", 0)) if several else None
         if name is not None:
-            node.CopyFrom(loop.onnx.helper.make_node("Identity", [name], list(node.output), name=node.name))
-    scope.graph.initializer.extend(loop.constants)
-    _placed(scope, before, loop.made)
+            replaced[id(node)] = loop.onnx.helper.make_node("Identity", [name], list(node.output), name=node.name)
+    nodes = _placed(scope, before, replaced, loop.made)
+    model = model.changed(nodes, (*constants, *loop.constants), rolled=rolled, unrolled=unrolled)
     if before:
-        scope = Scope(model, model.proto.graph)
-        live = live_nodes(scope)
+        live = live_nodes(model.scope)
         for chain in chains:
-            for state in [*chain.steps[0].after][1:] if chain.name not in model.unrolled else ():
-                inner = [scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
+            for state in [*chain.steps[0].after][1:] if chain.name not in unrolled else ():
+                inner = [model.scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
                 if any(node is not None and id(node) in live for node in inner):
-                    model.lost.append(
-                        f"the loop over {chain.name} uses {state} of every step; a Network has only the last"
-                    )
+                    lost.append(f"the loop over {chain.name} uses {state} of every step; a Network has only the last")
 
 
 def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
@@ -282,33 +297,33 @@ def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
     return "uses values that are the same at every step, or out of order"
 
 
-def roll_steps(model: Model) -> None:
-    """Replace the decomposed single steps of the outermost graph by recurrent operators."""
-    scope = Scope(model, model.proto.graph)
-    before: dict[str, list[Any]] = {}
+def roll_steps(model: Model) -> Model:
+    """Return a model in which recurrent operators replace the decomposed single steps of the outermost graph."""
+    scope = model.scope
+    before, replaced, constants = dict[str, list[Any]](), dict[int, Any](), list[Any]()
+    rolled = dict(model.rolled)
     for number, (name, _, step) in enumerate(list(find_steps(scope, set())), len(model.rolled)):
         roller = _Roller(scope, Chain([step], name), number, Loop(scope, {}, False), {})
         roller.roll_step([*step.before.values()])
-        last = [*step.after.values()][-1]  # may be used before h is computed
-        before[f"{roller.prefix}was {last}"] = roller.made
-        scope.graph.initializer.extend(roller.constants)
-    _placed(scope, before)
+        before[[*step.after.values()][-1]] = roller.made  # may be used before h is computed
+        rolled |= roller.rolled
+        replaced |= roller.replaced
+        constants += roller.constants
 
 
-def _placed(scope: Scope, before: dict[str, list[Any]], more: Sequence[Any] = ()) -> None:
-    """Insert nodes into a graph.
+def _placed(
+    scope: Scope, before: dict[str, list[Any]], replaced: dict[int, Any], more: Sequence[Any] = ()
+) -> list[Any]:
+    """Return the nodes of a graph with others among them.
 
     Args:
         scope: the scope of the graph.
         before: lists of nodes, each inserted before the node that computes the value named by its key.
+        replaced: nodes that take the place of others, by the id of those.
         more: nodes that are inserted before the first use of their outputs.
     """
-    if not before and not more:
-        return
-    nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
-    copies = [type(node).FromString(node.SerializeToString()) for node in _in_order(nodes, more)]
-    del scope.graph.node[:]
-    scope.graph.node.extend(copies)
+    nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), replaced.get(id(node), node))]
+    return _in_order(nodes, more)
 
 
 def _in_order(nodes: list[Any], more: Sequence[Any]) -> list[Any]:

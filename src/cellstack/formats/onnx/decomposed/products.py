@@ -18,9 +18,9 @@ from cellstack.formats.onnx.fold import numbers
 MOST_FACTORS = 4
 
 
-def name_activations(model: Model) -> None:
-    """Replace the products in the outermost graph that form a Gelu by the operator."""
-    scope, make = Scope(model, model.proto.graph), onnx_package().helper.make_node
+def name_activations(model: Model) -> Model:
+    """Return a model in which a Gelu replaces the products in the outermost graph that form one."""
+    scope, make, made = model.scope.draft(), onnx_package().helper.make_node, dict[int, Any]()
     for node in scope.graph.node:
         if node.op_type not in ("Mul", "Div") or not node.output:
             continue
@@ -31,8 +31,10 @@ def name_activations(model: Model) -> None:
         for x, other in (factors, factors[::-1]):
             kind = _bell(scope, other, x)
             if kind is not None:
-                node.CopyFrom(make("Gelu", [x], [name], name=node.name, approximate=kind))
+                made[id(node)] = make("Gelu", [x], [name], name=node.name, approximate=kind)
+                scope.producers[name] = made[id(node)]  # its factors aren't those of a product of it
                 break
+    return model.changed(made.get(id(node), node) for node in scope.graph.node) if made else model
 
 
 def _factors(scope: Scope, name: str) -> tuple[list[str], float]:

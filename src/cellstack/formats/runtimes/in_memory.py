@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.runtimes import Answers, CannotRunError, Inputs, ordered
+from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs
+from cellstack.formats.runtimes.axes import ordered
 from cellstack.network import Network
 from cellstack.nodes.base import Array
 
@@ -64,10 +65,11 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
     states: dict[str, Array] = {}
     if isinstance(module, torch.nn.RNNBase) and len(found) > 1:  # each [layers, B, H]
         after, found = found[1:], found[:1]
-        pairs = (
-            (number, name, array) for name, array in zip("hc", after, strict=False) for number in range(len(array))
-        )
-        states = {f"cell {number} {name}": array[number] for number, name, array in pairs}
+        states = {
+            f"cell {number} {name}": array[number]
+            for name, array in zip(net.cells[0].spec.state_sizes if net.cells else (), after, strict=False)
+            for number in range(len(array))
+        }
     noted = net.metadata.get("onnx", {}).get("outputs", {})  # of a network of `compile`
     places = [int(name[7:]) for name in noted if re.fullmatch(r"output_\d+", name)]
     if len(places) != len(ours):

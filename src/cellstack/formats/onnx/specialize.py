@@ -7,12 +7,16 @@ the lengths are known, the branch that would run replaces the `If`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, onnx_package, short
+from cellstack.formats.files import short
+from cellstack.formats.onnx.file import Graph, Model, Scope, declared, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, fold
+from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, renamed
 from cellstack.formats.onnx.values import Dim
 from cellstack.layout import Array
 from cellstack.spec import FormatError
@@ -29,19 +33,22 @@ KINDS = {  # TensorProto's names of the types of values that can be passed
 }  # fmt: skip
 
 
-def fix(model: Model, constants: Mapping[str, Any]) -> None:
-    """Set the values of inputs of a graph, or of its tensors.
+def fix_inputs(model: Model, constants: Mapping[str, Any]) -> Model:
+    """Return a model in which inputs, or tensors, have given values.
 
     Args:
-        model: the file, which is changed.
+        model: the file.
         constants: array-like values by name.
 
     Raises:
         FormatError: no input or tensor of this name, or a value of another type or shape.
     """
-    onnx, graph = onnx_package(), model.proto.graph
+    if not constants:
+        return model
+    graph, given = model.graph, dict[str, Any]()
     inputs = {value.name: value for value in graph.input}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    fixed = dict[str, Any]()
     for name, value in constants.items():
         if name not in inputs and name not in tensors:
             names = ", ".join(map(short, (*inputs, *tensors)))
@@ -56,14 +63,14 @@ def fix(model: Model, constants: Mapping[str, Any]) -> None:
             wanted = [("any" if axis is None else axis) for axis in shape or ()]
             raise FormatError(f"{model.path}: input {short(name)}: expected a value {wanted}, got {list(array.shape)}")
         model.budget.take(array.size)
-        made = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
-        if name in tensors:
-            tensors[name].CopyFrom(made)
-        else:
-            graph.initializer.append(made)
-        if name in inputs:
-            graph.input.remove(inputs[name])
-        model.given[name] = array.tolist() if array.size <= MOST_LISTED and np.isfinite(array).all() else None
+        fixed[name] = onnx_package().numpy_helper.from_array(np.asarray(array, order="C"), name)
+        given[name] = array.tolist() if array.size <= MOST_LISTED and np.isfinite(array).all() else None
+    kept = [fixed.get(tensor.name, tensor) for tensor in graph.initializer]
+    graph = graph._replace(
+        initializer=(*kept, *(made for name, made in fixed.items() if name not in tensors)),
+        input=tuple(value for value in graph.input if value.name not in fixed),
+    )
+    return replace(model, graph=graph, given=given)
 
 
 def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
@@ -88,16 +95,8 @@ class _Lengths:
     """
 
     def __init__(self, model: Model, sizes: Mapping[str, list[int | None]]) -> None:
-        onnx = onnx_package()
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model.proto)
-        for value in proto.graph.input:
-            for axis, length in zip(value.type.tensor_type.shape.dim, sizes.get(value.name, ()), strict=False):
-                if length is not None:
-                    axis.dim_value = length
-        del proto.graph.value_info[:]  # an exporter's notes cover all branches, or are wrong
-        self.scope = Scope(model, model.proto.graph)
-        self._with_lists(proto.graph)
+        onnx, self.scope = onnx_package(), model.scope
+        proto = self._described(sizes)
         try:
             found = onnx.shape_inference.infer_shapes(proto, data_prop=True)
         except Exception:  # inference failed: nothing is known, and operators that need it are reported
@@ -109,18 +108,31 @@ class _Lengths:
         }
         self.values: dict[str, Array | None] = {}
 
-    def _with_lists(self, graph: Any) -> None:
-        """Add lists of lengths and pads that a graph computes from constants, which the package doesn't infer."""
-        onnx, kept = onnx_package(), []
-        for node in graph.node:
+    def _described(self, sizes: Mapping[str, list[int | None]]) -> Any:
+        """Return the model for the package: without an exporter's notes, which cover all branches, or are wrong.
+
+        Lists of lengths and pads that the graph computes from constants are tensors, as the package doesn't infer them.
+        """
+        model, onnx = self.scope.model, onnx_package()
+        proto = onnx.ModelProto(ir_version=onnx.IR_VERSION, opset_import=model.imports)
+        proto.graph.CopyFrom(onnx.GraphProto(name=model.graph.name, input=model.graph.input, output=model.graph.output))
+        for value in proto.graph.input:
+            for axis, length in zip(value.type.tensor_type.shape.dim, sizes.get(value.name, ()), strict=False):
+                if length is not None:
+                    axis.dim_value = length
+        for tensor in model.graph.initializer:
+            size = {"dims": tensor.dims, "data_type": tensor.data_type}  # is all that the package needs of weights
+            long = prod(tensor.dims) > MOST_LISTED
+            proto.graph.initializer.append(onnx.TensorProto(name=tensor.name, **size) if long else tensor)
+        for node in model.graph.node:
             constants = [self.scope.constant(name) if name else None for name in node.output]
             if all(isinstance(each, np.ndarray) and each.size <= MOST_LISTED for each in constants):
                 for name, each in zip(node.output, constants, strict=True):
-                    graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(each, order="C"), name))
+                    made = onnx.numpy_helper.from_array(np.asarray(each, order="C"), name)
+                    proto.graph.initializer.append(made)
             else:
-                kept.append(type(node).FromString(node.SerializeToString()))
-        del graph.node[:]
-        graph.node.extend(kept)
+                proto.graph.node.append(node)
+        return proto
 
     def value(self, name: str, depth: int = 0) -> Array | None:
         """Return the value of a name: integers and flags computed from lengths and constants; None if unknown."""
@@ -173,37 +185,30 @@ def _numbers(value: Any) -> Array | None:
     return value.astype(np.int64)
 
 
-def settle(model: Model, sizes: Mapping[str, list[int | None]]) -> None:
-    """Replace each `If` whose condition is known by its branch.
+def specialize(model: Model, sizes: Mapping[str, list[int | None]]) -> Model:
+    """Return a model in which each `If` whose condition is known is replaced by its branch.
 
     Args:
-        model: the file, which is changed.
+        model: the file.
         sizes: lengths of inputs that the file leaves open, by name.
 
     Raises:
         FormatError: too many branches.
     """
-    graph, taken = model.proto.graph, 0
-    while any(node.op_type == "If" for node in graph.node):
-        lengths = _Lengths(model, sizes)
+    taken = 0
+    while any(node.op_type == "If" for node in model.graph.node):
+        lengths, branches, before = _Lengths(model, sizes), _Branches(model.graph), taken
         nodes: list[Any] = []
-        branches, done = _Branches(graph), 0
-        for node in graph.node:
+        for node in model.graph.node:
             branch = _branch(lengths, node)
-            if branch is None:
-                nodes.append(node)
-                continue
-            done += 1
-            nodes += branches.put(node, branch)
-        taken += done
-        if not done:
-            return
+            taken += branch is not None
+            nodes += [node] if branch is None else branches.put(node, branch)
+        if taken == before:
+            break
         if taken > MOST_BRANCHES:
             raise FormatError(f"{model.path}: more than {MOST_BRANCHES} branches of If aren't supported")
-        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
-        graph.initializer.extend(branches.tensors)
+        model = model.changed(nodes, branches.tensors)
+    return model
 
 
 class _Branches:
@@ -216,7 +221,7 @@ class _Branches:
         tensors: the tensors of the branches, to be added to those of the graph.
     """
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.tensors: list[Any] = []
         self.taken = {entry.name for entry in (*graph.initializer, *graph.input)}
         self.taken.update(name for node in graph.node for name in node.output)
@@ -225,10 +230,11 @@ class _Branches:
         """Return the nodes that replace an `If` which takes this branch."""
         own = [tensor.name for tensor in branch.initializer]
         own += [name for node in branch.node for name in node.output if name]
+        ends = [(inner.name, outer) for inner, outer in zip(branch.output, choice.output, strict=False) if outer]
         names: dict[str, str] = {}
-        for inner, outer in zip((value.name for value in branch.output), choice.output, strict=False):
-            if inner in own and inner not in names and outer:
-                names[inner] = outer
+        for inner, outer in ends:
+            if inner in own:
+                names.setdefault(inner, outer)
         for name in own:
             if name not in names:
                 names[name] = fresh = name if name not in self.taken else f"{label(choice)}/{name}"
@@ -238,32 +244,11 @@ class _Branches:
             made.CopyFrom(tensor)
             made.name = names[tensor.name]
             self.tensors.append(made)
-        nodes = []
-        for node in branch.node:
-            made = type(node)()
-            made.CopyFrom(node)
-            _rename(made, names)
-            nodes.append(made)
-        for inner, outer in zip((value.name for value in branch.output), choice.output, strict=False):
-            if outer and names.get(inner) != outer:  # a value of the enclosing graph, or one that is returned twice
+        nodes = [renamed(node, lambda name: names.get(name, name)) for node in branch.node]
+        for inner, outer in ends:
+            if names.get(inner) != outer:  # a value of the enclosing graph, or one that is returned twice
                 nodes.append(type(choice)(op_type="Identity", input=[names.get(inner, inner)], output=[outer]))
         return nodes
-
-
-def _rename(node: Any, names: dict[str, str]) -> None:
-    """Rename a node's inputs and outputs, in its subgraphs too."""
-    for field in (node.input, node.output):
-        renamed = [names.get(name, name) for name in field]
-        del field[:]
-        field.extend(renamed)
-    for entry in node.attribute:
-        for graph in [entry.g] if entry.type == 5 else entry.graphs:
-            hidden = {entry.name for entry in (*graph.initializer, *graph.input)}
-            within = {name: new for name, new in names.items() if name not in hidden}
-            for inner in graph.node:
-                _rename(inner, within)
-            for value in graph.output:
-                value.name = within.get(value.name, value.name)
 
 
 def _branch(lengths: _Lengths, node: Any) -> Any | None:
@@ -279,22 +264,29 @@ def _branch(lengths: _Lengths, node: Any) -> Any | None:
     return None if found is None or found.sparse_initializer else found
 
 
-def plain(model: Model) -> None:
-    """Remove sums with 0 and products with 1, which exporters write to keep an input in a graph."""
-    scope = Scope(model, model.proto.graph)
+def drop_neutral(model: Model) -> Model:
+    """Return a model without sums with 0 and products with 1, which exporters write to keep an input in a graph."""
+    scope = model.scope
+    nodes: list[Any] = []
     for node in scope.graph.node:
-        neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(node.op_type)
-        if neutral is None or node.domain not in DOMAINS or len(node.input) != 2:
-            continue
-        for place in (1, 0) if node.op_type in ("Add", "Mul") else (1,):
-            constant = scope.constant(node.input[place])
-            if isinstance(constant, np.ndarray) and constant.ndim == 0 and constant == neutral:
-                kept = node.input[1 - place]
-                if scope.constant(kept) is None:
-                    del node.input[:]
-                    node.input.append(kept)
-                    node.op_type = "Identity"
-                    break
+        kept = _kept(scope, node)
+        nodes.append(
+            node if kept is None else type(node)(op_type="Identity", name=node.name, input=[kept], output=node.output)
+        )
+    return model.changed(nodes)
+
+
+def _kept(scope: Scope, node: Any) -> str | None:
+    """Return the input that equals the output of a sum with 0 or a product with 1; None for another node."""
+    neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(node.op_type)
+    if neutral is None or node.domain not in DOMAINS or len(node.input) != 2:
+        return None
+    for place in (1, 0) if node.op_type in ("Add", "Mul") else (1,):
+        constant, kept = scope.constant(node.input[place]), node.input[1 - place]
+        zero_or_one = isinstance(constant, np.ndarray) and constant.ndim == 0 and bool(constant == neutral)
+        if zero_or_one and scope.constant(kept) is None:
+            return kept
+    return None
 
 
 def needs(scope: Scope, name: str) -> list[str]:
@@ -314,17 +306,16 @@ def needs(scope: Scope, name: str) -> list[str]:
 
 def _taken(node: Any) -> Iterator[str]:
     yield from (name for name in node.input if name)
-    for entry in node.attribute:
-        for graph in [entry.g] if entry.type == 5 else entry.graphs:
-            for inner in graph.node:
-                yield from _taken(inner)
+    for graph in graphs_of(node):
+        for inner in graph.node:
+            yield from _taken(inner)
 
 
-def check_settled(model: Model) -> None:
-    """Raise `FormatError` where an `If` that leads to an output remains; the message says what would resolve it."""
-    if not any(node.op_type == "If" for node in model.proto.graph.node):
-        return
-    scope = Scope(model, model.proto.graph)
+def check_specialized(model: Model) -> Model:
+    """Return the model; `FormatError` where an `If` that leads to an output remains: it says what would resolve it."""
+    if not any(node.op_type == "If" for node in model.graph.node):
+        return model
+    scope = model.scope
     live = live_nodes(scope)
     left = [node for node in scope.graph.node if node.op_type == "If" and node.domain in DOMAINS and id(node) in live]
     inputs = {value.name: value for value in scope.graph.input}
@@ -341,3 +332,4 @@ def check_settled(model: Model) -> None:
         text = f"{where}: its branch must be known when the file is loaded, but depends on the lengths of {names}"
         example = next((name for name in scope.inputs if len(declared(inputs[name]) or ()) in (2, 3)), "input")
         raise FormatError(f"{text}: pass the size of a frame, as in cs.load(path, frames={{{example!r}: 512}})")
+    return model

@@ -7,12 +7,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod")
-OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OURS = str(Path(__file__).absolute().parents[2])
 
 
 class Places(NamedTuple):
