@@ -36,7 +36,7 @@ BELOW = {
     "network": {"spec", "native", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
-    "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
+    "inspect": {"cells", "spec", "views", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"spec", "layers"},
