@@ -55,6 +55,7 @@ MODULES = (
     "tiles",
     "wave",
     "map",
+    "wiring",
     "cell",
     "unit",
     "labels",

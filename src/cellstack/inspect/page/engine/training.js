@@ -247,7 +247,7 @@ export function createTrainer(given = {}) {
     iteration: 0,
     step() {
       const drawn = drawnTask(task, options, random, options.batch);
-      const flows = runNodes(network, { input: drawn.input }, {}, true);
+      const flows = runNodes(network, { input: drawn.input }, { pre: false }, true);
       const { loss, accuracy, dhead } = lossOf(flows, drawn);
       const { arrays } = backNodes(network, flows, seedsOf(network, flows, { seeds: { head: dhead } }));
       const found = [arrays[options.kind][0], arrays.head[0]].flatMap(Object.values);
