@@ -125,6 +125,16 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
     return biased(ops, spec, product(ops, spec, x, "kernel"))
 
 
+ROLES = {
+    "write": "input gate: how much of the candidate is written",
+    "keep": "forget gate: how much of the state is kept",
+    "candidate": "candidate: the new value that may be written",
+    "output": "output gate: how much of the state is output",
+    "reset": "reset gate: how much of the state the candidate uses",
+}
+"""The roles of gates, and what they mean."""
+
+
 class Foreign(NamedTuple):
     """A kind of cell in another format.
 
@@ -146,8 +156,8 @@ class Kind:
     Args:
         name: the kind's name in a `CellSpec` and in files.
         title: its name in texts, and that of the layer.
-        gates: the order of their blocks in every array that has H columns per gate, with each gate's role: `"write"`,
-            `"keep"` (of the old state), `"candidate"`, `"output"` or `"reset"`.
+        gates: the order of their blocks in every array that has H columns per gate, with each gate's role, one of
+            `ROLES`.
         state: the type of the state, h first.
         trace: the type of the values at every step: the gates, then the states, h last.
         step: the equations: returns the gates, followed by the `planes`, and the states after a step before zoneout,
@@ -161,6 +171,7 @@ class Kind:
         planes: what the forward pass of the kernel saves per step in addition to the gates.
         names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
             on it), `"rtneural"` and `"onnx"`, where they have it. Writers refuse kinds that their format doesn't have.
+        meanings: of states other than h, and of gates where `ROLES` isn't precise.
         ref: papers.
     """
 
@@ -177,6 +188,7 @@ class Kind:
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
     names: dict[str, Foreign] = field(default_factory=dict)
+    meanings: dict[str, str] = field(default_factory=dict)
     ref: str = ""
 
     @property
@@ -188,6 +200,11 @@ class Kind:
     def gated(self) -> bool:
         """Whether the cell has gates in addition to the candidate, and hence a recurrent activation."""
         return set(self.gates.values()) != {"candidate"}
+
+    def meaning(self, name: str) -> str:
+        """Return what a gate or state is."""
+        usual = ROLES[self.gates[name]] if name in self.gates else "output of the unit, also an input of the next step"
+        return self.meanings.get(name, usual)
 
     def blocks(self, spec: CellSpec) -> tuple[int, ...]:
         """Return the numbers of gates whose columns layer normalisation normalises together."""

@@ -66,5 +66,6 @@ GRU = Kind(
         "rtneural": Foreign("gru", "zrg"),
         "onnx": Foreign("GRU", "zrg"),
     },
+    meanings={"z": "update gate: how much of the state is kept"},
     ref='Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8',
 )

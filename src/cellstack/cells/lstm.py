@@ -74,5 +74,10 @@ LSTM = Kind(
         "rtneural": Foreign("lstm", "ifgo"),
         "onnx": Foreign("LSTM", "iofg"),
     },
+    meanings={
+        "f": "forget gate: how much of the cell state is kept",
+        "o": "output gate: how much of the cell state is output",
+        "c": "cell state: the unit's memory",
+    },
     ref='Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2 and 3',
 )

@@ -281,6 +281,7 @@ def roll(model: Model, whole: bool = False) -> Model:
                 inner = [model.scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
                 if any(node is not None and id(node) in live for node in inner):
                     lost.append(f"the loop over {chain.name} uses {state} of every step; a Network has only the last")
+    return replace(model, lost=(*model.lost, *lost)) if lost else model
 
 
 def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
@@ -309,6 +310,7 @@ def roll_steps(model: Model) -> Model:
         rolled |= roller.rolled
         replaced |= roller.replaced
         constants += roller.constants
+    return model.changed(_placed(scope, before, replaced), constants, rolled=rolled) if before else model
 
 
 def _placed(
