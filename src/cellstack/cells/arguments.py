@@ -196,14 +196,6 @@ RECURRENT = ("recurrent_initializer", "recurrent_regularizer", "recurrent_constr
 
 COMPATIBLE = (
     Argument(
-        "implementation",
-        "int",
-        2,
-        "1 or 2, for compatibility with Keras; it has no effect.",
-        Limit(lambda value: value in (1, 2), "to be 1 or 2"),
-        TORCH,
-    ),
-    Argument(
         "use_cudnn",
         "bool | str",
         "auto",
@@ -211,6 +203,14 @@ COMPATIBLE = (
         "implementation, see `plan`.",
         Limit(lambda value: value in ("auto", True, False), "to be 'auto', True or False"),
         ("layer",),
+    ),
+    Argument(
+        "implementation",
+        "int",
+        2,
+        "1 or 2, for compatibility with Keras; it has no effect.",
+        Limit(lambda value: value in (1, 2), "to be 1 or 2"),
+        TORCH,
     ),
 )
 """Arguments without effect of the kinds for which Keras has several implementations."""

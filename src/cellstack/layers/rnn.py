@@ -302,11 +302,13 @@ class SingleCellRNN(RNN):
     """
 
     cell_type: ClassVar[type[Cell]]
+    kind: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "cell_type" in vars(cls):
-            sign(cls, KINDS[cls.cell_type.kind], "layer", globals())
+            cls.kind = cls.cell_type.kind
+            sign(cls, KINDS[cls.kind], "layer", globals())
 
     def __init__(self, given: dict[str, Any]) -> None:
         given = {key: own(value) for key, value in given.items()}
