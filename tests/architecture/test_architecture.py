@@ -37,9 +37,9 @@ BELOW = {
     "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"cells", "spec", "views", "reference", "native", "nodes", "graph", "arguments", "network", "formats"},
-    "layers": {"spec", "views", "native"},
+    "layers": {"cells", "spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
-    "keras": {"spec", "layers"},
+    "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, Argument
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -97,12 +100,13 @@ Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for thos
 def usual_shapes(spec: CellSpec) -> Shapes:
     """Return the shapes of the arrays that every kind may have."""
     wide = len(spec.gates) * spec.units
+    recurrent = spec.of_kind.recurrent
     return {
         "kernel": (spec.input_size, wide),
-        "recurrent_kernel": (spec.output_size, wide),
+        "recurrent_kernel": (spec.output_size, wide) if recurrent else None,
         "bias": (wide,) if spec.use_bias else None,
         "kernel_gain": (wide,) if spec.layer_norm else None,
-        "recurrent_gain": (wide,) if spec.layer_norm else None,
+        "recurrent_gain": (wide,) if spec.layer_norm and recurrent else None,
     } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in spec.state_sizes.items()}
 
 
@@ -165,7 +169,11 @@ class Kind:
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
             description and x; it is computed for all steps at once where the view has them.
         shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
-        flags: settings of `CellSpec` that only this kind has.
+        recurrent: whether h is multiplied by a matrix, `recurrent_kernel`.
+        flags: arguments that not all kinds have: settings of `CellSpec`, and arguments of layers and cells.
+        without: arguments of all other kinds that this one doesn't have.
+        positions: which arguments Keras has at another position than `arguments.POSITIONAL`, and which of its `flags`
+            it takes by position: the arguments after the first of which each follows.
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
@@ -183,7 +191,10 @@ class Kind:
     step: Callable[..., tuple[Sequence[Any], Sequence[Any]]]
     inputs: Callable[..., Any] = inputs
     shapes: Callable[[CellSpec], Shapes] = lambda spec: {}
-    flags: tuple[str, ...] = ()
+    recurrent: bool = True
+    flags: tuple[Argument, ...] = ()
+    without: tuple[str, ...] = ()
+    positions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
@@ -200,6 +211,22 @@ class Kind:
     def gated(self) -> bool:
         """Whether the cell has gates in addition to the candidate, and hence a recurrent activation."""
         return set(self.gates.values()) != {"candidate"}
+
+    @cached_property
+    def lacks(self) -> frozenset[str]:
+        """Names of the arguments that all kinds have except this one and kinds like it."""
+        activation = () if self.gated else ("recurrent_activation",)
+        return frozenset((*self.without, *activation, *(() if self.recurrent else RECURRENT)))
+
+    @cached_property
+    def settings(self) -> dict[str, Argument]:
+        """The fields of `CellSpec` that this kind has, except `input_size` and `kind`."""
+        every = (*POSITIONAL, *self.flags, *KEYWORD)
+        return {one.name: one for one in every if "spec" in one.of and one.name not in self.lacks}
+
+    def activation(self, slot: str) -> str:
+        """Return which argument sets the activation of a slot by default."""
+        return "activation" if self.gates.get(slot, "candidate") == "candidate" else "recurrent_activation"
 
     def meaning(self, name: str) -> str:
         """Return what a gate or state is."""

@@ -31,6 +31,7 @@ SIMPLE_RNN = Kind(
     state=HiddenState,
     trace=RNNTrace,
     step=step,
+    positions={"seed": ("unroll", "recurrent_dropout")},
     names={
         "torch": Foreign("RNN", "g"),
         "keras": Foreign("SimpleRNN", "g"),
