@@ -51,8 +51,8 @@ def activation(function: Any) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _text(kind: Kind, width: int, values: tuple[Any, ...]) -> str:
-    return CellSpec(width, kind=kind.name, **dict(zip(SETTINGS[kind], values, strict=True))).text
+def _spec(kind: Kind, width: int, values: tuple[Any, ...]) -> CellSpec:
+    return CellSpec(width, kind=kind.name, **dict(zip(SETTINGS[kind], values, strict=True)))
 
 
 def _values(cell: Any, kind: Kind) -> tuple[Any, ...]:
@@ -61,10 +61,10 @@ def _values(cell: Any, kind: Kind) -> tuple[Any, ...]:
     return tuple(activation(value) if name.endswith("activation") else value for name, value in values)
 
 
-def text(cell: Any, width: int) -> str:
-    """Return the op's description of a cell for inputs of `width`."""
+def spec_of(cell: Any, width: int) -> CellSpec:
+    """Return the description of a cell for inputs of `width`."""
     kind = KINDS[type(cell)]
-    return _text(kind, width, _values(cell, kind))
+    return _spec(kind, width, _values(cell, kind))
 
 
 def arrays(cell: Any) -> list[Any]:

@@ -59,7 +59,7 @@ class Recording(list[Record | None]):
         self._cells, self._empty = cells, empty
         self.flows: dict[str, Flow] = {}
 
-    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Array]:
+    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Any]:
         """Allocate the arrays for a cell's results at every step, by their names in `native.Layer`.
 
         Args:
@@ -67,10 +67,9 @@ class Recording(list[Record | None]):
             spec, batch, steps, dtype: the cell, and the sizes of the call.
         """
         place, cells = len(self) + number, self._cells
-        kept = ("gates", "cells", "y")
+        kept = ("gates", "states", "y")
         if cells is not None and place not in cells:
             if place + 1 not in cells:
                 return {}
             kept = ("y",)
-        shapes = native.results(spec, batch, steps)
-        return {name: self._empty(shapes[name], dtype) for name in kept if name in shapes}
+        return native.results(spec, batch, steps, lambda shape: self._empty(shape, dtype), kept)

@@ -206,7 +206,7 @@ class Recurrent(Node):
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "the input of a recorded cell is recorded too"
-                own = kept["gates"], kept.get("cells"), kept["y"]
+                own = kept["gates"], next(iter(kept["states"]), None), kept["y"]
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
@@ -215,7 +215,7 @@ class Recurrent(Node):
             below = kept.get("y")
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
-            layers.append(native.Layer(cell.packed_in(weights), *_pair(before), *_pair(after[-1]), **kept))
+            layers.append(native.Layer(cell.packed_in(weights), before, after[-1], **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
             record.extend(made)
@@ -378,12 +378,6 @@ def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
     arrays = iter([native.plain(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
     return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
-
-
-def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
-    """Return h and c; None for an absent one."""
-    h, c, *_ = (*(state or ()), None, None)
-    return h, c
 
 
 def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
@@ -557,17 +551,13 @@ def _cell_gradients(
     weights = native.weights(cell.spec, own, copy=False)
     x = native.plain(record.x)
     batch, steps, _ = x.shape
-    shapes = native.results(cell.spec, batch, steps)
-    made: dict[str, Any] = {name: np.empty(shape, x.dtype) for name, shape in shapes.items()}
-    before = [None if record.before is None else native.plain(array) for array in record.before or ()]
-    starts: dict[str, Any] = dict(zip(("h0", "c0"), before, strict=False))
-    layer = native.Layer(weights, **starts, **made)
+    before = [native.plain(array) for array in record.before or ()]
+    made = native.results(cell.spec, batch, steps, lambda shape: np.empty(shape, x.dtype))
+    layer = native.Layer(weights, before, **made)
     sequences = native.sequences(x, record.mask, record.reset, record.reverse)
     native.forward(sequences, [layer], 1)
     dx = np.zeros_like(x)
-    begun = {f"d{name}": np.zeros_like(array) for name, array in starts.items()}
-    given: dict[str, Any] = dict(zip(("dy", "dhn", "dcn"), (dy, *ends), strict=False))
-    given = {name: None if array is None else native.plain(array) for name, array in given.items()}
-    wanted = native.Gradients(**given, dx=dx, **begun)
-    native.backward(sequences, [layer], [wanted], 1)
-    return dx, list(begun.values())
+    dbefore = [np.zeros_like(array) for array in before]
+    dy, *dafter = (None if array is None else native.plain(array) for array in (dy, *ends))
+    native.backward(sequences, [layer], [native.Gradients(dy, dafter, dx=dx, dbefore=dbefore)], 1)
+    return dx, dbefore
