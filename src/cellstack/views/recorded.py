@@ -128,7 +128,8 @@ def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
     """
 
     def axis(length: int) -> tuple[int, str]:
-        return next(((length // prime, letter) for letter, prime in PRIMES.items() if length % prime == 0), (length, ""))
+        found = ((length // prime, letter) for letter, prime in PRIMES.items() if length % prime == 0)
+        return next(found, (length, ""))
 
     large = replace(spec, input_size=PRIMES[I], units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0)
     return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
