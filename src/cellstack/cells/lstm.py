@@ -66,6 +66,7 @@ LSTM = Kind(
     shapes=shapes,
     flags=("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
     outputs=("cell",),
+    memory="c",
     names={
         "torch": Foreign("LSTM", "ifgo"),
         "keras1": Foreign("LSTM", "igfo"),

@@ -17,8 +17,8 @@ import numpy as np
 
 from cellstack.graph import origin
 from cellstack.inspect.payload import named, payload_of
+from cellstack.inspect.values import as_tuple
 from cellstack.nodes import Activation, Clip, Masking, Scale, Select, Standardise
-from cellstack.spec import GATES
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
@@ -159,7 +159,7 @@ def payload(
         value = _value(None if seen is None else seen.y, network.graph.timed(name), name in aligned, taken, arrays)
         cells = [] if seen is None else [_cell(cell, taken, arrays, sequence) for cell in seen.cells]
         if cells and seen is not None and seen.cells[0].record is None:  # the input of its first cell is known
-            first = seen.x[0] if isinstance(seen.x, tuple) else seen.x
+            first = as_tuple(seen.x)[0]
             if first.ndim == 3:
                 cells[0]["x"] = sequence(first)
         described.append(
@@ -213,7 +213,7 @@ def text_of(description: dict[str, Any]) -> str:
 
 def _rows(t: NetworkTrace, rows: Any) -> Array:
     """Return the numbers of the rows that go into the page."""
-    numbers = np.arange(len(t.y[0] if isinstance(t.y, tuple) else t.y))
+    numbers = np.arange(len(as_tuple(t.y)[0]))
     try:
         taken = numbers if rows is None else np.atleast_1d(numbers[rows])
     except IndexError as error:
@@ -232,7 +232,7 @@ def _flows(t: NetworkTrace) -> dict[str, Array]:
     """Return the inputs of the nodes, by the names of the inputs and nodes that they come from."""
     flows: dict[str, Array] = {}
     for name, node in t.items():
-        values = node.x if isinstance(node.x, tuple) else (node.x,)
+        values = as_tuple(node.x)
         flows |= dict(zip(t.network.wires[t.network.names.index(name)], values, strict=True))
     return flows
 
@@ -262,7 +262,7 @@ def size_of(t: NetworkTrace, rows: int | None = None) -> int:
 def _all(t: NetworkTrace) -> list[Array]:
     arrays = []
     for node in t.values():
-        arrays += [*(node.x if isinstance(node.x, tuple) else (node.x,)), node.y]
+        arrays += [*as_tuple(node.x), node.y]
         for cell in node.cells:
             arrays += [cell[field] for field in cell]
     return arrays
@@ -316,7 +316,7 @@ def spec_of(spec: Any) -> dict[str, Any]:
     fields["gate_activations"] = dict(spec.gate_activations)
     fields["activations"] = {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)}
     fields["blocks"] = list(spec.gates)
-    fields["gates"] = list(GATES[spec.kind])
+    fields["gates"] = list(spec.of_kind.gates)
     fields["output_size"] = spec.output_size
     return fields
 
@@ -404,7 +404,7 @@ def _answer(t: NetworkTrace, taken: Array, truth: Any, rescale: tuple[Any, Any] 
 
 def _each_row(t: NetworkTrace, name: str, given: Any) -> Any:
     """Return an argument that must have one entry per row of the trace; raise `ValueError` if it doesn't."""
-    rows = len(t.y[0] if isinstance(t.y, tuple) else t.y)
+    rows = len(as_tuple(t.y)[0])
     if isinstance(given, str) or len(given) != rows:
         raise ValueError(f"save_html: expected {name} to be a list of {rows}, one for each row, got {given!r:.80}")
     return given

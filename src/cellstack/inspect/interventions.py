@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.inspect.values import as_tuple
 from cellstack.nodes.base import check_choice
 from cellstack.nodes.patches import Patch
 from cellstack.spec import TRACES, ShapeError
@@ -139,7 +140,7 @@ def ablate(
     batch = _Batch("ablate", network, x, mask, lengths, threads)
     t = batch.trace({name for name, _ in cells})
     plain = t.y
-    asked = metric or (lambda y: np.abs(_first(y) - _first(plain)).mean())
+    asked = metric or (lambda y: np.abs(as_tuple(y)[0] - as_tuple(plain)[0]).mean())
     rng = np.random.default_rng(seed)
     wanted: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], list[Patch]]]] = []
     effects: dict[tuple[str, int], Array] = {}
@@ -399,7 +400,7 @@ def _cells(
         raise ValueError(f"{owner}: {what}")
     for gate in gates:
         for name, number in found:
-            fields = TRACES[every[name].cells[number].spec.kind]._fields
+            fields = every[name].cells[number].spec.of_kind.trace._fields
             if gate not in fields:
                 raise ValueError(f"{owner}: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
     return found
@@ -412,10 +413,6 @@ def _number(owner: str, value: Any) -> float:
         got = f"shape {list(array.shape)} of {array.dtype}"
         raise ValueError(f"{owner}: the metric must return one number for the batch, got {got}")
     return float(array.reshape(()))
-
-
-def _first(y: Any) -> Array:
-    return y[0] if isinstance(y, tuple) else y
 
 
 class Difference(NamedTuple):
