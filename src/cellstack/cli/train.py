@@ -25,6 +25,7 @@ from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.network import Network
+from cellstack.spec import KINDS as CELLS
 from cellstack.train import history
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
@@ -116,7 +117,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     add_table_options(train)
     model = train.add_argument_group("model")
     text = "kind of cell (default: %(default)s)"
-    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help=text)
+    model.add_argument("--cell", choices=tuple(CELLS), default="lstm", help=text)
     model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
     model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (default: mean)")
     text = "compute the loss at every step; for streams, with --pooling last"
