@@ -1,6 +1,7 @@
 """Diagnostics: each measure compared with its definition, computed differently, and reports that name the problem."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from networks import fill, make_cell, make_states
 
 from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, inspect, reference
 from cellstack.cells import KINDS
+from cellstack.cells.base import HiddenState, Kind
 
 
 def rng_of(seed):
@@ -305,3 +307,19 @@ def test_nan_has_no_half_life():
     assert np.isnan(seen.half_lives()).all()
     with pytest.raises(ValueError, match="steps to be an integer from 1"):
         seen.lyapunov_exponent(-5)
+
+
+@pytest.mark.parametrize(
+    ("roles", "update", "gates"),
+    [
+        ({"z": "write", "g": "candidate"}, (0.75, 0.5), ("z",)),
+        ({"z": "keep", "r": "reset", "g": "candidate"}, (0.25, 1.5), ("z", "r")),
+        ({"z": "write", "f": "keep", "g": "candidate"}, (0.5, 0.5), ("z", "f")),
+        ({"g": "candidate", "o": "output"}, None, ("o",)),
+    ],
+)
+def test_what_a_kind_keeps_and_writes_follows_from_the_roles_of_its_gates(roles, update, gates):
+    kind = Kind("toy", "Toy", roles, HiddenState, HiddenState, step=lambda *_: ((), ()))
+    values = {"z": 0.25, "f": 0.5, "g": 2.0}
+    assert kind.update(SimpleNamespace(of_kind=kind), values | {"r": 1.0, "o": 1.0}) == update
+    assert kind.multipliers == gates
