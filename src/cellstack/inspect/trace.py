@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellstack.inspect.diagnostics import Report, Shares
-    from cellstack.inspect.interventions import TraceDifference
+    from cellstack.inspect.differences import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
@@ -327,7 +327,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             ShapeError: other rows, steps or units.
             ValueError: other cells.
         """
-        from cellstack.inspect.interventions import TraceDifference
+        from cellstack.inspect.differences import TraceDifference
 
         return TraceDifference(self, other)
 

@@ -50,3 +50,8 @@ def places_of(what: str, index: Index, length: int) -> Any:
 def shape_text(value: Any) -> str:
     """Return the shapes of one value or several."""
     return ", ".join(str(list(one.shape)) for one in as_tuple(value))
+
+
+def rows_of(array: Array, taken: Array) -> Array:
+    """Return some rows of an array; for all rows, the array itself, so that duplicates are recognised."""
+    return array if np.array_equal(taken, np.arange(len(array))) else array[taken]
