@@ -619,7 +619,7 @@ class Network:
 @cache
 def _trace() -> Callable[..., NetworkTrace]:
     """Return the trace function, imported on demand because it depends on networks, and cached to keep calls fast."""
-    from cellstack.inspect.trace import trace
+    from cellstack.inspect.tracing import trace
 
     return trace
 
