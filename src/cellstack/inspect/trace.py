@@ -492,7 +492,9 @@ def trace(
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
     if state is not None:  # the caller may overwrite it later
         given = network.as_inputs("Network", x)
-        states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.started)
+        states = as_states(
+            "Network", state, network.cells, len(next(iter(given.values()))), network.initial_state_sources
+        )
         state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
     recording = Recording(cells, _Arrays(in_memory).empty)
     y, after = network.run(x, state, **run, record=recording)
@@ -617,7 +619,9 @@ def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
         before.append(previous[:, order].reshape(batch * steps, array.shape[2]))
     patched = None if record.patches is None else _as_it_ran(record)
     with np.errstate(all="ignore"):
-        sums = reference.pre_activations(spec, cell.held, record.x.reshape(batch * steps, width), before, patched)
+        sums = reference.pre_activations(
+            spec, cell.stored_arrays, record.x.reshape(batch * steps, width), before, patched
+        )
     made = {gate: array.reshape(batch, steps, spec.units).astype(cell.dtype) for gate, array in sums.items()}
     if record.mask is not None:
         made = {gate: np.where(record.mask[:, :, None], array, 0) for gate, array in made.items()}
