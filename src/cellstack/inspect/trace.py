@@ -16,8 +16,7 @@ from cellstack import reference
 from cellstack.arguments import as_states
 from cellstack.inspect import diagnostics
 from cellstack.nodes.base import Array, Flow
-from cellstack.nodes.recording import Record, Recording
-from cellstack.nodes.recurrent import Recurrent
+from cellstack.nodes.recurrent import Record, Recording, Recurrent
 from cellstack.nodes.shape import Select
 from cellstack.spec import GATES, TRACES, ShapeError
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from cellstack.inspect.interventions import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
-    from cellstack.nodes.cell import Cell
+    from cellstack.nodes.recurrent import Cell
 
 PROBES = (97, 101)  # sequence lengths: a node that keeps both maps steps one to one
 

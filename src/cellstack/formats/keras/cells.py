@@ -19,7 +19,7 @@ from cellstack.formats.keras.files import short
 from cellstack.layout import OURS, from_cudnn, reorder
 from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.nodes.base import Array
-from cellstack.nodes.cell import KIND_NAMES
+from cellstack.nodes.recurrent import KIND_NAMES
 from cellstack.spec import CellSpec, FormatError
 
 KINDS = {name: kind for kind, name in KIND_NAMES.items()}

@@ -48,8 +48,8 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import Array, Node
-from cellstack.nodes.cell import KIND_NAMES
 from cellstack.nodes.masks import NamedMasks
+from cellstack.nodes.recurrent import KIND_NAMES
 
 if TYPE_CHECKING:
     from cellstack.network import Network

@@ -16,8 +16,7 @@ from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array, CellArrays, from_rows, reorder, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
-from cellstack.nodes.cell import Cell
-from cellstack.nodes.recurrent import Bidirectional, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import GATES, CellSpec, FormatError, activation
 from cellstack.spec import PARAMETERS as USUAL_PARAMETERS
 

@@ -17,8 +17,7 @@ import numpy as np
 from cellstack.formats.build import Builder, listed
 from cellstack.formats.pytorch.tensors import short
 from cellstack.network import Network
-from cellstack.nodes.cell import Cell
-from cellstack.nodes.recurrent import Bidirectional, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import ARRAYS, CellSpec, FormatError
 
 COUNTER = "draws"  # how many dropout masks a cell has drawn

@@ -17,7 +17,7 @@ from cellstack.formats.onnx.file import Scope, label
 from cellstack.formats.onnx.written_out.equations import ORDER, Step, gate_of, is_zero, steps_of
 from cellstack.formats.onnx.written_out.linear import FOLLOWED, Linear, Term, array_of
 from cellstack.layout import Array
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec
 
 

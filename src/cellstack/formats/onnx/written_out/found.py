@@ -11,7 +11,7 @@ from cellstack.formats.onnx.graph import MOVES
 from cellstack.formats.onnx.written_out.chains import cell_of, common, find_chains
 from cellstack.formats.onnx.written_out.equations import Step, steps_of
 from cellstack.formats.onnx.written_out.linear import Term, array_of
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import FormatError
 
 

@@ -14,7 +14,7 @@ from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chain
 from cellstack.formats.onnx.written_out.found import find_steps
 from cellstack.formats.onnx.written_out.linear import Place, place_of
 from cellstack.formats.onnx.written_out.rows import Loop
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 
 
 class _Roller:

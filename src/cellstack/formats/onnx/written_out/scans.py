@@ -22,7 +22,7 @@ from cellstack.formats.onnx.written_out.chains import cell_of
 from cellstack.formats.onnx.written_out.equations import Matcher, Step, bare
 from cellstack.formats.onnx.written_out.linear import Term, inputs_of, pairs, scalar
 from cellstack.layout import Array
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 
 FIRST_OPSET = 9  # earlier, a Scan had other inputs
