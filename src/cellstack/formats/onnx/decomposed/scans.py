@@ -22,7 +22,7 @@ from cellstack.formats.onnx.decomposed.match import Matcher, bare, cell_of, form
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 
 FIRST_OPSET = 9  # earlier, a Scan had other inputs
