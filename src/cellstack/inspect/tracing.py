@@ -15,7 +15,8 @@ from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.inspect.values import Index, alone
 from cellstack.nodes.base import Array, Flow
-from cellstack.nodes.recording import Record, Recording, Recurrent
+from cellstack.nodes.recording import Record, Recording
+from cellstack.nodes.recurrent import Recurrent
 from cellstack.nodes.shape import Select
 from cellstack.spec import ShapeError
 
@@ -52,7 +53,7 @@ def trace(
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
     if state is not None:  # the caller may overwrite it later
         given = network.as_inputs("Network", x)
-        states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.started)
+        states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.initial_state_sources)
         state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
     recording = Recording(cells, _Arrays(in_memory).empty)
     y, after = network.run(x, state, **run, record=recording)
@@ -141,7 +142,7 @@ def _in_own_order(
 ) -> tuple[list[Record | None], dict[str, Flow]]:
     """Return the records of cells and all values, also between nodes of one call, each in its own order of steps."""
     records, flows = list(recording), dict(recording.flows)
-    for stage in network._stages:
+    for stage in network.calls.sequences:
         backwards = getattr(stage.node, "go_backwards", False)
         for place, number in enumerate(stage.nodes[:-1]):
             above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]

@@ -49,7 +49,6 @@ from cellstack.nodes import (
 )
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.masks import NamedMasks
-from cellstack.nodes.recurrent import KIND_NAMES
 
 if TYPE_CHECKING:
     from cellstack.network import Network

@@ -176,11 +176,11 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     flags: dict[str, Any] = {"layer_norm": "kernel_gain" in shapes, "learn_initial_state": "initial_h" in shapes}
     found = []
     for kind in KINDS.values():
-        every: dict[str, Any] = {name: value for name, value in EVERY_ARRAY.items() if name in kind.flags}
+        every: dict[str, Any] = {name: value for name, value in EVERY_ARRAY.items() if name in kind.settings}
         if not shapes.keys() <= CellSpec(2, 2, kind=kind.name, **EVERY_KIND, **every).shapes.keys():
             continue
-        own: dict[str, Any] = flags | {name: value for name, value in shown.items() if name in kind.flags}
-        variants: list[dict[str, Any]] = [{name: HIDDEN[name]} for name in kind.flags if name in HIDDEN]
+        own: dict[str, Any] = flags | {name: value for name, value in shown.items() if name in kind.settings}
+        variants: list[dict[str, Any]] = [{name: HIDDEN[name]} for name in HIDDEN if name in kind.settings]
         for hidden in ({}, *variants):
             if hidden and flags["layer_norm"] and "reset_after" in hidden:
                 continue  # no such cell
