@@ -2,8 +2,9 @@
 
 import inspect
 import typing
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import stubs
@@ -11,6 +12,7 @@ import stubs
 from cellstack import layers
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, REQUIRED, signature
+from cellstack.cells.base import usual_shapes
 from cellstack.spec import CellSpec
 
 CLASSES = {
@@ -76,5 +78,19 @@ def test_names_that_a_kind_lacks_or_places_are_arguments():
         assert shared.issuperset(kind.lacks)
         assert {*shared, *own}.issuperset(kind.positions)
         for of in ("cell", "layer", "keras"):
-            names = [argument.name for argument in signature(kind, of).all]
+            names = [argument.name for some in signature(kind, of) for argument in some]
             assert len(names) == len(set(names))
+
+
+def test_a_kind_without_a_recurrent_product_has_no_arguments_or_arrays_for_it():
+    kind = replace(KINDS["gru"], recurrent=False, without=("layer_norm", "norm_epsilon"))
+    for of in ("cell", "layer", "keras"):
+        both = [{one.name for some in signature(k, of) for one in some} for k in (KINDS["gru"], kind)]
+        assert both[0] - both[1] == {*RECURRENT, "layer_norm", "norm_epsilon"}
+    assert "layer_norm" not in kind.settings
+    spec = SimpleNamespace(**vars(CellSpec(3, 4, kind="gru", layer_norm=True)), of_kind=kind, output_size=4)
+    spec.gates, spec.state_sizes = ("z", "g"), {"h": 4}
+    shapes = usual_shapes(spec)
+    assert (shapes["kernel"], shapes["kernel_gain"]) == ((3, 8), (8,))
+    assert shapes["recurrent_kernel"] is None
+    assert shapes["recurrent_gain"] is None

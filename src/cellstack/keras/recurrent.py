@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import keras
 
 from cellstack.cells import KINDS
-from cellstack.cells.arguments import Signature, sign
+from cellstack.cells.arguments import Argument, sign
 from cellstack.keras import cells, torch_backend
 from cellstack.spec import CellSpec, as_flag, as_integer, check_state
 
@@ -27,7 +27,7 @@ class Recurrent(keras.layers.Layer):
     """
 
     kind: ClassVar[str]
-    signature: ClassVar[Signature]
+    signature: ClassVar[dict[str, Argument]]
     stateful, states = False, None  # Keras's Bidirectional reads them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ class Recurrent(keras.layers.Layer):
             given[name] = _activation(self.name, name, given[name])
         settings = {name: given[name] for name in KINDS[self.kind].settings}
         self._spec = CellSpec(1, kind=self.kind, **{**settings, "units": self.units})
-        for argument in self.signature.all:
+        for argument in self.signature.values():
             if "spec" not in argument.of and argument.name in given:  # CellSpec checks its own
                 argument.check(self.name, given[argument.name])
         names = [f"{role}_{kind}" for role in _ROLES.values() for kind in _TABLES]
