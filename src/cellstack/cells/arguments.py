@@ -297,9 +297,7 @@ def documented(
     if doc is None:  # python -OO
         return None
     head, found, rest = inspect.cleandoc(doc).partition(before)
-    lines = [
-        textwrap.fill(f"{a.name}: {a.text}", WIDTH, initial_indent="    ", subsequent_indent="        ")
-        for a in arguments
-    ]
+    lines = [f"    {one.name}: {one.text}" for one in arguments]
+    lines = [line if len(line) <= WIDTH else textwrap.fill(line, WIDTH, subsequent_indent=" " * 8) for line in lines]
     start = "" if "\nArgs:" in head else "\n\nArgs:"
     return "\n".join([head + start, *lines]) + more + found + rest
