@@ -57,6 +57,15 @@ def test_a_subclass_may_have_its_own_constructor():
     assert list(inspect.signature(Named).parameters) == ["units", "note"]
     assert Named(4, "a").get_config() == layers.GRU(4, return_sequences=True).get_config()
 
+    class Fixed(layers.GRUCell):
+        kind = "gru"
+
+        def __init__(self, units):
+            super().__init__(units, clip=2.0)
+
+    assert list(inspect.signature(Fixed).parameters) == ["units"]
+    assert Fixed(4).get_config() == layers.GRUCell(4, clip=2.0).get_config()
+
 
 def test_cell_spec_has_the_declared_fields():
     declared = {one.name: one for kind in KINDS.values() for one in kind.settings.values()}

@@ -76,9 +76,7 @@ POSITIONAL = (
     Argument("recurrent_regularizer", _GIVEN, None, "the same for the recurrent kernel.", of=CELL),
     Argument("bias_regularizer", _GIVEN, None, "the same for the bias.", of=CELL),
     Argument("activity_regularizer", _GIVEN, None, "the same for the output of a call.", of=LAYER),
-    Argument(
-        "kernel_constraint", _GIVEN, None, f"projection of the kernel after an optimiser's step: {_FORMS}", of=CELL
-    ),
+    Argument("kernel_constraint", _GIVEN, None, f"projects the kernel after optimiser steps: {_FORMS}", of=CELL),
     Argument("recurrent_constraint", _GIVEN, None, "the same for the recurrent kernel.", of=CELL),
     Argument("bias_constraint", _GIVEN, None, "the same for the bias.", of=CELL),
     Argument(
@@ -86,8 +84,7 @@ POSITIONAL = (
         "float",
         0.0,
         "share of x that is dropped in training, in [0, 1); the rest is scaled by 1/(1-dropout). A layer draws one "
-        "mask per call and uses it at every step and for all gates; a cell that is called by itself draws one at each "
-        "call.",
+        "mask per call, for all steps and gates; a cell that is called by itself draws one at each call.",
         SHARE,
         CELL,
     ),
@@ -100,21 +97,9 @@ POSITIONAL = (
         "count is saved with the weights. None: the framework's own generator.",
         of=CELL,
     ),
-    Argument(
-        "return_sequences",
-        "bool",
-        False,
-        "return the output of every step, not only of the last.",
-        of=LAYER,
-    ),
+    Argument("return_sequences", "bool", False, "return the output of every step, not only the last.", of=LAYER),
     Argument("return_state", "bool", False, "also return the state after the last step.", of=LAYER),
-    Argument(
-        "go_backwards",
-        "bool",
-        False,
-        "run from the last step to the first. Outputs are in the order processed.",
-        of=LAYER,
-    ),
+    Argument("go_backwards", "bool", False, "run backwards in time. Outputs are in the order processed.", of=LAYER),
     Argument(
         "stateful",
         "bool",
@@ -123,13 +108,7 @@ POSITIONAL = (
         of=("layer",),
     ),
     Argument("unroll", "bool", False, "for compatibility with Keras; it has no effect.", of=("layer",)),
-    Argument(
-        "zero_output_for_mask",
-        "bool",
-        False,
-        "output zeros at masked steps, instead of repeating the previous output.",
-        of=LAYER,
-    ),
+    Argument("zero_output_for_mask", "bool", False, "output zeros at masked steps, not the previous output.", of=LAYER),
 )
 """The arguments of every kind that may be given by position, in Keras's order; see `Kind.positions`."""
 
@@ -157,10 +136,7 @@ KEYWORD = (
         BELOW_ONE,
     ),
     Argument(
-        "learn_initial_state",
-        "bool",
-        False,
-        "use parameters, initially zeros, as the initial state and after a reset.",
+        "learn_initial_state", "bool", False, "use parameters, initially zeros, as the initial state and after a reset."
     ),
     Argument(
         "remat",
@@ -177,11 +153,7 @@ KEYWORD = (
         of=("keras",),
     ),
     Argument(
-        "input_size",
-        "int | None",
-        None,
-        "width I, to create the weights immediately; None: at the first call.",
-        of=TORCH,
+        "input_size", "int | None", None, "width I, to create the weights at once; None: at the first call.", of=TORCH
     ),
     Argument("dtype", "str | torch.dtype | None", None, "of the weights; None: torch's default.", of=TORCH),
     Argument("device", "Any", None, "of the weights; None: the CPU.", of=TORCH),
@@ -271,6 +243,8 @@ def sign(cls: type, kind: Kind, of: str, names: dict[str, Any]) -> dict[str, Arg
     """
     positional, keyword = signature(kind, of)
     found = {one.name: one for one in (*positional, *keyword)}
+    if "__init__" in vars(cls):  # a user's class with a constructor of its own
+        return found
     given = ", ".join(f"{name!r}: {name}" for name in (*found, *(["kwargs"] if of == "keras" else [])))
     body = textwrap.indent(f"{constructor(kind, of)}:\n    super(cls, self).__init__({{{given}}})", "    ")
     local: dict[str, Any] = {}
