@@ -276,8 +276,9 @@ class CellSpec:
 
     @cached_property
     def state_sizes(self) -> dict[str, int]:
-        """Width of each array of the state, by name: h, and c for an LSTM."""
-        return {name: self.output_size if name == "h" else self.units for name in STATES[self.kind]._fields}
+        """Width of each array of the state, by name: h, and others such as an LSTM's c."""
+        names = STATES[self.kind]._fields
+        return {name: self.output_size if name == "h" else self.units for name in names}
 
     @cached_property
     def planes(self) -> int:
