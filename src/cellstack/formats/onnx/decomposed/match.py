@@ -27,7 +27,7 @@ from cellstack.nodes.recurrent import Cell
 from cellstack.spec import MATRICES, CellSpec
 
 MOST_TERMS = 32  # maximum number of operators and of terms in one sum
-MOST_MATCHES = 8  # maximum number of ways in which one value is matched with one form
+MOST_MATCHES = 24  # maximum number of ways in which one value is matched with one form
 VISITS = 4000, 100  # maximum number of values that are compared in a graph: at least, and per node
 
 # ── values of a graph ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +288,7 @@ class Step:
         texts = {True: set[str](), False: set[str]()}
         for gate, role in self.form.kind.gates.items():
             texts[role == "candidate"].add(self.bound.get(gate, ""))
-        return "tanh" in texts[False] and "tanh" not in texts[True]
+        return "tanh" in texts[False] and texts[True] != {"tanh"}
 
 
 class Matcher:
