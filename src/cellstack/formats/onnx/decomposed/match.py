@@ -129,11 +129,12 @@ class Values:
             raise OverflowError
         if isinstance(constant, np.ndarray) and constant.size and (constant == 1).all():
             return [Product(1, ())]
-        operator = node.op_type if node is not None and node.domain in DOMAINS and constant is None else ""
+        operator = node.op_type if node is not None and constant is None else ""
+        of = inputs_of(self.scope, name, operator) if operator else []
         count = {"Mul": 2, "Sub": 2, "Neg": 1, "Add": 0 if factor else 2}.get(operator)
-        if not count or len(node.input) != count or (not whole and self.activated(name) is not None):
+        if not count or len(of) != count or (not whole and self.activated(name) is not None):
             return [Product(1, (name,), name)]
-        parts = [self._expand(one, left, factor or operator == "Mul") for one in node.input]
+        parts = [self._expand(one, left, factor or operator == "Mul") for one in of]
         if operator == "Mul":
             found = [Product(a.sign * b.sign, a.factors + b.factors) for a in parts[0] for b in parts[1]]
             if len(found) > MOST_TERMS:
@@ -207,7 +208,8 @@ def forms(kind: Kind) -> tuple[Form, ...]:
 
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
-    spec = CellSpec(1, 2, kind=kind.name, **flags, **bounds)
+    given: dict[str, Any] = {**flags, **bounds}
+    spec = CellSpec(1, 2, kind=kind.name, **given)
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in (*spec.gates, *kind.outputs)}
     spec = replace(spec, gate_activations=slots)
     arrays, keys = dict[str, Array](), dict[float, Key]()
