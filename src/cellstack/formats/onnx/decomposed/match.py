@@ -90,10 +90,33 @@ class Values:
         """Return a value as a sum of other products; empty where it has too many terms."""
         return self._kept("sum", name, lambda: self._sum(name))
 
+    def outline(self, name: str) -> Any:
+        """Return what a value has in common with all values that can match it: operator, or signs and factors."""
+        if self.activated(name) is not None:
+            return "activation"
+        terms = self.sum(name)
+        if len(terms) == 1 and terms[0].factors == (name,):
+            return self.scope.producers[name].op_type
+        return tuple(sorted((term.sign, len(term.factors)) for term in terms))
+
     def size(self, name: str) -> int:
         """Return how many operators lead to a value, counted once per use."""
         node = self.scope.producers.get(name)
         return 1 if node is None else self._kept("size", name, lambda: 1 + sum(map(self.size, node.input)))
+
+    def parted(self, name: str) -> tuple[list[Product], Linear | None]:
+        """Return a sum, the most specific terms and factors first, and its products with constants separately."""
+        return self._kept("parted", name, lambda: self._parted(name))
+
+    def _parted(self, name: str) -> tuple[list[Product], Linear | None]:
+        terms, rest = [], list[Linear]()
+        for term in self.sum(name):
+            total = self.linear(term.name) if term.name and term.sign > 0 else None
+            if total is None:
+                terms.append(term._replace(factors=tuple(sorted(term.factors, key=self.size, reverse=True))))
+            else:
+                rest.append(total)
+        return sorted(terms, key=lambda term: -sum(map(self.size, term.factors))), _together(rest)
 
     def _kept(self, what: str, name: str, read: Any) -> Any:
         if (what, name) not in self.kept:
@@ -372,7 +395,7 @@ class Matcher:
             if found is not None:
                 yield from self._with("norm_epsilon", found[1], normed[0], found[0], bound)
         elif node.op_type in ("Add", "Mul", "Sub"):
-            terms, rest = self._parted(ours)
+            terms, rest = values.parted(ours)
             found = self.values.sum(theirs)
             if len(found) == len(terms) or (rest and len(found) > len(terms)):
                 yield from self._terms(terms, found, rest, bound)
@@ -434,18 +457,6 @@ class Matcher:
 
     # ── sums of other products ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _parted(self, name: str) -> tuple[list[Product], Linear | None]:
-        """Return a form's sum, the most specific terms and factors first, and its products with arrays separately."""
-        values = self.form.values
-        terms, rest = [], list[Linear]()
-        for term in values.sum(name):
-            total = values.linear(term.name) if term.name and term.sign > 0 else None
-            if total is None:
-                terms.append(term._replace(factors=tuple(sorted(term.factors, key=values.size, reverse=True))))
-            else:
-                rest.append(total)
-        return sorted(terms, key=lambda term: -sum(map(values.size, term.factors))), _together(rest)
-
     def _terms(self, ours: list[Product], theirs: list[Product], rest: Linear | None, bound: Bound) -> Iterator[Bound]:
         """Yield the ways in which each term of a form is one of the graph, and the others are products with arrays."""
         if ours:
@@ -483,10 +494,14 @@ def _together(totals: Sequence[Linear | None]) -> Linear | None:
 
 def steps_of(scope: Scope, rows: bool = False) -> Iterator[list[Step]]:
     """Yield the decomposed steps of cells in a graph, each as the list of its readings; `rows`: as in `Matcher`."""
-    matcher = Matcher(scope, rows=rows)
-    found = [form for kind in KINDS.values() for form in forms(kind) if form.values.linear(form.after["h"]) is None]
-    for node in scope.graph.node:  # a product with a matrix after a cell isn't taken to be its projection
+    matcher, alike = Matcher(scope, rows=rows), dict[Any, list[Form]]()
+    for form in (form for kind in KINDS.values() for form in forms(kind)):
+        h = form.after["h"]
+        if form.values.linear(h) is None:  # a product with a matrix after a cell isn't taken to be its projection
+            alike.setdefault(form.values.outline(h), []).append(form)
+    for node in scope.graph.node:
         if node.domain in DOMAINS and len(node.output) == 1 and node.op_type != "Identity":
+            found = alike.get(matcher.values.outline(node.output[0]), ())
             steps = (matcher.steps(form, node, {"h": node.output[0]}, {}) for form in found)
             first = next(filter(None, steps), None)
             if first is not None:
