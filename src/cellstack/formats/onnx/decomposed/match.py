@@ -145,17 +145,17 @@ class Values:
             factor: whether it is a factor of a product, or part of one: sums other than differences then stay whole.
             whole: whether it is the sum that is read, even if it is also an activation.
         """
-        name = bare(self.scope, name)
-        constant, node = numbers(self.scope.constant(name)), self.scope.producers.get(name)
         left[0] -= 1
         if left[0] < 0:
             raise OverflowError
+        name = bare(self.scope, name)
+        node = self.scope.producers.get(name)
+        of = inputs_of(self.scope, name, operator := "" if node is None else node.op_type)
+        fits = len(of) == {"Mul": 2, "Sub": 2, "Neg": 1, "Add": 0 if factor else 2}.get(operator, 0) > 0
+        constant = None if whole and not fits else numbers(self.scope.constant(name))
         if isinstance(constant, np.ndarray) and constant.size and (constant == 1).all():
             return [Product(1, ())]
-        operator = node.op_type if node is not None and constant is None else ""
-        of = inputs_of(self.scope, name, operator) if operator else []
-        count = {"Mul": 2, "Sub": 2, "Neg": 1, "Add": 0 if factor else 2}.get(operator)
-        if not count or len(of) != count or (not whole and self.activated(name) is not None):
+        if not fits or constant is not None or (not whole and self.activated(name) is not None):
             return [Product(1, (name,), name)]
         parts = [self._expand(one, left, factor or operator == "Mul") for one in of]
         if operator == "Mul":
@@ -498,10 +498,11 @@ def steps_of(scope: Scope, rows: bool = False) -> Iterator[list[Step]]:
     for form in (form for kind in KINDS.values() for form in forms(kind)):
         h = form.after["h"]
         if form.values.linear(h) is None:  # a product with a matrix after a cell isn't taken to be its projection
-            alike.setdefault(form.values.outline(h), []).append(form)
+            whole = form.values.parted(h)[1] is None
+            alike.setdefault(form.values.outline(h) if whole else "any", []).append(form)
     for node in scope.graph.node:
         if node.domain in DOMAINS and len(node.output) == 1 and node.op_type != "Identity":
-            found = alike.get(matcher.values.outline(node.output[0]), ())
+            found = [*alike.get(matcher.values.outline(node.output[0]), ()), *alike.get("any", ())]
             steps = (matcher.steps(form, node, {"h": node.output[0]}, {}) for form in found)
             first = next(filter(None, steps), None)
             if first is not None:
