@@ -11,6 +11,7 @@ from onnx_graphs import model
 
 from cellstack import cells, spec
 from cellstack.cells.base import HiddenState, Kind, State
+from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
 from cellstack.formats.onnx.decomposed.match import forms
 from cellstack.formats.onnx.decomposed.scans import read_scan
@@ -171,6 +172,12 @@ def test_a_kind_that_only_a_test_declares(toys, name, flags):
         scope = scope_of(scan_of(body, cell))
         (found,) = read_scan(scope, scope.graph.node[0]).cells
         (check_factors if name == "product" else check_same)(found, cell)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_it_has_no_operator_of_its_own(toys, name):
+    with pytest.raises(ValueError, match=f"ONNX has no operator for {name}"):
+        write_operator("layer", (some(np.random.default_rng(0), kind=name),), "forward")
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -11,8 +11,9 @@ from cellstack.formats.onnx.cells import Operator, operator_of
 from cellstack.formats.onnx.decomposed.chains import Chain, find_chains
 from cellstack.formats.onnx.decomposed.found import find_steps
 from cellstack.formats.onnx.decomposed.linear import Place, place_of
-from cellstack.formats.onnx.decomposed.match import cell_of, stripped
+from cellstack.formats.onnx.decomposed.match import cell_of
 from cellstack.formats.onnx.decomposed.rows import Added, Loop
+from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Model, Scope, live_nodes
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.nodes.recurrent import Cell
