@@ -30,7 +30,9 @@ def pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
         before.append(previous[:, order].reshape(batch * steps, array.shape[2]))
     patched = None if record.patches is None else _as_it_ran(record)
     with np.errstate(all="ignore"):
-        sums = reference.pre_activations(spec, cell.stored_arrays, record.x.reshape(batch * steps, width), before, patched)
+        sums = reference.pre_activations(
+            spec, cell.stored_arrays, record.x.reshape(batch * steps, width), before, patched
+        )
     made = {gate: array.reshape(batch, steps, spec.units).astype(cell.dtype) for gate, array in sums.items()}
     if record.mask is not None:
         made = {gate: np.where(record.mask[:, :, None], array, 0) for gate, array in made.items()}

@@ -53,7 +53,9 @@ def trace(
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
     if state is not None:  # the caller may overwrite it later
         given = network.as_inputs("Network", x)
-        states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.initial_state_sources)
+        states = as_states(
+            "Network", state, network.cells, len(next(iter(given.values()))), network.initial_state_sources
+        )
         state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
     recording = Recording(cells, _Arrays(in_memory).empty)
     y, after = network.run(x, state, **run, record=recording)

@@ -18,11 +18,12 @@ import numpy as np
 from cellstack.cells import KINDS
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.linear import Term, pairs, scalar
-from cellstack.formats.onnx.decomposed.match import Matcher, bare, cell_of, forms
+from cellstack.formats.onnx.decomposed.match import Matcher, cell_of, forms
+from cellstack.formats.onnx.decomposed.sums import bare
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec, FormatError
 
 FIRST_OPSET = 9  # earlier, a Scan had other inputs
