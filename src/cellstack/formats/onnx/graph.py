@@ -484,7 +484,7 @@ def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Fra
     Raises:
         FormatError: unsupported parts; all of them are named.
     """
-    scope = model.scope
+    scope = model.scope()
     starts, lengths = _roles(scope)
     live = live_nodes(scope)
     axes = Axes(scope, live, starts, lengths, frames is not None)
