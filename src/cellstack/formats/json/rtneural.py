@@ -115,7 +115,8 @@ def _cell(layer: _Layer, kind: str) -> Cell:
         raise FormatError(f"{layer.where}: expected the activation tanh, found {layer.activation}")
     layer.check_count(3)
     spec = CellSpec(layer.width, layer.units, kind=kind)
-    return Cell(spec, **{name: layer.weights(n, *shape) for n, (name, shape) in enumerate(spec.shapes.items())})
+    shapes = reversed([*enumerate(spec.shapes.items())])  # the bias first: a wrong number of units shows there
+    return Cell(spec, **{name: layer.weights(number, *shape) for number, (name, shape) in shapes})
 
 
 def _recurrent(kind: str) -> Callable[[Builder, _Layer, str], str]:

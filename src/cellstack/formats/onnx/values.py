@@ -65,7 +65,7 @@ class Final:
 
     operator: int
     way: int
-    part: str  # "h" or "c"
+    part: str  # the name of the state: "h" …
 
 
 @dataclass(frozen=True)

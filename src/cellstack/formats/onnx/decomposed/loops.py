@@ -210,7 +210,7 @@ def roll(model: Model, whole: bool = False) -> Model:
         model: the file.
         whole: whether loops run over all steps of a sequence; else over as many as the graph unrolls.
     """
-    scope = model.scope.draft()
+    scope = model.scope()
     chains = find_chains(scope)
     if not chains:
         return model
@@ -244,10 +244,11 @@ def roll(model: Model, whole: bool = False) -> Model:
     nodes = _placed(scope, before, replaced, loop.made)
     model = model.changed(nodes, (*constants, *loop.constants), rolled=rolled, unrolled=unrolled)
     if before:
-        live = live_nodes(model.scope)
+        scope = model.scope()
+        live = live_nodes(scope)
         for chain in chains:
             for state in [*chain.steps[0].after][1:] if chain.name not in unrolled else ():
-                inner = [model.scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
+                inner = [scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
                 if any(node is not None and id(node) in live for node in inner):
                     lost.append(f"the loop over {chain.name} uses {state} of every step; a Network has only the last")
     return replace(model, lost=(*model.lost, *lost)) if lost else model
@@ -269,7 +270,7 @@ def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
 
 def roll_steps(model: Model) -> Model:
     """Return a model in which recurrent operators replace the decomposed single steps of the outermost graph."""
-    scope = model.scope.draft()
+    scope = model.scope()
     before, replaced, constants = dict[str, list[Any]](), dict[int, Any](), list[Any]()
     rolled = dict(model.rolled)
     for number, (name, _, step) in enumerate(list(find_steps(scope, set())), len(model.rolled)):

@@ -104,7 +104,7 @@ def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
     graph = Graph.of(body_of("step", Cell(spec, **arrays)))
     model = Model("", graph, 17, (), "", None, Tensors(""), Budget(0))
     texts = {text: slot for slot, text in slots.items()}
-    return Form(kind, flags, Values(model.scope, rows=True), texts, {b: name for name, b in bounds.items()}, keys)
+    return Form(kind, flags, Values(model.scope(), rows=True), texts, {b: name for name, b in bounds.items()}, keys)
 
 
 # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
