@@ -5,9 +5,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import model, unrolled_model, write
 
+from cellstack.formats.onnx.decomposed.loops import roll_steps
 from cellstack.formats.onnx.file import read
 from cellstack.formats.onnx.passes import passes
-from cellstack.formats.onnx.written_out.loops import roll_steps
 
 make = helper.make_node
 
