@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
     from cellstack.nodes.patches import CellPatches
-    from cellstack.nodes.recurrent import Cell
+    from cellstack.nodes.cell import Cell
 
 KEY, VERSION = "cellstack_trace", 1
 

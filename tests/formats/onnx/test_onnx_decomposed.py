@@ -17,7 +17,7 @@ from cellstack.formats.onnx.decomposed.match import forms
 from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import Budget, Model, Scope, Tensors
 from cellstack.formats.onnx.scan import OnnxOps, body_of
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec
 
 # ── kinds of cell that only these tests declare ───────────────────────────────────────────────────────────────────────
