@@ -6,7 +6,6 @@ import copy
 import copyreg
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch.nn.functional import dropout
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from cellstack.layers import eligibility, op
+from cellstack.layers import eligibility, forward, op
 from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
 from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
-from cellstack.layers.sequences import shifted
-from cellstack.layers.stack import trace_of
+from cellstack.layers.forward import CellRun, trace_of
 from cellstack.spec import STATES, CellSpec
 
 # Attributes of a module within `packed_weights`: its packed weights, and the number of its open contexts.
@@ -129,8 +127,10 @@ class _Sequence(Accelerated, nn.RNNBase):
         padded = sizes is None or bool(
             sizes[-1] == sizes[0]
         )  # PyTorch runs packed rows of equal length like padded ones
-        lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
-        x, states = _in_full(x, states, weights[0].dtype)
+        lowered = None
+        if torch.is_autocast_enabled("cpu"):
+            lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
+            x, states = _in_full(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
         used = None
         if packed is not None:
@@ -210,46 +210,39 @@ class _Sequence(Accelerated, nn.RNNBase):
         packed: PackedSequence | None,
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
-        save = traced or needs_grad(x, *states, *weights)
-        directions = 1 + self.bidirectional
+        directions = (False, True) if self.bidirectional else (False,)
+        width, kind = self.proj_size or self.hidden_size, KINDS[self.mode]
+        count, cells = self.num_layers * len(directions), []
+        size = len(weights) // count
+        # squeeze takes a fifth of the time of unbind
+        parts = [(state.squeeze(0),) if count == 1 else state.unbind(0) for state in states]
+        for n in range(count):
+            inputs = self.input_size if n < len(directions) else width * len(directions)
+            text = _cell(self.mode, inputs, self.hidden_size, self.proj_size, self.bias)
+            cells.append(CellRun(kind, text, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
-        step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
-        left, kind = iter(weights), KINDS[self.mode]
-        packed_weights = self._packed
-        starts = list(zip(*(state.unbind(0) for state in states), strict=True))
-        ends: list[Sequence[Tensor]] = []
-        traces: list[Any] = []
-        y = x
-        for layer in range(0, self.num_layers, step):
-            outputs = []
-            for direction in range(directions):
-                cells, arrays, begin = [], [], []
-                for n in range(layer, layer + step):
-                    width = x.shape[2] if n == 0 else (self.proj_size or self.hidden_size) * directions
-                    cells.append(_cell(self.mode, width, self.hidden_size, self.proj_size, self.bias))
-                    arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
-                    begin += starts[n * directions + direction] if starts else ()
-                flags = reset if reset is None or not direction else shifted(reset)
-                keep = None if packed_weights is None else packed_weights.setdefault((layer, direction), {})
-                out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
-                parts = len(STATES[kind]._fields)
-                ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
-                kept = out[parts * step :]
-                outputs.append(kept[step - 1 if save else 0])
-                if traced:
-                    every = zip(kept[:step], kept[step : 2 * step], kept[2 * step : 3 * step], strict=True)
-                    traces += [trace_of(kind, gates, memory, h.transpose(0, 1)) for h, gates, memory in every]
-            y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-            if layer + step < self.num_layers:
-                if share and packed is not None:  # as PyTorch draws it: on packed data
-                    y = _padded(dropout(_packed(y, packed), share), packed)[0]
-                else:
-                    y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
+
+        def between(y: Tensor) -> Tensor:  # as PyTorch draws it: with time before batch, or on packed data
+            if packed is not None:
+                return _padded(dropout(_packed(y.transpose(0, 1), packed), share), packed)[0]
+            return dropout(y.transpose(0, 1), share).transpose(0, 1)
+
+        y, _, ends, traces = forward.run(
+            cells,
+            x,
+            used,
+            reset,
+            directions=directions,
+            traced=traced,
+            time_major=True,
+            between=between if share else None,
+            packed=self._packed,
+        )
         copied = "c" in STATES[kind]._fields and y.dtype is torch.float32
-        if save and directions == 1 and packed is None and not copied:
+        if y.requires_grad and len(directions) == 1 and packed is None and not copied:
             y = y.clone()  # callers may write to the output, as to PyTorch's; the backward pass needs the op's y
-        last = [list(parts) for parts in zip(*ends, strict=True)]
-        return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
+        last = [torch.stack(part) if count > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]
+        return y, last, traces
 
     def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
         """Give a trace of arrays `[B, T, H]` the axes of the output."""
@@ -310,8 +303,10 @@ class _Step(Accelerated, nn.RNNCellBase):
         kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
         if not (kernel or return_gates):
             return super().forward(input, hx if reset is None or not states else self._as_one(states))
-        lowered = _lowered(mode, input, states, False, False)
-        x, states = _in_full(input, states, weights[0].dtype)
+        x, lowered = input, None
+        if torch.is_autocast_enabled("cpu"):
+            lowered = _lowered(mode, x, states, False, False)
+            x, states = _in_full(x, states, weights[0].dtype)
         batched = input.ndim == 2
         if not batched:
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
@@ -362,21 +357,15 @@ def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
 
 def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
     """Convert x and the states to the weights' dtype, from which they may differ under autocast."""
-    if not torch.is_autocast_enabled("cpu"):
-        return x, states
     return x.to(dtype), [state.to(dtype) for state in states]
 
 
-def _lowered(
-    mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool
-) -> tuple[torch.dtype, ...] | None:
-    """Return the dtypes of h (and y) and of c that PyTorch's module returns under autocast; None without autocast.
+def _lowered(mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of h (and y) and of c that PyTorch's module returns under autocast.
 
     Products have autocast's dtype, and an operation on two dtypes returns the wider one. So the dtype of c, and that of
     h unless h is a product or its activation, depends on the initial state. oneDNN's LSTM returns only its own dtype.
     """
-    if not torch.is_autocast_enabled("cpu"):
-        return None
     product = torch.get_autocast_dtype("cpu")
     mixed = torch.promote_types(product, states[-1].dtype if states else x.dtype)
     if mode.startswith("RNN"):
