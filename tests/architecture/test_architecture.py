@@ -37,9 +37,9 @@ BELOW = {
     "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
-    "layers": {"spec", "views", "native"},
+    "layers": {"cells", "spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
-    "keras": {"spec", "layers"},
+    "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from cellstack import cells
 from cellstack.layers import eligibility, forward, op
 from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
 from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
-from cellstack.layers.forward import CellRun, trace_of
+from cellstack.layers.forward import CellRun
+from cellstack.layers.sequences import pack
 from cellstack.spec import STATES, CellSpec
 
 # Attributes of a module within `packed_weights`: its packed weights, and the number of its open contexts.
@@ -177,19 +179,18 @@ class _Sequence(Accelerated, nn.RNNBase):
             shape: tuple[int, ...] = (layers, int(packed.batch_sizes[0]))
         else:
             shape = (layers,) if x.ndim == 2 else (layers, x.shape[0 if self.batch_first else 1])
-        sizes = (width, self.hidden_size) if self.mode == "LSTM" else (width,)
+        sizes = (width, self.hidden_size)[: len(STATES[KINDS[self.mode]]._fields)]
         return [state.shape for state in states] == [(*shape, size) for size in sizes]
 
     def _is_short(self, x: Tensor) -> bool:
         """Whether a call has so few steps that PyTorch is at least as fast."""
+        limits = eligibility.LIMITS[self.mode]
         if torch.is_grad_enabled():
-            least = eligibility.LEAST_STEPS[self.mode][1]
-            if self.mode == "LSTM" and (
-                self.hidden_size >= eligibility.WIDE_LSTM or x.numel() >= eligibility.BIG_LSTM * self.input_size
-            ):
+            least = limits.training
+            if limits.rows and (self.hidden_size >= limits.units or x.numel() >= limits.rows * self.input_size):
                 return False
         else:
-            least = eligibility.LEAST_STEPS[self.mode][0 if self._packed is None else 2]
+            least = limits.inference if self._packed is None else limits.packed
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
     def _flags(self, reset: Any, given: Any) -> Tensor:
@@ -212,14 +213,14 @@ class _Sequence(Accelerated, nn.RNNBase):
         """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
         directions = (False, True) if self.bidirectional else (False,)
         width, kind = self.proj_size or self.hidden_size, KINDS[self.mode]
-        count, cells = self.num_layers * len(directions), []
+        count, runs = self.num_layers * len(directions), []
         size = len(weights) // count
         # squeeze takes a fifth of the time of unbind
         parts = [(state.squeeze(0),) if count == 1 else state.unbind(0) for state in states]
         for n in range(count):
             inputs = self.input_size if n < len(directions) else width * len(directions)
             text = _cell(self.mode, inputs, self.hidden_size, self.proj_size, self.bias)
-            cells.append(CellRun(kind, text, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
+            runs.append(CellRun(kind, text, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
 
         def between(y: Tensor) -> Tensor:  # as PyTorch draws it: with time before batch, or on packed data
@@ -228,7 +229,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             return dropout(y.transpose(0, 1), share).transpose(0, 1)
 
         y, _, ends, traces = forward.run(
-            cells,
+            runs,
             x,
             used,
             reset,
@@ -239,7 +240,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             packed=self._packed,
         )
         copied = "c" in STATES[kind]._fields and y.dtype is torch.float32
-        if y.requires_grad and len(directions) == 1 and packed is None and not copied:
+        if (traced or y.requires_grad) and len(directions) == 1 and packed is None and not copied:
             y = y.clone()  # callers may write to the output, as to PyTorch's; the backward pass needs the op's y
         last = [torch.stack(part) if count > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]
         return y, last, traces
@@ -263,8 +264,7 @@ def _padded(data: Tensor, packed: PackedSequence) -> tuple[Tensor, Tensor | None
 
 def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
     """Return `y [T, B, ·]`, longest row first, as packed data."""
-    lengths = (packed.batch_sizes[:, None] > torch.arange(y.shape[1])).sum(0)
-    return pack_padded_sequence(y, lengths).data
+    return pack(y.transpose(0, 1), PackedSequence(packed.data, packed.batch_sizes)).data
 
 
 class _Step(Accelerated, nn.RNNCellBase):
@@ -312,11 +312,8 @@ class _Step(Accelerated, nn.RNNCellBase):
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
         cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
         if return_gates:
-            kind = KINDS[mode]
-            parts = len(STATES[kind]._fields)
-            out = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, True, True)
-            ends, (y, gates, memory) = tuple(out[:parts]), out[parts : parts + 3]
-            every = trace_of(kind, gates, memory, y)
+            run = CellRun(KINDS[mode], cell, weights, states)
+            _, _, (ends,), (every,) = forward.run([run], x.unsqueeze(1), None, None, traced=True)
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
             ends = op.step(x, states, weights, cell, keep)
@@ -326,16 +323,16 @@ class _Step(Accelerated, nn.RNNCellBase):
         return state if trace is None else (state, trace)
 
     def _as_one(self, parts: Sequence[Tensor]) -> Any:
-        """Return a state's arrays in the module's form: a tuple for an LSTM, otherwise one array."""
-        return tuple(parts) if mode_of(self) == "LSTM" else parts[0]
+        """Return a state's arrays in the module's form: a tuple if there are several, otherwise one array."""
+        return tuple(parts) if len(parts) > 1 else parts[0]
 
     def _fits(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
         """Whether the kernel supports a call on these tensors."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
             return False
         shape = (*x.shape[:-1], self.hidden_size)
-        parts = 2 if mode_of(self) == "LSTM" else 1
-        return not states or (len(states) == parts and all(state.shape == shape for state in states))
+        count = len(STATES[KINDS[mode_of(self)]]._fields)
+        return not states or (len(states) == count and all(state.shape == shape for state in states))
 
 
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
@@ -350,7 +347,7 @@ _cell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=1024)
 def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
-    activation = "relu" if mode == "RNN_RELU" else "tanh"
+    activation = mode.partition("_")[2].lower() or "tanh"
     spec = CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj)
     return op.with_torch_layout(spec.text)
 
@@ -366,12 +363,10 @@ def _lowered(mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, proje
     Products have autocast's dtype, and an operation on two dtypes returns the wider one. So the dtype of c, and that of
     h unless h is a product or its activation, depends on the initial state. oneDNN's LSTM returns only its own dtype.
     """
-    product = torch.get_autocast_dtype("cpu")
+    product, kind = torch.get_autocast_dtype("cpu"), KINDS[mode]
     mixed = torch.promote_types(product, states[-1].dtype if states else x.dtype)
-    if mode.startswith("RNN"):
-        return (product,)
-    if mode == "GRU":
-        return (mixed,)
+    if len(STATES[kind]._fields) == 1:
+        return (mixed if "keep" in cells.KINDS[kind].gates.values() else product,)
     if projects:
         return product, mixed
     if padded and product is torch.bfloat16 and (x.dtype is not torch.float16 or _onednn_takes_float16()):

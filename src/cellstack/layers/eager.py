@@ -299,7 +299,7 @@ def torch_kind(spec: CellSpec) -> str:
     """Return the name of torch's operator for a cell; "" if torch has none."""
     plain = CellSpec(spec.input_size, spec.units, use_bias=spec.use_bias, kind=spec.kind)
     name = getattr(spec.of_kind.names.get("torch"), "name", "").lower()
-    if name != "rnn":
+    if len(spec.gates) > 1 or not name:
         return name if spec == plain else ""
     same = spec == replace(plain, activation=spec.activation)
-    return f"rnn_{spec.activation}" if same and spec.activation in ("tanh", "relu") else ""
+    return f"{name}_{spec.activation}" if same and spec.activation in ("tanh", "relu") else ""

@@ -173,4 +173,4 @@ def _call(
 def trace_of(kind: str, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
     """Return the trace of a cell from the values that the op saves."""
     planes = gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
-    return TRACES[kind](*planes, *([memory] if "c" in STATES[kind]._fields else []), y)
+    return TRACES[kind](*planes, *[memory][: len(STATES[kind]._fields) - 1], y)
