@@ -117,9 +117,9 @@ class _Sequence(Accelerated, nn.RNNBase):
         x: Any = input if packed is None else packed.data
         weights = self._weights()
         states = arrays_of(hx, self.mode)
-        if not self._serves(x, weights, states, packed):
+        if not self._supports(x, weights, states, packed):
             if asked:
-                raise _only_here(self)
+                raise _needs_kernel(self)
             if packed is not None and isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] != self.input_size:
                 raise RuntimeError(  # PyTorch doesn't check packed input, and writes beyond its arrays
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
@@ -129,10 +129,10 @@ class _Sequence(Accelerated, nn.RNNBase):
         padded = sizes is None or bool(
             sizes[-1] == sizes[0]
         )  # PyTorch runs packed rows of equal length like padded ones
-        lowered = None
+        returned = None
         if torch.is_autocast_enabled("cpu"):
-            lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
-            x, states = _in_full(x, states, weights[0].dtype)
+            returned = _autocast_dtypes(self.mode, x, states, padded, bool(self.proj_size))
+            x, states = _in_weights_dtype(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
         used = None
         if packed is not None:
@@ -145,8 +145,8 @@ class _Sequence(Accelerated, nn.RNNBase):
             x = x.transpose(0, 1)
         flags = None if reset is None else self._flags(reset, input)
         y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
-        if lowered is not None:
-            y, ends = y.to(lowered[0]), [end.to(dtype) for end, dtype in zip(ends, lowered, strict=True)]
+        if returned is not None:
+            y, ends = y.to(returned[0]), [end.to(dtype) for end, dtype in zip(ends, returned, strict=True)]
         if packed is not None:
             y = PackedSequence(_packed(y, packed), *packed[1:])
             if packed.unsorted_indices is not None:
@@ -156,7 +156,7 @@ class _Sequence(Accelerated, nn.RNNBase):
         elif self.batch_first:
             y = y.transpose(0, 1)
         out = y, tuple(ends) if len(ends) > 1 else ends[0]
-        return (*out, [self._as_given(trace, packed, batched) for trace in traces]) if return_gates else out
+        return (*out, [self._with_axes_of_output(trace, packed, batched) for trace in traces]) if return_gates else out
 
     def _weights(self) -> list[Any]:
         """Return the weights, in PyTorch's order."""
@@ -167,7 +167,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             self._update_flat_weights()
             return self._flat_weights  # type: ignore[return-value]
 
-    def _serves(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
+    def _supports(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
         """Whether the kernel supports this call."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
             return False
@@ -239,13 +239,14 @@ class _Sequence(Accelerated, nn.RNNBase):
             between=between if share else None,
             packed=self._packed,
         )
-        copied = "c" in STATES[kind]._fields and y.dtype is torch.float32
-        if (traced or y.requires_grad) and len(directions) == 1 and packed is None and not copied:
-            y = y.clone()  # callers may write to the output, as to PyTorch's; the backward pass needs the op's y
+        # Callers may write to the output of PyTorch's modules, except to that of oneDNN's LSTM. Ours is needed later.
+        writable = "c" not in STATES[kind]._fields or y.dtype is not torch.float32
+        if (traced or y.requires_grad) and writable and len(directions) == 1 and packed is None:
+            y = y.clone()
         last = [torch.stack(part) if count > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]
         return y, last, traces
 
-    def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
+    def _with_axes_of_output(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
         """Give a trace of arrays `[B, T, H]` the axes of the output."""
         if packed is not None and packed.unsorted_indices is not None:
             trace = type(trace)(*(part.index_select(0, packed.unsorted_indices) for part in trace))
@@ -293,9 +294,9 @@ class _Step(Accelerated, nn.RNNCellBase):
         mode = mode_of(self)
         states = arrays_of(hx, mode)
         weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
-        if not self._fits(input, states, weights):
+        if not self._supports(input, states, weights):
             if asked:
-                raise _only_here(self)
+                raise _needs_kernel(self)
             return super().forward(input, hx)
         if reset is not None:
             begins = _checked_reset(self, reset, input.shape[:-1]).unsqueeze(-1)
@@ -303,10 +304,10 @@ class _Step(Accelerated, nn.RNNCellBase):
         kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
         if not (kernel or return_gates):
             return super().forward(input, hx if reset is None or not states else self._as_one(states))
-        x, lowered = input, None
+        x, returned = input, None
         if torch.is_autocast_enabled("cpu"):
-            lowered = _lowered(mode, x, states, False, False)
-            x, states = _in_full(x, states, weights[0].dtype)
+            returned = _autocast_dtypes(mode, x, states, False, False)
+            x, states = _in_weights_dtype(x, states, weights[0].dtype)
         batched = input.ndim == 2
         if not batched:
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
@@ -317,8 +318,8 @@ class _Step(Accelerated, nn.RNNCellBase):
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
             ends = op.step(x, states, weights, cell, keep)
-        if lowered is not None:
-            ends = tuple(end.to(dtype) for end, dtype in zip(ends, lowered, strict=True))
+        if returned is not None:
+            ends = tuple(end.to(dtype) for end, dtype in zip(ends, returned, strict=True))
         state = self._as_one(ends if batched else [end.squeeze(0) for end in ends])
         return state if trace is None else (state, trace)
 
@@ -326,7 +327,7 @@ class _Step(Accelerated, nn.RNNCellBase):
         """Return a state's arrays in the module's form: a tuple if there are several, otherwise one array."""
         return tuple(parts) if len(parts) > 1 else parts[0]
 
-    def _fits(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
+    def _supports(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
         """Whether the kernel supports a call on these tensors."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
             return False
@@ -352,12 +353,14 @@ def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     return op.with_torch_layout(spec.text)
 
 
-def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
+def _in_weights_dtype(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
     """Convert x and the states to the weights' dtype, from which they may differ under autocast."""
     return x.to(dtype), [state.to(dtype) for state in states]
 
 
-def _lowered(mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool) -> tuple[torch.dtype, ...]:
+def _autocast_dtypes(
+    mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool
+) -> tuple[torch.dtype, ...]:
     """Return the dtypes of h (and y) and of c that PyTorch's module returns under autocast.
 
     Products have autocast's dtype, and an operation on two dtypes returns the wider one. So the dtype of c, and that of
@@ -392,7 +395,7 @@ def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Ten
     return reset.to("cpu")
 
 
-def _only_here(module: nn.Module) -> RuntimeError:
+def _needs_kernel(module: nn.Module) -> RuntimeError:
     return RuntimeError(
         f"{name_of(module)}: reset and return_gates need the kernel, but PyTorch runs this call: {why_not(module)}"
     )

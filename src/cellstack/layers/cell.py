@@ -37,7 +37,7 @@ class Masks(NamedTuple):
 NO_MASKS = Masks()
 
 
-def as_drops(masks: Sequence[Masks], like: Tensor) -> list[Tensor]:
+def op_masks(masks: Sequence[Masks], like: Tensor) -> list[Tensor]:
     """Return the masks of layers as the op's list, with empty tensors like `like` for absent ones."""
     for of_layer in masks:
         if of_layer is not NO_MASKS and any(mask is not None for mask in of_layer[1:]):
@@ -391,7 +391,7 @@ class Cell(Layer):
             x = x * masks.input
         arrays, cells = self.arrays(), [self._text]
         starts = [] if state is None else list(state)
-        drops = as_drops([masks], self._like)
+        drops = op_masks([masks], self._like)
         if self.route(arrays[0])[0] != "fused":
             rest = [self._spec], [self._functions], False, False, False
             return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cellstack.layers import eager, op
-from cellstack.layers.cell import NO_MASKS, Masks, as_drops, needs_grad
+from cellstack.layers.cell import NO_MASKS, Masks, needs_grad, op_masks
 from cellstack.layers.sequences import at_last_used, shifted
 from cellstack.spec import GATES, STATES, TRACES, CellSpec
 
@@ -139,22 +139,22 @@ def _call(
         begin += cell.state
         weights += cell.arrays
         masks.append(cell.masks)
-    drops = as_drops(masks, x)
+    dropped = op_masks(masks, x)
     save = traced or needs_grad(x, *begin, *weights)
     if route == "fused":
         if recompute and save and not traced:
             texts = [op.with_recomputed_gates(text) for text in texts]
-        out = op.run(x, begin, weights, drops, used, reset, texts, reverse, wanted, save, time_major, keep)
+        out = op.run(x, begin, weights, dropped, used, reset, texts, reverse, wanted, save, time_major, keep)
     else:
         assert spec is not None
         wanted = True
         if route == "torch":
             out, save = [*eager.by_torch(spec, x, begin, weights, reverse)], False
-        elif route == "cudnn" and used is reset is None and not drops and not traced and x.shape[0] * x.shape[1]:
+        elif route == "cudnn" and used is reset is None and not dropped and not traced and x.shape[0] * x.shape[1]:
             out, save = [*eager.cudnn_lstm(x, begin, weights, reverse)], False
         else:
             functions, save = [cells[0].functions], traced
-            out = eager.run(x, begin, weights, drops, used, reset, [spec], functions, reverse, True, save)
+            out = eager.run(x, begin, weights, dropped, used, reset, [spec], functions, reverse, True, save)
     results, ends = iter(out), []
     for cell in cells:
         state = STATES[cell.kind]

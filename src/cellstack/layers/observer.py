@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cellstack.layers import eager, forward
-from cellstack.layers.cell import Cell, Masks, as_drops
+from cellstack.layers.cell import Cell, Masks, op_masks
 from cellstack.layers.forward import CellRun, Results, trace_of
 from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import at_last_used, shifted
@@ -99,7 +99,7 @@ class Observer:
             self._unhook()
             self.calls += 1
             rows, self._first = self._part(call)
-            self._call = _taken(call, rows)
+            self._call = _copied(call, rows)
             # In a backward direction, the last steps processed are the first in time.
             part = slice(self._first, None) if not call.reverse else slice(0, call.x.shape[1] - self._first)
             for place, result in enumerate(results):
@@ -162,7 +162,7 @@ def _results(finals: Sequence[Any], y: Tensor) -> list[Tensor]:
     return [*(part for state in finals for part in state), y]
 
 
-def _taken(call: Call, rows: Tensor) -> Call:
+def _copied(call: Call, rows: Tensor) -> Call:
     """Copy the arguments of a call for some rows, so that it can be run again after the originals change."""
 
     def of(tensor: Tensor | None) -> Tensor | None:
@@ -189,7 +189,7 @@ def _run_again(
     """Run a call's last steps again, cell by cell, and compute the gradients of its states at each step.
 
     Args:
-        call: the result of `_taken`.
+        call: the result of `_copied`.
         first: the first step to run again, in the order processed.
         given: the gradients of the call's results, for these rows and steps, by their position in `_results`.
         norms: the norms of the arrays' gradients, by cell and name.
@@ -211,12 +211,12 @@ def _run_again(
         state, early = run.state, None
         if first:
             state, early = _early(run, cell, y[:, :first], masks, used, reset, first)
-        drops = as_drops([masks.at(slice(first, None))], y)
+        dropped = op_masks([masks.at(slice(first, None))], y)
         seen: list[list[Tensor]] = []
         # Without an array that requires a gradient, autograd would build no graph.
         arrays = [array.requires_grad_() for array in run.arrays]
         specs, functions = [cell._spec], [cell._functions]
-        own = y[:, first:], state, arrays, drops, late, begun
+        own = y[:, first:], state, arrays, dropped, late, begun
         *rest, output, gates, memory, _ = eager.run(*own, specs, functions, False, True, True, seen)
         finals.append(cell.State(*rest))
         traces.append(trace_of(cell.kind, gates, memory, output))
