@@ -43,6 +43,8 @@ INLINE V<T> apply(const Activation& activation, V<T> z) {
             return z <= alpha ? zero : z;
         case kScaledTanh:
             return alpha * tanh<T>(beta * z);
+        case kSigmoidLinear:  // continuous, with values above 0
+            return z < zero ? sigmoid<T>(z) : z + splat(T(0.5));
         default:
             return z;
     }
@@ -78,6 +80,8 @@ INLINE V<T> slope(const Activation& activation, V<T> y) {
             return y == zero ? zero : one;
         case kScaledTanh:
             return beta * (alpha - y * y / alpha);
+        case kSigmoidLinear:
+            return y > splat(T(0.5)) ? one : y * (one - y);
         default:
             return one;
     }
@@ -95,11 +99,11 @@ INLINE V<T> act(const Activation& activation, V<T> z) {
 template <class T>
 struct Limits {
     bool on;
-    V<T> low[5], high[5];
+    V<T> low[kMostGates], high[kMostGates];
     explicit Limits(const Description& d) : on(d.clip < __builtin_inf()) {
         if (!on) return;
         const V<T> end = splat(T(d.clip));
-        for (int k = 0; k < 5; ++k) {
+        for (int k = 0; k < kMostGates; ++k) {
             // a thresholded ReLU is 0 in between, so its bounds are those of z
             const Activation a =
                 d.activations[k].code == kThresholdedRelu ? Activation{kLinear, 0, 0} : d.activations[k];

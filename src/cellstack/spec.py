@@ -318,7 +318,8 @@ class CellSpec:
     @cached_property
     def norm_size(self) -> int:
         """How many numbers the kernel saves per step and row for layer normalisation; 0 without it."""
-        return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
+        products = sum(name in self.shapes for name in ("kernel_gain", "recurrent_gain"))
+        return products * (len(self.gates) * self.units + 2)
 
     @property
     def two_biases(self) -> bool:

@@ -9,7 +9,7 @@ from cellstack.cells.lstm import LSTM
 from cellstack.cells.rnn import SIMPLE_RNN
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN)}
-"""Every kind of cell by its name in a `CellSpec`; the position is the kernel's code for the kind."""
+"""Every kind of cell by its name in a `CellSpec`, which is also its name in the kernel."""
 
 
 def orders(of: str) -> dict[str, str]:

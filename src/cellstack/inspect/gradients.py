@@ -62,20 +62,16 @@ def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> t
     weights = native.weights(cell.spec, own, copy=False)
     x = native.plain(record.x)
     batch, steps, _ = x.shape
-    shapes = native.results(cell.spec, batch, steps)
-    made: dict[str, Any] = {name: np.empty(shape, x.dtype) for name, shape in shapes.items()}
-    before = [None if record.before is None else native.plain(array) for array in record.before or ()]
-    starts: dict[str, Any] = dict(zip(("h0", "c0"), before, strict=False))
-    layer = native.Layer(weights, **starts, **made)
+    before = [native.plain(array) for array in record.before or ()]
+    made = native.results(cell.spec, batch, steps, lambda shape: np.empty(shape, x.dtype))
+    layer = native.Layer(weights, before, **made)
     sequences = native.sequences(x, record.mask, record.reset, record.reverse)
     native.forward(sequences, [layer], 1)
     dx = np.zeros_like(x)
-    begun = {f"d{name}": np.zeros_like(array) for name, array in starts.items()}
-    given: dict[str, Any] = dict(zip(("dy", "dhn", "dcn"), (dy, *ends), strict=True))
-    given = {name: None if array is None else native.plain(array) for name, array in given.items()}
-    wanted = native.Gradients(**given, dx=dx, **begun)
-    native.backward(sequences, [layer], [wanted], 1)
-    return dx, list(begun.values())
+    dbefore = [np.zeros_like(array) for array in before]
+    dy, *dafter = (None if array is None else native.plain(array) for array in (dy, *ends))
+    native.backward(sequences, [layer], [native.Gradients(dy, dafter, dx=dx, dbefore=dbefore)], 1)
+    return dx, dbefore
 
 
 def _through_stack(

@@ -45,9 +45,9 @@ def activation(function: Any) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _text(kind: str, width: int, units: int, names: tuple[str, ...], use_bias: bool, reset_after: bool) -> str:
+def _spec(kind: str, width: int, units: int, names: tuple[str, ...], use_bias: bool, reset_after: bool) -> CellSpec:
     given: dict[str, Any] = dict(zip(("activation", "recurrent_activation"), names, strict=False))
-    return CellSpec(width, units, kind=kind, use_bias=use_bias, reset_after=reset_after, **given).text
+    return CellSpec(width, units, kind=kind, use_bias=use_bias, reset_after=reset_after, **given)
 
 
 def _names(cell: Any) -> tuple[str, ...]:
@@ -62,10 +62,10 @@ def _names(cell: Any) -> tuple[str, ...]:
     return tuple(activation(function) for function in functions)
 
 
-def text(cell: Any, width: int) -> str:
-    """Return the op's description of a cell for inputs of `width`."""
+def spec_of(cell: Any, width: int) -> CellSpec:
+    """Return the description of a cell for inputs of `width`."""
     kind = KINDS[type(cell)]
-    return _text(kind, width, cell.units, _names(cell), cell.use_bias, getattr(cell, "reset_after", True))
+    return _spec(kind, width, cell.units, _names(cell), cell.use_bias, getattr(cell, "reset_after", True))
 
 
 def arrays(cell: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from cellstack.layers.forward import CellRun
 from cellstack.spec import GATES, STATES, CellSpec
 
 isa = op.isa
+_cell_call = lru_cache(maxsize=1024)(op.CellCall)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -91,9 +93,9 @@ def run(
     reverse, sequences = bool(layer.go_backwards), bool(layer.return_sequences)
     used = None if mask is None else mask.to(torch.bool)
     queue, width, runs = iter(starts), x.shape[2], []
-    for cell, kind, group, count in zip(cells, kinds, weights, counts, strict=True):
+    for cell, group, count in zip(cells, weights, counts, strict=True):
         state = list(islice(queue, count))
-        runs.append(CellRun(kind, own.text(cell, width), group, state, _masks(cell, training)))
+        runs.append(CellRun(_cell_call(own.spec_of(cell, width)), group, state, _masks(cell, training)))
         width = cell.units
     results = forward.run(runs, x, used, None, directions=(reverse,), sequences=sequences)
     y, last, ends = results.y if sequences else None, results.last, keras.tree.flatten(results.states)
@@ -180,9 +182,7 @@ def run_layer(
     states = [] if states is None else states
     fused = x.device.type in ("cpu", "meta") and x.dtype in op.ELEMENTS and not op.transformed()
     functions = [eager.function_of(activation) for activation in spec.activations]
-    cell = CellRun(
-        spec.kind, spec.text, arrays, states, Masks(*masks), "fused" if fused else "loop", False, spec, functions
-    )
+    cell = CellRun(_cell_call(spec), arrays, states, Masks(*masks), "fused" if fused else "loop", False, functions)
     used, begins = (None if flags is None else flags.to(torch.bool) for flags in (mask, reset))
     y, last, ends, traces = forward.run([cell], x, used, begins, directions=(reverse,), traced=traced)
     every = list(traces[0]) if traced else []

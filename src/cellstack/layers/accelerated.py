@@ -219,8 +219,8 @@ class _Sequence(Accelerated, nn.RNNBase):
         parts = [(state.squeeze(0),) if count == 1 else state.unbind(0) for state in states]
         for n in range(count):
             inputs = self.input_size if n < len(directions) else width * len(directions)
-            text = _cell(self.mode, inputs, self.hidden_size, self.proj_size, self.bias)
-            runs.append(CellRun(kind, text, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
+            cell = _cell(self.mode, inputs, self.hidden_size, self.proj_size, self.bias)
+            runs.append(CellRun(cell, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
 
         def between(y: Tensor) -> Tensor:  # as PyTorch draws it: with time before batch, or on packed data
@@ -313,7 +313,7 @@ class _Step(Accelerated, nn.RNNCellBase):
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
         cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
         if return_gates:
-            run = CellRun(KINDS[mode], cell, weights, states)
+            run = CellRun(cell, weights, states)
             _, _, (ends,), (every,) = forward.run([run], x.unsqueeze(1), None, None, traced=True)
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
@@ -336,9 +336,9 @@ class _Step(Accelerated, nn.RNNCellBase):
         return not states or (len(states) == count and all(state.shape == shape for state in states))
 
 
-def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
-    """Return the op's description of a layer's cell."""
-    return _text(mode, width, hidden, proj, bias)
+def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> op.CellCall:
+    """Return the op's record of a layer's cell."""
+    return _cell_call(mode, width, hidden, proj, bias)
 
 
 # The compiler would otherwise trace into the description, even through the cache. torch.compiler.assume_constant_result
@@ -347,10 +347,10 @@ _cell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
-def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
+def _cell_call(mode: str, width: int, hidden: int, proj: int, bias: bool) -> op.CellCall:
     activation = mode.partition("_")[2].lower() or "tanh"
     spec = CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj)
-    return op.with_torch_layout(spec.text)
+    return op.CellCall(spec, torch_layout=True)
 
 
 def _in_weights_dtype(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:

@@ -162,7 +162,7 @@ class Cell(Layer):
 
     def _describe(self, spec: CellSpec) -> None:
         """Store the description, and the parts of it that each call needs."""
-        self._spec, self._text, self._plain = spec, spec.text, spec.plain
+        self._spec, self._call, self._plain = spec, op.CellCall(spec), spec.plain
         self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
 
     def extra_repr(self) -> str:
@@ -389,7 +389,7 @@ class Cell(Layer):
         """Run one step on checked arguments: x `[B, I]`, a state, masks of one step (`Masks.at`)."""
         if masks.input is not None:
             x = x * masks.input
-        arrays, cells = self.arrays(), [self._text]
+        arrays = self.arrays()
         starts = [] if state is None else list(state)
         drops = op_masks([masks], self._like)
         if self.route(arrays[0])[0] != "fused":
@@ -397,8 +397,9 @@ class Cell(Layer):
             return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))
         save = needs_grad(x, *starts, *arrays)
         if not save and not drops and x.is_cpu and op.direct(x):
-            return op.step(x, starts, arrays, self._text)
-        out = op.run(x.unsqueeze(1), starts, arrays, drops, None, None, cells, False, False, save)
+            return op.step(x, starts, arrays, self._call)
+        call = op.Call(x.unsqueeze(1), starts, arrays, drops, None, None, [self._call], sequences=False, save=save)
+        out = op.run(call)
         return tuple(out[: len(self._sizes)])
 
 

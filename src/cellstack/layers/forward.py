@@ -15,21 +15,21 @@ from torch import Tensor
 
 from cellstack.layers import eager, op
 from cellstack.layers.cell import NO_MASKS, Masks, needs_grad, op_masks
+from cellstack.layers.cell_call import saved_by_layer
+from cellstack.layers.kernel_calls import Kept
 from cellstack.layers.sequences import at_last_used, shifted
-from cellstack.spec import GATES, STATES, TRACES, CellSpec
+from cellstack.spec import GATES, STATES, TRACES
 
 
 class CellRun(NamedTuple):
     """A cell in a run over a sequence: its description, weights, initial state and dropout masks."""
 
-    kind: str
-    text: str  # the cell's entry in the op's `cells`
+    call: op.CellCall
     arrays: Sequence[Tensor]  # the weights, in the op's order
     state: Sequence[Tensor] = ()  # the arrays of the initial state; empty: the cell's own
     masks: Masks = NO_MASKS
     route: str = "fused"  # what runs it, see `Cell.route`
     residual: bool = False  # whether its input is added to its output
-    spec: CellSpec | None = None  # for routes other than "fused"
     functions: Sequence[eager.Function] = ()  # its activations, for the route "loop"
 
 
@@ -54,7 +54,7 @@ def run(
     recompute: bool = False,
     time_major: bool = False,
     between: Callable[[Tensor], Tensor] | None = None,
-    packed: dict[int, op.Kept] | None = None,
+    packed: dict[int, Kept] | None = None,
 ) -> Results:
     """Run layers over a sequence, as many as possible in one call of the op.
 
@@ -125,17 +125,17 @@ def _call(
     traced: bool,
     recompute: bool,
     time_major: bool,
-    keep: op.Kept | None,
+    keep: Kept | None,
 ) -> tuple[list[Any], Sequence[Any], Tensor]:
     """Run cells in one call of the op, or one cell elsewhere.
 
     Returns:
         The final states, the traces, and y of the top cell; x instead of a y that isn't `wanted`.
     """
-    route, spec = cells[0].route, cells[0].spec
-    texts, begin, weights, masks = [], [], [], []
+    route, spec = cells[0].route, cells[0].call.spec
+    calls, begin, weights, masks = [], [], [], []
     for cell in cells:  # faster than four comprehensions
-        texts.append(cell.text)
+        calls.append(cell.call)
         begin += cell.state
         weights += cell.arrays
         masks.append(cell.masks)
@@ -143,10 +143,10 @@ def _call(
     save = traced or needs_grad(x, *begin, *weights)
     if route == "fused":
         if recompute and save and not traced:
-            texts = [op.with_recomputed_gates(text) for text in texts]
-        out = op.run(x, begin, weights, dropped, used, reset, texts, reverse, wanted, save, time_major, keep)
+            calls = [call.recomputing for call in calls]
+        call = op.Call(x, begin, weights, dropped, used, reset, calls, reverse, wanted, save, 0, time_major)
+        out = op.run(call, keep)
     else:
-        assert spec is not None
         wanted = True
         if route == "torch":
             out, save = [*eager.by_torch(spec, x, begin, weights, reverse)], False
@@ -155,22 +155,20 @@ def _call(
         else:
             functions, save = [cells[0].functions], traced
             out = eager.run(x, begin, weights, dropped, used, reset, [spec], functions, reverse, True, save)
-    results, ends = iter(out), []
-    for cell in cells:
-        state = STATES[cell.kind]
-        ends.append(state._make(islice(results, len(state._fields))))
+    results, specs = iter(out), [call.spec for call in calls]
+    ends = [STATES[spec.kind]._make(islice(results, len(spec.state_sizes))) for spec in specs]
     if not save:
         return ends, (), next(results) if wanted else x
-    outputs = list(islice(results, len(cells)))
+    saved = saved_by_layer(specs, results)
+    y = saved[-1].y
     if not traced:
-        return ends, (), outputs[-1]
-    gates, memory = (list(islice(results, len(cells))) for _ in range(2))
-    ys = [y.transpose(0, 1) for y in outputs] if time_major else outputs
-    kinds = [cell.kind for cell in cells]
-    return ends, [*map(trace_of, kinds, gates, memory, ys)], outputs[-1]
+        return ends, (), y
+    if time_major:
+        saved = [of._replace(y=of.y.transpose(0, 1)) for of in saved]
+    return ends, [trace_of(spec.kind, of) for spec, of in zip(specs, saved, strict=True)], y
 
 
-def trace_of(kind: str, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+def trace_of(kind: str, saved: op.Saved) -> Any:
     """Return the trace of a cell from the values that the op saves."""
-    planes = gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
-    return TRACES[kind](*planes, *[memory][: len(STATES[kind]._fields) - 1], y)
+    planes = saved.gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
+    return TRACES[kind](*planes, *saved.states, saved.y)

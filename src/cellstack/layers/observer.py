@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cellstack.layers import eager, forward
+from cellstack.layers import eager, forward, op
 from cellstack.layers.cell import Cell, Masks, op_masks
 from cellstack.layers.forward import CellRun, Results, trace_of
 from cellstack.layers.rnn import RNN
@@ -217,9 +217,10 @@ def _run_again(
         arrays = [array.requires_grad_() for array in run.arrays]
         specs, functions = [cell._spec], [cell._functions]
         own = y[:, first:], state, arrays, dropped, late, begun
-        *rest, output, gates, memory, _ = eager.run(*own, specs, functions, False, True, True, seen)
-        finals.append(cell.State(*rest))
-        traces.append(trace_of(cell.kind, gates, memory, output))
+        (ends,), (saved,) = op.by_layer(specs, eager.run(*own, specs, functions, False, True, True, seen))
+        output = saved.y
+        finals.append(cell.State(*ends))
+        traces.append(trace_of(cell.kind, saved))
         every.append(seen)
         y = output if early is None else torch.cat([early, output], dim=1)
         if run.residual:

@@ -206,7 +206,7 @@ def run_cells(
             )
         state = () if states is None else states[n]
         added = residual and n > 0 and cell.input_size == cell.output_size
-        run = CellRun(cell.kind, cell._text, arrays[n], state, masks[n], route, added, cell._spec, cell._functions)
+        run = CellRun(cell._call, arrays[n], state, masks[n], route, added, cell._functions)
         runs.append(run)
     results = forward.run(
         runs, x, used, reset, directions=(reverse,), sequences=sequences, traced=traced, recompute=remat

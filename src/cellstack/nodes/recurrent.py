@@ -348,7 +348,7 @@ class Recording(list[Record | None]):
         self._cells, self._empty = cells, empty
         self.flows: dict[str, Flow] = {}
 
-    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Array]:
+    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Any]:
         """Allocate the arrays for a cell's results at every step, by their names in `native.Layer`.
 
         Args:
@@ -356,13 +356,12 @@ class Recording(list[Record | None]):
             spec, batch, steps, dtype: the cell, and the sizes of the call.
         """
         place, cells = len(self) + number, self._cells
-        kept = ("gates", "cells", "y")
+        kept = ("gates", "states", "y")
         if cells is not None and place not in cells:
             if place + 1 not in cells:
                 return {}
             kept = ("y",)
-        shapes = native.results(spec, batch, steps)
-        return {name: self._empty(shapes[name], dtype) for name in kept if name in shapes}
+        return native.results(spec, batch, steps, lambda shape: self._empty(shape, dtype), kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -521,7 +520,7 @@ class Recurrent(Node):
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "the input of a recorded cell is recorded too"
-                own = kept["gates"], kept.get("cells"), kept["y"]
+                own = kept["gates"], next(iter(kept["states"]), None), kept["y"]
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
@@ -530,7 +529,7 @@ class Recurrent(Node):
             below = kept.get("y")
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
-            layers.append(native.Layer(cell.packed_in(weights), *_pair(before), *_pair(after[-1]), **kept))
+            layers.append(native.Layer(cell.packed_in(weights), before, after[-1], **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
             record.extend(made)
@@ -646,12 +645,6 @@ def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
     arrays = iter([native.plain(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
     return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
-
-
-def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
-    """Return h and c; None for an absent one."""
-    h, c, *_ = (*(state or ()), None, None)
-    return h, c
 
 
 def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:

@@ -173,7 +173,7 @@ class OwnCells(Cells):
         for place, state, new in zip(self.places, self.read(ALL), entries, strict=True):
             for old, array in zip(state, new, strict=True):
                 old[rows] = array
-            self.kernel.set_state(place, *state)
+            self.kernel.set_state(place, state)
 
     def keep(self, rows: Rows) -> None:
         """See `Keeps`."""
@@ -220,8 +220,8 @@ class SharedCells(Cells):
             kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
         ]
-        ends: dict[int, Any] = dict(zip(self.places, ((*state, None)[:2] for state in self.states), strict=True))
-        self.ends = [ends.get(place, (None, None)) for place in range(len(layers))]
+        ends: dict[int, Any] = dict(zip(self.places, self.states, strict=True))
+        self.ends = [ends.get(place) for place in range(len(layers))]
         self.below = [self._layer(place) for place in range(len(layers) - 1)]
         top = layers[-1]
         self.width = top.spec.output_size if isinstance(top, Cell) else top.kernel.shape[1]
@@ -246,7 +246,7 @@ class SharedCells(Cells):
         return y
 
     def _layer(self, place: int, **more: Any) -> Any:
-        return native.Layer(self.packed[place], *self.ends[place], *self.ends[place], **more)
+        return native.Layer(self.packed[place], self.ends[place], self.ends[place], **more)
 
     def _changes(
         self, rows: Rows, count: int, steps: int, held: dict[int, Array], dtype: np.dtype[Any]
