@@ -39,7 +39,7 @@ BELOW = {
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"cells", "spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
-    "keras": {"cells", "spec", "layers"},
+    "keras": {"spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
