@@ -15,7 +15,7 @@ from cellstack.keras import cells as own
 from cellstack.layers import eager, forward, op
 from cellstack.layers.cell import NO_MASKS, Masks, needs_grad
 from cellstack.layers.forward import CellRun
-from cellstack.spec import GATES, STATES, CellSpec
+from cellstack.spec import CellSpec
 
 isa = op.isa
 _cell_call = lru_cache(maxsize=1024)(op.CellCall)
@@ -83,8 +83,7 @@ def run(
         x = x.to(dtype)
     if x.shape[1] < _least_steps(layer, cells, weights, mask, needs_grad(x, *flat[1:])):
         return None, "too few steps for a gain"
-    kinds = [own.KINDS[type(cell)] for cell in cells]
-    counts = [len(STATES[kind]._fields) for kind in kinds]
+    counts = [len(own.KINDS[type(cell)].state._fields) for cell in cells]
     sizes = [cell.units for cell, count in zip(cells, counts, strict=True) for _ in range(count)]
     if starts and [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
         return None, "an initial state that isn't [B, H]"
@@ -127,7 +126,7 @@ def _least_steps(
         and getattr(cells[0], "reset_after", True)
     )
     count = sum(array.numel() for group in weights for array in group[:2])
-    gated = all(len(GATES[own.KINDS[type(cell)]]) > 1 for cell in cells)
+    gated = all(own.KINDS[type(cell)].gated for cell in cells)
     measured = _BY_BACKEND if by_backend else _GATES_STEP_BY_STEP if gated else _STEP_BY_STEP
     base, each, base_trained, each_trained = measured
     return base_trained + min(count / each_trained, 8.0) if trains else base + count / each
