@@ -167,10 +167,10 @@ INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
 INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
-// Runs a product with weights in any format.
+// Runs a product with weights in any format. One copy serves all kinds of cell.
 template <class T>
-INLINE void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
-                     int first = 0, int wanted = 0) {
+__attribute__((noinline)) void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false,
+                                        bool down = false, int first = 0, int wanted = 0) {
     if constexpr (sizeof(T) == 4) {
         const Rows<T> own{p.narrow, narrow_stride(p.w.element, p.depth), 0, count};
         if (p.w.element == Element::kBfloat16) {
