@@ -27,7 +27,6 @@ from cellstack.nodes.base import (
     one_dtype,
     shown,
 )
-from cellstack.nodes.cell import KIND_NAMES as KIND_NAMES
 from cellstack.nodes.cell import Cell, summary_of
 from cellstack.nodes.recording import Record, Recording
 from cellstack.spec import STATES, ShapeError

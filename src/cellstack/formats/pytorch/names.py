@@ -360,7 +360,7 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
     rows, width = shapes["weight_ih"]
     projected = shapes.get("weight_hr")
     out, units = projected or shapes["weight_hh"][1:] * 2
-    able = {name: kind for name, kind in MODULES.items() if not projected or "proj_size" in kind.flags}
+    able = {name: kind for name, kind in MODULES.items() if not projected or "proj_size" in kind.settings}
     kind = next((kind for kind in able.values() if len(kind.gates) * units == rows), None)
     if kind is None:
         counts = either([of_units(len(kind.gates)) for kind in able.values()])
