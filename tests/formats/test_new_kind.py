@@ -30,7 +30,7 @@ def network(monkeypatch):
         state=HiddenState,
         trace=RNNTrace,
         step=step,
-        shapes=lambda spec: {"recurrent_kernel": None},
+        recurrent=False,
     )
     monkeypatch.setitem(KINDS, "toy", kind)
     for table, value in ((spec.GATES, ("z", "g")), (spec.STATES, HiddenState), (spec.TRACES, RNNTrace)):
