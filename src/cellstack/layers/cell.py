@@ -13,7 +13,7 @@ from cellstack.cells import KINDS
 from cellstack.cells.arguments import Argument, sign
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
-from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step
+from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step, described
 
 
 class Masks(NamedTuple):
@@ -150,6 +150,19 @@ class Cell(Layer):
         """Store the description, and the parts of it that each call needs."""
         self._spec, self._call, self._plain = spec, op.CellCall(spec), spec.plain
         self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle stores: the description as text, without what follows from it."""
+        derived = ("_spec", "_call", "_plain", "_names", "_sizes")
+        kept = {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {**kept, "_text": self._spec.text}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle, also one that stores what follows from the description."""
+        given = dict(state)
+        text = given.pop("_text")
+        super().__setstate__(given)
+        self._describe(described(text))
 
     def extra_repr(self) -> str:
         """Return the widths, and the arguments that differ from the defaults."""
