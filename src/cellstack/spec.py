@@ -60,6 +60,7 @@ ACTIVATIONS = (
     "leaky_relu",
     "thresholded_relu",
     "scaled_tanh",
+    "positive",
 )
 """Activations that the kernel implements; the position in this tuple is the kernel's code for the activation."""
 
@@ -76,6 +77,8 @@ PARAMETERS = {
     hard_sigmoid  min(max(alpha·z + beta, 0), 1)          elu               z, or alpha·(e^z - 1) where negative
     affine        alpha·z + beta                          leaky_relu        z, or alpha·z where negative
     scaled_tanh   alpha·tanh(beta·z)                      thresholded_relu  z where above alpha, else 0
+
+Without parameters, `positive` is z + 1/2 where z >= 0, else sigmoid(z) (Feng et al. 2024, appendix B.3, their g).
 """
 
 DTYPES = ("float32", "float64")

@@ -62,6 +62,10 @@ class Ops(Protocol[V]):
         """Return `a⊙b`."""
         ...
 
+    def div(self, a: V, b: V) -> V:
+        """Return `a / b`, elementwise."""
+        ...
+
     def one_minus(self, v: V) -> V:
         """Return `1 - v`."""
         ...
