@@ -13,7 +13,7 @@ BUILD_NEEDS := 'scikit-build-core>=0.10' 'nanobind>=2.4' 'numpy>=2.0' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models lint format bench sanitize guard clean
+.PHONY: help demo test test-all test-models lint format stubs bench sanitize guard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
+
+stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
+	$(BIN)/python tests/architecture/stubs.py
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
 	$(INSTALL) '.[bench]'

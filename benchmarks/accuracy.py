@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 import torch
 
-from cellstack.bench import engines
+from cellstack_bench import engines
 
 
 def errors(number):

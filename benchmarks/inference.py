@@ -8,9 +8,9 @@ fastest round, the ratio is the best peer's over cellstack's. `surface.py` measu
 
 import argparse
 
-from cellstack.bench.engines import installed
-from cellstack.bench.surface import Shape, measure
-from cellstack.bench.turns import kept_on
+from cellstack_bench.engines import installed
+from cellstack_bench.surface import Shape, measure
+from cellstack_bench.turns import kept_on
 
 CASES = {
     "b1-h64": Shape(1, 1000, 64, 64, 1),

@@ -7,11 +7,10 @@ from cellstack.spec import CellSpec
 
 
 def kernel_layer(spec, arrays, x, saved=False, y=True, **drops):
-    """A layer for `native.forward`, from a state of zeros, and its outputs: y, hn, cn, gates, cells, norms."""
+    """A layer for `native.forward`, from a state of zeros, and its outputs by name, see `native.results`."""
     batch, steps, _ = x.shape
-    unwanted = {*(() if y else ("y",)), *(() if saved else ("gates", "cells", "norms"))}
-    shapes = native.results(spec, batch, steps)
-    out = {name: np.empty(shape, np.float32) for name, shape in shapes.items() if name not in unwanted}
+    names = {"after", *(("y",) if y else ()), *(("gates", "states", "norms") if saved else ())}
+    out = native.results(spec, batch, steps, lambda shape: np.empty(shape, np.float32), names)
     return native.Layer(native.weights(spec, arrays), **out, **drops), out
 
 

@@ -15,7 +15,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is loaded
 import numpy as np
 
 import cellstack as cs
-from cellstack.bench import engines
+from cellstack_bench import engines
 
 
 def main():

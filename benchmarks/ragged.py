@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from cellstack import train
-from cellstack.bench.turns import kept_on
+from cellstack_bench.turns import kept_on
 
 CLASSES, CHANNELS, BATCH, LR, DROPOUT = 4, 6, 16, 5e-3, 0.2
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import cellstack as cs
-from cellstack.bench.turns import alternate
+from cellstack_bench.turns import alternate
 
 WORDS = ("the", "of", "Berlin", "and", "Anna", "to", "in", "is", "Danube", "was", "for", "with", "Acme", "not", "from")
 

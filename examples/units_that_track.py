@@ -43,7 +43,7 @@ class Book:
     """The text as numbers, split into training, validation and held-out test part."""
 
     def __init__(self):
-        self.text = (resources.files("cellstack") / "data" / "alice.txt").read_text(encoding="ascii")
+        self.text = (resources.files("cellstack_demo") / "data" / "alice.txt").read_text(encoding="ascii")
         self.characters = sorted(set(self.text))
         number = {character: n for n, character in enumerate(self.characters)}
         self.ids = np.array([number[character] for character in self.text])

@@ -95,11 +95,11 @@ INLINE V<T> act(const Activation& activation, V<T> z) {
 template <class T>
 struct Limits {
     bool on;
-    V<T> low[5], high[5];
+    V<T> low[kMostGates], high[kMostGates];
     explicit Limits(const Description& d) : on(d.clip < __builtin_inf()) {
         if (!on) return;
         const V<T> end = splat(T(d.clip));
-        for (int k = 0; k < 5; ++k) {
+        for (int k = 0; k < kMostGates; ++k) {
             // a thresholded ReLU is 0 in between, so its bounds are those of z
             const Activation a =
                 d.activations[k].code == kThresholdedRelu ? Activation{kLinear, 0, 0} : d.activations[k];

@@ -1,10 +1,8 @@
 // The backward pass, some steps at a time: first their dz, from last to first, with dh through the transposed weights;
 // then the gradients of x and of the weights, over all of these steps and rows at once.
 #pragma once
-#include "gru.h"
-#include "lstm.h"
 #include "product.h"
-#include "rnn.h"
+#include "rows.h"
 
 namespace cellstack {
 namespace {
@@ -16,10 +14,10 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     const int64_t H = f.d->units, here = at.r * f.steps + at.t;
     T* to = block_of(f, f.dz, 4, at.r, n, at.unit);
     T* dh_at = f.dh + at.r * columns + at.unit;
-    T* dc_at = f.dc + at.r * f.blocks * W + at.unit;
+    T* dc_at = f.dinner[kC] + at.r * f.blocks * W + at.unit;
     V<T> dh = load(dh_at), dc = load(dc_at);
     if (f.dy) dh += load_lanes(f.dy + at.r * f.y_row + at.t * f.y_time + at.unit, at.lanes);
-    if (f.dcells) dc += load_lanes(f.dcells + here * H + at.unit, at.lanes);
+    if (f.dstates[kC]) dc += load_lanes(f.dstates[kC] + here * H + at.unit, at.lanes);
     if (f.mask && !f.mask[here]) {
         UNROLL
         for (int v = 0; v < 4; ++v) store(to + v * W, splat(T(0)));
@@ -29,9 +27,9 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     }
     V<T> gates[4], dz[4];
     load_gates(f, at, gates);
-    const V<T> phi_c = tanh<T>(load_lanes(f.cells + here * H + at.unit, at.lanes));
+    const V<T> phi_c = tanh<T>(load_lanes(f.states[kC] + here * H + at.unit, at.lanes));
     dc += lstm_output_back<T, true, true>(f, limits, at, gates[3], phi_c, dh, dz[3]);
-    dc = lstm_cell_back<T, true, true>(f, limits, at, gates, units_of(cell_before(f, at.r, n), at), dc, dz);
+    dc = lstm_cell_back<T, true, true>(f, limits, at, gates, units_of(inner_before(f, at.r, n, kC), at), dc, dz);
     UNROLL
     for (int v = 0; v < 4; ++v) store(to + v * W, dz[v]);
     store(dc_at, dc);
@@ -60,14 +58,15 @@ __attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int
         if (!f.reset[r * f.steps + t]) continue;
         for (int64_t k = own.block * W; k < least(own.end_block * W, f.d->output); ++k) {
             T& dh = f.dh[r * columns + k];
-            if (f.dinitial_h) f.dinitial_h[r * columns + k] += dh;
+            if (f.dinitial[0]) f.dinitial[0][r * columns + k] += dh;
             dh = 0;
         }
-        for (int64_t k = f.block * W; f.dc && k < least(f.end_block * W, f.d->units); ++k) {
-            T& dc = f.dc[r * wide + k];
-            if (f.dinitial_c) f.dinitial_c[r * wide + k] += dc;
-            dc = 0;
-        }
+        for (int s = 0; s < f.d->inner_states(); ++s)
+            for (int64_t k = f.block * W; k < least(f.end_block * W, f.d->units); ++k) {
+                T& d = f.dinner[s][r * wide + k];
+                if (f.dinitial[1 + s]) f.dinitial[1 + s][r * wide + k] += d;
+                d = 0;
+            }
     }
 }
 
@@ -78,6 +77,13 @@ void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
     const int64_t P = f.d->output, t = time_of(f, n);
     const Outputs<T> own(f);
+    if (!Plain && !f.d->kind->recurrent) {
+        const int64_t from = own.block * W, width = (own.end_block - own.block) * W;
+        for (int64_t r = 0; r < f.rows; ++r)
+            memcpy(f.dh + r * columns + from, f.carry + r * columns + from, size_t(width) * sizeof(T));
+        if (f.reset) restart_back(f, n, columns);
+        return;
+    }
     const Transposed<T> p{*f.tiles,
                           f.dq,
                           f.d->gates(),
@@ -150,14 +156,15 @@ void mask_row(const Backward<T>& f, int64_t r, int64_t n) {
         }
         if (d.projects())
             store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, splat(T(0)), at.lanes);
-        if (f.dcells) {
-            T* dc = f.dc + r * f.blocks * W + at.unit;
-            store(dc, load(dc) + load_lanes(f.dcells + (r * f.steps + at.t) * d.units + at.unit, at.lanes));
+        for (int s = 0; s < d.inner_states(); ++s) {
+            if (!f.dstates[s]) continue;
+            T* to = f.dinner[s] + r * f.blocks * W + at.unit;
+            store(to, load(to) + load_lanes(f.dstates[s] + (r * f.steps + at.t) * d.units + at.unit, at.lanes));
         }
     });
 }
 
-template <class T, int Kind, bool Usual>
+template <class T, class Cell, bool Resets, bool Usual>
 void run_rows_back(Backward<T>& f) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const Description& d = *f.d;
@@ -182,20 +189,15 @@ void run_rows_back(Backward<T>& f) {
         };
         if (part == 0) {
             rows([&](int64_t r, bool used) { output_gradient(f, r, n, columns, unit_columns, used); });
-            if (Kind == kLstm && d.projects())
-                to_dm(f.dp, 1, f.output_blocks, f.projection_t, H, 0, unit_columns / wide);
+            if (d.projects()) to_dm(f.dp, 1, f.output_blocks, f.projection_t, H, 0, unit_columns / wide);
             rows([&](int64_t r, bool used) {
                 if (!used)
                     mask_row(f, r, n);
-                else if constexpr (Kind == kLstm)
-                    lstm_row_back<T, Usual>(f, limits, r, n, unit_columns);
-                else if constexpr (Kind == kGru)
-                    gru_row_back<T, Usual>(f, limits, r, n, columns);
                 else
-                    rnn_row_back<T, Usual>(f, limits, r, n, columns);
+                    Cell::template row_back<T, Usual>(f, limits, r, n, columns, unit_columns);
             });
         }
-        if constexpr (Kind != kGru) continue;
+        if constexpr (!Resets) continue;
         if (part == 1) {
             // At this point dz of r is zero, so the product doesn't include it; the next phase computes it.
             const Outputs<T> own(f);
@@ -204,7 +206,8 @@ void run_rows_back(Backward<T>& f) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
                 each_block(f, r, t, [&](const Place& at) INLINED {
-                    gru_reset_back<T, Usual>(f, limits, n, columns, at, load(f.dm + r * unit_columns + at.unit));
+                    const V<T> dm = load(f.dm + r * unit_columns + at.unit);
+                    if constexpr (Resets) Cell::template reset_back<T, Usual>(f, limits, n, columns, at, dm);
                 });
             });
         }
@@ -212,13 +215,13 @@ void run_rows_back(Backward<T>& f) {
 }
 
 template <class T, bool Usual>
-void choose_back(Backward<T>& f) {
-    if (f.d->kind == kGru)
-        run_rows_back<T, kGru, Usual>(f);
-    else if (f.d->kind == kRnn)
-        run_rows_back<T, kRnn, Usual>(f);
-    else
-        run_rows_back<T, kLstm, Usual>(f);
+void run_kind_back(Backward<T>& f) {
+    static constexpr void (*kinds[])(Backward<T>&) = {
+#define CELLSTACK_KIND(rows, ...) run_rows_back<T, rows, kKinds[k##rows].resets, Usual>,
+        CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
+    };
+    kinds[f.d->kind - kKinds](f);
 }
 
 template <class T>
@@ -226,9 +229,9 @@ void backward(Backward<T>& f) {
     if (f.d->plain())
         run_blocks_back<T>(f);
     else if (f.d->usual())
-        choose_back<T, true>(f);
+        run_kind_back<T, true>(f);
     else
-        choose_back<T, false>(f);
+        run_kind_back<T, false>(f);
 }
 
 template <class T>

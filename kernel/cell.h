@@ -1,10 +1,11 @@
 // cellstack's native API: steps and sequences of recurrent cells on the CPU, forward and backward, without Python or
-// PyTorch. For the equations of every cell and flag, see lstm.h, gru.h, rnn.h and src/cellstack/reference.py.
+// PyTorch. kinds.h lists the kinds of cell; for the equations of each, with every flag, see its header and
+// src/cellstack/reference.py.
 //
-// A matrix has a block of H columns per gate, in the order i f g o (LSTM; without f if coupled), z r g (GRU) or g
-// (SimpleRNN). All arrays belong to the caller, are in row-major order, have type T (float or double), and must outlive
-// the call. The comment on each pointer says what null means. Shapes are not checked here. Any thread may make any
-// call; Weights never change after construction.
+// A matrix has a block of H columns per gate, in the order of `gates` in src/cellstack/cells (without a coupled f). The
+// states of a kind are lists: h [P] first, then its inner states [H], such as c. All arrays belong to the caller, are
+// in row-major order, have type T (float or double), and must outlive the call. The comment on each pointer says what
+// null means. Shapes are not checked here. Any thread may make any call; Weights never change after construction.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -58,12 +59,12 @@ struct Drops {
 template <class T>
 struct Layer {
     const Weights<T>* weights;
-    const T *h0, *c0;  // [B, P], [B, H]; null: the cell's initial state
-    T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM; null: not written
-    T* y;              // [B, T, P], h of every step (see time_major); null: not written
-    T* gates;          // [B, T, planes, H], after their activations; null: not written
-    T* cells;          // [B, T, H], c of every step; null: not written, or not an LSTM
-    T* norms;          // [B, T, norm_size()], what layer normalisation stores; null: not written, or not normalised
+    const T* before[kStates];  // [B, P], [B, H] …, states; null: the cell's initial state
+    T* after[kStates];         // [B, P], [B, H] …, states after the last step processed; null: not written
+    T* y;                      // [B, T, P], h of every step (see time_major); null: not written
+    T* gates;                  // [B, T, planes, H], after their activations; null: not written
+    T* states[kInner];         // [B, T, H] each, the inner states of every step; null: not written, or no such state
+    T* norms;  // [B, T, norm_size()], what layer normalisation stores; null: not written, or no such flag
     Drops<T> drops;
     Patches<T> patches{};  // forward only
 };
@@ -76,8 +77,8 @@ struct Sequences {
     int64_t stride_batch, stride_time;
     const uint8_t* mask;   // [B, T]: 0 = keep the state, gates 0, y repeats h; null: all ones
     const uint8_t* reset;  // [B, T]: 1 = before this step the state becomes the cell's initial state; null: all zeros
-    bool reverse;          // process steps from T-1 to 0; y, gates and cells stay in the order of x
-    // The index of each row's state in h0, c0, hn and cn; all different. These may be the same arrays, and may have
+    bool reverse;          // process steps from T-1 to 0; y, gates and states stay in the order of x
+    // The index of each row's states in `before` and `after`; all different. These may be the same arrays, and may have
     // more rows than the batch. Null: index b for row b.
     const int64_t* places = nullptr;
     // Whether y of every layer, its gradient and the gradient of x have time before batch: [T, B, P], [T, B, I].
@@ -112,16 +113,16 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
 // Gradients of the loss for one layer. Null inputs are zeros; null outputs are not computed.
 template <class T>
 struct Gradients {
-    // For the caller's own uses of y, hn, cn, gates and cells, in their shapes.
-    const T *dy, *dhn, *dcn, *dgates, *dcells;
-    T *dx, *dh0, *dc0;  // [B, T, I], for the lowest layer only; [B, P], [B, H]; overwritten
-    Arrays<T> arrays;   // overwritten
+    // For the caller's own uses of y, `after`, gates and `states`, in their shapes.
+    const T *dy, *dafter[kStates], *dgates, *dstates[kInner];
+    T *dx, *dbefore[kStates];  // [B, T, I], for the lowest layer only; in the shapes of `before`; overwritten
+    Arrays<T> arrays;          // overwritten
 };
 
-// The backward pass through a stack: `layers` as they were passed to `forward`, with the y, gates, cells and norms that
-// it wrote (hn and cn aren't read), and with weights without a copy; `gradients` has one entry per layer. If gates and
-// norms are null, they are recomputed from x, y and cells, some steps at a time, with the same bits. Layers below the
-// lowest one with a requested gradient are skipped. `places` isn't supported.
+// The backward pass through a stack: `layers` as they were passed to `forward`, with the y, gates, states and norms
+// that it wrote (`after` isn't read), and with weights without a copy; `gradients` has one entry per layer. If gates
+// and norms are null, they are recomputed from x, y and states, some steps at a time, with the same bits. Layers below
+// the lowest one with a requested gradient are skipped. `places` isn't supported.
 template <class T>
 void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const std::vector<Gradients<T>>& gradients,
               int threads);
@@ -136,11 +137,12 @@ class Stream {
     ~Stream();
     // x [B, T, I] -> y [B, T, P of the top layer]; T = 1 is a step.
     void run(const T* x, T* y, int64_t steps);
-    void reset();                                 // sets the cells' initial states
-    void keep();                                  // saves the current state
-    void undo();                                  // restores the saved state
-    void get_state(int layer, T* h, T* c) const;  // [B, P], [B, H]; c: null unless an LSTM
-    void set_state(int layer, const T* h, const T* c);
+    void reset();  // sets the cells' initial states
+    void keep();   // saves the current states
+    void undo();   // restores the saved states
+    // One array per state of the layer's kind, [B, P], [B, H] …
+    void get_state(int layer, T* const* states) const;
+    void set_state(int layer, const T* const* states);
     int64_t batch() const;
     const std::vector<const Weights<T>*>& weights() const;
 

@@ -1,8 +1,15 @@
 // The parts that all cells share, forward and backward: from the sums of a row to its gates and state, and back.
-// lstm.h, gru.h and rnn.h have the equations of each. Flags have the names that they have in Description.
+// lstm.h, gru.h and so on have the equations of each. Flags have the names that they have in Description.
 //
 // `Plain` is the LSTM without flags, whose blocks of units are computed from the sums to h in registers; all other
 // cells are computed row by row. `Usual` is any cell with the default activations.
+//
+// A kind's header defines a struct with static templates over T and Usual, which run_rows and run_rows_back call for
+// every row that isn't masked:
+//     row         from the sums of a row, z over x and q over h (the same place unless they are apart), to h_next, the
+//                 inner states and all outputs
+//     row_back    from the gradients dm of h (before a projection) and dinner of the inner states, to dz (and dq), and
+//                 the gradients of the states before; what doesn't pass through a product is added to `carry`
 #pragma once
 #include "activations.h"
 #include "leaf.h"
@@ -62,11 +69,11 @@ __attribute__((noinline)) V<T> patched(const Patches<T>& p, int32_t line, const 
 }
 template <class T>
 INLINE int32_t line_of(const Forward<T>& f, int target, const Place& at) {
-    return f.patches.lines ? f.patches.lines[(at.r * f.steps + at.t) * kTargets + target] : -1;
+    return f.patches.lines ? f.patches.lines[(at.r * f.steps + at.t) * f.w.d->targets() + target] : -1;
 }
 template <class T>
-INLINE void patch_state(const Forward<T>& f, int target, const Place& at, V<T>& v, V<T> before) {
-    const int32_t line = line_of(f, target, at);
+INLINE void patch_state(const Forward<T>& f, int state, const Place& at, V<T>& v, V<T> before) {
+    const int32_t line = line_of(f, f.w.d->kind->gates + state, at);
     if (line >= 0) v = patched<T>(f.patches, line, at, v, before);
 }
 template <class T>
@@ -74,7 +81,7 @@ INLINE void patch_gate(const Forward<T>& f, int plane, const Place& at, V<T>& v)
     if (!f.patches.lines) return;
     const Description& d = *f.w.d;
     T* held = f.patches.held ? f.patches.held + (at.r * d.planes() + plane) * d.units + at.unit : nullptr;
-    const int32_t line = line_of(f, kGatesTarget + plane, at);
+    const int32_t line = line_of(f, plane, at);
     if (line >= 0) v = patched<T>(f.patches, line, at, v, held ? load_lanes(held, at.lanes) : splat(T(0)));
     if (held) store_lanes(held, v, at.lanes);
 }
@@ -122,11 +129,11 @@ INLINE T standardise(T* v, int gates, int64_t stride, int64_t units, double epsi
     return reciprocal;
 }
 
-// Gates that are normalised together: all of them; in a GRU z and r, and separately g.
+// Gates that are normalised together.
 struct Groups {
     int count, first[2], size[2];
-    explicit Groups(const Description& d) : count(1), first{0, 2}, size{d.gates(), 1} {
-        if (d.kind == kGru) count = 2, size[0] = 2;
+    explicit Groups(const Description& d) : count(1), first{0, d.kind->normed}, size{d.gates(), 0} {
+        if (d.kind->normed) count = 2, size[0] = d.kind->normed, size[1] = d.gates() - d.kind->normed;
     }
 };
 
@@ -137,24 +144,26 @@ INLINE V<T> bias_at(const Panels<T>& w, const T* bias, int gate, const Place& at
     return load(bias + at.unit * w.d->gates() + gate * Vec<T>::W);
 }
 
-// Normalises the two sums of a row, [gates][stride] each, multiplies them by their gain and adds their bias.
+// Normalises the sums of a row over x and over h, [gates][stride] each, multiplies them by their gain and adds their
+// bias.
 template <class T>
 void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t stride) {
     const Description& d = *f.w.d;
     const int64_t H = d.units, wide = d.gates() * H;
+    const int sides = 1 + d.kind->recurrent;
     const Groups groups(d);
     T* norms = f.norms ? f.norms + (r * f.steps + t) * d.norm_size() : nullptr;
-    for (int side = 0; side < 2; ++side) {
+    for (int side = 0; side < sides; ++side) {
         T* sums = side ? q : z;
         const T* gain = side ? f.w.arrays.recurrent_gain : f.w.arrays.kernel_gain;
         const T* bias = side ? f.w.recurrent_bias : f.w.bias;
         for (int k = 0; k < groups.count; ++k) {
             T* first = sums + groups.first[k] * stride;
             const T reciprocal = standardise(first, groups.size[k], stride, H, d.norm_epsilon);
-            if (norms) norms[2 * wide + 2 * side + k] = reciprocal;
+            if (norms) norms[sides * wide + 2 * side + k] = reciprocal;
         }
         if (norms && groups.count == 1)
-            norms[2 * wide + 2 * side + 1] = 0;  // not used, but no part of an output array is left unwritten
+            norms[sides * wide + 2 * side + 1] = 0;  // not used, but no part of an output array is left unwritten
         for (int g = 0; g < d.gates(); ++g)
             each_block<T>(r, t, f.w.blocks, H, [&](const Place& at) INLINED {
                 T* sum = sums + g * stride + at.unit;
@@ -189,7 +198,7 @@ INLINE void write_output(const Forward<T>& f, const Place& at, V<T> fresh, const
     V<T> kept = fresh;
     if (!Plain && d.zoneout > 0)
         kept = mixed<T>(zone(f.zoneout, d.zoneout, f.steps, d.output, at), h_before(f, at, h), fresh);
-    if (!Plain && f.patches.lines) patch_state<T>(f, kOutputTarget, at, kept, h_before(f, at, h));
+    if (!Plain && f.patches.lines) patch_state<T>(f, 0, at, kept, h_before(f, at, h));
     V<T> fed = kept;
     if (f.recurrent_dropout) fed = kept * load_lanes(f.recurrent_dropout + at.r * d.output + at.unit, at.lanes);
     write_h(f, at, kept, fed, h_next);
@@ -205,10 +214,10 @@ INLINE void keep_gates(const Forward<T>& f, const Place& at, const V<T> (&gates)
 }
 
 template <class T>
-INLINE void keep_cell(const Forward<T>& f, const Place& at) {
-    if (!f.cells) return;
-    const V<T> c = load(f.c + at.r * f.w.blocks * Vec<T>::W + at.unit);
-    store_lanes(f.cells + (at.r * f.steps + at.t) * f.w.d->units + at.unit, c, at.lanes);
+INLINE void keep_inner(const Forward<T>& f, const Place& at, int k) {
+    if (!f.states[k]) return;
+    const V<T> state = load(f.inner[k] + at.r * f.w.blocks * Vec<T>::W + at.unit);
+    store_lanes(f.states[k] + (at.r * f.steps + at.t) * f.w.d->units + at.unit, state, at.lanes);
 }
 
 // A masked row: its state stays, its gates are zero.
@@ -226,7 +235,7 @@ void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
         if (!d.projects()) stay(at);
         for (int plane = 0; f.gates && plane < d.planes(); ++plane)
             store_lanes(f.gates + (here * d.planes() + plane) * d.units + at.unit, splat(T(0)), at.lanes);
-        keep_cell(f, at);
+        for (int k = 0; k < d.inner_states(); ++k) keep_inner(f, at, k);
     });
 }
 
@@ -253,13 +262,13 @@ INLINE const T* before(const Backward<T>& f, int64_t r, int64_t n, const T* all,
     return start ? start + r * width : initial;
 }
 template <class T>
-INLINE const T* cell_before(const Backward<T>& f, int64_t r, int64_t n) {
+INLINE const T* inner_before(const Backward<T>& f, int64_t r, int64_t n, int k) {
     const int64_t H = f.d->units;
-    return before(f, r, n, f.cells, f.steps * H, H, f.c0, f.arrays.initial_c, H);
+    return before(f, r, n, f.states[k], f.steps * H, H, f.before[1 + k], f.arrays.initial[1 + k], H);
 }
 template <class T>
 INLINE const T* output_before(const Backward<T>& f, int64_t r, int64_t n) {
-    return before(f, r, n, f.y, f.y_row, f.y_time, f.h0, f.arrays.initial_h, f.d->output);
+    return before(f, r, n, f.y, f.y_row, f.y_time, f.before[0], f.arrays.initial[0], f.d->output);
 }
 template <class T>
 INLINE V<T> units_of(const T* row, const Place& at) {
@@ -279,37 +288,41 @@ INLINE void add_to_vector(const Backward<T>& f, int vector, const Place& at, V<T
     store(sum, load(sum) + gradient);
 }
 
-// Given the gradients of the normalised sums times gain plus bias, computes those of the sums: over x (side 0) or over
-// h (side 1).
+// Given the gradients of the normalised sums times gain plus bias, over x in dz and over h in dq, computes those of the
+// sums.
 template <class T>
-void normalise_back(const Backward<T>& f, int64_t r, int64_t n, T* dz, int side) {
+void normalise_back(const Backward<T>& f, int64_t r, int64_t n) {
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     const int64_t H = d.units, t = time_of(f, n), wide = d.gates() * H;
+    const int sides = 1 + d.kind->recurrent;
     const T* norms = f.norms + kept_at(f, r, t) * d.norm_size();
-    const T* gain = side ? f.arrays.recurrent_gain : f.arrays.kernel_gain;
     const Groups groups(d);
-    for (int k = 0; k < groups.count; ++k) {
-        V<T> sum = splat(T(0)), product = splat(T(0));
-        for (int g = groups.first[k]; g < groups.first[k] + groups.size[k]; ++g)
-            each_block<T>(r, t, f.blocks, H, [&](const Place& at) INLINED {
-                T* to = block_of(f, dz, d.gates(), r, n, at.unit) + g * W;
-                const V<T> v = load_lanes(norms + side * wide + g * H + at.unit, at.lanes), given = load(to);
-                add_to_vector(f, (side ? kRecurrentGain : kKernelGain) + g, at, given * v);
-                add_to_vector(f, (side ? kRecurrentBias : kBias) + g, at, given);
-                const V<T> dv = given * load_lanes(gain + g * H + at.unit, at.lanes);
-                store(to, dv);
-                sum += dv;
-                product = fma(dv, v, product);
-            });
-        const T count = T(groups.size[k] * H), reciprocal = norms[2 * wide + 2 * side + k];
-        const V<T> mean = splat(total<T>(sum) / count), share = splat(total<T>(product) / count);
-        for (int g = groups.first[k]; g < groups.first[k] + groups.size[k]; ++g)
-            each_block<T>(r, t, f.blocks, H, [&](const Place& at) INLINED {
-                T* to = block_of(f, dz, d.gates(), r, n, at.unit) + g * W;
-                const V<T> v = load_lanes(norms + side * wide + g * H + at.unit, at.lanes);
-                store(to, splat(reciprocal) * (load(to) - mean - v * share));
-            });
+    for (int side = 0; side < sides; ++side) {
+        T* dz = side ? f.dq : f.dz;
+        const T* gain = side ? f.arrays.recurrent_gain : f.arrays.kernel_gain;
+        for (int k = 0; k < groups.count; ++k) {
+            V<T> sum = splat(T(0)), product = splat(T(0));
+            for (int g = groups.first[k]; g < groups.first[k] + groups.size[k]; ++g)
+                each_block<T>(r, t, f.blocks, H, [&](const Place& at) INLINED {
+                    T* to = block_of(f, dz, d.gates(), r, n, at.unit) + g * W;
+                    const V<T> v = load_lanes(norms + side * wide + g * H + at.unit, at.lanes), given = load(to);
+                    add_to_vector(f, (side ? kRecurrentGain : kKernelGain) + g, at, given * v);
+                    add_to_vector(f, (side ? kRecurrentBias : kBias) + g, at, given);
+                    const V<T> dv = given * load_lanes(gain + g * H + at.unit, at.lanes);
+                    store(to, dv);
+                    sum += dv;
+                    product = fma(dv, v, product);
+                });
+            const T count = T(groups.size[k] * H), reciprocal = norms[sides * wide + 2 * side + k];
+            const V<T> mean = splat(total<T>(sum) / count), share = splat(total<T>(product) / count);
+            for (int g = groups.first[k]; g < groups.first[k] + groups.size[k]; ++g)
+                each_block<T>(r, t, f.blocks, H, [&](const Place& at) INLINED {
+                    T* to = block_of(f, dz, d.gates(), r, n, at.unit) + g * W;
+                    const V<T> v = load_lanes(norms + side * wide + g * H + at.unit, at.lanes);
+                    store(to, splat(reciprocal) * (load(to) - mean - v * share));
+                });
+        }
     }
 }
 

@@ -1,7 +1,8 @@
-// What a cell is, without its weights: the kernel's view of cellstack.spec.CellSpec. A dense layer is a cell without a
-// state, whose output at a step depends on that step only; it has a forward pass only.
+// What a cell is, without its weights: the kernel's view of cellstack.spec.CellSpec.
 #pragma once
 #include <cstdint>
+
+#include "kinds.h"
 
 namespace cellstack {
 
@@ -26,8 +27,6 @@ constexpr int64_t narrow_stride(Element e, int64_t depth) {
     return e == Element::kBfloat16 ? (depth + 15) / 16 * 16 : narrow_words(depth, 8);
 }
 
-enum Kind : int { kLstm, kGru, kRnn, kDense };
-
 // In the order of cellstack.spec.ACTIVATIONS.
 enum ActivationCode : int {
     kSigmoid,
@@ -51,74 +50,78 @@ struct Activation {
 };
 
 struct Description {
-    int kind;
+    const Kind* kind;
     int64_t input, units, output;  // I, H, P: the width of h, H where nothing is projected
-    // Of activation, recurrent_activation and gate_activations, one per gate: i, f, g, o and then the cell's for an
-    // LSTM; z, r, g for a GRU; g for a SimpleRNN.
-    Activation activations[5];
+    // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
+    Activation activations[kMostGates + 1];
     bool use_bias, peepholes, coupled, layer_norm, reset_after;
     bool rows;                             // whether matrices have PyTorch's layout: see Arrays
     double norm_epsilon, clip, cell_clip;  // clips: infinity if there is none
     double zoneout, zoneout_cell;
 
     bool projects() const { return output != units; }  // proj_size
-    bool keeps_state() const { return kind != kDense; }
-    // Blocks of columns in the matrices.
-    int gates() const { return kind == kLstm ? (coupled ? 3 : 4) : kind == kGru ? 3 : 1; }
+    bool keeps_state() const { return kind->states > 0; }
+    int inner_states() const { return kind->states > 1 ? kind->states - 1 : 0; }
+    // Numbers per row of a state; state 0 is h.
+    int64_t width(int state) const { return state ? units : output; }
+    // Numbers of h that the sums of the gates include.
+    int64_t recurrent() const { return kind->recurrent ? output : 0; }
+    // Blocks of columns in the matrices: one per gate, except a coupled f.
+    int gates() const { return kind->gates - coupled; }
     // The position of a gate's block in the caller's matrices and biases.
-    int place(int gate) const { return rows && kind == kGru && gate < 2 ? 1 - gate : gate; }
+    int place(int gate) const { return rows ? kind->in_rows[gate] : gate; }
+    bool resets_before() const { return kind->resets && !reset_after; }
+    bool resets_after() const { return kind->resets && reset_after; }
+    bool two_biases() const { return use_bias && resets_after(); }
     // Gate arrays stored per step: one per gate, including a coupled f; and the candidate's recurrent sum before the
     // reset, if the reset acts after the product.
-    int planes() const { return kind == kLstm ? 4 : kind == kGru ? (reset_after ? 4 : 3) : 1; }
+    int planes() const { return kind->gates + resets_after(); }
+    // What a patch may change: the gates, then the states, in their order.
+    int targets() const { return kind->gates + kind->states; }
+    // Whether the sums over x and over h are needed separately.
+    bool apart() const { return kind->recurrent && (layer_norm || resets_after()); }
     // Numbers that layer normalisation stores per step: the normalised sums of x and of h, and for each the reciprocal
     // deviations of two groups of gates.
-    int64_t norm_size() const { return layer_norm ? 2 * gates() * units + 4 : 0; }
-    // Whether the sums over x and over h are needed separately.
-    bool apart() const { return layer_norm || (kind == kGru && reset_after); }
+    int64_t norm_size() const { return layer_norm ? (1 + kind->recurrent) * (gates() * units + 2) : 0; }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {
-        const int g = kind == kRnn ? 0 : 2, count = kind == kLstm ? 5 : kind == kGru ? 3 : 1;
-        for (int k = 0; k < count; ++k)
-            if (activations[k].code != (k == g || k == 4 ? kTanh : kSigmoid)) return false;
+        for (int k = 0; kind->slots[k]; ++k)
+            if (activations[k].code != (kind->slots[k] == 't' ? kTanh : kSigmoid)) return false;
         return true;
     }
-    // Whether this is the LSTM without any flag, which takes the path by blocks.
+    // Whether the cell has no flag, so that it can take the path by blocks.
     bool plain() const {
         constexpr double none = __builtin_inf();
-        return kind == kLstm && usual() && !peepholes && !coupled && !projects() && !layer_norm && clip == none &&
+        return kind->blocks && usual() && !peepholes && !coupled && !projects() && !layer_norm && clip == none &&
                cell_clip == none && !zones();
     }
 };
 
 // The arrays of a cell, or their gradients, in the order of cellstack.spec.ARRAYS; null if the cell doesn't have one.
-// If the description has `rows`, each matrix is transposed, [gates·H, I], [gates·H, P], [P, H], and the gates of a GRU,
-// in biases too, have PyTorch's order, r z g.
+// If the description has `rows`, each matrix is transposed, [gates·H, I], [gates·H, P], [P, H], and the gates have
+// PyTorch's order, in biases too.
 template <class T>
 struct Arrays {
     T* kernel;            // [I, gates·H]
-    T* recurrent_kernel;  // [P, gates·H]
-    T* bias;              // [gates·H]; [2, gates·H] for a GRU whose reset acts after the product
+    T* recurrent_kernel;  // [P, gates·H]; null if the kind has no product with h
+    T* bias;              // [gates·H]; [2, gates·H] if a reset acts after the product
     T* peepholes;         // [3, H], i f o; [2, H], i o, if coupled
     T* projection;        // [H, P]
     T* kernel_gain;       // [gates·H]
     T* recurrent_gain;    // [gates·H]
     T* cell_gain;         // [H]
     T* cell_bias;         // [H]
-    T* initial_h;         // [P], with learn_initial_state
-    T* initial_c;         // [H]
+    T* initial[kStates];  // [P], [H] …, with learn_initial_state
 };
-constexpr int kArrays = 11;
-
-// What a patch may change: a gate (numbered by its plane), c or h.
-enum Target : int { kGatesTarget = 0, kCellTarget = 4, kOutputTarget, kTargets };
+constexpr int kArraysWithoutStates = 9;
 
 // Patches change values of a layer during a run, for each unit of a target: v becomes scale·v + hold·before + shift,
 // where `before` is v after the previous step (or in the initial state). A term with the factor 0 is left out, even if
 // the other factor is NaN or infinite. Masked steps aren't changed.
 template <class T>
 struct Patches {
-    const int32_t* lines;  // [B, T, kTargets]: the line of the table; negative: no patch. Null: no patches at all
+    const int32_t* lines;  // [B, T, targets()]: the line of the table; negative: no patch. Null: no patches at all
     const T* table;        // [lines, 3, width]: scale, hold and shift of every unit
     int64_t width;
     T* held;  // [B, planes, H], gates after the last unmasked step, read and written; null: no gate has a hold

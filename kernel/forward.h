@@ -2,10 +2,8 @@
 // computes each block of units from the sums to h in registers; all other cells compute a row once the sums of all its
 // blocks are known.
 #pragma once
-#include "gru.h"
-#include "lstm.h"
 #include "narrow.h"
-#include "rnn.h"
+#include "rows.h"
 
 namespace cellstack {
 namespace {
@@ -19,11 +17,13 @@ __attribute__((noinline)) void restart(const Forward<T>& f, int64_t n) {
     for (int64_t r = 0; r < f.rows; ++r) {
         if (!f.reset[r * f.steps + t]) continue;
         for (int64_t k = 0; k < d.output; ++k) {
-            const T h = arrays.initial_h ? arrays.initial_h[k] : T(0);
+            const T h = arrays.initial[0] ? arrays.initial[0][k] : T(0);
             f.h[r * output_wide + k] = f.recurrent_dropout ? h * f.recurrent_dropout[r * d.output + k] : h;
             if (f.recurrent_dropout) f.h_kept[r * output_wide + k] = h;
         }
-        for (int64_t k = 0; f.c && k < d.units; ++k) f.c[r * wide + k] = arrays.initial_c ? arrays.initial_c[k] : T(0);
+        for (int s = 0; s < d.inner_states(); ++s)
+            for (int64_t k = 0; k < d.units; ++k)
+                f.inner[s][r * wide + k] = arrays.initial[1 + s] ? arrays.initial[1 + s][k] : T(0);
     }
 }
 
@@ -99,7 +99,7 @@ INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, 
         for (int v = 0; v < 4; ++v) z[v] = splat(T(0));
     }
     keep_gates(f, at, z);
-    keep_cell(f, at);
+    keep_inner(f, at, kC);
 }
 
 // N blocks at step n of a batch of one row, whose sums stay in registers.
@@ -263,7 +263,7 @@ void run_blocks(Forward<T>& f) {
 
 // ── every cell, by rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
-template <class T, int Kind, bool Usual>
+template <class T, class Cell, bool Resets, bool Usual>
 void run_rows(Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
@@ -279,7 +279,7 @@ void run_rows(Forward<T>& f) {
         Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x);
         multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     }
-    Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias, d.output, f.narrow_h);
+    Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias, d.recurrent(), f.narrow_h);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
@@ -290,28 +290,20 @@ void run_rows(Forward<T>& f) {
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
-        if constexpr (Kind == kGru) {
-            if (d.reset_after) {
-                multiply(over_h, h, f.rows, sums, add, down);
-            } else {
-                multiply(over_h, h, f.rows, sums, add, down, 0, 2);
-                rows([&](int64_t r, bool) { gru_reset<T, Usual>(f, r, t, z + r * row, stride, f.h); });
-                multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
-            }
-        } else {
+        if (Resets && d.resets_before()) {
+            multiply(over_h, h, f.rows, sums, add, down, 0, 2);
+            if constexpr (Resets)
+                rows([&](int64_t r, bool) { Cell::template reset<T, Usual>(f, r, t, z + r * row, stride, f.h); });
+            multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
+        } else if (d.kind->recurrent) {
             multiply(over_h, h, f.rows, sums, add, down);
         }
         rows([&](int64_t r, bool used) {
             if (!used) return carry(f, r, t, f.h, f.h_next);
             T *own = z + r * row, *q = sums + r * row;
-            if constexpr (Kind == kLstm)
-                lstm_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
-            else if constexpr (Kind == kGru)
-                gru_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
-            else
-                rnn_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
+            Cell::template row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
         });
-        if (Kind == kLstm && d.projects()) {
+        if (d.projects()) {
             Product<T> projected(w, w.projection, nullptr, 1, H, d.output, w.output_blocks, 0, w.output_blocks,
                                  w.unpacked ? d.output : output_wide, f.narrow_h, f.scales);
             multiply(projected, {f.m, wide, 0, f.rows}, f.rows, f.p);
@@ -346,26 +338,25 @@ void run_dense(const Forward<T>& f) {
 }
 
 template <class T, bool Usual>
-void choose(Forward<T>& f) {
-    const Description& d = *f.w.d;
-    if (d.kind == kGru)
-        run_rows<T, kGru, Usual>(f);
-    else if (d.kind == kRnn)
-        run_rows<T, kRnn, Usual>(f);
-    else
-        run_rows<T, kLstm, Usual>(f);
+void run_kind(Forward<T>& f) {
+    static constexpr void (*kinds[])(Forward<T>&) = {
+#define CELLSTACK_KIND(rows, ...) run_rows<T, rows, kKinds[k##rows].resets, Usual>,
+        CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
+    };
+    kinds[f.w.d->kind - kKinds](f);
 }
 
 template <class T>
 void forward(Forward<T>& f) {
-    if (f.w.d->kind == kDense)
+    if (!f.w.d->keeps_state())
         run_dense<T>(f);
     else if (f.w.by_blocks())
         run_blocks<T>(f);
     else if (f.w.d->usual())
-        choose<T, true>(f);
+        run_kind<T, true>(f);
     else
-        choose<T, false>(f);
+        run_kind<T, false>(f);
 }
 
 }  // namespace

@@ -18,6 +18,11 @@ constexpr int64_t kGradientBytes = int64_t(1) << 20;
 constexpr int64_t kInputRows = 96;   // per task of the gradient of x
 constexpr int64_t kAgainRows = 192;  // whose gates a thread recomputes at a time
 
+template <class T>
+bool any(T* const (&pointers)[kStates]) {
+    return std::any_of(pointers, pointers + kStates, [](T* p) { return p; });
+}
+
 // Whether threads may divide the units of a layer: a unit depends on others only through their dz.
 bool divides_back(const Description& d) { return !d.layer_norm && !d.projects(); }
 
@@ -76,7 +81,7 @@ class BackwardLayer {
     void list_passes();
     void add_pass(Pass pass);
     int64_t phases(int64_t first, int64_t last) const;
-    const T* h_before(int64_t b, int64_t n, int64_t t) const;
+    const T* state_before(int state, int64_t b, int64_t n, int64_t t) const;
     void find_rows(int64_t first, int64_t last);
     void find_products(int64_t first, int64_t last);
     void make_gates(int64_t first, int64_t last);
@@ -105,23 +110,24 @@ class BackwardLayer {
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
     const int64_t planes = d.planes(), norms = d.norm_size();
-    const bool lstm = d.kind == kLstm, by_rows = !d.plain(), reset_before = d.kind == kGru && !d.reset_after;
+    const int inner = d.inner_states();
+    const bool by_rows = !d.plain(), reset_before = d.resets_before();
     const bool again = !s.gates;  // gates are recomputed, a chunk at a time
     const bool pairs = s.weights->element() == Element::kBfloat16 && current().pairs;  // products of bfloat16
     const Tiles<T>& tiles = leaf.tiles_of(pairs ? Element::kBfloat16 : element_of<T>());
     // Whether any gradient from before the first step is requested; if not, its product is skipped.
-    const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;
+    const bool to_start = any(g.dbefore) || any(to.initial);
     const int threads;
     const int64_t chunk;
     const Cut cut;
 
     std::unique_ptr<Scratch<T>> scratch;
-    T *dh, *dc, *carry, *initial_h, *initial_c;
+    T *dh, *dinner[kInner]{}, *carry, *initial[kStates]{};   // initial: gradients of initial states, per row
     T *recurrent_t, *candidate_t, *kernel_t, *projection_t;  // transposed
     T *dz, *dq, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
     T *gradients, *gradients_out, *copied;
-    T* rows_in_pairs;                                 // `paired` numbers per thread: operands as pairs of bfloat16
-    T *made_gates, *made_norms, *x_in, *h_in, *c_in;  // for recomputed gates
+    T* rows_in_pairs;  // `paired` numbers per thread: operands as pairs of bfloat16
+    T *made_gates, *made_norms, *x_in, *states_in[kStates]{};  // for recomputed gates
     int64_t rows_again, lines, copies, paired;
     // For each row of dz, in its order: x, h before the step, r·h, and dx.
     std::vector<const T*> x_rows, h_rows, m_rows;
@@ -144,16 +150,17 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
     : in(in),
       s(s),
       g(g),
-      threads(useful_threads(most_threads, B * steps * 2 * G * H * (I + P))),
+      threads(useful_threads(most_threads, B * steps * 2 * G * H * (I + d.recurrent()))),
       chunk(chunk_of(in, blocks * deep)),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
 // Without steps, the gradients of matrices and biases are zero.
 template <class T>
 void BackwardLayer<T>::clear() const {
-    const bool two = d.kind == kGru && d.reset_after;
-    const std::pair<T*, int64_t> sums[] = {
-        {to.kernel, I * G * H}, {to.recurrent_kernel, P * G * H}, {to.bias, (1 + two) * G * H}, {to.projection, H * P}};
+    const std::pair<T*, int64_t> sums[] = {{to.kernel, I * G * H},
+                                           {to.recurrent_kernel, P * G * H},
+                                           {to.bias, (1 + d.two_biases()) * G * H},
+                                           {to.projection, H * P}};
     for (const auto& [out, count] : sums)
         if (out) std::fill_n(out, count, T(0));
 }
@@ -163,8 +170,8 @@ void BackwardLayer<T>::take_memory() {
     const int64_t chunk_rows = chunk * B;
     rows_again = std::min<int64_t>(chunk_rows, kAgainRows * threads);
     const auto if_ = [](bool needed, int64_t count) { return needed ? Parts<T>::size(count) : 0; };
-    const int64_t rows_h = Parts<T>::size(B * columns), rows_c = if_(lstm, B * blocks * W);
-    const int64_t transposed = Parts<T>::size(columns * blocks * deep);
+    const int64_t rows_h = Parts<T>::size(B * columns), rows_c = Parts<T>::size(B * blocks * W);
+    const int64_t transposed = if_(d.kind->recurrent, columns * blocks * deep);
     const int64_t transposed_in = if_(g.dx, columns_of(I) * blocks * deep);
     const int64_t transposed_out = if_(d.projects(), unit_columns * output_blocks * W);
     const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
@@ -175,26 +182,27 @@ void BackwardLayer<T>::take_memory() {
     lines = if_(by_rows, 2 * blocks * W);
     const int64_t vectors = if_(d.peepholes || d.layer_norm, B * kVectors * blocks * W);
     // Columns whose sums are in scratch until they are written.
-    const int64_t matrices = d.rows ? I + P + (reset_before ? P : 0) : 0;
+    const int64_t matrices = d.rows ? I + (1 + reset_before) * d.recurrent() : 0;
     const int64_t sums = Parts<T>::size(blocks * (matrices + 2) * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
     const int64_t most = std::max({I, P, H});
     const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
     const int64_t x_again = if_(again, rows_again * I), h_again = if_(again, rows_again * P);
-    const int64_t c_again = if_(again && lstm, rows_again * H);
+    const int64_t c_again = if_(again, rows_again * H);
     // Rows of a step or of a task of the gradient of x; or all rows of some blocks, two rows in one.
     const int64_t paired_rows = std::max(ceil_div(B, cut.groups), std::min(kInputRows, chunk_rows));
     paired = if_(pairs, std::max(paired_rows * std::max(blocks * deep, output_blocks * W) / 2,
                                  kBlocksOfPanel * ceil_div(chunk_rows, 2) * deep));
     copies = Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
-    scratch.reset(new Scratch<T>(3 * rows_h + 2 * rows_c + (1 + reset_before) * transposed + transposed_in +
+    scratch.reset(new Scratch<T>(3 * rows_h + 2 * inner * rows_c + (1 + reset_before) * transposed + transposed_in +
                                  transposed_out + (1 + d.apart()) * chunk_dz + chunk_dp + chunk_m + dropped + rows_dm +
                                  cut.groups * lines + vectors + sums + sums_out + threads * (copies + paired) +
-                                 Parts<T>::size(most) + gates_again + norms_again + x_again + h_again + c_again));
+                                 Parts<T>::size(most) + gates_again + norms_again + x_again + h_again +
+                                 inner * c_again));
     Parts<T> parts(scratch->get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
-    dh = take(rows_h), dc = take(rows_c), carry = take(rows_h);
-    initial_h = take(rows_h), initial_c = take(rows_c);
+    dh = take(rows_h), carry = take(rows_h), initial[0] = take(rows_h);
+    for (int s = 0; s < inner; ++s) dinner[s] = take(rows_c), initial[1 + s] = take(rows_c);
     recurrent_t = take(transposed), candidate_t = reset_before ? take(transposed) : nullptr;
     kernel_t = take(transposed_in), projection_t = take(transposed_out);
     dz = take(chunk_dz), dq = d.apart() ? take(chunk_dz) : dz, dp = take(chunk_dp), m_rows_at = take(chunk_m);
@@ -202,11 +210,11 @@ void BackwardLayer<T>::take_memory() {
     gradients = take(sums), gradients_out = take(sums_out), copied = take(threads * copies), zeros = take(most);
     rows_in_pairs = take(threads * paired);
     made_gates = take(gates_again), made_norms = take(norms_again);
-    x_in = take(x_again), h_in = take(h_again), c_in = take(c_again);
+    x_in = take(x_again), states_in[0] = take(h_again);
+    for (int s = 0; s < inner; ++s) states_in[1 + s] = take(c_again);
     std::fill_n(zeros, most, T(0));
     std::fill_n(vector_sums, vectors, T(0));
-    std::fill_n(initial_h, rows_h, T(0));
-    std::fill_n(initial_c, rows_c, T(0));
+    for (int s = 0; s <= inner; ++s) std::fill_n(initial[s], s ? rows_c : rows_h, T(0));
     for (auto* rows : {&x_rows, &h_rows, &m_rows}) rows->resize(size_t(chunk_rows));
     dx_rows.resize(size_t(chunk_rows));
     mask_in.resize(again && in.mask ? size_t(rows_again) : 0);
@@ -220,7 +228,8 @@ void BackwardLayer<T>::transpose_weights() {
         Matrix<T> from;
         int first, last;
         int64_t panels;
-    } packs[] = {{steps > 1 || to_start ? recurrent_t : nullptr, recurrent, 0, reset_before ? 2 : G, ceil_div(P, wide)},
+    } packs[] = {{d.kind->recurrent && (steps > 1 || to_start) ? recurrent_t : nullptr, recurrent, 0,
+                  reset_before ? 2 : G, ceil_div(P, wide)},
                  {candidate_t, recurrent, 2, 3, ceil_div(P, wide)},
                  {kernel_t, matrix_of(d, arrays.kernel, I, H, G), 0, G, ceil_div(I, wide)},
                  {projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1, ceil_div(H, wide)}};
@@ -262,7 +271,7 @@ void BackwardLayer<T>::list_passes() {
                   gradients});
     } else {
         add_pass({dz, G, H, blocks, 0, {{&x_rows, to.kernel, I, 0, G}, {}, {}}, bias, gradients});
-        T* const recurrent_bias = bias && d.kind == kGru && d.reset_after ? bias + G * H : nullptr;
+        T* const recurrent_bias = bias && d.two_biases() ? bias + G * H : nullptr;
         add_pass({dq,
                   G,
                   H,
@@ -295,7 +304,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.end_block = std::min(blocks, panels * (share + 1) / cut.shares * kBlocksOfPanel);
     f.first = first_step, f.last = last_step, f.reverse = in.reverse;
     f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
-    f.gates = again ? made_gates : at(s.gates, steps * planes * H), f.cells = at(s.cells, steps * H);
+    f.gates = again ? made_gates : at(s.gates, steps * planes * H);
     f.norms = again ? made_norms : at(s.norms, steps * norms);
     f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
     if (again) {  // rows of a chunk, step by step in the processing order, like those of dz
@@ -303,13 +312,19 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
         f.kept_first = first + (in.reverse ? steps - 1 - first_step : -first_step) * B;
     }
     f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(s.y, f.y_row), f.dy = at(g.dy, f.y_row);
-    f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
+    for (int k = 0; k <= inner; ++k) {
+        f.before[k] = at(s.before[k], d.width(k));
+        f.dinitial[k] = at(initial[k], k ? blocks * W : columns);
+    }
+    for (int k = 0; k < inner; ++k) {
+        f.states[k] = at(s.states[k], steps * H), f.dstates[k] = at(g.dstates[k], steps * H);
+        f.dinner[k] = at(dinner[k], blocks * W);
+    }
     f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
     f.recurrent_dropout = at(s.drops.recurrent, P);
     f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
-    f.dgates = at(g.dgates, steps * planes * H), f.dcells = at(g.dcells, steps * H);
-    f.dh = at(dh, columns), f.dc = at(dc, blocks * W), f.carry = at(carry, columns), f.dm = at(dm, unit_columns);
-    f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
+    f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
+    f.dm = at(dm, unit_columns);
     f.vectors = at(vector_sums, kVectors * blocks * W);
     f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
     f.tiles = &tiles, f.pairs = pairs_of(share * cut.groups + group);
@@ -317,10 +332,11 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
 }
 
 template <class T>
-const T* BackwardLayer<T>::h_before(int64_t b, int64_t n, int64_t t) const {
-    const T* initial = arrays.initial_h ? arrays.initial_h : zeros;
-    if (in.reset && in.reset[b * steps + t]) return initial;
-    if (n == 0) return s.h0 ? s.h0 + b * P : initial;
+const T* BackwardLayer<T>::state_before(int state, int64_t b, int64_t n, int64_t t) const {
+    const T* start = arrays.initial[state] ? arrays.initial[state] : zeros;
+    if (in.reset && in.reset[b * steps + t]) return start;
+    if (n == 0) return s.before[state] ? s.before[state] + b * d.width(state) : start;
+    if (state) return s.states[state - 1] + (b * steps + time_of(n - 1)) * H;
     return s.y + b * in.row_stride(P) + time_of(n - 1) * in.time_stride(P);
 }
 
@@ -333,7 +349,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
             const bool used = !in.mask || in.mask[b * steps + t];
             x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
             dx_rows[m] = g.dx ? g.dx + b * in.row_stride(I) + t * in.time_stride(I) : nullptr;
-            h_rows[m] = used ? h_before(b, n, t) : zeros;
+            h_rows[m] = used ? state_before(0, b, n, t) : zeros;
             if (s.drops.recurrent) {
                 T* product = h_dropped + m * P;
                 for (int64_t k = 0; k < P; ++k) product[k] = h_rows[m][k] * s.drops.recurrent[b * P + k];
@@ -348,7 +364,8 @@ template <class T>
 void BackwardLayer<T>::find_products(int64_t first, int64_t last) {
     for (int64_t n = first, m = 0; n < last; ++n)
         for (int64_t b = 0; b < B; ++b, ++m) {
-            const T* r = again ? made_gates + (m * 3 + 1) * H : s.gates + ((b * steps + time_of(n)) * 3 + 1) * H;
+            const T* r =
+                again ? made_gates + (m * planes + 1) * H : s.gates + ((b * steps + time_of(n)) * planes + 1) * H;
             for (int64_t k = 0; k < H; ++k) m_rows_at[m * H + k] = r[k] * h_rows[m][k];
         }
 }
@@ -358,24 +375,20 @@ void BackwardLayer<T>::find_products(int64_t first, int64_t last) {
 template <class T>
 void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
     if (!packed) packed.reset(new Weights<T>(d, arrays, true, s.weights->element()));
-    const T* initial = arrays.initial_c ? arrays.initial_c : zeros;
     const int64_t all = (last - first) * B;
     for (int64_t from = 0; from < all; from += rows_again) {
         const int64_t rows = std::min(rows_again, all - from);
         for (int64_t k = 0; k < rows; ++k) {
             const int64_t m = from + k, n = first + m / B, b = m % B, t = time_of(n);
             memcpy(x_in + k * I, x_rows[m], size_t(I) * sizeof(T));
-            memcpy(h_in + k * P, h_rows[m], size_t(P) * sizeof(T));
+            memcpy(states_in[0] + k * P, h_rows[m], size_t(P) * sizeof(T));
             if (in.mask) mask_in[k] = in.mask[b * steps + t];
-            if (!c_in) continue;
-            const T* c = in.reset && in.reset[b * steps + t] ? initial
-                         : n > 0                             ? s.cells + (b * steps + time_of(n - 1)) * H
-                         : s.c0                              ? s.c0 + b * H
-                                                             : initial;
-            memcpy(c_in + k * H, c, size_t(H) * sizeof(T));
+            for (int state = 1; state <= inner; ++state)
+                memcpy(states_in[state] + k * H, state_before(state, b, n, t), size_t(H) * sizeof(T));
         }
         Layer<T> layer{};
-        layer.weights = packed.get(), layer.h0 = h_in, layer.c0 = c_in;
+        layer.weights = packed.get();
+        std::copy_n(states_in, kStates, layer.before);
         layer.gates = made_gates + from * planes * H;
         layer.norms = made_norms ? made_norms + from * norms : nullptr;
         forward<T>({rows, 1, x_in, I, I, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
@@ -464,7 +477,7 @@ void BackwardLayer<T>::sum_rows() const {
         int vector, gates;
     } sums[] = {
         {bias, kBias, G},
-        {bias && d.kind == kGru && d.reset_after ? bias + G * H : nullptr, kRecurrentBias, G},
+        {bias && d.two_biases() ? bias + G * H : nullptr, kRecurrentBias, G},
         {to.peepholes, kPeepholes, G - 1},
         {to.kernel_gain, kKernelGain, G},
         {to.recurrent_gain, kRecurrentGain, G},
@@ -495,8 +508,8 @@ void BackwardLayer<T>::run() {
     transpose_weights();
     list_passes();
     if (B * steps == 0) clear();
-    pad(dh, columns, g.dhn, B, P);
-    if (dc) pad(dc, blocks * W, g.dcn, B, H);
+    pad(dh, columns, g.dafter[0], B, P);
+    for (int k = 0; k < inner; ++k) pad(dinner[k], blocks * W, g.dafter[1 + k], B, H);
     for (int64_t last = steps; last > 0 && B > 0; last -= std::min(chunk, last)) {
         const int64_t first = std::max<int64_t>(0, last - chunk);
         find_rows(first, last);
@@ -506,20 +519,22 @@ void BackwardLayer<T>::run() {
         sum_gradients(first, last);
     }
     sum_rows();
-    sum_initial(to.initial_h, initial_h, s.h0 ? nullptr : dh, columns, P);
-    if (lstm) sum_initial(to.initial_c, initial_c, s.c0 ? nullptr : dc, blocks * W, H);
-    if (g.dh0) unpad(g.dh0, dh, columns, B, P);
-    if (g.dc0) unpad(g.dc0, dc, blocks * W, B, H);
+    for (int k = 0; k <= inner; ++k) {
+        const T* start = k ? dinner[k - 1] : dh;
+        const int64_t stride = k ? blocks * W : columns;
+        sum_initial(to.initial[k], initial[k], s.before[k] ? nullptr : start, stride, d.width(k));
+        if (g.dbefore[k]) unpad(g.dbefore[k], start, stride, B, d.width(k));
+    }
 }
 
 // Whether any gradient of a layer is requested.
 template <class T>
 bool wanted(const Gradients<T>& g) {
     const Arrays<T>& a = g.arrays;
-    for (const T* out : {g.dx, g.dh0, g.dc0, a.kernel, a.recurrent_kernel, a.bias, a.peepholes, a.projection,
-                         a.kernel_gain, a.recurrent_gain, a.cell_gain, a.cell_bias, a.initial_h, a.initial_c})
+    for (const T* out : {g.dx, a.kernel, a.recurrent_kernel, a.bias, a.peepholes, a.projection, a.kernel_gain,
+                         a.recurrent_gain, a.cell_gain, a.cell_bias})
         if (out) return true;
-    return false;
+    return any(g.dbefore) || any(a.initial);
 }
 
 }  // namespace

@@ -81,8 +81,8 @@ struct Matrix {
     const T* at;
     int64_t depth, units;
     int gates;
-    bool rows;      // it is transposed, [gates·units, depth]
-    int places[4];  // the position of each gate's block
+    bool rows;               // it is transposed, [gates·units, depth]
+    int places[kMostGates];  // the position of each gate's block
 };
 
 // The forward pass over rows of one layer, for steps n in [first, last) of the processing order.
@@ -103,10 +103,11 @@ struct Forward {
     const T *zoneout, *zoneout_cell;  // [rows][steps][P], [rows][steps][H] or null
     T *h, *h_next;                    // [rows][output_blocks·W]; swapped after every step: `h` is the state
     T* h_kept;                        // [rows][output_blocks·W], h before recurrent dropout; null without it
-    T* c;                             // [rows][blocks·W]
-    T *y, *cells;                     // y has the strides below; cells: (r, t) at r·steps·H + t·H; or null
+    T* inner[kInner];                 // [rows][blocks·W], the inner states
+    T* y;                             // with the strides below; or null
     int64_t y_row, y_time;
-    T *gates, *norms;  // [rows][steps][planes][H], [rows][steps][norms] or null
+    T* states[kInner];  // the inner states of every step, (r, t) at r·steps·H + t·H; or null
+    T *gates, *norms;   // [rows][steps][planes][H], [rows][steps][norms] or null
     // Scratch, sums over x. By blocks: [blocks][(last-first)·rows][4][W], null: summed in place. By rows:
     // [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H.
     T* z;
@@ -128,18 +129,18 @@ struct Backward {
     int64_t blocks, output_blocks, rows, steps, first, last, batch, row0;  // rows row0 … row0+rows of a batch
     int64_t phase, end_phase, block, end_block;                            // what this call computes
     bool reverse;
-    // Transposed panels, see pack_transposed; candidate_t: of a GRU whose reset acts before the product.
+    // Transposed panels, see pack_transposed; candidate_t: if a reset acts before the product.
     const T *recurrent_t, *candidate_t, *projection_t;
     const T *gates, *norms;                   // [planes][H], [norms] of every row and step;
     int64_t kept_first, kept_row, kept_time;  // row r and time t: kept_first + r·kept_row + t·kept_time
-    const T *cells, *y;                       // [rows][steps][H] and so on, as `forward` wrote them
+    const T *y, *states[kInner];              // as `forward` wrote them
     int64_t y_row, y_time;                    // the strides of y and dy, as in Forward
-    const T *h0, *c0;                         // [rows][P], [rows][H] or null
+    const T* before[kStates];                 // [rows][P], [rows][H] … or null
     const uint8_t *mask, *reset;              // [rows][steps] or null
     const T* recurrent_dropout;
     const T *zoneout, *zoneout_cell;
-    const T *dy, *dgates, *dcells;  // in the shapes of y, gates, cells; or null
-    T *dh, *dc;  // [rows][columns of P], [rows][blocks·W]; in: after step last - 1; out: before first
+    const T *dy, *dgates, *dstates[kInner];  // in the shapes of y, gates, states; or null
+    T *dh, *dinner[kInner];  // [rows][columns of P], [rows][blocks·W]; in: after step last - 1; out: before first
     // Out, [blocks][(last - first)·batch][gates][W], row (n - first)·batch + b: for the sums over x and over h; dq = dz
     // unless these are separate.
     T *dz, *dq;
@@ -150,13 +151,12 @@ struct Backward {
     const Tiles<T>* tiles;
     T* pairs;    // scratch of this thread for rows in pairs of bfloat16, see product_transposed; null: products of T
     T* vectors;  // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
-    T *dinitial_h, *dinitial_c;  // sums [rows][columns of P], [rows][blocks·W]; or null
+    T* dinitial[kStates];  // sums [rows][columns of P], [rows][blocks·W] …; or null
 };
 
 // Step n first computes dh from the dz of step n + 1, then its own dz from dh and dc; the last phase computes dh before
-// the first step. In a GRU whose reset acts before the product, dz of r depends on the other gates' dz and takes
-// separate phases.
-inline int64_t phases_of_step(const Description& d) { return d.kind == kGru && !d.reset_after ? 3 : 1; }
+// the first step. If a reset acts before the product, its dz depends on the other gates' dz and takes separate phases.
+inline int64_t phases_of_step(const Description& d) { return d.resets_before() ? 3 : 1; }
 inline int64_t phases_back(const Description& d, int64_t steps) { return steps * phases_of_step(d) + 1; }
 
 // Shares begin and end at multiples of this many blocks, the width of a panel of transposed weights.
@@ -180,9 +180,9 @@ enum Vector : int {
 template <class T>
 struct WeightGradient {
     int gates;
-    bool rows;      // `out` is transposed
-    int places[4];  // the position of each gate's block in `out` and `bias`
-    const T* dz;    // [blocks][dz_rows][gates][W], all blocks
+    bool rows;               // `out` is transposed
+    int places[kMostGates];  // the position of each gate's block in `out` and `bias`
+    const T* dz;             // [blocks][dz_rows][gates][W], all blocks
     int64_t dz_rows, units, first, last;
     struct {
         const T* const* rows;  // dz_rows rows of `columns`

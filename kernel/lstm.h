@@ -7,6 +7,8 @@
 namespace cellstack {
 namespace {
 
+constexpr int kC = 0;  // c among the inner states
+
 template <class T>
 INLINE V<T> peephole(const Description& d, const T* weights, int gate, const Place& at) {
     const int row = d.coupled && gate == 3 ? 1 : gate == 3 ? 2 : gate;
@@ -18,7 +20,7 @@ template <class T, bool Plain, bool Usual>
 INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
     const Description& d = *f.w.d;
     const T* p = f.w.arrays.peepholes;
-    T* state = f.c + at.r * f.w.blocks * Vec<T>::W + at.unit;
+    T* state = f.inner[kC] + at.r * f.w.blocks * Vec<T>::W + at.unit;
     const V<T> c_prev = load(state);
     if constexpr (!Plain) {
         if (d.peepholes) {
@@ -39,8 +41,8 @@ INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
         kept = c = limited<T>(d.cell_clip, c);
         if (d.zoneout_cell > 0) kept = mixed<T>(zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at), c_prev, c);
         if (f.patches.lines) {
-            patch_state<T>(f, kCellTarget, at, kept, c_prev);
-            patch_state<T>(f, kCellTarget, at, c, c_prev);
+            patch_state<T>(f, 1 + kC, at, kept, c_prev);
+            patch_state<T>(f, 1 + kC, at, c, c_prev);
         }
         if (d.peepholes) z[3] = fma(peephole(d, p, 3, at), c, z[3]);
         z[3] = limited<T>(d.clip, z[3]);
@@ -48,49 +50,6 @@ INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
     z[3] = act<T, Usual, false>(d.activations[3], z[3]), patch(3);
     store(state, kept);
     return c;
-}
-
-template <class T, bool Usual>
-void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
-    constexpr int W = Vec<T>::W;
-    const Description& d = *f.w.d;
-    T* line = f.m ? f.m + r * f.w.blocks * W : nullptr;
-    const auto out = [&](const Place& at, V<T> m) INLINED {
-        if (d.projects())
-            store(line + at.unit, m);
-        else
-            write_output<T, false>(f, at, m, h, h_next);
-    };
-    if (d.layer_norm) normalise(f, r, t, sums, q, stride);
-    each_block(f, r, t, [&](const Place& at) INLINED {
-        V<T> z[4];
-        int column = 0;
-        UNROLL
-        for (int v = 0; v < 4; ++v) {
-            const int64_t from = column * stride + at.unit;
-            z[v] = splat(T(0));
-            if (v == 1 && d.coupled) continue;
-            z[v] = load_lanes(sums + from, at.lanes);
-            if (d.layer_norm) z[v] += load_lanes(q + from, at.lanes);
-            ++column;
-        }
-        const V<T> c = lstm_gates<T, false, Usual>(f, at, z);
-        keep_gates(f, at, z);
-        keep_cell(f, at);
-        if (d.layer_norm) {
-            store(line + at.unit, c);
-            store_lanes(sums + at.unit, z[3], at.lanes);
-        } else {
-            out(at, z[3] * act<T, Usual, true>(d.activations[4], c));
-        }
-    });
-    if (!d.layer_norm) return;
-    standardise(line, 1, 0, d.units, d.norm_epsilon);
-    each_block(f, r, t, [&](const Place& at) INLINED {
-        const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
-        const V<T> c = fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
-        out(at, load_lanes(sums + at.unit, at.lanes) * act<T, Usual, true>(d.activations[4], c));
-    });
 }
 
 // h = o·φ(c): computes dz of o from `dm`, the gradient of h, and returns the gradient of c through h.
@@ -116,93 +75,138 @@ INLINE V<T> lstm_cell_back(const Backward<T>& f, const Limits<T>& limits, const 
     return dc * gates[1];
 }
 
-template <class T, bool Usual>
-void lstm_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns) {
-    constexpr int W = Vec<T>::W;
-    const Description& d = *f.d;
-    const int64_t t = time_of(f, n), wide = f.blocks * W;
-    const T* p = f.arrays.peepholes;
-    const T* c_before = cell_before(f, r, n);
-    T *cell = f.line, *dcell = f.line + wide;
-    const int gates_in_dz = d.gates();
-    const auto blocks = [&](auto&& body) INLINED { each_block(f, r, t, body); };
-    const auto fresh = [&](const Place& at, const V<T>(&gates)[4]) INLINED {  // c of the step, before zoneout
-        return limited<T>(d.cell_clip, fma(gates[1], units_of(c_before, at), gates[0] * gates[2]));
-    };
-    blocks([&](const Place& at) INLINED {
-        V<T> gates[4];
-        load_gates(f, at, gates);
-        store(cell + at.unit, fresh(at, gates));
-    });
-    T reciprocal = 1;
-    if (d.layer_norm) reciprocal = standardise(cell, 1, 0, d.units, d.norm_epsilon);
-    V<T> sum = splat(T(0)), product = splat(T(0));
-    blocks([&](const Place& at) INLINED {
-        V<T> gates[4], dz_o, v = load_lanes(cell + at.unit, at.lanes), c = v, gain = splat(T(1));
-        load_gates(f, at, gates);
-        if (d.layer_norm) {
-            gain = load_lanes(f.arrays.cell_gain + at.unit, at.lanes);
-            c = fma(v, gain, load_lanes(f.arrays.cell_bias + at.unit, at.lanes));
-        }
-        const V<T> phi_c = act<T, Usual, true>(d.activations[4], c);
-        const V<T> dm = load(f.dm + r * columns + at.unit);
-        if (d.projects())
-            store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, gates[3] * phi_c, at.lanes);
-        V<T> dc = lstm_output_back<T, false, Usual>(f, limits, at, gates[3], phi_c, dm, dz_o);
-        if (d.layer_norm) {
-            add_to_vector(f, kCellGain, at, dc * v);
-            add_to_vector(f, kCellBias, at, dc);
-            dc *= gain;
-            sum += dc;
-            product = fma(dc, v, product);
-        }
-        store(dcell + at.unit, dc);
-        store(block_of(f, f.dz, gates_in_dz, r, n, at.unit) + (gates_in_dz - 1) * W, dz_o);
-    });
-    const V<T> mean = splat(total<T>(sum) / T(d.units)), share = splat(total<T>(product) / T(d.units));
-    blocks([&](const Place& at) INLINED {
-        V<T> gates[4], dz[4];
-        load_gates(f, at, gates);
-        T* to = block_of(f, f.dz, gates_in_dz, r, n, at.unit);
-        T* dc_at = f.dc + r * wide + at.unit;
-        const V<T> c_prev = units_of(c_before, at), c = fresh(at, gates);
-        V<T> dc = load(dcell + at.unit), given = load(dc_at), passed = splat(T(0));
-        if (d.layer_norm) dc = splat(reciprocal) * (dc - mean - load_lanes(cell + at.unit, at.lanes) * share);
-        if (f.dcells) given += load_lanes(f.dcells + (r * f.steps + t) * d.units + at.unit, at.lanes);
-        if (d.zoneout_cell > 0) {
-            const V<T> keep = zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at);
-            passed = keep * given, given *= splat(T(1)) - keep;
-        }
-        dz[3] = load(to + (gates_in_dz - 1) * W);
-        dc += given;
-        if (d.peepholes) dc = fma(dz[3], peephole(d, p, 3, at), dc);
-        if (d.cell_clip < __builtin_inf()) {
-            const V<T> end = splat(T(d.cell_clip));
-            dc = ((c < end) & (c > -end)) ? dc : splat(T(0));
-        }
-        passed += lstm_cell_back<T, false, Usual>(f, limits, at, gates, c_prev, dc, dz);
-        if (d.peepholes) {
-            passed = fma(dz[0], peephole(d, p, 0, at), passed);
-            add_to_vector(f, kPeepholes, at, dz[0] * c_prev);
-            if (!d.coupled) {
-                passed = fma(dz[1], peephole(d, p, 1, at), passed);
-                add_to_vector(f, kPeepholes + 1, at, dz[1] * c_prev);
+struct Lstm {
+    template <class T, bool Usual>
+    static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
+        constexpr int W = Vec<T>::W;
+        const Description& d = *f.w.d;
+        T* line = f.m ? f.m + r * f.w.blocks * W : nullptr;
+        const auto out = [&](const Place& at, V<T> m) INLINED {
+            if (d.projects())
+                store(line + at.unit, m);
+            else
+                write_output<T, false>(f, at, m, h, h_next);
+        };
+        if (d.layer_norm) normalise(f, r, t, sums, q, stride);
+        each_block(f, r, t, [&](const Place& at) INLINED {
+            V<T> z[4];
+            int column = 0;
+            UNROLL
+            for (int v = 0; v < 4; ++v) {
+                const int64_t from = column * stride + at.unit;
+                z[v] = splat(T(0));
+                if (v == 1 && d.coupled) continue;
+                z[v] = load_lanes(sums + from, at.lanes);
+                if (d.layer_norm) z[v] += load_lanes(q + from, at.lanes);
+                ++column;
             }
-            add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz[3] * c);
-        }
-        store(to, dz[0]);
-        if (!d.coupled) store(to + W, dz[1]);
-        store(to + (gates_in_dz - 2) * W, dz[2]);
-        store(dc_at, passed);
-        if (d.layer_norm) {
-            T* other = block_of(f, f.dq, gates_in_dz, r, n, at.unit);
-            for (int k = 0; k < gates_in_dz; ++k) store(other + k * W, load(to + k * W));
-        }
-    });
-    if (!d.layer_norm) return;
-    normalise_back(f, r, n, f.dz, 0);
-    normalise_back(f, r, n, f.dq, 1);
-}
+            const V<T> c = lstm_gates<T, false, Usual>(f, at, z);
+            keep_gates(f, at, z);
+            keep_inner(f, at, kC);
+            if (d.layer_norm) {
+                store(line + at.unit, c);
+                store_lanes(sums + at.unit, z[3], at.lanes);
+            } else {
+                out(at, z[3] * act<T, Usual, true>(d.activations[4], c));
+            }
+        });
+        if (!d.layer_norm) return;
+        standardise(line, 1, 0, d.units, d.norm_epsilon);
+        each_block(f, r, t, [&](const Place& at) INLINED {
+            const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
+            const V<T> c = fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
+            out(at, load_lanes(sums + at.unit, at.lanes) * act<T, Usual, true>(d.activations[4], c));
+        });
+    }
+
+    template <class T, bool Usual>
+    static void row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t,
+                         int64_t columns) {
+        constexpr int W = Vec<T>::W;
+        const Description& d = *f.d;
+        const int64_t t = time_of(f, n), wide = f.blocks * W;
+        const T* p = f.arrays.peepholes;
+        const T* c_before = inner_before(f, r, n, kC);
+        T *cell = f.line, *dcell = f.line + wide;
+        const int gates_in_dz = d.gates();
+        const auto blocks = [&](auto&& body) INLINED { each_block(f, r, t, body); };
+        const auto fresh = [&](const Place& at, const V<T>(&gates)[4]) INLINED {  // c of the step, before zoneout
+            return limited<T>(d.cell_clip, fma(gates[1], units_of(c_before, at), gates[0] * gates[2]));
+        };
+        blocks([&](const Place& at) INLINED {
+            V<T> gates[4];
+            load_gates(f, at, gates);
+            store(cell + at.unit, fresh(at, gates));
+        });
+        T reciprocal = 1;
+        if (d.layer_norm) reciprocal = standardise(cell, 1, 0, d.units, d.norm_epsilon);
+        V<T> sum = splat(T(0)), product = splat(T(0));
+        blocks([&](const Place& at) INLINED {
+            V<T> gates[4], dz_o, v = load_lanes(cell + at.unit, at.lanes), c = v, gain = splat(T(1));
+            load_gates(f, at, gates);
+            if (d.layer_norm) {
+                gain = load_lanes(f.arrays.cell_gain + at.unit, at.lanes);
+                c = fma(v, gain, load_lanes(f.arrays.cell_bias + at.unit, at.lanes));
+            }
+            const V<T> phi_c = act<T, Usual, true>(d.activations[4], c);
+            const V<T> dm = load(f.dm + r * columns + at.unit);
+            if (d.projects())
+                store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, gates[3] * phi_c,
+                            at.lanes);
+            V<T> dc = lstm_output_back<T, false, Usual>(f, limits, at, gates[3], phi_c, dm, dz_o);
+            if (d.layer_norm) {
+                add_to_vector(f, kCellGain, at, dc * v);
+                add_to_vector(f, kCellBias, at, dc);
+                dc *= gain;
+                sum += dc;
+                product = fma(dc, v, product);
+            }
+            store(dcell + at.unit, dc);
+            store(block_of(f, f.dz, gates_in_dz, r, n, at.unit) + (gates_in_dz - 1) * W, dz_o);
+        });
+        const V<T> mean = splat(total<T>(sum) / T(d.units)), share = splat(total<T>(product) / T(d.units));
+        blocks([&](const Place& at) INLINED {
+            V<T> gates[4], dz[4];
+            load_gates(f, at, gates);
+            T* to = block_of(f, f.dz, gates_in_dz, r, n, at.unit);
+            T* dc_at = f.dinner[kC] + r * wide + at.unit;
+            const V<T> c_prev = units_of(c_before, at), c = fresh(at, gates);
+            V<T> dc = load(dcell + at.unit), given = load(dc_at), passed = splat(T(0));
+            if (d.layer_norm) dc = splat(reciprocal) * (dc - mean - load_lanes(cell + at.unit, at.lanes) * share);
+            if (f.dstates[kC]) given += load_lanes(f.dstates[kC] + (r * f.steps + t) * d.units + at.unit, at.lanes);
+            if (d.zoneout_cell > 0) {
+                const V<T> keep = zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at);
+                passed = keep * given, given *= splat(T(1)) - keep;
+            }
+            dz[3] = load(to + (gates_in_dz - 1) * W);
+            dc += given;
+            if (d.peepholes) dc = fma(dz[3], peephole(d, p, 3, at), dc);
+            if (d.cell_clip < __builtin_inf()) {
+                const V<T> end = splat(T(d.cell_clip));
+                dc = ((c < end) & (c > -end)) ? dc : splat(T(0));
+            }
+            passed += lstm_cell_back<T, false, Usual>(f, limits, at, gates, c_prev, dc, dz);
+            if (d.peepholes) {
+                passed = fma(dz[0], peephole(d, p, 0, at), passed);
+                add_to_vector(f, kPeepholes, at, dz[0] * c_prev);
+                if (!d.coupled) {
+                    passed = fma(dz[1], peephole(d, p, 1, at), passed);
+                    add_to_vector(f, kPeepholes + 1, at, dz[1] * c_prev);
+                }
+                add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz[3] * c);
+            }
+            store(to, dz[0]);
+            if (!d.coupled) store(to + W, dz[1]);
+            store(to + (gates_in_dz - 2) * W, dz[2]);
+            store(dc_at, passed);
+            if (d.layer_norm) {
+                T* other = block_of(f, f.dq, gates_in_dz, r, n, at.unit);
+                for (int k = 0; k < gates_in_dz; ++k) store(other + k * W, load(to + k * W));
+            }
+        });
+        if (d.layer_norm) normalise_back(f, r, n);
+    }
+};
 
 }  // namespace
 }  // namespace cellstack

@@ -1,5 +1,6 @@
 // Sequences, stacks and streams: divides the work into rows, layers and chunks, and calls the inner routines.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -43,7 +44,6 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const Leaf<T>& leaf = narrow(element) ? leaf_of<T>(current()) : leaf_for<T>(d.units);
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
-    const bool two_biases = d.use_bias && d.kind == kGru && d.reset_after;
     // The arrays that are neither matrices nor biases, and how many numbers they have.
     struct {
         const T* Arrays<const T>::* array;
@@ -51,8 +51,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     } const vectors[] = {
         {&Arrays<const T>::peepholes, 3 * d.units},  {&Arrays<const T>::kernel_gain, columns},
         {&Arrays<const T>::recurrent_gain, columns}, {&Arrays<const T>::cell_gain, d.units},
-        {&Arrays<const T>::cell_bias, d.units},      {&Arrays<const T>::initial_h, d.output},
-        {&Arrays<const T>::initial_c, d.units},
+        {&Arrays<const T>::cell_bias, d.units},
     };
     // How many numbers a matrix takes.
     const auto size = [&](int64_t rows, int64_t units, int gates, Element held) {
@@ -60,18 +59,19 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
         return narrow(held) ? narrow_size(held, of, rows, gates, leaf.width) : rows * of * gates * leaf.width;
     };
     const int64_t matrices[] = {size(d.input, d.units, d.gates(), element),
-                                size(d.keeps_state() ? d.output : 0, d.units, d.gates(), element), row, row,
+                                size(d.recurrent(), d.units, d.gates(), element), row, row,
                                 d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
     for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
+    for (int s = 0; s < d.kind->states; ++s) count += Parts<T>::size(d.width(s));
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
     p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.element = element;
     p.pairs = element == Element::kBfloat16 && current().pairs;
     p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
-    p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
+    p.recurrent_bias = d.two_biases() ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
@@ -89,9 +89,9 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
         return to;
     };
     p.kernel = packed(p.kernel, d.input, d.units, d.gates(), element);
-    if (d.keeps_state()) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), element);
+    if (d.kind->recurrent) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), element);
     p.bias = packed(p.bias, 1, d.units, d.gates(), element_of<T>());
-    if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), element_of<T>());
+    if (d.two_biases()) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), element_of<T>());
     if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, element);
     for (const auto& vector : vectors) {
         const T*& array = p.arrays.*vector.array;
@@ -100,6 +100,13 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
         const int64_t gone = vector.array == &Arrays<const T>::peepholes && d.coupled ? d.units : 0;
         std::copy(array, array + vector.count - gone, to);
         array = to;
+    }
+    for (int s = 0; s < d.kind->states; ++s) {
+        const T*& initial = p.arrays.initial[s];
+        if (!initial) continue;
+        T* to = parts.take(d.width(s));
+        std::copy_n(initial, d.width(s), to);
+        initial = to;
     }
 }
 template <class T>
@@ -132,14 +139,14 @@ int64_t chunk_steps(int64_t rows, int64_t steps) {
 
 // Multiplications per row and step.
 int64_t multiplications(const Description& d) {
-    return d.units * (d.gates() * (d.input + (d.keeps_state() ? d.output : 0)) + (d.projects() ? d.output : 0));
+    return d.units * (d.gates() * (d.input + d.recurrent()) + (d.projects() ? d.output : 0));
 }
 
 // Whether threads may divide the units of a layer: a unit depends on others only through their h.
 template <class T>
 bool divides(const Weights<T>& weights) {
     const Description& d = weights.description();
-    return weights.copied() && !d.layer_norm && !d.projects() && (d.kind != kGru || d.reset_after);
+    return weights.copied() && !d.layer_norm && !d.projects() && !d.resets_before();
 }
 
 // A rough estimate, in nanoseconds, of the time of some rows and blocks of a step, to compare cuts. A core computes two
@@ -147,7 +154,7 @@ bool divides(const Weights<T>& weights) {
 // which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from a slower level.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
-    const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
+    const double depth = double(d.input + d.recurrent()), panel = depth * d.gates() * width * bytes;
     const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2),
                  near = double(ceil_div(rows, 6)) * panel / near_bytes;
     const double far = panel * double(blocks) > near_size ? panel / far_bytes : 0;
@@ -221,7 +228,7 @@ struct Runner {
 
     // What `open` takes from the parts, in numbers.
     struct Sizes {
-        int64_t h, kept, c, z, q, m, p, scales, narrow_x, narrow_h;  // the last three per share of the units
+        int64_t h, kept, inner, z, q, m, p, scales, narrow_x, narrow_h;  // the last three per share of the units
         Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched) {
             Panels<T> w = weights.impl().panels;
             w.patched = patched;
@@ -229,10 +236,10 @@ struct Runner {
             const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
             h = d.keeps_state() ? rows * w.output_blocks * width : 0;
             kept = dropout ? h : 0;
-            c = d.kind == kLstm ? wide : 0;
+            inner = d.inner_states() * Parts<T>::size(wide);
             z = w.by_blocks() && chunk == 1 ? 0 : chunk * d.gates() * wide;
             q = d.apart() ? d.gates() * wide : 0;
-            m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
+            m = d.projects() || d.layer_norm || d.resets_before() ? wide : 0;
             p = d.projects() ? h : 0;
             const auto narrow_rows = [&](int64_t count, int64_t columns) {
                 return narrow(w.element) ? Parts<T>::size(count * narrow_stride(w.element, columns)) : 0;
@@ -242,7 +249,7 @@ struct Runner {
         }
         int64_t sum(int shares) const {
             int64_t total = 0;
-            for (int64_t size : {h, h, kept, c, z, q, m, p, shares * scales, shares * narrow_x, shares * narrow_h})
+            for (int64_t size : {h, h, kept, inner, z, q, m, p, shares * scales, shares * narrow_x, shares * narrow_h})
                 total += Parts<T>::size(size);
             return total;
         }
@@ -255,26 +262,31 @@ struct Runner {
         leaf = weights.impl().leaf;
         f = Forward<T>{};
         f.w = weights.impl().panels, f.w.patched = patched, f.rows = rows;
-        f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept), f.c = take(sizes.c);
+        f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept);
+        for (int s = 0; s < f.w.d->inner_states(); ++s) f.inner[s] = take(rows * stride(1));
         product = take(sizes.z), f.q = take(sizes.q), f.m = take(sizes.m), f.p = take(sizes.p);
         f.scales = take(shares * sizes.scales);
         f.narrow_x = take(shares * sizes.narrow_x), f.narrow_h = take(shares * sizes.narrow_h);
         scale_size = sizes.scales, narrow_x_size = sizes.narrow_x, narrow_h_size = sizes.narrow_h;
     }
-    int64_t h_stride() const { return f.w.output_blocks * leaf->width; }
-    int64_t c_stride() const { return f.w.blocks * leaf->width; }
+    // A state, and the distance between its rows; state 0 is h.
+    T* state(int s) const { return s ? f.inner[s - 1] : f.h; }
+    int64_t stride(int s) const { return (s ? f.w.blocks : f.w.output_blocks) * leaf->width; }
 
-    // Sets the state from which the rows start: the one that was passed, else the cell's initial state. With `places`,
+    // Sets the states from which the rows start: those that were passed, else the cell's initial ones. With `places`,
     // the state of row r is at index `places[r]` of the caller's arrays.
-    void start(const T* h, const T* c, const int64_t* places = nullptr) {
+    void start(const T* const* given, const int64_t* places = nullptr) {
         const Description& d = *f.w.d;
-        if (!d.keeps_state()) return;
-        set(f.h, h_stride(), h, f.w.arrays.initial_h, d.output, places);
-        if (f.c) set(f.c, c_stride(), c, f.w.arrays.initial_c, d.units, places);
-        if (!f.recurrent_dropout) return;
-        memcpy(f.h_kept, f.h, size_t(f.rows * h_stride()) * sizeof(T));
+        for (int s = 0; s < d.kind->states; ++s)
+            for (int64_t r = 0; r < f.rows; ++r) {
+                const T* from =
+                    given && given[s] ? given[s] + (places ? places[r] : r) * d.width(s) : f.w.arrays.initial[s];
+                pad(state(s) + r * stride(s), stride(s), from, 1, d.width(s));
+            }
+        if (!f.recurrent_dropout || !f.h) return;
+        memcpy(f.h_kept, f.h, size_t(f.rows * stride(0)) * sizeof(T));
         for (int64_t r = 0; r < f.rows; ++r)
-            for (int64_t k = 0; k < d.output; ++k) f.h[r * h_stride() + k] *= f.recurrent_dropout[r * d.output + k];
+            for (int64_t k = 0; k < d.output; ++k) f.h[r * stride(0) + k] *= f.recurrent_dropout[r * d.output + k];
     }
 
     void steps(int64_t first, int64_t last) {
@@ -305,20 +317,13 @@ struct Runner {
         of.z = of.w.by_blocks() && last - first == 1 && of.rows == 1 ? nullptr : product;  // null: summed in place
     }
 
-    void end(T* h, T* c, const int64_t* places = nullptr) const {
-        if (!f.w.d->keeps_state() || !h) return;
-        const T* out = f.recurrent_dropout ? f.h_kept : f.h;
-        for (int64_t r = 0; r < f.rows; ++r) {
-            const int64_t to = places ? places[r] : r;
-            unpad(h + to * f.w.d->output, out + r * h_stride(), 0, 1, f.w.d->output);
-            if (f.c && c) unpad(c + to * f.w.d->units, f.c + r * c_stride(), 0, 1, f.w.d->units);
+    void end(T* const* to, const int64_t* places = nullptr) const {
+        const Description& d = *f.w.d;
+        for (int s = 0; s < d.kind->states; ++s) {
+            const T* from = !s && f.recurrent_dropout ? f.h_kept : state(s);
+            for (int64_t r = 0; to[s] && r < f.rows; ++r)
+                unpad(to[s] + (places ? places[r] : r) * d.width(s), from + r * stride(s), 0, 1, d.width(s));
         }
-    }
-
-  private:
-    void set(T* to, int64_t stride, const T* given, const T* initial, int64_t width, const int64_t* places) {
-        for (int64_t r = 0; r < f.rows; ++r)
-            pad(to + r * stride, stride, given ? given + (places ? places[r] : r) * width : initial, 1, width);
     }
 };
 
@@ -367,8 +372,11 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     std::vector<std::atomic<int64_t>> done(size_t(depth) * groups);
     // Where the states of a group's rows are: at their places, or contiguous in the caller's arrays.
     const auto places_of = [&](int group) { return in.places ? in.places + B * group / groups : nullptr; };
-    const auto state_of = [&](auto* all, int group, int64_t width) {
-        return all && !in.places ? all + B * group / groups * width : all;
+    const auto states_of = [&](auto* const* all, int l, int group) {
+        std::array<std::decay_t<decltype(*all)>, kStates> own{};
+        for (int s = 0; s < kStates; ++s)
+            own[s] = all[s] && !in.places ? all[s] + B * group / groups * description(l).width(s) : all[s];
+        return own;
     };
 
     const auto open_layer = [&](Runner<T>& runner, int l, int group) {
@@ -386,19 +394,18 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         f.x = (l ? y[l - 1] : in.x) + first * f.x_row;
         f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
         f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(y[l], f.y_row);
-        f.gates = at(layer.gates, steps * d.planes() * H), f.cells = at(layer.cells, steps * H);
+        f.gates = at(layer.gates, steps * d.planes() * H);
+        for (int s = 0; s < d.inner_states(); ++s) f.states[s] = at(layer.states[s], steps * H);
         f.norms = at(layer.norms, steps * d.norm_size());
         f.recurrent_dropout = at(layer.drops.recurrent, P);
         f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
         f.patches = layer.patches;
-        f.patches.lines = at(layer.patches.lines, steps * kTargets);
+        f.patches.lines = at(layer.patches.lines, steps * d.targets());
         f.patches.held = at(layer.patches.held, d.planes() * H);
-        runner.start(state_of(layer.h0, group, P), state_of(layer.c0, group, H), places_of(group));
+        runner.start(states_of(layer.before, l, group).data(), places_of(group));
     };
     const auto close_layer = [&](const Runner<T>& runner, int l, int group) {
-        const Layer<T>& layer = layers[l];
-        const Description& d = description(l);
-        runner.end(state_of(layer.hn, group, d.output), state_of(layer.cn, group, d.units), places_of(group));
+        runner.end(states_of(layers[l].after, l, group).data(), places_of(group));
     };
     if (cut.shares > 1) {
         std::vector<Runner<T>> runners(size_t(depth) * groups);
@@ -454,7 +461,7 @@ struct Stream<T>::Impl {
     int threads, groups;             // threads divide the rows into groups, each with separate runners
     std::vector<Runner<T>> runners;  // [groups][layers]
     std::vector<T*> between;         // [groups][layers], y of a layer: two chunks alternately, each [rows, chunk, P]
-    std::vector<T*> before;          // [groups][layers], h and c as saved by `keep`
+    std::vector<T*> before;          // [groups][layers], states as saved by `keep`
     std::unique_ptr<Scratch<T>> memory;
 
     int64_t first_row(int group) const { return batch * group / groups; }
@@ -513,19 +520,24 @@ struct Stream<T>::Impl {
         for (Runner<T>& runner : runners) runner.settle(steps);
     }
 
-    static int64_t state_size(const Runner<T>& runner) {
-        const Forward<T>& f = runner.f;
-        return f.rows * ((f.h ? runner.h_stride() : 0) + (f.c ? runner.c_stride() : 0));
+    // The states of a group's rows in the caller's arrays.
+    template <class P>
+    std::array<P, kStates> rows_of(P const* states, int layer, int group) const {
+        const Description& d = weights[layer]->description();
+        std::array<P, kStates> own{};
+        for (int s = 0; s < d.kind->states; ++s) own[s] = states[s] + first_row(group) * d.width(s);
+        return own;
     }
-    // Copies h and c of every layer to `before`, or back.
+    // Copies the states of every layer to `before`, or back.
     void copy_states(bool back) {
         for (size_t k = 0; k < before.size(); ++k) {
-            const Forward<T>& f = runners[k].f;
-            const int64_t h = f.h ? f.rows * runners[k].h_stride() : 0, c = state_size(runners[k]) - h;
-            const auto copy = [&](T* state, T* kept, int64_t count) {
-                if (count) memcpy(back ? state : kept, back ? kept : state, size_t(count) * sizeof(T));
-            };
-            copy(f.h, before[k], h), copy(f.c, before[k] + h, c);
+            T* kept = before[k];
+            for (int s = 0; s < runners[k].f.w.d->kind->states; ++s) {
+                const int64_t count = runners[k].f.rows * runners[k].stride(s);
+                T* state = runners[k].state(s);
+                memcpy(back ? state : kept, back ? kept : state, size_t(count) * sizeof(T));
+                kept += count;
+            }
         }
     }
 };
@@ -545,7 +557,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
     int64_t count = 0;
     for (const Weights<T>* w : weights) {
         const typename Runner<T>::Sizes sizes(*w, most_rows, s.chunk, false, false);
-        count += s.groups * (sizes.sum(s.shares()) + Parts<T>::size(kept(w)) + Parts<T>::size(sizes.h + sizes.c));
+        count += s.groups * (sizes.sum(s.shares()) + Parts<T>::size(kept(w)) + Parts<T>::size(sizes.h + sizes.inner));
     }
     s.memory.reset(new Scratch<T>(count));
     std::fill(s.memory->get(), s.memory->get() + count, T(0));
@@ -557,7 +569,8 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
             const int64_t rows = s.first_row(group + 1) - s.first_row(group);
             s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, s.shares(), false, false, parts);
             s.between.push_back(parts.take(kept(s.weights[l])));
-            s.before.push_back(parts.take(Impl::state_size(s.runners[s.place(group, int(l))])));
+            const typename Runner<T>::Sizes sizes(*s.weights[l], rows, s.chunk, false, false);
+            s.before.push_back(parts.take(sizes.h + sizes.inner));
         }
     reset();
 }
@@ -593,7 +606,7 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
 
 template <class T>
 void Stream<T>::reset() {
-    for (Runner<T>& runner : impl_->runners) runner.start(nullptr, nullptr);
+    for (Runner<T>& runner : impl_->runners) runner.start(nullptr);
 }
 template <class T>
 void Stream<T>::keep() {
@@ -604,22 +617,14 @@ void Stream<T>::undo() {
     impl_->copy_states(true);
 }
 template <class T>
-void Stream<T>::get_state(int layer, T* h, T* c) const {
-    const Impl& s = *impl_;
-    const Description& d = s.weights[layer]->description();
-    for (int group = 0; group < s.groups; ++group) {
-        const int64_t row = s.first_row(group);
-        s.runners[s.place(group, layer)].end(h + row * d.output, c ? c + row * d.units : nullptr);
-    }
+void Stream<T>::get_state(int layer, T* const* states) const {
+    for (int group = 0; group < impl_->groups; ++group)
+        impl_->runners[impl_->place(group, layer)].end(impl_->rows_of(states, layer, group).data());
 }
 template <class T>
-void Stream<T>::set_state(int layer, const T* h, const T* c) {
-    Impl& s = *impl_;
-    const Description& d = s.weights[layer]->description();
-    for (int group = 0; group < s.groups; ++group) {
-        const int64_t row = s.first_row(group);
-        s.runners[s.place(group, layer)].start(h + row * d.output, c ? c + row * d.units : nullptr);
-    }
+void Stream<T>::set_state(int layer, const T* const* states) {
+    for (int group = 0; group < impl_->groups; ++group)
+        impl_->runners[impl_->place(group, layer)].start(impl_->rows_of(states, layer, group).data());
 }
 template <class T>
 int64_t Stream<T>::batch() const {

@@ -23,13 +23,8 @@ class Gradients(NamedTuple):
     arrays: dict[str, Any]
 
 
-def pair(state):
-    """Return h and c of a state; None for an absent one."""
-    return (None, None) if state is None else (*state, None)[:2]
-
-
 def layer(weights, state, drop, **results):
-    return native.Layer(weights, *pair(state), **results, **dict(zip(DROPS, drop, strict=True)))
+    return native.Layer(weights, state, **results, **dict(zip(DROPS, drop, strict=True)))
 
 
 DROPS = ("recurrent_dropout", "zoneout", "zoneout_cell")
@@ -54,17 +49,13 @@ def forward_stack(
     layers, outs = [], []
     for n, ((spec, arrays), state) in enumerate(zip(cells, states, strict=True)):
         drop = drops[n] if drops else (None, None, None)
-        unwanted = () if save else ("gates", "cells", "norms")
-        results = {
-            name: np.full(shape, np.nan, x.dtype)
-            for name, shape in native.results(spec, batch, steps).items()
-            if name not in unwanted
-        }
+        names = ("after", "y", "gates", "states", "norms") if save else ("after", "y")
+        results = native.results(spec, batch, steps, lambda shape: np.full(shape, np.nan, x.dtype), names)
         layers.append(layer(native.weights(spec, arrays, element, copy), state, drop, **results))
         case = {"spec": spec, "x": x, "state": state, "drop": drop, "mask": mask, "reset": reset, "reverse": reverse}
-        end = tuple(results[name] for name in ("hn", "cn") if name in results)
         norms = {"norms": results.get("norms")}
-        outs.append(Out(results["y"], end, results.get("gates"), results.get("cells"), {**case, **norms}))
+        cells_c = next(iter(results.get("states", ())), None)
+        outs.append(Out(results["y"], results["after"], results.get("gates"), cells_c, {**case, **norms}))
     native.forward(native.sequences(x, mask, reset, reverse), layers, threads)
     return outs
 
@@ -95,21 +86,23 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=No
     for n, ((spec, arrays), out, given) in enumerate(zip(cells, outs, gradients, strict=True)):
         names = None if wanted is None else wanted[n]
         want = lambda name, array, names=names: array if names is None or name in names else None  # noqa: E731
-        kept = {"y": out.y, "gates": out.gates, "cells": out.cells, "norms": out.case["norms"]}
+        kept = {"y": out.y, "gates": out.gates, "states": (out.cells,), "norms": out.case["norms"]}
         state = out.case["state"]
         layers.append(layer(native.weights(spec, arrays, element, False), state, out.case["drop"], **kept))
         start = () if state is None else tuple(map(new, state))
         found = Gradients(new(x), start, {name: new(array) for name, array in arrays.items()})
         results.append(found)
-        dhn, dcn = pair(given.get("dstate"))
-        dh0, dc0 = pair(start or None)
         asked.append(
             native.Gradients(
-                given.get("dy"), dhn, dcn, given.get("dgates"), given.get("dcells"),
-                want("x", found.x) if n == 0 else None, want("h0", dh0), want("c0", dc0),
+                given.get("dy"),
+                given.get("dstate"),
+                given.get("dgates"),
+                (given.get("dcells"),),
+                want("x", found.x) if n == 0 else None,
+                [want(f"{name}0", array) for name, array in zip(spec.state_sizes, start, strict=False)],
                 native.in_order({name: want(name, array) for name, array in found.arrays.items()}),
             )
-        )  # fmt: skip
+        )
     native.backward(native.sequences(x, case["mask"], case["reset"], case["reverse"]), layers, asked, threads)
     return results
 

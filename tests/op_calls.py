@@ -77,7 +77,7 @@ def stack(seed, kind=None, largest=6):
 
 def fused(g, sequences=True, save=True):
     """Run the op on its fast path."""
-    return op.run(*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save)
+    return op.run(op.Call(*g[:6], [op.CellCall(spec) for spec in g.specs], g.reverse, sequences, save))
 
 
 def loop(g, sequences=True, save=True):
@@ -87,17 +87,17 @@ def loop(g, sequences=True, save=True):
 
 
 def split(g, out):
-    """Split the results of a run with save into states (tuples), ys, gates and cells, a list of layers each."""
-    left = iter(out)
-    states = [tuple(islice(left, len(spec.state_sizes))) for spec in g.specs]
-    return states, *(list(islice(left, len(g.specs))) for _ in range(3))
+    """Split the results of a run with save into states (tuples), ys, gates and the other states at every step."""
+    states, saved = op.by_layer(g.specs, out)
+    return states, *(list(of) for of in list(zip(*saved, strict=True))[:3])
 
 
 def differentiable(g, out):
     """Return the differentiable results of a run with save: all except norms and the product in a GRU's gates."""
-    states, ys, gates, cells = split(g, out)
+    states, ys, gates, inner = split(g, out)
     gates = [t[:, :, : len(GATES[spec.kind])] for spec, t in zip(g.specs, gates, strict=True)]
-    return [t for t in (*(part for state in states for part in state), *ys, *gates, *cells) if t.requires_grad]
+    flat = [*(part for of in states for part in of), *ys, *gates, *(part for of in inner for part in of)]
+    return [t for t in flat if t.requires_grad]
 
 
 def numbers(t):

@@ -1,19 +1,21 @@
 """The bindings of kernel/bind.cpp. The caller checks shapes and dtypes. Strides count numbers, not bytes.
 
-An array may also be given as an address (0: absent) or None.
+An array may also be given as an address (0: absent) or None; a sequence of them has an entry for each of some states.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Array = NDArray[Any] | int | None
+_States = Sequence[_Array] | None
 
 class Description:
     def __init__(
         self,
-        kind: int,
+        kind: str,
         input_size: int,
         units: int,
         output_size: int,
@@ -58,13 +60,11 @@ class Layer:
     def __init__(
         self,
         weights: Weights,
-        h0: _Array = None,
-        c0: _Array = None,
-        hn: _Array = None,
-        cn: _Array = None,
+        before: _States = None,
+        after: _States = None,
         y: _Array = None,
         gates: _Array = None,
-        cells: _Array = None,
+        states: _States = None,
         norms: _Array = None,
         recurrent_dropout: _Array = None,
         zoneout: _Array = None,
@@ -79,13 +79,11 @@ class Gradients:
     def __init__(
         self,
         dy: _Array = None,
-        dhn: _Array = None,
-        dcn: _Array = None,
+        dafter: _States = None,
         dgates: _Array = None,
-        dcells: _Array = None,
+        dstates: _States = None,
         dx: _Array = None,
-        dh0: _Array = None,
-        dc0: _Array = None,
+        dbefore: _States = None,
         arrays: tuple[_Array, ...] | None = None,
     ) -> None: ...
 
@@ -96,7 +94,7 @@ class StreamSingle:
     def keep(self) -> None: ...
     def undo(self) -> None: ...
     def get_state(self) -> list[tuple[NDArray[Any], ...]]: ...
-    def set_state(self, layer: int, h: NDArray[Any], c: NDArray[Any] | None = None) -> None: ...
+    def set_state(self, layer: int, states: Sequence[NDArray[Any]]) -> None: ...
 
 class StreamDouble(StreamSingle): ...
 
@@ -109,18 +107,18 @@ class StackDouble(StackSingle): ...
 
 Stack = StackSingle | StackDouble  # for annotations
 
-class Turn:
+class Lock:
     def __enter__(self) -> tuple[int, bool] | None: ...
     def __exit__(self, *raised: Any) -> None: ...
 
-class Free:
+class FreeSlot:
     def __enter__(self) -> int | None: ...
     def __exit__(self, *raised: Any) -> None: ...
 
-class Turns:
-    def __init__(self, rows: int) -> None: ...
-    def free(self, open: NDArray[np.bool_]) -> Free: ...
-    def turn(self, rows: NDArray[np.int64] | None = None) -> Turn: ...
+class SlotLocks:
+    def __init__(self, slots: int) -> None: ...
+    def free(self, open: NDArray[np.bool_]) -> FreeSlot: ...
+    def lock(self, slots: NDArray[np.int64] | None = None) -> Lock: ...
 
 def isas() -> list[str]: ...
 def isa() -> str: ...

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.nodes.base import Array, CellState
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import STATES, HiddenState, ShapeError, State, as_nested, check_mask, check_state
 
 

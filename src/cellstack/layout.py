@@ -59,7 +59,7 @@ def from_rows(
     """Convert arrays with gates as rows, `[G·H, I]`, `[G·H, P]` and biases `[G·H]`, to our layout.
 
     Args:
-        kind: "lstm", "gru" or "rnn".
+        kind: a kind that the other format has too.
         weight: `[G·H, I]`, the kernel.
         recurrent: `[G·H, P]`, the recurrent kernel.
         biases: each `[G·H]`; empty if the cell has no bias. They are added, except for a GRU with `reset_after`, which
@@ -76,7 +76,7 @@ def from_rows(
     """
     ours, bias = OURS[kind], None
     if biases:
-        two = reset_after and "reset_after" in KINDS[kind].flags
+        two = reset_after and "reset_after" in KINDS[kind].settings
         together = np.stack(biases) if two else sum(biases[1:], start=biases[0])
         bias = reorder(together, order, ours)
     return CellArrays(reorder(weight, order, ours, axis=0).T, reorder(recurrent, order, ours, axis=0).T, bias)
@@ -86,7 +86,7 @@ def to_rows(kind: str, arrays: CellArrays, order: str) -> tuple[Array, Array, Ar
     """Convert arrays from our layout to gates as rows: the inverse of `from_rows`, except that biases stay added.
 
     Args:
-        kind: "lstm", "gru" or "rnn".
+        kind: a kind that the other format has too.
         arrays: in our layout.
         order: the order of the gate blocks in the result, a permutation of the kind's gates.
 
@@ -122,5 +122,5 @@ def from_cudnn(kind: str, kernel: Array, recurrent: Array, bias: Array) -> CellA
     turned = [block.reshape(block.shape[::-1]).T for block in np.split(kernel, gates, axis=1)]
     crossed = [block.T for block in np.split(recurrent, gates, axis=1)]
     biases = bias.reshape(2, -1)
-    together = biases if "reset_after" in KINDS[kind].flags else biases[0] + biases[1]
+    together = biases if "reset_after" in KINDS[kind].settings else biases[0] + biases[1]
     return CellArrays(np.concatenate(turned, axis=1), np.concatenate(crossed, axis=1), together)

@@ -1,9 +1,9 @@
 """Calls of the kernel: `forward(sequences, layers, threads)`, `backward(sequences, layers, gradients, threads)`.
 
 All arguments are named. `Sequences` is the input: `x [B, T, I]` with its strides, `mask` and `reset` `[B, T]`, and the
-indices `[B]` of the rows' states. A `Layer` is one layer of the stack: its weights, the state before and after (`h0`,
-`hn` `[B, P]`, `c0`, `cn` `[B, H]`), the values saved at every step (see `results`) and the dropout and zoneout masks of
-training. `Gradients` are those of one layer. `kernel/cell.h` documents each field, and what its absence means.
+indices `[B]` of the rows' states. A `Layer` is one layer of the stack: its weights, the states `before` and `after` (an
+array for each of `spec.state_sizes`), the values saved at every step (see `results`), and the dropout and zoneout masks
+of training. `Gradients` are those of one layer. `kernel/cell.h` documents each field, and what its absence means.
 
 An array argument is a NumPy array, which the object keeps alive, or an address (0: absent), or None. `Layer`,
 `Gradients` and `Sequences` refuse an array that isn't contiguous and aligned; `plain` makes it so. The other functions
@@ -13,7 +13,7 @@ here take any strides and any alignment.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +26,7 @@ from cellstack._kernel import (
     Gradients,
     Layer,
     Sequences,
-    Turns,
+    SlotLocks,
     backward,
     forward,
     isa,
@@ -35,14 +35,14 @@ from cellstack._kernel import (
     stream,
 )
 from cellstack._kernel import weights as weights_at
-from cellstack.spec import ACTIVATIONS, ARRAYS, GATES, Activation, CellSpec
+from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec
 
 __all__ = [
     "THREAD_WORK",
     "Gradients",
     "Layer",
     "Sequences",
-    "Turns",
+    "SlotLocks",
     "backward",
     "forward",
     "isa",
@@ -60,11 +60,11 @@ ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
     """Convert `spec` to the kernel's description.
 
-    With `rows` the cell's arrays and their gradients are in PyTorch's layout: matrices are transposed, and the order of
-    a GRU's gates is r z g. A forward pass then requires packed weights.
+    With `rows` the cell's arrays and their gradients are in PyTorch's layout: matrices are transposed, and the gates
+    have PyTorch's order. A forward pass then requires packed weights.
     """
     return _kernel.Description(
-        tuple(GATES).index(spec.kind),
+        spec.kind,
         spec.input_size,
         spec.units,
         spec.output_size,
@@ -129,7 +129,7 @@ def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activatio
     width, units = kernel.shape
     code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
     flags = (bias is not None, False, False, False, False, 0.0, math.inf, math.inf, 0.0, 0.0)
-    what = _kernel.Description(len(GATES), width, units, units, [code], *flags)
+    what = _kernel.Description("dense", width, units, units, [code], *flags)
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, kernel.dtype.name, in_order(arrays))
 
@@ -150,16 +150,30 @@ def sequences(
     return Sequences(len(x), x.shape[1], x, stride_batch // item, stride_time // item, mask, reset, reverse)
 
 
-def results(spec: CellSpec, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the results that a layer of this kind can write, by their names in `Layer`.
+def results(
+    spec: CellSpec,
+    batch: int,
+    steps: int,
+    new: Callable[[tuple[int, ...]], Any] = tuple,
+    names: Collection[str] = ("after", "y", "gates", "states", "norms"),
+) -> dict[str, Any]:
+    """Return `new(shape)` for each result that a layer of this kind can write, by their names in `Layer`.
 
-    `hn`, `cn`: the state after the last step. At every step: `y`, which is h; `gates`, after their activations;
-    `cells`, which is c; `norms`, what the backward pass of layer normalisation needs.
+    `after`: a tuple of the states after the last step. At every step: `y`, which is h; `gates`, after their
+    activations; `states`, a tuple of the states other than h; `norms`, what the backward pass of layer normalisation
+    needs, absent without it.
     """
-    every = {"hn": (batch, spec.output_size), "y": (batch, steps, spec.output_size)}
-    every["gates"] = (batch, steps, spec.planes, spec.units)
-    if "c" in spec.state_sizes:
-        every |= {"cn": (batch, spec.units), "cells": (batch, steps, spec.units)}
+    sizes = tuple(spec.state_sizes.values())
+    shapes: dict[str, tuple[Any, ...]] = {
+        "after": tuple((batch, size) for size in sizes),
+        "y": (batch, steps, spec.output_size),
+        "gates": (batch, steps, spec.planes, spec.units),
+        "states": tuple((batch, steps, size) for size in sizes[1:]),
+    }
     if spec.norm_size:
-        every["norms"] = (batch, steps, spec.norm_size)
-    return every
+        shapes["norms"] = (batch, steps, spec.norm_size)
+    return {
+        name: tuple(map(new, shape)) if name in ("after", "states") else new(shape)
+        for name, shape in shapes.items()
+        if name in names
+    }

@@ -9,7 +9,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells import KINDS, Kind
+from cellstack.cells.arguments import Argument, documented
 from cellstack.cells.base import HiddenState as HiddenState
 from cellstack.cells.base import State as State
 from cellstack.cells.base import usual_shapes
@@ -39,8 +40,7 @@ ARRAYS = (
     "recurrent_gain",
     "cell_gain",
     "cell_bias",
-    "initial_h",
-    "initial_c",
+    *dict.fromkeys(f"initial_{name}" for kind in KINDS.values() for name in kind.state._fields),
 )
 """Every array that a cell may have, in the order used for listing, passing and saving; see `CellSpec.shapes`."""
 
@@ -166,22 +166,9 @@ class CellSpec:
         activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`.
         recurrent_activation: activation of the other gates.
         use_bias: whether the pre-activations have a bias.
-        kind: "lstm", "gru" or "rnn".
+        kind: the kind of cell, a name in `cellstack.cells.KINDS`: "lstm", "gru", "rnn" …
         gate_activations: activations of single gates, such as `{"o": "hard_sigmoid"}`; the key of an LSTM's c is
             "cell".
-        peepholes: an LSTM's gates i and f also depend on c before the step, o on c after it.
-        coupled: an LSTM's forget gate is 1 - i, and has no weights.
-        proj_size: width P to which an LSTM's output is projected; h is then `[B, P]`. 0: no projection.
-        layer_norm: normalise the product with x, the product with h, and an LSTM's c before the output gate.
-        norm_epsilon: what layer normalisation adds to a variance.
-        clip: clip pre-activations to ±clip. None: no clipping.
-        cell_clip: clip an LSTM's c to ±cell_clip. None: no clipping.
-        zoneout, zoneout_cell: in training, the probability that a unit of h, or of an LSTM's c, keeps its previous
-            value in a step; in inference, the weight of the previous value. In [0, 1).
-        reset_after: apply a GRU's reset gate after the recurrent product (the default of Keras, PyTorch and cuDNN);
-            False: to h before it.
-        learn_initial_state: the initial state is a parameter instead of zeros. It is used where no state is given,
-            and after a reset.
 
     Raises:
         ShapeError: a width below 1, or a projection that isn't narrower than the units.
@@ -227,30 +214,18 @@ class CellSpec:
         for name in ("input_size", "units"):
             if getattr(self, name) < 1:
                 raise ShapeError(f"CellSpec: expected {name} >= 1, got {getattr(self, name)}")
-        for name in ("clip", "cell_clip", "norm_epsilon"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"CellSpec: expected {name} above 0 and finite, got {value!r}")
-        for name in ("zoneout", "zoneout_cell"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"CellSpec: expected {name} in [0, 1), got {value!r}: at 1 the state never changes")
         if not (self.proj_size == 0 or 1 <= self.proj_size < self.units):
             raise ShapeError(
                 f"CellSpec: expected proj_size from 1 to below units={self.units}, or 0, got {self.proj_size}"
             )
-        usual = _usual_values(self)
-        for kind in KINDS.values():
-            for name in kind.flags:
-                if name not in self.of_kind.flags and getattr(self, name) != usual[name]:
-                    raise ValueError(f"CellSpec: {name} is valid with kind={kind.name!r} only, not with {self.kind!r}")
-        if (
-            set(self.of_kind.gates.values()) == {"candidate"}
-            and self.recurrent_activation != usual["recurrent_activation"]
-        ):
-            raise ValueError(
-                f"CellSpec: recurrent_activation isn't valid with kind={self.kind!r}, which only has the gate g"
-            )
+        settings = self.of_kind.settings
+        for field in fields(self)[1:]:
+            name, value = field.name, getattr(self, field.name)
+            if name in settings:
+                settings[name].check("CellSpec", value)
+            elif name != "kind" and value != field.default:
+                kinds = " or ".join(repr(kind.name) for kind in KINDS.values() if name in kind.settings)
+                raise ValueError(f"CellSpec: {name} is valid with kind={kinds} only, not with {self.kind!r}")
         if self.layer_norm and not self.reset_after:
             raise ValueError(
                 "CellSpec: expected reset_after=True with layer_norm: the two products are normalised separately"
@@ -274,9 +249,7 @@ class CellSpec:
         object.__setattr__(self, "gate_activations", kept)
 
     def _usual(self, slot: str) -> str:
-        kind = self.of_kind
-        candidate = slot in kind.outputs or kind.gates[slot] == "candidate"
-        return self.activation if candidate else self.recurrent_activation
+        return getattr(self, self.of_kind.activation(slot))
 
     @property
     def of_kind(self) -> Kind:
@@ -307,8 +280,7 @@ class CellSpec:
     @cached_property
     def state_sizes(self) -> dict[str, int]:
         """Width of each array of the state, by name: h, and c for an LSTM."""
-        sizes = {"h": self.output_size, "c": self.units}
-        return {name: sizes[name] for name in STATES[self.kind]._fields}
+        return {name: self.output_size if name == "h" else self.units for name in STATES[self.kind]._fields}
 
     @cached_property
     def planes(self) -> int:
@@ -359,6 +331,19 @@ class CellSpec:
     def text(self) -> str:
         """The description as one line of JSON, which `described` parses."""
         return json.dumps(self.settings)
+
+
+def _flags() -> Iterator[Argument]:
+    """Yield the fields of `CellSpec` after `gate_activations`, from the declarations of the kinds that have them."""
+    names = [field.name for field in fields(CellSpec)]
+    for name in names[names.index("gate_activations") + 1 :]:
+        kinds = [kind for kind in KINDS.values() if name in kind.settings]
+        flag = kinds[0].settings[name]
+        only = "" if len(kinds) == len(KINDS) else f"{' and '.join(kind.title for kind in kinds)} only: "
+        yield flag._replace(text=only + flag.text)
+
+
+CellSpec.__doc__ = documented(CellSpec.__doc__, _flags())
 
 
 def check_installed(owner: str, package: str, extra: str) -> None:

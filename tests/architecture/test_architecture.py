@@ -33,17 +33,16 @@ BELOW = {
     "nodes": {"cells", "spec", "bfloat16", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
-    "network": {"spec", "native", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
+    "network": {"spec", "bfloat16", "native", "nodes", "graph", "arguments"},
+    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
-    "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
-    "layers": {"spec", "views", "native"},
+    "inspect": {"cells", "spec", "views", "reference", "native", "nodes", "graph", "arguments", "network", "formats"},
+    "layers": {"cells", "spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
-    "keras": {"spec", "layers"},
-    "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
+    "keras": {"cells", "spec", "layers"},
+    "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
-    "cli": {"spec", "nodes", "network", "formats", "train", "bench", ""},
+    "cli": {"spec", "nodes", "network", "formats", "train", ""},
     "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
@@ -55,7 +54,7 @@ ON_CALL = {
     ("network", "formats"),
     ("network", "inspect"),
     ("network", "train"),
-    ("inspect", "layers"),
+    ("inspect", "train"),
 }
 
 # Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.
@@ -75,11 +74,8 @@ BELOW_FORMATS = {
     "safetensors": {"files", "safetensors_weights"},
     "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
-    "in_memory": {"runtimes"},
-    "verify": {"files", "in_memory", "runtimes"},
-    "exported": set(),
-    "sizes": set(),
-    "compiled": {"build", "exported", "onnx", "pytorch", "runtimes", "sizes"},
+    "verify": {"files", "runtimes"},
+    "compiled": {"build", "onnx", "pytorch", "runtimes"},
 }
 
 # Which packages outside the standard library each part may import; torch only in the parts that are about it.
@@ -93,10 +89,10 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
 ON_CALL_ALSO = {
-    "bench": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
     "cli": {"matplotlib", "shtab", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},

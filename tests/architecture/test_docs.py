@@ -13,6 +13,7 @@ import torch
 from cellstack import layers
 from cellstack.cli import main as cli
 from cellstack.formats import safetensors
+from cellstack.network.description import VERSION
 from cellstack.nodes import NODES
 from cellstack.spec import ACTIVATIONS, ShapeError
 
@@ -183,6 +184,10 @@ def test_the_map_has_every_file_and_no_other():
             mapped |= {folder + name for name in re.findall(r"`([^`]+)`", row[1])}
     found = [*(ROOT / "kernel").glob("*.*"), *(ROOT / "src" / "cellstack").rglob("*.py*")]
     found += (ROOT / "src" / "cellstack").rglob("*.js")
+    found += [
+        *(ROOT / "benchmarks" / "cellstack_bench").glob("*.py"),
+        *(ROOT / "examples" / "cellstack_demo").glob("*.py"),
+    ]
     assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"}
 
 
@@ -198,7 +203,7 @@ def test_the_format_page_knows_every_node_and_the_version():
     text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     table = text[text.index("| `type` |") :].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[1:] == list(NODES)
-    assert f"| `version` | integer | {safetensors.VERSION} |" in text
+    assert f"| `version` | integer | {VERSION} |" in text
     assert f"{safetensors.MAX_DESCRIPTION >> 20} MiB" in text
 
 

@@ -18,7 +18,7 @@ import torch
 from cellstack import GlobalPool, Network, load
 from cellstack.cli import main as cli
 
-DATA = files("cellstack") / "data"
+DATA = files("cellstack_demo") / "data"
 VOWELS, VOWELS_TEST, CO2 = (
     str(DATA / name) for name in ("JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts", "co2.csv")
 )
@@ -583,7 +583,7 @@ def test_the_network_is_saved_elsewhere_on_a_full_disk(capsys, tmp_path, monkeyp
 
 
 def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
-    from cellstack.train import demo
+    from cellstack_demo import demo
 
     def fails(command, **options):
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: no such thing\n")

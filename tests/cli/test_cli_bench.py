@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellstack.bench import engines, machine, picture, surface, turns
-from cellstack.bench.surface import Shape
-from cellstack.cli import bench as verb
 from cellstack.cli import main as cli
 from cellstack.network import processors
+from cellstack_bench import command as verb
+from cellstack_bench import engines, machine, picture, surface, turns
+from cellstack_bench.surface import Shape
 
 LIMITS = {"gflops_core": None, "gflops_threads": None, "threads": 1, "reading": [], "caches": {}}
 TINY = ("--units", "5", "--batch", "1,3", "--steps", "4")

@@ -9,7 +9,7 @@ import pytest
 from cellstack.cli import main as cli
 from cellstack.cli.train import _duration, _expected_text
 
-DATA = files("cellstack") / "data"
+DATA = files("cellstack_demo") / "data"
 VOWELS, CO2 = str(DATA / "JapaneseVowels_TRAIN.ts"), str(DATA / "co2.csv")
 QUICK = ["--threads", "1", "--quiet"]
 

@@ -2,6 +2,7 @@
 
 import json
 import wave
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_invalid_characters_in_the_metadata(run, saved, tmp_path, characters):
 
 
 def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatch):
-    data = Path(cli.cellstack.__file__).parent / "data"
+    data = files("cellstack_demo") / "data"
     words = ["train", data / "JapaneseVowels_TRAIN.ts", "--epochs", 1, "--units", 6, "--quiet", "-o", "vowels"]
     monkeypatch.chdir(tmp_path)
     assert cli.main(list(map(str, words))) == 0

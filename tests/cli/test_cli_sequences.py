@@ -17,8 +17,8 @@ from cellstack import load
 from cellstack.cli import main as cli
 from cellstack.train import history
 
-VOWELS = str(files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts")
-CO2 = str(files("cellstack") / "data" / "co2.csv")
+VOWELS = str(files("cellstack_demo") / "data" / "JapaneseVowels_TRAIN.ts")
+CO2 = str(files("cellstack_demo") / "data" / "co2.csv")
 SMALL = ["--units", "4", "--epochs", "2", "--threads", "1", "--quiet"]
 
 

@@ -15,7 +15,7 @@ from cellstack.nodes import Activation, Embedding
 from cellstack.train import generate
 
 LETTERS = "ab c\né"
-ALICE = files("cellstack") / "data" / "alice.txt"
+ALICE = files("cellstack_demo") / "data" / "alice.txt"
 SMALL = ["--units", 8, "--embedding", 5, "--steps", 16, "--batch", 4, "--epochs", 2, "--threads", 1]
 
 

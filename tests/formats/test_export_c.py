@@ -17,7 +17,7 @@ from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPo
 from cellstack.formats.c import export
 from cellstack.formats.verify import verify
 from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Scale
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wconversion", "-Wdouble-promotion", "-Wshadow"]
 REAL = {"float32": ctypes.c_float, "float64": ctypes.c_double}

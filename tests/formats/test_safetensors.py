@@ -23,7 +23,7 @@ from networks import fill, make_cell, make_network
 
 import cellstack as cs
 from cellstack.formats.files import replacing
-from cellstack.nodes.recurrent import CELL_FLAGS, CELL_WIDTHS
+from cellstack.nodes.cell import CELL_FLAGS, CELL_WIDTHS
 from cellstack.spec import ARRAYS, GATES
 
 CELL_KEYS = CELL_WIDTHS | CELL_FLAGS

@@ -40,7 +40,7 @@ from cellstack.nodes import (
     StepMask,
     Take,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 
 
 def floats(*shape, dtype="float32"):

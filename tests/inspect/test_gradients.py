@@ -11,18 +11,27 @@ from networks import fill, make_cell, make_graph, make_network
 import cellstack as cs
 from cellstack import Dense, Network, Patch, Recurrent, reference
 from cellstack.nodes import (
+    NODES,
     Activation,
     Clip,
+    Context,
     Conv1D,
     Embedding,
+    Flatten,
     GlobalPool,
     LayerNorm,
+    Magnitude,
     Masking,
     Merge,
+    Node,
+    PerFrame,
     Pool1D,
     Reduce,
+    Reshape,
+    Select,
+    Take,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import ACTIVATIONS
 
 STEP = 1e-6
@@ -119,6 +128,36 @@ def test_nodes_over_time():
     found = net.trace(x).gradient(0)["x"]
     assert not found[0, 2].any()
     assert found[0, 1].any()
+
+
+def test_nodes_of_signals():
+    rng = rng_of(12)
+    x = rng.normal(size=(2, 4, 6))
+    check(Network([Take((2, 0, 0, 5)), Magnitude(0.1), Dense(rng.normal(size=(2, 3)))], inputs={"x": (None, 6)}), x)
+    nodes = [Dense(rng.normal(size=(6, 6))), Magnitude(), Take((1, 0, 1, 2), axis=1)]
+    check(Network(nodes, inputs={"x": (4, 6)}), x, step=2, unit=1)
+    inner = (
+        Reshape((-1, 2)),
+        Conv1D(rng.normal(size=(2, 2, 3)), activation="tanh"),
+        Select(stop=2),
+        Select(start=-1, axis=2),
+        Merge("concat"),
+        Flatten(),
+        Merge("concat"),
+    )
+    frames = PerFrame((6,), inner, ((0,), (1,), (2,), (2,), (3, 4), (5,), (6, 0)))
+    check(Network([frames, Dense(rng.normal(size=(14, 2)))]), x, step=1, unit=1)
+    assert not np.isnan(
+        Network([Magnitude()], inputs={"x": (None, 2)}).trace(np.zeros((1, 2, 2))).gradient(0)["x"]
+    ).any()
+
+
+def test_every_node_has_a_gradient_or_says_why_not():
+    for node in NODES.values():
+        assert node.gradients is not Node.gradients, node
+    t = Network([Context(1)], inputs={"x": (None, 3)}).trace(np.ones((1, 4, 3)))
+    with pytest.raises(ValueError, match=r"gradient: layer_0 \(Context\): it depends on the resets of its input"):
+        t.gradient(0)
 
 
 @pytest.mark.parametrize("mode", ["concat", "add", "mul", "ave", "max", "min", "sub"])

@@ -40,7 +40,7 @@ from cellstack.nodes import (
     Standardise,
     Take,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES
 
 NEAR = (
@@ -776,7 +776,9 @@ def test_unsupported_parts_are_named_and_never_run(page):
         "network.nodes[1].arrays.gate = { shape: [2] }": "head: the array gate of dense isn't supported.",
         "network.nodes[0].cells[0].spec.kind = 'slstm'": "stack, cell 0: a cell of the kind slstm isn't supported.",
         "network.nodes[0].cells[1].spec.heads = 2": "stack, cell 1: the setting heads isn't supported.",
-        "network.nodes[0].cells[2].spec.activation = 'sin'": "stack, cell 2: the activation sin of g isn't supported.",
+        "network.nodes[0].cells[1].form.values.at(-1).operation = 'max'": "stack, cell 1: a cell of the kind gru isn't "
+        "supported.",
+        "network.nodes[0].cells[2].form.activations.g = 'sin'": "stack, cell 2: the activation sin of g isn't supported.",
         "delete network.nodes[0].cells[2].arrays.bias": "stack, cell 2: expected the array bias [4], got [].",
         "network.nodes[0].settings.stateful = true": "stack: the setting stateful of recurrent isn't supported.",
     }

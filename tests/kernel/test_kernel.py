@@ -192,7 +192,7 @@ def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
     spec, arrays, case, _ = make(21, 3, 40, 10, 35, **MEMBERS[member])
     whole = calls.forward(spec, arrays, **case)
     stream = _kernel.stream([native.weights(spec, arrays)], 3)
-    stream.set_state(0, *case["state"])
+    stream.set_state(0, case["state"])
     for t in range(10):
         np.testing.assert_array_equal(stream.step(np.ascontiguousarray(case["x"][:, t])), whole.y[:, t])
     np.testing.assert_array_equal(stream.run(np.ascontiguousarray(case["x"][:, 10:])), whole.y[:, 10:])
@@ -402,7 +402,7 @@ def test_a_call_accepts_only_arrays_that_the_kernel_can_read():
     weights, y = native.weights(spec, arrays), np.empty((2, 3, 5), np.float32)
     read_only = y.copy()
     read_only.flags.writeable = False
-    native.Layer(weights, h0=read_only[:, 0].copy(), y=y)
+    native.Layer(weights, before=[read_only[:, 0].copy()], y=y)
     unaligned = np.frombuffer(b"0" + y.tobytes(), np.uint8)[1:].view(np.float32).reshape(y.shape)
     for wrong in (read_only, y[:, ::2], np.asfortranarray(y), unaligned, y.astype(">f4"), y.tolist(), 1.0, -1):
         with pytest.raises(TypeError):
@@ -641,7 +641,7 @@ def test_threads_leave_every_bit_of_a_stream(isa, batch, steps, element):
                 np.testing.assert_array_equal(a, b)
         states = one.get_state()
         for layer, state in enumerate(states):
-            other.set_state(layer, *state)
+            other.set_state(layer, state)
 
 
 def to_bfloat16(array):
@@ -681,7 +681,7 @@ def test_a_step_in_bfloat16_is_a_step_with_rounded_numbers(isa, member, batch, w
     after = []
     for element, numbers, x in (("bfloat16", arrays, case["x"]), (None, near, to_bfloat16(case["x"]))):
         stream = _kernel.stream([native.weights(spec, numbers, element)], batch)
-        stream.set_state(0, *state)
+        stream.set_state(0, state)
         after.append((stream.run(x), *stream.get_state()[0]))
     for found, expected in zip(*after, strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -763,8 +763,8 @@ def test_states_may_be_rows_of_a_larger_array(isa, member, threads):
     for array, own in zip(states, case["state"], strict=True):
         array[places] = own
     before = tuple(array.copy() for array in states)
-    y, at = np.empty_like(expected.y), calls.pair(states)
-    layer = native.Layer(native.weights(spec, arrays), *at, *at, y=y)
+    y, at = np.empty_like(expected.y), states
+    layer = native.Layer(native.weights(spec, arrays), at, at, y=y)
     native.forward(native.Sequences(6, 5, case["x"], 5 * 9, 9, places=places), [layer], threads)
     np.testing.assert_array_equal(y, expected.y)
     others = np.setdiff1d(np.arange(12), places)
@@ -905,27 +905,27 @@ def test_a_stream_restores_its_snapshot():
 
 
 def test_rows_are_locked_by_one_call_at_a_time():
-    turns = native.Turns(4)
+    locks = native.SlotLocks(4)
     rows = np.array([2, 0])
-    with turns.turn(rows) as taken:
+    with locks.lock(rows) as taken:
         assert taken is None
-        with turns.turn(np.array([3, 0])) as other:
+        with locks.lock(np.array([3, 0])) as other:
             assert other == (1, False)
-        with turns.turn(np.array([1, 3, 1])) as twice:
+        with locks.lock(np.array([1, 3, 1])) as twice:
             assert twice == (2, True)
-        with turns.turn() as every:
+        with locks.lock() as every:
             assert every == (0, False)
-        with turns.turn(np.array([1, 3])) as others:
+        with locks.lock(np.array([1, 3])) as others:
             assert others is None
-    with turns.turn() as taken:
+    with locks.lock() as taken:
         assert taken is None
-    with pytest.raises(RuntimeError, match="as it came"), turns.turn(rows):
+    with pytest.raises(RuntimeError, match="as it came"), locks.lock(rows):
         raise RuntimeError("as it came")
-    with turns.turn(rows) as taken:
+    with locks.lock(rows) as taken:
         assert taken is None
     for wrong in (np.array([4]), np.array([-1])):
         with pytest.raises(IndexError):
-            turns.turn(wrong)
+            locks.lock(wrong)
     for wrong in ([1], np.array([1.0]), np.array([[1]]), np.arange(4)[::2]):
         with pytest.raises(TypeError):
-            turns.turn(wrong)
+            locks.lock(wrong)

@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
 import cellstack as cs
 from cellstack import _kernel
-from cellstack.layers import accelerated, eligibility, op
+from cellstack.layers import accelerated, eligibility, kernel_calls, op
 from cellstack.spec import CellSpec
 
 MODULES = [nn.LSTM, nn.GRU, nn.RNN]
@@ -232,9 +232,9 @@ def test_weights_are_packed_once_and_again_when_a_version_changes(kind, monkeypa
     theirs, ours = pair(kind, 3, 4)
     x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     packs = []
-    real = op._weights
+    real = kernel_calls._weights
     monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
-    monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
+    monkeypatch.setattr(kernel_calls, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     with torch.no_grad(), cs.packed_weights(nn.Sequential(ours)):
         for _ in range(3):
             same(ours(x), theirs(x), 1e-6)
@@ -309,8 +309,8 @@ def test_packed_weights_follow_memory_shared_with_a_tensor_or_process(runs):
 
 
 def test_weights_in_shared_memory_are_packed_at_each_call_and_others_once(monkeypatch):
-    packs, real = [], op._weights
-    monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
+    packs, real = [], kernel_calls._weights
+    monkeypatch.setattr(kernel_calls, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     own, shared = cs.accelerate(nn.LSTMCell(3, 4)), cs.accelerate(nn.LSTMCell(3, 4).share_memory())
     tied = cs.accelerate(nn.LSTMCell(3, 4))
     tied.weight_ih = own.weight_ih  # a parameter shared by two modules is one tensor
@@ -323,8 +323,8 @@ def test_weights_in_shared_memory_are_packed_at_each_call_and_others_once(monkey
 
 
 def test_an_optimizer_of_other_weights_keeps_packed_weights(monkeypatch):
-    packs, real = [], op._weights
-    monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
+    packs, real = [], kernel_calls._weights
+    monkeypatch.setattr(kernel_calls, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     ours, other = cs.accelerate(nn.LSTMCell(3, 4)), nn.Linear(3, 4)
     optimizer = torch.optim.Adam(other.parameters(), fused=True)
     other.weight.grad = torch.ones_like(other.weight)
@@ -1100,20 +1100,17 @@ CELLS_IN_ROWS = {
 def test_weights_in_pytorch_s_layout_give_the_same_bits(name, units, dtype, bias, isa):
     proj = (units + 1) // 2 if "projection" in name else 0
     spec = replace(CELLS_IN_ROWS[name], units=units, use_bias=bias, proj_size=proj)
-    form = op._form(op.with_torch_layout(spec.text))
+    plain, in_rows = op.CellCall(spec), op.CellCall(spec, torch_layout=True)
     torch.manual_seed(0)
-    rows = [torch.randn(shape, dtype=dtype) * 0.3 for shape in form.shapes]
-    columns = [array.contiguous() for array in op._in_columns(form, rows)]
+    rows = [torch.randn(shape, dtype=dtype) * 0.3 for shape in in_rows.shapes.values()]
+    columns = [array.contiguous() for array in kernel_calls.in_columns(in_rows, rows)]
     before = _kernel.isa()
     _kernel.set_isa(isa)
     try:
         found = [
-            results_and_gradients(spec, text, weights, time_major)
-            for text, weights, time_major in (
-                (form_text, weights, time_major)
-                for form_text, weights in ((spec.text, columns), (op.with_torch_layout(spec.text), rows))
-                for time_major in (False, True)
-            )
+            results_and_gradients(cell, weights, time_major)
+            for cell, weights in ((plain, columns), (in_rows, rows))
+            for time_major in (False, True)
         ]
     finally:
         _kernel.set_isa(before)
@@ -1129,22 +1126,21 @@ def test_weights_in_pytorch_s_layout_give_the_same_bits(name, units, dtype, bias
         if bias:
             assert name == "gru" or torch.equal(turned[2], turned[3])
             turned[2:4] = [torch.zeros_like(turned[2]), turned[3]] if name != "gru" else turned[2:4]
-        for a, b in zip(op._in_columns(form, turned), wanted, strict=True):
+        for a, b in zip(kernel_calls.in_columns(in_rows, turned), wanted, strict=True):
             assert torch.equal(a, b)
 
 
-def results_and_gradients(spec, text, weights, time_major):
+def results_and_gradients(cell, weights, time_major):
     """Return a call's results, y with the batch first, and the gradients of x, the state and the weights."""
     torch.manual_seed(1)
     dtype = weights[0].dtype
-    x = torch.randn(9, 3, spec.input_size, dtype=dtype).transpose(0, 1)
-    starts = [torch.randn(3, size, dtype=dtype) for size in spec.state_sizes.values()]
+    x = torch.randn(9, 3, cell.spec.input_size, dtype=dtype).transpose(0, 1)
+    starts = [torch.randn(3, size, dtype=dtype) for size in cell.sizes]
     mask = torch.rand(3, 9) < 0.8
     leaves = [t.clone().requires_grad_() for t in (x, *starts, *weights)]
     count = len(starts)
-    out = op.run(
-        leaves[0], leaves[1 : 1 + count], leaves[1 + count :], [], mask, None, [text], False, True, True, time_major
-    )
+    call = op.Call(leaves[0], leaves[1 : 1 + count], leaves[1 + count :], [], mask, None, [cell], save=True)
+    out = op.run(call._replace(time_major=time_major))
     results = [*out[:count], out[count].transpose(0, 1) if time_major else out[count], out[count + 1]]
     draws = torch.Generator().manual_seed(2)
     loss = sum((t * torch.randn(t.shape, generator=draws, dtype=dtype)).sum() for t in results)

@@ -167,12 +167,12 @@ CELLS["lstm, flags"] = CellSpec(WIDTH, 2, peepholes=True, layer_norm=True, zoneo
 def chained(spec, x, *weights):
     """Two calls on the same weights; the first one's state depends on x, the second one's on the first."""
     start, count = x[:, 0, :1].expand(BATCH, 2), len(spec.state_sizes)
-    options = list(weights), [], None, None, [spec.text], False, True, True
-    out = op.run(x, [start.tanh(), start][:count], *options)
-    states, (y, gates, cells) = out[:count], out[count : count + 3]
-    if count > 1:
-        states[1] = states[1] + cells[:, 0]
-    again = op.run(x + y, states, *options)
+    options = list(weights), [], None, None, [op.CellCall(spec)], False, True, True
+    out = op.run(op.Call(x, [start.tanh(), start][:count], *options))
+    (states,), ((y, gates, inner, _),) = op.by_layer([spec], out)
+    h, *others = states
+    states = [h, *(state + every[:, 0] for state, every in zip(others, inner, strict=True))]
+    again = op.run(op.Call(x + y, states, *options))
     return *again[:count], y * again[count], gates[:, :, :1]
 
 
@@ -204,7 +204,7 @@ def test_a_tensor_given_twice_gets_each_of_its_gradients_once(name):
     starts = [state] * 2 * len(spec.state_sizes)
 
     def run(x, state, *weights):
-        results = op.run(x, starts, [*weights] * 2, [], None, None, [spec.text] * 2, False, True, True)
+        results = op.run(op.Call(x, starts, [*weights] * 2, [], None, None, [op.CellCall(spec)] * 2, save=True))
         return results[: 2 * len(spec.state_sizes) + 2]
 
     loss = sum(part.square().sum() for part in run(x, state, *weights))
@@ -221,8 +221,8 @@ def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps, name):
     """The lower layer's results depend on no wanted input, but may be part of the loss."""
     spec = CELLS[name]
     lower, upper = [w.detach() for w in chain(spec)[1:]], chain(spec)[1:]
-    x, cells = torch.randn(BATCH, steps, 2).double(), [spec.text] * 2
-    out = op.run(x, [], [*lower, *upper], [], None, None, cells, False, True, True)
+    x, cells = torch.randn(BATCH, steps, 2).double(), [op.CellCall(spec)] * 2
+    out = op.run(op.Call(x, [], [*lower, *upper], [], None, None, cells, save=True))
     loss = sum(part.square().sum() for part in out if part.requires_grad)
     plain = torch.autograd.grad(loss, upper, retain_graph=True)
     for a, b in zip(torch.autograd.grad(loss, upper, create_graph=True, allow_unused=True), plain, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cellstack import layers
-from cellstack.layers import op
+from cellstack.layers import kernel_calls
 from cellstack.layers.memory import Reused
 
 LIKE = torch.empty(0)
@@ -106,7 +106,7 @@ def test_a_training_step_reuses_the_memory_of_the_previous_one():
     wanted = step().detach().clone()
     places = {step().data_ptr() for _ in range(6)}
     assert len(places) < 4  # y and cells share the memory
-    assert step().data_ptr() in {storage.data_ptr() for storage in op._results._storages}
+    assert step().data_ptr() in {storage.data_ptr() for storage in kernel_calls._results._storages}
     kept = [step() for _ in range(3)]  # results that the caller keeps aren't overwritten
     assert len({y.data_ptr() for y in kept}) == 3
     for y in kept:

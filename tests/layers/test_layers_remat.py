@@ -133,7 +133,7 @@ def test_second_derivatives():
 def test_opcheck_is_clean():
     cell = layers.LSTMCell(3, input_size=2, layer_norm=True)
     arrays = [array.detach().requires_grad_() for array in cell.arrays()]
-    given = torch.randn(2, 4, 2, requires_grad=True), [], arrays, [], None, None, [op.with_recomputed_gates(cell._text)]
+    given = torch.randn(2, 4, 2, requires_grad=True), [], arrays, [], None, None, [cell._call.recomputing.text]
     torch.library.opcheck(op.recurrent, (*given, False, True, True, 0, False))
 
 

@@ -9,7 +9,7 @@ from networks import make_cell
 
 from cellstack import Network
 from cellstack.nodes import Dense, GlobalPool, Merge, Recurrent, Select
-from cellstack.nodes.base import activation_function
+from cellstack.nodes.activations import activation_function
 from cellstack.spec import ACTIVATIONS, ShapeError
 
 LIMITS = {name: {"rtol": limit, "atol": limit} for name, limit in tolerances.KERNEL.items()}

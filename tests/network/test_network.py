@@ -28,7 +28,7 @@ from cellstack import (
     reference,
 )
 from cellstack.nodes import Merge, Scale
-from cellstack.nodes.recurrent import Recording
+from cellstack.nodes.recording import Recording
 from cellstack.spec import ARRAYS
 
 TOLERANCE = {"float32": tolerances.NETWORK, "float64": tolerances.REFERENCE_DOUBLE}

@@ -43,7 +43,7 @@ def chains(rng, dtype):
 def test_a_call_gives_the_bits_of_a_run(number, dtype, rng):
     _, nodes, whole = list(chains(rng, dtype))[number]
     net = Network(nodes)
-    assert (net._whole is not None) == whole
+    assert (net.calls.whole is not None) == whole
     for shape in ((1, 1, 3), (1, 70, 3), (4, 9, 3), (70, 5, 3), (0, 4, 3), (2, 0, 3)):
         x = rng.normal(size=shape)
         for given in (x.astype(dtype), x, x.astype(dtype)[:, ::-1], np.asfortranarray(x.astype(dtype)), x.tolist()):
@@ -67,7 +67,7 @@ def test_a_call_of_a_network_that_is_not_a_chain_uses_run(rng):
     )
     patched = Network([Recurrent(cells)]).edit(Patch("layer_0", gate="f", units=[1], value=0.5))
     for net in (graph, patched):
-        assert net._whole is None
+        assert net.calls.whole is None
         x = rng.normal(size=(2, 5, 3)).astype(np.float32)
         np.testing.assert_array_equal(net(x), net.run(x)[0])
 

@@ -41,7 +41,7 @@ from cellstack.nodes import (
     StepMask,
     Take,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 
 
 @pytest.fixture

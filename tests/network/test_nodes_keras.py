@@ -27,7 +27,7 @@ from cellstack.nodes import (
     Scale,
     Select,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 
 L = keras.layers
 SEEDS = range(40)

@@ -1,13 +1,13 @@
 """Seasons found in real series, and none in noise."""
 
 import csv
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import cellstack
 from cellstack.train.forecasting import seasons
 
 AEON = Path(find_spec("aeon").origin).parent / "datasets/data"
@@ -18,7 +18,7 @@ def column(path, name):
         return np.array([float(row[name] or "nan") for row in csv.DictReader(file)])
 
 
-CO2 = column(Path(cellstack.__file__).parent / "data/co2.csv", "co2")
+CO2 = column(files("cellstack_demo") / "data/co2.csv", "co2")
 AIRLINE = column(AEON / "Airline/Airline.csv", "Passengers")
 SOLAR = column(AEON / "solar/solar.csv", "solar_gen")
 SCRIPTS = column(AEON / "PBS_dataset/PBS_dataset.csv", "Scripts")

@@ -24,11 +24,11 @@ from cellstack.train.forecasting.recipe import SMOOTHED
 from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.training import Build, calibrated, train_forecast
 from cellstack.train.forecasting.windows import Windows
-from cellstack.train.settings import RunOptions, Settings
+from cellstack.train.settings import FitOptions
 from cellstack.train.tables.table import date_unit, read_table
 
-QUICK = {"build": Build((8,), members=1, dropout=0.0), "settings": Settings(epochs=4, batch=64, lr=1e-2, patience=0)}
-ALONE = RunOptions(threads=1)
+FOUR_EPOCHS = FitOptions(epochs=4, batch=64, lr=1e-2, patience=0, threads=1)
+QUICK = {"build": Build((8,), members=1, dropout=0.0), "options": FOUR_EPOCHS, "baselines": False}
 YEARLY = Request(seasons=(12,))
 
 
@@ -41,14 +41,12 @@ def waves(rows=500, seed=0, noise=0.1, period=12):
 
 
 def trained(frame, request=YEARLY, ids=(), **over):
-    options = {**QUICK, "options": ALONE, "baselines": False, **over}
-    return train_forecast(read_table(frame, ids=ids), request, **options)
+    return train_forecast(read_table(frame, ids=ids), request, **{**QUICK, **over})
 
 
 @pytest.fixture(scope="module")
 def found():
-    settings = Settings(epochs=12, batch=64, lr=1e-2, patience=0)
-    return trained(waves(), build=Build((16,), members=2, dropout=0.0), settings=settings)
+    return trained(waves(), build=Build((16,), members=2, dropout=0.0), options=replace(FOUR_EPOCHS, epochs=12))
 
 
 def test_it_beats_every_rule_where_there_is_more_to_learn(found):
@@ -140,9 +138,9 @@ def test_inputs_known_in_advance_are_used():
     frame = waves(noise=0.02)
     frame["promotion"] = (rng.random(500) < 0.3).astype(float)
     frame["y"] += 5 * frame["promotion"]
-    settings = Settings(epochs=12, batch=64, lr=1e-2, patience=0)
-    with_known = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), settings=settings)
-    without_known = trained(frame, Request(("y",), seasons=(12,)), settings=settings)
+    options = replace(FOUR_EPOCHS, epochs=12)
+    with_known = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), options=options)
+    without_known = trained(frame, Request(("y",), seasons=(12,)), options=options)
     errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (with_known, without_known)]
     assert errors[0] < 0.7 * errors[1]
     ahead = frame.copy()
@@ -321,7 +319,7 @@ def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatc
     monkeypatch.setattr(training, "takes_long", lambda *_: on)
 
     def options(**more):
-        return RunOptions(checkpoint=tmp_path / "checkpoint", threads=1, **more)
+        return replace(FOUR_EPOCHS, checkpoint=tmp_path / "checkpoint", **more)
 
     build, frame = Build((8,), members=2, dropout=0.3), waves(300)
     learned, batches, last = cellstack.train.loop._Run.train, [], None
@@ -352,9 +350,9 @@ def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatc
 
 
 def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys):
-    build, settings = Build((8,), members=2, dropout=0.0), Settings(epochs=6, batch=64, lr=1e-2, patience=0)
+    build, options = Build((8,), members=2, dropout=0.0), replace(FOUR_EPOCHS, epochs=6, progress=True)
     monkeypatch.setattr(training, "takes_long", lambda *_: True)
-    done = trained(waves(), build=build, settings=settings, options=RunOptions(threads=1, progress=True)).result
+    done = trained(waves(), build=build, options=options).result
     whole = [entry for entry in done.history if entry["whole"]]
     assert len(whole) == 4  # a third of six epochs, of each
     assert whole[0]["loss"] < done.history[2]["loss"]  # it continues from the trained weights

@@ -10,7 +10,9 @@ import pytest
 from cellstack.cli import main as cli
 from cellstack.inspect import LayerRecord, TrainingRecord
 from cellstack.spec import Trace
-from cellstack.train import Sequences, demo, report
+from cellstack.train import Sequences
+from cellstack.train import report as training_report
+from cellstack_demo import demo, report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -54,8 +56,8 @@ def check_page(page):
     assert set(parsed.refs) <= set(parsed.ids)
     assert "<script" not in page
     assert "@import" not in page
-    assert report.INK not in page
-    assert report.FAINT not in page
+    assert training_report.INK not in page
+    assert training_report.FAINT not in page
     assert "prefers-color-scheme: dark" in page
     return " ".join(parsed.text)
 
@@ -79,7 +81,7 @@ def test_a_page_of_synthetic_results(rng):
     }
     history = [{"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n} for n in range(1, 4)]
     trace = Trace(*(rng.normal(size=(5, 4)) for _ in range(6)))
-    page = report.demo_page(
+    page = report.report(
         result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
     )
     text = check_page(page)
@@ -95,7 +97,7 @@ def test_a_page_of_synthetic_results(rng):
         "The page contains the forward stack's weights",
     ):
         assert part in text, part
-    assert page == report.demo_page(
+    assert page == report.report(
         result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
     )
 
@@ -168,9 +170,9 @@ def test_the_page_of_a_training_has_its_layers_and_findings():
         return TrainingRecord(epoch, {"<low>": layer}, ("<low>: the gradient vanishes",))
 
     history = [{"epoch": n, "lr": 1.0, "loss": 1.0 / n, "validation_loss": 0.5, "accuracy": 0.25} for n in (1, 2)]
-    text = check_page(report.training_page("a & b", history, [record(1, 0.5), record(2, 0.0)]))
+    text = check_page(training_report.training_page("a & b", history, [record(1, 0.5), record(2, 0.0)]))
     assert "a & b in training" in text
     assert "<low>: the gradient vanishes" in text  # shown as text
     assert "Layer <low>" in text
     assert "Findings in epoch 2" in text
-    assert "No findings" in check_page(report.training_page("one", history[:1], [TrainingRecord(1)]))
+    assert "No findings" in check_page(training_report.training_page("one", history[:1], [TrainingRecord(1)]))

@@ -23,7 +23,7 @@ from cellstack.train.text.data import (
 )
 from cellstack.train.text.sampling import generate
 
-ALICE = files("cellstack") / "data" / "alice.txt"
+ALICE = files("cellstack_demo") / "data" / "alice.txt"
 LETTERS = "ab c\n"
 
 

@@ -13,12 +13,12 @@ from cellstack import Network, load
 from cellstack.train import Settings, fit_text, generate, learn
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import RunOptions
+from cellstack.train.settings import FitOptions
 from cellstack.train.text.data import Architecture, Text, bits_per_character
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.workflow import adam, train_text
 
-ALICE = (files("cellstack") / "data" / "alice.txt").read_text(encoding="utf-8")[:2400]
+ALICE = (files("cellstack_demo") / "data" / "alice.txt").read_text(encoding="utf-8")[:2400]
 SMALL = {"units": (10, 8), "embedding": 6, "steps": 16, "batch": 4, "threads": 1}
 SETTINGS = Settings(epochs=3, batch=4, lr=5e-3, seed=3, patience=0)
 
@@ -189,8 +189,9 @@ def test_inspecting_and_progress_change_nothing(tmp_path):
     text, said = Text.of(ALICE), []
     built = Architecture((6,), embedding=4)
     runs = []
-    for say, options in ((None, {}), (said.append, {"inspect": True})):
-        runs.append(train_text(text, text.parts(), built, 16, SETTINGS, RunOptions(threads=1, **options), say=say))
+    for say, more in ((None, {}), (said.append, {"inspect": True})):
+        options = FitOptions(**vars(SETTINGS), threads=1, **more)
+        runs.append(train_text(text, text.parts(), built, 16, options, say=say))
     assert_same(*(run.model.state_dict() for run in runs))
     assert len(runs[1].fit.records) == 3
     assert [line.split("  ")[0] for line in said] == ["epoch 1", "epoch 2", "epoch 3"]

@@ -546,7 +546,7 @@ def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
     """A SIGINT to a `cellstack train` process: it stops soon, reports that, and writes a network that runs."""
     from importlib.resources import files
 
-    data = files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts"
+    data = files("cellstack_demo") / "data" / "JapaneseVowels_TRAIN.ts"
     output, checkpoint = tmp_path / "net.safetensors", tmp_path / "run.ckpt"
     command = [sys.executable, "-m", "cellstack", "train", str(data), "-o", str(output), "--units", "8"]
     command += ["--epochs", "100000", "--patience", "0", "--threads", "1", "--checkpoint", str(checkpoint), "--quiet"]

@@ -19,7 +19,7 @@ from cellstack.cli import main as cli
 from cellstack.train import UsageError, locks
 from cellstack.train.locks import locked
 
-VOWELS = str(files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts")
+VOWELS = str(files("cellstack_demo") / "data" / "JapaneseVowels_TRAIN.ts")
 SMALL = ["--units", "4", "--batch", "64", "--threads", "1", "--quiet", "--patience", "0"]
 BUSY = r"another training \(process \d+ on .+\) is writing to this file: wait for it to end, or name another file"
 

@@ -81,10 +81,10 @@ LEFT_OVER = """
 import os
 import sys
 from cellstack.train import read_ts
-from cellstack.train.settings import Architecture, RunOptions, Settings
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.workflow import train_sequences
 data, shape = read_ts(sys.argv[1]), Architecture((4,))
-outcome = train_sequences(data, None, shape, Settings(epochs=1), RunOptions(0.3, device="cpu"))
+outcome = train_sequences(data, None, shape, FitOptions(epochs=1, validation=0.3, device="cpu"))
 names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
 sys.exit(sum("gloo" in name for name in names))
 """

@@ -13,5 +13,10 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN)}
 
 
 def orders(of: str) -> dict[str, str]:
-    """Return the order of the gates of each kind in another format, `"torch"`, `"keras1"` or `"onnx"`."""
+    """Return the order of the gates of each kind that another format has; see `Kind.names`."""
     return {kind.name: kind.names[of].order for kind in KINDS.values() if of in kind.names}
+
+
+def named(of: str) -> dict[str, str]:
+    """Return the kinds that another format has, by its names for them; see `Kind.names`."""
+    return {kind.names[of].name: kind.name for kind in KINDS.values() if of in kind.names}

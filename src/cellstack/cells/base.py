@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, Argument
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -101,12 +104,13 @@ Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for thos
 def usual_shapes(spec: CellSpec) -> Shapes:
     """Return the shapes of the arrays that every kind may have."""
     wide = len(spec.gates) * spec.units
+    recurrent = spec.of_kind.recurrent
     return {
         "kernel": (spec.input_size, wide),
-        "recurrent_kernel": (spec.output_size, wide),
+        "recurrent_kernel": (spec.output_size, wide) if recurrent else None,
         "bias": (wide,) if spec.use_bias else None,
         "kernel_gain": (wide,) if spec.layer_norm else None,
-        "recurrent_gain": (wide,) if spec.layer_norm else None,
+        "recurrent_gain": (wide,) if spec.layer_norm and recurrent else None,
     } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in spec.state_sizes.items()}
 
 
@@ -129,11 +133,28 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
     return biased(ops, spec, product(ops, spec, x, "kernel"))
 
 
+ROLES = {
+    "write": "input gate: how much of the candidate is written",
+    "keep": "forget gate: how much of the state is kept",
+    "candidate": "candidate: the new value that may be written",
+    "output": "output gate: how much of the state is output",
+    "reset": "reset gate: how much of the state the candidate uses",
+}
+"""The roles of gates, and what they mean."""
+
+
 class Foreign(NamedTuple):
-    """A kind of cell in another format: its name there, and the order of its gates, in our letters."""
+    """A kind of cell in another format.
+
+    Args:
+        name: its name there.
+        order: the order of its gates there, in our letters.
+        letters: that format's letters of these gates, where it has an array for each of them.
+    """
 
     name: str
     order: str
+    letters: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +164,8 @@ class Kind:
     Args:
         name: the kind's name in a `CellSpec` and in files.
         title: its name in texts, and that of the layer.
-        gates: the order of their blocks in every array that has H columns per gate, with each gate's role: `"write"`,
-            `"keep"` (of the old state), `"candidate"`, `"output"` or `"reset"`.
+        gates: the order of their blocks in every array that has H columns per gate, with each gate's role, one of
+            `ROLES`.
         state: the type of the state, h first.
         trace: the type of the values at every step: the gates, then the states, h last.
         step: the equations: returns the gates, followed by the `planes`, and the states after a step before zoneout,
@@ -152,11 +173,17 @@ class Kind:
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
             description and x; it is computed for all steps at once where the view has them.
         shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
-        flags: settings of `CellSpec` that only this kind has.
+        recurrent: whether h is multiplied by a matrix, `recurrent_kernel`.
+        flags: arguments that not all kinds have: settings of `CellSpec`, and arguments of layers and cells.
+        without: arguments of all other kinds that this one doesn't have.
+        positions: which arguments Keras has at another position than `arguments.POSITIONAL`, and which of its `flags`
+            it takes by position: the arguments after the first of which each follows.
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
-        names: its name and order of gates in `"torch"`, `"keras1"` and `"onnx"`, where they have it.
+        names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
+            on it), `"rtneural"` and `"onnx"`, where they have it. Writers refuse kinds that their format doesn't have.
+        meanings: of states other than h, and of gates where `ROLES` isn't precise.
         ref: papers.
     """
 
@@ -168,17 +195,47 @@ class Kind:
     step: Callable[..., tuple[Sequence[Any], Sequence[Any]]]
     inputs: Callable[..., Any] = inputs
     shapes: Callable[[CellSpec], Shapes] = lambda spec: {}
-    flags: tuple[str, ...] = ()
+    recurrent: bool = True
+    flags: tuple[Argument, ...] = ()
+    without: tuple[str, ...] = ()
+    positions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
     names: dict[str, Foreign] = field(default_factory=dict)
+    meanings: dict[str, str] = field(default_factory=dict)
     ref: str = ""
 
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the activations: the gates, then `outputs`."""
         return (*self.gates, *self.outputs)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the cell has gates in addition to the candidate, and hence a recurrent activation."""
+        return set(self.gates.values()) != {"candidate"}
+
+    @cached_property
+    def lacks(self) -> frozenset[str]:
+        """Names of the arguments that all kinds have except this one and kinds like it."""
+        activation = () if self.gated else ("recurrent_activation",)
+        return frozenset((*self.without, *activation, *(() if self.recurrent else RECURRENT)))
+
+    @cached_property
+    def settings(self) -> dict[str, Argument]:
+        """The fields of `CellSpec` that this kind has, except `input_size` and `kind`."""
+        every = (*POSITIONAL, *self.flags, *KEYWORD)
+        return {one.name: one for one in every if "spec" in one.of and one.name not in self.lacks}
+
+    def activation(self, slot: str) -> str:
+        """Return which argument sets the activation of a slot by default."""
+        return "activation" if self.gates.get(slot, "candidate") == "candidate" else "recurrent_activation"
+
+    def meaning(self, name: str) -> str:
+        """Return what a gate or state is."""
+        usual = ROLES[self.gates[name]] if name in self.gates else "output of the unit, also an input of the next step"
+        return self.meanings.get(name, usual)
 
     def blocks(self, spec: CellSpec) -> tuple[int, ...]:
         """Return the numbers of gates whose columns layer normalisation normalises together."""

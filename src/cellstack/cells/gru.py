@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cellstack.cells.arguments import COMPATIBLE, Argument
 from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, Shapes, V, biased, product
 
 if TYPE_CHECKING:
@@ -55,13 +56,26 @@ GRU = Kind(
     step=step,
     inputs=inputs,
     shapes=shapes,
-    flags=("reset_after",),
+    flags=(
+        Argument(
+            "reset_after",
+            "bool",
+            True,
+            "apply the reset gate after the recurrent product, as Keras, PyTorch and cuDNN do; False: to h before it.",
+        ),
+        *COMPATIBLE,
+    ),
+    positions={"reset_after": ("unroll", "go_backwards", "recurrent_dropout")},
     normed=(2, 1),
     planes=lambda spec: ("q_g",) if spec.reset_after else (),
     names={
         "torch": Foreign("GRU", "rzg"),
-        "keras1": Foreign("GRU", "zrg"),
+        "keras": Foreign("GRU", "zrg"),
+        "keras1": Foreign("GRU", "zrg", letters="zrh"),
+        "cudnn": Foreign("CuDNNGRU", "zrg"),
+        "rtneural": Foreign("gru", "zrg"),
         "onnx": Foreign("GRU", "zrg"),
     },
+    meanings={"z": "update gate: how much of the state is kept"},
     ref='Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8',
 )

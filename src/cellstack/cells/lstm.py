@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cellstack.cells.arguments import BELOW_ONE, COMPATIBLE, FORGET_BIAS, POSITIVE, Argument
 from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, product
 
 if TYPE_CHECKING:
@@ -64,12 +65,36 @@ LSTM = Kind(
     trace=Trace,
     step=step,
     shapes=shapes,
-    flags=("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
+    flags=(
+        Argument(
+            "peepholes",
+            "bool",
+            False,
+            "connect c to the gates: i and f use c before the step (`z_i += p_i·c_prev`), o uses c after it.",
+        ),
+        Argument("coupled", "bool", False, "f is 1 - i, and has no weights."),
+        Argument(
+            "proj_size", "int", 0, "width P of a projection, `h = (o·φ(c))·projection`; h is then `[B, P]`. 0: none."
+        ),
+        Argument("cell_clip", "float | None", None, "clip c to ±cell_clip. None: no clipping.", POSITIVE),
+        Argument("zoneout_cell", "float", 0.0, "the same as zoneout, for c.", BELOW_ONE),
+        *FORGET_BIAS,
+        *COMPATIBLE,
+    ),
+    positions={"unit_forget_bias": ("bias_initializer",)},
     outputs=("cell",),
     names={
         "torch": Foreign("LSTM", "ifgo"),
-        "keras1": Foreign("LSTM", "igfo"),
+        "keras": Foreign("LSTM", "ifgo"),
+        "keras1": Foreign("LSTM", "igfo", letters="icfo"),
+        "cudnn": Foreign("CuDNNLSTM", "ifgo"),
+        "rtneural": Foreign("lstm", "ifgo"),
         "onnx": Foreign("LSTM", "iofg"),
+    },
+    meanings={
+        "f": "forget gate: how much of the cell state is kept",
+        "o": "output gate: how much of the cell state is output",
+        "c": "cell state: the unit's memory",
     },
     ref='Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2 and 3',
 )

@@ -31,8 +31,10 @@ SIMPLE_RNN = Kind(
     state=HiddenState,
     trace=RNNTrace,
     step=step,
+    positions={"seed": ("unroll", "recurrent_dropout")},
     names={
         "torch": Foreign("RNN", "g"),
+        "keras": Foreign("SimpleRNN", "g"),
         "keras1": Foreign("SimpleRNN", "g"),
         "onnx": Foreign("RNN", "g"),
     },

@@ -22,7 +22,7 @@ from cellstack.train.forecasting.prepare import Build, describe, prepared, refit
 from cellstack.train.forecasting.recipe import SCALES, Recipe
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.history import Panel
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.settings import Architecture, FitOptions, epochs_of
 from cellstack.train.tables.table import Table
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
@@ -114,22 +114,20 @@ class Job:
     ready: tuple[Windows, Parts] | None = None
     others: float = 0.0
 
-    def plan(
-        self, architecture: Architecture, settings: Settings, options: RunOptions
-    ) -> tuple[list[str], dict[str, Any]]:
+    def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come; prepares the data for it, and measures how long that takes."""
         started = time.perf_counter()
         self.ready = prepared(self.table, self.recipe, self.request, options.validation, self.share)
         self.others = 2 * (time.perf_counter() - started)  # smoothing is fitted again with the validation part
-        return describe(*self.ready, self._build(architecture), settings)
+        return describe(*self.ready, self._build(architecture), options)
 
-    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
         """See `cli.train.Job`. If the networks don't improve on the rule, there is no second fit."""
         assert self.ready is not None
         windows, cut = self.ready
-        most = refit_epochs(settings.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
+        most = refit_epochs(options.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
         second = [(0, most, False)] * bool(len(cut.validation))
-        return [epochs_of(settings, bool(len(cut.validation))), *second] * self.members
+        return [epochs_of(options, bool(len(cut.validation))), *second] * self.members
 
     def checkpoints(self, path: str) -> list[str]:
         """See `cli.train.Job`."""
@@ -138,12 +136,12 @@ class Job:
     def _build(self, architecture: Architecture) -> Build:
         return Build(architecture.units, architecture.cell, architecture.dropout, self.members)
 
-    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+    def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the table."""
         from cellstack.train.forecasting.training import train_forecast
 
         build = self._build(architecture)
-        trained = train_forecast(self.table, self.request, build, settings, options, self.share, ready=self.ready)
+        trained = train_forecast(self.table, self.request, build, options, self.share, ready=self.ready)
         self.test = trained.test
         return trained.result
 
@@ -188,7 +186,7 @@ def read(args: argparse.Namespace) -> Job:
         scale=args.scale,
         quantiles=args.quantiles or QUANTILES,
     )
-    validation = RunOptions.validation if args.validation is None else args.validation
+    validation = FitOptions.validation if args.validation is None else args.validation
     recipe, cut, usual, _ = planned(table, request, validation, share)
     said = understood(table, recipe, request, cut)
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}

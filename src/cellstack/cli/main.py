@@ -8,14 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cellstack
 from cellstack.cli.arguments import Parser
-from cellstack.cli.bench import add_bench_arguments, bench
 from cellstack.cli.completion import add_completion_arguments, completion
-from cellstack.cli.files import add_load_options, convert, info, needs_torch, show
+from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
 from cellstack.cli.stream import stream
@@ -23,9 +21,11 @@ from cellstack.cli.tables import add_table_options, names
 from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
-from cellstack.nodes.recurrent import HELD, WEIGHTS
+from cellstack.nodes.cell import HELD, WEIGHTS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train.checks import TooFewRowsError, UsageError
+from cellstack_bench.command import add_bench_arguments, bench
+from cellstack_demo.command import add_demo_arguments, demo
 
 MOST_THREADS = 1024  # OpenMP ends the process if it can't start as many as requested
 
@@ -173,13 +173,6 @@ def parser() -> Parser:
     return top
 
 
-def _add_demo(demo: Parser) -> None:
-    text = "output folder (default: %(default)s)"
-    demo.add_argument("-o", "--output", default="cellstack-demo", metavar="DIR", help=text)
-    demo.add_argument("--epochs", type=int, metavar="N", help="passes over the data for both models (default: 60)")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
-
-
 def _add_run(runs: Parser) -> None:
     runs.add_argument("model", metavar="MODEL", help="a network in any supported format")
     runs.add_argument(
@@ -264,7 +257,7 @@ def _add_help(helps: Parser) -> None:
 
 
 ARGUMENTS: dict[str, Callable[[Any], None]] = {
-    "demo": _add_demo,
+    "demo": add_demo_arguments,
     "train": add_arguments,
     "run": _add_run,
     "stream": _add_stream,
@@ -325,20 +318,6 @@ def _say(verb: str, what: str, text: str) -> None:
     print(f"cellstack {verb}: {what}: {' '.join(text.split())}", file=sys.stderr)
 
 
-def _demo(args: argparse.Namespace) -> int:
-    needs_torch(args, threads=1)  # steps this small aren't faster on a second thread
-    try:
-        from cellstack.train import demo
-    except ModuleNotFoundError as error:
-        raise UsageError(f"demo needs {error.name}: pip install 'cellstack[torch]'") from None
-    if not args.output:
-        raise UsageError("expected --output to name a folder, got ''")
-    say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
-    report = demo.run(Path(args.output), args.seed, args.epochs, say)
-    show(args, report, [])
-    return 0
-
-
 def _help(args: argparse.Namespace) -> int:
     parser().parse_args([*([] if args.topic is None else [args.topic]), "--help"])  # prints it and exits
     return 0
@@ -349,7 +328,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "demo": _demo,
+    "demo": demo,
     "train": train,
     "run": run,
     "stream": stream,

@@ -17,7 +17,7 @@ from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
 from cellstack.train.parts import check, parts_of, per_step
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.settings import Architecture, FitOptions, epochs_of
 from cellstack.train.sizes import size_of
 
 UNUSED = ("date", "zone", "freq", "category")
@@ -53,15 +53,13 @@ class Job:
     others: float = 0.0
     validated: int = 0
 
-    def plan(
-        self, architecture: Architecture, settings: Settings, options: RunOptions
-    ) -> tuple[list[str], dict[str, Any]]:
+    def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come."""
         training, test, share = self.training, self.test, options.validation
         check(training, None, test, self.class_weights)
         if training.per_step:
             architecture = per_step(architecture)
-        parts = parts_of(training, None, self.class_weights, settings, share)
+        parts = parts_of(training, None, self.class_weights, options)
         self.validated = parts.validated
         inputs = parts.measure()
         steps = parts.data(inputs).steps
@@ -78,33 +76,32 @@ class Job:
         baseline, said = _baseline(parts.y, training.labels)
         lines += [
             said,
-            f"1 network: {size.layers}, {weights:,} weights; at most {settings.epochs} "
-            f"epoch{'s' * (settings.epochs != 1)} of {steps} step{'s' * (steps != 1)}, batches of {settings.batch}",
+            f"1 network: {size.layers}, {weights:,} weights; at most {options.epochs} "
+            f"epoch{'s' * (options.epochs != 1)} of {steps} step{'s' * (steps != 1)}, batches of {options.batch}",
         ]
         return lines, sizes | {
             "baselines": baseline,
             "networks": 1,
             "layers": size.layers,
             "weights": weights,
-            "epochs": settings.epochs,
+            "epochs": options.epochs,
             "steps": steps,
-            "batch": settings.batch,
+            "batch": options.batch,
         }
 
-    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
         """See `cli.train.Job`."""
-        return [epochs_of(settings, self.validated > 0)]
+        return [epochs_of(options, self.validated > 0)]
 
     def checkpoints(self, path: str) -> list[str]:
         """See `cli.train.Job`."""
         return [path]
 
-    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+    def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the sequences."""
         from cellstack.train.workflow import train_sequences
 
-        train = partial(train_sequences, class_weight=self.class_weights)
-        return train(self.training, self.test, architecture, settings, options, own)
+        return train_sequences(self.training, self.test, architecture, options, class_weight=self.class_weights)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the scores on the test file."""

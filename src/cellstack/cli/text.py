@@ -13,7 +13,7 @@ import numpy as np
 from cellstack.cli.files import load_model, show
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings, epochs_of
+from cellstack.train.settings import Architecture, FitOptions, epochs_of
 from cellstack.train.sizes import size_of
 from cellstack.train.text.data import Architecture as TextArchitecture
 from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
@@ -64,9 +64,7 @@ class Job:
     defaults: dict[str, Any]
     others: float = 0.0
 
-    def plan(
-        self, architecture: Architecture, settings: Settings, options: RunOptions
-    ) -> tuple[list[str], dict[str, Any]]:
+    def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come."""
         built, size = self.built(architecture), self.text.alphabet.size
         wide = built.embedding or size
@@ -78,8 +76,8 @@ class Job:
         parts = [f"{begin:,} to {end:,} to {verbs[name]} on" for name, (begin, end) in spans.items()]
         lines = [
             f"{self.text.alphabet.unit} {', '.join(parts)}",
-            f"1 network: {layers.layers}, {weights:,} weights; at most {settings.epochs} "
-            f"epoch{'s' * (settings.epochs != 1)} of {len(streams)} steps, batches of {streams.rows} streams, "
+            f"1 network: {layers.layers}, {weights:,} weights; at most {options.epochs} "
+            f"epoch{'s' * (options.epochs != 1)} of {len(streams)} steps, batches of {streams.rows} streams, "
             f"{streams.steps} {self.text.alphabet.unit} each",
         ]
         return lines, spans | {
@@ -87,14 +85,14 @@ class Job:
             "networks": 1,
             "layers": layers.layers,
             "weights": weights,
-            "epochs": settings.epochs,
+            "epochs": options.epochs,
             "steps": len(streams),
             "batch": streams.rows,
         }
 
-    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
         """See `cli.train.Job`."""
-        return [epochs_of(settings, self.parts.validation[1] > self.parts.validation[0])]
+        return [epochs_of(options, self.parts.validation[1] > self.parts.validation[0])]
 
     def checkpoints(self, path: str) -> list[str]:
         """See `cli.train.Job`."""
@@ -105,14 +103,14 @@ class Job:
         chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
         return replace(self.architecture, **chosen)
 
-    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+    def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the text."""
         from cellstack.train.progress import above
         from cellstack.train.text.workflow import train_text
 
-        built, settings = self.built(architecture), replace(settings, batch=self.batch)
+        built, options = self.built(architecture), replace(options, batch=self.batch)
         say = None if options.progress is False else above
-        return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
+        return train_text(self.text, self.parts, built, self.steps, options, self.test, say)
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the bits per character of the held-out parts."""

@@ -13,7 +13,6 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ from cellstack.network import Network
 from cellstack.train import history
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, FitOptions, record_of
 
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast, "texts": text}
@@ -63,13 +62,11 @@ class Job(Protocol):
     defaults: dict[str, Any]
     others: float
 
-    def plan(
-        self, architecture: Architecture, settings: Settings, options: RunOptions
-    ) -> tuple[list[str], dict[str, Any]]:
+    def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come, in lines and as plain values: its parts, baselines and networks."""
         ...
 
-    def fits(self, settings: Settings) -> list[tuple[int, int, bool]]:
+    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
         """Return the fewest and the most epochs of each fit to come, and whether they include a validation."""
         ...
 
@@ -77,7 +74,7 @@ class Job(Protocol):
         """Return the files of the checkpoints that `--checkpoint` names."""
         ...
 
-    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+    def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train; return a `Result`."""
         ...
 
@@ -186,13 +183,12 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
     """Train on a file and write the network to `output`; `first` is whether this is process 0 of several."""
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     job = module.read(args)
-    settings, architecture, options, own = _choices(args, job)
-    options = replace(options, events=folder)
+    architecture, options = _choices(args, job, folder)
     say = (lambda lines: print("\n".join(lines), flush=True)) if first and not args.json else lambda _: None
     say(job.understood)
-    lines, planned = job.plan(architecture, settings, options)
+    lines, planned = job.plan(architecture, options)
     say(lines)
-    result = job.fit(architecture, settings, options, own)
+    result = job.fit(architecture, options)
     if result.rank:
         return 0
     _save(result.network, output)
@@ -219,21 +215,16 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
 def _dry_run(args: argparse.Namespace, module: ModuleType) -> int:
     """Report how the data is read, what would be trained, and how long it would take."""
     job = module.read(args)
-    settings, architecture, options, own = _choices(args, job)
-    lines, planned = job.plan(architecture, settings, options)
-    planned["seconds"] = _expected(args, job, settings, architecture, options, own)
+    architecture, options = _choices(args, job)
+    lines, planned = job.plan(architecture, options)
+    planned["seconds"] = _expected(args, job, architecture, options)
     lines.append(_expected_text(planned["seconds"]))
     show(args, {"understood": job.described, "plan": planned}, [*job.understood, *lines])
     return 0
 
 
 def _expected(
-    args: argparse.Namespace,
-    job: Job,
-    settings: Settings,
-    architecture: Architecture,
-    options: RunOptions,
-    own: Own,
+    args: argparse.Namespace, job: Job, architecture: Architecture, options: FitOptions
 ) -> tuple[float, float] | None:
     """Return the seconds of a training on this machine, with the fewest and the most epochs; None without torch.
 
@@ -245,11 +236,10 @@ def _expected(
         return None
     from cellstack.train.learner import Timed
 
-    timing = RunOptions(options.validation, progress=False, device=args.device, threads=args.threads, timing=True)
     try:
-        job.fit(architecture, settings, timing, own)
+        job.fit(architecture, replace(options, progress=False, checkpoint=None, resume=False, timing=True))
     except Timed as done:
-        fits = job.fits(settings)
+        fits = job.fits(options)
         few, most = (sum(done.cost.seconds(fit[n], fit[2]) for fit in fits) for n in (0, 1))
         return few + job.others, most + job.others
     raise AssertionError("timing ends before the first fit")
@@ -344,47 +334,29 @@ def _checked_output(args: argparse.Namespace) -> Path | None:
     return output
 
 
-def _choices(args: argparse.Namespace, job: Job) -> tuple[Settings, Architecture, RunOptions, Own]:
+def _choices(args: argparse.Namespace, job: Job, events: Path | None = None) -> tuple[Architecture, FitOptions]:
     """Return how to train, checked as far as possible without training.
+
+    Options that aren't given have the default for this kind of data, else the common one.
+
+    Args:
+        args: the options.
+        job: the data.
+        events: folder for the events of --inspect.
 
     Raises:
         UsageError: an option out of range, or a checkpoint that exists without --resume or --overwrite.
         FileNotFoundError: no network to start from.
     """
-    options = RunOptions(
-        **_chosen(args, job, ("validation",)),
-        checkpoint=args.checkpoint,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        progress=False if args.quiet else None,
-        device=args.device,
-        inspect=args.inspect,
-        threads=args.threads,
-        log=args.log,
-    )
-    own = Own(init=None if args.init is None else found(args.init))
-    settings, architecture = _settings(args, job), _architecture(args, job)
+    given = {**DEFAULTS, **job.defaults} | {name: value for name, value in vars(args).items() if value is not None}
+    given["init"] = None if args.init is None else found(args.init)
+    options = record_of(FitOptions, given, progress=False if args.quiet else None, events=events)
+    architecture = record_of(Architecture, given)
     if args.checkpoint is not None and not (args.resume or args.overwrite):
         for path in job.checkpoints(args.checkpoint):
             check_replaceable(path)
             refuse_existing(path)
-    return settings, architecture, options, own
-
-
-def _chosen(args: argparse.Namespace, job: Job, names: Iterable[str]) -> dict[str, Any]:
-    """Return options as given, else the defaults for this kind of data, else the common defaults."""
-    defaults = {**DEFAULTS, **job.defaults}
-    return {name: value if (value := getattr(args, name)) is not None else defaults[name] for name in names}
-
-
-def _settings(args: argparse.Namespace, job: Job) -> Settings:
-    chosen = _chosen(args, job, ("epochs", "batch", "lr", "patience", "noise", "offset"))
-    return Settings(**chosen, clip=args.clip, seed=args.seed)
-
-
-def _architecture(args: argparse.Namespace, job: Job) -> Architecture:
-    chosen = _chosen(args, job, ("units", "dropout", "pooling"))
-    return Architecture(**chosen, bidirectional=args.bidirectional, every_step=args.every_step, cell=args.cell)
+    return architecture, options
 
 
 def _save(network: Network, output: Path) -> None:

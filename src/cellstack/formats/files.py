@@ -1,4 +1,4 @@
-"""Writes files atomically, and shows values from files in messages."""
+"""Writes files atomically, and checks paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+from cellstack.network.description import short as short
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -46,12 +48,6 @@ def check_unedited(network: Network, what: str) -> None:
             f"save: {what} can't store patches; the network has {patch}{more}: "
             "save it as .safetensors, or save net.unedited"
         )
-
-
-def short(value: Any, length: int = 80) -> str:
-    """Return a value from a file as text for a message: printable, and at most `length` characters."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def check_readable(path: str | PathLike[str]) -> None:

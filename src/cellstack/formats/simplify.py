@@ -39,7 +39,8 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS, Array, Shape
+from cellstack.nodes.activations import MORE_ACTIVATIONS
+from cellstack.nodes.base import Array, Shape
 from cellstack.nodes.time import pads
 
 MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share

@@ -12,12 +12,12 @@ import numpy as np
 
 from cellstack.formats import runtimes
 from cellstack.formats.files import check_readable
-from cellstack.formats.in_memory import is_module, run_module
-from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, named
+from cellstack.formats.runtimes.answers import CannotRunError, Inputs, OtherSizesError, named
+from cellstack.formats.runtimes.in_memory import is_module, run_module
 from cellstack.network import Network
 from cellstack.nodes import Embedding
 from cellstack.nodes.base import Array
-from cellstack.nodes.recurrent import WEIGHTS
+from cellstack.nodes.cell import WEIGHTS
 from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4

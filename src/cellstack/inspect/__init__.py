@@ -1,13 +1,24 @@
-"""Inspection: what every gate, cell and node computes at every step of a run."""
+"""Inspection: what every gate, cell and node computes at every step of a run.
+
+The names for torch models, such as `watch` and `TrainingMonitor`, are those of `cellstack.train.monitoring`.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
 from cellstack.inspect.files import load
 from cellstack.inspect.interventions import Ablation, ActivationPatching, TraceDifference, ablate, activation_patch
-from cellstack.inspect.lightning import lightning_callback
-from cellstack.inspect.monitor import TrainingMonitor
-from cellstack.inspect.records import LayerRecord, TrainingRecord
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
-from cellstack.inspect.watch import Watch, watch
+
+if TYPE_CHECKING:
+    from cellstack.train.monitoring import (
+        LayerRecord,
+        TrainingMonitor,
+        TrainingRecord,
+        Watch,
+        lightning_callback,
+        watch,
+    )
 
 __all__ = [
     "Ablation",
@@ -29,6 +40,14 @@ __all__ = [
     "spectral_radii",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cellstack.train import monitoring  # which uses this package
+
+    return getattr(monitoring, name)
 
 
 def __dir__() -> list[str]:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack.graph import origin
-from cellstack.inspect.payload import named, payload_of
+from cellstack.inspect.payload import cells_of, named, payload_of
 from cellstack.nodes import Activation, Clip, Masking, Scale, Select, Standardise
-from cellstack.spec import GATES
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
@@ -196,6 +195,7 @@ def payload(
             {"text": repr(patch), "units": None, "rows": None, "steps": None, "cell": 0, **patch.stored()}
             for patch in network.patches
         ],
+        "cells": cells_of(network),
         **_computing(t, taken, arrays),
     }
     description["arrays"] = arrays.entries
@@ -311,14 +311,8 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
 
 
 def spec_of(spec: Any) -> dict[str, Any]:
-    """Return a `CellSpec` in JSON-compatible form, with the activation of each slot, and the gates in order."""
-    fields = asdict(spec)
-    fields["gate_activations"] = dict(spec.gate_activations)
-    fields["activations"] = {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)}
-    fields["blocks"] = list(spec.gates)
-    fields["gates"] = list(GATES[spec.kind])
-    fields["output_size"] = spec.output_size
-    return fields
+    """Return a `CellSpec` in JSON-compatible form."""
+    return {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
 
 
 def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
@@ -349,6 +343,7 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
         "reset": None if not resets or resets[0] is None else arrays.put(_some(resets[0], taken)),
     }
     stored = payload_of(network, lambda array: {"dtype": array.dtype.name, **arrays.put(array)})
+    del stored["cells"]  # the page has them already
     return {"network": stored, "run": flags, "why_not": None}
 
 

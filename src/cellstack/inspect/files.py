@@ -20,14 +20,14 @@ from safetensors.numpy import save_file
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
-from cellstack.nodes.recurrent import Record
+from cellstack.nodes.recording import Record
 from cellstack.spec import GATES, STATES, TRACES, FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
+    from cellstack.nodes.cell import Cell
     from cellstack.nodes.patches import CellPatches
-    from cellstack.nodes.recurrent import Cell
 
 KEY, VERSION = "cellstack_trace", 1
 

@@ -13,8 +13,11 @@ from itertools import chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from cellstack.cells import KINDS
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.inspect import contents
+from cellstack.spec import CellSpec
+from cellstack.views.recorded import form_of
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace
@@ -23,6 +26,8 @@ ENGINE = (
     "engine/shapes",
     "engine/activations",
     "engine/products",
+    "engine/operations",
+    "engine/patches",
     "engine/cells",
     "engine/cells_back",
     "engine/stacks",
@@ -50,6 +55,7 @@ MODULES = (
     "tiles",
     "wave",
     "map",
+    "wiring",
     "cell",
     "unit",
     "labels",
@@ -98,12 +104,18 @@ render({ model: { get: () => payload }, el: document.getElementById("page") });
 def module_text() -> str:
     """Return the page's modules joined into one, which exports `render({ model, el })`."""
     engine = json.dumps(engine_text()).replace("<", "\\u003c")  # run by a worker; must contain no tag
-    return "\n".join([f"const engineSource = {engine};", *map(_joinable, MODULES)])
+    return "\n".join([f"const engineSource = {engine};", _kinds(), *map(_joinable, MODULES)])
 
 
 def engine_text() -> str:
     """Return the engine's modules joined into one without exports, for a worker."""
-    return "\n".join(map(_joinable, ENGINE))
+    return "\n".join([_kinds(), *map(_joinable, ENGINE)])
+
+
+def _kinds() -> str:
+    """Return the form of each kind of cell with the default flags, for the playground."""
+    forms = {name: form_of(CellSpec(1, 1, kind=name)) for name in KINDS}
+    return f"const cellKinds = {contents.text_of(forms)};"
 
 
 def _joinable(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats import safetensors as native_format
+from cellstack.network.description import described
+from cellstack.views.recorded import form_of
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -58,7 +59,8 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
         pack: encodes an array; None = `packed`.
 
     Returns:
-        `description`, as in docs/format.md, and `arrays`, by the names of its tensors, as from `packed`.
+        `description`, as in docs/format.md; `arrays`, by the names of its tensors, as from `packed`; and `cells`, as
+        from `cells_of`.
 
     >>> from cellstack import CellSpec, Cell, Network, Recurrent
     >>> cell = Cell(CellSpec(1, 1, kind="rnn", use_bias=False), np.ones((1, 1)), np.zeros((1, 1)))
@@ -68,9 +70,23 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
     >>> payload["arrays"]["layer_0/0/kernel"]
     {'dtype': 'float64', 'shape': [1, 1], 'data': 'AAAAAAAA8D8='}
     """
-    description, arrays = native_format.described(network)
+    description, arrays = described(network)
     pack = pack or packed
-    return {"description": description, "arrays": {name: pack(np.asarray(array)) for name, array in arrays.items()}}
+    packs = {name: pack(np.asarray(array)) for name, array in arrays.items()}
+    return {"description": description, "arrays": packs, "cells": cells_of(network)}
+
+
+def cells_of(network: Network) -> dict[str, Any]:
+    """Return the `forms` of a network's cells, each once, as from `form_of`; and the number of each cell's, by node."""
+    forms: list[dict[str, Any]] = []
+    numbers: dict[str, list[int]] = {}
+    for name, node in zip(network.names, network.nodes, strict=True):
+        for cell in node.cells:
+            form = form_of(cell.spec)
+            if form not in forms:
+                forms.append(form)
+            numbers.setdefault(name, []).append(forms.index(form))
+    return {"forms": forms, "numbers": numbers}
 
 
 def packed(array: Array) -> dict[str, Any]:

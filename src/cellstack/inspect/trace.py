@@ -16,7 +16,8 @@ from cellstack import reference
 from cellstack.arguments import as_states
 from cellstack.inspect import diagnostics
 from cellstack.nodes.base import Array, Flow
-from cellstack.nodes.recurrent import Record, Recording, Recurrent
+from cellstack.nodes.recording import Record, Recording
+from cellstack.nodes.recurrent import Recurrent
 from cellstack.nodes.shape import Select
 from cellstack.spec import GATES, TRACES, ShapeError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cellstack.inspect.interventions import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
-    from cellstack.nodes.recurrent import Cell
+    from cellstack.nodes.cell import Cell
 
 PROBES = (97, 101)  # sequence lengths: a node that keeps both maps steps one to one
 
@@ -578,7 +579,7 @@ def _in_own_order(
 ) -> tuple[list[Record | None], dict[str, Flow]]:
     """Return the records of cells and all values, also between nodes of one call, each in its own order of steps."""
     records, flows = list(recording), dict(recording.flows)
-    for stage in network._stages:
+    for stage in network.calls.sequences:
         backwards = getattr(stage.node, "go_backwards", False)
         for place, number in enumerate(stage.nodes[:-1]):
             above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import keras
 
-from cellstack.spec import ACTIVATIONS, CellSpec, State
+from cellstack import cells
+from cellstack.cells import Kind
+from cellstack.spec import ACTIVATIONS, CellSpec
 
-KINDS: dict[type, str] = {
-    keras.layers.LSTMCell: "lstm",
-    keras.layers.GRUCell: "gru",
-    keras.layers.SimpleRNNCell: "rnn",
+KINDS: dict[type, Kind] = {
+    getattr(keras.layers, f"{kind.title}Cell"): kind for kind in cells.KINDS.values() if "keras1" in kind.names
 }
-"""Keras's cells, and their kind in our descriptions. Subclasses aren't included, as they may compute anything."""
+"""Keras's cells, and their kind. Subclasses aren't included, as they may compute anything."""
+
+SETTINGS = {
+    kind: [name for name in kind.settings if name in inspect.signature(cell).parameters] for cell, kind in KINDS.items()
+}
+"""The settings in our descriptions that Keras's cells of a kind have too."""
 
 DTYPES = ("float32", "float64")
 
@@ -45,27 +51,20 @@ def activation(function: Any) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _text(kind: str, width: int, units: int, names: tuple[str, ...], use_bias: bool, reset_after: bool) -> str:
-    given: dict[str, Any] = dict(zip(("activation", "recurrent_activation"), names, strict=False))
-    return CellSpec(width, units, kind=kind, use_bias=use_bias, reset_after=reset_after, **given).text
+def _spec(kind: Kind, width: int, values: tuple[Any, ...]) -> CellSpec:
+    return CellSpec(width, kind=kind.name, **dict(zip(SETTINGS[kind], values, strict=True)))
 
 
-def _names(cell: Any) -> tuple[str, ...]:
-    functions = (
-        [cell.activation]
-        if type(cell) is keras.layers.SimpleRNNCell
-        else [
-            cell.activation,
-            cell.recurrent_activation,
-        ]
-    )
-    return tuple(activation(function) for function in functions)
+def _values(cell: Any, kind: Kind) -> tuple[Any, ...]:
+    """Return the cell's `SETTINGS`; activations by our names."""
+    values = ((name, getattr(cell, name)) for name in SETTINGS[kind])
+    return tuple(activation(value) if name.endswith("activation") else value for name, value in values)
 
 
-def text(cell: Any, width: int) -> str:
-    """Return the op's description of a cell for inputs of `width`."""
+def spec_of(cell: Any, width: int) -> CellSpec:
+    """Return the description of a cell for inputs of `width`."""
     kind = KINDS[type(cell)]
-    return _text(kind, width, cell.units, _names(cell), cell.use_bias, getattr(cell, "reset_after", True))
+    return _spec(kind, width, _values(cell, kind))
 
 
 def arrays(cell: Any) -> list[Any]:
@@ -75,7 +74,7 @@ def arrays(cell: Any) -> list[Any]:
 
 def state_sizes(cell: Any) -> int:
     """Return the number of arrays of a cell's state."""
-    return len(State._fields) if type(cell) is keras.layers.LSTMCell else 1
+    return len(KINDS[type(cell)].state._fields)
 
 
 def of(layer: Any) -> Sequence[Any]:
@@ -97,7 +96,7 @@ def why_not(layer: Any) -> str:
             return f"its cell has dtype {cell.dtype_policy.name}, the layer {dtype}"
         if cell.activity_regularizer is not None:
             return "a cell's activity_regularizer adds a term at every step"
-        if "" in _names(cell):
+        if "" in _values(cell, KINDS[kind]):
             return "an activation is not one of " + ", ".join(sorted(set(_NAMES.values())))
     return ""
 
@@ -105,7 +104,7 @@ def why_not(layer: Any) -> str:
 def why_not_training(cells: Sequence[Any]) -> str:
     """Return why the kernel doesn't support cells with active dropout; "" if it does."""
     for cell in cells:
-        if cell.recurrent_dropout and type(cell) is not keras.layers.SimpleRNNCell:
+        if cell.recurrent_dropout and len(KINDS[type(cell)].gates) > 1:
             return "recurrent_dropout in training: Keras draws a mask per gate, the kernel has one for all"
         if cell.dropout and getattr(cell, "implementation", 2) == 1:
             return "dropout with implementation=1 in training: Keras draws a mask per gate, the kernel has one for all"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -140,6 +141,9 @@ def _drops(cell: Any, training: Any) -> Masks:
     )
 
 
+_cell_call = lru_cache(maxsize=1024)(op.CellCall)
+
+
 def _stacked(
     cells: Sequence[Any],
     weights: Sequence[Sequence[Tensor]],
@@ -164,20 +168,21 @@ def _stacked(
         dropped = drops[first].input
         if dropped is not None:
             x = x * dropped.unsqueeze(1)
-        texts, width = [], x.shape[2]
+        calls, width = [], x.shape[2]
         for cell in cells[part]:
-            texts.append(own.text(cell, width))
+            calls.append(_cell_call(own.spec_of(cell, width)))
             width = cell.units
         states = sum(own.state_sizes(cell) for cell in cells[part])
         begin = list(islice(queue, states))
         flat = [array for group in weights[part] for array in group]
         save = needs_grad(x, *begin, *flat)
         wanted = sequences or stop < count
-        out = op.run(x, begin, flat, as_drops(drops[part], x.new_empty(0)), used, None, texts, reverse, wanted, save)
+        masks = as_drops(drops[part], x.new_empty(0))
+        out = op.run(op.Call(x, begin, flat, masks, used, None, calls, reverse, wanted, save))
         ends += out[:states]
         y = None
         if save:
-            y = out[states + len(texts) - 1]
+            y = out[states + len(calls) - 1]
         elif wanted:
             y = out[states]
         if stop == count:
@@ -234,13 +239,13 @@ def run_layer(
     given = x, starts, list(arrays), as_drops([masks], x.new_empty(0)), used, begins
     save = traced or needs_grad(x, *starts, *arrays)
     if x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64) and not op.transformed():
-        out = op.run(*given, [spec.text], reverse, True, save)
+        out = op.run(op.Call(*given, [_cell_call(spec)], reverse, True, save))
     else:
         functions = [eager.function_of(activation) for activation in spec.activations]
         out = eager.run(*given, [spec], [functions], reverse, True, save)
     count = len(spec.state_sizes)
     ends, y = out[:count], out[count]
-    every = list(trace_of(spec.kind, out[count + 1], out[count + 2], y)) if traced else []
+    every = list(trace_of(spec.kind, op.by_layer([spec], out)[1][0])) if traced else []
     if reverse:
         y, every = y.flip(1), [part.flip(1) for part in every]
     return y, ends[0], ends, every

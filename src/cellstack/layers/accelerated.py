@@ -231,14 +231,14 @@ class _Sequence(Accelerated, nn.RNNBase):
                     begin += starts[n * directions + direction] if starts else ()
                 flags = reset if reset is None or not direction else shifted(reset)
                 keep = None if packed_weights is None else packed_weights.setdefault((layer, direction), {})
-                out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
+                call = op.Call(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, time_major=True)
+                out = op.run(call, keep)
                 parts = len(STATES[kind]._fields)
                 ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
-                kept = out[parts * step :]
-                outputs.append(kept[step - 1 if save else 0])
+                outputs.append(out[parts * step + (step - 1 if save else 0)])
                 if traced:
-                    every = zip(kept[:step], kept[step : 2 * step], kept[2 * step : 3 * step], strict=True)
-                    traces += [trace_of(kind, gates, memory, h.transpose(0, 1)) for h, gates, memory in every]
+                    saved = op.by_layer([cell.spec for cell in cells], out)[1]
+                    traces += [trace_of(kind, of._replace(y=of.y.transpose(0, 1))) for of in saved]
             y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
             if layer + step < self.num_layers:
                 if share and packed is not None:  # as PyTorch draws it: on packed data
@@ -318,10 +318,9 @@ class _Step(Accelerated, nn.RNNCellBase):
         cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
         if return_gates:
             kind = KINDS[mode]
-            parts = len(STATES[kind]._fields)
-            out = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, True, True)
-            ends, (y, gates, memory) = tuple(out[:parts]), out[parts : parts + 3]
-            every = trace_of(kind, gates, memory, y)
+            out = op.run(op.Call(x.unsqueeze(1), list(states), weights, [], None, None, [cell], save=True))
+            (ends,), (saved,) = op.by_layer([cell.spec], out)
+            every = trace_of(kind, saved)
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
             ends = op.step(x, states, weights, cell, keep)
@@ -343,9 +342,9 @@ class _Step(Accelerated, nn.RNNCellBase):
         return not states or (len(states) == parts and all(state.shape == shape for state in states))
 
 
-def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
-    """Return the op's description of a layer's cell."""
-    return _text(mode, width, hidden, proj, bias)
+def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> op.CellCall:
+    """Return the op's record of a layer's cell."""
+    return _cell_call(mode, width, hidden, proj, bias)
 
 
 # The compiler would otherwise trace into the description, even through the cache. torch.compiler.assume_constant_result
@@ -354,10 +353,10 @@ _cell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
-def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
+def _cell_call(mode: str, width: int, hidden: int, proj: int, bias: bool) -> op.CellCall:
     activation = "relu" if mode == "RNN_RELU" else "tanh"
     spec = CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj)
-    return op.with_torch_layout(spec.text)
+    return op.CellCall(spec, torch_layout=True)
 
 
 def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:

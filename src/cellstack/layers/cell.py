@@ -9,16 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cellstack.cells import KINDS
+from cellstack.cells.arguments import Signature, sign
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
 from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step
-
-
-def rate(owner: str, name: str, value: float) -> float:
-    """Return a dropout rate after checking that it is in `[0, 1)`."""
-    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{owner}: expected {name} in [0, 1), got {value!r}")
-    return float(value)
 
 
 class Masks(NamedTuple):
@@ -46,43 +41,39 @@ def as_drops(masks: Sequence[Masks], none: Tensor) -> list[Tensor]:
     return [] if all(drop is None for drop in drops) else [none if drop is None else drop for drop in drops]
 
 
-# Arrays with an initialiser, a regulariser and a constraint, and the prefix of the constructor's arguments for them.
-_ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
+ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
+"""Arrays with an initialiser, a regulariser and a constraint; the prefix of the constructor's arguments for them."""
 
-# Fields of CellSpec that constructors take as arguments, if their kind of cell has them.
-_FLAGS = (
-    "use_bias",
-    "peepholes",
-    "coupled",
-    "proj_size",
-    "layer_norm",
-    "norm_epsilon",
-    "clip",
-    "cell_clip",
-    "zoneout",
-    "zoneout_cell",
-    "reset_after",
-    "learn_initial_state",
-)
+_TABLES = {"initializer": weights.INITIALIZERS, "regularizer": weights.REGULARIZERS, "constraint": weights.CONSTRAINTS}
 
 
 class Cell(Layer):
     """Base class of the cells. Their arrays (`CellSpec.shapes`) are created in the constructor or at the first call.
 
-    A subclass defines `kind` and takes arguments that are named like the fields of `CellSpec`.
+    A subclass defines `kind`; its constructor and `State` follow from the kind's declaration in `cellstack.cells`.
     """
 
     kind: ClassVar[str]
     State: ClassVar[Any]
+    signature: ClassVar[Signature]
 
     kernel: Tensor
     recurrent_kernel: Tensor
     bias: Tensor | None
     draws: Tensor | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in vars(cls):
+            kind = KINDS[cls.kind]
+            cls.State, cls.signature = kind.state, sign(cls, kind, "cell", globals())
+
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__(given["name"])
         self._config = given = {key: own(value) for key, value in given.items()}
+        for argument in self.signature.all:
+            if "spec" not in argument.of:  # CellSpec checks its own
+                argument.check(self._owner, given[argument.name])
         given["units"] = self.units = as_integer(self._owner, "units", given["units"])
         if not 1 <= self.units < 2**29:  # from here on the size of a recurrent kernel in bytes overflows 64 bits
             raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {self.units}")
@@ -95,11 +86,10 @@ class Cell(Layer):
         self.output_size = spec.output_size
         sizes = list(spec.state_sizes.values())
         self.state_size = sizes if len(sizes) > 1 else sizes[0]
-        self.dropout = rate(self._owner, "dropout", given["dropout"])
-        self.recurrent_dropout = rate(self._owner, "recurrent_dropout", given["recurrent_dropout"])
+        self.dropout, self.recurrent_dropout = float(given["dropout"]), float(given.get("recurrent_dropout", 0.0))
         self.zoneout, self.zoneout_cell = spec.zoneout, spec.zoneout_cell
-        if given.get("implementation", 2) not in (1, 2):
-            raise ValueError(f"{self._owner}: expected implementation to be 1 or 2, got {given['implementation']!r}")
+        if given.get("forget_bias") is not None and not self._forgets:
+            raise ValueError(f"{self._owner}: forget_bias needs a forget gate with a bias")
         seed = given["seed"]
         if seed is not None:
             given["seed"] = seed = as_integer(self._owner, "seed", seed)
@@ -108,15 +98,9 @@ class Cell(Layer):
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
         self._parts = {
-            array: [
-                weights.find(given[f"{role}_{kind}"], table, f"{role}_{kind}")
-                for kind, table in (
-                    ("initializer", weights.INITIALIZERS),
-                    ("regularizer", weights.REGULARIZERS),
-                    ("constraint", weights.CONSTRAINTS),
-                )
-            ]
-            for array, role in _ROLES.items()
+            array: [weights.find(given[name], _TABLES[what], name) for what in _TABLES for name in [f"{role}_{what}"]]
+            for array, role in ROLES.items()
+            if f"{role}_initializer" in given
         }
         for name in ARRAYS:
             self.register_parameter(name, None)
@@ -146,14 +130,13 @@ class Cell(Layer):
                 hint = f" {value}: the first argument is units, and input_size= is the width of x" if turned else ""
                 raise type(error)(f"{self._owner}: {key}: {error}{hint}") from None
             texts[key] = name if eager.known(name) else "linear"
-        fields = {key: texts[key] for key in usual} | {name: given[name] for name in _FLAGS if name in given}
-        by_name = {gate: texts[gate] for gate in by_gate}
+        fields = {name: given[name] for name in KINDS[self.kind].settings} | {key: texts[key] for key in usual}
+        fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
         try:
-            spec = CellSpec(1, self.units, kind=self.kind, gate_activations=by_name, **fields)
+            spec = CellSpec(1, kind=self.kind, **fields)
         except (ShapeError, TypeError, ValueError) as error:
             raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
-        of_slot = {slot: "activation" if slot in ("g", "cell") else "recurrent_activation" for slot in spec.slots}
-        chosen = [by_gate.get(slot, usual[name]) for slot, name in of_slot.items()]
+        chosen = [by_gate.get(slot, usual[spec.of_kind.activation(slot)]) for slot in spec.slots]
         names = [(eager.activation_name(value), value) for value in chosen]
         foreign = [
             name or getattr(value, "__name__", type(value).__name__) for name, value in names if not eager.known(name)
@@ -162,16 +145,17 @@ class Cell(Layer):
 
     def _describe(self, spec: CellSpec) -> None:
         """Store the description, and the parts of it that each call needs."""
-        self._spec, self._text, self._plain = spec, spec.text, spec.plain
+        self._spec, self._call, self._plain = spec, op.CellCall(spec), spec.plain
         self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
 
     def extra_repr(self) -> str:
         """Return the widths, and the arguments that differ from the defaults."""
         parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
-        given = {key: self._config[key] for key in ("activation", "recurrent_activation") if key in self._config}
         usual = {"activation": "tanh", "recurrent_activation": "sigmoid"}
+        given = {key: self._config[key] for key in usual if key in self._config}
         changed = {key: value for key, value in given.items() if value != usual[key]}
-        changed |= {key: self._config[key] for key in ("gate_activations", *_FLAGS) if key in self._spec.settings}
+        settings = [key for key in self._spec.settings if key not in ("input_size", "units", "kind", *usual)]
+        changed |= {key: self._config[key] for key in sorted(settings, key=lambda key: key != "gate_activations")}
         return ", ".join([*parts, *(f"{key}={value!r}" for key, value in changed.items())])
 
     @property
@@ -227,10 +211,32 @@ class Cell(Layer):
                 setattr(self, name, nn.Parameter(values))
 
     def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
-        """Initialise a kernel, a bias or a projection."""
+        """Initialise a kernel, a bias or a projection; the forget gate's bias with `forget_bias`, if that is given."""
         if initializer is None:
             raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
-        weights.fill(values, initializer)
+        if name != "bias" or self.forget_bias is None:
+            weights.fill(values, initializer)
+            return
+        at = self._spec.gates.index("f") * self.units
+        values[at : at + self.units] = self.forget_bias
+        for part in (values[:at], values[at + self.units :]):
+            if len(part):
+                weights.fill(part, initializer)
+
+    @property
+    def _forgets(self) -> bool:
+        return self.use_bias and "f" in self._spec.gates
+
+    @property
+    def unit_forget_bias(self) -> bool:
+        """Whether the forget gate's bias is initialised with 1, unless `forget_bias` is given."""
+        return self._config.get("unit_forget_bias", False)
+
+    @property
+    def forget_bias(self) -> float | None:
+        """Initial value of the forget gate's bias; None: there is none, or `bias_initializer` determines it."""
+        given = self._config.get("forget_bias")
+        return (1.0 if given is None and self.unit_forget_bias else given) if "f" in self._spec.gates else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cell:
         super()._apply(fn, recurse)
@@ -389,7 +395,7 @@ class Cell(Layer):
         """Run one step on checked arguments: x `[B, I]`, a state, masks of one step (`Masks.at`)."""
         if masks.input is not None:
             x = x * masks.input
-        arrays, cells = self.arrays(), [self._text]
+        arrays = self.arrays()
         starts = [] if state is None else list(state)
         drops = as_drops([masks], self._like)
         if self.route(arrays[0])[0] != "fused":
@@ -397,8 +403,9 @@ class Cell(Layer):
             return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))
         save = needs_grad(x, *starts, *arrays)
         if not save and not drops and x.is_cpu and op.direct(x):
-            return op.step(x, starts, arrays, self._text)
-        out = op.run(x.unsqueeze(1), starts, arrays, drops, None, None, cells, False, False, save)
+            return op.step(x, starts, arrays, self._call)
+        call = op.Call(x.unsqueeze(1), starts, arrays, drops, None, None, [self._call], sequences=False, save=save)
+        out = op.run(call)
         return tuple(out[: len(self._sizes)])
 
 

@@ -179,11 +179,11 @@ def run(
         states = list(islice(begin, len(spec.state_sizes))) if starts else _initial(spec, arrays, x)
         masks = [drop if drop.numel() else None for drop in drops[3 * n : 3 * n + 3]] or [None] * 3
         rest = mask, reset, spec, functions[n], reverse, save, steps
-        ends, x, kept, memory = _layer(x, states, arrays, masks, *rest)
+        ends, x, kept, inner = _layer(x, states, arrays, masks, *rest)
         finals += ends
         ys.append(x)
         gates.append(kept)
-        cells.append(memory)
+        cells += inner
     if save:
         return [*finals, *ys, *gates, *cells, *(x.new_zeros(0) for _ in specs)]
     return [*finals, *(ys[-1:] if sequences else ())]
@@ -211,8 +211,8 @@ def _layer(
     reverse: bool,
     save: bool,
     every: list[list[Tensor]] | None,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Return the final states, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and an LSTM's cells."""
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """Return the final states, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and the states other than h."""
     steps = x.shape[1]
     kind = spec.of_kind
     fresh = None if reset is None else _initial(spec, arrays, x)
@@ -221,7 +221,8 @@ def _layer(
     rates = [spec.zoneout, spec.zoneout_cell]
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
     a = kind.inputs(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H]
-    outputs, gates, cells = ([x.new_zeros(0)] * steps for _ in range(3))
+    gates = [x.new_zeros(0)] * steps
+    seen: list[list[Tensor]] = [[x.new_zeros(0)] * steps for _ in states]  # each state at every step
     states = [state.clone() for state in states]  # with no step the results must not be the arguments themselves
     for t in reversed(range(steps)) if reverse else range(steps):
         if reset is not None and fresh is not None:
@@ -237,15 +238,17 @@ def _layer(
                 keep = rate if keeps is None else keeps[:, t]
                 new[k] = keep * old[k] + (1.0 - keep) * new[k]
         states = new if used is None else [torch.where(used, *pair) for pair in zip(new, states, strict=True)]
-        outputs[t], cells[t] = states[0], states[-1]
+        for every_step, state in zip(seen, states, strict=True):
+            every_step[t] = state
         if save:
             # The planes after the gates are used only by the kernel's backward pass, and need no gradient.
             stacked = torch.stack([*gate[: len(kind.gates)], *(v.detach() for v in gate[len(kind.gates) :])], dim=1)
             gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
-    y = _joined(outputs, x, spec.output_size)
+    sizes = list(spec.state_sizes.values())
+    y, *inner = (_joined(parts, x, size) for parts, size in zip(seen, sizes if save else sizes[:1], strict=save))
     states = [state.view_as(state) for state in states]  # so that h and the last y get separate gradients
     kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
-    return states, y, kept, _joined(cells, x, spec.units) if save and "c" in spec.state_sizes else x.new_zeros(0)
+    return states, y, kept, inner
 
 
 def _joined(parts: list[Tensor], x: Tensor, *sizes: int) -> Tensor:

@@ -217,9 +217,10 @@ def _run_again(
         arrays = [array.requires_grad_() for array in call.arrays[n]]
         specs, functions = [cell._spec], [cell._functions]
         own = y[:, first:], state or [], arrays, drops, late, begun
-        *rest, output, gates, memory, _ = eager.run(*own, specs, functions, False, True, True, seen)
-        finals.append(cell.State(*rest))
-        traces.append(trace_of(cell.kind, gates, memory, output))
+        (ends,), (saved,) = op.by_layer(specs, eager.run(*own, specs, functions, False, True, True, seen))
+        output = saved.y
+        finals.append(cell.State(*ends))
+        traces.append(trace_of(cell.kind, saved))
         every.append(seen)
         y = output if early is None else torch.cat([early, output], dim=1)
         if call.residual and n and below.shape[2] == y.shape[2]:
@@ -275,7 +276,7 @@ def _early(
     drops = as_drops([masks._replace(**_of_steps(masks, slice(0, first)))], x[:0, 0])
     used, reset = (None if flag is None else flag[:, :first] for flag in (used, reset))
     if cell.route(arrays[0])[0] == "fused":
-        *ends, y = op.run(x, state or [], arrays, drops, used, reset, [cell._text], False, True, False)
+        *ends, y = op.run(op.Call(x, state or [], arrays, drops, used, reset, [cell._call]))
     else:
         specs, functions = [cell._spec], [cell._functions]
         *ends, y = eager.run(x, state or [], arrays, drops, used, reset, specs, functions, False, True, False)

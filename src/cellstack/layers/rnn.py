@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from cellstack.cells import KINDS
+from cellstack.cells.arguments import COMPATIBLE, sign
 from cellstack.layers import foreign, op, weights
-from cellstack.layers.base import Layer, as_input
+from cellstack.layers.base import Layer, as_input, of_cell, own
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, shifted, unpack
 from cellstack.layers.stack import Call, StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
 from cellstack.spec import Plan, ShapeError, as_flag, check_sequence
+
+FLAGS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask", "remat")
+OF_LAYER = (*FLAGS, "activity_regularizer", "name")
 
 
 class Run(NamedTuple):
@@ -76,29 +81,13 @@ class RNN(StatefulLayer):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        flags = {
-            "return_sequences": return_sequences,
-            "return_state": return_state,
-            "go_backwards": go_backwards,
-            "stateful": stateful,
-            "unroll": unroll,
-            "zero_output_for_mask": zero_output_for_mask,
-            "remat": remat,
-        }
-        for flag, value in flags.items():
-            flags[flag] = as_flag(self._owner, flag, value)
-        self._config = {
-            "cell": cell,
-            **flags,
-            "activity_regularizer": activity_regularizer,
-            "input_size": input_size,
-            "name": name,
-        }
+        given = locals()
+        self._config = {name: given[name] for name in ("cell", *OF_LAYER, "input_size")}
+        self._config |= {flag: as_flag(self._owner, flag, given[flag]) for flag in FLAGS}
         self.cell = StackedRNNCells(cell) if isinstance(cell, (list, tuple)) else as_cell(self._owner, cell)
         self.return_sequences, self.return_state = return_sequences, return_state
         self.go_backwards, self.stateful, self.unroll = go_backwards, stateful, unroll
-        self.zero_output_for_mask = zero_output_for_mask
-        self.remat = flags["remat"]
+        self.zero_output_for_mask, self.remat = zero_output_for_mask, self._config["remat"]
         self.activity_regularizer = weights.find(activity_regularizer, weights.REGULARIZERS, "activity_regularizer")
         self._activity: Tensor | None = None
         self._ours = all(isinstance(part, Cell) for part in self.cells)
@@ -129,8 +118,7 @@ class RNN(StatefulLayer):
 
     def extra_repr(self) -> str:
         """Return the flags that are set."""
-        flags = ("return_sequences", "return_state", "go_backwards", "stateful", "zero_output_for_mask", "remat")
-        return ", ".join(f"{flag}=True" for flag in flags if getattr(self, flag))
+        return ", ".join(f"{flag}=True" for flag in FLAGS if getattr(self, flag) and flag != "unroll")
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
         """Create the weights for inputs of width `input_size`, or of this shape."""
@@ -305,3 +293,45 @@ class RNN(StatefulLayer):
         if isinstance(first, Cell):
             return first.like
         return next((p for p in self.parameters() if p.is_floating_point()), self._like)
+
+
+class SingleCellRNN(RNN):
+    """Base class of the layers of one cell: passes each argument to the cell or to `RNN`.
+
+    A subclass defines `cell_type`; its constructor follows from the declaration of the cell's kind.
+    """
+
+    cell_type: ClassVar[type[Cell]]
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "cell_type" in vars(cls):
+            cls.kind = cls.cell_type.kind
+            sign(cls, KINDS[cls.kind], "layer", globals())
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        given = {key: own(value) for key, value in given.items()}
+        # The cell has the layer's name, so that its error messages name the layer.
+        cell = self.cell_type(**{name: value for name, value in given.items() if name in self.cell_type.signature})
+        for argument in COMPATIBLE:
+            if argument.name in given:
+                argument.check(cell._owner, given[argument.name])
+        super().__init__(cell, **{name: given[name] for name in OF_LAYER})
+        self._config = {**given, "units": cell.units, "seed": cell.seed}
+
+    def plan(self) -> Plan:
+        """See `RNN.plan`. The lines also name arguments that have no effect."""
+        given = ((argument, self._config.get(argument.name, argument.default)) for argument in COMPATIBLE)
+        idle = [f"{argument.name}={value!r}" for argument, value in given if value != argument.default]
+        lines = super().plan()
+        return Plan([f"{line}; no effect: {', '.join(idle)}" for line in lines]) if idle else lines
+
+    units = of_cell("units")
+    input_size = of_cell("input_size")
+    activation = of_cell("activation")
+    recurrent_activation = of_cell("recurrent_activation")
+    use_bias = of_cell("use_bias")
+    dropout = of_cell("dropout")
+    recurrent_dropout = of_cell("recurrent_dropout")
+    spec = of_cell("spec")

@@ -13,7 +13,7 @@ from cellstack.layers import eager, op
 from cellstack.layers.base import EXPORT_HINT, Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, state_counts, takes_training
-from cellstack.spec import GATES, STATES, TRACES, ShapeError, as_nested, check_step
+from cellstack.spec import GATES, TRACES, ShapeError, as_nested, check_step
 
 
 class StackedRNNCells(Layer):
@@ -228,8 +228,8 @@ def run_cells(
         save = traced or needs_grad(y, *starts, *flat)
         if routes[start] == "fused":
             again = remat and save and not traced
-            texts = [op.with_recomputed_gates(cell._text) if again else cell._text for cell in cells[part]]
-            out = op.run(y, starts, flat, drops, used, reset, texts, reverse, wanted, save)
+            calls = [cell._call.recomputing if again else cell._call for cell in cells[part]]
+            out = op.run(op.Call(y, starts, flat, drops, used, reset, calls, reverse, wanted, save))
         elif routes[start] == "torch":
             if not eager.torch_kind(cells[start]._spec) or traced or drops or used is not None or reset is not None:
                 raise TypeError(
@@ -243,17 +243,17 @@ def run_cells(
             save, wanted = traced, True
             specs, functions = [cells[start]._spec], [cells[start]._functions]
             out = eager.run(y, starts, flat, drops, used, reset, specs, functions, reverse, wanted, save)
-        results = iter(out)
-        finals += [cell.State(*islice(results, len(cell.State._fields))) for cell in cells[part]]
-        last = finals[-1].h
         if save:
-            outputs = list(islice(results, stop - start))
-            y = outputs[-1]
+            ends, saved = op.by_layer([cell._spec for cell in cells[part]], out)
+            y = saved[-1].y
             if traced:
-                gates, memory = (list(islice(results, stop - start)) for _ in range(2))
-                traces += map(trace_of, (cell.kind for cell in cells[part]), gates, memory, outputs)
-        elif wanted:
-            y = next(results)
+                traces += [trace_of(cell.kind, of) for cell, of in zip(cells[part], saved, strict=True)]
+        else:
+            results = iter(out)
+            ends = [tuple(islice(results, len(cell._sizes))) for cell in cells[part]]
+            y = next(results) if wanted else y
+        finals += [cell.State(*end) for cell, end in zip(cells[part], ends, strict=True)]
+        last = finals[-1].h
         if adds[start] and steps:
             y = y + (below if used is None else at_last_used(below, used, reset, reverse))
             last = y[:, 0 if reverse else -1]
@@ -263,10 +263,10 @@ def run_cells(
     return y, last, finals, traces
 
 
-def trace_of(kind: str, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+def trace_of(kind: str, saved: op.Saved) -> Any:
     """Return the trace of a cell from the values that the op saves."""
-    planes = gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
-    return TRACES[kind](*planes, *([memory] if "c" in STATES[kind]._fields else []), y)
+    planes = saved.gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
+    return TRACES[kind](*planes, *saved.states, saved.y)
 
 
 def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:

@@ -1,9 +1,10 @@
 """All nodes: `from cellstack.nodes import Conv1D`. For their common interface see `base`."""
 
 from cellstack.nodes.base import Array, Node
+from cellstack.nodes.cell import Cell
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.frames import Context, PerFrame
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
 from cellstack.nodes.signal import Magnitude, Take

@@ -7,22 +7,20 @@ nor its inputs, so threads can share nodes, and several nodes can take the same 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import reference, spec
 from cellstack.bfloat16 import BFloat16Array
 from cellstack.nodes.masks import ArrayMasks
 from cellstack.spec import DTYPES, HiddenState, ShapeError, State
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.recording import Record
     from cellstack.nodes.stored import Entry
 
 Array = NDArray[Any]
@@ -30,6 +28,9 @@ CellState = State | HiddenState
 Value = TypeVar("Value")
 Shape = tuple[int | None, ...]
 """Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None: not known in advance."""
+
+StateGradients = Sequence[Sequence["Array | None"]]
+"""Per cell, the gradient of each array of its state; None: it has none."""
 
 Types = dict[str, type | tuple[type, ...]]
 """Keys of a file with the types of their values; a tuple lists alternatives."""
@@ -47,6 +48,24 @@ class Flow(NamedTuple):
     states: tuple[CellState, ...] = ()
 
 
+class NodeRun(NamedTuple):
+    """What a node took and computed in a run, for its derivative.
+
+    Attributes:
+        inputs: its inputs, without resets.
+        y: its output.
+        records: those of its cells.
+    """
+
+    inputs: Sequence[Flow]
+    y: Array
+    records: Sequence[Record] = ()
+
+
+class GradientError(ValueError):
+    """A node has no gradient; the message says why."""
+
+
 def shown(shape: Shape, ids: bool = False) -> str:
     """Return a shape as text: `[B, T, 3]` for `(None, 3)`."""
     axes = list(shape)
@@ -54,74 +73,6 @@ def shown(shape: Shape, ids: bool = False) -> str:
     return (
         f"[{', '.join(['B', *(word if axis is None else str(axis) for word, axis in zip(words, axes, strict=True))])}]"
     )
-
-
-def softmax(z: Array) -> Array:
-    """Softmax over the last axis, shifted by the largest value so that nothing overflows."""
-    z = np.ascontiguousarray(z)  # else the order of summation, and with it the rounding, depends on the layout
-    e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # np.max has more overhead, which a stream notices
-    np.exp(e, out=e)
-    e /= np.add.reduce(e, axis=-1, keepdims=True)
-    return e
-
-
-def _log_softmax(z: Array) -> Array:
-    z = np.ascontiguousarray(z)
-    z = z - np.maximum.reduce(z, axis=-1, keepdims=True)
-    return z - np.log(np.add.reduce(np.exp(z), axis=-1, keepdims=True))
-
-
-def _silu(z: Array) -> Array:
-    return z * reference.ACTIVATIONS["sigmoid"][0](z)
-
-
-_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf; this takes some 0.1 us per number
-
-
-def _gelu(z: Array) -> Array:
-    return z * (0.5 + 0.5 * np.asarray(_erf(z * math.sqrt(0.5)), z.dtype))
-
-
-def _gelu_tanh(z: Array) -> Array:
-    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
-
-
-def _selu(z: Array) -> Array:
-    return SELU_SCALE * np.where(z > 0.0, z, SELU_ALPHA * np.expm1(np.minimum(z, 0.0)))
-
-
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
-
-MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "softmax": softmax,
-    "log_softmax": _log_softmax,
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "selu": _selu,
-    "exponential": np.exp,
-    "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
-}
-"""Activations of nodes in addition to those of cells, `spec.ACTIVATIONS`; they run in NumPy, not in the kernel.
-
-    softmax      e^z over its sum along the last axis      log_softmax  its logarithm
-    silu         z·sigmoid(z)                              selu         1.0507·(z, or 1.6733·(e^z - 1) where negative)
-    gelu         z·(1 + erf(z/sqrt 2))/2                   gelu_tanh    gelu with a tanh approximation of erf
-    exponential  e^z                                       relu6        min(max(z, 0), 6)
-
-Ref: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; Klambauer et al. 2017, "Self-Normalizing Neural
-Networks", eq. 2.
-"""
-
-
-@lru_cache(maxsize=256)
-def activation_function(text: str) -> Callable[[Array], Array]:
-    """Return the function of an activation in `MORE_ACTIVATIONS`, or of one that `spec.activation` parses."""
-    if text in MORE_ACTIVATIONS:
-        return MORE_ACTIVATIONS[text]
-    name, alpha, beta = spec.activation(text)
-    function = reference.ACTIVATIONS[name][0]
-    return lambda z: function(z, alpha, beta)
 
 
 def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array:
@@ -213,14 +164,46 @@ def check_number(owner: str, name: str, value: Any, above: float | None = None) 
     return float(value)
 
 
-def check_activation(owner: str, text: Any) -> str:
-    """Return the activation `text` in its shortest form; `ValueError` if it is unknown."""
-    if isinstance(text, str) and text in MORE_ACTIVATIONS:
-        return text
-    try:
-        return str(spec.activation(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{owner}: activation: {error} (or {', '.join(MORE_ACTIVATIONS)})") from None
+class KernelLayers(NamedTuple):
+    """What the kernel runs of a node, or of several consecutive nodes in one call.
+
+    Attributes:
+        groups: the layers by call of the kernel, bottom first; True if the input of the call is added to its output.
+        timed: how many layers run at every step; the layers above them run at the last step only.
+        reverse: whether they run from the last step to the first.
+        last_step: whether only the output of the last step is returned.
+        zeros_at_masked: whether the output is set to zeros at masked steps.
+        finish: what NumPy applies to the output, or None.
+    """
+
+    groups: tuple[tuple[tuple[Any, ...], bool], ...]
+    timed: int
+    reverse: bool = False
+    last_step: bool = False
+    zeros_at_masked: bool = False
+    finish: Callable[[Array], Array] | None = None
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """All cells and dense layers, bottom first."""
+        return tuple(layer for layers, _ in self.groups for layer in layers)
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether any layer is a cell."""
+        return any(not isinstance(layer, Node) for layer in self.layers)
+
+    @property
+    def only_cells(self) -> bool:
+        """Whether all layers are cells."""
+        return not any(isinstance(layer, Node) for layer in self.layers)
+
+    def then(self, above: KernelLayers) -> KernelLayers:
+        """Return these layers with those of the next node on top, as one call."""
+        timed = self.timed + (0 if self.last_step else above.timed)
+        last_step = self.last_step or above.last_step
+        layers = (*self.layers, *above.layers)
+        return KernelLayers(((layers, False),), timed, self.reverse, last_step, above.zeros_at_masked, above.finish)
 
 
 class FrameRule(NamedTuple):
@@ -287,6 +270,11 @@ class Node:
     settings: ClassVar[Types] = {}
     multiplied: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def kernel_layers(self) -> KernelLayers | None:
+        """What the kernel can run in one call with the nodes below and above; None if it can't run the node."""
+        return None
+
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -347,6 +335,19 @@ class Node:
         (flow,) = flows
         reset = flow.reset if self.keeps_steps(flow.x.ndim - 1) else None
         return Flow(self.apply(flow.x), self.mask_of(flows), reset)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        """Return the gradients of the inputs, and of the cells' initial states where they were given.
+
+        Args:
+            run: what the node took and computed.
+            dy: the gradient of its output.
+            dstates: those of its cells' states after the last step.
+
+        Raises:
+            GradientError: the node has no gradient.
+        """
+        raise GradientError("its gradient isn't defined")
 
     # ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -519,3 +520,18 @@ def check_axes(owner: str, node: Node, shape: Shape) -> None:
     if len(shape) != wanted if wanted else len(shape) > 2:
         expected = "a sequence [B, T, W]" if wanted == 2 else "[B, T, W] or [B, W]"
         raise ShapeError(f"{owner}: {type(node).__name__} expected {expected}, got {shown(shape)}")
+
+
+def gradient_of_moves(node: Node, run: NodeRun, dy: Array) -> list[Array]:
+    """Return the gradient of the input of a node that only moves numbers.
+
+    Running it on indices shows where each number goes.
+    """
+    (flow,) = run.inputs
+    size = flow.x.size
+    places = np.arange(1.0, size + 1).reshape(flow.x.shape)
+    one, other = (node.run([flow._replace(x=numbers)], (), 1).x for numbers in (places, places + size))
+    from_input = other - one == size  # padding doesn't change
+    dx = np.zeros(size, dy.dtype)
+    np.add.at(dx, (one[from_input] - 1).astype(np.int64), dy[from_input])
+    return [dx.reshape(flow.x.shape)]

@@ -10,16 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cellstack import native, spec
-from cellstack.nodes.base import (
-    MORE_ACTIVATIONS,
-    Array,
-    Shape,
-    Stepwise,
-    activation_function,
-    check_activation,
-    hold,
-    one_dtype,
-)
+from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
+from cellstack.nodes.base import Array, KernelLayers, NodeRun, Shape, StateGradients, Stepwise, hold, one_dtype
 from cellstack.spec import ShapeError
 
 
@@ -60,12 +52,18 @@ class Dense(Stepwise):
     @cached_property
     def packed(self) -> Any:
         """The weights in the kernel's layout, packed at the first use."""
-        return native.dense(self.kernel, self.bias, spec.activation("linear" if self.beyond else self.activation))
+        return native.dense(
+            self.kernel, self.bias, spec.activation("linear" if self.numpy_activation else self.activation)
+        )
 
     @cached_property
-    def beyond(self) -> Callable[[Array], Array] | None:
+    def numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
+
+    @property
+    def kernel_layers(self) -> KernelLayers:
+        return KernelLayers((((self,), False),), 1, finish=self.numpy_activation)
 
     def apply(self, x: Array) -> Array:
         """Return `[..., O]` for `x [..., I]` of the kernel's dtype.
@@ -82,12 +80,16 @@ class Dense(Stepwise):
         y = np.empty((*x.shape[:-1], self.kernel.shape[1]), x.dtype)
         rows = native.Sequences(1, x.size // self.kernel.shape[0], x, 0, x.shape[-1])
         native.forward(rows, [native.Layer(self.packed, y=y)], 1)
-        return self.beyond(y) if self.beyond else y
+        return self.numpy_activation(y) if self.numpy_activation else y
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        z = run.inputs[0].x @ self.kernel + (0 if self.bias is None else self.bias)
+        return [activation_gradient(self.activation, z, dy) @ self.kernel.T]
 
     @property
     def summary(self) -> str:
         return self.activation
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        after = f", {self.activation} in NumPy" if self.beyond else ""
+        after = f", {self.activation} in NumPy" if self.numpy_activation else ""
         return f"fused kernel ({native.isa()}, {dtype}): one product{after}"

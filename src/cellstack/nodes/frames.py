@@ -21,8 +21,11 @@ from cellstack.nodes.base import (
     CellState,
     Flow,
     FrameRule,
+    GradientError,
     Node,
+    NodeRun,
     Shape,
+    StateGradients,
     check_axes,
     check_integer,
     shown,
@@ -91,6 +94,9 @@ class Context(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows
         return Flow(self.apply(flow.x, flow.mask, flow.reset), flow.mask, flow.reset)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        raise GradientError("it depends on the resets of its input, which a trace doesn't store")
 
     def frames(self, *shapes: Shape) -> FrameRule:
         def advance(memory: Array, x: Array) -> tuple[Array, Array]:
@@ -211,6 +217,20 @@ class PerFrame(Node):
         blocks = [self._rows(rows[at : at + BLOCK]) for at in range(0, max(1, len(rows)), BLOCK)]
         y = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return y.reshape(batch, steps, *y.shape[1:])
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        values = [Flow(np.ascontiguousarray(x).reshape(-1, *self.frame))]
+        for node, sources in zip(self.nodes, self.takes, strict=True):
+            values.append(node.run([values[source] for source in sources], (), 1))
+        found = [np.zeros_like(value.x) for value in values]
+        found[-1] = dy.reshape(found[-1].shape)
+        for number in range(len(self.nodes), 0, -1):
+            sources = self.takes[number - 1]
+            own = NodeRun([values[source] for source in sources], values[number].x)
+            for source, gradient in zip(sources, self.nodes[number - 1].gradients(own, found[number]), strict=True):
+                found[source] = found[source] + gradient
+        return [found[0].reshape(x.shape)]
 
     def frames(self, *shapes: Shape) -> FrameRule:
         axes = 1 + len(self.frame)

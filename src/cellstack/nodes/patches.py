@@ -14,10 +14,6 @@ from cellstack.nodes.base import Array, check_choice, check_integer
 from cellstack.spec import GATES, TRACES, CellSpec, ShapeError
 
 HOWS = ("set", "add", "scale", "freeze")
-STATE_TARGETS = {"c": 4, "h": 5}
-"""Positions of the states in the kernel's `patch_lines`; that of a gate is its plane."""
-
-TARGETS = 6
 IDENTITY = ((1.0,), (0.0,), (-0.0,))  # v·1 + before·0 + (-0), which is v bit for bit, also for -0
 
 FIELDS = tuple(sorted({name for fields in TRACES.values() for name in fields._fields}))
@@ -184,7 +180,8 @@ class CellPatches:
 
     def __init__(self, spec: CellSpec, patches: Sequence[Patch]) -> None:
         self.spec, self.patches = spec, tuple(patches)
-        self.holds = any(patch.how == "freeze" and patch.gate not in STATE_TARGETS for patch in patches)
+        self.targets = (*GATES[spec.kind], *spec.state_sizes)  # the order in the kernel's `patch_lines`
+        self.holds = any(patch.how == "freeze" and patch.gate in GATES[spec.kind] for patch in patches)
         self.timeless = all(
             patch.steps is None and (patch.value is None or _whole(patch.value).shape[1] == 1) for patch in patches
         )
@@ -283,7 +280,7 @@ class CellPatches:
         made = self._act(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
         if not made:
             return value
-        lines = made["patch_lines"][:, :, STATE_TARGETS[name]].reshape(-1)
+        lines = made["patch_lines"][:, :, self.targets.index(name)].reshape(-1)
         once, again, added = np.moveaxis(made["patch_table"][lines][:, :, : value.shape[1]], 1, 0)
         # A factor of 0 gives 0 also for NaN and infinity.
         new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
@@ -298,7 +295,7 @@ class CellPatches:
         dtype: np.dtype[Any],
     ) -> dict[str, Any]:
         width = max(self.spec.units, self.spec.output_size)
-        lines = np.full((*numbers.shape, TARGETS), -1, np.int32)
+        lines = np.full((*numbers.shape, len(self.targets)), -1, np.int32)
         table = _Table(width)
         for patch in self.patches:
             self._add(patch, rows, numbers, first, lines, table)
@@ -317,13 +314,12 @@ class CellPatches:
         table: _Table,
     ) -> None:
         """Apply a patch on top of the previous ones."""
-        gates = GATES[self.spec.kind]
-        target = STATE_TARGETS[patch.gate] if patch.gate in STATE_TARGETS else gates.index(patch.gate)
+        target = self.targets.index(patch.gate)
         units = _chosen(patch.units, patch.width(self.spec))
         row_places = _places(patch.rows, rows)
         here = np.flatnonzero(row_places >= 0)
         step_places = np.array(_places(patch.steps, numbers[here]))
-        if patch.how == "freeze" and patch.gate not in STATE_TARGETS:  # no change at the first step
+        if patch.how == "freeze" and patch.gate in GATES[self.spec.kind]:  # no change at the first step
             begins = np.flatnonzero(first[here] >= 0)
             step_places[begins, first[here][begins]] = -1
         at, steps = np.nonzero(step_places >= 0)

@@ -2,367 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.bfloat16 import BFloat16Array, rounded
-from cellstack.cells import KINDS
+from cellstack.bfloat16 import BFloat16Array
 from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
     FrameRule,
+    KernelLayers,
     Node,
+    NodeRun,
     Shape,
-    Types,
+    StateGradients,
     check_choice,
     check_flag,
-    hold,
-    hold_bfloat16,
     one_dtype,
     shown,
 )
-from cellstack.spec import ARRAYS, MATRICES, STATES, CellSpec, ShapeError
+from cellstack.nodes.cell import Cell, summary_of
+from cellstack.nodes.recording import Record, Recording
+from cellstack.spec import STATES, ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
     from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.stored import Entry
 
-WEIGHTS = ("float32", "bfloat16", "int8")
-"""Number formats of the matrices of cells in a run or a stream; float64 cells keep float64."""
-
-HELD = ("float32", "bfloat16")
-"""Number formats in which a float32 cell can store its matrices."""
-
-MOST_DEPTH = (2**31 - 1) // 127**2
-"""The largest number of products of 8-bit integers whose sum always fits into 32 bits."""
-
 MERGE_MODES = ("concat", "sum", "mul", "ave")
 BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
-TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": float, "Any": dict}
-CELL_WIDTHS: Types = {"input_size": int, "units": int}
-CELL_FLAGS: Types = {
-    flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
-}  # optional in a file: the default applies
-KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
-
-
-@dataclass(frozen=True, eq=False, init=False, repr=False)
-class Cell:
-    """One cell: its description and its arrays. Arrays that the cell doesn't have are None.
-
-    Args:
-        spec: the kind of cell, its widths and its flags.
-        arrays: the arrays of `spec.shapes` in order, float32 or float64. The matrices of a float32 cell (`kernel`,
-            `recurrent_kernel`, `projection`) may all be `BFloat16Array`; they are stored so, and the attributes return
-            them as float32. See `with_weights`.
-        named: the remaining arrays by name; None for one that the cell doesn't have.
-
-    Raises:
-        ShapeError: a missing or superfluous array, or a shape that differs from `spec.shapes`.
-        TypeError: a dtype other than float32 and float64, or several dtypes; an array given twice; only some of the
-            matrices in bfloat16.
-
-    >>> spec = CellSpec(3, 4, kind="gru", reset_after=False)
-    >>> cell = Cell(spec, np.ones((3, 12)), recurrent_kernel=np.ones((4, 12)), bias=np.zeros(12))
-    >>> cell
-    Cell of float64: GRU 3 -> 4 (no reset after)
-    >>> [name for name in cell.arrays]
-    ['kernel', 'recurrent_kernel', 'bias']
-    """
-
-    spec: CellSpec
-    kernel: Array
-    recurrent_kernel: Array
-    bias: Array | None
-    peepholes: Array | None
-    projection: Array | None
-    kernel_gain: Array | None
-    recurrent_gain: Array | None
-    cell_gain: Array | None
-    cell_bias: Array | None
-    initial_h: Array | None
-    initial_c: Array | None
-    _bfloat16: dict[str, BFloat16Array] = field(init=False, repr=False, compare=False)
-
-    def __init__(self, spec: CellSpec, *arrays: Any, **named: Any) -> None:
-        if not isinstance(spec, CellSpec):
-            raise TypeError(f"Cell: expected spec to be a CellSpec, got {type(spec).__name__}")
-        shapes = spec.shapes
-        if len(arrays) > len(shapes):
-            raise ShapeError(f"Cell: expected {len(shapes)} arrays, {', '.join(shapes)}, got {len(arrays)}")
-        given = dict(zip(shapes, arrays, strict=False))
-        for name in named:
-            if name not in ARRAYS or name in given:
-                got = f"{name} twice" if name in given else name
-                raise TypeError(f"Cell: expected each of {', '.join(shapes)} once, got {got}")
-        given |= named
-        object.__setattr__(self, "spec", spec)
-        bfloat16: dict[str, BFloat16Array] = {}
-        for name in ARRAYS:
-            value = given.get(name)
-            if (value is None) == (name in shapes):
-                expected = f"{name} {list(shapes[name])}, got none" if value is None else f"no {name}, got one"
-                raise ShapeError(f"Cell: expected {expected}")
-            if isinstance(value, BFloat16Array):  # without an attribute: `__getattr__` returns it as float32
-                bfloat16[name] = hold_bfloat16("Cell", name, value, shapes[name])
-            else:
-                object.__setattr__(self, name, None if value is None else hold("Cell", name, value, shapes[name]))
-        object.__setattr__(self, "_bfloat16", bfloat16)
-        matrices = [name for name in MATRICES if name in shapes]
-        if bfloat16 and list(bfloat16) != matrices:
-            expected, got = ", ".join(matrices), ", ".join(bfloat16)
-            raise TypeError(f"Cell: expected all of {expected} in bfloat16 or none, got {got}")
-        whole: dict[str, Array | None] = {}
-        if bfloat16:
-            whole["matrices"] = np.empty(0, np.float32)
-        whole |= {name: array for name, array in self.held.items() if not isinstance(array, BFloat16Array)}
-        one_dtype("Cell", whole)
-
-    def __getattr__(self, name: str) -> Array:
-        """Return a matrix that is stored as bfloat16, converted to float32."""
-        bfloat16 = self.__dict__.get("_bfloat16", {})
-        if name not in bfloat16:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        array = np.asarray(bfloat16[name])
-        array.setflags(write=False)
-        return array
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        """The cell's arrays by name, in the order of `CellSpec.shapes`; bfloat16 ones as float32."""
-        return {name: getattr(self, name) for name in self.spec.shapes}
-
-    @property
-    def held(self) -> dict[str, Array | BFloat16Array]:
-        """The cell's arrays as they are stored, bfloat16 ones as `BFloat16Array`."""
-        return {
-            name: self._bfloat16[name] if name in self._bfloat16 else getattr(self, name) for name in self.spec.shapes
-        }
-
-    @property
-    def weights(self) -> str:
-        """The number format of the matrices: `"float32"`, `"float64"` or `"bfloat16"`."""
-        return "bfloat16" if self._bfloat16 else self.dtype.name
-
-    @property
-    def initial(self) -> dict[str, Array]:
-        """The initial state, `h [P]` and `c [H]` by name: learned, or zeros."""
-        learned = {name: getattr(self, f"initial_{name}") for name in self.spec.state_sizes}
-        sizes = self.spec.state_sizes
-        return {name: np.zeros(sizes[name], self.dtype) if of is None else of for name, of in learned.items()}
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype in which the cell computes: that of its arrays, or float32 if its matrices are bfloat16."""
-        return np.dtype(np.float32) if self._bfloat16 else self.kernel.dtype
-
-    @property
-    def summary(self) -> str:
-        """The kind, widths and flags of the cell, in a few words."""
-        return _summary((self,))
-
-    def with_weights(self, weights: str) -> Cell:
-        """Return the cell with its matrices stored in another number format; its other arrays don't change.
-
-        Args:
-            weights: `"bfloat16"`: round each number to the nearest bfloat16 (8 bits of precision, two bytes);
-                `"float32"`: convert bfloat16 to float32, without a change of the values.
-
-        Raises:
-            ValueError: an unknown format.
-            TypeError: bfloat16 for a float64 cell.
-
-        >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
-        >>> small = cell.with_weights("bfloat16")
-        >>> small
-        Cell of float32: LSTM 1 -> 2 (no bias, matrices in bfloat16)
-        >>> float(small.kernel[0, 0])
-        0.10009765625
-        """
-        check_choice("Cell", "weights", weights, HELD)
-        if weights == self.weights or (weights == "float32" and not self._bfloat16):
-            return self
-        if weights == "float32":
-            return Cell(self.spec, *self.arrays.values())
-        self._check_narrow(weights)
-        arrays = self.arrays.items()
-        return Cell(
-            self.spec, *(BFloat16Array(rounded(array)) if name in MATRICES else array for name, array in arrays)
-        )
-
-    @cached_property
-    def packed(self) -> Any:
-        """The weights in the kernel's layout and in their own number format, packed at the first use."""
-        return native.weights(self.spec, self.arrays, self.weights)
-
-    @cached_property
-    def _packed(self) -> dict[str, Any]:
-        return {}
-
-    def packed_in(self, weights: str | None) -> Any:
-        """Return the weights in the kernel's layout, packed at the first use and shared by runs and streams.
-
-        Args:
-            weights: as for `pack`; None: their own number format.
-        """
-        if weights is None or weights == self.weights or (weights == "float32" and self.dtype == np.float64):
-            return self.packed
-        if weights not in self._packed:
-            self._packed[weights] = self.pack(weights)
-        return self._packed[weights]
-
-    def pack(self, weights: str) -> Any:
-        """Pack the weights with their matrices in one of `WEIGHTS`.
-
-        Args:
-            weights: `"float32"`: unchanged; `"bfloat16"`: rounded; `"int8"`: quantised to integers from -127 to 127,
-                with one scale per column. Biases, gains and peepholes don't change.
-
-        Returns:
-            The kernel's weights object, with copies of the arrays.
-
-        Raises:
-            TypeError: bfloat16 or int8 for a float64 cell.
-            ValueError: int8 with so many features or units that integer sums could overflow.
-        """
-        self._check_narrow(weights)
-        depth = max(self.spec.input_size, self.spec.units)
-        if weights == "int8" and depth > MOST_DEPTH:
-            raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
-        return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
-
-    def _check_narrow(self, weights: str) -> None:
-        if weights != "float32" and self.dtype != np.float32:
-            raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
-
-    @property
-    def multiplications(self) -> int:
-        """The number of multiplications by parameters per step."""
-        added = ("bias", "cell_bias", "initial_h", "initial_c")
-        return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if name not in added)
-
-    @property
-    def numbers_read(self) -> int:
-        """The number of parameters read per step."""
-        return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if not name.startswith("initial"))
-
-    @property
-    def bytes_spared(self) -> int:
-        """How many bytes bfloat16 matrices save compared with float32."""
-        return sum(array.nbytes for array in self._bfloat16.values())
-
-    @classmethod
-    def restored(cls, entry: Entry) -> Cell:
-        """Return the cell of an entry of a file, `CellSpec.settings` and its arrays; see `Node.restored`."""
-        settings = entry.take(CELL_WIDTHS, CELL_FLAGS)
-        for gate, name in settings.get("gate_activations", {}).items():
-            if type(name) is not str:
-                raise entry.refuse(f"expected the activation of {gate!r:.80} to be str, found {name!r:.80}")
-        spec = CellSpec(**settings)
-        return cls(spec, **{name: entry.array(name, shape, name in MATRICES) for name, shape in spec.shapes.items()})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles and copies contain only the arrays, which are checked, made read-only and packed again."""
-        return Cell, (self.spec, *self.held.values())
-
-    def __repr__(self) -> str:
-        return f"Cell of {self.dtype}: {self.summary}"
-
-
-def _flags(cell: Cell) -> str:
-    """Return the settings that differ from the defaults of this kind, in a few words."""
-    words, spec = [], cell.spec
-    for name, value in spec.settings.items():
-        text = name.removeprefix("use_").replace("_", " ")
-        if name == "gate_activations":
-            words += [f"{gate} {activation}" for gate, activation in value.items()]
-        elif name == "proj_size":
-            words.append(f"projected from {spec.units}")
-        elif name not in ("kind", "input_size", "units"):
-            words.append(text if value is True else f"no {text}" if value is False else f"{text} {value}")
-    if cell.weights == "bfloat16":
-        words.append("matrices in bfloat16")
-    return ", ".join(words)
-
-
-def _summary(cells: tuple[Cell, ...]) -> str:
-    """Return the kinds, widths and flags of a stack; consecutive cells that differ only in width are joined."""
-    parts = []
-    for (kind, flags), alike in groupby(cells, lambda cell: (cell.spec.kind, _flags(cell))):
-        widths = "".join(f" -> {cell.spec.output_size}" for cell in alike)
-        start = "" if parts else f" {cells[0].spec.input_size}"
-        parts.append(f"{KIND_NAMES[kind]}{start}{widths}{f' ({flags})' if flags else ''}")
-    return ", ".join(parts)
-
-
-class Record(NamedTuple):
-    """The input, gates and states of a cell at every step of a call, in the order of time for either direction."""
-
-    gates: Array
-    """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
-    c: Array | None
-    """`[B, T, H]`; None for a kind without c."""
-    h: Array
-    """`[B, T, P]`, before a residual is added and before masked steps are set to zero."""
-    x: Array
-    """`[B, T, I]`."""
-    before: CellState | None
-    """The state before the first processed step; None: the cell's initial state."""
-    mask: NDArray[np.bool_] | None
-    """`[B, T]`, or None."""
-    reset: NDArray[np.bool_] | None
-    """`[B, T]`: True where the state was set to the initial state before this step was processed; or None."""
-    reverse: bool
-    """Whether it ran from the last step to the first."""
-    patches: CellPatches | None = None
-    """The patches that were applied to the cell."""
-
-
-class Recording(list[Record | None]):
-    """A recording of a run: the `Record` of each cell, in the order of `Network.cells`.
-
-    Args:
-        cells: the indices of the cells to record; the entries of the others are None. None: all cells.
-        empty: the function that allocates an array, given a shape and a dtype.
-
-    Attributes:
-        flows: the values between the nodes, by the names of the inputs and nodes.
-    """
-
-    def __init__(
-        self,
-        cells: Collection[int] | None = None,
-        empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty,
-    ) -> None:
-        super().__init__()
-        self._cells, self._empty = cells, empty
-        self.flows: dict[str, Flow] = {}
-
-    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Array]:
-        """Allocate the arrays for a cell's results at every step, by their names in `native.Layer`.
-
-        Args:
-            number: the index of the cell, counted from the first one without an entry here.
-            spec, batch, steps, dtype: the cell, and the sizes of the call.
-        """
-        place, cells = len(self) + number, self._cells
-        kept = ("gates", "cells", "y")
-        if cells is not None and place not in cells:
-            if place + 1 not in cells:
-                return {}
-            kept = ("y",)
-        shapes = native.results(spec, batch, steps)
-        return {name: self._empty(shapes[name], dtype) for name in kept if name in shapes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -446,9 +121,19 @@ class Recurrent(Node):
         return tuple(parts)
 
     @property
+    def kernel_layers(self) -> KernelLayers:
+        last_step, zeros = not self.return_sequences, self.zero_output_for_mask
+        return KernelLayers(self.parts, len(self.cells), self.go_backwards, last_step, zeros)
+
+    @classmethod
+    def of_layers(cls, layers: KernelLayers) -> Recurrent:
+        """Return the node that runs the cells of several nodes in one call."""
+        return cls(layers.layers, not layers.last_step, layers.reverse, layers.zeros_at_masked)
+
+    @property
     def summary(self) -> str:
         ways = (", residual" if self.residual else "") + (", backwards" if self.go_backwards else "")
-        return _summary(self.cells) + ways
+        return summary_of(self.cells) + ways
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, shapes[0])
@@ -521,7 +206,7 @@ class Recurrent(Node):
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "the input of a recorded cell is recorded too"
-                own = kept["gates"], kept.get("cells"), kept["y"]
+                own = kept["gates"], next(iter(kept["states"]), None), kept["y"]
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
@@ -530,7 +215,7 @@ class Recurrent(Node):
             below = kept.get("y")
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
-            layers.append(native.Layer(cell.packed_in(weights), *_pair(before), *_pair(after[-1]), **kept))
+            layers.append(native.Layer(cell.packed_in(weights), before, after[-1], **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
             record.extend(made)
@@ -587,6 +272,53 @@ class Recurrent(Node):
             return flow._replace(x=y, states=after)
         reset = _from_the_end(flow.reset)
         return Flow(y[:, ::-1], self.mask_of(flows), None if reset is None else reset[:, ::-1], after)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        turned = self.go_backwards and self.return_sequences
+        dx, begun = self.stack_gradients(run.records, run.inputs[0], dy[:, ::-1] if turned else dy, dstates)
+        return [dx, *begun]
+
+    def stack_gradients(
+        self, records: Sequence[Record], flow: Flow, dy: Array, ends: StateGradients
+    ) -> tuple[Array, list[Array]]:
+        """Return the gradients of a stack's input, in the order of time like `dy`, and of its initial states.
+
+        `ends`: one per cell.
+        """
+        steps, at_end = flow.x.shape[1], 0 if self.go_backwards else -1
+        residual = any(added for _, added in self.parts)
+        dh = None
+        if not self.return_sequences:
+            if self.zero_output_for_mask and flow.mask is not None and steps:
+                dy = np.where(flow.mask[:, at_end, None], dy, 0)
+            dh, dy = dy, np.zeros((len(dy), steps, dy.shape[1]), dy.dtype)
+            if residual and steps:  # the output is a sum; take its last step
+                dy[:, at_end], dh = dh, None
+        elif self.zero_output_for_mask and flow.mask is not None:
+            dy = np.where(flow.mask[:, :, None], dy, 0)
+        last, begun = len(records), []
+        for cells, added in reversed(self.parts):
+            passed: Any = 0
+            if added:
+                passed, dy = self._sum_gradients(records[last - 1], dy)
+            for number in reversed(range(last - len(cells), last)):
+                after, *others = ends[number]
+                dh = dh if after is None else after if dh is None else dh + after
+                dy, before = _cell_gradients(self.cells[number], records[number], dy, (dh, *others))
+                dh, begun = None, [*before, *begun]
+            last -= len(cells)
+            dy = dy + passed
+        return dy, begun
+
+    def _sum_gradients(self, record: Record, dy: Array) -> tuple[Array, Array]:
+        """Return the gradients of x and of h in h + x; a masked step repeats the sum of the last used one."""
+        if record.mask is None:
+            return dy, dy
+        order, last = slice(None, None, -1 if self.go_backwards else 1), self.last_used(record.mask, record.reset)
+        dy, dx = dy[:, order], np.zeros_like(dy)
+        rows, steps = np.nonzero(last >= 0)
+        np.add.at(dx, (rows, last[rows, steps]), dy[rows, steps])
+        return dx[:, order], (dx + np.where(last[:, :, None] < 0, dy, 0))[:, order]
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         mask = masks[0]
@@ -646,12 +378,6 @@ def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
     arrays = iter([native.plain(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
     return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
-
-
-def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
-    """Return h and c; None for an absent one."""
-    h, c, *_ = (*(state or ()), None, None)
-    return h, c
 
 
 def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
@@ -771,6 +497,21 @@ class Bidirectional(Node):
         states = (*after, *after_back)
         return flow._replace(x=y, states=states) if self.forward.return_sequences else Flow(y, None, None, states)
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        flow, count = run.inputs[0], len(self.forward.cells)
+        if self.merge_mode == "concat":
+            ahead, back = dy[..., : self.forward.units], dy[..., self.forward.units :]
+        elif self.merge_mode == "mul":
+            befores = tuple(record.before for record in run.records)
+            ahead, _ = self.forward.forward(flow, befores[:count], 1)
+            back, _ = self.backward.forward(flow, befores[count:], 1)
+            ahead, back = dy * back, dy * ahead
+        else:
+            ahead = back = dy if self.merge_mode == "sum" else dy * dy.dtype.type(0.5)
+        dx, begun = self.forward.stack_gradients(run.records[:count], flow, ahead, dstates[:count])
+        other, begun_back = self.backward.stack_gradients(run.records[count:], flow, back, dstates[count:])
+        return [dx + other, *begun, *begun_back]
+
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return masks[0] if self.forward.return_sequences else None
 
@@ -800,3 +541,23 @@ class Bidirectional(Node):
     def engine(self, dtype: np.dtype[Any]) -> str:
         calls = f"{self.forward.calls}, {self.backward.calls} back, merged in NumPy"
         return f"fused kernel ({native.isa()}, {dtype}{_narrow(self)}): {calls}"
+
+
+def _cell_gradients(
+    cell: Cell, record: Record, dy: Array | None, ends: Sequence[Array | None]
+) -> tuple[Array, list[Array]]:
+    """Return the gradients of a cell's input, and of its initial state, where one was given."""
+    own = {name: native.plain(array) for name, array in cell.arrays.items()}
+    weights = native.weights(cell.spec, own, copy=False)
+    x = native.plain(record.x)
+    batch, steps, _ = x.shape
+    before = [native.plain(array) for array in record.before or ()]
+    made = native.results(cell.spec, batch, steps, lambda shape: np.empty(shape, x.dtype))
+    layer = native.Layer(weights, before, **made)
+    sequences = native.sequences(x, record.mask, record.reset, record.reverse)
+    native.forward(sequences, [layer], 1)
+    dx = np.zeros_like(x)
+    dbefore = [np.zeros_like(array) for array in before]
+    dy, *dafter = (None if array is None else native.plain(array) for array in (dy, *ends))
+    native.backward(sequences, [layer], [native.Gradients(dy, dafter, dx=dx, dbefore=dbefore)], 1)
+    return dx, dbefore

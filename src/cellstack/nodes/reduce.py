@@ -9,7 +9,18 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.nodes.base import Array, CellState, Flow, FrameRule, Shape, check_choice, check_flag, shown
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    FrameRule,
+    NodeRun,
+    Shape,
+    StateGradients,
+    check_choice,
+    check_flag,
+    shown,
+)
 from cellstack.nodes.shape import Along, check_axis
 from cellstack.spec import ShapeError
 
@@ -38,6 +49,17 @@ def reduced(mode: str, x: Array, axis: int, used: NDArray[np.bool_] | None = Non
     )
     some = x.shape[axis] > 0 if used is None else np.broadcast_to(used, x.shape).any(axis=axis)
     return np.where(some, least, 0.0).astype(x.dtype)
+
+
+def reduction_gradient(mode: str, x: Array, used: Array | None, y: Array, dy: Array, axis: int) -> Array:
+    """Return the gradient of a reduction's input; y and dy keep the axis, with length 1."""
+    there = np.ones(x.shape, bool) if used is None else np.broadcast_to(used, x.shape)
+    if mode in ("sum", "mean"):
+        count = np.maximum(there.sum(axis=axis, keepdims=True), 1) if mode == "mean" else 1
+        return np.where(there, dy / count, 0)
+    same = there & (x == y)
+    first = same & (np.cumsum(same, axis=axis) == 1)
+    return np.where(first, dy, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +114,15 @@ class Reduce(Along):
         (flow,) = flows
         reset = flow.reset if self.keeps_steps(flow.x.ndim - 1) else None
         return Flow(self.apply(flow.x, flow.mask), self.mask_of(flows), reset)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        (flow,) = run.inputs
+        place = self.place(flow.x.ndim - 1)
+        used = None
+        if flow.mask is not None and place == 1:
+            used = flow.mask.reshape(*flow.mask.shape, *(1,) * (flow.x.ndim - 2))
+        y, dy = (a if self.keepdims else np.expand_dims(a, place) for a in (run.y, dy))
+        return [reduction_gradient(self.mode, flow.x, used, y, dy, place)]
 
     def keeps_steps(self, axes: int) -> bool:
         return self.place(axes) > 1 and (self.keepdims or axes > 2)

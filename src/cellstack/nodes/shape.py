@@ -17,11 +17,15 @@ from cellstack.nodes.base import (
     CellState,
     Flow,
     FrameRule,
+    GradientError,
     Node,
+    NodeRun,
     Shape,
+    StateGradients,
     check_choice,
     check_integer,
     check_number,
+    gradient_of_moves,
     padded,
     shown,
 )
@@ -79,6 +83,9 @@ class Along(Node):
             raise ShapeError(f"{owner}: {type(self).__name__} {expected}, got {shown(shape)}")
         return at
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return gradient_of_moves(self, run, dy)
+
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.place(len(shapes[0])) != len(shapes[0]):
             return FrameRule(self.why_whole)
@@ -93,6 +100,9 @@ class _Shaping(Node):
 
     def keeps_steps(self, axes: int) -> bool:
         return False
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return gradient_of_moves(self, run, dy)
 
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(NOT_FRAMES)
@@ -501,6 +511,28 @@ class Merge(Along):
         along_time = self._along_time(y.ndim - 1)
         return Flow(y, self.mask_of(flows), np.concatenate(full, 1) if along_time else reduce(np.logical_or, full))
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        values = [flow.x for flow in run.inputs]
+        if self.mode == "concat":
+            place = self.place(run.y.ndim - 1)
+            return np.split(dy, np.cumsum([value.shape[place] for value in values])[:-1], axis=place)
+        if self.heeds_mask and any(flow.mask is not None for flow in run.inputs):
+            raise GradientError(f"{self.mode} under a mask isn't supported")
+        if self.mode in ("add", "ave"):
+            found = [dy / (len(values) if self.mode == "ave" else 1)] * len(values)
+        elif self.mode == "sub":
+            found = [dy, -dy]
+        elif self.mode == "mul":
+            products = [[v for k, v in enumerate(values) if k != own] for own in range(len(values))]
+            found = [dy * np.prod(np.broadcast_arrays(*others), axis=0) for others in products]
+        else:
+            taken, found = np.zeros(run.y.shape, bool), []
+            for value in values:
+                own = (value == run.y) & ~taken
+                taken |= own
+                found.append(np.where(own, dy, 0))
+        return [_summed_to(one, value.shape) for one, value in zip(found, values, strict=True)]
+
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         there = [mask for mask in masks if mask is not None]
         if self._along_time(axes):
@@ -515,3 +547,9 @@ class Merge(Along):
     @property
     def summary(self) -> str:
         return f"concat along axis {self.axis}" if self.mode == "concat" else self.mode
+
+
+def _summed_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Return a gradient summed over the axes along which its value was broadcast."""
+    axes = tuple(axis for axis, (long, own) in enumerate(zip(gradient.shape, shape, strict=True)) if long != own)
+    return gradient.sum(axis=axes, keepdims=True) if axes else gradient

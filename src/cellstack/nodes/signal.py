@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.nodes.base import Array, Shape, Stepwise, check_integer, check_number, shown
+from cellstack.nodes.base import Array, NodeRun, Shape, StateGradients, Stepwise, check_integer, check_number, shown
 from cellstack.nodes.shape import Along, check_axis
 from cellstack.spec import ShapeError
 
@@ -138,6 +138,10 @@ class Magnitude(Stepwise):
         if self.epsilon:
             y += x.dtype.type(self.epsilon)
         return np.sqrt(y, out=y)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        share = np.divide(dy, run.y, out=np.zeros_like(run.y), where=run.y != 0)
+        return [run.inputs[0].x * np.concatenate([share, share], axis=-1)]
 
     @property
     def summary(self) -> str:

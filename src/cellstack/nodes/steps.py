@@ -9,16 +9,17 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.nodes.activations import activation_function, activation_gradient, check_activation
 from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
     FrameRule,
     Node,
+    NodeRun,
     Shape,
+    StateGradients,
     Stepwise,
-    activation_function,
-    check_activation,
     check_flag,
     check_number,
     hold,
@@ -60,6 +61,9 @@ class Standardise(Stepwise):
     def apply(self, x: Array) -> Array:
         """Return `(x - mean) / scale`, in the shape of `x [..., I]`."""
         return (x - self.mean) / self.scale
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [dy / self.scale]
 
     @property
     def summary(self) -> str:
@@ -126,6 +130,9 @@ class Scale(Stepwise):
         """Return `x·scale + shift`, in the shape of `x [..., W]`."""
         return x * self.scale + self.shift
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [dy * self.scale]
+
     @property
     def summary(self) -> str:
         return "x·scale + shift"
@@ -185,6 +192,14 @@ class LayerNorm(Stepwise):
             y += self.bias
         return y
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        centred = x - x.mean(axis=-1, keepdims=True)
+        deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + self.epsilon)
+        unit = centred / deviation
+        du = dy if self.gain is None else dy * self.gain
+        return [(du - du.mean(axis=-1, keepdims=True) - unit * (du * unit).mean(axis=-1, keepdims=True)) / deviation]
+
     @property
     def summary(self) -> str:
         return f"over the features, epsilon {self.epsilon:g}"
@@ -196,7 +211,7 @@ class Activation(Stepwise):
 
     Args:
         activation: what `cellstack.spec.activation` parses, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a name
-            in `cellstack.nodes.base.MORE_ACTIVATIONS`, such as `"softmax"`.
+            in `cellstack.nodes.activations.MORE_ACTIVATIONS`, such as `"softmax"`.
 
     Raises:
         ValueError: an unknown name, or invalid parameters.
@@ -213,6 +228,9 @@ class Activation(Stepwise):
     def apply(self, x: Array) -> Array:
         """Return the activation of `x [..., W]`."""
         return activation_function(self.activation)(x)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [activation_gradient(self.activation, run.inputs[0].x, dy)]
 
     @property
     def summary(self) -> str:
@@ -253,6 +271,11 @@ class Clip(Stepwise):
         """Return `x [..., W]` clipped to the bounds."""
         y = x if self.low is None else np.maximum(x, x.dtype.type(self.low))
         return y if self.high is None else np.minimum(y, x.dtype.type(self.high))
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        low, high = -np.inf if self.low is None else self.low, np.inf if self.high is None else self.high
+        return [np.where((x > low) & (x < high), dy, 0)]
 
     @property
     def summary(self) -> str:
@@ -324,6 +347,10 @@ class Embedding(Stepwise):
         ids = self.ids(flow.x if flow.mask is None else np.where(flow.mask, flow.x, 0))
         return flow._replace(x=self.table[ids], mask=self.mask_of(flows))
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        """Return nothing: ids have no gradient."""
+        return []
+
     def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
         return x != 0
 
@@ -368,6 +395,9 @@ class StepMask(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         return Flow(flows[0].x, self.mask_of(flows), flows[0].reset)
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [dy, np.zeros_like(run.inputs[1].x)]
+
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(
             "it takes the flags of a whole sequence, which a stream doesn't have: leave padding out of the stream"
@@ -408,6 +438,9 @@ class Masking(Stepwise):
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` with zeros at masked steps."""
         return np.where(self.kept(x)[..., None], x, x.dtype.type(0))
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [np.where(self.kept(run.inputs[0].x)[..., None], dy, 0)]
 
     @property
     def summary(self) -> str:

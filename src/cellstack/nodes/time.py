@@ -11,23 +11,24 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cellstack import native, spec
+from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
 from cellstack.nodes.base import (
-    MORE_ACTIVATIONS,
     Array,
     CellState,
     Flow,
     FrameRule,
     Node,
+    NodeRun,
     Shape,
-    activation_function,
-    check_activation,
+    StateGradients,
     check_choice,
     check_integer,
+    gradient_of_moves,
     hold,
     one_dtype,
     padded,
 )
-from cellstack.nodes.reduce import reduced
+from cellstack.nodes.reduce import reduced, reduction_gradient
 from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
@@ -210,6 +211,27 @@ class Conv1D(Node):
             y += self.bias
         return y if self.activation == "linear" else activation_function(self.activation)(y)
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x, (taps, channels, filters) = run.inputs[0].x, self.kernel.shape
+        before, after = pads(self.padding, x.shape[1], self.span, self.strides)
+        wide = padded(x, before, after, 0.0)
+        count, each = run.y.shape[1], filters // self.groups
+        starts = np.arange(count) * self.strides
+        whole = (
+            self
+            if self.activation == "linear"
+            else Conv1D(self.kernel, self.bias, self.strides, self.padding, self.dilation, self.groups)
+        )
+        dz = dy if self.activation == "linear" else activation_gradient(self.activation, whole.apply(x), dy)
+        dwide = np.zeros_like(wide)
+        for tap in range(taps):
+            for group in range(self.groups):
+                kernel = self.kernel[tap][:, group * each : (group + 1) * each]
+                own = dz[:, :, group * each : (group + 1) * each] @ kernel.T
+                # Windows overlap, but not within one tap: its steps are distinct.
+                dwide[:, starts + tap * self.dilation, group * channels : (group + 1) * channels] += own
+        return [dwide[:, before : before + x.shape[1]]]
+
     def engine(self, dtype: np.dtype[Any]) -> str:
         if self.dilation == self.groups == 1:
             after = f", {self.activation} in NumPy" if self._beyond else ""
@@ -321,6 +343,25 @@ class Pool1D(Node):
             total = reduce(np.add, (view[..., k].astype(np.float64) for k in range(self.size)))
         return (total / np.maximum(counts, 1)).astype(x.dtype)
 
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x, strides = run.inputs[0].x, self.strides or 1
+        steps = x.shape[1]
+        before, _ = pads(self.padding, steps, self.size, strides)
+        first = np.arange(run.y.shape[1]) * strides - before
+        counts = np.maximum(np.minimum(first + self.size, steps) - np.maximum(first, 0), 1)
+        dx = np.zeros_like(x)
+        taken = np.zeros(run.y.shape, bool)  # of several maxima, the first
+        for tap in range(self.size):
+            inside = (first + tap >= 0) & (first + tap < steps)
+            at = (first + tap)[inside]
+            if self.mode == "mean":
+                dx[:, at] += dy[:, inside] / counts[inside, None]
+            else:
+                own = (x[:, at] == run.y[:, inside]) & ~taken[:, inside]
+                taken[:, inside] |= own
+                dx[:, at] += np.where(own, dy[:, inside], 0)
+        return [dx]
+
     def keeps_steps(self, axes: int) -> bool:
         return False
 
@@ -403,6 +444,13 @@ class GlobalPool(Node):
         last = x.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)  # [B]
         some = np.any(mask, axis=1, keepdims=True)
         return Flow(np.where(some, x[np.arange(len(x)), last], x.dtype.type(0)))
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        (flow,) = run.inputs
+        if self.mode == "last":
+            return gradient_of_moves(self, run, dy)
+        used = None if flow.mask is None else flow.mask[:, :, None]
+        return [reduction_gradient(self.mode, flow.x, used, run.y[:, None], dy[:, None], 1)]
 
     def keeps_steps(self, axes: int) -> bool:
         return False

@@ -8,26 +8,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack.arguments import as_floats, as_own, as_states
-from cellstack.nodes import Dense, Recurrent
 from cellstack.nodes.base import check_choice, check_integer
-from cellstack.nodes.recurrent import WEIGHTS
+from cellstack.nodes.cell import WEIGHTS, Cell
 from cellstack.spec import ShapeError, check_sequence, check_step
 from cellstack.streaming.framewise import (
     answers_framewise,
-    beyond,
     check_widths,
     frame_rules,
     framewise,
-    together,
 )
 from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 
 if TYPE_CHECKING:
     from cellstack.network import Network
+    from cellstack.network.plan import Call
+    from cellstack.nodes import Dense
     from cellstack.nodes.base import Array, CellState
     from cellstack.nodes.patches import CellPatches
-    from cellstack.nodes.recurrent import Cell
-    from cellstack.streaming.parts import Keeps, Rows, Run
+    from cellstack.streaming.parts import Rows, Run, Stateful
 
 
 class Engine:
@@ -58,33 +56,28 @@ class Engine:
             check_choice(owner, "weights", weights, WEIGHTS)
         self.owner, self.network, self.weights, self.shared = owner, network, weights, shared
         self._parts: list[tuple[Run, tuple[int, ...]]] = []  # each part's function and the indices of its inputs
-        self._keeping: list[Keeps] = []  # the parts with a state
+        self._keeping: list[Stateful] = []  # the parts with a state
         self._checks: list[tuple[str, Run]] = []  # of ids that are looked up after a part has changed its state
         masked = answers_framewise(owner, network)
         rules = dict(zip(network.names, frame_rules(network), strict=True))
         places = {name: place for place, name in enumerate(network.inputs)}
-        for chain in together(network):
-            (name, node, sources), (last, above, _) = chain[0], chain[-1]
-            on, rule = tuple(places[source] for source in sources), rules[name]
-            if isinstance(node, Recurrent) and len(chain) == 1:
-                places[last] = self._recurrent(node, network.patches_of(name), on)
-            elif len(chain) > 1:
-                layers, patches = [], []
-                for label, one, _ in chain:
-                    own = [one] if isinstance(one, Dense) else one.cells
-                    layers += own
-                    patches += network.patches_of(label) or [None] * len(own)
-                places[last] = self._cells(layers, patches, on, beyond(above))
+        for call in network.calls.steps:
+            node, name = call.node, network.names[call.nodes[0]]
+            rule = rules[name]
+            on = tuple(places[source] for source in call.sources)
+            if call.layers is not None:
+                place = self._kernel_call(call, on)
             elif rule.memory is not None:
-                places[last] = self._add_keeping(Memory(rule, self.rows, network.dtype, self.shared), on)
+                place = self._add_keeping(Memory(rule, self.rows, network.dtype, self.shared), on)
             else:
                 run = framewise(owner, name, node, rule, name in masked)
                 if node.takes_ids and self._keeping:
-                    self._checks.append((sources[0], run))
-                places[last] = self._add(run, on)
-            for label, _, _ in chain:
-                for state in network.graph.states[network.names.index(label)]:
-                    places[state.value] = places[last]  # the node's output; other states are refused
+                    self._checks.append((call.sources[0], run))
+                place = self._add(run, on)
+            for number in call.nodes:
+                places[network.names[number]] = place
+                for state in network.graph.states[number]:
+                    places[state.value] = place  # the node's output; other states are refused
         self._outputs = tuple(places[name] for name in network.outputs)
         # Whether some widths are known only in a call, and have to be checked there.
         known = all(network.shapes[name][-1] is not None for name in network.inputs if name not in network.graph.ids)
@@ -99,32 +92,27 @@ class Engine:
         self._parts.append((run, on))
         return len(self.network.inputs) + len(self._parts) - 1
 
-    def _add_keeping(self, part: Keeps, on: tuple[int, ...]) -> int:
+    def _add_keeping(self, part: Stateful, on: tuple[int, ...]) -> int:
         self._keeping.append(part)
         return self._add(part.run, on)
 
-    def _cells(
-        self,
-        layers: Sequence[Cell | Dense],
-        patches: Sequence[CellPatches | None],
-        on: tuple[int, ...],
-        after: Callable[[Array], Array] | None,
-    ) -> int:
+    def _kernel_call(self, call: Call, on: tuple[int, ...]) -> int:
+        """Add the parts of a call of the kernel and return the index of the output."""
+        assert call.layers is not None
+        names = (self.network.names[number] for number in call.nodes)
+        of_cells = iter([patches for name in names for patches in self.network.patches_of(name)])
+        for layers, added in call.layers.groups:
+            patches = [next(of_cells, None) if isinstance(layer, Cell) else None for layer in layers]
+            place = self._add_keeping(self._cells(layers, patches), on)
+            on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
+        finish = call.layers.finish
+        return on[0] if finish is None else self._add(lambda rows, y: finish(y), on)
+
+    def _cells(self, layers: Sequence[Cell | Dense], patches: Sequence[CellPatches | None]) -> Stateful:
         if self.shared or any(patches):
             dtype = self.network.dtype
-            part = SharedCells(layers, self.weights, self.rows, self.threads, dtype, patches, self.shared)
-        else:
-            part = OwnCells(layers, self.weights, self.rows, self.threads)
-        place = self._add_keeping(part, on)
-        return place if after is None else self._add(lambda rows, y: after(y), (place,))
-
-    def _recurrent(self, node: Recurrent, patches: Sequence[CellPatches | None], on: tuple[int, ...]) -> int:
-        done = 0
-        for cells, added in node.parts:
-            place = self._cells(cells, patches[done : done + len(cells)], on, None)
-            done += len(cells)
-            on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
-        return on[0]
+            return SharedCells(layers, self.weights, self.rows, self.threads, dtype, patches, self.shared)
+        return OwnCells(layers, self.weights, self.rows, self.threads)
 
     def alone(self) -> Callable[[Array], Array | None] | None:
         """Return the kernel's step function if the network is a single call of the kernel, else None.

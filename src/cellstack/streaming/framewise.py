@@ -1,15 +1,12 @@
-"""Which nodes of a graph can run step by step, how nodes without a state do so, and which nodes run in one call."""
+"""Which nodes of a graph can run step by step, and how nodes without a state do so."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack.graph import origin
-from cellstack.nodes import Dense, GlobalPool, Recurrent
+from cellstack.nodes import GlobalPool, Recurrent
 from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
@@ -19,44 +16,10 @@ if TYPE_CHECKING:
     from cellstack.streaming.parts import Rows, Run
 
 
-def stacks(node: Any) -> bool:
-    """Return whether one call of the kernel can run a node together with those below and above it."""
-    return type(node) is Dense or (type(node) is Recurrent and len(node.parts) == 1)
-
-
-def beyond(node: Any) -> Callable[[Array], Array] | None:
-    """Return the activation of a node that has to run in NumPy after the kernel, or None."""
-    return node.beyond if isinstance(node, Dense) else None
-
-
 def answers_with(node: Any, state: StateValue) -> bool:
     """Return whether a state equals the node's output at every step: the h of its last cell."""
     plain = type(node) is Recurrent and state.cell == len(node.cells) - 1 and not node.parts[-1][1]
     return plain and state.part == "h"
-
-
-def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
-    """Return the nodes in order, with names and sources, grouped into those that one call of the kernel can run.
-
-    A group consists of cells and the dense layers below, between and above them, if nothing else uses the values
-    between them.
-    """
-    taken = (*network.outputs, *(source for sources in network.wires for source in sources))
-    used = Counter(map(origin, taken))  # step by step, a node's output and its state are the same value
-    chains: list[list[tuple[str, Node, tuple[str, ...]]]] = []
-    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        if chains and stacks(node) and sources == (chains[-1][-1][0],) and used[sources[0]] == 1:
-            below = chains[-1][-1][1]
-            if stacks(below) and not beyond(below):
-                chains[-1].append((name, node, sources))
-                continue
-        chains.append([(name, node, sources)])
-    # Dense layers without cells may have inputs with more axes than the kernel supports.
-    return [
-        part
-        for chain in chains
-        for part in ([chain] if any(node.cells for _, node, _ in chain) else [[entry] for entry in chain])
-    ]
 
 
 def check_widths(network: Network, arrays: dict[str, Array]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellstack import native
 from cellstack.nodes.base import Array
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import STATES
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Frames(NamedTuple):
     x: Array
 
 
-class Keeps(Protocol):
+class Stateful(Protocol):
     """A part with a state."""
 
     @property
@@ -91,7 +91,7 @@ class Memory:
         self.memory = _rows_of(np.full(rule.memory, rule.start, dtype), rows, sessions)
 
     def run(self, rows: Rows, x: Array) -> Array:
-        """See `Keeps`."""
+        """See `Stateful`."""
         step, whole = x.ndim == 2, rows is ALL
         y, after = self.advance(self.memory if whole else self.memory[rows], x[:, None] if step else x)
         if whole:  # replace the array instead of changing it: `undo` may need the old one
@@ -101,23 +101,23 @@ class Memory:
         return y[:, 0] if step else y
 
     def starts(self) -> list[dict[str, Any]]:
-        """See `Keeps`."""
+        """See `Stateful`."""
         return [{"x": np.full(self.memory.shape[1:], self.start, self.memory.dtype)}]
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
-        """See `Keeps`."""
+        """See `Stateful`."""
         return [Frames(np.array(self.memory[rows]))]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         self.memory[rows] = entries[0].x
 
     def keep(self, rows: Rows) -> Array:
-        """See `Keeps`."""
+        """See `Stateful`."""
         return self.memory if rows is ALL else self.memory[rows]
 
     def undo(self, rows: Rows, entries: Array) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         if rows is ALL:
             self.memory = entries
         else:
@@ -138,7 +138,7 @@ class Cells:
         self.kinds = [STATES[cell.spec.kind] for cell in self.places.values()]
 
     def starts(self) -> list[dict[str, Any]]:
-        """See `Keeps`."""
+        """See `Stateful`."""
         return [cell.initial for cell in self.places.values()]
 
 
@@ -156,31 +156,31 @@ class OwnCells(Cells):
         self.kernel = native.stream(self.packed, rows, threads)
 
     def run(self, rows: Rows, x: Array) -> Array:
-        """See `Keeps`."""
+        """See `Stateful`."""
         y = (self.kernel.step if x.ndim == 2 else self.kernel.run)(np.ascontiguousarray(x))
         assert y is not None, "values between nodes always have the form that the kernel needs"
         return y
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
-        """See `Keeps`."""
+        """See `Stateful`."""
         states = self.kernel.get_state()
         return [
             kind(*(array[rows] for array in states[place])) for kind, place in zip(self.kinds, self.places, strict=True)
         ]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         for place, state, new in zip(self.places, self.read(ALL), entries, strict=True):
             for old, array in zip(state, new, strict=True):
                 old[rows] = array
-            self.kernel.set_state(place, *state)
+            self.kernel.set_state(place, state)
 
     def keep(self, rows: Rows) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         self.kernel.keep()
 
     def undo(self, rows: Rows, entries: None) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         self.kernel.undo()
 
 
@@ -220,14 +220,14 @@ class SharedCells(Cells):
             kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
         ]
-        ends: dict[int, Any] = dict(zip(self.places, ((*state, None)[:2] for state in self.states), strict=True))
-        self.ends = [ends.get(place, (None, None)) for place in range(len(layers))]
+        ends: dict[int, Any] = dict(zip(self.places, self.states, strict=True))
+        self.ends = [ends.get(place) for place in range(len(layers))]
         self.below = [self._layer(place) for place in range(len(layers) - 1)]
         top = layers[-1]
         self.width = top.spec.output_size if isinstance(top, Cell) else top.kernel.shape[1]
 
     def run(self, rows: Rows, x: Array) -> Array:
-        """See `Keeps`."""
+        """See `Stateful`."""
         x = np.ascontiguousarray(x)
         steps, width = x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
         y = np.empty((*x.shape[:-1], self.width), x.dtype)
@@ -246,7 +246,7 @@ class SharedCells(Cells):
         return y
 
     def _layer(self, place: int, **more: Any) -> Any:
-        return native.Layer(self.packed[place], *self.ends[place], *self.ends[place], **more)
+        return native.Layer(self.packed[place], self.ends[place], self.ends[place], **more)
 
     def _changes(
         self, rows: Rows, count: int, steps: int, held: dict[int, Array], dtype: np.dtype[Any]
@@ -285,11 +285,11 @@ class SharedCells(Cells):
         }
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
-        """See `Keeps`."""
+        """See `Stateful`."""
         return [type(state)(*(_own(array, rows) for array in state)) for state in self.states]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         for state, new in zip(self.states, entries, strict=True):
             for old, array in zip(state, new, strict=True):
                 old[rows] = array
@@ -297,11 +297,11 @@ class SharedCells(Cells):
             self.taken[rows] = 0
 
     def keep(self, rows: Rows) -> Any:
-        """See `Keeps`."""
+        """See `Stateful`."""
         return self.read(rows), self.counts(rows)
 
     def undo(self, rows: Rows, entries: Any) -> None:
-        """See `Keeps`."""
+        """See `Stateful`."""
         states, counts = entries
         self.write(rows, states)
         self.count_on(rows, counts)

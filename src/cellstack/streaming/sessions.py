@@ -56,7 +56,7 @@ class Sessions:
         # count includes the open session: zeros are memory that isn't allocated before it is written to.
         self._rounds = np.zeros(self.capacity, np.int64)
         self._open = np.zeros(self.capacity, bool)
-        self._turns = native.Turns(self.capacity)  # locks slots that are opened, stepped, read or closed
+        self._locks = native.SlotLocks(self.capacity)  # locks slots that are opened, stepped, read or closed
 
     def open(self, state: Any = None) -> int:
         """Open a session.
@@ -73,7 +73,7 @@ class Sessions:
         """
         new, slot = self._engine.as_state(state, 1), None
         try:
-            with self._turns.free(self._open) as slot:
+            with self._locks.free(self._open) as slot:
                 if slot is None:
                     raise RuntimeError(f"Sessions: all {self.capacity} sessions are open: close() one first")
                 self._engine.write(new, np.array([slot]))
@@ -126,7 +126,7 @@ class Sessions:
         """
         numbers, slots = self._slots(sessions)
         given = self._engine.given(x, "B", len(numbers))
-        with self._turns.turn(slots) as taken:
+        with self._locks.lock(slots) as taken:
             self._check(numbers, slots, taken)
             return self._engine.run(given, slots)
 
@@ -143,7 +143,7 @@ class Sessions:
             KeyError, RuntimeError, TypeError: see `step`.
         """
         numbers, slots = self._slots([session])
-        with self._turns.turn(slots) as taken:
+        with self._locks.lock(slots) as taken:
             self._check(numbers, slots, taken)
             return self._engine.read(slots)
 
@@ -157,7 +157,7 @@ class Sessions:
             KeyError, RuntimeError, TypeError: see `step`.
         """
         numbers, slots = self._slots([session])
-        with self._turns.turn(slots) as taken:
+        with self._locks.lock(slots) as taken:
             self._check(numbers, slots, taken)
             self._open[slots] = False
 

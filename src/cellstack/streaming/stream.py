@@ -55,7 +55,7 @@ class Stream:
     def __init__(self, network: Network, batch: int = 1, threads: int = 1, weights: str | None = None) -> None:
         self._engine = engine = Engine("Stream", network, ("batch", batch), threads, weights, shared=False)
         self.network, self.batch, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
-        self._turns = native.Turns(1)
+        self._locks = native.SlotLocks(1)
         self._alone = engine.alone()
         self._step_shape = engine.step_shape
         self._dtype = network.dtype
@@ -101,7 +101,7 @@ class Stream:
         return self._run(self._engine.given(x, "B, T", self.batch), chunk=True)
 
     def _run(self, given: tuple[Array, ...], chunk: bool = False) -> Any:
-        with self._turns.turn() as taken:
+        with self._locks.lock() as taken:
             self._check_turn(taken)
             if self._history is None:
                 return self._engine.run(given)
@@ -129,7 +129,7 @@ class Stream:
 
         Reading returns copies; setting checks and copies.
         """
-        with self._turns.turn() as taken:
+        with self._locks.lock() as taken:
             self._check_turn(taken)
             return self._engine.read()
 
@@ -161,7 +161,7 @@ class Stream:
                 f"Stream: expected rows to index an axis of B={self.batch}, got {rows!r:.80}: {error}"
             ) from None
         new = self._engine.as_state(state, len(chosen))
-        with self._turns.turn() as taken:
+        with self._locks.lock() as taken:
             self._check_turn(taken)
             self._engine.write(new, ALL if rows is None else chosen)
             if self._history is not None:
@@ -190,7 +190,7 @@ class Stream:
             )
         if nodes := self._engine.with_memory():
             raise ValueError(f"Stream: remember() doesn't support nodes with a memory, got {', '.join(nodes)}")
-        with self._turns.turn() as taken:
+        with self._locks.lock() as taken:
             self._check_turn(taken)
             self._history, self._alone = History(steps), None
 
@@ -221,7 +221,7 @@ class Stream:
         if self._history is None:
             raise RuntimeError("Stream: trace() needs a call of remember(steps) before the steps")
         most = self._history.most if steps is None else check_integer("Stream", "steps", steps)
-        with self._turns.turn() as taken:
+        with self._locks.lock() as taken:
             self._check_turn(taken)
             kept = self._history.kept()
         if kept is None:

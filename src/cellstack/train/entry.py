@@ -15,7 +15,7 @@ from cellstack.train.data.sequences import Sequences, as_sequences, taken
 from cellstack.train.data.stream import BUFFER, Stream, is_stream
 from cellstack.train.examples import split
 from cellstack.train.fitting import Result
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings, widths_of
+from cellstack.train.settings import Architecture, FitOptions, record_of, widths_of
 from cellstack.train.workflow import train_sequences
 
 
@@ -81,7 +81,7 @@ def fit(
             columns, and names the channels of other data.
         units: units of each layer, first layer first.
         cell, bidirectional, dropout, pooling, every_step: see `Model`.
-        head, loss, metrics, optimizer, scheduler, callbacks: your own parts of the model or the training: see `Own`.
+        head, loss, metrics, optimizer, scheduler, callbacks: your own parts: see `Architecture` and `FitOptions`.
         class_weight: `"balanced"`, or weights by class: their weights in the loss.
         sample_weight: `[N]`, the sequences' weights in the loss; with a frame also a column or a mapping by id.
         epochs, batch, lr, clip, patience, noise, offset, seed: see `Settings`.
@@ -108,6 +108,7 @@ def fit(
     >>> result.labels, result.network(x[:2].astype(np.float32)).shape
     (('busy', 'calm'), (2, 2))
     """
+    given = locals()
     reading = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
     if is_stream(x):
         share = float(validation) if isinstance(validation, (int, float)) else 0.0
@@ -120,39 +121,23 @@ def fit(
         warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=2)
     reading["task"] = task or ("classify" if whole.labels else None if whole.y is None else "regress")
     parts, shares = {}, {}
-    for name, given in (("validation", validation), ("test", test)):
-        if given is None or isinstance(given, (int, float)):
-            shares[name] = float(given or 0.0)
+    for name, part in (("validation", validation), ("test", test)):
+        if part is None or isinstance(part, (int, float)):
+            shares[name] = float(part or 0.0)
         else:
-            if (given[0] if isinstance(given, tuple) else given) is x:
+            if (part[0] if isinstance(part, tuple) else part) is x:
                 raise UsageError(f"{name}: this is the training data: pass other data")
-            parts[name] = _other(name, given, y, whole, **reading)
+            parts[name] = _other(name, part, y, whole, **reading)
             if parts[name].y is None:
                 raise UsageError(f"{name}: the sequences have neither classes nor targets: pass a pair (x, y)")
     training, tested = whole, parts.get("test")
     if shares.get("test"):
         training, tested = _cut(whole, shares["test"], seed)
-    settings = Settings(epochs, batch, lr, clip, patience, noise, offset, seed)
-    architecture = Architecture(widths_of(units), bidirectional, dropout, pooling, every_step, cell)
-    options = RunOptions(
-        shares.get("validation", 0.0),
-        checkpoint=checkpoint,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-        device=device,
-        inspect=inspect,
-        threads=threads,
-        log=log,
-    )
-    own = Own(head, loss, metrics, optimizer, scheduler, callbacks, init)
     return train_sequences(
         training,
         tested,
-        architecture,
-        settings,
-        options,
-        own,
+        record_of(Architecture, given, units=widths_of(units)),
+        record_of(FitOptions, given, validation=shares.get("validation", 0.0)),
         validation=parts.get("validation"),
         class_weight=class_weight,
     )
@@ -160,7 +145,7 @@ def fit(
 
 def _stream(x: Any, share: float, seed: int, buffer: int, reading: dict[str, Any], others: dict[str, Any]) -> Stream:
     """Return an iterable as a `Stream`, after one pass over it."""
-    RunOptions(share)  # checks the share
+    FitOptions(validation=share)  # checks the share
     if buffer < 1:
         raise UsageError(f"expected buffer >= 1, got {buffer}")
     for name, given in (*others.items(), *reading.items()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -16,10 +16,10 @@ from cellstack.nodes.recurrent import Bidirectional
 from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
 from cellstack.train.learner import Fit, Timed
-from cellstack.train.loop import cost_of_fit, learn
+from cellstack.train.loop import cost_of_fit, fit
 from cellstack.train.predict import predict
 from cellstack.train.processes import processes
-from cellstack.train.settings import Own, RunOptions, Settings
+from cellstack.train.settings import FitOptions
 
 RECURRENT = ("Recurrent", "Bidirectional")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
@@ -117,16 +117,13 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def fitted(
-    make: Callable[[], Any], data: Data, settings: Settings, options: RunOptions, own: Own = Own()
-) -> tuple[Any, Fit, int]:
+def fitted(make: Callable[[], Any], data: Data, options: FitOptions) -> tuple[Any, Fit, int]:
     """Make a model and fit it; return the model, the `Fit` and this process's rank.
 
     Args:
         make: makes the model, a `Learner`; its random numbers depend on the seed.
         data: the training data.
-        settings, options: how to fit.
-        own: the optimiser, scheduler, metrics and callbacks; `make` uses the rest of it.
+        options: how to fit.
 
     Raises:
         UsageError: see `learn`.
@@ -134,38 +131,19 @@ def fitted(
         MemoryError: torch can't allocate the memory of a step.
     """
     try:
-        with processes(options.device) as team:
+        with processes(options.device) as team, ExitStack() as stack:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                torch.manual_seed(settings.seed)
+                torch.manual_seed(options.seed)
                 model = make()
             if options.timing:
-                how = {"threads": options.threads, "optimizer": own.optimizer, "scheduler": own.scheduler}
-                raise Timed(cost_of_fit(model, data, settings, team, **how))
-            writes = options.inspect and options.events is not None and team.rank == 0
-            with ExitStack() as stack:
-                writer = stack.enter_context(event_writer(options.events) or nullcontext()) if writes else None
-                callbacks = own.callbacks
-                if options.log is not None:  # only the first of several processes calls it
-                    callbacks = (*callbacks, stack.enter_context(closing(Log(options.log))))
-                fit = learn(
-                    model,
-                    data,
-                    settings,
-                    checkpoint=options.checkpoint,
-                    resume=options.resume,
-                    overwrite=options.overwrite,
-                    progress=options.progress,
-                    name=options.name,
-                    team=team,
-                    inspect=int(options.inspect),
-                    writer=writer,
-                    threads=options.threads,
-                    optimizer=own.optimizer,
-                    scheduler=own.scheduler,
-                    metrics=own.metrics,
-                    callbacks=callbacks,
-                )
-            return model, fit, team.rank
+                raise Timed(cost_of_fit(model, data, options, team))
+            writer = None
+            if options.inspect and options.events is not None and team.rank == 0:
+                writer = stack.enter_context(event_writer(options.events) or nullcontext())
+            if options.log is not None:  # only the first of several processes calls it
+                log = stack.enter_context(closing(Log(options.log)))
+                options = replace(options, callbacks=(*options.callbacks, log))
+            return model, fit(model, data, options, team, writer), team.rank
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from cellstack.inspect.records import TrainingRecord
 from cellstack.train.history import named
+from cellstack.train.monitoring.records import TrainingRecord
 
 STOPPED = {
     "": "not finished",
@@ -72,7 +72,7 @@ class Cost(NamedTuple):
 
 
 class Timed(Exception):  # noqa: N818
-    """Ends a training with `RunOptions.timing` where its first fit would begin; it isn't an error."""
+    """Ends a training with `FitOptions.timing` where its first fit would begin; it isn't an error."""
 
     def __init__(self, cost: Cost):
         super().__init__(f"a step takes {cost.step:.3g} s")

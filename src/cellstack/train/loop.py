@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import fields
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -29,8 +29,6 @@ from torch.utils import _pytree as pytree
 
 from cellstack import layers
 from cellstack.formats.files import check_replaceable
-from cellstack.inspect.monitor import TrainingMonitor
-from cellstack.inspect.records import TrainingRecord
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train import threads as counted
@@ -40,9 +38,11 @@ from cellstack.train.interrupt import interruptible
 from cellstack.train.learner import Cost, Epoch, Fit
 from cellstack.train.locks import locked
 from cellstack.train.model import Dropout
+from cellstack.train.monitoring.monitor import TrainingMonitor
+from cellstack.train.monitoring.records import TrainingRecord
 from cellstack.train.processes import Processes
 from cellstack.train.progress import Bar, opened
-from cellstack.train.settings import Settings
+from cellstack.train.settings import FitOptions, Settings, record_of
 
 TIMED = 3  # batches on which the number of threads is chosen
 TIMED_SECONDS = 1.0  # how long `cost_of_fit` trains
@@ -108,52 +108,41 @@ def learn(
         FormatError: a damaged checkpoint.
         OSError: `checkpoint` can't be written, checked before the first step.
     """
-    team = team or Processes()
-    path = None if checkpoint is None else os.fspath(checkpoint)
-    if path is not None and team.rank == 0:
+    return fit(model, data, record_of(FitOptions, {**vars(settings), **locals()}), team or Processes(), writer)
+
+
+def fit(model: Any, data: Data, options: FitOptions, team: Processes, writer: Any = None) -> Fit:
+    """Fit a model to data: see `learn`."""
+    path, first = None if options.checkpoint is None else os.fspath(options.checkpoint), team.rank == 0
+    if path is not None and first:
         check_replaceable(path)
     if hasattr(model, "carried") and team.world > 1:
         raise UsageError("a model that carries its state from batch to batch can't be trained by several processes")
     with (
-        locked(path if team.rank == 0 else None),
+        locked(path if first else None),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         counted.kept(),
         interruptible() as interrupt,
     ):
-        if path is not None and not (resume or overwrite):
+        if path is not None and not (options.resume or options.overwrite):
             refuse_existing(path)
-        resuming = path is not None and Path(path).exists() and not overwrite
-        if threads is not None:
-            torch.set_num_threads(threads)
-        run = _Run(model, data, settings, team, optimizer, scheduler)
-        run.metrics, run.callbacks = dict(metrics or {}), callbacks
-        if inspect and team.rank == 0:
-            run.monitor = TrainingMonitor(run.model, inspect, writer=writer)
-        if resuming and path is not None:
-            run.restore(path, threads)
-        with opened(progress, hidden=team.rank > 0) as bar:
-            return run.go(checkpoint, bar, name, interrupt, measure=threads is None)
+        run = _Run(model, data, options, team)
+        if options.inspect and first:
+            run.monitor = TrainingMonitor(run.model, options.inspect, writer=writer)
+        if path is not None and Path(path).exists() and not options.overwrite:
+            run.restore(path)
+        with opened(options.progress, hidden=not first) as bar:
+            return run.go(bar, interrupt)
 
 
-def cost_of_fit(
-    model: Any,
-    data: Data,
-    settings: Settings,
-    team: Processes,
-    *,
-    threads: int | None = None,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-    scheduler: Callable[[torch.optim.Optimizer], Any] | str = "cosine",
-) -> Cost:
-    """Train a model for about a second, to measure how long a fit takes; see `learn` for the arguments."""
+def cost_of_fit(model: Any, data: Data, options: FitOptions, team: Processes) -> Cost:
+    """Train a model for about a second, to measure how long a fit takes; see `fit` for the arguments."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), counted.kept():
-        if threads is not None:
-            torch.set_num_threads(threads)
-        run = _Run(model, data, settings, team, optimizer, scheduler)
+        run = _Run(model, data, options, team)
         if hasattr(model, "carried"):
             model.carried = None
-        if threads is None and team.device.type == "cpu" and torch.get_num_threads() > 1:
-            run.time(list(islice(data.epoch(0), TIMED)), settings.epochs * data.steps)
+        if options.threads is None and team.device.type == "cpu" and torch.get_num_threads() > 1:
+            run.time(list(islice(data.epoch(0), TIMED)), options.epochs * data.steps)
         batches = data.epoch(0)
         run.train(next(batches))  # warms up
         started, done, took = time.perf_counter(), 0, 0.0
@@ -171,46 +160,32 @@ def cost_of_fit(
 class _Run:
     """The state of a fit."""
 
-    def __init__(
-        self,
-        model: Any,
-        data: Data,
-        settings: Settings,
-        team: Processes,
-        optimizer: Callable[[Any], torch.optim.Optimizer] | None,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | str,
-    ):
-        self.data, self.settings, self.team = data, settings, team
+    def __init__(self, model: Any, data: Data, options: FitOptions, team: Processes):
+        self.data, self.options, self.team = data, options, team
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         self.model = model.to(team.device)
         self.wrapped = team.wrap(self.model)
-        make = optimizer or partial(torch.optim.Adam, lr=settings.lr)
+        make = options.optimizer or partial(torch.optim.Adam, lr=options.lr)
         self.optimizer = make(parameter for parameter in model.parameters() if parameter.requires_grad)
-        self.cosine = scheduler == "cosine"
-        self.schedule = _schedule(scheduler, self.optimizer, settings.epochs)
+        self.schedule = _schedule(options.scheduler, self.optimizer, options.epochs)
         self.dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
         self.result = Fit()
         self.best_weights: dict[str, Tensor] | None = None
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0]  # sums of weighted losses and of weights in this epoch
         self.figures: dict[str, float] = {}  # of the last epoch, on the validation part
         self.monitor: TrainingMonitor | None = None
-        self.metrics: dict[str, Callable[[NDArray, NDArray], float]] = {}
-        self.callbacks: Sequence[Callable[[Epoch], Any]] = ()
+        self.metrics = dict(options.metrics or {})
         self.called_off = False  # by a callback
 
-    def go(
-        self,
-        checkpoint: str | os.PathLike[str] | None,
-        bar: Bar,
-        name: str,
-        interrupt: threading.Event,
-        measure: bool,
-    ) -> Fit:
-        """Run until the end, early stopping or Ctrl-C; `name` is the bar's label."""
-        settings, result, started = self.settings, self.result, time.perf_counter()
+    def go(self, bar: Bar, interrupt: threading.Event) -> Fit:
+        """Run until the end, early stopping or Ctrl-C."""
+        options, result, started = self.options, self.result, time.perf_counter()
         per_epoch = self.data.steps
-        total, done = settings.epochs * per_epoch, self.epoch * per_epoch + self.step
-        bar.begin(name, settings.epochs, per_epoch, done)
-        measure = measure and not result.threads and self.team.world == 1 and self.team.device.type == "cpu"
+        total, done = options.epochs * per_epoch, self.epoch * per_epoch + self.step
+        bar.begin(options.name, options.epochs, per_epoch, done)
+        measure = options.threads is None and not result.threads
+        measure = measure and self.team.world == 1 and self.team.device.type == "cpu"
         with self.monitor or nullcontext():
             while not result.stopped and not self.ended():
                 if self.step == 0 and hasattr(self.model, "carried"):
@@ -238,8 +213,8 @@ class _Run:
                         "iterable must yield the same examples each time"
                     )
                 result.threads = torch.get_num_threads()
-                if checkpoint is not None and self.team.rank == 0:
-                    self.save(checkpoint)
+                if options.checkpoint is not None and self.team.rank == 0:
+                    self.save(options.checkpoint)
         result.stopped = result.stopped or self.ended()
         bar.end(completed=not result.interrupted)
         result.steps = self.epoch * per_epoch + self.step
@@ -274,8 +249,8 @@ class _Run:
 
     def train(self, batch: Batch) -> None:
         """Take one optimiser step on a global batch; this process computes its own rows."""
-        settings = self.settings
-        draws = np.random.SeedSequence([settings.seed, self.epoch, self.step])
+        options = self.options
+        draws = np.random.SeedSequence([options.seed, self.epoch, self.step])
         # torch.manual_seed takes 0.3 ms, as it also seeds the generators of devices that this process doesn't use.
         seeded = torch.manual_seed if self.team.device.type != "cpu" else torch.default_generator.manual_seed
         seeded(int(draws.generate_state(1)[0]))
@@ -288,11 +263,11 @@ class _Run:
             loss = loss + penalty
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         if not torch.isfinite(norm):
-            noise = ", or less noise" if settings.noise or settings.offset else ""
+            noise = ", or less noise" if options.noise or options.offset else ""
             raise UsageError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {settings.lr}{noise}"
+                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {options.lr}{noise}"
             )
         self.optimizer.step()
         layers.apply_constraints(self.model)
@@ -343,11 +318,11 @@ class _Run:
             self.schedule.step()
         self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0.0]
         stop = False
-        if self.callbacks and self.team.rank == 0:
+        if self.options.callbacks and self.team.rank == 0:
             self.model.eval()
-            for callback in self.callbacks:  # call all, even if one returns True
+            for callback in self.options.callbacks:  # call all, even if one returns True
                 stop = bool(callback(Epoch(entry, self.model, self.result))) or stop
-        if self.callbacks and self.team.add([float(stop)])[0] > 0:
+        if self.options.callbacks and self.team.add([float(stop)])[0] > 0:
             self.called_off = True
 
     @torch.no_grad()
@@ -391,15 +366,16 @@ class _Run:
         """Return why there is no further epoch; "" if there is one."""
         if self.called_off:
             return "callback"
-        best, patience = self.result.best, self.settings.patience
+        best, patience = self.result.best, self.options.patience
         if best is not None and patience and self.data.validates and self.epoch - best["epoch"] >= patience:
             return "patience"
-        return "epochs" if self.epoch >= self.settings.epochs else ""
+        return "epochs" if self.epoch >= self.options.epochs else ""
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same to resume from a checkpoint; the number of epochs may differ."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name != "epochs"}
+        settings = {field.name: getattr(self.options, field.name) for field in fields(Settings)}
+        del settings["epochs"]
         return {
             **settings,
             **self.model.describe(),
@@ -413,7 +389,7 @@ class _Run:
         return {
             "fingerprint": self.fingerprint,
             "position": [self.epoch, self.step, *self.sums],
-            "epochs": self.settings.epochs,
+            "epochs": self.options.epochs,
             "called_off": self.called_off,
             "threads": self.result.threads,
             "model": self.model.state_dict(),
@@ -437,7 +413,7 @@ class _Run:
                 said = f"the checkpoint could not be written, training continues: {self.result.checkpoint_error}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
 
-    def restore(self, path: str | os.PathLike[str], threads: int | None) -> None:
+    def restore(self, path: str) -> None:
         """Load a checkpoint, with its number of threads unless one is given."""
         state = checkpoints.load(path)
         for name, mine in self.fingerprint.items():
@@ -459,22 +435,22 @@ class _Run:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             why = checkpoints.first_line(error)
             raise FormatError(f"{path}: the checkpoint doesn't fit this training: {why}") from None
-        if self.callbacks and state["epochs"] == self.settings.epochs:
+        if self.options.callbacks and state["epochs"] == self.options.epochs:
             self.called_off = state["called_off"]
-        if self.cosine and state["epochs"] != self.settings.epochs:
+        if self.options.scheduler == "cosine" and state["epochs"] != self.options.epochs:
             self.extend(state["epochs"])
         self.best_weights = state["best_weights"]
         self.result.history, self.result.best = state["history"], state["best"]
         self.result.resumed = self.epoch
-        if threads is None and self.team.world == 1 and self.team.device.type == "cpu":
+        if self.options.threads is None and self.team.world == 1 and self.team.device.type == "cpu":
             self.result.threads = state["threads"]
             torch.set_num_threads(max(state["threads"], 1))
         if self.monitor is not None:
             self.monitor.skip(self.epoch)
 
     def extend(self, before: int) -> None:
-        """Continue with the learning rate of a run of `settings.epochs`, if the checkpoint was for another number."""
-        epochs, state = self.settings.epochs, self.schedule.state_dict()
+        """Continue with the learning rate of a run of `options.epochs`, if the checkpoint was for another number."""
+        epochs, state = self.options.epochs, self.schedule.state_dict()
         least, share = state["eta_min"], (1 + math.cos(math.pi * min(self.epoch / epochs, 1.0))) / 2
         rates = [least + (base - least) * share for base in state["base_lrs"]]
         self.schedule.load_state_dict({**state, "T_max": epochs, "_last_lr": rates})

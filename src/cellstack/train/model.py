@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cellstack import layers, nodes
 from cellstack.formats.pytorch.modules import from_torch
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent, final
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent, final
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import digest
 

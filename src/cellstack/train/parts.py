@@ -16,7 +16,7 @@ from cellstack.train.data.sequences import Sequences, joined
 from cellstack.train.data.stream import Stream, Streamed
 from cellstack.train.data.targets import class_weights
 from cellstack.train.examples import GAP, Data, Indexed, Inputs, Labelled, shaped, split
-from cellstack.train.settings import Architecture, Settings
+from cellstack.train.settings import Architecture, FitOptions
 
 
 class Parts(NamedTuple):
@@ -33,8 +33,7 @@ def parts_of(
     training: Sequences | Stream,
     validation: Sequences | None,
     class_weight: Any,
-    settings: Settings,
-    share: float,
+    options: FitOptions,
     gap: float = GAP,
 ) -> Parts:
     """Return the parts of sequences.
@@ -43,13 +42,12 @@ def parts_of(
         training: the training data, including the validation part; a `Stream` selects its validation part itself.
         validation: separate validation data; None = a share of `training`.
         class_weight: see `targets.class_weights`.
-        settings: batch size, noise, and the seed of the choice.
-        share: of `training`, to validate on.
+        options: the share of `training` to validate on, and the seed of the choice; batch size and noise.
         gap: see `batches`.
     """
     if isinstance(training, Stream):
-        return _streamed(training, validation, class_weight, settings, gap)
-    return _indexed(training, validation, class_weight, settings, share, gap)
+        return _streamed(training, validation, class_weight, options, gap)
+    return _indexed(training, validation, class_weight, options, gap)
 
 
 def check(
@@ -75,23 +73,25 @@ def check(
 
 
 def _indexed(
-    training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, share: float, gap: float
+    training: Sequences, validation: Sequences | None, class_weight: Any, options: FitOptions, gap: float
 ) -> Parts:
     """Return the parts of sequences in memory."""
     assert training.y is not None
-    whole, (kept, held) = _split(training, validation, share, settings.seed)
+    whole, (kept, held) = _split(training, validation, options.validation, options.seed)
     weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
     examples = Labelled(whole, weights)
 
     def data(inputs: Inputs) -> Data:
-        s = settings
+        s = options
         return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset, gap)
 
     measure = partial(Inputs.measure, examples, kept, called=whole.channel)
     return Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
 
 
-def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings, gap: float) -> Parts:
+def _streamed(
+    stream: Stream, validation: Sequences | None, class_weight: Any, options: FitOptions, gap: float
+) -> Parts:
     """Return the parts of a `Stream`."""
     kept = ~stream.held
     weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
@@ -99,7 +99,7 @@ def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, s
     own = None if validation is None else Labelled(validation, weights)
 
     def data(inputs: Inputs) -> Data:
-        s = settings
+        s = options
         return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset, gap)
 
     validated = int(stream.held.sum()) if validation is None else len(validation.x)

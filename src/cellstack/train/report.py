@@ -1,4 +1,4 @@
-"""Reports of the demo and of a training: one self-contained HTML file, for light and dark mode."""
+"""The report of a monitored training, and the parts of such reports: one HTML file, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
-from cellstack.inspect.records import VANISHED, LayerRecord, TrainingRecord
-from cellstack.spec import Trace
 from cellstack.train.history import named
+from cellstack.train.monitoring.records import VANISHED, LayerRecord, TrainingRecord
 
 # Figures are drawn in placeholder colours, which are replaced by variables of the style sheet, for light and dark mode.
 INK, FAINT = "#010203", "#010204"
@@ -54,9 +51,6 @@ THEME = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-GATE_MAP = LinearSegmentedColormap.from_list("gate", ["#0d2b52", "#2a78d6", "#9cc6f5", "#f3f7fc"])  # 0 to 1
-SIGNED_MAP = LinearSegmentedColormap.from_list("signed", ["#1c5cab", "#8fbdf0", "#f2f2f0", "#f3a98c", "#b8401f"])  # ±
-COUNT_MAP = LinearSegmentedColormap.from_list("count", ["#2a78d622", "#2a78d6"])
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1c1c1a; --muted: #5f5e5a; --line: #dedcd6;
@@ -89,76 +83,6 @@ footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
 """
 
 
-def demo_page(
-    result: dict[str, Any],
-    whole: Sequence[dict[str, float]],
-    causal: Sequence[dict[str, float]],
-    confusion: NDArray[np.int64],
-    gates: Sequence[tuple[str, Trace]],
-    inside: str,
-) -> str:
-    """Return the demo's page.
-
-    Args:
-        result: the demo's results.
-        whole, causal: the history of each fit, see `Fit`.
-        confusion: `[true, predicted]` counts.
-        gates: name and trace `[T, H]` of each layer over the replayed utterance.
-        inside: the page of `save_html`, as HTML, of the forward stack's run over that utterance.
-    """
-    replay, labels = result["replay"], result["replay"]["labels"]
-    took = float(np.median(replay["microseconds"]))
-    tiles = [
-        (f"{result['bidirectional']['accuracy']:.1%}", "of test utterances correct, bidirectional stack"),
-        (f"{result['forward']['accuracy']:.1%}", "forward stack, frame by frame"),
-        (f"{took:.0f} µs", "per frame, in a process without torch"),
-        (f"{result['bidirectional']['train_seconds'] + result['forward']['train_seconds']:.0f} s", "to train both"),
-    ]
-    total = int(confusion.sum())
-    sections = [
-        _section(
-            "Training",
-            "Mean loss per utterance (nats) in each epoch, on the training part and on the validation part. Noise and "
-            "dropout apply only in training, so the training loss may be the higher one.",
-            _curves({"bidirectional": whole, "forward": causal}),
-        ),
-        _section(
-            "Confusion matrix",
-            f"The {total} test utterances, bidirectional stack: {int(np.trace(confusion))} are on the diagonal.",
-            _confusion(confusion, labels),
-        ),
-        _section(
-            f"Frame by frame: test utterance {replay['utterance']}, speaker {replay['truth']}",
-            f"The forward stack's probabilities after each frame: the mean of its outputs so far. The utterance is "
-            f"{replay['why']}. The stack was loaded from its file in a separate process, which never imported torch.",
-            _probabilities(replay) + _frame_table(replay),
-        ),
-        _section(
-            "Inside: the gates of the same utterance",
-            "Each row is a unit, each column a frame. Input, forget and output gates range from closed (dark) to open "
-            "(light); candidate, cell and output are signed. Units are sorted by the mean of their forget gate.",
-            "".join(_gates(name, trace) for name, trace in gates),
-        ),
-        _section(
-            "Live: explore the same run",
-            "The page contains the forward stack's weights and runs it. Click a layer to open its cell, point at a "
-            "number to see how it is computed, or change an input or fix a gate under What if to see the effect.",
-            f'<iframe class="live" title="The forward stack\'s run, live" srcdoc="{html.escape(inside)}"></iframe>',
-        ),
-    ]
-    cards = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>cellstack: who is speaking?</title><style>{STYLE}</style></head><body><main>"
-        "<h1>Who is speaking?</h1><p>Nine speakers say two Japanese vowels. Two stacks of LSTMs learn to identify the "
-        "speaker from 12 cepstrum coefficients per frame.</p>"
-        f'<div class="tiles">{cards}</div>{"".join(sections)}'
-        "<footer>Data: Japanese Vowels, Kudo, Toyama and Shimbo 1999, UCI Machine Learning Repository, CC BY 4.0. "
-        f"Seed {result['seed']}.</footer></main></body></html>\n"
-    )
-
-
 def training_page(
     name: str, history: Sequence[dict[str, float]], records: Sequence[TrainingRecord], unit: str = "nats"
 ) -> str:
@@ -184,22 +108,22 @@ def training_page(
     ]
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in last.findings)
     sections = [
-        _section(
+        section(
             f"Findings in epoch {last.epoch}",
             "In one batch. Try a remedy if the loss no longer decreases, or if the output depends on steps further "
             "back than the gradient reaches.",
             f"<ul>{items}</ul>" if items else "<p>No findings.</p>",
         ),
-        _section(
+        section(
             "Loss",
             "Mean loss in each epoch, on the training part and on the validation part.",
-            _curves({name: history}, f"loss ({unit})"),
+            curves({name: history}, f"loss ({unit})"),
         ),
     ]
     for layer in names:
         seen = {record.epoch: record.layers[layer] for record in records if layer in record.layers}
         sections.append(
-            _section(
+            section(
                 f"Layer {layer}",
                 "Left: the share of the gradient at a sequence's last output that remains after so many steps back. "
                 "Where it has vanished, the layer learns hardly anything from earlier steps. Middle: the mean of each "
@@ -207,20 +131,14 @@ def training_page(
                 _layer(layer, seen) + _figures_table(seen),
             )
         )
-    cards = "".join(f'<div class="tile"><b>{value}</b><span>{html.escape(text)}</span></div>' for value, text in tiles)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>cellstack: {html.escape(name)} in training</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(name)} in training</h1><p>Its layers in one batch of each epoch.</p>"
-        f'<div class="tiles">{cards}</div>{"".join(sections)}</main></body></html>\n'
-    )
+    heading = f"{name} in training"
+    return page(heading, heading, "Its layers in one batch of each epoch.", tiles, sections)
 
 
 def _layer(name: str, seen: dict[int, LayerRecord]) -> str:
     epochs = list(seen)
     shown = list(dict.fromkeys([epochs[0], epochs[(len(epochs) - 1) // 2], epochs[-1]]))
-    with _theme():
+    with theme():
         figure = Figure(figsize=(9, 2.7), layout="constrained")
         reach, gates, norms = figure.subplots(1, 3)
         for epoch, color in zip(shown, SERIES, strict=False):
@@ -239,7 +157,7 @@ def _layer(name: str, seen: dict[int, LayerRecord]) -> str:
         for axis in (reach, gates, norms):
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(loc="best", fontsize=7)
-    return _figure(figure, f"layer {name} in training")
+    return figure_svg(figure, f"layer {name} in training")
 
 
 def _marked(epochs: Sequence[float]) -> dict[str, Any]:
@@ -264,16 +182,37 @@ def _figures_table(seen: dict[int, LayerRecord]) -> str:
     return f"<details><summary>all numbers as a table</summary><table>{head}{''.join(rows)}</table></details>"
 
 
-def _section(title: str, text: str, body: str) -> str:
+def page(
+    title: str,
+    heading: str,
+    text: str,
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[str],
+    footer: str = "",
+) -> str:
+    """Return a report: a heading with a text, figures in tiles, and sections of HTML."""
+    cards = "".join(f'<div class="tile"><b>{value}</b><span>{html.escape(said)}</span></div>' for value, said in tiles)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>cellstack: {html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>{html.escape(heading)}</h1><p>{html.escape(text)}</p>"
+        f'<div class="tiles">{cards}</div>{"".join(sections)}{footer}</main></body></html>\n'
+    )
+
+
+def section(title: str, text: str, body: str) -> str:
+    """Return a section of a page; `body` is HTML."""
     return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"
 
 
-def _theme(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+def theme(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+    """Return a context with matplotlib's settings for the figures of a page."""
     settings: Any = THEME | (more or {})
     return rc_context(settings)
 
 
-def _figure(figure: Figure, label: str) -> str:
+def figure_svg(figure: Figure, label: str) -> str:
     """Return a figure as an inline SVG in the page's colours."""
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
@@ -291,8 +230,9 @@ def _figure(figure: Figure, label: str) -> str:
     return f'<figure role="img" aria-label="{html.escape(label)}">{svg}</figure>'
 
 
-def _curves(histories: dict[str, Sequence[dict[str, float]]], label: str = "loss (nats)") -> str:
-    with _theme():
+def curves(histories: dict[str, Sequence[dict[str, float]]], label: str = "loss (nats)") -> str:
+    """Return the losses of some fits over their epochs, side by side; `label` is the axis label."""
+    with theme():
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         axes = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
         for axis, (name, history) in zip(axes, histories.items(), strict=True):
@@ -304,89 +244,4 @@ def _curves(histories: dict[str, Sequence[dict[str, float]]], label: str = "loss
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].set_ylabel(label)
         axes[0].legend(loc="upper right")
-    return _figure(figure, "training curves")
-
-
-def _confusion(confusion: NDArray[np.int64], labels: Sequence[str]) -> str:
-    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    with _theme({"axes.grid": False}):
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        axis = figure.subplots()
-        axis.pcolormesh(share[::-1], cmap=COUNT_MAP, vmin=0, vmax=1, edgecolors=FAINT, linewidth=0.15)
-        count = len(labels)
-        for row, column in np.ndindex(*confusion.shape):
-            if confusion[row, column]:
-                color = "white" if share[row, column] > 0.5 else INK
-                place = (column + 0.5, count - row - 0.5)
-                axis.text(*place, str(confusion[row, column]), ha="center", va="center", color=color)
-        ticks = np.arange(count) + 0.5
-        axis.set_xticks(ticks, labels)
-        axis.set_yticks(ticks, list(labels)[::-1])
-        axis.set(xlabel="predicted speaker", ylabel="true speaker")
-        axis.tick_params(length=0)
-    return _figure(figure, "confusion matrix")
-
-
-def _probabilities(replay: dict[str, Any]) -> str:
-    so_far = np.array(replay["so_far"])
-    steps = np.arange(1, len(so_far) + 1)
-    truth = replay["labels"].index(replay["truth"])
-    baselines = [n for n in np.argsort(-so_far.max(axis=0)) if n != truth][:2]
-    with _theme():
-        figure = Figure(figsize=(9, 2.7), layout="constrained")
-        axis = figure.subplots()
-        for n, color in zip([truth, *baselines], SERIES, strict=True):
-            label = f"speaker {replay['labels'][n]}" + (" (true)" if n == truth else "")
-            axis.plot(steps, so_far[:, n], color=color, label=label, marker="o", markersize=3)
-        others = [n for n in range(so_far.shape[1]) if n not in (truth, *baselines)]
-        for n in others:
-            label = "other speakers" if n == others[0] else None
-            axis.plot(steps, so_far[:, n], color=FAINT, linewidth=0.9, alpha=0.5, zorder=1, label=label)
-        axis.set(xlabel="frame", ylabel="probability so far", ylim=(-0.03, 1.03))
-        figure.legend(loc="outside right upper")
-    return _figure(figure, "probability after each frame")
-
-
-def _frame_table(replay: dict[str, Any]) -> str:
-    rows = []
-    for t, (so_far, took) in enumerate(zip(replay["so_far"], replay["microseconds"], strict=True), 1):
-        best = int(np.argmax(so_far))
-        name = html.escape(replay["labels"][best])
-        bar = f'<td class="bar"><i style="width:{so_far[best]:.1%}"></i></td>'
-        rows.append(f"<tr><td>{t}</td><td>{name}</td><td>{so_far[best]:.1%}</td>{bar}<td>{took:.1f}</td></tr>")
-    head = "<tr><th>frame</th><th>speaker</th><th>probability</th><th></th><th>µs</th></tr>"
-    return f"<details><summary>all frames as a table</summary><table>{head}{''.join(rows)}</table></details>"
-
-
-def _gates(name: str, trace: Trace) -> str:
-    order = np.argsort(-trace.f.mean(axis=0))
-    panels = [
-        ("input gate i", trace.i, True),
-        ("forget gate f", trace.f, True),
-        ("output gate o", trace.o, True),
-        ("candidate g", trace.g, False),
-        ("cell c", trace.c, False),
-        ("output h", trace.h, False),
-    ]
-    with _theme({"axes.grid": False, "axes.titlesize": 9}):
-        figure = Figure(figsize=(9, 4.4), layout="constrained")
-        figure.suptitle(name, x=0.01, ha="left", fontsize=10, fontweight="bold")
-        axes = figure.subplots(2, 3, sharex=True, sharey=True)
-        for axis, (title, values, is_gate) in zip(axes.flat, panels, strict=True):
-            limit = 1.0 if is_gate else max(float(np.abs(values).max()), 1e-6)
-            scale = (
-                {"cmap": GATE_MAP, "vmin": 0, "vmax": 1}
-                if is_gate
-                else {"cmap": SIGNED_MAP, "vmin": -limit, "vmax": limit}
-            )
-            extent = (0.5, len(values) + 0.5, values.shape[1] + 0.5, 0.5)
-            image = axis.imshow(values[:, order].T, aspect="auto", interpolation="nearest", extent=extent, **scale)
-            axis.set_title(title)
-            bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
-            bar.outline.set_visible(False)
-            bar.ax.tick_params(labelsize=7, length=2)
-        for axis in axes[1]:
-            axis.set_xlabel("frame")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("unit")
-    return _figure(figure, f"gates of {name}")
+    return figure_svg(figure, "training curves")

@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from cellstack.cells import KINDS
 from cellstack.train.checks import UsageError
 
 POOLINGS = ("mean", "max", "last", "none")
-CELLS = ("lstm", "gru", "rnn")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(Settings):
             check_number(field.name, getattr(self, field.name), whole=isinstance(field.default, int))
         for name, least in {"epochs": 1, "batch": 1, "patience": 0, "seed": 0}.items():
             if getattr(self, name) < least:
@@ -74,8 +74,8 @@ def check_layers(units: tuple[int, ...], cell: str, dropout: float) -> None:
     if not whole or not all(whole):
         given = ", ".join(map(repr, units)) or "none"
         raise UsageError(f"expected units to be integers of at least 1, one for each layer, got {given}")
-    if cell not in CELLS:
-        raise UsageError(f"expected cell to be one of {', '.join(CELLS)}, got {cell!r}")
+    if cell not in KINDS:
+        raise UsageError(f"expected cell to be one of {', '.join(KINDS)}, got {cell!r}")
     check_number("dropout", dropout, whole=False)
     if not 0.0 <= dropout < 1.0:
         raise UsageError(f"expected dropout in [0, 1), got {dropout}")
@@ -91,8 +91,16 @@ def check_number(name: str, value: Any, whole: bool) -> None:
 class Architecture:
     """How a model is built: see `Model`.
 
+    Args:
+        units: units of each layer, first layer first.
+        bidirectional, dropout, pooling, every_step, cell: see `Model`.
+        head: a `torch.nn.Module` from pooled states `[B, W]` to `[B, O]`, instead of one dense layer.
+        loss: a function of the model's output (logits or standardised predictions) and of the targets (class indices or
+            standardised numbers) that returns each example's loss, `[B]` or in the targets' shape.
+        init: a network, or the file of one, whose weights are the initial ones.
+
     Raises:
-        UsageError: an option out of range.
+        UsageError: an option out of range, or a loss that isn't a function.
     """
 
     units: tuple[int, ...]
@@ -101,92 +109,86 @@ class Architecture:
     pooling: str = "mean"
     every_step: bool = False
     cell: str = "lstm"
+    head: Any = None
+    loss: Callable[[Any, Any], Any] | None = None
+    init: Any = None
 
     def __post_init__(self) -> None:
         check_layers(self.units, self.cell, self.dropout)
         if self.pooling not in POOLINGS:
             raise UsageError(f"expected pooling to be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        check_function("loss", self.loss, "torch.nn.MSELoss(reduction='none')")
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How a training is run.
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(Settings):
+    """How a model is fitted: the `Settings`, how the training is run, and the user's own parts of it.
 
     Args:
         validation: share of the training part held out for early stopping; 0 for none.
-        checkpoint, resume, overwrite, threads: see `learn`.
+        checkpoint, resume, overwrite, threads, inspect: see `learn`.
         progress: likewise; or a `progress.Bar` that several fits share.
         device: see `processes`.
-        inspect: record the layers in each epoch, see `learn`.
         events: folder for the TensorBoard events of `inspect`, if TensorBoard is installed; None for none.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         name: a label before the progress bar, if several models are trained.
         timing: only measure how long training takes: `fitted` raises `Timed` instead of fitting.
-
-    Raises:
-        UsageError: a share out of range.
-    """
-
-    validation: float = 0.15
-    checkpoint: str | os.PathLike[str] | None = None
-    resume: bool = False
-    progress: Any = None
-    device: str = "auto"
-    inspect: bool = False
-    events: str | os.PathLike[str] | None = None
-    overwrite: bool = False
-    threads: int | None = None
-    log: str | os.PathLike[str] | None = None
-    name: str = ""
-    timing: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation < 1.0:
-            raise UsageError(f"expected validation to be a share in [0, 1), got {self.validation}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"expected threads >= 1, got {self.threads}")
-        if self.resume and self.checkpoint is None:
-            raise UsageError("expected a checkpoint to resume from, got none")
-
-
-@dataclass(frozen=True)
-class Own:
-    """A user's own parts of the model and the training, which replace or extend the defaults.
-
-    Args:
-        head: a `torch.nn.Module` from pooled states `[B, W]` to `[B, O]`, instead of one dense layer.
-        loss: a function of the model's output (logits or standardised predictions) and of the targets (class indices or
-            standardised numbers) that returns each example's loss, `[B]` or in the targets' shape.
         metrics: by name, functions of the true values and the predictions over the whole validation part, as labels or
             as numbers in the targets' units, that return a number.
         optimizer: a function of the parameters that returns a `torch.optim.Optimizer`; None = Adam.
         scheduler: a function of the optimiser that returns a scheduler, stepped once per epoch; or `"constant"` or
             `"cosine"`.
         callbacks: called after every epoch, see `learn`.
-        init: a network, or the file of one, whose weights are the initial ones.
 
     Raises:
-        UsageError: an argument that isn't a function, a mapping or a list of functions, where one is needed.
+        UsageError: a setting out of range, or an argument that isn't a function, a mapping or a list of functions,
+            where one is needed.
     """
 
-    head: Any = None
-    loss: Callable[[Any, Any], Any] | None = None
+    validation: float = 0.15
+    checkpoint: str | os.PathLike[str] | None = None
+    resume: bool = False
+    overwrite: bool = False
+    progress: Any = None
+    device: str = "auto"
+    inspect: int = False
+    events: str | os.PathLike[str] | None = None
+    threads: int | None = None
+    log: str | os.PathLike[str] | None = None
+    name: str = ""
+    timing: bool = False
     metrics: Mapping[str, Callable[[Any, Any], float]] | None = None
     optimizer: Callable[[Any], Any] | None = None
     scheduler: Callable[[Any], Any] | str = "cosine"
     callbacks: Sequence[Callable[[Any], Any]] = ()
-    init: Any = None
 
     def __post_init__(self) -> None:
-        for name, value, example in (
-            ("loss", self.loss, "torch.nn.MSELoss(reduction='none')"),
-            ("optimizer", self.optimizer, "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"),
-        ):
-            if value is not None and not callable(value):
-                raise UsageError(f"expected {name} to be a function, such as {example}, got {value!r:.60}")
+        super().__post_init__()
+        if not 0.0 <= self.validation < 1.0:
+            raise UsageError(f"expected validation to be a share in [0, 1), got {self.validation}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"expected threads >= 1, got {self.threads}")
+        if self.resume and self.checkpoint is None:
+            raise UsageError("expected a checkpoint to resume from, got none")
+        check_function("optimizer", self.optimizer, "lambda parameters: torch.optim.SGD(parameters, lr=0.1)")
         if self.metrics is not None and not isinstance(self.metrics, Mapping):
             raise UsageError(
                 f"expected metrics to be functions by name, such as {{'f1': f1_score}}, got {self.metrics!r:.60}"
             )
         if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
             raise UsageError(f"expected callbacks to be a list of functions, got {self.callbacks!r:.60}")
+
+
+R = TypeVar("R")
+
+
+def record_of(kind: type[R], given: Mapping[str, Any], **more: Any) -> R:
+    """Return a record whose fields are those of `given` and `more` with the same names; other entries are ignored."""
+    values = {**given, **more}
+    return kind(**{field.name: values[field.name] for field in fields(cast(Any, kind)) if field.name in values})
+
+
+def check_function(name: str, value: Any, example: str) -> None:
+    """Raise `UsageError` if a value is neither None nor a function."""
+    if value is not None and not callable(value):
+        raise UsageError(f"expected {name} to be a function, such as {example}, got {value!r:.60}")

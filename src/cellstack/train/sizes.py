@@ -6,7 +6,7 @@ import math
 import os
 from typing import NamedTuple
 
-from cellstack.nodes.recurrent import KIND_NAMES
+from cellstack.nodes.cell import KIND_NAMES
 from cellstack.spec import CellSpec
 from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture

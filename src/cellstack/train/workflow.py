@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,12 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.stream import Stream
-from cellstack.train.examples import GAP, Data, Inputs, target_scaling
+from cellstack.train.examples import GAP, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
-from cellstack.train.learner import Fit
 from cellstack.train.model import Model
 from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.processes import uses_gpu
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.trained import metadata
 from cellstack.train.warm import Start
@@ -30,9 +29,7 @@ def train_sequences(
     training: Sequences | Stream,
     test: Sequences | None,
     architecture: Architecture,
-    settings: Settings,
-    options: RunOptions = RunOptions(),
-    own: Own = Own(),
+    options: FitOptions = FitOptions(),
     *,
     validation: Sequences | None = None,
     class_weight: Any = None,
@@ -43,9 +40,7 @@ def train_sequences(
         training: the training data, with the validation part; a `Stream` has chosen its validation part itself.
         test: test data, read with the labels of `training`; None for none.
         architecture: how the model is built.
-        settings: how it is fitted.
-        options: how the training is run.
-        own: the user's own parts of the model and the training.
+        options: how it is fitted.
         validation: validation data, read with the labels of `training`; None = a share of `training`, see `options`.
         class_weight: see `targets.class_weights`; they apply to the loss in training and validation, and to the
             accuracy in the history.
@@ -63,8 +58,8 @@ def train_sequences(
         architecture = per_step(architecture)
     elif architecture.pooling == "none":
         raise UsageError("pooling none applies only to one class or target per step, got one per sequence")
-    parts = parts_of(training, validation, class_weight, settings, options.validation, gap_of(options.device))
-    start = None if own.init is None else Start(own.init)
+    parts = parts_of(training, validation, class_weight, options, gap_of(options.device))
+    start = None if architecture.init is None else Start(architecture.init)
     task = "classify" if classify else "regress"
     if start is not None:
         start.check(task, training.labels, training.channels)
@@ -74,11 +69,20 @@ def train_sequences(
     inputs = parts.measure() if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
-    head = {"outputs": outputs, "task": task, "targets": targets, "head": copy.deepcopy(own.head), "loss": own.loss}
-    if own.metrics:
-        metrics = {name: _of_labels(metric, training.labels) for name, metric in own.metrics.items()}
-        own = replace(own, metrics=metrics)
-    model, fit, rank = _model(head, inputs, parts.data(inputs), architecture, settings, options, own, start)
+    head = {"outputs": outputs, "task": task, "targets": targets}
+    if options.metrics:
+        metrics = {name: _of_labels(metric, training.labels) for name, metric in options.metrics.items()}
+        options = replace(options, metrics=metrics)
+    check_memory(architecture, len(inputs.standardise[0]), outputs)
+
+    def make() -> Model:
+        built = {name: value for name, value in vars(architecture).items() if name != "init"}
+        model = Model(inputs.standardise, **head, **built | {"head": copy.deepcopy(architecture.head)})
+        if start is not None:
+            start.into(model, architecture.head is not None)
+        return model
+
+    model, fit, rank = fitted(make, parts.data(inputs), options)
     more = {
         "data": training.name,
         "columns": list(training.columns),
@@ -105,25 +109,3 @@ def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> 
         return metric(*(array[:, 0] if array.shape[1] == 1 else array for array in (truth, answers)))
 
     return measured
-
-
-def _model(
-    head: dict[str, Any],
-    inputs: Inputs,
-    data: Data,
-    architecture: Architecture,
-    settings: Settings,
-    options: RunOptions,
-    own: Own = Own(),
-    start: Start | None = None,
-) -> tuple[Model, Fit, int]:
-    """Make a model with `head` and fit it; return the model, the `Fit` and this process's rank."""
-    check_memory(architecture, len(inputs.standardise[0]), head["outputs"])
-
-    def make() -> Model:
-        model = Model(inputs.standardise, **head, **asdict(architecture))
-        if start is not None:
-            start.into(model, own.head is not None)
-        return model
-
-    return fitted(make, data, settings, options, own)

@@ -1,13 +1,15 @@
-"""A cell's step as data: its operations in order, from which code in other languages is generated."""
+"""A cell's step as data: its operations in order. C is generated from them, and the page interprets them as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from cellstack.spec import CellSpec
 
 H, P, I = "H", "P", "I"  # noqa: E741  # widths of vectors: units, projected units, inputs
+PRIMES = {H: 30011, P: 20011, I: 10007}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,3 +120,62 @@ class Recorded:
     def dropped(self, h: Value) -> Value:
         """Return h: generated code has no dropout."""
         return h
+
+
+def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
+    """Return the shapes of a cell's arrays, each axis as a number of blocks and the letter of their width.
+
+    The letter is empty where an axis doesn't depend on the widths.
+
+    >>> symbolic_shapes(CellSpec(3, 4, kind="gru"))["bias"]
+    ((2, ''), (3, 'H'))
+    """
+
+    def axis(length: int) -> tuple[int, str]:
+        found = ((length // prime, letter) for letter, prime in PRIMES.items() if length % prime == 0)
+        return next(found, (length, ""))
+
+    large = replace(spec, input_size=PRIMES[I], units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0)
+    return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
+
+
+def form_of(spec: CellSpec) -> dict[str, Any]:
+    """Return a form of cell, which is a cell regardless of its widths, as JSON-compatible values.
+
+    Returns:
+        `settings`, the fields of the `CellSpec`; `title` of the kind; `gates`, their roles by name; `blocks`, the gates
+        that have columns in the arrays; `trace`, the names of the gates and states that a run records; `meanings` of
+        these; `states`, each with its width and the share that zoneout keeps; `activations` by slot; `shapes` of the
+        arrays. And the step: `values`, in which `of` are positions; `before` and `after`, the positions of the states.
+    """
+    kind, recorded = spec.of_kind, Recorded(spec)
+    place = {id(value): n for n, value in enumerate(recorded.values)}
+    settings = {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
+    rates = (spec.zoneout, spec.zoneout_cell, *[0.0] * len(recorded.states))
+    return {
+        "settings": {name: value for name, value in settings.items() if name not in ("input_size", "units")},
+        "title": kind.title,
+        "gates": dict(kind.gates),
+        "blocks": list(spec.gates),
+        "trace": list(kind.trace._fields),
+        "meanings": {name: kind.meaning(name) for name in kind.trace._fields},
+        "states": {
+            value.name: {"width": list(value.width), "kept": rate}
+            for value, rate in zip(recorded.before, rates, strict=False)
+        },
+        "activations": {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)},
+        "shapes": {name: [list(axis) for axis in axes] for name, axes in symbolic_shapes(spec).items()},
+        "values": [
+            {
+                "operation": value.operation,
+                "of": [place[id(source)] for source in value.of],
+                "width": list(value.width),
+                "name": value.name,
+                "part": value.part,
+                "numbers": list(value.numbers),
+            }
+            for value in recorded.values
+        ],
+        "before": [place[id(value)] for value in recorded.before],
+        "after": [place[id(value)] for value in recorded.states],
+    }

@@ -249,7 +249,7 @@ def test_operators_within_operators(tmp_path):
         assert_near(parts[name](feeds["X"].transpose(1, 0, 2)), as_ours(y))
 
 
-def written_out(rng, order, products="MatMul", steps=1):
+def decomposed(rng, order, products="MatMul", steps=1):
     """A decomposed LSTM, its gates in some order; the model, its inputs and its outputs."""
     make, units, width = helper.make_node, 3, 3
     floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -292,7 +292,7 @@ def written_out(rng, order, products="MatMul", steps=1):
 @pytest.mark.parametrize("order", ["ifgo", "ofig", "gifo", "fogi"])
 def test_a_decomposed_lstm(tmp_path, order, steps, products):
     rng = np.random.default_rng(6)
-    path = write(tmp_path / "out.onnx", written_out(rng, order, products, steps))
+    path = write(tmp_path / "out.onnx", decomposed(rng, order, products, steps))
     parts = adapter.extract(path)
     assert list(parts) == ["cell"]
     x = rng.standard_normal((2, steps, 3)).astype(np.float32)

@@ -302,7 +302,7 @@ def test_command_line_values_have_their_types():
     assert repr(load_options(args)) == "{'constants': {'on': True, 'gain': 0.5, 'n': 3, 'a=b': -1}}"
 
 
-def written_out(folder, units=3, wide=4):
+def decomposed(folder, units=3, wide=4):
     """A decomposed single LSTM step, as exporters write nn.LSTMCell, its states as inputs and outputs."""
     rng = np.random.default_rng(5)
     arrays = {
@@ -339,7 +339,7 @@ def written_out(folder, units=3, wide=4):
 
 
 def test_a_decomposed_lstm_of_one_step(tmp_path):
-    path = written_out(tmp_path)
+    path = decomposed(tmp_path)
     net = cs.load(path)
     assert [type(node).__name__ for node in net.nodes] == ["Recurrent"]
     x = floats(np.random.default_rng(6), 2, 7, 4, scale=1.0)

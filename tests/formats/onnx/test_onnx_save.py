@@ -37,7 +37,7 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import FormatError, HiddenState, State
 
 GRAPHS = 3e-5  # as TOLERANCE, through more nodes

@@ -32,7 +32,7 @@ from cellstack.nodes import (
     Scale,
     Standardise,
 )
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.streaming.framewise import answers_framewise
 
 NUMBERS_A_LINE = 8

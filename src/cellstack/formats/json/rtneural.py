@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.cells import named
 from cellstack.formats.build import Builder, Names, ProblemsError
 from cellstack.formats.files import short
 from cellstack.formats.json.values import array_of, value_of
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Activation, Clip, Conv1D, Dense, Merge, Recurrent, Scale
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec, FormatError
 
+RECURRENT = named("rtneural")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softmax", "elu")
 KNOWN = ("type", "activation", "shape", "weights", "kernel_size", "dilation", "groups", "epsilon", "name")
 USUAL = {
@@ -112,12 +114,8 @@ def _cell(layer: _Layer, kind: str) -> Cell:
     if layer.activation not in ("", "tanh"):
         raise FormatError(f"{layer.where}: expected the activation tanh, found {layer.activation}")
     layer.check_count(3)
-    gates = 4 if kind == "lstm" else 3
-    wide = gates * layer.units
     spec = CellSpec(layer.width, layer.units, kind=kind)
-    bias = layer.weights(2, wide) if kind == "lstm" else layer.weights(2, 2, wide)
-    arrays = {"kernel": layer.weights(0, layer.width, wide), "recurrent_kernel": layer.weights(1, layer.units, wide)}
-    return Cell(spec, **arrays, bias=bias)
+    return Cell(spec, **{name: layer.weights(n, *shape) for n, (name, shape) in enumerate(spec.shapes.items())})
 
 
 def _recurrent(kind: str) -> Callable[[Builder, _Layer, str], str]:
@@ -164,8 +162,7 @@ TYPES: dict[str, Callable[[Builder, _Layer, str], str]] = {
     "batchnorm": _batch_norm,
     "conv1d": _conv,
     "dense": _dense,
-    "gru": _recurrent("gru"),
-    "lstm": _recurrent("lstm"),
+    **{name: _recurrent(kind) for name, kind in sorted(RECURRENT.items())},
     "prelu": _prelu,
     "time-distributed-dense": _dense,
 }
@@ -243,12 +240,12 @@ def parts_of(path: str, found: Mapping[str, Any]) -> dict[str, Network]:
     entries = value_of(path, found, "layers", list)
     for number, entry in enumerate(entries):
         kind = entry.get("type") if isinstance(entry, dict) else None
-        if kind in ("lstm", "gru"):
+        if kind in RECURRENT:
             where = f"{path}: layer {number} ({kind})"
             _, units = _shape(where, entry, "shape")
             arrays = value_of(where, entry, "weights", list)
             width = len(arrays[0]) if arrays and isinstance(arrays[0], list) else 0
             layer = _Layer(where, str(entry.get("name") or f"{kind}_{number}"), entry, width, units, (None, None))
             name = names.fresh(layer.name)
-            networks[name] = Network([Recurrent((_cell(layer, kind),))], [name])
+            networks[name] = Network([Recurrent((_cell(layer, RECURRENT[kind]),))], [name])
     return networks

@@ -12,24 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.cells import orders
+from cellstack.cells import KINDS, named
 from cellstack.formats.keras.config import OURS as OURS_OF_KERAS
 from cellstack.formats.keras.config import Layer, numbered
 from cellstack.formats.keras.files import short
 from cellstack.layout import OURS, from_cudnn, reorder
 from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.nodes.base import Array
-from cellstack.nodes.recurrent import KIND_NAMES
 from cellstack.spec import CellSpec, FormatError
 
-KINDS = {name: kind for kind, name in KIND_NAMES.items()}
-CUDNN = {"CuDNNLSTM": "lstm", "CuDNNGRU": "gru"}
-CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
-FLAGGED = {f"{OURS_OF_KERAS}{name}": kind for name, kind in KINDS.items()}  # have all flags of a CellSpec
-ALONE = {**KINDS, **CUDNN, **FLAGGED}  # layers of one cell
+LAYERS, CUDNN = named("keras"), named("cudnn")
+CELLS = {f"{name}Cell": kind for name, kind in LAYERS.items()}
+FLAGGED = {f"{OURS_OF_KERAS}{kind.title}": kind.name for kind in KINDS.values()}  # have all flags of a CellSpec
+ALONE = {**LAYERS, **CUDNN, **FLAGGED}  # layers of one cell
 RECURRENT = (*ALONE, "RNN", "Bidirectional")
-SPLIT = orders("keras1")  # the order in which Keras 1 lists a cell's arrays, gate by gate
-SPLIT_NAMES = {"g": "c"}  # Keras's letter for a gate if it isn't ours; a GRU's candidate is h
 SCALES = ("kernel_scale", "embeddings_scale")  # scales of integer weights
 STATISTICS = (*SCALES, "moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
@@ -158,9 +154,9 @@ def _leaves(layer: Layer, kind: str, major: int) -> list[str]:
         return list(_spec_of(layer, 1).shapes)
     biased = layer.flag("use_bias", True)
     if major == 1:
-        together = kind == "rnn" or layer.config.get("consume_less") == "gpu"
-        gates = [""] if together else [f"_{_letter(kind, gate)}" for gate in SPLIT[kind]]
-        return [f"{letter}{gate}" for gate in gates for letter in "WUb"]
+        together = layer.config.get("consume_less") == "gpu"
+        gates = [f"_{letter}" for letter in KINDS[kind].names["keras1"].letters] if not together else []
+        return [f"{letter}{gate}" for gate in gates or [""] for letter in "WUb"]
     return ["kernel", "recurrent_kernel", *(["bias"] if biased else [])]
 
 
@@ -178,10 +174,6 @@ def _spec_of(layer: Layer, width: int) -> CellSpec:
         return CellSpec(width, layer.integer("units"), kind=FLAGGED[layer.kind], **settings)
     except (TypeError, ValueError) as error:
         raise layer.refuse(str(error)) from None
-
-
-def _letter(kind: str, gate: str) -> str:
-    return "h" if kind == "gru" and gate == "g" else SPLIT_NAMES.get(gate, gate)
 
 
 def recurrent_slots(layer: Layer, major: int) -> list[Slot]:
@@ -255,7 +247,7 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
     units = layer.integer("units")
     order = OURS[kind]
     if len(arrays) > 3:  # Keras 1: kernel, recurrent kernel and bias of each gate in turn
-        source, letters = SPLIT[kind], (arrays[0::3], arrays[1::3], arrays[2::3])
+        source, letters = KINDS[kind].names["keras1"].order, (arrays[0::3], arrays[1::3], arrays[2::3])
         for name, one in zip("WUb", letters, strict=True):
             if any(array.ndim != (1 if name == "b" else 2) or array.shape[-1] != units for array in one):
                 raise layer.refuse(f"expected {name} of every gate with {units} columns, found {one[0].shape}")
@@ -271,25 +263,22 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
     settings: dict[str, Any] = {"use_bias": bias is not None, "kind": kind}
     if not cudnn:
         settings["activation"] = activation(layer, "activation", major)
-        if kind != "rnn":
+        if KINDS[kind].gated:
             settings["recurrent_activation"] = activation(layer, "recurrent_activation", major)
-    one, two = (wide,), (2, wide)
-    if kind == "gru":
+    of_cudnn = (2 * wide,)  # Keras 2 can load a cuDNN layer's weights into its own layers
+    if "reset_after" in KINDS[kind].flags:
         found = None if bias is None else bias.shape
-        after = cudnn or layer.flag("reset_after", found in (two, (2 * wide,)))
-        settings["reset_after"] = after
-        expected = (two, (2 * wide,)) if after else (one,)
-    else:
-        expected = (one, (2 * wide,)) if kind == "lstm" else (one,)
+        settings["reset_after"] = cudnn or layer.flag("reset_after", found in ((2, wide), of_cudnn))
+    spec = CellSpec(kernel.shape[0], units, **settings)
+    expected = [spec.shapes["bias"]] if spec.use_bias else []
+    expected += [of_cudnn] if "cudnn" in spec.of_kind.names and spec.reset_after else []
     if bias is not None and bias.shape not in expected:
         raise layer.refuse(f"expected a bias {' or '.join(str(list(shape)) for shape in expected)}, found {bias.shape}")
-    if bias is not None and bias.shape == (2 * wide,):  # Keras 2 can load a cuDNN layer's weights into its own layers
+    if bias is not None and bias.shape == of_cudnn:
         kernel, recurrent_kernel, bias = from_cudnn(kind, kernel, recurrent_kernel, bias)
     elif cudnn:
         raise layer.refuse(f"expected a bias [{2 * wide}], as cuDNN's layers have, found {short(bias)}")
-    return Cell(
-        CellSpec(kernel.shape[0], units, **settings), kernel, recurrent_kernel, *([] if bias is None else [bias])
-    )
+    return Cell(spec, kernel, recurrent_kernel, *([] if bias is None else [bias]))
 
 
 def found_cudnn(name: str, arrays: dict[str, Array]) -> Recurrent | None:
@@ -305,9 +294,10 @@ def found_cudnn(name: str, arrays: dict[str, Array]) -> Recurrent | None:
     if arrays.keys() != {"kernel", "recurrent_kernel", "bias"}:
         return None
     units = arrays["recurrent_kernel"].shape[0] if arrays["recurrent_kernel"].ndim == 2 else 0
-    for kind, gates in (("lstm", 4), ("gru", 3)):
-        if units and arrays["bias"].shape == (2 * gates * units,) and arrays["kernel"].shape[-1] == gates * units:
-            layer = Layer(name, name, f"CuDNN{kind.upper()}", {"units": units, "return_sequences": True})
+    for title, kind in CUDNN.items():
+        wide = len(KINDS[kind].gates) * units
+        if units and arrays["bias"].shape == (2 * wide,) and arrays["kernel"].shape[-1] == wide:
+            layer = Layer(name, name, title, {"units": units, "return_sequences": True})
             try:
                 return Recurrent((_cell(layer, kind, list(arrays.values()), 2),))
             except ValueError as error:

@@ -49,7 +49,6 @@ from cellstack.nodes import (
 )
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.masks import NamedMasks
-from cellstack.nodes.recurrent import KIND_NAMES
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -293,7 +292,9 @@ def _with_activation(kind: str, settings: dict[str, Any], arrays: list[Array], a
 
 def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
     """Return the settings and weights of a cell; raise `_RefusedError` for flags that Keras's cells don't have."""
-    description = cell.spec
+    description, kind = cell.spec, cell.spec.of_kind
+    if "keras" not in kind.names:
+        raise _RefusedError(f"a {kind.title}")
     known = (
         "kind",
         "input_size",
@@ -312,9 +313,9 @@ def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
         "activation": _activation(description.activation),
         "use_bias": description.use_bias,
     }
-    if description.kind != "rnn":
+    if kind.gated:
         settings["recurrent_activation"] = _activation(description.recurrent_activation)
-    if description.kind == "gru":
+    if "reset_after" in kind.flags:
         settings["reset_after"] = description.reset_after
     return settings, list(cell.arrays.values())
 
@@ -326,11 +327,11 @@ def _stack(node: Recurrent) -> Written:
     flags: dict[str, Any] = {name: getattr(node, name) for name in names}
     if len(node.cells) == 1:
         settings, arrays = _cell(node.cells[0])
-        return KIND_NAMES[node.cells[0].spec.kind], {**settings, **flags}, arrays
+        return node.cells[0].spec.of_kind.names["keras"].name, {**settings, **flags}, arrays
     cells, arrays = [], []
     for number, cell in enumerate(node.cells):
         settings, own = _cell(cell)
-        kind = f"{KIND_NAMES[cell.spec.kind]}Cell"
+        kind = f"{cell.spec.of_kind.names['keras'].name}Cell"
         cells.append(_entry(kind, f"cell_{number}", {"dtype": str(node.dtype), **settings}))
         arrays += own
     stack = _entry("StackedRNNCells", "cells", {"cells": cells})

@@ -14,15 +14,14 @@ from cellstack.formats.build import HINT, Names
 from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
-from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
-from cellstack.formats.onnx.frames import Frame, frames_of, makes_steps
+from cellstack.formats.onnx.decomposed.found import find_decomposed, takes_states
+from cellstack.formats.onnx.decomposed.loops import roll_steps
+from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
+from cellstack.formats.onnx.file import Model, Scope, label, read, short
+from cellstack.formats.onnx.frames import frames_of, makes_steps
 from cellstack.formats.onnx.graph import data_inputs, load_graph
-from cellstack.formats.onnx.settle import check_settled, fix, plain, settle
+from cellstack.formats.onnx.passes import passes
 from cellstack.formats.onnx.writer import write
-from cellstack.formats.onnx.written_out.found import find_written_out, takes_states
-from cellstack.formats.onnx.written_out.loops import roll, roll_steps
-from cellstack.formats.onnx.written_out.products import name_activations
-from cellstack.formats.onnx.written_out.scans import is_scan, read_scan
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -61,7 +60,7 @@ def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
             if operator is not None:
                 whole.add(id(node))
                 yield label(node), partial(_same, operator)
-    for name, operator in find_written_out(scope):
+    for name, operator in find_decomposed(scope):
         yield name, partial(_same, operator)
     for graph in within:
         yield from _parts(graph)
@@ -74,7 +73,7 @@ def _same(operator: Operator) -> Operator:
 def _has_parts(model: Model) -> bool:
     """Whether a file has recurrent operators, readable or not."""
     try:
-        return any(True for _ in _parts(Scope(model, model.proto.graph)))
+        return any(True for _ in _parts(model.scope))
     except ODD:  # the caller is already reporting the error
         return False
 
@@ -102,7 +101,7 @@ def extract(path: str) -> dict[str, Network]:
     problems: list[str] = []
     names, budget = Names(), model.budget.again()
     try:
-        for own, reads in _parts(Scope(model, model.proto.graph)):
+        for own, reads in _parts(model.scope):
             name = names.fresh(own)
             try:
                 part = network_of(reads(), name, model.source)
@@ -212,16 +211,9 @@ def read_whole(
     model = read(path)
     fixed, sizes, contexts = _options(model, constants, weights, frames, context)
     try:
-        fix(model, fixed)
-        asked = [value.name for value in model.proto.graph.input if value.name in {*sizes, *contexts}]
-        settle(model, _lengths(model, frames_of(model, asked, sizes, contexts)))
-        check_settled(model)
-        if model.given:
-            plain(model)
-        unused = unused_tensors(Scope(model, model.proto.graph))
-        roll(model, whole_loops)
-        name_activations(model)
-        return _loaded(model, unused, sizes, contexts)
+        for run in passes(fixed, sizes, contexts, whole_loops):
+            model = run(model)
+        return _loaded(model, sizes, contexts)
     except FormatError as error:
         hint = f"; {HINT}" if _has_parts(model) else ""
         if model.lost:
@@ -232,40 +224,26 @@ def read_whole(
         raise _odd(path, error) from None
 
 
-def _lengths(model: Model, framed: Mapping[str, Frame | str]) -> dict[str, list[int | None]]:
-    """Return the lengths of the inputs' axes, by name, that follow from frames and contexts."""
-    return {
-        name: [frame.size + frame.context if label == "F" else None for label in frame.labels]
-        for name, frame in framed.items()
-        if isinstance(frame, Frame) and frame.size is not None
-    }
-
-
-def _loaded(model: Model, unused: list[str], sizes: dict[str, Any], contexts: dict[str, Any]) -> Network:
+def _loaded(model: Model, sizes: dict[str, Any], contexts: dict[str, Any]) -> Network:
     """Return a graph as a Network: over time where it has a time axis, else with one step per call.
 
     Args:
         model: the file.
-        unused: tensors that nothing uses.
         sizes: sizes of frames, by input; with sizes or contexts, a call is one step.
         contexts: sizes of contexts, by input.
     """
     problem: FormatError | None = None
-    if not sizes and not contexts and not takes_states(Scope(model, model.proto.graph)):
-        before = model.proto.SerializeToString(), dict(model.rolled)
+    if not sizes and not contexts and not takes_states(model.scope):
         try:
-            return load_graph(model, HANDLERS, unused)
+            return load_graph(model, HANDLERS)
         except FormatError as error:
             problem = error
-            model.proto.ParseFromString(before[0])
-            model.rolled = before[1]
-    data = [value.name for value in model.proto.graph.input]
+    data = [value.name for value in model.graph.input]
     if problem is not None and all(isinstance(frame, str) for frame in frames_of(model, data, {}, {}).values()):
         raise problem  # no input holds frames
     try:
-        roll_steps(model)
-        framed = frames_of(model, data_inputs(Scope(model, model.proto.graph)), sizes, contexts)
-        return load_graph(model, HANDLERS, unused, framed)
+        model = roll_steps(model)
+        return load_graph(model, HANDLERS, frames_of(model, data_inputs(model.scope), sizes, contexts))
     except FormatError as error:
         if problem is None or makes_steps(model):
             raise

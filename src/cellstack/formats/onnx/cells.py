@@ -9,25 +9,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.cells import orders
+from cellstack.cells import KINDS, Kind, orders
 from cellstack.formats.build import clean
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array, CellArrays, from_rows, reorder, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import GATES, CellSpec, FormatError, activation
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import PARAMETERS as USUAL_PARAMETERS
+from cellstack.spec import CellSpec, FormatError, activation
 
 ORDER = orders("onnx")  # of the gate blocks; ONNX calls g c or h
-PEEPHOLES, OUR_PEEPHOLES = "iof", "ifo"
-KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn", "DynamicQuantizeLSTM": "lstm"}
+OPERATORS_OF = {kind.name: kind.names["onnx"].name for kind in KINDS.values() if "onnx" in kind.names}
+QUANTISED_OPERATOR = "DynamicQuantizeLSTM"
+KIND_OF = {operator: kind for kind, operator in OPERATORS_OF.items()}
+KIND_OF[QUANTISED_OPERATOR] = KIND_OF["LSTM"]
 MICROSOFT = "com.microsoft"
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 QUANTISED = (*INPUTS, "W_scale", "W_zero_point", "R_scale", "R_zero_point")
-SLOTS = {"lstm": ("i", "g", "cell"), "gru": ("z", "g"), "rnn": ("g",)}  # where the activations f, g and h apply
-USUAL = {"lstm": ("Sigmoid", "Tanh", "Tanh"), "gru": ("Sigmoid", "Tanh"), "rnn": ("Tanh",)}
 DIRECTIONS = ("forward", "reverse", "bidirectional")
 NAMES = {
     "Sigmoid": "sigmoid",
@@ -58,6 +59,7 @@ PARAMETERS = {  # alpha and beta of a standalone operator; None: no such operato
     "ScaledTanh": (None, None),
 }
 GIVEN = ("Affine", "ScaledTanh", "ThresholdedRelu")  # in cells, ONNX and ONNX Runtime have different defaults
+FLAGS = {"coupled": "input_forget", "reset_after": "linear_before_reset"}
 ATTRIBUTES = {
     "activation_alpha",
     "activation_beta",
@@ -83,8 +85,25 @@ class Operator(NamedTuple):
 
 def is_recurrent(node: Any) -> bool:
     """Whether a node is one of the recurrent operators."""
-    usual = node.domain in DOMAINS and node.op_type in ("LSTM", "GRU", "RNN")
-    return usual or (node.domain == MICROSOFT and node.op_type == "DynamicQuantizeLSTM")
+    if node.op_type == QUANTISED_OPERATOR:
+        return node.domain == MICROSOFT
+    return node.domain in DOMAINS and node.op_type in KIND_OF
+
+
+def operator_of(spec: CellSpec) -> str:
+    """Return the operator for a rolled-up loop; for kinds that ONNX lacks, one that is read like any other."""
+    return OPERATORS_OF.get(spec.kind, "LSTM")
+
+
+def gates_of(kind: Kind) -> list[str]:
+    """Return the gates with ONNX's activation f, which all of them share; the others are candidates."""
+    return [gate for gate, role in kind.gates.items() if role != "candidate"]
+
+
+def slots_of(kind: Kind) -> dict[str, str]:
+    """Return where ONNX's activations f, g and h apply, those that the kind has, and their defaults."""
+    candidates = [slot for slot in kind.slots if slot not in gates_of(kind)]
+    return dict.fromkeys(gates_of(kind)[:1], "Sigmoid") | dict.fromkeys(candidates, "Tanh")
 
 
 def nodes_of(operator: Operator, sequences: bool, zeros: bool) -> list[Node]:
@@ -124,12 +143,12 @@ def read_operator(scope: Scope, node: Any) -> Operator:
     if node.output and node.output[0] in model.rolled:
         return model.rolled[node.output[0]]
     where = f"{model.path}: node {short(scope.place + '/' + label(node) if scope.place else label(node))}"
-    names = QUANTISED if node.op_type == "DynamicQuantizeLSTM" else INPUTS
+    names = QUANTISED if node.op_type == QUANTISED_OPERATOR else INPUTS
     inputs = {key: name for key, name in zip(names, node.input, strict=False) if name}
     if len(node.input) > len(names):
         raise FormatError(f"{where}: expected at most {len(names)} inputs, found {len(node.input)}")
     attributes = model.attributes(node)
-    kind = KINDS[node.op_type]
+    kind = KINDS[KIND_OF[node.op_type]]
     direction = attributes.get("direction", "forward")
     settings = _settings(where, kind, attributes, direction)
     constants = {key: scope.constant(name) for key, name in inputs.items() if key not in ("X", "sequence_lens")}
@@ -162,34 +181,29 @@ def _origin(scope: Scope, name: str) -> str:
     return text
 
 
-def _settings(where: str, kind: str, attributes: dict[str, Any], direction: str) -> list[dict[str, Any]]:
+def _settings(where: str, kind: Kind, attributes: dict[str, Any], direction: str) -> list[dict[str, Any]]:
     """Return the cell flags of each direction, from the attributes."""
     unknown = sorted(attributes.keys() - ATTRIBUTES - {"output_sequence"})
     if unknown:
         raise FormatError(f"{where}: unknown attribute {short(unknown[0])}")
     if direction not in DIRECTIONS:
         raise FormatError(f"{where}: expected direction to be one of {', '.join(DIRECTIONS)}, found {short(direction)}")
-    each, count = len(USUAL[kind]), 2 if direction == "bidirectional" else 1
-    names = attributes.get("activations") or list(USUAL[kind]) * count
+    slots, count = slots_of(kind), 2 if direction == "bidirectional" else 1
+    each = len(slots)
+    names = attributes.get("activations") or [*slots.values()] * count
     if len(names) != each * count:
         raise FormatError(f"{where}: expected {each * count} activations, found {short(names)}")
     texts = _activations(where, names, attributes)
-    flags: dict[str, Any] = {"kind": kind}
+    flags: dict[str, Any] = {"kind": kind.name}
+    flags |= {ours: bool(attributes.get(theirs, 0)) for ours, theirs in FLAGS.items() if ours in kind.flags}
     if "clip" in attributes:
         flags["clip"] = decimal(attributes["clip"])
-    if kind == "lstm":
-        flags["coupled"] = bool(attributes.get("input_forget", 0))
-    if kind == "gru":
-        flags["reset_after"] = bool(attributes.get("linear_before_reset", 0))
+    shared = gates_of(kind)
     settings = []
     for d in range(count):
-        own = dict(zip(SLOTS[kind], texts[d * each : (d + 1) * each], strict=True))
-        given: dict[str, Any] = {"activation": own["g"]}
-        if kind != "rnn":
-            given["recurrent_activation"] = own[SLOTS[kind][0]]
-        if kind == "lstm":
-            given["gate_activations"] = {"cell": own["cell"]}
-        settings.append({**flags, **given})
+        own = dict(zip(slots, texts[d * each : (d + 1) * each], strict=True))
+        usual = {"recurrent_activation": own.pop(shared[0])} if shared else {}
+        settings.append({**flags, **usual, "activation": next(iter(own.values())), "gate_activations": own})
     return settings
 
 
@@ -253,7 +267,7 @@ def _dequantise(where: str, arrays: dict[str, Array]) -> None:
 
 def _cells(
     where: str,
-    kind: str,
+    kind: Kind,
     arrays: dict[str, Array],
     settings: list[dict[str, Any]],
     hidden: int | None,
@@ -261,14 +275,14 @@ def _cells(
     batch_first: bool,
 ) -> tuple[Cell, ...]:
     """Return the cell of each direction."""
-    ways, gates = len(settings), len(GATES[kind])
+    ways, gates = len(settings), len(kind.gates)
     weights, recurrent = arrays["W"], arrays["R"]
     units = recurrent.shape[-1] if recurrent.ndim == 3 else 0
     if hidden is not None and hidden != units:
         raise FormatError(f"{where}: expected R [{ways}, {gates}·H, H] with H={short(hidden)}, found {recurrent.shape}")
     wide = gates * units
     wanted = {"W": (ways, wide, weights.shape[-1] if weights.ndim == 3 else 0), "R": (ways, wide, units)}
-    wanted |= {"B": (ways, 2 * wide), "P": (ways, 3 * units)}
+    wanted |= {"B": (ways, 2 * wide), "P": (ways, (gates - 1) * units)}
     dtype = np.dtype(np.float64 if weights.dtype == np.float64 else np.float32)
     for key, shape in wanted.items():
         if key in arrays and (arrays[key].shape != shape or 0 in shape):
@@ -276,34 +290,50 @@ def _cells(
         if key in arrays and arrays[key].dtype.kind != "f":
             raise FormatError(f"{where}: expected {key} as floats, found {arrays[key].dtype}")
     arrays = {key: value.astype(dtype) for key, value in arrays.items() if key in wanted}
-    starts = _starts(where, states, ways, units, batch_first)
+    starts = _starts(where, kind, states, ways, units, batch_first)
     cells = []
     for d, flags in enumerate(settings):
-        given: dict[str, Any] = {"use_bias": "B" in arrays, "peepholes": "P" in arrays and kind == "lstm"}
+        given: dict[str, Any] = {"use_bias": "B" in arrays, "peepholes": "P" in arrays and "peepholes" in kind.flags}
         try:
             spec = CellSpec(weights.shape[2], units, **flags, **given, learn_initial_state=bool(starts))
         except (ValueError, TypeError) as error:
             raise FormatError(f"{where}: {str(error)[:200]}") from None
         biases = tuple(np.split(arrays["B"][d], 2)) if "B" in arrays else ()
-        rows = from_rows(kind, arrays["W"][d], arrays["R"][d], biases, ORDER[kind], spec.reset_after)
+        rows = from_rows(kind.name, arrays["W"][d], arrays["R"][d], biases, ORDER[kind.name], spec.reset_after)
         own: dict[str, Any] = rows._asdict()
         if spec.peepholes:
-            own["peepholes"] = reorder(arrays["P"][d], PEEPHOLES, OUR_PEEPHOLES).reshape(3, units)
-        if spec.coupled:  # f is 1 - i: its weights exist, but the operator ignores them
-            own = {name: None if a is None else _without_f(name, a, units) for name, a in own.items()}
+            own["peepholes"] = reorder(arrays["P"][d], *_orders_of_peepholes(kind))
+        for name, gates_of_array in _gates_of_arrays(kind).items():  # of a coupled f, they exist, but aren't used
+            if own.get(name) is not None:
+                kept = [n for n, gate in enumerate(gates_of_array) if gate in spec.gates]
+                own[name] = _blocks(own[name], units)[..., kept, :].reshape(*own[name].shape[:-1], -1)
+        if spec.peepholes:
+            own["peepholes"] = own["peepholes"].reshape(-1, units)
         own |= {f"initial_{key}": values[d].astype(dtype) for key, values in starts.items() if key in spec.state_sizes}
         cells.append(Cell(spec, **own))
     return tuple(cells)
 
 
-def _without_f(name: str, array: Array, units: int) -> Array:
-    if name == "peepholes":
-        return array[[0, 2]]
-    return np.concatenate([array[..., :units], array[..., 2 * units :]], axis=-1)
+def _gates_of_arrays(kind: Kind) -> dict[str, list[str]]:
+    """Return the gates that have columns in each array."""
+    return {
+        **{name: [*kind.gates] for name in ("kernel", "recurrent_kernel", "bias")},
+        "peepholes": gates_of(kind),
+    }
+
+
+def _orders_of_peepholes(kind: Kind) -> tuple[str, str]:
+    """Return the order of the gates in ONNX's P, and in our peepholes."""
+    gates = gates_of(kind)
+    return "".join(gate for gate in ORDER[kind.name] if gate in gates), "".join(gates)
+
+
+def _blocks(array: Array, units: int) -> Array:
+    return array.reshape(*array.shape[:-1], -1, units)
 
 
 def _starts(
-    where: str, states: dict[str, Constant | None], ways: int, units: int, batch_first: bool
+    where: str, kind: Kind, states: dict[str, Constant | None], ways: int, units: int, batch_first: bool
 ) -> dict[str, Array]:
     """Return the constant initial states `[D, H]` by name; none where they are zeros or come from inputs.
 
@@ -328,7 +358,7 @@ def _starts(
             raise FormatError(f"{where}: the rows of {key} must be equal")
         found[key.removeprefix("initial_")] = wide[:, 0]
     if found:
-        found = {key: found.get(key, np.zeros((ways, units))) for key in ("h", "c")}
+        found = {key: found.get(key, np.zeros((ways, units))) for key in kind.state._fields}
     return found
 
 
@@ -353,38 +383,44 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
         ValueError: a flag that the operator lacks, or that differs between the directions.
     """
     first = cells[0].spec
+    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
+    if operator is None:
+        raise ValueError(f"save: {where}: ONNX has no operator for {kind.title}")
     for cell in cells:
         for flag, usual in NOT_IN_ONNX.items():
             if getattr(cell.spec, flag) != usual:
-                raise ValueError(f"save: {where}: ONNX's {first.kind.upper()} has no {flag}")
+                raise ValueError(f"save: {where}: ONNX's {operator} has no {flag}")
         alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
         for flag in alike:
             if getattr(cell.spec, flag) != getattr(first, flag):
                 raise ValueError(f"save: {where}: ONNX needs the same {flag} forward and backward")
         named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        apart = [("f", "i"), ("o", "i")] if first.kind == "lstm" else [("r", "z")] if first.kind == "gru" else []
-        for gate, other in apart:
-            if named[gate] != named[other] and not (gate == "f" and cell.spec.coupled):
-                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {other} and {gate}")
+        usual, *others = [gate for gate in gates_of(kind) if gate in cell.spec.gates] or [""]
+        for gate in others:
+            if named[gate] != named[usual]:
+                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {usual} and {gate}")
     rows = [_rows(cell) for cell in cells]
     arrays = {key: np.ascontiguousarray(np.stack([row[key] for row in rows])) for key in rows[0]}
     attributes: dict[str, Any] = {"hidden_size": first.units, "direction": direction}
     attributes |= _written_activations(cells)
     if first.clip is not None:
         attributes["clip"] = float(first.clip)
-    if first.coupled:
-        attributes["input_forget"] = 1
-    if first.kind == "gru":
-        attributes["linear_before_reset"] = int(first.reset_after)
-    return Written(first.kind.upper(), arrays, attributes)
+    for ours, theirs in FLAGS.items():
+        if ours in kind.flags and getattr(first, ours):
+            attributes[theirs] = 1
+    return Written(operator, arrays, attributes)
 
 
 def _rows(cell: Cell) -> dict[str, Array]:
     """Return a cell's arrays in ONNX's layout, without the direction axis."""
     spec, units = cell.spec, cell.spec.units
     own = {name: a for name, a in cell.arrays.items() if name in ("kernel", "recurrent_kernel", "bias", "peepholes")}
-    if spec.coupled:
-        own = {name: _with_f(name, a, units) for name, a in own.items()}
+    for name, gates in _gates_of_arrays(spec.of_kind).items():  # zeros for a coupled f
+        if name in own:
+            given = own[name].reshape(-1) if name == "peepholes" else own[name]
+            whole = np.zeros((*given.shape[:-1], len(gates), units), given.dtype)
+            whole[..., [n for n, gate in enumerate(gates) if gate in spec.gates], :] = _blocks(given, units)
+            own[name] = whole.reshape(*given.shape[:-1], -1)
     weight, recurrent, bias = to_rows(
         spec.kind, CellArrays(own["kernel"], own["recurrent_kernel"], own.get("bias")), ORDER[spec.kind]
     )
@@ -392,22 +428,15 @@ def _rows(cell: Cell) -> dict[str, Array]:
     if bias is not None:
         rows["B"] = bias.reshape(-1) if bias.ndim == 2 else np.concatenate([bias, np.zeros_like(bias)])
     if spec.peepholes:
-        rows["P"] = reorder(own["peepholes"].reshape(-1), OUR_PEEPHOLES, PEEPHOLES)
+        rows["P"] = reorder(own["peepholes"], *_orders_of_peepholes(spec.of_kind)[::-1])
     return rows
-
-
-def _with_f(name: str, array: Array, units: int) -> Array:
-    """Return an array of a coupled cell with a block of zeros for f."""
-    if name == "peepholes":
-        return np.stack([array[0], np.zeros_like(array[0]), array[1]])
-    return np.concatenate([array[..., :units], np.zeros_like(array[..., :units]), array[..., units:]], axis=-1)
 
 
 def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
     names, alphas, betas = [], [], []
     for cell in cells:
         named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        for slot in SLOTS[cell.spec.kind]:
+        for slot in slots_of(cell.spec.of_kind):
             name, alpha, beta = named[slot]
             names.append(ONNX_NAMES[name])
             count = len(PARAMETERS.get(names[-1], ()))

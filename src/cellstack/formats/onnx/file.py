@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,10 @@ from cellstack.bfloat16 import widened
 from cellstack.formats.build import TooMuchError
 from cellstack.formats.files import short
 from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
-from cellstack.formats.onnx.functions import DOMAINS, inline
+from cellstack.formats.onnx.functions import inline
+from cellstack.formats.onnx.messages import DOMAINS as DOMAINS
+from cellstack.formats.onnx.messages import graphs_of
+from cellstack.formats.onnx.messages import label as label
 from cellstack.layout import Array
 from cellstack.spec import FormatError
 
@@ -58,11 +62,6 @@ def onnx_package() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(NEEDS_ONNX, name=error.name) from None
     return onnx
-
-
-def label(node: Any) -> str:
-    """Return a node's name, else that of its first output."""
-    return node.name or next((name for name in node.output if name), node.op_type)
 
 
 # ── tensors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -153,42 +152,80 @@ def _typed(where: str, values: Any, dtype: str, kind: int) -> Array:
 # ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
+class Graph(NamedTuple):
+    """The outermost graph of a file: the fields of a GraphProto, as tuples of the file's messages.
+
+    Passes share these messages, and never change one: they return a graph with new ones.
+    """
+
+    name: str
+    node: tuple[Any, ...]
+    initializer: tuple[Any, ...]
+    input: tuple[Any, ...]
+    output: tuple[Any, ...]
+    sparse_initializer: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, graph: Any) -> Graph:
+        """Return a GraphProto as a graph."""
+        fields = (graph.node, graph.initializer, graph.input, graph.output, graph.sparse_initializer)
+        return cls(graph.name, *map(tuple, fields))
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
-    """An ONNX file, parsed.
+    """An ONNX file, parsed, or what a pass made of it.
 
     Args:
         path: its path.
-        proto: the ModelProto.
+        graph: its outermost graph.
         opset: version of the default operator set.
+        imports: all operator sets.
+        producer: the program that wrote it, and its version.
+        note: the metadata of cellstack's own files, as JSON; None in other files.
         tensors: reads its tensors.
         budget: the limit on computed constants.
         rolled: recurrent operators that replace a graph's unrolled steps, by the names of their Y.
         unrolled: unrolled loops that stay unrolled, by the name of their cell: the number of steps, and why.
         lost: why an unrolled loop couldn't be read as one operator.
         given: inputs and tensors that were given a value when the file was loaded: as lists, None for long ones.
+        unused: tensors of the file that nothing uses.
     """
 
     path: str
-    proto: Any
+    graph: Graph
     opset: int
+    imports: tuple[Any, ...]
+    producer: str
+    note: str | None
     tensors: Tensors
     budget: Budget
-    rolled: dict[str, Any] = field(default_factory=dict)
-    unrolled: dict[str, tuple[int, str]] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
-    given: dict[str, Any] = field(default_factory=dict)
+    rolled: Mapping[str, Any] = field(default_factory=dict)
+    unrolled: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    def changed(self, nodes: Iterable[Any], tensors: Iterable[Any] = (), **others: Any) -> Model:
+        """Return the model with other nodes, additional tensors, and other fields by name."""
+        graph = self.graph._replace(node=tuple(nodes), initializer=(*self.graph.initializer, *tensors))
+        return replace(self, graph=graph, **others)
+
+    @cached_property
+    def scope(self) -> Scope:
+        """The names of the graph, and its constants."""
+        return Scope(self, self.graph)
 
     @property
     def source(self) -> dict[str, Any]:
         """The origin of the network, for its metadata."""
-        made = {"producer": f"{self.proto.producer_name} {self.proto.producer_version}".strip(), "opset": self.opset}
+        made = {"producer": self.producer, "opset": self.opset}
         return {"format": "onnx", **{key: value for key, value in made.items() if value}}
 
     @cached_property
     def said(self) -> dict[str, Any]:
         """What cellstack wrote about a network: its metadata, and its states' inputs and outputs; {} in other files."""
-        text = next((entry.value for entry in self.proto.metadata_props if entry.key == KEY), None)
+        text = self.note
         if text is None:
             return {}
         try:
@@ -233,7 +270,7 @@ class Scope:
 
     Args:
         model: the file.
-        graph: the GraphProto.
+        graph: a `Graph`, or the GraphProto of an inner one.
         parent: the enclosing graph.
         place: the path of enclosing nodes, for messages.
     """
@@ -285,6 +322,12 @@ class Scope:
         for value in self.graph.output:
             if value.name not in made and not self._outside(value.name):
                 raise FormatError(f"{where}: no node computes the output {short(value.name)}")
+
+    def draft(self) -> Scope:
+        """Return a copy for a pass, which adds the names of its new nodes and tensors."""
+        made = copy(self)
+        made.initializers, made.producers, made.known = dict(self.initializers), dict(self.producers), dict(self.known)
+        return made
 
     def _outside(self, name: str) -> bool:
         scope = self.parent
@@ -394,8 +437,7 @@ class Scope:
         for node in self.graph.node:
             yield node, None
             for entry in node.attribute:
-                graphs = [entry.g] if entry.type == 5 else list(entry.graphs)
-                for graph in graphs:
+                for graph in [entry.g] if entry.type == 5 else entry.graphs:
                     place = f"{self.place}/{label(node)}" if self.place else label(node)
                     yield node, Scope(self.model, graph, self, f"{place}/{entry.name}")
 
@@ -409,10 +451,9 @@ def live_nodes(scope: Scope) -> set[int]:
         if node is not None and id(node) not in live:
             live.add(id(node))
             waiting += [name for name in node.input if name]
-            for entry in node.attribute:
-                for graph in [entry.g] if entry.type == 5 else entry.graphs:
-                    waiting += [name for inner in graph.node for name in inner.input if name]
-                    waiting += [value.name for value in graph.output]
+            for graph in graphs_of(node):
+                waiting += [name for inner in graph.node for name in inner.input if name]
+                waiting += [value.name for value in graph.output]
     return live
 
 
@@ -423,12 +464,6 @@ def uses(scope: Scope, live: set[int]) -> dict[str, int]:
     for name in [*names, *(value.name for value in scope.graph.output)]:
         counts[name] = counts.get(name, 0) + 1
     return counts
-
-
-def unused_tensors(scope: Scope) -> list[str]:
-    """Return the tensors of a graph that no output depends on, except inputs."""
-    taken = uses(scope, live_nodes(scope)).keys() | set(scope.inputs)
-    return [name for name in scope.initializers if name not in taken]
 
 
 def declared(value: Any) -> list[int | None] | None:
@@ -461,16 +496,19 @@ def read(path: str) -> Model:
     newest = onnx.defs.onnx_opset_version()
     if len(versions) != 1 or not FIRST_OPSET <= versions[0] <= newest:
         raise FormatError(f"{path}: expected one opset from {FIRST_OPSET} to {newest}, found {short(versions)}")
-    inline(path, proto, len(data))
-    size = len(data) + sum(entry.stat().st_size for entry in _companions(path, proto))
-    return Model(path, proto, versions[0], Tensors(path), Budget(size))
+    graph = inline(path, Graph.of(proto.graph), list(proto.functions), versions[0], len(data))
+    size = len(data) + sum(entry.stat().st_size for entry in _companions(path, graph))
+    producer = f"{proto.producer_name} {proto.producer_version}".strip()
+    note = next((entry.value for entry in proto.metadata_props if entry.key == KEY), None)
+    imports = tuple(proto.opset_import)
+    return Model(path, graph, versions[0], imports, producer, note, Tensors(path), Budget(size))
 
 
-def _companions(path: str, proto: Any) -> Iterator[os.DirEntry[str]]:
+def _companions(path: str, graph: Graph) -> Iterator[os.DirEntry[str]]:
     """Yield the files with external tensors of the outermost graph; only those in the file's own folder count."""
     names = {
         entry.value
-        for tensor in proto.graph.initializer
+        for tensor in graph.initializer
         if tensor.data_location == 1
         for entry in tensor.external_data
         if entry.key == "location"

@@ -58,7 +58,7 @@ def frames_of(
     Raises:
         FormatError: sizes that don't fit the file, or a name that isn't an input.
     """
-    graph, found = model.proto.graph, dict[str, Frame | str]()
+    graph, found = model.graph, dict[str, Frame | str]()
     for what, given in (("frames", sizes), ("context", contexts)):
         for name, number in given.items():
             if name not in data:
@@ -157,7 +157,7 @@ HANDLERS = dict.fromkeys(KINDS, recurrent)
 
 def makes_steps(model: Model) -> bool:
     """Whether the outermost graph adds the time axis of its recurrent operators itself."""
-    nodes = model.proto.graph.node
+    nodes = model.graph.node
     producers = {name: node for node in nodes for name in node.output}
     for node in nodes:
         if is_recurrent(node):

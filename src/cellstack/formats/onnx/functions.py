@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, renamed, with_graphs, with_nodes
 from cellstack.spec import FormatError
 
-DOMAINS = ("", "ai.onnx")
+if TYPE_CHECKING:
+    from cellstack.formats.onnx.file import Graph
+
 FREE = 1 << 20  # bytes that calls may expand to, regardless of the file's size
 TIMES = 8  # further bytes per byte of the file
 EACH = 64  # counted for each node, in addition to its bytes
@@ -21,44 +24,37 @@ class _Inliner:
 
     Args:
         path: the file, for messages.
-        proto: the ModelProto.
+        functions: those that the file defines.
+        opset: version of the file's default operator set.
         size: the size of the file, in bytes.
     """
 
-    def __init__(self, path: str, proto: Any, size: int) -> None:
+    def __init__(self, path: str, functions: Sequence[Any], opset: int, size: int) -> None:
         self.path = path
         self.left = self.most = FREE + TIMES * size
         self.functions: dict[Key, Any] = {}
         self.calls: dict[str, int] = {}
-        opsets = {entry.version for entry in proto.opset_import if entry.domain in DOMAINS}
-        for function in proto.functions:
+        for function in functions:
             key = (function.domain, function.name, function.overload)
             if not all(isinstance(word, str) for word in (*key, *function.input, *function.output)):
                 raise FormatError(f"{path}: names of functions must be UTF-8")
             if key in self.functions:
                 raise FormatError(f"{path}: function {_shown(function)} occurs twice")
-            other = {entry.version for entry in function.opset_import if entry.domain in DOMAINS} - opsets
+            other = {entry.version for entry in function.opset_import if entry.domain in DOMAINS} - {opset}
             if other:
                 raise FormatError(
                     f"{path}: function {_shown(function)} has another opset than the file: {sorted(other)[0]}"
                 )
             self.functions[key] = function
 
-    def graph(self, graph: Any, calls: tuple[Key, ...] = ()) -> None:
-        """Replace the calls of a graph and its subgraphs."""
-        made = list(self._expanded(graph.node, calls))
-        del graph.node[:]
-        graph.node.extend(made)
-
-    def _expanded(self, nodes: Iterable[Any], calls: tuple[Key, ...]) -> Iterable[Any]:
+    def expanded(self, nodes: Iterable[Any], calls: tuple[Key, ...] = ()) -> Iterator[Any]:
+        """Yield nodes, and in place of calls the nodes of the functions; in inner graphs too."""
         for node in nodes:
             key = (node.domain, node.op_type, node.overload)
             if key in self.functions:
-                yield from self._expanded(self._body(node, self.functions[key], calls), (*calls, key))
-                continue
-            for graph in _inner(node):
-                self.graph(graph, calls)
-            yield node
+                yield from self.expanded(self._body(node, self.functions[key], calls), (*calls, key))
+            else:
+                yield with_graphs(node, lambda graph: with_nodes(graph, list(self.expanded(graph.node, calls))))
 
     def _body(self, call: Any, function: Any, calls: tuple[Key, ...]) -> list[Any]:
         """Return the nodes that replace a call."""
@@ -81,7 +77,11 @@ class _Inliner:
             elif outer:
                 names[inner] = outer
         longest = max(map(len, (prefix, *names.values())))
-        made = [self._copy(where, node, prefix, names, longest, given) for node in function.node]
+        made = []
+        for node in function.node:
+            self._take(where, node.ByteSize() + EACH + _growth(node, longest, given))
+            _check(where, node)
+            made.append(renamed(node, lambda name: names.get(name, prefix + name), prefix, given))
         for source, target in same:
             if target:
                 self._take(where, EACH + len(source) + len(prefix) + 2 * len(target))
@@ -92,7 +92,7 @@ class _Inliner:
         return made
 
     def _prefix(self, call: Any) -> str:
-        own = call.name or next((name for name in call.output if name), call.op_type)
+        own = label(call)
         number = self.calls[own] = self.calls.get(own, 0) + 1
         return f"{own}/" if number == 1 else f"{own}.{number}/"
 
@@ -102,62 +102,22 @@ class _Inliner:
         if self.left < 0:
             raise FormatError(f"{where}: the calls expand to more than the limit of {self.most} bytes")
 
-    def _copy(
-        self, where: str, node: Any, prefix: str, names: dict[str, str], longest: int, given: dict[str, Any]
-    ) -> Any:
-        self._take(where, node.ByteSize() + EACH + _growth(node, longest, given))
-        made = type(node)()
-        made.CopyFrom(node)
-        self._rename(where, made, prefix, names, given)
-        return made
-
-    def _rename(self, where: str, node: Any, prefix: str, names: dict[str, str], given: dict[str, Any]) -> None:
-        """Set the names and the attributes that a function's node has in a call."""
-        _check(where, node)
-        if node.name:
-            node.name = prefix + node.name
-        for field in (node.input, node.output):
-            renamed = [names.get(name, prefix + name) if name else "" for name in field]
-            del field[:]
-            field.extend(renamed)
-        kept = []
-        for entry in node.attribute:
-            if entry.ref_attr_name:
-                if entry.ref_attr_name not in given:
-                    continue  # an attribute that the call omits is absent in the node
-                found = type(entry)()
-                found.CopyFrom(given[entry.ref_attr_name])
-                found.name = entry.name
-                kept.append(found)
-                continue
-            for graph in [entry.g] if entry.type == 5 else entry.graphs:
-                for value in (*graph.initializer, *graph.input, *graph.output):
-                    value.name = names.get(value.name, prefix + value.name)
-                for inner in graph.node:
-                    self._rename(where, inner, prefix, names, given)
-            kept.append(entry)
-        made = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
-        del node.attribute[:]
-        node.attribute.extend(made)
-
 
 def _shown(function: Any) -> str:
     return repr(function.name)[:80]
-
-
-def _inner(node: Any) -> Iterable[Any]:
-    for entry in node.attribute:
-        yield from [entry.g] if entry.type == 5 else entry.graphs
 
 
 def _check(where: str, node: Any) -> None:
     """Raise `FormatError` where names of a node aren't text: protobuf returns bytes then."""
     words = [node.name, node.op_type, *node.input, *node.output]
     words += [word for entry in node.attribute for word in (entry.name, entry.ref_attr_name)]
-    for graph in _inner(node):
+    for graph in graphs_of(node):
         words += [value.name for value in (*graph.initializer, *graph.input, *graph.output)]
     if not all(isinstance(word, str) for word in words):
         raise FormatError(f"{where}: names must be UTF-8")
+    for graph in graphs_of(node):
+        for inner in graph.node:
+            _check(where, inner)
 
 
 def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:
@@ -165,23 +125,27 @@ def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:
     size = longest * (1 + len(node.input) + len(node.output))
     for entry in node.attribute:
         size += given[entry.ref_attr_name].ByteSize() if entry.ref_attr_name in given else 0
-    for graph in _inner(node):
+    for graph in graphs_of(node):
         size += longest * (len(graph.initializer) + len(graph.input) + len(graph.output))
         size += sum(_growth(inner, longest, given) for inner in graph.node)
     return size
 
 
-def inline(path: str, proto: Any, size: int) -> None:
-    """Replace calls by the nodes of their functions, in a file that has functions.
+def inline(path: str, graph: Graph, functions: Sequence[Any], opset: int, size: int) -> Graph:
+    """Return a graph in which each call of a function is replaced by the function's nodes.
+
+    `onnx.inliner` isn't used: it doesn't limit how large calls expand, and its names don't say which call a node is of.
 
     Args:
         path: the file, for messages.
-        proto: the ModelProto, which is changed; it has no functions afterwards.
+        graph: the outermost graph.
+        functions: those that the file defines.
+        opset: version of the file's default operator set.
         size: the size of the file, in bytes, which limits the expansion.
 
     Raises:
         FormatError: functions that are recursive, expand beyond the limit, or have another opset.
     """
-    if proto.functions:
-        _Inliner(path, proto, size).graph(proto.graph)
-        del proto.functions[:]
+    if not functions:
+        return graph
+    return graph._replace(node=tuple(_Inliner(path, functions, opset, size).expanded(graph.node)))

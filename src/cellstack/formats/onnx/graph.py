@@ -12,6 +12,7 @@ import numpy as np
 from cellstack.formats.build import Builder, ProblemsError, TooMuchError
 from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
+from cellstack.formats.onnx.decomposed.scans import is_scan
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
 from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
@@ -29,7 +30,6 @@ from cellstack.formats.onnx.values import (
     Unknown,
     Vector,
 )
-from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network
@@ -303,12 +303,8 @@ class Reader:
     def _refuse(self, node: Any, text: str) -> None:
         self.builder.refuse(f"{node.op_type} {text}")
 
-    def network(self, unused: list[str]) -> Network:
-        """Return the network; its metadata describes all inputs and outputs of the graph.
-
-        Args:
-            unused: tensors of the file that nothing uses, listed in the metadata.
-        """
+    def network(self) -> Network:
+        """Return the network; its metadata describes all inputs and outputs of the graph."""
         axes: dict[str, str] = {}
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
         states = {name: value for name, value in values.items() if isinstance(value, States)}
@@ -343,7 +339,12 @@ class Reader:
                 flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
             self.builder.output(flow.wire, name)
         states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
-        ends = {"inputs": self.inputs, "outputs": axes, "lengths": sorted(self.lengths), "unused": unused}
+        ends = {
+            "inputs": self.inputs,
+            "outputs": axes,
+            "lengths": sorted(self.lengths),
+            "unused": list(self.model.unused),
+        }
         held = {name: "".join(labels) for name, labels in self.start_axes.items()}
         ends["state_axes"] = held | {name: "".join(after[name].axes) for name in states}
         ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
@@ -352,9 +353,9 @@ class Reader:
             by_rows = any("B" not in value.axes for value in after.values())
             ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
         if self.model.unrolled:
-            ends["unrolled"] = self.model.unrolled
+            ends["unrolled"] = dict(self.model.unrolled)
         if self.model.given:
-            ends["given"] = self.model.given
+            ends["given"] = dict(self.model.given)
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}
         self.builder.check()
         builder = self.builder if self.frames is None else lifted(self.builder)
@@ -472,21 +473,18 @@ def data_inputs(scope: Scope) -> list[str]:
     return [value.name for value in given if value.name not in starts | lengths and declared(value) != []]
 
 
-def load_graph(
-    model: Model, handlers: dict[str, Handler], unused: list[str], frames: dict[str, Frame | str] | None = None
-) -> Network:
+def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Frame | str] | None = None) -> Network:
     """Return a whole file as a Network.
 
     Args:
         model: the file.
         handlers: the function that reads each operator.
-        unused: tensors of the file that nothing uses, listed in the metadata.
         frames: where a call is one step: how the inputs relate to frames; None = the file has a time axis.
 
     Raises:
         FormatError: unsupported parts; all of them are named.
     """
-    scope = Scope(model, model.proto.graph)
+    scope = model.scope
     starts, lengths = _roles(scope)
     live = live_nodes(scope)
     axes = Axes(scope, live, starts, lengths, frames is not None)
@@ -508,7 +506,7 @@ def load_graph(
         example = EXAMPLE.format(name=name)
         reader.builder.refuse(f"input {short(name)}: the size of a frame is unknown; pass it: {example}", -1)
     try:
-        return reader.network(unused)
+        return reader.network()
     except ProblemsError as error:
         raise FormatError(f"{model.path}: the graph can't be read as a Network, found: {error}") from None
     except TooMuchError as error:

@@ -110,7 +110,7 @@ def _features(x: Flowing, attributes: dict[str, Any], values: list[Any]) -> bool
     )
 
 
-def written_out(usual: Handler | None) -> Handler:
+def decomposed(usual: Handler | None) -> Handler:
     """Return a handler that reads an operator as a step of a layer norm where it is one, else with `usual`."""
 
     def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -173,7 +173,7 @@ def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
 HANDLERS: dict[str, Handler] = {
     "BatchNormalization": batch_norm,
     "LayerNormalization": layer_norm,
-    "ReduceMean": written_out(mean),
-    **{name: written_out(arithmetic) for name in ("Add", "Sub", "Mul", "Div")},
-    **{name: written_out(None) for name in ("Pow", "Sqrt", "Reciprocal")},
+    "ReduceMean": decomposed(mean),
+    **{name: decomposed(arithmetic) for name in ("Add", "Sub", "Mul", "Div")},
+    **{name: decomposed(None) for name in ("Pow", "Sqrt", "Reciprocal")},
 }

@@ -10,7 +10,7 @@ import numpy as np
 from cellstack.formats.build import Names
 from cellstack.formats.onnx.cells import ONNX_NAMES, OPERATORS
 from cellstack.layout import Array
-from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import PARAMETERS, activation
 
 FIRST, LAST = -(2**63), 2**63 - 1

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import INPUTS, KINDS, Operator, nodes_of, read_operator
+from cellstack.formats.onnx.cells import KIND_OF, Operator, nodes_of, read_operator
+from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Final, Flowing, Lengths, Run, States
-from cellstack.formats.onnx.written_out.scans import read_scan
 from cellstack.nodes import Reshape, Scale, Select
 
 
@@ -29,9 +29,13 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         raise Refused(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
     if operator.lengths and not isinstance(reader.value(operator.lengths), Lengths):
         raise Refused("sequence_lens must be an input, neither computed nor constant")
-    given: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
+    given = {
+        part: (f"initial_{part}", value)
+        for part, value in zip(first.state_sizes, values[5:], strict=False)
+        if f"initial_{part}" in operator.started
+    }
     number, wanted = len(reader.runs), "BSF" if operator.batch_first else "SBF"
-    starts = _started(reader, node, operator, {key[-1]: (key, given[key]) for key in operator.started}, wanted)
+    starts = _started(reader, node, operator, given, wanted)
     sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
     zeros = bool(operator.lengths) or label(node) in reader.model.said.get("zeros", ())
     y = _put(reader, node, operator, x, sequences, zeros, starts)
@@ -73,7 +77,7 @@ def _started(
         reader: the reader of the graph.
         node: the operator.
         operator: the same as cells.
-        given: by "h" and "c": the operator's name for it, and the value, which isn't constant.
+        given: by state: the operator's name for it, and the value, which isn't constant.
         wanted: the axes of these values.
     """
     ways, flows, noted = len(operator.cells), dict[str, list[Flowing]](), []
@@ -97,9 +101,8 @@ def _started(
                 starts.append(flows[part][way])
             else:  # zeros or a constant: the same for all rows
                 name, like = f"{label(node)}.{part}", first[way]
-                width = cell.spec.state_sizes["c" if part == "h" else "h"]
-                if width != len(initial):
-                    raise Refused(f"expected states of the same width, found {width} and {len(initial)}")
+                if like.width != len(initial):
+                    raise Refused(f"expected states of the same width, found {like.width} and {len(initial)}")
                 starts.append(reader.put(name, Scale(np.zeros_like(initial), initial), like))
     return starts
 
@@ -130,7 +133,7 @@ def _note(reader: Reader, value: States, what: str, wanted: str, states: tuple[i
         value: the initial states.
         what: the operator's name for them.
         wanted: the expected axes.
-        states: the operator's index, its number of directions, and "h" or "c".
+        states: the operator's index, its number of directions, and the state.
     """
     operator, ways, part = states
     for way, initial in enumerate(_in_order(value, what, wanted, ways)):
@@ -160,7 +163,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     operator, number = read_scan(reader.scope, node), len(reader.runs)
     given = {
         part: (f"the initial {part}", value)
-        for part, value in zip("hc", values[:-1], strict=False)
+        for part, value in zip(operator.cells[0].spec.state_sizes, values[:-1], strict=True)
         if f"initial_{part}" in operator.started
     }
     starts = _started(reader, node, operator, given, "BF")
@@ -179,4 +182,4 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     return [*ends, y]
 
 
-HANDLERS: dict[str, Handler] = {**dict.fromkeys(KINDS, recurrent), "Scan": scanned}
+HANDLERS: dict[str, Handler] = {**dict.fromkeys(KIND_OF, recurrent), "Scan": scanned}

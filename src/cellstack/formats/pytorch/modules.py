@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells import KINDS
 from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, array, networks_of
+from cellstack.formats.pytorch.names import MODULES, NAME, array, networks_of
 from cellstack.formats.pytorch.saved import Saved
 from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, WRAPPERS
 from cellstack.layout import Array
@@ -39,12 +40,12 @@ from cellstack.nodes import (
     Reshape,
     Scale,
 )
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent, ends_both_ways
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent, ends_both_ways
 from cellstack.nodes.time import FINAL
 from cellstack.spec import DTYPES
 
-KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}  # torch's layers
-CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
+CELLS = {f"{name}Cell": kind for name, kind in MODULES.items()}
 ACTIVATIONS = {
     "ReLU": "relu",
     "Sigmoid": "sigmoid",
@@ -55,7 +56,8 @@ ACTIVATIONS = {
     "SiLU": "silu",
 }
 GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times these activations of x
-OUR_CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell")
+OURS = [kind.title for kind in KINDS.values()]
+OUR_CELLS = [f"{title}Cell" for title in OURS]
 TURN = (2, 1)
 KNOWN = (
     "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, a supported "
@@ -266,7 +268,7 @@ class Reader:
         if _is(module, "Sequential", *WRAPPERS[:1]) or _is(module, *WRAPPERS, package="torch.nn.parallel"):
             for name, child in module._modules.items():  # a module that occurs twice runs twice
                 self.read(child, f"{path}.{name}" if path else name)
-        elif _is(module, *KINDS):
+        elif _is(module, *MODULES):
             self.add(*_torch_layers(module, path))
             if module.batch_first:
                 self.has_batch_first(path, module)
@@ -410,8 +412,8 @@ def _activation(module: Any, path: str) -> Node:
 
 def _torch_layers(module: Any, path: str) -> list[Node]:
     """Return torch's LSTM, GRU or RNN as one stack, or if bidirectional as one pair of cells per layer."""
-    kind = next(kind for name, kind in (KINDS | CELLS).items() if _is(module, name))
-    activation = {"": module.nonlinearity} if kind == "rnn" else None
+    kind = next(kind for name, kind in (MODULES | CELLS).items() if _is(module, name))
+    activation = None if kind.gated else {"": module.nonlinearity}
     weights = {name: weight for name, weight in _weights(path, module).items() if NAME.fullmatch(name)}
     for weight in weights.values():
         if not isinstance(module, Saved) and str(weight.dtype).removeprefix("torch.") not in DTYPES:
@@ -419,8 +421,8 @@ def _torch_layers(module: Any, path: str) -> list[Node]:
     with _refusing(path, module):
         found = networks_of(weights, path or "the module", activation)
     nodes = [node for network in found.values() for node in network.nodes]
-    if len(found) != 1 or any(cell.spec.kind != kind for node in nodes for cell in node.cells):
-        raise _refuse(path, module, f"expected the weights of one {kind.upper()}, got others")
+    if len(found) != 1 or any(cell.spec.of_kind is not kind for node in nodes for cell in node.cells):
+        raise _refuse(path, module, f"expected the weights of one {kind.names['torch'].name}, got others")
     return nodes
 
 
@@ -450,7 +452,7 @@ def _layer(module: Any, path: str) -> Node | None:
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
     if _is(module, *OUR_CELLS, package=ours) and not path:  # a cell by itself is applied over time
         return Recurrent((_layer_cell(module, path, module),))
-    if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):
+    if not _is(module, *OURS, "RNN", package=ours):
         return None
     cell = _child(path, module, "cell")
     stack = _is(cell, "StackedRNNCells", package=ours)

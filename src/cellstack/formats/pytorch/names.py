@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 
 from cellstack.bfloat16 import exact
-from cellstack.cells import orders
+from cellstack.cells import KINDS, named
 from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.ours import layers_of, network_of_layer
+from cellstack.formats.pytorch.ours import either, layers_of, network_of_layer, of_units
 from cellstack.formats.pytorch.tensors import short
 from cellstack.layout import Array, from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import MATRICES, CellSpec, FormatError
 
-ORDERS = orders("torch")
-KINDS = {4: "lstm", 3: "gru", 1: "rnn"}
+MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn
 NAME = re.compile(
     r"(?P<prefix>(?:.*[./:])?)(?P<what>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
     r"(?:_l(?P<layer>0|[1-9]\d{0,3})(?P<back>_reverse)?)?",
@@ -318,20 +318,18 @@ def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str
                         f"{where}: tensor {short(part.prefix + what + tail, 200)} is missing; the file holds "
                         f"{short(next(iter(names.values())), 200)} of the same module"
                     )
-    rnn = False
     layers: list[list[Cell]] = []
     for layer in range(depth):
         layers.append([])
         for back in ways:
-            cell = _cell(where, {what: names[what, layer, back] for what in sorted(kinds)}, tensors, activation)
-            rnn = rnn or cell.spec.kind == "rnn"
-            layers[-1].append(cell)
+            own = {what: names[what, layer, back] for what in sorted(kinds)}
+            layers[-1].append(_cell(where, own, tensors, activation))
     metadata: dict[str, Any] = {"source": {"format": "pytorch", "module": part.title}}
-    kind = layers[0][0].spec.kind
-    if rnn and activation is None:
+    gated = all(cell.spec.of_kind.gated for own in layers for cell in own)
+    if not gated and activation is None:
         metadata["assumed"] = ASSUMED
-    elif not part.layered and not rnn:
-        metadata["assumed"] = GATES_ASSUMED.format(f"{kind.upper()}Cell")
+    elif not part.layered and gated:
+        metadata["assumed"] = GATES_ASSUMED.format(f"{layers[0][0].spec.of_kind.names['torch'].name}Cell")
     computed = {what: tensors[name].how for (what, _, _), name in names.items() if hasattr(tensors[name], "how")}
     if computed:
         metadata["computed"] = computed
@@ -362,11 +360,13 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
     rows, width = shapes["weight_ih"]
     projected = shapes.get("weight_hr")
     out, units = projected or shapes["weight_hh"][1:] * 2
-    kind = KINDS.get(rows // units) if rows % units == 0 else None
-    if kind is None or (projected and kind != "lstm"):
+    able = {name: kind for name, kind in MODULES.items() if not projected or "proj_size" in kind.flags}
+    kind = next((kind for kind in able.values() if len(kind.gates) * units == rows), None)
+    if kind is None:
+        counts = either([of_units(len(kind.gates)) for kind in able.values()])
+        having = f"{either(list(able), 'and')} have" if len(able) > 1 else f"an {next(iter(able))} has"
         raise FormatError(
-            f"{tensor('weight_ih')}: expected {'4H' if projected else '4H, 3H or H'} rows for H={units} units, "
-            f"as {'an LSTM has' if projected else 'LSTM, GRU and RNN have'}, found {rows}"
+            f"{tensor('weight_ih')}: expected {counts} rows for H={units} units, as {having}, found {rows}"
         )
     wanted = {"weight_ih": (rows, width), "weight_hh": (rows, out), "weight_hr": (out, units)}
     for what, shape in shapes.items():
@@ -382,8 +382,9 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
     biases = tuple(arrays[what] for what in ("bias_ih", "bias_hh") if what in arrays)
     size = out if projected else 0
     try:
-        spec = CellSpec(width, units, activation or "tanh", use_bias=bool(biases), kind=kind, proj_size=size)
-        cell = from_rows(kind, arrays["weight_ih"], arrays["weight_hh"], biases, ORDERS[kind])._asdict()
+        spec = CellSpec(width, units, activation or "tanh", use_bias=bool(biases), kind=kind.name, proj_size=size)
+        order = kind.names["torch"].order
+        cell = from_rows(kind.name, arrays["weight_ih"], arrays["weight_hh"], biases, order)._asdict()
         return Cell(spec, **cell, **({"projection": arrays["weight_hr"].T} if projected else {}))
     except (ValueError, TypeError) as error:  # a projection as wide as the units, dtypes that differ
         raise FormatError(f"{tensor('weight_ih')}: {str(error)[:300]}") from None

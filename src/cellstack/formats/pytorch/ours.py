@@ -8,17 +8,19 @@ shapes determine the kind and most flags. The other settings are assumed to be t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from cellstack.cells import KINDS
 from cellstack.formats.build import Builder, listed
 from cellstack.formats.pytorch.tensors import short
 from cellstack.network import Network
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import ARRAYS, CellSpec, FormatError
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
+from cellstack.spec import ARRAYS, STATES, CellSpec, FormatError
 
 COUNTER = "draws"  # how many dropout masks a cell has drawn
 NAME = re.compile(
@@ -26,8 +28,13 @@ NAME = re.compile(
     rf"(?P<array>{'|'.join(ARRAYS)}|{COUNTER})",
     re.DOTALL,
 )
-HELD = re.compile(r"(?P<layer>(?:.*?[./:])??)(?:(?:forward|backward)_layer\.)?states\.\d{1,4}\.[hc]", re.DOTALL)
-LSTM_ALONE = ("peepholes", "projection", "cell_gain", "cell_bias", "initial_c")
+STATE = "|".join(sorted({name for state in STATES.values() for name in state._fields}))
+HELD = re.compile(
+    rf"(?P<layer>(?:.*?[./:])??)(?:(?:forward|backward)_layer\.)?states\.\d{{1,4}}\.(?:{STATE})", re.DOTALL
+)
+EVERY_KIND: dict[str, Any] = {"layer_norm": True, "learn_initial_state": True}  # settings with which a cell has arrays
+EVERY_ARRAY = {"peepholes": True, "proj_size": 1}  # the same, of some kinds only
+HIDDEN = {"coupled": True, "reset_after": False}  # settings that only the numbers of gates and biases show
 ASSUMED = (
     "default activations, no clipping, no zoneout, no residuals, every step returned{merged}: a state dict doesn't "
     "store these settings; torch.save(layer) does"
@@ -146,24 +153,55 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
 
 def _spec(here: str, shapes: Mapping[str, tuple[int, ...]]) -> CellSpec:
     """Return the description of a cell, determined from the shapes of its arrays."""
-    (width, _), (out, columns) = shapes["kernel"], shapes["recurrent_kernel"]
+    found = _candidates(here, shapes)
+    counts = sorted({len(spec.gates) for spec in found}, reverse=True)
+    found = [spec for spec in found if spec.shapes["kernel"][1] == shapes["kernel"][1]]
+    if not found:
+        columns, units = shapes["recurrent_kernel"][1], shapes.get("projection", shapes["recurrent_kernel"])[0]
+        wanted = either([of_units(count) for count in counts])
+        raise FormatError(f"{here}: expected {wanted} columns for H={units} units, found {columns}")
+    biases = len(shapes.get("bias", ()))
+    fitting = [spec for spec in found if len(found) == 1 or len(spec.shapes.get("bias", ())) == biases]
+    if len(fitting) != 1:
+        these = either([_described(spec) for spec in found])
+        raise FormatError(f"{here}: these weights may belong to {these}: save the whole layer, by torch.save(layer)")
+    return fitting[0]
+
+
+def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSpec]:
+    """Return the cells that may have these arrays, of all kinds, whatever the number of their gates."""
+    (width, _), (out, _) = shapes["kernel"], shapes["recurrent_kernel"]
     units, size = shapes.get("projection", (out, 0))
-    blocks = columns // units if columns % units == 0 else 0
-    lstm = any(what in shapes for what in LSTM_ALONE)
-    two = len(shapes.get("bias", ())) == 2
-    if blocks not in (4, 3, 1) or (lstm and blocks == 1):
-        wanted = "4H, 3H or H columns" if not lstm else "4H or 3H columns"
-        raise FormatError(f"{here}: expected {wanted} for H={units} units, found {columns}")
-    if blocks == 3 and not lstm and not two:
-        raise FormatError(
-            f"{here}: these weights may belong to a GRU with reset_after=False, a GRU without a bias or an LSTM with "
-            "coupled gates: save the whole layer, by torch.save(layer)"
-        )
+    shown = {"peepholes": "peepholes" in shapes, "proj_size": size}
     flags: dict[str, Any] = {"layer_norm": "kernel_gain" in shapes, "learn_initial_state": "initial_h" in shapes}
-    kind = "rnn" if blocks == 1 else "lstm" if blocks == 4 or lstm else "gru"
-    if kind == "lstm":
-        flags |= {"peepholes": "peepholes" in shapes, "coupled": blocks == 3, "proj_size": size}
-    try:
-        return CellSpec(width, units, kind=kind, use_bias="bias" in shapes, **flags)
-    except (ValueError, TypeError) as error:  # a projection as wide as the units
-        raise FormatError(f"{here}: {str(error)[:300]}") from None
+    found = []
+    for kind in KINDS.values():
+        every: dict[str, Any] = {name: value for name, value in EVERY_ARRAY.items() if name in kind.flags}
+        if not shapes.keys() <= CellSpec(2, 2, kind=kind.name, **EVERY_KIND, **every).shapes.keys():
+            continue
+        own: dict[str, Any] = flags | {name: value for name, value in shown.items() if name in kind.flags}
+        variants: list[dict[str, Any]] = [{name: HIDDEN[name]} for name in kind.flags if name in HIDDEN]
+        for hidden in ({}, *variants):
+            if hidden and flags["layer_norm"] and "reset_after" in hidden:
+                continue  # no such cell
+            try:
+                found.append(CellSpec(width, units, kind=kind.name, use_bias="bias" in shapes, **own, **hidden))
+            except (ValueError, TypeError) as error:  # a projection as wide as the units
+                raise FormatError(f"{here}: {str(error)[:300]}") from None
+    return found
+
+
+def _described(spec: CellSpec) -> str:
+    flags = [f"{name}={value}" for name, value in HIDDEN.items() if name in spec.settings]
+    how = f" with {flags[0]}" if flags else " without a bias" if not spec.use_bias else ""
+    return f"{'an' if spec.of_kind.title[0] in 'LR' else 'a'} {spec.of_kind.title}{how}"
+
+
+def of_units(gates: int) -> str:
+    """Return the number of columns, or rows, of so many gates: `4H`, or `H` for one."""
+    return f"{gates}H" if gates > 1 else "H"
+
+
+def either(words: Sequence[str], last: str = "or") -> str:
+    """Return words as a list in a sentence: `a, b or c`."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))

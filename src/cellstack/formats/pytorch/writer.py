@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.files import check_unedited, replacing
-from cellstack.formats.pytorch.names import ORDERS
 from cellstack.layout import Array, CellArrays, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 STORED = ("input_size", "units", "kind", "use_bias", "proj_size")  # settings of a cell that a state dict implies
@@ -92,6 +92,8 @@ def _cells(name: str, node: Recurrent, backwards: bool = False) -> tuple[Cell, .
     if node.zero_output_for_mask and not backwards:
         raise _refuse(name, node, "expected no zero_output_for_mask")
     for cell in node.cells:
+        if "torch" not in cell.spec.of_kind.names:
+            raise _refuse(name, node, f"expected cells as PyTorch has them, got a {cell.spec.of_kind.title}")
         usual = {"reset_after": True, "activation": "tanh", "recurrent_activation": "sigmoid"}
         other = [key for key, value in cell.spec.settings.items() if key not in STORED and usual.get(key) != value]
         if other:
@@ -110,8 +112,8 @@ def _both(name: str, node: Bidirectional, layer: int) -> list[tuple[str, Cell]]:
 
 def _arrays(cell: Cell) -> dict[str, Array]:
     """Return a cell's arrays by PyTorch's names, transposed, and with two biases whose sum is the cell's."""
-    kind = cell.spec.kind
-    weight, recurrent, bias = to_rows(kind, CellArrays(cell.kernel, cell.recurrent_kernel, cell.bias), ORDERS[kind])
+    arrays, order = CellArrays(cell.kernel, cell.recurrent_kernel, cell.bias), cell.spec.of_kind.names["torch"].order
+    weight, recurrent, bias = to_rows(cell.spec.kind, arrays, order)
     arrays = {"weight_ih": weight, "weight_hh": recurrent}
     if bias is not None:
         arrays["bias_ih"], arrays["bias_hh"] = bias if cell.spec.two_biases else (bias, np.zeros_like(bias))

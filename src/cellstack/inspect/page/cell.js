@@ -2,70 +2,16 @@
 
 import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
 import { cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
+import { stateSizes } from "./engine/cells.js";
 import { CellStep } from "./formulas.js";
-import { MEANINGS } from "./view.js";
+import { isGate, meaningOf } from "./view.js";
+import { wiringOf } from "./wiring.js";
 
 const MOST_TERMS = 12; // terms of a sum shown one by one; the rest is one line
 const MOST_UNITS = 12; // in the table
 const MOST_INPUTS = 24;
 const NARROW = 640; // with less space, in CSS pixels, the drawing is narrower, with shorter numbers
 const NARROWER = 0.68;
-const NAMES = { lstm: "LSTM", gru: "GRU", rnn: "SimpleRNN" };
-
-// The wiring of each kind: boxes with the fields they show, and the paths between them.
-const WIRING = {
-  lstm: {
-    size: [760, 348],
-    ports: {
-      c_prev: [46, 60, "c_prev"],
-      c: [708, 60, "c"],
-      h_prev: [46, 262, "h_prev"],
-      h: [708, 262, "h"],
-      x: [116, 316, "x"],
-      f: [196, 190, "f"],
-      i: [300, 190, "i"],
-      g: [392, 190, "g"],
-      o: [510, 190, "o"],
-    },
-    signs: [[196, 60, "×"], [346, 60, "+"], [346, 122, "×"], [600, 190, "×"], [600, 112, "φ"]],
-    paths: [
-      "M 90 60 H 180", "M 212 60 H 330", "M 362 60 H 662", "M 600 60 V 92", "M 600 132 V 174", "M 600 206 V 262 H 662",
-      "M 196 168 V 76", "M 300 168 V 122 H 330", "M 392 168 V 122 H 362", "M 346 106 V 76", "M 552 190 H 584",
-      "M 90 262 H 510 V 212", "M 196 262 V 212", "M 300 262 V 212", "M 392 262 V 212", "M 116 294 V 264",
-    ],
-    dots: [[600, 60], [196, 262], [300, 262], [392, 262]],
-  },
-  gru: {
-    size: [760, 348],
-    ports: {
-      h_prev: [46, 60, "h_prev"],
-      h: [708, 60, "h"],
-      x: [116, 316, "x"],
-      r: [196, 200, "r"],
-      z: [318, 200, "z"],
-      g: [600, 200, "g"],
-    },
-    signs: [[318, 60, "×"], [600, 60, "+"], [600, 132, "×"], [430, 132, "1−z"], [196, 132, "×"]],
-    paths: [
-      "M 90 60 H 302", "M 334 60 H 584", "M 616 60 H 662", "M 318 178 V 76", "M 318 132 H 410", "M 452 132 H 584",
-      "M 600 178 V 148", "M 600 116 V 76", "M 140 60 V 132 H 180", "M 196 178 V 148",
-      "M 212 132 H 256 V 244 H 586 V 222", "M 140 132 V 272 H 614 V 222", "M 196 272 V 222", "M 318 272 V 222", "M 116 294 V 274 H 140",
-    ],
-    dots: [[140, 60], [140, 132], [196, 272], [318, 272], [318, 132]],
-  },
-  rnn: {
-    size: [760, 238],
-    ports: {
-      h_prev: [46, 90, "h_prev"],
-      x: [180, 206, "x"],
-      g: [370, 90, "g"],
-      h: [708, 90, "h"],
-    },
-    signs: [],
-    paths: ["M 90 90 H 326", "M 414 90 H 662", "M 180 184 V 92"],
-    dots: [[180, 90]],
-  },
-};
 
 export class CellView {
   constructor(view, root) {
@@ -104,7 +50,7 @@ export class CellView {
     this.found = found;
     const { cell } = place;
     const unit = Math.min(view.unit, cell.units.length - 1);
-    this.title.textContent = `${NAMES[cell.spec.kind]} cell of ${place.title}, unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
+    this.title.textContent = `${cell.form.title} cell of ${place.title}, unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
     this.note.textContent = found.why ?? "";
     this.build(place, unit);
     this.fill(place, unit);
@@ -119,20 +65,20 @@ export class CellView {
     const key = `${place.key} ${first} ${this.narrow}`;
     if (this.built?.key === key) return;
     this.pop.hide();
-    const wiring = WIRING[cell.spec.kind];
+    const wiring = wiringOf(cell.form);
     const [whole, high] = wiring.size;
     const across = this.narrow ? NARROWER : 1;
     const wide = whole * across;
     this.wires.classList.toggle("narrow", this.narrow);
     this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
-    this.wires.setAttribute("aria-label", `The wiring of one unit of this ${NAMES[cell.spec.kind]} cell`);
+    this.wires.setAttribute("aria-label", `The wiring of one unit of this ${cell.form.title} cell`);
     const ports = {};
-    const boxes = Object.entries(wiring.ports).map(([name, [left, y, text]]) => {
+    const boxes = Object.entries(wiring.ports).map(([name, [left, y]]) => {
       const x = left * across;
       const width = name === "x" ? 86 : 86 * across;
       const value = svg("text", { x, y: y + 12, class: "value" }, "");
       const box = svg("rect", { x: x - width / 2, y: y - 22, width, height: 44, rx: 8 });
-      const group = svg("g", { class: name === "x" ? "port small" : "port", "data-field": name, tabindex: "0", role: "button" }, box, svg("text", { x, y: y - 6, class: "name" }, text), value);
+      const group = svg("g", { class: name === "x" ? "port small" : "port", "data-field": name, tabindex: "0", role: "button" }, box, svg("text", { x, y: y - 6, class: "name" }, name), value);
       ports[name] = { group, box, value, texts: group.querySelectorAll("text") };
       this.pop.attach(group, () => this.formula(place, name, this.unit));
       group.addEventListener("keydown", (event) => {
@@ -156,16 +102,15 @@ export class CellView {
       ...boxes,
     );
     // The table of all values of the step.
-    const lstm = cell.spec.kind === "lstm";
     const fields = Object.keys(cell.fields);
-    const columns = [...(lstm ? [["c_prev", "c_prev"]] : []), ["h_prev", "h_prev"], ...fields.map((field) => [field, field])];
+    const columns = [...Object.keys(cell.form.states).reverse().map((name) => `${name}_prev`), ...fields];
     const count = Math.min(MOST_UNITS, cell.units.length);
     const cells = [];
     const rows = Array.from({ length: count }, (_, n) => {
       const own = first + n;
       const head = make("th", { scope: "row" }, button(`unit ${cell.units[own]}`, () => this.view.set({ unit: own }), { class: "plain", title: "Show the wiring of this unit" }));
       const row = make("tr", { "data-unit": own }, head);
-      for (const [name] of columns) {
+      for (const name of columns) {
         const number = make("button", { type: "button", class: "number", "data-field": name, "data-unit": own });
         this.pop.attach(number, () => this.formula(place, name, own));
         cells.push({ number, name, unit: own });
@@ -190,7 +135,7 @@ export class CellView {
           "table",
           { class: "steptable" },
           make("caption", {}, count < cell.units.length ? `All values of this step, for ${count} of ${cell.units.length} units` : "All values of this step"),
-          make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map(([name, text]) => make("th", { scope: "col", title: MEANINGS[name] ?? null }, text)))),
+          make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map((name) => make("th", { scope: "col", title: meaningOf(cell.form, name) ?? null }, name)))),
           make("tbody", {}, ...rows),
         ),
       ),
@@ -205,17 +150,16 @@ export class CellView {
     const { built, found, view } = this;
     const theme = view.theme;
     const paint = (element, value, field) => {
-      const scale = field === "state" ? found.scale : scaleOf(field, { low: 0, high: 1 });
+      const scale = isGate(place.cell.form, field) ? scaleOf(true, { low: 0, high: 1 }) : found.scale;
       const pixel = palette(scale.kind, theme)[Math.max(0, Math.min(255, Math.floor(((value - scale.low) / (scale.high - scale.low)) * 255)))] ?? 0;
       const fine = Number.isFinite(value);
       element.style.setProperty("--fill", fine ? cssColour(pixel) : "#000");
       element.style.setProperty("--on", fine ? inkOn(pixel) : "#fff");
     };
-    const kind = (name) => (["i", "f", "o", "z", "r"].includes(name) ? name : "state");
     for (const [name, port] of Object.entries(built.ports)) {
-      const value = name === "x" ? null : valueOf(found, name, name === "h" || name === "h_prev" ? Math.min(unit, (found.now.h?.length ?? 1) - 1) : unit);
+      const value = name === "x" ? null : valueOf(found, name, Math.min(unit, (found.now[name.replace("_prev", "")]?.length ?? 1) - 1));
       port.value.textContent = name === "x" ? this.listed(found.x) : this.short(value);
-      if (value !== null && value !== undefined) paint(port.group, value, kind(name));
+      if (value !== null && value !== undefined) paint(port.group, value, name);
       else port.group.style.setProperty("--fill", "var(--raised)");
       port.group.setAttribute("aria-label", name === "x" ? `x, the input: ${this.listed(found.x)}` : `${name} of this unit: ${shown(value, 4)}`);
       port.group.style.setProperty("--line", lineColour(name.replace("_prev", ""), theme));
@@ -225,7 +169,7 @@ export class CellView {
       number.textContent = shown(value, 4);
       number.disabled = value === undefined;
       if (value === null || value === undefined) number.style.setProperty("--fill", "transparent");
-      else paint(number, value, kind(name));
+      else paint(number, value, name);
     }
     const names = view.namesOf(place, "x");
     built.xs.forEach((number, n) => {
@@ -261,16 +205,16 @@ export class CellView {
       const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `${names?.[n] ?? `x[${n}]`} = ${shown(value, 5)}`);
       return [head("x: the input at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
     }
-    if (name === "c_prev" || name === "h_prev") {
-      const letter = name[0];
+    if (name.endsWith("_prev")) {
+      const letter = name.replace("_prev", "");
       const value = valueOf(found, name, unit);
       const from = found.begins === null ? `${letter} of the previous step` : found.begins;
       return [head(`${letter}_prev, unit ${number}`), make("div", {}, `${shown(value, 6)}: ${from}`)];
     }
-    const title = head(`${name}, unit ${number}: ${(MEANINGS[name] ?? "").split(":")[0]}`);
+    const title = head(`${name}, unit ${number}: ${(meaningOf(cell.form, name) ?? "").split(":")[0]}`);
     const kept = valueOf(found, name, unit);
     if (found.masked) {
-      const text = name === "c" || name === "h" ? `This step is masked: ${name} stays ${shown(kept, 5)}.` : "This step is masked: its gates are 0.";
+      const text = Object.hasOwn(cell.form.states, name) ? `This step is masked: ${name} stays ${shown(kept, 5)}.` : "This step is masked: its gates are 0.";
       return [title, make("div", {}, text)];
     }
     const patches = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
@@ -279,7 +223,7 @@ export class CellView {
       return make("div", { class: "patched" }, `It is patched: ${what}. Its value is then ${shown(kept, 5)}.`);
     });
     if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
-    const { lines: made } = found.step.explain(name, unit);
+    const made = found.step.explain(name, unit);
     return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
   }
 
@@ -308,8 +252,7 @@ export class CellView {
 }
 
 function valueOf(found, name, unit) {
-  if (name === "c_prev") return found.before?.c?.[unit];
-  if (name === "h_prev") return found.before?.h?.[unit];
+  if (name.endsWith("_prev")) return found.before[name.replace("_prev", "")]?.[unit];
   return found.now[name]?.[unit];
 }
 
@@ -329,7 +272,7 @@ function patchesNumber(patch, place, field, unit, view) {
   return named(patch.units, unit, true) && named(patch.rows, rows[view.row], true) && named(patch.steps, steps[view.stepAt(place)], network);
 }
 
-// Everything known about a cell at the cursor: { x, before: { h, c }, now: { i, … }, step, masked, begins, why, scale }.
+// Everything known about a cell at the cursor: { x, before: { h, … }, now: { i, … }, step, masked, begins, why, scale }.
 export async function given(view, place) {
   const { cell } = place;
   const step = view.stepAt(place);
@@ -338,7 +281,7 @@ export async function given(view, place) {
   const fields = Object.keys(cell.fields);
   const planes = Object.fromEntries(await Promise.all(fields.map(async (field) => [field, await planeOfField(field)])));
   const now = Object.fromEntries(fields.map((field) => [field, planes[field].column(step)]));
-  const states = Object.keys(cell.before ?? { h: 0, ...(cell.fields.c ? { c: 0 } : {}) });
+  const states = Object.keys(cell.form.states);
   const mask = await view.mask(place);
   const steps = planes.h.steps;
   const previous = cell.reverse ? step + 1 : step - 1;
@@ -359,7 +302,7 @@ export async function given(view, place) {
   }
   const sizes = [...Object.values(now), ...Object.values(found.before)].flatMap((column) => Array.from(column, (value) => (Number.isFinite(value) ? Math.abs(value) : 0)));
   const size = sizes.reduce((most, one) => Math.max(most, one), 1);
-  found.scale = scaleOf("", { low: -size, high: size });
+  found.scale = scaleOf(false, { low: -size, high: size });
   if (begun) found.begins = "the state was reset before this step";
   else if (first && cell.before !== null) found.begins = "the initial state of the run";
   const allUnits = cell.units.length === cell.spec.units;
@@ -369,7 +312,7 @@ export async function given(view, place) {
   else if (!found.masked) {
     const arrays = {};
     for (const [name, reference] of Object.entries(cell.weights)) arrays[name] = changed ? (view.result.weights?.[place.key]?.[name] ?? (await view.store.get(reference))) : await view.store.get(reference);
-    found.step = new CellStep(cell.spec, arrays, { x: found.x, h: found.before.h, c: found.before.c, now, names: view.namesOf(place, "x") });
+    found.step = new CellStep({ spec: cell.spec, form: cell.form, arrays }, { x: found.x, before: found.before, now, names: view.namesOf(place, "x") });
   }
   return found;
 }
@@ -379,10 +322,10 @@ function rowOf({ data, shape }, row) {
 }
 
 async function initialOf(view, place, name) {
-  const { weights, spec } = place.cell;
+  const { weights } = place.cell;
   const learned = weights?.[`initial_${name}`];
   if (learned !== undefined) return (await view.store.get(learned)).data;
-  return new Float64Array(name === "h" ? spec.output_size : spec.units);
+  return new Float64Array(stateSizes(place.cell)[name]);
 }
 
 // The input of a cell in a changed run: the output of the cell below it in a stack; null where unknown.

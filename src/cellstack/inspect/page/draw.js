@@ -52,9 +52,9 @@ export function lineColour(field, theme) {
   return LINES[theme][field] ?? LINES[theme].y;
 }
 
-// The mapping from a number to the 256 colours.
-export function scaleOf(field, range) {
-  if (["i", "f", "o", "z", "r"].includes(field) && range.low >= 0 && range.high <= 1) return { kind: "gate", low: 0, high: 1 };
+// The mapping from a number to the 256 colours; `gate`: from closed to open.
+export function scaleOf(gate, range) {
+  if (gate && range.low >= 0 && range.high <= 1) return { kind: "gate", low: 0, high: 1 };
   const most = Math.max(Math.abs(range.low), Math.abs(range.high)) || 1;
   return { kind: "state", low: -most, high: most };
 }

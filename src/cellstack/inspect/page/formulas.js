@@ -1,10 +1,12 @@
 // One step of one cell, recomputed from its weights in float64, so that every number can be shown as a formula, down to
-// each product and sum. The equations are those of src/cellstack/reference.py, line by line.
+// each product and sum. The formulas are those of the cell's recorded step.
 
 import { inBrackets, shown } from "./dom.js";
-import { cellActivation } from "./engine/activations.js";
+import { CellPass, byName } from "./engine/cells.js";
+import { startOf } from "./engine/operations.js";
 
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
+const SIGNS = { add: "+", mul: "·", div: "/" };
 const DIGITS = 5;
 
 // An activation of `argument` as written in a formula: σ(0.5).
@@ -13,234 +15,232 @@ function callOf(text, argument) {
   return `${GREEK[name] ?? name.replaceAll("_", " ")}(${argument})`;
 }
 
-function activated(text, z) {
-  const { f, alpha, beta } = cellActivation(text);
-  return f(z, alpha, beta);
-}
+const words = (name) => name.replaceAll("_", " ");
 
-// v · W, for a row and a matrix.
-function productOf(v, { data, shape: [rows, columns] }) {
-  const out = new Float64Array(columns);
-  for (let k = 0; k < rows; k += 1) {
-    if (v[k] === 0) continue;
-    const from = k * columns;
-    for (let n = 0; n < columns; n += 1) out[n] += v[k] * data[from + n];
-  }
-  return out;
-}
-
-// LN(v) of columns [from, to): its mean and its deviation.
-function momentsOf(v, from, to, epsilon) {
-  let mean = 0;
-  for (let n = from; n < to; n += 1) mean += v[n] / (to - from);
-  let variance = 0;
-  for (let n = from; n < to; n += 1) variance += (v[n] - mean) ** 2 / (to - from);
-  return { mean, deviation: Math.sqrt(variance + epsilon) };
-}
-
-// The inputs of a step, and all intermediate results.
-//
-//   weights  { kernel: { data, shape }, … }
-//   given    { x, h, c, names }: the input and the state before the step, c of an LSTM; names of the input's features
 export class CellStep {
-  constructor(spec, weights, given) {
-    this.spec = spec;
-    this.weights = weights;
-    this.given = given;
-    this.units = spec.units;
-    this.a = productOf(given.x, weights.kernel);
-    this.b = productOf(given.h, weights.recurrent_kernel);
+  // cell   { spec, form, arrays: { kernel: { data, shape }, … } }
+  // given  { x, before, now, names }: the input, the states before the step, the actual gates and states, which a patch may
+  //        have changed, and names of the input's features
+  constructor(cell, given) {
+    Object.assign(this, { cell, given, form: cell.form, values: cell.form.values });
   }
 
-  // The columns that are normalised together with a gate's: all; for a GRU, z and r together, g separately.
-  together(gate) {
-    const wide = this.spec.blocks.length * this.units;
-    if (this.spec.kind !== "gru") return [0, wide];
-    return gate === "g" ? [2 * this.units, wide] : [0, 2 * this.units];
+  // The step with the actual gates and states.
+  get pass() {
+    const { cell, form, given } = this;
+    const actual = form.trace.filter((name) => !form.states[name]?.kept); // those without zoneout: the step uses them unchanged
+    const patches = actual.map((gate) => ({ node: "", gate, how: "set", value: { data: given.now[gate], shape: [given.now[gate].length] } }));
+    const options = { state: byName(given.before, (array) => Float64Array.from(array)), mask: null, reset: null, reverse: false, patches, pre: false, keep: false };
+    const pass = new CellPass(cell, Float64Array.from(given.x), 1, 1, options);
+    Object.defineProperty(this, "pass", { value: pass });
+    return pass;
   }
 
-  column(gate, unit) {
-    return this.spec.blocks.indexOf(gate) * this.units + unit;
+  number(n, unit) {
+    const vector = this.pass.vectors[n];
+    return vector.data[startOf(vector, 0) + unit];
   }
 
-  // The terms of a product with one column: { name, value, weight, product }.
-  terms(which, gate, unit) {
-    const column = this.column(gate, unit);
-    const matrix = this.weights[which];
-    const columns = matrix.shape[1];
-    const v = which === "kernel" ? this.given.x : this.given.h;
-    const letter = which === "kernel" ? "x" : "h";
-    return Array.from(v, (value, k) => {
-      const weight = matrix.data[k * columns + column];
-      return { name: letter === "x" ? (this.given.names?.[k] ?? `x[${k}]`) : `h_prev[${k}]`, value, weight, product: value * weight };
+  // Whether a value is computed from products or norms, and not only from gates and states.
+  isDeep(n) {
+    const { operation, of } = this.values[n];
+    return operation === "product" || operation === "norm" || (operation !== "record" && of.some((one) => this.isDeep(one)));
+  }
+
+  // A value as a formula, down to the values for which `leaf` returns a text: [text, whether it is a sum].
+  formula(n, leaf, first = true) {
+    const { operation, of, name } = this.values[n];
+    const known = leaf(n, first);
+    if (known !== null) return [known, false];
+    const factor = (k, start) => {
+      const [text, isSum] = this.formula(of[k], leaf, start);
+      return isSum && operation !== "add" ? `(${text})` : text;
+    };
+    if (operation in SIGNS) return [`${factor(0, first)} ${SIGNS[operation]} ${factor(1, false)}`, operation === "add"];
+    if (operation === "one_minus") return [`1 − ${factor(0, false)}`, true];
+    if (operation === "activation") return [callOf(this.form.activations[name], this.formula(of[0], leaf)[0]), false];
+    return this.formula(of[0], leaf, first);
+  }
+
+  symbol(n) {
+    const leaf = (k) => {
+      const { operation, name, of } = this.values[k];
+      if (operation === "x") return "x";
+      if (operation === "state") return `${name}_prev`;
+      if (operation === "product") return `${this.symbol(of[0])} · ${words(name)}`;
+      if (operation === "norm") return `LN(${this.symbol(of[0])})`;
+      return ["record", "weight"].includes(operation) ? words(name) : null;
+    };
+    return this.formula(n, leaf)[0];
+  }
+
+  written(n, unit, first) {
+    return first ? shown(this.number(n, unit), DIGITS) : inBrackets(this.number(n, unit), DIGITS);
+  }
+
+  // A product with one column of a matrix, as a table of its terms.
+  product(n, unit, lines) {
+    const { of: [source], name, part } = this.values[n];
+    const { operation } = this.values[source];
+    const { data, shape: [rows, columns] } = this.cell.arrays[name];
+    const column = unit + (part?.[0] ?? 0) * this.cell.spec.units;
+    const letter = ["x", "state", "record"].includes(operation) ? this.symbol(source) : "m";
+    if (letter === "m") lines.push({ text: `m = ${this.symbol(source)}` });
+    const nameOf = (k) => (operation === "x" ? this.given.names?.[k] : null) ?? `${letter}[${k}]`;
+    const terms = Array.from({ length: rows }, (_, k) => {
+      const [value, weight] = [this.number(source, k), data[k * columns + column]];
+      return { name: nameOf(k), value, weight, product: value * weight };
     });
+    lines.push({ terms, title: `${letter} · ${words(name)}`, total: this.number(n, unit) });
+    return `${letter} · ${words(name)}`;
   }
 
-  // A product as a term of a sum: unchanged, or normalised and multiplied by its gain.
-  part(which, gate, unit, lines) {
-    const column = this.column(gate, unit);
-    const v = which === "kernel" ? this.a : this.b;
-    const letter = which === "kernel" ? "x" : "h_prev";
-    lines.push({ terms: this.terms(which, gate, unit), title: `${letter} · ${which.replace("_", " ")}`, total: v[column] });
-    if (!this.spec.layer_norm) return v[column];
-    const [from, to] = this.together(gate);
-    const { mean, deviation } = momentsOf(v, from, to, this.spec.norm_epsilon);
-    const gain = this.weights[which === "kernel" ? "kernel_gain" : "recurrent_gain"].data[column];
-    const value = ((v[column] - mean) / deviation) * gain;
-    lines.push({ text: `normalised: (${shown(v[column], DIGITS)} − ${inBrackets(mean, DIGITS)}) / ${shown(deviation, DIGITS)} · gain ${inBrackets(gain, DIGITS)} = ${shown(value, DIGITS)}` });
-    return value;
-  }
-
-  // The value of a gate, and its derivation.
-  gate(gate, unit) {
-    const { spec, weights, given } = this;
-    const lines = [];
-    if (gate === "f" && spec.coupled) {
-      const i = this.gate("i", unit).value;
-      return { value: 1 - i, lines: [{ text: `f = 1 − i = 1 − ${inBrackets(i, DIGITS)} = ${shown(1 - i, DIGITS)}` }] };
+  // A norm, and its product with a gain.
+  norm(n, unit, lines, gain = null, product = n) {
+    const { of: [source], numbers } = this.values[n];
+    const { units, norm_epsilon: epsilon } = this.cell.spec;
+    let from = 0;
+    let width = 0;
+    for (const count of numbers) {
+      if (unit < from + width) break;
+      from += width;
+      width = count * units;
     }
-    const column = this.column(gate, unit);
-    const reset = spec.kind === "gru" && gate === "g";
-    const sum = [];
-    sum.push(this.part("kernel", gate, unit, lines));
-    const bias = weights.bias ?? null;
-    const own = bias === null ? 0 : bias.data[column];
-    const second = bias !== null && bias.shape.length === 2 ? bias.data[bias.shape[1] + column] : 0;
-    const names = bias === null ? "" : bias.shape.length === 2 && !reset ? " with both biases" : " with the bias";
-    if (bias !== null && reset) sum.push(own);
-    if (!reset) {
-      sum.push(this.part("recurrent_kernel", gate, unit, lines));
-      if (bias !== null) sum.push(...(bias.shape.length === 2 ? [own, second] : [own]));
-    } else if (spec.reset_after) {
-      const inner = this.part("recurrent_kernel", gate, unit, lines) + second;
-      const r = this.gate("r", unit).value;
-      if (bias !== null) lines.push({ text: `plus its bias: ${shown(inner - second, DIGITS)} + ${inBrackets(second, DIGITS)} = ${shown(inner, DIGITS)}` });
-      lines.push({ text: `times r: ${shown(r, DIGITS)} · ${inBrackets(inner, DIGITS)} = ${shown(r * inner, DIGITS)}` });
-      sum.push(r * inner);
+    const v = Array.from({ length: width }, (_, k) => this.number(source, from + k));
+    const mean = v.reduce((sum, one) => sum + one, 0) / width;
+    const deviation = Math.sqrt(v.reduce((sum, one) => sum + (one - mean) ** 2, 0) / width + epsilon);
+    lines.push({ text: `normalised: (${this.written(source, unit, true)} − ${inBrackets(mean, DIGITS)}) / ${shown(deviation, DIGITS)}${gain === null ? "" : ` · gain ${this.written(gain, unit, false)}`} = ${this.written(product, unit, true)}` });
+  }
+
+  // The terms of a sum, [value, unit] each, whose own derivations are added to the lines.
+  terms(n, unit, lines) {
+    const { operation, of, part } = this.values[n];
+    if (operation === "split") return this.terms(of[0], part * this.cell.spec.units + unit, lines);
+    if (operation === "add") return of.flatMap((one) => this.terms(one, unit, lines));
+    this.derive(n, unit, lines);
+    return [[n, unit]];
+  }
+
+  // A sum as a line, after the derivations of its terms.
+  sum(n, unit, lines) {
+    const terms = this.terms(n, unit, lines);
+    if (terms.length === 1) return;
+    const biases = terms.filter(([one]) => this.values[one].name === "bias").length;
+    const with_ = ["", " with the bias", " with both biases"][biases];
+    lines.push({ text: `sum${with_}: ${terms.map(([one, own], k) => this.written(one, own, k === 0)).join(" + ")} = ${this.written(n, unit, true)}` });
+  }
+
+  // The derivation of a value from products and norms; none where it is computed from gates and states alone.
+  derive(n, unit, lines) {
+    const { operation, of, part } = this.values[n];
+    if (operation === "split") this.derive(of[0], part * this.cell.spec.units + unit, lines);
+    else if (operation === "product") this.product(n, unit, lines);
+    else if (operation === "add" && this.isDeep(n)) this.sum(n, unit, lines);
+    else if (operation === "mul" && !this.isDeep(n)) this.weighed(of, unit, lines);
+    else if (this.isDeep(n)) {
+      const [deep, other] = this.isDeep(of[0]) ? of : [of[1], of[0]];
+      if (operation === "mul" && this.values[deep].operation === "norm") {
+        this.derive(this.values[deep].of[0], unit, lines);
+        this.norm(deep, unit, lines, other, n);
+        return;
+      }
+      for (const one of of) this.derive(one, unit, lines);
+      if (operation === "norm") this.norm(n, unit, lines);
+      else if (operation === "mul") {
+        lines.push({ text: `times ${this.isDeep(other) ? "the other" : this.symbol(other)}: ${this.written(deep, unit, true)} · ${this.written(other, unit, false)} = ${this.written(n, unit, true)}` });
+      } else if (operation !== "activation") lines.push({ text: `${this.formula(n, (k, first) => (k === n ? null : this.written(k, unit, first)))[0]} = ${this.written(n, unit, true)}` });
+    }
+  }
+
+  // A weight times a gate or state, such as a peephole.
+  weighed(of, unit, lines) {
+    const weight = of.find((one) => this.values[one].operation === "weight");
+    if (weight === undefined) return;
+    const other = of.find((one) => one !== weight);
+    const [value, factor] = [this.number(other, unit), this.number(weight, unit)];
+    lines.push({ terms: [{ name: this.symbol(other), value, weight: factor, product: value * factor }], title: words(this.values[weight].name), total: value * factor });
+  }
+
+  // `name` = a value as an equation: its symbols, its numbers, and their result.
+  equation(name, n, unit, lines) {
+    const { operation, of } = this.values[n];
+    const value = this.written(n, unit, true);
+    if (operation === "product") lines.push({ text: `${name} = ${this.product(n, unit, lines)} = ${value}`, result: true });
+    else if (!(operation in SIGNS)) {
+      if (this.isDeep(n)) this.derive(n, unit, lines);
+      const numbers = of.length && operation !== "record" ? ` = ${this.formula(n, (k, first) => (k === n ? null : this.written(k, unit, first)))[0]}` : "";
+      lines.push({ text: `${name} = ${this.symbol(n)}${numbers} = ${value}`, result: true });
     } else {
-      const columns = weights.recurrent_kernel.shape[1];
-      const terms = Array.from(given.h, (value, k) => {
-        const seen = this.gate("r", k).value * value;
-        const weight = weights.recurrent_kernel.data[k * columns + column];
-        return { name: `r·h_prev[${k}]`, value: seen, weight, product: seen * weight };
-      });
-      const total = terms.reduce((all, term) => all + term.product, 0);
-      lines.push({ terms, title: "(r · h_prev) · recurrent kernel", total });
-      sum.push(total);
+      for (const one of of) this.derive(one, unit, lines);
+      const leaf = (k, first) => {
+        const { operation: own, of: [source], name: slot } = this.values[k];
+        if (own === "activation") return callOf(this.form.activations[slot], this.written(source, unit, true));
+        return own in SIGNS && (k === n || !this.isDeep(k)) ? null : this.written(k, unit, first);
+      };
+      const [symbols, [numbers]] = [`${name} = ${this.symbol(n)}`, this.formula(n, leaf)];
+      const result = of.map((one, k) => this.written(one, unit, k === 0)).join(` ${SIGNS[operation]} `);
+      if (operation === "mul") lines.push({ text: numbers === result ? symbols : `${symbols} = ${numbers}` });
+      else lines.push({ text: symbols }, ...(numbers === result ? [] : [{ text: `= ${numbers}` }]));
+      lines.push({ text: `= ${result} = ${value}`, result: true });
     }
-    if (spec.peepholes && gate !== "g") {
-      const rows = spec.blocks.filter((one) => one !== "g");
-      const weight = weights.peepholes.data[rows.indexOf(gate) * this.units + unit];
-      const c = gate === "o" ? this.cell(unit).fresh : given.c[unit];
-      lines.push({ terms: [{ name: gate === "o" ? "c" : "c_prev", value: c, weight, product: c * weight }], title: "peephole", total: c * weight });
-      sum.push(c * weight);
-    }
-    let z = sum.reduce((all, one) => all + one, 0);
-    lines.push({ text: `sum${names}: ${sum.map((one, n) => (n ? inBrackets(one, DIGITS) : shown(one, DIGITS))).join(" + ")} = ${shown(z, DIGITS)}` });
-    if (spec.clip !== null) {
-      const cut = Math.min(Math.max(z, -spec.clip), spec.clip);
-      lines.push({ text: `clipped to ±${shown(spec.clip)}: ${shown(cut, DIGITS)}` });
-      z = cut;
-    }
-    const activation = spec.activations[gate];
-    const value = activated(activation, z);
-    lines.push({ text: `${gate} = ${callOf(activation, shown(z, DIGITS))} = ${shown(value, DIGITS)}`, result: true });
-    return { value, lines };
   }
 
-  // An LSTM's cell: `fresh` from the equations, `value` after zoneout.
-  cell(unit) {
-    const { spec, given } = this;
-    const [i, f, g] = ["i", "f", "g"].map((gate) => this.actual(gate, unit));
-    let fresh = f * given.c[unit] + i * g;
-    const lines = [
-      { text: `c = f · c_prev + i · g` },
-      { text: `= ${shown(f, DIGITS)} · ${inBrackets(given.c[unit], DIGITS)} + ${shown(i, DIGITS)} · ${inBrackets(g, DIGITS)}` },
-      { text: `= ${shown(f * given.c[unit], DIGITS)} + ${inBrackets(i * g, DIGITS)} = ${shown(fresh, DIGITS)}`, result: true },
-    ];
-    if (spec.cell_clip !== null) {
-      fresh = Math.min(Math.max(fresh, -spec.cell_clip), spec.cell_clip);
-      lines.push({ text: `clipped to ±${shown(spec.cell_clip)}: ${shown(fresh, DIGITS)}` });
-    }
-    const value = this.keep(spec.zoneout_cell, given.c[unit], fresh, lines);
-    return { value, fresh, lines };
-  }
-
-  keep(rate, before, fresh, lines) {
-    if (!rate) return fresh;
-    const value = rate * before + (1 - rate) * fresh;
-    lines.push({ text: `zoneout keeps ${shown(rate)} of the previous value: ${shown(rate)} · ${inBrackets(before, DIGITS)} + ${shown(1 - rate)} · ${inBrackets(fresh, DIGITS)} = ${shown(value, DIGITS)}`, result: true });
-    return value;
-  }
-
-  // A gate's actual value in the step, which a patch may have changed.
-  actual(gate, unit) {
-    const now = this.given.now?.[gate];
-    return now === undefined ? this.gate(gate, unit).value : now[unit];
-  }
-
-  // An LSTM unit's activated cell before the output gate, and its product with the gate.
-  shownCell(unit, lines) {
-    const { spec, weights } = this;
-    const cells = this.freshCells();
-    let out = cells[unit];
-    if (spec.layer_norm) {
-      const { mean, deviation } = momentsOf(cells, 0, this.units, spec.norm_epsilon);
-      const [gain, bias] = [weights.cell_gain.data[unit], weights.cell_bias.data[unit]];
-      out = ((cells[unit] - mean) / deviation) * gain + bias;
-      lines?.push({ text: `c normalised: (${shown(cells[unit], DIGITS)} − ${inBrackets(mean, DIGITS)}) / ${shown(deviation, DIGITS)} · ${inBrackets(gain, DIGITS)} + ${inBrackets(bias, DIGITS)} = ${shown(out, DIGITS)}` });
-    }
-    const o = this.actual("o", unit);
-    const activation = spec.activations.cell;
-    const active = activated(activation, out);
-    lines?.push({ text: `${spec.proj_size ? "m" : "h"} = o · ${callOf(activation, "c")} = ${shown(o, DIGITS)} · ${callOf(activation, shown(out, DIGITS))}` });
-    lines?.push({ text: `= ${shown(o, DIGITS)} · ${inBrackets(active, DIGITS)} = ${shown(o * active, DIGITS)}`, result: !spec.proj_size });
-    return o * active;
-  }
-
-  freshCells() {
-    this.cells ??= Float64Array.from({ length: this.units }, (_, unit) => {
-      // Without zoneout and patches, the kept c is the fresh one.
-      const now = this.given.now?.c;
-      return now !== undefined && !this.spec.zoneout_cell ? now[unit] : this.cell(unit).fresh;
-    });
-    return this.cells;
-  }
-
-  output(unit) {
-    const { spec, weights, given } = this;
+  // The lines that derive a gate or state of a unit: { text, result } or { terms, title, total }.
+  explain(name, unit) {
+    const { form, values } = this;
     const lines = [];
-    let fresh;
-    if (spec.kind === "rnn") {
-      fresh = this.actual("g", unit);
-      lines.push({ text: `h = g = ${shown(fresh, DIGITS)}`, result: true });
-    } else if (spec.kind === "gru") {
-      const [z, g, before] = [this.actual("z", unit), this.actual("g", unit), given.h[unit]];
-      fresh = z * before + (1 - z) * g;
-      lines.push({ text: "h = z · h_prev + (1 − z) · g" });
-      lines.push({ text: `= ${shown(z, DIGITS)} · ${inBrackets(before, DIGITS)} + ${shown(1 - z, DIGITS)} · ${inBrackets(g, DIGITS)}` });
-      lines.push({ text: `= ${shown(z * before, DIGITS)} + ${inBrackets((1 - z) * g, DIGITS)} = ${shown(fresh, DIGITS)}`, result: true });
-    } else if (spec.proj_size) {
-      const terms = Array.from({ length: this.units }, (_, k) => {
-        const value = this.shownCell(k, null);
-        const weight = weights.projection.data[k * spec.proj_size + unit];
-        return { name: `m[${k}]`, value, weight, product: value * weight };
-      });
-      fresh = terms.reduce((all, term) => all + term.product, 0);
-      lines.push({ text: `h = m · projection, where m = o · ${callOf(spec.activations.cell, "c")}` });
-      lines.push({ terms, title: "m · projection", total: fresh });
-      lines.push({ text: `h = ${shown(fresh, DIGITS)}`, result: true });
-    } else {
-      fresh = this.shownCell(unit, lines);
+    const place = Object.keys(form.states).indexOf(name);
+    let n = place < 0 ? values.findIndex((value) => value.operation === "record" && value.name === name) : form.after[place];
+    if (values[n].operation === "record" && values[n].name === name) [n] = values[n].of;
+    const clipped = (k) => lines.push({ text: `clipped to ±${shown(values[k].numbers[0])}: ${this.written(k, unit, true)}` });
+    if (place < 0 && values[n].operation === "activation") {
+      const [source] = values[n].of;
+      const cut = values[source].operation === "clip";
+      this.sum(cut ? values[source].of[0] : source, unit, lines);
+      if (cut) clipped(source);
+      lines.push({ text: `${name} = ${callOf(form.activations[values[n].name], this.written(source, unit, true))} = ${this.written(n, unit, true)}`, result: true });
+      return lines;
     }
-    const value = this.keep(spec.zoneout, given.h[unit], fresh, lines);
-    return { value, lines };
+    const cut = values[n].operation === "clip";
+    this.equation(name, cut ? values[n].of[0] : n, unit, lines);
+    if (cut) clipped(n);
+    const kept = form.states[name]?.kept;
+    if (kept) {
+      const before = this.given.before[name][unit];
+      const value = kept * before + (1 - kept) * this.number(n, unit);
+      lines.push({ text: `zoneout keeps ${shown(kept)} of the previous value: ${shown(kept)} · ${inBrackets(before, DIGITS)} + ${shown(1 - kept)} · ${this.written(n, unit, false)} = ${shown(value, DIGITS)}`, result: true });
+    }
+    return lines;
   }
+}
 
-  // { value, lines } for any field.
-  explain(field, unit) {
-    if (field === "c") return this.cell(unit);
-    if (field === "h") return this.output(unit);
-    return this.gate(field, unit);
+// Of the first state that a step keeps unit by unit, how: { name, kept, fields, of }. `of(value)` are the share that the
+// step keeps and what it adds, before zoneout, given a function of the names in `fields`; null where there is no such state.
+export function keepingOf({ states, before, after, values }) {
+  for (const [place, [name, { kept }]] of Object.entries(states).entries()) {
+    const fields = new Set();
+    const start = after[place];
+    const first = values[start].operation === "record" && values[start].name === name ? values[start].of[0] : start;
+    // [share, rest] as functions of the fields' values; null: it isn't linear in the state
+    const linear = (n) => {
+      const { operation, of, name: own } = values[n];
+      if (n === before[place]) return [() => 1, () => 0];
+      if (operation === "record") {
+        fields.add(own);
+        return [null, (value) => value(own)];
+      }
+      const [a, b] = of.map(linear);
+      if (!(operation in SIGNS || operation === "one_minus") || a === null || b === null) return null;
+      const plus = (p, q) => (p && q ? (value) => p(value) + q(value) : (p ?? q));
+      if (operation === "add") return [plus(a[0], b[0]), plus(a[1], b[1])];
+      if (operation === "one_minus") return [a[0] && ((value) => -a[0](value)), (value) => 1 - a[1](value)];
+      const [one, other] = b[0] === null ? [a, b[1]] : [b, a[1]];
+      if ((a[0] && b[0]) || (operation === "div" && b[0])) return null;
+      const by = operation === "div" ? (p) => (value) => p(value) / other(value) : (p) => (value) => p(value) * other(value);
+      return [one[0] && by(one[0]), by(one[1])];
+    };
+    const found = values[first].operation === "clip" ? null : linear(first);
+    if (found !== null && found[0] !== null) return { name, kept, fields: [...fields], of: (value) => found.map((part) => part(value)) };
   }
+  return null;
 }

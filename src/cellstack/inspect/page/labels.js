@@ -2,6 +2,7 @@
 
 import { make, plural, replaceChildren, shown } from "./dom.js";
 import { cssColour, inkOn, palette, scaleOf } from "./draw.js";
+import { isGate } from "./view.js";
 
 const MOST_LABELS = 4000; // labels in the text at a time
 
@@ -40,7 +41,7 @@ export class LabelText {
       return;
     }
     this.title.textContent = `The steps, coloured by ${view.field} of unit ${number} of ${view.place.title}`;
-    const scale = view.shows === "difference" ? scaleOf("", plane.range) : scaleOf(view.field, plane.range);
+    const scale = scaleOf(view.shows !== "difference" && isGate(view.place.cell?.form, view.field), plane.range);
     const colours = palette(scale.kind, view.theme);
     const first = Math.max(0, Math.min(Math.floor(view.step / MOST_LABELS) * MOST_LABELS, view.steps - 1));
     const count = Math.min(MOST_LABELS, view.steps - first);

@@ -1,10 +1,12 @@
 // The heat map: units by steps of one gate or state, on a canvas; only the visible part is drawn.
 
 import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
+import { Plane } from "./data.js";
 import { clipped, cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
+import { keepingOf } from "./formulas.js";
 import { byLikeness, byNumber, bySize, halfLives, variances } from "./seriation.js";
 import { paintTiles } from "./tiles.js";
-import { MEANINGS } from "./view.js";
+import { isGate, meaningOf } from "./view.js";
 import { Wave } from "./wave.js";
 
 const LEAST_HALF = 2 ** -24; // above 0, of a float16
@@ -147,10 +149,10 @@ export class HeatMap {
     this.shows.box.value = view.shows;
     this.shows.element.hidden = view.result === null;
     this.rows.box.value = String(view.row);
-    this.field.set(view.place.fields.map((field) => [field, field, MEANINGS[field]]), view.field);
-    this.about.textContent = `${view.field}: ${MEANINGS[view.field]}. Each row is a unit, each column a step.`;
-    this.scale = scaleOf(view.field, plane.range);
-    if (view.shows === "difference") this.scale = scaleOf("", plane.range);
+    const form = view.place.cell?.form;
+    this.field.set(view.place.fields.map((field) => [field, field, meaningOf(form, field)]), view.field);
+    this.about.textContent = `${view.field}: ${meaningOf(form, view.field)}. Each row is a unit, each column a step.`;
+    this.scale = scaleOf(view.shows !== "difference" && isGate(form, view.field), plane.range);
     this.layOut();
     this.setMargin();
     this.drawLegend();
@@ -177,11 +179,13 @@ export class HeatMap {
     const { place, field } = view;
     if (view.order === "variance") return bySize(variances(plane));
     if (view.order === "likeness") return byLikeness(plane);
-    if (view.order === "memory" && place.kind === "cell" && place.cell.spec.kind !== "rnn" && field !== "x") {
-      const { spec } = place.cell;
-      const [gate, rate] = spec.kind === "gru" ? ["z", spec.zoneout] : ["f", spec.zoneout_cell];
-      const kept = await view.traced(place, gate);
-      if (kept.units === plane.units) return bySize(halfLives(kept, rate, await view.mask(place), view.description.rounded === "float16" ? LEAST_HALF / 2 : 0));
+    const keeping = view.order === "memory" && place.kind === "cell" && field !== "x" ? keepingOf(place.cell.form) : null;
+    if (keeping !== null) {
+      const planes = await Promise.all(keeping.fields.map((name) => view.traced(place, name)));
+      const [{ units, steps }] = planes;
+      const share = (n) => keeping.of((name) => planes[keeping.fields.indexOf(name)].data[n])[0];
+      const kept = new Plane(Float64Array.from({ length: units * steps }, (_, n) => share(n)), units, steps);
+      if (units === plane.units) return bySize(halfLives(kept, keeping.kept, await view.mask(place), view.description.rounded === "float16" ? LEAST_HALF / 2 : 0));
     }
     return byNumber(plane.units);
   }

@@ -2,6 +2,7 @@
 
 import { make, replaceChildren, shown, table } from "./dom.js";
 import { drawBars } from "./draw.js";
+import { keepingOf } from "./formulas.js";
 
 // c at a step, unrolled: entry s is the write of step s times the product of the later keep factors, and `start` the rest
 // of the initial state. Up to rounding, they sum to c, or to h for a GRU. In the order of time.
@@ -57,36 +58,36 @@ export class Memory {
     const { place } = view;
     if (place.kind !== "cell") return this.refuse("Choose a layer with a cell in the network.");
     const { cell } = place;
-    const { spec } = cell;
-    if (spec.kind === "rnn") return this.refuse("A SimpleRNN has no gate that keeps a state, so its state isn't a sum of writes.");
+    const { spec, form } = cell;
     if (spec.cell_clip !== null) return this.refuse("This cell is clipped, so its state isn't a sum of writes.");
+    const keeping = keepingOf(form);
+    if (keeping === null) return this.refuse(`A ${form.title} has no gate that keeps a state, so its state isn't a sum of writes.`);
     if (!cell.whole) return this.refuse("The trace covers only part of the run, so earlier writes are unknown.");
     const changed = view.shows !== "trace" && view.result !== null;
-    if (view.patches.some((patch) => patch.node === place.name && patch.cell === place.number && ["c", "h"].includes(patch.gate))) {
+    if (view.patches.some((patch) => patch.node === place.name && patch.cell === place.number && Object.hasOwn(form.states, patch.gate))) {
       return this.refuse("A patch changes this state, so it isn't a sum of what the gates wrote.");
     }
-    const lstm = spec.kind === "lstm";
+    const { name, fields } = keeping;
     const get = async (field) => (changed ? view.after(place, field) : null) ?? view.traced(place, field);
-    const [keep, input, candidate, state] = await Promise.all([get(lstm ? "f" : "z"), get(lstm ? "i" : "z"), get("g"), get(lstm ? "c" : "h")]);
+    const [state, ...planes] = await Promise.all([name, ...fields].map(get));
     const mask = await view.mask(place);
-    const name = lstm ? "c" : "h";
     const row = ({ data, shape }) => data.subarray(view.row * shape[1], (view.row + 1) * shape[1]);
     const before = row(await view.store.get(cell.before[name]));
     const learned = cell.weights?.[`initial_${name}`];
     const fresh = learned === undefined ? null : (await view.store.get(learned)).data;
     const reset = await view.resets(place);
     if (asked !== this.asked) return undefined;
-    const unit = Math.min(view.unit, keep.units - 1);
+    const unit = Math.min(view.unit, state.units - 1);
     const step = view.stepAt(place);
-    const kept = keep.line(unit);
-    const written = Float64Array.from(kept, (_, n) => (lstm ? input.at(unit, n) : 1 - input.at(unit, n)) * candidate.at(unit, n));
+    const shares = Array.from({ length: state.steps }, (_, n) => keeping.of((field) => planes[fields.indexOf(field)].at(unit, n)));
+    const [kept, written] = [0, 1].map((part) => Float64Array.from(shares, (share) => share[part]));
     const { parts, start } = contributionsOf({
-      kept, written, rate: lstm ? spec.zoneout_cell : spec.zoneout, start: before[unit], fresh: fresh === null ? 0 : fresh[unit], mask, reset, reverse: cell.reverse, step,
+      kept, written, rate: keeping.kept, start: before[unit], fresh: fresh === null ? 0 : fresh[unit], mask, reset, reverse: cell.reverse, step,
     });
     this.chart.hidden = false;
     this.title.textContent = `The contribution of each step to ${name} of unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
     const { from, span } = view.window;
-    const stretch = keep.steps === view.steps ? 1 : keep.steps / view.steps;
+    const stretch = state.steps === view.steps ? 1 : state.steps / view.steps;
     this.stepOf = drawBars(this.chart, view.colours, parts, { from: from * stretch, span: span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: step, positive: view.colours.warm, negative: view.colours.cold }).step;
     const total = parts.reduce((all, part) => all + part, start);
     this.sum.textContent = `Sum of the steps: ${shown(total - start, 5)} · from the initial state: ${shown(start, 5)} · together: ${shown(total, 5)} · ${name} of the run: ${shown(state.at(unit, step), 5)}`;

@@ -92,7 +92,7 @@ export class NetworkDiagram {
       if (!row.cells.length) return;
       const backwards = row.cells.some((cell) => cell.reverse);
       const forwards = row.cells.some((cell) => !cell.reverse);
-      const word = row.cells[0].spec.kind === "lstm" ? "h and c" : "h";
+      const word = Object.keys(row.cells[0].form.states).join(" and ");
       for (let column = 0; column <= steps.length; column += 1) {
         const from = x(column - 1) + boxWide;
         const to = column === steps.length ? wide - 2 : x(column);
@@ -204,7 +204,7 @@ export class NetworkDiagram {
   chips(left, top, width, step, plane) {
     if (plane === null || plane.steps === 0) return [];
     const own = step === null ? 0 : plane.steps === this.view.steps ? step : Math.min(plane.steps - 1, Math.floor((step * plane.steps) / this.view.steps));
-    const scale = scaleOf("", plane.range);
+    const scale = scaleOf(false, plane.range);
     const colours = palette(scale.kind, this.view.theme);
     const count = Math.min(MOST_CHIPS, plane.units, Math.max(1, Math.floor(width / CHIP)));
     const size = Math.min(14, width / count);

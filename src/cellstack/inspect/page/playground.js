@@ -4,12 +4,13 @@ import { Plane, planeOf } from "./data.js";
 import { button, choice, make, numberBox, plural, select, shown, table } from "./dom.js";
 import { drawLines, drawTiles, scaleOf } from "./draw.js";
 import { TASKS } from "./engine/training.js";
-import { MEANINGS } from "./view.js";
+import { isGate, keepsOf, meaningOf } from "./view.js";
+
+/* global cellKinds */ // the form of each kind of cell, which html.py inserts before the modules
 
 const MOST_LEARNING = 48;
 const TURN = { milliseconds: 60, most: 50 }; // training between two redraws
-const FIELDS = { lstm: ["i", "f", "g", "o", "c", "h"], gru: ["z", "r", "g", "h"], rnn: ["g", "h"] };
-const KINDS = [["lstm", "LSTM"], ["gru", "GRU"], ["rnn", "SimpleRNN"]];
+const KINDS = Object.entries(cellKinds).map(([name, { title }]) => [name, title]);
 
 export class Playground {
   constructor(view, runner) {
@@ -22,7 +23,7 @@ export class Playground {
     this.example = null;
     this.field = null;
     this.task = select("Task", Object.entries(TASKS).map(([name, task]) => [name, task.title]), "echo", () => this.begin());
-    this.kind = select("Cell", KINDS, "lstm", () => this.begin());
+    this.kind = select("Cell", KINDS, KINDS[0][0], () => this.begin());
     this.units = numberBox("Units", () => this.begin(), { value: 12, min: 1, max: MOST_LEARNING, step: 1 });
     this.delay = numberBox("Delay in steps", () => this.begin(), { value: 3, min: 0, max: 15, step: 1 });
     this.rate = select("Learning rate", ["0.001", "0.003", "0.01", "0.03", "0.1"], "0.01", () => this.begin());
@@ -79,9 +80,10 @@ export class Playground {
     this.seed.box.value = String(options.seed);
     this.delay.element.hidden = !("delay" in options);
     this.about.textContent = TASKS[options.task].text;
-    const fields = FIELDS[options.kind];
-    if (!fields.includes(this.field)) this.field = fields.includes("f") ? "f" : fields[0];
-    this.gate.set(fields.map((field) => [field, field, MEANINGS[field]]), this.field);
+    this.form = cellKinds[options.kind];
+    const fields = this.form.trace;
+    if (!fields.includes(this.field)) this.field = keepsOf(this.form) ?? fields[0];
+    this.gate.set(fields.map((field) => [field, field, meaningOf(this.form, field)]), this.field);
     this.losses = [];
     this.rights = [];
     const begun = (this.begun = this.runner.ask("trainer", options));
@@ -153,10 +155,10 @@ export class Playground {
     ], whole);
     this.answer.setAttribute("aria-label", `The network's output at each step, and the target: ${task.outputs.join(", ")}`);
     const given = planeOf(example.input, 0);
-    drawTiles(this.inputs, view, given, scaleOf("", given.range), task.inputs);
+    drawTiles(this.inputs, view, given, scaleOf(false, given.range), task.inputs);
     this.inputs.setAttribute("aria-label", `The input of the sequence: ${task.inputs.join(", ")}, over ${steps} steps`);
     const shownPlane = planeOf(example.cells[this.field], 0);
-    drawTiles(this.gates, view, shownPlane, scaleOf(this.field, shownPlane.range), null);
+    drawTiles(this.gates, view, shownPlane, scaleOf(isGate(this.form, this.field), shownPlane.range), null);
     this.gates.setAttribute("aria-label", `${this.field} of ${shownPlane.units} units over ${steps} steps`);
     if (!this.behind.open) return;
     const rows = [

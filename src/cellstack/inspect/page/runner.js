@@ -181,7 +181,7 @@ export class Rerun {
         arrays[name] = { dtype: entry.dtype, shape, data };
       }),
     );
-    const network = { description: description.network.description, arrays };
+    const network = { description: description.network.description, cells: description.cells, arrays };
     const found = await runner.ask("network", { network, steps: Math.max(1, view.steps) });
     this.size = found.multiplications;
     if (found.unsupported.length) this.why = `This page can't run the network again. ${found.unsupported.join(" ")}`;

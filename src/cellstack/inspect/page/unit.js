@@ -2,7 +2,7 @@
 
 import { checkbox, make, replaceChildren, shown } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
-import { MEANINGS } from "./view.js";
+import { meaningOf } from "./view.js";
 
 export class UnitLines {
   constructor(view) {
@@ -97,7 +97,7 @@ export class UnitLines {
           else this.hidden.add(field);
           this.draw();
         });
-        element.title = MEANINGS[field];
+        element.title = meaningOf(view.place.cell?.form, field);
         element.style.setProperty("--line", colour);
         element.classList.add("key");
         return element;

@@ -4,18 +4,14 @@
 import { Labels, Plane, planeOf, visible } from "./data.js";
 import { LEFT } from "./draw.js";
 
-export const MEANINGS = {
-  i: "input gate: how much of the candidate is written",
-  f: "forget gate: how much of the cell state is kept",
-  g: "candidate: the new value that may be written",
-  o: "output gate: how much of the cell state is output",
-  c: "cell state: the unit's memory",
-  h: "output of the unit, also an input of the next step",
-  z: "update gate: how much of the state is kept",
-  r: "reset gate: how much of the state the candidate uses",
-  x: "input of the cell",
-  y: "output",
-};
+// What a gate, a state, or the value of a place is.
+export const meaningOf = (form, field) => form?.meanings[field] ?? { x: "input of the cell", y: "output" }[field];
+
+// Whether a field is a gate between closed and open.
+export const isGate = (form, field) => Object.hasOwn(form?.gates ?? {}, field) && form.gates[field] !== "candidate";
+
+// The gate that keeps the state, if there is one.
+export const keepsOf = ({ gates }) => Object.keys(gates).find((gate) => gates[gate] === "keep");
 
 // Everything the map can show, in the order of the network: { key, title, kind, node, cell, fields }.
 function placesOf(description) {
@@ -53,6 +49,8 @@ export class View {
   constructor(store) {
     this.store = store;
     this.description = store.description;
+    const { forms, numbers } = this.description.cells;
+    for (const { name, cells } of this.description.nodes) cells.forEach((cell, n) => Object.assign(cell, { form: forms[numbers[name][n]] }));
     this.places = placesOf(store.description);
     this.labels = new Labels(store.description);
     this.steps = store.description.steps.length;
@@ -219,7 +217,7 @@ export class View {
   unitNumber(place, field, unit) {
     if (place === null || place.kind !== "cell" || field === "x") return unit;
     const { cell } = place;
-    return field === "h" && cell.spec.output_size !== cell.spec.units ? unit : (cell.units[unit] ?? unit);
+    return field === "h" && cell.spec.proj_size ? unit : (cell.units[unit] ?? unit);
   }
 
   // One row's plane of a field in the trace.

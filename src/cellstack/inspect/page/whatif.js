@@ -4,7 +4,7 @@ import { countOf, sentenceOf } from "./changes.js";
 import { Plane, planeOf } from "./data.js";
 import { button, checkbox, make, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
-import { MEANINGS } from "./view.js";
+import { keepsOf, meaningOf } from "./view.js";
 
 const MOST_SLIDERS = 12; // features of an input at a time
 const MOST_WEIGHTS = 24; // weights of one column at a time
@@ -216,7 +216,7 @@ export class WhatIf {
     this.add.disabled = place === null;
     if (place === null) return;
     const fields = Object.keys(place.cell.fields);
-    setChoices(this.gate.box, fields.map((field) => [field, `${field}, ${MEANINGS[field].split(":")[0]}`]), fields.includes(this.gate.box.value) ? this.gate.box.value : fields.includes("f") ? "f" : fields[0]);
+    setChoices(this.gate.box, fields.map((field) => [field, `${field}, ${meaningOf(place.cell.form, field).split(":")[0]}`]), fields.includes(this.gate.box.value) ? this.gate.box.value : keepsOf(place.cell.form) ?? fields[0]);
     setChoices(this.units.box, [["unit", `unit ${view.unitNumber(place, this.gate.box.value, view.unit)} of ${place.title}`], ["all", "all units"]], this.units.box.value || "unit");
     const { steps } = view.description;
     const choices = [["all", "all steps"], ["cursor", `step ${steps[view.step]}`], ["on", `from step ${steps[view.step]} on`]];
@@ -286,8 +286,7 @@ export class WhatIf {
       this.weightGate.element.hidden = true;
       return;
     }
-    const { spec } = place.cell;
-    const blocks = spec.blocks;
+    const { spec, form: { blocks } } = place.cell;
     if (rebuild !== true) setChoices(this.weightGate.box, blocks, blocks.includes(this.weightGate.box.value) ? this.weightGate.box.value : blocks[0]);
     const gate = this.weightGate.box.value;
     const unit = Math.min(view.unit, spec.units - 1);

@@ -15,7 +15,7 @@ import numpy as np
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.plan import Request, planned
 from cellstack.train.forecasting.training import Build, Trained, train_forecast
-from cellstack.train.settings import RunOptions, Settings, widths_of
+from cellstack.train.settings import FitOptions, record_of, widths_of
 from cellstack.train.tables.table import Table, read_table
 
 SEVERAL = ("seasons", "inputs", "known", "quantiles")  # of `Request`; one alone is accepted too
@@ -31,7 +31,7 @@ def fit_forecast(
     id: str | Sequence[str] | None = None,
     time: str | Sequence[str] | None = None,
     test: float = 0.2,
-    validation: float | None = RunOptions.validation,
+    validation: float | None = FitOptions.validation,
     units: int | Sequence[int] | None = None,
     cell: str = "lstm",
     dropout: float | None = None,
@@ -39,7 +39,7 @@ def fit_forecast(
     epochs: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
-    clip: float = Settings.clip,
+    clip: float = FitOptions.clip,
     patience: int | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -88,6 +88,7 @@ def fit_forecast(
         >>> done.recipe.horizon, done.result.network.metadata["task"]
         (4, 'forecast')
     """
+    given = locals()
     if "rivals" in options:
         warnings.warn("fit_forecast: rivals= is now baselines=", DeprecationWarning, stacklevel=2)
         baselines = options.pop("rivals")
@@ -97,13 +98,10 @@ def fit_forecast(
     asked: dict[str, Any] = {name: _several(value) if name in SEVERAL else value for name, value in options.items()}
     request = Request(_several(target) or (), horizon, **asked)
     recipe, _, usual, validation = planned(table, request, validation, test)
-    given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
-    given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
-    given = {name: usual[name] if value is None else value for name, value in given.items()}
-    build = Build(widths_of(given["units"]), cell, given["dropout"], given["members"])
-    settings = Settings(given["epochs"], given["batch"], given["lr"], clip, given["patience"], seed=seed)
-    run = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
-    return train_forecast(table, request, build, settings, run, test, baselines, recipe)
+    chosen = {name: usual[name] for name in usual if given[name] is None}
+    build = record_of(Build, given | chosen, units=widths_of((given | chosen)["units"]))
+    fitting = record_of(FitOptions, given | chosen, validation=validation)
+    return train_forecast(table, request, build, fitting, test, baselines, recipe)
 
 
 def _check(options: dict[str, Any]) -> None:

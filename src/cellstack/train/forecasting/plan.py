@@ -19,7 +19,7 @@ from cellstack.train.forecasting.recipe import (
     Recipe,
 )
 from cellstack.train.forecasting.seasons import find
-from cellstack.train.settings import RunOptions
+from cellstack.train.settings import FitOptions
 from cellstack.train.tables.table import Table, listed
 
 MANY, LONG = 3000, 100  # more windows, or more steps of a window with its horizon, make training slow
@@ -76,7 +76,7 @@ def planned(table: Table, request: Request, validation: float | None, test: floa
     Raises:
         UsageError: see `plan` and `parts`.
     """
-    share = RunOptions.validation if validation is None else validation
+    share = FitOptions.validation if validation is None else validation
     recipe = plan(table, request, share + test)
     if validation is None and not can_validate(table, recipe, share, test):
         share = 0.0

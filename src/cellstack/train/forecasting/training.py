@@ -40,7 +40,7 @@ from cellstack.train.locks import locked
 from cellstack.train.predict import predict
 from cellstack.train.processes import is_first
 from cellstack.train.progress import Bar, is_shown
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.tables.table import Table, listed
 
@@ -110,8 +110,7 @@ def train_forecast(
     table: Table,
     request: Request,
     build: Build,
-    settings: Settings,
-    options: RunOptions,
+    options: FitOptions,
     test: float = 0.2,
     baselines: bool = True,
     recipe: Recipe | None = None,
@@ -123,8 +122,7 @@ def train_forecast(
         table: the series.
         request: what to forecast.
         build: how the networks are built.
-        settings: how each is fitted.
-        options: how the training is run; the validation part is between the training part and the test part.
+        options: how each is fitted; the validation part is between the training part and the test part.
         test: share of each series' last rows to test on; 0 for none.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.
         recipe: the result of `plan` for table and request, if already known.
@@ -138,7 +136,7 @@ def train_forecast(
         recipe = recipe or plan(table, request, options.validation + test)
         ready = prepared(table, recipe, request, options.validation, test)
     windows, cut = ready
-    fits = _Fits(build, settings, options, windows, cut)
+    fits = _Fits(build, options, windows, cut)
     checkpoint, first = options.checkpoint, is_first()
     if checkpoint is not None and first:
         check_replaceable(str(fits.stage(0, whole=False).checkpoint))
@@ -190,8 +188,8 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, bas
 class _Fits:
     """The fits of a training, and their combined result."""
 
-    def __init__(self, build: Build, settings: Settings, options: RunOptions, windows: Windows, cut: Parts):
-        self.build, self.settings, self.options, self.windows = build, settings, options, windows
+    def __init__(self, build: Build, options: FitOptions, windows: Windows, cut: Parts):
+        self.build, self.windows = build, windows
         self.kept = np.arange(len(cut.training))
         self.held = np.arange(len(cut.training), len(windows.origins))
         self.ends = cut.validation_ends
@@ -200,7 +198,7 @@ class _Fits:
         self.long = takes_long(len(self.kept), int(windows.lengths[0]))
         self.whole, self.rank = Fit(), 0
         self.stops: list[str] = []
-        most = [settings.epochs] * build.members
+        most = [options.epochs] * build.members
         second = [refit_epochs(epochs, self.long) for epochs in most] if len(self.held) else []
         self.bar = Bar(is_shown(options.progress) and is_first(), most + second)
         self.options = replace(options, progress=self.bar)
@@ -240,8 +238,7 @@ class _Fits:
     def fit(
         self,
         member: int,
-        settings: Settings,
-        options: RunOptions,
+        options: FitOptions,
         whole: bool = False,
         start: Forecaster | None = None,
         until: int | None = None,
@@ -250,10 +247,10 @@ class _Fits:
 
         Args:
             member: its number, from 0.
-            settings, options: how to fit.
+            options: how to fit.
             whole: train on the training and validation parts, not only on the training part.
             start: model with the initial weights; None = random.
-            until: stop after this epoch; the learning rate is that of all `settings.epochs`.
+            until: stop after this epoch; the learning rate is that of all `options.epochs`.
         """
         inputs, windows, scale, build = self.inputs, self.windows, self.scale, self.build
         recipe = windows.recipe
@@ -266,12 +263,13 @@ class _Fits:
             return model
 
         check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
-        settings = replace(settings, seed=settings.seed * self.build.members + member)
+        options = replace(options, seed=options.seed * self.build.members + member)
+        if until is not None:
+            options = replace(options, callbacks=[lambda epoch: epoch.entry["epoch"] >= until])
         everything = np.concatenate([self.kept, self.held])
         training, validation = (everything, self.held[:0]) if whole else (self.kept, self.held)
-        data = WindowData(windows, inputs, training, validation, settings.batch, settings.seed)
-        own = Own() if until is None else Own(callbacks=[lambda epoch: epoch.entry["epoch"] >= until])
-        model, fit, self.rank = fitted(make, data, settings, options, own)
+        data = WindowData(windows, inputs, training, validation, options.batch, options.seed)
+        model, fit, self.rank = fitted(make, data, options)
         return model, fit
 
     def members(self) -> tuple[list[Forecaster], Calibration | None]:
@@ -279,7 +277,7 @@ class _Fits:
         first: list[Forecaster] = []
         epochs: list[int] = []
         for member in range(self.build.members):
-            model, fit = self.fit(member, self.settings, self.stage(member, whole=False))
+            model, fit = self.fit(member, self.stage(member, whole=False))
             self.join(fit, member)
             first.append(model)
             epochs.append(int(fit.best["epoch"]) if fit.best else 0)
@@ -296,12 +294,12 @@ class _Fits:
         second: list[Forecaster] = []
         self.bar.expected = [refit_epochs(best, self.long) for best in epochs]
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
-            how, options = self.settings, self.stage(member, whole=True)
+            options = self.stage(member, whole=True)
             if self.long:
-                on = replace(how, epochs=refit_epochs(best, self.long), lr=how.lr * CONTINUED_RATE)
-                model, fit = self.fit(member, on, options, whole=True, start=model)
+                options = replace(options, epochs=refit_epochs(best, self.long), lr=options.lr * CONTINUED_RATE)
+                model, fit = self.fit(member, options, whole=True, start=model)
             else:
-                model, fit = self.fit(member, how, options, whole=True, until=best)
+                model, fit = self.fit(member, options, whole=True, until=best)
             self.join(fit, member, whole=True)
             if fit.interrupted:  # all of the first ones are better than some of the second
                 self.windows = before
@@ -319,7 +317,7 @@ class _Fits:
             return windows
         return Windows(replace(recipe, smoothing=found[0]), table, windows.origins, typical)
 
-    def stage(self, member: int, whole: bool) -> RunOptions:
+    def stage(self, member: int, whole: bool) -> FitOptions:
         """Return the options of a member's fit: it has its own checkpoint; only the first fit is inspected."""
         checkpoint = self.options.checkpoint
         if checkpoint is not None:

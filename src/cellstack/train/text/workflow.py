@@ -15,7 +15,7 @@ from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.loop import Epoch
 from cellstack.train.progress import above, is_shown
 from cellstack.train.settings import Architecture as Recurrent
-from cellstack.train.settings import Own, RunOptions, Settings, widths_of
+from cellstack.train.settings import FitOptions, record_of, widths_of
 from cellstack.train.sizes import check_memory
 from cellstack.train.text.data import (
     Architecture,
@@ -44,9 +44,7 @@ def train_text(
     parts: Parts,
     architecture: Architecture,
     steps: int,
-    settings: Settings,
-    options: RunOptions = RunOptions(),
-    own: Own = Own(),
+    options: FitOptions,
     test: Text | None = None,
     say: Callable[[str], Any] | None = None,
 ) -> Result:
@@ -57,9 +55,7 @@ def train_text(
         parts: its training, validation and test parts.
         architecture: how the model is built.
         steps: characters of each stream in a training step, over which gradients are backpropagated.
-        settings: how it is fitted; `batch` is the maximum number of streams.
-        options: how the training is run.
-        own: the user's optimiser, scheduler and further callbacks.
+        options: how it is fitted; `batch` is the maximum number of streams.
         test: a test text with the same alphabet, instead of the test part.
         say: called with a line after every epoch: bits per character, and a sample.
 
@@ -77,21 +73,17 @@ def train_text(
     prompt = beginning(alphabet) or alphabet.decoder()(int(text.ids[0]), True)
 
     def sample(epoch: Epoch) -> None:
-        seed = settings.seed + int(epoch.entry["epoch"])
+        seed = options.seed + int(epoch.entry["epoch"])
         net = as_network(epoch.model, metadata)
         written = generate(net, prompt, length=SAMPLE, temperature=SAMPLE_TEMPERATURE, seed=seed)
         epoch.entry["sample"] = "".join(written)
         if say is not None:
             say(_line(epoch.entry))
 
-    data = Chunks(text, parts, settings.batch, steps)
-    model, fit, rank = fitted(
-        lambda: TextModel(size, architecture),
-        data,
-        settings,
-        options,
-        replace(own, optimizer=own.optimizer or adam(settings.lr), callbacks=(sample, *own.callbacks)),
-    )
+    data = Chunks(text, parts, options.batch, steps)
+    optimizer, callbacks = options.optimizer or adam(options.lr), (sample, *options.callbacks)
+    options = replace(options, optimizer=optimizer, callbacks=callbacks)
+    model, fit, rank = fitted(lambda: TextModel(size, architecture), data, options)
     net = as_network(model, metadata)
     measured = {
         "validation_bits_per_character": (text, parts.validation),
@@ -156,7 +148,7 @@ def fit_text(
         batch: maximum number of streams, fewer if each would be shorter than `steps`; None = 8 to 32, depending on the
             length of the text, see `usual_batch`.
         epochs, lr, clip, patience, seed: see `Settings`.
-        optimizer, scheduler, callbacks: see `Own`.
+        optimizer, scheduler, callbacks: see `FitOptions`.
         checkpoint, resume, overwrite, threads, inspect: see `learn`.
         log: where to write each epoch's metrics as it ends: a .csv or .json file, or a folder for TensorBoard.
         progress: show a bar, and above it a line with a sample for each epoch, on standard error; None = if that is a
@@ -178,26 +170,10 @@ def fit_text(
     >>> "".join(generate(result.network, "a ro", length=26, temperature=0))
     'se is a rose is a rose is '
     """
+    given = locals()
     whole = Text.of(content(str(text)), str(text)) if isinstance(text, Path) else Text.of(text)
-    options = RunOptions(
-        checkpoint=checkpoint,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-        device=device,
-        inspect=inspect,
-        threads=threads,
-        log=log,
-    )
     parts = whole.parts(validation, test)
     batch = usual_batch(parts.training[1], steps) if batch is None else batch
-    return train_text(
-        whole,
-        parts,
-        Architecture(widths_of(units), cell, embedding, dropout),
-        steps,
-        Settings(epochs, batch, lr, clip, patience, seed=seed),
-        options,
-        Own(optimizer=optimizer, scheduler=scheduler, callbacks=callbacks),
-        say=above if is_shown(progress) else None,
-    )
+    architecture = record_of(Architecture, given, units=widths_of(units))
+    options = record_of(FitOptions, given, batch=batch)
+    return train_text(whole, parts, architecture, steps, options, say=above if is_shown(progress) else None)

@@ -5,12 +5,13 @@
 //
 // INPUTS
 //
-//   payload   the result of `cellstack.inspect.payload.payload_of(network)`: { description, arrays }, the description
-//             in docs/format.md and its arrays by name, { dtype, shape, data }, where data is base64 or a typed array.
+//   payload   the result of `cellstack.inspect.payload.payload_of(network)`: { description, arrays, cells }, the
+//             description in docs/format.md; its arrays by name, { dtype, shape, data }, where data is base64 or a typed
+//             array; and the forms of its cells, whose recorded step is run.
 //   network   readNetwork(payload):
 //             { inputs: [{ name, shape }], outputs: [name], nodes: [{ name, type, sources: [name], settings: {…},
 //               arrays: { name: { data, shape } },
-//               cells: [{ spec: {…every field of CellSpec…}, arrays: { kernel: { data, shape }, … } }] }],
+//               cells: [{ spec: {…every field of CellSpec…}, form: {…}, arrays: { kernel: { data, shape }, … } }] }],
 //               patches: as in the options }
 //             A bidirectional node's cells are the forward cells, then the backward cells.
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
@@ -61,10 +62,12 @@
 import { floats, lastAxis, numbersIn, shapeText } from "./shapes.js";
 import { cellActivation, knowsNodeActivation } from "./activations.js";
 import { addNumbers } from "./products.js";
-import { GATE_NAMES, USUAL_SPEC, cellShapes, outputSize, slotActivation } from "./cells.js";
+import { byName, cellShapes, stateSizes } from "./cells.js";
+import { OPERATIONS } from "./operations.js";
 import { NODE_KINDS, STACK_SETTINGS } from "./nodes.js";
 
 const FORMAT_VERSION = 1;
+const GIVEN = ["x", "state", "weight", "split", "record"]; // values of a step without an operation of their own
 
 function readArray({ dtype, shape, data }) {
   if (typeof data !== "string") return { data: new Float64Array(data), shape };
@@ -77,7 +80,7 @@ function readArray({ dtype, shape, data }) {
 }
 
 // A network from a payload: see the top of this file. `unsupported` reports parts that it doesn't support.
-export function readNetwork({ description, arrays }) {
+export function readNetwork({ description, arrays, cells: { forms, numbers } }) {
   if (description.version !== FORMAT_VERSION) {
     throw new Error(`expected a description of version ${FORMAT_VERSION}, got ${description.version}`);
   }
@@ -90,12 +93,11 @@ export function readNetwork({ description, arrays }) {
     const stacks = [];
     if (type === "recurrent") stacks.push(["", settings]);
     if (type === "bidirectional") stacks.push(["forward/", settings.forward], ["backward/", settings.backward]);
-    const cells = stacks.flatMap(([prefix, stack]) =>
-      stack.cells.map((spec, n) => ({
-        spec: { ...USUAL_SPEC, ...spec },
-        arrays: groups[`${name}/${prefix}${n}`] ?? {},
-      })),
-    );
+    const found = stacks.flatMap(([prefix, stack]) => stack.cells.map((spec, n) => [spec, groups[`${name}/${prefix}${n}`] ?? {}]));
+    const cells = found.map(([spec, own], n) => {
+      const form = forms[numbers[name][n]];
+      return { spec: { ...form.settings, ...spec }, form, arrays: own };
+    });
     return { name, type, sources: wires, settings, arrays: groups[name] ?? {}, cells };
   });
   const patches = (description.patches ?? []).map((patch, n) => ({
@@ -145,19 +147,21 @@ export function unsupported(network) {
   return found;
 }
 
-function unsupportedCell(where, { spec, arrays }) {
-  if (!Object.hasOwn(GATE_NAMES, spec.kind)) return [`${where}: a cell of the kind ${spec.kind} isn't supported.`];
+function unsupportedCell(where, cell) {
+  const { spec, form, arrays } = cell;
+  const operations = form.values.map(({ operation }) => operation).filter((one) => !GIVEN.includes(one));
+  const known = spec.kind === form.settings.kind && operations.every((one) => Object.hasOwn(OPERATIONS, one));
+  if (!known) return [`${where}: a cell of the kind ${spec.kind} isn't supported.`];
   const found = [];
   for (const key of Object.keys(spec)) {
-    if (!["input_size", "units", ...Object.keys(USUAL_SPEC)].includes(key)) {
+    if (!["input_size", "units", ...Object.keys(form.settings)].includes(key)) {
       found.push(`${where}: the setting ${key} isn't supported.`);
     }
   }
-  for (const slot of [...GATE_NAMES[spec.kind], ...(spec.kind === "lstm" ? ["cell"] : [])]) {
-    const text = slotActivation(spec, slot);
+  for (const [slot, text] of Object.entries(form.activations)) {
     if (cellActivation(text) === null) found.push(`${where}: the activation ${text} of ${slot} isn't supported.`);
   }
-  const shapes = cellShapes(spec);
+  const shapes = cellShapes(cell);
   for (const [name, shape] of Object.entries(shapes)) {
     const got = arrays[name]?.shape ?? [];
     if (got.join() !== shape.join()) {
@@ -173,11 +177,11 @@ function unsupportedCell(where, { spec, arrays }) {
 // The number of multiplications by weights for one row over `steps` steps, each node counted at every step: a good
 // measure of the time, about 10^9 per second.
 export function multiplications(network, steps) {
-  const added = ["bias", "cell_bias", "initial_h", "initial_c", "table", "mean", "shift"];
+  const added = /^(bias|cell_bias|initial_.*|table|mean|shift)$/;
   let sum = 0;
   for (const node of network.nodes) {
     for (const arrays of [node.arrays, ...node.cells.map((cell) => cell.arrays)]) {
-      for (const [name, { data }] of Object.entries(arrays)) if (!added.includes(name)) sum += data.length;
+      for (const [name, { data }] of Object.entries(arrays)) if (!added.test(name)) sum += data.length;
     }
   }
   return sum * steps;
@@ -231,21 +235,16 @@ function inputFlows(network, inputs, { mask, reset }) {
 
 // One state per cell, as Float64Arrays, or null.
 function givenStates(network, state, B) {
-  const specs = network.nodes.flatMap((node) => node.cells.map((cell) => cell.spec));
-  if (state === null || state === undefined) return specs.map(() => null);
-  if (state.length !== specs.length) throw new Error(`expected ${specs.length} states, got ${state.length}`);
-  return state.map((one, n) => {
-    if (one === null) return null;
-    const sizes = { h: outputSize(specs[n]), ...(specs[n].kind === "lstm" ? { c: specs[n].units } : {}) };
-    const of = ([name, size]) => {
-      const data = one[name] && floats(one[name].data ?? one[name]);
-      if (!data || data.length !== B * size) {
-        throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another shape`);
-      }
-      return [name, data];
-    };
-    return Object.fromEntries(Object.entries(sizes).map(of));
-  });
+  const cells = network.nodes.flatMap((node) => node.cells);
+  if (state === null || state === undefined) return cells.map(() => null);
+  if (state.length !== cells.length) throw new Error(`expected ${cells.length} states, got ${state.length}`);
+  return state.map((one, n) => one && byName(stateSizes(cells[n]), (size, name) => {
+    const data = one[name] && floats(one[name].data ?? one[name]);
+    if (!data || data.length !== B * size) {
+      throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another shape`);
+    }
+    return data;
+  }));
 }
 
 function givenPatches(network, given) {
@@ -301,10 +300,7 @@ function checkTaken(node, kind, taken) {
 }
 
 const passesOf = (node, flow) => (node.cells.length ? NODE_KINDS[node.type].passes(flow) : []);
-const statesOf = ({ h, c }, { B, P, H }) => ({
-  h: { data: h, shape: [B, P] },
-  ...(c === null ? {} : { c: { data: c, shape: [B, H] } }),
-});
+const statesOf = (arrays, { B, sizes }) => byName(arrays, (data, name) => ({ data, shape: [B, sizes[name]] }));
 
 // Run the network: see the top of this file.
 export function run(network, inputs, options) {
@@ -391,10 +387,7 @@ export function backNodes(network, flows, { dvalues, dfields }) {
       arrays[node.name] = passes.map(({ cell }) => shaped(zerosLike(cell.arrays), cell.arrays));
       cells[node.name] = null;
     }
-    let ends = passes.map((pass) => {
-      const { h, c } = pass.after;
-      return statesOf({ h: new Float64Array(h.length), c: c && new Float64Array(c.length) }, pass);
-    });
+    let ends = passes.map((pass) => statesOf(byName(pass.after, ({ length }) => new Float64Array(length)), pass));
     if (dy !== null || dfields[node.name].some((one) => one !== null)) {
       const taken = node.sources.map((source) => flows[source]);
       const back = NODE_KINDS[node.type].back(node, taken, flow, dy, darrays, dfields[node.name]);

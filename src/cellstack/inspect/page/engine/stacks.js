@@ -37,23 +37,24 @@ export function runStack(cells, settings, flow, states, patches, { pre, keep }) 
   const layers = cells.map((cell, n) => {
     const options = { state: states[n], mask, reset, reverse, patches: patches[n], pre, keep };
     const pass = new CellPass(cell, x, B, T, options);
-    const added = settings.residual && n > 0 && cell.spec.input_size === pass.P;
+    const { sizes: { h: P }, fields: { h: { data: h } } } = pass;
+    const added = settings.residual && n > 0 && cell.spec.input_size === P;
     const from = added ? lastUsed(mask, reset, B, T, reverse) : null;
     if (added) {
-      const y = new Float64Array(B * T * pass.P);
+      const y = new Float64Array(B * T * P);
       for (let at = 0; at < B * T; at += 1) {
-        for (let u = 0; u < pass.P; u += 1) {
-          const source = from[at] * pass.P + u;
-          y[at * pass.P + u] = from[at] < 0 ? pass.h[at * pass.P + u] : pass.h[source] + x[source];
+        for (let u = 0; u < P; u += 1) {
+          const source = from[at] * P + u;
+          y[at * P + u] = from[at] < 0 ? h[at * P + u] : h[source] + x[source];
         }
       }
       x = y;
     } else {
-      x = pass.h;
+      x = h;
     }
     return { pass, from };
   });
-  const W = layers.at(-1).pass.P;
+  const W = layers.at(-1).pass.sizes.h;
   const zeroed = settings.zero_output_for_mask && mask !== null;
   if (settings.return_sequences) {
     const y = x.slice();
@@ -73,7 +74,7 @@ export function runStack(cells, settings, flow, states, patches, { pre, keep }) 
 export function backStack(layers, settings, flow, dy, dfields) {
   const [B, T] = flow.x.shape;
   const { mask } = flow;
-  const W = layers.at(-1).pass.P;
+  const W = layers.at(-1).pass.sizes.h;
   const zeroed = settings.zero_output_for_mask && mask !== null;
   let above = dy === null ? null : new Float64Array(B * T * W);
   let after = null;
@@ -94,13 +95,14 @@ export function backStack(layers, settings, flow, dy, dfields) {
     let dh = above;
     let dx = null;
     if (from !== null && above !== null) {
-      dh = new Float64Array(B * T * pass.P);
-      dx = new Float64Array(B * T * pass.P);
+      const P = pass.sizes.h;
+      dh = new Float64Array(B * T * P);
+      dx = new Float64Array(B * T * P);
       for (let at = 0; at < B * T; at += 1) {
-        for (let u = 0; u < pass.P; u += 1) {
-          const source = (from[at] < 0 ? at : from[at]) * pass.P + u;
-          dh[source] += above[at * pass.P + u];
-          if (from[at] >= 0) dx[source] += above[at * pass.P + u];
+        for (let u = 0; u < P; u += 1) {
+          const source = (from[at] < 0 ? at : from[at]) * P + u;
+          dh[source] += above[at * P + u];
+          if (from[at] >= 0) dx[source] += above[at * P + u];
         }
       }
     }

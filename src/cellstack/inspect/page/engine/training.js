@@ -2,8 +2,10 @@
 
 import { numbersIn } from "./shapes.js";
 import { sigmoidOf } from "./activations.js";
-import { GATE_NAMES, USUAL_SPEC, cellShapes } from "./cells.js";
+import { byName, cellShapes } from "./cells.js";
 import { answersOf, backNodes, runNodes, seedsOf } from "./engine.js";
+
+/* global cellKinds */ // the form of each kind of cell with the default flags, which html.py inserts before the modules
 
 // Numbers from 0 to below 1 by mulberry32, reproducible from the seed on every machine.
 // Ref: Tommy Ettinger 2017, mulberry32, in the public domain.
@@ -136,15 +138,18 @@ function drawnTask(task, options, random, rows) {
   return { input, target, weight };
 }
 
-// A cell and a head, drawn uniformly within ±1/sqrt(H), an LSTM's forget bias 1.
+// A cell and a head, drawn uniformly within ±1/sqrt(H); the bias of a gate that keeps the state is 1, where another gate
+// writes.
 // Ref: Jozefowicz, Zaremba and Sutskever 2015, "An Empirical Exploration of Recurrent Network Architectures", sec. 5.
 function newPlayground(task, kind, units, random) {
   const O = task.outputs.length;
-  const spec = { ...USUAL_SPEC, kind, input_size: task.inputs.length, units };
+  const form = cellKinds[kind];
+  const spec = { ...form.settings, input_size: task.inputs.length, units };
   const even = () => (2 * random() - 1) / Math.sqrt(units);
   const drawn = (shape) => ({ data: Float64Array.from({ length: numbersIn(shape) }, even), shape });
-  const arrays = Object.fromEntries(Object.entries(cellShapes(spec)).map(([name, shape]) => [name, drawn(shape)]));
-  if (kind === "lstm") arrays.bias.data.fill(1, units, 2 * units);
+  const arrays = byName(cellShapes({ form, spec }), drawn);
+  const keeps = form.blocks.findIndex((gate) => form.gates[gate] === "keep");
+  if (keeps >= 0 && Object.values(form.gates).includes("write")) arrays.bias.data.fill(1, keeps * units, (keeps + 1) * units);
   const bits = task.kind === "bits";
   const nodes = [
     {
@@ -153,7 +158,7 @@ function newPlayground(task, kind, units, random) {
       sources: ["input"],
       settings: { return_sequences: true, go_backwards: false, zero_output_for_mask: false, residual: false },
       arrays: {},
-      cells: [{ spec, arrays }],
+      cells: [{ spec, form, arrays }],
     },
     {
       name: "head",
@@ -197,7 +202,7 @@ function taskLoss(task, head, target, weight) {
 
 // createTrainer({ task, kind, units, rate, batch, steps, delay, clip, seed }): a small network that learns one of TASKS
 // with Adam, reproducibly from the seed. All options are optional:
-//   task "echo"; kind "lstm", "gru" or "rnn"; units 12; rate 0.01, Adam's; batch 32; steps: the task's own; delay 3, of
+//   task "echo"; kind, of the cell, the first one; units 12; rate 0.01, Adam's; batch 32; steps: the task's own; delay 3, of
 //   an echo; clip 1, the maximum norm of the gradient; seed 1.
 // Returns { network, options, iteration, step(), example(seed) }:
 //   network        in the form that `run` takes; its arrays change with every step
@@ -208,9 +213,9 @@ function taskLoss(task, head, target, weight) {
 // Ref: Kingma and Ba 2015, "Adam", alg. 1; Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent
 // neural networks", alg. 1.
 export function createTrainer(given = {}) {
-  const usual = { task: "echo", kind: "lstm", units: 12, rate: 0.01, batch: 32, delay: 3, clip: 1, seed: 1 };
+  const usual = { task: "echo", kind: Object.keys(cellKinds)[0], units: 12, rate: 0.01, batch: 32, delay: 3, clip: 1, seed: 1 };
   const options = { ...usual, ...given };
-  for (const [name, choices] of [["task", TASKS], ["kind", GATE_NAMES]]) {
+  for (const [name, choices] of [["task", TASKS], ["kind", cellKinds]]) {
     if (!Object.hasOwn(choices, options[name])) {
       const [names, got] = [Object.keys(choices).join(", "), options[name]];
       throw new Error(`createTrainer: expected ${name} to be one of ${names}, got ${got}`);
@@ -242,7 +247,7 @@ export function createTrainer(given = {}) {
     iteration: 0,
     step() {
       const drawn = drawnTask(task, options, random, options.batch);
-      const flows = runNodes(network, { input: drawn.input }, {}, true);
+      const flows = runNodes(network, { input: drawn.input }, { pre: false }, true);
       const { loss, accuracy, dhead } = lossOf(flows, drawn);
       const { arrays } = backNodes(network, flows, seedsOf(network, flows, { seeds: { head: dhead } }));
       const found = [arrays[options.kind][0], arrays.head[0]].flatMap(Object.values);

@@ -1,0 +1,55 @@
+// Every kind of cell in one table. A kind is a row here, and a header with a struct of its routines (see cells.h),
+// whose name the row begins with; `src/cellstack/cells/` declares the same kind for all other parts.
+#pragma once
+#include <cstring>
+
+namespace cellstack {
+
+// The most states that a kind may have: h, the output, with P numbers per row; and inner states such as an LSTM's c,
+// with H numbers per row, in the order of the kind's declaration.
+constexpr int kStates = 4, kInner = kStates - 1;
+constexpr int kMostGates = 4;
+
+struct Kind {
+    const char* name;
+    int gates;                // each has a block of H columns in every matrix
+    const char* slots;        // default activations of the gates, and of c if h = o·φ(c): s (sigmoid) or t (tanh)
+    int in_rows[kMostGates];  // the positions of the gates' blocks in PyTorch's layout
+    int states;               // h and inner states; 0: a layer without a state
+    bool recurrent;           // whether the sums of the gates include a product with h
+    bool resets;              // whether gate 1 multiplies h in the candidate's product: before it, or after it
+    int normed;               // layer normalisation: how many gates form a group, the others form a second; 0: all
+    bool blocks;              // whether the cell without any flag is computed by blocks, see forward.h
+};
+
+// clang-format off
+#define CELLSTACK_KINDS(KIND)                                                                            \
+    /*   struct     name    gates slots    in rows      states  recurrent resets  normed  blocks */      \
+    KIND(Lstm,      "lstm", 4,    "sstst", {0, 1, 2, 3}, 2,     true,     false,  0,      true)          \
+    KIND(Gru,       "gru",  3,    "sst",   {1, 0, 2},    1,     true,     true,   2,      false)         \
+    KIND(SimpleRnn, "rnn",  1,    "t",     {0},          1,     true,     false,  0,      false)
+// clang-format on
+
+// The position of a kind in the table.
+enum KindIndex : int {
+#define CELLSTACK_KIND(rows, ...) k##rows,
+    CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
+        kDense
+};
+
+inline constexpr Kind kKinds[] = {
+#define CELLSTACK_KIND(rows, ...) {__VA_ARGS__},
+    CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
+    // A dense layer, whose output at a step depends on that step only; it has a forward pass only.
+    {"dense", 1, "", {0}, 0, false, false, 0, false}};
+
+// Null if there is no such kind.
+inline const Kind* kind_named(const char* name) {
+    for (const Kind& kind : kKinds)
+        if (!strcmp(kind.name, name)) return &kind;
+    return nullptr;
+}
+
+}  // namespace cellstack

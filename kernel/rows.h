@@ -1,0 +1,5 @@
+// The routines of every kind of cell.
+#pragma once
+#include "gru.h"
+#include "lstm.h"
+#include "rnn.h"

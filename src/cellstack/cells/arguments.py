@@ -1,0 +1,322 @@
+"""The arguments of all layers and cells, declared once: name, type, default, allowed values, and one line of text each.
+
+`CellSpec`, torch's cells and layers, and Keras's layers take theirs from here and from their kind's `Kind.flags`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from cellstack.cells.base import Kind
+
+WIDTH = 120
+
+
+class Limit(NamedTuple):
+    """The values that an argument may have: a test, its description in messages, and a hint that follows."""
+
+    allows: Callable[[Any], bool]
+    text: str
+    hint: str = ""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+POSITIVE = Limit(lambda value: 0.0 < value < math.inf, "above 0 and finite")
+FINITE = Limit(lambda value: _number(value) and math.isfinite(value), "to be a finite number")
+SHARE = Limit(lambda value: _number(value) and 0.0 <= value < 1.0, "in [0, 1)")
+BELOW_ONE = SHARE._replace(hint=": at 1 the state never changes")
+
+FLAG = ("spec", "cell", "layer", "keras")
+CELL = ("cell", "layer", "keras")
+LAYER = ("layer", "keras")
+TORCH = ("cell", "layer")
+
+
+class Argument(NamedTuple):
+    """An argument, and what has it: `CellSpec` ("spec"), torch's "cell" and "layer", and the "keras" layer.
+
+    `type` is the annotation in torch's signatures. None is allowed regardless of `limit` where it is the default.
+    """
+
+    name: str
+    type: str
+    default: Any
+    text: str
+    limit: Limit | None = None
+    of: tuple[str, ...] = FLAG
+
+    def check(self, owner: str, value: Any) -> None:
+        """Raise `ValueError` if the argument can't have this value."""
+        if value is None and self.default is None:
+            return
+        if self.limit is not None and not self.limit.allows(value):
+            _, text, hint = self.limit
+            raise ValueError(f"{owner}: expected {self.name} {text}, got {value!r}{hint}")
+
+
+REQUIRED: Any = inspect.Parameter.empty
+_GIVEN = "weights.Given"
+_FORMS = "a name, a description or a callable."
+
+POSITIONAL = (
+    Argument("units", "int", REQUIRED, "width H of the gates, and of the state."),
+    Argument("activation", "Any", "tanh", "φ, by Keras's name or as a callable; None means linear."),
+    Argument("recurrent_activation", "Any", "sigmoid", "σ, likewise."),
+    Argument("use_bias", "bool", True, "whether the cell has a bias."),
+    Argument("kernel_initializer", _GIVEN, "glorot_uniform", f"how the kernel is initialised: {_FORMS}", of=CELL),
+    Argument("recurrent_initializer", _GIVEN, "orthogonal", "the same for the recurrent kernel.", of=CELL),
+    Argument("bias_initializer", _GIVEN, "zeros", "the same for the bias.", of=CELL),
+    Argument("kernel_regularizer", _GIVEN, None, f"term of the kernel in `losses`: {_FORMS}", of=CELL),
+    Argument("recurrent_regularizer", _GIVEN, None, "the same for the recurrent kernel.", of=CELL),
+    Argument("bias_regularizer", _GIVEN, None, "the same for the bias.", of=CELL),
+    Argument("activity_regularizer", _GIVEN, None, "the same for the output of a call.", of=LAYER),
+    Argument(
+        "kernel_constraint", _GIVEN, None, f"projection of the kernel after an optimiser's step: {_FORMS}", of=CELL
+    ),
+    Argument("recurrent_constraint", _GIVEN, None, "the same for the recurrent kernel.", of=CELL),
+    Argument("bias_constraint", _GIVEN, None, "the same for the bias.", of=CELL),
+    Argument(
+        "dropout",
+        "float",
+        0.0,
+        "share of x that is dropped in training, in [0, 1); the rest is scaled by 1/(1-dropout). A layer draws one "
+        "mask per call and uses it at every step and for all gates; a cell that is called by itself draws one at each "
+        "call.",
+        SHARE,
+        CELL,
+    ),
+    Argument("recurrent_dropout", "float", 0.0, "the same for h_prev.", SHARE, CELL),
+    Argument(
+        "seed",
+        "int | None",
+        None,
+        "makes the masks of dropout and zoneout repeatable: the n-th draw depends only on the seed and n, and the "
+        "count is saved with the weights. None: the framework's own generator.",
+        of=CELL,
+    ),
+    Argument(
+        "return_sequences",
+        "bool",
+        False,
+        "return the output of every step, not only of the last.",
+        of=LAYER,
+    ),
+    Argument("return_state", "bool", False, "also return the state after the last step.", of=LAYER),
+    Argument(
+        "go_backwards",
+        "bool",
+        False,
+        "run from the last step to the first. Outputs are in the order processed.",
+        of=LAYER,
+    ),
+    Argument(
+        "stateful",
+        "bool",
+        False,
+        "start each call from the final state of the previous one; it is saved in the `state_dict`.",
+        of=("layer",),
+    ),
+    Argument("unroll", "bool", False, "for compatibility with Keras; it has no effect.", of=("layer",)),
+    Argument(
+        "zero_output_for_mask",
+        "bool",
+        False,
+        "output zeros at masked steps, instead of repeating the previous output.",
+        of=LAYER,
+    ),
+)
+"""The arguments of every kind that may be given by position, in Keras's order; see `Kind.positions`."""
+
+KEYWORD = (
+    Argument(
+        "gate_activations",
+        "Any",
+        (),
+        'other activations by gate, such as `{"o": "hard_sigmoid"}`; the key of φ(c) is "cell".',
+    ),
+    Argument(
+        "layer_norm",
+        "bool",
+        False,
+        "normalise each product, and a cell state before its activation, each times a gain: see `cellstack.reference`.",
+    ),
+    Argument("norm_epsilon", "float", 1e-5, "constant that layer normalisation adds to a variance.", POSITIVE),
+    Argument("clip", "float | None", None, "clip pre-activations to ±clip. None: no clipping.", POSITIVE),
+    Argument(
+        "zoneout",
+        "float",
+        0.0,
+        "share of units of h that keep their value in a training step, in [0, 1); at inference each unit keeps that "
+        "share of its value.",
+        BELOW_ONE,
+    ),
+    Argument(
+        "learn_initial_state",
+        "bool",
+        False,
+        "use parameters, initially zeros, as the initial state and after a reset.",
+    ),
+    Argument(
+        "remat",
+        "bool",
+        False,
+        "save only the state of each step, and recompute the gates in the backward pass: see `RNN`.",
+        of=("layer",),
+    ),
+    Argument(
+        "return_gates",
+        "bool",
+        False,
+        "also return the gates and states of every step, in the order of the kind's trace and as processed.",
+        of=("keras",),
+    ),
+    Argument(
+        "input_size",
+        "int | None",
+        None,
+        "width I, to create the weights immediately; None: at the first call.",
+        of=TORCH,
+    ),
+    Argument("dtype", "str | torch.dtype | None", None, "of the weights; None: torch's default.", of=TORCH),
+    Argument("device", "Any", None, "of the weights; None: the CPU.", of=TORCH),
+    Argument("name", "str | None", None, "the name in error messages.", of=TORCH),
+)
+"""The other arguments of every kind, given by name, after the kind's own."""
+
+RECURRENT = ("recurrent_initializer", "recurrent_regularizer", "recurrent_constraint", "recurrent_dropout")
+"""The arguments that kinds without a recurrent product don't have."""
+
+COMPATIBLE = (
+    Argument(
+        "use_cudnn",
+        "bool | str",
+        "auto",
+        '"auto", True or False, for compatibility with Keras; it has no effect. Device, dtype and flags determine the '
+        "implementation, see `plan`.",
+        Limit(lambda value: value in ("auto", True, False), "to be 'auto', True or False"),
+        ("layer",),
+    ),
+    Argument(
+        "implementation",
+        "int",
+        2,
+        "1 or 2, for compatibility with Keras; it has no effect.",
+        Limit(lambda value: value in (1, 2), "to be 1 or 2"),
+        TORCH,
+    ),
+)
+"""Arguments without effect of the kinds for which Keras has several implementations."""
+
+FORGET_BIAS = (
+    Argument(
+        "unit_forget_bias",
+        "bool",
+        True,
+        "initialise the forget gate's bias with 1. It is part of the bias, never added at run time.",
+        of=CELL,
+    ),
+    Argument(
+        "forget_bias",
+        "float | None",
+        None,
+        "initial value of the forget gate's bias. None: `unit_forget_bias` determines it.",
+        FINITE,
+        TORCH,
+    ),
+)
+"""Arguments of the kinds that have a forget gate f."""
+
+
+class Signature(NamedTuple):
+    """The arguments of a class in order: by position, then by name."""
+
+    positional: list[Argument]
+    keyword: list[Argument]
+
+    @property
+    def all(self) -> list[Argument]:
+        """All arguments in order."""
+        return [*self.positional, *self.keyword]
+
+    def __contains__(self, name: object) -> bool:
+        return any(argument.name == name for argument in self.all)
+
+
+def signature(kind: Kind, of: str) -> Signature:
+    """Return the arguments of the `"cell"`, `"layer"` or `"keras"` layer of a kind."""
+    shared, keyword, own = (
+        {argument.name: argument for argument in some if of in argument.of and argument.name not in kind.lacks}
+        for some in (POSITIONAL, KEYWORD, kind.flags)
+    )
+    positional = [argument for argument in shared.values() if argument.name not in kind.positions]
+    for name, previous in kind.positions.items():
+        argument = own.pop(name, None) if name in own else shared.get(name)
+        if argument is not None:
+            names = [other.name for other in positional]
+            positional.insert(1 + names.index(next(other for other in previous if other in names)), argument)
+    return Signature(positional, [*own.values(), *keyword.values()])
+
+
+def constructor(found: Signature, of: str) -> str:
+    """Return the head of a class's `__init__` as source text, on several lines."""
+    named = [["self"], *([a.name + _typed(a, of)] for a in found.positional), ["*"]]
+    named += [[a.name + _typed(a, of)] for a in found.keyword]
+    parts = [part for [part] in named] + (["**kwargs: Any"] if of == "keras" else [])
+    lines = textwrap.wrap(", ".join(part.replace(" ", "\0") for part in parts), WIDTH - 8, break_long_words=False)
+    return "def __init__(\n" + "".join(f"    {line}\n" for line in lines).replace("\0", " ") + ") -> None"
+
+
+def _typed(argument: Argument, of: str) -> str:
+    annotation = "Any" if of == "keras" and argument.type == _GIVEN else argument.type
+    return f": {annotation}" + ("" if argument.default is REQUIRED else f" = {argument.default!r}")
+
+
+def sign(cls: type, kind: Kind, of: str, names: dict[str, Any]) -> Signature:
+    """Give a class the constructor and the documentation of its kind's arguments; return these.
+
+    The constructor is compiled, as in `dataclasses`, so that its signature and messages are those of a function written
+    by hand. It passes all arguments to the base class, in one dict. `names` are those of the types in the annotations.
+    """
+    found = signature(kind, of)
+    every = [argument.name for argument in found.all] + (["kwargs"] if of == "keras" else [])
+    given = ", ".join(f"{name!r}: {name}" for name in every)
+    body = f"{constructor(found, of)}:\n    super(cls, self).__init__({{{given}}})"
+    local: dict[str, Any] = {}
+    source = f"def made(cls):\n{textwrap.indent(body, '    ')}\n    return __init__"
+    exec(compile(source, f"<{cls.__qualname__}>", "exec"), names, local)
+    init = local["made"](cls)
+    init.__module__, init.__qualname__ = cls.__module__, f"{cls.__qualname__}.__init__"
+    cls.__init__ = init  # type: ignore[misc]
+    cls.__doc__ = documented(cls.__doc__, found.all, "\n\n>>> ", RAISES)
+    return found
+
+
+RAISES = """
+
+Raises:
+    ShapeError: a width out of range.
+    TypeError: an argument of the wrong type.
+    ValueError: an unknown name, or a value out of range."""
+
+
+def documented(
+    doc: str | None, arguments: Iterable[Argument], before: str = "\n\nRaises:", more: str = ""
+) -> str | None:
+    """Return a docstring with lines for `arguments` in its `Args:`, which end where `before` is found."""
+    if doc is None:  # python -OO
+        return None
+    head, found, rest = inspect.cleandoc(doc).partition(before)
+    lines = [
+        textwrap.fill(f"{a.name}: {a.text}", WIDTH - 4, initial_indent="    ", subsequent_indent="        ")
+        for a in arguments
+    ]
+    start = "" if "\nArgs:" in head else "\n\nArgs:"
+    return "\n".join([head + start, *lines]) + more + found + rest

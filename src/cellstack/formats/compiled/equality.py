@@ -1,0 +1,255 @@
+"""Compares the outputs of a network with those of its module, for the example and for other values and sizes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.formats.runtimes.axes import ordered, parted
+from cellstack.network import Network
+
+STEPS = 4  # in the comparison of a module that computes one step of a cell
+LONGER = 250  # additional steps in the comparison of a much longer sequence
+MORE_ROWS = 10  # additional rows in the comparison of a larger batch
+ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} more steps "
+NUDGE = 1 + 1e-6  # a factor for the weights, as close to 1 as rounding errors
+
+
+def difference(
+    network: Network, module: Any, example: tuple[Any, ...], tolerance: float, scales: tuple[float, ...]
+) -> str | None:
+    """Return how the network's outputs differ from the module's; None if they don't.
+
+    They are compared for the example, for random inputs of its shape at each scale, and for other shapes.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ends = Ends(network, len(tensors_in(example)))
+
+    def drawn(given: list[Any]) -> list[Any]:
+        return [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given]
+
+    first = tensors_in(example)
+
+    def times(given: list[Any], factor: float) -> list[Any]:
+        return [value * factor if value.is_floating_point() else value for value in given]
+
+    tries = [("", first), *(("", times(drawn(first), factor)) for factor in scales)]
+    for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
+        alone = what in (ONE_ROW, ONE_STEP)  # then a module's squeeze() may remove an axis
+        try:
+            with torch.no_grad():
+                expected = ends.answers(module, example, given)
+        except Exception:
+            if given is first:
+                raise
+            continue  # the module doesn't accept these values or this shape
+        try:
+            ours, states = ends.run(network, given)
+        except (TypeError, ValueError) as error:
+            if not what:
+                return f"the network rejects the example: {error}"
+            continue  # the network raises an error for this shape
+        why = ends.unlike(ours, states, expected, tolerance, alone)
+        if why is not None and what == MUCH_LONGER:
+            answers = functools.partial(ends.answers, example=example, given=given)
+            if _unsteady(module, answers, expected, tolerance):
+                continue
+        if why is not None:
+            return f"{what}{why}"
+    return None
+
+
+def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> bool:
+    """Return whether a module's output is infinite, or changes by more than the tolerance through rounding alone.
+
+    Rounding errors may grow from step to step: then float32 doesn't determine the output for a long sequence.
+    """
+    import torch
+
+    nudged = copy.deepcopy(module)
+    with torch.no_grad():
+        for weight in nudged.parameters():
+            if weight.is_floating_point():
+                weight.mul_(NUDGE)
+        moved = run(nudged)
+    pairs = [(array_of(a), array_of(b)) for a, b in zip(moved, expected, strict=True) if isinstance(b, torch.Tensor)]
+    return any(not np.isfinite(b).all() or not agree(a, b, tolerance) for a, b in pairs)
+
+
+class Ends:
+    """How the inputs and outputs of a module correspond to those of its network.
+
+    For a network of `from_torch` they are the same, in order. For a graph, the network's metadata says which of them
+    are states, the axes of each, and whether a call of the module is one step.
+    """
+
+    def __init__(self, network: Network, count: int) -> None:
+        noted = network.metadata.get("onnx", {})
+        self.data = [int(name.partition("_")[2] or 0) for name in noted.get("inputs", ())] or list(range(count))
+        self.starts = {int(name.partition("_")[2]): refs for name, refs in noted.get("starts", {}).items()}
+        self.states, self.axes = noted.get("states", {}), noted.get("state_axes", {})
+        self.outputs: dict[str, str] = noted.get("outputs", {})
+        self.steps = noted.get("frames") is not None
+        celled = [name for name, node in zip(network.names, network.nodes, strict=True) if node.cells]
+        numbers = [celled.index(name) if name in celled else None for name in network.outputs]
+        self.answered = dict(zip(self.outputs, numbers, strict=False))  # the index of the node that returns each output
+        counts = [len(node.cells) for node in network.nodes if node.cells]
+        self.firsts = [sum(counts[:number]) for number in range(len(counts))]
+
+    def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+        """Yield inputs of other sizes, each with the beginning of the message for outputs that differ."""
+        shapes = [given[n].shape for n in self.data]
+        rows, steps = (min((s[axis] for s in shapes if len(s) > axis), default=1) for axis in (0, 1))
+        tries = (
+            (0, 1, "with one more row "),
+            (1, 4, "with more steps "),
+            (1, -1, "with one step fewer "),
+            (0, 1 - rows, ONE_ROW),
+            (1, 1 - steps, ONE_STEP),
+            (0, MORE_ROWS, f"with {MORE_ROWS} more rows "),
+            (1, LONGER, MUCH_LONGER),
+        )
+        for axis, more, what in tries:
+            if (axis and self.steps) or not more:
+                continue  # `answers` always computes several steps
+            along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
+            if all(given[n].ndim > axis and given[n].shape[axis] + more > 0 for n in self.data):
+                yield (
+                    what,
+                    [value if along.get(n, -1) < 0 else wider(value, along[n], more) for n, value in enumerate(given)],
+                )
+
+    def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
+        """Return the outputs of a module as a list; if a call is one step, those of several steps."""
+        if not self.steps:
+            return tensors_in(module(*fresh(like(example, given))))
+        import torch
+
+        made: list[list[Any]] = []
+        after = self._next_states()
+        for t in range(STEPS):
+            now = [value.roll(t, -1) if n in self.data else value for n, value in enumerate(given)]
+            if made:
+                now = [made[-1][after[n]] if n in after else value for n, value in enumerate(now)]
+            made.append(tensors_in(module(*fresh(like(example, now)))))
+        last = made[-1]
+        return [
+            torch.stack([step[n] for step in made], 1) if f"output_{n}" in self.outputs else last[n]
+            for n in range(len(last))
+        ]
+
+    def _next_states(self) -> dict[int, int]:
+        """Return, for each input that is a state, the index of the output that is this state after a step."""
+        ends = {tuple(map(tuple, refs)): name for name, refs in self.states.items()}
+        # An h that is also an output of the network isn't among the states.
+        ends |= {((number, 0, "h"),): name for name, number in self.answered.items() if number is not None}
+        found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
+        return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
+
+    def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the outputs and the final states of a network, for the inputs of the module."""
+        arrays = [array_of(given[n]) for n in self.data]
+        if self.steps:
+            arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
+        states: list[Any] = [None] * len(network.cells)
+        kept = [dict.fromkeys(cell.spec.state_sizes) for cell in network.cells]
+        for n, refs in self.starts.items():
+            for ref, part in zip(refs, parted(array_of(given[n]), self.axes[f"input_{n}"]), strict=False):
+                if ref is not None:
+                    kept[self.firsts[ref[0]] + ref[1]][ref[2]] = part
+        for n, (own, cell) in enumerate(zip(kept, network.cells, strict=True)):
+            lacks = [name for name, part in own.items() if part is None]
+            if lacks and len(lacks) < len(own):
+                if cell.spec.learn_initial_state:
+                    raise ValueError(f"a cell is given only a part of its state, but has a learned initial {lacks[0]}")
+                own |= {name: np.zeros((len(arrays[0]), cell.spec.state_sizes[name]), network.dtype) for name in lacks}
+            states[n] = tuple(own.values()) if len(lacks) < len(own) else None
+        x = tuple(arrays) if len(arrays) > 1 else arrays[0]
+        ours, after = network.run(x, states if self.starts else None)
+        return ours if isinstance(ours, tuple) else (ours,), after
+
+    def unlike(
+        self,
+        ours: tuple[Any, ...],
+        states: tuple[Any, ...],
+        expected: list[Any],
+        tolerance: float,
+        squeezed: bool = False,
+    ) -> str | None:
+        """Return how the network's outputs differ from the module's; None if they are the same outputs.
+
+        Outputs of the module that aren't outputs of the network, in order, must be among the network's last states,
+        `[B, H]` or stacked. If the module may have `squeezed` axes of length 1 out of its outputs, only values are
+        compared.
+        """
+        import torch
+
+        same = functools.partial(agree, tolerance=tolerance, squeezed=squeezed)
+
+        parts = [part for state in states for part in state]
+        left = list(ours)
+        for n, wanted in enumerate(expected):
+            if wanted is None:
+                continue
+            if not isinstance(wanted, torch.Tensor):
+                return no_tensor(n, wanted)
+            theirs = array_of(wanted)
+            name = f"output_{n}"
+            axes = self.outputs.get(name, "")
+            noted = self.axes[name] if name in self.states else axes
+            if squeezed and theirs.ndim < len(noted) and (name in self.states or noted[:1] in ("1", "D")):
+                return None  # which axis of the state is missing isn't known
+            if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which is an output [B, H] of the network
+                theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
+            if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number per row
+                theirs = theirs[:, None]
+            if left and name not in self.states and same(left[0], theirs):
+                left.pop(0)
+                continue
+            if name in self.states:
+                rows = list(parted(theirs, self.axes[name]))
+                own = [getattr(states[self.firsts[ref[0]] + ref[1]], ref[2]) for ref in self.states[name]]
+                for row, part in zip(rows, own, strict=True):
+                    if not same(part, row):
+                        off = f"{_off(part, row):.1e}, more than {tolerance:.0e}"
+                        return f"output {n}, a state, differs from the module's by {off}"
+                continue
+            rows = list(theirs) if theirs.ndim == 3 else [theirs]
+            if not all(any(same(part, row) for part in parts) for row in rows):
+                if not left:
+                    return f"the network doesn't return output {n} of the module, {list(theirs.shape)}"
+                if left[0].shape != theirs.shape:
+                    return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
+                return f"output {n} differs from the module's by {_off(left[0], theirs):.1e}, more than {tolerance:.0e}"
+        return f"the network has {len(left)} more outputs than the module" if left else None
+
+
+def no_tensor(n: int, value: Any) -> str:
+    """Return the message for an output that isn't a tensor."""
+    return f"output {n} of the module is a {type(value).__name__}, not a tensor"
+
+
+def agree(ours: Any, theirs: Any, tolerance: float, squeezed: bool = False) -> bool:
+    """Return whether two arrays have the same shape, and the same values within the tolerance."""
+    if squeezed:
+        ours, theirs = ours.squeeze(), theirs.squeeze()
+    return ours.shape == theirs.shape and _off(ours, theirs) <= tolerance
+
+
+def _off(ours: Any, theirs: Any) -> float:
+    """Return the greatest difference of two arrays of the same shape, relative to the largest finite value of `theirs`.
+
+    Where both are NaN, or the same infinity, they don't differ; where only one is, they differ infinitely.
+    """
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(ours - theirs)
+    alike = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    apart = np.where(alike, 0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))
+    return float(apart.max(initial=0.0) / max(np.abs(theirs[np.isfinite(theirs)]).max(initial=0.0), 1e-30))

@@ -1,0 +1,148 @@
+"""What a module does with an input, found by calling it: what prevents a network from doing the same."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from cellstack.formats.compiled.equality import Ends
+from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
+from cellstack.formats.compiled.sizes import Places, compared
+from cellstack.network import Network
+
+
+def first_call(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]:
+    """Run a module twice.
+
+    Returns:
+        Whether it passes packed rows to a recurrent layer, its outputs, and whether the second call returns them again.
+
+    Raises:
+        ValueError: the module rejects the inputs.
+    """
+    import torch
+
+    packed = []
+
+    def look(_: Any, given: tuple[Any, ...]) -> None:
+        packed.extend(value for value in given if isinstance(value, torch.nn.utils.rnn.PackedSequence))
+
+    parts = [part for part in module.modules() if isinstance(part, torch.nn.RNNBase)]
+    hooks = [part.register_forward_pre_hook(look) for part in parts]
+    try:
+        with torch.no_grad():
+            answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
+    except Exception as error:  # a module may raise any exception
+        raise ValueError(
+            f"compile: {type(module).__name__} itself rejects the example: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same = [
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
+        for one, other in zip(answers, second, strict=False)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    ]
+    return bool(packed), answers, all(same)
+
+
+def plain(module: Any) -> bool:
+    """Return whether all parts of a module are PyTorch's classes or ours: no custom `forward` may permute axes."""
+    return all(type(part).__module__.startswith(("torch.", "cellstack.")) for part in module.modules())
+
+
+def time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether the first axis of a module's input is the time of all its layers with `batch_first=False`.
+
+    It isn't if `forward` permutes the axes before it calls the layers.
+    """
+    import torch
+
+    parts = [p for p in module.modules() if isinstance(p, torch.nn.RNNBase) and not p.batch_first]
+    first, *others = tensors_in(inputs)
+
+    def lengths(x: Any) -> list[int]:
+        """Return the length of the first axis of each layer's input, given the first input of the module."""
+        found: list[int] = []
+
+        def look(_: Any, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], torch.Tensor) and given[0].ndim == 3:
+                found.append(given[0].shape[0])
+
+        hooks = [part.register_forward_pre_hook(look) for part in parts]
+        try:
+            with torch.no_grad():
+                module(*fresh(like(inputs, [x, *others])))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    before = lengths(first) if parts else []
+    for axis in (0, 1) if before and first.ndim > 1 else ():
+        try:
+            after = lengths(wider(first, axis, 1))
+        except Exception:  # the module accepts no other length of this axis
+            after = []
+        if after:
+            return all((old != new) == (axis == 0) for old, new in zip(before, after, strict=False))
+    return bool(before) and all(length == len(first) for length in before)
+
+
+def reads_values(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a module reads values from its tensors, as `if` and `float()` do; sizes don't count."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                read.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Look():
+        module(*fresh(inputs))
+    return bool(read)
+
+
+def calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
+    """Return how often a call of a module calls one of `parts`, for the part that is called most often."""
+    import torch
+
+    counts = dict.fromkeys(map(id, parts), 0)
+
+    def count(part: Any, _: Any) -> None:
+        counts[id(part)] += 1
+
+    hooks = [part.register_forward_pre_hook(count) for part in parts]
+    try:
+        with torch.no_grad():
+            module(*fresh(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(counts.values(), default=0)
+
+
+def calls_cells_repeatedly(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a call of a module calls a cell several times."""
+    import torch
+
+    return calls(module, [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)], inputs) > 1
+
+
+def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> Places:
+    """Return where a module's code compares sizes of its input."""
+    first = tensors_in(example)
+    others = [given for _, given in Ends(network, len(first)).longer(first)]
+    try:
+        return compared(lambda given: module(*fresh(like(example, given))), first, others)
+    except Exception as error:  # code may reject sizes that aren't plain integers
+        warnings.warn(
+            f"compile: whether {type(module).__name__} compares sizes of its input can't be checked: {error}",
+            stacklevel=3,
+        )
+        return Places([], [])

@@ -1,0 +1,134 @@
+"""The two routes from a module to a network: reading it directly, and through ONNX."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+import tempfile
+from typing import Any
+
+from cellstack.formats import onnx
+from cellstack.formats.build import HINT
+from cellstack.formats.compiled.equality import no_tensor
+from cellstack.formats.compiled.exported import export
+from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
+from cellstack.formats.compiled.probes import calls
+from cellstack.formats.pytorch import network_of_module
+from cellstack.formats.pytorch.modules import KNOWN
+from cellstack.network import Network
+from cellstack.spec import FormatError
+
+MOST_WAYS = 30  # combinations of axes of several inputs that are tried
+
+
+def directly(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
+    """Return the network that `from_torch` returns."""
+    try:
+        network = network_of_module(module)
+    except TypeError as error:  # most modules are custom classes, which may still be exported to ONNX
+        raise TypeError(str(error).replace(KNOWN, "a custom class without to_nodes()")) from error
+    if len(tensors_in(inputs)) != len(network.inputs):
+        raise TypeError("it takes states or other inputs in addition to x")
+    return network
+
+
+def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
+    """Return the network of a module's ONNX graph, for any batch size and number of steps if the graph allows it.
+
+    The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
+    where the module's code reads values are added to `looks`.
+    """
+    import torch
+
+    for n, value in enumerate(answers):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise FormatError(no_tensor(n, value))
+    flat = tensors_in(inputs)
+    names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
+    axes = {
+        name: {axis: f"{name}_{axis}" for axis in free}
+        for name, free in zip(names, _free(module, inputs), strict=True)
+        if free
+    }
+    outs = [f"output_{n}" for n, value in enumerate(answers) if value is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "module.onnx")
+        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
+        looks += export(_as_one_step(module, inputs), fresh(inputs), path, options)
+        try:
+            return onnx.read_whole(path, whole_loops=True)
+        except FormatError as error:
+            raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
+
+
+def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
+    """Return, for each input tensor of a module, which of its first two axes may have another length.
+
+    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
+    """
+    import torch
+
+    flat = tensors_in(inputs)
+
+    def takes(grown: dict[int, int]) -> bool:
+        given = [wider(value, grown[n], 1) if n in grown else value for n, value in enumerate(flat)]
+        try:
+            with torch.no_grad():
+                module(*fresh(like(inputs, given)))
+        except Exception:  # the module rejects these lengths
+            return False
+        return True
+
+    def may_change(n: int, axis: int) -> bool:
+        if takes({n: axis}):
+            return True
+        others: dict[tuple[int, ...], list[int]] = {}  # tensors of one shape change together
+        for m, value in enumerate(flat):
+            if m != n:
+                others.setdefault(tuple(value.shape), []).append(m)
+        ways = [
+            [None, *(other for other in range(min(2, len(shape))) if shape[other] == flat[n].shape[axis])]
+            for shape in others
+        ]
+        for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
+            more = {m: at for group, at in zip(others.values(), way, strict=True) if at is not None for m in group}
+            if more and takes({**more, n: axis}):
+                return True
+        return False
+
+    found = []
+    for n, value in enumerate(flat):
+        if value.ndim > 2:
+            found.append([axis for axis in (0, 1) if len(flat) == 1 or may_change(n, axis)] or [0, 1])
+        else:
+            found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
+    return found
+
+
+def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
+    """Return a module whose call is one step, changed so that its cells are exported as operators with known states.
+
+    PyTorch exports an nn.GRUCell and an nn.RNNCell as sums and products, in which states can't be recognised.
+    """
+    import torch
+
+    flat = tensors_in(inputs)
+    cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
+    if flat[0].ndim != 2 or calls(module, cells, inputs) != 1:
+        return module
+
+    def once(cell: Any, input: Any, hx: Any = None) -> Any:
+        if hx is None or input.ndim != 2:
+            return type(cell).forward(cell, input, hx)
+        mode = "gru" if isinstance(cell, torch.nn.GRUCell) else f"rnn_{cell.nonlinearity}"
+        weights = [cell.weight_ih, cell.weight_hh, *((cell.bias_ih, cell.bias_hh) if cell.bias else ())]
+        run = getattr(torch._VF, mode)
+        return run(input[None], hx[None], weights, cell.bias, 1, 0.0, False, False, False)[1][0]
+
+    stepped = copy.deepcopy(module)
+    for part in stepped.modules():
+        if isinstance(part, (torch.nn.GRUCell, torch.nn.RNNCell)):
+            part.forward = functools.partial(once, part)
+    return stepped

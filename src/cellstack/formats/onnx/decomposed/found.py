@@ -1,0 +1,114 @@
+"""Finds cells that a graph decomposes: chains of steps, and single steps, as in files where a call is one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cellstack.formats.onnx.cells import Operator
+from cellstack.formats.onnx.decomposed.chains import find_chains, name_of
+from cellstack.formats.onnx.decomposed.linear import array_of
+from cellstack.formats.onnx.decomposed.match import Step, cell_of, steps_of
+from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
+from cellstack.formats.onnx.graph import MOVES
+from cellstack.nodes.cell import Cell
+from cellstack.spec import FormatError
+
+
+def find_decomposed(scope: Scope) -> Iterator[tuple[str, Operator]]:
+    """Yield the decomposed cells of a graph, by name; each once, regardless of its number of steps.
+
+    Raises:
+        FormatError: a cell whose product of h can't be identified.
+    """
+    seen = set[frozenset[str]]()
+    for chain in find_chains(scope):
+        weights = frozenset(chain.steps[0].matrices)
+        if weights in seen:
+            continue
+        seen.add(weights)
+        try:
+            cell = cell_of(scope, chain.steps[-1], {})
+        except ValueError:  # sums that look like a cell's, but whose matrices don't form a cell
+            continue
+        yield chain.name, Operator((cell,), "forward", False, "", _started(chain.steps[0]))
+    for name, cell, step in find_steps(scope, seen):
+        yield name, Operator((cell,), "forward", False, "", _started(step))
+
+
+def _started(step: Step) -> dict[str, str]:
+    return {f"initial_{state}": name for state, name in step.before.items()}
+
+
+def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[tuple[str, Cell, Step]]:
+    """Yield the decomposed cells of a single step, each once: its name, the cell and the step.
+
+    Only kinds with further states than h are found: a layer of two products is a step of the others.
+
+    Args:
+        scope: the graph.
+        seen: the sets of matrices already found; new ones are added.
+
+    Raises:
+        FormatError: see `find_decomposed`.
+    """
+    for readings in steps_of(scope, rows=True):
+        matrices = frozenset(readings[0].matrices)
+        if len(readings[0].before) < 2 or matrices in seen or len(matrices) != 2:  # another step of the same cell
+            continue
+        seen.add(matrices)
+        step = _with_h(scope, readings)
+        try:
+            cell = None if step is None else cell_of(scope, step, {})
+        except ValueError:
+            continue
+        if cell is not None and step is not None:
+            yield name_of(step), cell, step
+
+
+def takes_states(scope: Scope) -> bool:
+    """Whether a graph decomposes a single step that starts from inputs: a call is then one step."""
+    given = {name for name in scope.inputs if name not in scope.initializers}
+    if len(given) < 2:
+        return False
+    live = live_nodes(scope)  # the replaced nodes of loops are still there, but dead
+    try:
+        steps = [step for _, _, step in find_steps(scope, set()) if id(step.node) in live]
+    except FormatError:  # an ambiguous product of h: reading the graph reports it
+        return False
+    return any({_root(scope, name) for name in step.before.values()} <= given for step in steps)
+
+
+def _root(scope: Scope, name: str) -> str:
+    """Return the origin of a value, skipping operators that only move numbers."""
+    seen = 0
+    while seen < 1000:
+        seen += 1
+        node = scope.producers.get(name)
+        if node is None or node.op_type not in MOVES or not node.input:
+            break
+        name = node.input[0]
+    return name
+
+
+def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
+    """Return the reading in which h is multiplied by a square matrix, and has the origin of the other states, or one
+    like it; None where there is none."""
+    found = []
+    for step in readings:
+        matrix = array_of(scope, step.terms["recurrent_kernel", None, 0][0])
+        found += [step] if matrix.shape[0] == matrix.shape[1] else []
+    if len(found) == 2:
+        first, given = found[0], {value.name: declared(value) for value in scope.graph.input}
+        start = _root(scope, next(name for state, name in first.before.items() if state != "h"))
+        roots = [_root(scope, step.before["h"]) for step in found]
+        tests = (
+            lambda root: root == start,
+            lambda root: root in given,  # where x is computed, and h is an input
+            lambda root: root in given and given[root] == given.get(start),  # like c
+        )
+        alike = ([step for step, root in zip(found, roots, strict=True) if test(root)] for test in tests)
+        found = next((steps for steps in alike if len(steps) == 1), [])
+        if not found:
+            text = "can't distinguish the product of h from that of x: both have square weights"
+            raise FormatError(f"{scope.model.path}: node {short(label(first.node))}: {text}")
+    return found[0] if found else None

@@ -1,0 +1,537 @@
+"""Recognises steps of cells in a graph by comparing it with the step of each kind of cell, written as a graph.
+
+Both graphs are read in the same form, one value at a time, starting from h: a value is an activation, a clipped or
+normalised value, a sum of products with constants (`linear`), or a sum of other products (`expand`), in which
+differences are multiplied out: 1 - z times g is g - z·g. Sums and products match in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache, cached_property
+from itertools import islice, permutations, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.cells import KINDS, Kind
+from cellstack.formats.onnx.decomposed.activations import activated
+from cellstack.formats.onnx.decomposed.linear import FOLLOWED, Linear, Term, array_of, inputs_of, linear, scalar, unit
+from cellstack.formats.onnx.file import DOMAINS, Budget, Model, Scope, Tensors, onnx_package
+from cellstack.formats.onnx.fold import numbers
+from cellstack.formats.onnx.scan import body_of
+from cellstack.layout import Array
+from cellstack.nodes.cell import Cell
+from cellstack.spec import MATRICES, CellSpec
+
+MOST_TERMS = 32  # maximum number of operators and of terms in one sum
+MOST_MATCHES = 8  # maximum number of ways in which one value is matched with one form
+VISITS = 4000, 100  # maximum number of values that are compared in a graph: at least, and per node
+
+# ── values of a graph ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bare(scope: Scope, name: str) -> str:
+    """Return a value's origin, skipping operators without effect."""
+    return _origin(scope, name, ("Identity",), 100)
+
+
+def stripped(scope: Scope, name: str) -> str:
+    """Return the origin of a value, ignoring axes of length 1."""
+    return _origin(scope, name, FOLLOWED, 4)
+
+
+def _origin(scope: Scope, name: str, skipped: Sequence[str], most: int) -> str:
+    for _ in range(most):
+        node = scope.producers.get(name)
+        if node is None or node.op_type not in skipped or not node.input:
+            break
+        name = node.input[0]
+    return name
+
+
+def is_zero(scope: Scope, name: str) -> bool:
+    """Whether a value is all zeros."""
+    array = numbers(scope.constant(name))
+    return isinstance(array, np.ndarray) and not array.any()
+
+
+class Product(NamedTuple):
+    """A term of a sum: its sign, the names of its factors, and its own name, "" where no operator computes it alone."""
+
+    sign: int
+    factors: tuple[str, ...]
+    name: str = ""
+
+
+class Values:
+    """A graph, value by value; what was read is kept.
+
+    Args:
+        scope: the graph.
+        rows: whether values are known to be rows of features, without time.
+    """
+
+    def __init__(self, scope: Scope, rows: bool = False) -> None:
+        self.scope, self.rows = scope, rows
+        self.kept: dict[tuple[str, str], Any] = {}
+
+    def activated(self, name: str) -> tuple[str, str] | None:
+        """Return a value's activation and the name of its input; None where it has none."""
+        return self._kept("activated", name, lambda: activated(self.scope, name))
+
+    def linear(self, name: str) -> Linear | None:
+        """Return a value as a sum of products with constants; None where it isn't one."""
+        return self._kept("linear", name, lambda: linear(self.scope, name, rows=self.rows))
+
+    def sum(self, name: str) -> list[Product]:
+        """Return a value as a sum of other products; empty where it has too many terms."""
+        return self._kept("sum", name, lambda: self._sum(name))
+
+    def size(self, name: str) -> int:
+        """Return how many operators lead to a value, counted once per use."""
+        node = self.scope.producers.get(name)
+        return 1 if node is None else self._kept("size", name, lambda: 1 + sum(map(self.size, node.input)))
+
+    def _kept(self, what: str, name: str, read: Any) -> Any:
+        if (what, name) not in self.kept:
+            self.kept[what, name] = read()
+        return self.kept[what, name]
+
+    def clipped(self, name: str) -> tuple[str, float | None]:
+        """Return a value without its symmetric clipping, and the bound; None where it isn't clipped."""
+        found = inputs_of(self.scope, name, "Clip")
+        bounds = [scalar(self.scope, one) for one in found[1:]]
+        if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or bounds[0] != -bounds[1]:
+            return name, None
+        return found[0], bounds[1]
+
+    def _sum(self, name: str) -> list[Product]:
+        with suppress(OverflowError):
+            return self._expand(name, [MOST_TERMS], whole=True)
+        return []
+
+    def _expand(self, name: str, left: list[int], factor: bool = False, whole: bool = False) -> list[Product]:
+        """Return a value as a sum of products.
+
+        Args:
+            name: the name of the value.
+            left: how many more values may be visited; `OverflowError` beyond.
+            factor: whether it is a factor of a product, or part of one: sums other than differences then stay whole.
+            whole: whether it is the sum that is read, even if it is also an activation.
+        """
+        name = bare(self.scope, name)
+        constant, node = numbers(self.scope.constant(name)), self.scope.producers.get(name)
+        left[0] -= 1
+        if left[0] < 0:
+            raise OverflowError
+        if isinstance(constant, np.ndarray) and constant.size and (constant == 1).all():
+            return [Product(1, ())]
+        operator = node.op_type if node is not None and node.domain in DOMAINS and constant is None else ""
+        count = {"Mul": 2, "Sub": 2, "Neg": 1, "Add": 0 if factor else 2}.get(operator)
+        if not count or len(node.input) != count or (not whole and self.activated(name) is not None):
+            return [Product(1, (name,), name)]
+        parts = [self._expand(one, left, factor or operator == "Mul") for one in node.input]
+        if operator == "Mul":
+            found = [Product(a.sign * b.sign, a.factors + b.factors) for a in parts[0] for b in parts[1]]
+            if len(found) > MOST_TERMS:
+                raise OverflowError
+            return [found[0]._replace(name=name)] if len(found) == 1 else found
+        if operator != "Add":
+            parts[-1] = [Product(-one.sign, one.factors) for one in parts[-1]]
+        return [one for part in parts for one in part]
+
+
+# ── the steps of the kinds of cell ────────────────────────────────────────────────────────────────────────────────────
+
+Key = tuple[str, int | None, int]  # a block of an array: its name, the row where there are several, and its number
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The step of a kind of cell with some of its flags, as a graph.
+
+    Args:
+        kind: the kind.
+        flags: settings of the cell that follow from the equations.
+        values: the graph; all numbers of a block of an array are equal, and differ from those of other blocks.
+        slots: where each activation is.
+        bounds: the flag of each bound of a clip.
+        keys: the block of each number.
+    """
+
+    kind: Kind
+    flags: dict[str, Any]
+    values: Values
+    slots: dict[str, str]
+    bounds: dict[float, str]
+    keys: dict[float, Key]
+
+    @cached_property
+    def x(self) -> str:
+        """The name of the input."""
+        return self.values.scope.inputs[-1]
+
+    @cached_property
+    def before(self) -> dict[str, str]:
+        """The names of the states before the step."""
+        return dict(zip(self.kind.state._fields, self.values.scope.inputs, strict=False))
+
+    @cached_property
+    def after(self) -> dict[str, str]:
+        """The names of the states after the step."""
+        scope = self.values.scope
+        names = [bare(scope, value.name) for value in scope.graph.output]
+        return dict(zip(self.kind.state._fields, names, strict=False))
+
+    def key(self, term: Term) -> Key:
+        """Return the block of a term."""
+        return self.keys[float(array_of(self.values.scope, term).flat[0])]
+
+
+@cache
+def forms(kind: Kind) -> tuple[Form, ...]:
+    """Return a kind's step with every combination of flags; clips are optional in a graph."""
+    others = {flag for other in KINDS.values() for flag in other.flags} - {*kind.flags}
+    known = [entry for entry in fields(CellSpec) if entry.name not in {*others, "use_bias", "learn_initial_state"}]
+    bounds = {entry.name: float(n) for n, entry in enumerate(known, 1) if entry.type == "float | None"}
+    switches = [entry for entry in known if entry.type in ("bool", "int") and entry.default is not MISSING]
+    found = []
+    for values in product((False, True), repeat=len(switches)):
+        flags = {entry.name: type(entry.default)(value) for entry, value in zip(switches, values, strict=True)}
+        with suppress(ValueError):  # flags that exclude each other
+            found.append(_form(kind, flags, bounds))
+    return tuple(found)
+
+
+def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
+    spec = CellSpec(1, 2, kind=kind.name, **flags, **bounds)
+    slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in (*spec.gates, *kind.outputs)}
+    spec = replace(spec, gate_activations=slots)
+    arrays, keys = dict[str, Array](), dict[float, Key]()
+    for name, shape in spec.shapes.items():
+        rows = [None] if name in MATRICES or len(shape) == 1 else [*range(shape[0])]
+        blocks = max(1, shape[-1] // spec.units)
+        codes = {len(keys) + 2.0 + n: (name, *block) for n, block in enumerate(product(rows, range(blocks)))}
+        each = np.array([*codes], np.float32).reshape(len(rows), blocks).repeat(shape[-1] // blocks, axis=1)
+        arrays[name] = np.broadcast_to(each if len(shape) == 2 else each[0], shape)
+        keys |= codes
+    proto = onnx_package().ModelProto(graph=body_of("step", Cell(spec, **arrays)))
+    scope = Scope(Model("", proto, 17, Tensors(""), Budget(0)), proto.graph)
+    texts = {text: slot for slot, text in slots.items()}
+    return Form(kind, flags, Values(scope, rows=True), texts, {b: name for name, b in bounds.items()}, keys)
+
+
+# ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Bound = dict[Any, Any]
+"""A match: the name in the graph of each name of a form, except the term of x; the terms of each block of an array; and
+settings: activations by slot, bounds and epsilon by flag."""
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of a cell.
+
+    Args:
+        form: the form that it matches.
+        node: the node that computes h.
+        bound: how it matches.
+    """
+
+    form: Form
+    node: Any
+    bound: Bound
+
+    @property
+    def x(self) -> Term:
+        """The product of x, with the name of x and the nodes that select it."""
+        return self.bound[self.form.x]
+
+    @cached_property
+    def before(self) -> dict[str, str]:
+        """The names of the states before the step; "" for zeros that the graph omits."""
+        return {state: self.bound.get(name, "") for state, name in self.form.before.items()}
+
+    @cached_property
+    def after(self) -> dict[str, str]:
+        """The names of the states after the step."""
+        return {state: self.bound[name] for state, name in self.form.after.items()}
+
+    @cached_property
+    def terms(self) -> dict[Key, tuple[Term, ...]]:
+        """The terms of each block of an array, in the order of blocks."""
+        return {key: self.bound[key] for key in self.form.keys.values() if key in self.bound}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The activation of each slot, and numbers by flag."""
+        names = (*self.form.kind.slots, *self.form.bounds.values(), "norm_epsilon")
+        return {name: self.bound[name] for name in names if name in self.bound}
+
+    @property
+    def matrices(self) -> list[str]:
+        """The names of the constants by which x and h are multiplied, each once."""
+        return [*dict.fromkeys(term.weights for terms in self.terms.values() for term in terms if not term.vector)]
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What all steps of a cell have in common."""
+        rows = ((key, tuple(sorted(term.rows for term in terms))) for key, terms in self.terms.items())
+        return id(self.form), tuple(self.settings.items()), tuple(rows)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether a gate and a candidate, whose product is symmetric, are more likely to be each other."""
+        texts = {True: set[str](), False: set[str]()}
+        for gate, role in self.form.kind.gates.items():
+            texts[role == "candidate"].add(self.bound.get(gate, ""))
+        return "tanh" in texts[False] and "tanh" not in texts[True]
+
+
+class Matcher:
+    """Compares the values of a graph with those of forms.
+
+    Args:
+        scope: the graph.
+        within_loop: whether the graph is one step of a loop: gates may then lack an activation.
+        rows: whether values are known to be rows of features, without time.
+        zeros: a state of the form whose products an exporter has folded; "" for none.
+    """
+
+    def __init__(self, scope: Scope, within_loop: bool = False, rows: bool = False, zeros: str = "") -> None:
+        self.scope, self.values = scope, Values(scope, rows)
+        self.loop, self.zeros = within_loop, zeros
+        self.left = VISITS[0] + VISITS[1] * len(scope.graph.node)
+        self.form: Any = None
+
+    def steps(self, form: Form, node: Any, ends: dict[str, str], bound: Bound) -> list[Step]:
+        """Return the steps of a form that compute states; several where a graph doesn't distinguish x from h.
+
+        Args:
+            form: the form.
+            node: the node that computes h.
+            ends: the names of the states after the step, at least of h.
+            bound: what is known.
+        """
+        self.form = form
+        found: dict[Any, Step] = {}
+        pairs = [(form.after[state], name) for state, name in ends.items()]
+        for each in islice(self._all(self.match, pairs, bound), MOST_MATCHES):
+            if all(name in each for name in (form.x, *form.after.values())):
+                step = Step(form, node, each)
+                start = self._place(step.x), step.before["h"]
+                if start not in found or (found[start].swapped and not step.swapped):
+                    found[start] = step
+        return list(found.values())
+
+    def _all(self, match: Any, pairs: Sequence[tuple[Any, Any]], bound: Bound) -> Iterator[Bound]:
+        """Yield the ways in which all pairs match."""
+        if not pairs:
+            yield bound
+            return
+        for each in match(*pairs[0], bound):
+            yield from self._all(match, pairs[1:], each)
+
+    def match(self, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
+        """Yield the ways in which a value of the graph is a value of the form, in addition to what is known."""
+        theirs = bare(self.scope, theirs)
+        self.left -= 1
+        if self.left < 0:
+            return
+        if ours == self.form.x:
+            yield from self._x(Term(theirs, "", False, 0, 0), bound)
+        elif ours in bound:
+            if self._same(bound[ours], theirs):
+                yield bound
+        else:
+            yield from self._operation(ours, theirs, {**bound, ours: theirs})
+
+    def _operation(self, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
+        values, node = self.form.values, self.form.values.scope.producers.get(ours)
+        total, active = values.linear(ours), values.activated(ours)
+        if node is None:
+            yield bound
+        elif total is not None:
+            found = self.values.linear(theirs)
+            if found is not None:
+                yield from self._linear(total, found, bound)
+        elif active is not None:
+            found = self.values.activated(theirs) or (("linear", theirs) if self.loop else None)
+            if found is not None:
+                yield from self._with(self.form.slots[active[0]], found[0], active[1], found[1], bound)
+        elif node.op_type == "Clip":
+            (inner, bound_of), (value, limit) = values.clipped(ours), self.values.clipped(theirs)
+            yield from self._with(self.form.bounds[bound_of], limit, inner, value, bound)
+        elif (normed := unit(values.scope, ours)) is not None:
+            found = unit(self.scope, theirs)
+            if found is not None:
+                yield from self._with("norm_epsilon", found[1], normed[0], found[0], bound)
+        elif node.op_type in ("Add", "Mul", "Sub"):
+            terms, rest = self._parted(ours)
+            found = self.values.sum(theirs)
+            if len(found) == len(terms) or (rest and len(found) > len(terms)):
+                yield from self._terms(terms, found, rest, bound)
+        else:
+            other = self.scope.producers.get(theirs)
+            if other is not None and (other.op_type, len(other.input)) == (node.op_type, len(node.input)):
+                yield from self._all(self.match, [*zip(node.input, other.input, strict=True)], bound)
+
+    def _with(self, key: str, found: Any, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
+        """Yield the matches of an operation's input, with one more setting known."""
+        if bound.get(key, found) == found:
+            yield from self.match(ours, theirs, {**bound, key: found})
+
+    def _same(self, one: str, other: str) -> bool:
+        if stripped(self.scope, one) == stripped(self.scope, other):
+            return True
+        return not self.loop and is_zero(self.scope, one) and is_zero(self.scope, other)
+
+    def _place(self, term: Term) -> tuple[Any, ...]:
+        return (bare(self.scope, term.value), *map(id, term.moves))
+
+    def _x(self, term: Term, bound: Bound) -> Iterator[Bound]:
+        if self._place(bound.get(self.form.x, term)) == self._place(term):
+            yield {self.form.x: term, **bound}
+
+    # ── sums of products with constants ───────────────────────────────────────────────────────────────────────────────
+
+    def _linear(self, ours: Linear, theirs: Linear, bound: Bound) -> Iterator[Bound]:
+        products = [term for term in ours.products if term.value != self.zeros]
+        biases, key = theirs.biases, self.form.key
+        if (len(products), len(ours.peepholes)) != (len(theirs.products), len(theirs.peepholes)):
+            return
+        if biases and not ours.biases:
+            return
+        for order in permutations(range(len(products))):
+            if self.loop and len(ours.biases) == len(biases) == len(products):  # each belongs to one product
+                given = [(biases[n],) for n in order]
+            else:
+                given = [biases, *[()] * len(ours.biases)]
+            known = bound | {key(bias): terms for bias, terms in zip(ours.biases, given, strict=False)}
+            for others in permutations(theirs.peepholes):
+                pairs = [*zip(products, (theirs.products[n] for n in order), strict=True)]
+                yield from self._all(self._term, [*pairs, *zip(ours.peepholes, others, strict=True)], known)
+
+    def _term(self, ours: Term, theirs: Term, bound: Bound) -> Iterator[Bound]:
+        wide, width = ours.stop - ours.start, theirs.stop - theirs.start
+        if [n * width for n in ours.normed] != [n * wide for n in theirs.normed]:
+            return
+        known: Bound = {self.form.key(ours): (theirs,)}
+        if ours.normed:
+            gain, found = (Term("", term.gain, False, term.start, term.stop, vector=True) for term in (ours, theirs))
+            known |= {"norm_epsilon": theirs.epsilon, self.form.key(gain): (found,)}
+        if any(bound.get(name, value) != value for name, value in known.items()):
+            return
+        if ours.value == self.form.x:
+            yield from self._x(theirs, bound | known)
+        elif not theirs.moves:
+            yield from self.match(ours.value, theirs.value, bound | known)
+
+    # ── sums of other products ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _parted(self, name: str) -> tuple[list[Product], Linear | None]:
+        """Return a form's sum, the most specific terms and factors first, and its products with arrays separately."""
+        values = self.form.values
+        terms, rest = [], list[Linear]()
+        for term in values.sum(name):
+            total = values.linear(term.name) if term.name and term.sign > 0 else None
+            if total is None:
+                terms.append(term._replace(factors=tuple(sorted(term.factors, key=values.size, reverse=True))))
+            else:
+                rest.append(total)
+        return sorted(terms, key=lambda term: -sum(map(values.size, term.factors))), _together(rest)
+
+    def _terms(self, ours: list[Product], theirs: list[Product], rest: Linear | None, bound: Bound) -> Iterator[Bound]:
+        """Yield the ways in which each term of a form is one of the graph, and the others are products with arrays."""
+        if ours:
+            for n, term in enumerate(theirs):
+                if (term.sign, len(term.factors)) == (ours[0].sign, len(ours[0].factors)):
+                    for each in self._factors(ours[0].factors, term.factors, bound):
+                        yield from self._terms(ours[1:], [*theirs[:n], *theirs[n + 1 :]], rest, each)
+        elif rest is None:
+            yield bound
+        else:
+            found = [self.values.linear(term.name) if term.name and term.sign > 0 else None for term in theirs]
+            total = _together(found)
+            if total is not None:
+                yield from self._linear(rest, total, bound)
+
+    def _factors(self, ours: Sequence[str], theirs: Sequence[str], bound: Bound) -> Iterator[Bound]:
+        if not ours:
+            yield bound
+            return
+        for n, name in enumerate(theirs):
+            guessed = ours[0] in self.form.before.values() and ours[0] not in bound and not self.loop
+            if guessed and self.values.activated(name) is not None:  # more likely a gate
+                continue
+            for each in self.match(ours[0], name, bound):
+                yield from self._factors(ours[1:], [*theirs[:n], *theirs[n + 1 :]], each)
+
+
+def _together(totals: Sequence[Linear | None]) -> Linear | None:
+    """Return the sum of sums; None where there is none, or one of them is unknown."""
+    found = [total for total in totals if total is not None]
+    if not found or len(found) < len(totals):
+        return None
+    return Linear(*(sum(terms, ()) for terms in zip(*found, strict=True)))
+
+
+def steps_of(scope: Scope, rows: bool = False) -> Iterator[list[Step]]:
+    """Yield the decomposed steps of cells in a graph, each as the list of its readings; `rows`: as in `Matcher`."""
+    matcher = Matcher(scope, rows=rows)
+    found = [form for kind in KINDS.values() for form in forms(kind) if form.values.linear(form.after["h"]) is None]
+    for node in scope.graph.node:  # a product with a matrix after a cell isn't taken to be its projection
+        if node.domain in DOMAINS and len(node.output) == 1 and node.op_type != "Identity":
+            steps = (matcher.steps(form, node, {"h": node.output[0]}, {}) for form in found)
+            first = next(filter(None, steps), None)
+            if first is not None:
+                yield first
+
+
+# ── cells ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) -> Cell:
+    """Return the cell of a decomposed step.
+
+    Args:
+        scope: the graph.
+        step: the step.
+        flags: settings of the cell that don't follow from the step's equations.
+        **arrays: arrays that aren't in the equations.
+
+    Raises:
+        ValueError: weights that don't form one cell.
+    """
+    kind, units = step.form.kind, len(array_of(scope, step.terms["kernel", None, 0][0]))
+    rows: dict[str, dict[int | None, list[Array]]] = {}
+    for (name, row, _), terms in step.terms.items():
+        rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, units))
+    if any(len({len(block) for block in blocks}) != 1 for each in rows.values() for blocks in each.values()):
+        raise ValueError("the gates of an array don't have the same width")
+    for name, each in rows.items():
+        joined = [np.concatenate(blocks).T for blocks in each.values()]
+        arrays[name] = joined[0] if None in each else np.stack(joined)
+    biased = any(terms for (name, *_), terms in step.terms.items() if name == "bias")
+    if not biased:
+        arrays.pop("bias", None)
+    texts = {slot: text for slot, text in step.settings.items() if slot in kind.slots}
+    settings = {**step.form.flags, **flags, "use_bias": biased, "gate_activations": texts}
+    settings |= {name: n for name, n in step.settings.items() if name not in texts and n is not None}
+    for gate, role in reversed(kind.gates.items()):  # the first of each role
+        if gate in texts:
+            settings["activation" if role == "candidate" else "recurrent_activation"] = texts[gate]
+    if "projection" in arrays:
+        settings["proj_size"] = arrays["projection"].shape[1]
+    dtype = np.dtype(np.float64 if arrays["kernel"].dtype == np.float64 else np.float32)
+    spec = CellSpec(len(arrays["kernel"]), units, kind=kind.name, **settings)
+    return Cell(spec, **{name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()})
+
+
+def total(scope: Scope, terms: Sequence[Term], units: int) -> Array:
+    """Return the rows of a matrix, a vector, or the sum of constants."""
+    found = [array_of(scope, term) for term in terms]
+    return found[0] if len(found) == 1 else sum(found, np.zeros(units))

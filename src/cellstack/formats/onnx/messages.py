@@ -1,0 +1,71 @@
+"""Nodes of an ONNX graph as protobuf messages: the graphs inside them, and copies with other names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+DOMAINS = ("", "ai.onnx")
+INNER_GRAPH = 5  # AttributeProto's type
+
+
+def label(node: Any) -> str:
+    """Return a node's name, else that of its first output."""
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def graphs_of(node: Any) -> Iterator[Any]:
+    """Yield the graphs inside a node: the body of a Loop or a Scan, the branches of an If."""
+    for entry in node.attribute:
+        yield from [entry.g] if entry.type == INNER_GRAPH else entry.graphs
+
+
+def with_nodes(graph: Any, nodes: list[Any]) -> Any:
+    """Return a copy of a GraphProto with other nodes."""
+    made = type(graph)()
+    made.CopyFrom(graph)
+    del made.node[:]
+    made.node.extend(nodes)
+    return made
+
+
+def with_graphs(node: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a node with every graph inside it replaced by `change` of it; a node without graphs is returned itself."""
+    if not any(True for _ in graphs_of(node)):
+        return node
+    made = type(node)()
+    made.CopyFrom(node)
+    for graph in graphs_of(made):
+        graph.CopyFrom(change(graph))
+    return made
+
+
+def renamed(node: Any, rename: Callable[[str], str], prefix: str = "", given: Mapping[str, Any] | None = None) -> Any:
+    """Return a copy of a node in which each value has another name, in its inner graphs too.
+
+    Args:
+        node: the node.
+        rename: returns the new name of a value.
+        prefix: of the names of nodes.
+        given: attributes that a function's nodes refer to, by name; a node lacks those that aren't given.
+    """
+    given = given or {}
+
+    def within(graph: Any) -> Any:
+        made = with_nodes(graph, [renamed(inner, rename, prefix, given) for inner in graph.node])
+        for value in (*made.initializer, *made.input, *made.output):
+            value.name = rename(value.name)
+        return made
+
+    made = type(node)()
+    made.CopyFrom(node)
+    made.name = prefix + node.name if node.name else ""
+    made.input[:] = [rename(name) if name else "" for name in node.input]
+    made.output[:] = [rename(name) if name else "" for name in node.output]
+    if any(entry.ref_attr_name for entry in node.attribute):
+        del made.attribute[:]
+        for entry in node.attribute:
+            if not entry.ref_attr_name or entry.ref_attr_name in given:
+                made.attribute.add().CopyFrom(given[entry.ref_attr_name] if entry.ref_attr_name else entry)
+                made.attribute[-1].name = entry.name
+    return with_graphs(made, within)

@@ -1,0 +1,182 @@
+// The operations of a cell's recorded step, forward and backward, over whole vectors.
+//
+// A vector is a part of an array at every position, a step of a row: { data, from, stride, width } and, in the backward
+// pass, { slopes, slopesFrom, slopesStride } for its gradient. Its numbers at a position `at` begin at from + at·stride.
+
+import { betweenOf } from "./activations.js";
+import { addNumbers, addOuter, addProduct, addProductBack, normaliseRow, normaliseRowBack } from "./products.js";
+
+export const startOf = (v, at) => v.from + at * v.stride;
+export const slopeStart = (v, at) => v.slopesFrom + at * v.slopesStride;
+
+// `run` computes the vector y of an operation { y, a, b, given } at a position. `back` adds to the gradients of its operands
+// a and b, given y's, which it may overwrite. `reads`: the backward pass needs the operands; `returns`: it needs y.
+export const OPERATIONS = {
+  product: {
+    reads: true,
+    run({ y, a, given }, at) {
+      const i = startOf(y, at);
+      y.data.fill(0, i, i + y.width);
+      addProduct(y.data, i, a.data, startOf(a, at), a.width, given.matrix, given.from, given.wide, y.width);
+    },
+    back({ y, a, given }, at) {
+      const { matrix, slopes, from, wide } = given;
+      addOuter(slopes, from, wide, a.data, startOf(a, at), a.width, y.slopes, slopeStart(y, at), y.width);
+      addProductBack(a.slopes, slopeStart(a, at), a.width, matrix, from, wide, y.width, y.slopes, slopeStart(y, at));
+    },
+  },
+  add: {
+    run({ y, a, b }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] + B[k + u];
+    },
+    back({ y, a, b }, at) {
+      addNumbers(a.slopes, slopeStart(a, at), y.slopes, slopeStart(y, at), y.width);
+      addNumbers(b.slopes, slopeStart(b, at), y.slopes, slopeStart(y, at), y.width);
+    },
+  },
+  mul: {
+    reads: true,
+    run({ y, a, b }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] * B[k + u];
+    },
+    back({ y, a, b }, at) {
+      const { slopes: dY, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const dA = a.slopes;
+      const dB = b.slopes;
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      const dk = slopeStart(b, at);
+      for (let u = 0; u < width; u += 1) {
+        dA[dj + u] += dY[di + u] * B[k + u];
+        dB[dk + u] += dY[di + u] * A[j + u];
+      }
+    },
+  },
+  div: {
+    reads: true,
+    returns: true,
+    run({ y, a, b }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] / B[k + u];
+    },
+    back({ y, a, b }, at) {
+      const { data: Y, slopes: dY, width } = y;
+      const B = b.data;
+      const dA = a.slopes;
+      const dB = b.slopes;
+      const i = startOf(y, at);
+      const k = startOf(b, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      const dk = slopeStart(b, at);
+      for (let u = 0; u < width; u += 1) {
+        const d = dY[di + u] / B[k + u];
+        dA[dj + u] += d;
+        dB[dk + u] -= d * Y[i + u];
+      }
+    },
+  },
+  one_minus: {
+    run({ y, a }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = 1 - A[j + u];
+    },
+    back({ y, a }, at) {
+      const { slopes: dY, width } = y;
+      const dA = a.slopes;
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      for (let u = 0; u < width; u += 1) dA[dj + u] -= dY[di + u];
+    },
+  },
+  clip: {
+    reads: true,
+    run({ y, a, given: bound }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = betweenOf(A[j + u], -bound, bound);
+    },
+    back({ y, a, given: bound }, at) {
+      const { slopes: dY, width } = y;
+      const A = a.data;
+      const dA = a.slopes;
+      const j = startOf(a, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      for (let u = 0; u < width; u += 1) if (Math.abs(A[j + u]) < bound) dA[dj + u] += dY[di + u];
+    },
+  },
+  activation: {
+    reads: true,
+    returns: true,
+    run({ y, a, given }, at) {
+      const { data: Y, width } = y;
+      const { f, alpha, beta } = given;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = f(A[j + u], alpha, beta);
+    },
+    back({ y, a, given }, at) {
+      const { data: Y, slopes: dY, width } = y;
+      const { slope, alpha, beta } = given;
+      const A = a.data;
+      const dA = a.slopes;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      for (let u = 0; u < width; u += 1) dA[dj + u] += dY[di + u] * slope(A[j + u], Y[i + u], alpha, beta);
+    },
+  },
+  norm: {
+    returns: true,
+    run({ y, a, given }, at) {
+      const { parts, epsilon, deviations, every } = given;
+      const Y = y.data;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < y.width; u += 1) Y[i + u] = A[j + u];
+      parts.forEach(([from, width], n) => {
+        deviations[at * every + n] = normaliseRow(Y, i + from, width, null, 0, null, epsilon, null, 0);
+      });
+    },
+    back({ y, a, given }, at) {
+      const { parts, deviations, every } = given;
+      const i = startOf(y, at);
+      const di = slopeStart(y, at);
+      parts.forEach(([from, width], n) => {
+        const deviation = deviations[at * every + n];
+        normaliseRowBack(y.slopes, di + from, width, null, 0, null, null, y.data, i + from, deviation);
+      });
+      addNumbers(a.slopes, slopeStart(a, at), y.slopes, di, y.width);
+    },
+  },
+};

@@ -1,0 +1,46 @@
+# Written by `make stubs`.
+# fmt: off
+# ruff: noqa: I001
+from typing import Any
+from cellstack.keras.recurrent import Recurrent
+
+class LSTM(Recurrent):
+    def __init__(
+        self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: Any = 'glorot_uniform', recurrent_initializer: Any = 'orthogonal',
+        bias_initializer: Any = 'zeros', unit_forget_bias: bool = True, kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None, bias_regularizer: Any = None, activity_regularizer: Any = None,
+        kernel_constraint: Any = None, recurrent_constraint: Any = None, bias_constraint: Any = None,
+        dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
+        peepholes: bool = False, coupled: bool = False, proj_size: int = 0, cell_clip: float | None = None,
+        zoneout_cell: float = 0.0, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False,
+        **kwargs: Any
+    ) -> None: ...
+
+class GRU(Recurrent):
+    def __init__(
+        self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: Any = 'glorot_uniform', recurrent_initializer: Any = 'orthogonal',
+        bias_initializer: Any = 'zeros', kernel_regularizer: Any = None, recurrent_regularizer: Any = None,
+        bias_regularizer: Any = None, activity_regularizer: Any = None, kernel_constraint: Any = None,
+        recurrent_constraint: Any = None, bias_constraint: Any = None, dropout: float = 0.0,
+        recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, reset_after: bool = True,
+        zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        return_gates: bool = False, **kwargs: Any
+    ) -> None: ...
+
+class SimpleRNN(Recurrent):
+    def __init__(
+        self, units: int, activation: Any = 'tanh', use_bias: bool = True, kernel_initializer: Any = 'glorot_uniform',
+        recurrent_initializer: Any = 'orthogonal', bias_initializer: Any = 'zeros', kernel_regularizer: Any = None,
+        recurrent_regularizer: Any = None, bias_regularizer: Any = None, activity_regularizer: Any = None,
+        kernel_constraint: Any = None, recurrent_constraint: Any = None, bias_constraint: Any = None,
+        dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
+        gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
+    ) -> None: ...

@@ -1,0 +1,690 @@
+"""`Network`: nodes and the wires between them as data, and the public methods."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellstack import native
+from cellstack.arguments import as_floats, as_numbers
+from cellstack.graph import Graph, Inputs, check_name, wired
+from cellstack.network.description import as_text, plan_lines
+from cellstack.network.plan import Calls
+from cellstack.network.running import processors, run
+from cellstack.nodes.base import Array, CellState, Node, Shape
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.patches import CellPatches, Patch
+from cellstack.nodes.recording import Recording
+from cellstack.nodes.recurrent import ends_both_ways, final
+from cellstack.nodes.time import FINAL, GlobalPool
+from cellstack.spec import Plan, ShapeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cellstack.inspect.trace import NetworkTrace
+    from cellstack.streaming.sessions import Sessions
+    from cellstack.streaming.stream import Stream
+
+
+def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> None:
+    """Warn about each pool that takes the last step of a bidirectional layer: its final states may be intended."""
+    by_name = dict(zip(names, nodes, strict=True))
+    sources = dict(zip(names, graph.wires, strict=True))
+
+    def before(name: str) -> Iterator[Node]:
+        while sources[name] and (name := sources[name][0]) in by_name:
+            yield by_name[name]
+
+    for name, node in by_name.items():
+        if isinstance(node, GlobalPool) and node.mode == "last" and ends_both_ways(before(name)):
+            warnings.warn(
+                f'Network: {name}: GlobalPool("last") after a Bidirectional is the last step, not both final states: '
+                "at that step the backward direction has read one step only. For both final states write "
+                'GlobalPool("final") directly after the Bidirectional',
+                stacklevel=3,
+            )
+
+
+TASKS = ("classify", "regress", "forecast", "text")
+
+
+def _with_final(nodes: tuple[Node, ...], names: tuple[str, ...]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    """Return a chain in which each `GlobalPool("final")` is part of the recurrent node before it."""
+    kept: list[tuple[Node, str]] = []
+    for node, name in zip(nodes, names, strict=True):
+        ending = final(kept[-1][0]) if kept and isinstance(node, GlobalPool) and node.mode == FINAL else None
+        if ending is None:
+            kept.append((node, name))
+        else:
+            kept[-1] = ending, kept[-1][1]
+    return tuple(node for node, _ in kept), tuple(name for _, name in kept)
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class Network:
+    """A network as data: nodes, their names, the wires between them, and metadata.
+
+    Without wires the nodes run in sequence. With wires they form a graph: each node takes the named inputs or earlier
+    nodes, and the network returns the values of `outputs`. Running a Network never changes it, so threads can share
+    one.
+
+    Args:
+        nodes: nodes of `cellstack.nodes`, in an order in which they can run.
+        names: a different name per node, without `/`; None: layer_0, layer_1 and so on.
+        metadata: a dict of JSON values, such as class labels, the source of the data, or results of training.
+        inputs: the names of the inputs, or a dict of names with shapes without the batch, None for any length:
+            `{"x": (None, 3), "speaker": (16,)}`. The shape of an input without one is inferred from the nodes that take
+            it; the default is a sequence.
+        wires: for each node, a tuple of the names of its inputs; None: each node takes the output of the one before.
+            The state of a node's cell after the last step is a value too, `[B, H]`: `"lstm/h"` and `"lstm/c"`, or
+            `"stack/1/h"` for a node with several cells. A node with cells may take initial states after its input: one
+            value per array of each cell's state, in order.
+        outputs: names of nodes or of their states; None: the last node.
+        patches: changes of cells during a run, in the order in which they are applied: see `edit`.
+
+    Raises:
+        ShapeError: no nodes, or nodes whose widths or ranks don't match.
+        TypeError: an object that isn't a node or a patch, different dtypes, metadata that JSON can't represent.
+        ValueError: invalid names; a wire from something unknown or from a later node; a node or an input that doesn't
+            lead to an output; a patch of an unknown node, cell or gate.
+        IndexError: a patch of units that don't exist.
+
+    >>> from cellstack import Cell, CellSpec, Dense, Recurrent
+    >>> rng = np.random.default_rng(0)
+    >>> cell = Cell(CellSpec(3, 4), *(rng.normal(size=shape) for shape in CellSpec(3, 4).shapes.values()))
+    >>> net = Network([Recurrent((cell,), return_sequences=False), Dense(rng.normal(size=(4, 2)))])
+    >>> net(np.zeros((5, 7, 3))).shape
+    (5, 2)
+    >>> net
+    Network of float64: [B, T, 3] -> [B, 2], 136 numbers
+      layer_0  Recurrent  LSTM 3 -> 4  [B, 4]  128
+      layer_1  Dense      linear       [B, 2]    8
+
+    Two inputs, and a node that takes both:
+
+    >>> from cellstack.nodes import Merge
+    >>> net = Network(
+    ...     [Recurrent((cell,), return_sequences=False), Merge("concat"), Dense(rng.normal(size=(6, 2)))],
+    ...     ["lstm", "both", "head"],
+    ...     inputs={"x": (None, 3), "speaker": (2,)},
+    ...     wires=[("x",), ("lstm", "speaker"), ("both",)],
+    ... )
+    >>> net({"x": np.zeros((5, 7, 3)), "speaker": np.ones((5, 2))}).shape
+    (5, 2)
+    >>> net
+    Network of float64: x [B, T, 3], speaker [B, 2] -> [B, 2], 140 numbers
+      lstm                    Recurrent  LSTM 3 -> 4           [B, 4]  128
+      both  of lstm, speaker  Merge      concat along axis -1  [B, 6]    0
+      head                    Dense      linear                [B, 2]   12
+
+    An encoder whose last state is the initial state of a decoder:
+
+    >>> net = Network(
+    ...     [Recurrent((cell,), return_sequences=False), Recurrent((cell,))],
+    ...     ["encoder", "decoder"],
+    ...     inputs=("x", "y"),
+    ...     wires=[("x",), ("y", "encoder/h", "encoder/c")],
+    ... )
+    >>> net({"x": np.zeros((5, 7, 3)), "y": np.zeros((5, 2, 3))}).shape
+    (5, 2, 4)
+    >>> net
+    Network of float64: x [B, T, 3], y [B, T, 3] -> [B, T, 4], 256 numbers
+      encoder                              Recurrent  LSTM 3 -> 4  [B, 4]     128
+      decoder  of y, encoder/h, encoder/c  Recurrent  LSTM 3 -> 4  [B, T, 4]  128
+    """
+
+    nodes: tuple[Node, ...]
+    names: tuple[str, ...]
+    metadata: dict[str, Any]
+    inputs: tuple[str, ...]
+    wires: tuple[tuple[str, ...], ...]
+    outputs: tuple[str, ...]
+    shapes: dict[str, Shape]
+    input_size: int | None
+    dtype: np.dtype[Any]
+    graph: Graph
+    patches: tuple[Patch, ...]
+    started: tuple[str, ...]
+    has_state_values: bool
+    calls: Calls
+    patches_by_cell: tuple[CellPatches | None, ...]
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        names: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        inputs: Inputs | None = None,
+        wires: Sequence[Sequence[str]] | None = None,
+        outputs: Sequence[str] | None = None,
+        patches: Iterable[Patch] = (),
+        _warn: bool = True,  # False if the nodes come from a file, from training or from another network
+    ) -> None:
+        nodes, patches = tuple(nodes), tuple(patches)
+        named = _checked_names(nodes, names)
+        if wires is None and outputs is None:
+            nodes, named = _with_final(nodes, named)
+        names = named if names is not None else _checked_names(nodes, None)
+        dtypes = {name: node.dtype for name, node in zip(names, nodes, strict=True) if node.dtype is not None}
+        dtype = next(iter(dtypes.values()), np.dtype(np.float32))
+        for name, found in dtypes.items():
+            if found != dtype:
+                raise TypeError(f"Network: expected {name} in {dtype}, as the nodes before it, got {found}")
+        graph = wired(nodes, names, inputs, wires, outputs)
+        first = graph.inputs[0]
+        values = {
+            "nodes": nodes,
+            "names": names,
+            "metadata": _checked_metadata(metadata),
+            "inputs": graph.inputs,
+            "wires": graph.wires,
+            "outputs": graph.outputs,
+            "shapes": dict(graph.shapes),  # of every input and every node's output, without the batch
+            "input_size": None if first in graph.ids else graph.shapes[first][-1],
+            "dtype": dtype,
+            "graph": graph,
+            "patches": patches,
+            "patches_by_cell": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
+            "started": _started(nodes, names, graph),  # for each cell, which values it starts from, or ""
+            "has_state_values": any(graph.states),
+            "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
+        }
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+        if _warn:
+            _warn_of_last_steps(nodes, names, graph)
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, in the order of their states: node by node, bottom first, forward before backward."""
+        return tuple(cell for node in self.nodes for cell in node.cells)
+
+    def patches_of(self, name: str) -> tuple[CellPatches | None, ...]:
+        """Return the patches of each cell of a node; empty if the network has no patches.
+
+        Args:
+            name: the node's name.
+
+        Returns:
+            An entry per cell, None for a cell without patches.
+        """
+        place = self.names.index(name)
+        first = sum(len(node.cells) for node in self.nodes[:place])
+        return self.patches_by_cell[first : first + len(self.nodes[place].cells)]
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments that make this network."""
+        inputs = {name: self.shapes[name] for name in self.inputs}
+        names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
+        return {name: getattr(self, name) for name in names} | {"inputs": inputs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._arguments()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "shapes" in state:  # pickled by an older version, with all attributes
+            state = {name: state[name] for name in ("nodes", "names", "metadata", "wires", "outputs", "patches")} | {
+                "inputs": {name: state["shapes"][name] for name in state["inputs"]}
+            }
+        self.__init__(**state, _warn=False)
+
+    def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
+        """Run the network from the cells' initial states and return its output: `run` without states.
+
+        Args:
+            x: `[B, T, I]`, or the inputs by name or in order, as for `run`.
+            mask: `[B, T]`, as for `run`.
+            lengths: `[B]`, as for `run`, instead of a mask.
+
+        Returns:
+            `[B, T, W]`, or `[B, W]` if a node removes the time axis; a tuple of these if there are several outputs.
+        """
+        if mask is None and lengths is None and type(x) is np.ndarray and (call := self._one_call) is not None:
+            stack, work = call
+            many = x.size * work >= 2 * native.THREAD_WORK
+            y = stack.run(x, processors() if many else 1)
+            if y is not None:
+                return y
+        return self.run(x, mask=mask, lengths=lengths)[0]
+
+    @cached_property
+    def _one_call(self) -> tuple[Any, float] | None:
+        """The network as one call of the kernel, which has little overhead, and its multiplications per number of x.
+
+        None if the network needs several calls.
+        """
+        call = self.calls.whole
+        if call is None:
+            return None
+        work = sum(node.multiplications for node in self.nodes) / (self.input_size or 1)
+        return native.stack([layer.packed for layer in call.layers], call.timed, call.last_step), work
+
+    def run(
+        self,
+        x: Any,
+        state: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+        reset: Any = None,
+        threads: int | None = None,
+        *,
+        weights: str | None = None,
+        record: Recording | None = None,
+    ) -> tuple[Any, tuple[CellState, ...]]:
+        """Run the network over a batch of sequences.
+
+        Args:
+            x: `[B, T, I]`, array-like of real numbers, which are cast to the network's dtype (also float64 to float32).
+                Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and keep their dtype. Several inputs
+                are a dict by name, or a tuple in order.
+            state: a state per cell in the order of `cells`: `State(h, c)` for an LSTM and `HiddenState(h)` for the
+                others, or a pair of arrays, each `[B, H]`; or all arrays in one flat list. With one cell the outer
+                tuple may be omitted. None, for all or for one cell: the cell's initial state, which is zeros
+                unless it is learned. A cell that starts from values of the network has to be None.
+            mask: `[B, T]` of bool, True: the step is used; None: all steps are. The mask applies to every input with a
+                time axis; a dict by name sets one per input.
+            lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
+            reset: `[B, T]` of bool, True: a new piece of the sequence begins at this step. Before it, every state is
+                set to the cell's initial state, even if `state` is given. A backward node runs each piece from its end,
+                the last piece from `state`. None: no resets. `lengths` and `reset` may be dicts like `mask`. Not
+                supported for inputs of a node that starts from values of the network.
+            threads: the number of threads that the kernel may use; None: chosen by the number of processors and the
+                amount of work.
+            weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the same bits
+                as in a `Stream`; None: the network's own. The weights are packed at the first such run.
+            record: a recording to fill with the gates, c and h of each cell at every step and the values between the
+                nodes. The results have the same bits. `trace` is the public interface to it.
+
+        Returns:
+            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` if a node removes the time axis; a tuple of these if there are
+            several outputs. `state` is a tuple of one state per cell, after the last step (the initial one if T = 0).
+            The caller owns all arrays.
+
+        Raises:
+            ShapeError: a wrong rank, width, batch or number of states.
+            TypeError: values that aren't real numbers; both mask and lengths; bfloat16 or int8 for a float64 network.
+            ValueError: threads below 1 or above 2^31 - 1; unknown weights; ids out of range; resets for a node that
+                combines steps.
+        """
+        return run(self, x, state, mask, lengths, reset, threads, weights, record)
+
+    def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
+        """Return the inputs by name as arrays of real numbers, cast to the network's dtype except for ids.
+
+        Args:
+            owner: the function or class, for error messages.
+            x: as for `run`.
+
+        Raises:
+            TypeError: values that aren't real numbers, or missing or unknown inputs.
+        """
+        names = self.inputs
+        if isinstance(x, Mapping):
+            if x.keys() != set(names):
+                raise TypeError(f"{owner}: expected the inputs {', '.join(names)}, got {', '.join(map(str, x))}")
+            values = [x[name] for name in names]
+        elif len(names) == 1:
+            values = [x]
+        elif isinstance(x, (tuple, list)) and len(x) == len(names):
+            values = list(x)
+        else:
+            got = f"{len(x)} values" if isinstance(x, (tuple, list)) else type(x).__name__
+            raise TypeError(f"{owner}: expected the inputs {', '.join(names)}, by name or in order, got {got}")
+        ids = self.graph.ids
+        return {
+            name: as_numbers(owner, name, value) if name in ids else as_floats(owner, name, value, self.dtype)
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def trace(
+        self,
+        x: Any,
+        state: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+        reset: Any = None,
+        threads: int | None = None,
+        *,
+        nodes: str | Iterable[str] | None = None,
+        units: Any = None,
+        steps: Any = None,
+        pre: bool = False,
+        in_memory: int = 1 << 30,
+    ) -> NetworkTrace:
+        """Run the network like `run`, and return all nodes' inputs and outputs and the cells' gates and states.
+
+        `y` and the state have the same bits as with `run`.
+
+        Args:
+            x, state, mask, lengths, reset, threads: see `run`.
+            nodes: the names of the nodes to keep; None: all.
+            units: the units of the cells to keep, a slice or indices; None: all.
+            steps: the steps to keep, a slice or indices, of all values with a time axis of T; None: all.
+            pre: also keep the pre-activations of the gates; a trace of all units and steps can compute them later.
+            in_memory: the size in bytes up to which gates and states are kept in memory; larger traces use a
+                memory-mapped file, which is deleted with the trace.
+
+        Returns:
+            A mapping from the names of the nodes to their inputs, outputs, gates and states, such as `t["layer_0"].f`,
+            each `[B, T, H]`; with the attributes `y` and `state`.
+
+        Raises:
+            ShapeError, TypeError, ValueError: see `run`; also an unknown node.
+            IndexError: a unit or a step out of range.
+        """
+        run = {"mask": mask, "lengths": lengths, "reset": reset, "threads": threads}
+        return _trace()(self, x, state, run, nodes, units, steps, pre, in_memory)
+
+    def edit(self, patches: Patch | Iterable[Patch]) -> Network:
+        """Return the network with additional patches, which change gates and states during a run.
+
+        The result is a Network with the same arrays, which can be run, traced, streamed, pooled, and saved in the
+        native format (other formats don't support patches). If two patches change the same value, the later one is
+        applied to the result of the earlier one.
+
+        Args:
+            patches: a `Patch`, or several in the order in which they are applied.
+
+        Returns:
+            A new network.
+
+        Raises:
+            TypeError: an object that isn't a patch.
+            ValueError: an unknown node, cell or gate.
+            IndexError: units out of range. A run checks the rows and steps.
+
+        >>> from cellstack import Cell, CellSpec, Patch, Recurrent
+        >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
+        >>> net = Network([Recurrent((cell,))])
+        >>> patched = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
+        >>> patched(np.ones((1, 3, 1)))[0, :, 1]
+        array([0.5, 0.5, 0.5])
+        """
+        if not isinstance(patches, (Patch, Iterable)):
+            raise TypeError(f"Network: expected a Patch or several, got {type(patches).__name__}")
+        own = (patches,) if isinstance(patches, Patch) else tuple(patches)
+        return self._with(self.nodes, self.patches + own)
+
+    @property
+    def unedited(self) -> Network:
+        """The network without patches."""
+        return self._with(self.nodes, ()) if self.patches else self
+
+    @property
+    def weights(self) -> str:
+        """The number format of the cells' matrices: the network's dtype, or `"bfloat16"` if any cell has that."""
+        return "bfloat16" if any(cell.weights == "bfloat16" for cell in self.cells) else self.dtype.name
+
+    def with_weights(self, weights: str) -> Network:
+        """Return the network with the matrices of its cells stored in another number format, in memory and in files.
+
+        Its results are bit for bit those of `run(…, weights=weights)` of this network: x and h are rounded like the
+        matrices in products, sums and states are float32. Other weights, such as of dense layers, don't change. The
+        native format stores bfloat16 matrices as such; other formats and C get the same values as float32.
+
+        Args:
+            weights: `"bfloat16"`: round each number to the nearest bfloat16 (8 bits of precision, two bytes);
+                `"float32"`: convert bfloat16 to float32, without a change of the values.
+
+        Returns:
+            A new network.
+
+        Raises:
+            ValueError: an unknown format.
+            TypeError: bfloat16 for a float64 network.
+
+        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
+        >>> net = Network([Recurrent((cell,))])
+        >>> small = net.with_weights("bfloat16")
+        >>> small
+        Network of float32: [B, T, 1] -> [B, T, 2], 24 numbers
+          layer_0  Recurrent  LSTM 1 -> 2 (no bias, matrices in bfloat16)  [B, T, 2]  24
+        >>> x = np.ones((1, 3, 1))
+        >>> bool((small(x) == net.run(x, weights="bfloat16")[0]).all())
+        True
+        """
+        return self._with(tuple(node.with_weights(weights) for node in self.nodes), self.patches)
+
+    def _with(self, nodes: tuple[Node, ...], patches: tuple[Patch, ...]) -> Network:
+        return Network(**{**self._arguments(), "nodes": nodes, "patches": patches}, _warn=False)
+
+    def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:
+        """Return a `Stream` that runs this network step by step.
+
+        Args:
+            batch: the number of sequences that run in parallel.
+            threads: the number of threads for calls with enough work.
+            weights: the number format of the cells' matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`;
+                None: the network's own.
+
+        Returns:
+            A stream with its own state, which starts as the cells' initial state. Streams share the network's weights.
+
+        Raises:
+            ValueError: a node needs the whole sequence (the message names it); unknown weights.
+            TypeError: bfloat16 or int8 for a float64 network.
+
+        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
+        >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
+        (1, 4)
+        """
+        from cellstack.streaming.stream import Stream  # imported here because streaming depends on networks
+
+        return Stream(self, batch, threads, weights)
+
+    def pool(self, capacity: int, threads: int = 1, weights: str | None = None) -> Sessions:
+        """Return a `Sessions`: a pool of sessions that are opened and closed at any time, and stepped in batches.
+
+        Args:
+            capacity: the largest number of open sessions.
+            threads: the number of threads that the kernel may use for a step.
+            weights: the number format of the cells' matrices, as for `stream`.
+
+        Returns:
+            A pool without open sessions. Pools and streams share the network's weights.
+
+        Raises:
+            ValueError: a node that can't be streamed (the message names it); a number out of range; unknown weights.
+            TypeError: bfloat16 or int8 for a float64 network.
+        """
+        from cellstack.streaming.sessions import Sessions  # imported here, like Stream
+
+        return Sessions(self, capacity, threads, weights)
+
+    @property
+    def task(self) -> str | None:
+        """What `cellstack.train` trained the network for: classify, regress, forecast or text; None for others."""
+        task = self.metadata.get("task")
+        return task if task in TASKS else None
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """The classes, in the order of the outputs; () unless the network was trained to classify."""
+        return tuple(self.metadata.get("labels") or ()) if self.task == "classify" else ()
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The names of the input's channels, as many as its width; () if they aren't known."""
+        from cellstack.train.trained import channels  # imported here because training depends on networks
+
+        return channels(self)
+
+    def predict(
+        self, data: Any, y: Any = None, *, id: Any = None, time: Any = None, threads: int | None = None, **options: Any
+    ) -> Any:
+        """Predict for new data what the network was trained for: classes, numbers, forecasts or a text's continuation.
+
+        Needs no torch. The data is read as in training: missing values, the columns of a table and their format, the
+        names of classes and the units of numbers. `task` determines what is predicted:
+
+        - `"classify"`, `"regress"`: the class or the numbers of each sequence, or of each of its steps, as
+          `Predictions`: a sequence of them with `probabilities`, `scores` and `to_frame`. The data is anything that
+          `train.fit` takes; the columns of a table may be in another order.
+        - `"forecast"`: the steps after the last rows of a table, or after the row `origin=`, as `Forecasts` with
+          dates, ids, quantiles, `to_frame`, and `scores` if the table has later rows. The data is a pandas or polars
+          frame, a table's file, or a `Table`.
+        - `"text"`: the text that follows a prompt, without the prompt. A str is always a prompt; a `pathlib.Path` is a
+          file that contains it.
+        - None, for networks that `cellstack.train` didn't train: the outputs, `[N, …]`, for arrays, lists of sequences,
+          or files of them; a list of arrays if the outputs have a time axis and the lengths differ.
+
+        Args:
+            data: see above.
+            y: the true values, if known, in the form that `train.fit` takes; then `scores` compares them with the
+                predictions. Of a frame it is the name of the column. None: what a file contains, or the column of the
+                training's classes or numbers, if a table has it.
+            id, time: columns of a table, as in `train.fit`; None: as in training.
+            threads: the number of threads that the kernel may use.
+            options: `origin`, and the options of `train.read_table`, for forecasts; `length`, `temperature`, `top_k`,
+                `top_p`, `seed`, `stop` for texts, see `train.generate`; `day_first`, `date_format`, `decimal`,
+                `encoding` of a file that is a table. Those of a table are as in training where they aren't given.
+
+        Returns:
+            See above.
+
+        Raises:
+            ValueError: data of another kind or width than the network takes, or an option that doesn't apply to it.
+            TypeError: an unknown option.
+            OSError: a file that can't be read.
+
+        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
+        >>> net = Network([Recurrent((cell,), return_sequences=False)])
+        >>> net.predict([np.ones((5, 3)), np.ones((7, 3))]).shape
+        (2, 4)
+        """
+        from cellstack.train.predict import predict  # imported here because training depends on networks
+
+        return predict(self, data, y, id=id, time=time, threads=threads, **options)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the network to a file atomically; the suffix determines the format.
+
+        Args:
+            path: the file, which is replaced if it exists; `.safetensors` is the native format.
+
+        Raises:
+            ValueError: an unknown suffix.
+            OSError: the file can't be written.
+        """
+        from cellstack import formats  # imported here because formats depend on networks
+
+        formats.save(self, path)
+
+    def export_c(self, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
+        """Write the network as C code without dependencies: `name.h` and `name.c`, with init, reset and step.
+
+        Args:
+            directory: the directory, which is created if it doesn't exist.
+            name: the name of the files, and the prefix of all names in them.
+
+        Returns:
+            The paths of the header and of the source.
+
+        Raises:
+            ValueError: a node that can't be streamed or written as C (the message names it); an invalid C identifier.
+            OSError: the files can't be written.
+        """
+        from cellstack.formats import c  # imported here because formats depend on networks
+
+        return c.export(self, directory, name)
+
+    def plan(self) -> Plan:
+        """Return the cost of each node and which implementation runs it, one line per node, and the total cost.
+
+        A node's inputs are listed unless its input is the node before; initial states come last. The cost of a step of
+        the node's output is the number of multiplications by parameters and the bytes of parameters read, without
+        activations and without products of two values.
+
+        Returns:
+            The lines.
+        """
+        return plan_lines(self)
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+
+@cache
+def _trace() -> Callable[..., NetworkTrace]:
+    """Return the trace function, imported on demand because it depends on networks, and cached to keep calls fast."""
+    from cellstack.inspect.trace import trace
+
+    return trace
+
+
+def _patched(
+    nodes: tuple[Node, ...], names: tuple[str, ...], patches: tuple[Patch, ...]
+) -> tuple[CellPatches | None, ...]:
+    """Return the patches of each cell, in the order of the cells; empty without patches."""
+    for patch in patches:
+        if not isinstance(patch, Patch):
+            raise TypeError(f"Network: expected a Patch, got {type(patch).__name__}")
+        if patch.node not in names:
+            raise ValueError(f"Network: expected patches of {', '.join(names)}, got one of {patch.node!r:.80}")
+        count = len(nodes[names.index(patch.node)].cells)
+        if not count:
+            raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
+        if patch.cell is None and count > 1:
+            raise ValueError(
+                f"Network: {patch.node!r} has {count} cells: expected cell=0 to {count - 1} (bottom first, forward "
+                f"before backward) in {patch}"
+            )
+        if patch.cell is not None and patch.cell >= count:
+            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
+    found = []
+    for name, node in zip(names, nodes, strict=True):
+        for place, cell in enumerate(node.cells):
+            own = [patch for patch in patches if patch.node == name and (patch.cell or 0) == place]
+            for patch in own:
+                patch.check(cell.spec)
+            found.append(CellPatches(cell.spec, own) if own else None)
+    return tuple(found) if patches else ()
+
+
+def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:
+    """Return, for each cell, a text about the values that it starts from; "" if there are none."""
+    found: list[str] = []
+    for node, name, sources in zip(nodes, names, graph.wires, strict=True):
+        starts = node.apart(sources)[1]
+        found += [f"{name} starts from {', '.join(starts)}" if starts else ""] * len(node.cells)
+    return tuple(found)
+
+
+def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:
+    if not nodes:
+        raise ShapeError("Network: expected at least one node, got none")
+    for number, node in enumerate(nodes):
+        if not isinstance(node, Node):
+            raise TypeError(f"Network: expected node {number} to be a node, got {type(node).__name__}")
+    if names is None:
+        return tuple(f"layer_{number}" for number in range(len(nodes)))
+    names = tuple(names)
+    if len(names) != len(nodes) or len(set(names)) != len(names):
+        raise ValueError(f"Network: expected {len(nodes)} different names, one per node, got {list(names)}")
+    for name in names:
+        check_name("name", name)
+    return names
+
+
+def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a private copy of `metadata`, in the form in which a file restores it."""
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+        raise TypeError("Network: expected metadata to be a dict with strings as keys")
+    try:
+        return json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"Network: expected metadata that JSON can hold, without NaN: {error}") from error

@@ -1,0 +1,130 @@
+"""Activations that only nodes have, in addition to those of cells, and the derivatives of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import reference, spec
+
+Array = NDArray[Any]
+
+
+def softmax(z: Array) -> Array:
+    """Softmax over the last axis, shifted by the largest value so that nothing overflows."""
+    z = np.ascontiguousarray(z)  # else the order of summation, and with it the rounding, depends on the layout
+    e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # np.max has more overhead, which a stream notices
+    np.exp(e, out=e)
+    e /= np.add.reduce(e, axis=-1, keepdims=True)
+    return e
+
+
+def _log_softmax(z: Array) -> Array:
+    z = np.ascontiguousarray(z)
+    z = z - np.maximum.reduce(z, axis=-1, keepdims=True)
+    return z - np.log(np.add.reduce(np.exp(z), axis=-1, keepdims=True))
+
+
+_sigmoid = reference.ACTIVATIONS["sigmoid"][0]
+
+
+def _silu(z: Array) -> Array:
+    return z * _sigmoid(z)
+
+
+_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf; this takes some 0.1 us per number
+
+
+def _gelu(z: Array) -> Array:
+    return z * (0.5 + 0.5 * np.asarray(_erf(z * math.sqrt(0.5)), z.dtype))
+
+
+def _gelu_tanh(z: Array) -> Array:
+    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
+
+
+def _selu(z: Array) -> Array:
+    return SELU_SCALE * np.where(z > 0.0, z, SELU_ALPHA * np.expm1(np.minimum(z, 0.0)))
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "softmax": softmax,
+    "log_softmax": _log_softmax,
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "selu": _selu,
+    "exponential": np.exp,
+    "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
+}
+"""Activations of nodes in addition to those of cells, `spec.ACTIVATIONS`; they run in NumPy, not in the kernel.
+
+    softmax      e^z over its sum along the last axis      log_softmax  its logarithm
+    silu         z·sigmoid(z)                              selu         1.0507·(z, or 1.6733·(e^z - 1) where negative)
+    gelu         z·(1 + erf(z/sqrt 2))/2                   gelu_tanh    gelu with a tanh approximation of erf
+    exponential  e^z                                       relu6        min(max(z, 0), 6)
+
+Ref: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; Klambauer et al. 2017, "Self-Normalizing Neural
+Networks", eq. 2.
+"""
+
+
+@lru_cache(maxsize=256)
+def activation_function(text: str) -> Callable[[Array], Array]:
+    """Return the function of an activation in `MORE_ACTIVATIONS`, or of one that `spec.activation` parses."""
+    if text in MORE_ACTIVATIONS:
+        return MORE_ACTIVATIONS[text]
+    name, alpha, beta = spec.activation(text)
+    function = reference.ACTIVATIONS[name][0]
+    return lambda z: function(z, alpha, beta)
+
+
+def _gelu_slope(z: Array) -> Array:
+    share = np.where(z == 0, 0.5, activation_function("gelu")(z) / np.where(z == 0, 1, z))  # (1 + erf(z/sqrt 2))/2
+    return share + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+
+
+def _gelu_tanh_slope(z: Array) -> Array:
+    rate = np.sqrt(2 / np.pi)
+    t = np.tanh(rate * (z + 0.044715 * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * rate * (1 + 3 * 0.044715 * z * z)
+
+
+SLOPES: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z))),
+    "gelu": _gelu_slope,
+    "gelu_tanh": _gelu_tanh_slope,
+    "selu": lambda z: SELU_SCALE * np.where(z > 0, 1, SELU_ALPHA * np.exp(np.minimum(z, 0))),
+    "exponential": np.exp,
+    "relu6": lambda z: ((z > 0) & (z < 6)) * 1.0,
+}
+
+
+def activation_gradient(text: str, z: Array, dy: Array) -> Array:
+    """Return the gradient of an activation's input, z."""
+    if text in ("softmax", "log_softmax"):
+        y = softmax(z)
+        total = (dy * y).sum(axis=-1, keepdims=True) if text == "softmax" else dy.sum(axis=-1, keepdims=True)
+        return y * (dy - total) if text == "softmax" else dy - y * total
+    if text in SLOPES:
+        return dy * SLOPES[text](z)
+    name, alpha, beta = spec.activation(text)
+    function, slope = reference.ACTIVATIONS[name]
+    return dy * slope(z, function(z, alpha, beta), alpha, beta)
+
+
+def check_activation(owner: str, text: Any) -> str:
+    """Return the activation `text` in its shortest form; `ValueError` if it is unknown."""
+    if isinstance(text, str) and text in MORE_ACTIVATIONS:
+        return text
+    try:
+        return str(spec.activation(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{owner}: activation: {error} (or {', '.join(MORE_ACTIVATIONS)})") from None

@@ -1,0 +1,75 @@
+"""What a run records of the cells and of the values between the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import native
+from cellstack.nodes.base import Array, CellState, Flow
+from cellstack.spec import CellSpec
+
+if TYPE_CHECKING:
+    from cellstack.nodes.patches import CellPatches
+
+
+class Record(NamedTuple):
+    """The input, gates and states of a cell at every step of a call, in the order of time for either direction."""
+
+    gates: Array
+    """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
+    c: Array | None
+    """`[B, T, H]`; None for a kind without c."""
+    h: Array
+    """`[B, T, P]`, before a residual is added and before masked steps are set to zero."""
+    x: Array
+    """`[B, T, I]`."""
+    before: CellState | None
+    """The state before the first processed step; None: the cell's initial state."""
+    mask: NDArray[np.bool_] | None
+    """`[B, T]`, or None."""
+    reset: NDArray[np.bool_] | None
+    """`[B, T]`: True where the state was set to the initial state before this step was processed; or None."""
+    reverse: bool
+    """Whether it ran from the last step to the first."""
+    patches: CellPatches | None = None
+    """The patches that were applied to the cell."""
+
+
+class Recording(list[Record | None]):
+    """A recording of a run: the `Record` of each cell, in the order of `Network.cells`.
+
+    Args:
+        cells: the indices of the cells to record; the entries of the others are None. None: all cells.
+        empty: the function that allocates an array, given a shape and a dtype.
+
+    Attributes:
+        flows: the values between the nodes, by the names of the inputs and nodes.
+    """
+
+    def __init__(
+        self,
+        cells: Collection[int] | None = None,
+        empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty,
+    ) -> None:
+        super().__init__()
+        self._cells, self._empty = cells, empty
+        self.flows: dict[str, Flow] = {}
+
+    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Any]:
+        """Allocate the arrays for a cell's results at every step, by their names in `native.Layer`.
+
+        Args:
+            number: the index of the cell, counted from the first one without an entry here.
+            spec, batch, steps, dtype: the cell, and the sizes of the call.
+        """
+        place, cells = len(self) + number, self._cells
+        kept = ("gates", "states", "y")
+        if cells is not None and place not in cells:
+            if place + 1 not in cells:
+                return {}
+            kept = ("y",)
+        return native.results(spec, batch, steps, lambda shape: self._empty(shape, dtype), kept)
