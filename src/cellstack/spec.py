@@ -163,7 +163,8 @@ class CellSpec:
     Args:
         input_size: number I of input features.
         units: number H of units.
-        activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`.
+        activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`. None:
+            "tanh", and "positive" of a minGRU and a minLSTM.
         recurrent_activation: activation of the other gates.
         use_bias: whether the pre-activations have a bias.
         kind: the kind of cell, a name in `cellstack.cells.KINDS`: "lstm", "gru", "rnn" …
@@ -183,7 +184,7 @@ class CellSpec:
 
     input_size: int
     units: int
-    activation: str = "tanh"
+    activation: str = None  # pyright: ignore[reportAssignmentType]  # that of the kind
     recurrent_activation: str = "sigmoid"
     use_bias: bool = True
     kind: str = "lstm"
@@ -204,6 +205,8 @@ class CellSpec:
         if not isinstance(self.kind, str) or self.kind not in GATES:
             raise ValueError(f"CellSpec: expected kind to be one of {', '.join(GATES)}, got {self.kind!r}")
         for field in fields(self):
+            if getattr(self, field.name) is None and field.name in self.of_kind.settings:
+                object.__setattr__(self, field.name, self.of_kind.settings[field.name].default)
             convert = _CONVERTERS.get(field.type)
             if convert is not None:
                 object.__setattr__(self, field.name, convert("CellSpec", field.name, getattr(self, field.name)))
@@ -382,7 +385,8 @@ _CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
 
 
 def _usual_values(spec: CellSpec) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(spec)}
+    settings = spec.of_kind.settings
+    return {field.name: settings.get(field.name, field).default for field in fields(spec)}
 
 
 def _canonical(name: str, text: str) -> str:

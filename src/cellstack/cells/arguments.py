@@ -253,7 +253,7 @@ class Signature(NamedTuple):
 def signature(kind: Kind, of: str) -> Signature:
     """Return the arguments of the `"cell"`, `"layer"` or `"keras"` layer of a kind."""
     shared, keyword, own = (
-        {argument.name: argument for argument in some if of in argument.of and argument.name not in kind.lacks}
+        {one.name: kind.own(one) for one in some if of in one.of and one.name not in kind.lacks}
         for some in (POSITIONAL, KEYWORD, kind.flags)
     )
     positional = [argument for argument in shared.values() if argument.name not in kind.positions]

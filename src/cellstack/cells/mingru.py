@@ -34,6 +34,6 @@ MIN_GRU = Kind(
     trace=MinGRUTrace,
     step=step,
     recurrent=False,
-    activation="positive",
+    defaults={"activation": "positive"},
     ref='Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.1 and appendix B.3',
 )

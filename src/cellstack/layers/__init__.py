@@ -11,14 +11,16 @@ for a tensor on another device. Dropout and zoneout follow the module's `train()
 input is converted to the weights' dtype, in which the kernel computes.
 """
 
+from cellstack.cells.mingru import MinGRUTrace
+from cellstack.cells.minlstm import MinLSTMTrace
 from cellstack.spec import check_installed
 
 check_installed("cellstack.layers", "torch", "torch")
 
 from cellstack.layers.base import apply_constraints, losses
 from cellstack.layers.bidirectional import Bidirectional
-from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
-from cellstack.layers.kinds import GRU, LSTM, SimpleRNN
+from cellstack.layers.cells import GRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell
+from cellstack.layers.kinds import GRU, LSTM, MinGRU, MinLSTM, SimpleRNN
 from cellstack.layers.rnn import RNN
 from cellstack.layers.stack import StackedRNNCells
 from cellstack.layers.time_distributed import TimeDistributed
@@ -34,6 +36,12 @@ __all__ = [
     "GRUTrace",
     "HiddenState",
     "LSTMCell",
+    "MinGRU",
+    "MinGRUCell",
+    "MinGRUTrace",
+    "MinLSTM",
+    "MinLSTMCell",
+    "MinLSTMTrace",
     "RNNTrace",
     "ShapeError",
     "SimpleRNN",
