@@ -161,7 +161,9 @@ class Recurrent(keras.layers.Layer):
         """Return the constructor's arguments by name."""
         made = {name: value and _table(name).serialize(value) for name, value in self._made.items()}
         activity = keras.regularizers.serialize(self.activity_regularizer) if self.activity_regularizer else None
-        given = {**self._given, "units": self.units, "gate_activations": dict(self._spec.gate_activations)}
+        given = {**self._given, "units": self.units}
+        if "gate_activations" in given:
+            given["gate_activations"] = dict(self._spec.gate_activations)
         return {**super().get_config(), **given, **made, "activity_regularizer": activity}
 
 

@@ -81,7 +81,8 @@ class Cell(Layer):
             given["proj_size"] = as_integer(self._owner, "proj_size", given["proj_size"])
         self._functions, self._foreign, spec = self._described(given)
         self._describe(spec)
-        self.activation, self.recurrent_activation = given["activation"], given.get("recurrent_activation", "sigmoid")
+        self.activation = given.get("activation", spec.activation)
+        self.recurrent_activation = given.get("recurrent_activation", spec.recurrent_activation)
         self.use_bias = spec.use_bias
         self.output_size = spec.output_size
         sizes = list(spec.state_sizes.values())
@@ -115,7 +116,7 @@ class Cell(Layer):
         The description has width 1, to check the flags before there is an input. Activations that the kernel lacks are
         linear in it.
         """
-        by_gate = given["gate_activations"]
+        by_gate = given.get("gate_activations", ())
         try:
             by_gate = dict(by_gate.items() if isinstance(by_gate, Mapping) else by_gate)
         except (TypeError, ValueError):
@@ -131,12 +132,14 @@ class Cell(Layer):
                 raise type(error)(f"{self._owner}: {key}: {error}{hint}") from None
             texts[key] = name if eager.known(name) else "linear"
         fields = {name: given[name] for name in KINDS[self.kind].settings} | {key: texts[key] for key in usual}
-        fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
+        if "gate_activations" in fields:
+            fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
         try:
             spec = CellSpec(1, kind=self.kind, **fields)
         except (ShapeError, TypeError, ValueError) as error:
             raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
-        chosen = [by_gate.get(slot, usual[spec.of_kind.activation(slot)]) for slot in spec.slots]
+        arguments = {slot: spec.of_kind.activation(slot) for slot in spec.slots}
+        chosen = [by_gate.get(slot, usual.get(name, getattr(spec, name))) for slot, name in arguments.items()]
         names = [(eager.activation_name(value), value) for value in chosen]
         foreign = [
             name or getattr(value, "__name__", type(value).__name__) for name, value in names if not eager.known(name)
