@@ -36,7 +36,7 @@ MIN_LSTM = Kind(
     trace=MinLSTMTrace,
     step=step,
     recurrent=False,
-    without=("recurrent_activation",),  # σ keeps f + i above 0
+    without=("recurrent_activation", "gate_activations"),  # σ keeps f + i above 0
     defaults={"activation": "positive"},
     ref='Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.2 and appendix B.3',
 )
