@@ -58,7 +58,7 @@ guard: $(VENV)/ready  ## the compiler's memory, and the kernel's instructions (v
 
 clean:  ## remove what the targets created
 	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready:
 	$(PYTHON) -m venv $(VENV)

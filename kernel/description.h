@@ -41,6 +41,7 @@ enum ActivationCode : int {
     kLeakyRelu,
     kThresholdedRelu,
     kScaledTanh,
+    kSigmoidLinear,
     kActivations
 };
 
@@ -87,7 +88,8 @@ struct Description {
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {
         for (int k = 0; kind->slots[k]; ++k)
-            if (activations[k].code != (kind->slots[k] == 't' ? kTanh : kSigmoid)) return false;
+            if (kind->slots[k] != '-' && activations[k].code != (kind->slots[k] == 't' ? kTanh : kSigmoid))
+                return false;
         return true;
     }
     // Whether the cell has no flag, so that it can take the path by blocks.

@@ -13,7 +13,8 @@ constexpr int kMostGates = 4;
 struct Kind {
     const char* name;
     int gates;                // each has a block of H columns in every matrix
-    const char* slots;        // default activations of the gates, and of c if h = o·φ(c): s (sigmoid) or t (tanh)
+    const char* slots;        // activations of the gates, and of c if h = o·φ(c): by default sigmoid (s) or tanh (t),
+                              // which have a specialised copy of each routine; any (-)
     int in_rows[kMostGates];  // the positions of the gates' blocks in PyTorch's layout
     int states;               // h and inner states; 0: a layer without a state
     bool recurrent;           // whether the sums of the gates include a product with h
@@ -23,11 +24,13 @@ struct Kind {
 };
 
 // clang-format off
-#define CELLSTACK_KINDS(KIND)                                                                            \
-    /*   struct     name    gates slots    in rows      states  recurrent resets  normed  blocks */      \
-    KIND(Lstm,      "lstm", 4,    "sstst", {0, 1, 2, 3}, 2,     true,     false,  0,      true)          \
-    KIND(Gru,       "gru",  3,    "sst",   {1, 0, 2},    1,     true,     true,   2,      false)         \
-    KIND(SimpleRnn, "rnn",  1,    "t",     {0},          1,     true,     false,  0,      false)
+#define CELLSTACK_KINDS(KIND)                                                                                  \
+    /*   struct     name       gates slots    in rows       states  recurrent  resets  normed  blocks */      \
+    KIND(Lstm,      "lstm",    4,    "sstst", {0, 1, 2, 3}, 2,      true,      false,  0,      true)          \
+    KIND(Gru,       "gru",     3,    "sst",   {1, 0, 2},    1,      true,      true,   2,      false)         \
+    KIND(SimpleRnn, "rnn",     1,    "t",     {0},          1,      true,      false,  0,      false)         \
+    KIND(MinGru,    "mingru",  2,    "s-",    {0, 1},       1,      false,     false,  0,      false)         \
+    KIND(MinLstm,   "minlstm", 3,    "ss-",   {0, 1, 2},    1,      false,     false,  0,      false)
 // clang-format on
 
 // The position of a kind in the table.

@@ -2,4 +2,6 @@
 #pragma once
 #include "gru.h"
 #include "lstm.h"
+#include "mingru.h"
+#include "minlstm.h"
 #include "rnn.h"

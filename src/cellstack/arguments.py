@@ -82,7 +82,7 @@ def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: st
 
 
 def as_states(
-    owner: str, state: Any, cells: Sequence[Cell], batch: int, started: Sequence[str] = ()
+    owner: str, state: Any, cells: Sequence[Cell], batch: int, sources: Sequence[str] = ()
 ) -> tuple[CellState | None, ...]:
     """Return one state per cell, contiguous and of the cell's dtype; None for a cell whose state isn't given.
 
@@ -94,7 +94,7 @@ def as_states(
         state: a state or None per cell; None: no states.
         cells: the cells in order.
         batch: the number of rows.
-        started: for each cell, which values of the network it starts from, for error messages; "" if none. The state
+        sources: for each cell, which values of the network it starts from, for error messages; "" if none. The state
             of such a cell can't be given.
 
     Raises:
@@ -112,8 +112,8 @@ def as_states(
         if parts is None:
             states.append(None)
             continue
-        if started and started[layer]:
-            raise ShapeError(f"{owner}: expected None as the {where}, because {started[layer]}, got a state")
+        if sources and sources[layer]:
+            raise ShapeError(f"{owner}: expected None as the {where}, because {sources[layer]}, got a state")
         if not isinstance(parts, Sequence) and not _is_array(parts):
             raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
         parts = (parts,) if _is_array(parts) else parts

@@ -25,7 +25,7 @@ def state_of(node: str, state: str) -> str:
 
 
 class StateValue(NamedTuple):
-    """A state that is used as a value: the value's name, the index of the cell in its node, and "h" or "c"."""
+    """A state that is used as a value: the value's name, the index of the cell in its node, and the state's name."""
 
     value: str
     cell: int

@@ -282,8 +282,9 @@ class CellSpec:
 
     @cached_property
     def state_sizes(self) -> dict[str, int]:
-        """Width of each array of the state, by name: h, and c for an LSTM."""
-        return {name: self.output_size if name == "h" else self.units for name in STATES[self.kind]._fields}
+        """Width of each array of the state, by name: h, and others such as an LSTM's c."""
+        names = STATES[self.kind]._fields
+        return {name: self.output_size if name == "h" else self.units for name in names}
 
     @cached_property
     def planes(self) -> int:
@@ -296,7 +297,8 @@ class CellSpec:
     @cached_property
     def norm_size(self) -> int:
         """How many numbers the kernel saves per step and row for layer normalisation; 0 without it."""
-        return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
+        products = sum(name in self.shapes for name in ("kernel_gain", "recurrent_gain"))
+        return products * (len(self.gates) * self.units + 2)
 
     @property
     def two_biases(self) -> bool:

@@ -13,7 +13,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import cellstack
 from cellstack.cells import KINDS
-from cellstack.cells.arguments import constructor, signature
+from cellstack.cells.arguments import constructor
 
 SOURCE = Path(cellstack.__file__).parent
 MODULES = {"layers.cells": "cell", "layers.kinds": "layer", "keras.layers": "keras"}
@@ -33,7 +33,7 @@ def stub(module):
             continue
         base, kind = cls.__base__, KINDS[cls.kind]
         imports.add(f"from {base.__module__} import {base.__name__}")
-        body = [f"{constructor(signature(kind, of), of)}: ..."]
+        body = [f"{constructor(kind, of)}: ..."]
         if of == "layer":
             body.insert(0, f"cell: {cls.cell_type.__name__}")
             imports.add(f"from {cls.cell_type.__module__} import {cls.cell_type.__name__}")

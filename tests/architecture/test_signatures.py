@@ -2,8 +2,9 @@
 
 import inspect
 import typing
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import stubs
@@ -11,6 +12,7 @@ import stubs
 from cellstack import layers
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, REQUIRED, signature
+from cellstack.cells.base import usual_shapes
 from cellstack.spec import CellSpec
 
 CLASSES = {
@@ -55,6 +57,15 @@ def test_a_subclass_may_have_its_own_constructor():
     assert list(inspect.signature(Named).parameters) == ["units", "note"]
     assert Named(4, "a").get_config() == layers.GRU(4, return_sequences=True).get_config()
 
+    class Fixed(layers.GRUCell):
+        kind = "gru"
+
+        def __init__(self, units):
+            super().__init__(units, clip=2.0)
+
+    assert list(inspect.signature(Fixed).parameters) == ["units"]
+    assert Fixed(4).get_config() == layers.GRUCell(4, clip=2.0).get_config()
+
 
 def test_cell_spec_has_the_declared_fields():
     declared = {one.name: one for kind in KINDS.values() for one in kind.settings.values()}
@@ -76,5 +87,19 @@ def test_names_that_a_kind_lacks_or_places_are_arguments():
         assert shared.issuperset(kind.lacks)
         assert {*shared, *own}.issuperset(kind.positions)
         for of in ("cell", "layer", "keras"):
-            names = [argument.name for argument in signature(kind, of).all]
+            names = [argument.name for some in signature(kind, of) for argument in some]
             assert len(names) == len(set(names))
+
+
+def test_a_kind_without_a_recurrent_product_has_no_arguments_or_arrays_for_it():
+    kind = replace(KINDS["gru"], recurrent=False, without=("layer_norm", "norm_epsilon"))
+    for of in ("cell", "layer", "keras"):
+        both = [{one.name for some in signature(k, of) for one in some} for k in (KINDS["gru"], kind)]
+        assert both[0] - both[1] == {*RECURRENT, "layer_norm", "norm_epsilon"}
+    assert "layer_norm" not in kind.settings
+    spec = SimpleNamespace(**vars(CellSpec(3, 4, kind="gru", layer_norm=True)), of_kind=kind, output_size=4)
+    spec.gates, spec.state_sizes = ("z", "g"), {"h": 4}
+    shapes = usual_shapes(spec)
+    assert (shapes["kernel"], shapes["kernel_gain"]) == ((3, 8), (8,))
+    assert shapes["recurrent_kernel"] is None
+    assert shapes["recurrent_gain"] is None

@@ -524,7 +524,7 @@ def test_memory_that_torch_can_t_allocate_is_one_line(capsys, monkeypatch, tmp_p
     def huge(*args, **options):
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(fitting, "learn", huge)
+    monkeypatch.setattr(fitting, "fit", huge)
     status, _, err = run(capsys, "train", VOWELS, "-o", str(tmp_path / "x"), *SMALL)
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("cellstack train: error: not enough memory: you tried to allocate 1152921504606846976 bytes")

@@ -1,5 +1,6 @@
 """`cellstack bench`: its comparisons, missing engines, and output files."""
 
+import doctest
 import importlib
 import io
 import json
@@ -289,3 +290,9 @@ def test_results_have_a_line_each(monkeypatch, capsys):
     machine.answer("product")
     first, second = (json.loads(line)["gflops"] for line in capsys.readouterr().out.splitlines())
     assert 0 < first <= second
+
+
+def test_the_examples_in_its_docstrings():
+    tried = [doctest.testmod(module) for module in (engines, machine, picture, surface, turns, verb)]
+    assert sum(one.failed for one in tried) == 0
+    assert sum(one.attempted for one in tried) > 0

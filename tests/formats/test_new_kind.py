@@ -1,4 +1,6 @@
-"""A kind of cell that other formats don't have: their writers refuse it by name."""
+"""A kind of cell that only its declaration describes: formats that don't have it refuse it by name, C has it."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from cellstack import layout, spec
 from cellstack.cells import KINDS
 from cellstack.cells.base import HiddenState, Kind
 from cellstack.cells.rnn import RNNTrace
+from cellstack.formats.runtimes import c
+from cellstack.nodes import recurrent
 
 
 def step(ops, spec, a, h):
@@ -33,9 +37,11 @@ def network(monkeypatch):
     for table, value in ((spec.GATES, ("z", "g")), (spec.STATES, HiddenState), (spec.TRACES, RNNTrace)):
         monkeypatch.setitem(table, "toy", value)
     monkeypatch.setitem(layout.OURS, "toy", "zg")
+    monkeypatch.setitem(recurrent.KIND_NAMES, "toy", "ToyCell")
     description = cs.CellSpec(3, 4, kind="toy")
     assert description.shapes == {"kernel": (3, 8), "bias": (8,)}
-    arrays = {name: np.ones(shape, np.float32) for name, shape in description.shapes.items()}
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in description.shapes.items()}
     return cs.Network([cs.Recurrent((cs.Cell(description, **arrays),))])
 
 
@@ -44,3 +50,16 @@ def test_writers_refuse_a_kind_that_their_format_lacks(network, tmp_path, suffix
     with pytest.raises(ValueError, match="ToyCell"):
         network.save(tmp_path / f"net{suffix}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_c_is_derived_from_the_step(network, tmp_path):
+    _, source = network.export_c(tmp_path)
+    x = np.random.default_rng(1).standard_normal((2, 5, 3)).astype(np.float32)
+    (y,) = c.run(network, str(source), {"x": x}).outputs.values()
+    (cell,) = network.cells
+    a_z, a_g = np.split(x @ cell.kernel + cell.bias, 2, axis=-1)
+    z, g, h = 1 / (1 + np.exp(-a_z)), np.tanh(a_g), np.zeros((2, 4))
+    for t in range(5):
+        h = (1 - z[:, t]) * h + z[:, t] * g[:, t]
+        np.testing.assert_allclose(y[:, t], h, rtol=1e-5, atol=1e-6)

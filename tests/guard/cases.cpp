@@ -58,17 +58,17 @@ struct Cell {
     Description description{};
     Numbers kernel, recurrent_kernel, bias;
 
-    Cell(int kind, int64_t units, bool rows)
+    Cell(KindIndex kind, int64_t units, bool rows)
         : kernel(columns(kind, units) * units, 1 / std::sqrt(double(units))),
           recurrent_kernel(columns(kind, units) * units, 1 / std::sqrt(double(units))),
           bias(2 * columns(kind, units), 0.1) {
         Description& d = description;
-        d.kind = kind, d.input = d.units = d.output = units;
-        for (int k = 0; k < 5; ++k) d.activations[k] = {k == 2 || k == 4 ? kTanh : kSigmoid, 0, 0};
-        d.use_bias = true, d.reset_after = kind == kGru, d.rows = rows;
+        d.kind = &kKinds[kind], d.input = d.units = d.output = units;
+        for (int k = 0; d.kind->slots[k]; ++k) d.activations[k] = {d.kind->slots[k] == 't' ? kTanh : kSigmoid, 0, 0};
+        d.use_bias = d.reset_after = true, d.rows = rows;
         d.clip = d.cell_clip = std::numeric_limits<double>::infinity();
     }
-    static int64_t columns(int kind, int64_t units) { return (kind == kLstm ? 4 : 3) * units; }
+    static int64_t columns(KindIndex kind, int64_t units) { return kKinds[kind].gates * units; }
     std::unique_ptr<Weights<float>> weights(bool copy = true, Element element = Element::kFloat32) const {
         Arrays<const float> arrays{};
         arrays.kernel = kernel.at(), arrays.recurrent_kernel = recurrent_kernel.at(), arrays.bias = bias.at();
@@ -82,7 +82,7 @@ struct Work {
 };
 
 // Steps of a stream, one call each.
-Work steps(int kind, int64_t units, Element element) {
+Work steps(KindIndex kind, int64_t units, Element element) {
     constexpr int count = 10;
     const Cell cell(kind, units, false);
     const std::shared_ptr<Weights<float>> weights = cell.weights(true, element);
@@ -94,7 +94,7 @@ Work steps(int kind, int64_t units, Element element) {
             [=] { return weights && y->sound(); }};
 }
 
-Work sequence(int kind, int64_t batch, int64_t length, int64_t units) {
+Work sequence(KindIndex kind, int64_t batch, int64_t length, int64_t units) {
     const Cell cell(kind, units, false);
     const std::shared_ptr<Weights<float>> weights = cell.weights();
     auto x = std::make_shared<Numbers>(batch * length * units, 1),
@@ -110,10 +110,10 @@ Work sequence(int kind, int64_t batch, int64_t length, int64_t units) {
 
 // The forward and backward pass as the torch layers call them: weights in rows, packed for the forward pass, read in
 // place by the backward pass.
-Work training(int kind, int64_t batch, int64_t length, int64_t units) {
+Work training(KindIndex kind, int64_t batch, int64_t length, int64_t units) {
     struct All {
         Cell cell;
-        Numbers x, y, gates, cells, dy, dx, dkernel, drecurrent_kernel, dbias;
+        Numbers x, y, gates, inner, dy, dx, dkernel, drecurrent_kernel, dbias;
     };
     const int64_t numbers = batch * length * units, columns = Cell::columns(kind, units);
     auto all = std::make_shared<All>(All{Cell(kind, units, true), Numbers(numbers, 1), Numbers(numbers),
@@ -123,7 +123,7 @@ Work training(int kind, int64_t batch, int64_t length, int64_t units) {
                 const Sequences<float> in{batch, length, all->x.at(), length * units, units, nullptr, nullptr, false};
                 Layer<float> layer{};
                 layer.y = all->y.at(), layer.gates = all->gates.at();
-                layer.cells = kind == kLstm ? all->cells.at() : nullptr;
+                layer.states[0] = kKinds[kind].states > 1 ? all->inner.at() : nullptr;
                 const auto packed = all->cell.weights(), unpacked = all->cell.weights(false);
                 layer.weights = packed.get();
                 forward<float>(in, {layer}, 1);
@@ -140,7 +140,7 @@ Work training(int kind, int64_t batch, int64_t length, int64_t units) {
             }};
 }
 
-Work packing(int kind, int64_t units, bool rows, Element element) {
+Work packing(KindIndex kind, int64_t units, bool rows, Element element) {
     auto cell = std::make_shared<Cell>(kind, units, rows);
     auto packed = std::make_shared<std::unique_ptr<Weights<float>>>();
     return {[=] { *packed = cell->weights(true, element); }, [=] { return (*packed)->copied(); }};
@@ -150,8 +150,9 @@ using Case = std::pair<std::string, std::function<Work()>>;
 
 std::vector<Case> all_cases() {
     std::vector<Case> cases;
-    for (const auto& [name, kind] : {std::pair("lstm", int(kLstm)), std::pair("gru", int(kGru))}) {
-        const auto add = [&, of = std::string(name)](const std::string& what, const std::function<Work()>& make) {
+    for (const KindIndex kind : {kLstm, kGru}) {
+        const auto add = [&, of = std::string(kKinds[kind].name)](const std::string& what,
+                                                                  const std::function<Work()>& make) {
             cases.emplace_back(of + " " + what, make);
         };
         add("step H=32", [k = kind] { return steps(k, 32, Element::kFloat32); });

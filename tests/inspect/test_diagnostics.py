@@ -1,6 +1,7 @@
 """Diagnostics: each measure compared with its definition, computed differently, and reports that name the problem."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from family import random_spec
 from networks import fill, make_cell, make_states
 
 from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, inspect, reference
+from cellstack.cells import KINDS
+from cellstack.cells.base import HiddenState, Kind
 
 
 def rng_of(seed):
@@ -19,11 +22,14 @@ def traced(cell, x, **given):
     return Network([Recurrent((cell,), go_backwards=backwards)]).trace(x, **given)["layer_0"].cells[0]
 
 
+KEEPING = [name for name, kind in KINDS.items() if {"keep", "write"} & set(kind.gates.values())]
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("seed", range(60))
 def test_contributions_sum_to_the_state(seed, backwards):
     rng = rng_of(seed)
-    spec = random_spec(rng, kind=["lstm", "gru"][seed % 2], largest=8)
+    spec = random_spec(rng, kind=KEEPING[seed % len(KEEPING)], largest=8)
     cell = fill(rng, spec, "float64")
     x = rng.normal(size=(3, 9, spec.input_size))
     net = Network([Recurrent((cell,), go_backwards=backwards)])
@@ -37,7 +43,7 @@ def test_contributions_sum_to_the_state(seed, backwards):
         with pytest.raises(ValueError, match="cell_clip isn't supported"):
             seen.contributions()
         return
-    state = seen["c" if spec.kind == "lstm" else "h"]
+    state = seen[spec.of_kind.memory]
     for step in (0, 4, 8, -1, -9):
         parts = seen.contributions(step)
         past = (9 - step % 9) if backwards else step % 9 + 1
@@ -301,3 +307,19 @@ def test_nan_has_no_half_life():
     assert np.isnan(seen.half_lives()).all()
     with pytest.raises(ValueError, match="steps to be an integer from 1"):
         seen.lyapunov_exponent(-5)
+
+
+@pytest.mark.parametrize(
+    ("roles", "update", "gates"),
+    [
+        ({"z": "write", "g": "candidate"}, (0.75, 0.5), ("z",)),
+        ({"z": "keep", "r": "reset", "g": "candidate"}, (0.25, 1.5), ("z", "r")),
+        ({"z": "write", "f": "keep", "g": "candidate"}, (0.5, 0.5), ("z", "f")),
+        ({"g": "candidate", "o": "output"}, None, ("o",)),
+    ],
+)
+def test_what_a_kind_keeps_and_writes_follows_from_the_roles_of_its_gates(roles, update, gates):
+    kind = Kind("toy", "Toy", roles, HiddenState, HiddenState, step=lambda *_: ((), ()))
+    values = {"z": 0.25, "f": 0.5, "g": 2.0}
+    assert kind.update(SimpleNamespace(of_kind=kind), values | {"r": 1.0, "o": 1.0}) == update
+    assert kind.multipliers == gates

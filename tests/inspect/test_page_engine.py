@@ -3,6 +3,7 @@
 import base64
 import json
 from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from networks import by_reference, fill, make_cell, make_graph, make_network, ma
 from safetensors import safe_open
 
 from cellstack import CellSpec, Network, Patch, Recurrent, reference
+from cellstack.cells import KINDS
+from cellstack.cells.base import Kind, product
 from cellstack.inspect import html
 from cellstack.inspect.payload import packed, payload_of
 from cellstack.nodes import (
@@ -778,7 +781,8 @@ def test_unsupported_parts_are_named_and_never_run(page):
         "network.nodes[0].cells[1].spec.heads = 2": "stack, cell 1: the setting heads isn't supported.",
         "network.nodes[0].cells[1].form.values.at(-1).operation = 'max'": "stack, cell 1: a cell of the kind gru isn't "
         "supported.",
-        "network.nodes[0].cells[2].form.activations.g = 'sin'": "stack, cell 2: the activation sin of g isn't supported.",
+        "network.nodes[0].cells[2].form.activations.g = 'sin'": "stack, cell 2: the activation sin of g isn't "
+        "supported.",
         "delete network.nodes[0].cells[2].arrays.bias": "stack, cell 2: expected the array bias [4], got [].",
         "network.nodes[0].settings.stateful = true": "stack: the setting stateful of recurrent isn't supported.",
     }
@@ -1035,3 +1039,156 @@ def test_edited_networks_are_run_as_the_kernel_runs_them(page):
         near(found["values"]["layer_0"], t["layer_0"].y)
         for gate, array in t["layer_0"].cells[0].items():
             near(found["cells"]["layer_0"][0][gate], array)
+
+
+# ── a new kind of cell ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ToyState(NamedTuple):
+    h: Any
+    c: Any
+    n: Any
+
+
+class ToyTrace(NamedTuple):
+    i: Any
+    f: Any
+    g: Any
+    q: Any
+    o: Any
+    n: Any
+    c: Any
+    h: Any
+
+
+def toy_step(ops, spec, a, h, c, n):
+    """An LSTM whose candidate is a product of two gates, with a third state that counts what was written."""
+    sums = ops.split(ops.add(a, product(ops, spec, ops.dropped(h), "recurrent_kernel")), 5)
+    i, f, g, q, o = (ops.gate(name, z) for name, z in zip("ifgqo", sums, strict=True))
+    n = ops.record("n", ops.add(ops.mul(f, n), i))
+    c = ops.add(ops.mul(f, c), ops.mul(i, ops.mul(g, q)))
+    h = ops.mul(ops.mul(o, ops.activation("cell", c)), ops.one_minus(ops.activation("count", n)))
+    return (i, f, g, q, o), (h, c, n)
+
+
+TOY = Kind(
+    name="toy",
+    title="Toy",
+    gates={"i": "write", "f": "keep", "g": "candidate", "q": "candidate", "o": "output"},
+    state=ToyState,
+    trace=ToyTrace,
+    step=toy_step,
+    flags=("zoneout_cell",),
+    outputs=("cell", "count"),
+    meanings={"n": "count: how much was written"},
+)
+
+
+class NumPyOps:
+    """See `cellstack.cells.base.Ops`; `seen` are the gates and states that the step records."""
+
+    def __init__(self, spec, arrays):
+        self.spec, self.arrays, self.seen = spec, arrays, {}
+
+    def product(self, v, name, gates=slice(None)):
+        return v @ self.arrays[name].reshape(len(v), -1, self.spec.units)[:, gates].reshape(len(v), -1)
+
+    def weight(self, name, row=None):
+        return self.arrays[name] if row is None else self.arrays[name][row]
+
+    def norm(self, v, blocks=(1,)):
+        parts = np.split(v, np.cumsum(blocks)[:-1] * self.spec.units)
+        return np.concatenate([(p - p.mean()) / np.sqrt(p.var() + self.spec.norm_epsilon) for p in parts])
+
+    def clip(self, v, bound):
+        return v if bound is None else np.clip(v, -bound, bound)
+
+    def activation(self, slot, v):
+        name, alpha, beta = self.spec.activations[self.spec.slots.index(slot)]
+        return reference.ACTIVATIONS[name][0](v, alpha, beta)
+
+    def gate(self, name, z):
+        return self.record(name, self.activation(name, self.clip(z, self.spec.clip)))
+
+    def record(self, name, v):
+        self.seen[name] = v
+        return v
+
+    add, mul = staticmethod(np.add), staticmethod(np.multiply)
+    split, dropped = staticmethod(np.split), staticmethod(lambda h: h)
+    one_minus = staticmethod(lambda v: 1.0 - v)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Cells of a kind that only this test has: networks, inputs, and the fields of each run by NumPy."""
+    for table, value in ((KINDS, TOY), (GATES, tuple(TOY.gates)), (STATES, ToyState), (TRACES, ToyTrace)):
+        monkeypatch.setitem(table, "toy", value)
+    rng, made = np.random.default_rng(0), []
+    for flags in ({}, {"zoneout": 0.2, "clip": 0.8}, {"layer_norm": True}, {"use_bias": False, "zoneout_cell": 0.4}):
+        spec = CellSpec(3, 4, kind="toy", **flags)
+        net = one_cell(rng, spec)
+        arrays, x = net.cells[0].arrays, rng.normal(size=(2, 5, 3))
+        fields = {name: np.zeros((2, 5, 4)) for name in ToyTrace._fields}
+        rates = (spec.zoneout, spec.zoneout_cell, 0.0)
+        for row in range(2):
+            states = [np.zeros(4)] * 3
+            for t in range(5):
+                ops = NumPyOps(spec, arrays)
+                new = toy_step(ops, spec, TOY.inputs(ops, spec, x[row, t]), *states)[1]
+                states = [r * old + (1 - r) * now for r, old, now in zip(rates, states, new, strict=True)]
+                for name, value in {**ops.seen, **dict(zip("hcn", states, strict=True))}.items():
+                    fields[name][row, t] = value
+        made.append({"network": net, "inputs": {"x": x}, "options": {}, "fields": fields})
+    return made
+
+
+def test_a_new_kind_runs_and_is_differentiated(page, toys):
+    rng = np.random.default_rng(1)
+    for case, found in zip(toys, evaluated(page, RUN, toys), strict=True):
+        for name, field in case["fields"].items():
+            near(found["cells"]["cell"][0][name], field)
+        near(found["state"][0]["n"], case["fields"]["n"][:, -1])
+    agree(page, [with_seeds(rng, case, {"cell": (2, 5, 4)}) for case in toys])
+    patches = [{"node": "cell", "gate": gate, "how": how, "value": 0.3, "units": [1, 2], "steps": [2, 4, 1]}
+               for gate in ("q", "n", "c") for how in ("scale", "freeze")]  # fmt: skip
+    changed = [{**case, "options": {"patches": patches}} for case in toys]
+    agree(page, [with_seeds(rng, case, {"cell": (2, 5, 4)}) for case in changed])
+
+
+EXPLAINED = """async ([text, networks]) => {
+  const names = "CellStep, keepingOf, meaningOf, readNetwork, wiringOf";
+  const module = new Blob([text, `export { ${names} };`], { type: "text/javascript" });
+  const { CellStep, keepingOf, meaningOf, readNetwork, wiringOf } = await import(URL.createObjectURL(module));
+  return networks.map(({ payload, x, before, now }) => {
+    const [cell] = readNetwork(payload).nodes[0].cells;
+    const step = new CellStep(cell, { x, before, now });
+    const lines = Object.fromEntries(cell.form.trace.map((name) => [name, step.explain(name, 1)]));
+    const keeping = keepingOf(cell.form);
+    const kept = [keeping.name, keeping.of((name) => now[name][1])];
+    return { lines, kept, ports: Object.keys(wiringOf(cell.form).ports), meaning: meaningOf(cell.form, "n") };
+  });
+}"""
+
+
+def test_a_new_kind_is_explained(page, toys):
+    sent = []
+    for case in toys:
+        now = {name: field[0, 3].tolist() for name, field in case["fields"].items()}
+        before = {name: case["fields"][name][0, 2].tolist() for name in "hcn"}
+        sent.append({"payload": payload_of(case["network"]), "x": case["inputs"]["x"][0, 3].tolist(),
+                     "before": before, "now": now})  # fmt: skip
+    for given, found in zip(sent, page.evaluate(EXPLAINED, [html.module_text(), sent]), strict=True):
+        now = given["now"]
+        for name, lines in found["lines"].items():
+            last = float(lines[-1]["text"].split("=")[-1].replace("−", "-"))
+            assert last == pytest.approx(now[name][1], rel=1e-4, abs=1e-9), (name, lines)
+        texts = [line["text"] for line in found["lines"]["c"]]
+        assert texts[0] == "c = f · c_prev + i · g · q"
+        assert found["lines"]["h"][0]["text"].startswith("h = o · tanh(c) · (1 − tanh(n)) = ")
+        assert "count" in found["meaning"]
+        name, (share, rest) = found["kept"]
+        assert name == "c"
+        assert share == now["f"][1]
+        assert rest == pytest.approx(now["i"][1] * now["g"][1] * now["q"][1])
+        assert set(found["ports"]) == {*ToyTrace._fields, "x", "h_prev", "c_prev", "n_prev"}

@@ -59,7 +59,10 @@ def test_wrong_types_are_refused(given):
         ({"kind": ["lstm"]}, "kind to be one of"),
         ({"kind": "gru", "peepholes": True}, "peepholes is valid with kind='lstm' only, not with 'gru'"),
         ({"kind": "rnn", "reset_after": False}, "reset_after is valid with kind='gru' only"),
-        ({"kind": "rnn", "recurrent_activation": "relu"}, "recurrent_activation is valid with kind='lstm' or 'gru' only, not with 'rnn'"),
+        (
+            {"kind": "rnn", "recurrent_activation": "relu"},
+            "recurrent_activation is valid with kind='lstm' or 'gru' only, not with 'rnn'",
+        ),
         ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
         ({"gate_activations": {"f": "tanh"}, "coupled": True}, "can't set f of a coupled cell"),

@@ -166,7 +166,7 @@ def test_a_file_of_bfloat16_is_half_the_size_and_comes_back_bit_for_bit(tmp_path
     for one, other in zip(again.cells, small.cells, strict=True):
         for name in one.spec.shapes:
             if name in MATRICES:
-                np.testing.assert_array_equal(one.held[name].bits, other.held[name].bits)
+                np.testing.assert_array_equal(one.stored_arrays[name].bits, other.stored_arrays[name].bits)
             np.testing.assert_array_equal(one.arrays[name], other.arrays[name])
     again.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
@@ -188,14 +188,14 @@ def test_only_some_matrices_in_bfloat16_are_refused(tmp_path):
     cell = example().cells[0]
     small = cell.with_weights("bfloat16")
     with pytest.raises(TypeError, match="expected all of kernel, recurrent_kernel in bfloat16 or none, got kernel"):
-        Cell(cell.spec, small.held["kernel"], *list(cell.arrays.values())[1:])
+        Cell(cell.spec, small.stored_arrays["kernel"], *list(cell.arrays.values())[1:])
     with pytest.raises(TypeError, match=r"expected all of kernel, recurrent_kernel in bfloat16 or none, got .*, bias"):
         Cell(cell.spec, *(BFloat16Array(bfloat16.rounded(array)) for array in cell.arrays.values()))
-    doubles = [array if name in MATRICES else array.astype("f8") for name, array in small.held.items()]
+    doubles = [array if name in MATRICES else array.astype("f8") for name, array in small.stored_arrays.items()]
     with pytest.raises(TypeError, match="expected bias in float32, as matrices is, got float64"):
         Cell(cell.spec, *doubles)
     with pytest.raises(ValueError, match=r"expected kernel \[6, 96\]"):
-        Cell(cell.spec, BFloat16Array(np.zeros((6, 95), "u2")), *list(small.held.values())[1:])
+        Cell(cell.spec, BFloat16Array(np.zeros((6, 95), "u2")), *list(small.stored_arrays.values())[1:])
     net = Network([Recurrent((small,))])
     net.save(tmp_path / "net.safetensors")
     data = (tmp_path / "net.safetensors").read_bytes()

@@ -186,7 +186,7 @@ def test_the_mask_rule_is_that_of_a_run(node):
 def test_step_by_step_gives_the_bits_of_a_run(node):
     """A node that can be streamed gives the bits of a run for any chunking; the others give a reason."""
     net, given = network(node)
-    rule = node.frames(*(net.shapes[name] for name in net.inputs))
+    rule = node.step_rule(*(net.shapes[name] for name in net.inputs))
     assert rule.why_not is not None or node.cells or rule.step or rule.advance
     if rule.why_not is not None or node.cells or len(net.shapes["x0"]) == 1:
         return

@@ -11,7 +11,7 @@ from cellstack.cells.minlstm import MIN_LSTM
 from cellstack.cells.rnn import SIMPLE_RNN
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM)}
-"""Every kind of cell by its name in a `CellSpec`."""
+"""Every kind of cell by its name in a `CellSpec`, which is also its name in the kernel."""
 
 
 def orders(of: str) -> dict[str, str]:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from cellstack.cells.base import Kind
 
-WIDTH = 120
+WIDTH = 116  # of a line inside a class
 
 
-class Limit(NamedTuple):
+class Limit:
     """The values that an argument may have: a test, its description in messages, and a hint that follows."""
 
-    allows: Callable[[Any], bool]
-    text: str
-    hint: str = ""
+    def __init__(self, allows: Callable[[Any], bool], text: str, hint: str = "") -> None:
+        self.allows, self.text, self.hint = allows, text, hint
 
 
 def _number(value: Any) -> bool:
@@ -32,7 +31,7 @@ def _number(value: Any) -> bool:
 POSITIVE = Limit(lambda value: 0.0 < value < math.inf, "above 0 and finite")
 FINITE = Limit(lambda value: _number(value) and math.isfinite(value), "to be a finite number")
 SHARE = Limit(lambda value: _number(value) and 0.0 <= value < 1.0, "in [0, 1)")
-BELOW_ONE = SHARE._replace(hint=": at 1 the state never changes")
+BELOW_ONE = Limit(SHARE.allows, SHARE.text, ": at 1 the state never changes")
 
 FLAG = ("spec", "cell", "layer", "keras")
 CELL = ("cell", "layer", "keras")
@@ -58,8 +57,7 @@ class Argument(NamedTuple):
         if value is None and self.default is None:
             return
         if self.limit is not None and not self.limit.allows(value):
-            _, text, hint = self.limit
-            raise ValueError(f"{owner}: expected {self.name} {text}, got {value!r}{hint}")
+            raise ValueError(f"{owner}: expected {self.name} {self.limit.text}, got {value!r}{self.limit.hint}")
 
 
 REQUIRED: Any = inspect.Parameter.empty
@@ -78,9 +76,7 @@ POSITIONAL = (
     Argument("recurrent_regularizer", _GIVEN, None, "the same for the recurrent kernel.", of=CELL),
     Argument("bias_regularizer", _GIVEN, None, "the same for the bias.", of=CELL),
     Argument("activity_regularizer", _GIVEN, None, "the same for the output of a call.", of=LAYER),
-    Argument(
-        "kernel_constraint", _GIVEN, None, f"projection of the kernel after an optimiser's step: {_FORMS}", of=CELL
-    ),
+    Argument("kernel_constraint", _GIVEN, None, f"projects the kernel after optimiser steps: {_FORMS}", of=CELL),
     Argument("recurrent_constraint", _GIVEN, None, "the same for the recurrent kernel.", of=CELL),
     Argument("bias_constraint", _GIVEN, None, "the same for the bias.", of=CELL),
     Argument(
@@ -88,8 +84,7 @@ POSITIONAL = (
         "float",
         0.0,
         "share of x that is dropped in training, in [0, 1); the rest is scaled by 1/(1-dropout). A layer draws one "
-        "mask per call and uses it at every step and for all gates; a cell that is called by itself draws one at each "
-        "call.",
+        "mask per call, for all steps and gates; a cell that is called by itself draws one at each call.",
         SHARE,
         CELL,
     ),
@@ -102,21 +97,9 @@ POSITIONAL = (
         "count is saved with the weights. None: the framework's own generator.",
         of=CELL,
     ),
-    Argument(
-        "return_sequences",
-        "bool",
-        False,
-        "return the output of every step, not only of the last.",
-        of=LAYER,
-    ),
+    Argument("return_sequences", "bool", False, "return the output of every step, not only the last.", of=LAYER),
     Argument("return_state", "bool", False, "also return the state after the last step.", of=LAYER),
-    Argument(
-        "go_backwards",
-        "bool",
-        False,
-        "run from the last step to the first. Outputs are in the order processed.",
-        of=LAYER,
-    ),
+    Argument("go_backwards", "bool", False, "run backwards in time. Outputs are in the order processed.", of=LAYER),
     Argument(
         "stateful",
         "bool",
@@ -125,13 +108,7 @@ POSITIONAL = (
         of=("layer",),
     ),
     Argument("unroll", "bool", False, "for compatibility with Keras; it has no effect.", of=("layer",)),
-    Argument(
-        "zero_output_for_mask",
-        "bool",
-        False,
-        "output zeros at masked steps, instead of repeating the previous output.",
-        of=LAYER,
-    ),
+    Argument("zero_output_for_mask", "bool", False, "output zeros at masked steps, not the previous output.", of=LAYER),
 )
 """The arguments of every kind that may be given by position, in Keras's order; see `Kind.positions`."""
 
@@ -159,10 +136,7 @@ KEYWORD = (
         BELOW_ONE,
     ),
     Argument(
-        "learn_initial_state",
-        "bool",
-        False,
-        "use parameters, initially zeros, as the initial state and after a reset.",
+        "learn_initial_state", "bool", False, "use parameters, initially zeros, as the initial state and after a reset."
     ),
     Argument(
         "remat",
@@ -179,11 +153,7 @@ KEYWORD = (
         of=("keras",),
     ),
     Argument(
-        "input_size",
-        "int | None",
-        None,
-        "width I, to create the weights immediately; None: at the first call.",
-        of=TORCH,
+        "input_size", "int | None", None, "width I, to create the weights at once; None: at the first call.", of=TORCH
     ),
     Argument("dtype", "str | torch.dtype | None", None, "of the weights; None: torch's default.", of=TORCH),
     Argument("device", "Any", None, "of the weights; None: the CPU.", of=TORCH),
@@ -235,67 +205,54 @@ FORGET_BIAS = (
 """Arguments of the kinds that have a forget gate f."""
 
 
-class Signature(NamedTuple):
-    """The arguments of a class in order: by position, then by name."""
-
-    positional: list[Argument]
-    keyword: list[Argument]
-
-    @property
-    def all(self) -> list[Argument]:
-        """All arguments in order."""
-        return [*self.positional, *self.keyword]
-
-    def __contains__(self, name: object) -> bool:
-        return any(argument.name == name for argument in self.all)
-
-
-def signature(kind: Kind, of: str) -> Signature:
-    """Return the arguments of the `"cell"`, `"layer"` or `"keras"` layer of a kind."""
+def signature(kind: Kind, of: str) -> tuple[list[Argument], list[Argument]]:
+    """Return the arguments of a kind's `"cell"`, `"layer"` or `"keras"` layer: by position, and by name only."""
     shared, keyword, own = (
         {one.name: kind.own(one) for one in some if of in one.of and one.name not in kind.lacks}
         for some in (POSITIONAL, KEYWORD, kind.flags)
     )
-    positional = [argument for argument in shared.values() if argument.name not in kind.positions]
-    for name, previous in kind.positions.items():
-        argument = own.pop(name, None) if name in own else shared.get(name)
-        if argument is not None:
-            names = [other.name for other in positional]
-            positional.insert(1 + names.index(next(other for other in previous if other in names)), argument)
-    return Signature(positional, [*own.values(), *keyword.values()])
+    order = [name for name in shared if name not in kind.positions]
+    positional = {**shared, **{name: own.pop(name) for name in kind.positions if name in own}}
+    for name in kind.positions:
+        if name in positional:
+            previous = next((other for other in kind.positions[name] if other in order), order[-1])
+            order.insert(1 + order.index(previous), name)
+    return [positional[name] for name in order], [*own.values(), *keyword.values()]
 
 
-def constructor(found: Signature, of: str) -> str:
-    """Return the head of a class's `__init__` as source text, on several lines."""
-    named = [["self"], *([a.name + _typed(a, of)] for a in found.positional), ["*"]]
-    named += [[a.name + _typed(a, of)] for a in found.keyword]
-    parts = [part for [part] in named] + (["**kwargs: Any"] if of == "keras" else [])
-    lines = textwrap.wrap(", ".join(part.replace(" ", "\0") for part in parts), WIDTH - 8, break_long_words=False)
-    return "def __init__(\n" + "".join(f"    {line}\n" for line in lines).replace("\0", " ") + ") -> None"
+def constructor(kind: Kind, of: str) -> str:
+    """Return the head of the `__init__` of a kind's `"cell"`, `"layer"` or `"keras"` layer as source text."""
+    positional, keyword = signature(kind, of)
+    parts = ["self", *(_typed(one, of) for one in positional), "*", *(_typed(one, of) for one in keyword)]
+    parts += ["**kwargs: Any"] if of == "keras" else []
+    text = ", ".join(part.replace(" ", "\0") for part in parts)  # no line ends within an argument
+    lines = textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
+    return "\n".join(["def __init__(", *lines, ") -> None"]).replace("\0", " ")
 
 
-def _typed(argument: Argument, of: str) -> str:
-    annotation = "Any" if of == "keras" and argument.type == _GIVEN else argument.type
-    return f": {annotation}" + ("" if argument.default is REQUIRED else f" = {argument.default!r}")
+def _typed(one: Argument, of: str) -> str:
+    annotation = "Any" if of == "keras" and one.type == _GIVEN else one.type
+    return f"{one.name}: {annotation}" + ("" if one.default is REQUIRED else f" = {one.default!r}")
 
 
-def sign(cls: type, kind: Kind, of: str, names: dict[str, Any]) -> Signature:
-    """Give a class the constructor and the documentation of its kind's arguments; return these.
+def sign(cls: type, kind: Kind, of: str, names: dict[str, Any]) -> dict[str, Argument]:
+    """Give a class the constructor and the documentation of its kind's arguments; return these by name.
 
     The constructor is compiled, as in `dataclasses`, so that its signature and messages are those of a function written
-    by hand. It passes all arguments to the base class, in one dict. `names` are those of the types in the annotations.
+    by hand. It passes all arguments to the base class, in one dict. `names` has the types in the annotations.
     """
-    found = signature(kind, of)
-    every = [argument.name for argument in found.all] + (["kwargs"] if of == "keras" else [])
-    given = ", ".join(f"{name!r}: {name}" for name in every)
-    body = f"{constructor(found, of)}:\n    super(cls, self).__init__({{{given}}})"
+    positional, keyword = signature(kind, of)
+    found = {one.name: one for one in (*positional, *keyword)}
+    if "__init__" in vars(cls):  # a user's class with a constructor of its own
+        return found
+    given = ", ".join(f"{name!r}: {name}" for name in (*found, *(["kwargs"] if of == "keras" else [])))
+    body = textwrap.indent(f"{constructor(kind, of)}:\n    super(cls, self).__init__({{{given}}})", "    ")
     local: dict[str, Any] = {}
-    source = f"def made(cls):\n{textwrap.indent(body, '    ')}\n    return __init__"
-    exec(compile(source, f"<{cls.__qualname__}>", "exec"), names, local)
+    exec(compile(f"def made(cls):\n{body}\n    return __init__", f"<{cls.__qualname__}>", "exec"), names, local)
     init = local["made"](cls)
     init.__module__, init.__qualname__ = cls.__module__, f"{cls.__qualname__}.__init__"
     cls.__init__ = init  # type: ignore[misc]
-    cls.__doc__ = documented(cls.__doc__, found.all, "\n\n>>> ", RAISES)
+    cls.__doc__ = documented(cls.__doc__, found.values(), "\n\n>>> ", RAISES)
     return found
 
 
@@ -314,9 +271,7 @@ def documented(
     if doc is None:  # python -OO
         return None
     head, found, rest = inspect.cleandoc(doc).partition(before)
-    lines = [
-        textwrap.fill(f"{a.name}: {a.text}", WIDTH - 4, initial_indent="    ", subsequent_indent="        ")
-        for a in arguments
-    ]
+    lines = [f"    {one.name}: {one.text}" for one in arguments]
+    lines = [line if len(line) <= WIDTH else textwrap.fill(line, WIDTH, subsequent_indent=" " * 8) for line in lines]
     start = "" if "\nArgs:" in head else "\n\nArgs:"
     return "\n".join([head + start, *lines]) + more + found + rest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -143,6 +143,18 @@ ROLES = {
 """The roles of gates, and what they mean."""
 
 
+def gated_update(spec: CellSpec, gates: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Return the factor by which a step keeps its memory, and what it adds to it; see `Kind.update`.
+
+    A missing gate of the two that keep and write is 1 minus the other one.
+    """
+    values = {role: gates[gate] for gate, role in spec.of_kind.gates.items()}
+    if not {"keep", "write"} & set(values):
+        return None
+    kept = values["keep"] if "keep" in values else 1.0 - values["write"]
+    return kept, (values["write"] if "write" in values else 1.0 - kept) * values["candidate"]
+
+
 class Foreign(NamedTuple):
     """A kind of cell in another format.
 
@@ -182,6 +194,9 @@ class Kind:
         outputs: activations in addition to the gates'.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
+        memory: the state that the gates keep and write.
+        update: returns, from the description and the values of the gates by name, the factor by which a step keeps
+            `memory`, and what it adds to it, before zoneout and clipping; None if no gate does.
         names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
             on it), `"rtneural"` and `"onnx"`, where they have it. Writers refuse kinds that their format doesn't have.
         meanings: of states other than h, and of gates where `ROLES` isn't precise.
@@ -204,6 +219,8 @@ class Kind:
     outputs: tuple[str, ...] = ()
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
+    memory: str = "h"
+    update: Callable[[CellSpec, Mapping[str, Any]], tuple[Any, Any] | None] = gated_update
     names: dict[str, Foreign] = field(default_factory=dict)
     meanings: dict[str, str] = field(default_factory=dict)
     ref: str = ""
@@ -242,6 +259,11 @@ class Kind:
         """Return what a gate or state is."""
         usual = ROLES[self.gates[name]] if name in self.gates else "output of the unit, also an input of the next step"
         return self.meanings.get(name, usual)
+
+    @property
+    def multipliers(self) -> tuple[str, ...]:
+        """The gates that scale something, with the usual activations by 0 to 1: all but candidates."""
+        return tuple(gate for gate, role in self.gates.items() if role != "candidate")
 
     def blocks(self, spec: CellSpec) -> tuple[int, ...]:
         """Return the numbers of gates whose columns layer normalisation normalises together."""

@@ -83,6 +83,7 @@ LSTM = Kind(
     ),
     positions={"unit_forget_bias": ("bias_initializer",)},
     outputs=("cell",),
+    memory="c",
     names={
         "torch": Foreign("LSTM", "ifgo"),
         "keras": Foreign("LSTM", "ifgo"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli.files import write_csv
+from cellstack.cli.jobs import Job
 from cellstack.cli.tables import names, table_from
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
@@ -22,7 +23,7 @@ from cellstack.train.forecasting.prepare import Build, describe, prepared, refit
 from cellstack.train.forecasting.recipe import SCALES, Recipe
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.history import Panel
-from cellstack.train.settings import Architecture, FitOptions, epochs_of
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.tables.table import Table
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
@@ -98,8 +99,8 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 @dataclass
-class Job:
-    """A table to forecast: see `cli.train.Job`."""
+class ForecastJob(Job):
+    """A table to forecast."""
 
     table: Table
     request: Request
@@ -112,7 +113,6 @@ class Job:
     defaults: dict[str, Any]
     test: Backtest | None = None
     ready: tuple[Windows, Parts] | None = None
-    others: float = 0.0
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come; prepares the data for it, and measures how long that takes."""
@@ -121,16 +121,20 @@ class Job:
         self.others = 2 * (time.perf_counter() - started)  # smoothing is fitted again with the validation part
         return describe(*self.ready, self._build(architecture), options)
 
+    @property
+    def validates(self) -> bool:
+        """See `Job`."""
+        return self.ready is not None and len(self.ready[1].validation) > 0
+
     def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
-        """See `cli.train.Job`. If the networks don't improve on the rule, there is no second fit."""
+        """See `Job`. If the networks don't improve on the rule, there is no second fit."""
         assert self.ready is not None
         windows, cut = self.ready
         most = refit_epochs(options.epochs, takes_long(len(cut.training), int(windows.lengths[0])))
-        second = [(0, most, False)] * bool(len(cut.validation))
-        return [epochs_of(options, bool(len(cut.validation))), *second] * self.members
+        return [*super().fits(options), *[(0, most, False)] * self.validates] * self.members
 
     def checkpoints(self, path: str) -> list[str]:
-        """See `cli.train.Job`."""
+        """See `Job`."""
         return [f"{path}.1"]
 
     def _build(self, architecture: Architecture) -> Build:
@@ -162,7 +166,7 @@ class Job:
         return result.scores, text_of(result.scores) if result.scores else []
 
 
-def read(args: argparse.Namespace) -> Job:
+def read(args: argparse.Namespace) -> ForecastJob:
     """Read a table, and choose targets, inputs and windows.
 
     Raises:
@@ -192,7 +196,7 @@ def read(args: argparse.Namespace) -> Job:
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
     members = usual.pop("members") if args.members is None else args.members
-    return Job(table, request, recipe, members, share, args.forecasts, said, described, usual)
+    return ForecastJob(table, request, recipe, members, share, args.forecasts, said, described, usual)
 
 
 def text_of(scores: dict[str, Any]) -> list[str]:

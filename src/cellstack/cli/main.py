@@ -21,7 +21,7 @@ from cellstack.cli.tables import add_table_options, names
 from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
-from cellstack.nodes.cell import HELD, WEIGHTS
+from cellstack.nodes.cell import STORED_WEIGHTS, WEIGHTS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train.checks import TooFewRowsError, UsageError
 from cellstack_bench.command import add_bench_arguments, bench
@@ -190,7 +190,7 @@ def _add_run(runs: Parser) -> None:
     runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (default: the last row)")
     runs.add_argument("--picture", metavar="FILE", help="plot the forecast: to .png, .svg or .pdf")
     text = "round the cells' matrices to this dtype (default: as in the file)"
-    runs.add_argument("--weights", choices=HELD, help=text)
+    runs.add_argument("--weights", choices=STORED_WEIGHTS, help=text)
     add_load_options(runs)
     add_table_options(runs, "as in training")
 
@@ -226,7 +226,7 @@ def _add_convert(other: Parser) -> None:
     text = (
         "round the cells' matrices to this dtype; with bfloat16 the file is about half as large (default: as in SOURCE)"
     )
-    other.add_argument("--weights", choices=HELD, help=text)
+    other.add_argument("--weights", choices=STORED_WEIGHTS, help=text)
     add_load_options(other)
 
 

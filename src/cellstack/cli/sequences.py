@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cli.jobs import Job
 from cellstack.cli.tables import SEQUENCES, given, only_one
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
 from cellstack.train.parts import check, parts_of, per_step
-from cellstack.train.settings import Architecture, FitOptions, epochs_of
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import size_of
 
 UNUSED = ("date", "zone", "freq", "category")
@@ -41,8 +42,8 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 @dataclass
-class Job:
-    """Sequences to train on: see `cli.train.Job`."""
+class SequencesJob(Job):
+    """Sequences to train on."""
 
     training: Sequences
     test: Sequences | None
@@ -50,7 +51,6 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
-    others: float = 0.0
     validated: int = 0
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
@@ -89,13 +89,10 @@ class Job:
             "batch": options.batch,
         }
 
-    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
-        """See `cli.train.Job`."""
-        return [epochs_of(options, self.validated > 0)]
-
-    def checkpoints(self, path: str) -> list[str]:
-        """See `cli.train.Job`."""
-        return [path]
+    @property
+    def validates(self) -> bool:
+        """See `Job`."""
+        return self.validated > 0
 
     def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the sequences."""
@@ -103,19 +100,8 @@ class Job:
 
         return train_sequences(self.training, self.test, architecture, options, class_weight=self.class_weights)
 
-    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the scores on the test file."""
-        return result.scores, []  # the result's sentence, which is printed too, contains them
 
-    def panels(self) -> list[Any]:
-        """Return nothing: --picture shows the history only."""
-        return []
-
-    def write(self) -> None:
-        """Do nothing: there are no more files to write."""
-
-
-def read(args: argparse.Namespace) -> Job:
+def read(args: argparse.Namespace) -> SequencesJob:
     """Read the training file, and the test file if one is given.
 
     Raises:
@@ -141,7 +127,7 @@ def read(args: argparse.Namespace) -> Job:
     if test is not None and args.test is not None:
         more, report["test"] = understood(test, args.test)
         lines += more
-    return Job(training, test, args.class_weights, lines, report)
+    return SequencesJob(training, test, args.class_weights, lines, report)
 
 
 def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:

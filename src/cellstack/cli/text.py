@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli.files import load_model, show
+from cellstack.cli.jobs import Job
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.settings import Architecture, FitOptions, epochs_of
+from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import size_of
 from cellstack.train.text.data import Architecture as TextArchitecture
 from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
@@ -50,8 +51,8 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 @dataclass
-class Job:
-    """A text to train on: see `cli.train.Job`."""
+class TextJob(Job):
+    """A text to train on."""
 
     text: Text
     parts: Parts
@@ -62,7 +63,6 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any]
-    others: float = 0.0
 
     def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
         """Describe the training to come."""
@@ -90,13 +90,10 @@ class Job:
             "batch": streams.rows,
         }
 
-    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
-        """See `cli.train.Job`."""
-        return [epochs_of(options, self.parts.validation[1] > self.parts.validation[0])]
-
-    def checkpoints(self, path: str) -> list[str]:
-        """See `cli.train.Job`."""
-        return [path]
+    @property
+    def validates(self) -> bool:
+        """See `Job`."""
+        return self.parts.validation[1] > self.parts.validation[0]
 
     def built(self, architecture: Architecture) -> TextArchitecture:
         """Return how the text model is built."""
@@ -118,15 +115,8 @@ class Job:
         found = [f"{what} {result.scores[name]:.4f}" for name, what in names.items() if name in result.scores]
         return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
 
-    def panels(self) -> list[Any]:
-        """Return nothing: --picture shows the history only."""
-        return []
 
-    def write(self) -> None:
-        """Do nothing: there are no more files to write."""
-
-
-def read(args: argparse.Namespace) -> Job:
+def read(args: argparse.Namespace) -> TextJob:
     """Read a text, and the test text if one is given.
 
     Raises:
@@ -155,7 +145,7 @@ def read(args: argparse.Namespace) -> Job:
         "streams": streams.rows,
         "steps_an_epoch": len(streams),
     }
-    return Job(text, parts, test, steps, batch, architecture, lines, described, DEFAULTS)
+    return TextJob(text, parts, test, steps, batch, architecture, lines, described, DEFAULTS)
 
 
 def measure(args: argparse.Namespace, net: Network, path: str) -> int:

@@ -4,7 +4,7 @@ Each kind of data is a separate module with:
 
 - `add_arguments(train)`: adds its options to the parser and returns them; their default is None (False for a switch);
 - `UNUSED`: options of this module that don't apply to it;
-- `read(args)`: reads the data and returns a `Job`.
+- `read(args)`: reads the data and returns a `jobs.Job`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from cellstack.cli import forecast, sequences, text
 from cellstack.cli.arguments import sizes
 from cellstack.cli.files import needs_torch, show, with_suffix
+from cellstack.cli.jobs import Job
 from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.network import Network
+from cellstack.spec import KINDS as CELLS
 from cellstack.train import history
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
@@ -47,48 +49,6 @@ DEFAULTS = {
     "noise": 0.0,
     "offset": 0.0,
 }
-
-
-class Job(Protocol):
-    """Data that was read, and how to train on it.
-
-    `understood` describes how the data was read, in lines; `described` is the same in plain values, for --json;
-    `defaults` has the defaults of `units`, `lr`, `pooling` and so on; `others` is the time in seconds that a training
-    takes in addition to its fits, as far as `plan` measured it.
-    """
-
-    understood: list[str]
-    described: dict[str, Any]
-    defaults: dict[str, Any]
-    others: float
-
-    def plan(self, architecture: Architecture, options: FitOptions) -> tuple[list[str], dict[str, Any]]:
-        """Describe the training to come, in lines and as plain values: its parts, baselines and networks."""
-        ...
-
-    def fits(self, options: FitOptions) -> list[tuple[int, int, bool]]:
-        """Return the fewest and the most epochs of each fit to come, and whether they include a validation."""
-        ...
-
-    def checkpoints(self, path: str) -> list[str]:
-        """Return the files of the checkpoints that `--checkpoint` names."""
-        ...
-
-    def fit(self, architecture: Architecture, options: FitOptions) -> Any:
-        """Train; return a `Result`."""
-        ...
-
-    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the scores on held-out data, as plain values and as lines."""
-        ...
-
-    def panels(self) -> list[history.Panel]:
-        """Return functions that draw further panels of --picture."""
-        ...
-
-    def write(self) -> None:
-        """Write further output files, after the network has been written."""
-        ...
 
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
@@ -116,7 +76,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     add_table_options(train)
     model = train.add_argument_group("model")
     text = "kind of cell (default: %(default)s)"
-    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help=text)
+    model.add_argument("--cell", choices=tuple(CELLS), default="lstm", help=text)
     model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
     model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (default: mean)")
     text = "compute the loss at every step; for streams, with --pooling last"

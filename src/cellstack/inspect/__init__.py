@@ -6,8 +6,9 @@ The names for torch models, such as `watch` and `TrainingMonitor`, are those of 
 from typing import TYPE_CHECKING, Any
 
 from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
+from cellstack.inspect.differences import TraceDifference
 from cellstack.inspect.files import load
-from cellstack.inspect.interventions import Ablation, ActivationPatching, TraceDifference, ablate, activation_patch
+from cellstack.inspect.interventions import Ablation, ActivationPatching, ablate, activation_patch
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
 
 if TYPE_CHECKING:

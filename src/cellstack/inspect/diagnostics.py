@@ -18,8 +18,7 @@ from cellstack.nodes.base import check_integer
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
     from cellstack.nodes.base import Array
-    from cellstack.nodes.cell import Cell
-    from cellstack.nodes.recording import Record
+    from cellstack.nodes.recurrent import Cell, Record
 
 LEFT, RIGHT = 0.1, 0.9  # below, a gate is nearly closed; above, nearly open (Karpathy et al.)
 MOSTLY = 0.95  # share of the steps
@@ -31,7 +30,6 @@ NUDGE = 1e-6
 GROWN = 1.5  # growth factor, and minimum steps of a quarter, from which a state drifts
 LEAST_QUARTER = 25
 NAMED = 5  # maximum number of units listed in a sentence
-GATES_OF = {"lstm": ("i", "f", "o"), "gru": ("z", "r"), "rnn": ()}
 
 
 class Shares(NamedTuple):
@@ -55,7 +53,7 @@ def gate_shares(cell: CellTrace) -> dict[str, Shares]:
         gate: Shares((cell[gate][used] < LEFT).mean(axis=0), (cell[gate][used] > RIGHT).mean(axis=0))
         if used.any()
         else Shares(*np.full((2, len(cell.units)), np.nan))
-        for gate in GATES_OF[cell.cell.spec.kind]
+        for gate in cell.cell.spec.of_kind.multipliers
     }
 
 
@@ -68,7 +66,7 @@ def half_lives(cell: CellTrace) -> Array:
     Raises:
         ValueError: a SimpleRNN, which has no gate that keeps its state.
     """
-    kept, used = _kept(cell.cell, cell)[0], _used(cell)
+    kept, used = _update(cell)[0], _used(cell)
     if not used.any():
         return np.full(len(cell.units), np.nan)
     with np.errstate(divide="ignore"):
@@ -80,7 +78,7 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     """Return each past step's contribution to c at a step: its write, scaled by later gates, `[B, n + 2, H]`.
 
     Entry 0 is the remainder of the initial state, entry 1 + s that of step s. Up to rounding, they sum to c at that
-    step: c_t is f·c + i·g, unrolled. For a GRU, it is h, z·h + (1 - z)·g.
+    step: c_t is f·c + i·g, unrolled. For a kind without c, it is h, as z·h + (1 - z)·g for a GRU.
 
     Args:
         cell: the trace of a whole run.
@@ -94,13 +92,13 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
             trace of some steps or units.
         IndexError: a step that doesn't exist.
     """
-    kept, written = _kept(cell.cell, cell)
+    kept, written = _update(cell)
     record = _whole(cell)
     spec = cell.cell.spec
     if spec.cell_clip is not None:
         clip = spec.cell_clip
         raise ValueError(f"contributions: cell_clip isn't supported ({clip}): a clipped c isn't a sum of writes")
-    name = "c" if spec.kind == "lstm" else "h"
+    name = spec.of_kind.memory
     if record.patches is not None and any(patch.gate == name for patch in record.patches.patches):
         raise ValueError(f"contributions: patches of {name} aren't supported: a patched {name} isn't a sum of writes")
     batch, steps, units = kept.shape
@@ -188,15 +186,14 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
     return float((total / count).mean())
 
 
-def _kept(cell: Cell, fields: CellTrace) -> tuple[Array, Array]:
-    """Return the factor by which each step keeps the previous state, and what it writes, `[B, T, H]` each."""
-    spec = cell.spec
-    if spec.kind == "rnn":
-        raise ValueError("expected an LSTM or a GRU: a SimpleRNN has no gate that keeps a state")
-    if spec.kind == "gru":
-        kept, written, rate = fields["z"], (1.0 - fields["z"]) * fields["g"], spec.zoneout
-    else:
-        kept, written, rate = fields["f"], fields["i"] * fields["g"], spec.zoneout_cell
+def _update(cell: CellTrace) -> tuple[Array, Array]:
+    """Return the factor by which each step keeps the memory, and what it adds to it, `[B, T, H]` each."""
+    spec = cell.cell.spec
+    kind = spec.of_kind
+    found = kind.update(spec, cell)
+    if found is None:
+        raise ValueError(f"expected an LSTM or a GRU: a {kind.title} has no gate that keeps a state")
+    (kept, written), rate = found, spec.zoneout if kind.memory == "h" else spec.zoneout_cell
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 
 
@@ -276,9 +273,9 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     for gate, (left, right) in gate_shares(cell).items():
         means = {f"shut (below {LEFT})": float(left.mean()), f"open (above {RIGHT})": float(right.mean())}
         figures[f"{SHARE} at which {gate} is"] = means
-    if spec.kind == "lstm":
-        figures["rms of c"] = rms(cell["c"][used].astype(np.float64))
-    if spec.kind != "rnn":
+    for name in list(spec.state_sizes)[1:]:
+        figures[f"rms of {name}"] = rms(cell[name][used].astype(np.float64))
+    if spec.of_kind.update(spec, cell) is not None:
         lives, steps = half_lives(cell), cell["h"].shape[1]
         measures = {"least": np.min, "median": np.median, "most": np.max}
         figures["half-life in steps"] = {name: float(measure(lives)) for name, measure in measures.items()}
@@ -296,7 +293,7 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     if exponent > 0.0:
         grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so distant outputs"
         found.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
-    sizes = _rms_by_step(cell, "c" if spec.kind == "lstm" else "h")
+    sizes = _rms_by_step(cell, spec.of_kind.memory)
     quarter = len(sizes) // 4
     if quarter >= LEAST_QUARTER:
         early, late = (float(part.mean()) for part in (sizes[quarter : 2 * quarter], sizes[-quarter:]))
@@ -326,13 +323,14 @@ def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
     say(0, broken, "NaN or infinite: check the inputs, or train with a smaller learning rate")
     say(1, silent, f"dead: |h| stays below {SILENT}. Use fewer units, or regularise them less")
     say(2, stuck, f"stuck: h changes by less than {SILENT}. Use fewer units, or scale the inputs")
-    if spec.kind == "lstm":
-        c = cell["c"][used].astype(np.float64)
-        if spec.activations[spec.slots.index("cell")].name == "tanh":
-            flat = (np.abs(np.tanh(c)) > FLAT).mean(axis=0) > MOSTLY
-            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} at nearly every step. Clip c, or reset it regularly")
-        closed = gate_shares(cell)["i"].left > MOSTLY
-        say(4, closed, f"closed to new input: i is below {LEFT} at nearly every step")
+    kind, shares = spec.of_kind, gate_shares(cell)
+    for slot in kind.outputs:
+        if spec.activations[spec.slots.index(slot)].name == "tanh":
+            flat = (np.abs(np.tanh(cell[kind.memory][used].astype(np.float64))) > FLAT).mean(axis=0) > MOSTLY
+            said = f"saturated: |tanh({kind.memory})| is above {FLAT} at nearly every step"
+            say(3, flat, f"{said}. Clip {kind.memory}, or reset it regularly")
+    for gate in (gate for gate, role in kind.gates.items() if role == "write"):
+        say(4, shares[gate].left > MOSTLY, f"closed to new input: {gate} is below {LEFT} at nearly every step")
     return found
 
 

@@ -20,14 +20,15 @@ from safetensors.numpy import save_file
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
+from cellstack.inspect.values import alone, as_tuple
 from cellstack.nodes.recording import Record
-from cellstack.spec import GATES, STATES, TRACES, FormatError
+from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
-    from cellstack.nodes.cell import Cell
     from cellstack.nodes.patches import CellPatches
+    from cellstack.nodes.recurrent import Cell
 
 KEY, VERSION = "cellstack_trace", 1
 
@@ -37,13 +38,13 @@ def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
     target, _ = check_replaceable(path)
     steps, aligned, nodes, masks, whole = t._parts
     tensors: dict[str, Array] = {"steps": steps} | {f"masks/{name}": mask for name, mask in masks.items()}
-    for number, array in enumerate(t.y if isinstance(t.y, tuple) else (t.y,)):
+    for number, array in enumerate(as_tuple(t.y)):
         tensors[f"y/{number}"] = array
     for number, state in enumerate(t.state):
         tensors |= _fields(f"state/{number}", state)
     cells = {}
     for name, node in nodes.items():
-        for number, array in enumerate(node.x if isinstance(node.x, tuple) else (node.x,)):
+        for number, array in enumerate(as_tuple(node.x)):
             tensors[f"nodes/{name}/x/{number}"] = array
         tensors[f"nodes/{name}/y"] = node.y
         for number, cell in enumerate(node.cells):
@@ -178,7 +179,7 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
             for place, cell in enumerate(cells)
         )
         y = _value(network, name, f"{where}/y", batch, tensors)
-        nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, seen)
+        nodes[name] = NodeTrace(network.nodes[number], alone(xs), y, seen)
     aligned = frozenset(str(name) for name in said["aligned"])
     masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
     steps = tensors.take("steps", [None], "i")
@@ -187,7 +188,7 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
         if name in aligned and array.shape[1:2] != steps.shape:
             raise FormatError(f"{path}: {name}: expected {len(steps)} steps, as in 'steps', found {list(array.shape)}")
     parts = Parts(steps, aligned, nodes, masks, said["whole"] is True)
-    return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
+    return NetworkTrace(network, alone(ys), state, parts)
 
 
 def _value(network: Network, name: str, tensor: str, batch: int, tensors: _Tensors) -> Array:
@@ -201,7 +202,7 @@ def _value(network: Network, name: str, tensor: str, batch: int, tensors: _Tenso
 
 def _state(cell: Cell, where: str, batch: int, dtype: np.dtype[Any], tensors: _Tensors) -> Any:
     shapes = {name: [batch, size] for name, size in cell.spec.state_sizes.items()}
-    return tensors.fields(where, STATES[cell.spec.kind], shapes, dtype)
+    return tensors.fields(where, cell.spec.of_kind.state, shapes, dtype)
 
 
 def _cell(
@@ -211,7 +212,7 @@ def _cell(
     units = tensors.take(f"{where}/units", [None], "i")
     if units.size and (units.min() < 0 or units.max() >= spec.units):
         raise FormatError(f"{tensors.path}: tensor {where + '/units'!r}: expected values from 0 to {spec.units - 1}")
-    steps, kind = tensors.arrays[f"{where}/h"].shape[1:2], TRACES[spec.kind]
+    steps, kind = tensors.arrays[f"{where}/h"].shape[1:2], spec.of_kind.trace
     shapes = {field: [batch, *steps, len(units)] for field in kind._fields}
     if spec.output_size != spec.units:
         shapes["h"] = [batch, *steps, spec.output_size]
@@ -227,7 +228,10 @@ def _cell(
         reset = tensors.take(f"{at}/reset", [batch, *steps], "b") if run["reset"] else None
         if len(units) != spec.units or not isinstance(run["reverse"], bool):
             raise FormatError(f"{tensors.path}: {where}: the record must cover all units, with its direction")
-        gates = np.stack([getattr(fields, gate) for gate in GATES[spec.kind]], axis=2)
-        c, reverse = getattr(fields, "c", None), run["reverse"]
-        record = Record(gates, c, fields.h, x, before, mask, reset, reverse, patches)
+        gates = np.stack([getattr(fields, gate) for gate in spec.of_kind.gates], axis=2)
+        found: dict[str, Any] = {name: getattr(fields, name) for name in spec.state_sizes}
+        found |= {"gates": gates, "x": x, "before": before, "mask": mask, "reset": reset, "patches": patches}
+        found["reverse"] = run["reverse"]
+        absent: dict[str, Any] = dict.fromkeys(Record._fields)  # such as c of a kind without it
+        record = Record(**absent | found)
     return CellTrace(cell, fields, units, mask, sums, record)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.inspect.differences import SHOWN
+from cellstack.inspect.values import as_tuple
 from cellstack.nodes.base import check_choice
 from cellstack.nodes.patches import Patch
 from cellstack.spec import TRACES, ShapeError
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 HOWS = ("mean", "zero", "resample")
 AXES = ("node", "gate", "unit", "step")
 AT_ONCE = 1 << 22  # maximum numbers that the widest node returns per run; further rows go into the next run
-SHOWN = 10
 
 Metric = Callable[[Any], Any]
 
@@ -139,7 +140,7 @@ def ablate(
     batch = _Batch("ablate", network, x, mask, lengths, threads)
     t = batch.trace({name for name, _ in cells})
     plain = t.y
-    asked = metric or (lambda y: np.abs(_first(y) - _first(plain)).mean())
+    asked = metric or (lambda y: np.abs(as_tuple(y)[0] - as_tuple(plain)[0]).mean())
     rng = np.random.default_rng(seed)
     wanted: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], list[Patch]]]] = []
     effects: dict[tuple[str, int], Array] = {}
@@ -399,7 +400,7 @@ def _cells(
         raise ValueError(f"{owner}: {what}")
     for gate in gates:
         for name, number in found:
-            fields = TRACES[every[name].cells[number].spec.kind]._fields
+            fields = every[name].cells[number].spec.of_kind.trace._fields
             if gate not in fields:
                 raise ValueError(f"{owner}: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
     return found
@@ -412,92 +413,3 @@ def _number(owner: str, value: Any) -> float:
         got = f"shape {list(array.shape)} of {array.dtype}"
         raise ValueError(f"{owner}: the metric must return one number for the batch, got {got}")
     return float(array.reshape(()))
-
-
-def _first(y: Any) -> Array:
-    return y[0] if isinstance(y, tuple) else y
-
-
-class Difference(NamedTuple):
-    """A number that differs between two traces."""
-
-    node: str
-    cell: int
-    field: str
-    row: int
-    step: int
-    unit: int
-    one: float
-    other: float
-
-
-class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
-    """The differences of two traces of one network: by node, cell and field, `[B, T, H]` each.
-
-    A difference is the other trace minus the first.
-    """
-
-    def __init__(self, one: NetworkTrace, other: NetworkTrace) -> None:
-        self._one, self._other = one, other
-        self._found: dict[str, tuple[dict[str, Array], ...]] = {}
-        if not np.array_equal(one.steps, other.steps):
-            raise ShapeError(f"diff: the traces' steps must be equal, got {one.steps!r:.80} and {other.steps!r:.80}")
-        for name, node in one.items():
-            kinds = [[cell.fields._fields for cell in seen.cells] for seen in (node, other[name])]
-            if kinds[0] != kinds[1]:
-                raise ValueError(f"diff: the traces must be of the same network, but the cells of {name} differ")
-            cells = []
-            for own, its in zip(node.cells, other[name].cells, strict=True):
-                if own.fields.h.shape != its.fields.h.shape or not np.array_equal(own.units, its.units):
-                    shapes = f"{list(own.fields.h.shape)} and {list(its.fields.h.shape)}"
-                    raise ShapeError(f"diff: {name}: the traces must have the same rows, steps and units, got {shapes}")
-                with np.errstate(all="ignore"):
-                    cells.append({field: its[field] - own[field] for field in own})
-            self._found[name] = tuple(cells)
-
-    def __getitem__(self, name: str) -> tuple[dict[str, Array], ...]:
-        return self._found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def largest(self, count: int = SHOWN) -> list[Difference]:
-        """Return the largest differences, one per unit and field.
-
-        Args:
-            count: the number of differences.
-        """
-        found = []
-        for name, cells in self._found.items():
-            for number, fields in enumerate(cells):
-                own, its = self._one[name].cells[number], self._other[name].cells[number]
-                for field, array in fields.items():
-                    sizes = np.where(np.isnan(array), np.inf, np.abs(array)).reshape(-1, array.shape[2])
-                    for place in np.flatnonzero((sizes > 0).any(axis=0)):
-                        row, step = np.unravel_index(sizes[:, place].argmax(), array.shape[:2])
-                        ends = float(own[field][row, step, place]), float(its[field][row, step, place])
-                        unit = int(own.units[place]) if array.shape[2] == len(own.units) else int(place)
-                        one = Difference(name, number, field, int(row), self._step(int(step)), unit, *ends)
-                        found.append((float(sizes[:, place].max()), one))
-        return [one for _, one in sorted(found, key=lambda entry: -entry[0])[:count]]
-
-    def _step(self, place: int) -> int:
-        """Return the number of the step at an index."""
-        return int(self._one.steps[place]) if place < len(self._one.steps) else place
-
-    def __repr__(self) -> str:
-        lines = ["Difference of two traces"]
-        for name, cells in self._found.items():
-            for number, fields in enumerate(cells):
-                which = f", cell {number}" if len(cells) > 1 else ""
-                apart = [np.flatnonzero((array != 0).any(axis=(0, 2))) for array in fields.values()]
-                first = min((int(steps[0]) for steps in apart if steps.size), default=None)
-                if first is None:
-                    lines.append(f"  {name}{which}: none")
-                    continue
-                most = ", ".join(f"{field} {np.abs(array).max():.3g}" for field, array in fields.items())
-                lines.append(f"  {name}{which}: from step {self._step(first)} on; at most {most}")
-        return "\n".join(lines)

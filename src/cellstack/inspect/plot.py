@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellstack.inspect.values import as_tuple
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import Array
 
 NAME_LENGTH = 80  # characters of a cell's name in a line
-GATES = ("i", "f", "o", "z", "r")  # from 0 to 1; states and candidates are centred on 0
 
 
 def _pyplot() -> Any:
@@ -31,35 +32,36 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
     pyplot = _pyplot()
     from matplotlib.ticker import MaxNLocator  # once pyplot has said what is missing
 
-    count = len(t.y[0] if isinstance(t.y, tuple) else t.y)
+    count = len(as_tuple(t.y)[0])
     if not isinstance(row, (int, np.integer)) or isinstance(row, bool) or not -count <= row < count:
         raise IndexError(f"plot: expected row as a number below {count}, got {row!r:.80}")
     names = list(t) if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     wanted = None if fields is None else list(fields)
     panels = [
-        (name if len(t[name].cells) == 1 else f"{name}.cells[{number}]", field, cell[field][row])
+        (name if len(t[name].cells) == 1 else f"{name}.cells[{number}]", field, field in multipliers, cell[field][row])
         for name in names
         for number, cell in enumerate(t[name].cells)
+        for multipliers in [cell.cell.spec.of_kind.multipliers]
         for field in cell
         if wanted is None or field in wanted
     ]
     if not panels:
         raise ValueError(f"plot: no cells with {', '.join(wanted or ['fields'])} in {', '.join(names)}")
-    if not all(values.size for _, _, values in panels):
+    if not all(values.size for *_, values in panels):
         raise ValueError("plot: expected at least one step and one unit")
     figure, axes = pyplot.subplots(
         len(panels), sharex=True, squeeze=False, figsize=(8, 0.6 + 1.3 * len(panels)), layout="constrained"
     )
     steps, above = t.steps, None
-    for axis, (name, field, values) in zip(axes[:, 0], panels, strict=True):
-        most = 1.0 if field in GATES else max(float(abs(values).max(initial=0.0)), 1e-9)
+    for axis, (name, field, scales, values) in zip(axes[:, 0], panels, strict=True):
+        most = 1.0 if scales else max(float(abs(values).max(initial=0.0)), 1e-9)
         image = axis.imshow(
             values.T,
             aspect="auto",
             interpolation="nearest",
             origin="lower",
-            cmap="cividis" if field in GATES else "PuOr",
-            vmin=0.0 if field in GATES else -most,
+            cmap="cividis" if scales else "PuOr",
+            vmin=0.0 if scales else -most,  # states and candidates are centred on 0
             vmax=most,
             extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, values.shape[1] - 0.5) if len(steps) else None,
         )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -12,27 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import reference
-from cellstack.arguments import as_states
 from cellstack.inspect import diagnostics
+from cellstack.inspect.pre_activations import pre_activations
+from cellstack.inspect.values import Index, alone, as_tuple, places_of, shape_text
 from cellstack.nodes.base import Array, Flow
-from cellstack.nodes.recording import Record, Recording
-from cellstack.nodes.recurrent import Recurrent
-from cellstack.nodes.shape import Select
-from cellstack.spec import GATES, TRACES, ShapeError
+from cellstack.nodes.recording import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellstack.inspect.diagnostics import Report, Shares
-    from cellstack.inspect.interventions import TraceDifference
+    from cellstack.inspect.differences import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
-    from cellstack.nodes.cell import Cell
-
-PROBES = (97, 101)  # sequence lengths: a node that keeps both maps steps one to one
-
-Index = slice | Sequence[int] | Array | int | None
+    from cellstack.nodes.recurrent import Cell
 
 
 class Parts(NamedTuple):
@@ -107,7 +97,7 @@ class CellTrace(Mapping[str, Array]):
         if self._sums is None:
             if self.record is None:
                 raise ValueError("this trace has no pre-activations: request them with trace(…, pre=True)")
-            self._sums = _pre_activations(self.cell, self.record)
+            self._sums = pre_activations(self.cell, self.record)
         return self._sums
 
     def _map(self, take: Callable[[Array], Array]) -> CellTrace:
@@ -117,7 +107,7 @@ class CellTrace(Mapping[str, Array]):
         return CellTrace(self.cell, fields, self.units, None if self.mask is None else take(self.mask), sums)
 
     def _select(self, rows: Any, steps: Any, units: Index) -> CellTrace:
-        at = _places("units", units, len(self.units))
+        at = places_of("units", units, len(self.units))
         wide = self.cell.spec.output_size == self.cell.spec.units
         part = self._map(lambda array: array[rows][:, steps])
         fields = {name: array[..., at] if wide or name != "h" else array for name, array in part.items()}
@@ -173,7 +163,7 @@ class NodeTrace:
         raise KeyError(f"this node has {len(self.cells)} cells: select one of them, .cells[0][{name!r}]")
 
     def __repr__(self) -> str:
-        lines = [f"{type(self.node).__name__}: {_shape(self.x)} -> {_shape(self.y)}"]
+        lines = [f"{type(self.node).__name__}: {shape_text(self.x)} -> {shape_text(self.y)}"]
         return "\n".join([*lines, *(f"  {cell!r}" for cell in self.cells)])
 
 
@@ -247,8 +237,8 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             IndexError: a row, a step or a unit that doesn't exist.
         """
         numbers, aligned, own, masks, whole = self._parts
-        some = _places("rows", rows, len(_tuple(self.y)[0]))
-        at = _places("steps", steps, len(numbers))
+        some = places_of("rows", rows, len(as_tuple(self.y)[0]))
+        at = places_of("steps", steps, len(numbers))
 
         def of_value(array: Array, name: str) -> Array:
             return array[some][:, at] if name in aligned else array[some]
@@ -256,25 +246,25 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         nodes = {}
         for name, node in own.items():
             sources = self.network.wires[self.network.names.index(name)]
-            xs = tuple(of_value(array, source) for array, source in zip(_tuple(node.x), sources, strict=True))
+            xs = tuple(of_value(array, source) for array, source in zip(as_tuple(node.x), sources, strict=True))
             cells = tuple(
                 cell._select(some, at if sources[0] in aligned else slice(None), units) for cell in node.cells
             )
-            nodes[name] = NodeTrace(node.node, _alone(xs), of_value(node.y, name), cells)
-        ys = tuple(of_value(array, name) for array, name in zip(_tuple(self.y), self.network.outputs, strict=True))
+            nodes[name] = NodeTrace(node.node, alone(xs), of_value(node.y, name), cells)
+        ys = tuple(of_value(array, name) for array, name in zip(as_tuple(self.y), self.network.outputs, strict=True))
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
         masks = {name: of_value(mask, name) for name, mask in masks.items()}
         whole = whole and rows is None and steps is None and units is None
-        return NetworkTrace(self.network, _alone(ys), state, Parts(numbers[at], aligned, nodes, masks, whole))
+        return NetworkTrace(self.network, alone(ys), state, Parts(numbers[at], aligned, nodes, masks, whole))
 
     def _copied(self) -> NetworkTrace:
         """Return the trace with copied arrays, so that the memory of the full run can be freed."""
         numbers, aligned, own, masks, whole = self._parts
         nodes = {}
         for name, node in own.items():
-            x = _alone(tuple(array.copy() for array in _tuple(node.x)))
+            x = alone(tuple(array.copy() for array in as_tuple(node.x)))
             nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
-        y = _alone(tuple(array.copy() for array in _tuple(self.y)))
+        y = alone(tuple(array.copy() for array in as_tuple(self.y)))
         masks = {name: mask.copy() for name, mask in masks.items()}
         return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks, whole))
 
@@ -322,7 +312,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             raise ValueError("gradient: expected a trace of all nodes, rows, steps and units")
         values = {name: node.y for name, node in nodes.items()}
         for name, sources in zip(network.names, network.wires, strict=True):
-            values |= dict(zip(sources, _tuple(nodes[name].x), strict=True))
+            values |= dict(zip(sources, as_tuple(nodes[name].x), strict=True))
         flows = {name: Flow(x, masks.get(name)) for name, x in values.items()}
         return gradient(network, flows, cast(Any, records), output, step, unit)
 
@@ -337,7 +327,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             ShapeError: other rows, steps or units.
             ValueError: other cells.
         """
-        from cellstack.inspect.interventions import TraceDifference
+        from cellstack.inspect.differences import TraceDifference
 
         return TraceDifference(self, other)
 
@@ -454,223 +444,12 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         return mimebundle(self, **options)
 
     def __repr__(self) -> str:
-        rows, steps = len(_tuple(self.y)[0]), len(self.steps)
+        rows, steps = len(as_tuple(self.y)[0]), len(self.steps)
         head = f"Trace of {rows} row{'s' * (rows != 1)}, {steps} step{'s' * (steps != 1)}"
         lines = []
         for name, node in self._nodes.items():
             fields = " | ".join(" ".join(cell) for cell in node.cells)
-            lines.append((name, type(node.node).__name__, f"{_shape(node.x)} -> {_shape(node.y)}", fields))
+            lines.append((name, type(node.node).__name__, f"{shape_text(node.x)} -> {shape_text(node.y)}", fields))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
         return "\n".join([head, *(f"  {line.rstrip()}" for line in table)])
-
-
-def trace(
-    network: Network,
-    x: Any,
-    state: Any,
-    run: Mapping[str, Any],
-    nodes: str | Iterable[str] | None,
-    units: Index,
-    steps: Index,
-    pre: bool,
-    in_memory: int,
-) -> NetworkTrace:
-    """Run a network and return its trace: see `Network.trace`; `run`: the other arguments of the run."""
-    names, cells = network.names, None
-    if nodes is not None:
-        try:
-            names = (nodes,) if isinstance(nodes, str) else tuple(nodes)
-        except TypeError:
-            raise TypeError(f"Network: expected nodes as names, got {nodes!r:.80}") from None
-        for name in names:
-            if name not in network.names:
-                raise ValueError(f"Network: expected nodes out of {', '.join(network.names)}, got {name!r:.80}")
-        numbers = _numbers(network)
-        cells = {number for name in names for number in numbers[name]}
-    if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
-        raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
-    if state is not None:  # the caller may overwrite it later
-        given = network.as_inputs("Network", x)
-        states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.started)
-        state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
-    recording = Recording(cells, _Arrays(in_memory).empty)
-    y, after = network.run(x, state, **run, record=recording)
-    found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
-    return found if units is None and steps is None else found.select(None, steps, units)._copied()
-
-
-def _numbers(network: Network) -> dict[str, range]:
-    """Return each node's cells, in the order of the state."""
-    numbers, first = {}, 0
-    for name, node in zip(network.names, network.nodes, strict=True):
-        numbers[name] = range(first, first + len(node.cells))
-        first += len(node.cells)
-    return numbers
-
-
-def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bool) -> Parts:
-    """Return the parts of a trace from a run's records."""
-    numbers = _numbers(network)
-    records, flows = _in_own_order(network, recording, numbers)
-    kept: dict[str, NodeTrace] = {}
-    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        if name not in names:
-            continue
-        cells = []
-        for number, cell in zip(numbers[name], node.cells, strict=True):
-            record = records[number]
-            assert record is not None, "cells of the requested nodes are kept"
-            planes = [record.gates[:, :, plane] for plane in range(len(GATES[cell.spec.kind]))]
-            fields = TRACES[cell.spec.kind](*planes, *([] if record.c is None else [record.c]), record.h)
-            sums = _pre_activations(cell, record) if pre else None
-            cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
-        values = tuple(flows[source].x for source in sources)
-        kept[name] = NodeTrace(node, _alone(values), flows[name].x, tuple(cells))
-    lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
-    masks = {name: flow.mask for name, flow in flows.items() if flow.mask is not None}
-    return Parts(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)
-
-
-def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
-    """Return the values whose steps match those of the first input with time, in the same order."""
-    graph, first = network.graph, next(iter(lengths.values()), None)
-    aligned = {name for name, steps in lengths.items() if steps == first}
-    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        turned = (isinstance(node, Recurrent) and node.go_backwards) or (isinstance(node, Select) and node.step < 0)
-        comes, starts = node.apart(sources)
-        if turned or not aligned.issuperset(comes) or not graph.timed(name):
-            continue
-        begins = [graph.shapes[start] for start in starts]
-        try:
-            after = [
-                node.check(name, *((steps, *graph.shapes[one][1:]) for one in comes), *begins)[0] for steps in PROBES
-            ]
-        except ShapeError:  # a node that requires a fixed number of steps
-            continue
-        if after == list(PROBES):
-            aligned.add(name)
-    return frozenset(aligned)
-
-
-class _Arrays:
-    """Allocates arrays in memory, and beyond a limit in memory-mapped anonymous files."""
-
-    def __init__(self, in_memory: float) -> None:
-        self.left = in_memory
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        size = math.prod(shape) * dtype.itemsize
-        self.left -= size
-        if self.left >= 0 or not size:
-            return np.empty(shape, dtype)
-        with tempfile.TemporaryFile() as file:
-            try:
-                if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process
-                    os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                where = tempfile.gettempdir()
-                raise OSError(error.errno, f"{error.strerror}: a trace needs {size:,} more bytes in {where}") from None
-            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
-
-
-def _in_own_order(
-    network: Network, recording: Recording, numbers: Mapping[str, range]
-) -> tuple[list[Record | None], dict[str, Flow]]:
-    """Return the records of cells and all values, also between nodes of one call, each in its own order of steps."""
-    records, flows = list(recording), dict(recording.flows)
-    for stage in network.calls.sequences:
-        backwards = getattr(stage.node, "go_backwards", False)
-        for place, number in enumerate(stage.nodes[:-1]):
-            above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]
-            own = recording[numbers[network.names[number]][-1]]
-            top = own.h if own is not None else above.x if above is not None else None
-            if top is not None:
-                flows[network.names[number]] = Flow(top[:, ::-1] if backwards else top)
-        for number in stage.nodes[1:] if backwards else ():  # their input is in the previous node's order: reversed
-            for cell in numbers[network.names[number]]:
-                record = recording[cell]
-                records[cell] = None if record is None else _turned(record)
-    return records, flows
-
-
-def _turned(record: Record) -> Record:
-    """Return the record of a backward cell as that of a forward cell over the reversed sequence."""
-    turned = {
-        name: None if (array := getattr(record, name)) is None else array[:, ::-1]
-        for name in ("gates", "c", "h", "x", "mask", "reset")
-    }
-    return record._replace(**turned, reverse=False)
-
-
-def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
-    spec, (batch, steps, width) = cell.spec, record.x.shape
-    order = slice(None, None, -1) if record.reverse else slice(None)
-    states = [record.h, *([] if record.c is None else [record.c])]
-    before = []
-    for place, (array, fresh) in enumerate(zip(states, cell.initial.values(), strict=True)):
-        start = fresh if record.before is None else record.before[place]
-        begun = np.broadcast_to(start, (batch, array.shape[2]))[:, None]
-        previous = np.concatenate([begun, array[:, order][:, :-1]], axis=1) if steps else array
-        if record.reset is not None:
-            previous = np.where(record.reset[:, order, None], fresh, previous)
-        before.append(previous[:, order].reshape(batch * steps, array.shape[2]))
-    patched = None if record.patches is None else _as_it_ran(record)
-    with np.errstate(all="ignore"):
-        sums = reference.pre_activations(spec, cell.held, record.x.reshape(batch * steps, width), before, patched)
-    made = {gate: array.reshape(batch, steps, spec.units).astype(cell.dtype) for gate, array in sums.items()}
-    if record.mask is not None:
-        made = {gate: np.where(record.mask[:, :, None], array, 0) for gate, array in made.items()}
-    return made
-
-
-def _as_it_ran(record: Record) -> Callable[[str, Array, Any], Array]:
-    """Return a function that replaces gates and c from the equations by those of the patched run."""
-    assert record.patches is not None
-    batch, steps, _ = record.x.shape
-    planes = dict(zip(GATES[record.patches.spec.kind], np.moveaxis(record.gates, 2, 0), strict=False))
-
-    def patched(name: str, value: Array, before: Any) -> Array:
-        if name in planes:
-            return planes[name].reshape(batch * steps, -1).astype(np.float64)
-        assert record.patches is not None
-        return record.patches.changed(name, batch, steps, value, before)
-
-    return patched
-
-
-def _tuple(value: Any) -> tuple[Array, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _alone(values: tuple[Array, ...]) -> Any:
-    return values[0] if len(values) == 1 else values
-
-
-def _places(what: str, index: Index, length: int) -> Any:
-    """Return an index that keeps the axis: a slice, or an array of indices."""
-    if index is None:
-        return slice(None)
-    if isinstance(index, slice):
-        try:
-            index.indices(length)
-        except TypeError:
-            raise IndexError(f"expected {what} as a slice of whole numbers, got {index}") from None
-        return index
-    try:
-        places = np.asarray(index)
-    except ValueError:
-        places = np.empty((0, 0))
-    if places.dtype == bool and places.shape == (length,):
-        return np.flatnonzero(places)
-    if places.ndim > 1 or (places.size and places.dtype.kind not in "iu"):
-        raise IndexError(f"expected {what} as a slice, a number, numbers, or {length} flags, got {index!r:.80}")
-    places = places.reshape(-1).astype(np.int64)
-    beyond = places[(places < -length) | (places >= length)]
-    if beyond.size:
-        raise IndexError(f"expected {what} from 0 to {length - 1}, got {beyond[0]}")
-    return places
-
-
-def _shape(value: Any) -> str:
-    return ", ".join(str(list(one.shape)) for one in _tuple(value))

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import keras
 
 from cellstack.cells import KINDS
-from cellstack.cells.arguments import Signature, sign
+from cellstack.cells.arguments import Argument, sign
 from cellstack.keras import cells, torch_backend
+from cellstack.layers.cell import ROLES
 from cellstack.spec import CellSpec, as_flag, as_integer, check_state
 
 _ops: Any = keras.ops
 
 _FLAGS = ("return_sequences", "return_state", "go_backwards", "zero_output_for_mask", "return_gates")
-_ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
 _TABLES = {"initializer": keras.initializers, "regularizer": keras.regularizers, "constraint": keras.constraints}
 
 
@@ -27,7 +27,7 @@ class Recurrent(keras.layers.Layer):
     """
 
     kind: ClassVar[str]
-    signature: ClassVar[Signature]
+    signature: ClassVar[dict[str, Argument]]
     stateful, states = False, None  # Keras's Bidirectional reads them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -46,10 +46,10 @@ class Recurrent(keras.layers.Layer):
             given[name] = _activation(self.name, name, given[name])
         settings = {name: given[name] for name in KINDS[self.kind].settings}
         self._spec = CellSpec(1, kind=self.kind, **{**settings, "units": self.units})
-        for argument in self.signature.all:
+        for argument in self.signature.values():
             if "spec" not in argument.of and argument.name in given:  # CellSpec checks its own
                 argument.check(self.name, given[argument.name])
-        names = [f"{role}_{kind}" for role in _ROLES.values() for kind in _TABLES]
+        names = [f"{role}_{kind}" for role in ROLES.values() for kind in _TABLES]
         self._made = {name: _table(name).get(given[name]) for name in names if name in given}
         self.seed_generator = keras.random.SeedGenerator(given["seed"])
         self.input_spec = keras.layers.InputSpec(ndim=3)
@@ -68,7 +68,7 @@ class Recurrent(keras.layers.Layer):
         self._arrays = [self._added(name, shape) for name, shape in self._spec.shapes.items()]
 
     def _added(self, name: str, shape: tuple[int, ...]) -> Any:
-        role = _ROLES.get(name)
+        role = ROLES.get(name)
         if role is None:
             first = (
                 self._made["kernel_initializer"]

@@ -60,12 +60,13 @@ def _dispatched(
 
 def _keep(ctx: Any, call: Call, output: Sequence[Tensor]) -> None:
     """Save what the backward pass needs of the op's inputs and results."""
-    flags = {name: t for name in ("mask", "reset") if (t := getattr(call, name)) is not None}
-    ctx.flags, ctx.counts = tuple(flags), [1, len(call.starts), len(call.weights), len(call.drops), len(flags)]
-    ctx.call = call._replace(x=None, starts=(), weights=(), drops=(), mask=None, reset=None)
+    x, starts, weights, drops, mask, reset, *rest = call
+    flags = [t for t in (mask, reset) if t is not None]
+    ctx.counts = 1, len(starts), len(weights), len(drops), len(flags)
+    ctx.rest = mask is not None, rest
     ctx.set_materialize_grads(False)  # gradients of gates are large and mostly absent
     kept = output[sum(len(cell.sizes) for cell in call.cells) :]
-    ctx.save_for_backward(call.x, *call.starts, *call.weights, *call.drops, *flags.values(), *kept)
+    ctx.save_for_backward(x, *starts, *weights, *drops, *flags, *kept)
     if call.save:
         count = len(call.cells)
         absent = [t for t in kept[count : 2 * count] if t.ndim == 1]  # recomputed gates
@@ -115,26 +116,26 @@ def _of_each(call: Callable[[list[Tensor | None]], list[Tensor]], grads: Sequenc
 
 def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the gradients of `[x, *starts, *weights]`, None where `needs` is False."""
-    call: Call = ctx.call
-    if not call.save:
+    masked, rest = ctx.rest
+    cells, reverse, _, save, _, time_major = rest
+    if not save:
         raise RuntimeError("cellstack::recurrent ran with save=False, so it has no backward pass")
     kept = iter(ctx.saved_tensors)
     (x,), starts, weights, drops, flags = (list(islice(kept, count)) for count in ctx.counts)
     saved = list(kept)
-    call = call._replace(**dict(zip(ctx.flags, flags, strict=True)))
+    mask = flags.pop(0) if masked else None
+    reset = flags[0] if flags else None
     graph = torch.is_grad_enabled()  # create_graph
     if graph or forward_ad._current_level >= 0:  # the torch loop computes second derivatives
         with torch.enable_grad():
             # Views, as one input may depend on another: that dependency isn't part of this op's gradient.
             x, starts, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (starts, weights))
-            specs, functions = [cell.spec for cell in call.cells], [cell.functions for cell in call.cells]
+            specs, functions = [cell.spec for cell in cells], [cell.functions for cell in cells]
             left = iter(weights)
-            arrays = [a for cell in call.cells for a in in_columns(cell, list(islice(left, len(cell.shapes))))]
-            outputs = eager.run(
-                x, starts, arrays, drops, call.mask, call.reset, specs, functions, call.reverse, True, True
-            )
-            if call.time_major:
-                first = sum(len(cell.sizes) for cell in call.cells)
+            arrays = [a for cell in cells for a in in_columns(cell, list(islice(left, len(cell.shapes))))]
+            outputs = eager.run(x, starts, arrays, drops, mask, reset, specs, functions, reverse, True, True)
+            if time_major:
+                first = sum(len(cell.sizes) for cell in cells)
                 ys = slice(first, first + len(specs))
                 outputs[ys] = [y.transpose(0, 1) for y in outputs[ys]]
             asked = zip(outputs, grads, strict=True)
@@ -147,7 +148,7 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
                 allow_unused=True,
             )
     else:
-        call = call._replace(x=x, starts=starts, weights=weights, drops=drops)
+        call = Call(x, starts, weights, drops, mask, reset, *rest)
         through = backward if x.is_cpu and direct(x) and not transformed() else _dispatched
 
         def back(grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -169,19 +170,18 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 class _Direct(torch.autograd.Function):
     """The op without torch's dispatcher, for training steps that nothing records (see `direct`).
 
-    `flat` has the tensors `[x, *starts, *weights]`, `call` the op's other arguments.
+    `flat` has the tensors `[x, *starts, *weights]` of the call, which may require gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, starts: int, call: Call, *flat: Tensor) -> tuple[Tensor, ...]:
-        call = call._replace(x=flat[0], starts=flat[1 : 1 + starts], weights=flat[1 + starts :])
+    def forward(ctx: Any, call: Call, *flat: Tensor) -> tuple[Tensor, ...]:
         output = forward(call)
         _keep(ctx, call, output)
         return tuple(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, None, *_gradients(ctx, list(ctx.needs_input_grad[2:]), grads)
+        return None, *_gradients(ctx, list(ctx.needs_input_grad[1:]), grads)
 
 
 # Skips what `Function.apply` does for transforms of torch.func: callers have checked that none is active.
@@ -190,8 +190,7 @@ _apply: Any = super(torch.autograd.Function, _Direct).apply  # pyright: ignore[r
 
 def differentiable(call: Call) -> list[Tensor]:
     """Run a call with `save`, without torch's dispatcher."""
-    rest = call._replace(x=None, starts=(), weights=())
-    return list(_apply(len(call.starts), rest, call.x, *call.starts, *call.weights))
+    return list(_apply(call, call.x, *call.starts, *call.weights))
 
 
 _LIBRARY.impl("recurrent", lambda *given: forward(Call.of_op(*given)), "CPU")

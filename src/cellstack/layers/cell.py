@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.cells import KINDS
-from cellstack.cells.arguments import Signature, sign
+from cellstack.cells.arguments import Argument, sign
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
 from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step
@@ -55,7 +55,7 @@ class Cell(Layer):
 
     kind: ClassVar[str]
     State: ClassVar[Any]
-    signature: ClassVar[Signature]
+    signature: ClassVar[dict[str, Argument]]
 
     kernel: Tensor
     recurrent_kernel: Tensor
@@ -71,7 +71,7 @@ class Cell(Layer):
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__(given["name"])
         self._config = given = {key: own(value) for key, value in given.items()}
-        for argument in self.signature.all:
+        for argument in self.signature.values():
             if "spec" not in argument.of:  # CellSpec checks its own
                 argument.check(self._owner, given[argument.name])
         given["units"] = self.units = as_integer(self._owner, "units", given["units"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -140,10 +140,16 @@ class Call(NamedTuple):
         return *self[:6], [cell.text for cell in self.cells], *self[7:]
 
 
-def by_layer(specs: Iterable[CellSpec], out: Iterable[Any]) -> tuple[list[tuple[Any, ...]], list[Saved]]:
+def by_layer(specs: Sequence[CellSpec], out: Iterable[Any]) -> tuple[list[tuple[Any, ...]], list[Saved]]:
     """Return each layer's final states, and what a call with `save` saved of it at every step, from its results."""
-    counts, left = [len(spec.state_sizes) for spec in specs], iter(out)
-    take = lambda counts: [tuple(islice(left, count)) for count in counts]  # noqa: E731
-    ends, ys, gates = take(counts), *(list(islice(left, len(counts))) for _ in range(2))
-    states = take(count - 1 for count in counts)
-    return ends, [Saved(*of) for of in zip(ys, gates, states, left, strict=True)]
+    left = iter(out)
+    ends = [tuple(islice(left, len(spec.state_sizes))) for spec in specs]
+    return ends, saved_by_layer(specs, left)
+
+
+def saved_by_layer(specs: Sequence[CellSpec], left: Iterator[Any]) -> list[Saved]:
+    """Return what is saved of each layer at every step, from the results after the final states."""
+    count = len(specs)
+    ys, gates = list(islice(left, count)), list(islice(left, count))
+    states = [tuple(islice(left, len(spec.state_sizes) - 1)) for spec in specs]
+    return list(map(Saved, ys, gates, states, left))

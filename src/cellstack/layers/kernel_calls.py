@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cellstack import native
-from cellstack.layers.cell_call import Call, CellCall, Saved, by_layer
+from cellstack.layers.cell_call import Call, CellCall, Saved, by_layer, saved_by_layer
 from cellstack.layers.memory import Reused
 from cellstack.spec import ARRAYS, ShapeError
 
@@ -148,12 +148,14 @@ def kept_weights(kept: Kept, layer: int, cell: CellCall, weights: Sequence[Tenso
 
 def _sequences(call: Call) -> tuple[native.Sequences, list[Any]]:
     """Return the kernel's object for the input of a call, and the tensors that must outlive it."""
-    x = call.x.resolve_neg()  # the kernel supports any strides for batch and time
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    mask, reset = (None if flag is None else flag.contiguous() for flag in (call.mask, call.reset))
-    (batch, steps, _), (stride_batch, stride_time, _), at = x.shape, x.stride(), x.data_ptr()
-    flags = {"mask": _address(mask), "reset": _address(reset), "reverse": call.reverse, "time_major": call.time_major}
-    return native.Sequences(batch, steps, at, stride_batch, stride_time, **flags), [x, mask, reset]
+    x, mask, reset = call.x.resolve_neg(), call.mask, call.reset
+    if x.stride(2) != 1 and x.shape[2] != 1:  # the kernel supports any strides for batch and time
+        x = x.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    reset = None if reset is None else reset.contiguous()
+    (batch, steps, _), (stride_batch, stride_time, _) = x.shape, x.stride()
+    flags = _address(mask), _address(reset), call.reverse, None, call.time_major
+    return native.Sequences(batch, steps, x.data_ptr(), stride_batch, stride_time, *flags), [x, mask, reset]
 
 
 def _layer(
@@ -239,8 +241,7 @@ def backward(
     begin, drops = [_contiguous(t) for t in call.starts], [_contiguous(t) for t in call.drops]
     given = [None if grad is None else _contiguous(grad) for grad in grads]
     specs = [cell.spec for cell in cells]
-    after = [None] * sum(len(cell.sizes) for cell in cells)
-    before, arrays, kept = iter(begin), iter(call.weights), by_layer(specs, [*after, *saved])[1]
+    before, arrays, kept = iter(begin), iter(call.weights), saved_by_layer(specs, iter(saved))
     layers, gradients, biases = [], [], []
     for n, (cell, of_ends, of_saved) in enumerate(zip(cells, *by_layer(specs, given), strict=True)):
         # The forward pass has checked the weights.

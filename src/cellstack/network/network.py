@@ -152,7 +152,7 @@ class Network:
     dtype: np.dtype[Any]
     graph: Graph
     patches: tuple[Patch, ...]
-    started: tuple[str, ...]
+    initial_state_sources: tuple[str, ...]
     has_state_values: bool
     calls: Calls
     patches_by_cell: tuple[CellPatches | None, ...]
@@ -194,7 +194,9 @@ class Network:
             "graph": graph,
             "patches": patches,
             "patches_by_cell": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
-            "started": _started(nodes, names, graph),  # for each cell, which values it starts from, or ""
+            "initial_state_sources": _initial_state_sources(
+                nodes, names, graph
+            ),  # for each cell, which values it starts from, or ""
             "has_state_values": any(graph.states),
             "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
         }
@@ -619,7 +621,7 @@ class Network:
 @cache
 def _trace() -> Callable[..., NetworkTrace]:
     """Return the trace function, imported on demand because it depends on networks, and cached to keep calls fast."""
-    from cellstack.inspect.trace import trace
+    from cellstack.inspect.tracing import trace
 
     return trace
 
@@ -653,7 +655,7 @@ def _patched(
     return tuple(found) if patches else ()
 
 
-def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:
+def _initial_state_sources(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:
     """Return, for each cell, a text about the values that it starts from; "" if there are none."""
     found: list[str] = []
     for node, name, sources in zip(nodes, names, graph.wires, strict=True):

@@ -47,7 +47,7 @@ def run(
         values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
         record.flows.update(values)
     batch, cells = len(given[0]), network.cells
-    states = as_states("Network", state, cells, batch, network.started)
+    states = as_states("Network", state, cells, batch, network.initial_state_sources)
     threads = processors() if threads is None else check_integer("Network", "threads", threads)
     after: tuple[CellState, ...] = ()
     with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel

@@ -75,7 +75,7 @@ def shown(shape: Shape, ids: bool = False) -> str:
     )
 
 
-def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array:
+def frozen_copy(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array:
     """Return a private, contiguous, read-only copy of `value`, float32 or float64.
 
     Args:
@@ -94,17 +94,17 @@ def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array
     array = np.asarray(value)
     if array.dtype.name not in DTYPES:
         raise TypeError(f"{owner}: expected {name} in {' or '.join(DTYPES)}, got {array.dtype}")
-    return _own(owner, name, array, shape)
+    return _frozen(owner, name, array, shape)
 
 
-def hold_bfloat16(owner: str, name: str, value: BFloat16Array, shape: Sequence[int | str]) -> BFloat16Array:
-    """Return a private, read-only copy of an array of bfloat16; see `hold`."""
+def frozen_bfloat16(owner: str, name: str, value: BFloat16Array, shape: Sequence[int | str]) -> BFloat16Array:
+    """Return a private, read-only copy of an array of bfloat16; see `frozen_copy`."""
     if value.bits.dtype != np.uint16:
         raise TypeError(f"{owner}: expected the bits of {name} as uint16, got {value.bits.dtype}")
-    return BFloat16Array(_own(owner, name, value.bits, shape))
+    return BFloat16Array(_frozen(owner, name, value.bits, shape))
 
 
-def _own(owner: str, name: str, array: NDArray[Any], shape: Sequence[int | str]) -> NDArray[Any]:
+def _frozen(owner: str, name: str, array: NDArray[Any], shape: Sequence[int | str]) -> NDArray[Any]:
     fits = len(shape) == array.ndim and all(
         got >= 1 if isinstance(want, str) else got == want for want, got in zip(shape, array.shape, strict=True)
     )
@@ -206,7 +206,7 @@ class KernelLayers(NamedTuple):
         return KernelLayers(((layers, False),), timed, self.reverse, last_step, above.zeros_at_masked, above.finish)
 
 
-class FrameRule(NamedTuple):
+class StepRule(NamedTuple):
     """How a node runs step by step in a stream, apart from the states of its cells.
 
     Attributes:
@@ -392,7 +392,7 @@ class Node:
 
     # ── streaming ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         """Return how the node runs step by step, or why it can't.
 
         Args:
@@ -510,8 +510,8 @@ class Node:
 class Stepwise(Node):
     """A node whose output at a step depends only on that step: `apply` takes and returns `[..., W]`."""
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(step=self.apply)
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(step=self.apply)
 
 
 def check_axes(owner: str, node: Node, shape: Shape) -> None:

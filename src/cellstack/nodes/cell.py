@@ -13,7 +13,7 @@ import numpy as np
 from cellstack import native
 from cellstack.bfloat16 import BFloat16Array, rounded
 from cellstack.cells import KINDS
-from cellstack.nodes.base import Array, Types, check_choice, hold, hold_bfloat16, one_dtype
+from cellstack.nodes.base import Array, Types, check_choice, frozen_bfloat16, frozen_copy, one_dtype
 from cellstack.spec import ARRAYS, MATRICES, CellSpec, ShapeError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("float32", "bfloat16", "int8")
 """Number formats of the matrices of cells in a run or a stream; float64 cells keep float64."""
 
-HELD = ("float32", "bfloat16")
+STORED_WEIGHTS = ("float32", "bfloat16")
 """Number formats in which a float32 cell can store its matrices."""
 
 MOST_DEPTH = (2**31 - 1) // 127**2
@@ -94,9 +94,11 @@ class Cell:
                 expected = f"{name} {list(shapes[name])}, got none" if value is None else f"no {name}, got one"
                 raise ShapeError(f"Cell: expected {expected}")
             if isinstance(value, BFloat16Array):  # without an attribute: `__getattr__` returns it as float32
-                bfloat16[name] = hold_bfloat16("Cell", name, value, shapes[name])
+                bfloat16[name] = frozen_bfloat16("Cell", name, value, shapes[name])
             else:
-                object.__setattr__(self, name, None if value is None else hold("Cell", name, value, shapes[name]))
+                object.__setattr__(
+                    self, name, None if value is None else frozen_copy("Cell", name, value, shapes[name])
+                )
         object.__setattr__(self, "_bfloat16", bfloat16)
         matrices = [name for name in MATRICES if name in shapes]
         if bfloat16 and list(bfloat16) != matrices:
@@ -105,7 +107,7 @@ class Cell:
         whole: dict[str, Array | None] = {}
         if bfloat16:
             whole["matrices"] = np.empty(0, np.float32)
-        whole |= {name: array for name, array in self.held.items() if not isinstance(array, BFloat16Array)}
+        whole |= {name: array for name, array in self.stored_arrays.items() if not isinstance(array, BFloat16Array)}
         one_dtype("Cell", whole)
 
     def __getattr__(self, name: str) -> Array:
@@ -123,7 +125,7 @@ class Cell:
         return {name: getattr(self, name) for name in self.spec.shapes}
 
     @property
-    def held(self) -> dict[str, Array | BFloat16Array]:
+    def stored_arrays(self) -> dict[str, Array | BFloat16Array]:
         """The cell's arrays as they are stored, bfloat16 ones as `BFloat16Array`."""
         return {
             name: self._bfloat16[name] if name in self._bfloat16 else getattr(self, name) for name in self.spec.shapes
@@ -169,7 +171,7 @@ class Cell:
         >>> float(small.kernel[0, 0])
         0.10009765625
         """
-        check_choice("Cell", "weights", weights, HELD)
+        check_choice("Cell", "weights", weights, STORED_WEIGHTS)
         if weights == self.weights or (weights == "float32" and not self._bfloat16):
             return self
         if weights == "float32":
@@ -228,8 +230,8 @@ class Cell:
     @property
     def multiplications(self) -> int:
         """The number of multiplications by parameters per step."""
-        added = ("bias", "cell_bias", "initial_h", "initial_c")
-        return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if name not in added)
+        shapes = self.spec.shapes.items()
+        return sum(math.prod(shape) for name, shape in shapes if not name.startswith(("initial", "bias", "cell_bias")))
 
     @property
     def numbers_read(self) -> int:
@@ -253,7 +255,7 @@ class Cell:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies contain only the arrays, which are checked, made read-only and packed again."""
-        return Cell, (self.spec, *self.held.values())
+        return Cell, (self.spec, *self.stored_arrays.values())
 
     def __repr__(self) -> str:
         return f"Cell of {self.dtype}: {self.summary}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from cellstack import native, spec
 from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
-from cellstack.nodes.base import Array, KernelLayers, NodeRun, Shape, StateGradients, Stepwise, hold, one_dtype
+from cellstack.nodes.base import Array, KernelLayers, NodeRun, Shape, StateGradients, Stepwise, frozen_copy, one_dtype
 from cellstack.spec import ShapeError
 
 
@@ -39,9 +39,9 @@ class Dense(Stepwise):
     multiplied = ("kernel",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kernel", hold("Dense", "kernel", self.kernel, ("I", "O")))
+        object.__setattr__(self, "kernel", frozen_copy("Dense", "kernel", self.kernel, ("I", "O")))
         if self.bias is not None:
-            object.__setattr__(self, "bias", hold("Dense", "bias", self.bias, self.kernel.shape[1:]))
+            object.__setattr__(self, "bias", frozen_copy("Dense", "bias", self.bias, self.kernel.shape[1:]))
         object.__setattr__(self, "dtype", one_dtype("Dense", {"kernel": self.kernel, "bias": self.bias}))
         object.__setattr__(self, "input_size", self.kernel.shape[0])
         object.__setattr__(self, "activation", check_activation("Dense", self.activation))

@@ -20,12 +20,12 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
     GradientError,
     Node,
     NodeRun,
     Shape,
     StateGradients,
+    StepRule,
     check_axes,
     check_integer,
     shown,
@@ -98,7 +98,7 @@ class Context(Node):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         raise GradientError("it depends on the resets of its input, which a trace doesn't store")
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         def advance(memory: Array, x: Array) -> tuple[Array, Array]:
             if not x.shape[1]:
                 return np.zeros((*x.shape[:2], self.size + x.shape[2]), x.dtype), memory
@@ -106,7 +106,7 @@ class Context(Node):
             before = memory if x.shape[1] == 1 else np.concatenate([memory, ends[:, :-1]], axis=1)
             return np.concatenate([before, x], axis=2), ends[:, -1:].copy()
 
-        return FrameRule(memory=(1, self.size), advance=advance)
+        return StepRule(memory=(1, self.size), advance=advance)
 
     @property
     def summary(self) -> str:
@@ -232,9 +232,9 @@ class PerFrame(Node):
                 found[source] = found[source] + gradient
         return [found[0].reshape(x.shape)]
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         axes = 1 + len(self.frame)
-        return FrameRule(step=lambda x: self._rows(x) if x.ndim == axes else self.apply(x))
+        return StepRule(step=lambda x: self._rows(x) if x.ndim == axes else self.apply(x))
 
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

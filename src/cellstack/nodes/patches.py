@@ -87,7 +87,7 @@ class Patch:
         value = given.astype(np.float64)
         if value.ndim > 3:
             raise ShapeError(f"Patch: expected value as a number, or [rows, steps, units], got shape {value.shape}")
-        whole = _whole(value)
+        whole = _with_three_axes(value)
         for axis, name in enumerate(("rows", "steps", "units")):
             count, known = whole.shape[axis], _count(getattr(self, name))
             if count not in (1, known) and (known is not None or name == "steps"):
@@ -141,7 +141,7 @@ class Patch:
         Args:
             spec: the cell.
         """
-        return spec.output_size if self.gate == "h" else spec.units
+        return spec.state_sizes.get(self.gate, spec.units)
 
     def stored(self) -> dict[str, Any]:
         """Return the patch as JSON, without its value."""
@@ -181,15 +181,16 @@ class CellPatches:
     def __init__(self, spec: CellSpec, patches: Sequence[Patch]) -> None:
         self.spec, self.patches = spec, tuple(patches)
         self.targets = (*GATES[spec.kind], *spec.state_sizes)  # the order in the kernel's `patch_lines`
-        self.holds = any(patch.how == "freeze" and patch.gate in GATES[spec.kind] for patch in patches)
+        self.freezes_gates = any(patch.how == "freeze" and patch.gate in GATES[spec.kind] for patch in patches)
         self.timeless = all(
-            patch.steps is None and (patch.value is None or _whole(patch.value).shape[1] == 1) for patch in patches
+            patch.steps is None and (patch.value is None or _with_three_axes(patch.value).shape[1] == 1)
+            for patch in patches
         )
         self._last: tuple[Any, dict[str, Any]] | None = None  # the key of the last call and its result
 
-    def held(self, rows: int, dtype: np.dtype[Any]) -> Array | None:
+    def last_gates(self, rows: int, dtype: np.dtype[Any]) -> Array | None:
         """Return an array for the last gates of each row, `[rows, planes, H]`; None if no gate is frozen."""
-        return np.zeros((rows, self.spec.planes, self.spec.units), dtype) if self.holds else None
+        return np.zeros((rows, self.spec.planes, self.spec.units), dtype) if self.freezes_gates else None
 
     def of_run(
         self, batch: int, steps: int, mask: NDArray[np.bool_] | None, reverse: bool, dtype: np.dtype[Any]
@@ -200,16 +201,16 @@ class CellPatches:
             IndexError: rows or steps that the run doesn't have.
             ShapeError: a value for a different number of rows.
         """
-        key, held, last = (batch, steps, reverse, dtype), self.held(batch, dtype), self._last
+        key, frozen, last = (batch, steps, reverse, dtype), self.last_gates(batch, dtype), self._last
         if mask is None and last is not None and last[0] == key:
-            return last[1] | {"patch_held": held} if last[1] else {}
+            return last[1] | {"patch_held": frozen} if last[1] else {}
         if batch and steps:
             self.check("rows", batch)
             self.check("steps", steps)
         numbers = np.broadcast_to(np.arange(steps), (batch, steps))
         order = slice(None, None, -1 if reverse else 1)
         first = np.full(batch, (steps - 1) if reverse else 0) if mask is None else _first(mask[:, order], order, steps)
-        made = self._act(np.arange(batch), numbers, first, held, dtype)
+        made = self._arguments(np.arange(batch), numbers, first, frozen, dtype)
         if mask is None:
             self._last = key, made
         return made
@@ -225,16 +226,16 @@ class CellPatches:
             chosen = _chosen(getattr(patch, name), count)
             if not chosen.size or chosen.max() >= count:
                 raise RunError(f"Patch: expected {name} from 0 to {count - 1}, got {patch}")
-            along = 1 if patch.value is None or name == "steps" else _whole(patch.value).shape[0]
+            along = 1 if patch.value is None or name == "steps" else _with_three_axes(patch.value).shape[0]
             if along not in (1, len(chosen)):
                 raise ShapeError(f"Patch: expected a value of 1 or {len(chosen)} along {name}, got {patch}")
 
-    def act(
+    def of_steps(
         self,
         rows: NDArray[np.int64],
         numbers: NDArray[np.int64],
         first: NDArray[np.int64],
-        held: Array | None,
+        frozen: Array | None,
         dtype: np.dtype[Any],
     ) -> dict[str, Any]:
         """Return the arguments of `native.Layer` for some steps; empty if no patch applies.
@@ -243,19 +244,19 @@ class CellPatches:
             rows: `[B]`, the indices of the rows.
             numbers: `[B, T]`, the indices of the steps.
             first: `[B]`, the position along T of each row's first step since its state was set; -1: not among these.
-            held: the last gates of these rows, see `held`; the kernel updates them.
+            frozen: the last gates of these rows, see `last_gates`; the kernel updates them.
             dtype: the dtype of the values.
         """
-        if not self.holds and numbers.size and not self._acts(int(numbers.min()), int(numbers.max())):
+        if not self.freezes_gates and numbers.size and not self._applies(int(numbers.min()), int(numbers.max())):
             return {}
-        if not self.timeless or (self.holds and (first >= 0).any()):
-            return self._act(rows, numbers, first, held, dtype)
+        if not self.timeless or (self.freezes_gates and (first >= 0).any()):
+            return self._arguments(rows, numbers, first, frozen, dtype)
         key, last = (rows.tobytes(), numbers.shape, dtype), self._last
         if last is None or last[0] != key:
-            last = self._last = key, self._act(rows, numbers, first, held, dtype)
-        return last[1] | {"patch_held": held} if last[1] else {}
+            last = self._last = key, self._arguments(rows, numbers, first, frozen, dtype)
+        return last[1] | {"patch_held": frozen} if last[1] else {}
 
-    def _acts(self, first: int, last: int) -> bool:
+    def _applies(self, first: int, last: int) -> bool:
         """Whether a patch may apply to a step from `first` to `last`."""
         for patch in self.patches:
             index = patch.steps
@@ -277,7 +278,7 @@ class CellPatches:
             before: the state of the previous step, `[B·T, H]`.
         """
         numbers = np.broadcast_to(np.arange(steps), (batch, steps))
-        made = self._act(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
+        made = self._arguments(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
         if not made:
             return value
         lines = made["patch_lines"][:, :, self.targets.index(name)].reshape(-1)
@@ -286,12 +287,12 @@ class CellPatches:
         new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
         return np.where(lines[:, None] < 0, value, new)
 
-    def _act(
+    def _arguments(
         self,
         rows: NDArray[np.int64],
         numbers: NDArray[np.int64],
         first: NDArray[np.int64],
-        held: Array | None,
+        frozen: Array | None,
         dtype: np.dtype[Any],
     ) -> dict[str, Any]:
         width = max(self.spec.units, self.spec.output_size)
@@ -299,10 +300,10 @@ class CellPatches:
         table = _Table(width)
         for patch in self.patches:
             self._add(patch, rows, numbers, first, lines, table)
-        if not table.count and held is None:
+        if not table.count and frozen is None:
             return {}
         whole = table.lines[1 : 1 + max(table.count, 1)].astype(dtype)
-        return {"patch_lines": lines, "patch_table": whole, "patch_width": width, "patch_held": held}
+        return {"patch_lines": lines, "patch_table": whole, "patch_width": width, "patch_held": frozen}
 
     def _add(
         self,
@@ -325,7 +326,7 @@ class CellPatches:
         at, steps = np.nonzero(step_places >= 0)
         if not at.size:
             return
-        values = _whole(np.zeros(()) if patch.value is None else patch.value)
+        values = _with_three_axes(np.zeros(()) if patch.value is None else patch.value)
         row_values = row_places[here][at] if values.shape[0] > 1 else np.zeros_like(at)
         step_values = step_places[at, steps] if values.shape[1] > 1 else np.zeros_like(at)
         old = lines[here[at], steps, target].astype(np.int64)
@@ -424,7 +425,7 @@ def _first(mask: NDArray[np.bool_], order: slice, steps: int) -> NDArray[np.int6
     return np.where(mask.any(axis=1), np.arange(steps)[order][first] if steps else first, -1)
 
 
-def _whole(value: Array) -> Array:
+def _with_three_axes(value: Array) -> Array:
     """Return a value with leading axes added to make it `[rows, steps, units]`."""
     return value.reshape((1,) * (3 - value.ndim) + value.shape)
 

@@ -16,17 +16,18 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
     KernelLayers,
     Node,
     NodeRun,
     Shape,
     StateGradients,
+    StepRule,
     check_choice,
     check_flag,
     one_dtype,
     shown,
 )
+from cellstack.nodes.cell import KIND_NAMES as KIND_NAMES
 from cellstack.nodes.cell import Cell, summary_of
 from cellstack.nodes.recording import Record, Recording
 from cellstack.spec import STATES, ShapeError
@@ -137,7 +138,7 @@ class Recurrent(Node):
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, shapes[0])
-        _check_starts(owner, self, shapes[1:])
+        _check_initial_states(owner, self, shapes[1:])
         return (steps, self.units) if self.return_sequences else (self.units,)
 
     def forward(
@@ -263,7 +264,7 @@ class Recurrent(Node):
         """See `Node.run`; for `record`, `patches` and `weights` see `forward`."""
         flow = flows[0]
         if len(flows) > 1:
-            states = _started(self, flows[1:])
+            states = _given_states(self, flows[1:])
         y, ends = self.forward(flow, states, threads, record, patches, weights)
         after = tuple(ends)
         if not self.return_sequences:
@@ -326,8 +327,8 @@ class Recurrent(Node):
             return None
         return on.cut(mask, slice(None, None, -1)) if self.go_backwards else mask
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(BACKWARDS if self.go_backwards else None)
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(BACKWARDS if self.go_backwards else None)
 
     def with_weights(self, weights: str) -> Recurrent:
         return replace(self, cells=tuple(cell.with_weights(weights) for cell in self.cells))
@@ -335,7 +336,9 @@ class Recurrent(Node):
     def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
         flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
         arrays = {
-            f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.held.items()
+            f"{number}/{name}": array
+            for number, cell in enumerate(self.cells)
+            for name, array in cell.stored_arrays.items()
         }
         return {"type": self.file_type, "cells": [cell.spec.settings for cell in self.cells], **flags}, arrays
 
@@ -363,7 +366,7 @@ def _narrow(node: Node) -> str:
     return f", matrices{whose} in bfloat16" if few else ""
 
 
-def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
+def _check_initial_states(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
     """Raise `ShapeError` unless there is no initial state, or one vector per row for each state of the node."""
     sizes = node.state_sizes
     if shapes and len(shapes) != len(sizes):
@@ -373,7 +376,7 @@ def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
             raise ShapeError(f"{owner}: expected the initial state {part} [B, {size}], got {shown(shape)}")
 
 
-def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
+def _given_states(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
     """Return the initial states that a node takes as inputs, one per cell."""
     arrays = iter([native.plain(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
@@ -468,7 +471,7 @@ class Bidirectional(Node):
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, shapes[0])
-        _check_starts(owner, self, shapes[1:])
+        _check_initial_states(owner, self, shapes[1:])
         units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
         return (steps, units) if self.forward.return_sequences else (units,)
 
@@ -484,7 +487,7 @@ class Bidirectional(Node):
         """See `Recurrent.run`; the forward stack is recorded first."""
         flow = flows[0]
         if len(flows) > 1:
-            states = _started(self, flows[1:])
+            states = _given_states(self, flows[1:])
         half = len(self.forward.cells)
         ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half], weights)
         back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:], weights)
@@ -515,8 +518,8 @@ class Bidirectional(Node):
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return masks[0] if self.forward.return_sequences else None
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(BACKWARDS)
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(BACKWARDS)
 
     def with_weights(self, weights: str) -> Bidirectional:
         forward, backward = (half.with_weights(weights) for half in (self.forward, self.backward))

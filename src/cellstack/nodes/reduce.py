@@ -13,10 +13,10 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
     NodeRun,
     Shape,
     StateGradients,
+    StepRule,
     check_choice,
     check_flag,
     shown,
@@ -127,12 +127,12 @@ class Reduce(Along):
     def keeps_steps(self, axes: int) -> bool:
         return self.place(axes) > 1 and (self.keepdims or axes > 2)
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         if self.place(len(shapes[0])) != len(shapes[0]):
-            return FrameRule(f"the {self.mode} over time needs the whole sequence, which a stream doesn't have")
+            return StepRule(f"the {self.mode} over time needs the whole sequence, which a stream doesn't have")
         if not self.keepdims:
-            return FrameRule("it combines all steps into one vector (keepdims=True avoids this)")
-        return FrameRule(step=replace(self, axis=-1).apply)
+            return StepRule("it combines all steps into one vector (keepdims=True avoids this)")
+        return StepRule(step=replace(self, axis=-1).apply)
 
     @property
     def summary(self) -> str:

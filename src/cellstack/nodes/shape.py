@@ -16,12 +16,12 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
     GradientError,
     Node,
     NodeRun,
     Shape,
     StateGradients,
+    StepRule,
     check_choice,
     check_integer,
     check_number,
@@ -48,7 +48,7 @@ NEUTRAL = {
     "max": -np.inf,
     "min": np.inf,
 }  # the value of masked steps; in other modes they keep theirs
-NOT_FRAMES = "it changes the shape of the whole sequence, which a stream doesn't have"
+WHOLE_SEQUENCE = "it changes the shape of the whole sequence, which a stream doesn't have"
 
 
 def check_axis(owner: str, axis: Any) -> int:
@@ -86,11 +86,11 @@ class Along(Node):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return gradient_of_moves(self, run, dy)
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         if self.place(len(shapes[0])) != len(shapes[0]):
-            return FrameRule(self.why_whole)
+            return StepRule(self.why_whole)
         alone: Any = self  # one step has no time axis: its features are the last axis
-        return FrameRule(step=replace(alone, axis=-1).apply)
+        return StepRule(step=replace(alone, axis=-1).apply)
 
 
 class _Shaping(Node):
@@ -104,8 +104,8 @@ class _Shaping(Node):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return gradient_of_moves(self, run, dy)
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(NOT_FRAMES)
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(WHOLE_SEQUENCE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +127,8 @@ class Flatten(_Shaping):
         """Return `x [B, …]` as `[B, W]`."""
         return x.reshape(len(x), prod(x.shape[1:]))
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(NOT_FRAMES) if len(shapes[0]) > 1 else FrameRule(step=lambda x: x)
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(WHOLE_SEQUENCE) if len(shapes[0]) > 1 else StepRule(step=lambda x: x)
 
     @property
     def summary(self) -> str:
@@ -266,8 +266,8 @@ class Repeat(_Shaping):
         """Return `[B, times, W]` for `x [B, W]`."""
         return np.repeat(x[:, None], self.times, axis=1)
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(f"it makes {self.times} steps out of every step")
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(f"it makes {self.times} steps out of every step")
 
     @property
     def summary(self) -> str:
@@ -539,10 +539,10 @@ class Merge(Along):
             return on.join(masks) if there else None
         return on.either(there) if len(there) == len(masks) else None
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         if self.mode != "concat" or self.place(len(shapes[0])) == len(shapes[0]):
-            return FrameRule(step=replace(self, axis=-1).merge)
-        return FrameRule("it concatenates whole sequences, which a stream doesn't have")
+            return StepRule(step=replace(self, axis=-1).merge)
+        return StepRule("it concatenates whole sequences, which a stream doesn't have")
 
     @property
     def summary(self) -> str:

@@ -14,15 +14,15 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
     Node,
     NodeRun,
     Shape,
     StateGradients,
+    StepRule,
     Stepwise,
     check_flag,
     check_number,
-    hold,
+    frozen_copy,
     one_dtype,
     shown,
 )
@@ -50,8 +50,8 @@ class Standardise(Stepwise):
     multiplied = ("scale",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", hold("Standardise", "mean", self.mean, ("I",)))
-        object.__setattr__(self, "scale", hold("Standardise", "scale", self.scale, self.mean.shape))
+        object.__setattr__(self, "mean", frozen_copy("Standardise", "mean", self.mean, ("I",)))
+        object.__setattr__(self, "scale", frozen_copy("Standardise", "scale", self.scale, self.mean.shape))
         object.__setattr__(self, "dtype", one_dtype("Standardise", {"mean": self.mean, "scale": self.scale}))
         object.__setattr__(self, "input_size", len(self.mean))
         if (self.scale == 0).any():
@@ -98,8 +98,8 @@ class Scale(Stepwise):
     multiplied = ("scale",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", hold("Scale", "scale", self.scale, ("W",)))
-        object.__setattr__(self, "shift", hold("Scale", "shift", self.shift, self.scale.shape))
+        object.__setattr__(self, "scale", frozen_copy("Scale", "scale", self.scale, ("W",)))
+        object.__setattr__(self, "shift", frozen_copy("Scale", "shift", self.shift, self.scale.shape))
         object.__setattr__(self, "dtype", one_dtype("Scale", {"scale": self.scale, "shift": self.shift}))
         object.__setattr__(self, "input_size", len(self.scale))
 
@@ -171,7 +171,7 @@ class LayerNorm(Stepwise):
         width: tuple[int | str] = ("W",)
         for name in ("gain", "bias"):
             if getattr(self, name) is not None:
-                array = hold("LayerNorm", name, getattr(self, name), width)
+                array = frozen_copy("LayerNorm", name, getattr(self, name), width)
                 width = (len(array),)
                 object.__setattr__(self, name, array)
         object.__setattr__(self, "epsilon", check_number("LayerNorm", "epsilon", self.epsilon, above=0.0))
@@ -311,7 +311,7 @@ class Embedding(Stepwise):
     takes_ids = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "table", hold("Embedding", "table", self.table, ("V", "E")))
+        object.__setattr__(self, "table", frozen_copy("Embedding", "table", self.table, ("V", "E")))
         object.__setattr__(self, "dtype", self.table.dtype)
         check_flag("Embedding", "mask_zero", self.mask_zero)
         object.__setattr__(self, "makes_mask", self.mask_zero)
@@ -398,8 +398,8 @@ class StepMask(Node):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         return [dy, np.zeros_like(run.inputs[1].x)]
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule(
             "it takes the flags of a whole sequence, which a stream doesn't have: leave padding out of the stream"
         )
 

@@ -16,15 +16,15 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
     Node,
     NodeRun,
     Shape,
     StateGradients,
+    StepRule,
     check_choice,
     check_integer,
+    frozen_copy,
     gradient_of_moves,
-    hold,
     one_dtype,
     padded,
 )
@@ -57,7 +57,7 @@ def checked_padding(owner: str, padding: Any, span: int, strides: int) -> str | 
     return str(padding)
 
 
-def why_no_answers(padding: str | tuple[int, int], span: int, strides: int) -> str | None:
+def why_not_by_steps(padding: str | tuple[int, int], span: int, strides: int) -> str | None:
     """Return why windows don't give one output per step that depends only on past steps; None if they do."""
     if strides > 1:
         return f"it has an output every {strides} steps, and a stream needs one per step"
@@ -129,9 +129,9 @@ class Conv1D(Node):
 
     def __post_init__(self) -> None:
         owner = "Conv1D"
-        object.__setattr__(self, "kernel", hold(owner, "kernel", self.kernel, ("K", "C/groups", "F")))
+        object.__setattr__(self, "kernel", frozen_copy(owner, "kernel", self.kernel, ("K", "C/groups", "F")))
         if self.bias is not None:
-            object.__setattr__(self, "bias", hold(owner, "bias", self.bias, self.kernel.shape[2:]))
+            object.__setattr__(self, "bias", frozen_copy(owner, "bias", self.bias, self.kernel.shape[2:]))
         object.__setattr__(self, "dtype", one_dtype(owner, {"kernel": self.kernel, "bias": self.bias}))
         for name in ("strides", "dilation", "groups"):
             object.__setattr__(self, name, check_integer(owner, name, getattr(self, name)))
@@ -151,7 +151,7 @@ class Conv1D(Node):
     @property
     def by_steps(self) -> bool:
         """Whether there is one output per step that depends only on past steps, so that a stream can run it."""
-        return why_no_answers(self.padding, self.span, self.strides) is None
+        return why_not_by_steps(self.padding, self.span, self.strides) is None
 
     @cached_property
     def _matrices(self) -> Array:
@@ -163,14 +163,14 @@ class Conv1D(Node):
         return matrices
 
     @cached_property
-    def _beyond(self) -> Callable[[Array], Array] | None:
+    def _numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
 
     @cached_property
     def _packed(self) -> Any:
         """The convolution as a dense layer `[K·C, F]` in the layout of `native`, packed at the first use."""
-        within = spec.activation("linear" if self._beyond else self.activation)
+        within = spec.activation("linear" if self._numpy_activation else self.activation)
         return native.dense(self.kernel.reshape(-1, self.kernel.shape[2]), self.bias, within)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
@@ -198,7 +198,7 @@ class Conv1D(Node):
             y = np.empty((batch, count, filters), x.dtype)
             rows = native.Sequences(batch, count, x, steps * channels, self.strides * channels)
             native.forward(rows, [native.Layer(self._packed, y=y)], 1)
-            return y if self._beyond is None else self._beyond(y)
+            return y if self._numpy_activation is None else self._numpy_activation(y)
         view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
         view = view.reshape(batch, count, self.groups, channels, taps)
         if self.by_steps:  # a separate product per window, so that its bits don't depend on the number of windows
@@ -234,7 +234,7 @@ class Conv1D(Node):
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         if self.dilation == self.groups == 1:
-            after = f", {self.activation} in NumPy" if self._beyond else ""
+            after = f", {self.activation} in NumPy" if self._numpy_activation else ""
             return f"fused kernel ({native.isa()}, {dtype}): a product per window{after}"
         return f"NumPy ({dtype}): dilation or groups"
 
@@ -244,19 +244,19 @@ class Conv1D(Node):
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return None
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        why_not = why_no_answers(self.padding, self.span, self.strides)
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        why_not = why_not_by_steps(self.padding, self.span, self.strides)
         if why_not is not None:
-            return FrameRule(why_not)
+            return StepRule(why_not)
         if self.span == 1:
-            return FrameRule(step=lambda x: self.convolve(x[:, None])[:, 0] if x.ndim == 2 else self.convolve(x))
+            return StepRule(step=lambda x: self.convolve(x[:, None])[:, 0] if x.ndim == 2 else self.convolve(x))
         assert self.input_size is not None
 
         def advance(memory: Array, x: Array) -> tuple[Array, Array]:
             seen = np.concatenate([memory, x], axis=1)
             return self.convolve(seen), seen[:, x.shape[1] :]
 
-        return FrameRule(memory=(self.span - 1, self.input_size), advance=advance)
+        return StepRule(memory=(self.span - 1, self.input_size), advance=advance)
 
     @classmethod
     def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -337,7 +337,7 @@ class Pool1D(Node):
         view = sliding_window_view(x, self.size, axis=1)[:, :: self.strides]  # [B, T', W, size]
         if self.mode == "max":
             return np.where(counts > 0, view.max(axis=-1), x.dtype.type(0))
-        if why_no_answers(self.padding, self.size, self.strides or 1):
+        if why_not_by_steps(self.padding, self.size, self.strides or 1):
             total = view.sum(axis=-1, dtype=np.float64)
         else:  # in a fixed order of summation, so that the bits don't depend on the number of windows
             total = reduce(np.add, (view[..., k].astype(np.float64) for k in range(self.size)))
@@ -365,17 +365,17 @@ class Pool1D(Node):
     def keeps_steps(self, axes: int) -> bool:
         return False
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`; each step in the memory has an extra number: 1, or 0 before the first step."""
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        """See `Node.step_rule`; each step in the memory has an extra number: 1, or 0 before the first step."""
         width = shapes[0][-1]
-        if why_no_answers(self.padding, self.size, self.strides or 1):
-            return FrameRule(
+        if why_not_by_steps(self.padding, self.size, self.strides or 1):
+            return StepRule(
                 f"the {self.mode} of {self.size} steps needs padding='causal' and strides=1 for an output per step"
             )
         if self.size == 1:
-            return FrameRule(step=lambda x: x)
+            return StepRule(step=lambda x: x)
         if width is None:
-            return FrameRule("it has a memory of past steps, whose width isn't known")
+            return StepRule("it has a memory of past steps, whose width isn't known")
 
         def advance(memory: Array, x: Array) -> tuple[Array, Array]:
             if not x.shape[1]:
@@ -388,7 +388,7 @@ class Pool1D(Node):
                 steps = np.where(used > 0, steps, -np.inf).astype(x.dtype)
             return self._pool(steps, counts), seen[:, x.shape[1] :]
 
-        return FrameRule(memory=(self.size - 1, width + 1), advance=advance)
+        return StepRule(memory=(self.size - 1, width + 1), advance=advance)
 
     @property
     def summary(self) -> str:
@@ -455,7 +455,7 @@ class GlobalPool(Node):
     def keeps_steps(self, axes: int) -> bool:
         return False
 
-    def frames(self, *shapes: Shape) -> FrameRule:
+    def step_rule(self, *shapes: Shape) -> StepRule:
         if self.mode == "last":
-            return FrameRule(step=lambda x: x)
-        return FrameRule(f"the {self.mode} over time needs the whole sequence, which a stream doesn't have")
+            return StepRule(step=lambda x: x)
+        return StepRule(f"the {self.mode} over time needs the whole sequence, which a stream doesn't have")

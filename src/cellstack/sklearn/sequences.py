@@ -214,7 +214,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
     Args:
         units: width of each layer, bottom first; one number for one layer.
-        cell: `"lstm"`, `"gru"` or `"rnn"`.
+        cell: the kind of cell: `"lstm"`, `"gru"`, `"rnn"` …
         bidirectional: run each layer in both directions.
         dropout: share of values dropped out after each layer in training.
         pooling: `"mean"`, `"max"` or `"last"` over the steps; None: `"max"`, or `"mean"` with `every_step`.

@@ -11,11 +11,11 @@ from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.nodes.base import check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS, Cell
 from cellstack.spec import ShapeError, check_sequence, check_step
-from cellstack.streaming.framewise import (
-    answers_framewise,
+from cellstack.streaming.eligibility import (
+    check_streamable,
     check_widths,
-    frame_rules,
-    framewise,
+    step_function,
+    step_rules,
 )
 from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 
@@ -56,10 +56,10 @@ class Engine:
             check_choice(owner, "weights", weights, WEIGHTS)
         self.owner, self.network, self.weights, self.shared = owner, network, weights, shared
         self._parts: list[tuple[Run, tuple[int, ...]]] = []  # each part's function and the indices of its inputs
-        self._keeping: list[Stateful] = []  # the parts with a state
+        self._stateful: list[Stateful] = []  # the parts with a state
         self._checks: list[tuple[str, Run]] = []  # of ids that are looked up after a part has changed its state
-        masked = answers_framewise(owner, network)
-        rules = dict(zip(network.names, frame_rules(network), strict=True))
+        masked = check_streamable(owner, network)
+        rules = dict(zip(network.names, step_rules(network), strict=True))
         places = {name: place for place, name in enumerate(network.inputs)}
         for call in network.calls.steps:
             node, name = call.node, network.names[call.nodes[0]]
@@ -68,10 +68,10 @@ class Engine:
             if call.layers is not None:
                 place = self._kernel_call(call, on)
             elif rule.memory is not None:
-                place = self._add_keeping(Memory(rule, self.rows, network.dtype, self.shared), on)
+                place = self._add_stateful(Memory(rule, self.rows, network.dtype, self.shared), on)
             else:
-                run = framewise(owner, name, node, rule, name in masked)
-                if node.takes_ids and self._keeping:
+                run = step_function(owner, name, node, rule, name in masked)
+                if node.takes_ids and self._stateful:
                     self._checks.append((call.sources[0], run))
                 place = self._add(run, on)
             for number in call.nodes:
@@ -85,15 +85,15 @@ class Engine:
         plain = len(network.inputs) == 1 and network.input_size is not None and not self._late
         self.step_shape = (self.rows, network.input_size) if plain else None
         # In a state the cells come first, in the network's order, then the memories of other nodes.
-        self._keeping.sort(key=lambda part: isinstance(part, Memory))
+        self._stateful.sort(key=lambda part: isinstance(part, Memory))
 
     def _add(self, run: Run, on: tuple[int, ...]) -> int:
         """Add a part and return the index of its output."""
         self._parts.append((run, on))
         return len(self.network.inputs) + len(self._parts) - 1
 
-    def _add_keeping(self, part: Stateful, on: tuple[int, ...]) -> int:
-        self._keeping.append(part)
+    def _add_stateful(self, part: Stateful, on: tuple[int, ...]) -> int:
+        self._stateful.append(part)
         return self._add(part.run, on)
 
     def _kernel_call(self, call: Call, on: tuple[int, ...]) -> int:
@@ -103,7 +103,7 @@ class Engine:
         of_cells = iter([patches for name in names for patches in self.network.patches_of(name)])
         for layers, added in call.layers.groups:
             patches = [next(of_cells, None) if isinstance(layer, Cell) else None for layer in layers]
-            place = self._add_keeping(self._cells(layers, patches), on)
+            place = self._add_stateful(self._cells(layers, patches), on)
             on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
         finish = call.layers.finish
         return on[0] if finish is None else self._add(lambda rows, y: finish(y), on)
@@ -114,17 +114,17 @@ class Engine:
             return SharedCells(layers, self.weights, self.rows, self.threads, dtype, patches, self.shared)
         return OwnCells(layers, self.weights, self.rows, self.threads)
 
-    def alone(self) -> Callable[[Array], Array | None] | None:
+    def single_step(self) -> Callable[[Array], Array | None] | None:
         """Return the kernel's step function if the network is a single call of the kernel, else None.
 
         It has the least overhead. It returns None for an input that needs a conversion.
         """
-        network, (first, *others) = self.network, self._keeping or [None]
+        network, (first, *others) = self.network, self._stateful or [None]
         one = len(self._parts) == 1 and len(network.inputs) == len(network.outputs) == 1 and not network.graph.ids
         return first.kernel.step if isinstance(first, OwnCells) and one and not others else None
 
     @property
-    def held(self) -> str:
+    def weights_format(self) -> str:
         """The number format of the cells' matrices; also `"float32"` for a float64 network, which keeps float64."""
         own = self.network.weights
         return ("float32" if own == "float64" else own) if self.weights is None else self.weights
@@ -136,18 +136,18 @@ class Engine:
 
     def with_memory(self) -> list[str]:
         """Return the names of the nodes with a memory of input steps."""
-        rules = zip(self.network.names, frame_rules(self.network), strict=True)
+        rules = zip(self.network.names, step_rules(self.network), strict=True)
         return [name for name, rule in rules if rule.memory is not None]
 
-    def count_on(self, other: Engine) -> None:
+    def copy_counts(self, other: Engine) -> None:
         """Continue the step counts, which patches use, from another engine of the same network."""
-        for part, its in zip(self._keeping, other._keeping, strict=True):
+        for part, its in zip(self._stateful, other._stateful, strict=True):
             if isinstance(part, SharedCells) and isinstance(its, SharedCells):
-                part.count_on(ALL, its.counts(ALL))
+                part.set_counts(ALL, its.counts(ALL))
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def given(self, x: Any, axes: str, batch: int) -> tuple[Array, ...]:
+    def checked_inputs(self, x: Any, axes: str, batch: int) -> tuple[Array, ...]:
         """Return the inputs, checked and contiguous, in the network's order.
 
         Args:
@@ -188,11 +188,11 @@ class Engine:
         After an exception all states are as before; if only one part has a state, it may also have completed the steps.
 
         Args:
-            given: see `given`.
+            given: see `checked_inputs`.
             rows: the rows to step, if they are shared; no other call may use them at the same time.
         """
         values = list(given)
-        kept = [(part, part.keep(rows)) for part in self._keeping] if len(self._keeping) > 1 else ()
+        kept = [(part, part.snapshot(rows)) for part in self._stateful] if len(self._stateful) > 1 else ()
         try:
             with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
                 for run, sources in self._parts:
@@ -202,7 +202,7 @@ class Engine:
                         values.append(run(rows, *[values[source] for source in sources]))
         except BaseException:  # such as the KeyboardInterrupt of a signal's handler
             for part, before in kept:
-                part.undo(rows, before)
+                part.restore(rows, before)
             raise
         return as_own([values[place] for place in self._outputs], given)
 
@@ -210,13 +210,13 @@ class Engine:
 
     def read(self, rows: Rows = ALL) -> tuple[CellState | Frames, ...]:
         """Return a copy of the state of some rows: a state per cell, then the `Frames` of each node with a memory."""
-        return tuple(entry for part in self._keeping for entry in part.read(rows))
+        return tuple(entry for part in self._stateful for entry in part.read(rows))
 
     def write(self, state: Sequence[Any], rows: Rows = ALL) -> None:
         """Set the state of some rows to a result of `as_state`; after an exception the state is as before."""
         entries = iter(state)
-        new = [(part, [next(entries) for _ in part.kinds]) for part in self._keeping]
-        old = [(part, part.read(rows)) for part in self._keeping]
+        new = [(part, [next(entries) for _ in part.kinds]) for part in self._stateful]
+        old = [(part, part.read(rows)) for part in self._stateful]
         try:
             for part, own in new:
                 part.write(rows, own)
@@ -239,8 +239,8 @@ class Engine:
         owner, cells = self.owner, self.network.cells
         starts = [
             kind(**{name: np.broadcast_to(start, (batch, *start.shape)) for name, start in fields.items()})
-            for part in self._keeping
-            for kind, fields in zip(part.kinds, part.starts(), strict=True)
+            for part in self._stateful
+            for kind, fields in zip(part.kinds, part.initial(), strict=True)
         ]
         count = len(starts) - len(cells)
         if state is None:

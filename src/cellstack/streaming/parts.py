@@ -19,7 +19,7 @@ from cellstack.spec import STATES
 
 if TYPE_CHECKING:
     from cellstack.nodes import Dense
-    from cellstack.nodes.base import CellState, FrameRule
+    from cellstack.nodes.base import CellState, StepRule
     from cellstack.nodes.patches import CellPatches
 
 Rows = Any  # an index of rows: ALL, or an array of indices
@@ -51,7 +51,7 @@ class Stateful(Protocol):
         """Run the next steps of some rows, update their state and return the output."""
         ...
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial(self) -> list[dict[str, Any]]:
         """Return the initial value of each entry: arrays for one row, by the names of its fields."""
         ...
 
@@ -63,11 +63,11 @@ class Stateful(Protocol):
         """Set the state of some rows to entries whose fields are arrays of as many rows, or of one row for all."""
         ...
 
-    def keep(self, rows: Rows) -> Any:
-        """Return a snapshot of some rows for `undo`."""
+    def snapshot(self, rows: Rows) -> Any:
+        """Return a snapshot of some rows for `restore`."""
         ...
 
-    def undo(self, rows: Rows, entries: Any) -> None:
+    def restore(self, rows: Rows, entries: Any) -> None:
         """Restore some rows from a snapshot."""
         ...
 
@@ -84,7 +84,7 @@ class Memory:
 
     kinds = (Frames,)
 
-    def __init__(self, rule: FrameRule, rows: int, dtype: np.dtype[Any], sessions: bool = False) -> None:
+    def __init__(self, rule: StepRule, rows: int, dtype: np.dtype[Any], sessions: bool = False) -> None:
         assert rule.memory is not None
         assert rule.advance is not None
         self.advance, self.start = rule.advance, rule.start
@@ -94,13 +94,13 @@ class Memory:
         """See `Stateful`."""
         step, whole = x.ndim == 2, rows is ALL
         y, after = self.advance(self.memory if whole else self.memory[rows], x[:, None] if step else x)
-        if whole:  # replace the array instead of changing it: `undo` may need the old one
+        if whole:  # replace the array instead of changing it: `restore` may need the old one
             self.memory = after if step else after.copy()
         else:
             self.memory[rows] = after
         return y[:, 0] if step else y
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial(self) -> list[dict[str, Any]]:
         """See `Stateful`."""
         return [{"x": np.full(self.memory.shape[1:], self.start, self.memory.dtype)}]
 
@@ -112,11 +112,11 @@ class Memory:
         """See `Stateful`."""
         self.memory[rows] = entries[0].x
 
-    def keep(self, rows: Rows) -> Array:
+    def snapshot(self, rows: Rows) -> Array:
         """See `Stateful`."""
         return self.memory if rows is ALL else self.memory[rows]
 
-    def undo(self, rows: Rows, entries: Array) -> None:
+    def restore(self, rows: Rows, entries: Array) -> None:
         """See `Stateful`."""
         if rows is ALL:
             self.memory = entries
@@ -137,7 +137,7 @@ class Cells:
         self.places = {place: layer for place, layer in enumerate(layers) if isinstance(layer, Cell)}
         self.kinds = [STATES[cell.spec.kind] for cell in self.places.values()]
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial(self) -> list[dict[str, Any]]:
         """See `Stateful`."""
         return [cell.initial for cell in self.places.values()]
 
@@ -175,11 +175,11 @@ class OwnCells(Cells):
                 old[rows] = array
             self.kernel.set_state(place, state)
 
-    def keep(self, rows: Rows) -> None:
+    def snapshot(self, rows: Rows) -> None:
         """See `Stateful`."""
         self.kernel.keep()
 
-    def undo(self, rows: Rows, entries: None) -> None:
+    def restore(self, rows: Rows, entries: None) -> None:
         """See `Stateful`."""
         self.kernel.undo()
 
@@ -214,8 +214,8 @@ class SharedCells(Cells):
         if self.patches:
             self.taken = np.zeros(rows, np.int64)  # steps since the state was set
             self.block: tuple[int, dict[int, dict[str, Any]]] = (0, {})
-            arrays = ((place, own.held(rows, dtype)) for place, own in self.patches.items())
-            self.held = {place: array for place, array in arrays if array is not None}
+            arrays = ((place, own.last_gates(rows, dtype)) for place, own in self.patches.items())
+            self.last_gates = {place: array for place, array in arrays if array is not None}
         self.states = [
             kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
@@ -235,13 +235,13 @@ class SharedCells(Cells):
         if not self.patches:
             native.forward(sequences, [*self.below, self._layer(-1, y=y)], self.threads)
             return y
-        held = {place: np.ascontiguousarray(array[rows]) for place, array in self.held.items()}
-        changes = self._changes(rows, len(x), steps, held, x.dtype)
+        last_gates = {place: np.ascontiguousarray(array[rows]) for place, array in self.last_gates.items()}
+        changes = self._changes(rows, len(x), steps, last_gates, x.dtype)
         top = len(self.packed) - 1
         layers = [self._layer(place, **changes.get(place, {})) for place in range(top)]
         native.forward(sequences, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
-        for place, array in held.items():
-            self.held[place][rows] = array
+        for place, array in last_gates.items():
+            self.last_gates[place][rows] = array
         self.taken[rows] += steps
         return y
 
@@ -249,22 +249,22 @@ class SharedCells(Cells):
         return native.Layer(self.packed[place], self.ends[place], self.ends[place], **more)
 
     def _changes(
-        self, rows: Rows, count: int, steps: int, held: dict[int, Array], dtype: np.dtype[Any]
+        self, rows: Rows, count: int, steps: int, last_gates: dict[int, Array], dtype: np.dtype[Any]
     ) -> dict[int, dict[str, Any]]:
         """Return the kernel's arguments for the patches in the next steps of some rows, by layer."""
         taken = self.taken[rows]
         places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
         if rows is ALL and steps == 1 and (taken == taken[0]).all():
-            return self._of_block(int(taken[0]), places, held, dtype)
+            return self._of_block(int(taken[0]), places, last_gates, dtype)
         first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
         numbers = taken[:, None] + np.arange(steps)
         return {
-            place: patches.act(places, numbers, first, held.get(place), dtype)
+            place: patches.of_steps(places, numbers, first, last_gates.get(place), dtype)
             for place, patches in self.patches.items()
         }
 
     def _of_block(
-        self, step: int, places: NDArray[np.int64], held: dict[int, Array], dtype: np.dtype[Any]
+        self, step: int, places: NDArray[np.int64], last_gates: dict[int, Array], dtype: np.dtype[Any]
     ) -> dict[int, dict[str, Any]]:
         """Return the kernel's arguments for the patches in a step of all rows, prepared for a block of steps."""
         begun, block = self.block
@@ -272,7 +272,7 @@ class SharedCells(Cells):
             first = np.full(len(places), 0 if step == 0 else -1)
             numbers = np.broadcast_to(step + np.arange(BLOCK), (len(places), BLOCK))
             block = {
-                place: patches.act(places, numbers, first, held.get(place), dtype)
+                place: patches.of_steps(places, numbers, first, last_gates.get(place), dtype)
                 for place, patches in self.patches.items()
             }
             begun, self.block = step, (step, block)
@@ -280,7 +280,10 @@ class SharedCells(Cells):
         return {
             place: made
             and made
-            | {"patch_lines": np.ascontiguousarray(made["patch_lines"][:, at : at + 1]), "patch_held": held.get(place)}
+            | {
+                "patch_lines": np.ascontiguousarray(made["patch_lines"][:, at : at + 1]),
+                "patch_held": last_gates.get(place),
+            }
             for place, made in block.items()
         }
 
@@ -296,29 +299,29 @@ class SharedCells(Cells):
         if self.patches:
             self.taken[rows] = 0
 
-    def keep(self, rows: Rows) -> Any:
+    def snapshot(self, rows: Rows) -> Any:
         """See `Stateful`."""
         return self.read(rows), self.counts(rows)
 
-    def undo(self, rows: Rows, entries: Any) -> None:
+    def restore(self, rows: Rows, entries: Any) -> None:
         """See `Stateful`."""
         states, counts = entries
         self.write(rows, states)
-        self.count_on(rows, counts)
+        self.set_counts(rows, counts)
 
     def counts(self, rows: Rows) -> Any:
-        """Return, for `count_on`, the number of steps taken by some rows and their gates to be frozen."""
+        """Return, for `set_counts`, the number of steps taken by some rows and their gates to be frozen."""
         if not self.patches:
             return None
-        return _own(self.taken, rows), {place: _own(array, rows) for place, array in self.held.items()}
+        return _own(self.taken, rows), {place: _own(array, rows) for place, array in self.last_gates.items()}
 
-    def count_on(self, rows: Rows, counts: Any) -> None:
+    def set_counts(self, rows: Rows, counts: Any) -> None:
         """Set the counts of some rows to a result of `counts`."""
         if counts is None:
             return
-        self.taken[rows], held = counts
-        for place, array in held.items():
-            self.held[place][rows] = array
+        self.taken[rows], last_gates = counts
+        for place, array in last_gates.items():
+            self.last_gates[place][rows] = array
 
 
 def _rows_of(start: Array, rows: int, sessions: bool) -> Array:

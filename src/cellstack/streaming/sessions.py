@@ -51,7 +51,12 @@ class Sessions:
 
     def __init__(self, network: Network, capacity: int, threads: int = 1, weights: str | None = None) -> None:
         self._engine = engine = Engine("Sessions", network, ("capacity", capacity), threads, weights, shared=True)
-        self.network, self.capacity, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
+        self.network, self.capacity, self.threads, self.weights = (
+            network,
+            engine.rows,
+            engine.threads,
+            engine.weights_format,
+        )
         # A session's number encodes its slot and how often the slot was used before, so that numbers aren't reused. The
         # count includes the open session: zeros are memory that isn't allocated before it is written to.
         self._rounds = np.zeros(self.capacity, np.int64)
@@ -125,7 +130,7 @@ class Sessions:
             ValueError: the same session twice, ids out of range, or a step that the network masks.
         """
         numbers, slots = self._slots(sessions)
-        given = self._engine.given(x, "B", len(numbers))
+        given = self._engine.checked_inputs(x, "B", len(numbers))
         with self._locks.lock(slots) as taken:
             self._check(numbers, slots, taken)
             return self._engine.run(given, slots)

@@ -54,9 +54,14 @@ class Stream:
 
     def __init__(self, network: Network, batch: int = 1, threads: int = 1, weights: str | None = None) -> None:
         self._engine = engine = Engine("Stream", network, ("batch", batch), threads, weights, shared=False)
-        self.network, self.batch, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
+        self.network, self.batch, self.threads, self.weights = (
+            network,
+            engine.rows,
+            engine.threads,
+            engine.weights_format,
+        )
         self._locks = native.SlotLocks(1)
-        self._alone = engine.alone()
+        self._single_step = engine.single_step()
         self._step_shape = engine.step_shape
         self._dtype = network.dtype
         self._history: History | None = None
@@ -76,13 +81,15 @@ class Stream:
             TypeError: values that aren't real numbers.
             ValueError: ids out of range, or a step that the network masks.
         """
-        if self._alone is not None:  # the path with the least overhead; None: the input needs checks or a conversion
-            y = self._alone(x)
+        if (
+            self._single_step is not None
+        ):  # the path with the least overhead; None: the input needs checks or a conversion
+            y = self._single_step(x)
             if y is not None:
                 return y
         elif type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._step_shape and x.flags.carray:
             return self._run((x,))
-        return self._run(self._engine.given(x, "B", self.batch))
+        return self._run(self._engine.checked_inputs(x, "B", self.batch))
 
     def run(self, x: Any) -> Any:
         """Run a chunk of steps and return the network's output after each, with the same bits as `step`.
@@ -98,7 +105,7 @@ class Stream:
             TypeError: values that aren't real numbers.
             ValueError: ids out of range, or a step that the network masks.
         """
-        return self._run(self._engine.given(x, "B, T", self.batch), chunk=True)
+        return self._run(self._engine.checked_inputs(x, "B, T", self.batch), chunk=True)
 
     def _run(self, given: tuple[Array, ...], chunk: bool = False) -> Any:
         with self._locks.lock() as taken:
@@ -192,7 +199,7 @@ class Stream:
             raise ValueError(f"Stream: remember() doesn't support nodes with a memory, got {', '.join(nodes)}")
         with self._locks.lock() as taken:
             self._check_turn(taken)
-            self._history, self._alone = History(steps), None
+            self._history, self._single_step = History(steps), None
 
     def trace(self, steps: int | None = None) -> NetworkTrace:
         """Return a trace of the last steps: see `Network.trace`.
@@ -235,7 +242,7 @@ class Stream:
         """Return a new stream with a copy of this one's state."""
         other = Stream(self.network, self.batch, self.threads, self._engine.weights)
         other.state = self.state
-        other._engine.count_on(self._engine)
+        other._engine.copy_counts(self._engine)
         return other
 
     def __repr__(self) -> str:

@@ -139,8 +139,7 @@ def cost_of_fit(model: Any, data: Data, options: FitOptions, team: Processes) ->
     """Train a model for about a second, to measure how long a fit takes; see `fit` for the arguments."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), counted.kept():
         run = _Run(model, data, options, team)
-        if hasattr(model, "carried"):
-            model.carried = None
+        run.carried = None
         if options.threads is None and team.device.type == "cpu" and torch.get_num_threads() > 1:
             run.time(list(islice(data.epoch(0), TIMED)), options.epochs * data.steps)
         batches = data.epoch(0)
@@ -178,6 +177,16 @@ class _Run:
         self.metrics = dict(options.metrics or {})
         self.called_off = False  # by a callback
 
+    @property
+    def carried(self) -> Any:
+        """The state that the model carries from batch to batch; None for a model that carries none."""
+        return getattr(self.model, "carried", None)
+
+    @carried.setter
+    def carried(self, state: Any) -> None:
+        if hasattr(self.model, "carried"):
+            self.model.carried = state
+
     def go(self, bar: Bar, interrupt: threading.Event) -> Fit:
         """Run until the end, early stopping or Ctrl-C."""
         options, result, started = self.options, self.result, time.perf_counter()
@@ -188,8 +197,8 @@ class _Run:
         measure = measure and self.team.world == 1 and self.team.device.type == "cpu"
         with self.monitor or nullcontext():
             while not result.stopped and not self.ended():
-                if self.step == 0 and hasattr(self.model, "carried"):
-                    self.model.carried = None
+                if self.step == 0:
+                    self.carried = None
                 batches = self.data.epoch(self.epoch, self.step)
                 if measure and torch.get_num_threads() > 1:
                     first = list(islice(batches, TIMED))
@@ -271,20 +280,18 @@ class _Run:
             )
         self.optimizer.step()
         layers.apply_constraints(self.model)
-        if hasattr(self.model, "carried"):
-            self.model.carried = _cut_off(self.model.carried)
+        self.carried = _cut_off(self.carried)
         for n, value in enumerate(self.team.add([float(mine.detach()) * total, total / self.team.world])):
             self.sums[n] += value
 
     def time(self, batches: list[Batch], left: int) -> dict[int, float]:
         """Choose the number of threads on some batches, without side effects: see `threads.fastest`."""
-        carried = getattr(self.model, "carried", None)
+        carried = self.carried
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
         def passes(batch: Batch) -> None:
             self.loss(batch)[0].backward()
-            if hasattr(self.model, "carried"):
-                self.model.carried = carried
+            self.carried = carried
 
         if self.monitor is not None:
             self.monitor.close()  # it records the first gradient that it sees, which must be a training step's
@@ -329,9 +336,7 @@ class _Run:
     def validate(self) -> dict[str, float]:
         """Compute the validation loss and the metrics; each process computes its share of the batches."""
         self.model.eval()
-        carried = getattr(self.model, "carried", None)
-        if hasattr(self.model, "carried"):
-            self.model.carried = None
+        carried, self.carried = self.carried, None
         sums: dict[str, float] = {"": 0.0, " ": 0.0}  # weighted losses and weights, by names that no model uses
         whole: list[tuple[NDArray, NDArray]] = []
         for batch in islice(self.data.held(), self.team.rank, None, self.team.world):
@@ -343,8 +348,7 @@ class _Run:
                 sums[name] = sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
             if self.metrics:
                 whole.append(_flat(batch, self.model.answer(out, mask).cpu().numpy()))
-        if hasattr(self.model, "carried"):
-            self.model.carried = carried
+        self.carried = carried
         gathered = self.team.gather((sums, whole))  # a process without a batch has no sums of the model
         names = dict.fromkeys(chain.from_iterable(theirs for theirs, _ in gathered))
         sums = {name: sum(theirs.get(name, 0.0) for theirs, _ in gathered) for name in names}
@@ -395,7 +399,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "carried": getattr(self.model, "carried", None),
+            "carried": self.carried,
             "best_weights": self.best_weights,
             "history": self.result.history,
             "best": self.result.best,
@@ -428,9 +432,7 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             if hasattr(self.model, "carried"):
-                self.model.carried = pytree.tree_map_only(
-                    Tensor, lambda tensor: tensor.to(self.team.device), state["carried"]
-                )
+                self.carried = pytree.tree_map_only(Tensor, lambda one: one.to(self.team.device), state["carried"])
             self.result.records = [TrainingRecord.from_json(record) for record in state["records"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             why = checkpoints.first_line(error)

@@ -15,12 +15,15 @@ from cellstack.formats.pytorch.modules import from_torch
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent, final
+from cellstack.spec import KINDS
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import digest
+from cellstack.train.settings import POOLINGS
 
 TASKS = ("classify", "regress")
-POOLINGS = ("mean", "max", "last", "none")
-LAYERS = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN}
+LAYERS: dict[str, Any] = {
+    name: getattr(layers, kind.title) for name, kind in KINDS.items() if hasattr(layers, kind.title)
+}
 
 
 class Standardise(nn.Module):
@@ -81,7 +84,7 @@ class Model(nn.Module):
         every_step: apply the head to every step and pool the outputs (class probabilities), not the hidden states. Such
             a model has an output after each step of a stream, and each step contributes to the loss.
         targets: mean and scale of each predicted number, `[O]` both; the loss uses standardised targets.
-        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        cell: kind of the cells, see `CellSpec`.
         head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` if it
             is applied to every step; any module that `from_torch` supports. None = one dense layer.
         loss: a function of logits or standardised predictions, `[B, O]`, and of class indices `[B]` or standardised

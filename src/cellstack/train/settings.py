@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
-from cellstack.cells import KINDS
+from cellstack.spec import KINDS
 from cellstack.train.checks import UsageError
 
 POOLINGS = ("mean", "max", "last", "none")

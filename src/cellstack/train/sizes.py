@@ -6,8 +6,7 @@ import math
 import os
 from typing import NamedTuple
 
-from cellstack.nodes.cell import KIND_NAMES
-from cellstack.spec import CellSpec
+from cellstack.spec import KINDS, CellSpec
 from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture
 
@@ -30,7 +29,7 @@ def size_of(architecture: Architecture, width: int) -> Size:
     for units in architecture.units:
         arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
         weights, width = weights + ways * sum(map(math.prod, arrays)), ways * units
-    return Size(f"{'bidirectional ' * (ways > 1)}{KIND_NAMES[architecture.cell]} {said}", weights, width)
+    return Size(f"{'bidirectional ' * (ways > 1)}{KINDS[architecture.cell].title} {said}", weights, width)
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:

@@ -37,7 +37,8 @@ class Value:
 class Recorded:
     """The operations of a cell's step, see `Ops`; every method appends a value to `values`.
 
-    `gates` and `states` are what the step returns: the gates, and the states after it, before zoneout.
+    `gates` and `states` are what the step returns: the gates, and the states after it, before zoneout. `kept` is the
+    share of each state before the step that zoneout keeps in inference.
     """
 
     spec: CellSpec
@@ -48,6 +49,7 @@ class Recorded:
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
         a = kind.inputs(self, spec, self._new("x", width=(1, I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
+        self.kept = (spec.zoneout, spec.zoneout_cell, *[0.0] * len(self.states))[: len(self.states)]
 
     def _letter(self, state: str) -> str:
         return P if state == "h" and self.spec.proj_size else H
@@ -151,7 +153,6 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
     kind, recorded = spec.of_kind, Recorded(spec)
     place = {id(value): n for n, value in enumerate(recorded.values)}
     settings = {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
-    rates = (spec.zoneout, spec.zoneout_cell, *[0.0] * len(recorded.states))
     return {
         "settings": {name: value for name, value in settings.items() if name not in ("input_size", "units")},
         "title": kind.title,
@@ -161,7 +162,7 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
         "meanings": {name: kind.meaning(name) for name in kind.trace._fields},
         "states": {
             value.name: {"width": list(value.width), "kept": rate}
-            for value, rate in zip(recorded.before, rates, strict=False)
+            for value, rate in zip(recorded.before, recorded.kept, strict=True)
         },
         "activations": {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)},
         "shapes": {name: [list(axis) for axis in axes] for name, axes in symbolic_shapes(spec).items()},

@@ -162,7 +162,7 @@ def states_of(net, feeds):
             own.setdefault(part, np.tile(usual, (batch, 1)))
     states = [(State if "c" in own else HiddenState)(**own) for own in cells]
     # A cell that starts from a computed state gets none.
-    return tuple(None if starts else state for state, starts in zip(states, net.started, strict=True))
+    return tuple(None if starts else state for state, starts in zip(states, net.initial_state_sources, strict=True))
 
 
 def _parts(array, axes):

@@ -104,7 +104,7 @@ def test_a_torch_export_is_one_network(tmp_path, case):
     (tmp_path / "model.onnx").write_bytes(data.getvalue())
     net = cs.load(tmp_path / "model.onnx")
     np.testing.assert_allclose(net(feeds), expected, rtol=0, atol=TOLERANCE)
-    assert any(net.started) or any(net.graph.states)
+    assert any(net.initial_state_sources) or any(net.graph.states)
     net.save(tmp_path / "again.onnx")
     found = runtime(tmp_path / "again.onnx", feeds, list(net.outputs))
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=TOLERANCE)

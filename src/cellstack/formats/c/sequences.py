@@ -42,7 +42,7 @@ class SequenceWriter(Writer):
         if not network.graph.timed(name):
             raise ValueError(f"export_c: expected an input with a time axis, got {name} {network.graph.shown(name)}")
         for name, node, (source,) in zip(network.names, network.nodes, network.wires, strict=True):
-            why = None if _whole(node) else node.frames(network.shapes[source]).why_not
+            why = None if _whole(node) else node.step_rule(network.shapes[source]).why_not
             if why is not None and len(network.shapes[source]) > 1:
                 raise ValueError(f"export_c: {name} can't be written as C: {why}")
 

@@ -33,7 +33,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.streaming.framewise import answers_framewise
+from cellstack.streaming.eligibility import check_streamable
 
 NUMBERS_A_LINE = 8
 TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
@@ -74,7 +74,7 @@ class Writer:
 
     def check(self) -> None:
         """Raise `ValueError` where a node can't run step by step, or can't be written as C."""
-        answers_framewise("export_c", self.network)
+        check_streamable("export_c", self.network)
         check_chain(self.network, NODES)
 
     def write(self) -> None:

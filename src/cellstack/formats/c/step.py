@@ -86,7 +86,7 @@ class Step:
         self.nodes: dict[Value, Node] = {}
         self.value_uses = Counter(of for value in recorded.values for of in value.of) + Counter(recorded.states)
         self.new = [self._node(value) for value in recorded.states]
-        self.old = recorded.before
+        self.old, self.kept = recorded.before, recorded.kept
         every = list(self._reachable())
         self.matrices = list(dict.fromkeys(matrix for node in every for matrix in node.matrices))
         order = {value: n for n, value in enumerate(recorded.values)}
@@ -225,7 +225,7 @@ class Step:
 
     def _states(self) -> Iterator[tuple[Value, Node, float]]:
         """Yield the states before and after the step, and the share of the old one that zoneout keeps."""
-        yield from zip(self.old, self.new, (self.spec.zoneout, self.spec.zoneout_cell), strict=False)
+        yield from zip(self.old, self.new, self.kept, strict=True)
 
     def _reading(self, old: Value) -> list[Node]:
         return self.readers.get(self.nodes[old], []) if old in self.nodes else []

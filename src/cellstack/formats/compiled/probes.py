@@ -8,6 +8,7 @@ from typing import Any
 from cellstack.formats.compiled.equality import Ends
 from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
 from cellstack.formats.compiled.sizes import Places, compared
+from cellstack.formats.runtimes.in_memory import first_axes, watched
 from cellstack.network import Network
 
 
@@ -28,17 +29,13 @@ def first_call(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], b
         packed.extend(value for value in given if isinstance(value, torch.nn.utils.rnn.PackedSequence))
 
     parts = [part for part in module.modules() if isinstance(part, torch.nn.RNNBase)]
-    hooks = [part.register_forward_pre_hook(look) for part in parts]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watched(parts, look):
             answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
     except Exception as error:  # a module may raise any exception
         raise ValueError(
             f"compile: {type(module).__name__} itself rejects the example: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     same = [
         one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
         for one, other in zip(answers, second, strict=False)
@@ -59,27 +56,15 @@ def time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
     """
     import torch
 
-    parts = [p for p in module.modules() if isinstance(p, torch.nn.RNNBase) and not p.batch_first]
     first, *others = tensors_in(inputs)
 
     def lengths(x: Any) -> list[int]:
         """Return the length of the first axis of each layer's input, given the first input of the module."""
-        found: list[int] = []
+        with torch.no_grad(), first_axes(module) as seen:
+            module(*fresh(like(inputs, [x, *others])))
+        return [shape[0] for shape in seen]
 
-        def look(_: Any, given: tuple[Any, ...]) -> None:
-            if given and isinstance(given[0], torch.Tensor) and given[0].ndim == 3:
-                found.append(given[0].shape[0])
-
-        hooks = [part.register_forward_pre_hook(look) for part in parts]
-        try:
-            with torch.no_grad():
-                module(*fresh(like(inputs, [x, *others])))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
-
-    before = lengths(first) if parts else []
+    before = lengths(first)
     for axis in (0, 1) if before and first.ndim > 1 else ():
         try:
             after = lengths(wider(first, axis, 1))
@@ -117,13 +102,8 @@ def calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
     def count(part: Any, _: Any) -> None:
         counts[id(part)] += 1
 
-    hooks = [part.register_forward_pre_hook(count) for part in parts]
-    try:
-        with torch.no_grad():
-            module(*fresh(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), watched(parts, count):
+        module(*fresh(inputs))
     return max(counts.values(), default=0)
 
 

@@ -17,7 +17,7 @@ from cellstack.formats.json.values import array_of, value_of
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Activation, Clip, Conv1D, Dense, Merge, Recurrent, Scale
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 
 RECURRENT = named("rtneural")
@@ -115,7 +115,8 @@ def _cell(layer: _Layer, kind: str) -> Cell:
         raise FormatError(f"{layer.where}: expected the activation tanh, found {layer.activation}")
     layer.check_count(3)
     spec = CellSpec(layer.width, layer.units, kind=kind)
-    return Cell(spec, **{name: layer.weights(n, *shape) for n, (name, shape) in enumerate(spec.shapes.items())})
+    shapes = reversed([*enumerate(spec.shapes.items())])  # the bias first: a wrong number of units shows there
+    return Cell(spec, **{name: layer.weights(number, *shape) for number, (name, shape) in shapes})
 
 
 def _recurrent(kind: str) -> Callable[[Builder, _Layer, str], str]:

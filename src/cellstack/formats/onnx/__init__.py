@@ -73,7 +73,7 @@ def _same(operator: Operator) -> Operator:
 def _has_parts(model: Model) -> bool:
     """Whether a file has recurrent operators, readable or not."""
     try:
-        return any(True for _ in _parts(model.scope))
+        return any(True for _ in _parts(model.scope()))
     except ODD:  # the caller is already reporting the error
         return False
 
@@ -101,7 +101,7 @@ def extract(path: str) -> dict[str, Network]:
     problems: list[str] = []
     names, budget = Names(), model.budget.again()
     try:
-        for own, reads in _parts(model.scope):
+        for own, reads in _parts(model.scope()):
             name = names.fresh(own)
             try:
                 part = network_of(reads(), name, model.source)
@@ -233,7 +233,7 @@ def _loaded(model: Model, sizes: dict[str, Any], contexts: dict[str, Any]) -> Ne
         contexts: sizes of contexts, by input.
     """
     problem: FormatError | None = None
-    if not sizes and not contexts and not takes_states(model.scope):
+    if not sizes and not contexts and not takes_states(model.scope()):
         try:
             return load_graph(model, HANDLERS)
         except FormatError as error:
@@ -243,7 +243,7 @@ def _loaded(model: Model, sizes: dict[str, Any], contexts: dict[str, Any]) -> Ne
         raise problem  # no input holds frames
     try:
         model = roll_steps(model)
-        return load_graph(model, HANDLERS, frames_of(model, data_inputs(model.scope), sizes, contexts))
+        return load_graph(model, HANDLERS, frames_of(model, data_inputs(model.scope()), sizes, contexts))
     except FormatError as error:
         if problem is None or makes_steps(model):
             raise

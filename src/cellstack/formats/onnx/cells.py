@@ -428,7 +428,8 @@ def _rows(cell: Cell) -> dict[str, Array]:
     if bias is not None:
         rows["B"] = bias.reshape(-1) if bias.ndim == 2 else np.concatenate([bias, np.zeros_like(bias)])
     if spec.peepholes:
-        rows["P"] = reorder(own["peepholes"], *_orders_of_peepholes(spec.of_kind)[::-1])
+        theirs, ours = _orders_of_peepholes(spec.of_kind)
+        rows["P"] = reorder(own["peepholes"], ours, theirs)
     return rows
 
 

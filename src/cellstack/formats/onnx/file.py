@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -211,9 +210,8 @@ class Model:
         graph = self.graph._replace(node=tuple(nodes), initializer=(*self.graph.initializer, *tensors))
         return replace(self, graph=graph, **others)
 
-    @cached_property
     def scope(self) -> Scope:
-        """The names of the graph, and its constants."""
+        """Return a new scope of the graph, which a pass may add names to."""
         return Scope(self, self.graph)
 
     @property
@@ -322,12 +320,6 @@ class Scope:
         for value in self.graph.output:
             if value.name not in made and not self._outside(value.name):
                 raise FormatError(f"{where}: no node computes the output {short(value.name)}")
-
-    def draft(self) -> Scope:
-        """Return a copy for a pass, which adds the names of its new nodes and tensors."""
-        made = copy(self)
-        made.initializers, made.producers, made.known = dict(self.initializers), dict(self.producers), dict(self.known)
-        return made
 
     def _outside(self, name: str) -> bool:
         scope = self.parent

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.build import Builder
-from cellstack.formats.onnx.cells import INPUTS, KINDS, is_recurrent, read_operator
+from cellstack.formats.onnx.cells import INPUTS, KIND_OF, is_recurrent, read_operator
 from cellstack.formats.onnx.file import Model, declared, short
 from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.values import Final, Flowing, Run, States
@@ -152,7 +152,7 @@ def _start(reader: Reader, value: Any, what: str, final: Final) -> None:
         raise ValueError(f"{what} is also the initial state of another operator")
 
 
-HANDLERS = dict.fromkeys(KINDS, recurrent)
+HANDLERS = dict.fromkeys(KIND_OF, recurrent)
 
 
 def makes_steps(model: Model) -> bool:

@@ -317,7 +317,8 @@ class Reader:
         taken |= {run.in_order for run in self.runs if run.node in exported}
         for number, run in enumerate(self.runs):
             if run.in_order not in taken:  # only its final h or c is used: that is data, not just a state
-                wanted = [name for part in "hc" for name, value in after.items() if _is_all(value, part, number)]
+                parts = run.cells[0].spec.state_sizes
+                wanted = [name for part in parts for name, value in after.items() if _is_all(value, part, number)]
                 data.update(wanted[:1])
         if self.model.said:
             data |= values.keys() - {end for _, end in self.model.said["states"]}
@@ -364,7 +365,7 @@ class Reader:
     def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:
         """Return which states each output and input holds.
 
-        A state is identified by the index of its node among those with cells, the index of its cell, and "h" or "c".
+        A state is identified by the index of its node among those with cells, the index of its cell, and its name.
         """
         celled = [name for name, node in draft.nodes.items() if node.cells]
         numbers = {name: number for number, name in enumerate(celled)}
@@ -386,7 +387,7 @@ class Reader:
 
 
 def _is_all(ends: States, part: str, operator: int) -> bool:
-    """Whether all states are the given part, h or c, and some belong to the given operator."""
+    """Whether all states are the given part, such as h, and some belong to the given operator."""
     refs = ends.refs.reshape(-1)
     return all(ref.part == part for ref in refs) and any(ref.operator == operator for ref in refs)
 
@@ -484,7 +485,7 @@ def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Fra
     Raises:
         FormatError: unsupported parts; all of them are named.
     """
-    scope = model.scope
+    scope = model.scope()
     starts, lengths = _roles(scope)
     live = live_nodes(scope)
     axes = Axes(scope, live, starts, lengths, frames is not None)

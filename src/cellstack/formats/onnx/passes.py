@@ -42,7 +42,7 @@ def passes(
 
 def note_unused(model: Model) -> Model:
     """Return the model with the tensors that no output depends on listed, except inputs."""
-    scope = model.scope
+    scope = model.scope()
     taken = uses(scope, live_nodes(scope)).keys() | set(scope.inputs)
     return replace(model, unused=tuple(name for name in scope.initializers if name not in taken))
 

@@ -95,7 +95,7 @@ class _Lengths:
     """
 
     def __init__(self, model: Model, sizes: Mapping[str, list[int | None]]) -> None:
-        onnx, self.scope = onnx_package(), model.scope
+        onnx, self.scope = onnx_package(), model.scope()
         proto = self._described(sizes)
         try:
             found = onnx.shape_inference.infer_shapes(proto, data_prop=True)
@@ -266,7 +266,7 @@ def _branch(lengths: _Lengths, node: Any) -> Any | None:
 
 def drop_neutral(model: Model) -> Model:
     """Return a model without sums with 0 and products with 1, which exporters write to keep an input in a graph."""
-    scope = model.scope
+    scope = model.scope()
     nodes: list[Any] = []
     for node in scope.graph.node:
         kept = _kept(scope, node)
@@ -315,7 +315,7 @@ def check_specialized(model: Model) -> Model:
     """Return the model; `FormatError` where an `If` that leads to an output remains: it says what would resolve it."""
     if not any(node.op_type == "If" for node in model.graph.node):
         return model
-    scope = model.scope
+    scope = model.scope()
     live = live_nodes(scope)
     left = [node for node in scope.graph.node if node.op_type == "If" and node.domain in DOMAINS and id(node) in live]
     inputs = {value.name: value for value in scope.graph.input}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from cellstack.layout import Array
 from cellstack.nodes.base import Shape
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Final:
 
     operator: int
     way: int
-    part: str  # "h" or "c"
+    part: str  # the name of the state: "h" …
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from typing import Any
 
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.modules import KINDS, TIME_FIRST, Reader, from_torch, network_of_module
+from cellstack.formats.pytorch.modules import TIME_FIRST, Reader, from_torch, network_of_module
 from cellstack.formats.pytorch.names import (
     HINT,
+    MODULES,
     keep_bfloat16,
     network_of,
     networks_of,
@@ -85,7 +86,7 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
     if module is None or not _whole(path, found, module):
         for name, one in found.modules.items():
             kind = kind_of(one).rpartition(".")[2]
-            if kind in KINDS and attributes_of(one).get("batch_first") is False:
+            if kind in MODULES and attributes_of(one).get("batch_first") is False:
                 warnings.warn(f"load: {path}: {name or 'the module'} ({kind}) {TIME_FIRST}", stacklevel=4)
                 break
         return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cells import KINDS
 from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import MODULES, NAME, array, networks_of
 from cellstack.formats.pytorch.saved import Saved
-from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, WRAPPERS
+from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, OUR_CELLS, OUR_RNNS, WRAPPERS
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import (
@@ -40,8 +39,7 @@ from cellstack.nodes import (
     Reshape,
     Scale,
 )
-from cellstack.nodes.cell import Cell
-from cellstack.nodes.recurrent import Bidirectional, Recurrent, ends_both_ways
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent, ends_both_ways
 from cellstack.nodes.time import FINAL
 from cellstack.spec import DTYPES
 
@@ -56,8 +54,6 @@ ACTIVATIONS = {
     "SiLU": "silu",
 }
 GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times these activations of x
-OURS = [kind.title for kind in KINDS.values()]
-OUR_CELLS = [f"{title}Cell" for title in OURS]
 TURN = (2, 1)
 KNOWN = (
     "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, a supported "
@@ -452,7 +448,7 @@ def _layer(module: Any, path: str) -> Node | None:
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
     if _is(module, *OUR_CELLS, package=ours) and not path:  # a cell by itself is applied over time
         return Recurrent((_layer_cell(module, path, module),))
-    if not _is(module, *OURS, "RNN", package=ours):
+    if not _is(module, *OUR_RNNS, package=ours):
         return None
     cell = _child(path, module, "cell")
     stack = _is(cell, "StackedRNNCells", package=ours)

@@ -26,8 +26,7 @@ from cellstack.formats.pytorch.tensors import short
 from cellstack.layout import Array, from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.cell import Cell
-from cellstack.nodes.recurrent import Bidirectional, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import MATRICES, CellSpec, FormatError
 
 MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn

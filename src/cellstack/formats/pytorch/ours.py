@@ -32,8 +32,11 @@ STATE = "|".join(sorted({name for state in STATES.values() for name in state._fi
 HELD = re.compile(
     rf"(?P<layer>(?:.*?[./:])??)(?:(?:forward|backward)_layer\.)?states\.\d{{1,4}}\.(?:{STATE})", re.DOTALL
 )
-EVERY_KIND: dict[str, Any] = {"layer_norm": True, "learn_initial_state": True}  # settings with which a cell has arrays
-EVERY_ARRAY = {"peepholes": True, "proj_size": 1}  # the same, of some kinds only
+SHOWN = {
+    "use_bias": "bias",
+    "layer_norm": "kernel_gain",
+    "learn_initial_state": "initial_h",
+}  # settings by their arrays
 HIDDEN = {"coupled": True, "reset_after": False}  # settings that only the numbers of gates and biases show
 ASSUMED = (
     "default activations, no clipping, no zoneout, no residuals, every step returned{merged}: a state dict doesn't "
@@ -153,42 +156,36 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
 
 def _spec(here: str, shapes: Mapping[str, tuple[int, ...]]) -> CellSpec:
     """Return the description of a cell, determined from the shapes of its arrays."""
-    found = _candidates(here, shapes)
-    counts = sorted({len(spec.gates) for spec in found}, reverse=True)
-    found = [spec for spec in found if spec.shapes["kernel"][1] == shapes["kernel"][1]]
+    able, columns = _candidates(here, shapes), shapes["recurrent_kernel"][1]
+    found = [spec for spec in able if spec.shapes["kernel"][1] == columns]
     if not found:
-        columns, units = shapes["recurrent_kernel"][1], shapes.get("projection", shapes["recurrent_kernel"])[0]
-        wanted = either([of_units(count) for count in counts])
-        raise FormatError(f"{here}: expected {wanted} columns for H={units} units, found {columns}")
+        wanted = either([of_units(count) for count in sorted({len(spec.gates) for spec in able}, reverse=True)])
+        raise FormatError(f"{here}: expected {wanted} columns for H={able[0].units} units, found {columns}")
     biases = len(shapes.get("bias", ()))
     fitting = [spec for spec in found if len(found) == 1 or len(spec.shapes.get("bias", ())) == biases]
     if len(fitting) != 1:
-        these = either([_described(spec) for spec in found])
+        these = either([_described(spec) for spec in reversed(fitting or found)])
         raise FormatError(f"{here}: these weights may belong to {these}: save the whole layer, by torch.save(layer)")
     return fitting[0]
 
 
 def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSpec]:
-    """Return the cells that may have these arrays, of all kinds, whatever the number of their gates."""
+    """Return the cells that have arrays of these names, of all kinds and with any number of gates."""
     (width, _), (out, _) = shapes["kernel"], shapes["recurrent_kernel"]
     units, size = shapes.get("projection", (out, 0))
-    shown = {"peepholes": "peepholes" in shapes, "proj_size": size}
-    flags: dict[str, Any] = {"layer_norm": "kernel_gain" in shapes, "learn_initial_state": "initial_h" in shapes}
+    flags = {name: what in shapes for name, what in SHOWN.items()}
+    some = {"peepholes": "peepholes" in shapes, "proj_size": size}
     found = []
-    for kind in KINDS.values():
-        every: dict[str, Any] = {name: value for name, value in EVERY_ARRAY.items() if name in kind.flags}
-        if not shapes.keys() <= CellSpec(2, 2, kind=kind.name, **EVERY_KIND, **every).shapes.keys():
-            continue
-        own: dict[str, Any] = flags | {name: value for name, value in shown.items() if name in kind.flags}
-        variants: list[dict[str, Any]] = [{name: HIDDEN[name]} for name in kind.flags if name in HIDDEN]
-        for hidden in ({}, *variants):
-            if hidden and flags["layer_norm"] and "reset_after" in hidden:
-                continue  # no such cell
-            try:
-                found.append(CellSpec(width, units, kind=kind.name, use_bias="bias" in shapes, **own, **hidden))
-            except (ValueError, TypeError) as error:  # a projection as wide as the units
-                raise FormatError(f"{here}: {str(error)[:300]}") from None
-    return found
+    try:
+        for kind in KINDS.values():
+            own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}
+            for name in (None, *(name for name in HIDDEN if name in kind.settings)):
+                hidden: dict[str, Any] = {name: HIDDEN[name]} if name else {}
+                if name != "reset_after" or not flags["layer_norm"]:  # a combination that no cell has
+                    found.append(CellSpec(width, units, kind=kind.name, **own, **hidden))
+    except (ValueError, TypeError) as error:  # a projection as wide as the units
+        raise FormatError(f"{here}: {str(error)[:300]}") from None
+    return [spec for spec in found if shapes.keys() <= spec.shapes.keys()] or found
 
 
 def _described(spec: CellSpec) -> str:

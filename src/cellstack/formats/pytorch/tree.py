@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from cellstack.cells import KINDS
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.script import RECURRENT, Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
@@ -27,10 +28,9 @@ PACKED = re.compile(r"__torch__\.torch\.classes\.(rnn\.CellParamsBase|quantized\
 MANGLED = re.compile(r"___torch_mangle_\d+\.")
 HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # parts of quantised modules that compute nothing
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
-OURS = (
-    *("LSTM", "GRU", "SimpleRNN", "RNN", "LSTMCell", "GRUCell", "SimpleRNNCell", "StackedRNNCells", "Bidirectional"),
-    "TimeDistributed",
-)
+OUR_CELLS = [f"{kind.title}Cell" for kind in KINDS.values()]
+OUR_RNNS = [*(kind.title for kind in KINDS.values()), "RNN"]
+OURS = (*OUR_RNNS, *OUR_CELLS, "StackedRNNCells", "Bidirectional", "TimeDistributed")
 OUR_PACKAGE = "cellstack.layers."
 NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # modules that do nothing in evaluation mode
 

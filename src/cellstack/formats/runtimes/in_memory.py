@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,11 +46,10 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
     arrays = [torch.from_numpy(np.array(array)) for array in inputs.values()]
     given = [one.to(**like) if one.is_floating_point() else one.to(like.get("device", "cpu")) for one in arrays]
     batch, steps = (*arrays[0].shape, 0)[:2]
-    first = _first_axes(torch, module)
     notes = []
     with _evaluated(module), torch.no_grad():
         try:
-            with first as seen:
+            with first_axes(module) as seen:
                 returned = module(*given)
             turned = bool(seen) and batch != steps and all(shape == (batch, steps) for shape in seen)
             if turned:
@@ -102,18 +101,26 @@ def _evaluated(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _first_axes(torch: Any, module: Any) -> Iterator[list[tuple[int, ...]]]:
+def watched(parts: Iterable[Any], look: Callable[[Any, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Call `look` with each part of a module, and its inputs, before it runs."""
+    hooks = [part.register_forward_pre_hook(look) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def first_axes(module: Any) -> Iterator[list[tuple[int, ...]]]:
     """Collect the first two axes of the input of each recurrent layer that takes time before batch."""
+    import torch
+
     seen: list[tuple[int, ...]] = []
 
     def look(_: Any, given: tuple[Any, ...]) -> None:
         if given and isinstance(given[0], torch.Tensor) and given[0].ndim == 3:
             seen.append(tuple(given[0].shape[:2]))
 
-    parts = [part for part in module.modules() if isinstance(part, torch.nn.RNNBase) and not part.batch_first]
-    hooks = [part.register_forward_pre_hook(look) for part in parts]
-    try:
+    with watched((p for p in module.modules() if isinstance(p, torch.nn.RNNBase) and not p.batch_first), look):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from cellstack.cells import KINDS
 from cellstack.formats.build import Names
 from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs, OtherSizesError, by_name, package, says
 from cellstack.network import Network
@@ -85,7 +86,7 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
     order of the network's cells.
     """
     ours = sys.modules.get("cellstack.keras")
-    kinds = (keras.layers.RNN, *((ours.LSTM, ours.GRU, ours.SimpleRNN) if ours is not None else ()))
+    kinds = (keras.layers.RNN, *(getattr(ours, kind.title) for kind in KINDS.values() if hasattr(ours, kind.title)))
     wraps = keras.layers.Bidirectional
     layers = {layer.name: layer for layer in model.layers if isinstance(layer, (*kinds, wraps))}
     for layer in _inner(model):  # a stateful layer may run twice in the new model; a fresh one starts at zero

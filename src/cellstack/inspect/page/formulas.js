@@ -65,6 +65,8 @@ export class CellStep {
   symbol(n) {
     const leaf = (k) => {
       const { operation, name, of } = this.values[k];
+      const place = this.form.after.indexOf(k);
+      if (place >= 0 && k !== n && operation !== "record") return Object.keys(this.form.states)[place];
       if (operation === "x") return "x";
       if (operation === "state") return `${name}_prev`;
       if (operation === "product") return `${this.symbol(of[0])} · ${words(name)}`;
@@ -147,7 +149,7 @@ export class CellStep {
       for (const one of of) this.derive(one, unit, lines);
       if (operation === "norm") this.norm(n, unit, lines);
       else if (operation === "mul") {
-        lines.push({ text: `times ${this.isDeep(other) ? "the other" : this.symbol(other)}: ${this.written(deep, unit, true)} · ${this.written(other, unit, false)} = ${this.written(n, unit, true)}` });
+        lines.push({ text: `times ${this.isDeep(other) ? "the other" : this.symbol(other)}: ${this.written(other, unit, true)} · ${this.written(deep, unit, false)} = ${this.written(n, unit, true)}` });
       } else if (operation !== "activation") lines.push({ text: `${this.formula(n, (k, first) => (k === n ? null : this.written(k, unit, first)))[0]} = ${this.written(n, unit, true)}` });
     }
   }

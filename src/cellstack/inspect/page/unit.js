@@ -97,7 +97,7 @@ export class UnitLines {
           else this.hidden.add(field);
           this.draw();
         });
-        element.title = meaningOf(view.place.cell?.form, field);
+        element.title = meaningOf(this.view.place.cell?.form, field);
         element.style.setProperty("--line", colour);
         element.classList.add("key");
         return element;

@@ -110,12 +110,14 @@ function madeWiring({ states, gates }) {
       }
     }
   });
-  const last = Math.max(116, ...listed.map((name) => column[name]));
-  paths.push(`M 104 ${bus} H ${last}`);
-  for (const name of listed) {
-    ports[name] = [column[name], low];
-    paths.push(`M ${column[name]} ${bus} V ${low + 22}`);
-  }
+  listed.forEach((name, n) => {
+    const x = column[name];
+    ports[name] = [x, low];
+    const last = n === listed.length - 1;
+    paths.push(`M ${last ? `104 ${bus} H ${x}` : `${x} ${bus}`} V ${low + 22}`);
+    if (!last) dots.push([x, bus]);
+    for (const source of gates[name]) if (column[source] < x) paths.push(`M ${column[source] + 43} ${low} H ${x - 45}`);
+  });
   return { size: [760, bus + 86], ports, signs: [], paths, dots };
 }
 

@@ -40,7 +40,7 @@ class Forecaster(nn.Module):
         horizon: steps to forecast.
         quantiles: see `Recipe`.
         units: units of each layer, first layer first.
-        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        cell: kind of the cells, see `CellSpec`.
         dropout: dropout probability after each layer.
 
     Raises:

@@ -36,7 +36,7 @@ class Build:
 
     Args:
         units: units of each layer, first layer first.
-        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        cell: kind of the cells, see `CellSpec`.
         dropout: dropout probability after each layer.
         members: number of networks to average, each trained with its own seed.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.inspect import diagnostics
 from cellstack.inspect.trace import CellTrace
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Cell
 
 if TYPE_CHECKING:
     from cellstack.nodes.base import Array
@@ -25,16 +25,16 @@ class LayerRecord:
     """The record of one cell in one batch.
 
     Attributes:
-        kind: "lstm", "gru" or "rnn".
+        kind: the name of its kind, such as "lstm".
         figures: numbers in groups. `gates shut`, `gates open`: the share of steps at which a gate is below 0.1, above
-            0.9, averaged over the units. `gates`: the mean of a gate. `states`: the root mean square of h and c.
-            `saturated`: the share of steps at which |tanh(c)| is above 0.99. `half-life`: minimum, median and maximum
-            over the units, in steps. `weights`, `gradients`: norms of each array and of its gradient, before any
-            clipping, and of all together. `reach`: the number of steps back at which half of the gradient is left, and
-            a hundredth; infinite where more is left at the end.
+            0.9, averaged over the units. `gates`: the mean of a gate. `states`: the root mean square of each state.
+            `saturated`: the share of steps at which |tanh(c)| of an LSTM is above 0.99. `half-life`: minimum, median
+            and maximum over the units, in steps. `weights`, `gradients`: norms of each array and of its gradient,
+            before any clipping, and of all together. `reach`: the number of steps back at which half of the gradient
+            is left, and a hundredth; infinite where more is left at the end.
         lags: by the number of steps back from the output, `[L]` each. `h`, `c`: norm of the loss's gradient in that
             state, over the units, root mean square over the rows. `carried`: the share left of the gradient that enters
-            at lag 0, in c for an LSTM, else in h.
+            at lag 0, in the state that the gates keep: c of an LSTM, h of others.
         rows: the number of inspected rows.
     """
 
@@ -130,10 +130,9 @@ def examined(looked: Any) -> tuple[LayerRecord, list[tuple[int, str]]]:
     trace = CellTrace(cell, fields, np.arange(spec.units), used)
     counts = np.ones(trace["h"].shape[:2], bool) if used is None else used
     lags = {name: _by_lag(part) for name, part in looked.lags.items()}
-    own = "c" if "c" in looked.lags else "h"
-    carried, shares = _carried(looked.lags[own])
+    carried, shares = _carried(looked.lags[spec.of_kind.memory])
     lags["carried"] = carried
-    figures, found = _figures(trace, counts, looked), _gradient_findings(spec, lags, shares, own)
+    figures, found = _figures(trace, counts, looked), _gradient_findings(looked.cell, lags, shares)
     figures["reach"] = {"half": _first_below(carried, 0.5), "a hundredth": _first_below(carried, VANISHED)}
     if counts.any():
         found += diagnostics.unit_findings(trace)
@@ -141,22 +140,24 @@ def examined(looked: Any) -> tuple[LayerRecord, list[tuple[int, str]]]:
 
 
 def _figures(trace: CellTrace, counts: Array, looked: Any) -> dict[str, dict[str, float]]:
-    kind, some = trace.cell.spec.kind, counts.any()
+    spec, some = trace.cell.spec, counts.any()
+    kind = spec.of_kind
     figures: dict[str, dict[str, float]] = {}
-    if kind != "rnn" and some:
+    if some and kind.multipliers:
         shares = diagnostics.gate_shares(trace)
         figures["gates shut"] = {gate: float(left.mean()) for gate, (left, _) in shares.items()}
         figures["gates open"] = {gate: float(right.mean()) for gate, (_, right) in shares.items()}
         figures["gates"] = {gate: float(trace[gate][counts].mean(dtype=np.float64)) for gate in shares}
+    if some and kind.update(spec, trace) is not None:
         lives = diagnostics.half_lives(trace)
         measures = {"least": np.min, "median": np.median, "most": np.max}
         figures["half-life"] = {name: float(measure(lives)) for name, measure in measures.items()}
     if some:
-        states = [name for name in ("h", "c") if name in trace]
-        figures["states"] = {name: diagnostics.rms(trace[name][counts].astype(np.float64)) for name in states}
-    if kind == "lstm" and some:
-        flat = np.abs(np.tanh(trace["c"][counts])) > diagnostics.FLAT
-        figures["saturated"] = {"c": float(flat.mean())}
+        states = {name: trace[name][counts] for name in spec.state_sizes}
+        figures["states"] = {name: diagnostics.rms(values.astype(np.float64)) for name, values in states.items()}
+        if kind.outputs:
+            flat = np.abs(np.tanh(states[kind.memory])) > diagnostics.FLAT
+            figures["saturated"] = {kind.memory: float(flat.mean())}
     figures["weights"] = _with_all({name: float(np.linalg.norm(array)) for name, array in trace.cell.arrays.items()})
     learns = [name for name in looked.arrays if name in looked.gradients]
     figures["gradients"] = _with_all({name: float(looked.gradients[name]) for name in learns})
@@ -190,14 +191,20 @@ def _first_below(shares: Array, bound: float) -> float:
     return float(below[0]) if below.size else np.inf
 
 
-REMEDIES = {
-    "lstm": "Start the forget gate's bias higher (forget_bias=), so that c is kept for longer",
-    "gru": "Start the bias of the gate z higher, so that h is kept for longer",
-    "rnn": "Use an LSTM or a GRU, whose gates can keep a state",
-}
+def _remedy(cell: Any) -> str:
+    """Return how to make a layer's cell keep its memory for longer."""
+    kind = cell._spec.of_kind
+    for gate, role in kind.gates.items():
+        if role == "keep":
+            how = "higher (forget_bias=)" if hasattr(cell, "forget_bias") else "higher"
+            return f"Start the bias of the gate {gate} {how}, so that {kind.memory} is kept for longer"
+    for gate, role in kind.gates.items():
+        if role == "write":
+            return f"Start the bias of the gate {gate} lower, so that {kind.memory} is kept for longer"
+    return "Use an LSTM or a GRU, whose gates can keep a state"
 
 
-def _gradient_findings(spec: Any, lags: dict[str, Array], parts: Array, state: str) -> list[tuple[int, str]]:
+def _gradient_findings(cell: Any, lags: dict[str, Array], parts: Array) -> list[tuple[int, str]]:
     """Return findings on how far back the gradient reaches."""
     carried, found = lags["carried"], []
     if not all(np.isfinite(values).all() for name, values in lags.items() if name != "carried"):
@@ -209,8 +216,8 @@ def _gradient_findings(spec: Any, lags: dict[str, Array], parts: Array, state: s
     if steps > LEAST_STEPS and gone < steps / 2:
         gone = int(gone)
         vanishes = f"the gradient of its last output vanishes within {gone} of {steps} steps back"
-        left = f"less than {VANISHED:.0%} of it is left in {state}{_most(parts[gone])}"
-        found.append((2, f"{vanishes} ({left}): earlier steps are hardly learned. {REMEDIES[spec.kind]}"))
+        left = f"less than {VANISHED:.0%} of it is left in {cell._spec.of_kind.memory}{_most(parts[gone])}"
+        found.append((2, f"{vanishes} ({left}): earlier steps are hardly learned. {_remedy(cell)}"))
     top = int(np.argmax(carried))
     if carried[top] > GROWN:
         times = f"by a factor of {carried[top]:.3g} within {top} steps back"

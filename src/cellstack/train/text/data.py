@@ -40,7 +40,7 @@ class Architecture:
 
     Args:
         units: units of each layer, first layer first.
-        cell: kind of the cells, `"lstm"`, `"gru"` or `"rnn"`.
+        cell: kind of the cells, see `CellSpec`.
         embedding: size of the character embedding; 0: one-hot.
         dropout: dropout probability after each layer.
 

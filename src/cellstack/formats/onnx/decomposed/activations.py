@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import activation_text
+from cellstack.formats.onnx.cells import NAMES, activation_text
 from cellstack.formats.onnx.decomposed.linear import inputs_of, scalar
 from cellstack.formats.onnx.file import DOMAINS, Scope, onnx_package
 from cellstack.formats.onnx.pieces import Pieces
@@ -46,7 +46,7 @@ def activated(scope: Scope, name: str) -> tuple[str, str] | None:
     node = scope.producers.get(name)
     if node is None or not node.input or node.domain not in DOMAINS:
         return None
-    text = activation_text(node, scope.model.attributes(node))
+    text = activation_text(node, scope.model.attributes(node)) if node.op_type in NAMES else None
     if text is not None:
         return text, node.input[0]
     for template in templates().get(node.op_type, ()):

@@ -12,7 +12,8 @@ from itertools import takewhile
 import numpy as np
 
 from cellstack.formats.onnx.decomposed.linear import Term
-from cellstack.formats.onnx.decomposed.match import Matcher, Step, steps_of, stripped, total
+from cellstack.formats.onnx.decomposed.match import Matcher, Step, steps_of, total
+from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Scope, label
 from cellstack.formats.onnx.fold import numbers
 

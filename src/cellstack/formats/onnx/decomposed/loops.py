@@ -12,14 +12,15 @@ from cellstack.formats.onnx.cells import Operator, operator_of
 from cellstack.formats.onnx.decomposed.chains import Chain, find_chains
 from cellstack.formats.onnx.decomposed.found import find_steps
 from cellstack.formats.onnx.decomposed.linear import Place, place_of
-from cellstack.formats.onnx.decomposed.match import cell_of, stripped
-from cellstack.formats.onnx.decomposed.rows import Loop
-from cellstack.formats.onnx.file import Model, Scope, live_nodes, onnx_package
+from cellstack.formats.onnx.decomposed.match import cell_of
+from cellstack.formats.onnx.decomposed.rows import Added, Loop
+from cellstack.formats.onnx.decomposed.sums import stripped
+from cellstack.formats.onnx.file import Model, Scope, live_nodes
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.nodes.cell import Cell
 
 
-class _Roller:
+class _Roller(Added):
     """Writes one chain as an operator, and the chain's values as selections from its output.
 
     Args:
@@ -31,41 +32,10 @@ class _Roller:
     """
 
     def __init__(self, scope: Scope, chain: Chain, number: int | str, loop: Loop, joins: dict[str, list[Any]]) -> None:
-        self.scope, self.chain, self.onnx = scope, chain, onnx_package()
-        self.loop, self.known, self.joins = loop, loop.known, joins
-        self.number, self.prefix = number, f"rolled {number} "
-        self.made: list[Any] = []
-        self.constants: list[Any] = []
+        super().__init__(scope, f"rolled {number} ")
+        self.chain, self.number, self.loop, self.known, self.joins = chain, number, loop, loop.known, joins
         self.rolled: dict[str, Operator] = {}  # by the names of their Y
         self.replaced: dict[int, Any] = {}  # other nodes of the graph that change, by id
-
-    def put(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
-        """Add an operator and return the name of its output."""
-        output = output or f"{self.prefix}{len(self.made)}"
-        self.made.append(self.onnx.helper.make_node(operator, inputs, [output], **attributes))
-        return output
-
-    def integers(self, *values: int) -> str:
-        """Add a constant list and return its name."""
-        return self._constant(values)
-
-    def _constant(self, value: Any) -> str:
-        name = f"{self.prefix}constant {len(self.constants)}"
-        self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, np.int64), name))
-        return name
-
-    def squeezed(self, value: str, axis: int, output: str = "", operator: str = "Squeeze") -> str:
-        """Add a Squeeze or an Unsqueeze, in this opset's form."""
-        if self.scope.model.opset < 13:
-            return self.put(operator, [value], output, axes=[axis])
-        return self.put(operator, [value, self.integers(axis)], output)
-
-    def sliced(self, value: str, start: int, stop: int, output: str = "", step: int = 1) -> str:
-        """Add a Slice of the first axis, in this opset's form."""
-        if self.scope.model.opset < 10:
-            return self.put("Slice", [value], output, axes=[0], starts=[start], ends=[stop])
-        lists = [self.integers(n) for n in (start, stop, 0, step)]
-        return self.put("Slice", [value, *lists], output)
 
     def roll(self) -> bool:
         """Add the operator, and return whether that was possible."""
@@ -104,7 +74,7 @@ class _Roller:
         x = self.put("Transpose", [x], perm=[1, 0, 2]) if axis else x
         if not self.loop.whole:  # only the steps that the file unrolls
             last = steps[0] == -1
-            x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)
+            x = self.sliced(x, 0, -count if last else 0, 2**63 - 1 if last else count)
         return x, backwards
 
     def roll_step(self, starts: Sequence[str]) -> None:
@@ -149,7 +119,7 @@ class _Roller:
         """
         names = [f"{self.prefix}{part}" for part in ("Y", *cell.spec.state_sizes)]
         inputs = [x, "", "", "", "", *(name or "" for name in starts)]
-        self.made.append(self.onnx.helper.make_node(operator_of(cell.spec), inputs, names, name=self.chain.name))
+        self.add(self.onnx.helper.make_node(operator_of(cell.spec), inputs, names, name=self.chain.name))
         given = zip(cell.spec.state_sizes, starts, strict=True)
         started = {f"initial_{state}": name for state, name in given if name}
         self.rolled[names[0]] = Operator((cell,), direction, False, "", started)
@@ -183,9 +153,9 @@ class _Roller:
         for n, name in enumerate(h[:-1]):
             at = len(h) - 1 - n if backwards else n
             if deep:
-                self.sliced(y, at, at + 1, name)
+                self.sliced(y, 0, at, at + 1, output=name)
             else:
-                self.put("Gather", [y, self._constant(at)], name, axis=0)
+                self.put("Gather", [y, self.constant(at)], name, axis=0)
         in_order = h[::-1] if backwards else h
         for node in (*self.joins.get(h[0], ()), *self.joins.get(h[-1], ())):
             if len(node.input) == len(h) and id(node) not in self.replaced:
@@ -204,8 +174,8 @@ class _Roller:
         """Add the replacements of the final states."""
         last = self.chain.steps[-1]
         for name, old in zip(names[1:], last.after.values(), strict=True):
-            self.put("Identity", [name], old) if deep else self.squeezed(name, 0, old)
             self._set_aside(self.scope.producers[old])
+            self.put("Identity", [name], old) if deep else self.squeezed(name, 0, output=old)
 
     def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
         """Replace a Concat of every step's h by the operator's output."""
@@ -221,7 +191,7 @@ class _Roller:
             names = [one.input[0] for one in inner if one is not None]
         if axis not in ((0,) if deep else (0, 1)) or names not in (in_order, in_order[::-1]):
             return
-        source = y if names == in_order else self.sliced(y, -1, -(2**63), step=-1)
+        source = y if names == in_order else self.sliced(y, 0, -1, -(2**63), -1)
         made = self.onnx.helper.make_node("Identity", [source], list(node.output), name=node.name)
         if axis == 1:
             made = self.onnx.helper.make_node("Transpose", [source], list(node.output), name=node.name, perm=[1, 0, 2])
@@ -240,7 +210,7 @@ def roll(model: Model, whole: bool = False) -> Model:
         model: the file.
         whole: whether loops run over all steps of a sequence; else over as many as the graph unrolls.
     """
-    scope = model.scope.draft()
+    scope = model.scope()
     chains = find_chains(scope)
     if not chains:
         return model
@@ -266,8 +236,6 @@ def roll(model: Model, whole: bool = False) -> Model:
         rolled |= roller.rolled
         replaced |= roller.replaced
         constants += roller.constants
-        scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
-        scope.producers.update((name, node) for nodes in made.values() for node in nodes for name in node.output)
     for node in concats if loop.known else ():
         several = len(node.input) > 1 and id(node) not in replaced
         name = loop.joined(list(node.input), model.attributes(node).get("axis", 0)) if several else None
@@ -276,10 +244,11 @@ def roll(model: Model, whole: bool = False) -> Model:
     nodes = _placed(scope, before, replaced, loop.made)
     model = model.changed(nodes, (*constants, *loop.constants), rolled=rolled, unrolled=unrolled)
     if before:
-        live = live_nodes(model.scope)
+        scope = model.scope()
+        live = live_nodes(scope)
         for chain in chains:
             for state in [*chain.steps[0].after][1:] if chain.name not in unrolled else ():
-                inner = [model.scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
+                inner = [scope.producers.get(step.after[state]) for step in chain.steps[:-1]]
                 if any(node is not None and id(node) in live for node in inner):
                     lost.append(f"the loop over {chain.name} uses {state} of every step; a Network has only the last")
     return replace(model, lost=(*model.lost, *lost)) if lost else model
@@ -301,7 +270,7 @@ def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
 
 def roll_steps(model: Model) -> Model:
     """Return a model in which recurrent operators replace the decomposed single steps of the outermost graph."""
-    scope = model.scope
+    scope = model.scope()
     before, replaced, constants = dict[str, list[Any]](), dict[int, Any](), list[Any]()
     rolled = dict(model.rolled)
     for number, (name, _, step) in enumerate(list(find_steps(scope, set())), len(model.rolled)):

@@ -1,8 +1,6 @@
 """Recognises steps of cells in a graph by comparing it with the step of each kind of cell, written as a graph.
 
-Both graphs are read in the same form, one value at a time, starting from h: a value is an activation, a clipped or
-normalised value, a sum of products with constants (`linear`), or a sum of other products (`expand`), in which
-differences are multiplied out: 1 - z times g is g - z·g. Sums and products match in any order.
+Both graphs are read in the same form (`sums`), starting from h; sums and products match in any order.
 """
 
 from __future__ import annotations
@@ -12,137 +10,21 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import islice, permutations, product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cellstack.cells import KINDS, Kind
-from cellstack.formats.onnx.decomposed.activations import activated
-from cellstack.formats.onnx.decomposed.linear import FOLLOWED, Linear, Term, array_of, inputs_of, linear, scalar, unit
-from cellstack.formats.onnx.file import DOMAINS, Budget, Model, Scope, Tensors, onnx_package
-from cellstack.formats.onnx.fold import numbers
+from cellstack.formats.onnx.decomposed.linear import Linear, Term, array_of, unit
+from cellstack.formats.onnx.decomposed.sums import Product, Values, bare, is_zero, stripped, together
+from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors
 from cellstack.formats.onnx.scan import body_of
 from cellstack.layout import Array
 from cellstack.nodes.cell import Cell
 from cellstack.spec import MATRICES, CellSpec
 
-MOST_TERMS = 32  # maximum number of operators and of terms in one sum
-MOST_MATCHES = 8  # maximum number of ways in which one value is matched with one form
+MOST_MATCHES = 24  # maximum number of ways in which one value is matched with one form
 VISITS = 4000, 100  # maximum number of values that are compared in a graph: at least, and per node
-
-# ── values of a graph ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def bare(scope: Scope, name: str) -> str:
-    """Return a value's origin, skipping operators without effect."""
-    return _origin(scope, name, ("Identity",), 100)
-
-
-def stripped(scope: Scope, name: str) -> str:
-    """Return the origin of a value, ignoring axes of length 1."""
-    return _origin(scope, name, FOLLOWED, 4)
-
-
-def _origin(scope: Scope, name: str, skipped: Sequence[str], most: int) -> str:
-    for _ in range(most):
-        node = scope.producers.get(name)
-        if node is None or node.op_type not in skipped or not node.input:
-            break
-        name = node.input[0]
-    return name
-
-
-def is_zero(scope: Scope, name: str) -> bool:
-    """Whether a value is all zeros."""
-    array = numbers(scope.constant(name))
-    return isinstance(array, np.ndarray) and not array.any()
-
-
-class Product(NamedTuple):
-    """A term of a sum: its sign, the names of its factors, and its own name, "" where no operator computes it alone."""
-
-    sign: int
-    factors: tuple[str, ...]
-    name: str = ""
-
-
-class Values:
-    """A graph, value by value; what was read is kept.
-
-    Args:
-        scope: the graph.
-        rows: whether values are known to be rows of features, without time.
-    """
-
-    def __init__(self, scope: Scope, rows: bool = False) -> None:
-        self.scope, self.rows = scope, rows
-        self.kept: dict[tuple[str, str], Any] = {}
-
-    def activated(self, name: str) -> tuple[str, str] | None:
-        """Return a value's activation and the name of its input; None where it has none."""
-        return self._kept("activated", name, lambda: activated(self.scope, name))
-
-    def linear(self, name: str) -> Linear | None:
-        """Return a value as a sum of products with constants; None where it isn't one."""
-        return self._kept("linear", name, lambda: linear(self.scope, name, rows=self.rows))
-
-    def sum(self, name: str) -> list[Product]:
-        """Return a value as a sum of other products; empty where it has too many terms."""
-        return self._kept("sum", name, lambda: self._sum(name))
-
-    def size(self, name: str) -> int:
-        """Return how many operators lead to a value, counted once per use."""
-        node = self.scope.producers.get(name)
-        return 1 if node is None else self._kept("size", name, lambda: 1 + sum(map(self.size, node.input)))
-
-    def _kept(self, what: str, name: str, read: Any) -> Any:
-        if (what, name) not in self.kept:
-            self.kept[what, name] = read()
-        return self.kept[what, name]
-
-    def clipped(self, name: str) -> tuple[str, float | None]:
-        """Return a value without its symmetric clipping, and the bound; None where it isn't clipped."""
-        found = inputs_of(self.scope, name, "Clip")
-        bounds = [scalar(self.scope, one) for one in found[1:]]
-        if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or bounds[0] != -bounds[1]:
-            return name, None
-        return found[0], bounds[1]
-
-    def _sum(self, name: str) -> list[Product]:
-        with suppress(OverflowError):
-            return self._expand(name, [MOST_TERMS], whole=True)
-        return []
-
-    def _expand(self, name: str, left: list[int], factor: bool = False, whole: bool = False) -> list[Product]:
-        """Return a value as a sum of products.
-
-        Args:
-            name: the name of the value.
-            left: how many more values may be visited; `OverflowError` beyond.
-            factor: whether it is a factor of a product, or part of one: sums other than differences then stay whole.
-            whole: whether it is the sum that is read, even if it is also an activation.
-        """
-        name = bare(self.scope, name)
-        constant, node = numbers(self.scope.constant(name)), self.scope.producers.get(name)
-        left[0] -= 1
-        if left[0] < 0:
-            raise OverflowError
-        if isinstance(constant, np.ndarray) and constant.size and (constant == 1).all():
-            return [Product(1, ())]
-        operator = node.op_type if node is not None and node.domain in DOMAINS and constant is None else ""
-        count = {"Mul": 2, "Sub": 2, "Neg": 1, "Add": 0 if factor else 2}.get(operator)
-        if not count or len(node.input) != count or (not whole and self.activated(name) is not None):
-            return [Product(1, (name,), name)]
-        parts = [self._expand(one, left, factor or operator == "Mul") for one in node.input]
-        if operator == "Mul":
-            found = [Product(a.sign * b.sign, a.factors + b.factors) for a in parts[0] for b in parts[1]]
-            if len(found) > MOST_TERMS:
-                raise OverflowError
-            return [found[0]._replace(name=name)] if len(found) == 1 else found
-        if operator != "Add":
-            parts[-1] = [Product(-one.sign, one.factors) for one in parts[-1]]
-        return [one for part in parts for one in part]
-
 
 # ── the steps of the kinds of cell ────────────────────────────────────────────────────────────────────────────────────
 
@@ -207,7 +89,8 @@ def forms(kind: Kind) -> tuple[Form, ...]:
 
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
-    spec = CellSpec(1, 2, kind=kind.name, **flags, **bounds)
+    given: dict[str, Any] = {**flags, **bounds}
+    spec = CellSpec(1, 2, kind=kind.name, **given)
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in (*spec.gates, *kind.outputs)}
     spec = replace(spec, gate_activations=slots)
     arrays, keys = dict[str, Array](), dict[float, Key]()
@@ -218,10 +101,10 @@ def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
         each = np.array([*codes], np.float32).reshape(len(rows), blocks).repeat(shape[-1] // blocks, axis=1)
         arrays[name] = np.broadcast_to(each if len(shape) == 2 else each[0], shape)
         keys |= codes
-    proto = onnx_package().ModelProto(graph=body_of("step", Cell(spec, **arrays)))
-    scope = Scope(Model("", proto, 17, Tensors(""), Budget(0)), proto.graph)
+    graph = Graph.of(body_of("step", Cell(spec, **arrays)))
+    model = Model("", graph, 17, (), "", None, Tensors(""), Budget(0))
     texts = {text: slot for slot, text in slots.items()}
-    return Form(kind, flags, Values(scope, rows=True), texts, {b: name for name, b in bounds.items()}, keys)
+    return Form(kind, flags, Values(model.scope(), rows=True), texts, {b: name for name, b in bounds.items()}, keys)
 
 
 # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +171,7 @@ class Step:
         texts = {True: set[str](), False: set[str]()}
         for gate, role in self.form.kind.gates.items():
             texts[role == "candidate"].add(self.bound.get(gate, ""))
-        return "tanh" in texts[False] and "tanh" not in texts[True]
+        return "tanh" in texts[False] and texts[True] != {"tanh"}
 
 
 class Matcher:
@@ -370,7 +253,7 @@ class Matcher:
             if found is not None:
                 yield from self._with("norm_epsilon", found[1], normed[0], found[0], bound)
         elif node.op_type in ("Add", "Mul", "Sub"):
-            terms, rest = self._parted(ours)
+            terms, rest = values.parted(ours)
             found = self.values.sum(theirs)
             if len(found) == len(terms) or (rest and len(found) > len(terms)):
                 yield from self._terms(terms, found, rest, bound)
@@ -432,18 +315,6 @@ class Matcher:
 
     # ── sums of other products ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _parted(self, name: str) -> tuple[list[Product], Linear | None]:
-        """Return a form's sum, the most specific terms and factors first, and its products with arrays separately."""
-        values = self.form.values
-        terms, rest = [], list[Linear]()
-        for term in values.sum(name):
-            total = values.linear(term.name) if term.name and term.sign > 0 else None
-            if total is None:
-                terms.append(term._replace(factors=tuple(sorted(term.factors, key=values.size, reverse=True))))
-            else:
-                rest.append(total)
-        return sorted(terms, key=lambda term: -sum(map(values.size, term.factors))), _together(rest)
-
     def _terms(self, ours: list[Product], theirs: list[Product], rest: Linear | None, bound: Bound) -> Iterator[Bound]:
         """Yield the ways in which each term of a form is one of the graph, and the others are products with arrays."""
         if ours:
@@ -455,7 +326,7 @@ class Matcher:
             yield bound
         else:
             found = [self.values.linear(term.name) if term.name and term.sign > 0 else None for term in theirs]
-            total = _together(found)
+            total = together(found)
             if total is not None:
                 yield from self._linear(rest, total, bound)
 
@@ -471,20 +342,17 @@ class Matcher:
                 yield from self._factors(ours[1:], [*theirs[:n], *theirs[n + 1 :]], each)
 
 
-def _together(totals: Sequence[Linear | None]) -> Linear | None:
-    """Return the sum of sums; None where there is none, or one of them is unknown."""
-    found = [total for total in totals if total is not None]
-    if not found or len(found) < len(totals):
-        return None
-    return Linear(*(sum(terms, ()) for terms in zip(*found, strict=True)))
-
-
 def steps_of(scope: Scope, rows: bool = False) -> Iterator[list[Step]]:
     """Yield the decomposed steps of cells in a graph, each as the list of its readings; `rows`: as in `Matcher`."""
-    matcher = Matcher(scope, rows=rows)
-    found = [form for kind in KINDS.values() for form in forms(kind) if form.values.linear(form.after["h"]) is None]
-    for node in scope.graph.node:  # a product with a matrix after a cell isn't taken to be its projection
+    matcher, alike = Matcher(scope, rows=rows), dict[Any, list[Form]]()
+    for form in (form for kind in KINDS.values() for form in forms(kind)):
+        h = form.after["h"]
+        if form.values.linear(h) is None:  # a product with a matrix after a cell isn't taken to be its projection
+            whole = form.values.parted(h)[1] is None
+            alike.setdefault(form.values.outline(h) if whole else "any", []).append(form)
+    for node in scope.graph.node:
         if node.domain in DOMAINS and len(node.output) == 1 and node.op_type != "Identity":
+            found = [*alike.get(matcher.values.outline(node.output[0]), ()), *alike.get("any", ())]
             steps = (matcher.steps(form, node, {"h": node.output[0]}, {}) for form in found)
             first = next(filter(None, steps), None)
             if first is not None:

@@ -20,7 +20,7 @@ MOST_FACTORS = 4
 
 def name_activations(model: Model) -> Model:
     """Return a model in which a Gelu replaces the products in the outermost graph that form one."""
-    scope, make, made = model.scope.draft(), onnx_package().helper.make_node, dict[int, Any]()
+    scope, make, made = model.scope(), onnx_package().helper.make_node, dict[int, Any]()
     for node in scope.graph.node:
         if node.op_type not in ("Mul", "Div") or not node.output:
             continue

@@ -45,7 +45,55 @@ class Rows(NamedTuple):
     ones: frozenset[int] = frozenset()
 
 
-class Loop:
+class Added:
+    """Operators that are added to a graph.
+
+    Args:
+        scope: the graph.
+        prefix: the prefix of generated names.
+
+    Attributes:
+        made: the added nodes.
+        constants: the tensors that they need.
+    """
+
+    def __init__(self, scope: Scope, prefix: str) -> None:
+        self.scope, self.prefix, self.onnx = scope, prefix, onnx_package()
+        self.made: list[Any] = []
+        self.constants: list[Any] = []
+
+    def put(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
+        """Add an operator and return the name of its output."""
+        output = output or f"{self.prefix}{len(self.made)}"
+        self.add(self.onnx.helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def add(self, node: Any) -> None:
+        """Add a node."""
+        self.made.append(node)
+        self.scope.producers.update((name, node) for name in node.output)
+
+    def constant(self, value: Any) -> str:
+        """Add an integer, or a list of them, and return its name."""
+        name = f"{self.prefix}constant {len(self.constants)}"
+        self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, np.int64), name))
+        self.scope.initializers[name] = self.constants[-1]
+        return name
+
+    def squeezed(self, value: str, axis: int, operator: str = "Squeeze", output: str = "") -> str:
+        """Add a Squeeze or an Unsqueeze, in this opset's form."""
+        if self.scope.model.opset < 13:
+            return self.put(operator, [value], output, axes=[axis])
+        return self.put(operator, [value, self.constant([axis])], output)
+
+    def sliced(self, value: str, axis: int, start: int, stop: int, step: int = 1, output: str = "") -> str:
+        """Add a Slice, in this opset's form."""
+        if self.scope.model.opset < 10:
+            return self.put("Slice", [value], output, axes=[axis], starts=[start], ends=[stop])
+        return self.put("Slice", [value, *(self.constant([n]) for n in (start, stop, axis, step))], output)
+
+
+class Loop(Added):
     """The operators of a graph's loops, added once for all steps.
 
     Args:
@@ -54,48 +102,16 @@ class Loop:
         whole: whether loops run over all steps of a sequence; else over as many as the graph unrolls.
 
     Attributes:
-        made: the added nodes.
-        constants: the tensors that they need.
         shared: values that every step uses unchanged, although they aren't constant.
     """
 
     def __init__(self, scope: Scope, known: dict[str, Place], whole: bool) -> None:
-        self.scope, self.known, self.whole, self.onnx = scope, known, whole, onnx_package()
-        self.made: list[Any] = []
-        self.constants: list[Any] = []
+        super().__init__(scope, "loop ")
+        self.known, self.whole = known, whole
         self.shared: list[str] = []
         self.found: dict[tuple[str, ...], Rows | str | None] = {}
         self.sequences: dict[Any, Steps] = {}
         self.ranks = {value.name: len(declared(value) or (0, 0, 0)) for value in scope.graph.input}
-
-    def put(self, operator: str, inputs: list[str], **attributes: Any) -> str:
-        """Add an operator and return the name of its output."""
-        name = f"loop {len(self.made)}"
-        self._add(self.onnx.helper.make_node(operator, inputs, [name], name=name, **attributes))
-        return name
-
-    def _add(self, node: Any) -> None:
-        self.made.append(node)
-        self.scope.producers.update((name, node) for name in node.output)
-
-    def integers(self, *values: int) -> str:
-        """Add a constant list and return its name."""
-        name = f"loop constant {len(self.constants)}"
-        self.constants.append(self.onnx.numpy_helper.from_array(np.array(values, np.int64), name))
-        self.scope.initializers[name] = self.constants[-1]
-        return name
-
-    def squeezed(self, value: str, axis: int, operator: str = "Squeeze") -> str:
-        """Add a Squeeze or an Unsqueeze, in this opset's form."""
-        if self.scope.model.opset < 13:
-            return self.put(operator, [value], axes=[axis])
-        return self.put(operator, [value, self.integers(axis)])
-
-    def sliced(self, value: str, axis: int, start: int, stop: int, step: int = 1) -> str:
-        """Add a Slice, in this opset's form."""
-        if self.scope.model.opset < 10:
-            return self.put("Slice", [value], axes=[axis], starts=[start], ends=[stop])
-        return self.put("Slice", [value, *(self.integers(n) for n in (start, stop, axis, step))])
 
     # ── queries of the loop reader ────────────────────────────────────────────────────────────────────────────────────
 
@@ -104,7 +120,7 @@ class Loop:
         rows = self.rows(values)
         if isinstance(rows, str):  # the same at every step
             repeated = self.squeezed(rows, 1, "Unsqueeze")
-            return Steps(self.put("Tile", [repeated, self.integers(1, len(values), 1)]), False)
+            return Steps(self.put("Tile", [repeated, self.constant([1, len(values), 1])]), False)
         if rows is None or rows.rank != 2:
             return None
         return Steps(self._parted(rows.name, rows.of), rows.of.backwards)
@@ -152,7 +168,7 @@ class Loop:
     def _parted(self, name: str, of: Steps) -> str:
         """Return rows `[B·T, F]` as a sequence."""
         lengths = self.sliced(self.put("Shape", [of.name]), 0, 0, 2)
-        return self.put("Reshape", [name, self.put("Concat", [lengths, self.integers(-1)], axis=0)])
+        return self.put("Reshape", [name, self.put("Concat", [lengths, self.constant([-1])], axis=0)])
 
     # ── values of all steps ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -296,7 +312,7 @@ class Loop:
             del made.input[:], made.output[:]
             made.input.extend(names)
             made.output.extend(outputs)
-            self._add(made)
+            self.add(made)
             self.found[key] = outputs[0]
         outputs = self.scope.producers[str(self.found[key])].output
         rank, ones = apart

@@ -18,7 +18,8 @@ import numpy as np
 from cellstack.cells import KINDS
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.linear import Term, pairs, scalar
-from cellstack.formats.onnx.decomposed.match import Matcher, bare, cell_of, forms
+from cellstack.formats.onnx.decomposed.match import Matcher, cell_of, forms
+from cellstack.formats.onnx.decomposed.sums import bare
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array

@@ -12,11 +12,11 @@ from cellstack.nodes.masks import NamedMasks
 if TYPE_CHECKING:
     from cellstack.graph import StateValue
     from cellstack.network import Network
-    from cellstack.nodes.base import Array, FrameRule, Node
+    from cellstack.nodes.base import Array, Node, StepRule
     from cellstack.streaming.parts import Rows, Run
 
 
-def answers_with(node: Any, state: StateValue) -> bool:
+def equals_output(node: Any, state: StateValue) -> bool:
     """Return whether a state equals the node's output at every step: the h of its last cell."""
     plain = type(node) is Recurrent and state.cell == len(node.cells) - 1 and not node.parts[-1][1]
     return plain and state.part == "h"
@@ -39,13 +39,13 @@ def check_widths(network: Network, arrays: dict[str, Array]) -> None:
         shapes[name] = node.check(name, *(shapes[source] for source in sources))
 
 
-def framewise(owner: str, name: str, node: Node, rule: FrameRule, masked: bool) -> Run:
+def step_function(owner: str, name: str, node: Node, rule: StepRule, masked: bool) -> Run:
     """Return the function that runs a node without a state, step by step.
 
     Args:
         owner: the function or class, for error messages.
         name: the node's name.
-        node: a node that `answers_framewise` accepts.
+        node: a node that `check_streamable` accepts.
         rule: how it runs step by step.
         masked: whether its mask affects later nodes; steps that it masks are then refused.
     """
@@ -64,15 +64,15 @@ def framewise(owner: str, name: str, node: Node, rule: FrameRule, masked: bool) 
     return run
 
 
-def frame_rules(network: Network) -> list[FrameRule]:
+def step_rules(network: Network) -> list[StepRule]:
     """Return how each node runs step by step."""
     return [
-        node.frames(*(network.shapes[source] for source in sources))
+        node.step_rule(*(network.shapes[source] for source in sources))
         for node, sources in zip(network.nodes, network.wires, strict=True)
     ]
 
 
-def answers_framewise(owner: str, network: Network) -> frozenset[str]:
+def check_streamable(owner: str, network: Network) -> frozenset[str]:
     """Raise `ValueError` if the network can't run step by step; return the nodes whose masks affect later nodes."""
     nodes = list(zip(network.names, network.nodes, network.wires, strict=True))
     begun = {start: name for name, node, sources in nodes for start in node.apart(sources)[1]}
@@ -85,7 +85,7 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes that mask each value
     heeded: set[str] = set()
     moved: str | None = None  # the first node with a state
-    rules = frame_rules(network)
+    rules = step_rules(network)
     for name, node, sources, rule in zip(network.names, network.nodes, network.wires, rules, strict=True):
         why = rule.why_not
         if sources[0] in network.graph.ids and not node.takes_ids:
@@ -100,7 +100,7 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
                 "state: call run() instead, one step at a time if needed"
             )
         for state in network.graph.states[len(masks) - len(network.inputs)]:
-            if why is None and not answers_with(node, state):
+            if why is None and not equals_output(node, state):
                 why = f"its state {state.value} is an input of a node or an output, which only run() supports"
         if why is not None:
             trained = isinstance(node, GlobalPool) and network.metadata.get("task")

@@ -1,0 +1,111 @@
+// Weights: packed into the layout of an instruction set, or read in place.
+#include <algorithm>
+
+#include "dispatch.h"
+#include "runner.h"
+
+namespace cellstack {
+namespace {
+
+// The size of a matrix with 16 or 8 bits per weight, in the layout of narrow.h: [blocks][words of all k][gates][W]; for
+// int8 the columns' scales follow, and the amounts that the rows' offset of 128 adds to their sums. In floats, or words
+// of the same size.
+int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, int64_t width) {
+    return blocks * gates * width * (narrow_words(rows, bits_of(element)) + (element == Element::kInt8 ? 2 : 0));
+}
+
+}  // namespace
+
+template <class T>
+Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element) {
+    const Leaf<T>& leaf = narrow(element) ? leaf_of<T>(current()) : leaf_for<T>(d.units);
+    const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
+    const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
+    // The arrays that are neither matrices nor biases, and how many numbers they have.
+    struct {
+        const T* Arrays<const T>::* array;
+        int64_t count;
+    } const vectors[] = {
+        {&Arrays<const T>::peepholes, 3 * d.units},  {&Arrays<const T>::kernel_gain, columns},
+        {&Arrays<const T>::recurrent_gain, columns}, {&Arrays<const T>::cell_gain, d.units},
+        {&Arrays<const T>::cell_bias, d.units},
+    };
+    // How many numbers a matrix takes.
+    const auto size = [&](int64_t rows, int64_t units, int gates, Element held) {
+        const int64_t of = ceil_div(units, leaf.width);
+        return narrow(held) ? narrow_size(held, of, rows, gates, leaf.width) : rows * of * gates * leaf.width;
+    };
+    const int64_t matrices[] = {size(d.input, d.units, d.gates(), element),
+                                size(d.recurrent(), d.units, d.gates(), element), row, row,
+                                d.projects() ? size(d.units, d.output, 1, element) : 0};
+    int64_t count = 0;
+    for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
+    for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
+    for (int s = 0; s < d.kind->states; ++s) count += Parts<T>::size(d.width(s));
+    impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
+    Panels<T>& p = impl_->panels;
+    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.element = element;
+    p.pairs = element == Element::kBfloat16 && current().pairs;
+    p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain;
+    p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
+    p.recurrent_bias = d.two_biases() ? arrays.bias + columns : nullptr;
+    p.projection = arrays.projection, p.arrays = arrays;
+    if (!copy) return;
+    Parts<T> parts(impl_->memory.get());
+    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, Element held) {
+        T* to = parts.take(size(rows, units, gates, held));
+        if (narrow(held)) {
+            const Scratch<T> panel(rows * gates * leaf.width);
+            leaf.pack_narrow(to, matrix_of(d, from, rows, units, gates), held, panel.get());
+            return to;
+        }
+        if (from)
+            leaf.pack(to, matrix_of(d, from, rows, units, gates));
+        else
+            std::fill_n(to, size(rows, units, gates, held), T(0));
+        return to;
+    };
+    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), element);
+    if (d.kind->recurrent) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), element);
+    p.bias = packed(p.bias, 1, d.units, d.gates(), element_of<T>());
+    if (d.two_biases()) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), element_of<T>());
+    if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, element);
+    for (const auto& vector : vectors) {
+        const T*& array = p.arrays.*vector.array;
+        if (!array) continue;
+        T* to = parts.take(vector.count);
+        const int64_t gone = vector.array == &Arrays<const T>::peepholes && d.coupled ? d.units : 0;
+        std::copy(array, array + vector.count - gone, to);
+        array = to;
+    }
+    for (int s = 0; s < d.kind->states; ++s) {
+        const T*& initial = p.arrays.initial[s];
+        if (!initial) continue;
+        T* to = parts.take(d.width(s));
+        std::copy_n(initial, d.width(s), to);
+        initial = to;
+    }
+}
+template <class T>
+Weights<T>::~Weights() = default;
+template <class T>
+const Description& Weights<T>::description() const {
+    return impl_->d;
+}
+template <class T>
+Element Weights<T>::element() const {
+    return impl_->panels.element;
+}
+template <class T>
+bool Weights<T>::copied() const {
+    return !impl_->panels.unpacked;
+}
+template <class T>
+const Arrays<const T>& Weights<T>::arrays() const {
+    return impl_->panels.arrays;
+}
+
+template class Weights<float>;
+template class Weights<double>;
+
+}  // namespace cellstack

@@ -1,0 +1,165 @@
+"""Run a network and return its trace: what the run records, in the order of each node's steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellstack.arguments import as_states
+from cellstack.inspect.pre_activations import pre_activations
+from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
+from cellstack.inspect.values import Index, alone
+from cellstack.nodes.base import Array, Flow
+from cellstack.nodes.recording import Record, Recording
+from cellstack.nodes.recurrent import Recurrent
+from cellstack.nodes.shape import Select
+from cellstack.spec import ShapeError
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+
+PROBES = (97, 101)  # sequence lengths: a node that keeps both maps steps one to one
+
+
+def trace(
+    network: Network,
+    x: Any,
+    state: Any,
+    run: Mapping[str, Any],
+    nodes: str | Iterable[str] | None,
+    units: Index,
+    steps: Index,
+    pre: bool,
+    in_memory: int,
+) -> NetworkTrace:
+    """Run a network and return its trace: see `Network.trace`; `run`: the other arguments of the run."""
+    names, cells = network.names, None
+    if nodes is not None:
+        try:
+            names = (nodes,) if isinstance(nodes, str) else tuple(nodes)
+        except TypeError:
+            raise TypeError(f"Network: expected nodes as names, got {nodes!r:.80}") from None
+        for name in names:
+            if name not in network.names:
+                raise ValueError(f"Network: expected nodes out of {', '.join(network.names)}, got {name!r:.80}")
+        numbers = _numbers(network)
+        cells = {number for name in names for number in numbers[name]}
+    if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
+        raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
+    if state is not None:  # the caller may overwrite it later
+        given = network.as_inputs("Network", x)
+        states = as_states(
+            "Network", state, network.cells, len(next(iter(given.values()))), network.initial_state_sources
+        )
+        state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
+    recording = Recording(cells, _Arrays(in_memory).empty)
+    y, after = network.run(x, state, **run, record=recording)
+    found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
+    return found if units is None and steps is None else found.select(None, steps, units)._copied()
+
+
+def _numbers(network: Network) -> dict[str, range]:
+    """Return each node's cells, in the order of the state."""
+    numbers, first = {}, 0
+    for name, node in zip(network.names, network.nodes, strict=True):
+        numbers[name] = range(first, first + len(node.cells))
+        first += len(node.cells)
+    return numbers
+
+
+def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bool) -> Parts:
+    """Return the parts of a trace from a run's records."""
+    numbers = _numbers(network)
+    records, flows = _in_own_order(network, recording, numbers)
+    kept: dict[str, NodeTrace] = {}
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        if name not in names:
+            continue
+        cells = []
+        for number, cell in zip(numbers[name], node.cells, strict=True):
+            record = records[number]
+            assert record is not None, "cells of the requested nodes are kept"
+            kind = cell.spec.of_kind
+            planes = [record.gates[:, :, plane] for plane in range(len(kind.gates))]
+            states = [getattr(record, name) for name in kind.trace._fields[len(planes) :]]
+            fields = kind.trace(*planes, *states)
+            sums = pre_activations(cell, record) if pre else None
+            cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
+        values = tuple(flows[source].x for source in sources)
+        kept[name] = NodeTrace(node, alone(values), flows[name].x, tuple(cells))
+    lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
+    masks = {name: flow.mask for name, flow in flows.items() if flow.mask is not None}
+    return Parts(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)
+
+
+def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
+    """Return the values whose steps match those of the first input with time, in the same order."""
+    graph, first = network.graph, next(iter(lengths.values()), None)
+    aligned = {name for name, steps in lengths.items() if steps == first}
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        turned = (isinstance(node, Recurrent) and node.go_backwards) or (isinstance(node, Select) and node.step < 0)
+        comes, starts = node.apart(sources)
+        if turned or not aligned.issuperset(comes) or not graph.timed(name):
+            continue
+        begins = [graph.shapes[start] for start in starts]
+        try:
+            after = [
+                node.check(name, *((steps, *graph.shapes[one][1:]) for one in comes), *begins)[0] for steps in PROBES
+            ]
+        except ShapeError:  # a node that requires a fixed number of steps
+            continue
+        if after == list(PROBES):
+            aligned.add(name)
+    return frozenset(aligned)
+
+
+class _Arrays:
+    """Allocates arrays in memory, and beyond a limit in memory-mapped anonymous files."""
+
+    def __init__(self, in_memory: float) -> None:
+        self.left = in_memory
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        size = math.prod(shape) * dtype.itemsize
+        self.left -= size
+        if self.left >= 0 or not size:
+            return np.empty(shape, dtype)
+        with tempfile.TemporaryFile() as file:
+            try:
+                if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                where = tempfile.gettempdir()
+                raise OSError(error.errno, f"{error.strerror}: a trace needs {size:,} more bytes in {where}") from None
+            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+
+
+def _in_own_order(
+    network: Network, recording: Recording, numbers: Mapping[str, range]
+) -> tuple[list[Record | None], dict[str, Flow]]:
+    """Return the records of cells and all values, also between nodes of one call, each in its own order of steps."""
+    records, flows = list(recording), dict(recording.flows)
+    for stage in network.calls.sequences:
+        backwards = getattr(stage.node, "go_backwards", False)
+        for place, number in enumerate(stage.nodes[:-1]):
+            above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]
+            own = recording[numbers[network.names[number]][-1]]
+            top = own.h if own is not None else above.x if above is not None else None
+            if top is not None:
+                flows[network.names[number]] = Flow(top[:, ::-1] if backwards else top)
+        for number in stage.nodes[1:] if backwards else ():  # their input is in the previous node's order: reversed
+            for cell in numbers[network.names[number]]:
+                record = recording[cell]
+                records[cell] = None if record is None else _turned(record)
+    return records, flows
+
+
+def _turned(record: Record) -> Record:
+    """Return the record of a backward cell as that of a forward cell over the reversed sequence."""
+    turned = {name: array[:, ::-1] for name, array in record._asdict().items() if isinstance(array, np.ndarray)}
+    return record._replace(**turned, reverse=False)

@@ -1,0 +1,236 @@
+"""Cells that a graph spells out are found from the step that each kind declares, in any spelling of its equations."""
+
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import model
+
+from cellstack import cells, spec
+from cellstack.cells.base import HiddenState, Kind, State
+from cellstack.formats.onnx.cells import write_operator
+from cellstack.formats.onnx.decomposed.found import find_decomposed
+from cellstack.formats.onnx.decomposed.match import forms
+from cellstack.formats.onnx.decomposed.scans import read_scan
+from cellstack.formats.onnx.file import Budget, Model, Scope, Tensors
+from cellstack.formats.onnx.scan import OnnxOps, body_of
+from cellstack.nodes.recurrent import Cell
+from cellstack.spec import CellSpec
+
+# ── kinds of cell that only these tests declare ───────────────────────────────────────────────────────────────────────
+
+
+def product_step(ops, spec, a, h, c):
+    """An LSTM whose candidate is the product of two."""
+    i, f, g, k, o = ops.split(ops.add(a, ops.product(ops.dropped(h), "recurrent_kernel")), 5)
+    i, f, g, k, o = (ops.gate(name, z) for name, z in zip("ifgko", (i, f, g, k, o), strict=True))
+    c = ops.record("c", ops.add(ops.mul(f, c), ops.mul(i, ops.mul(g, k))))
+    return (i, f, g, k, o), (ops.mul(o, ops.activation("cell", c)), c)
+
+
+def minimal_step(ops, spec, a, h):
+    """A GRU without a product of h."""
+    z, g = ops.split(a, 2)
+    z, g = ops.gate("z", z), ops.gate("g", g)
+    return (z, g), (ops.add(ops.mul(ops.one_minus(z), h), ops.mul(z, g)),)
+
+
+def ratio_step(ops, spec, a, h):
+    """Two gates without a product of h, divided by their sum, an operation that no other kind has."""
+    i, f, g = (ops.gate(name, z) for name, z in zip("ifg", ops.split(a, 3), strict=True))
+    return (i, f, g), (ops.div(ops.add(ops.mul(f, h), ops.mul(i, g)), ops.add(f, i)),)
+
+
+def trace(gates):
+    return NamedTuple("Toy", [(name, Any) for name in gates])
+
+
+def kind(name, gates, step, state=HiddenState, **given):
+    roles = {"g": "candidate", "k": "candidate", "i": "write", "f": "keep", "z": "keep", "o": "output"}
+    return Kind(name, name, {gate: roles[gate] for gate in gates}, state, trace(gates), step, **given)
+
+
+def no_recurrent(spec):
+    return {"recurrent_kernel": None, "recurrent_gain": None}
+
+
+TOYS = {
+    "product": kind("product", "ifgko", product_step, State, outputs=("cell",)),
+    "minimal": kind("minimal", "zg", minimal_step, shapes=no_recurrent),
+    "ratio": kind("ratio", "ifg", ratio_step, shapes=no_recurrent),
+}
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """The kinds of TOYS, registered."""
+    for name, toy in TOYS.items():
+        monkeypatch.setitem(cells.KINDS, name, toy)
+        monkeypatch.setitem(spec.GATES, name, tuple(toy.gates))
+        monkeypatch.setitem(spec.STATES, name, toy.state)
+        monkeypatch.setitem(spec.TRACES, name, toy.trace)
+    monkeypatch.setattr(OnnxOps, "div", lambda ops, a, b: ops.of("Div", a, b), raising=False)
+
+
+# ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def some(rng, inputs=3, **flags):
+    described = CellSpec(inputs, 4, **flags)
+    return Cell(described, *(rng.normal(0, 0.7, shape).astype("f4") for shape in described.shapes.values()))
+
+
+def scope_of(proto):
+    return Scope(Model("file", proto, 17, Tensors("file"), Budget(10**6)), proto.graph)
+
+
+def respelled(body, rng):
+    """The same equations: factors and terms in another order, and 1 - z times g as g - z·g."""
+    makers = {name: node for node in body.node for name in node.output}
+    for node in list(body.node):
+        if node.op_type in ("Add", "Mul") and rng.random() < 0.5:
+            node.input[:] = node.input[::-1]
+        less = [makers[name] for name in node.input if name in makers and makers[name].op_type == "Sub"]
+        if node.op_type != "Mul" or not less or less[0].input[0] in makers:
+            continue
+        other = next(name for name in node.input if name != less[0].output[0])
+        made = helper.make_node("Mul", [less[0].input[1], other], [f"{node.output[0]} less"])
+        node.op_type, node.input[:] = "Sub", [other, made.output[0]]
+        body.node.insert(list(body.node).index(node), made)
+    return body
+
+
+def scan_of(body, cell):
+    """A file with one Scan, started from inputs."""
+    states = list(cell.spec.state_sizes)
+    node = helper.make_node(
+        "Scan",
+        [*states, "X"],
+        [*(f"{state}_after" for state in states), "Y"],
+        name="scan",
+        body=body,
+        num_scan_inputs=1,
+    )
+    inputs = {name: (TensorProto.FLOAT, ["B", size]) for name, size in cell.spec.state_sizes.items()}
+    inputs["X"] = (TensorProto.FLOAT, ["T", "B", cell.spec.input_size])
+    return model([node], inputs, {"Y": 3}, {})
+
+
+def unrolled(cell, count=3):
+    """A cell's steps one after the other, from zeros, for inputs `x0`, `x1` …"""
+    ops = OnnxOps("cell", cell)
+    states = [ops.tensor(name, np.zeros((2, size), "f4")) for name, size in cell.spec.state_sizes.items()]
+    kind = cell.spec.of_kind
+    for n in range(count):
+        states = kind.step(ops, cell.spec, kind.inputs(ops, cell.spec, f"x{n}"), *states)[1]
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in ops.tensors}
+    inputs = {f"x{n}": (TensorProto.FLOAT, [2, cell.spec.input_size]) for n in range(count)}
+    return model(ops.nodes, inputs, {states[0]: 2}, arrays)
+
+
+def settings(described):
+    """A description with the activation of each gate, however it was given."""
+    own = {slot: str(text) for slot, text in zip(described.slots, described.activations, strict=True)}
+    if described.coupled:
+        del own["f"]
+    usual = {} if described.kind == "rnn" else {"recurrent_activation": "sigmoid"}
+    return replace(described, activation="tanh", gate_activations=own, **usual)
+
+
+def check_same(found, cell):
+    assert settings(found.spec) == settings(cell.spec)
+    assert found.arrays.keys() == cell.arrays.keys()
+    for name, array in cell.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def check_factors(found, cell):
+    """Check that a "product" is the same cell: i, g and k are factors of a product, and may be each other."""
+    gates = []
+    for one in (found, cell):
+        blocks = np.concatenate([array.reshape(-1, 5, 4) for array in one.arrays.values()]).transpose(1, 0, 2)
+        texts = map(str, one.spec.activations)
+        i, f, g, k, o = ((text, *map(tuple, block)) for text, block in zip(texts, blocks, strict=False))
+        gates.append([f, o, *sorted([i, g, k])])
+    assert gates[0] == gates[1]
+
+
+# ── tests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("flags", [{}, {"clip": 0.5, "use_bias": False}], ids=str)
+@pytest.mark.parametrize("name", TOYS)
+def test_a_kind_that_only_a_test_declares(toys, name, flags):
+    rng = np.random.default_rng(len(name))
+    cell = some(rng, kind=name, **flags)
+    for _ in range(4):
+        body = respelled(body_of("toy", cell), rng)
+        body.doc_string = ""
+        scope = scope_of(scan_of(body, cell))
+        (found,) = read_scan(scope, scope.graph.node[0]).cells
+        (check_factors if name == "product" else check_same)(found, cell)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_it_has_no_operator_of_its_own(toys, name):
+    with pytest.raises(ValueError, match=f"ONNX has no operator for {name}"):
+        write_operator("layer", (some(np.random.default_rng(0), kind=name),), "forward")
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_its_unrolled_steps(toys, name):
+    cell = some(np.random.default_rng(1), kind=name)
+    ((_, operator),) = find_decomposed(scope_of(unrolled(cell)))
+    (check_factors if name == "product" else check_same)(operator.cells[0], cell)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"peepholes": True, "coupled": True, "proj_size": 2},
+        {"layer_norm": True, "cell_clip": 0.4, "clip": 0.9, "zoneout": 0.25, "zoneout_cell": 0.5},
+        {"kind": "gru"},
+        {"kind": "gru", "reset_after": False, "clip": 0.25, "use_bias": False},
+        {"kind": "gru", "layer_norm": True, "gate_activations": {"z": "softsign", "g": "softplus"}},
+        {"kind": "rnn", "layer_norm": True, "activation": "leaky_relu(0.25)"},
+    ],
+    ids=str,
+)
+def test_spellings(flags):
+    rng = np.random.default_rng(2)
+    cell = some(rng, **flags)
+    for _ in range(6):
+        body = respelled(body_of("cell", cell), rng)
+        body.doc_string = ""
+        scope = scope_of(scan_of(body, cell))
+        check_same(read_scan(scope, scope.graph.node[0]).cells[0], cell)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"peepholes": True, "cell_clip": 0.5}, {"kind": "gru", "reset_after": False}], ids=str
+)
+def test_unrolled_steps_with_flags(flags):
+    cell = some(np.random.default_rng(3), **flags)
+    ((_, operator),) = find_decomposed(scope_of(unrolled(cell)))
+    check_same(operator.cells[0], cell)
+
+
+def test_every_combination_of_flags_is_a_form():
+    count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
+    assert count == {"lstm": 16, "gru": 3, "rnn": 2}
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Add", "Sub"])
+def test_sums_that_double_at_every_operator_take_little_time(operator):
+    """Multiplied out, the last of them would have 2^2000 terms."""
+    nodes = [helper.make_node("Tanh", ["x"], ["v0"]), helper.make_node("Sub", ["v0", "x"], ["d0"])]
+    for n in range(2000):
+        nodes.append(helper.make_node(operator, [f"d{n}", f"d{n}" if operator == "Mul" else f"v{n}"], [f"v{n + 1}"]))
+        nodes.append(helper.make_node("Sub", [f"v{n + 1}", f"d{n}"], [f"d{n + 1}"]))
+    start = time.process_time()
+    assert not list(find_decomposed(scope_of(model(nodes, {"x": (TensorProto.FLOAT, ["B", 3])}, {"d2000": 2}, {}))))
+    assert time.process_time() - start < 20

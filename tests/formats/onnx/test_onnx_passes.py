@@ -1,0 +1,64 @@
+"""Passes over an ONNX file: each returns a new model, and leaves the one that it is given as it was."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import model, unrolled_model, write
+
+from cellstack.formats.onnx.decomposed.loops import roll_steps
+from cellstack.formats.onnx.file import read
+from cellstack.formats.onnx.passes import passes
+
+make = helper.make_node
+
+
+def branches():
+    """A graph that chooses by an input, and in the branch multiplies by 1."""
+    tensors = [numpy_helper.from_array(np.eye(3, dtype=np.float32), "w")]
+    bodies = [
+        helper.make_graph(nodes, "branch", [], [helper.make_tensor_value_info("inner", 1, None)], tensors)
+        for nodes in ([make("MatMul", ["x", "w"], ["inner"])], [make("Neg", ["x"], ["inner"])])
+    ]
+    nodes = [
+        make("If", ["flag"], ["chosen"], name="choice", then_branch=bodies[0], else_branch=bodies[1]),
+        make("Mul", ["chosen", "one"], ["y"]),
+    ]
+    inputs = {"x": (TensorProto.FLOAT, ["B", "T", 3]), "flag": (TensorProto.BOOL, [])}
+    return model(nodes, inputs, {"y": 3}, {"one": np.array(1, np.float32)})
+
+
+def gelu():
+    """½·x·(1 + erf(x·√½)) as its operators."""
+    nodes = [
+        make("Mul", ["x", "root"], ["a"]),
+        make("Erf", ["a"], ["b"]),
+        make("Add", ["b", "one"], ["c"]),
+        make("Mul", ["x", "c"], ["d"]),
+        make("Mul", ["d", "half"], ["y"]),
+    ]
+    numbers = {"root": np.sqrt(0.5), "one": 1.0, "half": 0.5}
+    numbers = {name: np.array(number, np.float32) for name, number in numbers.items()}
+    return model(nodes, {"x": (TensorProto.FLOAT, ["B", "T", 3])}, {"y": 3}, numbers)
+
+
+CASES = {
+    "branches": (branches, {"flag": True}, ["MatMul", "Identity"]),
+    "gelu": (gelu, {}, ["Gelu"]),
+    "unrolled": (lambda: unrolled_model(4), {}, ["RNN"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_passes_change_none_of_the_models_that_they_are_given(tmp_path, name):
+    build, fixed, operators = CASES[name]
+    found = [read(write(tmp_path / "file.onnx", build()))]
+    before = []
+    for run in (*passes(fixed, {}, {}, False), roll_steps):
+        messages = [part for field in found[-1].graph[1:] for part in field]
+        before.append([message.SerializeToString() for message in messages])
+        found.append(run(found[-1]))
+    for made, texts in zip(found, before, strict=False):
+        assert [part.SerializeToString() for field in made.graph[1:] for part in field] == texts
+    kinds = [node.op_type for node in found[-1].graph.node]
+    assert set(operators) <= set(kinds)
+    assert not {*operators} <= {node.op_type for node in found[0].graph.node}
