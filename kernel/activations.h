@@ -120,5 +120,15 @@ INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, 
     return ((y > limits.low[gate]) & (y < limits.high[gate])) ? s : splat(T(0));
 }
 
+// For a gate without a default: one copy for all kinds, as the switch has a branch for every activation.
+template <class T>
+__attribute__((noinline)) V<T> any_activation(const Activation& activation, V<T> z) {
+    return apply<T>(activation, z);
+}
+template <class T>
+__attribute__((noinline)) V<T> any_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
+    return gate_slope<T, false, false, false>(d, limits, gate, y);
+}
+
 }  // namespace
 }  // namespace cellstack

@@ -16,7 +16,7 @@ struct MinGru {
             for (int v = 0; v < 2; ++v)
                 gates[v] = limited<T>(d.clip, load_lanes(sums + v * stride + at.unit, at.lanes));
             gates[0] = act<T, Usual, false>(d.activations[0], gates[0]);
-            gates[1] = apply<T>(d.activations[1], gates[1]);
+            gates[1] = any_activation<T>(d.activations[1], gates[1]);
             UNROLL
             for (int v = 0; v < 2; ++v) patch_gate<T>(f, v, at, gates[v]);
             keep_gates(f, at, gates);
@@ -39,8 +39,7 @@ struct MinGru {
             T* to = block_of(f, f.dz, 2, r, n, at.unit);
             store(to, (dh * (gates[1] - units_of(h_prev, at)) + extra(f, at, 0)) *
                           gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]));
-            store(to + W,
-                  (dh * gates[0] + extra(f, at, 1)) * gate_slope<T, false, false, false>(d, limits, 1, gates[1]));
+            store(to + W, (dh * gates[0] + extra(f, at, 1)) * any_slope<T>(d, limits, 1, gates[1]));
             T* carried = f.carry + r * columns + at.unit;
             store(carried, fma(dh, splat(T(1)) - gates[0], load(carried)));
         });
