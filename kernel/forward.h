@@ -353,7 +353,7 @@ void forward(Forward<T>& f) {
         run_dense<T>(f);
     else if (f.w.by_blocks())
         run_blocks<T>(f);
-    else if (f.w.d->usual())
+    else if (f.w.usual)
         run_kind<T, true>(f);
     else
         run_kind<T, false>(f);

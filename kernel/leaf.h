@@ -58,6 +58,7 @@ struct Tiles {
 template <class T>
 struct Panels {
     const Description* d = nullptr;
+    bool usual = false, flagless = false;   // d->usual(), d->plain(): they take longer than a test in a step
     int64_t blocks = 0, output_blocks = 0;  // of H, of P
     const T* kernel = nullptr;              // [blocks][I][gates][W]; unpacked: [I, gates·H]
     const T* recurrent = nullptr;           // [blocks][P][gates][W]; unpacked: [P, gates·H]
@@ -72,7 +73,7 @@ struct Panels {
     bool patched = false;                              // patches change values during a step
 
     // Whether a step is computed by blocks, the shorter path of the plain LSTM.
-    bool by_blocks() const { return d->plain() && !unpacked && element != Element::kInt8 && !patched; }
+    bool by_blocks() const { return flagless && !unpacked && element != Element::kInt8 && !patched; }
 };
 
 // A matrix [depth, gates·units] in the caller's layout, or a bias as a matrix of depth 1.

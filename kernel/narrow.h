@@ -167,25 +167,28 @@ INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
 INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
+// Runs a product with narrow weights. One copy serves all kinds of cell.
+__attribute__((noinline)) void multiply_narrow(Product<float>& p, const Rows<float>& rows, int64_t count, float* to,
+                                               bool add, bool down, int first, int wanted) {
+    const Rows<float> own{p.narrow, narrow_stride(p.w.element, p.depth), 0, count};
+    if (p.w.element == Element::kInt8) {
+        for (int64_t m = 0; m < count; ++m)
+            p.row_scales[m] = quantise(reinterpret_cast<uint8_t*>(p.narrow + m * own.row), rows.at(m), p.depth);
+        return p.run(own, count, to, add, down, first, wanted);
+    }
+    round_rows(p.w.pairs, p.narrow, rows, count, p.depth);
+    const int vectors = p.gates < 3 || wanted == 1 || wanted == 2 ? 4 : p.gates;
+    if (!widens_once(p.w, count, vectors)) return p.run(own, count, to, add, down, first, wanted);
+    p.each_group(to, add, down, count, first, wanted ? wanted : p.gates,
+                 [&](auto, int some) { widened_product(*p.w.plain, p.t, some, own, count); });
+}
+
 // Runs a product with weights in any format.
 template <class T>
 INLINE void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
                      int first = 0, int wanted = 0) {
-    if constexpr (sizeof(T) == 4) {
-        const Rows<T> own{p.narrow, narrow_stride(p.w.element, p.depth), 0, count};
-        if (p.w.element == Element::kBfloat16) {
-            round_rows(p.w.pairs, p.narrow, rows, count, p.depth);
-            const int vectors = p.gates < 3 || wanted == 1 || wanted == 2 ? 4 : p.gates;
-            if (!widens_once(p.w, count, vectors)) return p.run(own, count, to, add, down, first, wanted);
-            return p.each_group(to, add, down, count, first, wanted ? wanted : p.gates,
-                                [&](auto, int some) { widened_product(*p.w.plain, p.t, some, own, count); });
-        }
-        if (p.w.element == Element::kInt8) {
-            for (int64_t m = 0; m < count; ++m)
-                p.row_scales[m] = quantise(reinterpret_cast<uint8_t*>(p.narrow + m * own.row), rows.at(m), p.depth);
-            return p.run(own, count, to, add, down, first, wanted);
-        }
-    }
+    if constexpr (sizeof(T) == 4)
+        if (narrow(p.w.element)) return multiply_narrow(p, rows, count, to, add, down, first, wanted);
     p.run(rows, count, to, add, down, first, wanted);
 }
 

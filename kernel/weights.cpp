@@ -44,7 +44,8 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     for (int s = 0; s < d.kind->states; ++s) count += Parts<T>::size(d.width(s));
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
-    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.element = element;
+    p.d = &impl_->d, p.usual = d.usual(), p.flagless = d.plain(), p.blocks = blocks, p.output_blocks = output_blocks,
+    p.unpacked = !copy, p.element = element;
     p.pairs = element == Element::kBfloat16 && current().pairs;
     p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;

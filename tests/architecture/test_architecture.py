@@ -42,7 +42,7 @@ BELOW = {
     "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "cli": {"spec", "nodes", "network", "formats", "train", ""},
+    "cli": {"spec", "nodes", "formats", "train", ""},
     "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},

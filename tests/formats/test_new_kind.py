@@ -11,7 +11,6 @@ from cellstack.cells import KINDS
 from cellstack.cells.base import HiddenState, Kind
 from cellstack.cells.rnn import RNNTrace
 from cellstack.formats.runtimes import c
-from cellstack.nodes import recurrent
 
 
 def step(ops, spec, a, h):
@@ -31,13 +30,12 @@ def network(monkeypatch):
         state=HiddenState,
         trace=RNNTrace,
         step=step,
-        shapes=lambda spec: {"recurrent_kernel": None},
+        recurrent=False,
     )
     monkeypatch.setitem(KINDS, "toy", kind)
     for table, value in ((spec.GATES, ("z", "g")), (spec.STATES, HiddenState), (spec.TRACES, RNNTrace)):
         monkeypatch.setitem(table, "toy", value)
     monkeypatch.setitem(layout.OURS, "toy", "zg")
-    monkeypatch.setitem(recurrent.KIND_NAMES, "toy", "ToyCell")
     description = cs.CellSpec(3, 4, kind="toy")
     assert description.shapes == {"kernel": (3, 8), "bias": (8,)}
     rng = np.random.default_rng(0)

@@ -106,7 +106,7 @@ def test_training_draws_masks_and_inference_uses_the_rates():
     cell = layers.LSTMCell(5, zoneout=0.3, zoneout_cell=0.3, input_size=4)
     cell.set_weights(layer.get_weights()[: len(list(cell.parameters()))])
     cell.masks = lambda *_: Masks(*drawn)
-    wanted = run_cells([cell], x, None, None, None, True, False, False, True, False)[0]
+    wanted = run_cells([cell], x, None, None, None, training=True).y
     torch.testing.assert_close(first, wanted)
 
 

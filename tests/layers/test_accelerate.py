@@ -28,7 +28,7 @@ CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 @pytest.fixture
 def runs(monkeypatch):
     """Count the calls that the kernel runs, here including those that PyTorch runs faster."""
-    monkeypatch.setattr(eligibility, "LEAST_STEPS", dict.fromkeys(eligibility.LEAST_STEPS, (1, 1, 1)))
+    monkeypatch.setattr(eligibility, "LIMITS", dict.fromkeys(eligibility.LIMITS, eligibility.Limits(1, 1, 1)))
     monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     calls = []
     for name in ("run", "step"):

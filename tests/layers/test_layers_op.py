@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cellstack import layers
 from cellstack.layers import eager, op
+from cellstack.layers.sequences import shifted
 from cellstack.spec import ACTIVATIONS, PARAMETERS, CellSpec, ShapeError, activation
 
 MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
@@ -451,15 +452,15 @@ def test_a_residual_stack_adds_inputs_to_outputs(reverse, learned):
             parameter.uniform_(-0.7, 0.7)
         x, used, reset = torch.randn(4, 6, 3), torch.rand(4, 6) < 0.6, torch.rand(4, 6) < 0.3
         used[0] = False
-        flags = False, False, reverse, True, True
-        y, last, states, _ = layers.stack.run_cells(stacked.cells, x, None, used, reset, *flags)
-        wanted, ends = added_up(stacked, x, used, reset, reverse)
+        flags = {"training": False, "reverse": reverse}
+        y, last, states, _ = layers.stack.run_cells(stacked.cells, x, None, used, reset, residual=True, **flags)
+        wanted, ends = added_up(stacked, x, used, shifted(reset) if reverse else reset, reverse)
     torch.testing.assert_close(y, wanted, rtol=0, atol=tolerances.LOOP)
     assert torch.equal(last, y[:, 0 if reverse else -1])
     for state, end in zip(states, ends, strict=True):
         for a, b in zip(state, end, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerances.LOOP)
-    plain = layers.stack.run_cells(stacked.cells, x, None, used, reset, False, False, reverse, True, False)[0]
+    plain = layers.stack.run_cells(stacked.cells, x, None, used, reset, **flags).y
     assert not torch.allclose(plain, y)
 
 
@@ -467,7 +468,7 @@ def test_a_residual_stack_without_steps_returns_its_initial_state():
     stacked = layers.StackedRNNCells([layers.GRUCell(3), layers.GRUCell(3)], residual=True, input_size=3)
     start = [torch.randn(2, 3), torch.randn(2, 3)]
     y, last, *_ = layers.stack.run_cells(
-        stacked.cells, torch.zeros(2, 0, 3), [[s] for s in start], None, None, False, False, False, True, True
+        stacked.cells, torch.zeros(2, 0, 3), [[s] for s in start], None, None, training=False, residual=True
     )
     assert y.shape == (2, 0, 3)
     assert torch.equal(last, start[1])
@@ -500,7 +501,7 @@ def test_cells_draw_masks_at_each_step_and_layers_once_per_sequence():
     assert not torch.equal(masks.zoneout[:, 0], masks.zoneout[:, 1])
     assert 0.1 < masks.zoneout_cell.mean() < 0.3
     assert all(torch.equal(a, b) for a, b in zip(masks, twin.masks(3, 7, True), strict=True))
-    assert torch.equal(masks.at(2).zoneout[:, 0], masks.zoneout[:, 2])
+    assert torch.equal(masks.at(slice(2, 3)).zoneout[:, 0], masks.zoneout[:, 2])
     assert cell.masks(3, 7, False) == (None,) * 4
 
 

@@ -67,6 +67,8 @@ def test_values_that_are_used_elsewhere_end_a_call(rng):
     assert calls(state.calls.steps) == "0 1"  # step by step it is the output
     started = Network(nodes[:2], ["a", "b"], inputs=["x"], wires=[("x",), ("a", "a/h", "a/c")])
     assert calls(started.calls.sequences) == "0 1"
+    given = Network(nodes[:1], ["a"], inputs={"x": (None, 3), "h": (3,), "c": (3,)}, wires=[("x", "h", "c")])
+    assert given.calls.whole is None
 
 
 def test_patches_above_a_backward_node_end_a_call(rng):

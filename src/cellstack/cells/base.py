@@ -233,7 +233,7 @@ class Kind:
     @property
     def gated(self) -> bool:
         """Whether the cell has gates in addition to the candidate, and hence a recurrent activation."""
-        return set(self.gates.values()) != {"candidate"}
+        return bool(self.multipliers)
 
     @cached_property
     def lacks(self) -> frozenset[str]:

@@ -15,10 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from cellstack import Network
 from cellstack.cli.tables import names
 from cellstack.formats import extract, listed, load, writers
 from cellstack.formats.files import NATIVE, found
-from cellstack.network import Network
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.data.samples import read_sample

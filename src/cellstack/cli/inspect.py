@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack import Network
 from cellstack.cli.files import load_model, load_options, show
 from cellstack.formats.files import check_replaceable
-from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES

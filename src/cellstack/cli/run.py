@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from cellstack import Network
 from cellstack.cli.files import load_model, load_options, run_any, show, with_weights, write_csv
 from cellstack.cli.tables import SEQUENCES, TABLE, given, only_one
 from cellstack.cli.text import measure
-from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.predict import forecasts_after

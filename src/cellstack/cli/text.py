@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack import Network
 from cellstack.cli.files import load_model, show
 from cellstack.cli.jobs import Job
-from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import size_of

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cellstack import Network
 from cellstack.cli import forecast, sequences, text
 from cellstack.cli.arguments import sizes
 from cellstack.cli.files import needs_torch, show, with_suffix
@@ -25,7 +26,6 @@ from cellstack.cli.jobs import Job
 from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
-from cellstack.network import Network
 from cellstack.spec import KINDS as CELLS
 from cellstack.train import history
 from cellstack.train.checks import UsageError, refuse_existing

@@ -27,8 +27,8 @@ from cellstack.spec import FormatError
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
+    from cellstack.nodes.cell import Cell
     from cellstack.nodes.patches import CellPatches
-    from cellstack.nodes.recurrent import Cell
 
 KEY, VERSION = "cellstack_trace", 1
 

@@ -54,8 +54,8 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, sequences: Any, initial_state: Any = None, mask: Any = None, training: Any = False) -> Any:
         if active(self) and torch_backend.concrete(sequences):
             initial_state = states.start(self, sequences, initial_state)
-            if initial_state is None and not training and _goes_straight(self):
-                results = _inferred(self, sequences, mask)
+            if initial_state is None and not training and _needs_only_the_op(self):
+                results = _run_directly(self, sequences, mask)
                 if results is not None:
                     return results
         return original(self, sequences, initial_state=initial_state, mask=mask, training=training)
@@ -63,7 +63,7 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _goes_straight(layer: Any) -> bool:
+def _needs_only_the_op(layer: Any) -> bool:
     """Whether inference from a zero state can skip what Keras does around a layer's loop.
 
     Keras creates the zeros, casts states, and draws dropout masks, which advance the seed even if they aren't used.
@@ -76,7 +76,7 @@ def _goes_straight(layer: Any) -> bool:
     )
 
 
-def _inferred(layer: Any, sequences: Any, mask: Any) -> Any:
+def _run_directly(layer: Any, sequences: Any, mask: Any) -> Any:
     """Return the results of a call of a layer, directly from our op; None if Keras has to run it."""
     used = mask[0] if isinstance(mask, (list, tuple)) else mask
     if reason(layer, sequences, used, False):

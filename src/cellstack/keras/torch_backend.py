@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from cellstack.keras import cells as own
-from cellstack.layers import eager, op
-from cellstack.layers.cell import NO_MASKS, Masks, as_drops, needs_grad
-from cellstack.layers.sequences import shifted
-from cellstack.layers.stack import trace_of
+from cellstack.layers import eager, forward, op
+from cellstack.layers.cell import NO_MASKS, Masks, needs_grad
+from cellstack.layers.forward import CellRun
 from cellstack.spec import CellSpec
 
 isa = op.isa
+_cell_call = lru_cache(maxsize=1024)(op.CellCall)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -83,19 +83,24 @@ def run(
         x = x.to(dtype)
     if x.shape[1] < _least_steps(layer, cells, weights, mask, needs_grad(x, *flat[1:])):
         return None, "too few steps for a gain"
-    sizes = [cell.units for cell in cells for _ in range(own.state_sizes(cell))]
+    counts = [len(own.KINDS[type(cell)].state._fields) for cell in cells]
+    sizes = [cell.units for cell, count in zip(cells, counts, strict=True) for _ in range(count)]
     if starts and [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
         return None, "an initial state that isn't [B, H]"
     if layer.stateful:  # Keras overwrites the variables, whose old values the backward pass needs
         starts = [state.clone() for state in starts]
     reverse, sequences = bool(layer.go_backwards), bool(layer.return_sequences)
     used = None if mask is None else mask.to(torch.bool)
-    drops = [_drops(cell, training) for cell in cells]
-    y, last, ends = _stacked(cells, weights, x, starts, drops, used, reverse, sequences)
+    queue, width, runs = iter(starts), x.shape[2], []
+    for cell, group, count in zip(cells, weights, counts, strict=True):
+        state = list(islice(queue, count))
+        runs.append(CellRun(_cell_call(own.spec_of(cell, width)), group, state, _masks(cell, training)))
+        width = cell.units
+    results = forward.run(runs, x, used, None, directions=(reverse,), sequences=sequences)
+    y, last, ends = results.y if sequences else None, results.last, keras.tree.flatten(results.states)
     if used is not None:
-        y, last = _masked(
-            y, last, starts[_h(cells)] if starts else None, used, reverse, bool(layer.zero_output_for_mask)
-        )
+        start = runs[-1].state[0] if starts else None
+        y, last = _masked(y, last, start, used, reverse, bool(layer.zero_output_for_mask))
     if y is None:
         y = last.unsqueeze(1)
     elif reverse:
@@ -121,74 +126,19 @@ def _least_steps(
         and getattr(cells[0], "reset_after", True)
     )
     count = sum(array.numel() for group in weights for array in group[:2])
-    gated = all(type(cell) is not keras.layers.SimpleRNNCell for cell in cells)
+    gated = all(own.KINDS[type(cell)].gated for cell in cells)
     measured = _BY_BACKEND if by_backend else _GATES_STEP_BY_STEP if gated else _STEP_BY_STEP
     base, each, base_trained, each_trained = measured
     return base_trained + min(count / each_trained, 8.0) if trains else base + count / each
 
 
-def _h(cells: Sequence[Any]) -> int:
-    """Return the position of the top cell's h in the states."""
-    return -own.state_sizes(cells[-1])
-
-
-def _drops(cell: Any, training: Any) -> Masks:
+def _masks(cell: Any, training: Any) -> Masks:
     """Return the dropout masks that Keras drew for this call of a cell."""
     if not training:
         return NO_MASKS
     return Masks(
         cell._dropout_mask if cell.dropout else None, cell._recurrent_dropout_mask if cell.recurrent_dropout else None
     )
-
-
-_cell_call = lru_cache(maxsize=1024)(op.CellCall)
-
-
-def _stacked(
-    cells: Sequence[Any],
-    weights: Sequence[Sequence[Tensor]],
-    x: Tensor,
-    starts: Sequence[Tensor],
-    drops: Sequence[Masks],
-    used: Tensor | None,
-    reverse: bool,
-    sequences: bool,
-) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """Run cells in as few calls of the op as possible: a dropout of a cell's input separates two calls.
-
-    Returns:
-        The top cell's y `[B, T, H]` in the order of x (with `sequences`, else None); its last h; all final states.
-    """
-    ends: list[Tensor] = []
-    first, count = 0, len(cells)
-    queue = iter(starts)
-    while True:
-        stop = next((n for n in range(first + 1, count) if drops[n].input is not None), count)
-        part = slice(first, stop)
-        dropped = drops[first].input
-        if dropped is not None:
-            x = x * dropped.unsqueeze(1)
-        calls, width = [], x.shape[2]
-        for cell in cells[part]:
-            calls.append(_cell_call(own.spec_of(cell, width)))
-            width = cell.units
-        states = sum(own.state_sizes(cell) for cell in cells[part])
-        begin = list(islice(queue, states))
-        flat = [array for group in weights[part] for array in group]
-        save = needs_grad(x, *begin, *flat)
-        wanted = sequences or stop < count
-        masks = as_drops(drops[part], x.new_empty(0))
-        out = op.run(op.Call(x, begin, flat, masks, used, None, calls, reverse, wanted, save))
-        ends += out[:states]
-        y = None
-        if save:
-            y = out[states + len(calls) - 1]
-        elif wanted:
-            y = out[states]
-        if stop == count:
-            return y if sequences else None, ends[_h(cells)], ends
-        assert y is not None
-        x, first = y, stop
 
 
 def _masked(
@@ -216,7 +166,7 @@ def run_layer(
     x: Tensor,
     states: Sequence[Tensor] | None,
     arrays: Sequence[Tensor],
-    drops: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
     mask: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
@@ -228,24 +178,13 @@ def run_layer(
         y `[B, T, P]` in the order processed, the last output, the states, and the trace's arrays if `traced`.
     """
     x = x.to(arrays[0].dtype)
-    masks = Masks(*drops)
-    if masks.input is not None:
-        x = x * masks.input.unsqueeze(1)
-    starts = [] if states is None else list(states)
-    used = None if mask is None else mask.to(torch.bool)
-    begins = None if reset is None else reset.to(torch.bool)
-    if begins is not None and reverse:
-        begins = shifted(begins)
-    given = x, starts, list(arrays), as_drops([masks], x.new_empty(0)), used, begins
-    save = traced or needs_grad(x, *starts, *arrays)
-    if x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64) and not op.transformed():
-        out = op.run(op.Call(*given, [_cell_call(spec)], reverse, True, save))
-    else:
-        functions = [eager.function_of(activation) for activation in spec.activations]
-        out = eager.run(*given, [spec], [functions], reverse, True, save)
-    count = len(spec.state_sizes)
-    ends, y = out[:count], out[count]
-    every = list(trace_of(spec.kind, op.by_layer([spec], out)[1][0])) if traced else []
+    states = [] if states is None else states
+    fused = x.device.type in ("cpu", "meta") and x.dtype in op.ELEMENTS and not op.transformed()
+    functions = [eager.function_of(activation) for activation in spec.activations]
+    cell = CellRun(_cell_call(spec), arrays, states, Masks(*masks), "fused" if fused else "loop", False, functions)
+    used, begins = (None if flags is None else flags.to(torch.bool) for flags in (mask, reset))
+    y, last, ends, traces = forward.run([cell], x, used, begins, directions=(reverse,), traced=traced)
+    every = list(traces[0]) if traced else []
     if reverse:
         y, every = y.flip(1), [part.flip(1) for part in every]
-    return y, ends[0], ends, every
+    return y, last, list(ends[0]), every

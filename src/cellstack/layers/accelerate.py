@@ -20,8 +20,7 @@ from cellstack.layers import op
 from cellstack.layers.accelerated import CONTEXT_ATTRIBUTES, Accelerated, class_of, copied
 from cellstack.layers.bidirectional import Bidirectional
 from cellstack.layers.eligibility import (
-    LEAST_STEPS,
-    WIDE_LSTM,
+    LIMITS,
     WIDE_RNN_CELL,
     base_of,
     is_narrow,
@@ -229,9 +228,10 @@ def _small(module: Any) -> str:
         return f" with return_gates=; otherwise PyTorch, equally fast below {WIDE_RNN_CELL} units"
     if isinstance(module, nn.RNNCellBase):
         return " within packed_weights() and without gradients; otherwise PyTorch, equally fast for one step"
-    least, trained, _ = LEAST_STEPS[module.mode]
-    if module.mode == "LSTM" and module.hidden_size >= WIDE_LSTM:
+    limits = LIMITS[module.mode]
+    if limits.units and module.hidden_size >= limits.units:
         return ""
-    small = " of a small batch" if module.mode == "LSTM" else ""
-    parts = [f"{trained} steps{small} in training"] + ([f"{least} otherwise"] if least > 1 else [])
+    small = " of a small batch" if limits.rows else ""
+    parts = [f"{limits.training} steps{small} in training"]
+    parts += [f"{limits.inference} otherwise"] if limits.inference > 1 else []
     return f"; PyTorch, equally fast, below {' and '.join(parts)}"

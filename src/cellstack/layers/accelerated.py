@@ -6,21 +6,21 @@ import copy
 import copyreg
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from cellstack.layers import eligibility, op
+from cellstack import cells
+from cellstack.layers import eligibility, forward, op
 from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
 from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
-from cellstack.layers.sequences import shifted
-from cellstack.layers.stack import trace_of
+from cellstack.layers.forward import CellRun
+from cellstack.layers.sequences import pack
 from cellstack.spec import STATES, CellSpec
 
 # Attributes of a module within `packed_weights`: its packed weights, and the number of its open contexts.
@@ -117,9 +117,9 @@ class _Sequence(Accelerated, nn.RNNBase):
         x: Any = input if packed is None else packed.data
         weights = self._weights()
         states = arrays_of(hx, self.mode)
-        if not self._serves(x, weights, states, packed):
+        if not self._supports(x, weights, states, packed):
             if asked:
-                raise _only_here(self)
+                raise _needs_kernel(self)
             if packed is not None and isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] != self.input_size:
                 raise RuntimeError(  # PyTorch doesn't check packed input, and writes beyond its arrays
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
@@ -129,8 +129,10 @@ class _Sequence(Accelerated, nn.RNNBase):
         padded = sizes is None or bool(
             sizes[-1] == sizes[0]
         )  # PyTorch runs packed rows of equal length like padded ones
-        lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
-        x, states = _in_full(x, states, weights[0].dtype)
+        returned = None
+        if torch.is_autocast_enabled("cpu"):
+            returned = _autocast_dtypes(self.mode, x, states, padded, bool(self.proj_size))
+            x, states = _in_weights_dtype(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
         used = None
         if packed is not None:
@@ -143,8 +145,8 @@ class _Sequence(Accelerated, nn.RNNBase):
             x = x.transpose(0, 1)
         flags = None if reset is None else self._flags(reset, input)
         y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
-        if lowered is not None:
-            y, ends = y.to(lowered[0]), [end.to(dtype) for end, dtype in zip(ends, lowered, strict=True)]
+        if returned is not None:
+            y, ends = y.to(returned[0]), [end.to(dtype) for end, dtype in zip(ends, returned, strict=True)]
         if packed is not None:
             y = PackedSequence(_packed(y, packed), *packed[1:])
             if packed.unsorted_indices is not None:
@@ -154,7 +156,7 @@ class _Sequence(Accelerated, nn.RNNBase):
         elif self.batch_first:
             y = y.transpose(0, 1)
         out = y, tuple(ends) if len(ends) > 1 else ends[0]
-        return (*out, [self._as_given(trace, packed, batched) for trace in traces]) if return_gates else out
+        return (*out, [self._with_axes_of_output(trace, packed, batched) for trace in traces]) if return_gates else out
 
     def _weights(self) -> list[Any]:
         """Return the weights, in PyTorch's order."""
@@ -165,7 +167,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             self._update_flat_weights()
             return self._flat_weights  # type: ignore[return-value]
 
-    def _serves(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
+    def _supports(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
         """Whether the kernel supports this call."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
             return False
@@ -177,19 +179,18 @@ class _Sequence(Accelerated, nn.RNNBase):
             shape: tuple[int, ...] = (layers, int(packed.batch_sizes[0]))
         else:
             shape = (layers,) if x.ndim == 2 else (layers, x.shape[0 if self.batch_first else 1])
-        sizes = (width, self.hidden_size) if self.mode == "LSTM" else (width,)
+        sizes = (width, self.hidden_size)[: len(STATES[KINDS[self.mode]]._fields)]
         return [state.shape for state in states] == [(*shape, size) for size in sizes]
 
     def _is_short(self, x: Tensor) -> bool:
         """Whether a call has so few steps that PyTorch is at least as fast."""
+        limits = eligibility.LIMITS[self.mode]
         if torch.is_grad_enabled():
-            least = eligibility.LEAST_STEPS[self.mode][1]
-            if self.mode == "LSTM" and (
-                self.hidden_size >= eligibility.WIDE_LSTM or x.numel() >= eligibility.BIG_LSTM * self.input_size
-            ):
+            least = limits.training
+            if limits.rows and (self.hidden_size >= limits.units or x.numel() >= limits.rows * self.input_size):
                 return False
         else:
-            least = eligibility.LEAST_STEPS[self.mode][0 if self._packed is None else 2]
+            least = limits.inference if self._packed is None else limits.packed
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
     def _flags(self, reset: Any, given: Any) -> Tensor:
@@ -210,48 +211,42 @@ class _Sequence(Accelerated, nn.RNNBase):
         packed: PackedSequence | None,
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
-        save = traced or needs_grad(x, *states, *weights)
-        directions = 1 + self.bidirectional
+        directions = (False, True) if self.bidirectional else (False,)
+        width, kind = self.proj_size or self.hidden_size, KINDS[self.mode]
+        count, runs = self.num_layers * len(directions), []
+        size = len(weights) // count
+        # squeeze takes a fifth of the time of unbind
+        parts = [(state.squeeze(0),) if count == 1 else state.unbind(0) for state in states]
+        for n in range(count):
+            inputs = self.input_size if n < len(directions) else width * len(directions)
+            cell = _cell(self.mode, inputs, self.hidden_size, self.proj_size, self.bias)
+            runs.append(CellRun(cell, weights[n * size : (n + 1) * size], [part[n] for part in parts]))
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
-        step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
-        left, kind = iter(weights), KINDS[self.mode]
-        packed_weights = self._packed
-        starts = list(zip(*(state.unbind(0) for state in states), strict=True))
-        ends: list[Sequence[Tensor]] = []
-        traces: list[Any] = []
-        y = x
-        for layer in range(0, self.num_layers, step):
-            outputs = []
-            for direction in range(directions):
-                cells, arrays, begin = [], [], []
-                for n in range(layer, layer + step):
-                    width = x.shape[2] if n == 0 else (self.proj_size or self.hidden_size) * directions
-                    cells.append(_cell(self.mode, width, self.hidden_size, self.proj_size, self.bias))
-                    arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
-                    begin += starts[n * directions + direction] if starts else ()
-                flags = reset if reset is None or not direction else shifted(reset)
-                keep = None if packed_weights is None else packed_weights.setdefault((layer, direction), {})
-                call = op.Call(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, time_major=True)
-                out = op.run(call, keep)
-                parts = len(STATES[kind]._fields)
-                ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
-                outputs.append(out[parts * step + (step - 1 if save else 0)])
-                if traced:
-                    saved = op.by_layer([cell.spec for cell in cells], out)[1]
-                    traces += [trace_of(kind, of._replace(y=of.y.transpose(0, 1))) for of in saved]
-            y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-            if layer + step < self.num_layers:
-                if share and packed is not None:  # as PyTorch draws it: on packed data
-                    y = _padded(dropout(_packed(y, packed), share), packed)[0]
-                else:
-                    y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
-        copied = "c" in STATES[kind]._fields and y.dtype is torch.float32
-        if save and directions == 1 and packed is None and not copied:
-            y = y.clone()  # callers may write to the output, as to PyTorch's; the backward pass needs the op's y
-        last = [list(parts) for parts in zip(*ends, strict=True)]
-        return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
 
-    def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
+        def between(y: Tensor) -> Tensor:  # as PyTorch draws it: with time before batch, or on packed data
+            if packed is not None:
+                return _padded(dropout(_packed(y.transpose(0, 1), packed), share), packed)[0]
+            return dropout(y.transpose(0, 1), share).transpose(0, 1)
+
+        y, _, ends, traces = forward.run(
+            runs,
+            x,
+            used,
+            reset,
+            directions=directions,
+            traced=traced,
+            time_major=True,
+            between=between if share else None,
+            packed=self._packed,
+        )
+        # Callers may write to the output of PyTorch's modules, except to that of oneDNN's LSTM. Ours is needed later.
+        writable = "c" not in STATES[kind]._fields or y.dtype is not torch.float32
+        if (traced or y.requires_grad) and writable and len(directions) == 1 and packed is None:
+            y = y.clone()
+        last = [torch.stack(part) if count > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]
+        return y, last, traces
+
+    def _with_axes_of_output(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
         """Give a trace of arrays `[B, T, H]` the axes of the output."""
         if packed is not None and packed.unsorted_indices is not None:
             trace = type(trace)(*(part.index_select(0, packed.unsorted_indices) for part in trace))
@@ -270,8 +265,7 @@ def _padded(data: Tensor, packed: PackedSequence) -> tuple[Tensor, Tensor | None
 
 def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
     """Return `y [T, B, ·]`, longest row first, as packed data."""
-    lengths = (packed.batch_sizes[:, None] > torch.arange(y.shape[1])).sum(0)
-    return pack_padded_sequence(y, lengths).data
+    return pack(y.transpose(0, 1), PackedSequence(packed.data, packed.batch_sizes)).data
 
 
 class _Step(Accelerated, nn.RNNCellBase):
@@ -300,9 +294,9 @@ class _Step(Accelerated, nn.RNNCellBase):
         mode = mode_of(self)
         states = arrays_of(hx, mode)
         weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
-        if not self._fits(input, states, weights):
+        if not self._supports(input, states, weights):
             if asked:
-                raise _only_here(self)
+                raise _needs_kernel(self)
             return super().forward(input, hx)
         if reset is not None:
             begins = _checked_reset(self, reset, input.shape[:-1]).unsqueeze(-1)
@@ -310,36 +304,36 @@ class _Step(Accelerated, nn.RNNCellBase):
         kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
         if not (kernel or return_gates):
             return super().forward(input, hx if reset is None or not states else self._as_one(states))
-        lowered = _lowered(mode, input, states, False, False)
-        x, states = _in_full(input, states, weights[0].dtype)
+        x, returned = input, None
+        if torch.is_autocast_enabled("cpu"):
+            returned = _autocast_dtypes(mode, x, states, False, False)
+            x, states = _in_weights_dtype(x, states, weights[0].dtype)
         batched = input.ndim == 2
         if not batched:
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
         cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
         if return_gates:
-            kind = KINDS[mode]
-            out = op.run(op.Call(x.unsqueeze(1), list(states), weights, [], None, None, [cell], save=True))
-            (ends,), (saved,) = op.by_layer([cell.spec], out)
-            every = trace_of(kind, saved)
+            run = CellRun(cell, weights, states)
+            _, _, (ends,), (every,) = forward.run([run], x.unsqueeze(1), None, None, traced=True)
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
             ends = op.step(x, states, weights, cell, keep)
-        if lowered is not None:
-            ends = tuple(end.to(dtype) for end, dtype in zip(ends, lowered, strict=True))
+        if returned is not None:
+            ends = tuple(end.to(dtype) for end, dtype in zip(ends, returned, strict=True))
         state = self._as_one(ends if batched else [end.squeeze(0) for end in ends])
         return state if trace is None else (state, trace)
 
     def _as_one(self, parts: Sequence[Tensor]) -> Any:
-        """Return a state's arrays in the module's form: a tuple for an LSTM, otherwise one array."""
-        return tuple(parts) if mode_of(self) == "LSTM" else parts[0]
+        """Return a state's arrays in the module's form: a tuple if there are several, otherwise one array."""
+        return tuple(parts) if len(parts) > 1 else parts[0]
 
-    def _fits(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
+    def _supports(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
         """Whether the kernel supports a call on these tensors."""
         if not is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
             return False
         shape = (*x.shape[:-1], self.hidden_size)
-        parts = 2 if mode_of(self) == "LSTM" else 1
-        return not states or (len(states) == parts and all(state.shape == shape for state in states))
+        count = len(STATES[KINDS[mode_of(self)]]._fields)
+        return not states or (len(states) == count and all(state.shape == shape for state in states))
 
 
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> op.CellCall:
@@ -354,34 +348,28 @@ _cell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=1024)
 def _cell_call(mode: str, width: int, hidden: int, proj: int, bias: bool) -> op.CellCall:
-    activation = "relu" if mode == "RNN_RELU" else "tanh"
+    activation = mode.partition("_")[2].lower() or "tanh"
     spec = CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj)
     return op.CellCall(spec, torch_layout=True)
 
 
-def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
+def _in_weights_dtype(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
     """Convert x and the states to the weights' dtype, from which they may differ under autocast."""
-    if not torch.is_autocast_enabled("cpu"):
-        return x, states
     return x.to(dtype), [state.to(dtype) for state in states]
 
 
-def _lowered(
+def _autocast_dtypes(
     mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool
-) -> tuple[torch.dtype, ...] | None:
-    """Return the dtypes of h (and y) and of c that PyTorch's module returns under autocast; None without autocast.
+) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of h (and y) and of c that PyTorch's module returns under autocast.
 
     Products have autocast's dtype, and an operation on two dtypes returns the wider one. So the dtype of c, and that of
     h unless h is a product or its activation, depends on the initial state. oneDNN's LSTM returns only its own dtype.
     """
-    if not torch.is_autocast_enabled("cpu"):
-        return None
-    product = torch.get_autocast_dtype("cpu")
+    product, kind = torch.get_autocast_dtype("cpu"), KINDS[mode]
     mixed = torch.promote_types(product, states[-1].dtype if states else x.dtype)
-    if mode.startswith("RNN"):
-        return (product,)
-    if mode == "GRU":
-        return (mixed,)
+    if len(STATES[kind]._fields) == 1:
+        return (mixed if "keep" in cells.KINDS[kind].gates.values() else product,)
     if projects:
         return product, mixed
     if padded and product is torch.bfloat16 and (x.dtype is not torch.float16 or _onednn_takes_float16()):
@@ -407,7 +395,7 @@ def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Ten
     return reset.to("cpu")
 
 
-def _only_here(module: nn.Module) -> RuntimeError:
+def _needs_kernel(module: nn.Module) -> RuntimeError:
     return RuntimeError(
         f"{name_of(module)}: reset and return_gates need the kernel, but PyTorch runs this call: {why_not(module)}"
     )

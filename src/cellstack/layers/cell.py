@@ -24,21 +24,21 @@ class Masks(NamedTuple):
     zoneout: Tensor | None = None  # [B, T, P]
     zoneout_cell: Tensor | None = None  # [B, T, H]
 
-    def at(self, t: int) -> Masks:
-        """Return the masks of step `t`, for `Cell.step`."""
-        of_step = (None if mask is None else mask[:, t : t + 1] for mask in self[2:])
-        return Masks(self.input, self.recurrent, *of_step)
+    def at(self, steps: slice) -> Masks:
+        """Return the masks of some steps."""
+        return Masks(self.input, self.recurrent, *(None if mask is None else mask[:, steps] for mask in self[2:]))
 
 
 NO_MASKS = Masks()
 
 
-def as_drops(masks: Sequence[Masks], none: Tensor) -> list[Tensor]:
-    """Return the masks of layers as the op's list, with the tensor `none` for absent ones."""
-    if all(of_layer is NO_MASKS for of_layer in masks):
-        return []
-    drops = [mask for of_layer in masks for mask in of_layer[1:]]
-    return [] if all(drop is None for drop in drops) else [none if drop is None else drop for drop in drops]
+def op_masks(masks: Sequence[Masks], like: Tensor) -> list[Tensor]:
+    """Return the masks of layers as the op's list, with empty tensors like `like` for absent ones."""
+    for of_layer in masks:
+        if of_layer is not NO_MASKS and any(mask is not None for mask in of_layer[1:]):
+            absent = like.new_empty(0)
+            return [absent if mask is None else mask for of_layer in masks for mask in of_layer[1:]]
+    return []
 
 
 ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
@@ -400,7 +400,7 @@ class Cell(Layer):
             x = x * masks.input
         arrays = self.arrays()
         starts = [] if state is None else list(state)
-        drops = as_drops([masks], self._like)
+        drops = op_masks([masks], self._like)
         if self.route(arrays[0])[0] != "fused":
             rest = [self._spec], [self._functions], False, False, False
             return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))

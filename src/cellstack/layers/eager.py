@@ -156,7 +156,7 @@ def run(
     x: Tensor,
     starts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    drops: Sequence[Tensor],
+    dropped: Sequence[Tensor],
     mask: Tensor | None,
     reset: Tensor | None,
     specs: Sequence[CellSpec],
@@ -177,7 +177,7 @@ def run(
     for n, spec in enumerate(specs):
         arrays = dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))
         states = list(islice(begin, len(spec.state_sizes))) if starts else _initial(spec, arrays, x)
-        masks = [drop if drop.numel() else None for drop in drops[3 * n : 3 * n + 3]] or [None] * 3
+        masks = [mask if mask.numel() else None for mask in dropped[3 * n : 3 * n + 3]] or [None] * 3
         rest = mask, reset, spec, functions[n], reverse, save, steps
         ends, x, kept, inner = _layer(x, states, arrays, masks, *rest)
         finals += ends
@@ -203,7 +203,7 @@ def _layer(
     x: Tensor,
     states: list[Tensor],
     arrays: Mapping[str, Tensor],
-    drops: Sequence[Tensor | None],
+    dropped: Sequence[Tensor | None],
     mask: Tensor | None,
     reset: Tensor | None,
     spec: CellSpec,
@@ -216,8 +216,8 @@ def _layer(
     steps = x.shape[1]
     kind = spec.of_kind
     fresh = None if reset is None else _initial(spec, arrays, x)
-    drop, *zoneouts = drops
-    ops = TorchOps(spec, arrays, functions, drop)
+    recurrent_dropout, *zoneouts = dropped
+    ops = TorchOps(spec, arrays, functions, recurrent_dropout)
     rates = [spec.zoneout, spec.zoneout_cell]
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
     a = kind.inputs(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H]
@@ -308,7 +308,7 @@ def torch_kind(spec: CellSpec) -> str:
     """Return the name of torch's operator for a cell; "" if torch has none."""
     plain = CellSpec(spec.input_size, spec.units, use_bias=spec.use_bias, kind=spec.kind)
     name = getattr(spec.of_kind.names.get("torch"), "name", "").lower()
-    if name != "rnn":
+    if len(spec.gates) > 1 or not name:
         return name if spec == plain else ""
     same = spec == replace(plain, activation=spec.activation)
-    return f"rnn_{spec.activation}" if same and spec.activation in ("tanh", "relu") else ""
+    return f"{name}_{spec.activation}" if same and spec.activation in ("tanh", "relu") else ""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from cellstack import cells
 from cellstack.layers import op
+from cellstack.spec import STATES
 
-KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # the mode of an nn.RNNCell depends on its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 # The methods that a forward pass uses; a class that overrides one stays with PyTorch.
@@ -26,13 +27,32 @@ _METHODS = (
     "permute_hidden",
 )
 _DTYPES = (torch.float32, torch.float64)
-# Numbers of steps from which the kernel is faster: without gradients, with gradients, within packed_weights();
-# measured (benchmarks/accelerate.py).
-LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 16, 4), "RNN_RELU": (16, 16, 4)}
+
+
+class Limits(NamedTuple):
+    """The sizes from which the kernel is faster than PyTorch's module, measured with benchmarks/accelerate.py."""
+
+    inference: int  # steps without gradients
+    training: int  # steps with gradients
+    packed: int  # steps without gradients within packed_weights()
+    units: int = 0  # units from which it is faster in training at any number of steps; 0: no number is enough
+    rows: int = 0  # rows × steps from which it is, too
+
+
+LIMITS = {
+    "LSTM": Limits(1, 16, 1, units=128, rows=512),
+    "GRU": Limits(8, 4, 1),
+    "RNN_TANH": Limits(16, 16, 4),
+    "RNN_RELU": Limits(16, 16, 4),
+}
+"""By the `mode` of PyTorch's modules."""
+
 # Units from which the kernel is faster for one step of a cell without gates, within packed_weights().
 WIDE_RNN_CELL = 128
-# Units, or rows × steps, from which an LSTM's training step is faster at any number of steps.
-WIDE_LSTM, BIG_LSTM = 128, 512
+
+_BY_NAME = {kind.names["torch"].name: name for name, kind in cells.KINDS.items() if "torch" in kind.names}
+KINDS = {mode: _BY_NAME[mode.partition("_")[0]] for mode in LIMITS}
+"""The name of the kind of cell of each mode."""
 
 
 def is_narrow(module: nn.Module) -> bool:
@@ -120,11 +140,12 @@ def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) 
 
 
 def arrays_of(hx: Any, mode: str) -> Sequence[Any]:
-    """Return the arrays of a state in the form of PyTorch's modules: the pair of an LSTM, otherwise one array.
+    """Return the arrays of a state in the form of PyTorch's modules: a tuple if there are several, otherwise one array.
 
     An empty tuple isn't equivalent to None: PyTorch refuses it, so it is returned as if it were an array.
     """
-    return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) and hx else (hx,)
+    several = len(STATES[KINDS[mode]]._fields) > 1
+    return () if hx is None else hx if several and isinstance(hx, (tuple, list)) and hx else (hx,)
 
 
 def mode_of(cell: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers.cell import NO_MASKS, Cell
+from cellstack.layers.sequences import shifted
 from cellstack.spec import ShapeError
 
 
@@ -127,7 +128,7 @@ def loop(
     like: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, list[Any]]:
-    """Run cells over `x [B, T, …]`, step by step; the arguments are those of `stack.run_cells`.
+    """Run cells over `x [B, T, …]`, step by step; for the arguments see `stack.run_cells`. The state is like `like`.
 
     Before the first unmasked step, the output is the first state of the top cell if it has the output's shape (the
     initial h), else zeros.
@@ -136,6 +137,8 @@ def loop(
         The top cell's output at every step, `[B, T, …]`; its last output; the states, one entry per cell.
     """
     batch, steps = x.shape[:2]
+    if reset is not None and reverse:
+        reset = shifted(reset)
     begin: list[Any] = []
     if states is None or reset is not None:
         begin = [like_size(cell, initial_state(cell, batch, like)) for cell in cells]
@@ -156,7 +159,7 @@ def loop(
         for n, cell in enumerate(cells):
             below = value
             if isinstance(cell, Cell):
-                new_states.append(cell.State(*cell.step(value, states[n], masks[n].at(t))))
+                new_states.append(cell.State(*cell.step(value, states[n], masks[n].at(slice(t, t + 1)))))
                 value = new_states[-1][0]
             else:
                 value, state = cell(value, list(as_parts(states[n])), **extra[n])

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cellstack.layers import eager, op
-from cellstack.layers.cell import Cell, Masks, as_drops
+from cellstack.layers import eager, forward, op
+from cellstack.layers.cell import Cell, Masks, op_masks
+from cellstack.layers.forward import CellRun, Results, trace_of
 from cellstack.layers.rnn import RNN
-from cellstack.layers.stack import Call, at_last_used, trace_of
+from cellstack.layers.sequences import at_last_used, shifted
+from cellstack.layers.stack import Call
 
 
 class Lags(NamedTuple):
@@ -88,7 +90,7 @@ class Observer:
         """Record a call: copy its arguments, and set hooks for the gradients of its results."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not min(call.x.shape[:2]):
             return
-        results = _results(call.finals, call.y)
+        results = _results(call.results.states, call.results.y)
         if not any(result.requires_grad for result in results):
             return
         with self._lock:
@@ -97,18 +99,20 @@ class Observer:
             self._unhook()
             self.calls += 1
             rows, self._first = self._part(call)
-            self._call = _taken(call, rows)
+            self._call = _copied(call, rows)
             # In a backward direction, the last steps processed are the first in time.
             part = slice(self._first, None) if not call.reverse else slice(0, call.x.shape[1] - self._first)
             for place, result in enumerate(results):
                 if result.requires_grad:
                     cut = part if place == len(results) - 1 else None
                     self._hooks.append(result.register_hook(self._result_hook(place, rows, cut)))
-            for field in (field for trace in call.traces for name, field in trace._asdict().items() if name != "h"):
+            for field in (
+                field for trace in call.results.traces for name, field in trace._asdict().items() if name != "h"
+            ):
                 if field.requires_grad:
                     self._hooks.append(field.register_hook(self._note_gates))
-            for n, (cell, arrays) in enumerate(zip(call.cells, call.arrays, strict=True)):
-                for name, array in zip(cell._names, arrays, strict=True):
+            for n, (cell, run) in enumerate(zip(call.cells, call.runs, strict=True)):
+                for name, array in zip(cell._names, run.arrays, strict=True):
                     if array.requires_grad:
                         self._hooks.append(array.register_hook(self._array_hook(n, name)))
 
@@ -158,7 +162,7 @@ def _results(finals: Sequence[Any], y: Tensor) -> list[Tensor]:
     return [*(part for state in finals for part in state), y]
 
 
-def _taken(call: Call, rows: Tensor) -> Call:
+def _copied(call: Call, rows: Tensor) -> Call:
     """Copy the arguments of a call for some rows, so that it can be run again after the originals change."""
 
     def of(tensor: Tensor | None) -> Tensor | None:
@@ -166,19 +170,16 @@ def _taken(call: Call, rows: Tensor) -> Call:
 
     wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32  # float16, bfloat16 are too coarse
     x = call.x.detach()[rows].to(wide, copy=True)
-    states = None
-    if call.states is not None:
-        states = [type(state)(*(part.detach()[rows].to(wide, copy=True) for part in state)) for state in call.states]
+    runs = [
+        run._replace(
+            arrays=[array.detach().to(wide, copy=True) for array in run.arrays],
+            state=[part.detach()[rows].to(wide, copy=True) for part in run.state],
+            masks=Masks(*(None if (own := of(mask)) is None else own.to(wide) for mask in run.masks)),
+        )
+        for run in call.runs
+    ]
     return call._replace(
-        arrays=[[array.detach().to(wide, copy=True) for array in arrays] for arrays in call.arrays],
-        masks=[Masks(*(None if (own := of(mask)) is None else own.to(wide) for mask in masks)) for masks in call.masks],
-        x=x,
-        states=states,
-        used=of(call.used),
-        reset=of(call.reset),
-        y=x.new_empty(0),
-        finals=[],
-        traces=[],
+        runs=runs, x=x, used=of(call.used), reset=of(call.reset), results=Results(x[:0], x[:0], [], [])
     )
 
 
@@ -188,7 +189,7 @@ def _run_again(
     """Run a call's last steps again, cell by cell, and compute the gradients of its states at each step.
 
     Args:
-        call: the result of `_taken`.
+        call: the result of `_copied`.
         first: the first step to run again, in the order processed.
         given: the gradients of the call's results, for these rows and steps, by their position in `_results`.
         norms: the norms of the arrays' gradients, by cell and name.
@@ -197,33 +198,32 @@ def _run_again(
     def ordered(tensor: Tensor | None) -> Tensor | None:  # from here on, steps are in the order processed
         return tensor.flip(1) if call.reverse and tensor is not None else tensor
 
-    x, used, reset = ordered(call.x), ordered(call.used), ordered(call.reset)
+    reset = call.reset if call.reset is None or not call.reverse else shifted(call.reset)
+    x, used, reset = ordered(call.x), ordered(call.used), ordered(reset)
     assert x is not None
     late = None if used is None else used[:, first:]
     begun = None if reset is None else reset[:, first:]
     every: list[list[list[Tensor]]] = []
     finals, traces, y = [], [], x
-    for n, cell in enumerate(call.cells):
-        masks = call.masks[n]
-        masks = masks._replace(zoneout=ordered(masks.zoneout), zoneout_cell=ordered(masks.zoneout_cell))
+    for cell, run in zip(call.cells, call.runs, strict=True):
+        masks = Masks(*run.masks[:2], *map(ordered, run.masks[2:]))
         below, y = y, y if masks.input is None else y * masks.input.unsqueeze(1)
-        state = None if call.states is None else list(call.states[n])
-        early = None
+        state, early = run.state, None
         if first:
-            state, early = _early(cell, call.arrays[n], y[:, :first], state, masks, used, reset, first)
-        drops = as_drops([masks._replace(**_of_steps(masks, slice(first, None)))], y[:0, 0])
+            state, early = _early(run, cell, y[:, :first], masks, used, reset, first)
+        dropped = op_masks([masks.at(slice(first, None))], y)
         seen: list[list[Tensor]] = []
         # Without an array that requires a gradient, autograd would build no graph.
-        arrays = [array.requires_grad_() for array in call.arrays[n]]
+        arrays = [array.requires_grad_() for array in run.arrays]
         specs, functions = [cell._spec], [cell._functions]
-        own = y[:, first:], state or [], arrays, drops, late, begun
+        own = y[:, first:], state, arrays, dropped, late, begun
         (ends,), (saved,) = op.by_layer(specs, eager.run(*own, specs, functions, False, True, True, seen))
         output = saved.y
         finals.append(cell.State(*ends))
         traces.append(trace_of(cell.kind, saved))
         every.append(seen)
         y = output if early is None else torch.cat([early, output], dim=1)
-        if call.residual and n and below.shape[2] == y.shape[2]:
+        if run.residual:
             y = y + (below if used is None else at_last_used(below, used, reset, False))
     results = _results(finals, y[:, first:])
     places = sorted(given)
@@ -235,52 +235,34 @@ def _run_again(
     ]
     states = [part for seen in every for state in seen for part in state]
     whole = _gradients(outputs, states, gradients)
-    steps = [_by_step(whole, every, n) for n in range(len(every))]
+    steps = _by_cell(whole, every, call.cells)
     there, at = _last(steps, late)
     if timed in places:  # only the gradients of the outputs from lag 0 on
         numbers = torch.arange(outputs[-1].shape[1], device=at.device)
         gradients[-1] = torch.where((numbers >= at[:, None])[:, :, None], gradients[-1], 0.0)
     carried = _gradients(outputs, states, gradients)
-    entering = [_by_step(carried, every, n) for n in range(len(every))]
+    entering = _by_cell(carried, every, call.cells)
     lag = _lag_of_step(late, begun, at, there, x.shape[1] - first)
     observations = []
-    for n, cell in enumerate(call.cells):
-        lags = {name: _lags(steps[n][name], entering[n][name], lag) for name in ("h", "c") if name in steps[n]}
-        arrays = dict(zip(cell._names, (array.detach() for array in call.arrays[n]), strict=True))
+    for n, (cell, run) in enumerate(zip(call.cells, call.runs, strict=True)):
+        lags = {name: _lags(gradients, entering[n][name], lag) for name, gradients in steps[n].items()}
+        arrays = dict(zip(cell._names, (array.detach() for array in run.arrays), strict=True))
         mine = {name: norm for (number, name), norm in norms.items() if number == n}
         trace = type(traces[n])(*(ordered(field.detach()) for field in traces[n]))
         observations.append(CellObservation(cell, arrays, trace, ordered(late), mine, lags))
     return observations
 
 
-def _of_steps(masks: Masks, part: slice) -> dict[str, Tensor | None]:
-    """Return a cell's zoneout masks for some steps."""
-    return {
-        name: None if mask is None else mask[:, part]
-        for name, mask in (("zoneout", masks.zoneout), ("zoneout_cell", masks.zoneout_cell))
-    }
-
-
 @torch.no_grad()
 def _early(
-    cell: Cell,
-    arrays: list[Tensor],
-    x: Tensor,
-    state: list[Tensor] | None,
-    masks: Masks,
-    used: Tensor | None,
-    reset: Tensor | None,
-    first: int,
-) -> tuple[list[Tensor], Tensor]:
+    run: CellRun, cell: Cell, x: Tensor, masks: Masks, used: Tensor | None, reset: Tensor | None, first: int
+) -> tuple[Sequence[Tensor], Tensor]:
     """Run the steps before the observed ones, on the kernel if possible; return the final state, and y."""
-    drops = as_drops([masks._replace(**_of_steps(masks, slice(0, first)))], x[:0, 0])
+    masks = masks.at(slice(0, first))._replace(input=None)
     used, reset = (None if flag is None else flag[:, :first] for flag in (used, reset))
-    if cell.route(arrays[0])[0] == "fused":
-        *ends, y = op.run(op.Call(x, state or [], arrays, drops, used, reset, [cell._call]))
-    else:
-        specs, functions = [cell._spec], [cell._functions]
-        *ends, y = eager.run(x, state or [], arrays, drops, used, reset, specs, functions, False, True, False)
-    return ends, y
+    route = "fused" if cell.route(run.arrays[0])[0] == "fused" else "loop"
+    results = forward.run([run._replace(masks=masks, route=route, residual=False)], x, used, reset)
+    return results.states[0], results.y
 
 
 def _gradients(outputs: list[Tensor], states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -290,14 +272,16 @@ def _gradients(outputs: list[Tensor], states: list[Tensor], gradients: list[Tens
     ]
 
 
-def _by_step(gradients: list[Tensor], every: list[list[list[Tensor]]], n: int) -> dict[str, Tensor]:
-    """Return the gradients of one cell's states, `[R, S, H]` each, from those of all cells."""
-    queue = iter(gradients)
-    for seen in every[:n]:
-        for state in seen:
-            list(islice(queue, len(state)))
-    parts = [list(islice(queue, len(state))) for state in every[n]]
-    return {name: torch.stack(column, dim=1) for name, column in zip("hc", zip(*parts, strict=True), strict=False)}
+def _by_cell(
+    gradients: list[Tensor], every: list[list[list[Tensor]]], cells: Sequence[Cell]
+) -> list[dict[str, Tensor]]:
+    """Return the gradients of each cell's states by name, `[R, S, H]` each."""
+    queue, found = iter(gradients), []
+    for cell, seen in zip(cells, every, strict=True):
+        steps = [list(islice(queue, len(state))) for state in seen]
+        columns = zip(cell._sizes, zip(*steps, strict=True), strict=True)
+        found.append({name: torch.stack(column, dim=1) for name, column in columns})
+    return found
 
 
 def _last(steps: list[dict[str, Tensor]], used: Tensor | None) -> tuple[Tensor, Tensor]:

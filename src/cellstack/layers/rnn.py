@@ -15,7 +15,7 @@ from cellstack.layers import foreign, op, weights
 from cellstack.layers.base import Layer, as_input, of_cell, own
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
-from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, shifted, unpack
+from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, unpack
 from cellstack.layers.stack import Call, StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
 from cellstack.spec import Plan, ShapeError, as_flag, check_sequence
@@ -251,8 +251,6 @@ class RNN(StatefulLayer):
         x, used, reset, packed = given
         states = self._start(initial_state, x.shape[0])
         training = self._trains(training)
-        if reset is not None and self.go_backwards:
-            reset = shifted(reset)
         if self._ours:
             y, last, states, traces = run_cells(
                 self.cells,
@@ -260,13 +258,13 @@ class RNN(StatefulLayer):
                 states,
                 used,
                 reset,
-                training,
-                return_gates,
-                self.go_backwards,
-                self.return_sequences,
-                self.residual,
-                self._observers,
-                self.remat,
+                training=training,
+                traced=return_gates,
+                reverse=self.go_backwards,
+                sequences=self.return_sequences,
+                residual=self.residual,
+                observers=self._observers,
+                remat=self.remat,
             )
         elif return_gates:
             raise TypeError(f"{owner}: return_gates isn't supported with custom cells")

@@ -93,3 +93,16 @@ def flipped(value: Tensor, given: Given) -> Tensor:
     steps = value.shape[1]
     order = torch.remainder(given.used.sum(1, keepdim=True) - 1 - torch.arange(steps, device=value.device), steps)
     return value.take_along_dim(order.reshape(*order.shape, *(1,) * (value.ndim - 2)), 1)
+
+
+def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    """Return, for each step, x of the last unmasked step since the last reset; zeros if there is none."""
+    if reverse:
+        flipped = None if reset is None else reset.flip(1)
+        return at_last_used(x.flip(1), used.flip(1), flipped, False).flip(1)
+    count = torch.arange(1, x.shape[1] + 1, device=x.device)
+    last = torch.where(used, count, 0).cummax(1).values  # 0: none
+    if reset is not None:
+        last = torch.where(last >= torch.where(reset, count, 0).cummax(1).values, last, 0)
+    padded = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
+    return padded.gather(1, last.unsqueeze(2).expand(x.shape))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cellstack.layers import eager, op
+from cellstack.layers import eager, forward
 from cellstack.layers.base import EXPORT_HINT, Layer, as_input, last_axis
-from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
+from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, initial_state, output_width, state_counts, takes_training
-from cellstack.spec import GATES, TRACES, ShapeError, as_nested, check_step
+from cellstack.layers.forward import CellRun, Results
+from cellstack.spec import ShapeError, as_nested, check_step
 
 
 class StackedRNNCells(Layer):
@@ -126,9 +126,12 @@ class StackedRNNCells(Layer):
             begin = [
                 c.as_state(self._owner, s, x.shape[0], n) for n, (c, s) in enumerate(zip(cells, states, strict=True))
             ]
-            flags = self._trains(training), False, False, False, self.residual
-            _, last, ends, _ = run_cells(cells, x.unsqueeze(1), begin, None, None, *flags)
-            return last, [list(state) for state in ends]
+            training = self._trains(training)
+            steps = x.unsqueeze(1)
+            results = run_cells(
+                cells, steps, begin, None, None, training=training, sequences=False, residual=self.residual
+            )
+            return results.last, [list(state) for state in results.states]
         new_states = []
         y = inputs
         for n, (cell, state) in enumerate(zip(self.cells, states, strict=True)):
@@ -142,141 +145,72 @@ class StackedRNNCells(Layer):
 
 
 class Call(NamedTuple):
-    """Arguments, random masks and results of a call of `run_cells`, for observers."""
+    """Arguments and results of a call of `run_cells`, for observers."""
 
     cells: Sequence[Cell]
-    arrays: list[list[Tensor]]  # one list per cell, in the op's order
-    masks: list[Masks]
+    runs: list[CellRun]  # with the weights, states and random masks of each cell
     x: Tensor  # [B, T, I]
-    states: Sequence[Any] | None
     used: Tensor | None  # [B, T]
-    reset: Tensor | None  # [B, T], in the order processed
+    reset: Tensor | None  # [B, T]
     reverse: bool
-    residual: bool
-    y: Tensor  # [B, T, P] of the top cell, if requested or needed for gradients
-    finals: list[Any]
-    traces: list[Any]
+    results: Results
 
 
 def run_cells(
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     x: Tensor,
     states: Sequence[Any] | None,
     used: Tensor | None,
     reset: Tensor | None,
+    *,
     training: bool,
-    traced: bool,
-    reverse: bool,
-    sequences: bool,
-    residual: bool,
+    traced: bool = False,
+    reverse: bool = False,
+    sequences: bool = True,
+    residual: bool = False,
     observers: Sequence[Callable[[Call], None]] = (),
     remat: bool = False,
-) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
-    """Run built cells over a sequence, as many as possible in one call of the op.
+) -> Results:
+    """Run built cells over a sequence.
 
     Args:
         cells: bottom first.
-        x: `[B, T, I]`.
         states: one entry per cell; None: their initial states.
-        used: the mask, bool `[B, T]`.
-        reset: bool `[B, T]`, True where the state before a step, in the order processed, is the initial one.
         training: whether dropout and zoneout are active.
-        traced: whether to return traces.
         reverse: run from the last step to the first; y has the order of x.
-        sequences: whether to return y, not only the last output.
         residual: see `StackedRNNCells`.
         observers: are called with the `Call`.
-        remat: whether the backward pass recomputes the gates, unless they are traced.
-
-    Returns:
-        y `[B, T, P]` (with `sequences`), the last output `[B, P]`, one state per cell, one trace per cell (with
-        `traced`).
+        remat: see `RNN`.
+        x, used, reset, traced, sequences: see `forward.run`.
     """
     cells = list(cells)  # slicing a ModuleList takes as long as a short step
-    for cell in cells:
+    batch, steps, _ = x.shape
+    arrays = [cell.arrays() for cell in cells]
+    masks = [cell.masks(batch, steps, training) for cell in cells]
+    runs = []
+    for n, cell in enumerate(cells):
         if cell._forward_pre_hooks or cell._forward_hooks:
             raise TypeError(
                 f"{cell._owner}: forward hooks of a cell aren't supported, as a run over a sequence doesn't call them "
                 "(pruning sets one): use torch.nn.utils.parametrize, or make pruning permanent with prune.remove"
             )
-    batch, steps, _ = x.shape
-    count = len(cells)
-    arrays = [cell.arrays() for cell in cells]
-    masks = [cell.masks(batch, steps, training) for cell in cells]
-    routes = [cell.route(weight[0])[0] for cell, weight in zip(cells, arrays, strict=True)]
-    adds = [residual and n > 0 and cell.input_size == cell.output_size for n, cell in enumerate(cells)]
-    finals: list[Any] = []
-    traces: list[Any] = []
-    y, last = x, x
-    start = 0
-    while start < count:
-        stop = start + 1
-        while (
-            stop < count
-            and routes[start] == routes[stop] == "fused"
-            and masks[stop].input is None
-            and not (adds[stop] or adds[stop - 1])
+        route = cell.route(arrays[n][0])[0]
+        if route == "torch" and (
+            traced
+            or not eager.torch_kind(cell._spec)
+            or any(given is not None for given in (used, reset, *masks[n][1:]))
         ):
-            stop += 1
-        part, below, drop = slice(start, stop), y, masks[start].input
-        if drop is not None:
-            y = y * drop.unsqueeze(1)
-        flat = [array for group in arrays[part] for array in group]
-        starts = [] if states is None else [array for state in states[part] for array in state]
-        drops = as_drops(masks[part], cells[start]._like)
-        wanted = sequences or stop < count or adds[start]
-        save = traced or needs_grad(y, *starts, *flat)
-        if routes[start] == "fused":
-            again = remat and save and not traced
-            calls = [cell._call.recomputing if again else cell._call for cell in cells[part]]
-            out = op.run(op.Call(y, starts, flat, drops, used, reset, calls, reverse, wanted, save))
-        elif routes[start] == "torch":
-            if not eager.torch_kind(cells[start]._spec) or traced or drops or used is not None or reset is not None:
-                raise TypeError(
-                    f"{cells[start]._owner}: torch.jit.trace and torch.onnx.export support only what torch's LSTM, GRU "
-                    f"and RNN compute, without a mask, reset, dropout or return_gates; {EXPORT_HINT}"
-                )
-            out, save, wanted = [*eager.by_torch(cells[start]._spec, y, starts, flat, reverse)], False, True
-        elif routes[start] == "cudnn" and used is reset is None and not drops and not traced and batch * steps:
-            out, save, wanted = [*eager.cudnn_lstm(y, starts, flat, reverse)], False, True
-        else:
-            save, wanted = traced, True
-            specs, functions = [cells[start]._spec], [cells[start]._functions]
-            out = eager.run(y, starts, flat, drops, used, reset, specs, functions, reverse, wanted, save)
-        if save:
-            ends, saved = op.by_layer([cell._spec for cell in cells[part]], out)
-            y = saved[-1].y
-            if traced:
-                traces += [trace_of(cell.kind, of) for cell, of in zip(cells[part], saved, strict=True)]
-        else:
-            results = iter(out)
-            ends = [tuple(islice(results, len(cell._sizes))) for cell in cells[part]]
-            y = next(results) if wanted else y
-        finals += [cell.State(*end) for cell, end in zip(cells[part], ends, strict=True)]
-        last = finals[-1].h
-        if adds[start] and steps:
-            y = y + (below if used is None else at_last_used(below, used, reset, reverse))
-            last = y[:, 0 if reverse else -1]
-        start = stop
+            raise TypeError(
+                f"{cell._owner}: torch.jit.trace and torch.onnx.export support only what torch's LSTM, GRU and RNN "
+                f"compute, without a mask, reset, dropout or return_gates; {EXPORT_HINT}"
+            )
+        state = () if states is None else states[n]
+        added = residual and n > 0 and cell.input_size == cell.output_size
+        run = CellRun(cell._call, arrays[n], state, masks[n], route, added, cell._functions)
+        runs.append(run)
+    results = forward.run(
+        runs, x, used, reset, directions=(reverse,), sequences=sequences, traced=traced, recompute=remat
+    )
     for observer in observers:
-        observer(Call(cells, arrays, masks, x, states, used, reset, reverse, residual, y, finals, traces))
-    return y, last, finals, traces
-
-
-def trace_of(kind: str, saved: op.Saved) -> Any:
-    """Return the trace of a cell from the values that the op saves."""
-    planes = saved.gates.unbind(2)[: len(GATES[kind])]  # without planes for the kernel only
-    return TRACES[kind](*planes, *saved.states, saved.y)
-
-
-def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
-    """Return, for each step, x of the last unmasked step since the last reset; zeros if there is none."""
-    if reverse:
-        flipped = None if reset is None else reset.flip(1)
-        return at_last_used(x.flip(1), used.flip(1), flipped, False).flip(1)
-    count = torch.arange(1, x.shape[1] + 1, device=x.device)
-    last = torch.where(used, count, 0).cummax(1).values  # 0: none
-    if reset is not None:
-        last = torch.where(last >= torch.where(reset, count, 0).cummax(1).values, last, 0)
-    padded = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
-    return padded.gather(1, last.unsqueeze(2).expand(x.shape))
+        observer(Call(cells, runs, x, used, reset, reverse, results))
+    return results

@@ -12,7 +12,10 @@ from cellstack.layers import foreign
 from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_parts, cell_name, like_size, state_counts
-from cellstack.spec import HiddenState, ShapeError, State, as_nested
+from cellstack.spec import STATES, ShapeError, as_nested
+
+_STATES = tuple(STATES.values())
+_NAMES = list(dict.fromkeys(name for state in _STATES for name in state._fields))  # in the order of the states
 
 
 class StatefulLayer(Layer):
@@ -140,7 +143,7 @@ class StatefulLayer(Layer):
                 value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as for a stack
             entries = [value]
         else:  # a stack of one cell also accepts its state without a list
-            alone = len(self.cells) == 1 and isinstance(value, (State, HiddenState))
+            alone = len(self.cells) == 1 and isinstance(value, _STATES)
             entries = [value] if alone else as_nested(self._owner, "the state", value, state_counts(self.cells))
         states = []
         for n, (cell, entry) in enumerate(zip(self.cells, entries, strict=True)):
@@ -225,14 +228,14 @@ class StatefulLayer(Layer):
 
     @staticmethod
     def _key(state: Any, k: int) -> str:
-        return state._fields[k] if isinstance(state, (State, HiddenState)) else str(k)
+        return state._fields[k] if isinstance(state, _STATES) else str(k)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.stateful:
             # If the state dict has no state, the layer has none afterwards either.
             found: list[list[Tensor]] = [[] for _ in self.cells]
             for n in range(len(self.cells)):
-                for key in (*State._fields, *map(str, range(16))):
+                for key in (*_NAMES, *map(str, range(16))):
                     part = state_dict.pop(f"{prefix}states.{n}.{key}", None)
                     if part is not None:
                         found[n].append(part.to(self._reference()).clone())

@@ -194,9 +194,8 @@ class Network:
             "graph": graph,
             "patches": patches,
             "patches_by_cell": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
-            "initial_state_sources": _initial_state_sources(
-                nodes, names, graph
-            ),  # for each cell, which values it starts from, or ""
+            # For each cell, which values it starts from, or "".
+            "initial_state_sources": _initial_state_sources(nodes, names, graph),
             "has_state_values": any(graph.states),
             "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
         }
@@ -225,19 +224,14 @@ class Network:
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments that make this network."""
-        inputs = {name: self.shapes[name] for name in self.inputs}
-        names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
-        return {name: getattr(self, name) for name in names} | {"inputs": inputs}
+        return _arguments_in(vars(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return self._arguments()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "shapes" in state:  # pickled by an older version, with all attributes
-            state = {name: state[name] for name in ("nodes", "names", "metadata", "wires", "outputs", "patches")} | {
-                "inputs": {name: state["shapes"][name] for name in state["inputs"]}
-            }
-        self.__init__(**state, _warn=False)
+        # Older versions pickled all attributes.
+        self.__init__(**(_arguments_in(state) if "shapes" in state else state), _warn=False)
 
     def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
         """Run the network from the cells' initial states and return its output: `run` without states.
@@ -616,6 +610,13 @@ class Network:
 
     def __repr__(self) -> str:
         return as_text(self)
+
+
+def _arguments_in(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a network with these attributes."""
+    names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
+    inputs = {name: attributes["shapes"][name] for name in attributes["inputs"]}
+    return {name: attributes[name] for name in names} | {"inputs": inputs}
 
 
 @cache

@@ -80,7 +80,7 @@ class Calls:
 
         first, *others = self._joined(joins)
         layers, graph = first.layers, self._graph
-        chain = not others and first.sources == graph.inputs and graph.outputs == self._names[-1:]
+        chain = not others and len(first.sources) == len(graph.inputs) == 1 and graph.outputs == self._names[-1:]
         if not chain or self._patched or layers is None or layers.reverse or layers.finish or len(layers.groups) > 1:
             return None
         return layers

@@ -33,7 +33,6 @@ CELL_WIDTHS: Types = {"input_size": int, "units": int}
 CELL_FLAGS: Types = {
     flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
 }  # optional in a file: the default applies
-KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -27,7 +27,6 @@ from cellstack.nodes.base import (
     one_dtype,
     shown,
 )
-from cellstack.nodes.cell import KIND_NAMES as KIND_NAMES
 from cellstack.nodes.cell import Cell, summary_of
 from cellstack.nodes.recording import Record, Recording
 from cellstack.spec import STATES, ShapeError
@@ -280,11 +279,15 @@ class Recurrent(Node):
         return [dx, *begun]
 
     def stack_gradients(
-        self, records: Sequence[Record], flow: Flow, dy: Array, ends: StateGradients
+        self, records: Sequence[Record], flow: Flow, dy: Array, dstates: StateGradients
     ) -> tuple[Array, list[Array]]:
-        """Return the gradients of a stack's input, in the order of time like `dy`, and of its initial states.
+        """Return the gradients of the input, and of the cells' initial states where they were given.
 
-        `ends`: one per cell.
+        Args:
+            records: those of the cells, in a run over `flow`.
+            flow: the input, with its mask.
+            dy: the gradient of the output, in the order of time.
+            dstates: those of the cells' states after the last step.
         """
         steps, at_end = flow.x.shape[1], 0 if self.go_backwards else -1
         residual = any(added for _, added in self.parts)
@@ -303,7 +306,7 @@ class Recurrent(Node):
             if added:
                 passed, dy = self._sum_gradients(records[last - 1], dy)
             for number in reversed(range(last - len(cells), last)):
-                after, *others = ends[number]
+                after, *others = dstates[number]
                 dh = dh if after is None else after if dh is None else dh + after
                 dy, before = _cell_gradients(self.cells[number], records[number], dy, (dh, *others))
                 dh, begun = None, [*before, *begun]

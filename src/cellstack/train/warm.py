@@ -14,7 +14,8 @@ from cellstack import layers
 from cellstack.formats import load
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.model import Model

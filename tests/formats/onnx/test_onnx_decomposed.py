@@ -15,9 +15,9 @@ from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
 from cellstack.formats.onnx.decomposed.match import forms
 from cellstack.formats.onnx.decomposed.scans import read_scan
-from cellstack.formats.onnx.file import Budget, Model, Scope, Tensors
+from cellstack.formats.onnx.file import Budget, Graph, Model, Tensors
 from cellstack.formats.onnx.scan import OnnxOps, body_of
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec
 
 # ── kinds of cell that only these tests declare ───────────────────────────────────────────────────────────────────────
@@ -53,14 +53,10 @@ def kind(name, gates, step, state=HiddenState, **given):
     return Kind(name, name, {gate: roles[gate] for gate in gates}, state, trace(gates), step, **given)
 
 
-def no_recurrent(spec):
-    return {"recurrent_kernel": None, "recurrent_gain": None}
-
-
 TOYS = {
     "product": kind("product", "ifgko", product_step, State, outputs=("cell",)),
-    "minimal": kind("minimal", "zg", minimal_step, shapes=no_recurrent),
-    "ratio": kind("ratio", "ifg", ratio_step, shapes=no_recurrent),
+    "minimal": kind("minimal", "zg", minimal_step, recurrent=False),
+    "ratio": kind("ratio", "ifg", ratio_step, recurrent=False),
 }
 
 
@@ -84,7 +80,7 @@ def some(rng, inputs=3, **flags):
 
 
 def scope_of(proto):
-    return Scope(Model("file", proto, 17, Tensors("file"), Budget(10**6)), proto.graph)
+    return Model("file", Graph.of(proto.graph), 17, (), "", None, Tensors("file"), Budget(10**6)).scope()
 
 
 def respelled(body, rng):

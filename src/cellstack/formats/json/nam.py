@@ -16,7 +16,7 @@ from cellstack.formats.json.values import array_of, value_of
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Conv1D, Dense, Recurrent
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec, FormatError
 
 LSTM_SETTINGS = ("input_size", "hidden_size", "num_layers")

@@ -17,7 +17,7 @@ from cellstack.formats.json.values import array_of, value_of
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import Activation, Clip, Conv1D, Dense, Merge, Recurrent, Scale
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 from cellstack.spec import CellSpec, FormatError
 
 RECURRENT = named("rtneural")

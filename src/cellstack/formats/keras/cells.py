@@ -266,7 +266,7 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
         if KINDS[kind].gated:
             settings["recurrent_activation"] = activation(layer, "recurrent_activation", major)
     of_cudnn = (2 * wide,)  # Keras 2 can load a cuDNN layer's weights into its own layers
-    if "reset_after" in KINDS[kind].flags:
+    if "reset_after" in KINDS[kind].settings:
         found = None if bias is None else bias.shape
         settings["reset_after"] = cudnn or layer.flag("reset_after", found in ((2, wide), of_cudnn))
     spec = CellSpec(kernel.shape[0], units, **settings)

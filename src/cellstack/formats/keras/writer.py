@@ -315,7 +315,7 @@ def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
     }
     if kind.gated:
         settings["recurrent_activation"] = _activation(description.recurrent_activation)
-    if "reset_after" in kind.flags:
+    if "reset_after" in kind.settings:
         settings["reset_after"] = description.reset_after
     return settings, list(cell.arrays.values())
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import KINDS, NAMES, is_recurrent
+from cellstack.formats.onnx.cells import KIND_OF, NAMES, is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, declared, label, short
 from cellstack.formats.onnx.fold import axes_of, fold, order_of, pads_of, place, slices, within
 from cellstack.formats.onnx.values import Dim, Symbols
@@ -502,7 +502,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("MatMul", "Gemm", "MatMulInteger"), _product),
     **dict.fromkeys(("Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows),
     **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
-    **dict.fromkeys(KINDS, _recurrent),
+    **dict.fromkeys(KIND_OF, _recurrent),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Tile", "Expand"), _tiled),
     **dict.fromkeys(("Squeeze", "Transpose", "Unsqueeze"), _moved),

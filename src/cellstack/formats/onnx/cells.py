@@ -195,7 +195,7 @@ def _settings(where: str, kind: Kind, attributes: dict[str, Any], direction: str
         raise FormatError(f"{where}: expected {each * count} activations, found {short(names)}")
     texts = _activations(where, names, attributes)
     flags: dict[str, Any] = {"kind": kind.name}
-    flags |= {ours: bool(attributes.get(theirs, 0)) for ours, theirs in FLAGS.items() if ours in kind.flags}
+    flags |= {ours: bool(attributes.get(theirs, 0)) for ours, theirs in FLAGS.items() if ours in kind.settings}
     if "clip" in attributes:
         flags["clip"] = decimal(attributes["clip"])
     shared = gates_of(kind)
@@ -293,7 +293,7 @@ def _cells(
     starts = _starts(where, kind, states, ways, units, batch_first)
     cells = []
     for d, flags in enumerate(settings):
-        given: dict[str, Any] = {"use_bias": "B" in arrays, "peepholes": "P" in arrays and "peepholes" in kind.flags}
+        given: dict[str, Any] = {"use_bias": "B" in arrays, "peepholes": "P" in arrays and "peepholes" in kind.settings}
         try:
             spec = CellSpec(weights.shape[2], units, **flags, **given, learn_initial_state=bool(starts))
         except (ValueError, TypeError) as error:
@@ -406,7 +406,7 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
     if first.clip is not None:
         attributes["clip"] = float(first.clip)
     for ours, theirs in FLAGS.items():
-        if ours in kind.flags and getattr(first, ours):
+        if ours in kind.settings and getattr(first, ours):
             attributes[theirs] = 1
     return Written(operator, arrays, attributes)
 

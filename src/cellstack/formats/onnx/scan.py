@@ -18,7 +18,7 @@ import numpy as np
 
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 
 FIRST_OPSET = 9  # earlier, a Scan had other inputs
 

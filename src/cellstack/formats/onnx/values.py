@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from cellstack.layout import Array
 from cellstack.nodes.base import Shape
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.cell import Cell
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ from cellstack.nodes import (
     Reshape,
     Scale,
 )
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent, ends_both_ways
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent, ends_both_ways
 from cellstack.nodes.time import FINAL
 from cellstack.spec import DTYPES
 

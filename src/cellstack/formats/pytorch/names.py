@@ -26,7 +26,8 @@ from cellstack.formats.pytorch.tensors import short
 from cellstack.layout import Array, from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import MATRICES, CellSpec, FormatError
 
 MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn
@@ -359,7 +360,7 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
     rows, width = shapes["weight_ih"]
     projected = shapes.get("weight_hr")
     out, units = projected or shapes["weight_hh"][1:] * 2
-    able = {name: kind for name, kind in MODULES.items() if not projected or "proj_size" in kind.flags}
+    able = {name: kind for name, kind in MODULES.items() if not projected or "proj_size" in kind.settings}
     kind = next((kind for kind in able.values() if len(kind.gates) * units == rows), None)
     if kind is None:
         counts = either([of_units(len(kind.gates)) for kind in able.values()])

@@ -17,7 +17,8 @@ from cellstack.formats.files import check_unedited, replacing
 from cellstack.layout import Array, CellArrays, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 STORED = ("input_size", "units", "kind", "use_bias", "proj_size")  # settings of a cell that a state dict implies

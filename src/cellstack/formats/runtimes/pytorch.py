@@ -41,7 +41,7 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
     if "torch" not in cell.of_kind.names:
         raise CannotRunError(f"torch.nn has no {cell.of_kind.title}")
     title = cell.of_kind.names["torch"].name
-    flags = {"proj_size": cell.proj_size} if "proj_size" in cell.of_kind.flags else {}
+    flags = {"proj_size": cell.proj_size} if "proj_size" in cell.of_kind.settings else {}
     flags |= {} if cell.of_kind.gated else {"nonlinearity": cell.activation}
     module = getattr(torch.nn, title)(
         weights["weight_ih_l0"].shape[1],

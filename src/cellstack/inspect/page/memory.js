@@ -5,7 +5,7 @@ import { drawBars } from "./draw.js";
 import { keepingOf } from "./formulas.js";
 
 // c at a step, unrolled: entry s is the write of step s times the product of the later keep factors, and `start` the rest
-// of the initial state. Up to rounding, they sum to c, or to h for a GRU. In the order of time.
+// of the initial state. Up to rounding, they sum to the state. In the order of time.
 export function contributionsOf({ kept, written, rate, start, fresh, mask, reset, reverse, step }) {
   const parts = new Float64Array(kept.length);
   const way = reverse ? 1 : -1;

@@ -76,8 +76,8 @@ class Form:
 @cache
 def forms(kind: Kind) -> tuple[Form, ...]:
     """Return a kind's step with every combination of flags; clips are optional in a graph."""
-    others = {flag for other in KINDS.values() for flag in other.flags} - {*kind.flags}
-    known = [entry for entry in fields(CellSpec) if entry.name not in {*others, "use_bias", "learn_initial_state"}]
+    names = {*kind.settings} - {"use_bias", "learn_initial_state"}
+    known = [entry for entry in fields(CellSpec) if entry.name in names]
     bounds = {entry.name: float(n) for n, entry in enumerate(known, 1) if entry.type == "float | None"}
     switches = [entry for entry in known if entry.type in ("bool", "int") and entry.default is not MISSING]
     found = []

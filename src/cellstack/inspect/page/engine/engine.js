@@ -17,13 +17,13 @@
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
 //   inputs    { name: value }, one for each of network.inputs; ids of an embedding are also numbers, [B, T].
 //   options   all are optional:
-//     state     one entry for each cell, in the order of the nodes and of their cells: { h: value [B, P], c: value
-//               [B, H] } (c of an LSTM), or null for the cell's own initial state.
+//     state     one entry for each cell, in the order of the nodes and of their cells: { h: value [B, P], … }, its
+//               states by name, or null for the cell's own initial state.
 //     mask      [B, T] of 0 and 1 (an array of B·T numbers, or a value), 1 where a step is used; for every input that
 //               has a time axis, or { name: mask } for separate masks.
 //     reset     [B, T] likewise, 1 where a new sequence begins.
 //     patches   [{ node, cell, gate, units, rows, steps, how, value }], applied after the network's own patches:
-//               gate "i" "f" "g" "o" "c" "h" of an LSTM, "z" "r" "g" "h" of a GRU, "g" "h" of a SimpleRNN; units and
+//               gate the name of a gate or state, one of the cell's form.trace; units and
 //               rows lists of numbers or { start, stop, step }, steps [start, stop, step] or { start, stop, step } as
 //               Python slices, or { numbers: [number] }, counted in the order of time; null or absent means all; how
 //               "set", "add", "scale" or "freeze"; value a number, or a value that broadcasts to the named rows,
@@ -39,10 +39,10 @@
 //   run(network, inputs, options)
 //     { values: { name: value },     of every input, in the caller's memory, and of every node
 //       cells: { node: [{ i, f, g, o, c, h, pre: { i, f, g, o } }] },
-//                                    of each node with cells: z, r, g, h of a GRU, g, h of a SimpleRNN; values [B, T, H]
-//                                    in the order of time, regardless of the cell's direction. `pre`: the
-//                                    pre-activations, before a clip; a coupled f has none. At masked steps, gates and
-//                                    pre are 0, and c and h are carried over.
+//                                    of each node with cells, the gates and states of its cells; values [B, T, H] in
+//                                    the order of time, regardless of the cell's direction. `pre`: the pre-activations,
+//                                    before a clip; a coupled f has none. At masked steps, gates and pre are 0, and
+//                                    states are carried over.
 //       state: [{ h, c }] }          after the last step, as options.state
 //   gradient(network, inputs, options, of)
 //     of    { value: name, row, step, unit } one number of an input's or a node's value; no step for [B, W];
