@@ -35,5 +35,9 @@ MIN_GRU = Kind(
     step=step,
     recurrent=False,
     defaults={"activation": "positive"},
+    meanings={
+        "z": "update gate: how much of the candidate replaces the state",
+        "h": "output of the unit, and its memory",
+    },
     ref='Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.1 and appendix B.3',
 )

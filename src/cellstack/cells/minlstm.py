@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.base import HiddenState, Kind, Ops, V
@@ -28,6 +28,12 @@ def step(ops: Ops[V], spec: CellSpec, a: V, h: V) -> tuple[Sequence[V], Sequence
     return (i, f, g), (h,)
 
 
+def update(spec: CellSpec, gates: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the share of h that is kept, and what is added to it; see `Kind.update`."""
+    total = gates["f"] + gates["i"]
+    return gates["f"] / total, gates["i"] / total * gates["g"]
+
+
 MIN_LSTM = Kind(
     name="minlstm",
     title="MinLSTM",
@@ -36,7 +42,12 @@ MIN_LSTM = Kind(
     trace=MinLSTMTrace,
     step=step,
     recurrent=False,
-    without=("recurrent_activation", "gate_activations"),  # σ keeps f + i above 0
     defaults={"activation": "positive"},
+    update=update,
+    meanings={
+        "i": "input gate: how much of the candidate is written, divided by f + i",
+        "f": "forget gate: how much of the state is kept, divided by f + i",
+        "h": "output of the unit, and its memory",
+    },
     ref='Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.2 and appendix B.3',
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cellstack.layers.cell import Cell
 
+__all__ = ["GRUCell", "LSTMCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
+
 
 class LSTMCell(Cell):
     """One step of a long short-term memory.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from cellstack.layers.cells import GRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
+__all__ = ["GRU", "LSTM", "MinGRU", "MinLSTM", "SimpleRNN"]
+
 
 class LSTM(SingleCellRNN):
     """A long short-term memory over a sequence: an RNN of one `LSTMCell`.

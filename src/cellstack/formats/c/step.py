@@ -306,7 +306,9 @@ class Step:
         if operation == "mul":
             return " * ".join(text if binds >= FACTOR else f"({text})" for text, binds in inner), FACTOR
         if operation == "div":
-            above, below = (text if binds >= own else f"({text})" for (text, binds), own in zip(inner, (FACTOR, ATOM), strict=True))
+            above, below = (
+                text if binds >= own else f"({text})" for (text, binds), own in zip(inner, (FACTOR, ATOM), strict=True)
+            )
             return f"{above} / {below}", FACTOR
         (text, binds), *_ = inner
         if operation == "one_minus":
