@@ -43,7 +43,7 @@ INLINE V<T> apply(const Activation& activation, V<T> z) {
             return z <= alpha ? zero : z;
         case kScaledTanh:
             return alpha * tanh<T>(beta * z);
-        case kSigmoidLinear:  // continuous, with values above 0
+        case kPositive:  // continuous, with values above 0
             return z < zero ? sigmoid<T>(z) : z + splat(T(0.5));
         default:
             return z;
@@ -80,7 +80,7 @@ INLINE V<T> slope(const Activation& activation, V<T> y) {
             return y == zero ? zero : one;
         case kScaledTanh:
             return beta * (alpha - y * y / alpha);
-        case kSigmoidLinear:
+        case kPositive:
             return y > splat(T(0.5)) ? one : y * (one - y);
         default:
             return one;

@@ -41,7 +41,7 @@ enum ActivationCode : int {
     kLeakyRelu,
     kThresholdedRelu,
     kScaledTanh,
-    kSigmoidLinear,
+    kPositive,
     kActivations
 };
 

@@ -34,6 +34,11 @@ GRU, gates z r g:
 SimpleRNN, gate g:
     h_new = g = φ(a + b + bias)                with a, b, layer_norm and clip as above
 
+minGRU, gates z g, and minLSTM, gates i f g; both without recurrent_kernel:
+    a = x·kernel + bias, normalised as above, before the bias                              layer_norm
+    h_new = (1 - z)⊙h_prev + z⊙g               with z = σ(a_z), g = φ(a_g)                 minGRU
+    h_new = (f⊙h_prev + i⊙g) / (f + i)         with i = σ(a_i), f = σ(a_f), g = φ(a_g)     minLSTM
+
 The slope of a clip is 0 at its bounds, as it is beyond them. For every kind, with k random masks in training and the
 rates themselves in inference:
     h = k_h⊙h_prev + (1 - k_h)⊙h_new           c = k_c⊙c_prev + (1 - k_c)⊙c_new            zoneout, zoneout_cell
@@ -59,6 +64,8 @@ Ref, and where we differ:
         recurrent dropout, one mask per sequence, shared by the gates. The h_prev that a GRU and zoneout carry over
         isn't dropped, as in Semeniuta, Severyn and Barth 2016, "Recurrent Dropout without Memory Loss", who drop g
         instead.
+    Feng et al. 2024, "Were RNNs All We Needed?", sec. 3 and appendix B: minGRU and minLSTM with φ = `positive`, their g;
+        our f and i are before their division by f + i.
     Elman 1990, "Finding Structure in Time": SimpleRNN.
 """
 
@@ -100,6 +107,10 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {
     "affine": (lambda z, a, b: a * z + b, lambda z, y, a, b: np.full_like(z, a)),
     "leaky_relu": (lambda z, a, b: np.where(z > 0.0, z, a * z), lambda z, y, a, b: np.where(z > 0.0, 1.0, a)),
     "thresholded_relu": (lambda z, a, b: np.where(z <= a, 0.0, z), lambda z, y, a, b: (z > a) * 1.0),
+    "positive": (
+        lambda z, *_: np.where(z < 0.0, _sigmoid(z), z + 0.5),
+        lambda z, y, *_: np.where(z < 0.0, y * (1.0 - y), 1.0),
+    ),
     "scaled_tanh": (lambda z, a, b: a * np.tanh(b * z), lambda z, y, a, b: a * b * (1.0 - (y / a) ** 2)),
 }
 
@@ -311,7 +322,48 @@ class _RNN(_Cell):
         return dx, dh_in, (0.0,)
 
 
-CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN}
+class _Min(_Cell):
+    """What minGRU and minLSTM share: gates that depend on x alone."""
+
+    def gates_of(self, s: SimpleNamespace, x: Array) -> list[Array]:
+        a = self.product(s, "kernel", x) + self.w.get("bias", 0.0)
+        parts = np.split(a, len(self.spec.gates), axis=1)
+        return [self.activate(s, gate, part) for gate, part in zip(self.spec.gates, parts, strict=True)]
+
+    def gates_back(self, s: SimpleNamespace, d: Arrays, dgates: Sequence[Array]) -> Array:
+        da = np.concatenate([dv * s.slopes[gate] for gate, dv in zip(self.spec.gates, dgates, strict=True)], axis=1)
+        if self.spec.use_bias:
+            d["bias"] += da.sum(axis=0)
+        return self.product_back(s, d, "kernel", da)
+
+
+class _MinGRU(_Min):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        (h_prev,) = state
+        z, g = s.gates = self.gates_of(s, x)
+        s.state, s.h_prev = ((1.0 - z) * h_prev + z * g,), h_prev
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh,), (z, g), (dz, dg) = dstate, s.gates, dgates
+        dx = self.gates_back(s, d, [dz + dh * (g - s.h_prev), dg + dh * z])
+        return dx, np.zeros_like(dh), (dh * (1.0 - z),)
+
+
+class _MinLSTM(_Min):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        (h_prev,) = state
+        i, f, g = s.gates = self.gates_of(s, x)
+        h_new = (f * h_prev + i * g) / (f + i)
+        s.state, s.h_prev, s.h_new = (h_new,), h_prev, h_new
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh,), (i, f, g), (di, df, dg) = dstate, s.gates, dgates
+        share = dh / (f + i)  # of f⊙h_prev + i⊙g; the gradient of f + i is -share⊙h_new
+        dx = self.gates_back(s, d, [di + share * (g - s.h_new), df + share * (s.h_prev - s.h_new), dg + share * i])
+        return dx, np.zeros_like(dh), (share * f,)
+
+
+CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN, "mingru": _MinGRU, "minlstm": _MinLSTM}
 
 
 # ── the loop over time: mask, reset, recurrent dropout, zoneout ─────────────────────────────────────────────────────

@@ -60,6 +60,7 @@ ACTIVATIONS = (
     "leaky_relu",
     "thresholded_relu",
     "scaled_tanh",
+    "positive",
 )
 """Activations that the kernel implements; the position in this tuple is the kernel's code for the activation."""
 
@@ -76,6 +77,8 @@ PARAMETERS = {
     hard_sigmoid  min(max(alpha·z + beta, 0), 1)          elu               z, or alpha·(e^z - 1) where negative
     affine        alpha·z + beta                          leaky_relu        z, or alpha·z where negative
     scaled_tanh   alpha·tanh(beta·z)                      thresholded_relu  z where above alpha, else 0
+
+Without parameters, `positive` is z + 1/2 where z >= 0, else sigmoid(z) (Feng et al. 2024, appendix B.3, their g).
 """
 
 DTYPES = ("float32", "float64")
@@ -160,7 +163,8 @@ class CellSpec:
     Args:
         input_size: number I of input features.
         units: number H of units.
-        activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`.
+        activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`. None:
+            "tanh", and "positive" of a minGRU and a minLSTM.
         recurrent_activation: activation of the other gates.
         use_bias: whether the pre-activations have a bias.
         kind: the kind of cell, a name in `cellstack.cells.KINDS`: "lstm", "gru", "rnn" …
@@ -180,7 +184,7 @@ class CellSpec:
 
     input_size: int
     units: int
-    activation: str = "tanh"
+    activation: str = None  # pyright: ignore[reportAssignmentType]  # that of the kind
     recurrent_activation: str = "sigmoid"
     use_bias: bool = True
     kind: str = "lstm"
@@ -201,6 +205,8 @@ class CellSpec:
         if not isinstance(self.kind, str) or self.kind not in GATES:
             raise ValueError(f"CellSpec: expected kind to be one of {', '.join(GATES)}, got {self.kind!r}")
         for field in fields(self):
+            if getattr(self, field.name) is None and field.name in self.of_kind.settings:
+                object.__setattr__(self, field.name, self.of_kind.settings[field.name].default)
             convert = _CONVERTERS.get(field.type)
             if convert is not None:
                 object.__setattr__(self, field.name, convert("CellSpec", field.name, getattr(self, field.name)))
@@ -381,7 +387,8 @@ _CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
 
 
 def _usual_values(spec: CellSpec) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(spec)}
+    settings = spec.of_kind.settings
+    return {field.name: settings.get(field.name, field).default for field in fields(spec)}
 
 
 def _canonical(name: str, text: str) -> str:

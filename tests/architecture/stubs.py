@@ -3,6 +3,7 @@
 `make stubs` writes them; `test_signatures.py` compares them with the declarations.
 """
 
+import json
 import os
 import re
 import textwrap
@@ -27,10 +28,11 @@ def path(module):
 def stub(module):
     """Return the text of a module's stub."""
     of, found = MODULES[module], import_module(f"cellstack.{module}")
-    imports, classes = {"from typing import Any"}, []
+    imports, classes, names = {"from typing import Any"}, [], []
     for cls in vars(found).values():
         if getattr(cls, "__module__", "") != found.__name__:
             continue
+        names.append(cls.__name__)
         base, kind = cls.__base__, KINDS[cls.kind]
         imports.add(f"from {base.__module__} import {base.__name__}")
         body = [f"{constructor(kind, of)}: ..."]
@@ -44,7 +46,7 @@ def stub(module):
     return (
         "# Written by `make stubs`.\n# fmt: off\n# ruff: noqa: I001\n"
         + "\n".join(sorted(imports, key=_order))
-        + "\n"
+        + f"\n\n__all__ = {json.dumps(sorted(names))}\n"
         + text
     )
 

@@ -65,6 +65,10 @@ class Ops(Protocol[V]):
         """Return `a⊙b`."""
         ...
 
+    def div(self, a: V, b: V) -> V:
+        """Return `a / b`, elementwise."""
+        ...
+
     def one_minus(self, v: V) -> V:
         """Return `1 - v`."""
         ...
@@ -184,6 +188,7 @@ class Kind:
         recurrent: whether h is multiplied by a matrix, `recurrent_kernel`.
         flags: arguments that not all kinds have: settings of `CellSpec`, and arguments of layers and cells.
         without: arguments of all other kinds that this one doesn't have.
+        defaults: values of arguments whose default differs from that of other kinds.
         positions: which arguments Keras has at another position than `arguments.POSITIONAL`, and which of its `flags`
             it takes by position: the arguments after the first of which each follows.
         outputs: activations in addition to the gates'.
@@ -209,6 +214,7 @@ class Kind:
     recurrent: bool = True
     flags: tuple[Argument, ...] = ()
     without: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
     positions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     normed: tuple[int, ...] | None = None
@@ -239,7 +245,11 @@ class Kind:
     def settings(self) -> dict[str, Argument]:
         """The fields of `CellSpec` that this kind has, except `input_size` and `kind`."""
         every = (*POSITIONAL, *self.flags, *KEYWORD)
-        return {one.name: one for one in every if "spec" in one.of and one.name not in self.lacks}
+        return {one.name: self.own(one) for one in every if "spec" in one.of and one.name not in self.lacks}
+
+    def own(self, argument: Argument) -> Argument:
+        """Return an argument with the default that it has in this kind."""
+        return argument._replace(default=self.defaults.get(argument.name, argument.default))
 
     def activation(self, slot: str) -> str:
         """Return which argument sets the activation of a slot by default."""

@@ -4,6 +4,8 @@
 from typing import Any
 from cellstack.keras.recurrent import Recurrent
 
+__all__ = ["GRU", "LSTM", "SimpleRNN"]
+
 class LSTM(Recurrent):
     def __init__(
         self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,

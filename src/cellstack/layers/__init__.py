@@ -15,10 +15,11 @@ from cellstack.spec import check_installed
 
 check_installed("cellstack.layers", "torch", "torch")
 
+from cellstack.layers import cells, kinds
 from cellstack.layers.base import apply_constraints, losses
 from cellstack.layers.bidirectional import Bidirectional
-from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
-from cellstack.layers.kinds import GRU, LSTM, SimpleRNN
+from cellstack.layers.cells import *  # noqa: F403
+from cellstack.layers.kinds import *  # noqa: F403
 from cellstack.layers.rnn import RNN
 from cellstack.layers.stack import StackedRNNCells
 from cellstack.layers.time_distributed import TimeDistributed
@@ -26,18 +27,12 @@ from cellstack.layers.truncated import truncated_backward
 from cellstack.spec import GRUTrace, HiddenState, RNNTrace, ShapeError, State, Trace
 
 __all__ = [
-    "GRU",
-    "LSTM",
     "RNN",
     "Bidirectional",
-    "GRUCell",
     "GRUTrace",
     "HiddenState",
-    "LSTMCell",
     "RNNTrace",
     "ShapeError",
-    "SimpleRNN",
-    "SimpleRNNCell",
     "StackedRNNCells",
     "State",
     "TimeDistributed",
@@ -46,6 +41,8 @@ __all__ = [
     "losses",
     "truncated_backward",
 ]
+__all__ += cells.__all__
+__all__ += kinds.__all__
 
 
 def __dir__() -> list[str]:

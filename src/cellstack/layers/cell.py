@@ -167,9 +167,9 @@ class Cell(Layer):
     def extra_repr(self) -> str:
         """Return the widths, and the arguments that differ from the defaults."""
         parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
-        usual = {"activation": "tanh", "recurrent_activation": "sigmoid"}
-        given = {key: self._config[key] for key in usual if key in self._config}
-        changed = {key: value for key, value in given.items() if value != usual[key]}
+        declared = self._spec.of_kind.settings
+        usual = {key: declared[key].default for key in ("activation", "recurrent_activation") if key in declared}
+        changed = {key: self._config[key] for key in usual if self._config[key] != usual[key]}
         settings = [key for key in self._spec.settings if key not in ("input_size", "units", "kind", *usual)]
         changed |= {key: self._config[key] for key in sorted(settings, key=lambda key: key != "gate_activations")}
         return ", ".join([*parts, *(f"{key}={value!r}" for key, value in changed.items())])

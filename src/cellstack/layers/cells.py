@@ -1,8 +1,10 @@
-"""The cells: one step of an LSTM, a GRU or a SimpleRNN."""
+"""The cells: one step of each kind."""
 
 from __future__ import annotations
 
 from cellstack.layers.cell import Cell
+
+__all__ = ["GRUCell", "LSTMCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
 
 
 class LSTMCell(Cell):
@@ -61,3 +63,41 @@ class SimpleRNNCell(Cell):
     """
 
     kind = "rnn"
+
+
+class MinGRUCell(Cell):
+    """One step of a minimal gated recurrent unit, whose gates depend on x alone.
+
+        z = σ(a_z)    g = φ(a_g)    with a = x·kernel + bias        h = (1 - z)·h_prev + z·g
+
+    The default φ is "positive", v + 1/2 where v >= 0, else sigmoid(v).
+
+    >>> import torch
+    >>> cell = MinGRUCell(4)
+    >>> h, (h,) = cell(torch.zeros(2, 6), torch.zeros(2, 4))
+    >>> tuple(h.shape), tuple(cell.kernel.shape)
+    ((2, 4), (6, 8))
+
+    Ref: Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.1; φ: appendix B.3.
+    """
+
+    kind = "mingru"
+
+
+class MinLSTMCell(Cell):
+    """One step of a minimal long short-term memory, whose gates depend on x alone, and whose only state is h.
+
+        i, f = σ(a_i, a_f)    g = φ(a_g)    with a = x·kernel + bias        h = (f·h_prev + i·g)/(f + i)
+
+    The default φ is "positive", v + 1/2 where v >= 0, else sigmoid(v).
+
+    >>> import torch
+    >>> cell = MinLSTMCell(4)
+    >>> h, (h,) = cell(torch.zeros(2, 6), torch.zeros(2, 4))
+    >>> tuple(h.shape), tuple(cell.kernel.shape)
+    ((2, 4), (6, 12))
+
+    Ref: Feng et al. 2024, "Were RNNs All We Needed?", sec. 3.2; φ: appendix B.3.
+    """
+
+    kind = "minlstm"

@@ -6,6 +6,8 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cell import Cell
 
+__all__ = ["GRUCell", "LSTMCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
+
 class LSTMCell(Cell):
     def __init__(
         self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
@@ -44,6 +46,30 @@ class SimpleRNNCell(Cell):
         recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
+    ) -> None: ...
+
+class MinGRUCell(Cell):
+    def __init__(
+        self, units: int, activation: Any = 'positive', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
+        kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
+    ) -> None: ...
+
+class MinLSTMCell(Cell):
+    def __init__(
+        self, units: int, activation: Any = 'positive', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
+        kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
         seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
         clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,

@@ -44,6 +44,11 @@ def thresholded_relu(z: Tensor, alpha: float) -> Tensor:
     return torch.where(z <= alpha, 0.0, z)  # a NaN stays one
 
 
+def positive(z: Tensor) -> Tensor:
+    """Return `z + 1/2` where `z` isn't negative, else its sigmoid."""
+    return torch.where(z >= 0.0, z + 0.5, torch.sigmoid(z))
+
+
 def scaled_tanh(z: Tensor, alpha: float, beta: float) -> Tensor:
     """Return `alpha·tanh(beta·z)`."""
     return alpha * torch.tanh(beta * z)
@@ -79,6 +84,7 @@ def function_of(activation: words.Activation) -> Function:
         "affine": partial(affine, alpha=alpha, beta=beta),
         "leaky_relu": partial(functional.leaky_relu, negative_slope=alpha),
         "thresholded_relu": partial(thresholded_relu, alpha=alpha),
+        "positive": positive,
         "scaled_tanh": partial(scaled_tanh, alpha=alpha, beta=beta),
     }[name]
 

@@ -1,9 +1,11 @@
-"""`LSTM`, `GRU` and `SimpleRNN`: each an `RNN` of one cell that takes the arguments of both."""
+"""The layers of one cell, one for each kind: each an `RNN` of one cell that takes the arguments of both."""
 
 from __future__ import annotations
 
-from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
+from cellstack.layers.cells import GRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
+
+__all__ = ["GRU", "LSTM", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 
 class LSTM(SingleCellRNN):
@@ -38,3 +40,25 @@ class SimpleRNN(SingleCellRNN):
     """
 
     cell_type = SimpleRNNCell
+
+
+class MinGRU(SingleCellRNN):
+    """Minimal gated recurrent units over a sequence: an RNN of one `MinGRUCell`, without a product with h.
+
+    >>> y, h = MinGRU(4, return_sequences=True, return_state=True)([[[3, 2, 2, 2, 2, 2]]])
+    >>> tuple(y.shape), tuple(h.shape)
+    ((1, 1, 4), (1, 4))
+    """
+
+    cell_type = MinGRUCell
+
+
+class MinLSTM(SingleCellRNN):
+    """A minimal long short-term memory over a sequence: an RNN of one `MinLSTMCell`, without a product with h.
+
+    >>> y, h = MinLSTM(4, return_sequences=True, return_state=True)([[[3, 2, 2, 2, 2, 2]]])
+    >>> tuple(y.shape), tuple(h.shape)
+    ((1, 1, 4), (1, 4))
+    """
+
+    cell_type = MinLSTMCell

@@ -6,8 +6,12 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cells import GRUCell
 from cellstack.layers.cells import LSTMCell
+from cellstack.layers.cells import MinGRUCell
+from cellstack.layers.cells import MinLSTMCell
 from cellstack.layers.cells import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
+
+__all__ = ["GRU", "LSTM", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
@@ -61,4 +65,34 @@ class SimpleRNN(SingleCellRNN):
         norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
+    ) -> None: ...
+
+class MinGRU(SingleCellRNN):
+    cell: MinGRUCell
+    def __init__(
+        self, units: int, activation: Any = 'positive', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
+        kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        activity_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None, dropout: float = 0.0, seed: int | None = None,
+        return_sequences: bool = False, return_state: bool = False, go_backwards: bool = False, stateful: bool = False,
+        unroll: bool = False, zero_output_for_mask: bool = False, *, gate_activations: Any = (),
+        layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
+    ) -> None: ...
+
+class MinLSTM(SingleCellRNN):
+    cell: MinLSTMCell
+    def __init__(
+        self, units: int, activation: Any = 'positive', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
+        kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        activity_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None, dropout: float = 0.0, seed: int | None = None,
+        return_sequences: bool = False, return_state: bool = False, go_backwards: bool = False, stateful: bool = False,
+        unroll: bool = False, zero_output_for_mask: bool = False, *, gate_activations: Any = (),
+        layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...

@@ -91,6 +91,10 @@ class Recorded:
         """Record `a⊙b`."""
         return self._new("mul", a, b)
 
+    def div(self, a: Value, b: Value) -> Value:
+        """Record `a / b`."""
+        return self._new("div", a, b)
+
     def one_minus(self, v: Value) -> Value:
         """Record `1 - v`."""
         return self._new("one_minus", v)

@@ -59,6 +59,10 @@ class TorchOps:
         """Return `a⊙b`."""
         return a * b
 
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a / b`."""
+        return a / b
+
     def one_minus(self, v: Tensor) -> Tensor:
         """Return `1 - v`."""
         return 1.0 - v

@@ -177,6 +177,13 @@ static $real ${name}_thresholded_relu($real z, $real alpha)
     return z <= alpha ? 0.0$f : z;
 }
 """,
+    "positive": """
+static $real ${name}_positive($real z)
+{
+    const $real e = z < 0.0$f ? exp$f(z) : 0.0$f;
+    return z < 0.0$f ? e / (1.0$f + e) : z + 0.5$f;
+}
+""",
     "scaled_tanh": """
 static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 {

@@ -305,6 +305,11 @@ class Step:
             return " + ".join(text for text, _ in inner), SUM
         if operation == "mul":
             return " * ".join(text if binds >= FACTOR else f"({text})" for text, binds in inner), FACTOR
+        if operation == "div":
+            above, below = (
+                text if binds >= own else f"({text})" for (text, binds), own in zip(inner, (FACTOR, ATOM), strict=True)
+            )
+            return f"{above} / {below}", FACTOR
         (text, binds), *_ = inner
         if operation == "one_minus":
             return f"1.0$f - {text if binds > SUM else f'({text})'}", SUM

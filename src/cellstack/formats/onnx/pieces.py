@@ -92,7 +92,7 @@ class Pieces:
         kind, alpha, beta = activation(text)
         if kind == "linear":
             return self.put("Identity", [x], output, name)
-        if kind in ("affine", "scaled_tanh") or (plain and ONNX_NAMES[kind] in SINGLE):
+        if kind in ("affine", "scaled_tanh", "positive") or (plain and ONNX_NAMES[kind] in SINGLE):
             self._made(kind, alpha, beta, x)
             last = self.nodes[-1]
             last.output[0], last.name = output, name
@@ -107,6 +107,8 @@ class Pieces:
             return of("Add", of("Mul", x, number(alpha)), number(beta))
         if kind == "scaled_tanh":
             return of("Mul", of("Tanh", of("Mul", x, number(beta))), number(alpha))
+        if kind == "positive":
+            return of("Where", of("Less", x, number(0.0)), of("Sigmoid", x), of("Add", x, number(0.5)))
         if kind == "hard_sigmoid":
             return of("Clip", of("Add", of("Mul", x, number(alpha)), number(beta)), number(0.0), number(1.0))
         if kind == "softsign":

@@ -66,6 +66,10 @@ class OnnxOps(Pieces):
         """Return `a⊙b`."""
         return self.of("Mul", a, b)
 
+    def div(self, a: str, b: str) -> str:
+        """Return `a / b`."""
+        return self.of("Div", a, b)
+
     def one_minus(self, v: str) -> str:
         """Return `1 - v`."""
         return self.of("Sub", self.number(1.0), v)

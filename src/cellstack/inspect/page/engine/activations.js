@@ -37,6 +37,7 @@ const ACTIVATION_TABLE = {
   affine: [(z, a, b) => a * z + b, (z, y, a) => a],
   leaky_relu: [(z, a) => (z > 0 ? z : a * z), (z, y, a) => (z > 0 ? 1 : a)],
   thresholded_relu: [(z, a) => (z <= a ? 0 : z), (z, y, a) => (z > a ? 1 : 0)],
+  positive: [(z) => (z < 0 ? sigmoidOf(z) : z + 0.5), (z, y) => (z < 0 ? y * (1 - y) : 1)],
   scaled_tanh: [(z, a, b) => a * Math.tanh(b * z), (z, y, a, b) => a * b * (1 - (y / a) ** 2)],
 };
 
