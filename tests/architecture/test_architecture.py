@@ -36,7 +36,7 @@ BELOW = {
     "network": {"spec", "bfloat16", "native", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
-    "inspect": {"cells", "spec", "views", "reference", "native", "nodes", "graph", "arguments", "network", "formats"},
+    "inspect": {"cells", "spec", "views", "reference", "nodes", "graph", "arguments", "network", "formats"},
     "layers": {"cells", "spec", "views", "native"},
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"cells", "spec", "layers"},
