@@ -10,6 +10,7 @@ ALPHAS = {
     "thresholded_relu": (-0.3, 0.3),
     "scaled_tanh": (0.5, 1.5),
 }
+POSITIVE = ("sigmoid", "softplus")
 BOUNDED = ("sigmoid", "tanh", "hard_sigmoid", "softsign", "scaled_tanh")
 BETAS = {"hard_sigmoid": (0.3, 0.6), "affine": (-0.3, 0.3), "scaled_tanh": (0.5, 1.5)}
 
@@ -26,14 +27,18 @@ def random_activation(rng, names=ACTIVATIONS):
 def random_spec(rng, kind=None, largest=8):
     """Return a random valid cell: every flag of its kind is set independently, about one time in three.
 
-    Gates that multiply unbounded values are bounded, so that float32 can be compared with float64.
+    Gates that multiply unbounded values are bounded, so that float32 can be compared with float64; gates whose sum
+    divides are positive.
     """
     kind = str(rng.choice(list(GATES))) if kind is None else kind
+    divides = kind == "minlstm"
     often = lambda share: bool(rng.random() < share)  # noqa: E731
     units = int(rng.integers(1, largest + 1))
     flags = {
         "activation": random_activation(rng),
-        "recurrent_activation": random_activation(rng, ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")),
+        "recurrent_activation": random_activation(
+            rng, POSITIVE if divides else ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")
+        ),
         "use_bias": often(0.8),
         "layer_norm": often(0.3),
         "norm_epsilon": float(rng.choice([1e-3, 1e-2, 1e-1])),
@@ -57,7 +62,8 @@ def random_spec(rng, kind=None, largest=8):
         slots = [gate for gate in GATES[kind] if not (gate == "f" and flags.get("coupled"))]
         slot = str(rng.choice([*slots, *(["cell"] if kind == "lstm" else [])]))
         tame = slot in ("g", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
-        flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else BOUNDED)}
+        bounded = POSITIVE if divides else BOUNDED
+        flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
     return CellSpec(int(rng.integers(1, largest + 1)), units, kind=kind, **flags)
 
 

@@ -182,6 +182,20 @@ FLAGS = {
     "rnn, zoneout": {"kind": "rnn", "zoneout": 0.3},
     "rnn, activation": {"kind": "rnn", "activation": "leaky_relu(0.3)"},
     "rnn, learned start": {"kind": "rnn", "learn_initial_state": True},
+    "mingru": {"kind": "mingru"},
+    "mingru, no bias": {"kind": "mingru", "use_bias": False},
+    "mingru, layer norm": {"kind": "mingru", "layer_norm": True},
+    "mingru, clip": {"kind": "mingru", "clip": 0.3},
+    "mingru, zoneout": {"kind": "mingru", "zoneout": 0.3},
+    "mingru, activations": {"kind": "mingru", "gate_activations": {"z": "hard_sigmoid", "g": "tanh"}},
+    "mingru, learned start": {"kind": "mingru", "learn_initial_state": True},
+    "minlstm": {"kind": "minlstm"},
+    "minlstm, no bias": {"kind": "minlstm", "use_bias": False},
+    "minlstm, layer norm": {"kind": "minlstm", "layer_norm": True},
+    "minlstm, clip": {"kind": "minlstm", "clip": 0.3},
+    "minlstm, zoneout": {"kind": "minlstm", "zoneout": 0.3},
+    "minlstm, activations": {"kind": "minlstm", "gate_activations": {"f": "softplus", "g": "tanh"}},
+    "minlstm, learned start": {"kind": "minlstm", "learn_initial_state": True},
 }
 
 

@@ -18,6 +18,7 @@ from cellstack.formats.c import export
 from cellstack.formats.verify import verify
 from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Scale
 from cellstack.nodes.activations import MORE_ACTIVATIONS
+from cellstack.spec import GATES
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wconversion", "-Wdouble-promotion", "-Wshadow"]
 REAL = {"float32": ctypes.c_float, "float64": ctypes.c_double}
@@ -126,7 +127,7 @@ def compared_with_the_stream(net, inside, steps=20):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype):
     networks = {}
     for seed in range(0, 30, 1 if dtype == "float32" else 2):
@@ -137,14 +138,14 @@ def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype):
 
 
 def test_all_flags_are_covered():
-    flags = {"lstm": set(), "gru": set(), "rnn": set()}
+    flags = {kind: set() for kind in GATES}
     for kind, seen in flags.items():
         for seed in range(0, 30, 2):  # those of float64
             seen.update(random_spec(np.random.default_rng(seed), kind, 12).settings)
     common = {"layer_norm", "clip", "zoneout", "learn_initial_state", "use_bias", "gate_activations"}
     assert common | {"peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"} <= flags["lstm"]
     assert common | {"reset_after"} <= flags["gru"]
-    assert common <= flags["rnn"]
+    assert all(common <= seen for seen in flags.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -158,7 +159,7 @@ def around(dtype="float32"):
     """A network of every node that can surround the cells, and stacks with residuals."""
     rng = np.random.default_rng(5)
     array = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
-    stack = Recurrent(tuple(make_cell(rng, 6, 6, dtype, kind=kind) for kind in ("lstm", "gru", "rnn")), residual=True)
+    stack = Recurrent(tuple(make_cell(rng, 6, 6, dtype, kind=kind) for kind in GATES), residual=True)
     return Network(
         [
             Embedding(array(9, 5)),

@@ -94,7 +94,7 @@ def test_a_network_round_trips_bit_for_bit(seed, dtype, tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_cell_of_every_flag_round_trips(seed, kind, tmp_path):
     rng = np.random.default_rng(seed)

@@ -442,7 +442,7 @@ def every_node():
 
 def make_stacked(rng, inputs, sequences=True, **flags):
     """Three cells, each of a different kind, with residual sums over the upper two."""
-    kinds = ("lstm", "gru", "rnn")
+    kinds = tuple(GATES)
     cells = [make_cell(rng, inputs if n == 0 else 4, 4, "float64", kind=kind) for n, kind in enumerate(kinds)]
     return Recurrent(tuple(cells), sequences, residual=True, **flags)
 

@@ -5,7 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
-from family import random_arrays, random_case, random_spec, random_state
+from family import POSITIVE, random_arrays, random_case, random_spec, random_state
 
 from cellstack import reference
 from cellstack.spec import ACTIVATIONS, STATES, CellSpec, activation
@@ -80,6 +80,16 @@ FLAGS = {
     "rnn clip": {"kind": "rnn", "clip": 0.5},
     "rnn zoneout": {"kind": "rnn", "zoneout": 0.3},
     "rnn learn_initial_state": {"kind": "rnn", "learn_initial_state": True},
+    "mingru": {"kind": "mingru"},
+    "mingru layer_norm": {"kind": "mingru", "layer_norm": True},
+    "mingru clip": {"kind": "mingru", "clip": 0.5},
+    "mingru zoneout": {"kind": "mingru", "zoneout": 0.3},
+    "mingru learn_initial_state": {"kind": "mingru", "learn_initial_state": True},
+    "minlstm": {"kind": "minlstm"},
+    "minlstm layer_norm": {"kind": "minlstm", "layer_norm": True},
+    "minlstm clip": {"kind": "minlstm", "clip": 0.5},
+    "minlstm zoneout": {"kind": "minlstm", "zoneout": 0.3},
+    "minlstm learn_initial_state": {"kind": "minlstm", "learn_initial_state": True},
 }
 
 
@@ -111,7 +121,8 @@ def test_gradients_of_every_argument_alone(rng, kind, argument):
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_gradients_of_every_activation_in_every_place(rng, kind, name):
-    spec = CellSpec(2, 2, kind=kind, activation=name, **({} if kind == "rnn" else {"recurrent_activation": name}))
+    gates = {"rnn": {}, "minlstm": {"recurrent_activation": name if name in POSITIVE else "sigmoid"}}
+    spec = CellSpec(2, 2, kind=kind, activation=name, **gates.get(kind, {"recurrent_activation": name}))
     case = {"x": rng.standard_normal((2, 2, 2)), "state": random_state(rng, spec, 2)}
     check_gradients(rng, spec, random_arrays(rng, spec), case)
 
@@ -119,7 +130,7 @@ def test_gradients_of_every_activation_in_every_place(rng, kind, name):
 @pytest.mark.parametrize("seed", range(60))
 def test_gradients_of_products_of_flags(seed):
     rng = np.random.default_rng(seed)
-    spec = random_spec(rng, tuple(STATES)[seed % 3], largest=4)
+    spec = random_spec(rng, tuple(STATES)[seed % len(STATES)], largest=4)
     check_gradients(rng, spec, random_arrays(rng, spec), random_case(rng, spec, batch=2, steps=3))
 
 
@@ -138,6 +149,7 @@ SCALARS = {
     "leaky_relu": lambda z, a, b: z if z > 0.0 else a * z,
     "thresholded_relu": lambda z, a, b: z if z > a else 0.0,
     "scaled_tanh": lambda z, a, b: a * math.tanh(b * z),
+    "positive": lambda z, a, b: z + 0.5 if z >= 0.0 else 1.0 / (1.0 + math.exp(-z)),
 }
 
 
@@ -219,7 +231,26 @@ def rnn_row(spec, w, x, h_in, state):
     return (g,), (g,)
 
 
-ROWS = {"lstm": lstm_row, "gru": gru_row, "rnn": rnn_row}
+def row_of_x(spec, w, x):
+    """Return the pre-activations of a kind without a recurrent product, for each gate."""
+    a = times(x, w["kernel"])
+    if spec.layer_norm:
+        a = normalised(a, w["kernel_gain"], spec.norm_epsilon)
+    a = [v + shift for v, shift in zip(a, w["bias"] if spec.use_bias else [0.0] * len(a), strict=True)]
+    return [a[n : n + spec.units] for n in range(0, len(a), spec.units)]
+
+
+def mingru_row(spec, w, x, h_in, state):
+    z, g = ([activated(spec, gate, v) for v in row] for gate, row in zip("zg", row_of_x(spec, w, x), strict=True))
+    return ([(1.0 - z[n]) * state[0][n] + z[n] * g[n] for n in range(spec.units)],), (z, g)
+
+
+def minlstm_row(spec, w, x, h_in, state):
+    i, f, g = ([activated(spec, gate, v) for v in row] for gate, row in zip("ifg", row_of_x(spec, w, x), strict=True))
+    return ([(f[n] * state[0][n] + i[n] * g[n]) / (f[n] + i[n]) for n in range(spec.units)],), (i, f, g)
+
+
+ROWS = {"lstm": lstm_row, "gru": gru_row, "rnn": rnn_row, "mingru": mingru_row, "minlstm": minlstm_row}
 
 
 def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_cell, reverse):
@@ -256,7 +287,7 @@ def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_
 @pytest.mark.parametrize("seed", range(150))
 def test_products_of_flags_match_the_second_version(seed):
     rng = np.random.default_rng(seed)
-    spec = random_spec(rng, tuple(STATES)[seed % 3])
+    spec = random_spec(rng, tuple(STATES)[seed % len(STATES)])
     arrays, case = random_arrays(rng, spec), random_case(rng, spec)
     got, expected = results(reference.forward(spec, arrays, **case)), by_rows(spec, arrays, **case)
     assert list(got) == list(expected)
@@ -400,7 +431,7 @@ def everything(spec, arrays, case, given):
 @pytest.mark.parametrize("seed", range(30))
 def test_masked_steps_affect_no_result_and_no_gradient(seed):
     rng = np.random.default_rng(seed)
-    spec = random_spec(rng, tuple(STATES)[seed % 3])
+    spec = random_spec(rng, tuple(STATES)[seed % len(STATES)])
     arrays = random_arrays(rng, spec)
     mask = rng.random((3, 5)) < 0.6
     mask[0] = False

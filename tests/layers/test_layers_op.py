@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from family import POSITIVE
 from op_calls import FLAGS, by_reference, differentiable, flagged, furthest, fused, given, loop, split, stack, tensor
 from torch import Tensor
 
 from cellstack import layers
 from cellstack.layers import eager, op
 from cellstack.layers.sequences import shifted
-from cellstack.spec import ACTIVATIONS, PARAMETERS, CellSpec, ShapeError, activation
+from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, ShapeError, activation
 
 MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 
@@ -94,7 +95,7 @@ def test_gradients_of_gates_and_cells_are_those_of_the_loop(seed):
     assert furthest(got, wanted) <= tolerances.KERNEL_ACTIVATIONS
 
 
-@pytest.mark.parametrize("name", ["lstm", "lstm, all", "gru", "rnn"])
+@pytest.mark.parametrize("name", ["lstm", "lstm, all", "gru", "rnn", "mingru", "minlstm"])
 @pytest.mark.parametrize(
     ("units", "dtype"), [(16, torch.float64), (50, torch.float32), (64, torch.float32), (64, torch.float64)]
 )
@@ -109,7 +110,7 @@ def test_a_thousand_steps_are_the_reference(dtype, units, name):
         assert furthest([*states[n], ys[n]], [*wanted.state, wanted.y]) <= tolerance
 
 
-@pytest.mark.parametrize("name", ["lstm, all", "gru"])
+@pytest.mark.parametrize("name", ["lstm, all", "gru", "mingru", "minlstm"])
 def test_any_number_of_threads_gives_the_same_bits(name):
     """The op uses PyTorch's number of threads, which is one in these tests unless set."""
     g = given([flagged(name, 16, 64), CellSpec(flagged(name, 16, 64).output_size, 64)], batch=40, steps=30)
@@ -124,7 +125,7 @@ def test_any_number_of_threads_gives_the_same_bits(name):
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn", "mingru"])
 def test_linear_mode_is_exact(rng, kind):
     """With identity activations and small integers there is no rounding: every bit must be right."""
     for units, width in ((1, 1), (3, 5), (16, 16), (17, 9)):
@@ -206,18 +207,20 @@ def test_gradients_of_every_flag_are_finite_differences(name, way, started, requ
     assert torch.autograd.gradcheck(as_function(g), g.leaves)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_has_the_right_derivative(name, kind):
     parameters = tuple(0.9 * p + 0.03 for p in PARAMETERS.get(name, ()))
     text = f"{name}({', '.join(map(str, parameters))})" if parameters else name
-    texts = (text,) if kind == "rnn" else (text, text)
+    gates = {"rnn": (), "minlstm": (text if name in POSITIVE else "sigmoid",)}
+    texts = (text, *gates.get(kind, (text,)))
     g = given([CellSpec(2, 3, *texts, kind=kind)], 1, batch=2, steps=2)
     assert torch.autograd.gradcheck(as_function(g), g.leaves)
 
 
 SECOND = ["lstm", "gru", "gru, reset before", "rnn", "lstm, all", "lstm, peepholes", "lstm, projection"]
 SECOND += ["lstm, layer norm", "gru, layer norm", "lstm, zoneout", "lstm, learned start"]
+SECOND += [name for name in FLAGS if name.startswith("min")]
 
 
 @pytest.mark.usefixtures("path")
@@ -257,6 +260,8 @@ OPCHECKS = [
     (["gru, reset before", "lstm, learned start"], False, True, True),
     (["lstm, projection", "rnn"], False, True, False),
     (["gru"], False, False, False),
+    (["mingru", "lstm", "minlstm, layer norm"], True, True, True),
+    (["minlstm", "mingru, learned start"], False, False, True),
 ]
 
 

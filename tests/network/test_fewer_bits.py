@@ -24,7 +24,7 @@ from cellstack import (
 from cellstack.bfloat16 import BFloat16Array
 from cellstack.cli import main as cli
 from cellstack.formats.verify import verify
-from cellstack.spec import MATRICES
+from cellstack.spec import GATES, MATRICES
 
 
 def near(array):
@@ -98,7 +98,7 @@ def test_bfloat16_rounds_matrices_and_what_they_are_multiplied_with(number, batc
 
 
 @pytest.mark.parametrize("batch", [1, 5, 40])
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 def test_products_of_a_layer_in_bfloat16_are_exact(kind, batch):
     """One step from a state of zeros, so that only x and the kernel are rounded."""
     rng = np.random.default_rng(batch)

@@ -29,7 +29,7 @@ from cellstack import (
 )
 from cellstack.nodes import Merge, Scale
 from cellstack.nodes.recording import Recording
-from cellstack.spec import ARRAYS
+from cellstack.spec import ARRAYS, GATES
 
 TOLERANCE = {"float32": tolerances.NETWORK, "float64": tolerances.REFERENCE_DOUBLE}
 
@@ -91,6 +91,14 @@ FLAGS = {
     "rnn of relu": {"kind": "rnn", "activation": "leaky_relu(0.1)", "use_bias": False},
     "rnn with layer norm": {"kind": "rnn", "layer_norm": True, "clip": 0.7},
     "rnn with a learned initial state": {"kind": "rnn", "learn_initial_state": True, "zoneout": 0.1},
+    "mingru": {"kind": "mingru"},
+    "mingru of other activations": {"kind": "mingru", "activation": "tanh", "recurrent_activation": "hard_sigmoid"},
+    "mingru with layer norm": {"kind": "mingru", "layer_norm": True, "clip": 0.7},
+    "mingru with a learned initial state": {"kind": "mingru", "learn_initial_state": True, "zoneout": 0.1},
+    "minlstm": {"kind": "minlstm"},
+    "minlstm of other activations": {"kind": "minlstm", "activation": "tanh", "recurrent_activation": "softplus"},
+    "minlstm with layer norm": {"kind": "minlstm", "layer_norm": True, "clip": 0.7},
+    "minlstm with a learned initial state": {"kind": "minlstm", "learn_initial_state": True, "zoneout": 0.1},
 }
 
 
@@ -118,7 +126,7 @@ def test_every_flag_by_itself(case, backwards):
 
 
 def test_rows_start_from_the_learned_initial_state():
-    for kind in ("lstm", "gru", "rnn"):
+    for kind in GATES:
         cell = make_cell(rng_of(), 3, 4, kind=kind, learn_initial_state=True)
         net, x = Network([Recurrent((cell,))]), rng_of(1).normal(size=(2, 5, 3))
         start = [np.tile(cell.arrays[f"initial_{name}"], (2, 1)) for name in cell.spec.state_sizes]
@@ -657,7 +665,7 @@ def test_cells_in_separate_nodes_run_like_a_stack(seed, monkeypatch):
     width, ways = int(rng.integers(1, 9)), {"go_backwards": bool(rng.integers(2))}
     ends = {"return_sequences": bool(rng.integers(2)), "zero_output_for_mask": bool(rng.integers(2))}
     cells = make_stack(rng, width).cells
-    cells = (*cells, fill(rng, CellSpec(cells[-1].spec.output_size, 4, kind=["lstm", "gru", "rnn"][seed % 3])))
+    cells = (*cells, fill(rng, CellSpec(cells[-1].spec.output_size, 4, kind=tuple(GATES)[seed % len(GATES)])))
     first, *middle, last = cells
     nodes = [Recurrent((first,), **ways), *(Recurrent((cell,)) for cell in middle), Recurrent((last,), **ends)]
     apart, stack = Network(nodes), Network([Recurrent(cells, **ways, **ends)])

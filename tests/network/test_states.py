@@ -16,7 +16,7 @@ from cellstack import Bidirectional, Dense, Network, Recurrent, ShapeError
 from cellstack.inspect.files import load as load_trace
 from cellstack.inspect.payload import payload_of
 from cellstack.nodes import Merge, Pool1D, StepMask
-from cellstack.spec import FormatError, HiddenState, State
+from cellstack.spec import GATES, FormatError, HiddenState, State
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_states_are_inputs_and_outputs_of_a_step(rng, steps):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.sampled_from(["lstm", "gru", "rnn"]), st.integers(0, 99))
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.sampled_from(list(GATES)), st.integers(0, 99))
 def test_any_chunking_through_inputs_and_outputs_is_one_pass(chunks, kind, seed):
     rng, node = np.random.default_rng(seed), recurrent(2, 3, 4, kind=kind, seed=seed)
     states = list(node.state_sizes)

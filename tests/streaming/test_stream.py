@@ -26,6 +26,7 @@ from cellstack import (
     State,
 )
 from cellstack.nodes import Conv1D, Embedding
+from cellstack.spec import GATES
 
 DTYPES = st.sampled_from(["float32", "float64"])
 
@@ -84,7 +85,7 @@ def test_any_chunking_gives_the_same_bits(seed, dtype, batch, chunks, steps_alon
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("seed", range(12))
 def test_every_kind_of_cell_by_itself(seed, kind, dtype):
     """Steps, chunks and one pass: the same bits, from the cell's own initial state."""
@@ -107,7 +108,7 @@ def test_every_kind_of_cell_by_itself(seed, kind, dtype):
 
 def test_a_residual_is_added_between_kernel_streams():
     rng = np.random.default_rng(0)
-    cells = tuple(make_cell(rng, 4, 4, kind=kind) for kind in ("lstm", "gru", "rnn"))
+    cells = tuple(make_cell(rng, 4, 4, kind=kind) for kind in GATES)
     plain, residual = Network([Recurrent(cells)]), Network([Recurrent(cells, residual=True)])
     x = make_x(plain, 2, 8)
     stream, expected = residual.stream(2), residual(x)
@@ -263,7 +264,7 @@ def test_reset_of_some_rows(rows, hit):
     assert np.array_equal(stream.run(x)[hit], net(x)[hit])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 def test_a_stream_starts_and_resets_to_the_learned_state(kind):
     cell = make_cell(np.random.default_rng(0), 3, 4, kind=kind, learn_initial_state=True)
     net = Network([Recurrent((cell,))])

@@ -11,6 +11,7 @@ from networks import make_graph, make_network
 from onnx_graphs import run
 
 from cellstack import CellSpec
+from cellstack.cells import KINDS
 from cellstack.formats import onnx as adapter
 from cellstack.network import Network
 from cellstack.nodes import (
@@ -61,7 +62,7 @@ def floats(rng, *shape):
 
 def random_cell(rng, inputs, units, kind=None, **given):
     """A cell with any of the flags that ONNX's operators have."""
-    kind = str(rng.choice(["lstm", "gru", "rnn"])) if kind is None else kind
+    kind = str(rng.choice(list(KINDS))) if kind is None else kind
     often = lambda share: bool(rng.random() < share)  # noqa: E731
     flags = {
         "activation": str(rng.choice(ACTIVATIONS)) if often(0.5) else "tanh",
@@ -69,7 +70,7 @@ def random_cell(rng, inputs, units, kind=None, **given):
         "clip": 0.7 if often(0.3) else None,
         "learn_initial_state": often(0.3),
     }
-    if kind != "rnn":
+    if kind not in ("rnn", "minlstm"):  # which has none; which divides by a sum of gates
         flags["recurrent_activation"] = str(rng.choice(GATES))
     if kind == "lstm":
         flags |= {"peepholes": often(0.4), "coupled": often(0.3)}
@@ -163,7 +164,7 @@ def test_pairs(tmp_path, seed):
     inputs, units, depth = (int(n) for n in rng.integers(1, 5, 3))
     depth = 1 if seed % 2 else min(depth, 2)
     mode, sequences = str(rng.choice(["concat", "sum", "mul", "ave"])), bool(rng.integers(2))
-    kind = str(rng.choice(["lstm", "gru", "rnn"]))
+    kind = str(rng.choice(list(KINDS)))
     alike = {"peepholes": False, "coupled": False} if kind == "lstm" else {}
     alike |= {"use_bias": True, "clip": None} | ({"reset_after": True} if kind == "gru" else {})
     widths = [inputs, *[units] * depth]
@@ -432,7 +433,7 @@ def masked_networks(rng):
     two = {"inputs": {"x": (None, 3)}, "wires": [("x",), ("x",), ("a", "b"), ("both",)]}
     ends = {mode: [Recurrent(cells("lstm")), GlobalPool(mode)] for mode in ("mean", "max", "last")}
     return {
-        "stack": Network([Masking(), Recurrent(cells("lstm", "gru", "rnn"))]),
+        "stack": Network([Masking(), Recurrent(cells(*KINDS))]),
         "residual": Network([Masking(), Recurrent(cells("lstm", "gru"), residual=True)]),
         "residual end": Network([Masking(), Recurrent(cells("lstm", "gru"), return_sequences=False, residual=True)]),
         "backwards": Network([Masking(), Recurrent(cells("gru", "lstm"), go_backwards=True), *ends["last"]]),

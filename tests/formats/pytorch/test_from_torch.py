@@ -15,6 +15,7 @@ from torch import nn
 import cellstack as cs
 from cellstack import layers
 from cellstack.layout import OURS, from_rows, reorder, to_rows
+from cellstack.spec import GATES
 
 ORDERS = [(kind, "".join(order)) for kind, ours in OURS.items() for order in itertools.permutations(ours)]
 
@@ -396,17 +397,18 @@ def test_our_stack(mask, go_backwards):
 
 def make_cell(spec):
     """The built layer cell of this description."""
-    kinds = {"lstm": layers.LSTMCell, "gru": layers.GRUCell, "rnn": layers.SimpleRNNCell}
+    kind = spec.of_kind
     settings = {name: value for name, value in spec.settings.items() if name != "kind"}
-    if spec.kind == "rnn":
-        settings.pop("recurrent_activation", None)  # it has no such gate
-    return randomise(kinds[spec.kind](**settings, dropout=0.2, recurrent_dropout=0.2))
+    if not kind.gated:
+        settings.pop("recurrent_activation", None)
+    dropout = {"dropout": 0.2} | ({"recurrent_dropout": 0.2} if kind.recurrent else {})
+    return randomise(getattr(layers, f"{kind.title}Cell")(**settings, **dropout))
 
 
 RESET = np.array([[False, True, False, False], [False] * 4, [True, False, False, True]])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("seed", range(20))
 def test_our_cells_of_any_flags(seed, kind):
     """Every flag and array is converted, with learned initial states and zoneout rates; dropout isn't."""
