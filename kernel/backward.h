@@ -268,7 +268,7 @@ INLINE void pair_up(T* to, const T* a, const T* b, int64_t n) {
 template <class T>
 void weight_gradient(const WeightGradient<T>& f) {
     constexpr int W = Vec<T>::W;
-    const int G = f.gates, wide = G * W, together = G >= 3 ? 1 : int(kBlocksOfPanel);
+    const int G = f.gates, wide = G * W, together = G > 1 ? 1 : int(kBlocksOfPanel);
     const int64_t count = f.pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
     for (const auto& of : f.of)
         for (int64_t m = 0; !f.copied && of.columns && m < count; ++m) {

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from networks import fill, make_cell, make_network
 
 import cellstack as cs
+from cellstack.cells import KINDS
 from cellstack.formats.files import replacing
 from cellstack.nodes.cell import CELL_FLAGS, CELL_WIDTHS
 from cellstack.spec import ARRAYS, GATES
@@ -137,11 +138,17 @@ def test_the_format_page_lists_every_setting_and_every_tensor():
     for field in fields(cs.CellSpec):
         kind, usual = said[field.name]
         assert kind.strip() == types[CELL_KEYS[field.name]], field.name
-        if field.default is None or field.default is MISSING:
-            assert not usual.strip(), field.name
-        else:
-            usual = json.loads(usual.strip().strip("`"))
-            assert usual == (field.default or type(usual)()), field.name
+        usual, *of_kinds = usual.strip().split("; ")  # those of kinds, after the usual one
+        defaults = {}
+        for kinds, value in (part.split(": ") for part in of_kinds):
+            defaults |= dict.fromkeys(kinds.split(", "), value)
+        for kind in KINDS.values():
+            default = kind.settings.get(field.name, field).default
+            if default is None or default is MISSING:
+                assert not usual, field.name
+            else:
+                value = json.loads(defaults.get(kind.name, usual).strip("`"))
+                assert value == (default or type(value)()), (field.name, kind.name)
     assert re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.+?) \|", tables["tensor"], re.MULTILINE))) == list(ARRAYS)
     assert re.findall(r"^\| `(\w+)` \| \*\*(.+?)\*\*", text, re.MULTILINE) == [
         (kind, " ".join(gates)) for kind, gates in GATES.items()
