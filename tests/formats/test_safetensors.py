@@ -23,6 +23,7 @@ from networks import fill, make_cell, make_network
 
 import cellstack as cs
 from cellstack.cells import KINDS
+from cellstack.cells.arguments import REQUIRED
 from cellstack.formats.files import replacing
 from cellstack.nodes.cell import CELL_FLAGS, CELL_WIDTHS
 from cellstack.spec import ARRAYS, GATES
@@ -144,7 +145,7 @@ def test_the_format_page_lists_every_setting_and_every_tensor():
             defaults |= dict.fromkeys(kinds.split(", "), value)
         for kind in KINDS.values():
             default = kind.settings.get(field.name, field).default
-            if default is None or default is MISSING:
+            if default in (None, MISSING, REQUIRED):
                 assert not usual, field.name
             else:
                 value = json.loads(defaults.get(kind.name, usual).strip("`"))
