@@ -39,6 +39,14 @@ LAYERS = {
     "gru": lambda: layers.GRU(4, **EVERY),
     "gru with gains": lambda: layers.GRU(4, layer_norm=True, learn_initial_state=True, **EVERY),
     "simple": lambda: layers.SimpleRNN(4, **EVERY),
+    "minimal gru": lambda: layers.MinGRU(4, **EVERY),
+    "minimal gru, no bias": lambda: layers.MinGRU(5, use_bias=False, dropout=0.2, seed=1, **EVERY),
+    "minimal lstm": lambda: layers.MinLSTM(5, **EVERY),
+    "minimal lstm with gains": lambda: layers.MinLSTM(4, layer_norm=True, learn_initial_state=True, **EVERY),
+    "both, minimal": lambda: layers.Bidirectional(layers.MinGRU(4, return_sequences=True)),
+    "stack with minimal": lambda: layers.RNN(
+        [layers.LSTMCell(4), layers.MinGRUCell(5), layers.MinLSTMCell(3)], **EVERY
+    ),
     "double": lambda: layers.LSTM(4, dtype="float64", **EVERY),
     "stack": lambda: layers.RNN([layers.LSTMCell(4), layers.GRUCell(5), layers.SimpleRNNCell(2)], **EVERY),
     "both": lambda: layers.Bidirectional(layers.GRU(4, return_sequences=True)),
@@ -55,6 +63,7 @@ ONLY_IN_PICKLES = {
         layers.StackedRNNCells([layers.LSTMCell(3), layers.GRUCell(3)], residual=True), **EVERY
     ),
     "merged": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True), "mul"),
+    "minimal lstm of many columns": lambda: layers.MinLSTM(4, **EVERY),
     "row": lambda: nn.Sequential(
         layers.GRU(4, **EVERY), layers.TimeDistributed(nn.Linear(4, 2)), layers.LSTM(2), nn.ReLU()
     ),
@@ -268,6 +277,39 @@ def test_ambiguous_shapes_are_refused(tmp_path):
     torch.save(layers.GRU(4, reset_after=False, **EVERY).state_dict(), tmp_path / "file.pt")
     with pytest.raises(cs.FormatError, match=r"may belong to a GRU with reset_after=False.* save the whole layer"):
         cs.load(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize(
+    ("module", "these"),
+    [
+        (layers.MinLSTM(4, **EVERY), "a MinLSTM of 4 units or a MinGRU of 6 units"),
+        (
+            layers.MinGRU(3, use_bias=False, **EVERY),
+            "a MinLSTM without a bias of 2 units or a MinGRU without a bias of 3",
+        ),
+    ],
+)
+def test_columns_that_several_kinds_without_a_recurrent_kernel_may_have_are_refused(tmp_path, module, these):
+    torch.save(module.state_dict(), tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match=rf"may belong to {these}.* save the whole layer, by torch\.save"):
+        cs.load(tmp_path / "file.pt")
+
+
+def test_columns_that_no_kind_without_a_recurrent_kernel_has(tmp_path):
+    torch.save({"cell.kernel": torch.zeros(3, 7)}, tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match=r"'cell\.kernel': expected 3H or 2H columns, found 7"):
+        cs.load(tmp_path / "file.pt")
+    torch.save({"cell.kernel": torch.zeros(3, 8), "cell.bias": torch.zeros(6)}, tmp_path / "file.pt")
+    with pytest.raises(
+        cs.FormatError, match=r"'cell\.bias': expected \[8\], as mingru cells have it, found \[6\] with"
+    ):
+        cs.load(tmp_path / "file.pt")
+
+
+def test_a_kernel_of_another_module_is_none_of_our_layers(tmp_path):
+    state = {"other.cell.kernel": torch.zeros(3, 4, 5), **nn.GRU(3, 4).state_dict(prefix="rnn.")}
+    torch.save(state, tmp_path / "file.pt")
+    assert list(cs.extract(tmp_path / "file.pt")) == ["rnn"]
 
 
 def test_a_custom_activation_is_named(tmp_path):

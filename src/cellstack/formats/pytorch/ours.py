@@ -3,12 +3,13 @@
 A cell's arrays have the names in `cellstack.spec.ARRAYS`, with the prefix `cell.` in a layer of one cell,
 `cell.cells.0.` and so on in a stack, and `forward_layer.cell.` and `backward_layer.cell.` in a `Bidirectional`. Their
 shapes determine the kind and most flags. The other settings are assumed to be the defaults, as the metadata says.
+A kind without a recurrent kernel is determined by the number of columns, if only one of these kinds can have it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,20 +70,22 @@ class Layer:
         return [name for arrays in self.cells.values() for name in arrays.values()] + self.held
 
 
-def layers_of(names: Iterable[str]) -> list[Layer]:
-    """Return our layers to which these names of tensors belong, in their order."""
-    names = list(names)
+def layers_of(tensors: Mapping[str, Any]) -> list[Layer]:
+    """Return our layers to which these tensors belong, in their order."""
     found: dict[str, Layer] = {}
-    for match in filter(None, map(NAME.fullmatch, names)):
+    for match in filter(None, map(NAME.fullmatch, tensors)):
         layer = found.setdefault(match["layer"], Layer(match["layer"]))
         layer.cells.setdefault((match["way"], int(match["cell"] or 0)), {})[match["array"]] = match[0]
-    # Modules without a recurrent kernel are something else, such as a convolution with the name cell.
+    # Modules without such kernels are something else, such as a convolution with the name cell.
     found = {
         prefix: layer
         for prefix, layer in found.items()
-        if all({"kernel", "recurrent_kernel"} <= arrays.keys() for arrays in layer.cells.values())
+        if all(
+            "kernel" in arrays and ("recurrent_kernel" in arrays or len(tensors[arrays["kernel"]].shape) == 2)
+            for arrays in layer.cells.values()
+        )
     }
-    for match in filter(None, map(HELD.fullmatch, names)):
+    for match in filter(None, map(HELD.fullmatch, tensors)):
         if match["layer"] in found:
             found[match["layer"]].held.append(match[0])
     return list(found.values())
@@ -132,12 +135,13 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
     for what in ("kernel", "recurrent_kernel", "projection"):
         if what in shapes and (len(shapes[what]) != 2 or 0 in shapes[what]):
             raise FormatError(f"{tensor(what)}: expected two axes, found {short(list(shapes[what]))}")
-    spec = _spec(tensor("recurrent_kernel"), shapes)
+    widest = "recurrent_kernel" if "recurrent_kernel" in shapes else "kernel"
+    spec = _spec(tensor(widest), shapes, shapes[widest][1])
     for what, shape in spec.shapes.items():
         if what not in names:
             raise FormatError(f"{tensor('kernel')}: expected {what} {list(shape)} of the same cell, found none")
         if shapes[what] != shape:
-            found = f"{short(list(shapes[what]))} with recurrent_kernel {short(list(shapes['recurrent_kernel']))}"
+            found = f"{short(list(shapes[what]))} with {widest} {short(list(shapes[widest]))}"
             raise FormatError(f"{tensor(what)}: expected {list(shape)}, as {spec.kind} cells have it, found {found}")
     for what in names:
         if what not in spec.shapes:
@@ -154,13 +158,14 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
         raise FormatError(f"{tensor('kernel')}: {str(error)[:300]}") from None
 
 
-def _spec(here: str, shapes: Mapping[str, tuple[int, ...]]) -> CellSpec:
-    """Return the description of a cell, determined from the shapes of its arrays."""
-    able, columns = _candidates(here, shapes), shapes["recurrent_kernel"][1]
+def _spec(here: str, shapes: Mapping[str, tuple[int, ...]], columns: int) -> CellSpec:
+    """Return the description of a cell, determined from the shapes of its arrays, and its number of columns."""
+    able = _candidates(here, shapes)
     found = [spec for spec in able if spec.shapes["kernel"][1] == columns]
     if not found:
         wanted = either([of_units(count) for count in sorted({len(spec.gates) for spec in able}, reverse=True)])
-        raise FormatError(f"{here}: expected {wanted} columns for H={able[0].units} units, found {columns}")
+        units = f" for H={able[0].units} units" if len({spec.units for spec in able}) == 1 else ""
+        raise FormatError(f"{here}: expected {wanted} columns{units}, found {columns}")
     biases = len(shapes.get("bias", ()))
     fitting = [spec for spec in found if len(found) == 1 or len(spec.shapes.get("bias", ())) == biases]
     if len(fitting) != 1:
@@ -170,19 +175,24 @@ def _spec(here: str, shapes: Mapping[str, tuple[int, ...]]) -> CellSpec:
 
 
 def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSpec]:
-    """Return the cells that have arrays of these names, of all kinds and with any number of gates."""
-    (width, _), (out, _) = shapes["kernel"], shapes["recurrent_kernel"]
+    """Return the cells that have arrays of these names, of all kinds and with any number of gates.
+
+    Kinds without a recurrent kernel get as many units as fit the columns, unless an initial state gives the number.
+    """
+    (width, columns), recurrent = shapes["kernel"], "recurrent_kernel" in shapes
+    (out, *_) = shapes["recurrent_kernel"] if recurrent else shapes.get("initial_h", (0,))
     units, size = shapes.get("projection", (out, 0))
     flags = {name: what in shapes for name, what in SHOWN.items()}
     some = {"peepholes": "peepholes" in shapes, "proj_size": size}
     found = []
     try:
-        for kind in KINDS.values():
+        for kind in (kind for kind in KINDS.values() if kind.recurrent == recurrent):
+            wide = units or max(1, columns // len(kind.gates))
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}
             for name in (None, *(name for name in HIDDEN if name in kind.settings)):
                 hidden: dict[str, Any] = {name: HIDDEN[name]} if name else {}
                 if name != "reset_after" or not flags["layer_norm"]:  # a combination that no cell has
-                    found.append(CellSpec(width, units, kind=kind.name, **own, **hidden))
+                    found.append(CellSpec(width, wide, kind=kind.name, **own, **hidden))
     except (ValueError, TypeError) as error:  # a projection as wide as the units
         raise FormatError(f"{here}: {str(error)[:300]}") from None
     return [spec for spec in found if shapes.keys() <= spec.shapes.keys()] or found
@@ -191,6 +201,7 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
 def _described(spec: CellSpec) -> str:
     flags = [f"{name}={value}" for name, value in HIDDEN.items() if name in spec.settings]
     how = f" with {flags[0]}" if flags else " without a bias" if not spec.use_bias else ""
+    how += "" if spec.of_kind.recurrent else f" of {spec.units} units"
     return f"{'an' if spec.of_kind.title[0] in 'LR' else 'a'} {spec.of_kind.title}{how}"
 
 
