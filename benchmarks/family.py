@@ -41,6 +41,8 @@ def members(units):
         "GRU, reset before": ({"kind": "gru", "reset_after": False}, {}),
         "GRU, layer norm": ({"kind": "gru", "layer_norm": True}, {}),
         "SimpleRNN": ({"kind": "rnn"}, {}),
+        "minGRU": ({"kind": "mingru"}, {}),
+        "minLSTM": ({"kind": "minlstm"}, {}),
     }
 
 

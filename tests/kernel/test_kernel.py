@@ -346,13 +346,21 @@ def test_a_stack_is_its_layers_one_after_the_other(isa, batch, threads):
         x = alone.y
 
 
-KINDS = ({}, {"kind": "gru"}, {"proj_size": 20}, {"kind": "rnn"}, {"layer_norm": True})
+KINDS = (
+    {},
+    {"kind": "gru"},
+    {"proj_size": 20},
+    {"kind": "rnn"},
+    {"layer_norm": True},
+    {"kind": "mingru"},
+    {"kind": "minlstm"},
+)
 
 
 def stack(batch, dtype=np.float32):
-    """Return five cells of several kinds, their states, and the random generator."""
+    """Return cells of every kind, their states, and the random generator."""
     cells, states, width = [], [], 6
-    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17), KINDS, strict=True)):
+    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17, 35, 12), KINDS, strict=True)):
         spec, arrays, case, rng = make(seed, batch, 1, width, units, dtype, **flags)
         cells.append((spec, arrays))
         states.append(case["state"])
@@ -474,21 +482,21 @@ def test_a_clip_has_no_slope_at_its_bounds(isa):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL["float64"])
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before"])
+@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm"])
 def test_all_wrong_gate_orders_fail(isa, member):
     spec, arrays, case, _ = make(9, 2, 4, 3, 5, **MEMBERS[member])
     expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
     count = len(spec.gates)
     for order in itertools.permutations(range(count)):
         swapped = dict(arrays)
-        for name in ("kernel", "recurrent_kernel", "bias"):
+        for name in {"kernel", "recurrent_kernel", "bias"} & arrays.keys():
             blocks = np.split(arrays[name], count, axis=-1)
             swapped[name] = np.ascontiguousarray(np.concatenate([blocks[k] for k in order], axis=-1))
         wrong = np.abs(calls.forward(spec, swapped, **case).y - expected.y).max()
         assert (wrong < tolerances.KERNEL["float32"]) == (order == tuple(range(count))), order
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn"])
+@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn", "mingru", "minlstm"])
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
     arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN with larger random weights are chaotic

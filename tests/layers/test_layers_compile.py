@@ -42,6 +42,11 @@ LAYERS = {
     "gru, reset before": lambda: gru(reset_after=False, zoneout=0.3, seed=1, go_backwards=True),
     "gru, torch loop": lambda: gru(activation="gelu", layer_norm=True),
     "simple": lambda: layers.SimpleRNN(5, input_size=3, learn_initial_state=True),
+    "minimal gru": lambda: layers.MinGRU(
+        5, zoneout=0.3, seed=1, return_sequences=True, return_state=True, input_size=3
+    ),
+    "minimal lstm": lambda: layers.MinLSTM(5, return_sequences=True, return_state=True, input_size=3),
+    "minimal lstm, torch loop": lambda: layers.MinLSTM(5, activation="gelu", layer_norm=True, input_size=3),
     "flags": lambda: lstm(**FLAGS, seed=3),
     "flags, torch loop": lambda: lstm(**FLAGS, seed=3, activation="gelu"),
     "residual": residual,
@@ -60,8 +65,13 @@ def flatten(results):
     return [part for result in results for part in flatten(result)]
 
 
-def check(name, backend):
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """Forget what other tests compiled: torch limits how often it compiles a function again."""
     torch.compiler.reset()
+
+
+def check(name, backend):
     layer = LAYERS[name]()
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, fullgraph=True, backend=backend)
@@ -91,7 +101,7 @@ def test_compiled_by_inductor(name):
     check(name, "inductor")
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "flags"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "minimal gru", "minimal lstm", "flags"])
 def test_compiled_without_gradients_and_with_gates(name):
     layer = LAYERS[name]().eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -123,7 +133,9 @@ def test_compiled_stateful(make):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["lstm", "stack", "bidirectional", "gru", "flags", "residual"])
+@pytest.mark.parametrize(
+    "name", ["lstm", "stack", "bidirectional", "gru", "minimal gru", "minimal lstm", "flags", "residual"]
+)
 def test_exported_whole(name, strict):
     layer = LAYERS[name]().eval()
     x = torch.randn(2, 4, 3)

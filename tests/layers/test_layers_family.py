@@ -9,12 +9,16 @@ import tolerances
 import torch
 
 from cellstack import layers, reference
+from cellstack.cells.mingru import MinGRUTrace
+from cellstack.cells.minlstm import MinLSTMTrace
 from cellstack.layers import GRUTrace, HiddenState, RNNTrace, State, Trace
 
 KINDS = {
     "LSTM": (layers.LSTM, layers.LSTMCell, State, Trace),
     "GRU": (layers.GRU, layers.GRUCell, HiddenState, GRUTrace),
     "SimpleRNN": (layers.SimpleRNN, layers.SimpleRNNCell, HiddenState, RNNTrace),
+    "MinGRU": (layers.MinGRU, layers.MinGRUCell, HiddenState, MinGRUTrace),
+    "MinLSTM": (layers.MinLSTM, layers.MinLSTMCell, HiddenState, MinLSTMTrace),
 }
 SHARED = [
     {},
@@ -48,6 +52,8 @@ FLAGS = {
     ],
     "GRU": [{"reset_after": False}, {"reset_after": False, "learn_initial_state": True, "clip": 0.4, "zoneout": 0.1}],
     "SimpleRNN": [{"activation": "leaky_relu"}],
+    "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
+    "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
 }
 CASES = [(kind, flags) for kind in KINDS for flags in (*SHARED, *FLAGS[kind])]
 each_case = pytest.mark.parametrize(("kind", "flags"), CASES, ids=lambda v: v if isinstance(v, str) else ",".join(v))
@@ -172,7 +178,8 @@ def test_states_are_honoured(kind, flags, x):
 
 
 def test_a_single_h_is_a_state():
-    for layer in (layers.GRU(4, input_size=3), layers.SimpleRNN(4, input_size=3)):
+    for kind in (layers.GRU, layers.SimpleRNN, layers.MinGRU, layers.MinLSTM):
+        layer = kind(4, input_size=3)
         x, h = torch.randn(2, 5, 3), torch.randn(2, 4)
         expected = layer(x, initial_state=(h,))
         for given in (h, [h], HiddenState(h), [HiddenState(h)], h.numpy(), [h.tolist()]):
@@ -288,6 +295,8 @@ STACK = [
     (layers.LSTMCell, 4, {"proj_size": 3, "peepholes": True}),
     (layers.GRUCell, 3, {"learn_initial_state": True}),
     (layers.SimpleRNNCell, 5, {"layer_norm": True}),
+    (layers.MinLSTMCell, 5, {"zoneout": 0.1}),
+    (layers.MinGRUCell, 5, {"learn_initial_state": True}),
     (layers.GRUCell, 5, {"reset_after": False}),
     (layers.LSTMCell, 5, {"activation": "gelu"}),  # the kernel doesn't support gelu
     (layers.LSTMCell, 5, {"coupled": True, "zoneout": 0.2, "learn_initial_state": True}),
@@ -342,7 +351,7 @@ def test_a_custom_cell_in_a_stack_gives_the_same_results(masked, resets, residua
 
     flags = {"return_sequences": True, "return_state": True, "go_backwards": go_backwards}
     ours = make_stack(residual, **flags)
-    cells = [Foreign(cell) if n in (1, 5) else cell for n, cell in enumerate(ours.cells)]
+    cells = [Foreign(cell) if n in (1, 7) else cell for n, cell in enumerate(ours.cells)]
     theirs = layers.RNN(layers.StackedRNNCells(cells, residual=residual), **flags).eval()
     mask = torch.rand(B, T) < 0.7 if masked else None
     reset = torch.rand(B, T) < 0.3 if resets else None
@@ -381,7 +390,16 @@ def test_a_stack_of_both_directions(x):
 
 
 def test_flags_that_a_kind_lacks_are_refused():
-    for kind, name in ((layers.GRU, "peepholes"), (layers.SimpleRNN, "reset_after"), (layers.GRU, "forget_bias")):
+    for kind, name in (
+        (layers.GRU, "peepholes"),
+        (layers.SimpleRNN, "reset_after"),
+        (layers.GRU, "forget_bias"),
+        *(
+            (kind, f"recurrent_{name}")
+            for kind in (layers.MinGRU, layers.MinLSTM)
+            for name in ("dropout", "initializer")
+        ),
+    ):
         with pytest.raises(TypeError, match=name):
             kind(4, **{name: True})
     with pytest.raises(ValueError, match=r"^GRU.*reset_after=True with layer_norm"):

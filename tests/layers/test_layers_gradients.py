@@ -94,6 +94,10 @@ LAYERS = {
     "gru, reset before": lambda: one("GRU", reset_after=False, learn_initial_state=True, go_backwards=True),
     "gru, torch loop": lambda: one("GRU", activation="gelu", layer_norm=True),
     "simple": lambda: one("SimpleRNN", layer_norm=True, zoneout=0.2, seed=2),
+    "minimal gru": lambda: one("MinGRU", dropout=0.4, zoneout=0.2, seed=2),
+    "minimal gru, torch loop": lambda: one("MinGRU", activation="gelu", layer_norm=True),
+    "minimal lstm": lambda: one("MinLSTM", learn_initial_state=True, go_backwards=True),
+    "minimal lstm, torch loop": lambda: one("MinLSTM", activation="gelu"),
     "flags": lambda: one("LSTM", **FLAGS, seed=3),
     "flags, torch loop": lambda: one("LSTM", **FLAGS, activation="silu", seed=3),
     "residual": lambda: residual(return_sequences=True, return_state=True),
@@ -129,6 +133,7 @@ def test_gradients_of_layers_are_finite_differences(name, masked):
     [
         *("sequences", "backwards", "dropout", "torch loop", "stack", "both, concat", "gru", "gru, reset before"),
         *("gru, torch loop", "simple", "flags", "flags, torch loop", "residual"),
+        *("minimal gru", "minimal gru, torch loop", "minimal lstm", "minimal lstm, torch loop"),
     ],
 )
 def test_gradients_of_traces_are_finite_differences(name, masked):
@@ -136,7 +141,20 @@ def test_gradients_of_traces_are_finite_differences(name, masked):
     assert torch.autograd.gradcheck(run, (draw(BATCH, STEPS, WIDTH), *parameters), fast_mode="loop" in name)
 
 
-@pytest.mark.parametrize("name", ["sequences", "backwards", "gru", "gru, reset before", "simple", "flags", "residual"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sequences",
+        "backwards",
+        "gru",
+        "gru, reset before",
+        "simple",
+        "minimal gru",
+        "minimal lstm",
+        "flags",
+        "residual",
+    ],
+)
 def test_gradients_of_pieces_are_finite_differences(name):
     reset = torch.tensor([[False, True, False], [True, False, True]])
     run, parameters = function_of(LAYERS[name](), reset=reset, mask=torch.tensor([[True] * 3, [True, True, False]]))
@@ -401,6 +419,9 @@ MASKED = {
     "gru": lambda: layers.GRU(4, return_sequences=True, input_size=3, learn_initial_state=True),
     "gru, torch loop": lambda: layers.GRU(4, activation="silu", return_sequences=True, input_size=3),
     "simple": lambda: layers.SimpleRNN(4, return_sequences=True, input_size=3, layer_norm=True),
+    "minimal gru": lambda: layers.MinGRU(4, return_sequences=True, input_size=3, learn_initial_state=True),
+    "minimal lstm": lambda: layers.MinLSTM(4, return_sequences=True, input_size=3, layer_norm=True),
+    "minimal lstm, torch loop": lambda: layers.MinLSTM(4, activation="silu", return_sequences=True, input_size=3),
     "flags": lambda: layers.LSTM(4, **FLAGS, seed=1, return_sequences=True, input_size=3),
     "flags, torch loop": lambda: layers.LSTM(
         4, **FLAGS, activation="silu", seed=1, return_sequences=True, input_size=3
@@ -449,7 +470,7 @@ def test_masked_steps_change_neither_outputs_nor_gradients(name, value):
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
-@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN, layers.MinGRU, layers.MinLSTM])
 def test_a_state_that_no_step_uses_changes_no_gradient_of_a_weight(kind, activation):
     layer = kind(4, activation=activation, return_sequences=True, input_size=3)
     mask, x = torch.tensor([[True] * 5, [False] * 5]), torch.randn(2, 5, 3)

@@ -154,6 +154,14 @@ WITHOUT = {
     "rnn, clip": {"clip": 0.301},
     "rnn, zoneout": {"zoneout": 0.301},
     "rnn, activation": {"activation": "leaky_relu(0.301)"},
+    "mingru, layer norm": {"norm_epsilon": 1.1e-3},
+    "mingru, clip": {"clip": 0.301},
+    "mingru, zoneout": {"zoneout": 0.301},
+    "mingru, activations": {"gate_activations": {"z": "sigmoid", "g": "tanh"}},
+    "minlstm, layer norm": {"norm_epsilon": 1.1e-3},
+    "minlstm, clip": {"clip": 0.301},
+    "minlstm, zoneout": {"zoneout": 0.301},
+    "minlstm, activations": {"gate_activations": {"i": "softplus", "g": "tanh"}},
 }
 
 
