@@ -194,7 +194,7 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
     found = kind.update(spec, cell)
     if found is None:
         raise ValueError(f"expected an LSTM or a GRU: a {kind.title} has no gate that keeps a state")
-    (kept, written), rate = found, spec.zoneout if kind.memory == "h" else spec.zoneout_cell
+    (kept, written), rate = found, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 
 
