@@ -39,7 +39,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import FormatError, HiddenState, State
+from cellstack.spec import STATES, FormatError
 
 GRAPHS = 3e-5  # as TOLERANCE, through more nodes
 TOLERANCE = 2e-5  # float32 on both sides, through a few nodes, relative to the greatest number above 1
@@ -82,9 +82,8 @@ def random_cell(rng, inputs, units, kind=None, **given):
 
 
 def random_states(rng, net, batch):
-    kinds = {"lstm": State, "gru": HiddenState, "rnn": HiddenState}
     return tuple(
-        kinds[cell.spec.kind](*(floats(rng, batch, size) for size in cell.spec.state_sizes.values()))
+        STATES[cell.spec.kind](*(floats(rng, batch, size) for size in cell.spec.state_sizes.values()))
         for cell in net.cells
     )
 
