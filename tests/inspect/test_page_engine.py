@@ -202,7 +202,7 @@ def members(seeds):
     """Random cells with every flag, their arrays and a case each, without training-time randomness."""
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        spec = random_spec(rng, tuple(GATES)[seed % 3])
+        spec = random_spec(rng, tuple(GATES)[seed % len(GATES)])
         case = random_case(rng, spec)
         for drawn in ("recurrent_dropout", "zoneout", "zoneout_cell"):
             case[drawn] = None
