@@ -64,8 +64,8 @@ Ref, and where we differ:
         recurrent dropout, one mask per sequence, shared by the gates. The h_prev that a GRU and zoneout carry over
         isn't dropped, as in Semeniuta, Severyn and Barth 2016, "Recurrent Dropout without Memory Loss", who drop g
         instead.
-    Feng et al. 2024, "Were RNNs All We Needed?", sec. 3 and appendix B: minGRU and minLSTM with φ = `positive`, their g;
-        our f and i are before their division by f + i.
+    Feng et al. 2024, "Were RNNs All We Needed?", sec. 3 and appendix B: minGRU and minLSTM with φ = `positive`, their
+        g; our f and i are before their division by f + i.
     Elman 1990, "Finding Structure in Time": SimpleRNN.
 """
 

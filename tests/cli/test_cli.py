@@ -57,7 +57,15 @@ def test_train_on_sequences_and_measure(capsys, tmp_path):
     assert report["history"][0].keys() >= {"loss", "validation_loss", "accuracy"}
 
 
-@pytest.mark.parametrize(("cell", "summary"), [("gru", "GRU 12 -> 6"), ("rnn", "SimpleRNN 12 -> 6")])
+@pytest.mark.parametrize(
+    ("cell", "summary"),
+    [
+        ("gru", "GRU 12 -> 6"),
+        ("rnn", "SimpleRNN 12 -> 6"),
+        ("mingru", "MinGRU 12 -> 6"),
+        ("minlstm", "MinLSTM 12 -> 6"),
+    ],
+)
 def test_train_with_another_cell(capsys, tmp_path, cell, summary):
     output = str(tmp_path / "net")
     status, out, _ = run(capsys, "train", VOWELS, VOWELS_TEST, "-o", output, *SMALL, "--cell", cell, "--json")

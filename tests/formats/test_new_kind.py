@@ -61,3 +61,13 @@ def test_c_is_derived_from_the_step(network, tmp_path):
     for t in range(5):
         h = (1 - z[:, t]) * h + z[:, t] * g[:, t]
         np.testing.assert_allclose(y[:, t], h, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.names], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("suffix", [".keras", ".h5", ".pt"])
+def test_writers_refuse_our_kinds_that_their_format_lacks(kind, suffix, tmp_path):
+    description = cs.CellSpec(3, 4, kind=kind.name)
+    cell = cs.Cell(description, *(np.zeros(shape, np.float32) for shape in description.shapes.values()))
+    with pytest.raises(ValueError, match=rf"{kind.title}.*\.safetensors supports every network"):
+        cs.Network([cs.Recurrent((cell,))]).save(tmp_path / f"net{suffix}")
+    assert not list(tmp_path.iterdir())

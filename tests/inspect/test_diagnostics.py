@@ -282,11 +282,11 @@ def test_the_labels_of_a_plot_do_not_overlap(steps):
     assert all("." not in tick for tick in ticks)  # units are whole
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", KEEPING)
 def test_patched_states_have_no_contributions_and_no_exponent(kind):
     rng = rng_of(3)
     net, x = Network([Recurrent((make_cell(rng, 3, 4, "float64", kind=kind),))]), rng.normal(size=(2, 9, 3))
-    state = "c" if kind == "lstm" else "h"
+    state = KINDS[kind].memory
     with pytest.raises(ValueError, match=f"patches of {state} aren't supported"):
         net.edit(Patch("layer_0", state, [1], value=0.3)).trace(x)["layer_0"].contributions()
     patched = net.edit(Patch("layer_0", "g", [1], value=0.3)).trace(x)
@@ -297,6 +297,25 @@ def test_patched_states_have_no_contributions_and_no_exponent(kind):
     report = patched.report()
     assert "largest Lyapunov exponent, nats a step" not in report.figures["layer_0"]
     assert any("patched" in sentence for sentence in report.findings)
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if not kind.recurrent])
+def test_a_kind_without_recurrent_weights(kind):
+    """The report has no spectral radius, and a masked step is no division by zero."""
+    rng = rng_of(4)
+    net, x = Network([Recurrent((make_cell(rng, 3, 4, "float64", kind=kind),))]), rng.normal(size=(2, 9, 3))
+    t = net.trace(x, mask=np.arange(9) < [[9], [6]])
+    assert inspect.spectral_radii(net.cells[0]) == {}
+    figures = t.report().figures["layer_0"]
+    assert "spectral radius of the recurrent weights" not in figures
+    assert figures["largest Lyapunov exponent, nats a step"] < 0.0  # each step keeps a share below 1
+    seen = t["layer_0"].cells[0]
+    assert list(seen.gate_shares()) == list(KINDS[kind].multipliers)
+    assert (seen.half_lives() > 0.0).all()
+    with np.errstate(invalid="ignore"):  # at masked steps
+        kept = seen.f / (seen.f + seen.i) if kind == "minlstm" else 1.0 - seen.z
+    expected = np.log(0.5) / np.log(kept[np.arange(9) < [[9], [6]]]).mean(axis=0)
+    np.testing.assert_allclose(seen.half_lives(), expected)
 
 
 def test_nan_has_no_half_life():

@@ -435,6 +435,10 @@ FLAGS = {
     "gru, normalised": {"kind": "gru", "layer_norm": True, "zoneout": 0.1},
     "rnn": {"kind": "rnn", "activation": "softsign"},
     "rnn, zoneout": {"kind": "rnn", "zoneout": 0.5},
+    "mingru": {"kind": "mingru"},
+    "mingru, normalised": {"kind": "mingru", "layer_norm": True, "zoneout": 0.1, "clip": 0.7},
+    "minlstm": {"kind": "minlstm"},
+    "minlstm, normalised": {"kind": "minlstm", "layer_norm": True, "zoneout": 0.1, "activation": "tanh"},
 }
 
 

@@ -84,7 +84,7 @@ def test_cells_and_their_sums_are_the_reference(seed, backwards):
     for number, seen in enumerate(t["layer_0"].cells):
         cell, start = seen.cell, None if state is None else state[number]
         exact = reference.forward(cell.spec, cell.arrays, below, start, mask=mask, reset=begun, reverse=backwards)
-        gates = [exact.gates[:, :, plane] for plane in range(exact.gates.shape[2])][: len(reference_gates(cell))]
+        gates = [exact.gates[:, :, plane] for plane in range(exact.gates.shape[2])][: len(cell.spec.of_kind.gates)]
         fields = [*gates, *([] if exact.cells is None else [exact.cells]), exact.y]
         for field, expected in zip(seen.fields, fields, strict=True):
             np.testing.assert_allclose(field, expected, atol=tolerances.KERNEL_ACTIVATIONS * 10, rtol=1e-9)
@@ -96,10 +96,6 @@ def test_cells_and_their_sums_are_the_reference(seed, backwards):
             np.testing.assert_allclose(seen[gate][used], expected[used], atol=1e-9, rtol=1e-9)
             assert not z[~used].any()
         below = exact.y
-
-
-def reference_gates(cell):
-    return {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}[cell.spec.kind]
 
 
 def stack(seed=0, dtype="float32"):

@@ -165,6 +165,8 @@ KINDS = {
     ),
     "wide": lambda: Network([lstm(3, 70), lstm(70, 33)]),
     "gru": lambda: Network([Recurrent((make_cell(np.random.default_rng(1), 3, 20, kind="gru"),))]),
+    "minimal gru": lambda: Network([Recurrent((make_cell(np.random.default_rng(1), 3, 20, kind="mingru"),))]),
+    "minimal lstm": lambda: Network([Recurrent((make_cell(np.random.default_rng(1), 3, 33, kind="minlstm"),))]),
 }
 
 

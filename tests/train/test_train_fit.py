@@ -168,13 +168,13 @@ def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_
     assert "batches" not in torch.load(path, weights_only=True)["fingerprint"]  # earlier checkpoints can be resumed
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn"])
+@pytest.mark.parametrize("cell", ["gru", "rnn", "mingru", "minlstm"])
 def test_other_cells_learn_too(sequences, cell):
     model, *rest = prepare(sequences, cell=cell)
     result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
     assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
     assert result.best["accuracy"] >= 2 / 3
-    with pytest.raises(UsageError, match="expected cell to be one of lstm, gru, rnn, got 'mlp'"):
+    with pytest.raises(UsageError, match="expected cell to be one of lstm, gru, rnn, mingru, minlstm, got 'mlp'"):
         prepare(sequences, cell="mlp")
 
 
@@ -464,7 +464,7 @@ def test_constraints_and_penalties_are_applied(sequences):
 @pytest.mark.parametrize("pooling", ["mean", "max", "last"])
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("task", ["classify", "regress"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mingru", "minlstm"])
 def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, every_step, task, cell):
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
@@ -487,7 +487,7 @@ def test_the_network_gives_the_model_s_outputs(rng, bidirectional, pooling, ever
         np.testing.assert_allclose(net(x, mask=mask), expected, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "MinLSTM"])
 def test_last_of_both_directions_takes_the_final_states(rng, cell):
     """As in torch's h[-2] and h[-1], not the last step, at which the backward direction has read one step."""
     model = Model((np.zeros(3), np.ones(3)), 2, (4, 5), bidirectional=True, pooling="last", cell=cell.lower()).eval()

@@ -128,8 +128,13 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
 
 
 def spectral_radii(cell: Cell) -> dict[str, float]:
-    """Return the spectral radius of each gate's recurrent weights, including the projection, by gate."""
+    """Return the spectral radius of each gate's recurrent weights, including the projection, by gate.
+
+    Empty for a kind without recurrent weights.
+    """
     spec = cell.spec
+    if not spec.of_kind.recurrent:
+        return {}
     blocks = np.split(cell.recurrent_kernel.astype(np.float64), len(spec.gates), axis=1)
     through = np.eye(spec.units) if cell.projection is None else cell.projection.astype(np.float64)
     return {
@@ -187,13 +192,18 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
     return float((total / count).mean())
 
 
+def _by_gates(cell: CellTrace) -> tuple[Array, Array] | None:
+    """Return `Kind.update` of a trace, any values at masked steps."""
+    with np.errstate(invalid="ignore"):  # at masked steps the gates are zeros, by which a kind may divide
+        return cell.cell.spec.of_kind.update(cell.cell.spec, cell)
+
+
 def _update(cell: CellTrace) -> tuple[Array, Array]:
     """Return the factor by which each step keeps the memory, and what it adds to it, `[B, T, H]` each."""
     spec = cell.cell.spec
-    kind = spec.of_kind
-    found = kind.update(spec, cell)
+    kind, found = spec.of_kind, _by_gates(cell)
     if found is None:
-        raise ValueError(f"expected an LSTM or a GRU: a {kind.title} has no gate that keeps a state")
+        raise ValueError(f"expected a cell with gates: a {kind.title} has no gate that keeps a state")
     (kept, written), rate = found, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 
@@ -276,7 +286,7 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         figures[f"{SHARE} at which {gate} is"] = means
     for name in list(spec.state_sizes)[1:]:
         figures[f"rms of {name}"] = rms(cell[name][used].astype(np.float64))
-    if spec.of_kind.update(spec, cell) is not None:
+    if _by_gates(cell) is not None:
         lives, steps = half_lives(cell), cell["h"].shape[1]
         measures = {"least": np.min, "median": np.median, "most": np.max}
         figures["half-life in steps"] = {name: float(measure(lives)) for name, measure in measures.items()}
@@ -284,7 +294,8 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         if keeping.any():
             text = f"keeping more than half over the whole run of {steps} steps"
             found.append((5, f"{units(keeping)} {text}: reset the state where a new sequence begins"))
-    figures["spectral radius of the recurrent weights"] = spectral_radii(cell.cell)
+    if radii := spectral_radii(cell.cell):
+        figures["spectral radius of the recurrent weights"] = radii
     patched = cell.record is not None and cell.record.patches is not None
     exponent = math.nan if patched else lyapunov_exponent(cell)
     if patched:

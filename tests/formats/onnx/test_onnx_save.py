@@ -39,7 +39,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import FormatError, HiddenState, State
+from cellstack.spec import STATES, FormatError
 
 GRAPHS = 3e-5  # as TOLERANCE, through more nodes
 TOLERANCE = 2e-5  # float32 on both sides, through a few nodes, relative to the greatest number above 1
@@ -82,9 +82,8 @@ def random_cell(rng, inputs, units, kind=None, **given):
 
 
 def random_states(rng, net, batch):
-    kinds = {"lstm": State, "gru": HiddenState, "rnn": HiddenState}
     return tuple(
-        kinds[cell.spec.kind](*(floats(rng, batch, size) for size in cell.spec.state_sizes.values()))
+        STATES[cell.spec.kind](*(floats(rng, batch, size) for size in cell.spec.state_sizes.values()))
         for cell in net.cells
     )
 
@@ -180,7 +179,7 @@ def test_pairs(tmp_path, seed):
     batch, steps = (int(n) for n in rng.integers(1, 5, 2))
     states = random_states(rng, net, batch) if rng.integers(2) else None
     again = check(tmp_path, net, floats(rng, batch, steps, inputs), states)
-    if mode == "concat" and depth == 1:
+    if mode == "concat" and depth == 1 and "onnx" in KINDS[kind].names:  # written as one operator
         assert again.names == ("pair",)
         assert isinstance(again.nodes[0], Bidirectional)
 
@@ -540,7 +539,7 @@ def test_onnx_runtime_does_not_warn_of_a_file(tmp_path, capfd):
     warned = 0
     networks = [*(make_graph(seed)[0] for seed in range(40)), *(make_network(seed) for seed in range(40))]
     networks += masked_networks(np.random.default_rng(0)).values()
-    networks += [make_network(seed, "float64") for seed in (6, 8, 11)]
+    networks += [make_network(seed, "float64") for seed in (9, 13, 16)]
     for net in networks:
         adapter.save(net, path)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
