@@ -235,8 +235,8 @@ def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
         for plane, gate in enumerate(GATES[spec.kind]):
             near(fields[gate], out.gates[:, :, plane])
         near(fields["h"], out.y)
-        if spec.kind == "lstm":
-            near(fields["c"], out.cells)
+        for name, array in zip(out.state._fields[1:], out.states, strict=True):
+            near(fields[name], array)
         near(in_time(found["values"]["cell"], case["reverse"]), out.y)
         assert list(fields["pre"]) == list(spec.gates)
         for gate in spec.gates:
@@ -278,14 +278,12 @@ def test_the_gradient_of_one_number_of_a_cell_is_that_of_the_reference(page):
         whole = {
             "dy": np.zeros_like(out.y),
             "dgates": np.zeros_like(out.gates),
-            "dcells": np.zeros_like(out.gates[:, :, 0]),
+            "dstates": [np.zeros_like(array) for array in out.states],
         }
-        if gate in ("c", "h"):
-            whole["dcells" if gate == "c" else "dy"][row, step, unit] = 1.0
+        if gate in spec.state_sizes:
+            (whole["dy"] if gate == "h" else whole["dstates"][0])[row, step, unit] = 1.0
         else:
             whole["dgates"][row, step, GATES[spec.kind].index(gate), unit] = 1.0
-        if spec.kind != "lstm":
-            del whole["dcells"]
         wanted.append(reference.backward(spec, arrays, out, **whole))
         of = {"node": "cell", "cell": 0, "gate": gate, "row": row, "step": step, "unit": unit}
         cases.append(sent_of(net, spec, case, of=of))
