@@ -212,7 +212,7 @@ class _Sequence(Accelerated, nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
         directions = (False, True) if self.bidirectional else (False,)
-        width, kind = self.proj_size or self.hidden_size, KINDS[self.mode]
+        width = self.proj_size or self.hidden_size
         count, runs = self.num_layers * len(directions), []
         size = len(weights) // count
         # squeeze takes a fifth of the time of unbind
