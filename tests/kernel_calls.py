@@ -13,7 +13,7 @@ class Out(NamedTuple):
     y: Any
     state: tuple
     gates: Any
-    cells: Any
+    states: Any
     case: dict[str, Any]
 
 
@@ -54,8 +54,8 @@ def forward_stack(
         layers.append(layer(native.weights(spec, arrays, element, copy), state, drop, **results))
         case = {"spec": spec, "x": x, "state": state, "drop": drop, "mask": mask, "reset": reset, "reverse": reverse}
         norms = {"norms": results.get("norms")}
-        cells_c = next(iter(results.get("states", ())), None)
-        outs.append(Out(results["y"], results["after"], results.get("gates"), cells_c, {**case, **norms}))
+        seen = results.get("gates"), results.get("states")
+        outs.append(Out(results["y"], results["after"], *seen, {**case, **norms}))
     native.forward(native.sequences(x, mask, reset, reverse), layers, threads)
     return outs
 
@@ -71,7 +71,7 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=No
     Args:
         cells: the arguments of `forward_stack`.
         outs: its results.
-        gradients: for each layer, some of dy, dstate, dgates and dcells by name.
+        gradients: for each layer, some of dy, dstate, dgates and dstates by name.
         threads: the number of threads that the kernel may use.
         wanted: for each layer, the names of the gradients to compute: x (lowest layer only), h0, c0 and its arrays;
             None: all.
@@ -86,7 +86,7 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=No
     for n, ((spec, arrays), out, given) in enumerate(zip(cells, outs, gradients, strict=True)):
         names = None if wanted is None else wanted[n]
         want = lambda name, array, names=names: array if names is None or name in names else None  # noqa: E731
-        kept = {"y": out.y, "gates": out.gates, "states": (out.cells,), "norms": out.case["norms"]}
+        kept = {"y": out.y, "gates": out.gates, "states": out.states, "norms": out.case["norms"]}
         state = out.case["state"]
         layers.append(layer(native.weights(spec, arrays, element, False), state, out.case["drop"], **kept))
         start = () if state is None else tuple(map(new, state))
@@ -97,7 +97,7 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=No
                 given.get("dy"),
                 given.get("dstate"),
                 given.get("dgates"),
-                (given.get("dcells"),),
+                given.get("dstates"),
                 want("x", found.x) if n == 0 else None,
                 [want(f"{name}0", array) for name, array in zip(spec.state_sizes, start, strict=False)],
                 native.in_order({name: want(name, array) for name, array in found.arrays.items()}),

@@ -45,12 +45,10 @@ def given(specs, seed=0, dtype=torch.float64, grad=True, batch=3, steps=4, **cho
     there = {name: choices.get(name, bool(rng.integers(2))) for name in CHOICES}
     drops = []
     for spec in specs:
-        p, h = (batch, spec.output_size), (batch, steps, spec.units)
-        drops += [
-            (rng.random(p) < 0.5) * 2.0 if there["dropped"] else [],
-            (rng.random((batch, steps, spec.output_size)) < 0.4) * 1.0 if there["zoned"] and spec.zoneout else [],
-            (rng.random(h) < 0.4) * 1.0 if there["zoned"] and spec.zoneout_cell else [],
-        ]
+        drops.append((rng.random((batch, spec.output_size)) < 0.5) * 2.0 if there["dropped"] else [])
+        for state in spec.of_kind.zoneout:
+            shape, zoned = (batch, steps, spec.state_sizes[state]), there["zoned"] and spec.zoneout_rates[state]
+            drops.append((rng.random(shape) < 0.4) * 1.0 if zoned else [])
     found = Given(
         tensor(rng.standard_normal((batch, steps, specs[0].input_size)), dtype),
         [tensor(part, dtype) for spec in specs for part in random_state(rng, spec, batch)] if there["started"] else [],
@@ -108,11 +106,11 @@ def numbers(t):
 def by_reference(g, dy=None, dstates=None):
     """Run the reference: a `Forward` per layer; with `dy` of the top layer, also the gradients of `g.leaves`."""
     weights, starts = ([t.detach().double().numpy() for t in group] for group in (g.weights, g.starts))
-    left, begin, value, cells, outs = iter(weights), iter(starts), g.x.detach().double().numpy(), [], []
-    for n, spec in enumerate(g.specs):
+    left, begin, drops = iter(weights), iter(starts), iter(g.drops)
+    value, cells, outs = g.x.detach().double().numpy(), [], []
+    for spec in g.specs:
         cells.append((spec, dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))))
-        names = ("recurrent_dropout", "zoneout", "zoneout_cell")
-        masks = dict(zip(names, map(numbers, g.drops[3 * n : 3 * n + 3]), strict=False))
+        masks = {name: numbers(drop) for name, drop in zip(spec.of_kind.masks, drops, strict=False)}
         flags = {name: None if t is None else t.numpy() for name, t in (("mask", g.mask), ("reset", g.reset))}
         state = tuple(islice(begin, len(spec.state_sizes))) if starts else None
         outs.append(reference.forward(*cells[-1], value, state, **flags, **masks, reverse=g.reverse))

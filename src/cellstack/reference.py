@@ -116,13 +116,18 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {
 
 
 class Forward(NamedTuple):
-    """Results of a forward pass. At masked steps the gates are zero, and `y` and `cells` repeat the step before."""
+    """Results of a forward pass. At masked steps the gates are zero, and `y` and `states` repeat the step before."""
 
     y: Array  # [B, T, P]
-    state: Any  # after the last step: State(h, c) or HiddenState(h), depending on the kind
+    state: Any  # after the last step, such as State(h, c): see `spec.STATES`
     gates: Array  # [B, T, planes, H], after the activations; with reset_after, the last plane of a GRU is q_g
-    cells: Array | None  # [B, T, H], c of an LSTM
+    states: tuple[Array, ...]  # [B, T, H], the states other than h, such as c of an LSTM
     tape: SimpleNamespace  # what `backward` needs
+
+    @property
+    def cells(self) -> Array | None:
+        """The c of an LSTM `[B, T, H]`; None for kinds without it."""
+        return dict(zip(self.state._fields[1:], self.states, strict=True)).get("c")
 
 
 class Gradients(NamedTuple):
@@ -217,7 +222,7 @@ class _Cell:
 
 class _LSTM(_Cell):
     def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
-        spec, w, c_prev = self.spec, self.w, state[1]
+        spec, w, (_, c_prev) = self.spec, self.w, state
         z = dict(zip(spec.gates, np.split(self.sums(s, x, h_in), len(spec.gates), axis=1), strict=True))
         p = self.peepholes(w)
         for gate in list(p)[:-1]:  # i and f depend on c before the step, o on c after it
@@ -368,12 +373,10 @@ CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN, "mingru": _MinGRU, "minlstm": 
 
 # ── the loop over time: mask, reset, recurrent dropout, zoneout ─────────────────────────────────────────────────────
 
-ZEROS = (0.0, 0.0)
-
 
 def _choose(rows: Mask, a: Sequence[Any], b: Sequence[Any]) -> list[Array]:
-    """Return `a` where `rows [B, 1]` is True, else `b`, for h and, if there is one, c."""
-    return [np.where(rows, *pair) for pair in zip(a, b, strict=False)]
+    """Return `a` where `rows [B, 1]` is True, else `b`, for each state."""
+    return [np.where(rows, *pair) for pair in zip(a, b, strict=True)]
 
 
 def _given(da: Any, a: Array) -> Array:
@@ -389,10 +392,9 @@ def forward(
     mask: Mask | None = None,
     reset: Mask | None = None,
     recurrent_dropout: Any = None,
-    zoneout: Any = None,
-    zoneout_cell: Any = None,
     reverse: bool = False,
     patched: Callable[[str, int, Array, Any], Array] | None = None,
+    **drawn: Any,
 ) -> Forward:
     """Run a cell over a sequence. Arguments of any dtype are converted to float64.
 
@@ -400,30 +402,37 @@ def forward(
         spec: the cell.
         arrays: its arrays by name, in the shapes of `spec.shapes`; matrices may be `BFloat16Array`.
         x: `[B, T, I]`.
-        state: the state before the first step, h `[B, P]` and an LSTM's c `[B, H]`. None: the cell's initial state,
-            `initial_h` and `initial_c` if it is learned, else zeros.
+        state: the state before the first step, h `[B, P]` and other states such as an LSTM's c `[B, H]`. None: the
+            cell's initial state, `initial_h` and so on if it is learned, else zeros.
         mask: `[B, T]`, True where a step is used; at other steps the state keeps its value.
         reset: `[B, T]`, True where the state is set to the cell's initial state before the step (in the order of
             processing), also at masked steps.
         recurrent_dropout: `[B, P]`, factors of h_prev in the gates (0 or 1/(1-p)).
-        zoneout, zoneout_cell: `[B, T, P]` and `[B, T, H]`, 1 where h or c keeps its value in a step, else 0. None:
-            the cell's rates.
         reverse: run from the last step to the first; `y[:, t]` still belongs to `x[:, t]`.
         patched: a function that returns the new value of a gate or state, given its name, the step t, its value
             `[B, H]` and, for h and c, its value before the step. A gate is replaced right after its activation; c both
             before o and h use it, and after zoneout; h last. The backward pass doesn't support it.
+        drawn: `zoneout` `[B, T, P]`, of an LSTM `zoneout_cell` `[B, T, H]`, and other masks of `Kind.zoneout`: 1 where
+            the state keeps its value in a step, else 0. None: the cell's rate.
+
+    Raises:
+        TypeError: a mask that this kind doesn't have.
 
     >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.0]}
     >>> forward(CellSpec(1, 1, "linear", kind="rnn"), arrays, [[[1.0], [1.0]]]).y.tolist()  # 2·1, then 2·1 + 2
     [[[2.0], [4.0]]]
     """
     cell, x = CELLS[spec.kind](spec, arrays), np.asarray(x, np.float64)
+    rates, names = spec.zoneout_rates, spec.of_kind.zoneout
+    for name in drawn.keys() - {*names.values()}:
+        if drawn[name] is not None:
+            raise TypeError(f"reference: a {spec.of_kind.title} has no mask {name}")
+    masks = {state: drawn.get(names.get(state, "")) for state in rates}
     batch, steps, _ = x.shape
     fresh = cell.initial_state(batch)
     now = fresh if state is None else [np.asarray(a, np.float64) for a in state]
     outs = [np.zeros((batch, steps, size)) for size in spec.state_sizes.values()]
     gates = np.zeros((batch, steps, spec.planes, spec.units))
-    rates = [(spec.zoneout, zoneout), (spec.zoneout_cell, zoneout_cell)][: len(outs)]
     tape = SimpleNamespace(
         x=x,
         starts_fresh=state is None,
@@ -431,16 +440,20 @@ def forward(
         used=np.ones((batch, steps, 1), bool) if mask is None else np.asarray(mask, bool)[:, :, None],
         reset=np.zeros((batch, steps, 1), bool) if reset is None else np.asarray(reset, bool)[:, :, None],
         dropout=1.0 if recurrent_dropout is None else np.asarray(recurrent_dropout, np.float64),
-        kept=[np.full((1, steps, 1), k) if drawn is None else np.asarray(drawn, np.float64) for k, drawn in rates],
+        kept=[
+            np.full((1, steps, 1), rate) if masks[state] is None else np.asarray(masks[state], np.float64)
+            for state, rate in rates.items()
+        ],
         steps=[_tape() for _ in range(steps)],
         patched=patched,
     )
+    zeros = [0.0] * len(outs)
     for t in tape.order:
         if patched is not None:
             cell.patched = lambda name, value, before, t=t: patched(name, t, value, before)
         s, used = tape.steps[t], tape.used[:, t]
         now = _choose(tape.reset[:, t], fresh, now)
-        before = _choose(used, now, ZEROS)  # masked rows run on zeros, so that a NaN in them has no effect
+        before = _choose(used, now, zeros)  # masked rows run on zeros, so that a NaN in them has no effect
         cell.step(s, np.where(used, x[:, t], 0.0), before[0] * tape.dropout, before)
         after = [k[:, t] * a + (1.0 - k[:, t]) * new for k, a, new in zip(tape.kept, before, s.state, strict=True)]
         after = [cell.patched(name, new, a) for name, new, a in zip(spec.state_sizes, after, before, strict=True)]
@@ -448,7 +461,7 @@ def forward(
         for out, a in zip(outs, now, strict=True):
             out[:, t] = a
         gates[:, t] = np.where(used[:, None], np.stack(s.gates, axis=1), 0.0)
-    return Forward(outs[0], STATES[spec.kind](*now), gates, outs[1] if spec.kind == "lstm" else None, tape)
+    return Forward(outs[0], STATES[spec.kind](*now), gates, tuple(outs[1:]), tape)
 
 
 def pre_activations(
@@ -465,7 +478,7 @@ def pre_activations(
     Args:
         spec, arrays: the cell.
         x: `[B, I]`.
-        before: the state before the step, h `[B, P]` and an LSTM's c `[B, H]`.
+        before: the state before the step, h `[B, P]` and other states such as an LSTM's c `[B, H]`.
         patched: as for `forward`, without the argument t.
 
     >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.5]}
@@ -492,35 +505,37 @@ def backward(
     dy: Any = None,
     dstate: Sequence[Any] | None = None,
     dgates: Any = None,
-    dcells: Any = None,
+    dstates: Sequence[Any] | None = None,
 ) -> Gradients:
     """Backpropagate through `forward`.
 
     Args:
         spec, arrays: the cell of the forward pass.
         out: what `forward` returned.
-        dy, dstate, dgates, dcells: gradients of the loss w.r.t. the fields of `out`; None, also as an entry of
-            `dstate`: zeros. The gradient w.r.t. the plane q_g of a GRU's gates is ignored.
+        dy, dstate, dgates, dstates: gradients of the loss w.r.t. the fields `y`, `state`, `gates` and `states` of
+            `out`; None, also as an entry: zeros. The gradient w.r.t. the plane q_g of a GRU's gates is ignored.
     """
     cell, tape = CELLS[spec.kind](spec, arrays), out.tape
     assert tape.patched is None, "the backward pass doesn't support patches"
     d = {name: np.zeros(shape) for name, shape in spec.shapes.items()}
     dx = np.zeros_like(tape.x)
     dgates = _given(dgates, out.gates)
-    douts = [_given(dy, out.y), *([] if out.cells is None else [_given(dcells, out.cells)])]
-    dnow = [_given(da, a) for da, a in zip(dstate or (None, None), out.state, strict=False)]
+    zeros, absent = [0.0] * len(out.state), [None] * len(out.state)
+    given = [dy, *(absent[1:] if dstates is None else dstates)]
+    douts = [_given(da, a) for da, a in zip(given, (out.y, *out.states), strict=True)]
+    dnow = [_given(da, a) for da, a in zip(dstate or absent, out.state, strict=True)]
     for t in reversed(tape.order):
         used, kept = tape.used[:, t], [k[:, t] for k in tape.kept]
         dnow = [da + dout[:, t] for da, dout in zip(dnow, douts, strict=True)]
-        dafter = _choose(used, dnow, ZEROS)
+        dafter = _choose(used, dnow, zeros)
         dgate = np.moveaxis(np.where(used[:, None], dgates[:, t], 0.0), 1, 0)
         dnew = [(1.0 - k) * da for k, da in zip(kept, dafter, strict=True)]
         dx[:, t], dh_in, dbefore = cell.back(tape.steps[t], d, dnew, dgate)
         dbefore = [da + k * dkept for da, k, dkept in zip(dbefore, kept, dafter, strict=True)]
         dbefore[0] = dbefore[0] + dh_in * tape.dropout
         dnow = _choose(used, dbefore, dnow)
-        cell.initial_state_back(d, _choose(tape.reset[:, t], dnow, ZEROS))
-        dnow = _choose(tape.reset[:, t], ZEROS, dnow)
+        cell.initial_state_back(d, _choose(tape.reset[:, t], dnow, zeros))
+        dnow = _choose(tape.reset[:, t], zeros, dnow)
     if tape.starts_fresh:
         cell.initial_state_back(d, dnow)
     return Gradients(dx, STATES[spec.kind](*dnow), d)

@@ -286,6 +286,12 @@ class CellSpec:
         names = STATES[self.kind]._fields
         return {name: self.output_size if name == "h" else self.units for name in names}
 
+    @property
+    def zoneout_rates(self) -> dict[str, float]:
+        """The share of each state, by name, that zoneout keeps; 0 for states without zoneout."""
+        rates = self.of_kind.zoneout
+        return {name: getattr(self, rates[name]) if name in rates else 0.0 for name in self.state_sizes}
+
     @cached_property
     def planes(self) -> int:
         """Number of arrays `[B, T, H]` in which the kernel saves the gates of a forward pass.
@@ -437,7 +443,8 @@ def check_state(
     """Raise `ShapeError` unless `shapes` are `[batch, size]` for each array of the state (`CellSpec.state_sizes`)."""
     where = "state" if layer is None else f"state of layer {layer}"
     if len(shapes) != len(sizes):
-        expected = "a pair (h, c)" if len(sizes) == 2 else f"{len(sizes)} array(s), {', '.join(sizes)}"
+        names = ", ".join(sizes)
+        expected = f"a pair ({names})" if len(sizes) == 2 else f"{len(sizes)} array(s), {names}"
         raise ShapeError(f"{owner}: expected {where} to be {expected}, got {len(shapes)} array(s)")
     for (name, size), shape in zip(sizes.items(), shapes, strict=True):
         if tuple(shape) != (batch, size):

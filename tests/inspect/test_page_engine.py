@@ -3,17 +3,15 @@
 import base64
 import json
 from dataclasses import asdict
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from family import random_case, random_spec
 from networks import by_reference, fill, make_cell, make_graph, make_network, make_states
 from safetensors import safe_open
+from toy import ToyTrace, evaluate, register
 
 from cellstack import CellSpec, Network, Patch, Recurrent, reference
-from cellstack.cells import KINDS
-from cellstack.cells.base import Kind, product
 from cellstack.inspect import html
 from cellstack.inspect.payload import packed, payload_of
 from cellstack.nodes import (
@@ -235,8 +233,8 @@ def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
         for plane, gate in enumerate(GATES[spec.kind]):
             near(fields[gate], out.gates[:, :, plane])
         near(fields["h"], out.y)
-        if spec.kind == "lstm":
-            near(fields["c"], out.cells)
+        for name, array in zip(out.state._fields[1:], out.states, strict=True):
+            near(fields[name], array)
         near(in_time(found["values"]["cell"], case["reverse"]), out.y)
         assert list(fields["pre"]) == list(spec.gates)
         for gate in spec.gates:
@@ -278,14 +276,12 @@ def test_the_gradient_of_one_number_of_a_cell_is_that_of_the_reference(page):
         whole = {
             "dy": np.zeros_like(out.y),
             "dgates": np.zeros_like(out.gates),
-            "dcells": np.zeros_like(out.gates[:, :, 0]),
+            "dstates": [np.zeros_like(array) for array in out.states],
         }
-        if gate in ("c", "h"):
-            whole["dcells" if gate == "c" else "dy"][row, step, unit] = 1.0
+        if gate in spec.state_sizes:
+            (whole["dy"] if gate == "h" else whole["dstates"][0])[row, step, unit] = 1.0
         else:
             whole["dgates"][row, step, GATES[spec.kind].index(gate), unit] = 1.0
-        if spec.kind != "lstm":
-            del whole["dcells"]
         wanted.append(reference.backward(spec, arrays, out, **whole))
         of = {"node": "cell", "cell": 0, "gate": gate, "row": row, "step": step, "unit": unit}
         cases.append(sent_of(net, spec, case, of=of))
@@ -1054,101 +1050,17 @@ def test_edited_networks_are_run_as_the_kernel_runs_them(page):
 # ── a new kind of cell ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class ToyState(NamedTuple):
-    h: Any
-    c: Any
-    n: Any
-
-
-class ToyTrace(NamedTuple):
-    i: Any
-    f: Any
-    g: Any
-    q: Any
-    o: Any
-    n: Any
-    c: Any
-    h: Any
-
-
-def toy_step(ops, spec, a, h, c, n):
-    """An LSTM whose candidate is a product of two gates, with a third state that counts what was written."""
-    sums = ops.split(ops.add(a, product(ops, spec, ops.dropped(h), "recurrent_kernel")), 5)
-    i, f, g, q, o = (ops.gate(name, z) for name, z in zip("ifgqo", sums, strict=True))
-    n = ops.record("n", ops.add(ops.mul(f, n), i))
-    c = ops.add(ops.mul(f, c), ops.mul(i, ops.mul(g, q)))
-    h = ops.mul(ops.mul(o, ops.activation("cell", c)), ops.one_minus(ops.activation("count", n)))
-    return (i, f, g, q, o), (h, c, n)
-
-
-TOY = Kind(
-    name="toy",
-    title="Toy",
-    gates={"i": "write", "f": "keep", "g": "candidate", "q": "candidate", "o": "output"},
-    state=ToyState,
-    trace=ToyTrace,
-    step=toy_step,
-    flags=tuple(flag for flag in KINDS["lstm"].flags if flag.name == "zoneout_cell"),
-    outputs=("cell", "count"),
-    meanings={"n": "count: how much was written"},
-)
-
-
-class NumPyOps:
-    """See `cellstack.cells.base.Ops`; `seen` are the gates and states that the step records."""
-
-    def __init__(self, spec, arrays):
-        self.spec, self.arrays, self.seen = spec, arrays, {}
-
-    def product(self, v, name, gates=slice(None)):
-        return v @ self.arrays[name].reshape(len(v), -1, self.spec.units)[:, gates].reshape(len(v), -1)
-
-    def weight(self, name, row=None):
-        return self.arrays[name] if row is None else self.arrays[name][row]
-
-    def norm(self, v, blocks=(1,)):
-        parts = np.split(v, np.cumsum(blocks)[:-1] * self.spec.units)
-        return np.concatenate([(p - p.mean()) / np.sqrt(p.var() + self.spec.norm_epsilon) for p in parts])
-
-    def clip(self, v, bound):
-        return v if bound is None else np.clip(v, -bound, bound)
-
-    def activation(self, slot, v):
-        name, alpha, beta = self.spec.activations[self.spec.slots.index(slot)]
-        return reference.ACTIVATIONS[name][0](v, alpha, beta)
-
-    def gate(self, name, z):
-        return self.record(name, self.activation(name, self.clip(z, self.spec.clip)))
-
-    def record(self, name, v):
-        self.seen[name] = v
-        return v
-
-    add, mul = staticmethod(np.add), staticmethod(np.multiply)
-    split, dropped = staticmethod(np.split), staticmethod(lambda h: h)
-    one_minus = staticmethod(lambda v: 1.0 - v)
-
-
 @pytest.fixture
 def toys(monkeypatch):
-    """Cells of a kind that only this test has: networks, inputs, and the fields of each run by NumPy."""
-    for table, value in ((KINDS, TOY), (GATES, tuple(TOY.gates)), (STATES, ToyState), (TRACES, ToyTrace)):
-        monkeypatch.setitem(table, "toy", value)
+    """Cells of a kind that only tests have: networks, inputs, and the fields of each run by NumPy."""
+    register(monkeypatch)
     rng, made = np.random.default_rng(0), []
-    for flags in ({}, {"zoneout": 0.2, "clip": 0.8}, {"layer_norm": True}, {"use_bias": False, "zoneout_cell": 0.4}):
-        spec = CellSpec(3, 4, kind="toy", **flags)
+    flags = {}, {"zoneout": 0.2, "clip": 0.8}, {"layer_norm": True}, {"use_bias": False, "zoneout_cell": 0.4}
+    for own in flags:
+        spec = CellSpec(3, 4, kind="toy", **own)
         net = one_cell(rng, spec)
-        arrays, x = net.cells[0].arrays, rng.normal(size=(2, 5, 3))
-        fields = {name: np.zeros((2, 5, 4)) for name in ToyTrace._fields}
-        rates = (spec.zoneout, spec.zoneout_cell, 0.0)
-        for row in range(2):
-            states = [np.zeros(4)] * 3
-            for t in range(5):
-                ops = NumPyOps(spec, arrays)
-                new = toy_step(ops, spec, TOY.inputs(ops, spec, x[row, t]), *states)[1]
-                states = [r * old + (1 - r) * now for r, old, now in zip(rates, states, new, strict=True)]
-                for name, value in {**ops.seen, **dict(zip("hcn", states, strict=True))}.items():
-                    fields[name][row, t] = value
+        x = rng.normal(size=(2, 5, 3))
+        fields, _ = evaluate(spec, net.cells[0].arrays, x)
         made.append({"network": net, "inputs": {"x": x}, "options": {}, "fields": fields})
     return made
 
@@ -1161,7 +1073,7 @@ def test_a_new_kind_runs_and_is_differentiated(page, toys):
         near(found["state"][0]["n"], case["fields"]["n"][:, -1])
     agree(page, [with_seeds(rng, case, {"cell": (2, 5, 4)}) for case in toys])
     patches = [{"node": "cell", "gate": gate, "how": how, "value": 0.3, "units": [1, 2], "steps": [2, 4, 1]}
-               for gate in ("q", "n", "c") for how in ("scale", "freeze")]  # fmt: skip
+               for gate in ("q", "n", "c", "m") for how in ("scale", "freeze")]  # fmt: skip
     changed = [{**case, "options": {"patches": patches}} for case in toys]
     agree(page, [with_seeds(rng, case, {"cell": (2, 5, 4)}) for case in changed])
 
@@ -1185,7 +1097,7 @@ def test_a_new_kind_is_explained(page, toys):
     sent = []
     for case in toys:
         now = {name: field[0, 3].tolist() for name, field in case["fields"].items()}
-        before = {name: case["fields"][name][0, 2].tolist() for name in "hcn"}
+        before = {name: case["fields"][name][0, 2].tolist() for name in "hcnm"}
         sent.append({"payload": payload_of(case["network"]), "x": case["inputs"]["x"][0, 3].tolist(),
                      "before": before, "now": now})  # fmt: skip
     for given, found in zip(sent, page.evaluate(EXPLAINED, [html.module_text(), sent]), strict=True):
@@ -1201,4 +1113,4 @@ def test_a_new_kind_is_explained(page, toys):
         assert name == "c"
         assert share == now["f"][1]
         assert rest == pytest.approx(now["i"][1] * now["g"][1] * now["q"][1])
-        assert set(found["ports"]) == {*ToyTrace._fields, "x", "h_prev", "c_prev", "n_prev"}
+        assert set(found["ports"]) == {*ToyTrace._fields, "x", "h_prev", "c_prev", "n_prev", "m_prev"}

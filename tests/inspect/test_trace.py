@@ -85,7 +85,7 @@ def test_cells_and_their_sums_are_the_reference(seed, backwards):
         cell, start = seen.cell, None if state is None else state[number]
         exact = reference.forward(cell.spec, cell.arrays, below, start, mask=mask, reset=begun, reverse=backwards)
         gates = [exact.gates[:, :, plane] for plane in range(exact.gates.shape[2])][: len(cell.spec.of_kind.gates)]
-        fields = [*gates, *([] if exact.cells is None else [exact.cells]), exact.y]
+        fields = [*gates, *exact.states, exact.y]
         for field, expected in zip(seen.fields, fields, strict=True):
             np.testing.assert_allclose(field, expected, atol=tolerances.KERNEL_ACTIVATIONS * 10, rtol=1e-9)
         used = np.ones((3, 6), bool) if mask is None else mask

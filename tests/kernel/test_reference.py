@@ -19,8 +19,8 @@ DIFFERENCES = 2e-7  # central differences in float64: rounding over the step (1e
 
 def results(out):
     """Return all differentiable results of a forward pass, by name."""
-    cells = {} if out.cells is None else {"cells": out.cells}
-    return {"y": out.y, "gates": out.gates, **cells, **out.state._asdict()}
+    every = {f"every {name}": a for name, a in zip(out.state._fields[1:], out.states, strict=True)}
+    return {"y": out.y, "gates": out.gates, **every, **out.state._asdict()}
 
 
 def check_gradients(rng, spec, arrays, case):
@@ -29,7 +29,8 @@ def check_gradients(rng, spec, arrays, case):
     weights = {name: rng.standard_normal(a.shape) for name, a in results(out).items()}
     if spec.kind == "gru":
         weights["gates"][:, :, 3:] = 0.0  # q_g
-    given = {f"d{name}": weights[name] for name in ("y", "gates", "cells") if name in weights}
+    given = {"dy": weights["y"], "dgates": weights["gates"]}
+    given["dstates"] = [a for name, a in weights.items() if name.startswith("every ")]
     got = reference.backward(spec, arrays, out, dstate=[weights[name] for name in spec.state_sizes], **given)
 
     def loss():
@@ -280,8 +281,8 @@ def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_
                 found[name][b, t] = a
         for name, a in zip(last, now, strict=True):
             last[name][b] = a
-    cells = {"cells": found["c"]} if "c" in found else {}
-    return {"y": found["h"], "gates": gates, **cells, **last}
+    every = {f"every {name}": a for name, a in found.items() if name != "h"}
+    return {"y": found["h"], "gates": gates, **every, **last}
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -322,7 +323,7 @@ def test_an_lstm_step_by_hand():
     out = one_step(CellSpec(1, 1), arrays, [1], [1], [2 * (ln(2) - 0.45)])
     np.testing.assert_allclose(out.gates[0, 0, :, 0], [0.75, 0.5, 0.6, 0.9], rtol=1e-15)
     np.testing.assert_allclose(
-        [*out.state.c[0], *out.state.h[0], *out.y[0, 0], *out.cells[0, 0]], [ln(2), 0.54, 0.54, ln(2)]
+        [*out.state.c[0], *out.state.h[0], *out.y[0, 0], *out.states[0][0, 0]], [ln(2), 0.54, 0.54, ln(2)]
     )
 
 

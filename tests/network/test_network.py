@@ -813,12 +813,11 @@ def recorded(net, x, **given):
 def assert_matches_reference(cell, x, got, dtype, **given):
     arrays = {name: array.astype(np.float64) for name, array in cell.arrays.items()}
     expected = reference.forward(cell.spec, arrays, x.astype(np.float64), **given)
-    for array, exact in zip((got.gates, got.c, got.h), (expected.gates, expected.cells, expected.y), strict=True):
-        assert (array is None) == (exact is None)
-        if exact is not None:
-            assert array.dtype == dtype
-            np.testing.assert_allclose(array, exact, atol=TOLERANCE[dtype] * max(1.0, np.abs(exact).max()), rtol=0)
-            assert array.shape == exact.shape
+    exact = expected.gates, expected.y, *expected.states
+    for array, wanted in zip((got.gates, *got.states), exact, strict=True):
+        assert array.dtype == dtype
+        np.testing.assert_allclose(array, wanted, atol=TOLERANCE[dtype] * max(1.0, np.abs(wanted).max()), rtol=0)
+        assert array.shape == wanted.shape
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

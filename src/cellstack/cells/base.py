@@ -195,6 +195,7 @@ class Kind:
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
         memory: the state that the gates keep and write.
+        zoneout: the states that zoneout may keep, and the argument that is the rate of each.
         update: returns, from the description and the values of the gates by name, the factor by which a step keeps
             `memory`, and what it adds to it, before zoneout and clipping; None if no gate does.
         names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
@@ -220,6 +221,7 @@ class Kind:
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
     memory: str = "h"
+    zoneout: dict[str, str] = field(default_factory=lambda: {"h": "zoneout"})
     update: Callable[[CellSpec, Mapping[str, Any]], tuple[Any, Any] | None] = gated_update
     names: dict[str, Foreign] = field(default_factory=dict)
     meanings: dict[str, str] = field(default_factory=dict)
@@ -229,6 +231,11 @@ class Kind:
     def slots(self) -> tuple[str, ...]:
         """Names of the activations: the gates, then `outputs`."""
         return (*self.gates, *self.outputs)
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Names of the random masks of a step in training, those that the kernel has for them."""
+        return ("recurrent_dropout", *self.zoneout.values())
 
     @property
     def gated(self) -> bool:

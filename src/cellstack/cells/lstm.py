@@ -84,6 +84,7 @@ LSTM = Kind(
     positions={"unit_forget_bias": ("bias_initializer",)},
     outputs=("cell",),
     memory="c",
+    zoneout={"h": "zoneout", "c": "zoneout_cell"},
     names={
         "torch": Foreign("LSTM", "ifgo"),
         "keras": Foreign("LSTM", "ifgo"),

@@ -292,10 +292,10 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
         described["x"] = sequence(record.x)
         initial = cell.cell.initial
         states = {
-            name: np.broadcast_to(initial[name], (len(record.h), len(initial[name])))
+            name: np.broadcast_to(initial[name], (len(record.x), size))
             if record.before is None
             else getattr(record.before, name)
-            for name in spec.state_sizes
+            for name, size in spec.state_sizes.items()
         }
         described["before"] = {name: arrays.put(np.array(rows_of(array, taken))) for name, array in states.items()}
         described["reset"] = None if record.reset is None else arrays.put(rows_of(record.reset, taken))

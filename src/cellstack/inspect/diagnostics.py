@@ -204,7 +204,7 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
     kind, found = spec.of_kind, _by_gates(cell)
     if found is None:
         raise ValueError(f"expected a cell with gates: a {kind.title} has no gate that keeps a state")
-    (kept, written), rate = found, spec.zoneout if kind.memory == "h" else spec.zoneout_cell
+    (kept, written), rate = found, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 
 

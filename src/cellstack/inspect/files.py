@@ -229,9 +229,6 @@ def _cell(
         if len(units) != spec.units or not isinstance(run["reverse"], bool):
             raise FormatError(f"{tensors.path}: {where}: the record must cover all units, with its direction")
         gates = np.stack([getattr(fields, gate) for gate in spec.of_kind.gates], axis=2)
-        found: dict[str, Any] = {name: getattr(fields, name) for name in spec.state_sizes}
-        found |= {"gates": gates, "x": x, "before": before, "mask": mask, "reset": reset, "patches": patches}
-        found["reverse"] = run["reverse"]
-        absent: dict[str, Any] = dict.fromkeys(Record._fields)  # such as c of a kind without it
-        record = Record(**absent | found)
+        states = spec.of_kind.state(*(getattr(fields, name) for name in spec.state_sizes))
+        record = Record(gates, states, x, before, mask, reset, run["reverse"], patches)
     return CellTrace(cell, fields, units, mask, sums, record)

@@ -20,9 +20,9 @@ def pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
     spec, (batch, steps, width) = cell.spec, record.x.shape
     order = slice(None, None, -1) if record.reverse else slice(None)
     before = []
-    for place, (name, fresh) in enumerate(cell.initial.items()):
-        array = getattr(record, name)
-        start = fresh if record.before is None else record.before[place]
+    for name, fresh in cell.initial.items():
+        array = getattr(record.states, name)
+        start = fresh if record.before is None else getattr(record.before, name)
         begun = np.broadcast_to(start, (batch, array.shape[2]))[:, None]
         previous = np.concatenate([begun, array[:, order][:, :-1]], axis=1) if steps else array
         if record.reset is not None:
@@ -40,7 +40,7 @@ def pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
 
 
 def _as_it_ran(record: Record) -> Callable[[str, Array, Any], Array]:
-    """Return a function that replaces gates and c from the equations by those of the patched run."""
+    """Return a function that replaces gates and states from the equations by those of the patched run."""
     assert record.patches is not None
     batch, steps, _ = record.x.shape
     planes = dict(zip(record.patches.spec.of_kind.gates, np.moveaxis(record.gates, 2, 0), strict=False))

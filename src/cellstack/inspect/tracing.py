@@ -86,8 +86,8 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
             assert record is not None, "cells of the requested nodes are kept"
             kind = cell.spec.of_kind
             planes = [record.gates[:, :, plane] for plane in range(len(kind.gates))]
-            states = [getattr(record, name) for name in kind.trace._fields[len(planes) :]]
-            fields = kind.trace(*planes, *states)
+            states = record.states._asdict()
+            fields = kind.trace(**dict(zip(kind.gates, planes, strict=True)), **states)
             sums = pre_activations(cell, record) if pre else None
             cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
         values = tuple(flows[source].x for source in sources)
@@ -149,7 +149,7 @@ def _in_own_order(
         for place, number in enumerate(stage.nodes[:-1]):
             above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]
             own = recording[numbers[network.names[number]][-1]]
-            top = own.h if own is not None else above.x if above is not None else None
+            top = own.states.h if own is not None else above.x if above is not None else None
             if top is not None:
                 flows[network.names[number]] = Flow(top[:, ::-1] if backwards else top)
         for number in stage.nodes[1:] if backwards else ():  # their input is in the previous node's order: reversed

@@ -109,7 +109,7 @@ class Recurrent(keras.layers.Layer):
             states = [_ops.convert_to_tensor(state, dtype=dtype) for state in keras.tree.flatten(initial_state)]
             shapes = [tuple(state.shape) for state in states]
             check_state(self.name, shapes, sequences.shape[0], self._spec.state_sizes)
-        drops = self._drawn(sequences) if training else (None,) * 4
+        drops = self._drawn(sequences) if training else ()
         arrays = [variable.value for variable in self._arrays]
         y, last, ends, every = torch_backend.run_layer(
             self._spec, sequences, states, arrays, drops, mask, reset, self.go_backwards, self.return_gates
@@ -123,17 +123,15 @@ class Recurrent(keras.layers.Layer):
         return results if len(results) > 1 else out
 
     def _drawn(self, x: Any) -> tuple[Any, ...]:
-        """Draw the masks: dropout of x `[B, I]` and h `[B, P]`, zoneout of h `[B, T, P]` and c `[B, T, H]`."""
+        """Draw the fields of torch's `Masks`."""
         batch, steps, width = _ops.shape(x)
         spec = self._spec
-        kept = [
-            self._mask((batch, steps, size), rate)
-            for size, rate in ((spec.output_size, spec.zoneout), (self.units, spec.zoneout_cell))
-        ]
+        sizes, rates = spec.state_sizes, spec.zoneout_rates
+        kept = [self._mask((batch, steps, sizes[state]), rates[state]) for state in spec.of_kind.zoneout]
         return (
             self._mask((batch, width), self._given["dropout"]),
             self._mask((batch, spec.output_size), self._given.get("recurrent_dropout", 0.0)),
-            *(None if mask is None else _ops.cast(mask == 0.0, self.compute_dtype) for mask in kept),
+            tuple(None if mask is None else _ops.cast(mask == 0.0, self.compute_dtype) for mask in kept),
         )
 
     def _mask(self, shape: tuple[Any, ...], rate: float) -> Any:

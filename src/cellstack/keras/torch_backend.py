@@ -166,7 +166,7 @@ def run_layer(
     x: Tensor,
     states: Sequence[Tensor] | None,
     arrays: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
+    masks: Sequence[Any],
     mask: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
@@ -179,9 +179,10 @@ def run_layer(
     """
     x = x.to(arrays[0].dtype)
     states = [] if states is None else states
+    drawn = Masks(*masks) if masks else NO_MASKS
     fused = x.device.type in ("cpu", "meta") and x.dtype in op.ELEMENTS and not op.transformed()
     functions = [eager.function_of(activation) for activation in spec.activations]
-    cell = CellRun(_cell_call(spec), arrays, states, Masks(*masks), "fused" if fused else "loop", False, functions)
+    cell = CellRun(_cell_call(spec), arrays, states, drawn, "fused" if fused else "loop", False, functions)
     used, begins = (None if flags is None else flags.to(torch.bool) for flags in (mask, reset))
     y, last, ends, traces = forward.run([cell], x, used, begins, directions=(reverse,), traced=traced)
     every = list(traces[0]) if traced else []

@@ -212,7 +212,7 @@ class _Sequence(Accelerated, nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Run over `x [B, T, I]`; return y `[T, B, ·]`, the final states' arrays `[layers, B, ·]`, and the traces."""
         directions = (False, True) if self.bidirectional else (False,)
-        width, kind = self.proj_size or self.hidden_size, KINDS[self.mode]
+        width = self.proj_size or self.hidden_size
         count, runs = self.num_layers * len(directions), []
         size = len(weights) // count
         # squeeze takes a fifth of the time of unbind
@@ -240,7 +240,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             packed=self._packed,
         )
         # Callers may write to the output of PyTorch's modules, except to that of oneDNN's LSTM. Ours is needed later.
-        writable = "c" not in STATES[kind]._fields or y.dtype is not torch.float32
+        writable = self.mode != "LSTM" or y.dtype is not torch.float32
         if (traced or y.requires_grad) and writable and len(directions) == 1 and packed is None:
             y = y.clone()
         last = [torch.stack(part) if count > 1 else part[0].unsqueeze(0) for part in zip(*ends, strict=True)]

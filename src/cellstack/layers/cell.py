@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,24 +21,30 @@ class Masks(NamedTuple):
 
     input: Tensor | None = None  # [B, I]
     recurrent: Tensor | None = None  # [B, P]
-    zoneout: Tensor | None = None  # [B, T, P]
-    zoneout_cell: Tensor | None = None  # [B, T, H]
+    zoneout: tuple[Tensor | None, ...] = ()  # of each state in `Kind.zoneout`, [B, T, P] or [B, T, H]
 
     def at(self, steps: slice) -> Masks:
         """Return the masks of some steps."""
-        return Masks(self.input, self.recurrent, *(None if mask is None else mask[:, steps] for mask in self[2:]))
+        return self.with_each(lambda mask: mask[:, steps])
+
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> Masks:
+        """Return the masks with each mask of zoneout changed by a function."""
+        return self._replace(zoneout=tuple(None if mask is None else change(mask) for mask in self.zoneout))
 
 
 NO_MASKS = Masks()
 
 
-def op_masks(masks: Sequence[Masks], like: Tensor) -> list[Tensor]:
+def op_masks(masks: Sequence[Masks], cells: Sequence[op.CellCall], like: Tensor) -> list[Tensor]:
     """Return the masks of layers as the op's list, with empty tensors like `like` for absent ones."""
-    for of_layer in masks:
-        if of_layer is not NO_MASKS and any(mask is not None for mask in of_layer[1:]):
-            absent = like.new_empty(0)
-            return [absent if mask is None else mask for of_layer in masks for mask in of_layer[1:]]
-    return []
+    if all(of_layer is NO_MASKS for of_layer in masks):
+        return []
+    found: list[Tensor | None] = []
+    for of_layer, cell in zip(masks, cells, strict=True):
+        zoneout = of_layer.zoneout or (None,) * (len(cell.masks) - 1)
+        found += [of_layer.recurrent, *zoneout]
+    absent = like.new_empty(0)
+    return [absent if mask is None else mask for mask in found] if any(mask is not None for mask in found) else []
 
 
 ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
@@ -88,7 +94,8 @@ class Cell(Layer):
         sizes = list(spec.state_sizes.values())
         self.state_size = sizes if len(sizes) > 1 else sizes[0]
         self.dropout, self.recurrent_dropout = float(given["dropout"]), float(given.get("recurrent_dropout", 0.0))
-        self.zoneout, self.zoneout_cell = spec.zoneout, spec.zoneout_cell
+        for name in spec.of_kind.zoneout.values():
+            setattr(self, name, getattr(spec, name))
         if given.get("forget_bias") is not None and not self._forgets:
             raise ValueError(f"{self._owner}: forget_bias needs a forget gate with a bias")
         seed = given["seed"]
@@ -177,7 +184,8 @@ class Cell(Layer):
     @property
     def drops(self) -> bool:
         """Whether training draws dropout or zoneout masks."""
-        return max(self.dropout, self.recurrent_dropout, self.zoneout, self.zoneout_cell) > 0.0
+        zoneout = (getattr(self, name) for name in self._spec.of_kind.zoneout.values())
+        return max(self.dropout, self.recurrent_dropout, *zoneout) > 0.0
 
     @property
     def built(self) -> bool:
@@ -325,8 +333,10 @@ class Cell(Layer):
         return Masks(
             self._draw(batch, width, self.dropout),
             self._draw(batch, self.output_size, self.recurrent_dropout),
-            self._draw_zoneout(batch, steps, self.output_size, self.zoneout),
-            self._draw_zoneout(batch, steps, self.units, self.zoneout_cell),
+            tuple(
+                self._draw_zoneout(batch, steps, self._sizes[state], getattr(self, name))
+                for state, name in self._spec.of_kind.zoneout.items()
+            ),
         )
 
     def _draw(self, rows: int, width: int, share: float) -> Tensor | None:
@@ -413,7 +423,7 @@ class Cell(Layer):
             x = x * masks.input
         arrays = self.arrays()
         starts = [] if state is None else list(state)
-        drops = op_masks([masks], self._like)
+        drops = op_masks([masks], [self._call], self._like)
         if self.route(arrays[0])[0] != "fused":
             rest = [self._spec], [self._functions], False, False, False
             return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))

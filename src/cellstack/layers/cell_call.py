@@ -83,6 +83,11 @@ class CellCall:
         return tuple(self.spec.state_sizes.values())
 
     @cached_property
+    def masks(self) -> tuple[str, ...]:
+        """The names of the random masks that a call takes in training."""
+        return self.spec.of_kind.masks
+
+    @cached_property
     def functions(self) -> list[eager.Function]:
         """The activations of the torch loop."""
         return [eager.function_of(activation) for activation in self.spec.activations]

@@ -173,11 +173,11 @@ def run(
     each step appends the state that the equations give before zoneout and mask, with its graph.
     """
     finals, ys, gates, cells = [], [], [], []
-    left, begin = iter(weights), iter(starts)
+    left, begin, drawn = iter(weights), iter(starts), iter(dropped)
     for n, spec in enumerate(specs):
         arrays = dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))
         states = list(islice(begin, len(spec.state_sizes))) if starts else _initial(spec, arrays, x)
-        masks = [mask if mask.numel() else None for mask in dropped[3 * n : 3 * n + 3]] or [None] * 3
+        masks = {name: mask for name, mask in zip(spec.of_kind.masks, drawn, strict=False) if mask.numel()}
         rest = mask, reset, spec, functions[n], reverse, save, steps
         ends, x, kept, inner = _layer(x, states, arrays, masks, *rest)
         finals += ends
@@ -203,7 +203,7 @@ def _layer(
     x: Tensor,
     states: list[Tensor],
     arrays: Mapping[str, Tensor],
-    dropped: Sequence[Tensor | None],
+    dropped: Mapping[str, Tensor],
     mask: Tensor | None,
     reset: Tensor | None,
     spec: CellSpec,
@@ -216,9 +216,9 @@ def _layer(
     steps = x.shape[1]
     kind = spec.of_kind
     fresh = None if reset is None else _initial(spec, arrays, x)
-    recurrent_dropout, *zoneouts = dropped
-    ops = TorchOps(spec, arrays, functions, recurrent_dropout)
-    rates = [spec.zoneout, spec.zoneout_cell]
+    ops = TorchOps(spec, arrays, functions, dropped.get("recurrent_dropout"))
+    rates = enumerate(spec.zoneout_rates.items())
+    zoneouts = [(k, rate, dropped.get(kind.zoneout.get(name, ""))) for k, (name, rate) in rates]
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
     a = kind.inputs(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H]
     gates = [x.new_zeros(0)] * steps
@@ -233,8 +233,8 @@ def _layer(
         new = list(new)
         if every is not None:
             every.append(list(new))
-        for k, (keeps, rate) in enumerate(zip(zoneouts, rates, strict=True)):
-            if k < len(new) and (keeps is not None or rate):
+        for k, rate, keeps in zoneouts:
+            if keeps is not None or rate:
                 keep = rate if keeps is None else keeps[:, t]
                 new[k] = keep * old[k] + (1.0 - keep) * new[k]
         states = new if used is None else [torch.where(used, *pair) for pair in zip(new, states, strict=True)]

@@ -139,7 +139,7 @@ def _call(
         begin += cell.state
         weights += cell.arrays
         masks.append(cell.masks)
-    dropped = op_masks(masks, x)
+    dropped = op_masks(masks, calls, x)
     save = traced or needs_grad(x, *begin, *weights)
     if route == "fused":
         if recompute and save and not traced:

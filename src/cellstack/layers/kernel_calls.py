@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -159,14 +159,17 @@ def _sequences(call: Call) -> tuple[native.Sequences, list[Any]]:
 
 
 def _layer(
-    weights: Any, before: Sequence[Tensor], after: Sequence[Tensor], saved: Saved, drops: Sequence[Tensor]
+    cell: CellCall,
+    weights: Any,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    saved: Saved,
+    drops: Iterator[Tensor],
 ) -> Any:
-    """Return a layer of a call; the entries of `saved` may be None."""
+    """Return a layer of a call, which takes its masks from `drops`; the entries of `saved` may be None."""
     y, gates, states, norms = saved
     kept = _address(y), _address(gates), _addresses_of(states), _address(norms)
-    masks = (
-        dict(zip(("recurrent_dropout", "zoneout", "zoneout_cell"), map(_address, drops), strict=True)) if drops else {}
-    )
+    masks = {name: _address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
     return native.Layer(weights, _addresses_of(before), _addresses_of(after), *kept, **masks)
 
 
@@ -180,7 +183,7 @@ def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
     batch, steps, _ = x.shape
     sequences, held = _sequences(call)
     begin, drops = [_contiguous(t) for t in call.starts], [_contiguous(t) for t in call.drops]
-    arrays = iter(call.weights)
+    arrays, masks = iter(call.weights), iter(drops)
     ends: list[Tensor] = []
     saved, layers = [], []
     for n, cell in enumerate(cells):
@@ -200,7 +203,7 @@ def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
             if call.save:
                 made = Saved(made.y, _new(x, gates), tuple([_new(x, shape) for shape in states]), _new(x, norms))
             saved.append(made)
-        layers.append(_layer(packed, start, end, made, drops[3 * n : 3 * n + 3]))
+        layers.append(_layer(cell, packed, start, end, made, masks))
     native.forward(sequences, layers, call.threads or torch.get_num_threads())
     if not call.save:
         return [*ends, *(made.y for made in saved)]
@@ -242,7 +245,7 @@ def backward(
     given = [None if grad is None else _contiguous(grad) for grad in grads]
     specs = [cell.spec for cell in cells]
     before, arrays, kept = iter(begin), iter(call.weights), saved_by_layer(specs, iter(saved))
-    layers, gradients, biases = [], [], []
+    layers, gradients, biases, masks = [], [], [], iter(drops)
     for n, (cell, of_ends, of_saved) in enumerate(zip(cells, *by_layer(specs, given), strict=True)):
         # The forward pass has checked the weights.
         flat = [_contiguous(weight) for weight in _with_one_bias(cell, list(islice(arrays, len(cell.shapes))))]
@@ -257,7 +260,7 @@ def backward(
         held.append(flat)
         count = len(cell.sizes) if call.starts else 0
         own = list(islice(before, count))
-        layers.append(_layer(_weights(cell, flat, x.dtype, False), own, (), kept[n], drops[3 * n : 3 * n + 3]))
+        layers.append(_layer(cell, _weights(cell, flat, x.dtype, False), own, (), kept[n], masks))
         gradients.append(
             native.Gradients(
                 _address(of_saved.y),

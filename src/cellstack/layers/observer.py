@@ -43,7 +43,7 @@ class CellObservation(NamedTuple):
     trace: Any  # [R, S, H], a trace in time order, of the rows and steps that were run again
     used: Tensor | None  # [R, S]
     gradients: dict[str, Tensor]  # norm of the gradient of each trained array, before clipping
-    lags: dict[str, Lags]  # for h, and for an LSTM's c
+    lags: dict[str, Lags]  # of each state
 
 
 class Observer:
@@ -168,13 +168,17 @@ def _copied(call: Call, rows: Tensor) -> Call:
     def of(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach()[rows].clone()
 
+    def of_mask(mask: Tensor | None) -> Tensor | None:
+        own = of(mask)
+        return None if own is None else own.to(wide)
+
     wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32  # float16, bfloat16 are too coarse
     x = call.x.detach()[rows].to(wide, copy=True)
     runs = [
         run._replace(
             arrays=[array.detach().to(wide, copy=True) for array in run.arrays],
             state=[part.detach()[rows].to(wide, copy=True) for part in run.state],
-            masks=Masks(*(None if (own := of(mask)) is None else own.to(wide) for mask in run.masks)),
+            masks=Masks(of_mask(run.masks.input), of_mask(run.masks.recurrent), tuple(map(of_mask, run.masks.zoneout))),
         )
         for run in call.runs
     ]
@@ -206,12 +210,12 @@ def _run_again(
     every: list[list[list[Tensor]]] = []
     finals, traces, y = [], [], x
     for cell, run in zip(call.cells, call.runs, strict=True):
-        masks = Masks(*run.masks[:2], *map(ordered, run.masks[2:]))
+        masks = run.masks.with_each(lambda mask: mask.flip(1)) if call.reverse else run.masks
         below, y = y, y if masks.input is None else y * masks.input.unsqueeze(1)
         state, early = run.state, None
         if first:
             state, early = _early(run, cell, y[:, :first], masks, used, reset, first)
-        dropped = op_masks([masks.at(slice(first, None))], y)
+        dropped = op_masks([masks.at(slice(first, None))], [run.call], y)
         seen: list[list[Tensor]] = []
         # Without an array that requires a gradient, autograd would build no graph.
         arrays = [array.requires_grad_() for array in run.arrays]

@@ -12,9 +12,10 @@ a `Call` record, in which it has the `CellCall` itself. Results, in order:
     otherwise, with sequences: y [B, T, P] of the top layer.
 
 `starts` is empty (each layer's initial state) or has every array of the states, in the order of the results.
-`weights` has the arrays of each layer in the order of `CellSpec.shapes`. `drops` is empty or has three masks per layer,
-of size 0 if absent: recurrent dropout `[B, P]`, zoneout of h `[B, T, P]` and of c `[B, T, H]`. `mask` and `reset` are
-bool `[B, T]`. Where `reset` is True, the state before that step, in the order processed, is the initial one.
+`weights` has the arrays of each layer in the order of `CellSpec.shapes`. `drops` is empty or has the masks of each
+layer, of size 0 if absent: recurrent dropout `[B, P]`, and zoneout of each state in `Kind.zoneout`, `[B, T, P]` or
+`[B, T, H]`. `mask` and `reset` are bool `[B, T]`. Where `reset` is True, the state before that step, in the order
+processed, is the initial one.
 `threads=0` means `torch.get_num_threads()`. With `time_major` each y is `[T, B, P]`, and the gradient of x has time
 before batch in memory; everything else is the same: x is `[B, T, I]`, of any strides.
 

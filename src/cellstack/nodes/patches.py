@@ -272,7 +272,7 @@ class CellPatches:
         """Apply the patches to a state at every step, independently of the other steps.
 
         Args:
-            name: `"c"` or `"h"`.
+            name: the state, such as `"h"`.
             batch, steps: the sizes of the run.
             value: the state before the patches, `[B·T, H]`.
             before: the state of the previous step, `[B·T, H]`.

@@ -21,10 +21,8 @@ class Record(NamedTuple):
 
     gates: Array
     """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
-    c: Array | None
-    """`[B, T, H]`; None for a kind without c."""
-    h: Array
-    """`[B, T, P]`, before a residual is added and before masked steps are set to zero."""
+    states: CellState
+    """`[B, T, P]` or `[B, T, H]` each; h is that before a residual is added and before masked steps are set to zero."""
     x: Array
     """`[B, T, I]`."""
     before: CellState | None

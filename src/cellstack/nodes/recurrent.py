@@ -206,8 +206,8 @@ class Recurrent(Node):
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "the input of a recorded cell is recorded too"
-                own = kept["gates"], next(iter(kept["states"]), None), kept["y"]
-                made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
+                seen = type(after[-1])(kept["y"], *kept["states"])
+                made.append(Record(kept["gates"], seen, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
             if wanted and number == len(cells) - 1 and "y" not in kept:

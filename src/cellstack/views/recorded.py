@@ -49,7 +49,7 @@ class Recorded:
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
         a = kind.inputs(self, spec, self._new("x", width=(1, I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
-        self.kept = (spec.zoneout, spec.zoneout_cell, *[0.0] * len(self.states))[: len(self.states)]
+        self.kept = tuple(spec.zoneout_rates.values())
 
     def _letter(self, state: str) -> str:
         return P if state == "h" and self.spec.proj_size else H

@@ -364,7 +364,7 @@ def _starts(
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "zoneout": 0.0, "zoneout_cell": 0.0}
+NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None}
 ONNX_NAMES = {ours: theirs for theirs, ours in NAMES.items()} | {"linear": "Affine"}
 
 
@@ -387,7 +387,7 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
     if operator is None:
         raise ValueError(f"save: {where}: ONNX has no operator for {kind.title}")
     for cell in cells:
-        for flag, usual in NOT_IN_ONNX.items():
+        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
             if getattr(cell.spec, flag) != usual:
                 raise ValueError(f"save: {where}: ONNX's {operator} has no {flag}")
         alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")

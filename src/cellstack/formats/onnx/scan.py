@@ -126,7 +126,7 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
     x = step.fresh(f"{where}/x")
     own = [before[name] for name in spec.state_sizes]
     new = list(spec.of_kind.step(step, spec, spec.of_kind.inputs(step, spec, x), *own)[1])
-    for n, kept in enumerate((spec.zoneout, spec.zoneout_cell)[: len(new)]):
+    for n, kept in enumerate(spec.zoneout_rates.values()):
         if kept:
             old = step.of("Mul", own[n], step.number(kept))
             new[n] = step.of("Add", old, step.of("Mul", new[n], step.number(1.0 - kept)))

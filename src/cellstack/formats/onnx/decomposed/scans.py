@@ -84,18 +84,19 @@ def _cell(scope: Scope, starts: list[Array | None]) -> Cell:
     if y != ends[0]:
         raise ValueError("y isn't the new h")
     flags: dict[str, Any] = {"learn_initial_state": any(start is not None and start.any() for start in starts)}
-    for name, n in zip(("zoneout", "zoneout_cell"), range(len(before)), strict=False):
-        ends[n], kept = _kept(scope, ends[n], before[n])
-        if kept:
-            flags[name] = kept
+    whole = [(end, 0.0) for end in ends]
+    without = [_kept(scope, end, state) for end, state in zip(ends, before, strict=True)]
     matcher = Matcher(scope, within_loop=True)
     for form in (form for kind in KINDS.values() if len(kind.state._fields) == len(before) for form in forms(kind)):
-        names = form.kind.state._fields
+        names, rates = form.kind.state._fields, form.kind.zoneout
+        found = [without[n] if name in rates else whole[n] for n, name in enumerate(names)]
+        after = {name: end for name, (end, _) in zip(names, found, strict=True)}
+        kept = {rates[name]: share for name, (_, share) in zip(names, found, strict=True) if share}
         bound = {form.x: Term(x, "", False, 0, 0)} | dict(zip(form.before.values(), before, strict=True))
-        for step in matcher.steps(form, scope.producers.get(ends[0]), dict(zip(names, ends, strict=True)), bound):
+        for step in matcher.steps(form, scope.producers.get(after["h"]), after, bound):
             given = zip(names, starts, strict=True)
             arrays = {f"initial_{name}": start for name, start in given if start is not None}
-            return cell_of(scope, step, flags, **(arrays if flags["learn_initial_state"] else {}))
+            return cell_of(scope, step, flags | kept, **(arrays if flags["learn_initial_state"] else {}))
     raise ValueError(f"{short(ends[0])} isn't computed from gates as in a cell")
 
 
