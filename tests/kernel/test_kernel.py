@@ -466,7 +466,7 @@ def test_linear_mode_is_exact(isa, kind):
     x = rng.integers(-1, 2, (3, 3, 4)).astype(np.float32)
     state = tuple(rng.integers(-1, 2, (3, 19)).astype(np.float32) for _ in spec.state_sizes)
     expected = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
-    assert np.abs(expected["gates"]).max() > 2
+    assert np.abs(expected["gates"]).max() >= 2
     assert max(np.abs(a).max() for a in expected.values()) < 2**24
     for name, array in flat(calls.forward(spec, arrays, x, state)).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
@@ -502,7 +502,8 @@ def test_all_wrong_gate_orders_fail(isa, member):
 @pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn", "mingru", "minlstm"])
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
-    arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN with larger random weights are chaotic
+    if spec.of_kind.recurrent:  # a GRU and a SimpleRNN with larger random weights are chaotic
+        arrays["recurrent_kernel"] *= np.float32(0.5)
     expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
     assert np.abs(calls.forward(spec, arrays, **case).y - expected.y).max() < tolerances.REFERENCE
 
