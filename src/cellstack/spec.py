@@ -205,7 +205,7 @@ class CellSpec:
         if not isinstance(self.kind, str) or self.kind not in GATES:
             raise ValueError(f"CellSpec: expected kind to be one of {', '.join(GATES)}, got {self.kind!r}")
         for field in fields(self):
-            if getattr(self, field.name) is None and field.name in self.of_kind.settings:
+            if getattr(self, field.name) is field.default is None and field.name in self.of_kind.settings:
                 object.__setattr__(self, field.name, self.of_kind.settings[field.name].default)
             convert = _CONVERTERS.get(field.type)
             if convert is not None:

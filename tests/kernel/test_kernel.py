@@ -224,7 +224,8 @@ DIVIDED = [name for name, flags in MEMBERS.items() if not flags.get("layer_norm"
 
 @pytest.mark.parametrize("member", DIVIDED)
 def test_threads_that_share_the_units_give_the_same_bits(isa, member):
-    spec, arrays, case, rng = make(5, 1, 30, 40, 900 if member == "rnn" else 290, **MEMBERS[member])
+    units = {"rnn": 900, "minlstm": 2000, "mingru": 8000}.get(member, 290)  # enough for threads to save time
+    spec, arrays, case, rng = make(5, 1, 30, 40, units, **MEMBERS[member])
     case["mask"] = rng.random((1, 30)) < 0.8
     weights = [native.weights(spec, arrays)]
     whole = calls.forward(spec, arrays, **case, threads=1)
@@ -400,7 +401,7 @@ def test_the_backward_pass_of_a_stack_writes_only_the_requested_gradients(isa):
     given[-1] = {"dy": np.ones_like(outs[-1].y)}
     every = calls.backward_stack(cells, outs, given)
     for wanted in ({"x"}, set()), (set(), {"h0"}), ({"kernel"}, {"c0", "recurrent_kernel"}):
-        names = [wanted[0], set(), wanted[1], set(), set()]
+        names = [wanted[0], set(), wanted[1], *[set()] * (len(cells) - 3)]
         found = calls.backward_stack(cells, outs, given, wanted=names)
         for n, (some, whole) in enumerate(zip(found, every, strict=True)):
             flat = lambda g: {"x": g.x, **dict(zip(("h0", "c0"), g.state, strict=False)), **g.arrays}  # noqa: E731
@@ -465,7 +466,7 @@ def test_linear_mode_is_exact(isa, kind):
     x = rng.integers(-1, 2, (3, 3, 4)).astype(np.float32)
     state = tuple(rng.integers(-1, 2, (3, 19)).astype(np.float32) for _ in spec.state_sizes)
     expected = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
-    assert np.abs(expected["gates"]).max() > 2
+    assert np.abs(expected["gates"]).max() >= 2
     assert max(np.abs(a).max() for a in expected.values()) < 2**24
     for name, array in flat(calls.forward(spec, arrays, x, state)).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
@@ -501,7 +502,8 @@ def test_all_wrong_gate_orders_fail(isa, member):
 @pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn", "mingru", "minlstm"])
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
-    arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN with larger random weights are chaotic
+    if spec.of_kind.recurrent:  # a GRU and a SimpleRNN with larger random weights are chaotic
+        arrays["recurrent_kernel"] *= np.float32(0.5)
     expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
     assert np.abs(calls.forward(spec, arrays, **case).y - expected.y).max() < tolerances.REFERENCE
 
@@ -736,7 +738,8 @@ def test_products_of_int8_weights_are_integer_sums(isa, units, batch):
 @pytest.mark.parametrize("member", MEMBERS)
 def test_weights_in_int8_are_close_to_float32(isa, member):
     spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
-    arrays["recurrent_kernel"] *= np.float32(0.5)
+    if spec.of_kind.recurrent:
+        arrays["recurrent_kernel"] *= np.float32(0.5)
     whole, narrow = (streamed(spec, arrays, case["x"], element) for element in (None, "int8"))
     assert 1e-5 < np.abs(narrow - whole).mean() < 0.02
 

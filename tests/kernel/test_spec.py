@@ -61,7 +61,7 @@ def test_wrong_types_are_refused(given):
         ({"kind": "rnn", "reset_after": False}, "reset_after is valid with kind='gru' only"),
         (
             {"kind": "rnn", "recurrent_activation": "relu"},
-            "recurrent_activation is valid with kind='lstm' or 'gru' only, not with 'rnn'",
+            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' only, not with 'rnn'",
         ),
         ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
@@ -72,7 +72,7 @@ def test_wrong_types_are_refused(given):
         ({"activation": "hard_sigmoid(0.2)"}, "hard_sigmoid with 2"),
         ({"activation": "hard_sigmoid(0.2, nan)"}, "finite"),
         ({"activation": "elu(x)"}, "numbers"),
-        ({"activation": None}, "activation"),
+        ({"recurrent_activation": None}, "recurrent_activation"),
     ],
     ids=str,
 )
@@ -92,6 +92,20 @@ def test_an_activation_is_its_text(name):
         assert activation(str(other)) == other
         assert str(activation(f" {other} ")) == str(other)
         assert CellSpec(3, 4, activation=f"{name}({', '.join(map(repr, PARAMETERS[name]))})").activation == name
+
+
+def test_the_default_activation_is_that_of_the_kind():
+    for kind, name in {
+        "lstm": "tanh",
+        "gru": "tanh",
+        "rnn": "tanh",
+        "mingru": "positive",
+        "minlstm": "positive",
+    }.items():
+        for spec in (CellSpec(3, 4, kind=kind), CellSpec(3, 4, None, kind=kind), CellSpec(3, 4, name, kind=kind)):
+            assert spec.activation == name
+            assert "activation" not in spec.settings
+    assert CellSpec(3, 4, "tanh", kind="mingru").settings["activation"] == "tanh"
 
 
 def test_settings_omit_defaults():
