@@ -255,8 +255,8 @@ def save(network: Network, path: str, lengths: bool = False) -> None:
 
     Every state of a cell is an input, such as `name.h` and `name.c` `[B, H]`, and an output, `name.h.after`. An omitted
     input takes the cell's own initial state. The cells of a stack are named `name.0` and so on, those of a
-    Bidirectional `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't express, float64 cells and masked
-    cells are written as Scans.
+    Bidirectional `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't express, float64 cells
+    and masked cells are written as Scans.
 
     Args:
         network: what to write.
