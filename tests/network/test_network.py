@@ -834,10 +834,11 @@ def test_a_record_has_gates_and_states_of_every_cell_at_every_step(seed, dtype, 
         below = x
         for cell, got in zip(stack.cells, record, strict=True):
             assert_matches_reference(cell, below, got, dtype, mask=mask, reverse=stack.go_backwards)
-            below = got.h
+            below = got.states.h
     _, _, both = recorded(Network([Bidirectional(forward, backward)]), x, mask=mask)
     for one, other in zip(both, (*ahead, *back), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True) if a is not None)
+        fields = [(record.gates, *record.states, record.x) for record in (one, other)]
+        assert all(np.array_equal(*pair) for pair in zip(*fields, strict=True))
 
 
 def test_a_record_has_h_before_residual_and_masking():
@@ -846,9 +847,9 @@ def test_a_record_has_h_before_residual_and_masking():
     x, mask = rng.normal(size=(2, 5, 4)).astype("float32"), np.arange(5) < [[3], [5]]
     net = Network([Recurrent(cells, residual=True, zero_output_for_mask=True)])
     y, _, record = recorded(net, x)
-    np.testing.assert_array_equal(y, (record[0].h + record[1].h) + record[2].h)
+    np.testing.assert_array_equal(y, (record[0].states.h + record[1].states.h) + record[2].states.h)
     _, state, record = recorded(net, x, mask=mask)
     for got, after in zip(record, state, strict=True):
-        np.testing.assert_array_equal(got.h[:, -1], after.h)
-        np.testing.assert_array_equal(got.c[:, -1], after.c)
+        np.testing.assert_array_equal(got.states.h[:, -1], after.h)
+        np.testing.assert_array_equal(got.states.c[:, -1], after.c)
         assert (got.gates[0, 3:] == 0).all()

@@ -10,7 +10,7 @@ Ref: ONNX, Operators.md, Scan.
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ def _as_described(cell: Cell, text: str) -> Cell:
         described = CellSpec(**json.loads(text), learn_initial_state=cell.spec.learn_initial_state)
     except (ValueError, TypeError, RecursionError):
         return cell
-    return replace(cell, spec=described) if _settings(described) == _settings(cell.spec) else cell
+    return Cell(described, **cell.stored_arrays) if _settings(described) == _settings(cell.spec) else cell
 
 
 def _settings(spec: CellSpec) -> dict[str, Any]:
