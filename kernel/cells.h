@@ -9,7 +9,9 @@
 //     row         from the sums of a row, z over x and q over h (the same place unless they are apart), to h_next, the
 //                 inner states and all outputs
 //     row_back    from the gradients dm of h (before a projection) and dinner of the inner states, to dz (and dq), and
-//                 the gradients of the states before; what doesn't pass through a product is added to `carry`
+//                 the gradients of the states before; what doesn't pass through a product is added to `carry`. With
+//                 layer normalisation, dz is written to dq too. In padding dz must be finite. The last two arguments
+//                 are the distances between rows of `carry`, and of `dm`.
 #pragma once
 #include "activations.h"
 #include "leaf.h"

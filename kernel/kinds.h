@@ -8,7 +8,7 @@ namespace cellstack {
 // The most states that a kind may have: h, the output, with P numbers per row; and inner states such as an LSTM's c,
 // with H numbers per row, in the order of the kind's declaration.
 constexpr int kStates = 4, kInner = kStates - 1;
-constexpr int kMostGates = 4;
+constexpr int kMostGates = 4;  // more would need tiles, sums and vectors of that many gates
 
 struct Kind {
     const char* name;
@@ -40,6 +40,11 @@ enum KindIndex : int {
 #undef CELLSTACK_KIND
         kDense
 };
+
+#define CELLSTACK_KIND(rows, name, gates, ...) \
+    static_assert(gates <= kMostGates, "the kernel computes at most kMostGates gates: " name);
+CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
 
 inline constexpr Kind kKinds[] = {
 #define CELLSTACK_KIND(rows, ...) {__VA_ARGS__},

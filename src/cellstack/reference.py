@@ -72,6 +72,7 @@ Ref, and where we differ:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -155,8 +156,8 @@ class _Cell:
         self.w = {name: np.asarray(arrays[name], np.float64) for name in spec.shapes}
         self.bfloat16 = {name for name in spec.shapes if isinstance(arrays[name], BFloat16Array)}
         self.patched = lambda name, value, before: value
-        cut = 2 * spec.units  # all columns are normalised together; of a GRU, z and r together and g separately
-        self.together = (slice(0, cut), slice(cut, None)) if spec.kind == "gru" else (slice(None),)
+        ends = np.cumsum([0, *spec.of_kind.blocks(spec)]) * spec.units  # of a GRU, z and r together and g separately
+        self.together = [slice(*pair) for pair in pairwise(ends)]  # the columns that are normalised together
 
     def initial_state(self, batch: int) -> list[Array]:
         sizes = self.spec.state_sizes.items()

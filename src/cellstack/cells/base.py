@@ -149,6 +149,8 @@ def gated_update(spec: CellSpec, gates: Mapping[str, Any]) -> tuple[Any, Any] | 
     A missing gate of the two that keep and write is 1 minus the other one.
     """
     values = {role: gates[gate] for gate, role in spec.of_kind.gates.items()}
+    if len(values) < len(spec.of_kind.gates):
+        raise NotImplementedError(f"{spec.of_kind.title}: several gates have the same role, so it needs its own update")
     if not {"keep", "write"} & set(values):
         return None
     kept = values["keep"] if "keep" in values else 1.0 - values["write"]

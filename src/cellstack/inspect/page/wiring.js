@@ -91,7 +91,7 @@ function madeWiring({ states, gates }) {
   const low = 62 * names.length + 84;
   const bus = low + 72;
   const listed = Object.keys(gates);
-  const column = Object.fromEntries(listed.map((name, n) => [name, first + (440 / Math.max(1, listed.length - 1)) * n || first]).map(([name, x]) => [name, Math.round(x)]));
+  const column = Object.fromEntries(listed.map((name, n) => [name, first + (400 / Math.max(1, listed.length - 1)) * n || first]).map(([name, x]) => [name, Math.round(x)]));
   const ports = { x: [116, bus + 54] };
   const [paths, dots] = [[`M 116 ${bus + 32} V ${bus + 2}`], []];
   const used = new Set(Object.values(gates).flat());
