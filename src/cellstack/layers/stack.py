@@ -198,7 +198,7 @@ def run_cells(
         if route == "torch" and (
             traced
             or not eager.torch_kind(cell._spec)
-            or any(given is not None for given in (used, reset, *masks[n][1:]))
+            or any(given is not None for given in (used, reset, masks[n].recurrent, *masks[n].zoneout))
         ):
             raise TypeError(
                 f"{cell._owner}: torch.jit.trace and torch.onnx.export support only what torch's LSTM, GRU and RNN "
