@@ -306,7 +306,7 @@ class CellSpec:
         products = sum(name in self.shapes for name in ("kernel_gain", "recurrent_gain"))
         return products * (len(self.gates) * self.units + 2)
 
-    @property
+    @cached_property
     def two_biases(self) -> bool:
         """Whether the products with x and with h have a bias each, `[2, G·H]`."""
         return len(self.shapes.get("bias", ())) == 2

@@ -37,7 +37,10 @@ NO_MASKS = Masks()
 
 def op_masks(masks: Sequence[Masks], cells: Sequence[op.CellCall], like: Tensor) -> list[Tensor]:
     """Return the masks of layers as the op's list, with empty tensors like `like` for absent ones."""
-    if all(of_layer is NO_MASKS for of_layer in masks):
+    for of_layer in masks:  # faster than `all`, at every call
+        if of_layer is not NO_MASKS:
+            break
+    else:
         return []
     found: list[Tensor | None] = []
     for of_layer, cell in zip(masks, cells, strict=True):
@@ -157,10 +160,11 @@ class Cell(Layer):
         """Store the description, and the parts of it that each call needs."""
         self._spec, self._call, self._plain = spec, op.CellCall(spec), spec.plain
         self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
+        self._rates = tuple(spec.of_kind.zoneout.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle stores: the description as text, without what follows from it."""
-        derived = ("_spec", "_call", "_plain", "_names", "_sizes")
+        derived = ("_spec", "_call", "_plain", "_names", "_sizes", "_rates")
         kept = {name: value for name, value in self.__dict__.items() if name not in derived}
         return {**kept, "_text": self._spec.text}
 
@@ -184,8 +188,9 @@ class Cell(Layer):
     @property
     def drops(self) -> bool:
         """Whether training draws dropout or zoneout masks."""
-        zoneout = (getattr(self, name) for name in self._spec.of_kind.zoneout.values())
-        return max(self.dropout, self.recurrent_dropout, *zoneout) > 0.0
+        if self.dropout or self.recurrent_dropout:
+            return True
+        return any([getattr(self, name) for name in self._rates])  # a list: faster than a generator, at every call
 
     @property
     def built(self) -> bool:

@@ -83,6 +83,11 @@ class CellCall:
         return tuple(self.spec.state_sizes.values())
 
     @cached_property
+    def state(self) -> Any:
+        """The type of the state."""
+        return self.spec.of_kind.state
+
+    @cached_property
     def masks(self) -> tuple[str, ...]:
         """The names of the random masks that a call takes in training."""
         return self.spec.of_kind.masks

@@ -18,7 +18,7 @@ from cellstack.layers.cell import NO_MASKS, Masks, needs_grad, op_masks
 from cellstack.layers.cell_call import saved_by_layer
 from cellstack.layers.kernel_calls import Kept
 from cellstack.layers.sequences import at_last_used, shifted
-from cellstack.spec import GATES, STATES, TRACES
+from cellstack.spec import GATES, TRACES
 
 
 class CellRun(NamedTuple):
@@ -155,10 +155,11 @@ def _call(
         else:
             functions, save = [cells[0].functions], traced
             out = eager.run(x, begin, weights, dropped, used, reset, [spec], functions, reverse, True, save)
-    results, specs = iter(out), [call.spec for call in calls]
-    ends = [STATES[spec.kind]._make(islice(results, len(spec.state_sizes))) for spec in specs]
+    results = iter(out)
+    ends = [call.state._make(islice(results, len(call.sizes))) for call in calls]
     if not save:
         return ends, (), next(results) if wanted else x
+    specs = [call.spec for call in calls]
     saved = saved_by_layer(specs, results)
     y = saved[-1].y
     if not traced:

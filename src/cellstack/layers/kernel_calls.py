@@ -167,10 +167,11 @@ def _layer(
     drops: Iterator[Tensor],
 ) -> Any:
     """Return a layer of a call, which takes its masks from `drops`; the entries of `saved` may be None."""
+    first, last = [t.data_ptr() for t in before], [t.data_ptr() for t in after]
     y, gates, states, norms = saved
-    kept = _address(y), _address(gates), _addresses_of(states), _address(norms)
+    kept = _address(y), _address(gates), [t.data_ptr() for t in states], _address(norms)
     masks = {name: _address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
-    return native.Layer(weights, _addresses_of(before), _addresses_of(after), *kept, **masks)
+    return native.Layer(weights, first, last, *kept, **masks)
 
 
 _NOTHING = Saved(None, None, (), None)
@@ -225,7 +226,8 @@ def step_of(
     ends = tuple([x.new_empty(batch, size) for size in cell.sizes])
     sequences = native.Sequences(batch, 1, x.data_ptr(), x.shape[1], x.shape[1])
     threads = 1 if batch == 1 else torch.get_num_threads()
-    native.forward(sequences, [native.Layer(packed, _addresses_of(begin), _addresses_of(ends))], threads)
+    before, after = [t.data_ptr() for t in begin], [t.data_ptr() for t in ends]
+    native.forward(sequences, [native.Layer(packed, before, after)], threads)
     return ends
 
 
