@@ -188,9 +188,7 @@ class Cell(Layer):
     @property
     def drops(self) -> bool:
         """Whether training draws dropout or zoneout masks."""
-        if self.dropout or self.recurrent_dropout:
-            return True
-        return any([getattr(self, name) for name in self._rates])  # a list: faster than a generator, at every call
+        return max(self.dropout, self.recurrent_dropout, *[getattr(self, name) for name in self._rates]) > 0.0
 
     @property
     def built(self) -> bool:
