@@ -32,6 +32,7 @@ class CellCall:
 
     Attributes:
         text: the record as JSON, the form in which PyTorch's dispatcher passes it; `of_text` parses it.
+        state: the type of the state.
         in_bf16, recomputing: the record with this flag. They are made in advance, as compilers can't trace that.
     """
 
@@ -40,6 +41,7 @@ class CellCall:
     recompute_gates: bool = False
     bf16_matmul: bool = False
     text: str = field(init=False)
+    state: Any = field(init=False)
     in_bf16: CellCall = field(init=False)
     recomputing: CellCall = field(init=False)
 
@@ -48,7 +50,8 @@ class CellCall:
         layout, again, bf16 = self.torch_layout, self.recompute_gates, self.bf16_matmul
         bf16_one = self if bf16 else CellCall(self.spec, layout, again, True)
         again_one = self if again else CellCall(self.spec, layout, True, bf16)
-        made = {"text": json.dumps(self.spec.settings | flags), "in_bf16": bf16_one, "recomputing": again_one}
+        made = {"text": json.dumps(self.spec.settings | flags), "state": self.spec.of_kind.state}
+        made |= {"in_bf16": bf16_one, "recomputing": again_one}
         for name, value in made.items():
             object.__setattr__(self, name, value)
 
@@ -81,11 +84,6 @@ class CellCall:
     def sizes(self) -> tuple[int, ...]:
         """The widths of the states."""
         return tuple(self.spec.state_sizes.values())
-
-    @cached_property
-    def state(self) -> Any:
-        """The type of the state."""
-        return self.spec.of_kind.state
 
     @cached_property
     def masks(self) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ def _call(
             functions, save = [cells[0].functions], traced
             out = eager.run(x, begin, weights, dropped, used, reset, [spec], functions, reverse, True, save)
     results = iter(out)
-    ends = [call.state._make(islice(results, len(call.sizes))) for call in calls]
+    ends = [call.state._make(islice(results, len(call.state._fields))) for call in calls]
     if not save:
         return ends, (), next(results) if wanted else x
     specs = [call.spec for call in calls]
