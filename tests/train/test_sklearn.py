@@ -290,6 +290,7 @@ def test_weights_of_samples_and_classes(table):
         share(-np.ones(60))
 
 
+@pytest.mark.slow
 def test_a_pipeline_and_a_search_in_two_processes(ragged, table):
     X, y = table
     pipeline = make_pipeline(StandardScaler(), SequenceClassifier(**QUICK))

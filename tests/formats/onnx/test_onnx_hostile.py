@@ -302,6 +302,7 @@ def test_a_valid_file_passes_the_checks(tmp_path):
     assert adapter.load(path)(np.ones((1, 2, 2), np.float32)).shape == (1, 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "chains", "broken"), [(3000, 1, False), (2, 1500, False), (3000, 1, True)])
 def test_long_loops_and_many(tmp_path, steps, chains, broken):
     """The cost of a loop grows linearly with its steps."""
