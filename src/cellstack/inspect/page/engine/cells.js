@@ -82,7 +82,7 @@ export class CellPass {
     return { ...vector, data: field ?? new Float64Array(every ? B * T * width : width), stride: every ? width : 0 };
   }
 
-  // What an operation needs besides its operands.
+  // What an operation needs in addition to its operands.
   givenOf({ operation, name, part, numbers }) {
     const { cell, keep, B, T } = this;
     const { units, norm_epsilon: epsilon } = cell.spec;
