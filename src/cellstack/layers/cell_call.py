@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -117,7 +116,7 @@ class Saved(NamedTuple):
 
     y: Any
     gates: Any
-    states: tuple[Any, ...]
+    states: Sequence[Any]
     norms: Any
 
 
@@ -148,16 +147,20 @@ class Call(NamedTuple):
         return *self[:6], [cell.text for cell in self.cells], *self[7:]
 
 
-def by_layer(specs: Sequence[CellSpec], out: Iterable[Any]) -> tuple[list[tuple[Any, ...]], list[Saved]]:
+def by_layer(specs: Sequence[CellSpec], out: Sequence[Any]) -> tuple[list[Sequence[Any]], list[Saved]]:
     """Return each layer's final states, and what a call with `save` saved of it at every step, from its results."""
-    left = iter(out)
-    ends = [tuple(islice(left, len(spec.state_sizes))) for spec in specs]
-    return ends, saved_by_layer(specs, left)
+    ends, stop = [], 0
+    for spec in specs:
+        start, stop = stop, stop + len(spec.state_sizes)
+        ends.append(out[start:stop])
+    return ends, saved_by_layer(specs, out[stop:])
 
 
-def saved_by_layer(specs: Sequence[CellSpec], left: Iterator[Any]) -> list[Saved]:
+def saved_by_layer(specs: Sequence[CellSpec], saved: Sequence[Any]) -> list[Saved]:
     """Return what is saved of each layer at every step, from the results after the final states."""
-    count = len(specs)
-    ys, gates = list(islice(left, count)), list(islice(left, count))
-    states = [tuple(islice(left, len(spec.state_sizes) - 1)) for spec in specs]
-    return list(map(Saved, ys, gates, states, left))
+    count, found = len(specs), []
+    stop = 2 * count
+    for n, spec in enumerate(specs):
+        start, stop = stop, stop + len(spec.state_sizes) - 1
+        found.append(Saved(saved[n], saved[count + n], saved[start:stop], saved[n - count]))
+    return found

@@ -7,7 +7,6 @@ directions between the calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -155,12 +154,14 @@ def _call(
         else:
             functions, save = [cells[0].functions], traced
             out = eager.run(x, begin, weights, dropped, used, reset, [spec], functions, reverse, True, save)
-    results = iter(out)
-    ends = [call.state._make(islice(results, len(call.state._fields))) for call in calls]
+    ends, stop = [], 0
+    for call in calls:
+        start, stop = stop, stop + len(call.state._fields)
+        ends.append(call.state(*out[start:stop]))
     if not save:
-        return ends, (), next(results) if wanted else x
+        return ends, (), out[stop] if wanted else x
     specs = [call.spec for call in calls]
-    saved = saved_by_layer(specs, results)
+    saved = saved_by_layer(specs, out[stop:])
     y = saved[-1].y
     if not traced:
         return ends, (), y

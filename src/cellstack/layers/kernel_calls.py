@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -57,10 +57,6 @@ def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _contiguous(tensor: Tensor) -> Tensor:
     """Return `tensor` with contiguous memory and without a pending negation."""
     return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
-
-
-def _addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [_address(tensor) for tensor in tensors]
 
 
 def _addresses(cell: CellCall, arrays: Sequence[Tensor | None]) -> tuple[int, ...]:
@@ -149,11 +145,12 @@ def kept_weights(kept: Kept, layer: int, cell: CellCall, weights: Sequence[Tenso
 def _sequences(call: Call) -> tuple[native.Sequences, list[Any]]:
     """Return the kernel's object for the input of a call, and the tensors that must outlive it."""
     x, mask, reset = call.x.resolve_neg(), call.mask, call.reset
-    if x.stride(2) != 1 and x.shape[2] != 1:  # the kernel supports any strides for batch and time
+    (batch, steps, width), (stride_batch, stride_time, stride) = x.shape, x.stride()
+    if stride != 1 and width != 1:  # the kernel supports any strides for batch and time
         x = x.contiguous()
+        stride_batch, stride_time, _ = x.stride()
     mask = None if mask is None else mask.contiguous()
     reset = None if reset is None else reset.contiguous()
-    (batch, steps, _), (stride_batch, stride_time, _) = x.shape, x.stride()
     flags = _address(mask), _address(reset), call.reverse, None, call.time_major
     return native.Sequences(batch, steps, x.data_ptr(), stride_batch, stride_time, *flags), [x, mask, reset]
 
@@ -164,13 +161,15 @@ def _layer(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
     saved: Saved,
-    drops: Iterator[Tensor],
+    drops: Iterator[Tensor] | None,
 ) -> Any:
     """Return a layer of a call, which takes its masks from `drops`; the entries of `saved` may be None."""
-    first, last = [t.data_ptr() for t in before], [t.data_ptr() for t in after]
+    first, last = [*map(Tensor.data_ptr, before)], [*map(Tensor.data_ptr, after)]  # faster than comprehensions
+    if saved is _NOTHING and drops is None:  # the usual step
+        return native.Layer(weights, first, last)
     y, gates, states, norms = saved
-    kept = _address(y), _address(gates), [t.data_ptr() for t in states], _address(norms)
-    masks = {name: _address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
+    kept = _address(y), _address(gates), [*map(Tensor.data_ptr, states)], _address(norms)
+    masks = {} if drops is None else {name: _address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
     return native.Layer(weights, first, last, *kept, **masks)
 
 
@@ -184,7 +183,7 @@ def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
     batch, steps, _ = x.shape
     sequences, held = _sequences(call)
     begin, drops = [_contiguous(t) for t in call.starts], [_contiguous(t) for t in call.drops]
-    arrays, masks = iter(call.weights), iter(drops)
+    arrays, masks = iter(call.weights), iter(drops) if drops else None
     ends: list[Tensor] = []
     saved, layers = [], []
     for n, cell in enumerate(cells):
@@ -200,9 +199,10 @@ def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
         made = _NOTHING
         if call.save or (call.sequences and n == len(cells) - 1):
             y, gates, states, norms = _saved(cell, batch, steps, call.time_major)
-            made = Saved(_new(x, y), None, (), None)
             if call.save:
-                made = Saved(made.y, _new(x, gates), tuple([_new(x, shape) for shape in states]), _new(x, norms))
+                made = Saved(_new(x, y), _new(x, gates), [_new(x, shape) for shape in states], _new(x, norms))
+            else:
+                made = Saved(_new(x, y), None, (), None)
             saved.append(made)
         layers.append(_layer(cell, packed, start, end, made, masks))
     native.forward(sequences, layers, call.threads or torch.get_num_threads())
@@ -226,7 +226,7 @@ def step_of(
     ends = tuple([x.new_empty(batch, size) for size in cell.sizes])
     sequences = native.Sequences(batch, 1, x.data_ptr(), x.shape[1], x.shape[1])
     threads = 1 if batch == 1 else torch.get_num_threads()
-    before, after = [t.data_ptr() for t in begin], [t.data_ptr() for t in ends]
+    before, after = [*map(Tensor.data_ptr, begin)], [*map(Tensor.data_ptr, ends)]
     native.forward(sequences, [native.Layer(packed, before, after)], threads)
     return ends
 
@@ -246,8 +246,8 @@ def backward(
     begin, drops = [_contiguous(t) for t in call.starts], [_contiguous(t) for t in call.drops]
     given = [None if grad is None else _contiguous(grad) for grad in grads]
     specs = [cell.spec for cell in cells]
-    before, arrays, kept = iter(begin), iter(call.weights), saved_by_layer(specs, iter(saved))
-    layers, gradients, biases, masks = [], [], [], iter(drops)
+    before, arrays, kept = iter(begin), iter(call.weights), saved_by_layer(specs, saved)
+    layers, gradients, biases, masks = [], [], [], iter(drops) if drops else None
     for n, (cell, of_ends, of_saved) in enumerate(zip(cells, *by_layer(specs, given), strict=True)):
         # The forward pass has checked the weights.
         flat = [_contiguous(weight) for weight in _with_one_bias(cell, list(islice(arrays, len(cell.shapes))))]
@@ -266,11 +266,11 @@ def backward(
         gradients.append(
             native.Gradients(
                 _address(of_saved.y),
-                _addresses_of(of_ends),
+                [*map(_address, of_ends)],
                 _address(of_saved.gates),
-                _addresses_of(of_saved.states),
+                [*map(_address, of_saved.states)],
                 _address(results[0]) if n == 0 else 0,
-                _addresses_of(islice(wanted_starts, count)),
+                [*map(_address, islice(wanted_starts, count))],
                 _addresses(cell, into),
             )
         )
