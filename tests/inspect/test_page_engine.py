@@ -946,9 +946,9 @@ TRAINED = """([options, steps]) => {
         ("echo", "lstm", 250, 0.02),  # nats per bit; 0.69 by chance
         ("parity", "gru", 250, 0.02),
         ("echo", "rnn", 250, 0.02),
-        ("adding", "gru", 400, 0.03),  # squared error; 0.17 for always 1
-        ("wave", "lstm", 300, 0.01),  # 0.37 for always 0
-        ("brackets", "lstm", 300, 0.05),  # 3 for always the mean
+        pytest.param("adding", "gru", 400, 0.03, marks=pytest.mark.slow),  # squared error; 0.17 for always 1
+        pytest.param("wave", "lstm", 300, 0.01, marks=pytest.mark.slow),  # 0.37 for always 0
+        pytest.param("brackets", "lstm", 300, 0.05, marks=pytest.mark.slow),  # 3 for always the mean
     ],
 )
 def test_small_networks_learn_each_task_in_seconds(page, task, kind, steps, bound):

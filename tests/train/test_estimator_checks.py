@@ -63,7 +63,7 @@ def test_scikit_learn_s_checks(kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "library", "kinds", "only", "least"),
     [
-        ("aeon", "aeon.testing.estimator_checking", SEQUENCES + FORECASTER, {}, 70),
+        pytest.param("aeon", "aeon.testing.estimator_checking", SEQUENCES + FORECASTER, {}, 70, marks=pytest.mark.slow),
         ("sktime", "sktime.utils", FORECASTER, {"tests_to_run": QUICK}, 30),
         pytest.param("sktime", "sktime.utils", SEQUENCES + FORECASTER, {}, 1000, marks=pytest.mark.slow),
     ],

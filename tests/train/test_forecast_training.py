@@ -314,7 +314,7 @@ def test_a_constant_series_has_a_constant_forecast():
     )
 
 
-@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("on", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatch, on):
     monkeypatch.setattr(training, "takes_long", lambda *_: on)
 

@@ -83,6 +83,7 @@ def test_a_notebook_shows_a_bar_by_default(tmp_path, monkeypatch):
     assert not in_a_notebook(FIT.format(", progress=False"), tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_all_networks_of_a_forecast_share_one_bar():
     shown = in_a_terminal(FORECAST)
     lines = [line for line in shown.split("\n") if line.strip()]

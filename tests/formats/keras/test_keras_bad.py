@@ -57,6 +57,7 @@ def test_truncated(tmp_path, good, suffix):
         assert not attempt(tmp_path / f"bad{suffix}", data[:length])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_flipped_bits(tmp_path, good, suffix):
     """For a few seconds: a file may load if only its weights are damaged; others are refused."""

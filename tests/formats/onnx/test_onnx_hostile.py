@@ -82,6 +82,7 @@ def is_refused(read, path):
     return False
 
 
+@pytest.mark.slow
 def test_damaged_files_are_format_errors(tmp_path):
     rng, files = np.random.default_rng(0), list(valid_files(tmp_path))
     path = tmp_path / "damaged.onnx"

@@ -127,7 +127,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "layers", "both", "batch_first", "fixed"),
     [
-        ("LSTM", 2, True, True, False),
+        pytest.param("LSTM", 2, True, True, False, marks=pytest.mark.slow),
         ("GRU", 2, True, False, True),
         ("RNN", 2, True, True, False),
         ("RNN", 2, True, False, True),
