@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellstack import native
 from cellstack.layers import eager
-from cellstack.spec import ARRAYS, CellSpec
+from cellstack.spec import ARRAYS, STATES, CellSpec
 
 _FLAGS = ("torch_layout", "recompute_gates", "bf16_matmul")
 
@@ -151,7 +151,7 @@ def by_layer(specs: Sequence[CellSpec], out: Sequence[Any]) -> tuple[list[Sequen
     """Return each layer's final states, and what a call with `save` saved of it at every step, from its results."""
     ends, stop = [], 0
     for spec in specs:
-        start, stop = stop, stop + len(spec.state_sizes)
+        start, stop = stop, stop + len(STATES[spec.kind]._fields)
         ends.append(out[start:stop])
     return ends, saved_by_layer(specs, out[stop:])
 
@@ -161,6 +161,6 @@ def saved_by_layer(specs: Sequence[CellSpec], saved: Sequence[Any]) -> list[Save
     count, found = len(specs), []
     stop = 2 * count
     for n, spec in enumerate(specs):
-        start, stop = stop, stop + len(spec.state_sizes) - 1
+        start, stop = stop, stop + len(STATES[spec.kind]._fields) - 1
         found.append(Saved(saved[n], saved[count + n], saved[start:stop], saved[n - count]))
     return found
