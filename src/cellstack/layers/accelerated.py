@@ -18,7 +18,16 @@ from cellstack import cells
 from cellstack.layers import eligibility, forward, op
 from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
-from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
+from cellstack.layers.eligibility import (
+    KINDS,
+    arrays_of,
+    base_of,
+    is_ready,
+    mode_of,
+    name_of,
+    overrides_forward,
+    why_not,
+)
 from cellstack.layers.forward import CellRun
 from cellstack.layers.sequences import pack
 from cellstack.spec import STATES, CellSpec
@@ -28,7 +37,7 @@ CONTEXT_ATTRIBUTES = ("_packed", "_contexts")
 
 
 class Accelerated(nn.Module):
-    """Base of the subclasses: copying keeps the class, pickling saves PyTorch's own module."""
+    """First base of the subclasses: copying keeps the class, pickling saves PyTorch's own module."""
 
     _class_before: type[nn.Module]
     _packed: dict[Any, Any] | None = None
@@ -87,8 +96,11 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
     return copied
 
 
-class _Sequence(Accelerated, nn.RNNBase):
+class _Sequence(nn.RNNBase):
     """An `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
+
+    _packed: dict[Any, Any] | None
+    _own_forward: bool
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
@@ -160,12 +172,18 @@ class _Sequence(Accelerated, nn.RNNBase):
 
     def _weights(self) -> list[Any]:
         """Return the weights, in PyTorch's order."""
+        if self._own_forward:
+            return self._replaced_weights()
         own = self._parameters
         try:
             return [own[name] for name in self._flat_weights_names]
         except KeyError:  # a hook, such as that of weight_norm, computes one
-            self._update_flat_weights()
-            return self._flat_weights  # type: ignore[return-value]
+            return self._replaced_weights()
+
+    def _replaced_weights(self) -> list[Any]:
+        """Return the list of weights that PyTorch's forward reads; users may write to it."""
+        self._update_flat_weights()
+        return self._flat_weights  # type: ignore[return-value]
 
     def _supports(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
         """Whether the kernel supports this call."""
@@ -268,8 +286,10 @@ def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
     return pack(y.transpose(0, 1), PackedSequence(packed.data, packed.batch_sizes)).data
 
 
-class _Step(Accelerated, nn.RNNCellBase):
+class _Step(nn.RNNCellBase):
     """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`."""
+
+    _packed: dict[Any, Any] | None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
@@ -403,12 +423,20 @@ def _needs_kernel(module: nn.Module) -> RuntimeError:
 
 @lru_cache(maxsize=256)
 def class_of(kind: type) -> type:
-    """Return our subclass of one of PyTorch's recurrent classes, or of a class that derives from one."""
-    mixin = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
+    """Return our subclass of one of PyTorch's recurrent classes, or of a class that derives from one.
+
+    Our forward comes directly before PyTorch's in the order of methods, so a user's own forward runs as before and
+    reaches the kernel through `super().forward`.
+    """
+    base = base_of(kind)
+    assert base is not None
+    serves = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
+    bases = (Accelerated, serves, kind) if kind is base else (Accelerated, kind, serves, base)
     own = {
         "_class_before": kind,
+        "_own_forward": overrides_forward(kind),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind.__name__, (mixin, kind), own)
+    return type(kind.__name__, bases, own)
