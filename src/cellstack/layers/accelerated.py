@@ -37,55 +37,74 @@ CONTEXT_ATTRIBUTES = ("_packed", "_contexts")
 
 
 class Accelerated(nn.Module):
-    """First base of the subclasses: copying keeps the class, pickling saves PyTorch's own module."""
+    """Base of the subclasses."""
 
     _class_before: type[nn.Module]
     _packed: dict[Any, Any] | None = None
 
-    def __init_subclass__(cls) -> None:
-        """Bypass the user's class, whose `__init_subclass__` may register or refuse subclasses."""
 
-    def __getstate__(self) -> Any:
-        state = super().__getstate__()  # type: ignore[misc]
-        own, *slots = state if isinstance(state, tuple) else (state,)
-        if isinstance(own, dict):
-            own = {name: value for name, value in own.items() if name not in CONTEXT_ATTRIBUTES}
-        return (own, *slots) if slots else own
+@lru_cache(maxsize=64)
+def _copying(layout: type) -> type:
+    """Return the first base of the subclasses: copying keeps the class, pickling saves PyTorch's own module.
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, str):
-            return reduced
-        make, args, *rest = reduced
-        if getattr(make, "__name__", None) == "__newobj__":  # pickle requires the object's own class there
-            make, args = copyreg._reconstructor, (self._class_before, object, None)  # type: ignore[attr-defined]
-        make, *args = (self._class_before if part is type(self) else part for part in (make, *args))
-        return make, tuple(args), *rest
+    Python changes an object's class only if both classes have the same layout in memory. The first base determines it:
+    `layout` is the class to which a user's class adds the attribute dictionary, usually `object`.
+    """
 
-    def __copy__(self) -> Any:
-        own = getattr(super(), "__copy__", None)
-        return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
+    class Copying(layout):
+        def __init_subclass__(cls) -> None:
+            """Bypass the user's class, whose `__init_subclass__` may register or refuse subclasses."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        own = getattr(super(), "__deepcopy__", None)
-        if own is not None:
-            return self._as_this(own(memo))
-        if parametrize.is_parametrized(self):  # its class forbids pickling
-            return copied(self, memo)
-        return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
+        def __getstate__(self: Any) -> Any:
+            state = super().__getstate__()
+            own, *slots = state if isinstance(state, tuple) else (state,)
+            if isinstance(own, dict):
+                own = {name: value for name, value in own.items() if name not in CONTEXT_ATTRIBUTES}
+            return (own, *slots) if slots else own
 
-    def _as_this(self, copied: Any) -> Any:
-        """Give a copy the class of this module."""
-        if type(copied) is self._class_before:
-            copied.__class__ = type(self)
-        return copied
+        def __reduce_ex__(self: Any, protocol: Any) -> Any:
+            reduced = super().__reduce_ex__(protocol)
+            if isinstance(reduced, str):
+                return reduced
+            make, args, *rest = reduced
+            if getattr(make, "__name__", None) == "__newobj__":  # pickle requires the object's own class there
+                make, args = copyreg._reconstructor, (self._class_before, object, None)  # type: ignore[attr-defined]
+            make, *args = (self._class_before if part is type(self) else part for part in (make, *args))
+            return make, tuple(args), *rest
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        # Returning another module here would replace this one in the user's model for good.
-        raise RuntimeError(
-            "torch.jit.script doesn't support accelerated modules: call cellstack.restore(model) before, and "
-            "accelerate(model) afterwards"
-        )
+        def __copy__(self: Any) -> Any:
+            own = getattr(super(), "__copy__", None)
+            return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
+
+        def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+            own = getattr(super(), "__deepcopy__", None)
+            if own is not None:
+                return self._as_this(own(memo))
+            if parametrize.is_parametrized(self):  # its class forbids pickling
+                return copied(self, memo)
+            return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
+
+        def _as_this(self: Any, copied: Any) -> Any:
+            """Give a copy the class of this module."""
+            if type(copied) is self._class_before:
+                copied.__class__ = type(self)
+            return copied
+
+        def __prepare_scriptable__(self: Any) -> nn.Module:
+            # Returning another module here would replace this one in the user's model for good.
+            raise RuntimeError(
+                "torch.jit.script doesn't support accelerated modules: call cellstack.restore(model) before, and "
+                "accelerate(model) afterwards"
+            )
+
+    return Copying
+
+
+def _layout_of(kind: type) -> type:
+    """Return the last class from which `kind` gets its layout in memory that has no attribute dictionary."""
+    while kind.__dictoffset__:
+        kind = kind.__base__  # type: ignore[assignment]
+    return kind
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
@@ -96,10 +115,9 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
     return copied
 
 
-class _Sequence(nn.RNNBase):
+class _Sequence(Accelerated, nn.RNNBase):
     """An `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
 
-    _packed: dict[Any, Any] | None
     _own_forward: bool
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -286,10 +304,8 @@ def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
     return pack(y.transpose(0, 1), PackedSequence(packed.data, packed.batch_sizes)).data
 
 
-class _Step(nn.RNNCellBase):
+class _Step(Accelerated, nn.RNNCellBase):
     """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`."""
-
-    _packed: dict[Any, Any] | None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
@@ -431,7 +447,8 @@ def class_of(kind: type) -> type:
     base = base_of(kind)
     assert base is not None
     serves = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
-    bases = (Accelerated, serves, kind) if kind is base else (Accelerated, kind, serves, base)
+    first = _copying(_layout_of(kind))
+    bases = (first, serves, kind) if kind is base else (first, kind, serves, base)
     own = {
         "_class_before": kind,
         "_own_forward": overrides_forward(kind),
