@@ -835,6 +835,7 @@ def test_pytorch_runs_parametrised_weights(runs):
     assert not runs
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("allow_rnn", [False, True])
 def test_torch_compile_of_a_class_with_its_own_forward(allow_rnn):
