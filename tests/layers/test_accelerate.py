@@ -3,8 +3,10 @@
 import copy
 import itertools
 import pickle
+import re
 import subprocess
 import sys
+from abc import ABC
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -617,27 +619,230 @@ def test_a_subclass_that_does_not_override_forward_is_accelerated(runs):
     assert type(cs.restore(module)) is Named
 
 
-class Own(nn.LSTM):
+class OwnLSTM(nn.LSTM):
+    """Its forward is decorated, changes results by a parameter, and calls super() in another method."""
+
+    def __init__(self, *args, **rest):
+        super().__init__(*args, **rest)
+        self.scale = nn.Parameter(torch.ones((), dtype=self.weight_ih_l0.dtype))
+
+    @torch.enable_grad()
+    def forward(self, input, state=None):
+        y, state = self.run(input, state)
+        return PackedSequence(y.data * self.scale, *y[1:]) if isinstance(y, PackedSequence) else y * self.scale, state
+
+    def run(self, x, state):
+        return super().forward(x, hx=state)
+
+
+class Doubles:
+    """A mixin whose forward calls the next class's."""
+
     def forward(self, input, hx=None):
-        return super().forward(2 * input, hx)
+        data = PackedSequence(2 * input.data, *input[1:]) if isinstance(input, PackedSequence) else 2 * input
+        return super().forward(data, hx)
 
 
-def test_pytorch_runs_overridden_forwards_and_parametrised_weights(runs):
-    own, changed = Own(3, 4), nn.GRU(3, 4)
-    parametrize.register_parametrization(changed, "weight_hh_l0", nn.Tanh())
-    model = nn.ModuleDict({"own": own, "changed": changed, "plain": nn.LSTM(3, 4)})
-    kept = type(own), type(changed)
-    cs.accelerate(model)
-    assert (type(own), type(changed)) == kept
-    lines = cs.plan(model)
-    assert lines[0] == "own: Own 3 -> 4: PyTorch: Own overrides forward"
-    assert lines[1].endswith("PyTorch: its weights are parametrised")
-    assert "fused cpu kernel" in lines[2]
-    for module in (own, changed):
-        module(torch.randn(5, 2, 3))
+class OwnGRU(Doubles, ABC, nn.GRU):
+    """Gets another layout in memory from `ABC`, which has no attribute dictionary."""
+
+
+class Base(nn.RNN):
+    def forward(self, *args):
+        y, h = super(Base, self).forward(*args)  # noqa: UP008
+        return y, h.tanh()
+
+
+class Middle(Base):
+    pass
+
+
+class OwnRNN(Doubles, Middle):
+    pass
+
+
+@pytest.mark.parametrize("form", ["padded", "states", "packed", "unbatched"])
+@pytest.mark.parametrize("kind", [OwnLSTM, OwnGRU, OwnRNN])
+def test_the_kernel_runs_calls_of_super_forward(kind, form, runs):
+    theirs, ours = pair(kind, 3, 4, 2, dropout=0.5, bidirectional=True, dtype=torch.float64)
+
+    def make():
+        shape = (5, 3) if form == "unbatched" else (5, 2, 3)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        h = torch.randn(4, 2, 4, dtype=torch.float64)
+        state = None if form != "states" else (h, h.tanh()) if kind is OwnLSTM else h
+        return pack_padded_sequence(x, torch.tensor([5, 3])) if form == "packed" else x, state
+
+    check(theirs, ours, make, second=True)
+    assert len(runs) >= 2
+    theirs.eval(), ours.eval()
+    runs.clear()
+    given = make()
+    with torch.no_grad(), cs.packed_weights(ours):
+        same(ours(*given), theirs(*given), 1e-10)
+        same(ours(*given), theirs(*given), 1e-10)
+    assert runs
+
+
+@pytest.mark.parametrize("base", CELLS)
+def test_the_kernel_runs_calls_of_super_forward_of_a_cell(base, runs):
+    class Own(base):
+        def forward(self, input, hx=None):
+            return super().forward(input.tanh(), hx)
+
+    theirs, ours = pair(Own, 3, 4)
+    x = torch.randn(2, 3)
+    same(ours(x), theirs(x), 0.0)
     assert not runs
-    with pytest.raises(ValueError, match=r"expected a module that contains an nn.LSTM.*Own overrides forward"):
+    with torch.no_grad(), cs.packed_weights(ours):
+        same(ours(x), theirs(x), 1e-6)
+    assert runs
+    assert "through super().forward within packed_weights()" in str(cs.plan(ours))
+
+
+def test_a_class_with_its_own_forward_keeps_its_identity():
+    theirs, ours = pair(OwnLSTM, 3, 4)
+    assert isinstance(ours, OwnLSTM)
+    assert (type(ours).__name__, type(ours).__module__) == ("OwnLSTM", __name__)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for copied in (copy.copy(ours), copy.deepcopy(ours)):
+        assert type(copied) is type(ours)
+    assert type(copy_of_module(ours)) is OwnLSTM
+    assert "OwnLSTM 3 -> 4: fused cpu kernel" in str(cs.plan(ours))
+    assert " through super().forward" in str(cs.plan(ours))
+    replica = ours._replicate_for_data_parallel()
+    assert type(replica) is type(ours)
+    assert type(cs.restore(ours)) is OwnLSTM
+
+
+def test_arguments_of_super_forward_reach_the_kernel():
+    class Episodes(nn.LSTM):
+        def forward(self, input, starts):
+            return super().forward(input, reset=starts, return_gates=True)
+
+    x, starts = torch.randn(5, 2, 3), torch.rand(5, 2) < 0.5
+    theirs, ours = pair(Episodes, 3, 4)
+    assert len(ours(x, starts)) == 3
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        theirs(x, starts)
+
+
+class DropsWeights(nn.LSTM):
+    """Replaces a weight in its forward: as an attribute, or in the list that PyTorch's forward reads."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.raw = nn.Parameter(self.weight_hh_l0.detach().clone())
+        self.in_list = False
+
+    def forward(self, input, hx=None):
+        dropped = nn.functional.dropout(self.raw, 0.5)
+        if self.in_list:
+            self._flat_weights[1] = dropped
+        else:
+            self._parameters.pop("weight_hh_l0", None)
+            self.weight_hh_l0 = dropped
+        return super().forward(input, hx)
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_weights_that_a_forward_replaces_are_used(in_list, runs):
+    theirs, ours = pair(DropsWeights, 3, 4)
+    theirs.in_list = ours.in_list = in_list
+    x, found = torch.randn(5, 2, 3), []
+    for module in (theirs, ours):
+        torch.manual_seed(1)
+        y = [module(x)[0] for _ in range(3)]
+        sum(part.square().sum() for part in y).backward()
+        found.append([*y, module.raw.grad])
+    same(found[1], found[0], 1e-5)
+    assert len(runs) == 3
+
+
+class ByName(nn.LSTM):
+    def forward(self, input, hx=None):
+        return nn.LSTM.forward(self, input, hx)
+
+
+class ByType(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super(type(self), self).forward(input, hx)  # ruff's UP008 doesn't apply: no name is given
+
+
+class ByClass(nn.GRU):
+    def forward(self, input, hx=None):
+        return super(self.__class__, self).forward(input, hx)
+
+
+class Hidden(OwnGRU):
+    """Its forward ends the chain of super().forward calls."""
+
+    def forward(self, input, hx=None):
+        return nn.GRU.forward(self, input, hx)
+
+
+class Checks(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
+
+    def permute_hidden(self, hx, permutation):
+        return super().permute_hidden(hx, permutation)
+
+
+REFUSED = {
+    ByName: r"ByName.forward doesn't call super\(\).forward",
+    ByType: r"ByType.forward calls super\(type\(self\), self\), which fails in every subclass",
+    ByClass: r"ByClass.forward calls super\(type\(self\), self\)",
+    Hidden: r"Hidden.forward doesn't call super\(\).forward",
+    Checks: "Checks overrides permute_hidden",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_pytorch_runs_forwards_that_cannot_reach_the_kernel(kind, runs):
+    own = kind(3, 4)
+    model = nn.ModuleDict({"own": own, "plain": nn.LSTM(3, 4)})
+    expected = own(torch.ones(5, 2, 3))
+    cs.accelerate(model)
+    assert type(own) is kind
+    assert re.search(f"^own: {kind.__name__} 3 -> 4: PyTorch: {REFUSED[kind]}", cs.plan(model)[0])
+    assert "fused cpu kernel" in cs.plan(model)[1]
+    same(own(torch.ones(5, 2, 3)), expected, 0.0)
+    assert not runs
+    with pytest.raises(ValueError, match=rf"expected a module that contains an nn.LSTM.*{REFUSED[kind]}"):
         cs.accelerate(own)
+
+
+def test_the_plan_mentions_a_forward_set_on_the_module(runs):
+    theirs, ours = pair(nn.LSTM, 3, 4)
+    before = ours.forward
+    ours.forward = lambda x: before(2 * x)
+    assert " if its attribute forward calls the forward of its class" in str(cs.plan(ours))
+    x = torch.randn(5, 2, 3)
+    same(ours(x), theirs(2 * x), 1e-6)
+    assert runs
+
+
+def test_pytorch_runs_parametrised_weights(runs):
+    changed = nn.GRU(3, 4)
+    parametrize.register_parametrization(changed, "weight_hh_l0", nn.Tanh())
+    model, kept = nn.ModuleList([changed, nn.LSTM(3, 4)]), type(changed)
+    cs.accelerate(model)
+    assert type(changed) is kept
+    assert cs.plan(model)[0].endswith("PyTorch: its weights are parametrised")
+    changed(torch.randn(5, 2, 3))
+    assert not runs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("allow_rnn", [False, True])
+def test_torch_compile_of_a_class_with_its_own_forward(allow_rnn):
+    theirs, ours = pair(OwnLSTM, 3, 4)
+    x = torch.randn(20, 2, 3)
+    with torch._dynamo.config.patch(allow_rnn=allow_rnn):
+        same(torch.compile(lambda x: ours(x)[0] * 2, backend="aot_eager")(x), theirs(x)[0] * 2, 1e-5)
 
 
 def test_weight_norm_by_a_hook_is_followed(runs):
@@ -796,26 +1001,60 @@ def test_tracing_and_export_record_pytorch_and_scripting_is_refused():
     assert "cellstack" not in str(exported.graph)
 
 
-class Twice(nn.Module):
-    """A sequence of two recurrent modules, whose forward has local variables."""
+class Chain(nn.Module):
+    """Recurrent modules in sequence, whose forward has local variables."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, count, states=False, **rest):
         super().__init__()
-        self.first, self.second = kind(3, 4), kind(4, 5)
+        width = rest.get("proj_size", 4) * (1 + rest.get("bidirectional", False))
+        self.parts = nn.ModuleList(kind(4, 4, **rest) for _ in range(count))
+        self.heads = nn.ModuleList(nn.Linear(width, 4) for _ in range(count))
+        self.states = states
 
     def forward(self, x):
-        y, _ = self.first(x)
-        z, _ = self.second(y)
-        return z
+        state = None
+        for part, head in zip(self.parts, self.heads, strict=True):
+            y, last = part(x, state)
+            state = last if self.states else None
+            x = head(y.data if isinstance(y, PackedSequence) else y)
+            x = PackedSequence(x, *y[1:]) if isinstance(y, PackedSequence) else x
+        return x, last
+
+
+class OfPacked(nn.Module):
+    def __init__(self, *args, **rest):
+        super().__init__()
+        self.chain = Chain(*args, **rest)
+
+    def forward(self, x):
+        y, last = self.chain(pack_padded_sequence(x, torch.arange(len(x), len(x) - x.shape[1], -1).clamp(min=1)))
+        return y.data, last
+
+
+TRACED = {
+    "one": (1, 4, {}),
+    "two": (2, 4, {}),
+    "one step": (2, 1, {}),
+    "many steps": (2, 12, {}),
+    "three": (3, 2, {}),
+    "states": (2, 4, {"states": True}),
+    "both directions": (2, 2, {"bidirectional": True}),
+    "projected": (2, 4, {"proj_size": 3, "states": True}),
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # deprecation warnings of tracing
-@pytest.mark.parametrize("steps", [1, 6, 40])
-@pytest.mark.parametrize("kind", MODULES)
-def test_a_model_with_two_modules_passes_the_checks_of_a_trace(kind, steps):
-    theirs, ours = pair(Twice, kind)
-    x = torch.randn(steps, 2, 3)
-    same(torch.jit.trace(ours, x)(x), theirs(x), 1e-6)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("kind", [*MODULES, OwnLSTM])
+def test_a_model_of_several_modules_passes_the_checks_of_a_trace(kind, name, training):
+    count, steps, options = TRACED[name]
+    if "proj_size" in options and not issubclass(kind, nn.LSTM):
+        pytest.skip("only an LSTM has projections")
+    chain = OfPacked if name in ("two", "states") and training else Chain
+    theirs, ours = pair(chain, kind, count, **options)
+    x = torch.randn(steps, 2, 4)
+    same(torch.jit.trace(ours.train(training), x)(x), theirs.train(training)(x), 1e-6)
 
 
 @pytest.mark.parametrize("kind", CELLS)

@@ -26,6 +26,7 @@ from cellstack.layers.eligibility import (
     is_narrow,
     obstacle,
     original_of,
+    overrides_forward,
     why_unsupported,
 )
 from cellstack.layers.rnn import RNN
@@ -43,9 +44,10 @@ def accelerate(module: nn.Module) -> nn.Module:
     """Make the fused kernel run PyTorch's recurrent modules in `module`; change their class in place.
 
     This applies to each `nn.LSTM`, `nn.GRU`, `nn.RNN`, `nn.LSTMCell`, `nn.GRUCell` and `nn.RNNCell`, and to each module
-    of a class that derives from one of these without overriding `forward`. The parameters remain the same objects, so
-    optimisers, state dicts, hooks, `isinstance` and checkpoints work as before; pickling saves PyTorch's own module.
-    Calls that the kernel doesn't support run in PyTorch: see `plan`.
+    of a class that derives from one of these. A class with its own `forward` keeps it; the kernel runs its calls of
+    `super().forward`. The parameters remain the same objects, so optimisers, state dicts, hooks, `isinstance` and
+    checkpoints work as before; pickling saves PyTorch's own module. Calls that the kernel doesn't support run in
+    PyTorch: see `plan`.
 
     Args:
         module: any module; one that is already accelerated isn't changed.
@@ -219,7 +221,14 @@ def _how(module: Any) -> str:
         return f"PyTorch: {why}"
     if not isinstance(module, Accelerated):
         return "PyTorch: not accelerated; accelerate() makes the fused kernel run it"
-    return f"fused cpu kernel ({op.isa()}){op.autocast()}{_small(module)}"
+    return f"fused cpu kernel ({op.isa()}){op.autocast()}{_through(module)}{_small(module)}"
+
+
+def _through(module: Any) -> str:
+    """Return how calls of a module reach the kernel if its forward isn't PyTorch's."""
+    if "forward" in vars(module):
+        return " if its attribute forward calls the forward of its class"
+    return " through super().forward" if overrides_forward(original_of(type(module))) else ""
 
 
 def _small(module: Any) -> str:

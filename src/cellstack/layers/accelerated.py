@@ -18,7 +18,16 @@ from cellstack import cells
 from cellstack.layers import eligibility, forward, op
 from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
-from cellstack.layers.eligibility import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
+from cellstack.layers.eligibility import (
+    KINDS,
+    arrays_of,
+    base_of,
+    is_ready,
+    mode_of,
+    name_of,
+    overrides_forward,
+    why_not,
+)
 from cellstack.layers.forward import CellRun
 from cellstack.layers.sequences import pack
 from cellstack.spec import STATES, CellSpec
@@ -28,55 +37,74 @@ CONTEXT_ATTRIBUTES = ("_packed", "_contexts")
 
 
 class Accelerated(nn.Module):
-    """Base of the subclasses: copying keeps the class, pickling saves PyTorch's own module."""
+    """Base of the subclasses."""
 
     _class_before: type[nn.Module]
     _packed: dict[Any, Any] | None = None
 
-    def __init_subclass__(cls) -> None:
-        """Bypass the user's class, whose `__init_subclass__` may register or refuse subclasses."""
 
-    def __getstate__(self) -> Any:
-        state = super().__getstate__()  # type: ignore[misc]
-        own, *slots = state if isinstance(state, tuple) else (state,)
-        if isinstance(own, dict):
-            own = {name: value for name, value in own.items() if name not in CONTEXT_ATTRIBUTES}
-        return (own, *slots) if slots else own
+@lru_cache(maxsize=64)
+def _copying(layout: type) -> type:
+    """Return the first base of the subclasses: copying keeps the class, pickling saves PyTorch's own module.
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, str):
-            return reduced
-        make, args, *rest = reduced
-        if getattr(make, "__name__", None) == "__newobj__":  # pickle requires the object's own class there
-            make, args = copyreg._reconstructor, (self._class_before, object, None)  # type: ignore[attr-defined]
-        make, *args = (self._class_before if part is type(self) else part for part in (make, *args))
-        return make, tuple(args), *rest
+    Python changes an object's class only if both classes have the same layout in memory. The first base determines it:
+    `layout` is the class to which a user's class adds the attribute dictionary, usually `object`.
+    """
 
-    def __copy__(self) -> Any:
-        own = getattr(super(), "__copy__", None)
-        return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
+    class Copying(layout):
+        def __init_subclass__(cls) -> None:
+            """Bypass the user's class, whose `__init_subclass__` may register or refuse subclasses."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        own = getattr(super(), "__deepcopy__", None)
-        if own is not None:
-            return self._as_this(own(memo))
-        if parametrize.is_parametrized(self):  # its class forbids pickling
-            return copied(self, memo)
-        return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
+        def __getstate__(self: Any) -> Any:
+            state = super().__getstate__()
+            own, *slots = state if isinstance(state, tuple) else (state,)
+            if isinstance(own, dict):
+                own = {name: value for name, value in own.items() if name not in CONTEXT_ATTRIBUTES}
+            return (own, *slots) if slots else own
 
-    def _as_this(self, copied: Any) -> Any:
-        """Give a copy the class of this module."""
-        if type(copied) is self._class_before:
-            copied.__class__ = type(self)
-        return copied
+        def __reduce_ex__(self: Any, protocol: Any) -> Any:
+            reduced = super().__reduce_ex__(protocol)
+            if isinstance(reduced, str):
+                return reduced
+            make, args, *rest = reduced
+            if getattr(make, "__name__", None) == "__newobj__":  # pickle requires the object's own class there
+                make, args = copyreg._reconstructor, (self._class_before, object, None)  # type: ignore[attr-defined]
+            make, *args = (self._class_before if part is type(self) else part for part in (make, *args))
+            return make, tuple(args), *rest
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        # Returning another module here would replace this one in the user's model for good.
-        raise RuntimeError(
-            "torch.jit.script doesn't support accelerated modules: call cellstack.restore(model) before, and "
-            "accelerate(model) afterwards"
-        )
+        def __copy__(self: Any) -> Any:
+            own = getattr(super(), "__copy__", None)
+            return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
+
+        def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+            own = getattr(super(), "__deepcopy__", None)
+            if own is not None:
+                return self._as_this(own(memo))
+            if parametrize.is_parametrized(self):  # its class forbids pickling
+                return copied(self, memo)
+            return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
+
+        def _as_this(self: Any, copied: Any) -> Any:
+            """Give a copy the class of this module."""
+            if type(copied) is self._class_before:
+                copied.__class__ = type(self)
+            return copied
+
+        def __prepare_scriptable__(self: Any) -> nn.Module:
+            # Returning another module here would replace this one in the user's model for good.
+            raise RuntimeError(
+                "torch.jit.script doesn't support accelerated modules: call cellstack.restore(model) before, and "
+                "accelerate(model) afterwards"
+            )
+
+    return Copying
+
+
+def _layout_of(kind: type) -> type:
+    """Return the last class from which `kind` gets its layout in memory that has no attribute dictionary."""
+    while kind.__dictoffset__:
+        kind = kind.__base__  # type: ignore[assignment]
+    return kind
 
 
 def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
@@ -89,6 +117,8 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 class _Sequence(Accelerated, nn.RNNBase):
     """An `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
+
+    _own_forward: bool
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
@@ -160,12 +190,18 @@ class _Sequence(Accelerated, nn.RNNBase):
 
     def _weights(self) -> list[Any]:
         """Return the weights, in PyTorch's order."""
+        if self._own_forward:
+            return self._replaced_weights()
         own = self._parameters
         try:
             return [own[name] for name in self._flat_weights_names]
         except KeyError:  # a hook, such as that of weight_norm, computes one
-            self._update_flat_weights()
-            return self._flat_weights  # type: ignore[return-value]
+            return self._replaced_weights()
+
+    def _replaced_weights(self) -> list[Any]:
+        """Return the list of weights that PyTorch's forward reads; users may write to it."""
+        self._update_flat_weights()
+        return self._flat_weights  # type: ignore[return-value]
 
     def _supports(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
         """Whether the kernel supports this call."""
@@ -403,12 +439,21 @@ def _needs_kernel(module: nn.Module) -> RuntimeError:
 
 @lru_cache(maxsize=256)
 def class_of(kind: type) -> type:
-    """Return our subclass of one of PyTorch's recurrent classes, or of a class that derives from one."""
-    mixin = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
+    """Return our subclass of one of PyTorch's recurrent classes, or of a class that derives from one.
+
+    Our forward comes directly before PyTorch's in the order of methods, so a user's own forward runs as before and
+    reaches the kernel through `super().forward`.
+    """
+    base = base_of(kind)
+    assert base is not None
+    serves = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
+    first = _copying(_layout_of(kind))
+    bases = (first, serves, kind) if kind is base else (first, kind, serves, base)
     own = {
         "_class_before": kind,
+        "_own_forward": overrides_forward(kind),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind.__name__, (mixin, kind), own)
+    return type(kind.__name__, bases, own)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dis
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +21,8 @@ from cellstack.spec import STATES
 
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # the mode of an nn.RNNCell depends on its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-# The methods that a forward pass uses; a class that overrides one stays with PyTorch.
+# The methods that PyTorch's forward calls; a class that overrides one stays with PyTorch.
 _METHODS = (
-    "forward",
     "check_forward_args",
     "check_input",
     "check_hidden_size",
@@ -70,18 +74,54 @@ def base_of(kind: type) -> type | None:
     return next((base for base in _MODULES if issubclass(kind, base)), None)
 
 
-def _overridden(kind: type) -> str | None:
-    """Return the first of `_METHODS` that `kind` overrides; None if it overrides none."""
+def overrides_forward(kind: type) -> bool:
+    """Whether a class that derives from one of PyTorch's recurrent classes has a forward of its own."""
+    return getattr(kind, "forward", None) is not getattr(base_of(kind), "forward", None)
+
+
+def _codes(owner: type) -> Iterator[tuple[str, CodeType]]:
+    """Yield the code of each function in a class, and of the functions within it, with the function's name."""
+    for name, value in vars(owner).items():
+        function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
+        found = [function.__code__] if inspect.isfunction(function) else []
+        while found:
+            code = found.pop()
+            yield name, code
+            found += [part for part in code.co_consts if isinstance(part, CodeType)]
+
+
+def _passes_own_type(code: CodeType) -> bool:
+    """Whether a function calls `super(type(self), self)` or `super(self.__class__, self)`."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "PUSH_NULL")]
+    return any(
+        step.argval == "super" and (after.argval == "type" or after.opname.startswith("LOAD_FAST"))
+        for step, after in itertools.pairwise(steps)
+    )
+
+
+@lru_cache(maxsize=256)
+def _obstacle_in_class(kind: type) -> str | None:
+    """Return what in a class keeps its modules in PyTorch; None if nothing does."""
     base = base_of(kind)
-    return next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
+    method = next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
+    if method is not None:
+        return f"{kind.__name__} overrides {method}"
+    for owner in kind.__mro__[: kind.__mro__.index(base)]:  # type: ignore[arg-type]
+        codes = list(_codes(owner))
+        named = next((name for name, code in codes if name != "__init__" and _passes_own_type(code)), None)
+        if named is not None:
+            return f"{owner.__name__}.{named} calls super(type(self), self), which fails in every subclass"
+        # From code alone, as its text may be missing. A false alarm would cost nothing but a wrong line in the plan.
+        if "forward" in vars(owner) and not any({"super", "forward"} <= set(code.co_names) for _, code in codes):
+            return f"{owner.__name__}.forward doesn't call super().forward"
+    return None
 
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Return why `accelerate` leaves the class of a recurrent module as it is; None if it can replace the class."""
-    kind = original_of(type(module))
-    method = _overridden(kind)
-    if method is not None:
-        return f"{kind.__name__} overrides {method}"
+    in_class = _obstacle_in_class(original_of(type(module)))
+    if in_class is not None:
+        return in_class
     if parametrize.is_parametrized(module) and not hasattr(type(module), "_class_before"):
         return "its weights are parametrised"
     if any(map(is_lazy, module.parameters(recurse=False))):
