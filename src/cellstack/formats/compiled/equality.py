@@ -153,8 +153,8 @@ class Ends:
         found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
         return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
 
-    def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the outputs and the final states of a network, for the inputs of the module."""
+    def run(self, network: Network, given: list[Any], lengths: Any = None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the outputs and the final states of a network, for the inputs of the module and the rows' lengths."""
         arrays = [array_of(given[n]) for n in self.data]
         if self.steps:
             arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
@@ -172,7 +172,7 @@ class Ends:
                 own |= {name: np.zeros((len(arrays[0]), cell.spec.state_sizes[name]), network.dtype) for name in lacks}
             states[n] = tuple(own.values()) if len(lacks) < len(own) else None
         x = tuple(arrays) if len(arrays) > 1 else arrays[0]
-        ours, after = network.run(x, states if self.starts else None)
+        ours, after = network.run(x, states if self.starts else None, lengths=lengths)
         return ours if isinstance(ours, tuple) else (ours,), after
 
     def unlike(

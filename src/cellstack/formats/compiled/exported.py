@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cellstack.formats.compiled.sizes import OURS
 from cellstack.spec import FormatError
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
@@ -67,7 +68,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
     handle = module.register_forward_pre_hook(hush) if not isinstance(module, torch.jit.ScriptModule) else None
     looks: list[str] = []
-    theirs = os.path.dirname(torch.__file__)  # PyTorch's own checks don't change what a module computes
+    theirs = os.path.dirname(torch.__file__), OURS  # checks of PyTorch and cellstack don't change what a module computes
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
