@@ -7,7 +7,7 @@ from typing import Any
 
 from cellstack.formats.compiled.attempts import TOLERANCE, attempt
 from cellstack.formats.compiled.parts import compilable
-from cellstack.formats.compiled.prepared import checked, copied_for, same_random_numbers
+from cellstack.formats.compiled.prepared import checked, copied_for, named, same_random_numbers
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -48,7 +48,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     (1, 6, 4)
     """
     inputs = checked(module, example, tolerance)
-    name = type(module).__name__
+    name = named(module)
     with same_random_numbers():
         ready = copied_for(module, inputs)
         try:

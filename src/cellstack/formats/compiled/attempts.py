@@ -45,7 +45,13 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
     if isinstance(how, str):
         raise FormatError(how)
     plain_answers = [value for value in ready.answers if value.ndim != 1 or value.is_floating_point()]
-    network, notes = _by_routes(ready._replace(module=how.module, inputs=how.inputs, answers=plain_answers), tolerance)
+    try:
+        of_padded = ready._replace(module=how.module, inputs=how.inputs, answers=plain_answers)
+        network, notes = _by_routes(of_padded, tolerance)
+    except FormatError as error:
+        raise FormatError(
+            f"it packs sequences, which a Network does by a mask, but can't do the rest: {error}"
+        ) from error
     network = with_zeros(network)
     why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
     if why is not None:
@@ -102,6 +108,7 @@ def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[s
             "for other values that were tried agree, but not all values can be tried"
         )
     places, _, failed = compared_sizes(network, module, inputs) if exported else Places([], [])
+    places = [*places, *network.metadata.get("onnx", {}).get("branches", ())]
     if failed:
         notes.append(f"may compare sizes of its input, which can't be checked: {failed}")
     if places:
@@ -144,6 +151,7 @@ def _differs(
     measured: list[str] = []
     if exported and why.startswith("with "):
         places, measured, _ = compared_sizes(network, module, inputs)
+        places = [*places, *onnx.get("branches", ())]
         if places:
             reasons.append(
                 f"it compares sizes of its input ({_some(places)}), but a graph only contains what it "

@@ -47,6 +47,7 @@ def _copy(value: Any) -> Any:
 
     locks = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
     memo = {id(one): locks[type(one)]() for one in _objects(value) if type(one) in locks}
+    memo |= {id(one): one for one in _objects(value) if isinstance(one, torch._C.ScriptFunction)}  # without a state
     with Detaching():
         return copy.deepcopy(value, memo)
 

@@ -7,7 +7,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from cellstack.formats.compiled.sizes import OURS
@@ -25,6 +25,8 @@ REMEDIES = (
      "return the distribution's parameters, and draw outside the module"),
     (r"ArgMax|ArgMin|TopK|aten::sort", "its output depends on comparing values: return the values, and choose outside "
      "the module"),
+    (r"a branch depends on the values", "its scripted code branches on values, as in if x.sum() > 0: compute both, "
+     "and choose by torch.where, or choose outside the module"),
     (r"Greater|Less|Equal|Where '|NonZero", "its output depends on comparing values: return the values, and choose "
      "outside the module"),
     (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten::baddbmm", "it multiplies computed "
@@ -68,19 +70,28 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
     handle = module.register_forward_pre_hook(hush) if not isinstance(module, torch.jit.ScriptModule) else None
     looks: list[str] = []
-    theirs = os.path.dirname(torch.__file__), OURS  # checks of PyTorch and cellstack don't change what a module computes
+    theirs = (
+        os.path.dirname(torch.__file__),
+        OURS,
+    )  # checks of PyTorch and cellstack don't change what a module computes
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            console = _without_console() if handle is None else nullcontext()  # a scripted module can't be hushed
             try:
-                torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=False)
+                with console:
+                    torch.onnx.export(
+                        module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=False
+                    )
             except ModuleNotFoundError:
                 raise
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
                 with _without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
-                    torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=True)
+                    torch.onnx.export(
+                        module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=True
+                    )
         for warning in caught:
             own = not warning.filename.startswith(theirs)
             if own and warning.category.__name__ == "TracerWarning" and LOOKS in str(warning.message):

@@ -25,6 +25,8 @@ def compilable(ready: Prepared, tolerance: float) -> str:
         for path, part in ready.module.named_modules()
         if path and any(isinstance(inner, kinds) for inner in part.modules())
     }
+    if isinstance(ready.module, torch.jit.ScriptModule):
+        return ""  # its parts can't be watched
     calls, sources = _calls(ready, recurrent)
     found: dict[str, Network] = {}
     tried = 0
@@ -87,7 +89,7 @@ def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, .
                     lambda part, args, kwargs, path=path: before(path, part, args, kwargs), with_kwargs=True
                 )
             )
-        if path:
+        if path and not isinstance(part, torch.jit.ScriptModule):
             hooks.append(part.register_forward_hook(lambda _, __, made, path=path: after(path, made)))
     try:
         with torch.no_grad():

@@ -38,6 +38,11 @@ class Prepared(NamedTuple):
     notes: tuple[str, ...]
 
 
+def named(module: Any) -> str:
+    """Return the name of a module's class, which a scripted module notes."""
+    return getattr(module, "original_name", type(module).__name__)
+
+
 def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
     """Check the arguments of `compile`, and return the example as a tuple.
 
@@ -91,7 +96,7 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
     """
     import torch
 
-    name, still, notes = type(module).__name__, copied(module), list[str]()
+    name, still, notes = named(module), copied(module), list[str]()
     leaves = tensors_in(inputs)
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):

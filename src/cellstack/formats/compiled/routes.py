@@ -58,7 +58,8 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
         options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
         looks += export(_as_one_step(module, inputs), fresh(inputs), path, options)
         try:
-            return onnx.read_whole(path, whole_loops=True)
+            shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
+            return onnx.read_whole(path, whole_loops=True, example=shapes)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,15 @@ INNER_GRAPH = 5  # AttributeProto's type
 def label(node: Any) -> str:
     """Return a node's name, else that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def line_of(node: Any) -> str:
+    """Return where a module's code calls an operator, as `file.py:12`, if PyTorch's exporter noted it; else ""."""
+    for path, line in re.findall(r"^(.+)\((\d+)\): ", node.doc_string, re.MULTILINE):
+        parts = re.split(r"[\\/]", path)
+        if not {"torch", "cellstack"} & set(parts[:-1]):
+            return f"{parts[-1]}:{line}"
+    return ""
 
 
 def graphs_of(node: Any) -> Iterator[Any]:
