@@ -18,6 +18,7 @@ from cellstack.formats.compiled.probes import calls
 from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.network import Network
+from cellstack.network.layouts import KEY
 from cellstack.spec import FormatError
 
 MOST_WAYS = 30  # combinations of axes of several inputs that are tried
@@ -59,15 +60,19 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
         looks += export(_as_one_step(module, inputs), fresh(inputs), path, options)
         try:
             shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
-            return onnx.read_whole(path, whole_loops=True, example=shapes)
+            network = onnx.read_whole(path, whole_loops=True, example=shapes)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
+    if KEY in network.metadata:
+        network.metadata[KEY]["of"] = "module"
+    return network
 
 
 def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
-    """Return, for each input tensor of a module, which of its first two axes may have another length.
+    """Return, for each input tensor of a module, which of its axes may have another length.
 
-    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
+    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors. Where
+    all axes of a sequence may change, the last one is taken to be the features, as an example [B, T, I] has them.
     """
     import torch
 
@@ -90,8 +95,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
             if m != n:
                 others.setdefault(tuple(value.shape), []).append(m)
         ways = [
-            [None, *(other for other in range(min(2, len(shape))) if shape[other] == flat[n].shape[axis])]
-            for shape in others
+            [None, *(other for other in range(len(shape)) if shape[other] == flat[n].shape[axis])] for shape in others
         ]
         for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
             more = {m: at for group, at in zip(others.values(), way, strict=True) if at is not None for m in group}
@@ -102,7 +106,8 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     found = []
     for n, value in enumerate(flat):
         if value.ndim > 2:
-            found.append([axis for axis in (0, 1) if len(flat) == 1 or may_change(n, axis)] or [0, 1])
+            free = [axis for axis in range(value.ndim) if may_change(n, axis)]
+            found.append(free[:2] if len(free) > 2 else free or [0, 1])
         else:
             found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
     return found

@@ -22,7 +22,8 @@ from cellstack.formats.onnx.frames import frames_of, makes_steps
 from cellstack.formats.onnx.graph import data_inputs, load_graph
 from cellstack.formats.onnx.passes import passes
 from cellstack.formats.onnx.writer import write
-from cellstack.network import Network
+from cellstack.network import Network, layouts
+from cellstack.network.layouts import Layout
 from cellstack.spec import FormatError
 
 NAME = "ONNX"
@@ -137,7 +138,7 @@ def _options(
 
 
 def load(path: str, **options: Any) -> Network:
-    """Return the whole of an ONNX file as a Network, and warn of inputs whose axes the file has in another order.
+    """Return the whole of an ONNX file as a Network, and warn if its inputs or outputs have other axes in the file.
 
     Args:
         path: the file.
@@ -147,29 +148,18 @@ def load(path: str, **options: Any) -> Network:
         FormatError, OSError, ModuleNotFoundError: see `read_whole`.
     """
     network = read_whole(path, **options)
-    turned = time_first(network.metadata["onnx"]["inputs"])
-    if turned:
-        how = "transpose x, by x.swapaxes(0, 1); sequences are returned in the network's order"
-        warnings.warn(f"load: {path}: {turned}; {how}", stacklevel=3)  # the call of cellstack.load
+    if others(network.metadata["onnx"]):
+        warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=3)  # the call of cellstack.load
     return network
 
 
-def time_first(inputs: Mapping[str, str]) -> str:
-    """Return what to know of inputs that have time before batch in a file; "" where none has.
+def others(ends: Mapping[str, Any]) -> bool:
+    """Return whether a file has other axes than its network.
 
     Args:
-        inputs: the axes of each input, as `metadata["onnx"]` has them.
+        ends: `metadata["onnx"]` of the network. Its layout may be that of an earlier file, if the file is ours.
     """
-    said = []
-    for name, axes in inputs.items():
-        batch = axes.find("B" if "B" in axes else "1")
-        if 0 <= axes.find("T") < batch:
-            theirs = ", ".join({"F": "I"}.get(axis, axis) for axis in axes)
-            ours = ", ".join(["B", "T", *(["I"] if "F" in axes else [])])
-            said.append(
-                f"input {short(name)} has time before batch in the file, [{theirs}]: the network takes [{ours}]"
-            )
-    return "; ".join(said)
+    return "frames" not in ends and any(Layout.of(axes).moved for what in ("inputs", "outputs") for axes in ends[what].values())
 
 
 @np.errstate(all="ignore")
