@@ -166,15 +166,9 @@ class Ends:
         found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
         return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
 
-<<<<<<< HEAD
     def run(self, network: Network, given: list[Any], lengths: Any = None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the outputs and the final states of a network, for the inputs of the module and the rows' lengths."""
-        arrays = [array_of(given[n]) for n in self.data]
-=======
-    def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the outputs and the final states of a network, for the inputs of the module."""
         arrays = [self.layouts[n].to_network(array_of(given[n])) for n in self.data]
->>>>>>> b68cc1bb6e2e59f9a561aefb845d444064a3cfd3
         if self.steps:
             arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
         states: list[Any] = [None] * len(network.cells)
