@@ -6,7 +6,7 @@ from typing import Any
 
 from cellstack.formats.compiled.equality import MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
-from cellstack.formats.compiled.packing import packs, padded, ragged_difference, with_zeros
+from cellstack.formats.compiled.packing import packs, padded, ragged_difference, with_flags, with_zeros
 from cellstack.formats.compiled.prepared import Prepared
 from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, plain, reads_values, time_first
 from cellstack.formats.compiled.routes import by_onnx, directly
@@ -52,14 +52,18 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
         raise FormatError(
             f"it packs sequences, which a Network does by a mask, but can't do the rest: {error}"
         ) from error
-    network = with_zeros(network)
+    network, note = with_zeros(network), how.note
     why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
+    if why is not None:
+        network = with_flags(network)
+        why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
+        note = f"{how.note.partition(' is the')[0]}, as flags [B, T], is the network's input mask: net((x, mask))"
     if why is not None:
         raise FormatError(
             f"it packs sequences, which a Network does by a mask, but {why}: what it computes from padded steps or "
             "lengths outside its recurrent layers has to follow from the mask too, such as a mean over the used steps"
         )
-    return network, [*ready.notes, *notes, f"packs sequences: {how.note}"]
+    return network, [*ready.notes, *notes, f"packs sequences: {note}"]
 
 
 def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:

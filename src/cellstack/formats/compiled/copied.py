@@ -23,7 +23,7 @@ def copied(module: Any) -> Any:
         FormatError: a part can't be copied; the message names it.
     """
     try:
-        return _copy(module).eval()
+        return duplicate(module).eval()
     except Exception as error:  # a module may hold anything
         where = _place(module)
         if where:
@@ -33,7 +33,8 @@ def copied(module: Any) -> Any:
         ) from error
 
 
-def _copy(value: Any) -> Any:
+def duplicate(value: Any) -> Any:
+    """Return a deep copy, with computed tensors detached and new locks."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -84,7 +85,7 @@ def _place(module: Any) -> str:
 
 def _can_be_copied(value: Any) -> bool:
     try:
-        _copy(value)
+        duplicate(value)
     except Exception:  # a class may define how it is copied
         return False
     return True

@@ -14,6 +14,7 @@ from cellstack.formats.compiled.sizes import OURS
 from cellstack.spec import FormatError
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
+IN_PLACE = ("add_", "sub_", "mul_", "floor_divide_", "remainder_")
 LISTED = 2  # problems that a message lists if it also gives a remedy; the rest are counted
 
 # Patterns in the reason why a module can't be read, and how to fix each; the first that matches is used.
@@ -79,7 +80,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             warnings.simplefilter("always")
             console = _without_console() if handle is None else nullcontext()  # a scripted module can't be hushed
             try:
-                with console:
+                with console, _immutable_sizes():
                     torch.onnx.export(
                         module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=False
                     )
@@ -106,6 +107,20 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
         if handle is not None:
             handle.remove()
     return list(dict.fromkeys(looks))
+
+
+def _immutable_sizes() -> Any:
+    """Return a context in which `length *= 2` doesn't change other names of a size, which is a tensor while traced."""
+    from torch.overrides import TorchFunctionMode
+
+    class Immutable(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
+                return getattr(args[0], name[:-1])(*args[1:], **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    return Immutable()
 
 
 @contextmanager

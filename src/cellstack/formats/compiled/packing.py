@@ -7,15 +7,15 @@ network is then compared with the module itself for rows of different lengths.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from cellstack.formats.compiled.equality import Ends
+from cellstack.formats.compiled.copied import duplicate
+from cellstack.formats.compiled.equality import FLAGS, Ends
 from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
 from cellstack.network import Network
-from cellstack.nodes import Recurrent
+from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 
 ROWS = 4  # in the comparison of rows of different lengths
 KEPT = ("to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach")  # methods that keep an order
@@ -81,18 +81,18 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
     if any(call.rows != rows or not torch.equal(call.lengths, lengths) for call in calls):
         return "it packs sequences of several lengths, but a Network takes one length per row for all its inputs"
     place, kind = _source(flat, lengths)
-    data = next((n for n, value in enumerate(flat) if n != place and {rows, steps} <= set(value.shape[:2])), None)
-    if data is None or (kind == "computed" and flat[data].shape[:2] != (rows, steps)):
+    found = [(n, *axes) for n, value in enumerate(flat) if n != place and (axes := _axes(value, rows, steps))]
+    if not found or (kind == "computed" and found[0][1:] != (0, 1)):
         return (
             "it packs sequences by lengths that it computes, which differ from those of its inputs: pass the lengths "
             "to forward as an argument, one for each row"
         )
     given = [value for n, value in enumerate(flat) if n != place]
     keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not _is_count(value, rows)]
-    at = data - (place is not None and place < data)
-    around = copy.deepcopy(module)
-    turned = flat[data].shape[0] != rows
-    around.forward = partial(_padded_forward, around.forward, inputs, place, kind, at, turned, keep)
+    data, *axes = found[0]
+    at = data - (place is not None and place < data), *axes
+    around = duplicate(module)
+    around.forward = partial(_padded_forward, around.forward, inputs, place, kind, at, keep)
     if kind == "lengths":
         note = f"input {place} is the network's argument lengths: net(x, lengths=...)"
     elif kind == "computed":
@@ -101,6 +101,14 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
         sign = "" if kind == "mask" else ", True where a step is used, which is the opposite of the module's"
         note = f"input {place} is the network's argument mask: net(x, mask=...){sign}"
     return Padded(around, tuple(given), place, kind, note)
+
+
+def _axes(value: Any, rows: int, steps: int) -> tuple[int, int] | None:
+    """Return which axes of a tensor are its rows and its steps, by their lengths; None if it lacks one."""
+    for row, step in ((0, 1), (1, 0), *((0, n) for n in range(2, value.ndim))):
+        if value.ndim > max(row, step) and (value.shape[row], value.shape[step]) == (rows, steps):
+            return row, step
+    return None
 
 
 def _is_count(value: Any, rows: int) -> bool:
@@ -132,12 +140,23 @@ def _given(kind: str, example: Any, lengths: Any, steps: Any) -> Any:
 
 
 def _padded_forward(
-    forward: Any, inputs: Any, place: int | None, kind: str, at: int, turned: bool, keep: list[int], *given: Any
+    forward: Any, inputs: Any, place: int | None, kind: str, at: tuple[int, int, int], keep: list[int], *given: Any
 ) -> tuple[Any, ...]:
+    """Call a module for rows of equal length.
+
+    Args:
+        forward: its forward.
+        inputs: the example, with the lengths.
+        place, kind: see `Padded`.
+        at: which of the given tensors has rows and steps, and which axes these are.
+        keep: the indices of the outputs that are returned.
+        *given: its inputs but for the lengths.
+    """
     import torch
 
     tensors = list(given)
-    steps, rows = given[at].shape[:2] if turned else given[at].shape[1::-1]
+    data, row, step = at
+    rows, steps = given[data].shape[row], given[data].shape[step]
     if place is not None:
         full = torch.zeros(rows, dtype=torch.int64) + steps
         tensors.insert(place, _given(kind, tensors_in(inputs)[place], full, steps))
@@ -216,6 +235,30 @@ def with_zeros(network: Network) -> Network:
     ]
     wired = {"inputs": {name: network.shapes[name] for name in network.inputs}, "wires": network.wires}
     return Network(nodes, network.names, network.metadata, **wired, outputs=network.outputs, _warn=False)
+
+
+def with_flags(network: Network) -> Network:
+    """Return a network with one more input, `mask [B, T]`, which masks the steps of the recurrent nodes' inputs.
+
+    It is needed where other nodes, such as convolutions, end the mask of the network's input.
+    """
+    nodes, names, wires = list[Node](), list[str](), list[tuple[str, ...]]()
+    masked: set[str] = set()
+    for node, name, taken in zip(network.nodes, network.names, network.wires, strict=True):
+        if isinstance(node, (Recurrent, Bidirectional)) and taken[0] not in masked:
+            flags = f"{name}.used"
+            nodes.append(StepMask())
+            names.append(flags)
+            wires.append((taken[0], FLAGS))
+            taken = (flags, *taken[1:])
+            masked.add(flags)
+        if taken[0] in masked and node.keeps_steps(2):
+            masked.add(name)
+        nodes.append(node)
+        names.append(name)
+        wires.append(taken)
+    inputs = {name: network.shapes[name] for name in network.inputs} | {FLAGS: (None,)}
+    return Network(nodes, names, network.metadata, inputs=inputs, wires=wires, outputs=network.outputs, _warn=False)
 
 
 def ragged_difference(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.compiled.copied import copied, fold
+from cellstack.formats.compiled.copied import copied, duplicate, fold
 from cellstack.formats.compiled.equality import agree
 from cellstack.formats.compiled.nested import array_of, flattened, fresh, is_plain, like, tensors_in
 from cellstack.spec import FormatError
@@ -173,7 +172,7 @@ def _trains(module: Any, inputs: tuple[Any, ...]) -> bool:
 
     try:
         with torch.no_grad():
-            copy.deepcopy(module).train()(*fresh(inputs))
+            duplicate(module).train()(*fresh(inputs))
     except Exception:  # it rejects them there too
         return False
     return True
