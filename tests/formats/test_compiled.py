@@ -72,7 +72,7 @@ def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_fi
     assert str(raised.value) == (
         "compile: Sine can't be a Network: ONNX has no such operator: compute that part outside the module; "
         "exported to ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
-        "is not supported; "
+        f"is not supported (test_compiled.py:{Sine.forward.__code__.co_firstlineno + 1}); "
         "read directly: from_torch: the module (Sine): a custom class without to_nodes(); "
         "a part of it can be compiled: module.lstm, [B, T, 4] -> [B, T, 6]; its input is the module's"
     )
@@ -170,10 +170,13 @@ def test_invalid_nested_and_additional_inputs_are_refused_with_a_remedy():
         cs.compile(lstm, x.numpy())
 
 
-def test_time_before_batch_is_reported_even_for_one_step_of_one_row():
-    for shape in ((5, 2, 3), (1, 1, 3)):
-        with pytest.raises(cs.FormatError, match="it has layers with batch_first=False"):
-            cs.compile(nn.LSTM(3, 4), torch.randn(shape))
+def test_time_before_batch_is_reported():
+    module, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with pytest.warns(
+        UserWarning, match=r"has other axes than the network: input x \[T, B, 3\] is \[B, T, 3\] in"
+    ):
+        net = cs.compile(module, x)
+    np.testing.assert_allclose(net(x.transpose(0, 1).numpy()), module(x)[0].detach().transpose(0, 1).numpy(), atol=1e-6)
 
 
 class Stateful(nn.Module):
@@ -424,26 +427,15 @@ def test_batch_first_is_not_advised_where_forward_permutes(shape):
     assert "Network: ONNX has no such operator" in str(raised.value)
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("after", [lambda y: y * 2, lambda y: y[-1]])
-def test_a_module_of_ones_own_with_time_first_is_advised_what_keeps_its_answers(after):
-    module = TimeFirst(lambda x: x, after).eval()
-    with pytest.raises(cs.FormatError, match=r"Network: it takes time before batch, .* x.transpose\(0, 1\)") as raised:
-        cs.compile(module, torch.randn(5, 2, 3))
-    assert "batch_first" not in str(raised.value)
-
-    class Turned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = module
-
-        def forward(self, x):
-            y = self.inner(turn(x))
-            return turn(y) if y.ndim == 3 else y
-
-    x = torch.randn(3, 8, 3)
-    net = cs.compile(Turned(), torch.randn(2, 5, 3))
-    y = module(turn(x)).detach()
-    np.testing.assert_allclose(net(x.numpy()), (turn(y) if y.ndim == 3 else y).numpy(), atol=1e-5)
+def test_a_module_with_time_first_becomes_a_network_with_batch_first(after, traced):
+    module, x = TimeFirst(lambda x: x, after).eval(), torch.randn(8, 3, 3)
+    given = torch.fx.symbolic_trace(module) if traced else module  # a class of PyTorch, with a forward of its own
+    with pytest.warns(UserWarning, match="has other axes than the network"):
+        net = cs.compile(given, torch.randn(5, 2, 3))
+    y = module(x).detach()
+    np.testing.assert_allclose(net(turn(x).numpy()), (turn(y) if y.ndim == 3 else y).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [4, 5])

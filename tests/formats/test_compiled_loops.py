@@ -297,7 +297,6 @@ REFUSED = {
     "spectrum": (lambda m, x: torch.fft.rfft(loop(m, x)).abs(), "Network: it computes a spectrum"),
     "drawn": (lambda m, x: loop(m, x) + torch.randn(3), "it draws random numbers"),
     "chosen": (lambda m, x: loop(m, x).argmax(-1), "Network: its output depends on comparing values"),
-    "time first": (lambda m, x: loop(m, x.transpose(0, 1)).transpose(0, 1), "it takes time before batch"),
 }
 
 

@@ -210,3 +210,90 @@ def test_the_parts_that_can_be_compiled_are_named_with_their_connections():
         "; a part of it can be compiled: module.encoder, [B, T, 3] -> [B, T, 2]; its input is the output of "
         "module.first; module.decoder, [B, T, 2] -> [B, T, 4]; its input is computed in forward"
     )
+
+
+class Scripted(nn.Module):
+    """A layer, and a scripted function of its output."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.function = nn.LSTM(3, 4, batch_first=True), function
+
+    def forward(self, x):
+        return self.function(self.lstm(x)[0])
+
+
+def rank(y):
+    if y.dim() == 3:
+        return torch.relu(y)
+    return y
+
+
+def long(y):
+    if y.size(1) > 1000:
+        return torch.relu(y)
+    return y
+
+
+def short(y):
+    if y.size(1) > 3:
+        return torch.relu(y)
+    return y
+
+
+def value(y):
+    if bool(y.sum() > 0):
+        return torch.relu(y)
+    return y
+
+
+def script(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(function)
+
+
+def test_branches_on_ranks_and_sizes_are_resolved_and_those_on_values_refused(capfd):
+    agrees(cs.compile(Scripted(script(rank)), X), Scripted(rank))
+    with pytest.warns(UserWarning, match=r"compares sizes of its input \(.*\), and the network does what it did for"):
+        net = cs.compile(Scripted(script(long)), X)
+    agrees(net, Scripted(long))
+    with pytest.raises(cs.FormatError, match=r"compares sizes of its input .*: with one step output 0 differs"):
+        cs.compile(Scripted(script(short)), X)
+    with pytest.raises(
+        cs.FormatError, match=r"branches on values, as in if .*: If '.*': a branch depends on the values of"
+    ):
+        cs.compile(Scripted(script(value)), X)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_scripted_module_compiles_silently_and_keeps_its_name(capfd):
+    module = script(Scripted(script(long)))
+    with pytest.warns(UserWarning, match=r"compile: Scripted compares sizes of its input"):
+        net = cs.compile(module, X)
+    agrees(net, module)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_refusals_name_the_line_of_an_operator():
+    def ends(y, state):
+        return torch.sort(y, 1)[0]
+
+    line = ends.__code__.co_firstlineno + 1
+    with pytest.raises(
+        cs.FormatError, match=rf"TopK '/TopK': the operator isn't supported \(test_compiled_modules.py:{line}\)"
+    ):
+        cs.compile(Net(ends), X)
+
+
+def test_a_size_that_is_changed_in_place_is_a_number():
+    def takes(x):
+        size = x.shape[1]
+        double = size
+        double *= 2
+        if double - size != x.shape[1]:
+            raise ValueError("the size was changed")
+        return x
+
+    agrees(cs.compile(Net(takes=takes), X), Net(takes=takes))

@@ -94,6 +94,25 @@ def test_lengths_that_follow_from_the_input_are_passed_to_the_network():
     np.testing.assert_allclose(net(x.numpy(), lengths=LENGTHS.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
+def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
+    class Front(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(3, 3, 3, padding=1)
+            self.rest = Packs(lambda x, lengths: (x, lengths, None), bidirectional=True)
+
+        def forward(self, x, lengths):
+            return self.rest(self.conv(x.transpose(1, 2)).transpose(1, 2), lengths)
+
+    module, x = Front().eval(), torch.randn(3, 5, 3)
+    with pytest.warns(
+        UserWarning, match=r"input 1, as flags \[B, T\], is the network's input mask: net\(\(x, mask\)\)"
+    ):
+        net = cs.compile(module, (x, LENGTHS))
+    assert net.inputs == ("input", "mask")
+    np.testing.assert_allclose(net((x.numpy(), MASK.numpy())), module(x, LENGTHS).detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("ends", "why"),
     [

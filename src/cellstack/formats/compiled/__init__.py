@@ -23,7 +23,9 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     Args:
         module: the module; it may be accelerated.
         example: an input of the module, such as `[B, T, I]`; several as one tuple, which may hold tuples, as in
-            `(x, (h, c))`. The initial state of a recurrent layer becomes the argument `state` of the network's `run`.
+            `(x, (h, c))`, dicts, and values that aren't tensors, which are passed at every call. The initial state of
+            a recurrent layer becomes the argument `state` of the network's `run`, the lengths by which a module packs
+            sequences its argument `lengths` or `mask`.
         tolerance: the greatest relative difference of an output that is accepted.
 
     Returns:
@@ -31,14 +33,15 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
 
-    If the module's code reads values of tensors, as in `if x.sum() > 0`, or compares sizes of its input, as in
+    Outputs of the module that aren't tensors are left out. If the module's code reads values of tensors, as in `if x.sum() > 0`, or compares sizes of its input, as in
     `if x.shape[1] > 4`, and the outputs agree nonetheless, a warning lists the lines. Uses of `len` and of step
     numbers, as in `if t == 300`, are only found if the outputs differ for one of the sizes above.
 
     Raises:
-        TypeError: `module` isn't a module, the example isn't a tensor, or the tolerance isn't a number.
-        ValueError: the example is empty, the module itself rejects it, or returns NaN for it.
-        FormatError: neither way leads to a network with the module's outputs; the message gives the reason for each.
+        TypeError: `module` isn't a module, the example holds no tensor, or the tolerance isn't a number.
+        ValueError: the example is empty, the module itself rejects it, or returns NaN or no tensor for it.
+        FormatError: neither way leads to a network with the module's outputs; the message gives the reason for each,
+            and names parts of the module that can be compiled. Or the module can't be copied.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
     >>> import numpy as np

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from cellstack.formats.compiled.equality import MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
 from cellstack.formats.compiled.packing import packs, padded, ragged_difference, with_flags, with_zeros
 from cellstack.formats.compiled.prepared import Prepared
-from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, plain, reads_values, time_first
+from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
 from cellstack.formats.compiled.routes import by_onnx, directly
 from cellstack.formats.compiled.sizes import Places
-from cellstack.network import Network
+from cellstack.network import Network, layouts
 from cellstack.spec import FormatError
 
 TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
 SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison
 MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # if a module's code depends on values
-BATCH_FIRST = (
-    "it has layers with batch_first=False, but a Network takes batch before time: set batch_first=True, with the same "
-    "weights, and pass an example [B, T, I]"
-)
-TIME_FIRST = (
-    "it takes time before batch, but a Network takes batch before time: compile a wrapper whose forward calls it with "
-    "x.transpose(0, 1) and transposes the sequences that it returns, and pass an example [B, T, I]"
-)
 DRAWS = (
     "a second call with the same input gives another output: it draws random numbers, or keeps a state between calls; "
     "let forward take and return the state, and draw no numbers"
@@ -70,8 +63,6 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
     """Return the network of the first route whose outputs agree with the module's, and notes for the user."""
     module, inputs = ready.module, ready.inputs
     reasons = [] if ready.again else [DRAWS]
-    if time_first(module, inputs):
-        reasons.append(BATCH_FIRST if plain(module) else TIME_FIRST)
     tried: list[str] = []
     looks: list[str] = []
     for how, read in (("read directly", directly), ("exported to ONNX", by_onnx)):
@@ -82,6 +73,9 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
             why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES)
         except (TypeError, ValueError, FormatError) as error:
             network, why = None, str(error)
+            missing = re.search(r"'aten::(\w+)'", why)
+            line = line_of_call(module, inputs, missing[1]) if missing else ""
+            why += f" ({line})" if line else ""
         if network is not None and why is None and ready.again:
             return network, _notes(network, module, inputs, looks, exported)
         places: list[str] = []
@@ -105,7 +99,7 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
 
 def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[str], exported: bool) -> list[str]:
     """Return what a network doesn't follow of its module's code, though the outputs that were compared agree."""
-    notes = []
+    notes = [axes] if (axes := layouts.warning(network)) else []
     if looks and reads_values(module, inputs):
         notes.append(
             f"reads values of tensors ({_some(looks)}), and the network does what it did for the example: the outputs "
@@ -166,9 +160,6 @@ def _differs(
             f"its outputs differ for other sizes, perhaps because of len(x) ({_some(measured)}): a graph only "
             "contains what it did for the example's sizes"
         )
-    turned = [axes for axes in onnx.get("inputs", {}).values() if axes[:2] == "TB"]
-    if turned and not known and not reasons:
-        reasons.append(TIME_FIRST)
     return reasons, places
 
 

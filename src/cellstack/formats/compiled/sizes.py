@@ -57,6 +57,15 @@ def _place(frame: FrameType) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def own_line(frame: FrameType | None) -> str:
+    """Return the innermost line of a call that is neither PyTorch's code nor ours, as `file.py:12`; "" if none is."""
+    import torch
+
+    while frame is not None and frame.f_code.co_filename.startswith((os.path.dirname(torch.__file__), OURS)):
+        frame = frame.f_back
+    return "" if frame is None else _place(frame)
+
+
 def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) -> dict[str, set[tuple[int, int | None]]]:
     """Run a module, and return the sizes that its code compares, by place: each with the size it is compared with.
 
