@@ -7,6 +7,7 @@ network is then compared with the module itself for rows of different lengths.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,8 +58,6 @@ def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            import sys
-
             name = getattr(func, "__name__", "")
             if name == "sort" and sys._getframe(1).f_code.co_name == "pack_padded_sequence":
                 unsorted.append(args[0])
@@ -89,8 +88,8 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
         )
     given = [value for n, value in enumerate(flat) if n != place]
     keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not _is_count(value, rows)]
-    data, *axes = found[0]
-    at = data - (place is not None and place < data), *axes
+    data, row, step = found[0]
+    at = data - (place is not None and place < data), row, step
     around = duplicate(module)
     around.forward = partial(_padded_forward, around.forward, inputs, place, kind, at, keep)
     if kind == "lengths":
@@ -267,25 +266,18 @@ def ragged_difference(
     """Return how a network's outputs differ from those of a module that packs, for rows of different lengths."""
     import torch
 
-    flat = tensors_in(inputs)
+    flat, call = tensors_in(inputs), packs(module, inputs)[0]
     generator = torch.Generator().manual_seed(0)
-    data = [n for n in range(len(flat)) if n != how.place]
-    call = packs(module, inputs)[0]
-    axes = {
-        n: next((a for a, size in enumerate(flat[n].shape[:2]) if size == call.rows), None) for n in range(len(flat))
-    }
-    more = max(ROWS - call.rows, 0)
-    tall = [value if axes[n] is None else wider(value, axes[n], more) for n, value in enumerate(flat)]
-    rows, steps = call.rows + more, call.steps
-    least = [max(steps - 2 * n, 1) for n in range(rows)]  # sorted, as some modules require
+    tall = [_with_rows(value, call.rows, ROWS) for value in flat]
+    rows, steps = max(call.rows, ROWS), call.steps
     compared = False
-    for counts in (torch.tensor(least), torch.tensor([steps, *[1] * (rows - 1)])):
+    for lengths in ([max(steps - 2 * n, 1) for n in range(rows)], [steps, *[1] * (rows - 1)]):  # sorted: some need it
+        counts = torch.tensor(lengths)
         given = [torch.randn(v.shape, generator=generator, dtype=v.dtype) if v.is_floating_point() else v for v in tall]
         if how.place is not None:
             given[how.place] = _given(how.kind, flat[how.place], counts, steps)
         else:
-            for n in data:
-                given[n] = _cut(given[n], counts, steps)
+            given = [_cut(value, counts, steps) for value in given]
         try:
             with torch.no_grad():
                 expected = tensors_in(module(*fresh(like(inputs, given))))
@@ -294,15 +286,23 @@ def ragged_difference(
             continue
         if int(counts.max()) != steps:
             continue
-        expected = [value for value in expected if not _is_count(value, rows)]
-        own = [given[n] for n in data]
+        own = [value for n, value in enumerate(given) if n != how.place]
         ends = Ends(network, len(own))
-        ours, states = ends.run(network, own, array_of(counts))
-        why = ends.unlike(ours, states, expected, tolerance)
+        try:
+            ours, states = ends.run(network, own, array_of(counts))
+        except (TypeError, ValueError) as error:
+            return f"the network rejects rows of different lengths: {error}"
+        why = ends.unlike(ours, states, [value for value in expected if not _is_count(value, rows)], tolerance)
         if why is not None:
             return f"with rows of different lengths {why}"
         compared = True
     return None if compared else "the module accepts no rows of different lengths that were tried"
+
+
+def _with_rows(value: Any, rows: int, least: int) -> Any:
+    """Return a tensor with more rows, if it has fewer than `least`."""
+    axis = next((n for n, size in enumerate(value.shape[:2]) if size == rows), None)
+    return value if axis is None or rows >= least else wider(value, axis, least - rows)
 
 
 def _cut(value: Any, counts: Any, steps: int) -> Any:
