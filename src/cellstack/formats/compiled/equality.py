@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from cellstack.formats.compiled.copied import duplicate
 from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
 from cellstack.formats.runtimes.axes import parted
 from cellstack.network import Network
@@ -18,6 +18,7 @@ STEPS = 4  # in the comparison of a module that computes one step of a cell
 LONGER = 250  # additional steps in the comparison of a much longer sequence
 MORE_ROWS = 10  # additional rows in the comparison of a larger batch
 ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} more steps "
+FLAGS = "mask"  # the input of a network that takes flags of the steps that are used
 NUDGE = 1 + 1e-6  # a factor for the weights, as close to 1 as rounding errors
 
 
@@ -74,7 +75,7 @@ def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> b
     """
     import torch
 
-    nudged = copy.deepcopy(module)
+    nudged = duplicate(module)
     with torch.no_grad():
         for weight in nudged.parameters():
             if weight.is_floating_point():
@@ -101,12 +102,16 @@ class Ends:
         letters = noted.get("inputs", {}).values() if not self.steps else ()
         known = dict(zip(network.inputs, letters, strict=False))
         self.layouts = {
-            n: layout_of(network, "inputs", name) or Layout.of(known.get(name, "")) for n, name in zip(self.data, network.inputs, strict=False)
+            n: layout_of(network, "inputs", name) or Layout.of(known.get(name, ""))
+            for n, name in zip(self.data, network.inputs, strict=False)
         }
         self.returned = {
             name: layout_of(network, "outputs", ours) or Layout.of(axes)
             for ours, (name, axes) in zip(network.outputs, self.outputs.items(), strict=False)
-        } or {f"output_{n}": layout_of(network, "outputs", ours) or Layout.of("") for n, ours in enumerate(network.outputs)}
+        } or {
+            f"output_{n}": layout_of(network, "outputs", ours) or Layout.of("")
+            for n, ours in enumerate(network.outputs)
+        }
         celled = [name for name, node in zip(network.names, network.nodes, strict=True) if node.cells]
         numbers = [celled.index(name) if name in celled else None for name in network.outputs]
         self.answered = dict(zip(self.outputs, numbers, strict=False))  # the index of the node that returns each output
@@ -166,8 +171,8 @@ class Ends:
         found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
         return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
 
-    def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the outputs and the final states of a network, for the inputs of the module."""
+    def run(self, network: Network, given: list[Any], lengths: Any = None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the outputs and the final states of a network, for the inputs of the module and the rows' lengths."""
         arrays = [self.layouts[n].to_network(array_of(given[n])) for n in self.data]
         if self.steps:
             arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
@@ -184,8 +189,11 @@ class Ends:
                     raise ValueError(f"a cell is given only a part of its state, but has a learned initial {lacks[0]}")
                 own |= {name: np.zeros((len(arrays[0]), cell.spec.state_sizes[name]), network.dtype) for name in lacks}
             states[n] = tuple(own.values()) if len(lacks) < len(own) else None
+        if FLAGS in network.inputs:
+            arrays.append(np.arange(arrays[0].shape[1]) < np.reshape(lengths, (-1, 1)))
+            lengths = None
         x = tuple(arrays) if len(arrays) > 1 else arrays[0]
-        ours, after = network.run(x, states if self.starts else None)
+        ours, after = network.run(x, states if self.starts else None, lengths=lengths)
         return ours if isinstance(ours, tuple) else (ours,), after
 
     def unlike(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import os
@@ -11,6 +10,7 @@ from typing import Any
 
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
+from cellstack.formats.compiled.copied import duplicate
 from cellstack.formats.compiled.equality import no_tensor
 from cellstack.formats.compiled.exported import export
 from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
@@ -59,7 +59,8 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
         options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
         looks += export(_as_one_step(module, inputs), fresh(inputs), path, options)
         try:
-            network = onnx.read_whole(path, whole_loops=True)
+            shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
+            network = onnx.read_whole(path, whole_loops=True, example=shapes)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
     if KEY in network.metadata:
@@ -132,7 +133,7 @@ def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
         run = getattr(torch._VF, mode)
         return run(input[None], hx[None], weights, cell.bias, 1, 0.0, False, False, False)[1][0]
 
-    stepped = copy.deepcopy(module)
+    stepped = duplicate(module)
     for part in stepped.modules():
         if isinstance(part, (torch.nn.GRUCell, torch.nn.RNNCell)):
             part.forward = functools.partial(once, part)

@@ -169,6 +169,7 @@ def read_whole(
     frames: Mapping[str, int] | None = None,
     context: Mapping[str, int] | None = None,
     whole_loops: bool = False,
+    example: Mapping[str, list[int]] | None = None,
 ) -> Network:
     """Return a whole ONNX file as a Network.
 
@@ -185,6 +186,7 @@ def read_whole(
             The network, and a stream of it, keep them.
         whole_loops: whether loops that an exporter unrolled run over all steps of a sequence, which only the author of
             the file can know; by default they run over as many steps as the file unrolls.
+        example: the shape of each input of an example. Branches that depend on lengths are resolved for it, and noted.
 
     Returns:
         The network. Its inputs are `[B, T, I]` or `[B, I]`, whatever order of axes the file uses. Inputs that hold
@@ -199,7 +201,7 @@ def read_whole(
     model = read(path)
     fixed, sizes, contexts = _options(model, constants, weights, frames, context)
     try:
-        for run in passes(fixed, sizes, contexts, whole_loops):
+        for run in passes(fixed, sizes, contexts, whole_loops, example):
             model = run(model)
         return _loaded(model, sizes, contexts)
     except FormatError as error:

@@ -17,6 +17,7 @@ from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, 
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
 from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
 from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
+from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
     Final,
     Flowing,
@@ -304,7 +305,8 @@ class Reader:
         return unknown * len(node.output) if made is None else [_settled(np.asarray(array, object)) for array in made]
 
     def _refuse(self, node: Any, text: str) -> None:
-        self.builder.refuse(f"{node.op_type} {text}")
+        where = line_of(node)
+        self.builder.refuse(f"{node.op_type} {text}" + (f" ({where})" if where else ""))
 
     def network(self) -> Network:
         """Return the network; its metadata describes all inputs and outputs of the graph."""
@@ -360,6 +362,8 @@ class Reader:
             ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
         if self.model.unrolled:
             ends["unrolled"] = dict(self.model.unrolled)
+        if self.model.branches:
+            ends["branches"] = list(self.model.branches)
         if self.model.given:
             ends["given"] = dict(self.model.given)
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}
