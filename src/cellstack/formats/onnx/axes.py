@@ -224,7 +224,11 @@ class Axes:
         for name in (*known, *(name for name in data if name not in known)):
             axes, lengths = self.values[name]
             ways = [way for way in self._ways(axes, data[name]) if not batchless or "B" not in way or name in known]
-            ways.sort(key=lambda way: sum((role, n is None) in (("T", False), ("F", True)) for role, n in zip(way, lengths, strict=True)))
+            ways.sort(
+                key=lambda way: sum(
+                    (role, n is None) in (("T", False), ("F", True)) for role, n in zip(way, lengths, strict=True)
+                )
+            )
             decided[name] = _labels(ways[0], lengths) if ways else None
             for axis, role in zip(axes, ways[0] if ways else "", strict=False):
                 root = axis.root

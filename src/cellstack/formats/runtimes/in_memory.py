@@ -12,7 +12,7 @@ import numpy as np
 
 from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs
 from cellstack.network import Network
-from cellstack.network.layouts import Layout, layout_of, rearranged
+from cellstack.network.layouts import Layout, layout_of, one_row, rearranged
 from cellstack.nodes.base import Array
 
 
@@ -49,6 +49,8 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
         for name, array in inputs.items()
     ]
     given = [one.to(**like) if one.is_floating_point() else one.to(like.get("device", "cpu")) for one in arrays]
+    if one_row(net) and len(next(iter(inputs.values()))) != 1:
+        raise CannotRunError("the module takes one row, without a batch axis")
     batch, steps = (*next(iter(inputs.values())).shape, 0)[:2]
     notes = [*filter(None, [rearranged(net)])]
     with _evaluated(module), torch.no_grad():
