@@ -35,7 +35,7 @@ def lstm(size, **flags):
 MODULES = {
     "an LSTM": (lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), (3, 9, 6), "", ""),
     "time first": (lambda: Fn(lambda m, x: m.r(x)[0] * 2, r=lstm(6, batch_first=False)), (9, 3, 6), "TB6", "TB4"),
-    "time first to last": (lambda: Fn(lambda m, x: m.r(x)[0][-1], r=lstm(6, batch_first=False)), (9, 3, 6), "TB6", "B4"),
+    "time first, last": (lambda: Fn(lambda m, x: m.r(x)[0][-1], r=lstm(6, batch_first=False)), (9, 3, 6), "TB6", "B4"),
     "a torch layer with time first": (lambda: nn.GRU(6, 4), (9, 3, 6), "TB6", "TB4"),
     "time first, one step": (lambda: nn.GRU(6, 4), (1, 3, 6), "TB6", "TB4"),
     "convolutions in sequence": (lambda: nn.Sequential(conv(), nn.ReLU(), nn.Conv1d(5, 4, 1)), (3, 6, 9), "B6T", "B4T"),

@@ -1,7 +1,7 @@
 """The axes of a network's inputs and outputs in the file or module that it was read from.
 
 A Network takes and returns `[B, T, features]` or `[B, features]`. A file or module may have its axes in another order,
-further axes of length 1, or features in several axes. The metadata record such layouts, so that every format keeps them:
+further axes of length 1, or features in several axes. The metadata record such layouts, which formats keep with them:
 
     {"layout": {"of": "file", "inputs": {"x": "[T, B, F=40]"}, "outputs": {"dense": "[B, C=2, F=6, T]"}}}
 

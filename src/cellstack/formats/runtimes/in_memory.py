@@ -43,10 +43,10 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
 
     weights = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
     like = {"device": weights[0].device, "dtype": weights[0].dtype} if weights else {}
-    layouts = {name: layout_of(net, "inputs", name) for name in inputs}
+    layouts = [layout_of(net, "inputs", name) for name in inputs]
     arrays = [
-        torch.from_numpy(np.array(array if layouts[name] is None else layouts[name].from_network(array)))
-        for name, array in inputs.items()
+        torch.from_numpy(np.array(array if layout is None else layout.from_network(array)))
+        for layout, array in zip(layouts, inputs.values(), strict=True)
     ]
     given = [one.to(**like) if one.is_floating_point() else one.to(like.get("device", "cpu")) for one in arrays]
     if one_row(net) and len(next(iter(inputs.values()))) != 1:
