@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -71,32 +72,29 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
     handle = module.register_forward_pre_hook(hush) if not isinstance(module, torch.jit.ScriptModule) else None
     looks: list[str] = []
-    theirs = (
-        os.path.dirname(torch.__file__),
-        OURS,
-    )  # checks of PyTorch and cellstack don't change what a module computes
+
+    def look(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if category.__name__ == "TracerWarning" and LOOKS in str(message):
+            looks.extend(_line_of_module())
+
+    def run(inlining: bool) -> None:
+        with _immutable_sizes():
+            torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
+
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
-            console = _without_console() if handle is None else nullcontext()  # a scripted module can't be hushed
+            warnings.showwarning = look
             try:
-                with console, _immutable_sizes():
-                    torch.onnx.export(
-                        module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=False
-                    )
+                with _without_console() if handle is None else nullcontext():  # a scripted module can't be hushed
+                    run(False)
             except ModuleNotFoundError:
                 raise
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
                 with _without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
-                    torch.onnx.export(
-                        module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=True
-                    )
-        for warning in caught:
-            own = not warning.filename.startswith(theirs)
-            if own and warning.category.__name__ == "TracerWarning" and LOOKS in str(warning.message):
-                looks.append(f"{os.path.basename(warning.filename)}:{warning.lineno}")
+                    run(True)
     except ModuleNotFoundError:
         raise
     except Exception as error:
@@ -107,6 +105,17 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
         if handle is not None:
             handle.remove()
     return list(dict.fromkeys(looks))
+
+
+def _line_of_module() -> list[str]:
+    """Return the line that is running, unless it is PyTorch's: its own checks don't change what a module computes."""
+    import torch
+
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((OURS, warnings.__file__)):
+        frame = frame.f_back
+    path = frame.f_code.co_filename
+    return [] if path.startswith(os.path.dirname(torch.__file__)) else [f"{os.path.basename(path)}:{frame.f_lineno}"]
 
 
 def _immutable_sizes() -> Any:
