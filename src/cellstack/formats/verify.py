@@ -15,6 +15,7 @@ from cellstack.formats.files import check_readable
 from cellstack.formats.runtimes.answers import CannotRunError, Inputs, OtherSizesError, named
 from cellstack.formats.runtimes.in_memory import is_module, run_module
 from cellstack.network import Network
+from cellstack.network.layouts import one_row
 from cellstack.nodes import Embedding
 from cellstack.nodes.base import Array
 from cellstack.nodes.cell import WEIGHTS
@@ -205,7 +206,11 @@ def verify(net: Network, path: str | PathLike[str] | Any, x: Any = None, seed: i
     if not isinstance(net, Network):
         raise TypeError(f"verify: expected net to be a Network, such as load(path) returns, got {type(net).__name__}")
     if is_module(path):
-        inputs = drawn(net, seed, BATCH, usual_steps(net)) if x is None else net.as_inputs("verify", x)
+        inputs = (
+            drawn(net, seed, 1 if one_row(net) else BATCH, usual_steps(net))
+            if x is None
+            else net.as_inputs("verify", x)
+        )
         report = _with_module(net, path, inputs, seed if x is None else None)
         rounded, why = _rounded(net, inputs) if streams else ((), "")
         return replace(report, drawn=x is None, streams=rounded, no_streams=why, weights=net.weights)

@@ -1,7 +1,7 @@
 """The axes of a network's inputs and outputs in the file or module that it was read from.
 
 A Network takes and returns `[B, T, features]` or `[B, features]`. A file or module may have its axes in another order,
-further axes of length 1, or features in several axes. The metadata record such layouts, so that every format keeps them:
+further axes of length 1, or features in several axes. The metadata record such layouts, which formats keep with them:
 
     {"layout": {"of": "file", "inputs": {"x": "[T, B, F=40]"}, "outputs": {"dense": "[B, C=2, F=6, T]"}}}
 
@@ -60,9 +60,7 @@ class Layout(NamedTuple):
     def shown(self) -> str:
         """The layout as messages show it: `[B, 40, T]`."""
         words = {"D": "2", "F": "I", "N": "B·T"}
-        parts = [
-            str(n) if n and a in "FC" else words.get(a, a) for a, n in zip(self.axes, self.sizes, strict=True)
-        ]
+        parts = [str(n) if n and a in "FC" else words.get(a, a) for a, n in zip(self.axes, self.sizes, strict=True)]
         return f"[{', '.join(parts)}]"
 
     @property
@@ -154,6 +152,12 @@ def layout_of(network: Network, what: str, name: str) -> Layout | None:
     return Layout.read(own.get(name)) if isinstance(own, dict) else None
 
 
+def one_row(network: Network) -> bool:
+    """Return whether a file or module takes one row, without a batch axis."""
+    layouts = [layout_of(network, "inputs", name) for name in network.inputs]
+    return any(layout is not None and "B" not in layout.axes for layout in layouts)
+
+
 def origin_of(network: Network) -> str:
     """Return whether a network's layouts are those of a file or a module, as a word for messages."""
     entry = network.metadata.get(KEY)
@@ -193,7 +197,6 @@ def rearranged(network: Network) -> str:
 
 
 def hint(network: Network, name: str) -> str:
-    """Return the end of a message on the shape of an input: its axes in the file or module; "" where they are the same.
-    """
+    """Return the end of a message on the shape of an input, with its axes in the file or module; "" if they agree."""
     layout = layout_of(network, "inputs", name)
     return "" if layout is None else f"; in the {origin_of(network)} its axes are {layout.shown}"

@@ -148,18 +148,16 @@ def load(path: str, **options: Any) -> Network:
         FormatError, OSError, ModuleNotFoundError: see `read_whole`.
     """
     network = read_whole(path, **options)
-    if others(network.metadata["onnx"]):
+    if others(network):
         warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=3)  # the call of cellstack.load
     return network
 
 
-def others(ends: Mapping[str, Any]) -> bool:
-    """Return whether a file has other axes than its network.
-
-    Args:
-        ends: `metadata["onnx"]` of the network. Its layout may be that of an earlier file, if the file is ours.
-    """
-    return "frames" not in ends and any(Layout.of(axes).moved for what in ("inputs", "outputs") for axes in ends[what].values())
+def others(network: Network) -> bool:
+    """Return whether the file of a network has other axes. In a file of ours, the layout is that of an earlier one."""
+    ends = network.metadata["onnx"]
+    moved = any(Layout.of(axes).moved for what in ("inputs", "outputs") for axes in ends[what].values())
+    return moved and bool(layouts.warning(network))
 
 
 @np.errstate(all="ignore")

@@ -35,7 +35,7 @@ from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network
 from cellstack.network.layouts import Layout, noted
-from cellstack.nodes import Activation, GlobalPool, Merge, Node, Reduce, Reshape, Select
+from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError
 
@@ -341,7 +341,9 @@ class Reader:
             if self.frames is not None:  # one output per frame
                 self.builder.output(flow.wire, name)
                 continue
-            if axes[name] in ("B1F", "BF1"):
+            if self.model.said and axes[name] in ("BFT", "FT"):  # the network that we wrote ends in a Permute
+                flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
+            elif axes[name] in ("B1F", "BF1"):
                 flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
             self.builder.output(flow.wire, name)
         states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}

@@ -12,7 +12,7 @@ import numpy as np
 
 from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs
 from cellstack.network import Network
-from cellstack.network.layouts import Layout, layout_of, rearranged
+from cellstack.network.layouts import Layout, layout_of, one_row, rearranged
 from cellstack.nodes.base import Array
 
 
@@ -43,12 +43,14 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
 
     weights = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
     like = {"device": weights[0].device, "dtype": weights[0].dtype} if weights else {}
-    layouts = {name: layout_of(net, "inputs", name) for name in inputs}
+    layouts = [layout_of(net, "inputs", name) for name in inputs]
     arrays = [
-        torch.from_numpy(np.array(array if layouts[name] is None else layouts[name].from_network(array)))
-        for name, array in inputs.items()
+        torch.from_numpy(np.array(array if layout is None else layout.from_network(array)))
+        for layout, array in zip(layouts, inputs.values(), strict=True)
     ]
     given = [one.to(**like) if one.is_floating_point() else one.to(like.get("device", "cpu")) for one in arrays]
+    if one_row(net) and len(next(iter(inputs.values()))) != 1:
+        raise CannotRunError("the module takes one row, without a batch axis")
     batch, steps = (*next(iter(inputs.values())).shape, 0)[:2]
     notes = [*filter(None, [rearranged(net)])]
     with _evaluated(module), torch.no_grad():

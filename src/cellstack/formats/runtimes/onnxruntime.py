@@ -173,7 +173,7 @@ def _noted(read: Network, net: Network) -> dict[str, Any]:
         "starts": noted.get("starts", {}),
         "frames": noted.get("frames"),
         "given": noted.get("given", {}),
-        "note": rearranged(read) if onnx.others(noted) else "",
+        "note": rearranged(read) if onnx.others(read) else "",
         "firsts": [sum(counts[:number]) for number in range(len(counts))],
     }
 
