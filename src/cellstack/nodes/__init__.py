@@ -1,9 +1,11 @@
 """All nodes: `from cellstack.nodes import Conv1D`. For their common interface see `base`."""
 
+from cellstack.nodes.attention import Attention, GroupNorm, TimeSoftmax
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.frames import Context, PerFrame
+from cellstack.nodes.grid import GridConv, GridPool
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
@@ -28,7 +30,12 @@ NODES: dict[str, type[Node]] = {
         Conv1D,
         Pool1D,
         GlobalPool,
+        GridConv,
+        GridPool,
         Reduce,
+        GroupNorm,
+        TimeSoftmax,
+        Attention,
         Pad,
         Flatten,
         Reshape,
@@ -48,6 +55,7 @@ __all__ = [
     "NODES",
     "Activation",
     "Array",
+    "Attention",
     "Bidirectional",
     "Cell",
     "Clip",
@@ -57,6 +65,9 @@ __all__ = [
     "Embedding",
     "Flatten",
     "GlobalPool",
+    "GridConv",
+    "GridPool",
+    "GroupNorm",
     "LayerNorm",
     "Magnitude",
     "Masking",
@@ -75,4 +86,5 @@ __all__ = [
     "Standardise",
     "StepMask",
     "Take",
+    "TimeSoftmax",
 ]
