@@ -10,7 +10,18 @@ from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
 from cellstack.nodes.signal import Magnitude, Take
-from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise, StepMask
+from cellstack.nodes.steps import (
+    Activation,
+    Clip,
+    Embedding,
+    Function,
+    LayerNorm,
+    Masking,
+    Power,
+    Scale,
+    Standardise,
+    StepMask,
+)
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {
@@ -24,6 +35,8 @@ NODES: dict[str, type[Node]] = {
         Dense,
         Activation,
         Clip,
+        Power,
+        Function,
         Embedding,
         Masking,
         StepMask,
@@ -64,6 +77,7 @@ __all__ = [
     "Dense",
     "Embedding",
     "Flatten",
+    "Function",
     "GlobalPool",
     "GridConv",
     "GridPool",
@@ -77,6 +91,7 @@ __all__ = [
     "PerFrame",
     "Permute",
     "Pool1D",
+    "Power",
     "Recurrent",
     "Reduce",
     "Repeat",

@@ -35,7 +35,8 @@ from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network
 from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
-from cellstack.spec import FormatError
+from cellstack.layout import Array
+from cellstack.spec import DTYPES, FormatError
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
 MOVES = {
@@ -47,6 +48,25 @@ SHAPES = {"Cast", "Concat", "Gather", "Identity", "Mul", "Reshape", "Shape", "Sl
 
 class Refused(ValueError):  # noqa: N818
     """An operator that a Network can't run; the message says why."""
+
+
+def floats(value: Any, what: str) -> Array:
+    """Return a constant array of float32 or float64; `Refused` where it isn't one."""
+    if isinstance(value, Broadcast) and value.uniform:
+        value = value.array.reshape(())
+    if not isinstance(value, np.ndarray):
+        raise Refused(f"expected {what} to be constant")
+    if value.dtype.name == "float16":
+        value = value.astype(np.float32)
+    if value.dtype.name not in DTYPES:
+        raise Refused(f"expected {what} as floats, found {value.dtype}")
+    return value
+
+
+def steps_apart(reader: Reader) -> None:
+    """Raise `Refused` where rows have lengths: in ONNX, reductions over time include steps past a row's end."""
+    if reader.lengths:
+        raise Refused("in ONNX, it combines steps beyond the rows' lengths, sequence_lens, too; that isn't supported")
 
 
 class Reader:
@@ -102,9 +122,20 @@ class Reader:
                 self.values[name] = Unknown("", True)
                 continue
             known = dict(zip(labels, shapes[name] or [None] * len(labels), strict=True))
+            lengths = [n for n, label in zip(shapes[name], labels, strict=False) if label in "CF"]
+            if "C" in labels:
+                if None in lengths:
+                    self.builder.refuse(f"input {short(name)}: the lengths of its feature axes must be declared")
+                    self.values[name] = Unknown("", True)
+                    continue
+                known["F"] = prod(n for n in lengths if n)
             wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
             self.values[name] = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
             self.inputs[name] = labels
+            if "C" in labels:
+                axes_now, parts = iter("CG"), tuple(zip("CG", lengths, strict=True))
+                labelled = tuple(next(axes_now) if label in "CF" else label for label in labels)
+                self.values[name] = replace(self.values[name], axes=labelled, parts=parts)
             if kinds[name] in INTEGERS:
                 self.ids.add(wire)
             if known.get("B", 1) != 1:
@@ -144,7 +175,8 @@ class Reader:
         self.builder.make(made.parameters)  # each node has its own copy, even of shared weights
         name = node if isinstance(node, str) else label(node)
         wire = self.builder.add(name, made, x.wire, *(other.wire for other in others))
-        return Flowing(wire, x.axes if axes is None else tuple(axes), self.shape(wire), x.batch)
+        same = axes is None
+        return Flowing(wire, x.axes if same else tuple(axes), self.shape(wire), x.batch, x.parts if same else ())
 
     def shape(self, wire: str) -> Shape:
         """Return the shape of a wire."""
@@ -305,6 +337,8 @@ class Reader:
 
     def network(self) -> Network:
         """Return the network; its metadata describes all inputs and outputs of the graph."""
+        from cellstack.formats.onnx.grids import in_order  # imported here because it imports this module
+
         axes: dict[str, str] = {}
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
         states = {name: value for name, value in values.items() if isinstance(value, States)}
@@ -330,6 +364,13 @@ class Reader:
             except Refused as error:
                 self.builder.refuse(f"output {short(name)}: {error}")
                 continue
+            if flow.parts:
+                flow = in_order(self, flow)
+                if len(flow.parts) > 2:
+                    self.builder.refuse(f"output {short(name)}: expected at most two feature axes, found {len(flow.parts)}")
+                    continue
+                outer, inner = (part for part, _ in flow.parts)
+                flow = replace(flow, axes=tuple({outer: "C", inner: "F"}.get(axis, axis) for axis in flow.axes), parts=())
             axes[name] = "".join(flow.axes)
             if self.frames is not None:  # one output per frame
                 self.builder.output(flow.wire, name)

@@ -5,6 +5,7 @@ Transpose only changes the order of the labels:
 
     B  batch        T  time        F  features        N  batch and time merged, as some exporters write a Dense
     D  the two directions of a bidirectional operator, concatenated in the wire's features        1  of length 1
+    C G H P Q R  feature axes of a value that has several, such as channels and frequencies: see `Flowing.parts`
 
 A value without B is one row, as in a file without a batch axis: where an operator needs a batch, an axis of length 1
 serves as it.
@@ -38,6 +39,8 @@ class Dim:
 
 
 Length = int | Dim
+Parts = tuple[tuple[str, int], ...]
+GRID = "CGHPQR"  # labels of feature axes where there are several
 
 
 class Symbols(NamedTuple):
@@ -126,12 +129,15 @@ class Flowing:
         axes: a label for each axis in ONNX.
         shape: the wire's axes after the batch, in the Network's order.
         batch: the batch size that the file declares; None if open.
+        parts: where the value has several feature axes: the label and length of each, in the order in which the wire's
+            features hold them. There is no axis F then, so that operators that don't know parts refuse the value.
     """
 
     wire: str
     axes: tuple[str, ...]
     shape: Shape
     batch: int | None = None
+    parts: Parts = ()
 
     @property
     def width(self) -> int | None:
@@ -153,6 +159,7 @@ class Flowing:
             "D": 2,
             "1": 1,
             "N": None if self.batch is None or self.steps is None else self.batch * self.steps,
+            **dict(self.parts),
         }[label]
         return Dim(("B", "T") if label == "N" else (label,)) if known is None else known
 
@@ -187,6 +194,19 @@ class Moment:
     of: Flowing
     what: str
     epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A value `[B, C, …]` as `[B, G, …]`, an intermediate result of a group normalisation.
+
+    Args:
+        of: the value.
+        groups: the number of groups of its channels.
+    """
+
+    of: Flowing
+    groups: int
 
 
 @dataclass(frozen=True)

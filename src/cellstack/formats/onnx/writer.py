@@ -26,6 +26,7 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    Function,
     GlobalPool,
     GridConv,
     GridPool,
@@ -38,6 +39,7 @@ from cellstack.nodes import (
     Pad,
     Permute,
     Pool1D,
+    Power,
     Recurrent,
     Reduce,
     Repeat,
@@ -455,6 +457,14 @@ class Writer(Pieces):
         elif isinstance(node, Clip):
             bounds = ["" if bound is None else self.number(bound) for bound in (node.low, node.high)]
             self.put("Clip", [x, *bounds], name)
+        elif isinstance(node, Power):
+            names = {0.5: "Sqrt", -1.0: "Reciprocal"}
+            if node.exponent in names:
+                self.put(names[node.exponent], [x], name)
+            else:
+                self.put("Pow", [x, self.number(node.exponent)], name)
+        elif isinstance(node, Function):
+            self.put(node.function.title(), [x], name)
         elif isinstance(node, Pad):
             axes = len(self.network.shapes[x]) + 1
             ends = [0] * axes
