@@ -43,7 +43,7 @@ MOVES = {
     "Cast", "Concat", "Dropout", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
     "Unsqueeze",
 }  # fmt: skip
-SHAPES = {"Cast", "Concat", "Gather", "Identity", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Unsqueeze"}
+SHAPES = {"Add", "Cast", "Concat", "Div", "Gather", "Identity", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
 
 
 class Refused(ValueError):  # noqa: N818
