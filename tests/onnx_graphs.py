@@ -153,8 +153,7 @@ def compare(path, feeds):
         (expected,) = run(path, feeds, [name])
         lengths = [n for n, label in zip(expected.shape, axes, strict=True) if label != "1"]
         labels = axes.replace("1", "")
-        if labels != "BFT":
-            expected = expected.reshape(lengths).transpose([labels.index(label) for label in "BTDF" if label in labels])
+        expected = expected.reshape(lengths).transpose([labels.index(label) for label in "BTDF" if label in labels])
         np.testing.assert_allclose(got, expected.reshape(got.shape), rtol=0, atol=TOLERANCE)
     return net
 

@@ -269,7 +269,7 @@ def test_a_module_that_takes_time_before_batch_gets_a_transposed_input(dtype):
     report = verify(net, gru)
     assert report.ok(1e-5), str(report)
     assert [one.name for one in report.differences] == [net.outputs[0], *(f"cell {n} h" for n in range(4))]
-    assert "the module takes time before batch, so x was transposed for it" in report.note
+    assert "axes in the module: [T, B, 3] -> [T, B, 8], and arrays were rearranged" in report.note
     assert not any(module._forward_pre_hooks for module in gru.modules())
 
 
@@ -442,28 +442,40 @@ ENDS = (*ORDERS, "BF", "FB", "F")
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_time_before_batch_is_reported_when_a_file_is_loaded_and_verified(tmp_path, order):
+def test_other_axes_are_reported_when_a_file_is_loaded_printed_and_verified(tmp_path, order):
     path = str(tmp_path / "net.onnx")
-    onnx.save(in_order(order, "TBF", "LSTM", 1, False, {}), path)
-    says = f"input 'X' has time before batch in the file, [{', '.join(order.replace('F', 'I'))}]"
-    if "B" in order and order.index("T") < order.index("B"):
-        with pytest.warns(
-            UserWarning, match=rf"^load: {re.escape(f'{path}: {says}')}: the network takes \[B, T, I\]"
-        ) as record:
-            net = load(path)
-        assert record[0].filename == __file__
-        note = f"; {says}: the network takes [B, T, I], and x was transposed for the file"
-    else:
+    onnx.save(in_order(order, order.replace("B", ""), "LSTM", 1, False, {}) if "B" not in order else
+              in_order(order, "BTF", "LSTM", 1, False, {}), path)  # fmt: skip
+    shown = f"[{', '.join(order.replace('F', '3'))}]"
+    if order in ("BTF", "TF"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             net = load(path)
-        note = ""
+    else:
+        says = re.escape(f"load: {path} has other axes than the network: input X {shown} is [B, T, 3] in the network")
+        with pytest.warns(UserWarning, match=f"^{says}") as record:
+            net = load(path)
+        assert record[0].filename == __file__
+    line = f"axes in the file: {shown} -> "
+    assert (line in repr(net)) == (line in str(net.plan())) == (order != "BTF")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the report says it
         report = verify(net, path)
     assert report.ok(1e-5), str(report)
-    assert report.note == "not compared: cell 0 h, cell 0 c" + note
-    assert note in str(report)
+    assert (line in report.note) == (line in str(report)) == (order not in ("BTF", "TF"))
+    with pytest.raises(ShapeError) as raised:
+        net(np.zeros((2, 5, 7), np.float32))
+    assert (f"; in the file its axes are {shown}" in str(raised.value)) == (order != "BTF")
+    net.save(tmp_path / "again.safetensors")
+    net.save(tmp_path / "again.onnx")
+    for name in ("again.safetensors", "again.onnx"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # these files have the network's axes
+            again = load(tmp_path / name)
+        assert again.metadata.get("layout") == net.metadata.get("layout")
+        report = verify(again, tmp_path / name)
+        assert report.ok(1e-5), str(report)
+        assert "rearranged" not in report.note
 
 
 def test_what_we_write_as_onnx_has_batch_before_time(tmp_path):
@@ -471,7 +483,7 @@ def test_what_we_write_as_onnx_has_batch_before_time(tmp_path):
     net.save(tmp_path / "net.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "before batch" not in verify(load(tmp_path / "net.onnx"), tmp_path / "net.onnx").note
+        assert "rearranged" not in verify(load(tmp_path / "net.onnx"), tmp_path / "net.onnx").note
 
 
 def in_order(order, end, kind, ways, states, sizes):

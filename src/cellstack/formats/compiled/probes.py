@@ -2,77 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from typing import Any
 
 from cellstack.formats.compiled.equality import Ends
-from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
-from cellstack.formats.compiled.sizes import Places, compared
-from cellstack.formats.runtimes.in_memory import first_axes, watched
+from cellstack.formats.compiled.nested import fresh, like, tensors_in
+from cellstack.formats.compiled.sizes import Places, compared, own_line
+from cellstack.formats.runtimes.in_memory import watched
 from cellstack.network import Network
-
-
-def first_call(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]:
-    """Run a module twice.
-
-    Returns:
-        Whether it passes packed rows to a recurrent layer, its outputs, and whether the second call returns them again.
-
-    Raises:
-        ValueError: the module rejects the inputs.
-    """
-    import torch
-
-    packed = []
-
-    def look(_: Any, given: tuple[Any, ...]) -> None:
-        packed.extend(value for value in given if isinstance(value, torch.nn.utils.rnn.PackedSequence))
-
-    parts = [part for part in module.modules() if isinstance(part, torch.nn.RNNBase)]
-    try:
-        with torch.no_grad(), watched(parts, look):
-            answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
-    except Exception as error:  # a module may raise any exception
-        raise ValueError(
-            f"compile: {type(module).__name__} itself rejects the example: {type(error).__name__}: {error}"
-        ) from error
-    same = [
-        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
-        for one, other in zip(answers, second, strict=False)
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    ]
-    return bool(packed), answers, all(same)
-
-
-def plain(module: Any) -> bool:
-    """Return whether all parts of a module are PyTorch's classes or ours: no custom `forward` may permute axes."""
-    return all(type(part).__module__.startswith(("torch.", "cellstack.")) for part in module.modules())
-
-
-def time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
-    """Return whether the first axis of a module's input is the time of all its layers with `batch_first=False`.
-
-    It isn't if `forward` permutes the axes before it calls the layers.
-    """
-    import torch
-
-    first, *others = tensors_in(inputs)
-
-    def lengths(x: Any) -> list[int]:
-        """Return the length of the first axis of each layer's input, given the first input of the module."""
-        with torch.no_grad(), first_axes(module) as seen:
-            module(*fresh(like(inputs, [x, *others])))
-        return [shape[0] for shape in seen]
-
-    before = lengths(first)
-    for axis in (0, 1) if before and first.ndim > 1 else ():
-        try:
-            after = lengths(wider(first, axis, 1))
-        except Exception:  # the module accepts no other length of this axis
-            after = []
-        if after:
-            return all((old != new) == (axis == 0) for old, new in zip(before, after, strict=False))
-    return bool(before) and all(length == len(first) for length in before)
 
 
 def reads_values(module: Any, inputs: tuple[Any, ...]) -> bool:
@@ -121,8 +58,22 @@ def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> P
     try:
         return compared(lambda given: module(*fresh(like(example, given))), first, others)
     except Exception as error:  # code may reject sizes that aren't plain integers
-        warnings.warn(
-            f"compile: whether {type(module).__name__} compares sizes of its input can't be checked: {error}",
-            stacklevel=3,
-        )
-        return Places([], [])
+        return Places([], [], str(error))
+
+
+def line_of_call(module: Any, inputs: tuple[Any, ...], name: str) -> str:
+    """Return where a module's code calls a function of PyTorch, as `file.py:12`; "" where it doesn't by this name."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    found: list[str] = []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "").strip("_") == name.strip("_") and not found:
+                found.append(own_line(sys._getframe(1)))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Look():
+        module(*fresh(inputs))
+    return found[0] if found else ""

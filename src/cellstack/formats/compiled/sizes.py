@@ -17,10 +17,14 @@ OURS = str(Path(__file__).absolute().parents[2])
 
 
 class Places(NamedTuple):
-    """Where a module's code uses sizes, each as `file.py:12`: where it compares them, and where it calls `len`."""
+    """Where a module's code uses sizes, each as `file.py:12`: where it compares them, and where it calls `len`.
+
+    `failed` is the reason if that can't be found; "" otherwise.
+    """
 
     compared: list[str]
     measured: list[str]
+    failed: str = ""
 
 
 def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> Places:
@@ -51,6 +55,15 @@ def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> 
 
 def _place(frame: FrameType) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def own_line(frame: FrameType | None) -> str:
+    """Return the innermost line of a call that is neither PyTorch's code nor ours, as `file.py:12`; "" if none is."""
+    import torch
+
+    while frame is not None and frame.f_code.co_filename.startswith((os.path.dirname(torch.__file__), OURS)):
+        frame = frame.f_back
+    return "" if frame is None else _place(frame)
 
 
 def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) -> dict[str, set[tuple[int, int | None]]]:

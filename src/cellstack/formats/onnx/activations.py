@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.attention import Scores, as_steps
 from cellstack.formats.onnx.cells import NAMES, OPERATORS, PARAMETERS, activation_text, decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.attention import Scores, as_steps
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Clip, Function, Merge, Power, TimeSoftmax

@@ -26,7 +26,7 @@ CONVENTIONS = {  # the possible orders of a data input's axes, the likeliest fir
     1: ("F", "T"),
     2: ("BF", "BT", "TB", "TF", "FT", "FB"),
     3: ("BTF", "TBF", "BFT", "TFB", "FTB", "FBT"),
-    4: ("BFTF", "BFFT", "BTFF", "TBFF", "FFBT", "FFTB"),
+    4: ("BFFT", "BFTF", "BTFF", "TBFF", "FBFT", "FFBT", "TFFB"),  # features in two axes, or one axis of length 1
 }
 OF_IDS = {1: ("T",), 2: ("BT", "TB")}
 FLOATS = (1, 10, 11, 16)
@@ -80,7 +80,8 @@ class Axes:
         framed: whether a call is one step; the graph then adds the recurrent operators' time axis itself.
 
     Attributes:
-        inputs: the roles of the axes of each data input, such as "TBF"; None where it can't be one.
+        inputs: the axes of each data input, such as "TBF"; None where it can't be one. Of two axes of features, the
+            first is C and the second F; one of them that has length 1 is 1.
         states: the same for each input that holds states, of B, F and S; None where unknown.
         problems: contradictions, by the id of the node.
     """
@@ -173,7 +174,7 @@ class Axes:
         roles = self.roles_of(name)
         count = 0 if roles is None else len(roles)
         if name in self.inputs and count not in CONVENTIONS:
-            return f"expected a tensor with 1 to 3 axes, found {count}"
+            return f"expected a tensor with 1 to 4 axes, found {count}"
         return f"expected axes of batch, time and features, found {' '.join(roles or '')}"
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,10 +222,15 @@ class Axes:
         known = [name for name, roles in whole.items() if "·" not in roles]
         batchless = bool(known) and all("B" not in whole[name] for name in known)
         for name in (*known, *(name for name in data if name not in known)):
-            axes = self.values[name].axes
+            axes, lengths = self.values[name]
             ways = [way for way in self._ways(axes, data[name]) if not batchless or "B" not in way or name in known]
-            decided[name] = ways[0] if ways else None
-            for axis, role in zip(axes, decided[name] or "", strict=False):
+            ways.sort(
+                key=lambda way: sum(
+                    (role, n is None) in (("T", False), ("F", True)) for role, n in zip(way, lengths, strict=True)
+                )
+            )
+            decided[name] = _labels(ways[0], lengths) if ways else None
+            for axis, role in zip(axes, ways[0] if ways else "", strict=False):
                 root = axis.root
                 if not root.role:
                     root.role, root.source = role, "convention"
@@ -245,6 +251,16 @@ class Axes:
             return None
         roles = ["S" if axis.root.role in ("", "D", "T") else axis.root.role for axis in value.axes]
         return "".join(roles) if roles.count("F") == 1 and roles.count("B") <= 1 else None
+
+
+def _labels(roles: str, lengths: list[int | None]) -> str:
+    """Return the labels of an input's axes: one of two axes of features is C, or 1 where it has length 1."""
+    if roles.count("F") < 2:
+        return roles
+    first, last = roles.index("F"), roles.rindex("F")
+    if lengths[first] != 1 and lengths[last] == 1:
+        return f"{roles[:last]}1{roles[last + 1 :]}"
+    return f"{roles[:first]}{'1' if lengths[first] == 1 else 'C'}{roles[first + 1 :]}"
 
 
 # ── rules: the roles an operator assigns to its inputs' axes, and its outputs' axes ───────────────────────────────────
@@ -511,7 +527,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(BY_NUMBER, _same),
     **dict.fromkeys(TOGETHER, _together),
     **dict.fromkeys(("MatMul", "Gemm", "MatMulInteger"), _product),
-    **dict.fromkeys(("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows),
+    **dict.fromkeys(
+        ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows
+    ),
     **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
     **dict.fromkeys(KIND_OF, _recurrent),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),

@@ -86,7 +86,9 @@ def regrouped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool
     lengths = grid.lengths
     wanted = [lengths[n] if e == 0 and not keep_zero and n < len(lengths) else e for n, e in enumerate(target)]
     items = [axis for axis in grid.axes if axis != "1"]
-    found = next((made for strict in (True, False) if (made := _matched(grid, items, wanted, strict)) is not None), None)
+    found = next(
+        (made for strict in (True, False) if (made := _matched(grid, items, wanted, strict)) is not None), None
+    )
     if found is None:
         return None
     sizes = dict(grid.parts)
@@ -142,7 +144,9 @@ def _ways(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> 
                 if known != total and (-1 not in entries or total % known):
                     continue
                 lengths = [total // known if entry == -1 else int(entry) for entry in entries]
-                made = [items[0]] if (count, number) == (1, 1) else [length if length > 1 else "1" for length in lengths]
+                made = (
+                    [items[0]] if (count, number) == (1, 1) else [length if length > 1 else "1" for length in lengths]
+                )
                 yield made, items[count:], wanted[number:]
     elif items[0] == "N":
         if fits(x.length("N"), wanted[0]):
@@ -313,7 +317,9 @@ class Spatial:
         return as_features(replace(y, axes=(self.x.axes[0], channel, *axes), parts=tuple(parts)))
 
 
-def conv(reader: Reader, node: Any, attributes: dict[str, Any], value: Any, kernel: Array, bias: Array | None) -> Flowing:
+def conv(
+    reader: Reader, node: Any, attributes: dict[str, Any], value: Any, kernel: Array, bias: Array | None
+) -> Flowing:
     """Read a convolution over a grid."""
     spatial = Spatial(reader, value)
     groups = attributes.get("group", 1)
@@ -358,7 +364,9 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], value: Any) -> F
     if len(sizes) != spatial.count:
         raise Refused(f"expected windows over {spatial.count} axes, found {sizes}")
     settings = spatial.settings(attributes, sizes)
-    mode, counts = ("max", False) if node.op_type == "MaxPool" else ("mean", bool(attributes.get("count_include_pad", 0)))
+    mode, counts = (
+        ("max", False) if node.op_type == "MaxPool" else ("mean", bool(attributes.get("count_include_pad", 0)))
+    )
     if attributes.get("ceil_mode", 0):
         lengths = (spatial.x.steps if spatial.over is not None else 1, *spatial.grid)
         for length, size, stride, pads in zip(
@@ -383,7 +391,13 @@ def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode:
     labels = ["1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(labels) if keep or n not in axes]
     if not rest:  # a single number stays as one feature
-        return replace(y, axes=tuple("F" if axis == "1" and n == labels.index("1") else axis for n, axis in enumerate(labels)) if keep else tuple(labels), parts=())
+        return replace(
+            y,
+            axes=tuple("F" if axis == "1" and n == labels.index("1") else axis for n, axis in enumerate(labels))
+            if keep
+            else tuple(labels),
+            parts=(),
+        )
     return as_features(replace(y, axes=tuple(labels), parts=tuple((name, sizes[name]) for name in rest)))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx import attention, grids
+from cellstack.formats.onnx.activations import power
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import axes_of, numbers
-from cellstack.formats.onnx import attention, grids
-from cellstack.formats.onnx.activations import power
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.ops import arithmetic, features_last
 from cellstack.formats.onnx.ops import reduce as over_time

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
-from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.values import Dim, Flowing, Grouped, Lengths, States, Symbols, Unknown, Vector, reshaped
@@ -104,7 +104,9 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     if isinstance(x, States):
         return [rearranged(x, order)]
     axes = tuple("1" if n is None else x.axes[n] for n in order)
-    if "F" not in x.axes and "T" in x.axes and not x.parts and x.wire not in reader.ids:  # no feature axis: one feature each
+    if (
+        "F" not in x.axes and "T" in x.axes and not x.parts and x.wire not in reader.ids
+    ):  # no feature axis: one feature each
         roles, chosen = reader.axes.roles_of(node.output[0]) or "", [n for n, old in enumerate(order) if old is None]
         found = [n for n in chosen if roles[n : n + 1] == "F"] or chosen
         if len(found) == 1:

@@ -19,6 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from cellstack.layout import Array
+from cellstack.network.layouts import Layout
 from cellstack.nodes.base import Shape
 from cellstack.nodes.cell import Cell
 
@@ -138,6 +139,12 @@ class Flowing:
     shape: Shape
     batch: int | None = None
     parts: Parts = ()
+
+    @property
+    def layout(self) -> Layout:
+        """The axes with their lengths, as the metadata record them."""
+        lengths = [length if isinstance(length, int) else None for length in self.lengths]
+        return Layout("".join(self.axes), tuple(lengths))
 
     @property
     def width(self) -> int | None:

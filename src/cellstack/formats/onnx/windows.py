@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
-from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
@@ -85,8 +85,10 @@ def _only_time(x: Flowing, sizes: Sequence[int]) -> bool:
     """Whether windows slide over time only, with the features as channels."""
     spatial = x.axes[2:]
     time = sorted(spatial) in (["T"], ["1", "T"]) and len(sizes) == len(spatial)
-    return time and x.has("BF" + "".join(spatial)) and all(
-        size == 1 for axis, size in zip(spatial, sizes, strict=True) if axis == "1"
+    return (
+        time
+        and x.has("BF" + "".join(spatial))
+        and all(size == 1 for axis, size in zip(spatial, sizes, strict=True) if axis == "1")
     )
 
 
