@@ -19,6 +19,7 @@ from cellstack.nodes import (
     Conv1D,
     Embedding,
     Flatten,
+    Function,
     GlobalPool,
     GridConv,
     GridPool,
@@ -30,6 +31,7 @@ from cellstack.nodes import (
     Node,
     PerFrame,
     Pool1D,
+    Power,
     Reduce,
     Reshape,
     Select,
@@ -172,6 +174,14 @@ def test_nodes_over_a_grid():
     for mode, counts in (("max", False), ("mean", False), ("mean", True)):
         pool = GridPool(mode, (3,), 2, (2, 2), (2, 1), ((1, 1), (0, 1)), counts=counts)
         check(Network([dense, pool]), x, unit=2)
+
+
+def test_powers_and_functions():
+    rng = rng_of(16)
+    x, cell = rng.normal(size=(2, 3, 3)), make_cell(rng, 3, 4, "float64")
+    for node in (*map(Power, (0.5, -1.0, 2.0, 1.7)), *map(Function, ("abs", "cos", "log", "sin"))):
+        ahead = [] if isinstance(node, Function) and node.function != "log" else [Activation("sigmoid")]
+        check(Network([Recurrent((cell,)), *ahead, node]), x, unit=1)
 
 
 def test_nodes_that_weigh_steps():

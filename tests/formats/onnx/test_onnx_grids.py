@@ -181,3 +181,43 @@ def test_norms_over_time_and_transposed_convolutions(layers, tmp_path):
     net = exported(module, torch.randn(2, 7, 4), tmp_path / "net.onnx")
     for rows, steps in ((2, 7), (3, 10)):
         compared(net, module, torch.randn(rows, steps, 4), 2e-5)
+
+
+class Masked(nn.Module):
+    """Magnitudes [B, C, F, T], whose rows and steps are merged for a linear layer, times a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.rnn, self.out = nn.Linear(10, 6), nn.LSTM(6, 3, bidirectional=True), nn.Linear(6, 14)
+
+    def forward(self, x):
+        y = x.permute(3, 0, 1, 2)
+        steps, rows, channels, _ = y.shape
+        y = torch.tanh(self.into(y[..., :5].reshape(-1, channels * 5))).reshape(steps, rows, 6)
+        y = self.out(self.rnn(y)[0].reshape(-1, 6)).reshape(steps, rows, channels, 7)
+        return torch.relu(y).permute(1, 2, 3, 0) * x
+
+
+def test_features_in_two_axes_before_time(tmp_path):
+    torch.manual_seed(5)
+    module = Masked()
+    net = exported(module, torch.rand(2, 2, 7, 9), tmp_path / "net.onnx", {0: "batch", 3: "steps"})
+    assert net.metadata["onnx"]["inputs"] == {"x": "BCFT"}
+    for rows, steps in ((2, 9), (3, 12)):
+        x = torch.rand(rows, 2, 7, steps)
+        ours = net(x.permute(0, 3, 1, 2).flatten(2).numpy())
+        theirs = module(x).permute(0, 3, 1, 2).flatten(2).detach().numpy()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_reshape_that_mixes_time_and_features_is_refused(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.conv = nn.GRU(4, 4, batch_first=True), nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.rnn(x)[0][:, None]).reshape(x.shape[0], 8, -1)
+
+    with pytest.raises(adapter.FormatError, match=r"Reshape .*: the shape must keep batch, time and features separate"):
+        exported(Mixed(), torch.randn(2, 6, 4), tmp_path / "net.onnx")

@@ -396,6 +396,9 @@ class Reader:
                 names = dict(zip((part for part, _ in flow.parts), "CF", strict=True))
                 parts = tuple((names[part], size) for part, size in flow.parts)
                 flow = replace(flow, axes=tuple(names.get(axis, axis) for axis in flow.axes), parts=parts)
+            if "M" in flow.axes:
+                self.builder.refuse(f"output {short(name)}: time and batch are merged")
+                continue
             axes[name] = "".join(flow.axes)
             layouts.append(flow.layout)
             if self.frames is not None:  # one output per frame

@@ -74,6 +74,8 @@ def outermost(reader: Reader, x: Flowing, axis: str) -> Flowing:
     return arranged(reader, x, [axis, *(name for name, _ in x.parts if name != axis)])
 
 
+MERGED = {"N": "BT", "M": "TB"}  # axes that are two axes merged
+
 # ── shapes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -148,16 +150,18 @@ def _ways(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> 
                     [items[0]] if (count, number) == (1, 1) else [length if length > 1 else "1" for length in lengths]
                 )
                 yield made, items[count:], wanted[number:]
-    elif items[0] == "N":
-        if fits(x.length("N"), wanted[0]):
-            yield ["N"], items[1:], wanted[1:]
-        if len(wanted) > 1 and fits(Dim(("B",)), wanted[0]) and fits(Dim(("T",)), wanted[1]):
-            yield ["B", "T"], items[1:], wanted[2:]
+    elif items[0] in MERGED:
+        apart = MERGED[items[0]]
+        if fits(x.length(items[0]), wanted[0]):
+            yield items[:1], items[1:], wanted[1:]
+        if len(wanted) > 1 and all(fits(Dim((axis,)), entry) for axis, entry in zip(apart, wanted, strict=False)):
+            yield list(apart), items[1:], wanted[2:]
     else:
         if fits(x.length(items[0]), wanted[0]):
             yield items[:1], items[1:], wanted[1:]
-        if items[:2] == ["B", "T"] and fits(Dim(("B", "T")), wanted[0]):
-            yield ["N"], items[2:], wanted[1:]
+        for merged, apart in MERGED.items():
+            if items[:2] == list(apart) and fits(Dim(("B", "T")), wanted[0]):
+                yield [merged], items[2:], wanted[1:]
 
 
 def without(x: Flowing, gone: Sequence[int]) -> Flowing:
@@ -240,7 +244,7 @@ class Spatial:
         sizes = dict(x.parts)
         behind = x.axes[2:]
         steps = "T" in behind
-        if x.axes[0] not in "B1N" or (x.axes[1] not in sizes and x.axes[1] != "1") or not behind:
+        if x.axes[0] not in "B1NM" or (x.axes[1] not in sizes and x.axes[1] != "1") or not behind:
             raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
         if ("T" in x.axes) != steps or any(axis not in sizes and axis not in "T1" for axis in behind):
             raise Refused(f"expected positions along time and features, found axes {' '.join(x.axes)}")
