@@ -530,7 +530,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows
     ),
-    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
+    **dict.fromkeys(("ReduceL2", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
     **dict.fromkeys(KIND_OF, _recurrent),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Tile", "Expand"), _tiled),

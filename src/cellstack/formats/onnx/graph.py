@@ -139,21 +139,21 @@ class Reader:
                 self.values[name] = Unknown("", True)
                 continue
             known = dict(zip(labels, shapes[name] or [None] * len(labels), strict=True))
-            lengths = [n for n, label in zip(shapes[name], labels, strict=False) if label in "CF"]
+            sizes = [n for n, label in zip(shapes[name], labels, strict=False) if label in "CF" and n is not None]
             if "C" in labels:
-                if None in lengths:
+                if len(sizes) < 2:
                     self.builder.refuse(f"input {short(name)}: the lengths of its feature axes must be declared")
                     self.values[name] = Unknown("", True)
                     continue
-                known["F"] = prod(n for n in lengths if n)
+                known["F"] = prod(sizes)
             wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
             self.values[name] = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
             self.inputs[name] = labels
             if "C" in labels:
-                self.values[name] = replace(self.values[name], parts=tuple(zip("CF", lengths, strict=True)))
+                self.values[name] = replace(self.values[name], parts=tuple(zip("CF", sizes, strict=True)))
             self.layouts.append(self.values[name].layout)
             if "C" in labels:  # operators that don't know parts refuse a value without F
-                parts = tuple(zip("CG", lengths, strict=True))
+                parts = tuple(zip("CG", sizes, strict=True))
                 axes_now = tuple("G" if label == "F" else label for label in labels)
                 self.values[name] = replace(self.values[name], axes=axes_now, parts=parts)
             if kinds[name] in INTEGERS:

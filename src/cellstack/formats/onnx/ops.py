@@ -9,11 +9,12 @@ import numpy as np
 
 from cellstack.formats.onnx import attention, grids
 from cellstack.formats.onnx.activations import clipped
+from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast, axes_of
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
-from cellstack.nodes import Activation, Dense, GlobalPool, Merge, Node, Reduce, Scale, Standardise
+from cellstack.nodes import Activation, Dense, GlobalPool, Merge, Node, Power, Reduce, Scale, Standardise
 
 MERGES = {"Add": "add", "Sum": "add", "Mul": "mul", "Sub": "sub", "Max": "max", "Min": "min", "Mean": "ave"}
 
@@ -73,26 +74,39 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     else:
         mode, found = node.op_type.removeprefix("Reduce").lower(), axes_of(attributes, values)
         axes, keep = [] if found is None else [x.at(axis) for axis in found], bool(attributes.get("keepdims", 1))
+    if mode == "l2":
+        x, mode = reader.put(f"{label(node)}.squares", Power(2.0), x), "sum"
+        made = reduce_over(reader, node, x, mode, axes, keep)
+        return [reader.put(f"{label(node)}.root", Power(0.5), made)]
+    return [reduce_over(reader, node, x, mode, axes, keep)]
+
+
+def reduce_over(reader: Reader, node: Any, x: Flowing, mode: str, axes: list[int], keep: bool) -> Flowing:
+    """Return a sum, mean, maximum or minimum over some axes."""
     if x.parts:
         inner = [n for n in axes if x.axes[n] in dict(x.parts)]
         if inner:
             x = grids.over_parts(reader, node, x, inner, mode, keep)
             axes = [n - (0 if keep else sum(m < n for m in inner)) for n in axes if n not in inner]
             if not axes:
-                return [x]
+                return x
     over = [x.axes[axis] for axis in axes if x.axes[axis] != "1"]
+    if sorted(over) == ["F", "T"] and "D" not in x.axes:  # first over the features, of every step
+        at = next(n for n in axes if x.axes[n] == "F")
+        x = reader.put(f"{label(node)}.features", Reduce(mode, -1, keepdims=True), x)
+        x, over = replace(x, axes=tuple("1" if n == at else axis for n, axis in enumerate(x.axes))), ["T"]
     if over not in (["T"], ["F"], []) or not axes or (over == ["F"] and "D" in x.axes):
         raise Refused(f"expected a reduction over time or the features, found axes {axes} of {' '.join(x.axes)}")
     kept = ["F" if x.axes[n] == "F" else "1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(kept) if keep or n not in axes]
     if not over or (over == ["F"] and x.width == 1):  # a single number: every reduction is the identity
-        return [replace(x, axes=tuple(labels))]
+        return replace(x, axes=tuple(labels))
     made: Node = GlobalPool(mode) if mode in ("mean", "max") else Reduce(mode, 1)
     if over == ["F"]:  # a vector keeps its axis in a Network
         made = Reduce(mode, -1, keepdims=keep or "T" not in x.axes)
     else:
         steps_apart(reader)
-    return [replace(reader.put(node, made, x), axes=tuple(labels))]
+    return replace(reader.put(node, made, x), axes=tuple(labels))
 
 
 # ── elementwise ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,6 +185,6 @@ def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
 HANDLERS: dict[str, Handler] = {
     "MatMul": matmul,
     "Gemm": gemm,
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "ReduceSum"), reduce),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"), reduce),
     **dict.fromkeys(("Max", "Mean", "Min", "Sum"), arithmetic),
 }
