@@ -14,6 +14,7 @@ import cellstack as cs
 from cellstack.nodes import (
     NODES,
     Activation,
+    Attention,
     Bidirectional,
     Clip,
     Context,
@@ -21,7 +22,11 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    Function,
     GlobalPool,
+    GridConv,
+    GridPool,
+    GroupNorm,
     LayerNorm,
     Magnitude,
     Masking,
@@ -30,6 +35,7 @@ from cellstack.nodes import (
     PerFrame,
     Permute,
     Pool1D,
+    Power,
     Recurrent,
     Reduce,
     Repeat,
@@ -39,6 +45,7 @@ from cellstack.nodes import (
     Standardise,
     StepMask,
     Take,
+    TimeSoftmax,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
 
@@ -80,6 +87,32 @@ EVERY = {
     "merge": lambda d: [Merge(), Merge("sub", 1), Merge("min")],
     "take": lambda d: [Take((0, 2, 1)), Take((4, 4), 1)],
     "magnitude": lambda d: [Magnitude(), Magnitude(1e-6)],
+    "grid_conv": lambda d: [
+        GridConv(floats(2, 3, 1, 4, dtype=d), (3,)),
+        GridConv(
+            floats(2, 2, 3, 1, 2, dtype=d),
+            (2, 3),
+            floats(2, dtype=d),
+            (2, 1, 1),
+            ((1, 0), (0, 0), (0, 2)),
+            (1, 1, 2),
+            (1, 2, 1),
+            2,
+            "relu",
+        ),
+    ],
+    "grid_pool": lambda d: [
+        GridPool("max", (4,), 2, (1, 2)),
+        GridPool("mean", (3,), 1, (2, 2), (1, 1), ((1, 0), (1, 0)), (1, 2), True),
+    ],
+    "group_norm": lambda d: [
+        GroupNorm(3, floats(3, dtype=d), floats(3, dtype=d)),
+        GroupNorm(1, None, None, 1e-3, False),
+    ],
+    "power": lambda d: [Power(0.5), Power(-1.0)],
+    "function": lambda d: [Function("abs")],
+    "time_softmax": lambda d: [TimeSoftmax()],
+    "attention": lambda d: [Attention(), Attention(1, 0.5, True)],
     "context": lambda d: [Context(3)],
 }
 
@@ -88,7 +121,7 @@ EVERY = {
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_node_round_trips_with_every_setting(kind, dtype, tmp_path):
     for node in EVERY[kind](dtype):
-        inputs = ("x", "y") if kind in ("merge", "step_mask") else ("x",)
+        inputs = {"merge": ("x", "y"), "step_mask": ("x", "y"), "attention": ("x", "y", "z")}.get(kind, ("x",))
         shapes = {"x": (None, 3), "y": (None,)} if kind == "step_mask" else inputs
         net = cs.Network([node], ["node"], inputs=shapes, wires=[inputs])
         net.save(tmp_path / "net.safetensors")

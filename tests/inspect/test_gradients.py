@@ -13,12 +13,17 @@ from cellstack import Dense, Network, Patch, Recurrent, reference
 from cellstack.nodes import (
     NODES,
     Activation,
+    Attention,
     Clip,
     Context,
     Conv1D,
     Embedding,
     Flatten,
+    Function,
     GlobalPool,
+    GridConv,
+    GridPool,
+    GroupNorm,
     LayerNorm,
     Magnitude,
     Masking,
@@ -26,10 +31,12 @@ from cellstack.nodes import (
     Node,
     PerFrame,
     Pool1D,
+    Power,
     Reduce,
     Reshape,
     Select,
     Take,
+    TimeSoftmax,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import ACTIVATIONS
@@ -150,6 +157,47 @@ def test_nodes_of_signals():
     assert not np.isnan(
         Network([Magnitude()], inputs={"x": (None, 2)}).trace(np.zeros((1, 2, 2))).gradient(0)["x"]
     ).any()
+
+
+def test_nodes_over_a_grid():
+    rng = rng_of(13)
+    x, dense = rng.normal(size=(2, 4, 6)), Dense(rng.normal(size=(6, 6)))
+    for settings in (
+        {"padding": ((2, 0), (1, 0)), "activation": "tanh"},
+        {"strides": (2, 1), "dilation": (2, 1), "padding": ((1, 2), (1, 1))},
+        {"spread": (2, 3), "padding": ((2, 1), (1, 2)), "activation": "silu"},
+    ):
+        conv = GridConv(rng.normal(size=(2, 3, 2, 2)), (3,), rng.normal(size=2), **settings)
+        check(Network([dense, conv]), x, unit=1)
+        grouped = GridConv(rng.normal(size=(2, 3, 1, 4)), (3,), rng.normal(size=4), groups=2, **settings)
+        check(Network([dense, grouped]), x, unit=1)
+    for mode, counts in (("max", False), ("mean", False), ("mean", True)):
+        pool = GridPool(mode, (3,), 2, (2, 2), (2, 1), ((1, 1), (0, 1)), counts=counts)
+        check(Network([dense, pool]), x, unit=2)
+
+
+def test_powers_and_functions():
+    rng = rng_of(16)
+    x, cell = rng.normal(size=(2, 3, 3)), make_cell(rng, 3, 4, "float64")
+    for node in (*map(Power, (0.5, -1.0, 2.0, 1.7)), *map(Function, ("abs", "cos", "log", "sin"))):
+        ahead = [] if isinstance(node, Function) and node.function != "log" else [Activation("sigmoid")]
+        check(Network([Recurrent((cell,)), *ahead, node]), x, unit=1)
+
+
+def test_nodes_that_weigh_steps():
+    rng = rng_of(14)
+    x, mask = rng.normal(size=(2, 5, 4)), rng_of(15).random((2, 5)) < 0.6
+    dense = Dense(rng.normal(size=(4, 4)))
+    for used in (None, mask):
+        check(Network([dense, TimeSoftmax()]), x, step=1, mask=used)
+        for groups, over_time in product((1, 2, 4), (True, False)):
+            norm = GroupNorm(groups, rng.normal(size=4), rng.normal(size=4), 1e-2, over_time)
+            check(Network([dense, norm]), x, step=1, unit=2, mask=used)
+        for heads, causal in product((1, 2), (True, False)):
+            nodes = [Dense(rng.normal(size=(4, 4))) for _ in range(3)]
+            wires = [["x"], ["x"], ["x"], ["q", "k", "v"]]
+            net = Network([*nodes, Attention(heads, 0.7, causal)], ["q", "k", "v", "y"], inputs=["x"], wires=wires)
+            check(net, x, step=2, unit=3, mask=used)
 
 
 def test_every_node_has_a_gradient_or_says_why_not():

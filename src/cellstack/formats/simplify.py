@@ -27,6 +27,7 @@ from cellstack.nodes import (
     Dense,
     Flatten,
     GlobalPool,
+    GridConv,
     LayerNorm,
     Merge,
     Node,
@@ -288,12 +289,21 @@ def _reverses(draft: Draft, wire: str) -> bool:
 
 
 def padded_before(draft: Draft, name: str) -> bool:
-    """Turn zero padding before a Conv1D into the padding of the Conv1D."""
+    """Turn zero padding of time before a convolution into its padding."""
     before, node = draft.before(name), draft.nodes[name]
     pad, shape = (None, None) if before is None else (draft.nodes[before], draft.shapes[before])
-    if before is None or not isinstance(pad, Pad) or not isinstance(node, Conv1D) or shape is None:
+    if before is None or not isinstance(pad, Pad) or shape is None:
         return False
-    if pad.value != 0.0 or pad.place(len(shape)) != 1 or node.padding == "same":
+    if not isinstance(node, (Conv1D, GridConv)) or pad.value != 0.0 or pad.place(len(shape)) != 1:
+        return False
+    if isinstance(node, GridConv):
+        (first, last), *others = node.padding
+        if node.spread[0] > 1:
+            return False
+        wide = ((pad.before + first, pad.after + last), *others)
+        made = draft.made(node, pad, make=lambda: replace(node, padding=wide))
+        return made is not None and draft.fold(before, name, made)
+    if node.padding == "same":
         return False
     first, last = pads(node.padding, 0, node.span, node.strides)
     made = draft.made(node, pad, make=lambda: replace(node, padding=(pad.before + first, pad.after + last)))

@@ -1,14 +1,27 @@
 """All nodes: `from cellstack.nodes import Conv1D`. For their common interface see `base`."""
 
+from cellstack.nodes.attention import Attention, GroupNorm, TimeSoftmax
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.frames import Context, PerFrame
+from cellstack.nodes.grid import GridConv, GridPool
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
 from cellstack.nodes.signal import Magnitude, Take
-from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise, StepMask
+from cellstack.nodes.steps import (
+    Activation,
+    Clip,
+    Embedding,
+    Function,
+    LayerNorm,
+    Masking,
+    Power,
+    Scale,
+    Standardise,
+    StepMask,
+)
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {
@@ -22,13 +35,20 @@ NODES: dict[str, type[Node]] = {
         Dense,
         Activation,
         Clip,
+        Power,
+        Function,
         Embedding,
         Masking,
         StepMask,
         Conv1D,
         Pool1D,
         GlobalPool,
+        GridConv,
+        GridPool,
         Reduce,
+        GroupNorm,
+        TimeSoftmax,
+        Attention,
         Pad,
         Flatten,
         Reshape,
@@ -48,6 +68,7 @@ __all__ = [
     "NODES",
     "Activation",
     "Array",
+    "Attention",
     "Bidirectional",
     "Cell",
     "Clip",
@@ -56,7 +77,11 @@ __all__ = [
     "Dense",
     "Embedding",
     "Flatten",
+    "Function",
     "GlobalPool",
+    "GridConv",
+    "GridPool",
+    "GroupNorm",
     "LayerNorm",
     "Magnitude",
     "Masking",
@@ -66,6 +91,7 @@ __all__ = [
     "PerFrame",
     "Permute",
     "Pool1D",
+    "Power",
     "Recurrent",
     "Reduce",
     "Repeat",
@@ -75,4 +101,5 @@ __all__ = [
     "Standardise",
     "StepMask",
     "Take",
+    "TimeSoftmax",
 ]

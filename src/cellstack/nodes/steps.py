@@ -20,6 +20,7 @@ from cellstack.nodes.base import (
     StateGradients,
     StepRule,
     Stepwise,
+    check_choice,
     check_flag,
     check_number,
     frozen_copy,
@@ -235,6 +236,83 @@ class Activation(Stepwise):
     @property
     def summary(self) -> str:
         return self.activation
+
+
+@dataclass(frozen=True, eq=False)
+class Power(Stepwise):
+    """`x^exponent`, elementwise: 0.5 is the square root, -1 the reciprocal.
+
+    Args:
+        exponent: a finite number.
+
+    Raises:
+        ValueError: another exponent.
+
+    >>> Power(0.5).apply(np.array([4.0, 9.0]))
+    array([2., 3.])
+    """
+
+    exponent: float
+    file_type = "power"
+    settings: ClassVar = {"exponent": float}
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exponent", check_number("Power", "exponent", self.exponent))
+
+    def apply(self, x: Array) -> Array:
+        """Return the powers of `x [..., W]`."""
+        with np.errstate(all="ignore"):
+            known = {0.5: np.sqrt, -1.0: np.reciprocal, 2.0: np.square}.get(self.exponent)
+            return known(x) if known else np.power(x, x.dtype.type(self.exponent))
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [dy * self.exponent * Power(self.exponent - 1).apply(run.inputs[0].x)]
+
+    @property
+    def summary(self) -> str:
+        return f"x^{self.exponent:g}"
+
+
+FUNCTIONS = {"abs": np.abs, "cos": np.cos, "log": np.log, "sin": np.sin}
+
+
+@dataclass(frozen=True, eq=False)
+class Function(Stepwise):
+    """A function of each number that isn't an activation of cells.
+
+    Args:
+        function: `"abs"`, `"cos"`, `"log"` or `"sin"`.
+
+    Raises:
+        ValueError: another function.
+
+    >>> Function("abs").apply(np.array([-2.0, 3.0]))
+    array([2., 3.])
+    """
+
+    function: str
+    file_type = "function"
+    settings: ClassVar = {"function": str}
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        check_choice("Function", "function", self.function, tuple(FUNCTIONS))
+
+    def apply(self, x: Array) -> Array:
+        """Return the function of `x [..., W]`."""
+        with np.errstate(all="ignore"):
+            return FUNCTIONS[self.function](x)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        slopes = {"abs": np.sign, "cos": lambda x: -np.sin(x), "log": np.reciprocal, "sin": np.cos}
+        with np.errstate(all="ignore"):
+            return [dy * slopes[self.function](x)]
+
+    @property
+    def summary(self) -> str:
+        return self.function
 
 
 @dataclass(frozen=True, eq=False)

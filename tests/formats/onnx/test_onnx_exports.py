@@ -144,7 +144,6 @@ def test_activations(tmp_path, name):
             nn.AvgPool1d(3, 2, padding=1, ceil_mode=True),
             r"AveragePool .*: ceil_mode with count_include_pad and pads isn't",
         ),
-        (nn.GroupNorm(1, 5), r"InstanceNormalization .*: the operator isn't supported"),
     ],
 )
 def test_unsupported_fronts(tmp_path, front, message):

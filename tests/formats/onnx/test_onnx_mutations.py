@@ -176,7 +176,7 @@ def _parts(array, axes):
 def as_ours(array, axes, shape):
     """An output of the file in the network's order of axes."""
     assert array.ndim == len(axes), f"{axes} of {array.shape}"
-    order = [n for label in "BTNDF" for n in range(len(axes)) if axes[n] == label] or [0] * 0
+    order = [n for label in "BTNDCF" for n in range(len(axes)) if axes[n] == label] or [0] * 0
     order += [n for n in range(len(axes)) if axes[n] == "1"]
     if axes.replace("1", "") not in ("BFT", "FT"):
         array = array.transpose(order)

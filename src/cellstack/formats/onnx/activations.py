@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.attention import Scores, as_steps
 from cellstack.formats.onnx.cells import NAMES, OPERATORS, PARAMETERS, activation_text, decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import numbers
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Activation, Clip, Merge
+from cellstack.nodes import Activation, Clip, Function, Merge, Power, TimeSoftmax
+from cellstack.nodes.steps import FUNCTIONS
 
 CALLED = tuple(name for name in NAMES if None not in PARAMETERS.get(name, ()))
 GATED = {"HardSwish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times these activations of x
@@ -35,8 +38,15 @@ def as_activation(reader: Reader, node: Any, value: Any, text: str) -> list[Any]
 
 def softmax(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Softmax over the features, or its logarithm."""
+    if isinstance(values[0], Scores) and node.op_type == "Softmax":
+        if attributes.get("axis", -1) not in (-1, len(values[0].axes) - 1):
+            raise Refused("expected a softmax over the steps of the keys")
+        return [replace(values[0], softmax=True)]
     x = reader.flowing(values[0])
     axis = x.at(attributes.get("axis", 1 if reader.model.opset < 13 else -1))
+    if x.axes[axis] == "T" and node.op_type == "Softmax" and reader.model.opset >= 13:
+        steps_apart(reader)
+        return [reader.put(node, TimeSoftmax(), as_steps(reader, x))]
     if x.axes[axis] != "F" or "D" in x.axes or (reader.model.opset < 13 and axis != len(x.axes) - 1):
         raise Refused(f"expected the feature axis, found axis {axis} of {' '.join(x.axes)}")
     return as_activation(reader, node, x, OPERATORS[node.op_type])
@@ -97,7 +107,25 @@ def prelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
     return as_activation(reader, node, values[0], f"leaky_relu({decimal(slope.reshape(-1)[0])!r})")
 
 
+def function(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a function of each number."""
+    return [reader.put(node, Function(node.op_type.lower()), reader.flowing(values[0]))]
+
+
+def power(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a Pow with a constant exponent, a Sqrt or a Reciprocal."""
+    exponent = {"Sqrt": 0.5, "Reciprocal": -1.0}.get(node.op_type)
+    if exponent is None:
+        number = numbers(values[1])
+        if not isinstance(number, np.ndarray) or number.size != 1:
+            raise Refused("expected one constant exponent")
+        exponent = decimal(float(number.reshape(())))
+    return [reader.put(node, Power(exponent), reader.flowing(values[0]))]
+
+
 HANDLERS: dict[str, Handler] = {
+    **{name.title(): function for name in FUNCTIONS},
+    "Neg": lambda reader, node, attributes, values: as_activation(reader, node, values[0], "affine(-1.0, 0.0)"),
     **dict.fromkeys(CALLED, activation),
     **dict.fromkeys(("Exp", "Selu", "Swish"), plain),
     **dict.fromkeys(("Softmax", "LogSoftmax"), softmax),

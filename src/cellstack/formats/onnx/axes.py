@@ -32,8 +32,8 @@ OF_IDS = {1: ("T",), 2: ("BT", "TB")}
 FLOATS = (1, 10, 11, 16)
 INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)
 BY_NUMBER = (
-    *NAMES, "Cast", "Clip", "DequantizeLinear", "Dropout", "Exp", "Gelu", "HardSwish", "Identity", "Mish", "PRelu",
-    "Reciprocal", "Selu", "Sqrt", "Swish",
+    *NAMES, "Abs", "Cast", "Clip", "Cos", "DequantizeLinear", "Dropout", "Exp", "Gelu", "HardSwish", "Identity", "Log",
+    "Mish", "Neg", "PRelu", "Reciprocal", "Selu", "Sin", "Sqrt", "Swish",
 )  # fmt: skip
 TOGETHER = ("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum", "Where")
 ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
@@ -234,6 +234,8 @@ class Axes:
                 root = axis.root
                 if not root.role:
                     root.role, root.source = role, "convention"
+            if ways and ways[0].count("F") == 2:  # a grid, of which the first feature axis is the outer one
+                decided[name] = ways[0].replace("F", "C", 1)
         return {name: decided[name] for name in data}
 
     def _ways(self, axes: list[Axis], conventions: dict[int, tuple[str, ...]]) -> Iterator[str]:
@@ -308,6 +310,12 @@ def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
 
 def _product(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x, weights = values[:2]
+    if isinstance(weights, Shaped):
+        if not isinstance(x, Shaped) or len(x.axes) != len(weights.axes) or len(x.axes) < 3:
+            return []
+        for one, other in zip((*x.axes[:-2], x.axes[-1]), (*weights.axes[:-2], weights.axes[-2]), strict=True):
+            axes.unify(one, other)
+        return [Shaped([*x.axes[:-1], weights.axes[-1]], [*x.lengths[:-1], weights.lengths[-1]])]
     axes.needs(x, "F", "its input", -1)
     transposed = isinstance(weights, np.ndarray) and attributes.get("transB", 0)
     width = weights.shape[0 if transposed else -1] if isinstance(weights, np.ndarray) and weights.ndim == 2 else None
@@ -322,9 +330,11 @@ def _windows(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
     behind = list(range(2, len(x.axes)))
     over = [n for n in behind if x.lengths[n] != 1 and (len(behind) == 1 or sizes[n - 2 : n - 1] != [1])]
     over = behind if len(behind) == 1 else over
+    if any(n not in over and x.lengths[n] != 1 for n in behind):  # one of them may be features
+        over = []
     roles = "BF" + "".join("T" if over == [n] else "." for n in behind)
     axes.needs(x, roles, "its input")
-    features = Axis("F", axes.here) if axes.node.op_type == "Conv" else x.axes[1]
+    features = Axis("F", axes.here) if axes.node.op_type.startswith("Conv") else x.axes[1]
     ends = axes.node.op_type.startswith("Global")
     behind_now = [Axis() for _ in behind] if ends else x.axes[2:]
     lengths = [1 if ends or (x.lengths[n] == 1 and n not in over) else None for n in behind]
@@ -517,13 +527,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(BY_NUMBER, _same),
     **dict.fromkeys(TOGETHER, _together),
     **dict.fromkeys(("MatMul", "Gemm", "MatMulInteger"), _product),
-    **dict.fromkeys(("Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows),
-    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
+    **dict.fromkeys(
+        ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows
+    ),
+    **dict.fromkeys(("ReduceL2", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
     **dict.fromkeys(KIND_OF, _recurrent),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Tile", "Expand"), _tiled),
     **dict.fromkeys(("Squeeze", "Transpose", "Unsqueeze"), _moved),
-    "BatchNormalization": _batch_norm,
+    **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _batch_norm),
     "Concat": _joined,
     "DynamicQuantizeLinear": lambda axes, attributes, values: values[:1],
     "Flatten": _flat,

@@ -33,22 +33,56 @@ from cellstack.formats.onnx.values import (
 )
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
+from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.network.layouts import Layout, noted
 from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
-from cellstack.spec import FormatError
+from cellstack.spec import DTYPES, FormatError
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
 MOVES = {
     "Cast", "Concat", "Dropout", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
     "Unsqueeze",
 }  # fmt: skip
-SHAPES = {"Cast", "Concat", "Gather", "Identity", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Unsqueeze"}
+SHAPES = {
+    "Add",
+    "Cast",
+    "Concat",
+    "Div",
+    "Gather",
+    "Identity",
+    "Mul",
+    "Reshape",
+    "Shape",
+    "Slice",
+    "Squeeze",
+    "Sub",
+    "Unsqueeze",
+}
 
 
 class Refused(ValueError):  # noqa: N818
     """An operator that a Network can't run; the message says why."""
+
+
+def floats(value: Any, what: str) -> Array:
+    """Return a constant array of float32 or float64; `Refused` where it isn't one."""
+    if isinstance(value, Broadcast) and value.uniform:
+        value = value.array.reshape(())
+    if not isinstance(value, np.ndarray):
+        raise Refused(f"expected {what} to be constant")
+    if value.dtype.name == "float16":
+        value = value.astype(np.float32)
+    if value.dtype.name not in DTYPES:
+        raise Refused(f"expected {what} as floats, found {value.dtype}")
+    return value
+
+
+def steps_apart(reader: Reader) -> None:
+    """Raise `Refused` where rows have lengths: in ONNX, reductions over time include steps past a row's end."""
+    if reader.lengths:
+        raise Refused("in ONNX, it combines steps beyond the rows' lengths, sequence_lens, too; that isn't supported")
 
 
 class Reader:
@@ -105,10 +139,23 @@ class Reader:
                 self.values[name] = Unknown("", True)
                 continue
             known = dict(zip(labels, shapes[name] or [None] * len(labels), strict=True))
+            sizes = [n for n, label in zip(shapes[name], labels, strict=False) if label in "CF" and n is not None]
+            if "C" in labels:
+                if len(sizes) < 2:
+                    self.builder.refuse(f"input {short(name)}: the lengths of its feature axes must be declared")
+                    self.values[name] = Unknown("", True)
+                    continue
+                known["F"] = prod(sizes)
             wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
             self.values[name] = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
             self.inputs[name] = labels
+            if "C" in labels:
+                self.values[name] = replace(self.values[name], parts=tuple(zip("CF", sizes, strict=True)))
             self.layouts.append(self.values[name].layout)
+            if "C" in labels:  # operators that don't know parts refuse a value without F
+                parts = tuple(zip("CG", sizes, strict=True))
+                axes_now = tuple("G" if label == "F" else label for label in labels)
+                self.values[name] = replace(self.values[name], axes=axes_now, parts=parts)
             if kinds[name] in INTEGERS:
                 self.ids.add(wire)
             if known.get("B", 1) != 1:
@@ -148,7 +195,8 @@ class Reader:
         self.builder.make(made.parameters)  # each node has its own copy, even of shared weights
         name = node if isinstance(node, str) else label(node)
         wire = self.builder.add(name, made, x.wire, *(other.wire for other in others))
-        return Flowing(wire, x.axes if axes is None else tuple(axes), self.shape(wire), x.batch)
+        same = axes is None
+        return Flowing(wire, x.axes if same else tuple(axes), self.shape(wire), x.batch, x.parts if same else ())
 
     def shape(self, wire: str) -> Shape:
         """Return the shape of a wire."""
@@ -310,6 +358,8 @@ class Reader:
 
     def network(self) -> Network:
         """Return the network; its metadata describes all inputs and outputs of the graph."""
+        from cellstack.formats.onnx.grids import in_order  # imported here because it imports this module
+
         axes: dict[str, str] = {}
         layouts: list[Layout] = []
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
@@ -335,6 +385,19 @@ class Reader:
                 flow = self.flowing(value)
             except Refused as error:
                 self.builder.refuse(f"output {short(name)}: {error}")
+                continue
+            if flow.parts:
+                flow = in_order(self, flow)
+                if len(flow.parts) > 2:
+                    self.builder.refuse(
+                        f"output {short(name)}: expected at most two feature axes, found {len(flow.parts)}"
+                    )
+                    continue
+                names = dict(zip((part for part, _ in flow.parts), "CF", strict=True))
+                parts = tuple((names[part], size) for part, size in flow.parts)
+                flow = replace(flow, axes=tuple(names.get(axis, axis) for axis in flow.axes), parts=parts)
+            if "M" in flow.axes:
+                self.builder.refuse(f"output {short(name)}: time and batch are merged")
                 continue
             axes[name] = "".join(flow.axes)
             layouts.append(flow.layout)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx import attention, grids
+from cellstack.formats.onnx.activations import power
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import axes_of, numbers
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.ops import arithmetic, features_last, floats
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
+from cellstack.formats.onnx.ops import arithmetic, features_last
 from cellstack.formats.onnx.ops import reduce as over_time
-from cellstack.formats.onnx.values import Flowing, Moment, Squares
-from cellstack.nodes import Embedding, LayerNorm, Magnitude, Merge, Scale
+from cellstack.formats.onnx.values import Flowing, Grouped, Moment, Squares
+from cellstack.layout import Array
+from cellstack.nodes import Embedding, GroupNorm, LayerNorm, Magnitude, Merge, Scale
 
 NEXT = {  # transitions between the moments of a decomposed LayerNorm, by operator; `x` is the input
     ("Sub", "x", "mean"): "centred",
@@ -114,7 +119,9 @@ def decomposed(usual: Handler | None) -> Handler:
     """Return a handler that reads an operator as a step of a layer norm where it is one, else with `usual`."""
 
     def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-        made = moment(reader, node, attributes, values)
+        made = attention.scaled(reader, node, values)
+        if made is None:
+            made = moment(reader, node, attributes, values)
         if made is None:
             made = squares(reader, node, values)
         if made is not None:
@@ -140,22 +147,73 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     gain, bias, mean, variance = (floats(value, "its parameters") for value in values[1:5])
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
         raise Refused("training mode and spatial=0 aren't supported")
+    made = Scale.of_statistics(mean, variance, float(attributes.get("epsilon", 1e-5)), gain, bias)
+    if x.parts or x.axes[1:2] == ("1",):  # the same numbers for every position of a channel
+        shape = (1, -1, *(1,) * (len(x.axes) - 2))
+        x = grids.as_grid(x)
+        scale, shift = (grids.by_parts(x, array.reshape(shape)) for array in (made.scale, made.shift))
+        if scale is None or shift is None:
+            raise Refused(f"expected the channels to be axis 1, found axes {' '.join(x.axes)}")
+        reader.builder.make(scale.size)
+        return [grids.as_features(reader.put(node, Scale(scale, shift), x))]
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
         raise Refused(f"expected the feature axis to be axis 1, found axes {' '.join(x.axes)}")
-    made = Scale.of_statistics(mean, variance, float(attributes.get("epsilon", 1e-5)), gain, bias)
     return [reader.put(node, made, x)]
 
 
 def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a LayerNormalization over the features."""
     x = reader.flowing(values[0])
-    features_last(x)
-    if x.at(attributes.get("axis", -1)) != len(x.axes) - 1:
-        raise Refused("only normalisation over the features is supported")
     gain = floats(values[1], "the gain").reshape(-1)
     bias = floats(values[2], "the bias").reshape(-1) if len(values) > 2 and values[2] is not None else None
     epsilon = decimal(attributes.get("epsilon", 1e-5))
+    if x.parts:
+        return [_norm_of_parts(reader, node, x, x.axes[x.at(attributes.get("axis", -1)) :], gain, bias, epsilon)]
+    features_last(x)
+    if x.at(attributes.get("axis", -1)) != len(x.axes) - 1:
+        raise Refused("only normalisation over the features is supported")
     return [reader.put(node, LayerNorm(gain, bias, epsilon), x)]
+
+
+def _norm_of_parts(
+    reader: Reader, node: Any, x: Flowing, over: Sequence[str], gain: Array, bias: Array | None, epsilon: float
+) -> Flowing:
+    """Return a value normalised over some of its parts, for each entry of the others."""
+    sizes = dict(x.parts)
+    if any(axis not in sizes and axis != "1" for axis in over):
+        raise Refused(f"only normalisation over features is supported, found axes {' '.join(over)}")
+    within = [axis for axis in over if axis in sizes]
+    rest = [name for name in sizes if name not in within]
+    x = grids.arranged(reader, x, [*rest, *within])
+    groups = prod(sizes[name] for name in rest)
+    wide = [None if array is None else np.tile(array, groups) for array in (gain, bias)]
+    return reader.put(node, GroupNorm(groups, *wide, epsilon, over_time=False), x)
+
+
+def instance_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read an InstanceNormalization: over time and every feature axis after the channels."""
+    grouped = values[0] if isinstance(values[0], Grouped) else None
+    x = grids.as_grid(reader.flowing(values[0] if grouped is None else grouped.of))
+    gain, bias = (floats(value, what) for value, what in zip(values[1:3], ("the gain", "the bias"), strict=True))
+    sizes = dict(x.parts)
+    channel = x.axes[1] if len(x.axes) > 2 else ""
+    if not channel or x.axes[0] not in "B1" or channel not in (*sizes, "1") or "N" in x.axes:
+        raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
+    over_time = "T" in x.axes
+    if over_time:
+        steps_apart(reader)
+    groups = sizes.get(channel, 1) if grouped is None else grouped.groups
+    x = grids.outermost(reader, x, channel) if channel in sizes else x  # groups of channels are blocks of it
+    each = prod(sizes.values()) // groups
+    if len(gain) != groups:
+        raise Refused(f"expected a gain of {groups} channels, found {len(gain)}")
+    reader.builder.make(2 * groups * each)
+    gain, bias = (np.repeat(array, each) for array in (gain, bias))
+    plain = (gain == 1).all() and not bias.any()
+    arrays = (None, None) if plain else (gain, bias)
+    made = GroupNorm(groups, *arrays, decimal(attributes.get("epsilon", 1e-5)), over_time)
+    y = grids.as_features(reader.put(node, made, x))
+    return [y if grouped is None else Grouped(y, groups)]
 
 
 def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -172,8 +230,9 @@ def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
 
 HANDLERS: dict[str, Handler] = {
     "BatchNormalization": batch_norm,
+    "InstanceNormalization": instance_norm,
     "LayerNormalization": layer_norm,
     "ReduceMean": decomposed(mean),
     **{name: decomposed(arithmetic) for name in ("Add", "Sub", "Mul", "Div")},
-    **{name: decomposed(None) for name in ("Pow", "Sqrt", "Reciprocal")},
+    **{name: decomposed(power) for name in ("Pow", "Sqrt", "Reciprocal")},
 }

@@ -7,40 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx import attention, grids
 from cellstack.formats.onnx.activations import clipped
+from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast, axes_of
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
-from cellstack.nodes import Activation, Dense, GlobalPool, Merge, Node, Reduce, Scale, Standardise
-from cellstack.spec import DTYPES
+from cellstack.nodes import Activation, Dense, GlobalPool, Merge, Node, Power, Reduce, Scale, Standardise
 
 MERGES = {"Add": "add", "Sum": "add", "Mul": "mul", "Sub": "sub", "Max": "max", "Min": "min", "Mean": "ave"}
-
-
-def floats(value: Any, what: str) -> Array:
-    """Return a constant array of float32 or float64; `Refused` where it isn't one."""
-    if isinstance(value, Broadcast) and value.uniform:
-        value = value.array.reshape(())
-    if not isinstance(value, np.ndarray):
-        raise Refused(f"expected {what} to be constant")
-    if value.dtype.name == "float16":
-        value = value.astype(np.float32)
-    if value.dtype.name not in DTYPES:
-        raise Refused(f"expected {what} as floats, found {value.dtype}")
-    return value
 
 
 def features_last(flow: Flowing) -> None:
     """Raise `Refused` unless the last axis of a value is its features."""
     if flow.axes[-1:] != ("F",) or "D" in flow.axes:
         raise Refused(f"expected the feature axis last, found axes {' '.join(flow.axes)}")
-
-
-def steps_apart(reader: Reader) -> None:
-    """Raise `Refused` where rows have lengths: in ONNX, reductions over time include steps past a row's end."""
-    if reader.lengths:
-        raise Refused("in ONNX, it combines steps beyond the rows' lengths, sequence_lens, too; that isn't supported")
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,7 +39,11 @@ def dense(reader: Reader, node: Any, x: Flowing, kernel: Array, bias: Array | No
 
 
 def matmul(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a MatMul with constant weights."""
+    """Read a MatMul with constant weights, or of two values."""
+    if not any(isinstance(value, (np.ndarray, Broadcast)) for value in values):
+        return [attention.product(reader, node, *values)]
+    if isinstance(values[0], Flowing) and values[0].parts:
+        return [grids.dense(reader, node, values[0], floats(values[1], "the weights"))]
     return dense(reader, node, reader.flowing(values[0]), floats(values[1], "the weights"))
 
 
@@ -82,24 +68,45 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     x, keep = reader.flowing(values[0]), True
     if node.op_type.startswith("Global"):
         mode, axes = ("max" if "Max" in node.op_type else "mean"), list(range(2, len(x.axes)))
-        if not x.has("BF" + "".join(x.axes[2:])):
-            raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
+        if not x.has("BF" + "".join(x.axes[2:])) and x.axes[1:2] not in {(part,) for part, _ in (*x.parts, ("1", 1))}:
+            raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
+        x = x if x.has("BFT") else grids.as_grid(x)
     else:
         mode, found = node.op_type.removeprefix("Reduce").lower(), axes_of(attributes, values)
         axes, keep = [] if found is None else [x.at(axis) for axis in found], bool(attributes.get("keepdims", 1))
+    if mode == "l2":
+        x, mode = reader.put(f"{label(node)}.squares", Power(2.0), x), "sum"
+        made = reduce_over(reader, node, x, mode, axes, keep)
+        return [reader.put(f"{label(node)}.root", Power(0.5), made)]
+    return [reduce_over(reader, node, x, mode, axes, keep)]
+
+
+def reduce_over(reader: Reader, node: Any, x: Flowing, mode: str, axes: list[int], keep: bool) -> Flowing:
+    """Return a sum, mean, maximum or minimum over some axes."""
+    if x.parts:
+        inner = [n for n in axes if x.axes[n] in dict(x.parts)]
+        if inner:
+            x = grids.over_parts(reader, node, x, inner, mode, keep)
+            axes = [n - (0 if keep else sum(m < n for m in inner)) for n in axes if n not in inner]
+            if not axes:
+                return x
     over = [x.axes[axis] for axis in axes if x.axes[axis] != "1"]
+    if sorted(over) == ["F", "T"] and "D" not in x.axes:  # first over the features, of every step
+        at = next(n for n in axes if x.axes[n] == "F")
+        x = reader.put(f"{label(node)}.features", Reduce(mode, -1, keepdims=True), x)
+        x, over = replace(x, axes=tuple("1" if n == at else axis for n, axis in enumerate(x.axes))), ["T"]
     if over not in (["T"], ["F"], []) or not axes or (over == ["F"] and "D" in x.axes):
         raise Refused(f"expected a reduction over time or the features, found axes {axes} of {' '.join(x.axes)}")
     kept = ["F" if x.axes[n] == "F" else "1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(kept) if keep or n not in axes]
     if not over or (over == ["F"] and x.width == 1):  # a single number: every reduction is the identity
-        return [replace(x, axes=tuple(labels))]
+        return replace(x, axes=tuple(labels))
     made: Node = GlobalPool(mode) if mode in ("mean", "max") else Reduce(mode, 1)
     if over == ["F"]:  # a vector keeps its axis in a Network
         made = Reduce(mode, -1, keepdims=keep or "T" not in x.axes)
     else:
         steps_apart(reader)
-    return [reader.put(node, made, x, axes=labels)]
+    return replace(reader.put(node, made, x), axes=tuple(labels))
 
 
 # ── elementwise ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,6 +116,8 @@ def by_features(x: Flowing, value: Array) -> Array | None:
     """Return a constant as one number per feature, or a single one `[1]`; None where it varies along other axes."""
     if value.ndim > len(x.axes):
         return None
+    if x.parts and value.size > 1:
+        return grids.by_parts(x, value)
     if value.size == 1:
         return value.reshape(1)
     if "D" in x.axes or "F" not in x.axes:
@@ -143,9 +152,9 @@ def arithmetic(reader: Reader, node: Any, attributes: dict[str, Any], values: li
             "Mul": (numbers, zero),
             "Div": (one / numbers, zero),
         }[name]
-    if x.width is None and numbers.size == 1:
+    if x.shape[-1] is None and numbers.size == 1:
         return [reader.put(node, Activation(f"affine({scale[0]!s}, {shift[0]!s})"), x)]
-    width = reader.builder.make(x.width or numbers.size)
+    width = reader.builder.make((x.shape[-1] if x.width or x.parts else 0) or numbers.size)
     scale, shift, by = (np.ascontiguousarray(np.broadcast_to(array, (width,))) for array in (scale, shift, numbers))
     exact = name == "Div" and by.all()
     return [reader.put(node, Standardise(np.zeros_like(by), by) if exact else Scale(scale, shift), x)]
@@ -154,18 +163,28 @@ def arithmetic(reader: Reader, node: Any, attributes: dict[str, Any], values: li
 def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
     """Read an elementwise operator on several values."""
     flows = [reader.flowing(value) for value in values]
-    if node.op_type not in MERGES or len({flow.axes for flow in flows}) != 1:
+    if node.op_type not in MERGES and node.op_type != "Div":
+        raise Refused("the operator isn't supported for computed values")
+    if any(flow.parts for flow in flows):
+        flows = grids.aligned(reader, node, flows)
+    flows = grids.over_steps(reader, node, flows)
+    if len({flow.axes for flow in flows}) != 1:
         raise Refused(f"expected values with the same axes, found {', '.join(' '.join(f.axes) for f in flows)}")
-    if len({flow.width for flow in flows}) != 1:
+    widths = {flow.width for flow in flows} - {1}
+    if len(widths) > 1:
         raise Refused(f"expected values of the same width, found {[flow.width for flow in flows]}")
+    if node.op_type == "Div":
+        return [grids.divided(reader, node, *flows)]
     if len(flows) == 1:
         return [flows[0]]
-    return [reader.put(node, Merge(MERGES[node.op_type]), *flows)]
+    wide = max(flows, key=lambda flow: len(flow.parts))
+    y = reader.put(node, Merge(MERGES[node.op_type]), *flows)
+    return [replace(y, parts=wide.parts)]
 
 
 HANDLERS: dict[str, Handler] = {
     "MatMul": matmul,
     "Gemm": gemm,
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "ReduceSum"), reduce),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"), reduce),
     **dict.fromkeys(("Max", "Mean", "Min", "Sum"), arithmetic),
 }

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.ops import dense, floats
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats
+from cellstack.formats.onnx.ops import dense
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
 from cellstack.nodes import Scale

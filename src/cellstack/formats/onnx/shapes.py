@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
-from cellstack.formats.onnx.ops import steps_apart
-from cellstack.formats.onnx.values import Dim, Flowing, Lengths, States, Symbols, Unknown, Vector, reshaped
+from cellstack.formats.onnx.values import Dim, Flowing, Grouped, Lengths, States, Symbols, Unknown, Vector, reshaped
 from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select, Take
 
 
@@ -86,7 +86,7 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     ones = [axis == "1" or (axis == "B" and one_row) for axis in x.axes]
     order, y = order_of("Squeeze", attributes, values, ones), x
     for n, axis in enumerate(x.axes):
-        if n in order or ones[n]:
+        if n in order or ones[n] or dict(x.parts).get(axis) == 1:
             continue
         if axis == "F" and x.width == 1:  # a Network stores one number per row as `[B, 1]`
             y = reader.put(node, Flatten(), y) if "T" in x.axes else y
@@ -94,7 +94,7 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
             y = reader.put(node, GlobalPool("last"), y)
         else:
             raise Refused(f"expected axes of length 1, found {axis} of {' '.join(x.axes)}")
-    return [replace(y, axes=tuple(axis for n, axis in enumerate(x.axes) if n in order))]
+    return [grids.without(y, [n for n in range(len(x.axes)) if n not in order])]
 
 
 def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -104,18 +104,21 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     if isinstance(x, States):
         return [rearranged(x, order)]
     axes = tuple("1" if n is None else x.axes[n] for n in order)
-    if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # no feature axis: one feature each
+    if (
+        "F" not in x.axes and "T" in x.axes and not x.parts and x.wire not in reader.ids
+    ):  # no feature axis: one feature each
         roles, chosen = reader.axes.roles_of(node.output[0]) or "", [n for n, old in enumerate(order) if old is None]
         found = [n for n in chosen if roles[n : n + 1] == "F"] or chosen
         if len(found) == 1:
             labels = tuple("F" if n == found[0] else axis for n, axis in enumerate(axes))
+            if len(x.shape) == 2:  # one number per step, as a sequence
+                return [replace(x, axes=labels)]
             return [reader.put(node, Reshape((-1, 1)), x, axes=labels)]
     return [replace(x, axes=axes)]
 
 
 def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Reshape: adds and removes axes of length 1, or merges two axes or all after the batch."""
-    x = reader.flowing(values[0])
     target = values[1]
     if isinstance(target, Symbols):
         entries = list(target.array.reshape(-1))
@@ -123,7 +126,18 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         entries = whole(target)
     else:
         raise Refused("the shape must be known")
-    axes = reshaped(x, entries, bool(attributes.get("allowzero", 0)))
+    if isinstance(values[0], Grouped):
+        if entries != values[0].of.lengths:
+            raise Refused(f"expected the shape before the group normalisation, found {_shown(entries)}")
+        return [values[0].of]
+    x = reader.flowing(values[0])
+    if len(entries) == 3 and entries[0] in (0, *x.lengths[:1]) and entries[2] == -1:
+        takers = {other.op_type for other in reader.scope.graph.node if node.output[0] in other.input}
+        channels = x.length(x.axes[1]) if len(x.axes) > 2 else None
+        if takers == {"InstanceNormalization"} and isinstance(channels, int) and channels % entries[1] == 0:
+            return [Grouped(x, int(entries[1]))]
+    keep_zero = bool(attributes.get("allowzero", 0))
+    axes = None if x.parts else reshaped(x, entries, keep_zero)
     if axes is None and x.width == 1 and "T" not in x.axes:  # one number per row needs no axis
         without = replace(x, axes=tuple("1" if axis == "F" else axis for axis in x.axes))
         axes = reshaped(without, entries, bool(attributes.get("allowzero", 0)))
@@ -138,6 +152,8 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         and (entries[0] in (0, x.length("B")) or (entries[0] == -1 and left))
     ):
         return [reader.put(node, Reshape(tuple(whole_shape)), x, axes="BTF" if len(whole_shape) == 2 else "BF")]
+    if axes is None and (made := grids.regrouped(reader, x, entries, keep_zero)) is not None:
+        return [made]
     if axes is None:
         raise Refused(f"the shape must keep batch, time and features separate, found {_shown(entries)}")
     if "*" in axes:
@@ -169,6 +185,8 @@ def flattened(reader: Reader, node: Any, x: Flowing, axes: tuple[str, ...]) -> F
     final = tuple("F" if a == "*" else a for a in axes)
     if labels in (["F"], ["D", "F"]):
         return replace(x, axes=final)
+    if x.parts and "T" not in labels:
+        return replace(grids.in_order(reader, x), axes=final, parts=())
     if "T" in labels:
         steps_apart(reader)
     if labels == ["F", "T"]:
@@ -191,6 +209,8 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
     everything = taken.step in (None, 1) and taken.start in (None, 0)
     if everything and (taken.stop is None or taken.stop >= (known or LARGEST)):
         return x
+    if which in dict(x.parts):
+        return grids.cut_part(reader, node, x, axis, range(dict(x.parts)[which])[taken])
     if which in ("1", "B") and known == 1 and len(range(1)[taken]) == 1:
         return x
     start, stop, step = taken.start, taken.stop, taken.step or 1
@@ -266,6 +286,9 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     value = moving(reader, value)
     axis = place(attributes.get("axis", 0), len(value.axes))
     part = slice(number, number + 1 or None)
+    if isinstance(value, Flowing) and value.axes[axis] in dict(value.parts):
+        found = cut(reader, node, value, axis, part)
+        return [found if index.ndim else grids.without(found, [axis])]
     if isinstance(value, States):
         found = _cut_states(value, axis, part)
         kept = [n for n in range(len(found.axes)) if index.ndim or n != axis]
@@ -330,6 +353,11 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     flows = [reader.flowing(value) for value in values]
     axes = flows[0].axes
     axis = place(attributes["axis"], len(axes))
+    if axes[axis : axis + 1] == ("T",) and any(flow.parts for flow in flows):
+        flows = grids.aligned(reader, node, flows)
+        axes = flows[0].axes
+    elif any(flow.parts for flow in flows) or any(flow.axes[axis : axis + 1] == ("1",) for flow in flows):
+        return [grids.joined(reader, node, flows, axis)]
     if any(flow.axes != axes for flow in flows) or axes[axis] not in ("F", "T") or "D" in axes:
         found = ", ".join(" ".join(flow.axes) for flow in flows)
         raise Refused(f"values can be joined along features or time only, found axis {axis} of {found}")
@@ -363,6 +391,9 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
         raise Refused(f"expected pads for {count} axes, none negative, found {pads}")
     for n, axis in enumerate(x.axes):
         if pads[n] or pads[n + count]:
+            if axis in dict(x.parts):
+                x = grids.padded(reader, node, x, axis, pads[n], pads[n + count], mode, float(value.reshape(())))
+                continue
             if axis not in ("T", "F") or (axis == "F" and "D" in x.axes):
                 raise Refused(f"only time and the features can be padded, found {pads} of axes {' '.join(x.axes)}")
             if axis == "T":

@@ -4,7 +4,9 @@ ONNX reorders axes, a Network never does: its nodes exchange `[B, T, W]` or `[B,
 Transpose only changes the order of the labels:
 
     B  batch        T  time        F  features        N  batch and time merged, as some exporters write a Dense
+    M  time and batch merged, in this order
     D  the two directions of a bidirectional operator, concatenated in the wire's features        1  of length 1
+    C G H P Q R  feature axes of a value that has several, such as channels and frequencies: see `Flowing.parts`
 
 A value without B is one row, as in a file without a batch axis: where an operator needs a batch, an axis of length 1
 serves as it.
@@ -39,6 +41,8 @@ class Dim:
 
 
 Length = int | Dim
+Parts = tuple[tuple[str, int], ...]
+GRID = "CGHPQR"  # labels of feature axes where there are several
 
 
 class Symbols(NamedTuple):
@@ -127,12 +131,15 @@ class Flowing:
         axes: a label for each axis in ONNX.
         shape: the wire's axes after the batch, in the Network's order.
         batch: the batch size that the file declares; None if open.
+        parts: where the value has several feature axes: the label and length of each, in the order in which the wire's
+            features hold them. There is no axis F then, so that operators that don't know parts refuse the value.
     """
 
     wire: str
     axes: tuple[str, ...]
     shape: Shape
     batch: int | None = None
+    parts: Parts = ()
 
     @property
     def layout(self) -> Layout:
@@ -148,7 +155,7 @@ class Flowing:
     @property
     def steps(self) -> int | None:
         """The number of steps, if known."""
-        return self.shape[0] if "T" in self.axes or "N" in self.axes else None
+        return self.shape[0] if not {"T", "N", "M"}.isdisjoint(self.axes) else None
 
     def length(self, label: str) -> Length:
         """Return the length of an axis, a number if known."""
@@ -159,9 +166,10 @@ class Flowing:
             "F": None if self.width is None else self.width // directions,
             "D": 2,
             "1": 1,
-            "N": None if self.batch is None or self.steps is None else self.batch * self.steps,
+            **dict.fromkeys("NM", None if self.batch is None or self.steps is None else self.batch * self.steps),
+            **dict(self.parts),
         }[label]
-        return Dim(("B", "T") if label == "N" else (label,)) if known is None else known
+        return Dim(("B", "T") if label in "NM" else (label,)) if known is None else known
 
     @property
     def lengths(self) -> list[Length]:
@@ -194,6 +202,19 @@ class Moment:
     of: Flowing
     what: str
     epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A value `[B, C, …]` as `[B, G, …]`, an intermediate result of a group normalisation.
+
+    Args:
+        of: the value.
+        groups: the number of groups of its channels.
+    """
+
+    of: Flowing
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -238,6 +259,8 @@ def _candidates(labels: list[str]) -> Iterator[list[str]]:
         yield now
         yield _replaced(now, ["B", "T"], ["N"])
         yield _replaced(now, ["N"], ["B", "T"])
+        yield _replaced(now, ["T", "B"], ["M"])
+        yield _replaced(now, ["M"], ["T", "B"])
     if labels[:1] == ["B"] and len(labels) > 2:
         yield ["B", "*"]
 
@@ -269,7 +292,7 @@ def _aligned(labels: list[str], lengths: list[Length], wanted: list[Length], str
     first, rest = wanted[0], wanted[1:]
     if labels:
         own = lengths[0]
-        loose = not strict and isinstance(own, Dim) and labels[0] in "BTN*" and first != 1
+        loose = not strict and isinstance(own, Dim) and labels[0] in "BTNM*" and first != 1
         if first == -1 or first == own or loose:
             found = _aligned(labels[1:], lengths[1:], rest, strict)
             if found is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.ops import floats, steps_apart
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
 from cellstack.nodes import Conv1D, Dense, Node, Pad, Pool1D, Reshape
@@ -67,16 +68,28 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
     if reader.frames is not None and (made := _at_once(reader, node, attributes, values[0], kernel, bias)) is not None:
         return [made]
+    if reader.frames is None and not _only_time(reader.flowing(values[0]), kernel.shape[2:]):
+        made = grids.conv(reader, node, attributes, values[0], kernel, bias)
+        return [made]
     x, over, count = over_time(reader, node, values[0])
     if kernel.ndim != count + 2:
         raise Refused(f"expected weights with {count + 2} axes, found {kernel.shape}")
     if count == 2:
-        if kernel.shape[3 - over] != 1:
-            raise Refused(f"only windows over time are supported, found {kernel.shape[2:]}")
         kernel = kernel[:, :, :, 0] if over == 0 else kernel[:, :, 0]
     strides, dilations, padding = window(attributes, over, count)
     taps, group = kernel.transpose(2, 1, 0), attributes.get("group", 1)
     return put(reader, node, Conv1D(taps, bias, strides, padding, dilations[over], group), x)
+
+
+def _only_time(x: Flowing, sizes: Sequence[int]) -> bool:
+    """Whether windows slide over time only, with the features as channels."""
+    spatial = x.axes[2:]
+    time = sorted(spatial) in (["T"], ["1", "T"]) and len(sizes) == len(spatial)
+    return (
+        time
+        and x.has("BF" + "".join(spatial))
+        and all(size == 1 for axis, size in zip(spatial, sizes, strict=True) if axis == "1")
+    )
 
 
 def _at_once(
@@ -95,8 +108,10 @@ def _at_once(
 
 def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a MaxPool or AveragePool over time; with ceil_mode, an incomplete last window counts too."""
-    x, over, count = over_time(reader, node, values[0])
     sizes = whole(attributes["kernel_shape"])
+    if reader.frames is None and not _only_time(reader.flowing(values[0]), sizes):
+        return [grids.pool(reader, node, attributes, values[0])]
+    x, over, count = over_time(reader, node, values[0])
     strides, dilations, padding = window(attributes, over, count)
     if len(sizes) != count or any(n != 1 for axis, n in enumerate(sizes) if axis != over) or set(dilations) != {1}:
         raise Refused(f"only windows over time are supported, found {sizes} and dilations {dilations}")
@@ -119,4 +134,9 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     return put(reader, node, Pool1D(mode, size, strides, padding), x)
 
 
-HANDLERS: dict[str, Handler] = {"Conv": conv, "MaxPool": pool, "AveragePool": pool}
+HANDLERS: dict[str, Handler] = {
+    "Conv": conv,
+    "ConvTranspose": grids.conv_transpose,
+    "MaxPool": pool,
+    "AveragePool": pool,
+}

@@ -10,6 +10,7 @@ import numpy as np
 
 from cellstack.formats.files import replacing
 from cellstack.formats.onnx.cells import write_operator
+from cellstack.formats.onnx.compositions import attention, grid_conv, grid_pool, group_norm, time_softmax
 from cellstack.formats.onnx.file import KEY, onnx_package
 from cellstack.formats.onnx.masks import GraphMasks, last_used, masked, neutral, of_lengths, reduced
 from cellstack.formats.onnx.pieces import LAST, Pieces
@@ -17,6 +18,7 @@ from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
+    Attention,
     Bidirectional,
     Cell,
     Clip,
@@ -24,7 +26,11 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    Function,
     GlobalPool,
+    GridConv,
+    GridPool,
+    GroupNorm,
     LayerNorm,
     Magnitude,
     Masking,
@@ -33,6 +39,7 @@ from cellstack.nodes import (
     Pad,
     Permute,
     Pool1D,
+    Power,
     Recurrent,
     Reduce,
     Repeat,
@@ -42,6 +49,7 @@ from cellstack.nodes import (
     Standardise,
     StepMask,
     Take,
+    TimeSoftmax,
 )
 
 OPSET, IR_VERSION = 17, 8
@@ -387,6 +395,19 @@ class Writer(Pieces):
             self.nodes[-1].output[0] = name
         elif isinstance(node, LayerNorm):
             self.layer_norm(name, node, x)
+        elif isinstance(node, GridConv):
+            self.finish(name, grid_conv(self, name, node, x, axes == 1), node.activation, name)
+        elif isinstance(node, GridPool):
+            grid_pool(self, name, node, x, axes == 1)
+        elif isinstance(node, TimeSoftmax):
+            time_softmax(self, name, x, masks[0])
+        elif isinstance(node, GroupNorm):
+            group_norm(self, name, node, x, self.network.shapes[x], masks[0] if node.over_time else "")
+        elif isinstance(node, Attention):
+            width = self.network.shapes[x][-1]
+            if width is None:
+                raise ValueError(f"save: {name}: an Attention needs a known width")
+            attention(self, name, node, sources, width, [mask for mask in masks[1:] if mask])
         else:
             self.shaping(name, node, sources)
 
@@ -436,6 +457,14 @@ class Writer(Pieces):
         elif isinstance(node, Clip):
             bounds = ["" if bound is None else self.number(bound) for bound in (node.low, node.high)]
             self.put("Clip", [x, *bounds], name)
+        elif isinstance(node, Power):
+            names = {0.5: "Sqrt", -1.0: "Reciprocal"}
+            if node.exponent in names:
+                self.put(names[node.exponent], [x], name)
+            else:
+                self.put("Pow", [x, self.number(node.exponent)], name)
+        elif isinstance(node, Function):
+            self.put(node.function.title(), [x], name)
         elif isinstance(node, Pad):
             axes = len(self.network.shapes[x]) + 1
             ends = [0] * axes

@@ -1,0 +1,507 @@
+"""ONNX's operators on values with several feature axes, such as channels and frequencies.
+
+A wire has one axis of features, so such a value is a grid: its `parts` are the feature axes, in the order in which the
+wire holds them. Operators only relabel axes where they can; where one needs the parts in another order, a `Take` moves
+the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.file import label
+from cellstack.formats.onnx.fold import whole
+from cellstack.formats.onnx.graph import Reader, Refused, floats, steps_apart
+from cellstack.formats.onnx.values import GRID, Dim, Flowing, Length
+from cellstack.layout import Array
+from cellstack.nodes import GridConv, GridPool, Merge, Node, Pad, Power, Reshape, Select, Take
+
+
+def as_grid(x: Flowing) -> Flowing:
+    """Return a value with its features as parts, also if they are one axis, `F`, or two, `D` and `F`."""
+    if x.parts or "F" not in x.axes:
+        return x
+    width = x.shape[-1]
+    if width is None:
+        raise Refused("the number of features must be known")
+    free = fresh(x.axes)
+    names = {"F": next(free)} | ({"D": next(free)} if "D" in x.axes else {})
+    parts = ((names["D"], 2), (names["F"], width // 2)) if "D" in names else ((names["F"], width),)
+    return replace(x, axes=tuple(names.get(axis, axis) for axis in x.axes), parts=parts)
+
+
+def fresh(axes: Sequence[str]) -> Iterator[str]:
+    """Yield labels of parts that a value doesn't use yet."""
+    yield from (letter for letter in GRID if letter not in axes)
+    raise Refused("too many feature axes")
+
+
+def as_features(x: Flowing) -> Flowing:
+    """Return a value without parts where it has at most one feature axis."""
+    if len(x.parts) != 1:
+        return x
+    ((name, _),) = x.parts
+    return replace(x, axes=tuple("F" if axis == name else axis for axis in x.axes), parts=())
+
+
+def arranged(reader: Reader, x: Flowing, order: Sequence[str]) -> Flowing:
+    """Return a value whose wire holds its parts in this order."""
+    names = [name for name, _ in x.parts]
+    sizes = dict(x.parts)
+    moved = [name for name in order if sizes[name] > 1]
+    if moved != [name for name in names if sizes[name] > 1]:
+        total = reader.builder.make(prod(sizes.values()))
+        places = np.arange(total).reshape([sizes[name] for name in names])
+        indices = places.transpose([names.index(name) for name in order]).reshape(-1)
+        x = reader.put(f"{x.wire}.arranged", Take(tuple(indices.tolist())), x)
+    return replace(x, parts=tuple((name, sizes[name]) for name in order))
+
+
+def in_order(reader: Reader, x: Flowing) -> Flowing:
+    """Return a value whose wire holds its parts in the order of its axes."""
+    x = as_grid(x)
+    names = {name for name, _ in x.parts}
+    return arranged(reader, x, [axis for axis in x.axes if axis in names])
+
+
+def outermost(reader: Reader, x: Flowing, axis: str) -> Flowing:
+    """Return a value whose wire holds one part first, and the others in their order."""
+    return arranged(reader, x, [axis, *(name for name, _ in x.parts if name != axis)])
+
+
+MERGED = {"N": "BT", "M": "TB"}  # axes that are two axes merged
+
+# ── shapes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def regrouped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool) -> Flowing | None:
+    """Return a value in another shape that splits or joins feature axes; None where a wire can't have that shape."""
+    try:
+        grid = as_grid(x)
+    except Refused:
+        return None
+    lengths = grid.lengths
+    wanted = [lengths[n] if e == 0 and not keep_zero and n < len(lengths) else e for n, e in enumerate(target)]
+    items = [axis for axis in grid.axes if axis != "1"]
+    found = next(
+        (made for strict in (True, False) if (made := _matched(grid, items, wanted, strict)) is not None), None
+    )
+    if found is None:
+        return None
+    sizes = dict(grid.parts)
+    if {axis for axis in found if axis in sizes} == sizes.keys():  # only axes of length 1 change
+        return as_features(replace(grid, axes=tuple(map(str, found))))
+    grid, free = in_order(reader, grid), fresh(grid.axes)
+    named = [(next(free), axis) if isinstance(axis, int) else (axis, sizes.get(axis, 0)) for axis in found]
+    parts = tuple((name, size) for name, size in named if size)
+    return as_features(replace(grid, axes=tuple(name for name, _ in named), parts=parts))
+
+
+def _matched(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> list[Any] | None:
+    """Return what each axis of a shape is: an axis of the value, "1", or the length of a new part; None: no match.
+
+    Args:
+        x: the value.
+        items: the axes that are left, without those of length 1.
+        wanted: the lengths that are left.
+        strict: whether a number may not match an unknown length, as in files written for one size.
+    """
+    sizes = dict(x.parts)
+    if not wanted:
+        return None if any(sizes.get(item) != 1 for item in items) else []
+    first, rest = wanted[0], wanted[1:]
+    for made, left, behind in _ways(x, items, wanted, strict):
+        if (tail := _matched(x, left, behind, strict)) is not None:
+            return [*made, *tail]
+    if first == 1 and (tail := _matched(x, items, rest, strict)) is not None:
+        return ["1", *tail]
+    if items and sizes.get(items[0]) == 1:
+        return _matched(x, items[1:], wanted, strict)
+    return None
+
+
+def _ways(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> Iterator[tuple[list[Any], Any, Any]]:
+    """Yield what the first axes may become, with the axes and the lengths that are left."""
+    sizes = dict(x.parts)
+
+    def fits(length: Length, entry: Any) -> bool:
+        return entry in (-1, length) or (not strict and isinstance(length, Dim) and entry != 1)
+
+    if not items:
+        return
+    if items[0] in sizes:
+        run = next((n for n, item in enumerate(items) if item not in sizes), len(items))
+        for count in range(1, run + 1):
+            total = prod(sizes[item] for item in items[:count])
+            for number in range(1, len(wanted) + 1):
+                entries = wanted[:number]
+                if any(isinstance(entry, Dim) for entry in entries):
+                    break
+                known = prod(entry for entry in entries if entry != -1)
+                if known != total and (-1 not in entries or total % known):
+                    continue
+                lengths = [total // known if entry == -1 else int(entry) for entry in entries]
+                made = (
+                    [items[0]] if (count, number) == (1, 1) else [length if length > 1 else "1" for length in lengths]
+                )
+                yield made, items[count:], wanted[number:]
+    elif items[0] in MERGED:
+        apart = MERGED[items[0]]
+        if fits(x.length(items[0]), wanted[0]):
+            yield items[:1], items[1:], wanted[1:]
+        if len(wanted) > 1 and all(fits(Dim((axis,)), entry) for axis, entry in zip(apart, wanted, strict=False)):
+            yield list(apart), items[1:], wanted[2:]
+    else:
+        if fits(x.length(items[0]), wanted[0]):
+            yield items[:1], items[1:], wanted[1:]
+        for merged, apart in MERGED.items():
+            if items[:2] == list(apart) and fits(Dim(("B", "T")), wanted[0]):
+                yield [merged], items[2:], wanted[1:]
+
+
+def without(x: Flowing, gone: Sequence[int]) -> Flowing:
+    """Return a value without some of its axes, each of length 1."""
+    lost = [x.axes[n] for n in gone]
+    parts = tuple(part for part in x.parts if part[0] not in lost)
+    return as_features(replace(x, axes=tuple(a for n, a in enumerate(x.axes) if n not in gone), parts=parts))
+
+
+def cut_part(reader: Reader, node: Any, x: Flowing, axis: int, taken: range) -> Flowing:
+    """Return some entries of one part."""
+    name, sizes = x.axes[axis], dict(x.parts)
+    x = outermost(reader, x, name)
+    inner = prod(sizes.values()) // sizes[name]
+    if taken.step == 1:
+        made: Node = Select(taken.start * inner, taken.stop * inner, axis=-1)
+    else:
+        made = Take(tuple(at * inner + n for at in taken for n in range(inner)))
+    y = reader.put(node, made, x)
+    return replace(y, parts=((name, len(taken)), *x.parts[1:]))
+
+
+def padded(
+    reader: Reader, node: Any, x: Flowing, axis: str, before: int, after: int, mode: str, value: float
+) -> Flowing:
+    """Return a value with one part padded."""
+    x, size = outermost(reader, x, axis), dict(x.parts)[axis]
+    inner = prod(size for _, size in x.parts[1:])
+    made: Node = Pad(before * inner, after * inner, value, -1)
+    if mode != "constant":
+        taken = Take.of_padding(mode, size, before, after).indices
+        made = Take(tuple(at * inner + n for at in taken for n in range(inner)))
+    y = reader.put(node, made, x)
+    return replace(y, parts=((axis, before + size + after), *x.parts[1:]))
+
+
+def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Flowing:
+    """Return values joined along a feature axis, one among several, or a new one, of length 1 in each value."""
+    grids = [as_grid(flow) for flow in flows]
+    name = next((grid.axes[axis] for grid in grids if grid.axes[axis] in dict(grid.parts)), next(fresh(grids[0].axes)))
+    over, made = list[int](), list[Flowing]()
+    for grid in grids:
+        sizes = dict(grid.parts)
+        if grid.axes[axis] not in (*sizes, "1"):
+            raise Refused(f"values can be joined along features or time only, found axis {grid.axes[axis]}")
+        own = grid.axes[axis]
+        over.append(sizes.get(own, 1))
+        kept = [a for n, a in enumerate(grid.axes) if a in sizes and n != axis]
+        grid = arranged(reader, grid, [*([own] if own != "1" else []), *kept])
+        axes = tuple(name if n == axis else a for n, a in enumerate(grid.axes))
+        made.append(replace(grid, axes=axes, parts=((name, over[-1]), *((a, sizes[a]) for a in kept))))
+    first = made[0]
+    rest = [size for _, size in first.parts[1:]]
+    places = {name: n for n, name in enumerate(first.axes)}
+    for other in made[1:]:
+        alike = [places.get(a) for a, _ in first.parts[1:]] == [other.axes.index(a) for a, _ in other.parts[1:]]
+        if not alike or [size for _, size in other.parts[1:]] != rest or len(other.axes) != len(first.axes):
+            raise Refused(f"expected values of compatible shapes, found {_shown(first)} and {_shown(other)}")
+        if [a for a in other.axes if a in "BTN"] != [a for a in first.axes if a in "BTN"]:
+            raise Refused(f"expected values with the same axes, found {_shown(first)} and {_shown(other)}")
+    if len(made) == 1:
+        return as_features(first)
+    y = reader.put(node, Merge("concat"), *made)
+    return as_features(replace(y, axes=first.axes, parts=((name, sum(over)), *first.parts[1:])))
+
+
+# ── windows ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Spatial:
+    """The axes over which windows slide: time, if it is one of them, and the others, as a grid of the features.
+
+    Args:
+        reader: the reader.
+        value: the value, whose axes are the batch, the channels, and those over which windows slide.
+    """
+
+    def __init__(self, reader: Reader, value: Any) -> None:
+        x = as_grid(reader.flowing(value))
+        sizes = dict(x.parts)
+        behind = x.axes[2:]
+        steps = "T" in behind
+        if x.axes[0] not in "B1NM" or (x.axes[1] not in sizes and x.axes[1] != "1") or not behind:
+            raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
+        if ("T" in x.axes) != steps or any(axis not in sizes and axis not in "T1" for axis in behind):
+            raise Refused(f"expected positions along time and features, found axes {' '.join(x.axes)}")
+        self.channels = sizes.get(x.axes[1], 1)
+        self.over = behind.index("T") if steps else None
+        self.places = [n for n, axis in enumerate(behind) if axis != "T"]  # of the grid, among the windowed axes
+        self.grid = tuple(sizes.get(behind[n], 1) for n in self.places) or (1,)
+        order = [behind[n] for n in self.places if behind[n] != "1"]
+        self.x = arranged(reader, x, [*order, *([x.axes[1]] if x.axes[1] != "1" else [])])
+        self.count = len(behind)
+
+    def turned(self, values: Sequence[Any], usual: Any) -> tuple[Any, ...]:
+        """Return settings of the windowed axes with time first; `usual` where an axis isn't windowed."""
+        ahead = usual if self.over is None else values[self.over]
+        return (ahead, *([values[n] for n in self.places] or [usual]))
+
+    def kernel(self, weights: Array) -> Array:
+        """Return weights `[…, …, windowed axes]` with time first among those."""
+        if weights.ndim != self.count + 2:
+            raise Refused(f"expected weights with {self.count + 2} axes, found {weights.shape}")
+        weights = weights if self.over is not None else weights[:, :, None]
+        order = [0, 1, 2 + (self.over or 0), *(2 + n + (self.over is None) for n in self.places)]
+        weights = weights.transpose(order)
+        return weights if self.places else weights[..., None]
+
+    def settings(self, attributes: dict[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
+        """Return the strides, dilation and padding of windows with these sizes, time first."""
+        count = self.count
+        strides, dilations, pads = (
+            whole(attributes.get(name, usual))
+            for name, usual in (("strides", [1] * count), ("dilations", [1] * count), ("pads", [0] * 2 * count))
+        )
+        if [len(values) for values in (strides, dilations, pads)] != [count, count, 2 * count] or min(pads) < 0:
+            raise Refused(f"expected strides, dilations and pads for {count} axes")
+        made = {"strides": self.turned(strides, 1), "dilation": self.turned(dilations, 1)}
+        pairs = [(pads[n], pads[n + count]) for n in range(count)]
+        auto = attributes.get("auto_pad", "NOTSET")
+        if auto == "SAME_UPPER":
+            lengths = [self.x.steps if n == self.over else None for n in range(count)]
+            for n, length in zip(self.places, self.grid, strict=False):
+                lengths[n] = length
+            for n, length in enumerate(lengths):
+                if length is None and strides[n] > 1:
+                    raise Refused("auto_pad SAME_UPPER needs a known number of steps where windows skip steps")
+                span = ((sizes[n]) - 1) * dilations[n] + 1
+                missing = max(0, (-(-(length or 1) // strides[n]) - 1) * strides[n] + span - (length or 1))
+                pairs[n] = (missing // 2, missing - missing // 2)
+                reader_pins = length is not None and n == self.over and strides[n] > 1
+                self.pins = reader_pins
+        elif auto not in ("NOTSET", "VALID", ""):
+            raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
+        return made | {"padding": self.turned(pairs, (0, 0))}
+
+    pins = False
+
+    def put(self, reader: Reader, node: Any, made: GridConv | GridPool) -> Flowing:
+        """Add a node over windows, and return its output."""
+        reader.builder.pinned |= self.pins
+        y, behind = reader.put(node, made, self.x), self.x.axes[2:]
+        if y.steps == 0:
+            raise Refused(f"the input's {self.x.steps} steps are fewer than one window")
+        free = fresh(self.x.axes)
+        names = dict(zip(self.places, made.grid_out, strict=False))
+        axes, parts = list[str](), list[tuple[str, int]]()
+        for n, axis in enumerate(behind):
+            if n not in names:
+                axes.append("T")
+                continue
+            name = axis if axis != "1" else "1" if names[n] == 1 else next(free)
+            axes.append(name)
+            parts += [(name, names[n])] if name != "1" else []
+        channel = self.x.axes[1] if self.x.axes[1] != "1" else next(free)
+        parts.append((channel, made.filters))
+        return as_features(replace(y, axes=(self.x.axes[0], channel, *axes), parts=tuple(parts)))
+
+
+def conv(
+    reader: Reader, node: Any, attributes: dict[str, Any], value: Any, kernel: Array, bias: Array | None
+) -> Flowing:
+    """Read a convolution over a grid."""
+    spatial = Spatial(reader, value)
+    groups = attributes.get("group", 1)
+    if kernel.ndim == spatial.count + 2 and kernel.shape[1] * groups != spatial.channels:
+        raise Refused(f"expected weights for {spatial.channels} channels, found {kernel.shape[1] * groups}")
+    settings = spatial.settings(attributes, kernel.shape[2:])
+    taps = np.moveaxis(spatial.kernel(kernel), (1, 0), (-2, -1))
+    return spatial.put(reader, node, GridConv(taps, spatial.grid, bias, groups=groups, **settings))
+
+
+def conv_transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a transposed convolution, as a convolution of the input spread by the strides."""
+    kernel = floats(values[1], "the weights")
+    bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
+    spatial = Spatial(reader, values[0])
+    if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or "output_shape" in attributes:
+        raise Refused("auto_pad and output_shape aren't supported")
+    settings = spatial.settings(attributes, kernel.shape[2:])
+    more = spatial.turned(whole(attributes.get("output_padding", [0] * spatial.count)), 0)
+    groups = attributes.get("group", 1)
+    taps = spatial.kernel(kernel)  # [C, F/groups, …]
+    channels, filters, *sizes = taps.shape
+    if channels != spatial.channels or channels % groups:
+        raise Refused(f"expected weights for {spatial.channels} channels, found {channels}")
+    taps = np.flip(taps, tuple(range(2, taps.ndim))).reshape(groups, channels // groups, filters, *sizes)
+    taps = np.moveaxis(taps.swapaxes(0, 1).reshape(channels // groups, groups * filters, *sizes), (0, 1), (-2, -1))
+    spans = [(size - 1) * step + 1 for size, step in zip(sizes, settings["dilation"], strict=True)]
+    ends = zip(spans, settings["padding"], more, strict=True)
+    padding = [(span - 1 - before, span - 1 - after + extra) for span, (before, after), extra in ends]
+    if min(map(min, padding)) < 0:
+        raise Refused(f"expected pads less than a window, {spans}, found {settings['padding']}")
+    spread = settings["strides"]
+    made = GridConv(taps, spatial.grid, bias, None, tuple(padding), settings["dilation"], spread, groups)
+    if made.mixes_steps:
+        steps_apart(reader)
+    return [spatial.put(reader, node, made)]
+
+
+def pool(reader: Reader, node: Any, attributes: dict[str, Any], value: Any) -> Flowing:
+    """Read a MaxPool or AveragePool over a grid."""
+    spatial, sizes = Spatial(reader, value), whole(attributes["kernel_shape"])
+    if len(sizes) != spatial.count:
+        raise Refused(f"expected windows over {spatial.count} axes, found {sizes}")
+    settings = spatial.settings(attributes, sizes)
+    mode, counts = (
+        ("max", False) if node.op_type == "MaxPool" else ("mean", bool(attributes.get("count_include_pad", 0)))
+    )
+    if attributes.get("ceil_mode", 0):
+        lengths = (spatial.x.steps if spatial.over is not None else 1, *spatial.grid)
+        for length, size, stride, pads in zip(
+            lengths, spatial.turned(sizes, 1), settings["strides"], settings["padding"], strict=True
+        ):
+            if (stride > 1 and length is None) or (length is not None and (length + sum(pads) - size) % stride):
+                raise Refused("ceil_mode with an incomplete last window isn't supported here")
+    size = spatial.turned(sizes, 1)
+    return spatial.put(reader, node, GridPool(mode, spatial.grid, spatial.channels, size, counts=counts, **settings))
+
+
+def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode: str, keep: bool) -> Flowing:
+    """Return the mean or maximum over some parts."""
+    if mode not in ("mean", "max"):
+        raise Refused(f"a {mode} over one of several feature axes isn't supported")
+    x, sizes = as_grid(x), dict(as_grid(x).parts)
+    gone = [x.axes[n] for n in axes if x.axes[n] in sizes]
+    rest = [name for name, _ in x.parts if name not in gone]
+    x = arranged(reader, x, [*gone, *rest])
+    size, inner = prod(sizes[name] for name in gone), prod(sizes[name] for name in rest)
+    y = reader.put(node, GridPool(mode, (size,), inner, (1, size)), x)
+    labels = ["1" if n in axes else axis for n, axis in enumerate(x.axes)]
+    labels = [axis for n, axis in enumerate(labels) if keep or n not in axes]
+    if not rest:  # a single number stays as one feature
+        return replace(
+            y,
+            axes=tuple("F" if axis == "1" and n == labels.index("1") else axis for n, axis in enumerate(labels))
+            if keep
+            else tuple(labels),
+            parts=(),
+        )
+    return as_features(replace(y, axes=tuple(labels), parts=tuple((name, sizes[name]) for name in rest)))
+
+
+# ── constants and several values ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_parts(x: Flowing, value: Array) -> Array | None:
+    """Return a constant as one number per feature of the wire; None where it varies along other axes."""
+    if not x.parts or value.ndim > len(x.axes):
+        return None
+    sizes = dict(x.parts)
+    value = value.reshape((1,) * (len(x.axes) - value.ndim) + value.shape)
+    lengths = [sizes.get(axis, 1) for axis in x.axes]
+    if any(got not in (1, want) for got, want in zip(value.shape, lengths, strict=True)):
+        return None
+    places = [n for n, axis in enumerate(x.axes) if axis in sizes]
+    wide = np.broadcast_to(value, lengths).reshape([lengths[n] for n in places])
+    names = [x.axes[n] for n in places]
+    return np.ascontiguousarray(wide.transpose([names.index(name) for name, _ in x.parts])).reshape(-1)
+
+
+def aligned(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing]:
+    """Return values with several feature axes with the same labels, in one order on the wire, of the same width."""
+    grids = [as_grid(flow) for flow in flows]
+    rank = max(len(grid.axes) for grid in grids)
+    wide = max(grids, key=lambda grid: (len(grid.parts), prod(size for _, size in grid.parts)))
+    axes = ("1",) * (rank - len(wide.axes)) + wide.axes
+    sizes, made = dict(wide.parts), []
+    for grid in grids:
+        own = ("1",) * (rank - len(grid.axes)) + grid.axes
+        lengths, parts = dict(grid.parts), list[tuple[str, int]]()
+        names: dict[str, str] = {}
+        for one, other in zip(own, axes, strict=True):
+            if one in lengths and (other not in sizes or lengths[one] not in (1, sizes[other])):
+                raise Refused(f"expected values of compatible shapes, found {_shown(wide)} and {_shown(grid)}")
+            if one not in lengths and one not in ("1", other):
+                raise Refused(f"expected values with the same axes, found {_shown(wide)} and {_shown(grid)}")
+            if one in lengths:
+                names[one] = other
+        parts = [(names[name], size) for name, size in grid.parts]
+        labels = tuple(other if one in lengths else one for one, other in zip(own, axes, strict=True))
+        made.append(_widened(reader, node, replace(grid, axes=labels, parts=tuple(parts)), wide))
+    return made
+
+
+def _shown(x: Flowing) -> str:
+    return "[" + ", ".join(str(n) if isinstance(n, int) else "·".join(n.labels) for n in x.lengths) + "]"
+
+
+def _widened(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
+    """Return a value with the parts of another one: its entries are repeated along the parts that it lacks."""
+    own, sizes = dict(x.parts), dict(wide.parts)
+    if prod(own.values()) in (1, prod(sizes.values())) and (len(own) == len(sizes) or prod(own.values()) == 1):
+        if prod(own.values()) == 1:
+            return x
+        return arranged(reader, x, list(sizes))
+    names = [name for name, _ in x.parts]
+    places = np.arange(prod(own.values())).reshape([own[name] for name in names])
+    there = [name for name in sizes if name in own]
+    places = places.transpose([names.index(name) for name in there])
+    places = places.reshape([own.get(name, 1) for name in sizes])
+    reader.builder.make(prod(sizes.values()))
+    indices = np.broadcast_to(places, list(sizes.values())).reshape(-1)
+    y = reader.put(f"{label(node)}.repeated", Take(tuple(indices.tolist())), x)
+    return replace(y, parts=wide.parts)
+
+
+def over_steps(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing]:
+    """Return values of which some are the same at every step, as sequences of one step, with the same axes."""
+    rank = max(len(flow.axes) for flow in flows)
+    flows = [replace(flow, axes=("1",) * (rank - len(flow.axes)) + flow.axes) for flow in flows]
+    if len({flow.axes for flow in flows}) == 1 or not any("T" in flow.axes for flow in flows):
+        return flows
+    wide = next(flow for flow in flows if "T" in flow.axes)
+    made = []
+    for flow in flows:
+        at, here = wide.axes.index("T"), flow
+        if flow.axes[at] == "1" and "T" not in flow.axes and len(flow.shape) == 1:
+            here = reader.put(f"{flow.wire}.step", Reshape((1, -1)), flow)
+        axes = list(flow.axes)
+        for n, (own, other) in enumerate(zip(flow.axes, wide.axes, strict=True)):
+            one = (other == "T" and here is not flow) or (other == "F" and here.shape[-1] == 1)
+            axes[n] = other if own == "1" and (one or other == "B") else own
+        made.append(replace(here, axes=tuple(axes)))
+    return made
+
+
+def divided(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:
+    """Return the quotient of two values."""
+    inverse = reader.put(f"{label(node)}.inverse", Power(-1.0), other)
+    return reader.put(node, Merge("mul"), one, inverse)
+
+
+def dense(reader: Reader, node: Any, x: Flowing, kernel: Array) -> Flowing:
+    """Return the product of the last of several feature axes with a matrix, for each entry of the others."""
+    name = x.axes[-1]
+    if kernel.ndim != 2 or name not in dict(x.parts):
+        raise Refused(f"expected a matrix of weights and features last, found {kernel.shape}, {' '.join(x.axes)}")
+    rest = [part for part, _ in x.parts if part != name]
+    x = arranged(reader, x, [*rest, name])
+    size = prod(size for _, size in x.parts[:-1])
+    y = reader.put(node, GridConv(kernel[None, None], (size,)), x)
+    return replace(y, parts=(*x.parts[:-1], (name, kernel.shape[1])))

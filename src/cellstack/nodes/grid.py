@@ -1,0 +1,541 @@
+"""Nodes over windows of time and of a grid: the features of a step are a grid, such as frequencies by channels.
+
+A step's features `[G1·…·Gn·C]` are the grid `[G1, …, Gn, C]` in C order, with the channels last. A picture per step has
+a grid of two axes, a spectrum one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from cellstack import native, spec
+from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
+from cellstack.nodes.base import (
+    MOST_AXES,
+    Array,
+    Node,
+    NodeRun,
+    Shape,
+    StateGradients,
+    StepRule,
+    Types,
+    check_axes,
+    check_choice,
+    check_flag,
+    check_integer,
+    frozen_copy,
+    one_dtype,
+)
+from cellstack.nodes.time import WINDOW_MODES, checked_padding, why_not_by_steps, windows
+from cellstack.spec import ShapeError
+
+Lengths = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+BLOCK = 1 << 22  # numbers in the windows that are computed together
+
+
+def lengths_of(owner: str, name: str, value: Any, count: int, usual: int = 1, least: int = 1) -> Lengths:
+    """Return one integer per axis; None: `usual` for each. `ValueError` if they aren't `count` integers."""
+    if value is None:
+        return (usual,) * count
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+        raise ValueError(f"{owner}: expected {name} to be {count} integers, time first, got {value!r:.80}")
+    return tuple(check_integer(owner, name, entry, least) for entry in value)
+
+
+def pads_of(owner: str, value: Any, count: int) -> Pads:
+    """Return the padding before and after, by axis; None: no padding."""
+    if value is None:
+        return ((0, 0),) * count
+    pairs = isinstance(value, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in value)
+    if not pairs or isinstance(value, str) or len(value) != count:
+        raise ValueError(f"{owner}: expected padding to be {count} pairs, time first, got {value!r:.80}")
+    return tuple((check_integer(owner, "padding", a, 0), check_integer(owner, "padding", b, 0)) for a, b in value)
+
+
+class Grid(Node):
+    """Base class of nodes over windows of time and of a grid. Time is the first axis of every setting.
+
+    Attributes:
+        grid: the lengths of the grid's axes.
+        channels: the number of channels of the input.
+        filters: the number of channels of the output.
+        spans: the lengths of a window, with dilation.
+        strides: from window to window.
+        padding: entries before and after each axis.
+        dilation: from entry to entry of a window.
+        spread: from entry to entry of the input, with zeros between them.
+    """
+
+    grid: Lengths
+    strides: Lengths
+    padding: Pads
+    dilation: Lengths
+    spread: Lengths
+    channels: int
+    filters: int
+    spans: Lengths
+
+    def _prepare(self, owner: str) -> None:
+        """Set what follows from the checked settings."""
+        if any(length < 1 for length in self.grid_out):
+            raise ShapeError(f"{owner}: a window of {self.spans[1:]} doesn't fit into the padded grid {self.grid}")
+        object.__setattr__(self, "input_size", prod(self.grid) * self.channels)
+        by_step = (self.spans[0], self.strides[0], self.spread[0], self.padding[0]) == (1, 1, 1, (0, 0))
+        object.__setattr__(self, "mixes_steps", not by_step)
+        object.__setattr__(self, "axes", (None, None) if by_step else (2, 2))
+
+    def _count(self, axis: int, length: int) -> int:
+        """Return the number of windows along an axis, time being 0, of an input of this length."""
+        spread = max(0, (length - 1) * self.spread[axis] + 1)
+        return windows(spread + sum(self.padding[axis]), self.spans[axis], self.strides[axis])
+
+    @property
+    def grid_out(self) -> Lengths:
+        """The lengths of the output's grid."""
+        return tuple(self._count(axis, length) for axis, length in enumerate(self.grid, 1))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        super().check(owner, *shapes)
+        (shape,) = shapes
+        check_axes(owner, self, shape)
+        width = prod(self.grid_out) * self.filters
+        if len(shape) == 1:
+            return (width,)
+        return (None if shape[0] is None else self._count(0, shape[0]), width)
+
+    def _padded(self, x: Array, value: float, time: bool = True) -> Array:
+        """Return `x [B, T, W]` as a grid `[B, T, …, C]`, spread and padded."""
+        x = x.reshape(*x.shape[:2], *self.grid, self.channels)
+        pads = (self.padding if time else ((0, 0), *self.padding[1:]), self.spread)
+        if not any(map(any, pads[0])) and set(self.spread) == {1}:
+            return np.ascontiguousarray(x)
+        inner = [max(0, (n - 1) * s + 1) for n, s in zip(x.shape[1:-1], self.spread, strict=True)]
+        shape = [n + sum(pair) for n, pair in zip(inner, pads[0], strict=True)]
+        wide = np.full((len(x), *shape, self.channels), value, x.dtype)
+        wide[self._places(inner, pads[0])] = x
+        return wide
+
+    def _places(self, inner: Sequence[int], padding: Pads) -> tuple[slice, ...]:
+        """Return where the entries of the input are in the padded input."""
+        ends = zip(inner, padding, self.spread, strict=True)
+        return (slice(None), *(slice(before, before + n, step) for n, (before, _), step in ends))
+
+    def _windows(self, wide: Array) -> Array:
+        """Return the windows of a padded input, `[B, T', …, C, K…]`, as a view."""
+        n = len(self.spans)
+        count = [windows(length, span, 1) for length, span in zip(wide.shape[1:-1], self.spans, strict=True)]
+        if 0 in count or not len(wide):
+            counts = [-(-c // s) for c, s in zip(count, self.strides, strict=True)]
+            return np.zeros((len(wide), *counts, self.channels, *self.sizes), wide.dtype)
+        view = sliding_window_view(wide, self.spans, axis=tuple(range(1, n + 1)))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        steps = [slice(None, None, stride) for stride in self.strides]
+        within = [slice(None, None, step) for step in self.dilation]
+        return view[(slice(None), *steps, slice(None), *within)]
+
+    @property
+    def sizes(self) -> Lengths:
+        """The number of entries of a window along each axis."""
+        return tuple((span - 1) // step + 1 for span, step in zip(self.spans, self.dilation, strict=True))
+
+    def _taps(self, counts: Sequence[int]) -> list[tuple[Lengths, tuple[slice, ...]]]:
+        """Return, for each entry of a window, its index and where it is in the padded input, for all windows."""
+        found = []
+        for tap in product(*map(range, self.sizes)):
+            ends = zip(tap, self.dilation, self.strides, counts, strict=True)
+            taken = [slice(k * d, k * d + (n - 1) * s + 1 if n else k * d, s) for k, d, s, n in ends]
+            found.append((tap, (slice(None), *taken)))
+        return found
+
+    def apply(self, x: Array) -> Array:
+        """Return `[B, T', W']` for `x [B, T, W]`, or a vector per row for a vector."""
+        if x.ndim == 2:
+            return self.apply(x[:, None])[:, 0]
+        y = self.over(self._padded(x, self.nothing))
+        return y.reshape(*y.shape[:2], prod(y.shape[2:]))
+
+    nothing: ClassVar[float] = 0.0
+
+    def over(self, wide: Array) -> Array:
+        """Return the output `[B, T', …, F]` for a padded input."""
+        raise NotImplementedError
+
+    def keeps_steps(self, axes: int) -> bool:
+        return not self.mixes_steps
+
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        if self.spread[0] > 1:
+            return StepRule(f"it makes {self.spread[0]} steps out of every step")
+        padding = checked_padding(type(self).__name__, self.padding[0], self.spans[0], self.strides[0])
+        why_not = why_not_by_steps(padding, self.spans[0], self.strides[0])
+        if why_not is not None:
+            return StepRule(why_not)
+        if not self.mixes_steps:
+            return StepRule(step=self.apply)
+        assert self.input_size is not None
+
+        def advance(memory: Array, x: Array) -> tuple[Array, Array]:
+            seen = np.concatenate([memory, x], axis=1)
+            y = self.over(self._padded(seen, self.nothing, time=False))
+            return y.reshape(*y.shape[:2], prod(y.shape[2:])), seen[:, x.shape[1] :]
+
+        return StepRule(memory=(self.spans[0] - 1, self.input_size), start=self.nothing, advance=advance)
+
+    @property
+    def _words(self) -> list[str]:
+        """The settings that differ from the usual ones."""
+        named = {name: getattr(self, name) for name in ("strides", "dilation", "spread")}
+        words = [f"{name} {_times(values)}" for name, values in named.items() if set(values) != {1}]
+        padded = "" if not any(map(any, self.padding)) else ", ".join(f"{a}+{b}" for a, b in self.padding)
+        return [*words, *([f"padding {padded}"] if padded else [])]
+
+
+def _times(values: Sequence[int]) -> str:
+    return "x".join(map(str, values))
+
+
+@dataclass(frozen=True, eq=False)
+class GridConv(Grid):
+    """A convolution over time and a grid: `[B, T, G1·…·Gn·C]` to `[B, T', G1'·…·Gn'·F]`.
+
+        y[t, g] = activation(sum over k of x[t·strides + k·dilation, …]·kernel[k] + bias)
+
+    With `spread`, zeros come between the entries of the input first: a transposed convolution with stride s is one
+    with spread s and the kernel reversed.
+
+    Args:
+        kernel: `[K, K1, …, Kn, C/groups, F]`, float32 or float64.
+        grid: the lengths `G1 … Gn` of the grid of a step.
+        bias: `[F]` of the same dtype, or None.
+        strides: from window to window, for time and each axis of the grid; None: 1.
+        padding: zeros before and after time and each axis of the grid, as pairs; None: no padding.
+        dilation: from entry to entry of a window; None: 1.
+        spread: from entry to entry of the input; None: 1.
+        groups: the number of equal blocks of input and output channels that are convolved separately.
+        activation: see `Activation`; not softmax.
+
+    Raises:
+        ShapeError: a wrong shape, or a window that is larger than the grid.
+        TypeError: a wrong dtype.
+        ValueError: groups that don't divide F, an invalid setting.
+
+    >>> x = np.arange(6.0).reshape(1, 2, 3)  # two steps of three frequencies
+    >>> GridConv(np.ones((1, 2, 1, 1)), (3,)).apply(x)
+    array([[[1., 3.],
+            [7., 9.]]])
+    """
+
+    kernel: Array
+    grid: Lengths
+    bias: Array | None = None
+    strides: Any = None
+    padding: Any = None
+    dilation: Any = None
+    spread: Any = None
+    groups: int = 1
+    activation: str = "linear"
+    file_type = "grid_conv"
+    arrays: ClassVar = {"kernel": (), "bias": ()}
+    settings: ClassVar = {
+        "grid": list,
+        "strides": list,
+        "padding": list,
+        "dilation": list,
+        "spread": list,
+        "groups": int,
+        "activation": str,
+    }
+    multiplied = ("kernel",)
+
+    def __post_init__(self) -> None:
+        owner = "GridConv"
+        number = np.ndim(self.kernel) - 3  # axes of the grid
+        if not 1 <= number <= MOST_AXES:
+            raise ShapeError(f"{owner}: expected kernel [K, K1, …, C/groups, F], got {np.shape(self.kernel)}")
+        names = ("K", *(f"K{n}" for n in range(1, number + 1)), "C/groups", "F")
+        object.__setattr__(self, "kernel", frozen_copy(owner, "kernel", self.kernel, names))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", frozen_copy(owner, "bias", self.bias, self.kernel.shape[-1:]))
+        object.__setattr__(self, "dtype", one_dtype(owner, {"kernel": self.kernel, "bias": self.bias}))
+        object.__setattr__(self, "grid", lengths_of(owner, "grid", self.grid, number))
+        for name in ("strides", "dilation", "spread"):
+            object.__setattr__(self, name, lengths_of(owner, name, getattr(self, name), number + 1))
+        object.__setattr__(self, "padding", pads_of(owner, self.padding, number + 1))
+        object.__setattr__(self, "groups", check_integer(owner, "groups", self.groups))
+        object.__setattr__(self, "activation", check_activation(owner, self.activation))
+        if self.activation.endswith("softmax"):
+            raise ValueError(f"{owner}: expected an elementwise activation, got {self.activation}")
+        if self.filters % self.groups:
+            raise ValueError(f"{owner}: expected groups to divide F={self.filters}, got {self.groups}")
+        self._prepare(owner)
+
+    @property
+    def channels(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of channels of the input."""
+        return self.kernel.shape[-2] * self.groups
+
+    @property
+    def filters(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of channels of the output."""
+        return self.kernel.shape[-1]
+
+    @property
+    def spans(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The lengths of a window, with dilation."""
+        return tuple((size - 1) * step + 1 for size, step in zip(self.kernel.shape, self.dilation, strict=False))
+
+    @cached_property
+    def _matrices(self) -> Array:
+        """The kernel as a matrix `[K·…·C/groups, F/groups]` per group."""
+        *_, channels, filters = self.kernel.shape
+        split = self.kernel.reshape(-1, channels, self.groups, filters // self.groups).transpose(2, 0, 1, 3)
+        matrices = np.ascontiguousarray(split).reshape(self.groups, -1, filters // self.groups)
+        matrices.setflags(write=False)
+        return matrices
+
+    @cached_property
+    def _packed(self) -> Any:
+        """The convolution as a dense layer in the layout of `native`, packed at the first use."""
+        within = spec.activation("linear" if self.activation in MORE_ACTIVATIONS else self.activation)
+        return native.dense(self.kernel.reshape(-1, self.filters), self.bias, within)
+
+    def over(self, wide: Array) -> Array:
+        """Return `[B, T', …, F]` for a padded input: patches, and a product for each."""
+        view, number = self._windows(wide), len(self.spans)
+        batch, steps, *grid = view.shape[: number + 1]
+        y = np.empty((batch, steps, *grid, self.filters), wide.dtype)
+        each = max(1, BLOCK // max(1, prod(grid) * self._matrices[0].shape[0] * self.groups))  # steps in a block
+        for row, at in product(range(batch), range(0, steps, each)):
+            y[row, at : at + each] = self._product(view[row, at : at + each])
+        return y if self.activation not in MORE_ACTIVATIONS else activation_function(self.activation)(y)
+
+    def _product(self, view: Array) -> Array:
+        """Return `[T', …, F]` for windows `[T', …, C, K…]`."""
+        number, channels = len(self.spans), self.channels // self.groups
+        ahead, behind = view.shape[:number], list(range(number + 1, 2 * number + 1))
+        if self.groups == 1:
+            rows = np.ascontiguousarray(view.transpose(*range(number), *behind, number))
+            rows = native.plain(rows.reshape(1, prod(ahead), -1))
+            y = np.empty((1, prod(ahead), self.filters), rows.dtype)
+            width = rows.shape[2]
+            native.forward(
+                native.Sequences(1, rows.shape[1], rows, rows.size, width), [native.Layer(self._packed, y=y)], 1
+            )
+            return y.reshape(*ahead, self.filters)
+        split = view.reshape(*ahead, self.groups, channels, *view.shape[number + 1 :])
+        order = (number, 0, *range(1, number), *(axis + 1 for axis in behind), number + 1)
+        rows = np.ascontiguousarray(split.transpose(order)).reshape(self.groups, ahead[0], prod(ahead[1:]), -1)
+        # A separate product per step, so that its bits don't depend on the number of steps.
+        y = np.matmul(rows, self._matrices[:, None]).transpose(1, 2, 0, 3).reshape(*ahead, self.filters)
+        if self.bias is not None:
+            y = y + self.bias
+        within = self.activation in MORE_ACTIVATIONS or self.activation == "linear"
+        return y if within else activation_function(self.activation)(y)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        sequence = x if x.ndim == 3 else x[:, None]
+        wide = self._padded(sequence, 0.0)
+        counts = [sequence.shape[1] and self._count(0, sequence.shape[1]), *self.grid_out]
+        dz = dy
+        if self.activation != "linear":
+            settings = (self.strides, self.padding, self.dilation, self.spread, self.groups)
+            dz = activation_gradient(
+                self.activation, GridConv(self.kernel, self.grid, self.bias, *settings).apply(x), dy
+            )
+        dz = dz.reshape(len(x), *counts, self.groups, -1)
+        dwide = np.zeros_like(wide)
+        for tap, places in self._taps(counts):
+            kernel = self.kernel[tap].reshape(
+                -1, self.groups, self.filters // self.groups
+            )  # [C/groups, groups, F/groups]
+            # Windows overlap, but not within one tap: its entries are distinct.
+            dwide[places] += np.einsum("...gf,cgf->...gc", dz, kernel).reshape(*dz.shape[:-2], -1)
+        inner = [(n - 1) * s + 1 for n, s in zip((sequence.shape[1], *self.grid), self.spread, strict=True)]
+        return [dwide[self._places(inner, self.padding)].reshape(x.shape)]
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        if self.groups == 1:
+            after = f", {self.activation} in NumPy" if self.activation in MORE_ACTIVATIONS else ""
+            return f"fused kernel ({native.isa()}, {dtype}): a product per window{after}"
+        return f"NumPy ({dtype}): groups"
+
+    @classmethod
+    def keys(cls) -> Types:
+        return {"kernel_shape": list, "use_bias": bool, **cls.settings}
+
+    @classmethod
+    def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        shape = lengths_of("kernel_shape", "it", values["kernel_shape"], len(values["kernel_shape"]))
+        return {"kernel": shape, **({"bias": shape[-1:]} if values["use_bias"] else {})}
+
+    def values(self) -> dict[str, Any]:
+        own = {"kernel_shape": list(self.kernel.shape), "use_bias": self.bias is not None}
+        return own | {name: getattr(self, name) for name in self.settings}
+
+    @property
+    def multiplications(self) -> int:
+        return self.kernel.size * prod(self.grid_out)
+
+    @property
+    def summary(self) -> str:
+        grids = f"{_times((*self.grid, self.channels))} -> {_times((*self.grid_out, self.filters))}"
+        words = [grids, f"window {_times(self.kernel.shape[:-2])}", *self._words]
+        words += [f"groups {self.groups}"] if self.groups > 1 else []
+        return ", ".join([*words, *([] if self.activation == "linear" else [self.activation])])
+
+
+@dataclass(frozen=True, eq=False)
+class GridPool(Grid):
+    """The mean or the maximum of each window of time and a grid, per channel: `[B, T, G1·…·C]` to `[B, T', G1'·…·C]`.
+
+    Args:
+        mode: `"mean"` or `"max"`.
+        grid: the lengths of the grid of a step.
+        channels: the number of channels.
+        size: the lengths of a window, for time and each axis of the grid.
+        strides: from window to window; None: `size`.
+        padding: entries before and after time and each axis of the grid, as pairs; None: no padding.
+        dilation: from entry to entry of a window; None: 1.
+        counts: whether a mean counts padding as zeros; otherwise padding is ignored.
+
+    Raises:
+        ShapeError: a window that is larger than the grid.
+        TypeError: a flag that isn't a bool.
+        ValueError: an unknown mode, an invalid setting, or a padding that isn't less than the window.
+
+    >>> GridPool("max", (4,), 1, (1, 2)).apply(np.array([[[1.0, 3.0, 2.0, 0.0]]]))
+    array([[[3., 2.]]])
+    """
+
+    mode: str
+    grid: Lengths
+    channels: int
+    size: Lengths
+    strides: Any = None
+    padding: Any = None
+    dilation: Any = None
+    counts: bool = False
+    file_type = "grid_pool"
+    settings: ClassVar = {
+        "mode": str,
+        "grid": list,
+        "channels": int,
+        "size": list,
+        "strides": list,
+        "padding": list,
+        "dilation": list,
+        "counts": bool,
+    }
+
+    def __post_init__(self) -> None:
+        owner = "GridPool"
+        check_choice(owner, "mode", self.mode, WINDOW_MODES)
+        if not isinstance(self.grid, Sequence) or isinstance(self.grid, str) or not 1 <= len(self.grid) <= MOST_AXES:
+            raise ValueError(f"{owner}: expected grid to be lengths, got {self.grid!r:.80}")
+        number = len(self.grid)
+        object.__setattr__(self, "grid", lengths_of(owner, "grid", self.grid, number))
+        object.__setattr__(self, "channels", check_integer(owner, "channels", self.channels))
+        object.__setattr__(self, "size", lengths_of(owner, "size", self.size, number + 1))
+        strides = self.size if self.strides is None else self.strides
+        object.__setattr__(self, "strides", lengths_of(owner, "strides", strides, number + 1))
+        object.__setattr__(self, "dilation", lengths_of(owner, "dilation", self.dilation, number + 1))
+        object.__setattr__(self, "padding", pads_of(owner, self.padding, number + 1))
+        check_flag(owner, "counts", self.counts)
+        if any(max(pair) >= span for pair, span in zip(self.padding, self.spans, strict=True)):
+            raise ValueError(f"{owner}: expected padding less than a window {self.spans}, got {self.padding}")
+        self._prepare(owner)
+
+    @property
+    def spread(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The input isn't spread."""
+        return (1,) * len(self.size)
+
+    @property
+    def filters(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of channels of the output."""
+        return self.channels
+
+    @property
+    def spans(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The lengths of a window, with dilation."""
+        return tuple((size - 1) * step + 1 for size, step in zip(self.size, self.dilation, strict=True))
+
+    @property
+    def nothing(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The value of padding."""
+        return float("-inf") if self.mode == "max" else 0.0
+
+    def _used(self, steps: int, counts: Sequence[int]) -> Array:
+        """Return how many entries of each window count, `[1, T', …, 1]`."""
+        if self.mode == "mean" and self.counts:
+            return np.full((1,) * (len(counts) + 2), prod(self.size))
+        alone = replace(self, channels=1)
+        there = alone._padded(np.ones((1, steps, prod(self.grid))), 0.0)
+        return sum((there[places] for _, places in self._taps(counts)), np.zeros((1, *counts, 1)))
+
+    def over(self, wide: Array) -> Array:
+        """Return `[B, T', …, C]` for a padded input."""
+        counts = self._windows(wide).shape[1 : 1 + len(self.size)]
+        shape = (len(wide), *counts, self.channels)
+        largest = self.mode == "max"
+        y = np.full(shape, self.nothing, wide.dtype if largest else np.float64)
+        for _, places in self._taps(counts):
+            y = np.maximum(y, wide[places]) if largest else y + wide[places]
+        return y
+
+    def apply(self, x: Array) -> Array:
+        """Return `[B, T', W']` for `x [B, T, W]`, or a vector per row for a vector."""
+        if x.ndim == 2:
+            return self.apply(x[:, None])[:, 0]
+        y = self.over(self._padded(x, self.nothing))
+        used = self._used(x.shape[1], y.shape[1:-1])
+        y = np.where(used > 0, y if self.mode == "max" else y / np.maximum(used, 1), 0.0)
+        return y.astype(x.dtype).reshape(*y.shape[:2], prod(y.shape[2:]))
+
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        rule = super().step_rule(*shapes)
+        if rule.advance is None or self.mode == "max":
+            return rule
+        if not self.counts and any(self.padding[0]):
+            return StepRule("the mean of its first windows is over fewer steps, which a stream doesn't count")
+        advance = rule.advance
+
+        def mean(memory: Array, x: Array) -> tuple[Array, Array]:
+            y, memory = advance(memory, x)
+            return (y / prod(self.size)).astype(x.dtype), memory
+
+        return rule._replace(advance=mean)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        sequence = x if x.ndim == 3 else x[:, None]
+        wide = self._padded(sequence, self.nothing)
+        counts = [sequence.shape[1] and self._count(0, sequence.shape[1]), *self.grid_out]
+        shape = (len(x), *counts, self.channels)
+        dy, dwide = dy.reshape(shape), np.zeros_like(wide)
+        if self.mode == "mean":
+            share = dy / np.maximum(self._used(sequence.shape[1], counts), 1)
+            for _, places in self._taps(counts):
+                dwide[places] += share
+        else:
+            y, left = run.y.reshape(shape), np.ones(shape, bool)
+            for _, places in self._taps(counts):
+                first = left & (wide[places] == y)
+                dwide[places] += np.where(first, dy, 0)
+                left &= ~first
+        return [dwide[self._places((sequence.shape[1], *self.grid), self.padding)].reshape(x.shape)]
+
+    @property
+    def summary(self) -> str:
+        grids = f"{_times((*self.grid, self.channels))} -> {_times((*self.grid_out, self.channels))}"
+        words = [self.mode, grids, f"window {_times(self.size)}", *self._words]
+        return ", ".join([*words, *(["padding counts"] if self.counts else [])])

@@ -1,0 +1,227 @@
+"""Exported modules with 2-D convolutions, attention, and norms over time, compared with the module."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cellstack.formats import onnx as adapter
+
+T = {0: "batch", 1: "steps"}
+
+
+def exported(module, x, path, axes=T):
+    """The network of a module with random statistics, for any batch and number of steps."""
+    for part in module.modules():
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            part.running_mean.uniform_(-1, 1)
+            part.running_var.uniform_(0.5, 2)
+    module.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (x,), str(path), input_names=["x"], output_names=["y"], dynamo=False, dynamic_axes={"x": axes}
+        )
+    return adapter.read_whole(str(path))
+
+
+class OfSpectra(nn.Module):
+    """Spectra [B, T, F] through 2-D layers, then a GRU over time."""
+
+    def __init__(self, front, width):
+        super().__init__()
+        self.front, self.rnn = front, nn.GRU(width, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.front(x[:, None])
+        return self.rnn(y.permute(0, 2, 1, 3).flatten(2))[0]
+
+
+class Glu(nn.Module):
+    def forward(self, x):
+        return nn.functional.glu(x, 1)
+
+
+FRONTS = {
+    "conv, norm, pool": (
+        nn.Sequential(
+            nn.Conv2d(1, 4, (3, 3), padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d((1, 2)),
+            nn.Conv2d(4, 3, (3, 3), padding=(1, 0)), nn.BatchNorm2d(3), nn.ELU(), nn.AvgPool2d((1, 2)),
+        ),
+        3,
+    ),
+    "over frequencies": (nn.Sequential(nn.Conv2d(1, 3, (1, 3), (1, 2)), nn.Conv2d(3, 2, (1, 3)), nn.Tanh()), 2),
+    "glu": (nn.Sequential(nn.Conv2d(1, 4, (2, 3), padding=(1, 1)), Glu(), nn.LeakyReLU(0.1)), 16),
+    "padded": (nn.Sequential(nn.ReflectionPad2d((1, 1, 0, 0)), nn.ZeroPad2d((0, 0, 2, 0)), nn.Conv2d(1, 2, 3)), 16),
+    "transposed": (
+        nn.Sequential(
+            nn.Conv2d(1, 4, (1, 3), (1, 2)), nn.ConvTranspose2d(4, 2, (1, 3), (1, 2), output_padding=(0, 1), groups=2)
+        ),
+        16,
+    ),
+    "layer norm": (nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.LayerNorm(8), nn.PReLU()), 24),
+    "instance norm": (nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.InstanceNorm2d(3, affine=True)), 24),
+    "depthwise": (nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.AvgPool2d((1, 8))), 3),
+}  # fmt: skip
+
+
+def compared(net, module, x, tolerance=1e-5):
+    ours, theirs = net(x.numpy()), module(x).detach().numpy()
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_two_dimensional_layers_before_a_recurrent_one(name, tmp_path):
+    torch.manual_seed(0)
+    front, width = FRONTS[name]
+    module = OfSpectra(front, width)
+    net = exported(module, torch.randn(2, 9, 8), tmp_path / "net.onnx")
+    for rows, steps in ((2, 9), (3, 14), (1, 5)):
+        compared(net, module, torch.randn(rows, steps, 8))
+
+
+def test_a_causal_grid_is_streamed(tmp_path):
+    torch.manual_seed(1)
+    module = OfSpectra(FRONTS["padded"][0], 16)
+    net = exported(module, torch.randn(2, 9, 8), tmp_path / "net.onnx")
+    x = torch.randn(2, 12, 8).numpy()
+    whole, stream = net(x), net.stream(2)
+    np.testing.assert_array_equal(np.stack([stream.step(x[:, t]) for t in range(12)], 1), whole)
+
+
+class Pooled(nn.Module):
+    """A GRU, and attention pooling."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.rnn, self.score = how, nn.GRU(3, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x):
+        y, h = self.rnn(x)
+        if self.how == "products":
+            return (torch.softmax(self.score(torch.tanh(y)), 1) * y).sum(1)
+        if self.how == "squeezed":
+            return (torch.softmax(self.score(y).squeeze(-1), -1)[..., None] * y).sum(1)
+        if self.how == "matmul":
+            return torch.bmm(torch.softmax(self.score(y), 1).transpose(1, 2), y)[:, 0]
+        if self.how == "last state":
+            scores = torch.softmax(torch.bmm(y, h[-1][:, :, None]), 1)
+            return torch.bmm(y.transpose(1, 2), scores)[..., 0]
+        if self.how == "statistics":
+            mean = y.mean(1, keepdim=True)
+            return torch.cat([mean[:, 0], torch.sqrt(((y - mean) ** 2).mean(1) + 1e-5)], -1)
+        if self.how == "norm":
+            return h[-1] / h[-1].norm(dim=1, keepdim=True)
+        mean = y.mean((1, 2), keepdim=True)
+        return ((y - mean) / torch.sqrt(((y - mean) ** 2).mean((1, 2), keepdim=True) + 1e-5)).sum(1)
+
+
+@pytest.mark.parametrize("how", ["products", "squeezed", "matmul", "last state", "statistics", "norm", "global norm"])
+def test_attention_pooling(how, tmp_path):
+    torch.manual_seed(2)
+    module = Pooled(how)
+    net = exported(module, torch.randn(2, 6, 3), tmp_path / "net.onnx")
+    for rows, steps in ((2, 6), (3, 11), (1, 2)):
+        compared(net, module, torch.randn(rows, steps, 3))
+    if how != "norm":
+        with pytest.raises(ValueError, match=r"whole sequence|over time|one vector"):
+            net.stream()
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.heads, self.rnn, self.parts = heads, nn.LSTM(3, 6, batch_first=True), nn.Linear(6, 18)
+
+    def forward(self, x):
+        y = self.rnn(x)[0]
+        q, k, v = self.parts(y).chunk(3, -1)
+        if self.heads > 1:
+            q, k, v = (one.reshape(one.shape[0], one.shape[1], self.heads, -1).transpose(1, 2) for one in (q, k, v))
+        y = torch.softmax(q @ k.transpose(-1, -2) / 1.5, -1) @ v
+        return y if self.heads == 1 else y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_self_attention(heads, tmp_path):
+    torch.manual_seed(3)
+    module = SelfAttention(heads)
+    net = exported(module, torch.randn(2, 6, 3), tmp_path / "net.onnx")
+    assert sum(type(node).__name__ == "Attention" for node in net.nodes) == 1
+    for rows, steps in ((2, 6), (3, 11)):
+        compared(net, module, torch.randn(rows, steps, 3))
+
+
+class OfChannels(nn.Module):
+    """Layers over [B, C, T] in a module that takes [B, T, C]."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers, self.rnn = nn.Sequential(*layers), nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(self.layers(x.transpose(1, 2)).transpose(1, 2))[0]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.GroupNorm(2, 4),),
+        (nn.GroupNorm(1, 4), nn.Conv1d(4, 4, 3)),
+        (nn.InstanceNorm1d(4, affine=True),),
+        (nn.ConvTranspose1d(4, 4, 3, stride=2, padding=1, output_padding=1),),
+        (nn.ConvTranspose1d(4, 4, 4, groups=2),),
+    ],
+    ids=["group", "global", "instance", "transposed", "grouped"],
+)
+def test_norms_over_time_and_transposed_convolutions(layers, tmp_path):
+    torch.manual_seed(4)
+    module = OfChannels(*layers)
+    for part in module.layers.parameters():
+        nn.init.normal_(part)
+    net = exported(module, torch.randn(2, 7, 4), tmp_path / "net.onnx")
+    for rows, steps in ((2, 7), (3, 10)):
+        compared(net, module, torch.randn(rows, steps, 4), 2e-5)
+
+
+class Masked(nn.Module):
+    """Magnitudes [B, C, F, T], whose rows and steps are merged for a linear layer, times a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.rnn, self.out = nn.Linear(10, 6), nn.LSTM(6, 3, bidirectional=True), nn.Linear(6, 14)
+
+    def forward(self, x):
+        y = x.permute(3, 0, 1, 2)
+        steps, rows, channels, _ = y.shape
+        y = torch.tanh(self.into(y[..., :5].reshape(-1, channels * 5))).reshape(steps, rows, 6)
+        y = self.out(self.rnn(y)[0].reshape(-1, 6)).reshape(steps, rows, channels, 7)
+        return torch.relu(y).permute(1, 2, 3, 0) * x
+
+
+def test_features_in_two_axes_before_time(tmp_path):
+    torch.manual_seed(5)
+    module = Masked()
+    net = exported(module, torch.rand(2, 2, 7, 9), tmp_path / "net.onnx", {0: "batch", 3: "steps"})
+    assert net.metadata["onnx"]["inputs"] == {"x": "BCFT"}
+    for rows, steps in ((2, 9), (3, 12)):
+        x = torch.rand(rows, 2, 7, steps)
+        ours = net(x.permute(0, 3, 1, 2).flatten(2).numpy())
+        theirs = module(x).permute(0, 3, 1, 2).flatten(2).detach().numpy()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_reshape_that_mixes_time_and_features_is_refused(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.conv = nn.GRU(4, 4, batch_first=True), nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.rnn(x)[0][:, None]).reshape(x.shape[0], 8, -1)
+
+    with pytest.raises(adapter.FormatError, match=r"Reshape .*: the shape must keep batch, time and features separate"):
+        exported(Mixed(), torch.randn(2, 6, 4), tmp_path / "net.onnx")
