@@ -4,6 +4,7 @@
 modules of this package by `@program`; each imports its package only when it is built.
 """
 
+import copy
 import importlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack.formats.compiled.equality import Ends
-from cellstack.formats.compiled.nested import fresh, tensors_in
+from cellstack.formats.compiled.nested import tensors_in
 from cellstack.layers.accelerated import Accelerated
 
 SIZES = ((2, 20), (1, 20), (3, 20), (2, 33), (2, 7))
@@ -135,7 +136,8 @@ def _accelerate(program: Program, made: Result, timed: bool) -> None:
         made.off = max([made.off, *map(_off, answers, theirs)])
     inputs = program.example(*program.sizes[0])
     gradients, draws = [], []
-    for part in (plain.train(), ours.train()):
+    for part in (plain, ours):
+        part.train()
         torch.manual_seed(0)
         gradients.append(train(part, inputs))
         draws.append(torch.get_rng_state())
@@ -152,7 +154,8 @@ def _accelerate(program: Program, made: Result, timed: bool) -> None:
 
 
 def _compile(program: Program, made: Result) -> None:
-    module = program.make().eval()
+    module = program.make()
+    module.eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -195,7 +198,7 @@ def floats(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         value = torch.view_as_real(value) if value.is_complex() else value
         return [value] if value.is_floating_point() else []
-    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, dict)):  # a record of results
+    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, dict, tuple)):  # a record of results
         value = vars(value)
     parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
     return [one for part in parts for one in floats(part)] if isinstance(value, (dict, list, tuple)) else []
@@ -204,14 +207,15 @@ def floats(value: Any) -> list[torch.Tensor]:
 def evaluated(module: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
     """Return a module's outputs in evaluation mode."""
     torch.manual_seed(0)
+    module.eval()  # which returns None in some packages, as train() does
     with torch.no_grad():
-        return floats(module.eval()(*fresh(inputs)))
+        return floats(module(*copy.deepcopy(inputs)))
 
 
 def train(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     """Return the gradients of a sum of a module's outputs, each weighted by a fixed random number."""
     module.zero_grad()
-    answers = [one for one in floats(module(*fresh(inputs))) if one.requires_grad]
+    answers = [one for one in floats(module(*copy.deepcopy(inputs))) if one.requires_grad]
     generator = torch.Generator().manual_seed(1)
     total = sum((one * torch.randn(one.shape, generator=generator)).sum() for one in answers)
     assert isinstance(total, torch.Tensor)
