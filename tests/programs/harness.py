@@ -6,6 +6,7 @@ modules of this package by `@program`; each imports its package only when it is 
 
 import copy
 import importlib
+import importlib.util
 import itertools
 import json
 import pkgutil
@@ -88,6 +89,13 @@ def all_programs() -> dict[str, Program]:
         if info.name != "harness" and not info.name.startswith("test_"):
             importlib.import_module(f"programs.{info.name}")
     return PROGRAMS
+
+
+def skip_init(package: str) -> None:
+    """Let modules of a package be imported without its `__init__`, which imports or downloads what they don't need."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    sys.modules[package] = importlib.util.module_from_spec(spec)
 
 
 @dataclass
