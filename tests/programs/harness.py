@@ -260,7 +260,7 @@ def matched(found: list[np.ndarray], wanted: np.ndarray) -> float:
 
     least = nearest(wanted)
     if not np.isfinite(least) and wanted.ndim > 2:
-        least = max(map(nearest, wanted))
+        least = min(max(map(nearest, np.moveaxis(wanted, axis, 0))) for axis in range(wanted.ndim))
     return least
 
 
@@ -280,7 +280,11 @@ def _off_stream(net: cs.Network, stream: cs.Stream, inputs: tuple[Any, ...]) -> 
     first, last = (call(stream.run, [array[:, part] for array in arrays]) for part in (slice(half), slice(half, None)))
     off = 0.0
     for one, begin, end in zip(whole, first, last, strict=True):
-        off = max(off, _off(np.concatenate([begin, end], 1) if begin.ndim > 2 else end, one))
+        if one.ndim < end.ndim:  # the network returns the last step, and its stream every step
+            streamed = end[:, -1]
+        else:
+            streamed = np.concatenate([begin, end], 1) if begin.ndim > 2 else end
+        off = max(off, _off(streamed, one))
     return off
 
 
