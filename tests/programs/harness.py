@@ -44,6 +44,7 @@ class Program:
         served: how many of the recurrent modules `accelerate` must serve.
         refused: words of the message with which `compile` must refuse the module; None: it must compile.
         streams: whether the compiled network must run step by step.
+        trains: whether a call in training mode takes the same arguments; otherwise gradients are those in evaluation.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Program:
     served: int = 1
     refused: str | None = None
     streams: bool = False
+    trains: bool = True
 
     def make(self) -> nn.Module:
         """Return the module with seeded weights, the same at each call."""
@@ -143,7 +145,7 @@ def _accelerate(program: Program, made: Result, timed: bool) -> None:
         made.off = max([made.off, *map(_off, answers, theirs)])
     inputs = program.example(*program.sizes[0])
     gradients, draws = [], []
-    for part in (plain.train(), ours.train()):
+    for part in (plain.train(program.trains), ours.train(program.trains)):
         torch.manual_seed(0)
         gradients.append(train(part, inputs))
         draws.append(torch.get_rng_state())
