@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 import cellstack as cs
+from cellstack.formats.compiled.copied import copied
 from cellstack.formats.compiled.equality import Ends
-from cellstack.formats.compiled.nested import tensors_in
+from cellstack.formats.compiled.nested import array_of, flattened, tensors_in
+from cellstack.formats.compiled.packing import padded, packs
 from cellstack.layers.accelerated import Accelerated
 
 SIZES = ((2, 20), (1, 20), (3, 20), (2, 33), (2, 7))
@@ -45,6 +47,7 @@ class Program:
         served: how many of the recurrent modules `accelerate` must serve.
         refused: words of the message with which `compile` must refuse the module; None: it must compile.
         streams: whether the compiled network must run step by step.
+        trains: whether a call in training mode takes the same arguments; otherwise gradients are those in evaluation.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Program:
     served: int = 1
     refused: str | None = None
     streams: bool = False
+    trains: bool = True
 
     def make(self) -> nn.Module:
         """Return the module with seeded weights, the same at each call."""
@@ -145,7 +149,7 @@ def _accelerate(program: Program, made: Result, timed: bool) -> None:
     inputs = program.example(*program.sizes[0])
     gradients, draws = [], []
     for part in (plain, ours):
-        part.train()
+        part.train(program.trains)
         torch.manual_seed(0)
         gradients.append(train(part, inputs))
         draws.append(torch.get_rng_state())
@@ -176,27 +180,38 @@ def _compile(program: Program, made: Result) -> None:
     if made.refused is not None:
         return
     made.cells, made.nodes = len(net.cells), len(net.nodes)
+    still = flattened(copied(program.make()), program.example(*program.sizes[0]))
     accepted = 0
     for rows, steps in program.sizes:
-        inputs = program.example(rows, steps)
-        ends = Ends(net, len(tensors_in(inputs)))
+        inputs = tuple(leaf for leaf in tensors_in(program.example(rows, steps)) if isinstance(leaf, torch.Tensor))
+        own, lengths = without_lengths(still, inputs)
+        ends = Ends(net, len(own))
         with torch.no_grad():
-            expected = ends.answers(module, inputs, tensors_in(inputs))
+            expected = ends.answers(still, inputs, list(inputs))
         try:
-            ours, states = ends.run(net, tensors_in(inputs))
+            ours, states = ends.run(net, own, lengths)
         except (TypeError, ValueError):
             continue  # `sizes` says so
         accepted += 1
         found = [np.asarray(part) for part in (*ours, *(part for state in states for part in state))]
         made.off_compiled = max([made.off_compiled, *(matched(found, one.numpy()) for one in floats(expected))])
+        if accepted == 1:
+            try:
+                stream = net.stream(rows)
+                made.off_stream = _off_stream(net, stream, own)
+                made.streams = True
+            except ValueError as error:
+                made.no_stream = str(error)
     made.sizes = f"{accepted}/{len(program.sizes)}"
-    inputs = program.example(*program.sizes[0])
-    try:
-        stream = net.stream(program.sizes[0][0])
-        made.off_stream = _off_stream(net, stream, inputs)
-        made.streams = True
-    except ValueError as error:
-        made.no_stream = str(error)
+
+
+def without_lengths(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """Return the inputs of a module's network, and the rows' lengths; None if the module doesn't pack sequences."""
+    calls = packs(module, inputs)
+    how = padded(module, inputs, calls) if calls else ""
+    if isinstance(how, str):
+        return list(inputs), None
+    return [value for n, value in enumerate(inputs) if n != how.place], np.asarray(calls[0].lengths)
 
 
 def floats(value: Any) -> list[torch.Tensor]:
@@ -264,10 +279,10 @@ def matched(found: list[np.ndarray], wanted: np.ndarray) -> float:
     return least
 
 
-def _off_stream(net: cs.Network, stream: cs.Stream, inputs: tuple[Any, ...]) -> float:
+def _off_stream(net: cs.Network, stream: cs.Stream, inputs: list[Any]) -> float:
     """Return how far a stream's outputs, in two chunks, are from those of the network for the whole sequence."""
-    ends = Ends(net, len(tensors_in(inputs)))
-    arrays = [np.asarray(tensors_in(inputs)[n]) for n in ends.data]
+    ends = Ends(net, len(inputs))
+    arrays = [ends.layouts[n].to_network(array_of(inputs[n])) for n in ends.data]
     if ends.steps:
         arrays = [np.stack([np.roll(array, t, -1) for t in range(4)], 1) for array in arrays]
 

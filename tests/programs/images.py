@@ -26,7 +26,7 @@ def easyocr_vgg():
     return module, lambda rows, width: (torch.randn(rows, 1, 64, width), torch.zeros(rows, 1, dtype=torch.long))
 
 
-@program("doctr: CRNN", "python-doctr==1.1.0", "torchvision==0.28.0", sizes=WIDTHS)
+@program("doctr: CRNN", "python-doctr==1.1.0", "torchvision==0.28.0", sizes=WIDTHS, trains=False)
 def doctr():
     from doctr.models.recognition import crnn_mobilenet_v3_small
 
