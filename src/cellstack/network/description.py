@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cellstack.bfloat16 import BFloat16Array
+from cellstack.network.layouts import as_line
 from cellstack.nodes import NODES
 from cellstack.nodes.patches import Patch
 from cellstack.nodes.stored import Entry
@@ -212,8 +213,8 @@ def as_text(network: Network) -> str:
     total = sum(node.parameters for node in network.nodes)
     comes, goes = (_ends(network, names) for names in (network.inputs, network.outputs))
     head = f"Network of {network.dtype}: {comes} -> {goes}, {total:,} numbers"
-    patches = [f"  {patch!r}" for patch in network.patches]
-    return "\n".join([head, *("  " + line for line in _table(rows)), *patches])
+    lines = [*filter(None, [as_line(network)]), *_table(rows), *(repr(patch) for patch in network.patches)]
+    return "\n".join([head, *("  " + line for line in lines)])
 
 
 def plan_lines(network: Network) -> Plan:
@@ -227,7 +228,7 @@ def plan_lines(network: Network) -> Plan:
         rows.append((name, origin, node.summary, _cost(node.multiplications, node.bytes_read), engine))
     costs = [(node.multiplications, node.bytes_read) for node in network.nodes]
     total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
-    return Plan([*_table(rows), f"total per step: {total}"])
+    return Plan([*filter(None, [as_line(network)]), *_table(rows), f"total per step: {total}"])
 
 
 def _origins(network: Network) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack.arguments import as_flags, as_mask, as_own, as_states
+from cellstack.network import layouts
 from cellstack.nodes.base import Array, CellState, Flow, check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS
 from cellstack.nodes.recording import Recording
@@ -147,13 +148,17 @@ def _check_input(network: Network, name: str, arrays: dict[str, Array]) -> None:
     """Raise `ShapeError` unless an input has its shape, and the batch size of the first input."""
     array, shape = arrays[name], network.shapes[name]
     if len(shape) == 2 and shape[0] is None and name not in network.graph.ids:
-        check_sequence("Network", array.shape, shape[1], name)
+        try:
+            check_sequence("Network", array.shape, shape[1], name)
+        except ShapeError as error:
+            raise ShapeError(f"{error}{layouts.hint(network, name)}") from None
     else:
         fits = array.ndim == len(shape) + 1 and all(
             want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
         )
         if not fits:
             hint = ": add a batch axis: x[None]" if array.ndim == len(shape) else ""
+            hint += layouts.hint(network, name)
             raise ShapeError(f"Network: expected {name} {network.graph.shown(name)}, got {array.shape}{hint}")
     first = next(iter(arrays.values()))
     if len(array) != len(first):

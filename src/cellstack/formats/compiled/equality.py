@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from cellstack.formats.compiled.copied import duplicate
 from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
-from cellstack.formats.runtimes.axes import ordered, parted
+from cellstack.formats.runtimes.axes import parted
 from cellstack.network import Network
+from cellstack.network.layouts import Layout, layout_of
 
 STEPS = 4  # in the comparison of a module that computes one step of a cell
 LONGER = 250  # additional steps in the comparison of a much longer sequence
 MORE_ROWS = 10  # additional rows in the comparison of a larger batch
 ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} more steps "
+FLAGS = "mask"  # the input of a network that takes flags of the steps that are used
 NUDGE = 1 + 1e-6  # a factor for the weights, as close to 1 as rounding errors
 
 
@@ -73,7 +75,7 @@ def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> b
     """
     import torch
 
-    nudged = copy.deepcopy(module)
+    nudged = duplicate(module)
     with torch.no_grad():
         for weight in nudged.parameters():
             if weight.is_floating_point():
@@ -97,6 +99,19 @@ class Ends:
         self.states, self.axes = noted.get("states", {}), noted.get("state_axes", {})
         self.outputs: dict[str, str] = noted.get("outputs", {})
         self.steps = noted.get("frames") is not None
+        letters = noted.get("inputs", {}).values() if not self.steps else ()
+        known = dict(zip(network.inputs, letters, strict=False))
+        self.layouts = {
+            n: layout_of(network, "inputs", name) or Layout.of(known.get(name, ""))
+            for n, name in zip(self.data, network.inputs, strict=False)
+        }
+        self.returned = {
+            name: layout_of(network, "outputs", ours) or Layout.of(axes)
+            for ours, (name, axes) in zip(network.outputs, self.outputs.items(), strict=False)
+        } or {
+            f"output_{n}": layout_of(network, "outputs", ours) or Layout.of("")
+            for n, ours in enumerate(network.outputs)
+        }
         celled = [name for name, node in zip(network.names, network.nodes, strict=True) if node.cells]
         numbers = [celled.index(name) if name in celled else None for name in network.outputs]
         self.answered = dict(zip(self.outputs, numbers, strict=False))  # the index of the node that returns each output
@@ -105,8 +120,9 @@ class Ends:
 
     def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
         """Yield inputs of other sizes, each with the beginning of the message for outputs that differ."""
-        shapes = [given[n].shape for n in self.data]
-        rows, steps = (min((s[axis] for s in shapes if len(s) > axis), default=1) for axis in (0, 1))
+        places = [{n: self._axis(n, role, given[n]) for n in self.data} for role in "BT"]
+        lengths = [[given[n].shape[at] for n, at in place.items() if at is not None] for place in places]
+        rows, steps = (min(found, default=1) for found in lengths)
         tries = (
             (0, 1, "with one more row "),
             (1, 4, "with more steps "),
@@ -116,15 +132,17 @@ class Ends:
             (0, MORE_ROWS, f"with {MORE_ROWS} more rows "),
             (1, LONGER, MUCH_LONGER),
         )
-        for axis, more, what in tries:
-            if (axis and self.steps) or not more:
+        for which, more, what in tries:
+            if (which and self.steps) or not more or not lengths[which] or min(lengths[which]) + more < 1:
                 continue  # `answers` always computes several steps
-            along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
-            if all(given[n].ndim > axis and given[n].shape[axis] + more > 0 for n in self.data):
-                yield (
-                    what,
-                    [value if along.get(n, -1) < 0 else wider(value, along[n], more) for n, value in enumerate(given)],
-                )
+            along = {n: at for n, at in places[which].items() if at is not None}
+            along |= {n: at for n in self.starts if (at := self.axes[f"input_{n}"].find("BT"[which])) >= 0}
+            yield what, [wider(value, along[n], more) if n in along else value for n, value in enumerate(given)]
+
+    def _axis(self, n: int, role: str, value: Any) -> int | None:
+        """Return which axis of an input is the batch or time; None if none is."""
+        axes = self.layouts[n].axes or "BTF"[: value.ndim]
+        return axes.index(role) if role in axes else None
 
     def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
         """Return the outputs of a module as a list; if a call is one step, those of several steps."""
@@ -153,9 +171,9 @@ class Ends:
         found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
         return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
 
-    def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the outputs and the final states of a network, for the inputs of the module."""
-        arrays = [array_of(given[n]) for n in self.data]
+    def run(self, network: Network, given: list[Any], lengths: Any = None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the outputs and the final states of a network, for the inputs of the module and the rows' lengths."""
+        arrays = [self.layouts[n].to_network(array_of(given[n])) for n in self.data]
         if self.steps:
             arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
         states: list[Any] = [None] * len(network.cells)
@@ -171,8 +189,11 @@ class Ends:
                     raise ValueError(f"a cell is given only a part of its state, but has a learned initial {lacks[0]}")
                 own |= {name: np.zeros((len(arrays[0]), cell.spec.state_sizes[name]), network.dtype) for name in lacks}
             states[n] = tuple(own.values()) if len(lacks) < len(own) else None
+        if FLAGS in network.inputs:
+            arrays.append(np.arange(arrays[0].shape[1]) < np.reshape(lengths, (-1, 1)))
+            lengths = None
         x = tuple(arrays) if len(arrays) > 1 else arrays[0]
-        ours, after = network.run(x, states if self.starts else None)
+        ours, after = network.run(x, states if self.starts else None, lengths=lengths)
         return ours if isinstance(ours, tuple) else (ours,), after
 
     def unlike(
@@ -202,12 +223,15 @@ class Ends:
                 return no_tensor(n, wanted)
             theirs = array_of(wanted)
             name = f"output_{n}"
-            axes = self.outputs.get(name, "")
-            noted = self.axes[name] if name in self.states else axes
+            layout = self.returned.get(name, Layout.of(""))
+            noted = self.axes[name] if name in self.states else layout.axes
             if squeezed and theirs.ndim < len(noted) and (name in self.states or noted[:1] in ("1", "D")):
                 return None  # which axis of the state is missing isn't known
-            if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which is an output [B, H] of the network
-                theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
+            if squeezed and left and theirs.ndim < len(noted):
+                ones = {"1", *(axis for axis, length in zip("BT", left[0].shape, strict=False) if length == 1)}
+                layout = Layout.of("".join(axis for axis in noted if axis not in ones))
+            if name not in self.states:
+                theirs = layout.to_network(theirs, len(ours[0]))
             if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number per row
                 theirs = theirs[:, None]
             if left and name not in self.states and same(left[0], theirs):

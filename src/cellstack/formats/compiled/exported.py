@@ -7,12 +7,14 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from cellstack.formats.compiled.sizes import OURS
 from cellstack.spec import FormatError
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
+IN_PLACE = ("add_", "sub_", "mul_", "floor_divide_", "remainder_")
 LISTED = 2  # problems that a message lists if it also gives a remedy; the rest are counted
 
 # Patterns in the reason why a module can't be read, and how to fix each; the first that matches is used.
@@ -24,6 +26,8 @@ REMEDIES = (
      "return the distribution's parameters, and draw outside the module"),
     (r"ArgMax|ArgMin|TopK|aten::sort", "its output depends on comparing values: return the values, and choose outside "
      "the module"),
+    (r"a branch depends on the values", "its scripted code branches on values, as in if x.sum() > 0: compute both, "
+     "and choose by torch.where, or choose outside the module"),
     (r"Greater|Less|Equal|Where '|NonZero", "its output depends on comparing values: return the values, and choose "
      "outside the module"),
     (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten::baddbmm", "it multiplies computed "
@@ -67,19 +71,28 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
     handle = module.register_forward_pre_hook(hush) if not isinstance(module, torch.jit.ScriptModule) else None
     looks: list[str] = []
-    theirs = os.path.dirname(torch.__file__)  # PyTorch's own checks don't change what a module computes
+    theirs = (
+        os.path.dirname(torch.__file__),
+        OURS,
+    )  # checks of PyTorch and cellstack don't change what a module computes
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            console = _without_console() if handle is None else nullcontext()  # a scripted module can't be hushed
             try:
-                torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=False)
+                with console, _immutable_sizes():
+                    torch.onnx.export(
+                        module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=False
+                    )
             except ModuleNotFoundError:
                 raise
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
                 with _without_console():  # C++ code of PyTorch prints warnings about functions that it can't inline
-                    torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=True)
+                    torch.onnx.export(
+                        module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=True
+                    )
         for warning in caught:
             own = not warning.filename.startswith(theirs)
             if own and warning.category.__name__ == "TracerWarning" and LOOKS in str(warning.message):
@@ -94,6 +107,20 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
         if handle is not None:
             handle.remove()
     return list(dict.fromkeys(looks))
+
+
+def _immutable_sizes() -> Any:
+    """Return a context in which `length *= 2` doesn't change other names of a size, which is a tensor while traced."""
+    from torch.overrides import TorchFunctionMode
+
+    class Immutable(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
+                return getattr(args[0], name[:-1])(*args[1:], **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    return Immutable()
 
 
 @contextmanager

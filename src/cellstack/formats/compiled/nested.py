@@ -1,25 +1,40 @@
-"""The tensors in a module's inputs and outputs, which may be nested tuples, lists and dicts."""
+"""The tensors in a module's inputs and outputs, which may be nested tuples, lists, dicts and dataclasses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 
 def tensors_in(value: Any) -> list[Any]:
-    """Return the tensors in a module's output as a flat list."""
-    if isinstance(value, dict):
+    """Return the tensors in a module's inputs or outputs, and whatever isn't a container, as a flat list."""
+    if isinstance(value, Mapping):
         value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in fields(value)]
     return [t for part in value for t in tensors_in(part)] if isinstance(value, (tuple, list)) else [value]
 
 
 def like(structure: Any, values: Iterable[Any]) -> Any:
-    """Return values in the nested tuples and lists of `structure`."""
+    """Return values in the nested containers of `structure`, in the order of `tensors_in`."""
     queue = iter(values)
 
     def put(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            made: Any = copy.copy(part)
+            for key, one in part.items():
+                made[key] = put(one)
+            return made
+        if is_dataclass(part) and not isinstance(part, type):
+            made = copy.copy(part)
+            for field in fields(part):
+                object.__setattr__(made, field.name, put(getattr(part, field.name)))
+            return made
         if not isinstance(part, (tuple, list)):
             return next(queue)
         made = [put(one) for one in part]
@@ -28,6 +43,47 @@ def like(structure: Any, values: Iterable[Any]) -> Any:
         return tuple(made) if isinstance(part, tuple) else made
 
     return put(structure)
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a tensor, or a nested tuple or list of tensors."""
+    import torch
+
+    if type(value) in (tuple, list):
+        return all(map(is_plain, value))
+    return isinstance(value, torch.Tensor)
+
+
+def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
+    """Return a module that takes the tensors among its inputs as arguments, and returns a tuple of its tensors.
+
+    Args:
+        module: a copy, which is changed.
+        inputs: the example; what isn't a tensor in it is passed at every call.
+    """
+    import torch
+
+    if not isinstance(module, torch.jit.ScriptModule):
+        module.forward = partial(_flat_forward, module.forward, inputs)  # instead of a wrapper: the names stay the same
+        return module
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors: Any) -> Any:
+            return _flat_forward(self.module, inputs, *tensors)
+
+    return Flat().eval()
+
+
+def _flat_forward(forward: Any, inputs: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
+    import torch
+
+    queue = iter(tensors)
+    leaves = [next(queue) if isinstance(leaf, torch.Tensor) else leaf for leaf in tensors_in(inputs)]
+    return tuple(value for value in tensors_in(forward(*like(inputs, leaves))) if isinstance(value, torch.Tensor))
 
 
 def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

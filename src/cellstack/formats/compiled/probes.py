@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from cellstack.formats.compiled.equality import Ends
@@ -10,38 +9,6 @@ from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
 from cellstack.formats.compiled.sizes import Places, compared
 from cellstack.formats.runtimes.in_memory import first_axes, watched
 from cellstack.network import Network
-
-
-def first_call(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]:
-    """Run a module twice.
-
-    Returns:
-        Whether it passes packed rows to a recurrent layer, its outputs, and whether the second call returns them again.
-
-    Raises:
-        ValueError: the module rejects the inputs.
-    """
-    import torch
-
-    packed = []
-
-    def look(_: Any, given: tuple[Any, ...]) -> None:
-        packed.extend(value for value in given if isinstance(value, torch.nn.utils.rnn.PackedSequence))
-
-    parts = [part for part in module.modules() if isinstance(part, torch.nn.RNNBase)]
-    try:
-        with torch.no_grad(), watched(parts, look):
-            answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
-    except Exception as error:  # a module may raise any exception
-        raise ValueError(
-            f"compile: {type(module).__name__} itself rejects the example: {type(error).__name__}: {error}"
-        ) from error
-    same = [
-        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
-        for one, other in zip(answers, second, strict=False)
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    ]
-    return bool(packed), answers, all(same)
 
 
 def plain(module: Any) -> bool:
@@ -121,8 +88,4 @@ def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> P
     try:
         return compared(lambda given: module(*fresh(like(example, given))), first, others)
     except Exception as error:  # code may reject sizes that aren't plain integers
-        warnings.warn(
-            f"compile: whether {type(module).__name__} compares sizes of its input can't be checked: {error}",
-            stacklevel=3,
-        )
-        return Places([], [])
+        return Places([], [], str(error))

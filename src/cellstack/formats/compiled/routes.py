@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import os
@@ -11,6 +10,7 @@ from typing import Any
 
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
+from cellstack.formats.compiled.copied import duplicate
 from cellstack.formats.compiled.equality import no_tensor
 from cellstack.formats.compiled.exported import export
 from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
@@ -18,6 +18,7 @@ from cellstack.formats.compiled.probes import calls
 from cellstack.formats.pytorch import network_of_module
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.network import Network
+from cellstack.network.layouts import KEY
 from cellstack.spec import FormatError
 
 MOST_WAYS = 30  # combinations of axes of several inputs that are tried
@@ -58,15 +59,20 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
         options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
         looks += export(_as_one_step(module, inputs), fresh(inputs), path, options)
         try:
-            return onnx.read_whole(path, whole_loops=True)
+            shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
+            network = onnx.read_whole(path, whole_loops=True, example=shapes)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
+    if KEY in network.metadata:
+        network.metadata[KEY]["of"] = "module"
+    return network
 
 
 def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
-    """Return, for each input tensor of a module, which of its first two axes may have another length.
+    """Return, for each input tensor of a module, which of its axes may have another length.
 
-    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
+    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors. Where
+    all axes of a sequence may change, the last one is taken to be the features, as an example [B, T, I] has them.
     """
     import torch
 
@@ -89,8 +95,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
             if m != n:
                 others.setdefault(tuple(value.shape), []).append(m)
         ways = [
-            [None, *(other for other in range(min(2, len(shape))) if shape[other] == flat[n].shape[axis])]
-            for shape in others
+            [None, *(other for other in range(len(shape)) if shape[other] == flat[n].shape[axis])] for shape in others
         ]
         for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
             more = {m: at for group, at in zip(others.values(), way, strict=True) if at is not None for m in group}
@@ -101,7 +106,8 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     found = []
     for n, value in enumerate(flat):
         if value.ndim > 2:
-            found.append([axis for axis in (0, 1) if len(flat) == 1 or may_change(n, axis)] or [0, 1])
+            free = [axis for axis in range(value.ndim) if may_change(n, axis)]
+            found.append(free[:2] if len(free) > 2 else free or [0, 1])
         else:
             found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
     return found
@@ -127,7 +133,7 @@ def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
         run = getattr(torch._VF, mode)
         return run(input[None], hx[None], weights, cell.bias, 1, 0.0, False, False, False)[1][0]
 
-    stepped = copy.deepcopy(module)
+    stepped = duplicate(module)
     for part in stepped.modules():
         if isinstance(part, (torch.nn.GRUCell, torch.nn.RNNCell)):
             part.forward = functools.partial(once, part)

@@ -17,10 +17,14 @@ OURS = str(Path(__file__).absolute().parents[2])
 
 
 class Places(NamedTuple):
-    """Where a module's code uses sizes, each as `file.py:12`: where it compares them, and where it calls `len`."""
+    """Where a module's code uses sizes, each as `file.py:12`: where it compares them, and where it calls `len`.
+
+    `failed` is the reason if that can't be found; "" otherwise.
+    """
 
     compared: list[str]
     measured: list[str]
+    failed: str = ""
 
 
 def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> Places:

@@ -22,7 +22,8 @@ from cellstack.formats.onnx.frames import frames_of, makes_steps
 from cellstack.formats.onnx.graph import data_inputs, load_graph
 from cellstack.formats.onnx.passes import passes
 from cellstack.formats.onnx.writer import write
-from cellstack.network import Network
+from cellstack.network import Network, layouts
+from cellstack.network.layouts import Layout
 from cellstack.spec import FormatError
 
 NAME = "ONNX"
@@ -137,7 +138,7 @@ def _options(
 
 
 def load(path: str, **options: Any) -> Network:
-    """Return the whole of an ONNX file as a Network, and warn of inputs whose axes the file has in another order.
+    """Return the whole of an ONNX file as a Network, and warn if its inputs or outputs have other axes in the file.
 
     Args:
         path: the file.
@@ -147,29 +148,18 @@ def load(path: str, **options: Any) -> Network:
         FormatError, OSError, ModuleNotFoundError: see `read_whole`.
     """
     network = read_whole(path, **options)
-    turned = time_first(network.metadata["onnx"]["inputs"])
-    if turned:
-        how = "transpose x, by x.swapaxes(0, 1); sequences are returned in the network's order"
-        warnings.warn(f"load: {path}: {turned}; {how}", stacklevel=3)  # the call of cellstack.load
+    if others(network.metadata["onnx"]):
+        warnings.warn(f"load: {path} {layouts.warning(network)}", stacklevel=3)  # the call of cellstack.load
     return network
 
 
-def time_first(inputs: Mapping[str, str]) -> str:
-    """Return what to know of inputs that have time before batch in a file; "" where none has.
+def others(ends: Mapping[str, Any]) -> bool:
+    """Return whether a file has other axes than its network.
 
     Args:
-        inputs: the axes of each input, as `metadata["onnx"]` has them.
+        ends: `metadata["onnx"]` of the network. Its layout may be that of an earlier file, if the file is ours.
     """
-    said = []
-    for name, axes in inputs.items():
-        batch = axes.find("B" if "B" in axes else "1")
-        if 0 <= axes.find("T") < batch:
-            theirs = ", ".join({"F": "I"}.get(axis, axis) for axis in axes)
-            ours = ", ".join(["B", "T", *(["I"] if "F" in axes else [])])
-            said.append(
-                f"input {short(name)} has time before batch in the file, [{theirs}]: the network takes [{ours}]"
-            )
-    return "; ".join(said)
+    return "frames" not in ends and any(Layout.of(axes).moved for what in ("inputs", "outputs") for axes in ends[what].values())
 
 
 @np.errstate(all="ignore")
@@ -181,6 +171,7 @@ def read_whole(
     frames: Mapping[str, int] | None = None,
     context: Mapping[str, int] | None = None,
     whole_loops: bool = False,
+    example: Mapping[str, list[int]] | None = None,
 ) -> Network:
     """Return a whole ONNX file as a Network.
 
@@ -197,6 +188,7 @@ def read_whole(
             The network, and a stream of it, keep them.
         whole_loops: whether loops that an exporter unrolled run over all steps of a sequence, which only the author of
             the file can know; by default they run over as many steps as the file unrolls.
+        example: the shape of each input of an example. Branches that depend on lengths are resolved for it, and noted.
 
     Returns:
         The network. Its inputs are `[B, T, I]` or `[B, I]`, whatever order of axes the file uses. Inputs that hold
@@ -211,7 +203,7 @@ def read_whole(
     model = read(path)
     fixed, sizes, contexts = _options(model, constants, weights, frames, context)
     try:
-        for run in passes(fixed, sizes, contexts, whole_loops):
+        for run in passes(fixed, sizes, contexts, whole_loops, example):
             model = run(model)
         return _loaded(model, sizes, contexts)
     except FormatError as error:

@@ -189,6 +189,7 @@ class Model:
         lost: why an unrolled loop couldn't be read as one operator.
         given: inputs and tensors that were given a value when the file was loaded: as lists, None for long ones.
         unused: tensors of the file that nothing uses.
+        branches: the places of the branches that were chosen by the lengths of an example.
     """
 
     path: str
@@ -204,6 +205,7 @@ class Model:
     lost: tuple[str, ...] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
 
     def changed(self, nodes: Iterable[Any], tensors: Iterable[Any] = (), **others: Any) -> Model:
         """Return the model with other nodes, additional tensors, and other fields by name."""

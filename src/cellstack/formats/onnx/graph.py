@@ -17,6 +17,7 @@ from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, 
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
 from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
 from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
+from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
     Final,
     Flowing,
@@ -33,7 +34,8 @@ from cellstack.formats.onnx.values import (
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network
-from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
+from cellstack.network.layouts import Layout, noted
+from cellstack.nodes import Activation, GlobalPool, Merge, Node, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError
 
@@ -82,6 +84,7 @@ class Reader:
         self.starts: dict[Initial, Final] = {}  # which state each input state initialises
         self.start_axes: dict[str, tuple[str, ...]] = {}
         self.inputs: dict[str, str] = {}  # the axes of each data input
+        self.layouts: list[Layout] = []  # the same with lengths
         shapes = {value.name: declared(value) or [] for value in scope.graph.input}
         kinds = {value.name: value.type.tensor_type.elem_type for value in scope.graph.input}
         self.ids: set[str] = set()  # wires that carry the integers of an input
@@ -105,6 +108,7 @@ class Reader:
             wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
             self.values[name] = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
             self.inputs[name] = labels
+            self.layouts.append(self.values[name].layout)
             if kinds[name] in INTEGERS:
                 self.ids.add(wire)
             if known.get("B", 1) != 1:
@@ -301,11 +305,13 @@ class Reader:
         return unknown * len(node.output) if made is None else [_settled(np.asarray(array, object)) for array in made]
 
     def _refuse(self, node: Any, text: str) -> None:
-        self.builder.refuse(f"{node.op_type} {text}")
+        where = line_of(node)
+        self.builder.refuse(f"{node.op_type} {text}" + (f" ({where})" if where else ""))
 
     def network(self) -> Network:
         """Return the network; its metadata describes all inputs and outputs of the graph."""
         axes: dict[str, str] = {}
+        layouts: list[Layout] = []
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
         states = {name: value for name, value in values.items() if isinstance(value, States)}
         after = {name: value for name, value in states.items() if not value.initial and not value.computed}
@@ -331,12 +337,11 @@ class Reader:
                 self.builder.refuse(f"output {short(name)}: {error}")
                 continue
             axes[name] = "".join(flow.axes)
+            layouts.append(flow.layout)
             if self.frames is not None:  # one output per frame
                 self.builder.output(flow.wire, name)
                 continue
-            if axes[name].replace("1", "") in ("BFT", "FT"):  # restore the file's order of axes
-                flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
-            elif axes[name] in ("B1F", "BF1"):
+            if axes[name] in ("B1F", "BF1"):
                 flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
             self.builder.output(flow.wire, name)
         states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
@@ -355,11 +360,22 @@ class Reader:
             ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
         if self.model.unrolled:
             ends["unrolled"] = dict(self.model.unrolled)
+        if self.model.branches:
+            ends["branches"] = list(self.model.branches)
         if self.model.given:
             ends["given"] = dict(self.model.given)
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}
         self.builder.check()
         builder = self.builder if self.frames is None else lifted(self.builder)
+        if not self.model.said and self.frames is None:  # our own files have the network's axes
+            taken = dict(zip(builder.inputs, self.layouts, strict=True))
+            return builder.network(
+                lambda draft: {
+                    **own,
+                    **noted("file", taken, dict(zip(draft.outputs, layouts, strict=True))),
+                    "onnx": ends | self._states(draft, states),
+                }
+            )
         return builder.network(lambda draft: own | {"onnx": ends | self._states(draft, states)})
 
     def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:

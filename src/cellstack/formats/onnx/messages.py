@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 DOMAINS = ("", "ai.onnx")
+OURS = str(Path(__file__).absolute().parents[2])
 INNER_GRAPH = 5  # AttributeProto's type
 
 
 def label(node: Any) -> str:
     """Return a node's name, else that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def line_of(node: Any) -> str:
+    """Return where a module's code calls an operator, as `file.py:12`, if PyTorch's exporter noted it; else ""."""
+    for path, line, function in re.findall(r"^(.+)\((\d+)\): (.*)", node.doc_string, re.MULTILINE):
+        ours = path.startswith(OURS)
+        if ours and function == "export":
+            break  # what follows has called the exporter
+        if not ours and not re.search(r"[\\/](site|dist)-packages[\\/]torch[\\/]", path):
+            return f"{PureWindowsPath(path).name}:{line}"  # of both kinds of separators
+    return ""
 
 
 def graphs_of(node: Any) -> Iterator[Any]:

@@ -21,7 +21,11 @@ Pass = Callable[[Model], Model]
 
 
 def passes(
-    fixed: Mapping[str, Any], sizes: Mapping[str, int], contexts: Mapping[str, int], whole_loops: bool
+    fixed: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    contexts: Mapping[str, int],
+    whole_loops: bool,
+    example: Mapping[str, list[int]] | None = None,
 ) -> Iterator[Pass]:
     """Yield the passes, in order.
 
@@ -30,10 +34,13 @@ def passes(
         sizes: sizes of frames, by input.
         contexts: sizes of contexts, by input.
         whole_loops: whether unrolled loops run over all steps of a sequence.
+        example: the shape of each input of an example, which chooses the branches that depend on lengths.
     """
     yield lambda model: fix_inputs(model, fixed)  # inputs with a given value become tensors
     yield lambda model: specialize(model, _lengths(model, sizes, contexts))  # each If becomes the branch that runs
-    yield check_specialized  # refuses an If that remains
+    if example:
+        yield lambda model: specialize(model, example, noted=True)
+    yield lambda model: check_specialized(model, example is not None)  # refuses an If that remains
     yield lambda model: drop_neutral(model) if model.given else model  # x + 0 becomes x
     yield note_unused  # lists tensors that no output depends on, before passes stop using some
     yield lambda model: roll(model, whole_loops)  # the steps of an unrolled loop become one recurrent operator

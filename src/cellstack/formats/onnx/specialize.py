@@ -6,7 +6,7 @@ the lengths are known, the branch that would run replaces the `If`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from cellstack.formats.files import short
 from cellstack.formats.onnx.file import Graph, Model, Scope, declared, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, fold
-from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, renamed
+from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, line_of, renamed
 from cellstack.formats.onnx.values import Dim
 from cellstack.layout import Array
 from cellstack.spec import FormatError
@@ -94,7 +94,7 @@ class _Lengths:
         sizes: lengths of inputs that the file leaves open, by name.
     """
 
-    def __init__(self, model: Model, sizes: Mapping[str, list[int | None]]) -> None:
+    def __init__(self, model: Model, sizes: Mapping[str, Sequence[int | None]]) -> None:
         onnx, self.scope = onnx_package(), model.scope()
         proto = self._described(sizes)
         try:
@@ -108,7 +108,7 @@ class _Lengths:
         }
         self.values: dict[str, Array | None] = {}
 
-    def _described(self, sizes: Mapping[str, list[int | None]]) -> Any:
+    def _described(self, sizes: Mapping[str, Sequence[int | None]]) -> Any:
         """Return the model for the package: without an exporter's notes, which cover all branches, or are wrong.
 
         Lists of lengths and pads that the graph computes from constants are tensors, as the package doesn't infer them.
@@ -185,12 +185,13 @@ def _numbers(value: Any) -> Array | None:
     return value.astype(np.int64)
 
 
-def specialize(model: Model, sizes: Mapping[str, list[int | None]]) -> Model:
+def specialize(model: Model, sizes: Mapping[str, Sequence[int | None]], noted: bool = False) -> Model:
     """Return a model in which each `If` whose condition is known is replaced by its branch.
 
     Args:
         model: the file.
         sizes: lengths of inputs that the file leaves open, by name.
+        noted: whether to note the places of the branches, because the lengths are those of an example.
 
     Raises:
         FormatError: too many branches.
@@ -199,15 +200,18 @@ def specialize(model: Model, sizes: Mapping[str, list[int | None]]) -> Model:
     while any(node.op_type == "If" for node in model.graph.node):
         lengths, branches, before = _Lengths(model, sizes), _Branches(model.graph), taken
         nodes: list[Any] = []
+        places: list[str] = []
         for node in model.graph.node:
             branch = _branch(lengths, node)
+            places += [line_of(node) or short(label(node))] if branch is not None and noted else []
             taken += branch is not None
             nodes += [node] if branch is None else branches.put(node, branch)
         if taken == before:
             break
         if taken > MOST_BRANCHES:
             raise FormatError(f"{model.path}: more than {MOST_BRANCHES} branches of If aren't supported")
-        model = model.changed(nodes, branches.tensors)
+        chosen = tuple(dict.fromkeys((*model.branches, *places)))
+        model = model.changed(nodes, branches.tensors, branches=chosen)
     return model
 
 
@@ -311,8 +315,13 @@ def _taken(node: Any) -> Iterator[str]:
             yield from _taken(inner)
 
 
-def check_specialized(model: Model) -> Model:
-    """Return the model; `FormatError` where an `If` that leads to an output remains: it says what would resolve it."""
+def check_specialized(model: Model, traced: bool = False) -> Model:
+    """Return the model; `FormatError` where an `If` that leads to an output remains: it says what would resolve it.
+
+    Args:
+        model: the file.
+        traced: whether it was exported with an example, whose lengths have resolved what depends on lengths.
+    """
     if not any(node.op_type == "If" for node in model.graph.node):
         return model
     scope = model.scope()
@@ -328,7 +337,10 @@ def check_specialized(model: Model) -> Model:
         raise FormatError(f"{model.path}: {text}: cs.load(path, constants={{{example}}})")
     if left:
         names = ", ".join(short(name) for name in dict.fromkeys(found)) or "unknown values"
-        where = f"{model.path}: If {short(label(left[0]))}"
+        line = line_of(left[0])
+        where = f"{model.path}: If {short(label(left[0]))}" + (f" ({line})" if line else "")
+        if traced:
+            raise FormatError(f"{where}: a branch depends on the values of {names}")
         text = f"{where}: its branch must be known when the file is loaded, but depends on the lengths of {names}"
         example = next((name for name in scope.inputs if len(declared(inputs[name]) or ()) in (2, 3)), "input")
         raise FormatError(f"{text}: pass the size of a frame, as in cs.load(path, frames={{{example!r}: 512}})")

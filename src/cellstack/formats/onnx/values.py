@@ -5,6 +5,7 @@ Transpose only changes the order of the labels:
 
     B  batch        T  time        F  features        N  batch and time merged, as some exporters write a Dense
     D  the two directions of a bidirectional operator, concatenated in the wire's features        1  of length 1
+    C  channels: the wire's features are a grid [C, F], of which C is the outer axis: feature c·F + f
 
 A value without B is one row, as in a file without a batch axis: where an operator needs a batch, an axis of length 1
 serves as it.
@@ -18,6 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from cellstack.layout import Array
+from cellstack.network.layouts import Layout
 from cellstack.nodes.base import Shape
 from cellstack.nodes.cell import Cell
 
@@ -126,12 +128,25 @@ class Flowing:
         axes: a label for each axis in ONNX.
         shape: the wire's axes after the batch, in the Network's order.
         batch: the batch size that the file declares; None if open.
+        channels: the length of C, where the value has that axis.
     """
 
     wire: str
     axes: tuple[str, ...]
     shape: Shape
     batch: int | None = None
+    channels: int = 1
+
+    @property
+    def grid(self) -> bool:
+        """Whether the wire's features are more than one axis: channels or directions, and F."""
+        return "C" in self.axes or "D" in self.axes
+
+    @property
+    def layout(self) -> Layout:
+        """The axes with their lengths, as the metadata record them."""
+        lengths = [length if isinstance(length, int) else None for length in self.lengths]
+        return Layout("".join(self.axes), tuple(lengths))
 
     @property
     def width(self) -> int | None:
@@ -145,11 +160,12 @@ class Flowing:
 
     def length(self, label: str) -> Length:
         """Return the length of an axis, a number if known."""
-        directions = 2 if "D" in self.axes else 1
+        outer = (2 if "D" in self.axes else 1) * (self.channels if "C" in self.axes else 1)
         known = {
             "B": self.batch,
             "T": self.steps,
-            "F": None if self.width is None else self.width // directions,
+            "F": None if self.width is None else self.width // outer,
+            "C": self.channels,
             "D": 2,
             "1": 1,
             "N": None if self.batch is None or self.steps is None else self.batch * self.steps,

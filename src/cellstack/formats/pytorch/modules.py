@@ -22,6 +22,7 @@ from cellstack.formats.pytorch.saved import Saved
 from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, OUR_CELLS, OUR_RNNS, WRAPPERS
 from cellstack.layout import Array
 from cellstack.network import Network
+from cellstack.network.layouts import time_first
 from cellstack.nodes import (
     Activation,
     Clip,
@@ -109,7 +110,10 @@ def network_of_module(module: Any, metadata: dict[str, Any] | None = None, reade
             "takes the batch first"
         )
     reader.builder.output(reader.wire)
-    return reader.builder.network(metadata, numbered=True)
+    network = reader.builder.network(metadata, numbered=True)
+    if reader.time_first:
+        network.metadata.update(time_first(network))
+    return network
 
 
 def _called(module: Any) -> str:

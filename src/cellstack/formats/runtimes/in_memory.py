@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs
-from cellstack.formats.runtimes.axes import ordered
 from cellstack.network import Network
+from cellstack.network.layouts import Layout, layout_of, rearranged
 from cellstack.nodes.base import Array
 
 
@@ -26,8 +26,8 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
     """Call a module in evaluation mode, without gradients, and return its outputs, and its states if they are known.
 
     The tensors that it returns, also in nested tuples, lists and dicts, are matched with the network's outputs in
-    order. A module whose recurrent layers take time before batch gets a transposed x, and its output is transposed
-    back.
+    order. Inputs are passed, and outputs expected, in the layout of the module that the network was read from; without
+    one, a module whose recurrent layers take time before batch gets a transposed x, and its output is transposed back.
 
     Args:
         net: the network.
@@ -43,15 +43,19 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
 
     weights = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
     like = {"device": weights[0].device, "dtype": weights[0].dtype} if weights else {}
-    arrays = [torch.from_numpy(np.array(array)) for array in inputs.values()]
+    layouts = {name: layout_of(net, "inputs", name) for name in inputs}
+    arrays = [
+        torch.from_numpy(np.array(array if layouts[name] is None else layouts[name].from_network(array)))
+        for name, array in inputs.items()
+    ]
     given = [one.to(**like) if one.is_floating_point() else one.to(like.get("device", "cpu")) for one in arrays]
-    batch, steps = (*arrays[0].shape, 0)[:2]
-    notes = []
+    batch, steps = (*next(iter(inputs.values())).shape, 0)[:2]
+    notes = [*filter(None, [rearranged(net)])]
     with _evaluated(module), torch.no_grad():
         try:
             with first_axes(module) as seen:
                 returned = module(*given)
-            turned = bool(seen) and batch != steps and all(shape == (batch, steps) for shape in seen)
+            turned = not notes and bool(seen) and batch != steps and all(shape == (batch, steps) for shape in seen)
             if turned:
                 returned = module(*(one.transpose(0, 1) if one.ndim > 1 else one for one in given))
                 notes.append("the module takes time before batch, so x was transposed for it")
@@ -79,7 +83,8 @@ def run_module(net: Network, module: Any, inputs: Inputs, ours: dict[str, Array]
         notes.append(f"not compared: {len(found) - len(places)} more tensors that the module returns")
     outputs: dict[str, Array] = {}
     for (name, mine), place, axes in zip(ours.items(), places, noted.values() or [""] * len(ours), strict=True):
-        theirs = ordered(found[place], axes, batch)
+        layout = layout_of(net, "outputs", name) or Layout.of(axes)
+        theirs = layout.to_network(found[place], batch)
         if turned and mine.ndim > 2 and theirs.shape[:2] == (steps, batch):
             theirs = theirs.swapaxes(0, 1)
         if mine.shape == (*theirs.shape, 1):  # the module squeezes its only feature

@@ -11,8 +11,9 @@ import numpy as np
 from cellstack.formats import onnx
 from cellstack.formats.onnx.writer import state_names
 from cellstack.formats.runtimes.answers import Answers, CannotRunError, Inputs, OtherSizesError, package, says
-from cellstack.formats.runtimes.axes import ordered, parted
+from cellstack.formats.runtimes.axes import parted
 from cellstack.network import Network
+from cellstack.network.layouts import Layout, rearranged
 from cellstack.nodes import Bidirectional, Recurrent
 from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
@@ -48,7 +49,10 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
     names = ends["outputs"] or dict.fromkeys(list(found)[: len(net.outputs)], "")
     if len(names) != len(net.outputs) or not names.keys() <= found.keys():
         raise CannotRunError(f"expected the outputs {', '.join(net.outputs)}, found {', '.join(found)}")
-    outputs = {ours: ordered(found[name], names[name], batch) for ours, name in zip(net.outputs, names, strict=True)}
+    outputs = {
+        ours: Layout.of(names[name]).to_network(found[name], batch)
+        for ours, name in zip(net.outputs, names, strict=True)
+    }
     states: dict[str, Array] = {}
     for name, refs in ends["states"].items():
         cells = [ends["firsts"][node] + way for node, way, _ in refs]
@@ -56,9 +60,7 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
         states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=True)}
     if not ends["outputs"]:  # our writer may write what our reader can't read, such as masks
         states = {name: found[after] for name, after in state_names(net).items() if after in found}
-    turned = onnx.time_first(ends["inputs"])
-    note = f"{turned}, and x was transposed for the file" if turned else ""
-    return Answers("onnxruntime", ort.__version__, outputs, states, note=note)
+    return Answers("onnxruntime", ort.__version__, outputs, states, note=ends["note"])
 
 
 def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
@@ -155,7 +157,7 @@ def _ends_of(net: Network, path: str) -> dict[str, Any]:
     try:
         read = onnx.read_whole(path)
     except (FormatError, ModuleNotFoundError):
-        return {"inputs": {}, "outputs": {}, "states": {}}
+        return {"inputs": {}, "outputs": {}, "states": {}, "note": ""}
     return _noted(read, net)
 
 
@@ -171,6 +173,7 @@ def _noted(read: Network, net: Network) -> dict[str, Any]:
         "starts": noted.get("starts", {}),
         "frames": noted.get("frames"),
         "given": noted.get("given", {}),
+        "note": rearranged(read) if onnx.others(noted) else "",
         "firsts": [sum(counts[:number]) for number in range(len(counts))],
     }
 
@@ -187,10 +190,10 @@ def _fed(
         dtype = ONNX_TYPES.get(entry.type)
         if entry.name in given and dtype is not None:
             array, axes = given[entry.name]
-            array = array[0] if axes and "B" not in axes else array  # the file takes one row
-            ours = [axis for axis in "BTF" if axis in axes]
-            order = [ours.index(axis) for axis in axes]
-            fed[entry.name] = np.ascontiguousarray(array.transpose(order) if axes else array, dtype)
+            if axes:
+                sizes = [axis if isinstance(axis, int) else None for axis in entry.shape]
+                array = Layout(axes, tuple(sizes)).from_network(array)
+            fed[entry.name] = np.ascontiguousarray(array, dtype)
         elif dtype in ("float32", "float64"):
             fed[entry.name] = np.zeros([axis if isinstance(axis, int) else len(first) for axis in entry.shape], dtype)
         elif dtype is not None and len(entry.shape) == 1 and first.ndim > 1:

@@ -1,0 +1,176 @@
+"""Tries the routes from a module to a network, and says why none leads there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cellstack.formats.compiled.equality import MUCH_LONGER, difference
+from cellstack.formats.compiled.exported import remedy, shortened
+from cellstack.formats.compiled.packing import packs, padded, ragged_difference, with_flags, with_zeros
+from cellstack.formats.compiled.prepared import Prepared
+from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, plain, reads_values, time_first
+from cellstack.formats.compiled.routes import by_onnx, directly
+from cellstack.formats.compiled.sizes import Places
+from cellstack.network import Network
+from cellstack.spec import FormatError
+
+TOLERANCE = 1e-4  # of the relative difference: float32 on both sides, with sums in different orders
+SCALES = (1.0, 0.01, 10.0)  # of the random inputs for the comparison
+MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # if a module's code depends on values
+BATCH_FIRST = (
+    "it has layers with batch_first=False, but a Network takes batch before time: set batch_first=True, with the same "
+    "weights, and pass an example [B, T, I]"
+)
+TIME_FIRST = (
+    "it takes time before batch, but a Network takes batch before time: compile a wrapper whose forward calls it with "
+    "x.transpose(0, 1) and transposes the sequences that it returns, and pass an example [B, T, I]"
+)
+DRAWS = (
+    "a second call with the same input gives another output: it draws random numbers, or keeps a state between calls; "
+    "let forward take and return the state, and draw no numbers"
+)
+
+
+def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
+    """Return the network of a module, and what the user has to know of it.
+
+    Raises:
+        FormatError: no route leads to a network with the module's outputs; the message gives the reason for each.
+    """
+    calls = packs(ready.module, ready.inputs)
+    if not calls:
+        network, notes = _by_routes(ready, tolerance)
+        return network, [*ready.notes, *notes]
+    how = padded(ready.module, ready.inputs, calls)
+    if isinstance(how, str):
+        raise FormatError(how)
+    plain_answers = [value for value in ready.answers if value.ndim != 1 or value.is_floating_point()]
+    try:
+        of_padded = ready._replace(module=how.module, inputs=how.inputs, answers=plain_answers)
+        network, notes = _by_routes(of_padded, tolerance)
+    except FormatError as error:
+        raise FormatError(
+            f"it packs sequences, which a Network does by a mask, but can't do the rest: {error}"
+        ) from error
+    network, note = with_zeros(network), how.note
+    why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
+    if why is not None:
+        network = with_flags(network)
+        why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
+        note = f"{how.note.partition(' is the')[0]}, as flags [B, T], is the network's input mask: net((x, mask))"
+    if why is not None:
+        raise FormatError(
+            f"it packs sequences, which a Network does by a mask, but {why}: what it computes from padded steps or "
+            "lengths outside its recurrent layers has to follow from the mask too, such as a mean over the used steps"
+        )
+    return network, [*ready.notes, *notes, f"packs sequences: {note}"]
+
+
+def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
+    """Return the network of the first route whose outputs agree with the module's, and notes for the user."""
+    module, inputs = ready.module, ready.inputs
+    reasons = [] if ready.again else [DRAWS]
+    if time_first(module, inputs):
+        reasons.append(BATCH_FIRST if plain(module) else TIME_FIRST)
+    tried: list[str] = []
+    looks: list[str] = []
+    for how, read in (("read directly", directly), ("exported to ONNX", by_onnx)):
+        exported = read is by_onnx
+        network = None
+        try:
+            network = read(module, inputs, ready.answers, looks)
+            why = difference(network, module, inputs, tolerance, MORE_SCALES if looks else SCALES)
+        except (TypeError, ValueError, FormatError) as error:
+            network, why = None, str(error)
+        if network is not None and why is None and ready.again:
+            return network, _notes(network, module, inputs, looks, exported)
+        places: list[str] = []
+        if network is not None:
+            why = why or "its output equals that of the module's first call"
+            more, places = _differs(network, module, inputs, why, exported, bool(reasons))
+            reasons += more
+        if exported:
+            if looks and (not places or reads_values(module, inputs)):
+                reasons.append(
+                    f"it reads values of tensors ({_some(looks)}), but a graph only contains what it did for the "
+                    "example: write it without if, while, float() and numpy(), for instance by torch.where"
+                )
+            known = remedy(why or "")
+            if known and not reasons:
+                reasons.append(known)
+            why = shortened(why or "") if reasons else why
+        tried.insert(0, f"{how}: {why}")
+    raise FormatError("; ".join(reasons + tried))
+
+
+def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[str], exported: bool) -> list[str]:
+    """Return what a network doesn't follow of its module's code, though the outputs that were compared agree."""
+    notes = []
+    if looks and reads_values(module, inputs):
+        notes.append(
+            f"reads values of tensors ({_some(looks)}), and the network does what it did for the example: the outputs "
+            "for other values that were tried agree, but not all values can be tried"
+        )
+    places, _, failed = compared_sizes(network, module, inputs) if exported else Places([], [])
+    places = [*places, *network.metadata.get("onnx", {}).get("branches", ())]
+    if failed:
+        notes.append(f"may compare sizes of its input, which can't be checked: {failed}")
+    if places:
+        notes.append(
+            f"compares sizes of its input ({_some(places)}), and the network does what it did for the example's sizes: "
+            "it agrees for the other sizes that were tried, but may differ for sizes that weren't"
+        )
+    return notes
+
+
+def _differs(
+    network: Network, module: Any, inputs: tuple[Any, ...], why: str, exported: bool, known: bool
+) -> tuple[list[str], list[str]]:
+    """Return why a network's outputs differ, and where the module compares sizes.
+
+    Args:
+        network: the network.
+        module: the module.
+        inputs: the example.
+        why: the difference.
+        exported: whether the network comes from the module's graph.
+        known: whether a reason is known.
+    """
+    reasons: list[str] = []
+    onnx = network.metadata.get("onnx", {})
+    loops = onnx.get("unrolled", {})
+    if loops and why.startswith("with more steps"):
+        name, (count, what) = next(iter(loops.items()))
+        reasons.append(
+            f"its loop over {name} {what}, which a Network only supports for a fixed number of steps, "
+            f"{count} here: fix the number in forward, or compile a module of one step and stream it"
+        )
+    other = "has the shape" in why or why.startswith(("with more steps", MUCH_LONGER))
+    if other and not known and not reasons and calls_cells_repeatedly(module, inputs):
+        reasons.append(
+            "its loop skips steps, treats some of them differently, or doesn't join them by "
+            "torch.stack(ys, 1): a Network does the same at every step, and returns all steps"
+        )
+    places: list[str] = []
+    measured: list[str] = []
+    if exported and why.startswith("with "):
+        places, measured, _ = compared_sizes(network, module, inputs)
+        places = [*places, *onnx.get("branches", ())]
+        if places:
+            reasons.append(
+                f"it compares sizes of its input ({_some(places)}), but a graph only contains what it "
+                "did for the example's sizes: do the same for all sizes, or compile a module for each case",
+            )
+    if measured and not known and not reasons:
+        reasons.append(
+            f"its outputs differ for other sizes, perhaps because of len(x) ({_some(measured)}): a graph only "
+            "contains what it did for the example's sizes"
+        )
+    turned = [axes for axes in onnx.get("inputs", {}).values() if axes[:2] == "TB"]
+    if turned and not known and not reasons:
+        reasons.append(TIME_FIRST)
+    return reasons, places
+
+
+def _some(places: list[str]) -> str:
+    return ", ".join(places[:3])

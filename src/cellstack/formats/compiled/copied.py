@@ -1,0 +1,121 @@
+"""Copies a module for `compile`, which runs, changes and exports the copy only."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from cellstack.spec import FormatError
+
+MOST_SEARCHED = 100_000  # objects in which locks are looked for
+NORMS = ("WeightNorm", "SpectralNorm")  # hooks of torch.nn.utils that compute a weight before each call
+
+
+def copied(module: Any) -> Any:
+    """Return a copy of a module in evaluation mode; the module isn't changed.
+
+    Computed tensors that the module keeps, such as the weight of `torch.nn.utils.weight_norm` or an output of training,
+    are copied without their gradients' history, which deepcopy refuses. Each lock becomes a new lock.
+
+    Raises:
+        FormatError: a part can't be copied; the message names it.
+    """
+    try:
+        return duplicate(module).eval()
+    except Exception as error:  # a module may hold anything
+        where = _place(module)
+        if where:
+            where = f"its attribute {where} can't be copied, so set it to None before, or define __deepcopy__: "
+        raise FormatError(
+            f"compile: {type(module).__name__} can't be copied: {where}{type(error).__name__}: {error}"
+        ) from error
+
+
+def duplicate(value: Any) -> Any:
+    """Return a deep copy, with computed tensors detached and new locks."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Detaching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+                tensor, memo = args
+                memo[id(tensor)] = made = tensor.detach().clone()
+                return made
+            return func(*args, **(kwargs or {}))
+
+    locks = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
+    memo = {id(one): locks[type(one)]() for one in _objects(value) if type(one) in locks}
+    memo |= {id(one): one for one in _objects(value) if isinstance(one, torch._C.ScriptFunction)}  # without a state
+    with Detaching():
+        return copy.deepcopy(value, memo)
+
+
+def _objects(value: Any) -> Iterator[Any]:
+    """Yield what an object consists of: attributes and entries, at any depth."""
+    seen, waiting = set[int](), [value]
+    while waiting and len(seen) < MOST_SEARCHED:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, type):
+            continue
+        seen.add(id(one))
+        yield one
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            waiting += one
+        else:
+            waiting += getattr(one, "__dict__", {}).values()
+
+
+def _place(module: Any) -> str:
+    """Return the name of the first attribute of a module, or of a module in it, that can't be copied; "" if none."""
+    for path, part in module.named_modules():
+        own = {name: value for name, value in vars(part).items() if name != "_modules"}
+        kept = {
+            f"{name}[{key!r}]": value for name in ("_buffers", "_parameters") for key, value in own.pop(name).items()
+        }
+        for name, value in (own | kept).items():
+            if not _can_be_copied(value):
+                return ".".join(filter(None, (path, name)))
+    return ""
+
+
+def _can_be_copied(value: Any) -> bool:
+    try:
+        duplicate(value)
+    except Exception:  # a class may define how it is copied
+        return False
+    return True
+
+
+def fold(module: Any) -> list[str]:
+    """Replace weights that a module computes before each call by their values, and return their names.
+
+    These are parametrizations, such as `torch.nn.utils.parametrizations.weight_norm` and `spectral_norm`, their
+    older form, `torch.nn.utils.weight_norm` and `spectral_norm`, and pruned weights.
+
+    Args:
+        module: a copy in evaluation mode, which is changed.
+    """
+    from torch.nn.utils import parametrize
+    from torch.nn.utils.prune import BasePruningMethod
+
+    folded = []
+    for path, part in module.named_modules():
+        if parametrize.is_parametrized(part):
+            kept = {key: value for key, value in vars(type(part)).items() if key not in ("__dict__", "__weakref__")}
+            part.__class__ = type(type(part).__name__, type(part).__bases__, kept)  # the module shares its class
+            for name in list(part.parametrizations):
+                parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+                folded.append(f"{path}.{name}".strip("."))
+        for key, hook in list(part._forward_pre_hooks.items()):
+            pruned = isinstance(hook, BasePruningMethod)
+            if pruned or (type(hook).__name__ in NORMS and type(hook).__module__.startswith("torch.nn.utils.")):
+                name = hook._tensor_name if pruned else hook.name
+                hook.remove(part)
+                del part._forward_pre_hooks[key]
+                folded.append(f"{path}.{name}".strip("."))
+    return folded

@@ -1,0 +1,315 @@
+"""Modules that pack sequences by their lengths: as modules of padded sequences, whose networks take lengths or a mask.
+
+Packing selects, for every step, the rows that are still running; a Network does the same by `lengths` or `mask`. So the
+module is read as it treats rows of equal length: every operation on packed rows runs on padded ones instead. The
+network is then compared with the module itself for rows of different lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from cellstack.formats.compiled.copied import duplicate
+from cellstack.formats.compiled.equality import FLAGS, Ends
+from cellstack.formats.compiled.nested import array_of, fresh, like, tensors_in, wider
+from cellstack.network import Network
+from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
+
+ROWS = 4  # in the comparison of rows of different lengths
+KEPT = ("to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach")  # methods that keep an order
+
+
+class Packed(NamedTuple):
+    """A call of `pack_padded_sequence`: the rows' lengths, and the number of rows and of steps of its input."""
+
+    lengths: Any
+    rows: int
+    steps: int
+
+
+class Padded(NamedTuple):
+    """A module of padded sequences.
+
+    Attributes:
+        module: takes the inputs but for the lengths, and treats all rows as having the same length.
+        inputs: its example.
+        place: the index of the lengths or the mask among the original inputs; None: the module computes them.
+        kind: `"lengths"`, `"mask"`, `"padding mask"`, which is True where a step is not used, or `"computed"`.
+        note: how the network takes the lengths, for the user.
+    """
+
+    module: Any
+    inputs: tuple[Any, ...]
+    place: int | None
+    kind: str
+    note: str
+
+
+def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
+    """Run a module, and return its calls of `pack_padded_sequence`."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    calls: list[Packed] = []
+    unsorted: list[Any] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            import sys
+
+            name = getattr(func, "__name__", "")
+            if name == "sort" and sys._getframe(1).f_code.co_name == "pack_padded_sequence":
+                unsorted.append(args[0])
+            if name == "_pack_padded_sequence":
+                x, lengths, batch_first = args
+                rows, steps = x.shape[:2] if batch_first else x.shape[1::-1]
+                calls.append(Packed((unsorted.pop() if unsorted else lengths).clone(), rows, steps))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        module(*fresh(inputs))
+    return calls
+
+
+def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded | str:
+    """Return a module that packs sequences as one of padded sequences, or why that is impossible."""
+    import torch
+
+    flat, (lengths, rows, steps) = tensors_in(inputs), calls[0]
+    if any(call.rows != rows or not torch.equal(call.lengths, lengths) for call in calls):
+        return "it packs sequences of several lengths, but a Network takes one length per row for all its inputs"
+    place, kind = _source(flat, lengths)
+    found = [(n, *axes) for n, value in enumerate(flat) if n != place and (axes := _axes(value, rows, steps))]
+    if not found or (kind == "computed" and found[0][1:] != (0, 1)):
+        return (
+            "it packs sequences by lengths that it computes, which differ from those of its inputs: pass the lengths "
+            "to forward as an argument, one for each row"
+        )
+    given = [value for n, value in enumerate(flat) if n != place]
+    keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not _is_count(value, rows)]
+    data, *axes = found[0]
+    at = data - (place is not None and place < data), *axes
+    around = duplicate(module)
+    around.forward = partial(_padded_forward, around.forward, inputs, place, kind, at, keep)
+    if kind == "lengths":
+        note = f"input {place} is the network's argument lengths: net(x, lengths=...)"
+    elif kind == "computed":
+        note = "its lengths follow from its input; pass them to the network: net(x, lengths=...)"
+    else:
+        sign = "" if kind == "mask" else ", True where a step is used, which is the opposite of the module's"
+        note = f"input {place} is the network's argument mask: net(x, mask=...){sign}"
+    return Padded(around, tuple(given), place, kind, note)
+
+
+def _axes(value: Any, rows: int, steps: int) -> tuple[int, int] | None:
+    """Return which axes of a tensor are its rows and its steps, by their lengths; None if it lacks one."""
+    for row, step in ((0, 1), (1, 0), *((0, n) for n in range(2, value.ndim))):
+        if value.ndim > max(row, step) and (value.shape[row], value.shape[step]) == (rows, steps):
+            return row, step
+    return None
+
+
+def _is_count(value: Any, rows: int) -> bool:
+    """Return whether an output is an integer for each row, as `pad_packed_sequence` returns the lengths."""
+    return value.ndim == 1 and len(value) == rows and not value.is_floating_point()
+
+
+def _source(flat: list[Any], lengths: Any) -> tuple[int | None, str]:
+    """Return which input gives the lengths, and how; the module may have sorted them."""
+    wanted = sorted(lengths.tolist())
+    for n, value in enumerate(flat):
+        if value.ndim == 1 and sorted(value.tolist()) == wanted:
+            return n, "lengths"
+        if value.ndim == 2 and bool(((value == 0) | (value == 1)).all()):
+            for kind, used in (("mask", value != 0), ("padding mask", value == 0)):
+                if sorted(used.sum(1).tolist()) == wanted:
+                    return n, kind
+    return None, "computed"
+
+
+def _given(kind: str, example: Any, lengths: Any, steps: Any) -> Any:
+    """Return lengths in the form in which a module takes them."""
+    import torch
+
+    if kind == "lengths":
+        return lengths.to(example.dtype)
+    used = torch.arange(steps) < lengths[:, None]
+    return (used if kind == "mask" else ~used).to(example.dtype)
+
+
+def _padded_forward(
+    forward: Any, inputs: Any, place: int | None, kind: str, at: tuple[int, int, int], keep: list[int], *given: Any
+) -> tuple[Any, ...]:
+    """Call a module for rows of equal length.
+
+    Args:
+        forward: its forward.
+        inputs: the example, with the lengths.
+        place, kind: see `Padded`.
+        at: which of the given tensors has rows and steps, and which axes these are.
+        keep: the indices of the outputs that are returned.
+        *given: its inputs but for the lengths.
+    """
+    import torch
+
+    tensors = list(given)
+    data, row, step = at
+    rows, steps = given[data].shape[row], given[data].shape[step]
+    if place is not None:
+        full = torch.zeros(rows, dtype=torch.int64) + steps
+        tensors.insert(place, _given(kind, tensors_in(inputs)[place], full, steps))
+    with unpacked():
+        made = tensors_in(forward(*like(inputs, tensors)))
+    return tuple(made[n] for n in keep)
+
+
+def unpacked() -> Any:
+    """Return a context in which operations on packed sequences run on padded ones, as if all rows were equally long.
+
+    A packed sequence then holds `[rows · steps, ...]`, in the order of its padded input. Sorting by length keeps the
+    order.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    sizes: dict[int, tuple[Any, Any, bool, Any]] = {}  # by id of batch_sizes: rows, steps, batch first, the tensor
+    orders: dict[int, Any] = {}  # orders of the rows, by id
+
+    def is_order(value: Any) -> bool:
+        return id(value) in orders
+
+    def order(value: Any) -> Any:
+        orders[id(value)] = value
+        return value
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "_pack_padded_sequence":
+            x, _, first = args
+            rows, steps = (x.shape[0], x.shape[1]) if first else (x.shape[1], x.shape[0])
+            counts = torch.full((int(steps),), int(rows))
+            sizes[id(counts)] = rows, steps, first, counts
+            return x.reshape(-1, *x.shape[2:]), counts
+        if len(args) > 1 and id(args[1]) in sizes and name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            data, counts, hx, *rest = args
+            rows, steps, first, _ = sizes[id(counts)]
+            shape = (rows, steps, data.shape[-1]) if first else (steps, rows, data.shape[-1])
+            y, *after = func(data.reshape(shape), hx, *rest, first)
+            return (y.reshape(-1, y.shape[-1]), *after)
+        if name == "_pad_packed_sequence":
+            data, counts, first, *_ = args
+            rows, steps, own, _ = sizes[id(counts)]
+            y = data.reshape(*((rows, steps) if own else (steps, rows)), *data.shape[1:])
+            return (y if own == first else y.transpose(0, 1)), torch.zeros(rows, dtype=torch.int64) + steps
+        if name == "__getitem__" and id(args[0]) in sizes and type(args[1]) is int:
+            return sizes[id(args[0])][0]
+        if name in ("sort", "argsort") and args[0].ndim == 1 and not args[0].is_floating_point():
+            own = order(torch.arange(args[0].shape[0]))
+            return own if name == "argsort" else (args[0], own)
+        if name in KEPT and is_order(args[0]):
+            return args[0]
+        if name == "index_select" and is_order(args[2]):
+            return args[0]
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(map(is_order, index)):
+                return args[0][tuple(slice(None) if is_order(one) else one for one in index)]
+        if name == "scatter_" and is_order(args[2]):
+            return order(args[0])
+        return func(*args, **kwargs)
+
+    class Unpacked(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return run(func, args, kwargs or {})
+
+    return Unpacked()
+
+
+def with_zeros(network: Network) -> Network:
+    """Return a network whose recurrent nodes return zeros at padded steps, as `pad_packed_sequence` does."""
+    nodes = [
+        replace(node, zero_output_for_mask=True) if isinstance(node, Recurrent) and node.return_sequences else node
+        for node in network.nodes
+    ]
+    wired = {"inputs": {name: network.shapes[name] for name in network.inputs}, "wires": network.wires}
+    return Network(nodes, network.names, network.metadata, **wired, outputs=network.outputs, _warn=False)
+
+
+def with_flags(network: Network) -> Network:
+    """Return a network with one more input, `mask [B, T]`, which masks the steps of the recurrent nodes' inputs.
+
+    It is needed where other nodes, such as convolutions, end the mask of the network's input.
+    """
+    nodes, names, wires = list[Node](), list[str](), list[tuple[str, ...]]()
+    masked: set[str] = set()
+    for node, name, taken in zip(network.nodes, network.names, network.wires, strict=True):
+        if isinstance(node, (Recurrent, Bidirectional)) and taken[0] not in masked:
+            flags = f"{name}.used"
+            nodes.append(StepMask())
+            names.append(flags)
+            wires.append((taken[0], FLAGS))
+            taken = (flags, *taken[1:])
+            masked.add(flags)
+        if taken[0] in masked and node.keeps_steps(2):
+            masked.add(name)
+        nodes.append(node)
+        names.append(name)
+        wires.append(taken)
+    inputs = {name: network.shapes[name] for name in network.inputs} | {FLAGS: (None,)}
+    return Network(nodes, names, network.metadata, inputs=inputs, wires=wires, outputs=network.outputs, _warn=False)
+
+
+def ragged_difference(
+    network: Network, module: Any, inputs: tuple[Any, ...], how: Padded, tolerance: float
+) -> str | None:
+    """Return how a network's outputs differ from those of a module that packs, for rows of different lengths."""
+    import torch
+
+    flat = tensors_in(inputs)
+    generator = torch.Generator().manual_seed(0)
+    data = [n for n in range(len(flat)) if n != how.place]
+    call = packs(module, inputs)[0]
+    axes = {
+        n: next((a for a, size in enumerate(flat[n].shape[:2]) if size == call.rows), None) for n in range(len(flat))
+    }
+    more = max(ROWS - call.rows, 0)
+    tall = [value if axes[n] is None else wider(value, axes[n], more) for n, value in enumerate(flat)]
+    rows, steps = call.rows + more, call.steps
+    least = [max(steps - 2 * n, 1) for n in range(rows)]  # sorted, as some modules require
+    compared = False
+    for counts in (torch.tensor(least), torch.tensor([steps, *[1] * (rows - 1)])):
+        given = [torch.randn(v.shape, generator=generator, dtype=v.dtype) if v.is_floating_point() else v for v in tall]
+        if how.place is not None:
+            given[how.place] = _given(how.kind, flat[how.place], counts, steps)
+        else:
+            for n in data:
+                given[n] = _cut(given[n], counts, steps)
+        try:
+            with torch.no_grad():
+                expected = tensors_in(module(*fresh(like(inputs, given))))
+                counts = counts if how.place is not None else packs(module, tuple(given))[0].lengths
+        except Exception:  # the module rejects these lengths
+            continue
+        if int(counts.max()) != steps:
+            continue
+        expected = [value for value in expected if not _is_count(value, rows)]
+        own = [given[n] for n in data]
+        ends = Ends(network, len(own))
+        ours, states = ends.run(network, own, array_of(counts))
+        why = ends.unlike(ours, states, expected, tolerance)
+        if why is not None:
+            return f"with rows of different lengths {why}"
+        compared = True
+    return None if compared else "the module accepts no rows of different lengths that were tried"
+
+
+def _cut(value: Any, counts: Any, steps: int) -> Any:
+    """Return a tensor `[B, T, ...]` with zeros after each row's length."""
+    import torch
+
+    if value.ndim < 2 or value.shape[:2] != (len(counts), steps):
+        return value
+    used = torch.arange(steps) < counts[:, None]
+    return value * used.reshape(*used.shape, *[1] * (value.ndim - 2)).to(value.dtype)

@@ -1,0 +1,101 @@
+"""Finds the recurrent parts of a module that can be compiled where the whole can't."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from cellstack.formats.compiled.attempts import attempt
+from cellstack.formats.compiled.nested import fresh, tensors_in
+from cellstack.formats.compiled.prepared import Prepared, copied_for
+from cellstack.network import Network
+from cellstack.spec import FormatError
+
+MOST_TRIED = 12  # parts, the outermost first
+MOST_NAMED = 3
+
+
+def compilable(ready: Prepared, tolerance: float) -> str:
+    """Return a sentence on the largest parts of a module that can be compiled; "" if there are none."""
+    import torch
+
+    kinds = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+    recurrent = {
+        path
+        for path, part in ready.module.named_modules()
+        if path and any(isinstance(inner, kinds) for inner in part.modules())
+    }
+    if isinstance(ready.module, torch.jit.ScriptModule):
+        return ""  # its parts can't be watched
+    calls, sources = _calls(ready, recurrent)
+    found: dict[str, Network] = {}
+    tried = 0
+    for path in sorted(calls, key=lambda path: path.count(".")):
+        within = any(path.startswith(f"{outer}.") for outer in found)
+        if within or tried == MOST_TRIED:
+            continue
+        tried += 1
+        try:
+            found[path] = attempt(copied_for(ready.module.get_submodule(path), calls[path]), tolerance)[0]
+        except (TypeError, ValueError, FormatError):  # a smaller part may be possible
+            continue
+    named = [_described(path, network, calls[path], sources) for path, network in list(found.items())[:MOST_NAMED]]
+    more = len(found) - len(named)
+    if not named:
+        return ""
+    return f"; a part of it can be compiled: {'; '.join(named)}" + (f"; and {more} more" if more else "")
+
+
+def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: dict[int, str]) -> str:
+    import torch
+
+    shapes = repr(network).splitlines()[0].split(": ", 1)[1].rsplit(", ", 1)[0]
+    flat = [value for value in tensors_in(inputs) if isinstance(value, torch.Tensor)]
+    given = " and ".join(dict.fromkeys(sources.get(id(value), "computed in forward") for value in flat))
+    return f"module.{path}, {shapes}; its input is {given}"
+
+
+def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, ...]], dict[int, str]]:
+    """Run a module; return the inputs of each recurrent part's first call, and the origin of tensors by id."""
+    import torch
+
+    calls: dict[str, tuple[Any, ...]] = {}
+    inputs = fresh(ready.inputs)
+    flat = tensors_in(inputs)
+    sources = {
+        id(value): f"input {n} of the module" if len(flat) > 1 else "the module's" for n, value in enumerate(flat)
+    }
+    kept = list(flat)  # so that no other object gets the id of one of them
+
+    def before(path: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            bound = inspect.signature(part.forward).bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            return
+        if path not in calls and not bound.kwargs:
+            calls[path] = bound.args
+
+    def after(path: str, made: Any) -> None:
+        for value in tensors_in(made):
+            if isinstance(value, torch.Tensor):
+                kept.append(value)
+                sources[id(value)] = f"the output of module.{path}"
+
+    hooks = []
+    for path, part in ready.module.named_modules():
+        if path in recurrent:
+            hooks.append(
+                part.register_forward_pre_hook(
+                    lambda part, args, kwargs, path=path: before(path, part, args, kwargs), with_kwargs=True
+                )
+            )
+        if path and not isinstance(part, torch.jit.ScriptModule):
+            hooks.append(part.register_forward_hook(lambda _, __, made, path=path: after(path, made)))
+    try:
+        with torch.no_grad():
+            ready.module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kept.extend(value for given in calls.values() for value in tensors_in(given))
+    return calls, sources

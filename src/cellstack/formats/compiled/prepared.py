@@ -1,0 +1,178 @@
+"""Checks a module and its example, and prepares a copy of the module that `compile` can read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats.compiled.copied import copied, duplicate, fold
+from cellstack.formats.compiled.equality import agree
+from cellstack.formats.compiled.nested import array_of, flattened, fresh, is_plain, like, tensors_in
+from cellstack.spec import FormatError
+
+SETTINGS = (type(None), bool, int, float, str)  # arguments that aren't tensors, and stay what they are in the example
+
+
+class Prepared(NamedTuple):
+    """A copy of a module, in evaluation mode and float32, without weights that are computed before each call.
+
+    Attributes:
+        name: the class of the module.
+        module: the copy.
+        inputs: the example: tensors, in nested tuples and lists.
+        answers: its outputs for the example, as a flat list of tensors.
+        again: whether a second call returns them again.
+        notes: what is different from the module, for the user.
+    """
+
+    name: str
+    module: Any
+    inputs: tuple[Any, ...]
+    answers: list[Any]
+    again: bool
+    notes: tuple[str, ...]
+
+
+def named(module: Any) -> str:
+    """Return the name of a module's class, which a scripted module notes."""
+    return getattr(module, "original_name", type(module).__name__)
+
+
+def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
+    """Check the arguments of `compile`, and return the example as a tuple.
+
+    Raises:
+        TypeError, ValueError: see `compile`.
+    """
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"compile: expected a module of PyTorch, got {type(module).__name__}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(
+            f"compile: expected tolerance to be a number, got {type(tolerance).__name__}: "
+            "several inputs go into example as one tuple"
+        )
+    inputs = example if type(example) is tuple else (example,)
+    leaves = tensors_in(inputs)
+    tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
+    if not tensors or not all(isinstance(value, (torch.Tensor, *SETTINGS)) for value in leaves):
+        got = f"a tuple of {', '.join(type(v).__name__ for v in leaves)}" if isinstance(example, tuple) else None
+        raise TypeError(
+            "compile: expected example to be a tensor, or a tuple of tensors, as the module takes them, "
+            f"got {got or type(example).__name__}"
+        )
+    if not all(value.numel() for value in tensors):
+        shapes = " and ".join(str(list(value.shape)) for value in tensors)
+        raise ValueError(f"compile: expected an example with at least one row and one step, got {shapes}")
+    return inputs
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Restore the state of the generators of random numbers, from which a module may draw."""
+    import torch
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
+    """Return a copy of a module that is ready to be read.
+
+    Raises:
+        FormatError: the module can't be copied, or stores no values.
+        ValueError: the module itself rejects the inputs, or returns NaN or no tensors for them.
+    """
+    import torch
+
+    name, still, notes = named(module), copied(module), list[str]()
+    leaves = tensors_in(inputs)
+    tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
+    if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
+        still = still.float()
+        leaves = [
+            value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for value in leaves
+        ]
+        inputs = like(inputs, leaves)
+    if any(part.is_meta for part in (*tensors, *still.parameters(), *still.buffers())):
+        raise FormatError(
+            f"compile: {name} is on the device 'meta', which stores no values: load its weights, by "
+            "module.to_empty(device='cpu') and module.load_state_dict(...), and pass an example on the CPU"
+        )
+    arguments = inputs
+    if not is_plain(inputs):
+        still = flattened(still, inputs)
+        inputs = tuple(value for value in leaves if isinstance(value, torch.Tensor))
+    answers, again = _first_calls(name, still, inputs)
+    others = [type(value).__name__ for value in answers if not isinstance(value, torch.Tensor)]
+    if others and arguments is inputs:
+        still = flattened(still, inputs)
+        inputs = tuple(tensors_in(inputs))
+    answers = [value for value in answers if isinstance(value, torch.Tensor)]
+    if not answers:
+        raise ValueError(
+            f"compile: {name} itself returns no tensor for the example, but {', '.join(others) or 'nothing'}"
+        )
+    dropped = [other for other in others if other != "NoneType"]
+    if dropped:
+        notes.append(
+            f"also returns values that aren't tensors ({', '.join(dropped)}): the network returns the tensors only"
+        )
+    if any(value.is_floating_point() and bool(value.isnan().any()) for value in answers):
+        raise ValueError(
+            f"compile: {name} itself returns NaN for the example, so there is nothing to compare "
+            "with: check its weights, and give an example for which it returns numbers"
+        )
+    folded = fold(still)
+    if folded and again:
+        with torch.no_grad():
+            after = tensors_in(still(*fresh(inputs)))
+        same = (agree(array_of(a), array_of(b), 1e-5) for a, b in zip(after, answers, strict=True))
+        if not all(same):
+            raise FormatError(
+                f"compile: {name}: the values of {', '.join(folded)} are computed before each call, and fixing them "
+                "changes the output: remove their parametrization first"
+            )
+    return Prepared(name, still, inputs, answers, again, tuple(notes))
+
+
+def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[Any], bool]:
+    """Call a module twice; return its outputs, and whether the second call returns them again."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
+    except Exception as error:  # a module may raise any exception
+        said = f"{type(error).__name__}: {error}"
+        where = ", in evaluation mode, but accepts it in training mode" if _trains(module, inputs) else ""
+        raise ValueError(f"compile: {name} itself rejects the example{where}: {said}") from error
+    same = [
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
+        for one, other in zip(answers, second, strict=False)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    ]
+    return answers, all(same)
+
+
+def _trains(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a module accepts the inputs in training mode."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            duplicate(module).train()(*fresh(inputs))
+    except Exception:  # it rejects them there too
+        return False
+    return True
