@@ -27,7 +27,7 @@ import cellstack as cs
 from cellstack.formats.compiled.copied import copied
 from cellstack.formats.compiled.equality import Ends
 from cellstack.formats.compiled.nested import array_of, flattened, tensors_in
-from cellstack.formats.compiled.packing import padded, packs
+from cellstack.formats.compiled.packing import packs, padded
 from cellstack.layers.accelerated import Accelerated
 
 SIZES = ((2, 20), (1, 20), (3, 20), (2, 33), (2, 7))
@@ -296,10 +296,8 @@ def _off_stream(net: cs.Network, stream: cs.Stream, inputs: list[Any]) -> float:
     off = 0.0
     for one, begin, end in zip(whole, first, last, strict=True):
         if one.ndim < end.ndim:  # the network returns the last step, and its stream every step
-            streamed = end[:, -1]
-        else:
-            streamed = np.concatenate([begin, end], 1) if begin.ndim > 2 else end
-        off = max(off, _off(streamed, one))
+            end = end[:, -1]
+        off = max(off, _off(np.concatenate([begin, end], 1) if end.ndim > 2 else end, one))
     return off
 
 
