@@ -102,11 +102,19 @@ def neuralforecast_gru():
     return GRU(h=4, input_size=20, encoder_hidden_size=64, decoder_hidden_size=32), _windows
 
 
-@program("neuralforecast: DilatedRNN", "neuralforecast==3.3.0", served=0, sizes=((2, 20), (1, 20), (3, 20)))
+@program("neuralforecast: DilatedRNN", "neuralforecast==3.3.0", served=4, sizes=((2, 20), (1, 20), (3, 20)))
 def neuralforecast_dilated():
     from neuralforecast.models.dilated_rnn import DilatedRNN
 
     return DilatedRNN(h=4, input_size=20, encoder_hidden_size=32, decoder_hidden_size=32), _windows
+
+
+@program("neuralforecast: DilatedRNN, ResLSTM", "neuralforecast==3.3.0", served=0, sizes=((2, 20), (1, 20), (3, 20)))
+def neuralforecast_residual():
+    from neuralforecast.models.dilated_rnn import DilatedRNN
+
+    module = DilatedRNN(h=4, input_size=20, cell_type="ResLSTM", encoder_hidden_size=32, decoder_hidden_size=32)
+    return module, _windows
 
 
 @program("neuralforecast: DeepAR", "neuralforecast==3.3.0")

@@ -15,6 +15,13 @@ def lengths(rows, steps):
     return torch.linspace(steps, max(1, steps // 2), rows).long()
 
 
+def _started(module):
+    """Give a module the random weights of OpenNMT's build_model; its constructors leave some of them undefined."""
+    for weight in module.parameters():
+        torch.nn.init.uniform_(weight, -0.1, 0.1)
+    return module
+
+
 def _onmt(decoder):
     from onmt.encoders.rnn_encoder import RNNEncoder
     from onmt.models import NMTModel
@@ -22,6 +29,7 @@ def _onmt(decoder):
 
     encoder = RNNEncoder("LSTM", True, 2, 64, 0.1, Embeddings(32, 100, 1))
     module = NMTModel(encoder, decoder("LSTM", True, 2, 64, dropout=0.1, embeddings=Embeddings(32, 90, 1)))
+    _started(module)
 
     def call(rows, steps):
         return ids(rows, steps, 100)[..., None], ids(rows, 9, 90)[..., None], lengths(rows, steps)
@@ -34,7 +42,7 @@ def onmt_encoder():
     from onmt.encoders.rnn_encoder import RNNEncoder
     from onmt.modules import Embeddings
 
-    module = RNNEncoder("LSTM", True, 2, 64, 0.1, Embeddings(32, 100, 1))
+    module = _started(RNNEncoder("LSTM", True, 2, 64, 0.1, Embeddings(32, 100, 1)))
     return module, lambda rows, steps: (ids(rows, steps, 100)[..., None], lengths(rows, steps))
 
 
