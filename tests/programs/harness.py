@@ -154,7 +154,7 @@ def _accelerate(program: Program, made: Result, timed: bool) -> None:
         gradients.append(train(part, inputs))
         draws.append(torch.get_rng_state())
     made.same_draws = torch.equal(*draws)
-    largest = max(float(g.abs().max()) for g in gradients[0].values())
+    largest = max((float(g.abs().max()) for g in gradients[0].values()), default=0.0)
     for name, wanted in gradients[0].items():
         off = float((gradients[1][name] - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-2 * largest)
         made.off_gradients = max(made.off_gradients, off)
@@ -194,7 +194,9 @@ def _compile(program: Program, made: Result) -> None:
             continue  # `sizes` says so
         accepted += 1
         found = [np.asarray(part) for part in (*ours, *(part for state in states for part in state))]
-        made.off_compiled = max([made.off_compiled, *(matched(found, one.numpy()) for one in floats(expected))])
+        made.off_compiled = max(
+            [made.off_compiled, *(matched(found, one.detach().numpy()) for one in floats(expected))]
+        )
         if accepted == 1:
             try:
                 stream = net.stream(rows)
@@ -232,13 +234,15 @@ def evaluated(module: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
     torch.manual_seed(0)
     module.eval()  # which returns None in some packages, as train() does
     with torch.no_grad():
-        return floats(module(*copy.deepcopy(inputs)))
+        return [one.detach() for one in floats(module(*copy.deepcopy(inputs)))]  # a parameter may be among them
 
 
 def train(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     """Return the gradients of a sum of a module's outputs, each weighted by a fixed random number."""
     module.zero_grad()
     answers = [one for one in floats(module(*copy.deepcopy(inputs))) if one.requires_grad]
+    if not answers:  # it draws samples
+        return {}
     generator = torch.Generator().manual_seed(1)
     total = sum((one * torch.randn(one.shape, generator=generator)).sum() for one in answers)
     assert isinstance(total, torch.Tensor)
