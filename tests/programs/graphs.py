@@ -1,0 +1,60 @@
+"""Recurrent parts of networks over graphs. `rows` is the number of graphs, `steps` that of their nodes."""
+
+import torch
+
+from programs.harness import program
+
+PYG = ("torch_geometric==2.8.1", "xxhash==3.8.1")
+
+
+def nodes(rows, steps, features):
+    """Return values of the nodes of several graphs, and the graph of each node."""
+    return torch.randn(rows * steps, features), torch.arange(rows).repeat_interleave(steps)
+
+
+def rings(rows, steps):
+    """Return the edges of graphs in which each node has two neighbours."""
+    first = torch.arange(rows * steps)
+    second = (first + 1) % steps + first // steps * steps
+    return torch.stack([torch.cat([first, second]), torch.cat([second, first])])
+
+
+@program("PyG: Set2Set", *PYG)
+def set2set():
+    from torch_geometric.nn import Set2Set
+
+    return Set2Set(16, 3), lambda rows, steps: nodes(rows, steps, 16)
+
+
+@program("PyG: JumpingKnowledge", *PYG)
+def jumping_knowledge():
+    from torch_geometric.nn import JumpingKnowledge
+
+    module = JumpingKnowledge("lstm", 16, 3)
+    return module, lambda rows, steps: ([torch.randn(rows * steps, 16) for _ in range(3)],)
+
+
+@program("PyG: LSTMAggregation", *PYG)
+def lstm_aggregation():
+    from torch_geometric.nn import LSTMAggregation
+
+    return LSTMAggregation(16, 32), lambda rows, steps: nodes(rows, steps, 16)
+
+
+@program("PyG: GatedGraphConv", *PYG)
+def gated_graph():
+    from torch_geometric.nn import GatedGraphConv
+
+    return GatedGraphConv(32, 3), lambda rows, steps: (torch.randn(rows * steps, 32), rings(rows, steps))
+
+
+@program("PyG: AttentiveFP", *PYG, served=3)
+def attentive_fp():
+    from torch_geometric.nn import AttentiveFP
+
+    def call(rows, steps):
+        values, graph = nodes(rows, steps, 16)
+        edges = rings(rows, steps)
+        return values, edges, torch.randn(edges.shape[1], 4), graph
+
+    return AttentiveFP(16, 32, 1, edge_dim=4, num_layers=2, num_timesteps=2), call
