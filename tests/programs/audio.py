@@ -63,7 +63,7 @@ def encodec_decoder():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("asteroid: LSTMTasNet", *ASTEROID, sizes=WAVES, served=2)
+@program("asteroid: LSTMTasNet", *ASTEROID, sizes=WAVES)
 def lstm_tasnet():
     from asteroid.models import LSTMTasNet
 
@@ -71,7 +71,7 @@ def lstm_tasnet():
     return module, lambda rows, samples: (torch.randn(rows, samples),)
 
 
-@program("asteroid: LSTMMasker", *ASTEROID, served=2)
+@program("asteroid: LSTMMasker", *ASTEROID)
 def lstm_masker():
     from asteroid.masknn import LSTMMasker
 
@@ -154,7 +154,7 @@ def deepspeech():
     return DeepSpeech(40, n_hidden=64), lambda rows, steps: (torch.randn(rows, 1, steps, 40),)
 
 
-@program("torchaudio: Tacotron2's encoder", AUDIO, sizes=LENGTHS)
+@program("torchaudio: Tacotron2's encoder", AUDIO, sizes=LENGTHS, lengths=1)
 def tacotron2_encoder():
     from torchaudio.models import Tacotron2
 
@@ -191,7 +191,7 @@ def wavernn():
     return module, lambda rows, frames: (torch.randn(rows, 1, (frames - 4) * 20), torch.randn(rows, 1, 20, frames))
 
 
-@program("torchaudio: RNNT's predictor", AUDIO, sizes=LENGTHS, served=0)
+@program("torchaudio: RNNT's predictor", AUDIO, sizes=LENGTHS, lengths=1, served=0)
 def rnnt_predictor():
     from torchaudio.models.rnnt import emformer_rnnt_model
 
@@ -248,7 +248,7 @@ def pyannet():
     return module, lambda rows, samples: (torch.randn(rows, 1, samples),)
 
 
-@program("TTS: Tacotron2's encoder", *TTS, sizes=LENGTHS)
+@program("TTS: Tacotron2's encoder", *TTS, sizes=LENGTHS, lengths=1)
 def tts_encoder():
     skip_init("TTS")
     from TTS.tts.layers.tacotron.tacotron2 import Encoder
