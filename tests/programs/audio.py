@@ -32,7 +32,7 @@ def lengths(rows: int, steps: int) -> torch.Tensor:
     return torch.tensor([max(1, steps - 3 * row) for row in range(rows)])
 
 
-@program("openunmix: OpenUnmix", "openunmix==1.3.0", AUDIO)
+@program("openunmix: OpenUnmix", "openunmix==1.3.0", AUDIO, refused="1 to 3 axes")
 def open_unmix():
     from openunmix.model import OpenUnmix
 
@@ -40,14 +40,14 @@ def open_unmix():
     return module, lambda rows, steps: (torch.rand(rows, 2, 65, steps),)
 
 
-@program("encodec: SLSTM", *ENCODEC)
+@program("encodec: SLSTM", *ENCODEC, streams=True)
 def encodec_lstm():
     from encodec.modules import SLSTM
 
     return SLSTM(64), lambda rows, steps: (torch.randn(rows, 64, steps),)
 
 
-@program("encodec: SEANetEncoder", *ENCODEC, sizes=WAVES)
+@program("encodec: SEANetEncoder", *ENCODEC, sizes=WAVES, refused="Pad '")
 def encodec_encoder():
     from encodec.modules import SEANetEncoder
 
@@ -55,7 +55,7 @@ def encodec_encoder():
     return module, lambda rows, samples: (torch.randn(rows, 1, samples),)
 
 
-@program("encodec: SEANetDecoder", *ENCODEC)
+@program("encodec: SEANetDecoder", *ENCODEC, refused="ConvTranspose")
 def encodec_decoder():
     from encodec.modules import SEANetDecoder
 
@@ -63,7 +63,7 @@ def encodec_decoder():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("asteroid: LSTMTasNet", *ASTEROID, sizes=WAVES, served=2)
+@program("asteroid: LSTMTasNet", *ASTEROID, sizes=WAVES, refused="CumSum")
 def lstm_tasnet():
     from asteroid.models import LSTMTasNet
 
@@ -71,7 +71,7 @@ def lstm_tasnet():
     return module, lambda rows, samples: (torch.randn(rows, samples),)
 
 
-@program("asteroid: LSTMMasker", *ASTEROID, served=2)
+@program("asteroid: LSTMMasker", *ASTEROID, refused="ReduceMean")
 def lstm_masker():
     from asteroid.masknn import LSTMMasker
 
@@ -79,7 +79,7 @@ def lstm_masker():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("asteroid: DPRNN", *ASTEROID, served=4)
+@program("asteroid: DPRNN", *ASTEROID, served=4, refused="can't export it")
 def dprnn():
     from asteroid.masknn import DPRNN
 
@@ -87,14 +87,16 @@ def dprnn():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("asteroid: DCCRMaskNetRNN", *ASTEROID, served=4)  # DCCRNet itself can't be built with this PyTorch
+@program(
+    "asteroid: DCCRMaskNetRNN", *ASTEROID, served=4, refused="ComplexFloat"
+)  # DCCRNet itself can't be built with this PyTorch
 def dccrn():
     from asteroid.masknn.recurrent import DCCRMaskNetRNN
 
     return DCCRMaskNetRNN(32, 32), lambda rows, steps: (torch.randn(rows, 8, 4, steps, dtype=torch.complex64),)
 
 
-@program("speechbrain: CRDNN, LSTM", *SPEECHBRAIN)
+@program("speechbrain: CRDNN, LSTM", *SPEECHBRAIN, refused="mode reflect")
 def crdnn():
     from speechbrain.lobes.models.CRDNN import CRDNN
     from speechbrain.nnet.RNN import LSTM
@@ -103,7 +105,7 @@ def crdnn():
     return module, lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0)
+@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, refused="mode reflect")
 def crdnn_ligru():
     from speechbrain.lobes.models.CRDNN import CRDNN
 
@@ -111,14 +113,14 @@ def crdnn_ligru():
     return module, lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: LiGRU", *SPEECHBRAIN, served=0)
+@program("speechbrain: LiGRU", *SPEECHBRAIN, served=0, refused="MatMul")
 def ligru():
     from speechbrain.nnet.RNN import LiGRU
 
     return LiGRU(64, (2, 20, 40), num_layers=2), lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: RNNLM", *SPEECHBRAIN)
+@program("speechbrain: RNNLM", *SPEECHBRAIN, streams=True)
 def rnnlm():
     from speechbrain.lobes.models.RNNLM import RNNLM
 
@@ -126,7 +128,7 @@ def rnnlm():
     return module, lambda rows, steps: (torch.randint(0, 50, (rows, steps)),)
 
 
-@program("speechbrain: Dual_Path_Model", *SPEECHBRAIN, served=4)
+@program("speechbrain: Dual_Path_Model", *SPEECHBRAIN, served=4, refused="InstanceNormalization")
 def dual_path():
     from speechbrain.lobes.models.dual_path import Dual_Path_Model, SBRNNBlock
 
@@ -137,7 +139,7 @@ def dual_path():
     return module, lambda rows, steps: (torch.randn(rows, 32, steps),)
 
 
-@program("speechbrain: AttentionalRNNDecoder", *SPEECHBRAIN, served=1)
+@program("speechbrain: AttentionalRNNDecoder", *SPEECHBRAIN, served=1, refused="axes of batch, time and features")
 def attentional_decoder():
     from speechbrain.nnet.RNN import AttentionalRNNDecoder
 
@@ -147,7 +149,7 @@ def attentional_decoder():
     return module, lambda rows, steps: (torch.randn(rows, 5, 16), torch.randn(rows, steps, 24), torch.ones(rows))
 
 
-@program("torchaudio: DeepSpeech", AUDIO)
+@program("torchaudio: DeepSpeech", AUDIO, refused="1 to 3 axes")
 def deepspeech():
     from torchaudio.models import DeepSpeech
 
@@ -162,7 +164,7 @@ def tacotron2_encoder():
     return module, lambda rows, steps: (torch.randn(rows, 64, steps), lengths(rows, steps))
 
 
-@program("torchaudio: Tacotron2's decoder", AUDIO, served=2)
+@program("torchaudio: Tacotron2's decoder", AUDIO, served=2, refused="gives another output")
 def tacotron2_decoder():
     from torchaudio.models import Tacotron2
 
@@ -181,7 +183,7 @@ def tacotron2_decoder():
     )
 
 
-@program("torchaudio: WaveRNN", AUDIO, sizes=((2, 9), (1, 9), (3, 9), (2, 12), (2, 6)), served=2)
+@program("torchaudio: WaveRNN", AUDIO, sizes=((2, 9), (1, 9), (3, 9), (2, 12), (2, 6)), served=2, refused="1 to 3 axes")
 def wavernn():
     from torchaudio.models import WaveRNN
 
@@ -191,7 +193,7 @@ def wavernn():
     return module, lambda rows, frames: (torch.randn(rows, 1, (frames - 4) * 20), torch.randn(rows, 1, 20, frames))
 
 
-@program("torchaudio: RNNT's predictor", AUDIO, sizes=LENGTHS, served=0)
+@program("torchaudio: RNNT's predictor", AUDIO, sizes=LENGTHS, served=0, refused="MatMul")
 def rnnt_predictor():
     from torchaudio.models.rnnt import emformer_rnnt_model
 
@@ -221,7 +223,7 @@ def rnnt_predictor():
     return module, lambda rows, steps: (torch.randint(0, 50, (rows, steps)), lengths(rows, steps))
 
 
-@program("torchaudio: HDemucs", AUDIO, sizes=((1, 8192), (2, 8192), (1, 10240)), served=4)
+@program("torchaudio: HDemucs", AUDIO, sizes=((1, 8192), (2, 8192), (1, 10240)), served=4, refused="spectrum")
 def hdemucs():
     from torchaudio.models import HDemucs
 
@@ -235,6 +237,7 @@ def hdemucs():
     "pyannote.core==6.1.0",
     AUDIO,
     sizes=((2, 8000), (1, 8000), (3, 8000), (2, 16000), (2, 4800)),
+    refused="InstanceNormalization",
 )
 def pyannet():
     from pyannote.audio.core.task import Problem, Resolution, Specifications
@@ -264,7 +267,7 @@ def tts_cbhg():
     return Encoder(64), lambda rows, steps: (torch.randn(rows, steps, 64),)
 
 
-@program("TTS: LSTMSpeakerEncoder", *TTS, served=2)
+@program("TTS: LSTMSpeakerEncoder", *TTS, served=2, refused="InstanceNormalization")
 def tts_speaker():
     skip_init("TTS")
     from TTS.encoder.models.lstm import LSTMSpeakerEncoder
@@ -273,7 +276,7 @@ def tts_speaker():
     return module, lambda rows, steps: (torch.randn(rows, 40, steps),)
 
 
-@program("TTS: LSTMSpeakerEncoder, last state", *TTS)
+@program("TTS: LSTMSpeakerEncoder, last state", *TTS, refused="InstanceNormalization")
 def tts_speaker_state():
     skip_init("TTS")
     from TTS.encoder.models.lstm import LSTMSpeakerEncoder
@@ -282,7 +285,7 @@ def tts_speaker_state():
     return module, lambda rows, steps: (torch.randn(rows, 40, steps),)
 
 
-@program("demucs: Demucs", "demucs==4.1.0", "julius==0.2.8", AUDIO, sizes=WAVES)
+@program("demucs: Demucs", "demucs==4.1.0", "julius==0.2.8", AUDIO, sizes=WAVES, refused="can't export it")
 def demucs():
     from demucs.demucs import Demucs
 
@@ -291,7 +294,13 @@ def demucs():
 
 
 @program(
-    "demucs: Demucs, LSTM and attention in its branches", "demucs==4.1.0", "julius==0.2.8", AUDIO, sizes=WAVES, served=4
+    "demucs: Demucs, LSTM and attention in its branches",
+    "demucs==4.1.0",
+    "julius==0.2.8",
+    AUDIO,
+    sizes=WAVES,
+    served=4,
+    refused="can't export it",
 )
 def demucs_branches():
     from demucs.demucs import Demucs
@@ -300,7 +309,7 @@ def demucs_branches():
     return module, lambda rows, samples: (torch.randn(rows, 2, samples),)
 
 
-@program("denoiser: Demucs", "denoiser==0.1.5", AUDIO, sizes=WAVES)
+@program("denoiser: Demucs", "denoiser==0.1.5", AUDIO, sizes=WAVES, refused="ConvTranspose")
 def denoiser():
     from denoiser.demucs import Demucs
 
@@ -313,6 +322,7 @@ def denoiser():
     "torchlibrosa==0.1.0",
     "librosa==0.11.0",
     "mido==1.3.3",
+    refused="1 to 3 axes",
 )
 def piano():
     from piano_transcription_inference.models import AcousticModelCRnn8Dropout
@@ -321,7 +331,14 @@ def piano():
     return module, lambda rows, steps: (torch.randn(rows, 1, steps, 32),)
 
 
-@program("deepfilternet: DfNet", "deepfilternet==0.5.6", "deepfilterlib==0.5.6", "loguru==0.7.3", served=3)
+@program(
+    "deepfilternet: DfNet",
+    "deepfilternet==0.5.6",
+    "deepfilterlib==0.5.6",
+    "loguru==0.7.3",
+    served=3,
+    refused="view_as_complex",
+)
 def deepfilternet():
     skip_init("df")
     from df.config import config
@@ -337,14 +354,20 @@ def deepfilternet():
     )
 
 
-@program("Resemblyzer: VoiceEncoder", "Resemblyzer==0.1.4", "webrtcvad-wheels==2.0.14.post1", "librosa==0.11.0")
+@program(
+    "Resemblyzer: VoiceEncoder",
+    "Resemblyzer==0.1.4",
+    "webrtcvad-wheels==2.0.14.post1",
+    "librosa==0.11.0",
+    refused="ReduceL2",
+)
 def voice_encoder():
     from resemblyzer import VoiceEncoder
 
     return VoiceEncoder("cpu", verbose=False), lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("voicefixer: BN_GRU", "voicefixer==0.1.3", AUDIO)
+@program("voicefixer: BN_GRU", "voicefixer==0.1.3", AUDIO, refused="1 to 3 axes")
 def voicefixer():
     skip_init("voicefixer")
     skip_init("voicefixer.restorer")

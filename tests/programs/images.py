@@ -8,7 +8,7 @@ WIDTHS = ((2, 64), (1, 64), (3, 64), (2, 100), (2, 48))  # rows and pixels
 KRAKEN = ("kraken==7.1.1", "coremltools")
 
 
-@program("easyocr: Model", "easyocr==1.7.2", "torchvision==0.28.0", sizes=WIDTHS, served=2)
+@program("easyocr: Model", "easyocr==1.7.2", "torchvision==0.28.0", sizes=WIDTHS, served=2, refused="adaptive pooling")
 def easyocr():
     skip_init("easyocr")
     from easyocr.model.model import Model
@@ -17,7 +17,9 @@ def easyocr():
     return module, lambda rows, width: (torch.randn(rows, 1, 64, width), torch.zeros(rows, 1, dtype=torch.long))
 
 
-@program("easyocr: VGG model", "easyocr==1.7.2", "torchvision==0.28.0", sizes=WIDTHS, served=2)
+@program(
+    "easyocr: VGG model", "easyocr==1.7.2", "torchvision==0.28.0", sizes=WIDTHS, served=2, refused="adaptive pooling"
+)
 def easyocr_vgg():
     skip_init("easyocr")
     from easyocr.model.vgg_model import Model
@@ -26,7 +28,7 @@ def easyocr_vgg():
     return module, lambda rows, width: (torch.randn(rows, 1, 64, width), torch.zeros(rows, 1, dtype=torch.long))
 
 
-@program("doctr: CRNN", "python-doctr==1.1.0", "torchvision==0.28.0", sizes=WIDTHS, trains=False)
+@program("doctr: CRNN", "python-doctr==1.1.0", "torchvision==0.28.0", sizes=WIDTHS, trains=False, refused="1 to 3 axes")
 def doctr():
     from doctr.models.recognition import crnn_mobilenet_v3_small
 
@@ -34,7 +36,7 @@ def doctr():
     return module, lambda rows, width: (torch.rand(rows, 3, 32, width),)
 
 
-@program("kraken: TransposedSummarizingRNN", *KRAKEN, sizes=WIDTHS)
+@program("kraken: TransposedSummarizingRNN", *KRAKEN, sizes=WIDTHS, refused="1 to 3 axes")
 def kraken():
     from kraken.lib.vgsl.layers import TransposedSummarizingRNN
 
@@ -42,7 +44,7 @@ def kraken():
     return module, lambda rows, width: (torch.randn(rows, 16, 1, width),)
 
 
-@program("kraken: TransposedSummarizingRNN, summary", *KRAKEN, sizes=WIDTHS)
+@program("kraken: TransposedSummarizingRNN, summary", *KRAKEN, sizes=WIDTHS, refused="1 to 3 axes")
 def kraken_summary():
     from kraken.lib.vgsl.layers import TransposedSummarizingRNN
 
