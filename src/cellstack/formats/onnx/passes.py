@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.loops import roll
 from cellstack.formats.onnx.decomposed.products import name_activations
 from cellstack.formats.onnx.file import Model, live_nodes, uses
@@ -33,6 +34,7 @@ def passes(
     """
     yield lambda model: fix_inputs(model, fixed)  # inputs with a given value become tensors
     yield lambda model: specialize(model, _lengths(model, sizes, contexts))  # each If becomes the branch that runs
+    yield fix_lengths  # bounds computed from known lengths become tensors
     yield check_specialized  # refuses an If that remains
     yield lambda model: drop_neutral(model) if model.given else model  # x + 0 becomes x
     yield note_unused  # lists tensors that no output depends on, before passes stop using some

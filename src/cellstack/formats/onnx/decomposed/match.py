@@ -189,6 +189,7 @@ class Matcher:
         self.loop, self.zeros = within_loop, zeros
         self.left = VISITS[0] + VISITS[1] * len(scope.graph.node)
         self.form: Any = None
+        self.furthest = 0, ""  # of the values that match none of the form: what was known by then, and its name
 
     def steps(self, form: Form, node: Any, ends: dict[str, str], bound: Bound) -> list[Step]:
         """Return the steps of a form that compute states; several where a graph doesn't distinguish x from h.
@@ -199,7 +200,7 @@ class Matcher:
             ends: the names of the states after the step, at least of h.
             bound: what is known.
         """
-        self.form = form
+        self.form, self.furthest = form, (0, "")
         found: dict[Any, Step] = {}
         pairs = [(form.after[state], name) for state, name in ends.items()]
         for each in islice(self._all(self.match, pairs, bound), MOST_MATCHES):
@@ -230,7 +231,12 @@ class Matcher:
             if self._same(bound[ours], theirs):
                 yield bound
         else:
-            yield from self._operation(ours, theirs, {**bound, ours: theirs})
+            matches = False
+            for each in self._operation(ours, theirs, {**bound, ours: theirs}):
+                matches = True
+                yield each
+            if not matches and len(bound) > self.furthest[0]:
+                self.furthest = len(bound), theirs
 
     def _operation(self, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
         values, node = self.form.values, self.form.values.scope.producers.get(ours)

@@ -1,0 +1,89 @@
+"""Resolves what a graph computes from known lengths, which hides the steps of cells.
+
+PyTorch exports `gates.chunk(4, 1)` as slices with bounds computed from the shape of `gates` where its own shape
+inference has lost that shape, as after a `view`; the number of columns is that of a matrix all the same. And it
+exports `x.view(-1, x.size(1))` of rows x as a Reshape, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.file import DOMAINS, Model, Scope, onnx_package
+from cellstack.formats.onnx.specialize import Lengths
+from cellstack.layout import Array
+
+
+def fix_lengths(model: Model) -> Model:
+    """Return a model in which bounds of slices are tensors, and axes the last one, where that follows from known lengths.
+
+    A Reshape to the shape that its input has becomes an Identity.
+    """
+    scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split}
+    if not any(_hides(scope, node) for node in model.graph.node):
+        return model
+    lengths, tensors = Lengths(model, {}), dict[str, Any]()
+    nodes = []
+    for node in model.graph.node:
+        change = changes.get(node.op_type) if node.domain in DOMAINS else None
+        nodes.append(node if change is None else change(lengths, node, tensors))
+    return model.changed(nodes, tensors.values())
+
+
+def _hides(scope: Scope, node: Any) -> bool:
+    """Whether a node may hide the steps of a cell."""
+    if node.domain not in DOMAINS or node.op_type not in ("Reshape", "Slice", "Split") or not node.input:
+        return False
+    return node.op_type != "Split" or scope.model.attributes(node).get("axis", 0) == 1
+
+
+def _reshape(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+    """Return an Identity for a Reshape whose lengths, but for one, are those of its input's axes."""
+    wanted, has = (lengths.value(node.input[1]) if len(node.input) > 1 else None), lengths.lengths_of(node.input[0])
+    if wanted is None or has is None or len(wanted) != len(has):
+        return node
+    pairs = zip(wanted.tolist(), has.tolist(), strict=True)
+    if sum(one != other for one, other in pairs) > (-1 in wanted.tolist()):
+        return node
+    return onnx_package().helper.make_node("Identity", [node.input[0]], [*node.output], name=node.name)
+
+
+def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+    """Return a Slice with known bounds as tensors, and with -1 as its axis if that is the last one."""
+    found = [lengths.value(name) if name else None for name in node.input[1:4]]
+    values = {name: _integers(value) for name, value in zip(node.input[1:4], found, strict=False) if name}
+    has = lengths.lengths_of(node.input[0])
+    axes = values.get(node.input[3]) if len(node.input) > 3 else None
+    last = has is not None and axes is not None and axes.tolist() == [len(has) - 1]
+    if not last and not any(lengths.scope.constant(name) is None and values[name] is not None for name in values):
+        return node
+    made = type(node)()
+    made.CopyFrom(node)
+    for n, name in enumerate(node.input[1:4], 1):
+        value = np.array([-1], np.int64) if last and n == 3 else values.get(name)
+        if value is not None:
+            made.input[n] = f"{name} (last axis)" if last and n == 3 else f"{name} (known)"
+            tensors[made.input[n]] = onnx_package().numpy_helper.from_array(value, made.input[n])
+    return made
+
+
+def _split(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+    """Return a Split with -1 as its axis if that is the last one."""
+    has, found = lengths.lengths_of(node.input[0]), lengths.scope.model.attributes(node)
+    if has is None or found.get("axis", 0) != len(has) - 1:
+        return node
+    made = type(node)()
+    made.CopyFrom(node)
+    for entry in made.attribute:
+        if entry.name == "axis":
+            entry.i = -1
+    return made
+
+
+def _integers(value: Array | None) -> Array | None:
+    """Return known lengths as integers; None where one of them isn't known."""
+    if value is None or (value.dtype == object and not all(isinstance(one, int) for one in value.reshape(-1))):
+        return None
+    return np.asarray(value.astype(np.int64), order="C")
