@@ -106,7 +106,7 @@ class BoundStream {
         auto* x = reinterpret_cast<PyArrayObject*>(given.ptr());
         constexpr int type = sizeof(T) == 8 ? NPY_DOUBLE : NPY_FLOAT;
         if (!PyArray_CheckExact(given.ptr()) || PyArray_NDIM(x) != Dims || PyArray_TYPE(x) != type ||
-            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 0) != stream_.batch() || PyArray_DIM(x, Dims - 1) != first.input)
+            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 0) != stream_.batch() || PyArray_DIM(x, Dims - 1) != first.x_width())
             return nb::none();
         npy_intp shape[Dims] = {PyArray_DIM(x, 0), PyArray_DIM(x, 1)};
         shape[Dims - 1] = last.output;
@@ -145,7 +145,7 @@ class BoundStack {
         auto* x = reinterpret_cast<PyArrayObject*>(given.ptr());
         constexpr int type = sizeof(T) == 8 ? NPY_DOUBLE : NPY_FLOAT;
         if (!PyArray_CheckExact(given.ptr()) || PyArray_NDIM(x) != 3 || PyArray_TYPE(x) != type ||
-            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 2) != weights_[0]->description().input || !PyArray_SIZE(x))
+            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 2) != weights_[0]->description().x_width() || !PyArray_SIZE(x))
             return nb::none();
         const npy_intp batch = PyArray_DIM(x, 0), steps = PyArray_DIM(x, 1), width = PyArray_DIM(x, 2);
         npy_intp shape[3] = {batch, steps, weights_.back()->description().output};

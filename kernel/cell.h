@@ -50,7 +50,7 @@ class Weights {
 // Random masks that training draws for each call.
 template <class T>
 struct Drops {
-    const T* recurrent;     // [B, P], multiplies h_prev in the sums of every step; null: none
+    const T* recurrent;     // [B, P], multiplies h_prev in the sums of every step, or the candidate; null: none
     const T* zoneout;       // [B, T, P], 1 = keep the old value; null: the description's rate, as a constant
     const T* zoneout_cell;  // [B, T, H], the same for c
 };
@@ -67,6 +67,10 @@ struct Layer {
     T* norms;  // [B, T, norm_size()], what layer normalisation stores; null: not written, or no such flag
     Drops<T> drops;
     Patches<T> patches{};  // forward only
+
+    // The mask of recurrent dropout, if it multiplies h; or if it multiplies the candidate.
+    const T* dropped_h() const { return weights->description().kind->drops_candidate ? nullptr : drops.recurrent; }
+    const T* dropped_candidate() const { return dropped_h() ? nullptr : drops.recurrent; }
 };
 
 // The sequences of one batch.

@@ -10,7 +10,7 @@
 //                 inner states and all outputs
 //     row_back    from the gradients dm of h (before a projection) and dinner of the inner states, to dz (and dq), and
 //                 the gradients of the states before; what doesn't pass through a product is added to `carry`. With
-//                 layer normalisation, dz is written to dq too. In padding dz must be finite. The last two arguments
+//                 separate sums, dz is written to dq too. In padding dz must be finite. The last two arguments
 //                 are the distances between rows of `carry`, and of `dm`.
 #pragma once
 #include "activations.h"
@@ -146,13 +146,13 @@ INLINE V<T> bias_at(const Panels<T>& w, const T* bias, int gate, const Place& at
     return load(bias + at.unit * w.d->gates() + gate * Vec<T>::W);
 }
 
-// Normalises the sums of a row over x and over h, [gates][stride] each, multiplies them by their gain and adds their
-// bias.
+// Normalises the sums of a row over x and over h, [gates][stride] each, or all in one in z; multiplies them by their
+// gain and adds their bias.
 template <class T>
 void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t stride) {
     const Description& d = *f.w.d;
     const int64_t H = d.units, wide = d.gates() * H;
-    const int sides = 1 + d.kind->recurrent;
+    const int sides = d.normed();
     const Groups groups(d);
     T* norms = f.norms ? f.norms + (r * f.steps + t) * d.norm_size() : nullptr;
     for (int side = 0; side < sides; ++side) {
@@ -297,7 +297,7 @@ void normalise_back(const Backward<T>& f, int64_t r, int64_t n) {
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     const int64_t H = d.units, t = time_of(f, n), wide = d.gates() * H;
-    const int sides = 1 + d.kind->recurrent;
+    const int sides = d.normed();
     const T* norms = f.norms + kept_at(f, r, t) * d.norm_size();
     const Groups groups(d);
     for (int side = 0; side < sides; ++side) {

@@ -52,14 +52,16 @@ struct Activation {
 
 struct Description {
     const Kind* kind;
-    int64_t input, units, output;  // I, H, P: the width of h, H where nothing is projected
+    int64_t input, units, output;  // I, without an attention; H; P: the width of h, H where nothing is projected
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
     Activation activations[kMostGates + 1];
-    bool use_bias, peepholes, coupled, layer_norm, reset_after;
+    bool use_bias, peepholes, coupled, layer_norm, joint, reset_after, attention;  // joint: a form of layer_norm
     bool rows;                             // whether matrices have PyTorch's layout: see Arrays
     double norm_epsilon, clip, cell_clip;  // clips: infinity if there is none
     double zoneout, zoneout_cell;
 
+    // Numbers per row of x, of which the last one may be an attention.
+    int64_t x_width() const { return input + attention; }
     bool projects() const { return output != units; }  // proj_size
     bool keeps_state() const { return kind->states > 0; }
     int inner_states() const { return kind->states > 1 ? kind->states - 1 : 0; }
@@ -80,10 +82,12 @@ struct Description {
     // What a patch may change: the gates, then the states, in their order.
     int targets() const { return kind->gates + kind->states; }
     // Whether the sums over x and over h are needed separately.
-    bool apart() const { return kind->recurrent && (layer_norm || resets_after()); }
-    // Numbers that layer normalisation stores per step: the normalised sums of x and of h, and for each the reciprocal
-    // deviations of two groups of gates.
-    int64_t norm_size() const { return layer_norm ? (1 + kind->recurrent) * (gates() * units + 2) : 0; }
+    bool apart() const { return kind->recurrent && ((layer_norm && !joint) || resets_after()); }
+    // How many sums layer normalisation normalises: those over x and over h, or all in one.
+    int normed() const { return kind->recurrent && !joint ? 2 : 1; }
+    // Numbers that layer normalisation stores per step: these sums, normalised, and for each the reciprocal deviations
+    // of two groups of gates.
+    int64_t norm_size() const { return layer_norm ? normed() * (gates() * units + 2) : 0; }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {

@@ -23,8 +23,9 @@ bool any(T* const (&pointers)[kStates]) {
     return std::any_of(pointers, pointers + kStates, [](T* p) { return p; });
 }
 
-// Whether threads may divide the units of a layer: a unit depends on others only through their dz.
-bool divides_back(const Description& d) { return !d.layer_norm && !d.projects(); }
+// Whether threads may divide the units of a layer: a unit depends on others only through their dz. The gradient of an
+// attention is a sum over units.
+bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.attention; }
 
 // A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
 // rows processes `depth` vectors of a panel (half as many for pairs); weights that don't fit into the core's own cache
@@ -104,7 +105,7 @@ class BackwardLayer {
     const Description& d = s.weights->description();
     const Arrays<const T>& arrays = s.weights->arrays();
     const Arrays<T>& to = g.arrays;
-    const int64_t B = in.batch, steps = in.steps, I = d.input, H = d.units, P = d.output;
+    const int64_t B = in.batch, steps = in.steps, I = d.input, X = d.x_width(), H = d.units, P = d.output;
     const int G = d.gates();
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
@@ -177,7 +178,7 @@ void BackwardLayer<T>::take_memory() {
     const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
     const int64_t chunk_dp = if_(d.projects(), output_blocks * chunk_rows * W);
     const int64_t chunk_m = if_(d.projects() || reset_before, chunk_rows * H);
-    const int64_t dropped = if_(s.drops.recurrent, chunk_rows * P);
+    const int64_t dropped = if_(s.dropped_h(), chunk_rows * P);
     const int64_t rows_dm = if_(by_rows, B * unit_columns);
     lines = if_(by_rows, 2 * blocks * W);
     const int64_t vectors = if_(d.peepholes || d.layer_norm, B * kVectors * blocks * W);
@@ -185,9 +186,9 @@ void BackwardLayer<T>::take_memory() {
     const int64_t matrices = d.rows ? I + (1 + reset_before) * d.recurrent() : 0;
     const int64_t sums = Parts<T>::size(blocks * (matrices + 2) * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
-    const int64_t most = std::max({I, P, H});
+    const int64_t most = std::max({X, P, H});
     const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
-    const int64_t x_again = if_(again, rows_again * I), h_again = if_(again, rows_again * P);
+    const int64_t x_again = if_(again, rows_again * X), h_again = if_(again, rows_again * P);
     const int64_t c_again = if_(again, rows_again * H);
     // Rows of a step or of a task of the gradient of x; or all rows of some blocks, two rows in one.
     const int64_t paired_rows = std::max(ceil_div(B, cut.groups), std::min(kInputRows, chunk_rows));
@@ -321,7 +322,10 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
         f.dinner[k] = at(dinner[k], blocks * W);
     }
     f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
-    f.recurrent_dropout = at(s.drops.recurrent, P);
+    f.recurrent_dropout = at(s.dropped_h(), P), f.candidate_dropout = at(s.dropped_candidate(), P);
+    f.attention_row = in.stride_batch, f.attention_time = in.stride_time, f.attention = at(in.x + I, in.stride_batch);
+    f.dattention_row = in.row_stride(X), f.dattention_time = in.time_stride(X);
+    f.dattention = at(g.dx ? g.dx + I : nullptr, f.dattention_row);
     f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
     f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
     f.dm = at(dm, unit_columns);
@@ -348,11 +352,12 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
             // dz is zero at masked steps, but x and h may be anything there, even NaN, and must not be multiplied by it
             const bool used = !in.mask || in.mask[b * steps + t];
             x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
-            dx_rows[m] = g.dx ? g.dx + b * in.row_stride(I) + t * in.time_stride(I) : nullptr;
+            dx_rows[m] = g.dx ? g.dx + b * in.row_stride(X) + t * in.time_stride(X) : nullptr;
+            if (g.dx && d.attention) dx_rows[m][I] = 0;  // that of a step that is used is computed later
             h_rows[m] = used ? state_before(0, b, n, t) : zeros;
-            if (s.drops.recurrent) {
+            if (const T* drops = s.dropped_h()) {
                 T* product = h_dropped + m * P;
-                for (int64_t k = 0; k < P; ++k) product[k] = h_rows[m][k] * s.drops.recurrent[b * P + k];
+                for (int64_t k = 0; k < P; ++k) product[k] = h_rows[m][k] * drops[b * P + k];
                 h_rows[m] = product;
             }
             if (m_rows_at) m_rows[m] = m_rows_at + m * H;
@@ -380,7 +385,7 @@ void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
         const int64_t rows = std::min(rows_again, all - from);
         for (int64_t k = 0; k < rows; ++k) {
             const int64_t m = from + k, n = first + m / B, b = m % B, t = time_of(n);
-            memcpy(x_in + k * I, x_rows[m], size_t(I) * sizeof(T));
+            memcpy(x_in + k * X, x_rows[m], size_t(X) * sizeof(T));
             memcpy(states_in[0] + k * P, h_rows[m], size_t(P) * sizeof(T));
             if (in.mask) mask_in[k] = in.mask[b * steps + t];
             for (int state = 1; state <= inner; ++state)
@@ -391,7 +396,7 @@ void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
         std::copy_n(states_in, kStates, layer.before);
         layer.gates = made_gates + from * planes * H;
         layer.norms = made_norms ? made_norms + from * norms : nullptr;
-        forward<T>({rows, 1, x_in, I, I, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
+        forward<T>({rows, 1, x_in, X, X, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
     }
 }
 
@@ -555,7 +560,7 @@ void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const
         Sequences<T> own = in;
         Gradients<T> g = gradients[l];
         if (l) {
-            const int64_t width = layers[l].weights->description().input;
+            const int64_t width = layers[l].weights->description().x_width();
             own.x = layers[l - 1].y, own.stride_time = in.time_stride(width), own.stride_batch = in.row_stride(width);
         }
         if (above) {

@@ -1,5 +1,6 @@
 // The GRU in both forms, forward and backward.
-//     h = z·h_prev + (1 - z)·g          reset_after: g = φ(x·K + r·(h·R)), else g = φ(x·K + (r·h)·R)
+//     h = z·h_prev + (1 - z)·g          attention u: (1 - u·(1 - z)) for z
+//     reset_after: g = φ(x·K + r·(h·R)), else g = φ(x·K + (r·h)·R)
 #pragma once
 #include "cells.h"
 
@@ -7,6 +8,12 @@ namespace cellstack {
 namespace {
 
 struct Gru {
+    // The share of h_prev that a step keeps, given its attention.
+    template <class T>
+    INLINE static V<T> kept_by(V<T> attention, V<T> z) {
+        return splat(T(1)) - attention * (splat(T(1)) - z);
+    }
+
     // For a reset gate before the product: computes z, r, and r·h, the input of the candidate's product.
     template <class T, bool Usual>
     static void reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h) {
@@ -30,6 +37,7 @@ struct Gru {
     static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
         const Description& d = *f.w.d;
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
+        const V<T> attention = splat(d.attention ? f.x[r * f.x_row + t * f.x_time + d.input] : T(0));
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[3], after[4] = {};
             UNROLL
@@ -54,6 +62,7 @@ struct Gru {
             } else {
                 keep_gates(f, at, z);
             }
+            if (d.attention) z[0] = kept_by<T>(attention, z[0]);
             write_output<T, false>(f, at, mixed<T>(z[0], h_before(f, at, h), z[2]), h, h_next);
         });
     }
@@ -67,6 +76,8 @@ struct Gru {
         const Description& d = *f.d;
         const int64_t t = time_of(f, n);
         const T* h_prev = output_before(f, r, n);
+        const V<T> attention = splat(d.attention ? f.attention[r * f.attention_row + t * f.attention_time] : T(0));
+        V<T> dattention = splat(T(0));
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> gates[4];
             const int64_t H = d.units;
@@ -74,12 +85,17 @@ struct Gru {
             UNROLL
             for (int v = 0; v < 3; ++v) gates[v] = load_lanes(from + v * H, at.lanes);
             const V<T> h = units_of(h_prev, at), dh = load(f.dm + r * columns + at.unit), zero = splat(T(0));
+            V<T> dkept = dh * (h - gates[2]), kept = gates[0];
+            if (d.attention) {
+                dattention -= dkept * (splat(T(1)) - kept);
+                dkept *= attention, kept = kept_by<T>(attention, kept);
+            }
             const V<T> dz_z =
-                (dh * (h - gates[2]) + extra(f, at, 0)) * gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);
-            const V<T> dg = (dh * (splat(T(1)) - gates[0]) + extra(f, at, 2)) *
+                (dkept + extra(f, at, 0)) * gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);
+            const V<T> dg = (dh * (splat(T(1)) - kept) + extra(f, at, 2)) *
                             gate_slope<T, false, Usual, true>(d, limits, 2, gates[2]);
             T* carried = f.carry + r * columns + at.unit;
-            store(carried, fma(dh, gates[0], load(carried)));
+            store(carried, fma(dh, kept, load(carried)));
             T* to = block_of(f, f.dz, 3, r, n, at.unit);
             store(to, dz_z);
             store(to + W, zero);
@@ -95,6 +111,8 @@ struct Gru {
                 store(other + 2 * W, dg * gates[1]);
             }
         });
+        if (d.attention && f.dattention)
+            f.dattention[r * f.dattention_row + t * f.dattention_time] = total<T>(dattention);
         if (d.layer_norm) normalise_back(f, r, n);
     }
 

@@ -100,8 +100,8 @@ struct Forward {
     const T* x;    // x of row r at time t: x + r·x_row + t·x_time
     int64_t x_row, x_time;
     const uint8_t *mask, *reset;      // [rows][steps] or null
-    const T* recurrent_dropout;       // [rows][P] or null
-    const T *zoneout, *zoneout_cell;  // [rows][steps][P], [rows][steps][H] or null
+    const T *recurrent_dropout, *candidate_dropout;  // [rows][P] or null
+    const T *zoneout, *zoneout_cell;                 // [rows][steps][P], [rows][steps][H] or null
     T *h, *h_next;                    // [rows][output_blocks·W]; swapped after every step: `h` is the state
     T* h_kept;                        // [rows][output_blocks·W], h before recurrent dropout; null without it
     T* inner[kInner];                 // [rows][blocks·W], the inner states
@@ -138,7 +138,10 @@ struct Backward {
     int64_t y_row, y_time;                    // the strides of y and dy, as in Forward
     const T* before[kStates];                 // [rows][P], [rows][H] … or null
     const uint8_t *mask, *reset;              // [rows][steps] or null
-    const T* recurrent_dropout;
+    const T *recurrent_dropout, *candidate_dropout;
+    const T* attention;  // of every row and step, in x
+    T* dattention;       // in dx; or null
+    int64_t attention_row, attention_time, dattention_row, dattention_time;
     const T *zoneout, *zoneout_cell;
     const T *dy, *dgates, *dstates[kInner];  // in the shapes of y, gates, states; or null
     T *dh, *dinner[kInner];  // [rows][columns of P], [rows][blocks·W]; in: after step last - 1; out: before first

@@ -1,6 +1,6 @@
 // The LSTM with every flag, forward and backward.
 //     c = f·c_prev + i·g                               h = o·φ(c)
-//     peepholes: i and f use c_prev, o uses c          coupled: f = 1 - i          layer_norm: φ(LN(c))
+//     peepholes: i and f use c_prev, o uses c          coupled: f = 1 - i          layer_norm: φ(LN(c)), joint: c = LN(c)
 #pragma once
 #include "cells.h"
 
@@ -15,14 +15,17 @@ INLINE V<T> peephole(const Description& d, const T* weights, int gate, const Pla
     return load_lanes(weights + row * d.units + at.unit, at.lanes);
 }
 
-// Computes the gates from the sums, in place, and stores the new cell state; returns that state before zoneout.
+template <class T>
+INLINE T* cell_state(const Forward<T>& f, const Place& at) {
+    return f.inner[kC] + at.r * f.w.blocks * Vec<T>::W + at.unit;
+}
+
+// Computes i, f and g from their sums, in place; returns the new cell state before zoneout, and before it is normalised.
 template <class T, bool Plain, bool Usual>
-INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
+INLINE V<T> lstm_cell(const Forward<T>& f, const Place& at, V<T> (&z)[4], V<T> c_prev) {
     const Description& d = *f.w.d;
-    const T* p = f.w.arrays.peepholes;
-    T* state = f.inner[kC] + at.r * f.w.blocks * Vec<T>::W + at.unit;
-    const V<T> c_prev = load(state);
     if constexpr (!Plain) {
+        const T* p = f.w.arrays.peepholes;
         if (d.peepholes) {
             z[0] = fma(peephole(d, p, 0, at), c_prev, z[0]);
             if (!d.coupled) z[1] = fma(peephole(d, p, 1, at), c_prev, z[1]);
@@ -36,20 +39,35 @@ INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
     z[0] = act<T, Usual, false>(d.activations[0], z[0]), patch(0);
     z[1] = !Plain && d.coupled ? splat(T(1)) - z[0] : act<T, Usual, false>(d.activations[1], z[1]), patch(1);
     z[2] = act<T, Usual, true>(d.activations[2], z[2]), patch(2);
-    V<T> c = fma(z[1], c_prev, z[0] * z[2]), kept = c;
+    const V<T> c = fma(z[1], c_prev, z[0] * z[2]);
+    return Plain ? c : limited<T>(d.cell_clip, c);
+}
+
+// Stores the new cell state c after zoneout, and computes o from its sum, in place; returns c before zoneout.
+template <class T, bool Plain, bool Usual>
+INLINE V<T> lstm_output(const Forward<T>& f, const Place& at, V<T>& o, V<T> c_prev, V<T> c) {
+    const Description& d = *f.w.d;
+    V<T> kept = c;
     if constexpr (!Plain) {
-        kept = c = limited<T>(d.cell_clip, c);
         if (d.zoneout_cell > 0) kept = mixed<T>(zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at), c_prev, c);
         if (f.patches.lines) {
             patch_state<T>(f, 1 + kC, at, kept, c_prev);
             patch_state<T>(f, 1 + kC, at, c, c_prev);
         }
-        if (d.peepholes) z[3] = fma(peephole(d, p, 3, at), c, z[3]);
-        z[3] = limited<T>(d.clip, z[3]);
+        if (d.peepholes) o = fma(peephole(d, f.w.arrays.peepholes, 3, at), c, o);
+        o = limited<T>(d.clip, o);
     }
-    z[3] = act<T, Usual, false>(d.activations[3], z[3]), patch(3);
-    store(state, kept);
+    o = act<T, Usual, false>(d.activations[3], o);
+    if constexpr (!Plain) patch_gate<T>(f, 3, at, o);
+    store(cell_state(f, at), kept);
     return c;
+}
+
+// Both: the gates from the sums, and the new cell state.
+template <class T, bool Plain, bool Usual>
+INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
+    const V<T> c_prev = load(cell_state(f, at));
+    return lstm_output<T, Plain, Usual>(f, at, z[3], c_prev, lstm_cell<T, Plain, Usual>(f, at, z, c_prev));
 }
 
 // h = o·φ(c): computes dz of o from `dm`, the gradient of h, and returns the gradient of c through h.
@@ -88,6 +106,11 @@ struct Lstm {
                 write_output<T, false>(f, at, m, h, h_next);
         };
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
+        const bool apart = d.apart();
+        const auto normed = [&](const Place& at) INLINED {  // c in `line`, once it is normalised, with its gain and bias
+            const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
+            return fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
+        };
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[4];
             int column = 0;
@@ -97,8 +120,13 @@ struct Lstm {
                 z[v] = splat(T(0));
                 if (v == 1 && d.coupled) continue;
                 z[v] = load_lanes(sums + from, at.lanes);
-                if (d.layer_norm) z[v] += load_lanes(q + from, at.lanes);
+                if (apart) z[v] += load_lanes(q + from, at.lanes);
                 ++column;
+            }
+            if (d.joint) {  // o, which the second pass computes, replaces its sum among the gates
+                store(line + at.unit, lstm_cell<T, false, Usual>(f, at, z, load(cell_state(f, at))));
+                keep_gates(f, at, z);
+                return;
             }
             const V<T> c = lstm_gates<T, false, Usual>(f, at, z);
             keep_gates(f, at, z);
@@ -113,9 +141,13 @@ struct Lstm {
         if (!d.layer_norm) return;
         standardise(line, 1, 0, d.units, d.norm_epsilon);
         each_block(f, r, t, [&](const Place& at) INLINED {
-            const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
-            const V<T> c = fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
-            out(at, load_lanes(sums + at.unit, at.lanes) * act<T, Usual, true>(d.activations[4], c));
+            V<T> c = normed(at), o = load_lanes(sums + (d.joint ? d.gates() - 1 : 0) * stride + at.unit, at.lanes);
+            if (d.joint) {
+                c = lstm_output<T, false, Usual>(f, at, o, load(cell_state(f, at)), c);
+                if (f.gates) store_lanes(f.gates + ((r * f.steps + t) * 4 + 3) * d.units + at.unit, o, at.lanes);
+                keep_inner(f, at, kC);
+            }
+            out(at, o * act<T, Usual, true>(d.activations[4], c));
         });
     }
 
@@ -138,6 +170,17 @@ struct Lstm {
             load_gates(f, at, gates);
             store(cell + at.unit, fresh(at, gates));
         });
+        // The gradient of c after the step, before zoneout; `passed` is the part that zoneout passes to the step before.
+        const auto after = [&](const Place& at, V<T>& passed) INLINED {
+            V<T> dc = load(f.dinner[kC] + r * wide + at.unit);
+            passed = splat(T(0));
+            if (f.dstates[kC]) dc += load_lanes(f.dstates[kC] + (r * f.steps + t) * d.units + at.unit, at.lanes);
+            if (d.zoneout_cell > 0) {
+                const V<T> keep = zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at);
+                passed = keep * dc, dc *= splat(T(1)) - keep;
+            }
+            return dc;
+        };
         T reciprocal = 1;
         if (d.layer_norm) reciprocal = standardise(cell, 1, 0, d.units, d.norm_epsilon);
         V<T> sum = splat(T(0)), product = splat(T(0));
@@ -154,6 +197,14 @@ struct Lstm {
                 store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, gates[3] * phi_c,
                             at.lanes);
             V<T> dc = lstm_output_back<T, false, Usual>(f, limits, at, gates[3], phi_c, dm, dz_o);
+            if (d.joint) {
+                V<T> passed;
+                dc += after(at, passed);
+                if (d.peepholes) {
+                    dc = fma(dz_o, peephole(d, p, 3, at), dc);
+                    add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz_o * c);
+                }
+            }
             if (d.layer_norm) {
                 add_to_vector(f, kCellGain, at, dc * v);
                 add_to_vector(f, kCellBias, at, dc);
@@ -171,16 +222,17 @@ struct Lstm {
             T* to = block_of(f, f.dz, gates_in_dz, r, n, at.unit);
             T* dc_at = f.dinner[kC] + r * wide + at.unit;
             const V<T> c_prev = units_of(c_before, at), c = fresh(at, gates);
-            V<T> dc = load(dcell + at.unit), given = load(dc_at), passed = splat(T(0));
+            V<T> dc = load(dcell + at.unit), passed;
             if (d.layer_norm) dc = splat(reciprocal) * (dc - mean - load_lanes(cell + at.unit, at.lanes) * share);
-            if (f.dstates[kC]) given += load_lanes(f.dstates[kC] + (r * f.steps + t) * d.units + at.unit, at.lanes);
-            if (d.zoneout_cell > 0) {
-                const V<T> keep = zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at);
-                passed = keep * given, given *= splat(T(1)) - keep;
-            }
             dz[3] = load(to + (gates_in_dz - 1) * W);
-            dc += given;
-            if (d.peepholes) dc = fma(dz[3], peephole(d, p, 3, at), dc);
+            const V<T> given = after(at, passed);
+            if (!d.joint) {
+                dc += given;
+                if (d.peepholes) {
+                    dc = fma(dz[3], peephole(d, p, 3, at), dc);
+                    add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz[3] * c);
+                }
+            }
             if (d.cell_clip < __builtin_inf()) {
                 const V<T> end = splat(T(d.cell_clip));
                 dc = ((c < end) & (c > -end)) ? dc : splat(T(0));
@@ -193,13 +245,12 @@ struct Lstm {
                     passed = fma(dz[1], peephole(d, p, 1, at), passed);
                     add_to_vector(f, kPeepholes + 1, at, dz[1] * c_prev);
                 }
-                add_to_vector(f, kPeepholes + (d.coupled ? 1 : 2), at, dz[3] * c);
             }
             store(to, dz[0]);
             if (!d.coupled) store(to + W, dz[1]);
             store(to + (gates_in_dz - 2) * W, dz[2]);
             store(dc_at, passed);
-            if (d.layer_norm) {
+            if (d.apart()) {
                 T* other = block_of(f, f.dq, gates_in_dz, r, n, at.unit);
                 for (int k = 0; k < gates_in_dz; ++k) store(other + k * W, load(to + k * W));
             }

@@ -12,7 +12,7 @@ struct SimpleRnn {
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[1] = {load_lanes(sums + at.unit, at.lanes)};
-            if (d.layer_norm) z[0] += load_lanes(q + at.unit, at.lanes);
+            if (d.apart()) z[0] += load_lanes(q + at.unit, at.lanes);
             z[0] = act<T, Usual, true>(d.activations[0], limited<T>(d.clip, z[0]));
             patch_gate<T>(f, 0, at, z[0]);
             keep_gates(f, at, z);
@@ -31,7 +31,7 @@ struct SimpleRnn {
             const V<T> dz = (load(f.dm + r * columns + at.unit) + extra(f, at, 0)) *
                             gate_slope<T, false, Usual, true>(d, limits, 0, gates[0]);
             store(block_of(f, f.dz, 1, r, n, at.unit), dz);
-            if (d.layer_norm) store(block_of(f, f.dq, 1, r, n, at.unit), dz);
+            if (d.apart()) store(block_of(f, f.dq, 1, r, n, at.unit), dz);
         });
         if (d.layer_norm) normalise_back(f, r, n);
     }

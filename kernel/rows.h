@@ -1,6 +1,7 @@
 // The routines of every kind of cell.
 #pragma once
 #include "gru.h"
+#include "ligru.h"
 #include "lstm.h"
 #include "mingru.h"
 #include "minlstm.h"

@@ -30,7 +30,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         if (!layers[l].y) count += Parts<T>::size(checked(checked(B, steps), description(l).output));
     std::vector<int64_t> sizes(depth);
     for (int l = 0; l < depth; ++l) {
-        sizes[l] = typename Runner<T>::Sizes(*layers[l].weights, most_rows, chunk, layers[l].drops.recurrent,
+        sizes[l] = typename Runner<T>::Sizes(*layers[l].weights, most_rows, chunk, layers[l].dropped_h(),
                                              layers[l].patches.lines)
                        .sum(cut.shares);
         count += groups * sizes[l];
@@ -57,7 +57,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         const int64_t first = B * group / groups, rows = B * (group + 1) / groups - first;
         const int64_t H = d.units, P = d.output, below = l ? description(l - 1).output : 0;
         Parts<T> own(memory[size_t(l) * groups + group]);
-        runner.open(*layer.weights, rows, chunk, cut.shares, layer.drops.recurrent, layer.patches.lines, own);
+        runner.open(*layer.weights, rows, chunk, cut.shares, layer.dropped_h(), layer.patches.lines, own);
         // The group's part of an array with `a_row` numbers per row.
         const auto at = [&](auto* all, int64_t a_row) { return all ? all + first * a_row : nullptr; };
         Forward<T>& f = runner.f;
@@ -69,7 +69,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         f.gates = at(layer.gates, steps * d.planes() * H);
         for (int s = 0; s < d.inner_states(); ++s) f.states[s] = at(layer.states[s], steps * H);
         f.norms = at(layer.norms, steps * d.norm_size());
-        f.recurrent_dropout = at(layer.drops.recurrent, P);
+        f.recurrent_dropout = at(layer.dropped_h(), P), f.candidate_dropout = at(layer.dropped_candidate(), P);
         f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
         f.patches = layer.patches;
         f.patches.lines = at(layer.patches.lines, steps * d.targets());

@@ -28,7 +28,7 @@ struct Stream<T>::Impl {
             return between[place(group, of)] + n % 2 * f.rows * chunk * width;
         };
         f.steps = std::min(chunk, steps - first);
-        f.x_time = f.w.d->input, f.y_time = f.w.d->output;
+        f.x_time = f.w.d->x_width(), f.y_time = f.w.d->output;
         if (layer)
             f.x_row = f.steps * f.x_time, f.x = kept(layer - 1, f.x_time);
         else

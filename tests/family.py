@@ -1,5 +1,6 @@
 """Random cells, with arrays, states and inputs, all in float64."""
 
+from cellstack.cells import KINDS
 from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec
 
 ALPHAS = {
@@ -58,18 +59,22 @@ def random_spec(rng, kind=None, largest=8):
         }
     if kind == "gru":
         flags["reset_after"] = flags["layer_norm"] or often(0.5)
+        flags["attention"] = often(0.3)
+    if flags["layer_norm"] and KINDS[kind].joins and often(0.5):
+        flags["layer_norm"] = "joint"
     if often(0.3):
         slots = [gate for gate in GATES[kind] if not (gate == "f" and flags.get("coupled"))]
         slot = str(rng.choice([*slots, *(["cell"] if kind == "lstm" else [])]))
         tame = slot in ("g", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
         bounded = POSITIVE if divides else BOUNDED
         flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
-    return CellSpec(int(rng.integers(1, largest + 1)), units, kind=kind, **flags)
+    width = int(rng.integers(1, largest + 1)) + flags.get("attention", False)
+    return CellSpec(width, units, kind=kind, **flags)
 
 
 def random_arrays(rng, spec):
     """Return random arrays of the cell, by name; all numbers differ, and gains are near 1."""
-    scales = {"kernel": spec.input_size**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}
+    scales = {"kernel": spec.features**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}
     scales["projection"] = spec.units**-0.5
     return {
         name: name.endswith("_gain") * 1.0 + scales.get(name, 0.4) * rng.standard_normal(shape)

@@ -21,6 +21,9 @@ LSTM, gates i f g o:
     c_out = LN(c_new)⊙cell_gain + cell_bias                                                layer_norm
     h_new = o⊙φ(c_out)
     h_new = (o⊙φ(c_out))·projection                                                        proj_size
+    With layer_norm="joint", the lines of layer_norm are replaced by these:
+    z = LN(x·kernel + h_in·recurrent_kernel)⊙kernel_gain + bias
+    c_new = LN(c_new)⊙cell_gain + cell_bias, after its clip, before the peephole of o      c_out = c_new
 
 GRU, gates z r g:
     a = x·kernel + bias                        q = h_in·recurrent_kernel
@@ -30,9 +33,15 @@ GRU, gates z r g:
     g = φ(a_g + (r⊙h_in)·recurrent_kernel_g)
     g = φ(a_g + r⊙q_g)                                                                     reset_after
     h_new = z⊙h_prev + (1 - z)⊙g               with the arguments of σ, φ clipped to ±clip clip
+    h_new = (1 - w)⊙h_prev + w⊙g               with w = u·(1 - z); u is the last column of
+                                               x, the other columns are multiplied         attention
 
 SimpleRNN, gate g:
     h_new = g = φ(a + b + bias)                with a, b, layer_norm and clip as above
+
+LiGRU, gates z g:
+    h_new = z⊙h_prev + (1 - z)⊙(m⊙g)           with z = σ(a_z + b_z + bias_z), g = φ(a_g + b_g + bias_g), and b the
+                                               product with h_prev itself; layer_norm and clip as above
 
 minGRU, gates z g, and minLSTM, gates i f g; both without recurrent_kernel:
     a = x·kernel + bias, normalised as above, before the bias                              layer_norm
@@ -67,6 +76,11 @@ Ref, and where we differ:
     Feng et al. 2024, "Were RNNs All We Needed?", sec. 3 and appendix B: minGRU and minLSTM with φ = `positive`, their
         g; our f and i are before their division by f + i.
     Elman 1990, "Finding Structure in Time": SimpleRNN.
+    Ravanelli et al. 2018, "Light Gated Recurrent Units for Speech Recognition", sec. III: LiGRU, without their batch
+        normalisation of x·kernel, which is a scale and a shift of kernel and bias in inference.
+    Zhou et al. 2019, "Deep Interest Evolution Network for Click-Through Rate Prediction", interest evolving layer:
+        attention, their AUGRU, with an update gate 1 - z. Their AGRU has z = 0 here, by the activation affine(0, 0).
+    torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".
 """
 
 from __future__ import annotations
@@ -156,6 +170,7 @@ class _Cell:
         self.w = {name: np.asarray(arrays[name], np.float64) for name in spec.shapes}
         self.bfloat16 = {name for name in spec.shapes if isinstance(arrays[name], BFloat16Array)}
         self.patched = lambda name, value, before: value
+        self.dropout: Any = 1.0  # the mask of recurrent dropout, for kinds that don't apply it to h
         ends = np.cumsum([0, *spec.of_kind.blocks(spec)]) * spec.units  # of a GRU, z and r together and g separately
         self.together = [slice(*pair) for pair in pairwise(ends)]  # the columns that are normalised together
 
@@ -174,20 +189,25 @@ class _Cell:
     def product(self, s: SimpleNamespace, name: str, v: Array) -> Array:
         s.factors[name] = v
         out = self.rows(name, v) @ self.w[name]
-        return self.normalise(s, GAINS[name], out) if self.spec.layer_norm else out
+        return self.normalise(s, GAINS[name], out) if self.spec.layer_norm is True else out
 
     def product_back(self, s: SimpleNamespace, d: Arrays, name: str, dout: Array) -> Array:
-        if self.spec.layer_norm:
+        if self.spec.layer_norm is True:
             dout = self.normalise_back(s, d, GAINS[name], dout)
         d[name] += s.factors[name].T @ dout
         return dout @ self.w[name].T
 
     def sums(self, s: SimpleNamespace, x: Array, h_in: Array) -> Array:
-        return self.product(s, "kernel", x) + self.product(s, "recurrent_kernel", h_in) + self.w.get("bias", 0.0)
+        z = self.product(s, "kernel", x) + self.product(s, "recurrent_kernel", h_in)
+        if self.spec.joint:
+            z = self.normalise(s, "kernel_gain", z)
+        return z + self.w.get("bias", 0.0)
 
     def sums_back(self, s: SimpleNamespace, d: Arrays, dz: Array) -> tuple[Array, Array]:
         if self.spec.use_bias:
             d["bias"] += dz.sum(axis=0)
+        if self.spec.joint:
+            dz = self.normalise_back(s, d, "kernel_gain", dz)
         return self.product_back(s, d, "kernel", dz), self.product_back(s, d, "recurrent_kernel", dz)
 
     def normalise(self, s: SimpleNamespace, gain: str, v: Array) -> Array:
@@ -235,11 +255,14 @@ class _LSTM(_Cell):
         if spec.cell_clip is not None:
             s.cell_inside = np.abs(c_new) < spec.cell_clip
             c_new = np.clip(c_new, -spec.cell_clip, spec.cell_clip)
+        if spec.joint:
+            c_new = self.normalise(s, "cell_gain", c_new) + w["cell_bias"]
         seen = self.patched("c", c_new, c_prev)
         if spec.peepholes:
             z["o"] = z["o"] + p["o"] * seen
         o = self.activate(s, "o", z["o"])
-        c_out = self.normalise(s, "cell_gain", seen) + w["cell_bias"] if spec.layer_norm else seen
+        apart = spec.layer_norm and not spec.joint
+        c_out = self.normalise(s, "cell_gain", seen) + w["cell_bias"] if apart else seen
         c_act = self.activate(s, "cell", c_out)
         m = o * c_act
         h_new = self.rows("projection", m) @ w["projection"] if spec.proj_size else m
@@ -254,14 +277,15 @@ class _LSTM(_Cell):
             dm = dm @ w["projection"].T
         do = do + dm * s.c_act  # m = o⊙φ(c_out)
         dc_out = dm * o * slopes["cell"]
-        if spec.layer_norm:
-            d["cell_bias"] += dc_out.sum(axis=0)
-            dc_out = self.normalise_back(s, d, "cell_gain", dc_out)
+        if spec.layer_norm and not spec.joint:
+            dc_out = self.cell_norm_back(s, d, dc_out)
         dc_new = dc_new + dc_out
         dz, p, dp = {"o": do * slopes["o"]}, self.peepholes(w), self.peepholes(d)
         if spec.peepholes:
             dp["o"] += (dz["o"] * s.c_new).sum(axis=0)
             dc_new = dc_new + dz["o"] * p["o"]
+        if spec.joint:
+            dc_new = self.cell_norm_back(s, d, dc_new)
         if spec.cell_clip is not None:
             dc_new = dc_new * s.cell_inside
         di, df, dg, dc_prev = di + dc_new * g, df + dc_new * s.c_prev, dg + dc_new * i, dc_new * f  # f⊙c_prev + i⊙g
@@ -276,6 +300,10 @@ class _LSTM(_Cell):
         dx, dh_in = self.sums_back(s, d, np.concatenate([dz[gate] for gate in spec.gates], axis=1))
         return dx, dh_in, (0.0, dc_prev)
 
+    def cell_norm_back(self, s: SimpleNamespace, d: Arrays, dc: Array) -> Array:
+        d["cell_bias"] += dc.sum(axis=0)
+        return self.normalise_back(s, d, "cell_gain", dc)
+
     def peepholes(self, arrays: Arrays) -> Arrays:  # views of the rows
         gates = [gate for gate in self.spec.gates if gate != "g"]
         return dict(zip(gates, arrays["peepholes"], strict=True)) if self.spec.peepholes else {}
@@ -284,6 +312,9 @@ class _LSTM(_Cell):
 class _GRU(_Cell):
     def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
         spec, w, (h_prev,) = self.spec, self.w, state
+        u = 1.0
+        if spec.attention:
+            x, u = x[:, :-1], x[:, -1:]
         a, q = self.product(s, "kernel", x), self.product(s, "recurrent_kernel", h_in)
         if spec.use_bias:
             a, q = (a + w["bias"][0], q + w["bias"][1]) if spec.reset_after else (a + w["bias"], q)
@@ -294,15 +325,17 @@ class _GRU(_Cell):
         else:
             b_g = self.rows("recurrent_kernel", r * h_in) @ w["recurrent_kernel"][:, 2 * spec.units :]
         g = self.activate(s, "g", a_g + b_g)
-        s.state = (z * h_prev + (1.0 - z) * g,)
+        keep = 1.0 - u * (1.0 - z) if spec.attention else z
+        s.state = (keep * h_prev + (1.0 - keep) * g,)
         s.gates = (z, r, g, q_g) if spec.reset_after else (z, r, g)
-        s.h_prev, s.h_in, s.q_g = h_prev, h_in, q_g
+        s.h_prev, s.h_in, s.q_g, s.u, s.keep = h_prev, h_in, q_g, u, keep
 
     def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
         spec, slopes = self.spec, s.slopes
         (dh_new,), (z, r, g, *_), (dz, dr, dg, *_) = dstate, s.gates, dgates
-        da_z = (dz + dh_new * (s.h_prev - g)) * slopes["z"]  # z⊙h_prev + (1 - z)⊙g
-        da_g = (dg + dh_new * (1.0 - z)) * slopes["g"]
+        dkeep = dh_new * (s.h_prev - g)  # keep⊙h_prev + (1 - keep)⊙g
+        da_z = (dz + dkeep * s.u) * slopes["z"]
+        da_g = (dg + dh_new * (1.0 - s.keep)) * slopes["g"]
         if spec.reset_after:  # r⊙q_g
             dr, dq_g, dh_in = dr + da_g * s.q_g, da_g * r, 0.0
         else:  # (r⊙h_in)·recurrent_kernel_g
@@ -315,7 +348,10 @@ class _GRU(_Cell):
         if spec.use_bias:
             d["bias"] += [da.sum(axis=0), dq.sum(axis=0)] if spec.reset_after else da.sum(axis=0)
         dh_in = dh_in + self.product_back(s, d, "recurrent_kernel", dq)
-        return self.product_back(s, d, "kernel", da), dh_in, (dh_new * z,)
+        dx = self.product_back(s, d, "kernel", da)
+        if spec.attention:
+            dx = np.concatenate([dx, (dkeep * (z - 1.0)).sum(axis=1, keepdims=True)], axis=1)
+        return dx, dh_in, (dh_new * s.keep,)
 
 
 class _RNN(_Cell):
@@ -326,6 +362,20 @@ class _RNN(_Cell):
     def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
         dx, dh_in = self.sums_back(s, d, (dgates[0] + dstate[0]) * s.slopes["g"])
         return dx, dh_in, (0.0,)
+
+
+class _LiGRU(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        (h_prev,) = state
+        z, g = np.split(self.sums(s, x, h_prev), 2, axis=1)
+        z, g = s.gates = self.activate(s, "z", z), self.activate(s, "g", g)
+        s.state, s.h_prev = (z * h_prev + (1.0 - z) * (self.dropout * g),), h_prev
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh,), (z, g), (dz, dg), m = dstate, s.gates, dgates, self.dropout
+        dz, dg = dz + dh * (s.h_prev - m * g), dg + dh * (1.0 - z) * m
+        dx, dh_prev = self.sums_back(s, d, np.concatenate([dz * s.slopes["z"], dg * s.slopes["g"]], axis=1))
+        return dx, np.zeros_like(dh), (dh * z + dh_prev,)
 
 
 class _Min(_Cell):
@@ -369,7 +419,7 @@ class _MinLSTM(_Min):
         return dx, np.zeros_like(dh), (share * f,)
 
 
-CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN, "mingru": _MinGRU, "minlstm": _MinLSTM}
+CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN, "mingru": _MinGRU, "minlstm": _MinLSTM, "ligru": _LiGRU}
 
 
 # ── the loop over time: mask, reset, recurrent dropout, zoneout ─────────────────────────────────────────────────────
@@ -408,7 +458,7 @@ def forward(
         mask: `[B, T]`, True where a step is used; at other steps the state keeps its value.
         reset: `[B, T]`, True where the state is set to the cell's initial state before the step (in the order of
             processing), also at masked steps.
-        recurrent_dropout: `[B, P]`, factors of h_prev in the gates (0 or 1/(1-p)).
+        recurrent_dropout: `[B, P]`, factors of h_prev in the gates (0 or 1/(1-p)); of a LiGRU's candidate.
         reverse: run from the last step to the first; `y[:, t]` still belongs to `x[:, t]`.
         patched: a function that returns the new value of a gate or state, given its name, the step t, its value
             `[B, H]` and, for h and c, its value before the step. A gate is replaced right after its activation; c both
@@ -449,6 +499,7 @@ def forward(
         patched=patched,
     )
     zeros = [0.0] * len(outs)
+    cell.dropout = tape.dropout
     for t in tape.order:
         if patched is not None:
             cell.patched = lambda name, value, before, t=t: patched(name, t, value, before)
@@ -517,6 +568,7 @@ def backward(
             `out`; None, also as an entry: zeros. The gradient w.r.t. the plane q_g of a GRU's gates is ignored.
     """
     cell, tape = CELLS[spec.kind](spec, arrays), out.tape
+    cell.dropout = tape.dropout
     assert tape.patched is None, "the backward pass doesn't support patches"
     d = {name: np.zeros(shape) for name, shape in spec.shapes.items()}
     dx = np.zeros_like(tape.x)

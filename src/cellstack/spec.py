@@ -161,7 +161,7 @@ class CellSpec:
     """Description of one cell, without its arrays. For the equations of every flag see `cellstack.reference`.
 
     Args:
-        input_size: number I of input features.
+        input_size: number I of input features, including an attention.
         units: number H of units.
         activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`. None:
             "tanh", and "positive" of a minGRU and a minLSTM.
@@ -192,13 +192,14 @@ class CellSpec:
     peepholes: bool = False
     coupled: bool = False
     proj_size: int = 0
-    layer_norm: bool = False
+    layer_norm: bool | str = False
     norm_epsilon: float = 1e-5
     clip: float | None = None
     cell_clip: float | None = None
     zoneout: float = 0.0
     zoneout_cell: float = 0.0
     reset_after: bool = True
+    attention: bool = False
     learn_initial_state: bool = False
 
     def __post_init__(self) -> None:
@@ -229,6 +230,13 @@ class CellSpec:
             elif name != "kind" and value != field.default:
                 kinds = " or ".join(repr(kind.name) for kind in KINDS.values() if name in kind.settings)
                 raise ValueError(f"CellSpec: {name} is valid with kind={kinds} only, not with {self.kind!r}")
+        if self.features < 1:
+            raise ShapeError(f"CellSpec: expected input_size >= 2 with attention, got {self.input_size}")
+        if self.joint and not self.of_kind.joins:
+            raise ValueError(
+                f"CellSpec: expected layer_norm True or False of a {self.of_kind.title}, got 'joint': its gates aren't "
+                "activations of the sum of a product with x and a product with h"
+            )
         if self.layer_norm and not self.reset_after:
             raise ValueError(
                 "CellSpec: expected reset_after=True with layer_norm: the two products are normalised separately"
@@ -274,6 +282,16 @@ class CellSpec:
     def gates(self) -> tuple[str, ...]:
         """Gates with a block of H columns in the arrays, in order."""
         return tuple(gate for gate in GATES[self.kind] if not (self.coupled and gate == "f"))
+
+    @property
+    def features(self) -> int:
+        """The number of columns of x that the kernel multiplies: all but an attention."""
+        return self.input_size - self.attention
+
+    @property
+    def joint(self) -> bool:
+        """Whether layer normalisation is that of the sum of the products with x and h."""
+        return self.layer_norm == "joint"
 
     @property
     def output_size(self) -> int:
@@ -388,6 +406,7 @@ _CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
     "bool": as_flag,
     "int": as_integer,
     "float": _as_number,
+    "bool | str": lambda owner, name, value: value if isinstance(value, str) else as_flag(owner, name, value),
     "float | None": lambda owner, name, value: None if value is None else _as_number(owner, name, value),
 }
 

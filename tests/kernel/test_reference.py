@@ -62,6 +62,15 @@ FLAGS = {
     "coupled peepholes": {"coupled": True, "peepholes": True},
     "proj_size": {"proj_size": 2},
     "layer_norm": {"layer_norm": True},
+    "layer_norm joint": {"layer_norm": "joint"},
+    "layer_norm joint and the rest": {
+        "layer_norm": "joint",
+        "peepholes": True,
+        "coupled": True,
+        "cell_clip": 0.6,
+        "zoneout_cell": 0.3,
+        "proj_size": 2,
+    },
     "clip": {"clip": 0.5},
     "clipped peepholes": {"clip": 0.5, "peepholes": True},
     "cell_clip": {"cell_clip": 0.3},
@@ -76,8 +85,16 @@ FLAGS = {
     "gru clip reset_before": {"kind": "gru", "clip": 0.5, "reset_after": False},
     "gru zoneout": {"kind": "gru", "zoneout": 0.3},
     "gru learn_initial_state": {"kind": "gru", "learn_initial_state": True},
+    "gru attention": {"kind": "gru", "attention": True},
+    "gru attention reset_before": {"kind": "gru", "attention": True, "reset_after": False},
+    "gru attention alone as its gate": {
+        "kind": "gru",
+        "attention": True,
+        "gate_activations": {"z": "affine(0.0, 0.0)"},
+    },
     "rnn": {"kind": "rnn"},
     "rnn layer_norm": {"kind": "rnn", "layer_norm": True},
+    "rnn layer_norm joint": {"kind": "rnn", "layer_norm": "joint"},
     "rnn clip": {"kind": "rnn", "clip": 0.5},
     "rnn zoneout": {"kind": "rnn", "zoneout": 0.3},
     "rnn learn_initial_state": {"kind": "rnn", "learn_initial_state": True},
@@ -91,6 +108,13 @@ FLAGS = {
     "minlstm clip": {"kind": "minlstm", "clip": 0.5},
     "minlstm zoneout": {"kind": "minlstm", "zoneout": 0.3},
     "minlstm learn_initial_state": {"kind": "minlstm", "learn_initial_state": True},
+    "ligru": {"kind": "ligru"},
+    "ligru without bias": {"kind": "ligru", "use_bias": False},
+    "ligru layer_norm": {"kind": "ligru", "layer_norm": True},
+    "ligru layer_norm joint": {"kind": "ligru", "layer_norm": "joint"},
+    "ligru clip": {"kind": "ligru", "clip": 0.5},
+    "ligru zoneout": {"kind": "ligru", "zoneout": 0.3},
+    "ligru learn_initial_state": {"kind": "ligru", "learn_initial_state": True},
 }
 
 
@@ -171,37 +195,47 @@ def normalised(row, gain, epsilon):
     return [(v - mean) / math.sqrt(variance + epsilon) * g for v, g in zip(row, gain, strict=True)]
 
 
+def sums_row(spec, w, x, h_in):
+    """Return the pre-activations of kinds that add the two products."""
+    a, b = times(x, w["kernel"]), times(h_in, w["recurrent_kernel"])
+    if spec.layer_norm is True:
+        a, b = normalised(a, w["kernel_gain"], spec.norm_epsilon), normalised(b, w["recurrent_gain"], spec.norm_epsilon)
+    z = [a[n] + b[n] for n in range(len(a))]
+    if spec.layer_norm == "joint":
+        z = normalised(z, w["kernel_gain"], spec.norm_epsilon)
+    return [v + shift for v, shift in zip(z, w["bias"] if spec.use_bias else [0.0] * len(z), strict=True)]
+
+
 def lstm_row(spec, w, x, h_in, state):
     H, c_prev, blocks = spec.units, state[1], {gate: n * spec.units for n, gate in enumerate(spec.gates)}
-    a, b = times(x, w["kernel"]), times(h_in, w["recurrent_kernel"])
-    if spec.layer_norm:
-        a, b = normalised(a, w["kernel_gain"], spec.norm_epsilon), normalised(b, w["recurrent_gain"], spec.norm_epsilon)
-    bias = w["bias"] if spec.use_bias else [0.0] * len(a)
-    z = [a[n] + b[n] + bias[n] for n in range(len(a))]
+    z = sums_row(spec, w, x, h_in)
     i, f, g, o, c = ([0.0] * H for _ in range(5))
     for n in range(H):
-        z_i, z_g, z_o = (z[blocks[gate] + n] for gate in "igo")
-        see_i, see_f, see_o = (
-            w["peepholes"][k, n] if spec.peepholes else 0.0 for k in ((0, 0, 1), (0, 1, 2))[not spec.coupled]
-        )
+        z_i, z_g = (z[blocks[gate] + n] for gate in "ig")
+        see_i, see_f = (w["peepholes"][k, n] if spec.peepholes else 0.0 for k in (0, 0 if spec.coupled else 1))
         i[n] = activated(spec, "i", z_i + see_i * c_prev[n])
         f[n] = 1.0 - i[n] if spec.coupled else activated(spec, "f", z[blocks["f"] + n] + see_f * c_prev[n])
         g[n] = activated(spec, "g", z_g)
         c[n] = f[n] * c_prev[n] + i[n] * g[n]
         if spec.cell_clip is not None:
             c[n] = min(max(c[n], -spec.cell_clip), spec.cell_clip)
-        o[n] = activated(spec, "o", z_o + see_o * c[n])
     out = c
     if spec.layer_norm:
         out = [
             v + shift for v, shift in zip(normalised(c, w["cell_gain"], spec.norm_epsilon), w["cell_bias"], strict=True)
         ]
+    if spec.layer_norm == "joint":
+        c = out
+    for n in range(H):
+        see_o = w["peepholes"][-1, n] if spec.peepholes else 0.0
+        o[n] = activated(spec, "o", z[blocks["o"] + n] + see_o * c[n])
     m = [o[n] * activated(spec, "cell", out[n], clip=False) for n in range(H)]
     return (times(m, w["projection"]) if spec.proj_size else m, c), (i, f, g, o)
 
 
 def gru_row(spec, w, x, h_in, state):
     H, h_prev, U = spec.units, state[0], w["recurrent_kernel"]
+    *x, attention = x if spec.attention else (*x, 1.0)
     a, q = times(x, w["kernel"]), times(h_in, U)
     if spec.layer_norm:
         for row, gain in ((a, w["kernel_gain"]), (q, w["recurrent_gain"])):
@@ -219,17 +253,20 @@ def gru_row(spec, w, x, h_in, state):
     else:
         recurrent = times([r[n] * h_in[n] for n in range(H)], U[:, 2 * H :])
     g = [activated(spec, "g", a[2 * H + n] + recurrent[n]) for n in range(H)]
-    h = [z[n] * h_prev[n] + (1.0 - z[n]) * g[n] for n in range(H)]
+    written = [attention * (1.0 - z[n]) for n in range(H)]
+    h = [(1.0 - written[n]) * h_prev[n] + written[n] * g[n] for n in range(H)]
     return (h,), (z, r, g, q_g)[: spec.planes]
 
 
 def rnn_row(spec, w, x, h_in, state):
-    a, b = times(x, w["kernel"]), times(h_in, w["recurrent_kernel"])
-    if spec.layer_norm:
-        a, b = normalised(a, w["kernel_gain"], spec.norm_epsilon), normalised(b, w["recurrent_gain"], spec.norm_epsilon)
-    bias = w["bias"] if spec.use_bias else [0.0] * len(a)
-    g = [activated(spec, "g", a[n] + b[n] + bias[n]) for n in range(spec.units)]
+    g = [activated(spec, "g", z) for z in sums_row(spec, w, x, h_in)]
     return (g,), (g,)
+
+
+def ligru_row(spec, w, x, drops, state):
+    H, h_prev, sums = spec.units, state[0], sums_row(spec, w, x, state[0])
+    z, g = ([activated(spec, gate, v) for v in row] for gate, row in (("z", sums[:H]), ("g", sums[H:])))
+    return ([z[n] * h_prev[n] + (1.0 - z[n]) * drops[n] * g[n] for n in range(H)],), (z, g)
 
 
 def row_of_x(spec, w, x):
@@ -251,7 +288,14 @@ def minlstm_row(spec, w, x, h_in, state):
     return ([(f[n] * state[0][n] + i[n] * g[n]) / (f[n] + i[n]) for n in range(spec.units)],), (i, f, g)
 
 
-ROWS = {"lstm": lstm_row, "gru": gru_row, "rnn": rnn_row, "mingru": mingru_row, "minlstm": minlstm_row}
+ROWS = {
+    "lstm": lstm_row,
+    "gru": gru_row,
+    "rnn": rnn_row,
+    "mingru": mingru_row,
+    "minlstm": minlstm_row,
+    "ligru": ligru_row,
+}
 
 
 def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_cell, reverse):
@@ -270,6 +314,8 @@ def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_
                 now = fresh
             if mask is None or mask[b, t]:
                 h_in = now[0] if recurrent_dropout is None else now[0] * recurrent_dropout[b]
+                if spec.kind == "ligru":  # the mask itself, for the candidate
+                    h_in = [1.0] * spec.units if recurrent_dropout is None else recurrent_dropout[b]
                 new, gates[b, t] = ROWS[spec.kind](spec, w, x[b, t], h_in, now)
                 now = [list(a) for a in now]
                 for a, a_new, (name, size) in zip(now, new, sizes, strict=True):
@@ -395,6 +441,42 @@ def test_a_simple_rnn_s_step_by_hand():
     arrays = {"kernel": [[ln(3) / 2]], "recurrent_kernel": [[-ln(3)]], "bias": [ln(2)]}
     out = one_step(CellSpec(1, 1, kind="rnn"), arrays, [2], [1])
     np.testing.assert_allclose([out.state.h.item(), out.gates.item()], [0.6, 0.6], rtol=1e-15)
+
+
+def test_a_light_gru_s_step_by_hand():
+    # z = σ(ln 3) = 3/4, g = relu(2·3 - 1·2) = 4, dropped to 2·4; h = 3/4·2 + 1/4·8
+    arrays = {"kernel": [[ln(3) / 3, 2]], "recurrent_kernel": [[0, -1]], "bias": [0, 0]}
+    arrays = {name: np.array(a, float) for name, a in arrays.items()}
+    case = np.array([[[3.0]]]), [np.array([[2.0]])]
+    out = reference.forward(CellSpec(1, 1, kind="ligru"), arrays, *case, recurrent_dropout=np.array([[2.0]]))
+    np.testing.assert_allclose(out.gates.ravel(), [0.75, 4])
+    np.testing.assert_allclose(out.y, 3.5)
+
+
+def test_an_attention_by_hand():
+    # z = σ(ln 3) = 3/4, g = tanh(ln 2) = 3/5, attention 1/2: h = (1 - 1/2·1/4)·2 + 1/2·1/4·3/5
+    arrays = {"kernel": [[ln(3), 0, ln(2)]], "recurrent_kernel": [[0, 0, 0]], "bias": [[0, 0, 0], [0, 0, 0]]}
+    out = one_step(CellSpec(2, 1, kind="gru", attention=True), arrays, [1, 0.5], [2])
+    np.testing.assert_allclose(out.state.h, 1.825)
+    # with z = 0 the attention is the share of g itself: 1/2·2 + 1/2·3/5
+    alone = CellSpec(2, 1, kind="gru", attention=True, gate_activations={"z": "affine(0.0, 0.0)"})
+    np.testing.assert_allclose(one_step(alone, arrays, [1, 0.5], [2]).state.h, 1.3)
+
+
+def test_joint_layer_normalisation_by_hand():
+    # LN(1 + 0, 3 + 4) = (-3, 3)/sqrt(9 + 7) = (-3/4, 3/4), times 4, 8, plus 0, 10
+    spec = CellSpec(1, 2, kind="rnn", activation="linear", layer_norm="joint", norm_epsilon=7.0)
+    arrays = {"kernel": [[1, 3]], "recurrent_kernel": [[0, 1], [0, 1]], "bias": [0, 10], "kernel_gain": [4, 8]}
+    assert one_step(spec, arrays, [1], [1, 3]).state.h.tolist() == [[-3, 16]]
+
+
+def test_joint_layer_normalisation_keeps_the_normalised_cell_state():
+    # all gates are 1: c = LN(2 + 1, 8 + 1) = (-3, 3)/sqrt(9 + 7), times 4, plus 1; h = c
+    spec = CellSpec(1, 2, "linear", "linear", layer_norm="joint", norm_epsilon=7.0)
+    arrays = {"kernel": [[0] * 8], "recurrent_kernel": [[0] * 8] * 2, "bias": [1] * 8, "kernel_gain": [5] * 8}
+    arrays |= {"cell_gain": [4, 4], "cell_bias": [1, 1]}
+    out = one_step(spec, arrays, [1], [0, 0], [2, 8])
+    assert out.state.c.tolist() == out.state.h.tolist() == [[-2, 4]]
 
 
 def test_layer_normalisation_by_hand():

@@ -88,7 +88,7 @@ POSITIONAL = (
         SHARE,
         CELL,
     ),
-    Argument("recurrent_dropout", "float", 0.0, "the same for h_prev.", SHARE, CELL),
+    Argument("recurrent_dropout", "float", 0.0, "the same for h_prev; of a LiGRU, for the candidate.", SHARE, CELL),
     Argument(
         "seed",
         "int | None",
@@ -121,9 +121,11 @@ KEYWORD = (
     ),
     Argument(
         "layer_norm",
-        "bool",
+        "bool | str",
         False,
-        "normalise each product, and a cell state before its activation, each times a gain: see `cellstack.reference`.",
+        "normalise each product, and a cell state before its activation, each times a gain: see `cellstack.reference`. "
+        '"joint": the sum of the two products, and the cell state itself.',
+        Limit(lambda value: value in (False, True, "joint"), "to be True, False or 'joint'"),
     ),
     Argument("norm_epsilon", "float", 1e-5, "constant that layer normalisation adds to a variance.", POSITIVE),
     Argument("clip", "float | None", None, "clip pre-activations to ±clip. None: no clipping.", POSITIVE),

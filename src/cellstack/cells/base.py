@@ -93,8 +93,16 @@ class Ops(Protocol[V]):
         """Return the activation of one of the kind's `outputs`."""
         ...
 
-    def dropped(self, h: V) -> V:
-        """Return h as the recurrent product sees it: after recurrent dropout, in training."""
+    def dropped(self, v: V) -> V:
+        """Return h or the candidate, see `Kind.drops`, after recurrent dropout, in training."""
+        ...
+
+    def features(self, x: V) -> V:
+        """Return the columns of x that the kernel multiplies: all but the last one, of a cell with `attention`."""
+        ...
+
+    def attention(self, x: V) -> V:
+        """Return the last column of x, the same number for all units."""
         ...
 
 
@@ -106,18 +114,18 @@ def usual_shapes(spec: CellSpec) -> Shapes:
     wide = len(spec.gates) * spec.units
     recurrent = spec.of_kind.recurrent
     return {
-        "kernel": (spec.input_size, wide),
+        "kernel": (spec.features, wide),
         "recurrent_kernel": (spec.output_size, wide) if recurrent else None,
         "bias": (wide,) if spec.use_bias else None,
         "kernel_gain": (wide,) if spec.layer_norm else None,
-        "recurrent_gain": (wide,) if spec.layer_norm and recurrent else None,
+        "recurrent_gain": (wide,) if spec.layer_norm and recurrent and not spec.joint else None,
     } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in spec.state_sizes.items()}
 
 
 def product(ops: Ops[V], spec: CellSpec, v: V, name: str) -> V:
-    """Return `v` times `kernel` or `recurrent_kernel`, normalised where the cell has layer normalisation."""
+    """Return `v` times `kernel` or `recurrent_kernel`, normalised where layer normalisation is that of each product."""
     out = ops.product(v, name)
-    if not spec.layer_norm:
+    if not spec.layer_norm or spec.joint:
         return out
     gain = {"kernel": "kernel_gain", "recurrent_kernel": "recurrent_gain"}[name]
     return ops.mul(ops.norm(out, spec.of_kind.blocks(spec)), ops.weight(gain))
@@ -129,8 +137,17 @@ def biased(ops: Ops[V], spec: CellSpec, v: V, row: int | None = None) -> V:
 
 
 def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
-    """Return `x·kernel + bias`, for kinds that have one bias."""
-    return biased(ops, spec, product(ops, spec, x, "kernel"))
+    """Return `x·kernel + bias`, for kinds that have one bias; without it where it follows a joint normalisation."""
+    out = product(ops, spec, x, "kernel")
+    return out if spec.joint else biased(ops, spec, out)
+
+
+def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
+    """Return the pre-activations from the result of `inputs`, and h: for kinds that add the two products."""
+    z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
+    if not spec.joint:
+        return z
+    return biased(ops, spec, ops.mul(ops.norm(z, spec.of_kind.blocks(spec)), ops.weight("kernel_gain")))
 
 
 ROLES = {
@@ -148,6 +165,8 @@ def gated_update(spec: CellSpec, gates: Mapping[str, Any]) -> tuple[Any, Any] | 
 
     A missing gate of the two that keep and write is 1 minus the other one.
     """
+    if spec.attention or (spec.joint and spec.of_kind.memory != "h"):
+        return None  # attention, or the normalisation of the state, scales both
     values = {role: gates[gate] for gate, role in spec.of_kind.gates.items()}
     if len(values) < len(spec.of_kind.gates):
         raise NotImplementedError(f"{spec.of_kind.title}: several gates have the same role, so it needs its own update")
@@ -185,9 +204,11 @@ class Kind:
         step: the equations: returns the gates, followed by the `planes`, and the states after a step before zoneout,
             from the operations, the description, the result of `inputs`, and the states before.
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
-            description and x; it is computed for all steps at once where the view has them.
+            description and x; it is computed for all steps at once where the view has them. With `attention`, a tuple
+            of it and the attention.
         shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
         recurrent: whether h is multiplied by a matrix, `recurrent_kernel`.
+        drops: what recurrent dropout applies to: h in that product, `"h"`, or the `"candidate"`.
         flags: arguments that not all kinds have: settings of `CellSpec`, and arguments of layers and cells.
         without: arguments of all other kinds that this one doesn't have.
         defaults: values of arguments whose default differs from that of other kinds.
@@ -199,7 +220,7 @@ class Kind:
         memory: the state that the gates keep and write.
         zoneout: the states that zoneout may keep, and the argument that is the rate of each.
         update: returns, from the description and the values of the gates by name, the factor by which a step keeps
-            `memory`, and what it adds to it, before zoneout and clipping; None if no gate does.
+            `memory`, and what it adds to it, before zoneout and clipping; None if the gates alone don't determine it.
         names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
             on it), `"rtneural"` and `"onnx"`, where they have it. Writers refuse kinds that their format doesn't have.
         meanings: of states other than h, and of gates where `ROLES` isn't precise.
@@ -215,6 +236,7 @@ class Kind:
     inputs: Callable[..., Any] = inputs
     shapes: Callable[[CellSpec], Shapes] = lambda spec: {}
     recurrent: bool = True
+    drops: str = "h"
     flags: tuple[Argument, ...] = ()
     without: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -238,6 +260,11 @@ class Kind:
     def masks(self) -> tuple[str, ...]:
         """Names of the random masks of a step in training, those that the kernel has for them."""
         return ("recurrent_dropout", *self.zoneout.values())
+
+    @property
+    def joins(self) -> bool:
+        """Whether every pre-activation is the sum of the products with x and with h, which may be normalised jointly."""
+        return self.recurrent and "reset" not in self.gates.values()
 
     @property
     def gated(self) -> bool:

@@ -26,13 +26,16 @@ def shapes(spec: CellSpec) -> Shapes:
     return {"bias": (2, 3 * spec.units)} if spec.use_bias and spec.reset_after else {}
 
 
-def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
-    """Return `x·kernel` plus its bias."""
-    return biased(ops, spec, product(ops, spec, x, "kernel"), 0 if spec.reset_after else None)
+def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V | tuple[V, V]:
+    """Return `x·kernel` plus its bias, and with `attention` also the attention."""
+    features = ops.features(x) if spec.attention else x
+    a = biased(ops, spec, product(ops, spec, features, "kernel"), 0 if spec.reset_after else None)
+    return (a, ops.attention(x)) if spec.attention else a
 
 
-def step(ops: Ops[V], spec: CellSpec, a: V, h: V) -> tuple[Sequence[V], Sequence[V]]:
+def step(ops: Ops[V], spec: CellSpec, a: Any, h: V) -> tuple[Sequence[V], Sequence[V]]:
     """Return z r g and, with `reset_after`, q_g; and h; see `cellstack.reference` for the equations."""
+    a, attention = a if spec.attention else (a, None)
     a_z, a_r, a_g = ops.split(a, 3)
     seen = ops.dropped(h)
     if spec.reset_after:
@@ -43,7 +46,11 @@ def step(ops: Ops[V], spec: CellSpec, a: V, h: V) -> tuple[Sequence[V], Sequence
     z, r = ops.gate("z", ops.add(a_z, q_z)), ops.gate("r", ops.add(a_r, q_r))
     b_g = ops.product(ops.mul(r, seen), "recurrent_kernel", slice(2, 3)) if q_g is None else ops.mul(r, q_g)
     g = ops.gate("g", ops.add(a_g, b_g))
-    h = ops.add(ops.mul(z, h), ops.mul(ops.one_minus(z), g))
+    if attention is None:
+        h = ops.add(ops.mul(z, h), ops.mul(ops.one_minus(z), g))
+    else:
+        u = ops.mul(ops.one_minus(z), attention)
+        h = ops.add(ops.mul(ops.one_minus(u), h), ops.mul(u, g))
     return (z, r, g) if q_g is None else (z, r, g, q_g), (h,)
 
 
@@ -62,6 +69,13 @@ GRU = Kind(
             "bool",
             True,
             "apply the reset gate after the recurrent product, as Keras, PyTorch and cuDNN do; False: to h before it.",
+        ),
+        Argument(
+            "attention",
+            "bool",
+            False,
+            "the last column of x is an attention u for each row and step, which the kernel doesn't multiply: it scales "
+            "what a step writes, `h = (1 - u·(1 - z))·h_prev + u·(1 - z)·g`, as in DIEN's AUGRU.",
         ),
         *COMPATIBLE,
     ),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.arguments import BELOW_ONE, COMPATIBLE, FORGET_BIAS, POSITIVE, Argument
-from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, product
+from cellstack.cells.base import Foreign, Kind, Ops, Shapes, State, V, sums
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -39,8 +39,7 @@ def shapes(spec: CellSpec) -> Shapes:
 
 def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V) -> tuple[Sequence[V], Sequence[V]]:
     """Return i f g o, and h and c; see `cellstack.reference` for the equations."""
-    sums = ops.add(a, product(ops, spec, ops.dropped(h), "recurrent_kernel"))
-    z = dict(zip(spec.gates, ops.split(sums, len(spec.gates)), strict=True))
+    z = dict(zip(spec.gates, ops.split(sums(ops, spec, a, ops.dropped(h)), len(spec.gates)), strict=True))
     seeing = [gate for gate in spec.gates if gate != "g"] if spec.peepholes else []
     p = {gate: ops.weight("peepholes", row) for row, gate in enumerate(seeing)}
     for gate in seeing[:-1]:  # i and f depend on c before the step, o on c after it
@@ -48,13 +47,15 @@ def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V) -> tuple[Sequence[V], Se
     i = ops.gate("i", z["i"])
     f = ops.record("f", ops.one_minus(i)) if spec.coupled else ops.gate("f", z["f"])
     g = ops.gate("g", z["g"])
-    c = ops.record("c", ops.clip(ops.add(ops.mul(f, c), ops.mul(i, g)), spec.cell_clip))
+    c = ops.clip(ops.add(ops.mul(f, c), ops.mul(i, g)), spec.cell_clip)
+    c = ops.record("c", _normalised(ops, c) if spec.joint else c)
     o = ops.gate("o", ops.add(z["o"], ops.mul(p["o"], c)) if spec.peepholes else z["o"])
-    c_out = c
-    if spec.layer_norm:
-        c_out = ops.add(ops.mul(ops.norm(c), ops.weight("cell_gain")), ops.weight("cell_bias"))
-    h = ops.mul(o, ops.activation("cell", c_out))
+    h = ops.mul(o, ops.activation("cell", _normalised(ops, c) if spec.layer_norm and not spec.joint else c))
     return (i, f, g, o), (ops.product(h, "projection") if spec.proj_size else h, c)
+
+
+def _normalised(ops: Ops[V], c: V) -> V:
+    return ops.add(ops.mul(ops.norm(c), ops.weight("cell_gain")), ops.weight("cell_bias"))
 
 
 LSTM = Kind(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, V, product
+from cellstack.cells.base import Foreign, HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
     from cellstack.spec import CellSpec
@@ -20,7 +20,7 @@ class RNNTrace(NamedTuple):
 
 def step(ops: Ops[V], spec: CellSpec, a: V, h: V) -> tuple[Sequence[V], Sequence[V]]:
     """Return g, and h; see `cellstack.reference` for the equations."""
-    g = ops.gate("g", ops.add(a, product(ops, spec, ops.dropped(h), "recurrent_kernel")))
+    g = ops.gate("g", sums(ops, spec, a, ops.dropped(h)))
     return (g,), (g,)
 
 

@@ -531,7 +531,7 @@ def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float6
 
 
 def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Cell | None:
-    if cell.spec.layer_norm:  # it normalises the product of the kernel and the input
+    if cell.spec.layer_norm or cell.spec.attention:  # normalises the kernel's product; isn't multiplied by the kernel
         return None
     made = {"kernel": cell.kernel * scale[:, None]}
     description = cell.spec

@@ -202,6 +202,8 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
     """Return the factor by which each step keeps the memory, and what it adds to it, `[B, T, H]` each."""
     spec = cell.cell.spec
     kind, found = spec.of_kind, _by_gates(cell)
+    if found is None and {"keep", "write"} & set(kind.gates.values()):
+        raise ValueError(f"expected a cell whose gates alone determine its state, got a {kind.title} with {spec.text}")
     if found is None:
         raise ValueError(f"expected a cell with gates: a {kind.title} has no gate that keeps a state")
     (kept, written), rate = found, spec.zoneout_rates[kind.memory]

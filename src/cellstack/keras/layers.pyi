@@ -16,9 +16,9 @@ class LSTM(Recurrent):
         dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
         peepholes: bool = False, coupled: bool = False, proj_size: int = 0, cell_clip: float | None = None,
-        zoneout_cell: float = 0.0, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
-        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False,
-        **kwargs: Any
+        zoneout_cell: float = 0.0, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        return_gates: bool = False, **kwargs: Any
     ) -> None: ...
 
 class GRU(Recurrent):
@@ -30,9 +30,9 @@ class GRU(Recurrent):
         recurrent_constraint: Any = None, bias_constraint: Any = None, dropout: float = 0.0,
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, reset_after: bool = True,
-        zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool = False,
-        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
-        return_gates: bool = False, **kwargs: Any
+        zero_output_for_mask: bool = False, *, attention: bool = False, gate_activations: Any = (),
+        layer_norm: bool | str = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
     ) -> None: ...
 
 class SimpleRNN(Recurrent):
@@ -43,6 +43,7 @@ class SimpleRNN(Recurrent):
         kernel_constraint: Any = None, recurrent_constraint: Any = None, bias_constraint: Any = None,
         dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
-        gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None,
-        zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
+        gate_activations: Any = (), layer_norm: bool | str = False, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False,
+        **kwargs: Any
     ) -> None: ...

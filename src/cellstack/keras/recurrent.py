@@ -45,7 +45,7 @@ class Recurrent(keras.layers.Layer):
         for name in {"activation", "recurrent_activation"} & given.keys():
             given[name] = _activation(self.name, name, given[name])
         settings = {name: given[name] for name in KINDS[self.kind].settings}
-        self._spec = CellSpec(1, kind=self.kind, **{**settings, "units": self.units})
+        self._spec = CellSpec(1 + bool(settings.get("attention")), kind=self.kind, **{**settings, "units": self.units})
         for argument in self.signature.values():
             if "spec" not in argument.of and argument.name in given:  # CellSpec checks its own
                 argument.check(self.name, given[argument.name])
@@ -58,7 +58,7 @@ class Recurrent(keras.layers.Layer):
 
     @property
     def spec(self) -> CellSpec:
-        """The description of the cell; of width 1 before the layer is built."""
+        """The description of the cell; of the least width before the layer is built."""
         return self._spec
 
     def build(self, input_shape: Sequence[Any]) -> None:
@@ -124,12 +124,15 @@ class Recurrent(keras.layers.Layer):
 
     def _drawn(self, x: Any) -> tuple[Any, ...]:
         """Draw the fields of torch's `Masks`."""
-        batch, steps, width = _ops.shape(x)
+        batch, steps, _ = _ops.shape(x)
         spec = self._spec
+        of_x = self._mask((batch, spec.features), self._given["dropout"])
+        if of_x is not None and spec.attention:
+            of_x = _ops.pad(of_x, ((0, 0), (0, 1)), constant_values=1.0)  # the attention isn't dropped
         sizes, rates = spec.state_sizes, spec.zoneout_rates
         kept = [self._mask((batch, steps, sizes[state]), rates[state]) for state in spec.of_kind.zoneout]
         return (
-            self._mask((batch, width), self._given["dropout"]),
+            of_x,
             self._mask((batch, spec.output_size), self._given.get("recurrent_dropout", 0.0)),
             tuple(None if mask is None else _ops.cast(mask == 0.0, self.compute_dtype) for mask in kept),
         )

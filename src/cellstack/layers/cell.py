@@ -123,7 +123,7 @@ class Cell(Layer):
     def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
         """Return the functions of `CellSpec.slots`, the names of those that the kernel lacks, and the description.
 
-        The description has width 1, to check the flags before there is an input. Activations that the kernel lacks are
+        The description has the least width, to check the flags before there is an input. Activations that the kernel lacks are
         linear in it.
         """
         by_gate = given.get("gate_activations", ())
@@ -145,7 +145,7 @@ class Cell(Layer):
         if "gate_activations" in fields:
             fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
         try:
-            spec = CellSpec(1, kind=self.kind, **fields)
+            spec = CellSpec(1 + bool(given.get("attention")), kind=self.kind, **fields)
         except (ShapeError, TypeError, ValueError) as error:
             raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
         arguments = {slot: spec.of_kind.activation(slot) for slot in spec.slots}
@@ -332,9 +332,11 @@ class Cell(Layer):
                 f"{self._owner}: seed= isn't supported under torch.utils.checkpoint, as the second pass would draw "
                 "other masks: leave seed at None, so that torch restores its generator for the second pass"
             )
-        width = self.kernel.shape[0]
+        of_x = self._draw(batch, self._spec.features, self.dropout)
+        if of_x is not None and self._spec.attention:
+            of_x = torch.nn.functional.pad(of_x, (0, 1), value=1.0)  # the attention isn't dropped
         return Masks(
-            self._draw(batch, width, self.dropout),
+            of_x,
             self._draw(batch, self.output_size, self.recurrent_dropout),
             tuple(
                 self._draw_zoneout(batch, steps, self._sizes[state], getattr(self, name))

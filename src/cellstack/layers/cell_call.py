@@ -70,7 +70,7 @@ class CellCall:
         if not self.torch_layout:
             return spec.shapes
         columns = len(spec.gates) * spec.units
-        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (columns, spec.input_size)}
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (columns, spec.features)}
         shapes["weight_hh"] = (columns, spec.output_size)
         shapes |= {"bias_ih": (columns,), "bias_hh": (columns,)} if spec.use_bias else {}
         return shapes | ({"weight_hr": (spec.output_size, spec.units)} if spec.proj_size else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellstack.layers.cell import Cell
 
-__all__ = ["GRUCell", "LSTMCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
+__all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
 
 
 class LSTMCell(Cell):
@@ -34,7 +34,8 @@ class GRUCell(Cell):
         a = x·kernel + bias[0]        q = h_prev·recurrent_kernel + bias[1]
         z, r = σ(a_z + q_z, a_r + q_r)        g = φ(a_g + r·q_g)        h = z·h_prev + (1 - z)·g
 
-    With `reset_after=False` there is one bias `[3H]`, and `g = φ(a_g + (r·h_prev)·recurrent_kernel_g)`.
+    With `reset_after=False` there is one bias `[3H]`, and `g = φ(a_g + (r·h_prev)·recurrent_kernel_g)`. With
+    `attention` the last column of x scales what a step writes.
 
     >>> import torch
     >>> cell = GRUCell(4)
@@ -42,7 +43,8 @@ class GRUCell(Cell):
     >>> tuple(h.shape), tuple(cell.kernel.shape), tuple(cell.bias.shape)
     ((2, 4), (6, 12), (2, 12))
 
-    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as in all libraries.
+    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as in all libraries; attention: Zhou et al. 2019, "Deep
+    Interest Evolution Network for Click-Through Rate Prediction", AUGRU.
     """
 
     kind = "gru"
@@ -101,3 +103,22 @@ class MinLSTMCell(Cell):
     """
 
     kind = "minlstm"
+
+
+class LiGRUCell(Cell):
+    """One step of a light gated recurrent unit, which has no reset gate.
+
+        a = x·kernel + h_prev·recurrent_kernel + bias        z = σ(a_z)    g = φ(a_g)        h = z·h_prev + (1 - z)·g
+
+    The default φ is ReLU. Recurrent dropout applies to g, not to h_prev.
+
+    >>> import torch
+    >>> cell = LiGRUCell(4)
+    >>> h, (h,) = cell(torch.zeros(2, 6), torch.zeros(2, 4))
+    >>> tuple(h.shape), tuple(cell.kernel.shape)
+    ((2, 4), (6, 8))
+
+    Ref: Ravanelli et al. 2018, "Light Gated Recurrent Units for Speech Recognition", sec. III.
+    """
+
+    kind = "ligru"

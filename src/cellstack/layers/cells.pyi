@@ -6,7 +6,7 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cell import Cell
 
-__all__ = ["GRUCell", "LSTMCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
+__all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
 
 class LSTMCell(Cell):
     def __init__(
@@ -18,8 +18,8 @@ class LSTMCell(Cell):
         recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
         recurrent_dropout: float = 0.0, seed: int | None = None, *, peepholes: bool = False, coupled: bool = False,
         proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0, forget_bias: float | None = None,
-        implementation: int = 2, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
-        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        implementation: int = 2, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...
@@ -32,10 +32,11 @@ class GRUCell(Cell):
         recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
-        reset_after: bool = True, seed: int | None = None, *, implementation: int = 2, gate_activations: Any = (),
-        layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
-        learn_initial_state: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None,
-        device: Any = None, name: str | None = None
+        reset_after: bool = True, seed: int | None = None, *, attention: bool = False, implementation: int = 2,
+        gate_activations: Any = (), layer_norm: bool | str = False, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
     ) -> None: ...
 
 class SimpleRNNCell(Cell):
@@ -46,8 +47,8 @@ class SimpleRNNCell(Cell):
         recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
-        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
-        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...
@@ -58,8 +59,8 @@ class MinGRUCell(Cell):
         kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
         kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
-        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
-        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...
@@ -70,8 +71,22 @@ class MinLSTMCell(Cell):
         kernel_initializer: weights.Given = 'glorot_uniform', bias_initializer: weights.Given = 'zeros',
         kernel_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
-        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
-        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
+    ) -> None: ...
+
+class LiGRUCell(Cell):
+    def __init__(
+        self, units: int, activation: Any = 'relu', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', recurrent_initializer: weights.Given = 'orthogonal',
+        bias_initializer: weights.Given = 'zeros', kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...

@@ -220,7 +220,7 @@ def _layer(
     rates = enumerate(spec.zoneout_rates.items())
     zoneouts = [(k, rate, dropped.get(kind.zoneout.get(name, ""))) for k, (name, rate) in rates]
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
-    a = kind.inputs(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H]
+    a = kind.inputs(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H] …
     gates = [x.new_zeros(0)] * steps
     seen: list[list[Tensor]] = [[x.new_zeros(0)] * steps for _ in states]  # each state at every step
     states = [state.clone() for state in states]  # with no step the results must not be the arguments themselves
@@ -229,7 +229,8 @@ def _layer(
             states = [torch.where(reset[:, t, None], new, state) for new, state in zip(fresh, states, strict=True)]
         used = None if mask is None else mask[:, t, None]
         old = states if used is None else [torch.where(used, state, 0.0) for state in states]
-        gate, new = kind.step(ops, spec, a[:, t], *old)
+        now = tuple(part[:, t] for part in a) if isinstance(a, tuple) else a[:, t]
+        gate, new = kind.step(ops, spec, now, *old)
         new = list(new)
         if every is not None:
             every.append(list(new))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cellstack.layers.cells import GRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell
+from cellstack.layers.cells import GRUCell, LiGRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 
 class LSTM(SingleCellRNN):
@@ -62,3 +62,14 @@ class MinLSTM(SingleCellRNN):
     """
 
     cell_type = MinLSTMCell
+
+
+class LiGRU(SingleCellRNN):
+    """Light gated recurrent units over a sequence: an RNN of one `LiGRUCell`.
+
+    >>> y, h = LiGRU(4, return_sequences=True, return_state=True)([[[3, 2, 2, 2, 2, 2]]])
+    >>> tuple(y.shape), tuple(h.shape)
+    ((1, 1, 4), (1, 4))
+    """
+
+    cell_type = LiGRUCell

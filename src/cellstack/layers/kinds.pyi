@@ -6,12 +6,13 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cells import GRUCell
 from cellstack.layers.cells import LSTMCell
+from cellstack.layers.cells import LiGRUCell
 from cellstack.layers.cells import MinGRUCell
 from cellstack.layers.cells import MinLSTMCell
 from cellstack.layers.cells import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
@@ -27,9 +28,10 @@ class LSTM(SingleCellRNN):
         stateful: bool = False, unroll: bool = False, zero_output_for_mask: bool = False, *, peepholes: bool = False,
         coupled: bool = False, proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0,
         forget_bias: float | None = None, use_cudnn: bool | str = 'auto', implementation: int = 2,
-        gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None,
-        zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
-        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
+        gate_activations: Any = (), layer_norm: bool | str = False, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
     ) -> None: ...
 
 class GRU(SingleCellRNN):
@@ -43,11 +45,11 @@ class GRU(SingleCellRNN):
         recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
-        reset_after: bool = True, zero_output_for_mask: bool = False, *, use_cudnn: bool | str = 'auto',
-        implementation: int = 2, gate_activations: Any = (), layer_norm: bool = False, norm_epsilon: float = 1e-05,
-        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
-        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
-        name: str | None = None
+        reset_after: bool = True, zero_output_for_mask: bool = False, *, attention: bool = False,
+        use_cudnn: bool | str = 'auto', implementation: int = 2, gate_activations: Any = (),
+        layer_norm: bool | str = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...
 
 class SimpleRNN(SingleCellRNN):
@@ -61,7 +63,7 @@ class SimpleRNN(SingleCellRNN):
         recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
         recurrent_dropout: float = 0.0, return_sequences: bool = False, return_state: bool = False,
         go_backwards: bool = False, stateful: bool = False, unroll: bool = False, seed: int | None = None,
-        zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool = False,
+        zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool | str = False,
         norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
@@ -77,7 +79,7 @@ class MinGRU(SingleCellRNN):
         bias_constraint: weights.Given = None, dropout: float = 0.0, seed: int | None = None,
         return_sequences: bool = False, return_state: bool = False, go_backwards: bool = False, stateful: bool = False,
         unroll: bool = False, zero_output_for_mask: bool = False, *, gate_activations: Any = (),
-        layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        layer_norm: bool | str = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
         learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
         dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...
@@ -92,7 +94,24 @@ class MinLSTM(SingleCellRNN):
         bias_constraint: weights.Given = None, dropout: float = 0.0, seed: int | None = None,
         return_sequences: bool = False, return_state: bool = False, go_backwards: bool = False, stateful: bool = False,
         unroll: bool = False, zero_output_for_mask: bool = False, *, gate_activations: Any = (),
-        layer_norm: bool = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        layer_norm: bool | str = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
         learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
         dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
+    ) -> None: ...
+
+class LiGRU(SingleCellRNN):
+    cell: LiGRUCell
+    def __init__(
+        self, units: int, activation: Any = 'relu', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', recurrent_initializer: weights.Given = 'orthogonal',
+        bias_initializer: weights.Given = 'zeros', kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        activity_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
+        recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
+        recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
+        zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
+        remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
     ) -> None: ...

@@ -28,7 +28,15 @@ STORED_WEIGHTS = ("float32", "bfloat16")
 MOST_DEPTH = (2**31 - 1) // 127**2
 """The largest number of products of 8-bit integers whose sum always fits into 32 bits."""
 
-TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": float, "Any": dict}
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "str": str,
+    "bool": bool,
+    "bool | str": (bool, str),
+    "float": float,
+    "float | None": float,
+    "Any": dict,
+}
 CELL_WIDTHS: Types = {"input_size": int, "units": int}
 CELL_FLAGS: Types = {
     flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS

@@ -8,7 +8,7 @@ from typing import Any
 
 from cellstack.spec import CellSpec
 
-H, P, I = "H", "P", "I"  # noqa: E741  # widths of vectors: units, projected units, inputs
+H, P, I, X = "H", "P", "I", "X"  # noqa: E741  # widths of vectors: units, projected units, features, x
 PRIMES = {H: 30011, P: 20011, I: 10007}
 
 
@@ -18,6 +18,7 @@ class Value:
 
     Args:
         operation: a method of `cellstack.cells.base.Ops`, or `"x"` or `"state"`; a gate is its `"activation"`.
+            Attention is a vector of H equal numbers.
         of: the vectors that it is computed from.
         width: in columns: a number of blocks, and the letter of their width.
         name: the array, activation or state.
@@ -47,7 +48,7 @@ class Recorded:
     def __post_init__(self) -> None:
         spec, kind = self.spec, self.spec.of_kind
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
-        a = kind.inputs(self, spec, self._new("x", width=(1, I)))
+        a = kind.inputs(self, spec, self._new("x", width=(1, X if spec.attention else I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
         self.kept = tuple(spec.zoneout_rates.values())
 
@@ -119,9 +120,17 @@ class Recorded:
         """Record an activation."""
         return self._new("activation", v, name=slot)
 
-    def dropped(self, h: Value) -> Value:
-        """Return h: generated code has no dropout."""
-        return h
+    def dropped(self, v: Value) -> Value:
+        """Return `v`: generated code has no dropout."""
+        return v
+
+    def features(self, x: Value) -> Value:
+        """Record the columns of x that the kernel multiplies."""
+        return self._new("features", x, width=(1, I))
+
+    def attention(self, x: Value) -> Value:
+        """Record the last column of x."""
+        return self._new("attention", x, width=(1, H))
 
 
 def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -137,7 +146,7 @@ def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
         found = ((length // prime, letter) for letter, prime in PRIMES.items() if length % prime == 0)
         return next(found, (length, ""))
 
-    large = replace(spec, input_size=PRIMES[I], units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0)
+    large = replace(spec, input_size=PRIMES[I] + spec.attention, units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0)
     return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
 
 

@@ -23,7 +23,7 @@ class TorchOps:
         spec: the cell.
         arrays: its arrays by name.
         activations: the function of each of `spec.slots`.
-        drop: `[B, H]`, the mask of recurrent dropout; None for none.
+        drop: `[B, P]`, the mask of recurrent dropout; None for none.
     """
 
     def __init__(
@@ -89,6 +89,14 @@ class TorchOps:
         """Return an activation."""
         return self.activations[slot](v)
 
-    def dropped(self, h: Tensor) -> Tensor:
-        """Return h after recurrent dropout."""
-        return h if self.drop is None else h * self.drop
+    def dropped(self, v: Tensor) -> Tensor:
+        """Return h or the candidate after recurrent dropout."""
+        return v if self.drop is None else v * self.drop
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the columns of x that the kernel multiplies."""
+        return x[..., :-1]
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Return the last column of x."""
+        return x[..., -1:]

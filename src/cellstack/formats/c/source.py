@@ -254,7 +254,7 @@ class Writer:
                 start, stop = matrix.gates
                 array = array[:, start * units : stop * units]
             pointers.append(self._array(owner, name, array, shape_text(cell.spec, matrix)))
-        sizes = {"inputs": cell.spec.input_size, "units": units, "projected": cell.spec.proj_size}
+        sizes = {"inputs": cell.spec.features, "units": units, "projected": cell.spec.proj_size}
         widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
         weights = f"{self.name}_{self.identifier(f'{owner}_weights')}"
         self.arrays += [

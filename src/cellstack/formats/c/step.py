@@ -51,7 +51,7 @@ class Node:
     @property
     def is_element(self) -> bool:
         """Whether it is computed by a loop, unit by unit."""
-        return not self.is_call and self.operation not in ("x", "state", "weight", "split")
+        return not self.is_call and self.operation not in ("x", "features", "state", "weight", "split")
 
 
 def literal(value: float) -> str:
@@ -207,8 +207,8 @@ class Step:
         else:
             yield f"memcpy({place}, w->{call.weight.value.name}{self._row(call.weight)}, {wide} * sizeof *{place});"
         for of, matrix in zip(call.of, call.matrices, strict=True):
-            length = "w->inputs" if of.operation == "x" else times(*of.value.width)
-            vector = {"x": "x", "state": of.value.name}.get(of.operation) or self.places[of]
+            length = "w->inputs" if of.value.width[1] == "I" else times(*of.value.width)
+            vector = {"x": "x", "features": "x", "state": of.value.name}.get(of.operation) or self.places[of]
             yield f"${{name}}_accumulate({place}, {wide}, {vector}, {length}, w->{matrix.name});"
 
     def _row(self, weight: Node) -> str:
@@ -300,6 +300,8 @@ class Step:
             return f"w->{value.name}[{self._at(block, letter)}]", ATOM
         if operation == "split":
             return self._text(of[0], value.part)  # type: ignore[arg-type]
+        if operation == "attention":
+            return "x[w->inputs]", ATOM
         inner = [self._text(one, block) for one in of]
         if operation == "add":
             return " + ".join(text for text, _ in inner), SUM

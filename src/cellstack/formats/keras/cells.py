@@ -151,7 +151,7 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
 def _leaves(layer: Layer, kind: str, major: int) -> list[str]:
     """Return the names of a cell's arrays in Keras's order."""
     if layer.kind in FLAGGED:
-        return list(_spec_of(layer, 1).shapes)
+        return list(_spec_of(layer, 2).shapes)  # the least width, with an attention
     biased = layer.flag("use_bias", True)
     if major == 1:
         together = layer.config.get("consume_less") == "gpu"

@@ -104,9 +104,19 @@ class OnnxOps(Pieces):
         made = self.fresh(f"{self.prefix}{slot}")
         return self.activate(made, v, text, made, plain=self.dtype == np.float64)
 
-    def dropped(self, h: str) -> str:
-        """Return h: a saved cell has no dropout."""
-        return h
+    def dropped(self, v: str) -> str:
+        """Return `v`: a saved cell has no dropout."""
+        return v
+
+    def features(self, x: str) -> str:
+        """Return the columns of x that the kernel multiplies."""
+        return self.of("Slice", x, self.integers(0), self.integers(self.spec.features), self.integers(-1))
+
+    def attention(self, x: str) -> str:
+        """Return the last column of x."""
+        return self.of(
+            "Slice", x, self.integers(self.spec.features), self.integers(self.spec.input_size), self.integers(-1)
+        )
 
 
 def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False) -> Any:

@@ -67,7 +67,8 @@ export class CellStep {
       const { operation, name, of } = this.values[k];
       const place = this.form.after.indexOf(k);
       if (place >= 0 && k !== n && operation !== "record") return Object.keys(this.form.states)[place];
-      if (operation === "x") return "x";
+      if (operation === "x" || operation === "features") return "x";
+      if (operation === "attention") return "attention";
       if (operation === "state") return `${name}_prev`;
       if (operation === "product") return `${this.symbol(of[0])} · ${words(name)}`;
       if (operation === "norm") return `LN(${this.symbol(of[0])})`;
@@ -86,9 +87,9 @@ export class CellStep {
     const { operation } = this.values[source];
     const { data, shape: [rows, columns] } = this.cell.arrays[name];
     const column = unit + (part?.[0] ?? 0) * this.cell.spec.units;
-    const letter = ["x", "state", "record"].includes(operation) ? this.symbol(source) : "m";
+    const letter = ["x", "features", "state", "record"].includes(operation) ? this.symbol(source) : "m";
     if (letter === "m") lines.push({ text: `m = ${this.symbol(source)}` });
-    const nameOf = (k) => (operation === "x" ? this.given.names?.[k] : null) ?? `${letter}[${k}]`;
+    const nameOf = (k) => (letter === "x" ? this.given.names?.[k] : null) ?? `${letter}[${k}]`;
     const terms = Array.from({ length: rows }, (_, k) => {
       const [value, weight] = [this.number(source, k), data[k * columns + column]];
       return { name: nameOf(k), value, weight, product: value * weight };

@@ -7,8 +7,8 @@ import { OPERATIONS, startOf } from "./operations.js";
 import { compiledPatches, patched } from "./patches.js";
 
 // The length of an axis that is `count` blocks of a width.
-function lengthOf([count, letter], { units, input_size: inputs, proj_size: projected }) {
-  return count * ({ H: units, P: projected, I: inputs }[letter] ?? 1);
+function lengthOf([count, letter], { units, input_size: inputs, proj_size: projected, attention }) {
+  return count * ({ H: units, P: projected, I: inputs - (attention ? 1 : 0), X: inputs }[letter] ?? 1);
 }
 
 export function copy(to, at, from, start, count) {
@@ -22,7 +22,7 @@ export const cellShapes = ({ form, spec }) => byName(form.shapes, (axes) => axes
 export const stateSizes = ({ form, spec }) => byName(form.states, ({ width }) => lengthOf(width, spec));
 
 // Values that are parts of others, and read from where they are.
-const isPart = ({ operation }) => operation === "split";
+export const isPart = ({ operation }) => operation === "split" || operation === "features";
 const isGiven = ({ operation }) => ["x", "state", "weight"].includes(operation);
 
 // A forward pass of a cell: `fields`, its gates and states [B, T, ·] and their pre-activations; `after`, its states after the
@@ -75,7 +75,7 @@ export class CellPass {
     const { cell, x, B, T, keep } = this;
     const width = lengthOf(axis, cell.spec);
     const vector = { data: null, from: 0, stride: 0, width, slopes: null, slopesFrom: 0, slopesStride: 0 };
-    if (isPart({ operation })) return { ...vector, data: source.data, from: source.from + part * width, stride: source.stride };
+    if (isPart({ operation })) return { ...vector, data: source.data, from: source.from + (part ?? 0) * width, stride: source.stride };
     if (operation === "weight") return { ...vector, data: cell.arrays[name].data, from: (part ?? 0) * width };
     if (operation === "x") return { ...vector, data: x, stride: width };
     const every = field !== null || kept || (operation === "state" && keep);

@@ -1,7 +1,7 @@
 // The backward pass of cells.
 
 import { addNumbers } from "./products.js";
-import { byName, copy } from "./cells.js";
+import { byName, copy, isPart } from "./cells.js";
 import { slopeStart } from "./operations.js";
 import { patchedBack } from "./patches.js";
 
@@ -43,7 +43,7 @@ export class CellBack {
       if (vector === parent) return;
       if (operation === "x") place(dx, 0, vector.width);
       else if (operation === "weight") place(darrays[name], vector.from, 0);
-      else if (operation === "split") place(parent.slopes, parent.slopesFrom + vector.from - parent.from, parent.slopesStride);
+      else if (isPart({ operation })) place(parent.slopes, parent.slopesFrom + vector.from - parent.from, parent.slopesStride);
       else {
         place(all, length, 0);
         length += vector.width;

@@ -97,6 +97,18 @@ export const OPERATIONS = {
       }
     },
   },
+  // The last number of x, for all units.
+  attention: {
+    run({ y, a }, at) {
+      const i = startOf(y, at);
+      y.data.fill(a.data[startOf(a, at) + a.width - 1], i, i + y.width);
+    },
+    back({ y, a }, at) {
+      const last = slopeStart(a, at) + a.width - 1;
+      const di = slopeStart(y, at);
+      for (let u = 0; u < y.width; u += 1) a.slopes[last] += y.slopes[di + u];
+    },
+  },
   one_minus: {
     run({ y, a }, at) {
       const { data: Y, width } = y;
