@@ -1,15 +1,15 @@
 """Finds hand-written recurrent modules in a PyTorch model, and makes the fused kernel run them.
 
-A module is traced once, and its graph is compared with the step of each kind of cell (`formats/onnx/decomposed`). In the
-trace its parameters have distinct random numbers, so that each number of an array that is found says which elements of
-which parameters it consists of. How its arguments and results correspond to x, y and the states is found by comparing
-numbers too. Then the module and the kernel are run on random inputs and compared: outputs, states and gradients.
+A module is traced, and its graph is compared with the step of each kind of cell (`formats/onnx/decomposed`). For the
+trace its parameters are distinct random numbers, so that each number of an array that is found says which elements of
+which parameters it consists of. Which arguments and results are x, y and the states is found by comparing numbers too.
+Then the module and the kernel are run on random inputs and compared: outputs, states and gradients.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import inspect
 import os
 import tempfile
 import warnings
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.formats.compiled.exported import export
 from cellstack.formats.onnx.decomposed.found import cells_of_module
@@ -35,17 +36,18 @@ from cellstack.layers.handwritten import (
     Part,
     Place,
     Protocol,
-    Weight,
+    Recognised,
+    arguments_of,
     arrays_of,
     class_for,
-    filled,
     form_of,
     names_of,
+    refused,
     result_of,
     states_of,
     weight,
 )
-from cellstack.layers.known import ADAPTERS
+from cellstack.layers.known import ADAPTERS, Adapter
 from cellstack.nodes.cell import Cell
 from cellstack.spec import MATRICES, CellSpec, FormatError
 
@@ -56,25 +58,30 @@ MOST_NUMBERS = 1 << 26  # elements of a module's parameters
 TOLERANCE = 1e-9  # largest difference in float64, relative to the largest value
 
 
-class Refused(ValueError):
+class Refused(ValueError):  # noqa: N818
     """A module isn't replaced; the message says why."""
+
+
+class Differs(Refused):
+    """A module computes something else than the cells that it was taken for."""
 
 
 # ── a module with other numbers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
-def _in_float64() -> Iterator[None]:
-    """Make float64 the default dtype and hide the warnings of modules: they run on random values."""
-    before = torch.get_default_dtype()
-    state = torch.get_rng_state()
+def _experiments() -> Iterator[None]:
+    """Make float64 the default dtype, on one thread, and hide the warnings of modules: they run on random values."""
+    before, threads, state = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
     try:
         torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)  # for small products
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.set_default_dtype(before)
+        torch.set_num_threads(threads)
         torch.set_rng_state(state)
 
 
@@ -158,7 +165,7 @@ class _Origins:
             pairs = [(single,)] if single >= 0 else []
             if not pairs:
                 left = self._find(apart[0] - self.flat[self.vectors])
-                pairs = [(int(a), int(b)) for a, b in zip(self.vectors, left, strict=True) if 0 <= b and a <= b]
+                pairs = [(int(a), int(b)) for a, b in zip(self.vectors, left, strict=True) if b >= a]
             for pair in pairs:
                 found = [self._vector(index, len(apart)) for index in pair]
                 total = sum(self.flat[index : index + len(apart)] for index in pair)
@@ -268,31 +275,33 @@ def _apart(pair: Sequence[list[Part]], fixed: bool) -> tuple[Part, Part]:
 
 def _guesses(module: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Yield arguments with which a module may be called: x, and states where it takes some."""
-    names = names_of(module)
-    least = sum(default is not None and default is not False and not _is_default(default) for default in names.values())
+    defaults = list(names_of(module).values())
+    least, most = defaults.count(inspect.Parameter.empty), len(defaults)
     sizes = {size for array in module.parameters() for size in array.shape}
-    own = {value for value in vars(module).values() if type(value) is int}
-    units = sorted(size for size in sizes if any(size * n in sizes for n in (1, 2, 3, 4)) and size > 0)
+    own = {value for value in vars(module).values() if type(value) is int}  # such as self.hidden_size
+    units = [size for size in sizes if any(size * n in sizes for n in (1, 2, 3, 4))]
     layers = getattr(module, "num_layers", 1)
-    for hidden, width in product(sorted(units, key=lambda n: n not in own), sorted(sizes, key=lambda n: n not in own)):
-        for x in ((BATCH, STEPS, width), (BATCH, width)):
-            found = torch.randn(x)
-            batches = {BATCH, STEPS} if len(x) == 3 else {BATCH}
-            for batch in sorted(batches):
-                for shape in ((batch, hidden), (1, batch, hidden), (layers, batch, hidden)):
-                    h, c = torch.randn(shape), torch.randn(shape)
-                    if len(names) > 1:
-                        yield found, h
-                        yield found, (h, c)
-                        yield found, [h, c]
-                    if len(names) > 2:
-                        yield found, h, c
-            if least < 2:
-                yield (found,)
+    ordered = [sorted(each, key=lambda size: (size not in own, size)) for each in (units, sizes)]
+    for hidden, width in product(*ordered):
+        for shape in ((BATCH, STEPS, width), (BATCH, width)):
+            x = torch.randn(shape)
+            for args in _with_states(x, hidden, layers):
+                if least <= len(args) <= most:
+                    yield args
 
 
-def _is_default(value: Any) -> bool:
-    return type(value) in (bool, int, float, str)
+def _with_states(x: Tensor, hidden: int, layers: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield x with states of `hidden` units, in several forms."""
+    batches = (BATCH, STEPS) if x.ndim == 3 else (BATCH,)
+    shapes = [shape for n in batches for shape in ((n, hidden), (1, n, hidden), (layers, n, hidden))]
+    for shape in dict.fromkeys(shapes):
+        h, c = torch.randn(shape), torch.randn(shape)
+        yield x, h
+        yield x, (h, c)
+        yield x, [h, c]
+        yield x, h, c
+    yield (x,)
+    yield x, None
 
 
 class _Call(NamedTuple):
@@ -306,17 +315,21 @@ class _Call(NamedTuple):
 def _call(module: nn.Module, args: tuple[Any, ...]) -> _Call | None:
     """Return a call; None where the module rejects it, or it isn't a call with tensors only."""
     tensors: list[Tensor] = []
-    while args and args[-1] is None:
-        args = args[:-1]
-    form = form_of(args, tensors)
-    if not tensors or not all(tensor.is_floating_point() for tensor in tensors) or tensors[0].ndim not in (2, 3):
+    given = arguments_of(names_of(module), args, {})
+    form = form_of(given, tensors)
+    if (
+        given is None
+        or not tensors
+        or not all(tensor.is_floating_point() for tensor in tensors)
+        or tensors[0].ndim not in (2, 3)
+    ):
         return None
     try:
         with torch.no_grad():
             module(*args)
     except Exception:  # it has other arguments
         return None
-    return _Call(args, form, tensors)
+    return _Call(given, form, tensors)
 
 
 def _as_float64(args: Any) -> Any:
@@ -442,9 +455,7 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
     """
     if sum(array.numel() for array in module.parameters()) > MOST_NUMBERS:
         raise Refused(f"it has more than {MOST_NUMBERS} weights")
-    with _in_float64():
-        adapter = ADAPTERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
-        del adapter
+    with _experiments():
         copied = _copied(module)
         one, other = (_fill(copied, 0.1, 1.0, seed) for seed in (1, 2))
         recorded = [short for args in calls for short in _shortened(_as_float64(args))]
@@ -530,9 +541,10 @@ def _is_steady(module: nn.Module, calls: Mapping[Any, _Call], protocols: Mapping
 
 
 def _flat(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    form_of(value, found)
-    return found
+    """Return the tensors of floating-point numbers in a value."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    return [found for part in value for found in _flat(part)] if isinstance(value, (tuple, list)) else []
 
 
 SCALES = (0.1, 1.0, 4.0)  # of inputs, in the comparison
@@ -540,65 +552,65 @@ SIZES = ((1, 1), (2, 3), (5, 7))  # rows and steps
 
 
 def _verify(module: nn.Module, known: Known, calls: Mapping[Any, _Call]) -> None:
-    """Compare a module with the kernel on random inputs: results, and gradients of inputs and parameters.
+    """Compare a module with the kernel on random inputs of several scales and sizes.
 
     Raises:
         Refused: they differ.
     """
     random = torch.Generator().manual_seed(4)
-    accelerated = copy.deepcopy(module)
-    accelerated.__class__ = class_for(type(module), known)
-    for (form, protocol), scale, (rows, steps) in product(known.protocols.items(), SCALES, SIZES):
-        call, ran = calls[form], []
-        args = _resized(call, protocol, rows, steps, scale, random)
-        if _call(module, args) is None:  # the module rejects these sizes
-            continue
-        weights: list[Tensor] | None = None
-        for each in (module, accelerated):
-            given = _leaves(args)
-            tensors = _flat(given)
-            if each is accelerated:
-                states = _run(known, protocol, each, tensors)
-                assert states is not None
-                if weights is None:
-                    result = _flat(result_of(protocol, *states, False))
-            else:
-                result = _flat(each(*given))
-            inputs = [*tensors, *each.parameters()]
-            total = sum((value * torch.sin(torch.arange(value.numel()).view(value.shape))).sum() for value in result)
-            wanted = [value for value in inputs if value.requires_grad]
-            found = torch.autograd.grad(total, wanted, allow_unused=True)
-            ran.append((result, [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]))
-        for what, place in (("outputs", 0), ("gradients", 1)):
-            pairs = zip(ran[1][place], ran[0][place], strict=True)
-            worst = max(_difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
-            if worst > TOLERANCE:
-                raise Refused(f"its {what} differ from those of the recognised {known.text()} by {worst:.1e}")
+    for form, protocol in known.protocols.items():
+
+        def run(*args: Any, protocol: Protocol = protocol) -> Any:
+            ran = _run(known, protocol, module, _flat(args))
+            assert ran is not None
+            return result_of(protocol, *ran, False)
+
+        for scale, sizes in product(SCALES, SIZES):
+            args = _resized(calls[form], protocol, *sizes, scale, random)
+            if _call(module, args) is not None:  # the module accepts these sizes
+                _compare(module, module, run, args, known.text())
+
+
+def _compare(module: nn.Module, theirs: Any, ours: Any, args: tuple[Any, ...], text: str) -> None:
+    """Compare two functions: their results, and the gradients of the arguments and of a module's parameters.
+
+    Raises:
+        Refused: they differ.
+    """
+    ran = []
+    for function in (theirs, ours):
+        given = _leaves(args)
+        state = torch.get_rng_state()
+        result = _flat(function(*given))
+        torch.set_rng_state(state)
+        wanted = [value for value in (*_flat(given), *module.parameters()) if value.requires_grad]
+        total = sum((value * torch.sin(torch.arange(value.numel()).view(value.shape))).sum() for value in result)
+        found = torch.autograd.grad(total, wanted, allow_unused=True)
+        ran.append((result, [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]))
+    for what, place in (("outputs", 0), ("gradients", 1)):
+        pairs = [*zip(ran[1][place], ran[0][place], strict=True)]
+        worst = max(_difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
+        if worst > TOLERANCE:
+            raise Differs(f"its {what} differ from those of the {text} that it was taken for by {worst:.1e}")
 
 
 def _resized(
     call: _Call, protocol: Protocol, rows: int, steps: int, scale: float, random: torch.Generator
 ) -> tuple[Any, ...]:
     """Return the arguments of a call with other numbers of rows and steps, and random values."""
-    before = call.tensors[0].shape[0 if protocol.time != 0 else 1]
-
-    def size(n: int, tensor: Tensor) -> list[int]:
-        shape = list(tensor.shape)
-        if n == 0:
-            return [rows, steps, shape[2]] if protocol.time == 1 else \
-                [steps, rows, shape[2]] if protocol.time == 0 else [rows, shape[1]]  # fmt: skip
-        place = protocol.states[n - 1]
-        shape[-2] = rows
-        del place
-        return shape
-
-    del before
-    count = iter(range(len(call.tensors)))
+    first = True
 
     def made(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return scale * torch.randn(size(next(count), value), generator=random)
-        return type(value)(map(made, value)) if type(value) in (tuple, list) else value
+        nonlocal first
+        if not isinstance(value, Tensor):
+            return type(value)(map(made, value)) if type(value) in (tuple, list) else value
+        shape = list(value.shape)
+        if first and protocol.time >= 0:
+            shape[protocol.time], shape[1 - protocol.time] = steps, rows
+        else:
+            shape[-2] = rows
+        first = False
+        return scale * torch.randn(shape, generator=random)
 
     return made(call.args)
 
@@ -606,32 +618,63 @@ def _resized(
 def _leaves(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone().requires_grad_()
+    if isinstance(value, PackedSequence):
+        return value._replace(data=value.data.clone().requires_grad_())
     return type(value)(map(_leaves, value)) if type(value) in (tuple, list) else value
+
+
+# ── classes of other libraries ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _adapted(module: nn.Module, adapter: Adapter) -> type:
+    """Return the class that runs a module of a known class.
+
+    Raises:
+        Refused: the kernel doesn't support it as it is configured, or computes something else.
+    """
+    try:
+        text = adapter.describe(module)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    made = class_for(original_of(type(module)), adapter.base, cells_text=text)
+    with _experiments():
+        for training in (False, True):
+            theirs = _copied(module).train(training)
+            _fill(theirs, -0.4, 0.4, 3)
+            ours = copy.deepcopy(theirs)
+            ours.__class__ = made
+            weights = dict(theirs.named_parameters())
+            for args in adapter.examples(theirs):
+                _compare(theirs, theirs, _with_parameters(ours, weights), args, text)
+    return made
+
+
+def _with_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
+    """Return a function that calls a module with the parameters of another one."""
+    return lambda *args: torch.func.functional_call(module, dict(weights), args)
 
 
 # ── a whole model ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that may be hand-written cells or loops, outer ones first."""
-    for name, part in module.named_modules():
+    for name, part in model.named_modules():
         own = type(part).__module__
-        if own.startswith("torch.nn.modules") or own.startswith("cellstack.") or base_of(type(part)) is not None:
+        if own.startswith(("torch.nn.modules.", "cellstack.")) or base_of(type(part)) is not None:
             continue
-        if sum(array.ndim > 1 for array in part.parameters()) >= 1:
+        if any(array.ndim > 1 for array in part.parameters()):
             yield name, part
 
 
 def _recorded(model: nn.Module, example: Any) -> dict[int, list[tuple[Any, ...]]]:
-    """Return the arguments with which the modules in a model are called, by the module's id."""
+    """Return the arguments of the first calls of the modules in a model, by the module's id."""
     found: dict[int, list[tuple[Any, ...]]] = {}
 
     def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = names_of(part)
-        values = list(args) + [kwargs.get(name, default) for name, default in list(names.items())[len(args) :]]
-        calls = found.setdefault(id(part), [])
-        if len(calls) < 3:
-            calls.append(tuple(values))
+        values, calls = arguments_of(names_of(part), args, kwargs), found.setdefault(id(part), [])
+        if values is not None and len(calls) < MOST_TRACES:
+            calls.append(values)
 
     hooks = [part.register_forward_pre_hook(note, with_kwargs=True) for _, part in _candidates(model)]
     try:
@@ -644,20 +687,39 @@ def _recorded(model: nn.Module, example: Any) -> dict[int, list[tuple[Any, ...]]
 
 
 def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
-    """See `cellstack.accelerate` with `cells=True`."""
+    """Replace the classes of the hand-written recurrent modules in a model: see `cellstack.accelerate`.
+
+    Raises:
+        TypeError: `model` isn't a torch module.
+        ValueError: it contains no recurrent module that the kernel can run.
+    """
     recorded = {} if example is None else _recorded(model, example)
-    inside: set[int] = set()
-    for _, part in _candidates(model):
-        if id(part) in inside or isinstance(part, HandWritten):
-            inside |= {id(inner) for inner in part.modules()}
+    inside, differing = set[int](), list[str]()
+    for name, part in _candidates(model):
+        if id(part) in inside:
             continue
-        if recorded and id(part) not in recorded:
-            continue
-        try:
-            known = recognise(part, recorded.get(id(part), ()))
-        except Refused as error:
-            part.__dict__["_not_recognised"] = str(error)
-            continue
-        part.__class__ = class_for(original_of(type(part)), known)
+        if not isinstance(part, HandWritten):
+            adapter = ADAPTERS.get(f"{type(part).__module__}.{type(part).__qualname__}")
+            try:
+                if adapter is not None:
+                    made = _adapted(part, adapter)
+                else:
+                    known = recognise(part, recorded.get(id(part), ()))
+                    made = class_for(type(part), Recognised, known=known, cells_text=known.text())
+            except Differs as error:
+                differing.append(f"{name or type(part).__name__}: {error}")
+                refused[part] = str(error)
+                continue
+            except Refused as error:
+                refused[part] = str(error)
+                continue
+            part.__class__ = made
         inside |= {id(inner) for inner in part.modules()}
-    return model
+    if differing:
+        warnings.warn(f"accelerate: not replaced: {'; '.join(differing)}", stacklevel=3)
+    try:
+        return integration.accelerate(model)
+    except ValueError:
+        if not any(isinstance(part, HandWritten) for part in model.modules()):
+            raise
+        return model

@@ -38,6 +38,7 @@ BELOW = {
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"cells", "spec", "views", "reference", "nodes", "graph", "arguments", "network", "formats"},
     "layers": {"cells", "spec", "views", "native"},
+    "recognition": {"spec", "nodes", "formats", "layers"},  # compares torch modules with graphs of cells
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
@@ -84,6 +85,7 @@ OUTSIDE_ALSO = {
     "formats": {"safetensors"},
     "inspect": {"safetensors"},
     "layers": {"torch"},
+    "recognition": {"torch"},
     "views": {"torch"},
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +185,12 @@ class Known(NamedTuple):
     names: Mapping[str, Any]
     training: bool
 
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters that the arrays consist of."""
+        parts = [part for layer in self.layers for one in layer.weights for term in one.terms for part in term]
+        return list(dict.fromkeys(part.name for part in parts if part.name))
+
     def text(self) -> str:
         """Return the cells in words."""
         first, count = self.layers[0].call.spec, len(self.layers)
@@ -192,17 +199,9 @@ class Known(NamedTuple):
 
     def form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
         """Return the form of a call without trailing defaults, and its tensors."""
-        values = list(args)
-        if kwargs:
-            left = dict(kwargs)
-            values += [left.pop(name, default) for name, default in list(self.names.items())[len(args) :]]
-            if left:
-                return NotImplemented, []
-        names = list(self.names.values())
-        while values and len(values) <= len(names) and values[-1] is None and names[len(values) - 1] is None:
-            values.pop()
         tensors: list[Tensor] = []
-        return form_of(tuple(values), tensors), tensors
+        values = arguments_of(self.names, args, kwargs)
+        return (NotImplemented if values is None else form_of(values, tensors)), tensors
 
 
 def names_of(module: nn.Module) -> dict[str, Any]:
@@ -210,6 +209,24 @@ def names_of(module: nn.Module) -> dict[str, Any]:
     found = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {one.name: one.default for one in found if one.kind in kinds}
+
+
+def arguments_of(names: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return the arguments of a call by position, without trailing defaults; None where that isn't possible.
+
+    Args:
+        names: see `names_of`.
+        args: the arguments by position.
+        kwargs: the arguments by name.
+    """
+    values, defaults, left = list(args), list(names.values()), dict(kwargs)
+    if left:
+        values += [left.pop(name, default) for name, default in list(names.items())[len(args) :]]
+    if left or len(values) > len(defaults):
+        return None
+    while values and type(values[-1]) in _PLAIN and values[-1] == defaults[len(values) - 1]:
+        values.pop()
+    return tuple(values)
 
 
 def arrays_of(known: Known, module: nn.Module, like: Tensor) -> list[list[Tensor]]:
@@ -258,55 +275,79 @@ def result_of(protocol: Protocol, y: Tensor, states: Sequence[Sequence[Tensor]],
 
 # ── the module ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Why modules that may be hand-written cells weren't replaced."""
+
 
 class HandWritten(Accelerated):
-    """A hand-written recurrent module that runs on the kernel."""
+    """A hand-written recurrent module that runs on the kernel.
 
-    _known: Known
+    Attributes:
+        cells_text: its cells in words.
+    """
+
+    cells_text = ""
+
+    def runs(self, tensors: Sequence[Any], width: int, weights: Sequence[Any]) -> bool:
+        """Whether the kernel may run a call on x, of this width, and states, in the module's current state."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        x, *states = tensors
+        inner = [part for part in self.modules() if part is not self]
+        hooks = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inner)
+        return not hooks and type(x) in op.PLAIN and is_ready(x, width, weights, states)
+
+
+class Recognised(HandWritten):
+    """A module that was recognised by its equations."""
+
+    known: Known
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run like the module's own forward, which runs the calls that the kernel doesn't support."""
-        known = self._known
+        known = self.known
         form, tensors = known.form(args, kwargs)
-        protocol = known.protocols.get(form) if form is not NotImplemented else None
-        if protocol is None or not self._is_ready(protocol, tensors):
+        protocol = known.protocols.get(form)
+        if protocol is None or (self.training and not known.training):
             return super().forward(*args, **kwargs)
         x, *given = tensors
         arrays = self._arrays(x)
         weights = [array for each in arrays for array in each]
         states = states_of(known, protocol, given, x.shape[0 if protocol.time != 0 else 1])
-        if states is None or not is_ready(x, known.layers[0].call.spec.input_size, weights, given):
+        if states is None or not self.runs(tensors, known.layers[0].call.spec.input_size, weights):
             return super().forward(*args, **kwargs)
         if protocol.time < 0:
-            if needs_grad(*tensors, *weights) or self._packed is None or not op.direct(x):
-                return super().forward(*args, **kwargs)
-            (layer,), (state,) = known.layers, states
-            ends = op.step(x, state, arrays[0], layer.call, self._packed.setdefault(0, {}))
-            return result_of(protocol, ends[0], [ends], False)
+            return self._step(protocol, x, states[0], arrays[0], args, kwargs)
         sequence = x.transpose(0, 1) if protocol.time == 0 else x
-        runs = [CellRun(layer.call, own, state) for layer, own, state in zip(known.layers, arrays, states, strict=True)]
+        runs = [CellRun(layer.call, *own) for layer, *own in zip(known.layers, arrays, states, strict=True)]
         y, _, ends, _ = forward.run(runs, sequence, None, None, time_major=protocol.time == 0, packed=self._packed)
         return result_of(protocol, y, ends, True)
 
-    def _is_ready(self, protocol: Protocol, tensors: Sequence[Tensor]) -> bool:
-        """Whether the kernel may run a call of a known form, in the module's current state."""
-        if (self.training and not self._known.training) or torch.compiler.is_compiling():
-            return False
-        if torch.is_autocast_enabled("cpu") or not all(type(tensor) in op.PLAIN for tensor in tensors):
-            return False
-        inner = [part for part in self.modules() if part is not self]
-        return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inner)
+    def _step(
+        self, protocol: Protocol, x: Tensor, state: Sequence[Tensor], arrays: Sequence[Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """Run one step: on the kernel within `packed_weights`, otherwise on PyTorch's own cell, if it has this one."""
+        (layer,) = self.known.layers
+        spec = layer.call.spec
+        if self._packed is not None and op.direct(x) and not needs_grad(x, *state, *arrays):
+            ends = op.step(x, state, arrays, layer.call, self._packed.setdefault(0, {}))
+        elif layer.call.torch_layout:
+            count = len(layer.call.sizes)
+            begin = state or [x.new_zeros(len(x), spec.units)] * count
+            name = {"lstm": "lstm_cell", "gru": "gru_cell"}.get(spec.kind, f"rnn_{spec.activation}_cell")
+            found = getattr(torch._VF, name)(x, tuple(begin) if count > 1 else begin[0], *arrays)
+            ends = found if count > 1 else (found,)
+        else:
+            return super().forward(*args, **kwargs)
+        return result_of(protocol, ends[0], [ends], False)
 
     def _arrays(self, like: Tensor) -> list[list[Tensor]]:
         """Return the arrays of each layer; within `packed_weights`, those of the last call if nothing has changed."""
-        known, packed = self._known, self._packed
+        known, packed = self.known, self._packed
         if packed is None or torch.is_grad_enabled():
             return arrays_of(known, self, like)
-        names = dict.fromkeys(
-            part.name for layer in known.layers for one in layer.weights for parts in one.terms for part in parts
-        )
         try:
-            key = [(one.data_ptr(), one._version) for one in (parameter(self, name) for name in names if name)]
+            key = [(one.data_ptr(), one._version) for one in (parameter(self, name) for name in known.parameters)]
         except RuntimeError:  # tensors created in inference mode have no version
             return arrays_of(known, self, like)
         found = packed.get("arrays")
@@ -315,13 +356,13 @@ class HandWritten(Accelerated):
         return found[1]
 
 
-def class_for(kind: type, known: Known) -> type:
-    """Return a subclass of a hand-written module's class that runs what is known of it on the kernel."""
-    own = {
-        "_class_before": kind,
-        "_known": known,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return type(kind.__name__, (HandWritten, kind), own)
+def class_for(kind: type, base: type[HandWritten], **own: Any) -> type:
+    """Return a subclass of a hand-written module's class that runs on the kernel.
+
+    Args:
+        kind: the module's class.
+        base: the class that runs it.
+        **own: further attributes of the class.
+    """
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (base, kind), {"_class_before": kind, **named, **own})

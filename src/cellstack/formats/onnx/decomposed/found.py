@@ -13,6 +13,7 @@ from cellstack.formats.onnx.decomposed.chains import find_chains, name_of
 from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.linear import Term, array_of
 from cellstack.formats.onnx.decomposed.match import Matcher, Step, cell_of, forms, steps_of
+from cellstack.formats.onnx.decomposed.norms import expand_norms
 from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
@@ -132,7 +133,7 @@ def cells_of_module(path: str, states: int) -> list[Cell]:
         FormatError: it contains no cell; the message says which operator differs from those of a cell.
     """
     model = file.read(path)
-    model = fix_lengths(specialize(model, {}))
+    model = expand_norms(fix_lengths(specialize(model, {})))
     scope = model.scope()
     given = [name for name in scope.inputs if name not in scope.initializers]
     chains = find_chains(scope)

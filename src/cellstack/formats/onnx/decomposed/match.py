@@ -28,6 +28,9 @@ VISITS = 4000, 100  # maximum number of values that are compared in a graph: at 
 
 # ── the steps of the kinds of cell ────────────────────────────────────────────────────────────────────────────────────
 
+CHOICES = {"bool": (False, True), "int": (0, 1), "bool | str": (False, True, "joint")}
+"""The values of flags in the forms of a kind, by type."""
+
 Key = tuple[str, int | None, int]  # a block of an array: its name, the row where there are several, and its number
 
 
@@ -79,10 +82,10 @@ def forms(kind: Kind) -> tuple[Form, ...]:
     names = {*kind.settings} - {"use_bias", "learn_initial_state"}
     known = [entry for entry in fields(CellSpec) if entry.name in names]
     bounds = {entry.name: float(n) for n, entry in enumerate(known, 1) if entry.type == "float | None"}
-    switches = [entry for entry in known if entry.type in ("bool", "int") and entry.default is not MISSING]
+    switches = [entry for entry in known if entry.type in CHOICES and entry.default is not MISSING]
     found = []
-    for values in product((False, True), repeat=len(switches)):
-        flags = {entry.name: type(entry.default)(value) for entry, value in zip(switches, values, strict=True)}
+    for values in product(*(CHOICES[str(entry.type)] for entry in switches)):
+        flags = {entry.name: value for entry, value in zip(switches, values, strict=True)}
         with suppress(ValueError):  # flags that exclude each other
             found.append(_form(kind, flags, bounds))
     return tuple(found)
@@ -90,7 +93,7 @@ def forms(kind: Kind) -> tuple[Form, ...]:
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
     given: dict[str, Any] = {**flags, **bounds}
-    spec = CellSpec(1, 2, kind=kind.name, **given)
+    spec = CellSpec(1 + flags.get("attention", False), 2, kind=kind.name, **given)
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in (*spec.gates, *kind.outputs)}
     spec = replace(spec, gate_activations=slots)
     arrays, keys = dict[str, Array](), dict[float, Key]()
@@ -380,7 +383,9 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     Raises:
         ValueError: weights that don't form one cell.
     """
-    kind, units = step.form.kind, len(array_of(scope, step.terms["kernel", None, 0][0]))
+    kind, rows_of_kernel = step.form.kind, len(array_of(scope, step.terms["kernel", None, 0][0]))
+    blocks_of_kernel = [key for key in step.form.keys.values() if key[0] == "kernel"]
+    units = rows_of_kernel // (len(blocks_of_kernel) // sum(key in step.terms for key in blocks_of_kernel))
     rows: dict[str, dict[int | None, list[Array]]] = {}
     for (name, row, _), terms in step.terms.items():
         rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, units))
