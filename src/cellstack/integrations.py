@@ -19,10 +19,10 @@ def accelerate(model: Any, *, cells: bool = False, example: Any = None) -> Any:
     For what changes see `cellstack.layers.accelerate` for PyTorch, and `cellstack.keras` for Keras.
 
     With `cells=True`, the kernel also runs PyTorch modules that are written by hand: cells, and layers that loop over
-    steps. Each is traced, its equations are compared with those of cellstack's cells, and where they are the same, it is
-    run on random inputs and compared with the kernel, in outputs, states and gradients, before its class is replaced.
-    This takes about a second per module, and needs the package `onnx`. `plan` lists these modules, and says why others
-    weren't replaced.
+    steps. Each is traced, and its equations are compared with those of cellstack's cells. If they are the same, the
+    module and the kernel are run on random inputs, their outputs, states and gradients are compared, and the module's
+    class is replaced. This takes about a second per module, and needs the package `onnx`. `plan` lists these modules,
+    and says why others weren't replaced.
 
     Args:
         model: a PyTorch module, or a Keras model or layer.

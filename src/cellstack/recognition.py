@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice, permutations, product
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from cellstack.formats.compiled.exported import export
 from cellstack.formats.onnx.decomposed.found import cells_of_module
 from cellstack.layers import accelerate as integration
 from cellstack.layers import forward, op
-from cellstack.layers.eligibility import base_of, original_of
+from cellstack.layers.eligibility import base_of, name_of, original_of
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import (
     HandWritten,
@@ -55,15 +57,21 @@ BATCH, STEPS = 2, 3  # of the traced call
 MOST_CALLS = 400  # calls that are tried
 MOST_TRACES = 4  # calls that are traced
 MOST_NUMBERS = 1 << 26  # elements of a module's parameters
+NAMED = re.compile("lstm|gru|rnn|cell|recurrent", re.IGNORECASE)  # names of classes whose refusal is worth a line
 TOLERANCE = 1e-9  # largest difference in float64, relative to the largest value
 
 
 class Refused(ValueError):  # noqa: N818
-    """A module isn't replaced; the message says why."""
+    """A module isn't replaced; the message says why.
 
+    Args:
+        text: the reason.
+        differs: whether its numbers differ from those of the cells that it was taken for.
+    """
 
-class Differs(Refused):
-    """A module computes something else than the cells that it was taken for."""
+    def __init__(self, text: str, differs: bool = False) -> None:
+        super().__init__(text)
+        self.differs = differs
 
 
 # ── a module with other numbers ───────────────────────────────────────────────────────────────────────────────────────
@@ -475,7 +483,7 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
                     refused = error
         if not protocols:
             raise refused
-        known = known._replace(protocols=protocols, training=_is_steady(copied, chosen, protocols))
+        known = replace(known, protocols=protocols, training=_is_steady(copied, chosen, protocols))
         _verify(copied, known, chosen)
         return known
 
@@ -584,14 +592,17 @@ def _compare(module: nn.Module, theirs: Any, ours: Any, args: tuple[Any, ...], t
         result = _flat(function(*given))
         torch.set_rng_state(state)
         wanted = [value for value in (*_flat(given), *module.parameters()) if value.requires_grad]
-        total = sum((value * torch.sin(torch.arange(value.numel()).view(value.shape))).sum() for value in result)
+        total = torch.stack(
+            [(value * torch.sin(torch.arange(value.numel()).view(value.shape))).sum() for value in result]
+        ).sum()
         found = torch.autograd.grad(total, wanted, allow_unused=True)
         ran.append((result, [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]))
     for what, place in (("outputs", 0), ("gradients", 1)):
         pairs = [*zip(ran[1][place], ran[0][place], strict=True)]
         worst = max(_difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
         if worst > TOLERANCE:
-            raise Differs(f"its {what} differ from those of the {text} that it was taken for by {worst:.1e}")
+            what = f"its {what} differ from those of the {text} that it was taken for by {worst:.1e}"
+            raise Refused(what, differs=True)
 
 
 def _resized(
@@ -694,32 +705,38 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
         ValueError: it contains no recurrent module that the kernel can run.
     """
     recorded = {} if example is None else _recorded(model, example)
-    inside, differing = set[int](), list[str]()
+    inside, why = set[int](), dict[str, tuple[nn.Module, Refused]]()
     for name, part in _candidates(model):
         if id(part) in inside:
             continue
         if not isinstance(part, HandWritten):
-            adapter = ADAPTERS.get(f"{type(part).__module__}.{type(part).__qualname__}")
             try:
-                if adapter is not None:
-                    made = _adapted(part, adapter)
-                else:
-                    known = recognise(part, recorded.get(id(part), ()))
-                    made = class_for(type(part), Recognised, known=known, cells_text=known.text())
-            except Differs as error:
-                differing.append(f"{name or type(part).__name__}: {error}")
-                refused[part] = str(error)
-                continue
+                part.__class__ = _class_of(part, recorded.get(id(part), ()))
             except Refused as error:
-                refused[part] = str(error)
+                why[name] = part, error
                 continue
-            part.__class__ = made
+        refused.pop(part, None)
         inside |= {id(inner) for inner in part.modules()}
+    differing = [f"{name or type(part).__name__}: {error}" for name, (part, error) in why.items() if error.differs]
     if differing:
         warnings.warn(f"accelerate: not replaced: {'; '.join(differing)}", stacklevel=3)
+    for part, error in why.values():
+        replaced = any(isinstance(inner, HandWritten) for inner in part.modules())
+        if not replaced and (error.differs or NAMED.search(type(part).__name__)):
+            refused[part] = str(error)
     try:
         return integration.accelerate(model)
-    except ValueError:
-        if not any(isinstance(part, HandWritten) for part in model.modules()):
-            raise
-        return model
+    except ValueError as error:
+        if any(isinstance(part, HandWritten) for part in model.modules()):
+            return model
+        listed = "; ".join(f"{name_of(part)}: {text}" for part in model.modules() if (text := refused.get(part)))
+        raise ValueError(f"{error}{f'; hand-written modules: {listed}' if listed else ''}") from None
+
+
+def _class_of(module: nn.Module, calls: Sequence[tuple[Any, ...]]) -> type:
+    """Return the class that runs a hand-written module on the kernel."""
+    adapter = ADAPTERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    if adapter is not None:
+        return _adapted(module, adapter)
+    known = recognise(module, calls)
+    return class_for(type(module), Recognised, known=known, cells_text=known.text())

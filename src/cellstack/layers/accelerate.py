@@ -195,7 +195,7 @@ def plan(module: nn.Module) -> Plan:
             continue
         head = f"{name}: " if name else ""
         if isinstance(part, HandWritten):
-            lines.append(f"{head}{name_of(part)}, {part.cells_text}: fused cpu kernel ({op.isa()})")
+            lines.append(f"{head}{name_of(part)}, {part.cells_text}: fused cpu kernel ({op.isa()}){part.limits()}")
             inside |= {id(inner) for inner in part.modules()}
         elif part in refused:
             lines.append(f"{head}{name_of(part)}: PyTorch: {refused[part]}")

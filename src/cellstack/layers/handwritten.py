@@ -1,14 +1,15 @@
 """Runs hand-written recurrent modules on the kernel: what one computes, as data, and the subclass that runs it.
 
-`cellstack.recognition` finds out what a module computes. Its parameters stay where they are: a `Weight` says which parts
-of which parameters an array consists of, and is put together at every call, by differentiable operations.
+`cellstack.recognition` finds out what a module computes. Its parameters stay where they are: a `Weight` says which
+parts of which parameters an array consists of, and is put together at every call, by differentiable operations.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from cellstack.layers import forward, op
 from cellstack.layers.accelerated import Accelerated
-from cellstack.layers.cell import needs_grad
 from cellstack.layers.eligibility import is_ready
 from cellstack.layers.forward import CellRun
 
@@ -69,7 +69,8 @@ def _narrowed(tensor: Tensor, axis: int, part: tuple[int, int]) -> Tensor:
 
 def parameter(module: nn.Module, name: str) -> Any:
     """Return a module's parameter by its name."""
-    return reduce(getattr, name.split("."), module)
+    own = module._parameters.get(name)
+    return reduce(getattr, name.split("."), module) if own is None else own
 
 
 class Weight(NamedTuple):
@@ -85,6 +86,10 @@ class Weight(NamedTuple):
 
     def of(self, module: nn.Module, like: Tensor) -> Tensor:
         """Return the array, made of the module's parameters; a whole parameter is returned as it is."""
+        if len(self.terms) == 1 and len(self.terms[0]) == 1 and self.terms[0][0].name:
+            whole = parameter(module, self.terms[0][0].name)
+            if whole.shape == self.shape and not self.terms[0][0].transposed:
+                return whole
         total: Any = None
         for parts in self.terms:
             pieces = [part.of(module, like) for part in parts]
@@ -170,7 +175,8 @@ def filled(template: Any, value: Callable[[Place], Any]) -> Any:
     return template
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Known:
     """What a hand-written module computes.
 
     Args:
@@ -185,7 +191,12 @@ class Known(NamedTuple):
     names: Mapping[str, Any]
     training: bool
 
-    @property
+    @cached_property
+    def steps(self) -> bool:
+        """Whether it runs single steps only."""
+        return all(protocol.time < 0 for protocol in self.protocols.values())
+
+    @cached_property
     def parameters(self) -> list[str]:
         """The names of the parameters that the arrays consist of."""
         parts = [part for layer in self.layers for one in layer.weights for term in one.terms for part in term]
@@ -219,6 +230,8 @@ def arguments_of(names: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[
         args: the arguments by position.
         kwargs: the arguments by name.
     """
+    if not kwargs and args and isinstance(args[-1], (Tensor, tuple)):
+        return tuple(args) if len(args) <= len(names) else None
     values, defaults, left = list(args), list(names.values()), dict(kwargs)
     if left:
         values += [left.pop(name, default) for name, default in list(names.items())[len(args) :]]
@@ -288,14 +301,20 @@ class HandWritten(Accelerated):
 
     cells_text = ""
 
+    def limits(self) -> str:
+        """Return in which calls PyTorch runs the module, as an addition to a line of the plan."""
+        return ""
+
     def runs(self, tensors: Sequence[Any], width: int, weights: Sequence[Any]) -> bool:
         """Whether the kernel may run a call on x, of this width, and states, in the module's current state."""
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
         x, *states = tensors
-        inner = [part for part in self.modules() if part is not self]
-        hooks = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inner)
-        return not hooks and type(x) in op.PLAIN and is_ready(x, width, weights, states)
+        if self._modules:
+            inner = [part for part in self.modules() if part is not self]
+            if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inner):
+                return False
+        return type(x) in op.PLAIN and is_ready(x, width, weights, states)
 
 
 class Recognised(HandWritten):
@@ -303,9 +322,19 @@ class Recognised(HandWritten):
 
     known: Known
 
+    def limits(self) -> str:
+        """Return in which calls PyTorch runs the module, as an addition to a line of the plan."""
+        if self.known.steps:
+            return " within packed_weights() and without gradients; otherwise PyTorch"
+        return (
+            "" if self.known.training else " in evaluation mode; PyTorch in training, where it computes something else"
+        )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run like the module's own forward, which runs the calls that the kernel doesn't support."""
         known = self.known
+        if known.steps and (self._packed is None or torch.is_grad_enabled()):  # no faster than the module itself
+            return super().forward(*args, **kwargs)
         form, tensors = known.form(args, kwargs)
         protocol = known.protocols.get(form)
         if protocol is None or (self.training and not known.training):
@@ -317,29 +346,16 @@ class Recognised(HandWritten):
         if states is None or not self.runs(tensors, known.layers[0].call.spec.input_size, weights):
             return super().forward(*args, **kwargs)
         if protocol.time < 0:
-            return self._step(protocol, x, states[0], arrays[0], args, kwargs)
+            if not known.steps or not op.direct(x):
+                return super().forward(*args, **kwargs)
+            keep: Any = self._packed
+            ends = op.step(x, states[0], arrays[0], known.layers[0].call, keep.setdefault(0, {}))
+            return result_of(protocol, ends[0], [ends], False)
         sequence = x.transpose(0, 1) if protocol.time == 0 else x
-        runs = [CellRun(layer.call, *own) for layer, *own in zip(known.layers, arrays, states, strict=True)]
+        cells = zip(known.layers, arrays, states, strict=True)
+        runs = [CellRun(layer.call, own, state) for layer, own, state in cells]
         y, _, ends, _ = forward.run(runs, sequence, None, None, time_major=protocol.time == 0, packed=self._packed)
         return result_of(protocol, y, ends, True)
-
-    def _step(
-        self, protocol: Protocol, x: Tensor, state: Sequence[Tensor], arrays: Sequence[Tensor], args: Any, kwargs: Any
-    ) -> Any:
-        """Run one step: on the kernel within `packed_weights`, otherwise on PyTorch's own cell, if it has this one."""
-        (layer,) = self.known.layers
-        spec = layer.call.spec
-        if self._packed is not None and op.direct(x) and not needs_grad(x, *state, *arrays):
-            ends = op.step(x, state, arrays, layer.call, self._packed.setdefault(0, {}))
-        elif layer.call.torch_layout:
-            count = len(layer.call.sizes)
-            begin = state or [x.new_zeros(len(x), spec.units)] * count
-            name = {"lstm": "lstm_cell", "gru": "gru_cell"}.get(spec.kind, f"rnn_{spec.activation}_cell")
-            found = getattr(torch._VF, name)(x, tuple(begin) if count > 1 else begin[0], *arrays)
-            ends = found if count > 1 else (found,)
-        else:
-            return super().forward(*args, **kwargs)
-        return result_of(protocol, ends[0], [ends], False)
 
     def _arrays(self, like: Tensor) -> list[list[Tensor]]:
         """Return the arrays of each layer; within `packed_weights`, those of the last call if nothing has changed."""

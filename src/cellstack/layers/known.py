@@ -87,7 +87,7 @@ _CLOSED = -200.0  # the bias of a gate that is 0
 
 
 class AttentionGRU(HandWritten):
-    """A `DynamicGRU`: a GRU over packed rows, in which attention scales the update gate (AUGRU) or replaces it (AGRU)."""
+    """A `DynamicGRU`: a GRU over packed rows; attention scales its update gate (AUGRU) or replaces it (AGRU)."""
 
     def forward(self, inputs: Any, att_scores: Any = None, hx: Any = None) -> Any:
         """Run like the module's own forward."""

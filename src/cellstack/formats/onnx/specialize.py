@@ -24,8 +24,8 @@ from cellstack.spec import FormatError
 MOST_BRANCHES = 1000  # maximum number of resolved branches
 MOST_LISTED = 64  # maximum length of a list of lengths
 OF_LENGTHS = {
-    "Add", "And", "Cast", "Concat", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Mul",
-    "Not", "Or", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
+    "Add", "And", "Cast", "Concat", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less",
+    "LessOrEqual", "Mul", "Not", "Or", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
 }  # fmt: skip
 KINDS = {  # TensorProto's names of the types of values that can be passed
     1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 2: "uint8", 3: "int8", 12: "uint32",

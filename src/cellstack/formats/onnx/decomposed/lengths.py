@@ -17,9 +17,9 @@ from cellstack.layout import Array
 
 
 def fix_lengths(model: Model) -> Model:
-    """Return a model in which bounds of slices are tensors, and axes the last one, where that follows from known lengths.
+    """Return a model with what follows from known lengths.
 
-    A Reshape to the shape that its input has becomes an Identity.
+    Bounds of slices are tensors, a last axis is -1, and a Reshape to the shape that its input has is an Identity.
     """
     scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split}
     if not any(_hides(scope, node) for node in model.graph.node):

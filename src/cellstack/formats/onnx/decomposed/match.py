@@ -391,6 +391,8 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
         rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, units))
     if any(len({len(block) for block in blocks}) != 1 for each in rows.values() for blocks in each.values()):
         raise ValueError("the gates of an array don't have the same width")
+    for name in rows:
+        _check_normed(name, [terms for (array, *_), terms in step.terms.items() if array == name], units)
     for name, each in rows.items():
         joined = [np.concatenate(blocks).T for blocks in each.values()]
         arrays[name] = joined[0] if None in each else np.stack(joined)
@@ -408,6 +410,24 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     dtype = np.dtype(np.float64 if arrays["kernel"].dtype == np.float64 else np.float32)
     spec = CellSpec(len(arrays["kernel"]), units, kind=kind.name, **settings)
     return Cell(spec, **{name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()})
+
+
+def _check_normed(name: str, blocks: Sequence[Sequence[Term]], units: int) -> None:
+    """Raise `ValueError` where gates use other blocks of a normalised product than those that are normalised with them.
+
+    Args:
+        name: the array.
+        blocks: the terms of each block, in the order of gates.
+        units: the number of units.
+    """
+    normed = [terms[0] for terms in blocks if len(terms) == 1 and terms[0].normed]
+    if len(normed) < 2:
+        return
+    bounds = normed[0].normed
+    within = [sum(bound <= term.start for bound in bounds) for term in normed]
+    expected = [sum(bound <= n * units for bound in bounds) for n in range(len(normed))]
+    if within != expected or sorted(term.start for term in normed) != [n * units for n in range(len(normed))]:
+        raise ValueError(f"the gates don't use all blocks of the normalised {name}")
 
 
 def total(scope: Scope, terms: Sequence[Term], units: int) -> Array:
