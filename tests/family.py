@@ -94,10 +94,13 @@ def random_case(rng, spec, batch=3, steps=5):
     time; reverse is True half of the time.
     """
     there = lambda: bool(rng.random() < 0.5)  # noqa: E731
+    x = rng.standard_normal((batch, steps, spec.input_size))
+    if spec.attention:
+        x[..., -1] = rng.random((batch, steps))
     training = there()
     kept = lambda rate, width: rng.random((batch, steps, width)) < rate  # noqa: E731
     return {
-        "x": rng.standard_normal((batch, steps, spec.input_size)),
+        "x": x,
         "state": random_state(rng, spec, batch) if there() else None,
         "mask": rng.random((batch, steps)) < 0.7 if there() else None,
         "reset": rng.random((batch, steps)) < 0.25 if there() else None,

@@ -39,15 +39,17 @@ def cast(value, dtype):
 def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
     """Return a cell that is stable over long sequences, its arrays, and a case of x and a state."""
     rng = np.random.default_rng(seed)
-    spec = CellSpec(width, units, **flags)
+    spec = CellSpec(width + flags.get("attention", False), units, **flags)
     new = lambda *shape, scale=1.0: rng.standard_normal(shape) * scale  # noqa: E731
     arrays = {"kernel": new(width, spec.shapes["kernel"][1], scale=width**-0.5)}
     for name, shape in list(spec.shapes.items())[1:]:
         arrays[name] = new(*shape, scale=units**-0.5 if name == "recurrent_kernel" else 0.3) + name.endswith("_gain")
     case = {
-        "x": new(batch, steps, width),
+        "x": new(batch, steps, spec.input_size),
         "state": tuple(new(batch, size, scale=0.5) for size in spec.state_sizes.values()),
     }
+    if spec.attention:
+        case["x"][..., -1] = rng.random((batch, steps))
     return spec, cast(arrays, dtype), cast(case, dtype), rng
 
 
@@ -124,13 +126,25 @@ MEMBERS = {
     "flags": {"peepholes": True, "clip": 1.5, "cell_clip": 2.0, "zoneout": 0.2, "zoneout_cell": 0.1},
     "projection": {"proj_size": 3},
     "norm": {"layer_norm": True, "learn_initial_state": True},
+    "joint norm": {"layer_norm": "joint", "learn_initial_state": True},
+    "joint norm, flags": {
+        "layer_norm": "joint",
+        "coupled": True,
+        "peepholes": True,
+        "cell_clip": 2.0,
+        "zoneout_cell": 0.1,
+    },
     "gru": {"kind": "gru"},
     "gru, reset before": {"kind": "gru", "reset_after": False},
     "gru, norm": {"kind": "gru", "layer_norm": True},
+    "gru, attention": {"kind": "gru", "attention": True},
+    "gru, attention, reset before": {"kind": "gru", "attention": True, "reset_after": False},
     "rnn": {"kind": "rnn"},
     "mingru": {"kind": "mingru"},
     "mingru, flags": {"kind": "mingru", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
     "minlstm": {"kind": "minlstm"},
+    "ligru": {"kind": "ligru"},
+    "ligru, flags": {"kind": "ligru", "layer_norm": "joint", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
     "minlstm, flags": {"kind": "minlstm", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
 }
 
@@ -485,7 +499,7 @@ def test_a_clip_has_no_slope_at_its_bounds(isa):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL["float64"])
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm"])
+@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru"])
 def test_all_wrong_gate_orders_fail(isa, member):
     spec, arrays, case, _ = make(9, 2, 4, 3, 5, **MEMBERS[member])
     expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
@@ -499,7 +513,7 @@ def test_all_wrong_gate_orders_fail(isa, member):
         assert (wrong < tolerances.KERNEL["float32"]) == (order == tuple(range(count))), order
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn", "mingru", "minlstm"])
+@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "joint norm", "gru", "rnn", "mingru", "minlstm"])
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
     if spec.of_kind.recurrent:  # a GRU and a SimpleRNN with larger random weights are chaotic
@@ -693,9 +707,12 @@ def test_a_step_in_bfloat16_is_a_step_with_rounded_numbers(isa, member, batch, w
     spec, arrays, case, _ = make(28, batch, 1, width, 33, **MEMBERS[member])
     near = {name: to_bfloat16(array) if name in MATRICES else array for name, array in arrays.items()}
     assert not np.array_equal(near["kernel"], arrays["kernel"])
-    state = (to_bfloat16(case["state"][0]), *case["state"][1:])
+    state, rounded = (to_bfloat16(case["state"][0]), *case["state"][1:]), case["x"].copy()
+    rounded[..., : spec.features] = to_bfloat16(
+        rounded[..., : spec.features]
+    )  # an attention isn't multiplied by weights
     after = []
-    for element, numbers, x in (("bfloat16", arrays, case["x"]), (None, near, to_bfloat16(case["x"]))):
+    for element, numbers, x in (("bfloat16", arrays, case["x"]), (None, near, rounded)):
         stream = _kernel.stream([native.weights(spec, numbers, element)], batch)
         stream.set_state(0, state)
         after.append((stream.run(x), *stream.get_state()[0]))
@@ -782,7 +799,9 @@ def test_states_may_be_rows_of_a_larger_array(isa, member, threads):
     before = tuple(array.copy() for array in states)
     y, at = np.empty_like(expected.y), states
     layer = native.Layer(native.weights(spec, arrays), at, at, y=y)
-    native.forward(native.Sequences(6, 5, case["x"], 5 * 9, 9, places=places), [layer], threads)
+    native.forward(
+        native.Sequences(6, 5, case["x"], 5 * spec.input_size, spec.input_size, places=places), [layer], threads
+    )
     np.testing.assert_array_equal(y, expected.y)
     others = np.setdiff1d(np.arange(12), places)
     for array, old, new in zip(states, before, expected.state, strict=True):
