@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.decomposed.linear import sizes_of
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, onnx_package
 from cellstack.formats.onnx.specialize import Lengths
 from cellstack.layout import Array
@@ -56,7 +57,7 @@ def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
     values = {name: _integers(value) for name, value in zip(node.input[1:4], found, strict=False) if name}
     has = lengths.lengths_of(node.input[0])
     axes = values.get(node.input[3]) if len(node.input) > 3 else None
-    last = has is not None and axes is not None and axes.tolist() == [len(has) - 1]
+    last = has is not None and axes is not None and axes.tolist() == [len(has) - 1] and not _selects(values, node)
     if not last and not any(lengths.scope.constant(name) is None and values[name] is not None for name in values):
         return node
     made = type(node)()
@@ -69,10 +70,16 @@ def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
     return made
 
 
+def _selects(values: dict[str, Array | None], node: Any) -> bool:
+    """Whether a Slice takes one entry, which may be a step of a sequence of numbers `[B, T]`."""
+    start, stop = (values.get(name) for name in node.input[1:3])
+    return start is not None and stop is not None and start.shape == stop.shape == (1,) and int(stop[0] - start[0]) == 1
+
+
 def _split(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
     """Return a Split with -1 as its axis if that is the last one."""
     has, found = lengths.lengths_of(node.input[0]), lengths.scope.model.attributes(node)
-    if has is None or found.get("axis", 0) != len(has) - 1:
+    if has is None or found.get("axis", 0) != len(has) - 1 or set(sizes_of(lengths.scope, node) or ()) == {1}:
         return node
     made = type(node)()
     made.CopyFrom(node)
