@@ -13,6 +13,7 @@ from typing import Any
 
 from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.loops import roll
+from cellstack.formats.onnx.decomposed.norms import expand_norms
 from cellstack.formats.onnx.decomposed.products import name_activations
 from cellstack.formats.onnx.file import Model, live_nodes, uses
 from cellstack.formats.onnx.frames import Frame, frames_of
@@ -38,6 +39,7 @@ def passes(
     yield check_specialized  # refuses an If that remains
     yield lambda model: drop_neutral(model) if model.given else model  # x + 0 becomes x
     yield note_unused  # lists tensors that no output depends on, before passes stop using some
+    yield lambda model: expand_norms(model, least=2)  # layer normalisation within an unrolled loop
     yield lambda model: roll(model, whole_loops)  # the steps of an unrolled loop become one recurrent operator
     yield name_activations  # products that form an activation become one operator
 

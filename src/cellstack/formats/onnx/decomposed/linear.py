@@ -33,7 +33,8 @@ class Term:
         transposed: whether the matrix is stored as `[I, N]`.
         start: the first row.
         stop: the row after the last.
-        moves: the nodes that select a step of the product, in order; empty where the value is a single step.
+        moves: the nodes that select a step of the product, in order, each with the name of the output that is used; empty
+            where the value is a single step.
         flat: whether the value has rows without time.
         vector: whether the constant is a vector: the product is elementwise, or there is no value.
         normed: the bounds of separately normalised blocks of the product: `(0, N)`, or `(0, M, N)`; () without.
@@ -121,7 +122,7 @@ def linear(scope: Scope, name: str, left: list[int] | None = None, rows: bool = 
         return cut
     if node.op_type == "Slice" and any(term.normed for term in inner.products):
         return None
-    return Linear(tuple(replace(term, moves=(*term.moves, node)) for term in inner.products), inner.biases)
+    return Linear(tuple(replace(term, moves=(*term.moves, (node, name))) for term in inner.products), inner.biases)
 
 
 MOVED = ("Split", "Slice", "Gather", "SequenceAt", "SplitToSequence", *FOLLOWED)
@@ -324,9 +325,9 @@ def _columns(scope: Scope, node: Any, last: Sequence[int]) -> tuple[int, int] | 
 
 def _apart(scope: Scope, term: Term) -> bool:
     """Whether moves that might also reverse features select one step of a sequence."""
-    if not any(node.op_type == "Slice" for node in term.moves):
+    if not any(node.op_type == "Slice" for node, _ in term.moves):
         return True
-    found = _located(scope, [(node, "") for node in reversed(term.moves)])
+    found = _located(scope, [*reversed(term.moves)])
     return found is not None and found[2] == len(term.moves)
 
 
@@ -350,7 +351,7 @@ def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
         known: steps that are already known, by their names.
     """
     if term.moves:
-        path = [(node, "") for node in reversed(term.moves)]
+        path = [*reversed(term.moves)]
         found = _located(scope, path)
         whole_way = found is not None and found[2] == len(path)
         return Place(term.value, *found[:2]) if found is not None and whole_way else None

@@ -282,7 +282,7 @@ class Matcher:
         return not self.loop and is_zero(self.scope, one) and is_zero(self.scope, other)
 
     def _place(self, term: Term) -> tuple[Any, ...]:
-        return (bare(self.scope, term.value), *map(id, term.moves))
+        return (bare(self.scope, term.value), *((id(node), name) for node, name in term.moves))
 
     def _x(self, term: Term, bound: Bound) -> Iterator[Bound]:
         if self._place(bound.get(self.form.x, term)) == self._place(term):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,24 +11,34 @@ import numpy as np
 from cellstack.formats.onnx.file import DOMAINS, Model, onnx_package
 
 
-def expand_norms(model: Model) -> Model:
-    """Return a model in which each LayerNormalization over the last axis is written as other operators."""
+def expand_norms(model: Model, least: int = 1) -> Model:
+    """Return a model in which each LayerNormalization over the last axis is written as other operators.
+
+    Args:
+        model: the file.
+        least: how many of them have to have the same gain: 2 for those that are repeated at every step of a loop.
+    """
     nodes, tensors = list[Any](), list[Any]()
+    norms = {id(node) for node in model.graph.node if _is_norm(model, node)}
+    gains = Counter(node.input[1] for node in model.graph.node if id(node) in norms)
+    scope = model.scope()
     for node in model.graph.node:
-        attributes = model.attributes(node)
-        if node.op_type != "LayerNormalization" or node.domain not in DOMAINS or attributes.get("axis", -1) != -1:
+        if id(node) not in norms or gains[node.input[1]] < least:
             nodes.append(node)
             continue
-        dtype = np.float64 if _is_double(model, node.input[1]) else np.float32
-        epsilon = np.array(attributes.get("epsilon", 1e-5), dtype)
+        gain = scope.constant(node.input[1])
+        dtype = gain.dtype if isinstance(gain, np.ndarray) else np.float32
+        epsilon = np.array(model.attributes(node).get("epsilon", 1e-5), dtype)
         tensors.append(onnx_package().numpy_helper.from_array(epsilon, f"{node.output[0]} epsilon"))
         nodes += _expanded(node, tensors[-1].name)
     return model.changed(nodes, tensors) if tensors else model
 
 
-def _is_double(model: Model, name: str) -> bool:
-    constant = model.scope().constant(name)
-    return isinstance(constant, np.ndarray) and constant.dtype == np.float64
+def _is_norm(model: Model, node: Any) -> bool:
+    """Whether a node is a LayerNormalization over the last axis."""
+    if node.op_type != "LayerNormalization" or node.domain not in DOMAINS:
+        return False
+    return len(node.output) == 1 and model.attributes(node).get("axis", -1) == -1
 
 
 def _expanded(node: Any, epsilon: str) -> Iterator[Any]:
