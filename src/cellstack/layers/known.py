@@ -77,7 +77,7 @@ def _light_examples(module: Any) -> list[tuple[Any, ...]]:
     return [
         (torch.randn(3, 4, width),),
         (torch.randn(2, 7, width), torch.randn(2 * rows, units)),
-        (torch.randn(1, 1, width),),
+        (torch.randn(1, 2, width),),
     ]
 
 

@@ -20,9 +20,10 @@ from cellstack.layout import Array
 def fix_lengths(model: Model) -> Model:
     """Return a model with what follows from known lengths.
 
-    Bounds of slices are tensors, a last axis is -1, and a Reshape to the shape that its input has is an Identity.
+    Bounds of slices are tensors, a last axis is -1, a Reshape to the shape that its input has is an Identity, and a
+    number added before a sigmoid, such as a forget bias, is one number per unit.
     """
-    scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split}
+    scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split, "Add": _add}
     if not any(_hides(scope, node) for node in model.graph.node):
         return model
     lengths, tensors = Lengths(model, {}), dict[str, Any]()
@@ -35,8 +36,11 @@ def fix_lengths(model: Model) -> Model:
 
 def _hides(scope: Scope, node: Any) -> bool:
     """Whether a node may hide the steps of a cell."""
-    if node.domain not in DOMAINS or node.op_type not in ("Reshape", "Slice", "Split") or not node.input:
+    if node.domain not in DOMAINS or node.op_type not in ("Add", "Reshape", "Slice", "Split") or not node.input:
         return False
+    if node.op_type == "Add":
+        constants = [scope.constant(name) for name in node.input]
+        return any(isinstance(one, np.ndarray) and not one.ndim for one in constants)
     return node.op_type != "Split" or scope.model.attributes(node).get("axis", 0) == 1
 
 
@@ -68,6 +72,23 @@ def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
             made.input[n] = f"{name} (last axis)" if last and n == 3 else f"{name} (known)"
             tensors[made.input[n]] = onnx_package().numpy_helper.from_array(value, made.input[n])
     return made
+
+
+def _add(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+    """Return an Add before a sigmoid with a vector instead of a single number."""
+    scope, uses = lengths.scope, [one for one in lengths.scope.graph.node if node.output[0] in one.input]
+    if not uses or any(one.op_type != "Sigmoid" for one in uses):
+        return node
+    for n, name in enumerate(node.input):
+        number, has = scope.constant(name), lengths.lengths_of(node.input[1 - n])
+        single = isinstance(number, np.ndarray) and not number.ndim
+        if single and has is not None and len(has) and isinstance(has[-1], int) and has[-1] > 1:
+            made = type(node)()
+            made.CopyFrom(node)
+            made.input[n] = f"{number} ({has[-1]} times)"  # the same name at every step
+            tensors[made.input[n]] = onnx_package().numpy_helper.from_array(number.repeat(has[-1]), made.input[n])
+            return made
+    return node
 
 
 def _selects(values: dict[str, Array | None], node: Any) -> bool:

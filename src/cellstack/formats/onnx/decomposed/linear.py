@@ -33,8 +33,8 @@ class Term:
         transposed: whether the matrix is stored as `[I, N]`.
         start: the first row.
         stop: the row after the last.
-        moves: the nodes that select a step of the product, in order, each with the name of the output that is used; empty
-            where the value is a single step.
+        moves: the nodes that select a step of the product, in order, each with the name of the output that is used;
+            empty where the value is a single step.
         flat: whether the value has rows without time.
         vector: whether the constant is a vector: the product is elementwise, or there is no value.
         normed: the bounds of separately normalised blocks of the product: `(0, N)`, or `(0, M, N)`; () without.
