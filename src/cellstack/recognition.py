@@ -281,14 +281,13 @@ def _apart(pair: Sequence[list[Part]], fixed: bool) -> tuple[Part, Part]:
 # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _guesses(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Yield arguments with which a module may be called: x, and states where it takes some."""
+def _guesses(module: nn.Module, layers: int) -> Iterator[tuple[Any, ...]]:
+    """Yield arguments with which a module of some layers may be called: x, and states where it takes some."""
     defaults = list(names_of(module).values())
     least, most = defaults.count(inspect.Parameter.empty), len(defaults)
     sizes = {size for array in module.parameters() for size in array.shape}
     own = {value for value in vars(module).values() if type(value) is int}  # such as self.hidden_size
     units = [size for size in sizes if any(size * n in sizes for n in (1, 2, 3, 4))]
-    layers = getattr(module, "num_layers", 1)
     ordered = [sorted(each, key=lambda size: (size not in own, size)) for each in (units, sizes)]
     for hidden, width in product(*ordered):
         for shape in ((BATCH, STEPS, width), (BATCH, width)):
@@ -298,7 +297,7 @@ def _guesses(module: nn.Module) -> Iterator[tuple[Any, ...]]:
                     yield args
 
 
-def _with_states(x: Tensor, hidden: int, layers: Any) -> Iterator[tuple[Any, ...]]:
+def _with_states(x: Tensor, hidden: int, layers: int) -> Iterator[tuple[Any, ...]]:
     """Yield x with states of `hidden` units, in several forms."""
     batches = (BATCH, STEPS) if x.ndim == 3 else (BATCH,)
     shapes = [shape for n in batches for shape in ((n, hidden), (1, n, hidden), (layers, n, hidden))]
@@ -467,10 +466,12 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
         copied = _copied(module)
         one, other = (_fill(copied, 0.1, 1.0, seed) for seed in (1, 2))
         recorded = [short for args in calls for short in _shortened(_as_float64(args))]
-        seen = _accepted(copied, recorded or islice(_guesses(copied), MOST_CALLS))
+        seen = _accepted(copied, recorded or islice(_guesses(copied, 1), MOST_CALLS))
         if not seen:
             raise Refused("it accepts no arguments that a cell or a layer takes: pass example=")
         known = _traced(copied, seen, one, other)
+        if len(known.layers) > 1 and not recorded:
+            seen += _accepted(copied, islice(_guesses(copied, len(known.layers)), MOST_CALLS))
         _fill(copied, -0.4, 0.4, 3)
         chosen, refused = dict[Any, _Call](), Refused("")
         protocols: dict[Any, Protocol] = {}
