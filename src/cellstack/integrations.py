@@ -13,26 +13,42 @@ from typing import Any
 from cellstack.spec import Plan
 
 
-def accelerate(model: Any) -> Any:
+def accelerate(model: Any, *, cells: bool = False, example: Any = None) -> Any:
     """Make the fused kernel run the recurrent layers of a PyTorch module or a Keras model; change the model in place.
 
     For what changes see `cellstack.layers.accelerate` for PyTorch, and `cellstack.keras` for Keras.
 
+    With `cells=True`, the kernel also runs PyTorch modules that are written by hand: cells, and layers that loop over
+    steps. Each is traced, and its equations are compared with those of cellstack's cells. If they are the same, the
+    module and the kernel are run on random inputs, their outputs, states and gradients are compared, and the module's
+    class is replaced. This takes about a second per module, and needs the package `onnx`. `plan` lists these modules,
+    and says why others weren't replaced.
+
     Args:
         model: a PyTorch module, or a Keras model or layer.
+        cells: whether to look for hand-written cells and layers.
+        example: an input of the model, or a tuple of its inputs, from which the calls of its parts are recorded; only
+            with `cells`. Without it, arguments are guessed from a module's parameters and its signature.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: `model` is neither.
+        TypeError: `model` is neither, or `cells` is given for a Keras model.
         ValueError: the model has no recurrent layer, or a PyTorch module has none that the kernel can run.
 
     >>> import torch
     >>> isinstance(accelerate(torch.nn.LSTM(3, 4)), torch.nn.LSTM)
     True
     """
-    return _integration("accelerate", model).accelerate(model)
+    integration = _integration("accelerate", model)
+    if not cells:
+        if example is not None:
+            raise TypeError("accelerate: example is used with cells=True only")
+        return integration.accelerate(model)
+    if integration.__name__ != "cellstack.layers.accelerate":
+        raise TypeError("accelerate: cells=True is for PyTorch modules, not for models of Keras")
+    return import_module("cellstack.recognition").accelerate(model, example)
 
 
 def restore(model: Any) -> Any:

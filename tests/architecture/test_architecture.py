@@ -38,6 +38,7 @@ BELOW = {
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"cells", "spec", "views", "reference", "nodes", "graph", "arguments", "network", "formats"},
     "layers": {"cells", "spec", "views", "native"},
+    "recognition": {"spec", "nodes", "formats", "layers"},  # compares torch modules with graphs of cells
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
@@ -84,6 +85,7 @@ OUTSIDE_ALSO = {
     "formats": {"safetensors"},
     "inspect": {"safetensors"},
     "layers": {"torch"},
+    "recognition": {"torch"},
     "views": {"torch"},
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
@@ -292,7 +294,7 @@ def test_help_works_without_torch():
 
 
 def test_no_torch_free_module_imports_torch():
-    with_torch = ("layers", "keras", "train", "adapters", "cli", "__main__")
+    with_torch = ("layers", "recognition", "keras", "train", "adapters", "cli", "__main__")
     own = [path for path in MODULES if part_of(path) not in with_torch and path != SOURCE / "views" / "torch.py"]
     names = [".".join(("cellstack", *path.relative_to(SOURCE).with_suffix("").parts)) for path in own]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"

@@ -24,11 +24,13 @@ from cellstack.layers.eligibility import (
     WIDE_RNN_CELL,
     base_of,
     is_narrow,
+    name_of,
     obstacle,
     original_of,
     overrides_forward,
     why_unsupported,
 )
+from cellstack.layers.handwritten import HandWritten, refused
 from cellstack.layers.rnn import RNN
 from cellstack.spec import Plan
 
@@ -120,7 +122,7 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
     ...     state = cell(torch.zeros(1, 3))
     ...     state = cell(torch.zeros(1, 3), state)
     """
-    parts = [part for _, part in _recurrent(_checked(module, "packed_weights")) if isinstance(part, Accelerated)]
+    parts = [part for part in _checked(module, "packed_weights").modules() if isinstance(part, Accelerated)]
     if not parts:
         raise ValueError(f"packed_weights: {type(module).__name__} has no accelerated module: call accelerate() first")
     with _lock:
@@ -155,7 +157,9 @@ def restore(module: nn.Module) -> nn.Module:
     >>> type(restore(accelerate(nn.LSTM(8, 16)))) is nn.LSTM
     True
     """
-    for _, part in _recurrent(_checked(module, "restore")):
+    for part in _checked(module, "restore").modules():
+        if not isinstance(part, Accelerated):
+            continue
         part.__class__ = _restored(type(part))
         for name in CONTEXT_ATTRIBUTES:
             part.__dict__.pop(name, None)
@@ -192,7 +196,12 @@ def plan(module: nn.Module) -> Plan:
         if id(part) in inside:
             continue
         head = f"{name}: " if name else ""
-        if base_of(type(part)) is not None:
+        if isinstance(part, HandWritten):
+            lines.append(f"{head}{name_of(part)}, {part.cells_text}: fused cpu kernel ({op.isa()}){part.limits()}")
+            inside |= {id(inner) for inner in part.modules()}
+        elif part in refused:
+            lines.append(f"{head}{name_of(part)}: PyTorch: {refused[part]}")
+        elif base_of(type(part)) is not None:
             lines.append(f"{head}{_described(part)}: {_how(part)}")
         elif isinstance(part, (RNN, Bidirectional)):
             lines += [head + line for line in part.plan()]

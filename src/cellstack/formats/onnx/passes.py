@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.loops import roll
+from cellstack.formats.onnx.decomposed.norms import expand_norms
 from cellstack.formats.onnx.decomposed.products import name_activations
 from cellstack.formats.onnx.file import Model, live_nodes, uses
 from cellstack.formats.onnx.frames import Frame, frames_of
@@ -38,11 +40,13 @@ def passes(
     """
     yield lambda model: fix_inputs(model, fixed)  # inputs with a given value become tensors
     yield lambda model: specialize(model, _lengths(model, sizes, contexts))  # each If becomes the branch that runs
+    yield fix_lengths  # bounds computed from known lengths become tensors
     if example:
         yield lambda model: specialize(model, example, noted=True)
     yield lambda model: check_specialized(model, example is not None)  # refuses an If that remains
     yield lambda model: drop_neutral(model) if model.given else model  # x + 0 becomes x
     yield note_unused  # lists tensors that no output depends on, before passes stop using some
+    yield lambda model: expand_norms(model, least=2)  # layer normalisation within an unrolled loop
     yield lambda model: roll(model, whole_loops)  # the steps of an unrolled loop become one recurrent operator
     yield name_activations  # products that form an activation become one operator
 

@@ -24,8 +24,8 @@ from cellstack.spec import FormatError
 MOST_BRANCHES = 1000  # maximum number of resolved branches
 MOST_LISTED = 64  # maximum length of a list of lengths
 OF_LENGTHS = {
-    "And", "Cast", "Concat", "Equal", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Mul",
-    "Not", "Or", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze",
+    "Add", "And", "Cast", "Concat", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less",
+    "LessOrEqual", "Mul", "Not", "Or", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze",
 }  # fmt: skip
 KINDS = {  # TensorProto's names of the types of values that can be passed
     1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 2: "uint8", 3: "int8", 12: "uint32",
@@ -86,7 +86,7 @@ def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
     return array.astype(wanted)
 
 
-class _Lengths:
+class Lengths:
     """The known lengths in a graph, from the onnx package's shape inference.
 
     Args:
@@ -148,15 +148,19 @@ class _Lengths:
         self.values[name] = found
         return found
 
+    def lengths_of(self, name: str) -> Array | None:
+        """Return the lengths of a value's axes, as objects: an unknown one is a `Dim`; None if its rank is unknown."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            return None
+        lengths = np.empty(len(shape), object)
+        lengths[:] = [Dim((f"{name} {n}",)) if axis is None else axis for n, axis in enumerate(shape)]
+        return lengths
+
     def _made(self, node: Any, depth: int) -> Array | None:
         if node.op_type == "Shape":
-            shape = self.shapes.get(node.input[0])
-            if shape is None:
-                return None
-            lengths = np.empty(len(shape), object)
-            lengths[:] = [Dim((f"{node.input[0]} {n}",)) if axis is None else axis for n, axis in enumerate(shape)]
-            attributes = self.scope.model.attributes(node)
-            return lengths[attributes.get("start", 0) : attributes.get("end")]
+            lengths, attributes = self.lengths_of(node.input[0]), self.scope.model.attributes(node)
+            return None if lengths is None else lengths[attributes.get("start", 0) : attributes.get("end")]
         values = [self.value(name, depth + 1) for name in node.input]
         if any(value is None for value in values):
             return None
@@ -198,7 +202,7 @@ def specialize(model: Model, sizes: Mapping[str, Sequence[int | None]], noted: b
     """
     taken = 0
     while any(node.op_type == "If" for node in model.graph.node):
-        lengths, branches, before = _Lengths(model, sizes), _Branches(model.graph), taken
+        lengths, branches, before = Lengths(model, sizes), _Branches(model.graph), taken
         nodes: list[Any] = []
         places: list[str] = []
         for node in model.graph.node:
@@ -255,7 +259,7 @@ class _Branches:
         return nodes
 
 
-def _branch(lengths: _Lengths, node: Any) -> Any | None:
+def _branch(lengths: Lengths, node: Any) -> Any | None:
     """Return the branch that an `If` takes; None where unknown, or for another node."""
     if node.op_type != "If" or node.domain not in DOMAINS or len(node.input) != 1:
         return None

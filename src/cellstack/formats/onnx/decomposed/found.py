@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import permutations, product
+from typing import Any
 
+from cellstack.cells import KINDS
+from cellstack.formats.onnx import file
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.chains import find_chains, name_of
-from cellstack.formats.onnx.decomposed.linear import array_of
-from cellstack.formats.onnx.decomposed.match import Step, cell_of, steps_of
+from cellstack.formats.onnx.decomposed.lengths import fix_lengths
+from cellstack.formats.onnx.decomposed.linear import Term, array_of
+from cellstack.formats.onnx.decomposed.match import Matcher, Step, cell_of, forms, steps_of
+from cellstack.formats.onnx.decomposed.norms import expand_norms
+from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
+from cellstack.formats.onnx.specialize import specialize
 from cellstack.nodes.cell import Cell
 from cellstack.spec import FormatError
 
@@ -112,3 +120,51 @@ def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
             text = "can't distinguish the product of h from that of x: both have square weights"
             raise FormatError(f"{scope.model.path}: node {short(label(first.node))}: {text}")
     return found[0] if found else None
+
+
+def cells_of_module(path: str, states: int) -> list[Cell]:
+    """Return the cells of a hand-written module, exported for a few steps, or for a single one: the bottom one first.
+
+    Args:
+        path: the ONNX file. Its inputs are x and the states.
+        states: how many of its inputs are states.
+
+    Raises:
+        FormatError: it contains no cell; the message says which operator differs from those of a cell.
+    """
+    model = file.read(path)
+    model = expand_norms(fix_lengths(specialize(model, {})))
+    scope = model.scope()
+    given = [name for name in scope.inputs if name not in scope.initializers]
+    chains = find_chains(scope)
+    if chains:
+        return [cell_of(scope, chain.steps[-1], {}) for chain in chains]
+    cell, differs = _single(scope, given[0], given[1:]) if len(given) == 1 + states else (None, "")
+    if cell is None:
+        raise FormatError(differs or "its graph has no step of a known cell")
+    return [cell]
+
+
+def _single(scope: Scope, x: str, before: list[str]) -> tuple[Cell | None, str]:
+    """Return the cell of a graph that is one step of it, or the operator that differs from a cell's.
+
+    Args:
+        scope: the graph.
+        x: its input.
+        before: its states before the step, in any order.
+    """
+    ends = list(dict.fromkeys(stripped(scope, value.name) for value in scope.graph.output))
+    matcher, furthest = Matcher(scope, within_loop=True), (0, "")
+    for form in (form for kind in KINDS.values() if len(kind.state._fields) == len(before) for form in forms(kind)):
+        names = form.kind.state._fields
+        for starts, after in product(permutations(before), permutations(ends, len(names))):
+            node = scope.producers.get(after[0])
+            bound: Any = {form.x: Term(x, "", False, 0, 0)} | dict(zip(form.before.values(), starts, strict=True))
+            for step in matcher.steps(form, node, dict(zip(names, after, strict=True)), bound):
+                return cell_of(scope, step, {}), ""
+            depth, name = matcher.furthest
+            if depth > furthest[0]:
+                found = scope.producers.get(name)
+                where = "an input" if found is None else f"the operator {found.op_type} {short(label(found))}"
+                furthest = depth, f"{where} isn't that of a cell; the closest kind is {form.kind.title}"
+    return None, furthest[1]

@@ -5,7 +5,7 @@ A sum may have products with matrices, normalised or not, elementwise products, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ class Term:
         transposed: whether the matrix is stored as `[I, N]`.
         start: the first row.
         stop: the row after the last.
-        moves: the nodes that select a step of the product, in order; empty where the value is a single step.
+        moves: the nodes that select a step of the product, in order, each with the name of the output that is used;
+            empty where the value is a single step.
         flat: whether the value has rows without time.
         vector: whether the constant is a vector: the product is elementwise, or there is no value.
         normed: the bounds of separately normalised blocks of the product: `(0, N)`, or `(0, M, N)`; () without.
@@ -121,7 +122,7 @@ def linear(scope: Scope, name: str, left: list[int] | None = None, rows: bool = 
         return cut
     if node.op_type == "Slice" and any(term.normed for term in inner.products):
         return None
-    return Linear(tuple(replace(term, moves=(*term.moves, node)) for term in inner.products), inner.biases)
+    return Linear(tuple(replace(term, moves=(*term.moves, (node, name))) for term in inner.products), inner.biases)
 
 
 MOVED = ("Split", "Slice", "Gather", "SequenceAt", "SplitToSequence", *FOLLOWED)
@@ -269,10 +270,13 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear, rows: bool) -> Linea
         return None
     if len({term.stop - term.start for term in terms}) != 1:
         return None
+    flat = rows or all(term.flat or term.moves for term in inner.products)
     if node.op_type == "Slice":
-        ends = _columns(scope, node)
-        fits = ends is not None and 0 <= ends[0] < ends[1] <= terms[0].stop - terms[0].start
-        return _part(inner, *ends) if fits and ends is not None else None
+        ends = _columns(scope, node, (-1, 1) if flat else (-1,))
+        if ends is None:
+            return None
+        start, stop = ends[0], min(ends[1], terms[0].stop - terms[0].start)
+        return _part(inner, start, stop) if 0 <= start < stop else None
     if node.op_type != "Split" or len(node.output) > MOST_OUTPUTS:
         return None
     found = scope.model.attributes(node)
@@ -282,7 +286,7 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear, rows: bool) -> Linea
         return None
     if axis == 1:  # the last axis of rows of features, but not of sequences
         known = bool(sizes) and max(sizes) > 1
-        if not rows and not known and not all(term.flat or term.moves for term in inner.products):
+        if not known and not flat:
             return None
     elif axis not in (-1, 2):
         return None
@@ -301,21 +305,29 @@ def _part(inner: Linear, start: int, stop: int) -> Linear:
     return Linear(*(tuple(replace(t, start=t.start + start, stop=t.start + stop) for t in terms) for terms in inner))
 
 
-def _columns(scope: Scope, node: Any) -> tuple[int, int] | None:
-    """Return the columns, start and stop, that a Slice takes of the last axis; None for another slice."""
+def _columns(scope: Scope, node: Any, last: Sequence[int]) -> tuple[int, int] | None:
+    """Return the columns, start and stop, that a Slice takes of the last axis; None for another slice.
+
+    Args:
+        scope: the graph.
+        node: the Slice.
+        last: the numbers of the last axis.
+    """
     values = [scope.constant(name) if name else None for name in node.input[1:]]
     lists = [whole(value) if isinstance(value, np.ndarray) else None for value in (*values, None, None, None, None)[:4]]
     starts, ends, axes, steps = lists
-    if starts is None or ends is None or axes != [-1] or steps not in (None, [1]) or len(starts) != len(ends) != 1:
+    if starts is None or ends is None or axes is None or steps not in (None, [1]):
+        return None
+    if not len(starts) == len(ends) == len(axes) == 1 or axes[0] not in last:
         return None
     return starts[0], ends[0]
 
 
 def _apart(scope: Scope, term: Term) -> bool:
     """Whether moves that might also reverse features select one step of a sequence."""
-    if not any(node.op_type == "Slice" for node in term.moves):
+    if not any(node.op_type == "Slice" for node, _ in term.moves):
         return True
-    found = _located(scope, [(node, "") for node in reversed(term.moves)])
+    found = _located(scope, [*reversed(term.moves)])
     return found is not None and found[2] == len(term.moves)
 
 
@@ -339,7 +351,7 @@ def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
         known: steps that are already known, by their names.
     """
     if term.moves:
-        path = [(node, "") for node in reversed(term.moves)]
+        path = [*reversed(term.moves)]
         found = _located(scope, path)
         whole_way = found is not None and found[2] == len(path)
         return Place(term.value, *found[:2]) if found is not None and whole_way else None

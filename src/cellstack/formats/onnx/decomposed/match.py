@@ -192,6 +192,7 @@ class Matcher:
         self.loop, self.zeros = within_loop, zeros
         self.left = VISITS[0] + VISITS[1] * len(scope.graph.node)
         self.form: Any = None
+        self.furthest = 0, ""  # of the values that match none of the form: what was known by then, and its name
 
     def steps(self, form: Form, node: Any, ends: dict[str, str], bound: Bound) -> list[Step]:
         """Return the steps of a form that compute states; several where a graph doesn't distinguish x from h.
@@ -202,7 +203,7 @@ class Matcher:
             ends: the names of the states after the step, at least of h.
             bound: what is known.
         """
-        self.form = form
+        self.form, self.furthest = form, (0, "")
         found: dict[Any, Step] = {}
         pairs = [(form.after[state], name) for state, name in ends.items()]
         for each in islice(self._all(self.match, pairs, bound), MOST_MATCHES):
@@ -233,7 +234,12 @@ class Matcher:
             if self._same(bound[ours], theirs):
                 yield bound
         else:
-            yield from self._operation(ours, theirs, {**bound, ours: theirs})
+            matches = False
+            for each in self._operation(ours, theirs, {**bound, ours: theirs}):
+                matches = True
+                yield each
+            if not matches and len(bound) > self.furthest[0]:
+                self.furthest = len(bound), theirs
 
     def _operation(self, ours: str, theirs: str, bound: Bound) -> Iterator[Bound]:
         values, node = self.form.values, self.form.values.scope.producers.get(ours)
@@ -276,7 +282,7 @@ class Matcher:
         return not self.loop and is_zero(self.scope, one) and is_zero(self.scope, other)
 
     def _place(self, term: Term) -> tuple[Any, ...]:
-        return (bare(self.scope, term.value), *map(id, term.moves))
+        return (bare(self.scope, term.value), *((id(node), name) for node, name in term.moves))
 
     def _x(self, term: Term, bound: Bound) -> Iterator[Bound]:
         if self._place(bound.get(self.form.x, term)) == self._place(term):
@@ -385,6 +391,8 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
         rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, units))
     if any(len({len(block) for block in blocks}) != 1 for each in rows.values() for blocks in each.values()):
         raise ValueError("the gates of an array don't have the same width")
+    for name in rows:
+        _check_normed(name, [terms for (array, *_), terms in step.terms.items() if array == name], units)
     for name, each in rows.items():
         joined = [np.concatenate(blocks).T for blocks in each.values()]
         arrays[name] = joined[0] if None in each else np.stack(joined)
@@ -403,6 +411,24 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     width = len(arrays["kernel"]) + settings.get("attention", False)
     spec = CellSpec(width, units, kind=kind.name, **settings)
     return Cell(spec, **{name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()})
+
+
+def _check_normed(name: str, blocks: Sequence[Sequence[Term]], units: int) -> None:
+    """Raise `ValueError` where gates use other blocks of a normalised product than those that are normalised with them.
+
+    Args:
+        name: the array.
+        blocks: the terms of each block, in the order of gates.
+        units: the number of units.
+    """
+    normed = [terms[0] for terms in blocks if len(terms) == 1 and terms[0].normed]
+    if len(normed) < 2:
+        return
+    bounds = normed[0].normed
+    within = [sum(bound <= term.start for bound in bounds) for term in normed]
+    expected = [sum(bound <= n * units for bound in bounds) for n in range(len(normed))]
+    if within != expected or sorted(term.start for term in normed) != [n * units for n in range(len(normed))]:
+        raise ValueError(f"the gates don't use all blocks of the normalised {name}")
 
 
 def total(scope: Scope, terms: Sequence[Term], units: int) -> Array:

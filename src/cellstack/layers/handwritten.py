@@ -1,0 +1,384 @@
+"""Runs hand-written recurrent modules on the kernel: what one computes, as data, and the subclass that runs it.
+
+`cellstack.recognition` finds out what a module computes. Its parameters stay where they are: a `Weight` says which
+parts of which parameters an array consists of, and is put together at every call, by differentiable operations.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cellstack.layers import forward, op
+from cellstack.layers.accelerated import Accelerated
+from cellstack.layers.eligibility import is_ready
+from cellstack.layers.forward import CellRun
+
+# ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Part(NamedTuple):
+    """Rows of a parameter: those of some units, by the inputs' columns.
+
+    Args:
+        name: the parameter's name in the module; "" for a constant.
+        rows: the first row, and the one after the last. Of a constant, the second is the number of rows.
+        columns: the same of the columns; None for a vector.
+        transposed: whether the parameter has the inputs as rows.
+        value: the constant.
+    """
+
+    name: str
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
+    transposed: bool = False
+    value: float = 0.0
+
+    def of(self, module: nn.Module, like: Tensor) -> Tensor:
+        """Return the part of the module's parameter, `[rows, columns]` or `[rows]`."""
+        if not self.name:
+            return like.new_full((self.rows[1],), self.value)
+        whole = parameter(module, self.name)
+        if self.columns is None:
+            flat = whole if whole.ndim == 1 else whole.reshape(-1)
+            return _narrowed(flat, 0, self.rows)
+        first, second = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
+        found = _narrowed(_narrowed(whole, 0, first), 1, second)
+        return found.t() if self.transposed else found
+
+    def joined(self, other: Part) -> Part | None:
+        """Return this part with another one below it as one part; None where they aren't adjacent."""
+        if not self.name and not other.name and self.value == other.value:
+            return self._replace(rows=(0, self.rows[1] + other.rows[1]))
+        if self.name and self._replace(rows=other.rows) == other and self.rows[1] == other.rows[0]:
+            return self._replace(rows=(self.rows[0], other.rows[1]))
+        return None
+
+
+def _narrowed(tensor: Tensor, axis: int, part: tuple[int, int]) -> Tensor:
+    start, stop = part
+    return tensor if stop - start == tensor.shape[axis] else tensor.narrow(axis, start, stop - start)
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """Return a module's parameter by its name."""
+    own = module._parameters.get(name)
+    return reduce(getattr, name.split("."), module) if own is None else own
+
+
+class Weight(NamedTuple):
+    """An array of a cell: a sum of vectors or matrices, each of parts below one another.
+
+    Args:
+        terms: the parts of each term.
+        shape: the shape in which the op takes it; a matrix of `[units, inputs]` is transposed where it has another.
+    """
+
+    terms: tuple[tuple[Part, ...], ...]
+    shape: tuple[int, ...]
+
+    def of(self, module: nn.Module, like: Tensor) -> Tensor:
+        """Return the array, made of the module's parameters; a whole parameter is returned as it is."""
+        if len(self.terms) == 1 and len(self.terms[0]) == 1 and self.terms[0][0].name:
+            whole = parameter(module, self.terms[0][0].name)
+            if whole.shape == self.shape and not self.terms[0][0].transposed:
+                return whole
+        total: Any = None
+        for parts in self.terms:
+            pieces = [part.of(module, like) for part in parts]
+            term = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            total = term if total is None else total + term
+        if total.shape == self.shape:
+            return total
+        return total.t() if total.shape == self.shape[::-1] else total.view(self.shape)
+
+
+def weight(terms: Sequence[Sequence[Part]], shape: tuple[int, ...]) -> Weight:
+    """Return a weight, its adjacent parts joined."""
+    made = []
+    for parts in terms:
+        joined: list[Part] = []
+        for part in parts:
+            both = joined[-1].joined(part) if joined else None
+            joined[-1:] = [both] if both is not None else [*joined[-1:], part]
+        made.append(tuple(joined))
+    return Weight(tuple(made), shape)
+
+
+class Layer(NamedTuple):
+    """A cell, and its weights in the op's order."""
+
+    call: op.CellCall
+    weights: tuple[Weight, ...]
+
+
+# ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Place(NamedTuple):
+    """What a tensor in a module's arguments or results is: y, or a state.
+
+    Args:
+        state: the index of the state; -1 for y.
+        layer: the index of the layer; -1 for all layers, `[L, B, H]`.
+        axis: an axis of length 1 in addition to `[B, H]`, -1 for none; for y, the axis of time.
+    """
+
+    state: int
+    layer: int = 0
+    axis: int = -1
+
+
+class Protocol(NamedTuple):
+    """A form in which a module is called.
+
+    Args:
+        time: the axis of time of x; -1 where x is a single step `[B, I]`.
+        states: what each tensor after x is.
+        result: the result, with a `Place` for each tensor.
+    """
+
+    time: int
+    states: tuple[Place, ...]
+    result: Any
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def form_of(value: Any, tensors: list[Tensor]) -> Any:
+    """Return the form of an argument, which can be compared, and add its tensors to a list; NotImplemented for others.
+
+    Forms are equal if the tensors have the same ranks, and everything else is equal.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return Tensor, value.ndim
+    if type(value) in (tuple, list):
+        return type(value), *[form_of(part, tensors) for part in value]
+    return (type(value), value) if type(value) in _PLAIN else NotImplemented
+
+
+def filled(template: Any, value: Callable[[Place], Any]) -> Any:
+    """Return a result in the form of a template."""
+    if isinstance(template, Place):
+        return value(template)
+    if type(template) in (tuple, list):
+        return type(template)(filled(part, value) for part in template)
+    return template
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a hand-written module computes.
+
+    Args:
+        layers: its cells, bottom first.
+        protocols: by the form of the arguments.
+        names: the names of its forward's arguments, and their defaults.
+        training: whether it computes the same in training.
+    """
+
+    layers: tuple[Layer, ...]
+    protocols: Mapping[Any, Protocol]
+    names: Mapping[str, Any]
+    training: bool
+
+    @cached_property
+    def steps(self) -> bool:
+        """Whether it runs single steps only."""
+        return all(protocol.time < 0 for protocol in self.protocols.values())
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """The names of the parameters that the arrays consist of."""
+        parts = [part for layer in self.layers for one in layer.weights for term in one.terms for part in term]
+        return list(dict.fromkeys(part.name for part in parts if part.name))
+
+    def text(self) -> str:
+        """Return the cells in words."""
+        first, count = self.layers[0].call.spec, len(self.layers)
+        text = f"{first.of_kind.title} {first.input_size} -> {first.units}"
+        return text + (f", {count} layers" if count > 1 else "")
+
+    def form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+        """Return the form of a call without trailing defaults, and its tensors."""
+        tensors: list[Tensor] = []
+        values = arguments_of(self.names, args, kwargs)
+        return (NotImplemented if values is None else form_of(values, tensors)), tensors
+
+
+def names_of(module: nn.Module) -> dict[str, Any]:
+    """Return the names of the arguments of a module's forward, with their defaults."""
+    found = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {one.name: one.default for one in found if one.kind in kinds}
+
+
+def arguments_of(names: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return the arguments of a call by position, without trailing defaults; None where that isn't possible.
+
+    Args:
+        names: see `names_of`.
+        args: the arguments by position.
+        kwargs: the arguments by name.
+    """
+    if not kwargs and args and isinstance(args[-1], (Tensor, tuple)):
+        return tuple(args) if len(args) <= len(names) else None
+    values, defaults, left = list(args), list(names.values()), dict(kwargs)
+    if left:
+        values += [left.pop(name, default) for name, default in list(names.items())[len(args) :]]
+    if left or len(values) > len(defaults):
+        return None
+    while values and type(values[-1]) in _PLAIN and values[-1] == defaults[len(values) - 1]:
+        values.pop()
+    return tuple(values)
+
+
+def arrays_of(known: Known, module: nn.Module, like: Tensor) -> list[list[Tensor]]:
+    """Return the arrays of each layer."""
+    return [[one.of(module, like) for one in layer.weights] for layer in known.layers]
+
+
+def states_of(known: Known, protocol: Protocol, given: Sequence[Tensor], batch: int) -> list[list[Tensor]] | None:
+    """Return the initial state of each layer, `[B, ·]`; None where the tensors have other shapes."""
+    if not given:
+        return [[] for _ in known.layers]
+    found: list[list[Any]] = [[None] * len(layer.call.sizes) for layer in known.layers]
+    for place, tensor in zip(protocol.states, given, strict=True):
+        if place.layer < 0:
+            if tensor.shape[0] != len(found):
+                return None
+            for states, part in zip(found, tensor.unbind(0), strict=True):
+                states[place.state] = part
+        else:
+            if place.axis >= 0 and tensor.shape[place.axis] != 1:
+                return None
+            found[place.layer][place.state] = tensor if place.axis < 0 else tensor.squeeze(place.axis)
+    for layer, states in zip(known.layers, found, strict=True):
+        shapes = [(batch, size) for size in layer.call.sizes]
+        if [None if state is None else tuple(state.shape) for state in states] != shapes:
+            return None
+    return found
+
+
+def result_of(protocol: Protocol, y: Tensor, states: Sequence[Sequence[Tensor]], writable: bool) -> Any:
+    """Return a module's result from y, whose axis of time is that of x, and the final states of each layer."""
+
+    def value(place: Place) -> Tensor:
+        if place.state < 0:
+            given = max(protocol.time, 0)
+            return y if place.axis in (-1, given) else y.transpose(0, 1)
+        if place.layer < 0:
+            return torch.stack([state[place.state] for state in states])
+        found = states[place.layer][place.state]
+        return found if place.axis < 0 else found.unsqueeze(place.axis)
+
+    if writable and y.requires_grad:  # callers may write to a result, and the backward pass needs y
+        y = y.clone()
+    return filled(protocol.result, value)
+
+
+# ── the module ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Why modules that may be hand-written cells weren't replaced."""
+
+
+class HandWritten(Accelerated):
+    """A hand-written recurrent module that runs on the kernel.
+
+    Attributes:
+        cells_text: its cells in words.
+    """
+
+    cells_text = ""
+
+    def limits(self) -> str:
+        """Return in which calls PyTorch runs the module, as an addition to a line of the plan."""
+        return ""
+
+    def runs(self, tensors: Sequence[Any], width: int, weights: Sequence[Any]) -> bool:
+        """Whether the kernel may run a call on x, of this width, and states, in the module's current state."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        x, *states = tensors
+        if self._modules:
+            inner = [part for part in self.modules() if part is not self]
+            if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in inner):
+                return False
+        return type(x) in op.PLAIN and is_ready(x, width, weights, states)
+
+
+class Recognised(HandWritten):
+    """A module that was recognised by its equations."""
+
+    known: Known
+
+    def limits(self) -> str:
+        """Return in which calls PyTorch runs the module, as an addition to a line of the plan."""
+        if self.known.steps:
+            return " within packed_weights() and without gradients; otherwise PyTorch"
+        return (
+            "" if self.known.training else " in evaluation mode; PyTorch in training, where it computes something else"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run like the module's own forward, which runs the calls that the kernel doesn't support."""
+        known = self.known
+        if known.steps and (self._packed is None or torch.is_grad_enabled()):  # no faster than the module itself
+            return super().forward(*args, **kwargs)
+        form, tensors = known.form(args, kwargs)
+        protocol = known.protocols.get(form)
+        if protocol is None or (self.training and not known.training):
+            return super().forward(*args, **kwargs)
+        x, *given = tensors
+        arrays = self._arrays(x)
+        weights = [array for each in arrays for array in each]
+        states = states_of(known, protocol, given, x.shape[0 if protocol.time != 0 else 1])
+        if states is None or not self.runs(tensors, known.layers[0].call.spec.input_size, weights):
+            return super().forward(*args, **kwargs)
+        if protocol.time < 0:
+            if not known.steps or not op.direct(x):
+                return super().forward(*args, **kwargs)
+            keep: Any = self._packed
+            ends = op.step(x, states[0], arrays[0], known.layers[0].call, keep.setdefault(0, {}))
+            return result_of(protocol, ends[0], [ends], False)
+        sequence = x.transpose(0, 1) if protocol.time == 0 else x
+        cells = zip(known.layers, arrays, states, strict=True)
+        runs = [CellRun(layer.call, own, state) for layer, own, state in cells]
+        y, _, ends, _ = forward.run(runs, sequence, None, None, time_major=protocol.time == 0, packed=self._packed)
+        return result_of(protocol, y, ends, True)
+
+    def _arrays(self, like: Tensor) -> list[list[Tensor]]:
+        """Return the arrays of each layer; within `packed_weights`, those of the last call if nothing has changed."""
+        known, packed = self.known, self._packed
+        if packed is None or torch.is_grad_enabled():
+            return arrays_of(known, self, like)
+        try:
+            key = [(one.data_ptr(), one._version) for one in (parameter(self, name) for name in known.parameters)]
+        except RuntimeError:  # tensors created in inference mode have no version
+            return arrays_of(known, self, like)
+        found = packed.get("arrays")
+        if found is None or found[0] != key:
+            found = packed["arrays"] = key, arrays_of(known, self, like)
+        return found[1]
+
+
+def class_for(kind: type, base: type[HandWritten], **own: Any) -> type:
+    """Return a subclass of a hand-written module's class that runs on the kernel.
+
+    Args:
+        kind: the module's class.
+        base: the class that runs it.
+        **own: further attributes of the class.
+    """
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (base, kind), {"_class_before": kind, **named, **own})

@@ -1,0 +1,159 @@
+"""Classes of other libraries whose loops can't be recognised from a trace: what the kernel runs in each of them.
+
+These loops write into tensors, take packed sequences, or draw random masks. Each class here replaces the method with
+the loop. Its result is compared with that of the library's own class before a module is replaced.
+
+Ref: SpeechBrain, speechbrain/nnet/RNN.py; DeepCTR-Torch, deepctr_torch/layers/sequence.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from cellstack.layers import forward, op
+from cellstack.layers.cell import NO_MASKS, Masks
+from cellstack.layers.forward import CellRun
+from cellstack.layers.handwritten import HandWritten
+from cellstack.layers.sequences import pack
+from cellstack.spec import CellSpec
+
+
+class Adapter(NamedTuple):
+    """How a class of another library runs on the kernel.
+
+    Args:
+        base: the class that replaces the method with the loop.
+        describe: returns a module's cells in words; `ValueError` if the kernel doesn't support it as it is configured.
+        examples: returns the arguments of some calls, with random values.
+    """
+
+    base: type[HandWritten]
+    describe: Callable[[Any], str]
+    examples: Callable[[Any], list[tuple[Any, ...]]]
+
+
+# ── SpeechBrain's light GRU ───────────────────────────────────────────────────────────────────────────────────────────
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu(0.01)"}
+
+
+def _light_spec(module: Any) -> CellSpec:
+    """Return the cell of a `LiGRU_Layer` after its product with x, which the module normalises over the batch."""
+    text = _ACTIVATIONS.get(type(module.act))
+    if text is None or getattr(module.act, "negative_slope", 0.01) != 0.01:
+        raise ValueError(f"its activation {getattr(module.act, '__name__', module.act)} isn't one of a cell's")
+    units = module.hidden_size
+    return CellSpec(2 * units, units, text, kind="ligru", use_bias=False)
+
+
+class LightGRU(HandWritten):
+    """A `LiGRU_Layer`. Its product with x, whose normalisation depends on the batch, stays in PyTorch."""
+
+    def _ligru_cell(self, w: Any, ht: Any) -> Any:
+        module: Any = self
+        spec, units = _light_spec(module), module.hidden_size
+        # The rows of the module's arrays are those of the candidate, then those of the gate; ours are the gate's first.
+        order = torch.arange(2 * units).roll(units)
+        arrays = [torch.eye(2 * units, dtype=w.dtype)[:, order], module.u.weight[order].t()]
+        start = ht if ht.shape[0] == w.shape[0] else ht.expand(w.shape[0], units)
+        if w.ndim != 3 or not self.runs([w, start], spec.input_size, arrays):
+            return super()._ligru_cell(w, ht)  # type: ignore[misc]
+        drop = module._sample_drop_mask(w)
+        masks = NO_MASKS
+        if drop.shape != (1,) or drop.item() != 1.0:
+            masks = Masks(recurrent=drop.to(w.dtype).expand(w.shape[0], units))
+        y = forward.run([CellRun(op.CellCall(spec), arrays, [start], masks)], w, None, None).y
+        return y.clone() if y.requires_grad else y
+
+
+def _light_examples(module: Any) -> list[tuple[Any, ...]]:
+    width, units = module.input_size, module.hidden_size
+    rows = 2 if module.bidirectional else 1
+    return [
+        (torch.randn(3, 4, width),),
+        (torch.randn(2, 7, width), torch.randn(2 * rows, units)),
+        (torch.randn(1, 2, width),),
+    ]
+
+
+# ── DeepCTR's GRUs with attention ─────────────────────────────────────────────────────────────────────────────────────
+
+_CLOSED = -200.0  # the bias of a gate that is 0
+
+
+class AttentionGRU(HandWritten):
+    """A `DynamicGRU`: a GRU over packed rows; attention scales its update gate (AUGRU) or replaces it (AGRU)."""
+
+    def forward(self, inputs: Any, att_scores: Any = None, hx: Any = None) -> Any:
+        """Run like the module's own forward."""
+        cell: Any = self.rnn
+        ready = isinstance(inputs, PackedSequence) and isinstance(att_scores, PackedSequence)
+        if not ready or not isinstance(cell.weight_ih, Tensor):
+            return super().forward(inputs, att_scores, hx)
+        arrays, spec = _attention_arrays(cell), _attention_spec(cell)
+        tensors = [inputs.data, att_scores.data, *([] if hx is None else [hx])]
+        fits = inputs.data.ndim == 2 and att_scores.data.numel() == inputs.data.shape[0]
+        if not fits or not self.runs(tensors, cell.input_size, arrays):
+            return super().forward(inputs, att_scores, hx)
+        both = torch.cat([inputs.data, att_scores.data.reshape(-1, 1)], 1)
+        sizes = inputs.batch_sizes
+        x = pad_packed_sequence(PackedSequence(both, sizes))[0].transpose(0, 1)
+        used = None if sizes[-1] == sizes[0] else torch.arange(len(x))[:, None] < sizes
+        state = [] if hx is None else [hx[: len(x)]]
+        y = forward.run([CellRun(op.CellCall(spec), arrays, state)], x, used, None).y
+        return PackedSequence(pack(y, PackedSequence(inputs.data, inputs.batch_sizes)).data, *inputs[1:])
+
+
+def _attention_spec(cell: Any) -> CellSpec:
+    return CellSpec(cell.input_size + 1, cell.hidden_size, kind="gru", use_bias=bool(cell.bias), attention=True)
+
+
+def _attention_arrays(cell: Any) -> list[Tensor]:
+    """Return our arrays: the module's gate z is what a step writes, so ours, what it keeps, is that of -z."""
+    kernel, recurrent = (_gates(cell, weight) for weight in (cell.weight_ih, cell.weight_hh))
+    if not cell.bias:
+        return [kernel.t(), recurrent.t()]
+    biases = [_gates(cell, bias) for bias in (cell.bias_ih, cell.bias_hh)]
+    return [kernel.t(), recurrent.t(), torch.stack(biases)]
+
+
+def _gates(cell: Any, weight: Tensor) -> Tensor:
+    """Return the rows of an array in our order of gates, z r g; the module's is r z g."""
+    r, z, g = weight.chunk(3)
+    if type(cell).__name__ == "AGRUCell":
+        z = torch.zeros_like(z) if z.ndim > 1 else torch.full_like(z, -_CLOSED)
+    return torch.cat([-z, r, g])
+
+
+def _attention_text(module: Any) -> str:
+    kind = type(module.rnn).__name__.removesuffix("Cell")
+    if kind not in ("AGRU", "AUGRU"):
+        raise ValueError(f"its cell {type(module.rnn).__name__} isn't known")
+    if kind == "AGRU" and not module.rnn.bias:
+        raise ValueError("its cell has no bias")
+    return f"{kind} {module.input_size} -> {module.hidden_size}"
+
+
+def _attention_examples(module: Any) -> list[tuple[Any, ...]]:
+    def packed(width: int, lengths: list[int], of: Callable[..., Tensor]) -> PackedSequence:
+        x = of(len(lengths), max(lengths), width)
+        return nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+
+    return [
+        (packed(module.input_size, lengths, torch.randn), packed(1, lengths, torch.rand))
+        for lengths in ([3, 5, 1], [4, 4], [1])
+    ]
+
+
+ADAPTERS = {
+    "speechbrain.nnet.RNN.LiGRU_Layer": Adapter(
+        LightGRU, lambda module: f"LiGRU {module.input_size} -> {_light_spec(module).units}", _light_examples
+    ),
+    "deepctr_torch.layers.sequence.DynamicGRU": Adapter(AttentionGRU, _attention_text, _attention_examples),
+}
+"""By the full name of the class."""
