@@ -186,8 +186,8 @@ def _norm_of_parts(
     rest = [name for name in sizes if name not in within]
     x = grids.arranged(reader, x, [*rest, *within])
     groups = prod(sizes[name] for name in rest)
-    wide = [None if array is None else np.tile(array, groups) for array in (gain, bias)]
-    return reader.put(node, GroupNorm(groups, *wide, epsilon, over_time=False), x)
+    shift = None if bias is None else np.tile(bias, groups)
+    return reader.put(node, GroupNorm(groups, np.tile(gain, groups), shift, epsilon, over_time=False), x)
 
 
 def instance_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -197,7 +197,7 @@ def instance_norm(reader: Reader, node: Any, attributes: dict[str, Any], values:
     gain, bias = (floats(value, what) for value, what in zip(values[1:3], ("the gain", "the bias"), strict=True))
     sizes = dict(x.parts)
     channel = x.axes[1] if len(x.axes) > 2 else ""
-    if not channel or x.axes[0] not in "B1" or channel not in (*sizes, "1") or "N" in x.axes:
+    if not channel or x.axes[:1] not in {("B",), ("1",)} or channel not in (*sizes, "1") or "N" in x.axes:
         raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
     over_time = "T" in x.axes
     if over_time:
