@@ -35,14 +35,17 @@ def members(units):
         "zoneout, as masks": ({"zoneout": 0.1, "zoneout_cell": 0.1}, {"zoneout"}),
         "projection to H/2": ({"proj_size": units // 2}, {}),
         "layer norm": ({"layer_norm": True}, {}),
+        "layer norm, joint": ({"layer_norm": "joint"}, {}),
         "hard_sigmoid gates": ({"recurrent_activation": "hard_sigmoid"}, {}),
         "softsign, own o": ({"activation": "softsign", "gate_activations": {"o": "hard_sigmoid(0.2, 0.5)"}}, {}),
         "GRU": ({"kind": "gru"}, {}),
         "GRU, reset before": ({"kind": "gru", "reset_after": False}, {}),
         "GRU, layer norm": ({"kind": "gru", "layer_norm": True}, {}),
+        "GRU, attention": ({"kind": "gru", "attention": True}, {}),
         "SimpleRNN": ({"kind": "rnn"}, {}),
         "minGRU": ({"kind": "mingru"}, {}),
         "minLSTM": ({"kind": "minlstm"}, {}),
+        "LiGRU": ({"kind": "ligru"}, {}),
     }
 
 
@@ -54,6 +57,9 @@ def prepare(flags, call, units, batch, steps, x):
     # with random weights, gains of 1 give a chaotic system that amplifies rounding errors
     arrays = {name: new(shape) + 0.3 * name.endswith("_gain") for name, shape in spec.shapes.items()}
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    if spec.attention:
+        x = x.copy()
+        x[..., -1] = rng.random((batch, steps))
     mask = rng.random((batch, steps)) < 0.8 if "mask" in call else None
     reset = rng.random((batch, steps)) < 0.05 if "reset" in call else None
     drawn = lambda keep, *shape: (rng.random(shape) < keep).astype(np.float32)  # noqa: E731

@@ -43,7 +43,8 @@ def make_stack(rng, inputs, dtype="float32", **flags):
     """Return one to three random cells, a third of them standard LSTMs; many have the width of the one below."""
     cells = []
     for _ in range(rng.integers(1, 4)):
-        made = replace(random_spec(rng, largest=20), input_size=inputs)
+        made = random_spec(rng, largest=20)
+        made = replace(made, input_size=inputs, attention=made.attention and inputs > 1)
         if rng.random() < 1 / 3:
             made = CellSpec(inputs, made.units)
         if flags.get("residual") and rng.random() < 2 / 3:

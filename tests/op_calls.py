@@ -169,6 +169,7 @@ FLAGS = {
     "gru, reset before": {"kind": "gru", "reset_after": False},
     "gru, reset before, no bias": {"kind": "gru", "reset_after": False, "use_bias": False},
     "gru, layer norm": {"kind": "gru", "layer_norm": True},
+    "gru, attention": {"kind": "gru", "attention": True},
     "gru, clip": {"kind": "gru", "clip": 0.3},
     "gru, zoneout": {"kind": "gru", "zoneout": 0.3},
     "gru, activations": {"kind": "gru", "gate_activations": {"z": "hard_sigmoid", "r": "tanh", "g": "softplus"}},
@@ -176,6 +177,7 @@ FLAGS = {
     "rnn": {"kind": "rnn"},
     "rnn, no bias": {"kind": "rnn", "use_bias": False},
     "rnn, layer norm": {"kind": "rnn", "layer_norm": True},
+    "rnn, joint layer norm": {"kind": "rnn", "layer_norm": "joint"},
     "rnn, clip": {"kind": "rnn", "clip": 0.3},
     "rnn, zoneout": {"kind": "rnn", "zoneout": 0.3},
     "rnn, activation": {"kind": "rnn", "activation": "leaky_relu(0.3)"},
@@ -194,6 +196,15 @@ FLAGS = {
     "minlstm, zoneout": {"kind": "minlstm", "zoneout": 0.3},
     "minlstm, activations": {"kind": "minlstm", "gate_activations": {"f": "softplus", "g": "tanh"}},
     "minlstm, learned start": {"kind": "minlstm", "learn_initial_state": True},
+    "lstm, joint layer norm": {"layer_norm": "joint"},
+    "ligru": {"kind": "ligru"},
+    "ligru, no bias": {"kind": "ligru", "use_bias": False},
+    "ligru, layer norm": {"kind": "ligru", "layer_norm": True},
+    "ligru, joint layer norm": {"kind": "ligru", "layer_norm": "joint"},
+    "ligru, clip": {"kind": "ligru", "clip": 0.3},
+    "ligru, zoneout": {"kind": "ligru", "zoneout": 0.3},
+    "ligru, activations": {"kind": "ligru", "gate_activations": {"z": "hard_sigmoid", "g": "tanh"}},
+    "ligru, learned start": {"kind": "ligru", "learn_initial_state": True},
 }
 
 

@@ -439,6 +439,9 @@ FLAGS = {
     "mingru, normalised": {"kind": "mingru", "layer_norm": True, "zoneout": 0.1, "clip": 0.7},
     "minlstm": {"kind": "minlstm"},
     "minlstm, normalised": {"kind": "minlstm", "layer_norm": True, "zoneout": 0.1, "activation": "tanh"},
+    "normalised jointly": {"layer_norm": "joint"},
+    "gru, attention": {"kind": "gru", "attention": True},
+    "ligru": {"kind": "ligru"},
 }
 
 

@@ -33,7 +33,7 @@ def test_numpy_scalars_are_accepted():
         {"norm_epsilon": None},
         {"zoneout": None},
         {"peepholes": 1},
-        {"layer_norm": "yes"},
+        {"layer_norm": 1},
         {"gate_activations": 3},
     ],
     ids=str,
@@ -53,6 +53,11 @@ def test_wrong_types_are_refused(given):
         ({"clip": float("nan")}, "clip above 0"),
         ({"cell_clip": float("inf")}, "cell_clip above 0"),
         ({"norm_epsilon": 0.0}, "norm_epsilon above 0"),
+        ({"layer_norm": "yes"}, "layer_norm to be True, False or 'joint'"),
+        ({"kind": "gru", "layer_norm": "joint"}, "layer_norm True or False of a GRU"),
+        ({"kind": "mingru", "layer_norm": "joint"}, "layer_norm True or False of a MinGRU"),
+        ({"kind": "gru", "attention": True, "input_size": 1}, "input_size >= 2 with attention"),
+        ({"attention": True}, "attention is valid with kind='gru' only"),
         ({"zoneout": 1.0}, r"zoneout in \[0, 1\)"),
         ({"zoneout_cell": -0.1}, "zoneout_cell in"),
         ({"kind": "slstm"}, "kind to be one of lstm, gru, rnn"),
@@ -61,7 +66,8 @@ def test_wrong_types_are_refused(given):
         ({"kind": "rnn", "reset_after": False}, "reset_after is valid with kind='gru' only"),
         (
             {"kind": "rnn", "recurrent_activation": "relu"},
-            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' only, not with 'rnn'",
+            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' or 'ligru' only, "
+            "not with 'rnn'",
         ),
         ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
@@ -80,7 +86,7 @@ def test_invalid_values_are_refused(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         CellSpec(**{"input_size": 3, "units": 4, **given})
     assert str(caught.value).startswith("CellSpec: ")
-    assert isinstance(caught.value, ShapeError) == any(name in given for name in ("units", "proj_size"))
+    assert isinstance(caught.value, ShapeError) == any(name in given for name in ("units", "proj_size", "input_size"))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -9,6 +9,7 @@ import tolerances
 import torch
 
 from cellstack import layers, reference
+from cellstack.cells.ligru import LiGRUTrace
 from cellstack.cells.mingru import MinGRUTrace
 from cellstack.cells.minlstm import MinLSTMTrace
 from cellstack.layers import GRUTrace, HiddenState, RNNTrace, State, Trace
@@ -19,6 +20,7 @@ KINDS = {
     "SimpleRNN": (layers.SimpleRNN, layers.SimpleRNNCell, HiddenState, RNNTrace),
     "MinGRU": (layers.MinGRU, layers.MinGRUCell, HiddenState, MinGRUTrace),
     "MinLSTM": (layers.MinLSTM, layers.MinLSTMCell, HiddenState, MinLSTMTrace),
+    "LiGRU": (layers.LiGRU, layers.LiGRUCell, HiddenState, LiGRUTrace),
 }
 SHARED = [
     {},
@@ -37,6 +39,7 @@ FLAGS = {
         {"peepholes": True, "coupled": True},
         {"proj_size": 2},
         {"cell_clip": 0.3},
+        {"layer_norm": "joint"},
         {"zoneout_cell": 0.4},
         {"gate_activations": {"o": "hard_sigmoid(0.2, 0.5)", "cell": "linear"}},
         {
@@ -50,9 +53,14 @@ FLAGS = {
             "learn_initial_state": True,
         },
     ],
-    "GRU": [{"reset_after": False}, {"reset_after": False, "learn_initial_state": True, "clip": 0.4, "zoneout": 0.1}],
+    "GRU": [
+        {"attention": True},
+        {"reset_after": False},
+        {"reset_after": False, "learn_initial_state": True, "clip": 0.4, "zoneout": 0.1},
+    ],
     "SimpleRNN": [{"activation": "leaky_relu"}],
     "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
+    "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}],
     "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
 }
 CASES = [(kind, flags) for kind in KINDS for flags in (*SHARED, *FLAGS[kind])]

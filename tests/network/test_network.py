@@ -99,6 +99,11 @@ FLAGS = {
     "minlstm of other activations": {"kind": "minlstm", "activation": "tanh", "recurrent_activation": "softplus"},
     "minlstm with layer norm": {"kind": "minlstm", "layer_norm": True, "clip": 0.7},
     "minlstm with a learned initial state": {"kind": "minlstm", "learn_initial_state": True, "zoneout": 0.1},
+    "lstm with joint layer norm": {"layer_norm": "joint", "norm_epsilon": 1e-3},
+    "gru with attention": {"kind": "gru", "attention": True},
+    "ligru": {"kind": "ligru"},
+    "ligru with joint layer norm": {"kind": "ligru", "layer_norm": "joint", "clip": 0.7},
+    "ligru with a learned initial state": {"kind": "ligru", "learn_initial_state": True, "zoneout": 0.1},
 }
 
 

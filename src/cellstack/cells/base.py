@@ -263,7 +263,7 @@ class Kind:
 
     @property
     def joins(self) -> bool:
-        """Whether every pre-activation is the sum of the products with x and with h, which may be normalised jointly."""
+        """Whether every pre-activation is the sum of a product with x and one with h, which may be normalised."""
         return self.recurrent and "reset" not in self.gates.values()
 
     @property

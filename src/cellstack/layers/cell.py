@@ -123,8 +123,8 @@ class Cell(Layer):
     def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
         """Return the functions of `CellSpec.slots`, the names of those that the kernel lacks, and the description.
 
-        The description has the least width, to check the flags before there is an input. Activations that the kernel lacks are
-        linear in it.
+        The description has the least width, to check the flags before there is an input. Activations that the kernel
+        lacks are linear in it.
         """
         by_gate = given.get("gate_activations", ())
         try:
@@ -205,7 +205,7 @@ class Cell(Layer):
     def input_size(self) -> int | None:
         """Width I of the input, None before the weights exist."""
         kernel = self._array("kernel")
-        return None if kernel is None else kernel.shape[0]
+        return None if kernel is None else kernel.shape[0] + self._spec.attention
 
     @property
     def spec(self) -> CellSpec:
@@ -275,7 +275,7 @@ class Cell(Layer):
         if not self.built and kernel is not None:
             blocks = len(self._spec.gates)
             if kernel.ndim == 2 and kernel.shape[1] == blocks * self.units:
-                self.build(kernel.shape[0])
+                self.build(kernel.shape[0] + self._spec.attention)
             else:
                 expected = f"expected {prefix}kernel [I, {blocks}H={blocks * self.units}], got {tuple(kernel.shape)}"
                 args[-1].append(f"{self._owner}: {expected}")  # error_msgs
@@ -393,7 +393,7 @@ class Cell(Layer):
         kernel = self.kernel
         like = self.like
         x = as_input(self._owner, "inputs", inputs, like)
-        check_step(self._owner, x.shape, None if kernel is None else kernel.shape[0], "inputs")
+        check_step(self._owner, x.shape, self.input_size, "inputs")
         if kernel is None:
             self.build(x.shape[1])
         state = None if states is None else self.as_state(self._owner, states, x.shape[0])

@@ -43,8 +43,8 @@ class GRUCell(Cell):
     >>> tuple(h.shape), tuple(cell.kernel.shape), tuple(cell.bias.shape)
     ((2, 4), (6, 12), (2, 12))
 
-    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as in all libraries; attention: Zhou et al. 2019, "Deep
-    Interest Evolution Network for Click-Through Rate Prediction", AUGRU.
+    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as in all libraries; attention: Zhou et al. 2019,
+    "Deep Interest Evolution Network for Click-Through Rate Prediction", AUGRU.
     """
 
     kind = "gru"

@@ -146,7 +146,9 @@ def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
         found = ((length // prime, letter) for letter, prime in PRIMES.items() if length % prime == 0)
         return next(found, (length, ""))
 
-    large = replace(spec, input_size=PRIMES[I] + spec.attention, units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0)
+    large = replace(
+        spec, input_size=PRIMES[I] + spec.attention, units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0
+    )
     return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
 
 

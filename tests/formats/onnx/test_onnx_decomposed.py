@@ -154,7 +154,7 @@ def test_a_kind_that_only_a_test_declares(toys, name, flags):
         check_factors(found, cell)
 
 
-@pytest.mark.parametrize("name", [*TOYS, "mingru", "minlstm"])
+@pytest.mark.parametrize("name", [*TOYS, "mingru", "minlstm", "ligru"])
 def test_it_has_no_operator_of_its_own(toys, name):
     with pytest.raises(ValueError, match=f"(?i)ONNX has no operator for {name}$"):
         write_operator("layer", (some(np.random.default_rng(0), kind=name),), "forward")
@@ -177,6 +177,12 @@ def test_its_unrolled_steps(toys, name):
         {"kind": "gru", "reset_after": False, "clip": 0.25, "use_bias": False},
         {"kind": "gru", "layer_norm": True, "gate_activations": {"z": "softsign", "g": "softplus"}},
         {"kind": "rnn", "layer_norm": True, "activation": "leaky_relu(0.25)"},
+        {"layer_norm": "joint", "cell_clip": 0.4, "coupled": True, "peepholes": True, "zoneout_cell": 0.5},
+        {"kind": "rnn", "layer_norm": "joint"},
+        {"kind": "gru", "attention": True},
+        {"kind": "gru", "attention": True, "reset_after": False, "zoneout": 0.25},
+        {"kind": "ligru", "clip": 0.75, "zoneout": 0.25},
+        {"kind": "ligru", "layer_norm": "joint", "use_bias": False},
         {"kind": "mingru"},
         {"kind": "mingru", "layer_norm": True, "clip": 0.75, "zoneout": 0.25, "activation": "tanh"},
         {"kind": "mingru", "clip": 0.5, "use_bias": False},
@@ -202,6 +208,8 @@ def test_spellings(flags):
         {},
         {"peepholes": True, "cell_clip": 0.5},
         {"kind": "gru", "reset_after": False},
+        {"layer_norm": "joint"},
+        {"kind": "ligru"},
         {"kind": "mingru"},
         {"kind": "minlstm"},
     ],
@@ -215,7 +223,7 @@ def test_unrolled_steps_with_flags(flags):
 
 def test_every_combination_of_flags_is_a_form():
     count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
-    assert count == {"lstm": 16, "gru": 3, "rnn": 2, "mingru": 2, "minlstm": 2}
+    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3}
 
 
 @pytest.mark.parametrize("operator", ["Mul", "Add", "Sub"])

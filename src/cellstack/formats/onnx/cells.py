@@ -380,7 +380,7 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
     """Return cells, one per direction, as one recurrent operator.
 
     Raises:
-        ValueError: a flag that the operator lacks, or that differs between the directions.
+        ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
     """
     first = cells[0].spec
     kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
@@ -439,6 +439,8 @@ def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
         named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
         for slot in slots_of(cell.spec.of_kind):
             name, alpha, beta = named[slot]
+            if name not in ONNX_NAMES:
+                raise ValueError(f"save: ONNX has no activation {name}")
             names.append(ONNX_NAMES[name])
             count = len(PARAMETERS.get(names[-1], ()))
             if count:

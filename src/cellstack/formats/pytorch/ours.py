@@ -40,8 +40,8 @@ SHOWN = {
 }  # settings by their arrays
 HIDDEN = {"coupled": True, "reset_after": False}  # settings that only the numbers of gates and biases show
 ASSUMED = (
-    "default activations, no clipping, no zoneout, no residuals, every step returned{merged}: a state dict doesn't "
-    "store these settings; torch.save(layer) does"
+    "default activations, no clipping, no zoneout, no attention, no residuals, every step returned{merged}: a state "
+    "dict doesn't store these settings; torch.save(layer) does"
 )
 
 
@@ -191,6 +191,8 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}
             for name in (None, *(name for name in HIDDEN if name in kind.settings)):
                 hidden: dict[str, Any] = {name: HIDDEN[name]} if name else {}
+                joint = flags["layer_norm"] and kind.joins and "recurrent_gain" not in shapes
+                own |= {"layer_norm": "joint"} if joint else {}
                 if name != "reset_after" or not flags["layer_norm"]:  # a combination that no cell has
                     found.append(CellSpec(width, wide, kind=kind.name, **own, **hidden))
     except (ValueError, TypeError) as error:  # a projection as wide as the units

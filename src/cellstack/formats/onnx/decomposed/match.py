@@ -408,7 +408,8 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     if "projection" in arrays:
         settings["proj_size"] = arrays["projection"].shape[1]
     dtype = np.dtype(np.float64 if arrays["kernel"].dtype == np.float64 else np.float32)
-    spec = CellSpec(len(arrays["kernel"]), units, kind=kind.name, **settings)
+    width = len(arrays["kernel"]) + settings.get("attention", False)
+    spec = CellSpec(width, units, kind=kind.name, **settings)
     return Cell(spec, **{name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()})
 
 
