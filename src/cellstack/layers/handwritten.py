@@ -292,6 +292,9 @@ refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Why modules that may be hand-written cells weren't replaced."""
 
 
+LEAST = 4  # steps; packing the weights takes as long as a few steps
+
+
 class HandWritten(Accelerated):
     """A hand-written recurrent module that runs on the kernel.
 
@@ -340,6 +343,8 @@ class Recognised(HandWritten):
         if protocol is None or (self.training and not known.training):
             return super().forward(*args, **kwargs)
         x, *given = tensors
+        if protocol.time >= 0 and self._packed is None and x.shape[protocol.time] < LEAST:
+            return super().forward(*args, **kwargs)
         arrays = self._arrays(x)
         weights = [array for each in arrays for array in each]
         states = states_of(known, protocol, given, x.shape[0 if protocol.time != 0 else 1])
@@ -368,7 +373,13 @@ class Recognised(HandWritten):
             return arrays_of(known, self, like)
         found = packed.get("arrays")
         if found is None or found[0] != key:
-            found = packed["arrays"] = key, arrays_of(known, self, like)
+            own = {id(parameter(self, name)) for name in known.parameters}
+            # Packed weights are kept for tensors that share their memory with no other one.
+            arrays = [
+                [one if id(one) in own else one.clone(memory_format=torch.contiguous_format) for one in each]
+                for each in arrays_of(known, self, like)
+            ]
+            found = packed["arrays"] = key, arrays
         return found[1]
 
 
