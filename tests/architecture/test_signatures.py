@@ -99,7 +99,9 @@ def test_a_kind_without_a_recurrent_product_has_no_arguments_or_arrays_for_it():
         both = [{one.name for some in signature(k, of) for one in some} for k in (KINDS["gru"], kind)]
         assert both[0] - both[1] == {*RECURRENT, "layer_norm", "norm_epsilon"}
     assert "layer_norm" not in kind.settings
-    spec = SimpleNamespace(**vars(CellSpec(3, 4, kind="gru", layer_norm=True)), of_kind=kind, output_size=4)
+    spec = SimpleNamespace(
+        **vars(CellSpec(3, 4, kind="gru", layer_norm=True)), of_kind=kind, output_size=4, features=3, joint=False
+    )
     spec.gates, spec.state_sizes = ("z", "g"), {"h": 4}
     shapes = usual_shapes(spec)
     assert (shapes["kernel"], shapes["kernel_gain"]) == ((3, 8), (8,))
