@@ -15,7 +15,15 @@ DOCTR = (
     VISION,
 )
 KRAKEN = (
-    *("kraken==7.1.1", "cattrs==26.2.1", "coremltools==9.0", "iso639-lang==2.6.3", "lxml==6.1.3", "pytz"),
+    *(
+        "kraken==7.1.1",
+        "cattrs==26.2.1",
+        "coremltools==9.0",
+        "iso639-lang==2.6.3",
+        "lxml==6.1.3",
+        "pytz",
+        "regex==2026.11.19",
+    ),
     *("scikit-image==0.26.0", "shapely==2.2.0", "sentencepiece==0.2.3", "torchaudio==2.11.1", VISION),
     *LIBROSA,
     *HUB,
