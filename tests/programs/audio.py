@@ -5,24 +5,39 @@ import torch
 from programs.harness import program, skip_init
 
 AUDIO = "torchaudio==2.11.1"
-ENCODEC = ("encodec==0.1.1", AUDIO)
-ASTEROID = (
-    "asteroid==0.7.0",
-    "asteroid-filterbanks==0.4.0",
-    "soundfile==0.14.0",
-    "cffi",
-    "pycparser",
-    "julius==0.2.8",
-    "torch_audiomentations==0.12.0",
-    "torch_pitch_shift==1.2.5",
-    "primePy==1.3",
+REQUESTS = ("requests==2.34.2", "urllib3==2.8.0", "certifi", "charset_normalizer==3.5.3", "idna")
+HUB = (
     "huggingface_hub==2.4.0",
-    "requests==2.34.2",
-    "pb_bss_eval",
+    "httpx2==2.16.2",
+    "httpcore2==2.16.2",
+    "h11==0.16.0",
+    "anyio==4.16.0",
+    "truststore==0.10.5",
+)
+SOUND = ("soundfile==0.14.0", "cffi==2.1.1", "pycparser")
+LIBROSA = ("librosa==0.11.0", "lazy_loader==0.6", "audioread==3.1.0", "soxr==1.1.0", "pooch", "decorator")
+OPENTELEMETRY = (
+    *(f"opentelemetry-{part}==1.45.2" for part in ("api", "sdk", "proto")),
+    *(f"opentelemetry-exporter-otlp-proto-{part}==1.45.2" for part in ("common", "http")),
+    *(
+        f"opentelemetry-{part}==0.66b2"
+        for part in ("semantic-conventions", "exporter-http-transport", "exporter-otlp-common")
+    ),
+    "googleapis-common-protos",
+)
+AUGMENTATIONS = ("torch_audiomentations==0.12.0", "torch_pitch_shift==1.2.5", "primePy==1.3", "julius==0.2.8")
+ENCODEC = ("encodec==0.1.1", AUDIO)
+ASTEROID = ("asteroid==0.7.0", "asteroid-filterbanks==0.4.0", *SOUND, *AUGMENTATIONS, *HUB, *REQUESTS, AUDIO)
+SPEECHBRAIN = (
+    "speechbrain==1.1.2",
+    "hyperpyyaml==1.2.3",
+    "ruamel.yaml==0.19.1",
+    "sentencepiece==0.2.3",
+    *HUB,
+    *REQUESTS,
     AUDIO,
 )
-SPEECHBRAIN = ("speechbrain==1.1.2", "hyperpyyaml==1.2.3", "ruamel.yaml==0.19.1", "sentencepiece", AUDIO)
-TTS = ("coqui-tts==0.28.0", "librosa==0.11.0", AUDIO)
+TTS = ("coqui-tts==0.28.0", "coqpit-config==0.2.5", "coqui-tts-trainer==0.4.0", *LIBROSA, *SOUND, *REQUESTS, AUDIO)
 WAVES = ((2, 4000), (1, 4000), (3, 4000), (2, 4800), (2, 3200))  # rows and samples
 LENGTHS = ((3, 20), (1, 20), (4, 20), (3, 33), (3, 7))
 
@@ -32,7 +47,7 @@ def lengths(rows: int, steps: int) -> torch.Tensor:
     return torch.tensor([max(1, steps - 3 * row) for row in range(rows)])
 
 
-@program("openunmix: OpenUnmix", "openunmix==1.3.0", AUDIO, refused="1 to 3 axes")
+@program("openunmix: OpenUnmix", "openunmix==1.3.0", "asteroid-filterbanks==0.4.0", AUDIO, refused="1 to 3 axes")
 def open_unmix():
     from openunmix.model import OpenUnmix
 
@@ -235,6 +250,18 @@ def hdemucs():
     "pyannote.audio: PyanNet",
     "pyannote.audio==4.0.7",
     "pyannote.core==6.1.0",
+    "pyannote.database==6.1.1",
+    "pyannote.pipeline==4.1.0",
+    "pyannote.metrics==4.2.0",
+    "asteroid-filterbanks==0.4.0",
+    "optuna==5.0.0",
+    "colorlog==6.12.0",
+    "pytz",
+    *AUGMENTATIONS,
+    *OPENTELEMETRY,
+    *LIBROSA,
+    *HUB,
+    *REQUESTS,
     AUDIO,
     sizes=((2, 8000), (1, 8000), (3, 8000), (2, 16000), (2, 4800)),
     refused="InstanceNormalization",
@@ -320,7 +347,7 @@ def denoiser():
     "piano_transcription_inference: AcousticModelCRnn8Dropout",
     "piano_transcription_inference==0.0.6",
     "torchlibrosa==0.1.0",
-    "librosa==0.11.0",
+    *LIBROSA,
     "mido==1.3.3",
     refused="1 to 3 axes",
 )
@@ -358,7 +385,8 @@ def deepfilternet():
     "Resemblyzer: VoiceEncoder",
     "Resemblyzer==0.1.4",
     "webrtcvad-wheels==2.0.14.post1",
-    "librosa==0.11.0",
+    *LIBROSA,
+    *REQUESTS,
     refused="ReduceL2",
 )
 def voice_encoder():
@@ -367,7 +395,9 @@ def voice_encoder():
     return VoiceEncoder("cpu", verbose=False), lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("voicefixer: BN_GRU", "voicefixer==0.1.3", AUDIO, refused="1 to 3 axes")
+@program(
+    "voicefixer: BN_GRU", "voicefixer==0.1.3", "torchlibrosa==0.1.0", *LIBROSA, *SOUND, AUDIO, refused="1 to 3 axes"
+)
 def voicefixer():
     skip_init("voicefixer")
     skip_init("voicefixer.restorer")
