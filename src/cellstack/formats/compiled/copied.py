@@ -23,7 +23,9 @@ def copied(module: Any) -> Any:
         FormatError: a part can't be copied; the message names it.
     """
     try:
-        return duplicate(module).eval()
+        made = duplicate(module)
+        made.eval()  # the eval of some modules returns None
+        return made
     except Exception as error:  # a module may hold anything
         where = _place(module)
         if where:

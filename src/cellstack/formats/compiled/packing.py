@@ -194,6 +194,9 @@ def unpacked() -> Any:
         if len(args) > 1 and id(args[1]) in sizes and name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             data, counts, hx, *rest = args
             rows, steps, first, _ = sizes[id(counts)]
+            for state in hx if isinstance(hx, (tuple, list)) else (hx,):
+                if int(state.shape[1]) != int(rows):  # PyTorch's operator would read beyond the end of the state
+                    raise ValueError(f"expected states of {int(rows)} rows, got {int(state.shape[1])}")
             shape = (rows, steps, data.shape[-1]) if first else (steps, rows, data.shape[-1])
             y, *after = func(data.reshape(shape), hx, *rest, first)
             return (y.reshape(-1, y.shape[-1]), *after)

@@ -172,7 +172,9 @@ def _trains(module: Any, inputs: tuple[Any, ...]) -> bool:
 
     try:
         with torch.no_grad():
-            duplicate(module).train()(*fresh(inputs))
+            made = duplicate(module)
+            made.train()
+            made(*fresh(inputs))
     except Exception:  # it rejects them there too
         return False
     return True
