@@ -229,6 +229,7 @@ NEEDS = {
         "urllib3==2.8.0",
     ),
     "supar": (
+        "dill==0.4.1",
         "charset_normalizer==3.5.3",
         "nltk==3.10.4",
         "pytz==2026.6",
