@@ -3,18 +3,19 @@
 import torch
 
 from programs.harness import program
+from programs.needs import NEEDS
 
 STEPS = ((2, 1), (1, 1), (5, 1))  # calls that take one step
 
 
-@program("torchrl: LSTM", "torchrl==0.14.1", "tensordict==0.15.3")
+@program("torchrl: LSTM", *NEEDS["torchrl"], served=0, refused="Split '/Split_1'")
 def torchrl_lstm():
     from torchrl.modules import LSTM
 
     return LSTM(6, 64, num_layers=2), lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("torchrl: GRU", "torchrl==0.14.1", "tensordict==0.15.3")
+@program("torchrl: GRU", *NEEDS["torchrl"], served=0, refused="Split '/Split_1'")
 def torchrl_gru():
     from torchrl.modules import GRU
 
@@ -29,13 +30,13 @@ def _rsl(kind):
     return RNNModel(seen, {"actor": ["policy"]}, "actor", 3, [32], rnn_type=kind, rnn_hidden_dim=64, rnn_num_layers=1)
 
 
-@program("rsl-rl: RNNModel.as_onnx", "rsl-rl-lib==5.5.1", sizes=STEPS)
+@program("rsl-rl: RNNModel.as_onnx", *NEEDS["rsl-rl"], sizes=STEPS, streams=True)
 def rsl_exported():
     module = _rsl("lstm").as_onnx()
     return module, lambda rows, steps: (torch.randn(rows, 6), torch.randn(1, rows, 64), torch.randn(1, rows, 64))
 
 
-@program("tianshou: Recurrent", "tianshou==2.0.1")
+@program("tianshou: Recurrent", *NEEDS["tianshou"], streams=True)
 def tianshou_recurrent():
     from tianshou.utils.net.common import Recurrent
 
@@ -43,7 +44,7 @@ def tianshou_recurrent():
     return module, lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("tianshou: RecurrentActorProb", "tianshou==2.0.1")
+@program("tianshou: RecurrentActorProb", *NEEDS["tianshou"], refused="the output of Exp")
 def tianshou_actor():
     from tianshou.utils.net.continuous import RecurrentActorProb
 
@@ -51,7 +52,7 @@ def tianshou_actor():
     return module, lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("tianshou: RecurrentCritic", "tianshou==2.0.1")
+@program("tianshou: RecurrentCritic", *NEEDS["tianshou"])
 def tianshou_critic():
     from tianshou.utils.net.continuous import RecurrentCritic
 
@@ -59,7 +60,13 @@ def tianshou_critic():
     return module, lambda rows, steps: (torch.randn(rows, steps, 6), torch.randn(rows, 3))
 
 
-@program("sb3-contrib: RecurrentActorCriticPolicy", "sb3_contrib==2.9.2", "stable_baselines3==2.9.2", sizes=STEPS)
+@program(
+    "sb3-contrib: RecurrentActorCriticPolicy",
+    *NEEDS["sb3-contrib"],
+    sizes=STEPS,
+    served=2,
+    refused="Reshape '/Reshape'",
+)
 def sb3_policy():
     import numpy as np
     from gymnasium import spaces

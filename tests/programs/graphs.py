@@ -3,8 +3,7 @@
 import torch
 
 from programs.harness import program
-
-PYG = ("torch_geometric==2.8.1", "xxhash==3.8.1")
+from programs.needs import NEEDS
 
 
 def nodes(rows, steps, features):
@@ -19,14 +18,14 @@ def rings(rows, steps):
     return torch.stack([torch.cat([first, second]), torch.cat([second, first])])
 
 
-@program("PyG: Set2Set", *PYG)
+@program("PyG: Set2Set", *NEEDS["PyG"], refused="scatter_reduce")
 def set2set():
     from torch_geometric.nn import Set2Set
 
     return Set2Set(16, 3), lambda rows, steps: nodes(rows, steps, 16)
 
 
-@program("PyG: JumpingKnowledge", *PYG)
+@program("PyG: JumpingKnowledge", *NEEDS["PyG"], refused="Softmax")
 def jumping_knowledge():
     from torch_geometric.nn import JumpingKnowledge
 
@@ -34,21 +33,21 @@ def jumping_knowledge():
     return module, lambda rows, steps: ([torch.randn(rows * steps, 16) for _ in range(3)],)
 
 
-@program("PyG: LSTMAggregation", *PYG)
+@program("PyG: LSTMAggregation", *NEEDS["PyG"], refused="positional arguments")
 def lstm_aggregation():
     from torch_geometric.nn import LSTMAggregation
 
     return LSTMAggregation(16, 32), lambda rows, steps: nodes(rows, steps, 16)
 
 
-@program("PyG: GatedGraphConv", *PYG)
+@program("PyG: GatedGraphConv", *NEEDS["PyG"], refused="Gather")
 def gated_graph():
     from torch_geometric.nn import GatedGraphConv
 
     return GatedGraphConv(32, 3), lambda rows, steps: (torch.randn(rows * steps, 32), rings(rows, steps))
 
 
-@program("PyG: AttentiveFP", *PYG, served=3)
+@program("PyG: AttentiveFP", *NEEDS["PyG"], served=3, refused="unsafe_chunk")
 def attentive_fp():
     from torch_geometric.nn import AttentiveFP
 

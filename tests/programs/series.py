@@ -3,30 +3,31 @@
 import torch
 
 from programs.harness import program
+from programs.needs import NEEDS
 
 
-@program("tsai: LSTM", "tsai==1.0.1")
+@program("tsai: LSTM", *NEEDS["tsai"], streams=True)
 def tsai_lstm():
     from tsai.models.RNN import LSTM
 
     return LSTM(3, 5, hidden_size=64, n_layers=2), lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: LSTM_FCN", "tsai==1.0.1", sizes=((2, 20), (1, 20), (12, 20)))
+@program("tsai: LSTM_FCN", *NEEDS["tsai"], sizes=((2, 20), (1, 20), (12, 20)), refused="Conv")
 def tsai_lstm_fcn():
     from tsai.models.RNN_FCN import LSTM_FCN
 
     return LSTM_FCN(3, 5, seq_len=20), lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: MGRU_FCN", "tsai==1.0.1")
+@program("tsai: MGRU_FCN", *NEEDS["tsai"], refused="Expand")
 def tsai_gru_fcn():
     from tsai.models.RNN_FCN import MGRU_FCN
 
     return MGRU_FCN(3, 5, shuffle=False), lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: LSTMPlus", "tsai==1.0.1", served=2)
+@program("tsai: LSTMPlus", *NEEDS["tsai"], served=2)
 def tsai_lstm_plus():
     from tsai.models.RNNPlus import LSTMPlus
 
@@ -34,7 +35,7 @@ def tsai_lstm_plus():
     return module, lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: LSTMAttention", "tsai==1.0.1", sizes=((2, 20), (1, 20), (12, 20)))
+@program("tsai: LSTMAttention", *NEEDS["tsai"], sizes=((2, 20), (1, 20), (12, 20)), refused="Reshape")
 def tsai_lstm_attention():
     from tsai.models.RNNAttention import LSTMAttention
 
@@ -42,7 +43,7 @@ def tsai_lstm_attention():
     return module, lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("sktime: GRUFCNN", "sktime==1.2.0")
+@program("sktime: GRUFCNN", *NEEDS["sktime"])
 def sktime_gru_fcn():
     from sktime.networks.gru import GRUFCNN
 
@@ -68,14 +69,14 @@ def _darts():
     }
 
 
-@program("darts: RNNModel", "darts==0.41.0")
+@program("darts: RNNModel", *NEEDS["darts"], streams=True)
 def darts_rnn():
     from darts.models.forecasting.rnn_model import _RNNModule
 
     return _RNNModule(name="LSTM", **_darts()), lambda rows, steps: ((torch.randn(rows, steps, 3), None, None),)
 
 
-@program("darts: BlockRNNModel", "darts==0.41.0")
+@program("darts: BlockRNNModel", *NEEDS["darts"])
 def darts_block():
     from darts.models.forecasting.block_rnn_model import _BlockRNNModule
 
@@ -88,28 +89,40 @@ def _windows(rows, steps):
     return ({"insample_y": torch.randn(rows, steps, 1), **dict.fromkeys(names)},)
 
 
-@program("neuralforecast: LSTM", "neuralforecast==3.3.0")
+@program("neuralforecast: LSTM", *NEEDS["neuralforecast"])
 def neuralforecast_lstm():
     from neuralforecast.models.lstm import LSTM
 
     return LSTM(h=4, input_size=20, encoder_hidden_size=64, decoder_hidden_size=32), _windows
 
 
-@program("neuralforecast: GRU", "neuralforecast==3.3.0")
+@program("neuralforecast: GRU", *NEEDS["neuralforecast"])
 def neuralforecast_gru():
     from neuralforecast.models.gru import GRU
 
     return GRU(h=4, input_size=20, encoder_hidden_size=64, decoder_hidden_size=32), _windows
 
 
-@program("neuralforecast: DilatedRNN", "neuralforecast==3.3.0", served=4, sizes=((2, 20), (1, 20), (3, 20)))
+@program(
+    "neuralforecast: DilatedRNN",
+    *NEEDS["neuralforecast"],
+    sizes=((2, 20), (1, 20), (3, 20)),
+    served=4,
+    refused="Concat",
+)
 def neuralforecast_dilated():
     from neuralforecast.models.dilated_rnn import DilatedRNN
 
     return DilatedRNN(h=4, input_size=20, encoder_hidden_size=32, decoder_hidden_size=32), _windows
 
 
-@program("neuralforecast: DilatedRNN, ResLSTM", "neuralforecast==3.3.0", served=0, sizes=((2, 20), (1, 20), (3, 20)))
+@program(
+    "neuralforecast: DilatedRNN, ResLSTM",
+    *NEEDS["neuralforecast"],
+    sizes=((2, 20), (1, 20), (3, 20)),
+    served=0,
+    refused="If '",
+)
 def neuralforecast_residual():
     from neuralforecast.models.dilated_rnn import DilatedRNN
 
@@ -117,7 +130,7 @@ def neuralforecast_residual():
     return module, _windows
 
 
-@program("neuralforecast: DeepAR", "neuralforecast==3.3.0")
+@program("neuralforecast: DeepAR", *NEEDS["neuralforecast"])
 def neuralforecast_deepar():
     from neuralforecast.models.deepar import DeepAR
 
@@ -158,7 +171,9 @@ def _fields():
     }
 
 
-@program("pytorch-forecasting: RecurrentNetwork", "pytorch-forecasting==1.8.0")
+@program(
+    "pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], served=0, refused="lengths that it computes"
+)
 def forecasting_rnn():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import RecurrentNetwork
@@ -167,7 +182,7 @@ def forecasting_rnn():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: DeepAR", "pytorch-forecasting==1.8.0")
+@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], served=0)
 def forecasting_deepar():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import DeepAR
@@ -176,7 +191,7 @@ def forecasting_deepar():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: TemporalFusionTransformer", "pytorch-forecasting==1.8.0", served=2)
+@program("pytorch-forecasting: TemporalFusionTransformer", *NEEDS["pytorch-forecasting"], served=0)
 def forecasting_tft():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import TemporalFusionTransformer
@@ -185,7 +200,7 @@ def forecasting_tft():
     return module, _forecasting
 
 
-@program("gluonts: DeepAR", "gluonts==0.17.0", sizes=((2, 20), (1, 20), (3, 20)))
+@program("gluonts: DeepAR", *NEEDS["gluonts"], sizes=((2, 20), (1, 20), (3, 20)), refused="draws random numbers")
 def gluonts_deepar():
     from gluonts.torch.model.deepar.module import DeepARModel
 
@@ -235,21 +250,21 @@ def _basins(rows, steps):
     return ({"x_d": {name: torch.randn(rows, steps, 1) for name in names}, "x_s": torch.randn(rows, 2)},)
 
 
-@program("neuralhydrology: CudaLSTM", "neuralhydrology==1.13.0")
+@program("neuralhydrology: CudaLSTM", *NEEDS["neuralhydrology"], refused="Expand")
 def hydrology_lstm():
     from neuralhydrology.modelzoo.cudalstm import CudaLSTM
 
     return CudaLSTM(_hydrology("cudalstm")), _basins
 
 
-@program("neuralhydrology: EALSTM", "neuralhydrology==1.13.0", served=0)
+@program("neuralhydrology: EALSTM", *NEEDS["neuralhydrology"], served=0, refused="Split")
 def hydrology_ealstm():
     from neuralhydrology.modelzoo.ealstm import EALSTM
 
     return EALSTM(_hydrology("ealstm")), _basins
 
 
-@program("pypots: GRU-D", "pypots==1.5", sizes=((2, 20), (1, 20), (3, 20)))
+@program("pypots: GRU-D", *NEEDS["pypots"], sizes=((2, 20), (1, 20), (3, 20)), refused="Neg")
 def pypots_grud():
     from pypots.nn.modules.grud import BackboneGRUD
 
@@ -260,14 +275,14 @@ def pypots_grud():
     return BackboneGRUD(20, 4, 32), call
 
 
-@program("ncps: CfC", "ncps==1.0.1")
+@program("ncps: CfC", *NEEDS["ncps"], served=0, refused="Add '/lstm/Add'")
 def ncps_cfc():
     from ncps.torch import CfC
 
     return CfC(6, 32, mixed_memory=True), lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("ncps: LTC", "ncps==1.0.1", served=0)
+@program("ncps: LTC", *NEEDS["ncps"], served=0, refused="Sub")
 def ncps_ltc():
     from ncps.torch import LTC
 

@@ -3,6 +3,7 @@
 import torch
 
 from programs.harness import program
+from programs.needs import NEEDS
 
 
 def ids(rows, steps, count):
@@ -37,7 +38,7 @@ def _onmt(decoder):
     return module, call
 
 
-@program("OpenNMT: RNNEncoder", "OpenNMT-py==3.5.1")
+@program("OpenNMT: RNNEncoder", *NEEDS["OpenNMT"], refused="expected axes of batch, time and features")
 def onmt_encoder():
     from onmt.encoders.rnn_encoder import RNNEncoder
     from onmt.modules import Embeddings
@@ -46,21 +47,26 @@ def onmt_encoder():
     return module, lambda rows, steps: (ids(rows, steps, 100)[..., None], lengths(rows, steps))
 
 
-@program("OpenNMT: NMTModel, attention after the LSTM", "OpenNMT-py==3.5.1", served=2)
+@program(
+    "OpenNMT: NMTModel, attention after the LSTM",
+    *NEEDS["OpenNMT"],
+    served=2,
+    refused="expected axes of batch, time and features",
+)
 def onmt_standard():
     from onmt.decoders.decoder import StdRNNDecoder
 
     return _onmt(StdRNNDecoder)
 
 
-@program("OpenNMT: NMTModel, attention as an input", "OpenNMT-py==3.5.1", served=3)
+@program("OpenNMT: NMTModel, attention as an input", *NEEDS["OpenNMT"], served=3, refused="unsafe_chunk")
 def onmt_input_feed():
     from onmt.decoders.decoder import InputFeedRNNDecoder
 
     return _onmt(InputFeedRNNDecoder)
 
 
-@program("fastai: AWD_LSTM language model", "fastai==2.8.12", served=2)
+@program("fastai: AWD_LSTM language model", *NEEDS["fastai"], served=2, refused="keeps a state between calls")
 def fastai_language_model():
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
     from fastai.text.models.core import get_language_model
@@ -69,7 +75,7 @@ def fastai_language_model():
     return get_language_model(AWD_LSTM, 100, config), lambda rows, steps: (ids(rows, steps, 100),)
 
 
-@program("fastai: AWD_LSTM classifier", "fastai==2.8.12", served=2)
+@program("fastai: AWD_LSTM classifier", *NEEDS["fastai"], served=2, refused="comparing values")
 def fastai_classifier():
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
     from fastai.text.models.core import get_text_classifier
@@ -78,10 +84,7 @@ def fastai_classifier():
     return get_text_classifier(AWD_LSTM, 100, 3, config=config), lambda rows, steps: (ids(rows, steps, 100),)
 
 
-FLAIR = ("flair==0.15.1", "transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
-
-
-@program("flair: LanguageModel", *FLAIR)
+@program("flair: LanguageModel", *NEEDS["flair"], streams=True)
 def flair_language_model():
     from flair.data import Dictionary
     from flair.models import LanguageModel
@@ -97,7 +100,7 @@ def flair_language_model():
     return module, call
 
 
-@program("flair: SequenceTagger", *FLAIR)
+@program("flair: SequenceTagger", *NEEDS["flair"], refused="Expand '/crf/Expand'")
 def flair_tagger():
     from flair.data import Dictionary
     from flair.embeddings import OneHotEmbeddings
@@ -112,7 +115,7 @@ def flair_tagger():
     return module, lambda rows, steps: (torch.randn(rows, steps, 24), lengths(rows, steps))
 
 
-@program("stanza: Tokenizer", "stanza==1.15.0")
+@program("stanza: Tokenizer", *NEEDS["stanza"], refused="Log")
 def stanza_tokenizer():
     from stanza.models.tokenization.model import Tokenizer
 
@@ -125,7 +128,7 @@ def stanza_tokenizer():
     return module, call
 
 
-@program("stanza: LangIDBiLSTM", "stanza==1.15.0")
+@program("stanza: LangIDBiLSTM", *NEEDS["stanza"])
 def stanza_language():
     from stanza.models.langid.model import LangIDBiLSTM
 
@@ -135,7 +138,7 @@ def stanza_language():
     return module, lambda rows, steps: (ids(rows, steps, 27),)
 
 
-@program("stanza: CharacterLanguageModel", "stanza==1.15.0")
+@program("stanza: CharacterLanguageModel", *NEEDS["stanza"])
 def stanza_characters():
     from stanza.models.common.char_model import CharacterLanguageModel
 
@@ -144,7 +147,7 @@ def stanza_characters():
     return module, lambda rows, steps: (ids(rows, steps, 60), lengths(rows, steps))
 
 
-@program("stanza: Seq2SeqModel of the lemmatizer", "stanza==1.15.0", served=2)
+@program("stanza: Seq2SeqModel of the lemmatizer", *NEEDS["stanza"], served=2)
 def stanza_lemmatizer():
     from stanza.models.common.seq2seq_model import Seq2SeqModel
 
@@ -158,14 +161,14 @@ def stanza_lemmatizer():
     return module, call
 
 
-@program("supar: CharLSTM", "supar==1.1.4")
+@program("supar: CharLSTM", *NEEDS["supar"], refused="lengths that it computes")
 def supar_characters():
     from supar.modules import CharLSTM
 
     return CharLSTM(60, 32, 64, 50), lambda rows, steps: (ids(rows * 5, steps, 60).reshape(rows, 5, steps),)
 
 
-@program("supar: VariationalLSTM", "supar==1.1.4", served=4)
+@program("supar: VariationalLSTM", *NEEDS["supar"], served=4, refused="Split")
 def supar_variational():
     from supar.modules import VariationalLSTM
     from torch.nn.utils.rnn import pack_padded_sequence
@@ -198,7 +201,7 @@ def _recbole(**options):
     return config | options, Items()
 
 
-@program("recbole: GRU4Rec", "recbole==1.2.1")
+@program("recbole: GRU4Rec", *NEEDS["recbole"], refused="GatherElements")
 def recbole_gru():
     from recbole.model.sequential_recommender.gru4rec import GRU4Rec
 
@@ -206,7 +209,7 @@ def recbole_gru():
     return module, lambda rows, steps: (ids(rows, steps, 100), lengths(rows, steps))
 
 
-@program("recbole: NARM", "recbole==1.2.1")
+@program("recbole: NARM", *NEEDS["recbole"], refused="comparing values")
 def recbole_narm():
     from recbole.model.sequential_recommender.narm import NARM
 
@@ -229,17 +232,28 @@ def _dien(kind):
     return module, call
 
 
-@program("deepctr-torch: DIEN, AUGRU", "deepctr-torch==0.3.0", sizes=((2, 20), (1, 20), (12, 20)))
+@program(
+    "deepctr-torch: DIEN, AUGRU",
+    *NEEDS["deepctr-torch"],
+    sizes=((2, 20), (1, 20), (12, 20)),
+    refused="lengths that it computes",
+)
 def dien_augru():
     return _dien("AUGRU")
 
 
-@program("deepctr-torch: DIEN, AIGRU", "deepctr-torch==0.3.0", sizes=((2, 20), (1, 20), (12, 20)), served=2)
+@program(
+    "deepctr-torch: DIEN, AIGRU",
+    *NEEDS["deepctr-torch"],
+    sizes=((2, 20), (1, 20), (12, 20)),
+    served=2,
+    refused="lengths that it computes",
+)
 def dien_aigru():
     return _dien("AIGRU")
 
 
-@program("minGRU-pytorch: minLM", "minGRU-pytorch==0.2.1", served=0)
+@program("minGRU-pytorch: minLM", *NEEDS["minGRU-pytorch"], served=0, refused="rms_norm")
 def mingru_language_model():
     from minGRU_pytorch.minLM import minLM
 
