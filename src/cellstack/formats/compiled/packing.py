@@ -19,6 +19,7 @@ from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 
 ROWS = 4  # in the comparison of rows of different lengths
+OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # of PyTorch, that take packed sequences
 KEPT = ("to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach")  # methods that keep an order
 
 
@@ -191,7 +192,7 @@ def unpacked() -> Any:
             counts = torch.full((int(steps),), int(rows))
             sizes[id(counts)] = rows, steps, first, counts
             return x.reshape(-1, *x.shape[2:]), counts
-        if len(args) > 1 and id(args[1]) in sizes and name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        if len(args) > 1 and id(args[1]) in sizes and name in OPERATORS:
             data, counts, hx, *rest = args
             rows, steps, first, _ = sizes[id(counts)]
             for state in hx if isinstance(hx, (tuple, list)) else (hx,):
