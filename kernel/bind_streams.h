@@ -106,7 +106,8 @@ class BoundStream {
         auto* x = reinterpret_cast<PyArrayObject*>(given.ptr());
         constexpr int type = sizeof(T) == 8 ? NPY_DOUBLE : NPY_FLOAT;
         if (!PyArray_CheckExact(given.ptr()) || PyArray_NDIM(x) != Dims || PyArray_TYPE(x) != type ||
-            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 0) != stream_.batch() || PyArray_DIM(x, Dims - 1) != first.x_width())
+            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 0) != stream_.batch() ||
+            PyArray_DIM(x, Dims - 1) != first.x_width())
             return nb::none();
         npy_intp shape[Dims] = {PyArray_DIM(x, 0), PyArray_DIM(x, 1)};
         shape[Dims - 1] = last.output;

@@ -90,8 +90,7 @@ struct Gru {
                 dattention -= dkept * (splat(T(1)) - kept);
                 dkept *= attention, kept = kept_by<T>(attention, kept);
             }
-            const V<T> dz_z =
-                (dkept + extra(f, at, 0)) * gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);
+            const V<T> dz_z = (dkept + extra(f, at, 0)) * gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);
             const V<T> dg = (dh * (splat(T(1)) - kept) + extra(f, at, 2)) *
                             gate_slope<T, false, Usual, true>(d, limits, 2, gates[2]);
             T* carried = f.carry + r * columns + at.unit;

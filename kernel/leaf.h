@@ -99,13 +99,13 @@ struct Forward {
     bool reverse;  // step n is time steps-1-n
     const T* x;    // x of row r at time t: x + r·x_row + t·x_time
     int64_t x_row, x_time;
-    const uint8_t *mask, *reset;      // [rows][steps] or null
+    const uint8_t *mask, *reset;                     // [rows][steps] or null
     const T *recurrent_dropout, *candidate_dropout;  // [rows][P] or null
     const T *zoneout, *zoneout_cell;                 // [rows][steps][P], [rows][steps][H] or null
-    T *h, *h_next;                    // [rows][output_blocks·W]; swapped after every step: `h` is the state
-    T* h_kept;                        // [rows][output_blocks·W], h before recurrent dropout; null without it
-    T* inner[kInner];                 // [rows][blocks·W], the inner states
-    T* y;                             // with the strides below; or null
+    T *h, *h_next;     // [rows][output_blocks·W]; swapped after every step: `h` is the state
+    T* h_kept;         // [rows][output_blocks·W], h before recurrent dropout; null without it
+    T* inner[kInner];  // [rows][blocks·W], the inner states
+    T* y;              // with the strides below; or null
     int64_t y_row, y_time;
     T* states[kInner];  // the inner states of every step, (r, t) at r·steps·H + t·H; or null
     T *gates, *norms;   // [rows][steps][planes][H], [rows][steps][norms] or null

@@ -48,8 +48,8 @@ struct LiGru {
             const V<T> dh = load(f.dm + r * columns + at.unit), m = mask<T>(f, at, d.units);
             const V<T> dz = (dh * (units_of(h_prev, at) - gates[1] * m) + extra(f, at, 0)) *
                             gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);
-            const V<T> dg = (dh * (splat(T(1)) - gates[0]) * m + extra(f, at, 1)) *
-                            any_slope<T>(d, limits, 1, gates[1]);
+            const V<T> dg =
+                (dh * (splat(T(1)) - gates[0]) * m + extra(f, at, 1)) * any_slope<T>(d, limits, 1, gates[1]);
             T* to = block_of(f, f.dz, 2, r, n, at.unit);
             store(to, dz), store(to + W, dg);
             if (d.apart()) {

@@ -1,6 +1,7 @@
 // The LSTM with every flag, forward and backward.
 //     c = f·c_prev + i·g                               h = o·φ(c)
-//     peepholes: i and f use c_prev, o uses c          coupled: f = 1 - i          layer_norm: φ(LN(c)), joint: c = LN(c)
+//     peepholes: i and f use c_prev, o uses c          coupled: f = 1 - i          layer_norm: φ(LN(c)), joint: c =
+//     LN(c)
 #pragma once
 #include "cells.h"
 
@@ -20,7 +21,8 @@ INLINE T* cell_state(const Forward<T>& f, const Place& at) {
     return f.inner[kC] + at.r * f.w.blocks * Vec<T>::W + at.unit;
 }
 
-// Computes i, f and g from their sums, in place; returns the new cell state before zoneout, and before it is normalised.
+// Computes i, f and g from their sums, in place; returns the new cell state before zoneout, and before it is
+// normalised.
 template <class T, bool Plain, bool Usual>
 INLINE V<T> lstm_cell(const Forward<T>& f, const Place& at, V<T> (&z)[4], V<T> c_prev) {
     const Description& d = *f.w.d;
@@ -107,10 +109,11 @@ struct Lstm {
         };
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
         const bool apart = d.apart();
-        const auto normed = [&](const Place& at) INLINED {  // c in `line`, once it is normalised, with its gain and bias
-            const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
-            return fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
-        };
+        const auto normed =
+            [&](const Place& at) INLINED {  // c in `line`, once it is normalised, with its gain and bias
+                const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
+                return fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
+            };
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[4];
             int column = 0;
@@ -170,7 +173,8 @@ struct Lstm {
             load_gates(f, at, gates);
             store(cell + at.unit, fresh(at, gates));
         });
-        // The gradient of c after the step, before zoneout; `passed` is the part that zoneout passes to the step before.
+        // The gradient of c after the step, before zoneout; `passed` is the part that zoneout passes to the step
+        // before.
         const auto after = [&](const Place& at, V<T>& passed) INLINED {
             V<T> dc = load(f.dinner[kC] + r * wide + at.unit);
             passed = splat(T(0));
