@@ -40,7 +40,7 @@ def test_contributions_sum_to_the_state(seed, backwards):
         given["reset"] = rng.random((3, 9)) < 0.3
     seen = net.trace(x, **given)["layer_0"].cells[0]
     if spec.attention or (spec.joint and spec.of_kind.memory == "c"):
-        with pytest.raises(ValueError, match="gates alone determine its state|cell_clip"):
+        with pytest.raises(ValueError, match=r"gates alone determine its state|cell_clip"):
             seen.contributions()
         return
     if spec.cell_clip is not None:

@@ -568,7 +568,7 @@ def by_hand(spec, arrays, case, patches):
                     y = z if kind is None else reference.ACTIVATIONS[kind][0](cut(z, spec.clip), alpha, beta)
                     return fix(name, y, None if last is None else fields[name][row, last])
 
-                a, h_prev, c_prev = case["x"][row, t] @ W, h, c
+                a, h_prev, c_prev = case["x"][row, t, : spec.features] @ W, h, c
                 now = {}
                 if spec.kind == "lstm":
                     z = dict(zip(spec.gates, np.split(a + h @ U + bias, len(spec.gates)), strict=True))
@@ -595,6 +595,10 @@ def by_hand(spec, arrays, case, patches):
                     (z, r, g), (qz, qr, qg) = np.split(a + first, 3), np.split(h @ U + second, 3)
                     now["z"], now["r"] = gate("z", z + qz), gate("r", r + qr)
                     now["g"] = gate("g", g + (now["r"] * qg if spec.reset_after else (now["r"] * h) @ U[:, 2 * H :]))
+                    write = (1 - now["z"]) * (case["x"][row, t, -1] if spec.attention else 1.0)
+                    h = (1 - write) * h + write * now["g"]
+                elif spec.kind == "ligru":
+                    now = {name: gate(name, z) for name, z in zip("zg", np.split(a + h @ U + bias, 2), strict=True)}
                     h = now["z"] * h + (1 - now["z"]) * now["g"]
                 elif spec.kind == "mingru":
                     now = {name: gate(name, z) for name, z in zip("zg", np.split(a + bias, 2), strict=True)}
@@ -683,7 +687,7 @@ BY_FIELDS = """(network, { inputs, options, seeds, places }) => {
 
 def test_gradients_of_gates_and_states_equal_differences(page):
     made = []
-    for rng, net, spec, case in members(range(6000, 6090)):
+    for rng, net, spec, case in members(range(6100, 6190)):
         if spec.zoneout_cell:  # φ then uses a different c than the kept one, and a patch changes both
             continue
         batch, steps, _ = case["x"].shape
@@ -811,8 +815,8 @@ def test_unsupported_parts_are_named_and_never_run(page):
         ({"inputs": {"x": 3}}, "expected the input x as { data, shape }, got number"),
         ({"inputs": {"x": np.zeros((2, 5, 4))}}, "expected x [B, any, 3], got [2, 5, 4]"),
         ({"options": {"mask": np.ones((2, 4))}}, "expected mask of x [B=2, T=5], got 8 numbers"),
-        ({"options": {"state": []}}, "expected 5 states, got 0"),
-        ({"options": {"state": [{"h": np.zeros((2, 3))}] * 5}}, "expected h of state 0 [B=2, 4], got another shape"),
+        ({"options": {"state": []}}, "expected 6 states, got 0"),
+        ({"options": {"state": [{"h": np.zeros((2, 3))}] * 6}}, "expected h of state 0 [B=2, 4], got another shape"),
         ({"options": {"patches": [{"node": "no", "gate": "f"}]}}, "patch: expected a cell of the network"),
         ({"options": {"patches": [{"node": "stack", "cell": 1, "gate": "f"}]}}, "patch of stack: expected gate to be"),
         (

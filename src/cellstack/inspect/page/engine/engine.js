@@ -67,7 +67,7 @@ import { OPERATIONS } from "./operations.js";
 import { NODE_KINDS, STACK_SETTINGS } from "./nodes.js";
 
 const FORMAT_VERSION = 1;
-const GIVEN = ["x", "state", "weight", "split", "record"]; // values of a step without an operation of their own
+const GIVEN = ["x", "state", "weight", "split", "features", "record"]; // values of a step without an operation of their own
 
 function readArray({ dtype, shape, data }) {
   if (typeof data !== "string") return { data: new Float64Array(data), shape };
