@@ -306,7 +306,7 @@ def test_nan_and_infinities():
 
 @pytest.mark.parametrize("pre", [False, True])
 def test_a_file_stores_the_whole_trace(tmp_path, pre):
-    rng = rng_of(4)
+    rng = rng_of(8)
     forward, backward = make_stack(rng, 3), make_stack(rng, 3, go_backwards=True)
     nodes = [Bidirectional(forward, backward), Dense(rng.normal(size=(forward.units + backward.units, 2)).astype("f4"))]
     net = Network(nodes, ["both", "head"], outputs=["head", "both"], wires=[("x",), ("both",)], inputs=["x"])
