@@ -333,6 +333,9 @@ def _windows(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
     if any(n not in over and x.lengths[n] != 1 for n in behind):  # one of them may be features
         over = []
     roles = "BF" + "".join("T" if over == [n] else "." for n in behind)
+    if kernel is None and len(behind) > 1:  # a pool doesn't combine the entries of axis 1, which may be time
+        axes.hints += [(axis, role) for axis, role in zip(x.axes, roles, strict=False) if role != "."]
+        roles = "B"
     axes.needs(x, roles, "its input")
     features = Axis("F", axes.here) if axes.node.op_type.startswith("Conv") else x.axes[1]
     ends = axes.node.op_type.startswith("Global")

@@ -401,6 +401,9 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
             over_axis = 1 if axis == "T" else -1
             if mode != "constant":
                 length = x.steps if axis == "T" else x.width
+                if length is None and axis == "T" and mode in ("reflect", "edge"):
+                    x = _with_own_ends(reader, node, x, pads[n], pads[n + count], mode)
+                    continue
                 if length is None:
                     raise Refused(f"padding with mode {mode} needs an axis of known length, found {axis}")
                 reader.builder.pinned |= axis == "T"
@@ -408,6 +411,19 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
                 continue
             x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), over_axis), x)
     return [x]
+
+
+def _with_own_ends(reader: Reader, node: Any, x: Flowing, before: int, after: int, mode: str) -> Flowing:
+    """Return a sequence of any length padded with its own first and last steps."""
+
+    near = range(1, max(before, after) + 1) if mode == "reflect" else [0] * max(before, after)
+    made = [x]
+    if before:
+        made.insert(0, reader.put(f"{label(node)}.before", Take(tuple(near[:before][::-1]), axis=1), x))
+    if after:
+        backward = reader.put(f"{label(node)}.backward", Select(step=-1), x)
+        made.append(reader.put(f"{label(node)}.after", Take(tuple(near[:after]), axis=1), backward))
+    return reader.put(node, Merge("concat", axis=1), *made)
 
 
 def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -418,11 +434,25 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     numbers = whole(values[1]) if isinstance(values[1], np.ndarray) else []
     if set(numbers) == {1} and len(numbers) <= len(x.axes):
         return [x]
+    if node.op_type == "Expand" and (wide := _widened(reader, node, x, values[1])) is not None:
+        return [wide]
     if not x.has("B1F") or len(numbers) != 3:
         raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
         raise Refused("expected a vector to be repeated over time only")
     return [reader.put(node, Repeat(numbers[1]), x, axes=(x.axes[0], "T", "F"))]
+
+
+def _widened(reader: Reader, node: Any, x: Flowing, target: Any) -> Flowing | None:
+    """Return a value of one feature with it repeated to the length of an Expand; None where other axes change."""
+    entries = list(target.array if isinstance(target, Symbols) else target if isinstance(target, np.ndarray) else ())
+    if len(entries) != len(x.axes) or x.width != 1:
+        return None
+    count = next(entry for axis, entry in zip(x.axes, entries, strict=True) if axis == "F")
+    alike = all(axis == "F" or entry in (1, x.length(axis)) for axis, entry in zip(x.axes, entries, strict=True))
+    if not alike or isinstance(count, Dim):
+        return None
+    return reader.put(node, Take((0,) * reader.builder.make(int(count))), x)
 
 
 def _as_they_are(states: States, node: Any, target: Any) -> States:
