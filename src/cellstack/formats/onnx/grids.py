@@ -248,7 +248,9 @@ class Spatial:
         ahead = "1T" if pools else "1"
         if x.axes[0] not in "B1NM" or (x.axes[1] not in sizes and x.axes[1] not in ahead) or not behind:
             raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
-        if ("T" in x.axes and x.axes[1] != "T") != steps or any(axis not in sizes and axis not in "T1" for axis in behind):
+        if ("T" in x.axes and x.axes[1] != "T") != steps or any(
+            axis not in sizes and axis not in "T1" for axis in behind
+        ):
             raise Refused(f"expected positions along time and features, found axes {' '.join(x.axes)}")
         self.channels = sizes.get(x.axes[1], 1)
         self.over = behind.index("T") if steps else None
