@@ -79,7 +79,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             looks.extend(_line_of_module())
 
     def run(inlining: bool) -> None:
-        with _traceable():
+        with _traceable(), _rounding():
             torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
 
     try:
@@ -139,6 +139,23 @@ def _traceable() -> Any:
             return func(*args, **named)
 
     return Traceable()
+
+
+@contextmanager
+def _rounding() -> Iterator[None]:
+    """Let math.ceil and math.floor of a size, which is a tensor while traced, be part of the graph."""
+    import torch
+
+    names = ("__ceil__", "__floor__")
+    own = [name for name in names if not hasattr(torch.Tensor, name)]
+    for name in own:
+        function = getattr(torch, name.strip("_"))
+        setattr(torch.Tensor, name, lambda size, function=function: function(size).long())
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(torch.Tensor, name)
 
 
 @contextmanager

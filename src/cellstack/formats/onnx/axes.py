@@ -274,7 +274,10 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Padding applies to steps rather than to features, the last axis, unless only the last axis has an open length."""
-    x, pads = values[0], pads_of(attributes, values, len(values[0].axes))
+    x = values[0]
+    if len(values) > 1 and not isinstance(values[1], np.ndarray):  # computed from an open length, which stays open
+        return [x]
+    pads = pads_of(attributes, values, len(x.axes))
     last = len(x.axes) - 1
     more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
     turned = last > 1 and x.lengths[last] is None and None not in x.lengths[1:last]

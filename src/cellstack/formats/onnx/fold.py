@@ -221,9 +221,12 @@ def _clip(model: Any, attributes: dict[str, Any], values: list[Any], outputs: in
     return [np.asarray(y if high is None else np.minimum(y, high), values[0].dtype)]
 
 
-def _matmul(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+def _matmul(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    """Compute a product, but not of equal rows: that is an initial state, by which cells are recognised."""
     a, b = values
-    model.budget.take(a.size, b.shape[-1] if b.ndim > 1 else 1)  # products, which bound the time too
+    if a.ndim < 2 or (a.reshape(-1, a.shape[-1]) == a.reshape(-1, a.shape[-1])[:1]).all():
+        return None
+    model.budget.take(a.size, b.shape[-1] if b.ndim > 1 else 1)  # as many numbers as products, which take the time
     return [np.asarray(a @ b)]
 
 

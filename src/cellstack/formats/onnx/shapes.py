@@ -14,7 +14,20 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
-from cellstack.formats.onnx.values import Dim, Flowing, Grouped, Lengths, States, Symbols, Unknown, Vector, reshaped
+from cellstack.formats.onnx.values import (
+    Counted,
+    Dim,
+    Filled,
+    Flowing,
+    Formula,
+    Grouped,
+    Lengths,
+    States,
+    Symbols,
+    Unknown,
+    Vector,
+    reshaped,
+)
 from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select, Take
 
 
@@ -35,7 +48,10 @@ def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Shape: lengths, where known."""
     value = values[0]
-    if isinstance(value, States):
+    if isinstance(value, Filled):
+        found = [Dim(("T",), of=value.name) if axis == "T" else value.of.length(axis) for axis in value.of.axes]
+        value = value.of
+    elif isinstance(value, States):
         if not value.counted:
             return [Unknown("the shape of a state is unknown", False)]
         sizes = iter(value.refs.shape)
@@ -259,11 +275,23 @@ def _cut_states(value: States, axis: int, taken: slice) -> States:
 
 def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Slice."""
-    value = moving(reader, values[0])
-    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in values[1:]]
+    filled = values[0] if isinstance(values[0], Filled) else None
+    value = filled.of if filled is not None else moving(reader, values[0])
+    given = list(values[1:])
+    if len(given) > 1 and isinstance(given[1], Symbols) and not isinstance(value, States):
+        given[1] = _ends(given[1], value.wire if filled is None else filled.name)
+    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in given]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
         raise Refused("starts and ends must be constant")
+    if filled is not None:
+        if any(
+            (part.start or 0, part.stop or LARGEST, part.step) != (0, LARGEST, 1)
+            for part in taken
+            if part != slice(None)
+        ):
+            raise Refused("steps of a sequence padded to fit strides can't be selected")
+        return [filled]
     for axis, part in enumerate(taken):
         if part != slice(None):
             if isinstance(value, States):
@@ -271,6 +299,21 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
             else:
                 value = cut(reader, node, value, axis, part)
     return [value]
+
+
+def _ends(ends: Symbols, of: str) -> Any:
+    """Return ends that are computed from the number of steps of a value as numbers counted from its end."""
+    made = []
+    for end in ends.array.reshape(-1):
+        less = end._formula() if isinstance(end, Counted) else None
+        if less is None:
+            made.append(end)
+            continue
+        behind = less.constant(1) if less.of == of else None
+        if behind is None or behind > 0:
+            raise Refused("an end computed from another value's number of steps isn't supported")
+        made.append(behind or LARGEST)
+    return np.array(made, np.int64) if all(isinstance(end, (int, np.integer)) for end in made) else ends
 
 
 def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -386,6 +429,8 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
     mode, count = attributes.get("mode", "constant"), len(x.axes)
     if value.dtype.kind not in "fiu" or value.size != 1:
         raise Refused("the pads must be constant, with a single value")
+    if len(values) > 1 and isinstance(values[1], Symbols):
+        return [_filled(node, x, values[1], mode, float(value.reshape(())))]
     pads = pads_of(attributes, values, count)
     if min(pads) < 0:
         raise Refused(f"expected pads for {count} axes, none negative, found {pads}")
@@ -413,16 +458,41 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
     return [x]
 
 
+def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Filled:
+    """Return a sequence padded at its end by a number of steps that depends on theirs."""
+    steps_at = x.axes.index("T") if "T" in x.axes else len(x.axes)
+    entries = list(pads.array.reshape(-1))
+    before, after = (entries.pop(n) for n in (steps_at, steps_at + len(x.axes) - 1)) if len(entries) > 2 else (0, 0)
+    ours = isinstance(after, Formula) and after.of == x.wire and isinstance(before, (int, np.integer))
+    if (
+        not ours
+        or any(not isinstance(n, (int, np.integer)) or n for n in entries)
+        or len(entries) + 2 != 2 * len(x.axes)
+    ):
+        raise Refused("the pads must be constant, or fill up the last window of a convolution")
+    return Filled(x, int(before), after, mode, value, f"{label(node)} of {x.wire}")
+
+
+def unfilled(reader: Reader, x: Filled, span: int, stride: int) -> Flowing:
+    """Return a `Filled` sequence as the input of a convolution: with more steps, it has the same whole windows."""
+    if not x.fits(span, stride):
+        raise Refused(f"the pads, computed from the number of steps, don't fit windows of {span} every {stride} steps")
+    if x.mode == "constant":
+        return reader.put(x.name, Pad(x.before, stride - 1, x.value), x.of)
+    return _with_own_ends(reader, x.name, x.of, x.before, stride - 1, x.mode)
+
+
 def _with_own_ends(reader: Reader, node: Any, x: Flowing, before: int, after: int, mode: str) -> Flowing:
     """Return a sequence of any length padded with its own first and last steps."""
 
+    name = node if isinstance(node, str) else label(node)
     near = range(1, max(before, after) + 1) if mode == "reflect" else [0] * max(before, after)
     made = [x]
     if before:
-        made.insert(0, reader.put(f"{label(node)}.before", Take(tuple(near[:before][::-1]), axis=1), x))
+        made.insert(0, reader.put(f"{name}.before", Take(tuple(near[:before][::-1]), axis=1), x))
     if after:
-        backward = reader.put(f"{label(node)}.backward", Select(step=-1), x)
-        made.append(reader.put(f"{label(node)}.after", Take(tuple(near[:after]), axis=1), backward))
+        backward = reader.put(f"{name}.backward", Select(step=-1), x)
+        made.append(reader.put(f"{name}.after", Take(tuple(near[:after]), axis=1), backward))
     return reader.put(node, Merge("concat", axis=1), *made)
 
 
