@@ -130,6 +130,17 @@ def test_a_long_sequence_that_rounding_decides_is_no_reason_to_refuse(nonlineari
     np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), rtol=1e-3, atol=1e-3)
 
 
+def test_large_inputs_that_rounding_decides_are_no_reason_to_refuse():
+    def after(m, x, y):
+        if x.shape[-1] != 3:  # a tensor while traced: values may matter, so large ones are tried too
+            raise ValueError
+        return torch.sin(500 * m.head(torch.cat([x, x[..., :1]], -1)))
+
+    module = Layer(after).eval()
+    net = cs.compile(module, X)
+    np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), atol=1e-4)
+
+
 class Filled(nn.Module):
     """Convolutions of which each uses all steps: the last window is filled up; then the transposed ones, cut."""
 

@@ -120,7 +120,7 @@ def crdnn():
     return module, lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, refused="mode reflect")
+@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, refused="Equal '")
 def crdnn_ligru():
     from speechbrain.lobes.models.CRDNN import CRDNN
 
