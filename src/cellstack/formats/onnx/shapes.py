@@ -14,7 +14,20 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
-from cellstack.formats.onnx.values import Dim, Flowing, Grouped, Lengths, States, Symbols, Unknown, Vector, reshaped
+from cellstack.formats.onnx.values import (
+    Counted,
+    Dim,
+    Filled,
+    Flowing,
+    Formula,
+    Grouped,
+    Lengths,
+    States,
+    Symbols,
+    Unknown,
+    Vector,
+    reshaped,
+)
 from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select, Take
 
 
@@ -35,7 +48,10 @@ def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Shape: lengths, where known."""
     value = values[0]
-    if isinstance(value, States):
+    if isinstance(value, Filled):
+        found = [Dim(("T",), of=value.length_of) if axis == "T" else value.of.length(axis) for axis in value.of.axes]
+        value = value.of
+    elif isinstance(value, States):
         if not value.counted:
             return [Unknown("the shape of a state is unknown", False)]
         sizes = iter(value.refs.shape)
@@ -122,6 +138,8 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     target = values[1]
     if isinstance(target, Symbols):
         entries = list(target.array.reshape(-1))
+        if any(isinstance(entry, Formula) for entry in entries):
+            raise Refused("a length computed from the number of steps isn't supported")
     elif isinstance(target, np.ndarray):
         entries = whole(target)
     else:
@@ -259,11 +277,25 @@ def _cut_states(value: States, axis: int, taken: slice) -> States:
 
 def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Slice."""
-    value = moving(reader, values[0])
-    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in values[1:]]
+    filled = values[0] if isinstance(values[0], Filled) else None
+    value = filled.of if filled is not None else moving(reader, values[0])
+    given = list(values[1:])
+    if len(given) > 1 and isinstance(given[1], Symbols) and not isinstance(value, States):
+        over = whole(given[2]) if len(given) > 2 and given[2] is not None else range(len(value.axes))
+        of = value.wire if filled is None else filled.length_of
+        given[1] = _ends(given[1], [value.axes[axis] for axis in over], of)
+    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in given]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
         raise Refused("starts and ends must be constant")
+    if filled is not None:
+        if any(
+            (part.start or 0, part.stop or LARGEST, part.step) != (0, LARGEST, 1)
+            for part in taken
+            if part != slice(None)
+        ):
+            raise Refused("steps of a sequence padded to fit strides can't be selected")
+        return [filled]
     for axis, part in enumerate(taken):
         if part != slice(None):
             if isinstance(value, States):
@@ -271,6 +303,26 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
             else:
                 value = cut(reader, node, value, axis, part)
     return [value]
+
+
+def _ends(ends: Symbols, axes: Sequence[str], of: str) -> Any:
+    """Return ends that are computed from the number of steps of a value as numbers counted from its end.
+
+    Args:
+        ends: the ends.
+        axes: the label of the axis of each.
+        of: the value, as formulas name it.
+    """
+    made = list(ends.array.reshape(-1))
+    for n, (end, axis) in enumerate(zip(made, axes, strict=True)):
+        formula = end.formula() if isinstance(end, Counted) else None
+        if formula is None:
+            continue
+        behind = formula.constant(1) if formula.of == of and axis == "T" else None
+        if behind is None or behind > 0:
+            raise Refused("an end computed from another value's number of steps isn't supported")
+        made[n] = behind or LARGEST
+    return np.array(made, np.int64) if all(isinstance(end, (int, np.integer)) for end in made) else ends
 
 
 def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -386,6 +438,8 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
     mode, count = attributes.get("mode", "constant"), len(x.axes)
     if value.dtype.kind not in "fiu" or value.size != 1:
         raise Refused("the pads must be constant, with a single value")
+    if len(values) > 1 and isinstance(values[1], Symbols):
+        return [_filled(node, x, values[1], mode, float(value.reshape(())))]
     pads = pads_of(attributes, values, count)
     if min(pads) < 0:
         raise Refused(f"expected pads for {count} axes, none negative, found {pads}")
@@ -401,6 +455,9 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
             over_axis = 1 if axis == "T" else -1
             if mode != "constant":
                 length = x.steps if axis == "T" else x.width
+                if length is None and axis == "T" and mode in ("reflect", "edge"):
+                    x = _with_own_ends(reader, node, x, pads[n], pads[n + count], mode)
+                    continue
                 if length is None:
                     raise Refused(f"padding with mode {mode} needs an axis of known length, found {axis}")
                 reader.builder.pinned |= axis == "T"
@@ -408,6 +465,42 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
                 continue
             x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), over_axis), x)
     return [x]
+
+
+def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Filled:
+    """Return a sequence padded at its end by a number of steps that depends on theirs."""
+    entries, count = list(pads.array.reshape(-1)), len(x.axes)
+    if len(entries) == 2 * count and "T" in x.axes:
+        at = x.axes.index("T")
+        before, after = entries[at], entries[at + count]
+        rest = [entry for n, entry in enumerate(entries) if n % count != at]
+        whole_numbers = all(isinstance(entry, (int, np.integer)) for entry in (before, *rest))
+        if whole_numbers and not any(rest) and isinstance(after, Formula) and after.of == x.wire:
+            return Filled(x, int(before), after, mode, value, label(node))
+    raise Refused("the pads must be constant, or fill up the last window of a convolution")
+
+
+def unfilled(reader: Reader, x: Filled, span: int, stride: int) -> Flowing:
+    """Return a `Filled` sequence as the input of a convolution: with more steps, it has the same whole windows."""
+    if not x.fits(span, stride):
+        raise Refused(f"the pads, computed from the number of steps, don't fit windows of {span} every {stride} steps")
+    if x.mode == "constant":
+        return reader.put(x.name, Pad(x.before, stride - 1, x.value), x.of)
+    return _with_own_ends(reader, x.name, x.of, x.before, stride - 1, x.mode)
+
+
+def _with_own_ends(reader: Reader, node: Any, x: Flowing, before: int, after: int, mode: str) -> Flowing:
+    """Return a sequence of any length padded with its own first and last steps."""
+
+    name = node if isinstance(node, str) else label(node)
+    near = range(1, max(before, after) + 1) if mode == "reflect" else [0] * max(before, after)
+    made = [x]
+    if before:
+        made.insert(0, reader.put(f"{name}.before", Take(tuple(near[:before][::-1]), axis=1), x))
+    if after:
+        backward = reader.put(f"{name}.backward", Select(step=-1), x)
+        made.append(reader.put(f"{name}.after", Take(tuple(near[:after]), axis=1), backward))
+    return reader.put(node, Merge("concat", axis=1), *made)
 
 
 def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -418,11 +511,25 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     numbers = whole(values[1]) if isinstance(values[1], np.ndarray) else []
     if set(numbers) == {1} and len(numbers) <= len(x.axes):
         return [x]
+    if node.op_type == "Expand" and (wide := _widened(reader, node, x, values[1])) is not None:
+        return [wide]
     if not x.has("B1F") or len(numbers) != 3:
         raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
         raise Refused("expected a vector to be repeated over time only")
     return [reader.put(node, Repeat(numbers[1]), x, axes=(x.axes[0], "T", "F"))]
+
+
+def _widened(reader: Reader, node: Any, x: Flowing, target: Any) -> Flowing | None:
+    """Return a value of one feature with it repeated to the length of an Expand; None where other axes change."""
+    entries = list(target.array if isinstance(target, Symbols) else target if isinstance(target, np.ndarray) else ())
+    if len(entries) != len(x.axes) or x.width != 1:
+        return None
+    count = next(entry for axis, entry in zip(x.axes, entries, strict=True) if axis == "F")
+    alike = all(axis == "F" or entry in (1, x.length(axis)) for axis, entry in zip(x.axes, entries, strict=True))
+    if not alike or isinstance(count, Dim):
+        return None
+    return reader.put(node, Take((0,) * reader.builder.make(int(count))), x)
 
 
 def _as_they_are(states: States, node: Any, target: Any) -> States:
