@@ -135,6 +135,7 @@ def test_the_format_page_lists_every_setting_and_every_tensor():
     rows = [line.split("|")[1:4] for line in tables["setting"].splitlines()[2:]]
     said = {name: (kind, usual) for names, kind, usual in rows for name in re.findall(r"`(\w+)`", names)}
     types = {int: "integer", str: "text", bool: "boolean", float: "number", dict: "object of text"}
+    types[bool, str] = "boolean or text"
     assert said.keys() == CELL_KEYS.keys()
     for field in fields(cs.CellSpec):
         kind, usual = said[field.name]

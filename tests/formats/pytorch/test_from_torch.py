@@ -56,7 +56,7 @@ def test_gates_are_reordered(kind, order):
 
 def test_our_gate_orders():
     assert OURS == {"lstm": "ifgo", "gru": "zrg", "rnn": "g", "mingru": "zg", "minlstm": "ifg", "ligru": "zg"}
-    assert len(ORDERS) == 24 + 6 + 1 + 2 + 6
+    assert len(ORDERS) == 24 + 6 + 1 + 2 + 6 + 2
 
 
 def test_invalid_gate_orders_are_refused():
