@@ -25,7 +25,7 @@ def set2set():
     return Set2Set(16, 3), lambda rows, steps: nodes(rows, steps, 16)
 
 
-@program("PyG: JumpingKnowledge", *NEEDS["PyG"], refused="Softmax")
+@program("PyG: JumpingKnowledge", *NEEDS["PyG"])
 def jumping_knowledge():
     from torch_geometric.nn import JumpingKnowledge
 

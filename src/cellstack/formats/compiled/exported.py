@@ -78,7 +78,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             looks.extend(_line_of_module())
 
     def run(inlining: bool) -> None:
-        with _immutable_sizes():
+        with _exportable():
             torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
 
     try:
@@ -118,18 +118,31 @@ def _line_of_module() -> list[str]:
     return [] if path.startswith(os.path.dirname(torch.__file__)) else [f"{os.path.basename(path)}:{frame.f_lineno}"]
 
 
-def _immutable_sizes() -> Any:
-    """Return a context in which `length *= 2` doesn't change other names of a size, which is a tensor while traced."""
+def _exportable() -> Any:
+    """Return a context in which modules do what ONNX lacks by other operators.
+
+    `length *= 2` doesn't change other names of a size, which is a tensor while traced. A root mean square norm is
+    computed from its equation.
+    """
+    import torch
     from torch.overrides import TorchFunctionMode
 
-    class Immutable(TorchFunctionMode):
+    def rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        axes = tuple(range(-len(shape), 0))
+        least = torch.finfo(x.dtype).eps if eps is None else eps
+        y = x / (x.square().mean(axes, keepdim=True) + least).sqrt()
+        return y if weight is None else y * weight
+
+    class Exportable(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = getattr(func, "__name__", "")
             if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
                 return getattr(args[0], name[:-1])(*args[1:], **(kwargs or {}))
+            if name == "rms_norm":
+                return rms_norm(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
-    return Immutable()
+    return Exportable()
 
 
 @contextmanager

@@ -12,7 +12,14 @@ import numpy as np
 
 
 def tensors_in(value: Any) -> list[Any]:
-    """Return the tensors in a module's inputs or outputs, and whatever isn't a container, as a flat list."""
+    """Return the tensors in a module's inputs or outputs, and whatever isn't a container, as a flat list.
+
+    A packed sequence is returned as a padded one, `[B, T, I]`.
+    """
+    from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+    if isinstance(value, PackedSequence):
+        return [pad_packed_sequence(value, batch_first=True)[0]]
     if isinstance(value, Mapping):
         value = list(value.values())
     elif is_dataclass(value) and not isinstance(value, type):
@@ -63,7 +70,7 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
     """
     import torch
 
-    if not isinstance(module, torch.jit.ScriptModule):
+    if type(module).__call__ is torch.nn.Module.__call__ and not isinstance(module, torch.jit.ScriptModule):
         module.forward = partial(_flat_forward, module.forward, inputs)  # instead of a wrapper: the names stay the same
         return module
 

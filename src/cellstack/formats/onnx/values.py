@@ -15,7 +15,7 @@ serves as it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,10 +27,14 @@ from cellstack.nodes.cell import Cell
 
 @dataclass(frozen=True)
 class Dim:
-    """A length that depends on the call: `times` the product of the lengths of some labels."""
+    """A length that depends on the call: `times` the product of the lengths of some labels.
+
+    `of` is the wire whose length it is, if it is the number of its steps.
+    """
 
     labels: tuple[str, ...]
     times: int = 1
+    of: str = field(default="", compare=False)
 
     def __mul__(self, other: Any) -> Dim:
         if isinstance(other, Dim):
@@ -169,6 +173,8 @@ class Flowing:
             **dict.fromkeys("NM", None if self.batch is None or self.steps is None else self.batch * self.steps),
             **dict(self.parts),
         }[label]
+        if known is None and label == "T":
+            return Dim(("T",), of=self.wire)
         return Dim(("B", "T") if label in "NM" else (label,)) if known is None else known
 
     @property
