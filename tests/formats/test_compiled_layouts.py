@@ -51,6 +51,14 @@ MODULES = {
         lambda: Fn(lambda m, x: m.r(x.squeeze(1).transpose(1, 2))[0].transpose(1, 2)[:, None], r=lstm(6)),
         (3, 1, 6, 9), "B16T", "B14T",
     ),
+    "an image whose height may change too": (
+        lambda: Fn(lambda m, x: m.r(x.permute(2, 0, 3, 1).flatten(0, 1))[0].transpose(1, 2)[:, :, None], r=lstm(6)),
+        (3, 6, 1, 9), "B61T", "B41T",
+    ),
+    "pooling over the height": (
+        lambda: Fn(lambda m, x: m.r(m.p(x.permute(0, 3, 1, 2)).squeeze(3))[0], r=lstm(1), p=nn.AdaptiveAvgPool2d((None, 1))),
+        (3, 1, 6, 9), "B16T", "BT4",
+    ),
     "ids with time first": (
         lambda: Fn(lambda m, x: m.r(m.e(x))[0], e=nn.Embedding(9, 6), r=lstm(6, batch_first=False)), (9, 3), "TB", "TB4"
     ),

@@ -47,7 +47,7 @@ def lengths(rows: int, steps: int) -> torch.Tensor:
     return torch.tensor([max(1, steps - 3 * row) for row in range(rows)])
 
 
-@program("openunmix: OpenUnmix", "openunmix==1.3.0", "asteroid-filterbanks==0.4.0", AUDIO, refused="1 to 3 axes")
+@program("openunmix: OpenUnmix", "openunmix==1.3.0", "asteroid-filterbanks==0.4.0", AUDIO)
 def open_unmix():
     from openunmix.model import OpenUnmix
 
@@ -86,7 +86,7 @@ def lstm_tasnet():
     return module, lambda rows, samples: (torch.randn(rows, samples),)
 
 
-@program("asteroid: LSTMMasker", *ASTEROID, refused="ReduceMean")
+@program("asteroid: LSTMMasker", *ASTEROID)
 def lstm_masker():
     from asteroid.masknn import LSTMMasker
 
@@ -111,7 +111,7 @@ def dccrn():
     return DCCRMaskNetRNN(32, 32), lambda rows, steps: (torch.randn(rows, 8, 4, steps, dtype=torch.complex64),)
 
 
-@program("speechbrain: CRDNN, LSTM", *SPEECHBRAIN, refused="mode reflect")
+@program("speechbrain: CRDNN, LSTM", *SPEECHBRAIN)
 def crdnn():
     from speechbrain.lobes.models.CRDNN import CRDNN
     from speechbrain.nnet.RNN import LSTM
@@ -164,7 +164,7 @@ def attentional_decoder():
     return module, lambda rows, steps: (torch.randn(rows, 5, 16), torch.randn(rows, steps, 24), torch.ones(rows))
 
 
-@program("torchaudio: DeepSpeech", AUDIO, refused="1 to 3 axes")
+@program("torchaudio: DeepSpeech", AUDIO)
 def deepspeech():
     from torchaudio.models import DeepSpeech
 
@@ -264,7 +264,6 @@ def hdemucs():
     *REQUESTS,
     AUDIO,
     sizes=((2, 8000), (1, 8000), (3, 8000), (2, 16000), (2, 4800)),
-    refused="InstanceNormalization",
 )
 def pyannet():
     from pyannote.audio.core.task import Problem, Resolution, Specifications
@@ -294,7 +293,7 @@ def tts_cbhg():
     return Encoder(64), lambda rows, steps: (torch.randn(rows, steps, 64),)
 
 
-@program("TTS: LSTMSpeakerEncoder", *TTS, served=2, refused="InstanceNormalization")
+@program("TTS: LSTMSpeakerEncoder", *TTS, served=2)
 def tts_speaker():
     skip_init("TTS")
     from TTS.encoder.models.lstm import LSTMSpeakerEncoder
@@ -303,7 +302,7 @@ def tts_speaker():
     return module, lambda rows, steps: (torch.randn(rows, 40, steps),)
 
 
-@program("TTS: LSTMSpeakerEncoder, last state", *TTS, refused="InstanceNormalization")
+@program("TTS: LSTMSpeakerEncoder, last state", *TTS)
 def tts_speaker_state():
     skip_init("TTS")
     from TTS.encoder.models.lstm import LSTMSpeakerEncoder
@@ -349,7 +348,6 @@ def denoiser():
     "torchlibrosa==0.1.0",
     *LIBROSA,
     "mido==1.3.3",
-    refused="1 to 3 axes",
 )
 def piano():
     from piano_transcription_inference.models import AcousticModelCRnn8Dropout
@@ -387,7 +385,7 @@ def deepfilternet():
     "webrtcvad-wheels==2.0.14.post1",
     *LIBROSA,
     *REQUESTS,
-    refused="ReduceL2",
+    streams=True,
 )
 def voice_encoder():
     from resemblyzer import VoiceEncoder
@@ -395,9 +393,7 @@ def voice_encoder():
     return VoiceEncoder("cpu", verbose=False), lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program(
-    "voicefixer: BN_GRU", "voicefixer==0.1.3", "torchlibrosa==0.1.0", *LIBROSA, *SOUND, AUDIO, refused="1 to 3 axes"
-)
+@program("voicefixer: BN_GRU", "voicefixer==0.1.3", "torchlibrosa==0.1.0", *LIBROSA, *SOUND, AUDIO)
 def voicefixer():
     skip_init("voicefixer")
     skip_init("voicefixer.restorer")

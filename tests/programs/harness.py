@@ -198,9 +198,8 @@ def _compile(program: Program, made: Result) -> None:
             continue  # `sizes` says so
         accepted += 1
         found = [np.asarray(part) for part in (*ours, *(part for state in states for part in state))]
-        made.off_compiled = max(
-            [made.off_compiled, *(matched(found, one.detach().numpy()) for one in floats(expected))]
-        )
+        arranged = in_network_order(ends, expected, len(ours[0]))
+        made.off_compiled = max([made.off_compiled, *(matched(found, one) for one in arranged)])
         if accepted == 1:
             try:
                 stream = net.stream(rows)
@@ -226,6 +225,17 @@ def without_lengths(module: nn.Module, inputs: tuple[Any, ...], takes: bool) -> 
     if isinstance(how, str):
         return list(inputs), None
     return [value for n, value in enumerate(inputs) if n != how.place], np.asarray(calls[0].lengths)
+
+
+def in_network_order(ends: Ends, expected: list[Any], rows: int) -> list[np.ndarray]:
+    """Return a module's outputs with the axes in the order of the network's, as far as its metadata describe them."""
+    made = []
+    for n, value in enumerate(expected):
+        layout = ends.returned.get(f"output_{n}")
+        for one in floats(value):
+            array = one.detach().numpy()
+            made.append(array if layout is None else layout.to_network(array, rows))
+    return made
 
 
 def floats(value: Any) -> list[torch.Tensor]:

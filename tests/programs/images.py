@@ -31,7 +31,7 @@ KRAKEN = (
 )
 
 
-@program("easyocr: Model", "easyocr==1.7.2", VISION, sizes=WIDTHS, served=2, refused="adaptive pooling")
+@program("easyocr: Model", "easyocr==1.7.2", VISION, sizes=WIDTHS, served=2)
 def easyocr():
     skip_init("easyocr")
     from easyocr.model.model import Model
@@ -40,7 +40,7 @@ def easyocr():
     return module, lambda rows, width: (torch.randn(rows, 1, 64, width), torch.zeros(rows, 1, dtype=torch.long))
 
 
-@program("easyocr: VGG model", "easyocr==1.7.2", VISION, sizes=WIDTHS, served=2, refused="adaptive pooling")
+@program("easyocr: VGG model", "easyocr==1.7.2", VISION, sizes=WIDTHS, served=2)
 def easyocr_vgg():
     skip_init("easyocr")
     from easyocr.model.vgg_model import Model
@@ -49,7 +49,7 @@ def easyocr_vgg():
     return module, lambda rows, width: (torch.randn(rows, 1, 64, width), torch.zeros(rows, 1, dtype=torch.long))
 
 
-@program("doctr: CRNN", *DOCTR, sizes=WIDTHS, trains=False, refused="1 to 3 axes")
+@program("doctr: CRNN", *DOCTR, sizes=WIDTHS, trains=False)
 def doctr():
     from doctr.models.recognition import crnn_mobilenet_v3_small
 
@@ -57,7 +57,7 @@ def doctr():
     return module, lambda rows, width: (torch.rand(rows, 3, 32, width),)
 
 
-@program("kraken: TransposedSummarizingRNN", *KRAKEN, sizes=WIDTHS, refused="1 to 3 axes")
+@program("kraken: TransposedSummarizingRNN", *KRAKEN, sizes=WIDTHS)
 def kraken():
     from kraken.lib.vgsl.layers import TransposedSummarizingRNN
 

@@ -44,6 +44,43 @@ class Glu(nn.Module):
         return nn.functional.glu(x, 1)
 
 
+class Excited(nn.Module):
+    """Channels weighted by a function of their means over time and frequencies."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return y * torch.sigmoid(self.second(nn.functional.adaptive_avg_pool2d(y, 1)))
+
+
+class Swapped(nn.Module):
+    """Pooling of [B, T, C, F] over F: time has the place of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d((1, 2))
+
+    def forward(self, x):
+        return self.pool(self.conv(x).permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
+
+
+class Computed(nn.Module):
+    """A convolution whose weights are computed from parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.band = nn.Parameter(torch.rand(4, 1)), nn.Parameter(torch.rand(4, 1))
+
+    def forward(self, x):
+        n = torch.arange(1, 4)[None] / 3
+        high = torch.clamp(self.low.abs() + self.band.abs(), 0.1, 1.2)
+        weights = torch.sin(high @ n) - torch.cos(self.low @ n) + torch.sqrt(high)
+        return nn.functional.conv2d(x, weights.reshape(4, 1, 1, 3))
+
+
 FRONTS = {
     "conv, norm, pool": (
         nn.Sequential(
@@ -55,6 +92,11 @@ FRONTS = {
     "over frequencies": (nn.Sequential(nn.Conv2d(1, 3, (1, 3), (1, 2)), nn.Conv2d(3, 2, (1, 3)), nn.Tanh()), 2),
     "glu": (nn.Sequential(nn.Conv2d(1, 4, (2, 3), padding=(1, 1)), Glu(), nn.LeakyReLU(0.1)), 16),
     "padded": (nn.Sequential(nn.ReflectionPad2d((1, 1, 0, 0)), nn.ZeroPad2d((0, 0, 2, 0)), nn.Conv2d(1, 2, 3)), 16),
+    "reflected steps": (nn.Sequential(nn.ReflectionPad2d((1, 1, 2, 1)), nn.Conv2d(1, 2, 3)), 16),
+    "repeated edges": (nn.Sequential(nn.ReplicationPad2d((0, 2, 0, 2)), nn.Conv2d(1, 2, 3)), 16),
+    "squeeze and excitation": (Excited(), 32),
+    "steps as channels": (Swapped(), 12),
+    "computed weights": (Computed(), 24),
     "transposed": (
         nn.Sequential(
             nn.Conv2d(1, 4, (1, 3), (1, 2)), nn.ConvTranspose2d(4, 2, (1, 3), (1, 2), output_padding=(0, 1), groups=2)
@@ -81,6 +123,30 @@ def test_two_dimensional_layers_before_a_recurrent_one(name, tmp_path):
     net = exported(module, torch.randn(2, 9, 8), tmp_path / "net.onnx")
     for rows, steps in ((2, 9), (3, 14), (1, 5)):
         compared(net, module, torch.randn(rows, steps, 8))
+
+
+def test_too_few_steps_to_reflect_are_rejected(tmp_path):
+    """Also without lengths in the file: PyTorch rejects them too."""
+    net = exported(OfSpectra(FRONTS["reflected steps"][0], 16), torch.randn(2, 9, 8), tmp_path / "net.onnx")
+    assert net(np.zeros((1, 3, 8), np.float32)).shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="more than 2 entries"):
+        net(np.zeros((1, 2, 8), np.float32))
+
+
+def test_vectors_of_length_1(tmp_path):
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x):
+            return nn.functional.normalize(self.rnn(x)[0][:, -1], dim=1)
+
+    torch.manual_seed(2)
+    module = Normalised()
+    net = exported(module, torch.randn(2, 9, 3), tmp_path / "net.onnx")
+    for rows, steps in ((2, 9), (3, 5)):
+        compared(net, module, torch.randn(rows, steps, 3))
 
 
 def test_a_causal_grid_is_streamed(tmp_path):

@@ -16,6 +16,7 @@ from cellstack.spec import FormatError
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
 IN_PLACE = ("add_", "sub_", "mul_", "floor_divide_", "remainder_")
+ADAPTIVE = {f"adaptive_{mode}_pool{n}d": (how, n) for mode, how in (("avg", "mean"), ("max", "amax")) for n in (2, 3)}
 LISTED = 2  # problems that a message lists if it also gives a remedy; the rest are counted
 
 # Patterns in the reason why a module can't be read, and how to fix each; the first that matches is used.
@@ -78,7 +79,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             looks.extend(_line_of_module())
 
     def run(inlining: bool) -> None:
-        with _exportable():
+        with _traceable(), _rounding():
             torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
 
     try:
@@ -118,11 +119,11 @@ def _line_of_module() -> list[str]:
     return [] if path.startswith(os.path.dirname(torch.__file__)) else [f"{os.path.basename(path)}:{frame.f_lineno}"]
 
 
-def _exportable() -> Any:
-    """Return a context in which modules do what ONNX lacks by other operators.
+def _traceable() -> Any:
+    """Return a context in which functions are replaced that the exporter can't trace with an open length.
 
-    `length *= 2` doesn't change other names of a size, which is a tensor while traced. A root mean square norm is
-    computed from its equation.
+    `length *= 2` doesn't change other names of a size, which is a tensor while traced. Adaptive pooling to one entry,
+    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, is computed from its equation.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -133,16 +134,37 @@ def _exportable() -> Any:
         y = x / (x.square().mean(axes, keepdim=True) + least).sqrt()
         return y if weight is None else y * weight
 
-    class Exportable(TorchFunctionMode):
+    class Traceable(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = getattr(func, "__name__", "")
+            name, named = getattr(func, "__name__", ""), kwargs or {}
             if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
-                return getattr(args[0], name[:-1])(*args[1:], **(kwargs or {}))
+                return getattr(args[0], name[:-1])(*args[1:], **named)
             if name == "rms_norm":
-                return rms_norm(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+                return rms_norm(*args, **named)
+            reduce, count = ADAPTIVE.get(name, ("", 0))
+            sizes = named.get("output_size", args[1] if len(args) > 1 else None)
+            if reduce and isinstance(sizes, tuple) and len(sizes) == count and set(sizes) == {None, 1}:
+                return getattr(args[0], reduce)([n - count for n in range(count) if sizes[n] == 1], keepdim=True)
+            return func(*args, **named)
 
-    return Exportable()
+    return Traceable()
+
+
+@contextmanager
+def _rounding() -> Iterator[None]:
+    """Let math.ceil and math.floor of a size, which is a tensor while traced, be part of the graph."""
+    import torch
+
+    names = ("__ceil__", "__floor__")
+    own = [name for name in names if not hasattr(torch.Tensor, name)]
+    for name in own:
+        function = getattr(torch, name.strip("_"))
+        setattr(torch.Tensor, name, lambda size, function=function: function(size).long())
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(torch.Tensor, name)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from cellstack.formats import onnx
@@ -80,31 +81,39 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
             raise FormatError(no_tensor(n, value))
     flat = tensors_in(inputs)
     names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
-    axes = {
-        name: {axis: f"{name}_{axis}" for axis in free}
-        for name, free in zip(names, _free(module, inputs), strict=True)
-        if free
-    }
     outs = [f"output_{n}" for n, value in enumerate(answers) if value is not None]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "module.onnx")
-        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
-        looks += export(_as_one_step(module, inputs), fresh(inputs), path, options)
-        try:
-            shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
-            network = onnx.read_whole(path, whole_loops=True, example=shapes)
-        except FormatError as error:
-            raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
+    shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
+    stepped, reasons = _as_one_step(module, inputs), list[FormatError]()
+    for way in _ways(_free(module, inputs)):
+        axes = {name: {axis: f"{name}_{axis}" for axis in free} for name, free in zip(names, way, strict=True) if free}
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "module.onnx")
+            options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
+            looks += (line for line in export(stepped, fresh(inputs), path, options) if line not in looks)
+            try:
+                network = onnx.read_whole(path, whole_loops=True, example=shapes)
+                break
+            except FormatError as error:
+                reasons.append(FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")))
+    else:
+        raise reasons[0]
     if KEY in network.metadata:
         network.metadata[KEY]["of"] = "module"
     return network
 
 
+def _ways(free: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Yield, for each input, which axes are open: the batch and one other; where several may be, each in turn."""
+    yield [axes[:2] for axes in free]
+    for n, axes in enumerate(free):
+        for axis in axes[2:]:
+            yield [[axes[0], axis] if m == n else other[:2] for m, other in enumerate(free)]
+
+
 def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     """Return, for each input tensor of a module, which of its axes may have another length.
 
-    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors. Where
-    all axes of a sequence may change, the last one is taken to be the features, as an example [B, T, I] has them.
+    To test an axis, it is made longer by one, alone or together with axes of the same length in other tensors.
     """
     import torch
 
@@ -139,7 +148,7 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     for n, value in enumerate(flat):
         if value.ndim > 2:
             free = [axis for axis in range(value.ndim) if may_change(n, axis)]
-            found.append(free[:2] if len(free) > 2 else free or [0, 1])
+            found.append(free or [0, 1])
         else:
             found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
     return found

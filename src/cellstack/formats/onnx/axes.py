@@ -275,7 +275,10 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Padding applies to steps rather than to features, the last axis, unless only the last axis has an open length."""
-    x, pads = values[0], pads_of(attributes, values, len(values[0].axes))
+    x = values[0]
+    if len(values) > 1 and not isinstance(values[1], np.ndarray):  # computed from an open length, which stays open
+        return [x]
+    pads = pads_of(attributes, values, len(x.axes))
     last = len(x.axes) - 1
     more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
     turned = last > 1 and x.lengths[last] is None and None not in x.lengths[1:last]
@@ -334,6 +337,9 @@ def _windows(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
     if any(n not in over and x.lengths[n] != 1 for n in behind):  # one of them may be features
         over = []
     roles = "BF" + "".join("T" if over == [n] else "." for n in behind)
+    if kernel is None and len(behind) > 1:  # a pool doesn't combine the entries of axis 1, which may be time
+        axes.hints += [(axis, role) for axis, role in zip(x.axes, roles, strict=False) if role != "."]
+        roles = "B"
     axes.needs(x, roles, "its input")
     features = Axis("F", axes.here) if axes.node.op_type.startswith("Conv") else x.axes[1]
     ends = axes.node.op_type.startswith("Global")

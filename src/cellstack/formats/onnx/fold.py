@@ -204,6 +204,38 @@ def _broadcast(function: Callable[[Array, Array], Array]) -> Callable[..., list[
     return run
 
 
+def _where(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    flags, one, other = values
+    model.budget.take(*np.broadcast_shapes(*(array.shape for array in values)))
+    return [np.where(flags.astype(bool), one, other)]
+
+
+def _each(function: Callable[[Array], Array]) -> Callable[..., list[Array]]:
+    def run(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+        model.budget.take(values[0].size)
+        with np.errstate(all="ignore"):
+            return [np.asarray(function(values[0]), values[0].dtype)]
+
+    return run
+
+
+def _clip(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    low, high = (*values[1:], None, None)[:2]
+    low, high = attributes.get("min", low), attributes.get("max", high)
+    model.budget.take(values[0].size)
+    y = values[0] if low is None else np.maximum(values[0], low)
+    return [np.asarray(y if high is None else np.minimum(y, high), values[0].dtype)]
+
+
+def _matmul(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    """Compute a product, but not of equal rows: that is an initial state, by which cells are recognised."""
+    a, b = values
+    if a.ndim < 2 or (a.reshape(-1, a.shape[-1]) == a.reshape(-1, a.shape[-1])[:1]).all():
+        return None
+    model.budget.take(a.size, b.shape[-1] if b.ndim > 1 else 1)  # as many numbers as products, which take the time
+    return [np.asarray(a @ b)]
+
+
 def _divide(a: Array, b: Array) -> Array:
     if a.dtype.kind == "f":
         return a / b
@@ -323,9 +355,14 @@ def _dequantize(model: Any, attributes: dict[str, Any], values: list[Any], outpu
 
 
 OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
+    **{
+        name: _each(getattr(np, name.lower()))
+        for name in ("Abs", "Ceil", "Cos", "Exp", "Floor", "Log", "Reciprocal", "Sin", "Sqrt", "Tanh")
+    },
     "Add": _broadcast(np.add),
     "And": _broadcast(np.logical_and),
     "Cast": _cast,
+    "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
@@ -339,6 +376,7 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Identity": lambda model, attributes, values, outputs: [values[0]],
     "Less": _broadcast(np.less),
     "LessOrEqual": _broadcast(np.less_equal),
+    "MatMul": _matmul,
     "Mul": _broadcast(np.multiply),
     "Neg": lambda model, attributes, values, outputs: [-values[0]],
     "Not": lambda model, attributes, values, outputs: [np.logical_not(values[0])],
@@ -358,6 +396,7 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Tile": _tile,
     "Transpose": lambda model, attributes, values, outputs: [np.transpose(values[0], attributes.get("perm"))],
     "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }
 KEEP_RANKED = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 KEEP_BROADCAST = {*KEEP_RANKED, "Expand", "Reshape", "Tile"}

@@ -21,6 +21,7 @@ from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
     Final,
     Flowing,
+    Formula,
     Initial,
     Lengths,
     Moment,
@@ -48,8 +49,12 @@ MOVES = {
 SHAPES = {
     "Add",
     "Cast",
+    "Ceil",
     "Concat",
+    "ConstantOfShape",
     "Div",
+    "Equal",
+    "Floor",
     "Gather",
     "Identity",
     "Mul",
@@ -58,7 +63,9 @@ SHAPES = {
     "Slice",
     "Squeeze",
     "Sub",
+    "Transpose",
     "Unsqueeze",
+    "Where",
 }
 
 
@@ -302,11 +309,17 @@ class Reader:
     def read(self) -> None:
         """Read every node that leads to an output; unsupported ones are added to `problems`."""
         for node in self.scope.graph.node:
-            if id(node) in self.live and any(name and self.scope.constant(name) is None for name in node.output):
+            open_ = any(name and self.scope.constant(name) is None for name in node.output)
+            if id(node) in self.live and (open_ or self._has_shape(node)):
                 made = self._read(node)
                 for name, value in zip(node.output, made, strict=False):
                     if name:
                         self.values[name] = value
+
+    def _has_shape(self, node: Any) -> bool:
+        """Return whether a node is a constant of a shape that only the reader knows."""
+        constant = node.op_type == "ConstantOfShape" and isinstance(self.scope.constant(node.output[0]), Broadcast)
+        return constant and isinstance(self.value(node.input[0]), np.ndarray)
 
     def _read(self, node: Any) -> list[Any]:
         values = [self.value(name) for name in node.input]
@@ -344,8 +357,12 @@ class Reader:
         if node.op_type not in SHAPES or any(isinstance(value, (Broadcast, Unknown)) for value in values):
             return unknown * len(node.output)
         if node.op_type == "Cast":
-            return [values[0]]
+            kind = float if attributes.get("to") in (1, 10, 11) else int
+            return [_cast(values[0], kind)]
         arrays = [value.array if isinstance(value, Symbols) else value for value in values]
+        negative = [array.dtype.kind == "i" and bool((array < 0).all()) for array in arrays if array is not None]
+        if node.op_type == "Equal" and not any(negative):
+            return unknown  # lengths that aren't known are only sure to differ from negative numbers
         try:
             made = fold(node.op_type, attributes, arrays, [bool(n) for n in node.input], len(node.output), self.model)
         except TypeError:  # arithmetic on unknown lengths
@@ -473,8 +490,22 @@ def _is_all(ends: States, part: str, operator: int) -> bool:
     return all(ref.part == part for ref in refs) and any(ref.operator == operator for ref in refs)
 
 
+def _cast(value: Any, kind: type) -> Any:
+    """Return lengths of another type; those that aren't computed further keep theirs."""
+    if not isinstance(value, Symbols):
+        return value
+    entries = [entry.cast(kind) if isinstance(entry, Formula) else entry for entry in value.array.reshape(-1)]
+    made = np.empty(len(entries), object)
+    made[:] = entries
+    return Symbols(made.reshape(value.array.shape))
+
+
 def _settled(array: Any) -> Any:
     """Return lengths as integers where all of them are known."""
+    for place, entry in np.ndenumerate(array):
+        if isinstance(entry, Formula) and isinstance(entry.run(1), int):
+            known = entry.constant()
+            array[place] = entry if known is None else known
     if all(isinstance(entry, (int, np.integer)) for entry in array.reshape(-1)):
         return array.astype(np.int64)
     return Symbols(array)

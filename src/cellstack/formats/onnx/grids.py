@@ -237,23 +237,27 @@ class Spatial:
     Args:
         reader: the reader.
         value: the value, whose axes are the batch, the channels, and those over which windows slide.
+        pools: whether channels aren't combined, so that time may be in their place.
     """
 
-    def __init__(self, reader: Reader, value: Any) -> None:
+    def __init__(self, reader: Reader, value: Any, pools: bool = False) -> None:
         x = as_grid(reader.flowing(value))
         sizes = dict(x.parts)
         behind = x.axes[2:]
         steps = "T" in behind
-        if x.axes[0] not in "B1NM" or (x.axes[1] not in sizes and x.axes[1] != "1") or not behind:
+        ahead = "1T" if pools else "1"
+        if x.axes[0] not in "B1NM" or (x.axes[1] not in sizes and x.axes[1] not in ahead) or not behind:
             raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
-        if ("T" in x.axes) != steps or any(axis not in sizes and axis not in "T1" for axis in behind):
+        if ("T" in x.axes and x.axes[1] != "T") != steps or any(
+            axis not in sizes and axis not in "T1" for axis in behind
+        ):
             raise Refused(f"expected positions along time and features, found axes {' '.join(x.axes)}")
         self.channels = sizes.get(x.axes[1], 1)
         self.over = behind.index("T") if steps else None
         self.places = [n for n, axis in enumerate(behind) if axis != "T"]  # of the grid, among the windowed axes
         self.grid = tuple(sizes.get(behind[n], 1) for n in self.places) or (1,)
         order = [behind[n] for n in self.places if behind[n] != "1"]
-        self.x = arranged(reader, x, [*order, *([x.axes[1]] if x.axes[1] != "1" else [])])
+        self.x = arranged(reader, x, [*order, *([x.axes[1]] if x.axes[1] in sizes else [])])
         self.count = len(behind)
 
     def turned(self, values: Sequence[Any], usual: Any) -> tuple[Any, ...]:
@@ -317,7 +321,8 @@ class Spatial:
             axes.append(name)
             parts += [(name, names[n])] if name != "1" else []
         channel = self.x.axes[1] if self.x.axes[1] != "1" else next(free)
-        parts.append((channel, made.filters))
+        if channel != "T":
+            parts.append((channel, made.filters))
         return as_features(replace(y, axes=(self.x.axes[0], channel, *axes), parts=tuple(parts)))
 
 
@@ -364,7 +369,7 @@ def conv_transpose(reader: Reader, node: Any, attributes: dict[str, Any], values
 
 def pool(reader: Reader, node: Any, attributes: dict[str, Any], value: Any) -> Flowing:
     """Read a MaxPool or AveragePool over a grid."""
-    spatial, sizes = Spatial(reader, value), whole(attributes["kernel_shape"])
+    spatial, sizes = Spatial(reader, value, pools=True), whole(attributes["kernel_shape"])
     if len(sizes) != spatial.count:
         raise Refused(f"expected windows over {spatial.count} axes, found {sizes}")
     settings = spatial.settings(attributes, sizes)
@@ -442,7 +447,10 @@ def aligned(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing
             if one in lengths:
                 names[one] = other
         parts = [(names[name], size) for name, size in grid.parts]
-        labels = tuple(other if one in lengths else one for one, other in zip(own, axes, strict=True))
+        labels = tuple(
+            other if one in lengths or (one == "1" and other in sizes) else one
+            for one, other in zip(own, axes, strict=True)
+        )
         made.append(_widened(reader, node, replace(grid, axes=labels, parts=tuple(parts)), wide))
     return made
 

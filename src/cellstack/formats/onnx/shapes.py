@@ -14,7 +14,20 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import LARGEST, Broadcast, order_of, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
-from cellstack.formats.onnx.values import Dim, Flowing, Grouped, Lengths, States, Symbols, Unknown, Vector, reshaped
+from cellstack.formats.onnx.values import (
+    Counted,
+    Dim,
+    Filled,
+    Flowing,
+    Formula,
+    Grouped,
+    Lengths,
+    States,
+    Symbols,
+    Unknown,
+    Vector,
+    reshaped,
+)
 from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, RepeatLike, Reshape, Select, Take
 
 
@@ -35,7 +48,10 @@ def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Shape: lengths, where known."""
     value = values[0]
-    if isinstance(value, States):
+    if isinstance(value, Filled):
+        found = [Dim(("T",), of=value.name) if axis == "T" else value.of.length(axis) for axis in value.of.axes]
+        value = value.of
+    elif isinstance(value, States):
         if not value.counted:
             return [Unknown("the shape of a state is unknown", False)]
         sizes = iter(value.refs.shape)
@@ -259,11 +275,23 @@ def _cut_states(value: States, axis: int, taken: slice) -> States:
 
 def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Slice."""
-    value = moving(reader, values[0])
-    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in values[1:]]
+    filled = values[0] if isinstance(values[0], Filled) else None
+    value = filled.of if filled is not None else moving(reader, values[0])
+    given = list(values[1:])
+    if len(given) > 1 and isinstance(given[1], Symbols) and not isinstance(value, States):
+        given[1] = _ends(given[1], value.wire if filled is None else filled.name)
+    constants = [v if v is None or isinstance(v, np.ndarray) else None for v in given]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
         raise Refused("starts and ends must be constant")
+    if filled is not None:
+        if any(
+            (part.start or 0, part.stop or LARGEST, part.step) != (0, LARGEST, 1)
+            for part in taken
+            if part != slice(None)
+        ):
+            raise Refused("steps of a sequence padded to fit strides can't be selected")
+        return [filled]
     for axis, part in enumerate(taken):
         if part != slice(None):
             if isinstance(value, States):
@@ -271,6 +299,21 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
             else:
                 value = cut(reader, node, value, axis, part)
     return [value]
+
+
+def _ends(ends: Symbols, of: str) -> Any:
+    """Return ends that are computed from the number of steps of a value as numbers counted from its end."""
+    made = []
+    for end in ends.array.reshape(-1):
+        less = end._formula() if isinstance(end, Counted) else None
+        if less is None:
+            made.append(end)
+            continue
+        behind = less.constant(1) if less.of == of else None
+        if behind is None or behind > 0:
+            raise Refused("an end computed from another value's number of steps isn't supported")
+        made.append(behind or LARGEST)
+    return np.array(made, np.int64) if all(isinstance(end, (int, np.integer)) for end in made) else ends
 
 
 def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -386,6 +429,8 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
     mode, count = attributes.get("mode", "constant"), len(x.axes)
     if value.dtype.kind not in "fiu" or value.size != 1:
         raise Refused("the pads must be constant, with a single value")
+    if len(values) > 1 and isinstance(values[1], Symbols):
+        return [_filled(node, x, values[1], mode, float(value.reshape(())))]
     pads = pads_of(attributes, values, count)
     if min(pads) < 0:
         raise Refused(f"expected pads for {count} axes, none negative, found {pads}")
@@ -401,6 +446,9 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
             over_axis = 1 if axis == "T" else -1
             if mode != "constant":
                 length = x.steps if axis == "T" else x.width
+                if length is None and axis == "T" and mode in ("reflect", "edge"):
+                    x = _with_own_ends(reader, node, x, pads[n], pads[n + count], mode)
+                    continue
                 if length is None:
                     raise Refused(f"padding with mode {mode} needs an axis of known length, found {axis}")
                 reader.builder.pinned |= axis == "T"
@@ -410,6 +458,44 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
     return [x]
 
 
+def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Filled:
+    """Return a sequence padded at its end by a number of steps that depends on theirs."""
+    steps_at = x.axes.index("T") if "T" in x.axes else len(x.axes)
+    entries = list(pads.array.reshape(-1))
+    before, after = (entries.pop(n) for n in (steps_at, steps_at + len(x.axes) - 1)) if len(entries) > 2 else (0, 0)
+    ours = isinstance(after, Formula) and after.of == x.wire and isinstance(before, (int, np.integer))
+    if (
+        not ours
+        or any(not isinstance(n, (int, np.integer)) or n for n in entries)
+        or len(entries) + 2 != 2 * len(x.axes)
+    ):
+        raise Refused("the pads must be constant, or fill up the last window of a convolution")
+    return Filled(x, int(before), after, mode, value, f"{label(node)} of {x.wire}")
+
+
+def unfilled(reader: Reader, x: Filled, span: int, stride: int) -> Flowing:
+    """Return a `Filled` sequence as the input of a convolution: with more steps, it has the same whole windows."""
+    if not x.fits(span, stride):
+        raise Refused(f"the pads, computed from the number of steps, don't fit windows of {span} every {stride} steps")
+    if x.mode == "constant":
+        return reader.put(x.name, Pad(x.before, stride - 1, x.value), x.of)
+    return _with_own_ends(reader, x.name, x.of, x.before, stride - 1, x.mode)
+
+
+def _with_own_ends(reader: Reader, node: Any, x: Flowing, before: int, after: int, mode: str) -> Flowing:
+    """Return a sequence of any length padded with its own first and last steps."""
+
+    name = node if isinstance(node, str) else label(node)
+    near = range(1, max(before, after) + 1) if mode == "reflect" else [0] * max(before, after)
+    made = [x]
+    if before:
+        made.insert(0, reader.put(f"{name}.before", Take(tuple(near[:before][::-1]), axis=1), x))
+    if after:
+        backward = reader.put(f"{name}.backward", Select(step=-1), x)
+        made.append(reader.put(f"{name}.after", Take(tuple(near[:after]), axis=1), backward))
+    return reader.put(node, Merge("concat", axis=1), *made)
+
+
 def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Tile or an Expand that repeats a vector at every step."""
     if isinstance(values[0], States) and values[0].initial:
@@ -417,12 +503,16 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     x, target = reader.flowing(values[0]), values[1]
     if isinstance(target, Broadcast) and (target.array == 1).all():
         return [x]
+    if node.op_type == "Expand" and (wide := _widened(reader, node, x, target)) is not None:
+        return [wide]
+    if not isinstance(target, (Symbols, np.ndarray)):
+        raise Refused("expected a known shape")
     entries = list(target.array.reshape(-1)) if isinstance(target, Symbols) else whole(target)
     axes = ("1",) * (len(entries) - len(x.axes)) + x.axes
     entries = [1] * (len(axes) - len(entries)) + entries
     x = replace(x, axes=axes)
     kept = [1 if node.op_type == "Tile" else length for length in x.lengths]
-    new = [n for n, entry in enumerate(entries) if entry not in (1, kept[n])]
+    new = [n for n, entry in enumerate(entries) if entry not in (1, -1, kept[n])]
     if not new:
         return [x]
     at = new[0]
@@ -435,6 +525,18 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if steps.labels != ("T",) or steps.times != 1 or not steps.of or len(reader.shape(steps.of)) < 2:
         raise Refused("expected as many repetitions as an input has steps")
     return [reader.put(node, RepeatLike(), x, replace(x, wire=steps.of), axes=timed)]
+
+
+def _widened(reader: Reader, node: Any, x: Flowing, target: Any) -> Flowing | None:
+    """Return a value of one feature with it repeated to the length of an Expand; None where other axes change."""
+    entries = list(target.array if isinstance(target, Symbols) else target if isinstance(target, np.ndarray) else ())
+    if len(entries) != len(x.axes) or x.width != 1:
+        return None
+    count = next(entry for axis, entry in zip(x.axes, entries, strict=True) if axis == "F")
+    alike = all(axis == "F" or entry in (1, x.length(axis)) for axis, entry in zip(x.axes, entries, strict=True))
+    if not alike or isinstance(count, Dim):
+        return None
+    return reader.put(node, Take((0,) * reader.builder.make(int(count))), x)
 
 
 def _as_they_are(states: States, node: Any, target: Any) -> States:

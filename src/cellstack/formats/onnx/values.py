@@ -14,9 +14,9 @@ serves as it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import ceil, floor, prod
 from typing import Any, NamedTuple
 
 from cellstack.layout import Array
@@ -25,27 +25,95 @@ from cellstack.nodes.base import Shape
 from cellstack.nodes.cell import Cell
 
 
+class Counted:
+    """Base class of numbers that depend on a call, with which a graph computes."""
+
+    def _formula(self) -> Formula | None:
+        """The number as a formula; None where it doesn't depend on one wire's number of steps."""
+        raise NotImplementedError
+
+    def _with(self, other: Any, function: Callable[[Any, Any], Any]) -> Any:
+        one, two = (v._formula() if isinstance(v, Counted) else v for v in (self, other))
+        if not isinstance(one, Formula) or two is None or (isinstance(two, Formula) and two.of != one.of):
+            return NotImplemented
+        return Formula(one.of, lambda t: function(one.run(t), two.run(t) if isinstance(two, Formula) else two))
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a + b)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: b - a)
+
+    def __floordiv__(self, other: Any) -> Any:  # ONNX's Div: of integers without a remainder
+        return self._with(other, lambda a, b: a / b if isinstance(a, float) else a // b)
+
+
 @dataclass(frozen=True)
-class Dim:
+class Formula(Counted):
+    """A number that a graph computes from a number of steps.
+
+    Args:
+        of: the name of the wire, or of the `Filled` value, whose steps they are.
+        run: returns the number for a number of steps; a float where the graph computes with floats.
+    """
+
+    of: str
+    run: Callable[[int], Any]
+
+    def _formula(self) -> Formula:
+        return self
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a * b)
+
+    __rmul__ = __mul__
+
+    def __ceil__(self) -> Formula:
+        return Formula(self.of, lambda t: float(ceil(self.run(t))))
+
+    def __floor__(self) -> Formula:
+        return Formula(self.of, lambda t: float(floor(self.run(t))))
+
+    def cast(self, kind: type) -> Formula:
+        """Return the number as an int or a float."""
+        return Formula(self.of, lambda t: kind(self.run(t)))
+
+    def constant(self, less: int = 0) -> int | None:
+        """Return the number, minus `less` times the number of steps, if that is the same for all; otherwise None."""
+        first = self.run(1) - less
+        return int(first) if all(self.run(t) - less * t == first for t in TRIED) else None
+
+
+@dataclass(frozen=True)
+class Dim(Counted):
     """A length that depends on the call: `times` the product of the lengths of some labels.
 
-    `of` is the wire whose length it is, if it is the number of its steps.
+    `of`: the wire, if it is one's number of steps.
     """
 
     labels: tuple[str, ...]
     times: int = 1
     of: str = field(default="", compare=False)
 
+    def _formula(self) -> Formula | None:
+        return Formula(self.of, lambda t: self.times * t) if self.of and self.labels == ("T",) else None
+
     def __mul__(self, other: Any) -> Dim:
         if isinstance(other, Dim):
             return Dim(tuple(sorted((*self.labels, *other.labels))), self.times * other.times)
-        return Dim(self.labels, self.times * int(other))
+        return Dim(self.labels, self.times * int(other), self.of)
 
     __rmul__ = __mul__
 
 
 Length = int | Dim
 Parts = tuple[tuple[str, int], ...]
+TRIED = range(1, 513)  # numbers of steps for which formulas are compared, so strides are at most half as long
 GRID = "CGHPQR"  # labels of feature axes where there are several
 
 
@@ -173,9 +241,7 @@ class Flowing:
             **dict.fromkeys("NM", None if self.batch is None or self.steps is None else self.batch * self.steps),
             **dict(self.parts),
         }[label]
-        if known is None and label == "T":
-            return Dim(("T",), of=self.wire)
-        return Dim(("B", "T") if label in "NM" else (label,)) if known is None else known
+        return Dim(("B", "T") if label in "NM" else (label,), of=self.wire) if known is None else known
 
     @property
     def lengths(self) -> list[Length]:
@@ -192,6 +258,36 @@ class Flowing:
         if not -len(self.axes) <= axis < len(self.axes):
             raise ValueError(f"expected an axis of {len(self.axes)}, found {axis}")
         return axis % len(self.axes)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A sequence padded at its end so that a convolution with strides uses all of its steps.
+
+    Args:
+        of: the sequence.
+        before: the number of steps before it.
+        after: the number of steps after it, computed from its number of steps.
+        mode: the mode of the operator Pad.
+        value: the value of the steps.
+        name: the name of the operator.
+    """
+
+    of: Flowing
+    before: int
+    after: Formula
+    mode: str
+    value: float
+    name: str
+
+    def fits(self, span: int, stride: int) -> bool:
+        """Return whether windows of `span` steps, every `stride` steps, end exactly with the last step."""
+        for t in TRIED:
+            after = self.after.run(t)
+            length = t + self.before + after
+            if not 0 <= after < stride or (length >= span and (length - span) % stride):
+                return False
+        return True
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
-from cellstack.formats.onnx.values import Flowing
+from cellstack.formats.onnx.shapes import unfilled
+from cellstack.formats.onnx.values import Filled, Flowing
 from cellstack.layout import Array
 from cellstack.nodes import Conv1D, Dense, Node, Pad, Pool1D, Reshape
 
@@ -66,6 +67,13 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     """Read a convolution over time."""
     kernel = floats(values[1], "the weights")
     bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
+    if isinstance(values[0], Filled):
+        count = kernel.ndim - 2
+        strides, dilations = (whole(attributes.get(name, [1] * count)) for name in ("strides", "dilations"))
+        if count != 1 or any(whole(attributes.get("pads", [0, 0]))):
+            raise Refused("only a convolution over time without pads can follow pads that depend on the steps")
+        span = (kernel.shape[2] - 1) * dilations[0] + 1
+        values = [unfilled(reader, values[0], span, strides[0]), *values[1:]]
     if reader.frames is not None and (made := _at_once(reader, node, attributes, values[0], kernel, bias)) is not None:
         return [made]
     if reader.frames is None and not _only_time(reader.flowing(values[0]), kernel.shape[2:]):
