@@ -21,8 +21,22 @@ from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 ROWS = 4  # in the comparison of rows of different lengths
 LESS = ("sub", "__sub__", "sub_")
 MOVES = (
-    "to", "cpu", "long", "int", "contiguous", "clone", "detach", "view", "reshape", "unsqueeze", "expand", "squeeze",
-    "expand_as", "repeat", "__getitem__", "type",
+    "to",
+    "cpu",
+    "long",
+    "int",
+    "contiguous",
+    "clone",
+    "detach",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "expand",
+    "squeeze",
+    "expand_as",
+    "repeat",
+    "__getitem__",
+    "type",
 )  # methods that move lengths, each remaining that of its row
 KEPT = ("to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach")  # methods that keep an order
 
