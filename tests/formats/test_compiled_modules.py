@@ -355,17 +355,3 @@ def test_programs_take_calls_norms_constants_and_ids_of_other_shapes(module, inp
     given = [x.numpy()[..., 0] if x.dtype is torch.int64 else x.numpy() for x in longer]
     ours = net(given[0] if len(given) == 1 else tuple(given))
     np.testing.assert_allclose(ours, module(*longer).detach().numpy(), atol=1e-5)
-
-
-def test_lengths_of_a_call_are_only_compared_with_negative_numbers():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gru = nn.GRU(5, 4, batch_first=True)
-
-        def forward(self, x, constant):
-            size = torch.where(torch.tensor(x.shape[1]) == 5, torch.tensor(x.shape[1]), torch.tensor(1))
-            return self.gru(torch.cat([x, constant[:, None].expand(-1, int(size), -1)], -1))[0]
-
-    with pytest.raises(cs.FormatError, match="Branch can't be a Network"):
-        cs.compile(Branch(), (torch.randn(2, 5, 3), torch.randn(2, 2)))

@@ -181,7 +181,7 @@ def test_a_module_that_selects_the_last_step_by_lengths_becomes_a_network_that_t
     ],
 )
 def test_other_uses_of_lengths_are_refused(how, options):
-    with pytest.raises(cs.FormatError, match="LastStep can't be a Network: .*input_1"):
+    with pytest.raises(cs.FormatError, match=r"LastStep can't be a Network: .*input_1"):
         cs.compile(LastStep(how, **options), (torch.randn(3, 5, 3), LENGTHS))
 
 

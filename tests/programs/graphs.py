@@ -33,7 +33,7 @@ def jumping_knowledge():
     return module, lambda rows, steps: ([torch.randn(rows * steps, 16) for _ in range(3)],)
 
 
-@program("PyG: LSTMAggregation", *NEEDS["PyG"], refused="positional arguments")
+@program("PyG: LSTMAggregation", *NEEDS["PyG"], refused="Less '/module/Less'")
 def lstm_aggregation():
     from torch_geometric.nn import LSTMAggregation
 

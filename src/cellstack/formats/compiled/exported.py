@@ -123,7 +123,7 @@ def _traceable() -> Any:
     """Return a context in which functions are replaced that the exporter can't trace with an open length.
 
     `length *= 2` doesn't change other names of a size, which is a tensor while traced. Adaptive pooling to one entry,
-    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, is computed from its equation.
+    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, follows its equation.
     """
     import torch
     from torch.overrides import TorchFunctionMode
