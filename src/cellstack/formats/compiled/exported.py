@@ -36,8 +36,6 @@ REMEDIES = (
      "values by each other, as attention does, but a Network only multiplies by weights: compile the part before it"),
     (r"Einsum", "write the einsum as x @ weight, or as nn.Linear"),
     (r"aten::fft|aten::stft|STFT|DFT", "it computes a spectrum: compute it outside, and compile the module without it"),
-    (r"expected a vector to be repeated over time", "it repeats a vector once for each step of an input, but a Network "
-     "repeats a fixed number of times: use a constant"),
     (r"dynamo-optimized", "it is compiled by torch.compile: pass the original module, module._orig_mod"),
     (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function or NumPy code, doesn't use "
      "PyTorch's operators: write its forward with these"),

@@ -67,38 +67,6 @@ class Padded(NamedTuple):
     note: str
 
 
-def taking_padded(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Return a module, and its example, with a padded sequence `[B, T, I]` and its lengths for each packed one.
-
-    Args:
-        module: a copy, which is changed if an input is packed.
-        inputs: the example.
-    """
-    from torch.nn.utils import rnn
-
-    packed = [isinstance(value, rnn.PackedSequence) for value in inputs]
-    if not any(packed):
-        return module, inputs
-    given: list[Any] = []
-    for value in inputs:
-        given += rnn.pad_packed_sequence(value, True) if isinstance(value, rnn.PackedSequence) else [value]
-    module.forward = partial(_packing_forward, module.forward, packed)
-    return module, tuple(given)
-
-
-def _packing_forward(forward: Any, packed: list[bool], *given: Any) -> Any:
-    """Call a module with a packed sequence where it takes one, made of two of the given arguments."""
-    from torch.nn.utils import rnn
-
-    queue = iter(given)
-    return forward(
-        *(
-            rnn.pack_padded_sequence(next(queue), next(queue), True, enforce_sorted=False) if one else next(queue)
-            for one in packed
-        )
-    )
-
-
 def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
     """Run a module, and return its calls of `pack_padded_sequence`."""
     import torch

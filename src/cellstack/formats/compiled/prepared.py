@@ -11,8 +11,7 @@ import numpy as np
 
 from cellstack.formats.compiled.copied import copied, duplicate, fold
 from cellstack.formats.compiled.equality import agree
-from cellstack.formats.compiled.nested import array_of, flattened, fresh, is_plain, like, tensors_in
-from cellstack.formats.compiled.packing import taking_padded
+from cellstack.formats.compiled.nested import array_of, flattened, fresh, has_packed, is_plain, like, tensors_in
 from cellstack.spec import FormatError
 
 SETTINGS = (type(None), bool, int, float, str)  # arguments that aren't tensors, and stay what they are in the example
@@ -97,12 +96,9 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
     import torch
 
     name, still, notes = named(module), copied(module), list[str]()
-    still, given = taking_padded(still, inputs)
-    if given is not inputs:
-        notes.append(
-            "takes a packed sequence, which counts as two inputs: the padded sequence [B, T, I] and its lengths"
-        )
-    inputs, leaves = given, tensors_in(given)
+    leaves = tensors_in(inputs)
+    if has_packed(inputs):
+        notes.append("takes a packed sequence, which counts as two inputs: the padded sequence [B, T, I] and its lengths")
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
