@@ -56,7 +56,9 @@ MODULES = {
         (3, 6, 1, 9), "B61T", "B41T",
     ),
     "pooling over the height": (
-        lambda: Fn(lambda m, x: m.r(m.p(x.permute(0, 3, 1, 2)).squeeze(3))[0], r=lstm(1), p=nn.AdaptiveAvgPool2d((None, 1))),
+        lambda: Fn(
+            lambda m, x: m.r(m.p(x.permute(0, 3, 1, 2)).squeeze(3))[0], r=lstm(1), p=nn.AdaptiveAvgPool2d((None, 1))
+        ),
         (3, 1, 6, 9), "B16T", "BT4",
     ),
     "ids with time first": (

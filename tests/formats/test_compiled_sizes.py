@@ -1,5 +1,6 @@
 """Modules that do something else for some sizes of their input: refused where that shows, else a warning says where."""
 
+import math
 import re
 import warnings
 
@@ -127,3 +128,66 @@ def test_a_long_sequence_that_rounding_decides_is_no_reason_to_refuse(nonlineari
         module.layer.weight_hh_l0.mul_(20)  # errors grow from step to step, or the answer is infinite
     net = cs.compile(module, X)
     np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_large_inputs_that_rounding_decides_are_no_reason_to_refuse():
+    def after(m, x, y):
+        if x.shape[-1] != 3:  # a tensor while traced: values may matter, so large ones are tried too
+            raise ValueError
+        return torch.sin(500 * m.head(torch.cat([x, x[..., :1]], -1)))
+
+    module = Layer(after).eval()
+    net = cs.compile(module, X)
+    np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), atol=1e-4)
+
+
+class Filled(nn.Module):
+    """Convolutions of which each uses all steps: the last window is filled up; then the transposed ones, cut."""
+
+    def __init__(self, mode="constant", window=4, stride=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mode, self.window, self.stride = mode, window, stride
+        self.down, self.up = nn.Conv1d(3, 4, window, stride), nn.ConvTranspose1d(4, 3, window, stride)
+        self.rnn = nn.GRU(4, 4, batch_first=True)
+
+    def filled(self, x):
+        steps = x.shape[-1] + 1 - self.window
+        more = math.ceil(steps / self.stride) * self.stride - steps
+        return nn.functional.pad(x, (1, more), self.mode)
+
+    def forward(self, x):
+        y = self.down(self.filled(x.transpose(1, 2)))
+        y = self.up(self.rnn(y.transpose(1, 2))[0].transpose(1, 2))
+        return y[..., 1 : y.shape[-1] - 2].transpose(1, 2)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate"])
+def test_windows_that_are_filled_up(mode):
+    module = Filled(mode).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # math.ceil of a length is part of the graph
+        net = cs.compile(module, torch.randn(2, 9, 3))
+    for rows, steps in ((2, 9), (1, 10), (3, 11), (2, 30)):
+        x = torch.randn(rows, steps, 3)
+        np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=1e-5)
+    assert not hasattr(torch.Tensor, "__ceil__")
+
+
+def test_pads_that_no_window_needs_are_refused():
+    def more(m, x, y):
+        return nn.functional.pad(y.transpose(1, 2), (0, math.ceil(y.shape[1] / 4) * 4 - y.shape[1]))
+
+    with pytest.raises(cs.FormatError, match="depends on the number of steps, only a convolution is supported"):
+        cs.compile(Layer(lambda m, x, y: torch.relu(more(m, x, y))).eval(), X)
+    module = Layer(lambda m, x, y: m.conv(more(m, x, y))).eval()
+    module.conv = nn.Conv1d(4, 4, 3, 2)
+    with pytest.raises(cs.FormatError, match="don't fit windows of 3 every 2 steps"):
+        cs.compile(module, X)
+
+
+def test_an_end_of_another_value_is_refused():
+    module = Layer(lambda m, x, y: m.conv(y.transpose(1, 2))[..., : y.shape[1] - 1]).eval()
+    module.conv = nn.Conv1d(4, 4, 3, 1, 2)
+    with pytest.raises(cs.FormatError, match="an end computed from another value's number of steps"):
+        cs.compile(module, X)

@@ -62,7 +62,7 @@ def encodec_lstm():
     return SLSTM(64), lambda rows, steps: (torch.randn(rows, 64, steps),)
 
 
-@program("encodec: SEANetEncoder", *ENCODEC, sizes=WAVES, refused="Pad '")
+@program("encodec: SEANetEncoder", *ENCODEC, sizes=WAVES)
 def encodec_encoder():
     from encodec.modules import SEANetEncoder
 
@@ -70,7 +70,7 @@ def encodec_encoder():
     return module, lambda rows, samples: (torch.randn(rows, 1, samples),)
 
 
-@program("encodec: SEANetDecoder", *ENCODEC, refused="ConvTranspose")
+@program("encodec: SEANetDecoder", *ENCODEC)
 def encodec_decoder():
     from encodec.modules import SEANetDecoder
 
@@ -120,7 +120,7 @@ def crdnn():
     return module, lambda rows, steps: (torch.rand(rows, steps, 40),)
 
 
-@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, refused="mode reflect")
+@program("speechbrain: CRDNN, LiGRU", *SPEECHBRAIN, served=0, refused="Equal '")
 def crdnn_ligru():
     from speechbrain.lobes.models.CRDNN import CRDNN
 
@@ -143,7 +143,7 @@ def rnnlm():
     return module, lambda rows, steps: (torch.randint(0, 50, (rows, steps)),)
 
 
-@program("speechbrain: Dual_Path_Model", *SPEECHBRAIN, served=4, refused="InstanceNormalization")
+@program("speechbrain: Dual_Path_Model", *SPEECHBRAIN, served=4, refused="Concat")
 def dual_path():
     from speechbrain.lobes.models.dual_path import Dual_Path_Model, SBRNNBlock
 
@@ -198,7 +198,7 @@ def tacotron2_decoder():
     )
 
 
-@program("torchaudio: WaveRNN", AUDIO, sizes=((2, 9), (1, 9), (3, 9), (2, 12), (2, 6)), served=2, refused="1 to 3 axes")
+@program("torchaudio: WaveRNN", AUDIO, sizes=((2, 9), (1, 9), (3, 9), (2, 12), (2, 6)), served=2, refused="Tile")
 def wavernn():
     from torchaudio.models import WaveRNN
 
@@ -335,7 +335,7 @@ def demucs_branches():
     return module, lambda rows, samples: (torch.randn(rows, 2, samples),)
 
 
-@program("denoiser: Demucs", "denoiser==0.1.5", AUDIO, sizes=WAVES, refused="ConvTranspose")
+@program("denoiser: Demucs", "denoiser==0.1.5", AUDIO, sizes=WAVES, refused="Mul")
 def denoiser():
     from denoiser.demucs import Demucs
 

@@ -19,6 +19,7 @@ from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
 from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
 from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
+    Filled,
     Final,
     Flowing,
     Formula,
@@ -230,6 +231,8 @@ class Reader:
             value = self.summed(value)
         if isinstance(value, Unknown):
             raise Refused(value.why)
+        if isinstance(value, Filled):
+            raise Refused("after padding that depends on the number of steps, only a convolution is supported")
         if not isinstance(value, Flowing):
             found = (
                 "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Broadcast)) else "another"

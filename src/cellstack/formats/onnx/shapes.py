@@ -49,7 +49,7 @@ def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
     """Read a Shape: lengths, where known."""
     value = values[0]
     if isinstance(value, Filled):
-        found = [Dim(("T",), of=value.name) if axis == "T" else value.of.length(axis) for axis in value.of.axes]
+        found = [Dim(("T",), of=value.length_of) if axis == "T" else value.of.length(axis) for axis in value.of.axes]
         value = value.of
     elif isinstance(value, States):
         if not value.counted:
@@ -138,6 +138,8 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     target = values[1]
     if isinstance(target, Symbols):
         entries = list(target.array.reshape(-1))
+        if any(isinstance(entry, Formula) for entry in entries):
+            raise Refused("a length computed from the number of steps isn't supported")
     elif isinstance(target, np.ndarray):
         entries = whole(target)
     else:
@@ -279,7 +281,9 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     value = filled.of if filled is not None else moving(reader, values[0])
     given = list(values[1:])
     if len(given) > 1 and isinstance(given[1], Symbols) and not isinstance(value, States):
-        given[1] = _ends(given[1], value.wire if filled is None else filled.name)
+        over = whole(given[2]) if len(given) > 2 and given[2] is not None else range(len(value.axes))
+        of = value.wire if filled is None else filled.length_of
+        given[1] = _ends(given[1], [value.axes[axis] for axis in over], of)
     constants = [v if v is None or isinstance(v, np.ndarray) else None for v in given]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
@@ -301,18 +305,23 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     return [value]
 
 
-def _ends(ends: Symbols, of: str) -> Any:
-    """Return ends that are computed from the number of steps of a value as numbers counted from its end."""
-    made = []
-    for end in ends.array.reshape(-1):
-        less = end._formula() if isinstance(end, Counted) else None
-        if less is None:
-            made.append(end)
+def _ends(ends: Symbols, axes: Sequence[str], of: str) -> Any:
+    """Return ends that are computed from the number of steps of a value as numbers counted from its end.
+
+    Args:
+        ends: the ends.
+        axes: the label of the axis of each.
+        of: the value, as formulas name it.
+    """
+    made = list(ends.array.reshape(-1))
+    for n, (end, axis) in enumerate(zip(made, axes, strict=True)):
+        formula = end.formula() if isinstance(end, Counted) else None
+        if formula is None:
             continue
-        behind = less.constant(1) if less.of == of else None
+        behind = formula.constant(1) if formula.of == of and axis == "T" else None
         if behind is None or behind > 0:
             raise Refused("an end computed from another value's number of steps isn't supported")
-        made.append(behind or LARGEST)
+        made[n] = behind or LARGEST
     return np.array(made, np.int64) if all(isinstance(end, (int, np.integer)) for end in made) else ends
 
 
@@ -460,17 +469,15 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
 
 def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Filled:
     """Return a sequence padded at its end by a number of steps that depends on theirs."""
-    steps_at = x.axes.index("T") if "T" in x.axes else len(x.axes)
-    entries = list(pads.array.reshape(-1))
-    before, after = (entries.pop(n) for n in (steps_at, steps_at + len(x.axes) - 1)) if len(entries) > 2 else (0, 0)
-    ours = isinstance(after, Formula) and after.of == x.wire and isinstance(before, (int, np.integer))
-    if (
-        not ours
-        or any(not isinstance(n, (int, np.integer)) or n for n in entries)
-        or len(entries) + 2 != 2 * len(x.axes)
-    ):
-        raise Refused("the pads must be constant, or fill up the last window of a convolution")
-    return Filled(x, int(before), after, mode, value, f"{label(node)} of {x.wire}")
+    entries, count = list(pads.array.reshape(-1)), len(x.axes)
+    if len(entries) == 2 * count and "T" in x.axes:
+        at = x.axes.index("T")
+        before, after = entries[at], entries[at + count]
+        rest = [entry for n, entry in enumerate(entries) if n % count != at]
+        whole_numbers = all(isinstance(entry, (int, np.integer)) for entry in (before, *rest))
+        if whole_numbers and not any(rest) and isinstance(after, Formula) and after.of == x.wire:
+            return Filled(x, int(before), after, mode, value, label(node))
+    raise Refused("the pads must be constant, or fill up the last window of a convolution")
 
 
 def unfilled(reader: Reader, x: Filled, span: int, stride: int) -> Flowing:

@@ -28,12 +28,12 @@ from cellstack.nodes.cell import Cell
 class Counted:
     """Base class of numbers that depend on a call, with which a graph computes."""
 
-    def _formula(self) -> Formula | None:
+    def formula(self) -> Formula | None:
         """The number as a formula; None where it doesn't depend on one wire's number of steps."""
         raise NotImplementedError
 
     def _with(self, other: Any, function: Callable[[Any, Any], Any]) -> Any:
-        one, two = (v._formula() if isinstance(v, Counted) else v for v in (self, other))
+        one, two = (v.formula() if isinstance(v, Counted) else v for v in (self, other))
         if not isinstance(one, Formula) or two is None or (isinstance(two, Formula) and two.of != one.of):
             return NotImplemented
         return Formula(one.of, lambda t: function(one.run(t), two.run(t) if isinstance(two, Formula) else two))
@@ -58,14 +58,15 @@ class Formula(Counted):
     """A number that a graph computes from a number of steps.
 
     Args:
-        of: the name of the wire, or of the `Filled` value, whose steps they are.
+        of: the wire whose steps they are, or `length_of` of a `Filled` value.
         run: returns the number for a number of steps; a float where the graph computes with floats.
     """
 
     of: str
     run: Callable[[int], Any]
 
-    def _formula(self) -> Formula:
+    def formula(self) -> Formula:
+        """The number itself."""
         return self
 
     def __mul__(self, other: Any) -> Any:
@@ -100,7 +101,8 @@ class Dim(Counted):
     times: int = 1
     of: str = field(default="", compare=False)
 
-    def _formula(self) -> Formula | None:
+    def formula(self) -> Formula | None:
+        """The length as a formula; None where it isn't one wire's number of steps."""
         return Formula(self.of, lambda t: self.times * t) if self.of and self.labels == ("T",) else None
 
     def __mul__(self, other: Any) -> Dim:
@@ -279,6 +281,11 @@ class Filled:
     mode: str
     value: float
     name: str
+
+    @property
+    def length_of(self) -> str:
+        """The name under which formulas use its number of steps."""
+        return f"{self.name}, filled"
 
     def fits(self, span: int, stride: int) -> bool:
         """Return whether windows of `span` steps, every `stride` steps, end exactly with the last step."""
