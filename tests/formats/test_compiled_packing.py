@@ -200,3 +200,27 @@ def test_a_part_that_takes_packed_sequences_is_named():
     module = Packs(lambda x, lengths: (x, lengths, None), lambda m, y, lengths, h: y.argmax(-1))
     with pytest.raises(cs.FormatError, match=r"a part of it can be compiled: module\.rnn, \[B, T, 3\]"):
         cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
+
+
+@pytest.mark.filterwarnings("ignore:compile. Nested")
+def test_packed_sequences_may_be_nested_and_keep_other_inputs():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(3, 4)
+
+        def forward(self, batch):
+            return self.rnn(batch["x"], batch["h"])[0]
+
+    module, x, h = Nested(), torch.randn(3, 5, 3), torch.randn(1, 3, 4)
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    net = cs.compile(module, {"x": packed, "h": h})
+    expected = pad_packed_sequence(module({"x": packed, "h": h}), batch_first=True)[0].detach().numpy()
+    ours = net.run(x.numpy(), [h[0].numpy()], lengths=LENGTHS.numpy())[0]
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_other_values_of_integers_are_compared_too():
+    module = LastStep(lambda y, lengths: y[:, : int(lengths.max())]).eval()
+    with pytest.raises(cs.FormatError, match=r"reads values of tensors .*has the shape"):
+        cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))

@@ -99,6 +99,7 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
         def forward(self, *tensors: Any) -> Any:
             return _flat_forward(self.module, inputs, known, *tensors)
 
+    Flat.__name__ = type(module).__name__
     return Flat().eval()
 
 

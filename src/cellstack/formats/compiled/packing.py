@@ -127,8 +127,10 @@ def with_lengths(module: Any, inputs: tuple[Any, ...]) -> tuple[Padded, Packed] 
     Such a module selects the last step of each row, as in `y[torch.arange(len(y)), lengths - 1]`.
     """
     flat = tensors_in(inputs)
-    data = next((value for value in flat if value.ndim > 1), None)
-    for value in flat if data is not None else ():
+    data: Any = next((value for value in flat if value.ndim > 1), None)
+    if data is None:
+        return None
+    for value in flat:
         if value.ndim != 1 or value.is_floating_point() or len(value) != data.shape[0] or value.min() < 1:
             continue
         for steps in (size for size in data.shape[1:] if int(value.max()) <= size):

@@ -98,7 +98,9 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
     name, still, notes = named(module), copied(module), list[str]()
     leaves = tensors_in(inputs)
     if has_packed(inputs):
-        notes.append("takes a packed sequence, which counts as two inputs: the padded sequence [B, T, I] and its lengths")
+        notes.append(
+            "takes a packed sequence, which counts as two inputs: the padded sequence [B, T, I] and its lengths"
+        )
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()

@@ -529,7 +529,13 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     steps, timed = entries[at], [*axes[:at], "T", *axes[at + 1 :]]
     if not isinstance(steps, Counted):
         return [reader.put(node, Repeat(steps), x, axes=timed)]
-    if not isinstance(steps, Dim) or steps.labels != ("T",) or steps.times != 1 or not steps.of or len(reader.shape(steps.of)) < 2:
+    if (
+        not isinstance(steps, Dim)
+        or steps.labels != ("T",)
+        or steps.times != 1
+        or not steps.of
+        or len(reader.shape(steps.of)) < 2
+    ):
         raise Refused("expected as many repetitions as an input has steps")
     return [reader.put(node, RepeatLike(), x, replace(x, wire=steps.of), axes=timed)]
 
