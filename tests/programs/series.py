@@ -182,7 +182,7 @@ def forecasting_rnn():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], served=0)
+@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], served=0, refused="several lengths")
 def forecasting_deepar():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import DeepAR
@@ -191,7 +191,12 @@ def forecasting_deepar():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: TemporalFusionTransformer", *NEEDS["pytorch-forecasting"], served=0)
+@program(
+    "pytorch-forecasting: TemporalFusionTransformer",
+    *NEEDS["pytorch-forecasting"],
+    served=0,
+    refused="several lengths",
+)
 def forecasting_tft():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import TemporalFusionTransformer
