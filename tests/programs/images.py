@@ -65,7 +65,7 @@ def kraken():
     return module, lambda rows, width: (torch.randn(rows, 16, 1, width),)
 
 
-@program("kraken: TransposedSummarizingRNN, summary", *KRAKEN, sizes=WIDTHS, refused="1 to 3 axes")
+@program("kraken: TransposedSummarizingRNN, summary", *KRAKEN, sizes=WIDTHS, refused="expected X with axes")
 def kraken_summary():
     from kraken.lib.vgsl.layers import TransposedSummarizingRNN
 

@@ -141,7 +141,7 @@ def test_a_state_without_an_output(tmp_path):
 def test_pads_that_are_refused(tmp_path):
     for pads, value, mode, message in (
         ((0, -1, 0, 0, 0, 0), 0.0, "constant", "none negative"),
-        ((0, 1, 0, 0, 0, 0), 0.0, "reflect", "padding with mode reflect needs an axis of known length"),
+        ((0, 1, 0, 0, 0, 0), 0.0, "wrap", "padding with mode wrap needs an axis of known length"),
     ):
         steps = [("Pad", [integers(*pads), np.float32(value)], {"mode": mode})]
         path = chain(tmp_path, steps, ["B", "T", 3])
