@@ -38,7 +38,7 @@ def difference(
         if t.is_floating_point() or t.is_complex():
             return torch.randn(t.shape, generator=generator, dtype=t.dtype)
         low, high = int(t.min()), int(t.max())
-        return torch.randint(low, high + 1, t.shape, generator=generator).to(t.dtype)
+        return torch.randint(low, min(high + 1, 2**63 - 1), t.shape, generator=generator).to(t.dtype)
 
     def drawn(given: list[Any]) -> list[Any]:
         return [draw(t) for t in given]
