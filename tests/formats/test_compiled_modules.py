@@ -297,3 +297,61 @@ def test_a_size_that_is_changed_in_place_is_a_number():
         return x
 
     agrees(cs.compile(Net(takes=takes), X), Net(takes=takes))
+
+
+class Called(nn.Module):
+    """A module whose `__call__` doesn't take all of the arguments of `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4, batch_first=True)
+
+    def __call__(self, x, first=None, **options):
+        return super().__call__(x, first=first, **options)
+
+    def forward(self, x, first=None, second=None):
+        return self.gru(x)[0]
+
+
+class Conditioned(nn.Module):
+    """A module that joins a vector of each row to every step."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.gru, self.how = nn.GRU(5, 4, batch_first=True), how
+
+    def forward(self, x, constant):
+        return self.gru(torch.cat([x, self.how(x, constant)], -1))[0]
+
+
+class Ids(nn.Module):
+    """A module that takes ids with an axis of length 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.gru = nn.Embedding(9, 3), nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, ids):
+        return self.gru(self.table(ids.squeeze(2)))[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (Called(), (torch.randn(2, 5, 3),)),
+        (nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4)), (torch.randn(2, 5, 3),)),
+        (
+            Conditioned(lambda x, c: c.unsqueeze(1).expand(-1, x.shape[1], -1)),
+            (torch.randn(2, 5, 3), torch.randn(2, 2)),
+        ),
+        (Conditioned(lambda x, c: c[:, None].repeat(1, x.size(1), 1)), (torch.randn(2, 5, 3), torch.randn(2, 2))),
+        (Ids(), (torch.randint(0, 9, (2, 5, 1)),)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:compile. Ids has other axes")
+def test_programs_take_calls_norms_constants_and_ids_of_other_shapes(module, inputs):
+    net = cs.compile(module.eval(), inputs)
+    longer = [torch.cat([x, x.flip(0)], 1) if x.ndim > 2 else x for x in inputs]
+    given = [x.numpy()[..., 0] if x.dtype is torch.int64 else x.numpy() for x in longer]
+    ours = net(given[0] if len(given) == 1 else tuple(given))
+    np.testing.assert_allclose(ours, module(*longer).detach().numpy(), atol=1e-5)

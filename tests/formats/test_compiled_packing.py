@@ -138,3 +138,89 @@ def test_two_inputs_with_lengths_of_their_own_are_refused():
     x = torch.randn(3, 5, 3)
     with pytest.raises(cs.FormatError, match="it packs sequences of several lengths"):
         cs.compile(Pair(), (x, LENGTHS, x, torch.tensor([5, 1, 1])))
+
+
+class LastStep(nn.Module):
+    """A module that selects a step of each row by its length, without packing."""
+
+    def __init__(self, how, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.how = nn.GRU(3, 4, batch_first=True, **options), how
+        self.head = nn.Linear(4 * (1 + self.rnn.bidirectional), 2)
+
+    def forward(self, x, lengths):
+        return self.head(self.how(self.rnn(x)[0], lengths))
+
+
+def gathered(y, lengths):
+    index = (lengths - 1).view(-1, 1, 1).expand(-1, -1, y.shape[-1])
+    return torch.gather(y, dim=1, index=index).squeeze(1)
+
+
+def indexed(y, lengths):
+    return y[torch.arange(len(y)), lengths.long() - 1]
+
+
+@pytest.mark.parametrize("how", [gathered, indexed])
+def test_a_module_that_selects_the_last_step_by_lengths_becomes_a_network_that_takes_lengths(how):
+    module = LastStep(how).eval()
+    with pytest.warns(UserWarning, match="takes lengths: input 1 is the network's argument lengths"):
+        net = cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
+    x, lengths = torch.randn(4, 8, 3), torch.tensor([3, 8, 1, 5])
+    np.testing.assert_allclose(net(x.numpy(), lengths=lengths.numpy()), module(x, lengths).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        (indexed, {"bidirectional": True}),  # the backward direction starts with the padding
+        (lambda y, lengths: y[torch.arange(len(y)), lengths - 2], {}),
+        (lambda y, lengths: y[torch.arange(len(y)).flip(0), lengths - 1], {}),
+        (lambda y, lengths: y[torch.arange(len(y)), lengths - 1] + y.mean(1), {}),
+    ],
+)
+def test_other_uses_of_lengths_are_refused(how, options):
+    with pytest.raises(cs.FormatError, match=r"LastStep can't be a Network: .*input_1"):
+        cs.compile(LastStep(how, **options), (torch.randn(3, 5, 3), LENGTHS))
+
+
+@pytest.mark.filterwarnings("ignore:compile. LSTM packs sequences")
+def test_packed_sequences_count_as_padded_ones_with_their_lengths():
+    module = nn.LSTM(3, 4, bidirectional=True)
+    x = torch.randn(3, 5, 3)
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    with pytest.warns(UserWarning, match="takes a packed sequence, which counts as two inputs"):
+        net = cs.compile(module, packed)
+    expected = pad_packed_sequence(module(packed)[0], batch_first=True)[0].detach().numpy()
+    np.testing.assert_allclose(net(x.numpy(), lengths=LENGTHS.numpy()), expected, atol=1e-5)
+
+
+def test_a_part_that_takes_packed_sequences_is_named():
+    module = Packs(lambda x, lengths: (x, lengths, None), lambda m, y, lengths, h: y.argmax(-1))
+    with pytest.raises(cs.FormatError, match=r"a part of it can be compiled: module\.rnn, \[B, T, 3\]"):
+        cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
+
+
+@pytest.mark.filterwarnings("ignore:compile. Nested")
+def test_packed_sequences_may_be_nested_and_keep_other_inputs():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(3, 4)
+
+        def forward(self, batch):
+            return self.rnn(batch["x"], batch["h"])[0]
+
+    module, x, h = Nested(), torch.randn(3, 5, 3), torch.randn(1, 3, 4)
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    net = cs.compile(module, {"x": packed, "h": h})
+    expected = pad_packed_sequence(module({"x": packed, "h": h}), batch_first=True)[0].detach().numpy()
+    ours = net.run(x.numpy(), [h[0].numpy()], lengths=LENGTHS.numpy())[0]
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_other_values_of_integers_are_compared_too():
+    module = LastStep(lambda y, lengths: y[:, : int(lengths.max())]).eval()
+    with pytest.raises(cs.FormatError, match=r"reads values of tensors .*has the shape"):
+        cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))

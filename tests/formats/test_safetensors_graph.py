@@ -39,6 +39,7 @@ from cellstack.nodes import (
     Recurrent,
     Reduce,
     Repeat,
+    RepeatLike,
     Reshape,
     Scale,
     Select,
@@ -83,6 +84,7 @@ EVERY = {
     "reshape": lambda d: [Reshape((2, -1)), Reshape((6,))],
     "permute": lambda d: [Permute((2, 1))],
     "repeat": lambda d: [Repeat(3)],
+    "repeat_like": lambda d: [RepeatLike()],
     "select": lambda d: [Select(), Select(None, -1, 2, -1), Select(1, 3)],
     "merge": lambda d: [Merge(), Merge("sub", 1), Merge("min")],
     "take": lambda d: [Take((0, 2, 1)), Take((4, 4), 1)],
@@ -122,7 +124,9 @@ EVERY = {
 def test_every_node_round_trips_with_every_setting(kind, dtype, tmp_path):
     for node in EVERY[kind](dtype):
         inputs = {"merge": ("x", "y"), "step_mask": ("x", "y"), "attention": ("x", "y", "z")}.get(kind, ("x",))
+        inputs = ("x", "y") if kind == "repeat_like" else inputs
         shapes = {"x": (None, 3), "y": (None,)} if kind == "step_mask" else inputs
+        shapes = {"x": (3,), "y": (None, 3)} if kind == "repeat_like" else shapes
         net = cs.Network([node], ["node"], inputs=shapes, wires=[inputs])
         net.save(tmp_path / "net.safetensors")
         other = cs.load(tmp_path / "net.safetensors")

@@ -33,6 +33,7 @@ from cellstack.nodes import (
     Pool1D,
     Power,
     Reduce,
+    RepeatLike,
     Reshape,
     Select,
     Take,
@@ -198,6 +199,10 @@ def test_nodes_that_weigh_steps():
             wires = [["x"], ["x"], ["x"], ["q", "k", "v"]]
             net = Network([*nodes, Attention(heads, 0.7, causal)], ["q", "k", "v", "y"], inputs=["x"], wires=wires)
             check(net, x, step=2, unit=3, mask=used)
+        wires = [["x"], ["dense"], ["pool", "dense"], ["dense", "repeated"]]
+        nodes = [dense, GlobalPool("mean"), RepeatLike(), Merge("add")]
+        net = Network(nodes, ["dense", "pool", "repeated", "y"], inputs={"x": (None, 4)}, wires=wires)
+        check(net, x, step=2, unit=3, mask=used)
 
 
 def test_every_node_has_a_gradient_or_says_why_not():

@@ -40,6 +40,7 @@ from cellstack.nodes import (
     Power,
     Reduce,
     Repeat,
+    RepeatLike,
     Reshape,
     Scale,
     Select,
@@ -101,6 +102,7 @@ EVERY = [
     Reshape((-1, 3)),
     Permute((2, 1)),
     Repeat(2),
+    RepeatLike(),
     Select(1, None),
     Select(None, None, -1),
     Select(0, 2, 1, -1),
@@ -145,6 +147,8 @@ def network(node):
     shapes = dict.fromkeys(names, shape)
     if isinstance(node, StepMask):  # a flag per step
         shapes["x1"] = (6,)
+    if isinstance(node, RepeatLike):
+        shapes["x1"] = (6, 5)
     net = Network([node], ["node"], inputs=shapes, wires=[names])
     rng = np.random.default_rng(4)
     if node.takes_ids:

@@ -25,7 +25,7 @@ def set2set():
     return Set2Set(16, 3), lambda rows, steps: nodes(rows, steps, 16)
 
 
-@program("PyG: JumpingKnowledge", *NEEDS["PyG"], refused="Softmax")
+@program("PyG: JumpingKnowledge", *NEEDS["PyG"])
 def jumping_knowledge():
     from torch_geometric.nn import JumpingKnowledge
 
@@ -33,7 +33,7 @@ def jumping_knowledge():
     return module, lambda rows, steps: ([torch.randn(rows * steps, 16) for _ in range(3)],)
 
 
-@program("PyG: LSTMAggregation", *NEEDS["PyG"], refused="positional arguments")
+@program("PyG: LSTMAggregation", *NEEDS["PyG"], refused="Less '/module/Less'")
 def lstm_aggregation():
     from torch_geometric.nn import LSTMAggregation
 

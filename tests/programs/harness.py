@@ -27,7 +27,7 @@ import cellstack as cs
 from cellstack.formats.compiled.copied import copied
 from cellstack.formats.compiled.equality import Ends
 from cellstack.formats.compiled.nested import array_of, flattened, tensors_in
-from cellstack.formats.compiled.packing import packs, padded
+from cellstack.formats.compiled.packing import packs, padded, with_lengths
 from cellstack.layers.accelerated import Accelerated
 
 SIZES = ((2, 20), (1, 20), (3, 20), (2, 33), (2, 7))
@@ -188,7 +188,7 @@ def _compile(program: Program, made: Result) -> None:
     accepted = 0
     for rows, steps in program.sizes:
         inputs = tuple(leaf for leaf in tensors_in(program.example(rows, steps)) if isinstance(leaf, torch.Tensor))
-        own, lengths = without_lengths(still, inputs)
+        own, lengths = without_lengths(still, inputs, any("takes lengths" in one for one in made.warned))
         ends = Ends(net, len(own))
         with torch.no_grad():
             expected = ends.answers(still, inputs, list(inputs))
@@ -210,10 +210,18 @@ def _compile(program: Program, made: Result) -> None:
     made.sizes = f"{accepted}/{len(program.sizes)}"
 
 
-def without_lengths(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """Return the inputs of a module's network, and the rows' lengths; None if the module doesn't pack sequences."""
+def without_lengths(module: nn.Module, inputs: tuple[Any, ...], takes: bool) -> tuple[list[Any], Any]:
+    """Return the inputs of a module's network, and the rows' lengths; None if it takes none.
+
+    Args:
+        module: the module.
+        inputs: its inputs.
+        takes: whether it takes lengths without packing.
+    """
     calls = packs(module, inputs)
     how = padded(module, inputs, calls) if calls else ""
+    if takes and (found := with_lengths(module, inputs)) is not None:
+        how, calls = found[0], [found[1]]
     if isinstance(how, str):
         return list(inputs), None
     return [value for n, value in enumerate(inputs) if n != how.place], np.asarray(calls[0].lengths)

@@ -20,7 +20,7 @@ def tsai_lstm_fcn():
     return LSTM_FCN(3, 5, seq_len=20), lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: MGRU_FCN", *NEEDS["tsai"], refused="Expand")
+@program("tsai: MGRU_FCN", *NEEDS["tsai"])
 def tsai_gru_fcn():
     from tsai.models.RNN_FCN import MGRU_FCN
 
@@ -35,7 +35,7 @@ def tsai_lstm_plus():
     return module, lambda rows, steps: (torch.randn(rows, 3, steps),)
 
 
-@program("tsai: LSTMAttention", *NEEDS["tsai"], sizes=((2, 20), (1, 20), (12, 20)), refused="Reshape")
+@program("tsai: LSTMAttention", *NEEDS["tsai"], sizes=((2, 20), (1, 20), (12, 20)))
 def tsai_lstm_attention():
     from tsai.models.RNNAttention import LSTMAttention
 
@@ -182,7 +182,7 @@ def forecasting_rnn():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], served=0)
+@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], served=0, refused="several lengths")
 def forecasting_deepar():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import DeepAR
@@ -191,7 +191,12 @@ def forecasting_deepar():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: TemporalFusionTransformer", *NEEDS["pytorch-forecasting"], served=0)
+@program(
+    "pytorch-forecasting: TemporalFusionTransformer",
+    *NEEDS["pytorch-forecasting"],
+    served=0,
+    refused="several lengths",
+)
 def forecasting_tft():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import TemporalFusionTransformer
@@ -250,7 +255,7 @@ def _basins(rows, steps):
     return ({"x_d": {name: torch.randn(rows, steps, 1) for name in names}, "x_s": torch.randn(rows, 2)},)
 
 
-@program("neuralhydrology: CudaLSTM", *NEEDS["neuralhydrology"], refused="Expand")
+@program("neuralhydrology: CudaLSTM", *NEEDS["neuralhydrology"])
 def hydrology_lstm():
     from neuralhydrology.modelzoo.cudalstm import CudaLSTM
 

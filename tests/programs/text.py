@@ -38,7 +38,7 @@ def _onmt(decoder):
     return module, call
 
 
-@program("OpenNMT: RNNEncoder", *NEEDS["OpenNMT"], refused="expected axes of batch, time and features")
+@program("OpenNMT: RNNEncoder", *NEEDS["OpenNMT"])
 def onmt_encoder():
     from onmt.encoders.rnn_encoder import RNNEncoder
     from onmt.modules import Embeddings
@@ -51,7 +51,7 @@ def onmt_encoder():
     "OpenNMT: NMTModel, attention after the LSTM",
     *NEEDS["OpenNMT"],
     served=2,
-    refused="expected axes of batch, time and features",
+    refused="values can be joined along features or time only",
 )
 def onmt_standard():
     from onmt.decoders.decoder import StdRNNDecoder
@@ -115,7 +115,7 @@ def flair_tagger():
     return module, lambda rows, steps: (torch.randn(rows, steps, 24), lengths(rows, steps))
 
 
-@program("stanza: Tokenizer", *NEEDS["stanza"], refused="Log")
+@program("stanza: Tokenizer", *NEEDS["stanza"])
 def stanza_tokenizer():
     from stanza.models.tokenization.model import Tokenizer
 
@@ -147,7 +147,7 @@ def stanza_characters():
     return module, lambda rows, steps: (ids(rows, steps, 60), lengths(rows, steps))
 
 
-@program("stanza: Seq2SeqModel of the lemmatizer", *NEEDS["stanza"], served=2)
+@program("stanza: Seq2SeqModel of the lemmatizer", *NEEDS["stanza"], served=2, refused="GreaterOrEqual")
 def stanza_lemmatizer():
     from stanza.models.common.seq2seq_model import Seq2SeqModel
 
@@ -201,7 +201,7 @@ def _recbole(**options):
     return config | options, Items()
 
 
-@program("recbole: GRU4Rec", *NEEDS["recbole"], refused="GatherElements")
+@program("recbole: GRU4Rec", *NEEDS["recbole"], streams=True)
 def recbole_gru():
     from recbole.model.sequential_recommender.gru4rec import GRU4Rec
 

@@ -94,7 +94,9 @@ class Layout(NamedTuple):
         order = sorted(range(array.ndim), key=lambda n: "BT1DCF".index(axes[n]))
         array = array.transpose(order)
         kept = sum(axis in "BT" for axis in axes)
-        if not {"1", "D", "C"}.isdisjoint(axes) or axes == "B":  # one number per row is one feature in a Network
+        if array.dtype.kind in "iu" and {"F", "C"}.isdisjoint(axes):  # ids have no axis of features
+            array = array.reshape(array.shape[:kept])
+        elif not {"1", "D", "C"}.isdisjoint(axes) or axes == "B":  # one number per row is one feature in a Network
             array = array.reshape(*array.shape[:kept], -1)
         return array if "B" in axes else array[None]
 

@@ -8,7 +8,7 @@ from cellstack.nodes.frames import Context, PerFrame
 from cellstack.nodes.grid import GridConv, GridPool
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
-from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
+from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, RepeatLike, Reshape, Select
 from cellstack.nodes.signal import Magnitude, Take
 from cellstack.nodes.steps import (
     Activation,
@@ -54,6 +54,7 @@ NODES: dict[str, type[Node]] = {
         Reshape,
         Permute,
         Repeat,
+        RepeatLike,
         Select,
         Merge,
         Take,
@@ -95,6 +96,7 @@ __all__ = [
     "Recurrent",
     "Reduce",
     "Repeat",
+    "RepeatLike",
     "Reshape",
     "Scale",
     "Select",

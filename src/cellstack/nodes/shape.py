@@ -275,6 +275,47 @@ class Repeat(_Shaping):
 
 
 @dataclass(frozen=True, eq=False)
+class RepeatLike(Node):
+    """Repeat a vector at every step of a sequence: `[B, W]` and `[B, T, …]` to `[B, T, W]`.
+
+    The values of the sequence aren't used; its mask and resets apply to the output.
+
+    >>> x = np.array([[1.0, 2.0]])
+    >>> RepeatLike().run([Flow(x), Flow(np.zeros((1, 3, 4)))], (), 1).x
+    array([[[1., 2.],
+            [1., 2.],
+            [1., 2.]]])
+    """
+
+    file_type = "repeat_like"
+    inputs = 2
+    axes = (1, 2)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        if len(shapes) != 2 or len(shapes[0]) != 1 or len(shapes[1]) < 2:
+            text = " and ".join(map(shown, shapes))
+            raise ShapeError(f"{owner}: RepeatLike expected a vector [B, W] and a sequence [B, T, …], got {text}")
+        return (shapes[1][0], shapes[0][0])
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        vector, like = flows
+        return Flow(np.repeat(vector.x[:, None], like.x.shape[1], axis=1), like.mask, like.reset)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        return [dy.sum(axis=1), np.zeros_like(run.inputs[1].x)]
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        return masks[1]
+
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule("it repeats a vector of the whole sequence at every step, which a stream doesn't have")
+
+    @property
+    def summary(self) -> str:
+        return "for each step of its second input"
+
+
+@dataclass(frozen=True, eq=False)
 class Select(Along):
     """A slice along one axis with Python's rules: `x[:, start:stop:step]` for axis 1.
 

@@ -24,8 +24,9 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         module: the module; it may be accelerated.
         example: an input of the module, such as `[B, T, I]`; several as one tuple, which may hold tuples, as in
             `(x, (h, c))`, dicts, and values that aren't tensors, which are passed at every call. The initial state of
-            a recurrent layer becomes the argument `state` of the network's `run`, the lengths by which a module packs
-            sequences its argument `lengths` or `mask`.
+            a recurrent layer becomes the argument `state` of the network's `run`. The lengths by which a module packs
+            sequences or selects their last steps, and those of a packed sequence, become its argument `lengths` or
+            `mask`.
         tolerance: the greatest relative difference of an output that is accepted.
 
     Returns:

@@ -7,7 +7,15 @@ from typing import Any
 
 from cellstack.formats.compiled.equality import MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
-from cellstack.formats.compiled.packing import packs, padded, ragged_difference, with_flags, with_zeros
+from cellstack.formats.compiled.nested import fresh, tensors_in
+from cellstack.formats.compiled.packing import (
+    packs,
+    padded,
+    ragged_difference,
+    with_flags,
+    with_lengths,
+    with_zeros,
+)
 from cellstack.formats.compiled.prepared import Prepared
 from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
 from cellstack.formats.compiled.routes import by_onnx, directly
@@ -32,7 +40,13 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
     """
     calls = packs(ready.module, ready.inputs)
     if not calls:
-        network, notes = _by_routes(ready, tolerance)
+        try:
+            network, notes = _by_routes(ready, tolerance)
+        except FormatError:
+            found = _by_lengths(ready, tolerance)
+            if found is None:
+                raise
+            network, notes = found
         return network, [*ready.notes, *notes]
     how = padded(ready.module, ready.inputs, calls)
     if isinstance(how, str):
@@ -46,10 +60,10 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
             f"it packs sequences, which a Network does by a mask, but can't do the rest: {error}"
         ) from error
     network, note = with_zeros(network), how.note
-    why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
+    why = ragged_difference(network, ready.module, ready.inputs, calls[0], how, tolerance)
     if why is not None:
         network = with_flags(network)
-        why = ragged_difference(network, ready.module, ready.inputs, how, tolerance)
+        why = ragged_difference(network, ready.module, ready.inputs, calls[0], how, tolerance)
         note = f"{how.note.partition(' is the')[0]}, as flags [B, T], is the network's input mask: net((x, mask))"
     if why is not None:
         raise FormatError(
@@ -57,6 +71,22 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
             "lengths outside its recurrent layers has to follow from the mask too, such as a mean over the used steps"
         )
     return network, [*ready.notes, *notes, f"packs sequences: {note}"]
+
+
+def _by_lengths(ready: Prepared, tolerance: float) -> tuple[Network, list[str]] | None:
+    """Return the network of a module that selects steps by the rows' lengths, and notes; None if it isn't one."""
+    found = with_lengths(ready.module, ready.inputs)
+    if found is None:
+        return None
+    how, call = found
+    try:
+        answers = tensors_in(how.module(*fresh(how.inputs)))
+        network, notes = _by_routes(ready._replace(module=how.module, inputs=how.inputs, answers=answers), tolerance)
+    except Exception:  # the input isn't lengths, or the rest can't be read: the reason is that without lengths
+        return None
+    if ragged_difference(network, ready.module, ready.inputs, call, how, tolerance) is not None:
+        return None
+    return network, [*notes, f"takes lengths: {how.note}"]
 
 
 def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:

@@ -34,8 +34,14 @@ def difference(
     generator = torch.Generator().manual_seed(0)
     ends = Ends(network, len(tensors_in(example)))
 
+    def draw(t: Any) -> Any:
+        if t.is_floating_point() or t.is_complex():
+            return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        low, high = int(t.min()), int(t.max())
+        return torch.randint(low, min(high + 1, 2**63 - 1), t.shape, generator=generator).to(t.dtype)
+
     def drawn(given: list[Any]) -> list[Any]:
-        return [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given]
+        return [draw(t) for t in given]
 
     first = tensors_in(example)
 

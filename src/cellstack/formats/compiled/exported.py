@@ -36,8 +36,6 @@ REMEDIES = (
      "values by each other, as attention does, but a Network only multiplies by weights: compile the part before it"),
     (r"Einsum", "write the einsum as x @ weight, or as nn.Linear"),
     (r"aten::fft|aten::stft|STFT|DFT", "it computes a spectrum: compute it outside, and compile the module without it"),
-    (r"expected a vector to be repeated over time", "it repeats a vector once for each step of an input, but a Network "
-     "repeats a fixed number of times: use a constant"),
     (r"dynamo-optimized", "it is compiled by torch.compile: pass the original module, module._orig_mod"),
     (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function or NumPy code, doesn't use "
      "PyTorch's operators: write its forward with these"),
@@ -123,15 +121,24 @@ def _traceable() -> Any:
     """Return a context in which functions are replaced that the exporter can't trace with an open length.
 
     `length *= 2` doesn't change other names of a size, which is a tensor while traced. Adaptive pooling to one entry,
-    or to as many as there are, is a reduction.
+    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, follows its equation.
     """
+    import torch
     from torch.overrides import TorchFunctionMode
+
+    def rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        axes = tuple(range(-len(shape), 0))
+        least = torch.finfo(x.dtype).eps if eps is None else eps
+        y = x / (x.square().mean(axes, keepdim=True) + least).sqrt()
+        return y if weight is None else y * weight
 
     class Traceable(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name, named = getattr(func, "__name__", ""), kwargs or {}
             if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
                 return getattr(args[0], name[:-1])(*args[1:], **named)
+            if name == "rms_norm":
+                return rms_norm(*args, **named)
             reduce, count = ADAPTIVE.get(name, ("", 0))
             sizes = named.get("output_size", args[1] if len(args) > 1 else None)
             if reduce and isinstance(sizes, tuple) and len(sizes) == count and set(sizes) == {None, 1}:

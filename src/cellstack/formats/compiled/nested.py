@@ -12,7 +12,14 @@ import numpy as np
 
 
 def tensors_in(value: Any) -> list[Any]:
-    """Return the tensors in a module's inputs or outputs, and whatever isn't a container, as a flat list."""
+    """Return the tensors in a module's inputs or outputs, and whatever isn't a container, as a flat list.
+
+    A packed sequence is two: the padded one `[B, T, I]`, and its lengths.
+    """
+    from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+    if isinstance(value, PackedSequence):
+        return list(pad_packed_sequence(value, batch_first=True))
     if isinstance(value, Mapping):
         value = list(value.values())
     elif is_dataclass(value) and not isinstance(value, type):
@@ -22,9 +29,14 @@ def tensors_in(value: Any) -> list[Any]:
 
 def like(structure: Any, values: Iterable[Any]) -> Any:
     """Return values in the nested containers of `structure`, in the order of `tensors_in`."""
+    from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
     queue = iter(values)
 
     def put(part: Any) -> Any:
+        if isinstance(part, PackedSequence):
+            sorted_rows = part.sorted_indices is None
+            return pack_padded_sequence(next(queue), next(queue), batch_first=True, enforce_sorted=sorted_rows)
         if isinstance(part, Mapping):
             made: Any = copy.copy(part)
             for key, one in part.items():
@@ -45,6 +57,17 @@ def like(structure: Any, values: Iterable[Any]) -> Any:
     return put(structure)
 
 
+def has_packed(value: Any) -> bool:
+    """Return whether there is a packed sequence in a module's inputs."""
+    from torch.nn.utils.rnn import PackedSequence
+
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, PackedSequence) or not isinstance(value, (tuple, list)):
+        return isinstance(value, PackedSequence)
+    return any(map(has_packed, value))
+
+
 def is_plain(value: Any) -> bool:
     """Return whether a value is a tensor, or a nested tuple or list of tensors."""
     import torch
@@ -63,8 +86,9 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
     """
     import torch
 
-    if not isinstance(module, torch.jit.ScriptModule):
-        module.forward = partial(_flat_forward, module.forward, inputs)  # instead of a wrapper: the names stay the same
+    known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in tensors_in(inputs)]
+    if type(module).__call__ is torch.nn.Module.__call__ and not isinstance(module, torch.jit.ScriptModule):
+        module.forward = partial(_flat_forward, module.forward, inputs, known)  # without a wrapper: names stay
         return module
 
     class Flat(torch.nn.Module):
@@ -73,16 +97,18 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
             self.module = module
 
         def forward(self, *tensors: Any) -> Any:
-            return _flat_forward(self.module, inputs, *tensors)
+            return _flat_forward(self.module, inputs, known, *tensors)
 
+    Flat.__name__ = type(module).__name__
     return Flat().eval()
 
 
-def _flat_forward(forward: Any, inputs: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
+def _flat_forward(forward: Any, inputs: tuple[Any, ...], known: list[Any], *tensors: Any) -> tuple[Any, ...]:
+    """Call a module with tensors in the containers of its example; `known` are the leaves that aren't tensors."""
     import torch
 
     queue = iter(tensors)
-    leaves = [next(queue) if isinstance(leaf, torch.Tensor) else leaf for leaf in tensors_in(inputs)]
+    leaves = [next(queue) if leaf is None else leaf[0] for leaf in known]
     return tuple(value for value in tensors_in(forward(*like(inputs, leaves))) if isinstance(value, torch.Tensor))
 
 

@@ -20,6 +20,25 @@ from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 
 ROWS = 4  # in the comparison of rows of different lengths
 OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # of PyTorch, that take packed sequences
+LESS = ("sub", "__sub__", "sub_")
+MOVES = (
+    "to",
+    "cpu",
+    "long",
+    "int",
+    "contiguous",
+    "clone",
+    "detach",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "expand",
+    "squeeze",
+    "expand_as",
+    "repeat",
+    "__getitem__",
+    "type",
+)  # methods that move lengths, each remaining that of its row
 KEPT = ("to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach")  # methods that keep an order
 
 
@@ -103,6 +122,26 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
     return Padded(around, tuple(given), place, kind, note)
 
 
+def with_lengths(module: Any, inputs: tuple[Any, ...]) -> tuple[Padded, Packed] | None:
+    """Return a module that takes lengths without packing, as `padded` returns one that packs; None if it takes none.
+
+    Such a module selects the last step of each row, as in `y[torch.arange(len(y)), lengths - 1]`.
+    """
+    flat = tensors_in(inputs)
+    data: Any = next((value for value in flat if value.ndim > 1), None)
+    if data is None:
+        return None
+    for value in flat:
+        if value.ndim != 1 or value.is_floating_point() or len(value) != data.shape[0] or value.min() < 1:
+            continue
+        for steps in (size for size in data.shape[1:] if int(value.max()) <= size):
+            call = Packed(value, len(value), steps)
+            made = padded(module, inputs, [call])
+            if not isinstance(made, str):
+                return made, call
+    return None
+
+
 def _axes(value: Any, rows: int, steps: int) -> tuple[int, int] | None:
     """Return which axes of a tensor are its rows and its steps, by their lengths; None if it lacks one."""
     for row, step in ((0, 1), (1, 0), *((0, n) for n in range(2, value.ndim))):
@@ -157,25 +196,47 @@ def _padded_forward(
     tensors = list(given)
     data, row, step = at
     rows, steps = given[data].shape[row], given[data].shape[step]
+    full = None
     if place is not None:
-        full = torch.zeros(rows, dtype=torch.int64) + steps
-        tensors.insert(place, _given(kind, tensors_in(inputs)[place], full, steps))
-    with unpacked():
+        counts = torch.zeros(rows, dtype=torch.int64) + steps
+        full = _given(kind, tensors_in(inputs)[place], counts, steps)
+        tensors.insert(place, full)
+    with unpacked(full if kind == "lengths" else None):
         made = tensors_in(forward(*like(inputs, tensors)))
     return tuple(made[n] for n in keep)
 
 
-def unpacked() -> Any:
+def unpacked(lengths: Any = None) -> Any:
     """Return a context in which operations on packed sequences run on padded ones, as if all rows were equally long.
 
     A packed sequence then holds `[rows · steps, ...]`, in the order of its padded input. Sorting by length keeps the
-    order.
+    order. Steps that are selected by `lengths - 1` are the last ones.
+
+    Args:
+        lengths: the tensor of the rows' lengths, if the module takes one.
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
     sizes: dict[int, tuple[Any, Any, bool, Any]] = {}  # by id of batch_sizes: rows, steps, batch first, the tensor
     orders: dict[int, Any] = {}  # orders of the rows, by id
+    moved = {id(lengths): (lengths, 0)}  # by id: the lengths, or these minus 1, with what was added to them
+
+    def shifted(value: Any) -> int | None:
+        return moved[id(value)][1] if value is not None and id(value) in moved else None
+
+    def as_last(func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what selects the last step where `lengths - 1` selects a step of each row; else None."""
+        name = getattr(func, "__name__", "")
+        if name == "gather":
+            x, axis, index = [*args, *(kwargs[key] for key in ("dim", "index") if key in kwargs)]
+            last = x.select(axis, -1).unsqueeze(axis)
+            return last if shifted(index) == -1 and last.shape == index.shape else None
+        if name == "__getitem__" and isinstance(args[1], tuple) and len(args[1]) == 2 and shifted(args[1][1]) == -1:
+            x, (rows, _) = args
+            every = isinstance(rows, torch.Tensor) and rows.ndim == 1 and len(rows) == x.shape[0]
+            return x[:, -1] if every else None
+        return None
 
     def is_order(value: Any) -> bool:
         return id(value) in orders
@@ -221,7 +282,13 @@ def unpacked() -> Any:
                 return args[0][tuple(slice(None) if is_order(one) else one for one in index)]
         if name == "scatter_" and is_order(args[2]):
             return order(args[0])
-        return func(*args, **kwargs)
+        if (last := as_last(func, args, kwargs)) is not None:
+            return last
+        made = func(*args, **kwargs)
+        by = shifted(args[0]) if args else None
+        if by is not None and isinstance(made, torch.Tensor) and (name in MOVES or (name in LESS and args[1] == 1)):
+            moved[id(made)] = made, by - (name in LESS)
+        return made
 
     class Unpacked(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -265,12 +332,12 @@ def with_flags(network: Network) -> Network:
 
 
 def ragged_difference(
-    network: Network, module: Any, inputs: tuple[Any, ...], how: Padded, tolerance: float
+    network: Network, module: Any, inputs: tuple[Any, ...], call: Packed, how: Padded, tolerance: float
 ) -> str | None:
-    """Return how a network's outputs differ from those of a module that packs, for rows of different lengths."""
+    """Return how a network's outputs differ from those of a module that takes lengths, for rows of different ones."""
     import torch
 
-    flat, call = tensors_in(inputs), packs(module, inputs)[0]
+    flat = tensors_in(inputs)
     generator = torch.Generator().manual_seed(0)
     tall = [_with_rows(value, call.rows, ROWS) for value in flat]
     rows, steps = max(call.rows, ROWS), call.steps

@@ -11,7 +11,7 @@ import numpy as np
 
 from cellstack.formats.compiled.copied import copied, duplicate, fold
 from cellstack.formats.compiled.equality import agree
-from cellstack.formats.compiled.nested import array_of, flattened, fresh, is_plain, like, tensors_in
+from cellstack.formats.compiled.nested import array_of, flattened, fresh, has_packed, is_plain, like, tensors_in
 from cellstack.spec import FormatError
 
 SETTINGS = (type(None), bool, int, float, str)  # arguments that aren't tensors, and stay what they are in the example
@@ -97,6 +97,10 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
 
     name, still, notes = named(module), copied(module), list[str]()
     leaves = tensors_in(inputs)
+    if has_packed(inputs):
+        notes.append(
+            "takes a packed sequence, which counts as two inputs: the padded sequence [B, T, I] and its lengths"
+        )
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
@@ -111,7 +115,9 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
             "module.to_empty(device='cpu') and module.load_state_dict(...), and pass an example on the CPU"
         )
     arguments = inputs
-    if not is_plain(inputs):
+    scripted = isinstance(still, torch.jit.ScriptModule)
+    own_call = not scripted and type(still).__call__ is not torch.nn.Module.__call__  # it may lack forward's arguments
+    if not is_plain(inputs) or own_call:
         still = flattened(still, inputs)
         inputs = tuple(value for value in leaves if isinstance(value, torch.Tensor))
     answers, again = _first_calls(name, still, inputs)

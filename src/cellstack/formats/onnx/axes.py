@@ -28,7 +28,7 @@ CONVENTIONS = {  # the possible orders of a data input's axes, the likeliest fir
     3: ("BTF", "TBF", "BFT", "TFB", "FTB", "FBT"),
     4: ("BFFT", "BFTF", "BTFF", "TBFF", "FBFT", "FFBT", "TFFB"),  # features in two axes, or one axis of length 1
 }
-OF_IDS = {1: ("T",), 2: ("BT", "TB")}
+OF_IDS = {1: ("T",), 2: ("BT", "TB"), 3: ("BT1", "TB1")}
 FLOATS = (1, 10, 11, 16)
 INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)
 BY_NUMBER = (
@@ -224,6 +224,7 @@ class Axes:
         for name in (*known, *(name for name in data if name not in known)):
             axes, lengths = self.values[name]
             ways = [way for way in self._ways(axes, data[name]) if not batchless or "B" not in way or name in known]
+            ways = [way for way in ways if all(lengths[n] == 1 for n, role in enumerate(way) if role == "1")]
             ways.sort(
                 key=lambda way: sum(
                     (role, n is None) in (("T", False), ("F", True)) for role, n in zip(way, lengths, strict=True)
@@ -232,7 +233,7 @@ class Axes:
             decided[name] = _labels(ways[0], lengths) if ways else None
             for axis, role in zip(axes, ways[0] if ways else "", strict=False):
                 root = axis.root
-                if not root.role:
+                if not root.role and role != "1":
                     root.role, root.source = role, "convention"
             if ways and ways[0].count("F") == 2:  # a grid, of which the first feature axis is the outer one
                 decided[name] = ways[0].replace("F", "C", 1)
@@ -241,7 +242,7 @@ class Axes:
     def _ways(self, axes: list[Axis], conventions: dict[int, tuple[str, ...]]) -> Iterator[str]:
         """Yield the orders of an input's axes that are free of contradictions."""
         for way in conventions.get(len(axes), ()):
-            if all(axis.root.role in ("", role) for axis, role in zip(axes, way, strict=True)):
+            if all(axis.root.role in ("", role) or role == "1" for axis, role in zip(axes, way, strict=True)):
                 yield way
 
     def _of_states(self, name: str) -> str | None:

@@ -204,6 +204,12 @@ def _broadcast(function: Callable[[Array, Array], Array]) -> Callable[..., list[
     return run
 
 
+def _where(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    flags, one, other = values
+    model.budget.take(*np.broadcast_shapes(*(array.shape for array in values)))
+    return [np.where(flags.astype(bool), one, other)]
+
+
 def _each(function: Callable[[Array], Array]) -> Callable[..., list[Array]]:
     def run(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
         model.budget.take(values[0].size)
@@ -390,6 +396,7 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Tile": _tile,
     "Transpose": lambda model, attributes, values, outputs: [np.transpose(values[0], attributes.get("perm"))],
     "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }
 KEEP_RANKED = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 KEEP_BROADCAST = {*KEEP_RANKED, "Expand", "Reshape", "Tile"}

@@ -54,6 +54,7 @@ SHAPES = {
     "Concat",
     "ConstantOfShape",
     "Div",
+    "Equal",
     "Floor",
     "Gather",
     "Identity",
@@ -65,6 +66,7 @@ SHAPES = {
     "Sub",
     "Transpose",
     "Unsqueeze",
+    "Where",
 }
 
 
@@ -361,6 +363,9 @@ class Reader:
             kind = float if attributes.get("to") in (1, 10, 11) else int
             return [_cast(values[0], kind)]
         arrays = [value.array if isinstance(value, Symbols) else value for value in values]
+        negative = [array.dtype.kind == "i" and bool((array < 0).all()) for array in arrays if array is not None]
+        if node.op_type == "Equal" and not any(negative):
+            return unknown  # lengths that aren't known are only sure to differ from negative numbers
         try:
             made = fold(node.op_type, attributes, arrays, [bool(n) for n in node.input], len(node.output), self.model)
         except TypeError:  # arithmetic on unknown lengths

@@ -11,7 +11,7 @@ import numpy as np
 
 from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
+from cellstack.formats.onnx.fold import LARGEST, Broadcast, order_of, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.values import (
@@ -28,7 +28,7 @@ from cellstack.formats.onnx.values import (
     Vector,
     reshaped,
 )
-from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select, Take
+from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, RepeatLike, Reshape, Select, Take
 
 
 def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -507,17 +507,37 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     """Read a Tile or an Expand that repeats a vector at every step."""
     if isinstance(values[0], States) and values[0].initial:
         return [_as_they_are(values[0], node, values[1])]
-    x = reader.flowing(values[0])
-    numbers = whole(values[1]) if isinstance(values[1], np.ndarray) else []
-    if set(numbers) == {1} and len(numbers) <= len(x.axes):
+    x, target = reader.flowing(values[0]), values[1]
+    if isinstance(target, Broadcast) and (target.array == 1).all():
         return [x]
-    if node.op_type == "Expand" and (wide := _widened(reader, node, x, values[1])) is not None:
+    if node.op_type == "Expand" and (wide := _widened(reader, node, x, target)) is not None:
         return [wide]
-    if not x.has("B1F") or len(numbers) != 3:
-        raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
-    if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
-        raise Refused("expected a vector to be repeated over time only")
-    return [reader.put(node, Repeat(numbers[1]), x, axes=(x.axes[0], "T", "F"))]
+    if not isinstance(target, (Symbols, np.ndarray)):
+        raise Refused("expected a known shape")
+    entries = list(target.array.reshape(-1)) if isinstance(target, Symbols) else whole(target)
+    axes = ("1",) * (len(entries) - len(x.axes)) + x.axes
+    entries = [1] * (len(axes) - len(entries)) + entries
+    x = replace(x, axes=axes)
+    kept = [1 if node.op_type == "Tile" else length for length in x.lengths]
+    new = [n for n, entry in enumerate(entries) if entry not in (1, -1, kept[n])]
+    if not new:
+        return [x]
+    at = new[0]
+    vector = sorted(axis for axis in axes if axis != "1") in (["B", "F"], ["F"]) and len(x.shape) == 1
+    if len(new) > 1 or axes[at] != "1" or not vector:
+        raise Refused(f"expected a vector to be repeated over time only, found axes {' '.join(axes)}")
+    steps, timed = entries[at], [*axes[:at], "T", *axes[at + 1 :]]
+    if not isinstance(steps, Counted):
+        return [reader.put(node, Repeat(steps), x, axes=timed)]
+    if (
+        not isinstance(steps, Dim)
+        or steps.labels != ("T",)
+        or steps.times != 1
+        or not steps.of
+        or len(reader.shape(steps.of)) < 2
+    ):
+        raise Refused("expected as many repetitions as an input has steps")
+    return [reader.put(node, RepeatLike(), x, replace(x, wire=steps.of), axes=timed)]
 
 
 def _widened(reader: Reader, node: Any, x: Flowing, target: Any) -> Flowing | None:

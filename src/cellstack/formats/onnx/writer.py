@@ -43,6 +43,7 @@ from cellstack.nodes import (
     Recurrent,
     Reduce,
     Repeat,
+    RepeatLike,
     Reshape,
     Scale,
     Select,
@@ -481,6 +482,11 @@ class Writer(Pieces):
         elif isinstance(node, Repeat):
             wide = self.put("Unsqueeze", [x, self.integers(1)], self.fresh(f"{name}.wide"))
             self.put("Tile", [wide, self.integers(1, node.times, 1)], name)
+        elif isinstance(node, RepeatLike):
+            wide = self.put("Unsqueeze", [x, self.integers(1)], self.fresh(f"{name}.wide"))
+            steps = self.put("Shape", [sources[1]], self.fresh(f"{name}.steps"), start=1, end=2)
+            times = self.put("Concat", [self.integers(1), steps, self.integers(1)], self.fresh(f"{name}.times"), axis=0)
+            self.put("Tile", [wide, times], name)
         elif isinstance(node, Select):
             self.cut(x, node.taken, node.axis, name)
         elif isinstance(node, Take):
