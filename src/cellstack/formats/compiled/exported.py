@@ -127,9 +127,31 @@ def _immutable_sizes() -> Any:
             name = getattr(func, "__name__", "")
             if name in IN_PLACE and args[0].ndim == 0 and not args[0].is_floating_point():
                 return getattr(args[0], name[:-1])(*args[1:], **(kwargs or {}))
+            if name in ("lstm_cell", "gru_cell"):
+                return _step(name, *args)
             return func(*args, **(kwargs or {}))
 
     return Immutable()
+
+
+def _step(name: str, x: Any, state: Any, w: Any, u: Any, b: Any = None, d: Any = None) -> Any:
+    """Return a step of PyTorch's LSTM or GRU cell; the exporter's own needs the number of gates from the graph."""
+    from torch.nn.functional import linear
+
+    h, units = state[0] if name == "lstm_cell" else state, u.shape[1]
+    one, other = linear(x, w, b), linear(h, u, d)
+
+    def gates(values: Any) -> list[Any]:
+        return [values[:, n * units : (n + 1) * units] for n in range(len(u) // units)]
+
+    if name == "lstm_cell":
+        i, f, g, o = gates(one + other)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    (r, z, g), (r2, z2, g2) = gates(one), gates(other)
+    z = (z + z2).sigmoid()
+    g = (g + (r + r2).sigmoid() * g2).tanh()
+    return (1 - z) * g + z * h
 
 
 @contextmanager
