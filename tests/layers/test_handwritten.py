@@ -68,7 +68,7 @@ class NormedLayers(nn.Module):
         self.x, self.h = nn.ModuleList(nn.Linear(n, 16, bias=False) for n in (3, 4)), nn.ModuleList()
         self.h.extend(nn.Linear(4, 16, bias=False) for _ in range(2))
         self.z_norm = nn.ModuleList(nn.LayerNorm(16, eps=1e-3) for _ in range(2))
-        self.c_norm = nn.ModuleList(nn.LayerNorm(4) for _ in range(2))
+        self.c_norm = nn.ModuleList(nn.LayerNorm(4, eps=1e-3) for _ in range(2))
         for weights in self.parameters():
             nn.init.normal_(weights, 0.3, 0.4)
 
