@@ -42,7 +42,8 @@ def row(found: dict) -> str:
     def times(pair: list[float] | None) -> str:
         return f"{pair[0]:.2f} → {pair[1]:.2f} ({pair[0] / pair[1]:.2f}×)" if pair else ""
 
-    served = f"{found['served']}/{found['modules']}"
+    served = f"{found['served'] - found['written']}/{found['modules']}"
+    served += f", {found['written']} hand-written" if found["written"] else ""
     off = f"{found['off']:.0e}, {found['off_gradients']:.0e}" if found["served"] else ""
     if found["refused"] is not None:
         refused = found["refused"].replace("|", "\\|").replace("\n", " ")

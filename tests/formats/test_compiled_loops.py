@@ -230,6 +230,17 @@ def test_cells_of_one_step_with_stacked_states():
         np.testing.assert_allclose(stream.step(x.numpy()), y.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_a_cell_after_an_operator_of_unknown_shape_is_exported(kind):
+    def forward(m, x, h):
+        h = torch.zeros_like(h).scatter_reduce(0, torch.zeros_like(h).long(), h, "sum")
+        return m.cell(x, (h, h) if kind == "LSTMCell" else h)
+
+    module = Of(forward, cell=getattr(nn, kind)(3, 4)).eval()
+    with pytest.raises(ValueError, match="Scatter"):
+        cs.compile(module, (torch.randn(2, 3), torch.randn(2, 4)))
+
+
 def fed_back(m, x):
     h, c, y, ys = x.new_zeros(len(x), 4), x.new_zeros(len(x), 4), x[:, 0], []
     for _ in range(x.size(1)):

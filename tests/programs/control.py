@@ -8,14 +8,14 @@ from programs.needs import NEEDS
 STEPS = ((2, 1), (1, 1), (5, 1))  # calls that take one step
 
 
-@program("torchrl: LSTM", *NEEDS["torchrl"], served=0, refused="Split '/Split_1'")
+@program("torchrl: LSTM", *NEEDS["torchrl"], cells=True, streams=True)
 def torchrl_lstm():
     from torchrl.modules import LSTM
 
     return LSTM(6, 64, num_layers=2), lambda rows, steps: (torch.randn(rows, steps, 6),)
 
 
-@program("torchrl: GRU", *NEEDS["torchrl"], served=0, refused="Split '/Split_1'")
+@program("torchrl: GRU", *NEEDS["torchrl"], cells=True, streams=True)
 def torchrl_gru():
     from torchrl.modules import GRU
 

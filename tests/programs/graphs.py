@@ -47,7 +47,7 @@ def gated_graph():
     return GatedGraphConv(32, 3), lambda rows, steps: (torch.randn(rows * steps, 32), rings(rows, steps))
 
 
-@program("PyG: AttentiveFP", *NEEDS["PyG"], served=3, refused="unsafe_chunk")
+@program("PyG: AttentiveFP", *NEEDS["PyG"], served=3, refused="expected a batch axis")
 def attentive_fp():
     from torch_geometric.nn import AttentiveFP
 

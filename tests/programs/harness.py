@@ -29,6 +29,7 @@ from cellstack.formats.compiled.equality import Ends
 from cellstack.formats.compiled.nested import array_of, flattened, tensors_in
 from cellstack.formats.compiled.packing import packs, padded, with_lengths
 from cellstack.layers.accelerated import Accelerated
+from cellstack.layers.handwritten import HandWritten
 
 SIZES = ((2, 20), (1, 20), (3, 20), (2, 33), (2, 7))
 SECONDS = 0.5  # of each timing
@@ -45,6 +46,7 @@ class Program:
         needs: the requirements to install, without their dependencies, each with its exact version.
         sizes: rows and steps; the first is the example for `compile`, and results are compared for all of them.
         served: how many of the recurrent modules `accelerate` must serve.
+        cells: whether `accelerate` is called with `cells=True`, which serves hand-written modules too.
         refused: words of the message with which `compile` must refuse the module; None: it must compile.
         streams: whether the compiled network must run step by step.
         trains: whether a call in training mode takes the same arguments; otherwise gradients are those in evaluation.
@@ -55,6 +57,7 @@ class Program:
     needs: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...] = SIZES
     served: int = 1
+    cells: bool = False
     refused: str | None = None
     streams: bool = False
     trains: bool = True
@@ -112,7 +115,8 @@ class Result:
 
     name: str
     modules: int = 0  # recurrent modules of PyTorch in the program
-    served: int = 0  # of these, how many `accelerate` serves
+    served: int = 0  # how many `accelerate` serves
+    written: int = 0  # of those served, how many are hand-written
     off: float = 0.0  # the greatest difference of an output under `accelerate`
     off_gradients: float = 0.0  # the same of a parameter's gradient
     same_draws: bool = True  # whether training drew the same random numbers
@@ -142,10 +146,11 @@ def _accelerate(program: Program, made: Result, timed: bool) -> None:
     plain, ours = program.make(), program.make()
     made.modules = sum(isinstance(part, (nn.RNNBase, nn.RNNCellBase)) for part in plain.modules())
     try:
-        cs.accelerate(ours)
+        cs.accelerate(ours, cells=program.cells)
     except ValueError:  # nothing in it can be served
         return
     made.served = sum(isinstance(part, Accelerated) for part in ours.modules())
+    made.written = sum(isinstance(part, HandWritten) for part in ours.modules())
     for rows, steps in program.sizes:
         inputs = program.example(rows, steps)
         theirs, answers = (evaluated(part, inputs) for part in (plain, ours))

@@ -59,7 +59,9 @@ def onmt_standard():
     return _onmt(StdRNNDecoder)
 
 
-@program("OpenNMT: NMTModel, attention as an input", *NEEDS["OpenNMT"], served=3, refused="unsafe_chunk")
+@program(
+    "OpenNMT: NMTModel, attention as an input", *NEEDS["OpenNMT"], served=3, refused="axes of batch, time and features"
+)
 def onmt_input_feed():
     from onmt.decoders.decoder import InputFeedRNNDecoder
 
@@ -236,6 +238,8 @@ def _dien(kind):
     "deepctr-torch: DIEN, AUGRU",
     *NEEDS["deepctr-torch"],
     sizes=((2, 20), (1, 20), (12, 20)),
+    served=2,
+    cells=True,
     refused="lengths that it computes",
 )
 def dien_augru():

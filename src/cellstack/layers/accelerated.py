@@ -447,13 +447,17 @@ def class_of(kind: type) -> type:
     base = base_of(kind)
     assert base is not None
     serves = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
-    first = _copying(_layout_of(kind))
-    bases = (first, serves, kind) if kind is base else (first, kind, serves, base)
-    own = {
-        "_class_before": kind,
-        "_own_forward": overrides_forward(kind),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    return type(kind.__name__, bases, own)
+    bases = (serves, kind) if kind is base else (kind, serves, base)
+    return subclass_of(kind, bases, _own_forward=overrides_forward(kind))
+
+
+def subclass_of(kind: type, bases: tuple[type, ...], **own: Any) -> type:
+    """Return a subclass with the name of `kind`, one of the bases; copies keep it, and pickles hold `kind`.
+
+    Args:
+        kind: the class that it replaces.
+        bases: its bases after the one that copies.
+        **own: its further attributes.
+    """
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (_copying(_layout_of(kind)), *bases), {"_class_before": kind, **named, **own})

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import forward, op
-from cellstack.layers.accelerated import Accelerated
-from cellstack.layers.eligibility import is_ready
+from cellstack.layers.accelerated import CONTEXT_ATTRIBUTES, Accelerated
+from cellstack.layers.eligibility import is_ready, original_of
 from cellstack.layers.forward import CellRun
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,6 +152,8 @@ class Protocol(NamedTuple):
 
 
 _PLAIN = (bool, int, float, str, type(None))
+_SETTINGS = {*_PLAIN, FunctionType, BuiltinFunctionType}
+_CHANGING = {"training", "_is_full_backward_hook", "_compiled_call_impl", *CONTEXT_ATTRIBUTES}  # of any module
 
 
 def form_of(value: Any, tensors: list[Tensor]) -> Any:
@@ -184,12 +187,14 @@ class Known:
         protocols: by the form of the arguments.
         names: the names of its forward's arguments, and their defaults.
         training: whether it computes the same in training.
+        settings: what else it depends on; a module with other settings computes something else.
     """
 
     layers: tuple[Layer, ...]
     protocols: Mapping[Any, Protocol]
     names: Mapping[str, Any]
     training: bool
+    settings: Settings
 
     @cached_property
     def steps(self) -> bool:
@@ -213,6 +218,54 @@ class Known:
         tensors: list[Tensor] = []
         values = arguments_of(self.names, args, kwargs)
         return (NotImplemented if values is None else form_of(values, tensors)), tensors
+
+
+class Settings(NamedTuple):
+    """What else than its parameters decides what a module computes.
+
+    Args:
+        kind: its class, before `accelerate`.
+        values: its attributes, such as `batch_first` or `activation`.
+        methods: the names of its methods. An attribute with such a name replaces the method.
+        absent: the parameters that are None.
+        inner: the settings of the modules in it, by name.
+    """
+
+    kind: type
+    values: dict[str, Any]
+    methods: frozenset[str]
+    absent: list[str]
+    inner: dict[str, Settings]
+
+    def hold(self, module: nn.Module) -> bool:
+        """Whether a module, whose class is known, has these settings."""
+        own, inner = module.__dict__, module._modules
+        return (
+            own.items() >= self.values.items()
+            and own.keys().isdisjoint(self.methods)
+            and _absent(module) == self.absent
+            and inner.keys() == self.inner.keys()
+            and all(
+                part is not None and original_of(type(part)) is wanted.kind and wanted.hold(part)
+                for part, wanted in zip(inner.values(), self.inner.values(), strict=True)
+            )
+        )
+
+
+def _absent(module: nn.Module) -> list[str]:
+    return [name for name, array in module._parameters.items() if array is None]
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """Return the settings of a module."""
+    kind, own = original_of(type(module)), vars(module)
+    return Settings(
+        kind,
+        {name: value for name, value in own.items() if type(value) in _SETTINGS and name not in _CHANGING},
+        frozenset(name for name in dir(kind) if name not in own and callable(getattr(kind, name, None))),
+        _absent(module),
+        {name: settings_of(part) for name, part in module._modules.items() if part is not None},
+    )
 
 
 def names_of(module: nn.Module) -> dict[str, Any]:
@@ -340,7 +393,7 @@ class Recognised(HandWritten):
             return super().forward(*args, **kwargs)
         form, tensors = known.form(args, kwargs)
         protocol = known.protocols.get(form)
-        if protocol is None or (self.training and not known.training):
+        if protocol is None or (self.training and not known.training) or not known.settings.hold(self):
             return super().forward(*args, **kwargs)
         x, *given = tensors
         if protocol.time >= 0 and self._packed is None and x.shape[protocol.time] < LEAST:
@@ -381,15 +434,3 @@ class Recognised(HandWritten):
             ]
             found = packed["arrays"] = key, arrays
         return found[1]
-
-
-def class_for(kind: type, base: type[HandWritten], **own: Any) -> type:
-    """Return a subclass of a hand-written module's class that runs on the kernel.
-
-    Args:
-        kind: the module's class.
-        base: the class that runs it.
-        **own: further attributes of the class.
-    """
-    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (base, kind), {"_class_before": kind, **named, **own})

@@ -121,7 +121,8 @@ def _traceable() -> Any:
     """Return a context in which functions are replaced that the exporter can't trace with an open length.
 
     `length *= 2` doesn't change other names of a size, which is a tensor while traced. Adaptive pooling to one entry,
-    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, follows its equation.
+    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, and a step of PyTorch's cells
+    follow their equations.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -139,6 +140,8 @@ def _traceable() -> Any:
                 return getattr(args[0], name[:-1])(*args[1:], **named)
             if name == "rms_norm":
                 return rms_norm(*args, **named)
+            if name in ("lstm_cell", "gru_cell"):
+                return _step(name, *args)
             reduce, count = ADAPTIVE.get(name, ("", 0))
             sizes = named.get("output_size", args[1] if len(args) > 1 else None)
             if reduce and isinstance(sizes, tuple) and len(sizes) == count and set(sizes) == {None, 1}:
@@ -163,6 +166,26 @@ def _rounding() -> Iterator[None]:
     finally:
         for name in own:
             delattr(torch.Tensor, name)
+
+
+def _step(name: str, x: Any, state: Any, w: Any, u: Any, b: Any = None, d: Any = None) -> Any:
+    """Return a step of PyTorch's LSTM or GRU cell; the exporter's own needs the number of gates from the graph."""
+    from torch.nn.functional import linear
+
+    h, units = state[0] if name == "lstm_cell" else state, u.shape[1]
+    one, other = linear(x, w, b), linear(h, u, d)
+
+    def gates(values: Any) -> list[Any]:
+        return [values[:, n * units : (n + 1) * units] for n in range(len(u) // units)]
+
+    if name == "lstm_cell":
+        i, f, g, o = gates(one + other)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    (r, z, g), (r2, z2, g2) = gates(one), gates(other)
+    z = (z + z2).sigmoid()
+    g = (g + (r + r2).sigmoid() * g2).tanh()
+    return (1 - z) * g + z * h
 
 
 @contextmanager

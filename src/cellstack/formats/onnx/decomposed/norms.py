@@ -28,7 +28,8 @@ def expand_norms(model: Model, least: int = 1) -> Model:
             continue
         gain = scope.constant(node.input[1])
         dtype = gain.dtype if isinstance(gain, np.ndarray) else np.float32
-        epsilon = np.array(model.attributes(node).get("epsilon", 1e-5), dtype)
+        # The attribute is the float32 nearest to a short decimal number.
+        epsilon = np.array(str(np.float32(model.attributes(node).get("epsilon", 1e-5))), dtype)
         tensors.append(onnx_package().numpy_helper.from_array(epsilon, f"{node.output[0]} epsilon"))
         nodes += _expanded(node, tensors[-1].name)
     return model.changed(nodes, tensors) if tensors else model
