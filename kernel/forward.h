@@ -293,7 +293,9 @@ void run_rows(Forward<T>& f) {
         if (Resets && d.resets_before()) {
             multiply(over_h, h, f.rows, sums, add, down, 0, 2);
             if constexpr (Resets)
-                rows([&](int64_t r, bool) { Cell::template reset<T, Usual>(f, r, t, z + r * row, stride, f.h); });
+                rows([&](int64_t r, bool used) {
+                    Cell::template reset<T, Usual>(f, r, t, z + r * row, stride, f.h, used);
+                });
             multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
         } else if (d.kind->recurrent) {
             multiply(over_h, h, f.rows, sums, add, down);

@@ -14,9 +14,10 @@ struct Gru {
         return splat(T(1)) - attention * (splat(T(1)) - z);
     }
 
-    // For a reset gate before the product: computes z, r, and r·h, the input of the candidate's product.
+    // For a reset gate before the product: computes z, r, and r·h, the input of the candidate's product. Patches don't
+    // apply to masked rows, whose results aren't used.
     template <class T, bool Usual>
-    static void reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h) {
+    static void reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h, bool used) {
         const Description& d = *f.w.d;
         const int64_t wide = f.w.blocks * Vec<T>::W;
         each_block(f, r, t, [&](const Place& at) INLINED {
@@ -25,7 +26,7 @@ struct Gru {
                 T* sum = sums + v * stride + at.unit;
                 const V<T> z = limited<T>(d.clip, load_lanes(sum, at.lanes));
                 V<T> gate = act<T, Usual, false>(d.activations[v], z);
-                patch_gate<T>(f, v, at, gate);
+                if (used) patch_gate<T>(f, v, at, gate);
                 store_lanes(sum, gate, at.lanes);
             }
             store(f.m + r * wide + at.unit,

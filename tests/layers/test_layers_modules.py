@@ -127,6 +127,7 @@ GIVEN = {
     "unroll": True,
     "zero_output_for_mask": True,
     "peepholes": True,
+    "attention": True,
     "coupled": False,
     "proj_size": 2,
     "reset_after": True,

@@ -90,9 +90,9 @@ def test_bfloat16_rounds_matrices_and_what_they_are_multiplied_with(number, batc
     np.testing.assert_array_equal(small.run(x, **more)[0], y)
     np.testing.assert_array_equal(small.run(x, threads=2, **more)[0], y)
     # x and h are rounded to 8 bits in products; some of these networks amplify the difference
-    for a, b in [(y, wanted), *zip(after, ends, strict=True)]:
+    for a, b in [((y,), (wanted,)), *zip(after, ends, strict=True)]:
         for found, expected in zip(a, b, strict=True):
-            assert np.abs(found - expected).mean() < 2e-2 * max(1.0, np.abs(expected).max(initial=0.0))
+            assert np.abs(found - expected).mean() < 3e-2 * max(1.0, np.abs(expected).max(initial=0.0))
     assert small.weights == "bfloat16"
     np.testing.assert_array_equal(small.with_weights("float32")(x), exact(x))
 

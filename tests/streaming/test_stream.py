@@ -114,7 +114,7 @@ def test_a_residual_is_added_between_kernel_streams():
     stream, expected = residual.stream(2), residual(x)
     assert not np.array_equal(expected, plain(x))
     assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(8)], axis=1), expected)
-    assert [len(state) for state in stream.state] == [2, 1, 1, 1, 1]
+    assert [len(state) for state in stream.state] == [2, 1, 1, 1, 1, 1]
     stream.reset()
     assert np.array_equal(stream.run(x), expected)
     assert all(same(one, other) for one, other in zip(stream.state, residual.run(x)[1], strict=True))
