@@ -189,5 +189,5 @@ def test_pads_that_no_window_needs_are_refused():
 def test_an_end_of_another_value_is_refused():
     module = Layer(lambda m, x, y: m.conv(y.transpose(1, 2))[..., : y.shape[1] - 1]).eval()
     module.conv = nn.Conv1d(4, 4, 3, 1, 2)
-    with pytest.raises(cs.FormatError, match="an end computed from another value's number of steps"):
+    with pytest.raises(cs.FormatError, match="the end of a slice computed from another value's number of steps"):
         cs.compile(module, X)

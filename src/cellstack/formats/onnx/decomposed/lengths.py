@@ -1,8 +1,8 @@
-"""Resolves what a graph computes from known lengths, which hides the steps of cells.
+"""Replaces what a graph computes from known lengths, so that the steps of cells are found in it.
 
-PyTorch exports `gates.chunk(4, 1)` as slices with bounds computed from the shape of `gates` where its own shape
-inference has lost that shape, as after a `view`; the number of columns is that of a matrix all the same. And it
-exports `x.view(-1, x.size(1))` of rows x as a Reshape, which changes nothing.
+If PyTorch's exporter doesn't know the shape of `gates`, as after a `view`, it exports `gates.chunk(4, 1)` as slices
+with computed bounds. They are known here, from the shapes of the weights. It also exports `x.view(-1, x.size(1))` of
+rows x as a Reshape, which changes nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from cellstack.layout import Array
 
 
 def fix_lengths(model: Model) -> Model:
-    """Return a model with what follows from known lengths.
+    """Return a model in which some operators are replaced, using known lengths:
 
-    Bounds of slices are tensors, a last axis is -1, a Reshape to the shape that its input has is an Identity, and a
-    number added before a sigmoid, such as a forget bias, is one number per unit.
+    - bounds of slices become tensors, and the last axis becomes -1;
+    - a Reshape to the shape that its input has becomes an Identity;
+    - a number added before a sigmoid, such as a forget bias, becomes a vector with one number per unit.
     """
     scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split, "Add": _add}
     if not any(_hides(scope, node) for node in model.graph.node):
