@@ -68,8 +68,8 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
     if why is not None:
         raise FormatError(
             f"it packs sequences, for which a Network uses a mask, but {why}: it may use lengths or padded steps "
-            "outside its recurrent layers too, such as for a mean over the used steps; return the sequence, and compute "
-            "the mean outside the module"
+            "outside its recurrent layers too, such as for a mean over the used steps; return the sequence, and compute"
+            " the mean outside the module"
         )
     return network, [*ready.notes, *notes, f"packs sequences: {note}"]
 
