@@ -285,12 +285,12 @@ class CellSpec:
 
     @property
     def features(self) -> int:
-        """The number of columns of x that the kernel multiplies: all but an attention."""
+        """The number of columns of x that are multiplied by the kernel: all except the attention."""
         return self.input_size - self.attention
 
     @property
     def joint(self) -> bool:
-        """Whether layer normalisation is that of the sum of the products with x and h."""
+        """Whether layer normalisation applies to the sum of the products with x and h."""
         return self.layer_norm == "joint"
 
     @property

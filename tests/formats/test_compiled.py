@@ -172,7 +172,7 @@ def test_invalid_nested_and_additional_inputs_are_refused_with_a_remedy():
 
 def test_time_before_batch_is_reported():
     module, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
-    with pytest.warns(UserWarning, match=r"has other axes than the network: input x \[T, B, 3\] is \[B, T, 3\] in"):
+    with pytest.warns(UserWarning, match=r"has other axes than the network: input 'x' \[T, B, 3\] is \[B, T, 3\] in"):
         net = cs.compile(module, x)
     np.testing.assert_allclose(net(x.transpose(0, 1).numpy()), module(x)[0].detach().transpose(0, 1).numpy(), atol=1e-6)
 

@@ -188,7 +188,7 @@ def warning(network: Network) -> str:
         for name in names:
             layout = layout_of(network, f"{what}s", name)
             if layout is not None and layout.moved:
-                said.append(f"{what} {name} {layout.shown} is {network.graph.shown(name)} in the network")
+                said.append(f"{what} '{name}' {layout.shown} is {network.graph.shown(name)} in the network")
     return f"has other axes than the network: {', '.join(said)}" if said else ""
 
 

@@ -173,23 +173,23 @@ def _rounding() -> Iterator[None]:
             delattr(torch.Tensor, name)
 
 
-def _step(name: str, x: Any, state: Any, w: Any, u: Any, b: Any = None, d: Any = None) -> Any:
-    """Return a step of PyTorch's LSTM or GRU cell; the exporter's own needs the number of gates from the graph."""
+def _step(name: str, x: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """Return the new state of `lstm_cell` or `gru_cell`; the exporter can't split their gates if sizes are unknown."""
     from torch.nn.functional import linear
 
-    h, units = state[0] if name == "lstm_cell" else state, u.shape[1]
-    one, other = linear(x, w, b), linear(h, u, d)
+    h, units = state[0] if name == "lstm_cell" else state, w_hh.shape[1]
+    of_x, of_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
 
     def gates(values: Any) -> list[Any]:
-        return [values[:, n * units : (n + 1) * units] for n in range(len(u) // units)]
+        return [values[:, n * units : (n + 1) * units] for n in range(len(w_hh) // units)]
 
     if name == "lstm_cell":
-        i, f, g, o = gates(one + other)
+        i, f, g, o = gates(of_x + of_h)
         c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
-    (r, z, g), (r2, z2, g2) = gates(one), gates(other)
-    z = (z + z2).sigmoid()
-    g = (g + (r + r2).sigmoid() * g2).tanh()
+    (r, z, g), (r_h, z_h, g_h) = gates(of_x), gates(of_h)
+    z = (z + z_h).sigmoid()
+    g = (g + (r + r_h).sigmoid() * g_h).tanh()
     return (1 - z) * g + z * h
 
 

@@ -43,9 +43,9 @@ ELEMENTWISE = {"Cast", "Clip", "HardSigmoid", "Identity", "LayerNormalization", 
 
 
 class _Known(Lengths):
-    """Lengths that follow from weights, through the operators of a step.
+    """Lengths that follow from the shapes of weights, through the operators of a step.
 
-    The onnx package's own inference isn't used for this: for invalid files, it ends the process.
+    The onnx package's own inference isn't used for this, as it ends the process for invalid files.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -100,6 +100,7 @@ class _Known(Lengths):
         return None
 
     def _squeezed(self, node: Any, x: Shape, attributes: dict[str, Any]) -> list[Shape | None] | None:
+        """Return the shape of a Squeeze or Unsqueeze of a value of shape `x`; None if its axes aren't known."""
         values = [None, *(self.scope.constant(name) for name in node.input[1:])]
         if any(value is not None and not isinstance(value, np.ndarray) for value in values):
             return None
@@ -141,7 +142,7 @@ def _broadcast(shapes: list[Shape]) -> Shape:
 
 
 def _hides(scope: Scope, node: Any) -> bool:
-    """Whether a node may hide the steps of a cell."""
+    """Whether a node is one that `fix_lengths` may replace."""
     if node.domain not in DOMAINS or node.op_type not in ("Add", "Reshape", "Slice", "Split") or not node.input:
         return False
     if node.op_type == "Add":
@@ -151,7 +152,7 @@ def _hides(scope: Scope, node: Any) -> bool:
 
 
 def _reshape(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
-    """Return an Identity for a Reshape whose lengths, but for one, are those of its input's axes."""
+    """Return an Identity for a Reshape that keeps the shape of its input; a length of -1 matches any."""
     wanted, has = (lengths.value(node.input[1]) if len(node.input) > 1 else None), lengths.lengths_of(node.input[0])
     if wanted is None or has is None or len(wanted) != len(has):
         return node
