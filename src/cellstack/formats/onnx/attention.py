@@ -12,7 +12,7 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.graph import Reader, Refused, steps_apart
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Attention, Merge, Reduce, Take
+from cellstack.nodes import Attention, Merge, Reduce, Reshape, Take
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def product(reader: Reader, node: Any, one: Any, other: Any) -> Any:
             return Scores(one, other, (*one.axes[:-1], "S"), heads)
         if not heads and "1" in (rows, columns):  # one of them has a single vector
             both = [replace(one, axes=("B", rows, "F")), replace(other, axes=("B", columns, "F"))]
-            both = grids.over_steps(reader, node, both)
+            both = grids.over_steps(reader, both)
             if len({flow.axes for flow in both}) > 1 or both[0].width != both[1].width:
                 raise _unsupported(one, other)
             products = reader.put(f"{label(node)}.products", Merge("mul"), *both)
@@ -109,12 +109,10 @@ def _summed(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:
 
 def as_steps(reader: Reader, x: Flowing) -> Flowing:
     """Return a value with one number per step, `[B, T]`, as a sequence of one feature; return others unchanged."""
-    from cellstack.nodes import Reshape
-
     return reader.put(f"{x.wire}.steps", Reshape((-1, 1)), x) if "T" in x.axes and len(x.shape) == 1 else x
 
 
-def scaled(reader: Reader, node: Any, values: list[Any]) -> Scores | None:
+def scaled(node: Any, values: list[Any]) -> Scores | None:
     """Return scores multiplied or divided by a number; None if the operator does something else."""
     scores = next((value for value in values if isinstance(value, Scores)), None)
     if scores is None or scores.softmax or node.op_type not in ("Mul", "Div"):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cellstack.nodes.grid import Grid
 
 
-def _channels_first(pieces: Pieces, name: str, node: Grid, x: str, vector: bool) -> str:
+def _channels_first(pieces: Pieces, node: Grid, x: str, vector: bool) -> str:
     """Add operators that turn `x [B, T, W]`, or `[B, W]` if it is a vector, into `[B, C, T, …]`; return the result."""
     if vector:
         x = pieces.of("Unsqueeze", x, pieces.integers(1))
@@ -55,7 +55,7 @@ def grid_conv(pieces: Pieces, name: str, node: GridConv, x: str, vector: bool) -
     if node.bias is not None:
         arrays.append(pieces.tensor(f"{name}.bias", node.bias))
     sizes |= {"dilations": list(node.dilation), "group": node.groups, "kernel_shape": list(kernel.shape[2:])}
-    wide = _channels_first(pieces, name, node, x, vector)
+    wide = _channels_first(pieces, node, x, vector)
     y = pieces.put("ConvTranspose" if spread else "Conv", [wide, *arrays], pieces.fresh(f"{name}.z"), name, **sizes)
     return _steps_first(pieces, name, node, y, vector, pieces.fresh(f"{name}.sum"))
 
@@ -69,7 +69,7 @@ def grid_pool(pieces: Pieces, name: str, node: GridPool, x: str, vector: bool) -
         raise ValueError(f"save: {name}: a mean with dilation isn't supported in ONNX files")
     sizes |= {"dilations": list(node.dilation)} if dilated else {}
     sizes |= {"count_include_pad": int(node.counts)} if node.mode == "mean" else {}
-    wide = _channels_first(pieces, name, node, x, vector)
+    wide = _channels_first(pieces, node, x, vector)
     operator = "MaxPool" if node.mode == "max" else "AveragePool"
     y = pieces.put(operator, [wide], pieces.fresh(f"{name}.pooled"), name, **sizes)
     _steps_first(pieces, name, node, y, vector, name)

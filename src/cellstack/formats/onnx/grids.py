@@ -302,7 +302,7 @@ class Spatial:
             for n, length in enumerate(lengths):
                 if length is None and strides[n] > 1:
                     raise Refused("auto_pad SAME_UPPER with strides above 1 needs a known number of steps")
-                span = ((sizes[n]) - 1) * dilations[n] + 1
+                span = (sizes[n] - 1) * dilations[n] + 1
                 missing = max(0, (-(-(length or 1) // strides[n]) - 1) * strides[n] + span - (length or 1))
                 pairs[n] = (missing // 2, missing - missing // 2)
                 reader_pins = length is not None and n == self.over and strides[n] > 1
@@ -486,7 +486,7 @@ def _widened(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
     return replace(y, parts=wide.parts)
 
 
-def over_steps(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing]:
+def over_steps(reader: Reader, flows: Sequence[Flowing]) -> list[Flowing]:
     """Return values with the same axes: those that lack time become sequences of one step."""
     rank = max(len(flow.axes) for flow in flows)
     flows = [replace(flow, axes=("1",) * (rank - len(flow.axes)) + flow.axes) for flow in flows]

@@ -119,7 +119,7 @@ def decomposed(usual: Handler | None) -> Handler:
     """Return a handler that reads an operator as a step of a layer norm where it is one, else with `usual`."""
 
     def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-        made = attention.scaled(reader, node, values)
+        made = attention.scaled(node, values)
         if made is None:
             made = moment(reader, node, attributes, values)
         if made is None:

@@ -167,7 +167,7 @@ def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
         raise Refused("the operator isn't supported for computed values")
     if any(flow.parts for flow in flows):
         flows = grids.aligned(reader, node, flows)
-    flows = grids.over_steps(reader, node, flows)
+    flows = grids.over_steps(reader, flows)
     if len({flow.axes for flow in flows}) != 1:
         raise Refused(f"expected values with the same axes, found {', '.join(' '.join(f.axes) for f in flows)}")
     widths = {flow.width for flow in flows} - {1}
