@@ -44,10 +44,10 @@ def accelerate(model: Any, *, cells: bool = False, example: Any = None) -> Any:
     integration = _integration("accelerate", model)
     if not cells:
         if example is not None:
-            raise TypeError("accelerate: example is used with cells=True only")
+            raise TypeError("accelerate: example is only used with cells=True")
         return integration.accelerate(model)
     if integration.__name__ != "cellstack.layers.accelerate":
-        raise TypeError("accelerate: cells=True is for PyTorch modules, not for models of Keras")
+        raise TypeError("accelerate: cells=True isn't supported for Keras models, only for PyTorch modules")
     return import_module("cellstack.recognition").accelerate(model, example)
 
 

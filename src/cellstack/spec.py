@@ -234,8 +234,8 @@ class CellSpec:
             raise ShapeError(f"CellSpec: expected input_size >= 2 with attention, got {self.input_size}")
         if self.joint and not self.of_kind.joins:
             raise ValueError(
-                f"CellSpec: expected layer_norm True or False of a {self.of_kind.title}, got 'joint': its gates aren't "
-                "activations of the sum of a product with x and a product with h"
+                f"CellSpec: layer_norm='joint' isn't supported for a {self.of_kind.title}: its gates aren't functions "
+                "of one sum over x and h"
             )
         if self.layer_norm and not self.reset_after:
             raise ValueError(
@@ -285,12 +285,12 @@ class CellSpec:
 
     @property
     def features(self) -> int:
-        """The number of columns of x that the kernel multiplies: all but an attention."""
+        """The number of columns of x that are multiplied by the kernel: all except the attention."""
         return self.input_size - self.attention
 
     @property
     def joint(self) -> bool:
-        """Whether layer normalisation is that of the sum of the products with x and h."""
+        """Whether layer normalisation applies to the sum of the products with x and h."""
         return self.layer_norm == "joint"
 
     @property

@@ -74,7 +74,7 @@ def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_fi
         "exported to ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 "
         f"is not supported (test_compiled.py:{Sine.forward.__code__.co_firstlineno + 1}); "
         "read directly: from_torch: the module (Sine): a custom class without to_nodes(); "
-        "a part of it can be compiled: module.lstm, [B, T, 4] -> [B, T, 6]; its input is the module's"
+        "parts that can be compiled: module.lstm, [B, T, 4] -> [B, T, 6], applied to the module's input"
     )
 
 
@@ -172,7 +172,7 @@ def test_invalid_nested_and_additional_inputs_are_refused_with_a_remedy():
 
 def test_time_before_batch_is_reported():
     module, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
-    with pytest.warns(UserWarning, match=r"has other axes than the network: input x \[T, B, 3\] is \[B, T, 3\] in"):
+    with pytest.warns(UserWarning, match=r"has other axes than the network: input 'x' \[T, B, 3\] is \[B, T, 3\] in"):
         net = cs.compile(module, x)
     np.testing.assert_allclose(net(x.transpose(0, 1).numpy()), module(x)[0].detach().transpose(0, 1).numpy(), atol=1e-6)
 

@@ -90,7 +90,7 @@ def test_layouts(name):
     assert line in str(net.plan())
     if takes != "T6":  # only its batch is missing
         (text,) = said
-        assert f"has other axes than the network: input {net.inputs[0]} {shown(takes)} is [B, T" in text
+        assert f"has other axes than the network: input '{net.inputs[0]}' {shown(takes)} is [B, T" in text
     with torch.no_grad():
         y = module(example)
     y = (y[0] if isinstance(y, tuple) else y).numpy()

@@ -49,7 +49,7 @@ def test_tensors_of_a_graph_and_locks_are_copied():
 def test_a_part_that_cannot_be_copied_is_named():
     module = Net()
     module.lstm.steps = (n for n in range(3))
-    with pytest.raises(cs.FormatError, match=r"Net can't be copied: its attribute lstm\.steps can't be copied, so set"):
+    with pytest.raises(cs.FormatError, match=r"Net can't be copied: set its attribute lstm\.steps to None"):
         cs.compile(module, X)
 
 
@@ -207,8 +207,8 @@ def test_the_parts_that_can_be_compiled_are_named_with_their_connections():
     with pytest.raises(cs.FormatError) as raised:
         cs.compile(Whole(), X)
     assert str(raised.value).endswith(
-        "; a part of it can be compiled: module.encoder, [B, T, 3] -> [B, T, 2]; its input is the output of "
-        "module.first; module.decoder, [B, T, 2] -> [B, T, 4]; its input is computed in forward"
+        "; parts that can be compiled: module.encoder, [B, T, 3] -> [B, T, 2], applied to the output of module.first; "
+        "module.decoder, [B, T, 2] -> [B, T, 4], applied to a tensor computed in forward"
     )
 
 

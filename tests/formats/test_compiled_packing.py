@@ -69,9 +69,7 @@ def test_a_module_that_packs_becomes_a_network_that_takes_lengths(case, capfd):
     how, given, options = CASES[case]
     module, x = Packs(how, **options).eval(), torch.randn(3, 5, 3)
     masked = "mask" in case
-    with pytest.warns(
-        UserWarning, match=f"packs sequences: input 1 is the network's argument {'mask' if masked else 'len'}"
-    ):
+    with pytest.warns(UserWarning, match=f"packs sequences: pass input 1 as {'mask' if masked else 'lengths'}: net"):
         net = cs.compile(module, (x, given))
     assert net.inputs == ("input",)
     lengths = np.array([7, 3, 1])  # other lengths and rows
@@ -89,7 +87,7 @@ def test_a_module_that_packs_becomes_a_network_that_takes_lengths(case, capfd):
 
 def test_lengths_that_follow_from_the_input_are_passed_to_the_network():
     module, x = Packs(lambda x: (x, (x != 0).any(-1).sum(1), None)).eval(), torch.randn(3, 5, 3) * MASK[..., None]
-    with pytest.warns(UserWarning, match=r"its lengths follow from its input; pass them .* net\(x, lengths=\.\.\.\)"):
+    with pytest.warns(UserWarning, match=r"pass the lengths, which it computes, .* net\(x, lengths=\.\.\.\)"):
         net = cs.compile(module, x)
     np.testing.assert_allclose(net(x.numpy(), lengths=LENGTHS.numpy()), module(x).detach().numpy(), atol=1e-5)
 
@@ -105,9 +103,7 @@ def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
             return self.rest(self.conv(x.transpose(1, 2)).transpose(1, 2), lengths)
 
     module, x = Front().eval(), torch.randn(3, 5, 3)
-    with pytest.warns(
-        UserWarning, match=r"input 1, as flags \[B, T\], is the network's input mask: net\(\(x, mask\)\)"
-    ):
+    with pytest.warns(UserWarning, match=r"pass input 1 as flags \[B, T\] in a second input, .*: net\(\(x, mask\)\)"):
         net = cs.compile(module, (x, LENGTHS))
     assert net.inputs == ("input", "mask")
     np.testing.assert_allclose(net((x.numpy(), MASK.numpy())), module(x, LENGTHS).detach().numpy(), atol=1e-5)
@@ -117,12 +113,12 @@ def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
     ("ends", "why"),
     [
         (lambda m, y, lengths, h: y.mean(1), "with rows of different lengths output 0 differs"),
-        (lambda m, y, lengths, h: y.sum(1) / lengths[:, None], "can't do the rest: .* Div '/Div': .*py:"),
+        (lambda m, y, lengths, h: y.sum(1) / lengths[:, None], "the rest can't be converted: .* Div '/Div': .*py:"),
     ],
 )
 def test_what_depends_on_padding_or_lengths_otherwise_is_refused(ends, why):
     module = Packs(lambda x, lengths: (x, lengths, None), ends)
-    with pytest.raises(cs.FormatError, match=f"it packs sequences, which a Network does by a mask, but {why}"):
+    with pytest.raises(cs.FormatError, match=f"it packs sequences, for which a Network uses a mask, but {why}"):
         cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
 
 
@@ -136,7 +132,7 @@ def test_two_inputs_with_lengths_of_their_own_are_refused():
             return self.one(x, lengths) + self.one(y, others)
 
     x = torch.randn(3, 5, 3)
-    with pytest.raises(cs.FormatError, match="it packs sequences of several lengths"):
+    with pytest.raises(cs.FormatError, match="it packs the same rows by several lengths"):
         cs.compile(Pair(), (x, LENGTHS, x, torch.tensor([5, 1, 1])))
 
 
@@ -165,7 +161,7 @@ def indexed(y, lengths):
 @pytest.mark.parametrize("how", [gathered, indexed])
 def test_a_module_that_selects_the_last_step_by_lengths_becomes_a_network_that_takes_lengths(how):
     module = LastStep(how).eval()
-    with pytest.warns(UserWarning, match="takes lengths: input 1 is the network's argument lengths"):
+    with pytest.warns(UserWarning, match="takes lengths: pass input 1 as lengths: net"):
         net = cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
     x, lengths = torch.randn(4, 8, 3), torch.tensor([3, 8, 1, 5])
     np.testing.assert_allclose(net(x.numpy(), lengths=lengths.numpy()), module(x, lengths).detach().numpy(), atol=1e-5)
@@ -198,7 +194,7 @@ def test_packed_sequences_count_as_padded_ones_with_their_lengths():
 
 def test_a_part_that_takes_packed_sequences_is_named():
     module = Packs(lambda x, lengths: (x, lengths, None), lambda m, y, lengths, h: y.argmax(-1))
-    with pytest.raises(cs.FormatError, match=r"a part of it can be compiled: module\.rnn, \[B, T, 3\]"):
+    with pytest.raises(cs.FormatError, match=r"parts that can be compiled: module\.rnn, \[B, T, 3\]"):
         cs.compile(module, (torch.randn(3, 5, 3), LENGTHS))
 
 

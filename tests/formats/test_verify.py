@@ -452,7 +452,7 @@ def test_other_axes_are_reported_when_a_file_is_loaded_printed_and_verified(tmp_
             warnings.simplefilter("error")
             net = load(path)
     else:
-        says = re.escape(f"load: {path} has other axes than the network: input X {shown} is [B, T, 3] in the network")
+        says = re.escape(f"load: {path} has other axes than the network: input 'X' {shown} is [B, T, 3] in the network")
         with pytest.warns(UserWarning, match=f"^{says}") as record:
             net = load(path)
         assert record[0].filename == __file__

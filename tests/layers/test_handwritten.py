@@ -386,10 +386,10 @@ def test_a_difference_is_reported_with_its_size(monkeypatch):
     theirs = comparison.result_of
     monkeypatch.setattr(comparison, "result_of", lambda *args: theirs(*args) + 0.25)
     model = nn.ModuleDict({"loop": GRULoop(), "lstm": nn.LSTM(2, 3)})
-    with pytest.warns(UserWarning, match=r"not replaced: loop: its outputs differ .* by 2\.5e-01"):
+    with pytest.warns(UserWarning, match=r"not replaced: loop: it looks like GRU .*, but its outputs differ by 2\.5e"):
         cs.accelerate(model, cells=True)
     assert type(model["loop"]) is GRULoop
-    assert "loop: GRULoop: PyTorch: its outputs differ" in str(cs.plan(model))
+    assert "loop: GRULoop: PyTorch: it looks like GRU" in str(cs.plan(model))
 
 
 @pytest.mark.parametrize("call", [lambda m: cs.accelerate(m, example=1), lambda m: cs.accelerate(m, cells=True)])
@@ -521,6 +521,6 @@ def test_an_adapter_whose_numbers_differ_is_refused(monkeypatch):
 
     monkeypatch.setitem(ADAPTERS, f"{Other.__module__}.{Other.__qualname__}", ADAPTERS[KNOWN["light"][1]])
     model = nn.ModuleList([Other(), nn.LSTM(2, 3)])
-    with pytest.warns(UserWarning, match="its outputs differ from those of the LiGRU 3 -> 4"):
+    with pytest.warns(UserWarning, match="it looks like LiGRU 3 -> 4, but its outputs differ by"):
         cs.accelerate(model, cells=True)
     assert type(model[0]) is Other

@@ -51,7 +51,7 @@ def onmt_encoder():
     "OpenNMT: NMTModel, attention after the LSTM",
     *NEEDS["OpenNMT"],
     served=2,
-    refused="values can be joined along features or time only",
+    refused="values can only be concatenated along features or time",
 )
 def onmt_standard():
     from onmt.decoders.decoder import StdRNNDecoder

@@ -207,7 +207,7 @@ WHY = {
     "flatten": ([Flatten()], "n0 can't run step by step: it changes the shape of the whole sequence"),
     "reshape": ([Reshape((-1, 3))], "n0 can't run step by step: it changes the shape of the whole sequence"),
     "permute": ([Permute((2, 1))], "n0 can't run step by step: it changes the shape of the whole sequence"),
-    "repeat": ([GlobalPool("last"), Repeat(3)], "n1 can't run step by step: it makes 3 steps out of every step"),
+    "repeat": ([GlobalPool("last"), Repeat(3)], "n1 can't run step by step: it returns 3 steps for every step"),
     "select": ([Select(-1, None)], "n0 can't run step by step: it selects steps of the whole sequence"),
     "ids": (
         [Select(-1, None), Embedding(floats(9, 3))],

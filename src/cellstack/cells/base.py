@@ -123,7 +123,7 @@ def usual_shapes(spec: CellSpec) -> Shapes:
 
 
 def product(ops: Ops[V], spec: CellSpec, v: V, name: str) -> V:
-    """Return `v` times `kernel` or `recurrent_kernel`, normalised where layer normalisation is that of each product."""
+    """Return `v` times `kernel` or `recurrent_kernel`, normalised if layer normalisation applies to each product."""
     out = ops.product(v, name)
     if not spec.layer_norm or spec.joint:
         return out
@@ -137,13 +137,13 @@ def biased(ops: Ops[V], spec: CellSpec, v: V, row: int | None = None) -> V:
 
 
 def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
-    """Return `x·kernel + bias`, for kinds that have one bias; without it where it follows a joint normalisation."""
+    """Return `x·kernel + bias`, for kinds with one bias; without the bias if joint normalisation comes before it."""
     out = product(ops, spec, x, "kernel")
     return out if spec.joint else biased(ops, spec, out)
 
 
 def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
-    """Return the pre-activations from the result of `inputs`, and h: for kinds that add the two products."""
+    """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`."""
     z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
     if not spec.joint:
         return z

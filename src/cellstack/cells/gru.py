@@ -74,8 +74,8 @@ GRU = Kind(
             "attention",
             "bool",
             False,
-            "the last column of x is an attention u for each row and step, which the kernel doesn't multiply. It "
-            "scales what a step writes, `h = (1 - u·(1 - z))·h_prev + u·(1 - z)·g`, as in DIEN's AUGRU.",
+            "the last column of x is an attention weight u for each row and step. It isn't multiplied by the kernel, "
+            "but scales the update: `h = (1 - u·(1 - z))·h_prev + u·(1 - z)·g`, as in DIEN's AUGRU.",
         ),
         *COMPATIBLE,
     ),

@@ -20,7 +20,7 @@ class LiGRUTrace(NamedTuple):
 
 
 def step(ops: Ops[V], spec: CellSpec, a: V, h: V) -> tuple[Sequence[V], Sequence[V]]:
-    """Return z g, and h; see `cellstack.reference` for the equations."""
+    """Return the gates z and g, and the new h; see `cellstack.reference` for the equations."""
     z, g = ops.split(sums(ops, spec, a, h), 2)
     z, g = ops.gate("z", z), ops.gate("g", g)
     return (z, g), (ops.add(ops.mul(z, h), ops.mul(ops.one_minus(z), ops.dropped(g))),)

@@ -35,7 +35,7 @@ class GRUCell(Cell):
         z, r = σ(a_z + q_z, a_r + q_r)        g = φ(a_g + r·q_g)        h = z·h_prev + (1 - z)·g
 
     With `reset_after=False` there is one bias `[3H]`, and `g = φ(a_g + (r·h_prev)·recurrent_kernel_g)`. With
-    `attention` the last column of x scales what a step writes.
+    `attention` the last column of x scales the update of h.
 
     >>> import torch
     >>> cell = GRUCell(4)

@@ -101,7 +101,7 @@ def _passes_own_type(code: CodeType) -> bool:
 
 @lru_cache(maxsize=256)
 def _obstacle_in_class(kind: type) -> str | None:
-    """Return what in a class keeps its modules in PyTorch; None if nothing does."""
+    """Return why modules of a class stay with PyTorch; None if the kernel can run them."""
     base = base_of(kind)
     method = next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
     if method is not None:
@@ -111,7 +111,7 @@ def _obstacle_in_class(kind: type) -> str | None:
         named = next((name for name, code in codes if name != "__init__" and _passes_own_type(code)), None)
         if named is not None:
             return f"{owner.__name__}.{named} calls super(type(self), self), which fails in every subclass"
-        # From code alone, as its text may be missing. A false alarm would cost nothing but a wrong line in the plan.
+        # Judged by the bytecode, as the source may be missing. A mistake here only makes a line of the plan wrong.
         if "forward" in vars(owner) and not any({"super", "forward"} <= set(code.co_names) for _, code in codes):
             return f"{owner.__name__}.forward doesn't call super().forward"
     return None

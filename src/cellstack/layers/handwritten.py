@@ -1,7 +1,7 @@
 """Runs hand-written recurrent modules on the kernel: what one computes, as data, and the subclass that runs it.
 
-`cellstack.recognition` finds out what a module computes. Its parameters stay where they are: a `Weight` says which
-parts of which parameters an array consists of, and is put together at every call, by differentiable operations.
+`cellstack.recognition` finds out what a module computes. The module keeps its parameters: a `Weight` describes an array
+of a cell as parts of them. The array is assembled in every call, by differentiable operations.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cellstack.layers.forward import CellRun
 
 
 class Part(NamedTuple):
-    """Rows of a parameter: those of some units, by the inputs' columns.
+    """A block `[units, inputs]` of a matrix, a range `[units]` of a vector, or a constant vector.
 
     Args:
         name: the parameter's name in the module; "" for a constant.
-        rows: the first row, and the one after the last. Of a constant, the second is the number of rows.
-        columns: the same of the columns; None for a vector.
-        transposed: whether the parameter has the inputs as rows.
+        rows: start and stop of the units; for a constant, 0 and their number.
+        columns: start and stop of the inputs; None for a vector.
+        transposed: whether the parameter is `[inputs, units]`.
         value: the constant.
     """
 
@@ -55,7 +55,7 @@ class Part(NamedTuple):
         return found.t() if self.transposed else found
 
     def joined(self, other: Part) -> Part | None:
-        """Return this part with another one below it as one part; None where they aren't adjacent."""
+        """Return this part followed by the rows of another one as one part; None if they aren't adjacent."""
         if not self.name and not other.name and self.value == other.value:
             return self._replace(rows=(0, self.rows[1] + other.rows[1]))
         if self.name and self._replace(rows=other.rows) == other and self.rows[1] == other.rows[0]:
@@ -75,11 +75,11 @@ def parameter(module: nn.Module, name: str) -> Any:
 
 
 class Weight(NamedTuple):
-    """An array of a cell: a sum of vectors or matrices, each of parts below one another.
+    """An array of a cell: a sum of vectors or matrices, each a concatenation of parts along the units.
 
     Args:
-        terms: the parts of each term.
-        shape: the shape in which the op takes it; a matrix of `[units, inputs]` is transposed where it has another.
+        terms: the parts of each summand.
+        shape: the shape that the op takes; a matrix `[units, inputs]` is transposed if this is `[inputs, units]`.
     """
 
     terms: tuple[tuple[Part, ...], ...]
@@ -102,7 +102,7 @@ class Weight(NamedTuple):
 
 
 def weight(terms: Sequence[Sequence[Part]], shape: tuple[int, ...]) -> Weight:
-    """Return a weight, its adjacent parts joined."""
+    """Return a weight of this shape; adjacent parts are joined."""
     made = []
     for parts in terms:
         joined: list[Part] = []
@@ -157,9 +157,9 @@ _CHANGING = {"training", "_is_full_backward_hook", "_compiled_call_impl", *CONTE
 
 
 def form_of(value: Any, tensors: list[Tensor]) -> Any:
-    """Return the form of an argument, which can be compared, and add its tensors to a list; NotImplemented for others.
+    """Return the form of an argument, and append its tensors to a list; NotImplemented for unsupported types.
 
-    Forms are equal if the tensors have the same ranks, and everything else is equal.
+    Two forms are equal if the tensors have the same ranks and everything else is equal.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -170,7 +170,7 @@ def form_of(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def filled(template: Any, value: Callable[[Place], Any]) -> Any:
-    """Return a result in the form of a template."""
+    """Return a result: a template with `value(place)` instead of each `Place`."""
     if isinstance(template, Place):
         return value(template)
     if type(template) in (tuple, list):
@@ -184,10 +184,10 @@ class Known:
 
     Args:
         layers: its cells, bottom first.
-        protocols: by the form of the arguments.
+        protocols: the supported forms of a call, by the form of the arguments, see `form_of`.
         names: the names of its forward's arguments, and their defaults.
-        training: whether it computes the same in training.
-        settings: what else it depends on; a module with other settings computes something else.
+        training: whether it computes the same in training as in evaluation.
+        settings: the settings with which it computes this.
     """
 
     layers: tuple[Layer, ...]
@@ -221,12 +221,12 @@ class Known:
 
 
 class Settings(NamedTuple):
-    """What else than its parameters decides what a module computes.
+    """What a module's computation depends on in addition to its parameters.
 
     Args:
         kind: its class, before `accelerate`.
         values: its attributes, such as `batch_first` or `activation`.
-        methods: the names of its methods. An attribute with such a name replaces the method.
+        methods: the names of its methods; an attribute of the module with such a name would replace the method.
         absent: the parameters that are None.
         inner: the settings of the modules in it, by name.
     """
@@ -238,7 +238,7 @@ class Settings(NamedTuple):
     inner: dict[str, Settings]
 
     def hold(self, module: nn.Module) -> bool:
-        """Whether a module, whose class is known, has these settings."""
+        """Whether a module has these settings; its own class isn't compared."""
         own, inner = module.__dict__, module._modules
         return (
             own.items() >= self.values.items()
@@ -342,10 +342,10 @@ def result_of(protocol: Protocol, y: Tensor, states: Sequence[Sequence[Tensor]],
 # ── the module ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-"""Why modules that may be hand-written cells weren't replaced."""
+"""The reasons for which modules that may be hand-written cells weren't replaced, for `cellstack.plan`."""
 
 
-LEAST = 4  # steps; packing the weights takes as long as a few steps
+LEAST = 4  # steps; below, packing the weights takes longer than the kernel saves
 
 
 class HandWritten(Accelerated):
@@ -362,7 +362,13 @@ class HandWritten(Accelerated):
         return ""
 
     def runs(self, tensors: Sequence[Any], width: int, weights: Sequence[Any]) -> bool:
-        """Whether the kernel may run a call on x, of this width, and states, in the module's current state."""
+        """Whether the kernel supports a call.
+
+        Args:
+            tensors: x and the states.
+            width: the width that x must have.
+            weights: the arrays of the cells.
+        """
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
         x, *states = tensors
@@ -389,7 +395,7 @@ class Recognised(HandWritten):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run like the module's own forward, which runs the calls that the kernel doesn't support."""
         known = self.known
-        if known.steps and (self._packed is None or torch.is_grad_enabled()):  # no faster than the module itself
+        if known.steps and (self._packed is None or torch.is_grad_enabled()):  # the kernel would be no faster
             return super().forward(*args, **kwargs)
         form, tensors = known.form(args, kwargs)
         protocol = known.protocols.get(form)

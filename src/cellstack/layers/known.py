@@ -1,7 +1,7 @@
-"""Classes of other libraries whose loops can't be recognised from a trace: what the kernel runs in each of them.
+"""Classes of other libraries whose loops can't be recognised from a trace, each with a subclass for the kernel.
 
-These loops write into tensors, take packed sequences, or draw random masks. Each class here replaces the method with
-the loop. Its result is compared with that of the library's own class before a module is replaced.
+These loops write to tensors, take packed sequences, or draw random masks. A subclass here overrides the method with the
+loop. Its results are compared with those of the library's class before a module is replaced.
 
 Ref: SpeechBrain, speechbrain/nnet/RNN.py; DeepCTR-Torch, deepctr_torch/layers/sequence.py.
 """
@@ -27,7 +27,7 @@ class Adapter(NamedTuple):
     """How a class of another library runs on the kernel.
 
     Args:
-        base: the class that replaces the method with the loop.
+        base: the class that overrides the method with the loop.
         describe: returns a module's cells in words; `ValueError` if the kernel doesn't support it as it is configured.
         examples: returns the arguments of some calls, with random values.
     """
@@ -43,10 +43,10 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu(0.01
 
 
 def _light_spec(module: Any) -> CellSpec:
-    """Return the cell of a `LiGRU_Layer` after its product with x, which the module normalises over the batch."""
+    """Return the cell of a `LiGRU_Layer`, whose input is the module's batch-normalised product with x `[B, T, 2H]`."""
     text = _ACTIVATIONS.get(type(module.act))
     if text is None or getattr(module.act, "negative_slope", 0.01) != 0.01:
-        raise ValueError(f"its activation {getattr(module.act, '__name__', module.act)} isn't one of a cell's")
+        raise ValueError(f"its activation {getattr(module.act, '__name__', module.act)} isn't supported")
     units = module.hidden_size
     return CellSpec(2 * units, units, text, kind="ligru", use_bias=False)
 
@@ -57,7 +57,7 @@ class LightGRU(HandWritten):
     def _ligru_cell(self, w: Any, ht: Any) -> Any:
         module: Any = self
         spec, units = _light_spec(module), module.hidden_size
-        # The rows of the module's arrays are those of the candidate, then those of the gate; ours are the gate's first.
+        # The module's arrays begin with the rows of the candidate, ours with those of the gate.
         order = torch.arange(2 * units).roll(units)
         arrays = [torch.eye(2 * units, dtype=w.dtype)[:, order], module.u.weight[order].t()]
         start = ht if ht.shape[0] == w.shape[0] else ht.expand(w.shape[0], units)
@@ -83,7 +83,7 @@ def _light_examples(module: Any) -> list[tuple[Any, ...]]:
 
 # ── DeepCTR's GRUs with attention ─────────────────────────────────────────────────────────────────────────────────────
 
-_CLOSED = -200.0  # the bias of a gate that is 0
+_CLOSED = -200.0  # a bias with which a gate is 0
 
 
 class AttentionGRU(HandWritten):
@@ -114,7 +114,7 @@ def _attention_spec(cell: Any) -> CellSpec:
 
 
 def _attention_arrays(cell: Any) -> list[Tensor]:
-    """Return our arrays: the module's gate z is what a step writes, so ours, what it keeps, is that of -z."""
+    """Return our arrays. The module's gate z weighs the candidate, ours h_prev, so the signs of its weights differ."""
     kernel, recurrent = (_gates(cell, weight) for weight in (cell.weight_ih, cell.weight_hh))
     if not cell.bias:
         return [kernel.t(), recurrent.t()]
@@ -133,9 +133,9 @@ def _gates(cell: Any, weight: Tensor) -> Tensor:
 def _attention_text(module: Any) -> str:
     kind = type(module.rnn).__name__.removesuffix("Cell")
     if kind not in ("AGRU", "AUGRU"):
-        raise ValueError(f"its cell {type(module.rnn).__name__} isn't known")
+        raise ValueError(f"its cell {type(module.rnn).__name__} isn't supported")
     if kind == "AGRU" and not module.rnn.bias:
-        raise ValueError("its cell has no bias")
+        raise ValueError("an AGRU without biases isn't supported")
     return f"{kind} {module.input_size} -> {module.hidden_size}"
 
 
@@ -156,4 +156,4 @@ ADAPTERS = {
     ),
     "deepctr_torch.layers.sequence.DynamicGRU": Adapter(AttentionGRU, _attention_text, _attention_examples),
 }
-"""By the full name of the class."""
+"""The adapters, by the full names of the classes."""

@@ -1,7 +1,7 @@
 """The axes of a network's inputs and outputs in the file or module that it was read from.
 
-A Network takes and returns `[B, T, features]` or `[B, features]`. A file or module may have its axes in another order,
-further axes of length 1, or features in several axes. The metadata record such layouts, which formats keep with them:
+A Network takes and returns `[B, T, features]` or `[B, features]`. A file or module may have another order of axes,
+additional axes of length 1, or several axes of features. The metadata record these layouts:
 
     {"layout": {"of": "file", "inputs": {"x": "[T, B, F=40]"}, "outputs": {"dense": "[B, C=2, F=6, T]"}}}
 
@@ -27,7 +27,7 @@ PART = r"[BTFCD1N](?:=[1-9]\d{0,9})?"
 
 
 class Layout(NamedTuple):
-    """The axes of a value outside of the network.
+    """The axes of an input or output in the file or module.
 
     Args:
         axes: a letter for each axis, see above.
@@ -65,21 +65,21 @@ class Layout(NamedTuple):
 
     @property
     def usual(self) -> bool:
-        """Whether the network has the same axes."""
+        """Whether these are the network's axes, apart from one of length 1 or a missing axis of features."""
         return self.axes in ("BTF", "BF", "BT", "B1F", "BF1")
 
     @property
     def moved(self) -> bool:
-        """Whether a caller who passes or expects these axes would have to rearrange them."""
+        """Whether callers who have arrays with these axes must rearrange them for the network."""
         ordered = [axis for axis in self.axes if axis in "BTF"]
         steps = "T" in self.axes and not {"1", "C"}.isdisjoint(self.axes)
         return steps or ordered != sorted(ordered, key="BTF".index)
 
     def to_network(self, array: Array, batch: int | None = None) -> Array:
-        """Return a value in the network's layout: rows, steps, then features, D and C before F.
+        """Return an array in the network's layout: rows, steps, then features, with D and C as their outer axes.
 
         Args:
-            array: the value; one with other axes than the layout is returned unchanged.
+            array: an array in this layout; one with another number of axes is returned unchanged.
             batch: the number of rows, where the layout merges rows and steps.
         """
         axes = self.axes
@@ -101,7 +101,7 @@ class Layout(NamedTuple):
         return array if "B" in axes else array[None]
 
     def from_network(self, array: Array) -> Array:
-        """Return an input of the network in this layout; without a batch axis, only the first row.
+        """Return an input of the network in this layout; only its first row if the layout has no batch axis.
 
         Args:
             array: `[B, T, features]`, `[B, features]` or ids `[B, T]`.
@@ -118,11 +118,11 @@ class Layout(NamedTuple):
 
 
 def noted(of: str, inputs: Mapping[str, Layout], outputs: Mapping[str, Layout]) -> dict[str, Any]:
-    """Return the metadata entry for layouts by the network's names; {} where none differs from the network's.
+    """Return the metadata entry for layouts that differ from the network's; {} if none does.
 
     Args:
         of: `"file"` or `"module"`.
-        inputs, outputs: the layouts.
+        inputs, outputs: the layouts by the network's names of inputs and outputs.
     """
     parts = {"inputs": inputs, "outputs": outputs}
     texts = {
@@ -142,7 +142,7 @@ def time_first(network: Network) -> dict[str, Any]:
 
 
 def layout_of(network: Network, what: str, name: str) -> Layout | None:
-    """Return the layout of an input or output outside of the network; None where it is the network's.
+    """Return the layout of an input or output in the file or module; None if it is the network's.
 
     Args:
         network: the network.
@@ -161,7 +161,7 @@ def one_row(network: Network) -> bool:
 
 
 def origin_of(network: Network) -> str:
-    """Return whether a network's layouts are those of a file or a module, as a word for messages."""
+    """Return what a network was read from, "file" or "module", for messages."""
     entry = network.metadata.get(KEY)
     return "module" if isinstance(entry, dict) and entry.get("of") == "module" else "file"
 
@@ -177,28 +177,28 @@ def as_line(network: Network) -> str:
         ]
         named = len(names) > 1
         ends.append((", ".join(f"{n} {s}" if named else s for n, s in zip(names, shapes, strict=True)), any(found)))
-    (comes, one), (goes, other) = ends
-    return f"axes in the {origin_of(network)}: {comes} -> {goes}" if one or other else ""
+    (taken, one), (returned, other) = ends
+    return f"axes in the {origin_of(network)}: {taken} -> {returned}" if one or other else ""
 
 
 def warning(network: Network) -> str:
-    """Return what a caller has to know who passes inputs with the axes of the file or module; "" if nothing."""
+    """Return the text of a warning if callers must rearrange the axes of the file or module; otherwise ""."""
     said = []
     for what, names in (("input", network.inputs), ("output", network.outputs)):
         for name in names:
             layout = layout_of(network, f"{what}s", name)
             if layout is not None and layout.moved:
-                said.append(f"{what} {name} {layout.shown} is {network.graph.shown(name)} in the network")
+                said.append(f"{what} '{name}' {layout.shown} is {network.graph.shown(name)} in the network")
     return f"has other axes than the network: {', '.join(said)}" if said else ""
 
 
 def rearranged(network: Network) -> str:
-    """Return what `verify` says of a comparison with a file or module that has other axes; "" if it has the same."""
+    """Return the note of `verify` that the file or module has other axes; "" if it has the network's."""
     line = as_line(network)
     return f"{line}, and arrays were rearranged accordingly" if line else ""
 
 
 def hint(network: Network, name: str) -> str:
-    """Return the end of a message on the shape of an input, with its axes in the file or module; "" if they agree."""
+    """Return the end of an error message on an input's shape: its axes in the file or module; "" if they are equal."""
     layout = layout_of(network, "inputs", name)
     return "" if layout is None else f"; in the {origin_of(network)} its axes are {layout.shown}"

@@ -34,7 +34,7 @@ Steps = NDArray[np.bool_] | None
 
 
 def masked_softmax(z: Array, used: Steps, axis: int) -> Array:
-    """Return the softmax of `z` along an axis over the used entries; unused ones give 0, also where none is used."""
+    """Return the softmax of `z` along an axis over the used entries, with 0 for unused ones, even if none is used."""
     if not z.shape[axis]:
         return z
     z = z if used is None else np.where(used, z, -np.inf)
@@ -129,7 +129,7 @@ class Attention(Node):
         if None not in (steps, count) and steps != count:
             raise ShapeError(f"{owner}: Attention expected keys and values with the same number of steps, got {text}")
         if any(size is not None and size % self.heads for size in (wide, width, values)):
-            raise ShapeError(f"{owner}: Attention expected features that {self.heads} heads divide, got {text}")
+            raise ShapeError(f"{owner}: Attention expected widths divisible by heads={self.heads}, got {text}")
         return (shapes[0][0], values)
 
     def _split(self, x: Array) -> Array:
@@ -249,7 +249,7 @@ class GroupNorm(Node):
         return shape
 
     def _parts(self, x: Array, mask: Steps) -> tuple[Array, Array, Array, Array]:
-        """Return x by groups `[B, T, G, W/G]`, which entries count, how many, and the normalised values."""
+        """Return which entries of `[B, T, G, W/G]` count, their number, the deviation, and the normalised values."""
         over = (1, 3) if self.over_time else (3,)
         z = np.ascontiguousarray(x).reshape(len(x), -1, self.groups, x.shape[-1] // self.groups)
         used = np.ones((len(x), z.shape[1], 1, 1), bool) if mask is None else mask[:, :, None, None]
@@ -280,7 +280,7 @@ class GroupNorm(Node):
         there, count, deviation, unit = self._parts(flow.x, flow.mask)
         over = (1, 3) if self.over_time else (3,)
         du = (dy if self.gain is None else dy * self.gain).reshape(unit.shape)
-        # Steps that don't count still depend on the mean and the variance.
+        # Masked steps are normalised too, but the mean and the variance don't depend on them.
         mean = du.sum(axis=over, keepdims=True) / count
         slope = (du * unit).sum(axis=over, keepdims=True) / count
         return [((du - np.where(there, mean + unit * slope, 0.0)) / deviation).reshape(flow.x.shape)]

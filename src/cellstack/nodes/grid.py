@@ -1,7 +1,7 @@
-"""Nodes over windows of time and of a grid: the features of a step are a grid, such as frequencies by channels.
+"""Convolution and pooling over time and a grid of features, such as frequencies or the rows and columns of a picture.
 
-A step's features `[G1·…·Gn·C]` are the grid `[G1, …, Gn, C]` in C order, with the channels last. A picture per step has
-a grid of two axes, a spectrum one.
+The features of a step, `[G1·…·Gn·C]`, are a grid `[G1, …, Gn, C]` in C order, with the channels C last. The grid of a
+spectrum has one axis, that of a picture two.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BLOCK = 1 << 22  # numbers in the windows that are computed together
 
 
 def lengths_of(owner: str, name: str, value: Any, count: int, usual: int = 1, least: int = 1) -> Lengths:
-    """Return one integer per axis; None: `usual` for each. `ValueError` if they aren't `count` integers."""
+    """Return `count` integers, one per axis; `usual` for each if `value` is None. `ValueError` for other values."""
     if value is None:
         return (usual,) * count
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
@@ -52,12 +52,12 @@ def lengths_of(owner: str, name: str, value: Any, count: int, usual: int = 1, le
 
 
 def pads_of(owner: str, value: Any, count: int) -> Pads:
-    """Return the padding before and after, by axis; None: no padding."""
+    """Return the padding before and after each axis; zeros if `value` is None. `ValueError` for other values."""
     if value is None:
         return ((0, 0),) * count
     pairs = isinstance(value, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in value)
     if not pairs or isinstance(value, str) or len(value) != count:
-        raise ValueError(f"{owner}: expected padding to be {count} pairs, time first, got {value!r:.80}")
+        raise ValueError(f"{owner}: expected padding to be {count} pairs of integers, time first, got {value!r:.80}")
     return tuple((check_integer(owner, "padding", a, 0), check_integer(owner, "padding", b, 0)) for a, b in value)
 
 
@@ -69,10 +69,10 @@ class Grid(Node):
         channels: the number of channels of the input.
         filters: the number of channels of the output.
         spans: the lengths of a window, with dilation.
-        strides: from window to window.
-        padding: entries before and after each axis.
-        dilation: from entry to entry of a window.
-        spread: from entry to entry of the input, with zeros between them.
+        strides: the distance between windows.
+        padding: the number of entries before and after each axis.
+        dilation: the distance between the entries of a window.
+        spread: the distance between the entries of the input, after zeros are inserted between them.
     """
 
     grid: Lengths
@@ -85,7 +85,7 @@ class Grid(Node):
     spans: Lengths
 
     def _prepare(self, owner: str) -> None:
-        """Set what follows from the checked settings."""
+        """Set the attributes that follow from the settings, after these are checked."""
         if any(length < 1 for length in self.grid_out):
             raise ShapeError(f"{owner}: a window of {self.spans[1:]} doesn't fit into the padded grid {self.grid}")
         object.__setattr__(self, "input_size", prod(self.grid) * self.channels)
@@ -125,7 +125,12 @@ class Grid(Node):
         return wide
 
     def _places(self, inner: Sequence[int], padding: Pads) -> tuple[slice, ...]:
-        """Return where the entries of the input are in the padded input."""
+        """Return the slices of the padded input `[B, T, …]` that hold the input.
+
+        Args:
+            inner: the lengths of its axes from time on, spread but without padding.
+            padding: the padding of these axes.
+        """
         ends = zip(inner, padding, self.spread, strict=True)
         return (slice(None), *(slice(before, before + n, step) for n, (before, _), step in ends))
 
@@ -147,7 +152,11 @@ class Grid(Node):
         return tuple((span - 1) // step + 1 for span, step in zip(self.spans, self.dilation, strict=True))
 
     def _taps(self, counts: Sequence[int]) -> list[tuple[Lengths, tuple[slice, ...]]]:
-        """Return, for each entry of a window, its index and where it is in the padded input, for all windows."""
+        """Return each entry of a window as its index, and the slices of the padded input that it takes in all windows.
+
+        Args:
+            counts: the number of windows along each axis.
+        """
         found = []
         for tap in product(*map(range, self.sizes)):
             ends = zip(tap, self.dilation, self.strides, counts, strict=True)
@@ -173,7 +182,7 @@ class Grid(Node):
 
     def step_rule(self, *shapes: Shape) -> StepRule:
         if self.spread[0] > 1:
-            return StepRule(f"it makes {self.spread[0]} steps out of every step")
+            return StepRule(f"it returns {self.spread[0]} steps for every step")
         padding = checked_padding(type(self).__name__, self.padding[0], self.spans[0], self.strides[0])
         why_not = why_not_by_steps(padding, self.spans[0], self.strides[0])
         if why_not is not None:
@@ -208,17 +217,17 @@ class GridConv(Grid):
 
         y[t, g] = activation(sum over k of x[t·strides + k·dilation, …]·kernel[k] + bias)
 
-    With `spread`, zeros come between the entries of the input first: a transposed convolution with stride s is one
-    with spread s and the kernel reversed.
+    With `spread`, zeros are first inserted between the entries of the input. So a transposed convolution with stride s
+    is a convolution with spread s and the reversed kernel.
 
     Args:
         kernel: `[K, K1, …, Kn, C/groups, F]`, float32 or float64.
         grid: the lengths `G1 … Gn` of the grid of a step.
         bias: `[F]` of the same dtype, or None.
-        strides: from window to window, for time and each axis of the grid; None: 1.
+        strides: the distance between windows, for time and each axis of the grid; None: 1.
         padding: zeros before and after time and each axis of the grid, as pairs; None: no padding.
-        dilation: from entry to entry of a window; None: 1.
-        spread: from entry to entry of the input; None: 1.
+        dilation: the distance between the entries of a window; None: 1.
+        spread: the distance between the entries of the input; None: 1.
         groups: the number of equal blocks of input and output channels that are convolved separately.
         activation: see `Activation`; not softmax.
 
@@ -308,7 +317,7 @@ class GridConv(Grid):
         return native.dense(self.kernel.reshape(-1, self.filters), self.bias, within)
 
     def over(self, wide: Array) -> Array:
-        """Return `[B, T', …, F]` for a padded input: patches, and a product for each."""
+        """Return `[B, T', …, F]` for a padded input: the product of each window with the kernel."""
         view, number = self._windows(wide), len(self.spans)
         batch, steps, *grid = view.shape[: number + 1]
         y = np.empty((batch, steps, *grid, self.filters), wide.dtype)
@@ -357,7 +366,7 @@ class GridConv(Grid):
             kernel = self.kernel[tap].reshape(
                 -1, self.groups, self.filters // self.groups
             )  # [C/groups, groups, F/groups]
-            # Windows overlap, but not within one tap: its entries are distinct.
+            # Windows overlap, but one entry of the windows takes each place at most once.
             dwide[places] += np.einsum("...gf,cgf->...gc", dz, kernel).reshape(*dz.shape[:-2], -1)
         inner = [(n - 1) * s + 1 for n, s in zip((sequence.shape[1], *self.grid), self.spread, strict=True)]
         return [dwide[self._places(inner, self.padding)].reshape(x.shape)]
@@ -402,9 +411,9 @@ class GridPool(Grid):
         grid: the lengths of the grid of a step.
         channels: the number of channels.
         size: the lengths of a window, for time and each axis of the grid.
-        strides: from window to window; None: `size`.
+        strides: the distance between windows; None: `size`.
         padding: entries before and after time and each axis of the grid, as pairs; None: no padding.
-        dilation: from entry to entry of a window; None: 1.
+        dilation: the distance between the entries of a window; None: 1.
         counts: whether a mean counts padding as zeros; otherwise padding is ignored.
 
     Raises:
@@ -440,7 +449,7 @@ class GridPool(Grid):
         owner = "GridPool"
         check_choice(owner, "mode", self.mode, WINDOW_MODES)
         if not isinstance(self.grid, Sequence) or isinstance(self.grid, str) or not 1 <= len(self.grid) <= MOST_AXES:
-            raise ValueError(f"{owner}: expected grid to be lengths, got {self.grid!r:.80}")
+            raise ValueError(f"{owner}: expected grid to be 1 to {MOST_AXES} integers, got {self.grid!r:.80}")
         number = len(self.grid)
         object.__setattr__(self, "grid", lengths_of(owner, "grid", self.grid, number))
         object.__setattr__(self, "channels", check_integer(owner, "channels", self.channels))
@@ -475,7 +484,7 @@ class GridPool(Grid):
         return float("-inf") if self.mode == "max" else 0.0
 
     def _used(self, steps: int, counts: Sequence[int]) -> Array:
-        """Return how many entries of each window count, `[1, T', …, 1]`."""
+        """Return how many entries of each window the mean is over, `[1, T', …, 1]`."""
         if self.mode == "mean" and self.counts:
             return np.full((1,) * (len(counts) + 2), prod(self.size))
         alone = replace(self, channels=1)
@@ -506,7 +515,7 @@ class GridPool(Grid):
         if rule.advance is None or self.mode == "max":
             return rule
         if not self.counts and any(self.padding[0]):
-            return StepRule("the mean of its first windows is over fewer steps, which a stream doesn't count")
+            return StepRule("it leaves padding out of the mean of its first windows, which a stream doesn't support")
         advance = rule.advance
 
         def mean(memory: Array, x: Array) -> tuple[Array, Array]:

@@ -267,7 +267,7 @@ class Repeat(_Shaping):
         return np.repeat(x[:, None], self.times, axis=1)
 
     def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule(f"it makes {self.times} steps out of every step")
+        return StepRule(f"it returns {self.times} steps for every step")
 
     @property
     def summary(self) -> str:
@@ -308,7 +308,7 @@ class RepeatLike(Node):
         return masks[1]
 
     def step_rule(self, *shapes: Shape) -> StepRule:
-        return StepRule("it repeats a vector of the whole sequence at every step, which a stream doesn't have")
+        return StepRule("it repeats a vector of the whole sequence, which a stream doesn't have")
 
     @property
     def summary(self) -> str:

@@ -1,9 +1,10 @@
 """Finds hand-written recurrent modules in a PyTorch model, and makes the fused kernel run them.
 
-A module is traced, and its graph is compared with the step of each kind of cell (`formats/onnx/decomposed`). For the
-trace its parameters are distinct random numbers, which say where the arrays of the cell come from (`origins`). Which
-arguments and results are x, y and the states is found by comparing numbers too (`calls`). Then the module and the
-kernel are run on random inputs and compared (`comparison`).
+1. A module is traced, and its graph is compared with the step of each kind of cell (`formats/onnx/decomposed`).
+2. In the trace, the parameters are distinct random numbers, so each number in an array of the cell shows which element
+   of a parameter it comes from (`origins`).
+3. Comparing values also shows which arguments and results are x, y and the states (`calls`).
+4. The module and the kernel run on random inputs, and their results are compared (`comparison`).
 """
 
 from __future__ import annotations
@@ -46,13 +47,9 @@ from cellstack.recognition.values import Refused, as_float64, copy_of, experimen
 from cellstack.spec import FormatError
 
 MOST_CALLS = 400  # calls that are tried
-
-
 MOST_TRACES = 4  # calls that are traced
-
-
 MOST_NUMBERS = 1 << 26  # elements of a module's parameters
-NAMED = re.compile("lstm|gru|rnn|cell|recurrent", re.IGNORECASE)  # names of classes whose refusal is worth a line
+NAMED = re.compile("lstm|gru|rnn|cell|recurrent", re.IGNORECASE)  # classes that the plan lists even if not replaced
 
 
 def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known:
@@ -60,10 +57,10 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
 
     Args:
         module: the module.
-        calls: arguments of calls of it, where known.
+        calls: the arguments of known calls; if there are none, they are guessed.
 
     Raises:
-        Refused: it isn't known to be the step of a cell, or a loop of steps.
+        Refused: it isn't recognised as the step of a cell, or a loop of steps.
     """
     if sum(array.numel() for array in module.parameters()) > MOST_NUMBERS:
         raise Refused(f"it has more than {MOST_NUMBERS} weights")
@@ -73,7 +70,7 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
         recorded = [short for args in calls for short in shortened(as_float64(args))]
         seen = accepted(copied, recorded or islice(guesses(copied, 1), MOST_CALLS))
         if not seen:
-            raise Refused("it accepts no arguments that a cell or a layer takes: pass example=")
+            raise Refused("it rejects all arguments that were tried: pass an input of the model as example=")
         known = _traced(copied, seen, one, other)
         if len(known.layers) > 1 and not recorded:
             seen += accepted(copied, islice(guesses(copied, len(known.layers)), MOST_CALLS))
@@ -100,7 +97,13 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
 def _traced(
     module: nn.Module, calls: Sequence[Call], one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
 ) -> Known:
-    """Return the cells of a module, without its protocols, from the first of some calls in which it has any."""
+    """Return what a module computes, without protocols: its cells in the trace of the first call that has some.
+
+    Args:
+        module: the module.
+        calls: the calls to trace.
+        one, other: values of the parameters for two traces, by name.
+    """
     why: Exception | None = None
     tried = set[Any]()
     for call in calls:
@@ -134,7 +137,7 @@ def _exported(module: nn.Module, call: Call, values: Mapping[str, np.ndarray]) -
 
 
 def _adapted(module: nn.Module, adapter: Adapter) -> type:
-    """Return the class that runs a module of a known class.
+    """Return the subclass with which the kernel runs a module of a known class, compared with the module.
 
     Raises:
         Refused: the kernel doesn't support it as it is configured, or computes something else.
@@ -158,7 +161,7 @@ def _adapted(module: nn.Module, adapter: Adapter) -> type:
 
 
 def _with_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> Any:
-    """Return a function that calls a module with the parameters of another one."""
+    """Return a function that calls a module with these parameters instead of its own."""
     return lambda *args: torch.func.functional_call(module, dict(weights), args)
 
 
@@ -173,7 +176,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _recorded(model: nn.Module, example: Any) -> dict[int, list[tuple[Any, ...]]]:
-    """Return the arguments of the first calls of the modules in a model, by the module's id."""
+    """Run a model, and return the arguments of the first calls of the modules in it, by the module's id."""
     found: dict[int, list[tuple[Any, ...]]] = {}
 
     def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -228,7 +231,7 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
 
 
 def _class_of(module: nn.Module, calls: Sequence[tuple[Any, ...]]) -> type:
-    """Return the class that runs a hand-written module on the kernel."""
+    """Return the subclass with which the kernel runs a hand-written module; `Refused` if there is none."""
     adapter = ADAPTERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
     if adapter is not None:
         return _adapted(module, adapter)

@@ -28,7 +28,7 @@ BATCH, STEPS = 2, 3  # of the traced call
 
 
 def guesses(module: nn.Module, layers: int) -> Iterator[tuple[Any, ...]]:
-    """Yield arguments with which a module of some layers may be called: x, and states where it takes some."""
+    """Yield arguments that a module with this number of layers may accept: x, and states where it takes some."""
     defaults = list(names_of(module).values())
     least, most = defaults.count(inspect.Parameter.empty), len(defaults)
     sizes = {size for array in module.parameters() for size in array.shape}
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 
 def call_of(module: nn.Module, args: tuple[Any, ...]) -> Call | None:
-    """Return a call; None where the module rejects it, or it isn't a call with tensors only."""
+    """Return a call with these arguments; None if the module rejects them, or they aren't x and states as floats."""
     tensors: list[Tensor] = []
     given = arguments_of(names_of(module), args, {})
     form = form_of(given, tensors)
@@ -80,13 +80,13 @@ def call_of(module: nn.Module, args: tuple[Any, ...]) -> Call | None:
     try:
         with torch.no_grad():
             module(*args)
-    except Exception:  # it has other arguments
+    except Exception:  # the module takes other arguments
         return None
     return Call(given, form, tensors)
 
 
 def shortened(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Return recorded arguments with fewer steps, for either axis of time, and as they are."""
+    """Return recorded arguments with fewer steps along axis 1, along axis 0, and unchanged."""
     x = args[0]
     if not isinstance(x, Tensor) or x.ndim != 3:
         return [args]
@@ -94,7 +94,7 @@ def shortened(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 
 def accepted(module: nn.Module, calls: Iterable[tuple[Any, ...]]) -> list[Call]:
-    """Return the calls that a module accepts, those with the most states first; each combination of shapes once."""
+    """Return the calls that a module accepts, one for each combination of shapes; those with the most states first."""
     found: dict[Any, Call] = {}
     for args in calls:
         call = call_of(module, args)
@@ -111,7 +111,7 @@ def protocol_of(module: nn.Module, known: Known, call: Call) -> Protocol:
     count, layers = len(known.layers[0].call.sizes), len(known.layers)
     times = (-1,) if x.ndim == 2 else (1, 0)
     if x.ndim == 2 and layers > 1:
-        raise Refused("it steps several layers at once")
+        raise Refused("it computes one step of several layers, which isn't supported")
     for time in times:
         for places in _arrangements(given, count, layers):
             protocol = Protocol(time, places, None)
@@ -121,11 +121,17 @@ def protocol_of(module: nn.Module, known: Known, call: Call) -> Protocol:
             template = _template(result, time, *ran)
             if template is not None:
                 return protocol._replace(result=template)
-    raise Refused("its results aren't y and the states of its cells, so it computes more than these")
+    raise Refused("its results aren't the outputs and states of its cells: it computes something else from them")
 
 
 def _arrangements(given: Sequence[Tensor], count: int, layers: int) -> Iterator[tuple[Place, ...]]:
-    """Yield what each tensor after x may be."""
+    """Yield the possible meanings of the tensors after x.
+
+    Args:
+        given: the tensors.
+        count: the number of states of a layer.
+        layers: the number of layers.
+    """
     if not given:
         yield ()
         return
@@ -147,7 +153,7 @@ def _arrangements(given: Sequence[Tensor], count: int, layers: int) -> Iterator[
 def outputs_of(
     known: Known, protocol: Protocol, module: nn.Module, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Sequence[Tensor]]] | None:
-    """Return y in the axes of x, and the final states of each layer; None where the states don't fit."""
+    """Run a module's cells; return y with the axes of x, and each layer's final states; None if shapes don't fit."""
     x, *given = tensors
     if x.shape[-1] != known.layers[0].call.spec.input_size:
         return None
@@ -162,7 +168,14 @@ def outputs_of(
 
 
 def _template(result: Any, time: int, y: Tensor, ends: Sequence[Sequence[Tensor]]) -> Any:
-    """Return a result with a `Place` for each tensor; None where a tensor is none of y and the states."""
+    """Return a result with a `Place` for each tensor; None if a tensor is neither y nor a state.
+
+    Args:
+        result: the module's result.
+        time: the axis of time of x, see `Protocol`.
+        y: what the cells return.
+        ends: the final states of each layer.
+    """
     if isinstance(result, Tensor):
         found = _places(time, y, ends)
         return next((place for place, value in found if same(value, result)), None)
@@ -173,7 +186,7 @@ def _template(result: Any, time: int, y: Tensor, ends: Sequence[Sequence[Tensor]
 
 
 def _places(time: int, y: Tensor, ends: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Place, Tensor]]:
-    """Yield what a tensor of a result may be, with its value."""
+    """Yield each possible meaning of a tensor in a result, with the value it would have."""
     if time >= 0:
         yield Place(-1, axis=time), y
         yield Place(-1, axis=1 - time), y.transpose(0, 1)

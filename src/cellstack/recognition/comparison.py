@@ -1,4 +1,4 @@
-"""Compares a module with the kernel on random inputs: outputs, states and gradients; and what else a call does."""
+"""Compares a module with the kernel on random inputs: outputs, states and gradients. Finds side effects of a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cellstack.recognition.values import TOLERANCE, Refused, difference, flat, s
 
 SCALES = (0.1, 1.0, 4.0)  # of inputs, in the comparison
 SIZES = ((1, 1), (2, 3), (5, 7))  # rows and steps, at each scale
-LARGEST, GROWTH = (17, 33), 1000.0  # at scale 1; the factor by which rounding may grow over its steps
+LARGEST, GROWTH = (17, 33), 1000.0  # rows and steps at scale 1 only; factor of the tolerance, as rounding errors grow
 
 
 def verify(module: nn.Module, known: Known, calls: Mapping[Any, Call]) -> None:
@@ -43,20 +43,27 @@ def verify(module: nn.Module, known: Known, calls: Mapping[Any, Call]) -> None:
 def compare(module: nn.Module, theirs: Any, ours: Any, args: tuple[Any, ...], text: str, growth: float = 1.0) -> None:
     """Compare two functions: their results, and the gradients of the arguments and of a module's parameters.
 
+    Args:
+        module: the module with the parameters.
+        theirs: the module, or a function like it.
+        ours: a function that runs its cells on the kernel.
+        args: the arguments.
+        text: the cells, for the message.
+        growth: a factor of the tolerance.
+
     Raises:
         Refused: they differ.
     """
     try:
         wanted = _with_gradients(module, theirs, _leaves(args))
     except Exception as error:
-        raise Refused(f"its own forward fails in the comparison: {error}") from error
+        raise Refused(f"its forward fails for random inputs: {error}") from error
     found = _with_gradients(module, ours, _leaves(args))
     for what, place in (("outputs", 0), ("gradients", 1)):
         pairs = [*zip(found[place], wanted[place], strict=True)]
         worst = max(difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
         if worst > growth * TOLERANCE:
-            what = f"its {what} differ from those of the {text} that it was taken for by {worst:.1e}"
-            raise Refused(what, differs=True)
+            raise Refused(f"it looks like {text}, but its {what} differ by {worst:.1e}", differs=True)
 
 
 def _with_gradients(module: nn.Module, function: Any, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -100,7 +107,7 @@ def _leaves(value: Any) -> Any:
 
 
 def is_steady(module: nn.Module, calls: Mapping[Any, Call], protocols: Mapping[Any, Protocol]) -> bool:
-    """Whether a module does the same in training as in evaluation."""
+    """Whether a module computes the same in training as in evaluation, without side effects."""
     call = next(calls[form] for form in protocols)
     with torch.no_grad():
         steady = flat(module(*call.args))
@@ -116,9 +123,9 @@ _COMPARED = (bool, int, float, str, type(None), torch.device, torch.dtype)
 
 
 def effect_of(module: nn.Module, args: tuple[Any, ...]) -> str:
-    """Return what a call of a module does in addition to returning results, or depends on; "" if nothing.
+    """Return what a call does that the kernel wouldn't do, in words; "" if nothing.
 
-    The kernel wouldn't do it: write to an argument, a buffer or an attribute, draw random numbers, or branch on values.
+    This is writing to an argument, a buffer or an attribute, drawing random numbers, or branching on values.
     """
     given = _leaves(args)
     before, random = _kept(module), torch.get_rng_state()
@@ -138,7 +145,10 @@ def effect_of(module: nn.Module, args: tuple[Any, ...]) -> str:
 
 
 def _kept(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Return what a module and those within it keep, by name, each with what changes when it is changed in place."""
+    """Return the attributes and buffers of a module and those within it, by name, to find out whether they change.
+
+    Each is a pair of the value and a number that changes if it is written in place: a tensor's version, or a length.
+    """
     found = {}
     for path, part in module.named_modules():
         for name, value in (*vars(part).items(), *part._buffers.items()):
@@ -155,7 +165,7 @@ def _unchanged(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
 
 
 class _Branches(TorchDispatchMode):
-    """Finds out whether the code that runs within it reads an element of a tensor."""
+    """A context; `found` says whether code in it has read the value of an element, as a branch on values does."""
 
     found = False
 

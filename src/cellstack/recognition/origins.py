@@ -1,7 +1,7 @@
 """Finds which parts of a module's parameters the weights of a cell consist of.
 
-The module is traced twice, each time with other random numbers as parameters, so each number of an array identifies
-the element it comes from.
+The module is traced twice, with different random numbers as parameters. Each number in an array of the cell thus shows
+which element of a parameter it comes from, and the difference of the two traces contains no constants.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ class Origins:
     """Finds which parts of parameters an array consists of.
 
     Args:
-        first, second: the values of the parameters in two traces, by name. The difference of an array between these is
-            that of its parameters, without constants.
+        first, second: the values of the parameters in the two traces, by name.
     """
 
     def __init__(self, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> None:
@@ -90,7 +89,7 @@ class Origins:
                 raise Refused("its biases aren't sums of one or two parameters")
         rest = one - sum((self.first[p.name].reshape(-1)[slice(*p.rows)] for p in parts), np.zeros(len(one)))
         if np.ptp(rest) > 1e-11:
-            raise Refused("its biases contain numbers that aren't parameters")
+            raise Refused("its biases contain constants that differ between units")
         value = float(np.round(rest[0], 10))
         return [*parts, *([Part("", (0, len(one)), value=value)] if value or not parts else [])]
 
@@ -128,7 +127,7 @@ def layer_of(origins: Origins, one: Cell, other: Cell) -> Layer:
 
 
 def _terms(row: Sequence[list[Part]]) -> list[list[Part]]:
-    """Return vectors, each a sum of parts, as a sum of vectors."""
+    """Return one vector per gate, each a sum of parts, as a sum of vectors over all gates: the parts of each."""
     count = max(map(len, row))
     return [[parts[n] if n < len(parts) else Part("", (0, _length(parts[0]))) for parts in row] for n in range(count)]
 
@@ -138,7 +137,7 @@ def _length(part: Part) -> int:
 
 
 def _in_torch_layout(spec: CellSpec, blocks: Mapping[str, list[list[Any]]]) -> Layer | None:
-    """Return a layer with the weights as PyTorch's modules have them, which are read in place; None for other cells."""
+    """Return a layer with weights in PyTorch's layout, which the op reads in place; None if PyTorch lacks the cell."""
     known = spec.of_kind.names.get("torch")
     plain = CellSpec(
         spec.input_size, spec.units, kind=spec.kind, use_bias=spec.use_bias, activation=str(spec.activations[0])
@@ -170,7 +169,13 @@ def _in_torch_layout(spec: CellSpec, blocks: Mapping[str, list[list[Any]]]) -> L
 
 
 def _apart(pair: Sequence[list[Part]], fixed: bool) -> tuple[Part, Part]:
-    """Return the biases of a gate as two vectors: of x and of h where that is `fixed`, otherwise in any order."""
+    """Return the biases of a gate as two vectors.
+
+    Args:
+        pair: the parts of its bias, or of its two biases.
+        fixed: whether the first is that of the product with x, and the second that with h; otherwise only their sum
+            matters.
+    """
     units = _length(pair[0][0])
     zeros = Part("", (0, units))
     if fixed:

@@ -20,7 +20,7 @@ class Refused(ValueError):  # noqa: N818
 
     Args:
         text: the reason.
-        differs: whether its numbers differ from those of the cells that it was taken for.
+        differs: whether it was recognised, but its outputs or gradients differ from the kernel's.
     """
 
     def __init__(self, text: str, differs: bool = False) -> None:
@@ -30,11 +30,14 @@ class Refused(ValueError):  # noqa: N818
 
 @contextmanager
 def experiments() -> Iterator[None]:
-    """Make float64 the default dtype, on one thread, and hide the warnings of modules: they run on random values."""
+    """Make float64 the default dtype, use one thread, hide warnings; restore all this and the random state at the end.
+
+    Modules are run on random values within it, of which they may warn.
+    """
     before, threads, state = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
     try:
         torch.set_default_dtype(torch.float64)
-        torch.set_num_threads(1)  # for small products
+        torch.set_num_threads(1)  # faster for small products
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -91,7 +94,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference, relative to the largest value, at least 1."""
+    """Return the largest difference, divided by the largest value of `other` or by 1; infinity if `one` isn't."""
     if not bool(torch.isfinite(one).all()) or not one.numel():
         return float("inf") if one.numel() else 0.0
     return float((one - other).abs().max() / other.abs().max().clamp(min=1.0))

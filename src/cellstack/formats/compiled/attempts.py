@@ -33,7 +33,7 @@ DRAWS = (
 
 
 def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
-    """Return the network of a module, and what the user has to know of it.
+    """Return the network of a module, and notes on how it differs from the module, for warnings.
 
     Raises:
         FormatError: no route leads to a network with the module's outputs; the message gives the reason for each.
@@ -57,24 +57,25 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
         network, notes = _by_routes(of_padded, tolerance)
     except FormatError as error:
         raise FormatError(
-            f"it packs sequences, which a Network does by a mask, but can't do the rest: {error}"
+            f"it packs sequences, for which a Network uses a mask, but the rest can't be converted: {error}"
         ) from error
     network, note = with_zeros(network), how.note
     why = ragged_difference(network, ready.module, ready.inputs, calls[0], how, tolerance)
     if why is not None:
         network = with_flags(network)
         why = ragged_difference(network, ready.module, ready.inputs, calls[0], how, tolerance)
-        note = f"{how.note.partition(' is the')[0]}, as flags [B, T], is the network's input mask: net((x, mask))"
+        note = f"pass {how.source} as flags [B, T] in a second input, True at the used steps: net((x, mask))"
     if why is not None:
         raise FormatError(
-            f"it packs sequences, which a Network does by a mask, but {why}: what it computes from padded steps or "
-            "lengths outside its recurrent layers has to follow from the mask too, such as a mean over the used steps"
+            f"it packs sequences, for which a Network uses a mask, but {why}: it may use lengths or padded steps "
+            "outside its recurrent layers too, such as for a mean over the used steps; return the sequence, and compute"
+            " the mean outside the module"
         )
     return network, [*ready.notes, *notes, f"packs sequences: {note}"]
 
 
 def _by_lengths(ready: Prepared, tolerance: float) -> tuple[Network, list[str]] | None:
-    """Return the network of a module that selects steps by the rows' lengths, and notes; None if it isn't one."""
+    """Return the network of a module that selects steps by the rows' lengths, and notes; None for other modules."""
     found = with_lengths(ready.module, ready.inputs)
     if found is None:
         return None
@@ -82,7 +83,7 @@ def _by_lengths(ready: Prepared, tolerance: float) -> tuple[Network, list[str]] 
     try:
         answers = tensors_in(how.module(*fresh(how.inputs)))
         network, notes = _by_routes(ready._replace(module=how.module, inputs=how.inputs, answers=answers), tolerance)
-    except Exception:  # the input isn't lengths, or the rest can't be read: the reason is that without lengths
+    except Exception:  # not lengths, or the rest can't be read: the caller then reports why it failed without lengths
         return None
     if ragged_difference(network, ready.module, ready.inputs, call, how, tolerance) is not None:
         return None
@@ -128,7 +129,7 @@ def _by_routes(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
 
 
 def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[str], exported: bool) -> list[str]:
-    """Return what a network doesn't follow of its module's code, though the outputs that were compared agree."""
+    """Return warnings on code of the module that the network doesn't contain, although the compared outputs agree."""
     notes = [axes] if (axes := layouts.warning(network)) else []
     if looks and reads_values(module, inputs):
         notes.append(
@@ -150,7 +151,7 @@ def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[s
 def _differs(
     network: Network, module: Any, inputs: tuple[Any, ...], why: str, exported: bool, known: bool
 ) -> tuple[list[str], list[str]]:
-    """Return why a network's outputs differ, and where the module compares sizes.
+    """Return the likely reasons why a network's outputs differ, and the lines in which the module compares sizes.
 
     Args:
         network: the network.
@@ -158,7 +159,7 @@ def _differs(
         inputs: the example.
         why: the difference.
         exported: whether the network comes from the module's graph.
-        known: whether a reason is known.
+        known: whether another reason is known already.
     """
     reasons: list[str] = []
     onnx = network.metadata.get("onnx", {})

@@ -29,7 +29,7 @@ def copied(module: Any) -> Any:
     except Exception as error:  # a module may hold anything
         where = _place(module)
         if where:
-            where = f"its attribute {where} can't be copied, so set it to None before, or define __deepcopy__: "
+            where = f"set its attribute {where} to None before, or define __deepcopy__: "
         raise FormatError(
             f"compile: {type(module).__name__} can't be copied: {where}{type(error).__name__}: {error}"
         ) from error
@@ -50,13 +50,15 @@ def duplicate(value: Any) -> Any:
 
     locks = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
     memo = {id(one): locks[type(one)]() for one in _objects(value) if type(one) in locks}
-    memo |= {id(one): one for one in _objects(value) if isinstance(one, torch._C.ScriptFunction)}  # without a state
+    memo |= {
+        id(one): one for one in _objects(value) if isinstance(one, torch._C.ScriptFunction)
+    }  # not copied: they have no state
     with Detaching():
         return copy.deepcopy(value, memo)
 
 
 def _objects(value: Any) -> Iterator[Any]:
-    """Yield what an object consists of: attributes and entries, at any depth."""
+    """Yield an object, its attributes and its entries, and theirs, at any depth."""
     seen, waiting = set[int](), [value]
     while waiting and len(seen) < MOST_SEARCHED:
         one = waiting.pop()
@@ -109,7 +111,9 @@ def fold(module: Any) -> list[str]:
     for path, part in module.named_modules():
         if parametrize.is_parametrized(part):
             kept = {key: value for key, value in vars(type(part)).items() if key not in ("__dict__", "__weakref__")}
-            part.__class__ = type(type(part).__name__, type(part).__bases__, kept)  # the module shares its class
+            part.__class__ = type(
+                type(part).__name__, type(part).__bases__, kept
+            )  # its own class, as removing a parametrization changes the class, which copies share
             for name in list(part.parametrizations):
                 parametrize.remove_parametrizations(part, name, leave_parametrized=True)
                 folded.append(f"{path}.{name}".strip("."))

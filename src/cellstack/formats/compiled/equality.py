@@ -18,7 +18,7 @@ STEPS = 4  # in the comparison of a module that computes one step of a cell
 LONGER = 250  # additional steps in the comparison of a much longer sequence
 MORE_ROWS = 10  # additional rows in the comparison of a larger batch
 ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} more steps "
-FLAGS = "mask"  # the input of a network that takes flags of the steps that are used
+FLAGS = "mask"  # name of the input with flags [B, T] of the used steps, where a network has one
 NUDGE = 1 + 1e-6  # a factor for the weights, as close to 1 as rounding errors
 
 

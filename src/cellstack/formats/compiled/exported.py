@@ -28,8 +28,8 @@ REMEDIES = (
      "return the distribution's parameters, and draw outside the module"),
     (r"ArgMax|ArgMin|TopK|aten::sort", "its output depends on comparing values: return the values, and choose outside "
      "the module"),
-    (r"a branch depends on the values", "its scripted code branches on values, as in if x.sum() > 0: compute both, "
-     "and choose by torch.where, or choose outside the module"),
+    (r"a branch depends on the values", "its scripted code branches on values, as in if x.sum() > 0: compute both "
+     "branches and select by torch.where, or decide outside the module"),
     (r"Greater|Less|Equal|Where '|NonZero", "its output depends on comparing values: return the values, and choose "
      "outside the module"),
     (r"MatMul '[^']*': expected the weights to be constant|scaled_dot_product|aten::baddbmm", "it multiplies computed "
@@ -85,7 +85,9 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             warnings.simplefilter("always")
             warnings.showwarning = look
             try:
-                with _without_console() if handle is None else nullcontext():  # a scripted module can't be hushed
+                with (
+                    _without_console() if handle is None else nullcontext()
+                ):  # the output of a scripted module can't be suppressed
                     run(False)
             except ModuleNotFoundError:
                 raise
@@ -107,7 +109,10 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
 
 def _line_of_module() -> list[str]:
-    """Return the line that is running, unless it is PyTorch's: its own checks don't change what a module computes."""
+    """Return the line of the module's code that causes a warning, as `file.py:12`; [] for a line of PyTorch.
+
+    PyTorch's own checks of values don't change what a module computes.
+    """
     import torch
 
     frame = sys._getframe(2)
@@ -118,11 +123,11 @@ def _line_of_module() -> list[str]:
 
 
 def _traceable() -> Any:
-    """Return a context in which functions are replaced that the exporter can't trace with an open length.
+    """Return a context that replaces functions which the exporter can't trace, or not with an open length.
 
-    `length *= 2` doesn't change other names of a size, which is a tensor while traced. Adaptive pooling to one entry,
-    or to as many as there are, is a reduction. A root mean square norm, which ONNX lacks, and a step of PyTorch's cells
-    follow their equations.
+    - A size is a tensor while traced: `length *= 2` makes a new one, as it does for integers.
+    - Adaptive pooling to one entry along some axes becomes a mean or maximum over these.
+    - RMS norms, which ONNX lacks, and single steps of PyTorch's cells are computed by their equations.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -153,7 +158,7 @@ def _traceable() -> Any:
 
 @contextmanager
 def _rounding() -> Iterator[None]:
-    """Let math.ceil and math.floor of a size, which is a tensor while traced, be part of the graph."""
+    """Make math.ceil and math.floor of a size, which is a tensor while traced, operators of the graph."""
     import torch
 
     names = ("__ceil__", "__floor__")
@@ -168,23 +173,23 @@ def _rounding() -> Iterator[None]:
             delattr(torch.Tensor, name)
 
 
-def _step(name: str, x: Any, state: Any, w: Any, u: Any, b: Any = None, d: Any = None) -> Any:
-    """Return a step of PyTorch's LSTM or GRU cell; the exporter's own needs the number of gates from the graph."""
+def _step(name: str, x: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """Return the new state of `lstm_cell` or `gru_cell`; the exporter can't split their gates if sizes are unknown."""
     from torch.nn.functional import linear
 
-    h, units = state[0] if name == "lstm_cell" else state, u.shape[1]
-    one, other = linear(x, w, b), linear(h, u, d)
+    h, units = state[0] if name == "lstm_cell" else state, w_hh.shape[1]
+    of_x, of_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
 
     def gates(values: Any) -> list[Any]:
-        return [values[:, n * units : (n + 1) * units] for n in range(len(u) // units)]
+        return [values[:, n * units : (n + 1) * units] for n in range(len(w_hh) // units)]
 
     if name == "lstm_cell":
-        i, f, g, o = gates(one + other)
+        i, f, g, o = gates(of_x + of_h)
         c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
-    (r, z, g), (r2, z2, g2) = gates(one), gates(other)
-    z = (z + z2).sigmoid()
-    g = (g + (r + r2).sigmoid() * g2).tanh()
+    (r, z, g), (r_h, z_h, g_h) = gates(of_x), gates(of_h)
+    z = (z + z_h).sigmoid()
+    g = (g + (r + r_h).sigmoid() * g_h).tanh()
     return (1 - z) * g + z * h
 
 

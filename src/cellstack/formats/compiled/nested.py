@@ -78,7 +78,7 @@ def is_plain(value: Any) -> bool:
 
 
 def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
-    """Return a module that takes the tensors among its inputs as arguments, and returns a tuple of its tensors.
+    """Return a module that takes the tensors of its nested inputs as arguments, and returns a flat tuple of tensors.
 
     Args:
         module: a copy, which is changed.
@@ -88,7 +88,9 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
 
     known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in tensors_in(inputs)]
     if type(module).__call__ is torch.nn.Module.__call__ and not isinstance(module, torch.jit.ScriptModule):
-        module.forward = partial(_flat_forward, module.forward, inputs, known)  # without a wrapper: names stay
+        module.forward = partial(
+            _flat_forward, module.forward, inputs, known
+        )  # no wrapper, so that the names of its parameters stay
         return module
 
     class Flat(torch.nn.Module):

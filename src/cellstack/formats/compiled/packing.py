@@ -1,8 +1,7 @@
-"""Modules that pack sequences by their lengths: as modules of padded sequences, whose networks take lengths or a mask.
+"""Converts modules that pack sequences to modules of padded sequences; their networks take `lengths` or `mask`.
 
-Packing selects, for every step, the rows that are still running; a Network does the same by `lengths` or `mask`. So the
-module is read as it treats rows of equal length: every operation on packed rows runs on padded ones instead. The
-network is then compared with the module itself for rows of different lengths.
+The module is read as if all rows had the same length: every operation on packed rows runs on padded rows instead. The
+network skips padding by its lengths or mask. It is then compared with the module for rows of different lengths.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 
 ROWS = 4  # in the comparison of rows of different lengths
-OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # of PyTorch, that take packed sequences
+OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # PyTorch's operators that take packed sequences
 LESS = ("sub", "__sub__", "sub_")
 MOVES = (
     "to",
@@ -38,8 +37,18 @@ MOVES = (
     "repeat",
     "__getitem__",
     "type",
-)  # methods that move lengths, each remaining that of its row
-KEPT = ("to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach")  # methods that keep an order
+)  # methods whose result has the same lengths, in another shape or type
+KEPT = (
+    "to",
+    "cpu",
+    "cuda",
+    "type",
+    "long",
+    "int",
+    "contiguous",
+    "clone",
+    "detach",
+)  # methods whose result is the same order of rows
 
 
 class Packed(NamedTuple):
@@ -54,11 +63,11 @@ class Padded(NamedTuple):
     """A module of padded sequences.
 
     Attributes:
-        module: takes the inputs but for the lengths, and treats all rows as having the same length.
-        inputs: its example.
+        module: takes the inputs except the lengths or mask, and treats all rows as equally long.
+        inputs: the example without the lengths or mask.
         place: the index of the lengths or the mask among the original inputs; None: the module computes them.
         kind: `"lengths"`, `"mask"`, `"padding mask"`, which is True where a step is not used, or `"computed"`.
-        note: how the network takes the lengths, for the user.
+        note: says how to pass the lengths to the network.
     """
 
     module: Any
@@ -66,6 +75,11 @@ class Padded(NamedTuple):
     place: int | None
     kind: str
     note: str
+
+    @property
+    def source(self) -> str:
+        """What the lengths or the mask are in the module, in words."""
+        return "the lengths, which it computes," if self.place is None else f"input {self.place}"
 
 
 def packs(module: Any, inputs: tuple[Any, ...]) -> list[Packed]:
@@ -98,13 +112,13 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
 
     flat, (lengths, rows, steps) = tensors_in(inputs), calls[0]
     if any(call.rows != rows or not torch.equal(call.lengths, lengths) for call in calls):
-        return "it packs sequences of several lengths, but a Network takes one length per row for all its inputs"
+        return "it packs the same rows by several lengths, but a Network takes one length per row"
     place, kind = _source(flat, lengths)
     found = [(n, *axes) for n, value in enumerate(flat) if n != place and (axes := _axes(value, rows, steps))]
     if not found or (kind == "computed" and found[0][1:] != (0, 1)):
         return (
-            "it packs sequences by lengths that it computes, which differ from those of its inputs: pass the lengths "
-            "to forward as an argument, one for each row"
+            "it packs sequences by lengths that it computes, or that don't fit the axes of an input: make the lengths, "
+            "one for each row, an argument of forward"
         )
     given = [value for n, value in enumerate(flat) if n != place]
     keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not _is_count(value, rows)]
@@ -113,19 +127,19 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
     around = duplicate(module)
     around.forward = partial(_padded_forward, around.forward, inputs, place, kind, at, keep)
     if kind == "lengths":
-        note = f"input {place} is the network's argument lengths: net(x, lengths=...)"
+        note = f"pass input {place} as lengths: net(x, lengths=...)"
     elif kind == "computed":
-        note = "its lengths follow from its input; pass them to the network: net(x, lengths=...)"
+        note = "pass the lengths, which it computes, to the network: net(x, lengths=...)"
     else:
-        sign = "" if kind == "mask" else ", True where a step is used, which is the opposite of the module's"
-        note = f"input {place} is the network's argument mask: net(x, mask=...){sign}"
+        sign = "" if kind == "mask" else ", inverted: True at the used steps"
+        note = f"pass input {place} as mask: net(x, mask=...){sign}"
     return Padded(around, tuple(given), place, kind, note)
 
 
 def with_lengths(module: Any, inputs: tuple[Any, ...]) -> tuple[Padded, Packed] | None:
-    """Return a module that takes lengths without packing, as `padded` returns one that packs; None if it takes none.
+    """Return a module that selects each row's last step, as one of padded sequences, and its lengths; else None.
 
-    Such a module selects the last step of each row, as in `y[torch.arange(len(y)), lengths - 1]`.
+    Such a module takes lengths without packing, as in `y[torch.arange(len(y)), lengths - 1]`.
     """
     flat = tensors_in(inputs)
     data: Any = next((value for value in flat if value.ndim > 1), None)
@@ -156,7 +170,7 @@ def _is_count(value: Any, rows: int) -> bool:
 
 
 def _source(flat: list[Any], lengths: Any) -> tuple[int | None, str]:
-    """Return which input gives the lengths, and how; the module may have sorted them."""
+    """Return the index of the input that holds the lengths, and its kind: see `Padded`. The lengths may be sorted."""
     wanted = sorted(lengths.tolist())
     for n, value in enumerate(flat):
         if value.ndim == 1 and sorted(value.tolist()) == wanted:
@@ -169,7 +183,7 @@ def _source(flat: list[Any], lengths: Any) -> tuple[int | None, str]:
 
 
 def _given(kind: str, example: Any, lengths: Any, steps: Any) -> Any:
-    """Return lengths in the form in which a module takes them."""
+    """Return lengths as an input of this kind: lengths, a mask or a padding mask, in the dtype of the example."""
     import torch
 
     if kind == "lengths":
@@ -187,9 +201,9 @@ def _padded_forward(
         forward: its forward.
         inputs: the example, with the lengths.
         place, kind: see `Padded`.
-        at: which of the given tensors has rows and steps, and which axes these are.
+        at: the index of a given tensor that has rows and steps, and its axes of rows and of steps.
         keep: the indices of the outputs that are returned.
-        *given: its inputs but for the lengths.
+        *given: its inputs except the lengths.
     """
     import torch
 
@@ -220,13 +234,13 @@ def unpacked(lengths: Any = None) -> Any:
 
     sizes: dict[int, tuple[Any, Any, bool, Any]] = {}  # by id of batch_sizes: rows, steps, batch first, the tensor
     orders: dict[int, Any] = {}  # orders of the rows, by id
-    moved = {id(lengths): (lengths, 0)}  # by id: the lengths, or these minus 1, with what was added to them
+    moved = {id(lengths): (lengths, 0)}  # by id: a tensor of lengths, or of lengths - 1, and 0 or -1
 
     def shifted(value: Any) -> int | None:
         return moved[id(value)][1] if value is not None and id(value) in moved else None
 
     def as_last(func: Any, args: Any, kwargs: Any) -> Any:
-        """Return what selects the last step where `lengths - 1` selects a step of each row; else None."""
+        """Return the last step of all rows where a function selects step `lengths - 1` of each row; else None."""
         name = getattr(func, "__name__", "")
         if name == "gather":
             x, axis, index = [*args, *(kwargs[key] for key in ("dim", "index") if key in kwargs)]
@@ -310,7 +324,7 @@ def with_zeros(network: Network) -> Network:
 def with_flags(network: Network) -> Network:
     """Return a network with one more input, `mask [B, T]`, which masks the steps of the recurrent nodes' inputs.
 
-    It is needed where other nodes, such as convolutions, end the mask of the network's input.
+    It is needed where other nodes before them, such as convolutions, end the mask of the network's own input.
     """
     nodes, names, wires = list[Node](), list[str](), list[tuple[str, ...]]()
     masked: set[str] = set()
@@ -334,7 +348,7 @@ def with_flags(network: Network) -> Network:
 def ragged_difference(
     network: Network, module: Any, inputs: tuple[Any, ...], call: Packed, how: Padded, tolerance: float
 ) -> str | None:
-    """Return how a network's outputs differ from those of a module that takes lengths, for rows of different ones."""
+    """Return how the outputs of a network and a module differ for rows of different lengths; None if they agree."""
     import torch
 
     flat = tensors_in(inputs)
@@ -367,7 +381,7 @@ def ragged_difference(
         if why is not None:
             return f"with rows of different lengths {why}"
         compared = True
-    return None if compared else "the module accepts no rows of different lengths that were tried"
+    return None if compared else "the module rejects rows of different lengths"
 
 
 def _with_rows(value: Any, rows: int, least: int) -> Any:

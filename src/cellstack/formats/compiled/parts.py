@@ -16,7 +16,7 @@ MOST_NAMED = 3
 
 
 def compilable(ready: Prepared, tolerance: float) -> str:
-    """Return a sentence on the largest parts of a module that can be compiled; "" if there are none."""
+    """Return the end of an error message, with the largest parts of a module that can be compiled; "" if none can."""
     import torch
 
     kinds = (torch.nn.RNNBase, torch.nn.RNNCellBase)
@@ -26,7 +26,7 @@ def compilable(ready: Prepared, tolerance: float) -> str:
         if path and any(isinstance(inner, kinds) for inner in part.modules())
     }
     if isinstance(ready.module, torch.jit.ScriptModule):
-        return ""  # its parts can't be watched
+        return ""  # hooks can't observe the calls of its parts
     calls, sources = _calls(ready, recurrent)
     found: dict[str, Network] = {}
     tried = 0
@@ -43,7 +43,7 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     more = len(found) - len(named)
     if not named:
         return ""
-    return f"; a part of it can be compiled: {'; '.join(named)}" + (f"; and {more} more" if more else "")
+    return f"; parts that can be compiled: {'; '.join(named)}" + (f"; and {more} more" if more else "")
 
 
 def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: dict[int, str]) -> str:
@@ -51,8 +51,8 @@ def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: di
 
     shapes = repr(network).splitlines()[0].split(": ", 1)[1].rsplit(", ", 1)[0]
     flat = [value for value in tensors_in(inputs) if isinstance(value, torch.Tensor)]
-    given = " and ".join(dict.fromkeys(sources.get(id(value), "computed in forward") for value in flat))
-    return f"module.{path}, {shapes}; its input is {given}"
+    given = " and ".join(dict.fromkeys(sources.get(id(value), "a tensor computed in forward") for value in flat))
+    return f"module.{path}, {shapes}, applied to {given}"
 
 
 def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, ...]], dict[int, str]]:
@@ -63,7 +63,7 @@ def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, .
     inputs = fresh(ready.inputs)
     flat = tensors_in(inputs)
     sources = {
-        id(value): f"input {n} of the module" if len(flat) > 1 else "the module's" for n, value in enumerate(flat)
+        id(value): f"input {n} of the module" if len(flat) > 1 else "the module's input" for n, value in enumerate(flat)
     }
     kept = list(flat)  # so that no other object gets the id of one of them
 

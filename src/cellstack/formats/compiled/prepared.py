@@ -14,7 +14,7 @@ from cellstack.formats.compiled.equality import agree
 from cellstack.formats.compiled.nested import array_of, flattened, fresh, has_packed, is_plain, like, tensors_in
 from cellstack.spec import FormatError
 
-SETTINGS = (type(None), bool, int, float, str)  # arguments that aren't tensors, and stay what they are in the example
+SETTINGS = (type(None), bool, int, float, str)  # types of arguments that keep their values in the example
 
 
 class Prepared(NamedTuple):
@@ -25,8 +25,8 @@ class Prepared(NamedTuple):
         module: the copy.
         inputs: the example: tensors, in nested tuples and lists.
         answers: its outputs for the example, as a flat list of tensors.
-        again: whether a second call returns them again.
-        notes: what is different from the module, for the user.
+        again: whether a second call returns the same.
+        notes: differences from the module, for warnings.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 def named(module: Any) -> str:
-    """Return the name of a module's class, which a scripted module notes."""
+    """Return the name of a module's class, of a scripted module that of the class before scripting."""
     return getattr(module, "original_name", type(module).__name__)
 
 
@@ -74,7 +74,7 @@ def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """Restore the state of the generators of random numbers, from which a module may draw."""
+    """Restore, at the end, the states of the random number generators from which a module may draw."""
     import torch
 
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -116,7 +116,9 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
         )
     arguments = inputs
     scripted = isinstance(still, torch.jit.ScriptModule)
-    own_call = not scripted and type(still).__call__ is not torch.nn.Module.__call__  # it may lack forward's arguments
+    own_call = (
+        not scripted and type(still).__call__ is not torch.nn.Module.__call__
+    )  # with other arguments than forward
     if not is_plain(inputs) or own_call:
         still = flattened(still, inputs)
         inputs = tuple(value for value in leaves if isinstance(value, torch.Tensor))
@@ -154,7 +156,7 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
 
 
 def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[Any], bool]:
-    """Call a module twice; return its outputs, and whether the second call returns them again."""
+    """Call a module twice; return its outputs, and whether the second call returns the same."""
     import torch
 
     try:
@@ -162,7 +164,7 @@ def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[
             answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
     except Exception as error:  # a module may raise any exception
         said = f"{type(error).__name__}: {error}"
-        where = ", in evaluation mode, but accepts it in training mode" if _trains(module, inputs) else ""
+        where = ", in evaluation mode, but accepts it in training mode" if _accepts_in_training(module, inputs) else ""
         raise ValueError(f"compile: {name} itself rejects the example{where}: {said}") from error
     same = [
         one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
@@ -172,7 +174,7 @@ def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[
     return answers, all(same)
 
 
-def _trains(module: Any, inputs: tuple[Any, ...]) -> bool:
+def _accepts_in_training(module: Any, inputs: tuple[Any, ...]) -> bool:
     """Return whether a module accepts the inputs in training mode."""
     import torch
 

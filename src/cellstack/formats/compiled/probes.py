@@ -62,7 +62,7 @@ def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> P
 
 
 def line_of_call(module: Any, inputs: tuple[Any, ...], name: str) -> str:
-    """Return where a module's code calls a function of PyTorch, as `file.py:12`; "" where it doesn't by this name."""
+    """Return the line in which a module first calls a function of PyTorch, as `file.py:12`; "" if it doesn't."""
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -103,7 +103,7 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
 
 
 def _ways(free: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield, for each input, which axes are open: the batch and one other; where several may be, each in turn."""
+    """Yield choices of the open axes of each input: the batch and one other axis, each in turn."""
     yield [axes[:2] for axes in free]
     for n, axes in enumerate(free):
         for axis in axes[2:]:

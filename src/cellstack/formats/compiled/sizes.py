@@ -19,7 +19,7 @@ OURS = str(Path(__file__).absolute().parents[2])
 class Places(NamedTuple):
     """Where a module's code uses sizes, each as `file.py:12`: where it compares them, and where it calls `len`.
 
-    `failed` is the reason if that can't be found; "" otherwise.
+    `failed` says why these places can't be found; "" if they can.
     """
 
     compared: list[str]
@@ -58,7 +58,7 @@ def _place(frame: FrameType) -> str:
 
 
 def own_line(frame: FrameType | None) -> str:
-    """Return the innermost line of a call that is neither PyTorch's code nor ours, as `file.py:12`; "" if none is."""
+    """Return the innermost line of a call stack outside PyTorch and cellstack, as `file.py:12`; "" if there is none."""
     import torch
 
     while frame is not None and frame.f_code.co_filename.startswith((os.path.dirname(torch.__file__), OURS)):

@@ -154,7 +154,10 @@ def load(path: str, **options: Any) -> Network:
 
 
 def others(network: Network) -> bool:
-    """Return whether the file of a network has other axes. In a file of ours, the layout is that of an earlier one."""
+    """Return whether the file of a network has other axes.
+
+    A file that cellstack wrote has the network's axes; its metadata may keep the layout of an earlier file.
+    """
     ends = network.metadata["onnx"]
     moved = any(Layout.of(axes).moved for what in ("inputs", "outputs") for axes in ends[what].values())
     return moved and bool(layouts.warning(network))

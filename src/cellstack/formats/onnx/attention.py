@@ -12,12 +12,12 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.graph import Reader, Refused, steps_apart
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Attention, Merge, Reduce, Take
+from cellstack.nodes import Attention, Merge, Reduce, Reshape, Take
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Products of queries and keys, an intermediate result of attention, `[.., T of the queries, T of the keys]`.
+    """Products of queries and keys, an intermediate result of attention, `[…, steps of queries, steps of keys]`.
 
     Args:
         queries: the queries.
@@ -25,7 +25,7 @@ class Scores:
         axes: the labels of the axes; "S" are the steps of the keys.
         heads: the label of the part that holds the heads; "" without heads.
         scale: a factor of the products.
-        softmax: whether they are weights: softmax has been applied.
+        softmax: whether softmax has been applied.
     """
 
     queries: Flowing
@@ -37,34 +37,38 @@ class Scores:
 
 
 def product(reader: Reader, node: Any, one: Any, other: Any) -> Any:
-    """Read a MatMul of two values."""
+    """Read a MatMul of two values: return `Scores` for queries and keys, otherwise the product."""
     if isinstance(one, Scores):
         return _attended(reader, node, one, reader.flowing(other))
     one, other = reader.flowing(one), reader.flowing(other)
     heads = _heads(one, other)
     ahead = len(one.axes) - 2
     if len(one.axes) != len(other.axes) or ahead < 1 or len(one.axes) > 3 + bool(heads):
-        raise Refused(f"products of values {' '.join(one.axes)} and {' '.join(other.axes)} aren't supported")
+        raise _unsupported(one, other)
     (rows, inner), (inner_too, columns) = one.axes[-2:], other.axes[-2:]
     if inner == "T" and inner_too == "T" and not heads:
         return _summed(reader, node, one, other)
     if _is_features(one, inner) and _is_features(other, inner_too):
         if rows == "T" and columns == "T":
             return Scores(one, other, (*one.axes[:-1], "S"), heads)
-        if not heads and "1" in (rows, columns):  # with one vector
+        if not heads and "1" in (rows, columns):  # one of them has a single vector
             both = [replace(one, axes=("B", rows, "F")), replace(other, axes=("B", columns, "F"))]
-            both = grids.over_steps(reader, node, both)
+            both = grids.over_steps(reader, both)
             if len({flow.axes for flow in both}) > 1 or both[0].width != both[1].width:
-                raise Refused(f"products of values {' '.join(one.axes)} and {' '.join(other.axes)} aren't supported")
+                raise _unsupported(one, other)
             products = reader.put(f"{label(node)}.products", Merge("mul"), *both)
             y = reader.put(node, Reduce("sum", -1, keepdims=True), products)
             axes = {"T": "T", "1": "F"} if "T" in (rows, columns) else {"1": "1"}
             return replace(y, axes=("B", axes[rows], axes[columns]))
-    raise Refused(f"products of values {' '.join(one.axes)} and {' '.join(other.axes)} aren't supported")
+    raise _unsupported(one, other)
+
+
+def _unsupported(one: Flowing, other: Flowing) -> Refused:
+    return Refused(f"a product of values with axes {' '.join(one.axes)} and {' '.join(other.axes)} isn't supported")
 
 
 def _heads(one: Flowing, other: Flowing) -> str:
-    """Return the label of the axis of heads of two values, "" without."""
+    """Return the label of the axis of heads that two values share; "" if they have none."""
     if len(one.axes) != 4 or len(other.axes) != 4 or one.axes[0] != "B" or other.axes[0] != "B":
         return ""
     name, name_too = one.axes[1], other.axes[1]
@@ -81,7 +85,7 @@ def _summed(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:
     steps_apart(reader)
     rows, columns = one.axes[1], other.axes[2]
     if columns != "F" or rows not in ("F", "1") or one.axes[0] != other.axes[0]:
-        raise Refused(f"products of values {' '.join(one.axes)} and {' '.join(other.axes)} aren't supported")
+        raise _unsupported(one, other)
     weights, width = as_steps(reader, one), other.shape[-1]
     count = weights.shape[-1]
     if width is None or count is None:
@@ -104,14 +108,12 @@ def _summed(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:
 
 
 def as_steps(reader: Reader, x: Flowing) -> Flowing:
-    """Return a value with one number per step, `[B, T]`, as a sequence of one feature; others are unchanged."""
-    from cellstack.nodes import Reshape
-
+    """Return a value with one number per step, `[B, T]`, as a sequence of one feature; return others unchanged."""
     return reader.put(f"{x.wire}.steps", Reshape((-1, 1)), x) if "T" in x.axes and len(x.shape) == 1 else x
 
 
-def scaled(reader: Reader, node: Any, values: list[Any]) -> Scores | None:
-    """Return scores times or divided by a number; None for other values."""
+def scaled(node: Any, values: list[Any]) -> Scores | None:
+    """Return scores multiplied or divided by a number; None if the operator does something else."""
     scores = next((value for value in values if isinstance(value, Scores)), None)
     if scores is None or scores.softmax or node.op_type not in ("Mul", "Div"):
         return None
@@ -126,7 +128,7 @@ def _attended(reader: Reader, node: Any, scores: Scores, values: Flowing) -> Flo
     """Return values weighted by attention."""
     steps_apart(reader)
     if not scores.softmax:
-        raise Refused("products of scores without a softmax aren't supported")
+        raise Refused("attention without a softmax isn't supported")
     queries, keys = scores.queries, scores.keys
     if not scores.heads:
         if values.axes != ("B", "T", "F"):

@@ -81,7 +81,7 @@ class Axes:
 
     Attributes:
         inputs: the axes of each data input, such as "TBF"; None where it can't be one. Of two axes of features, the
-            first is C and the second F; one of them that has length 1 is 1.
+            first is C and the second F, or one of them is 1 if its length is 1.
         states: the same for each input that holds states, of B, F and S; None where unknown.
         problems: contradictions, by the id of the node.
     """
@@ -255,7 +255,7 @@ class Axes:
 
 
 def _labels(roles: str, lengths: list[int | None]) -> str:
-    """Return the labels of an input's axes: one of two axes of features is C, or 1 where it has length 1."""
+    """Return the labels of an input's axes: of two axes of features, one is C, or 1 if its length is 1."""
     if roles.count("F") < 2:
         return roles
     first, last = roles.index("F"), roles.rindex("F")
@@ -276,7 +276,7 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Padding applies to steps rather than to features, the last axis, unless only the last axis has an open length."""
     x = values[0]
-    if len(values) > 1 and not isinstance(values[1], np.ndarray):  # computed from an open length, which stays open
+    if len(values) > 1 and not isinstance(values[1], np.ndarray):  # padding computed from an open length leaves it open
         return [x]
     pads = pads_of(attributes, values, len(x.axes))
     last = len(x.axes) - 1

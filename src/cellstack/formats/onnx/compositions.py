@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from cellstack.nodes.grid import Grid
 
 
-def _channels_first(pieces: Pieces, name: str, node: Grid, x: str, vector: bool) -> str:
-    """Return `x [B, T, W]` as `[B, C, T, …]`."""
+def _channels_first(pieces: Pieces, node: Grid, x: str, vector: bool) -> str:
+    """Add operators that turn `x [B, T, W]`, or `[B, W]` if it is a vector, into `[B, C, T, …]`; return the result."""
     if vector:
         x = pieces.of("Unsqueeze", x, pieces.integers(1))
     wide = pieces.of("Reshape", x, pieces.integers(0, 0, *node.grid, node.channels))
@@ -24,7 +24,7 @@ def _channels_first(pieces: Pieces, name: str, node: Grid, x: str, vector: bool)
 
 
 def _steps_first(pieces: Pieces, name: str, node: Grid, y: str, vector: bool, output: str) -> str:
-    """Add the output `[B, T, W]` of a value `[B, F, T, …]`."""
+    """Add operators that turn `y [B, F, T, …]` into `output [B, T, W]`, or `[B, W]` for a vector; return its name."""
     last = len(node.grid) + 2
     width = node.filters * int(np.prod(node.grid_out))
     rows = pieces.of("Transpose", y, perm=[0, *range(2, last + 1), 1])
@@ -55,7 +55,7 @@ def grid_conv(pieces: Pieces, name: str, node: GridConv, x: str, vector: bool) -
     if node.bias is not None:
         arrays.append(pieces.tensor(f"{name}.bias", node.bias))
     sizes |= {"dilations": list(node.dilation), "group": node.groups, "kernel_shape": list(kernel.shape[2:])}
-    wide = _channels_first(pieces, name, node, x, vector)
+    wide = _channels_first(pieces, node, x, vector)
     y = pieces.put("ConvTranspose" if spread else "Conv", [wide, *arrays], pieces.fresh(f"{name}.z"), name, **sizes)
     return _steps_first(pieces, name, node, y, vector, pieces.fresh(f"{name}.sum"))
 
@@ -69,7 +69,7 @@ def grid_pool(pieces: Pieces, name: str, node: GridPool, x: str, vector: bool) -
         raise ValueError(f"save: {name}: a mean with dilation isn't supported in ONNX files")
     sizes |= {"dilations": list(node.dilation)} if dilated else {}
     sizes |= {"count_include_pad": int(node.counts)} if node.mode == "mean" else {}
-    wide = _channels_first(pieces, name, node, x, vector)
+    wide = _channels_first(pieces, node, x, vector)
     operator = "MaxPool" if node.mode == "max" else "AveragePool"
     y = pieces.put(operator, [wide], pieces.fresh(f"{name}.pooled"), name, **sizes)
     _steps_first(pieces, name, node, y, vector, name)
@@ -84,7 +84,7 @@ def time_softmax(pieces: Pieces, name: str, x: str, mask: str) -> None:
     pieces.put("Where", [mask, y, pieces.number(0.0)], name)
 
 
-LEAST = -1e30  # a score without weight; with -inf, a row without any used step would become NaN
+LEAST = -1e30  # the score of an unused step; -inf would make NaN of a row without any used step
 
 
 def attention(pieces: Pieces, name: str, node: Attention, sources: Sequence[str], width: int, masks: list[str]) -> None:

@@ -228,11 +228,11 @@ def _clip(model: Any, attributes: dict[str, Any], values: list[Any], outputs: in
 
 
 def _matmul(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
-    """Compute a product, but not of equal rows: that is an initial state, by which cells are recognised."""
+    """Compute a product; None if all rows are equal: this is an initial state, which must stay for finding cells."""
     a, b = values
     if a.ndim < 2 or (a.reshape(-1, a.shape[-1]) == a.reshape(-1, a.shape[-1])[:1]).all():
         return None
-    model.budget.take(a.size, b.shape[-1] if b.ndim > 1 else 1)  # as many numbers as products, which take the time
+    model.budget.take(a.size, b.shape[-1] if b.ndim > 1 else 1)  # counts multiplications, as these take the time
     return [np.asarray(a @ b)]
 
 

@@ -88,9 +88,9 @@ def floats(value: Any, what: str) -> Array:
 
 
 def steps_apart(reader: Reader) -> None:
-    """Raise `Refused` where rows have lengths: in ONNX, reductions over time include steps past a row's end."""
+    """Raise `Refused` if rows have lengths: ONNX's reductions over time include steps past the end of a row."""
     if reader.lengths:
-        raise Refused("in ONNX, it combines steps beyond the rows' lengths, sequence_lens, too; that isn't supported")
+        raise Refused("it also combines steps past the ends of rows, given by sequence_lens, which isn't supported")
 
 
 class Reader:
@@ -232,7 +232,9 @@ class Reader:
         if isinstance(value, Unknown):
             raise Refused(value.why)
         if isinstance(value, Filled):
-            raise Refused("after padding that depends on the number of steps, only a convolution is supported")
+            raise Refused(
+                "after padding that depends on the number of steps, only a convolution over time is supported"
+            )
         if not isinstance(value, Flowing):
             found = (
                 "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Broadcast)) else "another"
@@ -320,7 +322,7 @@ class Reader:
                         self.values[name] = value
 
     def _has_shape(self, node: Any) -> bool:
-        """Return whether a node is a constant of a shape that only the reader knows."""
+        """Return whether a node is a ConstantOfShape whose shape the reader has computed."""
         constant = node.op_type == "ConstantOfShape" and isinstance(self.scope.constant(node.output[0]), Broadcast)
         return constant and isinstance(self.value(node.input[0]), np.ndarray)
 
@@ -417,7 +419,7 @@ class Reader:
                 parts = tuple((names[part], size) for part, size in flow.parts)
                 flow = replace(flow, axes=tuple(names.get(axis, axis) for axis in flow.axes), parts=parts)
             if "M" in flow.axes:
-                self.builder.refuse(f"output {short(name)}: time and batch are merged")
+                self.builder.refuse(f"output {short(name)}: an output with time and batch in one axis isn't supported")
                 continue
             axes[name] = "".join(flow.axes)
             layouts.append(flow.layout)
@@ -494,7 +496,7 @@ def _is_all(ends: States, part: str, operator: int) -> bool:
 
 
 def _cast(value: Any, kind: type) -> Any:
-    """Return lengths of another type; those that aren't computed further keep theirs."""
+    """Return lengths that are formulas in another type; return other values unchanged."""
     if not isinstance(value, Symbols):
         return value
     entries = [entry.cast(kind) if isinstance(entry, Formula) else entry for entry in value.array.reshape(-1)]

@@ -1,8 +1,8 @@
 """ONNX's operators on values with several feature axes, such as channels and frequencies.
 
-A wire has one axis of features, so such a value is a grid: its `parts` are the feature axes, in the order in which the
-wire holds them. Operators only relabel axes where they can; where one needs the parts in another order, a `Take` moves
-the features.
+A wire has one axis of features. The `parts` of such a value are its feature axes, in the order in which the wire's
+features hold them. Most operators only change labels of axes. If one needs the parts in another order, a `Take`
+reorders the features.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cellstack.nodes import GridConv, GridPool, Merge, Node, Pad, Power, Reshape
 
 
 def as_grid(x: Flowing) -> Flowing:
-    """Return a value with its features as parts, also if they are one axis, `F`, or two, `D` and `F`."""
+    """Return a value whose feature axes are parts: `F`, or `D` and `F`, become parts too."""
     if x.parts or "F" not in x.axes:
         return x
     width = x.shape[-1]
@@ -42,7 +42,7 @@ def fresh(axes: Sequence[str]) -> Iterator[str]:
 
 
 def as_features(x: Flowing) -> Flowing:
-    """Return a value without parts where it has at most one feature axis."""
+    """Return a value with `F` instead of its only part; return others unchanged."""
     if len(x.parts) != 1:
         return x
     ((name, _),) = x.parts
@@ -80,7 +80,14 @@ MERGED = {"N": "BT", "M": "TB"}  # axes that are two axes merged
 
 
 def regrouped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool) -> Flowing | None:
-    """Return a value in another shape that splits or joins feature axes; None where a wire can't have that shape."""
+    """Return a value reshaped so that feature axes are split or joined; None for other reshapes.
+
+    Args:
+        reader: the reader.
+        x: the value.
+        target: the lengths of the shape, with 0 and -1 as in ONNX.
+        keep_zero: whether 0 is a length, not that of the same axis before.
+    """
     try:
         grid = as_grid(x)
     except Refused:
@@ -103,13 +110,13 @@ def regrouped(reader: Reader, x: Flowing, target: Sequence[Any], keep_zero: bool
 
 
 def _matched(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> list[Any] | None:
-    """Return what each axis of a shape is: an axis of the value, "1", or the length of a new part; None: no match.
+    """Return for each axis of a shape the value's axis, "1", or the length of a new part; None if nothing matches.
 
     Args:
         x: the value.
-        items: the axes that are left, without those of length 1.
-        wanted: the lengths that are left.
-        strict: whether a number may not match an unknown length, as in files written for one size.
+        items: the value's axes that aren't matched yet, without those of length 1.
+        wanted: the lengths of the shape that aren't matched yet.
+        strict: whether a number can't match an unknown length; in files written for one size it can.
     """
     sizes = dict(x.parts)
     if not wanted:
@@ -126,7 +133,7 @@ def _matched(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) 
 
 
 def _ways(x: Flowing, items: list[str], wanted: Sequence[Any], strict: bool) -> Iterator[tuple[list[Any], Any, Any]]:
-    """Yield what the first axes may become, with the axes and the lengths that are left."""
+    """Yield matches of the first axes: the axes of the shape as `_matched` returns them, the axes and lengths left."""
     sizes = dict(x.parts)
 
     def fits(length: Length, entry: Any) -> bool:
@@ -172,7 +179,7 @@ def without(x: Flowing, gone: Sequence[int]) -> Flowing:
 
 
 def cut_part(reader: Reader, node: Any, x: Flowing, axis: int, taken: range) -> Flowing:
-    """Return some entries of one part."""
+    """Return a value with the entries `taken` of the part at an axis."""
     name, sizes = x.axes[axis], dict(x.parts)
     x = outermost(reader, x, name)
     inner = prod(sizes.values()) // sizes[name]
@@ -199,14 +206,14 @@ def padded(
 
 
 def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Flowing:
-    """Return values joined along a feature axis, one among several, or a new one, of length 1 in each value."""
+    """Return values concatenated along a feature axis, or along an axis of length 1, which becomes one."""
     grids = [as_grid(flow) for flow in flows]
     name = next((grid.axes[axis] for grid in grids if grid.axes[axis] in dict(grid.parts)), next(fresh(grids[0].axes)))
     over, made = list[int](), list[Flowing]()
     for grid in grids:
         sizes = dict(grid.parts)
         if grid.axes[axis] not in (*sizes, "1"):
-            raise Refused(f"values can be joined along features or time only, found axis {grid.axes[axis]}")
+            raise Refused(f"values can only be concatenated along features or time, found axis {grid.axes[axis]}")
         own = grid.axes[axis]
         over.append(sizes.get(own, 1))
         kept = [a for n, a in enumerate(grid.axes) if a in sizes and n != axis]
@@ -232,12 +239,12 @@ def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Fl
 
 
 class Spatial:
-    """The axes over which windows slide: time, if it is one of them, and the others, as a grid of the features.
+    """An operator's input with the axes over which its windows slide: time, if it is one, and a grid of features.
 
     Args:
         reader: the reader.
-        value: the value, whose axes are the batch, the channels, and those over which windows slide.
-        pools: whether channels aren't combined, so that time may be in their place.
+        value: the input, with the axes batch, channels, and those of the windows.
+        pools: whether the operator is a pool, which doesn't combine channels, so time may be the axis of channels.
     """
 
     def __init__(self, reader: Reader, value: Any, pools: bool = False) -> None:
@@ -247,26 +254,28 @@ class Spatial:
         steps = "T" in behind
         ahead = "1T" if pools else "1"
         if x.axes[0] not in "B1NM" or (x.axes[1] not in sizes and x.axes[1] not in ahead) or not behind:
-            raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
+            raise Refused(f"expected the axes batch, channels, and those of windows, found {' '.join(x.axes)}")
         if ("T" in x.axes and x.axes[1] != "T") != steps or any(
             axis not in sizes and axis not in "T1" for axis in behind
         ):
-            raise Refused(f"expected positions along time and features, found axes {' '.join(x.axes)}")
+            raise Refused(f"expected windows over time and features, found axes {' '.join(x.axes)}")
         self.channels = sizes.get(x.axes[1], 1)
         self.over = behind.index("T") if steps else None
-        self.places = [n for n, axis in enumerate(behind) if axis != "T"]  # of the grid, among the windowed axes
+        self.places = [
+            n for n, axis in enumerate(behind) if axis != "T"
+        ]  # the indices of the grid's axes among those of the windows
         self.grid = tuple(sizes.get(behind[n], 1) for n in self.places) or (1,)
         order = [behind[n] for n in self.places if behind[n] != "1"]
         self.x = arranged(reader, x, [*order, *([x.axes[1]] if x.axes[1] in sizes else [])])
         self.count = len(behind)
 
     def turned(self, values: Sequence[Any], usual: Any) -> tuple[Any, ...]:
-        """Return settings of the windowed axes with time first; `usual` where an axis isn't windowed."""
+        """Return one setting per axis, time first, for an attribute `values`; `usual` for axes that it lacks."""
         ahead = usual if self.over is None else values[self.over]
         return (ahead, *([values[n] for n in self.places] or [usual]))
 
     def kernel(self, weights: Array) -> Array:
-        """Return weights `[…, …, windowed axes]` with time first among those."""
+        """Return weights `[…, …, axes of windows]` with time as the first of these axes."""
         if weights.ndim != self.count + 2:
             raise Refused(f"expected weights with {self.count + 2} axes, found {weights.shape}")
         weights = weights if self.over is not None else weights[:, :, None]
@@ -292,8 +301,8 @@ class Spatial:
                 lengths[n] = length
             for n, length in enumerate(lengths):
                 if length is None and strides[n] > 1:
-                    raise Refused("auto_pad SAME_UPPER needs a known number of steps where windows skip steps")
-                span = ((sizes[n]) - 1) * dilations[n] + 1
+                    raise Refused("auto_pad SAME_UPPER with strides above 1 needs a known number of steps")
+                span = (sizes[n] - 1) * dilations[n] + 1
                 missing = max(0, (-(-(length or 1) // strides[n]) - 1) * strides[n] + span - (length or 1))
                 pairs[n] = (missing // 2, missing - missing // 2)
                 reader_pins = length is not None and n == self.over and strides[n] > 1
@@ -340,7 +349,7 @@ def conv(
 
 
 def conv_transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a transposed convolution, as a convolution of the input spread by the strides."""
+    """Read a transposed convolution as a convolution with zeros inserted into its input: see `GridConv.spread`."""
     kernel = floats(values[1], "the weights")
     bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
     spatial = Spatial(reader, values[0])
@@ -382,13 +391,13 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], value: Any) -> F
             lengths, spatial.turned(sizes, 1), settings["strides"], settings["padding"], strict=True
         ):
             if (stride > 1 and length is None) or (length is not None and (length + sum(pads) - size) % stride):
-                raise Refused("ceil_mode with an incomplete last window isn't supported here")
+                raise Refused("ceil_mode isn't supported for windows over features of which the last is incomplete")
     size = spatial.turned(sizes, 1)
     return spatial.put(reader, node, GridPool(mode, spatial.grid, spatial.channels, size, counts=counts, **settings))
 
 
 def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode: str, keep: bool) -> Flowing:
-    """Return the mean or maximum over some parts."""
+    """Return the mean or maximum over the parts at some axes; with `keep`, these stay as axes of length 1."""
     if mode not in ("mean", "max"):
         raise Refused(f"a {mode} over one of several feature axes isn't supported")
     x, sizes = as_grid(x), dict(as_grid(x).parts)
@@ -429,7 +438,7 @@ def by_parts(x: Flowing, value: Array) -> Array | None:
 
 
 def aligned(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing]:
-    """Return values with several feature axes with the same labels, in one order on the wire, of the same width."""
+    """Return values with the same labels, and the same order and width on the wire, for an elementwise operator."""
     grids = [as_grid(flow) for flow in flows]
     rank = max(len(grid.axes) for grid in grids)
     wide = max(grids, key=lambda grid: (len(grid.parts), prod(size for _, size in grid.parts)))
@@ -460,7 +469,7 @@ def _shown(x: Flowing) -> str:
 
 
 def _widened(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
-    """Return a value with the parts of another one: its entries are repeated along the parts that it lacks."""
+    """Return a value with the parts of another one, repeated along those that it lacks; one number stays as it is."""
     own, sizes = dict(x.parts), dict(wide.parts)
     if prod(own.values()) in (1, prod(sizes.values())) and (len(own) == len(sizes) or prod(own.values()) == 1):
         if prod(own.values()) == 1:
@@ -477,8 +486,8 @@ def _widened(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
     return replace(y, parts=wide.parts)
 
 
-def over_steps(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing]:
-    """Return values of which some are the same at every step, as sequences of one step, with the same axes."""
+def over_steps(reader: Reader, flows: Sequence[Flowing]) -> list[Flowing]:
+    """Return values with the same axes: those that lack time become sequences of one step."""
     rank = max(len(flow.axes) for flow in flows)
     flows = [replace(flow, axes=("1",) * (rank - len(flow.axes)) + flow.axes) for flow in flows]
     if len({flow.axes for flow in flows}) == 1 or not any("T" in flow.axes for flow in flows):
@@ -507,7 +516,9 @@ def dense(reader: Reader, node: Any, x: Flowing, kernel: Array) -> Flowing:
     """Return the product of the last of several feature axes with a matrix, for each entry of the others."""
     name = x.axes[-1]
     if kernel.ndim != 2 or name not in dict(x.parts):
-        raise Refused(f"expected a matrix of weights and features last, found {kernel.shape}, {' '.join(x.axes)}")
+        raise Refused(
+            f"expected a matrix of weights and features as the last axis, found {kernel.shape}, {' '.join(x.axes)}"
+        )
     rest = [part for part, _ in x.parts if part != name]
     x = arranged(reader, x, [*rest, name])
     size = prod(size for _, size in x.parts[:-1])

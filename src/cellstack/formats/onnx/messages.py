@@ -18,13 +18,13 @@ def label(node: Any) -> str:
 
 
 def line_of(node: Any) -> str:
-    """Return where a module's code calls an operator, as `file.py:12`, if PyTorch's exporter noted it; else ""."""
+    """Return the line of a module's code that calls an operator, as `file.py:12`; "" if the exporter didn't note it."""
     for path, line, function in re.findall(r"^(.+)\((\d+)\): (.*)", node.doc_string, re.MULTILINE):
         ours = path.startswith(OURS)
         if ours and function == "export":
-            break  # what follows has called the exporter
+            break  # the following lines are those that call the exporter
         if not ours and not re.search(r"[\\/](site|dist)-packages[\\/]torch[\\/]", path):
-            return f"{PureWindowsPath(path).name}:{line}"  # of both kinds of separators
+            return f"{PureWindowsPath(path).name}:{line}"  # accepts / and \ as separators
     return ""
 
 

@@ -119,7 +119,7 @@ def decomposed(usual: Handler | None) -> Handler:
     """Return a handler that reads an operator as a step of a layer norm where it is one, else with `usual`."""
 
     def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-        made = attention.scaled(reader, node, values)
+        made = attention.scaled(node, values)
         if made is None:
             made = moment(reader, node, attributes, values)
         if made is None:
@@ -148,7 +148,7 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
         raise Refused("training mode and spatial=0 aren't supported")
     made = Scale.of_statistics(mean, variance, float(attributes.get("epsilon", 1e-5)), gain, bias)
-    if x.parts or x.axes[1:2] == ("1",):  # the same numbers for every position of a channel
+    if x.parts or x.axes[1:2] == ("1",):  # one number per channel, for every step and feature of it
         shape = (1, -1, *(1,) * (len(x.axes) - 2))
         x = grids.as_grid(x)
         scale, shift = (grids.by_parts(x, array.reshape(shape)) for array in (made.scale, made.shift))
@@ -178,7 +178,7 @@ def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
 def _norm_of_parts(
     reader: Reader, node: Any, x: Flowing, over: Sequence[str], gain: Array, bias: Array | None, epsilon: float
 ) -> Flowing:
-    """Return a value normalised over some of its parts, for each entry of the others."""
+    """Return a value normalised over the parts `over`, separately for each entry of its other parts."""
     sizes = dict(x.parts)
     if any(axis not in sizes and axis != "1" for axis in over):
         raise Refused(f"only normalisation over features is supported, found axes {' '.join(over)}")
@@ -198,12 +198,14 @@ def instance_norm(reader: Reader, node: Any, attributes: dict[str, Any], values:
     sizes = dict(x.parts)
     channel = x.axes[1] if len(x.axes) > 2 else ""
     if not channel or x.axes[:1] not in {("B",), ("1",)} or channel not in (*sizes, "1") or "N" in x.axes:
-        raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
+        raise Refused(f"expected the axes batch, channels and at least one more, found {' '.join(x.axes)}")
     over_time = "T" in x.axes
     if over_time:
         steps_apart(reader)
     groups = sizes.get(channel, 1) if grouped is None else grouped.groups
-    x = grids.outermost(reader, x, channel) if channel in sizes else x  # groups of channels are blocks of it
+    x = (
+        grids.outermost(reader, x, channel) if channel in sizes else x
+    )  # so that a group of channels is a block of features
     each = prod(sizes.values()) // groups
     if len(gain) != groups:
         raise Refused(f"expected a gain of {groups} channels, found {len(gain)}")

@@ -69,7 +69,7 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if node.op_type.startswith("Global"):
         mode, axes = ("max" if "Max" in node.op_type else "mean"), list(range(2, len(x.axes)))
         if not x.has("BF" + "".join(x.axes[2:])) and x.axes[1:2] not in {(part,) for part, _ in (*x.parts, ("1", 1))}:
-            raise Refused(f"expected axes of batch, channels and positions, found {' '.join(x.axes)}")
+            raise Refused(f"expected the axes batch, channels and at least one more, found {' '.join(x.axes)}")
         x = x if x.has("BFT") else grids.as_grid(x)
     else:
         mode, found = node.op_type.removeprefix("Reduce").lower(), axes_of(attributes, values)
@@ -167,7 +167,7 @@ def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
         raise Refused("the operator isn't supported for computed values")
     if any(flow.parts for flow in flows):
         flows = grids.aligned(reader, node, flows)
-    flows = grids.over_steps(reader, node, flows)
+    flows = grids.over_steps(reader, flows)
     if len({flow.axes for flow in flows}) != 1:
         raise Refused(f"expected values with the same axes, found {', '.join(' '.join(f.axes) for f in flows)}")
     widths = {flow.width for flow in flows} - {1}

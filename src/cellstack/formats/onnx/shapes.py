@@ -306,12 +306,12 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 def _ends(ends: Symbols, axes: Sequence[str], of: str) -> Any:
-    """Return ends that are computed from the number of steps of a value as numbers counted from its end.
+    """Return the ends of a Slice of a value, those computed from its number of steps as negative numbers.
 
     Args:
         ends: the ends.
         axes: the label of the axis of each.
-        of: the value, as formulas name it.
+        of: the name of the value in formulas.
     """
     made = list(ends.array.reshape(-1))
     for n, (end, axis) in enumerate(zip(made, axes, strict=True)):
@@ -320,7 +320,7 @@ def _ends(ends: Symbols, axes: Sequence[str], of: str) -> Any:
             continue
         behind = formula.constant(1) if formula.of == of and axis == "T" else None
         if behind is None or behind > 0:
-            raise Refused("an end computed from another value's number of steps isn't supported")
+            raise Refused("the end of a slice computed from another value's number of steps isn't supported")
         made[n] = behind or LARGEST
     return np.array(made, np.int64) if all(isinstance(end, (int, np.integer)) for end in made) else ends
 
@@ -468,7 +468,7 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
 
 
 def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Filled:
-    """Return a sequence padded at its end by a number of steps that depends on theirs."""
+    """Return a sequence padded at its end by a number of steps that depends on its own number of steps."""
     entries, count = list(pads.array.reshape(-1)), len(x.axes)
     if len(entries) == 2 * count and "T" in x.axes:
         at = x.axes.index("T")
@@ -481,7 +481,10 @@ def _filled(node: Any, x: Flowing, pads: Symbols, mode: str, value: float) -> Fi
 
 
 def unfilled(reader: Reader, x: Filled, span: int, stride: int) -> Flowing:
-    """Return a `Filled` sequence as the input of a convolution: with more steps, it has the same whole windows."""
+    """Return a `Filled` sequence padded by a constant number of steps, for a convolution.
+
+    This is the most that its formula gives, `stride - 1`; the convolution has the same whole windows with it.
+    """
     if not x.fits(span, stride):
         raise Refused(f"the pads, computed from the number of steps, don't fit windows of {span} every {stride} steps")
     if x.mode == "constant":
@@ -490,7 +493,7 @@ def unfilled(reader: Reader, x: Filled, span: int, stride: int) -> Flowing:
 
 
 def _with_own_ends(reader: Reader, node: Any, x: Flowing, before: int, after: int, mode: str) -> Flowing:
-    """Return a sequence of any length padded with its own first and last steps."""
+    """Return a sequence of any length padded with its own steps, with mode reflect or edge."""
 
     name = node if isinstance(node, str) else label(node)
     near = range(1, max(before, after) + 1) if mode == "reflect" else [0] * max(before, after)
@@ -536,12 +539,12 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         or not steps.of
         or len(reader.shape(steps.of)) < 2
     ):
-        raise Refused("expected as many repetitions as an input has steps")
+        raise Refused("expected the number of repetitions to be constant or the number of steps of an input")
     return [reader.put(node, RepeatLike(), x, replace(x, wire=steps.of), axes=timed)]
 
 
 def _widened(reader: Reader, node: Any, x: Flowing, target: Any) -> Flowing | None:
-    """Return a value of one feature with it repeated to the length of an Expand; None where other axes change."""
+    """Return a value of one feature with this feature repeated by an Expand; None if other axes change too."""
     entries = list(target.array if isinstance(target, Symbols) else target if isinstance(target, np.ndarray) else ())
     if len(entries) != len(x.axes) or x.width != 1:
         return None

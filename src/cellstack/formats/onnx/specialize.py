@@ -195,7 +195,7 @@ def specialize(model: Model, sizes: Mapping[str, Sequence[int | None]], noted: b
     Args:
         model: the file.
         sizes: lengths of inputs that the file leaves open, by name.
-        noted: whether to note the places of the branches, because the lengths are those of an example.
+        noted: whether to record the lines of code with the branches, because the lengths are those of an example.
 
     Raises:
         FormatError: too many branches.
@@ -320,11 +320,11 @@ def _taken(node: Any) -> Iterator[str]:
 
 
 def check_specialized(model: Model, traced: bool = False) -> Model:
-    """Return the model; `FormatError` where an `If` that leads to an output remains: it says what would resolve it.
+    """Return the model; `FormatError` if an `If` that leads to an output remains: it says what would resolve it.
 
     Args:
         model: the file.
-        traced: whether it was exported with an example, whose lengths have resolved what depends on lengths.
+        traced: whether it was exported with an example, so that branches on lengths are resolved already.
     """
     if not any(node.op_type == "If" for node in model.graph.node):
         return model

@@ -26,10 +26,10 @@ from cellstack.nodes.cell import Cell
 
 
 class Counted:
-    """Base class of numbers that depend on a call, with which a graph computes."""
+    """Base class of numbers that a graph computes with and that depend on the call, such as a number of steps."""
 
     def formula(self) -> Formula | None:
-        """The number as a formula; None where it doesn't depend on one wire's number of steps."""
+        """The number as a formula; None if it doesn't depend on the number of steps of one wire alone."""
         raise NotImplementedError
 
     def _with(self, other: Any, function: Callable[[Any, Any], Any]) -> Any:
@@ -58,7 +58,7 @@ class Formula(Counted):
     """A number that a graph computes from a number of steps.
 
     Args:
-        of: the wire whose steps they are, or `length_of` of a `Filled` value.
+        of: the wire that has these steps, or `length_of` of a `Filled` value.
         run: returns the number for a number of steps; a float where the graph computes with floats.
     """
 
@@ -85,7 +85,7 @@ class Formula(Counted):
         return Formula(self.of, lambda t: kind(self.run(t)))
 
     def constant(self, less: int = 0) -> int | None:
-        """Return the number, minus `less` times the number of steps, if that is the same for all; otherwise None."""
+        """Return the number minus `less` times the number of steps, if this is a constant; otherwise None."""
         first = self.run(1) - less
         return int(first) if all(self.run(t) - less * t == first for t in TRIED) else None
 
@@ -94,7 +94,7 @@ class Formula(Counted):
 class Dim(Counted):
     """A length that depends on the call: `times` the product of the lengths of some labels.
 
-    `of`: the wire, if it is one's number of steps.
+    `of`: the wire whose length it is; "" if unknown.
     """
 
     labels: tuple[str, ...]
@@ -102,7 +102,7 @@ class Dim(Counted):
     of: str = field(default="", compare=False)
 
     def formula(self) -> Formula | None:
-        """The length as a formula; None where it isn't one wire's number of steps."""
+        """The length as a formula; None if it isn't the number of steps of one wire."""
         return Formula(self.of, lambda t: self.times * t) if self.of and self.labels == ("T",) else None
 
     def __mul__(self, other: Any) -> Dim:
@@ -115,7 +115,7 @@ class Dim(Counted):
 
 Length = int | Dim
 Parts = tuple[tuple[str, int], ...]
-TRIED = range(1, 513)  # numbers of steps for which formulas are compared, so strides are at most half as long
+TRIED = range(1, 513)  # numbers of steps for which formulas are evaluated and compared
 GRID = "CGHPQR"  # labels of feature axes where there are several
 
 
@@ -268,10 +268,10 @@ class Filled:
 
     Args:
         of: the sequence.
-        before: the number of steps before it.
-        after: the number of steps after it, computed from its number of steps.
+        before: the number of steps added before it.
+        after: the number of steps added after it, computed from its number of steps.
         mode: the mode of the operator Pad.
-        value: the value of the steps.
+        value: the value of the added steps.
         name: the name of the operator.
     """
 

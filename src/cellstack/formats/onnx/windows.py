@@ -71,7 +71,10 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
         count = kernel.ndim - 2
         strides, dilations = (whole(attributes.get(name, [1] * count)) for name in ("strides", "dilations"))
         if count != 1 or any(whole(attributes.get("pads", [0, 0]))):
-            raise Refused("only a convolution over time without pads can follow pads that depend on the steps")
+            raise Refused(
+                "after padding that depends on the number of steps, only a convolution over time, without pads, is "
+                "supported"
+            )
         span = (kernel.shape[2] - 1) * dilations[0] + 1
         values = [unfilled(reader, values[0], span, strides[0]), *values[1:]]
     if reader.frames is not None and (made := _at_once(reader, node, attributes, values[0], kernel, bias)) is not None:

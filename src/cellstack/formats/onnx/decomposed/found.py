@@ -123,7 +123,7 @@ def _with_h(scope: Scope, readings: list[Step]) -> Step | None:
 
 
 def cells_of_module(path: str, states: int) -> list[Cell]:
-    """Return the cells of a hand-written module, exported for a few steps, or for a single one: the bottom one first.
+    """Return the cells in the graph of a hand-written module over one or a few steps, the bottom one first.
 
     Args:
         path: the ONNX file. Its inputs are x and the states.
@@ -146,7 +146,7 @@ def cells_of_module(path: str, states: int) -> list[Cell]:
 
 
 def _single(scope: Scope, x: str, before: list[str]) -> tuple[Cell | None, str]:
-    """Return the cell of a graph that is one step of it, or the operator that differs from a cell's.
+    """Return the cell whose step a graph is, and ""; or None, and a message with the operator that differs.
 
     Args:
         scope: the graph.

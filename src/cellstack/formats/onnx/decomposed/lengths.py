@@ -1,8 +1,8 @@
-"""Resolves what a graph computes from known lengths, which hides the steps of cells.
+"""Replaces what a graph computes from known lengths, so that the steps of cells are found in it.
 
-PyTorch exports `gates.chunk(4, 1)` as slices with bounds computed from the shape of `gates` where its own shape
-inference has lost that shape, as after a `view`; the number of columns is that of a matrix all the same. And it
-exports `x.view(-1, x.size(1))` of rows x as a Reshape, which changes nothing.
+If PyTorch's exporter doesn't know the shape of `gates`, as after a `view`, it exports `gates.chunk(4, 1)` as slices
+with computed bounds. They are known here, from the shapes of the weights. It also exports `x.view(-1, x.size(1))` of
+rows x as a Reshape, which changes nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from cellstack.layout import Array
 
 
 def fix_lengths(model: Model) -> Model:
-    """Return a model with what follows from known lengths.
+    """Return a model in which some operators are replaced, using known lengths:
 
-    Bounds of slices are tensors, a last axis is -1, a Reshape to the shape that its input has is an Identity, and a
-    number added before a sigmoid, such as a forget bias, is one number per unit.
+    - bounds of slices become tensors, and the last axis becomes -1;
+    - a Reshape to the shape that its input has becomes an Identity;
+    - a number added before a sigmoid, such as a forget bias, becomes a vector with one number per unit.
     """
     scope, changes = model.scope(), {"Reshape": _reshape, "Slice": _slice, "Split": _split, "Add": _add}
     if not any(_hides(scope, node) for node in model.graph.node):
@@ -42,9 +43,9 @@ ELEMENTWISE = {"Cast", "Clip", "HardSigmoid", "Identity", "LayerNormalization", 
 
 
 class _Known(Lengths):
-    """Lengths that follow from weights, through the operators of a step.
+    """Lengths that follow from the shapes of weights, through the operators of a step.
 
-    The onnx package's own inference isn't used for this: for invalid files, it ends the process.
+    The onnx package's own inference isn't used for this, as it ends the process for invalid files.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -99,6 +100,7 @@ class _Known(Lengths):
         return None
 
     def _squeezed(self, node: Any, x: Shape, attributes: dict[str, Any]) -> list[Shape | None] | None:
+        """Return the shape of a Squeeze or Unsqueeze of a value of shape `x`; None if its axes aren't known."""
         values = [None, *(self.scope.constant(name) for name in node.input[1:])]
         if any(value is not None and not isinstance(value, np.ndarray) for value in values):
             return None
@@ -140,7 +142,7 @@ def _broadcast(shapes: list[Shape]) -> Shape:
 
 
 def _hides(scope: Scope, node: Any) -> bool:
-    """Whether a node may hide the steps of a cell."""
+    """Whether a node is one that `fix_lengths` may replace."""
     if node.domain not in DOMAINS or node.op_type not in ("Add", "Reshape", "Slice", "Split") or not node.input:
         return False
     if node.op_type == "Add":
@@ -150,7 +152,7 @@ def _hides(scope: Scope, node: Any) -> bool:
 
 
 def _reshape(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
-    """Return an Identity for a Reshape whose lengths, but for one, are those of its input's axes."""
+    """Return an Identity for a Reshape that keeps the shape of its input; a length of -1 matches any."""
     wanted, has = (lengths.value(node.input[1]) if len(node.input) > 1 else None), lengths.lengths_of(node.input[0])
     if wanted is None or has is None or len(wanted) != len(has):
         return node

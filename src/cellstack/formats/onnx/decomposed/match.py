@@ -192,7 +192,10 @@ class Matcher:
         self.loop, self.zeros = within_loop, zeros
         self.left = VISITS[0] + VISITS[1] * len(scope.graph.node)
         self.form: Any = None
-        self.furthest = 0, ""  # of the values that match none of the form: what was known by then, and its name
+        self.furthest = (
+            0,
+            "",
+        )  # the number of values matched before the last that matches none of the form, and its name
 
     def steps(self, form: Form, node: Any, ends: dict[str, str], bound: Bound) -> list[Step]:
         """Return the steps of a form that compute states; several where a graph doesn't distinguish x from h.
@@ -414,7 +417,7 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
 
 
 def _check_normed(name: str, blocks: Sequence[Sequence[Term]], units: int) -> None:
-    """Raise `ValueError` where gates use other blocks of a normalised product than those that are normalised with them.
+    """Raise `ValueError` if the gates don't use the blocks that a layer normalisation normalises together.
 
     Args:
         name: the array.

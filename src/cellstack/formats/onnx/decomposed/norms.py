@@ -1,4 +1,4 @@
-"""Writes layer normalisation as the operators of which a cell's step consists of it."""
+"""Expands LayerNormalization into elementary operators, which cells with layer normalisation are compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def expand_norms(model: Model, least: int = 1) -> Model:
 
     Args:
         model: the file.
-        least: how many of them have to have the same gain: 2 for those that are repeated at every step of a loop.
+        least: only those whose gain is used at least this often; 2 selects those that a loop repeats at every step.
     """
     nodes, tensors = list[Any](), list[Any]()
     norms = {id(node) for node in model.graph.node if _is_norm(model, node)}
@@ -28,7 +28,7 @@ def expand_norms(model: Model, least: int = 1) -> Model:
             continue
         gain = scope.constant(node.input[1])
         dtype = gain.dtype if isinstance(gain, np.ndarray) else np.float32
-        # The attribute is the float32 nearest to a short decimal number.
+        # The attribute is a float32; its shortest decimal form is the number that was meant, such as 1e-5.
         epsilon = np.array(str(np.float32(model.attributes(node).get("epsilon", 1e-5))), dtype)
         tensors.append(onnx_package().numpy_helper.from_array(epsilon, f"{node.output[0]} epsilon"))
         nodes += _expanded(node, tensors[-1].name)
