@@ -161,9 +161,12 @@ def one_row(network: Network) -> bool:
 
 
 def origin_of(network: Network) -> str:
-    """Return whether a network's layouts are those of a file or a module, as a word for messages."""
+    """Return whether a network's layouts are those of a file or a module, as a word for messages.
+
+    The "source file", because a file that the network is saved to has the network's axes and keeps this metadata.
+    """
     entry = network.metadata.get(KEY)
-    return "module" if isinstance(entry, dict) and entry.get("of") == "module" else "file"
+    return "module" if isinstance(entry, dict) and entry.get("of") == "module" else "source file"
 
 
 def as_line(network: Network) -> str:
