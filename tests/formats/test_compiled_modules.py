@@ -375,5 +375,7 @@ def test_a_table_sliced_to_the_number_of_steps_is_refused_by_what_it_is():
 
     module = Positions()
     module.table = nn.Parameter(torch.randn(99, 3))
-    with pytest.raises(cs.FormatError, match="Slice '/Slice': expected constant integers, found some that are computed"):
+    with pytest.raises(
+        cs.FormatError, match="Slice '/Slice': expected constant integers, found some that are computed"
+    ):
         cs.compile(module, X)
