@@ -355,3 +355,27 @@ def test_programs_take_calls_norms_constants_and_ids_of_other_shapes(module, inp
     given = [x.numpy()[..., 0] if x.dtype is torch.int64 else x.numpy() for x in longer]
     ours = net(given[0] if len(given) == 1 else tuple(given))
     np.testing.assert_allclose(ours, module(*longer).detach().numpy(), atol=1e-5)
+
+
+def test_a_module_may_have_keyword_only_arguments():
+    class Whole(Net):
+        def forward(self, x, scale=None, *, every=False):
+            y = super().forward(x)
+            return y if every else y[:, -1]
+
+    module = Whole().eval()
+    agrees(cs.compile(module, X), module)
+    assert "forward" not in vars(module)
+
+
+def test_a_table_sliced_to_the_number_of_steps_is_refused_by_what_it_is():
+    class Positions(Net):
+        def forward(self, x):
+            return super().forward(x + self.table[: x.shape[1]])
+
+    module = Positions()
+    module.table = nn.Parameter(torch.randn(99, 3))
+    with pytest.raises(
+        cs.FormatError, match="Slice '/Slice': expected constant integers, found some that are computed"
+    ):
+        cs.compile(module, X)

@@ -456,7 +456,7 @@ def test_other_axes_are_reported_when_a_file_is_loaded_printed_and_verified(tmp_
         with pytest.warns(UserWarning, match=f"^{says}") as record:
             net = load(path)
         assert record[0].filename == __file__
-    line = f"axes in the file: {shown} -> "
+    line = f"axes in the source file: {shown} -> "
     assert (line in repr(net)) == (line in str(net.plan())) == (order != "BTF")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the report says it
@@ -465,7 +465,7 @@ def test_other_axes_are_reported_when_a_file_is_loaded_printed_and_verified(tmp_
     assert (line in report.note) == (line in str(report)) == (order not in ("BTF", "TF"))
     with pytest.raises(ShapeError) as raised:
         net(np.zeros((2, 5, 7), np.float32))
-    assert (f"; in the file its axes are {shown}" in str(raised.value)) == (order != "BTF")
+    assert (f"; in the source file its axes are {shown}" in str(raised.value)) == (order != "BTF")
     net.save(tmp_path / "again.safetensors")
     net.save(tmp_path / "again.onnx")
     for name in ("again.safetensors", "again.onnx"):

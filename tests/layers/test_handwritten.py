@@ -243,6 +243,16 @@ def test_a_cell_runs_on_the_kernel_within_packed_weights(monkeypatch):
     assert "_packed" not in vars(module)
 
 
+def test_a_module_that_is_passed_itself_is_refused_with_the_reason_whatever_its_name():
+    class Step(Cell):
+        def forward(self, x, state):
+            h, (_, c) = super().forward(x, state)
+            return h + x, (h + x, c)
+
+    with pytest.raises(ValueError, match=r"hand-written modules: Step: the operator Add .* isn't that of a cell"):
+        cs.accelerate(Step(4, 4), cells=True)
+
+
 def test_other_modules_are_left_alone_and_the_plan_says_why():
     class ResidualLSTMCell(Cell):
         def forward(self, x, state):

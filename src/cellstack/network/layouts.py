@@ -161,9 +161,12 @@ def one_row(network: Network) -> bool:
 
 
 def origin_of(network: Network) -> str:
-    """Return what a network was read from, "file" or "module", for messages."""
+    """Return what a network was read from, "source file" or "module", for messages.
+
+    A file that the network is saved to has the network's own axes.
+    """
     entry = network.metadata.get(KEY)
-    return "module" if isinstance(entry, dict) and entry.get("of") == "module" else "file"
+    return "module" if isinstance(entry, dict) and entry.get("of") == "module" else "source file"
 
 
 def as_line(network: Network) -> str:

@@ -227,6 +227,8 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
         if any(isinstance(part, HandWritten) for part in model.modules()):
             return model
         listed = "; ".join(f"{name_of(part)}: {text}" for part in model.modules() if (text := refused.get(part)))
+        if not listed and "" in why:  # whatever its name is, it was passed as one
+            listed = f"{name_of(model)}: {why[''][1]}"
         raise ValueError(f"{error}{f'; hand-written modules: {listed}' if listed else ''}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -77,7 +78,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             looks.extend(_line_of_module())
 
     def run(inlining: bool) -> None:
-        with _traceable(), _rounding():
+        with _traceable(), _rounding(), _positional(module):
             torch.onnx.export(module, inputs, path, **options, dynamo=False, verbose=True, autograd_inlining=inlining)
 
     try:
@@ -106,6 +107,26 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
         if handle is not None:
             handle.remove()
     return list(dict.fromkeys(looks))
+
+
+@contextmanager
+def _positional(module: Any) -> Iterator[None]:
+    """Hide the keyword-only arguments of a module's forward: the exporter passes their defaults by position."""
+    import torch
+
+    forward = module.forward
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if scripted or all(each.kind != each.KEYWORD_ONLY for each in inspect.signature(forward).parameters.values()):
+        yield
+        return
+    own = vars(module).get("forward")
+    module.forward = lambda *args: forward(*args)
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _line_of_module() -> list[str]:

@@ -85,6 +85,8 @@ def numbers(value: Any) -> Any:
 def whole(values: Any, most: int = 0) -> list[int]:
     """Return a constant list of integers, such as axes, of length up to `most` or 64; else `ValueError`."""
     array = np.asarray(values)
+    if array.dtype.kind == "O":
+        raise ValueError("expected constant integers, found some that are computed from the size of an input")
     if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > max(most, 64):
         raise ValueError(f"expected a short list of integers, found {array.dtype} {array.shape}")
     return [int(value) for value in array.reshape(-1)]
