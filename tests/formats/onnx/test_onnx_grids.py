@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from onnx import TensorProto, helper
+from onnx_graphs import model, run, write
+
 from cellstack.formats import onnx as adapter
+from cellstack.spec import ShapeError
 
 T = {0: "batch", 1: "steps"}
 
@@ -291,3 +295,22 @@ def test_a_reshape_that_mixes_time_and_features_is_refused(tmp_path):
 
     with pytest.raises(adapter.FormatError, match=r"Reshape .*: the shape must keep batch, time and features separate"):
         exported(Mixed(), torch.randn(2, 6, 4), tmp_path / "net.onnx")
+
+
+def floats(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def test_automatic_padding_of_strided_steps_is_that_of_the_file_s_number_of_steps(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["X", "W"], ["c"], auto_pad="SAME_UPPER", strides=[2, 1]),
+        helper.make_node("Transpose", ["c"], ["t"], perm=[2, 0, 1, 3]),  # [T, B, C, F]
+        helper.make_node("Reshape", ["t", "shape"], ["s"]),
+        helper.make_node("LSTM", ["s", "k", "r"], ["Y"], hidden_size=3),
+    ]
+    arrays = {"W": floats(2, 1, 3, 3), "k": floats(1, 12, 8), "r": floats(1, 12, 3), "shape": np.array([0, 0, 8])}
+    path = write(tmp_path / "n.onnx", model(nodes, {"X": (TensorProto.FLOAT, ["B", 1, 8, 4])}, ["Y"], arrays))
+    net, x = adapter.load(path), floats(2, 1, 8, 4)
+    np.testing.assert_allclose(net(x[:, 0]), run(path, {"X": x})[0][:, 0].transpose(1, 0, 2), atol=1e-6)
+    with pytest.raises(ShapeError, match="8"):
+        net(x[:, 0, :7])

@@ -259,6 +259,7 @@ class Spatial:
             axis not in sizes and axis not in "T1" for axis in behind
         ):
             raise Refused(f"expected windows over time and features, found axes {' '.join(x.axes)}")
+        self.pins = False  # whether the padding is that of the file's number of steps
         self.channels = sizes.get(x.axes[1], 1)
         self.over = behind.index("T") if steps else None
         self.places = [
@@ -305,13 +306,10 @@ class Spatial:
                 span = (sizes[n] - 1) * dilations[n] + 1
                 missing = max(0, (-(-(length or 1) // strides[n]) - 1) * strides[n] + span - (length or 1))
                 pairs[n] = (missing // 2, missing - missing // 2)
-                reader_pins = length is not None and n == self.over and strides[n] > 1
-                self.pins = reader_pins
+                self.pins |= length is not None and n == self.over and strides[n] > 1
         elif auto not in ("NOTSET", "VALID", ""):
             raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
         return made | {"padding": self.turned(pairs, (0, 0))}
-
-    pins = False
 
     def put(self, reader: Reader, node: Any, made: GridConv | GridPool) -> Flowing:
         """Add a node over windows, and return its output."""
