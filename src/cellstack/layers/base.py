@@ -184,7 +184,8 @@ class Layer(nn.Module):
     @property
     def built(self) -> bool:
         """Whether the weights exist."""
-        return all(child.built for child in self.children() if isinstance(child, Layer))
+        # `children()`, which skips repeated modules, takes a tenth of the time of a step.
+        return all(child.built for child in self._modules.values() if isinstance(child, Layer))
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
         """Create the weights for inputs of width `input_size`, or of this shape."""

@@ -5,10 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from onnx import TensorProto, helper
 from onnx_graphs import model, run, write
+from torch import nn
 
 from cellstack.formats import onnx as adapter
 from cellstack.spec import ShapeError
