@@ -75,7 +75,8 @@ class Computed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.low, self.band = nn.Parameter(torch.rand(4, 1)), nn.Parameter(torch.rand(4, 1))
+        self.low = nn.Parameter(torch.linspace(-0.2, 0.4, 4)[:, None])
+        self.band = nn.Parameter(torch.linspace(0.1, 0.9, 4)[:, None])
 
     def forward(self, x):
         n = torch.arange(1, 4)[None] / 3
