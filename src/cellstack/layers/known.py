@@ -83,7 +83,7 @@ def _light_examples(module: Any) -> list[tuple[Any, ...]]:
 
 # ── DeepCTR's GRUs with attention ─────────────────────────────────────────────────────────────────────────────────────
 
-_CLOSED = -200.0  # a bias with which a gate is 0
+_OPEN = 200.0  # a bias with which a gate is 1
 
 
 class AttentionGRU(HandWritten):
@@ -126,7 +126,7 @@ def _gates(cell: Any, weight: Tensor) -> Tensor:
     """Return the rows of an array in our order of gates, z r g; the module's is r z g."""
     r, z, g = weight.chunk(3)
     if type(cell).__name__ == "AGRUCell":
-        z = torch.zeros_like(z) if z.ndim > 1 else torch.full_like(z, -_CLOSED)
+        z = torch.zeros_like(z) if z.ndim > 1 else torch.full_like(z, _OPEN)
     return torch.cat([-z, r, g])
 
 

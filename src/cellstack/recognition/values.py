@@ -49,7 +49,9 @@ def experiments() -> Iterator[None]:
 
 def copy_of(module: nn.Module) -> nn.Module:
     """Return a copy in float64 and evaluation mode."""
-    return copy.deepcopy(module).to("cpu", torch.float64).eval()
+    made = copy.deepcopy(module).to("cpu", torch.float64)
+    made.eval()  # the eval of some modules returns None
+    return made
 
 
 def fill(module: nn.Module, low: float, high: float, seed: int) -> dict[str, np.ndarray]:
