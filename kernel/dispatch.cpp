@@ -1,6 +1,8 @@
 // Selects the instruction set: the best one that the machine supports, unless another one is requested.
 #include "dispatch.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
 
@@ -54,6 +56,16 @@ std::atomic<const InstructionSet*>& in_use() {
 std::atomic<bool> by_name{false};
 
 }  // namespace
+
+double resident_bytes() {
+    static const double bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+        if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return 0.75 * double(size);
+#endif
+        return 0.75e6;  // the system doesn't say: that of a megabyte
+    }();
+    return bytes;
+}
 
 const InstructionSet& current() { return *in_use().load(std::memory_order_relaxed); }
 

@@ -5,6 +5,9 @@ namespace cellstack {
 
 const InstructionSet& current();
 
+// The bytes of weights that stay in a core's second-level cache from step to step, next to the rows of a step.
+double resident_bytes();
+
 template <class T>
 const Leaf<T>& leaf_of(const InstructionSet& set) {
     if constexpr (sizeof(T) == 4)

@@ -1,6 +1,7 @@
 // Divides a call among threads, by an estimate of the time that each division takes.
 #include <algorithm>
 
+#include "dispatch.h"
 #include "runner.h"
 
 namespace cellstack {
@@ -17,11 +18,11 @@ bool divides(const Weights<T>& weights) {
 // multiply-adds per cycle, or two of pairs; each tile of rows loads its panel from the second-level cache, half of
 // which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from a slower level.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
-    constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
+    constexpr double near_bytes = 48, far_bytes = 10, activation = 12, gigahertz = 3;
     const double depth = double(d.input + d.recurrent()), panel = depth * d.gates() * width * bytes;
     const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2),
                  near = double(ceil_div(rows, 6)) * panel / near_bytes;
-    const double far = panel * double(blocks) > near_size ? panel / far_bytes : 0;
+    const double far = panel * double(blocks) > resident_bytes() ? panel / far_bytes : 0;
     return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
 

@@ -13,9 +13,10 @@
 namespace cellstack {
 namespace {
 
-// Bytes of dz that stay in a second-level cache until the gradients have been computed from them.
+// Bytes of dz that stay in a second-level cache until the gradients have been computed from them. It is the same on
+// every machine: the order of the sums, and so their bits, depends on it.
 constexpr int64_t kGradientBytes = int64_t(1) << 20;
-constexpr int64_t kInputRows = 96;   // per task of the gradient of x
+constexpr int64_t kInputRows = 96;   // most per task of the gradient of x
 constexpr int64_t kAgainRows = 192;  // whose gates a thread recomputes at a time
 
 template <class T>
@@ -28,12 +29,12 @@ bool any(T* const (&pointers)[kStates]) {
 bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.attention; }
 
 // A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
-// rows processes `depth` vectors of a panel (half as many for pairs); weights that don't fit into the core's own cache
-// cause waiting.
+// rows processes `depth` vectors of a panel (half as many for pairs), and prefetches part of the next one; weights that
+// don't fit into the core's own cache take at least the time of reading them from a slower level.
 double step_cost_back(int64_t rows, int64_t panels, int64_t depth, int64_t panel_bytes) {
     const int64_t tiles = ceil_div(rows, 6), cycles = depth * std::max(2 * rows + tiles, 4 * tiles);
     const double weights = double(panels) * double(panel_bytes);
-    return double(panels * cycles) / 3 + (weights > 1.8e6 ? weights / 30 : 0);
+    return std::max(double(panels * cycles) / 3, weights > resident_bytes() ? weights / 30 : 0);
 }
 
 // How the pass through time is divided among threads: groups of rows, and shares of the units in each group.
@@ -93,6 +94,12 @@ class BackwardLayer {
     void sum_rows() const;
     void sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const;
 
+    // The tasks of the gradient of x for some rows: a few of equal size per thread.
+    int64_t input_tasks(int64_t rows) const {
+        if (!g.dx) return 0;
+        const int64_t few = threads == 1 ? 1 : std::min<int64_t>(4 * threads, ceil_div(rows, 6));
+        return std::max(ceil_div(rows, kInputRows), few);
+    }
     T* pairs_of(int thread) const { return pairs ? rows_in_pairs + thread * paired : nullptr; }
     // The time of the n-th step processed.
     int64_t time_of(int64_t n) const { return in.reverse ? steps - 1 - n : n; }
@@ -139,10 +146,14 @@ class BackwardLayer {
     int64_t weight_tasks = 0;
 };
 
-// The number of steps whose dz stays in the cache.
+// The number of steps per chunk: their dz, with this many numbers per row, stays in the cache. Each chunk also reads
+// and writes the gradients of the matrices. Where these are larger than the cache, longer chunks take less time,
+// although dz is then read from a slower level.
 template <class T>
-int64_t chunk_of(const Sequences<T>& in, int64_t numbers) {
-    const int64_t steps = kGradientBytes / int64_t(numbers * sizeof(T)) / std::max<int64_t>(in.batch, 1);
+int64_t chunk_of(const Sequences<T>& in, const Description& d, int64_t numbers) {
+    const int64_t sums = d.gates() * d.units * (d.input + d.recurrent()) * int64_t(sizeof(T));
+    const int64_t bytes = std::max(kGradientBytes, sums / 2);
+    const int64_t steps = bytes / int64_t(numbers * sizeof(T)) / std::max<int64_t>(in.batch, 1);
     return std::max<int64_t>(1, std::min(in.steps, steps));
 }
 
@@ -152,7 +163,7 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
       s(s),
       g(g),
       threads(useful_threads(most_threads, B * steps * 2 * G * H * (I + d.recurrent()))),
-      chunk(chunk_of(in, blocks * deep)),
+      chunk(chunk_of(in, d, blocks * deep)),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
 // Without steps, the gradients of matrices and biases are zero.
@@ -425,7 +436,7 @@ void BackwardLayer<T>::go_back(int64_t first, int64_t last) {
 template <class T>
 void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
     const int64_t rows = (last - first) * B;
-    const int64_t tasks = weight_tasks + (g.dx ? ceil_div(rows, kInputRows) : 0);
+    const int64_t inputs = input_tasks(rows), tasks = weight_tasks + inputs;
     std::atomic<int64_t> next{0};
     parallel(int(std::min<int64_t>(threads, tasks)), [&](int k) {
         FlushDenormals flush;
@@ -435,8 +446,8 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
                 sum_weights(task, k, copied_for, first, last);
                 continue;
             }
-            const int64_t row = (task - weight_tasks) * kInputRows;
-            leaf.input_gradient(tiles, dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows),
+            const int64_t n = task - weight_tasks;
+            leaf.input_gradient(tiles, dz, G, blocks, rows, kernel_t, I, rows * n / inputs, rows * (n + 1) / inputs,
                                 dx_rows.data(), pairs_of(k));
         }
     });
