@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 import signal
 
@@ -29,6 +30,12 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
+
+
+def pytest_collection_finish():
+    """Make the garbage collector skip the libraries and the tests: millions of objects that stay until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
