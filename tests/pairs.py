@@ -30,10 +30,10 @@ def name_of(value):
     return getattr(value, "__name__", str(value))
 
 
-def parametrize(names, *axes, also=()):
+def parametrize(names, *axes, also=(), indirect=("isa",)):
     """Return `pytest.mark.parametrize` over all combinations, of which those that `few` leaves out are slow.
 
-    `names` are the arguments, comma-separated; `isa` is the fixture.
+    `names` are the arguments, comma-separated; those in `indirect` are fixtures.
     """
     chosen = few(axes, also)
     cases = [
@@ -44,4 +44,4 @@ def parametrize(names, *axes, also=()):
         )
         for places in itertools.product(*(range(len(axis)) for axis in axes))
     ]
-    return pytest.mark.parametrize(names, cases, indirect=["isa"])
+    return pytest.mark.parametrize(names, cases, indirect=list(indirect))

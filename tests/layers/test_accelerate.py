@@ -10,6 +10,7 @@ from abc import ABC
 from contextlib import nullcontext
 from dataclasses import replace
 
+import pairs
 import pytest
 import tolerances
 import torch
@@ -91,20 +92,22 @@ def check(theirs, ours, make, tolerance=1e-10, second=False):
 # ── PyTorch's table of test inputs ────────────────────────────────────────────────────────────────────────────────────
 
 
-def inputs_of_pytorch():
-    from torch.testing._internal.common_modules import module_db
-
-    for info in module_db:
-        if info.module_cls in (*MODULES, *CELLS):
-            for training in (True, False):
-                given = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
-                for n, made in enumerate(info.module_inputs_func(info, **given)):
-                    yield pytest.param(info.module_cls, made, training, id=f"{info.module_cls.__name__}-{training}-{n}")
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "made", "training"), list(inputs_of_pytorch()))
-def test_pytorch_s_test_inputs_give_the_results_of_pytorch(kind, made, training, runs):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_pytorch_s_test_inputs_give_the_results_of_pytorch(kind, training, runs):
+    from torch.testing._internal.common_modules import module_db  # a second of time
+
+    (info,) = (info for info in module_db if info.module_cls is kind)
+    given = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
+    inputs = info.module_inputs_func(info, **given)
+    assert inputs
+    for made in inputs:
+        runs.clear()
+        compare_on_inputs_of_pytorch(kind, made, training, runs)
+
+
+def compare_on_inputs_of_pytorch(kind, made, training, runs):
     built = made.constructor_input
     theirs, ours = pair(kind, *built.args, **built.kwargs, dtype=torch.float64)
     theirs.train(training), ours.train(training)
@@ -1331,11 +1334,16 @@ CELLS_IN_ROWS = {
 }
 
 
-@pytest.mark.parametrize("isa", _kernel.isas())
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("units", [2, 7, 16, 33, 130])
-@pytest.mark.parametrize("name", CELLS_IN_ROWS)
+@pairs.parametrize(
+    "isa, name, units, dtype, bias",
+    _kernel.isas(),
+    list(CELLS_IN_ROWS),
+    [2, 7, 16, 33, 130],
+    [torch.float32, torch.float64],
+    [True, False],
+    also=(0, 2, 3),
+    indirect=(),
+)
 def test_weights_in_pytorch_s_layout_give_the_same_bits(name, units, dtype, bias, isa):
     proj = (units + 1) // 2 if "projection" in name else 0
     spec = replace(CELLS_IN_ROWS[name], units=units, use_bias=bias, proj_size=proj)
