@@ -28,6 +28,11 @@ LONG = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return (os.cpu_count() or 1) + 1  # some tests wait, for a browser or a process
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
 

@@ -33,6 +33,10 @@ def isa(request):
     _kernel.set_isa(os.environ.get("CELLSTACK_ISA", ""))
 
 
+def over_isas(names, *axes, **options):
+    return pairs.parametrize(f"isa, {names}", ISAS, *axes, **options, indirect=["isa"])
+
+
 def cast(value, dtype):
     """Convert all float arrays in `value` to `dtype`, contiguous."""
     if isinstance(value, dict):
@@ -155,9 +159,7 @@ MEMBERS = {
 }
 
 
-@pairs.parametrize(
-    "isa, member, shape, dtype, masked", ISAS, list(GATES), SHAPES, DTYPES, [False, True], also=(0, 2, 3)
-)
+@over_isas("member, shape, dtype, masked", list(GATES), SHAPES, DTYPES, [False, True], also=(0, 2, 3))
 def test_forward_and_backward_follow_the_reference(isa, member, shape, dtype, masked):
     spec, arrays, case, rng = make(hash(shape) % 1000, *shape, np.float64, **MEMBERS[member])
     batch, steps, *_ = shape
@@ -168,9 +170,7 @@ def test_forward_and_backward_follow_the_reference(isa, member, shape, dtype, ma
     compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
 
 
-@pairs.parametrize(
-    "isa, member, shape, dtype", ISAS, list(MEMBERS), [(1, 70, 5, 16), (3, 11, 7, 33), (7, 6, 16, 48)], DTYPES
-)
+@over_isas("member, shape, dtype", list(MEMBERS), [(1, 70, 5, 16), (3, 11, 7, 33), (7, 6, 16, 48)], DTYPES)
 def test_every_flag_at_widths_beyond_one_block(isa, member, shape, dtype):
     spec, arrays, case, rng = make(3, *shape, np.float64, **MEMBERS[member])
     compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
@@ -187,7 +187,7 @@ def test_a_random_cell_follows_the_reference(isa, seed):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS, threads, copy)
 
 
-@pairs.parametrize("isa, phi, sigma", ISAS, [*ACTIVATIONS, "leaky_relu(0.0)", "elu(0.0)"], SIGMAS)
+@over_isas("phi, sigma", [*ACTIVATIONS, "leaky_relu(0.0)", "elu(0.0)"], SIGMAS)
 def test_every_activation(isa, phi, sigma):
     spec, arrays, case, rng = make(7, 3, 6, 5, 9, np.float64, activation=phi, recurrent_activation=sigma)
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS)
@@ -299,7 +299,7 @@ def test_a_thread_that_does_not_run_does_not_block_the_others(tmp_path):
     assert float(run.stdout) < 2, run.stdout
 
 
-@pairs.parametrize("isa, member, batch", ISAS, list(MEMBERS), [1, 5])
+@over_isas("member, batch", list(MEMBERS), [1, 5])
 def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, batch):
     spec, arrays, case, rng = make(5, batch, 9, 70, 330, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
@@ -310,7 +310,7 @@ def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, ba
         assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
-@pairs.parametrize("isa, member, reverse", ISAS, list(MEMBERS), [False, True])
+@over_isas("member, reverse", list(MEMBERS), [False, True])
 def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
     """600 rows per step, so that the second-level cache holds only a chunk of the steps."""
     spec, arrays, case, rng = make(6, 600, 5, 6, 70, **MEMBERS[member])
@@ -323,7 +323,7 @@ def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
         assert_equal(calls.backward(spec, arrays, bare(out), dy=dy, threads=threads), kept)
 
 
-@pairs.parametrize("isa, member, size", ISAS, list(MEMBERS), [(1, 330), (5, 70), (150, 33)])
+@over_isas("member, size", list(MEMBERS), [(1, 330), (5, 70), (150, 33)])
 def test_gradients_in_bfloat16(isa, member, size):
     """Close to float32 if pairs are multiplied, else equal; equal for any threads, with and without saved gates."""
     batch, units = size
@@ -457,7 +457,7 @@ def test_a_strided_input_is_read_in_place(isa):
             assert_equal(got, calls.forward(spec, arrays, **case, reverse=reverse))
 
 
-@pairs.parametrize("isa, member, shape", ISAS, list(MEMBERS), [(0, 4), (3, 0), (0, 0)])
+@over_isas("member, shape", list(MEMBERS), [(0, 4), (3, 0), (0, 0)])
 def test_empty_batches_and_sequences(isa, member, shape):
     batch, steps = shape
     spec, arrays, case, _ = make(1, batch, steps, 3, 4, **MEMBERS[member])
@@ -611,7 +611,7 @@ def test_tanh_of_the_smallest_floats(isa):
         np.testing.assert_array_equal(activated("tanh", signed), signed)  # of -0, a zero
 
 
-@pairs.parametrize("isa, member, shape, dtype", ISAS, list(MEMBERS), SHAPES, DTYPES, also=(0, 2, 3))
+@over_isas("member, shape, dtype", list(MEMBERS), SHAPES, DTYPES, also=(0, 2, 3))
 def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtype):
     if MEMBERS[member].get("proj_size", 0) >= shape[3]:
         shape = (*shape[:3], 4)
@@ -687,7 +687,7 @@ def to_bfloat16(array):
 MATRICES = ("kernel", "recurrent_kernel", "projection")
 
 
-@pairs.parametrize("isa, member, units, batch", ISAS, list(MEMBERS), [5, 33], [1, 7])
+@over_isas("member, units, batch", list(MEMBERS), [5, 33], [1, 7])
 def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
     spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
     rounded = {name: BFloat16Array(bfloat16.rounded(a)) if name in MATRICES else a for name, a in arrays.items()}
@@ -702,7 +702,7 @@ def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
 DIRECT = [name for name, flags in MEMBERS.items() if "proj_size" not in flags and flags.get("reset_after", True)]
 
 
-@pairs.parametrize("isa, member, batch, width", ISAS, DIRECT, [1, 7, 64, 80], [1, 8, 17, 70], also=(0, 2, 3))
+@over_isas("member, batch, width", DIRECT, [1, 7, 64, 80], [1, 8, 17, 70], also=(0, 2, 3))
 def test_a_step_in_bfloat16_is_a_step_with_rounded_numbers(isa, member, batch, width):
     """Bit for bit: sums of exact products in order, also if the processor multiplies pairs."""
     spec, arrays, case, _ = make(28, batch, 1, width, 33, **MEMBERS[member])
@@ -788,7 +788,7 @@ def test_weights_have_a_number_format():
         native.weights(spec, arrays, "float16")
 
 
-@pairs.parametrize("isa, member, threads", ISAS, list(MEMBERS), [1, 3])
+@over_isas("member, threads", list(MEMBERS), [1, 3])
 def test_states_may_be_rows_of_a_larger_array(isa, member, threads):
     spec, arrays, case, rng = make(27, 6, 5, 9, 35, **MEMBERS[member])
     expected = calls.forward(spec, arrays, **case)
