@@ -37,10 +37,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
 
 
-def pytest_collection_finish():
-    """Make the garbage collector skip the libraries and the tests: millions of objects that stay until the end."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Make the garbage collector skip the libraries and the tests: millions of objects that stay until the end.
+
+    Full collections are rare after that: what the tests import and cache stays too.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*gc.get_threshold()[:2], 200)
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -129,7 +129,7 @@ class Layers(nn.Module):
     [
         pytest.param("LSTM", 2, True, True, False, marks=pytest.mark.slow),
         ("GRU", 2, True, False, True),
-        ("RNN", 2, True, True, False),
+        pytest.param("RNN", 2, True, True, False, marks=pytest.mark.slow),
         pytest.param("RNN", 2, True, False, True, marks=pytest.mark.slow),
         pytest.param("RNN", 1, False, True, True, marks=pytest.mark.slow),
     ],
