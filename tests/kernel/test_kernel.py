@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -157,6 +158,14 @@ MEMBERS = {
     "ligru, flags": {"kind": "ligru", "layer_norm": "joint", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
     "minlstm, flags": {"kind": "minlstm", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
 }
+
+
+def test_few_combinations_have_every_pair_of_options():
+    lengths = (5, 19, 12, 2)
+    chosen = pairs.few(list(itertools.product(*map(range, lengths))), lengths, also=(0, 2, 3))
+    for part in (*itertools.combinations(range(4), 2), (0, 2, 3)):
+        assert len({tuple(one[n] for n in part) for one in chosen}) == math.prod(lengths[n] for n in part)
+    assert len(chosen) < 300
 
 
 @over_isas("member, shape, dtype, masked", list(GATES), SHAPES, DTYPES, [False, True], also=(0, 2, 3))
