@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 import signal
 
@@ -27,8 +28,29 @@ LONG = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return (os.cpu_count() or 1) + 1  # some tests wait, for a browser or a process
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not any(part in item.path.as_posix() for part in LONG))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Make the garbage collector skip the libraries and the tests: millions of objects that stay until the end.
+
+    Full collections are rare after that: what the tests import and cache stays too.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*gc.get_threshold()[:2], 200)
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "tutorial.ipynb"
 
+slow = pytest.mark.slow  # a kernel starts and runs for ten seconds
+
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
@@ -37,11 +39,13 @@ def test_it_is_committed_without_outputs_and_with_ids_that_are_words():
             assert cell.execution_count is None, cell.id
 
 
+@slow
 def test_nothing_goes_to_standard_error(outputs):
     said = {name: text(o for o in outs if o.get("name") == "stderr") for name, outs in outputs.items()}
     assert not {name: words for name, words in said.items() if words}
 
 
+@slow
 def test_the_shapes_are_those_of_the_steps_it_teaches(outputs):
     assert text(outputs["tiny-call"]).splitlines()[:3] == ["output [1, 1, 4]", "h      [1, 4]", "c      [1, 4]"]
     expected = ["output  [2, 3, 5]", "state_1 [2, 2, 4]", "state_2 [2, 2, 5]"]
@@ -49,6 +53,7 @@ def test_the_shapes_are_those_of_the_steps_it_teaches(outputs):
     assert "lower layer: h [2, 4], c [2, 4]\nupper layer: h [2, 5], c [2, 5]" in text(outputs["stack-states"])
 
 
+@slow
 def test_the_state_that_was_set_is_honoured(outputs):
     zeros, ours = (line.split(":")[1].split() for line in text(outputs["state-compare"]).splitlines())
     assert zeros != ours
@@ -58,10 +63,12 @@ def test_the_state_that_was_set_is_honoured(outputs):
     assert agree == "True"
 
 
+@slow
 def test_a_state_that_does_not_fit_is_named(outputs):
     assert text(outputs["state-wrong"]) == "RNN: expected h of state of layer 1 [B=2, H=5], got (2, 4)\n"
 
 
+@slow
 @pytest.mark.parametrize(
     ("cell", "answers"),
     [
@@ -81,17 +88,20 @@ def test_every_check_it_makes_holds(outputs, cell, answers):
     assert truths == [True] * answers
 
 
+@slow
 def test_it_trains_a_model_that_tells_speakers(outputs):
     accuracy = float(text(outputs["train-fit"]).rsplit(":", 1)[1].strip().rstrip("%"))
     assert accuracy > 85  # of nine speakers, after some seconds; a model that learns nothing has 11 %
     assert "torch was not imported" in text(outputs["save-fresh"])
 
 
+@slow
 @pytest.mark.parametrize("cell", ["gates-plot", "memory-plot", "train-plot", "train-gates", "stream-plot"])
 def test_it_draws(outputs, cell):
     assert any("image/png" in out.get("data", {}) for out in outputs[cell])
 
 
+@slow
 def test_the_network_is_looked_into_and_patched(outputs):
     assert "bit for bit: True" in text(outputs["inside-trace"])
     assert "contributions add up to the memory: True" in text(outputs["inside-report"])

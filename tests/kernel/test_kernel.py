@@ -1,6 +1,8 @@
 """The kernel compared with reference.py, on every instruction set of the machine."""
 
+import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import family
 import kernel_calls as calls
 import numpy as np
+import pairs
 import pytest
 import tolerances
 
@@ -20,11 +23,19 @@ from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, activation
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
 
 
-@pytest.fixture(params=_kernel.isas())
+ISAS = _kernel.isas()
+DTYPES = [np.float32, np.float64]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     _kernel.set_isa(request.param)
     yield request.param
     _kernel.set_isa(os.environ.get("CELLSTACK_ISA", ""))
+
+
+def over_isas(names, *axes, **options):
+    return pairs.parametrize(f"isa, {names}", ISAS, *axes, **options, indirect=["isa"])
 
 
 def cast(value, dtype):
@@ -149,10 +160,15 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("member", GATES)
+def test_few_combinations_have_every_pair_of_options():
+    lengths = (5, 19, 12, 2)
+    chosen = pairs.few(list(itertools.product(*map(range, lengths))), lengths, also=(0, 2, 3))
+    for part in (*itertools.combinations(range(4), 2), (0, 2, 3)):
+        assert len({tuple(one[n] for n in part) for one in chosen}) == math.prod(lengths[n] for n in part)
+    assert len(chosen) < 300
+
+
+@over_isas("member, shape, dtype, masked", list(GATES), SHAPES, DTYPES, [False, True], also=(0, 2, 3))
 def test_forward_and_backward_follow_the_reference(isa, member, shape, dtype, masked):
     spec, arrays, case, rng = make(hash(shape) % 1000, *shape, np.float64, **MEMBERS[member])
     batch, steps, *_ = shape
@@ -163,15 +179,13 @@ def test_forward_and_backward_follow_the_reference(isa, member, shape, dtype, ma
     compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
-@pytest.mark.parametrize("shape", [(1, 70, 5, 16), (3, 11, 7, 33), (7, 6, 16, 48)], ids=str)
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas("member, shape, dtype", list(MEMBERS), [(1, 70, 5, 16), (3, 11, 7, 33), (7, 6, 16, 48)], DTYPES)
 def test_every_flag_at_widths_beyond_one_block(isa, member, shape, dtype):
     spec, arrays, case, rng = make(3, *shape, np.float64, **MEMBERS[member])
     compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 150))])
 def test_a_random_cell_follows_the_reference(isa, seed):
     """Any combination of flags, with any masks, in either direction."""
     rng = np.random.default_rng(seed)
@@ -182,9 +196,7 @@ def test_a_random_cell_follows_the_reference(isa, seed):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS, threads, copy)
 
 
-@pytest.mark.parametrize(
-    ("phi", "sigma"), [*itertools.product(ACTIVATIONS, SIGMAS), ("leaky_relu(0.0)", "sigmoid"), ("elu(0.0)", "relu")]
-)
+@over_isas("phi, sigma", [*ACTIVATIONS, "leaky_relu(0.0)", "elu(0.0)"], SIGMAS)
 def test_every_activation(isa, phi, sigma):
     spec, arrays, case, rng = make(7, 3, 6, 5, 9, np.float64, activation=phi, recurrent_activation=sigma)
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS)
@@ -296,8 +308,7 @@ def test_a_thread_that_does_not_run_does_not_block_the_others(tmp_path):
     assert float(run.stdout) < 2, run.stdout
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas("member, batch", list(MEMBERS), [1, 5])
 def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, batch):
     spec, arrays, case, rng = make(5, batch, 9, 70, 330, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
@@ -308,8 +319,7 @@ def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, ba
         assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas("member, reverse", list(MEMBERS), [False, True])
 def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
     """600 rows per step, so that the second-level cache holds only a chunk of the steps."""
     spec, arrays, case, rng = make(6, 600, 5, 6, 70, **MEMBERS[member])
@@ -322,10 +332,10 @@ def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
         assert_equal(calls.backward(spec, arrays, bare(out), dy=dy, threads=threads), kept)
 
 
-@pytest.mark.parametrize(("batch", "units"), [(1, 330), (5, 70), (150, 33)])
-@pytest.mark.parametrize("member", MEMBERS)
-def test_gradients_in_bfloat16(isa, member, batch, units):
+@over_isas("member, size", list(MEMBERS), [(1, 330), (5, 70), (150, 33)])
+def test_gradients_in_bfloat16(isa, member, size):
     """Close to float32 if pairs are multiplied, else equal; equal for any threads, with and without saved gates."""
+    batch, units = size
     spec, arrays, case, rng = make(9, batch, 9, 21, units, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
     out = calls.forward(spec, arrays, **case, element="bfloat16")
@@ -456,9 +466,9 @@ def test_a_strided_input_is_read_in_place(isa):
             assert_equal(got, calls.forward(spec, arrays, **case, reverse=reverse))
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0), (0, 0)])
-def test_empty_batches_and_sequences(isa, batch, steps, member):
+@over_isas("member, shape", list(MEMBERS), [(0, 4), (3, 0), (0, 0)])
+def test_empty_batches_and_sequences(isa, member, shape):
+    batch, steps = shape
     spec, arrays, case, _ = make(1, batch, steps, 3, 4, **MEMBERS[member])
     out = calls.forward(spec, arrays, **case, threads=2)
     np.testing.assert_array_equal(out.state[0], case["state"][0])
@@ -513,13 +523,19 @@ def test_all_wrong_gate_orders_fail(isa, member):
         assert (wrong < tolerances.KERNEL["float32"]) == (order == tuple(range(count))), order
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "joint norm", "gru", "rnn", "mingru", "minlstm"])
-def test_long_sequence_in_single_precision(isa, member):
+@functools.cache
+def long_sequence(member):
+    """Return a case of 1,000 steps, and y of the reference."""
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
     if spec.of_kind.recurrent:  # a GRU and a SimpleRNN with larger random weights are chaotic
         arrays["recurrent_kernel"] *= np.float32(0.5)
-    expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
-    assert np.abs(calls.forward(spec, arrays, **case).y - expected.y).max() < tolerances.REFERENCE
+    return spec, arrays, case, reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64)).y
+
+
+@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "joint norm", "gru", "rnn", "mingru", "minlstm"])
+def test_long_sequence_in_single_precision(isa, member):
+    spec, arrays, case, expected = long_sequence(member)
+    assert np.abs(calls.forward(spec, arrays, **case).y - expected).max() < tolerances.REFERENCE
 
 
 def test_nan_weights_give_nan(isa):
@@ -604,9 +620,7 @@ def test_tanh_of_the_smallest_floats(isa):
         np.testing.assert_array_equal(activated("tanh", signed), signed)  # of -0, a zero
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas("member, shape, dtype", list(MEMBERS), SHAPES, DTYPES, also=(0, 2, 3))
 def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtype):
     if MEMBERS[member].get("proj_size", 0) >= shape[3]:
         shape = (*shape[:3], 4)
@@ -682,9 +696,7 @@ def to_bfloat16(array):
 MATRICES = ("kernel", "recurrent_kernel", "projection")
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("units", [5, 33])
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas("member, units, batch", list(MEMBERS), [5, 33], [1, 7])
 def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
     spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
     rounded = {name: BFloat16Array(bfloat16.rounded(a)) if name in MATRICES else a for name, a in arrays.items()}
@@ -699,9 +711,7 @@ def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
 DIRECT = [name for name, flags in MEMBERS.items() if "proj_size" not in flags and flags.get("reset_after", True)]
 
 
-@pytest.mark.parametrize("width", [1, 8, 17, 70])
-@pytest.mark.parametrize("batch", [1, 7, 64, 80])
-@pytest.mark.parametrize("member", DIRECT)
+@over_isas("member, batch, width", DIRECT, [1, 7, 64, 80], [1, 8, 17, 70], also=(0, 2, 3))
 def test_a_step_in_bfloat16_is_a_step_with_rounded_numbers(isa, member, batch, width):
     """Bit for bit: sums of exact products in order, also if the processor multiplies pairs."""
     spec, arrays, case, _ = make(28, batch, 1, width, 33, **MEMBERS[member])
@@ -787,8 +797,7 @@ def test_weights_have_a_number_format():
         native.weights(spec, arrays, "float16")
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas("member, threads", list(MEMBERS), [1, 3])
 def test_states_may_be_rows_of_a_larger_array(isa, member, threads):
     spec, arrays, case, rng = make(27, 6, 5, 9, 35, **MEMBERS[member])
     expected = calls.forward(spec, arrays, **case)

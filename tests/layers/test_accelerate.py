@@ -1,7 +1,6 @@
 """Accelerated PyTorch modules: the same results, gradients, random draws, classes, files and errors as before."""
 
 import copy
-import itertools
 import pickle
 import re
 import subprocess
@@ -10,6 +9,7 @@ from abc import ABC
 from contextlib import nullcontext
 from dataclasses import replace
 
+import pairs
 import pytest
 import tolerances
 import torch
@@ -91,20 +91,22 @@ def check(theirs, ours, make, tolerance=1e-10, second=False):
 # ── PyTorch's table of test inputs ────────────────────────────────────────────────────────────────────────────────────
 
 
-def inputs_of_pytorch():
-    from torch.testing._internal.common_modules import module_db
-
-    for info in module_db:
-        if info.module_cls in (*MODULES, *CELLS):
-            for training in (True, False):
-                given = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
-                for n, made in enumerate(info.module_inputs_func(info, **given)):
-                    yield pytest.param(info.module_cls, made, training, id=f"{info.module_cls.__name__}-{training}-{n}")
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "made", "training"), list(inputs_of_pytorch()))
-def test_pytorch_s_test_inputs_give_the_results_of_pytorch(kind, made, training, runs):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_pytorch_s_test_inputs_give_the_results_of_pytorch(kind, training, runs):
+    from torch.testing._internal.common_modules import module_db  # a second of time
+
+    (info,) = (info for info in module_db if info.module_cls is kind)
+    given = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
+    inputs = info.module_inputs_func(info, **given)
+    assert inputs
+    for made in inputs:
+        runs.clear()
+        compare_on_inputs_of_pytorch(kind, made, training, runs)
+
+
+def compare_on_inputs_of_pytorch(kind, made, training, runs):
     built = made.constructor_input
     theirs, ours = pair(kind, *built.args, **built.kwargs, dtype=torch.float64)
     theirs.train(training), ours.train(training)
@@ -131,18 +133,27 @@ def copy_of(value):
 
 # ── every option, compared with PyTorch ───────────────────────────────────────────────────────────────────────────────
 
-OPTIONS = [
-    {"num_layers": layers, "bidirectional": both, "batch_first": first, "bias": bias, "dropout": share}
-    for layers, both, first, bias, share in itertools.product(
-        (1, 2, 3), (False, True), (False, True), (False, True), (0.0, 0.4)
-    )
-    if not (share and layers == 1)
-]
+BOTH = (False, True)
+OPTIONS = ((1, 2, 3), BOTH, BOTH, BOTH, (0.0, 0.4))
 
 
-@pytest.mark.parametrize("kind", MODULES)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_sequences_with_every_option(kind, options, runs):
+def options_of(layers, both, first, bias, share):
+    return {"num_layers": layers, "bidirectional": both, "batch_first": first, "bias": bias, "dropout": share}
+
+
+def dropout_of_one_layer(kind, layers, both, first, bias, share, *rest):
+    return layers == 1 and share > 0
+
+
+@pairs.parametrize(
+    "kind, layers, both, first, bias, share",
+    MODULES,
+    *OPTIONS,
+    also=(0, 1, 2),
+    unless=dropout_of_one_layer,
+)
+def test_sequences_with_every_option(kind, layers, both, first, bias, share, runs):
+    options = options_of(layers, both, first, bias, share)
     theirs, ours = pair(kind, 5, 19, **options, dtype=torch.float64)
     layers = options["num_layers"] * (1 + options["bidirectional"])
 
@@ -162,10 +173,16 @@ def test_sequences_with_every_option(kind, options, runs):
     assert runs
 
 
-@pytest.mark.parametrize("sort", [True, False])
-@pytest.mark.parametrize("kind", MODULES)
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_packed_sequences(kind, options, sort, runs):
+@pairs.parametrize(
+    "kind, layers, both, first, bias, share, sort",
+    MODULES,
+    *OPTIONS,
+    BOTH,
+    also=(0, 1, 2),
+    unless=dropout_of_one_layer,
+)
+def test_packed_sequences(kind, layers, both, first, bias, share, sort, runs):
+    options = options_of(layers, both, first, bias, share)
     theirs, ours = pair(kind, 4, 9, **options, dtype=torch.float64)
     lengths = [6, 5, 5, 1] if sort else [5, 1, 6, 5]
     layers = options["num_layers"] * (1 + options["bidirectional"])
@@ -190,10 +207,17 @@ def test_packed_sequences_of_one_row_and_of_equal_lengths(lengths, runs):
     assert runs
 
 
-@pytest.mark.parametrize("proj", [1, 3])
-@pytest.mark.parametrize("options", OPTIONS[::5], ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_projected_outputs(options, proj, runs):
-    theirs, ours = pair(nn.LSTM, 5, 18, **options, proj_size=proj, dtype=torch.float64)
+@pairs.parametrize(
+    "kind, layers, both, first, bias, share, proj",
+    [nn.LSTM],
+    *OPTIONS,
+    [1, 3],
+    unless=dropout_of_one_layer,
+)
+def test_projected_outputs(kind, layers, both, first, bias, share, proj, runs):
+    theirs, ours = pair(
+        kind, 5, 18, **options_of(layers, both, first, bias, share), proj_size=proj, dtype=torch.float64
+    )
     check(theirs, ours, lambda: (torch.randn((3, 7, 5), dtype=torch.float64, requires_grad=True), None))
     assert runs
 
@@ -1044,13 +1068,15 @@ TRACED = {
 
 
 @pytest.mark.filterwarnings("ignore")  # deprecation warnings of tracing
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", TRACED)
-@pytest.mark.parametrize("kind", [*MODULES, OwnLSTM])
+@pairs.parametrize(
+    "kind, name, training",
+    [*MODULES, OwnLSTM],
+    list(TRACED),
+    [False, True],
+    unless=lambda kind, name, training: name == "projected" and not issubclass(kind, nn.LSTM),
+)
 def test_a_model_of_several_modules_passes_the_checks_of_a_trace(kind, name, training):
     count, steps, options = TRACED[name]
-    if "proj_size" in options and not issubclass(kind, nn.LSTM):
-        pytest.skip("only an LSTM has projections")
     chain = OfPacked if name in ("two", "states") and training else Chain
     theirs, ours = pair(chain, kind, count, **options)
     x = torch.randn(steps, 2, 4)
@@ -1331,11 +1357,15 @@ CELLS_IN_ROWS = {
 }
 
 
-@pytest.mark.parametrize("isa", _kernel.isas())
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("units", [2, 7, 16, 33, 130])
-@pytest.mark.parametrize("name", CELLS_IN_ROWS)
+@pairs.parametrize(
+    "isa, name, units, dtype, bias",
+    _kernel.isas(),
+    list(CELLS_IN_ROWS),
+    [2, 7, 16, 33, 130],
+    [torch.float32, torch.float64],
+    [True, False],
+    also=(0, 2, 3),
+)
 def test_weights_in_pytorch_s_layout_give_the_same_bits(name, units, dtype, bias, isa):
     proj = (units + 1) // 2 if "projection" in name else 0
     spec = replace(CELLS_IN_ROWS[name], units=units, use_bias=bias, proj_size=proj)

@@ -60,8 +60,10 @@ def test_the_older_onnx_exporter(model, batch):
     close(by_onnxruntime(data.getvalue(), x := torch.randn(batch, 9, 3)), model, x)
 
 
-# It is slow; "both" has GRUs too.
-@pytest.mark.parametrize("model", ["lstm", "both", pytest.param("gru", marks=pytest.mark.slow)], indirect=True)
+# "both" has LSTMs and GRUs.
+@pytest.mark.parametrize(
+    "model", ["both", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lstm", "gru"))], indirect=True
+)
 def test_the_newer_onnx_exporter(model, tmp_path):
     x = torch.randn(2, 5, 3)
     shapes = ({0: torch.export.Dim("B")},)  # torch's nn.LSTM also fixes T

@@ -94,7 +94,13 @@ def test_gradients_of_gates_and_cells_are_those_of_the_loop(seed):
 
 @pytest.mark.parametrize("name", ["lstm", "lstm, all", "gru", "rnn", "mingru", "minlstm"])
 @pytest.mark.parametrize(
-    ("units", "dtype"), [(16, torch.float64), (50, torch.float32), (64, torch.float32), (64, torch.float64)]
+    ("units", "dtype"),
+    [
+        pytest.param(16, torch.float64, marks=pytest.mark.slow),
+        (50, torch.float32),
+        pytest.param(64, torch.float32, marks=pytest.mark.slow),
+        (64, torch.float64),
+    ],
 )
 def test_a_thousand_steps_are_the_reference(dtype, units, name):
     specs = [flagged(name, 8, units), flagged(name, flagged(name, 8, units).output_size, units)]

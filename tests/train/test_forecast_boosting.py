@@ -63,7 +63,7 @@ def test_it_beats_the_seasonal_naive_forecast_with_inputs_known_in_advance(one):
     assert measured(blind, fitted(blind), origins(data.starts, 0.8, 1.0))[0] > 1.5 * mae
 
 
-@pytest.mark.parametrize("seed", [0, 1, 4])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 4))])
 def test_a_known_column_explains_how_this_season_differs_from_the_last(seed):
     """The temperatures of the test part are new, and so is the value one season before, which depends on them too."""
     rng, rows = np.random.default_rng(seed), 420

@@ -1,6 +1,7 @@
 """The row from which to forecast, named by its date in the format of the table."""
 
 from datetime import datetime
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ def dated(times, **how):
     return read_table(pd.DataFrame({"t": times, "y": np.arange(len(times)) % 7.0}), **how)
 
 
+@cache
 def written(form, freq="D", periods=70, **how):
     return dated(pd.date_range("2024-01-01", periods=periods, freq=freq).strftime(form), **how)
 

@@ -60,7 +60,8 @@ def in_two(path, output, *extra):
     return load(output)
 
 
-@pytest.mark.parametrize("bidirectional", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bidirectional", [False, True])
 def test_two_processes_give_the_same_as_one(tmp_path, bidirectional):
     path = tmp_path / "toy.ts"
     exec(MAKE, {"PATH": path})

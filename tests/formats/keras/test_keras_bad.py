@@ -72,7 +72,7 @@ def test_flipped_bits(tmp_path, good, suffix):
 
 
 def test_changed_descriptions(tmp_path, good):
-    """Every value of the description is replaced in turn; the archive stays intact."""
+    """Values of the description are replaced, one at a time; the archive stays intact."""
     with zipfile.ZipFile(io.BytesIO(good[".keras"])) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     config = json.loads(members["config.json"])
@@ -86,12 +86,8 @@ def test_changed_descriptions(tmp_path, good):
             walk(inner, (*place, key))
 
     walk(config, ())
-    rng, end = random.Random(1), time.monotonic() + 3.0
     order = [(place, value) for place in places[1:] for value in (None, -1, 2**40, "x", [], {}, [[]], True, 1e300)]
-    rng.shuffle(order)
-    for tried, (place, value) in enumerate(order):
-        if time.monotonic() > end and tried >= 50:
-            break
+    for place, value in random.Random(1).sample(order, 250):
         changed = json.loads(members["config.json"])
         at = changed
         for key in place[:-1]:

@@ -226,7 +226,7 @@ def test_every_combination_of_flags_is_a_form():
     assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3}
 
 
-@pytest.mark.parametrize("operator", ["Mul", "Add", "Sub"])
+@pytest.mark.parametrize("operator", ["Mul", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Add", "Sub"))])
 def test_sums_that_double_at_every_operator_take_little_time(operator):
     """Multiplied out, the last of them would have 2^2000 terms."""
     nodes = [helper.make_node("Tanh", ["x"], ["v0"]), helper.make_node("Sub", ["v0", "x"], ["d0"])]

@@ -475,11 +475,10 @@ def test_truncated_anywhere(tmp_path, case):
 
 @pytest.mark.parametrize("case", CORPUS)
 def test_fuzz(tmp_path, case):
-    """Seeded damage of every kind, for a fraction of a second each."""
+    """Seeded damage of every kind."""
     data, dice, path = CORPUS[case], random.Random(case), tmp_path / "file"
-    tries = refusals = 0
-    end = time.monotonic() + 0.7
-    while time.monotonic() < end:
+    refusals = 0
+    for _ in range(200):
         broken = bytearray(data)
         for _ in range(dice.choice((1, 1, 2, 5, 20))):
             at = dice.randrange(len(broken))
@@ -492,27 +491,25 @@ def test_fuzz(tmp_path, case):
                 del broken[at : at + dice.randrange(1, 9)]
             else:
                 broken[at:at] = broken[dice.randrange(len(broken)) :][: dice.randrange(1, 30)]
-        tries += 1
         start = time.process_time()
         refusals += attempt(path, bytes(broken))
         assert time.process_time() - start < 1.0
-    assert tries > 100
-    assert refusals > tries // 4
+    assert refusals > 50
 
 
 def test_fuzzed_pickles():
     """Without a checksum: random bytes after a valid start."""
     data, dice = zipfile.ZipFile(io.BytesIO(CORPUS["module"])).read("archive/data.pkl"), random.Random(7)
     opcodes = bytes(pickles.OPERATIONS) + b"."
-    end, refusals = time.monotonic() + 1.0, 0
-    while time.monotonic() < end:
+    refusals = 0
+    for _ in range(1000):
         cut = dice.randrange(2, len(data))
         noise = bytes(dice.choice(opcodes) if dice.random() < 0.7 else dice.randrange(256) for _ in range(60))
         try:
             pickles.read("the pickle", data[:cut] + noise + data[cut:], persistent=lambda key: key)
         except cs.FormatError as error:
             refusals += "the pickle: " in str(error)
-    assert refusals > 100
+    assert refusals > 250
 
 
 def test_the_corpus_is_valid(tmp_path):
