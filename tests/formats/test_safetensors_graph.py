@@ -100,7 +100,6 @@ EVERY = {
             (1, 1, 2),
             (1, 2, 1),
             2,
-            "relu",
         ),
     ],
     "grid_pool": lambda d: [

@@ -326,7 +326,7 @@ class OtherLoop(Loop):
 def test_a_module_that_does_more_than_a_cell_is_not_replaced(how, why):
     module = OtherLoop(how)
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(recognition.Refused, match=why):
+    with pytest.raises(recognition.NotReplaced, match=why):
         recognition.recognise(module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 

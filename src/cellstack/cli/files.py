@@ -272,9 +272,8 @@ def convert(args: argparse.Namespace) -> int:
         files = [str(target)]
     widened = net.weights == "bfloat16" and Path(files[-1]).suffix != NATIVE
     stored = net.with_weights("float32") if widened else net  # the network that was written
-    paths = (
-        [files[-1]] if Path(source).suffix == NATIVE else [source, files[-1]]
-    )  # no other runtime reads the native format
+    # No other runtime reads the native format.
+    paths = [files[-1]] if Path(source).suffix == NATIVE else [source, files[-1]]
     reports = {path: verify(read if path == source else stored, path, x, streams=path == paths[-1]) for path in paths}
     allowed = {path: one.tolerance if path == source else TOLERANCE for path, one in reports.items()}
     if args.tolerance is not None:

@@ -14,10 +14,10 @@ from cellstack.arguments import as_states
 from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.inspect.values import Index, alone
+from cellstack.nodes.along import Select
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.recording import Record, Recording
 from cellstack.nodes.recurrent import Recurrent
-from cellstack.nodes.shape import Select
 from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:

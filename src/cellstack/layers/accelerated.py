@@ -156,9 +156,7 @@ class _Sequence(Accelerated, nn.RNNBase):
                 )
             return super().forward(input, hx)
         sizes = None if packed is None else packed.batch_sizes
-        padded = sizes is None or bool(
-            sizes[-1] == sizes[0]
-        )  # PyTorch runs packed rows of equal length like padded ones
+        padded = sizes is None or bool(sizes[-1] == sizes[0])  # packed rows of equal length run like padded ones
         returned = None
         if torch.is_autocast_enabled("cpu"):
             returned = _autocast_dtypes(self.mode, x, states, padded, bool(self.proj_size))

@@ -300,8 +300,8 @@ def arrays_of(known: Known, module: nn.Module, like: Tensor) -> list[list[Tensor
     return [[one.of(module, like) for one in layer.weights] for layer in known.layers]
 
 
-def states_of(known: Known, protocol: Protocol, given: Sequence[Tensor], batch: int) -> list[list[Tensor]] | None:
-    """Return the initial state of each layer, `[B, ·]`; None where the tensors have other shapes."""
+def states_of(known: Known, protocol: Protocol, x: Tensor, given: Sequence[Tensor]) -> list[list[Tensor]] | None:
+    """Return the initial state of each layer, `[B, ·]`; None where the tensors after x have other shapes."""
     if not given:
         return [[] for _ in known.layers]
     found: list[list[Any]] = [[None] * len(layer.call.sizes) for layer in known.layers]
@@ -316,10 +316,27 @@ def states_of(known: Known, protocol: Protocol, given: Sequence[Tensor], batch: 
                 return None
             found[place.layer][place.state] = tensor if place.axis < 0 else tensor.squeeze(place.axis)
     for layer, states in zip(known.layers, found, strict=True):
-        shapes = [(batch, size) for size in layer.call.sizes]
+        shapes = [(x.shape[1 if protocol.time == 0 else 0], size) for size in layer.call.sizes]
         if [None if state is None else tuple(state.shape) for state in states] != shapes:
             return None
     return found
+
+
+def run_layers(
+    known: Known,
+    protocol: Protocol,
+    x: Tensor,
+    arrays: Sequence[Sequence[Tensor]],
+    states: Sequence[Sequence[Tensor]],
+    packed: Any = None,
+) -> tuple[Tensor, Sequence[Sequence[Tensor]]]:
+    """Run the cells over a sequence; return y, whose axis of time is that of x, and the final states of each layer."""
+    time_major = protocol.time == 0
+    cells = zip(known.layers, arrays, states, strict=True)
+    runs = [CellRun(layer.call, own, state) for layer, own, state in cells]
+    sequence = x.transpose(0, 1) if time_major else x
+    y, _, ends, _ = forward.run(runs, sequence, None, None, time_major=time_major, packed=packed)
+    return y, ends
 
 
 def result_of(protocol: Protocol, y: Tensor, states: Sequence[Sequence[Tensor]], writable: bool) -> Any:
@@ -406,7 +423,7 @@ class Recognised(HandWritten):
             return super().forward(*args, **kwargs)
         arrays = self._arrays(x)
         weights = [array for each in arrays for array in each]
-        states = states_of(known, protocol, given, x.shape[0 if protocol.time != 0 else 1])
+        states = states_of(known, protocol, x, given)
         if states is None or not self.runs(tensors, known.layers[0].call.spec.input_size, weights):
             return super().forward(*args, **kwargs)
         if protocol.time < 0:
@@ -415,11 +432,7 @@ class Recognised(HandWritten):
             keep: Any = self._packed
             ends = op.step(x, states[0], arrays[0], known.layers[0].call, keep.setdefault(0, {}))
             return result_of(protocol, ends[0], [ends], False)
-        sequence = x.transpose(0, 1) if protocol.time == 0 else x
-        cells = zip(known.layers, arrays, states, strict=True)
-        runs = [CellRun(layer.call, own, state) for layer, own, state in cells]
-        y, _, ends, _ = forward.run(runs, sequence, None, None, time_major=protocol.time == 0, packed=self._packed)
-        return result_of(protocol, y, ends, True)
+        return result_of(protocol, *run_layers(known, protocol, x, arrays, states, self._packed), True)
 
     def _arrays(self, like: Tensor) -> list[list[Tensor]]:
         """Return the arrays of each layer; within `packed_weights`, those of the last call if nothing has changed."""

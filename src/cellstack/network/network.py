@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from os import PathLike
@@ -14,7 +12,15 @@ import numpy as np
 
 from cellstack import native
 from cellstack.arguments import as_floats, as_numbers
-from cellstack.graph import Graph, Inputs, check_name, wired
+from cellstack.graph import Graph, Inputs, wired
+from cellstack.network.construction import (
+    checked_metadata,
+    checked_names,
+    initial_state_sources,
+    patched,
+    warn_of_last_steps,
+    with_final,
+)
 from cellstack.network.description import as_text, plan_lines
 from cellstack.network.plan import Calls
 from cellstack.network.running import processors, run
@@ -22,9 +28,7 @@ from cellstack.nodes.base import Array, CellState, Node, Shape
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
-from cellstack.nodes.recurrent import ends_both_ways, final
-from cellstack.nodes.time import FINAL, GlobalPool
-from cellstack.spec import Plan, ShapeError
+from cellstack.spec import Plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,38 +38,7 @@ if TYPE_CHECKING:
     from cellstack.streaming.stream import Stream
 
 
-def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> None:
-    """Warn about each pool that takes the last step of a bidirectional layer: its final states may be intended."""
-    by_name = dict(zip(names, nodes, strict=True))
-    sources = dict(zip(names, graph.wires, strict=True))
-
-    def before(name: str) -> Iterator[Node]:
-        while sources[name] and (name := sources[name][0]) in by_name:
-            yield by_name[name]
-
-    for name, node in by_name.items():
-        if isinstance(node, GlobalPool) and node.mode == "last" and ends_both_ways(before(name)):
-            warnings.warn(
-                f'Network: {name}: GlobalPool("last") after a Bidirectional is the last step, not both final states: '
-                "at that step the backward direction has read one step only. For both final states write "
-                'GlobalPool("final") directly after the Bidirectional',
-                stacklevel=3,
-            )
-
-
 TASKS = ("classify", "regress", "forecast", "text")
-
-
-def _with_final(nodes: tuple[Node, ...], names: tuple[str, ...]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
-    """Return a chain in which each `GlobalPool("final")` is part of the recurrent node before it."""
-    kept: list[tuple[Node, str]] = []
-    for node, name in zip(nodes, names, strict=True):
-        ending = final(kept[-1][0]) if kept and isinstance(node, GlobalPool) and node.mode == FINAL else None
-        if ending is None:
-            kept.append((node, name))
-        else:
-            kept[-1] = ending, kept[-1][1]
-    return tuple(node for node, _ in kept), tuple(name for _, name in kept)
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -170,10 +143,10 @@ class Network:
         _warn: bool = True,  # False if the nodes come from a file, from training or from another network
     ) -> None:
         nodes, patches = tuple(nodes), tuple(patches)
-        named = _checked_names(nodes, names)
+        named = checked_names(nodes, names)
         if wires is None and outputs is None:
-            nodes, named = _with_final(nodes, named)
-        names = named if names is not None else _checked_names(nodes, None)
+            nodes, named = with_final(nodes, named)
+        names = named if names is not None else checked_names(nodes, None)
         dtypes = {name: node.dtype for name, node in zip(names, nodes, strict=True) if node.dtype is not None}
         dtype = next(iter(dtypes.values()), np.dtype(np.float32))
         for name, found in dtypes.items():
@@ -184,7 +157,7 @@ class Network:
         values = {
             "nodes": nodes,
             "names": names,
-            "metadata": _checked_metadata(metadata),
+            "metadata": checked_metadata(metadata),
             "inputs": graph.inputs,
             "wires": graph.wires,
             "outputs": graph.outputs,
@@ -193,16 +166,16 @@ class Network:
             "dtype": dtype,
             "graph": graph,
             "patches": patches,
-            "patches_by_cell": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
+            "patches_by_cell": patched(nodes, names, patches),  # one per cell, in order; empty without patches
             # For each cell, which values it starts from, or "".
-            "initial_state_sources": _initial_state_sources(nodes, names, graph),
+            "initial_state_sources": initial_state_sources(nodes, names, graph),
             "has_state_values": any(graph.states),
             "calls": Calls(nodes, names, graph, (patch.node for patch in patches)),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
         if _warn:
-            _warn_of_last_steps(nodes, names, graph)
+            warn_of_last_steps(nodes, names, graph)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -625,69 +598,3 @@ def _trace() -> Callable[..., NetworkTrace]:
     from cellstack.inspect.tracing import trace
 
     return trace
-
-
-def _patched(
-    nodes: tuple[Node, ...], names: tuple[str, ...], patches: tuple[Patch, ...]
-) -> tuple[CellPatches | None, ...]:
-    """Return the patches of each cell, in the order of the cells; empty without patches."""
-    for patch in patches:
-        if not isinstance(patch, Patch):
-            raise TypeError(f"Network: expected a Patch, got {type(patch).__name__}")
-        if patch.node not in names:
-            raise ValueError(f"Network: expected patches of {', '.join(names)}, got one of {patch.node!r:.80}")
-        count = len(nodes[names.index(patch.node)].cells)
-        if not count:
-            raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
-        if patch.cell is None and count > 1:
-            raise ValueError(
-                f"Network: {patch.node!r} has {count} cells: expected cell=0 to {count - 1} (bottom first, forward "
-                f"before backward) in {patch}"
-            )
-        if patch.cell is not None and patch.cell >= count:
-            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
-    found = []
-    for name, node in zip(names, nodes, strict=True):
-        for place, cell in enumerate(node.cells):
-            own = [patch for patch in patches if patch.node == name and (patch.cell or 0) == place]
-            for patch in own:
-                patch.check(cell.spec)
-            found.append(CellPatches(cell.spec, own) if own else None)
-    return tuple(found) if patches else ()
-
-
-def _initial_state_sources(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:
-    """Return, for each cell, a text about the values that it starts from; "" if there are none."""
-    found: list[str] = []
-    for node, name, sources in zip(nodes, names, graph.wires, strict=True):
-        starts = node.apart(sources)[1]
-        found += [f"{name} starts from {', '.join(starts)}" if starts else ""] * len(node.cells)
-    return tuple(found)
-
-
-def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:
-    if not nodes:
-        raise ShapeError("Network: expected at least one node, got none")
-    for number, node in enumerate(nodes):
-        if not isinstance(node, Node):
-            raise TypeError(f"Network: expected node {number} to be a node, got {type(node).__name__}")
-    if names is None:
-        return tuple(f"layer_{number}" for number in range(len(nodes)))
-    names = tuple(names)
-    if len(names) != len(nodes) or len(set(names)) != len(names):
-        raise ValueError(f"Network: expected {len(nodes)} different names, one per node, got {list(names)}")
-    for name in names:
-        check_name("name", name)
-    return names
-
-
-def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a private copy of `metadata`, in the form in which a file restores it."""
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
-        raise TypeError("Network: expected metadata to be a dict with strings as keys")
-    try:
-        return json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"Network: expected metadata that JSON can hold, without NaN: {error}") from error

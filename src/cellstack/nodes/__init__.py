@@ -1,5 +1,6 @@
 """All nodes: `from cellstack.nodes import Conv1D`. For their common interface see `base`."""
 
+from cellstack.nodes.along import Merge, Pad, Select
 from cellstack.nodes.attention import Attention, GroupNorm, TimeSoftmax
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.cell import Cell
@@ -8,7 +9,7 @@ from cellstack.nodes.frames import Context, PerFrame
 from cellstack.nodes.grid import GridConv, GridPool
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
-from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, RepeatLike, Reshape, Select
+from cellstack.nodes.shape import Flatten, Permute, Repeat, RepeatLike, Reshape
 from cellstack.nodes.signal import Magnitude, Take
 from cellstack.nodes.steps import (
     Activation,

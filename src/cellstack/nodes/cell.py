@@ -38,9 +38,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "Any": dict,
 }
 CELL_WIDTHS: Types = {"input_size": int, "units": int}
-CELL_FLAGS: Types = {
-    flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
-}  # optional in a file: the default applies
+# Optional in a file: the default applies.
+CELL_FLAGS: Types = {flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS}
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -80,9 +80,8 @@ class Context(Node):
         if mask is None:
             y[:, 1:, : self.size] = x[:, :-1, width - self.size :]
         elif steps:
-            last = np.maximum.accumulate(
-                np.where(mask, np.arange(steps), -1), axis=1
-            )  # the last used step up to each step
+            # The last used step up to each step.
+            last = np.maximum.accumulate(np.where(mask, np.arange(steps), -1), axis=1)
             before = np.concatenate([np.full((batch, 1), -1), last[:, :-1]], axis=1)
             ends = np.take_along_axis(x[:, :, width - self.size :], np.maximum(before, 0)[:, :, None], axis=1)
             y[:, :, : self.size] = np.where(before[:, :, None] >= 0, ends, x.dtype.type(0))

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cellstack import native, spec
-from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -68,7 +67,7 @@ class Grid(Node):
         grid: the lengths of the grid's axes.
         channels: the number of channels of the input.
         filters: the number of channels of the output.
-        spans: the lengths of a window, with dilation.
+        sizes: the number of entries of a window along each axis.
         strides: the distance between windows.
         padding: the number of entries before and after each axis.
         dilation: the distance between the entries of a window.
@@ -82,7 +81,7 @@ class Grid(Node):
     spread: Lengths
     channels: int
     filters: int
-    spans: Lengths
+    sizes: Lengths
 
     def _prepare(self, owner: str) -> None:
         """Set the attributes that follow from the settings, after these are checked."""
@@ -115,13 +114,13 @@ class Grid(Node):
     def _padded(self, x: Array, value: float, time: bool = True) -> Array:
         """Return `x [B, T, W]` as a grid `[B, T, …, C]`, spread and padded."""
         x = x.reshape(*x.shape[:2], *self.grid, self.channels)
-        pads = (self.padding if time else ((0, 0), *self.padding[1:]), self.spread)
-        if not any(map(any, pads[0])) and set(self.spread) == {1}:
+        padding = self.padding if time else ((0, 0), *self.padding[1:])
+        if not any(map(any, padding)) and set(self.spread) == {1}:
             return np.ascontiguousarray(x)
         inner = [max(0, (n - 1) * s + 1) for n, s in zip(x.shape[1:-1], self.spread, strict=True)]
-        shape = [n + sum(pair) for n, pair in zip(inner, pads[0], strict=True)]
+        shape = [n + sum(pair) for n, pair in zip(inner, padding, strict=True)]
         wide = np.full((len(x), *shape, self.channels), value, x.dtype)
-        wide[self._places(inner, pads[0])] = x
+        wide[self._places(inner, padding)] = x
         return wide
 
     def _places(self, inner: Sequence[int], padding: Pads) -> tuple[slice, ...]:
@@ -147,9 +146,9 @@ class Grid(Node):
         return view[(slice(None), *steps, slice(None), *within)]
 
     @property
-    def sizes(self) -> Lengths:
-        """The number of entries of a window along each axis."""
-        return tuple((span - 1) // step + 1 for span, step in zip(self.spans, self.dilation, strict=True))
+    def spans(self) -> Lengths:
+        """The lengths of a window, with dilation."""
+        return tuple((size - 1) * step + 1 for size, step in zip(self.sizes, self.dilation, strict=True))
 
     def _taps(self, counts: Sequence[int]) -> list[tuple[Lengths, tuple[slice, ...]]]:
         """Return each entry of a window as its index, and the slices of the padded input that it takes in all windows.
@@ -215,7 +214,7 @@ def _times(values: Sequence[int]) -> str:
 class GridConv(Grid):
     """A convolution over time and a grid: `[B, T, G1·…·Gn·C]` to `[B, T', G1'·…·Gn'·F]`.
 
-        y[t, g] = activation(sum over k of x[t·strides + k·dilation, …]·kernel[k] + bias)
+        y[t, g] = sum over k of x[t·strides + k·dilation, …]·kernel[k] + bias
 
     With `spread`, zeros are first inserted between the entries of the input. So a transposed convolution with stride s
     is a convolution with spread s and the reversed kernel.
@@ -229,7 +228,6 @@ class GridConv(Grid):
         dilation: the distance between the entries of a window; None: 1.
         spread: the distance between the entries of the input; None: 1.
         groups: the number of equal blocks of input and output channels that are convolved separately.
-        activation: see `Activation`; not softmax.
 
     Raises:
         ShapeError: a wrong shape, or a window that is larger than the grid.
@@ -250,17 +248,11 @@ class GridConv(Grid):
     dilation: Any = None
     spread: Any = None
     groups: int = 1
-    activation: str = "linear"
     file_type = "grid_conv"
     arrays: ClassVar = {"kernel": (), "bias": ()}
     settings: ClassVar = {
-        "grid": list,
-        "strides": list,
-        "padding": list,
-        "dilation": list,
-        "spread": list,
+        **dict.fromkeys(("grid", "strides", "padding", "dilation", "spread"), list),
         "groups": int,
-        "activation": str,
     }
     multiplied = ("kernel",)
 
@@ -279,9 +271,6 @@ class GridConv(Grid):
             object.__setattr__(self, name, lengths_of(owner, name, getattr(self, name), number + 1))
         object.__setattr__(self, "padding", pads_of(owner, self.padding, number + 1))
         object.__setattr__(self, "groups", check_integer(owner, "groups", self.groups))
-        object.__setattr__(self, "activation", check_activation(owner, self.activation))
-        if self.activation.endswith("softmax"):
-            raise ValueError(f"{owner}: expected an elementwise activation, got {self.activation}")
         if self.filters % self.groups:
             raise ValueError(f"{owner}: expected groups to divide F={self.filters}, got {self.groups}")
         self._prepare(owner)
@@ -297,9 +286,9 @@ class GridConv(Grid):
         return self.kernel.shape[-1]
 
     @property
-    def spans(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The lengths of a window, with dilation."""
-        return tuple((size - 1) * step + 1 for size, step in zip(self.kernel.shape, self.dilation, strict=False))
+    def sizes(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of entries of a window along each axis."""
+        return self.kernel.shape[:-2]
 
     @cached_property
     def _matrices(self) -> Array:
@@ -313,8 +302,7 @@ class GridConv(Grid):
     @cached_property
     def _packed(self) -> Any:
         """The convolution as a dense layer in the layout of `native`, packed at the first use."""
-        within = spec.activation("linear" if self.activation in MORE_ACTIVATIONS else self.activation)
-        return native.dense(self.kernel.reshape(-1, self.filters), self.bias, within)
+        return native.dense(self.kernel.reshape(-1, self.filters), self.bias, spec.activation("linear"))
 
     def over(self, wide: Array) -> Array:
         """Return `[B, T', …, F]` for a padded input: the product of each window with the kernel."""
@@ -324,7 +312,7 @@ class GridConv(Grid):
         each = max(1, BLOCK // max(1, prod(grid) * self._matrices[0].shape[0] * self.groups))  # steps in a block
         for row, at in product(range(batch), range(0, steps, each)):
             y[row, at : at + each] = self._product(view[row, at : at + each])
-        return y if self.activation not in MORE_ACTIVATIONS else activation_function(self.activation)(y)
+        return y
 
     def _product(self, view: Array) -> Array:
         """Return `[T', …, F]` for windows `[T', …, C, K…]`."""
@@ -344,38 +332,25 @@ class GridConv(Grid):
         rows = np.ascontiguousarray(split.transpose(order)).reshape(self.groups, ahead[0], prod(ahead[1:]), -1)
         # A separate product per step, so that its bits don't depend on the number of steps.
         y = np.matmul(rows, self._matrices[:, None]).transpose(1, 2, 0, 3).reshape(*ahead, self.filters)
-        if self.bias is not None:
-            y = y + self.bias
-        within = self.activation in MORE_ACTIVATIONS or self.activation == "linear"
-        return y if within else activation_function(self.activation)(y)
+        return y if self.bias is None else y + self.bias
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         x = run.inputs[0].x
         sequence = x if x.ndim == 3 else x[:, None]
         wide = self._padded(sequence, 0.0)
         counts = [sequence.shape[1] and self._count(0, sequence.shape[1]), *self.grid_out]
-        dz = dy
-        if self.activation != "linear":
-            settings = (self.strides, self.padding, self.dilation, self.spread, self.groups)
-            dz = activation_gradient(
-                self.activation, GridConv(self.kernel, self.grid, self.bias, *settings).apply(x), dy
-            )
-        dz = dz.reshape(len(x), *counts, self.groups, -1)
+        dy = dy.reshape(len(x), *counts, self.groups, -1)
         dwide = np.zeros_like(wide)
         for tap, places in self._taps(counts):
-            kernel = self.kernel[tap].reshape(
-                -1, self.groups, self.filters // self.groups
-            )  # [C/groups, groups, F/groups]
+            kernel = self.kernel[tap].reshape(-1, self.groups, self.filters // self.groups)  # [C/groups, groups, …]
             # Windows overlap, but one entry of the windows takes each place at most once.
-            dwide[places] += np.einsum("...gf,cgf->...gc", dz, kernel).reshape(*dz.shape[:-2], -1)
+            dwide[places] += np.einsum("...gf,cgf->...gc", dy, kernel).reshape(*dy.shape[:-2], -1)
         inner = [(n - 1) * s + 1 for n, s in zip((sequence.shape[1], *self.grid), self.spread, strict=True)]
         return [dwide[self._places(inner, self.padding)].reshape(x.shape)]
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        if self.groups == 1:
-            after = f", {self.activation} in NumPy" if self.activation in MORE_ACTIVATIONS else ""
-            return f"fused kernel ({native.isa()}, {dtype}): a product per window{after}"
-        return f"NumPy ({dtype}): groups"
+        kernel = f"fused kernel ({native.isa()}, {dtype}): a product per window"
+        return kernel if self.groups == 1 else f"NumPy ({dtype}): groups"
 
     @classmethod
     def keys(cls) -> Types:
@@ -397,9 +372,8 @@ class GridConv(Grid):
     @property
     def summary(self) -> str:
         grids = f"{_times((*self.grid, self.channels))} -> {_times((*self.grid_out, self.filters))}"
-        words = [grids, f"window {_times(self.kernel.shape[:-2])}", *self._words]
-        words += [f"groups {self.groups}"] if self.groups > 1 else []
-        return ", ".join([*words, *([] if self.activation == "linear" else [self.activation])])
+        words = [grids, f"window {_times(self.sizes)}", *self._words]
+        return ", ".join([*words, *([f"groups {self.groups}"] if self.groups > 1 else [])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -474,9 +448,9 @@ class GridPool(Grid):
         return self.channels
 
     @property
-    def spans(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The lengths of a window, with dilation."""
-        return tuple((size - 1) * step + 1 for size, step in zip(self.size, self.dilation, strict=True))
+    def sizes(self) -> Lengths:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of entries of a window along each axis."""
+        return self.size
 
     @property
     def nothing(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.nodes.along import Along, check_axis
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -21,7 +22,6 @@ from cellstack.nodes.base import (
     check_flag,
     shown,
 )
-from cellstack.nodes.shape import Along, check_axis
 from cellstack.spec import ShapeError
 
 MODES = ("sum", "mean", "max", "min")

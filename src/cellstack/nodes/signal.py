@@ -10,8 +10,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.nodes.along import Along, check_axis
 from cellstack.nodes.base import Array, NodeRun, Shape, StateGradients, Stepwise, check_integer, check_number, shown
-from cellstack.nodes.shape import Along, check_axis
 from cellstack.spec import ShapeError
 
 

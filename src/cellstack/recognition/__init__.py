@@ -43,7 +43,7 @@ from cellstack.nodes.cell import Cell
 from cellstack.recognition.calls import Call, accepted, guesses, protocol_of, shortened
 from cellstack.recognition.comparison import compare, effect_of, is_steady, verify
 from cellstack.recognition.origins import Origins, layer_of
-from cellstack.recognition.values import Refused, as_float64, copy_of, experiments, fill, put
+from cellstack.recognition.values import NotReplaced, as_float64, copy_of, experiments, fill, put
 from cellstack.spec import FormatError
 
 MOST_CALLS = 400  # calls that are tried
@@ -60,32 +60,32 @@ def recognise(module: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> Known
         calls: the arguments of known calls; if there are none, they are guessed.
 
     Raises:
-        Refused: it isn't recognised as the step of a cell, or a loop of steps.
+        NotReplaced: it isn't recognised as the step of a cell, or a loop of steps.
     """
     if sum(array.numel() for array in module.parameters()) > MOST_NUMBERS:
-        raise Refused(f"it has more than {MOST_NUMBERS} weights")
+        raise NotReplaced(f"it has more than {MOST_NUMBERS} weights")
     with experiments():
         copied = copy_of(module)
         one, other = (fill(copied, 0.1, 1.0, seed) for seed in (1, 2))
         recorded = [short for args in calls for short in shortened(as_float64(args))]
         seen = accepted(copied, recorded or islice(guesses(copied, 1), MOST_CALLS))
         if not seen:
-            raise Refused("it rejects all arguments that were tried: pass an input of the model as example=")
+            raise NotReplaced("it rejects all arguments that were tried: pass an input of the model as example=")
         known = _traced(copied, seen, one, other)
         if len(known.layers) > 1 and not recorded:
             seen += accepted(copied, islice(guesses(copied, len(known.layers)), MOST_CALLS))
         fill(copied, -0.4, 0.4, 3)
-        chosen, refused = dict[Any, Call](), Refused("")
+        chosen, refused = dict[Any, Call](), NotReplaced("")
         protocols: dict[Any, Protocol] = {}
         for call in seen:
             if call.form not in protocols:
                 try:
                     effect = effect_of(copied, call.args)
                     if effect:
-                        raise Refused(effect)
+                        raise NotReplaced(effect)
                     protocols[call.form] = protocol_of(copied, known, call)
                     chosen[call.form] = call
-                except Refused as error:
+                except NotReplaced as error:
                     refused = error
         if not protocols:
             raise refused
@@ -114,14 +114,14 @@ def _traced(
         try:
             found = [_exported(module, call, values) for values in (one, other)]
             if len(found[0]) != len(found[1]):
-                raise Refused("its equations depend on the values of its parameters")
+                raise NotReplaced("its equations depend on the values of its parameters")
             origins = Origins(one, other)
             layers = tuple(layer_of(origins, *pair) for pair in zip(*found, strict=True))
             return Known(layers, {}, names_of(module), False, settings_of(module))
-        except (Refused, FormatError) as error:
+        except (NotReplaced, FormatError) as error:
             why = why or error
     assert why is not None
-    raise Refused(str(why)) from why
+    raise NotReplaced(str(why)) from why
 
 
 def _exported(module: nn.Module, call: Call, values: Mapping[str, np.ndarray]) -> list[Cell]:
@@ -140,12 +140,12 @@ def _adapted(module: nn.Module, adapter: Adapter) -> type:
     """Return the subclass with which the kernel runs a module of a known class, compared with the module.
 
     Raises:
-        Refused: the kernel doesn't support it as it is configured, or computes something else.
+        NotReplaced: the kernel doesn't support it as it is configured, or computes something else.
     """
     try:
         text = adapter.describe(module)
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise NotReplaced(str(error)) from None
     kind = original_of(type(module))
     made = subclass_of(kind, (adapter.base, kind), cells_text=text)
     with experiments():
@@ -202,14 +202,14 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
         ValueError: it contains no recurrent module that the kernel can run.
     """
     recorded = {} if example is None else _recorded(model, example)
-    inside, why = set[int](), dict[str, tuple[nn.Module, Refused]]()
+    inside, why = set[int](), dict[str, tuple[nn.Module, NotReplaced]]()
     for name, part in _candidates(model):
         if id(part) in inside:
             continue
         if not isinstance(part, HandWritten):
             try:
                 part.__class__ = _class_of(part, recorded.get(id(part), ()))
-            except Refused as error:
+            except NotReplaced as error:
                 why[name] = part, error
                 continue
         refused.pop(part, None)
@@ -233,7 +233,7 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
 
 
 def _class_of(module: nn.Module, calls: Sequence[tuple[Any, ...]]) -> type:
-    """Return the subclass with which the kernel runs a hand-written module; `Refused` if there is none."""
+    """Return the subclass with which the kernel runs a hand-written module; `NotReplaced` if there is none."""
     adapter = ADAPTERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
     if adapter is not None:
         return _adapted(module, adapter)

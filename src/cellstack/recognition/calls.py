@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cellstack.layers import forward
-from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import (
     Known,
     Place,
@@ -20,9 +18,10 @@ from cellstack.layers.handwritten import (
     arrays_of,
     form_of,
     names_of,
+    run_layers,
     states_of,
 )
-from cellstack.recognition.values import Refused, same
+from cellstack.recognition.values import NotReplaced, same
 
 BATCH, STEPS = 2, 3  # of the traced call
 
@@ -111,7 +110,7 @@ def protocol_of(module: nn.Module, known: Known, call: Call) -> Protocol:
     count, layers = len(known.layers[0].call.sizes), len(known.layers)
     times = (-1,) if x.ndim == 2 else (1, 0)
     if x.ndim == 2 and layers > 1:
-        raise Refused("it computes one step of several layers, which isn't supported")
+        raise NotReplaced("it computes one step of several layers, which isn't supported")
     for time in times:
         for places in _arrangements(given, count, layers):
             protocol = Protocol(time, places, None)
@@ -121,7 +120,7 @@ def protocol_of(module: nn.Module, known: Known, call: Call) -> Protocol:
             template = _template(result, time, *ran)
             if template is not None:
                 return protocol._replace(result=template)
-    raise Refused("its results aren't the outputs and states of its cells: it computes something else from them")
+    raise NotReplaced("its results aren't the outputs and states of its cells: it computes something else from them")
 
 
 def _arrangements(given: Sequence[Tensor], count: int, layers: int) -> Iterator[tuple[Place, ...]]:
@@ -157,14 +156,12 @@ def outputs_of(
     x, *given = tensors
     if x.shape[-1] != known.layers[0].call.spec.input_size:
         return None
-    states = states_of(known, protocol, given, x.shape[0 if protocol.time != 0 else 1])
+    states = states_of(known, protocol, x, given)
     if states is None:
         return None
-    sequence = x.unsqueeze(1) if protocol.time < 0 else x.transpose(0, 1) if protocol.time == 0 else x
-    arrays = arrays_of(known, module, x)
-    runs = [CellRun(layer.call, own, state) for layer, own, state in zip(known.layers, arrays, states, strict=True)]
-    y, _, ends, _ = forward.run(runs, sequence, None, None)
-    return y.squeeze(1) if protocol.time < 0 else y.transpose(0, 1) if protocol.time == 0 else y, ends
+    sequence = x.unsqueeze(1) if protocol.time < 0 else x
+    y, ends = run_layers(known, protocol, sequence, arrays_of(known, module, x), states)
+    return y.squeeze(1) if protocol.time < 0 else y, ends
 
 
 def _template(result: Any, time: int, y: Tensor, ends: Sequence[Sequence[Tensor]]) -> Any:

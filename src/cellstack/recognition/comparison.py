@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from cellstack.formats.compiled.probes import value_reads
 from cellstack.layers.handwritten import Known, Protocol, result_of
 from cellstack.recognition.calls import Call, call_of, outputs_of
-from cellstack.recognition.values import TOLERANCE, Refused, difference, flat, same
+from cellstack.recognition.values import TOLERANCE, NotReplaced, difference, flat, mapped, same
 
 SCALES = (0.1, 1.0, 4.0)  # of inputs, in the comparison
 SIZES = ((1, 1), (2, 3), (5, 7))  # rows and steps, at each scale
@@ -24,7 +24,7 @@ def verify(module: nn.Module, known: Known, calls: Mapping[Any, Call]) -> None:
     """Compare a module with the kernel on random inputs of several scales and sizes.
 
     Raises:
-        Refused: they differ.
+        NotReplaced: they differ.
     """
     random = torch.Generator().manual_seed(4)
     for form, protocol in known.protocols.items():
@@ -52,18 +52,18 @@ def compare(module: nn.Module, theirs: Any, ours: Any, args: tuple[Any, ...], te
         growth: a factor of the tolerance.
 
     Raises:
-        Refused: they differ.
+        NotReplaced: they differ.
     """
     try:
         wanted = _with_gradients(module, theirs, _leaves(args))
     except Exception as error:
-        raise Refused(f"its forward fails for random inputs: {error}") from error
+        raise NotReplaced(f"its forward fails for random inputs: {error}") from error
     found = _with_gradients(module, ours, _leaves(args))
     for what, place in (("outputs", 0), ("gradients", 1)):
         pairs = [*zip(found[place], wanted[place], strict=True)]
         worst = max(difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
         if worst > growth * TOLERANCE:
-            raise Refused(f"it looks like {text}, but its {what} differ by {worst:.1e}", differs=True)
+            raise NotReplaced(f"it looks like {text}, but its {what} differ by {worst:.1e}", differs=True)
 
 
 def _with_gradients(module: nn.Module, function: Any, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,11 +83,9 @@ def _resized(
     """Return the arguments of a call with other numbers of rows and steps, and random values."""
     first = True
 
-    def made(value: Any) -> Any:
+    def made(tensor: Tensor) -> Tensor:
         nonlocal first
-        if not isinstance(value, Tensor):
-            return type(value)(map(made, value)) if type(value) in (tuple, list) else value
-        shape = list(value.shape)
+        shape = list(tensor.shape)
         if first and protocol.time >= 0:
             shape[protocol.time], shape[1 - protocol.time] = steps, rows
         else:
@@ -95,15 +93,13 @@ def _resized(
         first = False
         return scale * torch.randn(shape, generator=random)
 
-    return made(call.args)
+    return mapped(made, call.args)
 
 
 def _leaves(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone().requires_grad_()
     if isinstance(value, PackedSequence):
-        return value._replace(data=value.data.clone().requires_grad_())
-    return type(value)(map(_leaves, value)) if type(value) in (tuple, list) else value
+        return value._replace(data=_leaves(value.data))
+    return mapped(lambda tensor: tensor.clone().requires_grad_(), value)
 
 
 def is_steady(module: nn.Module, calls: Mapping[Any, Call], protocols: Mapping[Any, Protocol]) -> bool:
@@ -129,7 +125,7 @@ def effect_of(module: nn.Module, args: tuple[Any, ...]) -> str:
     """
     given = _leaves(args)
     before, random = _kept(module), torch.get_rng_state()
-    with torch.no_grad(), _Branches() as branches:
+    with torch.no_grad(), value_reads() as reads:
         module(*given)
     after = _kept(module)
     drawn = not torch.equal(random, torch.get_rng_state())
@@ -141,7 +137,7 @@ def effect_of(module: nn.Module, args: tuple[Any, ...]) -> str:
             return f"it changes {name} in each call"
     if drawn:
         return "it draws random numbers"
-    return "it branches on values" if branches.found else ""
+    return "it branches on values" if reads.found else ""
 
 
 def _kept(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -162,13 +158,3 @@ def _kept(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 def _unchanged(before: tuple[Any, Any], after: tuple[Any, Any]) -> bool:
     one, other = before[0], after[0]
     return before[1] == after[1] and (one is other or (isinstance(one, _COMPARED) and one == other))
-
-
-class _Branches(TorchDispatchMode):
-    """A context; `found` says whether code in it has read the value of an element, as a branch on values does."""
-
-    found = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found = self.found or func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))

@@ -14,7 +14,7 @@ import numpy as np
 from cellstack.layers import op
 from cellstack.layers.handwritten import Layer, Part, weight
 from cellstack.nodes.cell import Cell
-from cellstack.recognition.values import Refused
+from cellstack.recognition.values import NotReplaced
 from cellstack.spec import MATRICES, CellSpec
 
 
@@ -55,20 +55,15 @@ class Origins:
         index = int(self._find(apart[:1, :1].reshape(-1))[0])
         if index >= 0:
             name, offset = self._at(index)
-            whole, (rows, columns) = self.apart[name], apart.shape
-            if whole.ndim == 2:
-                r, c = divmod(offset, whole.shape[1])
-                for transposed in (False, True):
-                    sizes = (columns, rows) if transposed else (rows, columns)
-                    found = whole[r : r + sizes[0], c : c + sizes[1]]
-                    found = found.T if transposed else found
-                    if found.shape == apart.shape and np.allclose(found, apart, rtol=0, atol=1e-11):
-                        start, first = (c, r) if transposed else (r, c)
-                        part = Part(name, (start, start + rows), (first, first + columns), transposed)
-                        values = self.first[name][r : r + sizes[0], c : c + sizes[1]]
-                        if np.allclose(values.T if transposed else values, one, rtol=0, atol=1e-11):
-                            return part
-        raise Refused("the weights of its gates aren't parts of its parameters: it computes them from other values")
+            pairs, (rows, columns) = ((self.apart[name], apart), (self.first[name], one)), apart.shape
+            for transposed in (False, True) if pairs[0][0].ndim == 2 else ():
+                at = divmod(offset, pairs[0][0].shape[1])
+                r, c = at[::-1] if transposed else at
+                block = slice(r, r + rows), slice(c, c + columns)
+                found = [((whole.T if transposed else whole)[block], wanted) for whole, wanted in pairs]
+                if all(a.shape == b.shape and np.allclose(a, b, rtol=0, atol=1e-11) for a, b in found):
+                    return Part(name, (r, r + rows), (c, c + columns), transposed)
+        raise NotReplaced("the weights of its gates aren't parts of its parameters: it computes them from other values")
 
     def vector(self, one: np.ndarray, other: np.ndarray) -> list[Part]:
         """Return the parts whose sum is a vector, given its values in both traces."""
@@ -86,10 +81,10 @@ class Origins:
                     parts = [part for part in found if part is not None]
                     break
             else:
-                raise Refused("its biases aren't sums of one or two parameters")
+                raise NotReplaced("its biases aren't sums of one or two parameters")
         rest = one - sum((self.first[p.name].reshape(-1)[slice(*p.rows)] for p in parts), np.zeros(len(one)))
         if np.ptp(rest) > 1e-11:
-            raise Refused("its biases contain constants that differ between units")
+            raise NotReplaced("its biases contain constants that differ between units")
         value = float(np.round(rest[0], 10))
         return [*parts, *([Part("", (0, len(one)), value=value)] if value or not parts else [])]
 
@@ -103,7 +98,7 @@ def layer_of(origins: Origins, one: Cell, other: Cell) -> Layer:
     """Return a cell as a layer of a module, given the cell in both traces."""
     spec = one.spec
     if spec != other.spec:
-        raise Refused("its equations depend on the values of its parameters")
+        raise NotReplaced("its equations depend on the values of its parameters")
     blocks: dict[str, list[list[Any]]] = {}
     for name in spec.shapes:
         first, second = (np.atleast_2d(cell.arrays[name]) for cell in (one, other))
@@ -156,15 +151,13 @@ def _in_torch_layout(spec: CellSpec, blocks: Mapping[str, list[list[Any]]]) -> L
         pairs = [[each[n] for each in blocks["bias"]] for n in places]
         two = [_apart(pair, fixed=spec.two_biases and gate == known.order[-1]) for pair, gate in
                zip(pairs, known.order, strict=True)]  # fmt: skip
-        order = [next((p[n].name for p in two if p[n].name), "") for n in range(2)]
-        fixed = two[-1]
-        free = two[:-1] if spec.two_biases else two
-        if spec.two_biases:
-            order = [fixed[0].name, fixed[1].name]
-        arranged = [pair[::-1] if (pair[0].name, pair[1].name) == tuple(order[::-1]) else pair for pair in free]
-        arranged += [fixed] if spec.two_biases else []
+        fixed = two[-1] if spec.two_biases else None
+        order = [next((pair[n].name for pair in two if pair[n].name), "") for n in range(2)]
+        order = order if fixed is None else [part.name for part in fixed]
+        # The sum of the two matters, except for `fixed`: they are ordered so that adjacent parts can be joined.
+        two = [pair[::-1] if pair is not fixed and [pair[1].name, pair[0].name] == order else pair for pair in two]
         for n, name in enumerate(("bias_ih", "bias_hh")):
-            weights.append(weight([[pair[n] for pair in arranged]], shapes[name]))
+            weights.append(weight([[pair[n] for pair in two]], shapes[name]))
     return Layer(call, tuple(weights))
 
 
@@ -180,10 +173,10 @@ def _apart(pair: Sequence[list[Part]], fixed: bool) -> tuple[Part, Part]:
     zeros = Part("", (0, units))
     if fixed:
         if any(len(parts) > 1 for parts in pair):
-            raise Refused("its candidate's biases are sums of several parameters")
+            raise NotReplaced("its candidate's biases are sums of several parameters")
         return pair[0][0], pair[1][0]
     parts = [part for each in pair for part in each if part != zeros]
     if len(parts) > 2:
-        raise Refused("its biases are sums of more than two vectors")
+        raise NotReplaced("its biases are sums of more than two vectors")
     first, second = [*parts, zeros, zeros][:2]
     return first, second

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellstack.formats.compiled.copied import duplicate
+
 TOLERANCE = 1e-9  # largest difference in float64, relative to the largest value
 
 
-class Refused(ValueError):  # noqa: N818
+class NotReplaced(ValueError):  # noqa: N818
     """A module isn't replaced; the message says why.
 
     Args:
@@ -49,7 +50,7 @@ def experiments() -> Iterator[None]:
 
 def copy_of(module: nn.Module) -> nn.Module:
     """Return a copy in float64 and evaluation mode."""
-    made = copy.deepcopy(module).to("cpu", torch.float64)
+    made = duplicate(module).to("cpu", torch.float64)
     made.eval()  # the eval of some modules returns None
     return made
 
@@ -78,9 +79,14 @@ def put(module: nn.Module, values: Mapping[str, np.ndarray]) -> None:
 
 def as_float64(args: Any) -> Any:
     """Return arguments with their floating-point tensors in float64."""
-    if isinstance(args, Tensor):
-        return args.detach().to("cpu", torch.float64) if args.is_floating_point() else args
-    return type(args)(as_float64(part) for part in args) if type(args) in (tuple, list) else args
+    return mapped(lambda x: x.detach().to("cpu", torch.float64) if x.is_floating_point() else x, args)
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a value in which `function` is applied to each tensor in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(mapped(function, part) for part in value) if type(value) in (tuple, list) else value
 
 
 def flat(value: Any) -> list[Tensor]:

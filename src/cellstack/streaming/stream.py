@@ -83,7 +83,7 @@ class Stream:
         """
         if (
             self._single_step is not None
-        ):  # the path with the least overhead; None: the input needs checks or a conversion
+        ):  # the least overhead; it returns None if the input needs checks or a conversion
             y = self._single_step(x)
             if y is not None:
                 return y

@@ -17,10 +17,10 @@ from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent, final
 from cellstack.spec import KINDS
 from cellstack.train.checks import UsageError
+from cellstack.train.data.targets import TASKS
 from cellstack.train.examples import digest
 from cellstack.train.settings import POOLINGS
 
-TASKS = ("classify", "regress")
 LAYERS: dict[str, Any] = {
     name: getattr(layers, kind.title) for name, kind in KINDS.items() if hasattr(layers, kind.title)
 }

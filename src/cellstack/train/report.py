@@ -19,11 +19,8 @@ from cellstack.train.monitoring.records import VANISHED, LayerRecord, TrainingRe
 
 # Figures are drawn in placeholder colours, which are replaced by variables of the style sheet, for light and dark mode.
 INK, FAINT = "#010203", "#010204"
-SERIES = (
-    "#2a78d6",
-    "#eb6834",
-    "#1baf7a",
-)  # blue, orange, green: distinct on white and black, also for the colour-blind
+# Blue, orange, green: distinct on white and black, also for the colour-blind.
+SERIES = ("#2a78d6", "#eb6834", "#1baf7a")
 THEME = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

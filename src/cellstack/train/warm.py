@@ -76,9 +76,8 @@ class Start:
             found = "none" if last is None else str(last.kernel.shape)
             raise UsageError(f"{self.name}: expected a dense layer {shape} at its end, as in this model, found {found}")
         scale, mean = (value.numpy() for value in (model.targets.scale, model.targets.mean))
-        _copy(
-            head.weight, (last.kernel / scale).T
-        )  # the network's outputs are in the targets' units, the head's are standardised
+        # The network's outputs are in the targets' units, the head's are standardised.
+        _copy(head.weight, (last.kernel / scale).T)
         _copy(head.bias, (last.bias - mean) / scale)
 
 

@@ -63,9 +63,8 @@ def train_sequences(
     task = "classify" if classify else "regress"
     if start is not None:
         start.check(task, training.labels, training.channels)
-    known = (
-        None if start is None or start.trained is None else start.trained.inputs
-    )  # its weights depend on those scales
+    # The weights of a trained network depend on its scales.
+    known = None if start is None or start.trained is None else start.trained.inputs
     inputs = parts.measure() if known is None else known
     targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1

@@ -9,6 +9,7 @@ from cellstack.formats.compiled.equality import MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
 from cellstack.formats.compiled.nested import fresh, tensors_in
 from cellstack.formats.compiled.packing import (
+    is_count,
     packs,
     padded,
     ragged_difference,
@@ -51,9 +52,9 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
     how = padded(ready.module, ready.inputs, calls)
     if isinstance(how, str):
         raise FormatError(how)
-    plain_answers = [value for value in ready.answers if value.ndim != 1 or value.is_floating_point()]
+    answers = [value for value in ready.answers if not is_count(value, calls[0].rows)]
     try:
-        of_padded = ready._replace(module=how.module, inputs=how.inputs, answers=plain_answers)
+        of_padded = ready._replace(module=how.module, inputs=how.inputs, answers=answers)
         network, notes = _by_routes(of_padded, tolerance)
     except FormatError as error:
         raise FormatError(

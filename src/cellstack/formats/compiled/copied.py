@@ -27,7 +27,7 @@ def copied(module: Any) -> Any:
         made.eval()  # the eval of some modules returns None
         return made
     except Exception as error:  # a module may hold anything
-        where = _place(module)
+        where = _uncopied(module)
         if where:
             where = f"set its attribute {where} to None before, or define __deepcopy__: "
         raise FormatError(
@@ -49,10 +49,12 @@ def duplicate(value: Any) -> Any:
             return func(*args, **(kwargs or {}))
 
     locks = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
-    memo = {id(one): locks[type(one)]() for one in _objects(value) if type(one) in locks}
-    memo |= {
-        id(one): one for one in _objects(value) if isinstance(one, torch._C.ScriptFunction)
-    }  # not copied: they have no state
+    memo: dict[int, Any] = {}
+    for one in _objects(value):
+        if type(one) in locks:
+            memo[id(one)] = locks[type(one)]()
+        elif isinstance(one, torch._C.ScriptFunction):  # it has no state
+            memo[id(one)] = one
     with Detaching():
         return copy.deepcopy(value, memo)
 
@@ -74,7 +76,7 @@ def _objects(value: Any) -> Iterator[Any]:
             waiting += getattr(one, "__dict__", {}).values()
 
 
-def _place(module: Any) -> str:
+def _uncopied(module: Any) -> str:
     """Return the name of the first attribute of a module, or of a module in it, that can't be copied; "" if none."""
     for path, part in module.named_modules():
         own = {name: value for name, value in vars(part).items() if name != "_modules"}
@@ -111,9 +113,8 @@ def fold(module: Any) -> list[str]:
     for path, part in module.named_modules():
         if parametrize.is_parametrized(part):
             kept = {key: value for key, value in vars(type(part)).items() if key not in ("__dict__", "__weakref__")}
-            part.__class__ = type(
-                type(part).__name__, type(part).__bases__, kept
-            )  # its own class, as removing a parametrization changes the class, which copies share
+            # Its own class, as removing a parametrization changes the class, which copies share.
+            part.__class__ = type(type(part).__name__, type(part).__bases__, kept)
             for name in list(part.parametrizations):
                 parametrize.remove_parametrizations(part, name, leave_parametrized=True)
                 folded.append(f"{path}.{name}".strip("."))

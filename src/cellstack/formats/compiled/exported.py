@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from cellstack.formats.compiled.sizes import OURS
+from cellstack.formats.compiled.sizes import OURS, line_of, outside
 from cellstack.spec import FormatError
 
 LOOKS = "Converting a tensor to a "  # start of PyTorch's warnings about a tensor's value that a trace can't record
@@ -75,7 +75,9 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
     def look(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if category.__name__ == "TracerWarning" and LOOKS in str(message):
-            looks.extend(_line_of_module())
+            # PyTorch's own checks of values don't change what a module computes.
+            line = line_of(outside(sys._getframe(1), OURS, warnings.__file__))
+            looks.extend([line] if line else [])
 
     def run(inlining: bool) -> None:
         with _traceable(), _rounding(), _positional(module):
@@ -86,12 +88,9 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
             warnings.simplefilter("always")
             warnings.showwarning = look
             try:
-                with (
-                    _without_console() if handle is None else nullcontext()
-                ):  # the output of a scripted module can't be suppressed
+                # The console output of a scripted module, which takes no hook, can't be suppressed otherwise.
+                with _without_console() if handle is None else nullcontext():
                     run(False)
-            except ModuleNotFoundError:
-                raise
             except Exception as error:  # the exporter fails in as many ways as there are modules
                 if "Python operator" not in str(error) and "PythonOp" not in str(error):
                     raise
@@ -127,20 +126,6 @@ def _positional(module: Any) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
-
-
-def _line_of_module() -> list[str]:
-    """Return the line of the module's code that causes a warning, as `file.py:12`; [] for a line of PyTorch.
-
-    PyTorch's own checks of values don't change what a module computes.
-    """
-    import torch
-
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((OURS, warnings.__file__)):
-        frame = frame.f_back
-    path = frame.f_code.co_filename
-    return [] if path.startswith(os.path.dirname(torch.__file__)) else [f"{os.path.basename(path)}:{frame.f_lineno}"]
 
 
 def _traceable() -> Any:
@@ -179,11 +164,14 @@ def _traceable() -> Any:
 
 @contextmanager
 def _rounding() -> Iterator[None]:
-    """Make math.ceil and math.floor of a size, which is a tensor while traced, operators of the graph."""
+    """Make math.ceil and math.floor of a size, which is a tensor while traced, operators of the graph.
+
+    Both look for a method of the tensor's class, and otherwise convert the tensor to a float. A torch function mode
+    can't intercept the first, and can only return a float for the second, after which the trace has a constant.
+    """
     import torch
 
-    names = ("__ceil__", "__floor__")
-    own = [name for name in names if not hasattr(torch.Tensor, name)]
+    own = [name for name in ("__ceil__", "__floor__") if not hasattr(torch.Tensor, name)]
     for name in own:
         function = getattr(torch, name.strip("_"))
         setattr(torch.Tensor, name, lambda size, function=function: function(size).long())

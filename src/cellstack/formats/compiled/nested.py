@@ -12,6 +12,13 @@ import numpy as np
 
 
 def tensors_in(value: Any) -> list[Any]:
+    """Return the tensors in a module's inputs or outputs as a flat list."""
+    import torch
+
+    return [leaf for leaf in leaves_in(value) if isinstance(leaf, torch.Tensor)]
+
+
+def leaves_in(value: Any) -> list[Any]:
     """Return the tensors in a module's inputs or outputs, and whatever isn't a container, as a flat list.
 
     A packed sequence is two: the padded one `[B, T, I]`, and its lengths.
@@ -24,11 +31,11 @@ def tensors_in(value: Any) -> list[Any]:
         value = list(value.values())
     elif is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, field.name) for field in fields(value)]
-    return [t for part in value for t in tensors_in(part)] if isinstance(value, (tuple, list)) else [value]
+    return [leaf for part in value for leaf in leaves_in(part)] if isinstance(value, (tuple, list)) else [value]
 
 
 def like(structure: Any, values: Iterable[Any]) -> Any:
-    """Return values in the nested containers of `structure`, in the order of `tensors_in`."""
+    """Return values in the nested containers of `structure`, in the order of `leaves_in`."""
     from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
     queue = iter(values)
@@ -86,11 +93,9 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
     """
     import torch
 
-    known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in tensors_in(inputs)]
+    known = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves_in(inputs)]
     if type(module).__call__ is torch.nn.Module.__call__ and not isinstance(module, torch.jit.ScriptModule):
-        module.forward = partial(
-            _flat_forward, module.forward, inputs, known
-        )  # no wrapper, so that the names of its parameters stay
+        module.forward = partial(_flat_forward, module.forward, inputs, known)  # keeps the names of its parameters
         return module
 
     class Flat(torch.nn.Module):
@@ -107,11 +112,9 @@ def flattened(module: Any, inputs: tuple[Any, ...]) -> Any:
 
 def _flat_forward(forward: Any, inputs: tuple[Any, ...], known: list[Any], *tensors: Any) -> tuple[Any, ...]:
     """Call a module with tensors in the containers of its example; `known` are the leaves that aren't tensors."""
-    import torch
-
     queue = iter(tensors)
     leaves = [next(queue) if leaf is None else leaf[0] for leaf in known]
-    return tuple(value for value in tensors_in(forward(*like(inputs, leaves))) if isinstance(value, torch.Tensor))
+    return tuple(tensors_in(forward(*like(inputs, leaves))))
 
 
 def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -20,35 +20,15 @@ from cellstack.nodes import Bidirectional, Node, Recurrent, StepMask
 ROWS = 4  # in the comparison of rows of different lengths
 OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # PyTorch's operators that take packed sequences
 LESS = ("sub", "__sub__", "sub_")
+# Methods whose result has the same lengths, in another shape or type
 MOVES = (
-    "to",
-    "cpu",
-    "long",
-    "int",
-    "contiguous",
-    "clone",
-    "detach",
-    "view",
-    "reshape",
-    "unsqueeze",
-    "expand",
-    "squeeze",
-    "expand_as",
-    "repeat",
-    "__getitem__",
-    "type",
-)  # methods whose result has the same lengths, in another shape or type
+    "to", "cpu", "long", "int", "contiguous", "clone", "detach", "view", "reshape", "unsqueeze", "expand", "squeeze",
+    "expand_as", "repeat", "__getitem__", "type",
+)  # fmt: skip
+# Methods whose result is the same order of rows
 KEPT = (
-    "to",
-    "cpu",
-    "cuda",
-    "type",
-    "long",
-    "int",
-    "contiguous",
-    "clone",
-    "detach",
-)  # methods whose result is the same order of rows
+    "to", "cpu", "cuda", "type", "long", "int", "contiguous", "clone", "detach",
+)  # fmt: skip
 
 
 class Packed(NamedTuple):
@@ -121,7 +101,7 @@ def padded(module: Any, inputs: tuple[Any, ...], calls: list[Packed]) -> Padded 
             "one for each row, an argument of forward"
         )
     given = [value for n, value in enumerate(flat) if n != place]
-    keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not _is_count(value, rows)]
+    keep = [n for n, value in enumerate(tensors_in(module(*fresh(inputs)))) if not is_count(value, rows)]
     data, row, step = found[0]
     at = data - (place is not None and place < data), row, step
     around = duplicate(module)
@@ -164,7 +144,7 @@ def _axes(value: Any, rows: int, steps: int) -> tuple[int, int] | None:
     return None
 
 
-def _is_count(value: Any, rows: int) -> bool:
+def is_count(value: Any, rows: int) -> bool:
     """Return whether an output is an integer for each row, as `pad_packed_sequence` returns the lengths."""
     return value.ndim == 1 and len(value) == rows and not value.is_floating_point()
 
@@ -377,7 +357,7 @@ def ragged_difference(
             ours, states = ends.run(network, own, array_of(counts))
         except (TypeError, ValueError) as error:
             return f"the network rejects rows of different lengths: {error}"
-        why = ends.unlike(ours, states, [value for value in expected if not _is_count(value, rows)], tolerance)
+        why = ends.unlike(ours, states, [value for value in expected if not is_count(value, rows)], tolerance)
         if why is not None:
             return f"with rows of different lengths {why}"
         compared = True

@@ -46,26 +46,25 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     return f"; parts that can be compiled: {'; '.join(named)}" + (f"; and {more} more" if more else "")
 
 
-def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: dict[int, str]) -> str:
-    import torch
-
+def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: dict[int, tuple[Any, str]]) -> str:
     shapes = repr(network).splitlines()[0].split(": ", 1)[1].rsplit(", ", 1)[0]
-    flat = [value for value in tensors_in(inputs) if isinstance(value, torch.Tensor)]
-    given = " and ".join(dict.fromkeys(sources.get(id(value), "a tensor computed in forward") for value in flat))
+    computed = None, "a tensor computed in forward"
+    given = " and ".join(dict.fromkeys(sources.get(id(value), computed)[1] for value in tensors_in(inputs)))
     return f"module.{path}, {shapes}, applied to {given}"
 
 
-def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, ...]], dict[int, str]]:
-    """Run a module; return the inputs of each recurrent part's first call, and the origin of tensors by id."""
+def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, ...]], dict[int, tuple[Any, str]]]:
+    """Run a module; return the inputs of each recurrent part's first call, and tensors with their origin, by id."""
     import torch
 
     calls: dict[str, tuple[Any, ...]] = {}
     inputs = fresh(ready.inputs)
     flat = tensors_in(inputs)
+    # The tensors are kept, so that no other object gets the id of one of them.
     sources = {
-        id(value): f"input {n} of the module" if len(flat) > 1 else "the module's input" for n, value in enumerate(flat)
+        id(value): (value, f"input {n} of the module" if len(flat) > 1 else "the module's input")
+        for n, value in enumerate(flat)
     }
-    kept = list(flat)  # so that no other object gets the id of one of them
 
     def before(path: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
@@ -77,9 +76,7 @@ def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, .
 
     def after(path: str, made: Any) -> None:
         for value in tensors_in(made):
-            if isinstance(value, torch.Tensor):
-                kept.append(value)
-                sources[id(value)] = f"the output of module.{path}"
+            sources[id(value)] = value, f"the output of module.{path}"
 
     hooks = []
     for path, part in ready.module.named_modules():
@@ -97,5 +94,4 @@ def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, .
     finally:
         for hook in hooks:
             hook.remove()
-    kept.extend(value for given in calls.values() for value in tensors_in(given))
     return calls, sources

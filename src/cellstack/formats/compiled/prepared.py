@@ -11,7 +11,16 @@ import numpy as np
 
 from cellstack.formats.compiled.copied import copied, duplicate, fold
 from cellstack.formats.compiled.equality import agree
-from cellstack.formats.compiled.nested import array_of, flattened, fresh, has_packed, is_plain, like, tensors_in
+from cellstack.formats.compiled.nested import (
+    array_of,
+    flattened,
+    fresh,
+    has_packed,
+    is_plain,
+    leaves_in,
+    like,
+    tensors_in,
+)
 from cellstack.spec import FormatError
 
 SETTINGS = (type(None), bool, int, float, str)  # types of arguments that keep their values in the example
@@ -58,8 +67,7 @@ def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
             "several inputs go into example as one tuple"
         )
     inputs = example if type(example) is tuple else (example,)
-    leaves = tensors_in(inputs)
-    tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
+    leaves, tensors = leaves_in(inputs), tensors_in(inputs)
     if not tensors or not all(isinstance(value, (torch.Tensor, *SETTINGS)) for value in leaves):
         got = f"a tuple of {', '.join(type(v).__name__ for v in leaves)}" if isinstance(example, tuple) else None
         raise TypeError(
@@ -96,19 +104,15 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
     import torch
 
     name, still, notes = named(module), copied(module), list[str]()
-    leaves = tensors_in(inputs)
     if has_packed(inputs):
         notes.append(
             "takes a packed sequence, which counts as two inputs: the padded sequence [B, T, I] and its lengths"
         )
-    tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
+    tensors = tensors_in(inputs)
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
-        leaves = [
-            value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for value in leaves
-        ]
-        inputs = like(inputs, leaves)
+        wide = [v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in leaves_in(inputs)]
+        inputs = like(inputs, wide)
     if any(part.is_meta for part in (*tensors, *still.parameters(), *still.buffers())):
         raise FormatError(
             f"compile: {name} is on the device 'meta', which stores no values: load its weights, by "
@@ -116,18 +120,16 @@ def copied_for(module: Any, inputs: tuple[Any, ...]) -> Prepared:
         )
     arguments = inputs
     scripted = isinstance(still, torch.jit.ScriptModule)
-    own_call = (
-        not scripted and type(still).__call__ is not torch.nn.Module.__call__
-    )  # with other arguments than forward
+    own_call = not scripted and type(still).__call__ is not torch.nn.Module.__call__  # may take other arguments
     if not is_plain(inputs) or own_call:
         still = flattened(still, inputs)
-        inputs = tuple(value for value in leaves if isinstance(value, torch.Tensor))
+        inputs = tuple(tensors_in(inputs))
     answers, again = _first_calls(name, still, inputs)
     others = [type(value).__name__ for value in answers if not isinstance(value, torch.Tensor)]
     if others and arguments is inputs:
         still = flattened(still, inputs)
         inputs = tuple(tensors_in(inputs))
-    answers = [value for value in answers if isinstance(value, torch.Tensor)]
+    answers = tensors_in(answers)
     if not answers:
         raise ValueError(
             f"compile: {name} itself returns no tensor for the example, but {', '.join(others) or 'nothing'}"
@@ -161,7 +163,7 @@ def _first_calls(name: str, module: Any, inputs: tuple[Any, ...]) -> tuple[list[
 
     try:
         with torch.no_grad():
-            answers, second = (tensors_in(module(*fresh(inputs))) for _ in range(2))
+            answers, second = (leaves_in(module(*fresh(inputs))) for _ in range(2))
     except Exception as error:  # a module may raise any exception
         said = f"{type(error).__name__}: {error}"
         where = ", in evaluation mode, but accepts it in training mode" if _accepts_in_training(module, inputs) else ""

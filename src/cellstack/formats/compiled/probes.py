@@ -7,27 +7,33 @@ from typing import Any
 
 from cellstack.formats.compiled.equality import Ends
 from cellstack.formats.compiled.nested import fresh, like, tensors_in
-from cellstack.formats.compiled.sizes import Places, compared, own_line
+from cellstack.formats.compiled.sizes import OURS, Places, compared, line_of, outside, pytorch
 from cellstack.formats.runtimes.in_memory import watched
 from cellstack.network import Network
 
 
-def reads_values(module: Any, inputs: tuple[Any, ...]) -> bool:
-    """Return whether a module reads values from its tensors, as `if` and `float()` do; sizes don't count."""
+def value_reads() -> Any:
+    """Return a context whose `found` says whether code in it reads values of tensors, as `if` and `float()` do."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    read = []
-
     class Look(TorchDispatchMode):
+        found = False
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default:
-                read.append(func)
+            self.found = self.found or func is torch.ops.aten._local_scalar_dense.default
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Look():
+    return Look()
+
+
+def reads_values(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a module reads values from its tensors; sizes don't count."""
+    import torch
+
+    with torch.no_grad(), value_reads() as reads:
         module(*fresh(inputs))
-    return bool(read)
+    return reads.found
 
 
 def calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
@@ -71,7 +77,7 @@ def line_of_call(module: Any, inputs: tuple[Any, ...], name: str) -> str:
     class Look(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if getattr(func, "__name__", "").strip("_") == name.strip("_") and not found:
-                found.append(own_line(sys._getframe(1)))
+                found.append(line_of(outside(sys._getframe(1), pytorch(), OURS)))
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Look():

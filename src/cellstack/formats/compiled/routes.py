@@ -12,7 +12,6 @@ from typing import Any
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
 from cellstack.formats.compiled.copied import duplicate
-from cellstack.formats.compiled.equality import no_tensor
 from cellstack.formats.compiled.exported import export
 from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
 from cellstack.formats.compiled.probes import calls
@@ -74,14 +73,9 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
     The graph's inputs and outputs are named `input_n` and `output_n`, by their index among the tensors. The places
     where the module's code reads values are added to `looks`.
     """
-    import torch
-
-    for n, value in enumerate(answers):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise FormatError(no_tensor(n, value))
     flat = tensors_in(inputs)
     names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
-    outs = [f"output_{n}" for n, value in enumerate(answers) if value is not None]
+    outs = [f"output_{n}" for n in range(len(answers))]
     shapes = {name: list(value.shape) for name, value in zip(names, flat, strict=True)}
     stepped, reasons = _as_one_step(module, inputs), list[FormatError]()
     for way in _ways(_free(module, inputs)):

@@ -53,17 +53,24 @@ def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> 
     return Places(found, list(dict.fromkeys(measured)))
 
 
-def _place(frame: FrameType) -> str:
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-def own_line(frame: FrameType | None) -> str:
-    """Return the innermost line of a call stack outside PyTorch and cellstack, as `file.py:12`; "" if there is none."""
+def pytorch() -> str:
+    """Return the folder of PyTorch's code."""
     import torch
 
-    while frame is not None and frame.f_code.co_filename.startswith((os.path.dirname(torch.__file__), OURS)):
+    return os.path.dirname(torch.__file__)
+
+
+def outside(frame: FrameType, *paths: str) -> FrameType:
+    """Return the innermost frame of a call stack whose code isn't in one of some folders or files."""
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(paths):
         frame = frame.f_back
-    return "" if frame is None else _place(frame)
+    return frame
+
+
+def line_of(frame: FrameType) -> str:
+    """Return the line of a frame as `file.py:12`; "" for code of PyTorch and of cellstack."""
+    path = frame.f_code.co_filename
+    return "" if path.startswith((pytorch(), OURS)) else f"{os.path.basename(path)}:{frame.f_lineno}"
 
 
 def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) -> dict[str, set[tuple[int, int | None]]]:
@@ -74,11 +81,7 @@ def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) ->
     import torch
     from torch.overrides import TorchFunctionMode
 
-    theirs = os.path.dirname(torch.__file__)
     seen: dict[str, set[tuple[int, int | None]]] = defaultdict(set)
-
-    def own(frame: FrameType) -> bool:
-        return not frame.f_code.co_filename.startswith((theirs, OURS))
 
     class Size(int):
         """The length of an axis, or a number computed from it. Its comparisons are recorded."""
@@ -93,8 +96,8 @@ def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) ->
             return Size(-int(self))
 
     def record(size: Size, other: Any, frame: FrameType) -> None:
-        if own(frame):
-            seen[_place(frame)].add((int(size), int(other) if isinstance(other, Size) else None))
+        if line := line_of(frame):
+            seen[line].add((int(size), int(other) if isinstance(other, Size) else None))
 
     def comparison(name: str) -> Callable[[Size, Any], Any]:
         plain = getattr(int, f"__{name}__")
@@ -122,16 +125,13 @@ def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) ->
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = func(*args, **(kwargs or {}))
-            if isinstance(made, torch.Size) and own(sys._getframe(1)):
+            made, frame = func(*args, **(kwargs or {})), sys._getframe(1)
+            if isinstance(made, torch.Size) and line_of(frame):
                 return torch.Size([Size(size) for size in made])
-            if func is torch.Tensor.size and type(made) is int and own(sys._getframe(1)):
+            if func is torch.Tensor.size and type(made) is int and line_of(frame):
                 return Size(made)
-            if func is torch.Tensor.__len__:
-                frame = sys._getframe(1)
-                while frame.f_back is not None and frame.f_code.co_filename.startswith(theirs):
-                    frame = frame.f_back
-                measured.extend([_place(frame)] if own(frame) else [])
+            if func is torch.Tensor.__len__ and (line := line_of(outside(frame, pytorch()))):
+                measured.append(line)
             return made
 
     with torch.no_grad(), Watch():

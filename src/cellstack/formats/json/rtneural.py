@@ -23,11 +23,8 @@ from cellstack.spec import CellSpec, FormatError
 RECURRENT = named("rtneural")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softmax", "elu")
 KNOWN = ("type", "activation", "shape", "weights", "kernel_size", "dilation", "groups", "epsilon", "name")
-USUAL = {
-    "strides": (1, [1]),
-    "recurrent_activation": ("sigmoid", ""),
-    "reset_after": (True,),
-}  # settings of which RTNeural supports only these values
+# Settings of which RTNeural supports only these values.
+USUAL = {"strides": (1, [1]), "recurrent_activation": ("sigmoid", ""), "reset_after": (True,)}
 
 
 class _Layer(NamedTuple):

@@ -12,14 +12,15 @@ import numpy as np
 
 from cellstack.formats.build import HINT, Names
 from cellstack.formats.files import check_unedited
-from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
+from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, slices, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed, takes_states
 from cellstack.formats.onnx.decomposed.loops import roll_steps
 from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
-from cellstack.formats.onnx.file import Model, Scope, label, read, short
+from cellstack.formats.onnx.file import ODD, Model, Scope, label, read, short
 from cellstack.formats.onnx.frames import frames_of, makes_steps
-from cellstack.formats.onnx.graph import data_inputs, load_graph
+from cellstack.formats.onnx.graph import load_graph
+from cellstack.formats.onnx.inputs import data_inputs
 from cellstack.formats.onnx.passes import passes
 from cellstack.formats.onnx.writer import write
 from cellstack.network import Network, layouts
@@ -30,10 +31,9 @@ NAME = "ONNX"
 SUFFIXES = (".onnx",)
 OPTIONS = ("constants", "weights", "frames", "context")  # of `load`
 FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # tags that may follow the version in a ModelProto
-PARTS = (ops, windows, activations, norms, shapes, quantised, recurrent)
+PARTS = (ops, windows, activations, norms, shapes, slices, quantised, recurrent)
 HANDLERS = {name: handler for part in PARTS for name, handler in part.HANDLERS.items()}
 HANDLERS |= {name: quantised.quantised(HANDLERS[name]) for name in ("Mul", "Cast")}
-ODD = (ValueError, TypeError, LookupError, ArithmeticError)  # raised where attributes have unexpected types
 
 
 def _odd(path: str, error: Exception) -> FormatError:
@@ -122,7 +122,6 @@ def extract(path: str) -> dict[str, Network]:
 
 
 def _options(
-    model: Model,
     constants: Mapping[str, Any] | None,
     weights: Mapping[str, Any] | None,
     frames: Mapping[str, int] | None,
@@ -202,7 +201,7 @@ def read_whole(
         ModuleNotFoundError: the package onnx isn't installed.
     """
     model = read(path)
-    fixed, sizes, contexts = _options(model, constants, weights, frames, context)
+    fixed, sizes, contexts = _options(constants, weights, frames, context)
     try:
         for run in passes(fixed, sizes, contexts, whole_loops, example):
             model = run(model)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.onnx.cells import KIND_OF, NAMES, is_recurrent
-from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, declared, label, short
+from cellstack.formats.onnx.file import DOMAINS, ODD, Constant, Scope, declared, label, short
 from cellstack.formats.onnx.fold import axes_of, fold, order_of, pads_of, place, slices, within
 from cellstack.formats.onnx.values import Dim, Symbols
 
@@ -36,7 +36,6 @@ BY_NUMBER = (
     "Mish", "Neg", "PRelu", "Reciprocal", "Selu", "Sin", "Sqrt", "Swish",
 )  # fmt: skip
 TOGETHER = ("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum", "Where")
-ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
 class Axis:
@@ -188,7 +187,7 @@ class Axes:
                 made = self._counted(node, values)
             else:
                 made = [] if rule is None else list(rule(self, self.scope.model.attributes(node), values))
-        except ODD:  # a FormatError too: reading the operator reports the error later
+        except (*ODD, AttributeError):  # a FormatError too: reading the operator reports the error later
             made = []
         for name, value in zip(node.output, made, strict=False):
             self.values[name] = value

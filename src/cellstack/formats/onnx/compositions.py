@@ -23,17 +23,17 @@ def _channels_first(pieces: Pieces, node: Grid, x: str, vector: bool) -> str:
     return pieces.of("Transpose", wide, perm=[0, last, *range(1, last)])
 
 
-def _steps_first(pieces: Pieces, name: str, node: Grid, y: str, vector: bool, output: str) -> str:
-    """Add operators that turn `y [B, F, T, …]` into `output [B, T, W]`, or `[B, W]` for a vector; return its name."""
+def _steps_first(pieces: Pieces, name: str, node: Grid, y: str, vector: bool) -> None:
+    """Add operators that turn `y [B, F, T, …]` into the output of a node, `[B, T, W]`, or `[B, W]` for a vector."""
     last = len(node.grid) + 2
     width = node.filters * int(np.prod(node.grid_out))
     rows = pieces.of("Transpose", y, perm=[0, *range(2, last + 1), 1])
     shape = pieces.integers(0, width) if vector else pieces.integers(0, 0, width)
-    return pieces.put("Reshape", [rows, shape], output, f"{name}.rows")
+    pieces.put("Reshape", [rows, shape], name, f"{name}.rows")
 
 
-def grid_conv(pieces: Pieces, name: str, node: GridConv, x: str, vector: bool) -> str:
-    """Add a convolution over a grid without its activation, and return its output."""
+def grid_conv(pieces: Pieces, name: str, node: GridConv, x: str, vector: bool) -> None:
+    """Add a convolution over a grid."""
     spread, kernel = any(step > 1 for step in node.spread), np.moveaxis(node.kernel, (-1, -2), (0, 1))
     pads = [*(before for before, _ in node.padding), *(after for _, after in node.padding)]
     sizes: dict[str, Any] = {"strides": list(node.strides), "pads": pads}
@@ -57,7 +57,7 @@ def grid_conv(pieces: Pieces, name: str, node: GridConv, x: str, vector: bool) -
     sizes |= {"dilations": list(node.dilation), "group": node.groups, "kernel_shape": list(kernel.shape[2:])}
     wide = _channels_first(pieces, node, x, vector)
     y = pieces.put("ConvTranspose" if spread else "Conv", [wide, *arrays], pieces.fresh(f"{name}.z"), name, **sizes)
-    return _steps_first(pieces, name, node, y, vector, pieces.fresh(f"{name}.sum"))
+    _steps_first(pieces, name, node, y, vector)
 
 
 def grid_pool(pieces: Pieces, name: str, node: GridPool, x: str, vector: bool) -> None:
@@ -72,7 +72,7 @@ def grid_pool(pieces: Pieces, name: str, node: GridPool, x: str, vector: bool) -
     wide = _channels_first(pieces, node, x, vector)
     operator = "MaxPool" if node.mode == "max" else "AveragePool"
     y = pieces.put(operator, [wide], pieces.fresh(f"{name}.pooled"), name, **sizes)
-    _steps_first(pieces, name, node, y, vector, name)
+    _steps_first(pieces, name, node, y, vector)
 
 
 def time_softmax(pieces: Pieces, name: str, x: str, mask: str) -> None:

@@ -48,6 +48,8 @@ BFLOAT16 = 16
 MOST_AXES = 32
 MOST_COUNTING = 16  # nested lists of lengths
 FIRST_OPSET = 7  # earlier opsets broadcast and define recurrent operators differently
+# Raised for invalid nodes, such as attributes of unexpected types.
+ODD = (ValueError, TypeError, LookupError, ArithmeticError)
 NEEDS_ONNX = "ONNX files need the package onnx: pip install 'cellstack[onnx]'"
 
 Constant = Array | Broadcast
@@ -323,10 +325,15 @@ class Scope:
             if value.name not in made and not self._outside(value.name):
                 raise FormatError(f"{where}: no node computes the output {short(value.name)}")
 
+    @property
+    def given(self) -> list[str]:
+        """The inputs without a default value."""
+        return [name for name in self.inputs if name not in self.initializers]
+
     def _outside(self, name: str) -> bool:
         scope = self.parent
         while scope is not None:
-            if name in scope.initializers or name in scope.inputs or name in scope.producers:
+            if scope._own(name):
                 return True
             scope = scope.parent
         return False
@@ -374,7 +381,7 @@ class Scope:
                 found = fold(node.op_type, attributes, values, given, len(node.output), self.model)
             except TooMuchError as error:
                 raise FormatError(f"{where}: {error}") from None
-            except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            except ODD as error:
                 raise FormatError(f"{where}: {node.op_type}: {str(error)[:200]}") from None
             if found is not None:
                 made = found

@@ -20,8 +20,8 @@ from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.values import Final, Flowing, Run, States
 from cellstack.formats.simplify import Draft, simplify
 from cellstack.nodes import Context, Flatten, GlobalPool, Merge, Node, PerFrame, Recurrent, Select
+from cellstack.nodes.along import Along
 from cellstack.nodes.base import Shape, Stepwise
-from cellstack.nodes.shape import Along
 from cellstack.spec import FormatError
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -12,11 +12,11 @@ import numpy as np
 from cellstack.formats.build import Builder, ProblemsError, TooMuchError
 from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
-from cellstack.formats.onnx.decomposed.scans import is_scan
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
 from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
 from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
+from cellstack.formats.onnx.inputs import roles, weight_inputs
 from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
     Filled,
@@ -43,31 +43,10 @@ from cellstack.nodes.base import Shape
 from cellstack.spec import DTYPES, FormatError
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
-MOVES = {
-    "Cast", "Concat", "Dropout", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze",
-}  # fmt: skip
 SHAPES = {
-    "Add",
-    "Cast",
-    "Ceil",
-    "Concat",
-    "ConstantOfShape",
-    "Div",
-    "Equal",
-    "Floor",
-    "Gather",
-    "Identity",
-    "Mul",
-    "Reshape",
-    "Shape",
-    "Slice",
-    "Squeeze",
-    "Sub",
-    "Transpose",
-    "Unsqueeze",
-    "Where",
-}
+    "Add", "Cast", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Floor", "Gather", "Identity", "Mul", "Reshape",
+    "Shape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
 
 
 class Refused(ValueError):  # noqa: N818
@@ -132,52 +111,61 @@ class Reader:
         self.ids: set[str] = set()  # wires that carry the integers of an input
         for name in sorted(starts):
             self.values[name] = self._start(name, axes.states[name], shapes[name])
-        batched = ""
         for name, frame in (frames or {}).items():
             if isinstance(frame, str):
-                self.builder.refuse(f"input {short(name)}: {frame}")
-                self.values[name] = Unknown("", True)
+                self.values[name] = self._unreadable(name, frame)
             else:
                 self.rows = shapes[name][0] if frame.labels[0] == "B" else 1
                 self.values[name] = input_of(self, name, frame, self.rows)
                 self.inputs[name] = frame.labels
-        for name, labels in axes.inputs.items() if frames is None else ():
-            if labels is None:
-                self.builder.refuse(f"input {short(name)}: {axes.why_not(name)}")
-                self.values[name] = Unknown("", True)
-                continue
-            known = dict(zip(labels, shapes[name] or [None] * len(labels), strict=True))
-            sizes = [n for n, label in zip(shapes[name], labels, strict=False) if label in "CF" and n is not None]
-            if "C" in labels:
-                if len(sizes) < 2:
-                    self.builder.refuse(f"input {short(name)}: the lengths of its feature axes must be declared")
-                    self.values[name] = Unknown("", True)
-                    continue
-                known["F"] = prod(sizes)
-            wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
-            self.values[name] = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
-            self.inputs[name] = labels
-            if "C" in labels:
-                self.values[name] = replace(self.values[name], parts=tuple(zip("CF", sizes, strict=True)))
-            self.layouts.append(self.values[name].layout)
-            if "C" in labels:  # operators that don't know parts refuse a value without F
-                parts = tuple(zip("CG", sizes, strict=True))
-                axes_now = tuple("G" if label == "F" else label for label in labels)
-                self.values[name] = replace(self.values[name], axes=axes_now, parts=parts)
-            if kinds[name] in INTEGERS:
-                self.ids.add(wire)
-            if known.get("B", 1) != 1:
-                batched = batched or name
-        for name, labels in self.inputs.items() if frames is None else ():
-            if batched and "B" not in labels:
+        if frames is not None:
+            return
+        for name, labels in axes.inputs.items():
+            self.values[name] = self._data(name, labels, shapes[name])
+            if name in self.inputs and kinds[name] in INTEGERS:
+                self.ids.add(self.values[name].wire)
+        batched = next((name for name in self.inputs if self.values[name].batch != 1), None)
+        for name, labels in self.inputs.items():
+            if batched is not None and "B" not in labels:
                 found = f"like {short(batched)}, found {' '.join(labels)}"
                 self.builder.refuse(f"input {short(name)}: expected a batch axis, {found}")
+
+    def _unreadable(self, name: str, why: str) -> Unknown:
+        """Return the value of an input that can't be read, and report it."""
+        self.builder.refuse(f"input {short(name)}: {why}")
+        return Unknown("", True)
+
+    def _data(self, name: str, labels: str | None, shape: list[int | None]) -> Flowing | Unknown:
+        """Return the value of a data input.
+
+        Args:
+            name: the input.
+            labels: its axes.
+            shape: its lengths; [] if its rank isn't declared.
+        """
+        if labels is None:
+            return self._unreadable(name, self.axes.why_not(name))
+        known = dict(zip(labels, shape or [None] * len(labels), strict=True))
+        sizes = [n for label in "CF" if (n := known.get(label)) is not None]
+        if "C" in labels:
+            if len(sizes) < 2:
+                return self._unreadable(name, "the lengths of its feature axes must be declared")
+            known["F"] = prod(sizes)
+        wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
+        x = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
+        self.inputs[name] = labels
+        if "C" not in labels:
+            self.layouts.append(x.layout)
+            return x
+        self.layouts.append(replace(x, parts=tuple(zip("CF", sizes, strict=True))).layout)
+        # Operators that don't know parts refuse a value without F.
+        axes = tuple("G" if label == "F" else label for label in labels)
+        return replace(x, axes=axes, parts=tuple(zip("CG", sizes, strict=True)))
 
     def _start(self, name: str, labels: str | None, shape: list[int | None]) -> States | Unknown:
         """Return the states that an input holds, indexed by its state axes."""
         if labels is None:
-            self.builder.refuse(f"input {short(name)}: expected states [.., B, H]: {self.axes.why_not(name)}")
-            return Unknown("", True)
+            return self._unreadable(name, f"expected states [.., B, H]: {self.axes.why_not(name)}")
         counts = [n for n, role in zip(shape, labels, strict=True) if role == "S"]
         ways = sum(1 + (self.model.attributes(n).get("direction") == "bidirectional") for n in self.scope.graph.node)
         sizes = [ways if n is None else n for n in counts]
@@ -380,13 +368,70 @@ class Reader:
 
     def network(self) -> Network:
         """Return the network; its metadata describes all inputs and outputs of the graph."""
-        from cellstack.formats.onnx.grids import in_order  # imported here because it imports this module
-
         axes: dict[str, str] = {}
         layouts: list[Layout] = []
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
-        states = {name: value for name, value in values.items() if isinstance(value, States)}
-        after = {name: value for name, value in states.items() if not value.initial and not value.computed}
+        after = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, States) and not value.initial and not value.computed
+        }
+        data = self._data_outputs(values, after)
+        for name, value in values.items():
+            if name not in data or (isinstance(value, Unknown) and value.reported):
+                continue
+            try:
+                flow = self._as_output(value)
+            except Refused as error:
+                self.builder.refuse(f"output {short(name)}: {error}")
+                continue
+            axes[name] = "".join(flow.axes)
+            layouts.append(flow.layout)
+            if self.frames is None:  # else one output per frame
+                if self.model.said and axes[name] in ("BFT", "FT"):  # the network that we wrote ends in a Permute
+                    flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
+                elif axes[name] in ("B1F", "BF1"):
+                    flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
+            self.builder.output(flow.wire, name)
+        states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
+        held = {name: "".join(labels) for name, labels in self.start_axes.items()}
+        frames: dict[str, Any] = {}
+        if self.frames is not None:
+            contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
+            by_rows = any("B" not in value.axes for value in after.values())
+            frames = {"context": contexts, "steps": "rows" if by_rows else "calls"}
+        ends = {
+            "inputs": self.inputs,
+            "outputs": axes,
+            "lengths": sorted(self.lengths),
+            "unused": list(self.model.unused),
+            "state_axes": held | {name: "".join(after[name].axes) for name in states},
+            "frames": frames,
+            "unrolled": dict(self.model.unrolled),
+            "branches": list(self.model.branches),
+            "given": dict(self.model.given),
+        }
+        ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
+        own = {**self.model.said.get("metadata", {}), "source": self.model.source}
+        self.builder.check()
+        builder = self.builder if self.frames is None else lifted(self.builder)
+
+        def metadata(draft: Draft) -> dict[str, Any]:
+            moved = {}
+            if not self.model.said and self.frames is None:  # our own files have the network's axes
+                given = dict(zip(builder.inputs, self.layouts, strict=True))
+                moved = noted("file", given, dict(zip(draft.outputs, layouts, strict=True)))
+            return {**own, **moved, "onnx": ends | self._states(draft, states)}
+
+        return builder.network(metadata)
+
+    def _data_outputs(self, values: dict[str, Any], after: dict[str, States]) -> set[str]:
+        """Return the names of the graph's outputs that become outputs of the network.
+
+        Args:
+            values: all outputs.
+            after: those that are final states.
+        """
         data = values.keys() - after.keys()
         taken = {source for sources in self.builder.sources.values() for source in sources}
         flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
@@ -400,70 +445,23 @@ class Reader:
                 data.update(wanted[:1])
         if self.model.said:
             data |= values.keys() - {end for _, end in self.model.said["states"]}
-        for name, value in values.items():
-            if name not in data or (isinstance(value, Unknown) and value.reported):
-                continue
-            try:
-                flow = self.flowing(value)
-            except Refused as error:
-                self.builder.refuse(f"output {short(name)}: {error}")
-                continue
-            if flow.parts:
-                flow = in_order(self, flow)
-                if len(flow.parts) > 2:
-                    self.builder.refuse(
-                        f"output {short(name)}: expected at most two feature axes, found {len(flow.parts)}"
-                    )
-                    continue
-                names = dict(zip((part for part, _ in flow.parts), "CF", strict=True))
-                parts = tuple((names[part], size) for part, size in flow.parts)
-                flow = replace(flow, axes=tuple(names.get(axis, axis) for axis in flow.axes), parts=parts)
-            if "M" in flow.axes:
-                self.builder.refuse(f"output {short(name)}: an output with time and batch in one axis isn't supported")
-                continue
-            axes[name] = "".join(flow.axes)
-            layouts.append(flow.layout)
-            if self.frames is not None:  # one output per frame
-                self.builder.output(flow.wire, name)
-                continue
-            if self.model.said and axes[name] in ("BFT", "FT"):  # the network that we wrote ends in a Permute
-                flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
-            elif axes[name] in ("B1F", "BF1"):
-                flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
-            self.builder.output(flow.wire, name)
-        states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
-        ends = {
-            "inputs": self.inputs,
-            "outputs": axes,
-            "lengths": sorted(self.lengths),
-            "unused": list(self.model.unused),
-        }
-        held = {name: "".join(labels) for name, labels in self.start_axes.items()}
-        ends["state_axes"] = held | {name: "".join(after[name].axes) for name in states}
-        ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
-        if self.frames is not None:
-            contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
-            by_rows = any("B" not in value.axes for value in after.values())
-            ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
-        if self.model.unrolled:
-            ends["unrolled"] = dict(self.model.unrolled)
-        if self.model.branches:
-            ends["branches"] = list(self.model.branches)
-        if self.model.given:
-            ends["given"] = dict(self.model.given)
-        own = {**self.model.said.get("metadata", {}), "source": self.model.source}
-        self.builder.check()
-        builder = self.builder if self.frames is None else lifted(self.builder)
-        if not self.model.said and self.frames is None:  # our own files have the network's axes
-            taken = dict(zip(builder.inputs, self.layouts, strict=True))
-            return builder.network(
-                lambda draft: {
-                    **own,
-                    **noted("file", taken, dict(zip(draft.outputs, layouts, strict=True))),
-                    "onnx": ends | self._states(draft, states),
-                }
-            )
-        return builder.network(lambda draft: own | {"onnx": ends | self._states(draft, states)})
+        return data
+
+    def _as_output(self, value: Any) -> Flowing:
+        """Return a value with feature axes F, or C and F; `Refused` where it can't be an output of a network."""
+        from cellstack.formats.onnx.grids import in_order  # imported here because it imports this module
+
+        flow = self.flowing(value)
+        if flow.parts:
+            flow = in_order(self, flow)
+            if len(flow.parts) > 2:
+                raise Refused(f"expected at most two feature axes, found {len(flow.parts)}")
+            names = dict(zip((part for part, _ in flow.parts), "CF", strict=True))
+            parts = tuple((names[part], size) for part, size in flow.parts)
+            flow = replace(flow, axes=tuple(names.get(axis, axis) for axis in flow.axes), parts=parts)
+        if "M" in flow.axes:
+            raise Refused("an output with time and batch in one axis isn't supported")
+        return flow
 
     def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:
         """Return which states each output and input holds.
@@ -519,78 +517,6 @@ def _settled(array: Any) -> Any:
 # ── the graph as a whole ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _roles(scope: Scope) -> tuple[set[str], set[str]]:
-    """Return the inputs that hold only initial states, and those that hold the rows' lengths."""
-    starts: set[str] = set()
-    lengths: set[str] = set()
-    given = {name for name in scope.inputs if name not in scope.initializers}
-    for node in scope.graph.node:
-        if is_scan(node):
-            starts.update(_behind(scope, given, node.input[:-1]))
-        elif is_recurrent(node):
-            starts.update(_behind(scope, given, node.input[5:7]))
-            lengths.update(_behind(scope, given, node.input[4:5]))
-    takers: dict[str, list[Any]] = {}
-    live = live_nodes(scope)  # the replaced nodes of decomposed cells are still there, but dead
-    for node in scope.graph.node:
-        for name in set(node.input) if id(node) in live else ():
-            takers.setdefault(name, []).append(node)
-    return {name for name in starts if _starts_alone(takers, name)}, lengths - starts
-
-
-def _starts_alone(takers: dict[str, list[Any]], name: str) -> bool:
-    """Whether an input reaches, through moves only, nothing but the initial states of operators.
-
-    Args:
-        takers: the nodes that use each value.
-        name: the name of the input.
-    """
-    waiting, seen = [name], {name}
-    while waiting:
-        value = waiting.pop()
-        for node in takers.get(value, ()):
-            at = [place for place, taken in enumerate(node.input) if taken == value]
-            if node.op_type == "Shape":
-                continue
-            if is_scan(node) or is_recurrent(node):
-                places = range(len(node.input) - 1) if is_scan(node) else (5, 6)
-                if not set(at) <= set(places):
-                    return False
-            elif node.op_type in MOVES:
-                waiting += [one for one in node.output if one not in seen]
-                seen.update(node.output)
-            else:
-                return False
-    return True
-
-
-def _weights(scope: Scope) -> set[str]:
-    """Return the inputs without a default that recurrent operators use as weights."""
-    given = {name for name in scope.inputs if name not in scope.initializers}
-    nodes = [node for node in scope.graph.node if is_recurrent(node)]
-    return {name for node in nodes for name in _behind(scope, given, [*node.input[1:4], *node.input[7:]])}
-
-
-def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str]:
-    """Yield the inputs from which values derive through moves only."""
-    waiting, seen = [name for name in names if name], set[str]()
-    while waiting:
-        name = waiting.pop()
-        node = None if name in given else scope.producers.get(name)
-        if name in given:
-            yield name
-        elif node is not None and node.input and node.op_type in MOVES and name not in seen:
-            waiting += node.input if node.op_type == "Concat" else node.input[:1]
-        seen.add(name)
-
-
-def data_inputs(scope: Scope) -> list[str]:
-    """Return the data inputs of a graph: neither initial states, nor lengths, nor single numbers."""
-    starts, lengths = _roles(scope)
-    given = [value for value in scope.graph.input if value.name not in scope.initializers]
-    return [value.name for value in given if value.name not in starts | lengths and declared(value) != []]
-
-
 def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Frame | str] | None = None) -> Network:
     """Return a whole file as a Network.
 
@@ -603,11 +529,11 @@ def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Fra
         FormatError: unsupported parts; all of them are named.
     """
     scope = model.scope()
-    starts, lengths = _roles(scope)
+    starts, lengths = roles(scope)
     live = live_nodes(scope)
     axes = Axes(scope, live, starts, lengths, frames is not None)
     reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
-    for name in _weights(scope) - starts - lengths:
+    for name in weight_inputs(scope) - starts - lengths:
         given = f"cs.load(path, weights={{{name!r}: ...}})"
         reader.builder.refuse(f"input {short(name)}: pass its weights when loading: {given}", -2)
     for value in scope.graph.input:

@@ -7,7 +7,7 @@ reorders the features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
 from cellstack.formats.onnx.graph import Reader, Refused, floats, steps_apart
-from cellstack.formats.onnx.values import GRID, Dim, Flowing, Length
+from cellstack.formats.onnx.values import GRID, Dim, Flowing, Length, shown
 from cellstack.layout import Array
 from cellstack.nodes import GridConv, GridPool, Merge, Node, Pad, Power, Reshape, Select, Take
 
@@ -183,15 +183,17 @@ def cut_part(reader: Reader, node: Any, x: Flowing, axis: int, taken: range) -> 
     name, sizes = x.axes[axis], dict(x.parts)
     x = outermost(reader, x, name)
     inner = prod(sizes.values()) // sizes[name]
-    if taken.step == 1:
-        made: Node = Select(taken.start * inner, taken.stop * inner, axis=-1)
-    else:
-        made = Take(tuple(at * inner + n for at in taken for n in range(inner)))
+    made = Select(taken.start * inner, taken.stop * inner, axis=-1) if taken.step == 1 else _blocks(taken, inner)
     y = reader.put(node, made, x)
     return replace(y, parts=((name, len(taken)), *x.parts[1:]))
 
 
-def padded(
+def _blocks(taken: Iterable[int], size: int) -> Take:
+    """Return a node that selects blocks of features of this size, by their indices."""
+    return Take(tuple(at * size + n for at in taken for n in range(size)))
+
+
+def pad_part(
     reader: Reader, node: Any, x: Flowing, axis: str, before: int, after: int, mode: str, value: float
 ) -> Flowing:
     """Return a value with one part padded."""
@@ -199,8 +201,7 @@ def padded(
     inner = prod(size for _, size in x.parts[1:])
     made: Node = Pad(before * inner, after * inner, value, -1)
     if mode != "constant":
-        taken = Take.of_padding(mode, size, before, after).indices
-        made = Take(tuple(at * inner + n for at in taken for n in range(inner)))
+        made = _blocks(Take.of_padding(mode, size, before, after).indices, inner)
     y = reader.put(node, made, x)
     return replace(y, parts=((axis, before + size + after), *x.parts[1:]))
 
@@ -224,11 +225,12 @@ def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Fl
     rest = [size for _, size in first.parts[1:]]
     places = {name: n for n, name in enumerate(first.axes)}
     for other in made[1:]:
+        both = f"{shown(first.lengths)} and {shown(other.lengths)}"
         alike = [places.get(a) for a, _ in first.parts[1:]] == [other.axes.index(a) for a, _ in other.parts[1:]]
         if not alike or [size for _, size in other.parts[1:]] != rest or len(other.axes) != len(first.axes):
-            raise Refused(f"expected values of compatible shapes, found {_shown(first)} and {_shown(other)}")
+            raise Refused(f"expected values of compatible shapes, found {both}")
         if [a for a in other.axes if a in "BTN"] != [a for a in first.axes if a in "BTN"]:
-            raise Refused(f"expected values with the same axes, found {_shown(first)} and {_shown(other)}")
+            raise Refused(f"expected values with the same axes, found {both}")
     if len(made) == 1:
         return as_features(first)
     y = reader.put(node, Merge("concat"), *made)
@@ -236,6 +238,15 @@ def joined(reader: Reader, node: Any, flows: Sequence[Flowing], axis: int) -> Fl
 
 
 # ── windows ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def window_lists(attributes: dict[str, Any], count: int) -> tuple[list[int], list[int], list[int]]:
+    """Return the strides, dilations and pads of windows over some axes, as an operator's attributes list them."""
+    usual = {"strides": [1] * count, "dilations": [1] * count, "pads": [0] * 2 * count}
+    strides, dilations, pads = (whole(attributes.get(name, values)) for name, values in usual.items())
+    if (len(strides), len(dilations), len(pads)) != (count, count, 2 * count):
+        raise Refused(f"expected strides, dilations and pads for {count} axes")
+    return strides, dilations, pads
 
 
 class Spatial:
@@ -262,9 +273,8 @@ class Spatial:
         self.pins = False  # whether the padding is that of the file's number of steps
         self.channels = sizes.get(x.axes[1], 1)
         self.over = behind.index("T") if steps else None
-        self.places = [
-            n for n, axis in enumerate(behind) if axis != "T"
-        ]  # the indices of the grid's axes among those of the windows
+        # The indices of the grid's axes among those of the windows.
+        self.places = [n for n, axis in enumerate(behind) if axis != "T"]
         self.grid = tuple(sizes.get(behind[n], 1) for n in self.places) or (1,)
         order = [behind[n] for n in self.places if behind[n] != "1"]
         self.x = arranged(reader, x, [*order, *([x.axes[1]] if x.axes[1] in sizes else [])])
@@ -287,11 +297,8 @@ class Spatial:
     def settings(self, attributes: dict[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
         """Return the strides, dilation and padding of windows with these sizes, time first."""
         count = self.count
-        strides, dilations, pads = (
-            whole(attributes.get(name, usual))
-            for name, usual in (("strides", [1] * count), ("dilations", [1] * count), ("pads", [0] * 2 * count))
-        )
-        if [len(values) for values in (strides, dilations, pads)] != [count, count, 2 * count] or min(pads) < 0:
+        strides, dilations, pads = window_lists(attributes, count)
+        if min(pads) < 0:
             raise Refused(f"expected strides, dilations and pads for {count} axes")
         made = {"strides": self.turned(strides, 1), "dilation": self.turned(dilations, 1)}
         pairs = [(pads[n], pads[n + count]) for n in range(count)]
@@ -379,18 +386,14 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], value: Any) -> F
     spatial, sizes = Spatial(reader, value, pools=True), whole(attributes["kernel_shape"])
     if len(sizes) != spatial.count:
         raise Refused(f"expected windows over {spatial.count} axes, found {sizes}")
-    settings = spatial.settings(attributes, sizes)
-    mode, counts = (
-        ("max", False) if node.op_type == "MaxPool" else ("mean", bool(attributes.get("count_include_pad", 0)))
-    )
+    settings, size = spatial.settings(attributes, sizes), spatial.turned(sizes, 1)
+    mode = "max" if node.op_type == "MaxPool" else "mean"
+    counts = mode == "mean" and bool(attributes.get("count_include_pad", 0))
     if attributes.get("ceil_mode", 0):
         lengths = (spatial.x.steps if spatial.over is not None else 1, *spatial.grid)
-        for length, size, stride, pads in zip(
-            lengths, spatial.turned(sizes, 1), settings["strides"], settings["padding"], strict=True
-        ):
-            if (stride > 1 and length is None) or (length is not None and (length + sum(pads) - size) % stride):
+        for length, span, stride, pads in zip(lengths, size, settings["strides"], settings["padding"], strict=True):
+            if (stride > 1 and length is None) or (length is not None and (length + sum(pads) - span) % stride):
                 raise Refused("ceil_mode isn't supported for windows over features of which the last is incomplete")
-    size = spatial.turned(sizes, 1)
     return spatial.put(reader, node, GridPool(mode, spatial.grid, spatial.channels, size, counts=counts, **settings))
 
 
@@ -398,7 +401,8 @@ def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode:
     """Return the mean or maximum over the parts at some axes; with `keep`, these stay as axes of length 1."""
     if mode not in ("mean", "max"):
         raise Refused(f"a {mode} over one of several feature axes isn't supported")
-    x, sizes = as_grid(x), dict(as_grid(x).parts)
+    x = as_grid(x)
+    sizes = dict(x.parts)
     gone = [x.axes[n] for n in axes if x.axes[n] in sizes]
     rest = [name for name, _ in x.parts if name not in gone]
     x = arranged(reader, x, [*gone, *rest])
@@ -407,13 +411,9 @@ def over_parts(reader: Reader, node: Any, x: Flowing, axes: Sequence[int], mode:
     labels = ["1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(labels) if keep or n not in axes]
     if not rest:  # a single number stays as one feature
-        return replace(
-            y,
-            axes=tuple("F" if axis == "1" and n == labels.index("1") else axis for n, axis in enumerate(labels))
-            if keep
-            else tuple(labels),
-            parts=(),
-        )
+        if keep:
+            labels[labels.index("1")] = "F"
+        return replace(y, axes=tuple(labels), parts=())
     return as_features(replace(y, axes=tuple(labels), parts=tuple((name, sizes[name]) for name in rest)))
 
 
@@ -444,34 +444,31 @@ def aligned(reader: Reader, node: Any, flows: Sequence[Flowing]) -> list[Flowing
     sizes, made = dict(wide.parts), []
     for grid in grids:
         own = ("1",) * (rank - len(grid.axes)) + grid.axes
-        lengths, parts = dict(grid.parts), list[tuple[str, int]]()
+        lengths = dict(grid.parts)
         names: dict[str, str] = {}
+        both = f"{shown(wide.lengths)} and {shown(grid.lengths)}"
         for one, other in zip(own, axes, strict=True):
             if one in lengths and (other not in sizes or lengths[one] not in (1, sizes[other])):
-                raise Refused(f"expected values of compatible shapes, found {_shown(wide)} and {_shown(grid)}")
+                raise Refused(f"expected values of compatible shapes, found {both}")
             if one not in lengths and one not in ("1", other):
-                raise Refused(f"expected values with the same axes, found {_shown(wide)} and {_shown(grid)}")
+                raise Refused(f"expected values with the same axes, found {both}")
             if one in lengths:
                 names[one] = other
-        parts = [(names[name], size) for name, size in grid.parts]
+        parts = tuple((names[name], size) for name, size in grid.parts)
         labels = tuple(
             other if one in lengths or (one == "1" and other in sizes) else one
             for one, other in zip(own, axes, strict=True)
         )
-        made.append(_widened(reader, node, replace(grid, axes=labels, parts=tuple(parts)), wide))
+        made.append(_repeated(reader, node, replace(grid, axes=labels, parts=parts), wide))
     return made
 
 
-def _shown(x: Flowing) -> str:
-    return "[" + ", ".join(str(n) if isinstance(n, int) else "·".join(n.labels) for n in x.lengths) + "]"
-
-
-def _widened(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
+def _repeated(reader: Reader, node: Any, x: Flowing, wide: Flowing) -> Flowing:
     """Return a value with the parts of another one, repeated along those that it lacks; one number stays as it is."""
     own, sizes = dict(x.parts), dict(wide.parts)
-    if prod(own.values()) in (1, prod(sizes.values())) and (len(own) == len(sizes) or prod(own.values()) == 1):
-        if prod(own.values()) == 1:
-            return x
+    if prod(own.values()) == 1:
+        return x
+    if len(own) == len(sizes) and prod(own.values()) == prod(sizes.values()):
         return arranged(reader, x, list(sizes))
     names = [name for name, _ in x.parts]
     places = np.arange(prod(own.values())).reshape([own[name] for name in names])

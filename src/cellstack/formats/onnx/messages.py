@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
@@ -36,8 +37,7 @@ def graphs_of(node: Any) -> Iterator[Any]:
 
 def with_nodes(graph: Any, nodes: list[Any]) -> Any:
     """Return a copy of a GraphProto with other nodes."""
-    made = type(graph)()
-    made.CopyFrom(graph)
+    made = copy.deepcopy(graph)
     del made.node[:]
     made.node.extend(nodes)
     return made
@@ -47,8 +47,7 @@ def with_graphs(node: Any, change: Callable[[Any], Any]) -> Any:
     """Return a node with every graph inside it replaced by `change` of it; a node without graphs is returned itself."""
     if not any(True for _ in graphs_of(node)):
         return node
-    made = type(node)()
-    made.CopyFrom(node)
+    made = copy.deepcopy(node)
     for graph in graphs_of(made):
         graph.CopyFrom(change(graph))
     return made
@@ -71,8 +70,7 @@ def renamed(node: Any, rename: Callable[[str], str], prefix: str = "", given: Ma
             value.name = rename(value.name)
         return made
 
-    made = type(node)()
-    made.CopyFrom(node)
+    made = copy.deepcopy(node)
     made.name = prefix + node.name if node.name else ""
     made.input[:] = [rename(name) if name else "" for name in node.input]
     made.output[:] = [rename(name) if name else "" for name in node.output]

@@ -203,9 +203,8 @@ def instance_norm(reader: Reader, node: Any, attributes: dict[str, Any], values:
     if over_time:
         steps_apart(reader)
     groups = sizes.get(channel, 1) if grouped is None else grouped.groups
-    x = (
-        grids.outermost(reader, x, channel) if channel in sizes else x
-    )  # so that a group of channels is a block of features
+    if channel in sizes:  # so that a group of channels is a block of features
+        x = grids.outermost(reader, x, channel)
     each = prod(sizes.values()) // groups
     if len(gain) != groups:
         raise Refused(f"expected a gain of {groups} channels, found {len(gain)}")

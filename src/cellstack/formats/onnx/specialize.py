@@ -6,6 +6,7 @@ the lengths are known, the branch that would run replaces the `If`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.files import short
-from cellstack.formats.onnx.file import Graph, Model, Scope, declared, live_nodes, onnx_package
+from cellstack.formats.onnx.file import ODD, Graph, Model, Scope, declared, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, fold
 from cellstack.formats.onnx.messages import DOMAINS, graphs_of, label, line_of, renamed
 from cellstack.formats.onnx.values import Dim
@@ -86,7 +87,7 @@ def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
     return array.astype(wanted)
 
 
-class Lengths:
+class KnownLengths:
     """The known lengths in a graph, from the onnx package's shape inference.
 
     Args:
@@ -175,7 +176,7 @@ class Lengths:
         given = [bool(name) for name in node.input]
         try:
             made = fold(node.op_type, self.scope.model.attributes(node), values, given, 1, self.scope.model)
-        except (ValueError, TypeError, LookupError, ArithmeticError):
+        except ODD:
             return None
         return None if not made or isinstance(made[0], Broadcast) else np.asarray(made[0])
 
@@ -202,7 +203,7 @@ def specialize(model: Model, sizes: Mapping[str, Sequence[int | None]], noted: b
     """
     taken = 0
     while any(node.op_type == "If" for node in model.graph.node):
-        lengths, branches, before = Lengths(model, sizes), _Branches(model.graph), taken
+        lengths, branches, before = KnownLengths(model, sizes), _Branches(model.graph), taken
         nodes: list[Any] = []
         places: list[str] = []
         for node in model.graph.node:
@@ -248,8 +249,7 @@ class _Branches:
                 names[name] = fresh = name if name not in self.taken else f"{label(choice)}/{name}"
                 self.taken.add(fresh)
         for tensor in branch.initializer:
-            made = type(tensor)()
-            made.CopyFrom(tensor)
+            made = copy.deepcopy(tensor)
             made.name = names[tensor.name]
             self.tensors.append(made)
         nodes = [renamed(node, lambda name: names.get(name, name)) for node in branch.node]
@@ -259,7 +259,7 @@ class _Branches:
         return nodes
 
 
-def _branch(lengths: Lengths, node: Any) -> Any | None:
+def _branch(lengths: KnownLengths, node: Any) -> Any | None:
     """Return the branch that an `If` takes; None where unknown, or for another node."""
     if node.op_type != "If" or node.domain not in DOMAINS or len(node.input) != 1:
         return None
@@ -299,17 +299,15 @@ def _kept(scope: Scope, node: Any) -> str | None:
 
 def needs(scope: Scope, name: str) -> list[str]:
     """Return the inputs of the graph that a value depends on."""
-    seen, waiting, found = set[str](), [name], []
+    seen, waiting = set[str](), [name]
     while waiting:
         name = waiting.pop()
         if name in seen:
             continue
         seen.add(name)
-        if name in scope.inputs and name not in scope.initializers:
-            found.append(name)
         node = scope.producers.get(name)
         waiting += [] if node is None else list(_taken(node))
-    return sorted(found)
+    return sorted(seen.intersection(scope.given))
 
 
 def _taken(node: Any) -> Iterator[str]:

@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from math import ceil, floor, prod
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from cellstack.formats.onnx.fold import place, whole
 from cellstack.layout import Array
 from cellstack.network.layouts import Layout
 from cellstack.nodes.base import Shape
@@ -123,6 +126,18 @@ class Symbols(NamedTuple):
     """Lengths that a graph computes with: an array of objects, integers and `Dim`."""
 
     array: Array
+
+
+def entries_of(lengths: Any) -> list[Any] | None:
+    """Return a list of lengths, integers and `Counted`; None for a value that isn't one."""
+    if isinstance(lengths, Symbols):
+        return list(lengths.array.reshape(-1))
+    return whole(lengths) if isinstance(lengths, np.ndarray) else None
+
+
+def shown(lengths: Sequence[Any]) -> str:
+    """Return lengths, integers and `Dim`, as messages show them."""
+    return "[" + ", ".join(str(n) if isinstance(n, int) else "·".join(n.labels) for n in lengths) + "]"
 
 
 class Unknown(NamedTuple):
@@ -257,9 +272,7 @@ class Flowing:
 
     def at(self, axis: int) -> int:
         """Return an axis counted from the front; `ValueError` where it doesn't exist."""
-        if not -len(self.axes) <= axis < len(self.axes):
-            raise ValueError(f"expected an axis of {len(self.axes)}, found {axis}")
-        return axis % len(self.axes)
+        return place(axis, len(self.axes))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cellstack.formats.onnx import grids
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
-from cellstack.formats.onnx.shapes import unfilled
+from cellstack.formats.onnx.slices import unfilled
 from cellstack.formats.onnx.values import Filled, Flowing
 from cellstack.layout import Array
 from cellstack.nodes import Conv1D, Dense, Node, Pad, Pool1D, Reshape
@@ -37,12 +37,7 @@ def window(attributes: dict[str, Any], over: int, count: int) -> tuple[int, list
         over: the index of time among the windowed axes.
         count: the number of windowed axes.
     """
-    strides, dilations, steps = [
-        whole(attributes.get(name, usual))
-        for name, usual in (("strides", [1] * count), ("dilations", [1] * count), ("pads", [0] * 2 * count))
-    ]
-    if [len(values) for values in (strides, dilations, steps)] != [count, count, 2 * count]:
-        raise Refused(f"expected strides, dilations and pads for {count} axes")
+    strides, dilations, steps = grids.window_lists(attributes, count)
     auto = attributes.get("auto_pad", "NOTSET")
     if auto not in ("NOTSET", "VALID", "SAME_UPPER", ""):
         raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")

@@ -397,7 +397,7 @@ class Writer(Pieces):
         elif isinstance(node, LayerNorm):
             self.layer_norm(name, node, x)
         elif isinstance(node, GridConv):
-            self.finish(name, grid_conv(self, name, node, x, axes == 1), node.activation, name)
+            grid_conv(self, name, node, x, axes == 1)
         elif isinstance(node, GridPool):
             grid_pool(self, name, node, x, axes == 1)
         elif isinstance(node, TimeSoftmax):

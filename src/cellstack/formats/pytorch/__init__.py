@@ -91,7 +91,7 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
                 break
         return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
     reader = Reader()
-    network = _network(path, found, Saved(Source(path, scripts), module), ".".join(place), reader)
+    network = _network(path, Saved(Source(path, scripts), module), ".".join(place), reader)
     for doubt in reader.doubts:
         warnings.warn(f"load: {path}: {doubt}", stacklevel=4)  # the call of cellstack.load
     return network
@@ -115,7 +115,7 @@ def _whole(path: str, found: Contents, root: Standin) -> bool:
     return known and len(contents(path, root).tensors) == len(found.tensors)
 
 
-def _network(path: str, found: Contents, module: Saved, title: str, reader: Reader | None = None) -> Network:
+def _network(path: str, module: Saved, title: str, reader: Reader | None = None) -> Network:
     """Return the network of a module in a file, as `from_torch` does for one in memory."""
     try:
         computed = {name: tensor.how for name, tensor in module.tensors.items() if hasattr(tensor, "how")}
@@ -146,7 +146,7 @@ def extract(path: str) -> dict[str, Network]:
         scripts = Scripts(path, file.code)
         found = contents(path, _model(file.read())[0], scripts)
         source = Source(path, scripts)
-        networks = {name: _network(path, found, Saved(source, module), name) for name, module in found.ours.items()}
+        networks = {name: _network(path, Saved(source, module), name) for name, module in found.ours.items()}
         others = {name: tensor for name, tensor in found.tensors.items() if not any(within(name, o) for o in networks)}
         networks |= networks_of(others, path, found.activations, found.directions, found.axes)
         if not networks:

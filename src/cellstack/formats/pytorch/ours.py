@@ -33,11 +33,7 @@ STATE = "|".join(sorted({name for state in STATES.values() for name in state._fi
 HELD = re.compile(
     rf"(?P<layer>(?:.*?[./:])??)(?:(?:forward|backward)_layer\.)?states\.\d{{1,4}}\.(?:{STATE})", re.DOTALL
 )
-SHOWN = {
-    "use_bias": "bias",
-    "layer_norm": "kernel_gain",
-    "learn_initial_state": "initial_h",
-}  # settings by their arrays
+SHOWN = {"use_bias": "bias", "layer_norm": "kernel_gain", "learn_initial_state": "initial_h"}  # by their arrays
 HIDDEN = {"coupled": True, "reset_after": False}  # settings that only the numbers of gates and biases show
 ASSUMED = (
     "default activations, no clipping, no zoneout, no attention, no residuals, every step returned{merged}: a state "

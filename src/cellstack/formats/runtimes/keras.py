@@ -24,13 +24,13 @@ def _choose_backend(ours: bool) -> None:
         os.environ.setdefault("KERAS_BACKEND", there)
 
 
-def _holds(path: str, text: bytes) -> bool:
-    """Return whether a file contains these bytes: both of Keras's containers store the description uncompressed."""
+def _has_our_layers(path: str) -> bool:
+    """Return whether a file contains cellstack's layers: Keras's containers store the description uncompressed."""
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:  # an empty file can't be mapped
             return False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            return whole.find(text) >= 0
+            return whole.find(b"cellstack>") >= 0
 
 
 def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
@@ -44,7 +44,7 @@ def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
 
 def run(net: Network, path: str, inputs: Inputs) -> Answers:
     """Run a model, on the installed backend that is chosen or first in order."""
-    ours = _holds(path, b"cellstack>")
+    ours = _has_our_layers(path)
     _choose_backend(ours)
     keras = package("keras", path)
     try:

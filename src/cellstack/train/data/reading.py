@@ -209,8 +209,7 @@ def _npz(path: Path, per_step: bool | None) -> dict[str, Any]:
         if wrong.any():
             raise UsageError(f"expected lengths from 1 to T = {x.shape[1]}, got {lengths[np.argmax(wrong)]}")
         arrays["x"] = [row[:length] for row, length in zip(x, lengths, strict=True)]
-        if (
-            per_step is not False and "y" in arrays and arrays["y"].shape[:2] == x.shape[:2]
-        ):  # one per step, with the same padding
+        # One per step, with the same padding.
+        if per_step is not False and "y" in arrays and arrays["y"].shape[:2] == x.shape[:2]:
             arrays["y"] = [row[:length] for row, length in zip(arrays["y"], lengths, strict=True)]
     return arrays

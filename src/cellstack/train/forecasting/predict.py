@@ -98,9 +98,8 @@ def _own_ids(data: Any, table: Table, ids: list[Any]) -> list[Any]:
     if table.id is None or not is_frame(data) or table.id not in map(str, data.columns):
         return ids
     values = plain(data, table.id).tolist()
-    whole = [
-        int(value) if isinstance(value, float) and value % 1 == 0 else value for value in values
-    ]  # named 7, not 7.0
+    # Named 7, not 7.0.
+    whole = [int(value) if isinstance(value, float) and value % 1 == 0 else value for value in values]
     named = {str(name).strip(): value for name, value in zip(whole, values, strict=True)}
     return [named.get(name, name) for name in ids]
 

@@ -16,7 +16,7 @@ from cellstack.formats.onnx.decomposed.match import Matcher, Step, cell_of, form
 from cellstack.formats.onnx.decomposed.norms import expand_norms
 from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
-from cellstack.formats.onnx.graph import MOVES
+from cellstack.formats.onnx.inputs import MOVES
 from cellstack.formats.onnx.specialize import specialize
 from cellstack.nodes.cell import Cell
 from cellstack.spec import FormatError
@@ -75,7 +75,7 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[tuple[str, C
 
 def takes_states(scope: Scope) -> bool:
     """Whether a graph decomposes a single step that starts from inputs: a call is then one step."""
-    given = {name for name in scope.inputs if name not in scope.initializers}
+    given = set(scope.given)
     if len(given) < 2:
         return False
     live = live_nodes(scope)  # the replaced nodes of loops are still there, but dead
@@ -135,7 +135,7 @@ def cells_of_module(path: str, states: int) -> list[Cell]:
     model = file.read(path)
     model = expand_norms(fix_lengths(specialize(model, {})))
     scope = model.scope()
-    given = [name for name in scope.inputs if name not in scope.initializers]
+    given = scope.given
     chains = find_chains(scope)
     if chains:
         return [cell_of(scope, chain.steps[-1], {}) for chain in chains]

@@ -7,14 +7,15 @@ rows x as a Reshape, which changes nothing.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats.onnx.decomposed.linear import sizes_of
-from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, onnx_package
+from cellstack.formats.onnx.file import DOMAINS, ODD, Model, Scope, declared, onnx_package
 from cellstack.formats.onnx.fold import axes_of
-from cellstack.formats.onnx.specialize import Lengths
+from cellstack.formats.onnx.specialize import KnownLengths
 from cellstack.layout import Array
 
 
@@ -42,7 +43,7 @@ PAIRS = {"Add", "Div", "Mul", "Sub"}
 ELEMENTWISE = {"Cast", "Clip", "HardSigmoid", "Identity", "LayerNormalization", "Neg", "Relu", "Sigmoid", "Tanh"}
 
 
-class _Known(Lengths):
+class _Known(KnownLengths):
     """Lengths that follow from the shapes of weights, through the operators of a step.
 
     The onnx package's own inference isn't used for this, as it ends the process for invalid files.
@@ -55,7 +56,7 @@ class _Known(Lengths):
         for node in scope.graph.node:
             try:
                 shapes = self._inferred(node) if node.domain in DOMAINS else None
-            except (ValueError, TypeError, LookupError, ArithmeticError):  # an invalid node, which its reader reports
+            except ODD:  # its reader reports it
                 shapes = None
             self.shapes.update(zip(node.output, shapes or [None] * len(node.output), strict=False))
 
@@ -151,7 +152,7 @@ def _hides(scope: Scope, node: Any) -> bool:
     return node.op_type != "Split" or scope.model.attributes(node).get("axis", 0) == 1
 
 
-def _reshape(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+def _reshape(lengths: KnownLengths, node: Any, tensors: dict[str, Any]) -> Any:
     """Return an Identity for a Reshape that keeps the shape of its input; a length of -1 matches any."""
     wanted, has = (lengths.value(node.input[1]) if len(node.input) > 1 else None), lengths.lengths_of(node.input[0])
     if wanted is None or has is None or len(wanted) != len(has):
@@ -162,7 +163,7 @@ def _reshape(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
     return onnx_package().helper.make_node("Identity", [node.input[0]], [*node.output], name=node.name)
 
 
-def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+def _slice(lengths: KnownLengths, node: Any, tensors: dict[str, Any]) -> Any:
     """Return a Slice with known bounds as tensors, and with -1 as its axis if that is the last one."""
     found = [lengths.value(name) if name else None for name in node.input[1:4]]
     values = {name: _integers(value) for name, value in zip(node.input[1:4], found, strict=False) if name}
@@ -171,8 +172,7 @@ def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
     last = has is not None and axes is not None and axes.tolist() == [len(has) - 1] and not _selects(values, node)
     if not last and not any(lengths.scope.constant(name) is None and values[name] is not None for name in values):
         return node
-    made = type(node)()
-    made.CopyFrom(node)
+    made = copy.deepcopy(node)
     for n, name in enumerate(node.input[1:4], 1):
         value = np.array([-1], np.int64) if last and n == 3 else values.get(name)
         if value is not None:
@@ -181,7 +181,7 @@ def _slice(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
     return made
 
 
-def _add(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+def _add(lengths: KnownLengths, node: Any, tensors: dict[str, Any]) -> Any:
     """Return an Add before a sigmoid with a vector instead of a single number."""
     scope, uses = lengths.scope, [one for one in lengths.scope.graph.node if node.output[0] in one.input]
     if not uses or any(one.op_type != "Sigmoid" for one in uses):
@@ -191,8 +191,7 @@ def _add(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
         if not isinstance(number, np.ndarray) or number.ndim:
             continue
         if has is not None and len(has) and isinstance(has[-1], int) and has[-1] > 1:
-            made = type(node)()
-            made.CopyFrom(node)
+            made = copy.deepcopy(node)
             made.input[n] = f"{number} ({has[-1]} times)"  # the same name at every step
             tensors[made.input[n]] = onnx_package().numpy_helper.from_array(number.repeat(has[-1]), made.input[n])
             return made
@@ -205,13 +204,12 @@ def _selects(values: dict[str, Array | None], node: Any) -> bool:
     return start is not None and stop is not None and start.shape == stop.shape == (1,) and int(stop[0] - start[0]) == 1
 
 
-def _split(lengths: Lengths, node: Any, tensors: dict[str, Any]) -> Any:
+def _split(lengths: KnownLengths, node: Any, tensors: dict[str, Any]) -> Any:
     """Return a Split with -1 as its axis if that is the last one."""
     has, found = lengths.lengths_of(node.input[0]), lengths.scope.model.attributes(node)
     if has is None or found.get("axis", 0) != len(has) - 1 or set(sizes_of(lengths.scope, node) or ()) == {1}:
         return node
-    made = type(node)()
-    made.CopyFrom(node)
+    made = copy.deepcopy(node)
     for entry in made.attribute:
         if entry.name == "axis":
             entry.i = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -165,8 +166,7 @@ class _Roller(Added):
 
     def _set_aside(self, node: Any) -> None:
         """Give the first output of a node another name: a new node computes the value."""
-        made = type(node)()
-        made.CopyFrom(node)
+        made = copy.deepcopy(node)
         made.output[0] = f"{self.prefix}was {node.output[0]}"
         self.replaced[id(node)] = made
 

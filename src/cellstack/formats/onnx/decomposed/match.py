@@ -192,10 +192,8 @@ class Matcher:
         self.loop, self.zeros = within_loop, zeros
         self.left = VISITS[0] + VISITS[1] * len(scope.graph.node)
         self.form: Any = None
-        self.furthest = (
-            0,
-            "",
-        )  # the number of values matched before the last that matches none of the form, and its name
+        # The number of values matched before the last that matches none of the form, and its name.
+        self.furthest = (0, "")
 
     def steps(self, form: Form, node: Any, ends: dict[str, str], bound: Bound) -> list[Step]:
         """Return the steps of a form that compute states; several where a graph doesn't distinguish x from h.

@@ -7,6 +7,7 @@ more, for the rows of all steps, `[B·T, F]`; their result is split into steps a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -307,8 +308,7 @@ class Loop(Added):
         if key not in self.found:
             names = [one.name if isinstance(one, Rows) else one for one in taken]
             outputs = [f"loop {len(self.made)} {n}" for n in range(len(node.output))]
-            made = type(node)()
-            made.CopyFrom(node)
+            made = copy.deepcopy(node)
             del made.input[:], made.output[:]
             made.input.extend(names)
             made.output.extend(outputs)
