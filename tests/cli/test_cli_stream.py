@@ -377,7 +377,7 @@ def test_states_that_don_t_fit(model, net, tmp_path, capfd, monkeypatch):
         assert state.read_bytes() == before  # the file is unchanged
 
     save_state(state, make_net("float64").stream())
-    refused(r"state: tensor 'cell_0/h': expected F32 \[1, 5\], found F64 \[1, 5\]")
+    refused(r"state: tensor 'cell_0/h': expected float32 \[1, 5\], found float64 \[1, 5\]")
     save_state(state, make_net(kinds=("lstm",)).stream())
     refused(r"state: tensor 'cell_1/h' is missing")
     save_state(state, make_net(kinds=("lstm", "lstm")).stream())

@@ -5,12 +5,15 @@ The arrays are `cell_0/h`, `cell_0/c` and so on, and `frames_0/x` for nodes that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from cellstack.formats.files import replacing
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 
 KEY = "cellstack_state"
 VERSION = "1"
-DTYPES = {"float32": "F32", "float64": "F64"}
 
 
 def _named(network: Network, state: Sequence[Any]) -> dict[str, Array]:
@@ -33,6 +35,57 @@ def _named(network: Network, state: Sequence[Any]) -> dict[str, Array]:
         prefix = f"cell_{number}" if number < count else f"frames_{number - count}"
         named |= {f"{prefix}/{name}": array for name, array in zip(arrays._fields, arrays, strict=True)}
     return named
+
+
+def state_to_bytes(network: Network, state: Sequence[Any], **metadata: str) -> bytes:
+    """Return a state of a stream or a session as the bytes of a file.
+
+    Args:
+        network: the network.
+        state: as returned by `Stream.state` or `Sessions.state`.
+        **metadata: further entries for the file's `__metadata__`.
+    """
+    tensors = {name: np.ascontiguousarray(array) for name, array in _named(network, state).items()}
+    return to_bytes(tensors, metadata={KEY: VERSION, **metadata})
+
+
+def state_from(
+    data: bytes, network: Network, like: Sequence[Any], name: str = "state"
+) -> tuple[tuple[Any, ...], dict[str, str]]:
+    """Read what `state_to_bytes` returned.
+
+    Args:
+        data: the bytes.
+        network: the network.
+        like: a state of the network, for the expected shapes and dtypes.
+        name: the name for error messages.
+
+    Returns:
+        the state, and the file's metadata.
+
+    Raises:
+        FormatError: the data are damaged, hold no state, or the state of another network or batch size.
+    """
+    expected = _named(network, like)
+    try:
+        found = from_bytes(data)
+    except SafetensorError as error:
+        raise FormatError(f"{name}: expected a safetensors file, found {str(error)[:200]!r}") from None
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    version = metadata.get(KEY)
+    if version != VERSION:
+        shown = "none" if version is None else repr(version[:20])
+        raise FormatError(f"{name}: expected {KEY} of version {VERSION} under __metadata__, found {shown}")
+    if found.keys() != expected.keys():
+        tensor = min(found.keys() ^ expected.keys())
+        what = "is missing" if tensor in expected else "belongs to no cell"
+        raise FormatError(f"{name}: tensor {tensor[:80]!r} {what}: this isn't a state of this network")
+    for tensor, array in expected.items():
+        want, got = (f"{part.dtype} {list(part.shape)}" for part in (array, found[tensor]))
+        if want != got:
+            raise FormatError(f"{name}: tensor {tensor!r}: expected {want}, found {got}")
+    arrays = iter([found[tensor] for tensor in expected])
+    return tuple(type(entry)(*(next(arrays) for _ in entry)) for entry in like), metadata
 
 
 def save_state(path: str | PathLike[str], stream: Stream) -> None:
@@ -45,9 +98,9 @@ def save_state(path: str | PathLike[str], stream: Stream) -> None:
     Raises:
         OSError: the file can't be written.
     """
-    tensors = {name: np.ascontiguousarray(array) for name, array in _named(stream.network, stream.state).items()}
+    data = state_to_bytes(stream.network, stream.state)
     with replacing(path) as file:
-        file.write(to_bytes(tensors, metadata={KEY: VERSION}))
+        file.write(data)
 
 
 def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
@@ -75,26 +128,4 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
     >>> bool((other.step([[2.0]]) == stream.step([[2.0]])).all())
     True
     """
-    path, state = fspath(path), stream.state
-    expected = _named(stream.network, state)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            version = (file.metadata() or {}).get(KEY)
-            if version != VERSION:
-                found = "none" if version is None else repr(version[:20])
-                raise FormatError(f"{path}: expected {KEY} of version {VERSION} under __metadata__, found {found}")
-            names = set(file.keys())
-            if names != expected.keys():
-                name = min(names ^ expected.keys())
-                what = "is missing" if name in expected else "belongs to no cell"
-                raise FormatError(f"{path}: tensor {name[:80]!r} {what}: this isn't a state of this network")
-            for name, array in expected.items():
-                entry = file.get_slice(name)
-                want = f"{DTYPES[array.dtype.name]} {list(array.shape)}"
-                got = f"{entry.get_dtype()} {list(entry.get_shape())}"
-                if want != got:
-                    raise FormatError(f"{path}: tensor {name!r}: expected {want}, found {got}")
-            arrays = iter([file.get_tensor(name) for name in expected])
-    except SafetensorError as error:
-        raise FormatError(f"{path}: expected a safetensors file, found {str(error)[:200]!r}") from None
-    return tuple(type(entry)(*(next(arrays) for _ in entry)) for entry in state)
+    return state_from(Path(path).read_bytes(), stream.network, stream.state, fspath(path))[0]

@@ -1,0 +1,345 @@
+"""The models that a server holds, and the sessions of their clients."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellstack.formats.state import state_from, state_to_bytes
+from cellstack.serve.rows import Records, Rows
+from cellstack.serve.worker import Answers, Frames, Worker
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+
+
+class ServeError(Exception):
+    """A request that the server refuses. `status` is the HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server accepts.
+
+    Attributes:
+        sessions: open sessions per model.
+        idle: seconds without a frame or a connection after which a session is closed.
+        waiting: frames of a connection, or of a session without one, that wait for their step; a connection that sends
+            more is not read until its frames were stepped, and an HTTP request is refused.
+        message: bytes of a WebSocket message or an HTTP body.
+        rate: frames per second of a connection or of a session; None: no limit.
+        kept: answers per session that are stored for clients that reconnect.
+    """
+
+    sessions: int = 10_000
+    idle: float = 300.0
+    waiting: int = 4096
+    message: int = 16 << 20
+    rate: float | None = None
+    kept: int = 16
+
+
+@dataclass(eq=False)
+class Session:
+    """One client's sequence.
+
+    Attributes:
+        token: the secret that identifies it in requests.
+        model: its model.
+        number: its number in the model's pool.
+        owner: the connection that currently sends its frames, None for HTTP; only this connection receives answers.
+        accepted: the frames that were queued so far, which is the number of the last one.
+        used: `time.monotonic()` of the last use.
+    """
+
+    token: str
+    model: Model
+    number: int
+    owner: Any = None
+    accepted: int = 0
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def slot(self) -> int:
+        """Its place in the pool."""
+        return self.number % self.model.capacity
+
+    @property
+    def processed(self) -> int:
+        """The number of the last frame that was processed."""
+        return int(self.model.worker.count[self.slot])
+
+
+class Model:
+    """A network that is served, with its sessions.
+
+    All methods are called on the event loop's thread.
+
+    Args:
+        name: the name in requests: the stem of the file's name.
+        network: the network.
+        limits: see `Limits`.
+        version: a number from 1, one more each time that the file is loaded again.
+        digest: of the file, hexadecimal; identifies the network in stored sessions.
+        threads: the threads of a step.
+
+    Attributes:
+        sessions: the open sessions by token.
+        rows: the records of a step, or None for a network that can't run step by step; `why_not` is the reason.
+    """
+
+    def __init__(
+        self, name: str, network: Network, limits: Limits, version: int = 1, digest: str = "", threads: int = 1
+    ) -> None:
+        self.name, self.network, self.limits, self.version, self.digest = name, network, limits, version, digest
+        self.capacity = limits.sessions
+        self.sessions: dict[str, Session] = {}
+        self.rows: Rows | None = None
+        self.why_not: str | None = None
+        self.opened = self.closed = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._runs = ThreadPoolExecutor(1, f"cellstack-{name}")  # of whole sequences
+        try:
+            self.rows = Rows(network)
+            self.pool = network.pool(self.capacity, threads)
+        except ValueError as error:
+            self.rows, self.why_not = None, str(error)
+            return
+        example = self.pool.open()
+        self._like = self.pool.state(example)
+        self.pool.close(example)
+        self.worker = Worker(self.pool, self.rows, self._deliver, limits.kept)
+
+    @classmethod
+    def load(cls, path: Path, limits: Limits, version: int = 1, threads: int = 1, **options: Any) -> Model:
+        """Load a model from a file in any format that `cellstack.load` reads.
+
+        Raises:
+            FormatError, OSError: see `cellstack.load`.
+        """
+        from cellstack.formats import load
+
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        return cls(path.stem, load(path, **options), limits, version, digest, threads)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver answers on this event loop from now on."""
+        self._loop = loop
+
+    def stop(self) -> None:
+        """Process the queued frames and end the model's threads."""
+        if self.rows is not None:
+            self.worker.stop()
+        self._runs.shutdown()
+
+    def _deliver(self, done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_call_all, done)
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the worker's thread, after all frames that were submitted before."""
+        future = asyncio.get_running_loop().create_future()
+
+        def done(result: Any) -> None:
+            if future.cancelled():
+                return
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        self.worker.call(function, done)
+        return await future
+
+    # ── sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def open(self, state: bytes | None = None, owner: Any = None, token: str | None = None) -> Session:
+        """Open a session.
+
+        Args:
+            state: what `state` returned, of this or another server; None: the initial state.
+            owner: see `Session`.
+            token: of a session that moves here from another server; None: a new one.
+
+        Raises:
+            ServeError: no sessions are possible, all are in use, the token is, or the state is of another network.
+        """
+        if self.rows is None:
+            raise ServeError(400, f"{self.name} has no sessions: {self.why_not}")
+        if token is not None and token in self.sessions:
+            raise ServeError(409, "a session with this token is open")
+        entries, frames = None, 0
+        if state is not None:
+            try:
+                entries, found = state_from(state, self.network, self._like)
+            except ValueError as error:
+                raise ServeError(400, str(error)) from None
+            frames = int(found.get("frames", "0"))
+        token = token or secrets.token_urlsafe(16)
+
+        def opened() -> int:
+            number = self.pool.open(entries)
+            self.worker.opened(number, token, frames)
+            return number
+
+        try:
+            number = await self.call(opened)
+        except RuntimeError:
+            raise ServeError(503, f"all {self.capacity} sessions of {self.name} are in use") from None
+        session = self.sessions[token] = Session(token, self, number, owner, frames)
+        self.opened += 1
+        return session
+
+    async def close(self, session: Session) -> None:
+        """Close a session, after its queued frames."""
+        if self.sessions.pop(session.token, None) is None:
+            return
+        self.closed += 1
+
+        def closed() -> None:
+            self.worker.closed(session.number)
+            self.pool.close(session.number)
+
+        await self.call(closed)
+
+    async def state(self, session: Session) -> bytes:
+        """Return a session's state after its queued frames, as the bytes of a file of `cellstack stream --state`."""
+
+        def read() -> bytes:
+            entries = self.pool.state(session.number)
+            return state_to_bytes(self.network, entries, frames=str(session.processed), model=self.digest)
+
+        return await self.call(read)
+
+    def submit(self, sessions: Sequence[Session], rows: Records, done: Callable[[Answers], None]) -> None:
+        """Queue frames: the n-th record is the next frame of the n-th session; a session may occur several times."""
+        now = time.monotonic()
+        for session in sessions:
+            session.accepted += 1
+            session.used = now
+        numbers = np.fromiter((session.number for session in sessions), np.int64, len(sessions))
+        self.worker.submit(Frames(numbers, rows, done))
+
+    async def steps(self, session: Session, rows: Records) -> Answers:
+        """Step a session by some frames.
+
+        Raises:
+            ServeError: too many frames are waiting.
+        """
+        if session.accepted - session.processed + len(rows) > self.limits.waiting:
+            raise ServeError(429, f"more than {self.limits.waiting} frames of the session are waiting")
+        future = asyncio.get_running_loop().create_future()
+        self.submit([session] * len(rows), rows, lambda answers: future.cancelled() or future.set_result(answers))
+        return await future
+
+    async def answers_after(self, session: Session, last: int) -> list[tuple[Records, bool]]:
+        """Return the stored answers after frame `last`, see `Worker.answer`.
+
+        Raises:
+            ServeError: some are no longer stored, or the session hasn't seen so many frames.
+        """
+
+        def read() -> list[tuple[Records, bool]]:
+            if not 0 <= last <= session.processed:
+                raise ServeError(409, f"the session has processed {session.processed} frames, not {last}")
+            try:
+                return [self.worker.answer(session.slot, n) for n in range(last + 1, session.processed + 1)]
+            except KeyError:
+                stored = self.worker.stored_from(session.slot)
+                raise ServeError(
+                    409,
+                    f"answers are stored from frame {stored + 1} to {session.processed}, not from {last + 1}",
+                ) from None
+
+        return await self.call(read)
+
+    async def run(self, x: Any) -> Any:
+        """Run whole sequences, see `Network.__call__`, in a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._runs, self.network, x)
+
+
+def _call_all(done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
+    for function, result in done:
+        function(result)
+
+
+class Models:
+    """The models of a server by name. Loading a file again adds a version; its sessions stay with their version.
+
+    Args:
+        limits: see `Limits`.
+        threads: the threads of a step.
+        options: keyword arguments of `cellstack.load`, by model.
+    """
+
+    def __init__(self, limits: Limits, threads: int = 1, options: Mapping[str, Any] | None = None) -> None:
+        self.limits, self.threads, self.options = limits, threads, dict(options or {})
+        self.versions: dict[str, list[Model]] = {}
+        self.paths: dict[str, Path] = {}
+
+    def add(self, path: Path) -> Model:
+        """Load a file as a new version of the model with its name."""
+        before = self.versions.get(path.stem, [])
+        version = before[-1].version + 1 if before else 1
+        model = Model.load(path, self.limits, version, self.threads, **self.options)
+        self.versions.setdefault(model.name, []).append(model)
+        self.paths[model.name] = path
+        return model
+
+    def all(self) -> list[Model]:
+        """Return every version of every model."""
+        return [model for versions in self.versions.values() for model in versions]
+
+    def model(self, name: str, version: str | int | None = None) -> Model:
+        """Return a model: its newest version, or the given one.
+
+        Raises:
+            ServeError: there is no such model or version.
+        """
+        versions = self.versions.get(name)
+        if not versions:
+            raise ServeError(404, f"Request for unknown model: {name!r} is not one of {', '.join(self.versions)}")
+        if version in (None, ""):
+            return versions[-1]
+        for model in versions:
+            if str(model.version) == str(version):
+                return model
+        known = ", ".join(str(model.version) for model in versions)
+        raise ServeError(404, f"Request for unknown model: {name} has no version {version}, only {known}")
+
+    def session(self, token: str) -> Session:
+        """Return the open session with this token.
+
+        Raises:
+            ServeError: there is none.
+        """
+        for model in self.all():
+            if (session := model.sessions.get(token)) is not None:
+                return session
+        raise ServeError(404, "no session with this token is open")
+
+    async def drop_unused(self) -> None:
+        """Stop older versions without sessions, and close sessions that were idle for too long."""
+        now = time.monotonic()
+        for model in self.all():
+            for session in list(model.sessions.values()):
+                if session.owner is None and now - session.used > self.limits.idle:
+                    await model.close(session)
+        for versions in self.versions.values():
+            for model in versions[:-1]:
+                if not model.sessions:
+                    versions.remove(model)
+                    await asyncio.get_running_loop().run_in_executor(None, model.stop)

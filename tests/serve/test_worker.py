@@ -1,0 +1,124 @@
+"""The thread that steps sessions: batches, order, refused frames, stored answers."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack.serve.models import Limits, Model, ServeError
+from cellstack.serve.worker import turns
+
+WIDTH, H = 3, 5
+
+
+def network(seed=0):
+    new = np.random.default_rng(seed).standard_normal
+    cell = Cell(
+        CellSpec(WIDTH, H), *(new(shape).astype(np.float32) for shape in ((WIDTH, 4 * H), (H, 4 * H), (4 * H,)))
+    )
+    return Network([Recurrent((cell,))])
+
+
+def records(model, x):
+    rows = np.zeros(len(x), model.rows.inputs)
+    rows["x"] = x
+    return rows
+
+
+def served(test):
+    """Run an asynchronous test with a model."""
+
+    def run():
+        async def all_of_it():
+            model = Model("lstm", network(), Limits(sessions=4, kept=3))
+            model.start(asyncio.get_running_loop())
+            try:
+                await test(model)
+            finally:
+                model.stop()
+
+        asyncio.run(all_of_it())
+
+    run.__name__ = test.__name__
+    return run
+
+
+@pytest.mark.parametrize("sessions", [[4], [1, 2, 3], [2, 2], [1, 2, 1, 3, 1, 2]])
+def test_each_turn_takes_every_session_at_most_once_in_order(sessions):
+    sessions = np.array(sessions, np.int64)
+    found = [np.arange(len(sessions)) if places is None else places for places in turns(sessions)]
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(sessions)))
+    for places in found:
+        assert len(set(sessions[places].tolist())) == len(places)
+    for session in set(sessions.tolist()):
+        places = [p for turn in found for p in turn.tolist() if sessions[p] == session]
+        assert places == sorted(places)
+
+
+@served
+async def test_frames_of_several_sessions_are_those_of_streams(model):
+    x = np.random.default_rng(1).standard_normal((2, 6, WIDTH)).astype(np.float32)
+    one, two = await model.open(), await model.open()
+    answers = await asyncio.gather(
+        model.steps(one, records(model, x[0, :4])),
+        model.steps(two, records(model, x[1, :1])),
+        model.steps(one, records(model, x[0, 4:])),
+        model.steps(two, records(model, x[1, 1:])),
+    )
+    for b, parts in enumerate(((answers[0], answers[2]), (answers[1], answers[3]))):
+        stream = model.network.stream()
+        expected = np.concatenate([stream.step(x[b, t : t + 1]) for t in range(6)])
+        found = np.concatenate([part.rows[model.rows.outputs.names[0]] for part in parts])
+        assert (found == expected).all()
+    assert one.processed == two.processed == 6
+
+
+@served
+async def test_a_frame_with_nan_is_refused_and_leaves_the_state(model):
+    x = np.ones((3, WIDTH), np.float32)
+    session = await model.open()
+    bad = x.copy()
+    bad[1, 0] = np.nan
+    answers = await model.steps(session, records(model, bad))
+    assert list(answers.refused) == [1]
+    stream = model.network.stream()
+    expected = np.concatenate([stream.step(x[:1]), np.zeros((1, H), np.float32), stream.step(x[:1])])
+    assert (answers.rows[model.rows.outputs.names[0]] == expected).all()
+    stored = await model.answers_after(session, 1)
+    assert [refused for _, refused in stored] == [True, False]
+    assert (stored[1][0][0] == expected[2]).all()
+
+
+@served
+async def test_answers_that_are_no_longer_stored(model):
+    session = await model.open()
+    await model.steps(session, records(model, np.ones((5, WIDTH))))
+    assert len(await model.answers_after(session, 2)) == 3
+    with pytest.raises(ServeError, match="answers are stored from frame 3 to 5, not from 2"):
+        await model.answers_after(session, 1)
+    with pytest.raises(ServeError, match="has processed 5 frames, not 6"):
+        await model.answers_after(session, 6)
+
+
+@served
+async def test_a_state_moves_to_another_session(model):
+    x = np.random.default_rng(2).standard_normal((4, WIDTH)).astype(np.float32)
+    one = await model.open()
+    await model.steps(one, records(model, x[:2]))
+    two = await model.open(state=await model.state(one))
+    assert two.accepted == two.processed == 2
+    answers = [await model.steps(session, records(model, x[2:])) for session in (one, two)]
+    assert (answers[0].rows == answers[1].rows).all()
+    with pytest.raises(ServeError, match="expected a safetensors file"):
+        await model.open(state=b"nothing")
+
+
+@served
+async def test_all_sessions_in_use(model):
+    sessions = [await model.open() for _ in range(4)]
+    with pytest.raises(ServeError, match="all 4 sessions of lstm are in use"):
+        await model.open()
+    await model.close(sessions[0])
+    await model.open()
+    assert len(model.sessions) == 4
