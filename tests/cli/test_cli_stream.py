@@ -383,7 +383,7 @@ def test_states_that_don_t_fit(model, net, tmp_path, capfd, monkeypatch):
     save_state(state, make_net(kinds=("lstm", "lstm")).stream())
     refused(r"state: tensor 'cell_1/c' belongs to no cell")
     save_state(state, net.stream(2))
-    refused(r"expected F32 \[1, 5\], found F32 \[2, 5\]")
+    refused(r"expected float32 \[1, 5\], found float32 \[2, 5\]")
     whole = state.read_bytes()
     for cut in (0, 7, 20, len(whole) // 2, len(whole) - 1):
         state.write_bytes(whole[:cut])

@@ -19,6 +19,7 @@ import cellstack as cs
 
 pytestmark = pytest.mark.models
 
+ESPEAK = shutil.which("espeak-ng")
 NEAR = 1e-5  # of probabilities, and of samples between -1 and 1
 FILES = [  # silero-vad's, with the rate, and whether the file takes it as an input
     ("silero_vad.onnx", 16000, True),
@@ -56,7 +57,7 @@ def recording(tmp_path_factory):
     text = (
         "The quick brown fox jumps over the lazy dog. It was a bright cold day, and the clocks were striking thirteen."
     )
-    if shutil.which("espeak-ng"):
+    if ESPEAK:
         subprocess.run(["espeak-ng", "-w", path, text], check=True)
         with wave.open(str(path)) as file:
             rate, data = file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
