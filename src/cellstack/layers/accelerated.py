@@ -139,7 +139,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             RuntimeError: `reset` or `return_gates` in a call that PyTorch's forward has to run.
         """
         asked = reset is not None or return_gates
-        if not asked and isinstance(input, Tensor) and (self._is_short(input) or exporting()):
+        if isinstance(input, Tensor) and not asked and (exporting() or self._is_short(input)):
             # torch.jit.trace names values after local variables, and repeats the call without gradients to compare the
             # graphs: both calls have to take the same path.
             return super().forward(input, hx)
