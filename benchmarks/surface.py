@@ -3,8 +3,9 @@
     python benchmarks/surface.py [--what inference bfloat16 training step] [--threads 1] [--before torch] [-o FOLDER]
 
 140 shapes of inference: batches of 1 to 128, 20 and 200 steps, 8 to 512 units, one and two layers, an input as wide as
-a layer, up to 64; 48 of inference in bfloat16; 59 of training; steps of a stream at every width. It runs the code of
-`cellstack bench` on more shapes, and takes correspondingly longer. After Ctrl-C, it reports the results so far.
+a layer, up to 64; 48 of inference in bfloat16; 59 of training; steps of a stream at every width; 16 shapes of inference
+and 8 of training with bidirectional layers. It runs the code of `cellstack bench` on more shapes, and takes
+correspondingly longer. After Ctrl-C, it reports the results so far.
 """
 
 import argparse
@@ -17,10 +18,17 @@ from cellstack_bench.surface import BEFORE, Shape, lines, run, shapes, step_shap
 
 UNITS = (8, 16, 32, 64, 128, 256, 512)
 BATCHES = (1, 4, 16, 32, 128)
+BIDIRECTIONAL = [
+    shape
+    for layers, steps, units in ((1, 100, (64, 256)), (2, 30, (64, 128)))
+    for shape in shapes((1, 2, 8, 32), (steps,), units, layers, directions=2)
+]
 WORK = {
-    "inference": [shape for layers in (1, 2) for shape in shapes(BATCHES, (20, 200), UNITS, layers)],
+    "inference": [shape for layers in (1, 2) for shape in shapes(BATCHES, (20, 200), UNITS, layers)] + BIDIRECTIONAL,
     "bfloat16": [shape for layers in (1, 2) for shape in shapes((1, 32, 128), (20, 200), (64, 128, 256, 512), layers)],
-    "training": shapes((1, 8, 32, 128), (20, 100), UNITS) + [Shape(32, 100, 64, units, 2) for units in (128, 256, 512)],
+    "training": shapes((1, 8, 32, 128), (20, 100), UNITS)
+    + [Shape(32, 100, 64, units, 2) for units in (128, 256, 512)]
+    + [shape for shape in BIDIRECTIONAL if shape.batch > 2],
     "step": step_shapes(UNITS),
 }
 

@@ -44,6 +44,7 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--units", type=distinct, metavar="N,N", help=f"units of the LSTM (default: {listed(UNITS)})")
     bench.add_argument("--batch", type=distinct, metavar="N,N", help=f"batch sizes (default: {listed(BATCH)})")
     bench.add_argument("--steps", type=distinct, metavar="N,N", help=f"steps per sequence (default: {listed(STEPS)})")
+    bench.add_argument("--bidirectional", action="store_true", help="layers with both directions; not for 'step'")
     text = "threads of every engine (default: %(default)s)"
     bench.add_argument("--threads", type=int, default=1, metavar="N", help=text)
     bench.add_argument(
@@ -66,7 +67,9 @@ def bench(args: argparse.Namespace) -> int:
     """
     if args.threads > processors():
         raise UsageError(f"expected --threads of at most {processors()}, the processors available to this process")
-    what = args.what or tuple(SURFACES)
+    what = args.what or tuple(name for name in SURFACES if not (args.bidirectional and name == "step"))
+    if args.bidirectional and "step" in what:
+        raise UsageError("--bidirectional can't be combined with the surface 'step': a stream only runs forwards")
     for name in ("batch", "steps"):
         if what == ("step",) and getattr(args, name) is not None:
             raise UsageError(f"--{name} has no effect: the surface 'step' always measures one step at batch 1")
@@ -104,7 +107,8 @@ def _shapes(what: str, args: argparse.Namespace) -> list[Shape]:
     if what == "step":
         return step_shapes(units)
     batch = args.batch or (QUICK_BATCH if args.quick else BATCH)
-    return shapes(batch, args.steps or (QUICK_STEPS if args.quick else STEPS), units)
+    steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
+    return shapes(batch, steps, units, directions=2 if args.bidirectional else 1)
 
 
 def _progress(work: Sequence[Any]) -> Iterable[Any]:

@@ -1,7 +1,8 @@
 """LSTMs in cellstack and in its peers, with the same weights, ready to be timed.
 
 Each engine is a function of `(x [B, T, I], cells, threads)`. It returns an `Engine`: a call to be timed, and a function
-that returns the arrays to compare beforehand.
+that returns the arrays to compare beforehand. `cells` has the arrays of each layer, bottom first; with `directions=2`
+two per layer, forward and backward, whose outputs are concatenated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from cellstack import reference
 from cellstack.network import Network, processors
-from cellstack.nodes import Cell, Recurrent
+from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.spec import CellSpec
 
 Array = NDArray[Any]
@@ -53,40 +54,56 @@ def _absent(packages: Sequence[str]) -> str | None:
     return None
 
 
-def weights(input_size: int, units: int, layers: int, seed: int = 0) -> list[Arrays]:
+def weights(input_size: int, units: int, layers: int, seed: int = 0, directions: int = 1) -> list[Arrays]:
     """Return the arrays of `layers` layers, initialised as in PyTorch, in Keras's layout and gate order."""
     rng = np.random.default_rng(seed)
     scale = units**-0.5
     new = lambda *shape: rng.uniform(-scale, scale, shape).astype(np.float32)  # noqa: E731
-    return [(new(units if n else input_size, 4 * units), new(units, 4 * units), new(4 * units)) for n in range(layers)]
+    widths = [input_size] * directions + [directions * units] * (directions * (layers - 1))
+    return [(new(width, 4 * units), new(units, 4 * units), new(4 * units)) for width in widths]
 
 
-def network(cells: Sequence[Arrays]) -> Network:
+def network(cells: Sequence[Arrays], directions: int = 1) -> Network:
     """Return the stack as a Network."""
     specs = [CellSpec(kernel.shape[0], recurrent.shape[0]) for kernel, recurrent, _ in cells]
-    return Network([Recurrent(tuple(Cell(spec, *cell) for spec, cell in zip(specs, cells, strict=True)))])
+    made = [Cell(spec, *cell) for spec, cell in zip(specs, cells, strict=True)]
+    if directions == 1:
+        return Network([Recurrent(tuple(made))])
+    ahead, back = ([Recurrent((cell,), go_backwards=turned) for cell in made[turned::2]] for turned in (False, True))
+    return Network([Bidirectional(*both) for both in zip(ahead, back, strict=True)])
 
 
-def exact(x: Array, cells: Sequence[Arrays]) -> Array:
-    """Return the reference result for `x` in float64: the last layer's y `[B, T, H]`."""
-    for kernel, recurrent, bias in cells:
-        arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
-        x = reference.forward(CellSpec(kernel.shape[0], recurrent.shape[0]), arrays, x).y
+def exact(x: Array, cells: Sequence[Arrays], directions: int = 1) -> Array:
+    """Return the reference result for `x` in float64: the last layer's y `[B, T, H]` or `[B, T, 2H]`."""
+    for n in range(0, len(cells), directions):
+        outputs = []
+        for kernel, recurrent, bias in cells[n : n + directions]:
+            arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
+            spec = CellSpec(kernel.shape[0], recurrent.shape[0])
+            outputs.append(reference.forward(spec, arrays, x, reverse=len(outputs) == 1).y)
+        x = np.concatenate(outputs, axis=-1)
     return x
 
 
-def torch_lstm(cells: Sequence[Arrays], input_size: int) -> Any:
+def torch_lstm(cells: Sequence[Arrays], input_size: int, directions: int = 1) -> Any:
     """Return the stack as a `torch.nn.LSTM`."""
     import torch
 
-    module = torch.nn.LSTM(input_size, cells[0][1].shape[0], len(cells), batch_first=True)
+    units, layers, both = cells[0][1].shape[0], len(cells) // directions, directions == 2
+    module = torch.nn.LSTM(input_size, units, layers, batch_first=True, bidirectional=both)
     with torch.no_grad():
         for n, (kernel, recurrent, bias) in enumerate(cells):
-            getattr(module, f"weight_ih_l{n}").copy_(torch.from_numpy(kernel.T))
-            getattr(module, f"weight_hh_l{n}").copy_(torch.from_numpy(recurrent.T))
-            getattr(module, f"bias_ih_l{n}").copy_(torch.from_numpy(bias))
-            getattr(module, f"bias_hh_l{n}").zero_()
+            name = _torch_name(n, directions)
+            getattr(module, f"weight_ih_{name}").copy_(torch.from_numpy(kernel.T))
+            getattr(module, f"weight_hh_{name}").copy_(torch.from_numpy(recurrent.T))
+            getattr(module, f"bias_ih_{name}").copy_(torch.from_numpy(bias))
+            getattr(module, f"bias_hh_{name}").zero_()
     return module
+
+
+def _torch_name(n: int, directions: int) -> str:
+    """Return how PyTorch calls cell `n` in its parameters' names."""
+    return f"l{n // directions}" + ("_reverse" if n % directions else "")
 
 
 # ── ONNX files, for the peers that run them ───────────────────────────────────────────────────────────────────────────
@@ -97,10 +114,11 @@ def iofg(array: Array) -> Array:
     return np.concatenate([np.split(array, 4, axis=-1)[k] for k in (0, 3, 1, 2)], axis=-1)
 
 
-def _onnx_arrays(cell: Arrays, suffix: str = "") -> dict[str, Array]:
-    kernel, recurrent, bias = (iofg(array) for array in cell)
-    biases = np.concatenate([bias, np.zeros_like(bias)])[None]
-    return {f"W{suffix}": kernel.T[None], f"R{suffix}": recurrent.T[None], f"B{suffix}": biases}
+def _onnx_arrays(cells: Sequence[Arrays], suffix: str = "") -> dict[str, Array]:
+    """Return the arrays of an ONNX operator from those of each direction."""
+    kernels, recurrents, biases = (np.stack([iofg(array) for array in arrays]) for arrays in zip(*cells, strict=True))
+    biases = np.concatenate([biases, np.zeros_like(biases)], axis=1)
+    return {f"W{suffix}": kernels.swapaxes(1, 2), f"R{suffix}": recurrents.swapaxes(1, 2), f"B{suffix}": biases}
 
 
 def _onnx_file(nodes: list[Any], inputs: Any, outputs: Any, arrays: dict[str, Array]) -> bytes:
@@ -118,21 +136,26 @@ def _onnx_file(nodes: list[Any], inputs: Any, outputs: Any, arrays: dict[str, Ar
     return model.SerializeToString()
 
 
-def onnx_model(cells: Sequence[Arrays], batch: int, steps: int, input_size: int) -> bytes:
-    """Return the stack as an ONNX file for one shape, x `[B, T, I]` → y `[B, T, H]`."""
+def onnx_model(cells: Sequence[Arrays], batch: int, steps: int, input_size: int, directions: int = 1) -> bytes:
+    """Return the stack as an ONNX file for one shape, x `[B, T, I]` → y `[B, T, H]` or `[B, T, 2H]`."""
     from onnx import helper
 
     units = cells[0][1].shape[0]
     nodes, name = [helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0, 2])], "x_t"
-    arrays: dict[str, Array] = {"axis": np.array([1], np.int64)}
-    for n, cell in enumerate(cells):
-        new = _onnx_arrays(cell, str(n))
+    arrays: dict[str, Array] = {"axis": np.array([1], np.int64), "merged": np.array([0, 0, -1], np.int64)}
+    direction = "forward" if directions == 1 else "bidirectional"
+    for n in range(0, len(cells), directions):
+        new = _onnx_arrays(cells[n : n + directions], str(n))
         arrays |= new
-        nodes.append(helper.make_node("LSTM", [name, *new], [f"Y{n}"], hidden_size=units))
-        nodes.append(helper.make_node("Squeeze", [f"Y{n}", "axis"], [f"y{n}"]))
+        nodes.append(helper.make_node("LSTM", [name, *new], [f"Y{n}"], hidden_size=units, direction=direction))
+        if directions == 1:
+            nodes.append(helper.make_node("Squeeze", [f"Y{n}", "axis"], [f"y{n}"]))
+        else:  # [T, 2, B, H] -> [T, B, 2H]
+            nodes.append(helper.make_node("Transpose", [f"Y{n}"], [f"Y{n}_t"], perm=[0, 2, 1, 3]))
+            nodes.append(helper.make_node("Reshape", [f"Y{n}_t", "merged"], [f"y{n}"]))
         name = f"y{n}"
     nodes.append(helper.make_node("Transpose", [name], ["y"], perm=[1, 0, 2]))
-    return _onnx_file(nodes, {"x": [batch, steps, input_size]}, {"y": [batch, steps, units]}, arrays)
+    return _onnx_file(nodes, {"x": [batch, steps, input_size]}, {"y": [batch, steps, directions * units]}, arrays)
 
 
 def onnx_step(cell: Arrays) -> bytes:
@@ -140,7 +163,7 @@ def onnx_step(cell: Arrays) -> bytes:
     from onnx import helper
 
     width, units = cell[0].shape[0], cell[1].shape[0]
-    arrays, state = _onnx_arrays(cell), [1, 1, units]
+    arrays, state = _onnx_arrays([cell]), [1, 1, units]
     nodes = [helper.make_node("LSTM", ["x", *arrays, "", "h", "c"], ["", "h_after", "c_after"], hidden_size=units)]
     inputs = {"x": [1, 1, width], "h": state, "c": state}
     return _onnx_file(nodes, inputs, {"h_after": state, "c_after": state}, arrays)
@@ -167,21 +190,22 @@ def _sequence(run: Callable[[], Array]) -> Engine:
     return Engine(run, lambda: {"y": run()})
 
 
-def cellstack(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
+def cellstack(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32", directions: int = 1) -> Engine:
     """`net(x)`; where this process has more processors than `threads`, `net.run` with so many threads."""
-    net = network(cells).with_weights(element)
+    net = network(cells, directions).with_weights(element)
     if threads < processors():
         return _sequence(lambda: net.run(x, threads=threads)[0])
     return _sequence(lambda: net(x))
 
 
-def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
+def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32", directions: int = 1) -> Engine:
     """`torch.nn.LSTM`, in bfloat16, including x and y."""
     import torch
 
     torch.set_num_threads(threads)
     dtype = getattr(torch, element)
-    module, tensor = torch_lstm(cells, x.shape[2]).to(dtype), torch.from_numpy(x).to(dtype)
+    module = torch_lstm(cells, x.shape[2], directions).to(dtype)
+    tensor = torch.from_numpy(x).to(dtype)
 
     def run() -> Any:
         with torch.inference_mode():
@@ -190,15 +214,15 @@ def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "flo
     return Engine(run, lambda: {"y": run().float().numpy()})
 
 
-def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int, directions: int = 1) -> Engine:
     """Its LSTM, on its CPU execution provider."""
-    session = _onnx_session(onnx_model(cells, *x.shape), threads)
+    session = _onnx_session(onnx_model(cells, *x.shape, directions), threads)
     return _sequence(lambda: session.run(None, {"x": x})[0])
 
 
-def openvino(x: Array, cells: Sequence[Arrays], threads: int, precision: str = "f32") -> Engine:
+def openvino(x: Array, cells: Sequence[Arrays], threads: int, precision: str = "f32", directions: int = 1) -> Engine:
     """The same file, compiled for latency in float32 or bfloat16; it shares the memory of x and y."""
-    request = _openvino_model(onnx_model(cells, *x.shape), threads, precision).create_infer_request()
+    request = _openvino_model(onnx_model(cells, *x.shape, directions), threads, precision).create_infer_request()
     return _sequence(lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0])
 
 
@@ -229,7 +253,9 @@ def _training(module: Any, x: Array, gradients: Callable[[], dict[str, Any]], x_
 PARAMETERS = {"kernel": "weight_ih", "recurrent_kernel": "weight_hh", "bias": "bias_ih"}
 
 
-def cellstack_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False) -> Engine:
+def cellstack_training(
+    x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False, directions: int = 1
+) -> Engine:
     """cellstack's layers; the sum of y is the loss."""
     import torch
 
@@ -237,13 +263,22 @@ def cellstack_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradie
 
     torch.set_num_threads(threads)
     width, units = x.shape[2], cells[0][1].shape[0]
-    stack = [layers.LSTMCell(units) for _ in cells]
-    module = layers.RNN(stack, return_sequences=True, input_size=width)
-    module.set_weights([array for cell in cells for array in cell])
+    if directions == 1:
+        stack = [layers.LSTMCell(units) for _ in cells]
+        module = layers.RNN(stack, return_sequences=True, input_size=width)
+    else:
+        new = lambda: layers.Bidirectional(layers.RNN(layers.LSTMCell(units), return_sequences=True))  # noqa: E731
+        module = torch.nn.Sequential(*(new() for _ in cells[::2]))
+        module(torch.from_numpy(x))  # creates the weights
+        stack = [part.cells[0] for both in module for part in (both.forward_layer, both.backward_layer)]
+    with torch.no_grad():
+        for cell, arrays in zip(stack, cells, strict=True):
+            for name, array in zip(PARAMETERS, arrays, strict=True):
+                getattr(cell, name).copy_(torch.from_numpy(array))
 
     def gradients() -> dict[str, Any]:
         return {
-            f"gradient of {name}, layer {n}": getattr(cell, name).grad
+            f"gradient of {name}, {_torch_name(n, directions)}": getattr(cell, name).grad
             for n, cell in enumerate(stack)
             for name in PARAMETERS
         }
@@ -251,18 +286,20 @@ def cellstack_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradie
     return _training(module, x, gradients, x_gradient)
 
 
-def pytorch_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False) -> Engine:
+def pytorch_training(
+    x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False, directions: int = 1
+) -> Engine:
     """`torch.nn.LSTM`; the sum of y is the loss."""
     import torch
 
     torch.set_num_threads(threads)
-    module = torch_lstm(cells, x.shape[2])
+    module = torch_lstm(cells, x.shape[2], directions)
 
     def gradients() -> dict[str, Any]:
-        return {
-            f"gradient of {ours}, layer {n}": getattr(module, f"{name}_l{n}").grad.t()  # t() leaves a bias unchanged
-            for n in range(len(cells))
-            for ours, name in PARAMETERS.items()
+        return {  # t() leaves a bias unchanged
+            f"gradient of {ours}, {name}": getattr(module, f"{theirs}_{name}").grad.t()
+            for name in (_torch_name(n, directions) for n in range(len(cells)))
+            for ours, theirs in PARAMETERS.items()
         }
 
     return _training(module, x, gradients, x_gradient)

@@ -23,15 +23,17 @@ def draw(what: str, records: Sequence[Mapping[str, Any]], report: Mapping[str, A
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    panels: dict[tuple[int, int, int], list[Mapping[str, Any]]] = {}
     for record in records:
-        panels.setdefault((record["steps"], record["layers"]), []).append(record)
+        panels.setdefault((record["directions"], record["steps"], record["layers"]), []).append(record)
     figure = Figure(figsize=(4.2 * len(panels) + 6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels) + 1, squeeze=False, width_ratios=[4.2] * len(panels) + [6])[0]
-    for axis, ((steps, layers), some) in zip(axes[:-1], panels.items(), strict=True):
+    for axis, ((directions, steps, layers), some) in zip(axes[:-1], panels.items(), strict=True):
         _heat_map(axis, some)
-        axis.set_title(f"T = {steps}" + (f", {layers} layers" if layers > 1 else ""))
+        axis.set_title(
+            f"T = {steps}" + (f", {layers} layers" if layers > 1 else "") + (", both directions" * (directions - 1))
+        )
     _roofline(axes[-1], records, report["limits"])
     said = f"{what}, threads: {report['threads']}, {report['processor']}"
     figure.suptitle(f"{said}\nleft: the fastest peer's time over ours, least of {report['rounds']} rounds", fontsize=10)

@@ -31,17 +31,23 @@ MACHINE_ROUNDS = 10  # rounds of measuring its limits, spread over a run
 
 
 class Shape(NamedTuple):
-    """A stack of LSTMs of one width, and the shape of its input."""
+    """A stack of LSTMs of one width, and the shape of its input. With two directions, both have this width."""
 
     batch: int
     steps: int
     input_size: int
     units: int
     layers: int = 1
+    directions: int = 1
+
+    @property
+    def inputs(self) -> int:
+        """The sum of the widths of all layers' inputs."""
+        return self.input_size + (self.layers - 1) * self.directions * self.units
 
     def flop(self, what: str) -> int:
         """Return the operations in its products, two per multiplication; training counts three forward passes."""
-        widths = (self.input_size + self.units) + (self.layers - 1) * 2 * self.units
+        widths = self.directions * (self.inputs + self.layers * self.units)
         return (3 if what == "training" else 1) * self.batch * self.steps * widths * 8 * self.units
 
     def bytes(self, what: str) -> int:
@@ -50,15 +56,16 @@ class Shape(NamedTuple):
         The matrices on h count once per step, those on x, x and y once per call; training counts three forward passes.
         A number takes four bytes, one of a matrix in bfloat16 two.
         """
-        inputs = self.input_size + (self.layers - 1) * self.units
-        weights = 4 * self.units * (self.layers * self.units * self.steps + inputs)
-        flows = self.batch * self.steps * (self.input_size + self.units)
+        weights = self.directions * 4 * self.units * (self.layers * self.units * self.steps + self.inputs)
+        flows = self.batch * self.steps * (self.input_size + self.directions * self.units)
         return (3 if what == "training" else 1) * ((2 if what == "bfloat16" else 4) * weights + 4 * flows)
 
 
-def shapes(batch: Sequence[int], steps: Sequence[int], units: Sequence[int], layers: int = 1) -> list[Shape]:
+def shapes(
+    batch: Sequence[int], steps: Sequence[int], units: Sequence[int], layers: int = 1, directions: int = 1
+) -> list[Shape]:
     """Return every combination; the input is as wide as a layer, up to 64."""
-    return [Shape(b, t, min(h, 64), h, layers) for t, b, h in product(steps, batch, units)]
+    return [Shape(b, t, min(h, 64), h, layers, directions) for t, b, h in product(steps, batch, units)]
 
 
 def step_shapes(units: Iterable[int]) -> list[Shape]:
@@ -108,12 +115,14 @@ def measure(
     """
     rng = np.random.default_rng(1)
     x = rng.standard_normal((shape.batch, shape.steps, shape.input_size)).astype(np.float32)
-    cells = engines.weights(shape.input_size, shape.units, shape.layers)
+    cells = engines.weights(shape.input_size, shape.units, shape.layers, directions=shape.directions)
     makers = engines.SURFACES[what]
+    if shape.directions > 1:
+        options["directions"] = shape.directions
     ready = {name: makers[name](x, cells, threads, **options) for name in makers if name in {"cellstack", *peers}}
     outputs = {name: engine.outputs() for name, engine in ready.items()}
     ours = outputs["cellstack"]
-    exact = equations(what, x, cells)
+    exact = equations(what, x, cells, shape.directions)
     differs = {}
     allowed = BFLOAT16_TOLERANCE if what == "bfloat16" else TOLERANCE
     for name, found in outputs.items():
@@ -133,11 +142,11 @@ def measure(
     return record
 
 
-def equations(what: str, x: engines.Array, cells: Sequence[engines.Arrays]) -> engines.Array:
+def equations(what: str, x: engines.Array, cells: Sequence[engines.Arrays], directions: int = 1) -> engines.Array:
     """Return the expected first and last row, from the reference in float64."""
     if what == "step":
         return engines.exact(np.repeat(x, engines.STEPS, axis=1), cells)[[0, -1], -1]
-    return engines.exact(x[[0, -1]], cells)
+    return engines.exact(x[[0, -1]], cells, directions)
 
 
 def excess(name: str, found: engines.Array, expected: engines.Array, allowed: float) -> float:
@@ -246,10 +255,13 @@ def limit_lines(limits: Mapping[str, Any]) -> list[str]:
 
 
 def table(what: str, records: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> list[str]:
-    """Return a surface as lines: the minimum of each engine, the ratio by minimum and median, our share of the peak."""
+    """Return a surface as lines: the minimum of each engine, the ratio by minimum and median, our share of the peak.
+
+    The first columns are those of `Shape`, with L layers and D directions.
+    """
     scale, unit = (1e3, "µs") if what == "step" else (1.0, "ms")
     names = list(dict.fromkeys(name for record in records for name in (*record["milliseconds"], *record["differs"])))
-    head = f"{'B':>5}{'T':>5}{'I':>5}{'H':>5}{'L':>3}" + "".join(f"{name:>13}" for name in names)
+    head = f"{'B':>5}{'T':>5}{'I':>5}{'H':>5}{'L':>3}{'D':>3}" + "".join(f"{name:>13}" for name in names)
     text = [
         f"{what}: {unit}, minimum of the rounds; ratio: the fastest peer's time over ours, by minimum and by median"
         + ("; the peak is for float32" if what == "bfloat16" else ""),
@@ -257,7 +269,9 @@ def table(what: str, records: Sequence[Mapping[str, Any]], limits: Mapping[str, 
     ]
     peak = limits["gflops_threads"]
     for record in records:
-        row = "".join(f"{record[key]:>5}" for key in Shape._fields[:4]) + f"{record['layers']:>3}"
+        row = "".join(f"{record[key]:>5}" for key in Shape._fields[:4]) + "".join(
+            f"{record[key]:>3}" for key in Shape._fields[4:]
+        )
         for name in names:
             time = record["milliseconds"].get(name)
             row += f"{'differs' if time is None else format(time['least'] * scale, '.4g'):>13}"

@@ -134,6 +134,31 @@ def test_a_swapped_gate_is_found_and_not_timed(light, monkeypatch, capsys):
     assert record["milliseconds"] == {}
 
 
+@pytest.mark.parametrize("what", ["inference", "bfloat16", "training"])
+def test_engines_agree_on_bidirectional_layers(what):
+    record = surface.measure(what, Shape(2, 4, 3, 5, 2, 2), engines.installed()[0], 1, 1)
+    assert record["differs"] == {}
+    assert record["directions"] == 2
+
+
+def test_a_swapped_direction_is_found(monkeypatch):
+    def swapped(x, cells, threads, directions):
+        pairs = zip(cells[1::2], cells[::2], strict=True)
+        return engines.pytorch(x, [cell for pair in pairs for cell in pair], threads, directions=directions)
+
+    makers = {"cellstack": engines.cellstack, "torch": swapped}
+    monkeypatch.setattr(engines, "SURFACES", {"inference": makers})
+    record = surface.measure("inference", Shape(2, 4, 3, 5, 2, 2), ["torch"], 1, 1)
+    assert set(record["differs"]) == {"torch"}
+
+
+def test_the_option_bidirectional(light, capsys, tmp_path):
+    status, out, _ = run(capsys, "--bidirectional", "--units", "5", "--batch", "2", "--steps", "4", "-o", str(tmp_path))
+    assert status == 0
+    assert out.count("    2    4    5    5  1  2 ") == 3
+    assert {path.name for path in tmp_path.glob("*.png")} == {"inference.png", "bfloat16.png", "training.png"}
+
+
 @pytest.mark.parametrize("what", engines.SURFACES)
 def test_a_wrong_state_or_gradient_is_found(what):
     x = np.random.default_rng(0).normal(size=(1, 1, 5)).astype("f4")
@@ -217,6 +242,7 @@ def test_ctrl_c_reports_what_was_measured(light, monkeypatch, capsys, tmp_path):
             "--batch has no effect: the surface 'step' always measures one step at batch 1",
         ),
         (["--what", "step", "--steps", "4"], "--steps has no effect: the surface 'step'"),
+        (["--what", "step", "--bidirectional"], "--bidirectional can't be combined with the surface 'step'"),
         (["--threads", "1000"], f"expected --threads of at most {processors()}, the processors"),
         (["--threads", "0"], "expected --threads from 1"),
         (["-o", ""], "expected --output to name a folder, got ''"),
@@ -239,16 +265,21 @@ def test_operations_and_bytes_of_a_shape():
     assert two.flop("inference") == 3 * 5 * 2 * (7 * 44 + 11 * 44 + 11 * 44 + 11 * 44)
     assert two.flop("training") == 3 * two.flop("inference")
     assert two.bytes("inference") == 4 * (5 * 2 * 11 * 44 + 7 * 44 + 11 * 44 + 3 * 5 * (7 + 11))
+    both = two._replace(directions=2)
+    assert both.flop("inference") == 2 * 3 * 5 * 2 * (7 * 44 + 11 * 44 + 22 * 44 + 11 * 44)
+    assert both.bytes("inference") == 4 * (2 * (5 * 2 * 11 * 44 + 7 * 44 + 22 * 44) + 3 * 5 * (7 + 22))
 
 
 def test_the_grid_of_the_benchmark_has_the_shapes_that_it_names():
     grid = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "surface.py"))["WORK"]
     assert {what: len(set(some)) for what, some in grid.items()} == {
-        "inference": 140,
+        "inference": 140 + 16,
         "bfloat16": 48,
-        "training": 59,
+        "training": 59 + 8,
         "step": 7,
     }
+    both = [shape for what in ("inference", "training") for shape in grid[what] if shape.directions == 2]
+    assert len(both) == 16 + 8
 
 
 def test_rounds_alternate_between_engines_after_a_warm_up():
