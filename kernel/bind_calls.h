@@ -4,13 +4,16 @@
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <numpy/arrayobject.h>
 
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cell.h"
@@ -195,14 +198,28 @@ std::vector<To> each(const nb::list& entries, To (From::*as)() const) {
 }
 
 template <class T>
-void run_forward(const SequencesOf& sequences, const nb::list& entries, int threads) {
-    const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
+std::vector<Layer<T>> layers_of(const nb::list& entries) {
+    std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
     for (const Layer<T>& layer : layers)
         if ((layer.weights->description().rows || narrow(layer.weights->element())) && !layer.weights->copied())
             throw nb::value_error("forward: weights in rows, or with fewer bits, must be copied (copy=True)");
+    return layers;
+}
+
+template <class T>
+void run_forward(const SequencesOf& sequences, const nb::list& entries, int threads) {
+    const std::vector<Layer<T>> layers = layers_of<T>(entries);
     const Sequences<T> in = sequences.as<T>();
     nb::gil_scoped_release released;
     forward<T>(in, layers, threads);
+}
+
+template <class T>
+bool run_forward_each(const std::vector<std::pair<SequencesOf, nb::list>>& given, int threads) {
+    std::vector<Run<T>> runs;
+    for (const auto& [sequences, entries] : given) runs.push_back({sequences.template as<T>(), layers_of<T>(entries)});
+    nb::gil_scoped_release released;
+    return forward<T>(runs, threads);
 }
 
 template <class T>
@@ -262,6 +279,13 @@ void bind_calls(nb::module_& m) {
             (is_double(layers, "forward") ? run_forward<double> : run_forward<float>)(sequences, layers, threads);
         },
         "sequences"_a, "layers"_a, "threads"_a);
+    m.def(
+        "forward_each",
+        [](const std::vector<std::pair<SequencesOf, nb::list>>& runs, int threads) {
+            const bool twice = !runs.empty() && is_double(runs[0].second, "forward_each");
+            return (twice ? run_forward_each<double> : run_forward_each<float>)(runs, threads);
+        },
+        "runs"_a, "threads"_a);
     m.def(
         "backward",
         [](const SequencesOf& sequences, const nb::list& layers, const nb::list& gradients, int threads) {

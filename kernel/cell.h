@@ -103,6 +103,7 @@ constexpr int64_t kThreadWork = int64_t(1) << 20;
 struct Cut {
     int groups, teams, shares;
     int64_t chunk;
+    double time = 0;  // the estimate, in nanoseconds
 };
 
 // The fastest cut, by an estimate.
@@ -113,6 +114,19 @@ Cut cut_of(const std::vector<const Weights<T>*>& weights, int64_t batch, int64_t
 // threads and any division of the sequences into calls.
 template <class T>
 void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads);
+
+// A stack and its sequences.
+template <class T>
+struct Run {
+    Sequences<T> in;
+    std::vector<Layer<T>> layers;
+};
+
+// Runs independent stacks, such as the two directions of a layer: at the same time, each with an equal part of the
+// threads, or one after the other, each with all of them, whichever is estimated to be faster. The bits are the same.
+// Returns whether they ran at the same time.
+template <class T>
+bool forward(const std::vector<Run<T>>& runs, int threads);
 
 // Gradients of the loss for one layer. Null inputs are zeros; null outputs are not computed.
 template <class T>

@@ -34,6 +34,20 @@ double step_between(const Description& d, int64_t rows, int shares, double bytes
     return lockstep_latency() * (shares - 1) + fetching * others;
 }
 
+template <class T>
+std::vector<const Weights<T>*> weights_of(const std::vector<Layer<T>>& layers) {
+    std::vector<const Weights<T>*> weights;
+    for (const Layer<T>& layer : layers) weights.push_back(layer.weights);
+    return weights;
+}
+
+template <class T>
+int64_t work_of(const std::vector<const Weights<T>*>& weights, int64_t batch, int64_t steps) {
+    int64_t work = 0;
+    for (const Weights<T>* w : weights) work += batch * steps * multiplications(w->description());
+    return work;
+}
+
 // By this factor several threads must be faster than one, by the estimate, to be used.
 constexpr double kMargin = 1.15;
 
@@ -56,17 +70,15 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
     };
     int64_t most_shares = resets ? 1 : kMostThreads;
     for (const Weights<T>* w : layers) most_shares = std::min(most_shares, divides(*w) ? w->impl().panels.blocks : 1);
-    const Cut alone{1, 1, 1, chunk_steps(B, steps)};
-    if (threads < 2) return alone;
-    const double one = cost_of(0, depth, B, 1);
+    const Cut alone{1, 1, 1, chunk_steps(B, steps), cost_of(0, depth, B, 1)};
     Cut best = alone;
-    double least = one;
-    const auto consider = [&](Cut cut, double taken) {
-        if (taken < least) least = taken, best = cut;
+    const auto consider = [&](const Cut& cut) {
+        if (cut.time < best.time) best = cut;
     };
+    if (threads < 2) return alone;
     for (int groups = 1; groups <= std::min<int64_t>(most_groups, threads); ++groups) {
         const int64_t rows = ceil_div(B, groups), whole = chunk_steps(rows, steps);
-        consider({groups, 1, 1, whole}, cost_of(0, depth, rows, 1));
+        consider({groups, 1, 1, whole, cost_of(0, depth, rows, 1)});
         const int left = threads / groups, teams = std::min(left, depth);
         if (teams > 1 && steps > 1) {
             // Smaller chunks fill and drain the pipeline sooner, but read the weights over x more often.
@@ -74,29 +86,54 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
             double slowest = 0;
             for (int team = 0; team < teams; ++team)
                 slowest = std::max(slowest, cost_of(depth * team / teams, depth * (team + 1) / teams, rows, 1));
-            consider({groups, teams, 1, chunk}, slowest * (1 + double(teams - 1) * double(chunk) / double(steps)));
+            const double time = slowest * (1 + double(teams - 1) * double(chunk) / double(steps));
+            consider({groups, teams, 1, chunk, time});
         }
         for (int shares = 2; shares <= std::min<int64_t>(left, most_shares); ++shares) {
             double between = 0;
             for (const Weights<T>* w : layers) between += step_between(w->description(), rows, shares, sizeof(T));
-            consider({groups, 1, shares, whole}, cost_of(0, depth, rows, shares) + double(steps) * between);
+            consider({groups, 1, shares, whole, cost_of(0, depth, rows, shares) + double(steps) * between});
         }
     }
-    return least * kMargin < one ? best : alone;
+    return best.time * kMargin < alone.time ? best : alone;
 }
-
-// A layer over some rows, run chunk by chunk.
 
 template <class T>
 Cut cut_of(const std::vector<const Weights<T>*>& weights, int64_t batch, int64_t steps, bool resets, int threads) {
+    return cut_up(weights, batch, steps, batch, resets, useful_threads(threads, work_of(weights, batch, steps)));
+}
+
+template <class T>
+Cut cut_of(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads) {
+    if (threads < 2 || in.batch == 0) return {1, 1, 1, chunk_steps(in.batch, in.steps)};
+    return cut_of(weights_of(layers), in.batch, in.steps, in.reset, threads);
+}
+
+template <class T>
+Cuts cuts_of(const std::vector<Run<T>>& runs, int threads) {
+    Cuts in_turn, at_once{{}, true};
+    for (const Run<T>& run : runs) in_turn.of.push_back(cut_of(run.in, run.layers, threads));
+    if (threads < 2 || runs.size() < 2) return in_turn;
     int64_t work = 0;
-    for (const Weights<T>* w : weights) work += batch * steps * multiplications(w->description());
-    return cut_up(weights, batch, steps, batch, resets, useful_threads(threads, work));
+    for (const Run<T>& run : runs) work += work_of(weights_of(run.layers), run.in.batch, run.in.steps);
+    const int each = useful_threads(threads, work) / int(runs.size());
+    if (!each) return in_turn;
+    double sum = 0, longest = 0;
+    for (const Cut& cut : in_turn.of) sum += cut.time;
+    for (const Run<T>& run : runs) {
+        at_once.of.push_back(cut_of(weights_of(run.layers), run.in.batch, run.in.steps, run.in.reset, each));
+        longest = std::max(longest, at_once.of.back().time);
+    }
+    return longest <= sum ? at_once : in_turn;
 }
 
 template Cut cut_up(const std::vector<const Weights<float>*>&, int64_t, int64_t, int64_t, bool, int);
 template Cut cut_up(const std::vector<const Weights<double>*>&, int64_t, int64_t, int64_t, bool, int);
 template Cut cut_of(const std::vector<const Weights<float>*>&, int64_t, int64_t, bool, int);
 template Cut cut_of(const std::vector<const Weights<double>*>&, int64_t, int64_t, bool, int);
+template Cut cut_of(const Sequences<float>&, const std::vector<Layer<float>>&, int);
+template Cut cut_of(const Sequences<double>&, const std::vector<Layer<double>>&, int);
+template Cuts cuts_of(const std::vector<Run<float>>&, int);
+template Cuts cuts_of(const std::vector<Run<double>>&, int);
 
 }  // namespace cellstack

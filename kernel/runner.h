@@ -36,6 +36,18 @@ template <class T>
 Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t steps, int64_t most_groups, bool resets,
            int threads);
 
+// The cut of a call.
+template <class T>
+Cut cut_of(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads);
+
+// The cuts of runs, and whether they run at the same time.
+struct Cuts {
+    std::vector<Cut> of;
+    bool at_once = false;
+};
+template <class T>
+Cuts cuts_of(const std::vector<Run<T>>& runs, int threads);
+
 // A layer over some rows, run chunk by chunk.
 template <class T>
 struct Runner {

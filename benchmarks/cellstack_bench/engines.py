@@ -216,13 +216,15 @@ def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "flo
 
 def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int, directions: int = 1) -> Engine:
     """Its LSTM, on its CPU execution provider."""
-    session = _onnx_session(onnx_model(cells, *x.shape, directions), threads)
+    session = _onnx_session(onnx_model(cells, *x.shape, directions=directions), threads)
     return _sequence(lambda: session.run(None, {"x": x})[0])
 
 
 def openvino(x: Array, cells: Sequence[Arrays], threads: int, precision: str = "f32", directions: int = 1) -> Engine:
     """The same file, compiled for latency in float32 or bfloat16; it shares the memory of x and y."""
-    request = _openvino_model(onnx_model(cells, *x.shape, directions), threads, precision).create_infer_request()
+    request = _openvino_model(
+        onnx_model(cells, *x.shape, directions=directions), threads, precision
+    ).create_infer_request()
     return _sequence(lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0])
 
 
@@ -267,10 +269,10 @@ def cellstack_training(
         stack = [layers.LSTMCell(units) for _ in cells]
         module = layers.RNN(stack, return_sequences=True, input_size=width)
     else:
-        new = lambda: layers.Bidirectional(layers.RNN(layers.LSTMCell(units), return_sequences=True))  # noqa: E731
-        module = torch.nn.Sequential(*(new() for _ in cells[::2]))
+        both = [layers.Bidirectional(layers.RNN(layers.LSTMCell(units), return_sequences=True)) for _ in cells[::2]]
+        module = torch.nn.Sequential(*both)
         module(torch.from_numpy(x))  # creates the weights
-        stack = [part.cells[0] for both in module for part in (both.forward_layer, both.backward_layer)]
+        stack = [layer.cells[0] for one in both for layer in (one.forward_layer, one.backward_layer)]
     with torch.no_grad():
         for cell, arrays in zip(stack, cells, strict=True):
             for name, array in zip(PARAMETERS, arrays, strict=True):

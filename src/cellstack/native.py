@@ -1,5 +1,8 @@
 """Calls of the kernel: `forward(sequences, layers, threads)`, `backward(sequences, layers, gradients, threads)`.
 
+`forward_each([(sequences, layers), …], threads)` runs independent stacks, at the same time where that is estimated to
+be faster, and returns whether they did.
+
 All arguments are named. `Sequences` is the input: `x [B, T, I]` with its strides, `mask` and `reset` `[B, T]`, and the
 indices `[B]` of the rows' states. A `Layer` is one layer of the stack: its weights, the states `before` and `after` (an
 array for each of `spec.state_sizes`), the values saved at every step (see `results`), and the dropout and zoneout masks
@@ -29,6 +32,7 @@ from cellstack._kernel import (
     SlotLocks,
     backward,
     forward,
+    forward_each,
     isa,
     prefer_large_pages,
     stack,
@@ -45,6 +49,7 @@ __all__ = [
     "SlotLocks",
     "backward",
     "forward",
+    "forward_each",
     "isa",
     "prefer_large_pages",
     "stack",

@@ -680,8 +680,8 @@ def test_cells_in_separate_nodes_run_like_a_stack(seed, monkeypatch):
     if seed % 3:
         given |= {"mask": rng.random((batch, steps)) < 0.7, "reset": rng.random((batch, steps)) < 0.2}
     calls, records = [], (Recording(), Recording())
-    forward = native.forward
-    monkeypatch.setattr(native, "forward", lambda *arguments: (calls.append(1), forward(*arguments)))
+    forward = native.forward_each
+    monkeypatch.setattr(native, "forward_each", lambda *arguments: (calls.append(1), forward(*arguments)))
     y, after = apart.run(x, **given, record=records[0])
     assert len(calls) == 1
     expected_y, expected_after = stack.run(x, **given, record=records[1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
     from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.stored import Entry
+
+Call = tuple[native.Sequences, list[native.Layer]]
+Calls = Generator[Call, None, tuple[Array, list[CellState]]]
 
 MERGE_MODES = ("concat", "sum", "mul", "ave")
 BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
@@ -162,6 +166,18 @@ class Recurrent(Node):
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` in either direction, or `[B, W]`.
         """
+        (result,) = _run_each([self.kernel_calls(flow, states, record, patches, weights)], threads)
+        return result
+
+    def kernel_calls(
+        self,
+        flow: Flow,
+        states: tuple[CellState | None, ...],
+        record: Recording | None,
+        patches: Sequence[CellPatches | None],
+        weights: str | None,
+    ) -> Calls:
+        """Yield the kernel calls of `forward`, which must have run before the next one is requested."""
         steps, at_end = flow.x.shape[1], 0 if self.go_backwards else -1
         reset = _from_the_end(flow.reset) if self.go_backwards else flow.reset
         y, mask, after = flow.x, flow.mask, []
@@ -170,7 +186,7 @@ class Recurrent(Node):
             wanted = self.return_sequences or added or done < len(self.cells)
             x, place = y, slice(len(after), done)
             changes = patches[place]
-            made, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, changes, weights)
+            made, ends = yield from self._call(cells, x, mask, reset, states[place], wanted, record, changes, weights)
             after += ends
             if made is not None:
                 y = self._add(made, x, mask, reset, record is None) if added else made
@@ -190,11 +206,10 @@ class Recurrent(Node):
         reset: NDArray[np.bool_] | None,
         states: tuple[CellState | None, ...],
         wanted: bool,
-        threads: int,
         record: Recording | None,
         patches: Sequence[CellPatches | None],
         weights: str | None,
-    ) -> tuple[Array | None, list[CellState]]:
+    ) -> Generator[Call, None, tuple[Array | None, list[CellState]]]:
         """Run some of the cells in one call of the kernel; y, the h of the top one, may be None unless `wanted`."""
         batch, steps, _ = x.shape
         after: list[CellState] = []
@@ -216,7 +231,7 @@ class Recurrent(Node):
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
             layers.append(native.Layer(cell.packed_in(weights), before, after[-1], **kept))
-        native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
+        yield native.sequences(x, mask, reset, self.go_backwards), layers
         if record is not None:
             record.extend(made)
         return below, after
@@ -379,6 +394,18 @@ def _check_initial_states(owner: str, node: Node, shapes: Sequence[Shape]) -> No
             raise ShapeError(f"{owner}: expected the initial state {part} [B, {size}], got {shown(shape)}")
 
 
+def _run_each(stacks: Sequence[Calls], threads: int) -> list[tuple[Array, list[CellState]]]:
+    """Run independent stacks, the n-th call of each at the same time, and return their results."""
+    results: list[Any] = [None] * len(stacks)
+
+    def storing(n: int, stack: Calls) -> Iterator[Call]:
+        results[n] = yield from stack
+
+    for calls in zip_longest(*(storing(n, stack) for n, stack in enumerate(stacks))):
+        native.forward_each([call for call in calls if call is not None], threads)
+    return results
+
+
 def _given_states(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
     """Return the initial states that a node takes as inputs, one per cell."""
     arrays = iter([native.plain(start.x) for start in starts])
@@ -492,8 +519,14 @@ class Bidirectional(Node):
         if len(flows) > 1:
             states = _given_states(self, flows[1:])
         half = len(self.forward.cells)
-        ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half], weights)
-        back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:], weights)
+        stacks = [
+            self.forward.kernel_calls(flow, states[:half], record, patches[:half], weights),
+            self.backward.kernel_calls(flow, states[half:], record, patches[half:], weights),
+        ]
+        if record is None:
+            (ahead, after), (back, after_back) = _run_each(stacks, threads)
+        else:  # one after the other, as a recording has the cells in order
+            (ahead, after), (back, after_back) = (_run_each([stack], threads)[0] for stack in stacks)
         if self.merge_mode == "concat":
             y = np.concatenate([ahead, back], axis=-1)
         elif self.merge_mode == "mul":
