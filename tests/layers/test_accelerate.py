@@ -33,7 +33,7 @@ def runs(monkeypatch):
     monkeypatch.setattr(eligibility, "LIMITS", dict.fromkeys(eligibility.LIMITS, eligibility.Limits(1, 1, 1)))
     monkeypatch.setattr(eligibility, "WIDE_RNN_CELL", 1)
     calls = []
-    for name in ("run", "step"):
+    for name in ("run", "forward_each", "step"):
         real = getattr(op, name)
         monkeypatch.setattr(op, name, lambda *args, _real=real, **rest: calls.append(1) or _real(*args, **rest))
     return calls
@@ -346,6 +346,29 @@ def test_weights_in_shared_memory_are_packed_at_each_call_and_others_once(monkey
             for _ in range(3):
                 module(torch.randn(2, 3))
             assert len(packs) == expected
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_both_directions_run_at_the_same_time_with_the_same_bits(kind, packed, monkeypatch):
+    seen, real = [], kernel_calls.native.forward_each
+    monkeypatch.setattr(kernel_calls.native, "forward_each", lambda *given: seen.append(real(*given)))
+    torch.manual_seed(0)
+    module = cs.accelerate(kind(64, 64, 2, bidirectional=True))
+    x, found, before = torch.randn(50, 3, 64), [], torch.get_num_threads()
+    trained = module(x)  # one after the other
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad(), cs.packed_weights(module) if packed else nullcontext():
+                y, state = module(x)
+            found.append((y, *(state if kind is nn.LSTM else (state,))))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [False] * 2 + [True] * 4
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert torch.equal(trained[0], found[0][0])
 
 
 def test_an_optimizer_of_other_weights_keeps_packed_weights(monkeypatch):

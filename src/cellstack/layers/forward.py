@@ -87,11 +87,17 @@ def run(
         if bottom.masks.input is not None:
             y = y * bottom.masks.input.unsqueeze(1)
         wanted = sequences or stop < count or bottom.residual
-        outputs = []
+        calls, keeps, outputs = [], [], []
         for n, reverse in enumerate(directions):
-            keep = None if packed is None else packed.setdefault(start + n, {})
             part = cells[start + n : stop : width]
-            ends, every, output = _call(part, y, used, resets[n], reverse, wanted, traced, recompute, time_major, keep)
+            calls.append(_call(part, y, used, resets[n], reverse, wanted, traced, recompute, time_major))
+            keeps.append(None if packed is None else packed.setdefault(start + n, {}))
+        if bottom.route == "fused":
+            made = zip(calls, op.run_each(calls, keeps), strict=True)
+        else:
+            made = [_elsewhere(cells[start + n], call, traced) for n, call in enumerate(calls)]
+        for call, out in made:
+            ends, every, output = _results(call, out, traced)
             states += ends
             traces += every
             outputs.append(output)
@@ -124,14 +130,8 @@ def _call(
     traced: bool,
     recompute: bool,
     time_major: bool,
-    keep: Kept | None,
-) -> tuple[list[Any], Sequence[Any], Tensor]:
-    """Run cells in one call of the op, or one cell elsewhere.
-
-    Returns:
-        The final states, the traces, and y of the top cell; x instead of a y that isn't `wanted`.
-    """
-    route, spec = cells[0].route, cells[0].call.spec
+) -> op.Call:
+    """Return the call of the op for some cells; without `wanted`, it doesn't return y."""
     calls, begin, weights, masks = [], [], [], []
     for cell in cells:  # faster than four comprehensions
         calls.append(cell.call)
@@ -140,27 +140,35 @@ def _call(
         masks.append(cell.masks)
     dropped = op_masks(masks, calls, x)
     save = traced or needs_grad(x, *begin, *weights)
-    if route == "fused":
-        if recompute and save and not traced:
-            calls = [call.recomputing for call in calls]
-        call = op.Call(x, begin, weights, dropped, used, reset, calls, reverse, wanted, save, 0, time_major)
-        out = op.run(call, keep)
+    if recompute and save and not traced:
+        calls = [call.recomputing for call in calls]
+    return op.Call(x, begin, weights, dropped, used, reset, calls, reverse, wanted, save, 0, time_major)
+
+
+def _elsewhere(cell: CellRun, call: op.Call, traced: bool) -> tuple[op.Call, list[Tensor]]:
+    """Run the call of one cell without the fused kernel; return it, changed to match its results, and these."""
+    x, begin, weights, dropped, used, reset, reverse = *call[:6], call.reverse
+    spec, save = cell.call.spec, False
+    if cell.route == "torch":
+        out = [*eager.by_torch(spec, x, begin, weights, reverse)]
+    elif cell.route == "cudnn" and used is reset is None and not dropped and not traced and x.shape[0] * x.shape[1]:
+        out = [*eager.cudnn_lstm(x, begin, weights, reverse)]
     else:
-        wanted = True
-        if route == "torch":
-            out, save = [*eager.by_torch(spec, x, begin, weights, reverse)], False
-        elif route == "cudnn" and used is reset is None and not dropped and not traced and x.shape[0] * x.shape[1]:
-            out, save = [*eager.cudnn_lstm(x, begin, weights, reverse)], False
-        else:
-            functions, save = [cells[0].functions], traced
-            out = eager.run(x, begin, weights, dropped, used, reset, [spec], functions, reverse, True, save)
+        save = traced
+        out = eager.run(x, begin, weights, dropped, used, reset, [spec], [cell.functions], reverse, True, save)
+    return call._replace(cells=[cell.call], sequences=True, save=save), out
+
+
+def _results(call: op.Call, out: Sequence[Tensor], traced: bool) -> tuple[list[Any], Sequence[Any], Tensor]:
+    """Return the final states, the traces, and y of the top cell; x instead of a y that the call doesn't return."""
+    calls, time_major = call.cells, call.time_major
     ends, stop = [], 0
-    for call in calls:
-        start, stop = stop, stop + len(call.state._fields)
-        ends.append(call.state(*out[start:stop]))
-    if not save:
-        return ends, (), out[stop] if wanted else x
-    specs = [call.spec for call in calls]
+    for cell in calls:
+        start, stop = stop, stop + len(cell.state._fields)
+        ends.append(cell.state(*out[start:stop]))
+    if not call.save:
+        return ends, (), out[stop] if call.sequences else call.x
+    specs = [cell.spec for cell in calls]
     saved = saved_by_layer(specs, out[stop:])
     y = saved[-1].y
     if not traced:

@@ -179,6 +179,20 @@ _saved = lru_cache(maxsize=1024)(CellCall.saved)
 
 def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
     """Return the results of the op."""
+    sequences, layers, results, _held = _prepared(call, keep)
+    native.forward(sequences, layers, call.threads or torch.get_num_threads())
+    return results
+
+
+def forward_each(calls: Sequence[Call], keeps: Sequence[Kept | None]) -> list[list[Tensor]]:
+    """Return the results of independent calls, which run at the same time where that is faster."""
+    prepared = [_prepared(call, keep) for call, keep in zip(calls, keeps, strict=True)]
+    native.forward_each([(one[0], one[1]) for one in prepared], torch.get_num_threads())
+    return [one[2] for one in prepared]
+
+
+def _prepared(call: Call, keep: Kept | None) -> tuple[native.Sequences, list[native.Layer], list[Tensor], list[Any]]:
+    """Return the kernel's objects for a call, the results that it writes, and what must outlive it."""
     x, cells = call.x, call.cells
     batch, steps, _ = x.shape
     sequences, held = _sequences(call)
@@ -205,11 +219,11 @@ def forward(call: Call, keep: Kept | None = None) -> list[Tensor]:
                 made = Saved(_new(x, y), None, (), None)
             saved.append(made)
         layers.append(_layer(cell, packed, start, end, made, masks))
-    native.forward(sequences, layers, call.threads or torch.get_num_threads())
+    held += begin, drops
     if not call.save:
-        return [*ends, *(made.y for made in saved)]
+        return sequences, layers, [*ends, *(made.y for made in saved)], held
     ys, gates, states, norms = zip(*saved, strict=True)
-    return [*ends, *ys, *gates, *(state for of in states for state in of), *norms]
+    return sequences, layers, [*ends, *ys, *gates, *(state for of in states for state in of), *norms], held
 
 
 def step_of(

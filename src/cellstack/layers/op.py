@@ -39,7 +39,7 @@ from cellstack.layers.cell_call import Saved as Saved
 from cellstack.layers.cell_call import by_layer as by_layer
 from cellstack.layers.dropout_masks import dropout_mask as dropout_mask
 from cellstack.layers.kernel_calls import ELEMENTS as ELEMENTS
-from cellstack.layers.kernel_calls import Kept, forward, step_of
+from cellstack.layers.kernel_calls import Kept, forward, forward_each, step_of
 from cellstack.layers.tracing import PLAIN as PLAIN
 from cellstack.layers.tracing import direct as direct
 from cellstack.layers.tracing import symbolic as symbolic
@@ -60,6 +60,16 @@ def run(call: Call, keep: Kept | None = None) -> list[Tensor]:
     if not call.x.is_cpu or not direct(call.x):
         return recurrent(*call.as_op())
     return differentiable(call) if call.save else forward(call, keep)
+
+
+def run_each(calls: Sequence[Call], keeps: Sequence[Kept | None]) -> list[list[Tensor]]:
+    """Run independent calls over the same x as `run` does; without gradients, at the same time where that is faster."""
+    x = calls[0].x
+    if len(calls) == 1 or any(call.save for call in calls) or not x.is_cpu or not direct(x):
+        return [run(call, keep) for call, keep in zip(calls, keeps, strict=True)]
+    if uses_bfloat16(x):
+        calls = [call._replace(cells=[cell.in_bf16 for cell in call.cells]) for call in calls]
+    return forward_each(calls, keeps)
 
 
 def step(
