@@ -123,8 +123,8 @@ struct Run {
 };
 
 // Runs independent stacks, such as the two directions of a layer: at the same time, each with an equal part of the
-// threads, or one after the other, each with all of them, whichever is estimated to be faster. The bits are the same.
-// Returns whether they ran at the same time.
+// threads, or one after the other, each with all of them. The faster way is chosen by an estimate. The bits are the
+// same. Returns whether they ran at the same time.
 template <class T>
 bool forward(const std::vector<Run<T>>& runs, int threads);
 

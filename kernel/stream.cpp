@@ -140,8 +140,8 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
     // Threads divide the rows if there are enough, else the units or the layers: each team's layers stay a chunk behind
     // the team below.
     const int tasks = std::min(threads, s.groups);
-    const Cut cut = s.groups == 1 ? cut_up(s.weights, s.batch, steps, 1, false, threads)
-                                  : Cut{tasks, std::min(depth, threads / tasks), 1, s.chunk};
+    const Cut cut = s.groups == 1 && threads > 1 ? cut_up(s.weights, s.batch, steps, 1, false, threads)
+                                                 : Cut{tasks, std::min(depth, threads / tasks), 1, s.chunk};
     if (cut.shares > 1) return s.share_out(x, y, steps, cut.shares);
     const int teams = chunks > 1 ? cut.teams : 1;
     for (int64_t round = 0; round < (teams > 1 ? chunks + teams - 1 : 1); ++round)

@@ -177,7 +177,14 @@ class Recurrent(Node):
         patches: Sequence[CellPatches | None],
         weights: str | None,
     ) -> Calls:
-        """Yield the kernel calls of `forward`, which must have run before the next one is requested."""
+        """Yield the kernel calls of `forward`; the caller runs each before it requests the next one.
+
+        Args:
+            flow, states, record, patches, weights: see `forward`.
+
+        Returns:
+            the results of `forward`.
+        """
         steps, at_end = flow.x.shape[1], 0 if self.go_backwards else -1
         reset = _from_the_end(flow.reset) if self.go_backwards else flow.reset
         y, mask, after = flow.x, flow.mask, []
