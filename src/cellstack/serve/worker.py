@@ -50,6 +50,19 @@ class Journal(Protocol):
         """Do what is due between two batches, such as a snapshot."""
 
 
+class Recorder(Protocol):
+    """Records steps of sessions, for traces and metrics; see `tracing.py`."""
+
+    def before(self, sessions: NDArray[np.int64]) -> Any:
+        """Return what `after` needs of the states before a step of different sessions."""
+
+    def after(self, sessions: NDArray[np.int64], rows: Records, before: Any) -> None:
+        """Record a step that succeeded."""
+
+    def closed(self, session: int) -> None:
+        """Forget a session."""
+
+
 class Frames:
     """A group of frames that arrived together: a queued item.
 
@@ -91,6 +104,7 @@ class Worker:
     ) -> None:
         self.pool, self.rows, self.kept = pool, rows, kept
         self.journal: Journal | None = None
+        self.recorder: Recorder | None = None
         self.count = np.zeros(pool.capacity, np.int64)
         self._stored_from = np.zeros(pool.capacity, np.int64)
         self._answers = np.zeros((pool.capacity, kept), [("refused", "?"), ("row", rows.outputs)])
@@ -159,6 +173,8 @@ class Worker:
         """Note that a session was closed. Only called by a function that `call` runs."""
         if self.journal is not None:
             self.journal.closed(session)
+        if self.recorder is not None:
+            self.recorder.closed(session)
 
     def _put(self, item: Any) -> None:
         with self._queued:
@@ -266,6 +282,8 @@ class Worker:
         """Step different sessions once. If the network refuses the batch, each is stepped alone."""
         if not len(sessions):
             return
+        recorder = self.recorder
+        before = None if recorder is None else recorder.before(sessions)
         try:
             results = self.pool.step(sessions, self.rows.given(rows))
         except (ValueError, TypeError) as error:
@@ -276,6 +294,8 @@ class Worker:
                 one = slice(n, n + 1)
                 self._step_once(sessions[one], rows[one], at[one], answers, refused)
             return
+        if recorder is not None:
+            recorder.after(sessions, rows, before)
         own = np.zeros(len(sessions), self.rows.outputs)
         self.rows.answers(results, own)
         answers[at] = own
