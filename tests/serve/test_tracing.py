@@ -71,7 +71,7 @@ def test_refused_frames_are_not_in_a_trace():
         session = await model.open()
         with pytest.raises(ServeError) as refused:
             await trace_page(model, session)
-        assert refused.value.status == 409
+        assert refused.value.status == 202
         x[1] = np.nan
         await model.steps(session, records(model, x))
         assert "the last 3 steps, until frame 4" in await trace_page(model, session)

@@ -120,7 +120,7 @@ async def trace_page(model: Model, session: Session, steps: int = 100) -> str:
         steps: the largest number of steps.
 
     Raises:
-        ServeError: a number of steps outside 1 to 1000 (400); nothing has been recorded yet (409); the network can't be
+        ServeError: a number of steps outside 1 to 1000 (400); nothing has been recorded yet (202); the network can't be
             run from an intermediate state (501).
     """
     if not 1 <= steps <= MOST_STEPS:
@@ -136,7 +136,7 @@ async def trace_page(model: Model, session: Session, steps: int = 100) -> str:
     frame, kept = await model.call(read)
     if kept is None:
         why = f"the steps of this session are recorded from frame {frame + 1} on"
-        raise ServeError(409, f"{why}: request the trace again after some frames")
+        raise ServeError(202, f"{why}: request the trace again after some frames")
     return await asyncio.to_thread(_page, model, frame, kept, steps)
 
 
