@@ -11,7 +11,7 @@ import pytest
 
 from cellstack import Cell, CellSpec, Network, Recurrent
 from cellstack.serve import Limits, Models
-from cellstack.serve.server import Server, Settings, listening
+from cellstack.serve.server import Server, Settings, listen
 
 WIDTH, UNITS = 3, 5
 
@@ -55,7 +55,7 @@ def running(*paths, limits=None, threads=1, options=None, **settings):
     for path in paths:
         models.add(path)
     chosen = Settings(port=0, limits=limits, threads=threads, **settings)
-    socket, reports = listening(chosen.host, chosen.port), []
+    socket, reports = listen(chosen.host, chosen.port), []
     server = Server(models, chosen, reports.append)
     loops = []
 

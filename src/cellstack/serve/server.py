@@ -14,12 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+try:
+    import uvicorn
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from cellstack.serve.app import application
+    from cellstack.serve.app import application
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
+    ) from error
 from cellstack.serve.models import Limits, Models
+from cellstack.serve.texts import described
 from cellstack.spec import FormatError
 
 HEAD_SECONDS = 10.0  # in which a request's head must arrive
@@ -63,7 +69,7 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def listening(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
@@ -155,14 +161,21 @@ class Server(uvicorn.Server):
         models: the models, which are loaded.
         settings: see `Settings`.
         report: called with what an operator should know, such as the result of a reload.
+        listens: called with the URL and the descriptions of the models when it listens.
 
     Attributes:
         ready: whether it takes requests.
         signal: the number of the signal that stopped it, if any.
     """
 
-    def __init__(self, models: Models, settings: Settings, report: Callable[[str], None] = print) -> None:
-        self.models, self.settings, self.report = models, settings, report
+    def __init__(
+        self,
+        models: Models,
+        settings: Settings,
+        report: Callable[[str], None] = print,
+        listens: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.models, self.settings, self.report, self._listens = models, settings, report, listens
         self.ready, self.signal = False, 0
         self.app = application(models, settings.tokens, settings.allow_origins, self)
         self._reloading = asyncio.Lock()
@@ -216,6 +229,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._start(self._close_idle())
         self.ready = True
+        assert sockets
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http{'s' if self.settings.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        models = [described(versions[-1]) for versions in self.models.versions.values()]
+        self._listens({"url": url, "port": port, "models": models})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting connections, answer what was received, and end."""
