@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cellstack.formats.state import state_from, state_to_bytes
 from cellstack.serve.rows import Records, Rows
-from cellstack.serve.worker import Answers, Frames, Worker
+from cellstack.serve.worker import Answers, Frames, Worker, call_all
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -126,6 +126,7 @@ class Model:
         rows: the records of a step, or None for a network that can't run step by step; `why_not` is the reason.
         accepted: the number of the last queued frame of each slot of the pool.
         used: `time.monotonic()` of the last use of each slot of the pool.
+        initial: the state of a new session.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Model:
         self.accepted = np.zeros(self.capacity, np.int64)
         self.used = np.zeros(self.capacity)
         example = self.pool.open()
-        self._like = self.pool.state(example)
+        self.initial = self.pool.state(example)
         self.pool.close(example)
         self.worker = Worker(self.pool, self.rows, self._deliver, limits.kept)
 
@@ -161,12 +162,13 @@ class Model:
         """
         from cellstack.formats import load
 
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        return cls(path.stem, load(path, **options), limits, version, digest, threads)
+        return cls(path.stem, load(path, **options), limits, version, digest_of(path), threads)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver answers on this event loop from now on."""
         self._loop = loop
+        if self.rows is not None:
+            self.worker.soon = loop.call_soon
 
     def stop(self) -> None:
         """Process the queued frames and end the model's threads."""
@@ -176,7 +178,7 @@ class Model:
 
     def _deliver(self, done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(_call_all, done)
+        self._loop.call_soon_threadsafe(call_all, done)
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the worker's thread, after all frames that were submitted before."""
@@ -213,7 +215,7 @@ class Model:
         entries, frames = None, 0
         if state is not None:
             try:
-                entries, found = state_from(state, self.network, self._like)
+                entries, found = state_from(state, self.network, self.initial)
             except ValueError as error:
                 raise ServeError(400, str(error)) from None
             frames = int(found.get("frames", "0"))
@@ -221,11 +223,17 @@ class Model:
 
         def opened() -> int:
             number = self.pool.open(entries)
-            self.worker.opened(number, token, frames)
+            try:
+                self.worker.opened(number, token, frames)
+            except OSError:
+                self.pool.close(number)
+                raise
             return number
 
         try:
             number = await self.call(opened)
+        except OSError as error:
+            raise ServeError(503, f"the session can't be stored: {error.strerror or error}") from None
         except RuntimeError:
             raise ServeError(503, f"all {self.capacity} sessions of {self.name} are in use") from None
         session = self.sessions[token] = Session(token, self, number, owner)
@@ -313,9 +321,13 @@ class Model:
         return await asyncio.get_running_loop().run_in_executor(self._runs, self.network, x)
 
 
-def _call_all(done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
-    for function, result in done:
-        function(result)
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{digest_of(file)} {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class Models:
