@@ -27,8 +27,16 @@ from cellstack.serve.sockets import Connections, Endpoint, Multiplex, Stream
 from cellstack.serve.texts import described, parsed, text_of
 from cellstack.serve.tracing import trace_page
 
+try:
+    from starlette.middleware.opentelemetry import OpenTelemetryMiddleware
+except ImportError:  # OpenTelemetry is optional
+    OpenTelemetryMiddleware = None
+
 BODY_SECONDS = 60.0  # in which a request's body must arrive
 OPEN_PATHS = ("/", "/health", "/ready")  # without a token: the page has no data, and probes have no tokens
+
+# Spans have the whole URL: requests with a secret in it get none, and frequent ones from probes neither.
+UNTRACED = (r"/sessions/", r"[?&](access_)?token=", r"/(health|ready|metrics)$")
 
 Authorized = Callable[[HTTPConnection], bool]
 
@@ -80,6 +88,8 @@ def application(
     if allow_origins:
         every = {"allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(allow_origins), **every))
+    if OpenTelemetryMiddleware is not None:
+        middleware.insert(0, Middleware(OpenTelemetryMiddleware, excluded_urls=UNTRACED))
     handlers: dict[Any, Any] = {ServeError: _serve_error, HTTPException: _http_error, Exception: _bug}
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.state.connections = connections
