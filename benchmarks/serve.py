@@ -568,10 +568,10 @@ def measured(server, started, seconds, expected=None):
 
 def show(what, server, figures):
     if "p50_ms" not in figures:
-        print(f"{what:26}{server.name:12}no answers", flush=True)
+        print(f"{what:28}{server.name:13}no answers", flush=True)
         return
     print(
-        f"{what:26}{server.name:12}p50 {figures['p50_ms']:8.2f}  p99 {figures['p99_ms']:8.2f}  max "
+        f"{what:28}{server.name:13}p50 {figures['p50_ms']:8.2f}  p99 {figures['p99_ms']:8.2f}  max "
         f"{figures['max_ms']:8.1f} ms   server {figures['server_us_per_frame']:6.1f} us/frame, "
         f"{figures['server_cores']:.2f} cores ({figures['server_first_thread_share']:.0%} in the first thread)   "
         f"client {figures['client_us_per_frame']:5.1f} us, {figures['client_cores']:.2f} cores   "
@@ -608,7 +608,7 @@ def memory(server, args):
         early, late = rows[len(rows) // 10], rows[-1]
         figures[what] = {"from": early[0], "to": late[0], "from_mb": early[1], "to_mb": late[1]}
         print(
-            f"memory, {what:18}{server.name:12}{early[1]:8.1f} MB after {early[0]:,}, {late[1]:8.1f} MB after "
+            f"memory, {what:20}{server.name:13}{early[1]:8.1f} MB after {early[0]:,}, {late[1]:8.1f} MB after "
             f"{late[0]:,}",
             flush=True,
         )

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families as parsed
 from cellstack import Cell, CellSpec, Network, Recurrent
 from cellstack.formats import save
 from cellstack.serve import Limits, Models, metrics
+from cellstack.serve.app import application
 from cellstack.serve.metrics import exposition
 
 WIDTH, H = 3, 5
@@ -140,3 +141,40 @@ def test_a_sample_is_taken_rarely_and_leaves_the_answers(tmp_path):
         assert (np.concatenate(found) == np.concatenate([stream.step(one[None]) for one in x])).all()
 
     served(network(), test, tmp_path)
+
+
+def test_spans_of_opentelemetry_contain_no_token(tmp_path, monkeypatch):
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    provider, spans = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+
+    async def test(models, model):
+        app = application(models)
+
+        async def get(path, query=""):
+            scope = {"type": "http", "method": "GET", "path": path, "query_string": query.encode(), "headers": []}
+            sent = []
+
+            async def receive():
+                return {"type": "http.request", "body": b""}
+
+            async def send(message):
+                sent.append(message)
+
+            await app(scope, receive, send)
+            return sent[0]["status"]
+
+        session = await model.open()
+        assert await get("/models/vad") == 200
+        assert await get(f"/sessions/{session.token}") == 200
+        assert await get("/models", "access_token=secret") == 200
+        assert await get("/metrics") == 200
+
+    served(network(), test, tmp_path)
+    assert [span.attributes["url.path"] for span in spans.get_finished_spans()] == ["/models/vad"]

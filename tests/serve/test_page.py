@@ -1,15 +1,17 @@
 """The page of a server in a real browser, with the server in a thread."""
 
 import asyncio
+import re
 import threading
 
 import numpy as np
 import pytest
 import uvicorn
-from cellstack.serve.app import application
+from playwright.sync_api import expect
 
 from cellstack import Bidirectional, Cell, CellSpec, Network, Recurrent
 from cellstack.serve import Limits, Models
+from cellstack.serve.app import application
 
 WIDTH, H = 3, 12
 
@@ -24,7 +26,9 @@ class Running:
 
     def __init__(self, folder, tokens=()):
         networks = {
-            "both_ways": Network([Bidirectional(Recurrent((cell(WIDTH, 2),)), Recurrent((cell(WIDTH, 2),)))]),
+            "both_ways": Network(
+                [Bidirectional(Recurrent((cell(WIDTH, 2),)), Recurrent((cell(WIDTH, 2),), go_backwards=True))]
+            ),
             "states": Network([Recurrent((cell(WIDTH, H),))]),
             "voice": Network([Recurrent((cell(160, 4),))]),
         }
@@ -90,13 +94,15 @@ def session_of(server, name):
 
 
 def answered(page, frame):
-    page.wait_for_function(f"document.querySelector('[data-figure=frame]').textContent === '{frame}'")
+    """Wait for the answer to a frame: its number, or a pattern."""
+    expected = frame if isinstance(frame, re.Pattern) else str(frame)
+    expect(page.locator("[data-figure=frame]")).to_have_text(expected, timeout=10_000)
 
 
 def end(page, server, name):
     """End the page's session, so that the next test finds none."""
     page.get_by_role("button", name="New session").click()
-    page.wait_for_function("document.querySelector('[data-figure=frame]').textContent === '0'")
+    answered(page, 0)
     for _ in range(100):
         if not server.models.model(name).sessions:
             return
@@ -126,7 +132,7 @@ def test_a_generated_signal_runs_until_it_is_stopped(screen, server):
     page.get_by_role("button", name="Signal").click()
     page.get_by_label("Frames per second").fill("100")
     page.get_by_role("button", name="Start").click()
-    page.wait_for_function("Number(document.querySelector('[data-figure=frame]').textContent) > 10")
+    answered(page, re.compile(r"[1-9]\d"))
     page.get_by_role("button", name="Stop").click()
     assert page.locator("[data-figure=median]").inner_text().endswith(" ms")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
@@ -211,7 +217,7 @@ def test_the_trace_of_the_session_opens(screen, server):
 def test_a_session_that_the_server_closes(screen, server):
     page = screen()
     page.get_by_role("button", name="Start").click()
-    page.wait_for_function("Number(document.querySelector('[data-figure=frame]').textContent) > 0")
+    answered(page, re.compile(r"[1-9]"))
     session = session_of(server, "states")
     asyncio.run_coroutine_threadsafe(session.model.close(session), session.model._loop).result(10)
     page.get_by_text("the session was closed").wait_for()

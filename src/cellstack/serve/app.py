@@ -15,17 +15,28 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
 from cellstack.serve.openapi import OPENAPI
+from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint, Multiplex, Stream
 from cellstack.serve.texts import described, parsed, text_of
+from cellstack.serve.tracing import trace_page
+
+try:
+    from starlette.middleware.opentelemetry import OpenTelemetryMiddleware
+except ImportError:  # OpenTelemetry is optional
+    OpenTelemetryMiddleware = None
 
 BODY_SECONDS = 60.0  # in which a request's body must arrive
 OPEN_PATHS = ("/", "/health", "/ready")  # without a token: the page has no data, and probes have no tokens
+
+# Spans have the whole URL: requests with a secret in it get none, and frequent ones from probes neither.
+UNTRACED = (r"/sessions/", r"[?&](access_)?token=", r"/(health|ready|metrics)$")
 
 Authorized = Callable[[HTTPConnection], bool]
 
@@ -55,6 +66,8 @@ def application(
 
     api = Api(models, state)
     routes = [
+        Route("/", api.page),
+        Route("/metrics", api.metrics),
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/openapi.json", api.openapi),
@@ -67,6 +80,7 @@ def application(
         Route("/sessions/{token}/step", api.step, methods=["POST"]),
         Route("/sessions/{token}/steps", api.steps, methods=["POST"]),
         Route("/sessions/{token}/state", api.state),
+        Route("/sessions/{token}/trace", api.trace),
         WebSocketRoute("/models/{name}/stream", Endpoint(Stream, models, connections)),
         WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
     ]
@@ -74,6 +88,8 @@ def application(
     if allow_origins:
         every = {"allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(allow_origins), **every))
+    if OpenTelemetryMiddleware is not None:
+        middleware.insert(0, Middleware(OpenTelemetryMiddleware, excluded_urls=UNTRACED))
     handlers: dict[Any, Any] = {ServeError: _serve_error, HTTPException: _http_error, Exception: _bug}
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.state.connections = connections
@@ -139,6 +155,15 @@ class Api:
         if self.state_of_server is not None and not self.state_of_server.ready:
             raise ServeError(503, "the server is starting or stopping")
         return JSONResponse({"status": "ready"})
+
+    async def page(self, request: Request) -> Response:
+        """Return the page on which the models are tried."""
+        return HTMLResponse(page())
+
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics for Prometheus."""
+        content_type, body = exposition(self.models, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
 
     async def openapi(self, request: Request) -> Response:
         """Return the description of this API."""
@@ -215,6 +240,14 @@ class Api:
         """Return a session's state."""
         session = self._session(request)
         return Response(await session.model.state(session), media_type="application/octet-stream")
+
+    async def trace(self, request: Request) -> Response:
+        """Return the trace page of a session's last steps."""
+        session = self._session(request)
+        steps = request.query_params.get("steps", "100")
+        if not (steps.isascii() and steps.isdigit() and len(steps) < 10):
+            raise ServeError(400, f"steps: expected a number, got {steps!r:.50}")
+        return HTMLResponse(await trace_page(session.model, session, int(steps)))
 
     async def _steps(self, session: Any, x: list[Any]) -> tuple[int, list[Any], dict[int, str]]:
         """Step a session; return the last frame's number, the outputs, None where refused, and the reasons."""

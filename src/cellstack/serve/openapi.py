@@ -101,5 +101,17 @@ OPENAPI: dict[str, Any] = {
             "token",
             get=_operation("Return a session's state", (200, _answer("the state", BYTES, "application/octet-stream"))),
         ),
+        "/sessions/{token}/trace": _path(
+            "token",
+            get=_operation(
+                "Return the trace of a session's last steps as a page",
+                (200, _answer("the page", TEXT, "text/html")),
+                (202, _answer("no step is recorded yet; steps are recorded from now on", _object(error=TEXT))),
+                query="steps",
+            ),
+        ),
+        "/metrics": _path(
+            "", get=_operation("Return metrics for Prometheus", (200, _answer("the metrics", TEXT, "text/plain")))
+        ),
     },
 }
