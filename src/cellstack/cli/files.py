@@ -188,7 +188,7 @@ def info(args: argparse.Namespace) -> int:
     head = f"{path}: {size:,} bytes"
     options = load_options(args)
     try:
-        net = _loaded(path, options)
+        net = loaded(path, options, lambda: load(path, **options))
     except FormatError as error:
         if options:  # they ask for the whole network
             raise

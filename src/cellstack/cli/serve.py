@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cellstack.cli.files import add_load_options, load_options, loaded
 from cellstack.formats.files import found
 from cellstack.train.checks import UsageError
 
+if TYPE_CHECKING:
+    import socket
+
+    from cellstack.serve.server import Settings
+
+HANDOVER_SECONDS = 5.0  # for another server of the same folder to exit
 LEVELS = ("none", "snapshot", "frames", "synced")
 TOKEN = "CELLSTACK_TOKEN"  # of the environment
 
@@ -38,6 +45,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what is stored: nothing, states every few seconds, every frame (survives the process) or synced (survives "
     text += "the machine) (default: frames with --durable)"
     group.add_argument("--durability", choices=LEVELS, help=text)
+    text = "start also if stored sessions are damaged, with what precedes the damage"
+    group.add_argument("--recover", action="store_true", help=text)
     text = "open sessions per model (default: %(default)s)"
     group.add_argument("--sessions", type=int, default=10_000, metavar="N", help=text)
     text = "close sessions that were unused for this many seconds (default: %(default)s)"
@@ -59,8 +68,8 @@ def serve(args: argparse.Namespace) -> int:
         0 after SIGTERM, 130 after Ctrl-C.
     """
     try:
-        from cellstack.serve import Limits, Models
-        from cellstack.serve.server import Server, Settings, listen, prepare_process
+        from cellstack.serve import Limits, Models, ServeError
+        from cellstack.serve.server import Server, Settings, prepare_process
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
     for name, least in (("port", 0), ("sessions", 1), ("idle", 0), ("connections", 1), ("message", 1024), ("rate", 0)):
@@ -86,6 +95,7 @@ def serve(args: argparse.Namespace) -> int:
         tls_key=args.tls_key,
         threads=args.threads or 1,
         options=load_options(args),
+        recover=args.recover,
     )
 
     def say(text: str) -> None:
@@ -101,12 +111,8 @@ def serve(args: argparse.Namespace) -> int:
             say(f"{model['name']}: {' -> '.join(shapes)}{steps}")
         say(f"cellstack serve: listening on {description['url']}" + (" (token required)" * bool(settings.tokens)))
 
-    try:
-        listening = listen(args.host, args.port)
-    except OSError as error:
-        raise UsageError(
-            f"{args.host}:{args.port}: {os.strerror(error.errno) if (error.errno or 0) > 0 else error}"
-        ) from None
+    durable = settings.durable if settings.durability != "none" else None
+    sockets = _sockets(settings) if durable is None else None
     models = Models(limits, settings.threads, settings.options)
     for name in args.models:
         path = Path(found(name))
@@ -114,8 +120,26 @@ def serve(args: argparse.Namespace) -> int:
             raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
         loaded(str(path), settings.options, partial(models.add, path))
     server = Server(models, settings, report=lambda text: say(f"cellstack serve: {text}"), listens=listens)
-    server.run([listening])
+    if durable is not None:
+        from cellstack.serve.durable import request_handover
+
+        try:
+            sockets = asyncio.run(request_handover(durable)) or _sockets(settings)
+            server.restore(HANDOVER_SECONDS)
+        except ServeError as error:
+            raise UsageError(str(error)) from None
+    server.run(sockets)
     return 130 if server.signal == signal.SIGINT else 0
+
+
+def _sockets(settings: Settings) -> list[socket.socket]:
+    from cellstack.serve.server import listen
+
+    try:
+        return [listen(settings.host, settings.port)]
+    except OSError as error:
+        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error
+        raise UsageError(f"{settings.host}:{settings.port}: {why}") from None
 
 
 def tokens(given: str | None) -> tuple[str, ...]:

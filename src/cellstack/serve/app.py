@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellstack.serve.inference_protocol import http as inference_protocol
 from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
 from cellstack.serve.openapi import OPENAPI
@@ -26,6 +27,7 @@ from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint, Multiplex, Stream
 from cellstack.serve.texts import described, parsed, text_of
 from cellstack.serve.tracing import trace_page
+from cellstack.serve.worker import StoppingError
 
 try:
     from starlette.middleware.opentelemetry import OpenTelemetryMiddleware
@@ -33,7 +35,13 @@ except ImportError:  # OpenTelemetry is optional
     OpenTelemetryMiddleware = None
 
 BODY_SECONDS = 60.0  # in which a request's body must arrive
-OPEN_PATHS = ("/", "/health", "/ready")  # without a token: the page has no data, and probes have no tokens
+OPEN_PATHS = (
+    "/",
+    "/health",
+    "/ready",
+    "/v2/health/live",
+    "/v2/health/ready",
+)  # without a token: the page has no data, and probes have no tokens
 
 # Spans have the whole URL: requests with a secret in it get none, and frequent ones from probes neither.
 UNTRACED = (r"/sessions/", r"[?&](access_)?token=", r"/(health|ready|metrics)$")
@@ -62,7 +70,7 @@ def application(
         kind, _, given = connection.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             given = connection.query_params.get("access_token", "")
-        return any([hmac.compare_digest(given.encode(), token) for token in known])
+        return max(hmac.compare_digest(given.encode(), token) for token in known)  # of all, in constant time
 
     api = Api(models, state)
     routes = [
@@ -83,6 +91,7 @@ def application(
         Route("/sessions/{token}/trace", api.trace),
         WebSocketRoute("/models/{name}/stream", Endpoint(Stream, models, connections)),
         WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
+        *inference_protocol.routes(models, authorized),
     ]
     middleware = [Middleware(Guard, authorized=authorized, allow_origins=frozenset(allow_origins))]
     if allow_origins:
@@ -90,7 +99,12 @@ def application(
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(allow_origins), **every))
     if OpenTelemetryMiddleware is not None:
         middleware.insert(0, Middleware(OpenTelemetryMiddleware, excluded_urls=UNTRACED))
-    handlers: dict[Any, Any] = {ServeError: _serve_error, HTTPException: _http_error, Exception: _bug}
+    handlers: dict[Any, Any] = {
+        ServeError: _serve_error,
+        StoppingError: _stopping,
+        HTTPException: _http_error,
+        Exception: _bug,
+    }
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.state.connections = connections
     return app
@@ -110,6 +124,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {404: f"no such path: {request.url.path}", 405: f"{request.method} isn't possible here"}
     return JSONResponse({"error": text.get(error.status_code, error.detail)}, error.status_code, error.headers)
+
+
+async def _stopping(request: Request, error: Exception) -> Response:
+    return _error(503, str(error))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
@@ -254,12 +272,13 @@ class Api:
         if session.owner is not None:
             raise ServeError(409, "a WebSocket sends this session's frames; close it first")
         rows = session.model.rows
+        n = 0
         given = []
-        for n, values in enumerate(x):
-            try:
+        try:
+            for n, values in enumerate(x):
                 given.append(rows.parse(values))
-            except ValueError as error:  # of any frame: none is stepped
-                raise ServeError(400, f"step {n}: {error}" if len(x) > 1 else str(error)) from None
+        except ValueError as error:  # no frame is stepped
+            raise ServeError(400, f"step {n}: {error}" if len(x) > 1 else str(error)) from None
         frame = session.accepted + len(x)
         answers = await session.model.steps(session, np.concatenate(given))
         y = [None if n in answers.refused else rows.plain(row) for n, row in enumerate(answers.rows)]

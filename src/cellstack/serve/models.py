@@ -91,6 +91,10 @@ class Session:
         """The number of the last frame that was queued."""
         return int(self.model.accepted[self.slot])
 
+    @accepted.setter
+    def accepted(self, number: int) -> None:
+        self.model.accepted[self.slot] = number
+
     @property
     def used(self) -> float:
         """`time.monotonic()` of the last use."""
@@ -237,7 +241,7 @@ class Model:
         except RuntimeError:
             raise ServeError(503, f"all {self.capacity} sessions of {self.name} are in use") from None
         session = self.sessions[token] = Session(token, self, number, owner)
-        self.accepted[session.slot] = frames
+        session.accepted = frames
         session.touch()
         self.opened += 1
         return session

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import uvicorn
@@ -24,13 +24,17 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
-from cellstack.serve.models import Limits, Models
+from cellstack.serve.models import Limits, Models, ServeError, digest_of
 from cellstack.serve.texts import described
 from cellstack.spec import FormatError
+
+if TYPE_CHECKING:
+    from cellstack.serve.durable import HandoverServer, Store
 
 HEAD_SECONDS = 10.0  # in which a request's head must arrive
 HEAD_BYTES = 64 << 10  # of a head that isn't complete
 BACKLOG = 2048
+SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
 SWITCH_SECONDS = (
     0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
 )
@@ -52,6 +56,7 @@ class Settings:
         tls_cert, tls_key: files of the certificate and its key; None: no TLS.
         threads: the threads of a step.
         options: keyword arguments of `cellstack.load`.
+        recover: start also if stored sessions are damaged, with what precedes the damage.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +72,7 @@ class Settings:
     tls_key: str | None = None
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    recover: bool = False
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -178,6 +184,10 @@ class Server(uvicorn.Server):
         self.models, self.settings, self.report, self._listens = models, settings, report, listens
         self.ready, self.signal = False, 0
         self.app = application(models, settings.tokens, settings.allow_origins, self)
+        self._store: Store | None = None
+        self._handover: HandoverServer | None = None
+        self._grpc: Any = None
+        self._finished = False
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         config = uvicorn.Config(
@@ -221,32 +231,91 @@ class Server(uvicorn.Server):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def restore(self, wait: float = 0.0) -> None:
+        """Restore the stored sessions, and store sessions from now on. Called before `run`.
+
+        Args:
+            wait: seconds to wait for a server that is about to exit.
+
+        Raises:
+            ServeError, FormatError, OSError: see `durable.Store`.
+        """
+        from cellstack.serve.durable import Store
+
+        settings, models = self.settings, self.models
+        assert settings.durable is not None
+        self._store = store = Store(settings.durable, settings.durability, wait=wait)
+        loaded = {model.digest for model in models.all()}
+        for path in reversed(store.stored_models()):  # older versions, of which there are sessions
+            if digest_of(path) not in loaded:
+                models.versions.setdefault(path.stem, []).insert(0, models.load(path))
+        for name, versions in models.versions.items():
+            for number, model in enumerate(versions, 1):
+                model.version = number
+                found = store.restore(
+                    model, models.paths.get(name) if model is versions[-1] else None, settings.recover
+                )
+                if found is not None and (found.sessions or found.damage):
+                    said = f"{name}: restored {found.sessions} sessions and {found.frames} frames"
+                    self.report(f"{said} in {found.seconds:.2f} s")
+                    for text in found.damage:
+                        self.report(f"{name}: {text}")
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving."""
-        loop = asyncio.get_running_loop()
+        assert sockets
+        loop, settings = asyncio.get_running_loop(), self.settings
         for model in self.models.all():
             model.start(loop)
+        if settings.grpc_port is not None:
+            from cellstack.serve.inference_protocol import grpc
+
+            self._grpc = await grpc.start(self.models, settings.host, settings.grpc_port, settings.tokens)
+        if self._store is not None:
+            from cellstack.serve.durable import HandoverServer
+
+            assert settings.durable is not None
+            self._handover = HandoverServer(settings.durable, [one.dup() for one in sockets], self.finish)
+            await self._handover.start()
+            self._start(self._exit_after_handover(self._handover))
         await super().startup(sockets)
         self._start(self._close_idle())
         self.ready = True
-        assert sockets
         host, port = sockets[0].getsockname()[:2]
-        url = f"http{'s' if self.settings.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"http{'s' if settings.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
         models = [described(versions[-1]) for versions in self.models.versions.values()]
         self._listens({"url": url, "port": port, "models": models})
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting connections, answer what was received, and end."""
-        self.ready = False
+    async def _exit_after_handover(self, handover: HandoverServer) -> None:
+        await handover.done.wait()
+        self.report("another process continues")
+        self.should_exit = True
+
+    async def finish(self) -> None:
+        """Accept no more connections, answer all frames that were received, and store the sessions."""
+        if self._finished:
+            return
+        self._finished, self.ready = True, False
         for server in self.servers:
             server.close()
+        await asyncio.sleep(SETTLE_SECONDS)
         await self.app.state.connections.finish()
-        await super().shutdown(sockets)
-        for task in self._tasks:
-            task.cancel()
+        if self._grpc is not None:
+            await self._grpc.stop(SETTLE_SECONDS)
         loop = asyncio.get_running_loop()
         for model in self.models.all():
             await loop.run_in_executor(None, model.stop)
+        if self._store is not None:
+            self._store.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, after `finish`."""
+        if self._handover is not None:
+            await self._handover.close()
+        await self.finish()
+        for task in self._tasks:
+            task.cancel()
+        await super().shutdown(sockets)
 
     async def reload(self) -> None:
         """Load the models whose files have changed. Open sessions stay with the version that they began with."""
@@ -262,6 +331,13 @@ class Server(uvicorn.Server):
                 if model.digest and model.digest == current.digest:
                     await loop.run_in_executor(None, model.stop)
                     self.report(f"{name}: {path} hasn't changed")
+                    continue
+                try:
+                    if self._store is not None:
+                        await loop.run_in_executor(None, self._store.restore, model, path)
+                except (ServeError, OSError) as error:
+                    self.report(f"{path}: {error}; version {current.version} stays")
+                    await loop.run_in_executor(None, model.stop)
                     continue
                 model.start(loop)
                 self.models.add(path, model)

@@ -443,10 +443,7 @@ class Multiplex(Connection):
                 self._unanswered += len(stored)
             return found
 
-        found = []
-        for wanted in asked:
-            found.append(await one(wanted))
-        return found, groups
+        return [await one(wanted) for wanted in asked], groups
 
     async def _close(self, numbers: list[Any]) -> list[int]:
         sessions = []

@@ -24,6 +24,13 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 SIZES = tuple(2**n for n in range(13))  # bounds of batch sizes
 
 
+class StoppingError(RuntimeError):
+    """The server is stopping, and takes no more frames."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping")
+
+
 class Answers(NamedTuple):
     """The result of a group of frames, in its order.
 
@@ -121,6 +128,7 @@ class Worker:
         self._new: list[Frames] = []  # submitted in this iteration of the event loop
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of `Frames`, calls, and None for the end
         self._queued = self._handled = 0  # items; the thread is idle if they are equal
+        self._lock = threading.RLock()  # of these; held while frames are stepped outside the thread
         self._few_seconds = 0.0  # of a step of few frames, smoothed
         self._stopping = False
         self._rate, self._size = 0.0, 1.0  # frames per second and per batch, smoothed
@@ -137,25 +145,26 @@ class Worker:
 
     def submit(self, frames: Frames) -> None:
         """Queue frames."""
-        if self.soon is None:
-            self._put(frames)
-            return
-        if not self._new:
-            self.soon(self._flush)
-        self._new.append(frames)
+        with self._lock:
+            if self.soon is None or self._stopping:
+                self._put(frames)
+                return
+            if not self._new:
+                self.soon(self._flush)
+            self._new.append(frames)
 
     def call(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Queue a call between batches, after all frames submitted before.
+        """Queue a call between batches, after all frames submitted before. Any thread may call it.
 
         `done` receives the result, or the exception that it raised, through `deliver`.
         """
-        self._put(*self._new, (function, done))
-        self._new = []
+        self._put((function, done))
 
     def stop(self) -> None:
         """Process what is queued, end the thread, and close the journal."""
-        self._put(*self._new, None)
-        self._new, self._stopping = [], True
+        with self._lock:
+            self._put(None)
+            self._stopping = True
         self._thread.join()
         journal, self.journal = self.journal, None
         if journal is not None:
@@ -218,20 +227,25 @@ class Worker:
         if self.recorder is not None:
             self.recorder.closed(session)
 
-    def _put(self, *items: Any) -> None:
-        if self._stopping:
-            raise RuntimeError("the server is stopping")
-        self._queued += len(items)
-        for item in items:
-            self._queue.put(item)
+    def _put(self, item: Any) -> None:
+        with self._lock:
+            if self._stopping:
+                raise StoppingError
+            new, self._new = [*self._new, item], []
+            self._queued += len(new)
+            for one in new:
+                self._queue.put(one)
 
     def _flush(self) -> None:
         """Step what was submitted in this iteration of the event loop, or leave it to the thread."""
-        new, self._new = self._new, []
-        if self._handled == self._queued and self._is_short(new):
-            self._step(new, call_all)
-        else:
-            self._put(*new)
+        with self._lock:
+            if not self._new:
+                return
+            if self._handled == self._queued and self._is_short(self._new):
+                new, self._new = self._new, []
+                self._step(new, call_all)
+            else:
+                self._put(self._new.pop())
 
     def _is_short(self, items: list[Frames]) -> bool:
         # A journal needs the thread from time to time, for what is due between two batches.
