@@ -43,7 +43,8 @@ BELOW = {
     "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "cli": {"spec", "nodes", "formats", "train", ""},
+    "serve": {"spec", "formats", "streaming"},
+    "cli": {"spec", "nodes", "formats", "train", "serve", ""},
     "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
@@ -91,6 +92,7 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "serve": {"starlette", "uvicorn"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
@@ -241,7 +243,7 @@ def test_import_cellstack_is_fast_and_imports_no_framework(tmp_path):
         took.append(float(seconds))
         loaded.update(names)
     print(f"import cellstack: {min(took):.3f} s")
-    assert not loaded & {"torch", "matplotlib", "tqdm", "keras", "onnx", "h5py", "pandas", "safetensors"}
+    assert not loaded & {"torch", "matplotlib", "tqdm", "keras", "onnx", "h5py", "pandas", "safetensors", "starlette"}
     assert min(took) < 0.15
 
 

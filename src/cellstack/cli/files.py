@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.samples import read_sample
 from cellstack.train.history import cell
 from cellstack.train.predict import outputs
+
+T = TypeVar("T")
 
 LOAD_OPTIONS = ("order", "constants", "frames", "context")  # arguments of `cellstack.load` that are options here
 
@@ -99,13 +101,14 @@ def load_model(name: str, options: Mapping[str, Any] | None = None) -> tuple[Net
         UsageError: options that the file's format doesn't have, or a format whose reader isn't installed.
         OSError: the file can't be read.
     """
-    path = found(name)
-    return _loaded(path, options or {}), path
+    path, given = found(name), options or {}
+    return loaded(path, given, lambda: load(path, **given)), path
 
 
-def _loaded(path: str, options: Mapping[str, Any]) -> Network:
+def loaded(path: str, options: Mapping[str, Any], read: Callable[[], T]) -> T:
+    """Return what `read` returns, which loads the file at `path` with these options; for errors see `load_model`."""
     try:
-        return load(path, **options)
+        return read()
     except ModuleNotFoundError as error:  # the reader of the format isn't installed; the message names the extra
         raise UsageError(f"{path}: {error}") from None
     except TypeError as error:
@@ -185,7 +188,7 @@ def info(args: argparse.Namespace) -> int:
     head = f"{path}: {size:,} bytes"
     options = load_options(args)
     try:
-        net = _loaded(path, options)
+        net = loaded(path, options, lambda: load(path, **options))
     except FormatError as error:
         if options:  # they ask for the whole network
             raise

@@ -16,6 +16,7 @@ from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
+from cellstack.cli.serve import add_serve_arguments, serve
 from cellstack.cli.stream import stream
 from cellstack.cli.tables import add_table_options, names
 from cellstack.cli.text import add_generate_arguments, generate
@@ -75,6 +76,16 @@ HELP = {
         threads=None,
         json="write outputs as JSON lines",
     ),
+    "serve": Verb(
+        "serve models to many clients over HTTP and WebSocket",
+        "MODEL [MODEL ...] [options]",
+        """cellstack serve model.safetensors
+  cellstack serve model.onnx --port 9000 --durable sessions
+  cellstack serve silero_vad.onnx --constants sr=16000 --frames input=512 --context input=64
+  CELLSTACK_TOKEN=secret cellstack serve model --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem""",
+        threads="1",
+        json="when it listens, write one JSON object to standard output",
+    ),
     "generate": Verb(
         "continue a text with a text model",
         "MODEL [options]",
@@ -127,7 +138,7 @@ EPILOG = """example:
   cellstack run vowels Vowels_TEST.ts > predictions.csv
 
 exit codes:
-  0    success
+  0    success; serve was stopped by SIGTERM
   1    convert or bench found a difference; a table has too few rows to forecast
   2    an invalid argument or file; standard error has one line with the reason
   130  stopped by Ctrl-C
@@ -261,6 +272,7 @@ ARGUMENTS: dict[str, Callable[[Any], None]] = {
     "train": add_arguments,
     "run": _add_run,
     "stream": _add_stream,
+    "serve": add_serve_arguments,
     "generate": add_generate_arguments,
     "convert": _add_convert,
     "inspect": _add_inspect,
@@ -332,6 +344,7 @@ VERBS = {
     "train": train,
     "run": run,
     "stream": stream,
+    "serve": serve,
     "generate": generate,
     "convert": convert,
     "inspect": inspect,

@@ -104,12 +104,12 @@ render({ model: { get: () => payload }, el: document.getElementById("page") });
 def module_text() -> str:
     """Return the page's modules joined into one, which exports `render({ model, el })`."""
     engine = json.dumps(engine_text()).replace("<", "\\u003c")  # run by a worker; must contain no tag
-    return "\n".join([f"const engineSource = {engine};", _kinds(), *map(_joinable, MODULES)])
+    return "\n".join([f"const engineSource = {engine};", _kinds(), *map(joinable, MODULES)])
 
 
 def engine_text() -> str:
     """Return the engine's modules joined into one without exports, for a worker."""
-    return "\n".join([_kinds(), *map(_joinable, ENGINE)])
+    return "\n".join([_kinds(), *map(joinable, ENGINE)])
 
 
 def _kinds() -> str:
@@ -118,9 +118,9 @@ def _kinds() -> str:
     return f"const cellKinds = {contents.text_of(forms)};"
 
 
-def _joinable(name: str) -> str:
+def joinable(name: str, package: str = "cellstack.inspect") -> str:
     """Return the text of a module without its imports and exports."""
-    text = (resources.files("cellstack.inspect") / "page" / f"{name}.js").read_text(encoding="utf-8")
+    text = (resources.files(package) / "page" / f"{name}.js").read_text(encoding="utf-8")
     text = re.sub(r"^import [^;]*;\n", "", text, flags=re.MULTILINE)
     return re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
 

@@ -8,15 +8,16 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack.formats.state import state_from, state_to_bytes
 from cellstack.serve.rows import Records, Rows
-from cellstack.serve.worker import Answers, Frames, Worker
+from cellstack.serve.worker import Answers, Frames, Worker, call_all
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -52,6 +53,13 @@ class Limits:
     kept: int = 16
 
 
+class Owner(Protocol):
+    """A connection that sends the frames of sessions."""
+
+    def lost(self, session: Session, why: str) -> None:
+        """Stop using a session, which was closed or belongs to another connection now."""
+
+
 @dataclass(eq=False)
 class Session:
     """One client's sequence.
@@ -61,16 +69,12 @@ class Session:
         model: its model.
         number: its number in the model's pool.
         owner: the connection that currently sends its frames, None for HTTP; only this connection receives answers.
-        accepted: the frames that were queued so far, which is the number of the last one.
-        used: `time.monotonic()` of the last use.
     """
 
     token: str
     model: Model
     number: int
-    owner: Any = None
-    accepted: int = 0
-    used: float = field(default_factory=time.monotonic)
+    owner: Owner | None = None
 
     @property
     def slot(self) -> int:
@@ -81,6 +85,31 @@ class Session:
     def processed(self) -> int:
         """The number of the last frame that was processed."""
         return int(self.model.worker.count[self.slot])
+
+    @property
+    def accepted(self) -> int:
+        """The number of the last frame that was queued."""
+        return int(self.model.accepted[self.slot])
+
+    @accepted.setter
+    def accepted(self, number: int) -> None:
+        self.model.accepted[self.slot] = number
+
+    @property
+    def used(self) -> float:
+        """`time.monotonic()` of the last use."""
+        return float(self.model.used[self.slot])
+
+    def touch(self) -> None:
+        """Note that it is in use now."""
+        self.model.used[self.slot] = time.monotonic()
+
+    def take(self, owner: Owner | None) -> None:
+        """Give the session to a connection, or to requests over HTTP; a connection that has it loses it."""
+        before, self.owner = self.owner, owner
+        self.touch()
+        if before is not None and before is not owner:
+            before.lost(self, "another connection has resumed the session")
 
 
 class Model:
@@ -99,6 +128,9 @@ class Model:
     Attributes:
         sessions: the open sessions by token.
         rows: the records of a step, or None for a network that can't run step by step; `why_not` is the reason.
+        accepted: the number of the last queued frame of each slot of the pool.
+        used: `time.monotonic()` of the last use of each slot of the pool.
+        initial: the state of a new session.
     """
 
     def __init__(
@@ -118,8 +150,10 @@ class Model:
         except ValueError as error:
             self.rows, self.why_not = None, str(error)
             return
+        self.accepted = np.zeros(self.capacity, np.int64)
+        self.used = np.zeros(self.capacity)
         example = self.pool.open()
-        self._like = self.pool.state(example)
+        self.initial = self.pool.state(example)
         self.pool.close(example)
         self.worker = Worker(self.pool, self.rows, self._deliver, limits.kept)
 
@@ -132,12 +166,13 @@ class Model:
         """
         from cellstack.formats import load
 
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        return cls(path.stem, load(path, **options), limits, version, digest, threads)
+        return cls(path.stem, load(path, **options), limits, version, digest_of(path), threads)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver answers on this event loop from now on."""
         self._loop = loop
+        if self.rows is not None:
+            self.worker.soon = loop.call_soon
 
     def stop(self) -> None:
         """Process the queued frames and end the model's threads."""
@@ -147,7 +182,7 @@ class Model:
 
     def _deliver(self, done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(_call_all, done)
+        self._loop.call_soon_threadsafe(call_all, done)
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the worker's thread, after all frames that were submitted before."""
@@ -184,7 +219,7 @@ class Model:
         entries, frames = None, 0
         if state is not None:
             try:
-                entries, found = state_from(state, self.network, self._like)
+                entries, found = state_from(state, self.network, self.initial)
             except ValueError as error:
                 raise ServeError(400, str(error)) from None
             frames = int(found.get("frames", "0"))
@@ -192,22 +227,33 @@ class Model:
 
         def opened() -> int:
             number = self.pool.open(entries)
-            self.worker.opened(number, token, frames)
+            try:
+                self.worker.opened(number, token, frames)
+            except OSError:
+                self.pool.close(number)
+                raise
             return number
 
         try:
             number = await self.call(opened)
+        except OSError as error:
+            raise ServeError(503, f"the session can't be stored: {error.strerror or error}") from None
         except RuntimeError:
             raise ServeError(503, f"all {self.capacity} sessions of {self.name} are in use") from None
-        session = self.sessions[token] = Session(token, self, number, owner, frames)
+        session = self.sessions[token] = Session(token, self, number, owner)
+        session.accepted = frames
+        session.touch()
         self.opened += 1
         return session
 
-    async def close(self, session: Session) -> None:
-        """Close a session, after its queued frames."""
+    async def close(self, session: Session, why: str = "the session was closed") -> None:
+        """Close a session, after its queued frames; `why` is for the connection that has it."""
         if self.sessions.pop(session.token, None) is None:
             return
         self.closed += 1
+        owner, session.owner = session.owner, None
+        if owner is not None:
+            owner.lost(session, why)
 
         def closed() -> None:
             self.worker.closed(session.number)
@@ -224,14 +270,22 @@ class Model:
 
         return await self.call(read)
 
-    def submit(self, sessions: Sequence[Session], rows: Records, done: Callable[[Answers], None]) -> None:
-        """Queue frames: the n-th record is the next frame of the n-th session; a session may occur several times."""
-        now = time.monotonic()
-        for session in sessions:
-            session.accepted += 1
-            session.used = now
-        numbers = np.fromiter((session.number for session in sessions), np.int64, len(sessions))
-        self.worker.submit(Frames(numbers, rows, done))
+    def submit(
+        self, sessions: Sequence[Session] | NDArray[np.int64], rows: Records, done: Callable[[Answers], None]
+    ) -> None:
+        """Queue frames: the n-th record is the next frame of the n-th session; a session may occur several times.
+
+        Args:
+            sessions: `[n]`, sessions, or their numbers as an array.
+            rows: `[n]`, records of inputs.
+            done: called with the answers on the event loop.
+        """
+        if not isinstance(sessions, np.ndarray):
+            sessions = np.fromiter((session.number for session in sessions), np.int64, len(sessions))
+        slots = sessions % self.capacity
+        np.add.at(self.accepted, slots, 1)
+        self.used[slots] = time.monotonic()
+        self.worker.submit(Frames(sessions, rows, done))
 
     async def steps(self, session: Session, rows: Records) -> Answers:
         """Step a session by some frames.
@@ -271,9 +325,13 @@ class Model:
         return await asyncio.get_running_loop().run_in_executor(self._runs, self.network, x)
 
 
-def _call_all(done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
-    for function, result in done:
-        function(result)
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{digest_of(file)} {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class Models:
@@ -290,11 +348,15 @@ class Models:
         self.versions: dict[str, list[Model]] = {}
         self.paths: dict[str, Path] = {}
 
-    def add(self, path: Path) -> Model:
-        """Load a file as a new version of the model with its name."""
+    def load(self, path: Path) -> Model:
+        """Load a file as the next version of the model with its name; `add` makes it available."""
         before = self.versions.get(path.stem, [])
         version = before[-1].version + 1 if before else 1
-        model = Model.load(path, self.limits, version, self.threads, **self.options)
+        return Model.load(path, self.limits, version, self.threads, **self.options)
+
+    def add(self, path: Path, model: Model | None = None) -> Model:
+        """Make a model available for new sessions: the one that `load` returned, or None to load it."""
+        model = model or self.load(path)
         self.versions.setdefault(model.name, []).append(model)
         self.paths[model.name] = path
         return model

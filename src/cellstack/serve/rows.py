@@ -83,7 +83,8 @@ class Rows:
                 wanted = f"{of.shape[0]} numbers" if of.shape else "a whole number"
                 got = f"shape {list(array.shape)}" if array.dtype.kind in "iufb" else "values that aren't numbers"
                 raise ValueError(f"{name}: expected {wanted}, got {got}")
-            row[name] = array
+            with np.errstate(over="ignore"):  # a number beyond float32 becomes infinity, which is refused
+                row[name] = array
         return row
 
     def plain(self, answer: Records) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +18,17 @@ from cellstack.streaming.sessions import Sessions
 MOST_FRAMES = 4096  # per batch
 WINDOW = 1e-3  # seconds: the longest wait for further frames
 WORTH_WAITING = 32  # frames: a batch of this size uses most of what larger batches save
+FEW = 4  # frames: at most so many are stepped on the event loop's thread
+SHORT = 2e-4  # seconds: and only if this takes less time, which is about what the other thread takes to wake up
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # bounds of latencies
 SIZES = tuple(2**n for n in range(13))  # bounds of batch sizes
+
+
+class StoppingError(RuntimeError):
+    """The server is stopping, and takes no more frames."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping")
 
 
 class Answers(NamedTuple):
@@ -44,10 +53,26 @@ class Journal(Protocol):
         """Store that a session was closed."""
 
     def append(self, sessions: NDArray[np.int64], rows: Records) -> None:
-        """Store frames; if it raises OSError they are refused."""
+        """Store frames; if it raises OSError they are refused, and count as such."""
 
     def after_batch(self) -> None:
         """Do what is due between two batches, such as a snapshot."""
+
+    def close(self) -> None:
+        """Store all sessions for the next process. Called after the worker has stopped."""
+
+
+class Recorder(Protocol):
+    """Records steps of sessions, for traces and metrics; see `tracing.py`."""
+
+    def before(self, sessions: NDArray[np.int64]) -> Any:
+        """Return what `after` needs of the states before a step of different sessions."""
+
+    def after(self, sessions: NDArray[np.int64], rows: Records, before: Any) -> None:
+        """Record a step that succeeded."""
+
+    def closed(self, session: int) -> None:
+        """Forget a session."""
 
 
 class Frames:
@@ -71,7 +96,8 @@ class Worker:
 
     Frames of a session are stepped in the order in which they were submitted. While the thread steps a batch, further
     frames arrive and form the next one; only under load, when this gives small batches, it waits for more frames, at
-    most `WINDOW` seconds.
+    most `WINDOW` seconds. When it is idle and few frames arrive, they are stepped on the event loop's thread: a single
+    client gets its answers without a change of threads.
 
     Args:
         pool: the sessions. No other thread may use them.
@@ -81,6 +107,7 @@ class Worker:
         kept: the answers of each session that are stored, for clients that reconnect.
 
     Attributes:
+        soon: the event loop's `call_soon`; None: all frames are stepped in the thread.
         count: the number of frames of each slot of the pool that were processed, refused ones included.
         latencies, sizes: counts for histograms, by the bounds `SECONDS` and `SIZES`; the last count is of what is
             larger. `seconds` is the sum of all latencies, `frames` that of all sizes.
@@ -91,15 +118,21 @@ class Worker:
     ) -> None:
         self.pool, self.rows, self.kept = pool, rows, kept
         self.journal: Journal | None = None
+        self.recorder: Recorder | None = None
         self.count = np.zeros(pool.capacity, np.int64)
         self._stored_from = np.zeros(pool.capacity, np.int64)
-        self._answers = np.zeros((pool.capacity, kept), [("refused", "?"), ("row", rows.outputs)])
+        # Sessions that step together have their newest answers next to each other in memory.
+        self._answers = np.zeros((kept, pool.capacity), [("refused", "?"), ("row", rows.outputs)]).T
         self._deliver = deliver
-        self._queue: deque[Frames | tuple[Callable[[], Any], Callable[[Any], None]]] = deque()
-        self._queued = threading.Condition()
+        self.soon: Callable[[Callable[[], None]], Any] | None = None
+        self._new: list[Frames] = []  # submitted in this iteration of the event loop
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of `Frames`, calls, and None for the end
+        self._queued = self._handled = 0  # items; the thread is idle if they are equal
+        self._lock = threading.RLock()  # of these; held while frames are stepped outside the thread
+        self._few_seconds = 0.0  # of a step of few frames, smoothed
         self._stopping = False
         self._rate, self._size = 0.0, 1.0  # frames per second and per batch, smoothed
-        self._before = time.monotonic()
+        self._before = self._in_thread = time.monotonic()
         self.latencies, self.sizes = [0] * (len(SECONDS) + 1), [0] * (len(SIZES) + 1)
         self.frames, self.batches, self.refused, self.seconds = 0, 0, 0, 0.0
         self._thread = threading.Thread(target=self._run, name="cellstack-steps", daemon=True)
@@ -108,29 +141,42 @@ class Worker:
     @property
     def waiting(self) -> int:
         """The number of queued items."""
-        return len(self._queue)
+        return self._queue.qsize() + len(self._new)
 
     def submit(self, frames: Frames) -> None:
         """Queue frames."""
-        self._put(frames)
+        with self._lock:
+            if self.soon is None or self._stopping:
+                self._put(frames)
+                return
+            if not self._new:
+                self.soon(self._flush)
+            self._new.append(frames)
 
     def call(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Queue a call between batches, after all frames submitted before.
+        """Queue a call between batches, after all frames submitted before. Any thread may call it.
 
         `done` receives the result, or the exception that it raised, through `deliver`.
         """
         self._put((function, done))
 
     def stop(self) -> None:
-        """Process what is queued, then end the thread."""
-        with self._queued:
+        """Process what is queued, end the thread, and close the journal."""
+        with self._lock:
+            self._put(None)
             self._stopping = True
-            self._queued.notify()
         self._thread.join()
+        journal, self.journal = self.journal, None
+        if journal is not None:
+            journal.close()
 
     def stored_from(self, slot: int) -> int:
         """Return the number of the last frame of a session whose answer is no longer stored."""
-        return int(max(self._stored_from[slot], self.count[slot] - self.kept))
+        return int(self.all_stored_from(slot))
+
+    def all_stored_from(self, slots: Any) -> Any:
+        """Return `stored_from` of several sessions."""
+        return np.maximum(self._stored_from[slots], self.count[slots] - self.kept)
 
     def answer(self, slot: int, number: int) -> tuple[Records, bool]:
         """Return the record of outputs of a session's frame, and whether it was refused.
@@ -147,6 +193,25 @@ class Worker:
         found = self._answers[slot, number % self.kept]
         return found["row"], bool(found["refused"])
 
+    def stored_answers(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], Records]:
+        """Return copies of the counts of some sessions and of their stored answers, `[n, kept]`, frame k at `k % kept`.
+
+        In another thread than the worker's, answers of frames that are being processed may be incomplete: of a frame
+        `k` such that `k + kept` is at most the count.
+        """
+        answers = self._answers[slots]
+        return self.count[slots], answers  # counted before they are written, so the counts include all copied answers
+
+    def restored(
+        self, slots: NDArray[np.int64], counts: NDArray[np.int64], stored_from: NDArray[np.int64], answers: Records
+    ) -> None:
+        """Continue from counts and stored answers of another worker, which may have stored more or fewer."""
+        kept = answers.shape[1]
+        for back in range(min(kept, self.kept)):
+            self._answers[slots, (counts - back) % self.kept] = answers[np.arange(len(slots)), (counts - back) % kept]
+        self.count[slots] = counts
+        self._stored_from[slots] = np.maximum(stored_from, counts - min(kept, self.kept))
+
     def opened(self, session: int, token: str, frames: int) -> None:
         """Start counting a session's frames from `frames`. Only called by a function that `call` runs."""
         slot = session % self.pool.capacity
@@ -159,39 +224,61 @@ class Worker:
         """Note that a session was closed. Only called by a function that `call` runs."""
         if self.journal is not None:
             self.journal.closed(session)
+        if self.recorder is not None:
+            self.recorder.closed(session)
 
     def _put(self, item: Any) -> None:
-        with self._queued:
+        with self._lock:
             if self._stopping:
-                raise RuntimeError("the server is stopping")
-            self._queue.append(item)
-            if len(self._queue) == 1:
-                self._queued.notify()
+                raise StoppingError
+            new, self._new = [*self._new, item], []
+            self._queued += len(new)
+            for one in new:
+                self._queue.put(one)
+
+    def _flush(self) -> None:
+        """Step what was submitted in this iteration of the event loop, or leave it to the thread."""
+        with self._lock:
+            if not self._new:
+                return
+            if self._handled == self._queued and self._is_short(self._new):
+                new, self._new = self._new, []
+                self._step(new, call_all)
+            else:
+                self._put(self._new.pop())
+
+    def _is_short(self, items: list[Frames]) -> bool:
+        # A journal needs the thread from time to time, for what is due between two batches.
+        due = self.journal is not None and time.monotonic() - self._in_thread > 0.5
+        return self._few_seconds < SHORT and not due and sum(len(item.rows) for item in items) <= FEW
 
     def _run(self) -> None:
-        while True:
-            with self._queued:
-                while not self._queue and not self._stopping:
-                    self._queued.wait()
-                if not self._queue:
-                    return
+        item = self._queue.get()
+        while item is not None:
             self._wait_for_more()
+            self._in_thread = time.monotonic()
             items: list[Frames] = []
-            frames = 0
-            while self._queue and frames < MOST_FRAMES:
-                item = self._queue.popleft()
+            frames = handled = 0
+            while item is not None:
+                handled += 1
                 if isinstance(item, Frames):
                     items.append(item)
                     frames += len(item.rows)
-                    continue
-                if items:
-                    self._step(items)
-                    items, frames = [], 0
-                self._call(*item)
+                else:
+                    if items:
+                        self._step(items, self._deliver)
+                        items, frames = [], 0
+                    self._call(*item)
+                if frames >= MOST_FRAMES or self._queue.empty():
+                    break
+                item = self._queue.get()
             if items:
-                self._step(items)
+                self._step(items, self._deliver)
             if self.journal is not None:
                 self.journal.after_batch()
+            self._handled += handled
+            if item is not None:
+                item = self._queue.get()
 
     def _wait_for_more(self) -> None:
         """Under load, wait until a batch of a useful size is to be expected.
@@ -208,7 +295,8 @@ class Worker:
             result = error
         self._deliver([(done, result)])
 
-    def _step(self, items: list[Frames]) -> None:
+    def _step(self, items: list[Frames], deliver: Callable[[Sequence[tuple[Any, Any]]], None]) -> None:
+        begun = time.monotonic()
         one = len(items) == 1
         sessions = items[0].sessions if one else np.concatenate([item.sessions for item in items])
         rows = items[0].rows if one else np.concatenate([item.rows for item in items])
@@ -222,12 +310,14 @@ class Worker:
             self.latencies[bisect.bisect_left(SECONDS, seconds)] += len(item.rows)
             self.seconds += seconds * len(item.rows)
             at = end
-        self._deliver(done)
+        deliver(done)
         self.sizes[bisect.bisect_left(SIZES, len(rows))] += 1
         self.batches += 1
         self.frames += len(rows)
         self.refused += len(refused)
         share = min(1.0, (now - self._before) / 0.05)  # of the newest rate in the smoothed one
+        if len(rows) <= FEW:
+            self._few_seconds += 0.2 * (now - begun - self._few_seconds)
         self._size += 0.1 * (len(rows) - self._size)
         self._rate += share * (len(rows) / max(now - self._before, 1e-6) - self._rate)
         self._before = now
@@ -243,32 +333,60 @@ class Worker:
             try:
                 self.journal.append(sessions, rows)
             except OSError as error:
-                why = f"frames can't be stored: {error.strerror or error}"
-                return answers, dict.fromkeys(range(len(rows)), why)
+                why = f"the frame can't be stored: {error.strerror or error}"
+                refused = dict.fromkeys(range(len(rows)), why)
+        unstored = bool(refused)
         for places in turns(sessions):
             some, given = (sessions, rows) if places is None else (sessions[places], rows[places])
-            fine = self.rows.finite(given)
-            at = np.arange(len(rows)) if places is None else places
-            if not fine.all():
-                refused |= dict.fromkeys(at[~fine].tolist(), "the frame contains NaN or infinity")
-            self._step_once(some[fine], given[fine], at[fine], answers, refused)
-            slots = some % self.pool.capacity
-            self.count[slots] += 1
-            stored = self._answers[slots, self.count[slots] % self.kept]
-            stored["row"] = answers[at]
-            stored["refused"] = [n in refused for n in at.tolist()] if refused else False
-            self._answers[slots, self.count[slots] % self.kept] = stored
+            if not unstored:
+                fine = self.rows.finite(given)
+                if fine.all():
+                    self._step_once(some, given, places, answers, refused)
+                else:
+                    at = np.arange(len(rows)) if places is None else places
+                    refused |= dict.fromkeys(at[~fine].tolist(), "the frame contains NaN or infinity")
+                    self._step_once(some[fine], given[fine], at[fine], answers, refused)
+            own = answers if places is None else answers[places]
+            at = range(len(rows)) if places is None else places.tolist()
+            self._count(some, own, [n in refused for n in at] if refused else False)
         return answers, refused
 
+    def refuse(self, sessions: NDArray[np.int64]) -> None:
+        """Count a refused frame of each of some different sessions: as `process` does, for a journal that restores."""
+        self._count(sessions, np.zeros(len(sessions), self.rows.outputs), True)
+
+    def _count(self, sessions: NDArray[np.int64], answers: Records, refused: Any) -> None:
+        slots = sessions % self.pool.capacity
+        self.count[slots] += 1
+        at = slots, self.count[slots] % self.kept
+        self._answers["row"][at] = answers
+        self._answers["refused"][at] = refused
+
     def _step_once(
-        self, sessions: NDArray[np.int64], rows: Records, at: NDArray[Any], answers: Records, refused: dict[int, str]
+        self,
+        sessions: NDArray[np.int64],
+        rows: Records,
+        at: NDArray[Any] | None,
+        answers: Records,
+        refused: dict[int, str],
     ) -> None:
-        """Step different sessions once. If the network refuses the batch, each is stepped alone."""
+        """Step different sessions once. If the network refuses the batch, each is stepped alone.
+
+        Args:
+            sessions: their numbers.
+            rows: records of inputs.
+            at: the positions of the sessions in `answers`; None: they are all of it.
+            answers: records of outputs, which are written to.
+            refused: reasons by position, which are added to.
+        """
         if not len(sessions):
             return
+        recorder = self.recorder
+        before = None if recorder is None else recorder.before(sessions)
         try:
             results = self.pool.step(sessions, self.rows.given(rows))
         except (ValueError, TypeError) as error:
+            at = np.arange(len(sessions)) if at is None else at
             if len(sessions) == 1:
                 refused[int(at[0])] = str(error)
                 return
@@ -276,9 +394,20 @@ class Worker:
                 one = slice(n, n + 1)
                 self._step_once(sessions[one], rows[one], at[one], answers, refused)
             return
+        if recorder is not None:
+            recorder.after(sessions, rows, before)
+        if at is None:
+            self.rows.answers(results, answers)
+            return
         own = np.zeros(len(sessions), self.rows.outputs)
         self.rows.answers(results, own)
         answers[at] = own
+
+
+def call_all(done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
+    """Call each function with its result."""
+    for function, result in done:
+        function(result)
 
 
 def turns(sessions: NDArray[np.int64]) -> list[NDArray[np.int64] | None]:
@@ -290,6 +419,8 @@ def turns(sessions: NDArray[np.int64]) -> list[NDArray[np.int64] | None]:
     Returns:
         the positions of each step, ascending; `[None]` if one step takes all.
     """
+    if len(sessions) == 1:
+        return [None]
     order = np.argsort(sessions, kind="stable")
     ordered = sessions[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])

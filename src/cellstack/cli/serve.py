@@ -1,0 +1,158 @@
+"""`cellstack serve`: models behind a port, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cellstack.cli.files import add_load_options, load_options, loaded
+from cellstack.formats.files import found
+from cellstack.train.checks import UsageError
+
+if TYPE_CHECKING:
+    import socket
+
+    from cellstack.serve.server import Settings
+
+HANDOVER_SECONDS = 5.0  # for another server of the same folder to exit
+LEVELS = ("none", "snapshot", "frames", "synced")
+TOKEN = "CELLSTACK_TOKEN"  # of the environment
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `serve`."""
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="a network in any supported format")
+    group = parser.add_argument_group("addresses")
+    text = "address to listen on; 0.0.0.0 for other machines too (default: %(default)s)"
+    group.add_argument("--host", default="127.0.0.1", help=text)
+    group.add_argument("--port", type=int, default=8080, metavar="P", help="port (default: %(default)s; 0: any free)")
+    group.add_argument("--grpc-port", type=int, metavar="P", help="also serve gRPC on this port")
+    group.add_argument("--tls-cert", metavar="FILE", help="certificate (PEM); serves HTTPS")
+    group.add_argument("--tls-key", metavar="FILE", help="key of the certificate (PEM)")
+    text = f"require this token, or one of the lines of this file (default: the environment variable {TOKEN}, if set)"
+    group.add_argument("--token", metavar="T", help=text)
+    text = "origin of pages that may use the server, such as https://example.org, besides its own; may be repeated"
+    group.add_argument("--allow-origin", action="append", default=[], metavar="URL", help=text)
+    group = parser.add_argument_group("sessions")
+    group.add_argument("--durable", metavar="FOLDER", help="store sessions in FOLDER, so that they survive the process")
+    text = "what is stored: nothing, states every few seconds, every frame (survives the process) or synced (survives "
+    text += "the machine) (default: frames with --durable)"
+    group.add_argument("--durability", choices=LEVELS, help=text)
+    text = "start also if stored sessions are damaged, with what precedes the damage"
+    group.add_argument("--recover", action="store_true", help=text)
+    text = "open sessions per model (default: %(default)s)"
+    group.add_argument("--sessions", type=int, default=10_000, metavar="N", help=text)
+    text = "close sessions that were unused for this many seconds (default: %(default)s)"
+    group.add_argument("--idle", type=float, default=300.0, metavar="S", help=text)
+    group = parser.add_argument_group("limits")
+    text = "open connections (default: %(default)s)"
+    group.add_argument("--connections", type=int, default=10_000, metavar="N", help=text)
+    text = "frames per second of a connection (default: no limit)"
+    group.add_argument("--rate", type=float, metavar="N", help=text)
+    text = "bytes of a message or request (default: %(default)s)"
+    group.add_argument("--message", type=int, default=16 << 20, metavar="N", help=text)
+    add_load_options(parser)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve models until a signal.
+
+    Returns:
+        0 after SIGTERM, 130 after Ctrl-C.
+    """
+    try:
+        from cellstack.serve import Limits, Models, ServeError
+        from cellstack.serve.server import Server, Settings, prepare_process
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from None
+    for name, least in (("port", 0), ("sessions", 1), ("idle", 0), ("connections", 1), ("message", 1024), ("rate", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UsageError(f"expected --{name} of at least {least}, got {value}")
+    if args.tls_key and not args.tls_cert:
+        raise UsageError("--tls-key needs --tls-cert")
+    if args.durability and args.durability != "none" and not args.durable:
+        raise UsageError(f"--durability {args.durability} needs --durable FOLDER")
+    limits = Limits(args.sessions, args.idle, message=args.message, rate=args.rate)
+    settings = Settings(
+        host=args.host,
+        port=args.port,
+        grpc_port=args.grpc_port,
+        durable=Path(args.durable) if args.durable else None,
+        durability=args.durability or "frames",
+        limits=limits,
+        connections=prepare_process(args.connections),
+        tokens=tokens(args.token),
+        allow_origins=tuple(args.allow_origin),
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        threads=args.threads or 1,
+        options=load_options(args),
+        recover=args.recover,
+    )
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def listens(description: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps(description), flush=True)
+            return
+        for model in description["models"]:
+            shapes = (", ".join(map(_shown, model[kind])) for kind in ("inputs", "outputs"))
+            steps = "" if model["streams"] else f"; whole sequences only: {model['why_not']}"
+            say(f"{model['name']}: {' -> '.join(shapes)}{steps}")
+        say(f"cellstack serve: listening on {description['url']}" + (" (token required)" * bool(settings.tokens)))
+
+    durable = settings.durable if settings.durability != "none" else None
+    sockets = _sockets(settings) if durable is None else None
+    models = Models(limits, settings.threads, settings.options)
+    for name in args.models:
+        path = Path(found(name))
+        if path.stem in models.paths:
+            raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
+        loaded(str(path), settings.options, partial(models.add, path))
+    server = Server(models, settings, report=lambda text: say(f"cellstack serve: {text}"), listens=listens)
+    if durable is not None:
+        from cellstack.serve.durable import request_handover
+
+        try:
+            sockets = asyncio.run(request_handover(durable)) or _sockets(settings)
+            server.restore(HANDOVER_SECONDS)
+        except ServeError as error:
+            raise UsageError(str(error)) from None
+    server.run(sockets)
+    return 130 if server.signal == signal.SIGINT else 0
+
+
+def _sockets(settings: Settings) -> list[socket.socket]:
+    from cellstack.serve.server import listen
+
+    try:
+        return [listen(settings.host, settings.port)]
+    except OSError as error:
+        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error
+        raise UsageError(f"{settings.host}:{settings.port}: {why}") from None
+
+
+def tokens(given: str | None) -> tuple[str, ...]:
+    """Return the tokens of --token, else of the environment."""
+    if given is None:
+        given = os.environ.get(TOKEN, "")
+        return (given,) if given else ()
+    found = tuple(Path(given).read_text().split()) if Path(given).is_file() else (given,)
+    if not found or not all(found):
+        raise UsageError(f"--token: expected a token, or a file with one per line, got {given!r}")
+    return found
+
+
+def _shown(tensor: dict[str, Any]) -> str:
+    width = "id" if tensor["dtype"] == "int64" and tensor["width"] is None else f"[{tensor['width']}]"
+    return f"{tensor['name']} {width} {tensor['dtype']}"

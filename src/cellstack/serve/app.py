@@ -1,0 +1,334 @@
+"""The HTTP API, and the application that uvicorn runs: routes, tokens, limits of requests, errors as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cellstack.serve.inference_protocol import http as inference_protocol
+from cellstack.serve.metrics import exposition
+from cellstack.serve.models import Model, Models, ServeError
+from cellstack.serve.openapi import OPENAPI
+from cellstack.serve.page import page
+from cellstack.serve.sockets import Connections, Endpoint, Multiplex, Stream
+from cellstack.serve.texts import described, parsed, text_of
+from cellstack.serve.tracing import trace_page
+from cellstack.serve.worker import StoppingError
+
+try:
+    from starlette.middleware.opentelemetry import OpenTelemetryMiddleware
+except ImportError:  # OpenTelemetry is optional
+    OpenTelemetryMiddleware = None
+
+BODY_SECONDS = 60.0  # in which a request's body must arrive
+OPEN_PATHS = (
+    "/",
+    "/health",
+    "/ready",
+    "/v2/health/live",
+    "/v2/health/ready",
+)  # without a token: the page has no data, and probes have no tokens
+
+# Spans have the whole URL: requests with a secret in it get none, and frequent ones from probes neither.
+UNTRACED = (r"/sessions/", r"[?&](access_)?token=", r"/(health|ready|metrics)$")
+
+Authorized = Callable[[HTTPConnection], bool]
+
+
+def application(
+    models: Models, tokens: Collection[str] = (), allow_origins: Collection[str] = (), state: Any = None
+) -> Starlette:
+    """Return the application.
+
+    Args:
+        models: what it serves.
+        tokens: one of them is required in each request, as `Authorization: Bearer TOKEN` or, for WebSockets of
+            browsers, in the query as `access_token`; none: no token is required.
+        allow_origins: the origins, such as `https://example.org`, of pages that may use the server, besides its own.
+        state: an object whose attribute `ready` says whether the server takes requests; None: it always does.
+    """
+    connections = Connections()
+    known = [token.encode() for token in tokens]
+
+    def authorized(connection: HTTPConnection) -> bool:
+        if not known:
+            return True
+        kind, _, given = connection.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            given = connection.query_params.get("access_token", "")
+        return max(hmac.compare_digest(given.encode(), token) for token in known)  # of all, in constant time
+
+    api = Api(models, state)
+    routes = [
+        Route("/", api.page),
+        Route("/metrics", api.metrics),
+        Route("/health", api.health),
+        Route("/ready", api.ready),
+        Route("/openapi.json", api.openapi),
+        Route("/models", api.models_),
+        Route("/models/{name}", api.model),
+        Route("/models/{name}/run", api.run, methods=["POST"]),
+        Route("/models/{name}/sessions", api.open, methods=["POST"]),
+        Route("/sessions/{token}", api.session),
+        Route("/sessions/{token}", api.close, methods=["DELETE"]),
+        Route("/sessions/{token}/step", api.step, methods=["POST"]),
+        Route("/sessions/{token}/steps", api.steps, methods=["POST"]),
+        Route("/sessions/{token}/state", api.state),
+        Route("/sessions/{token}/trace", api.trace),
+        WebSocketRoute("/models/{name}/stream", Endpoint(Stream, models, connections)),
+        WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
+        *inference_protocol.routes(models, authorized),
+    ]
+    middleware = [Middleware(Guard, authorized=authorized, allow_origins=frozenset(allow_origins))]
+    if allow_origins:
+        every = {"allow_methods": ["*"], "allow_headers": ["*"]}
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(allow_origins), **every))
+    if OpenTelemetryMiddleware is not None:
+        middleware.insert(0, Middleware(OpenTelemetryMiddleware, excluded_urls=UNTRACED))
+    handlers: dict[Any, Any] = {
+        ServeError: _serve_error,
+        StoppingError: _stopping,
+        HTTPException: _http_error,
+        Exception: _bug,
+    }
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app.state.connections = connections
+    return app
+
+
+def _error(status: int, message: str, **headers: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status, headers)
+
+
+async def _serve_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServeError)
+    # After a refused body the rest isn't read: it may be long.
+    return _error(error.status, str(error), **({"connection": "close"} if error.status in (408, 413) else {}))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = {404: f"no such path: {request.url.path}", 405: f"{request.method} isn't possible here"}
+    return JSONResponse({"error": text.get(error.status_code, error.detail)}, error.status_code, error.headers)
+
+
+async def _stopping(request: Request, error: Exception) -> Response:
+    return _error(503, str(error))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return _error(500, "internal error; the server's log has the details")
+
+
+class Guard:
+    """Refuses requests without a valid token, and those that pages of other origins make in a browser."""
+
+    def __init__(self, app: ASGIApp, authorized: Authorized, allow_origins: frozenset[str]) -> None:
+        self.app, self.authorized, self.allow_origins = app, authorized, allow_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a refused request, or pass the request on."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        connection = HTTPConnection(scope)
+        origin = connection.headers.get("origin")
+        if origin and origin not in self.allow_origins and urlsplit(origin).netloc != connection.headers.get("host"):
+            refusal = _error(403, f"the origin {origin} isn't allowed: see --allow-origin")
+        elif scope["path"] not in OPEN_PATHS and not self.authorized(connection):
+            refusal = _error(401, "a valid token is required: Authorization: Bearer TOKEN")
+            refusal.headers["www-authenticate"] = "Bearer"
+        else:
+            await self.app(scope, receive, send)
+            return
+        await refusal(scope, receive, send)
+
+
+class Api:
+    """The handlers of HTTP requests."""
+
+    def __init__(self, models: Models, state: Any = None) -> None:
+        self.models, self.state_of_server = models, state
+
+    async def health(self, request: Request) -> Response:
+        """Say that the process runs."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Say whether the server takes requests."""
+        if self.state_of_server is not None and not self.state_of_server.ready:
+            raise ServeError(503, "the server is starting or stopping")
+        return JSONResponse({"status": "ready"})
+
+    async def page(self, request: Request) -> Response:
+        """Return the page on which the models are tried."""
+        return HTMLResponse(page())
+
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics for Prometheus."""
+        content_type, body = exposition(self.models, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def openapi(self, request: Request) -> Response:
+        """Return the description of this API."""
+        return JSONResponse(OPENAPI)
+
+    async def models_(self, request: Request) -> Response:
+        """List the models."""
+        return JSONResponse({"models": [described(versions[-1]) for versions in self.models.versions.values()]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe a model."""
+        return JSONResponse(described(self._model(request)))
+
+    async def run(self, request: Request) -> Response:
+        """Run a network over whole sequences."""
+        model = self._model(request)
+        x = self._x(await self._json(request))
+        try:
+            names = model.network.inputs
+            if isinstance(x, dict) and x.keys() != set(names):
+                raise ServeError(400, f"expected the inputs {', '.join(names)}, got {', '.join(x) or 'none'}")
+            given = {name: _array(name, x[name]) for name in x} if isinstance(x, dict) else _array("x", x)
+            y = await model.run(given)
+        except (ValueError, TypeError) as error:
+            raise ServeError(400, str(error)) from None
+        names = model.network.outputs
+        return _json({"y": y.tolist() if len(names) == 1 else {n: v.tolist() for n, v in zip(names, y, strict=True)}})
+
+    async def open(self, request: Request) -> Response:
+        """Open a session."""
+        model = self._model(request)
+        state = await self._body(request) or None
+        token = request.query_params.get("token") or request.headers.get("token")
+        if token is not None and not 16 <= len(token) <= 128:
+            raise ServeError(400, "expected a session's token of 16 to 128 characters")
+        session = await model.open(state, token=token)
+        found = {"session": session.token, "model": model.name, "version": model.version, "frames": session.accepted}
+        return JSONResponse(found, 201)
+
+    async def session(self, request: Request) -> Response:
+        """Describe a session."""
+        session = self._session(request)
+        idle = time.monotonic() - session.used if session.owner is None else 0.0
+        model = session.model
+        found = {"session": session.token, "model": model.name, "version": model.version, "frames": session.processed}
+        return JSONResponse({**found, "idle": round(max(idle, 0.0), 3)})
+
+    async def close(self, request: Request) -> Response:
+        """Close a session."""
+        session = self._session(request)
+        await session.model.close(session)
+        return Response(status_code=204)
+
+    async def step(self, request: Request) -> Response:
+        """Step a session once."""
+        session = self._session(request)
+        x = self._x(await self._json(request))
+        frame, y, refused = await self._steps(session, [x])
+        return _json({"frame": frame, "y": y[0]}) if not refused else _error(400, refused[0])
+
+    async def steps(self, request: Request) -> Response:
+        """Step a session by several frames."""
+        session = self._session(request)
+        x = self._x(await self._json(request))
+        if not isinstance(x, list) or not x:
+            raise ServeError(400, "x: expected a list of one or more steps")
+        frame, y, refused = await self._steps(session, x)
+        if len(refused) == len(x):
+            return _error(400, "; ".join(f"step {n}: {why}" for n, why in list(refused.items())[:10]))
+        said = {"refused": {str(n): why for n, why in refused.items()}} if refused else {}
+        return _json({"frame": frame, "y": y, **said})
+
+    async def state(self, request: Request) -> Response:
+        """Return a session's state."""
+        session = self._session(request)
+        return Response(await session.model.state(session), media_type="application/octet-stream")
+
+    async def trace(self, request: Request) -> Response:
+        """Return the trace page of a session's last steps."""
+        session = self._session(request)
+        steps = request.query_params.get("steps", "100")
+        if not (steps.isascii() and steps.isdigit() and len(steps) < 10):
+            raise ServeError(400, f"steps: expected a number, got {steps!r:.50}")
+        return HTMLResponse(await trace_page(session.model, session, int(steps)))
+
+    async def _steps(self, session: Any, x: list[Any]) -> tuple[int, list[Any], dict[int, str]]:
+        """Step a session; return the last frame's number, the outputs, None where refused, and the reasons."""
+        if session.owner is not None:
+            raise ServeError(409, "a WebSocket sends this session's frames; close it first")
+        rows = session.model.rows
+        n = 0
+        given = []
+        try:
+            for n, values in enumerate(x):
+                given.append(rows.parse(values))
+        except ValueError as error:  # no frame is stepped
+            raise ServeError(400, f"step {n}: {error}" if len(x) > 1 else str(error)) from None
+        frame = session.accepted + len(x)
+        answers = await session.model.steps(session, np.concatenate(given))
+        y = [None if n in answers.refused else rows.plain(row) for n, row in enumerate(answers.rows)]
+        return frame, y, answers.refused
+
+    def _model(self, request: Request) -> Model:
+        return self.models.model(request.path_params["name"], request.query_params.get("version"))
+
+    def _session(self, request: Request) -> Any:
+        return self.models.session(request.path_params["token"])
+
+    async def _body(self, request: Request) -> bytes:
+        most = self.models.limits.message
+        too_large = ServeError(413, f"the body is larger than {most} bytes")
+        length = request.headers.get("content-length", "0")
+        if len(length) > 18 or int(length) > most:
+            raise too_large
+
+        async def read() -> bytes:
+            parts, size = [], 0
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise too_large
+                parts.append(part)
+            return b"".join(parts)
+
+        try:
+            return await asyncio.wait_for(read(), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise ServeError(408, f"the body didn't arrive within {BODY_SECONDS:.0f} seconds") from None
+
+    async def _json(self, request: Request) -> Any:
+        return parsed(await self._body(request))
+
+    def _x(self, body: Any) -> Any:
+        if not isinstance(body, dict) or "x" not in body:
+            raise ServeError(400, 'expected a JSON object with the key "x"')
+        return body["x"]
+
+
+def _array(name: str, values: Any) -> Any:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ServeError(400, f"{name}: expected sequences of equal lengths and widths") from None
+    if array.dtype.kind not in "iuf":
+        raise ServeError(400, f"{name}: expected numbers")
+    return array
+
+
+def _json(value: Any) -> Response:
+    return Response(text_of(value), media_type="application/json")

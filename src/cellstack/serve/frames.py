@@ -1,0 +1,83 @@
+"""The binary messages of a connection with many sessions, as bytes and as records; shared with clients."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from cellstack.serve.rows import Records
+
+VERSION = 1
+FRAMES, ANSWERS, REFUSED = 0, 1, 2  # kinds of messages
+HEADER = struct.Struct("<BBHI")  # version, kind, number of the model in the connection, number of records
+REFUSAL = np.dtype([("number", "<u4"), ("frame", "<u4"), ("length", "<u4")])  # of the reason, in bytes of UTF-8
+
+
+def numbered(row: DTypeLike) -> np.dtype:
+    """Return the dtype of a record that also names its session and its frame.
+
+    Args:
+        row: `Rows.inputs` or `Rows.outputs`.
+    """
+    return np.dtype([("number", "<u4"), ("frame", "<u4"), ("row", row)])
+
+
+def pack(kind: int, model: int, records: Records) -> bytes:
+    """Return the message with these records."""
+    return HEADER.pack(VERSION, kind, model, len(records)) + records.tobytes()
+
+
+def header(message: bytes) -> tuple[int, int, int]:
+    """Return a message's kind, model and number of records.
+
+    Raises:
+        ValueError: a message that is shorter than a header, or of another version.
+    """
+    if len(message) < HEADER.size:
+        raise ValueError(f"expected a message of at least {HEADER.size} bytes, got {len(message)}")
+    version, kind, model, count = HEADER.unpack_from(message)
+    if version != VERSION:
+        raise ValueError(f"expected a message of version {VERSION}, got version {version}")
+    return kind, model, count
+
+
+def unpack(message: bytes, record: np.dtype) -> Records:
+    """Return the records of a message, without a copy.
+
+    Raises:
+        ValueError: a length that doesn't match the header's number of records.
+    """
+    count = header(message)[2]
+    wanted = HEADER.size + count * record.itemsize
+    if len(message) != wanted:
+        raise ValueError(
+            f"expected {wanted} bytes for {count} records of {record.itemsize} bytes, got {len(message)} bytes"
+        )
+    return np.frombuffer(message, record, count, HEADER.size)
+
+
+def pack_refused(model: int, refused: Sequence[tuple[int, int, str]]) -> bytes:
+    """Return the message that says why frames were refused: each one's session, number and reason."""
+    reasons = [reason.encode() for _, _, reason in refused]
+    records = np.array(
+        [(number, frame, len(reason)) for (number, frame, _), reason in zip(refused, reasons, strict=True)], REFUSAL
+    )
+    return pack(REFUSED, model, records) + b"".join(reasons)
+
+
+def unpack_refused(message: bytes) -> list[tuple[int, int, str]]:
+    """Return what `pack_refused` was given.
+
+    Raises:
+        ValueError: a length that doesn't match the records.
+    """
+    start = HEADER.size + header(message)[2] * REFUSAL.itemsize
+    records = unpack(message[:start], REFUSAL)
+    ends = start + np.cumsum(records["length"], dtype=np.int64)
+    if len(message) != (ends[-1] if len(ends) else start):
+        raise ValueError("expected a message that ends with its last reason")
+    found = zip(records["number"].tolist(), records["frame"].tolist(), records["length"].tolist(), ends, strict=True)
+    return [(number, frame, message[end - length : end].decode()) for number, frame, length, end in found]

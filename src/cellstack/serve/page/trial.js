@@ -1,0 +1,523 @@
+// The page of a server: its models, a session of the chosen one, its inputs and its outputs over time.
+
+import { button, choice, make, numberBox, plural, replaceChildren, select, shown } from "./dom.js";
+import { MOST_LINES, Recent, colourOf, drawMap, drawRecent } from "./plot.js";
+import { LiveSession, access, ask } from "./session.js";
+import { asMessage, columnsOf, generated, microphone, numbersOf, ofRows, ofSamples, rowsOf, samplesOf } from "./sources.js";
+import { pageStyle } from "./style.js";
+
+const MOST_SLIDERS = 8;
+const MOST_WAITING = 64; // frames whose answers haven't arrived: beyond that none are sent
+const AUDIO = { least: 160, most: 1024 }; // widths of inputs that may be frames of audio
+const LOOK = ["ink", "muted", "grid", "cursor", "mark"];
+const OWN = `
+.models { display: flex; flex-wrap: wrap; gap: 8px; margin: 0 0 16px; padding: 0; list-style: none; }
+.models button { text-align: left; padding: 8px 12px; max-width: 340px; overflow-wrap: anywhere; }
+.models small { display: block; font-weight: 400; color: var(--muted); }
+.models [aria-pressed="true"] small { color: inherit; }
+.trial { display: grid; grid-template-columns: minmax(0, 380px) minmax(0, 1fr); gap: 20px; align-items: start; }
+.trial .choice { margin: 6px 0 10px; }
+.trial textarea { width: 100%; min-height: 90px; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; color: inherit; background: var(--ground); border: 1px solid var(--edge); border-radius: 7px; padding: 6px 8px; }
+.drop { border: 1px dashed var(--muted); border-radius: 8px; padding: 14px; color: var(--muted); margin-top: 8px; overflow-wrap: anywhere; }
+.drop.over { background: var(--soft); border-color: var(--accent); color: var(--accent); }
+.drop input { max-width: 100%; margin-top: 6px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(110px, 1fr)); gap: 8px; margin: 0 0 10px; }
+.figures div { background: var(--raised); border-radius: 8px; padding: 6px 10px; }
+.figures dt { font-size: 12px; color: var(--muted); }
+.figures dd { margin: 0; font-weight: 650; font-size: 17px; }
+.values { display: flex; flex-wrap: wrap; gap: 2px 16px; }
+.values span { border-bottom: 3px solid var(--line); padding: 0 2px; }
+.errors { margin: 8px 0 0; padding: 0; list-style: none; }
+.errors li { background: var(--warn-soft); color: var(--warn); border-radius: 8px; padding: 6px 10px; margin-top: 4px; overflow-wrap: anywhere; }
+.card h3 { margin: 14px 0 0; }
+.trial .run input { width: 96px; padding-right: 2px; }
+canvas.colours { border-radius: 4px; }
+.run { margin-top: 12px; }
+@media (max-width: 900px) { .trial { grid-template-columns: minmax(0, 1fr); gap: 14px; } }
+`;
+
+// Show the page in an element. Returns a promise that is resolved when the models are shown.
+export function start(el) {
+  const page = make("div", { class: "page" });
+  el.append(make("style", {}, pageStyle + OWN), page);
+  const look = { theme: "light", colours: {} };
+  const server = new Server(page, look);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const paint = () => {
+    page.dataset.theme = look.theme = dark.matches ? "dark" : "light";
+    const style = getComputedStyle(page);
+    look.colours = Object.fromEntries(LOOK.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+    server.trial?.draw();
+  };
+  dark.addEventListener("change", paint);
+  paint();
+  return server.load();
+}
+
+// The list of models, and the trial of the chosen one.
+class Server {
+  constructor(page, look) {
+    this.look = look;
+    this.trial = null;
+    this.summary = make("p", { class: "summary" });
+    this.list = make("ul", { class: "models", "aria-label": "Models" });
+    this.body = make("div");
+    page.append(make("div", { class: "inner" }, make("header", {}, make("div", {}, make("h1", {}, "cellstack serve"), this.summary)), this.list, this.body));
+  }
+
+  async load() {
+    let models;
+    try {
+      ({ models } = await (await ask("models")).json());
+    } catch (error) {
+      this.refused(error);
+      return;
+    }
+    this.summary.textContent = plural(models.length, "model");
+    const buttons = models.map((model) => button("", () => this.choose(model, buttons), { "data-model": model.name }));
+    models.forEach((model, n) => {
+      buttons[n].model = model;
+      buttons[n].append(model.name, make("small", {}, `version ${model.version} · ${shapesOf(model)}`));
+    });
+    this.list.replaceChildren(...buttons.map((one) => make("li", {}, one)));
+    const first = models.find((model) => model.streams) ?? models[0];
+    if (first) this.choose(first, buttons);
+    else this.body.replaceChildren(make("p", { class: "note" }, "This server has no models."));
+  }
+
+  choose(model, buttons) {
+    for (const one of buttons) one.setAttribute("aria-pressed", String(one.model === model));
+    this.trial?.end();
+    this.trial = null;
+    if (model.streams) {
+      this.trial = new Trial(model, this.look);
+      this.body.replaceChildren(this.trial.element);
+      this.trial.draw();
+    } else {
+      this.body.replaceChildren(make("p", { class: "warning" }, `${model.name} has no sessions: ${model.why_not}. It runs whole sequences: POST /models/${model.name}/run.`));
+    }
+  }
+
+  refused(error) {
+    const message = make("p", { class: "warning", role: "alert" }, error.message);
+    if (error.status !== 401) {
+      this.body.replaceChildren(message);
+      return;
+    }
+    const box = make("input", { type: "password", "aria-label": "Token", autocomplete: "off" });
+    const form = make("form", { class: "toolbar", onsubmit: (event) => {
+      event.preventDefault();
+      access.token = box.value;
+      this.body.replaceChildren();
+      this.load();
+    } }, make("label", { class: "field" }, make("span", {}, "Token"), box), make("button", { class: "main" }, "Continue"));
+    this.body.replaceChildren(access.token ? message : make("p", { class: "note" }, "This server needs a token."), form);
+  }
+}
+
+function shapesOf({ inputs, outputs }) {
+  const text = (values) => values.map(({ name, width }) => `${name} ${width === null ? "(id)" : `[${width}]`}`).join(", ");
+  return `${text(inputs)} → ${text(outputs)}`;
+}
+
+// A session of a model: its inputs on the left, its outputs on the right.
+class Trial {
+  constructor(model, look) {
+    this.model = model;
+    this.look = look;
+    this.columns = columnsOf(model.inputs);
+    this.outputs = columnsOf(model.outputs);
+    this.session = null;
+    this.source = null; // that is running
+    this.timer = null;
+    this.span = 300;
+    this.first = 0;
+    this.drawing = false;
+    this.values = this.columns.map(() => 0);
+    this.errors = make("ul", { class: "errors", "aria-live": "polite" });
+    this.element = make("div", { class: "trial" }, this.inputSide(), this.outputSide());
+    this.clear();
+    this.resize = new ResizeObserver(() => this.draw());
+    this.resize.observe(this.element);
+    this.kind("values");
+  }
+
+  // ── inputs ──
+
+  inputSide() {
+    const [only] = this.model.inputs;
+    this.width = only.width;
+    const audio = this.model.inputs.length === 1 && this.width >= AUDIO.least && this.width <= AUDIO.most;
+    const kinds = [["values", "Values", "Numbers that you set"], ["signal", "Signal", "A generated signal"], ["file", "CSV", "Rows of a file"]];
+    if (audio) kinds.push(["audio", "Audio", "An audio file, cut into frames"], ["microphone", "Microphone", "Your microphone, cut into frames"]);
+    this.panel = make("div");
+    this.kinds = choice("Where inputs come from", (name) => this.kind(name));
+    this.kinds.set(kinds, "values");
+    this.rate = numberBox("Frames per second", () => this.paced(), { value: 20, min: 0.1, max: 1000, step: "any" });
+    this.samples = numberBox("Samples per second", () => this.audioRate(), { value: 16000, min: 3000, max: 192000, step: 1 });
+    this.startButton = button("Start", () => this.toggle(), { class: "main" });
+    this.once = button("Send one", () => this.sendOne());
+    return make(
+      "section",
+      { class: "card" },
+      make("h2", {}, "Input"),
+      make("p", { class: "about" }, `${plural(this.columns.length, "number")} per frame`),
+      this.kinds.element,
+      this.panel,
+      make("div", { class: "toolbar run" }, this.rate.element, this.samples.element, this.startButton, this.once),
+      this.errors,
+    );
+  }
+
+  kind(name) {
+    this.stop();
+    this.chosen = name;
+    const sound = name === "audio" || name === "microphone";
+    this.samples.element.hidden = !sound;
+    this.rate.element.hidden = name === "microphone";
+    this.once.hidden = name !== "values" && name !== "signal";
+    this.make = null; // a function that returns a source
+    replaceChildren(this.panel, ...{ values: () => this.valuesPanel(), signal: () => this.signalPanel(), file: () => this.filePanel(), audio: () => this.audioPanel(), microphone: () => this.microphonePanel() }[name]());
+    if (sound) this.audioRate();
+    this.startButton.disabled = this.make === null;
+  }
+
+  valuesPanel() {
+    this.make = () => () => [...this.values];
+    if (this.columns.length > MOST_SLIDERS) {
+      const box = make("textarea", { "aria-label": "Values", spellcheck: "false" });
+      box.value = this.values.map((value) => shown(value, 6).replace("−", "-")).join(", ");
+      this.make = () => () => numbersOf(box.value, this.columns);
+      const fill = (text, next) => button(text, () => (box.value = this.columns.map(next).join(", ")));
+      return [make("p", { class: "note" }, `${this.columns.length} numbers, separated by commas`), box, make("div", { class: "buttons" }, fill("Zeros", () => 0), fill("Ones", () => 1), fill("Random", ({ id }) => (id ? Math.floor(10 * Math.random()) : (2 * Math.random() - 1).toFixed(3))))];
+    }
+    const rows = this.columns.flatMap(({ name, id }, n) => {
+      if (id) {
+        const box = make("input", { type: "number", "aria-label": name, min: 0, step: 1, value: this.values[n], oninput: () => (this.values[n] = Number(box.value)) });
+        return [make("span", {}, name), box, make("span")];
+      }
+      const out = make("output", {}, shown(this.values[n], 3));
+      const box = make("input", { type: "range", "aria-label": name, min: -3, max: 3, step: 0.01, value: this.values[n], oninput: () => {
+        this.values[n] = Number(box.value);
+        out.textContent = shown(this.values[n], 3);
+      } });
+      return [make("span", {}, name), box, out];
+    });
+    return [make("div", { class: "sliders" }, ...rows)];
+  }
+
+  signalPanel() {
+    const period = numberBox("Period in frames", () => {}, { value: 40, min: 1, step: "any" });
+    const amplitude = numberBox("Amplitude", () => {}, { value: 1, step: "any" });
+    const shape = select("Shape", [["sine", "Sine"], ["noise", "Noise"], ["impulse", "Impulses"]], "sine", () => this.restart());
+    this.make = () => generated(this.columns, { shape: shape.box.value, period: () => Number(period.box.value), amplitude: () => Number(amplitude.box.value) });
+    return [make("div", { class: "toolbar" }, shape.element, period.element, amplitude.element)];
+  }
+
+  filePanel() {
+    return this.drop(`Drop a CSV file here, with ${plural(this.columns.length, "column")}: one row per frame.`, ".csv,.tsv,.txt,text/csv", async (file) => {
+      const rows = rowsOf(await file.text(), this.columns);
+      this.make = () => ofRows(rows);
+      return `${file.name}: ${plural(rows.length, "row")}`;
+    });
+  }
+
+  audioPanel() {
+    return this.drop(`Drop an audio file here. It is resampled, mixed to one channel, and cut into frames of ${this.width} samples.`, "audio/*", async (file) => {
+      const rate = this.sampleRate();
+      const samples = await samplesOf(file, rate);
+      this.make = () => ofSamples(samples, this.width);
+      return `${file.name}: ${shown(samples.length / rate, 3)} seconds, ${plural(Math.ceil(samples.length / this.width), "frame")}`;
+    });
+  }
+
+  microphonePanel() {
+    this.make = () => microphone(this.width, this.sampleRate());
+    return [make("p", { class: "note" }, `Start sends frames of ${this.width} samples to the server as they are recorded.`)];
+  }
+
+  drop(text, accept, read) {
+    const said = make("p", {}, text);
+    const use = async (file) => {
+      if (!file) return;
+      this.stop();
+      this.make = null;
+      try {
+        said.textContent = await read(file);
+      } catch (error) {
+        said.textContent = text;
+        this.complain(error.message);
+      }
+      this.startButton.disabled = this.make === null;
+    };
+    const box = make("input", { type: "file", accept, "aria-label": "File", onchange: () => use(box.files[0]) });
+    const area = make("div", {
+      class: "drop",
+      ondragover: (event) => { event.preventDefault(); area.classList.add("over"); },
+      ondragleave: () => area.classList.remove("over"),
+      ondrop: (event) => { event.preventDefault(); area.classList.remove("over"); use(event.dataTransfer.files[0]); },
+    }, said, box);
+    this.reread = () => use(box.files[0]);
+    return [area];
+  }
+
+  sampleRate() {
+    const rate = Number(this.samples.box.value);
+    if (!(rate >= 3000 && rate <= 192000)) throw new Error(`samples per second: expected 3000 to 192000, got ${this.samples.box.value}`);
+    return rate;
+  }
+
+  audioRate() {
+    this.rate.box.value = Math.round((1000 * Number(this.samples.box.value)) / this.width) / 1000;
+    if (this.chosen === "audio" && this.make !== null) this.reread();
+  }
+
+  // ── running ──
+
+  async toggle() {
+    if (this.source !== null) this.stop();
+    else await this.run();
+  }
+
+  restart() {
+    if (this.source !== null) this.source = this.make();
+  }
+
+  async run() {
+    this.startButton.disabled = true;
+    try {
+      this.source = await this.make();
+      await this.opened();
+    } catch (error) {
+      this.stop();
+      this.complain(error.message);
+      return;
+    } finally {
+      this.startButton.disabled = false;
+    }
+    this.startButton.textContent = "Stop";
+    this.paced();
+  }
+
+  stop() {
+    clearInterval(this.timer);
+    this.source?.stop?.();
+    this.source = this.timer = null;
+    this.startButton.textContent = "Start";
+  }
+
+  // Send frames at the chosen rate from now on; the microphone sets its own.
+  paced() {
+    if (this.source === null) return;
+    clearInterval(this.timer);
+    const live = this.chosen === "microphone";
+    const rate = Number(this.rate.box.value);
+    if (!live && !(rate > 0 && rate <= 1000)) {
+      this.stop();
+      this.complain(`frames per second: expected more than 0, at most 1000, got ${this.rate.box.value}`);
+      return;
+    }
+    const began = performance.now();
+    let sent = 0;
+    this.timer = setInterval(() => {
+      const due = live ? Infinity : Math.floor(((performance.now() - began) / 1000) * rate) + 1;
+      if (!live && due - sent > MOST_WAITING) sent = due - 1; // after a pause of the browser
+      while (sent < due && this.session.waiting < MOST_WAITING) {
+        if (!this.next()) return;
+        sent += 1;
+      }
+    }, Math.max(4, live ? 10 : Math.min(500, 1000 / rate)));
+  }
+
+  async sendOne() {
+    try {
+      const values = (this.source ?? this.make())();
+      await this.opened();
+      this.send(values);
+    } catch (error) {
+      this.complain(error.message);
+    }
+  }
+
+  // Send the source's next frame; returns whether there was one.
+  next() {
+    let values;
+    try {
+      values = this.source();
+    } catch (error) {
+      this.stop();
+      this.complain(error.message);
+      return false;
+    }
+    if (values === undefined) this.stop();
+    if (!values) return false;
+    this.send(values);
+    return true;
+  }
+
+  send(values) {
+    this.inputs.add(this.inputs.units < values.length ? [Math.min(...values), Math.max(...values)] : values);
+    this.session.send(asMessage(this.model.inputs, values));
+  }
+
+  // ── the session ──
+
+  opened() {
+    if (this.session?.open) return Promise.resolve();
+    if (this.opening) return this.opening;
+    this.clear();
+    this.opening = new Promise((resolve, reject) => {
+      this.session = new LiveSession(this.model, {
+        open: () => {
+          this.newButton.disabled = false;
+          this.record().then(resolve);
+        },
+        answer: (message) => this.answered(message),
+        closed: (reason) => {
+          reject(new Error(reason));
+          this.lost(reason);
+        },
+      });
+    }).finally(() => (this.opening = null));
+    return this.opening;
+  }
+
+  lost(reason) {
+    const running = this.source !== null;
+    this.stop();
+    this.session = null;
+    this.newButton.disabled = this.traceButton.disabled = true;
+    if (running && !this.opening) this.complain(reason);
+  }
+
+  // Make the server record the session's steps, for its trace.
+  async record() {
+    try {
+      await ask(this.tracePath());
+      this.traceButton.disabled = false;
+    } catch (error) {
+      this.traceButton.title = error.message; // why this network has none
+    }
+  }
+
+  tracePath() {
+    return `sessions/${encodeURIComponent(this.session.token)}/trace?steps=${Math.min(1000, this.span)}`;
+  }
+
+  async trace() {
+    const tab = window.open("", "_blank"); // now: later, the browser would block it
+    try {
+      const answer = await ask(this.tracePath());
+      if (answer.status === 202) throw new Error("no step has been recorded yet: send a frame first");
+      tab.location = URL.createObjectURL(await answer.blob());
+    } catch (error) {
+      tab?.close();
+      this.complain(error.message);
+    }
+  }
+
+  renew() {
+    this.stop();
+    this.session?.close();
+    this.session = null;
+    this.newButton.disabled = this.traceButton.disabled = true;
+    this.clear();
+  }
+
+  end() {
+    this.stop();
+    this.session?.close();
+    this.resize.disconnect();
+  }
+
+  answered({ frame, y, error, seconds }) {
+    this.frame = frame;
+    if (error !== undefined) {
+      this.complain(`frame ${frame}: ${error}`);
+      this.recent.add(this.outputs.map(() => NaN));
+    } else {
+      this.last = this.model.outputs.length === 1 ? [y].flat() : this.model.outputs.flatMap(({ name }) => y[name]);
+      this.recent.add(this.last);
+    }
+    if (Number.isFinite(seconds)) this.latencies.push(seconds);
+    if (this.latencies.length > 200) this.latencies.shift();
+    this.drawSoon();
+  }
+
+  complain(text) {
+    if (this.errors.lastChild?.textContent !== text) this.errors.append(make("li", { role: "alert" }, text));
+    while (this.errors.children.length > 3) this.errors.firstChild.remove();
+  }
+
+  clear() {
+    this.errors.replaceChildren();
+    this.recent = new Recent(this.outputs.length);
+    this.inputs = new Recent(this.columns.length > MOST_SLIDERS ? 2 : this.columns.length);
+    this.latencies = [];
+    this.frame = 0;
+    this.last = null;
+    this.drawSoon();
+  }
+
+  // ── outputs ──
+
+  outputSide() {
+    this.figures = Object.fromEntries([["frame", "Frame"], ["now", "Round trip"], ["median", "Median"], ["worst", "99th percentile"]].map(([name, text]) => [name, { text, value: make("dd", { "data-figure": name }, "–") }]));
+    this.map = make("canvas", { class: "colours", role: "img", "aria-label": "All outputs over time, as colours" });
+    this.chart = make("canvas", { class: "chart", role: "img", "aria-label": "Outputs over time" });
+    this.inputChart = make("canvas", { class: "chart", role: "img", "aria-label": "Inputs over time" });
+    this.inputChart.style.height = "120px";
+    this.scale = make("p", { class: "summary" });
+    this.readout = make("p", { class: "values" });
+    this.newButton = button("New session", () => this.renew(), { disabled: true });
+    this.traceButton = button("Trace of the last steps", () => this.trace(), { disabled: true });
+    const span = select("Steps shown", [100, 300, 1000].map((n) => [n, String(n)]), this.span, (value) => {
+      this.span = Number(value);
+      this.draw();
+    });
+    const many = this.outputs.length > MOST_LINES;
+    const starts = Array.from({ length: Math.ceil(this.outputs.length / MOST_LINES) }, (_, n) => n * MOST_LINES);
+    const which = select("Lines of outputs", starts.map((n) => [n, `${n} to ${Math.min(n + MOST_LINES, this.outputs.length) - 1}`]), 0, (value) => {
+      this.first = Number(value);
+      this.draw();
+    });
+    return make(
+      "section",
+      { class: "card" },
+      make("h2", {}, "Output"),
+      make("p", { class: "about" }, `${plural(this.outputs.length, "number")} per frame: ${shapesOf({ inputs: [], outputs: this.model.outputs }).slice(3)}`),
+      make("dl", { class: "figures" }, ...Object.values(this.figures).map(({ text, value }) => make("div", {}, make("dt", {}, text), value))),
+      make("div", { class: "toolbar" }, span.element, many ? which.element : null, this.newButton, this.traceButton),
+      many ? this.map : null,
+      many ? this.scale : null,
+      this.chart,
+      this.readout,
+      make("h3", {}, this.columns.length > MOST_SLIDERS ? "Input: smallest and largest number of each frame" : "Input"),
+      this.inputChart,
+    );
+  }
+
+  drawSoon() {
+    if (this.drawing) return;
+    this.drawing = true;
+    requestAnimationFrame(() => {
+      this.drawing = false;
+      this.draw();
+    });
+  }
+
+  draw() {
+    if (!this.element.isConnected) return;
+    if (this.outputs.length > MOST_LINES) this.scale.textContent = `Colours from −${drawMap(this.map, this.look, this.recent, this.span)} (blue) to the same positive number (orange)`;
+    drawRecent(this.chart, this.look, this.recent, this.first, this.span);
+    drawRecent(this.inputChart, this.look, this.inputs, 0, this.span);
+    const sorted = [...this.latencies].sort((a, b) => a - b);
+    const time = (seconds) => (seconds === undefined ? "–" : `${shown(1000 * seconds, 3)} ms`);
+    this.figures.frame.value.textContent = this.frame.toLocaleString("en");
+    this.figures.now.value.textContent = time(this.latencies.at(-1));
+    this.figures.median.value.textContent = time(sorted[Math.floor(sorted.length / 2)]);
+    this.figures.worst.value.textContent = time(sorted[Math.floor(0.99 * sorted.length)]);
+    const shownNow = this.outputs.slice(this.first, this.first + MOST_LINES);
+    this.readout.replaceChildren(...shownNow.map(({ name }, n) => make("span", { style: `--line: ${colourOf(n, this.look.theme)}` }, `${name}: ${this.last === null ? "–" : shown(this.last[this.first + n], 4)}`)));
+  }
+}

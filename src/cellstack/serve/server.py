@@ -1,0 +1,369 @@
+"""The server: uvicorn with the application, limits of connections, signals, reload, TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+try:
+    import uvicorn
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+    from cellstack.serve.app import application
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
+    ) from error
+from cellstack.serve.models import Limits, Models, ServeError, digest_of
+from cellstack.serve.texts import described
+from cellstack.spec import FormatError
+
+if TYPE_CHECKING:
+    from cellstack.serve.durable import HandoverServer, Store
+
+HEAD_SECONDS = 10.0  # in which a request's head must arrive
+HEAD_BYTES = 64 << 10  # of a head that isn't complete
+BACKLOG = 2048
+SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
+SWITCH_SECONDS = (
+    0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server serves.
+
+    Attributes:
+        host, port: where it listens; port 0: any free one.
+        grpc_port: where it listens for gRPC; None: nowhere.
+        durable: the folder in which sessions are stored; None: they end with the process.
+        durability: `"none"`, `"snapshot"`, `"frames"` or `"synced"`, see docs/serve.md.
+        limits: see `Limits`.
+        connections: open connections.
+        tokens: one of them is required in each request; none: no token is required.
+        allow_origins: origins of other pages that may use the server from a browser.
+        tls_cert, tls_key: files of the certificate and its key; None: no TLS.
+        threads: the threads of a step.
+        options: keyword arguments of `cellstack.load`.
+        recover: start also if stored sessions are damaged, with what precedes the damage.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    grpc_port: int | None = None
+    durable: Path | None = None
+    durability: str = "frames"
+    limits: Limits = field(default_factory=Limits)
+    connections: int = 10_000
+    tokens: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    threads: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recover: bool = False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        OSError: the port is in use, or the host isn't an address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+class Http(HttpToolsProtocol):
+    """A connection whose request heads have limits, and that is refused if there are too many."""
+
+    most_connections = 10_000
+    _deadline: asyncio.TimerHandle | None = None
+    _head = 0  # bytes of the head so far
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most_connections:
+            self._refuse("503 Service Unavailable", f"more than {self.most_connections} connections are open")
+        else:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        self._arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse data."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._deadline is not None and not self.transport.is_closing():
+            self._head += len(data)
+            if self._head > HEAD_BYTES:
+                self._refuse("431 Request Header Fields Too Large", f"the head is larger than {HEAD_BYTES} bytes")
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
+
+    def on_headers_complete(self) -> None:
+        """End a request's head."""
+        self._arrived()
+        super().on_headers_complete()
+
+    def _arrived(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline, self._head = None, 0
+
+    def _late(self) -> None:
+        self._refuse("408 Request Timeout", f"the head didn't arrive within {HEAD_SECONDS:.0f} seconds")
+
+    def _refuse(self, status: str, text: str) -> None:
+        body = json.dumps({"error": text})
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
+        self.transport.write(f"HTTP/1.1 {status}\r\n{head}\r\n\r\n{body}".encode())
+        self.transport.close()
+        self._arrived()
+
+
+class WebSocket(WebSocketsSansIOProtocol):
+    """A WebSocket that isn't read while its client doesn't read the answers to its pings."""
+
+    def handle_ping(self) -> None:
+        """Answer a ping."""
+        super().handle_ping()
+        if not self.writable.is_set() and not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self.transport.resume_reading()
+
+
+class Server(uvicorn.Server):
+    """A server of models.
+
+    Args:
+        models: the models, which are loaded.
+        settings: see `Settings`.
+        report: called with what an operator should know, such as the result of a reload.
+        listens: called with the URL and the descriptions of the models when it listens.
+
+    Attributes:
+        ready: whether it takes requests.
+        signal: the number of the signal that stopped it, if any.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        settings: Settings,
+        report: Callable[[str], None] = print,
+        listens: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.models, self.settings, self.report, self._listens = models, settings, report, listens
+        self.ready, self.signal = False, 0
+        self.app = application(models, settings.tokens, settings.allow_origins, self)
+        self._store: Store | None = None
+        self._handover: HandoverServer | None = None
+        self._grpc: Any = None
+        self._finished = False
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        config = uvicorn.Config(
+            self.app,
+            http=type("LimitedHttp", (Http,), {"most_connections": settings.connections}),
+            ws=WebSocket,
+            ws_max_size=settings.limits.message,
+            ws_per_message_deflate=False,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+        )
+        super().__init__(config)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop in order on SIGTERM and SIGINT, and reload the models on SIGHUP."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        for number in numbers:
+            loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self.reload()))
+        try:
+            yield
+        finally:
+            for number in [*numbers, signal.SIGHUP]:
+                loop.remove_signal_handler(number)
+
+    def _stop(self, number: int) -> None:
+        self.force_exit = self.should_exit  # the second signal doesn't wait for open connections
+        self.should_exit, self.signal = True, number
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def restore(self, wait: float = 0.0) -> None:
+        """Restore the stored sessions, and store sessions from now on. Called before `run`.
+
+        Args:
+            wait: seconds to wait for a server that is about to exit.
+
+        Raises:
+            ServeError, FormatError, OSError: see `durable.Store`.
+        """
+        from cellstack.serve.durable import Store
+
+        settings, models = self.settings, self.models
+        assert settings.durable is not None
+        self._store = store = Store(settings.durable, settings.durability, wait=wait)
+        loaded = {model.digest for model in models.all()}
+        for path in reversed(store.stored_models()):  # older versions, of which there are sessions
+            if digest_of(path) not in loaded:
+                models.versions.setdefault(path.stem, []).insert(0, models.load(path))
+        for name, versions in models.versions.items():
+            for number, model in enumerate(versions, 1):
+                model.version = number
+                found = store.restore(
+                    model, models.paths.get(name) if model is versions[-1] else None, settings.recover
+                )
+                if found is not None and (found.sessions or found.damage):
+                    said = f"{name}: restored {found.sessions} sessions and {found.frames} frames"
+                    self.report(f"{said} in {found.seconds:.2f} s")
+                    for text in found.damage:
+                        self.report(f"{name}: {text}")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start serving."""
+        assert sockets
+        loop, settings = asyncio.get_running_loop(), self.settings
+        for model in self.models.all():
+            model.start(loop)
+        if settings.grpc_port is not None:
+            from cellstack.serve.inference_protocol import grpc
+
+            self._grpc = await grpc.start(self.models, settings.host, settings.grpc_port, settings.tokens)
+        if self._store is not None:
+            from cellstack.serve.durable import HandoverServer
+
+            assert settings.durable is not None
+            self._handover = HandoverServer(settings.durable, [one.dup() for one in sockets], self.finish)
+            await self._handover.start()
+            self._start(self._exit_after_handover(self._handover))
+        await super().startup(sockets)
+        self._start(self._close_idle())
+        self.ready = True
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http{'s' if settings.tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        models = [described(versions[-1]) for versions in self.models.versions.values()]
+        self._listens({"url": url, "port": port, "models": models})
+
+    async def _exit_after_handover(self, handover: HandoverServer) -> None:
+        await handover.done.wait()
+        self.report("another process continues")
+        self.should_exit = True
+
+    async def finish(self) -> None:
+        """Accept no more connections, answer all frames that were received, and store the sessions."""
+        if self._finished:
+            return
+        self._finished, self.ready = True, False
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(SETTLE_SECONDS)
+        await self.app.state.connections.finish()
+        if self._grpc is not None:
+            await self._grpc.stop(SETTLE_SECONDS)
+        loop = asyncio.get_running_loop()
+        for model in self.models.all():
+            await loop.run_in_executor(None, model.stop)
+        if self._store is not None:
+            self._store.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, after `finish`."""
+        if self._handover is not None:
+            await self._handover.close()
+        await self.finish()
+        for task in self._tasks:
+            task.cancel()
+        await super().shutdown(sockets)
+
+    async def reload(self) -> None:
+        """Load the models whose files have changed. Open sessions stay with the version that they began with."""
+        loop = asyncio.get_running_loop()
+        async with self._reloading:
+            for name, path in self.models.paths.items():
+                current = self.models.model(name)
+                try:
+                    model = await loop.run_in_executor(None, self.models.load, path)
+                except (FormatError, OSError, ValueError, TypeError, ModuleNotFoundError) as error:
+                    self.report(f"{path}: {error}; version {current.version} stays")
+                    continue
+                if model.digest and model.digest == current.digest:
+                    await loop.run_in_executor(None, model.stop)
+                    self.report(f"{name}: {path} hasn't changed")
+                    continue
+                try:
+                    if self._store is not None:
+                        await loop.run_in_executor(None, self._store.restore, model, path)
+                except (ServeError, OSError) as error:
+                    self.report(f"{path}: {error}; version {current.version} stays")
+                    await loop.run_in_executor(None, model.stop)
+                    continue
+                model.start(loop)
+                self.models.add(path, model)
+                self.report(f"{name}: loaded version {model.version} for new sessions")
+            await self.models.drop_unused()
+
+    async def _close_idle(self) -> None:
+        while True:
+            await asyncio.sleep(min(5.0, self.settings.limits.idle / 4))
+            await self.models.drop_unused()
+
+
+def prepare_process(connections: int) -> int:
+    """Set what is per process: the switch between threads, and the limit of open files.
+
+    Returns:
+        the number of connections that can be open.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    if sys.platform == "win32":
+        return connections
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + 256  # for files
+    if soft < wanted:
+        soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(connections, soft - 256)

@@ -1,0 +1,97 @@
+"""A server in a thread of the test's process, with a small LSTM."""
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack.serve import Limits, Models
+from cellstack.serve.server import Server, Settings, listen
+
+WIDTH, UNITS = 3, 5
+
+
+def lstm(width=WIDTH, units=UNITS, seed=0):
+    new = np.random.default_rng(seed).standard_normal
+    shapes = (width, 4 * units), (units, 4 * units), (4 * units,)
+    return Network([Recurrent((Cell(CellSpec(width, units), *(new(shape).astype(np.float32) for shape in shapes)),))])
+
+
+@dataclasses.dataclass
+class Running:
+    """A running server: `call` runs a coroutine function on its event loop."""
+
+    server: Server
+    loop: asyncio.AbstractEventLoop
+    port: int
+    reports: list
+
+    @property
+    def http(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def ws(self):
+        return f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def models(self):
+        return self.server.models
+
+    def call(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+
+@contextlib.contextmanager
+def running(*paths, limits=None, threads=1, options=None, **settings):
+    """Serve the models in these files while the context is open."""
+    limits = limits or Limits(sessions=64)
+    models = Models(limits, threads, options)
+    for path in paths:
+        models.add(path)
+    chosen = Settings(port=0, limits=limits, threads=threads, **settings)
+    socket, reports = listen(chosen.host, chosen.port), []
+    server = Server(models, chosen, reports.append)
+    loops = []
+
+    async def serve():
+        loops.append(asyncio.get_running_loop())
+        await server.serve([socket])
+
+    port = socket.getsockname()[1]
+    factory = server.config.get_loop_factory()
+
+    def run():
+        loop = factory()
+        loop.run_until_complete(serve())
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not server.ready:
+        assert thread.is_alive()
+        time.sleep(0.001)
+    try:
+        yield Running(server, loops[0], port, reports)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "lstm.safetensors"
+    lstm().save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(model_file):
+    with running(model_file) as found:
+        yield found
