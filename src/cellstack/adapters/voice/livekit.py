@@ -13,8 +13,8 @@ from pathlib import Path
 from cellstack.adapters.voice.pool import Pool, shared_pool, silero_path
 
 try:
-    from livekit import rtc
-    from livekit.agents.vad import VAD, VADCapabilities, VADEvent, VADEventType, VADStream
+    from livekit import rtc  # pyright: ignore[reportMissingImports]
+    from livekit.agents.vad import VAD, VADCapabilities, VADEvent, VADEventType, VADStream  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("LiveKitVAD needs livekit-agents: pip install livekit-agents", name=error.name) from error
 

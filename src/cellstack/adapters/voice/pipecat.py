@@ -11,7 +11,7 @@ from pathlib import Path
 from cellstack.adapters.voice.pool import Voice, shared_pool, silero_path
 
 try:
-    from pipecat.audio.vad.vad_analyzer import VADAnalyzer, VADParams, VADState
+    from pipecat.audio.vad.vad_analyzer import VADAnalyzer, VADParams, VADState  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("PipecatVAD needs pipecat: pip install pipecat-ai", name=error.name) from error
 
