@@ -92,7 +92,7 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
-    "serve": {"starlette", "uvicorn"},
+    "serve": {"starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.

@@ -145,8 +145,8 @@ class Call:
             self.done.exception()  # so that nothing is logged if nobody waits
 
 
-class Disconnected(Exception):  # noqa: N818: not an error of callers, who wait for the next connection
-    """The connection was lost during a request."""
+class DisconnectedError(Exception):
+    """The connection was lost during a request, which is sent again in the next one; callers don't see this."""
 
 
 class AsyncSession:
@@ -189,7 +189,7 @@ class AsyncSession:
         """
         if isinstance(x, dict):
             x = {name: np.asarray(value)[None] for name, value in x.items()}
-        elif len(self._form.inputs) > 1:
+        elif len(self._form.inputs.names or ()) > 1:
             x = tuple(np.asarray(value)[None] for value in x)
         else:
             x = np.asarray(x)[None]
@@ -208,7 +208,7 @@ class AsyncSession:
 class AsyncClient:
     """Sessions on a server, all over one connection.
 
-    If the connection is lost, it is made again, after pauses that grow to 2 seconds. The sessions are resumed there, and
+    If the connection is lost, it is made again, after pauses that grow to 2 seconds. The sessions are resumed, and
     frames without an answer are sent again, so that callers only see a delay. Leaving the `async with` block keeps the
     sessions on the server, until they were idle for too long; `close` ends one.
 
@@ -435,7 +435,7 @@ class AsyncClient:
             self._check(sessions)
             try:
                 found = await self._request(message())
-            except Disconnected:
+            except DisconnectedError:
                 continue
             if "error" in found:
                 raise ServeError(found.get("status", 400), found["error"])
@@ -448,7 +448,7 @@ class AsyncClient:
             await self._socket.send(json.dumps({"id": id, **message}))
             return await answer
         except ConnectionClosed:
-            raise Disconnected from None
+            raise DisconnectedError from None
         finally:
             del self._asked[id]
 
@@ -489,7 +489,7 @@ class AsyncClient:
 
     async def _connect(self) -> ClientConnection:
         try:
-            options = {"ssl": self._tls} if self._tls is not None else {}
+            options: dict[str, Any] = {"ssl": self._tls} if self._tls is not None else {}
             return await connect(
                 self._url, additional_headers=self._headers, compression=None, max_size=None, **options
             )
@@ -505,27 +505,29 @@ class AsyncClient:
         except InvalidHandshake as error:
             raise ConnectionError(str(error)) from None
 
-    async def _run(self, socket: ClientConnection | None) -> None:
+    async def _run(self, socket: ClientConnection) -> None:
         """Keep a connection until the client is closed."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
-                if socket is not None:
-                    async with socket:
-                        await self._serve(socket)
-                lost, pause, socket = loop.time(), FIRST_PAUSE, None
-                while socket is None:
-                    try:
-                        socket = await self._connect()
-                    except (OSError, asyncio.TimeoutError) as error:
-                        if loop.time() - lost > self._give_up:
-                            text = f"{self._url} can't be reached since {loop.time() - lost:.0f} seconds: {error}"
-                            self._fail(ConnectionError(text))
-                            return
-                        await asyncio.sleep(pause * random.uniform(0.5, 1))  # so that clients don't come all at once
-                        pause = min(2 * pause, LONGEST_PAUSE)
+                async with socket:
+                    await self._serve(socket)
+                socket = await self._connect_again()
         except Exception as error:  # every caller that waits receives it
             self._fail(error)
+
+    async def _connect_again(self) -> ClientConnection:
+        loop, pause = asyncio.get_running_loop(), FIRST_PAUSE
+        lost = loop.time()
+        while True:
+            try:
+                return await self._connect()
+            except (OSError, asyncio.TimeoutError) as error:
+                if (seconds := loop.time() - lost) > self._give_up:
+                    raise ConnectionError(
+                        f"{self._url} can't be reached since {seconds:.0f} seconds: {error}"
+                    ) from None
+            await asyncio.sleep(pause * random.uniform(0.5, 1))  # so that clients don't come all at once
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _serve(self, socket: ClientConnection) -> None:
         """Use a connection until it is lost."""
@@ -540,7 +542,7 @@ class AsyncClient:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-        except (ConnectionClosed, Disconnected):
+        except (ConnectionClosed, DisconnectedError):
             pass  # the sessions are resumed in the next connection
         finally:
             self._connected.clear()
@@ -548,7 +550,7 @@ class AsyncClient:
                 task.cancel()
             for answer in self._asked.values():
                 if not answer.done():
-                    answer.set_exception(Disconnected())
+                    answer.set_exception(DisconnectedError())
             await asyncio.gather(*tasks, return_exceptions=True)
         if socket.close_code in FATAL:
             raise ServeError(400, f"the server has closed the connection: {socket.close_code} {socket.close_reason}")
