@@ -373,6 +373,23 @@ def test_a_server_with_an_earlier_state_says_from_which_frame_to_send_again(mode
     np.testing.assert_array_equal(run(work()), outputs(x))
 
 
+def test_a_session_that_was_closed_before_the_connection_was_lost_is_closed(served, rng):
+    async def work():
+        async with proxy_to(served.port) as proxy, AsyncClient(f"ws://127.0.0.1:{proxy.port}") as client:
+            session = await client.open("lstm")
+            proxy.hold = True
+            closing = asyncio.ensure_future(session.close())
+            while session.token in served.models.all()[0].sessions:
+                await asyncio.sleep(0.001)
+            proxy.cut()
+            proxy.hold = False
+            await closing
+            with pytest.raises(RuntimeError, match="is closed"):
+                await session.step(np.zeros(WIDTH))
+
+    run(work())
+
+
 def test_a_stopping_server_answers_what_it_received(model_file, rng):
     x = steps(rng, 4)
 

@@ -419,7 +419,17 @@ class AsyncClient:
 
     async def _close(self, session: AsyncSession) -> None:
         await self._answered(session)
-        await self._ask(lambda: {"close": [int(self._number[session._id])]}, session)
+        asked = []
+
+        def message() -> dict[str, Any]:
+            asked.append(int(self._number[session._id]))
+            return {"close": asked[-1:]}
+
+        try:
+            await self._ask(message, session)
+        except LostError:
+            if not asked:
+                raise  # else the connection was lost before the server's answer, but after it had closed the session
         self._forget(session, RuntimeError(f"session {session.token} is closed"))
 
     def _forget(self, session: AsyncSession, error: Exception) -> None:
