@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import dataclasses
+import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -405,3 +408,54 @@ def test_a_stopping_server_answers_what_it_received(model_file, rng):
         return y
 
     np.testing.assert_array_equal(run(work()), outputs(x))
+
+
+@pytest.mark.slow  # starts two processes
+def test_a_killed_server_with_stored_sessions_only_delays_answers(model_file, tmp_path, rng):
+    x = steps(rng, 40, 2)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def started():
+        command = [
+            sys.executable,
+            "-m",
+            "cellstack",
+            "serve",
+            model_file,
+            "--port",
+            port,
+            "--durable",
+            tmp_path / "stored",
+        ]
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+
+    async def entered(client):
+        for _ in range(1000):
+            with contextlib.suppress(OSError):
+                return await client.__aenter__()
+            await asyncio.sleep(0.02)
+        raise AssertionError("the server doesn't start")
+
+    async def work():
+        nonlocal process
+        client = await entered(AsyncClient(f"ws://127.0.0.1:{port}"))
+        session, other = await client.open("lstm", count=2)
+        y = [await client.step([session, other], step) for step in x[:10]]
+        waiting = [asyncio.ensure_future(client.step([session, other], step)) for step in x[10:]]
+        await asyncio.sleep(0)
+        process.kill()
+        process.wait()
+        process = started()
+        y += await asyncio.gather(*waiting)
+        await client.__aexit__()
+        return np.array(y)
+
+    process = started()
+    try:
+        y = run(work())
+    finally:
+        process.kill()
+        process.wait()
+    for n in range(2):
+        np.testing.assert_array_equal(y[:, n], outputs(x[:, n]))
