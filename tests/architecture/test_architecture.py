@@ -46,7 +46,7 @@ BELOW = {
     "serve": {"spec", "formats", "streaming"},
     "cli": {"spec", "nodes", "formats", "train", "serve", ""},
     "sklearn": {"spec", "network", "train"},
-    "adapters": {"sklearn", "layers"},
+    "adapters": {"sklearn", "layers", "formats"},
     "__main__": {"cli"},
 }
 
@@ -91,8 +91,8 @@ OUTSIDE_ALSO = {
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
-    "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
-    "serve": {"starlette", "uvicorn"},
+    "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "serve": {"starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.

@@ -1,0 +1,190 @@
+"""One pool for the voice detection of all streams in a process: windows that arrive together share one step."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cellstack.adapters.voice.loudness import Loudness
+from cellstack.formats import load
+
+CAPACITY = 10_000  # streams; memory is allocated for those in use
+SIZES = {16000: (512, 64), 8000: (256, 32)}  # samples of a window by rate, and those repeated from the one before
+MODELS = {  # by package, where its wheel has Silero's file
+    "pipecat": "audio/vad/data/silero_vad.onnx",
+    "livekit": "plugins/silero/resources/silero_vad.onnx",
+    "silero_vad": "data/silero_vad.onnx",
+}
+
+
+class Window(NamedTuple):
+    """A window that waits for its step."""
+
+    voice: Voice
+    samples: bytes
+    answer: asyncio.Future[tuple[float, float]]
+
+
+class Pool:
+    """Silero VAD at one rate for many streams, without threads: it steps them on the event loop that they belong to.
+
+    Args:
+        path: Silero's ONNX file.
+        rate: 8000 or 16000.
+
+    Raises:
+        ValueError: another rate.
+        FormatError, OSError: see `cellstack.load`.
+    """
+
+    def __init__(self, path: str, rate: int) -> None:
+        if rate not in SIZES:
+            raise ValueError(f"Silero VAD: expected a sample rate of 8000 or 16000, got {rate}")
+        self.rate = rate
+        self.size, context = SIZES[rate]
+        network = load(path, frames={"input": self.size}, context={"input": context}, constants={"sr": rate})
+        self.sessions = network.pool(CAPACITY)
+        self.loudness = Loudness(rate, self.size, CAPACITY)
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[Voice, Window]] = {}
+        self._dropped: deque[int] = deque()  # sessions that aren't needed any more
+
+    def open(self, scale: int, volume: bool = False) -> Voice:
+        """Return a new stream.
+
+        Args:
+            scale: what 16-bit samples are divided by.
+            volume: whether the stream's loudness is measured too.
+
+        Raises:
+            RuntimeError: `CAPACITY` streams are open.
+        """
+        return Voice(self, scale, volume)
+
+    def session(self) -> int:
+        """Open a session, after those passed to `drop` were closed."""
+        while self._dropped:
+            self.sessions.close(self._dropped.popleft())
+        return self.sessions.open()
+
+    def drop(self, session: int) -> None:
+        """Close a session before the next one is opened. A finaliser may call this at any time."""
+        self._dropped.append(session)
+
+    def step(self, voice: Voice, samples: bytes) -> asyncio.Future[tuple[float, float]]:
+        """Step a stream with all others that call this in the same turn of the event loop; see `Voice.step`."""
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting.get(loop)
+        if waiting is not None and voice in waiting:  # its previous call was cancelled
+            self._step_waiting(loop)
+            waiting = None
+        if waiting is None:
+            for other in [other for other in list(self._waiting) if other.is_closed()]:
+                self._waiting.pop(other, None)
+            waiting = self._waiting[loop] = {}
+            loop.call_soon(self._step_waiting, loop)
+        answer = loop.create_future()
+        waiting[voice] = Window(voice, samples, answer)
+        return answer
+
+    def step_now(self, windows: list[tuple[Voice, bytes]]) -> list[tuple[float, float]]:
+        """Step different streams by one window each and return what `Voice.step` does."""
+        numbers = np.frombuffer(b"".join([samples for _, samples in windows]), "<i2").reshape(-1, self.size)
+        scales = np.array([[voice.scale] for voice, _ in windows], np.float32)
+        x = numbers / scales  # float32
+        speech = self.sessions.step([voice.session for voice, _ in windows], x)[:, 0].tolist()
+        measured = [n for n, (voice, _) in enumerate(windows) if voice.slot is not None]
+        volumes = [0.0] * len(windows)
+        if measured:
+            slots = np.array([windows[n][0].slot for n in measured])
+            some = x if len(measured) == len(windows) else x[measured]
+            for n, volume in zip(measured, self.loudness.measure(slots, some.astype(np.float64)).tolist(), strict=True):
+                volumes[n] = volume
+        return list(zip(speech, volumes, strict=True))
+
+    def _step_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+        windows = list(self._waiting.pop(loop, {}).values())
+        if not windows:
+            return
+        try:
+            results = self.step_now([(voice, samples) for voice, samples, _ in windows])
+        except Exception as error:  # of the step that these callers share
+            for _, _, answer in windows:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        for (_, _, answer), result in zip(windows, results, strict=True):
+            if not answer.done():
+                answer.set_result(result)
+
+
+class Voice:
+    """One stream in a pool, which ends when the object is deleted, or by `close`.
+
+    Attributes:
+        slot: of its volume; None if it isn't measured.
+    """
+
+    def __init__(self, pool: Pool, scale: int, volume: bool) -> None:
+        self.pool, self.scale = pool, scale
+        self.slot: int | None = None
+        self.session = pool.session()
+        self._close_session = weakref.finalize(self, pool.drop, self.session)
+        if volume:
+            self.slot = pool.loudness.open()
+            self._close_slot = weakref.finalize(self, pool.loudness.close, self.slot)
+
+    def step(self, samples: bytes) -> asyncio.Future[tuple[float, float]]:
+        """Step the stream by one window; the result is the probability of speech and the volume, 0 if not measured.
+
+        Args:
+            samples: a window of 16-bit samples.
+        """
+        return self.pool.step(self, samples)
+
+    def reset(self) -> None:
+        """Set the model's state to the initial one; the volume continues."""
+        self._close_session()
+        self.session = self.pool.session()
+        self._close_session = weakref.finalize(self, self.pool.drop, self.session)
+
+    def close(self) -> None:
+        """End the stream."""
+        self._close_session()
+        if self.slot is not None:
+            self._close_slot()
+
+
+@cache
+def shared_pool(path: str, rate: int) -> Pool:
+    """Return the process's pool for a file and a rate."""
+    return Pool(path, rate)
+
+
+def silero_path(path: str | Path | None, *packages: str) -> str:
+    """Return the path of Silero's ONNX file.
+
+    Args:
+        path: a path, or None: the file inside the first installed package of `packages`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none of the packages is installed.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Silero VAD: there is no file {path}")
+        return str(Path(path).resolve())
+    for package in packages:
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (found := Path(folder) / MODELS[package]).is_file():
+                return str(found)
+    raise FileNotFoundError(
+        "Silero VAD: no model file is installed: pip install silero-vad, or pass path= with the path of silero_vad.onnx"
+    )

@@ -1,0 +1,434 @@
+"""Voice detection on one pool compared with pipecat's and livekit's own; the volume, with its definition."""
+
+import asyncio
+import gc
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+import wave
+
+import numpy as np
+import pytest
+from scipy.signal import lfilter
+
+from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack.adapters import voice
+from cellstack.adapters.voice import pool as pools
+from cellstack.adapters.voice.loudness import Loudness, weighting
+
+ESPEAK = shutil.which("espeak-ng")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """A function of a rate and a seed: 16-bit samples of speech between silences, with a little noise."""
+    if ESPEAK:
+        path = tmp_path_factory.mktemp("speech") / "speech.wav"
+        subprocess.run([ESPEAK, "-w", path, "It was a bright cold day. The clocks were striking."], check=True)
+        with wave.open(str(path)) as file:
+            rate, data = file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    else:
+        rate = 16000
+        at = np.arange(3 * rate) / rate
+        pitch = 2 * np.pi * np.cumsum(120 + 20 * np.sin(3 * at)) / rate
+        data = sum(np.sin(k * pitch) / k for k in range(1, 30)) * (np.sin(9 * at) > -0.4) * 0.15
+
+    def at_rate(wanted, seed):
+        rng = np.random.default_rng(seed)
+        words = np.interp(np.arange(0, len(data) - 1, rate / wanted), np.arange(len(data)), data)
+        parts = [np.zeros(wanted * 3 + 100 * seed), words, np.zeros(wanted), words * 0.5, np.zeros(wanted)]
+        whole = np.concatenate(parts)
+        return np.round(32768 * (whole + 0.002 * rng.standard_normal(len(whole)))).clip(-32768, 32767).astype("<i2")
+
+    return at_rate
+
+
+def parts_of(samples, count):
+    return [samples[at : at + count] for at in range(0, len(samples), count)]
+
+
+# ── loudness ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("rate", "size"), [(16000, 512), (8000, 256)])
+def test_the_volume_is_that_of_the_last_400_ms_alone(rate, size, rng):
+    loud = Loudness(rate, size, capacity=9)
+    slots = np.array([loud.open() for _ in range(5)])[[4, 0, 2]]
+    levels = np.repeat(rng.choice([0, 3e-5, 1e-3, 0.03, 0.6], (8, 3)), 7, axis=0)
+    x = levels[:, :, None] * rng.standard_normal((len(levels), 3, size)) + 0.01  # an offset excites the high pass
+    found = np.array([loud.measure(slots, window) for window in x])
+    (b, a), count = weighting(rate), round(0.4 * rate)
+    for row in range(3):
+        for n in range(len(x)):
+            so_far = x[: n + 1, row].reshape(-1)
+            expected = 0.0
+            if len(so_far) >= count:
+                level = 10 * np.log10(np.mean(lfilter(b, a, so_far[-count:]) ** 2)) - 0.691
+                expected = 0 if level < -70 else min((np.floor(level * 10) / 10 + 0.05 + 110) / 100, 1)
+            assert found[n, row] == pytest.approx(expected, abs=1e-9)
+    assert len({*found.reshape(-1)}) > 20
+
+
+def test_the_volume_starts_anew_in_a_slot_that_was_closed(rng):
+    loud = Loudness(8000, 256, capacity=1)
+    windows = rng.standard_normal((30, 1, 256)) * 0.1
+    first = [loud.measure(np.array([loud.open()] if n == 0 else [0]), one)[0] for n, one in enumerate(windows)]
+    loud.close(0)
+    assert loud.open() == 0
+    assert [loud.measure(np.array([0]), one)[0] for one in windows] == first
+    assert max(first) > 0.5
+
+
+# ── the pool ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def pool(monkeypatch, rng):
+    """A pool of a small network in place of Silero's, which records the batches that it steps."""
+    cell = Cell(CellSpec(256, 1), *(rng.standard_normal(shape).astype("f4") for shape in ((256, 4), (1, 4), (4,))))
+    network = Network([Recurrent((cell,))])
+    monkeypatch.setattr(pools, "load", lambda path, **options: network)
+    pool = pools.Pool("any", 8000)
+    step = pool.sessions.step
+    pool.batches = []
+
+    def recorded(sessions, x):
+        pool.batches.append(len(sessions))
+        return step(sessions, x)
+
+    pool.sessions.step = recorded
+    return pool
+
+
+def windows_of(rng, *shape):
+    return rng.integers(-3000, 3000, (*shape, 256)).astype("<i2")
+
+
+def test_windows_of_one_turn_share_a_step_and_equal_streams(pool, rng):
+    x = windows_of(rng, 5, 4)
+
+    async def run():
+        voices = [pool.open(scale) for scale in (32768, 32767, 32768, 32767)]
+
+        async def one(n):
+            return [(await voices[n].step(x[t, n].tobytes()))[0] for t in range(5)]
+
+        return await asyncio.gather(*map(one, range(4)))
+
+    found = asyncio.run(run())
+    assert pool.batches == [4] * 5
+    for n, scale in enumerate((32768, 32767, 32768, 32767)):
+        expected = pool.sessions.network((x[None, :, n] / np.float32(scale)).astype("f4"))
+        np.testing.assert_array_equal(np.float32(found[n]), expected.reshape(5, -1)[:, 0])
+
+
+def test_a_window_counts_if_its_caller_was_cancelled(pool, rng):
+    x = windows_of(rng, 3)
+
+    async def run():
+        one, other = pool.open(32768), pool.open(32768)
+        one.step(x[0].tobytes()).cancel()
+        answers = [await one.step(x[1].tobytes()), await one.step(x[2].tobytes())]
+        return answers, [await other.step(window.tobytes()) for window in x]
+
+    cancelled, whole = asyncio.run(run())
+    assert cancelled == whole[1:]
+
+
+def test_an_error_of_a_shared_step_reaches_every_caller(pool, rng):
+    def fails(sessions, x):
+        raise MemoryError("full")
+
+    pool.sessions.step = fails
+
+    async def run():
+        steps = [pool.open(32768).step(windows_of(rng).tobytes()) for _ in range(3)]
+        return await asyncio.gather(*steps, return_exceptions=True)
+
+    assert [str(error) for error in asyncio.run(run())] == ["full"] * 3
+
+
+def test_streams_that_are_closed_or_deleted_leave_the_pool(pool):
+    closed, deleted, reset, other = (pool.open(32768, volume=True) for _ in range(4))
+    closed.close()
+    closed.close()
+    del deleted
+    gc.collect()
+    reset.reset()
+    assert len(pool.sessions) == 2
+    assert other.slot != pool.open(32768, volume=True).slot
+    assert len(pool.sessions) == 3
+
+
+def test_an_event_loop_that_ended_before_its_step_leaves_nothing(pool, rng):
+    stream = pool.open(32768)
+
+    async def unfinished():
+        stream.step(windows_of(rng).tobytes())
+
+    async def whole():
+        return await stream.step(windows_of(rng).tobytes())
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(unfinished())
+    loop.close()
+    asyncio.run(whole())
+    assert not pool._waiting
+
+
+def test_other_rates_are_refused():
+    with pytest.raises(ValueError, match="expected a sample rate of 8000 or 16000, got 44100"):
+        pools.Pool("any", 44100)
+
+
+def test_a_missing_file_is_reported(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.onnx"):
+        pools.silero_path(tmp_path / "nothing.onnx")
+    with pytest.raises(FileNotFoundError, match="pip install silero-vad, or pass path="):
+        pools.silero_path(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [("PipecatVAD", "pipecat", "pip install pipecat-ai"), ("LiveKitVAD", "livekit", "pip install livekit-agents")],
+)
+def test_a_missing_package_is_named(name, package, install, monkeypatch):
+    for module in list(sys.modules):
+        if module.split(".")[0] == package or module.startswith(f"cellstack.adapters.voice.{package}"):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=install):
+        getattr(voice, name)
+
+
+# ── pipecat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def pipecat():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of audioop
+        silero = pytest.importorskip("pipecat.audio.vad.silero", reason="pipecat-ai isn't installed")
+    from loguru import logger
+
+    logger.remove()
+    return silero
+
+
+async def states_of(analyzer, rate, samples, count):
+    analyzer.set_sample_rate(rate)
+    return [await analyzer.analyze_audio(part.tobytes()) for part in parts_of(samples, count)]
+
+
+@pytest.mark.parametrize(("rate", "ms"), [(16000, 20), (8000, 20), (16000, 100), (8000, 250)])
+def test_pipecat_analyzers_have_the_states_of_the_original(rate, ms, pipecat, speech):
+    recordings = [speech(rate, seed) for seed in range(3)]
+    p = {}
+
+    class Original(pipecat.SileroVADAnalyzer):
+        def voice_confidence(self, buffer):
+            confidence = super().voice_confidence(buffer)
+            p.setdefault(self, []).append(confidence.item())
+            return confidence
+
+    class Ours(voice.PipecatVAD):
+        def _reset_if_due(self, confidence):
+            super()._reset_if_due(confidence)
+            p.setdefault(self, []).append(confidence)
+            resets.append(self._since_reset == 0)
+
+    resets, params = [], pipecat.VADParams(stop_secs=0.3)
+
+    async def run():
+        analyzers = [(Original(params=params), Ours(params=params)) for _ in recordings]
+        calls = [
+            states_of(one, rate, samples, rate * ms // 1000)
+            for pair, samples in zip(analyzers, recordings, strict=True)
+            for one in pair
+        ]
+        found = await asyncio.gather(*calls)
+        for original, own in analyzers:
+            await original.cleanup()
+            await own.cleanup()
+        return analyzers, found[::2], found[1::2]
+
+    analyzers, expected, states = asyncio.run(run())
+    assert states == expected
+    assert {state for one in expected for state in one} >= set(pipecat.VADState) - {pipecat.VADState.STARTING}
+    assert sum(resets) >= 3
+    for original, own in analyzers:
+        assert max(p[original]) > 0.9
+        np.testing.assert_allclose(p[own], p[original], atol=1e-5, rtol=0)
+        assert own._prev_volume == pytest.approx(original._prev_volume, abs=1e-9)
+
+
+def test_pipecat_analyzers_use_no_threads_and_one_pool(pipecat):
+    async def run():
+        analyzers = [voice.PipecatVAD(sample_rate=16000) for _ in range(20)]
+        for analyzer in analyzers:
+            analyzer.set_sample_rate(8000)  # the constructor's rate is used
+        before = threading.active_count()
+        await asyncio.gather(*(analyzer.analyze_audio(bytes(2048)) for analyzer in analyzers))
+        assert threading.active_count() == before
+        (pool,) = {analyzer._voice.pool for analyzer in analyzers}
+        assert pool.rate == 16000
+        assert len(pool.sessions) >= 20
+        for analyzer in analyzers:
+            await analyzer.cleanup()
+
+    asyncio.run(run())
+
+
+def test_pipecat_calls_of_one_analyzer_are_answered_in_order(pipecat, speech):
+    samples = speech(16000, 0)
+
+    async def run():
+        one, many = voice.PipecatVAD(), voice.PipecatVAD()
+        expected = await states_of(one, 16000, samples, 700)
+        many.set_sample_rate(16000)
+        assert (
+            await asyncio.gather(*(many.analyze_audio(part.tobytes()) for part in parts_of(samples, 700))) == expected
+        )
+
+    asyncio.run(run())
+
+
+def test_a_confidence_computed_alone_equals_the_shared_one(pipecat, speech):
+    samples = speech(16000, 1)[:51200]
+
+    async def run():
+        alone, shared = voice.PipecatVAD(sample_rate=16000), []
+        alone.set_sample_rate(16000)
+
+        class Recorded(voice.PipecatVAD):
+            def _reset_if_due(self, confidence):
+                super()._reset_if_due(confidence)
+                shared.append(confidence)
+
+        await states_of(Recorded(), 16000, samples, 512)
+        assert [alone.voice_confidence(part.tobytes()) for part in parts_of(samples, 512)] == shared
+
+    asyncio.run(run())
+
+
+def test_pipecat_analyzers_report_a_missing_rate(pipecat):
+    with pytest.raises(ValueError, match="expected a sample rate of 8000 or 16000, got 48000"):
+        voice.PipecatVAD().set_sample_rate(48000)
+    with pytest.raises(RuntimeError, match=r"call set_sample_rate\(\)"):
+        voice.PipecatVAD().voice_confidence(bytes(1024))
+
+
+# ── livekit ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def livekit():
+    pytest.importorskip("livekit.agents", reason="livekit-agents isn't installed")
+    return pytest.importorskip("livekit.plugins.silero", reason="livekit-plugins-silero isn't installed")
+
+
+async def events_of(vad, rate, samples, count, flush_at=None):
+    """Return a stream's events as tuples of their fields, with the audio's bytes, without the time that they took."""
+    from livekit import rtc
+
+    stream = vad.stream()
+    for n, part in enumerate(parts_of(samples, count)):
+        if n == flush_at:
+            stream.flush()
+        stream.push_frame(rtc.AudioFrame(part.tobytes(), rate, 1, len(part)))
+    stream.end_input()
+    events = [event async for event in stream]
+    await stream.aclose()
+    return events
+
+
+def plain(event):
+    audio = [bytes(frame.data.cast("B")) for frame in event.frames]
+    rates = [(frame.sample_rate, frame.num_channels, frame.samples_per_channel) for frame in event.frames]
+    return event.type, event.samples_index, event.speaking, audio, rates
+
+
+@pytest.fixture
+def resampled_once(livekit, monkeypatch):
+    """Make resamplers of the same audio return the same samples: each adds its own random dither."""
+    from livekit import rtc
+
+    known = {}
+
+    class Resampler(rtc.AudioResampler):
+        def __init__(self, input_rate, output_rate, **options):
+            super().__init__(input_rate, output_rate, **options)
+            self.before = (input_rate, output_rate, options["quality"])
+
+        def push(self, frame):
+            self.before = hash((self.before, bytes(frame.data.cast("B"))))
+            parts = super().push(frame)
+            return known.setdefault(self.before, parts)
+
+    monkeypatch.setattr(rtc, "AudioResampler", Resampler)
+
+
+NUMBERS = ("timestamp", "speech_duration", "silence_duration", "raw_accumulated_silence", "raw_accumulated_speech")
+
+
+@pytest.mark.parametrize(
+    ("rate", "model_rate", "flush"),
+    [(16000, 16000, None), (8000, 8000, None), (48000, 16000, 200), (44100, 8000, None)],
+)
+def test_livekit_streams_have_the_events_of_the_original(rate, model_rate, flush, livekit, resampled_once, speech):
+    recordings = [speech(rate, seed) for seed in range(2)]
+    options = {"min_silence_duration": 0.3, "sample_rate": model_rate, "max_buffered_speech": 1.0}
+
+    async def run():
+        original, own = livekit.VAD.load(**options), voice.LiveKitVAD(**options)
+        own_count = len(own._pool.sessions)
+        calls = [events_of(vad, rate, samples, rate // 50, flush) for samples in recordings for vad in (original, own)]
+        found = await asyncio.gather(*calls)
+        assert len(own._pool.sessions) <= own_count + len(recordings)
+        return found[::2], found[1::2]
+
+    expected, found = asyncio.run(run())
+    for theirs, ours in zip(expected, found, strict=True):
+        assert [plain(event) for event in ours] == [plain(event) for event in theirs]
+        assert len({event.type for event in theirs}) == 3
+        for name in NUMBERS:
+            assert [getattr(event, name) for event in ours] == [getattr(event, name) for event in theirs]
+        p = [[event.probability for event in events] for events in (ours, theirs)]
+        np.testing.assert_allclose(*p, atol=1e-5, rtol=0)
+
+
+def test_livekit_parameters_change_while_streams_run(livekit, speech):
+    samples = speech(16000, 0)
+
+    async def run():
+        vad = voice.LiveKitVAD()
+        vad.update_options(activation_threshold=2.0)  # which no probability reaches
+        return await events_of(vad, 16000, samples, 320)
+
+    assert {event.type.value for event in asyncio.run(run())} == {"inference_done"}
+    with pytest.raises(TypeError, match="sample_rate can't be changed"):
+        voice.LiveKitVAD().update_options(sample_rate=8000)
+
+
+def test_livekit_streams_refuse_stereo_and_skip_other_rates(livekit, caplog):
+    from livekit import rtc
+
+    async def run(*frames):
+        stream = voice.LiveKitVAD().stream()
+        for frame in frames:
+            stream.push_frame(frame)
+        stream.end_input()
+        return [event async for event in stream]
+
+    with pytest.raises(ValueError, match="expected audio with one channel, got 2"):
+        asyncio.run(run(rtc.AudioFrame(bytes(4096), 16000, 2, 1024)))
+    one, other = rtc.AudioFrame(bytes(1024), 16000, 1, 512), rtc.AudioFrame(bytes(1024), 8000, 1, 512)
+    assert len(asyncio.run(run(one, other, one))) == 2
+    assert "ignored a frame at 8000 Hz in a stream at 16000 Hz" in caplog.text
+
+
+def test_livekit_thresholds_are_checked(livekit):
+    with pytest.raises(ValueError, match="expected deactivation_threshold > 0, got 0"):
+        voice.LiveKitVAD(deactivation_threshold=0)
