@@ -99,6 +99,7 @@ class Model:
     Attributes:
         sessions: the open sessions by token.
         rows: the records of a step, or None for a network that can't run step by step; `why_not` is the reason.
+        initial: the state of a new session.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Model:
             self.rows, self.why_not = None, str(error)
             return
         example = self.pool.open()
-        self._like = self.pool.state(example)
+        self.initial = self.pool.state(example)
         self.pool.close(example)
         self.worker = Worker(self.pool, self.rows, self._deliver, limits.kept)
 
@@ -132,8 +133,7 @@ class Model:
         """
         from cellstack.formats import load
 
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        return cls(path.stem, load(path, **options), limits, version, digest, threads)
+        return cls(path.stem, load(path, **options), limits, version, digest_of(path), threads)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver answers on this event loop from now on."""
@@ -184,7 +184,7 @@ class Model:
         entries, frames = None, 0
         if state is not None:
             try:
-                entries, found = state_from(state, self.network, self._like)
+                entries, found = state_from(state, self.network, self.initial)
             except ValueError as error:
                 raise ServeError(400, str(error)) from None
             frames = int(found.get("frames", "0"))
@@ -192,11 +192,17 @@ class Model:
 
         def opened() -> int:
             number = self.pool.open(entries)
-            self.worker.opened(number, token, frames)
+            try:
+                self.worker.opened(number, token, frames)
+            except OSError:
+                self.pool.close(number)
+                raise
             return number
 
         try:
             number = await self.call(opened)
+        except OSError as error:
+            raise ServeError(503, f"the session can't be stored: {error.strerror or error}") from None
         except RuntimeError:
             raise ServeError(503, f"all {self.capacity} sessions of {self.name} are in use") from None
         session = self.sessions[token] = Session(token, self, number, owner, frames)
@@ -269,6 +275,15 @@ class Model:
     async def run(self, x: Any) -> Any:
         """Run whole sequences, see `Network.__call__`, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._runs, self.network, x)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{digest_of(file)} {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _call_all(done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:

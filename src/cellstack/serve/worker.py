@@ -44,10 +44,13 @@ class Journal(Protocol):
         """Store that a session was closed."""
 
     def append(self, sessions: NDArray[np.int64], rows: Records) -> None:
-        """Store frames; if it raises OSError they are refused."""
+        """Store frames; if it raises OSError they are refused, and count as such."""
 
     def after_batch(self) -> None:
         """Do what is due between two batches, such as a snapshot."""
+
+    def close(self) -> None:
+        """Store all sessions for the next process. Called after the worker has stopped."""
 
 
 class Frames:
@@ -122,15 +125,22 @@ class Worker:
         self._put((function, done))
 
     def stop(self) -> None:
-        """Process what is queued, then end the thread."""
+        """Process what is queued, end the thread, and close the journal."""
         with self._queued:
             self._stopping = True
             self._queued.notify()
         self._thread.join()
+        journal, self.journal = self.journal, None
+        if journal is not None:
+            journal.close()
 
     def stored_from(self, slot: int) -> int:
         """Return the number of the last frame of a session whose answer is no longer stored."""
-        return int(max(self._stored_from[slot], self.count[slot] - self.kept))
+        return int(self.all_stored_from(slot))
+
+    def all_stored_from(self, slots: Any) -> Any:
+        """Return `stored_from` of several sessions."""
+        return np.maximum(self._stored_from[slots], self.count[slots] - self.kept)
 
     def answer(self, slot: int, number: int) -> tuple[Records, bool]:
         """Return the record of outputs of a session's frame, and whether it was refused.
@@ -146,6 +156,25 @@ class Worker:
             raise KeyError(f"the answer to frame {number} is no longer stored")
         found = self._answers[slot, number % self.kept]
         return found["row"], bool(found["refused"])
+
+    def stored_answers(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], Records]:
+        """Return copies of the counts of some sessions and of their stored answers, `[n, kept]`, frame k at `k % kept`.
+
+        In another thread than the worker's, answers of frames that are being processed may be incomplete: of a frame
+        `k` such that `k + kept` is at most the count.
+        """
+        answers = self._answers[slots]
+        return self.count[slots], answers  # counted before they are written, so the counts include all copied answers
+
+    def restored(
+        self, slots: NDArray[np.int64], counts: NDArray[np.int64], stored_from: NDArray[np.int64], answers: Records
+    ) -> None:
+        """Continue from counts and stored answers of another worker, which may have stored more or fewer."""
+        kept = answers.shape[1]
+        for back in range(min(kept, self.kept)):
+            self._answers[slots, (counts - back) % self.kept] = answers[np.arange(len(slots)), (counts - back) % kept]
+        self.count[slots] = counts
+        self._stored_from[slots] = np.maximum(stored_from, counts - min(kept, self.kept))
 
     def opened(self, session: int, token: str, frames: int) -> None:
         """Start counting a session's frames from `frames`. Only called by a function that `call` runs."""
@@ -243,22 +272,30 @@ class Worker:
             try:
                 self.journal.append(sessions, rows)
             except OSError as error:
-                why = f"frames can't be stored: {error.strerror or error}"
-                return answers, dict.fromkeys(range(len(rows)), why)
+                why = f"the frame can't be stored: {error.strerror or error}"
+                refused = dict.fromkeys(range(len(rows)), why)
+        unstored = bool(refused)
         for places in turns(sessions):
             some, given = (sessions, rows) if places is None else (sessions[places], rows[places])
-            fine = self.rows.finite(given)
             at = np.arange(len(rows)) if places is None else places
-            if not fine.all():
-                refused |= dict.fromkeys(at[~fine].tolist(), "the frame contains NaN or infinity")
-            self._step_once(some[fine], given[fine], at[fine], answers, refused)
-            slots = some % self.pool.capacity
-            self.count[slots] += 1
-            stored = self._answers[slots, self.count[slots] % self.kept]
-            stored["row"] = answers[at]
-            stored["refused"] = [n in refused for n in at.tolist()] if refused else False
-            self._answers[slots, self.count[slots] % self.kept] = stored
+            if not unstored:
+                fine = self.rows.finite(given)
+                if not fine.all():
+                    refused |= dict.fromkeys(at[~fine].tolist(), "the frame contains NaN or infinity")
+                self._step_once(some[fine], given[fine], at[fine], answers, refused)
+            self._count(some, answers[at], [n in refused for n in at.tolist()] if refused else False)
         return answers, refused
+
+    def refuse(self, sessions: NDArray[np.int64]) -> None:
+        """Count a refused frame of each of some different sessions: as `process` does, for a journal that restores."""
+        self._count(sessions, np.zeros(len(sessions), self.rows.outputs), True)
+
+    def _count(self, sessions: NDArray[np.int64], answers: Records, refused: Any) -> None:
+        slots = sessions % self.pool.capacity
+        self.count[slots] += 1
+        stored = np.empty(len(sessions), self._answers.dtype)
+        stored["row"], stored["refused"] = answers, refused
+        self._answers[slots, self.count[slots] % self.kept] = stored
 
     def _step_once(
         self, sessions: NDArray[np.int64], rows: Records, at: NDArray[Any], answers: Records, refused: dict[int, str]

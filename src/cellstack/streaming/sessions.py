@@ -135,19 +135,20 @@ class Sessions:
             self._check(numbers, slots, taken)
             return self._engine.run(given, slots)
 
-    def state(self, session: int) -> tuple[CellState | Frames, ...]:
-        """Return a copy of a session's state, for `open` or a `Stream`.
+    def state(self, session: Any) -> tuple[CellState | Frames, ...]:
+        """Return a copy of a session's state, for `open` or a `Stream`; or those of several sessions.
 
         Args:
-            session: a number that `open` returned.
+            session: a number that `open` returned, or n different ones.
 
         Returns:
-            A state per cell, each array `[1, H]`, then the `Frames` of each node with a memory.
+            A state per cell, each array `[1, H]`, then the `Frames` of each node with a memory; for several sessions
+            each array has n rows.
 
         Raises:
-            KeyError, RuntimeError, TypeError: see `step`.
+            KeyError, RuntimeError, TypeError, ValueError: see `step`.
         """
-        numbers, slots = self._slots([session])
+        numbers, slots = self._slots([session] if np.ndim(session) == 0 else session)
         with self._locks.lock(slots) as taken:
             self._check(numbers, slots, taken)
             return self._engine.read(slots)
