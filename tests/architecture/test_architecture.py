@@ -43,7 +43,7 @@ BELOW = {
     "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "serve": {"spec", "formats", "streaming"},
+    "serve": {"spec", "streaming", "formats", "inspect", ""},
     "cli": {"spec", "nodes", "formats", "train", "serve", ""},
     "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers"},
@@ -92,7 +92,7 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
-    "serve": {"starlette", "uvicorn"},
+    "serve": {"google", "grpc", "prometheus_client", "starlette", "uvicorn"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
