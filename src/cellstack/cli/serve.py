@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from cellstack.train.checks import UsageError
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from cellstack.serve.server import Settings
 
@@ -68,8 +70,8 @@ def serve(args: argparse.Namespace) -> int:
         0 after SIGTERM, 130 after Ctrl-C.
     """
     try:
-        from cellstack.serve import Limits, Models, ServeError
-        from cellstack.serve.server import Server, Settings, prepare_process
+        from cellstack.serve import Limits
+        from cellstack.serve.server import Settings, prepare_process
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
     for name, least in (("port", 0), ("sessions", 1), ("idle", 0), ("connections", 1), ("message", 1024), ("rate", 0)):
@@ -111,20 +113,35 @@ def serve(args: argparse.Namespace) -> int:
             say(f"{model['name']}: {' -> '.join(shapes)}{steps}")
         say(f"cellstack serve: listening on {description['url']}" + (" (token required)" * bool(settings.tokens)))
 
+    with ExitStack() as stack:
+        return _run(args, settings, listens, lambda text: say(f"cellstack serve: {text}"), stack)
+
+
+def _run(
+    args: argparse.Namespace,
+    settings: Settings,
+    listens: Callable[[dict[str, Any]], None],
+    report: Callable[[str], None],
+    stack: ExitStack,
+) -> int:
+    """Load the models, restore sessions, and serve; the stack closes the sockets."""
+    from cellstack.serve import Models, ServeError
+    from cellstack.serve.server import Server
+
     durable = settings.durable if settings.durability != "none" else None
-    sockets = _sockets(settings) if durable is None else None
-    models = Models(limits, settings.threads, settings.options)
+    sockets = _sockets(settings, stack) if durable is None else None
+    models = Models(settings.limits, settings.threads, settings.options)
     for name in args.models:
         path = Path(found(name))
         if path.stem in models.paths:
             raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
         loaded(str(path), settings.options, partial(models.add, path))
-    server = Server(models, settings, report=lambda text: say(f"cellstack serve: {text}"), listens=listens)
+    server = Server(models, settings, report, listens)
     if durable is not None:
         from cellstack.serve.durable import request_handover
 
         try:
-            sockets = asyncio.run(request_handover(durable)) or _sockets(settings)
+            sockets = asyncio.run(request_handover(durable)) or _sockets(settings, stack)
             server.restore(HANDOVER_SECONDS)
         except ServeError as error:
             raise UsageError(str(error)) from None
@@ -132,11 +149,11 @@ def serve(args: argparse.Namespace) -> int:
     return 130 if server.signal == signal.SIGINT else 0
 
 
-def _sockets(settings: Settings) -> list[socket.socket]:
+def _sockets(settings: Settings, stack: ExitStack) -> list[socket.socket]:
     from cellstack.serve.server import listen
 
     try:
-        return [listen(settings.host, settings.port)]
+        return [stack.enter_context(listen(settings.host, settings.port))]
     except OSError as error:
         why = os.strerror(error.errno) if (error.errno or 0) > 0 else error
         raise UsageError(f"{settings.host}:{settings.port}: {why}") from None

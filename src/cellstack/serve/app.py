@@ -272,13 +272,12 @@ class Api:
         if session.owner is not None:
             raise ServeError(409, "a WebSocket sends this session's frames; close it first")
         rows = session.model.rows
-        n = 0
-        given = []
+        given: list[Any] = []
         try:
-            for n, values in enumerate(x):
-                given.append(rows.parse(values))
-        except ValueError as error:  # no frame is stepped
-            raise ServeError(400, f"step {n}: {error}" if len(x) > 1 else str(error)) from None
+            for values in x:
+                given.append(rows.parse(values))  # noqa: PERF401  (its length is the refused step's number)
+        except ValueError as error:  # then no frame is stepped
+            raise ServeError(400, f"step {len(given)}: {error}" if len(x) > 1 else str(error)) from None
         frame = session.accepted + len(x)
         answers = await session.model.steps(session, np.concatenate(given))
         y = [None if n in answers.refused else rows.plain(row) for n, row in enumerate(answers.rows)]

@@ -148,7 +148,7 @@ class Model:
             self.rows = Rows(network)
             self.pool = network.pool(self.capacity, threads)
         except ValueError as error:
-            self.rows, self.why_not = None, str(error)
+            self.rows, self.why_not = None, str(error).removeprefix("Sessions: ")
             return
         self.accepted = np.zeros(self.capacity, np.int64)
         self.used = np.zeros(self.capacity)

@@ -270,7 +270,9 @@ class Server(uvicorn.Server):
         if settings.grpc_port is not None:
             from cellstack.serve.inference_protocol import grpc
 
-            self._grpc = await grpc.start(self.models, settings.host, settings.grpc_port, settings.tokens)
+            self._grpc = await grpc.start(
+                self.models, settings.host, settings.grpc_port, settings.tokens, grpc_credentials(settings)
+            )
         if self._store is not None:
             from cellstack.serve.durable import HandoverServer
 
@@ -348,6 +350,17 @@ class Server(uvicorn.Server):
         while True:
             await asyncio.sleep(min(5.0, self.settings.limits.idle / 4))
             await self.models.drop_unused()
+
+
+def grpc_credentials(settings: Settings) -> Any:
+    """Return the certificate and its key for gRPC; None without TLS."""
+    if settings.tls_cert is None:
+        return None
+    import grpc
+
+    certificate = Path(settings.tls_cert).read_bytes()
+    key = Path(settings.tls_key).read_bytes() if settings.tls_key else certificate
+    return grpc.ssl_server_credentials([(key, certificate)])
 
 
 def prepare_process(connections: int) -> int:

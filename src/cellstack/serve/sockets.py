@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ class Connection:
         self._unanswered = 0
         self._due = 0.0  # the time until which its frames were sent at the limit's rate
         self._answered, self._to_send = asyncio.Event(), asyncio.Event()
-        self._texts: list[str] = []
+        self._out: list[Any] = []  # what is to be sent: texts, and what `messages` converts
         self._ending: tuple[int, str] | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -100,8 +101,8 @@ class Connection:
         """Process a binary message; return the number of its frames."""
         raise NotImplementedError
 
-    def answers(self) -> Iterator[tuple[str | bytes, int]]:
-        """Return the messages to send, and the number of answers in each, without those of `say`."""
+    def messages(self, answers: list[Any]) -> Iterator[tuple[bytes, int]]:
+        """Return answers as binary messages, and the number of answers in each."""
         raise NotImplementedError
 
     def sessions(self) -> list[Session]:
@@ -123,7 +124,11 @@ class Connection:
     def say(self, value: Any) -> None:
         """Send a text message."""
         self._unanswered += 1
-        self._texts.append(text_of(value))
+        self.put(text_of(value))
+
+    def put(self, *out: Any) -> None:
+        """Send texts and answers, after those before."""
+        self._out += out
         self._to_send.set()
 
     async def run(self) -> None:
@@ -181,31 +186,22 @@ class Connection:
             self._to_send.clear()
             if self._ending is not None and self._ending[0] in (CONFLICT, TAKEN):
                 break
-            for message, count in self.answers():
-                await self._send({"type": "websocket.send", "bytes" if isinstance(message, bytes) else "text": message})
-                self._sent(count)
-            texts, self._texts = self._texts, []
-            for text in texts:
-                await self._send({"type": "websocket.send", "text": text})
-                self._sent(1)
+            out, self._out = self._out, []
+            for is_text, some in groupby(out, lambda one: isinstance(one, str)):
+                for message, count in ((text, 1) for text in some) if is_text else self.messages(list(some)):
+                    await self._send({"type": "websocket.send", "text" if is_text else "bytes": message})
+                    self._unanswered -= count
+                    self._answered.set()
             if self._ending is not None and not self._unanswered:
                 break
         code, reason = self._ending or (CLOSED, "")
         await self._send({"type": "websocket.close", "code": code, "reason": reason[:MOST_REASON]})
-
-    def _sent(self, count: int) -> None:
-        self._unanswered -= count
-        self._answered.set()
 
 
 class Stream(Connection):
     """One session: each message is a step."""
 
     session: Session
-
-    def __init__(self, models: Models, receive: Receive, send: Send) -> None:
-        super().__init__(models, receive, send)
-        self._messages: list[str | bytes] = []
 
     async def start(self, request: HTTPConnection) -> None:
         """Open the session, or find the one to resume."""
@@ -279,8 +275,7 @@ class Stream(Connection):
         self._unanswered += 1
 
         def done(_: Any) -> None:
-            self._messages.append(text_of({"error": why}))
-            self._to_send.set()
+            self.put(text_of({"error": why}))
 
         self.session.model.worker.call(lambda: None, done)
 
@@ -294,18 +289,15 @@ class Stream(Connection):
     def _answer(self, row: Any, refused: str | None, as_json: bool) -> None:
         self._frame += 1
         if refused is not None:
-            message: str | bytes = text_of({"frame": self._frame, "error": refused})
+            self.put(text_of({"frame": self._frame, "error": refused}))
         elif as_json:
-            message = text_of({"frame": self._frame, "y": self._rows.plain(row)})
+            self.put(text_of({"frame": self._frame, "y": self._rows.plain(row)}))
         else:
-            message = row.tobytes()
-        self._messages.append(message)
-        self._to_send.set()
+            self.put(row.tobytes())
 
-    def answers(self) -> Iterator[tuple[str | bytes, int]]:
+    def messages(self, answers: list[Any]) -> Iterator[tuple[bytes, int]]:
         """Return a message per frame."""
-        messages, self._messages = self._messages, []
-        return ((message, 1) for message in messages)
+        return ((message, 1) for message in answers)
 
 
 class Group(NamedTuple):
@@ -333,7 +325,6 @@ class Multiplex(Connection):
         self._number_of: dict[Session, int] = {}
         self._pool = np.full(64, -1, np.int64)  # their numbers in the pool; -1: none
         self._model_of = np.zeros(64, np.int64)
-        self._groups: list[Group] = []
 
     def sessions(self) -> list[Session]:
         """Return all open sessions."""
@@ -381,7 +372,7 @@ class Multiplex(Connection):
             elif isinstance(asked, dict) and isinstance(asked.get("resume"), list):
                 found, groups = await self._resume(asked["resume"])
                 self.say(given | {"resumed": found})
-                self._groups += groups
+                self.put(*groups)
             elif isinstance(asked, dict) and isinstance(asked.get("close"), list):
                 self.say(given | {"closed": await self._close(asked["close"])})
             else:
@@ -491,8 +482,7 @@ class Multiplex(Connection):
             numbers, given = records["number"], records["frame"]
 
         def done(answers: Answers) -> None:
-            self._groups.append(Group(model, numbers, given, answers.rows, answers.refused))
-            self._to_send.set()
+            self.put(Group(model, numbers, given, answers.rows, answers.refused))
 
         of.submit(pool, records["row"], done)
 
@@ -535,8 +525,7 @@ class Multiplex(Connection):
         def done(rows: Records) -> None:
             places = np.flatnonzero(~fine)
             why = {k: refused[n] for k, n in enumerate(places.tolist()) if n in refused}
-            self._groups.append(Group(model, records["number"][places], records["frame"][places], rows[places], why))
-            self._to_send.set()
+            self.put(Group(model, records["number"][places], records["frame"][places], rows[places], why))
 
         def after_the_new_frames() -> None:
             of.worker.call(read, done)
@@ -545,11 +534,10 @@ class Multiplex(Connection):
             asyncio.get_running_loop().call_soon(after_the_new_frames)
         return fine
 
-    def answers(self) -> Iterator[tuple[str | bytes, int]]:
-        """Return the answers of all frames of a model that are there, in one message."""
-        groups, self._groups = self._groups, []
-        for model in sorted({group.model for group in groups}):
-            some = [group for group in groups if group.model == model]
+    def messages(self, answers: list[Any]) -> Iterator[tuple[bytes, int]]:
+        """Return one message per model."""
+        for model in sorted({group.model for group in answers}):
+            some = [group for group in answers if group.model == model]
             records = np.empty(sum(len(group.rows) for group in some), self._outputs[model])
             start, refused = 0, []
             for group in some:

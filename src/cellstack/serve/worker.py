@@ -258,6 +258,7 @@ class Worker:
             self._wait_for_more()
             self._in_thread = time.monotonic()
             items: list[Frames] = []
+            out: list[tuple[Callable[[Any], None], Any]] = []
             frames = handled = 0
             while item is not None:
                 handled += 1
@@ -266,17 +267,19 @@ class Worker:
                     frames += len(item.rows)
                 else:
                     if items:
-                        self._step(items, self._deliver)
+                        self._step(items, out.extend)
                         items, frames = [], 0
-                    self._call(*item)
+                    out.append(self._called(*item))
                 if frames >= MOST_FRAMES or self._queue.empty():
                     break
                 item = self._queue.get()
             if items:
-                self._step(items, self._deliver)
+                self._step(items, out.extend)
             if self.journal is not None:
+                self._deliver(out)
                 self.journal.after_batch()
-            self._handled += handled
+                out = []
+            self._deliver([*out, (self._note_handled, handled)])  # last: the answers before it were delivered
             if item is not None:
                 item = self._queue.get()
 
@@ -288,12 +291,14 @@ class Worker:
         if self._size > 1.5 and self._rate * WINDOW > 1 and not self._stopping:
             time.sleep(min(WINDOW, WORTH_WAITING / self._rate))
 
-    def _call(self, function: Callable[[], Any], done: Callable[[Any], None]) -> None:
+    def _note_handled(self, count: int) -> None:
+        self._handled += count
+
+    def _called(self, function: Callable[[], Any], done: Callable[[Any], None]) -> tuple[Callable[[Any], None], Any]:
         try:
-            result = function()
+            return done, function()
         except Exception as error:  # any error of the function belongs to its caller
-            result = error
-        self._deliver([(done, result)])
+            return done, error
 
     def _step(self, items: list[Frames], deliver: Callable[[Sequence[tuple[Any, Any]]], None]) -> None:
         begun = time.monotonic()

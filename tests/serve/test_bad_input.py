@@ -1,0 +1,269 @@
+"""Clients that break rules: each gets a clear answer, or is disconnected, and another session keeps its bits."""
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+import pytest
+from conftest import UNITS, WIDTH, lstm, running
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from cellstack.serve import Limits, frames, server
+
+SENT = frames.numbered([("x", "<f4", (WIDTH,))])
+
+
+@pytest.fixture(scope="module")
+def short(model_file):
+    """Serve with short times and small limits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "HEAD_SECONDS", 0.2)
+        limits = Limits(sessions=400, message=1 << 20, waiting=64)
+        with running(model_file, limits=limits, connections=20) as served:
+            yield served
+
+
+@pytest.fixture
+def other(short):
+    """Check that a session in another connection steps before and after the test."""
+    x = np.random.default_rng(0).standard_normal((4, WIDTH)).astype(np.float32)
+    stream = lstm().stream()
+    with connect(f"{short.ws}/models/lstm/stream") as own:
+        own.recv()
+        for n, row in enumerate(x):
+            own.send(row.tobytes())
+            assert own.recv(timeout=5) == stream.step(row[None])[0].tobytes()
+            if n == 1:
+                yield
+
+
+@contextlib.contextmanager
+def raw(served, data=b""):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as found:
+        found.sendall(data)
+        yield found
+
+
+def answer(connection):
+    """Return the status and the error of an answer that the server sends before it closes the connection."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"], head.lower()
+
+
+def memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
+def test_a_body_of_a_gigabyte(short, other, head):
+    before = memory()
+    with raw(short, b"POST /models/lstm/run HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n") as connection:
+        if b"chunked" in head:
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    connection.sendall(b"100000\r\n" + b" " * 0x100000 + b"\r\n")
+        status, error, lines = answer(connection)
+    assert (status, error) == (413, "the body is larger than 1048576 bytes")
+    assert b"connection: close" in lines
+    assert memory() - before < 50e6
+
+
+@pytest.mark.parametrize("value", [b"-1", b"+5", b"x", b"9" * 30])
+def test_a_body_of_no_length(short, other, value):
+    with raw(short, b"POST /models/lstm/run HTTP/1.1\r\nHost: a\r\nContent-Length: " + value + b"\r\n\r\n") as found:
+        assert found.recv(1000).split()[1] == b"400"
+
+
+@pytest.mark.parametrize("path", ["models/lstm/stream", "multiplex"])
+def test_a_text_of_a_hundred_megabytes(short, other, path):
+    before = memory()
+    with connect(f"{short.ws}/{path}") as found:
+        with contextlib.suppress(ConnectionClosed):
+            found.send("x" * 100_000_000)
+            while True:
+                found.recv(timeout=10)
+        assert found.protocol.close_code in (1009, 1006)  # 1006: the client was still sending
+    assert memory() - before < 300e6  # the client's text is in this process too
+
+
+def test_a_head_that_does_not_arrive(short, other):
+    for data in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: a\r\nX: "):
+        with raw(short, data) as connection:
+            assert answer(connection)[:2] == (408, "the head didn't arrive within 10 seconds".replace("10", "0"))
+
+
+def test_a_head_that_does_not_arrive_after_another_request(short, other):
+    with raw(short, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n") as connection:
+        assert b"200 OK" in connection.recv(1000)
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        assert answer(connection)[0] == 408
+
+
+def test_a_head_that_does_not_end(short, other):
+    with raw(short, b"GET /health HTTP/1.1\r\n") as connection, contextlib.suppress(OSError):
+        for n in range(600):
+            connection.sendall(b"X%d: " % n + b"x" * 100_000 + b"\r\n")
+        pytest.fail("60 MB were accepted")
+
+
+@pytest.mark.parametrize("data", [b"nonsense\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n"])
+def test_no_http(short, other, data):
+    with raw(short, data) as connection:
+        assert connection.recv(1000).split()[1] in (b"400", b"408")
+
+
+@contextlib.contextmanager
+def upgraded(served):
+    """Open a WebSocket that reads nothing: yield a function that sends data until the server reads no longer."""
+    head = b"GET /multiplex HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    with raw(served, head + key) as found:
+        assert b" 101 " in found.recv(1000)
+        found.settimeout(0.3)
+
+        def send_all(messages):
+            for data in messages:
+                found.sendall(data)
+
+        yield send_all
+
+
+def test_a_client_that_reads_no_answers_blocks_only_itself(short, other):
+    def messages():
+        text = b'{"id": 1, "open": "lstm"}'
+        yield bytes([0x81, 0x80 + len(text), 0, 0, 0, 0]) + text
+        records = np.zeros(64, SENT)
+        for sent in range(0, 10_000_000, 64):
+            records["frame"] = np.arange(sent + 1, sent + 65)
+            data = frames.pack(frames.FRAMES, 0, records)
+            yield b"\x82\xfe" + len(data).to_bytes(2, "big") + b"\0\0\0\0" + data
+
+    before = memory()
+    with upgraded(short) as send_all, pytest.raises(TimeoutError):
+        send_all(messages())
+    assert memory() - before < 30e6
+
+
+def test_pings_without_reading(short, other):
+    before = memory()
+    with upgraded(short) as send_all, pytest.raises(TimeoutError):
+        send_all([(b"\x89\xfd\0\0\0\0" + b"x" * 125) * 1000] * 1000)
+    assert memory() - before < 50e6
+
+
+def test_more_connections_than_allowed(short, other):
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(raw(short)) for _ in range(30)]
+        assert answer(connections[-1])[:2] == (503, "more than 20 connections are open")
+
+
+def test_a_client_that_is_killed(short, other):
+    program = (
+        "import sys, time\nfrom websockets.sync.client import connect\n"
+        f"with connect('{short.ws}/models/lstm/stream') as s:\n    print(s.recv(), flush=True)\n    time.sleep(60)"
+    )
+    client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    token = json.loads(client.stdout.readline())["session"]
+    session = short.models.session(token)
+    assert session.owner is not None
+    client.kill()
+    client.communicate()
+    until = time.monotonic() + 5
+    while session.owner is not None:
+        assert time.monotonic() < until
+    with connect(f"{short.ws}/models/lstm/stream?session={token}&last=0") as again:
+        assert json.loads(again.recv())["session"] == token
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.slow)])
+def test_connects_and_disconnects(short, other, count):
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(count):
+        with raw(short, b"GET /health HTTP/1.1\r\n"):
+            pass
+        with raw(short, b"GET /multiplex HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"):
+            pass
+    until = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > files:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_the_model_file_changes_under_the_server(tmp_path):
+    path = tmp_path / "lstm.safetensors"
+    lstm().save(path)
+    with running(path) as served, connect(f"{served.ws}/models/lstm/stream") as found:
+        found.recv()
+        os.truncate(path, 10)
+        found.send(np.ones(WIDTH, "<f4").tobytes())
+        assert found.recv(timeout=5) == lstm().stream().step(np.ones((1, WIDTH), np.float32))[0].tobytes()
+        path.unlink()
+        served.call(served.server.reload())
+        assert "version 1 stays" in served.reports[0]
+        found.send(np.ones(WIDTH, "<f4").tobytes())
+        assert len(found.recv(timeout=5)) == 4 * UNITS
+
+
+# ── who may use the server ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def guarded(model_file):
+    with running(model_file, tokens=("first", "second"), allow_origins=("https://example.org",)) as served:
+        yield served
+
+
+def refused(url, **options):
+    with pytest.raises(InvalidStatus) as found, connect(url, **options):
+        pass
+    return found.value.response.status_code, json.loads(found.value.response.body)["error"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first"}])
+def test_a_missing_or_wrong_token(guarded, headers):
+    for method, path in (("GET", "/models"), ("POST", "/models/lstm/sessions"), ("GET", "/sessions/x")):
+        found = httpx.request(method, guarded.http + path, headers=headers)
+        assert (found.status_code, list(found.json())) == (401, ["error"])
+    for path in ("/multiplex", "/models/lstm/stream", "/multiplex?access_token=wrong"):
+        assert refused(guarded.ws + path, additional_headers=headers)[0] == 401
+    assert httpx.get(f"{guarded.http}/health", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["first", "second"])
+def test_a_valid_token(guarded, token):
+    assert httpx.get(f"{guarded.http}/models", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    with connect(f"{guarded.ws}/models/lstm/stream?access_token={token}") as found:
+        assert "session" in json.loads(found.recv())
+
+
+def test_pages_of_other_origins(short, guarded):
+    status, error = refused(f"{short.ws}/multiplex", origin="https://evil.example")
+    assert status == 403
+    assert "--allow-origin" in error
+    found = httpx.post(f"{short.http}/models/lstm/sessions", headers={"Origin": "https://evil.example"})
+    assert found.status_code == 403
+    with connect(f"{short.ws}/multiplex", origin=short.http):
+        pass
+    with connect(f"{guarded.ws}/multiplex?access_token=first", origin="https://example.org"):
+        pass
+
+
+def test_unknown_models_and_sessions_are_refused_before_the_handshake(short):
+    assert refused(f"{short.ws}/models/other/stream")[0] == 404
+    assert refused(f"{short.ws}/models/lstm/stream?session=none") == (404, "no session with this token is open")
+    with connect(f"{short.ws}/models/lstm/stream") as found:
+        token = json.loads(found.recv())["session"]
+        assert refused(f"{short.ws}/models/lstm/stream?session={token}&last=x")[0] == 400
