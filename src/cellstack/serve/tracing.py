@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 class SessionRecorder:
     """A `worker.Recorder`: the last steps of sessions whose trace was requested, and samples of a batch.
 
-    Only called in the worker's thread, except for `sample` and `wanted`.
+    The worker calls it, never from two threads at the same time.
 
     Args:
         pool: the pool of the sessions.

@@ -50,6 +50,7 @@ export function start(el) {
     server.trial?.draw();
   };
   dark.addEventListener("change", paint);
+  window.addEventListener("pagehide", () => server.trial?.end());
   paint();
   return server.load();
 }
