@@ -187,14 +187,23 @@ async def _infer(service: Service, request: Any) -> Any:
 async def _stream(
     service: Service, known: list[bytes], requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
 ) -> AsyncIterator[Any]:
-    """Answer the requests of a stream in their order. A refused request doesn't end it."""
+    """Answer the requests of a stream in their order. A refused request doesn't end it.
+
+    No more are read while `STREAMED` requests, or more bytes than the largest message, wait for their answers.
+    """
     ends = any(key == "triton_grpc_error" and value == "true" for key, value in context.invocation_metadata() or ())
     pending: asyncio.Queue[tuple[Any, asyncio.Task[Any]] | Exception | None] = asyncio.Queue(STREAMED)
+    most, held, answered = service.models.limits.message, 0, asyncio.Event()
 
     async def read() -> None:
+        nonlocal held
         try:
             async for request in requests:
+                held += request.ByteSize()
                 await pending.put((request, _started(service, request)))
+                while held > most:
+                    answered.clear()
+                    await answered.wait()
             await pending.put(None)
         except Exception as error:
             await pending.put(error)
@@ -219,6 +228,8 @@ async def _stream(
                     await context.abort(CODES.get(found.status, grpc.StatusCode.INTERNAL), text)
                 response = StreamResponse(error_message=text, infer_response=InferResponse(id=request.id))
             yield response
+            held -= request.ByteSize()
+            answered.set()
     finally:
         reading.cancel()
 
