@@ -46,7 +46,7 @@ stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
 	$(INSTALL) '.[bench]'
-	for name in inference training accelerate text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in inference training accelerated text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so

@@ -19,6 +19,7 @@ sys.path.insert(0, str(TESTS))  # before this folder, which has a `programs` too
 from programs.harness import all_programs  # noqa: E402
 
 LIMIT = 600  # seconds per program
+LONGEST = 170  # characters of the reason for a refusal
 
 
 def measured(name: str, site: str) -> dict:
@@ -34,6 +35,15 @@ def measured(name: str, site: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def reason(refused: str) -> str:
+    """Return the first reason of a message of `compile`, shortened."""
+    text = " ".join(refused.split())
+    for start in ("can't be a Network: ", "exported to ONNX: ", "the graph can't be read as a Network, found: "):
+        text = text.partition(start)[2] or text
+    text = text.split("; ")[0].replace("|", "\\|")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+
+
 def row(found: dict) -> str:
     """Return a row of the table."""
     if "failed" in found:
@@ -46,9 +56,7 @@ def row(found: dict) -> str:
     served += f", {found['written']} hand-written" if found["written"] else ""
     off = f"{found['off']:.0e}, {found['off_gradients']:.0e}" if found["served"] else ""
     if found["refused"] is not None:
-        refused = found["refused"].replace("|", "\\|").replace("\n", " ")
-        made = f"refused: {refused if len(refused) < 400 else refused[:400] + ' …'}"
-        compiled = f"{made} | "
+        compiled = f"refused: {reason(found['refused'])} | "
     else:
         streams = f"streams, {found['off_stream']:.0e}" if found["streams"] else "no stream"
         made = f"{found['cells']} cells, {found['nodes']} nodes, {streams}"

@@ -34,7 +34,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 class Limits(NamedTuple):
-    """The sizes from which the kernel is faster than PyTorch's module, measured with benchmarks/accelerate.py."""
+    """The sizes from which the kernel is faster than PyTorch's module, measured with benchmarks/accelerated.py."""
 
     inference: int  # steps without gradients
     training: int  # steps with gradients

@@ -1,6 +1,6 @@
 """A program's own recurrent layers, before and after one line: PyTorch's modules under `accelerate`.
 
-    python benchmarks/accelerate.py [--threads 1] [--rounds 9] [names]
+    python benchmarks/accelerated.py [--threads 1] [--rounds 9] [names]
 
 Outputs, and in training gradients, are compared first. Rounds alternate, each of many calls; the output is the minimum
 processor time per call of each, and their ratio. Names select cases by prefix, such as `LSTM`.

@@ -1,6 +1,6 @@
 """Keras's own layers, unchanged and under `cellstack.keras.patch`: a training step, and `predict`, of whole models.
 
-    python benchmarks/accelerate_keras.py [--threads 1] [--rounds 15] [--batch 32] [--steps 100]
+    python benchmarks/accelerated_keras.py [--threads 1] [--rounds 15] [--batch 32] [--steps 100]
         [--width 64] [--units 128]
 
 On the torch backend. Outputs are compared first, before and after a training step; then rounds alternate, timed by
