@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 import socket
 import sys
@@ -47,7 +48,9 @@ class Server:
         self.model, self.tasks = model, set()
 
     def on_message(self, message):
-        self.tasks.add(asyncio.get_running_loop().create_task(getattr(self, message[0])(*message[1:])))
+        task = asyncio.get_running_loop().create_task(getattr(self, message[0])(*message[1:]))
+        task.add_done_callback(lambda task: task.exception() and os._exit(1))  # the test waits for an answer
+        self.tasks.add(task)
 
     async def open(self, token):
         await self.model.open(token=token)
