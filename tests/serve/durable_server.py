@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import pickle
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -43,12 +45,12 @@ class Server:
     """Answers messages `(what, …)`."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.tasks = model, set()
 
     def on_message(self, message):
-        self.tasks.add(asyncio.get_running_loop().create_task(getattr(self, message[0])(*message[1:])))
-
-    tasks = set()
+        task = asyncio.get_running_loop().create_task(getattr(self, message[0])(*message[1:]))
+        task.add_done_callback(lambda task: task.exception() and os._exit(1))  # the test waits for an answer
+        self.tasks.add(task)
 
     async def open(self, token):
         await self.model.open(token=token)
@@ -106,6 +108,47 @@ async def main(folder, options):
     store.close()
 
 
+async def on_port(folder):
+    """Serve on a port until another process takes over: a connection is one frame, `{"token", "x"}`."""
+    served = model()
+    sockets = await durable.request_handover(folder)
+    store = durable.Store(folder, wait=10)
+    store.restore(served)
+    served.start(asyncio.get_running_loop())
+    if sockets is None:
+        sockets = [socket.create_server(("127.0.0.1", 0), backlog=100)]
+    running = set()
+
+    async def connected(reader, writer):
+        running.add(writer)
+        message = json.loads(await reader.readline())
+        token = message["token"]
+        if token not in served.sessions:
+            await served.open(token=token)
+        answers = await served.steps(served.sessions[token], records(served, np.array([message["x"]], np.float32)))
+        row = answers.rows[served.rows.outputs.names[0]][0]
+        writer.write(json.dumps({"frame": served.sessions[token].processed, "y": row.tobytes().hex()}).encode() + b"\n")
+        await writer.drain()
+        writer.close()
+        running.discard(writer)
+
+    server = await asyncio.start_server(connected, sock=sockets[0].dup())
+
+    async def stop():
+        server.close()
+        await asyncio.sleep(0.02)  # those that were just accepted
+        while running:
+            await asyncio.sleep(0.005)
+        await asyncio.get_running_loop().run_in_executor(None, served.stop)
+        store.close()
+
+    handover = durable.HandoverServer(folder, sockets, stop)
+    await handover.start()
+    say(("listening", sockets[0].getsockname()[1], {t: s.processed for t, s in served.sessions.items()}))
+    await handover.done.wait()
+    await handover.close()
+
+
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
     for name, value in given.pop("constants", {}).items():
@@ -114,4 +157,4 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    asyncio.run(main(Path(sys.argv[1]), given))
+    asyncio.run(on_port(Path(sys.argv[1])) if given.pop("port", False) else main(Path(sys.argv[1]), given))

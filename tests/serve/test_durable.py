@@ -6,21 +6,22 @@ import json
 import os
 import pickle
 import shutil
-import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from durable_server import H, KEPT, WIDTH, model, network, records
+from durable_server import KEPT, WIDTH, model, network, records
 
 from cellstack.serve import durable, generations
-from cellstack.serve.durable import Store
-from cellstack.serve.models import ServeError
+from cellstack.serve.durable import HandoverServer, Store, request_handover
+from cellstack.serve.models import Limits, Model, ServeError
 from cellstack.spec import FormatError
 
 SERVER = Path(__file__).with_name("durable_server.py")
@@ -125,11 +126,9 @@ class Client:
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             killer.join()
             process.process.wait()
-            for stream in (process.process.stdin, process.process.stdout):
-                try:
-                    stream.close()
-                except BrokenPipeError:  # what it still buffers
-                    stream.close()
+            with suppress(BrokenPipeError):  # what it still buffers
+                process.process.stdin.close()
+            process.process.stdout.close()
 
 
 def kill_at_random_moments(folder, times, seed):
@@ -154,3 +153,547 @@ def test_every_session_continues_after_kills(tmp_path):
 @pytest.mark.slow
 def test_every_session_continues_after_many_kills(tmp_path):
     kill_at_random_moments(tmp_path, 100, seed=1)
+
+
+# ── within one process ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Served:
+    """A model with durable sessions. `kill` forgets it as `kill -9` does: nothing is written any more."""
+
+    def __init__(self, folder, level="frames", recover=False, path=None, every=3600.0, **options):
+        self.model = model(**options)
+        self.store = Store(folder, level, every)
+        try:
+            self.restored = self.store.restore(self.model, path, recover)
+        except BaseException:
+            self.store.close()
+            self.model.stop()
+            raise
+        self.journal = self.model.worker.journal
+        self.loop = asyncio.new_event_loop()
+        self.model.start(self.loop)
+
+    def now(self, function):
+        """Run a function in the worker's thread."""
+        return self.run(self.model.call(function))
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 20))
+
+    def open(self, token):
+        return self.run(self.model.open(token=token))
+
+    def close(self, token):
+        self.run(self.model.close(self.model.sessions[token]))
+
+    def step(self, token, x):
+        return self.run(self.model.steps(self.model.sessions[token], records(self.model, x)))
+
+    def advance(self):
+        """Write the next snapshot."""
+        self.now(self.journal._advance)
+        self.journal._writer.submit(int).result()
+
+    def contents(self):
+        """Return everything that a restart must not change."""
+        worker, found = self.model.worker, {}
+        for token, session in self.model.sessions.items():
+            first = worker.stored_from(session.slot) + 1
+            answers = [worker.answer(session.slot, n) for n in range(first, session.processed + 1)]
+            state = [array.tobytes() for entry in self.model.pool.state(session.number) for array in entry]
+            found[token] = (session.processed, first, [(row.tobytes(), bad) for row, bad in answers], state)
+        return found
+
+    def kill(self):
+        self.journal._writer.submit(int).result()
+        self.model.worker.journal = None
+        self.stop()
+        # As if the process had ended: closing must not touch the files.
+        folder = self.journal.folder
+        copy = folder.with_name("copy")
+        shutil.copytree(folder, copy)
+        for log in (self.journal._log, self.journal._spare, *self.journal._old):
+            if log is not None:
+                log.close()
+        shutil.rmtree(folder)
+        copy.rename(folder)
+
+    def stop(self):
+        self.model.stop()
+        self.store.close()
+        self.loop.close()
+
+
+def steps(count, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+
+
+def with_frames(folder, **options):
+    """Sessions: idle, with frames before and after the last snapshot, refused ones too, closed, and new."""
+    served = Served(folder, **options)
+    for token in ("idle", "busy", "closed", "fresh"):
+        served.open(token)
+    served.step("idle", steps(5))
+    served.step("busy", steps(20))
+    served.advance()
+    served.close("closed")
+    served.open("late")  # in the slot of the closed one
+    for token in ("busy", "late"):
+        x = steps(7, 1)
+        x[3, 1] = np.nan
+        assert list(served.step(token, x).refused) == [3]
+    return served
+
+
+@pytest.mark.parametrize("level", ["frames", "synced"])
+def test_a_restart_changes_nothing(tmp_path, level):
+    before = with_frames(tmp_path, level=level)
+    contents = before.contents()
+    assert contents["busy"][:2] == (27, 27 - KEPT + 1)
+    before.kill()
+    after = Served(tmp_path, level)
+    assert after.contents() == contents
+    assert after.restored.sessions == 4
+    assert after.restored.frames == 14
+    answers = after.step("busy", steps(3, 2))
+    stream = network().stream()
+    x = np.concatenate([steps(20), np.delete(steps(7, 1), 3, 0), steps(3, 2)])
+    expected = np.concatenate([stream.step(one[None]) for one in x])
+    assert np.array_equal(answers.rows[after.model.rows.outputs.names[0]], expected[-3:])
+    contents = after.contents()
+    after.stop()  # in order
+    again = Served(tmp_path, level)
+    assert again.contents() == contents
+    assert again.restored.frames == 0  # all are in the last snapshot
+    again.stop()
+
+
+def test_the_last_answers_are_stored_when_a_restart_stores_more_or_fewer(tmp_path):
+    before = with_frames(tmp_path)
+    contents = before.contents()
+    before.stop()
+    for kept, sessions in ((5, 10), (40, 100)):
+        after = Served(tmp_path, kept=kept, sessions=sessions)
+        for token, (count, first, answers, state) in after.contents().items():
+            assert (count, state) == (contents[token][0], contents[token][3])
+            assert first == max(contents[token][1], count - 5 + 1)
+            assert answers == contents[token][2][len(contents[token][2]) - len(answers) :]
+        after.stop()
+
+
+def test_the_level_snapshot_restores_the_last_snapshot(tmp_path):
+    before = Served(tmp_path, "snapshot")
+    before.open("a")
+    before.step("a", steps(3))
+    before.advance()
+    contents = before.contents()
+    before.step("a", steps(3))
+    before.open("b")
+    before.step("b", steps(3))
+    before.kill()
+    after = Served(tmp_path, "snapshot")
+    assert after.contents()["a"] == contents["a"]
+    assert after.model.sessions["b"].processed == 0
+    after.step("b", steps(3))
+    contents = after.contents()
+    after.stop()
+    again = Served(tmp_path, "snapshot")
+    assert again.contents() == contents
+    again.stop()
+
+
+def test_the_level_snapshot_writes_snapshots_while_no_frames_arrive(tmp_path):
+    served = Served(tmp_path, "snapshot", every=0.05)
+    served.open("a")
+    served.step("a", steps(3))
+    written, until = served.journal.snapshots, time.monotonic() + 5
+    while served.journal.snapshots == written:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    contents = served.contents()
+    served.kill()
+    after = Served(tmp_path)
+    assert after.contents() == contents
+    assert after.restored.frames == 0
+    after.stop()
+
+
+def test_without_sessions_nothing_is_left(tmp_path):
+    served = with_frames(tmp_path)
+    for token in list(served.model.sessions):
+        served.close(token)
+    served.stop()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_folder_is_used_by_one_server_at_a_time(tmp_path):
+    served = Served(tmp_path)
+    with pytest.raises(ServeError, match=rf"is in use by another server \(process {os.getpid()}\)"):
+        Store(tmp_path)
+    served.stop()
+    Store(tmp_path).close()
+    with pytest.raises(ValueError, match="expected level to be one of snapshot, frames, synced, got 'none'"):
+        Store(tmp_path, "none")
+
+
+def test_fewer_sessions_than_are_stored(tmp_path):
+    with_frames(tmp_path).stop()
+    with pytest.raises(ServeError, match="contains more than 3 sessions, the limit"):
+        Served(tmp_path, sessions=3)
+    Served(tmp_path).stop()
+
+
+def test_versions_of_a_model_keep_their_sessions(tmp_path):
+    file, limits = tmp_path / "lstm.safetensors", Limits(sessions=8)
+    network(0).save(file)
+
+    async def old_and_new():
+        store = Store(tmp_path / "durable")
+        old = Model.load(file, limits)
+        store.restore(old, file)
+        old.start(asyncio.get_running_loop())
+        await old.open(token="a")
+        network(1).save(file)
+        new = Model.load(file, limits, version=2)
+        assert new.digest != old.digest
+        store.restore(new, file)
+        old.stop()
+        new.stop()
+        store.close()
+        return old.digest
+
+    async def old_again(digest):
+        store = Store(tmp_path / "durable")
+        (path,) = store.stored_models()
+        assert path.name == file.name
+        old = Model.load(path, limits)
+        assert old.digest == digest
+        assert store.restore(old, path).sessions == 1
+        old.start(asyncio.get_running_loop())
+        await old.close(old.sessions["a"])
+        old.stop()
+        assert store.stored_models() == []
+        with pytest.raises(ServeError, match="changed while it was loaded"):
+            store.restore(old, file)
+        store.close()
+
+    asyncio.run(old_again(asyncio.run(old_and_new())))
+
+
+def test_a_stored_model_file_that_was_changed(tmp_path):
+    file = tmp_path / "lstm.safetensors"
+    network(0).save(file)
+    store = Store(tmp_path / "durable")
+    served = Model.load(file, Limits(sessions=8))
+    store.restore(served, file)
+    (copy,) = store.stored_models()
+    copy.write_bytes(b"")
+    with pytest.raises(FormatError, match="expected the unchanged model file of the sessions"):
+        store.stored_models()
+    served.stop()
+    store.close()
+
+
+# ── full disks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_full_disk_refuses_frames_until_there_is_space(tmp_path, monkeypatch):
+    served = with_frames(tmp_path)
+    states = {token: state for token, (_, _, _, state) in served.contents().items()}
+    write = generations.Log.write
+
+    def full(log, records):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(generations.Log, "write", full)
+    for _ in range(20):
+        answers = served.step("busy", steps(2, 3))
+        assert answers.refused == dict.fromkeys(range(2), "the frame can't be stored: No space left on device")
+    with pytest.raises(ServeError, match="the session can't be stored: No space left on device"):
+        served.open("another")
+    assert len(served.model.pool) == 4
+    served.close("fresh")
+    served.advance()  # isn't possible
+    assert served.journal.problem == "No space left on device"
+    found = served.contents()
+    assert {token: state for token, (_, _, _, state) in found.items()} == {t: states[t] for t in found}
+    assert found["busy"][0] == 27 + 40
+    monkeypatch.setattr(generations.Log, "write", write)
+    assert not served.step("busy", steps(4, 4)).refused
+    served.open("another")
+    contents = served.contents()
+    served.kill()
+    after = Served(tmp_path)
+    assert after.contents() == contents
+    after.stop()
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    process = Process(tmp_path, largest_file=150_000)
+    stream, counted = network().stream(), 0
+    process.ask("open", "a")
+    refused = None
+    for _ in range(2000):
+        x = np.random.default_rng(counted).standard_normal((8, WIDTH)).astype(np.float32)
+        _, _, numbers, answers, refused = process.ask("step", ["a"] * 8, x)
+        counted = numbers[-1]
+        if refused:
+            break
+        assert np.array_equal(answers, np.concatenate([stream.step(one[None]) for one in x]))
+    assert set(refused.values()) == {"the frame can't be stored: disk I/O error"}
+    process.kill()
+    process = Process(tmp_path)  # with space
+    assert counted - process.counts["a"] == 8  # their refusal could not be stored either
+    x = steps(3)
+    answers = process.ask("step", ["a"] * 3, x)[3]
+    assert np.array_equal(answers, np.concatenate([stream.step(one[None]) for one in x]))
+    process.kill()
+
+
+def test_a_snapshot_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    served = with_frames(tmp_path)
+    write = durable.write_snapshot
+
+    def full(folder, number, about, parts):
+        def some():
+            yield from parts
+            raise sqlite3.OperationalError("database or disk is full")
+
+        write(folder, number, about, some())
+
+    monkeypatch.setattr(durable, "write_snapshot", full)
+    served.advance()
+    served.now(served.journal.after_batch)
+    assert served.journal.problem == "No space left on device"
+    served.step("busy", steps(2, 5))
+    served.now(served.journal._advance)  # prepares a log
+    served.journal._writer.submit(int).result()
+    served.advance()
+    served.step("busy", steps(2, 6))
+    contents = served.contents()
+    assert len(list(served.journal.folder.glob("*.log"))) == 3
+    assert not list(served.journal.folder.glob("*-new"))
+    monkeypatch.setattr(durable, "write_snapshot", write)
+    served.kill()
+    after = Served(tmp_path)
+    assert after.contents() == contents
+    assert len(list(after.journal.folder.glob("*.log"))) == 2  # one of them for the next generation
+    after.stop()
+
+
+# ── damaged files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def flip(path, at):
+    """Change a byte of a file: at a place, or at the last one where these bytes are."""
+    data = bytearray(path.read_bytes())
+    if isinstance(at, bytes):
+        at = data.rindex(at)
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def of(folder, suffix):
+    """Return the first file with a suffix."""
+    return min(folder.glob(f"lstm-*/*.{suffix}"))
+
+
+def damaged_copy(tmp_path):
+    served = with_frames(tmp_path)
+    contents = served.contents()
+    served.kill()
+    return contents
+
+
+DAMAGE = {
+    "a snapshot's state": (lambda f: flip(of(f, "snapshot"), steps_state()), "states in part 0 don't match"),
+    "a snapshot's list": (lambda f: flip(of(f, "snapshot"), b"stored_from"), "list of sessions in part 0"),
+    "a snapshot's description": (lambda f: flip(of(f, "snapshot"), b'"digest"'), "doesn't match its checksum"),
+    "a truncated snapshot": (lambda f: os.truncate(of(f, "snapshot"), 5000), "snapshot: "),
+    "an empty snapshot": (lambda f: os.truncate(of(f, "snapshot"), 0), "expected a SQLite file, found b''"),
+    "no snapshot": (lambda f: of(f, "snapshot").unlink(), "there is no readable snapshot"),
+    "a frame in the log": (lambda f: flip(of(f, "log-wal"), steps(7, 1)[4].tobytes()), "records after record"),
+    "a truncated log": (lambda f: os.truncate(of(f, "log-wal"), of(f, "log-wal").stat().st_size - 9), "records after"),
+    "an empty log": (lambda f: os.truncate(of(f, "log-wal"), 0), "records after record 0 are damaged or missing"),
+    "no log": (lambda f: of(f, "log").unlink(), "log 2 is missing"),
+    "a log of something else": (
+        lambda f: of(f, "log").write_bytes(b"a" * 9000),
+        "expected a SQLite file, found b'aaaa",
+    ),
+    "no mark": (lambda f: of(f, "mark").unlink(), "mark: expected a file of 8 bytes"),
+}
+
+
+def steps_state():
+    stream = network().stream()
+    for one in steps(5):
+        stream.step(one[None])
+    return stream.state[0].h.tobytes()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_reported_and_kept(tmp_path, name):
+    damage, message = DAMAGE[name]
+    contents = damaged_copy(tmp_path)
+    damage(tmp_path)
+    files = {p.name: p.read_bytes() for p in tmp_path.glob("lstm-*/*") if p.suffix != ".log-shm"}
+    with pytest.raises(FormatError, match=message) as caught:
+        Served(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "start with --recover" in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("lstm-*/*") if p.suffix != ".log-shm"} == files
+    after = Served(tmp_path, recover=True)
+    assert any(message in line for line in after.restored.damage)
+    kept = {p.name: p.read_bytes() for p in tmp_path.glob("lstm-*/damaged-*/*") if p.suffix != ".log-shm"}
+    kept = {name: data for name, data in kept.items() if data}  # without those that SQLite creates to read others
+    assert kept.items() <= files.items()
+    assert kept
+    for token, found in after.contents().items():
+        if token == "closed":  # the record of that is lost, and it is open again
+            continue
+        assert found[0] <= contents[token][0]
+        assert found == contents[token] or token in after.restored.lost or found[0] <= 20, token
+    after.stop()
+    again = Served(tmp_path)
+    assert not again.restored.damage
+    again.stop()
+
+
+def test_all_before_the_damage_is_recovered(tmp_path):
+    contents = damaged_copy(tmp_path)
+    flip(of(tmp_path, "log-wal"), steps(7, 1)[4].tobytes())  # in the last record: frames of the session "late"
+    after = Served(tmp_path, recover=True)
+    found = after.contents()
+    assert {token for token in contents if found[token] == contents[token]} == {"idle", "busy", "fresh"}
+    assert found["late"][0] == 0
+    after.stop()
+
+
+def test_a_damaged_record_is_reported_with_the_sessions_that_lose_frames(tmp_path):
+    served = with_frames(tmp_path)
+    served.kill()
+    path = of(tmp_path, "log")
+    database = sqlite3.connect(path)
+    (number,) = database.execute("SELECT max(id) - 2 FROM log").fetchone()  # the frames of "busy"
+    database.execute("UPDATE log SET crc = crc + 1 WHERE id = ?", (number,))
+    database.commit()
+    database.close()
+    with pytest.raises(FormatError, match=f"record {number} doesn't match its checksum"):
+        Served(tmp_path)
+    after = Served(tmp_path, recover=True)
+    assert after.restored.lost["busy"] == 7
+    assert after.model.sessions["busy"].processed == 20
+    after.stop()
+
+
+def test_files_of_another_model(tmp_path):
+    served = with_frames(tmp_path)
+    served.kill()
+    (folder,) = tmp_path.glob("lstm-*")
+    other = tmp_path / "lstm-0000000000000000"
+    shutil.move(folder, other)
+    moved = Served(tmp_path)  # the same digest
+    moved.stop()
+    with pytest.raises(FormatError, match=r"expected digest 0*1, found 0*0"):
+        Served(tmp_path, seed=1)
+
+
+def test_an_older_generation_replaces_a_damaged_one(tmp_path, monkeypatch):
+    served = with_frames(tmp_path)
+    monkeypatch.setattr(served.journal, "_delete_before", lambda number: None)  # as if killed before that
+    served.advance()
+    served.step("busy", steps(3, 8))
+    contents = served.contents()
+    served.kill()
+    newest = max(tmp_path.glob("lstm-*/*.snapshot"))
+    flip(newest, b"stored_from")
+    with pytest.raises(FormatError, match=newest.name):
+        Served(tmp_path)
+    after = Served(tmp_path, recover=True)
+    assert after.contents() == contents
+    assert "nothing is lost: generation" in after.restored.damage[1]
+    assert not after.restored.lost
+    after.stop()
+
+
+# ── handover ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def request(port, token, x):
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(json.dumps({"token": token, "x": x.tolist()}).encode() + b"\n")
+        answer = json.loads(connection.makefile().readline())
+    return answer["frame"], np.frombuffer(bytes.fromhex(answer["y"]), np.float32)
+
+
+@pytest.mark.parametrize("nested", ["", "a-long-name/" * 12])
+def test_a_new_process_takes_over_the_port(tmp_path, nested):
+    folder = tmp_path / nested
+    processes = [Process(folder, port=True)]
+    port = processes[0].counts
+    x, enough, found = steps(3000), threading.Event(), []
+
+    def client(token):
+        stream = network().stream()
+        for n, one in enumerate(x):
+            if enough.is_set():
+                break
+            frame, y = request(port, token, one)
+            found.append(frame == n + 1 and np.array_equal(y, stream.step(one[None])[0]))
+
+    threads = [threading.Thread(target=client, args=(f"token-{n}",)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    processes.append(Process(folder, port=True))
+    assert processes[0].process.wait(20) == 0
+    taken = len(found)
+    assert processes[1].counts == port
+    assert set(processes[1].restored) == {"token-0", "token-1", "token-2"}
+    time.sleep(0.1)
+    enough.set()
+    for thread in threads:
+        thread.join()
+    assert len(found) > taken > 0
+    assert all(found)
+    for process in processes:
+        process.kill()
+    asyncio.run(nobody(folder))
+
+
+async def nobody(folder):
+    """There is no server to hand over: one was killed, so that its socket is still there."""
+    assert (folder / "handover").exists()
+    assert await request_handover(folder) is None
+    assert await request_handover(folder / "other") is None
+
+
+def test_a_server_that_cannot_stop_says_so(tmp_path):
+    async def stop():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def main():
+        server = HandoverServer(tmp_path, [], stop)
+        await server.start()
+        with pytest.raises(ServeError, match=r"could not hand over: .*No space left on device"):
+            await request_handover(tmp_path)
+        assert server.done.is_set()
+        await server.close()
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(main())
+
+
+def test_a_server_that_does_not_answer_in_time(tmp_path):
+    async def main():
+        server = HandoverServer(tmp_path, [], lambda: asyncio.sleep(0.3))
+        await server.start()
+        with socket.socket(socket.AF_UNIX) as other:  # says nothing that is known
+            other.connect(str(tmp_path / "handover"))
+            other.sendall(b"GET / HTTP/1.0\n")
+        with pytest.raises(ServeError, match=r"didn't hand over within 0.1 s"):
+            await request_handover(tmp_path, timeout=0.1)
+        await server.done.wait()
+        await server.close()
+
+    asyncio.run(main())

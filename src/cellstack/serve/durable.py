@@ -29,6 +29,7 @@ from cellstack.serve.generations import (
     Numbers,
     Part,
     Record,
+    as_bytes,
     count_log,
     files_before,
     numbers_of,
@@ -431,7 +432,8 @@ class Journal:
             "counts": counts.tolist(),
             "stored_from": stored_from.tolist(),
         }
-        return Part(about, b"".join(array[some].tobytes() for array in moment.states), answers.tobytes())
+        states = b"".join(array[some].tobytes() for array in moment.states)
+        return Part(about, states, as_bytes(answers))  # `tobytes` takes 20 times as long for records
 
     def states_from(self, data: bytes, count: int) -> list[list[np.ndarray[Any, Any]]]:
         """Return the states of `count` sessions from bytes, as lists of the arrays of each entry of a state."""

@@ -27,7 +27,8 @@ def numbered(row: DTypeLike) -> np.dtype:
 
 def pack(kind: int, model: int, records: Records) -> bytes:
     """Return the message with these records."""
-    return HEADER.pack(VERSION, kind, model, len(records)) + records.tobytes()
+    content = memoryview(np.ascontiguousarray(records).view(np.uint8))  # `tobytes` converts record by record
+    return b"".join((HEADER.pack(VERSION, kind, model, len(records)), content))
 
 
 def header(message: bytes) -> tuple[int, int, int]:

@@ -64,7 +64,7 @@ class Part(NamedTuple):
 
     about: dict[str, list[Any]]
     states: bytes | None
-    answers: bytes | None
+    answers: bytes | NDArray[np.uint8] | None
 
 
 def disk_error(error: sqlite3.Error) -> OSError:
@@ -101,7 +101,8 @@ def flush_folder(folder: Path) -> None:
         os.close(entry)
 
 
-def _bytes(data: Any) -> Any:
+def as_bytes(data: Any) -> Any:
+    """Return an array of numbers or records as one of bytes, which may share its memory; other data as they are."""
     return np.ascontiguousarray(data).view(np.uint8).ravel() if isinstance(data, np.ndarray) else data
 
 
@@ -207,7 +208,7 @@ class Log:
                 execute("BEGIN")
             for kind, sessions, data in records:
                 last += 1
-                some, own = _bytes(sessions), _bytes(data)
+                some, own = as_bytes(sessions), as_bytes(data)
                 crc = _check(last, kind, some, own)
                 execute("INSERT INTO log VALUES (?, ?, ?, ?, ?)", (last, kind, crc, some, own))
                 self.bytes += len(some) + len(own) + PAGE

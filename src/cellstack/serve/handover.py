@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 NAME = "handover"  # of the Unix socket in the folder
 REQUEST = b"cellstack handover 1\n"
 MOST_SOCKETS = 64
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -108,6 +111,8 @@ class HandoverServer:
                 try:
                     connection.setblocking(True)
                     socket.send_fds(connection, [json.dumps(answer).encode() + b"\n"], descriptors)
+                except OSError as error:
+                    _log.warning("the new server ended before it took over: %s", error)
                 finally:
                     self.done.set()
                 return
