@@ -27,8 +27,7 @@ def numbered(row: DTypeLike) -> np.dtype:
 
 def pack(kind: int, model: int, records: Records) -> bytes:
     """Return the message with these records."""
-    content = memoryview(np.ascontiguousarray(records).view(np.uint8))  # `tobytes` converts record by record
-    return b"".join((HEADER.pack(VERSION, kind, model, len(records)), content))
+    return HEADER.pack(VERSION, kind, model, len(records)) + records.tobytes()
 
 
 def header(message: bytes) -> tuple[int, int, int]:
