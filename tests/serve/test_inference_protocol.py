@@ -27,7 +27,7 @@ from cellstack import Cell, CellSpec, Dense, Network, Recurrent
 from cellstack.nodes import Embedding
 from cellstack.serve.inference_protocol import http as over_http
 from cellstack.serve.inference_protocol.grpc import InferRequest, InferResponse, StreamResponse, message, start
-from cellstack.serve.inference_protocol.service import Service
+from cellstack.serve.inference_protocol.service import Request, Service
 from cellstack.serve.inference_protocol.tensors import Tensor, as_exactly
 from cellstack.serve.models import Limits, Models, ServeError
 
@@ -423,6 +423,22 @@ def test_many_sequences_at_once(server):
     np.testing.assert_array_equal(found, expected(x))
 
 
+def test_requests_of_a_sequence_that_arrive_together_keep_their_order(server):
+    x = sequence(steps=4)
+
+    def request(n):
+        t = n % 4
+        return Request({"x": Tensor("FP32", x[:, t])}, sequence="together", start=t == 0, end=t == 3)
+
+    async def all_of_them():
+        service = Service.of(server.models)
+        tasks = [service.start("lstm", "", lambda model, n=n: request(n), lambda found: found) for n in range(12)]
+        return [found.outputs["layer_0"] for found in await asyncio.gather(*tasks)]
+
+    found = np.concatenate(server.do(all_of_them()))
+    assert (found == np.tile(expected(x)[0], (3, 1))).all()
+
+
 # ── gRPC ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -759,6 +775,7 @@ def test_changed_messages_get_clear_answers(server):
         try:
             InferResponse.FromString(send(bytes(other), timeout=20))
         except grpc.RpcError as error:
+            assert error.details() != "internal error"  # that is our own, for bugs
             seen.add(error.code())
     codes = grpc.StatusCode
     # gRPC itself answers INTERNAL or UNKNOWN to what isn't a message.

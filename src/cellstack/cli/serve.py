@@ -155,7 +155,8 @@ def _sockets(settings: Settings, stack: ExitStack) -> list[socket.socket]:
     try:
         return [stack.enter_context(listen(settings.host, settings.port))]
     except OSError as error:
-        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error
+        number = error.errno or 0  # negative for names that are unknown
+        why = os.strerror(number) if number > 0 else error
         raise UsageError(f"{settings.host}:{settings.port}: {why}") from None
 
 

@@ -95,8 +95,8 @@ def application(
     ]
     middleware = [Middleware(Guard, authorized=authorized, allow_origins=frozenset(allow_origins))]
     if allow_origins:
-        every = {"allow_methods": ["*"], "allow_headers": ["*"]}
-        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(allow_origins), **every))
+        allowed = Middleware(CORSMiddleware, list(allow_origins), allow_methods=["*"], allow_headers=["*"])
+        middleware.insert(0, allowed)
     if OpenTelemetryMiddleware is not None:
         middleware.insert(0, Middleware(OpenTelemetryMiddleware, excluded_urls=UNTRACED))
     handlers: dict[Any, Any] = {

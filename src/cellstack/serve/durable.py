@@ -480,6 +480,7 @@ class Journal:
         for number, token in self._tokens.items():
             session = Session(token, self.model, number)
             session.accepted = session.processed
+            session.touch()
             self.model.sessions[token] = session
         self.model.worker.journal = self
         if self.level == "snapshot":

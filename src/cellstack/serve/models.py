@@ -296,7 +296,12 @@ class Model:
         if session.accepted - session.processed + len(rows) > self.limits.waiting:
             raise ServeError(429, f"more than {self.limits.waiting} frames of the session are waiting")
         future = asyncio.get_running_loop().create_future()
-        self.submit([session] * len(rows), rows, lambda answers: future.cancelled() or future.set_result(answers))
+
+        def done(answers: Answers) -> None:
+            if not future.cancelled():
+                future.set_result(answers)
+
+        self.submit([session] * len(rows), rows, done)
         return await future
 
     async def answers_after(self, session: Session, last: int) -> list[tuple[Records, bool]]:

@@ -221,6 +221,7 @@ class Stream(Connection):
             self.session.take(self)
             self._last = self.session.accepted if last is None else int(last)
         self._number = np.array([self.session.number])
+        assert self.session.model.rows is not None
         self._rows = self.session.model.rows
 
     async def greet(self) -> None:
@@ -510,7 +511,7 @@ class Multiplex(Connection):
                 refused[n] = f"expected frame {wanted}, got {given}"
 
         def read() -> Records:
-            rows = np.zeros(len(records), of.worker.rows.outputs)
+            rows: Records = np.zeros(len(records), of.worker.rows.outputs)
             for n, (session, wanted) in again.items():
                 given = int(records["frame"][n])
                 try:
@@ -538,7 +539,7 @@ class Multiplex(Connection):
         """Return one message per model."""
         for model in sorted({group.model for group in answers}):
             some = [group for group in answers if group.model == model]
-            records = np.empty(sum(len(group.rows) for group in some), self._outputs[model])
+            records: Records = np.empty(sum(len(group.rows) for group in some), self._outputs[model])
             start, refused = 0, []
             for group in some:
                 part = records[start : start + len(group.rows)]

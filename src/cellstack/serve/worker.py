@@ -277,8 +277,9 @@ class Worker:
                 self._step(items, out.extend)
             if self.journal is not None:
                 self._deliver(out)
-                self.journal.after_batch()
                 out = []
+                if (journal := self.journal) is not None:
+                    journal.after_batch()
             self._deliver([*out, (self._note_handled, handled)])  # last: the answers before it were delivered
             if item is not None:
                 item = self._queue.get()
