@@ -33,25 +33,26 @@ class Rows:
                 raise ValueError(f"expected a network whose {name} has a known width")
             return name, number, (width,)
 
+        self._names, self._output_names = tuple(network.inputs), tuple(network.outputs)
         self.inputs = np.dtype([field(name) for name in network.inputs])
         self.outputs = np.dtype([field(name) for name in network.outputs])
 
     def given(self, rows: Records) -> Any:
         """Return records of inputs as the argument of `Sessions.step`."""
-        names = self.inputs.names or ()
+        names = self._names
         return rows[names[0]] if len(names) == 1 else {name: rows[name] for name in names}
 
     def finite(self, rows: Records) -> NDArray[np.bool_]:
         """Return which records of inputs have no NaN and no infinity, `[n]`."""
         fine = np.ones(len(rows), bool)
-        for name in self.inputs.names or ():
+        for name in self._names:
             if rows[name].dtype.kind == "f":
                 fine &= np.isfinite(rows[name]).all(axis=-1)
         return fine
 
     def answers(self, results: Any, into: Records) -> None:
         """Write the result of `Sessions.step` into records of outputs."""
-        names = self.outputs.names or ()
+        names = self._output_names
         for name, values in zip(names, results if len(names) > 1 else (results,), strict=True):
             into[name] = values
 
@@ -65,14 +66,14 @@ class Rows:
             ValueError: another structure, a wrong width, or values that aren't numbers.
         """
         row = np.zeros(1, self.inputs)
-        names = self.inputs.names or ()
+        names = self._names
         if isinstance(values, dict):
             if values.keys() != set(names):
                 raise ValueError(f"expected the inputs {', '.join(names)}, got {', '.join(map(str, values)) or 'none'}")
         elif len(names) > 1:
             raise ValueError(f"expected an object with the inputs {', '.join(names)}, got a {type(values).__name__}")
         else:
-            values = {names[0]: values}
+            values = dict.fromkeys(names, values)
         for name in names:
             of = self.inputs[name]
             try:
@@ -89,6 +90,6 @@ class Rows:
 
     def plain(self, answer: Records) -> Any:
         """Return one record of outputs as lists, for JSON: a list, or a dict by name if there are several outputs."""
-        names = self.outputs.names or ()
+        names = self._output_names
         lists = {name: answer[name].tolist() for name in names}
-        return lists if len(names) > 1 else lists[names[0]]
+        return lists if len(names) > 1 else lists.popitem()[1]
