@@ -279,9 +279,8 @@ def test_a_server_that_stops_answers_what_it_received(model_file):
         other.recv()
         for t, row in enumerate(x):
             socket.send(message([0], [t + 1], row))
-        socket.recv(timeout=10)
+        found = [socket.recv(timeout=10)]
         served.server.should_exit = True
-        found = []
         with contextlib.suppress(ConnectionClosed):
             while True:
                 found.append(socket.recv(timeout=10))
