@@ -18,6 +18,7 @@ VERSIONS = {
     "cffi": "2.1.1",
     "charset_normalizer": "3.5.3",
     "click": "8.5.1",
+    "colorama": "0.4.6",
     "colorlog": "6.12.0",
     "confection": "1.3.4",
     "configargparse": "1.9.0",
@@ -84,6 +85,7 @@ VERSIONS = {
     "sb3_contrib": "2.9.2",
     "segtok": "1.5.11",
     "sensai_utils": "1.6.0",
+    "sentencepiece": "0.2.3",
     "shellingham": "1.5.4",
     "sktime": "1.2.0",
     "soundfile": "0.14.0",
@@ -105,6 +107,7 @@ VERSIONS = {
     "toolz": "1.2.0",
     "torch_geometric": "2.8.1",
     "torchrl": "0.14.1",
+    "torchvision": "0.28.0",
     "transformer_smaller_training_vocab": "0.4.2",
     "transformers": "4.57.6",
     "tsai": "1.0.1",
@@ -139,8 +142,8 @@ PACKAGES = {
     ),
     "flair": (
         "beautifulsoup4 bioc boto3 botocore certifi charset_normalizer conllu flair ftfy gdown huggingface_hub "
-        "jmespath lxml pytz regex requests s3transfer segtok soupsieve tokenizers transformer_smaller_training_vocab "
-        "transformers urllib3"
+        "jmespath lxml pytz regex requests s3transfer segtok sentencepiece soupsieve tokenizers "
+        "transformer_smaller_training_vocab transformers urllib3"
     ),
     "gluonts": (
         "certifi charset_normalizer gluonts huggingface_hub orjson pydantic pydantic_core pytz regex requests toolz "
@@ -155,16 +158,17 @@ PACKAGES = {
     "neuralhydrology": "neuralhydrology pytz ruamel_yaml xarray",
     "pypots": (
         "ai4ts benchpots boto3 botocore certifi cffi charset_normalizer huggingface_hub jmespath nonlinear_benchmarks "
-        "progressbar2 pygrinder pypots pytz regex requests s3transfer soundfile soxr tsdb urllib3"
+        "progressbar2 pygrinder pypots pytz regex requests s3transfer soundfile soxr tokenizers transformers tsdb "
+        "urllib3"
     ),
     "pytorch-forecasting": "certifi charset_normalizer huggingface_hub pytorch_forecasting pytz regex requests urllib3",
-    "recbole": "boto3 botocore certifi colorlog jmespath pytz recbole s3transfer texttable urllib3",
+    "recbole": "boto3 botocore certifi colorama colorlog jmespath pytz recbole s3transfer texttable urllib3",
     "rsl-rl": "boto3 botocore certifi jmespath pyvers rsl_rl_lib s3transfer tensordict urllib3",
     "sb3-contrib": "sb3_contrib stable_baselines3",
     "sktime": "sktime",
     "stanza": (
-        "certifi charset_normalizer emoji huggingface_hub orjson regex requests stanza termcolor transformers udapi "
-        "udtools urllib3"
+        "certifi charset_normalizer colorama emoji huggingface_hub orjson regex requests stanza termcolor transformers "
+        "udapi udtools urllib3"
     ),
     "supar": "dill charset_normalizer nltk pytz regex supar",
     "tianshou": (
@@ -175,7 +179,7 @@ PACKAGES = {
     "torchrl": "certifi charset_normalizer msgpack pyvers ray requests tensordict torchrl urllib3",
     "tsai": (
         "anyio beartype certifi charset_normalizer fastai fastcore fastdownload fastprogress fasttransform "
-        "itsdangerous plum_dispatch python_fasthtml python_multipart pytz requests starlette tsai urllib3"
+        "itsdangerous plum_dispatch python_fasthtml python_multipart pytz requests starlette torchvision tsai urllib3"
     ),
 }
 

@@ -171,9 +171,7 @@ def _fields():
     }
 
 
-@program(
-    "pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], served=0, refused="lengths that it computes"
-)
+@program("pytorch-forecasting: RecurrentNetwork", *NEEDS["pytorch-forecasting"], refused="lengths that it computes")
 def forecasting_rnn():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import RecurrentNetwork
@@ -182,7 +180,7 @@ def forecasting_rnn():
     return module, _forecasting
 
 
-@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], served=0, refused="several lengths")
+@program("pytorch-forecasting: DeepAR", *NEEDS["pytorch-forecasting"], refused="several lengths")
 def forecasting_deepar():
     from pytorch_forecasting.data.encoders import EncoderNormalizer
     from pytorch_forecasting.models import DeepAR
@@ -194,7 +192,7 @@ def forecasting_deepar():
 @program(
     "pytorch-forecasting: TemporalFusionTransformer",
     *NEEDS["pytorch-forecasting"],
-    served=0,
+    served=2,
     refused="several lengths",
 )
 def forecasting_tft():

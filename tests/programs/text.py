@@ -51,7 +51,7 @@ def onmt_encoder():
     "OpenNMT: NMTModel, attention after the LSTM",
     *NEEDS["OpenNMT"],
     served=2,
-    refused="values can only be concatenated along features or time",
+    refused="values can be joined along features or time only, found axis 2 of D B F, D B F (decoder.py",
 )
 def onmt_standard():
     from onmt.decoders.decoder import StdRNNDecoder
@@ -60,7 +60,10 @@ def onmt_standard():
 
 
 @program(
-    "OpenNMT: NMTModel, attention as an input", *NEEDS["OpenNMT"], served=3, refused="axes of batch, time and features"
+    "OpenNMT: NMTModel, attention as an input",
+    *NEEDS["OpenNMT"],
+    served=3,
+    refused="found axis 2 of D B F, D B F (decoder.py",
 )
 def onmt_input_feed():
     from onmt.decoders.decoder import InputFeedRNNDecoder
@@ -77,7 +80,12 @@ def fastai_language_model():
     return get_language_model(AWD_LSTM, 100, config), lambda rows, steps: (ids(rows, steps, 100),)
 
 
-@program("fastai: AWD_LSTM classifier", *NEEDS["fastai"], served=2, refused="comparing values")
+@program(
+    "fastai: AWD_LSTM classifier",
+    *NEEDS["fastai"],
+    served=2,
+    refused="Equal '/0/Equal': the operator isn't supported (core.py",
+)
 def fastai_classifier():
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
     from fastai.text.models.core import get_text_classifier
@@ -257,7 +265,7 @@ def dien_aigru():
     return _dien("AIGRU")
 
 
-@program("minGRU-pytorch: minLM", *NEEDS["minGRU-pytorch"], served=0, refused="rms_norm")
+@program("minGRU-pytorch: minLM", *NEEDS["minGRU-pytorch"], served=0, refused="logcumsumexp")
 def mingru_language_model():
     from minGRU_pytorch.minLM import minLM
 
