@@ -82,3 +82,22 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    """The file of a small LSTM."""
+    from serving import lstm
+
+    path = tmp_path_factory.mktemp("models") / "lstm.safetensors"
+    lstm().save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(model_file):
+    """A server of this file, in a thread."""
+    from serving import running
+
+    with running(model_file) as found:
+        yield found

@@ -162,5 +162,10 @@ def run_without_kernel(monkeypatch):
         for into, name in zip(states or (), ToyState._fields[1:], strict=False):
             into[:] = fields[name]
 
-    for function, name in ((weights, "weights"), (layer, "Layer"), (sequences, "sequences"), (forward, "forward")):
+    def forward_each(runs, threads):
+        for run in runs:
+            forward(*run, threads)
+
+    functions = {"weights": weights, "Layer": layer, "sequences": sequences, "forward": forward}
+    for name, function in {**functions, "forward_each": forward_each}.items():
         monkeypatch.setattr(native, name, function)

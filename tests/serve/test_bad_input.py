@@ -12,11 +12,11 @@ import time
 import httpx
 import numpy as np
 import pytest
+from serving import UNITS, WIDTH, lstm, running
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from cellstack.serve import Limits, frames, server
-from conftest import UNITS, WIDTH, lstm, running
 
 SENT = frames.numbered([("x", "<f4", (WIDTH,))])
 

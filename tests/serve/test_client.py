@@ -10,12 +10,12 @@ import threading
 
 import numpy as np
 import pytest
+from serving import UNITS, WIDTH, lstm, running
 
 from cellstack import ShapeError
 from cellstack.serve import Limits, ServeError
 from cellstack.serve import client as clients
 from cellstack.serve.client import AsyncClient, Client, LostError, RefusedError
-from conftest import UNITS, WIDTH, lstm, running
 
 
 def outputs(x):

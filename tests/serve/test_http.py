@@ -5,10 +5,10 @@ import time
 import httpx
 import numpy as np
 import pytest
+from serving import UNITS, WIDTH, lstm, running
 
 from cellstack import Bidirectional, Network, Recurrent
 from cellstack.serve import Limits
-from conftest import UNITS, WIDTH, lstm, running
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from serving import UNITS, WIDTH, lstm, running
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from cellstack.serve import Limits, frames
-from conftest import UNITS, WIDTH, lstm, running
 
 SENT, ANSWERED = frames.numbered([("x", "<f4", (WIDTH,))]), frames.numbered([("layer_0", "<f4", (UNITS,))])
 

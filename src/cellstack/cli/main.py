@@ -81,8 +81,10 @@ HELP = {
         "MODEL [MODEL ...] [options]",
         """cellstack serve model.safetensors
   cellstack serve model.onnx --port 9000 --durable sessions
-  cellstack serve silero_vad.onnx --constants sr=16000 --frames input=512 --context input=64
-  CELLSTACK_TOKEN=secret cellstack serve model --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem""",
+  cellstack serve silero_vad.onnx --constants sr=16000 --frames input=512 \\
+    --context input=64
+  CELLSTACK_TOKEN=secret cellstack serve model --host 0.0.0.0 \\
+    --tls-cert cert.pem --tls-key key.pem""",
         threads="1",
         json="when it listens, write one JSON object to standard output",
     ),

@@ -7,7 +7,6 @@ import threading
 import time
 
 import numpy as np
-import pytest
 
 from cellstack import Cell, CellSpec, Network, Recurrent
 from cellstack.serve import Limits, Models
@@ -82,16 +81,3 @@ def running(*paths, limits=None, threads=1, options=None, **settings):
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
-
-
-@pytest.fixture(scope="session")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "lstm.safetensors"
-    lstm().save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def served(model_file):
-    with running(model_file) as found:
-        yield found
