@@ -267,7 +267,7 @@ def hydrology_ealstm():
     return EALSTM(_hydrology("ealstm")), _basins
 
 
-@program("pypots: GRU-D", *NEEDS["pypots"], sizes=((2, 20), (1, 20), (3, 20)), refused="Neg")
+@program("pypots: GRU-D", *NEEDS["pypots"], sizes=((2, 20), (1, 20), (3, 20)), refused="found · T F")
 def pypots_grud():
     from pypots.nn.modules.grud import BackboneGRUD
 

@@ -148,7 +148,7 @@ def stanza_language():
     return module, lambda rows, steps: (ids(rows, steps, 27),)
 
 
-@program("stanza: CharacterLanguageModel", *NEEDS["stanza"])
+@program("stanza: CharacterLanguageModel", *NEEDS["stanza"], streams=True)
 def stanza_characters():
     from stanza.models.common.char_model import CharacterLanguageModel
 
