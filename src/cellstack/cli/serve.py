@@ -40,7 +40,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-key", metavar="FILE", help="key of the certificate (PEM)")
     text = f"require this token, or one of the lines of this file (default: the environment variable {TOKEN}, if set)"
     group.add_argument("--token", metavar="T", help=text)
-    text = "origin of pages that may use the server, such as https://example.org, besides its own; may be repeated"
+    text = "origin of pages that may also use the server, such as https://example.org; may be repeated"
     group.add_argument("--allow-origin", action="append", default=[], metavar="URL", help=text)
     group = parser.add_argument_group("sessions")
     group.add_argument("--durable", metavar="FOLDER", help="store sessions in FOLDER, so that they survive the process")

@@ -58,7 +58,7 @@ def application(
         models: what it serves.
         tokens: one of them is required in each request, as `Authorization: Bearer TOKEN` or, for WebSockets of
             browsers, in the query as `access_token`; none: no token is required.
-        allow_origins: the origins, such as `https://example.org`, of pages that may use the server, besides its own.
+        allow_origins: the origins, such as `https://example.org`, of pages that may also use the server.
         state: an object whose attribute `ready` says whether the server takes requests; None: it always does.
     """
     connections = Connections()
