@@ -10,7 +10,7 @@
 #endif
 
 #include "bind_calls.h"
-#include "bind_locks.h"
+#include "bind_sessions.h"
 #include "bind_streams.h"
 
 namespace {
@@ -70,7 +70,7 @@ NB_MODULE(_kernel, m) {
     bind_weights<double>(m, "WeightsDouble");
     bind_streams(m);
     bind_calls(m);
-    bind_locks(m);
+    bind_sessions(m);
 
     m.def(
         "isas",

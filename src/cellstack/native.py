@@ -26,15 +26,17 @@ from numpy.typing import NDArray
 from cellstack import _kernel
 from cellstack._kernel import (
     THREAD_WORK,
+    CallLock,
     Gradients,
     Layer,
     Sequences,
-    SlotLocks,
+    SessionTable,
     backward,
     forward,
     forward_each,
     isa,
     prefer_large_pages,
+    session_steps,
     stack,
     stream,
 )
@@ -43,15 +45,17 @@ from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec
 
 __all__ = [
     "THREAD_WORK",
+    "CallLock",
     "Gradients",
     "Layer",
     "Sequences",
-    "SlotLocks",
+    "SessionTable",
     "backward",
     "forward",
     "forward_each",
     "isa",
     "prefer_large_pages",
+    "session_steps",
     "stack",
     "stream",
     "weights_at",

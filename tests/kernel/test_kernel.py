@@ -949,28 +949,52 @@ def test_a_stream_restores_its_snapshot():
         np.testing.assert_array_equal(again, first)
 
 
-def test_rows_are_locked_by_one_call_at_a_time():
-    locks = native.SlotLocks(4)
-    rows = np.array([2, 0])
-    with locks.lock(rows) as taken:
-        assert taken is None
-        with locks.lock(np.array([3, 0])) as other:
-            assert other == (1, False)
-        with locks.lock(np.array([1, 3, 1])) as twice:
-            assert twice == (2, True)
-        with locks.lock() as every:
-            assert every == (0, False)
-        with locks.lock(np.array([1, 3])) as others:
-            assert others is None
-    with locks.lock() as taken:
-        assert taken is None
-    with pytest.raises(RuntimeError, match="as it came"), locks.lock(rows):
+def test_a_stream_is_locked_by_one_call_at_a_time():
+    lock = native.CallLock()
+    with lock.attempt() as mine:
+        assert mine
+        for _ in range(2):
+            with lock.attempt() as other:
+                assert not other
+    with pytest.raises(RuntimeError, match="as it came"), lock.attempt():
         raise RuntimeError("as it came")
-    with locks.lock(rows) as taken:
-        assert taken is None
-    for wrong in (np.array([4]), np.array([-1])):
-        with pytest.raises(IndexError):
-            locks.lock(wrong)
+    with lock.attempt() as mine:
+        assert mine
+
+
+def test_sessions_are_locked_by_one_call_at_a_time():
+    table = native.SessionTable(3)
+    opened = []
+    for _ in range(3):
+        with table.opening() as number:
+            opened.append(number)
+    with table.opening() as number:
+        assert number is None
+    assert (opened, len(table)) == ([0, 1, 2], 3)
+    table.close(1)
+    with pytest.raises(RuntimeError, match="as it came"), table.opening():
+        raise RuntimeError("as it came")  # then the session isn't open, and its number is free
+    with table.opening() as number:
+        assert number == 4  # slot 1 again, under another number
+        with table.opening() as other:
+            assert other is None
+        with pytest.raises(KeyError, match="session 4 is not open"), table.locked(np.array([4])):
+            pass
+    with table.locked(np.array([4, 0])) as slots:
+        assert slots.tolist() == [1, 0]
+        with pytest.raises(RuntimeError, match="another thread is stepping session 0"), table.locked(np.array([2, 0])):
+            pass
+        with pytest.raises(ValueError, match="session 2 is given twice"), table.locked(np.array([2, 2])):
+            pass
+        with table.locked(np.array([2])) as others:
+            assert others.tolist() == [2]
+    with pytest.raises(RuntimeError, match="as it came"), table.locked(np.array([2, 0])):
+        raise RuntimeError("as it came")
+    with table.locked(np.array([2, 0, 4])):
+        pass
+    for wrong in (np.array([1]), np.array([-1]), np.array([7]), np.array([2**62])):
+        with pytest.raises(KeyError), table.locked(wrong):
+            pass
     for wrong in ([1], np.array([1.0]), np.array([[1]]), np.arange(4)[::2]):
         with pytest.raises(TypeError):
-            locks.lock(wrong)
+            table.locked(wrong)

@@ -80,6 +80,27 @@ def test_ids():
     np.testing.assert_array_equal(pool.step(numbers, [3, 7]), net.stream(2).step([3, 7]))
 
 
+def test_the_memory_layout_of_arguments_does_not_change_results():
+    net = Network([lstm(5, 4)])
+    x = floats(6, 5)
+    wide, unaligned, read_only = (
+        np.zeros((6, 9), "f4"),
+        np.zeros(6 * 20 + 1, "u1")[1:].view("f4").reshape(6, 5),
+        x.copy(),
+    )
+    wide[:, 2:7], unaligned[:], read_only.flags.writeable = x, x, False
+    layouts = (x, wide[:, 2:7], np.asfortranarray(x), x[::-1].copy()[::-1], unaligned, read_only, x.astype(">f4"))
+    pool, expected = net.pool(6), net.stream(6).step(x)
+    for given in (*layouts, x.astype("f8"), x.tolist()):
+        for kind in (list, tuple, np.array, np.uint32, lambda numbers: np.array(numbers).repeat(2)[::2]):
+            numbers = kind([pool.open() for _ in range(6)])
+            np.testing.assert_array_equal(pool.step(numbers, given), expected)
+            for number in numbers:
+                pool.close(number)
+    with pytest.raises(KeyError):
+        pool.step([1], x[:1])
+
+
 def test_session_numbers_are_not_reused():
     pool = speech().pool(1)
     first = pool.open()
@@ -94,8 +115,9 @@ def test_session_numbers_are_not_reused():
     assert repr(pool).startswith("Sessions(1 of 1 sessions open) of Network")
 
 
-def test_what_is_refused():
-    net = speech()
+@pytest.mark.parametrize("net", [speech, lambda: Network([lstm(5, 4)])], ids=["several parts", "one kernel call"])
+def test_what_is_refused(net):
+    net = net()
     pool = net.pool(4)
     a, b = pool.open(), pool.open()
     x = np.zeros((2, 5))

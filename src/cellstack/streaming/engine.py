@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellstack import native
 from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.nodes.base import check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS, Cell
@@ -119,9 +120,18 @@ class Engine:
 
         It has the least overhead. It returns None for an input that needs a conversion.
         """
+        part = self._single_part()
+        return part.kernel.step if isinstance(part, OwnCells) else None
+
+    def session_step(self, table: native.SessionTable) -> Callable[[Any, Any], Array | None] | None:
+        """Return the same for sessions: a function of their numbers and the input, which also checks the sessions."""
+        part = self._single_part()
+        return part.session_step(table) if isinstance(part, SharedCells) and not part.patches else None
+
+    def _single_part(self) -> Stateful | None:
         network, (first, *others) = self.network, self._stateful or [None]
         one = len(self._parts) == 1 and len(network.inputs) == len(network.outputs) == 1 and not network.graph.ids
-        return first.kernel.step if isinstance(first, OwnCells) and one and not others else None
+        return first if one and not others else None
 
     @property
     def weights_format(self) -> str:

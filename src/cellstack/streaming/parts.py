@@ -245,6 +245,10 @@ class SharedCells(Cells):
         self.taken[rows] += steps
         return y
 
+    def session_step(self, table: native.SessionTable) -> Callable[[Any, Any], Array | None]:
+        """Return the kernel's step function for the sessions of a table: of their numbers and x `[n, I]`."""
+        return native.session_steps(table, [*self.below, self._layer(-1)], self.threads).step
+
     def _layer(self, place: int, **more: Any) -> Any:
         return native.Layer(self.packed[place], self.ends[place], self.ends[place], **more)
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import CellState
     from cellstack.streaming.parts import Frames
 
-Slots = NDArray[np.int64]
-
 
 class Sessions:
     """A pool of sessions that are opened and closed at any time, each with its own state; any of them step in a batch.
@@ -57,11 +55,8 @@ class Sessions:
             engine.threads,
             engine.weights_format,
         )
-        # A session's number encodes its slot and how often the slot was used before, so that numbers aren't reused. The
-        # count includes the open session: zeros are memory that isn't allocated before it is written to.
-        self._rounds = np.zeros(self.capacity, np.int64)
-        self._open = np.zeros(self.capacity, bool)
-        self._locks = native.SlotLocks(self.capacity)  # locks slots that are opened, stepped, read or closed
+        self._table = native.SessionTable(self.capacity)
+        self._step = engine.session_step(self._table)
 
     def open(self, state: Any = None) -> int:
         """Open a session.
@@ -76,40 +71,25 @@ class Sessions:
             RuntimeError: `capacity` sessions are open.
             ShapeError: a state of the wrong shape.
         """
-        new, slot = self._engine.as_state(state, 1), None
+        new, number = self._engine.as_state(state, 1), None
         try:
-            with self._locks.free(self._open) as slot:
-                if slot is None:
+            with self._table.opening() as number:
+                if number is None:
                     raise RuntimeError(f"Sessions: all {self.capacity} sessions are open: close() one first")
-                self._engine.write(new, np.array([slot]))
-                self._rounds[slot] += 1
-                self._open[slot] = True
-                return slot + self.capacity * (int(self._rounds[slot]) - 1)
+                self._engine.write(new, np.array([number % self.capacity]))
+            return number
         except BaseException:  # such as KeyboardInterrupt from a signal handler: the caller doesn't get the number
-            if slot is not None:
-                self._open[slot] = False
+            if number is not None:
+                self._table.close(number)
             raise
 
-    def _slots(self, sessions: Any) -> tuple[Slots, Slots]:
-        """Return the numbers of sessions and their slots."""
+    def _numbers(self, sessions: Any) -> NDArray[np.int64]:
         numbers = np.asarray(sessions)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
             raise TypeError(
                 f"Sessions: expected sessions as a list of numbers that open() returned, got {sessions!r:.100}"
             )
-        numbers = numbers.astype(np.int64)
-        return numbers, numbers % self.capacity
-
-    def _check(self, numbers: Slots, slots: Slots, taken: tuple[int, bool] | None) -> None:
-        """Raise unless these are different open sessions, whose slots this call has locked."""
-        known = self._open[slots] & (self._rounds[slots] == numbers // self.capacity + 1)
-        if not known.all():
-            raise KeyError(f"Sessions: session {int(numbers[~known][0])} is not open")
-        if taken is not None:
-            place, twice = taken
-            if twice:
-                raise ValueError(f"Sessions: session {numbers[place]} is given twice in one step")
-            raise RuntimeError(f"Sessions: another thread is stepping session {numbers[place]}")
+        return np.require(numbers, np.int64, ("C", "A"))
 
     def step(self, sessions: Any, x: Any) -> Any:
         """Run one step of each of some sessions and return the network's outputs.
@@ -129,10 +109,14 @@ class Sessions:
             TypeError: session numbers that aren't integers, values that aren't real numbers.
             ValueError: the same session twice, ids out of range, or a step that the network masks.
         """
-        numbers, slots = self._slots(sessions)
+        numbers = np.asarray(sessions)
+        if self._step is not None:  # the least overhead; it returns None if the input needs checks or a conversion
+            y = self._step(numbers, x)
+            if y is not None:
+                return y
+        numbers = self._numbers(sessions)
         given = self._engine.checked_inputs(x, "B", len(numbers))
-        with self._locks.lock(slots) as taken:
-            self._check(numbers, slots, taken)
+        with self._table.locked(numbers) as slots:
             return self._engine.run(given, slots)
 
     def state(self, session: Any) -> tuple[CellState | Frames, ...]:
@@ -148,9 +132,7 @@ class Sessions:
         Raises:
             KeyError, RuntimeError, TypeError, ValueError: see `step`.
         """
-        numbers, slots = self._slots([session] if np.ndim(session) == 0 else session)
-        with self._locks.lock(slots) as taken:
-            self._check(numbers, slots, taken)
+        with self._table.locked(self._numbers([session] if np.ndim(session) == 0 else session)) as slots:
             return self._engine.read(slots)
 
     def close(self, session: int) -> None:
@@ -162,13 +144,12 @@ class Sessions:
         Raises:
             KeyError, RuntimeError, TypeError: see `step`.
         """
-        numbers, slots = self._slots([session])
-        with self._locks.lock(slots) as taken:
-            self._check(numbers, slots, taken)
-            self._open[slots] = False
+        numbers = self._numbers([session])
+        with self._table.locked(numbers):
+            self._table.close(int(numbers[0]))
 
     def __len__(self) -> int:
-        return int(self._open.sum())
+        return len(self._table)
 
     def __repr__(self) -> str:
         weights = f", weights={self.weights!r}" if self._engine.narrowed else ""

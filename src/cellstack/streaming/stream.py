@@ -60,7 +60,7 @@ class Stream:
             engine.threads,
             engine.weights_format,
         )
-        self._locks = native.SlotLocks(1)
+        self._lock = native.CallLock()
         self._single_step = engine.single_step()
         self._step_shape = engine.step_shape
         self._dtype = network.dtype
@@ -108,8 +108,8 @@ class Stream:
         return self._run(self._engine.checked_inputs(x, "B, T", self.batch), chunk=True)
 
     def _run(self, given: tuple[Array, ...], chunk: bool = False) -> Any:
-        with self._locks.lock() as taken:
-            self._check_turn(taken)
+        with self._lock.attempt() as locked:
+            self._check_turn(locked)
             if self._history is None:
                 return self._engine.run(given)
             before = self._engine.read() if self._history.wants_state else None
@@ -122,9 +122,9 @@ class Stream:
             return y
 
     @staticmethod
-    def _check_turn(taken: Any) -> None:
+    def _check_turn(locked: bool) -> None:
         """Raise `RuntimeError` during another call, when some parts may be a step ahead of others."""
-        if taken is not None:
+        if not locked:
             raise RuntimeError(
                 "Stream: only one thread at a time can use a stream, and another call is running: "
                 "fork() makes a stream for each thread"
@@ -136,8 +136,8 @@ class Stream:
 
         Reading returns copies; setting checks and copies.
         """
-        with self._locks.lock() as taken:
-            self._check_turn(taken)
+        with self._lock.attempt() as locked:
+            self._check_turn(locked)
             return self._engine.read()
 
     @state.setter
@@ -168,8 +168,8 @@ class Stream:
                 f"Stream: expected rows to index an axis of B={self.batch}, got {rows!r:.80}: {error}"
             ) from None
         new = self._engine.as_state(state, len(chosen))
-        with self._locks.lock() as taken:
-            self._check_turn(taken)
+        with self._lock.attempt() as locked:
+            self._check_turn(locked)
             self._engine.write(new, ALL if rows is None else chosen)
             if self._history is not None:
                 self._history.forget()
@@ -197,8 +197,8 @@ class Stream:
             )
         if nodes := self._engine.with_memory():
             raise ValueError(f"Stream: remember() doesn't support nodes with a memory, got {', '.join(nodes)}")
-        with self._locks.lock() as taken:
-            self._check_turn(taken)
+        with self._lock.attempt() as locked:
+            self._check_turn(locked)
             self._history, self._single_step = History(steps), None
 
     def trace(self, steps: int | None = None) -> NetworkTrace:
@@ -228,8 +228,8 @@ class Stream:
         if self._history is None:
             raise RuntimeError("Stream: trace() needs a call of remember(steps) before the steps")
         most = self._history.most if steps is None else check_integer("Stream", "steps", steps)
-        with self._locks.lock() as taken:
-            self._check_turn(taken)
+        with self._lock.attempt() as locked:
+            self._check_turn(locked)
             kept = self._history.kept()
         if kept is None:
             raise RuntimeError("Stream: no step was taken since remember() or since the state was set")
