@@ -12,6 +12,7 @@ from playwright.sync_api import expect
 from cellstack import Bidirectional, Cell, CellSpec, Network, Recurrent
 from cellstack.serve import Limits, Models
 from cellstack.serve.app import application
+from cellstack.serve.websocket import WebSocket
 
 WIDTH, H = 3, 12
 
@@ -36,7 +37,8 @@ class Running:
         for name, network in networks.items():
             network.save(folder / f"{name}.safetensors")
             self.models.add(folder / f"{name}.safetensors")
-        config = uvicorn.Config(application(self.models, tokens), port=0, log_level="error", lifespan="off")
+        app = application(self.models, tokens)
+        config = uvicorn.Config(app, ws=WebSocket, port=0, log_level="error", lifespan="off")
         self.server, self.started = uvicorn.Server(config), threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
         self.thread.start()

@@ -22,9 +22,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cellstack.serve.inference_protocol import http as inference_protocol
 from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
+from cellstack.serve.multiplex_socket import Multiplex
 from cellstack.serve.openapi import OPENAPI
 from cellstack.serve.page import page
-from cellstack.serve.sockets import Connections, Endpoint, Multiplex, Stream
+from cellstack.serve.sockets import Connections, Endpoint
+from cellstack.serve.stream_socket import Stream
 from cellstack.serve.texts import described, parsed, text_of
 from cellstack.serve.tracing import trace_page
 from cellstack.serve.worker import StoppingError

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from cellstack.serve.rows import Records
 
 VERSION = 1
 FRAMES, ANSWERS, REFUSED = 0, 1, 2  # kinds of messages
 HEADER = struct.Struct("<BBHI")  # version, kind, number of the model in the connection, number of records
+HEAD = 8  # bytes of a record before its row
 REFUSAL = np.dtype([("number", "<u4"), ("frame", "<u4"), ("length", "<u4")])  # of the reason, in bytes of UTF-8
 
 
@@ -25,8 +27,13 @@ def numbered(row: DTypeLike) -> np.dtype:
     return np.dtype([("number", "<u4"), ("frame", "<u4"), ("row", row)])
 
 
-def pack(kind: int, model: int, records: Records) -> bytes:
-    """Return the message with these records."""
+def heads(records: Records) -> NDArray[np.uint8]:
+    """Return the bytes of the numbers of sessions and frames, `[n, 8]`: a view."""
+    return records.view(np.uint8).reshape(len(records), -1)[:, :HEAD]
+
+
+def pack(kind: int, model: int, records: NDArray[Any]) -> bytes:
+    """Return the message with these records, or their bytes `[n, size]`."""
     return HEADER.pack(VERSION, kind, model, len(records)) + records.tobytes()
 
 

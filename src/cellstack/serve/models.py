@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cellstack.formats.state import state_from, state_to_bytes
 from cellstack.serve.rows import Records, Rows
-from cellstack.serve.worker import Answers, Frames, Worker, call_all
+from cellstack.serve.worker import Answers, Done, Frames, Worker, call_all
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -270,21 +270,23 @@ class Model:
 
         return await self.call(read)
 
-    def submit(
-        self, sessions: Sequence[Session] | NDArray[np.int64], rows: Records, done: Callable[[Answers], None]
-    ) -> None:
+    def submit(self, sessions: Sequence[Session] | NDArray[np.int64], rows: Records, done: Done) -> None:
         """Queue frames: the n-th record is the next frame of the n-th session; a session may occur several times.
 
         Args:
             sessions: `[n]`, sessions, or their numbers as an array.
             rows: `[n]`, records of inputs.
-            done: called with the answers on the event loop.
+            done: called with the answers on the event loop, see `call_all`.
         """
         if not isinstance(sessions, np.ndarray):
             sessions = np.fromiter((session.number for session in sessions), np.int64, len(sessions))
-        slots = sessions % self.capacity
-        np.add.at(self.accepted, slots, 1)
-        self.used[slots] = time.monotonic()
+        if len(sessions) == 1:  # the same at a fraction of the time
+            slot = int(sessions[0]) % self.capacity
+            self.accepted[slot] += 1
+        else:
+            slot = sessions % self.capacity
+            np.add.at(self.accepted, slot, 1)
+        self.used[slot] = time.monotonic()
         self.worker.submit(Frames(sessions, rows, done))
 
     async def steps(self, session: Session, rows: Records) -> Answers:

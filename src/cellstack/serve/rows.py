@@ -34,6 +34,7 @@ class Rows:
             return name, number, (width,)
 
         self._names, self._output_names = tuple(network.inputs), tuple(network.outputs)
+        self._numbers = [name for name in network.inputs if name not in network.graph.ids]
         self.inputs = np.dtype([field(name) for name in network.inputs])
         self.outputs = np.dtype([field(name) for name in network.outputs])
 
@@ -42,19 +43,22 @@ class Rows:
         names = self._names
         return rows[names[0]] if len(names) == 1 else {name: rows[name] for name in names}
 
-    def finite(self, rows: Records) -> NDArray[np.bool_]:
-        """Return which records of inputs have no NaN and no infinity, `[n]`."""
-        fine = np.ones(len(rows), bool)
-        for name in self._names:
-            if rows[name].dtype.kind == "f":
-                fine &= np.isfinite(rows[name]).all(axis=-1)
-        return fine
+    def finite(self, rows: Records) -> NDArray[np.bool_] | None:
+        """Return which records of inputs have no NaN and no infinity, `[n]`; None: all."""
+        finite = [np.isfinite(rows[name]) for name in self._numbers]
+        if all(numbers.all() for numbers in finite):
+            return None
+        return np.logical_and.reduce([numbers.all(axis=-1) for numbers in finite])
 
-    def answers(self, results: Any, into: Records) -> None:
-        """Write the result of `Sessions.step` into records of outputs."""
+    def answers(self, results: Any) -> Records:
+        """Return the result of `Sessions.step` as records of outputs, which may share its memory."""
         names = self._output_names
+        if len(names) == 1 and self.outputs[0].base == results.dtype and results.flags.c_contiguous:
+            return results.view(self.outputs).reshape(len(results))
+        records = np.empty(len(results[0] if len(names) > 1 else results), self.outputs)
         for name, values in zip(names, results if len(names) > 1 else (results,), strict=True):
-            into[name] = values
+            records[name] = values
+        return records
 
     def parse(self, values: Any) -> Records:
         """Convert steps in JSON to records.

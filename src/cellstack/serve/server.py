@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 try:
     import uvicorn
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
     from cellstack.serve.app import application
+    from cellstack.serve.websocket import WebSocket
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
@@ -140,24 +140,6 @@ class Http(HttpToolsProtocol):
         self.transport.write(f"HTTP/1.1 {status}\r\n{head}\r\n\r\n{body}".encode())
         self.transport.close()
         self._arrived()
-
-
-class WebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket that isn't read while its client doesn't read the answers to its pings."""
-
-    def handle_ping(self) -> None:
-        """Answer a ping."""
-        super().handle_ping()
-        if not self.writable.is_set() and not self.read_paused:
-            self.read_paused = True
-            self.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        """Go on."""
-        super().resume_writing()
-        if self.read_paused and self.queue.empty():
-            self.read_paused = False
-            self.transport.resume_reading()
 
 
 class Server(uvicorn.Server):

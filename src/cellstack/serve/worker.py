@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +19,11 @@ from cellstack.streaming.sessions import Sessions
 MOST_FRAMES = 4096  # per batch
 WINDOW = 1e-3  # seconds: the longest wait for further frames
 WORTH_WAITING = 32  # frames: a batch of this size uses most of what larger batches save
-FEW = 4  # frames: at most so many are stepped on the event loop's thread
-SHORT = 2e-4  # seconds: and only if this takes less time, which is about what the other thread takes to wake up
+SHORT = (
+    1e-3  # seconds: a batch that takes less is stepped on the event loop's thread, as a change of threads costs more
+)
+FRAME_SECONDS = 1e-4  # of a frame, before the first batch
+FIXED = 8  # frames that take about as long as what every batch takes
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # bounds of latencies
 SIZES = tuple(2**n for n in range(13))  # bounds of batch sizes
 
@@ -41,6 +45,9 @@ class Answers(NamedTuple):
 
     rows: Records
     refused: dict[int, str]
+
+
+Done = Callable[[Answers], Callable[[], None] | None]
 
 
 class Journal(Protocol):
@@ -81,13 +88,13 @@ class Frames:
     Attributes:
         sessions: the number of each frame's session in the pool, `[n]`; a session may occur several times.
         rows: records of inputs, `[n]`.
-        done: called with the `Answers`, through the worker's `deliver`.
+        done: called with the `Answers`, through the worker's `deliver`; see `call_all`.
         arrived: `time.monotonic()` of its arrival.
     """
 
     __slots__ = ("arrived", "done", "rows", "sessions")
 
-    def __init__(self, sessions: NDArray[np.int64], rows: Records, done: Callable[[Answers], None]) -> None:
+    def __init__(self, sessions: NDArray[np.int64], rows: Records, done: Done) -> None:
         self.sessions, self.rows, self.done, self.arrived = sessions, rows, done, time.monotonic()
 
 
@@ -96,8 +103,8 @@ class Worker:
 
     Frames of a session are stepped in the order in which they were submitted. While the thread steps a batch, further
     frames arrive and form the next one; only under load, when this gives small batches, it waits for more frames, at
-    most `WINDOW` seconds. When it is idle and few frames arrive, they are stepped on the event loop's thread: a single
-    client gets its answers without a change of threads.
+    most `WINDOW` seconds. When it is idle, a batch that takes less than `SHORT` is stepped on the event loop's thread:
+    its answers need no change of threads.
 
     Args:
         pool: the sessions. No other thread may use them.
@@ -122,14 +129,16 @@ class Worker:
         self.count = np.zeros(pool.capacity, np.int64)
         self._stored_from = np.zeros(pool.capacity, np.int64)
         # Sessions that step together have their newest answers next to each other in memory.
-        self._answers = np.zeros((kept, pool.capacity), [("refused", "?"), ("row", rows.outputs)]).T
+        stored = np.zeros((kept, pool.capacity), [("refused", "?"), ("row", rows.outputs)])
+        self._answers, self._refused = stored.T, stored["refused"]
+        self._rows = stored.view(np.uint8).reshape(*stored.shape, -1)[:, :, 1:]  # copies of bytes take the least time
         self._deliver = deliver
         self.soon: Callable[[Callable[[], None]], Any] | None = None
         self._new: list[Frames] = []  # submitted in this iteration of the event loop
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of `Frames`, calls, and None for the end
         self._queued = self._handled = 0  # items; the thread is idle if they are equal
         self._lock = threading.RLock()  # of these; held while frames are stepped outside the thread
-        self._few_seconds = 0.0  # of a step of few frames, smoothed
+        self._frame_seconds = FRAME_SECONDS  # smoothed
         self._stopping = False
         self._rate, self._size = 0.0, 1.0  # frames per second and per batch, smoothed
         self._before = self._in_thread = time.monotonic()
@@ -250,7 +259,7 @@ class Worker:
     def _is_short(self, items: list[Frames]) -> bool:
         # A journal needs the thread from time to time, for what is due between two batches.
         due = self.journal is not None and time.monotonic() - self._in_thread > 0.5
-        return self._few_seconds < SHORT and not due and sum(len(item.rows) for item in items) <= FEW
+        return not due and self._frame_seconds * (FIXED + sum(len(item.rows) for item in items)) < SHORT
 
     def _run(self) -> None:
         item = self._queue.get()
@@ -322,8 +331,10 @@ class Worker:
         self.frames += len(rows)
         self.refused += len(refused)
         share = min(1.0, (now - self._before) / 0.05)  # of the newest rate in the smoothed one
-        if len(rows) <= FEW:
-            self._few_seconds += 0.2 * (now - begun - self._few_seconds)
+        own = min(
+            (now - begun) / len(rows), 2 * self._frame_seconds
+        )  # one batch that the system held up changes little
+        self._frame_seconds += 0.2 * (own - self._frame_seconds)
         self._size += 0.1 * (len(rows) - self._size)
         self._rate += share * (len(rows) / max(now - self._before, 1e-6) - self._rate)
         self._before = now
@@ -333,106 +344,107 @@ class Worker:
 
         The worker's thread calls it; and, before any frame is submitted, a journal that restores sessions.
         """
-        answers: Records = np.zeros(len(rows), self.rows.outputs)
-        refused: dict[int, str] = {}
+        step = self._step_finite
         if self.journal is not None:
             try:
                 self.journal.append(sessions, rows)
             except OSError as error:
-                why = f"the frame can't be stored: {error.strerror or error}"
-                refused = dict.fromkeys(range(len(rows)), why)
-        unstored = bool(refused)
-        for places in turns(sessions):
-            some, given = (sessions, rows) if places is None else (sessions[places], rows[places])
-            if not unstored:
-                fine = self.rows.finite(given)
-                if fine.all():
-                    self._step_once(some, given, places, answers, refused)
-                else:
-                    at = np.arange(len(rows)) if places is None else places
-                    refused |= dict.fromkeys(at[~fine].tolist(), "the frame contains NaN or infinity")
-                    self._step_once(some[fine], given[fine], at[fine], answers, refused)
-            own = answers if places is None else answers[places]
-            at = range(len(rows)) if places is None else places.tolist()
-            self._count(some, own, [n in refused for n in at] if refused else False)
+                step = partial(self._refused_all, f"the frame can't be stored: {error.strerror or error}")
+        parts = turns(sessions)
+        if parts is None:
+            answers, refused = step(sessions, rows)
+            self._count(sessions, answers, refused)
+            return answers, refused
+        answers, refused = np.zeros(len(rows), self.rows.outputs), {}
+        for places in parts:
+            own, why = step(sessions[places], rows[places])
+            self._count(sessions[places], own, why)
+            answers[places] = own
+            refused |= {int(places[n]): text for n, text in why.items()}
         return answers, refused
 
     def refuse(self, sessions: NDArray[np.int64]) -> None:
         """Count a refused frame of each of some different sessions: as `process` does, for a journal that restores."""
-        self._count(sessions, np.zeros(len(sessions), self.rows.outputs), True)
+        self._count(sessions, *self._refused_all("", sessions, sessions))
 
-    def _count(self, sessions: NDArray[np.int64], answers: Records, refused: Any) -> None:
-        slots = sessions % self.pool.capacity
-        self.count[slots] += 1
-        at = slots, self.count[slots] % self.kept
-        self._answers["row"][at] = answers
-        self._answers["refused"][at] = refused
-
-    def _step_once(
-        self,
-        sessions: NDArray[np.int64],
-        rows: Records,
-        at: NDArray[Any] | None,
-        answers: Records,
-        refused: dict[int, str],
-    ) -> None:
-        """Step different sessions once. If the network refuses the batch, each is stepped alone.
-
-        Args:
-            sessions: their numbers.
-            rows: records of inputs.
-            at: the positions of the sessions in `answers`; None: they are all of it.
-            answers: records of outputs, which are written to.
-            refused: reasons by position, which are added to.
-        """
-        if not len(sessions):
+    def _count(self, sessions: NDArray[np.int64], answers: Records, refused: dict[int, str]) -> None:
+        """Count a frame of each of some different sessions, and store the answers."""
+        if len(sessions) == 1:  # the same as below, at a fraction of the time
+            slot = int(sessions[0]) % self.pool.capacity
+            self.count[slot] = count = int(self.count[slot]) + 1
+            self._rows[count % self.kept, slot] = answers.view(np.uint8)
+            self._refused[count % self.kept, slot] = bool(refused)
             return
+        slots = sessions % self.pool.capacity
+        self.count[slots] = counts = self.count[slots] + 1
+        at = counts % self.kept, slots
+        self._rows[at] = answers.view(np.uint8).reshape(len(answers), -1)
+        self._refused[at] = False
+        if refused:
+            places = list(refused)
+            self._refused[at[0][places], slots[places]] = True
+
+    def _refused_all(self, why: str, sessions: NDArray[np.int64], rows: Any) -> tuple[Records, dict[int, str]]:
+        return np.zeros(len(sessions), self.rows.outputs), dict.fromkeys(range(len(sessions)), why)
+
+    def _step_finite(self, sessions: NDArray[np.int64], rows: Records) -> tuple[Records, dict[int, str]]:
+        """Step different sessions once, except for those whose frame has NaN or infinity."""
+        fine = self.rows.finite(rows)
+        if fine is None:
+            return self._step_once(sessions, rows)
+        answers, refused = self._refused_all("the frame contains NaN or infinity", sessions, rows)
+        places = np.flatnonzero(fine)
+        for n in places.tolist():
+            del refused[n]
+        if len(places):
+            answers[places], others = self._step_once(sessions[places], rows[places])
+            refused |= {int(places[n]): why for n, why in others.items()}
+        return answers, refused
+
+    def _step_once(self, sessions: NDArray[np.int64], rows: Records) -> tuple[Records, dict[int, str]]:
+        """Step different sessions once. If the network refuses the batch, each is stepped alone."""
         recorder = self.recorder
         before = None if recorder is None else recorder.before(sessions)
         try:
             results = self.pool.step(sessions, self.rows.given(rows))
         except (ValueError, TypeError) as error:
-            at = np.arange(len(sessions)) if at is None else at
             if len(sessions) == 1:
-                refused[int(at[0])] = str(error)
-                return
-            for n in range(len(sessions)):
-                one = slice(n, n + 1)
-                self._step_once(sessions[one], rows[one], at[one], answers, refused)
-            return
+                return self._refused_all(str(error), sessions, rows)
+            each = [self._step_once(sessions[n : n + 1], rows[n : n + 1]) for n in range(len(sessions))]
+            refused = {n: why[0] for n, (_, why) in enumerate(each) if why}
+            return np.concatenate([answers for answers, _ in each]), refused
         if recorder is not None:
             recorder.after(sessions, rows, before)
-        if at is None:
-            self.rows.answers(results, answers)
-            return
-        own = np.zeros(len(sessions), self.rows.outputs)
-        self.rows.answers(results, own)
-        answers[at] = own
+        return self.rows.answers(results), {}
 
 
-def call_all(done: Sequence[tuple[Callable[[Any], None], Any]]) -> None:
-    """Call each function with its result."""
-    for function, result in done:
-        function(result)
+def call_all(done: Sequence[tuple[Callable[[Any], Any], Any]]) -> None:
+    """Call each function with its result, then the functions that they returned, each once.
+
+    So the answers of a batch to a connection are put together before they are sent.
+    """
+    for after in dict.fromkeys([function(result) for function, result in done]):
+        if after is not None:
+            after()
 
 
-def turns(sessions: NDArray[np.int64]) -> list[NDArray[np.int64] | None]:
+def turns(sessions: NDArray[np.int64]) -> list[NDArray[np.int64]] | None:
     """Divide frames into steps in which each session occurs once: the first frame of each, then the second and so on.
 
     Args:
         sessions: `[n]`, in the order of arrival.
 
     Returns:
-        the positions of each step, ascending; `[None]` if one step takes all.
+        the positions of each step, ascending; None if one step takes all.
     """
-    if len(sessions) == 1:
-        return [None]
+    if len(sessions) == 1 or (sessions[1:] > sessions[:-1]).all():
+        return None
     order = np.argsort(sessions, kind="stable")
     ordered = sessions[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     if len(starts) == len(sessions):
-        return [None]
-    counts = np.diff(np.r_[starts, len(sessions)])
+        return None
+    counts = np.diff(starts, append=len(sessions))
     turn = np.empty(len(sessions), np.int64)
     turn[order] = np.arange(len(sessions)) - np.repeat(starts, counts)
     return [np.flatnonzero(turn == n) for n in range(int(counts.max()))]

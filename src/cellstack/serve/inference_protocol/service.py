@@ -370,7 +370,7 @@ def _records(model: Model, request: Request) -> tuple[Records, bool]:
     for name in names:
         base = dtype[name].base
         rows[name] = as_exactly(name, request.inputs[name], base).reshape(steps, *dtype[name].shape)
-    if not model.rows.finite(rows).all():
+    if model.rows.finite(rows) is not None:
         raise ServeError(400, "the request contains NaN or infinity")
     return rows, one
 
