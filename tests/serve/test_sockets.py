@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from socket import SO_RCVBUF, SO_SNDBUF, SOL_SOCKET
 
 import numpy as np
 import pytest
@@ -300,3 +301,105 @@ def test_the_rate_of_a_connection_is_limited(model_file):
         while received_frames < 300:
             received_frames += frames.header(socket.recv(timeout=10))[2]
         assert 0.2 < time.monotonic() - begun < 3  # the message beyond 200 frames is the last that is read at once
+
+
+# ── messages in every form that the protocol allows ─────────────────────────────────────────────────────────────────
+
+
+def test_messages_in_fragments(served):
+    x = random(3, WIDTH)
+    with stream(served) as single, multiplexed(served, 1) as many:
+        single.recv()
+        for n, row in enumerate(x):
+            data, text = row.tobytes(), json.dumps({"x": row.tolist()})
+            parts = [data[:5], data[5:5], data[5:]] if n != 1 else [text[:7], text[7:]]
+            single.send(iter(parts))
+            single.ping()
+        found = [single.recv(timeout=5) for _ in x]
+        found[1] = np.float32(json.loads(found[1])["y"]).tobytes()
+        assert b"".join(found) == stepped(x).tobytes()
+        data = message([0, 0, 0], [1, 2, 3], x)
+        many.send(data[n : n + 3] for n in range(0, len(data), 3))
+        found = received(many, 3)
+        assert (np.stack([found[0, t + 1] for t in range(3)]) == stepped(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"\x81\x82\0\0\0\0\xff\xff", 1007),  # text that isn't UTF-8
+        (b"\x82\x02ab", 1002),  # without a mask
+        (b"\x80\x82\0\0\0\0ab", 1002),  # the end of a message that didn't begin
+        (b"\x02\x82\0\0\0\0ab\x82\x82\0\0\0\0ab", 1002),  # a message within a message
+        (b"\x83\x80\0\0\0\0", 1002),  # an unknown kind of frame
+        (b"\x82\xff\0\0\0\0\1\0\0\1", 1009),  # a length of 16 MB and a byte
+    ],
+)
+def test_what_the_protocol_forbids(served, sent, code):
+    with contextlib.suppress(ConnectionClosed), stream(served) as socket:
+        token = json.loads(socket.recv())["session"]
+        socket.socket.sendall(sent)
+        socket.recv(timeout=5)
+    assert socket.protocol.close_rcvd.code == code
+    with stream(served, f"?session={token}&last=0") as again:  # the session itself is as before
+        assert json.loads(again.recv())["frame"] == 0
+
+
+def test_messages_wait_for_those_before_them(served):
+    x = random(2, WIDTH)
+    with multiplexed(served) as socket:
+        for t in range(40):  # the next frames are under way while sessions are opened
+            socket.send(json.dumps({"open": "lstm"}))
+            socket.send(message([t], [1], x[0]))
+            socket.send(message([t], [2], x[1]))
+            socket.send(json.dumps({"close": [t]}))
+            socket.send(message([t], [3], x[0]))
+        for t in range(40):
+            assert json.loads(socket.recv(timeout=5))["opened"][0]["number"] == t
+            said, found = [], {}
+            while len(said) + len(found) < 4:
+                data = socket.recv(timeout=5)
+                if isinstance(data, str):
+                    said.append(json.loads(data))
+                elif frames.header(data)[0] == frames.REFUSED:
+                    said += frames.unpack_refused(data)
+                else:
+                    found |= {int(one["frame"]): one["row"]["layer_0"] for one in frames.unpack(data, ANSWERED)}
+            assert said == [{"id": None, "closed": [t]}, (t, 3, f"no session of this connection has the number {t}")]
+            assert (np.stack([found[1], found[2]]) == stepped(x)).all()
+
+
+@pytest.mark.parametrize("path", ["models/lstm/stream", "multiplex"])
+def test_a_client_that_reads_late_receives_every_answer_in_order(model_file, path):
+    count, together, x = 4000, 100, random(1, WIDTH)[0]
+    many = path == "multiplex"
+    with (
+        running(model_file, limits=Limits(sessions=4, waiting=128)) as served,
+        connect(f"{served.ws}/{path}", max_queue=1) as socket,
+    ):
+        if many:
+            asked(socket, {"open": "lstm"})
+            messages = [message([0] * together, range(t + 1, t + together + 1), x) for t in range(0, count, together)]
+        else:
+            socket.recv()
+            messages = [x.tobytes()] * count
+        (connection,) = served.server.app.state.connections.open
+        websocket = connection._websocket
+        for end, option in ((socket.socket, SO_RCVBUF), (websocket.transport.get_extra_info("socket"), SO_SNDBUF)):
+            end.setsockopt(SOL_SOCKET, option, 1 << 12)
+        for one in messages:  # the system's buffers hold what the server doesn't read
+            socket.send(one)
+        deadline = time.monotonic() + 5
+        while not websocket.read_paused:
+            assert time.monotonic() < deadline
+        assert 128 < connection._unanswered <= 128 + together
+        answered, last = 0, b""
+        while answered < count:
+            data = socket.recv(timeout=10)
+            if many:
+                found = frames.unpack(data, ANSWERED)
+                assert (found["frame"] == np.arange(answered + 1, answered + len(found) + 1)).all()
+                answered, last = answered + len(found), found[-1]["row"].tobytes()
+            else:
+                answered, last = answered + 1, data
+    assert last == stepped(np.broadcast_to(x, (count, WIDTH)))[-1].tobytes()
