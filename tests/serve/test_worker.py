@@ -1,11 +1,13 @@
 """The thread that steps sessions: batches, order, refused frames, stored answers."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
 
 from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack.serve import worker
 from cellstack.serve.models import Limits, Model, ServeError
 from cellstack.serve.worker import turns
 
@@ -72,6 +74,57 @@ async def test_frames_of_several_sessions_are_those_of_streams(model):
         found = np.concatenate([part.rows[model.rows.outputs.names[0]] for part in parts])
         assert (found == expected).all()
     assert one.processed == two.processed == 6
+
+
+@pytest.mark.parametrize("short", [0.0, 1e-3, 9.0], ids=["in the thread", "where it is faster", "on the event loop"])
+def test_frames_and_calls_are_processed_in_their_order(monkeypatch, short):
+    monkeypatch.setattr(worker, "SHORT", short)
+    x = np.random.default_rng(3).standard_normal((300, WIDTH)).astype(np.float32)
+
+    @served
+    async def test(model):
+        stream, session, found, counts, done = model.network.stream(), await model.open(), [], [], asyncio.Event()
+
+        def answered(answers):
+            found.append(answers.rows[model.rows.outputs.names[0]])
+            if sum(map(len, found)) == len(x):
+                done.set()
+
+        for t in range(0, len(x), 3):
+            model.submit([session] * 3, records(model, x[t : t + 3]), answered)
+            if t % 30 == 0:
+
+                def slow():
+                    time.sleep(0.002)
+                    return session.processed
+
+                model.worker.call(slow, lambda count, before=t + 3: counts.append((count, before)))
+            if t % 9 == 0:
+                await asyncio.sleep(0)
+        await done.wait()
+        assert (np.concatenate(found) == np.concatenate([stream.step(row[None]) for row in x])).all()
+        assert len(counts) == 10
+        assert all(count == before for count, before in counts)
+
+    test()
+
+
+@served
+async def test_functions_that_answers_return_are_called_once_per_batch(model):
+    session, calls, done = await model.open(), [], asyncio.Event()
+
+    def after():
+        calls.append("after")
+        done.set()
+
+    def answered(answers):
+        calls.append(len(answers.rows))
+        return after
+
+    for count in (1, 2, 3):
+        model.submit([session] * count, records(model, np.ones((count, WIDTH))), answered)
+    await done.wait()
+    assert calls == [1, 2, 3, "after"]
 
 
 @served

@@ -44,7 +44,9 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a connection until it ends."""
-        websocket: WebSocket = scope["extensions"][EXTENSION]
+        websocket: WebSocket | None = scope.get("extensions", {}).get(EXTENSION)
+        if websocket is None:
+            raise RuntimeError("expected uvicorn with ws=cellstack.serve.websocket.WebSocket")
         websocket.connection = connection = self.kind(self.models, websocket)
         try:
             await connection.start(HTTPConnection(scope))

@@ -134,7 +134,7 @@ class Worker:
         self._rows = stored.view(np.uint8).reshape(*stored.shape, -1)[:, :, 1:]  # copies of bytes take the least time
         self._deliver = deliver
         self.soon: Callable[[Callable[[], None]], Any] | None = None
-        self._new: list[Frames] = []  # submitted in this iteration of the event loop
+        self._new: list[Frames] = []  # submitted in this iteration of the event loop, or while the thread is busy
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of `Frames`, calls, and None for the end
         self._queued = self._handled = 0  # items; the thread is idle if they are equal
         self._lock = threading.RLock()  # of these; held while frames are stepped outside the thread
@@ -250,11 +250,12 @@ class Worker:
         with self._lock:
             if not self._new:
                 return
-            if self._handled == self._queued and self._is_short(self._new):
+            if not self._is_short(self._new):
+                self._put(self._new.pop())
+            elif self._handled == self._queued:
                 new, self._new = self._new, []
                 self._step(new, call_all)
-            else:
-                self._put(self._new.pop())
+            # otherwise the thread is busy with what was queued before; `_note_handled` calls this again
 
     def _is_short(self, items: list[Frames]) -> bool:
         # A journal needs the thread from time to time, for what is due between two batches.
@@ -303,6 +304,7 @@ class Worker:
 
     def _note_handled(self, count: int) -> None:
         self._handled += count
+        self._flush()
 
     def _called(self, function: Callable[[], Any], done: Callable[[Any], None]) -> tuple[Callable[[Any], None], Any]:
         try:
