@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import pickle
-import socket
 import sys
 import threading
 from pathlib import Path
@@ -108,47 +107,6 @@ async def main(folder, options):
     store.close()
 
 
-async def on_port(folder):
-    """Serve on a port until another process takes over: a connection is one frame, `{"token", "x"}`."""
-    served = model()
-    sockets = await durable.request_handover(folder)
-    store = durable.Store(folder, wait=10)
-    store.restore(served)
-    served.start(asyncio.get_running_loop())
-    if sockets is None:
-        sockets = [socket.create_server(("127.0.0.1", 0), backlog=100)]
-    running = set()
-
-    async def connected(reader, writer):
-        running.add(writer)
-        message = json.loads(await reader.readline())
-        token = message["token"]
-        if token not in served.sessions:
-            await served.open(token=token)
-        answers = await served.steps(served.sessions[token], records(served, np.array([message["x"]], np.float32)))
-        row = answers.rows[served.rows.outputs.names[0]][0]
-        writer.write(json.dumps({"frame": served.sessions[token].processed, "y": row.tobytes().hex()}).encode() + b"\n")
-        await writer.drain()
-        writer.close()
-        running.discard(writer)
-
-    server = await asyncio.start_server(connected, sock=sockets[0].dup())
-
-    async def stop():
-        server.close()
-        await asyncio.sleep(0.02)  # those that were just accepted
-        while running:
-            await asyncio.sleep(0.005)
-        await asyncio.get_running_loop().run_in_executor(None, served.stop)
-        store.close()
-
-    handover = durable.HandoverServer(folder, sockets, stop)
-    await handover.start()
-    say(("listening", sockets[0].getsockname()[1], {t: s.processed for t, s in served.sessions.items()}))
-    await handover.done.wait()
-    await handover.close()
-
-
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
     for name, value in given.pop("constants", {}).items():
@@ -157,4 +115,4 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    asyncio.run(on_port(Path(sys.argv[1])) if given.pop("port", False) else main(Path(sys.argv[1]), given))
+    asyncio.run(main(Path(sys.argv[1]), given))

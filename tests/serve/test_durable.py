@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 from durable_server import KEPT, WIDTH, model, network, records
 
 from cellstack.serve import durable, generations
-from cellstack.serve.durable import HandoverServer, Store, request_handover
+from cellstack.serve.durable import Store
 from cellstack.serve.models import Limits, Model, ServeError
 from cellstack.spec import FormatError
 
@@ -615,86 +614,3 @@ def test_an_older_generation_replaces_a_damaged_one(tmp_path, monkeypatch):
     assert "nothing is lost: generation" in after.restored.damage[1]
     assert not after.restored.lost
     after.stop()
-
-
-# ── handover ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def request(port, token, x):
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(json.dumps({"token": token, "x": x.tolist()}).encode() + b"\n")
-        answer = json.loads(connection.makefile().readline())
-    return answer["frame"], np.frombuffer(bytes.fromhex(answer["y"]), np.float32)
-
-
-@pytest.mark.slow  # on a busy machine, a connection that was just accepted may be reset
-@pytest.mark.parametrize("nested", ["", "a-long-name/" * 12])
-def test_a_new_process_takes_over_the_port(tmp_path, nested):
-    folder = tmp_path / nested
-    processes = [Process(folder, port=True)]
-    port = processes[0].counts
-    x, enough, found = steps(3000), threading.Event(), []
-
-    def client(token):
-        stream = network().stream()
-        for n, one in enumerate(x):
-            if enough.is_set():
-                break
-            frame, y = request(port, token, one)
-            found.append(frame == n + 1 and np.array_equal(y, stream.step(one[None])[0]))
-
-    threads = [threading.Thread(target=client, args=(f"token-{n}",)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    processes.append(Process(folder, port=True))
-    assert processes[0].process.wait(20) == 0
-    taken = len(found)
-    assert processes[1].counts == port
-    assert set(processes[1].restored) == {"token-0", "token-1", "token-2"}
-    time.sleep(0.1)
-    enough.set()
-    for thread in threads:
-        thread.join()
-    assert len(found) > taken > 0
-    assert all(found)
-    for process in processes:
-        process.kill()
-    asyncio.run(nobody(folder))
-
-
-async def nobody(folder):
-    """There is no server to hand over: one was killed, so that its socket is still there."""
-    assert (folder / "handover").exists()
-    assert await request_handover(folder) is None
-    assert await request_handover(folder / "other") is None
-
-
-def test_a_server_that_cannot_stop_says_so(tmp_path):
-    async def stop():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    async def main():
-        server = HandoverServer(tmp_path, [], stop)
-        await server.start()
-        with pytest.raises(ServeError, match=r"could not hand over: .*No space left on device"):
-            await request_handover(tmp_path)
-        assert server.done.is_set()
-        await server.close()
-        assert not list(tmp_path.iterdir())
-
-    asyncio.run(main())
-
-
-def test_a_server_that_does_not_answer_in_time(tmp_path):
-    async def main():
-        server = HandoverServer(tmp_path, [], lambda: asyncio.sleep(0.3))
-        await server.start()
-        with socket.socket(socket.AF_UNIX) as other:  # says nothing that is known
-            other.connect(str(tmp_path / "handover"))
-            other.sendall(b"GET / HTTP/1.0\n")
-        with pytest.raises(ServeError, match=r"didn't hand over within 0.1 s"):
-            await request_handover(tmp_path, timeout=0.1)
-        await server.done.wait()
-        await server.close()
-
-    asyncio.run(main())

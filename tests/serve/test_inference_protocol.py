@@ -26,7 +26,7 @@ from starlette.applications import Starlette
 from cellstack import Cell, CellSpec, Dense, Network, Recurrent
 from cellstack.nodes import Embedding
 from cellstack.serve.inference_protocol import http as over_http
-from cellstack.serve.inference_protocol.grpc import InferRequest, InferResponse, StreamResponse, message, start
+from cellstack.serve.inference_protocol.grpc import InferRequest, InferResponse, StreamResponse, bound, message
 from cellstack.serve.inference_protocol.service import Request, Service
 from cellstack.serve.inference_protocol.tensors import Tensor, as_exactly
 from cellstack.serve.models import Limits, Models, ServeError
@@ -86,7 +86,8 @@ class Served:
             for name in networks():
                 self.add(name)
             tokens = (token,) if token else ()
-            self.grpc = await start(self.models, "127.0.0.1", self.grpc_port, tokens)
+            self.grpc = bound(self.models, "127.0.0.1", self.grpc_port, tokens)
+            await self.grpc.start()
             wanted = f"Bearer {token}"
             routes = over_http.routes(
                 self.models, lambda request: not token or request.headers.get("authorization") == wanted
@@ -981,7 +982,7 @@ def test_a_port_that_is_in_use(tmp_path):
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             with pytest.raises(OSError, match=r"gRPC can't listen on 127\.0\.0\.1"):
-                await start(Models(Limits()), "127.0.0.1", taken.getsockname()[1])
+                bound(Models(Limits()), "127.0.0.1", taken.getsockname()[1])
 
     asyncio.run(twice())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import signal
@@ -18,12 +17,10 @@ from cellstack.formats.files import found
 from cellstack.train.checks import UsageError
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from cellstack.serve.server import Settings
 
-HANDOVER_SECONDS = 5.0  # for another server of the same folder to exit
 LEVELS = ("none", "snapshot", "frames", "synced")
 TOKEN = "CELLSTACK_TOKEN"  # of the environment
 
@@ -70,7 +67,7 @@ def serve(args: argparse.Namespace) -> int:
         0 after SIGTERM, 130 after Ctrl-C.
     """
     try:
-        from cellstack.serve import Limits
+        from cellstack.serve import Limits, ServeError
         from cellstack.serve.server import Settings, prepare_process
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
@@ -87,7 +84,7 @@ def serve(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         grpc_port=args.grpc_port,
-        durable=Path(args.durable) if args.durable else None,
+        durable=Path(args.durable) if args.durable and args.durability != "none" else None,
         durability=args.durability or "frames",
         limits=limits,
         connections=prepare_process(args.connections),
@@ -113,8 +110,10 @@ def serve(args: argparse.Namespace) -> int:
             say(f"{model['name']}: {' -> '.join(shapes)}{steps}")
         say(f"cellstack serve: listening on {description['url']}" + (" (token required)" * bool(settings.tokens)))
 
-    with ExitStack() as stack:
-        return _run(args, settings, listens, lambda text: say(f"cellstack serve: {text}"), stack)
+    try:
+        return _run(args, settings, listens, lambda text: say(f"cellstack serve: {text}"))
+    except ServeError as error:
+        raise UsageError(str(error)) from None
 
 
 def _run(
@@ -122,42 +121,23 @@ def _run(
     settings: Settings,
     listens: Callable[[dict[str, Any]], None],
     report: Callable[[str], None],
-    stack: ExitStack,
 ) -> int:
-    """Load the models, restore sessions, and serve; the stack closes the sockets."""
-    from cellstack.serve import Models, ServeError
-    from cellstack.serve.server import Server
+    """Load the models, and serve."""
+    from cellstack.serve import Models
+    from cellstack.serve.server import Server, listen
 
-    durable = settings.durable if settings.durability != "none" else None
-    sockets = _sockets(settings, stack) if durable is None else None
-    models = Models(settings.limits, settings.threads, settings.options)
-    for name in args.models:
-        path = Path(found(name))
-        if path.stem in models.paths:
-            raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
-        loaded(str(path), settings.options, partial(models.add, path))
-    server = Server(models, settings, report, listens)
-    if durable is not None:
-        from cellstack.serve.durable import request_handover
-
-        try:
-            sockets = asyncio.run(request_handover(durable)) or _sockets(settings, stack)
-            server.restore(HANDOVER_SECONDS)
-        except ServeError as error:
-            raise UsageError(str(error)) from None
-    server.run(sockets)
-    return 130 if server.signal == signal.SIGINT else 0
-
-
-def _sockets(settings: Settings, stack: ExitStack) -> list[socket.socket]:
-    from cellstack.serve.server import listen
-
-    try:
-        return [stack.enter_context(listen(settings.host, settings.port))]
-    except OSError as error:
-        number = error.errno or 0  # negative for names that are unknown
-        why = os.strerror(number) if number > 0 else error
-        raise UsageError(f"{settings.host}:{settings.port}: {why}") from None
+    with ExitStack() as stack:
+        # With durable sessions, another process may have the port, and hand it over.
+        sockets = None if settings.durable else [stack.enter_context(listen(settings.host, settings.port))]
+        models = Models(settings.limits, settings.threads, settings.options)
+        for name in args.models:
+            path = Path(found(name))
+            if path.stem in models.paths:
+                raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
+            loaded(str(path), settings.options, partial(models.add, path))
+        server = Server(models, settings, report, listens)
+        server.run(sockets)
+        return 130 if server.signal == signal.SIGINT else 0
 
 
 def tokens(given: str | None) -> tuple[str, ...]:

@@ -217,8 +217,8 @@ class Api:
         model = self._model(request)
         state = await self._body(request) or None
         token = request.query_params.get("token") or request.headers.get("token")
-        if token is not None and not 16 <= len(token) <= 128:
-            raise ServeError(400, "expected a session's token of 16 to 128 characters")
+        if token is not None and (not 16 <= len(token) <= 128 or " " in token):
+            raise ServeError(400, "expected a session's token of 16 to 128 characters without spaces")
         session = await model.open(state, token=token)
         found = {"session": session.token, "model": model.name, "version": model.version, "frames": session.accepted}
         return JSONResponse(found, 201)

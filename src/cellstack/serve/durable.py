@@ -37,8 +37,6 @@ from cellstack.serve.generations import (
     read_snapshot,
     write_snapshot,
 )
-from cellstack.serve.handover import HandoverServer as HandoverServer
-from cellstack.serve.handover import request_handover as request_handover
 from cellstack.serve.models import Model, ServeError, Session, digest_of
 from cellstack.serve.worker import MOST_FRAMES
 

@@ -1,7 +1,7 @@
-"""Rolling upgrades on one port: a new server process takes over the listening sockets of the running one.
+"""Rolling upgrades on one port: a new server process takes over the sockets of the running one.
 
-Both use the same durable folder, in which the running process listens on a Unix socket. Connections that arrive in
-between wait in the listening sockets.
+Both use the same durable folder, in which the running process listens on a Unix socket. Clients that connect in between
+wait in the listening sockets, and idle connections are passed too, so that none is reset.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.serve.models import ServeError
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = "handover"  # of the Unix socket in the folder
-REQUEST = b"cellstack handover 1\n"
-MOST_SOCKETS = 64
+REQUEST = b"cellstack handover 2\n"
+PER_MESSAGE = 100  # sockets: systems allow some 250
 
 _log = logging.getLogger(__name__)
 
@@ -43,19 +43,21 @@ def _address(folder: Path) -> Iterator[str]:
 
 
 class HandoverServer:
-    """Waits for a new server process, and passes the listening sockets to it.
+    """Waits for a new server process, and passes the sockets to it.
 
     Args:
         folder: the durable folder, of which this process has the lock.
         sockets: the listening sockets.
-        stop: stops accepting connections, finishes the queued frames, stores all sessions, releases the folder's lock,
-            and closes the connections. The sockets stay open; they are passed after it returns.
+        stop: stops accepting connections, finishes the queued frames, stores all sessions, and releases the folder's
+            lock; returns the sockets of connections with which the new process goes on. All are passed after that.
 
     Attributes:
         done: set after the sockets were passed, or could not be: the process should exit.
     """
 
-    def __init__(self, folder: Path, sockets: Sequence[socket.socket], stop: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, folder: Path, sockets: Sequence[socket.socket], stop: Callable[[], Awaitable[Sequence[socket.socket]]]
+    ) -> None:
         self.folder, self.sockets, self.done = folder, list(sockets), asyncio.Event()
         self._stop = stop
         self._listener: socket.socket | None = None
@@ -103,39 +105,75 @@ class HandoverServer:
                 if request != REQUEST:
                     continue
                 self._stop_listening()  # before the new process creates its own socket at this path
+                connections: Sequence[socket.socket] = ()
                 try:
-                    await self._stop()
-                    answer, descriptors = {"sockets": len(self.sockets)}, [own.fileno() for own in self.sockets]
+                    connections = await self._stop()
+                    answer = {"sockets": len(self.sockets), "connections": len(connections)}
                 except Exception as error:  # whatever it is, the new process must learn of it
-                    answer, descriptors = {"error": str(error) or type(error).__name__}, []
+                    answer = {"error": str(error) or type(error).__name__}
                 try:
                     connection.setblocking(True)
-                    socket.send_fds(connection, [json.dumps(answer).encode() + b"\n"], descriptors)
+                    _send(connection, answer, () if "error" in answer else [*self.sockets, *connections])
                 except OSError as error:
                     _log.warning("the new server ended before it took over: %s", error)
                 finally:
+                    for one in connections:
+                        one.close()
                     self.done.set()
                 return
 
 
-async def request_handover(folder: Path, timeout: float = 60.0) -> list[socket.socket] | None:
-    """Ask the server that uses a durable folder to stop, and receive its listening sockets.
+def _send(connection: socket.socket, answer: dict[str, Any], sockets: Sequence[socket.socket]) -> None:
+    connection.sendall(json.dumps(answer).encode() + b"\n")
+    for start in range(0, len(sockets), PER_MESSAGE):
+        some = [one.fileno() for one in sockets[start : start + PER_MESSAGE]]
+        socket.send_fds(connection, [b"."], some)
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[socket.socket]]:
+    """Return what `_send` sent: the answer, empty if the other process ended, and the sockets."""
+    data, sockets = b"", []
+    while True:
+        part, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, PER_MESSAGE)
+        sockets += [socket.socket(fileno=number) for number in descriptors]
+        data += part
+        if not part:
+            return data.partition(b"\n")[0], sockets
+
+
+class Taken(NamedTuple):
+    """What another process handed over: its listening sockets, and the connections to go on with."""
+
+    sockets: list[socket.socket]
+    connections: list[socket.socket]
+
+
+def is_running(folder: Path) -> bool:
+    """Return whether a server uses this durable folder and can hand over."""
+    if not (folder / NAME).exists():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(folder) as address:
+        return connection.connect_ex(address) == 0
+
+
+async def request_handover(folder: Path, timeout: float = 60.0) -> Taken | None:
+    """Ask the server that uses a durable folder to stop, and receive its sockets.
 
     Call it when all is ready but for the sessions, such as after the models were loaded: until these are restored,
-    new connections wait.
+    clients wait.
 
     Args:
         folder: the durable folder.
         timeout: seconds for the other process to finish.
 
     Returns:
-        the listening sockets; None if no server uses the folder.
+        what it handed over; None if no server uses the folder.
 
     Raises:
         ServeError: the other process didn't answer in time, or could not store its sessions.
     """
 
-    def ask() -> list[socket.socket] | None:
+    def ask() -> Taken | None:
         if not (folder / NAME).exists():
             return None
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -147,17 +185,18 @@ async def request_handover(folder: Path, timeout: float = 60.0) -> list[socket.s
                 return None  # its process was killed, or has just stopped
             try:
                 connection.sendall(REQUEST)
-                data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, MOST_SOCKETS)
+                data, sockets = _receive(connection)
             except TimeoutError:
                 raise ServeError(503, f"the running server didn't hand over within {timeout:g} s") from None
-        sockets = [socket.socket(fileno=number) for number in descriptors]
         if not data:
             raise ServeError(503, "the running server ended without handing over")
         answer = json.loads(data)
         if "error" in answer:
             raise ServeError(503, f"the running server could not hand over: {answer['error']}")
-        if answer["sockets"] != len(sockets):
-            raise ServeError(503, f"the running server handed over {answer['sockets']} sockets, {len(sockets)} arrived")
-        return sockets
+        count = answer["sockets"]
+        if count + answer["connections"] != len(sockets):
+            expected = f"{count} sockets and {answer['connections']} connections"
+            raise ServeError(503, f"the running server handed over {expected}, {len(sockets)} arrived")
+        return Taken(sockets[:count], sockets[count:])
 
     return await asyncio.get_running_loop().run_in_executor(None, ask)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +26,21 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
+from cellstack.serve.inference_protocol.service import Service
 from cellstack.serve.models import Limits, Models, ServeError, digest_of
 from cellstack.serve.texts import described
 from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
-    from cellstack.serve.durable import HandoverServer, Store
+    from cellstack.serve.durable import Store
+    from cellstack.serve.handover import HandoverServer, Taken
 
 HEAD_SECONDS = 10.0  # in which a request's head must arrive
 HEAD_BYTES = 64 << 10  # of a head that isn't complete
 BACKLOG = 2048
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
+ANSWER_SECONDS = 2.0  # for requests that are under way when another process takes over
+EXIT_SECONDS = 5.0  # for the process that has handed over, to release its folder
 SWITCH_SECONDS = (
     0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
 )
@@ -79,10 +85,14 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
-        OSError: the port is in use, or the host isn't an address of this machine.
+        ServeError: the port is in use, or the host isn't an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        number = error.errno or 0  # negative for names that are unknown
+        raise ServeError(503, f"{host}:{port}: {os.strerror(number) if number > 0 else error}") from None
 
 
 class Http(HttpToolsProtocol):
@@ -104,6 +114,12 @@ class Http(HttpToolsProtocol):
         """Forget a connection."""
         self._arrived()
         super().connection_lost(exc)
+
+    def between_requests(self) -> bool:
+        """Return whether all requests are answered, and no part of a further one has arrived."""
+        answered = self.cycle is None or self.cycle.response_complete
+        transport = self.transport
+        return answered and not (self._head or transport.is_closing() or transport.get_write_buffer_size())
 
     def data_received(self, data: bytes) -> None:
         """Parse data."""
@@ -169,6 +185,7 @@ class Server(uvicorn.Server):
         self._store: Store | None = None
         self._handover: HandoverServer | None = None
         self._grpc: Any = None
+        self._taken: Taken | None = None
         self._finished = False
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -213,20 +230,51 @@ class Server(uvicorn.Server):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def restore(self, wait: float = 0.0) -> None:
-        """Restore the stored sessions, and store sessions from now on. Called before `run`.
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal.
 
         Args:
-            wait: seconds to wait for a server that is about to exit.
+            sockets: the listening sockets; None, with durable sessions: those of the process that uses the folder, or
+                new ones.
 
         Raises:
-            ServeError, FormatError, OSError: see `durable.Store`.
+            ServeError, FormatError, OSError: the port is in use, or see `request_handover` and `durable.Store`.
         """
+        if self.settings.durable is not None:
+            sockets = await self._take_over(self.settings.durable, sockets)
+        assert sockets
+        await super().serve(sockets)
+
+    async def _take_over(self, folder: Path, sockets: list[socket.socket] | None) -> list[socket.socket]:
+        from cellstack.serve.handover import is_running, request_handover
+
+        settings = self.settings
+        if is_running(folder):
+            self._bind_grpc(reuse_port=True)  # before the other process stops listening, so that clients can connect
+            self._taken = await request_handover(folder)
+        elif settings.grpc_port is not None:
+            listen(settings.host, settings.grpc_port).close()  # gRPC wouldn't notice that others use a port it shares
+            self._bind_grpc(reuse_port=True)
+        self._restore(folder)
+        if self._taken is not None:
+            return self._taken.sockets
+        return sockets or [listen(settings.host, settings.port)]
+
+    def _bind_grpc(self, reuse_port: bool = False) -> None:
+        settings = self.settings
+        if settings.grpc_port is None:
+            return
+        from cellstack.serve.inference_protocol import grpc
+
+        address, credentials = (settings.host, settings.grpc_port), grpc_credentials(settings)
+        self._grpc = grpc.bound(self.models, *address, settings.tokens, credentials, reuse_port)
+
+    def _restore(self, folder: Path) -> None:
+        """Restore the stored sessions, and store sessions from now on."""
         from cellstack.serve.durable import Store
 
         settings, models = self.settings, self.models
-        assert settings.durable is not None
-        self._store = store = Store(settings.durable, settings.durability, wait=wait)
+        self._store = store = Store(folder, settings.durability, wait=EXIT_SECONDS if self._taken else 0.0)
         loaded = {model.digest for model in models.all()}
         for path in reversed(store.stored_models()):  # older versions, of which there are sessions
             if digest_of(path) not in loaded:
@@ -242,6 +290,7 @@ class Server(uvicorn.Server):
                     self.report(f"{said} in {found.seconds:.2f} s")
                     for text in found.damage:
                         self.report(f"{name}: {text}")
+        Service.of(models).find_restored()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving."""
@@ -249,20 +298,19 @@ class Server(uvicorn.Server):
         loop, settings = asyncio.get_running_loop(), self.settings
         for model in self.models.all():
             model.start(loop)
-        if settings.grpc_port is not None:
-            from cellstack.serve.inference_protocol import grpc
-
-            self._grpc = await grpc.start(
-                self.models, settings.host, settings.grpc_port, settings.tokens, grpc_credentials(settings)
-            )
+        if self._grpc is None:
+            self._bind_grpc()
+        if self._grpc is not None:
+            await self._grpc.start()
         if self._store is not None:
-            from cellstack.serve.durable import HandoverServer
+            from cellstack.serve.handover import HandoverServer
 
-            assert settings.durable is not None
-            self._handover = HandoverServer(settings.durable, [one.dup() for one in sockets], self.finish)
+            self._handover = HandoverServer(self._store.folder, [one.dup() for one in sockets], self._hand_over)
             await self._handover.start()
             self._start(self._exit_after_handover(self._handover))
         await super().startup(sockets)
+        for connection in self._taken.connections if self._taken else ():
+            await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
         self._start(self._close_idle())
         self.ready = True
         host, port = sockets[0].getsockname()[:2]
@@ -275,14 +323,38 @@ class Server(uvicorn.Server):
         self.report("another process continues")
         self.should_exit = True
 
-    async def finish(self) -> None:
-        """Accept no more connections, answer all frames that were received, and store the sessions."""
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    async def _hand_over(self) -> list[socket.socket]:
+        """Stop, and return the sockets of idle HTTP connections, which stay open."""
+        taken: list[socket.socket] = []
+
+        async def settle() -> None:
+            until = time.monotonic() + ANSWER_SECONDS
+            await asyncio.sleep(0.05)  # connections that were accepted just now aren't in the list yet
+            while some := [one for one in self.server_state.connections if isinstance(one, Http)]:
+                taken.extend(taken_from(one) for one in some if one.between_requests())
+                if time.monotonic() > until:
+                    return
+                await asyncio.sleep(0.01)
+
+        await self.finish(settle if self.settings.tls_cert is None else None)  # the state of TLS can't be passed
+        return taken
+
+    async def finish(self, settle: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Accept no more connections, answer all frames that were received, and store the sessions.
+
+        Args:
+            settle: waits for requests of connections that were accepted last; None: for `SETTLE_SECONDS`.
+        """
         if self._finished:
             return
         self._finished, self.ready = True, False
         for server in self.servers:
             server.close()
-        await asyncio.sleep(SETTLE_SECONDS)
+        await (settle() if settle is not None else asyncio.sleep(SETTLE_SECONDS))
         await self.app.state.connections.finish()
         if self._grpc is not None:
             await self._grpc.stop(SETTLE_SECONDS)
@@ -332,6 +404,14 @@ class Server(uvicorn.Server):
         while True:
             await asyncio.sleep(min(5.0, self.settings.limits.idle / 4))
             await self.models.drop_unused()
+
+
+def taken_from(connection: Http) -> socket.socket:
+    """Return a copy of a connection's socket that stays open, and forget the connection."""
+    connection.transport.pause_reading()
+    found = socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno()))
+    connection.transport.abort()
+    return found
 
 
 def grpc_credentials(settings: Settings) -> Any:

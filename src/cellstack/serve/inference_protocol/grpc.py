@@ -63,7 +63,7 @@ CONTENTS = {
 }
 
 
-async def start(
+def bound(
     models: Models,
     host: str,
     port: int,
@@ -71,7 +71,7 @@ async def start(
     credentials: grpc.ServerCredentials | None = None,
     reuse_port: bool = False,
 ) -> grpc.aio.Server:
-    """Start to serve the Open Inference Protocol over gRPC on the running event loop.
+    """Return a server of the Open Inference Protocol over gRPC that listens, but answers only after its `start()`.
 
     Args:
         models: the server's models.
@@ -83,7 +83,7 @@ async def start(
         reuse_port: allow several servers on the port, among which the system divides the connections.
 
     Returns:
-        The server: `await server.stop(seconds)` ends it.
+        The server, of the running event loop: `await server.start()`, and `await server.stop(seconds)` ends it.
 
     Raises:
         OSError: the port can't be used.
@@ -110,7 +110,6 @@ async def start(
             server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise OSError(f"gRPC can't listen on {address}: {error}") from None
-    await server.start()
     return server
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -116,6 +118,13 @@ class Service:
         if "inference_protocol" not in vars(models):
             vars(models)["inference_protocol"] = cls(models)
         return vars(models)["inference_protocol"]
+
+    def find_restored(self) -> None:
+        """Find the sequences among sessions that were restored, so that their clients can continue."""
+        for model in self.models.all():
+            for token, session in model.sessions.items():
+                if (sequence := sequence_of(token)) is not None:
+                    self._sessions[model.name, sequence] = session
 
     # ── descriptions ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -306,7 +315,7 @@ class Service:
             if request.start:
                 if session is not None:
                     await session.model.close(session)
-                session = self._sessions[key] = await model.open()
+                session = self._sessions[key] = await model.open(token=token_of(request.sequence))
             assert session is not None
             answers = await model.steps(session, rows)
             if request.end:
@@ -377,6 +386,17 @@ def _records(model: Model, request: Request) -> tuple[Records, bool]:
 
 def _selected(model: Model, request: Request, outputs: dict[str, NDArray[Any]]) -> Response:
     return Response(model, {name: outputs[name] for name in request.outputs or outputs})
+
+
+def token_of(sequence: int | str) -> str:
+    """Return a token for a sequence's session. It contains the id, which is so stored with a durable session."""
+    return f"{secrets.token_urlsafe(16)} {json.dumps(sequence)}"
+
+
+def sequence_of(token: str) -> int | str | None:
+    """Return the id of a sequence from `token_of`; None for the token of another session, which has no space."""
+    _, _, text = token.partition(" ")
+    return json.loads(text) if text else None
 
 
 # ── what both protocols read ────────────────────────────────────────────────────────────────────────────────────────
