@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,14 @@ class Server:
 
     def on_message(self, message):
         task = asyncio.get_running_loop().create_task(getattr(self, message[0])(*message[1:]))
-        task.add_done_callback(lambda task: task.exception() and os._exit(1))  # the test waits for an answer
+        task.add_done_callback(self.done)
         self.tasks.add(task)
+
+    def done(self, task):
+        if error := task.exception():  # the test waits for an answer
+            traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(1)
 
     async def open(self, token):
         await self.model.open(token=token)

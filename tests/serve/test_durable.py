@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -34,12 +35,17 @@ class Process:
             [sys.executable, str(SERVER), str(folder), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         _, self.counts, self.restored = self.read()
 
     def read(self):
-        return pickle.load(self.process.stdout)
+        try:
+            return pickle.load(self.process.stdout)
+        except EOFError:
+            said = self.process.stderr.read().decode()
+            raise EOFError(f"the process ended with status {self.process.wait()}: {said}") from None
 
     def send(self, *message):
         pickle.dump(message, self.process.stdin)
@@ -52,8 +58,14 @@ class Process:
     def kill(self):
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        self.close()
+
+    def close(self):
+        """Close the pipes of a process that has ended."""
+        with suppress(BrokenPipeError):  # what it still buffers
+            self.process.stdin.close()
         self.process.stdout.close()
+        self.process.stderr.close()
 
 
 class Client:
@@ -124,10 +136,8 @@ class Client:
                     self.check(token, number, answer)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             killer.join()
-            process.process.wait()
-            with suppress(BrokenPipeError):  # what it still buffers
-                process.process.stdin.close()
-            process.process.stdout.close()
+            assert process.process.wait() == -signal.SIGKILL
+            process.close()
 
 
 def kill_at_random_moments(folder, times, seed):
@@ -243,6 +253,35 @@ def with_frames(folder, **options):
         x[3, 1] = np.nan
         assert list(served.step(token, x).refused) == [3]
     return served
+
+
+def test_a_kill_at_any_moment_of_the_next_generation(tmp_path, monkeypatch):
+    served = with_frames(tmp_path / "0")
+    contents, folders = served.contents(), []
+    functions = {generations.Log.__init__.__code__, generations._create.__code__, durable.write_snapshot.__code__}
+
+    def trace(frame, event, argument):
+        if frame.f_code in functions and event == "line":
+            folders.append(tmp_path / str(len(folders) + 1))
+            shutil.copytree(tmp_path / "0", folders[-1])
+        return trace if frame.f_code in functions else None
+
+    def submit(function, *args):
+        sys.settrace(trace)
+        try:
+            function(*args)
+        finally:
+            sys.settrace(None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.journal._writer, "submit", submit)
+        served.now(served.journal._advance)
+    served.stop()
+    assert len(folders) > 60
+    for folder in folders:
+        after = Served(folder)
+        assert after.contents() == contents
+        after.stop()
 
 
 @pytest.mark.parametrize("level", ["frames", "synced"])

@@ -27,7 +27,7 @@ APPLICATION = 0x63737373  # SQLite's application_id of these files
 FORMAT = 1
 PAGE = 8192  # bytes: smaller pages cost more per large batch, larger ones fill the disk with single frames
 FRAMES, OPENED, CLOSED, REFUSED = range(4)  # the kinds of records in a log
-SUFFIXES = ("snapshot", "log", "log-wal", "log-shm", "mark", "snapshot-new", "log-journal")
+SUFFIXES = ("snapshot", "log", "log-wal", "log-shm", "mark", "snapshot-new", "log-new", "log-new-wal", "log-new-shm")
 
 Numbers = NDArray[np.int64]
 
@@ -174,20 +174,24 @@ class Log:
     def __init__(self, folder: Path, number: int, about: dict[str, Any], synced: bool) -> None:
         self.folder, self.number, self.bytes, self._last = folder, number, 0, 0
         table = "CREATE TABLE log(id INTEGER PRIMARY KEY, kind INTEGER, crc INTEGER, sessions BLOB, data BLOB)"
+        new, path, mark = (path_of(folder, number, suffix) for suffix in ("log-new", "log", "mark"))
         try:
-            self._database = _create(path_of(folder, number, "log"), {**about, "generation": number}, table)
+            new.unlink(missing_ok=True)  # of a process that was killed
+            with closing(_create(new, {**about, "generation": number}, table)) as database:
+                database.execute("COMMIT")
+                database.execute("PRAGMA journal_mode=WAL").fetchall()
+            mark.write_bytes(bytes(8))
+            for complete in (mark, new) if synced else ():
+                with complete.open("rb+") as file:
+                    os.fsync(file.fileno())
+            new.rename(path)  # it appears in the folder when it is complete, so that a kill never leaves half of it
+            if synced:
+                flush_folder(folder)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
-                self._database.execute("COMMIT")
                 flushes = "FULL" if synced else "OFF"  # without, what was written survives the process all the same
-                for pragma in ("journal_mode=WAL", "wal_autocheckpoint=0", f"synchronous={flushes}"):
+                for pragma in ("wal_autocheckpoint=0", f"synchronous={flushes}"):
                     self._database.execute(f"PRAGMA {pragma}").fetchall()
-                mark = path_of(folder, number, "mark")
-                mark.write_bytes(bytes(8))
-                for path in (mark, path_of(folder, number, "log")) if synced else ():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
-                if synced:
-                    flush_folder(folder)
                 with mark.open("rb+") as file:
                     self._mark = mmap.mmap(file.fileno(), 8)
             except BaseException:
