@@ -46,31 +46,6 @@ def test_it_serves_until_a_signal(model, number, status):
         server.communicate()
 
 
-def test_sessions_survive_a_kill_and_a_handover(model, tmp_path):
-    options = model, "--json", "--durable", tmp_path / "sessions"
-    servers = [started(*options)]
-    try:
-        url = json.loads(servers[0].stdout.readline())["url"]
-        token = httpx.post(f"{url}/models/small/sessions").json()["session"]
-        y = [httpx.post(f"{url}/sessions/{token}/step", json={"x": [1, 2]}).json()["y"]]
-        servers[0].kill()
-        for frame in (2, 3):  # after the kill; after the handover
-            servers.append(started(*options))
-            url = json.loads(servers[-1].stdout.readline())["url"]
-            found = httpx.post(f"{url}/sessions/{token}/step", json={"x": [1, 2]}).json()
-            assert found["frame"] == frame
-            y.append(found["y"])
-        assert servers[1].wait(20) == 0
-    finally:
-        for server in servers:
-            server.kill()
-            server.communicate()
-    from cellstack import load
-
-    stream = load(model).stream()
-    assert [np.float32(one).tolist() for one in y] == [stream.step([[1, 2]])[0].tolist() for _ in range(3)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

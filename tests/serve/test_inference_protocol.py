@@ -968,12 +968,21 @@ def test_idle_sequences_reload_and_stop(tmp_path):
         )
         assert found.json() == {"error": "sequence 1 runs on version 1, not 2"}
 
-        # While the server stops, sequences end and none begin.
-        Service.of(server.models).ready = False
+        # While the server stops, sequences and streams end and none begin.
+        stream_of = server.stream(messages_until(ended := threading.Event(), message_of(x)))
+        assert next(stream_of).infer_response.outputs
+        server.loop.call_soon_threadsafe(Service.of(server.models).stop)
+        assert not list(stream_of)
+        ended.set()
         assert server.http.get("/health/ready").status_code == 400
         assert not server.unary("ServerReady").ready
         assert refusal(in_json, server, x[:, 0], sequence_id=5, sequence_start=True)[0] == 503
         assert (in_unary(server, x[:, 2], sequence_id=1, sequence_end=True) == stream.step(x[:, 2])).all()
+
+
+def messages_until(event, *messages):
+    yield from messages
+    event.wait()
 
 
 def test_a_port_that_is_in_use(tmp_path):

@@ -39,7 +39,7 @@ HEAD_SECONDS = 10.0  # in which a request's head must arrive
 HEAD_BYTES = 64 << 10  # of a head that isn't complete
 BACKLOG = 2048
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
-ANSWER_SECONDS = 2.0  # for requests that are under way when another process takes over
+ANSWER_SECONDS = 2.0  # for requests that are under way then
 EXIT_SECONDS = 5.0  # for the process that has handed over, to release its folder
 SWITCH_SECONDS = (
     0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
@@ -355,9 +355,10 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await (settle() if settle is not None else asyncio.sleep(SETTLE_SECONDS))
+        Service.of(self.models).stop()
         await self.app.state.connections.finish()
         if self._grpc is not None:
-            await self._grpc.stop(SETTLE_SECONDS)
+            await self._grpc.stop(ANSWER_SECONDS)
         loop = asyncio.get_running_loop()
         for model in self.models.all():
             await loop.run_in_executor(None, model.stop)

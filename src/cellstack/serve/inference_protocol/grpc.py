@@ -191,7 +191,7 @@ async def _stream(
     No more are read while `STREAMED` requests, or more bytes than the largest message, wait for their answers.
     """
     ends = any(key == "triton_grpc_error" and value == "true" for key, value in context.invocation_metadata() or ())
-    pending: asyncio.Queue[tuple[Any, asyncio.Task[Any]] | Exception | None] = asyncio.Queue(STREAMED)
+    pending: asyncio.Queue[tuple[Any, asyncio.Task[Any]] | Exception | None] = asyncio.Queue()
     most, held, answered = service.models.limits.message, 0, asyncio.Event()
 
     async def read() -> None:
@@ -199,19 +199,24 @@ async def _stream(
         try:
             async for request in requests:
                 held += request.ByteSize()
-                await pending.put((request, _started(service, request)))
-                while held > most:
+                pending.put_nowait((request, _started(service, request)))
+                while held > most or pending.qsize() >= STREAMED:
                     answered.clear()
                     await answered.wait()
-            await pending.put(None)
+            pending.put_nowait(None)
         except Exception as error:
-            await pending.put(error)
+            pending.put_nowait(error)
+
+    async def end() -> None:
+        await service.stopping.wait()
+        reading.cancel()
+        pending.put_nowait(None)
 
     try:
         _check_token(known, context)
     except ServeError as error:
         await context.abort(CODES[error.status], str(error))
-    reading = asyncio.create_task(read())
+    reading, ending = asyncio.create_task(read()), asyncio.create_task(end())
     try:
         while (item := await pending.get()) is not None:
             if isinstance(item, Exception):
@@ -231,6 +236,7 @@ async def _stream(
             answered.set()
     finally:
         reading.cancel()
+        ending.cancel()
 
 
 def _parameters(found: Any) -> dict[str, Any]:

@@ -101,11 +101,12 @@ class Service:
     clients, after `Limits.idle` seconds without a request.
 
     Attributes:
-        ready: False while the server starts or stops: new sequences are refused, open ones go on.
+        ready: False while the server stops: new sequences are refused, open ones go on.
+        stopping: set when streams should end, after the answers to the requests that were read.
     """
 
     def __init__(self, models: Models) -> None:
-        self.models, self.ready = models, True
+        self.models, self.ready, self.stopping = models, True, asyncio.Event()
         # An entry disappears with its session, whoever closes it. Requests of a sequence hold its lock one by one.
         self._sessions: WeakValueDictionary[tuple[str, int | str], Session] = WeakValueDictionary()
         self._locks: WeakValueDictionary[tuple[str, int | str], asyncio.Lock] = WeakValueDictionary()
@@ -118,6 +119,11 @@ class Service:
         if "inference_protocol" not in vars(models):
             vars(models)["inference_protocol"] = cls(models)
         return vars(models)["inference_protocol"]
+
+    def stop(self) -> None:
+        """Refuse new sequences, and end streams."""
+        self.ready = False
+        self.stopping.set()
 
     def find_restored(self) -> None:
         """Find the sequences among sessions that were restored, so that their clients can continue."""
