@@ -70,7 +70,7 @@ def memory():
 @pytest.mark.parametrize("head", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
 def test_a_body_of_a_gigabyte(short, other, head):
     before = memory()
-    with raw(short, b"POST /models/lstm/run HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n") as connection:
+    with raw(short, b"POST /models/lstm/run HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n") as connection:
         if b"chunked" in head:
             with contextlib.suppress(OSError):
                 for _ in range(1000):
@@ -83,7 +83,9 @@ def test_a_body_of_a_gigabyte(short, other, head):
 
 @pytest.mark.parametrize("value", [b"-1", b"+5", b"x", b"9" * 30])
 def test_a_body_of_no_length(short, other, value):
-    with raw(short, b"POST /models/lstm/run HTTP/1.1\r\nHost: a\r\nContent-Length: " + value + b"\r\n\r\n") as found:
+    with raw(
+        short, b"POST /models/lstm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + value + b"\r\n\r\n"
+    ) as found:
         assert found.recv(1000).split()[1] == b"400"
 
 
@@ -100,13 +102,13 @@ def test_a_text_of_a_hundred_megabytes(short, other, path):
 
 
 def test_a_head_that_does_not_arrive(short, other):
-    for data in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: a\r\nX: "):
+    for data in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
         with raw(short, data) as connection:
             assert answer(connection)[:2] == (408, "the head didn't arrive within 10 seconds".replace("10", "0"))
 
 
 def test_a_head_that_does_not_arrive_after_another_request(short, other):
-    with raw(short, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n") as connection:
+    with raw(short, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
         assert b"200 OK" in connection.recv(1000)
         connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
         assert answer(connection)[0] == 408
@@ -128,7 +130,7 @@ def test_no_http(short, other, data):
 @contextlib.contextmanager
 def upgraded(served):
     """Open a WebSocket that reads nothing: yield a function that sends data until the server reads no longer."""
-    head = b"GET /multiplex HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    head = b"GET /multiplex HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     with raw(served, head + key) as found:
         assert b" 101 " in found.recv(1000)
@@ -194,7 +196,7 @@ def test_connects_and_disconnects(short, other, count):
     for _ in range(count):
         with raw(short, b"GET /health HTTP/1.1\r\n"):
             pass
-        with raw(short, b"GET /multiplex HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"):
+        with raw(short, b"GET /multiplex HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"):
             pass
     until = time.monotonic() + 10
     while len(os.listdir("/proc/self/fd")) > files:
@@ -259,6 +261,34 @@ def test_pages_of_other_origins(short, guarded):
         pass
     with connect(f"{guarded.ws}/multiplex?access_token=first", origin="https://example.org"):
         pass
+
+
+@pytest.mark.parametrize("name", ["evil.example", "evil.example:80", "localhost.evil.example", "[::2]:80", "["])
+def test_other_names_of_the_server(short, guarded, name):
+    own = {"Host": name, "Origin": f"http://{name}"}
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "a" * 22 + "=="}
+    for path, headers in (
+        ("/models", own),
+        ("/", own),
+        ("/multiplex", own | upgrade | {"Sec-WebSocket-Version": "13"}),
+    ):
+        found = httpx.get(f"{short.http}{path}", headers=headers)
+        assert (found.status_code, found.json()["error"]) == (403, f"the host {name} isn't allowed: see --allow-host")
+    allowed = {"Host": name, "Authorization": "Bearer first"}  # a page of another site doesn't know the token
+    assert httpx.get(f"{guarded.http}/models", headers=allowed).status_code == 200
+
+
+def test_names_of_the_server(short):
+    for name in ("localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]", "[::1]:8080"):
+        assert httpx.get(f"{short.http}/models", headers={"Host": name}).status_code == 200
+    with raw(short, b"GET /models HTTP/1.0\r\n\r\n") as connection:  # without a name: no browser
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    local = {"localhost", "127.0.0.1", "[::1]"}
+    assert server.hosts(server.Settings(allow_hosts=("Example.org",))) == {*local, "example.org"}
+    assert server.hosts(server.Settings(host="127.1.2.3")) == {*local, "127.1.2.3"}
+    assert server.hosts(server.Settings(host="::1")) == local
+    for settings in (server.Settings(host="0.0.0.0"), server.Settings(host=""), server.Settings(tokens=("a",))):
+        assert not server.hosts(settings)
 
 
 def test_unknown_models_and_sessions_are_refused_before_the_handshake(short):

@@ -185,3 +185,23 @@ def test_idle_sessions_are_closed(model_file):
         token, until = opened(c), time.monotonic() + 5
         while c.get(f"/sessions/{token}").status_code == 200:
             assert time.monotonic() < until
+
+
+def test_the_rate_of_a_session_is_limited(model_file):
+    limits = Limits(sessions=4, rate=10)
+    with running(model_file, limits=limits) as served, httpx.Client(base_url=served.http) as client:
+        token, other = opened(client), opened(client)
+        assert client.post(f"/sessions/{token}/steps", json={"x": [[0, 0, 0]] * 20}).json()["frame"] == 20
+        answer = client.post(f"/sessions/{token}/step", json={"x": [0, 0, 0]})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"] == "expected at most 10 frames per second: wait 1 s"
+        assert client.post(f"/sessions/{other}/step", json={"x": [0, 0, 0]}).status_code == 200
+        served.models.session(token).due -= 1  # a second later
+        assert client.post(f"/sessions/{token}/step", json={"x": [0, 0, 0]}).json()["frame"] == 21
+
+        given = {"name": "x", "datatype": "FP32", "shape": [1, 20, WIDTH], "data": [0] * 20 * WIDTH}
+        body = {"inputs": [given], "parameters": {"sequence_id": 1, "sequence_start": True}}
+        assert client.post("/v2/models/lstm/infer", json=body).status_code == 200
+        body["parameters"]["sequence_start"] = False
+        answer = client.post("/v2/models/lstm/infer", json=body)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")

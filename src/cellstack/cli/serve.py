@@ -39,6 +39,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--token", metavar="T", help=text)
     text = "origin of pages that may also use the server, such as https://example.org; may be repeated"
     group.add_argument("--allow-origin", action="append", default=[], metavar="URL", help=text)
+    text = "name of the server in requests, such as that of a proxy's site; may be repeated (default: any, but without "
+    text += "a token on an address of this machine only localhost, 127.0.0.1 and [::1])"
+    group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     group = parser.add_argument_group("sessions")
     group.add_argument("--durable", metavar="FOLDER", help="store sessions in FOLDER, so that they survive the process")
     text = "what is stored: nothing, states every few seconds, every frame (survives the process) or synced (survives "
@@ -53,7 +56,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
     text = "open connections (default: %(default)s)"
     group.add_argument("--connections", type=int, default=10_000, metavar="N", help=text)
-    text = "frames per second of a connection (default: no limit)"
+    text = "frames per second of a WebSocket or, over HTTP and gRPC, of a session (default: no limit)"
     group.add_argument("--rate", type=float, metavar="N", help=text)
     text = "bytes of a message or request (default: %(default)s)"
     group.add_argument("--message", type=int, default=16 << 20, metavar="N", help=text)
@@ -90,6 +93,7 @@ def serve(args: argparse.Namespace) -> int:
         connections=prepare_process(args.connections),
         tokens=tokens(args.token),
         allow_origins=tuple(args.allow_origin),
+        allow_hosts=tuple(args.allow_host),
         tls_cert=args.tls_cert,
         tls_key=args.tls_key,
         threads=args.threads or 1,

@@ -27,7 +27,7 @@ from cellstack.serve.openapi import OPENAPI
 from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint
 from cellstack.serve.stream_socket import Stream
-from cellstack.serve.texts import described, parsed, text_of
+from cellstack.serve.texts import described, headers_of, parsed, text_of
 from cellstack.serve.tracing import trace_page
 from cellstack.serve.worker import StoppingError
 
@@ -52,7 +52,11 @@ Authorized = Callable[[HTTPConnection], bool]
 
 
 def application(
-    models: Models, tokens: Collection[str] = (), allow_origins: Collection[str] = (), state: Any = None
+    models: Models,
+    tokens: Collection[str] = (),
+    allow_origins: Collection[str] = (),
+    state: Any = None,
+    allow_hosts: Collection[str] = (),
 ) -> Starlette:
     """Return the application.
 
@@ -62,6 +66,7 @@ def application(
             browsers, in the query as `access_token`; none: no token is required.
         allow_origins: the origins, such as `https://example.org`, of pages that may also use the server.
         state: an object whose attribute `ready` says whether the server takes requests; None: it always does.
+        allow_hosts: the names of the server in the header Host, without the port; none: any.
     """
     connections = Connections()
     known = [token.encode() for token in tokens]
@@ -95,10 +100,11 @@ def application(
         WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
         *inference_protocol.routes(models, authorized),
     ]
-    middleware = [Middleware(Guard, authorized=authorized, allow_origins=frozenset(allow_origins))]
+    allowed = {"allow_origins": frozenset(allow_origins), "allow_hosts": frozenset(allow_hosts)}
+    middleware = [Middleware(Guard, authorized=authorized, **allowed)]
     if allow_origins:
-        allowed = Middleware(CORSMiddleware, list(allow_origins), allow_methods=["*"], allow_headers=["*"])
-        middleware.insert(0, allowed)
+        cors = Middleware(CORSMiddleware, list(allow_origins), allow_methods=["*"], allow_headers=["*"])
+        middleware.insert(0, cors)
     if OpenTelemetryMiddleware is not None:
         middleware.insert(0, Middleware(OpenTelemetryMiddleware, excluded_urls=UNTRACED))
     handlers: dict[Any, Any] = {
@@ -118,8 +124,7 @@ def _error(status: int, message: str, **headers: str) -> JSONResponse:
 
 async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
-    # After a refused body the rest isn't read: it may be long.
-    return _error(error.status, str(error), **({"connection": "close"} if error.status in (408, 413) else {}))
+    return _error(error.status, str(error), **headers_of(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -137,10 +142,15 @@ async def _bug(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """Refuses requests without a valid token, and those that pages of other origins make in a browser."""
+    """Refuses requests without a valid token, and those that pages of other origins make in a browser.
 
-    def __init__(self, app: ASGIApp, authorized: Authorized, allow_origins: frozenset[str]) -> None:
-        self.app, self.authorized, self.allow_origins = app, authorized, allow_origins
+    A page can also give its own name the address of the server (DNS rebinding); then Host has that name.
+    """
+
+    def __init__(
+        self, app: ASGIApp, authorized: Authorized, allow_origins: frozenset[str], allow_hosts: frozenset[str]
+    ) -> None:
+        self.app, self.authorized, self.allow_origins, self.allow_hosts = app, authorized, allow_origins, allow_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a refused request, or pass the request on."""
@@ -148,8 +158,10 @@ class Guard:
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        origin = connection.headers.get("origin")
-        if origin and origin not in self.allow_origins and urlsplit(origin).netloc != connection.headers.get("host"):
+        origin, host = connection.headers.get("origin"), connection.headers.get("host", "")
+        if host and self.allow_hosts and name_of(host) not in self.allow_hosts:  # browsers always send it
+            refusal = _error(403, f"the host {host:.100} isn't allowed: see --allow-host")
+        elif origin and origin not in self.allow_origins and urlsplit(origin).netloc != host:
             refusal = _error(403, f"the origin {origin} isn't allowed: see --allow-origin")
         elif scope["path"] not in OPEN_PATHS and not self.authorized(connection):
             refusal = _error(401, "a valid token is required: Authorization: Bearer TOKEN")
@@ -158,6 +170,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
         await refusal(scope, receive, send)
+
+
+def name_of(host: str) -> str:
+    """Return the name in a header Host, without the port."""
+    name = host.lower()
+    return name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
 
 
 class Api:

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,17 +240,21 @@ class Journal:
 
     # ── called by the worker ────────────────────────────────────────────────────────────────────────────────────────
 
-    def opened(self, session: int, token: str) -> None:
+    def opened(self, sessions: Sequence[int], tokens: Sequence[str]) -> None:
         """See `worker.Journal`.
 
         Raises:
-            OSError: it can't be stored.
+            OSError: they can't be stored.
         """
-        worker, slot = self.model.worker, session % self.model.capacity
-        about = json.dumps({"token": token, "frames": int(worker.count[slot])}).encode()
+        new = dict(zip(sessions, tokens, strict=True))
+        self._write(*(self._opening(session, token) for session, token in new.items()))
+        self._tokens |= new
+
+    def _opening(self, session: int, token: str) -> Record:
+        frames = int(self.model.worker.count[session % self.model.capacity])
+        about = json.dumps({"token": token, "frames": frames}).encode()
         state = b"".join(array.tobytes() for entry in self.model.pool.state(session) for array in entry)
-        self._write(Record(OPENED, np.array([session]), about + b"\n" + state))
-        self._tokens[session] = token
+        return Record(OPENED, np.array([session]), about + b"\n" + state)
 
     def closed(self, session: int) -> None:
         """See `worker.Journal`. If it can't be stored now, it is later."""
@@ -318,12 +323,12 @@ class Journal:
 
     # ── generations ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _write(self, record: Record) -> None:
+    def _write(self, *records: Record) -> None:
         assert self._log is not None
         if self._late or self._refused.any():
-            self._write_late(record)
+            self._write_late(*records)
         else:
-            self._log.write([record])
+            self._log.write(records)
 
     def _write_late(self, *records: Record) -> None:
         """Write records, and before them what could not be written earlier."""
@@ -657,7 +662,7 @@ class _Replay:
             about, _, state = bytes(record.data).partition(b"\n")
             found = json.loads(about)
             entries = [list(entry) for entry in self.journal.states_from(state, 1)]
-            worker.opened(self._opened(int(record.sessions[0]), found["token"], entries), "", found["frames"])
+            worker.opened([self._opened(int(record.sessions[0]), found["token"], entries)], [""], [found["frames"]])
         elif record.kind == CLOSED:
             number = int(record.sessions[0])
             if number in self.lost:

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.formats.state import state_from, state_to_bytes
 from cellstack.serve.rows import Records, Rows
-from cellstack.serve.worker import Answers, Done, Frames, Worker, call_all
+from cellstack.serve.worker import Answers, Done, Frames, StoppingError, Worker, call_all
 
 if TYPE_CHECKING:
     from cellstack.network import Network
 
 
 class ServeError(Exception):
-    """A request that the server refuses. `status` is the HTTP status."""
+    """A request that the server refuses.
 
-    def __init__(self, status: int, message: str) -> None:
+    Attributes:
+        status: the HTTP status.
+        retry: seconds after which the request may succeed; None: unknown.
+    """
+
+    def __init__(self, status: int, message: str, retry: int | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry = status, retry
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,14 @@ class Session:
         model: its model.
         number: its number in the model's pool.
         owner: the connection that currently sends its frames, None for HTTP; only this connection receives answers.
+        due: `time.monotonic()` until which its frames without a connection were sent at the limit's rate.
     """
 
     token: str
     model: Model
     number: int
     owner: Owner | None = None
+    due: float = 0.0
 
     @property
     def slot(self) -> int:
@@ -112,6 +123,15 @@ class Session:
             before.lost(self, "another connection has resumed the session")
 
 
+class _Opening(NamedTuple):
+    """A session that is being opened; `number` receives its number in the pool."""
+
+    state: Any
+    token: str
+    frames: int
+    number: asyncio.Future[int]
+
+
 class Model:
     """A network that is served, with its sessions.
 
@@ -142,6 +162,7 @@ class Model:
         self.rows: Rows | None = None
         self.why_not: str | None = None
         self.opened = self.closed = 0
+        self._opening: list[_Opening] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runs = ThreadPoolExecutor(1, f"cellstack-{name}")  # of whole sequences
         try:
@@ -225,26 +246,61 @@ class Model:
             frames = int(found.get("frames", "0"))
         token = token or secrets.token_urlsafe(16)
 
-        def opened() -> int:
-            number = self.pool.open(entries)
-            try:
-                self.worker.opened(number, token, frames)
-            except OSError:
-                self.pool.close(number)
-                raise
-            return number
-
-        try:
-            number = await self.call(opened)
-        except OSError as error:
-            raise ServeError(503, f"the session can't be stored: {error.strerror or error}") from None
-        except RuntimeError:
-            raise ServeError(503, f"all {self.capacity} sessions of {self.name} are in use") from None
+        if not self._opening:
+            asyncio.get_running_loop().call_soon(self._open)
+        future = asyncio.get_running_loop().create_future()
+        self._opening.append(_Opening(entries, token, frames, future))
+        number = await future
         session = self.sessions[token] = Session(token, self, number, owner)
         session.accepted = frames
         session.touch()
         self.opened += 1
         return session
+
+    def _open(self) -> None:
+        """Open the sessions that were requested in this iteration of the event loop; they are stored together."""
+        opening, self._opening = self._opening, []
+
+        def opened() -> list[int]:
+            numbers: list[int] = []
+            try:
+                with suppress(RuntimeError):  # all sessions are in use
+                    for one in opening:
+                        numbers.append(self.pool.open(one.state))  # noqa: PERF401  (kept if a later one fails)
+                some = opening[: len(numbers)]
+                self.worker.opened(numbers, [one.token for one in some], [one.frames for one in some])
+            except BaseException:
+                for number in numbers:
+                    self.pool.close(number)
+                raise
+            return numbers
+
+        def done(result: Any) -> None:
+            numbers = result if isinstance(result, list) else []
+            for one, number in zip_longest(opening, numbers):
+                if one.number.cancelled():  # its client is gone
+                    if number is not None:
+                        with suppress(StoppingError):
+                            self.worker.call(partial(self._closed, number), lambda _: None)
+                elif number is not None:
+                    one.number.set_result(number)
+                elif isinstance(result, OSError):
+                    why = f"the session can't be stored: {result.strerror or result}"
+                    one.number.set_exception(ServeError(503, why))
+                elif isinstance(result, Exception):
+                    one.number.set_exception(result)
+                else:
+                    why = f"all {self.capacity} sessions of {self.name} are in use"
+                    one.number.set_exception(ServeError(503, why))
+
+        try:
+            self.worker.call(opened, done)
+        except StoppingError as error:
+            done(error)
+
+    def _closed(self, number: int) -> None:
+        self.worker.closed(number)
+        self.pool.close(number)
 
     async def close(self, session: Session, why: str = "the session was closed") -> None:
         """Close a session, after its queued frames; `why` is for the connection that has it."""
@@ -255,11 +311,7 @@ class Model:
         if owner is not None:
             owner.lost(session, why)
 
-        def closed() -> None:
-            self.worker.closed(session.number)
-            self.pool.close(session.number)
-
-        await self.call(closed)
+        await self.call(partial(self._closed, session.number))
 
     async def state(self, session: Session) -> bytes:
         """Return a session's state after its queued frames, as the bytes of a file of `cellstack stream --state`."""
@@ -293,10 +345,16 @@ class Model:
         """Step a session by some frames.
 
         Raises:
-            ServeError: too many frames are waiting.
+            ServeError: too many frames are waiting, or came in the last seconds.
         """
         if session.accepted - session.processed + len(rows) > self.limits.waiting:
-            raise ServeError(429, f"more than {self.limits.waiting} frames of the session are waiting")
+            raise ServeError(429, f"more than {self.limits.waiting} frames of the session are waiting", 1)
+        if (rate := self.limits.rate) is not None:
+            now = time.monotonic()
+            if session.due > now:
+                wait = math.ceil(session.due - now)
+                raise ServeError(429, f"expected at most {rate:g} frames per second: wait {wait} s", wait)
+            session.due = max(session.due, now - 1) + len(rows) / rate
         future = asyncio.get_running_loop().create_future()
 
         def done(answers: Answers) -> None:

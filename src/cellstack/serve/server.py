@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 HEAD_SECONDS = 10.0  # in which a request's head must arrive
 HEAD_BYTES = 64 << 10  # of a head that isn't complete
 BACKLOG = 2048
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
 ANSWER_SECONDS = 2.0  # for requests that are under way then
 EXIT_SECONDS = 5.0  # for the process that has handed over, to release its folder
@@ -59,6 +60,7 @@ class Settings:
         connections: open connections.
         tokens: one of them is required in each request; none: no token is required.
         allow_origins: origins of other pages that may use the server from a browser.
+        allow_hosts: names of the server that are accepted in the header Host, see `hosts`.
         tls_cert, tls_key: files of the certificate and its key; None: no TLS.
         threads: the threads of a step.
         options: keyword arguments of `cellstack.load`.
@@ -74,11 +76,24 @@ class Settings:
     connections: int = 10_000
     tokens: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
     tls_cert: str | None = None
     tls_key: str | None = None
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     recover: bool = False
+
+
+def hosts(settings: Settings) -> set[str]:
+    """Return the names that are accepted in the header Host, none for any.
+
+    A server without tokens on this machine's own address is protected only by that address, which a page of another
+    site can reach under a name of its own. So it accepts no other names than those of this machine and `allow_hosts`.
+    """
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    if settings.tokens or not (host in LOOPBACK or host.startswith("127.")):
+        return {name.lower() for name in settings.allow_hosts}
+    return {host.lower(), *LOOPBACK, *(name.lower() for name in settings.allow_hosts)}
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -181,7 +196,7 @@ class Server(uvicorn.Server):
     ) -> None:
         self.models, self.settings, self.report, self._listens = models, settings, report, listens
         self.ready, self.signal = False, 0
-        self.app = application(models, settings.tokens, settings.allow_origins, self)
+        self.app = application(models, settings.tokens, settings.allow_origins, self, hosts(settings))
         self._store: Store | None = None
         self._handover: HandoverServer | None = None
         self._grpc: Any = None

@@ -21,6 +21,14 @@ def parsed(text: bytes | str) -> Any:
         raise ServeError(400, f"expected JSON: {error}") from None
 
 
+def headers_of(error: ServeError) -> dict[str, str]:
+    """Return the headers of the answer to a refused request."""
+    found = {} if error.retry is None else {"retry-after": str(error.retry)}
+    if error.status in (408, 413):  # what the client continues to send after a refused body would be read and dropped
+        found["connection"] = "close"
+    return found
+
+
 def text_of(value: Any) -> str:
     """Return a value as JSON; NaN and infinity, which JSON doesn't have, as null."""
     try:

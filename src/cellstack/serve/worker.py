@@ -53,8 +53,8 @@ Done = Callable[[Answers], Callable[[], None] | None]
 class Journal(Protocol):
     """Stores frames before they are stepped, so that sessions survive the process; see `durable.py`."""
 
-    def opened(self, session: int, token: str) -> None:
-        """Store that a session of the pool was opened, with its state and its count of frames."""
+    def opened(self, sessions: Sequence[int], tokens: Sequence[str]) -> None:
+        """Store that sessions of the pool were opened, with their states and counts of frames: all or none."""
 
     def closed(self, session: int) -> None:
         """Store that a session was closed."""
@@ -221,13 +221,12 @@ class Worker:
         self.count[slots] = counts
         self._stored_from[slots] = np.maximum(stored_from, counts - min(kept, self.kept))
 
-    def opened(self, session: int, token: str, frames: int) -> None:
-        """Start counting a session's frames from `frames`. Only called by a function that `call` runs."""
-        slot = session % self.pool.capacity
-        self.count[slot] = frames
-        self._stored_from[slot] = frames
+    def opened(self, sessions: Sequence[int], tokens: Sequence[str], frames: Sequence[int]) -> None:
+        """Start counting the frames of sessions from `frames`. Only called by a function that `call` runs."""
+        slots = np.array(sessions, np.int64) % self.pool.capacity
+        self.count[slots] = self._stored_from[slots] = frames
         if self.journal is not None:
-            self.journal.opened(session, token)
+            self.journal.opened(sessions, tokens)
 
     def closed(self, session: int) -> None:
         """Note that a session was closed. Only called by a function that `call` runs."""

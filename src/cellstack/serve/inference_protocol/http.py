@@ -27,6 +27,7 @@ from cellstack.serve.inference_protocol.tensors import (
     to_values,
 )
 from cellstack.serve.models import Model, Models, ServeError
+from cellstack.serve.texts import headers_of
 
 JSON_BYTES = "inference-header-content-length"  # the header with the length of the JSON part, before compression
 WINDOWS = {"gzip": 31, "deflate": 15}  # wbits of zlib
@@ -78,9 +79,7 @@ async def _answered(
             raise ServeError(405, f"expected {method}, got {request.method}")
         return await endpoint(service, request)
     except ServeError as error:
-        # Without "close", what the client continues to send after a refused body would be read and discarded.
-        headers = {"connection": "close"} if error.status in (408, 413) else None
-        return _json({"error": str(error)}, error.status, headers)
+        return _json({"error": str(error)}, error.status, headers_of(error))
     except ClientDisconnect:
         return Response(status_code=400)
     except Exception:
