@@ -219,6 +219,17 @@ def test_the_model_file_changes_under_the_server(tmp_path):
         assert len(found.recv(timeout=5)) == 4 * UNITS
 
 
+def test_a_session_that_is_closed_while_the_body_of_its_step_arrives(short, other):
+    token = httpx.post(f"{short.http}/models/lstm/sessions").json()["session"]
+    body = b'{"x": [1, 2, 3]}'
+    head = f"POST /sessions/{token}/step HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with raw(short, head.encode() + body[:5]) as connection:
+        time.sleep(0.05)
+        assert httpx.delete(f"{short.http}/sessions/{token}").status_code == 204
+        connection.sendall(body[5:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 404")
+
+
 # ── who may use the server ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -1,5 +1,8 @@
 """The HTTP API of a real server."""
 
+import json
+import sys
+import threading
 import time
 
 import httpx
@@ -8,7 +11,7 @@ import pytest
 from serving import UNITS, WIDTH, lstm, running
 
 from cellstack import Bidirectional, Network, Recurrent
-from cellstack.serve import Limits
+from cellstack.serve import Limits, texts
 
 
 @pytest.fixture
@@ -205,3 +208,49 @@ def test_the_rate_of_a_session_is_limited(model_file):
         body["parameters"]["sequence_start"] = False
         answer = client.post("/v2/models/lstm/infer", json=body)
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+
+
+# ── long bodies ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_long_sequences(client):
+    x = np.random.default_rng(3).standard_normal((2, 3000, WIDTH)).astype(np.float32)
+    expected = lstm()(x)
+    y = client.post("/models/lstm/run", json={"x": x.tolist()}).json()["y"]
+    assert (np.float32(y) == expected).all()
+    given = {"name": "x", "datatype": "FP32", "shape": x.shape, "data": x.tolist()}
+    (output,) = client.post("/v2/models/lstm/infer", json={"inputs": [given]}).json()["outputs"]
+    assert (np.float32(output["data"]).reshape(output["shape"]) == expected).all()
+    y = client.post(f"/sessions/{opened(client)}/steps", json={"x": x[0].tolist()}).json()["y"]
+    assert (np.float32(y) == expected[0]).all()
+    given["shape"] = [2, 3000, WIDTH + 1]
+    answer = client.post("/v2/models/lstm/infer", json={"inputs": [given]})
+    assert (answer.status_code, answer.json()["error"][:21]) == (400, "x: expected 24000 val")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (10_000,), (2, 5000), (5000, 2), (1, 3, 4000), (5000, 1, 1), (0,), (2, 0)])
+def test_conversion_in_pieces(shape):
+    values = np.random.default_rng(0).standard_normal(shape)
+    assert json.loads(texts.text_of_array(values)) == values.tolist()
+    assert texts.array_of(values.tolist()).tolist() == values.tolist()
+    assert texts.loads(json.dumps(values.tolist())) == values.tolist()
+
+
+@pytest.mark.parametrize("values", [[[1.0] * 5000, [1.0]], [[1.0]] * 5000 + [[]]])
+def test_lists_of_different_lengths_in_pieces(values):
+    with pytest.raises(ValueError, match="must match|same shape|inhomogeneous"):
+        texts.array_of(values)
+
+
+def test_other_threads_run_while_a_long_text_is_read():
+    text, count, interval = json.dumps([0.123456] * 300_000), 0, sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        reading = threading.Thread(target=texts.loads, args=(text,))
+        reading.start()
+        while reading.is_alive():
+            time.sleep(0.0005)
+            count += 1
+    finally:
+        sys.setswitchinterval(interval)
+    assert count > 5  # one with json.loads, which holds the interpreter's lock

@@ -27,7 +27,7 @@ from cellstack.serve.openapi import OPENAPI
 from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint
 from cellstack.serve.stream_socket import Stream
-from cellstack.serve.texts import described, headers_of, parsed, text_of
+from cellstack.serve.texts import array_of, converted, described, headers_of, parsed, text_of, text_of_array
 from cellstack.serve.tracing import trace_page
 from cellstack.serve.worker import StoppingError
 
@@ -218,17 +218,30 @@ class Api:
     async def run(self, request: Request) -> Response:
         """Run a network over whole sequences."""
         model = self._model(request)
-        x = self._x(await self._json(request))
-        try:
-            names = model.network.inputs
-            if isinstance(x, dict) and x.keys() != set(names):
+        body = await self._body(request)
+
+        def given() -> Any:
+            x, names = _x(parsed(body)), model.network.inputs
+            if not isinstance(x, dict):
+                return _array("x", x)
+            if x.keys() != set(names):
                 raise ServeError(400, f"expected the inputs {', '.join(names)}, got {', '.join(x) or 'none'}")
-            given = {name: _array(name, x[name]) for name in x} if isinstance(x, dict) else _array("x", x)
-            y = await model.run(given)
+            return {name: _array(name, x[name]) for name in x}
+
+        try:
+            y = await model.run(await converted(len(body), given))
         except (ValueError, TypeError) as error:
             raise ServeError(400, str(error)) from None
+
+        def answer() -> str:
+            if len(names) == 1:
+                return f'{{"y": {text_of_array(y)}}}'
+            parts = (f"{text_of(name)}: {text_of_array(of)}" for name, of in zip(names, y, strict=True))
+            return f'{{"y": {{{", ".join(parts)}}}}}'
+
         names = model.network.outputs
-        return _json({"y": y.tolist() if len(names) == 1 else {n: v.tolist() for n, v in zip(names, y, strict=True)}})
+        size = y.nbytes if len(names) == 1 else sum(of.nbytes for of in y)
+        return Response(await converted(size, answer), media_type="application/json")
 
     async def open(self, request: Request) -> Response:
         """Open a session."""
@@ -258,18 +271,14 @@ class Api:
     async def step(self, request: Request) -> Response:
         """Step a session once."""
         session = self._session(request)
-        x = self._x(await self._json(request))
-        frame, y, refused = await self._steps(session, [x])
+        frame, y, refused = await self._steps(session, await self._body(request), one=True)
         return _json({"frame": frame, "y": y[0]}) if not refused else _error(400, refused[0])
 
     async def steps(self, request: Request) -> Response:
         """Step a session by several frames."""
         session = self._session(request)
-        x = self._x(await self._json(request))
-        if not isinstance(x, list) or not x:
-            raise ServeError(400, "x: expected a list of one or more steps")
-        frame, y, refused = await self._steps(session, x)
-        if len(refused) == len(x):
+        frame, y, refused = await self._steps(session, await self._body(request), one=False)
+        if len(refused) == len(y):
             return _error(400, "; ".join(f"step {n}: {why}" for n, why in list(refused.items())[:10]))
         said = {"refused": {str(n): why for n, why in refused.items()}} if refused else {}
         return _json({"frame": frame, "y": y, **said})
@@ -287,18 +296,27 @@ class Api:
             raise ServeError(400, f"steps: expected a number, got {steps!r:.50}")
         return HTMLResponse(await trace_page(session.model, session, int(steps)))
 
-    async def _steps(self, session: Any, x: list[Any]) -> tuple[int, list[Any], dict[int, str]]:
+    async def _steps(self, session: Any, body: bytes, one: bool) -> tuple[int, list[Any], dict[int, str]]:
         """Step a session; return the last frame's number, the outputs, None where refused, and the reasons."""
+        rows = session.model.rows
+
+        def read() -> list[Any]:
+            x, given = _x(parsed(body)), []
+            if one:
+                x = [x]
+            elif not isinstance(x, list) or not x:
+                raise ServeError(400, "x: expected a list of one or more steps")
+            try:
+                for values in x:
+                    given.append(rows.parse(values))  # noqa: PERF401  (its length is the refused step's number)
+            except ValueError as error:  # then no frame is stepped
+                raise ServeError(400, f"step {len(given)}: {error}" if len(x) > 1 else str(error)) from None
+            return given
+
+        given = await converted(len(body), read)
         if session.owner is not None:
             raise ServeError(409, "a WebSocket sends this session's frames; close it first")
-        rows = session.model.rows
-        given: list[Any] = []
-        try:
-            for values in x:
-                given.append(rows.parse(values))  # noqa: PERF401  (its length is the refused step's number)
-        except ValueError as error:  # then no frame is stepped
-            raise ServeError(400, f"step {len(given)}: {error}" if len(x) > 1 else str(error)) from None
-        frame = session.accepted + len(x)
+        frame = session.accepted + len(given)
         answers = await session.model.steps(session, np.concatenate(given))
         y = [None if n in answers.refused else rows.plain(row) for n, row in enumerate(answers.rows)]
         return frame, y, answers.refused
@@ -330,18 +348,16 @@ class Api:
         except asyncio.TimeoutError:
             raise ServeError(408, f"the body didn't arrive within {BODY_SECONDS:.0f} seconds") from None
 
-    async def _json(self, request: Request) -> Any:
-        return parsed(await self._body(request))
 
-    def _x(self, body: Any) -> Any:
-        if not isinstance(body, dict) or "x" not in body:
-            raise ServeError(400, 'expected a JSON object with the key "x"')
-        return body["x"]
+def _x(body: Any) -> Any:
+    if not isinstance(body, dict) or "x" not in body:
+        raise ServeError(400, 'expected a JSON object with the key "x"')
+    return body["x"]
 
 
 def _array(name: str, values: Any) -> Any:
     try:
-        array = np.asarray(values)
+        array = array_of(values)
     except ValueError:
         raise ServeError(400, f"{name}: expected sequences of equal lengths and widths") from None
     if array.dtype.kind not in "iuf":

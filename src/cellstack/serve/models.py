@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from cellstack.network import Network
 
 
+NOT_OPEN = "no session with this token is open"
+
+
 class ServeError(Exception):
     """A request that the server refuses.
 
@@ -345,8 +348,10 @@ class Model:
         """Step a session by some frames.
 
         Raises:
-            ServeError: too many frames are waiting, or came in the last seconds.
+            ServeError: the session was closed; too many frames are waiting, or came in the last seconds.
         """
+        if self.sessions.get(session.token) is not session:
+            raise ServeError(404, NOT_OPEN)
         if session.accepted - session.processed + len(rows) > self.limits.waiting:
             raise ServeError(429, f"more than {self.limits.waiting} frames of the session are waiting", 1)
         if (rate := self.limits.rate) is not None:
@@ -456,7 +461,7 @@ class Models:
         for model in self.all():
             if (session := model.sessions.get(token)) is not None:
                 return session
-        raise ServeError(404, "no session with this token is open")
+        raise ServeError(404, NOT_OPEN)
 
     async def drop_unused(self) -> None:
         """Stop older versions without sessions, and close sessions that were idle for too long."""

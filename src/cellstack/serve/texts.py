@@ -1,12 +1,64 @@
-"""JSON of requests and answers."""
+"""JSON of requests and answers.
+
+Python runs one thread at a time, and C code such as json's isn't interrupted: the text of 16 MB would stop all other
+clients for a second. So long texts and arrays are converted in another thread, and there in pieces.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cellstack.serve.models import Model, ServeError
+
+LARGE = 64 << 10  # bytes that are converted in another thread
+PIECE = 4096  # numbers that are converted at a time: less than a millisecond
+T = TypeVar("T")
+
+
+async def converted(size: int, function: Callable[..., T], *args: Any) -> T:
+    """Return the result of a function that converts `size` bytes; if these are many, it is called in another thread."""
+    return function(*args) if size < LARGE else await asyncio.to_thread(function, *args)
+
+
+def loads(text: bytes | str, **options: Any) -> Any:
+    """Return the value of a JSON text, see `json.loads`. In a long one, other threads can run after each number."""
+    if len(text) >= LARGE:
+        options |= {"parse_float": lambda number: float(number), "parse_int": lambda number: int(number)}
+    return json.loads(text, **options)
+
+
+def array_of(values: Any) -> NDArray[Any]:
+    """Return numbers or nested lists of numbers as an array, see `numpy.asarray`, in pieces.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    if not isinstance(values, list) or not values:
+        return np.asarray(values)
+    if len(values) > PIECE:
+        return np.concatenate([array_of(values[n : n + PIECE]) for n in range(0, len(values), PIECE)])
+    if isinstance(values[0], list) and len(values) * len(values[0]) > PIECE:
+        return np.stack([array_of(one) for one in values])
+    return np.asarray(values)
+
+
+def text_of_array(array: NDArray[Any]) -> str:
+    """Return an array as JSON in pieces, see `text_of`."""
+    if array.size <= PIECE:
+        return text_of(array.tolist())
+    rows = PIECE * len(array) // array.size
+    if rows == 0:
+        parts = [text_of_array(one) for one in array]
+    else:
+        parts = [text_of(array[n : n + rows].tolist())[1:-1] for n in range(0, len(array), rows)]
+    return f"[{', '.join(parts)}]"
 
 
 def parsed(text: bytes | str) -> Any:
@@ -16,7 +68,7 @@ def parsed(text: bytes | str) -> Any:
         ServeError: it isn't JSON.
     """
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError) as error:
         raise ServeError(400, f"expected JSON: {error}") from None
 

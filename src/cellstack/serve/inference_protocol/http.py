@@ -24,10 +24,10 @@ from cellstack.serve.inference_protocol.tensors import (
     from_bytes,
     from_values,
     to_bytes,
-    to_values,
+    to_json,
 )
 from cellstack.serve.models import Model, Models, ServeError
-from cellstack.serve.texts import headers_of
+from cellstack.serve.texts import LARGE, converted, headers_of, loads
 
 JSON_BYTES = "inference-header-content-length"  # the header with the length of the JSON part, before compression
 WINDOWS = {"gzip": 31, "deflate": 15}  # wbits of zlib
@@ -152,17 +152,23 @@ async def _infer(service: Service, request: Request) -> Response:
     else:
         raise ServeError(400, f"{JSON_BYTES}: expected a number from 0 to {len(body)}, got {length:.40}")
     raw = length is not None and size == 0
-    asked: dict[str, Any] = {} if raw else _parsed(body[:size])
     binary = memoryview(body)[size:]
     encodings = _accepted(request.headers.get("accept-encoding", ""))
+    if raw:
+        asked: dict[str, Any] = {}
+        read = partial(_raw, binary)
+    else:
+        asked = await converted(size, _parsed, body[:size])
+        read = partial(_request, asked, binary)
+        if size >= LARGE:
+            found = await asyncio.to_thread(read, service.models.model(name, version))
 
-    def read(model: Model) -> shared.Request:
-        return _raw(model, binary) if raw else _request(asked, binary, name)
+            def read(model: Model) -> shared.Request:
+                return found
 
-    def write(response: shared.Response) -> Response:
-        return _response(response, asked, raw, encodings)
-
-    return await service.start(name, version, read, write)
+    response = await service.start(name, version, read, lambda response: response)
+    count = sum(array.nbytes for array in response.outputs.values())
+    return await converted(count, _response, response, asked, raw, encodings)
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -220,7 +226,7 @@ def _no_number(name: str) -> float:
 
 def _parsed(body: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(body, parse_constant=_no_number)
+        found = loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ServeError(400, f"failed to parse the request JSON: {error!s:.200}") from None
     if not isinstance(found, dict):
@@ -250,7 +256,7 @@ def _named(found: Any, where: str) -> tuple[str, dict[str, Any]]:
     return found["name"], parameters
 
 
-def _request(asked: dict[str, Any], binary: memoryview, model: str) -> shared.Request:
+def _request(asked: dict[str, Any], binary: memoryview, model: Model) -> shared.Request:
     _of(asked, "id", str)
     parameters = _of(asked, "parameters", dict)
     if reserved := [key for key in parameters if key.startswith("triton_")]:
@@ -276,7 +282,7 @@ def _request(asked: dict[str, Any], binary: memoryview, model: str) -> shared.Re
         else:
             inputs[name] = from_values(shown, datatype, shape, found.get("data"))
     if at != len(binary):
-        raise ServeError(400, f"unexpected additional input data for model '{model}': {len(binary) - at} bytes")
+        raise ServeError(400, f"unexpected additional input data for model '{model.name}': {len(binary) - at} bytes")
     outputs = tuple(_named(found, "outputs")[0] for found in _of(asked, "outputs", list))
     for found in asked.get("outputs", ()):
         as_bool("binary_data", found.get("parameters", {}).get("binary_data", False))
@@ -284,7 +290,7 @@ def _request(asked: dict[str, Any], binary: memoryview, model: str) -> shared.Re
     return request_of(inputs, outputs, parameters)
 
 
-def _raw(model: Model, binary: memoryview) -> shared.Request:
+def _raw(binary: memoryview, model: Model) -> shared.Request:
     """Return a request without JSON: the values of the only input, one sequence."""
     network = model.network
     if len(network.inputs) != 1:
@@ -302,24 +308,15 @@ def _response(response: shared.Response, asked: dict[str, Any], raw: bool, encod
     binary = {of["name"]: of.get("parameters", {}).get("binary_data", everything) for of in asked.get("outputs", ())}
     outputs, parts = [], []
     for name, array in response.outputs.items():
-        output: dict[str, Any] = {
-            "name": name,
-            "datatype": datatype_of(array.dtype),
-            "shape": list(array.shape),
-        }
+        output = json.dumps({"name": name, "datatype": datatype_of(array.dtype), "shape": list(array.shape)})[:-1]
         if binary.get(name, everything):
             parts.append(to_bytes(array))
-            output["parameters"] = {"binary_data_size": len(parts[-1])}
+            outputs.append(f'{output}, "parameters": {{"binary_data_size": {len(parts[-1])}}}}}')
         else:
-            output["data"] = to_values(name, array)
-        outputs.append(output)
+            outputs.append(f'{output}, "data": {to_json(name, array)}}}')
     answer = {"id": asked["id"]} if "id" in asked else {}
-    answer |= {
-        "model_name": response.model.name,
-        "model_version": str(response.model.version),
-        "outputs": outputs,
-    }
-    head = json.dumps(answer, separators=(",", ":")).encode()
+    answer |= {"model_name": response.model.name, "model_version": str(response.model.version)}
+    head = f'{json.dumps(answer)[:-1]}, "outputs": [{", ".join(outputs)}]}}'.encode()
     body, headers, kind = head, {}, "application/json"
     if parts:
         body, headers, kind = b"".join([head, *parts]), {JSON_BYTES: str(len(head))}, "application/octet-stream"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.serve.models import ServeError
+from cellstack.serve.texts import array_of, text_of_array
 
 MOST_AXES = 8
 
@@ -86,7 +87,7 @@ def from_values(name: str, datatype: Any, shape: Any, values: Any) -> Tensor:
     if not isinstance(values, list):
         raise ServeError(400, f"{name}: expected data as a list, got {type(values).__name__}")
     try:
-        array = np.array(values)
+        array = array_of(values)
     except (ValueError, OverflowError):
         array = np.array(None)
     kinds = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
@@ -139,12 +140,12 @@ def to_bytes(array: NDArray[Any]) -> bytes:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def to_values(name: str, array: NDArray[Any]) -> list[Any]:
-    """Return an array as a flat list in row-major order.
+def to_json(name: str, array: NDArray[Any]) -> str:
+    """Return an array as the JSON of a flat list in row-major order.
 
     Raises:
         ServeError: NaN or infinity, for which JSON has no number.
     """
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ServeError(400, f"{name} contains NaN or infinity, which JSON can't represent: request binary data")
-    return array.ravel().tolist()
+    return text_of_array(array.ravel())
