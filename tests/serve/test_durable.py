@@ -21,7 +21,8 @@ from durable_server import KEPT, WIDTH, model, network, records
 
 from cellstack.serve import durable, generations
 from cellstack.serve.durable import Store
-from cellstack.serve.models import Limits, Model, ServeError
+from cellstack.serve.models import Limits, Model, Models, ServeError
+from cellstack.serve.server import Server, Settings
 from cellstack.spec import FormatError
 
 SERVER = Path(__file__).with_name("durable_server.py")
@@ -436,8 +437,8 @@ def test_versions_of_a_model_keep_their_sessions(tmp_path):
 
     async def old_again(digest):
         store = Store(tmp_path / "durable")
-        (path,) = store.stored_models()
-        assert path.name == file.name
+        ((path, options),) = store.stored_models()
+        assert (path.name, options) == (file.name, {})
         old = Model.load(path, limits)
         assert old.digest == digest
         assert store.restore(old, path).sessions == 1
@@ -452,13 +453,44 @@ def test_versions_of_a_model_keep_their_sessions(tmp_path):
     asyncio.run(old_again(asyncio.run(old_and_new())))
 
 
+def test_other_options_of_a_model_are_another_version(tmp_path, monkeypatch):
+    file = tmp_path / "lstm.safetensors"
+    network().save(file)
+    monkeypatch.setattr("cellstack.formats.load", lambda path, order=(): network(len(order)))
+    settings = Settings(durable=tmp_path / "durable", limits=Limits(sessions=8))
+    x = steps(4)
+
+    async def serve(options, begin, length):
+        models = Models(settings.limits, options=options)
+        models.add(file)
+        server = Server(models, settings, lambda text: None)
+        server._restore(settings.durable)
+        for served in models.all():
+            served.start(asyncio.get_running_loop())
+        session = await models.model("lstm").open(token="a") if not begin else models.session("a")
+        answers = await session.model.steps(session, records(session.model, x[begin : begin + length]))
+        found = [(served.version, served.options, len(served.sessions)) for served in models.all()]
+        for served in models.all():
+            served.stop()
+        server._store.close()
+        return answers.rows[session.model.rows.outputs.names[0]], found
+
+    given = {"order": ["lstm", "last"]}
+    first, found = asyncio.run(serve(given, 0, 2))
+    assert found == [(1, given, 1)]
+    second, found = asyncio.run(serve({}, 2, 2))
+    assert found == [(1, given, 1), (2, {}, 0)]
+    stream = network(2).stream()
+    assert np.array_equal(np.concatenate([first, second]), np.concatenate([stream.step(one[None]) for one in x]))
+
+
 def test_a_stored_model_file_that_was_changed(tmp_path):
     file = tmp_path / "lstm.safetensors"
     network(0).save(file)
     store = Store(tmp_path / "durable")
     served = Model.load(file, Limits(sessions=8))
     store.restore(served, file)
-    (copy,) = store.stored_models()
+    ((copy, _),) = store.stored_models()
     copy.write_bytes(b"")
     with pytest.raises(FormatError, match="expected the unchanged model file of the sessions"):
         store.stored_models()

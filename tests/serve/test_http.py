@@ -238,7 +238,7 @@ def test_conversion_in_pieces(shape):
 
 @pytest.mark.parametrize("values", [[[1.0] * 5000, [1.0]], [[1.0]] * 5000 + [[]]])
 def test_lists_of_different_lengths_in_pieces(values):
-    with pytest.raises(ValueError, match="must match|same shape|inhomogeneous"):
+    with pytest.raises(ValueError, match=r"must match|same shape|inhomogeneous"):
         texts.array_of(values)
 
 

@@ -38,7 +38,7 @@ from cellstack.serve.generations import (
     read_snapshot,
     write_snapshot,
 )
-from cellstack.serve.models import Model, ServeError, Session, digest_of
+from cellstack.serve.models import Model, ServeError, Session, digest_of, options_text
 from cellstack.serve.worker import MOST_FRAMES
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 LEVELS = ("none", "snapshot", "frames", "synced")
 """What survives `kill -9`: nothing; the sessions as of some seconds ago; every frame; every frame, also a power cut."""
 
+OPTIONS = "options.json"  # in the folder of a model
 REPLAY = 0.5  # seconds of steps in a log, after which the next snapshot is due
 LARGEST = 128 << 20  # bytes of a log, after which the next snapshot is due
 RETRY = 1.0  # seconds after a snapshot that couldn't be written
@@ -127,26 +128,28 @@ class Store:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def stored_models(self) -> list[Path]:
-        """Return the stored copies of model files of which there are stored sessions, oldest first.
+    def stored_models(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Return the stored copies of model files of which there are stored sessions, oldest first, and their options.
 
-        These are the model files of the last process, whose sessions need their version of the model.
+        These are the model files of the last process, whose sessions need their version of the model, loaded with the
+        same options.
 
         Raises:
             FormatError: a copy was changed, or is missing.
         """
-        found: list[tuple[float, Path]] = []
+        found: list[tuple[float, Path, dict[str, Any]]] = []
         for folder in self.folder.iterdir():
             if not folder.is_dir() or not numbers_of(folder, "snapshot"):
                 continue
             paths = list((folder / "model").iterdir()) if (folder / "model").is_dir() else []
-            if len(paths) != 1 or digest_of(paths[0])[:16] != folder.name[-16:]:
+            options = json.loads((folder / OPTIONS).read_text()) if (folder / OPTIONS).is_file() else {}
+            if len(paths) != 1 or digest_of(paths[0], options)[:16] != folder.name[-16:]:
                 raise DamageError(
                     f"{folder / 'model'}: expected the unchanged model file of the sessions in {folder}: put it back, "
                     "or move the folder away to give up its sessions"
                 )
-            found.append((paths[0].stat().st_mtime, paths[0]))
-        return [path for _, path in sorted(found)]
+            found.append((paths[0].stat().st_mtime, paths[0], options))
+        return [(path, options) for _, path, options in sorted(found, key=lambda one: one[:2])]
 
     def restore(self, model: Model, path: Path | None = None, recover: bool = False) -> Restored | None:
         """Restore a model's sessions, and store them from now on. Must be called before the model accepts frames.
@@ -167,7 +170,7 @@ class Store:
         folder = self.folder / f"{model.name}-{model.digest[:16]}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if path is not None and not (folder / "model").exists():
-            _copy(path, folder, model.digest)
+            _copy(path, folder, model)
         return Journal(folder, model, self.level, self.every).restore(recover)
 
     def close(self) -> None:
@@ -175,16 +178,18 @@ class Store:
         self._lock.close()
 
 
-def _copy(path: Path, folder: Path, digest: str) -> None:
-    """Copy a model's file or folder to `folder/model/`."""
+def _copy(path: Path, folder: Path, model: Model) -> None:
+    """Copy a model's file or folder to `folder/model/`, and its options."""
     new = folder / "model-new"
     if new.exists():  # of a process that was killed
         shutil.rmtree(new)
     new.mkdir()
     (shutil.copytree if path.is_dir() else shutil.copyfile)(path, new / path.name)
-    if digest_of(new / path.name) != digest:
+    if digest_of(new / path.name, model.options) != model.digest:
         shutil.rmtree(new)
         raise ServeError(503, f"{path} changed while it was loaded: load it again")
+    if model.options:
+        (folder / OPTIONS).write_text(options_text(model.options))
     new.rename(folder / "model")
 
 
@@ -318,6 +323,7 @@ class Journal:
                 log.close()
         if not self._tokens:
             shutil.rmtree(self.folder / "model", ignore_errors=True)
+            (self.folder / OPTIONS).unlink(missing_ok=True)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 

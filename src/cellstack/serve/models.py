@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import secrets
 import time
@@ -145,8 +146,9 @@ class Model:
         network: the network.
         limits: see `Limits`.
         version: a number from 1, one more each time that the file is loaded again.
-        digest: of the file, hexadecimal; identifies the network in stored sessions.
+        digest: of the file and options, hexadecimal; identifies the network in stored sessions.
         threads: the threads of a step.
+        options: the keyword arguments of `cellstack.load` with which the file was loaded.
 
     Attributes:
         sessions: the open sessions by token.
@@ -157,9 +159,17 @@ class Model:
     """
 
     def __init__(
-        self, name: str, network: Network, limits: Limits, version: int = 1, digest: str = "", threads: int = 1
+        self,
+        name: str,
+        network: Network,
+        limits: Limits,
+        version: int = 1,
+        digest: str = "",
+        threads: int = 1,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.network, self.limits, self.version, self.digest = name, network, limits, version, digest
+        self.options = dict(options or {})
         self.capacity = limits.sessions
         self.sessions: dict[str, Session] = {}
         self.rows: Rows | None = None
@@ -190,7 +200,7 @@ class Model:
         """
         from cellstack.formats import load
 
-        return cls(path.stem, load(path, **options), limits, version, digest_of(path), threads)
+        return cls(path.stem, load(path, **options), limits, version, digest_of(path, options), threads, options)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver answers on this event loop from now on."""
@@ -395,13 +405,25 @@ class Model:
         return await asyncio.get_running_loop().run_in_executor(self._runs, self.network, x)
 
 
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal."""
+def digest_of(path: Path, options: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal.
+
+    Args:
+        path: the file or folder.
+        options: the keyword arguments of `cellstack.load`, which are included if there are any.
+    """
+    if options:
+        return hashlib.sha256(f"{digest_of(path)} {options_text(options)}".encode()).hexdigest()
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = [f"{digest_of(file)} {file.relative_to(path).as_posix()}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """Return keyword arguments of `cellstack.load` as JSON; arrays are lists."""
+    return json.dumps(options, sort_keys=True, default=lambda array: np.asarray(array).tolist())
 
 
 class Models:
@@ -410,7 +432,7 @@ class Models:
     Args:
         limits: see `Limits`.
         threads: the threads of a step.
-        options: keyword arguments of `cellstack.load`, by model.
+        options: keyword arguments of `cellstack.load`.
     """
 
     def __init__(self, limits: Limits, threads: int = 1, options: Mapping[str, Any] | None = None) -> None:
@@ -418,11 +440,16 @@ class Models:
         self.versions: dict[str, list[Model]] = {}
         self.paths: dict[str, Path] = {}
 
-    def load(self, path: Path) -> Model:
-        """Load a file as the next version of the model with its name; `add` makes it available."""
+    def load(self, path: Path, options: Mapping[str, Any] | None = None) -> Model:
+        """Load a file as the next version of the model with its name; `add` makes it available.
+
+        Args:
+            path: the file.
+            options: keyword arguments of `cellstack.load`; None: those of all models.
+        """
         before = self.versions.get(path.stem, [])
         version = before[-1].version + 1 if before else 1
-        return Model.load(path, self.limits, version, self.threads, **self.options)
+        return Model.load(path, self.limits, version, self.threads, **(self.options if options is None else options))
 
     def add(self, path: Path, model: Model | None = None) -> Model:
         """Make a model available for new sessions: the one that `load` returned, or None to load it."""

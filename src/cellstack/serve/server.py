@@ -291,9 +291,9 @@ class Server(uvicorn.Server):
         settings, models = self.settings, self.models
         self._store = store = Store(folder, settings.durability, wait=EXIT_SECONDS if self._taken else 0.0)
         loaded = {model.digest for model in models.all()}
-        for path in reversed(store.stored_models()):  # older versions, of which there are sessions
-            if digest_of(path) not in loaded:
-                models.versions.setdefault(path.stem, []).insert(0, models.load(path))
+        for path, options in reversed(store.stored_models()):  # older versions, of which there are sessions
+            if digest_of(path, options) not in loaded:
+                models.versions.setdefault(path.stem, []).insert(0, models.load(path, options))
         for name, versions in models.versions.items():
             for number, model in enumerate(versions, 1):
                 model.version = number
