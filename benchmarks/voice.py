@@ -48,7 +48,7 @@ def frames_of(args, seed=0):
     return [samples[at : at + count].tobytes() for at in range(0, len(samples) - count + 1, count)]
 
 
-# ── the variants: each sends a stream a frame, and tells when a window is answered ─────────────────────────────────────
+# ── the variants: each sends a stream a frame, and tells when a window is answered ────────────────────────────────────
 
 
 class Pipecat:
@@ -244,7 +244,9 @@ def main():
         for name, streams in runs:
             cost, latencies, memory, late = in_process(load, kind, name, streams, args)
             sender = cost if name == "nothing" else sender
-            line = f"{name:<18}{streams:>5} streams {100 * cost * streams:>7.1f} % of a core, {1e3 * cost:>6.3f} ms per "
+            line = (
+                f"{name:<18}{streams:>5} streams {100 * cost * streams:>7.1f} % of a core, {1e3 * cost:>6.3f} ms per "
+            )
             line += f"stream-second, {1e3 * (cost - sender):>6.3f} without the sender; {memory:.0f} MB"
             if name != "nothing":
                 middle, most = np.percentile(latencies, [50, 99]) * 1e3

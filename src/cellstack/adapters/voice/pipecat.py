@@ -87,6 +87,9 @@ class PipecatVAD(VADAnalyzer):
         Args:
             buffer: 16-bit samples, any number.
         """
+        if not self._turn.locked() and len(self._vad_buffer) + len(buffer) < self._vad_frames_num_bytes:
+            self._vad_buffer += buffer
+            return self._vad_state
         async with self._turn:
             self._vad_buffer += buffer
             while len(self._vad_buffer) >= self._vad_frames_num_bytes:

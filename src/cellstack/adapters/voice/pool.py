@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from cellstack.adapters.voice.loudness import Loudness
 from cellstack.formats import load
 
 CAPACITY = 10_000  # streams; memory is allocated for those in use
+MANY, PAUSE = 8, 0.004  # after a step of so many streams, the next one waits so many seconds for further streams
 SIZES = {16000: (512, 64), 8000: (256, 32)}  # samples of a window by rate, and those repeated from the one before
 MODELS = {  # by package, where its wheel has Silero's file
     "pipecat": "audio/vad/data/silero_vad.onnx",
@@ -24,12 +26,8 @@ MODELS = {  # by package, where its wheel has Silero's file
 }
 
 
-class Window(NamedTuple):
-    """A window that waits for its step."""
-
-    voice: Voice
-    samples: bytes
-    answer: asyncio.Future[tuple[float, float]]
+Result = tuple[float, float]  # the probability of speech and the volume
+Then = Callable[[Result | Exception], None]  # called with a window's result, or the error of its step
 
 
 class Pool:
@@ -52,7 +50,8 @@ class Pool:
         network = load(path, frames={"input": self.size}, context={"input": context}, constants={"sr": rate})
         self.sessions = network.pool(CAPACITY)
         self.loudness = Loudness(rate, self.size, CAPACITY)
-        self._waiting: dict[asyncio.AbstractEventLoop, dict[Voice, Window]] = {}
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[Voice, tuple[bytes, Then]]] = {}
+        self._next = 0.0  # when the next step may start, by the event loop's clock
         self._dropped: deque[int] = deque()  # sessions that aren't needed any more
 
     def open(self, scale: int, volume: bool = False) -> Voice:
@@ -77,23 +76,29 @@ class Pool:
         """Close a session before the next one is opened. A finaliser may call this at any time."""
         self._dropped.append(session)
 
-    def step(self, voice: Voice, samples: bytes) -> asyncio.Future[tuple[float, float]]:
-        """Step a stream with all others that call this in the same turn of the event loop; see `Voice.step`."""
+    def add(self, voice: Voice, samples: bytes, then: Then) -> None:
+        """Step a stream with all others for which this is called before the step.
+
+        The step is in the next turn of the event loop, or `PAUSE` after the last one if that stepped `MANY` streams.
+
+        Args:
+            voice: the stream.
+            samples: a window of 16-bit samples.
+            then: is called after the step; it mustn't raise, and may add the stream's next window.
+        """
         loop = asyncio.get_running_loop()
         waiting = self._waiting.get(loop)
-        if waiting is not None and voice in waiting:  # its previous call was cancelled
+        if waiting is not None and voice in waiting:  # its previous caller was cancelled
             self._step_waiting(loop)
-            waiting = None
+            waiting = self._waiting.get(loop)
         if waiting is None:
             for other in [other for other in list(self._waiting) if other.is_closed()]:
                 self._waiting.pop(other, None)
             waiting = self._waiting[loop] = {}
-            loop.call_soon(self._step_waiting, loop)
-        answer = loop.create_future()
-        waiting[voice] = Window(voice, samples, answer)
-        return answer
+            loop.call_later(max(0.0, self._next - loop.time()), self._step_waiting, loop)
+        waiting[voice] = samples, then
 
-    def step_now(self, windows: list[tuple[Voice, bytes]]) -> list[tuple[float, float]]:
+    def step_now(self, windows: list[tuple[Voice, bytes]]) -> list[Result]:
         """Step different streams by one window each and return what `Voice.step` does."""
         numbers = np.frombuffer(b"".join([samples for _, samples in windows]), "<i2").reshape(-1, self.size)
         scales = np.array([[voice.scale] for voice, _ in windows], np.float32)
@@ -109,19 +114,17 @@ class Pool:
         return list(zip(speech, volumes, strict=True))
 
     def _step_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
-        windows = list(self._waiting.pop(loop, {}).values())
-        if not windows:
+        waiting = self._waiting.pop(loop, None)
+        if waiting is None:
             return
+        self._next = loop.time() + PAUSE if len(waiting) >= MANY else 0.0
+        results: Iterable[Result | Exception]
         try:
-            results = self.step_now([(voice, samples) for voice, samples, _ in windows])
+            results = self.step_now([(voice, samples) for voice, (samples, _) in waiting.items()])
         except Exception as error:  # of the step that these callers share
-            for _, _, answer in windows:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        for (_, _, answer), result in zip(windows, results, strict=True):
-            if not answer.done():
-                answer.set_result(result)
+            results = repeat(error)
+        for (_, then), result in zip(waiting.values(), results, strict=False):
+            then(result)
 
 
 class Voice:
@@ -140,13 +143,15 @@ class Voice:
             self.slot = pool.loudness.open()
             self._close_slot = weakref.finalize(self, pool.loudness.close, self.slot)
 
-    def step(self, samples: bytes) -> asyncio.Future[tuple[float, float]]:
+    def step(self, samples: bytes) -> asyncio.Future[Result]:
         """Step the stream by one window; the result is the probability of speech and the volume, 0 if not measured.
 
         Args:
             samples: a window of 16-bit samples.
         """
-        return self.pool.step(self, samples)
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self.pool.add(self, samples, partial(_answer, answer))
+        return answer
 
     def reset(self) -> None:
         """Set the model's state to the initial one; the volume continues."""
@@ -159,6 +164,15 @@ class Voice:
         self._close_session()
         if self.slot is not None:
             self._close_slot()
+
+
+def _answer(answer: asyncio.Future[Result], result: Result | Exception) -> None:
+    if answer.done():  # its caller was cancelled
+        return
+    if isinstance(result, Exception):
+        answer.set_exception(result)
+    else:
+        answer.set_result(result)
 
 
 @cache
