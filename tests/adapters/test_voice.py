@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import re
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,12 @@ def speech(rate, seed):
 
 def parts_of(samples, count):
     return [samples[at : at + count] for at in range(0, len(samples), count)]
+
+
+def code_of(library):
+    """Return the code of docs/voice.md for a library."""
+    page = (Path(__file__).parents[2] / "docs" / "voice.md").read_text(encoding="utf-8")
+    return next(block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if f"from {library}" in block)
 
 
 # ── loudness ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,6 +196,22 @@ def test_a_missing_package_is_named(name, package, install, monkeypatch):
         getattr(voice, name)
 
 
+def test_a_step_of_many_streams_waits_for_further_ones(pool, rng):
+    x = windows_of(rng, 2, pools.MANY + 1)
+
+    async def run():
+        voices = [pool.open(32768) for _ in range(pools.MANY + 1)]
+        first = [one.step(window.tobytes()) for one, window in zip(voices[:-1], x[0], strict=False)]
+        await asyncio.gather(*first)
+        later = [voices[0].step(x[1, 0].tobytes())]
+        await asyncio.sleep(0)
+        later.append(voices[-1].step(x[1, -1].tobytes()))
+        await asyncio.gather(*later)
+
+    asyncio.run(run())
+    assert pool.batches == [pools.MANY, 2]
+
+
 # ── pipecat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -247,6 +271,12 @@ def test_pipecat_analyzers_have_the_states_of_the_original(rate, ms, pipecat):
         assert max(p[original]) > 0.9
         np.testing.assert_allclose(p[own], p[original], atol=1e-5, rtol=0)
         assert own._prev_volume == pytest.approx(original._prev_volume, abs=1e-9)
+
+
+def test_the_code_of_the_docs_runs_in_pipecat(pipecat):
+    names = {}
+    exec(code_of("pipecat"), names)
+    assert isinstance(names["params"].vad_analyzer, voice.PipecatVAD)
 
 
 def test_pipecat_analyzers_use_no_threads_and_one_pool(pipecat):
@@ -382,6 +412,51 @@ def test_livekit_streams_have_the_events_of_the_original(rate, model_rate, flush
             assert [getattr(event, name) for event in ours] == [getattr(event, name) for event in theirs]
         p = [[event.probability for event in events] for events in (ours, theirs)]
         np.testing.assert_allclose(*p, atol=1e-5, rtol=0)
+
+
+def test_the_code_of_the_docs_runs_in_livekit(livekit):
+    async def run():
+        exec(code_of("livekit"), names)
+
+    names = {}
+    asyncio.run(run())
+    assert isinstance(names["session"].vad, voice.LiveKitVAD)
+
+
+def test_livekit_streams_send_metrics(livekit, caplog):
+    sent = []
+
+    async def run():
+        vad = voice.LiveKitVAD()
+        vad.on("metrics_collected", sent.append)
+        return await events_of(vad, 16000, speech(16000, 0), 320)
+
+    events = asyncio.run(run())
+    windows = [event for event in events if event.type.value == "inference_done"]
+    assert [one.inference_count for one in sent] == [32] * (len(windows) // 32)
+    assert sent[0].inference_duration_total == pytest.approx(sum(event.inference_duration for event in windows[:32]))
+
+
+def test_a_livekit_stream_that_is_closed_ends_its_iteration_and_its_session(livekit):
+    from livekit import rtc
+
+    async def run():
+        vad = voice.LiveKitVAD()
+        count, stream = len(vad._pool.sessions), vad.stream()
+        reading = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="another task waits"):
+            await anext(stream)
+        stream.push_frame(rtc.AudioFrame(bytes(2048), 16000, 1, 1024))
+        await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await reading
+        with pytest.raises(RuntimeError, match=r"is closed|input ended"):
+            stream.push_frame(rtc.AudioFrame(bytes(2048), 16000, 1, 1024))
+        vad.stream()
+        assert len(vad._pool.sessions) <= count + 1
+
+    asyncio.run(run())
 
 
 def test_livekit_parameters_change_while_streams_run(livekit):

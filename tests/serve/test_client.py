@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import dataclasses
+import re
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from serving import UNITS, WIDTH, lstm, running
 
-from cellstack import ShapeError
+from cellstack import Dense, Network, ShapeError
 from cellstack.serve import Limits, ServeError
 from cellstack.serve.client import AsyncClient, Client, LostError, RefusedError, server
 from cellstack.serve.client.calls import AHEAD
@@ -198,6 +200,17 @@ def test_another_client_resumes_a_session_with_its_stored_answers(served, rng):
     np.testing.assert_array_equal(run(work()), outputs(x))
 
 
+def test_the_clients_of_the_docs_run(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```py\n(.*?)```", page.split("\n## Clients\n")[1].split("\n## ")[0], re.DOTALL)
+    net = Network([*lstm().nodes, Dense(np.ones((UNITS, 2), np.float32))])
+    net.save(tmp_path / "tagger.safetensors")
+    with running(tmp_path / "tagger.safetensors") as server:
+        for block in blocks:
+            exec(block.replace("ws://127.0.0.1:8080", server.ws), {"__name__": "block"})
+        assert len(blocks) == 3
+
+
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -261,6 +274,43 @@ def test_tokens_and_addresses_are_checked(model_file):
         AsyncClient("localhost")
     with pytest.raises(ConnectionError), Client(f"ws://127.0.0.1:{server.port}"):
         pass
+
+
+def test_a_client_that_is_used_wrongly_says_how(served):
+    async def work():
+        with pytest.raises(RuntimeError, match="use it in a `with` block"):
+            await AsyncClient(served.ws).open("lstm")
+        async with AsyncClient(served.ws) as client:
+            session = await client.open("lstm")
+            with pytest.raises(RuntimeError, match="belongs to another event loop"):
+                await asyncio.to_thread(asyncio.run, session.step([1, 2, 3]))
+            await session.close()
+
+    run(work())
+    client = Client(served.ws)
+    with pytest.raises(RuntimeError, match="use it in a `with` block"):
+        client.open("lstm")
+    with client:
+        client.open("lstm").close()
+    with pytest.raises(ConnectionError, match="the client was closed"):
+        client.open("lstm")
+    with pytest.raises(RuntimeError, match="make a new one"):
+        client.__enter__()
+
+
+def test_the_ids_of_closed_sessions_are_used_again(served):
+    with Client(served.ws) as client:
+        for n in range(70):
+            session = client.open("lstm")
+            session.step([1, 2, n])
+            session.close()
+            assert session.frame == 1
+        other = client.open("lstm")
+        other.step([1, 2, 3])
+        other.step([1, 2, 3])
+        assert (session.frame, other.frame) == (1, 2)
+        assert len(client._core._calls.sent) == 64
+        other.close()
 
 
 # ── lost connections ────────────────────────────────────────────────────────────────────────────────────────────────
