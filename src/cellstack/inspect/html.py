@@ -76,7 +76,7 @@ POLICY = (
 )
 """The content security policy: only the page's own scripts run, and nothing is requested from a network."""
 
-HEAD = """<!doctype html>
+_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -89,15 +89,20 @@ HEAD = """<!doctype html>
 <body>
 <main id="page"></main>
 <noscript>This page needs JavaScript, which is disabled in this browser.</noscript>
-<script type="application/json" id="description">"""
+"""
 
-START = """
+_START = """
 const element = (name) => document.getElementById(name).textContent;
 const description = JSON.parse(element("description"));
 const arrays = description.arrays.map((_, number) => () => element(`array-${number}`));
 const payload = { description, arrays };
 render({ model: { get: () => payload }, el: document.getElementById("page") });
 """
+
+
+def head(title: str, policy: str = POLICY) -> str:
+    """Return the beginning of a page, up to its scripts, with an empty element `page`."""
+    return _HEAD.format(policy=html.escape(policy), title=html.escape(title))
 
 
 @cache
@@ -139,11 +144,11 @@ def save_html(
 def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any, **meaning: Any) -> Iterator[bytes]:
     """Return the page of a trace in chunks: see `NetworkTrace.save_html`; errors are raised before the first chunk."""
     made = contents.payload(t, labels, audio, title, rows, **meaning)
-    head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
+    begin = head(made.description["title"]) + '<script type="application/json" id="description">'
     before, after = b'<script type="text/plain" id="array-%d">', b"</script>\n"
     arrays = ((before % number, base64.b64encode(data), after) for number, data in enumerate(made.arrays))
     return chain(
-        (head.encode("utf-8", "replace"), contents.text_of(made.description).encode(), after),
+        (begin.encode("utf-8", "replace"), contents.text_of(made.description).encode(), after),
         chain.from_iterable(arrays),
-        (b'<script type="module">\n', (module_text() + START).encode(), after, b"</body>\n</html>\n"),
+        (b'<script type="module">\n', (module_text() + _START).encode(), after, b"</body>\n</html>\n"),
     )
