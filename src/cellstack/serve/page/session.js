@@ -9,7 +9,12 @@ export const access = { token: "" };
 // A request to the server; an answer with an error is thrown as its text.
 export async function ask(path) {
   const headers = access.token ? { Authorization: `Bearer ${access.token}` } : {};
-  const answer = await fetch(new URL(path, base()), { headers });
+  let answer;
+  try {
+    answer = await fetch(new URL(path, base()), { headers });
+  } catch {
+    throw new Error("the server can't be reached");
+  }
   if (answer.ok) return answer;
   const text = await answer.text();
   let why = text;
@@ -64,10 +69,10 @@ export class LiveSession {
   }
 
   lost({ code, reason }) {
-    const opened = this.token !== null;
     this.sent.clear();
     if (this.ended) return;
-    this.on.closed(reason || (opened ? `the connection was closed (code ${code})` : "the server refused the connection"));
+    const lost = code === 1006 ? "the connection to the server was lost" : `the server closed the connection with code ${code}`; // 1006: no close frame arrived
+    this.on.closed(reason || (this.token === null ? "the server can't be reached, or refuses the connection" : lost));
   }
 
   // End the session on the server.

@@ -98,7 +98,12 @@ const COLLECTOR = `registerProcessor("collector", class extends AudioWorkletProc
 // The microphone, at a rate to which the browser resamples. Its source has `stop`.
 export async function microphone(width, rate) {
   if (!navigator.mediaDevices) throw new Error("browsers allow the microphone only for https and for localhost");
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false } });
+  let stream;
+  try {
+    stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false } });
+  } catch (error) {
+    throw new Error(`the browser gives no microphone: ${error.message}`);
+  }
   const audio = new AudioContext({ sampleRate: rate });
   const url = URL.createObjectURL(new Blob([COLLECTOR], { type: "text/javascript" }));
   await audio.audioWorklet.addModule(url);

@@ -27,6 +27,7 @@ const OWN = `
 .figures dd { margin: 0; font-weight: 650; font-size: 17px; }
 .values { display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .values span { border-bottom: 3px solid var(--line); padding: 0 2px; }
+.about, .values span { overflow-wrap: anywhere; }
 .errors { margin: 8px 0 0; padding: 0; list-style: none; }
 .errors li { background: var(--warn-soft); color: var(--warn); border-radius: 8px; padding: 6px 10px; margin-top: 4px; overflow-wrap: anywhere; }
 .card h3 { margin: 14px 0 0; }
@@ -384,11 +385,10 @@ class Trial {
   }
 
   lost(reason) {
-    const running = this.source !== null;
     this.stop();
     this.session = null;
     this.newButton.disabled = this.traceButton.disabled = true;
-    if (running && !this.opening) this.complain(reason);
+    if (!this.opening) this.complain(`${reason}; the next frame begins a new session`);
   }
 
   // Make the server record the session's steps, for its trace.
