@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import ssl
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -72,14 +73,22 @@ def serve(args: argparse.Namespace) -> int:
     try:
         from cellstack.serve import Limits, ServeError
         from cellstack.serve.server import Settings, prepare_process
+
+        if args.grpc_port is not None:
+            import cellstack.serve.inference_protocol.grpc  # noqa: F401  (it says what is missing)
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
     for name, least in (("port", 0), ("sessions", 1), ("idle", 0), ("connections", 1), ("message", 1024), ("rate", 0)):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise UsageError(f"expected --{name} of at least {least}, got {value}")
+    for name, port in (("port", args.port), ("grpc-port", args.grpc_port)):
+        if port is not None and port > 65535:
+            raise UsageError(f"expected --{name} of at most 65535, got {port}")
     if args.tls_key and not args.tls_cert:
         raise UsageError("--tls-key needs --tls-cert")
+    if args.tls_cert:
+        _check_certificate(args.tls_cert, args.tls_key)
     if args.durability and args.durability != "none" and not args.durable:
         raise UsageError(f"--durability {args.durability} needs --durable FOLDER")
     limits = Limits(args.sessions, args.idle, message=args.message, rate=args.rate)
@@ -142,6 +151,17 @@ def _run(
         server = Server(models, settings, report, listens)
         server.run(sockets)
         return 130 if server.signal == signal.SIGINT else 0
+
+
+def _check_certificate(certificate: str, key: str | None) -> None:
+    for option, file in (("cert", certificate), ("key", key)):
+        if file and not Path(file).is_file():
+            raise UsageError(f"--tls-{option}: {file}: no such file")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:
+        needs = "" if key else "; a file without the certificate's key needs --tls-key"
+        raise UsageError(f"--tls-cert: expected a certificate and its key in PEM files: {error}{needs}") from None
 
 
 def tokens(given: str | None) -> tuple[str, ...]:
