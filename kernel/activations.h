@@ -122,11 +122,11 @@ INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, 
 
 // For a gate without a default: one copy for all kinds, as the switch has a branch for every activation.
 template <class T>
-__attribute__((noinline)) V<T> any_activation(const Activation& activation, V<T> z) {
+NOINLINE V<T> any_activation(const Activation& activation, V<T> z) {
     return apply<T>(activation, z);
 }
 template <class T>
-__attribute__((noinline)) V<T> any_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
+NOINLINE V<T> any_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
     return gate_slope<T, false, false, false>(d, limits, gate, y);
 }
 

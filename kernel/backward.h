@@ -49,7 +49,7 @@ struct Outputs {
 // The gradient of the state of rows that were reset before step n: it is added to that of the initial state, and the
 // step before gets none.
 template <class T>
-__attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int64_t columns) {
+NOINLINE void restart_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
     const int64_t wide = f.blocks * W, t = time_of(f, n);
     const Outputs<T> own(f);

@@ -87,11 +87,12 @@ struct nb::detail::type_caster<PerState<use>> {
     bool from_python(nb::handle given, uint8_t flags, nb::detail::cleanup_list* cleanup) noexcept {
         if (given.is_none()) return true;
         if (!PyTuple_Check(given.ptr()) && !PyList_Check(given.ptr())) return false;
-        const Py_ssize_t count = PySequence_Fast_GET_SIZE(given.ptr());
+        const Py_ssize_t count = PySequence_Size(given.ptr());
         if (count > kStates) return false;
         for (Py_ssize_t k = 0; k < count; ++k) {
             nb::detail::make_caster<Address<use>> entry;
-            if (!entry.from_python(PySequence_Fast_GET_ITEM(given.ptr(), k), flags, cleanup)) return false;
+            const nb::object of_state = nb::steal(PySequence_GetItem(given.ptr(), k));
+            if (!entry.from_python(of_state, flags, cleanup)) return false;
             value.of[k] = std::move(entry.value);
         }
         return true;

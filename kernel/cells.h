@@ -62,7 +62,7 @@ INLINE V<T> zone(const T* mask, double rate, int64_t steps, int64_t width, const
 
 // A block of a target after its patch; `before` is its value after the previous step.
 template <class T>
-__attribute__((noinline)) V<T> patched(const Patches<T>& p, int32_t line, const Place& at, V<T> v, V<T> before) {
+NOINLINE V<T> patched(const Patches<T>& p, int32_t line, const Place& at, V<T> v, V<T> before) {
     const T* row = p.table + line * 3 * p.width + at.unit;
     const V<T> scale = load_lanes(row, at.lanes), hold = load_lanes(row + p.width, at.lanes), none = splat(T(0));
     V<T> out = load_lanes(row + 2 * p.width, at.lanes);

@@ -1,35 +1,30 @@
 // Selects the instruction set: the best one that the machine supports, unless another one is requested.
 #include "dispatch.h"
 
-#include <unistd.h>
-
 #include <atomic>
 #include <cstring>
 
 #include "cell.h"
+#include "platform.h"
 
 namespace cellstack {
 namespace {
 
 std::vector<const InstructionSet*> find() {
     std::vector<const InstructionSet*> sets;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
 #ifdef CELLSTACK_HAS_avx512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw")) {
-        if (__builtin_cpu_supports("avx512vnni")) {
+    if (CPU_SUPPORTS("avx512f") && CPU_SUPPORTS("avx512vl") && CPU_SUPPORTS("avx512dq") && CPU_SUPPORTS("avx512bw")) {
+        if (CPU_SUPPORTS("avx512vnni")) {
             sets.push_back(&avx512::vnni);
             // On some processors a pair takes four times as long as a multiply-add, on others equally long.
-            if (__builtin_cpu_supports("avx512bf16"))
+            if (CPU_SUPPORTS("avx512bf16"))
                 sets.insert(avx512::pairs_pay() ? sets.begin() : sets.end(), &avx512::pairs);
         }
         sets.push_back(&avx512::set);
     }
 #endif
 #ifdef CELLSTACK_HAS_avx2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::set);
+    if (CPU_SUPPORTS("avx2") && CPU_SUPPORTS("fma")) sets.push_back(&avx2::set);
 #endif
 #ifdef CELLSTACK_HAS_baseline
     sets.push_back(&baseline::set);
@@ -59,10 +54,8 @@ std::atomic<bool> by_name{false};
 
 double resident_bytes() {
     static const double bytes = [] {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-        if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return 0.75 * double(size);
-#endif
-        return 0.75e6;  // the system doesn't say: that of a megabyte
+        const int64_t size = level2_cache_bytes();
+        return size > 0 ? 0.75 * double(size) : 0.75e6;  // of a megabyte, where the system doesn't say
     }();
     return bytes;
 }

@@ -10,7 +10,7 @@ namespace {
 
 // Sets the state of rows that are reset before step n to the cell's initial state.
 template <class T>
-__attribute__((noinline)) void restart(const Forward<T>& f, int64_t n) {
+NOINLINE void restart(const Forward<T>& f, int64_t n) {
     const Description& d = *f.w.d;
     const int64_t wide = f.w.blocks * Vec<T>::W, output_wide = f.w.output_blocks * Vec<T>::W, t = time_of(f, n);
     const Arrays<const T>& arrays = f.w.arrays;
@@ -136,7 +136,7 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
 
 // A step of a batch of one row. Two blocks at a time: eight chains hide the latency of one.
 template <class Kind, class T>
-__attribute__((noinline)) void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
+NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
     const int64_t blocks = f.end_block - f.block, twos = blocks / 2;
     if (f.mask && !f.mask[time_of(f, n)]) {
         V<T> none[4] = {};
@@ -160,8 +160,8 @@ void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next)
 
 // Computes rows row … row+R of a block at step n from their sums over x and over h, [R][4][W] each.
 template <class T>
-__attribute__((noinline)) void finish_rows(const Forward<T>& f, const T* over_x, const T* sums, int64_t n,
-                                           int64_t block, int64_t row, int R, const T* h, T* h_next) {
+NOINLINE void finish_rows(const Forward<T>& f, const T* over_x, const T* sums, int64_t n, int64_t block, int64_t row,
+                          int R, const T* h, T* h_next) {
     constexpr int W = Vec<T>::W;
     for (int r = 0; r < R; ++r, over_x += 4 * W, sums += 4 * W) {
         V<T> z[4];

@@ -246,6 +246,9 @@ struct InstructionSet {
     bool pairs;  // bfloat16 is multiplied two k at a time
 };
 
+// The time of a steady clock (threads.cpp).
+int64_t nanoseconds();
+
 // What kernel/simd.cpp is compiled to. `vnni` and `pairs` are for processors with instructions for 8-bit and 16-bit
 // weights, and differ from `set` only in their tiles.
 namespace baseline {

@@ -37,8 +37,7 @@ INLINE void pack_bfloat16(uint32_t* to, const float* panel, int64_t depth, int g
 
 // Rounds rows to bfloat16, as floats or in pairs as in a panel; zeros beyond `depth`. The results are narrow_stride
 // apart.
-__attribute__((noinline)) void round_rows(bool pairs, float* to, const Rows<float>& rows, int64_t count,
-                                          int64_t depth) {
+NOINLINE void round_rows(bool pairs, float* to, const Rows<float>& rows, int64_t count, int64_t depth) {
     constexpr int W = Vec<float>::W;
     const int64_t stride = narrow_stride(Element::kBfloat16, depth);
     for (int64_t m = 0; m < count; ++m, to += stride) {
@@ -168,8 +167,8 @@ INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
 // Runs a product with narrow weights. One copy serves all kinds of cell.
-__attribute__((noinline)) void multiply_narrow(Product<float>& p, const Rows<float>& rows, int64_t count, float* to,
-                                               bool add, bool down, int first, int wanted) {
+NOINLINE void multiply_narrow(Product<float>& p, const Rows<float>& rows, int64_t count, float* to, bool add, bool down,
+                              int first, int wanted) {
     const Rows<float> own{p.narrow, narrow_stride(p.w.element, p.depth), 0, count};
     if (p.w.element == Element::kInt8) {
         for (int64_t m = 0; m < count; ++m)

@@ -4,10 +4,11 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #include <link.h>
-#include <pthread.h>
 #include <time.h>
 
 #include <mutex>
+
+#include "platform.h"
 
 namespace cellstack {
 namespace {
@@ -79,8 +80,8 @@ std::atomic<bool> forked{false};  // a forked child process doesn't have its par
 }  // namespace
 
 bool run_on_open_mp(int count, void (*task)(void*, int), void* context) {
-    static const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    if (at_fork || forked) return false;
+    static const bool told = after_fork([] { forked = true; });
+    if (!told || forked) return false;
     const OpenMp with = open_mp();
     if (!with.parallel || with.threads() < count) return false;
     // Another thread of the team that OpenMP keeps for this thread; unknown until its first call.

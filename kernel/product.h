@@ -150,8 +150,8 @@ struct Product {
             }
     }
 
-    __attribute__((noinline)) void run(const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
-                                       int first = 0, int wanted = 0) {
+    NOINLINE void run(const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false, int first = 0,
+                      int wanted = 0) {
         if (!wanted) wanted = gates;
         if (w.unpacked) {
             for (int64_t m = 0; m < count; ++m, to += gates * stride)

@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -32,8 +31,7 @@ class Scratch {
         if (best) {
             std::swap(own_, *best);
         } else {
-            own_ = {aligned_alloc(64, bytes), bytes};
-            if (!own_.memory) throw std::bad_alloc();
+            own_ = {::operator new(bytes, kLine), bytes};
         }
     }
     ~Scratch() {
@@ -41,15 +39,16 @@ class Scratch {
         size_t left = kMost;
         for (Block& block : spare().blocks) {
             if (block.bytes < own_.bytes && own_.bytes <= left) std::swap(block, own_);
-            if (block.bytes > left) free(std::exchange(block, {}).memory);
+            if (block.bytes > left) ::operator delete(std::exchange(block, {}).memory, kLine);
             left -= block.bytes;
         }
-        free(own_.memory);
+        ::operator delete(own_.memory, kLine);
     }
     Scratch(const Scratch&) = delete;
     T* get() const { return static_cast<T*>(own_.memory); }
 
   private:
+    static constexpr std::align_val_t kLine{64};
     static constexpr size_t kMost = size_t(64) << 20;  // bytes that a thread keeps
     static size_t bytes_of(int64_t count) {
         if (count < 0 || count > kMostNumbers) throw std::bad_alloc();
@@ -62,7 +61,7 @@ class Scratch {
     struct Spare {
         Block blocks[4];
         ~Spare() {
-            for (Block& block : blocks) free(block.memory);
+            for (Block& block : blocks) ::operator delete(block.memory, kLine);
         }
     };
     static Spare& spare() {

@@ -3,8 +3,6 @@
 // Nothing here, or in the included headers, may be shared with another translation unit: of an inline function the
 // linker keeps one copy for all of them, which may be the one compiled for AVX-512. Hence the anonymous namespaces, and
 // no standard templates.
-#include <ctime>
-
 #include "backward.h"
 #include "forward.h"
 
@@ -138,11 +136,9 @@ double time_of_sums(TileRoutine<float> routine) {
     t.to = sums, t.to_row = 4 * W, t.to_vector = W;
     double least = 1e9;
     for (int time = 0; time < 8; ++time) {
-        timespec begin, end;
-        clock_gettime(CLOCK_MONOTONIC, &begin);
+        const int64_t begin = nanoseconds();
         for (int n = 0; n < 8; ++n) routine(t);
-        clock_gettime(CLOCK_MONOTONIC, &end);
-        const double taken = double(end.tv_sec - begin.tv_sec) * 1e9 + double(end.tv_nsec - begin.tv_nsec);
+        const double taken = double(nanoseconds() - begin);
         least = taken < least ? taken : least;
     }
     return least;

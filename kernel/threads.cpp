@@ -1,8 +1,5 @@
 #include "threads.h"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -11,20 +8,11 @@
 #include <thread>
 #include <vector>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "leaf.h"
+#include "platform.h"
 
 namespace cellstack {
 namespace {
-
-void pause_a_moment() {
-#if defined(__SSE2__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // Spinning catches the next call of a loop without the few microseconds that waking a thread takes; then threads sleep.
 constexpr int kSpins = 2000;
@@ -117,7 +105,7 @@ std::once_flag pool_made;
 Pool& the_pool() {
     std::call_once(pool_made, [] {
         pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+        after_fork([] { pool = new Pool; });
     });
     return *pool;
 }
@@ -133,7 +121,7 @@ void parallel(int count, void (*task)(void*, int), void* context) {
 
 void wait_a_moment(int spin) {
     pause_a_moment();
-    if (spin > kSpins) sched_yield();
+    if (spin > kSpins) std::this_thread::yield();
 }
 
 void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
@@ -147,9 +135,7 @@ void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
 // intervals.
 constexpr int64_t kOffer = 500'000;  // nanoseconds
 
-static int64_t nanoseconds() {
-    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+int64_t nanoseconds() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 Lockstep::Lockstep(int shares, int64_t phases) : shares_(shares), phases_(phases), claims_(new Claims[shares]) {}
 
@@ -160,7 +146,7 @@ void Lockstep::Waiter::yield_core() {
     const int64_t now = nanoseconds();
     if (now - since_ < kOffer) return;
     since_ = now;
-    sched_yield();
+    std::this_thread::yield();
 }
 
 double lockstep_latency() {
@@ -191,18 +177,7 @@ double lockstep_latency() {
     return latency;
 }
 
-#if defined(__SSE2__)
-FlushDenormals::FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(unsigned(before_) | 0x8040u); }
-FlushDenormals::~FlushDenormals() { _mm_setcsr(unsigned(before_)); }
-#elif defined(__aarch64__)
-FlushDenormals::FlushDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" ::"r"(before_ | (uint64_t(1) << 24)));
-}
-FlushDenormals::~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
-#else
-FlushDenormals::FlushDenormals() : before_(0) {}
-FlushDenormals::~FlushDenormals() {}
-#endif
+FlushDenormals::FlushDenormals() : before_(float_mode()) { set_float_mode(before_ | kDenormalsAreZero); }
+FlushDenormals::~FlushDenormals() { set_float_mode(before_); }
 
 }  // namespace cellstack

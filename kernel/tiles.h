@@ -41,7 +41,7 @@ struct Cursor {
     }
     template <bool Ahead>
     INLINE void next() {
-        if (Ahead) __builtin_prefetch(ahead, 0, 2), ahead += kLine<T>;
+        if (Ahead) prefetch(ahead), ahead += kLine<T>;
         panel += step;
     }
 };
@@ -205,7 +205,7 @@ INLINE void end(const Tile<T>& t, const Words (&sums)[R][N * C]) {
 }
 
 template <class Kind, int R, int N, int C>
-__attribute__((noinline)) void tile(const Tile<typename Kind::Number>& t) {
+NOINLINE void tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
     constexpr int W = Vec<T>::W;
     typename Kind::Sum sums[R][N * C];
@@ -218,7 +218,7 @@ __attribute__((noinline)) void tile(const Tile<typename Kind::Number>& t) {
 }
 
 template <class Kind, int R, int C>
-__attribute__((noinline)) void recurrent_tile(const Tile<typename Kind::Number>& t) {
+NOINLINE void recurrent_tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
     constexpr int W = Vec<T>::W;
     typename Kind::Sum sums[R][C];

@@ -3,23 +3,7 @@
 // Only what the kernel needs. The compiler's vector extension provides arithmetic and comparison; intrinsics provide
 // the rest: fused multiply-add, broadcasts, minimum and maximum that keep NaN, the partial last block.
 #pragma once
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX2__) || defined(__SSE2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
-// Unrolls a loop with a small constant count: then every index is a constant, and arrays of vectors are in registers.
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#define INLINED __attribute__((always_inline))  // the same, for a lambda
+#include "platform.h"
 
 namespace cellstack {
 namespace {
