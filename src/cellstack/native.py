@@ -16,12 +16,19 @@ here take any strides and any alignment.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if find_spec("cellstack._kernel") is None:  # installed without a compiler
+    from cellstack import without_kernel
+
+    sys.modules["cellstack._kernel"] = without_kernel
 
 from cellstack import _kernel
 from cellstack._kernel import (

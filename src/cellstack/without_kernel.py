@@ -1,0 +1,313 @@
+"""Takes the place of the compiled module `_kernel` where it is missing: forward passes by the equations in NumPy.
+
+`native` imports this module instead. Networks run, are traced and stream, at a small fraction of the kernel's speed.
+Everything else raises `ImportError`: training, gradients, patches, sessions, and weights with fewer bits.
+
+The names and arguments are those of `_kernel.pyi`. Arrays are NumPy arrays here, not addresses.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from cellstack import reference
+from cellstack.cells import KINDS
+from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec
+
+INSTALL = "install a wheel of cellstack for this platform, or a C++17 compiler and then cellstack from its source"
+THREAD_WORK = 1 << 20
+
+warnings.warn(
+    f"cellstack: the compiled kernel is missing, so networks run slowly, in NumPy, and can't be trained: {INSTALL}",
+    RuntimeWarning,
+    stacklevel=2,
+)
+
+
+_REFUSED = {
+    "SessionTable": "a pool of sessions needs",
+    "Gradients": "gradients need",
+}  # by the name that they call first
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ImportError(f"{what} the compiled kernel: {INSTALL}")
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return lambda *args, **kwargs: _refuse(_REFUSED.get(name, f"{name} needs"))
+
+
+class Description(NamedTuple):
+    """A cell without its arrays, as `native` describes it; or a dense layer."""
+
+    kind: str
+    input_size: int
+    units: int
+    output_size: int
+    activations: list[tuple[int, float, float]]
+    use_bias: bool
+    peepholes: bool
+    coupled: bool
+    layer_norm: bool
+    joint: bool
+    reset_after: bool
+    attention: bool
+    norm_epsilon: float
+    clip: float
+    cell_clip: float
+    zoneout: float
+    zoneout_cell: float
+    rows: bool = False
+
+    def spec(self, learn_initial_state: bool) -> CellSpec:
+        """Convert it back to the cell's `CellSpec`."""
+        texts = [str(Activation(ACTIVATIONS[code], alpha, beta)) for code, alpha, beta in self.activations]
+        named = dict(zip(KINDS[self.kind].slots, texts, strict=True))
+        if self.coupled:
+            del named["f"]
+        return CellSpec(
+            self.input_size + self.attention,
+            self.units,
+            use_bias=self.use_bias,
+            kind=self.kind,
+            gate_activations=named,
+            peepholes=self.peepholes,
+            coupled=self.coupled,
+            proj_size=self.output_size % self.units,  # 0: none
+            layer_norm="joint" if self.joint else self.layer_norm,
+            norm_epsilon=self.norm_epsilon,
+            clip=None if math.isinf(self.clip) else self.clip,
+            cell_clip=None if math.isinf(self.cell_clip) else self.cell_clip,
+            zoneout=self.zoneout,
+            zoneout_cell=self.zoneout_cell,
+            reset_after=self.reset_after,
+            attention=self.attention,
+            learn_initial_state=learn_initial_state,
+        )
+
+
+class Weights:
+    """Weights of a cell or of a dense layer; `spec` is None for the latter."""
+
+    def __init__(self, description: Description, element: str, arrays: Sequence[Any], copy: bool = True) -> None:
+        if element not in ("float32", "float64"):
+            _refuse(f"{element} weights need")
+        given = {name: array for name, array in zip(ARRAYS, arrays, strict=False) if array is not None}
+        if not all(isinstance(array, np.ndarray) for array in given.values()):
+            _refuse("the torch layers need")
+        self.description, self.element, self.dtype = description, element, np.dtype(element)
+        self.arrays = {name: array.astype(np.float64) for name, array in given.items()}
+        learned = any(name.startswith("initial") for name in given)
+        self.spec = None if description.kind == "dense" else description.spec(learned)
+
+
+weights = Weights
+
+
+class Sequences:
+    """The input of a call; strides count numbers."""
+
+    def __init__(
+        self,
+        batch: int,
+        steps: int,
+        x: Any,
+        stride_batch: int,
+        stride_time: int,
+        mask: NDArray[Any] | None = None,
+        reset: NDArray[Any] | None = None,
+        reverse: bool = False,
+        places: NDArray[Any] | None = None,
+        time_major: bool = False,
+    ) -> None:
+        if not isinstance(x, np.ndarray) or time_major:
+            _refuse("the torch layers need")
+        self.shape, self.given, self.strides = (batch, steps), x, (stride_batch, stride_time, 1)
+        self.flags = {"mask": mask, "reset": reset, "reverse": reverse}
+        self.places: Any = slice(None) if places is None else places
+
+    def x(self, width: int) -> NDArray[Any]:
+        """Return the input, `[B, T, width]`."""
+        strides = [stride * self.given.itemsize for stride in self.strides]
+        return as_strided(self.given, (*self.shape, width), strides, writeable=False)
+
+
+class Layer(NamedTuple):
+    """One layer of a call, and the arrays for its results."""
+
+    weights: Weights
+    before: Sequence[Any] | None = None
+    after: Sequence[Any] | None = None
+    y: NDArray[Any] | None = None
+    gates: NDArray[Any] | None = None
+    states: Sequence[Any] | None = None
+    norms: None = None
+    recurrent_dropout: None = None
+    zoneout: None = None
+    zoneout_cell: None = None
+    patch_lines: None = None
+    patch_table: None = None
+    patch_width: int = 0
+    patch_held: None = None
+
+    def run(self, sequences: Sequences, x: NDArray[Any]) -> NDArray[Any]:
+        """Run the layer over `x [B, T, I]`, write the results that are asked for, and return y `[B, T, P]`."""
+        if any(array is not None for array in (self.recurrent_dropout, self.zoneout, self.zoneout_cell)):
+            _refuse("training needs")
+        if self.patch_lines is not None:
+            _refuse("patches need")
+        own, places = self.weights, sequences.places
+        if own.spec is None:
+            ((code, alpha, beta),) = own.description.activations
+            z = x @ own.arrays["kernel"] + own.arrays.get("bias", 0.0)
+            y = reference.ACTIVATIONS[ACTIVATIONS[code]][0](z, alpha, beta)
+        else:
+            before = [state[places] for state in self.before] if self.before else None
+            done = reference.forward(own.spec, own.arrays, x, before, **sequences.flags)
+            y = done.y
+            for into, state in zip(self.after or (), done.state, strict=False):
+                into[places] = state
+            for into, states in zip(self.states or (), done.states, strict=False):
+                into[...] = states
+            if self.gates is not None:
+                self.gates[...] = done.gates
+        if self.y is not None:
+            self.y[...] = y.reshape(self.y.shape)
+        return y.astype(own.dtype)
+
+
+def forward(sequences: Sequences, layers: Sequence[Layer], threads: int) -> None:
+    """Run a stack; y of one layer is x of the next."""
+    first = layers[0].weights.description
+    y = sequences.x(first.input_size + first.attention)
+    for layer in layers:
+        y = layer.run(sequences, y)
+
+
+def forward_each(runs: Sequence[tuple[Sequences, Sequence[Layer]]], threads: int) -> bool:
+    """Run independent stacks, one after the other."""
+    for sequences, layers in runs:
+        forward(sequences, layers, threads)
+    return False
+
+
+class Stream:
+    """A stack with its state, `[B, P]`, `[B, H]` … of each cell."""
+
+    def __init__(self, weights: Sequence[Weights], batch: int, threads: int = 1) -> None:
+        self.weights, self.batch = weights, batch
+        self.reset()
+
+    def step(self, x: Any) -> NDArray[Any] | None:
+        """Return y `[B, P]` of x `[B, I]`; None if x isn't such an array."""
+        y = self.run(x[:, None]) if isinstance(x, np.ndarray) and x.ndim == 2 else None
+        return y if y is None else y[:, 0]
+
+    def run(self, x: Any) -> NDArray[Any] | None:
+        """Return y `[B, T, P]` of x `[B, T, I]`; None if x isn't such an array."""
+        first = self.weights[0]
+        width = first.description.input_size + first.description.attention
+        if (
+            not isinstance(x, np.ndarray)
+            or x.dtype != first.dtype
+            or x.ndim != 3
+            or x.shape[::2] != (self.batch, width)
+        ):
+            return None
+        sequences = Sequences(self.batch, x.shape[1], x, 0, 0)
+        for own, state in zip(self.weights, self.states, strict=True):
+            x = Layer(own, state, state).run(sequences, x)
+        return x
+
+    def reset(self) -> None:
+        """Set the cells' initial states."""
+        specs = [own.spec for own in self.weights]
+        sizes = [{} if spec is None else spec.state_sizes for spec in specs]
+        self.states = [
+            [
+                np.broadcast_to(own.arrays.get(f"initial_{name}", 0.0), (self.batch, size)).astype(own.dtype)
+                for name, size in widths.items()
+            ]
+            for own, widths in zip(self.weights, sizes, strict=True)
+        ]
+
+    def keep(self) -> None:
+        """Save the state for `undo`."""
+        self.kept = self.get_state()
+
+    def undo(self) -> None:
+        """Go back to the saved state."""
+        self.states = [list(state) for state in self.kept]
+
+    def get_state(self) -> list[tuple[NDArray[Any], ...]]:
+        """Return copies of the states."""
+        return [tuple(array.copy() for array in state) for state in self.states]
+
+    def set_state(self, layer: int, states: Sequence[NDArray[Any]]) -> None:
+        """Set the states of a cell."""
+        self.states[layer] = [np.array(state) for state in states]
+
+
+stream = Stream
+
+
+class Stack:
+    """A network as one call: here it never is, so that `Network.run` runs it node by node."""
+
+    def __init__(self, weights: Sequence[Weights], timed: int, last: bool) -> None:
+        pass
+
+    def run(self, x: Any, threads: int) -> None:
+        """Return None."""
+
+
+stack = Stack
+
+
+class CallLock:
+    """The lock of a stream."""
+
+    class Attempt:
+        """A call's attempt to lock it: True if it did, False during another call."""
+
+        def __init__(self, lock: CallLock) -> None:
+            self.lock, self.locked = lock, False
+
+        def __enter__(self) -> bool:
+            self.locked, self.lock.locked = not self.lock.locked, True
+            return self.locked
+
+        def __exit__(self, *raised: Any) -> None:
+            if self.locked:
+                self.lock.locked = False
+
+    def __init__(self) -> None:
+        self.locked = False
+
+    def attempt(self) -> Attempt:
+        """Return a context manager."""
+        return self.Attempt(self)
+
+
+def isa() -> str:
+    """Return what computes, in the place of an instruction set."""
+    return "not compiled: NumPy"
+
+
+def isas() -> list[str]:
+    """Return the only entry, that of `isa`."""
+    return [isa()]
+
+
+def prefer_large_pages(memory: int, bytes: int) -> None:
+    """Do nothing: it is a hint."""
