@@ -26,6 +26,9 @@ std::vector<const InstructionSet*> find() {
 #ifdef CELLSTACK_HAS_avx2
     if (CPU_SUPPORTS("avx2") && CPU_SUPPORTS("fma")) sets.push_back(&avx2::set);
 #endif
+#ifdef CELLSTACK_HAS_simd128
+    sets.push_back(&simd128::set);
+#endif
 #ifdef CELLSTACK_HAS_baseline
     sets.push_back(&baseline::set);
 #endif

@@ -254,6 +254,9 @@ int64_t nanoseconds();
 namespace baseline {
 extern const InstructionSet set;
 }
+namespace simd128 {  // of WebAssembly
+extern const InstructionSet set;
+}
 namespace avx2 {
 extern const InstructionSet set;
 }

@@ -117,6 +117,14 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
     }
 }
 
+#ifdef CELLSTACK_FORWARD_ONLY  // in float32: less than half the size
+template <class T>
+constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
+    return {Vec<T>::W, tiles_of<Plain<T>>(), bfloat16, int8,    pack<T>, pack_narrow<T>,
+            nullptr,   forward<T>,           nullptr,  nullptr, nullptr, activate<T>};
+}
+constexpr Leaf<double> kDouble{};
+#else
 template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
     return {Vec<T>::W,   tiles_of<Plain<T>>(), bfloat16,           int8,
@@ -124,6 +132,7 @@ constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
             backward<T>, input_gradient<T>,    weight_gradient<T>, activate<T>};
 }
 constexpr Leaf<double> kDouble = leaf<double>({}, {});
+#endif
 
 #if defined(__AVX512F__)
 // The time of some tiles of sums in nanoseconds: the least of several measurements.
