@@ -13,7 +13,7 @@ BUILD_NEEDS := 'scikit-build-core>=0.10' 'nanobind>=2.4' 'numpy>=2.0' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models lint format stubs bench sanitize guard clean
+.PHONY: help demo test test-all test-models web test-web lint format stubs bench sanitize guard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,13 +22,21 @@ demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile --no-loadscope-reorder
+	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web" -n auto --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/tested  ## all tests, except those that download
-	$(CACHED) $(BIN)/python -m pytest -m "not models"
+test-all: $(VENV)/tested  ## all tests, except those that download, and those of the npm package
+	$(CACHED) $(BIN)/python -m pytest -m "not models and not web"
 
 test-models: $(VENV)/tested  ## published models, downloaded, compared with their own runtimes
 	$(CACHED) $(BIN)/python -m pytest -m models -s
+
+web:  ## the npm package for browsers and Node, in web/dist; needs Emscripten
+	emcmake cmake -S . -B build/web -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/web
+	$(PYTHON) web/build.py build/web/cellstack.wasm
+
+test-web: $(VENV)/tested web  ## the tests of the npm package, which also need Node and Chromium
+	$(CACHED) $(BIN)/python -m pytest -m web tests/web
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -13,7 +13,8 @@
 //               arrays: { name: { data, shape } },
 //               cells: [{ spec: {…every field of CellSpec…}, form: {…}, arrays: { kernel: { data, shape }, … } }] }],
 //               patches: as in the options }
-//             A bidirectional node's cells are the forward cells, then the backward cells.
+//             A bidirectional node's cells are the forward cells, then the backward cells. Optional, for other
+//             implementations: a cell's `pass`, a class that runs it instead of CellPass, and a node's `run`.
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
 //   inputs    { name: value }, one for each of network.inputs; ids of an embedding are also numbers, [B, T].
 //   options   all are optional:
@@ -272,7 +273,7 @@ export function runNodes(network, inputs, options, keep) {
     const taken = node.sources.map((source) => flows[source]);
     const kind = NODE_KINDS[node.type];
     checkTaken(node, kind, taken);
-    flows[node.name] = kind.run(node, taken, {
+    flows[node.name] = (node.run ?? kind.run)(node, taken, {
       states: states.slice(place, place + node.cells.length),
       patches: patches.get(node.name),
       dtype: network.dtype,

@@ -36,7 +36,7 @@ export function runStack(cells, settings, flow, states, patches, { pre, keep }) 
   let x = flow.x.data;
   const layers = cells.map((cell, n) => {
     const options = { state: states[n], mask, reset, reverse, patches: patches[n], pre, keep };
-    const pass = new CellPass(cell, x, B, T, options);
+    const pass = new (cell.pass ?? CellPass)(cell, x, B, T, options);
     const { sizes: { h: P }, fields: { h: { data: h } } } = pass;
     const added = settings.residual && n > 0 && cell.spec.input_size === P;
     const from = added ? lastUsed(mask, reset, B, T, reverse) : null;

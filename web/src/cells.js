@@ -1,0 +1,130 @@
+// Cells on the kernel, in the form that the engine takes (engine/engine.js): what a file says of a cell, and a pass over
+// sequences in place of the engine's own.
+
+import { cellActivation, knowsNodeActivation } from "./engine/activations.js";
+import { ACTIVATIONS, ARRAYS, KINDS } from "./kinds.js";
+
+// The kernel's number formats, in its order.
+export const ELEMENTS = ["float32", "float64", "bfloat16", "int8"];
+export const MATRICES = ["kernel", "recurrent_kernel", "projection"];
+
+// The shapes of a cell's arrays, by name, as lists of [count, letter]: count blocks of I, H or P, or just a number.
+function symbolicShapes(kind, spec) {
+  const P = spec.proj_size ? "P" : "H";
+  const gates = kind.gates.length - (spec.coupled ? 1 : 0);
+  const wide = [gates, "H"];
+  const [normed, twice, cell] = [Boolean(spec.layer_norm), spec.reset_after, kind.states.includes("c")];
+  const shapes = {
+    kernel: [[1, "I"], wide],
+    recurrent_kernel: kind.recurrent && [[1, P], wide],
+    bias: spec.use_bias && (twice ? [[2, ""], wide] : [wide]),
+    peepholes: spec.peepholes && [[spec.coupled ? 2 : 3, ""], [1, "H"]],
+    projection: Boolean(spec.proj_size) && [[1, "H"], [1, "P"]],
+    kernel_gain: normed && [wide],
+    recurrent_gain: normed && kind.recurrent && spec.layer_norm !== "joint" && [wide],
+    cell_gain: normed && cell && [[1, "H"]],
+    cell_bias: normed && cell && [[1, "H"]],
+  };
+  for (const state of kind.states) shapes[`initial_${state}`] = spec.learn_initial_state && [[1, state === "h" ? P : "H"]];
+  return Object.fromEntries(Object.entries(shapes).filter(([, shape]) => shape));
+}
+
+// The form of a cell, as far as the engine needs it where the kernel runs the cell; `where` is for messages.
+export function formOf(where, given) {
+  const name = given.kind ?? "lstm";
+  const kind = Object.hasOwn(KINDS, name) ? KINDS[name] : null;
+  if (kind === null) throw new Error(`${where}: expected kind to be one of ${Object.keys(KINDS).join(", ")}, got ${name}`);
+  const settings = { ...kind.settings, kind: name };
+  const spec = { ...settings, ...given };
+  for (const width of ["input_size", "units"]) {
+    if (!Number.isInteger(spec[width]) || spec[width] < 1) {
+      throw new Error(`${where}: expected ${width} to be a positive integer, got ${spec[width]}`);
+    }
+  }
+  if (spec.proj_size !== undefined && !(Number.isInteger(spec.proj_size) && spec.proj_size >= 0 && spec.proj_size < spec.units)) {
+    throw new Error(`${where}: expected proj_size from 0 to below units=${spec.units}, got ${spec.proj_size}`);
+  }
+  const activations = Object.entries(kind.slots).map(([slot, usual]) => [slot, spec.gate_activations[slot] ?? spec[usual]]);
+  const widths = kind.states.map((state) => [state, { width: [1, state === "h" && spec.proj_size ? "P" : "H"] }]);
+  return {
+    settings,
+    states: Object.fromEntries(widths),
+    trace: kind.trace,
+    activations: Object.fromEntries(activations),
+    shapes: symbolicShapes(kind, spec),
+    values: [], // the equations: the kernel has them
+  };
+}
+
+const codeOf = ({ name, alpha, beta }) => ({ code: ACTIVATIONS.indexOf(name), alpha, beta });
+
+// The words of a description, in the order of kernel/wasm.cpp.
+function words(spec, activations) {
+  const slots = [0, 1, 2, 3, 4].map((n) => activations[n] ?? { code: 0, alpha: 0, beta: 0 });
+  const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "attention"];
+  return {
+    integers: [spec.input, spec.units, spec.output, ...flags.map((flag) => (spec[flag] ? 1 : 0)), ...slots.map(({ code }) => code)],
+    numbers: [
+      spec.norm_epsilon ?? 0,
+      spec.clip ?? Infinity,
+      spec.cell_clip ?? Infinity,
+      spec.zoneout ?? 0,
+      spec.zoneout_cell ?? 0,
+      ...slots.flatMap(({ alpha, beta }) => [alpha, beta]),
+    ],
+  };
+}
+
+// The weights of a cell { spec, form } on the kernel; `tensors`: its arrays by name, as read from the file; `format`:
+// that of its matrices in memory, one of ELEMENTS, or null for the file's.
+export function cellWeights(kernel, where, { spec, form }, tensors, format) {
+  const dtypes = new Set(MATRICES.filter((name) => tensors[name]).map((name) => tensors[name].dtype));
+  if (dtypes.size > 1) throw new Error(`${where}: expected its matrices all in F32 or all in BF16`);
+  const element = format ?? (dtypes.has("BF16") ? "bfloat16" : "float32");
+  const activations = Object.values(form.activations).map((text) => codeOf(cellActivation(text)));
+  const { integers, numbers } = words(
+    {
+      ...spec,
+      input: spec.input_size - (spec.attention ? 1 : 0),
+      output: spec.proj_size || spec.units,
+      joint: spec.layer_norm === "joint",
+    },
+    activations,
+  );
+  const arrays = ARRAYS.map((name) => tensors[name]?.data ?? null);
+  return kernel.weights(spec.kind, integers, numbers, ELEMENTS.indexOf(element), arrays);
+}
+
+// The same of a dense layer, with an activation that the kernel has.
+export function denseWeights(kernel, { settings: { input_size: input, units, use_bias, activation } }, tensors) {
+  const { integers, numbers } = words({ input, units, output: units, use_bias }, [codeOf(cellActivation(activation))]);
+  const arrays = ARRAYS.map((name) => tensors[name]?.data ?? null);
+  return kernel.weights("dense", integers, numbers, ELEMENTS.indexOf("float32"), arrays);
+}
+
+// Whether the kernel has a dense layer's activation; the engine has further ones, such as softmax.
+export const onKernel = ({ settings: { activation } }) => knowsNodeActivation(activation) && cellActivation(activation) !== null;
+
+// A pass over sequences by the kernel, in place of the engine's CellPass. With `pre`, which is false where nobody reads
+// the gates, `fields` are all gates and states of every step; else only h.
+export class KernelPass {
+  constructor(cell, x, B, T, { state, mask, reset, reverse, pre }) {
+    const { kernel, weights, sizes, spec } = cell;
+    const { gates } = KINDS[spec.kind];
+    const H = spec.units;
+    Object.assign(this, { cell, B, sizes });
+    const planes = pre ? kernel.exports.planes(weights) : 0;
+    const found = kernel.forward(weights, sizes, x, B, T, { before: state, mask, reset, reverse, gates: { planes, units: H } });
+    this.after = found.after;
+    this.fields = {};
+    for (const name of pre ? cell.form.trace : ["h"]) {
+      const place = gates.indexOf(name);
+      const data = place < 0 ? (name === "h" ? found.y : found.states[name]) : new Float32Array(B * T * H);
+      for (let at = 0; place >= 0 && at < B * T; at += 1) {
+        const from = (at * planes + place) * H;
+        data.set(found.gates.subarray(from, from + H), at * H);
+      }
+      this.fields[name] = { data, shape: [B, T, sizes[name] ?? H] };
+    }
+  }
+}

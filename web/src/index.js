@@ -1,0 +1,2 @@
+export { load, Network } from "./network.js";
+export { Stream } from "./stream.js";

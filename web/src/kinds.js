@@ -1,0 +1,59 @@
+// The kinds of cell, written by web/kinds.py from their declarations in Python: change those instead.
+
+// Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of
+// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; and
+// the settings with their defaults.
+export const KINDS = {
+  lstm: {
+    gates: ["i", "f", "g", "o"],
+    states: ["h", "c"],
+    trace: ["i", "f", "g", "o", "c", "h"],
+    slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation", "cell": "activation"},
+    recurrent: true,
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
+  gru: {
+    gates: ["z", "r", "g"],
+    states: ["h"],
+    trace: ["z", "r", "g", "h"],
+    slots: {"z": "recurrent_activation", "r": "recurrent_activation", "g": "activation"},
+    recurrent: true,
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
+  rnn: {
+    gates: ["g"],
+    states: ["h"],
+    trace: ["g", "h"],
+    slots: {"g": "activation"},
+    recurrent: true,
+    settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
+  mingru: {
+    gates: ["z", "g"],
+    states: ["h"],
+    trace: ["z", "g", "h"],
+    slots: {"z": "recurrent_activation", "g": "activation"},
+    recurrent: false,
+    settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
+  minlstm: {
+    gates: ["i", "f", "g"],
+    states: ["h"],
+    trace: ["i", "f", "g", "h"],
+    slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation"},
+    recurrent: false,
+    settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
+  ligru: {
+    gates: ["z", "g"],
+    states: ["h"],
+    trace: ["z", "g", "h"],
+    slots: {"z": "recurrent_activation", "g": "activation"},
+    recurrent: true,
+    settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+  },
+};
+
+// The kernel's codes of activations, and its order of a cell's arrays.
+export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c"];
