@@ -45,7 +45,8 @@ BELOW = {
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "serve": {"", "spec", "formats", "inspect", "streaming"},
-    "cli": {"spec", "nodes", "formats", "train", "serve", ""},
+    "scale": {"spec", "network", "nodes", "streaming", "formats", "train"},
+    "cli": {"spec", "nodes", "formats", "train", "serve", "scale", ""},
     "sklearn": {"spec", "network", "train"},
     "adapters": {"sklearn", "layers", "formats"},
     "__main__": {"cli"},
@@ -93,6 +94,7 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "scale": {"pyarrow", "tqdm"},
     "serve": {"google", "grpc", "prometheus_client", "starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
@@ -101,6 +103,7 @@ ON_CALL_ALSO = {
     "cli": {"matplotlib", "shtab", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
+    "scale": {"ray"},
     "train": {"holidays", "pandas", "polars", "sklearn", "threadpoolctl"},
     "sklearn": {"pandas"},
 }

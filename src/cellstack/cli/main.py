@@ -16,6 +16,7 @@ from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
+from cellstack.cli.score import add_score_arguments, score
 from cellstack.cli.serve import add_serve_arguments, serve
 from cellstack.cli.stream import stream
 from cellstack.cli.tables import add_table_options, names
@@ -66,6 +67,15 @@ HELP = {
   cellstack run model.keras steps.npy > answers.csv
   cut -d, -f2- log.csv | cellstack run model.onnx - --columns speed,3
   cellstack run weights.pt steps.csv --order rnn,last,head""",
+    ),
+    "score": Verb(
+        "predict every row of many Parquet, CSV or .npz files, also on Ray",
+        "MODEL FILES [FILES ...] -o DIR [options]",
+        """cellstack score state 'machines/*.parquet' -o scores
+  cellstack score model.onnx 'meters/*/*.parquet' -o scores --id meter --time at \\
+    --columns load,temperature --across-files continue
+  cellstack score state machines -o scores --ray auto""",
+        threads="1",
     ),
     "stream": Verb(
         "read a step per line, and write each output immediately",
@@ -141,7 +151,8 @@ EPILOG = """example:
 
 exit codes:
   0    success; serve was stopped by SIGTERM
-  1    convert or bench found a difference; a table has too few rows to forecast
+  1    convert or bench found a difference; a table has too few rows to forecast;
+       score couldn't score a file
   2    an invalid argument or file; standard error has one line with the reason
   130  stopped by Ctrl-C
   143  stream was stopped by SIGTERM
@@ -273,6 +284,7 @@ ARGUMENTS: dict[str, Callable[[Any], None]] = {
     "demo": add_demo_arguments,
     "train": add_arguments,
     "run": _add_run,
+    "score": add_score_arguments,
     "stream": _add_stream,
     "serve": add_serve_arguments,
     "generate": add_generate_arguments,
@@ -345,6 +357,7 @@ VERBS = {
     "demo": demo,
     "train": train,
     "run": run,
+    "score": score,
     "stream": stream,
     "serve": serve,
     "generate": generate,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
 
 from cellstack.network.description import short as short
 
@@ -33,6 +38,27 @@ def found(path: str | PathLike[str]) -> str:
     if not os.path.exists(name):
         raise FileNotFoundError(errno.ENOENT, f"no such file, nor {other}" if other else "no such file", name)
     return name
+
+
+def digest_of(path: Path, options: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal.
+
+    Args:
+        path: the file or folder.
+        options: the keyword arguments of `cellstack.load`, which are included if there are any.
+    """
+    if options:
+        return hashlib.sha256(f"{digest_of(path)} {options_text(options)}".encode()).hexdigest()
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{digest_of(file)} {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """Return keyword arguments of `cellstack.load` as JSON; arrays are lists."""
+    return json.dumps(options, sort_keys=True, default=lambda array: np.asarray(array).tolist())
 
 
 def check_unedited(network: Network, what: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.files import digest_of, options_text
 from cellstack.serve.generations import (
     CLOSED,
     FRAMES,
@@ -38,7 +39,7 @@ from cellstack.serve.generations import (
     read_snapshot,
     write_snapshot,
 )
-from cellstack.serve.models import Model, ServeError, Session, digest_of, options_text
+from cellstack.serve.models import Model, ServeError, Session
 from cellstack.serve.worker import MOST_FRAMES
 
 if TYPE_CHECKING:

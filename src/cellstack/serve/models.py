@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import math
 import secrets
 import time
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.formats.files import digest_of
 from cellstack.formats.state import state_from, state_to_bytes
 from cellstack.serve.rows import Records, Rows
 from cellstack.serve.worker import Answers, Done, Frames, StoppingError, Worker, call_all
@@ -403,27 +402,6 @@ class Model:
     async def run(self, x: Any) -> Any:
         """Run whole sequences, see `Network.__call__`, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._runs, self.network, x)
-
-
-def digest_of(path: Path, options: Mapping[str, Any] | None = None) -> str:
-    """Return the SHA-256 of a file, or of the names and contents of a folder's files, hexadecimal.
-
-    Args:
-        path: the file or folder.
-        options: the keyword arguments of `cellstack.load`, which are included if there are any.
-    """
-    if options:
-        return hashlib.sha256(f"{digest_of(path)} {options_text(options)}".encode()).hexdigest()
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{digest_of(file)} {file.relative_to(path).as_posix()}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def options_text(options: Mapping[str, Any]) -> str:
-    """Return keyword arguments of `cellstack.load` as JSON; arrays are lists."""
-    return json.dumps(options, sort_keys=True, default=lambda array: np.asarray(array).tolist())
 
 
 class Models:

@@ -26,8 +26,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
+from cellstack.formats.files import digest_of
 from cellstack.serve.inference_protocol.service import Service
-from cellstack.serve.models import Limits, Models, ServeError, digest_of
+from cellstack.serve.models import Limits, Models, ServeError
 from cellstack.serve.texts import described
 from cellstack.spec import FormatError
 

@@ -1,4 +1,4 @@
-"""Locks: two trainings must not write to one file at the same time."""
+"""Locks: two processes must not write to one file at the same time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file s
 
 
 @contextmanager
-def locked(path: str | PathLike[str] | None) -> Iterator[None]:
-    """Lock a file against other trainings while the block runs.
+def locked(path: str | PathLike[str] | None, other: str = "another training") -> Iterator[None]:
+    """Lock a file against other processes while the block runs.
 
     The operating system keeps the lock, on a small file in the same folder, `.cellstack-….lock`, and releases it when
     the process ends, even if it is killed. A leftover lock file doesn't lock anything.
 
     Args:
         path: the file, which need not exist; None: lock nothing.
+        other: what another process with the lock is called in messages.
 
     Raises:
-        UsageError: another training has locked the file.
+        UsageError: another process has locked the file.
         OSError: no file can be created in the folder.
     """
     if path is None:
@@ -37,7 +38,7 @@ def locked(path: str | PathLike[str] | None) -> Iterator[None]:
     target = os.path.realpath(path)
     digest = hashlib.sha256(os.fsencode(os.path.basename(target))).hexdigest()[:16]
     name = os.path.join(os.path.dirname(target), f".cellstack-{digest}.lock")
-    descriptor = _lock(name, os.fspath(path))
+    descriptor = _lock(name, os.fspath(path), other)
     try:
         yield
     finally:
@@ -48,7 +49,7 @@ def locked(path: str | PathLike[str] | None) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(name: str, path: str) -> int:
+def _lock(name: str, path: str, other: str) -> int:
     """Return the descriptor of the lock file `name`, locked, for the file `path`."""
     while True:
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -58,13 +59,13 @@ def _lock(name: str, path: str) -> int:
             owner = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
             raise UsageError(
-                f"{path}: another training{owner} is writing to this file: wait for it to end, or name another file"
+                f"{path}: {other}{owner} is writing to this file: wait for it to end, or name another file"
             ) from None
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 os.close(descriptor)
                 raise
-            said = f"{path}: the file system has no locks: don't start another training that writes to this file"
+            said = f"{path}: the file system has no locks: don't start {other} that writes to this file"
             warnings.warn(said, RuntimeWarning, stacklevel=4)
             return descriptor
         if _is_at(descriptor, name):

@@ -1,0 +1,72 @@
+"""Runs a `Job` on Ray: a task of Ray Data for each chain of files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cellstack.scale.job import Chain, Job, Scored
+from cellstack.spec import check_installed
+from cellstack.train.checks import UsageError
+
+RETRIES = 3  # of a task whose worker is killed
+
+
+def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int = 1) -> Iterator[Scored]:
+    """Score files on Ray, and yield what became of each as soon as it is known.
+
+    Ray starts a task again if its worker is killed; what it had completed is skipped.
+
+    Args:
+        job: the job; its folder and all files must have the same paths on every machine.
+        chains: the files; chains run in parallel.
+        address: of the cluster: `"auto"`, `"local"` to start Ray on this machine, or as `ray.init` takes it. A process
+            that is connected to Ray already uses that connection.
+        processors: of a task.
+
+    Raises:
+        UsageError: Ray can't be reached, or workers were killed again and again.
+    """
+    check_installed("scoring on Ray", "ray", "ray")
+    import ray
+    import ray.data
+    from ray.exceptions import RayError
+
+    own = not ray.is_initialized()
+    if own:
+        try:
+            ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"--ray {address}: {error}") from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        numbers = [{"chain": n} for n in range(len(chains))]
+        tasks = ray.data.from_items(numbers, override_num_blocks=len(chains))
+        score: Any = partial(_score, job=job, chains=chains)
+        found = tasks.map_batches(score, batch_size=1, num_cpus=processors, max_retries=RETRIES)
+        for row in found.iter_rows():
+            yield row["scored"]
+    except RayError as error:
+        raise UsageError(
+            f"Ray gave up: {str(error).splitlines()[0]} If workers are killed, they may need more memory than the "
+            "machine has: use fewer workers (--threads) or smaller batches (--batch-rows), and start again: complete "
+            "files are kept"
+        ) from None
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _score(batch: Any, job: Job, chains: Sequence[Chain]) -> Iterator[Any]:
+    """Score a chain in a task, and yield what became of each file."""
+    for number in batch["chain"]:
+        for scored in job.run(chains[number]):
+            row = np.empty(1, object)
+            row[0] = scored
+            yield {"scored": row}
