@@ -72,8 +72,8 @@ HELP = {
         "predict every row of many Parquet, CSV or .npz files, also on Ray",
         "MODEL FILES [FILES ...] -o DIR [options]",
         """cellstack score state 'machines/*.parquet' -o scores
-  cellstack score model.onnx 'meters/*/*.parquet' -o scores --id meter --time at \\
-    --columns load,temperature --across-files continue
+  cellstack score model.onnx 'meters/*.parquet' -o scores --id meter --time at \\
+    --columns load,heat --across-files continue
   cellstack score state machines -o scores --ray auto""",
         threads="1",
     ),
