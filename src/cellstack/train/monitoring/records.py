@@ -28,7 +28,7 @@ class LayerRecord:
         kind: the name of its kind, such as "lstm".
         figures: numbers in groups. `gates shut`, `gates open`: the share of steps at which a gate is below 0.1, above
             0.9, averaged over the units. `gates`: the mean of a gate. `states`: the root mean square of each state.
-            `saturated`: the share of steps at which |tanh(c)| of an LSTM is above 0.99. `half-life`: minimum, median
+            `saturated`: the share of steps at which `|tanh(c)|` of an LSTM is above 0.99. `half-life`: minimum, median
             and maximum over the units, in steps. `weights`, `gradients`: norms of each array and of its gradient,
             before any clipping, and of all together. `reach`: the number of steps back at which half of the gradient
             is left, and a hundredth; infinite where more is left at the end.

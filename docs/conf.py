@@ -1,0 +1,132 @@
+"""The configuration of the documentation site, which `make site` builds: Sphinx, MyST notebooks, the pydata theme."""
+
+import os
+from importlib.metadata import version as installed
+from pathlib import PurePath
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.addnodes import pending_xref
+from sphinx.domains.python import PyXRefRole
+from sphinx.ext.napoleon import GoogleDocstring
+
+os.environ["KERAS_BACKEND"] = "torch"  # which cellstack.keras needs
+
+project = "cellstack"
+author = "the cellstack authors"
+copyright = author  # noqa: A001
+version = release = installed("cellstack")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+default_role = "name"
+highlight_language = "text"  # of fences without a language
+root_doc = "index"
+
+# Markdown and notebooks
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 4  # links such as inspect.md#patches, as on GitHub
+nb_execution_mode = "cache"  # outputs of unchanged notebooks come from the last build
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_execution_timeout = 300
+nb_ipywidgets_js: dict[str, Any] = {}  # nothing is loaded from other hosts
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+nb_merge_streams = True
+
+# The reference
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the text under "Parameters" says what is accepted
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+add_module_names = False
+
+# The pages
+html_theme = "pydata_sphinx_theme"
+html_title = "cellstack"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_theme_options = {
+    "navbar_align": "left",
+    "navigation_depth": 2,
+    "show_toc_level": 2,
+    "show_prev_next": True,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": ["theme-version"],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+
+
+def inline_math(translator: Any, node: nodes.math) -> None:
+    translator.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(translator: Any, node: nodes.math_block) -> None:
+    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    raise nodes.SkipNode
+
+
+OUTSIDE = {"CHANGELOG": "reference/changelog", "CONTRIBUTING": "explanation/contributing", "README": "reference/data"}
+"""The pages that include Markdown files from outside of this folder, by the name in links to these files."""
+
+
+class Name(PyXRefRole):
+    """`name` in a docstring: a link, if the name is documented, and otherwise code."""
+
+    def process_link(self, env: Any, node: Any, explicit: bool, title: str, target: str) -> tuple[str, str]:
+        node["reftype"], node["refdomain"] = "obj", "py"
+        if title.startswith((".", "~")):  # an attribute of what the text describes, not of any documented class
+            return title, "\0"
+        return super().process_link(env, node, explicit, title, target)
+
+
+def returned(self: Any, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+    """Read "Returns:" as a text: what precedes a colon isn't a type. Replaces a method of `GoogleDocstring`."""
+    lines = self._dedent(self._consume_to_next_section())
+    return [("", "", lines)] if lines else []
+
+
+def property_text(self: Any) -> tuple[str, list[str]]:
+    """Read the docstring of a property as a text likewise. Replaces a method of `GoogleDocstring`."""
+    return "", self._consume_to_end()
+
+
+def from_elsewhere(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out what a class inherits from another library, such as the methods of `torch.nn.Module`, and classes."""
+    home = getattr(getattr(member, "fget", member), "__module__", None)
+    return True if isinstance(member, type) or isinstance(home, str) and not home.startswith("cellstack") else None
+
+
+def to_included(app: Any, doctree: nodes.document) -> None:
+    """Let links to files outside of this folder lead to the pages that include them."""
+    for link in doctree.findall(pending_xref):
+        name = PurePath(link["reftarget"]).name.removesuffix(".md")
+        if link["reftype"] == "myst" and name in OUTSIDE:
+            link.update_all_atts({"refdomain": "doc", "reftarget": OUTSIDE[name]}, replace=True)
+            link.setdefault("reftargetid", None)
+
+
+def setup(app: Any) -> None:
+    """Add what Sphinx lacks: a role for docstrings, formulas as MathML, which browsers show without scripts."""
+    GoogleDocstring._consume_returns_section = returned
+    GoogleDocstring._consume_inline_attribute = property_text
+    app.add_role("name", Name(innernodeclass=nodes.literal))
+    app.connect("autodoc-skip-member", from_elsewhere)
+    app.connect("doctree-read", to_included)
+    app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))
