@@ -52,6 +52,7 @@ autodoc_typehints = "none"  # the text under "Parameters" says what is accepted
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 # The pages
 html_theme = "pydata_sphinx_theme"
@@ -107,10 +108,13 @@ def property_text(self: Any) -> tuple[str, list[str]]:
     return "", self._consume_to_end()
 
 
-def from_elsewhere(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
+def not_ours(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
     """Leave out what a class inherits from another library, such as the methods of `torch.nn.Module`, and classes."""
-    home = getattr(getattr(member, "fget", member), "__module__", None)
-    return True if isinstance(member, type) or isinstance(home, str) and not home.startswith("cellstack") else None
+    if isinstance(member, type) or (getattr(member, "__doc__", None) or "").startswith("Alias for field number"):
+        return True
+    member = getattr(member, "fget", member)
+    home = getattr(member, "__module__", None) or getattr(getattr(member, "__objclass__", None), "__module__", None)
+    return True if home and not home.startswith("cellstack") else None
 
 
 def to_included(app: Any, doctree: nodes.document) -> None:
@@ -122,11 +126,18 @@ def to_included(app: Any, doctree: nodes.document) -> None:
             link.setdefault("reftargetid", None)
 
 
+def described(app: Any, doctree: nodes.document, page: str) -> None:
+    """Give the pictures that code draws a text for those who can't see them; on the index their title is next to them."""
+    for image in doctree.findall(nodes.image):
+        image.setdefault("alt", "" if page.endswith("index") else "What the code above draws")
+
+
 def setup(app: Any) -> None:
     """Add what Sphinx lacks: a role for docstrings, formulas as MathML, which browsers show without scripts."""
     GoogleDocstring._consume_returns_section = returned
     GoogleDocstring._consume_inline_attribute = property_text
     app.add_role("name", Name(innernodeclass=nodes.literal))
-    app.connect("autodoc-skip-member", from_elsewhere)
+    app.connect("autodoc-skip-member", not_ours)
     app.connect("doctree-read", to_included)
+    app.connect("doctree-resolved", described)
     app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))
