@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cellstack import Cell, CellSpec, Network, Recurrent
-from cellstack.serve import durable
+from cellstack.serve import durable, journal
 from cellstack.serve.models import Limits, Model
 
 WIDTH, H, KEPT = 4, 8, 16
@@ -117,7 +117,7 @@ async def main(folder, options):
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
     for name, value in given.pop("constants", {}).items():
-        setattr(durable, name, value)
+        setattr(journal, name, value)
     if (limit := given.pop("largest_file", None)) is not None:
         import resource
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from durable_server import KEPT, WIDTH, model, network, records
 
-from cellstack.serve import durable, generations
+from cellstack.serve import generations, journal
 from cellstack.serve.durable import Store
 from cellstack.serve.models import Limits, Model, Models, ServeError
 from cellstack.serve.server import Server, Settings
@@ -290,7 +290,7 @@ def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeyp
 def test_a_kill_at_any_moment_of_the_next_generation(tmp_path, monkeypatch):
     served = with_frames(tmp_path / "0")
     contents, folders, seen = served.contents(), [], set()
-    functions = {generations.Log.__init__.__code__, generations._create.__code__, durable.write_snapshot.__code__}
+    functions = {generations.Log.__init__.__code__, generations._create.__code__, journal.write_snapshot.__code__}
 
     def trace(frame, event, argument):
         now = tuple(sorted((path.name, path.stat().st_size) for path in served.journal.folder.iterdir()))
@@ -556,7 +556,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_a_snapshot_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     served = with_frames(tmp_path)
-    write = durable.write_snapshot
+    write = journal.write_snapshot
 
     def full(folder, number, about, parts):
         def some():
@@ -565,7 +565,7 @@ def test_a_snapshot_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
 
         write(folder, number, about, some())
 
-    monkeypatch.setattr(durable, "write_snapshot", full)
+    monkeypatch.setattr(journal, "write_snapshot", full)
     served.advance()
     served.now(served.journal.after_batch)
     assert served.journal.problem == "No space left on device"
@@ -577,7 +577,7 @@ def test_a_snapshot_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     contents = served.contents()
     assert len(list(served.journal.folder.glob("*.log"))) == 3
     assert not list(served.journal.folder.glob("*-new"))
-    monkeypatch.setattr(durable, "write_snapshot", write)
+    monkeypatch.setattr(journal, "write_snapshot", write)
     served.kill()
     after = Served(tmp_path)
     assert after.contents() == contents
