@@ -5,9 +5,11 @@ import json
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -190,11 +192,12 @@ def test_a_client_that_is_killed(short, other):
         assert json.loads(again.recv())["session"] == token
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.slow)])
-def test_connects_and_disconnects(short, other, count):
+def test_connects_and_disconnects(short, other, caplog):
     files = len(os.listdir("/proc/self/fd"))
-    for _ in range(count):
+    for _ in range(150):
         with raw(short, b"GET /health HTTP/1.1\r\n"):
+            pass
+        with raw(short, b"POST /models/lstm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
             pass
         with raw(short, b"GET /multiplex HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"):
             pass
@@ -202,6 +205,78 @@ def test_connects_and_disconnects(short, other, count):
     while len(os.listdir("/proc/self/fd")) > files:
         assert time.monotonic() < until
         time.sleep(0.01)
+    assert not caplog.records
+
+
+ABRUPT = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
+
+
+def client_that_ends(port, n):
+    """Connect in one of several ways, and leave without a word."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as found:
+        if n % 2:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABRUPT)
+        if n % 5 == 0:
+            found.sendall(b"GET /health HTTP/1.1\r\n")
+        elif n % 5 == 1:
+            found.sendall(b"POST /models/lstm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        elif n % 5 < 4:
+            path = ("/multiplex", "/models/lstm/stream")[n % 5 - 2]
+            headers = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {'a' * 22}=="
+            head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            found.sendall(head.encode())
+            if n % 3:
+                assert found.recv(12) == b"HTTP/1.1 101"
+                found.sendall(b"\x82\x8c" + bytes(4 + 3))  # a part of a frame
+
+
+KILLED = """
+import sys
+from websockets.sync.client import connect
+with connect(sys.argv[1]) as found:
+    found.recv()
+    while True:
+        found.send(bytes(12))
+        print(len(found.recv()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ten_thousand_clients_that_end_beside_others(model_file):
+    command = [sys.executable, "-m", "cellstack", "serve", str(model_file), "--port", "0", "--json", "--idle", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
+        url = json.loads(process.stdout.readline())["url"].replace("http", "ws")
+        port = int(url.rsplit(":", 1)[1])
+        own, stream = stack.enter_context(connect(f"{url}/models/lstm/stream")), lstm().stream()
+        own.recv()
+        random, measured = np.random.default_rng(0), []
+        for n in range(11_000):
+            client_that_ends(port, n)
+            if n % 50 == 0:
+                x = random.standard_normal(WIDTH).astype(np.float32)
+                own.send(x.tobytes())
+                assert own.recv(timeout=20) == stream.step(x[None])[0].tobytes()
+            if n % 1000 == 0:  # half-open connections, and a client that is killed
+                for data in (b"", b"GET / HT", b"GET /multiplex HTTP/1.1\r\nUpgrade: webs"):
+                    half = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    half.sendall(data)
+                killed = subprocess.Popen(
+                    [sys.executable, "-c", KILLED, f"{url}/models/lstm/stream"], stdout=subprocess.PIPE
+                )
+                assert killed.stdout.readline() == b"20\n"
+                killed.kill()
+                killed.communicate()
+            if n in (1000, 4000, 7000, 10_999):
+                time.sleep(server.HEAD_SECONDS + 6)  # until half-open connections are refused, and sessions closed
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                files = len(os.listdir(f"/proc/{process.pid}/fd"))
+                measured.append((int(status.partition("VmRSS:")[2].split()[0]), files))
+        (memory_before, files_before), *_, (memory_after, files_after) = measured
+        print(measured)
+        assert files_after == files_before
+        assert memory_after < memory_before + 8_000, "KB"
+        assert httpx.get(f"{url.replace('ws', 'http')}/models/lstm").json()["sessions"] == 1
 
 
 def test_the_model_file_changes_under_the_server(tmp_path):

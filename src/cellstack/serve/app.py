@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -111,6 +111,7 @@ def application(
         ServeError: _serve_error,
         StoppingError: _stopping,
         HTTPException: _http_error,
+        ClientDisconnect: _gone,
         Exception: _bug,
     }
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
@@ -135,6 +136,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _stopping(request: Request, error: Exception) -> Response:
     return _error(503, str(error))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody receives it
 
 
 async def _bug(request: Request, error: Exception) -> Response:
