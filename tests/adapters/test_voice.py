@@ -155,6 +155,19 @@ def test_streams_that_are_closed_or_deleted_leave_the_pool(pool):
     assert len(pool.sessions) == 3
 
 
+def test_a_stream_that_is_closed_before_its_step_leaves_the_others(pool, rng):
+    async def run():
+        closed, other = pool.open(32768), pool.open(32768)
+        steps = [one.step(windows_of(rng).tobytes()) for one in (closed, other)]
+        closed.close()
+        pool.open(32768)  # closes the session
+        return await asyncio.gather(*steps, return_exceptions=True)
+
+    error, answer = asyncio.run(run())
+    assert "the stream was closed" in str(error)
+    assert 0 < abs(answer[0]) < 1
+
+
 def test_an_event_loop_that_ended_before_its_step_leaves_nothing(pool, rng):
     stream = pool.open(32768)
 

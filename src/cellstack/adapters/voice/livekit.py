@@ -171,11 +171,12 @@ class Stream(VADStream):
         self._push(None)
         self._input_ch.close()
         self._ended = True
-        if not self._stepping:
-            self._advance()
+        self._proceed()
 
     async def aclose(self) -> None:
         """Close the stream at once."""
+        self._finished.cancel()
+        self._voice.close()
         await super().aclose()
         self._wake()
 
@@ -190,22 +191,26 @@ class Stream(VADStream):
         if self._ended or self._finished.done():
             self._check_input_not_ended()
             self._check_not_closed()
+            return  # it has failed, which the reader is about to learn
         self._frames.append(frame)
-        if not self._stepping:
+        self._proceed()
+
+    def _proceed(self) -> None:
+        if self._stepping or self._finished.done():
+            return
+        try:
             self._advance()
+        except Exception as error:  # iteration raises it
+            self._finished.set_exception(error)
 
     def _advance(self) -> None:
         """Process the frames that were pushed, up to the next whole window, which is stepped."""
-        try:
-            while len(self._resampled) < self._bytes:
-                if not self._frames:
-                    if self._ended and not self._finished.done():
-                        self._finished.set_result(None)
-                    return
-                self._take(self._frames.popleft())
-        except ValueError as error:
-            self._fail(error)
-            return
+        while len(self._resampled) < self._bytes:
+            if not self._frames:
+                if self._ended:
+                    self._finished.set_result(None)
+                return
+            self._take(self._frames.popleft())
         samples = bytes(self._resampled[: self._bytes])
         del self._resampled[: self._bytes]
         self._stepping = True
@@ -254,17 +259,14 @@ class Stream(VADStream):
     def _stepped(self, samples: bytes, begun: float, result: Result | Exception) -> None:
         """Process the result of a window, and what was pushed since."""
         self._stepping = False
-        if self._task.done():  # it was closed
+        if self._finished.done():  # it was closed
             return
-        if isinstance(result, Exception):
-            self._fail(result)
-            return
-        self._window(samples, result[0], time.perf_counter() - begun)
-        self._advance()
-
-    def _fail(self, error: Exception) -> None:
-        """End the stream: iteration raises the error."""
-        if not self._finished.done():
+        try:
+            if isinstance(result, Exception):
+                raise result
+            self._window(samples, result[0], time.perf_counter() - begun)
+            self._advance()
+        except Exception as error:  # ends this stream, and not the others of the step
             self._finished.set_exception(error)
 
     def _window(self, samples: bytes, probability: float, took: float) -> None:

@@ -98,6 +98,12 @@ class Pool:
             loop.call_later(max(0.0, self._next - loop.time()), self._step_waiting, loop)
         waiting[voice] = samples, then
 
+    def remove(self, voice: Voice) -> None:
+        """Take a stream that ends out of the next step."""
+        for waiting in list(self._waiting.values()):
+            if (found := waiting.pop(voice, None)) is not None:
+                found[1](RuntimeError("Silero VAD: the stream was closed before its last window was stepped"))
+
     def step_now(self, windows: list[tuple[Voice, bytes]]) -> list[Result]:
         """Step different streams by one window each and return what `Voice.step` does."""
         numbers = np.frombuffer(b"".join([samples for _, samples in windows]), "<i2").reshape(-1, self.size)
@@ -115,7 +121,7 @@ class Pool:
 
     def _step_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         waiting = self._waiting.pop(loop, None)
-        if waiting is None:
+        if not waiting:
             return
         self._next = loop.time() + PAUSE if len(waiting) >= MANY else 0.0
         results: Iterable[Result | Exception]
@@ -161,6 +167,7 @@ class Voice:
 
     def close(self) -> None:
         """End the stream."""
+        self.pool.remove(self)
         self._close_session()
         if self.slot is not None:
             self._close_slot()
