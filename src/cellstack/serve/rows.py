@@ -46,9 +46,10 @@ class Rows:
     def finite(self, rows: Records) -> NDArray[np.bool_] | None:
         """Return which records of inputs have no NaN and no infinity, `[n]`; None: all."""
         finite = [np.isfinite(rows[name]) for name in self._numbers]
-        if all(numbers.all() for numbers in finite):
-            return None
-        return np.logical_and.reduce([numbers.all(axis=-1) for numbers in finite])
+        for numbers in finite:
+            if not numbers.all():
+                return np.logical_and.reduce([numbers.all(axis=-1) for numbers in finite])
+        return None
 
     def answers(self, results: Any) -> Records:
         """Return the result of `Sessions.step` as records of outputs, which may share its memory."""
