@@ -9,11 +9,11 @@ CACHED := env -u PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 # The build requirements of pyproject.toml. Builds use them from .venv: pip's isolated environment has a new path each
 # time, which would compile everything again.
-BUILD_NEEDS := 'scikit-build-core>=0.10' 'nanobind>=2.4' 'numpy>=2.0' \
+BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models web test-web lint format stubs bench sanitize guard clean
+.PHONY: help demo test test-all test-models web test-web lint format stubs bench sanitize guard sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,15 @@ sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 guard: $(VENV)/ready  ## the compiler's memory, and the kernel's instructions (valgrind); RECORD=1 records their counts
 	$(BIN)/python tests/guard/compiler.py
 	$(BIN)/python tests/guard/instructions.py $(if $(RECORD),--record)
+
+sbom:  ## build/cellstack.cdx.json: what the package needs and contains (CycloneDX)
+	$(PYTHON) -m venv --clear build/sbom
+	build/sbom/bin/pip install -q -C cmake.define.CELLSTACK_SETS=baseline . nanobind
+	build/sbom/bin/pip uninstall -q -y pip
+	$(PYTHON) -m venv --clear build/cyclonedx
+	build/cyclonedx/bin/pip install -q 'cyclonedx-bom>=7,<8'
+	build/cyclonedx/bin/cyclonedx-py environment build/sbom --pyproject pyproject.toml --gather-license-texts \
+		--output-reproducible --output-file build/cellstack.cdx.json
 
 clean:  ## remove what the targets created
 	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
