@@ -13,7 +13,7 @@ BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models web test-web lint format stubs bench sanitize guard sbom clean
+.PHONY: help demo test test-all test-models web test-web lint format stubs site bench sanitize guard sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,10 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
 	$(BIN)/python tests/architecture/stubs.py
 
+site: $(VENV)/tested  ## the documentation as a site, in build/site; warnings are errors
+	$(INSTALL) '.[docs]'
+	$(BIN)/sphinx-build -W --keep-going -b html -j auto -d build/site-cache docs build/site
+
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
 	$(INSTALL) '.[bench]'
 	for name in inference training accelerated text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
@@ -74,7 +78,7 @@ sbom:  ## build/cellstack.cdx.json: what the package needs and contains (Cyclone
 		--output-reproducible --output-file build/cellstack.cdx.json
 
 clean:  ## remove what the targets created
-	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
+	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo docs/reference/generated
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready:

@@ -1,6 +1,7 @@
 """The configuration of the documentation site, which `make site` builds: Sphinx, MyST notebooks, the pydata theme."""
 
 import os
+import re
 from importlib.metadata import version as installed
 from pathlib import PurePath
 from typing import Any
@@ -10,12 +11,13 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyXRefRole
 from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.util.nodes import make_refnode
 
 os.environ["KERAS_BACKEND"] = "torch"  # which cellstack.keras needs
 
 project = "cellstack"
 author = "the cellstack authors"
-copyright = author  # noqa: A001
+copyright = author
 version = release = installed("cellstack")
 
 extensions = [
@@ -51,16 +53,19 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text under "Parameters" says what is accepted
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # "epochs, batch: see …" stays one entry
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 # The pages
 html_theme = "pydata_sphinx_theme"
 html_title = "cellstack"
+html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_theme_options = {
+    "logo": {"text": "cellstack", "image_light": "_static/logo.svg", "image_dark": "_static/logo.svg"},
     "navbar_align": "left",
     "navigation_depth": 2,
     "show_toc_level": 2,
@@ -126,8 +131,25 @@ def to_included(app: Any, doctree: nodes.document) -> None:
             link.setdefault("reftargetid", None)
 
 
+def named_elsewhere(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Find a class, or a member of one, that another module documents, if only one does."""
+    name = node["reftarget"].removesuffix("()")
+    if node["reftype"] != "obj" or not name[:1].isupper():
+        return None
+    known = env.domains.python_domain.objects.items()
+    found = {(entry.docname, entry.node_id) for full, entry in known if full.endswith(f".{name}")}
+    return make_refnode(app.builder, node["refdoc"], *found.pop(), content) if len(found) == 1 else None
+
+
+def without_progress(app: Any, doctree: nodes.document) -> None:
+    """Leave out the progress bars of the notebooks' outputs, of which a terminal shows only the last."""
+    for block in doctree.findall(nodes.literal_block):
+        if "stream" in block["classes"]:
+            block.children = [nodes.Text(re.sub(r"^.*\d%\|.*\| \d\d:.*\n+", "", block.astext(), flags=re.MULTILINE))]
+
+
 def described(app: Any, doctree: nodes.document, page: str) -> None:
-    """Give the pictures that code draws a text for those who can't see them; on the index their title is next to them."""
+    """Give the pictures that code draws a text for those who can't see them; in the gallery's index, a title has it."""
     for image in doctree.findall(nodes.image):
         image.setdefault("alt", "" if page.endswith("index") else "What the code above draws")
 
@@ -139,5 +161,7 @@ def setup(app: Any) -> None:
     app.add_role("name", Name(innernodeclass=nodes.literal))
     app.connect("autodoc-skip-member", not_ours)
     app.connect("doctree-read", to_included)
+    app.connect("doctree-read", without_progress)
+    app.connect("missing-reference", named_elsewhere)
     app.connect("doctree-resolved", described)
     app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))

@@ -8,7 +8,7 @@ __all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "Sim
 
 
 class LSTMCell(Cell):
-    """One step of a long short-term memory.
+    """One step of a long short-term memory::
 
         z = x·kernel + h_prev·recurrent_kernel + bias        i, f, o = σ(z_i, z_f, z_o)    g = φ(z_g)
         c = f·c_prev + i·g                                   h = o·φ(c)
@@ -29,7 +29,7 @@ class LSTMCell(Cell):
 
 
 class GRUCell(Cell):
-    """One step of a gated recurrent unit.
+    """One step of a gated recurrent unit::
 
         a = x·kernel + bias[0]        q = h_prev·recurrent_kernel + bias[1]
         z, r = σ(a_z + q_z, a_r + q_r)        g = φ(a_g + r·q_g)        h = z·h_prev + (1 - z)·g
@@ -51,7 +51,7 @@ class GRUCell(Cell):
 
 
 class SimpleRNNCell(Cell):
-    """One step of a simple recurrent network.
+    """One step of a simple recurrent network::
 
         h = φ(x·kernel + h_prev·recurrent_kernel + bias)
 
@@ -68,7 +68,7 @@ class SimpleRNNCell(Cell):
 
 
 class MinGRUCell(Cell):
-    """One step of a minimal gated recurrent unit, whose gates depend on x alone.
+    """One step of a minimal gated recurrent unit, whose gates depend on x alone::
 
         z = σ(a_z)    g = φ(a_g)    with a = x·kernel + bias        h = (1 - z)·h_prev + z·g
 
@@ -87,7 +87,7 @@ class MinGRUCell(Cell):
 
 
 class MinLSTMCell(Cell):
-    """One step of a minimal long short-term memory, whose gates depend on x alone, and whose only state is h.
+    """One step of a minimal long short-term memory, whose gates depend on x alone, and whose only state is h::
 
         i, f = σ(a_i, a_f)    g = φ(a_g)    with a = x·kernel + bias        h = (f·h_prev + i·g)/(f + i)
 
@@ -106,7 +106,7 @@ class MinLSTMCell(Cell):
 
 
 class LiGRUCell(Cell):
-    """One step of a light gated recurrent unit, which has no reset gate.
+    """One step of a light gated recurrent unit, which has no reset gate::
 
         a = x·kernel + h_prev·recurrent_kernel + bias        z = σ(a_z)    g = φ(a_g)        h = z·h_prev + (1 - z)·g
 

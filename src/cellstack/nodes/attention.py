@@ -85,7 +85,7 @@ class TimeSoftmax(Node):
 
 @dataclass(frozen=True, eq=False)
 class Attention(Node):
-    """Scaled dot-product attention: `queries [B, S, H·D]`, `keys [B, T, H·D]`, `values [B, T, H·E]` to `[B, S, H·E]`.
+    """Scaled dot-product attention: `queries [B, S, H·D]`, `keys [B, T, H·D]`, `values [B, T, H·E]` to `[B, S, H·E]`::
 
         y[s] = sum over t of softmax over t (scale·queries[s]·keys[t])·values[t]      for each head
 

@@ -212,7 +212,7 @@ def _times(values: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class GridConv(Grid):
-    """A convolution over time and a grid: `[B, T, G1·…·Gn·C]` to `[B, T', G1'·…·Gn'·F]`.
+    """A convolution over time and a grid: `[B, T, G1·…·Gn·C]` to `[B, T', G1'·…·Gn'·F]`::
 
         y[t, g] = sum over k of x[t·strides + k·dilation, …]·kernel[k] + bias
 

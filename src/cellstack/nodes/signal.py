@@ -99,7 +99,7 @@ class Take(Along):
 
 @dataclass(frozen=True, eq=False)
 class Magnitude(Stepwise):
-    """The magnitudes of complex numbers given as real parts, then imaginary parts: `[…, 2W]` to `[…, W]`.
+    """The magnitudes of complex numbers given as real parts, then imaginary parts: `[…, 2W]` to `[…, W]`::
 
         y[k] = sqrt(x[k]² + x[W + k]² + epsilon)
 

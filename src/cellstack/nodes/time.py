@@ -90,7 +90,7 @@ def steps_out(steps: int | None, padding: str | tuple[int, int], span: int, stri
 
 @dataclass(frozen=True, eq=False)
 class Conv1D(Node):
-    """A convolution over time, `[B, T, C]` to `[B, T', F]`: each window of K steps times the kernel.
+    """A convolution over time, `[B, T, C]` to `[B, T', F]`: each window of K steps times the kernel::
 
         y[t] = activation(sum over k of x[t·strides + k·dilation]·kernel[k] + bias)
 
