@@ -6,9 +6,11 @@ import time
 import numpy as np
 import pytest
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import Cell, CellSpec, Dense, Network, Recurrent
+from cellstack.nodes import Embedding, Merge
 from cellstack.serve import worker
 from cellstack.serve.models import Limits, Model, ServeError
+from cellstack.serve.rows import Rows
 from cellstack.serve.worker import turns
 
 WIDTH, H = 3, 5
@@ -175,3 +177,18 @@ async def test_all_sessions_in_use(model):
     await model.close(sessions[0])
     await model.open()
     assert len(model.sessions) == 4
+
+
+def test_only_numbers_that_are_not_finite_are_refused():
+    floats = np.random.default_rng(0).standard_normal
+    nodes = [Dense(floats((3, 2)).astype("f4")), Dense(floats((4, 2)).astype("f4"))]
+    nodes += [Embedding(floats((9, 2)).astype("f4")), Merge()]
+    wires = [("x",), ("y",), ("id",), ("of_x", "of_y", "of_id")]
+    net = Network(nodes, ["of_x", "of_y", "of_id", "all"], inputs=("x", "y", "id"), wires=wires)
+    rows = Rows(net)
+    given = np.zeros(4, rows.inputs)
+    assert rows.finite(given) is None
+    given["x"][1, 0], given["y"][2, 3], given["id"][3] = np.inf, np.nan, -1
+    assert rows.finite(given).tolist() == [True, False, False, True]
+    ids = Rows(Network([nodes[2]]))
+    assert ids.finite(np.zeros(2, ids.inputs)) is None
