@@ -13,7 +13,7 @@ BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models web test-web lint format stubs site bench sanitize guard sbom clean
+.PHONY: help demo test test-all test-models web test-web test-clusters lint format stubs site bench sanitize guard sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,10 +22,10 @@ demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web" -n auto --dist loadfile --no-loadscope-reorder
+	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters" -n auto --dist loadfile --no-loadscope-reorder
 
-test-all: $(VENV)/tested  ## all tests, except those that download, and those of the npm package
-	$(CACHED) $(BIN)/python -m pytest -m "not models and not web"
+test-all: $(VENV)/tested  ## all tests, except those that download or have their own target
+	$(CACHED) $(BIN)/python -m pytest -m "not models and not web and not clusters"
 
 test-models: $(VENV)/tested  ## published models, downloaded, compared with their own runtimes
 	$(CACHED) $(BIN)/python -m pytest -m models -s
@@ -37,6 +37,11 @@ web:  ## the npm package for browsers and Node, in web/dist; needs Emscripten
 
 test-web: $(VENV)/tested web  ## the tests of the npm package, which also need Node and Chromium
 	$(CACHED) $(BIN)/python -m pytest -m web tests/web
+
+test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, and installs into .venv-clusters
+	$(PYTHON) -m venv .venv-clusters
+	.venv-clusters/bin/pip install -q -e '.[clusters]'
+	$(CACHED) .venv-clusters/bin/python -m pytest -m clusters tests/scale
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -78,7 +83,8 @@ sbom:  ## build/cellstack.cdx.json: what the package needs and contains (Cyclone
 		--output-reproducible --output-file build/cellstack.cdx.json
 
 clean:  ## remove what the targets created
-	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo docs/reference/generated
+	rm -rf $(VENV) .venv-sanitize-* .venv-clusters build .pytest_cache .ruff_cache .hypothesis cellstack-demo \
+		docs/reference/generated
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready:

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from data import COLUMNS, expected, make_net, make_rows, same, write
@@ -112,3 +113,57 @@ def test_spark_keeps_the_states_between_triggers_and_runs(spark, tmp_path):
         write(tmp_path / f"in/{n}.parquet", parts[n])
     run()
     check(pd.read_parquet(tmp_path / "out"))
+
+
+# ── many models, and one on several workers ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_forecast_for_each_of_many_series(ray, tmp_path):
+    import forecast_many_on_ray
+
+    months = pd.date_range("2010-01-01", periods=96, freq="MS")
+    wave = 5 + np.sin(np.arange(96) * np.pi / 6)
+    series = [pd.DataFrame({"shop": f"s{n}", "month": months, "sales": wave * (n + 1)}) for n in range(3)]
+    pd.concat([*series, series[0][:3].assign(shop="short")]).to_parquet(tmp_path / "sales.parquet")
+    how = {"horizon": 3, "units": 4, "members": 1, "epochs": 1, "baselines": False}
+    arguments = (str(tmp_path / "sales.parquet"), str(tmp_path / "out"), "shop", "sales")
+    failed = forecast_many_on_ray.forecast_many(*arguments, **how)
+    assert list(failed) == ["short"]
+    files = sorted((tmp_path / "out").glob("*.parquet"))
+    assert pd.concat(map(pd.read_parquet, files))["shop"].value_counts().to_dict() == {"s0": 3, "s1": 3, "s2": 3}
+    before = files[0].stat().st_mtime_ns
+    files[1].unlink()
+    assert list(forecast_many_on_ray.forecast_many(*arguments, **how)) == ["short"]
+    assert files[1].exists()
+    assert files[0].stat().st_mtime_ns == before
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 8, 2)).cumsum(axis=1)
+    return x, np.where(x[:, -1, 0] > 0, "up", "down")
+
+
+def test_a_search_of_hyper_parameters_that_is_continued(ray, tmp_path):
+    from ray import tune
+    from search_on_ray import search
+
+    space = {"units": tune.grid_search([2, 4]), "lr": 0.01, "epochs": 2}
+    found = search(*data(), space, str(tmp_path / "search"))
+    assert sorted(result.config["units"] for result in found) == [2, 4]
+    assert found.get_best_result("loss", "min").metrics["loss"] == min(result.metrics["loss"] for result in found)
+    again = search(*data(), space, str(tmp_path / "search"))  # complete: nothing runs again
+    assert {result.metrics["timestamp"] for result in again} == {result.metrics["timestamp"] for result in found}
+
+
+def test_training_on_two_workers(ray, tmp_path):
+    from train_on_ray import fit_on_workers
+
+    import cellstack as cs
+
+    (x, y), network = data(), str(tmp_path / "net.safetensors")
+    fit_on_workers(2, network, str(tmp_path / "ray"), x=x, y=y, units=4, epochs=2, threads=1)
+    alone = cs.train.fit(x, y, units=4, epochs=2, threads=1)
+    found = cs.load(network)
+    assert found.labels == alone.labels
+    np.testing.assert_allclose(found.predict(x).probabilities, alone.predict(x).probabilities, atol=0.01)
