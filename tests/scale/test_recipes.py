@@ -167,3 +167,31 @@ def test_training_on_two_workers(ray, tmp_path):
     found = cs.load(network)
     assert found.labels == alone.labels
     np.testing.assert_allclose(found.predict(x).probabilities, alone.predict(x).probabilities, atol=0.01)
+
+
+# ── sessions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sessions_on_two_replicas(ray, tmp_path):
+    import httpx
+    from ray import serve
+    from serve_on_ray import sessions
+
+    net = make_net()
+    net.save(tmp_path / "model.safetensors")
+    serve.start(http_options={"port": 8321})
+    serve.run(sessions(str(tmp_path / "model.safetensors"), 2), route_prefix="/")
+    x = {f"session-{n:08}-token": np.random.default_rng(n).normal(size=(5, 3)).astype("f4") for n in range(8)}
+    with httpx.Client(base_url="http://127.0.0.1:8321", timeout=30) as client:
+        for token in x:
+            assert (
+                client.post(f"/models/model/sessions?token={token}", headers={"x-session-id": token}).status_code == 201
+            )
+        for step in range(5):
+            for token, steps in x.items():
+                answer = client.post(
+                    f"/sessions/{token}/step", json={"x": steps[step].tolist()}, headers={"x-session-id": token}
+                )
+                wanted = net.run(steps[None, : step + 1])[0][0, -1]
+                np.testing.assert_array_equal(np.array(answer.json()["y"], "f4"), wanted)
+    serve.shutdown()
