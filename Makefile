@@ -57,9 +57,10 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
 	$(BIN)/python tests/architecture/stubs.py
 
-site: $(VENV)/tested  ## the documentation as a site, in build/site; warnings are errors
+site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(INSTALL) '.[docs]'
 	$(BIN)/sphinx-build -W --keep-going -b html -j auto -d build/site-cache docs build/site
+	! grep -rlE '<(script|img|iframe|link rel="stylesheet")[^>]*(src|href)="https?:' build/site --include='*.html'
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
 	$(INSTALL) '.[bench]'

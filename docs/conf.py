@@ -84,7 +84,7 @@ def inline_math(translator: Any, node: nodes.math) -> None:
 
 
 def block_math(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    translator.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
@@ -110,7 +110,7 @@ def returned(self: Any, preprocess_types: bool = False) -> list[tuple[str, str, 
 
 def property_text(self: Any) -> tuple[str, list[str]]:
     """Read the docstring of a property as a text likewise. Replaces a method of `GoogleDocstring`."""
-    return "", self._consume_to_end()
+    return "", GoogleDocstring(self._consume_to_end(), self._config).lines()  # with its sections
 
 
 def not_ours(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
