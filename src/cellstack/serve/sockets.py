@@ -79,14 +79,14 @@ class Connection:
         self._received: deque[bytes | str] = deque()  # messages that wait
         self._reading = False  # whether a call processes them
         self._task: asyncio.Task[None] | None = None  # which processes a text message
-        self._early = False  # whether the rate limit is exceeded
+        self._too_fast = False  # whether the rate limit is exceeded
         self._due = 0.0  # the time until which its frames were sent at the limit's rate
         self._accepted = False
         self._unanswered = 0
         self._out: list[Any] = []  # what is to be sent: texts, and what `messages` converts
-        self._messages: deque[tuple[bytes | str, int]] = deque()  # the same as messages
+        self._messages: deque[tuple[bytes | str, int]] = deque()  # what is sent before it, and the answers in each
         self._ending: tuple[int, str] | None = None
-        self._answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # all that is to be sent
+        self._answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # when it may be closed
 
     async def start(self, request: HTTPConnection) -> None:
         """Prepare the connection, which isn't accepted yet.
@@ -160,17 +160,17 @@ class Connection:
 
     def _read(self) -> None:
         """Process the messages that needn't wait."""
-        if self._reading:  # as an answer was sent
+        if self._reading:  # this was called as a message was answered
             return
         self._reading, waiting, websocket = True, self._received, self._websocket
         try:
-            while waiting and self._takes():
+            while waiting and self._can_process():
                 self._process(waiting.popleft())
         finally:
             self._reading = False
         if waiting:
             websocket.read(False)
-        elif websocket.read_paused and websocket.takes:
+        elif websocket.read_paused and websocket.can_write:
             websocket.read(True)
 
     def _process(self, message: bytes | str) -> None:
@@ -187,8 +187,8 @@ class Connection:
         if self.limits.rate is not None:
             self._count(count, self.limits.rate)
 
-    def _takes(self) -> bool:
-        free = self._task is None and not self._early and self._unanswered <= self.limits.waiting
+    def _can_process(self) -> bool:
+        free = self._task is None and not self._too_fast and self._unanswered <= self.limits.waiting
         return free and self._accepted and self._ending is None
 
     def _count(self, frames: int, rate: float) -> None:
@@ -196,11 +196,11 @@ class Connection:
         now = time.monotonic()
         self._due = max(self._due, now - 1) + frames / rate
         if self._due > now:
-            self._early = True
-            asyncio.get_running_loop().call_later(self._due - now, self._in_time)
+            self._too_fast = True
+            asyncio.get_running_loop().call_later(self._due - now, self._at_rate)
 
-    def _in_time(self) -> None:
-        self._early = False
+    def _at_rate(self) -> None:
+        self._too_fast = False
         self._read()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -244,7 +244,7 @@ class Connection:
 
     def _send(self) -> None:
         websocket, messages = self._websocket, self._messages
-        while websocket.takes:
+        while websocket.can_write:
             if messages:
                 message, count = messages.popleft()
                 websocket.write(message)

@@ -29,7 +29,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         self._parts: list[bytes] = []  # of a message whose last fragment hasn't arrived
 
     @property
-    def takes(self) -> bool:
+    def can_write(self) -> bool:
         """Whether a message can be sent now: it is open, and its client reads."""
         return self.writable.is_set() and not self.close_sent and not self.transport.is_closing()
 
