@@ -158,7 +158,7 @@ def over_websockets(url, trust, server):
             one.send(x)
             many.send(frames(frame))
             assert one.recv() == many.recv()[16:]
-            print("ok: WebSockets", f"after {IDLE} seconds without a message" if frame == 2 else "")
+            print("ok: WebSockets" + f", after {IDLE} seconds without a message" * (frame == 2))
             time.sleep(IDLE if frame == 1 else 0)
         server.terminate()
         assert close_code(one) == close_code(many) == 1012

@@ -7,7 +7,7 @@ from functools import cache
 from cellstack.inspect.html import POLICY, head, joinable
 
 SHARED = ("style", "dom", "draw")  # of the trace page
-MODULES = ("session", "sources", "plot", "trial")
+MODULES = ("session", "sources", "plot", "trial", "models")
 START = 'start(document.getElementById("page"));'
 
 
