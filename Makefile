@@ -59,7 +59,7 @@ stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(INSTALL) '.[docs]'
-	$(BIN)/sphinx-build -W --keep-going -b html -j auto -d build/site-cache docs build/site
+	$(BIN)/sphinx-build -W --keep-going -E -b html -j auto -d build/site-cache docs build/site
 	! grep -rlE '<(script|img|iframe|link rel="stylesheet")[^>]*(src|href)="https?:' build/site --include='*.html'
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with

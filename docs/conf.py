@@ -38,7 +38,7 @@ root_doc = "index"
 # Markdown and notebooks
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4  # links such as inspect.md#patches, as on GitHub
-nb_execution_mode = "cache"  # outputs of unchanged notebooks come from the last build
+nb_execution_mode = "force"  # stored outputs could be those of an earlier version
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
@@ -97,8 +97,8 @@ class Name(PyXRefRole):
 
     def process_link(self, env: Any, node: Any, explicit: bool, title: str, target: str) -> tuple[str, str]:
         node["reftype"], node["refdomain"] = "obj", "py"
-        if title.startswith((".", "~")):  # an attribute of what the text describes, not of any documented class
-            return title, "\0"
+        if title.startswith("."):  # an attribute of what the text describes, not of any documented class
+            return title, title
         return super().process_link(env, node, explicit, title, target)
 
 
