@@ -282,6 +282,12 @@ def test_dir_shows_the_public_names_and_nothing_else():
         ("torch", "import cellstack.keras", "cellstack.keras needs torch: pip install 'cellstack[torch]'"),
         ("keras", "import cellstack.keras", "cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras"),
         ("torch", "import cellstack.sklearn", "cellstack.sklearn needs torch: pip install 'cellstack[sklearn]'"),
+        ("pyarrow", "import cellstack.scale", "cellstack.scale needs pyarrow: pip install 'cellstack[scale]'"),
+        (
+            "ray",
+            "from cellstack.scale.on_ray import run_on_ray; next(run_on_ray(None, (), 'auto'))",
+            "scoring on Ray needs ray: pip install 'cellstack[ray]'",
+        ),
         ("sklearn", "import cellstack.sklearn", "cellstack.sklearn needs sklearn: pip install 'cellstack[sklearn]'"),
     ],
 )

@@ -162,7 +162,7 @@ def test_the_command_lines_of_the_docs_can_be_parsed():
     lines = re.findall(
         r"^cellstack (.+?) {3,}", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(lines) == 14
+    assert len(lines) == 15
     for line in lines:
         assert cli.parser().parse_args(line.split()).verb == line.split()[0]
 

@@ -1,7 +1,6 @@
 """`cellstack score`: what it prints and returns."""
 
 import json
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -63,16 +62,6 @@ def test_files_after_one_that_fails(folder, capsys):
 def test_errors_are_one_line(folder, capsys, more, message):
     assert main(["score", "model", "data", "-o", "out", *COLUMNS, *more]) == 2
     assert capsys.readouterr().err == f"cellstack score: error: {message}\n"
-
-
-@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "scale"), ("ray", "ray")])
-def test_a_missing_package_names_its_extra(folder, capsys, monkeypatch, package, extra):
-    for name in list(sys.modules):
-        if name.split(".")[0] == package or name.startswith("cellstack.scale"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    assert main(["score", "model", "data", "-o", "out", *COLUMNS, "--ray", "auto"]) == 2
-    assert f"pip install 'cellstack[{extra}]'" in capsys.readouterr().err
 
 
 def test_the_progress_bar_counts_rows(folder, capsys, monkeypatch):

@@ -109,10 +109,11 @@ def test_another_sequence_begins_in_each_file(score, tmp_path):
 
 def test_an_id_in_two_files_is_refused_before_anything_is_written(score, tmp_path):
     days(tmp_path / "data")
-    message = "the id 'meter-0' occurs in day-0.parquet and in day-1.parquet: with --across-files continue"
+    message = "the id 'meter-0' occurs in day-0.parquet and in day-1.parquet: --across-files continue"
     with pytest.raises(UsageError, match=message):
         score()
     assert os.listdir(tmp_path / "out") == ["_cellstack"]
+    assert score(across_files="continue").files == 3  # in the same folder, which has no outputs yet
 
 
 def test_an_id_that_reappears_late_is_refused_also_when_resumed(score, tmp_path, monkeypatch):
@@ -419,6 +420,34 @@ def test_too_little_memory_is_named(score, tmp_path, monkeypatch):
     report = score()
     assert list(report.failed.values()) == ["not enough memory: use smaller batches (--batch-rows)"]
     assert os.listdir(tmp_path / "out") == ["_cellstack"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_memory_does_not_grow_with_the_rows(model, tmp_path, suffix):
+    steps, count = 20_000, 100
+    rng, names = np.random.default_rng(0), [f"meter-{n}" for n in range(count)]
+    (tmp_path / "data").mkdir()
+    table = pa.table(
+        {"meter": names * steps, "hour": np.repeat(np.arange(steps), count)}
+        | {name: rng.normal(size=steps * count).astype("f4") for name in FEATURES}
+    )
+    for part, rows in (("first", table[: 2 * len(table) // 20]), ("whole", table)):
+        if suffix == "csv":
+            pyarrow.csv.write_csv(rows, tmp_path / f"data/{part}.csv")
+        else:
+            write(tmp_path / f"data/{part}.parquet", rows, 50_000)
+    code = f"""
+import re, sys
+from cellstack.scale import score_files
+for part in ("first", "whole"):
+    score_files({str(model)!r}, f"data/{{part}}.{suffix}", f"out-{{part}}", **{COLUMNS!r})
+    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    first, whole = (int(line) / 1024 for line in done.stdout.split())
+    assert table.nbytes / 2**20 > 50
+    assert whole - first < 25, f"{first:.0f} MB after a tenth of the rows, {whole:.0f} MB after all"
 
 
 def test_the_manifest_says_what_the_folder_belongs_to(score, tmp_path):

@@ -69,7 +69,7 @@ HELP = {
   cellstack run weights.pt steps.csv --order rnn,last,head""",
     ),
     "score": Verb(
-        "predict every row of many Parquet, CSV or .npz files, also on Ray",
+        "predict every row of many Parquet, CSV or .npz files",
         "MODEL FILES [FILES ...] -o DIR [options]",
         """cellstack score state 'machines/*.parquet' -o scores
   cellstack score model.onnx 'meters/*.parquet' -o scores --id meter --time at \\

@@ -24,7 +24,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help="score on Ray: auto, local, or the address of a cluster")
     group = parser.add_argument_group("columns", "default: as in training")
     group.add_argument("--id", type=names, metavar="COLUMN", help="column that identifies the sequence of a row")
-    group.add_argument("--time", metavar="COLUMN", help="column that orders a sequence's rows")
+    group.add_argument("--time", metavar="COLUMN", help="column that orders a sequence's rows ('' for none)")
     group.add_argument("--columns", type=names, metavar="A,B", help="columns of the input, in the network's order")
     text = "what to do with a row without a value: an error, or no prediction (default: %(default)s)"
     group.add_argument("--missing", choices=("refuse", "skip"), default="refuse", help=text)

@@ -83,14 +83,14 @@ class Folder(NamedTuple):
         path = self.own / "manifest.json"
         with locked(path, "another process"):
             new = {"version": VERSION, **manifest}
-            if path.exists():
+            others = [name for name in os.listdir(self.path) if name != self.own.name]
+            if path.exists() and self.outputs():
                 self._check(path, new)
-            else:
-                others = [name for name in os.listdir(self.path) if name != self.own.name]
-                if others:
-                    raise UsageError(
-                        f"{self.path}: expected a new or empty folder, or an earlier output, found {others[0]}"
-                    )
+            elif others and not path.exists():
+                raise UsageError(
+                    f"{self.path}: expected a new or empty folder, or an earlier output, found {others[0]}"
+                )
+            else:  # without outputs, options can still be changed
                 with replacing(path) as file:
                     file.write(json.dumps(new, indent=2).encode())
             for draft in self.path.rglob(".cellstack-*.tmp"):  # of processes that were killed

@@ -167,8 +167,8 @@ class _Owners:
 
 def _reappears(id: Any, first: str, second: str) -> str:
     return (
-        f"the id {id!r} occurs in {first} and in {second}: with --across-files continue the sequence continues in the "
-        "next file of the folder, with restart another sequence begins in each file; both need a new output folder (-o)"
+        f"the id {id!r} occurs in {first} and in {second}: --across-files continue continues the sequence in the next "
+        "file of the folder, restart begins another one in each file"
     )
 
 
