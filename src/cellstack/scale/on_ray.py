@@ -32,9 +32,9 @@ def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int 
         UsageError: Ray can't be reached, or workers were killed again and again.
     """
     check_installed("scoring on Ray", "ray", "ray")
-    import ray
-    import ray.data
-    from ray.exceptions import RayError
+    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
+    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
     own = not ray.is_initialized()
     if own:
