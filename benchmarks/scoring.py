@@ -22,82 +22,92 @@ import pyarrow.parquet as pq
 from cellstack import Cell, CellSpec, Dense, Network, Recurrent
 from cellstack.scale import score_files
 
-INPUTS, UNITS, IDS, ROWS = 8, 64, 1000, 500_000  # of a file: 1,000 sequences of 500 rows, mixed
+INPUTS, UNITS = 8, 64
+LARGE, SMALL = (500_000, 1000), (1000, 10)  # rows and sequences of a file
 FEATURES = [f"x{n}" for n in range(INPUTS)]
 COLUMNS = {"id": "id", "time": "time", "features": FEATURES}
 
 
-def prepare(folder, files):
+def prepare(folder):
+    """Write the network, and return its processor time per row on arrays."""
     rng = np.random.default_rng(0)
     spec = CellSpec(INPUTS, UNITS)
     cell = Cell(spec, **{name: rng.normal(0, 0.1, shape).astype("f4") for name, shape in spec.shapes.items()})
     net = Network([Recurrent((cell,)), Dense(rng.normal(size=(UNITS, 1)).astype("f4"))])
     net.save(folder / "model.safetensors")
-    steps = ROWS // IDS
+    x = rng.normal(size=(LARGE[1], LARGE[0] // LARGE[1], INPUTS)).astype("f4")
+    return min(_timed(lambda: net.run(x, threads=1)) for _ in range(5)) / LARGE[0]
+
+
+def write(folder, files, rows, ids):
+    """Write files of sequences that are mixed: all first steps, all second steps and so on."""
+    rng, steps = np.random.default_rng(0), rows // ids
+    folder.mkdir()
     for n in range(files):
-        x = rng.normal(size=(ROWS, INPUTS)).astype("f4")
         columns = {
-            "id": pa.array([f"{n}-{k}" for k in range(IDS)] * steps),
-            "time": np.repeat(np.arange(steps), IDS),
-            **{name: x[:, k] for k, name in enumerate(FEATURES)},
+            "id": pa.array([f"{n}-{k}" for k in range(ids)] * steps),
+            "time": np.repeat(np.arange(steps), ids),
+            **{name: rng.normal(size=rows).astype("f4") for name in FEATURES},
         }
         pq.write_table(pa.table(columns), folder / f"{n:03}.parquet", row_group_size=100_000)
-    x = x.reshape(steps, IDS, INPUTS).transpose(1, 0, 2).copy()
-    took = [_timed(lambda: net.run(x, threads=1)) for _ in range(3)]
-    return min(took) / ROWS
 
 
 def _timed(call):
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
-def measure(folder, files, ray, threads):
+def measure(folder, kind, files, ray, threads):
     """Score in this process, and print the rows per second and the peak of its memory."""
     if ray:
         import ray as engine
 
         engine.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    sources = [folder / f"{n:03}.parquet" for n in range(files)]
+    sources = [folder / kind / f"{n:03}.parquet" for n in range(files)]
     with tempfile.TemporaryDirectory() as out:
         how = {"ray": "local" if ray else None, "threads": threads, **COLUMNS}
-        if ray:  # its first tasks start the workers
-            score_files(folder / "model", sources[:2], Path(out) / "first", **how)
-        start = time.perf_counter()
+        # Starts the workers, and reads what is read once.
+        score_files(folder / "model", sources[:2] if ray else sources[:1], Path(out) / "first", **how)
+        start, begun = time.perf_counter(), time.process_time()
         report = score_files(folder / "model", sources, Path(out) / "out", **how)
         seconds = time.perf_counter() - start
+        processor = time.process_time() - begun
     assert not report.failed
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    print(json.dumps({"rows": report.rows, "seconds": seconds, "peak_mb": peak}))
+    print(json.dumps({"rows": report.rows, "seconds": seconds, "processor": processor, "peak": peak}))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=12)
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        folder, files, ray, threads = args.measure
-        measure(Path(folder), int(files), ray == "ray", int(threads))
+        folder, kind, files, ray, threads = args.measure
+        measure(Path(folder), kind, int(files), ray == "ray", int(threads))
         return
     with tempfile.TemporaryDirectory() as folder:
-        seconds = prepare(Path(folder), args.files)
-        print(f"the network alone, on arrays: {seconds * 1e9:.0f} ns per row")
-        for files, engine, threads in (
-            (1, "process", 1),
-            (args.files, "process", 1),
-            (args.files, "process", 2),
-            (args.files, "ray", 1),
+        seconds = prepare(Path(folder))
+        write(Path(folder) / "large", args.files, *LARGE)
+        write(Path(folder) / "small", 200, *SMALL)
+        print(f"the network alone, on arrays: {seconds * 1e9:.0f} ns of processor time per row")
+        for kind, files, engine, threads in (
+            ("large", 1, "process", 1),
+            ("large", args.files, "process", 1),
+            ("large", args.files, "process", 2),
+            ("large", args.files, "ray", 1),
+            ("small", 200, "process", 1),
+            ("small", 200, "ray", 1),
         ):
-            words = [sys.executable, __file__, "--measure", folder, str(files), engine, str(threads)]
-            found = json.loads(
-                subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-            )
-            each = found["seconds"] / found["rows"]
+            words = [sys.executable, __file__, "--measure", folder, kind, str(files), engine, str(threads)]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            rows, seconds = found["rows"], found["seconds"]
             print(
-                f"{engine}, {threads} thread(s), {files} file(s), {found['rows']:,} rows: {found['seconds']:.1f} s, "
-                f"{1 / each:,.0f} rows per second, {each * 1e9:.0f} ns per row, peak {found['peak_mb']:.0f} MB"
+                f"{files} {kind} file(s), {rows:,} rows, {engine}, {threads} thread(s): {seconds:.1f} s, "
+                f"{rows / seconds:,.0f} rows per second, {seconds / files * 1e3:.1f} ms per file, processor time of this "
+                f"process {found['processor'] / rows * 1e9:.0f} ns per row, peak {found['peak']:.0f} MB"
             )
 
 
