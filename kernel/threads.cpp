@@ -91,8 +91,8 @@ class Pool {
     std::vector<std::thread> workers_;
     std::atomic<uint64_t> claims_{0};  // the number of the call, of its tasks, and of those that are claimed
     std::atomic<int> left_{0};
-    int caller_ = -1;  // the processor that the workers avoid, and how many workers do
-    size_t off_ = 0;
+    [[maybe_unused]] int caller_ = -1;  // the processor that the workers avoid, and how many workers do
+    [[maybe_unused]] size_t off_ = 0;
     void (*task_)(void*, int) = nullptr;
     void* context_ = nullptr;
 };

@@ -41,7 +41,13 @@ using V = typename Vec<T>::V;
 
 template <class T>
 INLINE V<T> load(const T* p) {
+#if defined(__aarch64__)  // there GCC 14 fails to pass a value of type U to a function
+    V<T> v;
+    memcpy(&v, p, sizeof v);
+    return v;
+#else
     return *reinterpret_cast<const typename Vec<T>::U*>(p);
+#endif
 }
 template <class T>
 INLINE void store(T* p, V<T> v) {
