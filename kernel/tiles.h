@@ -8,6 +8,8 @@ namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 6;  // per tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
+#elif defined(__wasm__)
+constexpr int kRows = 2;  // as browsers keep one of 16 registers for themselves, and a product takes one
 #else
 constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
 #endif
