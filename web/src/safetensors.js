@@ -80,5 +80,8 @@ export function readSafetensors(bytes) {
   } catch (error) {
     throw new Error(`the description of the network isn't JSON (${error.message})`);
   }
+  for (const part of ["inputs", "nodes", "outputs"]) {
+    if (!Array.isArray(description?.[part])) throw new Error(`expected a description of a network, which has a list of ${part}`);
+  }
   return { description, tensors };
 }

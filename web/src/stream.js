@@ -20,7 +20,10 @@ function whyNot({ type, settings }) {
 function check(network) {
   let moved = null; // the first node with a state
   for (const { name, shape } of network.inputs) {
-    if (shape.length > 2) throw new Error(`stream: expected inputs [B, T, I], got ${name} ${shapeText(["B", ...shape])}`);
+    const ids = shape.length === 1 && network.nodes.some(({ type, sources }) => type === "embedding" && sources.includes(name));
+    if (shape.length !== 2 && !ids) {
+      throw new Error(`stream: expected inputs with a time axis, got ${name} ${shapeText(["B", ...shape])}`);
+    }
   }
   for (const node of network.nodes) {
     const why = whyNot(node) ?? (moved && masks(node) ? `it may mask a step after the state of ${moved} has changed` : null);
