@@ -151,8 +151,8 @@ EPILOG = """example:
 
 exit codes:
   0    success; serve was stopped by SIGTERM
-  1    convert or bench found a difference; a table has too few rows to forecast;
-       score couldn't score a file
+  1    convert or bench found a difference; score couldn't score a file; a
+       table has too few rows to forecast
   2    an invalid argument or file; standard error has one line with the reason
   130  stopped by Ctrl-C
   143  stream was stopped by SIGTERM
