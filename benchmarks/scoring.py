@@ -106,9 +106,8 @@ def main():
             rows, seconds = found["rows"], found["seconds"]
             print(
                 f"{files} {kind} file(s), {rows:,} rows, {engine}, {threads} thread(s): {seconds:.1f} s, "
-                f"{rows / seconds:,.0f} rows per second, {seconds / files * 1e3:.1f} ms per file, "
-                f"processor time of this process {found['processor'] / rows * 1e9:.0f} ns per row, "
-                f"peak {found['peak']:.0f} MB"
+                f"{rows / seconds:,.0f} rows per second, {seconds / files * 1e3:.1f} ms per file, processor time "
+                f"of this process {found['processor'] / rows * 1e9:.0f} ns per row, peak {found['peak']:.0f} MB"
             )
 
 
