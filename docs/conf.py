@@ -3,7 +3,6 @@
 import os
 import re
 from importlib.metadata import version as installed
-from pathlib import PurePath
 from typing import Any
 
 from docutils import nodes
@@ -88,8 +87,12 @@ def block_math(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-OUTSIDE = {"CHANGELOG": "reference/changelog", "CONTRIBUTING": "explanation/contributing", "README": "reference/data"}
-"""The pages that include Markdown files from outside of this folder, by the name in links to these files."""
+OUTSIDE = {
+    "CHANGELOG": "reference/changelog",
+    "CONTRIBUTING": "explanation/contributing",
+    "cellstack_demo/data/README": "reference/data",
+}
+"""The pages that include Markdown files from outside of this folder, by how links to these files end."""
 
 
 class Name(PyXRefRole):
@@ -125,9 +128,10 @@ def not_ours(app: Any, what: str, name: str, member: Any, skip: bool, options: A
 def to_included(app: Any, doctree: nodes.document) -> None:
     """Let links to files outside of this folder lead to the pages that include them."""
     for link in doctree.findall(pending_xref):
-        name = PurePath(link["reftarget"]).name.removesuffix(".md")
-        if link["reftype"] == "myst" and name in OUTSIDE:
-            link.update_all_atts({"refdomain": "doc", "reftarget": OUTSIDE[name]}, replace=True)
+        target = link["reftarget"].removesuffix(".md")
+        page = next((page for end, page in OUTSIDE.items() if target.endswith(end)), None)
+        if page and link["reftype"] == "myst":
+            link.update_all_atts({"refdomain": "doc", "reftarget": page}, replace=True)
             link.setdefault("reftargetid", None)
 
 
