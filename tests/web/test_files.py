@@ -78,7 +78,10 @@ def test_damaged_files(package, saved):
         (with_tensor(saved, "more", "F32", np.ones(1, "f4")), "more: no node uses this tensor"),
         (with_tensor(saved, "more", "F64", np.ones(1)), "more: no node uses this tensor"),
         (with_tensor(saved, "more", "I64", np.ones(1, "i8")), "more: expected F64, F32, BF16, got I64"),
-        (redescribed(saved, lambda one: one.pop("nodes")), "expected a description of a network, which has a list of nodes"),
+        (
+            redescribed(saved, lambda one: one.pop("nodes")),
+            "expected a description of a network, which has a list of nodes",
+        ),
         (redescribed(saved, lambda one: one.update(version=2)), "expected a description of version 1, got 2"),
         (redescribed(saved, lambda one: one["nodes"][1].update(type="new")), "a node of the type new isn't supported"),
         (
