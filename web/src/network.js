@@ -69,7 +69,7 @@ export class Network {
         });
       }
     }
-    const network = readNetwork({ description, arrays: {}, cells: { forms, numbers } });
+    const network = { ...readNetwork({ description, arrays: {}, cells: { forms, numbers } }), narrow: true };
     const left = { ...tensors };
     network.nodes.forEach((node, n) => {
       let place = 0;

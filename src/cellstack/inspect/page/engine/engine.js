@@ -14,7 +14,8 @@
 //               cells: [{ spec: {…every field of CellSpec…}, form: {…}, arrays: { kernel: { data, shape }, … } }] }],
 //               patches: as in the options }
 //             A bidirectional node's cells are the forward cells, then the backward cells. Optional, for other
-//             implementations: a cell's `pass`, a class that runs it instead of CellPass, and a node's `run`.
+//             implementations: a cell's `pass`, a class that runs it instead of CellPass, and a node's `run`; `narrow`,
+//             true if they take inputs as they are passed, without converting them to float64.
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
 //   inputs    { name: value }, one for each of network.inputs; ids of an embedding are also numbers, [B, T].
 //   options   all are optional:
@@ -226,7 +227,7 @@ function inputFlows(network, inputs, { mask, reset }) {
     }
     const timed = shape.length === 2 || (shape.length === 1 && takesIds(network, name));
     const flags = (what, given) => (timed ? givenFlags(what, given, name, value.shape[0], value.shape[1]) : null);
-    const x = { data: floats(value.data), shape: value.shape };
+    const x = { data: network.narrow ? value.data : floats(value.data), shape: value.shape };
     flows[name] = { x, mask: flags("mask", mask), reset: flags("reset", reset) };
   }
   const rows = new Set(Object.values(flows).map((flow) => flow.x.shape[0]));
