@@ -175,6 +175,9 @@ def test_no_path_of_anybodys_machine(page):
 # ── what a page says of the code ────────────────────────────────────────────────────────────────────────────────────
 
 
+IGNORED = (".pyc", ".safetensors")  # written by Python and by web/example/train.py
+
+
 def test_the_map_has_every_file_and_no_other():
     folder, mapped = "", set()
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -189,7 +192,8 @@ def test_the_map_has_every_file_and_no_other():
         *(ROOT / "benchmarks" / "cellstack_bench").glob("*.py"),
         *(ROOT / "examples" / "cellstack_demo").glob("*.py"),
     ]
-    assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+    found += [path for path in (ROOT / "web").rglob("*.*") if not path.is_relative_to(ROOT / "web" / "dist")]
+    assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix not in IGNORED}
 
 
 def test_the_recipes_name_files_that_are_there():
