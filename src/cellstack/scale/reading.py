@@ -20,7 +20,8 @@ from cellstack.train.tables.source import MISSING
 
 TEXT = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".parquet", *TEXT, ".npz")
-BLOCK = 4 << 20  # bytes of text that are read at a time
+BLOCK = 1 << 20  # bytes of text in a batch; some of them are read ahead
+BUFFER = 1 << 20  # bytes of a column of Parquet that are read at a time
 
 
 def check_file(path: Path, scorer: Scorer) -> int | None:
@@ -50,7 +51,7 @@ def batches(path: Path, scorer: Scorer, rows: int) -> Iterator[pa.Table]:
             are text; `.npz` with `x [N, T, C]` of N sequences, and optionally `lengths [N]`, `id [N]` (otherwise the
             number of the sequence) and `time [N, T]` (otherwise the number of the step).
         scorer: it names the columns. Those of an `.npz` file get the scorer's names.
-        rows: of a table, at most; text is read in blocks of 4 MB instead.
+        rows: of a table, at most; text is read in blocks of 1 MB instead.
 
     Raises:
         FormatError: another content than the suffix says, or damaged.
@@ -85,7 +86,7 @@ def _check_columns(found: list[str], scorer: Scorer) -> None:
 
 
 def _parquet(path: Path, scorer: Scorer, rows: int) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:  # pre_buffer would keep the whole file
         _check_columns(file.schema_arrow.names, scorer)
         found = False
         for batch in file.iter_batches(rows, columns=list(scorer.columns)):
