@@ -551,23 +551,29 @@ class Network:
 
         formats.save(self, path)
 
-    def export_c(self, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
+    def export_c(
+        self, directory: str | PathLike[str], name: str = "model", weights: str | None = None
+    ) -> tuple[Path, Path]:
         """Write the network as C code without dependencies: `name.h` and `name.c`, with init, reset and step.
 
         Args:
             directory: the directory, which is created if it doesn't exist.
             name: the name of the files, and the prefix of all names in them.
+            weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the rounding
+                of a `Stream`; None: as the network stores them.
 
         Returns:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C (the message names it); an invalid C identifier.
+            ValueError: a node that can't be streamed or written as C (the message names it); an invalid C identifier;
+                an unknown format.
+            TypeError: bfloat16 or int8 for a float64 network.
             OSError: the files can't be written.
         """
         from cellstack.formats import c  # imported here because formats depend on networks
 
-        return c.export(self, directory, name)
+        return c.export(self, directory, name, weights)
 
     def plan(self) -> Plan:
         """Return the cost of each node and which implementation runs it, one line per node, and the total cost.

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 
+from cellstack.formats.c.narrow import format_of
 from cellstack.formats.c.sequences import SequenceWriter, needs_sequence
-from cellstack.formats.c.source import Writer
+from cellstack.formats.c.source import Sizes, Writer
 from cellstack.formats.files import check_unedited, replacing
 from cellstack.network import Network
 
-__all__ = ["export"]
+__all__ = ["Sizes", "export", "format_in", "sizes"]
 
 # fmt: off
 HEADERS = {
@@ -24,26 +25,32 @@ HEADERS = {
 # fmt: on
 
 
-def export(network: Network, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
+def export(
+    network: Network, directory: str | PathLike[str], name: str = "model", weights: str | None = None
+) -> tuple[Path, Path]:
     """Write a network as `name.h` and `name.c`, in C99 that also compiles as C++.
 
     The header defines `name_IN` and `name_OUT`, the widths of a step's input and output; the struct `name_state`; and
     `name_init`, `name_reset` and `name_step`. If the network needs whole sequences, because it has a layer that runs
     backwards or a mean or maximum over time, it defines `name_run` instead, which takes a sequence of any length, and
     `name_WORK(steps)`, the length of the scratch array that it needs. A float64 network computes in double, a float32
-    one in float.
+    one in float, with the cells' matrices in the same formats as a stream.
 
     Args:
         network: a chain of `Recurrent`, `Bidirectional`, `Standardise`, `Scale`, `LayerNorm`, `Clip`, `Embedding`
             (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one group, `GlobalPool`.
         directory: the output folder; it is created if it doesn't exist. Both files are replaced, or neither.
         name: the name of the files, and the prefix of every identifier in them.
+        weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, see `Stream`; None: as
+            the network stores them.
 
     Returns:
         The paths of the header and of the source.
 
     Raises:
-        ValueError: a node that can't be written as C, which the message names; an invalid C name.
+        ValueError: a node that can't be written as C, which the message names; an invalid C name; an unknown format;
+            int8 with so many features or units that integer sums could overflow.
+        TypeError: bfloat16 or int8 for a float64 network.
         OSError: the files can't be written.
 
     >>> import tempfile
@@ -69,7 +76,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
             f"export_c: expected a folder, got {os.fspath(directory)!r}: name= sets the names of the files"
         )
     check_unedited(network, "C")
-    writer = (SequenceWriter if needs_sequence(network) else Writer)(network, name)
+    writer = _writer(network, name, weights)
     header, source = writer.header(), writer.source()
     os.makedirs(directory, exist_ok=True)
     paths = Path(directory, f"{name}.h"), Path(directory, f"{name}.c")
@@ -80,3 +87,39 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
             file.flush()
             os.fsync(file.fileno())
     return paths
+
+
+def sizes(network: Network, weights: str | None = None) -> Sizes:
+    """Return the bytes that `export` will need for a network's constants and state, without writing it.
+
+    Args:
+        network, weights: see `export`.
+
+    Returns:
+        The bytes of the constants (flash), of the state and of the scratch memory (RAM).
+
+    Raises:
+        ValueError, TypeError: see `export`.
+
+    >>> import numpy as np
+    >>> from cellstack import Cell, CellSpec, Recurrent
+    >>> cell = Cell(CellSpec(3, 4, kind="gru"), *(np.ones(shape, "f4") for shape in ((3, 12), (4, 12), (2, 12))))
+    >>> sizes(Network([Recurrent((cell,))]), "int8")
+    Sizes(constants=276, state=16, scratch=148)
+    """
+    return _writer(network, "model", weights).sizes
+
+
+def format_in(header: str) -> str:
+    """Return the number format of the cells' matrices in a header that `export` wrote.
+
+    >>> format_in(" * Matrices of the cells: int8")
+    'int8'
+    """
+    found = re.search(r"^ \* Matrices of the cells: (\w+)$", header, re.MULTILINE)
+    return found[1] if found else "float32"
+
+
+def _writer(network: Network, name: str, weights: str | None) -> Writer:
+    narrow = format_of(network, weights)
+    return (SequenceWriter if needs_sequence(network) else Writer)(network, name, narrow)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import Matrix, Step, times
 from cellstack.spec import CellSpec
 
@@ -193,6 +194,7 @@ static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 }
 """Helper functions in C; only those that are called are written."""
 
+MATRICES = ("kernel", "recurrent_kernel", "projection")
 WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
 
 
@@ -216,17 +218,18 @@ def form_key(spec: CellSpec) -> str:
     return json.dumps({**settings, "proj_size": spec.proj_size > 0}, sort_keys=True)
 
 
-def form_of(spec: CellSpec, stem: str) -> Form:
+def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
     """Return the struct and the step function of `spec`'s form of cell.
 
     Args:
         spec: the cell.
         stem: the name of both, after the network's prefix.
+        narrow: the format of the matrices; None: that of the other arrays.
 
     Returns:
         The form; its text is a template.
     """
-    step = Step(spec)
+    step = Step(spec, narrow)
     height = {name: "P" if name == "h" and spec.proj_size else "H" for name in spec.state_sizes}
     arrays: dict[str, Matrix] = {}
     for name in spec.shapes:
@@ -235,8 +238,19 @@ def form_of(spec: CellSpec, stem: str) -> Form:
             arrays |= {matrix.name: matrix for matrix in parts}
     widths = ("inputs", "units", "projected") if spec.proj_size else ("inputs", "units")
     members = [(f"size_t {width};", WIDTHS[width]) for width in widths]
-    members += [(f"const $real *{name};", shape_text(spec, matrix)) for name, matrix in arrays.items()]
+    for name, matrix in arrays.items():
+        shape = shape_text(spec, matrix)
+        if narrow and matrix.array in MATRICES:
+            rows, columns = shape[1:-1].split(", ")
+            shapes = (f"[{columns}, {rows}]", f"[{columns}]")
+            members += [
+                (f"const {type_} *{member};", its)
+                for (type_, member), its in zip(narrow.members(name), shapes, strict=False)
+            ]
+        else:
+            members.append((f"const $real *{name};", shape))
     passed = "".join(f", $real *{name}" for name in (*spec.state_sizes, "scratch"))
+    passed += f", {narrow.row} *row" if narrow else ""
     state = " and ".join(f"{name} [{letter}]" for name, letter in height.items())
     blocks = sum(step.scratch.values())
     lines = [
@@ -261,11 +275,7 @@ def shape_text(spec: CellSpec, matrix: Matrix) -> str:
     shape = spec.shapes[matrix.array]
     if matrix.gates is not None:
         shape = (*shape[:-1], (matrix.gates[1] - matrix.gates[0]) * spec.units)
-    letters = {
-        "kernel": ("I", "H"),
-        "recurrent_kernel": ("P" if spec.proj_size else "H", "H"),
-        "projection": ("H", "P"),
-    }
+    letters = dict(zip(MATRICES, (("I", "H"), ("P" if spec.proj_size else "H", "H"), ("H", "P")), strict=True))
     names = letters.get(matrix.array)
     if names is None:
         rows = [str(n) for n in shape[:-1]]

@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from string import Template
+from typing import NamedTuple
 
 from cellstack import spec
 from cellstack.formats.build import Names
-from cellstack.formats.c.cells import HELPERS, WIDTHS, Form, form_key, form_of, shape_text
-from cellstack.formats.c.step import activate, literal
+from cellstack.formats.c.cells import HELPERS, MATRICES, WIDTHS, Form, form_key, form_of, shape_text
+from cellstack.formats.c.narrow import Narrow
+from cellstack.formats.c.step import Matrix, activate, literal
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -41,12 +43,32 @@ NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, Glob
 WHOLE = ("softmax", "log_softmax")  # activations over all features of a step together
 
 
+class Sizes(NamedTuple):
+    """The bytes that a network needs in C, in addition to its code.
+
+    Args:
+        constants: the weights, in flash.
+        state: in RAM, what is kept between steps.
+        scratch: in RAM, the rest of the struct of the state.
+    """
+
+    constants: int
+    state: int
+    scratch: int
+
+    @property
+    def ram(self) -> int:
+        """The size of the struct of the state."""
+        return self.state + self.scratch
+
+
 class Writer:
     """Collects the parts of the files: arrays, members of the state, functions, and the lines of a step.
 
     Args:
         network: the network.
         name: the prefix of every identifier.
+        narrow: the format of the cells' matrices; None: that of the other arrays.
 
     Raises:
         ValueError: the network can't be written.
@@ -56,13 +78,14 @@ class Writer:
     memory = "what is kept between steps, and scratch. Nothing is allocated."
     includes = ""
 
-    def __init__(self, network: Network, name: str) -> None:
-        self.network, self.name = network, name
+    def __init__(self, network: Network, name: str, narrow: Narrow | None = None) -> None:
+        self.network, self.name, self.narrow = network, name, narrow
         self.check()
         self.real, self.f = TYPES[network.dtype.name]
         self.identifiers = Names(mark="_")  # keeps the nodes' identifiers distinct
         self.arrays: list[str] = []
-        self.weights = 0  # numbers in constants
+        self.constants = 0  # their bytes
+        self.row = 0  # the length of the longest vector that is multiplied by a narrow matrix
         self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: its name, and the form
         self.members: list[tuple[str, int, str]] = []  # of the state: name, length, description
         self.frames: list[tuple[str, int, str]] = []  # members too: the past steps that convolutions need
@@ -99,7 +122,8 @@ class Writer:
 
     def fill(self, template: str) -> str:
         """Return a template with the names of this network filled in."""
-        return Template(template).substitute(name=self.name, real=self.real, f=self.f)
+        tanh = f"{self.name}_tanh" if self.narrow else f"tanh{self.f}"
+        return Template(template).substitute(name=self.name, real=self.real, f=self.f, tanh=tanh)
 
     def identifier(self, text: str) -> str:
         """Return `text` as part of a C identifier, made unique."""
@@ -107,19 +131,33 @@ class Writer:
 
     def _array(self, owner: str, name: str, array: Array, shape: str) -> str:
         """Write an array of constants, and return its name."""
+        digits = "%.9g" if self.real == "float" else "%.17g"  # as many as a round trip needs
+        rows = ([self._number(digits % value) for value in row] for row in array.reshape(-1, array.shape[-1]).tolist())
+        return self._constants(owner, name, self.real, array.nbytes, array.size, shape, rows)
+
+    def _matrix(self, owner: str, matrix: Matrix, narrow: Narrow, array: Array, shape: str) -> list[str]:
+        """Write a cell's matrix `[m, n]` in a narrow format, column by column, and return the names of its arrays."""
+        numbers, scales = narrow.columns(array)
+        rows, columns = shape[1:-1].split(", ")
+        self.row = max(len(array), self.row)
+        size = narrow.bytes_each * array.size
+        named = self._constants(owner, matrix.name, narrow.weights, size, array.size, f"[{columns}, {rows}]", numbers)
+        if scales is None:
+            return [named]
+        return [named, self._array(owner, f"{matrix.name}_scales", scales, f"[{columns}]")]
+
+    def _constants(
+        self, owner: str, name: str, type_: str, size: int, count: int, shape: str, rows: Iterable[list[str]]
+    ) -> str:
+        """Write constants of `size` bytes, each row on a new line, and return the name of the array."""
         called = f"{self.name}_{self.identifier(f'{owner}_{name}')}"
-        self.weights += array.size
-        self.arrays += ["", f"static const {self.real} {called}[{array.size}] = {{ /* {shape} */", *self._rows(array)]
+        self.constants += size
+        self.arrays += ["", f"static const {type_} {called}[{count}] = {{ /* {shape} */"]
+        for row in rows:
+            for start in range(0, len(row), NUMBERS_A_LINE):
+                self.arrays.append(f"    {', '.join(row[start : start + NUMBERS_A_LINE])},")
         self.arrays.append("};")
         return called
-
-    def _rows(self, array: Array) -> Iterable[str]:
-        """Yield the numbers of an array, each row on a new line, with as many digits as a round trip needs."""
-        digits = "%.9g" if self.real == "float" else "%.17g"
-        for row in array.reshape(-1, array.shape[-1]).tolist():
-            numbers = [self._number(digits % value) for value in row]
-            for start in range(0, len(numbers), NUMBERS_A_LINE):
-                yield f"    {', '.join(numbers[start : start + NUMBERS_A_LINE])},"
 
     def _number(self, text: str) -> str:
         if "n" in text:  # inf and nan
@@ -244,7 +282,7 @@ class Writer:
             stem = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell.spec.of_kind.title).lower()
             number = 1 + sum(called.split("_cell")[0] == stem for called, _ in self.forms.values())
             called = f"{stem}_cell" if number == 1 else f"{stem}_cell_{number}"
-            self.forms[key] = called, form_of(cell.spec, called)
+            self.forms[key] = called, form_of(cell.spec, called, self.narrow)
         called, form = self.forms[key]
         arrays, units = dict(cell.arrays), cell.spec.units
         pointers = []
@@ -253,7 +291,11 @@ class Writer:
             if matrix.gates is not None:
                 start, stop = matrix.gates
                 array = array[:, start * units : stop * units]
-            pointers.append(self._array(owner, name, array, shape_text(cell.spec, matrix)))
+            shape = shape_text(cell.spec, matrix)
+            if self.narrow and matrix.array in MATRICES:
+                pointers += self._matrix(owner, matrix, self.narrow, array, shape)
+            else:
+                pointers.append(self._array(owner, name, array, shape))
         sizes = {"inputs": cell.spec.features, "units": units, "projected": cell.spec.proj_size}
         widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
         weights = f"{self.name}_{self.identifier(f'{owner}_weights')}"
@@ -274,43 +316,54 @@ class Writer:
             else:
                 self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
         self.scratch["gates"] = max(form.scratch * units, self.scratch.get("gates", 0))
-        passed = ", ".join([f"&{weights}", at, *state, "s->gates"])
+        passed = ", ".join([f"&{weights}", at, *state, "s->gates", *(["s->row"] if self.narrow else [])])
         self.steps.append(f"    ${{name}}_{called}_step({passed});")
         return state[0]
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Bytes of the constants, and of the state with its scratch."""
+    def sizes(self) -> Sizes:
+        """The bytes that the network needs."""
         item = self.network.dtype.itemsize
-        state = sum(size for _, size, _ in self.members + self.frames) + sum(self.scratch.values())
-        return item * self.weights, item * max(state, 1)  # C doesn't allow an empty struct
+        state, scratch = sum(size for _, size, _ in self.members + self.frames), sum(self.scratch.values())
+        row = self.row_length if self.narrow is None or self.narrow.scaled else item * self.row_length
+        if not state and not scratch:
+            scratch = 1  # C doesn't allow an empty struct
+        return Sizes(self.constants, item * state, item * scratch + row)
+
+    @property
+    def row_length(self) -> int:
+        """The length of the array for a vector that is multiplied by a narrow matrix; such a state has no padding."""
+        return -(-self.row // 4) * 4
 
     def header(self) -> str:
         """Return the header."""
         name, real = self.name, self.real
-        flash, ram = self.sizes
+        sizes = self.sizes
+        in_format = f" * Matrices of the cells: {self.narrow.name}\n" if self.narrow else ""
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
         kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
+        if self.narrow and self.row:
+            scratch.append(f"    {self.narrow.row} row[{self.row_length}]; /* scratch */")
         nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between steps */"]
         text = f"""\
 /* {name}: a recurrent network, {self.unit} at a time. Written by cellstack (export_c); don't edit, export again.
  *
 {chr(10).join(described)}
  *
- * Flash:  {flash:,} bytes of constants, and the code.
- * RAM:    {ram:,} bytes, sizeof({name}_state): {self.memory}
+{in_format} * Flash:  {sizes.constants:,} bytes of constants, and the code.
+ * RAM:    {sizes.ram:,} bytes, sizeof({name}_state): {self.memory}
  * Stack:  no arrays and no recursion: a few pointers and counters per call, three calls deep, and <math.h>'s own.
  *
- * Build:  cc -std=c99 -O3 program.c {name}.c -lm
+ * Build:  cc -std=c99 -O3{" -ffp-contract=off" if self.narrow else ""} program.c {name}.c -lm
  *
  * States are independent: use any number of them, in any threads. A state is plain memory, and may be copied.
  */
 #ifndef {name.upper()}_H
 #define {name.upper()}_H
-{self.includes}
+{self.includes}{chr(10) + "#include <stdint.h>" + chr(10) if self.narrow else ""}
 #ifdef __cplusplus
 extern "C" {{
 #endif
@@ -393,8 +446,17 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
 
     def _helpers(self, code: str) -> str:
         """Return the functions that `code` calls."""
-        called = set(re.findall(rf"\b{self.name}_(\w+?)\(", code))
-        return "".join(self.fill(text) for helper, text in HELPERS.items() if helper in called)
+        own = self.narrow.helpers if self.narrow else {}
+        texts = {
+            helper: self.fill(text)
+            for helper, text in (own | {n: t for n, t in HELPERS.items() if n not in own}).items()
+        }
+        called: set[str] = set()
+        found = re.findall(rf"\b{self.name}_(\w+?)\(", code)
+        while new := set(found) - called:
+            called |= new
+            found = [name for helper in new for name in re.findall(rf"\b{self.name}_(\w+?)\(", texts.get(helper, ""))]
+        return "".join(texts[helper] for helper in texts if helper in called)
 
 
 def _named(text: str) -> spec.Activation:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from cellstack.formats.c.narrow import Narrow
 from cellstack.spec import PARAMETERS, Activation, CellSpec
 from cellstack.views.recorded import Recorded, Value
 
@@ -64,7 +65,7 @@ def activate(found: Activation, inner: str) -> str:
     if found.name == "linear":
         return inner
     if found.name == "tanh":
-        return f"tanh$f({inner})"
+        return f"$tanh({inner})"
     given = [literal(value) for value in (found.alpha, found.beta)[: len(PARAMETERS.get(found.name, ()))]]
     return f"${{name}}_{found.name}({', '.join([inner, *given])})"
 
@@ -79,10 +80,14 @@ class Step:
 
     After construction, `lines` is the body of the function, `scratch` the length of each of its scratch arrays in units
     of H, and `matrices` what it multiplies by.
+
+    Args:
+        spec: the cell.
+        narrow: the format of the matrices; None: that of the other arrays.
     """
 
-    def __init__(self, spec: CellSpec) -> None:
-        self.spec, recorded = spec, Recorded(spec)
+    def __init__(self, spec: CellSpec, narrow: Narrow | None = None) -> None:
+        self.spec, self.narrow, recorded = spec, narrow, Recorded(spec)
         self.nodes: dict[Value, Node] = {}
         self.value_uses = Counter(of for value in recorded.values for of in value.of) + Counter(recorded.states)
         self.new = [self._node(value) for value in recorded.states]
@@ -202,14 +207,27 @@ class Step:
                 start += blocks
             return
         place = self.places[call] = self._state_of(call) or self._array(count)
-        if call.weight is None:
+        bias = None if call.weight is None else f"w->{call.weight.value.name}{self._row(call.weight)}"
+        if bias is None:
             yield f"memset({place}, 0, {wide} * sizeof *{place});"
-        else:
-            yield f"memcpy({place}, w->{call.weight.value.name}{self._row(call.weight)}, {wide} * sizeof *{place});"
+        elif not self.narrow:
+            yield f"memcpy({place}, {bias}, {wide} * sizeof *{place});"
         for of, matrix in zip(call.of, call.matrices, strict=True):
             length = "w->inputs" if of.value.width[1] == "I" else times(*of.value.width)
             vector = {"x": "x", "features": "x", "state": of.value.name}.get(of.operation) or self.places[of]
-            yield f"${{name}}_accumulate({place}, {wide}, {vector}, {length}, w->{matrix.name});"
+            if self.narrow:
+                passed = [
+                    place,
+                    wide,
+                    bias or "NULL",
+                    vector,
+                    length,
+                    *(f"w->{name}" for _, name in self.narrow.members(matrix.name)),
+                ]
+                yield f"${{name}}_multiply({', '.join([*passed, 'row'])});"
+                bias = None
+            else:
+                yield f"${{name}}_accumulate({place}, {wide}, {vector}, {length}, w->{matrix.name});"
 
     def _row(self, weight: Node) -> str:
         part = weight.value.part
@@ -277,11 +295,26 @@ class Step:
         if not rate:
             return text
         text = f"({text})" if binds < FACTOR else text
+        if self.narrow:
+            return f"fmaf({literal(rate)}, {old.name}[j], (1.0$f - {literal(rate)}) * {text})"
         return f"{literal(rate)} * {old.name}[j] + {literal(1.0 - rate)} * {text}"
 
     @staticmethod
     def _at(block: int, letter: str) -> str:
         return f"{times(block, letter)} + j" if block else "j"
+
+    def _fused(self, node: Node, block: int) -> tuple[str, int] | None:
+        """Return a sum with a product as one operation, as in the kernel; None if it isn't one.
+
+        Of two products it is the first, or the one without 1 - v.
+        """
+        products = [of for of in node.of if of.operation == "mul"]
+        if not self.narrow or not products:
+            return None
+        direct = [of for of in products if all(factor.operation != "one_minus" for factor in of.of)]
+        product = (direct or products)[0]
+        (other,) = (of for of in node.of if of is not product)
+        return f"fmaf({', '.join(self._text(of, block)[0] for of in (*product.of, other))})", ATOM
 
     def _text(self, node: Node, block: int = 0) -> tuple[str, int]:
         """Return the expression of unit j of a block of a value, and how tightly it binds."""
@@ -304,7 +337,7 @@ class Step:
             return "x[w->inputs]", ATOM
         inner = [self._text(one, block) for one in of]
         if operation == "add":
-            return " + ".join(text for text, _ in inner), SUM
+            return self._fused(node, block) or (" + ".join(text for text, _ in inner), SUM)
         if operation == "mul":
             return " * ".join(text if binds >= FACTOR else f"({text})" for text, binds in inner), FACTOR
         if operation == "div":
