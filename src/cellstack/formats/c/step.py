@@ -294,7 +294,7 @@ class Step:
         text, binds = self._text(new)
         if not rate:
             return text
-        text = f"({text})" if binds < FACTOR else text
+        text = f"({text})" if binds < (ATOM if self.narrow else FACTOR) else text
         if self.narrow:
             return f"fmaf({literal(rate)}, {old.name}[j], (1.0$f - {literal(rate)}) * {text})"
         return f"{literal(rate)} * {old.name}[j] + {literal(1.0 - rate)} * {text}"
