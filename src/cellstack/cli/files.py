@@ -19,6 +19,7 @@ from cellstack import Network
 from cellstack.cli.tables import names
 from cellstack.formats import extract, listed, load, writers
 from cellstack.formats.files import NATIVE, found
+from cellstack.nodes.cell import STORED_WEIGHTS
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.data.samples import read_sample
@@ -240,13 +241,13 @@ def convert(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if the outputs differ by more than --tolerance.
     """
+    from cellstack.formats.c import sizes as c_sizes  # imported here because only C needs it
     from cellstack.formats.verify import TOLERANCE, verify  # slow to import, and only needed here
 
     if args.tolerance is not None and not 0.0 <= args.tolerance < math.inf:
         raise UsageError(f"expected --tolerance >= 0 and finite, got {args.tolerance}")
     net, source = load_model(args.source, load_options(args))
     x = None if args.sample is None else read_sample(net, args.sample)
-    read, net = net, with_weights(net, args.weights)
     target = Path(args.target)
     suffixes = {suffix for adapter in writers() for suffix in adapter.SUFFIXES}
     named = target.suffix.lower() in {".c", *suffixes}  # the suffix names a format, even if a folder has that name
@@ -258,22 +259,30 @@ def convert(args: argparse.Namespace) -> int:
         )
     if target.exists() and target.samefile(source):
         raise UsageError(f"{args.target}: the target is the source file, which would be overwritten")
-    if to_folder or target.suffix.lower() == ".c":
+    as_c = to_folder or target.suffix.lower() == ".c"
+    if args.weights not in (None, *STORED_WEIGHTS) and not as_c:
+        raise UsageError(f"--weights {args.weights}: only a target in C can have such weights, got {args.target}")
+    read = net
+    sizes = None
+    if as_c:
         in_c = not to_folder
         stem = target.stem if in_c else re.sub(r"[^A-Za-z0-9]+", "_", Path(source).stem).strip("_")
         folder = target.parent if in_c else target
+        name = stem if in_c or stem[:1].isalpha() else f"model_{stem}".strip("_")
         try:
-            header, written = net.export_c(folder, stem if in_c or stem[:1].isalpha() else f"model_{stem}".strip("_"))
-        except ValueError as error:
+            header, written = net.export_c(folder, name, args.weights)
+            sizes = c_sizes(net, args.weights)
+        except (TypeError, ValueError) as error:
             raise UsageError(f"{args.target}: {str(error).removeprefix('export_c: ')}") from None
         files = [str(header), str(written)]
     else:
+        net = with_weights(net, args.weights)
         try:
             net.save(target)
         except (TypeError, ValueError) as error:  # a node that the format can't represent
             raise UsageError(f"{args.target}: {str(error).removeprefix('save: ')}") from None
         files = [str(target)]
-    widened = net.weights == "bfloat16" and Path(files[-1]).suffix != NATIVE
+    widened = net.weights == "bfloat16" and not as_c and Path(files[-1]).suffix != NATIVE
     stored = net.with_weights("float32") if widened else net  # the network that was written
     # No other runtime reads the native format.
     paths = [files[-1]] if Path(source).suffix == NATIVE else [source, files[-1]]
@@ -290,8 +299,15 @@ def convert(args: argparse.Namespace) -> int:
     said *= widened
     shown = {path: one for path, one in reports.items() if verdict == "fail" or one.runtime or one.streams}
     compared = [one.text(allowed[path]) for path, one in shown.items()]
+    if sizes is not None:
+        said.append(
+            f"flash: {sizes.constants:,} bytes of constants, and the code; "
+            f"RAM: {sizes.ram:,} bytes, of which the state is {sizes.state:,} and scratch {sizes.scratch:,}"
+        )
     text = [written, *said, *compared, _answered(net), f"{verdict}: {ending}"]
-    report = {"source": source, "files": files, "sample": args.sample, "verdict": verdict, "weights": net.weights}
+    weights = args.weights or net.weights if as_c else net.weights
+    report = {"source": source, "files": files, "sample": args.sample, "verdict": verdict, "weights": weights}
+    report |= {} if sizes is None else {"sizes": sizes._asdict()}
     report |= {"not_verified": reasons, "shapes": _answered(net)}
     report["parity"] = {path: one.to_json() for path, one in reports.items()}
     show(args, report, text)

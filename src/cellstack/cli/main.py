@@ -109,7 +109,7 @@ HELP = {
         "write a network in another format, and compare the outputs of both files",
         "SOURCE TARGET [options]",
         """cellstack convert model.onnx model.safetensors
-  cellstack convert model.safetensors firmware/model.c
+  cellstack convert model.safetensors firmware/model.c --weights int8
   cellstack convert model.keras small.safetensors --weights bfloat16
   cellstack convert model.safetensors model.onnx --sample steps.csv""",
         threads=None,
@@ -248,9 +248,10 @@ def _add_convert(other: Parser) -> None:
     text = "largest relative difference that passes (default: 1e-4; for bfloat16 2e-2)"
     other.add_argument("--tolerance", type=float, metavar="X", help=text)
     text = (
-        "round the cells' matrices to this dtype; with bfloat16 the file is about half as large (default: as in SOURCE)"
+        "round the cells' matrices to this dtype; with bfloat16 the file is about half as large; int8 is for C only "
+        "(default: as in SOURCE)"
     )
-    other.add_argument("--weights", choices=STORED_WEIGHTS, help=text)
+    other.add_argument("--weights", choices=WEIGHTS, help=text)
     add_load_options(other)
 
 

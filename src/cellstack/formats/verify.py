@@ -240,7 +240,8 @@ def _not_verified(path: str, inputs: Inputs, error: CannotRunError) -> Report:
 
 def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
     """Return the report for some inputs; raise `OtherSizesError` if the file takes other lengths."""
-    y, states = net.run(inputs)
+    weights = runtimes.c.weights_of(path) if path.lower().endswith(".c") else None
+    y, states = net.run(inputs, weights=weights)
     try:
         theirs = runtimes.run(net, path, inputs)
     except OtherSizesError:

@@ -26,14 +26,25 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
     name = PurePath(path).stem
     with tempfile.TemporaryDirectory() as folder:
         try:
-            header, source = c.export(net, folder, name)
-        except ValueError as error:
+            header, source = c.export(net, folder, name, weights_of(path))
+        except (TypeError, ValueError) as error:
             raise CannotRunError(str(error)) from None
         for own, theirs in ((header, Path(path).with_suffix(".h")), (source, Path(path))):
             if not theirs.exists() or own.read_bytes() != theirs.read_bytes():
                 raise CannotRunError(f"{theirs} isn't the file that export_c writes for this network")
         built = os.path.join(folder, "library.so")
-        command = [compiler, "-O2", "-shared", "-fPIC", "-o", built, str(source), "-lm"]
+        command = [
+            compiler,
+            "-std=c99",
+            "-O2",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            "-o",
+            built,
+            str(source),
+            "-lm",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CannotRunError(f"{compiler}: {done.stderr.strip()[:300]}")
@@ -41,6 +52,12 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
         text = header.read_text(encoding="ascii")
         outputs, states = _in_c(ctypes.CDLL(built), name, text, net, next(iter(inputs.values())))
     return Answers(PurePath(compiler).name, version.strip(), outputs, states)
+
+
+def weights_of(path: str) -> str:
+    """Return the number format of the cells' matrices in a C file, which its header states."""
+    header = Path(path).with_suffix(".h")
+    return c.format_in(header.read_text(encoding="utf-8", errors="replace")) if header.exists() else "float32"
 
 
 def _in_c(
