@@ -110,14 +110,25 @@ static void ${name}_multiply(float *out, size_t n, const float *bias, const floa
                              const float *scales, int8_t *row)
 {
     const float scale = ${name}_quantise(row, v, m);
-    for (size_t j = 0; j < n; j++, matrix += m) {
-        int32_t sum = 0;
-        float product;
-        for (size_t k = 0; k < m; k++) {
-            sum += row[k] * matrix[k];
+    for (size_t j = 0, columns; j < n; j += columns, matrix += columns * m) {
+        int32_t sums[4] = {0, 0, 0, 0}; /* of four columns, which share the numbers of the row, or of one */
+        columns = n - j < 4 ? 1 : 4;
+        if (columns == 4) {
+            for (size_t k = 0; k < m; k++) {
+                sums[0] += row[k] * matrix[k];
+                sums[1] += row[k] * matrix[m + k];
+                sums[2] += row[k] * matrix[2 * m + k];
+                sums[3] += row[k] * matrix[3 * m + k];
+            }
+        } else {
+            for (size_t k = 0; k < m; k++) {
+                sums[0] += row[k] * matrix[k];
+            }
         }
-        product = fmaf((float)sum, scale * scales[j], bias != NULL ? bias[j] : 0.0f);
-        out[j] = bias != NULL ? product : out[j] + product;
+        for (size_t i = j; i < j + columns; i++) {
+            const float product = fmaf((float)sums[i - j], scale * scales[i], bias != NULL ? bias[i] : 0.0f);
+            out[i] = bias != NULL ? product : out[i] + product;
+        }
     }
 }
 """
@@ -150,12 +161,27 @@ static void ${name}_multiply(float *out, size_t n, const float *bias, const floa
                              float *row)
 {
     ${name}_round(row, v, m);
-    for (size_t j = 0; j < n; j++, matrix += m) {
-        float sum = bias != NULL ? bias[j] : 0.0f;
-        for (size_t k = 0; k < m; k++) {
-            sum += row[k] * ${name}_widened(matrix[k]);
+    for (size_t j = 0, columns; j < n; j += columns, matrix += columns * m) {
+        float sums[4]; /* of four columns, which share the numbers of the row, or of one */
+        columns = n - j < 4 ? 1 : 4;
+        for (size_t i = 0; i < 4; i++) {
+            sums[i] = bias != NULL && i < columns ? bias[j + i] : 0.0f;
         }
-        out[j] = bias != NULL ? sum : out[j] + sum;
+        if (columns == 4) {
+            for (size_t k = 0; k < m; k++) {
+                sums[0] += row[k] * ${name}_widened(matrix[k]);
+                sums[1] += row[k] * ${name}_widened(matrix[m + k]);
+                sums[2] += row[k] * ${name}_widened(matrix[2 * m + k]);
+                sums[3] += row[k] * ${name}_widened(matrix[3 * m + k]);
+            }
+        } else {
+            for (size_t k = 0; k < m; k++) {
+                sums[0] += row[k] * ${name}_widened(matrix[k]);
+            }
+        }
+        for (size_t i = j; i < j + columns; i++) {
+            out[i] = bias != NULL ? sums[i - j] : out[i] + sums[i - j];
+        }
     }
 }
 """
