@@ -73,5 +73,6 @@ def test_the_example_hears_a_whistle(site, tmp_path):
     assert state in ("a whistle", "no whistle")
     assert re.fullmatch(r"A step and its features take \d+ µs\.", time)
     heard = np.flatnonzero(found > 0.5)
-    assert 80 <= len(heard) <= 110, "two seconds are 100 frames"
-    assert heard[-1] - heard[0] < 120, "and they are contiguous"
+    # two seconds are 100 frames; a busy machine may lose some of the sound
+    assert 60 <= len(heard) <= 110, f"heard {len(heard)} of {len(found)} frames: {heard}"
+    assert heard[-1] - heard[0] < 120, f"expected one whistle, heard frames {heard}"
