@@ -13,7 +13,7 @@ BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models web test-web test-clusters lint format stubs site bench sanitize guard sbom clean
+.PHONY: help demo test test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,10 +22,10 @@ demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters" -n auto --dist loadfile --no-loadscope-reorder
+	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/tested  ## all tests, except those that download or have their own target
-	$(CACHED) $(BIN)/python -m pytest -m "not models and not web and not clusters"
+	$(CACHED) $(BIN)/python -m pytest -m "not models and not web and not clusters and not devices"
 
 test-models: $(VENV)/tested  ## published models, downloaded, compared with their own runtimes
 	$(CACHED) $(BIN)/python -m pytest -m models -s
@@ -42,6 +42,9 @@ test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, a
 	$(PYTHON) -m venv .venv-clusters
 	.venv-clusters/bin/pip install -q -e '.[clusters]'
 	$(CACHED) .venv-clusters/bin/python -m pytest -m clusters tests/scale
+
+test-devices: $(VENV)/tested  ## the C code on emulated Cortex-M processors; needs arm-none-eabi-gcc and QEMU
+	$(CACHED) $(BIN)/python -m pytest -m devices tests/devices -s
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
