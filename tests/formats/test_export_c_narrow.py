@@ -201,6 +201,18 @@ def test_the_sizes_are_known_beforehand(tmp_path, weights):
     }
 
 
+@pytest.mark.parametrize("weights", NARROW)
+def test_the_stack_stays_small(tmp_path, weights):
+    net = Network([Recurrent((fill(np.random.default_rng(0), CellSpec(40, 64, peepholes=True, proj_size=32)),))])
+    net.export_c(tmp_path, "net", weights)
+    compiled(["gcc", "-std=c99", "-c", "-O2", "-fno-inline", "-fstack-usage", "net.c"], tmp_path)
+    lines = [line.split("\t") for line in (tmp_path / "net.su").read_text().splitlines()]
+    assert all(kind == "static" for _, _, kind in lines)
+    used = {place.split(":")[-1].split(".")[0]: int(size) for place, size, _ in lines}
+    callers = used.pop("net_step") + used.pop("net_lstm_cell_step") + used.pop("net_multiply")
+    assert callers + max(used.values()) < 512, (callers, used)
+
+
 def test_the_default_is_the_networks_own_format(tmp_path):
     net = Network([Recurrent((make_cell(np.random.default_rng(0), 3, 4),))])
     texts = {

@@ -194,7 +194,7 @@ static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 }
 """Helper functions in C; only those that are called are written."""
 
-MATRICES = ("kernel", "recurrent_kernel", "projection")
+MATRICES: tuple[str, ...] = ("kernel", "recurrent_kernel", "projection")
 WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
 
 

@@ -341,6 +341,9 @@ class Writer:
         """Return the header."""
         name, real = self.name, self.real
         sizes = self.sizes
+        stack, depth = "no arrays and no recursion: a few pointers and counters", "three"
+        if self.narrow:
+            stack, depth = "no recursion, no array of more than four numbers: a few pointers and counters", "four"
         in_format = f" * Matrices of the cells: {self.narrow.name}\n" if self.narrow else ""
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
         kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
@@ -355,7 +358,7 @@ class Writer:
  *
 {in_format} * Flash:  {sizes.constants:,} bytes of constants, and the code.
  * RAM:    {sizes.ram:,} bytes, sizeof({name}_state): {self.memory}
- * Stack:  no arrays and no recursion: a few pointers and counters per call, three calls deep, and <math.h>'s own.
+ * Stack:  {stack} per call, {depth} calls deep, and <math.h>'s own.
  *
  * Build:  cc -std=c99 -O3{" -ffp-contract=off" if self.narrow else ""} program.c {name}.c -lm
  *
