@@ -28,6 +28,13 @@ STEPS = 30
 pytestmark = pytest.mark.devices
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tools():
+    missing = [tool for tool in ("arm-none-eabi-gcc", "qemu-system-arm") if shutil.which(tool) is None]
+    if missing:
+        pytest.fail(f"needs {', '.join(missing)}: install gcc-arm-none-eabi, libnewlib-arm-none-eabi, qemu-system-arm")
+
+
 def done(command, folder):
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert (ran.returncode, ran.stderr) == (0, ""), (command, ran.returncode, ran.stderr)
