@@ -275,7 +275,9 @@ def shape_text(spec: CellSpec, matrix: Matrix) -> str:
     shape = spec.shapes[matrix.array]
     if matrix.gates is not None:
         shape = (*shape[:-1], (matrix.gates[1] - matrix.gates[0]) * spec.units)
-    letters = dict(zip(MATRICES, (("I", "H"), ("P" if spec.proj_size else "H", "H"), ("H", "P")), strict=True))
+    letters: dict[str, tuple[str, str]] = dict(
+        zip(MATRICES, (("I", "H"), ("P" if spec.proj_size else "H", "H"), ("H", "P")), strict=True)
+    )
     names = letters.get(matrix.array)
     if names is None:
         rows = [str(n) for n in shape[:-1]]
