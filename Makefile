@@ -57,8 +57,9 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
-stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
+stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors, and the kinds of cell for JavaScript
 	$(BIN)/python tests/architecture/stubs.py
+	$(BIN)/python web/kinds.py
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
 	$(INSTALL) '.[docs]'

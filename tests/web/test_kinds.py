@@ -8,4 +8,4 @@ WEB = Path(__file__).parents[2] / "web"
 
 def test_the_table_of_kinds_is_that_of_python():
     written = runpy.run_path(str(WEB / "kinds.py"))
-    assert written["TARGET"].read_text() == written["module"](), "run `python web/kinds.py`"
+    assert written["TARGET"].read_text() == written["module"](), "run `make stubs`"
