@@ -334,6 +334,7 @@ def agree(page, made):
         assert abs(found["predicted"] - found["seen"]) <= bound, (str(case["network"]), found)
 
 
+@pytest.mark.slow
 def test_gradients_of_random_networks_are_their_differences(page):
     rng, made = np.random.default_rng(0), []
     for case in networks(range(3000, 3120)):

@@ -80,6 +80,7 @@ def test_a_known_column_explains_how_this_season_differs_from_the_last(seed):
     assert measured(data, fitted(data), test)[0] < 0.4 * measured(blind, fitted(blind), test)[0]
 
 
+@pytest.mark.slow
 def test_a_known_category_explains_how_this_season_differs_from_the_last():
     rng, rows = np.random.default_rng(0), 420
     codes = rng.integers(0, 3, rows)
@@ -110,6 +111,7 @@ def test_it_uses_nothing_after_its_origins(one):
         np.testing.assert_array_equal(hidden, model.forecast(np.array([origin])))
 
 
+@pytest.mark.slow
 def test_series_of_other_scales_are_learned_together():
     data = panel(3)
     model = fitted(data)

@@ -349,6 +349,7 @@ def test_resumed_and_uninterrupted_are_the_same_bit_for_bit(tmp_path, monkeypatc
     assert whole.result.history == again.result.history
 
 
+@pytest.mark.slow
 def test_slow_trainings_are_continued_and_others_start_again(monkeypatch, capsys):
     build, options = Build((8,), members=2, dropout=0.0), replace(FOUR_EPOCHS, epochs=6, progress=True)
     monkeypatch.setattr(training, "takes_long", lambda *_: True)

@@ -56,6 +56,7 @@ def test_a_file_gives_the_same_network_as_the_layers(tmp_path, name, suffix):
         np.testing.assert_allclose(net(x), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_verify_and_convert_take_it(tmp_path):
     layers = [
         ours.LSTM(5, peepholes=True, proj_size=3, return_sequences=True),

@@ -105,7 +105,7 @@ def sizes(network: Network, weights: str | None = None) -> Sizes:
     >>> from cellstack import Cell, CellSpec, Recurrent
     >>> cell = Cell(CellSpec(3, 4, kind="gru"), *(np.ones(shape, "f4") for shape in ((3, 12), (4, 12), (2, 12))))
     >>> sizes(Network([Recurrent((cell,))]), "int8")
-    Sizes(constants=276, state=16, scratch=148)
+    Sizes(constants=276, state=16, scratch=100)
     """
     return _writer(network, "model", weights).sizes
 
