@@ -223,8 +223,8 @@ def test_rows_before_the_state_and_states_of_other_networks(scorer):
     ("how", "message"),
     [
         ({"id": None}, r"expected id \(--id\), the column that identifies the sequence"),
-        ({"features": None}, r"expected features \(--columns\) as a list"),
-        ({"features": "load"}, r"expected features \(--columns\) as a list"),
+        ({"features": None}, r"give a list of features \(--columns A,B\)"),
+        ({"features": "load"}, r"give a list of features \(--columns A,B\)"),
         ({"features": ("load", "heat")}, "expected 3 features, as the network has, got 2: load, heat"),
         ({"features": ("load", "heat", "hour")}, "expected different columns for id, time and features"),
         ({"missing": "drop"}, "expected missing to be refuse or skip, got 'drop'"),

@@ -93,7 +93,8 @@ class Scorer:
             raise UsageError("expected id (--id), the column that identifies the sequence of a row")
         if not features or isinstance(features, str):
             raise UsageError(
-                "expected features (--columns) as a list: the columns of the input, in the network's order"
+                "the network doesn't name its columns: give a list of features (--columns A,B), the columns of the "
+                "input in the network's order"
             )
         self.id, self.time, self.features = id, time or None, tuple(features)
         if len({*self.columns}) != len(self.columns):
