@@ -80,7 +80,8 @@ class Served:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.http_port, self.grpc_port = free_port(), free_port()
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.http_port, self.grpc_port = listening.getsockname()[1], free_port()
 
         async def begin():
             for name in networks():
@@ -92,9 +93,9 @@ class Served:
             routes = over_http.routes(
                 self.models, lambda request: not token or request.headers.get("authorization") == wanted
             )
-            config = uvicorn.Config(Starlette(routes=routes), port=self.http_port, log_level="critical", lifespan="off")
+            config = uvicorn.Config(Starlette(routes=routes), log_level="critical", lifespan="off")
             self.uvicorn = uvicorn.Server(config)
-            self.serving = asyncio.create_task(self.uvicorn._serve())
+            self.serving = asyncio.create_task(self.uvicorn._serve([listening]))
             while not self.uvicorn.started:
                 await asyncio.sleep(0.005)
 
