@@ -24,6 +24,7 @@ from importlib.resources import files
 
 import numpy as np
 import torch
+from voice import speech
 
 import cellstack as cs
 from cellstack_bench.turns import alternate
@@ -360,24 +361,11 @@ def hydrology(rounds, _):
 # ── Silero VAD ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def voice(seconds, rate):
-    """Return a sound that a speech detector sometimes classifies as speech: a buzz with three formants."""
-    t = np.arange(int(seconds * rate)) / rate
-    phase = 2 * np.pi * np.cumsum(120 + 20 * np.sin(2 * np.pi * 0.7 * t)) / rate
-    formants = (500 + 200 * np.sin(2 * np.pi * 1.3 * t), 1500 + 400 * np.sin(2 * np.pi * 0.9 * t), 2500 + 0 * t)
-    sound = sum(
-        np.sin(n * phase) / n * sum(np.exp(-(((n * 120 - formant) / 150) ** 2)) for formant in formants)
-        for n in range(1, 30)
-    )
-    spoken = (np.sin(2 * np.pi * 0.35 * t) > 0) * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * t))
-    return (0.3 * sound * spoken + 0.001 * np.random.default_rng(0).standard_normal(len(t))).astype(np.float32)
-
-
 def silero(rounds, _):
     from silero_vad import load_silero_vad
 
     show_versions(["silero-vad", "onnxruntime"])
-    sound = voice(20, 16000)
+    sound = speech(20, 16000).astype(np.float32)
     frames = sound[: len(sound) // 512 * 512].reshape(-1, 1, 512)
     as_tensors = torch.from_numpy(frames[:, 0])
     path = files("silero_vad.data") / "silero_vad.onnx"

@@ -3,7 +3,7 @@
     python benchmarks/scoring.py            writes data to a temporary folder, about 250 MB
     python benchmarks/scoring.py --files 3  less
 
-Each measurement is a process of its own, so that the peak of its memory can be told apart.
+Each measurement runs in its own process, so that its peak memory can be measured.
 """
 
 import argparse

@@ -30,7 +30,7 @@ COMPARED = 10  # streams
 
 
 def speech(seconds, rate, seed=0):
-    """16-bit samples of a sound that Silero partly classifies as speech: a buzz with three formants, and pauses."""
+    """A sound that Silero partly classifies as speech, from -1 to 1: a buzz with three formants, and pauses."""
     t = np.arange(int(seconds * rate)) / rate + seed
     phase = 2 * np.pi * np.cumsum(120 + 20 * np.sin(2 * np.pi * 0.7 * t)) / rate
     formants = (500 + 200 * np.sin(2 * np.pi * 1.3 * t), 1500 + 400 * np.sin(2 * np.pi * 0.9 * t), 2500 + 0 * t)
@@ -40,11 +40,12 @@ def speech(seconds, rate, seed=0):
     )
     spoken = (np.sin(2 * np.pi * 0.35 * t) > 0) * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * t))
     noise = 0.001 * np.random.default_rng(seed).standard_normal(len(t))
-    return (32767 * (0.3 * sound * spoken + noise)).astype("<i2")
+    return 0.3 * sound * spoken + noise
 
 
 def frames_of(args, seed=0):
-    samples, count = speech(args.seconds + WARM + 1, args.rate, seed), args.rate * args.frame // 1000
+    samples = (32767 * speech(args.seconds + WARM + 1, args.rate, seed)).astype("<i2")
+    count = args.rate * args.frame // 1000
     return [samples[at : at + count].tobytes() for at in range(0, len(samples) - count + 1, count)]
 
 

@@ -80,8 +80,8 @@ std::atomic<bool> forked{false};  // a forked child process doesn't have its par
 }  // namespace
 
 bool run_on_open_mp(int count, void (*task)(void*, int), void* context) {
-    static const bool told = after_fork([] { forked = true; });
-    if (!told || forked) return false;
+    static const bool registered = after_fork([] { forked = true; });
+    if (!registered || forked) return false;
     const OpenMp with = open_mp();
     if (!with.parallel || with.threads() < count) return false;
     // Another thread of the team that OpenMP keeps for this thread; unknown until its first call.

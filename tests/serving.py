@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from cellstack import Cell, CellSpec, Network, Recurrent
-from cellstack.serve import Limits, Models
+from cellstack.serve import Limits, Model, Models
 from cellstack.serve.server import Server, Settings, listen
 
 WIDTH, UNITS = 3, 5
@@ -19,6 +19,26 @@ def lstm(width=WIDTH, units=UNITS, seed=0):
     new = np.random.default_rng(seed).standard_normal
     shapes = (width, 4 * units), (units, 4 * units), (4 * units,)
     return Network([Recurrent((Cell(CellSpec(width, units), *(new(shape).astype(np.float32) for shape in shapes)),))])
+
+
+def records(model, x):
+    rows = np.zeros(len(x), model.rows.inputs)
+    rows["x"] = x
+    return rows
+
+
+def with_model(test, network, **limits):
+    """Run an asynchronous test with a model without a server."""
+
+    async def all_of_it():
+        model = Model("lstm", network, Limits(**limits))
+        model.start(asyncio.get_running_loop())
+        try:
+            await test(model)
+        finally:
+            model.stop()
+
+    asyncio.run(all_of_it())
 
 
 @dataclasses.dataclass

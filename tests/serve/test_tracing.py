@@ -6,10 +6,12 @@ import re
 
 import numpy as np
 import pytest
+import serving
+from serving import records
 
 from cellstack import Cell, CellSpec, Network, Recurrent
 from cellstack.nodes import Conv1D
-from cellstack.serve import Limits, Model, ServeError
+from cellstack.serve import ServeError
 from cellstack.serve.tracing import MOST_SESSIONS, last_steps, recorder_of, trace_page
 
 WIDTH, H = 3, 5
@@ -22,22 +24,8 @@ def network(seed=0, *first):
     return Network([*first, Recurrent((cell,))])
 
 
-def records(model, x):
-    rows = np.zeros(len(x), model.rows.inputs)
-    rows["x"] = x
-    return rows
-
-
 def with_model(test, net=None, sessions=64):
-    async def all_of_it():
-        model = Model("lstm", net or network(), Limits(sessions=sessions))
-        model.start(asyncio.get_running_loop())
-        try:
-            await test(model)
-        finally:
-            model.stop()
-
-    asyncio.run(all_of_it())
+    serving.with_model(test, net or network(), sessions=sessions)
 
 
 def test_a_session_that_is_traced_answers_as_an_undisturbed_stream():

@@ -5,11 +5,12 @@ import time
 
 import numpy as np
 import pytest
+from serving import records, with_model
 
 from cellstack import Cell, CellSpec, Dense, Network, Recurrent
 from cellstack.nodes import Embedding, Merge
 from cellstack.serve import worker
-from cellstack.serve.models import Limits, Model, ServeError
+from cellstack.serve.models import ServeError
 from cellstack.serve.rows import Rows
 from cellstack.serve.worker import turns
 
@@ -24,25 +25,11 @@ def network(seed=0):
     return Network([Recurrent((cell,))])
 
 
-def records(model, x):
-    rows = np.zeros(len(x), model.rows.inputs)
-    rows["x"] = x
-    return rows
-
-
 def served(test):
     """Run an asynchronous test with a model."""
 
     def run():
-        async def all_of_it():
-            model = Model("lstm", network(), Limits(sessions=4, kept=3))
-            model.start(asyncio.get_running_loop())
-            try:
-                await test(model)
-            finally:
-                model.stop()
-
-        asyncio.run(all_of_it())
+        with_model(test, network(), sessions=4, kept=3)
 
     run.__name__ = test.__name__
     return run
