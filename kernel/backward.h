@@ -92,6 +92,7 @@ void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
                           f.blocks,
                           (f.last - f.first) * f.batch,
                           f.recurrent_t,
+                          f.band,
                           P,
                           own.panel,
                           own.end_panel,
@@ -177,10 +178,10 @@ void run_rows_back(Backward<T>& f) {
         if (part == 0 && phase > 0) pass_back<T, false>(f, n + 1, columns);
         if (n < f.first) break;
         const int64_t t = time_of(f, n), m = (n - f.first) * f.batch + f.row0;
-        const auto to_dm = [&](const T* from, int gates, int64_t blocks, const T* panels, int64_t columns,
-                               int64_t first, int64_t last) {
-            const Transposed<T> p{*f.tiles, from,    gates, m,    f.rows,      blocks, dz_rows,
-                                  panels,   columns, first, last, bool(n & 1), f.pairs};
+        const auto to_dm = [&](const T* from, int gates, int64_t blocks, const T* panels, const Band& band,
+                               int64_t columns, int64_t first, int64_t last) {
+            const Transposed<T> p{*f.tiles, from, gates,   m,     f.rows, blocks,      dz_rows,
+                                  panels,   band, columns, first, last,   bool(n & 1), f.pairs};
             product_transposed(
                 p, [&](int64_t r, int64_t unit, V<T> dm) INLINED { store(f.dm + r * unit_columns + unit, dm); });
         };
@@ -189,7 +190,8 @@ void run_rows_back(Backward<T>& f) {
         };
         if (part == 0) {
             rows([&](int64_t r, bool used) { output_gradient(f, r, n, columns, unit_columns, used); });
-            if (d.projects()) to_dm(f.dp, 1, f.output_blocks, f.projection_t, H, 0, unit_columns / wide);
+            if (d.projects())
+                to_dm(f.dp, 1, f.output_blocks, f.projection_t, {f.output_blocks, nullptr}, H, 0, unit_columns / wide);
             rows([&](int64_t r, bool used) {
                 if (!used)
                     mask_row(f, r, n);
@@ -201,7 +203,7 @@ void run_rows_back(Backward<T>& f) {
         if (part == 1) {
             // At this point dz of r is zero, so the product doesn't include it; the next phase computes it.
             const Outputs<T> own(f);
-            to_dm(f.dz, d.gates(), f.blocks, f.candidate_t, d.output, own.panel, own.end_panel);
+            to_dm(f.dz, d.gates(), f.blocks, f.candidate_t, f.band, d.output, own.panel, own.end_panel);
         } else if (part == 2) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
@@ -238,9 +240,20 @@ template <class T>
 void input_gradient(const Tiles<T>& tiles, const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t,
                     int64_t columns, int64_t first, int64_t last, T* const* out, T* pairs) {
     constexpr int W = Vec<T>::W;
-    const Transposed<T> p{
-        tiles, dz,   gates, first, last - first, blocks, dz_rows, kernel_t, columns, 0, (columns + 4 * W - 1) / (4 * W),
-        false, pairs};
+    const Transposed<T> p{tiles,
+                          dz,
+                          gates,
+                          first,
+                          last - first,
+                          blocks,
+                          dz_rows,
+                          kernel_t,
+                          {blocks, nullptr},
+                          columns,
+                          0,
+                          (columns + 4 * W - 1) / (4 * W),
+                          false,
+                          pairs};
     product_transposed(p, [&](int64_t row, int64_t column, V<T> sum) INLINED {
         const int64_t left = columns - column;
         store_lanes(out[first + row] + column, sum, left < W ? int(left) : W);
@@ -297,30 +310,50 @@ void weight_gradient(const WeightGradient<T>& f) {
             for (const auto& of : f.of) {
                 if (!of.columns) continue;
                 const int64_t stride = gradient_stride(of.columns), H = f.units;
-                const Sums apart = f.rows ? Sums{of.columns * wide, wide, W} : Sums{W, G * H, H};
-                T* sums = f.rows ? of.sums + (block - f.first) * apart.block : of.out + block * W;
-                // If the vectors extend beyond what may be written, the sums of a tile pass through a separate buffer.
-                const bool whole = f.rows || (lanes == W && of.first_gate == 0 && of.last_gate == G);
-                const Sums inside = whole ? apart : Sums{0, wide, W};
-                Tile<T> t = tile_over<T>(rows);
-                t.a_step = stride, t.panel = all + m * wide, t.panel_step = wide;
-                t.panel_vector = N > 1 ? dz_stride : W;
-                t.from_row = t.to_row = inside.column, t.from_vector = t.to_vector = N > 1 ? inside.block : inside.gate;
-                each_tile(of.columns, [&](int64_t column, int R) {
-                    alignas(kVectorBytes) T own[kRows * 4 * W];
-                    T* outside = sums + column * apart.column;
-                    const auto each = [&](auto&& body) INLINED {
-                        for (int r = 0; !whole && r < R; ++r)
-                            for (int v = of.first_gate; v < of.last_gate; ++v)
-                                body(outside + r * apart.column + v * apart.gate, own + r * wide + v * W);
-                    };
-                    if (!whole) memset(own, 0, sizeof(own));
-                    if (more) each([&](const T* from, T* to) INLINED { store(to, load_lanes(from, lanes)); });
-                    for (int r = 0; r < R; ++r) t.a[r] = of.copy + m * stride + column + r;
-                    t.to = whole ? outside : own, t.from = more ? t.to : nullptr;
-                    f.tiles->of[R - 1][vectors - 1](t);
-                    each([&](T* to, const T* from) INLINED { store_lanes(to, load(from), lanes); });
-                });
+                // Sums of some columns, whose first one is at `sums`, and of lanes [lane, lane + lanes) of each vector.
+                const auto add_up = [&](T* sums, const Sums& apart, int64_t first, int64_t columns, int vectors,
+                                        int64_t vector, const T* panel, int lane, int lanes) {
+                    // If the vectors extend beyond what may be written, the sums of a tile pass through a separate
+                    // buffer.
+                    const bool whole = f.rows || (lanes == W && of.first_gate == 0 && of.last_gate == G);
+                    const Sums inside = whole ? apart : Sums{0, wide, W};
+                    Tile<T> t = tile_over<T>(rows);
+                    t.a_step = stride, t.panel = panel + m * wide, t.panel_step = wide, t.panel_vector = vector;
+                    t.from_row = t.to_row = inside.column;
+                    t.from_vector = t.to_vector = N > 1 ? inside.block : inside.gate;
+                    each_tile(columns, [&](int64_t column, int R) {
+                        alignas(kVectorBytes) T own[kRows * 4 * W];
+                        T* outside = sums + column * apart.column;
+                        const auto each = [&](auto&& body) INLINED {
+                            for (int r = 0; !whole && r < R; ++r)
+                                for (int v = of.first_gate; v < of.last_gate; ++v)
+                                    body(outside + r * apart.column + v * apart.gate, own + r * wide + v * W + lane);
+                        };
+                        if (!whole) memset(own, 0, sizeof(own));
+                        if (more)
+                            each([&](const T* from, T* to)
+                                     INLINED { store_lanes(to, load_lanes(from, lanes), lanes); });
+                        for (int r = 0; r < R; ++r) t.a[r] = of.copy + m * stride + first + column + r;
+                        t.to = whole ? outside : own, t.from = more ? t.to : nullptr;
+                        f.tiles->of[R - 1][vectors - 1](t);
+                        each([&](T* to, const T* from) INLINED { store_lanes(to, load_lanes(from, lanes), lanes); });
+                    });
+                };
+                if (of.heads == 1) {
+                    const Sums apart = f.rows ? Sums{of.columns * wide, wide, W} : Sums{W, G * H, H};
+                    T* sums = f.rows ? of.sums + (block - f.first) * apart.block : of.out + block * W;
+                    add_up(sums, apart, 0, of.columns, vectors, N > 1 ? dz_stride : W, all, 0, lanes);
+                    continue;
+                }
+                // Of each head, the units that are in these blocks.
+                const int64_t size = H / of.heads, row = G * size;
+                for (int b = 0; b < N; ++b)
+                    for (int64_t unit = (block + b) * W, end = unit + lanes, next; unit < end; unit = next) {
+                        const int64_t head = unit / size * size;
+                        next = head + size < end ? head + size : end;
+                        add_up(of.out + head * row + unit - head, {0, row, size}, head, size, G, W, all + b * dz_stride,
+                               int(unit - (block + b) * W), int(next - unit));
+                    }
             }
         }
     };

@@ -53,6 +53,7 @@ struct Activation {
 struct Description {
     const Kind* kind;
     int64_t input, units, output;  // I, without an attention; H; P: the width of h, H where nothing is projected
+    int64_t heads = 1;  // h and the units are divided into this many, each with its own recurrent matrix
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
     Activation activations[kMostGates + 1];
     bool use_bias, peepholes, coupled, layer_norm, joint, reset_after, attention;  // joint: a form of layer_norm
@@ -67,8 +68,8 @@ struct Description {
     int inner_states() const { return kind->states > 1 ? kind->states - 1 : 0; }
     // Numbers per row of a state; state 0 is h.
     int64_t width(int state) const { return state ? units : output; }
-    // Numbers of h that the sums of the gates include.
-    int64_t recurrent() const { return kind->recurrent ? output : 0; }
+    // Numbers of h that the sums of a unit include.
+    int64_t recurrent() const { return kind->recurrent ? output / heads : 0; }
     // Blocks of columns in the matrices: one per gate, except a coupled f.
     int gates() const { return kind->gates - coupled; }
     // The position of a gate's block in the caller's matrices and biases.
@@ -105,12 +106,12 @@ struct Description {
 };
 
 // The arrays of a cell, or their gradients, in the order of cellstack.spec.ARRAYS; null if the cell doesn't have one.
-// If the description has `rows`, each matrix is transposed, [gates·H, I], [gates·H, P], [P, H], and the gates have
-// PyTorch's order, in biases too.
+// If the description has `rows`, which excludes heads, each matrix is transposed, [gates·H, I], [gates·H, P], [P, H],
+// and the gates have PyTorch's order, in biases too.
 template <class T>
 struct Arrays {
     T* kernel;            // [I, gates·H]
-    T* recurrent_kernel;  // [P, gates·H]; null if the kind has no product with h
+    T* recurrent_kernel;  // [P, gates·H] or [heads, P/heads, gates·H/heads]; null if the kind has no product with h
     T* bias;              // [gates·H]; [2, gates·H] if a reset acts after the product
     T* peepholes;         // [3, H], i f o; [2, H], i o, if coupled
     T* projection;        // [H, P]

@@ -1,4 +1,6 @@
 #pragma once
+#include <vector>
+
 #include "leaf.h"
 
 namespace cellstack {
@@ -26,6 +28,22 @@ template <class T>
 Matrix<T> matrix_of(const Description& d, const T* at, int64_t depth, int64_t units, int gates) {
     Matrix<T> m{at, depth, units, gates, d.rows, {}};
     for (int gate = 0; gates > 1 && gate < gates; ++gate) m.places[gate] = d.place(gate);
+    return m;
+}
+
+// The band of a recurrent matrix in panels of `wide` columns, with `step` of the `total` rows in one.
+struct Bands {
+    int64_t depth;
+    std::vector<int64_t> first;  // empty without heads
+    Band band() const { return {depth, first.empty() ? nullptr : first.data()}; }
+};
+Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step);
+
+// The recurrent matrix in the caller's layout, and which part of it a panel has.
+template <class T>
+Matrix<T> recurrent_of(const Description& d, const T* at, const Band& band) {
+    Matrix<T> m = matrix_of(d, at, d.output, d.units, d.gates());
+    m.heads = d.heads, m.band = band;
     return m;
 }
 

@@ -47,9 +47,9 @@ INLINE Rows<T> narrow_rows(const Forward<T>& f, const T* at, int64_t depth, int6
 
 // A tile over all gates of a block, for a panel of this depth.
 template <class T>
-INLINE Tile<T> block_tile(const Forward<T>& f, int64_t depth) {
+INLINE Tile<T> block_tile(int64_t words) {
     constexpr int W = Vec<T>::W;
-    Tile<T> t = tile_over<T>(words_of(f.w.element, depth));
+    Tile<T> t = tile_over<T>(words);
     t.panel_step = 4 * W, t.panel_vector = t.from_vector = t.to_vector = W, t.to_row = 4 * W;
     return t;
 }
@@ -69,7 +69,7 @@ void project(const Forward<T>& f) {
     constexpr int W = Vec<T>::W;
     const int64_t total = (f.last - f.first) * f.rows, I = f.w.d->input, panel = words_of(f.w.element, I) * 4 * W;
     const Rows<T> rows = narrow(f.w.element) ? narrow_rows(f, f.narrow_x, I, total) : rows_of_x(f);
-    Tile<T> t = block_tile(f, I);
+    Tile<T> t = block_tile<T>(words_of(f.w.element, I));
     for (int64_t block = f.block; block < f.end_block; ++block) {
         T* z = f.z + block * total * 4 * W;
         t.panel = f.w.kernel + block * panel, t.from = f.w.bias + block * 4 * W, t.to = z;
@@ -102,13 +102,12 @@ INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, 
     keep_inner(f, at, kC);
 }
 
-// N blocks at step n of a batch of one row, whose sums stay in registers.
+// N blocks at step n of a batch of one row, whose sums stay in registers. They multiply the same part of h.
 template <class Kind, int N, class T>
 INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h, T* h_next) {
     constexpr int W = Vec<T>::W;
     const int64_t t = time_of(f, n), step = 4 * W, total = f.last - f.first;
-    const auto add_up = [&](V<T>(&sums)[1][N* 4], const T* row, const T* matrix, int64_t depth) INLINED {
-        const int64_t words = words_of(f.w.element, depth);
+    const auto add_up = [&](V<T>(&sums)[1][N* 4], const T* row, const T* matrix, int64_t words) INLINED {
         Cursor<T, 1> at{{row}, 1, matrix + block * words * step, step, W, words * step};
         accumulate<Kind, 1, N, 4>(sums, at, words);
     };
@@ -117,13 +116,14 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
     if (!f.z) {
         UNROLL
         for (int v = 0; v < N * 4; ++v) sums[0][v] = load(f.w.bias + block * step + v * W);
-        add_up(sums, narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel, f.w.d->input);
+        add_up(sums, narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel,
+               words_of(f.w.element, f.w.d->input));
         UNROLL
         for (int v = 0; v < N * 4; ++v) here[v] = sums[0][v];
     }
     UNROLL
     for (int v = 0; v < N * 4; ++v) sums[0][v] = splat(T(0));
-    add_up(sums, narrow(f.w.element) ? f.narrow_h : h, f.w.recurrent, f.w.d->units);
+    add_up(sums, (narrow(f.w.element) ? f.narrow_h : h) + f.w.start(block), f.w.recurrent, f.w.band.depth);
     const T* over_x = f.z ? f.z + (block * total + n - f.first) * step : reinterpret_cast<const T*>(here);
     UNROLL
     for (int b = 0; b < N; ++b) {
@@ -137,16 +137,22 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
 // A step of a batch of one row. Two blocks at a time: eight chains hide the latency of one.
 template <class Kind, class T>
 NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
-    const int64_t blocks = f.end_block - f.block, twos = blocks / 2;
     if (f.mask && !f.mask[time_of(f, n)]) {
         V<T> none[4] = {};
         for (int64_t block = f.block; block < f.end_block; ++block)
             finish<T>(f, none, block, 0, time_of(f, n), h, h_next);
         return;
     }
-    if ((blocks & 1) && down) step_alone<Kind, 1>(f, n, f.end_block - 1, h, h_next);
-    for (int64_t k = 0; k < twos; ++k) step_alone<Kind, 2>(f, n, f.block + 2 * (down ? twos - 1 - k : k), h, h_next);
-    if ((blocks & 1) && !down) step_alone<Kind, 1>(f, n, f.end_block - 1, h, h_next);
+    for (int64_t left = f.end_block - f.block; left > 0;) {
+        const int64_t block = down ? f.block + left - 2 : f.end_block - left;  // the first of two
+        if (left > 1 && f.w.start(block) == f.w.start(block + 1)) {
+            step_alone<Kind, 2>(f, n, block, h, h_next);
+            left -= 2;
+        } else {
+            step_alone<Kind, 1>(f, n, block + down, h, h_next);
+            left -= 1;
+        }
+    }
 }
 template <class T>
 void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
@@ -182,8 +188,8 @@ struct Side {
     int64_t panel;   // numbers per block
     const T* first;  // the first row of the step; rows are t.a_row apart
     T* sums;         // [kWideRows][4][W]
-    Side(const Forward<T>& f, const T* matrix, int64_t depth, T* sums)
-        : matrix(matrix), t(block_tile(f, depth)), panel(t.depth * t.panel_step), sums(sums) {}
+    Side(const T* matrix, int64_t words, T* sums)
+        : matrix(matrix), t(block_tile<T>(words)), panel(t.depth * t.panel_step), sums(sums) {}
 
     // Computes the sums of some rows; tiles of h also prefetch part of `ahead`.
     INLINE void add_up(const Forward<T>& f, int64_t row, int64_t count, const T*& ahead) {
@@ -236,7 +242,7 @@ void run_blocks(Forward<T>& f) {
     if (f.project) round(f.narrow_x, rows_of_x(f), (f.last - f.first) * f.rows, f.w.d->input);
     if (f.z && f.project) project<T>(f);
     alignas(kVectorBytes) T over_x[kWideRows * 4 * W], over_h[kWideRows * 4 * W];
-    Side<T> x(f, f.w.kernel, I, over_x), h(f, f.w.recurrent, H, over_h);
+    Side<T> x(f.w.kernel, words_of(f.w.element, I), over_x), h(f.w.recurrent, f.w.band.depth, over_h);
     x.t.a_row = rounds ? narrow_stride(f.w.element, I) : f.x_row;
     h.t.a_row = rounds ? narrow_stride(f.w.element, H) : f.w.blocks * W;
     for (int64_t n = f.from; n < f.to; ++n) {
@@ -250,9 +256,9 @@ void run_blocks(Forward<T>& f) {
             row_alone(f, n, down, static_cast<const T*>(f.h), h_next);
         } else {
             x.first = rounds ? f.narrow_x : f.x + time_of(f, n) * f.x_time;
-            h.first = rounds ? f.narrow_h : f.h;
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t block = down ? f.end_block - 1 - k : f.block + k;
+                h.first = (rounds ? f.narrow_h : f.h) + f.w.start(block);
                 const int64_t after = k + 1 == blocks ? block : down ? block - 1 : block + 1;
                 step_rows(f, x, h, n, block, f.w.recurrent + after * h.panel, h_next);
             }
@@ -270,16 +276,18 @@ void run_rows(Forward<T>& f) {
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int G = d.gates();
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
-    const auto product = [&](const T* matrix, const T* bias, int64_t depth, T* narrow) {
-        return Product<T>(w, matrix, bias, G, depth, H, w.blocks, f.block, f.end_block, stride, narrow, f.scales);
+    const auto product = [&](const T* matrix, const T* bias, int64_t depth, T* narrow, int64_t heads) {
+        return Product<T>(w, matrix, bias, G, depth, H, w.blocks, f.block, f.end_block, stride, narrow, f.scales,
+                          heads);
     };
     // Layer normalisation is applied between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     if (f.project) {
-        Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x);
+        Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x, 1);
         multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     }
-    Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias, d.recurrent(), f.narrow_h);
+    Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias,
+                                d.kind->recurrent ? d.output : 0, f.narrow_h, d.heads);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);

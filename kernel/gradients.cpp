@@ -40,7 +40,7 @@ double step_cost_back(int64_t rows, int64_t panels, int64_t depth, int64_t panel
 // How the pass through time is divided among threads: groups of rows, and shares of the units in each group.
 Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size_t bytes, bool pairs, int threads) {
     const int64_t panels = ceil_div(d.output, 4 * width);
-    const int64_t depth = ceil_div(d.units, width) * d.gates() * width / (pairs ? 2 : 1);
+    const int64_t depth = ceil_div(d.units / d.heads, width) * d.gates() * width / (pairs ? 2 : 1);
     const auto cost = [&](const Cut& cut) {
         const double alone = step_cost_back(ceil_div(B, cut.groups), ceil_div(panels, cut.shares), depth,
                                             depth * 4 * width * int64_t(bytes));
@@ -74,6 +74,7 @@ class BackwardLayer {
             T* out;
             int64_t columns;
             int first_gate, last_gate;
+            int64_t heads;
         } of[3];
         T *bias, *sums;
     };
@@ -117,6 +118,7 @@ class BackwardLayer {
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
+    const Bands bands = bands_of(d, wide, blocks* W, W);  // blocks of dz
     const int64_t planes = d.planes(), norms = d.norm_size();
     const int inner = d.inner_states();
     const bool by_rows = !d.plain(), reset_before = d.resets_before();
@@ -170,7 +172,7 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
 template <class T>
 void BackwardLayer<T>::clear() const {
     const std::pair<T*, int64_t> sums[] = {{to.kernel, I * G * H},
-                                           {to.recurrent_kernel, P * G * H},
+                                           {to.recurrent_kernel, d.recurrent() * G * H},
                                            {to.bias, (1 + d.two_biases()) * G * H},
                                            {to.projection, H * P}};
     for (const auto& [out, count] : sums)
@@ -183,7 +185,7 @@ void BackwardLayer<T>::take_memory() {
     rows_again = std::min<int64_t>(chunk_rows, kAgainRows * threads);
     const auto if_ = [](bool needed, int64_t count) { return needed ? Parts<T>::size(count) : 0; };
     const int64_t rows_h = Parts<T>::size(B * columns), rows_c = Parts<T>::size(B * blocks * W);
-    const int64_t transposed = if_(d.kind->recurrent, columns * blocks * deep);
+    const int64_t transposed = if_(d.kind->recurrent, columns * bands.depth * deep);
     const int64_t transposed_in = if_(g.dx, columns_of(I) * blocks * deep);
     const int64_t transposed_out = if_(d.projects(), unit_columns * output_blocks * W);
     const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
@@ -234,7 +236,7 @@ void BackwardLayer<T>::take_memory() {
 
 template <class T>
 void BackwardLayer<T>::transpose_weights() {
-    const Matrix<T> recurrent = matrix_of(d, arrays.recurrent_kernel, P, H, G);
+    const Matrix<T> recurrent = recurrent_of(d, arrays.recurrent_kernel, bands.band());
     const struct {
         T* to;
         Matrix<T> from;
@@ -276,25 +278,25 @@ void BackwardLayer<T>::list_passes() {
                   H,
                   blocks,
                   0,
-                  {{&x_rows, to.kernel, I, 0, G},
-                   {&h_rows, to.recurrent_kernel, P, 0, reset_before ? 2 : G},
-                   {&m_rows, reset_before ? to.recurrent_kernel : nullptr, P, 2, 3}},
+                  {{&x_rows, to.kernel, I, 0, G, 1},
+                   {&h_rows, to.recurrent_kernel, P, 0, reset_before ? 2 : G, d.heads},
+                   {&m_rows, reset_before ? to.recurrent_kernel : nullptr, P, 2, 3, d.heads}},
                   bias,
                   gradients});
     } else {
-        add_pass({dz, G, H, blocks, 0, {{&x_rows, to.kernel, I, 0, G}, {}, {}}, bias, gradients});
+        add_pass({dz, G, H, blocks, 0, {{&x_rows, to.kernel, I, 0, G, 1}, {}, {}}, bias, gradients});
         T* const recurrent_bias = bias && d.two_biases() ? bias + G * H : nullptr;
         add_pass({dq,
                   G,
                   H,
                   blocks,
                   0,
-                  {{&h_rows, to.recurrent_kernel, P, 0, G}, {}, {}},
+                  {{&h_rows, to.recurrent_kernel, P, 0, G, d.heads}, {}, {}},
                   recurrent_bias,
                   gradients + blocks * ((d.rows ? I : 0) + 1) * deep});
     }
     if (d.projects())
-        add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1}, {}, {}}, nullptr, gradients_out});
+        add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1, 1}, {}, {}}, nullptr, gradients_out});
 }
 
 template <class T>
@@ -315,7 +317,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.block = panels * share / cut.shares * kBlocksOfPanel;
     f.end_block = std::min(blocks, panels * (share + 1) / cut.shares * kBlocksOfPanel);
     f.first = first_step, f.last = last_step, f.reverse = in.reverse;
-    f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
+    f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t, f.band = bands.band();
     f.gates = again ? made_gates : at(s.gates, steps * planes * H);
     f.norms = again ? made_norms : at(s.norms, steps * norms);
     f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
@@ -473,6 +475,7 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for,
                    of.first_gate,
                    of.last_gate,
                    of.out,
+                   of.heads,
                    sum + f.first * summed,
                    copy};
         sum += pass.blocks * summed, copy += of.columns ? rows * gradient_stride(of.columns) : 0;

@@ -53,6 +53,15 @@ struct Tiles {
     TileRoutine<T> recurrent[kMostRows][4];
 };
 
+// Which rows of a matrix of heads its panels have: those of the heads to which a panel's columns belong. All panels
+// have the same number of rows, so some also have rows of zeros, of an adjacent head. Rows are counted in words of the
+// weights' format; in a transposed matrix, in blocks of dz.
+struct Band {
+    int64_t depth;
+    const int64_t* first;  // of each panel; null: all have all rows
+    int64_t start(int64_t panel) const { return first ? first[panel] : 0; }
+};
+
 // The weights of a layer. Matrices and biases may also stay in the caller's layout (`unpacked`), for calls that are too
 // short to be worth packing; the other arrays always do.
 template <class T>
@@ -61,7 +70,7 @@ struct Panels {
     bool usual = false, flagless = false;   // d->usual(), d->plain(): they take longer than a test in a step
     int64_t blocks = 0, output_blocks = 0;  // of H, of P
     const T* kernel = nullptr;              // [blocks][I][gates][W]; unpacked: [I, gates·H]
-    const T* recurrent = nullptr;           // [blocks][P][gates][W]; unpacked: [P, gates·H]
+    const T* recurrent = nullptr;           // [blocks][band.depth][gates][W]; unpacked: as in Arrays
     const T* bias = nullptr;                // [blocks][gates][W]; unpacked: [gates·H], or null
     const T* recurrent_bias = nullptr;      // the same for the sums over h, if they are separate; null: none
     const T* projection = nullptr;          // [output_blocks][H][1][W]; unpacked: [H, P]
@@ -69,9 +78,12 @@ struct Panels {
     bool unpacked = false;
     Element element = element_of<T>();  // format of a matrix's weights; narrow.h describes the layout of narrow ones
     bool pairs = false;                 // bfloat16 is multiplied two k at a time, by one instruction
+    Band band{0, nullptr};              // the rows of `recurrent`
     const Tiles<T>*tiles = nullptr, *plain = nullptr;  // for `element`, for T
     bool patched = false;                              // patches change values during a step
 
+    // Where a block's part of h begins, in a row that the weights are multiplied with.
+    int64_t start(int64_t block) const { return band.start(block) * (element == Element::kBfloat16 && !pairs ? 2 : 1); }
     // Whether a step is computed by blocks, the shorter path of the plain LSTM.
     bool by_blocks() const { return flagless && !unpacked && element != Element::kInt8 && !patched; }
 };
@@ -84,6 +96,8 @@ struct Matrix {
     int gates;
     bool rows;               // it is transposed, [gates·units, depth]
     int places[kMostGates];  // the position of each gate's block
+    int64_t heads = 1;       // if there are several, the matrix is [heads, depth/heads, gates·units/heads]
+    Band band{0, nullptr};
 };
 
 // The forward pass over rows of one layer, for steps n in [first, last) of the processing order.
@@ -132,6 +146,7 @@ struct Backward {
     bool reverse;
     // Transposed panels, see pack_transposed; candidate_t: if a reset acts before the product.
     const T *recurrent_t, *candidate_t, *projection_t;
+    Band band;                                // the blocks of dz that a panel of recurrent_t or candidate_t multiplies
     const T *gates, *norms;                   // [planes][H], [norms] of every row and step;
     int64_t kept_first, kept_row, kept_time;  // row r and time t: kept_first + r·kept_row + t·kept_time
     const T *y, *states[kInner];              // as `forward` wrote them
@@ -192,9 +207,10 @@ struct WeightGradient {
         const T* const* rows;  // dz_rows rows of `columns`
         int64_t columns;       // 0: no gradient requested
         int first_gate, last_gate;
-        T* out;   // [columns, gates·H]; columns of these gates and of blocks first … last are written
-        T* sums;  // scratch [last - first][columns][gates][W] if out is transposed
-        T* copy;  // scratch [dz_rows][gradient_stride(columns)], a contiguous copy of `rows`
+        T* out;         // [columns, gates·H]; columns of these gates and of blocks first … last are written
+        int64_t heads;  // more than 1: [heads, columns/heads, gates·H/heads]
+        T* sums;        // scratch [last - first][columns][gates][W] if out is transposed
+        T* copy;        // scratch [dz_rows][gradient_stride(columns)], a contiguous copy of `rows`
     } of[3];
     bool copied;  // the copies were made by an earlier call
     const Tiles<T>* tiles;
@@ -221,7 +237,8 @@ struct Leaf {
     // the same in a narrow format, in the layout of narrow.h; panel: scratch for a block, [K][gates][W]
     void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), rows have the order of dz;
-    // gates outside [first, last) are zero. Writes panels [panel, end_panel), each at its position in the whole. With
+    // of a matrix of heads [panel][band.depth·gates·W][4·W], the blocks that the panel's band of them has; gates
+    // outside [first, last) are zero. Writes panels [panel, end_panel), each at its position in the whole. With
     // `pairs`, two rows of a panel become one row of pairs of bfloat16.
     void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last, int64_t panel, int64_t end_panel,
                             bool pairs);

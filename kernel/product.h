@@ -96,6 +96,7 @@ struct Product {
     const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
     const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
     int gates;
+    int64_t heads;                           // of the matrix
     int64_t depth, units, block, end_block;  // blocks [block, end_block) are computed
     int64_t stride;                          // of the result, [rows][gates][stride]
     T* narrow;      // scratch for narrow weights: the rows in their format, [rows][narrow_stride(element, depth)]
@@ -103,13 +104,15 @@ struct Product {
     Tile<T> t;
     const T *scales, *shifts;
     int64_t panel;
+    int64_t start = 0;  // of a group's part of a row
 
     Product(const Panels<T>& w, const T* matrix, const T* bias, int gates, int64_t depth, int64_t units, int64_t blocks,
-            int64_t block, int64_t end_block, int64_t stride, T* narrow, T* row_scales)
+            int64_t block, int64_t end_block, int64_t stride, T* narrow, T* row_scales, int64_t heads = 1)
         : w(w),
           matrix(matrix),
           bias(bias),
           gates(gates),
+          heads(heads),
           depth(depth),
           units(units),
           block(block),
@@ -117,7 +120,7 @@ struct Product {
           stride(stride),
           narrow(narrow),
           row_scales(row_scales),
-          t(tile_over<T>(words_of(w.element, depth))) {
+          t(tile_over<T>(heads > 1 ? w.band.depth : words_of(w.element, depth))) {
         constexpr int W = Vec<T>::W;
         t.panel_step = t.from_block = gates * W, t.to_row = gates * stride, t.to_block = W;
         t.panel_block = panel = t.depth * t.panel_step;
@@ -126,8 +129,8 @@ struct Product {
 
     // Calls body(routine for a single row, vectors) for each group of vectors, after setting everything in the tile
     // except its rows. A group is the gates of a block (of two blocks if there is one row), or, if one or two gates are
-    // requested, one gate of several blocks. Computes `wanted` gates, starting at `first`; blocks in descending order
-    // if `down`.
+    // requested, one gate of several blocks; all of them multiply the same part of a row. Computes `wanted` gates,
+    // starting at `first`; blocks in descending order if `down`.
     template <class F>
     INLINE void each_group(T* to, bool add, bool down, int64_t count, int first, int wanted, F&& body) {
         constexpr int W = Vec<T>::W;
@@ -139,7 +142,15 @@ struct Product {
         for (int gate = first; gate < first + wanted; gate += across ? 1 : wanted)
             for (int64_t left = end_block - block, some; left; left -= some) {
                 some = left >= most ? most : across && left < 4 ? left : across ? 4 : 1;
-                const int64_t of = down ? block + left - some : end_block - left, at = of * t.from_block + gate * W;
+                int64_t of = down ? block + left - some : end_block - left;
+                if (heads > 1) {
+                    while (w.start(of) != w.start(of + some - 1)) {
+                        const int64_t fewer = some == 8 ? 4 : some - 1;
+                        of += down ? some - fewer : 0, some = fewer;
+                    }
+                    start = w.start(of);
+                }
+                const int64_t at = of * t.from_block + gate * W;
                 t.panel = matrix + of * panel + gate * W, t.from = bias ? bias + at : nullptr;
                 t.scales = scales + at, t.shifts = shifts + at;
                 t.to = to + gate * stride + of * W;
@@ -154,23 +165,43 @@ struct Product {
                       int wanted = 0) {
         if (!wanted) wanted = gates;
         if (w.unpacked) {
-            for (int64_t m = 0; m < count; ++m, to += gates * stride)
+            for (int64_t m = 0; m < count; ++m, to += gates * stride) {
+                if (heads > 1) {
+                    unpacked_heads(to, add, rows.at(m), first, wanted);
+                    continue;
+                }
                 unpacked_product(to + first * stride, bias ? bias + first * units : nullptr, add, rows.at(m),
                                  matrix + first * units, wanted * units, gates * units, depth);
+            }
             return;
         }
         if (count == 1) {
-            t.a[0] = rows.base, t.row_scales = row_scales;
-            return each_group(to, add, down, 1, first, wanted, [&](TileRoutine<T> alone, int) INLINED { alone(t); });
+            t.row_scales = row_scales;
+            return each_group(to, add, down, 1, first, wanted, [&](TileRoutine<T> alone, int) INLINED {
+                t.a[0] = rows.base + start;
+                alone(t);
+            });
         }
         each_group(to, add, down, count, first, wanted, [&](TileRoutine<T>, int vectors) INLINED {
             T* first_row = t.to;
+            const Rows<T> own{rows.base + start, rows.row, rows.time, rows.batch};
             each_tile(count, [&](int64_t m, int R) INLINED {
-                rows.point(t, m, R);
+                own.point(t, m, R);
                 t.to = first_row + m * t.to_row, t.row_scales = row_scales + m;
                 w.tiles->of[R - 1][vectors - 1](t);
             });
         });
+    }
+
+    // A row's product with an unpacked matrix of heads.
+    NOINLINE void unpacked_heads(T* to, bool add, const T* a, int first, int wanted) const {
+        const int64_t size = units / heads;
+        for (int64_t unit = 0; unit < units; unit += size)
+            for (int gate = first; gate < first + wanted; ++gate) {
+                const int64_t at = gate * units + unit;
+                unpacked_product(to + gate * stride + unit, bias ? bias + at : nullptr, add, a + unit,
+                                 matrix + (unit * gates + gate) * size, size, gates * size, size);
+            }
     }
 };
 
@@ -182,6 +213,7 @@ struct Transposed {
     int gates;
     int64_t m, count, blocks, dz_rows;
     const T* panels;               // see pack_transposed
+    Band band;                     // the blocks that a panel multiplies
     int64_t columns, first, last;  // rows of the matrix; panels [first, last) are computed
     bool down;                     // in descending order
     T* pairs;                      // scratch [blocks][count][G·W / 2]: products of pairs of bfloat16; or null
@@ -205,16 +237,17 @@ INLINE void product_transposed(const Transposed<T>& p, F&& body) {
         }
     alignas(kVectorBytes) T sums[kRows * wide];
     Tile<T> t = tile_over<T>(deep);
-    t.segments = p.blocks, t.a_segment = dz_rows * deep, t.a_row = deep;
+    t.segments = p.band.depth, t.a_segment = dz_rows * deep, t.a_row = deep;
     t.to = sums;
     for (int64_t n = p.first; n < p.last; ++n) {
         const int64_t panel = p.down ? p.first + p.last - 1 - n : n, left = p.columns - panel * wide;
-        const int64_t after = n + 1 == p.last ? panel : p.down ? panel - 1 : panel + 1, size = p.blocks * deep;
+        const int64_t after = n + 1 == p.last ? panel : p.down ? panel - 1 : panel + 1, size = p.band.depth * deep;
         const int vectors = left >= wide ? 4 : int((left + W - 1) / W);
         const T* ahead = p.panels + after * size * wide;
         t.panel = p.panels + panel * size * wide;
+        const T* from = dz + p.band.start(panel) * t.a_segment;
         each_tile(p.count, [&](int64_t row, int R) {
-            t.a[0] = dz + row * deep, t.ahead = ahead;
+            t.a[0] = from + row * deep, t.ahead = ahead;
             ahead += size * kLine<T>;
             p.tiles.recurrent[R - 1][vectors - 1](t);
             for (int r = 0; r < R; ++r)

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "cell.h"
-#include "leaf.h"
+#include "dispatch.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -15,6 +15,7 @@ struct Weights<T>::Impl {
     const Leaf<T>* leaf;
     Description d;
     Scratch<T> memory;
+    Bands bands;
     Panels<T> panels;
 };
 

@@ -20,12 +20,32 @@ INLINE void load_square(V<T> (&square)[Vec<T>::W], const T* from, int64_t row, i
         square[r] = row + r < rows ? load_lanes(from + (row + r) * stride + k, lanes) : splat(T(0));
 }
 
-// Packs a block's panel, [depth][gates][W].
+// What a row of a matrix of heads has for a gate of a block's units: zeros for the units of other heads.
 template <class T>
-void pack_block(T* to, const Matrix<T>& m, int64_t block) {
+V<T> row_of_heads(const Matrix<T>& m, int64_t row, int gate, int64_t block) {
+    constexpr int W = Vec<T>::W;
+    alignas(kVectorBytes) T lanes[W] = {};
+    const int64_t size = m.units / m.heads, head = row / size * size;  // units of a head; the row's first one
+    const int64_t first = head > block * W ? head : block * W;
+    const int64_t end = head + size < (block + 1) * W ? head + size : (block + 1) * W;
+    if (row < m.depth && first < end)
+        memcpy(lanes + first - block * W, m.at + (row * m.gates + m.places[gate]) * size + first - head,
+               size_t(end - first) * sizeof(T));
+    return load(lanes);
+}
+
+// Packs a block's panel, [rows][gates][W], whose band counts `step` rows as one.
+template <class T>
+void pack_block(T* to, const Matrix<T>& m, int64_t block, int64_t step) {
     constexpr int W = Vec<T>::W;
     const int64_t left = m.units - block * W;
     const int lanes = left < W ? int(left) : W;
+    if (m.heads > 1) {
+        for (int64_t k = 0; k < m.band.depth * step; ++k)
+            for (int gate = 0; gate < m.gates; ++gate)
+                store(to + (k * m.gates + gate) * W, row_of_heads(m, m.band.first[block] * step + k, gate, block));
+        return;
+    }
     if (!m.rows || m.depth == 1) {
         for (int64_t k = 0; k < m.depth; ++k)
             for (int gate = 0; gate < m.gates; ++gate)
@@ -48,8 +68,8 @@ void pack_block(T* to, const Matrix<T>& m, int64_t block) {
 template <class T>
 void pack(T* to, const Matrix<T>& m) {
     constexpr int W = Vec<T>::W;
-    const int64_t blocks = (m.units + W - 1) / W, size = m.depth * m.gates * W;
-    for (int64_t block = 0; block < blocks; ++block) pack_block(to + block * size, m, block);
+    const int64_t blocks = (m.units + W - 1) / W, size = (m.heads > 1 ? m.band.depth : m.depth) * m.gates * W;
+    for (int64_t block = 0; block < blocks; ++block) pack_block(to + block * size, m, block, 1);
 }
 
 // For int8, the scales of all columns and their shifts follow the words.
@@ -58,16 +78,17 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
     if constexpr (sizeof(T) == 4) {
         constexpr int W = Vec<T>::W;
         const int64_t blocks = (m.units + W - 1) / W, columns = m.gates * W;
-        const int64_t words = narrow_words(m.depth, bits_of(element));
+        const int64_t step = 32 / bits_of(element), words = m.heads > 1 ? m.band.depth : (m.depth + step - 1) / step;
+        const int64_t rows = m.heads > 1 ? words * step : m.depth;
         auto* at = reinterpret_cast<uint32_t*>(to);
         T* scales = to + blocks * words * columns;
         auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * columns);
         for (int64_t block = 0; block < blocks; ++block, at += words * columns) {
-            pack_block(panel, m, block);
+            pack_block(panel, m, block, step);
             if (element == Element::kBfloat16)
-                pack_bfloat16(at, panel, m.depth, m.gates);
+                pack_bfloat16(at, panel, rows, m.gates);
             else
-                pack_bytes(at, panel, m.depth, m.gates, scales + block * columns, shifts + block * columns);
+                pack_bytes(at, panel, rows, m.gates, scales + block * columns, shifts + block * columns);
         }
     }
 }
@@ -75,7 +96,7 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
 template <class T>
 void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
-    const int64_t blocks = (m.units + W - 1) / W, deep = pairs ? W / 2 : W;
+    const int64_t blocks = m.heads > 1 ? m.band.depth : (m.units + W - 1) / W, deep = pairs ? W / 2 : W;
     // A quarter of a panel at a time: so few rows are read alternately that each read continues where the last one
     // ended.
     for (int64_t k = panel * wide; k < end_panel * wide; k += W) {
@@ -86,7 +107,12 @@ void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t pan
                 UNROLL
                 for (int r = 0; r < W; ++r) square[r] = splat(T(0));
                 if (gate >= first && gate < last && k < m.depth) {
-                    if (m.rows) {
+                    if (m.heads > 1) {
+                        UNROLL
+                        for (int c = 0; c < W; ++c)
+                            square[c] = row_of_heads(m, k + c, gate, m.band.first[k / wide] + block);
+                        transpose<T>(square);
+                    } else if (m.rows) {
                         load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k,
                                        m.depth, m.depth);
                     } else {

@@ -16,6 +16,19 @@ int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, in
 
 }  // namespace
 
+Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step) {
+    if (!d.kind->recurrent || d.heads == 1) return {d.kind->recurrent ? ceil_div(total, step) : 0, {}};
+    const int64_t head = d.units / d.heads, whole = ceil_div(total, step);
+    Bands bands{0, {}};
+    for (int64_t from = 0; from < d.units; from += wide) {
+        const int64_t last = std::min(from + wide, d.units) - 1, end = ceil_div((last / head + 1) * head, step);
+        bands.first.push_back(from / head * head / step);
+        bands.depth = std::max(bands.depth, end - bands.first.back());
+    }
+    for (int64_t& first : bands.first) first = std::min(first, whole - bands.depth);
+    return bands;
+}
+
 template <class T>
 Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element) {
     const Leaf<T>& leaf = narrow(element) ? leaf_of<T>(current()) : leaf_for<T>(d.units);
@@ -35,42 +48,49 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
         const int64_t of = ceil_div(units, leaf.width);
         return narrow(held) ? narrow_size(held, of, rows, gates, leaf.width) : rows * of * gates * leaf.width;
     };
+    const int64_t step = narrow(element) ? 32 / bits_of(element) : 1;
+    Bands bands = bands_of(d, leaf.width, d.output, step);
+    const int64_t recurrent = bands.depth * step;  // rows of a panel
     const int64_t matrices[] = {size(d.input, d.units, d.gates(), element),
-                                size(d.recurrent(), d.units, d.gates(), element), row, row,
+                                size(recurrent, d.units, d.gates(), element), row, row,
                                 d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
     for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
     for (int s = 0; s < d.kind->states; ++s) count += Parts<T>::size(d.width(s));
-    impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
+    impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), std::move(bands), {}});
     Panels<T>& p = impl_->panels;
     p.d = &impl_->d, p.usual = d.usual(), p.flagless = d.plain(), p.blocks = blocks, p.output_blocks = output_blocks,
     p.unpacked = !copy, p.element = element;
     p.pairs = element == Element::kBfloat16 && current().pairs;
-    p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain;
+    p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain, p.band = impl_->bands.band();
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = d.two_biases() ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
-    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, Element held) {
-        T* to = parts.take(size(rows, units, gates, held));
+    // Packs a matrix, in panels of this many rows.
+    const auto packed = [&](const Matrix<T>& from, int64_t rows, Element held) {
+        T* to = parts.take(size(rows, from.units, from.gates, held));
         if (narrow(held)) {
-            const Scratch<T> panel(rows * gates * leaf.width);
-            leaf.pack_narrow(to, matrix_of(d, from, rows, units, gates), held, panel.get());
+            const Scratch<T> panel(rows * from.gates * leaf.width);
+            leaf.pack_narrow(to, from, held, panel.get());
             return to;
         }
-        if (from)
-            leaf.pack(to, matrix_of(d, from, rows, units, gates));
+        if (from.at)
+            leaf.pack(to, from);
         else
-            std::fill_n(to, size(rows, units, gates, held), T(0));
+            std::fill_n(to, size(rows, from.units, from.gates, held), T(0));
         return to;
     };
-    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), element);
-    if (d.kind->recurrent) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), element);
-    p.bias = packed(p.bias, 1, d.units, d.gates(), element_of<T>());
-    if (d.two_biases()) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), element_of<T>());
-    if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, element);
+    const auto bias = [&](const T* from) {
+        return packed(matrix_of(d, from, 1, d.units, d.gates()), 1, element_of<T>());
+    };
+    p.kernel = packed(matrix_of(d, p.kernel, d.input, d.units, d.gates()), d.input, element);
+    if (d.kind->recurrent) p.recurrent = packed(recurrent_of(d, p.recurrent, p.band), recurrent, element);
+    p.bias = bias(p.bias);
+    if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias);
+    if (d.projects()) p.projection = packed(matrix_of(d, p.projection, d.units, d.output, 1), d.units, element);
     for (const auto& vector : vectors) {
         const T*& array = p.arrays.*vector.array;
         if (!array) continue;

@@ -98,6 +98,7 @@ def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
         spec.zoneout,
         spec.zoneout_cell,
         rows,
+        spec.heads,
     )
 
 

@@ -4,7 +4,8 @@ Every other implementation is compared with this one. `CellSpec` documents the f
 changes are marked with its name. Gates are in the order of `GATES`, a block of H columns each. `·` is a matrix product,
 `⊙` is elementwise, h_in is m⊙h_prev with the mask m of recurrent dropout, and
 LN(v) = (v - mean(v)) / sqrt(var(v) + norm_epsilon) over a row, with the biased variance. Vectors that are multiplied by
-a bfloat16 matrix (`BFloat16Array`) are rounded to bfloat16 first.
+a bfloat16 matrix (`BFloat16Array`) are rounded to bfloat16 first. With several heads, h and the units of each gate
+are divided into heads of equal size, and v·recurrent_kernel multiplies each head's part of v by the head's own matrix.
 
 LSTM, gates i f g o:
     a = x·kernel                               b = h_in·recurrent_kernel
@@ -188,14 +189,34 @@ class _Cell:
 
     def product(self, s: SimpleNamespace, name: str, v: Array) -> Array:
         s.factors[name] = v
-        out = self.rows(name, v) @ self.w[name]
+        out = self.times(name, v)
         return self.normalise(s, GAINS[name], out) if self.spec.layer_norm is True else out
 
     def product_back(self, s: SimpleNamespace, d: Arrays, name: str, dout: Array) -> Array:
         if self.spec.layer_norm is True:
             dout = self.normalise_back(s, d, GAINS[name], dout)
-        d[name] += s.factors[name].T @ dout
-        return dout @ self.w[name].T
+        return self.times_back(d, name, s.factors[name], dout)
+
+    def by_head(self, arrays: Arrays, name: str, gates: slice) -> Array:
+        """Return a view of a matrix, or of some of its gates, as `[heads, inputs/heads, gates, H/heads]`."""
+        heads = self.spec.heads if name == "recurrent_kernel" else 1
+        return arrays[name].reshape(heads, -1, len(self.spec.gates), self.spec.units // heads)[:, :, gates]
+
+    def times(self, name: str, v: Array, gates: slice = slice(None)) -> Array:
+        w = self.by_head(self.w, name, gates)
+        heads, inputs, count, units = w.shape
+        parts = self.rows(name, v).reshape(-1, heads, inputs).swapaxes(0, 1)
+        out = parts @ w.reshape(heads, inputs, count * units)
+        return out.reshape(heads, -1, count, units).transpose(1, 2, 0, 3).reshape(len(v), -1)
+
+    def times_back(self, d: Arrays, name: str, v: Array, dout: Array, gates: slice = slice(None)) -> Array:
+        w = self.by_head(self.w, name, gates)
+        heads, inputs, count, units = w.shape
+        parts = v.reshape(-1, heads, inputs).transpose(1, 2, 0)
+        douts = dout.reshape(-1, count, heads, units).transpose(2, 0, 1, 3).reshape(heads, -1, count * units)
+        dw = self.by_head(d, name, gates)
+        dw += (parts @ douts).reshape(w.shape)
+        return (douts @ w.reshape(heads, inputs, -1).swapaxes(1, 2)).swapaxes(0, 1).reshape(v.shape)
 
     def sums(self, s: SimpleNamespace, x: Array, h_in: Array) -> Array:
         z = self.product(s, "kernel", x) + self.product(s, "recurrent_kernel", h_in)
@@ -320,10 +341,7 @@ class _GRU(_Cell):
             a, q = (a + w["bias"][0], q + w["bias"][1]) if spec.reset_after else (a + w["bias"], q)
         (a_z, a_r, a_g), (q_z, q_r, q_g) = np.split(a, 3, axis=1), np.split(q, 3, axis=1)
         z, r = self.activate(s, "z", a_z + q_z), self.activate(s, "r", a_r + q_r)
-        if spec.reset_after:
-            b_g = r * q_g
-        else:
-            b_g = self.rows("recurrent_kernel", r * h_in) @ w["recurrent_kernel"][:, 2 * spec.units :]
+        b_g = r * q_g if spec.reset_after else self.times("recurrent_kernel", r * h_in, slice(2, 3))
         g = self.activate(s, "g", a_g + b_g)
         keep = 1.0 - u * (1.0 - z) if spec.attention else z
         s.state = (keep * h_prev + (1.0 - keep) * g,)
@@ -339,9 +357,7 @@ class _GRU(_Cell):
         if spec.reset_after:  # r⊙q_g
             dr, dq_g, dh_in = dr + da_g * s.q_g, da_g * r, 0.0
         else:  # (r⊙h_in)·recurrent_kernel_g
-            U_g, dU_g = (arrays["recurrent_kernel"][:, 2 * spec.units :] for arrays in (self.w, d))
-            drh = da_g @ U_g.T
-            dU_g += (r * s.h_in).T @ da_g
+            drh = self.times_back(d, "recurrent_kernel", r * s.h_in, da_g, slice(2, 3))
             dr, dq_g, dh_in = dr + drh * s.h_in, np.zeros_like(da_g), drh * r
         da_r = dr * slopes["r"]
         da, dq = np.concatenate([da_z, da_r, da_g], axis=1), np.concatenate([da_z, da_r, dq_g], axis=1)

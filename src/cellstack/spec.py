@@ -172,7 +172,8 @@ class CellSpec:
             "cell".
 
     Raises:
-        ShapeError: a width below 1, or a projection that isn't narrower than the units.
+        ShapeError: a width below 1, a projection that isn't narrower than the units, or units that `heads` doesn't
+            divide.
         TypeError: a flag of the wrong type.
         ValueError: an unknown kind or activation, a value out of range, or a flag that this kind doesn't have.
 
@@ -201,6 +202,7 @@ class CellSpec:
     reset_after: bool = True
     attention: bool = False
     learn_initial_state: bool = False
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in GATES:
@@ -230,6 +232,10 @@ class CellSpec:
             elif name != "kind" and value != field.default:
                 kinds = " or ".join(repr(kind.name) for kind in KINDS.values() if name in kind.settings)
                 raise ValueError(f"CellSpec: {name} is valid with kind={kinds} only, not with {self.kind!r}")
+        if self.units % self.heads:
+            raise ShapeError(f"CellSpec: units {self.units} can't be divided into heads={self.heads}")
+        if self.heads > 1 and self.proj_size:
+            raise ValueError(f"CellSpec: expected heads=1 with proj_size={self.proj_size}, got heads={self.heads}")
         if self.features < 1:
             raise ShapeError(f"CellSpec: expected input_size >= 2 with attention, got {self.input_size}")
         if self.joint and not self.of_kind.joins:

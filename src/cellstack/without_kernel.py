@@ -68,6 +68,7 @@ class Description(NamedTuple):
     zoneout: float
     zoneout_cell: float
     rows: bool = False
+    heads: int = 1
 
     def spec(self, learn_initial_state: bool) -> CellSpec:
         """Convert it back to the cell's `CellSpec`."""
@@ -93,6 +94,7 @@ class Description(NamedTuple):
             reset_after=self.reset_after,
             attention=self.attention,
             learn_initial_state=learn_initial_state,
+            heads=self.heads,
         )
 
 

@@ -10,7 +10,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "o", "c", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation", "cell": "activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   gru: {
     gates: ["z", "r", "g"],
@@ -18,7 +18,7 @@ export const KINDS = {
     trace: ["z", "r", "g", "h"],
     slots: {"z": "recurrent_activation", "r": "recurrent_activation", "g": "activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   rnn: {
     gates: ["g"],
@@ -26,7 +26,7 @@ export const KINDS = {
     trace: ["g", "h"],
     slots: {"g": "activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   mingru: {
     gates: ["z", "g"],
@@ -50,7 +50,7 @@ export const KINDS = {
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
     recurrent: true,
-    settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
 };
 

@@ -127,6 +127,14 @@ KEYWORD = (
         '"joint": the sum of the two products, and the cell state itself.',
         Limit(lambda value: value in (False, True, "joint"), "to be True, False or 'joint'"),
     ),
+    Argument(
+        "heads",
+        "int",
+        1,
+        "divide h and the units into this many heads of equal size, each with its own recurrent matrix: the recurrent "
+        "kernel is `[heads, H/heads, G·H/heads]`.",
+        Limit(lambda value: value >= 1, "to be at least 1"),
+    ),
     Argument("norm_epsilon", "float", 1e-5, "constant that layer normalisation adds to a variance.", POSITIVE),
     Argument("clip", "float | None", None, "clip pre-activations to ±clip. None: no clipping.", POSITIVE),
     Argument(
@@ -163,7 +171,7 @@ KEYWORD = (
 )
 """The other arguments of every kind, given by name, after the kind's own."""
 
-RECURRENT = ("recurrent_initializer", "recurrent_regularizer", "recurrent_constraint", "recurrent_dropout")
+RECURRENT = ("recurrent_initializer", "recurrent_regularizer", "recurrent_constraint", "recurrent_dropout", "heads")
 """The arguments that kinds without a recurrent product don't have."""
 
 COMPATIBLE = (

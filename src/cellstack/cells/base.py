@@ -115,11 +115,17 @@ def usual_shapes(spec: CellSpec) -> Shapes:
     recurrent = spec.of_kind.recurrent
     return {
         "kernel": (spec.features, wide),
-        "recurrent_kernel": (spec.output_size, wide) if recurrent else None,
+        "recurrent_kernel": recurrent_shape(spec) if recurrent else None,
         "bias": (wide,) if spec.use_bias else None,
         "kernel_gain": (wide,) if spec.layer_norm else None,
         "recurrent_gain": (wide,) if spec.layer_norm and recurrent and not spec.joint else None,
     } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in spec.state_sizes.items()}
+
+
+def recurrent_shape(spec: CellSpec) -> tuple[int, ...]:
+    """Return the shape of the recurrent kernel: a matrix, or one for each head."""
+    rows, columns, heads = spec.output_size, len(spec.gates) * spec.units, spec.heads
+    return (rows, columns) if heads == 1 else (heads, rows // heads, columns // heads)
 
 
 def product(ops: Ops[V], spec: CellSpec, v: V, name: str) -> V:

@@ -16,7 +16,7 @@ class LSTM(Recurrent):
         dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
         peepholes: bool = False, coupled: bool = False, proj_size: int = 0, cell_clip: float | None = None,
-        zoneout_cell: float = 0.0, gate_activations: Any = (), layer_norm: bool | str = False,
+        zoneout_cell: float = 0.0, gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1,
         norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         return_gates: bool = False, **kwargs: Any
     ) -> None: ...
@@ -31,8 +31,8 @@ class GRU(Recurrent):
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, reset_after: bool = True,
         zero_output_for_mask: bool = False, *, attention: bool = False, gate_activations: Any = (),
-        layer_norm: bool | str = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
-        learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
+        layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
     ) -> None: ...
 
 class SimpleRNN(Recurrent):
@@ -43,7 +43,7 @@ class SimpleRNN(Recurrent):
         kernel_constraint: Any = None, recurrent_constraint: Any = None, bias_constraint: Any = None,
         dropout: float = 0.0, recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
-        gate_activations: Any = (), layer_norm: bool | str = False, norm_epsilon: float = 1e-05,
+        gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05,
         clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, return_gates: bool = False,
         **kwargs: Any
     ) -> None: ...

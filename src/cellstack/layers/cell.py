@@ -242,7 +242,8 @@ class Cell(Layer):
         if initializer is None:
             raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
         if name != "bias" or self.forget_bias is None:
-            weights.fill(values, initializer)
+            for matrix in values if values.ndim == 3 else [values]:
+                weights.fill(matrix, initializer)
             return
         at = self._spec.gates.index("f") * self.units
         values[at : at + self.units] = self.forget_bias

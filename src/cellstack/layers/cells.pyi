@@ -18,7 +18,7 @@ class LSTMCell(Cell):
         recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
         recurrent_dropout: float = 0.0, seed: int | None = None, *, peepholes: bool = False, coupled: bool = False,
         proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0, forget_bias: float | None = None,
-        implementation: int = 2, gate_activations: Any = (), layer_norm: bool | str = False,
+        implementation: int = 2, gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1,
         norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
@@ -33,7 +33,7 @@ class GRUCell(Cell):
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
         reset_after: bool = True, seed: int | None = None, *, attention: bool = False, implementation: int = 2,
-        gate_activations: Any = (), layer_norm: bool | str = False, norm_epsilon: float = 1e-05,
+        gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05,
         clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
@@ -47,7 +47,7 @@ class SimpleRNNCell(Cell):
         recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
-        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1,
         norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
@@ -85,7 +85,7 @@ class LiGRUCell(Cell):
         recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
-        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False,
+        seed: int | None = None, *, gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1,
         norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None

@@ -28,7 +28,7 @@ class LSTM(SingleCellRNN):
         stateful: bool = False, unroll: bool = False, zero_output_for_mask: bool = False, *, peepholes: bool = False,
         coupled: bool = False, proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0,
         forget_bias: float | None = None, use_cudnn: bool | str = 'auto', implementation: int = 2,
-        gate_activations: Any = (), layer_norm: bool | str = False, norm_epsilon: float = 1e-05,
+        gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05,
         clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
@@ -47,8 +47,8 @@ class GRU(SingleCellRNN):
         return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
         reset_after: bool = True, zero_output_for_mask: bool = False, *, attention: bool = False,
         use_cudnn: bool | str = 'auto', implementation: int = 2, gate_activations: Any = (),
-        layer_norm: bool | str = False, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
-        learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
         dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...
 
@@ -64,9 +64,9 @@ class SimpleRNN(SingleCellRNN):
         recurrent_dropout: float = 0.0, return_sequences: bool = False, return_state: bool = False,
         go_backwards: bool = False, stateful: bool = False, unroll: bool = False, seed: int | None = None,
         zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool | str = False,
-        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
-        remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
-        name: str | None = None
+        heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...
 
 class MinGRU(SingleCellRNN):
@@ -111,7 +111,7 @@ class LiGRU(SingleCellRNN):
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
         zero_output_for_mask: bool = False, *, gate_activations: Any = (), layer_norm: bool | str = False,
-        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
-        remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
-        name: str | None = None
+        heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, remat: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...

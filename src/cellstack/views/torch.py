@@ -39,9 +39,16 @@ class TorchOps:
     def product(self, v: Tensor, name: str, gates: slice = slice(None)) -> Tensor:
         """Return the matrix product."""
         matrix = self.arrays[name]
+        if matrix.ndim == 3:
+            return self._by_heads(v, matrix, gates)
         if gates != slice(None):
             matrix = matrix[:, gates.start * self.spec.units : gates.stop * self.spec.units]
         return v @ matrix
+
+    def _by_heads(self, v: Tensor, matrix: Tensor, gates: slice) -> Tensor:
+        heads, rows, _ = matrix.shape
+        matrices = matrix.reshape(heads, rows, len(self.spec.gates), -1)[:, :, gates]
+        return torch.einsum("...jk,jkgu->...gju", v.unflatten(-1, (heads, rows)), matrices).flatten(-3)
 
     def weight(self, name: str, row: int | None = None) -> Tensor:
         """Return a vector of weights."""
