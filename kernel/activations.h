@@ -4,14 +4,8 @@
 #include "description.h"
 #include "vec.h"
 
-extern "C" double log1p(double);
-extern "C" float log1pf(float);
-
 namespace cellstack {
 namespace {
-
-INLINE float log1p_of(float x) { return log1pf(x); }
-INLINE double log1p_of(double x) { return log1p(x); }
 
 template <class T>
 INLINE V<T> apply(const Activation& activation, V<T> z) {
@@ -28,11 +22,8 @@ INLINE V<T> apply(const Activation& activation, V<T> z) {
             return clamp(fma(z, alpha, beta), T(0), T(1));
         case kSoftsign:
             return z / (one + (z < zero ? -z : z));
-        case kSoftplus: {  // max(z, 0) + log(1 + e^-|z|)
-            V<T> tail = exp<T>(z < zero ? z : -z);
-            for (int k = 0; k < Vec<T>::W; ++k) tail[k] = log1p_of(tail[k]);
-            return (z < zero ? zero : z) + tail;
-        }
+        case kSoftplus:
+            return softplus<T>(z);
         case kElu:
             return z > zero ? z : alpha * exp_minus_one<T>(z);
         case kAffine:

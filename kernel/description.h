@@ -57,6 +57,7 @@ struct Description {
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
     Activation activations[kMostGates + 1];
     bool use_bias, peepholes, coupled, layer_norm, joint, reset_after, attention;  // joint: a form of layer_norm
+    bool exponential_forget;
     bool rows;                             // whether matrices have PyTorch's layout: see Arrays
     double norm_epsilon, clip, cell_clip;  // clips: infinity if there is none
     double zoneout, zoneout_cell;
@@ -78,8 +79,8 @@ struct Description {
     bool resets_after() const { return kind->resets && reset_after; }
     bool two_biases() const { return use_bias && resets_after(); }
     // Gate arrays stored per step: one per gate, including a coupled f; and the candidate's recurrent sum before the
-    // reset, if the reset acts after the product.
-    int planes() const { return kind->gates + resets_after(); }
+    // reset, if the reset acts after the product; and what else the kind saves.
+    int planes() const { return kind->gates + resets_after() + kind->saved; }
     // What a patch may change: the gates, then the states, in their order.
     int targets() const { return kind->gates + kind->states; }
     // Whether the sums over x and over h are needed separately.

@@ -6,3 +6,4 @@
 #include "mingru.h"
 #include "minlstm.h"
 #include "rnn.h"
+#include "slstm.h"

@@ -292,6 +292,28 @@ INLINE V<T> exp(V<T> x) {
     split_exp<T>(clamp(x, Exp<T>::lo, Exp<T>::hi), power, rest);
     return fma(power, rest, power);
 }
+// log(1 + x) for x from 0 to 1, with a small relative error: for floats x + x²·p(x), a minimax fit with the relative
+// error 5.1e-9; for doubles 2·atanh(s) with s = x/(2 + x), a series whose remainder is below 1e-17.
+INLINE V<float> log_one_plus(V<float> x) {
+    constexpr float p[9] = {-3.3184716e-3f, 2.0204580e-2f,  -5.7664432e-2f, 1.0680554e-1f, -1.5355395e-1f,
+                            1.9695400e-1f,  -2.4958587e-1f, 3.3330511e-1f,  -4.9999933e-1f};
+    return fma(x * x, polynomial(p, x), x);
+}
+INLINE V<double> log_one_plus(V<double> x) {
+    constexpr double p[16] = {2.0 / 33, 2.0 / 31, 2.0 / 29, 2.0 / 27, 2.0 / 25, 2.0 / 23, 2.0 / 21, 2.0 / 19,
+                              2.0 / 17, 2.0 / 15, 2.0 / 13, 2.0 / 11, 2.0 / 9,  2.0 / 7,  2.0 / 5,  2.0 / 3};
+    const V<double> s = x / (splat(2.0) + x), square = s * s;
+    return fma(s * square, polynomial(p, square), s + s);
+}
+template <class T>
+INLINE V<T> softplus(V<T> x) {
+    const V<T> zero = splat(T(0));
+    return (x < zero ? zero : x) + log_one_plus(exp<T>(x < zero ? x : -x));
+}
+template <class T>
+INLINE V<T> log_sigmoid(V<T> x) {
+    return -softplus<T>(-x);
+}
 template <class T>
 INLINE V<T> sigmoid(V<T> x) {
     V<T> power, rest;

@@ -1,5 +1,7 @@
 """Random cells, with arrays, states and inputs, all in float64."""
 
+import numpy as np
+
 from cellstack.cells import KINDS
 from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec
 
@@ -49,6 +51,10 @@ def random_spec(rng, kind=None, largest=8):
     }
     if kind == "rnn":
         del flags["recurrent_activation"]
+    if kind == "slstm":
+        flags |= {"exponential_forget": often(0.3)}
+        for name in ("layer_norm", "norm_epsilon", "clip", "learn_initial_state"):
+            del flags[name]
     if kind == "lstm":
         flags |= {
             "peepholes": often(0.4),
@@ -60,10 +66,11 @@ def random_spec(rng, kind=None, largest=8):
     if kind == "gru":
         flags["reset_after"] = flags["layer_norm"] or often(0.5)
         flags["attention"] = often(0.3)
-    if flags["layer_norm"] and KINDS[kind].joins and often(0.5):
+    if flags.get("layer_norm") and KINDS[kind].joins and often(0.5):
         flags["layer_norm"] = "joint"
     if often(0.3):
         slots = [gate for gate in GATES[kind] if not (gate == "f" and flags.get("coupled"))]
+        slots = [gate for gate in slots if gate not in KINDS[kind].fixed]
         slot = str(rng.choice([*slots, *(["cell"] if kind == "lstm" else [])]))
         tame = slot in ("g", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
         bounded = POSITIVE if divides else BOUNDED
@@ -84,7 +91,10 @@ def random_arrays(rng, spec):
 
 def random_state(rng, spec, batch):
     """Return a random state, an array for each name in `spec.state_sizes`."""
-    return tuple(0.5 * rng.standard_normal((batch, size)) for size in spec.state_sizes.values())
+    state = {name: 0.5 * rng.standard_normal((batch, size)) for name, size in spec.state_sizes.items()}
+    if "n" in state:  # a sum of positive weights, here at least 0.5; 0: nothing is stored yet
+        state["n"] = np.where(rng.random(state["n"].shape) < 0.2, 0.0, 0.5 + np.abs(state["n"]))
+    return tuple(state.values())
 
 
 def random_case(rng, spec, batch=3, steps=5):

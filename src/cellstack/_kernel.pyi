@@ -27,6 +27,7 @@ class Description:
         joint: bool,
         reset_after: bool,
         attention: bool,
+        exponential_forget: bool,
         norm_epsilon: float,
         clip: float,
         cell_clip: float,

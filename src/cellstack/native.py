@@ -92,6 +92,7 @@ def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
         spec.joint,
         spec.reset_after,
         spec.attention,
+        spec.exponential_forget,
         spec.norm_epsilon,
         math.inf if spec.clip is None else spec.clip,
         math.inf if spec.cell_clip is None else spec.cell_clip,
@@ -147,7 +148,7 @@ def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activatio
     """
     width, units = kernel.shape
     code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
-    flags = (bias is not None, False, False, False, False, False, False, 0.0, math.inf, math.inf, 0.0, 0.0)
+    flags = (bias is not None, False, False, False, False, False, False, False, 0.0, math.inf, math.inf, 0.0, 0.0)
     what = _kernel.Description("dense", width, units, units, [code], *flags)
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, kernel.dtype.name, in_order(arrays))

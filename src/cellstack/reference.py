@@ -49,6 +49,16 @@ minGRU, gates z g, and minLSTM, gates i f g; both without recurrent_kernel:
     h_new = (1 - z)⊙h_prev + z⊙g               with z = σ(a_z), g = φ(a_g)                 minGRU
     h_new = (f⊙h_prev + i⊙g) / (f + i)         with i = σ(a_i), f = σ(a_f), g = φ(a_g)     minLSTM
 
+sLSTM, gates i f g o, states h c n m:
+    z = a + b + bias                           with a and b as for the LSTM
+    l = log σ(z_f)
+    l = z_f                                                                                exponential_forget
+    m_new = max(l + m_prev, z_i)
+    i = exp(z_i - m_new)      f = exp(l + m_prev - m_new)      g = φ(z_g)      o = σ(z_o)
+    m_new = z_i and f = 0                      where n_prev is 0: nothing is stored yet, and m_prev has no meaning
+    c_new = f⊙c_prev + i⊙g                     n_new = f⊙n_prev + i
+    h_new = o⊙c_new / n_new
+
 The slope of a clip is 0 at its bounds, as it is beyond them. For every kind, with k random masks in training and the
 rates themselves in inference:
     h = k_h⊙h_prev + (1 - k_h)⊙h_new           c = k_c⊙c_prev + (1 - k_c)⊙c_new            zoneout, zoneout_cell
@@ -81,6 +91,9 @@ Ref, and where we differ:
         normalisation of x·kernel, which is a scale and a shift of kernel and bias in inference.
     Zhou et al. 2019, "Deep Interest Evolution Network for Click-Through Rate Prediction", interest evolving layer:
         attention, their AUGRU, with an update gate 1 - z. Their AGRU has z = 0 here, by the activation affine(0, 0).
+    Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 8 to 17: the sLSTM; their z is g here, and their
+        initial m, minus infinity, follows from n = 0 here, for each row and unit. NX-AI's `xlstm` does this for a whole
+        batch: if any n isn't 0, an m of 0 takes part in every maximum.
     torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".
 """
 
@@ -136,7 +149,7 @@ class Forward(NamedTuple):
 
     y: Array  # [B, T, P]
     state: Any  # after the last step, such as State(h, c): see `spec.STATES`
-    gates: Array  # [B, T, planes, H], after the activations; with reset_after, the last plane of a GRU is q_g
+    gates: Array  # [B, T, planes, H], after the activations; then a GRU's q_g, with reset_after; an sLSTM's l
     states: tuple[Array, ...]  # [B, T, H], the states other than h, such as c of an LSTM
     tape: SimpleNamespace  # what `backward` needs
 
@@ -435,7 +448,47 @@ class _MinLSTM(_Min):
         return dx, np.zeros_like(dh), (share * f,)
 
 
-CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN, "mingru": _MinGRU, "minlstm": _MinLSTM, "ligru": _LiGRU}
+class _SLSTM(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        _, c_prev, n_prev, m_prev = state
+        z_i, z_f, z_g, z_o = np.split(self.sums(s, x, h_in), 4, axis=1)
+        s.sums |= {"i": z_i, "f": z_f}
+        log_f = z_f if self.spec.exponential_forget else -ACTIVATIONS["softplus"][0](-z_f)
+        s.slope_f = np.ones_like(z_f) if self.spec.exponential_forget else _sigmoid(-z_f)  # of log_f
+        stored, kept = n_prev != 0.0, log_f + m_prev
+        most = np.maximum(kept, z_i)
+        m_new = np.where(stored, most, z_i)
+        i = self.patched("i", np.exp(z_i - m_new), None)
+        f = self.patched("f", np.where(stored, np.exp(kept - most), 0.0), None)
+        g, o = self.activate(s, "g", z_g), self.activate(s, "o", z_o)
+        c_new, n_new = f * c_prev + i * g, f * n_prev + i
+        c, n = self.patched("c", c_new, c_prev), self.patched("n", n_new, n_prev)
+        s.state, s.gates = (o * (c / n), c_new, n_new, m_new), (i, f, g, o, log_f)
+        # The part of m's gradient that l + m_prev gets; z_i gets the rest.
+        s.share = np.where(stored, np.where(kept == z_i, 0.5, kept > z_i), 0.0)
+        s.c_prev, s.n_prev = c_prev, n_prev
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh, dc, dn, dm), (h, c, n, _), (i, f, g, o, _), (di, df, dg, do, _) = dstate, s.state, s.gates, dgates
+        do = do + dh * (c / n)
+        dc, dn = dc + dh * o / n, dn - dh * h / n
+        di, df, dg = di + dc * g + dn, df + dc * s.c_prev + dn * s.n_prev, dg + dc * i
+        dm = dm - i * di - f * df
+        dkept, dz_i = f * df + s.share * dm, i * di + (1.0 - s.share) * dm
+        dz = [dz_i, dkept * s.slope_f, dg * s.slopes["g"], do * s.slopes["o"]]
+        dx, dh_in = self.sums_back(s, d, np.concatenate(dz, axis=1))
+        return dx, dh_in, (0.0, dc * f, dn * f, dkept)
+
+
+CELLS = {
+    "lstm": _LSTM,
+    "gru": _GRU,
+    "rnn": _RNN,
+    "mingru": _MinGRU,
+    "minlstm": _MinLSTM,
+    "ligru": _LiGRU,
+    "slstm": _SLSTM,
+}
 
 
 # ── the loop over time: mask, reset, recurrent dropout, zoneout ─────────────────────────────────────────────────────
@@ -581,7 +634,7 @@ def backward(
         spec, arrays: the cell of the forward pass.
         out: what `forward` returned.
         dy, dstate, dgates, dstates: gradients of the loss w.r.t. the fields `y`, `state`, `gates` and `states` of
-            `out`; None, also as an entry: zeros. The gradient w.r.t. the plane q_g of a GRU's gates is ignored.
+            `out`; None, also as an entry: zeros. The gradient w.r.t. the planes after the gates is ignored.
     """
     cell, tape = CELLS[spec.kind](spec, arrays), out.tape
     cell.dropout = tape.dropout

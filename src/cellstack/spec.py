@@ -26,6 +26,7 @@ from cellstack.cells.base import usual_shapes
 from cellstack.cells.gru import GRUTrace as GRUTrace
 from cellstack.cells.lstm import Trace as Trace
 from cellstack.cells.rnn import RNNTrace as RNNTrace
+from cellstack.cells.slstm import SLSTMState as SLSTMState
 
 GATES = {name: tuple(kind.gates) for name, kind in KINDS.items()}
 """The kinds of cell, and the order of their gate blocks in every array that has H columns per gate."""
@@ -202,6 +203,7 @@ class CellSpec:
     reset_after: bool = True
     attention: bool = False
     learn_initial_state: bool = False
+    exponential_forget: bool = False
     heads: int = 1
 
     def __post_init__(self) -> None:
@@ -257,6 +259,10 @@ class CellSpec:
         for gate in given:
             if self.coupled and gate == "f":
                 raise ValueError("CellSpec: gate_activations can't set f of a coupled cell: it is 1 - i")
+            if gate in self.of_kind.fixed:
+                raise ValueError(
+                    f"CellSpec: gate_activations can't set {gate} of {self.kind!r}: its activation is part of the kind"
+                )
             if gate not in self.slots:
                 raise ValueError(f"CellSpec: expected gate_activations of {', '.join(self.slots)}, got {gate!r}")
         for name in ("activation", "recurrent_activation"):

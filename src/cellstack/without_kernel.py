@@ -62,6 +62,7 @@ class Description(NamedTuple):
     joint: bool
     reset_after: bool
     attention: bool
+    exponential_forget: bool
     norm_epsilon: float
     clip: float
     cell_clip: float
@@ -73,9 +74,9 @@ class Description(NamedTuple):
     def spec(self, learn_initial_state: bool) -> CellSpec:
         """Convert it back to the cell's `CellSpec`."""
         texts = [str(Activation(ACTIVATIONS[code], alpha, beta)) for code, alpha, beta in self.activations]
-        named = dict(zip(KINDS[self.kind].slots, texts, strict=True))
-        if self.coupled:
-            del named["f"]
+        kind = KINDS[self.kind]
+        fixed = ("f",) if self.coupled else kind.fixed
+        named = {slot: text for slot, text in zip(kind.slots, texts, strict=True) if slot not in fixed}
         return CellSpec(
             self.input_size + self.attention,
             self.units,
@@ -93,6 +94,7 @@ class Description(NamedTuple):
             zoneout_cell=self.zoneout_cell,
             reset_after=self.reset_after,
             attention=self.attention,
+            exponential_forget=self.exponential_forget,
             learn_initial_state=learn_initial_state,
             heads=self.heads,
         )

@@ -57,7 +57,7 @@ def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
         arrays[name] = new(*shape, scale=units**-0.5 if name == "recurrent_kernel" else 0.3) + name.endswith("_gain")
     case = {
         "x": new(batch, steps, spec.input_size),
-        "state": tuple(new(batch, size, scale=0.5) for size in spec.state_sizes.values()),
+        "state": family.random_state(rng, spec, batch),
     }
     if spec.attention:
         case["x"][..., -1] = rng.random((batch, steps))
@@ -155,6 +155,8 @@ MEMBERS = {
     "mingru, flags": {"kind": "mingru", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
     "minlstm": {"kind": "minlstm"},
     "ligru": {"kind": "ligru"},
+    "slstm": {"kind": "slstm"},
+    "slstm, flags": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.2},
     "ligru, flags": {"kind": "ligru", "layer_norm": "joint", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
     "minlstm, flags": {"kind": "minlstm", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
 }
@@ -381,13 +383,14 @@ KINDS = (
     {"layer_norm": True},
     {"kind": "mingru"},
     {"kind": "minlstm"},
+    {"kind": "slstm"},
 )
 
 
 def stack(batch, dtype=np.float32):
     """Return cells of every kind, their states, and the random generator."""
     cells, states, width = [], [], 6
-    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17, 35, 12), KINDS, strict=True)):
+    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17, 35, 12, 21), KINDS, strict=True)):
         spec, arrays, case, rng = make(seed, batch, 1, width, units, dtype, **flags)
         cells.append((spec, arrays))
         states.append(case["state"])
@@ -478,7 +481,7 @@ def test_empty_batches_and_sequences(isa, member, shape):
     np.testing.assert_array_equal(grads.state[0], ones[0])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "minlstm"])  # which divides
+@pytest.mark.parametrize("kind", [kind for kind in GATES if kind not in ("minlstm", "slstm")])  # which divide
 def test_linear_mode_is_exact(isa, kind):
     """With identity activations and small integers, float32 arithmetic is exact: the layout is compared bit for bit."""
     rng = np.random.default_rng(8)

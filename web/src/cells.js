@@ -61,7 +61,7 @@ const codeOf = ({ name, alpha, beta }) => ({ code: ACTIVATIONS.indexOf(name), al
 // The words of a description, in the order of kernel/wasm.cpp.
 function words(spec, activations) {
   const slots = [0, 1, 2, 3, 4].map((n) => activations[n] ?? { code: 0, alpha: 0, beta: 0 });
-  const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "attention"];
+  const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "attention", "exponential_forget"];
   return {
     integers: [spec.input, spec.units, spec.output, ...flags.map((flag) => (spec[flag] ? 1 : 0)), ...slots.map(({ code }) => code)],
     numbers: [

@@ -52,8 +52,16 @@ export const KINDS = {
     recurrent: true,
     settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
+  slstm: {
+    gates: ["i", "f", "g", "o"],
+    states: ["h", "c", "n", "m"],
+    trace: ["i", "f", "g", "o", "c", "n", "m", "h"],
+    slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation"},
+    recurrent: true,
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "zoneout": 0.0},
+  },
 };
 
 // The kernel's codes of activations, and its order of a cell's arrays.
 export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c", "initial_n", "initial_m"];

@@ -69,8 +69,28 @@ class Ops(Protocol[V]):
         """Return `a / b`, elementwise."""
         ...
 
+    def sub(self, a: V, b: V) -> V:
+        """Return `a - b`."""
+        ...
+
     def one_minus(self, v: V) -> V:
         """Return `1 - v`."""
+        ...
+
+    def exp(self, v: V) -> V:
+        """Return `e^v`."""
+        ...
+
+    def log_sigmoid(self, v: V) -> V:
+        """Return `log σ(v)`."""
+        ...
+
+    def maximum(self, a: V, b: V) -> V:
+        """Return the larger of `a` and `b`, elementwise. Where they are equal, each has half of the gradient."""
+        ...
+
+    def select(self, test: V, a: V, b: V) -> V:
+        """Return `a` where `test` isn't 0, else `b`; `test` has no gradient."""
         ...
 
     def clip(self, v: V, bound: float | None) -> V:
@@ -221,6 +241,7 @@ class Kind:
         positions: which arguments Keras has at another position than `arguments.POSITIONAL`, and which of its `flags`
             it takes by position: the arguments after the first of which each follows.
         outputs: activations in addition to the gates'.
+        fixed: gates whose activations are part of the step: `gate_activations` can't set them.
         normed: numbers of gates that layer normalisation normalises together.
         planes: what the forward pass of the kernel saves per step in addition to the gates.
         memory: the state that the gates keep and write.
@@ -248,6 +269,7 @@ class Kind:
     defaults: dict[str, Any] = field(default_factory=dict)
     positions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     normed: tuple[int, ...] | None = None
     planes: Callable[[CellSpec], tuple[str, ...]] = lambda spec: ()
     memory: str = "h"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellstack.layers.cell import Cell
 
-__all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SimpleRNNCell"]
+__all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
 
 
 class LSTMCell(Cell):
@@ -122,3 +122,24 @@ class LiGRUCell(Cell):
     """
 
     kind = "ligru"
+
+
+class SLSTMCell(Cell):
+    """One step of an sLSTM, the LSTM of the xLSTM whose input gate is exponential; n normalises c, m scales both::
+
+        z = x·kernel + h_prev·recurrent_kernel + bias        g = φ(z_g)    o = σ(z_o)
+        m = max(log σ(z_f) + m_prev, z_i)        i = exp(z_i - m)        f = exp(log σ(z_f) + m_prev - m)
+        c = f·c_prev + i·g        n = f·n_prev + i        h = o·c/n
+
+    Where n_prev is 0, as in the initial state, nothing is stored: m is z_i, and f is 0.
+
+    >>> import torch
+    >>> cell = SLSTMCell(4)
+    >>> h, (h, c, n, m) = cell(torch.zeros(2, 6), cell.get_initial_state(2))
+    >>> tuple(h.shape), tuple(cell.kernel.shape)
+    ((2, 4), (6, 16))
+
+    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", sec. 2.2; stabilised: appendix A.2.
+    """
+
+    kind = "slstm"

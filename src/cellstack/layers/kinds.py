@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cellstack.layers.cells import GRUCell, LiGRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell
+from cellstack.layers.cells import GRUCell, LiGRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell, SLSTMCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "SLSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 
 class LSTM(SingleCellRNN):
@@ -73,3 +73,14 @@ class LiGRU(SingleCellRNN):
     """
 
     cell_type = LiGRUCell
+
+
+class SLSTM(SingleCellRNN):
+    """The sLSTM of the xLSTM over a sequence: an RNN of one `SLSTMCell`, with the states h, c, n and m.
+
+    >>> y, h, c, n, m = SLSTM(4, return_sequences=True, return_state=True)([[[3, 2, 2, 2, 2, 2]]])
+    >>> tuple(y.shape), tuple(h.shape), tuple(m.shape)
+    ((1, 1, 4), (1, 4), (1, 4))
+    """
+
+    cell_type = SLSTMCell

@@ -96,9 +96,29 @@ class Recorded:
         """Record `a / b`."""
         return self._new("div", a, b)
 
+    def sub(self, a: Value, b: Value) -> Value:
+        """Record `a - b`."""
+        return self._new("sub", a, b)
+
     def one_minus(self, v: Value) -> Value:
         """Record `1 - v`."""
         return self._new("one_minus", v)
+
+    def exp(self, v: Value) -> Value:
+        """Record `e^v`."""
+        return self._new("exp", v)
+
+    def log_sigmoid(self, v: Value) -> Value:
+        """Record `log σ(v)`."""
+        return self._new("log_sigmoid", v)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        """Record a maximum."""
+        return self._new("maximum", a, b)
+
+    def select(self, test: Value, a: Value, b: Value) -> Value:
+        """Record a selection."""
+        return self._new("select", test, a, b)
 
     def clip(self, v: Value, bound: float | None) -> Value:
         """Record a clip; `v` itself without a bound."""

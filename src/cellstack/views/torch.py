@@ -70,9 +70,29 @@ class TorchOps:
         """Return `a / b`."""
         return a / b
 
+    def sub(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a - b`."""
+        return a - b
+
     def one_minus(self, v: Tensor) -> Tensor:
         """Return `1 - v`."""
         return 1.0 - v
+
+    def exp(self, v: Tensor) -> Tensor:
+        """Return `e^v`."""
+        return torch.exp(v)
+
+    def log_sigmoid(self, v: Tensor) -> Tensor:
+        """Return `log σ(v)`."""
+        return functional.logsigmoid(v)
+
+    def maximum(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the larger of `a` and `b`."""
+        return torch.maximum(a, b)
+
+    def select(self, test: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a` where `test` isn't 0, else `b`."""
+        return torch.where(test != 0.0, a, b)
 
     def clip(self, v: Tensor, bound: float | None) -> Tensor:
         """Return `v` clipped to ±bound."""

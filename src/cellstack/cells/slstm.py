@@ -1,0 +1,81 @@
+"""The sLSTM of the xLSTM: exponential input gate i, forget gate f, candidate g, output gate o; states h, c, n and m."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cellstack.cells.arguments import FORGET_BIAS, Argument
+from cellstack.cells.base import Kind, Ops, V, sums
+
+if TYPE_CHECKING:
+    from cellstack.spec import CellSpec
+
+
+class SLSTMState(NamedTuple):
+    """State of one sLSTM layer after a step, each `[B, H]`. Where n is 0 nothing is stored yet, whatever m is."""
+
+    h: Any
+    c: Any
+    n: Any
+    m: Any
+
+
+class SLSTMTrace(NamedTuple):
+    """An sLSTM's gates and states at every step: see `Trace`. i and f are the stabilised ones, of which one is 1."""
+
+    i: Any
+    f: Any
+    g: Any
+    o: Any
+    c: Any
+    n: Any
+    m: Any
+    h: Any
+
+
+def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V, n: V, m: V) -> tuple[Sequence[V], Sequence[V]]:
+    """Return i f g o and log_f, and h c n m; see `cellstack.reference` for the equations."""
+    z_i, z_f, z_g, z_o = ops.split(sums(ops, spec, a, ops.dropped(h)), 4)
+    log_f = z_f if spec.exponential_forget else ops.log_sigmoid(z_f)
+    kept = ops.add(log_f, m)
+    most = ops.maximum(kept, z_i)
+    m = ops.select(n, most, z_i)
+    i = ops.record("i", ops.exp(ops.sub(z_i, m)))
+    f = ops.record("f", ops.select(n, ops.exp(ops.sub(kept, most)), n))  # n, where it is 0
+    g, o = ops.gate("g", z_g), ops.gate("o", z_o)
+    c = ops.record("c", ops.add(ops.mul(f, c), ops.mul(i, g)))
+    n = ops.record("n", ops.add(ops.mul(f, n), i))
+    return (i, f, g, o, log_f), (ops.mul(o, ops.div(c, n)), c, n, m)
+
+
+SLSTM = Kind(
+    name="slstm",
+    title="SLSTM",
+    gates={"i": "write", "f": "keep", "g": "candidate", "o": "output"},
+    state=SLSTMState,
+    trace=SLSTMTrace,
+    step=step,
+    flags=(
+        Argument(
+            "exponential_forget",
+            "bool",
+            False,
+            "the forget gate is exp(z_f) before it is stabilised, not σ(z_f): it may exceed 1.",
+        ),
+        *FORGET_BIAS,
+    ),
+    without=("layer_norm", "norm_epsilon", "clip", "learn_initial_state"),
+    fixed=("i", "f"),
+    planes=lambda spec: ("log_f",),
+    memory="c",
+    meanings={
+        "i": "input gate: how much of the candidate is written, exp(z_i - m)",
+        "f": "forget gate: how much of c and n is kept, σ(z_f)·exp(m_prev - m)",
+        "o": "output gate: how much of c/n is output",
+        "c": "cell state: the weighted sum of the candidates, times exp(-m)",
+        "n": "normaliser: the sum of their weights, times exp(-m); 0: nothing is stored yet",
+        "m": "stabiliser: the logarithm of the scale of c and n",
+    },
+    ref='Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", sec. 2.2 and appendix A.2',
+)
