@@ -10,6 +10,7 @@
 #endif
 
 #include "bind_calls.h"
+#include "bind_mlstm.h"
 #include "bind_sessions.h"
 #include "bind_streams.h"
 
@@ -70,6 +71,7 @@ NB_MODULE(_kernel, m) {
     bind_weights<double>(m, "WeightsDouble");
     bind_streams(m);
     bind_calls(m);
+    bind_mlstm(m);
     bind_sessions(m);
 
     m.def(

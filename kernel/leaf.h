@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "description.h"
+#include "mlstm.h"
 
 namespace cellstack {
 
@@ -250,6 +251,10 @@ struct Leaf {
                            const T* kernel_t, int64_t columns, int64_t first, int64_t last, T* const* out, T* pairs);
     void (*weight_gradient)(const WeightGradient<T>&);
     void (*activate)(const Activation& activation, const T* x, T* y, int64_t n);
+    int64_t (*memory_scratch)(const MemoryHead<T>& head, bool backward);
+    void (*memory_gates)(const MemoryGates<T>&);
+    void (*memory_forward)(const MemoryHead<T>&);
+    void (*memory_backward)(const MemoryHeadBack<T>&);
 
     const Tiles<T>& tiles_of(Element element) const {
         return element == Element::kBfloat16 ? bfloat16 : element == Element::kInt8 ? int8 : plain;

@@ -5,6 +5,7 @@
 // no standard templates.
 #include "backward.h"
 #include "forward.h"
+#include "mlstm_backward.h"
 
 namespace cellstack {
 namespace {
@@ -147,7 +148,8 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
     return {Vec<T>::W, tiles_of<Plain<T>>(), bfloat16, int8,    pack<T>, pack_narrow<T>,
-            nullptr,   forward<T>,           nullptr,  nullptr, nullptr, activate<T>};
+            nullptr,   forward<T>,           nullptr,  nullptr, nullptr, activate<T>,
+            nullptr,   nullptr,              nullptr,  nullptr};
 }
 constexpr Leaf<double> kDouble{};
 #else
@@ -155,7 +157,8 @@ template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
     return {Vec<T>::W,   tiles_of<Plain<T>>(), bfloat16,           int8,
             pack<T>,     pack_narrow<T>,       pack_transposed<T>, forward<T>,
-            backward<T>, input_gradient<T>,    weight_gradient<T>, activate<T>};
+            backward<T>, input_gradient<T>,    weight_gradient<T>, activate<T>,
+            memory_scratch<T>, memory_gates<T>, memory_head<T>, memory_head_back<T>};
 }
 constexpr Leaf<double> kDouble = leaf<double>({}, {});
 #endif

@@ -1,0 +1,272 @@
+// The backward pass of an mLSTM's memory (mlstm.h), chunk by chunk from the last one, after the states before each chunk
+// were computed again.
+//
+// m is only a factor that C, n and e^(-m) share: with fixed C·e^m and n·e^m, h depends on m through ε alone, and the
+// states after the last step through their own factor. The gradients of the gates are therefore computed with m as a
+// constant, and one number, `through_m`, follows the maximum from step to step: to ĩ, or to log σ(f̃) and m₋.
+#pragma once
+#include "mlstm_forward.h"
+
+namespace cellstack {
+namespace {
+
+template <class T>
+struct ChunkBack {
+    T *G, *GE, *V_columns, *G_columns, *A, *dQ, *dK, *dV, *columns, *by_step, *dot, *dsum, *share, *dC, *dn;
+    T *through_h, *of_weights;
+    ChunkBack(const Chunk<T>& s, Carve<T>& carve) {
+        G = carve(s.steps * s.values), GE = carve(s.steps * s.values), V_columns = carve(s.values * s.steps);
+        G_columns = carve(s.values * s.steps), A = carve(s.steps * s.steps), dQ = carve(s.steps * s.keys);
+        dK = carve(s.steps * s.keys), dV = carve(s.steps * s.values), columns = carve(s.keys * s.steps);
+        by_step = carve(s.steps * s.keys), dot = carve(s.steps), dsum = carve(s.steps), share = carve(s.steps);
+        dC = carve(s.keys * s.C_row), dn = carve(s.keys);
+        through_h = carve(s.steps), of_weights = carve(s.steps);
+    }
+};
+
+template <class T>
+INLINE T dot_of(const T* a, const T* b, int64_t n) {
+    V<T> sum = splat(T(0));
+    for (int64_t c = 0; c < n; c += Vec<T>::W) sum = fma(load(a + c), load(b + c), sum);
+    return sum_of_lanes<T>(sum);
+}
+
+// to [steps][keys] = (matrix [keys][values]·columns [values][steps])ᵀ.
+template <class T>
+void multiply_columns(T* to, const Chunk<T>& s, T* scratch, const T* matrix, const T* columns, int64_t rows) {
+    multiply(scratch, s.steps, false, matrix, s.C_row, int64_t(1), columns, s.steps, s.keys, rows, s.values);
+    transposed(to, s.keys, scratch, s.steps, s.keys, rows);
+}
+
+// to [step] += Σ a[t][step]·panel[t] over the steps t from `step` on.
+template <class T>
+void multiply_later(T* to, int64_t to_row, const T* a, int64_t a_row, const T* panel, int64_t panel_step, int64_t steps,
+                    int64_t columns) {
+    constexpr int W = Vec<T>::W;
+    static constexpr Tiles<T> tiles = tiles_of<Plain<T>>();
+    Tile<T> t{};
+    t.a_step = a_row, t.panel_step = panel_step, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.add = true;
+    each_tile(steps, [&](int64_t r, int R) INLINED {
+        for (int k = 0; k < R; ++k) t.a[k] = a + r * a_row + r + k;
+        t.depth = steps - r;
+        for (int64_t c = 0; c < columns; c += 4 * W) {
+            t.panel = panel + r * panel_step + c, t.to = to + r * to_row + c;
+            tiles.of[R - 1][(columns - c < 4 * W ? columns - c : 4 * W) / W - 1](t);
+        }
+    });
+}
+
+// The gradients of h at the steps of a chunk: G = dh/N, where h = (S·V + e∘(Q·C₋))/N, that of nᵀq in `dsum`, and that
+// of m, through ε, in `through_h`.
+template <class T>
+void output_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps) {
+    constexpr int W = Vec<T>::W;
+    const MemoryHead<T>& d = b.head;
+    const uint8_t* mask = d.mask ? d.mask + first : nullptr;
+    const int64_t rows = whole_vectors<T>(steps);
+    if (b.dy) {
+        copy_rows(g.G, s.values, b.dy + first * d.y_time, d.y_time, steps, d.values, T(1), mask);
+    } else {
+        for (int64_t c = 0; c < rows * s.values; c += W) store(g.G + c, splat(T(0)));
+    }
+    for (int64_t t = 0; t < rows; ++t) {
+        T dot = 0, dsum = 0, through = 0;
+        if (t < steps && (!mask || mask[t])) {
+            const T *y = d.y + (first + t) * d.y_time, *dh = g.G + t * s.values;
+            V<T> sum = splat(T(0));
+            for (int64_t c = 0; c < d.values; c += W)
+                sum = fma(load_lanes(y + c, d.values - c < W ? int(d.values - c) : W), load(dh + c), sum);
+            dot = sum_of_lanes<T>(sum);
+            const T floor = d.gates[(first + t) * d.gate_step + kFloor * d.gate];
+            const T size = s.sums[t] < 0 ? -s.sums[t] : s.sums[t], by = T(1) / ((size < floor ? floor : size) + d.epsilon);
+            dsum = size < floor ? T(0) : (s.sums[t] < 0 ? dot : -dot) * by;
+            through = -dot * d.epsilon * by;
+            const V<T> factor = splat(by);
+            for (int64_t c = 0; c < s.values; c += W)
+                store(g.G + t * s.values + c, factor * load(g.G + t * s.values + c));
+        }
+        g.dsum[t] = dsum, g.through_h[t] = through;
+        const T e = t < steps ? s.e[t] : T(0);
+        for (int64_t c = 0; c < s.values; c += W)
+            store(g.GE + t * s.values + c, splat(e) * load(g.G + t * s.values + c));
+    }
+}
+
+// The gradients of a chunk's ĩ and f̃, from those of D and e: of log D[t, s] in g.S, of log e[t] in g.dot, of the log of
+// the weights of the steps in g.of_weights, of e of the last step, in the state after it, in `kept`.
+template <class T>
+void gate_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps, T kept,
+                    T& through_m) {
+    constexpr int W = Vec<T>::W;
+    const MemoryHead<T>& d = b.head;
+    // log D[t, s] = log i[s] + Σ log f over (s, t]: the sums over t ≥ τ of the gradients, for every s, while τ falls.
+    T* of_step = g.of_weights;
+    for (int64_t t = steps; t-- > 0;) {
+        const int64_t at = first + t;
+        const T* gates = d.gates + at * d.gate_step;
+        for (int64_t c = 0; c <= t; c += W) store(of_step + c, load(of_step + c) + load(s.S + t * s.steps + c));
+        kept += g.dot[t];
+        V<T> before = splat(T(0));
+        int64_t c = 0;
+        for (; c + W <= t; c += W) before = before + load(of_step + c);
+        T dl = kept + sum_of_lanes<T>(before), di = of_step[t];
+        for (; c < t; ++c) dl += of_step[c];
+        const bool used = !d.mask || d.mask[at];
+        T df = 0;
+        if (used) {
+            through_m += g.through_h[t];
+            const T i = b.i[at * d.x_time];
+            const bool from_input = gates[kStabiliser * d.gate] == i;
+            (from_input ? di : dl) += through_m;
+            if (from_input) through_m = 0;
+            df = dl;
+        } else {
+            di = 0;
+        }
+        b.di[at * b.dx_time] = di, b.df[at * b.dx_time] = df;
+    }
+}
+
+template <class T>
+void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps,
+                       const T* C, const T* n, T& through_m) {
+    constexpr int W = Vec<T>::W;
+    const MemoryHead<T>& d = b.head;
+    const int64_t rows = whole_vectors<T>(steps);
+    load_chunk(d, s, first, steps);
+    scores(s, steps, n);
+    output_gradients(b, s, g, first, steps);
+    // A: the gradient of S, then of Q·Kᵀ; S: that of log D
+    transposed(g.V_columns, s.steps, s.V, s.values, rows, s.values);
+    multiply_triangle(g.A, s.steps, g.G, s.values, g.V_columns, steps, s.values);
+    // dV = weights∘(K·dC) + Sᵀ·G
+    multiply(g.dV, s.values, false, s.K, s.keys, int64_t(1), g.dC, s.C_row, steps, s.values, s.keys);
+    for (int64_t t = 0; t < steps; ++t)
+        for (int64_t c = 0; c < s.values; c += W)
+            store(g.dV + t * s.values + c, splat(s.weights[t]) * load(g.dV + t * s.values + c));
+    multiply_later(g.dV, s.values, s.S, s.steps, g.G, s.values, steps, s.values);
+    for (int64_t t = 0; t < steps; ++t)
+        for (int64_t c = 0; c < rows; c += W) {
+            T *A = g.A + t * s.steps + c, *S = s.S + t * s.steps + c;
+            const V<T> share = load(s.D + t * s.steps + c), score = load(S);
+            const V<T> dS = c <= t ? load(A) + splat(g.dsum[t]) : splat(T(0));
+            store(S, score * dS);
+            store(A, share != splat(T(0)) ? share * dS : splat(T(0)));
+        }
+    // dQ = A·K + e∘(G·C₋ᵀ) + e∘dsum·n
+    transposed(g.G_columns, s.steps, g.GE, s.values, rows, s.values);
+    multiply_columns(g.dQ, s, g.columns, C, g.G_columns, rows);
+    for (int64_t t = 0; t < steps; ++t) {
+        const V<T> factor = splat(s.e[t] * g.dsum[t]);
+        T* dQ = g.dQ + t * s.keys;
+        for (int64_t c = 0; c < s.keys; c += W) store(dQ + c, fma(factor, load(n + c), load(dQ + c)));
+        g.dot[t] = dot_of(s.Q + t * s.keys, dQ, s.keys);
+    }
+    multiply(g.dQ, s.keys, true, g.A, s.steps, int64_t(1), s.K, s.keys, steps, s.keys, steps, true);
+    // dK = weights∘(V·dCᵀ + dn) + Aᵀ·Q
+    multiply_columns(g.dK, s, g.columns, g.dC, g.V_columns, rows);
+    for (int64_t t = 0; t < rows; ++t) {
+        const V<T> weight = splat(t < steps ? s.weights[t] : T(0));
+        T* dK = g.dK + t * s.keys;
+        for (int64_t c = 0; c < s.keys; c += W) store(dK + c, weight * (load(dK + c) + load(g.dn + c)));
+        g.of_weights[t] = dot_of(s.K + t * s.keys, dK, s.keys);
+    }
+    multiply_later(g.dK, s.keys, g.A, s.steps, s.Q, s.keys, steps, s.keys);
+    // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
+    const T e = s.e[steps - 1];
+    T kept = 0;
+    for (int64_t k = 0; k < s.keys; ++k) {
+        T* dC = g.dC + k * s.C_row;
+        kept += dot_of(C + k * s.C_row, dC, s.values);
+        for (int64_t c = 0; c < s.values; c += W) store(dC + c, splat(e) * load(dC + c));
+    }
+    kept = e * (kept + dot_of(n, g.dn, s.keys));
+    multiply(g.dC, s.C_row, true, s.Q, int64_t(1), s.keys, g.GE, s.values, s.keys, s.values, steps);
+    for (int64_t c = 0; c < s.keys; c += W) {
+        V<T> sum = splat(e) * load(g.dn + c);
+        for (int64_t t = 0; t < steps; ++t) sum = fma(splat(s.e[t] * g.dsum[t]), load(s.Q + t * s.keys + c), sum);
+        store(g.dn + c, sum);
+    }
+    gate_gradients(b, s, g, first, steps, kept, through_m);
+    for (int64_t t = 0; t < steps; ++t) {
+        const bool used = !d.mask || d.mask[first + t];
+        const int64_t at = (first + t) * b.dx_time;
+        for (int64_t c = 0; c < d.keys; ++c) b.dq[at + c] = used ? g.dQ[t * s.keys + c] : T(0);
+        for (int64_t c = 0; c < d.keys; ++c) b.dk[at + c] = used ? d.scale * g.dK[t * s.keys + c] : T(0);
+        for (int64_t c = 0; c < d.values; ++c) b.dv[at + c] = used ? g.dV[t * s.values + c] : T(0);
+    }
+}
+
+template <class T>
+int64_t chunks_of(const MemoryHead<T>& d) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < d.steps; first += chunk_of(d, first)) ++count;
+    return count;
+}
+
+template <class T>
+void memory_head_back(const MemoryHeadBack<T>& b) {
+    constexpr int W = Vec<T>::W;
+    const MemoryHead<T>& d = b.head;
+    Carve<T> carve{d.scratch};
+    Chunk<T> s(d, carve);
+    ChunkBack<T> g(s, carve);
+    const int64_t chunks = chunks_of(d), C_size = s.keys * s.C_row, size = C_size + s.keys;
+    auto* starts = reinterpret_cast<int64_t*>(carve(2 * (chunks + 1)));
+    T* states = carve((chunks + 1) * size);  // before each chunk, and after the last one
+    load_state(d, s, d.C_before, d.n_before);
+    memcpy(states, s.C, size_t(C_size) * sizeof(T)), memcpy(states + C_size, s.n, size_t(s.keys) * sizeof(T));
+    starts[0] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        T* at = states + chunk * size;
+        const int64_t first = starts[chunk], steps = chunk_of(d, first);
+        if (d.reset && d.reset[first]) memset(at, 0, size_t(size) * sizeof(T));
+        load_chunk(d, s, first, steps);
+        advance_state(s, steps, at, at + C_size, at + size, at + size + C_size);
+        starts[chunk + 1] = first + steps;
+    }
+    const auto product = [&](const T* state) {  // of a state and its gradient
+        T sum = dot_of(state + C_size, g.dn, s.keys);
+        for (int64_t k = 0; k < s.keys; ++k) sum += dot_of(state + k * s.C_row, g.dC + k * s.C_row, s.values);
+        return sum;
+    };
+    load_state(d, s, b.dC, b.dn);
+    memcpy(g.dC, s.C, size_t(C_size) * sizeof(T)), memcpy(g.dn, s.n, size_t(s.keys) * sizeof(T));
+    T through_m = (b.dm ? *b.dm : T(0)) - product(states + chunks * size);
+    for (int64_t chunk = chunks; chunk-- > 0;) {
+        const T* at = states + chunk * size;
+        const int64_t first = starts[chunk];
+        memory_chunk_back(b, s, g, first, starts[chunk + 1] - first, at, at + C_size, through_m);
+        if (d.reset && d.reset[first]) {
+            memset(g.dC, 0, size_t(C_size) * sizeof(T)), memset(g.dn, 0, size_t(s.keys) * sizeof(T));
+            through_m = 0;
+        }
+    }
+    if (b.dm_before) *b.dm_before = through_m + product(states);
+    for (int64_t k = 0; b.dC_before && k < d.keys; ++k)
+        memcpy(b.dC_before + k * d.values, g.dC + k * s.C_row, size_t(d.values) * sizeof(T));
+    if (b.dn_before) memcpy(b.dn_before, g.dn, size_t(d.keys) * sizeof(T));
+    for (int64_t t = 0; t < d.steps; t += W) {  // the derivative of log σ(f̃) is σ(-f̃)
+        const int lanes = d.steps - t < W ? int(d.steps - t) : W;
+        T f[W];
+        for (int l = 0; l < lanes; ++l) f[l] = b.f[(t + l) * d.x_time];
+        const V<T> slope = sigmoid<T>(-load_lanes(f, lanes));
+        for (int l = 0; l < lanes; ++l) b.df[(t + l) * b.dx_time] *= slope[l];
+    }
+}
+
+// How many numbers of scratch memory a pass over a head needs.
+template <class T>
+int64_t memory_scratch(const MemoryHead<T>& d, bool backward) {
+    Carve<T> carve{nullptr};
+    const Chunk<T> s(d, carve);
+    carve(s.keys), carve(s.values);
+    if (backward) {
+        const int64_t chunks = chunks_of(d);
+        ChunkBack<T>(s, carve), carve(2 * (chunks + 1)), carve((chunks + 1) * (s.keys * s.C_row + s.keys));
+    }
+    return carve.taken;
+}
+
+}  // namespace
+}  // namespace cellstack
