@@ -51,6 +51,7 @@ autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text under "Parameters" says what is accepted
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["livekit", "pipecat"]  # large, and only base classes come from them
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # "epochs, batch: see …" stays one entry
 add_module_names = False
