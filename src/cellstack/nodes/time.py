@@ -199,6 +199,11 @@ class Conv1D(Node):
             rows = native.Sequences(batch, count, x, steps * channels, self.strides * channels)
             native.forward(rows, [native.Layer(self._packed, y=y)], 1)
             return y if self._numpy_activation is None else self._numpy_activation(y)
+        if channels == 1 and filters == self.groups:  # each channel by itself: one tap of all windows at a time
+            last = (count - 1) * self.strides + 1
+            taken = [x[:, tap * self.dilation : tap * self.dilation + last : self.strides] for tap in range(taps)]
+            y = reduce(np.add, map(np.multiply, taken, self.kernel[:, 0]))
+            return self._finished(y)
         view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
         view = view.reshape(batch, count, self.groups, channels, taps)
         if self.by_steps:  # a separate product per window, so that its bits don't depend on the number of windows
@@ -207,6 +212,10 @@ class Conv1D(Node):
         else:  # a separate product per row, so that its bits don't depend on the other rows
             rows = np.ascontiguousarray(view.transpose(0, 2, 1, 4, 3)).reshape(batch, self.groups, count, -1)
             y = np.matmul(rows, self._matrices).transpose(0, 2, 1, 3).reshape(batch, count, filters)
+        return self._finished(y)
+
+    def _finished(self, y: Array) -> Array:
+        """Return the output for the products `y`, which it may overwrite."""
         if self.bias is not None:
             y += self.bias
         return y if self.activation == "linear" else activation_function(self.activation)(y)
