@@ -25,6 +25,7 @@ from cellstack.nodes import (
     Embedding,
     Flatten,
     GlobalPool,
+    GroupedDense,
     LayerNorm,
     Magnitude,
     Masking,
@@ -36,6 +37,7 @@ from cellstack.nodes import (
     Reduce,
     Repeat,
     Reshape,
+    RMSNorm,
     Scale,
     Select,
     Standardise,
@@ -379,6 +381,10 @@ def every_node():
     add(LayerNorm(floats(rng, 4), floats(rng, 4)))
     add(LayerNorm(None, floats(rng, 4), 0.1))
     add(first, LayerNorm())
+    add(RMSNorm(floats(rng, 4), floats(rng, 4)))
+    add(first, RMSNorm(epsilon=0.1))
+    add(GroupedDense(floats(rng, 2, 2, 3), floats(rng, 6)))
+    add(GroupedDense(floats(rng, 4, 1, 2)))
     ids = {"x": np.array([[0, 3, 1, 0, 2, 5, 4], [1, 1, 0, 5, 0, 2, 3]], float)}
     for mask_zero in (False, True):
         add(Embedding(floats(rng, 6, 3), mask_zero), GlobalPool("mean"), x=ids, inputs={"x": (None,)}, mask=mask)

@@ -1,12 +1,13 @@
 """All nodes: `from cellstack.nodes import Conv1D`. For their common interface see `base`."""
 
 from cellstack.nodes.along import Merge, Pad, Select
-from cellstack.nodes.attention import Attention, GroupNorm, TimeSoftmax
+from cellstack.nodes.attention import Attention, TimeSoftmax
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.cell import Cell
-from cellstack.nodes.dense import Dense
+from cellstack.nodes.dense import Dense, GroupedDense
 from cellstack.nodes.frames import Context, PerFrame
 from cellstack.nodes.grid import GridConv, GridPool
+from cellstack.nodes.norms import GroupNorm, LayerNorm, RMSNorm
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Permute, Repeat, RepeatLike, Reshape
@@ -16,7 +17,6 @@ from cellstack.nodes.steps import (
     Clip,
     Embedding,
     Function,
-    LayerNorm,
     Masking,
     Power,
     Scale,
@@ -33,7 +33,9 @@ NODES: dict[str, type[Node]] = {
         Standardise,
         Scale,
         LayerNorm,
+        RMSNorm,
         Dense,
+        GroupedDense,
         Activation,
         Clip,
         Power,
@@ -84,6 +86,7 @@ __all__ = [
     "GridConv",
     "GridPool",
     "GroupNorm",
+    "GroupedDense",
     "LayerNorm",
     "Magnitude",
     "Masking",
@@ -94,6 +97,7 @@ __all__ = [
     "Permute",
     "Pool1D",
     "Power",
+    "RMSNorm",
     "Recurrent",
     "Reduce",
     "Repeat",

@@ -1,4 +1,4 @@
-"""Nodes that weigh the steps of a whole sequence: softmax over time, attention, norms over time."""
+"""Nodes that weigh the steps of a whole sequence: softmax over time, attention."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from cellstack.nodes.base import (
     check_flag,
     check_integer,
     check_number,
-    frozen_copy,
-    one_dtype,
     shown,
 )
 from cellstack.spec import ShapeError
@@ -182,115 +180,3 @@ class Attention(Node):
         words = [f"{self.heads} head{'s' if self.heads > 1 else ''}"]
         words += [] if self.scale is None else [f"scale {self.scale:g}"]
         return ", ".join([*words, *(["causal"] if self.causal else [])])
-
-
-@dataclass(frozen=True, eq=False)
-class GroupNorm(Node):
-    """`(x - mean) / sqrt(variance + epsilon)·gain + bias`, with the mean and variance of each group of features.
-
-    With `over_time`, those are of all used steps: with one group per feature this is instance normalisation, with one
-    group global layer normalisation. Without, those are of each step, and the node is run step by step.
-
-    Args:
-        groups: the number of equal blocks of features.
-        gain: `[W]`, or None for ones.
-        bias: `[W]` of the same dtype, or None for zeros.
-        epsilon: above 0.
-        over_time: whether the mean and the variance are over time too.
-
-    Raises:
-        ShapeError: the shapes aren't both `[W]`, or groups that don't divide W.
-        TypeError: a dtype other than float32 and float64, or different dtypes; a flag that isn't a bool.
-        ValueError: groups that aren't from 1 up, or an epsilon that isn't above 0.
-
-    >>> GroupNorm(2).apply(np.array([[[1.0, 5.0], [3.0, 5.0]]])).round(2)
-    array([[[-1.,  0.],
-            [ 1.,  0.]]])
-
-    Ref: Wu and He 2018, "Group Normalization", eq. 1.
-    """
-
-    groups: int
-    gain: Array | None = None
-    bias: Array | None = None
-    epsilon: float = 1e-5
-    over_time: bool = True
-    file_type = "group_norm"
-    arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
-    settings: ClassVar = {"groups": int, "epsilon": float, "over_time": bool}
-    multiplied = ("gain",)
-    keeps_width = True
-
-    def __post_init__(self) -> None:
-        owner, width = "GroupNorm", ("W",)
-        object.__setattr__(self, "groups", check_integer(owner, "groups", self.groups))
-        for name in ("gain", "bias"):
-            if getattr(self, name) is not None:
-                array = frozen_copy(owner, name, getattr(self, name), width)
-                width = array.shape
-                object.__setattr__(self, name, array)
-        object.__setattr__(self, "epsilon", check_number(owner, "epsilon", self.epsilon, above=0.0))
-        check_flag(owner, "over_time", self.over_time)
-        if width != ("W",):
-            object.__setattr__(self, "dtype", one_dtype(owner, {"gain": self.gain, "bias": self.bias}))
-            object.__setattr__(self, "input_size", width[0])
-        self._divides(owner, self.input_size)
-        object.__setattr__(self, "mixes_steps", self.over_time)
-        object.__setattr__(self, "heeds_mask", self.over_time)
-        object.__setattr__(self, "axes", (2, 2) if self.over_time else (None, None))
-
-    def _divides(self, owner: str, width: int | None) -> None:
-        if width is not None and width % self.groups:
-            raise ShapeError(f"{owner}: expected groups to divide W={width}, got {self.groups}")
-
-    def check(self, owner: str, *shapes: Shape) -> Shape:
-        shape = super().check(owner, *shapes)
-        self._divides(owner, shape[-1])
-        return shape
-
-    def _parts(self, x: Array, mask: Steps) -> tuple[Array, Array, Array, Array]:
-        """Return which entries of `[B, T, G, W/G]` count, their number, the deviation, and the normalised values."""
-        over = (1, 3) if self.over_time else (3,)
-        z = np.ascontiguousarray(x).reshape(len(x), -1, self.groups, x.shape[-1] // self.groups)
-        used = np.ones((len(x), z.shape[1], 1, 1), bool) if mask is None else mask[:, :, None, None]
-        there = np.broadcast_to(used if self.over_time else True, z.shape)
-        count = np.maximum(there.sum(axis=over, keepdims=True), 1)
-        wide = z.astype(np.float64)
-        centred = wide - np.where(there, wide, 0.0).sum(axis=over, keepdims=True) / count
-        variance = np.where(there, centred * centred, 0.0).sum(axis=over, keepdims=True) / count
-        deviation = np.sqrt(variance + self.epsilon)
-        return there, count, deviation, centred / deviation
-
-    def apply(self, x: Array, mask: Steps = None) -> Array:
-        """Return `x [B, T, W]` normalised."""
-        y = self._parts(x, mask)[3].astype(x.dtype).reshape(x.shape)
-        if self.gain is not None:
-            y *= self.gain
-        if self.bias is not None:
-            y += self.bias
-        return y
-
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        reset = None if self.over_time else flow.reset
-        return Flow(self.apply(flow.x, flow.mask), flow.mask, reset)
-
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        (flow,) = run.inputs
-        there, count, deviation, unit = self._parts(flow.x, flow.mask)
-        over = (1, 3) if self.over_time else (3,)
-        du = (dy if self.gain is None else dy * self.gain).reshape(unit.shape)
-        # Masked steps are normalised too, but the mean and the variance don't depend on them.
-        mean = du.sum(axis=over, keepdims=True) / count
-        slope = (du * unit).sum(axis=over, keepdims=True) / count
-        return [((du - np.where(there, mean + unit * slope, 0.0)) / deviation).reshape(flow.x.shape)]
-
-    def step_rule(self, *shapes: Shape) -> StepRule:
-        if self.over_time:
-            return StepRule("its mean and variance over time need the whole sequence, which a stream doesn't have")
-        return StepRule(step=self.apply)
-
-    @property
-    def summary(self) -> str:
-        over = "time and " if self.over_time else ""
-        return f"over {over}{self.groups} group{'s' if self.groups > 1 else ''} of features, epsilon {self.epsilon:g}"

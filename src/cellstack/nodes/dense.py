@@ -93,3 +93,83 @@ class Dense(Stepwise):
     def engine(self, dtype: np.dtype[Any]) -> str:
         after = f", {self.activation} in NumPy" if self.numpy_activation else ""
         return f"fused kernel ({native.isa()}, {dtype}): one product{after}"
+
+
+SMALL_GROUP = 8  # features of a group up to which NumPy multiplies one feature of all groups at a time
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedDense(Stepwise):
+    """A dense layer of equal groups of features, each with its own matrix: a block-diagonal `x·kernel + bias`.
+
+    Args:
+        kernel: `[groups, I/groups, O/groups]`, float32 or float64.
+        bias: `[O]` of the same dtype, or None.
+
+    Raises:
+        ShapeError: a wrong shape.
+        TypeError: a wrong dtype.
+
+    >>> GroupedDense(np.array([[[2.0]], [[3.0]]])).apply(np.array([[1.0, 10.0]]))
+    array([[ 2., 30.]])
+    """
+
+    kernel: Array
+    bias: Array | None = None
+    file_type = "grouped_dense"
+    arrays: ClassVar = {"kernel": ("groups", "group_input_size", "group_units"), "bias": ("units",)}
+    multiplied = ("kernel",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", frozen_copy("GroupedDense", "kernel", self.kernel, ("G", "I/G", "O/G")))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", frozen_copy("GroupedDense", "bias", self.bias, (self.units,)))
+        object.__setattr__(self, "dtype", one_dtype("GroupedDense", {"kernel": self.kernel, "bias": self.bias}))
+        object.__setattr__(self, "input_size", self.kernel.shape[0] * self.kernel.shape[1])
+
+    @property
+    def units(self) -> int:
+        """Width of the output."""
+        return self.kernel.shape[0] * self.kernel.shape[2]
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        return (*super().check(owner, *shapes)[:-1], self.units)
+
+    @cached_property
+    def _packed(self) -> list[Any]:
+        """The matrix of each group in the kernel's layout, packed at the first use."""
+        return [native.dense(kernel, None, spec.activation("linear")) for kernel in self.kernel]
+
+    def apply(self, x: Array) -> Array:
+        """Return `[..., O]` for `x [..., I]`."""
+        groups, inputs, outputs = self.kernel.shape
+        if inputs <= SMALL_GROUP:
+            z = x.reshape(*x.shape[:-1], groups, inputs)
+            y = z[..., :1] * self.kernel[:, 0]
+            for k in range(1, inputs):
+                y += z[..., k : k + 1] * self.kernel[:, k]
+            y = y.reshape(*x.shape[:-1], self.units)
+        else:
+            rows = x.reshape(1, -1, groups * inputs)
+            parts = np.empty((groups, rows.shape[1], outputs), x.dtype)
+            for group, packed in enumerate(self._packed):
+                own = native.sequences(rows[:, :, group * inputs : (group + 1) * inputs])
+                native.forward(own, [native.Layer(packed, y=parts[group])], 1)
+            y = parts.swapaxes(0, 1).reshape(*x.shape[:-1], self.units)
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        groups, inputs, outputs = self.kernel.shape
+        parts = dy.reshape(*dy.shape[:-1], groups, 1, outputs)
+        return [(parts @ self.kernel.swapaxes(1, 2)).reshape(*dy.shape[:-1], groups * inputs)]
+
+    @property
+    def summary(self) -> str:
+        return f"{len(self.kernel)} groups"
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        if self.kernel.shape[1] <= SMALL_GROUP:
+            return f"NumPy ({dtype}): groups of {self.kernel.shape[1]} features"
+        return f"fused kernel ({native.isa()}, {dtype}): a product per group"

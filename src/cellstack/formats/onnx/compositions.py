@@ -1,4 +1,4 @@
-"""Writes nodes that take several ONNX operators: those over a grid, attention, norms over time."""
+"""Writes nodes that take several ONNX operators: those over a grid, attention, norms, grouped products."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack.nodes import Attention, GridConv, GridPool, GroupNorm
+from cellstack.nodes import Attention, GridConv, GridPool, GroupedDense, GroupNorm, RMSNorm
 
 if TYPE_CHECKING:
     from cellstack.formats.onnx.pieces import Pieces
@@ -153,8 +153,29 @@ def group_norm(pieces: Pieces, name: str, node: GroupNorm, x: str, shape: Sequen
     centred = of("Sub", wide, mean(wide))
     variance = mean(of("Mul", centred, centred))
     unit = of("Div", centred, of("Sqrt", of("Add", variance, pieces.number(node.epsilon))))
-    y = of("Reshape", unit, pieces.integers(*ahead, width))
+    _scaled(pieces, name, node, of("Reshape", unit, pieces.integers(*ahead, width)))
+
+
+def _scaled(pieces: Pieces, name: str, node: GroupNorm | RMSNorm, y: str) -> None:
     for operator, array in (("Mul", node.gain), ("Add", node.bias)):
         if array is not None:
-            y = of(operator, y, pieces.tensor(f"{name}.{operator.lower()}", array))
+            y = pieces.of(operator, y, pieces.tensor(f"{name}.{operator.lower()}", array))
+    pieces.put("Identity", [y], name)
+
+
+def rms_norm(pieces: Pieces, name: str, node: RMSNorm, x: str) -> None:
+    """Add an RMSNorm; ONNX's operator of this name needs opset 23."""
+    of = pieces.of
+    squares = of("ReduceMean", of("Mul", x, x), axes=[-1], keepdims=1)
+    _scaled(pieces, name, node, of("Div", x, of("Sqrt", of("Add", squares, pieces.number(node.epsilon)))))
+
+
+def grouped_dense(pieces: Pieces, name: str, node: GroupedDense, x: str, axes: int) -> None:
+    """Add a GroupedDense; its input has `axes` axes after the batch."""
+    of, (groups, inputs, _) = pieces.of, node.kernel.shape
+    rows = of("Reshape", x, pieces.integers(*[0] * axes, groups, 1, inputs))
+    y = of("MatMul", rows, pieces.tensor(f"{name}.kernel", node.kernel))
+    y = of("Reshape", y, pieces.integers(*[0] * axes, node.units))
+    if node.bias is not None:
+        y = of("Add", y, pieces.tensor(f"{name}.bias", node.bias))
     pieces.put("Identity", [y], name)

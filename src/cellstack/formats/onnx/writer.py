@@ -10,7 +10,15 @@ import numpy as np
 
 from cellstack.formats.files import replacing
 from cellstack.formats.onnx.cells import write_operator
-from cellstack.formats.onnx.compositions import attention, grid_conv, grid_pool, group_norm, time_softmax
+from cellstack.formats.onnx.compositions import (
+    attention,
+    grid_conv,
+    grid_pool,
+    group_norm,
+    grouped_dense,
+    rms_norm,
+    time_softmax,
+)
 from cellstack.formats.onnx.file import KEY, onnx_package
 from cellstack.formats.onnx.masks import GraphMasks, last_used, masked, neutral, of_lengths, reduced
 from cellstack.formats.onnx.pieces import LAST, Pieces
@@ -30,6 +38,7 @@ from cellstack.nodes import (
     GlobalPool,
     GridConv,
     GridPool,
+    GroupedDense,
     GroupNorm,
     LayerNorm,
     Magnitude,
@@ -45,6 +54,7 @@ from cellstack.nodes import (
     Repeat,
     RepeatLike,
     Reshape,
+    RMSNorm,
     Scale,
     Select,
     Standardise,
@@ -404,6 +414,10 @@ class Writer(Pieces):
             time_softmax(self, name, x, masks[0])
         elif isinstance(node, GroupNorm):
             group_norm(self, name, node, x, self.network.shapes[x], masks[0] if node.over_time else "")
+        elif isinstance(node, RMSNorm):
+            rms_norm(self, name, node, x)
+        elif isinstance(node, GroupedDense):
+            grouped_dense(self, name, node, x, axes)
         elif isinstance(node, Attention):
             width = self.network.shapes[x][-1]
             if width is None:

@@ -38,6 +38,36 @@ export const denseNode = stepwiseNode(
   },
 );
 
+export const groupedDenseNode = stepwiseNode(
+  ["groups", "group_input_size", "group_units", "units", "use_bias"],
+  ["kernel", "bias"],
+  (node, x) => {
+    const { kernel, bias } = node.arrays;
+    const [G, I, O] = kernel.shape;
+    const rows = x.data.length / (G * I);
+    const data = new Float64Array(rows * G * O);
+    for (let row = 0; row < rows; row += 1) {
+      for (let g = 0; g < G; g += 1) {
+        addProduct(data, (row * G + g) * O, x.data, (row * G + g) * I, I, kernel.data, g * I * O, O, O);
+      }
+      if (bias) addNumbers(data, row * G * O, bias.data, 0, G * O);
+    }
+    return { data, shape: [...x.shape.slice(0, -1), G * O] };
+  },
+  (node, x, y, dy, darrays) => {
+    const { kernel } = node.arrays;
+    const [G, I, O] = kernel.shape;
+    const dx = new Float64Array(x.data.length);
+    for (let at = 0; at < dx.length / I; at += 1) {
+      const w = (at % G) * I * O;
+      addOuter(darrays.kernel, w, O, x.data, at * I, I, dy, at * O, O);
+      addProductBack(dx, at * I, I, kernel.data, w, O, O, dy, at * O);
+      if (darrays.bias) addNumbers(darrays.bias, (at % G) * O, dy, at * O, O);
+    }
+    return dx;
+  },
+);
+
 export const activationNode = stepwiseNode(
   ["activation"],
   [],
@@ -97,32 +127,36 @@ export const scaleNode = stepwiseNode(
 );
 
 // Normalise every row; also returns LN(x) and the deviations, for the backward pass.
-function layerNormRows(node, x) {
+function normalisedRows(node, x, centred) {
   const W = lastAxis(x.shape);
   const [gain, bias] = ["gain", "bias"].map((name) => node.arrays[name]?.data ?? null);
   const y = x.data.slice();
   const unit = new Float64Array(y.length);
   const deviations = new Float64Array(y.length / W || 0);
   for (let row = 0; row < deviations.length; row += 1) {
-    deviations[row] = normaliseRow(y, row * W, W, gain, 0, bias, node.settings.epsilon, unit, row * W);
+    deviations[row] = normaliseRow(y, row * W, W, gain, 0, bias, node.settings.epsilon, unit, row * W, centred);
   }
   return { y, unit, deviations, gain, W };
 }
 
-export const layerNormNode = stepwiseNode(
-  ["input_size", "use_gain", "use_bias", "epsilon"],
-  ["gain", "bias"],
-  (node, x) => ({ data: layerNormRows(node, x).y, shape: x.shape }),
-  (node, x, y, dy, darrays) => {
-    const { unit, deviations, gain, W } = layerNormRows(node, x);
-    const dx = dy.slice();
-    const [dgain, dbias] = [darrays.gain ?? null, darrays.bias ?? null];
-    for (let row = 0; row < deviations.length; row += 1) {
-      normaliseRowBack(dx, row * W, W, gain, 0, dgain, dbias, unit, row * W, deviations[row]);
-    }
-    return dx;
-  },
-);
+const normNode = (centred) =>
+  stepwiseNode(
+    ["input_size", "use_gain", "use_bias", "epsilon"],
+    ["gain", "bias"],
+    (node, x) => ({ data: normalisedRows(node, x, centred).y, shape: x.shape }),
+    (node, x, y, dy, darrays) => {
+      const { unit, deviations, gain, W } = normalisedRows(node, x, centred);
+      const dx = dy.slice();
+      const [dgain, dbias] = [darrays.gain ?? null, darrays.bias ?? null];
+      for (let row = 0; row < deviations.length; row += 1) {
+        normaliseRowBack(dx, row * W, W, gain, 0, dgain, dbias, unit, row * W, deviations[row], centred);
+      }
+      return dx;
+    },
+  );
+
+export const layerNormNode = normNode(true);
+export const rmsNormNode = normNode(false);
 
 // A mask that a node creates, combined with its input's mask.
 const withOwnMask = (mask, own) => (mask === null ? own : own.map((kept, at) => kept & mask[at]));

@@ -57,10 +57,11 @@ export function addNumbers(y, yAt, x, xAt, n) {
   for (let j = 0; j < n; j += 1) y[yAt + j] += x[xAt + j];
 }
 
-// v[at…] becomes LN(v)⊙gain + bias; LN(v) goes to `unit` at the same index, if given. Returns the deviation.
-export function normaliseRow(v, at, n, gain, gainAt, bias, epsilon, unit, unitAt) {
+// v[at…] becomes LN(v)⊙gain + bias; LN(v) goes to `unit` at the same index, if given. Returns the deviation. Without
+// `centred`, the mean isn't subtracted.
+export function normaliseRow(v, at, n, gain, gainAt, bias, epsilon, unit, unitAt, centred = true) {
   let mean = 0;
-  for (let j = 0; j < n; j += 1) mean += v[at + j];
+  if (centred) for (let j = 0; j < n; j += 1) mean += v[at + j];
   mean /= n;
   let variance = 0;
   for (let j = 0; j < n; j += 1) variance += (v[at + j] - mean) ** 2;
@@ -74,7 +75,7 @@ export function normaliseRow(v, at, n, gain, gainAt, bias, epsilon, unit, unitAt
 }
 
 // dv[at…], the gradient of `normaliseRow`'s output, becomes that of its input; dgain and dbias are added to.
-export function normaliseRowBack(dv, at, n, gain, gainAt, dgain, dbias, unit, unitAt, deviation) {
+export function normaliseRowBack(dv, at, n, gain, gainAt, dgain, dbias, unit, unitAt, deviation, centred = true) {
   let mean = 0;
   let along = 0;
   for (let j = 0; j < n; j += 1) {
@@ -83,7 +84,7 @@ export function normaliseRowBack(dv, at, n, gain, gainAt, dgain, dbias, unit, un
     if (dgain !== null) dgain[gainAt + j] += d * u;
     if (dbias !== null) dbias[gainAt + j] += d;
     dv[at + j] = gain === null ? d : d * gain[gainAt + j];
-    mean += dv[at + j];
+    if (centred) mean += dv[at + j];
     along += dv[at + j] * u;
   }
   mean /= n;
