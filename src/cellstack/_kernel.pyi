@@ -34,6 +34,7 @@ class Description:
         zoneout: float,
         zoneout_cell: float,
         rows: bool = False,
+        heads: int = 1,
     ) -> None: ...
 
 class WeightsSingle:

@@ -63,7 +63,7 @@ function words(spec, activations) {
   const slots = [0, 1, 2, 3, 4].map((n) => activations[n] ?? { code: 0, alpha: 0, beta: 0 });
   const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "attention", "exponential_forget"];
   return {
-    integers: [spec.input, spec.units, spec.output, ...flags.map((flag) => (spec[flag] ? 1 : 0)), ...slots.map(({ code }) => code)],
+    integers: [spec.input, spec.units, spec.output, ...flags.map((flag) => (spec[flag] ? 1 : 0)), spec.heads ?? 1, ...slots.map(({ code }) => code)],
     numbers: [
       spec.norm_epsilon ?? 0,
       spec.clip ?? Infinity,
