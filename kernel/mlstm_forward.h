@@ -18,17 +18,6 @@ INLINE T sum_of_lanes(V<T> v) {
     return sum;
 }
 
-// min(x, 0) - log(1 + u) with u = e^-|x|, where log(1 + u) = 2·artanh(s), s = u / (2 + u) ≤ 1/3, by its series.
-template <class T>
-INLINE V<T> log_sigmoid(V<T> x) {
-    constexpr int terms = sizeof(T) == 4 ? 8 : 17;
-    const V<T> zero = splat(T(0)), u = exp<T>(x < zero ? x : -x), s = u / (splat(T(2)) + u), square = s * s;
-    V<T> sum = splat(T(1) / T(2 * terms - 1));
-    UNROLL
-    for (int n = terms - 2; n >= 0; --n) sum = fma(sum, square, splat(T(1) / T(2 * n + 1)));
-    return (x < zero ? x : zero) - splat(T(2)) * s * sum;
-}
-
 template <class T>
 void memory_gates(const MemoryGates<T>& g) {
     constexpr int W = Vec<T>::W;
