@@ -5,8 +5,8 @@ Per head, with k scaled by 1/√dk and the state C [dk, dv], n [dk], m:
     ℓ = log σ(f̃)    m = max(ℓ + m₋, ĩ)    f = exp(ℓ + m₋ - m)    i = exp(ĩ - m)
     C = f·C₋ + i·k·vᵀ    n = f·n₋ + i·k    h = Cᵀq / (max(|nᵀq|, exp(-m)) + ε)
 
-m is only a common factor: h depends on C·e^m and n·e^m, apart from ε. So a state of zeros is empty, whatever m is, and is
-the initial state. A masked step keeps the state, and its h is zero; a reset sets the state to zeros before its step.
+m is only a common factor: h depends on C·e^m and n·e^m, apart from ε. So a state of zeros is empty, whatever m is, and
+is the initial state. A masked step keeps the state, and its h is zero; a reset sets the state to zeros before its step.
 
 Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27; the chunkwise form: Beck et al. 2025,
 "Tiled Flash Linear Attention", section 3.
