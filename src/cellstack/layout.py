@@ -53,6 +53,26 @@ def reorder(array: Array, source: str, target: str, axis: int = -1) -> Array:
     return np.concatenate([blocks[source.index(gate)] for gate in target], axis=axis)
 
 
+def block_diagonal(matrices: Array, gates: int) -> Array:
+    """Return a recurrent kernel of several heads as one matrix, which is zero outside the heads' blocks.
+
+    Args:
+        matrices: `[heads, P/heads, G·H/heads]`, of any dtype.
+        gates: the number of gates G.
+
+    Returns:
+        `[P, G·H]` of the same dtype.
+
+    >>> block_diagonal(np.array([[[1, 2]], [[3, 4]]]), gates=2).tolist()
+    [[1, 0, 2, 0], [0, 3, 0, 4]]
+    """
+    heads, rows, columns = matrices.shape
+    whole = np.zeros((heads, rows, gates, heads, columns // gates), matrices.dtype)
+    own = np.arange(heads)
+    whole[own, :, :, own] = matrices.reshape(heads, rows, gates, -1)
+    return whole.reshape(heads * rows, heads * columns)
+
+
 def from_rows(
     kind: str, weight: Array, recurrent: Array, biases: tuple[Array, ...], order: str, reset_after: bool = True
 ) -> CellArrays:

@@ -8,7 +8,8 @@ import { ACTIVATIONS, ARRAYS, KINDS } from "./kinds.js";
 export const ELEMENTS = ["float32", "float64", "bfloat16", "int8"];
 export const MATRICES = ["kernel", "recurrent_kernel", "projection"];
 
-// The shapes of a cell's arrays, by name, as lists of [count, letter]: count blocks of I, H or P, or just a number.
+// The shapes of a cell's arrays, by name, as lists of [count, letter]: count blocks of I, H, P or D, the units of a head, or just
+// a number.
 function symbolicShapes(kind, spec) {
   const P = spec.proj_size ? "P" : "H";
   const gates = kind.gates.length - (spec.coupled ? 1 : 0);
@@ -16,7 +17,7 @@ function symbolicShapes(kind, spec) {
   const [normed, twice, cell] = [Boolean(spec.layer_norm), spec.reset_after, kind.states.includes("c")];
   const shapes = {
     kernel: [[1, "I"], wide],
-    recurrent_kernel: kind.recurrent && [[1, P], wide],
+    recurrent_kernel: kind.recurrent && (spec.heads > 1 ? [[spec.heads, ""], [1, "D"], [gates, "D"]] : [[1, P], wide]),
     bias: spec.use_bias && (twice ? [[2, ""], wide] : [wide]),
     peepholes: spec.peepholes && [[spec.coupled ? 2 : 3, ""], [1, "H"]],
     projection: Boolean(spec.proj_size) && [[1, "H"], [1, "P"]],
@@ -44,6 +45,10 @@ export function formOf(where, given) {
   if (spec.proj_size !== undefined && !(Number.isInteger(spec.proj_size) && spec.proj_size >= 0 && spec.proj_size < spec.units)) {
     throw new Error(`${where}: expected proj_size from 0 to below units=${spec.units}, got ${spec.proj_size}`);
   }
+  if (spec.heads !== undefined && !(Number.isInteger(spec.heads) && spec.heads >= 1 && spec.units % spec.heads === 0)) {
+    throw new Error(`${where}: expected heads to divide units=${spec.units}, got ${spec.heads}`);
+  }
+  if (spec.heads > 1 && spec.proj_size) throw new Error(`${where}: expected heads=1 with proj_size, got ${spec.heads}`);
   const activations = Object.entries(kind.slots).map(([slot, usual]) => [slot, spec.gate_activations[slot] ?? spec[usual]]);
   const widths = kind.states.map((state) => [state, { width: [1, state === "h" && spec.proj_size ? "P" : "H"] }]);
   return {
@@ -63,7 +68,12 @@ function words(spec, activations) {
   const slots = [0, 1, 2, 3, 4].map((n) => activations[n] ?? { code: 0, alpha: 0, beta: 0 });
   const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "attention", "exponential_forget"];
   return {
-    integers: [spec.input, spec.units, spec.output, ...flags.map((flag) => (spec[flag] ? 1 : 0)), spec.heads ?? 1, ...slots.map(({ code }) => code)],
+    integers: [
+      ...[spec.input, spec.units, spec.output],
+      ...flags.map((flag) => (spec[flag] ? 1 : 0)),
+      spec.heads ?? 1,
+      ...slots.map(({ code }) => code),
+    ],
     numbers: [
       spec.norm_epsilon ?? 0,
       spec.clip ?? Infinity,

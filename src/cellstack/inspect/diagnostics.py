@@ -132,6 +132,7 @@ def spectral_radii(cell: Cell) -> dict[str, float]:
 
     Empty for a kind without recurrent weights.
     """
+    cell = cell.one_head
     spec = cell.spec
     if not spec.of_kind.recurrent:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 from cellstack import native
 from cellstack.bfloat16 import BFloat16Array, rounded
 from cellstack.cells import KINDS
+from cellstack.layout import block_diagonal
 from cellstack.nodes.base import Array, Types, check_choice, frozen_bfloat16, frozen_copy, one_dtype
 from cellstack.spec import ARRAYS, MATRICES, CellSpec, ShapeError
 
@@ -187,6 +188,15 @@ class Cell:
         return Cell(
             self.spec, *(BFloat16Array(rounded(array)) if name in MATRICES else array for name, array in arrays)
         )
+
+    @property
+    def one_head(self) -> Cell:
+        """The same cell with one head, whose recurrent kernel is block-diagonal: for formats without heads."""
+        if self.spec.heads == 1:
+            return self
+        whole = block_diagonal(self.recurrent_kernel, len(self.spec.gates))
+        cell = Cell(replace(self.spec, heads=1), **{**self.arrays, "recurrent_kernel": whole})
+        return cell.with_weights("bfloat16") if self._bfloat16 else cell
 
     @cached_property
     def packed(self) -> Any:

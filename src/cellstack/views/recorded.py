@@ -8,7 +8,7 @@ from typing import Any
 
 from cellstack.spec import CellSpec
 
-H, P, I, X = "H", "P", "I", "X"  # noqa: E741  # widths of vectors: units, projected units, features, x
+H, P, I, X, D = "H", "P", "I", "X", "D"  # noqa: E741  # widths: units, projected units, features, x, units of a head
 PRIMES = {H: 30011, P: 20011, I: 10007}
 
 
@@ -162,12 +162,14 @@ def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
     ((2, ''), (3, 'H'))
     """
 
+    primes = {H: PRIMES[H] * spec.heads, P: PRIMES[P], I: PRIMES[I], D: PRIMES[H]}
+
     def axis(length: int) -> tuple[int, str]:
-        found = ((length // prime, letter) for letter, prime in PRIMES.items() if length % prime == 0)
+        found = ((length // prime, letter) for letter, prime in primes.items() if length % prime == 0)
         return next(found, (length, ""))
 
     large = replace(
-        spec, input_size=PRIMES[I] + spec.attention, units=PRIMES[H], proj_size=PRIMES[P] if spec.proj_size else 0
+        spec, input_size=primes[I] + spec.attention, units=primes[H], proj_size=primes[P] if spec.proj_size else 0
     )
     return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
 

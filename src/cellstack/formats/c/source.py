@@ -277,6 +277,7 @@ class Writer:
         return at, node.units
 
     def _cell(self, owner: str, cell: Cell, at: str) -> str:
+        cell = cell.one_head
         key = form_key(cell.spec)
         if key not in self.forms:
             stem = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell.spec.of_kind.title).lower()

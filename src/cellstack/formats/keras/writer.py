@@ -292,6 +292,7 @@ def _with_activation(kind: str, settings: dict[str, Any], arrays: list[Array], a
 
 def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
     """Return the settings and weights of a cell; raise `_RefusedError` for flags that Keras's cells don't have."""
+    cell = cell.one_head
     description, kind = cell.spec, cell.spec.of_kind
     if "keras" not in kind.names:
         raise _RefusedError(f"a {kind.title}")

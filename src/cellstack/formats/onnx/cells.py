@@ -382,6 +382,7 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
     Raises:
         ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
     """
+    cells = tuple(cell.one_head for cell in cells)
     first = cells[0].spec
     kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
     if operator is None:

@@ -129,6 +129,7 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
             The previous y is then an additional state, the last one.
         residual: whether y is h + x; only with `masked`.
     """
+    cell = cell.one_head
     step, spec = OnnxOps(where, cell), cell.spec
     info = step.onnx.helper.make_tensor_value_info
     sizes = dict(spec.state_sizes) | ({"y": spec.output_size} if masked else {})

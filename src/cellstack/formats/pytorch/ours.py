@@ -129,10 +129,11 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
         return f"{where}: tensor {short(names[what], 200)}"
 
     for what in ("kernel", "recurrent_kernel", "projection"):
-        if what in shapes and (len(shapes[what]) != 2 or 0 in shapes[what]):
+        able = (2, 3) if what == "recurrent_kernel" else (2,)  # three: a matrix for each head
+        if what in shapes and (len(shapes[what]) not in able or 0 in shapes[what]):
             raise FormatError(f"{tensor(what)}: expected two axes, found {short(list(shapes[what]))}")
     widest = "recurrent_kernel" if "recurrent_kernel" in shapes else "kernel"
-    spec = _spec(tensor(widest), shapes, shapes[widest][1])
+    spec = _spec(tensor(widest), shapes, heads_of(shapes) * shapes[widest][-1])
     for what, shape in spec.shapes.items():
         if what not in names:
             raise FormatError(f"{tensor('kernel')}: expected {what} {list(shape)} of the same cell, found none")
@@ -152,6 +153,12 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
         return Cell(spec, **arrays)
     except (ValueError, TypeError) as error:  # dtypes that differ
         raise FormatError(f"{tensor('kernel')}: {str(error)[:300]}") from None
+
+
+def heads_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the number of heads of a cell, given the shapes of its arrays."""
+    shape = shapes.get("recurrent_kernel", ())
+    return shape[0] if len(shape) == 3 else 1
 
 
 def _spec(here: str, shapes: Mapping[str, tuple[int, ...]], columns: int) -> CellSpec:
@@ -176,10 +183,11 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     Kinds without a recurrent kernel get as many units as fit the columns, unless an initial state gives the number.
     """
     (width, columns), recurrent = shapes["kernel"], "recurrent_kernel" in shapes
-    (out, *_) = shapes["recurrent_kernel"] if recurrent else shapes.get("initial_h", (0,))
+    heads = heads_of(shapes)
+    out = heads * shapes["recurrent_kernel"][-2] if recurrent else shapes.get("initial_h", (0,))[0]
     units, size = shapes.get("projection", (out, 0))
     flags = {name: what in shapes for name, what in SHOWN.items()}
-    some = {"peepholes": "peepholes" in shapes, "proj_size": size}
+    some = {"peepholes": "peepholes" in shapes, "proj_size": size, "heads": heads}
     found = []
     try:
         for kind in (kind for kind in KINDS.values() if kind.recurrent == recurrent):

@@ -21,7 +21,7 @@ from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
-STORED = ("input_size", "units", "kind", "use_bias", "proj_size")  # settings of a cell that a state dict implies
+STORED = ("input_size", "units", "kind", "use_bias", "proj_size", "heads")  # settings that a state dict implies
 ALIGNMENT = 64  # of storages in the file, so that they can be memory-mapped
 VERSION = b"3\n"
 
@@ -99,7 +99,7 @@ def _cells(name: str, node: Recurrent, backwards: bool = False) -> tuple[Cell, .
         if other:
             settings = ", ".join(f"{key}={cell.spec.settings[key]!r}" for key in other)
             raise _refuse(name, node, f"expected cells as PyTorch has them, got {settings}")
-    return node.cells
+    return tuple(cell.one_head for cell in node.cells)
 
 
 def _both(name: str, node: Bidirectional, layer: int) -> list[tuple[str, Cell]]:

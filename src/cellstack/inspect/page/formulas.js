@@ -4,6 +4,7 @@
 import { inBrackets, shown } from "./dom.js";
 import { CellPass, byName } from "./engine/cells.js";
 import { startOf } from "./engine/operations.js";
+import { columnOf } from "./engine/products.js";
 
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
 const SIGNS = { add: "+", mul: "·", div: "/" };
@@ -85,14 +86,14 @@ export class CellStep {
   product(n, unit, lines) {
     const { of: [source], name, part } = this.values[n];
     const { operation } = this.values[source];
-    const { data, shape: [rows, columns] } = this.cell.arrays[name];
-    const column = unit + (part?.[0] ?? 0) * this.cell.spec.units;
+    const { data, shape } = this.cell.arrays[name];
+    const { row, rows, at, wide } = columnOf(shape, this.cell.spec.units, unit, part);
     const letter = ["x", "features", "state", "record"].includes(operation) ? this.symbol(source) : "m";
     if (letter === "m") lines.push({ text: `m = ${this.symbol(source)}` });
     const nameOf = (k) => (letter === "x" ? this.given.names?.[k] : null) ?? `${letter}[${k}]`;
     const terms = Array.from({ length: rows }, (_, k) => {
-      const [value, weight] = [this.number(source, k), data[k * columns + column]];
-      return { name: nameOf(k), value, weight, product: value * weight };
+      const [value, weight] = [this.number(source, row + k), data[at + k * wide]];
+      return { name: nameOf(row + k), value, weight, product: value * weight };
     });
     lines.push({ terms, title: `${letter} · ${words(name)}`, total: this.number(n, unit) });
     return `${letter} · ${words(name)}`;

@@ -4,6 +4,7 @@ import { countOf, sentenceOf } from "./changes.js";
 import { Plane, planeOf } from "./data.js";
 import { button, checkbox, make, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
+import { columnOf } from "./engine/products.js";
 import { keepsOf, meaningOf } from "./view.js";
 
 const MOST_SLIDERS = 12; // features of an input at a time
@@ -302,8 +303,12 @@ export class WhatIf {
     for (const [name, letter] of [["kernel", "x"], ["recurrent_kernel", "h_prev"], ["bias", "bias"]]) {
       if (place.cell.weights[name] === undefined) continue;
       const stored = await view.store.get(place.cell.weights[name]);
-      const [rows, columns] = stored.shape.length > 1 ? stored.shape : [1, stored.shape[0]];
-      for (let k = 0; k < rows; k += 1) entries.push({ name, title: name === "bias" ? (rows > 1 ? `bias ${k}` : "bias") : (name === "kernel" ? names?.[k] : null) ?? `${letter}[${k}]`, at: k * columns + column, was: stored.data[k * columns + column] });
+      const { row, rows, at: first, wide } = columnOf(stored.shape.length > 1 ? stored.shape : [1, stored.shape[0]], spec.units, column);
+      for (let k = 0; k < rows; k += 1) {
+        const at = first + k * wide;
+        const title = name === "bias" ? (rows > 1 ? `bias ${k}` : "bias") : (name === "kernel" ? names?.[k] : null) ?? `${letter}[${row + k}]`;
+        entries.push({ name, title, at, was: stored.data[at] });
+      }
     }
     const some = entries.slice(0, MOST_WEIGHTS);
     const valueOfEdit = ({ name, at, was }) => changes.edits.find((edit) => edit.node === place.name && edit.cell === place.number && edit.name === name && edit.at === at)?.value ?? was;

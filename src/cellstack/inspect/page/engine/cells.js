@@ -4,11 +4,12 @@
 import { numbersIn } from "./shapes.js";
 import { cellActivation } from "./activations.js";
 import { OPERATIONS, startOf } from "./operations.js";
+import { productParts } from "./products.js";
 import { compiledPatches, patched } from "./patches.js";
 
 // The length of an axis that is `count` blocks of a width.
-function lengthOf([count, letter], { units, input_size: inputs, proj_size: projected, attention }) {
-  return count * ({ H: units, P: projected, I: inputs - (attention ? 1 : 0), X: inputs }[letter] ?? 1);
+function lengthOf([count, letter], { units, input_size: inputs, proj_size: projected, attention, heads }) {
+  return count * ({ H: units, P: projected, I: inputs - (attention ? 1 : 0), X: inputs, D: units / heads }[letter] ?? 1);
 }
 
 export function copy(to, at, from, start, count) {
@@ -88,7 +89,7 @@ export class CellPass {
     const { units, norm_epsilon: epsilon } = cell.spec;
     if (operation === "product") {
       const { data: matrix, shape } = cell.arrays[name];
-      return { name, matrix, slopes: null, from: (part?.[0] ?? 0) * units, wide: shape[1] };
+      return { name, matrix, slopes: null, wide: shape.at(-1), parts: productParts(shape, units, part) };
     }
     if (operation === "activation") return cellActivation(cell.form.activations[name]);
     if (operation === "clip") return numbers[0];

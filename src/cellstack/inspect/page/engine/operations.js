@@ -17,12 +17,16 @@ export const OPERATIONS = {
     run({ y, a, given }, at) {
       const i = startOf(y, at);
       y.data.fill(0, i, i + y.width);
-      addProduct(y.data, i, a.data, startOf(a, at), a.width, given.matrix, given.from, given.wide, y.width);
+      for (const { row, rows, from, column, columns } of given.parts) {
+        addProduct(y.data, i + column, a.data, startOf(a, at) + row, rows, given.matrix, from, given.wide, columns);
+      }
     },
     back({ y, a, given }, at) {
-      const { matrix, slopes, from, wide } = given;
-      addOuter(slopes, from, wide, a.data, startOf(a, at), a.width, y.slopes, slopeStart(y, at), y.width);
-      addProductBack(a.slopes, slopeStart(a, at), a.width, matrix, from, wide, y.width, y.slopes, slopeStart(y, at));
+      const { matrix, slopes, wide, parts } = given;
+      for (const { row, rows, from, column, columns } of parts) {
+        addOuter(slopes, from, wide, a.data, startOf(a, at) + row, rows, y.slopes, slopeStart(y, at) + column, columns);
+        addProductBack(a.slopes, slopeStart(a, at) + row, rows, matrix, from, wide, columns, y.slopes, slopeStart(y, at) + column);
+      }
     },
   },
   add: {

@@ -1,5 +1,25 @@
 // Products and layer normalisation of rows, forward and backward.
 
+// The parts of a product of a row with a matrix, or with the columns of its gates [first, end): `rows` numbers of the row from
+// `row` on are multiplied by weights from `from` on, to `columns` numbers from `column` on. A matrix of heads
+// [heads, rows, columns] has a part for each head and gate.
+export function productParts(shape, units, gates) {
+  const [heads, rows, wide] = shape.length === 3 ? shape : [1, ...shape];
+  if (heads === 1) return [{ row: 0, rows, from: (gates?.[0] ?? 0) * units, column: 0, columns: gates ? (gates[1] - gates[0]) * units : wide }];
+  const width = units / heads;
+  const [first, end] = gates ?? [0, wide / width];
+  return Array.from({ length: heads * (end - first) }, (_, n) => {
+    const [head, gate] = [n % heads, Math.floor(n / heads)];
+    return { row: head * rows, rows, from: head * rows * wide + (first + gate) * width, column: gate * units + head * width, columns: width };
+  });
+}
+
+// The weights of one column of a product: of numbers of the row from `row` on, from index `at` of the matrix in steps of `wide`.
+export function columnOf(shape, units, column, gates) {
+  const part = productParts(shape, units, gates).find((one) => column >= one.column && column < one.column + one.columns);
+  return { row: part.row, rows: part.rows, at: part.from + column - part.column, wide: shape.at(-1) };
+}
+
 // y[yAt…] += x[xAt…]·w, where w has n rows of `stride` numbers, of which m from wAt on are used. Four rows per iteration,
 // so that y is read and written a quarter as often.
 export function addProduct(y, yAt, x, xAt, n, w, wAt, stride, m) {
