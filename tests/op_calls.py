@@ -205,6 +205,11 @@ FLAGS = {
     "ligru, zoneout": {"kind": "ligru", "zoneout": 0.3},
     "ligru, activations": {"kind": "ligru", "gate_activations": {"z": "hard_sigmoid", "g": "tanh"}},
     "ligru, learned start": {"kind": "ligru", "learn_initial_state": True},
+    "slstm": {"kind": "slstm"},
+    "slstm, no bias": {"kind": "slstm", "use_bias": False},
+    "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True},
+    "slstm, zoneout": {"kind": "slstm", "zoneout": 0.3},
+    "slstm, activations": {"kind": "slstm", "gate_activations": {"g": "softsign", "o": "hard_sigmoid"}},
 }
 
 

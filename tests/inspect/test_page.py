@@ -442,6 +442,8 @@ FLAGS = {
     "normalised jointly": {"layer_norm": "joint"},
     "gru, attention": {"kind": "gru", "attention": True},
     "ligru": {"kind": "ligru"},
+    "slstm": {"kind": "slstm"},
+    "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
 }
 
 

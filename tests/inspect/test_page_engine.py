@@ -555,18 +555,19 @@ def patched(patches, gate, v, row, t, shape, before):
 def by_hand(spec, arrays, case, patches):
     """The fields of a cell without layer normalisation, step by step, each `[B, T, ·]`."""
     (batch, steps, _), H, P = case["x"].shape, spec.units, spec.output_size
-    fields = {gate: np.zeros((batch, steps, H)) for gate in (*GATES[spec.kind], "c")}
+    fields = {gate: np.zeros((batch, steps, H)) for gate in (*GATES[spec.kind], "c", "n", "m")}
     fields["h"] = np.zeros((batch, steps, P))
     W, U = arrays["kernel"], arrays.get("recurrent_kernel")
     bias = arrays.get("bias", np.zeros((2, W.shape[1]) if spec.kind == "gru" and spec.reset_after else W.shape[1]))
-    fresh = [arrays.get("initial_h", np.zeros(P)), arrays.get("initial_c", np.zeros(H))]
+    fresh = [arrays.get("initial_h", np.zeros(P)), arrays.get("initial_c", np.zeros(H)), *np.zeros((2, H))]
     cut = lambda z, bound: z if bound is None else np.clip(z, -bound, bound)  # noqa: E731
     for row in range(batch):
-        h, c = fresh if case["state"] is None else [part[row] for part in (*case["state"], np.zeros((batch, H)))[:2]]
+        absent = np.zeros((4 - len(spec.state_sizes), batch, H))
+        h, c, n, m = fresh if case["state"] is None else [part[row] for part in (*case["state"], *absent)]
         last = None
         for t in range(steps)[:: -1 if case["reverse"] else 1]:
             if case["reset"] is not None and case["reset"][row, t]:
-                h, c = fresh
+                h, c, n, m = fresh
             if case["mask"] is None or case["mask"][row, t]:
 
                 def fix(name, v, before, row=row, t=t):
@@ -615,13 +616,24 @@ def by_hand(spec, arrays, case, patches):
                 elif spec.kind == "minlstm":
                     now = {name: gate(name, z) for name, z in zip("ifg", np.split(a + bias, 3), strict=True)}
                     h = (now["f"] * h + now["i"] * now["g"]) / (now["f"] + now["i"])
+                elif spec.kind == "slstm":
+                    z_i, z_f, z_g, z_o = np.split(a + h @ U + bias, 4)
+                    log_f = z_f if spec.exponential_forget else np.log(1 / (1 + np.exp(-z_f)))
+                    kept = np.where(n == 0, -np.inf, log_f + m)
+                    most = np.maximum(kept, z_i)
+                    for name, v in (("i", np.exp(z_i - most)), ("f", np.exp(kept - most))):
+                        now[name] = fix(name, v, None if last is None else fields[name][row, last])
+                    now["g"], now["o"] = gate("g", z_g), gate("o", z_o)
+                    c, n = fix("c", now["f"] * c + now["i"] * now["g"], c), fix("n", now["f"] * n + now["i"], n)
+                    h, m = now["o"] * (c / n), fix("m", most, m)
                 else:
                     h = now["g"] = gate("g", a + h @ U + bias)
                 h = fix("h", spec.zoneout * h_prev + (1 - spec.zoneout) * h, h_prev)
                 for name, v in now.items():
                     fields[name][row, t] = v
                 last = t
-            fields["h"][row, t], fields["c"][row, t] = h, c
+            for name, v in zip("hcnm", (h, c, n, m), strict=True):
+                fields[name][row, t] = v
     return fields
 
 

@@ -60,18 +60,20 @@ def test_wrong_types_are_refused(given):
         ({"attention": True}, "attention is valid with kind='gru' only"),
         ({"zoneout": 1.0}, r"zoneout in \[0, 1\)"),
         ({"zoneout_cell": -0.1}, "zoneout_cell in"),
-        ({"kind": "slstm"}, "kind to be one of lstm, gru, rnn"),
+        ({"kind": "xlstm"}, "kind to be one of lstm, gru, rnn"),
         ({"kind": ["lstm"]}, "kind to be one of"),
         ({"kind": "gru", "peepholes": True}, "peepholes is valid with kind='lstm' only, not with 'gru'"),
         ({"kind": "rnn", "reset_after": False}, "reset_after is valid with kind='gru' only"),
         (
             {"kind": "rnn", "recurrent_activation": "relu"},
-            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' or 'ligru' only, "
+            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' or 'ligru' or 'slstm' only, "
             "not with 'rnn'",
         ),
         ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
         ({"gate_activations": {"f": "tanh"}, "coupled": True}, "can't set f of a coupled cell"),
+        ({"gate_activations": {"i": "tanh"}, "kind": "slstm"}, "can't set i of 'slstm'"),
+        ({"learn_initial_state": True, "kind": "slstm"}, "learn_initial_state is valid with kind="),
         ({"activation": "swish"}, "activation"),
         ({"activation": "elu(-1)"}, "alpha >= 0"),
         ({"activation": "tanh(2)"}, "tanh with 0 finite parameters"),

@@ -12,6 +12,7 @@ from cellstack import layers, reference
 from cellstack.cells.ligru import LiGRUTrace
 from cellstack.cells.mingru import MinGRUTrace
 from cellstack.cells.minlstm import MinLSTMTrace
+from cellstack.cells.slstm import SLSTMState, SLSTMTrace
 from cellstack.layers import GRUTrace, HiddenState, RNNTrace, State, Trace
 
 KINDS = {
@@ -21,6 +22,7 @@ KINDS = {
     "MinGRU": (layers.MinGRU, layers.MinGRUCell, HiddenState, MinGRUTrace),
     "MinLSTM": (layers.MinLSTM, layers.MinLSTMCell, HiddenState, MinLSTMTrace),
     "LiGRU": (layers.LiGRU, layers.LiGRUCell, HiddenState, LiGRUTrace),
+    "SLSTM": (layers.SLSTM, layers.SLSTMCell, SLSTMState, SLSTMTrace),
 }
 SHARED = [
     {},
@@ -62,8 +64,14 @@ FLAGS = {
     "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
     "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}],
     "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
+    "SLSTM": [{"exponential_forget": True}, {"activation": "softsign", "recurrent_activation": "hard_sigmoid"}],
 }
-CASES = [(kind, flags) for kind in KINDS for flags in (*SHARED, *FLAGS[kind])]
+CASES = [
+    (name, flags)
+    for name, (_, cell, _, _) in KINDS.items()
+    for flags in (*SHARED, *FLAGS[name])
+    if {*flags} <= {*cell.signature}
+]
 each_case = pytest.mark.parametrize(("kind", "flags"), CASES, ids=lambda v: v if isinstance(v, str) else ",".join(v))
 B, T, I, H = 3, 6, 3, 5  # noqa: E741
 
@@ -133,7 +141,7 @@ def test_a_call_is_the_reference(kind, flags, go_backwards, x):
     assert_close([y, *state], [in_order(out.y), *map(torch.from_numpy, out.state)])
     assert type(trace) is KINDS[kind][3]
     assert torch.equal(trace.h, y)
-    gates = [getattr(trace, gate) for gate in trace._fields if gate not in "ch"]
+    gates = [getattr(trace, gate) for gate in trace._fields if gate not in "cnmh"]
     assert_close(gates, [in_order(out.gates[:, :, k]) for k in range(len(gates))])
     assert_close([getattr(trace, name) for name in out.state._fields[1:]], list(map(in_order, out.states)))
 

@@ -154,7 +154,7 @@ def test_a_kind_that_only_a_test_declares(toys, name, flags):
         check_factors(found, cell)
 
 
-@pytest.mark.parametrize("name", [*TOYS, "mingru", "minlstm", "ligru"])
+@pytest.mark.parametrize("name", [*TOYS, "mingru", "minlstm", "ligru", "slstm"])
 def test_it_has_no_operator_of_its_own(toys, name):
     with pytest.raises(ValueError, match=f"(?i)ONNX has no operator for {name}$"):
         write_operator("layer", (some(np.random.default_rng(0), kind=name),), "forward")
@@ -223,7 +223,7 @@ def test_unrolled_steps_with_flags(flags):
 
 def test_every_combination_of_flags_is_a_form():
     count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
-    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3}
+    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2}
 
 
 @pytest.mark.parametrize("operator", ["Mul", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Add", "Sub"))])

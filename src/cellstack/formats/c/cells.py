@@ -148,6 +148,12 @@ static $real ${name}_softsign($real z)
     return z / (1.0$f + fabs$f(z));
 }
 """,
+    "maximum": """
+static $real ${name}_maximum($real a, $real b)
+{
+    return a > b ? a : b;
+}
+""",
     "softplus": """
 static $real ${name}_softplus($real z)
 {

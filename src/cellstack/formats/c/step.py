@@ -18,7 +18,7 @@ from cellstack.spec import PARAMETERS, Activation, CellSpec
 from cellstack.views.recorded import Recorded, Value
 
 SUM, FACTOR, ATOM = range(3)  # the precedence of an expression's operator
-ARRAYS = ("z", "a", "q", "u", "v", "s", "t", "n")  # names of scratch arrays, without those of gates
+ARRAYS = ("z", "a", "q", "u", "v", "s", "t", "n")  # names of scratch arrays, without those of gates and states
 
 
 class Matrix(NamedTuple):
@@ -184,7 +184,8 @@ class Step:
 
     def _array(self, count: int) -> str:
         """Return the name of a new scratch array of `count` blocks of H."""
-        name = next(name for name in ARRAYS if name not in self.scratch and name not in self.spec.gates)
+        taken = {*self.scratch, *self.spec.gates, *self.spec.state_sizes}
+        name = next(name for name in ARRAYS if name not in taken)
         self.scratch[name] = count
         return name
 
@@ -345,7 +346,19 @@ class Step:
                 text if binds >= own else f"({text})" for (text, binds), own in zip(inner, (FACTOR, ATOM), strict=True)
             )
             return f"{above} / {below}", FACTOR
+        if operation == "sub":
+            (above, _), (below, binds) = inner
+            return f"{above} - {below if binds > SUM else f'({below})'}", SUM
+        if operation == "maximum":
+            return f"${{name}}_maximum({inner[0][0]}, {inner[1][0]})", ATOM
+        if operation == "select":
+            test, *either = (text for text, _ in inner)
+            return f"({test} != 0.0$f ? {' : '.join(either)})", ATOM
         (text, binds), *_ = inner
+        if operation == "exp":
+            return f"exp$f({text})", ATOM
+        if operation == "log_sigmoid":
+            return f"-${{name}}_softplus(-{text if binds == ATOM else f'({text})'})", FACTOR
         if operation == "one_minus":
             return f"1.0$f - {text if binds > SUM else f'({text})'}", SUM
         if operation == "clip":

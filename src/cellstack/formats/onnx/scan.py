@@ -70,9 +70,31 @@ class OnnxOps(Pieces):
         """Return `a / b`."""
         return self.of("Div", a, b)
 
+    def sub(self, a: str, b: str) -> str:
+        """Return `a - b`."""
+        return self.of("Sub", a, b)
+
     def one_minus(self, v: str) -> str:
         """Return `1 - v`."""
         return self.of("Sub", self.number(1.0), v)
+
+    def exp(self, v: str) -> str:
+        """Return `e^v`."""
+        return self.of("Exp", v)
+
+    def log_sigmoid(self, v: str) -> str:
+        """Return `log σ(v)`: -softplus(-v)."""
+        softplus = self.fresh(f"{self.prefix}softplus")
+        plain = self.dtype == np.float64
+        return self.of("Neg", self.activate(softplus, self.of("Neg", v), "softplus", softplus, plain))
+
+    def maximum(self, a: str, b: str) -> str:
+        """Return the larger of `a` and `b`."""
+        return self.of("Max", a, b)
+
+    def select(self, test: str, a: str, b: str) -> str:
+        """Return `a` where `test` isn't 0, else `b`."""
+        return self.of("Where", self.of("Cast", test, to=self.onnx.TensorProto.BOOL), a, b)
 
     def clip(self, v: str, bound: float | None) -> str:
         """Return `v` clipped to ±bound."""

@@ -94,7 +94,8 @@ def forms(kind: Kind) -> tuple[Form, ...]:
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
     given: dict[str, Any] = {**flags, **bounds}
     spec = CellSpec(1 + flags.get("attention", False), 2, kind=kind.name, **given)
-    slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in (*spec.gates, *kind.outputs)}
+    usable = {*spec.gates, *kind.outputs} - {*kind.fixed}
+    slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in usable}
     spec = replace(spec, gate_activations=slots)
     arrays, keys = dict[str, Array](), dict[float, Key]()
     for name, shape in spec.shapes.items():
@@ -253,8 +254,11 @@ class Matcher:
                 yield from self._linear(total, found, bound)
         elif active is not None:
             found = self.values.activated(theirs) or (("linear", theirs) if self.loop else None)
-            if found is not None:
-                yield from self._with(self.form.slots[active[0]], found[0], active[1], found[1], bound)
+            slot = self.form.slots.get(active[0])
+            if slot is not None and found is not None:
+                yield from self._with(slot, found[0], active[1], found[1], bound)
+            elif found is not None and found[0] == active[0]:  # part of the step, such as the exponential of an sLSTM
+                yield from self.match(active[1], found[1], bound)
         elif node.op_type == "Clip":
             (inner, bound_of), (value, limit) = values.clipped(ours), self.values.clipped(theirs)
             yield from self._with(self.form.bounds[bound_of], limit, inner, value, bound)

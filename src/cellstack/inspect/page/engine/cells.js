@@ -61,13 +61,13 @@ export class CellPass {
     this.vectors = [];
     this.operations = [];
     values.forEach((value, n) => {
-      const [a, b] = value.of.map((source) => this.vectors[source]);
+      const [a, b, c] = value.of.map((source) => this.vectors[source]);
       const named = same[users[n][0]] ? values[users[n][0]] : value; // the record that is stored here
       const field = named.operation === "record" && !(named.name in this.sizes) ? fields[named.name].data : null;
       this.vectors[n] = same[n] ? a : this.vectorOf(value, a, field, keep && isRead(n));
       if (isPart(value) || isGiven(value)) return;
       const known = OPERATIONS[value.operation] ?? this.recordOf(value);
-      this.operations.push({ run: known.run, back: known.back, y: this.vectors[n], a, b, given: known.given ?? this.givenOf(value) });
+      this.operations.push({ run: known.run, back: known.back, y: this.vectors[n], a, b, c, given: known.given ?? this.givenOf(value) });
     });
   }
 

@@ -9,8 +9,8 @@ import { addNumbers, addOuter, addProduct, addProductBack, normaliseRow, normali
 export const startOf = (v, at) => v.from + at * v.stride;
 export const slopeStart = (v, at) => v.slopesFrom + at * v.slopesStride;
 
-// `run` computes the vector y of an operation { y, a, b, given } at a position. `back` adds to the gradients of its operands
-// a and b, given y's, which it may overwrite. `reads`: the backward pass needs the operands; `returns`: it needs y.
+// `run` computes the vector y of an operation { y, a, b, c, given } at a position. `back` adds to the gradients of its operands
+// a, b and c, given y's, which it may overwrite. `reads`: the backward pass needs the operands; `returns`: it needs y.
 export const OPERATIONS = {
   product: {
     reads: true,
@@ -111,6 +111,116 @@ export const OPERATIONS = {
       const last = slopeStart(a, at) + a.width - 1;
       const di = slopeStart(y, at);
       for (let u = 0; u < y.width; u += 1) a.slopes[last] += y.slopes[di + u];
+    },
+  },
+  sub: {
+    run({ y, a, b }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] - B[k + u];
+    },
+    back({ y, a, b }, at) {
+      const { slopes: dY, width } = y;
+      const dB = b.slopes;
+      const di = slopeStart(y, at);
+      const dk = slopeStart(b, at);
+      addNumbers(a.slopes, slopeStart(a, at), dY, di, width);
+      for (let u = 0; u < width; u += 1) dB[dk + u] -= dY[di + u];
+    },
+  },
+  exp: {
+    returns: true,
+    run({ y, a }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = Math.exp(A[j + u]);
+    },
+    back({ y, a }, at) {
+      const { data: Y, slopes: dY, width } = y;
+      const dA = a.slopes;
+      const i = startOf(y, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      for (let u = 0; u < width; u += 1) dA[dj + u] += dY[di + u] * Y[i + u];
+    },
+  },
+  log_sigmoid: {
+    returns: true,
+    run({ y, a }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = Math.min(A[j + u], 0) - Math.log1p(Math.exp(-Math.abs(A[j + u])));
+    },
+    back({ y, a }, at) {
+      const { data: Y, slopes: dY, width } = y;
+      const dA = a.slopes;
+      const i = startOf(y, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      for (let u = 0; u < width; u += 1) dA[dj + u] -= dY[di + u] * Math.expm1(Y[i + u]);
+    },
+  },
+  maximum: {
+    reads: true,
+    run({ y, a, b }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = Math.max(A[j + u], B[k + u]);
+    },
+    back({ y, a, b }, at) {
+      const { slopes: dY, width } = y;
+      const A = a.data;
+      const B = b.data;
+      const dA = a.slopes;
+      const dB = b.slopes;
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      const dk = slopeStart(b, at);
+      for (let u = 0; u < width; u += 1) {
+        const difference = A[j + u] - B[k + u];
+        const share = difference === 0 ? 0.5 : difference > 0 ? 1 : 0;
+        dA[dj + u] += share * dY[di + u];
+        dB[dk + u] += (1 - share) * dY[di + u];
+      }
+    },
+  },
+  // b where a isn't 0, else c.
+  select: {
+    reads: true,
+    run({ y, a, b, c }, at) {
+      const { data: Y, width } = y;
+      const A = a.data;
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = startOf(b, at);
+      const l = startOf(c, at);
+      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] !== 0 ? b.data[k + u] : c.data[l + u];
+    },
+    back({ y, a, b, c }, at) {
+      const { slopes: dY, width } = y;
+      const A = a.data;
+      const j = startOf(a, at);
+      const di = slopeStart(y, at);
+      const dk = slopeStart(b, at);
+      const dl = slopeStart(c, at);
+      for (let u = 0; u < width; u += 1) {
+        if (A[j + u] !== 0) b.slopes[dk + u] += dY[di + u];
+        else c.slopes[dl + u] += dY[di + u];
+      }
     },
   },
   one_minus: {
