@@ -58,7 +58,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "o", "c", "n", "m", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "zoneout": 0.0},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "heads": 1, "zoneout": 0.0},
   },
 };
 

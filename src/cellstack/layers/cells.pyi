@@ -100,7 +100,7 @@ class SLSTMCell(Cell):
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
         seed: int | None = None, *, exponential_forget: bool = False, unit_forget_bias: bool = True,
-        forget_bias: float | None = None, gate_activations: Any = (), zoneout: float = 0.0,
+        forget_bias: float | None = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...

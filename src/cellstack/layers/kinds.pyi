@@ -13,7 +13,7 @@ from cellstack.layers.cells import SLSTMCell
 from cellstack.layers.cells import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "SLSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "LiGRU", "MinGRU", "MinLSTM", "SLSTM", "SimpleRNN"]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
@@ -129,7 +129,7 @@ class SLSTM(SingleCellRNN):
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
         zero_output_for_mask: bool = False, *, exponential_forget: bool = False, unit_forget_bias: bool = True,
-        forget_bias: float | None = None, gate_activations: Any = (), zoneout: float = 0.0, remat: bool = False,
-        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        forget_bias: float | None = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
+        remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...
