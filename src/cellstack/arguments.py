@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from cellstack.nodes.base import Array, CellState
 from cellstack.nodes.cell import Cell
-from cellstack.spec import STATES, HiddenState, ShapeError, State, as_nested, check_mask, check_state
+from cellstack.spec import (
+    STATES,
+    HiddenState,
+    ShapeError,
+    State,
+    as_nested,
+    check_mask,
+    check_state,
+    check_state_numbers,
+)
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
@@ -99,6 +108,7 @@ def as_states(
 
     Raises:
         ShapeError: the number or the shapes of the states are wrong.
+        ValueError: numbers that the state of a kind of cell can't have: see `Kind.refuses`.
     """
     if state is None:
         return (None,) * len(cells)
@@ -119,6 +129,7 @@ def as_states(
         parts = (parts,) if _is_array(parts) else parts
         arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
         check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
+        check_state_numbers(owner, cell.spec.of_kind, arrays, layer)
         states.append(STATES[cell.spec.kind](*(np.require(array, requirements=("C", "A")) for array in arrays)))
     return tuple(states)
 

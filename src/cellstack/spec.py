@@ -482,6 +482,13 @@ def check_state(
             raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, H={size}], got {tuple(shape)}")
 
 
+def check_state_numbers(owner: str, kind: Kind, state: Sequence[Any], layer: int | None = None) -> None:
+    """Raise `ValueError` if a kind of cell can't be in a state, arrays or tensors in the order of `Kind.state`."""
+    problem = kind.refuses(dict(zip(kind.state._fields, state, strict=True)))
+    if problem:
+        raise ValueError(f"{owner}: state{'' if layer is None else f' of layer {layer}'}: {problem}")
+
+
 def as_nested(owner: str, name: str, value: Any, counts: Sequence[int]) -> list[Any]:
     """Return the states of a stack as one entry per cell, from that form or from a flat list of arrays.
 

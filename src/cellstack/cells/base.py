@@ -250,6 +250,7 @@ class Kind:
             `memory`, and what it adds to it, before zoneout and clipping; None if the gates alone don't determine it.
         names: its name and order of gates in `"torch"`, `"keras"` (2 and later), `"keras1"`, `"cudnn"` (Keras's layers
             on it), `"rtneural"` and `"onnx"`, where they have it. Writers refuse kinds that their format doesn't have.
+        refuses: returns why a state from the caller can't be one, from its arrays or tensors by name; "" if it can.
         meanings: of states other than h, and of gates where `ROLES` isn't precise.
         ref: papers.
     """
@@ -276,6 +277,7 @@ class Kind:
     zoneout: dict[str, str] = field(default_factory=lambda: {"h": "zoneout"})
     update: Callable[[CellSpec, Mapping[str, Any]], tuple[Any, Any] | None] = gated_update
     names: dict[str, Foreign] = field(default_factory=dict)
+    refuses: Callable[[Mapping[str, Any]], str] = lambda state: ""
     meanings: dict[str, str] = field(default_factory=dict)
     ref: str = ""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cellstack.cells.arguments import FORGET_BIAS, Argument
@@ -49,6 +50,16 @@ def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V, n: V, m: V) -> tuple[Seq
     return (i, f, g, o, log_f), (ops.mul(o, ops.div(c, n)), c, n, m)
 
 
+def refuses(state: Mapping[str, Any]) -> str:
+    """Return why a state can't be one; see `Kind.refuses`."""
+    for name, values in state.items():
+        if not (abs(values) < math.inf).all():
+            return f"expected {name} to be finite, got NaN or an infinity: in an empty state all arrays are 0"
+    return (
+        "expected n to be at least 0, got a negative number: it is a sum of weights" if (state["n"] < 0).any() else ""
+    )
+
+
 SLSTM = Kind(
     name="slstm",
     title="SLSTM",
@@ -61,7 +72,7 @@ SLSTM = Kind(
             "exponential_forget",
             "bool",
             False,
-            "the forget gate is exp(z_f) before it is stabilised, not σ(z_f): it may exceed 1.",
+            "the forget gate is exp(z_f), not σ(z_f), so it may exceed 1; `unit_forget_bias` initialises its bias with 0.",
         ),
         *FORGET_BIAS,
     ),
@@ -69,6 +80,7 @@ SLSTM = Kind(
     fixed=("i", "f"),
     planes=lambda spec: ("log_f",),
     memory="c",
+    refuses=refuses,
     meanings={
         "i": "input gate: how much of the candidate is written, exp(z_i - m)",
         "f": "forget gate: how much of c and n is kept, σ(z_f)·exp(m_prev - m)",

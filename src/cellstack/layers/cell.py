@@ -13,7 +13,17 @@ from cellstack.cells import KINDS
 from cellstack.cells.arguments import Argument, sign
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
-from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step, described
+from cellstack.spec import (
+    ACTIVATIONS,
+    ARRAYS,
+    CellSpec,
+    ShapeError,
+    as_integer,
+    check_state,
+    check_state_numbers,
+    check_step,
+    described,
+)
 
 
 class Masks(NamedTuple):
@@ -257,14 +267,16 @@ class Cell(Layer):
 
     @property
     def unit_forget_bias(self) -> bool:
-        """Whether the forget gate's bias is initialised with 1, unless `forget_bias` is given."""
+        """Whether the forget gate's bias is initialised with 1 (see `forget_bias`), unless that is given."""
         return self._config.get("unit_forget_bias", False)
 
     @property
     def forget_bias(self) -> float | None:
         """Initial value of the forget gate's bias; None: there is none, or `bias_initializer` determines it."""
         given = self._config.get("forget_bias")
-        return (1.0 if given is None and self.unit_forget_bias else given) if "f" in self._spec.gates else None
+        if given is None and self.unit_forget_bias:
+            given = 0.0 if self._spec.exponential_forget else 1.0  # at which exp keeps everything, and σ most of it
+        return given if "f" in self._spec.gates else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cell:
         super()._apply(fn, recurse)
@@ -421,6 +433,8 @@ class Cell(Layer):
         if batch is None:
             batch = shapes[0][0] if shapes and shapes[0] else 0
         check_state(owner, shapes, batch, self._sizes, layer)
+        if tensors[0].is_cpu and op.direct(tensors[0]):  # elsewhere, the check would wait for the device
+            check_state_numbers(owner, self._spec.of_kind, [tensor.detach() for tensor in tensors], layer)
         return self.State(*tensors)
 
     def step(self, x: Tensor, state: Sequence[Tensor] | None, masks: Masks = NO_MASKS) -> tuple[Tensor, ...]:

@@ -7,7 +7,8 @@ import { startOf } from "./engine/operations.js";
 import { columnOf } from "./engine/products.js";
 
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
-const SIGNS = { add: "+", mul: "·", div: "/" };
+const SIGNS = { add: "+", sub: "−", mul: "·", div: "/" };
+const IS_SUM = ["add", "sub", "one_minus"];
 const DIGITS = 5;
 
 // An activation of `argument` as written in a formula: σ(0.5).
@@ -55,17 +56,30 @@ export class CellStep {
     if (known !== null) return [known, false];
     const factor = (k, start) => {
       const [text, isSum] = this.formula(of[k], leaf, start);
-      return isSum && operation !== "add" ? `(${text})` : text;
+      return isSum && operation !== "add" && !(operation === "sub" && k === 0) ? `(${text})` : text;
     };
-    if (operation in SIGNS) return [`${factor(0, first)} ${SIGNS[operation]} ${factor(1, false)}`, operation === "add"];
+    if (operation in SIGNS) return [`${factor(0, first)} ${SIGNS[operation]} ${factor(1, false)}`, IS_SUM.includes(operation)];
     if (operation === "one_minus") return [`1 − ${factor(0, false)}`, true];
     if (operation === "activation") return [callOf(this.form.activations[name], this.formula(of[0], leaf)[0]), false];
+    const inner = () => of.map((one) => this.formula(one, leaf)[0]);
+    if (operation === "exp" || operation === "log_sigmoid") return [`${operation === "exp" ? "exp" : "log σ"}(${inner()[0]})`, false];
+    if (operation === "maximum") return [`max(${inner().join(", ")})`, false];
+    if (operation === "select") {
+      const [test, one, other] = inner();
+      return [`(${test} ≠ 0 ? ${one} : ${other})`, false];
+    }
     return this.formula(of[0], leaf, first);
+  }
+
+  // Whether a value is the sum of the products with x and with h, of all gates.
+  isPreActivation(n) {
+    const { operation, of } = this.values[n];
+    return operation === "add" && of.every((one) => this.isDeep(one));
   }
 
   symbol(n) {
     const leaf = (k) => {
-      const { operation, name, of } = this.values[k];
+      const { operation, name, of, part } = this.values[k];
       const place = this.form.after.indexOf(k);
       if (place >= 0 && k !== n && operation !== "record") return Object.keys(this.form.states)[place];
       if (operation === "x" || operation === "features") return "x";
@@ -73,6 +87,7 @@ export class CellStep {
       if (operation === "state") return `${name}_prev`;
       if (operation === "product") return `${this.symbol(of[0])} · ${words(name)}`;
       if (operation === "norm") return `LN(${this.symbol(of[0])})`;
+      if (operation === "split" && this.isPreActivation(of[0])) return `z_${this.form.blocks[part]}`;
       return ["record", "weight"].includes(operation) ? words(name) : null;
     };
     return this.formula(n, leaf)[0];
@@ -234,7 +249,7 @@ export function keepingOf({ states, before, after, values }) {
         return [null, (value) => value(own)];
       }
       const [a, b] = of.map(linear);
-      if (!(operation in SIGNS || operation === "one_minus") || a === null || b === null) return null;
+      if (!["add", "mul", "div", "one_minus"].includes(operation) || a === null || b === null) return null;
       const plus = (p, q) => (p && q ? (value) => p(value) + q(value) : (p ?? q));
       if (operation === "add") return [plus(a[0], b[0]), plus(a[1], b[1])];
       if (operation === "one_minus") return [a[0] && ((value) => -a[0](value)), (value) => 1 - a[1](value)];

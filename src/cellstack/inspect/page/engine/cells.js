@@ -105,7 +105,7 @@ export class CellPass {
     const list = this.patches[name] ?? null;
     const { states, before: places } = this.cell.form;
     const before = name in states ? this.vectors[places[Object.keys(states).indexOf(name)]] : null;
-    const sums = this.sumsOf(source);
+    const sums = this.sumsOf(source, name);
     const pre = sums === null ? null : (this.pre[name]?.data ?? null);
     const run = ({ y, a }, at) => {
       if (pre !== null) copy(pre, at * y.width, sums.data, startOf(sums, at), y.width);
@@ -117,11 +117,14 @@ export class CellPass {
     return { run, back: null, given: { name, list, before, kept: states[name]?.kept ?? 0 } };
   }
 
-  // The vector of the pre-activations of a gate, before a clip, where value n is its activation; else null.
-  sumsOf(n) {
-    const { values } = this.cell.form;
+  // The vector of the pre-activations of a gate, before a clip. Where value n isn't its activation, they are the gate's part
+  // of the sums that the step begins with; null if it has none.
+  sumsOf(n, name) {
+    const { values, blocks } = this.cell.form;
     const { operation, of: [source] } = values[n];
-    if (operation !== "activation") return null;
+    if (operation !== "activation") {
+      return this.vectors[values.findIndex((value) => value.operation === "split" && value.part === blocks.indexOf(name))] ?? null;
+    }
     return this.vectors[values[source].operation === "clip" ? values[source].of[0] : source];
   }
 
