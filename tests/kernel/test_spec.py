@@ -66,8 +66,8 @@ def test_wrong_types_are_refused(given):
         ({"kind": "rnn", "reset_after": False}, "reset_after is valid with kind='gru' only"),
         (
             {"kind": "rnn", "recurrent_activation": "relu"},
-            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' or 'ligru' or 'slstm' only, "
-            "not with 'rnn'",
+            "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' or 'ligru' "
+            "or 'slstm' only, not with 'rnn'",
         ),
         ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
