@@ -72,7 +72,7 @@ SLSTM = Kind(
             "exponential_forget",
             "bool",
             False,
-            "the forget gate is exp(z_f), not σ(z_f): it may exceed 1. `unit_forget_bias` then initialises its bias with 0.",
+            "the forget gate is exp(z_f), not σ(z_f): it may exceed 1. `unit_forget_bias` initialises its bias with 0.",
         ),
         *FORGET_BIAS,
     ),

@@ -13,7 +13,7 @@ from cellstack.layers.cells import SLSTMCell
 from cellstack.layers.cells import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "LiGRU", "MinGRU", "MinLSTM", "SLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "SLSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
