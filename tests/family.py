@@ -76,8 +76,9 @@ def random_spec(rng, kind=None, largest=8):
         bounded = POSITIVE if divides else BOUNDED
         flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
     width = int(rng.integers(1, largest + 1)) + flags.get("attention", False)
-    if KINDS[kind].recurrent and not flags.get("proj_size") and often(0.3):
-        flags["heads"] = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
+    heads = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
+    if KINDS[kind].recurrent and not flags.get("proj_size") and often(0.4):
+        flags["heads"] = heads
     return CellSpec(width, units, kind=kind, **flags)
 
 

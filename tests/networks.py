@@ -48,7 +48,7 @@ def make_stack(rng, inputs, dtype="float32", **flags):
         if rng.random() < 1 / 3:
             made = CellSpec(inputs, made.units)
         if flags.get("residual") and rng.random() < 2 / 3:
-            made = replace(made, units=inputs, proj_size=0)
+            made = replace(made, units=inputs, proj_size=0, heads=1)
         cells.append(fill(rng, made, dtype))
         inputs = made.output_size
     return Recurrent(tuple(cells), **flags)

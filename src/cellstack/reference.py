@@ -218,15 +218,15 @@ class _Cell:
     def times(self, name: str, v: Array, gates: slice = slice(None)) -> Array:
         w = self.by_head(self.w, name, gates)
         heads, inputs, count, units = w.shape
-        parts = self.rows(name, v).reshape(-1, heads, inputs).swapaxes(0, 1)
+        parts = self.rows(name, v).reshape(len(v), heads, inputs).swapaxes(0, 1)
         out = parts @ w.reshape(heads, inputs, count * units)
-        return out.reshape(heads, -1, count, units).transpose(1, 2, 0, 3).reshape(len(v), -1)
+        return out.reshape(heads, len(v), count, units).transpose(1, 2, 0, 3).reshape(len(v), count * heads * units)
 
     def times_back(self, d: Arrays, name: str, v: Array, dout: Array, gates: slice = slice(None)) -> Array:
         w = self.by_head(self.w, name, gates)
         heads, inputs, count, units = w.shape
-        parts = v.reshape(-1, heads, inputs).transpose(1, 2, 0)
-        douts = dout.reshape(-1, count, heads, units).transpose(2, 0, 1, 3).reshape(heads, -1, count * units)
+        parts = v.reshape(len(v), heads, inputs).transpose(1, 2, 0)
+        douts = dout.reshape(len(v), count, heads, units).transpose(2, 0, 1, 3).reshape(heads, len(v), count * units)
         dw = self.by_head(d, name, gates)
         dw += (parts @ douts).reshape(w.shape)
         return (douts @ w.reshape(heads, inputs, -1).swapaxes(1, 2)).swapaxes(0, 1).reshape(v.shape)

@@ -200,6 +200,18 @@ def times(row, matrix):
     return [math.fsum(v * matrix[k, n] for k, v in enumerate(row)) for n in range(matrix.shape[1])]
 
 
+def times_heads(spec, row, matrices, first=0):
+    """Return the product of a row with a recurrent kernel, from its gate `first` on."""
+    if spec.heads == 1:
+        return times(row, matrices[:, first * spec.units :])
+    size = spec.units // spec.heads
+    out = []
+    for gate in range(first, len(spec.gates)):
+        for head, matrix in enumerate(matrices):
+            out += times(row[head * size : (head + 1) * size], matrix[:, gate * size : (gate + 1) * size])
+    return out
+
+
 def normalised(row, gain, epsilon):
     mean, variance = statistics.fmean(row), statistics.pvariance(row)
     return [(v - mean) / math.sqrt(variance + epsilon) * g for v, g in zip(row, gain, strict=True)]
@@ -207,7 +219,7 @@ def normalised(row, gain, epsilon):
 
 def sums_row(spec, w, x, h_in):
     """Return the pre-activations of kinds that add the two products."""
-    a, b = times(x, w["kernel"]), times(h_in, w["recurrent_kernel"])
+    a, b = times(x, w["kernel"]), times_heads(spec, h_in, w["recurrent_kernel"])
     if spec.layer_norm is True:
         a, b = normalised(a, w["kernel_gain"], spec.norm_epsilon), normalised(b, w["recurrent_gain"], spec.norm_epsilon)
     z = [a[n] + b[n] for n in range(len(a))]
@@ -246,7 +258,7 @@ def lstm_row(spec, w, x, h_in, state):
 def gru_row(spec, w, x, h_in, state):
     H, h_prev, U = spec.units, state[0], w["recurrent_kernel"]
     *x, attention = x if spec.attention else (*x, 1.0)
-    a, q = times(x, w["kernel"]), times(h_in, U)
+    a, q = times(x, w["kernel"]), times_heads(spec, h_in, U)
     if spec.layer_norm:
         for row, gain in ((a, w["kernel_gain"]), (q, w["recurrent_gain"])):
             row[: 2 * H] = normalised(row[: 2 * H], gain[: 2 * H], spec.norm_epsilon)
@@ -261,7 +273,7 @@ def gru_row(spec, w, x, h_in, state):
     if spec.reset_after:
         recurrent = [r[n] * q_g[n] for n in range(H)]
     else:
-        recurrent = times([r[n] * h_in[n] for n in range(H)], U[:, 2 * H :])
+        recurrent = times_heads(spec, [r[n] * h_in[n] for n in range(H)], U, first=2)
     g = [activated(spec, "g", a[2 * H + n] + recurrent[n]) for n in range(H)]
     written = [attention * (1.0 - z[n]) for n in range(H)]
     h = [(1.0 - written[n]) * h_prev[n] + written[n] * g[n] for n in range(H)]
