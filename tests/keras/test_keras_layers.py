@@ -23,6 +23,7 @@ FLAGS = {
     "layer norm": ("LSTM", {"layer_norm": True, "norm_epsilon": 1e-3}),
     "projection": ("LSTM", {"proj_size": 3, "cell_clip": 0.5}),
     "coupled": ("LSTM", {"coupled": True, "clip": 2.0, "use_bias": False}),
+    "heads": ("LSTM", {"heads": 5, "peepholes": True}),
     "zoneout": ("LSTM", {"zoneout": 0.2, "zoneout_cell": 0.3}),
     "activations": ("LSTM", {"activation": "softsign", "gate_activations": {"o": "hard_sigmoid(0.2, 0.5)"}}),
     "GRU": ("GRU", {"layer_norm": True, "zoneout": 0.2, "learn_initial_state": True}),
@@ -64,6 +65,16 @@ def test_results_equal_those_of_our_torch_layer(name, backwards):
         gradients = torch.autograd.grad(loss, [v.value for v in theirs.trainable_variables])
         for a, b in zip(gradients, torch.autograd.grad(wanted_loss, list(ours.parameters())), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_each_head_is_initialised_by_itself():
+    for found in (layers.LSTM(12, heads=3, input_size=4), ours_for_keras.LSTM(12, heads=3)):
+        if isinstance(found, keras.layers.Layer):
+            found.build((None, None, 4))
+        heads = [torch.as_tensor(head).detach() for head in found.get_weights()[1]]
+        for head in heads:
+            torch.testing.assert_close(head @ head.T, torch.eye(4), atol=1e-5, rtol=0)  # orthogonal
+        assert not torch.allclose(heads[0], heads[1], atol=0.1)
 
 
 def test_an_initial_state_is_used_and_checked():

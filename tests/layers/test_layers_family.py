@@ -38,6 +38,7 @@ FLAGS = {
     "LSTM": [
         {"peepholes": True},
         {"coupled": True},
+        {"heads": 5},
         {"peepholes": True, "coupled": True},
         {"proj_size": 2},
         {"cell_clip": 0.3},
@@ -58,11 +59,12 @@ FLAGS = {
     "GRU": [
         {"attention": True},
         {"reset_after": False},
+        {"reset_after": False, "heads": 5},
         {"reset_after": False, "learn_initial_state": True, "clip": 0.4, "zoneout": 0.1},
     ],
-    "SimpleRNN": [{"activation": "leaky_relu"}],
+    "SimpleRNN": [{"activation": "leaky_relu"}, {"heads": 5}],
     "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
-    "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}],
+    "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}, {"heads": 5, "layer_norm": "joint"}],
     "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
     "SLSTM": [{"exponential_forget": True}, {"activation": "softsign", "recurrent_activation": "hard_sigmoid"}],
 }

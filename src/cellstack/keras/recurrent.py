@@ -81,6 +81,8 @@ class Recurrent(keras.layers.Layer):
         made = {kind: self._made[f"{role}_{kind}"] for kind in _TABLES}
         if name == "bias" and self._given.get("unit_forget_bias") and "f" in self._spec.gates:
             made["initializer"] = _forgetting(made["initializer"], self.units, self._spec.gates.index("f"))
+        if name == "recurrent_kernel" and self._spec.heads > 1:
+            made["initializer"] = _by_head(made["initializer"])
         return self.add_weight(shape=shape, name=name, **made)
 
     def call(
@@ -170,6 +172,17 @@ class Recurrent(keras.layers.Layer):
 
 def _table(name: str) -> Any:
     return _TABLES[name.rsplit("_", 1)[1]]
+
+
+def _by_head(initializer: Any) -> Any:
+    """Return an initialiser that initialises the matrix of each head by itself."""
+
+    def every(shape: Any, dtype: Any = None) -> Any:
+        # an initialiser without a seed gives the same numbers at each call, and its clones others
+        made = [initializer.clone() if hasattr(initializer, "clone") else initializer for _ in range(shape[0])]
+        return _ops.stack([one(tuple(shape[1:]), dtype=dtype) for one in made])
+
+    return every
 
 
 def _forgetting(initializer: Any, units: int, at: int) -> Any:
