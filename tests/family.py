@@ -82,6 +82,11 @@ def random_spec(rng, kind=None, largest=8):
     return CellSpec(width, units, kind=kind, **flags)
 
 
+def learned(kind):
+    """Return the flag of a learned initial state, if the kind has it."""
+    return {"learn_initial_state": True} if "learn_initial_state" in KINDS[kind].settings else {}
+
+
 def random_arrays(rng, spec):
     """Return random arrays of the cell, by name; all numbers differ, and gains are near 1."""
     scales = {"kernel": spec.features**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from family import random_activation, random_arrays, random_spec
+from family import random_activation, random_arrays, random_spec, random_state
 
 from cellstack import CellSpec, Network, reference, spec
 from cellstack.nodes import (
@@ -101,9 +101,7 @@ def make_network(seed, dtype="float32", streams=False):
 
 def make_states(rng, net, batch):
     return tuple(
-        STATES[cell.spec.kind](
-            *(rng.normal(0, 0.5, size=(batch, size)).astype(net.dtype) for size in cell.spec.state_sizes.values())
-        )
+        STATES[cell.spec.kind](*(array.astype(net.dtype) for array in random_state(rng, cell.spec, batch)))
         for cell in net.cells
     )
 

@@ -5,10 +5,9 @@ import statistics
 
 import numpy as np
 import pytest
-from family import POSITIVE, random_arrays, random_case, random_spec, random_state
+from family import POSITIVE, learned, random_arrays, random_case, random_spec, random_state
 
 from cellstack import reference
-from cellstack.cells import KINDS
 from cellstack.spec import ACTIVATIONS, GATES, STATES, CellSpec, activation
 
 ln = math.log
@@ -125,9 +124,6 @@ FLAGS = {
 }
 
 
-LEARNED = {name: {"learn_initial_state": "learn_initial_state" in kind.settings} for name, kind in KINDS.items()}
-
-
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_gradients_of_every_flag_alone(rng, flags):
     spec = CellSpec(2, 3, **flags)
@@ -138,7 +134,7 @@ def test_gradients_of_every_flag_alone(rng, flags):
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("argument", ["mask", "reset", "recurrent_dropout", "zoneout", "reverse", "state"])
 def test_gradients_of_every_argument_alone(rng, kind, argument):
-    spec = CellSpec(2, 3, kind=kind, **LEARNED[kind])
+    spec = CellSpec(2, 3, kind=kind, **learned(kind))
     case = {"x": rng.standard_normal((2, 4, 2)), "state": random_state(rng, spec, 2)}
     case |= {
         "mask": {"mask": np.array([[True, False, True, True], [False, True, False, False]])},
@@ -583,7 +579,7 @@ def test_a_nan_in_the_state_of_a_masked_row_stays_in_that_row(rng):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("kind", STATES)
 def test_a_reset_starts_a_new_piece(rng, kind, reverse):
-    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    spec = CellSpec(2, 3, kind=kind, **learned(kind))
     arrays, x = random_arrays(rng, spec), rng.standard_normal((2, 6, 2))
     reset = np.zeros((2, 6), bool)
     reset[:, 3 if reverse else 2] = True  # a reverse pass runs steps 5 4, then 3 2 1 0
@@ -600,12 +596,12 @@ def test_a_reset_starts_a_new_piece(rng, kind, reverse):
 
 @pytest.mark.parametrize("kind", STATES)
 def test_a_reset_at_a_masked_step_still_resets(rng, kind):
-    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    spec = CellSpec(2, 3, kind=kind, **learned(kind))
     arrays, state = random_arrays(rng, spec), random_state(rng, spec, 1)
     mask, reset = np.array([[True, False, True]]), np.array([[False, True, False]])
     x = rng.standard_normal((1, 3, 2))
     out = reference.forward(spec, arrays, x, state, mask=mask, reset=reset)
-    np.testing.assert_array_equal(out.y[0, 1], arrays["initial_h"])
+    np.testing.assert_array_equal(out.y[0, 1], arrays.get("initial_h", np.zeros(3)))
     np.testing.assert_array_equal(out.y[:, 2], reference.forward(spec, arrays, x[:, 2:]).y[:, 0])
     d = reference.backward(spec, arrays, out, dy=np.array([[[0.0] * 3, [0.0] * 3, [1.0] * 3]]))
     assert not any(a.any() for a in d.state)
@@ -614,13 +610,14 @@ def test_a_reset_at_a_masked_step_still_resets(rng, kind):
 
 @pytest.mark.parametrize("kind", STATES)
 def test_a_pass_over_no_steps_returns_the_initial_state(rng, kind):
-    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    spec = CellSpec(2, 3, kind=kind, **learned(kind))
     arrays = random_arrays(rng, spec)
     out = reference.forward(spec, arrays, np.zeros((2, 0, 2)))
     assert out.y.shape == (2, 0, 3)
-    assert all((a == arrays[f"initial_{name}"]).all() for name, a in out.state._asdict().items())
+    assert all((a == arrays.get(f"initial_{name}", 0.0)).all() for name, a in out.state._asdict().items())
     d = reference.backward(spec, arrays, out, dstate=[np.ones((2, 3))] * len(out.state))
-    assert (d.arrays["initial_h"] == 2.0).all()
+    if learned(kind):
+        assert (d.arrays["initial_h"] == 2.0).all()
 
 
 def test_float32_is_computed_in_float64(rng):

@@ -92,8 +92,10 @@ def make(kind, flags, **more):
 
 
 def random_state(layer, batch=B):
-    sizes = layer.cell.spec.state_sizes
-    return KINDS[type(layer).__name__][2](*(torch.randn(batch, size).double() for size in sizes.values()))
+    state = {name: torch.randn(batch, size).double() for name, size in layer.cell.spec.state_sizes.items()}
+    if "n" in state:  # a sum of weights
+        state["n"] = 0.5 + state["n"].abs()
+    return KINDS[type(layer).__name__][2](*state.values())
 
 
 def flatten(results):

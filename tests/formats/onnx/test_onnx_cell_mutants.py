@@ -7,6 +7,7 @@ are exchanged. So a step is either refused, or read as a cell that computes the 
 import numpy as np
 import pytest
 import torch
+from family import random_state
 
 from cellstack.cells import KINDS
 from cellstack.formats.onnx import scan
@@ -137,7 +138,7 @@ def test_a_step_with_one_changed_operation_is_refused_or_read_as_what_it_compute
     arrays = {name: rng.standard_normal(shape) for name, shape in spec.shapes.items()}
     cell = Cell(spec, **arrays)
     x = rng.standard_normal((ROWS, WIDTH))
-    state = [rng.standard_normal((ROWS, size)) for size in spec.state_sizes.values()]
+    state = random_state(rng, spec, ROWS)
     scope, changed, last = scope_of(cell, monkeypatch)
     found = _cell(scope, [None] * len(state))
     assert not changed

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from family import random_state
 from networks import make_graph, make_network
 from onnx_graphs import run
 
@@ -82,9 +83,10 @@ def random_cell(rng, inputs, units, kind=None, **given):
 
 
 def random_states(rng, net, batch):
+    states = (random_state(rng, cell.spec, batch) for cell in net.cells)
     return tuple(
-        STATES[cell.spec.kind](*(floats(rng, batch, size) for size in cell.spec.state_sizes.values()))
-        for cell in net.cells
+        STATES[cell.spec.kind](*(array.astype(np.float32) for array in state))
+        for cell, state in zip(net.cells, states, strict=True)
     )
 
 
