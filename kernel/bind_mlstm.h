@@ -50,6 +50,7 @@ void check_states(const char* name, size_t count) {
 }
 
 void bind_mlstm(nb::module_& m) {
+    m.attr("SHORT_CHUNK") = kShortChunk;
     nb::class_<MemoryOf>(m, "Memory").def(
         "__init__",
         [](MemoryOf* self, const SequencesOf& sequences, int64_t heads, int64_t keys, int64_t values, double epsilon,
@@ -63,7 +64,6 @@ void bind_mlstm(nb::module_& m) {
     m.def(
         "memory_forward",
         [](const MemoryOf& of, bool twice, int threads) {
-            if (of.after.empty()) throw nb::value_error("memory_forward: expected the states after the last step");
             (twice ? run_memory<double> : run_memory<float>)(of, threads);
         },
         "memory"_a, "twice"_a, "threads"_a);

@@ -22,6 +22,19 @@ void each_task(int64_t tasks, int64_t multiplications, int threads, F&& body) {
     });
 }
 
+// The steps of a chunk. Per step, a chunk of L steps takes L·(keys + values) multiplications, and its products with the
+// states before and after it 2·keys·values each, where those are needed.
+template <class T>
+int64_t chunk_of(const MemorySequences<T>& in) {
+    const int64_t before = in.before[0] != nullptr, after = in.after[0] != nullptr;
+    const int64_t sizes = in.memory.keys + in.memory.values, product = in.memory.keys * in.memory.values;
+    const int64_t steps = std::min(in.steps, kLongChunk);
+    if (steps < in.steps || steps <= kChunk) return kChunk;
+    const int64_t chunks = ceil_div(steps, kChunk);
+    const int64_t many = kChunk * sizes + product * 2 * (2 * chunks - 2 + before + after) / chunks;
+    return steps * sizes + product * 2 * (before + after) < many ? steps : kChunk;
+}
+
 // A call: the gates of all rows, and its heads.
 template <class T>
 class Call {
@@ -29,6 +42,7 @@ class Call {
     Call(const MemorySequences<T>& in, T* const* m, int threads)
         : in_(in), d_(in.memory), threads_(threads), stride_(ceil_div(d_.heads, leaf.width) * leaf.width),
           row_(checked(in.steps, kGatesOfStep * stride_)), gates_(checked(in.batch, row_)) {
+        chunk_ = chunk_of(in);
         each_task(in.batch, in.batch * in.steps * stride_ * 64, threads, [&](int64_t b, int) {
             const T *x = in.x + b * in.x_row, *gates = x + d_.heads * (2 * d_.keys + d_.values);
             leaf.memory_gates({d_.heads, stride_, in.steps, gates, gates + d_.heads, in.x_time, of_row(in.mask, b),
@@ -48,7 +62,7 @@ class Call {
         head.gates = gates_.get() + b * row_ + h, head.gate_step = kGatesOfStep * stride_, head.gate = stride_;
         head.mask = of_row(in_.mask, b), head.reset = of_row(in_.reset, b);
         head.y_time = d_.heads * d_.values, head.y = in_.y + b * in_.steps * head.y_time + h * d_.values;
-        head.form = in_.form;
+        head.form = in_.form, head.chunk = chunk_;
         return head;
     }
 
@@ -73,7 +87,7 @@ class Call {
     const MemorySequences<T>& in_;
     const MatrixMemory& d_;
     int threads_;
-    int64_t stride_, row_;
+    int64_t stride_, row_, chunk_;
     Scratch<T> gates_;
 };
 
@@ -88,11 +102,12 @@ template <class T>
 void memory_forward(const MemorySequences<T>& in, int threads) {
     const MatrixMemory& d = in.memory;
     const int64_t n_size = d.keys, C_size = d.keys * d.values;
+    const Scratch<T> states(in.after[2] ? 0 : checked(in.batch, d.heads));
     std::vector<T*> m(size_t(in.batch));
     const auto row_of = [&](int64_t b) { return in.places ? in.places[b] : b; };
     for (int64_t b = 0; b < in.batch; ++b) {
         const int64_t row = row_of(b) * d.heads;
-        m[size_t(b)] = in.after[2] + row;
+        m[size_t(b)] = in.after[2] ? in.after[2] + row : states.get() + b * d.heads;
         for (int64_t h = 0; h < d.heads; ++h) m[size_t(b)][h] = in.before[2] ? in.before[2][row + h] : T(0);
     }
     const Call<T> call(in, m.data(), threads);
@@ -100,7 +115,7 @@ void memory_forward(const MemorySequences<T>& in, int threads) {
         const int64_t row = row_of(task / d.heads) * d.heads + task % d.heads;
         MemoryHead<T> head = call.head(task);
         head.C_before = at(in.before[0], row, C_size), head.n_before = at(in.before[1], row, n_size);
-        head.C = in.after[0] + row * C_size, head.n = in.after[1] + row * n_size;
+        head.C = at(in.after[0], row, C_size), head.n = at(in.after[1], row, n_size);
         head.scratch = scratch;
         call.leaf.memory_forward(head);
     });

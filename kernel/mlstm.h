@@ -30,7 +30,7 @@ struct MemorySequences {
     int64_t x_row, x_time;
     const uint8_t *mask, *reset;        // [batch][steps] or null: a masked step keeps the states, and its y is zero
     const T* before[kMatrixStates];     // the states by row; null: zeros
-    T* after[kMatrixStates];            // may be the same arrays as `before`
+    T* after[kMatrixStates];            // may be the same arrays as `before`; null: not needed
     const int64_t* places;              // the row of the states of each row of x; null: the same
     T* y;                               // [batch][steps][heads·values]
     MemoryForm form;
@@ -52,8 +52,9 @@ void memory_backward(const MemorySequences<T>& in, const MemoryGradients<T>& gra
 
 // ── the interface of one instruction set ─────────────────────────────────────────────────────────────────────────────
 
-// Steps of a chunk; fewer than kShortChunk run in the step form.
-constexpr int64_t kChunk = 64, kShortChunk = 6;
+// Chunks have kChunk steps; or, if that takes fewer multiplications, the sequence is one chunk, of kLongChunk steps at
+// most. Fewer steps than kShortChunk run in the step form.
+constexpr int64_t kChunk = 64, kLongChunk = 1024, kShortChunk = 6;
 
 // The gates of a step: i, f, m and e^(-m), each of all heads, `stride` apart; m before the first step, and after it.
 enum Gate : int { kInputGate, kForgetGate, kStabiliser, kFloor, kGatesOfStep };
@@ -77,11 +78,12 @@ struct MemoryHead {
     int64_t gate_step, gate;
     const uint8_t *mask, *reset;
     const T *C_before, *n_before;  // null: zeros
-    T *C, *n;                      // may be C_before, n_before
+    T *C, *n;                      // may be C_before, n_before; null: not needed
     T* y;
     int64_t y_time;
     MemoryForm form;
-    T* scratch;  // of the leaf's memory_scratch numbers
+    int64_t chunk;  // steps of a chunk
+    T* scratch;     // of the leaf's memory_scratch numbers
 };
 
 template <class T>

@@ -12,14 +12,14 @@ namespace {
 
 template <class T>
 struct ChunkBack {
-    T *G, *GE, *V_columns, *G_columns, *A, *dQ, *dK, *dV, *columns, *by_step, *dot, *dsum, *share, *dC, *dn;
+    T *G, *GE, *V_columns, *G_columns, *A, *dQ, *dK, *dV, *columns, *dot, *dsum, *dC, *dn;
     T *through_h, *of_weights;
     ChunkBack(const Chunk<T>& s, Carve<T>& carve) {
-        G = carve(s.steps * s.values), GE = carve(s.steps * s.values), V_columns = carve(s.values * s.steps);
-        G_columns = carve(s.values * s.steps), A = carve(s.steps * s.steps), dQ = carve(s.steps * s.keys);
-        dK = carve(s.steps * s.keys), dV = carve(s.steps * s.values), columns = carve(s.keys * s.steps);
-        by_step = carve(s.steps * s.keys), dot = carve(s.steps), dsum = carve(s.steps), share = carve(s.steps);
-        dC = carve(s.keys * s.C_row), dn = carve(s.keys);
+        G = carve(s.steps * s.value_row), GE = carve(s.steps * s.value_row), V_columns = carve(s.values * s.steps);
+        G_columns = carve(s.values * s.steps), A = carve(s.steps * s.steps), dQ = carve(s.steps * s.key_row);
+        dK = carve(s.steps * s.key_row), dV = carve(s.steps * s.value_row), columns = carve(s.keys * s.steps);
+        dot = carve(s.steps), dsum = carve(s.steps);
+        dC = carve(s.keys * s.value_row), dn = carve(s.keys);
         through_h = carve(s.steps), of_weights = carve(s.steps);
     }
 };
@@ -34,8 +34,8 @@ INLINE T dot_of(const T* a, const T* b, int64_t n) {
 // to [steps][keys] = (matrix [keys][values]·columns [values][steps])ᵀ.
 template <class T>
 void multiply_columns(T* to, const Chunk<T>& s, T* scratch, const T* matrix, const T* columns, int64_t rows) {
-    multiply(scratch, s.steps, false, matrix, s.C_row, int64_t(1), columns, s.steps, s.keys, rows, s.values);
-    transposed(to, s.keys, scratch, s.steps, s.keys, rows);
+    multiply(scratch, s.steps, false, matrix, s.value_row, int64_t(1), columns, s.steps, s.keys, rows, s.values);
+    transposed(to, s.key_row, scratch, s.steps, s.keys, rows);
 }
 
 // to [step] += Σ a[t][step]·panel[t] over the steps t from `step` on.
@@ -65,14 +65,14 @@ void output_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, 
     const uint8_t* mask = d.mask ? d.mask + first : nullptr;
     const int64_t rows = whole_vectors<T>(steps);
     if (b.dy) {
-        copy_rows(g.G, s.values, b.dy + first * d.y_time, d.y_time, steps, d.values, T(1), mask);
+        copy_rows(g.G, s.value_row, s.values, b.dy + first * d.y_time, d.y_time, steps, d.values, T(1), mask);
     } else {
-        for (int64_t c = 0; c < rows * s.values; c += W) store(g.G + c, splat(T(0)));
+        for (int64_t c = 0; c < rows * s.value_row; c += W) store(g.G + c, splat(T(0)));
     }
     for (int64_t t = 0; t < rows; ++t) {
         T dot = 0, dsum = 0, through = 0;
         if (t < steps && (!mask || mask[t])) {
-            const T *y = d.y + (first + t) * d.y_time, *dh = g.G + t * s.values;
+            const T *y = d.y + (first + t) * d.y_time, *dh = g.G + t * s.value_row;
             V<T> sum = splat(T(0));
             for (int64_t c = 0; c < d.values; c += W)
                 sum = fma(load_lanes(y + c, d.values - c < W ? int(d.values - c) : W), load(dh + c), sum);
@@ -83,12 +83,12 @@ void output_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, 
             through = -dot * d.epsilon * by;
             const V<T> factor = splat(by);
             for (int64_t c = 0; c < s.values; c += W)
-                store(g.G + t * s.values + c, factor * load(g.G + t * s.values + c));
+                store(g.G + t * s.value_row + c, factor * load(g.G + t * s.value_row + c));
         }
         g.dsum[t] = dsum, g.through_h[t] = through;
         const T e = t < steps ? s.e[t] : T(0);
         for (int64_t c = 0; c < s.values; c += W)
-            store(g.GE + t * s.values + c, splat(e) * load(g.G + t * s.values + c));
+            store(g.GE + t * s.value_row + c, splat(e) * load(g.G + t * s.value_row + c));
     }
 }
 
@@ -127,9 +127,11 @@ void gate_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, in
     }
 }
 
+// `empty`: the state before the chunk is zeros, and its gradient isn't needed; `of_state`: that of the state after it
+// isn't zero.
 template <class T>
 void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps,
-                       const T* C, const T* n, T& through_m) {
+                       const T* C, const T* n, bool empty, bool of_state, T& through_m) {
     constexpr int W = Vec<T>::W;
     const MemoryHead<T>& d = b.head;
     const int64_t rows = whole_vectors<T>(steps);
@@ -137,63 +139,74 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
     scores(s, steps, n);
     output_gradients(b, s, g, first, steps);
     // A: the gradient of S, then of Q·Kᵀ; S: that of log D
-    transposed(g.V_columns, s.steps, s.V, s.values, rows, s.values);
-    multiply_triangle(g.A, s.steps, g.G, s.values, g.V_columns, steps, s.values);
+    transposed(g.V_columns, s.steps, s.V, s.value_row, rows, s.values);
+    multiply_triangle(g.A, s.steps, g.G, s.value_row, g.V_columns, steps, s.values);
     // dV = weights∘(K·dC) + Sᵀ·G
-    multiply(g.dV, s.values, false, s.K, s.keys, int64_t(1), g.dC, s.C_row, steps, s.values, s.keys);
+    if (of_state) multiply(g.dV, s.value_row, false, s.K, s.key_row, int64_t(1), g.dC, s.value_row, steps, s.values, s.keys);
     for (int64_t t = 0; t < steps; ++t)
-        for (int64_t c = 0; c < s.values; c += W)
-            store(g.dV + t * s.values + c, splat(s.weights[t]) * load(g.dV + t * s.values + c));
-    multiply_later(g.dV, s.values, s.S, s.steps, g.G, s.values, steps, s.values);
+        for (int64_t c = 0; c < s.values; c += W) {
+            T* dV = g.dV + t * s.value_row + c;
+            store(dV, of_state ? splat(s.weights[t]) * load(dV) : splat(T(0)));
+        }
+    multiply_later(g.dV, s.value_row, s.S, s.steps, g.G, s.value_row, steps, s.values);
     for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < rows; c += W) {
             T *A = g.A + t * s.steps + c, *S = s.S + t * s.steps + c;
             const V<T> share = load(s.D + t * s.steps + c), score = load(S);
-            const V<T> dS = c <= t ? load(A) + splat(g.dsum[t]) : splat(T(0));
-            store(S, score * dS);
-            store(A, share != splat(T(0)) ? share * dS : splat(T(0)));
+            const V<T> dS = load(A) + splat(g.dsum[t]), zero = splat(T(0));
+            store(S, c <= t ? score * dS : zero);
+            store(A, c <= t ? (share != zero ? share * dS : zero) : zero);
         }
     // dQ = A·K + e∘(G·C₋ᵀ) + e∘dsum·n
-    transposed(g.G_columns, s.steps, g.GE, s.values, rows, s.values);
-    multiply_columns(g.dQ, s, g.columns, C, g.G_columns, rows);
+    if (!empty) {
+        transposed(g.G_columns, s.steps, g.GE, s.value_row, rows, s.values);
+        multiply_columns(g.dQ, s, g.columns, C, g.G_columns, rows);
+    }
     for (int64_t t = 0; t < steps; ++t) {
         const V<T> factor = splat(s.e[t] * g.dsum[t]);
-        T* dQ = g.dQ + t * s.keys;
-        for (int64_t c = 0; c < s.keys; c += W) store(dQ + c, fma(factor, load(n + c), load(dQ + c)));
-        g.dot[t] = dot_of(s.Q + t * s.keys, dQ, s.keys);
+        T* dQ = g.dQ + t * s.key_row;
+        for (int64_t c = 0; c < s.keys; c += W)
+            store(dQ + c, empty ? splat(T(0)) : fma(factor, load(n + c), load(dQ + c)));
+        g.dot[t] = empty ? T(0) : dot_of(s.Q + t * s.key_row, dQ, s.keys);
     }
-    multiply(g.dQ, s.keys, true, g.A, s.steps, int64_t(1), s.K, s.keys, steps, s.keys, steps, true);
+    multiply(g.dQ, s.key_row, true, g.A, s.steps, int64_t(1), s.K, s.key_row, steps, s.keys, steps, true);
     // dK = weights∘(V·dCᵀ + dn) + Aᵀ·Q
-    multiply_columns(g.dK, s, g.columns, g.dC, g.V_columns, rows);
+    if (of_state) multiply_columns(g.dK, s, g.columns, g.dC, g.V_columns, rows);
     for (int64_t t = 0; t < rows; ++t) {
         const V<T> weight = splat(t < steps ? s.weights[t] : T(0));
-        T* dK = g.dK + t * s.keys;
-        for (int64_t c = 0; c < s.keys; c += W) store(dK + c, weight * (load(dK + c) + load(g.dn + c)));
-        g.of_weights[t] = dot_of(s.K + t * s.keys, dK, s.keys);
+        T* dK = g.dK + t * s.key_row;
+        for (int64_t c = 0; c < s.keys; c += W)
+            store(dK + c, of_state ? weight * (load(dK + c) + load(g.dn + c)) : splat(T(0)));
+        g.of_weights[t] = of_state ? dot_of(s.K + t * s.key_row, dK, s.keys) : T(0);
     }
-    multiply_later(g.dK, s.keys, g.A, s.steps, s.Q, s.keys, steps, s.keys);
+    multiply_later(g.dK, s.key_row, g.A, s.steps, s.Q, s.key_row, steps, s.keys);
     // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
-    const T e = s.e[steps - 1];
     T kept = 0;
-    for (int64_t k = 0; k < s.keys; ++k) {
-        T* dC = g.dC + k * s.C_row;
-        kept += dot_of(C + k * s.C_row, dC, s.values);
-        for (int64_t c = 0; c < s.values; c += W) store(dC + c, splat(e) * load(dC + c));
-    }
-    kept = e * (kept + dot_of(n, g.dn, s.keys));
-    multiply(g.dC, s.C_row, true, s.Q, int64_t(1), s.keys, g.GE, s.values, s.keys, s.values, steps);
-    for (int64_t c = 0; c < s.keys; c += W) {
-        V<T> sum = splat(e) * load(g.dn + c);
-        for (int64_t t = 0; t < steps; ++t) sum = fma(splat(s.e[t] * g.dsum[t]), load(s.Q + t * s.keys + c), sum);
-        store(g.dn + c, sum);
+    if (!empty) {
+        const T e = s.e[steps - 1];
+        if (of_state) {
+            for (int64_t k = 0; k < s.keys; ++k) {
+                T* dC = g.dC + k * s.value_row;
+                kept += dot_of(C + k * s.value_row, dC, s.values);
+                for (int64_t c = 0; c < s.values; c += W) store(dC + c, splat(e) * load(dC + c));
+            }
+            kept = e * (kept + dot_of(n, g.dn, s.keys));
+        }
+        multiply(g.dC, s.value_row, of_state, s.Q, int64_t(1), s.key_row, g.GE, s.value_row, s.keys, s.values, steps);
+        for (int64_t c = 0; c < s.keys; c += W) {
+            V<T> sum = of_state ? splat(e) * load(g.dn + c) : splat(T(0));
+            for (int64_t t = 0; t < steps; ++t)
+                sum = fma(splat(s.e[t] * g.dsum[t]), load(s.Q + t * s.key_row + c), sum);
+            store(g.dn + c, sum);
+        }
     }
     gate_gradients(b, s, g, first, steps, kept, through_m);
     for (int64_t t = 0; t < steps; ++t) {
         const bool used = !d.mask || d.mask[first + t];
         const int64_t at = (first + t) * b.dx_time;
-        for (int64_t c = 0; c < d.keys; ++c) b.dq[at + c] = used ? g.dQ[t * s.keys + c] : T(0);
-        for (int64_t c = 0; c < d.keys; ++c) b.dk[at + c] = used ? d.scale * g.dK[t * s.keys + c] : T(0);
-        for (int64_t c = 0; c < d.values; ++c) b.dv[at + c] = used ? g.dV[t * s.values + c] : T(0);
+        for (int64_t c = 0; c < d.keys; ++c) b.dq[at + c] = used ? g.dQ[t * s.key_row + c] : T(0);
+        for (int64_t c = 0; c < d.keys; ++c) b.dk[at + c] = used ? d.scale * g.dK[t * s.key_row + c] : T(0);
+        for (int64_t c = 0; c < d.values; ++c) b.dv[at + c] = used ? g.dV[t * s.value_row + c] : T(0);
     }
 }
 
@@ -211,40 +224,44 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
     Carve<T> carve{d.scratch};
     Chunk<T> s(d, carve);
     ChunkBack<T> g(s, carve);
-    const int64_t chunks = chunks_of(d), C_size = s.keys * s.C_row, size = C_size + s.keys;
+    const int64_t chunks = chunks_of(d), C_size = s.keys * s.value_row, size = C_size + s.keys;
     auto* starts = reinterpret_cast<int64_t*>(carve(2 * (chunks + 1)));
     T* states = carve((chunks + 1) * size);  // before each chunk, and after the last one
     load_state(d, s, d.C_before, d.n_before);
     memcpy(states, s.C, size_t(C_size) * sizeof(T)), memcpy(states + C_size, s.n, size_t(s.keys) * sizeof(T));
+    const bool given = b.dC || b.dn;  // a gradient of the state after the last step
+    const auto starts_empty = [&](int64_t first) { return (first == 0 && !d.C_before && !b.dC_before) || (d.reset && d.reset[first]); };
     starts[0] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         T* at = states + chunk * size;
         const int64_t first = starts[chunk], steps = chunk_of(d, first);
-        if (d.reset && d.reset[first]) memset(at, 0, size_t(size) * sizeof(T));
-        load_chunk(d, s, first, steps);
-        advance_state(s, steps, at, at + C_size, at + size, at + size + C_size);
         starts[chunk + 1] = first + steps;
+        if (d.reset && d.reset[first]) memset(at, 0, size_t(size) * sizeof(T));
+        if (chunk + 1 == chunks && !given) break;
+        load_chunk(d, s, first, steps);
+        advance_state(s, steps, starts_empty(first), at, at + C_size, at + size, at + size + C_size);
     }
     const auto product = [&](const T* state) {  // of a state and its gradient
         T sum = dot_of(state + C_size, g.dn, s.keys);
-        for (int64_t k = 0; k < s.keys; ++k) sum += dot_of(state + k * s.C_row, g.dC + k * s.C_row, s.values);
+        for (int64_t k = 0; k < s.keys; ++k) sum += dot_of(state + k * s.value_row, g.dC + k * s.value_row, s.values);
         return sum;
     };
     load_state(d, s, b.dC, b.dn);
     memcpy(g.dC, s.C, size_t(C_size) * sizeof(T)), memcpy(g.dn, s.n, size_t(s.keys) * sizeof(T));
-    T through_m = (b.dm ? *b.dm : T(0)) - product(states + chunks * size);
+    T through_m = (b.dm ? *b.dm : T(0)) - (given ? product(states + chunks * size) : T(0));
+    bool of_state = given;
     for (int64_t chunk = chunks; chunk-- > 0;) {
         const T* at = states + chunk * size;
         const int64_t first = starts[chunk];
-        memory_chunk_back(b, s, g, first, starts[chunk + 1] - first, at, at + C_size, through_m);
-        if (d.reset && d.reset[first]) {
-            memset(g.dC, 0, size_t(C_size) * sizeof(T)), memset(g.dn, 0, size_t(s.keys) * sizeof(T));
-            through_m = 0;
-        }
+        const bool empty = starts_empty(first);
+        memory_chunk_back(b, s, g, first, starts[chunk + 1] - first, at, at + C_size, empty, of_state, through_m);
+        of_state = !empty;
+        if (d.reset && d.reset[first]) through_m = 0;
     }
+    if (!of_state) memset(g.dC, 0, size_t(C_size) * sizeof(T)), memset(g.dn, 0, size_t(s.keys) * sizeof(T));
     if (b.dm_before) *b.dm_before = through_m + product(states);
     for (int64_t k = 0; b.dC_before && k < d.keys; ++k)
-        memcpy(b.dC_before + k * d.values, g.dC + k * s.C_row, size_t(d.values) * sizeof(T));
+        memcpy(b.dC_before + k * d.values, g.dC + k * s.value_row, size_t(d.values) * sizeof(T));
     if (b.dn_before) memcpy(b.dn_before, g.dn, size_t(d.keys) * sizeof(T));
     for (int64_t t = 0; t < d.steps; t += W) {  // the derivative of log σ(f̃) is σ(-f̃)
         const int lanes = d.steps - t < W ? int(d.steps - t) : W;
@@ -263,7 +280,7 @@ int64_t memory_scratch(const MemoryHead<T>& d, bool backward) {
     carve(s.keys), carve(s.values);
     if (backward) {
         const int64_t chunks = chunks_of(d);
-        ChunkBack<T>(s, carve), carve(2 * (chunks + 1)), carve((chunks + 1) * (s.keys * s.C_row + s.keys));
+        ChunkBack<T>(s, carve), carve(2 * (chunks + 1)), carve((chunks + 1) * (s.keys * s.value_row + s.keys));
     }
     return carve.taken;
 }

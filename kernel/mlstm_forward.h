@@ -62,6 +62,7 @@ INLINE void update_rows(const T* from, int64_t from_row, T* to, int64_t to_row, 
         for (int r = 0; r < R; ++r) {
             const V<T> old = from ? splat(f) * load_lanes(from + r * from_row + c, lanes) : splat(T(0));
             const V<T> C = fma(keys[r], value, old);
+            if (from) prefetch(from + (r + R) * from_row + c);
             store_lanes(to + r * to_row + c, C, lanes);
             sum = fma(queries[r], C, sum);
         }
@@ -122,19 +123,20 @@ struct Carve {
     }
 };
 
-// A chunk's arrays, with rows of whole vectors: `keys` and `values` numbers apart, `steps` for those of steps. C has a
-// line more per row: rows that are a multiple of 2 KB apart would share a few lines of the cache.
+// A chunk's arrays, with rows of whole vectors: `keys`, `values` and `steps` numbers. Rows of keys and of values are a
+// line further apart: rows that are a multiple of 1 KB apart would share a few lines of the cache.
 template <class T>
 struct Chunk {
-    int64_t keys, values, steps, C_row;
+    int64_t keys, values, steps, key_row, value_row;
     T *Q, *K, *V, *K_columns, *D, *S, *e, *i, *f, *sums, *weights, *H, *C, *n;
     Chunk(const MemoryHead<T>& d, Carve<T>& carve)
-        : keys(whole_vectors<T>(d.keys)), values(whole_vectors<T>(d.values)), steps(whole_vectors<T>(kChunk)),
-          C_row(values + 16) {
-        Q = carve(steps * keys), K = carve(steps * keys), V = carve(steps * values), K_columns = carve(keys * steps);
+        : keys(whole_vectors<T>(d.keys)), values(whole_vectors<T>(d.values)), steps(whole_vectors<T>(d.chunk)),
+          key_row(keys + 16), value_row(values + 16) {
+        Q = carve(steps * key_row), K = carve(steps * key_row), V = carve(steps * value_row);
+        K_columns = carve(keys * steps);
         D = carve(steps * steps), S = carve(steps * steps), e = carve(steps), i = carve(steps), f = carve(steps);
-        sums = carve(steps), weights = carve(steps), H = carve(steps * values);
-        C = carve(keys * C_row), n = carve(keys);
+        sums = carve(steps), weights = carve(steps), H = carve(steps * value_row);
+        C = carve(keys * value_row), n = carve(keys);
     }
 };
 
@@ -190,13 +192,13 @@ void transposed(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t 
 // Copies rows of a chunk, times `scale`, with zeros at masked steps and beyond the last step and number; returns whether
 // all numbers are finite.
 template <class T>
-bool copy_rows(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t steps, int64_t columns, T scale,
+bool copy_rows(T* to, int64_t to_row, int64_t width, const T* from, int64_t from_row, int64_t steps, int64_t columns, T scale,
                const uint8_t* mask) {
     constexpr int W = Vec<T>::W;
     const int64_t rows = whole_vectors<T>(steps);
     V<T> any = splat(T(0));
     for (int64_t t = 0; t < rows; ++t, to += to_row, from += from_row)
-        for (int64_t c = 0; c < to_row; c += W) {
+        for (int64_t c = 0; c < width; c += W) {
             const bool there = t < steps && c < columns && (!mask || mask[t]);
             const V<T> x = there ? load_lanes(from + c, columns - c < W ? int(columns - c) : W) : splat(T(0));
             store(to + c, splat(scale) * x), any = fma(x, splat(T(0)), any);
@@ -211,42 +213,42 @@ bool load_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t step
     constexpr int W = Vec<T>::W;
     const uint8_t* mask = d.mask ? d.mask + first : nullptr;
     const int64_t at = first * d.x_time;
-    bool finite = copy_rows(s.Q, s.keys, d.q + at, d.x_time, steps, d.keys, T(1), mask);
-    finite = copy_rows(s.K, s.keys, d.k + at, d.x_time, steps, d.keys, d.scale, mask) && finite;
-    finite = copy_rows(s.V, s.values, d.v + at, d.x_time, steps, d.values, T(1), mask) && finite;
+    bool finite = copy_rows(s.Q, s.key_row, s.keys, d.q + at, d.x_time, steps, d.keys, T(1), mask);
+    finite = copy_rows(s.K, s.key_row, s.keys, d.k + at, d.x_time, steps, d.keys, d.scale, mask) && finite;
+    finite = copy_rows(s.V, s.value_row, s.values, d.v + at, d.x_time, steps, d.values, T(1), mask) && finite;
     const int64_t rows = whole_vectors<T>(steps);
-    V<T> row[kChunk / 2];  // of D; W is at least 2
-    UNROLL
-    for (int c = 0; c < kChunk / W; ++c) row[c] = splat(T(0));
     T kept = 1;
     for (int64_t t = 0; t < steps; ++t) {
         const T* gates = d.gates + (first + t) * d.gate_step;
         const T f = gates[kForgetGate * d.gate];
+        T* row = s.D + t * s.steps;
         s.e[t] = kept *= f;
-        for (int64_t c = 0; c < rows; c += W) store(s.D + t * s.steps + c, splat(f) * row[c / W]);
-        s.D[t * s.steps + t] = gates[kInputGate * d.gate];
-        for (int64_t c = 0; c < rows; c += W) row[c / W] = load(s.D + t * s.steps + c);
+        for (int64_t c = 0; c <= t; c += W) store(row + c, c < t ? splat(f) * load(row + c - s.steps) : splat(T(0)));
+        row[t] = gates[kInputGate * d.gate];
     }
-    for (int64_t c = 0; c < rows; c += W) store(s.weights + c, row[c / W]);
+    const T* last = s.D + (steps - 1) * s.steps;
+    for (int64_t c = 0; c < rows; c += W) store(s.weights + c, c < steps ? load(last + c) : splat(T(0)));
     return finite;
 }
 
 // The state after a chunk: C = e·C₋ + (weights∘K)ᵀ·V, n = e·n₋ + Kᵀ·weights. K is overwritten by weights∘K.
+// `empty`: the state before is zeros.
 template <class T>
-void advance_state(Chunk<T>& s, int64_t steps, const T* C, const T* n, T* C_to, T* n_to) {
+void advance_state(Chunk<T>& s, int64_t steps, bool empty, const T* C, const T* n, T* C_to, T* n_to) {
     constexpr int W = Vec<T>::W;
     const V<T> kept = splat(s.e[steps - 1]);
     for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < s.keys; c += W)
-            store(s.K + t * s.keys + c, splat(s.weights[t]) * load(s.K + t * s.keys + c));
+            store(s.K + t * s.key_row + c, splat(s.weights[t]) * load(s.K + t * s.key_row + c));
     for (int64_t c = 0; c < s.keys; c += W) {
         V<T> sum = kept * load(n + c);
-        for (int64_t t = 0; t < steps; ++t) sum = sum + load(s.K + t * s.keys + c);
+        for (int64_t t = 0; t < steps; ++t) sum = sum + load(s.K + t * s.key_row + c);
         store(n_to + c, sum);
     }
-    for (int64_t k = 0; k < s.keys; ++k)
-        for (int64_t c = 0; c < s.values; c += W) store(C_to + k * s.C_row + c, kept * load(C + k * s.C_row + c));
-    multiply(C_to, s.C_row, true, s.K, int64_t(1), s.keys, s.V, s.values, s.keys, s.values, steps);
+    for (int64_t k = 0; k < s.keys && !empty; ++k)
+        for (int64_t c = 0; c < s.values; c += W)
+            store(C_to + k * s.value_row + c, kept * load(C + k * s.value_row + c));
+    multiply(C_to, s.value_row, !empty, s.K, int64_t(1), s.key_row, s.V, s.value_row, s.keys, s.values, steps);
 }
 
 // S = (Q·Kᵀ)∘D, zero above the diagonal, and nᵀq of every step in `sums`.
@@ -254,8 +256,8 @@ template <class T>
 void scores(Chunk<T>& s, int64_t steps, const T* n) {
     constexpr int W = Vec<T>::W;
     const int64_t rows = whole_vectors<T>(steps);
-    transposed(s.K_columns, s.steps, s.K, s.keys, rows, s.keys);
-    multiply_triangle(s.S, s.steps, s.Q, s.keys, s.K_columns, steps, s.keys);
+    transposed(s.K_columns, s.steps, s.K, s.key_row, rows, s.keys);
+    multiply_triangle(s.S, s.steps, s.Q, s.key_row, s.K_columns, steps, s.keys);
     for (int64_t t = 0; t < steps; ++t) {
         V<T> sum = splat(T(0)), dot = splat(T(0));
         for (int64_t c = 0; c < rows; c += W) {
@@ -264,21 +266,24 @@ void scores(Chunk<T>& s, int64_t steps, const T* n) {
             const V<T> score = c <= t ? (share != splat(T(0)) ? share * load(at) : splat(T(0))) : splat(T(0));
             store(at, score), sum = sum + score;
         }
-        for (int64_t c = 0; c < s.keys; c += W) dot = fma(load(s.Q + t * s.keys + c), load(n + c), dot);
+        for (int64_t c = 0; c < s.keys; c += W) dot = fma(load(s.Q + t * s.key_row + c), load(n + c), dot);
         s.sums[t] = sum_of_lanes<T>(fma(dot, splat(s.e[t]), sum));
     }
 }
 
+// `empty`: the state before is zeros; `wanted`: the state after is needed.
 template <class T>
-bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t steps) {
+bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t steps, bool empty, bool wanted) {
     constexpr int W = Vec<T>::W;
     if (!load_chunk(d, s, first, steps)) return false;
     scores(s, steps, s.n);
-    multiply(s.H, s.values, false, s.Q, s.keys, int64_t(1), s.C, s.C_row, steps, s.values, s.keys);
-    for (int64_t t = 0; t < steps; ++t)
-        for (int64_t c = 0; c < s.values; c += W)
-            store(s.H + t * s.values + c, splat(s.e[t]) * load(s.H + t * s.values + c));
-    multiply(s.H, s.values, true, s.S, s.steps, int64_t(1), s.V, s.values, steps, s.values, steps, true);
+    if (!empty) {
+        multiply(s.H, s.value_row, false, s.Q, s.key_row, int64_t(1), s.C, s.value_row, steps, s.values, s.keys);
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t c = 0; c < s.values; c += W)
+                store(s.H + t * s.value_row + c, splat(s.e[t]) * load(s.H + t * s.value_row + c));
+    }
+    multiply(s.H, s.value_row, !empty, s.S, s.steps, int64_t(1), s.V, s.value_row, steps, s.values, steps, true);
     for (int64_t t = 0; t < steps; ++t) {
         if (d.mask && !d.mask[first + t]) {
             zero_output(d, first + t);
@@ -289,16 +294,16 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
         const V<T> by = splat(T(1) / ((size < floor ? floor : size) + d.epsilon));
         T* y = d.y + (first + t) * d.y_time;
         for (int64_t c = 0; c < d.values; c += W)
-            store_lanes(y + c, load(s.H + t * s.values + c) * by, d.values - c < W ? int(d.values - c) : W);
+            store_lanes(y + c, load(s.H + t * s.value_row + c) * by, d.values - c < W ? int(d.values - c) : W);
     }
-    advance_state(s, steps, s.C, s.n, s.C, s.n);
+    if (wanted) advance_state(s, steps, empty, s.C, s.n, s.C, s.n);
     return true;
 }
 
 // The length of the chunk of steps from `first`: a chunk ends before a reset.
 template <class T>
 INLINE int64_t chunk_of(const MemoryHead<T>& d, int64_t first) {
-    const int64_t most = d.steps - first < kChunk ? d.steps - first : kChunk;
+    const int64_t most = d.steps - first < d.chunk ? d.steps - first : d.chunk;
     for (int64_t t = 1; d.reset && t < most; ++t)
         if (d.reset[first + t]) return t;
     return most;
@@ -307,14 +312,19 @@ INLINE int64_t chunk_of(const MemoryHead<T>& d, int64_t first) {
 // The state of a head to or from the padded rows of a chunk.
 template <class T>
 void load_state(const MemoryHead<T>& d, Chunk<T>& s, const T* C, const T* n) {
-    for (int64_t k = 0; k < s.keys; ++k)
-        for (int64_t c = 0; c < s.values; ++c)
-            s.C[k * s.C_row + c] = C && k < d.keys && c < d.values ? C[k * d.values + c] : T(0);
-    for (int64_t k = 0; k < s.keys; ++k) s.n[k] = n && k < d.keys ? n[k] : T(0);
+    const size_t row = size_t(d.values) * sizeof(T);
+    for (int64_t k = 0; k < s.keys; ++k) {
+        T* to = s.C + k * s.value_row;
+        const bool there = C && k < d.keys;
+        if (there) memcpy(to, C + k * d.values, row);
+        memset(there ? to + d.values : to, 0, size_t(there ? s.value_row - d.values : s.value_row) * sizeof(T));
+    }
+    memset(s.n, 0, size_t(s.keys) * sizeof(T));
+    if (n) memcpy(s.n, n, size_t(d.keys) * sizeof(T));
 }
 template <class T>
 void store_state(const MemoryHead<T>& d, const Chunk<T>& s, T* C, T* n) {
-    for (int64_t k = 0; k < d.keys; ++k) memcpy(C + k * d.values, s.C + k * s.C_row, size_t(d.values) * sizeof(T));
+    for (int64_t k = 0; k < d.keys; ++k) memcpy(C + k * d.values, s.C + k * s.value_row, size_t(d.values) * sizeof(T));
     memcpy(n, s.n, size_t(d.keys) * sizeof(T));
 }
 
@@ -325,36 +335,42 @@ void memory_head(const MemoryHead<T>& d) {
     T *key = carve(s.keys), *h = carve(s.values);
     const T *C = d.C_before, *n = d.n_before;
     if (d.form == MemoryForm::kSteps || (d.form == MemoryForm::kFastest && d.steps < kShortChunk)) {
+        T *C_to = d.C ? d.C : s.C, *n_to = d.n ? d.n : s.n;
         for (int64_t t = 0; t < d.steps; ++t) {
             if (d.reset && d.reset[t]) C = n = nullptr;
             if (d.mask && !d.mask[t]) {
                 zero_output(d, t);
             } else {
-                memory_step(d, t, C, d.values, n, d.C, d.values, d.n, key, h);
-                C = d.C, n = d.n;
+                memory_step(d, t, C, d.values, n, C_to, d.values, n_to, key, h);
+                C = C_to, n = n_to;
             }
         }
         const int64_t count = d.keys * d.values;
-        if (C != d.C)  // no step was used since the last reset
+        if (d.C && C != d.C)  // no step was used since the last reset
             for (int64_t k = 0; k < count; ++k) d.C[k] = C ? C[k] : T(0);
-        if (n != d.n)
+        if (d.n && n != d.n)
             for (int64_t k = 0; k < d.keys; ++k) d.n[k] = n ? n[k] : T(0);
         return;
     }
     load_state(d, s, C, n);
+    bool empty = !C;
     for (int64_t first = 0, steps; first < d.steps; first += steps) {
         steps = chunk_of(d, first);
-        if (d.reset && d.reset[first]) load_state<T>(d, s, nullptr, nullptr);
-        if ((d.form == MemoryForm::kChunks || steps >= kShortChunk) && memory_chunk(d, s, first, steps)) continue;
-        // With infinities or NaN a product would spread them to earlier steps.
-        for (int64_t t = first; t < first + steps; ++t) {
-            if (d.mask && !d.mask[t])
-                zero_output(d, t);
-            else
-                memory_step(d, t, s.C, s.C_row, s.n, s.C, s.C_row, s.n, key, h);
+        if (d.reset && d.reset[first]) load_state<T>(d, s, nullptr, nullptr), empty = true;
+        const bool wanted = d.C || first + steps < d.steps;
+        const bool chunk = d.form == MemoryForm::kChunks || steps >= kShortChunk;
+        if (!chunk || !memory_chunk(d, s, first, steps, empty, wanted)) {
+            // With infinities or NaN a product would spread them to earlier steps.
+            for (int64_t t = first; t < first + steps; ++t) {
+                if (d.mask && !d.mask[t])
+                    zero_output(d, t);
+                else
+                    memory_step(d, t, s.C, s.value_row, s.n, s.C, s.value_row, s.n, key, h);
+            }
         }
+        empty = false;
     }
-    store_state(d, s, d.C, d.n);
+    if (d.C) store_state(d, s, d.C, d.n);
 }
 
 }  // namespace

@@ -147,7 +147,26 @@ def set_isa(name: str) -> None: ...
 def weights(description: Description, element: str, arrays: tuple[_Array, ...], copy: bool = True) -> Weights: ...
 
 THREAD_WORK: int
+SHORT_CHUNK: int
 
+class Memory:
+    def __init__(
+        self,
+        sequences: Sequences,
+        heads: int,
+        keys: int,
+        values: int,
+        epsilon: float,
+        before: Sequence[Any],
+        after: Sequence[Any],
+        y: Any,
+        form: int = 0,
+    ) -> None: ...
+
+def memory_forward(memory: Memory, twice: bool, threads: int) -> None: ...
+def memory_backward(
+    memory: Memory, twice: bool, dy: Any, dafter: Sequence[Any], dx: Any, dbefore: Sequence[Any], threads: int
+) -> None: ...
 def stream(weights: list[Weights], batch: int, threads: int = 1) -> Stream: ...
 def session_steps(table: SessionTable, layers: list[Layer], threads: int) -> SessionSteps: ...
 def stack(weights: list[Weights], timed: int, last: bool) -> Stack: ...

@@ -10,16 +10,9 @@ from numpy.typing import NDArray
 
 from cellstack.nodes.base import Array, CellState
 from cellstack.nodes.cell import Cell
-from cellstack.spec import (
-    STATES,
-    HiddenState,
-    ShapeError,
-    State,
-    as_nested,
-    check_mask,
-    check_state,
-    check_state_numbers,
-)
+from cellstack.nodes.mlstm import MatrixMemory
+from cellstack.reference_mlstm import MatrixState
+from cellstack.spec import HiddenState, ShapeError, State, as_nested, check_mask, check_state
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
@@ -91,9 +84,9 @@ def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: st
 
 
 def as_states(
-    owner: str, state: Any, cells: Sequence[Cell], batch: int, sources: Sequence[str] = ()
+    owner: str, state: Any, cells: Sequence[Cell | MatrixMemory], batch: int, sources: Sequence[str] = ()
 ) -> tuple[CellState | None, ...]:
-    """Return one state per cell, contiguous and of the cell's dtype; None for a cell whose state isn't given.
+    """Return one state per cell and memory, contiguous and of its dtype; None where the state isn't given.
 
     The state of a cell without c may be `HiddenState(h)`, a sequence of one h, or h itself. The state of a network with
     one cell may be given without the outer tuple, and that of several cells as a flat list of arrays.
@@ -101,44 +94,44 @@ def as_states(
     Args:
         owner: the function or class, for error messages.
         state: a state or None per cell; None: no states.
-        cells: the cells in order.
+        cells: the cells and memories in the order of their states, `Network.stateful`.
         batch: the number of rows.
-        sources: for each cell, which values of the network it starts from, for error messages; "" if none. The state
+        sources: for each cell, perhaps not for the last ones, which values of the network it starts from, for error messages; "" if none. The state
             of such a cell can't be given.
 
     Raises:
         ShapeError: the number or the shapes of the states are wrong.
-        ValueError: numbers that the state of a kind of cell can't have: see `Kind.refuses`.
+        ValueError: numbers that the state can't have: see `Kind.refuses`; NaN or infinity in the state of a memory.
     """
     if state is None:
         return (None,) * len(cells)
     given = (state,) if len(cells) == 1 and _of_one_cell(state, cells[0]) else state
     if not isinstance(given, Sequence):
         raise ShapeError(f"{owner}: expected state as one state per cell ({len(cells)}), got {type(given).__name__}")
-    given = as_nested(owner, "state", given, [len(cell.spec.state_sizes) for cell in cells])
+    given = as_nested(owner, "state", given, [len(cell.state_shapes) for cell in cells])
     states = []
     for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
-        sizes, where = cell.spec.state_sizes, f"state of layer {layer}"
+        shapes, where = cell.state_shapes, f"state of layer {layer}"
         if parts is None:
             states.append(None)
             continue
-        if sources and sources[layer]:
+        if layer < len(sources) and sources[layer]:
             raise ShapeError(f"{owner}: expected None as the {where}, because {sources[layer]}, got a state")
         if not isinstance(parts, Sequence) and not _is_array(parts):
-            raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
+            raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(shapes)}, got {type(parts).__name__}")
         parts = (parts,) if _is_array(parts) else parts
         arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
-        check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
-        check_state_numbers(owner, cell.spec.of_kind, arrays, layer)
-        states.append(STATES[cell.spec.kind](*(np.require(array, requirements=("C", "A")) for array in arrays)))
+        check_state(owner, [array.shape for array in arrays], batch, shapes, layer)
+        plain = [np.require(array, requirements=("C", "A")) for array in arrays]
+        states.append(cell.as_state(f"{owner}: {where}", plain))
     return tuple(states)
 
 
-def _of_one_cell(state: Any, cell: Cell) -> bool:
+def _of_one_cell(state: Any, cell: Cell | MatrixMemory) -> bool:
     """Whether `state` is the state of the one cell itself (an array, or h and c), without an outer tuple."""
-    if isinstance(state, (State, HiddenState)) or _is_array(state):
+    if isinstance(state, (State, HiddenState, MatrixState)) or _is_array(state):
         return True
-    alone = isinstance(state, Sequence) and len(state) == len(cell.spec.state_sizes) > 1
+    alone = isinstance(state, Sequence) and len(state) == len(cell.state_shapes) > 1
     return alone and all(map(_is_array, state))
 
 

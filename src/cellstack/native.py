@@ -32,16 +32,20 @@ if find_spec("cellstack._kernel") is None:  # installed without a compiler
 
 from cellstack import _kernel
 from cellstack._kernel import (
+    SHORT_CHUNK,
     THREAD_WORK,
     CallLock,
     Gradients,
     Layer,
+    Memory,
     Sequences,
     SessionTable,
     backward,
     forward,
     forward_each,
     isa,
+    memory_backward,
+    memory_forward,
     prefer_large_pages,
     session_steps,
     stack,
@@ -51,16 +55,20 @@ from cellstack._kernel import weights as weights_at
 from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec
 
 __all__ = [
+    "SHORT_CHUNK",
     "THREAD_WORK",
     "CallLock",
     "Gradients",
     "Layer",
+    "Memory",
     "Sequences",
     "SessionTable",
     "backward",
     "forward",
     "forward_each",
     "isa",
+    "memory_backward",
+    "memory_forward",
     "prefer_large_pages",
     "session_steps",
     "stack",
@@ -159,15 +167,19 @@ def sequences(
     mask: NDArray[np.bool_] | None = None,
     reset: NDArray[np.bool_] | None = None,
     reverse: bool = False,
+    places: NDArray[np.int64] | None = None,
 ) -> Sequences:
-    """Return the kernel's object for `x [B, T, I]` of any strides and flags `[B, T]`; `reverse`: run from the end."""
+    """Return the kernel's object for `x [B, T, I]` of any strides and flags `[B, T]`.
+
+    `reverse`: run from the end; `places`: the row of the states of each row of x.
+    """
     item = x.itemsize
     stride_batch, stride_time, stride = x.strides
     if stride != item or stride_batch % item or stride_time % item or not x.flags.aligned:
         x = plain(x)
         stride_batch, stride_time, _ = x.strides
     mask, reset = (None if flags is None else plain(flags) for flags in (mask, reset))
-    return Sequences(len(x), x.shape[1], x, stride_batch // item, stride_time // item, mask, reset, reverse)
+    return Sequences(len(x), x.shape[1], x, stride_batch // item, stride_time // item, mask, reset, reverse, places)
 
 
 def results(

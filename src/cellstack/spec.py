@@ -469,24 +469,30 @@ def check_step(owner: str, shape: tuple[int, ...], input_size: int | None, name:
 
 
 def check_state(
-    owner: str, shapes: list[tuple[int, ...]], batch: int, sizes: Mapping[str, int], layer: int | None = None
+    owner: str,
+    shapes: list[tuple[int, ...]],
+    batch: int,
+    sizes: Mapping[str, int | tuple[int, ...]],
+    layer: int | None = None,
 ) -> None:
-    """Raise `ShapeError` unless `shapes` are `[batch, size]` for each array of the state (`CellSpec.state_sizes`)."""
+    """Raise `ShapeError` unless `shapes` are the batch and the size, or the shape, of each array of the state."""
     where = "state" if layer is None else f"state of layer {layer}"
     if len(shapes) != len(sizes):
         names = ", ".join(sizes)
         expected = f"a pair ({names})" if len(sizes) == 2 else f"{len(sizes)} array(s), {names}"
         raise ShapeError(f"{owner}: expected {where} to be {expected}, got {len(shapes)} array(s)")
     for (name, size), shape in zip(sizes.items(), shapes, strict=True):
-        if tuple(shape) != (batch, size):
-            raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, H={size}], got {tuple(shape)}")
+        own = (size,) if isinstance(size, int) else size
+        if tuple(shape) != (batch, *own):
+            axes = f"H={own[0]}" if len(own) == 1 else ", ".join(map(str, own))
+            raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, {axes}], got {tuple(shape)}")
 
 
-def check_state_numbers(owner: str, kind: Kind, state: Sequence[Any], layer: int | None = None) -> None:
+def check_state_numbers(where: str, kind: Kind, state: Sequence[Any]) -> None:
     """Raise `ValueError` if a kind of cell can't be in a state, arrays or tensors in the order of `Kind.state`."""
     problem = kind.refuses(dict(zip(kind.state._fields, state, strict=True)))
     if problem:
-        raise ValueError(f"{owner}: state{'' if layer is None else f' of layer {layer}'}: {problem}")
+        raise ValueError(f"{where}: {problem}")
 
 
 def as_nested(owner: str, name: str, value: Any, counts: Sequence[int]) -> list[Any]:

@@ -30,7 +30,7 @@ VERSION = "1"
 
 def _named(network: Network, state: Sequence[Any]) -> dict[str, Array]:
     """Return the arrays of a state by name: those of the cells, then those of other nodes with memory."""
-    count, named = len(network.cells), {}
+    count, named = len(network.stateful), {}
     for number, arrays in enumerate(state):
         prefix = f"cell_{number}" if number < count else f"frames_{number - count}"
         named |= {f"{prefix}/{name}": array for name, array in zip(arrays._fields, arrays, strict=True)}

@@ -316,6 +316,8 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     if total > MOST_WEIGHTS:
         reason = f"The network has {total:,} weights; a page can run networks of up to {MOST_WEIGHTS:,}."
         return {**nothing, "why_not": reason}
+    if any(node.memory for node in network.nodes):
+        return {**nothing, "why_not": "The page doesn't compute the memory of an mLSTM."}
     if any(network.graph.states) or any(network.initial_state_sources):
         why = "The page doesn't support nodes that start from the states of others, or pass on their own."
         return {**nothing, "why_not": why}

@@ -19,8 +19,10 @@ from safetensors.numpy import save_file
 
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
+from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.inspect.values import alone, as_tuple
+from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import Record
 from cellstack.spec import FormatError
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
     from cellstack.nodes.cell import Cell
+    from cellstack.nodes.mlstm import MatrixMemory
     from cellstack.nodes.patches import CellPatches
 
 KEY, VERSION = "cellstack_trace", 1
@@ -155,7 +158,7 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     batch = len(tensors.arrays["y/0"])
     ys = tuple(_value(network, name, f"y/{place}", batch, tensors) for place, name in enumerate(network.outputs))
     state = tuple(
-        _state(cell, f"state/{number}", batch, network.dtype, tensors) for number, cell in enumerate(network.cells)
+        _state(cell, f"state/{number}", batch, network.dtype, tensors) for number, cell in enumerate(network.stateful)
     )
     nodes = {}
     for name in said["nodes"]:
@@ -179,7 +182,9 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
             for place, cell in enumerate(cells)
         )
         y = _value(network, name, f"{where}/y", batch, tensors)
-        nodes[name] = NodeTrace(network.nodes[number], alone(xs), y, seen)
+        node = network.nodes[number]
+        of_memory = isinstance(node, MLSTM)
+        nodes[name] = MemoryTrace(node, xs[0], y, None) if of_memory else NodeTrace(node, alone(xs), y, seen)
     aligned = frozenset(str(name) for name in said["aligned"])
     masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
     steps = tensors.take("steps", [None], "i")
@@ -200,9 +205,9 @@ def _value(network: Network, name: str, tensor: str, batch: int, tensors: _Tenso
     return tensors.take(tensor, [batch, *shape], "biuf" if ids else network.dtype)
 
 
-def _state(cell: Cell, where: str, batch: int, dtype: np.dtype[Any], tensors: _Tensors) -> Any:
-    shapes = {name: [batch, size] for name, size in cell.spec.state_sizes.items()}
-    return tensors.fields(where, cell.spec.of_kind.state, shapes, dtype)
+def _state(cell: Cell | MatrixMemory, where: str, batch: int, dtype: np.dtype[Any], tensors: _Tensors) -> Any:
+    shapes = {name: [batch, *shape] for name, shape in cell.state_shapes.items()}
+    return tensors.fields(where, cell.state_type, shapes, dtype)
 
 
 def _cell(

@@ -15,6 +15,7 @@ from cellstack.nodes.base import Array, Flow, GradientError, Node, NodeRun
 
 if TYPE_CHECKING:
     from cellstack.network import Network
+    from cellstack.nodes.mlstm import MemoryRecord
     from cellstack.nodes.recording import Record
 
 
@@ -28,6 +29,7 @@ def gradient(
     network: Network,
     flows: Mapping[str, Flow],
     records: Mapping[str, Sequence[Record]],
+    memories: Mapping[str, MemoryRecord],
     output: str,
     step: int,
     unit: int,
@@ -38,6 +40,7 @@ def gradient(
         network: a network without patches.
         flows: the values of inputs and nodes in a run.
         records: the records of each node's cells in that run.
+        memories: those of each node's memory.
         output: the node that returns the number.
         step: its step; -1 = the last. A vector per row has no step.
         unit: the index of the number in the step, or in the vector.
@@ -72,7 +75,7 @@ def gradient(
             given = [dy, *(one for states in dstates for one in states if one is not None)]
             if node.takes_ids or not any(one.any() for one in given):
                 continue
-            run = NodeRun([flows[source] for source in sources], flows[name].x, records[name])
+            run = NodeRun([flows[source] for source in sources], flows[name].x, records[name], memories.get(name))
             try:
                 back = node.gradients(run, dy, dstates)
             except GradientError as why:

@@ -162,6 +162,10 @@ class NodeTrace:
             return self.cells[0][name]
         raise KeyError(f"this node has {len(self.cells)} cells: select one of them, .cells[0][{name!r}]")
 
+    def _part(self, x: Any, y: Array, cells: tuple[CellTrace, ...], take: Callable[[Array], Array]) -> NodeTrace:
+        """Return the trace of some rows, steps and units; `take` selects them from other arrays `[B, T, …]`."""
+        return NodeTrace(self.node, x, y, cells)
+
     def __repr__(self) -> str:
         lines = [f"{type(self.node).__name__}: {shape_text(self.x)} -> {shape_text(self.y)}"]
         return "\n".join([*lines, *(f"  {cell!r}" for cell in self.cells)])
@@ -250,7 +254,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             cells = tuple(
                 cell._select(some, at if sources[0] in aligned else slice(None), units) for cell in node.cells
             )
-            nodes[name] = NodeTrace(node.node, alone(xs), of_value(node.y, name), cells)
+            nodes[name] = node._part(alone(xs), of_value(node.y, name), cells, lambda array: of_value(array, name))
         ys = tuple(of_value(array, name) for array, name in zip(as_tuple(self.y), self.network.outputs, strict=True))
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
         masks = {name: of_value(mask, name) for name, mask in masks.items()}
@@ -263,7 +267,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         nodes = {}
         for name, node in own.items():
             x = alone(tuple(array.copy() for array in as_tuple(node.x)))
-            nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
+            nodes[name] = node._part(x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells), np.copy)
         y = alone(tuple(array.copy() for array in as_tuple(self.y)))
         masks = {name: mask.copy() for name, mask in masks.items()}
         return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks, whole))
@@ -299,6 +303,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         array([0.5, 1. , 2. ])
         """
         from cellstack.inspect.gradients import gradient
+        from cellstack.inspect.memories import MemoryTrace  # a memory's trace is a kind of a node's
 
         network = self.network
         output = network.outputs[0] if output is None else output
@@ -308,13 +313,14 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             raise ValueError("gradient: networks with patches have no gradient")
         _, _, nodes, masks, whole = self._parts
         records = {name: [cell.record for cell in node.cells] for name, node in nodes.items()}
+        memories = {name: node._record for name, node in nodes.items() if isinstance(node, MemoryTrace)}
         if not whole or len(nodes) < len(network.names):
             raise ValueError("gradient: expected a trace of all nodes, rows, steps and units")
         values = {name: node.y for name, node in nodes.items()}
         for name, sources in zip(network.names, network.wires, strict=True):
             values |= dict(zip(sources, as_tuple(nodes[name].x), strict=True))
         flows = {name: Flow(x, masks.get(name)) for name, x in values.items()}
-        return gradient(network, flows, cast(Any, records), output, step, unit)
+        return gradient(network, flows, cast(Any, records), cast(Any, memories), output, step, unit)
 
     def diff(self, other: NetworkTrace) -> TraceDifference:
         """Return the differences between another trace and this one: where they start, and how large they are.

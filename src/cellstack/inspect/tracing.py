@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack.arguments import as_states
+from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.inspect.values import Index, alone
 from cellstack.nodes.along import Select
 from cellstack.nodes.base import Array, Flow
+from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.recording import Record, Recording
 from cellstack.nodes.recurrent import Recurrent
 from cellstack.spec import ShapeError
@@ -54,7 +56,7 @@ def trace(
     if state is not None:  # the caller may overwrite it later
         given = network.as_inputs("Network", x)
         states = as_states(
-            "Network", state, network.cells, len(next(iter(given.values()))), network.initial_state_sources
+            "Network", state, network.stateful, len(next(iter(given.values()))), network.initial_state_sources
         )
         state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
     recording = Recording(cells, _Arrays(in_memory).empty)
@@ -91,7 +93,10 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
             sums = pre_activations(cell, record) if pre else None
             cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
         values = tuple(flows[source].x for source in sources)
-        kept[name] = NodeTrace(node, alone(values), flows[name].x, tuple(cells))
+        if isinstance(node, MLSTM):
+            kept[name] = MemoryTrace(node, values[0], flows[name].x, recording.memories[name])
+        else:
+            kept[name] = NodeTrace(node, alone(values), flows[name].x, tuple(cells))
     lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
     masks = {name: flow.mask for name, flow in flows.items() if flow.mask is not None}
     return Parts(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)

@@ -434,7 +434,8 @@ class Cell(Layer):
             batch = shapes[0][0] if shapes and shapes[0] else 0
         check_state(owner, shapes, batch, self._sizes, layer)
         if tensors[0].is_cpu and op.direct(tensors[0]):  # elsewhere, the check would wait for the device
-            check_state_numbers(owner, self._spec.of_kind, [tensor.detach() for tensor in tensors], layer)
+            where = f"{owner}: state" if layer is None else f"{owner}: state of layer {layer}"
+            check_state_numbers(where, self._spec.of_kind, [tensor.detach() for tensor in tensors])
         return self.State(*tensors)
 
     def step(self, x: Tensor, state: Sequence[Tensor] | None, masks: Masks = NO_MASKS) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ from cellstack.spec import Plan
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cellstack.nodes.mlstm import MatrixMemory
     from cellstack.inspect.trace import NetworkTrace
     from cellstack.streaming.sessions import Sessions
     from cellstack.streaming.stream import Stream
@@ -181,6 +182,12 @@ class Network:
     def cells(self) -> tuple[Cell, ...]:
         """All cells, in the order of their states: node by node, bottom first, forward before backward."""
         return tuple(cell for node in self.nodes for cell in node.cells)
+
+    @property
+    def stateful(self) -> tuple[Cell | MatrixMemory, ...]:
+        """Whatever has a state, in the order of the states: all cells, then the memories of `MLSTM` nodes."""
+        memories = (node.memory._replace(dtype=self.dtype) for node in self.nodes if node.memory is not None)
+        return (*self.cells, *memories)
 
     def patches_of(self, name: str) -> tuple[CellPatches | None, ...]:
         """Return the patches of each cell of a node; empty if the network has no patches.

@@ -13,6 +13,7 @@ from cellstack.arguments import as_flags, as_mask, as_own, as_states
 from cellstack.network import layouts
 from cellstack.nodes.base import Array, CellState, Flow, check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.nodes.recording import Recording
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import ShapeError, check_sequence
@@ -47,10 +48,12 @@ def run(
     if record is not None:  # the caller may change the inputs later
         values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
         record.flows.update(values)
-    batch, cells = len(given[0]), network.cells
-    states = as_states("Network", state, cells, batch, network.initial_state_sources)
+    batch, count = len(given[0]), len(network.cells)
+    states = as_states("Network", state, network.stateful, batch, network.initial_state_sources)
     threads = processors() if threads is None else check_integer("Network", "threads", threads)
+    memories = iter(states[count:])
     after: tuple[CellState, ...] = ()
+    of_memories: tuple[CellState, ...] = ()
     with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
         for numbers, node, sources, _ in network.calls.sequences:
             name = network.names[numbers[-1]]
@@ -71,6 +74,12 @@ def run(
             if isinstance(node, (Recurrent, Bidirectional)):
                 patches = network.patches_by_cell[len(after) : len(after) + len(node.cells)]
                 x, used, begun, ends = node.run(flows, own, threads, record, patches, weights)
+            elif node.memory is not None:
+                before = next(memories)
+                x, used, begun, of_memory = node.run(flows, (before,), threads)
+                of_memories, ends = of_memories + of_memory, ()
+                if record is not None:
+                    record.memories[name] = MemoryRecord(before, flows[0].mask, flows[0].reset)
             else:
                 x, used, begun, ends = node.run(flows, own, threads)
             values[name] = Flow(x, used, begun)
@@ -82,6 +91,7 @@ def run(
             for number in numbers:
                 for value in network.graph.done[number]:
                     values.pop(value, None)  # absent between the nodes of one call
+    after += of_memories
     if network.has_state_values:  # an output that is a state mustn't share memory with the returned states
         given += [array for one in after for array in one]
     return as_own([values[name].x for name in network.outputs], given), after

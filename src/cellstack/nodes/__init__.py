@@ -7,6 +7,7 @@ from cellstack.nodes.cell import Cell
 from cellstack.nodes.dense import Dense, GroupedDense
 from cellstack.nodes.frames import Context, PerFrame
 from cellstack.nodes.grid import GridConv, GridPool
+from cellstack.nodes.mlstm import MLSTM
 from cellstack.nodes.norms import GroupNorm, LayerNorm, RMSNorm
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
@@ -52,6 +53,7 @@ NODES: dict[str, type[Node]] = {
         GroupNorm,
         TimeSoftmax,
         Attention,
+        MLSTM,
         Pad,
         Flatten,
         Reshape,
@@ -69,6 +71,7 @@ NODES: dict[str, type[Node]] = {
 """Every kind of node by its type in files."""
 
 __all__ = [
+    "MLSTM",
     "NODES",
     "Activation",
     "Array",

@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 
 from cellstack.bfloat16 import BFloat16Array
 from cellstack.nodes.masks import ArrayMasks
+from cellstack.reference_mlstm import MatrixState
 from cellstack.spec import DTYPES, HiddenState, ShapeError, State
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.mlstm import MatrixMemory, MemoryRecord
     from cellstack.nodes.recording import Record
     from cellstack.nodes.stored import Entry
 
 Array = NDArray[Any]
-CellState = State | HiddenState
+CellState = State | HiddenState | MatrixState
 Value = TypeVar("Value")
 Shape = tuple[int | None, ...]
 """Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None: not known in advance."""
@@ -55,11 +57,13 @@ class NodeRun(NamedTuple):
         inputs: its inputs, without resets.
         y: its output.
         records: those of its cells.
+        memory: that of its memory.
     """
 
     inputs: Sequence[Flow]
     y: Array
     records: Sequence[Record] = ()
+    memory: MemoryRecord | None = None
 
 
 class GradientError(ValueError):
@@ -234,6 +238,7 @@ class Node:
 
     Attributes:
         cells: the node's cells; each has a state.
+        memory: the matrix memory of an `MLSTM`, which has a state too.
         input_size: length of the last axis of its input; None: any.
         dtype: dtype of its arrays; None: it has no arrays.
         axes: the number of axes, without the batch, of its input and of its output; None: any; both None: the output
@@ -254,6 +259,7 @@ class Node:
     """
 
     cells: tuple[Any, ...] = ()
+    memory: MatrixMemory | None = None
     input_size: int | None = None
     dtype: np.dtype[Any] | None = None
     axes: tuple[int | None, int | None] = (None, None)
@@ -329,7 +335,8 @@ class Node:
 
         Args:
             flows: the inputs.
-            states: one per cell, contiguous arrays of the cell's dtype; None: the cell's initial state.
+            states: one per cell, or that of its memory, contiguous arrays of the network's dtype; None: the initial
+                state.
             threads: the number of threads that the kernel may use.
         """
         (flow,) = flows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -15,7 +16,16 @@ from cellstack.bfloat16 import BFloat16Array, rounded
 from cellstack.cells import KINDS
 from cellstack.layout import block_diagonal
 from cellstack.nodes.base import Array, Types, check_choice, frozen_bfloat16, frozen_copy, one_dtype
-from cellstack.spec import ARRAYS, MATRICES, CellSpec, ShapeError
+from cellstack.spec import (
+    ARRAYS,
+    MATRICES,
+    STATES,
+    CellSpec,
+    HiddenState,
+    ShapeError,
+    State,
+    check_state_numbers,
+)
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry
@@ -142,6 +152,21 @@ class Cell:
     def weights(self) -> str:
         """The number format of the matrices: `"float32"`, `"float64"` or `"bfloat16"`."""
         return "bfloat16" if self._bfloat16 else self.dtype.name
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the state, by name, without the batch."""
+        return {name: (size,) for name, size in self.spec.state_sizes.items()}
+
+    @property
+    def state_type(self) -> type[Any]:
+        """The type of its state."""
+        return STATES[self.spec.kind]
+
+    def as_state(self, where: str, arrays: Sequence[Array]) -> State | HiddenState:
+        """Return a state from its arrays, which have the right shapes; `where` is for error messages."""
+        check_state_numbers(where, self.spec.of_kind, arrays)
+        return STATES[self.spec.kind](*arrays)
 
     @property
     def initial(self) -> dict[str, Array]:

@@ -165,7 +165,7 @@ class PerFrame(Node):
             )
         shapes: list[Shape] = [self.frame]
         for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
-            if not isinstance(node, Node) or node.cells or node.makes_mask or node.takes_ids:
+            if not isinstance(node, Node) or node.cells or node.memory or node.makes_mask or node.takes_ids:
                 kind = type(node).__name__
                 raise ValueError(
                     f"{owner}: nodes with cells, with ids, or that make masks aren't allowed, got a {kind}"

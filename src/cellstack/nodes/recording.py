@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cellstack import native
 from cellstack.nodes.base import Array, CellState, Flow
+from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.spec import CellSpec
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Recording(list[Record | None]):
 
     Attributes:
         flows: the values between the nodes, by the names of the inputs and nodes.
+        memories: what the runs of nodes with a memory depended on, by their names.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Recording(list[Record | None]):
         super().__init__()
         self._cells, self._empty = cells, empty
         self.flows: dict[str, Flow] = {}
+        self.memories: dict[str, MemoryRecord] = {}
 
     def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Any]:
         """Allocate the arrays for a cell's results at every step, by their names in `native.Layer`.

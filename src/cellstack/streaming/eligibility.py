@@ -110,6 +110,6 @@ def check_streamable(owner: str, network: Network) -> frozenset[str]:
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))
         masks[name] = node.mask_after(on, len(network.shapes[sources[0]]), NamedMasks(name))
-        if node.cells or rule.memory:
+        if node.cells or node.memory or rule.memory:
             moved = moved or name
     return frozenset(heeded)

@@ -11,6 +11,7 @@ from cellstack import native
 from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.nodes.base import check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS, Cell
+from cellstack.nodes.mlstm import MLSTM
 from cellstack.spec import ShapeError, check_sequence, check_step
 from cellstack.streaming.eligibility import (
     check_streamable,
@@ -18,6 +19,7 @@ from cellstack.streaming.eligibility import (
     step_function,
     step_rules,
 )
+from cellstack.streaming.memories import Memories
 from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 
 if TYPE_CHECKING:
@@ -68,6 +70,9 @@ class Engine:
             on = tuple(places[source] for source in call.sources)
             if call.layers is not None:
                 place = self._kernel_call(call, on)
+            elif isinstance(node, MLSTM):
+                part = Memories(node, self.rows, self.threads, network.dtype)
+                place = self._add_stateful(part, on)
             elif rule.memory is not None:
                 place = self._add_stateful(Memory(rule, self.rows, network.dtype, self.shared), on)
             else:
@@ -85,8 +90,8 @@ class Engine:
         self._late = any(network.graph.late) and not known
         plain = len(network.inputs) == 1 and network.input_size is not None and not self._late
         self.step_shape = (self.rows, network.input_size) if plain else None
-        # In a state the cells come first, in the network's order, then the memories of other nodes.
-        self._stateful.sort(key=lambda part: isinstance(part, Memory))
+        # In a state the cells come first, in the network's order, then mLSTMs, then the frames of other nodes.
+        self._stateful.sort(key=lambda part: (isinstance(part, Memory), isinstance(part, Memories)))
 
     def _add(self, run: Run, on: tuple[int, ...]) -> int:
         """Add a part and return the index of its output."""
@@ -219,7 +224,7 @@ class Engine:
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, rows: Rows = ALL) -> tuple[CellState | Frames, ...]:
-        """Return a copy of the state of some rows: a state per cell, then the `Frames` of each node with a memory."""
+        """Return a copy of the state of some rows: a state per cell and mLSTM, then the `Frames` of other nodes."""
         return tuple(entry for part in self._stateful for entry in part.read(rows))
 
     def write(self, state: Sequence[Any], rows: Rows = ALL) -> None:
@@ -239,14 +244,14 @@ class Engine:
         """Check a state of some rows and return it in the form for `write`.
 
         Args:
-            state: a state per cell, then the `Frames` of each node with a memory; None, for all or for a cell: the
+            state: a state per cell and mLSTM, then the `Frames` of other nodes; None, for all or for a cell: the
                 initial state.
             batch: the number of rows.
 
         Raises:
             ShapeError: the number or the shapes of the entries are wrong.
         """
-        owner, cells = self.owner, self.network.cells
+        owner, cells = self.owner, self.network.stateful
         starts = [
             kind(**{name: np.broadcast_to(start, (batch, *start.shape)) for name, start in fields.items()})
             for part in self._stateful
@@ -255,7 +260,7 @@ class Engine:
         count = len(starts) - len(cells)
         if state is None:
             return starts
-        flat = sum(len(cell.spec.state_sizes) for cell in cells)
+        flat = sum(len(cell.state_shapes) for cell in cells)
         if count and (not isinstance(state, Sequence) or len(state) - count not in (len(cells), flat)):
             got = len(state) if isinstance(state, Sequence) else type(state).__name__
             raise ShapeError(

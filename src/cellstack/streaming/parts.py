@@ -55,7 +55,7 @@ class Stateful(Protocol):
         """Return the initial value of each entry: arrays for one row, by the names of its fields."""
         ...
 
-    def read(self, rows: Rows) -> list[CellState | Frames]:
+    def read(self, rows: Rows) -> Sequence[CellState | Frames]:
         """Return copies of the state of some rows."""
         ...
 

@@ -1,0 +1,190 @@
+"""`MLSTM`: the matrix memory of an xLSTM, between the projections that give q, k, v and the gates, and the output gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import native
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    Node,
+    NodeRun,
+    Shape,
+    StateGradients,
+    StepRule,
+    check_integer,
+    check_number,
+)
+from cellstack.reference_mlstm import MatrixState
+
+
+class MatrixMemory(NamedTuple):
+    """What a network's state has for an `MLSTM`: the shapes of `MatrixState`, without the batch.
+
+    Attributes:
+        heads, key_size, value_size: see `MLSTM`.
+        dtype: the network's dtype.
+    """
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    state_type = MatrixState
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the state, by name."""
+        keys = self.heads, self.key_size
+        return {"C": (*keys, self.value_size), "n": keys, "m": (self.heads,)}
+
+    def as_state(self, where: str, arrays: Sequence[Array]) -> MatrixState:
+        """Return a state from its arrays, which have the right shapes; `ValueError` unless all numbers are finite."""
+        for name, array in zip(self.state_shapes, arrays, strict=True):
+            if not np.isfinite(array).all():
+                raise ValueError(f"{where}: expected finite numbers in {name}, got NaN or infinity; zeros are empty")
+        return MatrixState(*arrays)
+
+    def zeros(self, batch: int) -> MatrixState:
+        """Return the initial state of some rows: zeros."""
+        return MatrixState(*(np.zeros((batch, *shape), self.dtype) for shape in self.state_shapes.values()))
+
+    def empty(self, batch: int) -> MatrixState:
+        """Return a state whose numbers are to be written."""
+        return MatrixState(*(np.empty((batch, *shape), self.dtype) for shape in self.state_shapes.values()))
+
+
+class MemoryRecord(NamedTuple):
+    """What a run of an `MLSTM` depends on, besides its input: the state before it, its mask and its resets."""
+
+    before: MatrixState | None
+    mask: NDArray[np.bool_] | None
+    reset: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True, eq=False)
+class MLSTM(Node):
+    """The memory of an mLSTM: per head a matrix C, to which each step adds a key with its value.
+
+    The input is `[q | k | v | ĩ | f̃]`, of widths `heads·key_size`, `heads·key_size`, `heads·value_size`, `heads` and
+    `heads`; the output is h, of width `heads·value_size`. Per head, with k scaled by `1/√key_size`:
+
+        m = max(log σ(f̃) + m₋, ĩ)    f = exp(log σ(f̃) + m₋ - m)    i = exp(ĩ - m)
+        C = f·C₋ + i·k·vᵀ    n = f·n₋ + i·k    h = Cᵀq / (max(|nᵀq|, exp(-m)) + epsilon)
+
+    The initial state is zeros. At a masked step the state keeps its value, and the output is zeros; at a reset the
+    state is set to zeros. A few steps run one after the other; a sequence runs in chunks, as products of matrices. Both
+    give the same results up to rounding.
+
+    Args:
+        heads: the number of heads, each with its own memory.
+        key_size: the width of a head's queries and keys, the number of rows of C.
+        value_size: the width of a head's values, the number of columns of C.
+        epsilon: added to the divisor, 0 or more.
+
+    Raises:
+        ValueError: a number below 1, or an epsilon that isn't a finite number of 0 or more.
+
+    >>> node = MLSTM(heads=1, key_size=1, value_size=2, epsilon=0.0)
+    >>> x = np.array([[[2.0, 1.0, 3.0, 4.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]])  # stores [3, 4], then asks
+    >>> node.run([Flow(x)], (None,), 1).x
+    array([[[3., 4.],
+            [1.5, 2. ]]])
+
+    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27.
+    """
+
+    heads: int
+    key_size: int
+    value_size: int
+    epsilon: float = 1e-6
+    file_type = "mlstm"
+    settings: ClassVar = {"heads": int, "key_size": int, "value_size": int, "epsilon": float}
+    axes = (2, 2)
+    heeds_mask = True
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "key_size", "value_size"):
+            object.__setattr__(self, name, check_integer("MLSTM", name, getattr(self, name)))
+        epsilon = check_number("MLSTM", "epsilon", self.epsilon)
+        if epsilon < 0:
+            raise ValueError(f"MLSTM: expected epsilon to be 0 or more, got {epsilon:g}")
+        object.__setattr__(self, "epsilon", epsilon)
+        object.__setattr__(self, "input_size", self.heads * (2 * self.key_size + self.value_size + 2))
+        object.__setattr__(self, "memory", MatrixMemory(self.heads, self.key_size, self.value_size))
+
+    @property
+    def units(self) -> int:
+        """Width of the output."""
+        return self.heads * self.value_size
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        steps, _ = super().check(owner, *shapes)
+        return (steps, self.units)
+
+    def call(
+        self,
+        flow: Flow,
+        before: MatrixState | None,
+        after: MatrixState | None,
+        threads: int,
+        places: NDArray[np.int64] | None = None,
+    ) -> Array:
+        """Run the memory over `flow.x [B, T, W]` and return h.
+
+        Args:
+            flow: the input, with its mask and resets.
+            before: the state before the first step, contiguous arrays; None: zeros.
+            after: where the state after the last step is written, which may be `before`; None: nowhere.
+            threads: the number of threads that the kernel may use.
+            places: the row of the states of each row of the input; None: the same.
+        """
+        batch, steps, _ = flow.x.shape
+        y = np.empty((batch, steps, self.units), flow.x.dtype)
+        sequences = native.sequences(flow.x, flow.mask, flow.reset, places=places)
+        native.memory_forward(self.kernel_call(sequences, before, after, y), y.dtype == np.float64, threads)
+        return y
+
+    def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any) -> native.Memory:
+        """Return the kernel's object for a call: see `call`; the arrays may be addresses."""
+        sizes = self.heads, self.key_size, self.value_size
+        return native.Memory(sequences, *sizes, self.epsilon, before or (), after or (), y)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        (flow,), before = flows, next(iter(states), None)
+        assert before is None or isinstance(before, MatrixState)
+        memory = self.memory._replace(dtype=flow.x.dtype)
+        after = memory.empty(len(flow.x))
+        y = self.call(flow, before, after, threads)
+        return flow._replace(x=y, states=(after,))
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        (flow,), record = run.inputs, run.memory
+        assert record is not None
+        x, dy = native.plain(flow.x), native.plain(dy)
+        sequences = native.sequences(x, record.mask, record.reset)
+        dx = np.empty_like(x)
+        call = self.kernel_call(sequences, record.before, None, native.plain(run.y))
+        native.memory_backward(call, x.dtype == np.float64, dy, (), dx, (), 1)
+        return [dx]
+
+    def step_rule(self, *shapes: Shape) -> StepRule:
+        return StepRule()
+
+    @property
+    def summary(self) -> str:
+        heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
+        return f"{heads}, C {self.key_size} x {self.value_size}"
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        return (
+            f"fused kernel ({native.isa()}, {dtype}): sequences in chunks, as products of matrices; fewer than "
+            f"{native.SHORT_CHUNK} steps, as in a stream, step by step"
+        )
