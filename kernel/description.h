@@ -53,9 +53,10 @@ struct Activation {
 struct Description {
     const Kind* kind;
     int64_t input, units, output;  // I, without an attention; H; P: the width of h, H where nothing is projected
-    int64_t heads = 1;  // h and the units are divided into this many, each with its own recurrent matrix
+    int64_t heads = 1;             // h and the units are divided into this many, each with its own recurrent matrix
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
     Activation activations[kMostGates + 1];
+    bool use_kernel = true;  // false: x has the sums over x of all gates, and the input is as wide
     bool use_bias, peepholes, coupled, layer_norm, joint, reset_after, attention;  // joint: a form of layer_norm
     bool exponential_forget;
     bool rows;                             // whether matrices have PyTorch's layout: see Arrays
@@ -69,6 +70,8 @@ struct Description {
     int inner_states() const { return kind->states > 1 ? kind->states - 1 : 0; }
     // Numbers per row of a state; state 0 is h.
     int64_t width(int state) const { return state ? units : output; }
+    // Numbers of x that the kernel multiplies.
+    int64_t multiplied() const { return use_kernel ? input : 0; }
     // Numbers of h that the sums of a unit include.
     int64_t recurrent() const { return kind->recurrent ? output / heads : 0; }
     // Blocks of columns in the matrices: one per gate, except a coupled f.
@@ -101,8 +104,8 @@ struct Description {
     // Whether the cell has no flag, so that it can take the path by blocks.
     bool plain() const {
         constexpr double none = __builtin_inf();
-        return kind->blocks && usual() && !peepholes && !coupled && !projects() && !layer_norm && clip == none &&
-               cell_clip == none && !zones();
+        return kind->blocks && use_kernel && usual() && !peepholes && !coupled && !projects() && !layer_norm &&
+               clip == none && cell_clip == none && !zones();
     }
 };
 
@@ -111,7 +114,7 @@ struct Description {
 // and the gates have PyTorch's order, in biases too.
 template <class T>
 struct Arrays {
-    T* kernel;            // [I, gates·H]
+    T* kernel;            // [I, gates·H]; null without use_kernel
     T* recurrent_kernel;  // [P, gates·H] or [heads, P/heads, gates·H/heads]; null if the kind has no product with h
     T* bias;              // [gates·H]; [2, gates·H] if a reset acts after the product
     T* peepholes;         // [3, H], i f o; [2, H], i o, if coupled

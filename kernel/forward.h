@@ -267,6 +267,24 @@ void run_blocks(Forward<T>& f) {
     }
 }
 
+// Without a kernel, the sums over x are x itself, and the bias.
+template <class T>
+NOINLINE void take_sums(const Forward<T>& f, const T* bias, int64_t stride) {
+    constexpr int W = Vec<T>::W;
+    const int64_t H = f.w.d->units, end = f.end_block * W < H ? f.end_block * W : H;
+    const int G = f.w.d->gates();
+    const Rows<T> rows = rows_of_x(f);
+    for (int64_t m = 0; m < (f.last - f.first) * f.rows; ++m)
+        for (int gate = 0; gate < G; ++gate) {
+            const T* x = rows.at(m) + gate * H;
+            T* z = f.z + (m * G + gate) * stride;
+            for (int64_t k = f.block * W; k < end; ++k) {
+                const int64_t packed = (k / W * G + gate) * W + k % W;
+                z[k] = x[k] + (bias ? bias[f.w.unpacked ? gate * H + k : packed] : T(0));
+            }
+        }
+}
+
 // ── every cell, by rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class T, class Cell, bool Resets, bool Usual>
@@ -282,7 +300,9 @@ void run_rows(Forward<T>& f) {
     };
     // Layer normalisation is applied between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
-    if (f.project) {
+    if (f.project && !d.use_kernel) {
+        take_sums(f, bias, stride);
+    } else if (f.project) {
         Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x, 1);
         multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     }

@@ -91,6 +91,7 @@ class BackwardLayer {
     Backward<T> through_time(int group, int share, int64_t first, int64_t last) const;
     void go_back(int64_t first, int64_t last);
     void sum_gradients(int64_t first, int64_t last);
+    void pass_on(int64_t rows, int64_t first, int64_t last) const;
     void sum_weights(int64_t task, int thread, size_t& copied_for, int64_t first, int64_t last);
     void sum_rows() const;
     void sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const;
@@ -113,7 +114,7 @@ class BackwardLayer {
     const Description& d = s.weights->description();
     const Arrays<const T>& arrays = s.weights->arrays();
     const Arrays<T>& to = g.arrays;
-    const int64_t B = in.batch, steps = in.steps, I = d.input, X = d.x_width(), H = d.units, P = d.output;
+    const int64_t B = in.batch, steps = in.steps, I = d.multiplied(), X = d.x_width(), H = d.units, P = d.output;
     const int G = d.gates();
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
@@ -153,7 +154,7 @@ class BackwardLayer {
 // although dz is then read from a slower level.
 template <class T>
 int64_t chunk_of(const Sequences<T>& in, const Description& d, int64_t numbers) {
-    const int64_t sums = d.gates() * d.units * (d.input + d.recurrent()) * int64_t(sizeof(T));
+    const int64_t sums = d.gates() * d.units * (d.multiplied() + d.recurrent()) * int64_t(sizeof(T));
     const int64_t bytes = std::max(kGradientBytes, sums / 2);
     const int64_t steps = bytes / int64_t(numbers * sizeof(T)) / std::max<int64_t>(in.batch, 1);
     return std::max<int64_t>(1, std::min(in.steps, steps));
@@ -245,7 +246,7 @@ void BackwardLayer<T>::transpose_weights() {
     } packs[] = {{d.kind->recurrent && (steps > 1 || to_start) ? recurrent_t : nullptr, recurrent, 0,
                   reset_before ? 2 : G, ceil_div(P, wide)},
                  {candidate_t, recurrent, 2, 3, ceil_div(P, wide)},
-                 {kernel_t, matrix_of(d, arrays.kernel, I, H, G), 0, G, ceil_div(I, wide)},
+                 {I ? kernel_t : nullptr, matrix_of(d, arrays.kernel, I, H, G), 0, G, ceil_div(I, wide)},
                  {projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1, ceil_div(H, wide)}};
     parallel(threads, [&](int k) {
         for (const auto& pack : packs)
@@ -336,9 +337,10 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     }
     f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
     f.recurrent_dropout = at(s.dropped_h(), P), f.candidate_dropout = at(s.dropped_candidate(), P);
-    f.attention_row = in.stride_batch, f.attention_time = in.stride_time, f.attention = at(in.x + I, in.stride_batch);
+    f.attention_row = in.stride_batch, f.attention_time = in.stride_time,
+    f.attention = at(in.x + d.input, in.stride_batch);
     f.dattention_row = in.row_stride(X), f.dattention_time = in.time_stride(X);
-    f.dattention = at(g.dx ? g.dx + I : nullptr, f.dattention_row);
+    f.dattention = at(g.dx ? g.dx + d.input : nullptr, f.dattention_row);
     f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
     f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
     f.dm = at(dm, unit_columns);
@@ -366,7 +368,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
             const bool used = !in.mask || in.mask[b * steps + t];
             x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
             dx_rows[m] = g.dx ? g.dx + b * in.row_stride(X) + t * in.time_stride(X) : nullptr;
-            if (g.dx && d.attention) dx_rows[m][I] = 0;  // that of a step that is used is computed later
+            if (g.dx && d.attention) dx_rows[m][d.input] = 0;  // that of a step that is used is computed later
             h_rows[m] = used ? state_before(0, b, n, t) : zeros;
             if (const T* drops = s.dropped_h()) {
                 T* product = h_dropped + m * P;
@@ -449,10 +451,21 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
                 continue;
             }
             const int64_t n = task - weight_tasks;
-            leaf.input_gradient(tiles, dz, G, blocks, rows, kernel_t, I, rows * n / inputs, rows * (n + 1) / inputs,
-                                dx_rows.data(), pairs_of(k));
+            if (!d.use_kernel)
+                pass_on(rows, rows * n / inputs, rows * (n + 1) / inputs);
+            else
+                leaf.input_gradient(tiles, dz, G, blocks, rows, kernel_t, I, rows * n / inputs, rows * (n + 1) / inputs,
+                                    dx_rows.data(), pairs_of(k));
         }
     });
+}
+
+// Without a kernel, the gradient of x is dz, for these rows of a chunk.
+template <class T>
+void BackwardLayer<T>::pass_on(int64_t rows, int64_t first, int64_t last) const {
+    for (int64_t m = first; m < last; ++m)
+        for (int gate = 0; gate < G; ++gate)
+            for (int64_t k = 0; k < H; ++k) dx_rows[m][gate * H + k] = dz[((k / W * rows + m) * G + gate) * W + k % W];
 }
 
 // The weight gradients of some blocks of a pass. A thread copies the rows of x and h only for its first task of a pass.

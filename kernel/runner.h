@@ -29,7 +29,7 @@ inline int64_t chunk_steps(int64_t rows, int64_t steps) {
 
 // Multiplications per row and step.
 inline int64_t multiplications(const Description& d) {
-    return d.units * (d.gates() * (d.input + d.recurrent()) + (d.projects() ? d.output : 0));
+    return d.units * (d.gates() * (d.multiplied() + d.recurrent()) + (d.projects() ? d.output : 0));
 }
 
 // The fastest cut with at most this many groups of rows, by an estimate.
@@ -76,7 +76,8 @@ struct Runner {
                 return narrow(w.element) ? Parts<T>::size(count * narrow_stride(w.element, columns)) : 0;
             };
             scales = w.element == Element::kInt8 ? Parts<T>::size(chunk * rows) : 0;
-            narrow_x = narrow_rows(chunk * rows, d.input), narrow_h = narrow_rows(rows, std::max(d.units, d.output));
+            narrow_x = narrow_rows(chunk * rows, d.multiplied()),
+            narrow_h = narrow_rows(rows, std::max(d.units, d.output));
         }
         int64_t sum(int shares) const {
             int64_t total = 0;

@@ -51,7 +51,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const int64_t step = narrow(element) ? 32 / bits_of(element) : 1;
     Bands bands = bands_of(d, leaf.width, d.output, step);
     const int64_t recurrent = bands.depth * step;  // rows of a panel
-    const int64_t matrices[] = {size(d.input, d.units, d.gates(), element),
+    const int64_t matrices[] = {size(d.multiplied(), d.units, d.gates(), element),
                                 size(recurrent, d.units, d.gates(), element), row, row,
                                 d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
@@ -86,7 +86,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const auto bias = [&](const T* from) {
         return packed(matrix_of(d, from, 1, d.units, d.gates()), 1, element_of<T>());
     };
-    p.kernel = packed(matrix_of(d, p.kernel, d.input, d.units, d.gates()), d.input, element);
+    if (d.use_kernel) p.kernel = packed(matrix_of(d, p.kernel, d.input, d.units, d.gates()), d.input, element);
     if (d.kind->recurrent) p.recurrent = packed(recurrent_of(d, p.recurrent, p.band), recurrent, element);
     p.bias = bias(p.bias);
     if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias);

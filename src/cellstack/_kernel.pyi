@@ -35,6 +35,7 @@ class Description:
         zoneout_cell: float,
         rows: bool = False,
         heads: int = 1,
+        use_kernel: bool = True,
     ) -> None: ...
 
 class WeightsSingle:

@@ -108,6 +108,7 @@ def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
         spec.zoneout_cell,
         rows,
         spec.heads,
+        spec.use_kernel,
     )
 
 
@@ -143,7 +144,7 @@ def weights(
         if not (copy or (array.flags.c_contiguous and array.flags.aligned)):
             raise ValueError(f"weights: expected {name} to be contiguous and aligned with copy=False")
     arrays = {name: plain(array) for name, array in arrays.items()}
-    return weights_at(description(spec), element or arrays["kernel"].dtype.name, in_order(arrays), copy)
+    return weights_at(description(spec), element or next(iter(arrays.values())).dtype.name, in_order(arrays), copy)
 
 
 def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activation) -> _kernel.Weights:

@@ -6,6 +6,7 @@ changes are marked with its name. Gates are in the order of `GATES`, a block of 
 LN(v) = (v - mean(v)) / sqrt(var(v) + norm_epsilon) over a row, with the biased variance. Vectors that are multiplied by
 a bfloat16 matrix (`BFloat16Array`) are rounded to bfloat16 first. With several heads, h and the units of each gate
 are divided into heads of equal size, and v·recurrent_kernel multiplies each head's part of v by the head's own matrix.
+Without use_kernel, x·kernel is x itself.
 
 LSTM, gates i f g o:
     a = x·kernel                               b = h_in·recurrent_kernel
@@ -202,13 +203,13 @@ class _Cell:
 
     def product(self, s: SimpleNamespace, name: str, v: Array) -> Array:
         s.factors[name] = v
-        out = self.times(name, v)
+        out = self.times(name, v) if name in self.w else v
         return self.normalise(s, GAINS[name], out) if self.spec.layer_norm is True else out
 
     def product_back(self, s: SimpleNamespace, d: Arrays, name: str, dout: Array) -> Array:
         if self.spec.layer_norm is True:
             dout = self.normalise_back(s, d, GAINS[name], dout)
-        return self.times_back(d, name, s.factors[name], dout)
+        return self.times_back(d, name, s.factors[name], dout) if name in self.w else dout
 
     def by_head(self, arrays: Arrays, name: str, gates: slice) -> Array:
         """Return a view of a matrix, or of some of its gates, as `[heads, inputs/heads, gates, H/heads]`."""

@@ -173,8 +173,8 @@ class CellSpec:
             "cell".
 
     Raises:
-        ShapeError: a width below 1, a projection that isn't narrower than the units, or units that `heads` doesn't
-            divide.
+        ShapeError: a width below 1, another input_size than G·H with `use_kernel=False`, a projection that isn't
+            narrower than the units, or units that `heads` doesn't divide.
         TypeError: a flag of the wrong type.
         ValueError: an unknown kind or activation, a value out of range, or a flag that this kind doesn't have.
 
@@ -205,6 +205,7 @@ class CellSpec:
     learn_initial_state: bool = False
     exponential_forget: bool = False
     heads: int = 1
+    use_kernel: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in GATES:
@@ -238,6 +239,12 @@ class CellSpec:
             raise ShapeError(f"CellSpec: units {self.units} can't be divided into heads={self.heads}")
         if self.heads > 1 and self.proj_size:
             raise ValueError(f"CellSpec: expected heads=1 with proj_size={self.proj_size}, got heads={self.heads}")
+        wide = len(self.gates) * self.units
+        if not self.use_kernel and self.features != wide:
+            raise ShapeError(
+                f"CellSpec: expected input_size {wide + self.attention} with use_kernel=False, the sums of "
+                f"{len(self.gates)} gates of {self.units} units, got {self.input_size}"
+            )
         if self.features < 1:
             raise ShapeError(f"CellSpec: expected input_size >= 2 with attention, got {self.input_size}")
         if self.joint and not self.of_kind.joins:

@@ -70,6 +70,7 @@ class Description(NamedTuple):
     zoneout_cell: float
     rows: bool = False
     heads: int = 1
+    use_kernel: bool = True
 
     def spec(self, learn_initial_state: bool) -> CellSpec:
         """Convert it back to the cell's `CellSpec`."""
@@ -97,6 +98,7 @@ class Description(NamedTuple):
             exponential_forget=self.exponential_forget,
             learn_initial_state=learn_initial_state,
             heads=self.heads,
+            use_kernel=self.use_kernel,
         )
 
 

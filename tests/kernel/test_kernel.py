@@ -52,9 +52,10 @@ def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
     rng = np.random.default_rng(seed)
     spec = CellSpec(width + flags.get("attention", False), units, **flags)
     new = lambda *shape, scale=1.0: rng.standard_normal(shape) * scale  # noqa: E731
-    arrays = {"kernel": new(width, spec.shapes["kernel"][1], scale=width**-0.5)}
-    for name, shape in list(spec.shapes.items())[1:]:
-        arrays[name] = new(*shape, scale=units**-0.5 if name == "recurrent_kernel" else 0.3) + name.endswith("_gain")
+    scales = {"kernel": width**-0.5, "recurrent_kernel": units**-0.5}
+    arrays = {
+        name: new(*shape, scale=scales.get(name, 0.3)) + name.endswith("_gain") for name, shape in spec.shapes.items()
+    }
     case = {
         "x": new(batch, steps, spec.input_size),
         "state": family.random_state(rng, spec, batch),

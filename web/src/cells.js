@@ -16,7 +16,7 @@ function symbolicShapes(kind, spec) {
   const wide = [gates, "H"];
   const [normed, twice, cell] = [Boolean(spec.layer_norm), spec.reset_after, kind.states.includes("c")];
   const shapes = {
-    kernel: [[1, "I"], wide],
+    kernel: spec.use_kernel && [[1, "I"], wide],
     recurrent_kernel: kind.recurrent && (spec.heads > 1 ? [[spec.heads, ""], [1, "D"], [gates, "D"]] : [[1, P], wide]),
     bias: spec.use_bias && (twice ? [[2, ""], wide] : [wide]),
     peepholes: spec.peepholes && [[spec.coupled ? 2 : 3, ""], [1, "H"]],

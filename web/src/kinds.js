@@ -10,7 +10,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "o", "c", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation", "cell": "activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   gru: {
     gates: ["z", "r", "g"],
@@ -18,7 +18,7 @@ export const KINDS = {
     trace: ["z", "r", "g", "h"],
     slots: {"z": "recurrent_activation", "r": "recurrent_activation", "g": "activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   rnn: {
     gates: ["g"],
@@ -26,7 +26,7 @@ export const KINDS = {
     trace: ["g", "h"],
     slots: {"g": "activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   mingru: {
     gates: ["z", "g"],
@@ -34,7 +34,7 @@ export const KINDS = {
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
     recurrent: false,
-    settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   minlstm: {
     gates: ["i", "f", "g"],
@@ -42,7 +42,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation"},
     recurrent: false,
-    settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   ligru: {
     gates: ["z", "g"],
@@ -50,7 +50,7 @@ export const KINDS = {
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
     recurrent: true,
-    settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   slstm: {
     gates: ["i", "f", "g", "o"],
@@ -58,7 +58,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "o", "c", "n", "m", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation"},
     recurrent: true,
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "heads": 1, "zoneout": 0.0},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "heads": 1, "use_kernel": true, "zoneout": 0.0},
   },
 };
 

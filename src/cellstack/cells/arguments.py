@@ -135,6 +135,13 @@ KEYWORD = (
         "kernel is `[heads, H/heads, G·H/heads]`.",
         Limit(lambda value: value >= 1, "to be at least 1"),
     ),
+    Argument(
+        "use_kernel",
+        "bool",
+        True,
+        "whether x is multiplied by a kernel. False: x has the sums over the input themselves, of all gates, `[G·H]`.",
+        of=("spec",),
+    ),
     Argument("norm_epsilon", "float", 1e-5, "constant that layer normalisation adds to a variance.", POSITIVE),
     Argument("clip", "float | None", None, "clip pre-activations to ±clip. None: no clipping.", POSITIVE),
     Argument(

@@ -134,7 +134,7 @@ def usual_shapes(spec: CellSpec) -> Shapes:
     wide = len(spec.gates) * spec.units
     recurrent = spec.of_kind.recurrent
     return {
-        "kernel": (spec.features, wide),
+        "kernel": (spec.features, wide) if spec.use_kernel else None,
         "recurrent_kernel": recurrent_shape(spec) if recurrent else None,
         "bias": (wide,) if spec.use_bias else None,
         "kernel_gain": (wide,) if spec.layer_norm else None,
@@ -149,8 +149,11 @@ def recurrent_shape(spec: CellSpec) -> tuple[int, ...]:
 
 
 def product(ops: Ops[V], spec: CellSpec, v: V, name: str) -> V:
-    """Return `v` times `kernel` or `recurrent_kernel`, normalised if layer normalisation applies to each product."""
-    out = ops.product(v, name)
+    """Return `v` times `kernel` or `recurrent_kernel`, normalised if layer normalisation applies to each product.
+
+    Without a kernel, x is the product with it.
+    """
+    out = ops.product(v, name) if spec.use_kernel or name != "kernel" else v
     if not spec.layer_norm or spec.joint:
         return out
     gain = {"kernel": "kernel_gain", "recurrent_kernel": "recurrent_gain"}[name]

@@ -44,7 +44,7 @@ class Recurrent(keras.layers.Layer):
             setattr(self, name, as_flag(self.name, name, given[name]))
         for name in {"activation", "recurrent_activation"} & given.keys():
             given[name] = _activation(self.name, name, given[name])
-        settings = {name: given[name] for name in KINDS[self.kind].settings}
+        settings = {name: given[name] for name in KINDS[self.kind].settings if name in given}
         self._spec = CellSpec(1 + bool(settings.get("attention")), kind=self.kind, **{**settings, "units": self.units})
         for argument in self.signature.values():
             if "spec" not in argument.of and argument.name in given:  # CellSpec checks its own

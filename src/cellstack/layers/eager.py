@@ -194,7 +194,7 @@ def _initial(spec: CellSpec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Te
     return [
         arrays[f"initial_{name}"].expand(x.shape[0], size)
         if spec.learn_initial_state
-        else arrays["kernel"].new_zeros(x.shape[0], size)
+        else x.new_zeros(x.shape[0], size)
         for name, size in spec.state_sizes.items()
     ]
 

@@ -178,7 +178,7 @@ class Cell:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype in which the cell computes: that of its arrays, or float32 if its matrices are bfloat16."""
-        return np.dtype(np.float32) if self._bfloat16 else self.kernel.dtype
+        return np.dtype(np.float32) if self._bfloat16 else next(iter(self.arrays.values())).dtype
 
     @property
     def summary(self) -> str:
