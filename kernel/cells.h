@@ -143,7 +143,9 @@ template <class T>
 INLINE V<T> bias_at(const Panels<T>& w, const T* bias, int gate, const Place& at) {
     if (!bias) return splat(T(0));
     if (w.unpacked) return load_lanes(bias + gate * w.d->units + at.unit, at.lanes);
-    return load(bias + at.unit * w.d->gates() + gate * Vec<T>::W);
+    const bool shared = w.tail.vectors && at.lanes < Vec<T>::W;
+    return load_lanes(bias + at.unit * w.d->gates() + gate * (shared ? at.lanes : Vec<T>::W),
+                      shared ? at.lanes : Vec<T>::W);
 }
 
 // Normalises the sums of a row over x and over h, [gates][stride] each, or all in one in z; multiplies them by their

@@ -45,7 +45,7 @@ INLINE Rows<T> narrow_rows(const Forward<T>& f, const T* at, int64_t depth, int6
     return {at, narrow_stride(f.w.element, depth), 0, count};
 }
 
-// A tile over all gates of a block, for a panel of this depth.
+// A tile over all gates of a block, for a panel of this depth; and over the vectors that the gates of the tail share.
 template <class T>
 INLINE Tile<T> block_tile(int64_t words) {
     constexpr int W = Vec<T>::W;
@@ -63,6 +63,25 @@ INLINE bool any_used(const Forward<T>& f, int64_t m, int R) {
     return used;
 }
 
+// The number of vectors of a block's panel.
+template <class T>
+INLINE int vectors_of(const Forward<T>& f, int64_t block) {
+    return f.w.is_tail(block) ? f.w.tail.vectors : 4;
+}
+
+// Moves the sums of the tail to one vector per gate, in rows of [4][W].
+template <class T>
+NOINLINE void spread(const Tail& tail, T* sums, int64_t rows) {
+    constexpr int W = Vec<T>::W;
+    for (int64_t r = 0; r < rows; ++r, sums += 4 * W) {
+        V<T> z[4];
+        UNROLL
+        for (int v = 0; v < 4; ++v) z[v] = gate_of(sums, tail, v);
+        UNROLL
+        for (int v = 0; v < 4; ++v) store(sums + v * W, z[v]);
+    }
+}
+
 // z[block][m] = bias + x·kernel for the rows m = (n - first)·rows + r of a chunk: one matrix product.
 template <class T>
 void project(const Forward<T>& f) {
@@ -72,17 +91,20 @@ void project(const Forward<T>& f) {
     Tile<T> t = block_tile<T>(words_of(f.w.element, I));
     for (int64_t block = f.block; block < f.end_block; ++block) {
         T* z = f.z + block * total * 4 * W;
-        t.panel = f.w.kernel + block * panel, t.from = f.w.bias + block * 4 * W, t.to = z;
+        const int vectors = vectors_of(f, block);
+        t.panel = f.w.kernel + block * panel, t.panel_step = vectors * W;
+        t.from = f.w.bias + block * 4 * W, t.to = z;
         if (widens_once(f.w, total, 4)) {
-            widened_product(*f.w.plain, t, 4, rows, total);
-            continue;
+            widened_product(*f.w.plain, t, vectors, rows, total);
+        } else {
+            each_tile(total, [&](int64_t m, int R) {
+                if (!any_used(f, m, R)) return;
+                rows.point(t, m, R);
+                t.to = z + m * t.to_row;
+                f.w.tiles->of[R - 1][vectors - 1](t);
+            });
         }
-        each_tile(total, [&](int64_t m, int R) {
-            if (!any_used(f, m, R)) return;
-            rows.point(t, m, R);
-            t.to = z + m * t.to_row;
-            f.w.tiles->of[R - 1][3](t);
-        });
+        if (vectors < 4) spread(f.w.tail, z, total);
     }
 }
 
@@ -102,49 +124,72 @@ INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, 
     keep_inner(f, at, kC);
 }
 
-// N blocks at step n of a batch of one row, whose sums stay in registers. They multiply the same part of h.
-template <class Kind, int N, class T>
+// N blocks, and if its gates share E vectors the tail after them, at step n of a batch of one row, whose sums stay in
+// registers. They multiply the same part of h.
+template <class Kind, int N, int E = 0, class T>
 INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h, T* h_next) {
-    constexpr int W = Vec<T>::W;
+    constexpr int W = Vec<T>::W, blocks = N + (E > 0);
     const int64_t t = time_of(f, n), step = 4 * W, total = f.last - f.first;
-    const auto add_up = [&](V<T>(&sums)[1][N* 4], const T* row, const T* matrix, int64_t words) INLINED {
+    V<T> sums[1][N * 4 + E];
+    const auto add_up = [&](const T* row, const T* matrix, int64_t words) INLINED {
         Cursor<T, 1> at{{row}, 1, matrix + block * words * step, step, W, words * step};
-        accumulate<Kind, 1, N, 4>(sums, at, words);
+        if (E) at.tail = matrix + (block + N) * words * step;
+        accumulate<Kind, 1, N, 4, false, E>(sums, at, words);
     };
-    V<T> sums[1][N * 4];
-    alignas(kVectorBytes) V<T> here[N * 4];  // the sums over x, on the stack, unless z contains them already
+    const auto spread = [&](V<T>(&gates)[blocks* 4]) INLINED {
+        UNROLL
+        for (int v = 0; v < N * 4; ++v) gates[v] = sums[0][v];
+        if constexpr (E > 0) {
+            alignas(kVectorBytes) T shared[(E + 1) * W];
+            UNROLL
+            for (int v = 0; v < E; ++v) store(shared + v * W, sums[0][N * 4 + v]);
+            UNROLL
+            for (int v = 0; v < 4; ++v) gates[N * 4 + v] = gate_of(shared, f.w.tail, v);
+        }
+    };
+    V<T> over_h[blocks * 4];
+    alignas(kVectorBytes) V<T> here[blocks * 4];  // the sums over x, on the stack, unless z contains them already
     if (!f.z) {
         UNROLL
-        for (int v = 0; v < N * 4; ++v) sums[0][v] = load(f.w.bias + block * step + v * W);
-        add_up(sums, narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel,
+        for (int v = 0; v < N * 4 + E; ++v) sums[0][v] = load(f.w.bias + block * step + v * W);
+        add_up(narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel,
                words_of(f.w.element, f.w.d->input));
-        UNROLL
-        for (int v = 0; v < N * 4; ++v) here[v] = sums[0][v];
+        spread(here);
     }
     UNROLL
-    for (int v = 0; v < N * 4; ++v) sums[0][v] = splat(T(0));
-    add_up(sums, (narrow(f.w.element) ? f.narrow_h : h) + f.w.start(block), f.w.recurrent, f.w.band.depth);
+    for (int v = 0; v < N * 4 + E; ++v) sums[0][v] = splat(T(0));
+    add_up((narrow(f.w.element) ? f.narrow_h : h) + f.w.start(block), f.w.recurrent, f.w.band.depth);
+    spread(over_h);
     const T* over_x = f.z ? f.z + (block * total + n - f.first) * step : reinterpret_cast<const T*>(here);
     UNROLL
-    for (int b = 0; b < N; ++b) {
+    for (int b = 0; b < blocks; ++b) {
         V<T> z[4];
         UNROLL
-        for (int v = 0; v < 4; ++v) z[v] = load(over_x + b * (f.z ? total : 1) * step + v * W) + sums[0][b * 4 + v];
+        for (int v = 0; v < 4; ++v) z[v] = load(over_x + b * (f.z ? total : 1) * step + v * W) + over_h[b * 4 + v];
         finish<T>(f, z, block + b, 0, t, h, h_next);
     }
 }
 
-// A step of a batch of one row. Two blocks at a time: eight chains hide the latency of one.
+// A step of a batch of one row. Two blocks at a time: eight chains hide the latency of one. The tail is computed with
+// the block before it.
 template <class Kind, class T>
-NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
+NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_block, const T* h, T* h_next) {
     if (f.mask && !f.mask[time_of(f, n)]) {
         V<T> none[4] = {};
-        for (int64_t block = f.block; block < f.end_block; ++block)
+        for (int64_t block = f.block; block < end_block; ++block)
             finish<T>(f, none, block, 0, time_of(f, n), h, h_next);
         return;
     }
-    for (int64_t left = f.end_block - f.block; left > 0;) {
-        const int64_t block = down ? f.block + left - 2 : f.end_block - left;  // the first of two
+    const bool tail = f.w.is_tail(end_block - 1);
+    end_block -= 2 * tail;
+    const auto with_tail = [&] {
+        if (f.w.tail.vectors == 1) return step_alone<Kind, 1, 1>(f, n, end_block, h, h_next);
+        if (f.w.tail.vectors == 2) return step_alone<Kind, 1, 2>(f, n, end_block, h, h_next);
+        step_alone<Kind, 1, 3>(f, n, end_block, h, h_next);
+    };
+    if (tail && down) with_tail();
+    for (int64_t left = end_block - f.block; left > 0;) {
+        const int64_t block = down ? f.block + left - 2 : end_block - left;  // the first of two
         if (left > 1 && f.w.start(block) == f.w.start(block + 1)) {
             step_alone<Kind, 2>(f, n, block, h, h_next);
             left -= 2;
@@ -153,15 +198,16 @@ NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T
             left -= 1;
         }
     }
+    if (tail && !down) with_tail();
 }
 template <class T>
-void row_alone(const Forward<T>& f, int64_t n, bool down, const T* h, T* h_next) {
+void row_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_block, const T* h, T* h_next) {
     if constexpr (sizeof(T) == 4) {
         if constexpr (kHasPairs)
-            if (f.w.pairs) return row_alone<Pairs>(f, n, down, h, h_next);
-        if (narrow(f.w.element)) return row_alone<Widened>(f, n, down, h, h_next);
+            if (f.w.pairs) return row_alone<Pairs>(f, n, down, end_block, h, h_next);
+        if (narrow(f.w.element)) return row_alone<Widened>(f, n, down, end_block, h, h_next);
     }
-    row_alone<Plain<T>>(f, n, down, h, h_next);
+    row_alone<Plain<T>>(f, n, down, end_block, h, h_next);
 }
 
 // Computes rows row … row+R of a block at step n from their sums over x and over h, [R][4][W] each.
@@ -192,19 +238,22 @@ struct Side {
         : matrix(matrix), t(block_tile<T>(words)), panel(t.depth * t.panel_step), sums(sums) {}
 
     // Computes the sums of some rows; tiles of h also prefetch part of `ahead`.
-    INLINE void add_up(const Forward<T>& f, int64_t row, int64_t count, const T*& ahead) {
+    INLINE void add_up(const Forward<T>& f, int vectors, int64_t row, int64_t count, const T*& ahead) {
         t.to = sums;
-        if (widens_once(f.w, f.rows, 4))
-            return widened_product(*f.w.plain, t, 4, {first + row * t.a_row, t.a_row, 0, count}, count);
-        each_tile(count, [&](int64_t r, int R) INLINED {
-            t.a[0] = first + (row + r) * t.a_row, t.to = sums + r * t.to_row;
-            if (t.from) {
-                for (int k = 1; k < R; ++k) t.a[k] = t.a[k - 1] + t.a_row;
-                return f.w.tiles->of[R - 1][3](t);
-            }
-            t.ahead = ahead, ahead += t.depth * kLine<T>;
-            f.w.tiles->recurrent[R - 1][3](t);
-        });
+        if (widens_once(f.w, f.rows, 4)) {
+            widened_product(*f.w.plain, t, vectors, {first + row * t.a_row, t.a_row, 0, count}, count);
+        } else {
+            each_tile(count, [&](int64_t r, int R) INLINED {
+                t.a[0] = first + (row + r) * t.a_row, t.to = sums + r * t.to_row;
+                if (t.from || vectors < 4) {
+                    for (int k = 1; k < R; ++k) t.a[k] = t.a[k - 1] + t.a_row;
+                    return f.w.tiles->of[R - 1][vectors - 1](t);
+                }
+                t.ahead = ahead, ahead += t.depth * kLine<T>;
+                f.w.tiles->recurrent[R - 1][3](t);
+            });
+        }
+        if (vectors < 4) spread(f.w.tail, sums, count);
     }
 };
 
@@ -216,14 +265,16 @@ void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t b
     constexpr int W = Vec<T>::W;
     const int64_t before = (n - f.first) * f.rows, total = (f.last - f.first) * f.rows;
     const int64_t most = widens_once(f.w, f.rows, 4) ? kWideRows : kStepRows;
+    const int vectors = vectors_of(f, block);
+    x.t.panel_step = h.t.panel_step = vectors * W;
     x.t.panel = x.matrix + block * x.panel, x.t.from = f.w.bias + block * 4 * W;
     h.t.panel = h.matrix + block * h.panel;
     for (int64_t row = 0, some; row < f.rows; row += some) {
         some = f.rows - row < most ? f.rows - row : most;
         // Groups of rows that are all masked, such as rows of a packed sequence that have ended, are skipped.
         if (any_used(f, before + row, int(some))) {
-            if (!f.z) x.add_up(f, row, some, ahead);
-            h.add_up(f, row, some, ahead);
+            if (!f.z) x.add_up(f, vectors, row, some, ahead);
+            h.add_up(f, vectors, row, some, ahead);
         }
         const T* over_x = f.z ? f.z + (block * total + before + row) * 4 * W : x.sums;
         finish_rows(f, over_x, h.sums, n, block, row, int(some), f.h, h_next);
@@ -233,7 +284,7 @@ void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t b
 template <class T>
 void run_blocks(Forward<T>& f) {
     constexpr int W = Vec<T>::W;
-    const int64_t blocks = f.end_block - f.block, I = f.w.d->input, H = f.w.d->units;
+    const int64_t I = f.w.d->input, H = f.w.d->units, end = f.end_block;
     const bool rounds = narrow(f.w.element);
     const auto round = [&](T* to, const Rows<T>& rows, int64_t count, int64_t depth) {
         if constexpr (sizeof(T) == 4)
@@ -245,6 +296,11 @@ void run_blocks(Forward<T>& f) {
     Side<T> x(f.w.kernel, words_of(f.w.element, I), over_x), h(f.w.recurrent, f.w.band.depth, over_h);
     x.t.a_row = rounds ? narrow_stride(f.w.element, I) : f.x_row;
     h.t.a_row = rounds ? narrow_stride(f.w.element, H) : f.w.blocks * W;
+    // The blocks before this one are computed as those of a single row; with the tail, if the block before it is there
+    // too and multiplies the same part of h.
+    int64_t alone = f.rows == 1 ? end : f.block;
+    if (f.rows == 1 && f.w.is_tail(end - 1))
+        alone -= end - f.block == 1 || f.w.start(end - 1) != f.w.start(end - 2);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         T* h_next = f.h_next;
@@ -252,16 +308,13 @@ void run_blocks(Forward<T>& f) {
         round(f.narrow_h, own, f.rows, H);
         // Blocks in ascending order at even steps, descending at odd ones: the last ones are still in the cache.
         const bool down = n & 1;
-        if (f.rows == 1) {
-            row_alone(f, n, down, static_cast<const T*>(f.h), h_next);
-        } else {
-            x.first = rounds ? f.narrow_x : f.x + time_of(f, n) * f.x_time;
-            for (int64_t k = 0; k < blocks; ++k) {
-                const int64_t block = down ? f.end_block - 1 - k : f.block + k;
-                h.first = (rounds ? f.narrow_h : f.h) + f.w.start(block);
-                const int64_t after = k + 1 == blocks ? block : down ? block - 1 : block + 1;
-                step_rows(f, x, h, n, block, f.w.recurrent + after * h.panel, h_next);
-            }
+        if (alone > f.block) row_alone(f, n, down, alone, static_cast<const T*>(f.h), h_next);
+        x.first = rounds ? f.narrow_x : f.x + time_of(f, n) * f.x_time;
+        for (int64_t left = end - alone; left > 0; --left) {
+            const int64_t block = down ? alone + left - 1 : end - left;
+            h.first = (rounds ? f.narrow_h : f.h) + f.w.start(block);
+            const int64_t after = left == 1 ? block : down ? block - 1 : block + 1;
+            step_rows(f, x, h, n, block, f.w.recurrent + after * h.panel, h_next);
         }
         swap_states(f);
     }

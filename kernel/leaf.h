@@ -6,6 +6,8 @@
 // are then a few registers, with the gates of a unit in the same lane of each. The backward pass stores dz in the same
 // layout, `[block][row][gates][W]`.
 //
+// If few lanes of the last block are units, its gates share vectors, see Tail.
+//
 // Order of summation, everywhere: two chains per unit and gate, (bias, then x·kernel by rising k) and
 // (h·recurrent_kernel by rising k), and then their sum, except in cells that need the two separately. The bits of a row
 // therefore depend neither on the rest of the batch, nor on how a sequence is divided into chunks, nor on the threads.
@@ -28,6 +30,7 @@ struct Tile {
     const T* a[kMostRows];  // k of row r: a[r][k·a_step]
     int64_t a_step, a_row;  // a_row: the distance between rows, for `recurrent` only
     const T* panel;         // vector v of k: panel + k·panel_step + v·panel_vector (+ panel_block in a second block)
+    const T* tail;          // `with_tail` only: the panel of its last vectors
     int64_t panel_step, panel_vector, panel_block;
     int64_t depth;                // number of k in a segment
     int64_t segments, a_segment;  // `recurrent` only: segments are contiguous in the panel, a_segment apart in the rows
@@ -49,6 +52,8 @@ struct Tiles {
     // A single row has too few sums to hide the latency of each addition: it takes more vectors.
     TileRoutine<T> two_blocks[2];  // for three gates, for four
     TileRoutine<T> eight_blocks;   // for one gate
+    // The last block with gates of its own, of three or four gates, and the vectors that those of the tail share.
+    TileRoutine<T> with_tail[2][3];  // [gates - 3][vectors - 1]
     // For the products of every step, with fixed distances: rows contiguous in k, which start at a[0], panels 4·W wide,
     // and sums that start from zero and are written to [rows][4][W].
     TileRoutine<T> recurrent[kMostRows][4];
@@ -62,6 +67,18 @@ struct Band {
     const int64_t* first;  // of each panel; null: all have all rows
     int64_t start(int64_t panel) const { return first ? first[panel] : 0; }
 };
+
+// The last block of a layer whose gates share vectors: lane gate·units + j of these vectors, which are [vectors][W] for
+// each k in panels, and in biases, is a gate of unit j. So 100 units take 25 vectors for each k and not 28, if W = 16.
+struct Tail {
+    int units = 0, vectors = 0;  // 0: there is no such block
+};
+// A single gate has nothing to share; and two gates, or a product for some of the gates, are computed across blocks.
+inline Tail tail_of(const Description& d, int width) {
+    const int units = int(d.units % width), vectors = (units * d.gates() + width - 1) / width;
+    const bool shares = d.units > width && d.gates() > 2 && !d.resets_before() && vectors < d.gates();
+    return shares ? Tail{units, vectors} : Tail{};
+}
 
 // The weights of a layer. Matrices and biases may also stay in the caller's layout (`unpacked`), for calls that are too
 // short to be worth packing; the other arrays always do.
@@ -80,9 +97,11 @@ struct Panels {
     Element element = element_of<T>();  // format of a matrix's weights; narrow.h describes the layout of narrow ones
     bool pairs = false;                 // bfloat16 is multiplied two k at a time, by one instruction
     Band band{0, nullptr};              // the rows of `recurrent`
+    Tail tail;
     const Tiles<T>*tiles = nullptr, *plain = nullptr;  // for `element`, for T
     bool patched = false;                              // patches change values during a step
 
+    bool is_tail(int64_t block) const { return tail.vectors && block == blocks - 1; }
     // Where a block's part of h begins, in a row that the weights are multiplied with.
     int64_t start(int64_t block) const { return band.start(block) * (element == Element::kBfloat16 && !pairs ? 2 : 1); }
     // Whether a step is computed by blocks, the shorter path of the plain LSTM.
@@ -99,6 +118,7 @@ struct Matrix {
     int places[kMostGates];  // the position of each gate's block
     int64_t heads = 1;       // if there are several, the matrix is [heads, depth/heads, gates·units/heads]
     Band band{0, nullptr};
+    Tail tail{};
 };
 
 // The forward pass over rows of one layer, for steps n in [first, last) of the processing order.

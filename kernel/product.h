@@ -105,6 +105,7 @@ struct Product {
     const T *scales, *shifts;
     int64_t panel;
     int64_t start = 0;  // of a group's part of a row
+    Tail tail;
 
     Product(const Panels<T>& w, const T* matrix, const T* bias, int gates, int64_t depth, int64_t units, int64_t blocks,
             int64_t block, int64_t end_block, int64_t stride, T* narrow, T* row_scales, int64_t heads = 1)
@@ -125,14 +126,17 @@ struct Product {
         t.panel_step = t.from_block = gates * W, t.to_row = gates * stride, t.to_block = W;
         t.panel_block = panel = t.depth * t.panel_step;
         scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step;
+        if (gates > 1 && end_block == blocks) tail = w.tail;
     }
 
-    // Calls body(routine for a single row, vectors) for each group of vectors, after setting everything in the tile
-    // except its rows. A group is the gates of a block (of two blocks if there is one row), or, if one or two gates are
-    // requested, one gate of several blocks; all of them multiply the same part of a row. Computes `wanted` gates,
-    // starting at `first`; blocks in descending order if `down`.
+    // Calls body(routine for a single row, vectors, first row, rows) for each group of vectors, after setting everything
+    // in the tile except its rows. A group is the gates of a block (of two blocks if there is one row), or, if one or
+    // two gates are requested, one gate of several blocks; all of them multiply the same part of a row. Computes
+    // `wanted` gates, starting at `first`; blocks in descending order if `down`.
     template <class F>
     INLINE void each_group(T* to, bool add, bool down, int64_t count, int first, int wanted, F&& body) {
+        int64_t end_block = this->end_block;
+        if (tail.vectors) end_block -= each_tail(to, add, count, body);
         constexpr int W = Vec<T>::W;
         const Tiles<T>& tiles = *w.tiles;
         const bool across = wanted < 3;
@@ -155,10 +159,44 @@ struct Product {
                 t.scales = scales + at, t.shifts = shifts + at;
                 t.to = to + gate * stride + of * W;
                 if (across)
-                    body(some == 8 ? tiles.eight_blocks : tiles.of[0][some - 1], int(some));
+                    body(some == 8 ? tiles.eight_blocks : tiles.of[0][some - 1], int(some), 0, count);
                 else
-                    body(some == 2 ? tiles.two_blocks[wanted - 3] : tiles.of[0][wanted - 1], wanted);
+                    body(some == 2 ? tiles.two_blocks[wanted - 3] : tiles.of[0][wanted - 1], wanted, 0, count);
             }
+    }
+
+    // The same for the tail, and with a single row for the block before it too, in one group; returns how many blocks
+    // these are. Their sums are moved to the result from a buffer.
+    template <class F>
+    INLINE int64_t each_tail(T* to, bool add, int64_t count, F&& body) {
+        constexpr int W = Vec<T>::W;
+        constexpr int64_t most = 4 * kRows;
+        alignas(kVectorBytes) T sums[most * kMostGates * W + W];
+        const int64_t last = end_block - 1, at = last * t.from_block, step = t.panel_step, to_row = t.to_row;
+        const bool both = count == 1 && last > block && w.start(last) == w.start(last - 1);
+        const int before = both ? gates : 0, vectors = before + tail.vectors;
+        start = heads > 1 ? w.start(last) : 0;
+        t.tail = matrix + last * panel, t.panel = both ? t.tail - panel : t.tail;
+        t.panel_step = both ? step : tail.vectors * W, t.to_row = vectors * W;
+        t.panel_vector = t.from_vector = t.to_vector = W, t.add = false;
+        t.from = bias ? bias + at - before * W : nullptr;
+        t.scales = scales + at - before * W, t.shifts = shifts + at - before * W;
+        for (int64_t m = 0, some; m < count; m += some) {
+            some = count - m < most ? count - m : most;
+            t.to = sums;
+            body(both ? w.tiles->with_tail[gates - 3][tail.vectors - 1] : w.tiles->of[0][vectors - 1], vectors, m,
+                 some);
+            for (int64_t r = 0; r < some; ++r)
+                for (int gate = 0; gate < gates; ++gate) {
+                    T* own = to + (m + r) * to_row + gate * stride + last * W;
+                    const T* shared = sums + r * vectors * W;
+                    const auto move = [&](T* own, V<T> sum) INLINED { store(own, add ? load(own) + sum : sum); };
+                    move(own, gate_of(shared + before * W, tail, gate));
+                    if (both) move(own - W, load(shared + gate * W));
+                }
+        }
+        t.panel_step = step, t.to_row = to_row;
+        return 1 + both;
     }
 
     NOINLINE void run(const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false, int first = 0,
@@ -177,17 +215,17 @@ struct Product {
         }
         if (count == 1) {
             t.row_scales = row_scales;
-            return each_group(to, add, down, 1, first, wanted, [&](TileRoutine<T> alone, int) INLINED {
+            return each_group(to, add, down, 1, first, wanted, [&](TileRoutine<T> alone, int, int64_t, int64_t) INLINED {
                 t.a[0] = rows.base + start;
                 alone(t);
             });
         }
-        each_group(to, add, down, count, first, wanted, [&](TileRoutine<T>, int vectors) INLINED {
+        each_group(to, add, down, count, first, wanted, [&](TileRoutine<T>, int vectors, int64_t from, int64_t some) {
             T* first_row = t.to;
             const Rows<T> own{rows.base + start, rows.row, rows.time, rows.batch};
-            each_tile(count, [&](int64_t m, int R) INLINED {
-                own.point(t, m, R);
-                t.to = first_row + m * t.to_row, t.row_scales = row_scales + m;
+            each_tile(some, [&](int64_t m, int R) INLINED {
+                own.point(t, from + m, R);
+                t.to = first_row + m * t.to_row, t.row_scales = row_scales + from + m;
                 w.tiles->of[R - 1][vectors - 1](t);
             });
         });

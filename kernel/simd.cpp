@@ -66,11 +66,26 @@ void pack_block(T* to, const Matrix<T>& m, int64_t block, int64_t step) {
         }
 }
 
+// Makes the gates of the last block share vectors: [rows][gates][W] becomes [rows][vectors][W].
+template <class T>
+void pack_tail(T* panel, const Matrix<T>& m, int64_t rows) {
+    constexpr int W = Vec<T>::W;
+    const int64_t from = m.gates * W, to = m.tail.vectors * W;
+    for (int64_t k = 0; k < rows; ++k) {
+        alignas(kVectorBytes) T row[kMostGates * W] = {};
+        for (int gate = 0; gate < m.gates; ++gate)
+            store(row + gate * m.tail.units, load(panel + k * from + gate * W));  // zeros beyond its units
+        memcpy(panel + k * to, row, size_t(to) * sizeof(T));
+    }
+}
+
 template <class T>
 void pack(T* to, const Matrix<T>& m) {
     constexpr int W = Vec<T>::W;
-    const int64_t blocks = (m.units + W - 1) / W, size = (m.heads > 1 ? m.band.depth : m.depth) * m.gates * W;
+    const int64_t blocks = (m.units + W - 1) / W, rows = m.heads > 1 ? m.band.depth : m.depth,
+                  size = rows * m.gates * W;
     for (int64_t block = 0; block < blocks; ++block) pack_block(to + block * size, m, block, 1);
+    if (m.tail.vectors) pack_tail(to + (blocks - 1) * size, m, rows);
 }
 
 // For int8, the scales of all columns and their shifts follow the words.
@@ -86,10 +101,13 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
         auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * columns);
         for (int64_t block = 0; block < blocks; ++block, at += words * columns) {
             pack_block(panel, m, block, step);
+            const bool tail = m.tail.vectors && block == blocks - 1;
+            const int vectors = tail ? m.tail.vectors : m.gates;
+            if (tail) pack_tail(panel, m, rows);
             if (element == Element::kBfloat16)
-                pack_bfloat16(at, panel, rows, m.gates);
+                pack_bfloat16(at, panel, rows, vectors);
             else
-                pack_bytes(at, panel, rows, m.gates, scales + block * columns, shifts + block * columns);
+                pack_bytes(at, panel, rows, vectors, scales + block * columns, shifts + block * columns);
         }
     }
 }

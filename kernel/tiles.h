@@ -25,26 +25,28 @@ struct Cursor {
     const T* panel;
     int64_t step, vector, block;
     const T* ahead = nullptr;
+    const T* tail = nullptr;
 
-    // Vector v of N blocks of C vectors each.
-    template <int C>
+    // Vector v of N blocks of C vectors each, and the vectors of the tail after them.
+    template <int N, int C>
     INLINE V<T> read(int v) const {
-        return load(panel + v / C * block + v % C * vector);
+        return load(v < N * C ? panel + v / C * block + v % C * vector : tail + (v - N * C) * Vec<T>::W);
     }
     // Forces the vector into a register: R operations use it, and for two or three of them a compiler may load it again
     // each time, which waits as many times for a line that isn't in the first-level cache.
-    template <int C>
+    template <int N, int C>
     INLINE V<T> weights(int v) const {
-        V<T> w = read<C>(v);
+        V<T> w = read<N, C>(v);
 #if defined(__SSE2__)
         if (R > 1) asm("" : "+v"(w));
 #endif
         return w;
     }
-    template <bool Ahead>
+    template <bool Ahead, int E>
     INLINE void next() {
         if (Ahead) prefetch(ahead), ahead += kLine<T>;
         panel += step;
+        if (E) tail += E * Vec<T>::W;
     }
 };
 
@@ -91,11 +93,11 @@ struct Widened {
     static constexpr int kRecurrent = 1;
     static INLINE Sum multiply_add(V<float>, V<float>, Sum sum) { return sum; }  // never called
 };
-template <int R, int N, int C, bool Ahead>
-INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at, int64_t depth) {
+template <int R, int N, int C, bool Ahead, int E>
+INLINE void accumulate_widened(V<float> (&sums)[R][N * C + E], Cursor<float, R>& at, int64_t depth) {
     // With many sums the two numbers of a word are processed one after the other, which leaves registers for the sums.
-    constexpr bool apart = R * N * C > (kRows == 6 ? 16 : 8);
-    for (int64_t k = 0; k < depth; ++k, at.template next<Ahead>()) {
+    constexpr bool apart = R * (N * C + E) > (kRows == 6 ? 16 : 8);
+    for (int64_t k = 0; k < depth; ++k, at.template next<Ahead, E>()) {
         V<float> even[R], odd[R];
         UNROLL
         for (int r = 0; r < R; ++r) even[r] = splat(at.a[r][2 * k]);
@@ -104,8 +106,8 @@ INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at,
             for (int r = 0; r < R; ++r) odd[r] = splat(at.a[r][2 * k + 1]);
         }
         UNROLL
-        for (int v = 0; v < N * C; ++v) {
-            const Words w = (Words)at.template read<C>(v);
+        for (int v = 0; v < N * C + E; ++v) {
+            const Words w = (Words)at.template read<N, C>(v);
             const V<float> first = upper_float(w), second = lower_float(w);
             UNROLL
             for (int r = 0; r < R; ++r) sums[r][v] = fma(even[r], first, sums[r][v]);
@@ -117,29 +119,36 @@ INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at,
         UNROLL
         for (int r = 0; r < R; ++r) odd[r] = splat(at.a[r][2 * k + 1]);
         UNROLL
-        for (int v = 0; v < N * C; ++v) {
-            const V<float> second = lower_float((Words)at.template read<C>(v));
+        for (int v = 0; v < N * C + E; ++v) {
+            const V<float> second = lower_float((Words)at.template read<N, C>(v));
             UNROLL
             for (int r = 0; r < R; ++r) sums[r][v] = fma(odd[r], second, sums[r][v]);
         }
     }
 }
 
-template <class Kind, int R, int N, int C, bool Ahead = false>
-INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C], Cursor<typename Kind::Number, R>& at, int64_t depth) {
+// N blocks of C vectors, and E vectors of the tail.
+template <class Kind, int R, int N, int C, bool Ahead = false, int E = 0>
+INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C + E], Cursor<typename Kind::Number, R>& at, int64_t depth) {
     using T = typename Kind::Number;
-    if constexpr (Kind::kWidens) return accumulate_widened<R, N, C, Ahead>(sums, at, depth);
-    for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.template next<Ahead>()) {
+    if constexpr (Kind::kWidens) return accumulate_widened<R, N, C, Ahead, E>(sums, at, depth);
+    for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.template next<Ahead, E>()) {
         V<T> s[R];
         UNROLL
         for (int r = 0; r < R; ++r) s[r] = splat(at.a[r][a]);
         UNROLL
-        for (int v = 0; v < N * C; ++v) {
-            const V<T> w = at.template weights<C>(v);
+        for (int v = 0; v < N * C + E; ++v) {
+            const V<T> w = at.template weights<N, C>(v);
             UNROLL
             for (int r = 0; r < R; ++r) sums[r][v] = Kind::multiply_add(s[r], w, sums[r][v]);
         }
     }
+}
+
+// Sums of a block whose gates share vectors, to one vector per gate, with zeros beyond its units. It reads whole vectors.
+template <class T>
+INLINE V<T> gate_of(const T* shared, const Tail& tail, int gate) {
+    return first_lanes<T>(load(shared + gate * tail.units), tail.units);
 }
 
 // ── a whole tile ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,17 +215,18 @@ INLINE void end(const Tile<T>& t, const Words (&sums)[R][N * C]) {
     }
 }
 
-template <class Kind, int R, int N, int C>
+template <class Kind, int R, int N, int C, int E = 0>
 NOINLINE void tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
-    constexpr int W = Vec<T>::W;
-    typename Kind::Sum sums[R][N * C];
-    begin<T, R, N, C>(t, sums);
+    constexpr int W = Vec<T>::W, all = C + E;  // a tail has one block before it
+    typename Kind::Sum sums[R][N * all];
+    begin<T, R, N, all>(t, sums);
     Cursor<T, R> at{{}, t.a_step, t.panel, t.panel_step, N == 1 ? t.panel_vector : W, t.panel_block};
+    if (E) at.tail = t.tail;
     UNROLL
     for (int r = 0; r < R; ++r) at.a[r] = t.a[r];
-    accumulate<Kind, R, N, C>(sums, at, t.depth);
-    end<T, R, N, C>(t, sums);
+    accumulate<Kind, R, N, C, false, E>(sums, at, t.depth);
+    end<T, R, N, all>(t, sums);
 }
 
 template <class Kind, int R, int C>
@@ -260,6 +270,10 @@ constexpr Tiles<typename Kind::Number> tiles_of() {
     fill<Kind>(tiles);
     tiles.two_blocks[0] = tile<Kind, 1, 2, 3>, tiles.two_blocks[1] = tile<Kind, 1, 2, 4>;
     tiles.eight_blocks = tile<Kind, 1, 1, 8>;
+    auto& with_tail = tiles.with_tail;
+    with_tail[0][0] = tile<Kind, 1, 1, 3, 1>, with_tail[0][1] = tile<Kind, 1, 1, 3, 2>;
+    with_tail[1][0] = tile<Kind, 1, 1, 4, 1>, with_tail[1][1] = tile<Kind, 1, 1, 4, 2>;
+    with_tail[1][2] = tile<Kind, 1, 1, 4, 3>;
     return tiles;
 }
 

@@ -127,6 +127,21 @@ template <class T>
 INLINE V<T> load_lanes(const T* p, int n) {
     return n == Vec<T>::W ? load(p) : load_n(p, n);
 }
+// The first n lanes of a vector, and zeros.
+template <class T>
+struct Indices {
+    alignas(kVectorBytes) typename Vec<T>::Lane at[Vec<T>::W];
+    constexpr Indices() : at() {
+        for (int l = 0; l < Vec<T>::W; ++l) at[l] = l;
+    }
+};
+template <class T>
+INLINE V<T> first_lanes(V<T> v, int n) {
+    static constexpr Indices<T> indices;
+    typename Vec<T>::I lanes;
+    memcpy(&lanes, indices.at, sizeof lanes);
+    return (V<T>)((typename Vec<T>::I)v & (lanes < n));
+}
 template <class T>
 INLINE void store_lanes(T* p, V<T> v, int n) {
     if (n == Vec<T>::W)

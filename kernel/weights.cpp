@@ -64,13 +64,15 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     p.unpacked = !copy, p.element = element;
     p.pairs = element == Element::kBfloat16 && current().pairs;
     p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain, p.band = impl_->bands.band();
+    if (copy) p.tail = tail_of(d, leaf.width);
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = d.two_biases() ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
     // Packs a matrix, in panels of this many rows.
-    const auto packed = [&](const Matrix<T>& from, int64_t rows, Element held) {
+    const auto packed = [&](Matrix<T> from, int64_t rows, Element held) {
+        if (from.gates > 1) from.tail = p.tail;
         T* to = parts.take(size(rows, from.units, from.gates, held));
         if (narrow(held)) {
             const Scratch<T> panel(rows * from.gates * leaf.width);
