@@ -179,6 +179,17 @@ def test_the_synchronous_client_does_the_same_from_several_threads(served, rng):
         np.testing.assert_array_equal([*found[n], *(y[n] for y in later)], outputs(x[:, n]))
 
 
+def test_the_synchronous_client_runs_beside_an_event_loop_as_in_a_notebook(served, rng):
+    x = steps(rng, 2)
+
+    async def cell():
+        with Client(served.ws) as client:
+            session = client.open("lstm")
+            return [session.step(step) for step in x]
+
+    np.testing.assert_array_equal(asyncio.run(cell()), outputs(x))
+
+
 def test_another_client_resumes_a_session_with_its_stored_answers(served, rng):
     x = steps(rng, 12)
 

@@ -74,9 +74,10 @@ class _Core(AsyncClient):
 
     def _end(self) -> None:
         assert self._thread is not None
+        # in its own thread: this one may run another loop, as in a notebook
+        asyncio.run_coroutine_threadsafe(self._own_loop.shutdown_default_executor(), self._own_loop).result()
         self._own_loop.call_soon_threadsafe(self._own_loop.stop)
         self._thread.join()
-        self._own_loop.run_until_complete(self._own_loop.shutdown_default_executor())
         self._own_loop.close()
 
 
