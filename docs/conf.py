@@ -10,6 +10,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyXRefRole
 from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.util.inspect import signature, stringify_signature
 from sphinx.util.nodes import make_refnode
 
 os.environ["KERAS_BACKEND"] = "torch"  # which cellstack.keras needs
@@ -126,6 +127,13 @@ def not_ours(app: Any, what: str, name: str, member: Any, skip: bool, options: A
     return True if home and not home.startswith("cellstack") else None
 
 
+def of_constructor(app: Any, what: str, name: str, of: Any, options: Any, text: str, returns: Any) -> Any:
+    """Show a class the base of which is mocked with the signature of its constructor, which autodoc doesn't find."""
+    if what != "class" or text != "(*args, **kwargs)":
+        return None
+    return stringify_signature(signature(of.__init__, bound_method=True), show_annotation=False), returns
+
+
 def to_included(app: Any, doctree: nodes.document) -> None:
     """Let links to files outside of this folder lead to the pages that include them."""
     for link in doctree.findall(pending_xref):
@@ -165,6 +173,7 @@ def setup(app: Any) -> None:
     GoogleDocstring._consume_inline_attribute = property_text
     app.add_role("name", Name(innernodeclass=nodes.literal))
     app.connect("autodoc-skip-member", not_ours)
+    app.connect("autodoc-process-signature", of_constructor)
     app.connect("doctree-read", to_included)
     app.connect("doctree-read", without_progress)
     app.connect("missing-reference", named_elsewhere)

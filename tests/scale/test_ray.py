@@ -1,6 +1,8 @@
 """Scoring on a local Ray with two workers: the same files as in one process, also if a worker is killed."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -125,6 +127,19 @@ def test_workers_that_are_killed_again_and_again_are_an_error_and_a_second_run_c
     job = replace(job, scorer=Scorer(make_net(), **COLUMNS))
     found = list(run_on_ray(job, chains, "local"))
     assert sum(scored.rows for scored in found) == rows
+
+
+def test_workers_without_memory_are_an_error(model, tmp_path):
+    """The monitor of Ray takes one percent of the memory for all of it, and kills every worker."""
+    days(tmp_path / "data")
+    code = "from cellstack.scale import score_files; "
+    code += f"score_files('model', 'data', 'out', ray='local', across_files='continue', **{COLUMNS})"
+    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | limits, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "UsageError: Ray gave up: " in done.stderr
+    assert "low on memory" in done.stderr
 
 
 def test_no_cluster():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,13 +14,13 @@ from cellstack.scale.job import Chain, Job, Scored
 from cellstack.spec import check_installed
 from cellstack.train.checks import UsageError
 
-RETRIES = 3  # of a task whose worker is killed
+RETRIES = 3  # of a task whose worker is killed, and as many again if it was for lack of memory
 
 
 def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int = 1) -> Iterator[Scored]:
     """Score files on Ray, and yield what became of each as soon as it is known.
 
-    Ray starts a task again if its worker is killed; what it had completed is skipped.
+    Ray starts a task again if its worker is killed, also for lack of memory; what it had completed is skipped.
 
     Args:
         job: the job; its folder and all files must have the same paths on every machine.
@@ -32,6 +33,7 @@ def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int 
         UsageError: Ray can't be reached, or workers were killed again and again.
     """
     check_installed("scoring on Ray", "ray", "ray")
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # read at the import of Ray, whose default is no limit
     import ray  # pyright: ignore[reportMissingImports]
     import ray.data  # pyright: ignore[reportMissingImports]
     from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
@@ -53,10 +55,10 @@ def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int 
         for row in found.iter_rows():
             yield row["scored"]
     except RayError as error:
+        why = str(error).splitlines()[0].rstrip(".")
         raise UsageError(
-            f"Ray gave up: {str(error).splitlines()[0]} If workers are killed, they may need more memory than the "
-            "machine has: use fewer workers (--threads) or smaller batches (--batch-rows), and start again: complete "
-            "files are kept"
+            f"Ray gave up: {why}. If workers are killed, they may need more memory than the machine has: use fewer "
+            "workers (--threads) or smaller batches (--batch-rows), and start again: complete files are kept"
         ) from None
     finally:
         if own:
