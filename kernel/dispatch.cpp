@@ -13,18 +13,18 @@ namespace {
 std::vector<const InstructionSet*> find() {
     std::vector<const InstructionSet*> sets;
 #ifdef CELLSTACK_HAS_avx512
-    if (CPU_SUPPORTS("avx512f") && CPU_SUPPORTS("avx512vl") && CPU_SUPPORTS("avx512dq") && CPU_SUPPORTS("avx512bw")) {
-        if (CPU_SUPPORTS("avx512vnni")) {
+    if (cpu_supports("avx512f") && cpu_supports("avx512vl") && cpu_supports("avx512dq") && cpu_supports("avx512bw")) {
+        if (cpu_supports("avx512vnni")) {
             sets.push_back(&avx512::vnni);
             // On some processors a pair takes four times as long as a multiply-add, on others equally long.
-            if (CPU_SUPPORTS("avx512bf16"))
+            if (cpu_supports("avx512bf16"))
                 sets.insert(avx512::pairs_pay() ? sets.begin() : sets.end(), &avx512::pairs);
         }
         sets.push_back(&avx512::set);
     }
 #endif
 #ifdef CELLSTACK_HAS_avx2
-    if (CPU_SUPPORTS("avx2") && CPU_SUPPORTS("fma")) sets.push_back(&avx2::set);
+    if (cpu_supports("avx2") && cpu_supports("fma")) sets.push_back(&avx2::set);
 #endif
 #ifdef CELLSTACK_HAS_simd128
     sets.push_back(&simd128::set);

@@ -12,9 +12,7 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(_WIN32)
-#include <intrin.h>
-#else
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <unistd.h>
 #endif
@@ -63,12 +61,9 @@ INLINE uint64_t float_mode() { return 0; }
 INLINE void set_float_mode(uint64_t) {}
 #endif
 
-// Whether the processor and the system support these instructions of x86-64: CPU_SUPPORTS("avx2").
-#if !defined(_WIN32)
-#define CPU_SUPPORTS(name) __builtin_cpu_supports(name)
-#else
-#define CPU_SUPPORTS(name) cpu_supports(name)
-// GCC's function needs a library that Microsoft's linker doesn't find.
+#if defined(__x86_64__)
+// Whether the processor and the system support these instructions of x86-64. The compilers' __builtin_cpu_supports
+// needs their own libraries, which Microsoft's linker doesn't find and Zig's doesn't initialise.
 inline bool cpu_supports(const char* name) {
     constexpr struct {
         const char* name;
@@ -76,14 +71,19 @@ inline bool cpu_supports(const char* name) {
     } features[] = {{"fma", 1, 0, 2, 12, 6},           {"avx2", 7, 0, 1, 5, 6},         {"avx512f", 7, 0, 1, 16, 0xe6},
                     {"avx512dq", 7, 0, 1, 17, 0xe6},   {"avx512bw", 7, 0, 1, 30, 0xe6}, {"avx512vl", 7, 0, 1, 31, 0xe6},
                     {"avx512vnni", 7, 0, 2, 11, 0xe6}, {"avx512bf16", 7, 1, 0, 5, 0xe6}};
-    int words[4];  // eax, ebx, ecx, edx
-    __cpuidex(words, 1, 0);
+    unsigned words[4];  // eax, ebx, ecx, edx
+    const auto identify = [&](int leaf, int subleaf) {
+        asm("cpuid" : "=a"(words[0]), "=b"(words[1]), "=c"(words[2]), "=d"(words[3]) : "a"(leaf), "c"(subleaf));
+    };
+    identify(0, 0);
+    if (words[0] < 7) return false;
+    identify(1, 0);
     if (!(words[2] >> 27 & 1)) return false;  // the system saves no vector registers
     unsigned saved, upper;
-    asm("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+    asm volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
     for (const auto& feature : features) {
         if (strcmp(feature.name, name)) continue;
-        __cpuidex(words, feature.leaf, feature.subleaf);
+        identify(feature.leaf, feature.subleaf);
         return (saved & unsigned(feature.saved)) == unsigned(feature.saved) && (words[feature.word] >> feature.bit & 1);
     }
     return false;
