@@ -13,10 +13,10 @@ BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
-.PHONY: help demo test test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard sbom clean
+.PHONY: help demo test test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
@@ -77,6 +77,10 @@ sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 guard: $(VENV)/ready  ## the compiler's memory, and the kernel's instructions (valgrind); RECORD=1 records their counts
 	$(BIN)/python tests/guard/compiler.py
 	$(BIN)/python tests/guard/instructions.py $(if $(RECORD),--record)
+
+check-platforms: $(VENV)/ready  ## compile the kernel for other systems with Zig, and run it where possible
+	$(BIN)/pip install -q 'ziglang>=0.14'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/packaging/platforms.py
 
 sbom:  ## build/cellstack.cdx.json: what the package needs and contains (CycloneDX)
 	$(PYTHON) -m venv --clear build/sbom

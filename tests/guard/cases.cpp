@@ -1,7 +1,10 @@
-// Fixed pieces of the kernel's work, whose instructions `make guard` counts (instructions.py).
+// Fixed pieces of the kernel's work, whose instructions `make guard` counts (instructions.py), and whose results `make
+// check-platforms` compares between systems (tests/packaging/platforms.py).
 //
 // Without an argument, lists the names of all cases, one per line. With a name, runs that case once, so that memory is
-// allocated and symbols are bound, and then once more within `counted`, the function in which callgrind counts.
+// allocated and symbols are bound, and then once more within `counted`, the function in which callgrind counts. With
+// `--results`, runs all cases with each instruction set of the machine, and prints a line for each: set, case, and the
+// sums of what it computes, exactly.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -27,22 +30,23 @@ namespace {
 
 constexpr int kNoAvx2 = 3;  // exit status
 
+uint64_t seed = 1;  // of a case's numbers
+
 // The contents of a case's arrays: the same on every machine, starting at a cache line.
 class Numbers {
   public:
     explicit Numbers(int64_t count, double scale = 0) : count_(count), lines_(size_t(count + 15) / 16) {
-        static uint64_t state = 1;
         for (int64_t k = 0; k < count; ++k) {
-            state = state * 6364136223846793005u + 1442695040888963407u;
-            at()[k] = float(scale * (double(state >> 40) / (1 << 23) - 1));  // -scale to scale
+            seed = seed * 6364136223846793005u + 1442695040888963407u;
+            at()[k] = float(scale * (double(seed >> 40) / (1 << 23) - 1));  // -scale to scale
         }
     }
     float* at() { return lines_[0].numbers; }
     const float* at() const { return lines_[0].numbers; }
-    bool sound() const {  // finite, and not all zero
+    double sum() const {  // of the magnitudes
         double sum = 0;
         for (int64_t k = 0; k < count_; ++k) sum += std::abs(at()[k]);
-        return std::isfinite(sum) && sum > 0;
+        return sum;
     }
 
   private:
@@ -78,7 +82,13 @@ struct Cell {
 
 struct Work {
     std::function<void()> run;
-    std::function<bool()> sound;  // whether its results are valid
+    std::function<std::vector<double>()> sums;  // of each array of results
+
+    bool sound() const {  // finite, and not all zero
+        for (const double sum : sums())
+            if (!std::isfinite(sum) || !(sum > 0)) return false;
+        return true;
+    }
 };
 
 // Steps of a stream, one call each.
@@ -91,7 +101,7 @@ Work steps(KindIndex kind, int64_t units, Element element) {
     return {[=] {
                 for (int64_t k = 0; k < count; ++k) stream->run(x->at() + k * units, y->at() + k * units, 1);
             },
-            [=] { return weights && y->sound(); }};
+            [=] { return std::vector{weights ? y->sum() : 0.0}; }};
 }
 
 Work sequence(KindIndex kind, int64_t batch, int64_t length, int64_t units) {
@@ -105,7 +115,7 @@ Work sequence(KindIndex kind, int64_t batch, int64_t length, int64_t units) {
                 layer.weights = weights.get(), layer.y = y->at();
                 forward<float>(in, {layer}, 1);
             },
-            [=] { return y->sound(); }};
+            [=] { return std::vector{y->sum()}; }};
 }
 
 // The forward and backward pass as the torch layers call them: weights in rows, packed for the forward pass, read in
@@ -135,15 +145,15 @@ Work training(KindIndex kind, int64_t batch, int64_t length, int64_t units) {
                 backward<float>(in, {layer}, {gradients}, 1);
             },
             [=] {
-                return all->y.sound() && all->dx.sound() && all->dkernel.sound() && all->drecurrent_kernel.sound() &&
-                       all->dbias.sound();
+                return std::vector{all->y.sum(), all->dx.sum(), all->dkernel.sum(), all->drecurrent_kernel.sum(),
+                                   all->dbias.sum()};
             }};
 }
 
 Work packing(KindIndex kind, int64_t units, bool rows, Element element) {
     auto cell = std::make_shared<Cell>(kind, units, rows);
     auto packed = std::make_shared<std::unique_ptr<Weights<float>>>();
-    return {[=] { *packed = cell->weights(true, element); }, [=] { return (*packed)->copied(); }};
+    return {[=] { *packed = cell->weights(true, element); }, [=] { return std::vector{double((*packed)->copied())}; }};
 }
 
 using Case = std::pair<std::string, std::function<Work()>>;
@@ -170,11 +180,33 @@ std::vector<Case> all_cases() {
     return cases;
 }
 
+int unsound(const std::string& name) {
+    fprintf(stderr, "%s: expected finite numbers that aren't all zero\n", name.c_str());
+    return 1;
+}
+
+int print_results(const std::vector<Case>& cases) {
+    for (const char* set : instruction_sets()) {
+        set_instruction_set(set);
+        for (const Case& one : cases) {
+            seed = 1;
+            const Work work = one.second();
+            work.run();
+            printf("%s\t%s\t", set, one.first.c_str());
+            for (const double sum : work.sums()) printf(" %a", sum);
+            puts("");
+            if (!work.sound()) return unsound(one.first);
+        }
+    }
+    return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (!set_instruction_set("avx2")) return kNoAvx2;
     const std::vector<Case> cases = all_cases();
+    if (argc == 2 && !strcmp(argv[1], "--results")) return print_results(cases);
+    if (!set_instruction_set("avx2")) return kNoAvx2;
     if (argc < 2) {
         for (const Case& one : cases) puts(one.first.c_str());
         return 0;
@@ -184,9 +216,7 @@ int main(int argc, char** argv) {
             const Work work = one.second();
             work.run();
             counted(work.run);
-            if (work.sound()) return 0;
-            fprintf(stderr, "%s: expected finite numbers that aren't all zero\n", argv[1]);
-            return 1;
+            return work.sound() ? 0 : unsound(one.first);
         }
     fprintf(stderr, "%s: expected one of the cases that a call without an argument lists\n", argv[1]);
     return 2;
