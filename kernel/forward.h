@@ -152,8 +152,7 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
     if (!f.z) {
         UNROLL
         for (int v = 0; v < N * 4 + E; ++v) sums[0][v] = load(f.w.bias + block * step + v * W);
-        add_up(narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel,
-               words_of(f.w.element, f.w.d->input));
+        add_up(narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel, words_of(f.w.element, f.w.d->input));
         spread(here);
     }
     UNROLL
@@ -299,8 +298,7 @@ void run_blocks(Forward<T>& f) {
     // The blocks before this one are computed as those of a single row; with the tail, if the block before it is there
     // too and multiplies the same part of h.
     int64_t alone = f.rows == 1 ? end : f.block;
-    if (f.rows == 1 && f.w.is_tail(end - 1))
-        alone -= end - f.block == 1 || f.w.start(end - 1) != f.w.start(end - 2);
+    if (f.rows == 1 && f.w.is_tail(end - 1)) alone -= end - f.block == 1 || f.w.start(end - 1) != f.w.start(end - 2);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         T* h_next = f.h_next;

@@ -129,10 +129,10 @@ struct Product {
         if (gates > 1 && end_block == blocks) tail = w.tail;
     }
 
-    // Calls body(routine for a single row, vectors, first row, rows) for each group of vectors, after setting everything
-    // in the tile except its rows. A group is the gates of a block (of two blocks if there is one row), or, if one or
-    // two gates are requested, one gate of several blocks; all of them multiply the same part of a row. Computes
-    // `wanted` gates, starting at `first`; blocks in descending order if `down`.
+    // Calls body(routine for a single row, vectors, first row, rows) for each group of vectors, after setting
+    // everything in the tile except its rows. A group is the gates of a block (of two blocks if there is one row), or,
+    // if one or two gates are requested, one gate of several blocks; all of them multiply the same part of a row.
+    // Computes `wanted` gates, starting at `first`; blocks in descending order if `down`.
     template <class F>
     INLINE void each_group(T* to, bool add, bool down, int64_t count, int first, int wanted, F&& body) {
         int64_t end_block = this->end_block;
@@ -215,10 +215,11 @@ struct Product {
         }
         if (count == 1) {
             t.row_scales = row_scales;
-            return each_group(to, add, down, 1, first, wanted, [&](TileRoutine<T> alone, int, int64_t, int64_t) INLINED {
-                t.a[0] = rows.base + start;
-                alone(t);
-            });
+            return each_group(to, add, down, 1, first, wanted,
+                              [&](TileRoutine<T> alone, int, int64_t, int64_t) INLINED {
+                                  t.a[0] = rows.base + start;
+                                  alone(t);
+                              });
         }
         each_group(to, add, down, count, first, wanted, [&](TileRoutine<T>, int vectors, int64_t from, int64_t some) {
             T* first_row = t.to;

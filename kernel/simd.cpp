@@ -165,18 +165,23 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 #ifdef CELLSTACK_FORWARD_ONLY  // in float32: less than half the size
 template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
-    return {Vec<T>::W, tiles_of<Plain<T>>(), bfloat16, int8,    pack<T>, pack_narrow<T>,
-            nullptr,   forward<T>,           nullptr,  nullptr, nullptr, activate<T>,
-            nullptr,   nullptr,              nullptr,  nullptr};
+    return {Vec<T>::W, tiles_of<Plain<T>>(),
+            bfloat16,  int8,
+            pack<T>,   pack_narrow<T>,
+            nullptr,   forward<T>,
+            nullptr,   nullptr,
+            nullptr,   activate<T>,
+            nullptr,   nullptr,
+            nullptr,   nullptr};
 }
 constexpr Leaf<double> kDouble{};
 #else
 template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
-    return {Vec<T>::W,   tiles_of<Plain<T>>(), bfloat16,           int8,
-            pack<T>,     pack_narrow<T>,       pack_transposed<T>, forward<T>,
-            backward<T>, input_gradient<T>,    weight_gradient<T>, activate<T>,
-            memory_scratch<T>, memory_gates<T>, memory_head<T>, memory_head_back<T>};
+    return {Vec<T>::W,         tiles_of<Plain<T>>(), bfloat16,           int8,
+            pack<T>,           pack_narrow<T>,       pack_transposed<T>, forward<T>,
+            backward<T>,       input_gradient<T>,    weight_gradient<T>, activate<T>,
+            memory_scratch<T>, memory_gates<T>,      memory_head<T>,     memory_head_back<T>};
 }
 constexpr Leaf<double> kDouble = leaf<double>({}, {});
 #endif

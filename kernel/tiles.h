@@ -145,7 +145,8 @@ INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C + E], Cursor<typename
     }
 }
 
-// Sums of a block whose gates share vectors, to one vector per gate, with zeros beyond its units. It reads whole vectors.
+// Sums of a block whose gates share vectors, to one vector per gate, with zeros beyond its units. It reads whole
+// vectors.
 template <class T>
 INLINE V<T> gate_of(const T* shared, const Tail& tail, int gate) {
     return first_lanes<T>(load(shared + gate * tail.units), tail.units);

@@ -33,8 +33,8 @@ from cellstack.spec import Plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cellstack.nodes.mlstm import MatrixMemory
     from cellstack.inspect.trace import NetworkTrace
+    from cellstack.nodes.mlstm import MatrixMemory
     from cellstack.streaming.sessions import Sessions
     from cellstack.streaming.stream import Stream
 
