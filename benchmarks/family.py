@@ -34,6 +34,7 @@ def members(units):
         "zoneout, as rates": ({"zoneout": 0.1, "zoneout_cell": 0.1}, {}),
         "zoneout, as masks": ({"zoneout": 0.1, "zoneout_cell": 0.1}, {"zoneout"}),
         "projection to H/2": ({"proj_size": units // 2}, {}),
+        "4 heads": ({"heads": 4}, {}),
         "layer norm": ({"layer_norm": True}, {}),
         "layer norm, joint": ({"layer_norm": "joint"}, {}),
         "hard_sigmoid gates": ({"recurrent_activation": "hard_sigmoid"}, {}),

@@ -444,6 +444,8 @@ FLAGS = {
     "ligru": {"kind": "ligru"},
     "slstm": {"kind": "slstm"},
     "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
+    "heads": {"heads": 3},
+    "gru, reset before, heads": {"kind": "gru", "reset_after": False, "heads": 3},
 }
 
 
@@ -485,6 +487,20 @@ def test_a_formula_goes_down_to_each_product(open_page, net, x):
     assert close(numbers_in(lines[-2])[-1], t["lower"].pre["f"][0, 2, 1], 5)
     screen.page.keyboard.press("Escape")
     assert screen.page.locator(".popover").is_hidden()
+
+
+def test_a_sum_has_only_the_products_of_its_head(open_page, rng):
+    cell = make_cell(rng, 3, 6, heads=2)
+    t = Network([Recurrent((cell,))]).trace(rng.normal(size=(1, 4, 3)))
+    screen = open_page(t)
+    screen.keys("End")
+    screen.page.locator('.number[data-field="g"][data-unit="4"]').focus()
+    rows = [line.split("\t") for line in screen.page.locator(".popover tr").all_inner_texts()]
+    h, head = t["layer_0"].h[0, 2], cell.recurrent_kernel[1]
+    products = {row[0]: parsed(row[3].lstrip("= ")) for row in rows if row[0].startswith("h_prev")}
+    assert list(products) == ["h_prev[3]", "h_prev[4]", "h_prev[5]"]
+    for k, product in enumerate(products.values()):
+        assert close(product, h[3 + k] * head[k, 2 * 3 + 1], 5)  # the second unit of the head in the block of g
 
 
 def test_long_sums_show_their_largest_products(open_page, rng):
