@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+import numpy as np
+
 from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import Matrix, Step, times
+from cellstack.nodes.base import Array
 from cellstack.spec import CellSpec
 
 HELPERS = {
@@ -259,9 +262,10 @@ def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
     passed += f", {narrow.row} *row" if narrow else ""
     state = " and ".join(f"{name} [{letter}]" for name, letter in height.items())
     blocks = sum(step.scratch.values())
+    heads = f", in {spec.heads} heads of D = H / {spec.heads}" if spec.heads > 1 else ""
     lines = [
         "",
-        f"/* {spec.of_kind.title}, gates {' '.join(spec.gates)}: a block of H columns each. */",
+        f"/* {spec.of_kind.title}, gates {' '.join(spec.gates)}: a block of H columns each{heads}. */",
         f"struct ${{name}}_{stem} {{",
         *(f"    {member:<32} /* {shape} */" for member, shape in members),
         "};",
@@ -276,9 +280,18 @@ def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
     return Form("\n".join(lines), widths, arrays, blocks)
 
 
+def by_gate(matrices: Array, spec: CellSpec, gates: tuple[int, int] | None) -> Array:
+    """Return a recurrent kernel of heads with a matrix for each gate and head, `[gates, heads, H/heads, H/heads]`."""
+    parts = matrices.reshape(*matrices.shape[:2], len(spec.gates), -1).transpose(2, 0, 1, 3)
+    return np.ascontiguousarray(parts[slice(*gates) if gates else slice(None)])
+
+
 def shape_text(spec: CellSpec, matrix: Matrix) -> str:
     """Return the shape of one of a cell's arrays in terms of its widths, such as `[I, 4H]`."""
     shape = spec.shapes[matrix.array]
+    if len(shape) == 3:
+        first, end = matrix.gates or (0, len(spec.gates))
+        return f"[{end - first}, {spec.heads}, D, D]"
     if matrix.gates is not None:
         shape = (*shape[:-1], (matrix.gates[1] - matrix.gates[0]) * spec.units)
     letters: dict[str, tuple[str, str]] = dict(

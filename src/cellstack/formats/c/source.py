@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cellstack import spec
 from cellstack.formats.build import Names
-from cellstack.formats.c.cells import HELPERS, MATRICES, WIDTHS, Form, form_key, form_of, shape_text
+from cellstack.formats.c.cells import HELPERS, MATRICES, WIDTHS, Form, by_gate, form_key, form_of, shape_text
 from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import Matrix, activate, literal
 from cellstack.network import Network
@@ -277,7 +277,7 @@ class Writer:
         return at, node.units
 
     def _cell(self, owner: str, cell: Cell, at: str) -> str:
-        cell = cell.one_head
+        cell = cell.one_head if self.narrow else cell
         key = form_key(cell.spec)
         if key not in self.forms:
             stem = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cell.spec.of_kind.title).lower()
@@ -289,7 +289,9 @@ class Writer:
         pointers = []
         for name, matrix in form.arrays.items():
             array = arrays[matrix.array]
-            if matrix.gates is not None:
+            if array.ndim == 3:
+                array = by_gate(array, cell.spec, matrix.gates)
+            elif matrix.gates is not None:
                 start, stop = matrix.gates
                 array = array[:, start * units : stop * units]
             shape = shape_text(cell.spec, matrix)

@@ -110,6 +110,7 @@ class Step:
             for letter in ("H", "P"):
                 body += self._loop(level, letter)
         self.lines = ["const size_t H = w->units;", *(["const size_t P = w->projected;"] if spec.proj_size else [])]
+        self.lines += [f"const size_t D = H / {spec.heads};"] if spec.heads > 1 else []
         ends = accumulate(self.scratch.values(), initial=0)
         for name, end in zip(self.scratch, ends, strict=False):
             self.lines.append(
@@ -227,6 +228,11 @@ class Step:
                 ]
                 yield f"${{name}}_multiply({', '.join([*passed, 'row'])});"
                 bias = None
+            elif matrix.array == "recurrent_kernel" and self.spec.heads > 1:
+                yield f"for (size_t block = 0; block < {count * self.spec.heads}; block++) {{ /* a gate of a head */"
+                part = f"{vector} + block % {self.spec.heads} * D"
+                yield f"    ${{name}}_accumulate({place} + block * D, D, {part}, D, w->{matrix.name} + block * D * D);"
+                yield "}"
             else:
                 yield f"${{name}}_accumulate({place}, {wide}, {vector}, {length}, w->{matrix.name});"
 
