@@ -14,6 +14,7 @@ from toy import ToyTrace, evaluate, register
 from cellstack import CellSpec, Network, Patch, Recurrent, reference
 from cellstack.inspect import html
 from cellstack.inspect.payload import packed, payload_of
+from cellstack.layout import block_diagonal
 from cellstack.nodes import (
     NODES,
     Activation,
@@ -558,6 +559,7 @@ def by_hand(spec, arrays, case, patches):
     fields = {gate: np.zeros((batch, steps, H)) for gate in (*GATES[spec.kind], "c", "n", "m")}
     fields["h"] = np.zeros((batch, steps, P))
     W, U = arrays["kernel"], arrays.get("recurrent_kernel")
+    U = block_diagonal(U, len(spec.gates)) if spec.heads > 1 else U
     bias = arrays.get("bias", np.zeros((2, W.shape[1]) if spec.kind == "gru" and spec.reset_after else W.shape[1]))
     fresh = [arrays.get("initial_h", np.zeros(P)), arrays.get("initial_c", np.zeros(H)), *np.zeros((2, H))]
     cut = lambda z, bound: z if bound is None else np.clip(z, -bound, bound)  # noqa: E731
@@ -809,7 +811,7 @@ def test_unsupported_parts_are_named_and_never_run(page):
         "network.nodes[1].settings.activation = 'mish'": "head: the activation mish isn't supported.",
         "network.nodes[1].arrays.gate = { shape: [2] }": "head: the array gate of dense isn't supported.",
         "network.nodes[0].cells[0].spec.kind = 'slstm'": "stack, cell 0: a cell of the kind slstm isn't supported.",
-        "network.nodes[0].cells[1].spec.heads = 2": "stack, cell 1: the setting heads isn't supported.",
+        "network.nodes[0].cells[1].spec.depth = 2": "stack, cell 1: the setting depth isn't supported.",
         "network.nodes[0].cells[1].form.values.at(-1).operation = 'max'": "stack, cell 1: a cell of the kind gru isn't "
         "supported.",
         "network.nodes[0].cells[2].form.activations.g = 'sin'": "stack, cell 2: the activation sin of g isn't "
