@@ -78,6 +78,7 @@ def random_cell(rng, inputs, units, kind=None, **given):
         flags["gate_activations"] = {"cell": "tanh"}
     if kind == "gru":
         flags["reset_after"] = often(0.5)
+    flags = {name: value for name, value in flags.items() if name in KINDS[kind].settings}
     spec = CellSpec(inputs, units, kind=kind, **(flags | given))
     return Cell(spec, *(floats(rng, *shape) for shape in spec.shapes.values()))
 
