@@ -15,9 +15,9 @@ struct ChunkBack {
     T *G, *GE, *V_columns, *G_columns, *A, *dQ, *dK, *dV, *columns, *dot, *dsum, *dC, *dn;
     T *through_h, *of_weights;
     ChunkBack(const Chunk<T>& s, Carve<T>& carve) {
-        G = carve(s.steps * s.value_row), GE = carve(s.steps * s.value_row), V_columns = carve(s.values * s.steps);
-        G_columns = carve(s.values * s.steps), A = carve(s.steps * s.steps), dQ = carve(s.steps * s.key_row);
-        dK = carve(s.steps * s.key_row), dV = carve(s.steps * s.value_row), columns = carve(s.keys * s.steps);
+        G = carve(s.steps * s.value_row), GE = carve(s.steps * s.value_row), V_columns = carve(s.values * s.step_row);
+        G_columns = carve(s.values * s.step_row), A = carve(s.steps * s.step_row), dQ = carve(s.steps * s.key_row);
+        dK = carve(s.steps * s.key_row), dV = carve(s.steps * s.value_row), columns = carve(s.keys * s.step_row);
         dot = carve(s.steps), dsum = carve(s.steps);
         dC = carve(s.keys * s.value_row), dn = carve(s.keys);
         through_h = carve(s.steps), of_weights = carve(s.steps);
@@ -34,8 +34,8 @@ INLINE T dot_of(const T* a, const T* b, int64_t n) {
 // to [steps][keys] = (matrix [keys][values]·columns [values][steps])ᵀ.
 template <class T>
 void multiply_columns(T* to, const Chunk<T>& s, T* scratch, const T* matrix, const T* columns, int64_t rows) {
-    multiply(scratch, s.steps, false, matrix, s.value_row, int64_t(1), columns, s.steps, s.keys, rows, s.values);
-    transposed(to, s.key_row, scratch, s.steps, s.keys, rows);
+    multiply(scratch, s.step_row, false, matrix, s.value_row, int64_t(1), columns, s.step_row, s.keys, rows, s.values);
+    transposed(to, s.key_row, scratch, s.step_row, s.keys, rows);
 }
 
 // to [step] += Σ a[t][step]·panel[t] over the steps t from `step` on.
@@ -104,7 +104,7 @@ void gate_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, in
     for (int64_t t = steps; t-- > 0;) {
         const int64_t at = first + t;
         const T* gates = d.gates + at * d.gate_step;
-        for (int64_t c = 0; c <= t; c += W) store(of_step + c, load(of_step + c) + load(s.S + t * s.steps + c));
+        for (int64_t c = 0; c <= t; c += W) store(of_step + c, load(of_step + c) + load(s.S + t * s.step_row + c));
         kept += g.dot[t];
         V<T> before = splat(T(0));
         int64_t c = 0;
@@ -139,8 +139,8 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
     scores(s, steps, n);
     output_gradients(b, s, g, first, steps);
     // A: the gradient of S, then of Q·Kᵀ; S: that of log D
-    transposed(g.V_columns, s.steps, s.V, s.value_row, rows, s.values);
-    multiply_triangle(g.A, s.steps, g.G, s.value_row, g.V_columns, steps, s.values);
+    transposed(g.V_columns, s.step_row, s.V, s.value_row, rows, s.values);
+    multiply_triangle(g.A, s.step_row, g.G, s.value_row, g.V_columns, steps, s.values);
     // dV = weights∘(K·dC) + Sᵀ·G
     if (of_state) multiply(g.dV, s.value_row, false, s.K, s.key_row, int64_t(1), g.dC, s.value_row, steps, s.values, s.keys);
     for (int64_t t = 0; t < steps; ++t)
@@ -148,18 +148,18 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             T* dV = g.dV + t * s.value_row + c;
             store(dV, of_state ? splat(s.weights[t]) * load(dV) : splat(T(0)));
         }
-    multiply_later(g.dV, s.value_row, s.S, s.steps, g.G, s.value_row, steps, s.values);
+    multiply_later(g.dV, s.value_row, s.S, s.step_row, g.G, s.value_row, steps, s.values);
     for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < rows; c += W) {
-            T *A = g.A + t * s.steps + c, *S = s.S + t * s.steps + c;
-            const V<T> share = load(s.D + t * s.steps + c), score = load(S);
+            T *A = g.A + t * s.step_row + c, *S = s.S + t * s.step_row + c;
+            const V<T> share = load(s.D + t * s.step_row + c), score = load(S);
             const V<T> dS = load(A) + splat(g.dsum[t]), zero = splat(T(0));
             store(S, c <= t ? score * dS : zero);
             store(A, c <= t ? (share != zero ? share * dS : zero) : zero);
         }
     // dQ = A·K + e∘(G·C₋ᵀ) + e∘dsum·n
     if (!empty) {
-        transposed(g.G_columns, s.steps, g.GE, s.value_row, rows, s.values);
+        transposed(g.G_columns, s.step_row, g.GE, s.value_row, rows, s.values);
         multiply_columns(g.dQ, s, g.columns, C, g.G_columns, rows);
     }
     for (int64_t t = 0; t < steps; ++t) {
@@ -169,7 +169,7 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             store(dQ + c, empty ? splat(T(0)) : fma(factor, load(n + c), load(dQ + c)));
         g.dot[t] = empty ? T(0) : dot_of(s.Q + t * s.key_row, dQ, s.keys);
     }
-    multiply(g.dQ, s.key_row, true, g.A, s.steps, int64_t(1), s.K, s.key_row, steps, s.keys, steps, true);
+    multiply(g.dQ, s.key_row, true, g.A, s.step_row, int64_t(1), s.K, s.key_row, steps, s.keys, steps, true);
     // dK = weights∘(V·dCᵀ + dn) + Aᵀ·Q
     if (of_state) multiply_columns(g.dK, s, g.columns, g.dC, g.V_columns, rows);
     for (int64_t t = 0; t < rows; ++t) {
@@ -179,7 +179,7 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             store(dK + c, of_state ? weight * (load(dK + c) + load(g.dn + c)) : splat(T(0)));
         g.of_weights[t] = of_state ? dot_of(s.K + t * s.key_row, dK, s.keys) : T(0);
     }
-    multiply_later(g.dK, s.key_row, g.A, s.steps, s.Q, s.key_row, steps, s.keys);
+    multiply_later(g.dK, s.key_row, g.A, s.step_row, s.Q, s.key_row, steps, s.keys);
     // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
     T kept = 0;
     if (!empty) {

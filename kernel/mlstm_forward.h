@@ -62,7 +62,6 @@ INLINE void update_rows(const T* from, int64_t from_row, T* to, int64_t to_row, 
         for (int r = 0; r < R; ++r) {
             const V<T> old = from ? splat(f) * load_lanes(from + r * from_row + c, lanes) : splat(T(0));
             const V<T> C = fma(keys[r], value, old);
-            if (from) prefetch(from + (r + R) * from_row + c);
             store_lanes(to + r * to_row + c, C, lanes);
             sum = fma(queries[r], C, sum);
         }
@@ -93,8 +92,9 @@ void memory_step(const MemoryHead<T>& d, int64_t t, const T* C_from, int64_t fro
     for (int64_t c = 0; c < d.values; c += W) store(h + c, splat(T(0)));
     const auto row = [&](int64_t j) { return C_from ? C_from + j * from_row : nullptr; };
     int64_t j = 0;
-    for (; j + 4 <= d.keys; j += 4)
-        update_rows<4>(row(j), from_row, C_to + j * to_row, to_row, key + j, q + j, f, v, h, d.values);
+    constexpr int R = kRows == 6 ? 8 : 4;  // two registers per row
+    for (; j + R <= d.keys; j += R)
+        update_rows<R>(row(j), from_row, C_to + j * to_row, to_row, key + j, q + j, f, v, h, d.values);
     for (; j < d.keys; ++j)
         update_rows<1>(row(j), from_row, C_to + j * to_row, to_row, key + j, q + j, f, v, h, d.values);
     const T sum = sum_of_lanes<T>(dot), size = sum < 0 ? -sum : sum, floor = gates[kFloor * d.gate];
@@ -123,18 +123,18 @@ struct Carve {
     }
 };
 
-// A chunk's arrays, with rows of whole vectors: `keys`, `values` and `steps` numbers. Rows of keys and of values are a
-// line further apart: rows that are a multiple of 1 KB apart would share a few lines of the cache.
+// A chunk's arrays, with rows of whole vectors: `keys`, `values` and `steps` numbers. Rows are a line further apart:
+// rows that are a multiple of 1 KB apart would share a few lines of the cache.
 template <class T>
 struct Chunk {
-    int64_t keys, values, steps, key_row, value_row;
+    int64_t keys, values, steps, key_row, value_row, step_row;
     T *Q, *K, *V, *K_columns, *D, *S, *e, *i, *f, *sums, *weights, *H, *C, *n;
     Chunk(const MemoryHead<T>& d, Carve<T>& carve)
         : keys(whole_vectors<T>(d.keys)), values(whole_vectors<T>(d.values)), steps(whole_vectors<T>(d.chunk)),
-          key_row(keys + 16), value_row(values + 16) {
+          key_row(keys + 16), value_row(values + 16), step_row(steps + 16) {
         Q = carve(steps * key_row), K = carve(steps * key_row), V = carve(steps * value_row);
-        K_columns = carve(keys * steps);
-        D = carve(steps * steps), S = carve(steps * steps), e = carve(steps), i = carve(steps), f = carve(steps);
+        K_columns = carve(keys * step_row);
+        D = carve(steps * step_row), S = carve(steps * step_row), e = carve(steps), i = carve(steps), f = carve(steps);
         sums = carve(steps), weights = carve(steps), H = carve(steps * value_row);
         C = carve(keys * value_row), n = carve(keys);
     }
@@ -221,12 +221,12 @@ bool load_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t step
     for (int64_t t = 0; t < steps; ++t) {
         const T* gates = d.gates + (first + t) * d.gate_step;
         const T f = gates[kForgetGate * d.gate];
-        T* row = s.D + t * s.steps;
+        T* row = s.D + t * s.step_row;
         s.e[t] = kept *= f;
-        for (int64_t c = 0; c <= t; c += W) store(row + c, c < t ? splat(f) * load(row + c - s.steps) : splat(T(0)));
+        for (int64_t c = 0; c <= t; c += W) store(row + c, c < t ? splat(f) * load(row + c - s.step_row) : splat(T(0)));
         row[t] = gates[kInputGate * d.gate];
     }
-    const T* last = s.D + (steps - 1) * s.steps;
+    const T* last = s.D + (steps - 1) * s.step_row;
     for (int64_t c = 0; c < rows; c += W) store(s.weights + c, c < steps ? load(last + c) : splat(T(0)));
     return finite;
 }
@@ -256,13 +256,13 @@ template <class T>
 void scores(Chunk<T>& s, int64_t steps, const T* n) {
     constexpr int W = Vec<T>::W;
     const int64_t rows = whole_vectors<T>(steps);
-    transposed(s.K_columns, s.steps, s.K, s.key_row, rows, s.keys);
-    multiply_triangle(s.S, s.steps, s.Q, s.key_row, s.K_columns, steps, s.keys);
+    transposed(s.K_columns, s.step_row, s.K, s.key_row, rows, s.keys);
+    multiply_triangle(s.S, s.step_row, s.Q, s.key_row, s.K_columns, steps, s.keys);
     for (int64_t t = 0; t < steps; ++t) {
         V<T> sum = splat(T(0)), dot = splat(T(0));
         for (int64_t c = 0; c < rows; c += W) {
-            T* at = s.S + t * s.steps + c;
-            const V<T> share = load(s.D + t * s.steps + c);
+            T* at = s.S + t * s.step_row + c;
+            const V<T> share = load(s.D + t * s.step_row + c);
             const V<T> score = c <= t ? (share != splat(T(0)) ? share * load(at) : splat(T(0))) : splat(T(0));
             store(at, score), sum = sum + score;
         }
@@ -283,7 +283,7 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
             for (int64_t c = 0; c < s.values; c += W)
                 store(s.H + t * s.value_row + c, splat(s.e[t]) * load(s.H + t * s.value_row + c));
     }
-    multiply(s.H, s.value_row, !empty, s.S, s.steps, int64_t(1), s.V, s.value_row, steps, s.values, steps, true);
+    multiply(s.H, s.value_row, !empty, s.S, s.step_row, int64_t(1), s.V, s.value_row, steps, s.values, steps, true);
     for (int64_t t = 0; t < steps; ++t) {
         if (d.mask && !d.mask[first + t]) {
             zero_output(d, first + t);

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from cellstack.nodes.base import Array, CellState
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.mlstm import MatrixMemory
-from cellstack.reference_mlstm import MatrixState
-from cellstack.spec import HiddenState, ShapeError, State, as_nested, check_mask, check_state
+from cellstack.spec import HiddenState, MatrixState, ShapeError, State, as_nested, check_mask, check_state
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
@@ -96,8 +95,8 @@ def as_states(
         state: a state or None per cell; None: no states.
         cells: the cells and memories in the order of their states, `Network.stateful`.
         batch: the number of rows.
-        sources: for each cell, perhaps not for the last ones, which values of the network it starts from, for error messages; "" if none. The state
-            of such a cell can't be given.
+        sources: for each cell, or for the first ones, which values of the network it starts from, for error messages;
+            "" if none. The state of such a cell can't be given.
 
     Raises:
         ShapeError: the number or the shapes of the states are wrong.

@@ -5,8 +5,9 @@ Per head, with k scaled by 1/√dk and the state C [dk, dv], n [dk], m:
     ℓ = log σ(f̃)    m = max(ℓ + m₋, ĩ)    f = exp(ℓ + m₋ - m)    i = exp(ĩ - m)
     C = f·C₋ + i·k·vᵀ    n = f·n₋ + i·k    h = Cᵀq / (max(|nᵀq|, exp(-m)) + ε)
 
-m is only a common factor: h depends on C·e^m and n·e^m, apart from ε. So a state of zeros is empty, whatever m is, and
-is the initial state. A masked step keeps the state, and its h is zero; a reset sets the state to zeros before its step.
+m is only a common factor: h depends on C·e^m and n·e^m, apart from ε. So a state with zeros as C and n is empty,
+whatever m is; the initial state is zeros. A masked step keeps the state, and its h is zero; a reset sets the state to
+zeros before its step.
 
 Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27; the chunkwise form: Beck et al. 2025,
 "Tiled Flash Linear Attention", section 3.
@@ -19,21 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.spec import MatrixState
+
 Array = NDArray[Any]
-
-
-class MatrixState(NamedTuple):
-    """The state of an mLSTM.
-
-    Attributes:
-        C: the memory, `[B, heads, dk, dv]`: what `q` retrieves is `Cᵀq`.
-        n: the normaliser, `[B, heads, dk]`.
-        m: the stabiliser, `[B, heads]`: C and n are stored divided by e^m.
-    """
-
-    C: Array
-    n: Array
-    m: Array
 
 
 class MatrixInputs(NamedTuple):
@@ -58,7 +47,8 @@ def split(x: Array, heads: int, dk: int, dv: int) -> MatrixInputs:
     """Return the parts of `x [..., q | k | v | ĩ | f̃]` by head."""
     ends = np.cumsum([heads * dk, heads * dk, heads * dv, heads])
     q, k, v, i, f = np.split(x, ends, axis=-1)
-    return MatrixInputs(*(part.reshape(*x.shape[:-1], heads, -1) for part in (q, k, v)), i, f)
+    q, k, v = (part.reshape(*x.shape[:-1], heads, -1) for part in (q, k, v))
+    return MatrixInputs(q, k, v, i, f)
 
 
 def zero_state(batch: int, heads: int, dk: int, dv: int, dtype: Any = np.float64) -> MatrixState:

@@ -21,6 +21,7 @@ import numpy as np
 from cellstack.cells import KINDS, Kind
 from cellstack.cells.arguments import Argument, documented
 from cellstack.cells.base import HiddenState as HiddenState
+from cellstack.cells.base import MatrixState as MatrixState
 from cellstack.cells.base import State as State
 from cellstack.cells.base import usual_shapes
 from cellstack.cells.gru import GRUTrace as GRUTrace

@@ -28,6 +28,7 @@ BELOW = {
     "bfloat16": set(),
     "_kernel": set(),
     "reference": {"spec", "bfloat16"},
+    "reference_mlstm": {"spec"},
     "layout": {"cells", "spec"},
     "without_kernel": {"cells", "spec", "reference"},
     "native": {"spec", "_kernel", "without_kernel"},
@@ -37,7 +38,18 @@ BELOW = {
     "network": {"spec", "bfloat16", "native", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"cells", "spec", "views", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
-    "inspect": {"cells", "spec", "views", "reference", "nodes", "graph", "arguments", "network", "formats"},
+    "inspect": {
+        "cells",
+        "spec",
+        "views",
+        "reference",
+        "reference_mlstm",
+        "nodes",
+        "graph",
+        "arguments",
+        "network",
+        "formats",
+    },
     "layers": {"cells", "spec", "views", "native"},
     "recognition": {"spec", "nodes", "formats", "layers"},  # compares torch modules with graphs of cells
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model

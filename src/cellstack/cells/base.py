@@ -38,6 +38,20 @@ class HiddenState(NamedTuple):
         return (len(self), *self.h.shape)
 
 
+class MatrixState(NamedTuple):
+    """The state of an mLSTM.
+
+    Attributes:
+        C: the memory, `[B, heads, dk, dv]`: what `q` retrieves is `Cᵀq`.
+        n: the normaliser, `[B, heads, dk]`.
+        m: the stabiliser, `[B, heads]`: C and n are stored divided by e^m.
+    """
+
+    C: Any
+    n: Any
+    m: Any
+
+
 class Ops(Protocol[V]):
     """The operations of a step, over row vectors; each view implements them once for all kinds.
 

@@ -12,16 +12,16 @@ from cellstack import reference_mlstm as reference
 from cellstack.inspect.trace import CellTrace, NodeTrace
 from cellstack.nodes.base import Array
 from cellstack.nodes.mlstm import MLSTM, MemoryRecord
-from cellstack.reference_mlstm import MatrixGates, MatrixInputs, MatrixState
-from cellstack.spec import ShapeError
+from cellstack.reference_mlstm import MatrixGates, MatrixInputs
+from cellstack.spec import MatrixState, ShapeError
 
 
 class MemoryTrace(NodeTrace):
     """The input and output of an `MLSTM`, and its gates and states at every step.
 
-    `q k v i f m n h` are attributes: q, k, n `[B, T, heads, key_size]`, v and h `[B, T, heads, value_size]`, the gates i
-    and f, and m, `[B, T, heads]`. They are computed from the recorded input in NumPy when they are first used. At masked
-    steps i is 0 and f is 1.
+    `q k v i f m n h` are attributes: q, k and n `[B, T, heads, key_size]`, v and h `[B, T, heads, value_size]`, the
+    gates i and f, and m, `[B, T, heads]`. They are computed from the recorded input in NumPy when they are first used.
+    At masked steps i is 0 and f is 1.
 
     Attributes:
         record: the state before the run, the mask and the resets; None in a trace of some rows or steps.
@@ -42,7 +42,9 @@ class MemoryTrace(NodeTrace):
 
     @property
     def _inputs(self) -> MatrixInputs:
-        return reference.split(self.x, self.node.heads, self.node.key_size, self.node.value_size)
+        return reference.split(
+            self.x[..., : self.node.core_size], self.node.heads, self.node.key_size, self.node.value_size
+        )
 
     @cached_property
     def _values(self) -> tuple[MatrixGates, Array]:
@@ -71,7 +73,7 @@ class MemoryTrace(NodeTrace):
 
     @property
     def _before(self) -> MatrixState:
-        return self._record.before or self.node.memory._replace(dtype=self.x.dtype).zeros(len(self.x))
+        return self._record.before or self.node.memory_in(self.x.dtype).zeros(len(self.x))
 
     q = property(lambda self: self._inputs.q)
     k = property(lambda self: self._inputs.k)
@@ -83,7 +85,7 @@ class MemoryTrace(NodeTrace):
 
     @property
     def h(self) -> Array:
-        """The output by head, `[B, T, heads, value_size]`."""
+        """The output by head, `[B, T, heads, value_size]`, times the output gate if there is one."""
         return self.y.reshape(*self.y.shape[:2], self.node.heads, self.node.value_size)
 
     def shares(self, step: int = -1) -> Array:

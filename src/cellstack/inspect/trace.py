@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -254,7 +255,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             cells = tuple(
                 cell._select(some, at if sources[0] in aligned else slice(None), units) for cell in node.cells
             )
-            nodes[name] = node._part(alone(xs), of_value(node.y, name), cells, lambda array: of_value(array, name))
+            nodes[name] = node._part(alone(xs), of_value(node.y, name), cells, partial(of_value, name=name))
         ys = tuple(of_value(array, name) for array, name in zip(as_tuple(self.y), self.network.outputs, strict=True))
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
         masks = {name: of_value(mask, name) for name, mask in masks.items()}

@@ -20,17 +20,20 @@ from cellstack.layers.base import apply_constraints, losses
 from cellstack.layers.bidirectional import Bidirectional
 from cellstack.layers.cells import *  # noqa: F403
 from cellstack.layers.kinds import *  # noqa: F403
+from cellstack.layers.mlstm import MLSTM
 from cellstack.layers.rnn import RNN
 from cellstack.layers.stack import StackedRNNCells
 from cellstack.layers.time_distributed import TimeDistributed
 from cellstack.layers.truncated import truncated_backward
-from cellstack.spec import GRUTrace, HiddenState, RNNTrace, ShapeError, State, Trace
+from cellstack.spec import GRUTrace, HiddenState, MatrixState, RNNTrace, ShapeError, State, Trace
 
 __all__ = [
+    "MLSTM",
     "RNN",
     "Bidirectional",
     "GRUTrace",
     "HiddenState",
+    "MatrixState",
     "RNNTrace",
     "ShapeError",
     "StackedRNNCells",

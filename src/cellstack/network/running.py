@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from cellstack.nodes.cell import WEIGHTS
 from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.nodes.recording import Recording
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import ShapeError, check_sequence
+from cellstack.spec import MatrixState, ShapeError, check_sequence
 
 if TYPE_CHECKING:
     from cellstack.network.network import Network
@@ -75,7 +75,7 @@ def run(
                 patches = network.patches_by_cell[len(after) : len(after) + len(node.cells)]
                 x, used, begun, ends = node.run(flows, own, threads, record, patches, weights)
             elif node.memory is not None:
-                before = next(memories)
+                before = cast("MatrixState | None", next(memories))
                 x, used, begun, of_memory = node.run(flows, (before,), threads)
                 of_memories, ends = of_memories + of_memory, ()
                 if record is not None:

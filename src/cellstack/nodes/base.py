@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from cellstack.bfloat16 import BFloat16Array
 from cellstack.nodes.masks import ArrayMasks
-from cellstack.reference_mlstm import MatrixState
-from cellstack.spec import DTYPES, HiddenState, ShapeError, State
+from cellstack.spec import DTYPES, HiddenState, MatrixState, ShapeError, State
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks

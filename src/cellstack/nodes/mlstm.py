@@ -1,7 +1,8 @@
-"""`MLSTM`: the matrix memory of an xLSTM, between the projections that give q, k, v and the gates, and the output gate."""
+"""`MLSTM`: the matrix memory of an xLSTM, which takes queries, keys, values and gates from a projection."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -19,10 +20,14 @@ from cellstack.nodes.base import (
     Shape,
     StateGradients,
     StepRule,
+    check_flag,
     check_integer,
     check_number,
 )
-from cellstack.reference_mlstm import MatrixState
+from cellstack.reference import ACTIVATIONS
+from cellstack.spec import MatrixState
+
+LINE = 64  # bytes of a cache line
 
 
 class MatrixMemory(NamedTuple):
@@ -53,12 +58,15 @@ class MatrixMemory(NamedTuple):
         return MatrixState(*arrays)
 
     def zeros(self, batch: int) -> MatrixState:
-        """Return the initial state of some rows: zeros."""
-        return MatrixState(*(np.zeros((batch, *shape), self.dtype) for shape in self.state_shapes.values()))
+        """Return the initial state of some rows: zeros, which take no memory until they are written to."""
+        return MatrixState(*(self._aligned((batch, *shape)) for shape in self.state_shapes.values()))
 
-    def empty(self, batch: int) -> MatrixState:
-        """Return a state whose numbers are to be written."""
-        return MatrixState(*(np.empty((batch, *shape), self.dtype) for shape in self.state_shapes.values()))
+    def _aligned(self, shape: tuple[int, ...]) -> Array:
+        """Return zeros that start at a cache line: else every vector of a step would be in two of them."""
+        size = math.prod(shape) * self.dtype.itemsize
+        memory = np.zeros(size + LINE, np.uint8)
+        first = -memory.ctypes.data % LINE
+        return memory[first : first + size].view(self.dtype).reshape(shape)
 
 
 class MemoryRecord(NamedTuple):
@@ -74,7 +82,8 @@ class MLSTM(Node):
     """The memory of an mLSTM: per head a matrix C, to which each step adds a key with its value.
 
     The input is `[q | k | v | ĩ | f̃]`, of widths `heads·key_size`, `heads·key_size`, `heads·value_size`, `heads` and
-    `heads`; the output is h, of width `heads·value_size`. Per head, with k scaled by `1/√key_size`:
+    `heads`, followed by õ with an output gate; the output is h, or σ(õ)·h, of width `heads·value_size`. Per head, with
+    k scaled by `1/√key_size`:
 
         m = max(log σ(f̃) + m₋, ĩ)    f = exp(log σ(f̃) + m₋ - m)    i = exp(ĩ - m)
         C = f·C₋ + i·k·vᵀ    n = f·n₋ + i·k    h = Cᵀq / (max(|nᵀq|, exp(-m)) + epsilon)
@@ -88,8 +97,10 @@ class MLSTM(Node):
         key_size: the width of a head's queries and keys, the number of rows of C.
         value_size: the width of a head's values, the number of columns of C.
         epsilon: added to the divisor, 0 or more.
+        output_gate: whether h is multiplied by σ(õ), whose pre-activations are the last part of the input.
 
     Raises:
+        TypeError: `output_gate` isn't a bool.
         ValueError: a number below 1, or an epsilon that isn't a finite number of 0 or more.
 
     >>> node = MLSTM(heads=1, key_size=1, value_size=2, epsilon=0.0)
@@ -105,8 +116,9 @@ class MLSTM(Node):
     key_size: int
     value_size: int
     epsilon: float = 1e-6
+    output_gate: bool = False
     file_type = "mlstm"
-    settings: ClassVar = {"heads": int, "key_size": int, "value_size": int, "epsilon": float}
+    settings: ClassVar = {"heads": int, "key_size": int, "value_size": int, "epsilon": float, "output_gate": bool}
     axes = (2, 2)
     heeds_mask = True
 
@@ -117,13 +129,23 @@ class MLSTM(Node):
         if epsilon < 0:
             raise ValueError(f"MLSTM: expected epsilon to be 0 or more, got {epsilon:g}")
         object.__setattr__(self, "epsilon", epsilon)
-        object.__setattr__(self, "input_size", self.heads * (2 * self.key_size + self.value_size + 2))
-        object.__setattr__(self, "memory", MatrixMemory(self.heads, self.key_size, self.value_size))
+        check_flag("MLSTM", "output_gate", self.output_gate)
+        object.__setattr__(self, "input_size", self.core_size + (self.units if self.output_gate else 0))
+        object.__setattr__(self, "memory", self.memory_in(np.dtype(np.float32)))
+
+    def memory_in(self, dtype: np.dtype[Any]) -> MatrixMemory:
+        """Return what the state of a network of this dtype has for the node."""
+        return MatrixMemory(self.heads, self.key_size, self.value_size, dtype)
 
     @property
     def units(self) -> int:
         """Width of the output."""
         return self.heads * self.value_size
+
+    @property
+    def core_size(self) -> int:
+        """Width of the input without õ."""
+        return self.heads * (2 * self.key_size + self.value_size + 2)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, *shapes)
@@ -136,8 +158,9 @@ class MLSTM(Node):
         after: MatrixState | None,
         threads: int,
         places: NDArray[np.int64] | None = None,
+        gated: bool = True,
     ) -> Array:
-        """Run the memory over `flow.x [B, T, W]` and return h.
+        """Run the memory over `flow.x [B, T, W]` and return the output.
 
         Args:
             flow: the input, with its mask and resets.
@@ -145,12 +168,16 @@ class MLSTM(Node):
             after: where the state after the last step is written, which may be `before`; None: nowhere.
             threads: the number of threads that the kernel may use.
             places: the row of the states of each row of the input; None: the same.
+            gated: whether h is multiplied by the output gate, if there is one.
         """
         batch, steps, _ = flow.x.shape
         y = np.empty((batch, steps, self.units), flow.x.dtype)
         sequences = native.sequences(flow.x, flow.mask, flow.reset, places=places)
         native.memory_forward(self.kernel_call(sequences, before, after, y), y.dtype == np.float64, threads)
-        return y
+        return y * self._gate(flow.x) if self.output_gate and gated else y
+
+    def _gate(self, x: Array) -> Array:
+        return ACTIVATIONS["sigmoid"][0](np.ascontiguousarray(x[..., self.core_size :]))
 
     def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any) -> native.Memory:
         """Return the kernel's object for a call: see `call`; the arrays may be addresses."""
@@ -160,20 +187,22 @@ class MLSTM(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,), before = flows, next(iter(states), None)
         assert before is None or isinstance(before, MatrixState)
-        memory = self.memory._replace(dtype=flow.x.dtype)
-        after = memory.empty(len(flow.x))
+        after = self.memory_in(flow.x.dtype).zeros(len(flow.x))
         y = self.call(flow, before, after, threads)
         return flow._replace(x=y, states=(after,))
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         (flow,), record = run.inputs, run.memory
         assert record is not None
-        x, dy = native.plain(flow.x), native.plain(dy)
-        sequences = native.sequences(x, record.mask, record.reset)
-        dx = np.empty_like(x)
-        call = self.kernel_call(sequences, record.before, None, native.plain(run.y))
+        x, y, dy = (native.plain(array) for array in (flow.x, run.y, dy))
+        of_gate = []
+        if self.output_gate:
+            o, y = self._gate(x), self.call(flow._replace(reset=record.reset), record.before, None, 1, gated=False)
+            of_gate, dy = [dy * y * o * (1 - o)], dy * o
+        dx = np.empty((*x.shape[:2], self.core_size), x.dtype)
+        call = self.kernel_call(native.sequences(x, record.mask, record.reset), record.before, None, y)
         native.memory_backward(call, x.dtype == np.float64, dy, (), dx, (), 1)
-        return [dx]
+        return [np.concatenate([dx, *of_gate], axis=-1)]
 
     def step_rule(self, *shapes: Shape) -> StepRule:
         return StepRule()
@@ -181,7 +210,7 @@ class MLSTM(Node):
     @property
     def summary(self) -> str:
         heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
-        return f"{heads}, C {self.key_size} x {self.value_size}"
+        return f"{heads}, C {self.key_size} x {self.value_size}{', output gate' if self.output_gate else ''}"
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         return (

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cellstack import native
 from cellstack.nodes.base import Array, CellState, Flow
 from cellstack.nodes.mlstm import MemoryRecord
-from cellstack.spec import CellSpec
+from cellstack.spec import CellSpec, HiddenState, State
 
 if TYPE_CHECKING:
     from cellstack.nodes.patches import CellPatches
@@ -22,7 +22,7 @@ class Record(NamedTuple):
 
     gates: Array
     """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
-    states: CellState
+    states: State | HiddenState
     """`[B, T, P]` or `[B, T, H]` each; h is that before a residual is added and before masked steps are set to zero."""
     x: Array
     """`[B, T, I]`."""

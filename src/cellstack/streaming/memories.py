@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.mlstm import MLSTM
-from cellstack.reference_mlstm import MatrixState
+from cellstack.spec import MatrixState
 from cellstack.streaming.parts import ALL
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Memories:
 
     def __init__(self, node: MLSTM, rows: int, threads: int, dtype: np.dtype[Any]) -> None:
         self.node, self.threads = node, threads
-        self.memory = node.memory._replace(dtype=dtype)
+        self.memory = node.memory_in(dtype)
         self.state = self.memory.zeros(rows)
         self._spare: MatrixState | None = None
         self._keeps = False  # whether a snapshot must not change
@@ -43,7 +43,7 @@ class Memories:
         flow = Flow(x if x.ndim == 3 else x[:, None])
         after, places = self.state, None if rows is ALL else np.ascontiguousarray(rows, np.int64)
         if rows is ALL and self._keeps:
-            after = self._spare or self.memory.empty(len(x))
+            after = self._spare or self.memory.zeros(len(x))
             self._spare, self._keeps = self.state, False
         y = self.node.call(flow, self.state, after, self.threads, places)
         self.state = after

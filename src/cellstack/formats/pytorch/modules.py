@@ -24,6 +24,7 @@ from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.network.layouts import time_first
 from cellstack.nodes import (
+    MLSTM,
     Activation,
     Clip,
     Conv1D,
@@ -296,6 +297,9 @@ class Reader:
             x = self.wire
             self.add(*map(Activation, next(texts for kind, texts in GATED.items() if _is(module, kind))))
             self.add(Merge("mul"), others=(x,))
+        elif _is(module, "MLSTM", package="cellstack.layers"):
+            self.has_batch_first(path, module)
+            self.add(*_mlstm(module, path))
         elif not _is(module, *NOTHING):
             node = _simple(module, path) or _layer(module, path)
             if isinstance(node, (Recurrent, Bidirectional)):  # one of ours
@@ -428,6 +432,15 @@ def _torch_layers(module: Any, path: str) -> list[Node]:
 
 
 # ── cellstack's layers, which this package never imports ────────────────────────────────────────────────────────────
+
+
+def _mlstm(module: Any, path: str) -> list[Node]:
+    """Return the nodes of an `MLSTM` layer: its projection, its memory with the output gate, the last step."""
+    kernel = _weight(path, module, "kernel")
+    if kernel is None:
+        raise _refuse(path, module, "expected weights: give input_size, or call it first")
+    nodes: list[Node] = [Dense(kernel, _weight(path, module, "bias")), MLSTM(*module.sizes, output_gate=True)]
+    return nodes if module.return_sequences else [*nodes, GlobalPool("last")]
 
 
 def _layer(module: Any, path: str) -> Node | None:

@@ -1,0 +1,279 @@
+"""`MLSTM`: the layer of an xLSTM with a matrix memory, trained on the fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cellstack import native
+from cellstack.layers import weights
+from cellstack.layers.base import Layer, as_dtype, as_input, last_axis
+from cellstack.layers.sequences import as_steps, as_used
+from cellstack.spec import MatrixState, Plan, ShapeError, as_integer, check_sequence, check_state
+
+
+class Sizes(NamedTuple):
+    """The widths of a head, and what is added to the divisor of h: see `cellstack.nodes.MLSTM`."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    epsilon: float
+
+    @property
+    def core(self) -> int:
+        """Width of q, k, v, ĩ and f̃ of all heads."""
+        return self.heads * (2 * self.key_size + self.value_size + 2)
+
+    @property
+    def units(self) -> int:
+        """Width of h."""
+        return self.heads * self.value_size
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the state, by name, without the batch."""
+        keys = self.heads, self.key_size
+        return {"C": (*keys, self.value_size), "n": keys, "m": (self.heads,)}
+
+
+class _Memory(torch.autograd.Function):
+    """The memory of an mLSTM, from q, k, v and the gates to h and the state after the last step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: Sizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, *before: Tensor
+    ) -> tuple[Tensor, ...]:
+        batch, steps, _ = x.shape
+        x = x if x.stride(2) == 1 else x.contiguous()
+        y = x.new_empty(batch, steps, sizes.units)
+        shapes = sizes.state_shapes.values() if keeps_state else ()
+        after = [x.new_empty(batch, *shape) for shape in shapes]
+        before = tuple(part.contiguous() for part in before)
+        native.memory_forward(_call(sizes, x, mask, reset, before, after, y), _twice(x), torch.get_num_threads())
+        ctx.sizes = sizes
+        ctx.save_for_backward(x, y, mask, reset, *before)
+        return (y, *after)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, y, mask, reset, *before = ctx.saved_tensors
+        dy, *dafter = (None if part is None else part.contiguous() for part in gradients)
+        dx = x.new_empty(*x.shape[:2], ctx.sizes.core)
+        dbefore = [torch.empty_like(part) for part in before]
+        native.memory_backward(
+            _call(ctx.sizes, x, mask, reset, before, (), y),
+            _twice(x),
+            _address(dy),
+            [_address(part) for part in dafter],
+            _address(dx),
+            [_address(part) for part in dbefore],
+            torch.get_num_threads(),
+        )
+        return (None, None, dx, None, None, *dbefore)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _twice(x: Tensor) -> bool:
+    return x.dtype is torch.float64
+
+
+def _call(
+    sizes: Sizes, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor], after: Sequence[Tensor], y: Tensor
+) -> native.Memory:
+    flags = (_address(mask), _address(reset))
+    sequences = native.Sequences(*x.shape[:2], x.data_ptr(), x.stride(0), x.stride(1), *flags)
+    states = [_address(part) for part in before], [_address(part) for part in after]
+    heads, keys, values, epsilon = sizes
+    return native.Memory(sequences, heads, keys, values, epsilon, *states, y.data_ptr())
+
+
+class MLSTM(Layer):
+    """An mLSTM layer: per head a matrix memory, with a key, a value and a query per step.
+
+        q, k, v, ĩ, f̃, õ = x·kernel + bias    h = σ(õ)·(what q retrieves from C: see `cellstack.nodes.MLSTM`)
+
+    Steps don't depend on the h before them, so a sequence runs as products of matrices. The layer computes on the CPU,
+    in float32 or float64.
+
+    Args:
+        units: width of the output, all heads together.
+        heads: the number of heads; it divides `units`.
+        key_size: width of a head's queries and keys; None: that of its values, `units / heads`.
+        use_bias: whether the projection has a bias.
+        return_sequences: return h of every step; False: only that of the last step.
+        return_state: also return the state after the last step, C, n and m.
+        epsilon: added to the divisor of h, 0 or more.
+        forget_bias: the initial bias of the heads' forget gates, evenly from the first number to the second.
+        kernel_initializer: of the kernel; the columns of ĩ and f̃ start as zeros, so that the biases decide at first.
+        input_size: width of the input; None: that of the first one.
+        dtype: float32 or float64; None: torch's default.
+        name: the layer's name in error messages.
+
+    Raises:
+        ShapeError: `heads` doesn't divide `units`.
+        ValueError: a number below 1, or a negative epsilon.
+
+    >>> layer = MLSTM(8, heads=2, return_sequences=True, input_size=3)
+    >>> tuple(layer(torch.zeros(2, 5, 3)).shape)
+    (2, 5, 8)
+
+    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27.
+    """
+
+    kernel: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        units: int,
+        heads: int = 4,
+        key_size: int | None = None,
+        use_bias: bool = True,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        epsilon: float = 1e-6,
+        forget_bias: Sequence[float] = (3.0, 6.0),
+        kernel_initializer: weights.Given = "glorot_uniform",
+        input_size: int | None = None,
+        dtype: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        owner = self._owner
+        width = as_integer(owner, "units", units)
+        given = {"units": width, "heads": as_integer(owner, "heads", heads)}
+        given["key_size"] = (
+            max(1, width // max(1, given["heads"])) if key_size is None else as_integer(owner, "key_size", key_size)
+        )
+        for argument, value in given.items():
+            if value < 1:
+                raise ValueError(f"{owner}: expected {argument} of at least 1, got {value}")
+        self.units, self.heads = width, given["heads"]
+        if width % self.heads:
+            raise ShapeError(f"{owner}: expected heads to divide units={width}, got {self.heads}")
+        if not 0 <= epsilon < float("inf"):
+            raise ValueError(f"{owner}: expected epsilon to be a finite number of 0 or more, got {epsilon!r}")
+        self.sizes = Sizes(self.heads, given["key_size"], width // self.heads, float(epsilon))
+        self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
+        self._initializer = weights.find(kernel_initializer, weights.INITIALIZERS, "kernel_initializer")
+        self._like = torch.empty(0, dtype=as_dtype(dtype))
+        self._config = {
+            "units": self.units,
+            "heads": self.heads,
+            "key_size": key_size,
+            "use_bias": bool(use_bias),
+            "return_sequences": self.return_sequences,
+            "return_state": self.return_state,
+            "epsilon": self.sizes.epsilon,
+            "forget_bias": tuple(map(float, forget_bias)),
+            "kernel_initializer": kernel_initializer,
+            "input_size": input_size,
+            "dtype": dtype,
+            "name": name,
+        }
+        self.register_parameter("kernel", None)
+        self.register_parameter("bias", None)
+        if input_size is not None:
+            self.build(input_size)
+
+    def build(self, input_size: int | Sequence[int | None]) -> None:
+        """Create the weights for inputs of width `input_size`, or of this shape."""
+        width, core = last_axis(self._owner, input_size), self.sizes.core
+        like = {"dtype": self._like.dtype, "device": self._like.device}
+        kernel = torch.empty(width, core + self.units, **like)
+        if self._initializer is not None:
+            weights.fill(kernel, self._initializer)
+        kernel[:, core - 2 * self.heads : core] = 0.0
+        self.kernel = torch.nn.Parameter(kernel)
+        if self._config["use_bias"]:
+            first, last = self._config["forget_bias"]
+            bias = torch.zeros(core + self.units, **like)
+            bias[core - self.heads : core] = torch.linspace(first, last, self.heads)
+            self.bias = torch.nn.Parameter(bias)
+
+    @property
+    def built(self) -> bool:
+        """Whether the weights exist."""
+        return self.kernel is not None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MLSTM:
+        super()._apply(fn, recurse)
+        self._like = fn(self._like)
+        return self
+
+    def forward(
+        self, sequences: Any, initial_state: Any = None, mask: Any = None, reset: Any = None, lengths: Any = None
+    ) -> Any:
+        """Run the layer over a batch of sequences.
+
+        Args:
+            sequences: `[B, T, I]`.
+            initial_state: C `[B, heads, key_size, units / heads]`, n `[B, heads, key_size]` and m `[B, heads]`; None:
+                zeros.
+            mask: bool `[B, T]`, True at used steps: at others the state keeps its value, and the output is zeros.
+            reset: bool `[B, T]`, True where the state is set to zeros before the step.
+            lengths: `[B]`, the number of used steps of each row, instead of a mask.
+
+        Returns:
+            `[B, T, units]`, or `[B, units]`; with `return_state` a tuple of this and C, n and m.
+
+        Raises:
+            ShapeError: a wrong rank, width, batch or number of states.
+            TypeError: another dtype or device than float32 or float64 on the CPU; a mask that isn't bool.
+            ValueError: a tensor on another device; both `mask` and `lengths`.
+        """
+        owner, like = self._owner, self._like if self.kernel is None else self.kernel
+        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+            came = f"{str(like.dtype).removeprefix('torch.')} on {like.device}"
+            raise TypeError(f"{owner}: expected weights of float32 or float64 on the CPU, got {came}")
+        x = as_input(owner, "sequences", sequences, like)
+        check_sequence(owner, tuple(x.shape), None if self.kernel is None else self.kernel.shape[0], "sequences")
+        if self.kernel is None:
+            self.build(x.shape[-1])
+        used = as_used(owner, x, mask, lengths)
+        starts = None if reset is None else as_steps(owner, "reset", reset, x)
+        before = () if initial_state is None else self._state(initial_state, x)
+        assert self.kernel is not None
+        z = torch.nn.functional.linear(x, self.kernel.t(), self.bias)
+        core, gate = z.split([self.sizes.core, self.units], dim=-1)
+        flags = [None if one is None else one.contiguous() for one in (used, starts)]
+        h, *after = _Memory.apply(self.sizes, self.return_state, core, *flags, *before)
+        y = torch.sigmoid(gate) * h
+        if not self.return_sequences:
+            y = y[:, -1] if used is None else _last(y, used)
+        return (y, *after) if self.return_state else y
+
+    def _state(self, value: Any, x: Tensor) -> MatrixState:
+        shapes = self.sizes.state_shapes
+        if not isinstance(value, Sequence):
+            raise ShapeError(f"{self._owner}: expected initial_state to be C, n and m, got {type(value).__name__}")
+        parts = [as_input(self._owner, "initial_state", part, x) for part in value]
+        check_state(self._owner, [tuple(part.shape) for part in parts], len(x), shapes)
+        for name, part in zip(shapes, parts, strict=True):
+            if not torch.isfinite(part).all():
+                raise ValueError(f"{self._owner}: expected finite numbers in {name} of initial_state; zeros are empty")
+        return MatrixState(*parts)
+
+    def plan(self) -> Plan:
+        """Return which implementation runs the layer: a line of text."""
+        dtype = str(self._like.dtype).removeprefix("torch.")
+        how = f"fewer than {native.SHORT_CHUNK} steps step by step, others in chunks, as products of matrices"
+        return Plan(
+            [f"{self._owner}: a product in torch; the memory in the fused kernel ({native.isa()}, {dtype}): {how}"]
+        )
+
+
+def _last(y: Tensor, used: Tensor) -> Tensor:
+    """Return the output of each row's last used step, zeros without one."""
+    steps = torch.arange(1, used.shape[1] + 1, device=used.device)
+    last = torch.where(used, steps, 0).amax(1)
+    picked = y[torch.arange(len(y), device=y.device), (last - 1).clamp(min=0)]
+    return torch.where(last[:, None] > 0, picked, 0.0)
