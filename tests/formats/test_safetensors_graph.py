@@ -12,6 +12,7 @@ from networks import make_cell
 
 import cellstack as cs
 from cellstack.nodes import (
+    MLSTM,
     NODES,
     Activation,
     Attention,
@@ -121,6 +122,7 @@ EVERY = {
     "function": lambda d: [Function("abs")],
     "time_softmax": lambda d: [TimeSoftmax()],
     "attention": lambda d: [Attention(), Attention(1, 0.5, True)],
+    "mlstm": lambda d: [MLSTM(1, 1, 1), MLSTM(1, 1, 2, 0.0, True)],
     "context": lambda d: [Context(3)],
 }
 

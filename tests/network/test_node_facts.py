@@ -17,6 +17,7 @@ from cellstack.cli import main as cli
 from cellstack.formats import keras as keras_adapter
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.nodes import (
+    MLSTM,
     NODES,
     Activation,
     Attention,
@@ -141,6 +142,8 @@ EVERY = [
     GroupNorm(1, floats(3), over_time=False),
     Attention(),
     Attention(3, 0.5, True),
+    MLSTM(1, 1, 1),
+    MLSTM(1, 1, 2, output_gate=True),
     Context(2),
     PerFrame((3,), (Reshape((-1, 1)), Conv1D(floats(2, 1, 4)), GlobalPool("max")), ((0,), (1,), (2,))),
 ]
@@ -150,7 +153,13 @@ NOT_IN_ONNX = (Context, PerFrame)
 def network(node):
     """Return a network of one node, and its inputs: sequences of 6 steps and 3 features, ids or vectors."""
     count = 2 if node.inputs is None else node.inputs
-    shape = (6,) if node.takes_ids else (3,) if node.axes[0] == 1 else (6, 4 if type(node) is Magnitude else 3)
+    shape = (
+        (6,)
+        if node.takes_ids
+        else (3,)
+        if node.axes[0] == 1
+        else (6, 4 if type(node) is Magnitude else node.input_size or 3)
+    )
     names = [f"x{number}" for number in range(count)]
     shapes = dict.fromkeys(names, shape)
     if isinstance(node, StepMask):  # a flag per step

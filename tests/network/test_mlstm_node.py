@@ -1,0 +1,206 @@
+"""The node `MLSTM` in a network: states, streams, pools, masks, traces, files; what refuses it by name."""
+
+import numpy as np
+import pytest
+from networks import make_cell
+from tolerances import NETWORK
+
+import cellstack as cs
+from cellstack import Dense, Network, Recurrent, ShapeError, inspect
+from cellstack import reference_mlstm as reference
+from cellstack.nodes import MLSTM, Conv1D, PerFrame
+from cellstack.spec import MatrixState
+
+HEADS, KEYS, VALUES = 2, 4, 3
+
+
+def network(dtype="float32", gate=False):
+    """Return a projection, a memory, an LSTM and a head."""
+    rng = np.random.default_rng(0)
+    node = MLSTM(HEADS, KEYS, VALUES, output_gate=gate)
+    array = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
+    nodes = [
+        Dense(array(5, node.input_size), array(node.input_size)),
+        node,
+        Recurrent((make_cell(rng, node.units, 4, dtype=dtype),)),
+        Dense(array(4, 2)),
+    ]
+    return Network(nodes, ["in", "memory", "lstm", "out"])
+
+
+def sequences(batch=2, steps=20, dtype="float32"):
+    return np.random.default_rng(1).normal(size=(batch, steps, 5)).astype(dtype)
+
+
+def near(found, expected, tolerance=NETWORK):
+    assert np.abs(found - expected).max() <= tolerance * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_run_continues_from_its_state(gate):
+    net, x = network(gate=gate), sequences()
+    y, state = net.run(x)
+    assert [type(one).__name__ for one in state] == ["State", "MatrixState"]  # cells first
+    assert [part.shape for part in state[1]] == [(2, HEADS, KEYS, VALUES), (2, HEADS, KEYS), (2, HEADS)]
+    first, half = net.run(x[:, :7])
+    second, after = net.run(x[:, 7:], half)
+    near(np.concatenate([first, second], axis=1), y)
+    for own, other in zip(after[1], state[1], strict=True):
+        near(own, other)
+
+
+def test_the_node_is_the_reference():
+    node = MLSTM(HEADS, KEYS, VALUES, output_gate=True)
+    x = np.random.default_rng(2).normal(size=(2, 11, node.input_size))
+    (y, *_), core = Network([node], inputs={"x": (None, node.input_size)}).run(x.astype("f4")), node.core_size
+    h, _ = reference.steps(reference.split(x[..., :core], HEADS, KEYS, VALUES), reference.zero_state(2, 2, 4, 3))
+    near(y, h.reshape(2, 11, -1) / (1 + np.exp(-x[..., core:])))
+
+
+def test_streams_and_pools_are_the_run():
+    net, x = network(), sequences()
+    y, state = net.run(x)
+    stream = net.stream(batch=2)
+    near(np.stack([stream.step(x[:, t]) for t in range(20)], axis=1), y)
+    for own, other in zip(stream.state[1], state[1], strict=True):
+        near(own, other)
+    stream.state = net.run(x[:, :7])[1]
+    near(stream.run(x[:, 7:]), y[:, 7:])
+    stream.reset(rows=[1])
+    assert not stream.state[1].C[1].any()
+    assert stream.state[1].C[0].any()
+    pool = net.pool(3)
+    a, _, b = pool.open(), pool.open(), pool.open()
+    near(np.stack([pool.step([b, a], x[:, t]) for t in range(20)], axis=1), y)
+    near(pool.state(b)[1].C, state[1].C[:1])
+
+
+def test_a_failing_step_leaves_the_state(monkeypatch):
+    net, x = network(), sequences()
+    stream = net.stream(batch=2)
+    stream.run(x[:, :5])
+    before = stream.state
+    last = stream._engine._parts[-1]
+
+    def fail(rows, x):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        stream._engine._parts[-1] = (fail, last[1])
+        with pytest.raises(KeyboardInterrupt):
+            stream.step(x[:, 5])
+        for own, other in zip(stream.state[1], before[1], strict=True):
+            np.testing.assert_array_equal(own, other)
+        stream._engine._parts[-1] = last
+        stream.step(x[:, 5])
+        stream.state = before
+
+
+def test_masks_and_resets():
+    net, x = network(), sequences()
+    mask, reset = np.ones((2, 20), bool), np.zeros((2, 20), bool)
+    mask[0, 3:6] = False
+    reset[1, 8] = True
+    y, state = net.run(x, mask=mask, reset=reset)
+    t = net.trace(x, mask=mask, reset=reset)
+    assert not t["memory"].y[0, 3:6].any()
+    used, ends = net.run(np.delete(x[:1], [3, 4, 5], axis=1))
+    near(y[:1][:, mask[0]], used)
+    near(state[1].C[:1], ends[1].C)
+    near(y[1, 8:], net(x[1:, 8:])[0])
+
+
+def test_a_trace_shows_gates_states_and_what_a_key_retrieves():
+    """One-hot keys and a large forget gate: a key retrieves its own value, until another value has its key."""
+    node = MLSTM(1, 4, 3, epsilon=0.0)
+    keys, values = np.eye(4)[[0, 1, 2, 0]], np.arange(12.0).reshape(4, 3) + 1
+    x = np.concatenate([keys, 2 * keys, values, np.zeros((4, 1)), np.full((4, 1), 30.0)], axis=1)[None]
+    net = Network([Dense(np.eye(13)), node], ["in", "memory"])
+    t = net.trace(x)["memory"]
+    np.testing.assert_allclose(t.retrieve(np.eye(4)[1])[0, 0], values[1], rtol=1e-10)
+    np.testing.assert_allclose(t.retrieve(np.eye(4)[0], 2)[0, 0], values[0], rtol=1e-10)
+    np.testing.assert_allclose(t.retrieve(np.eye(4)[0])[0, 0], (values[0] + values[3]) / 2, rtol=1e-10)
+    assert not t.retrieve(np.eye(4)[3])[0, 0].any()
+    np.testing.assert_allclose(t.shares()[0, 0], np.ones(4), rtol=1e-10)
+    np.testing.assert_allclose(t.n[0, -1, 0], [2, 1, 1, 0], atol=1e-10)
+    assert t.memory(1).shape == (1, 1, 4, 3)
+    with pytest.raises(ShapeError, match=r"retrieve: expected query \[4\] or \[1, 4\], got \(3,\)"):
+        t.retrieve(np.ones(3))
+    with pytest.raises(IndexError):
+        t.retrieve(np.ones(4), 4)
+
+
+def test_traces_of_random_runs():
+    net, x = network("float64"), sequences(dtype="float64")
+    state = net.run(sequences(steps=3, dtype="float64") * 2)[1]
+    reset = np.random.default_rng(3).random((2, 20)) < 0.1
+    t = net.trace(x, state, reset=reset)
+    own = t["memory"]
+    for step in (0, 9, 19):
+        for row in range(2):
+            near(own.retrieve(own.q[row, step], step)[row], own.h[row, step], 1e-10)
+    near(own.memory(), t.state[1].C, 1e-10)
+    near(own.n[:, -1], t.state[1].n, 1e-10)
+    near(own.m[:, -1], t.state[1].m, 1e-10)
+    part = t.select(rows=[1], steps=slice(4, 9))["memory"]
+    np.testing.assert_array_equal(part.f, own.f[1:, 4:9])
+    with pytest.raises(ValueError, match="only part of a run"):
+        part.retrieve(own.q[0, 0])
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_gradient_of_a_trace_is_a_difference(gate):
+    net, x = network("float64", gate), sequences(dtype="float64", steps=9)
+    state = net.run(sequences(steps=3, dtype="float64"))[1]
+    reset = np.zeros((2, 9), bool)
+    reset[0, 4] = True
+    gradient = net.trace(x, state, reset=reset).gradient(1)["x"]
+    for place in [(0, 1, 2), (0, 6, 0), (1, 0, 4), (1, 8, 3)]:
+        values = []
+        for step in (1e-6, -1e-6):
+            moved = x.copy()
+            moved[place] += step
+            values.append(net.run(moved, state, reset=reset)[0][place[0], -1, 1])
+        assert abs((values[0] - values[1]) / 2e-6 - gradient[place]) < 1e-6
+
+
+def test_files(tmp_path):
+    net, x = network(gate=True), sequences()
+    net.save(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(cs.load(tmp_path / "net.safetensors")(x), net(x))
+    t = net.trace(x)
+    t.save(tmp_path / "t.safetensors")
+    again = inspect.load(tmp_path / "t.safetensors")
+    np.testing.assert_array_equal(again.state[1].C, t.state[1].C)
+    np.testing.assert_array_equal(again["memory"].y, t["memory"].y)
+    t.save_html(tmp_path / "t.html")
+    for suffix in ("onnx", "keras"):
+        with pytest.raises(ValueError, match="memory"):
+            net.save(tmp_path / f"net.{suffix}")
+    with pytest.raises(ValueError, match="memory: MLSTM isn't supported"):
+        net.export_c(tmp_path / "net")
+
+
+def test_the_plan_says_which_form_runs():
+    assert "in chunks, as products of matrices; fewer than 6 steps" in repr(network().plan())
+
+
+def test_refusals():
+    net, x = network(), sequences()
+    state = net.run(x)[1]
+    for value in (np.nan, -np.inf):
+        bad = state[1]._replace(m=np.full_like(state[1].m, value))
+        with pytest.raises(ValueError, match="state of layer 1: expected finite numbers in m"):
+            net.run(x, (state[0], bad))
+        with pytest.raises(ValueError, match="Stream: state of layer 1: expected finite numbers in m"):
+            net.stream(batch=2).state = (state[0], bad)
+    with pytest.raises(ShapeError, match=r"expected C of state of layer 1 \[B=2, 2, 4, 3\], got \(2, 24\)"):
+        net.run(x, (state[0], MatrixState(state[1].C.reshape(2, -1), *state[1][1:])))
+    with pytest.raises(ShapeError, match="expected an input of 26 features, got 25"):
+        Network([Dense(np.ones((5, 25), "f4")), MLSTM(HEADS, KEYS, VALUES)])
+    with pytest.raises(ValueError, match="expected heads to be an integer from 1"):
+        MLSTM(0, KEYS, VALUES)
+    with pytest.raises(ValueError, match="expected epsilon to be 0 or more"):
+        MLSTM(1, KEYS, VALUES, -1.0)
+    with pytest.raises(ValueError, match="nodes with cells"):
+        PerFrame((26,), (MLSTM(HEADS, KEYS, VALUES), Conv1D(np.ones((1, 6, 1), "f4"))), ((0,), (1,)))
