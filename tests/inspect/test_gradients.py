@@ -23,6 +23,7 @@ from cellstack.nodes import (
     GlobalPool,
     GridConv,
     GridPool,
+    GroupedDense,
     GroupNorm,
     LayerNorm,
     Magnitude,
@@ -35,6 +36,7 @@ from cellstack.nodes import (
     Reduce,
     RepeatLike,
     Reshape,
+    RMSNorm,
     Select,
     Take,
     TimeSoftmax,
@@ -183,6 +185,19 @@ def test_powers_and_functions():
     for node in (*map(Power, (0.5, -1.0, 2.0, 1.7)), *map(Function, ("abs", "cos", "log", "sin"))):
         ahead = [] if isinstance(node, Function) and node.function != "log" else [Activation("sigmoid")]
         check(Network([Recurrent((cell,)), *ahead, node]), x, unit=1)
+
+
+def test_norms_and_sparse_products():
+    rng = rng_of(17)
+    x, dense = rng.normal(size=(2, 5, 4)), Dense(rng.normal(size=(4, 4)))
+    nodes = [
+        RMSNorm(rng.normal(size=4), rng.normal(size=4), 1e-2),
+        GroupedDense(rng.normal(size=(2, 2, 3)), rng.normal(size=6)),
+        GroupedDense(rng.normal(size=(1, 4, 2))),
+        Conv1D(rng.normal(size=(3, 1, 4)), rng.normal(size=4), padding="causal", groups=4, activation="silu"),
+    ]
+    for node in nodes:
+        check(Network([dense, node]), x, step=2, unit=1)
 
 
 def test_nodes_that_weigh_steps():

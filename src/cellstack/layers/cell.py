@@ -151,9 +151,8 @@ class Cell(Layer):
                 hint = f" {value}: the first argument is units, and input_size= is the width of x" if turned else ""
                 raise type(error)(f"{self._owner}: {key}: {error}{hint}") from None
             texts[key] = name if eager.known(name) else "linear"
-        fields = {name: given[name] for name in KINDS[self.kind].settings if name in given} | {
-            key: texts[key] for key in usual
-        }
+        fields = {name: given[name] for name in KINDS[self.kind].settings if name in given}
+        fields |= {key: texts[key] for key in usual}
         if "gate_activations" in fields:
             fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
         try:
