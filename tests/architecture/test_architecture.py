@@ -83,11 +83,13 @@ BELOW_FORMATS = {
     "worker": set(),
     "keras": {"files", "build"},
     "onnx": {"files", "build", "simplify"},
-    "pytorch": {"files", "build"},
+    "xlstm": {"build"},
+    "pytorch": {"files", "build", "xlstm"},
     "json": {"files", "build", "pytorch"},  # a PyTorch state dict in another container
     "c": {"files", "build"},
-    "safetensors_weights": {"pytorch"},  # a PyTorch state dict in another container
+    "safetensors_weights": {"pytorch", "xlstm"},  # a PyTorch state dict in another container
     "safetensors": {"files", "safetensors_weights"},
+    "folders": {"xlstm", "safetensors_weights"},
     "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"files", "runtimes"},
@@ -113,7 +115,7 @@ OUTSIDE_ALSO = {
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
 ON_CALL_ALSO = {
     "cli": {"matplotlib", "shtab", "torch", "tqdm"},
-    "formats": {"h5py", "onnx", "torch"},
+    "formats": {"h5py", "onnx", "torch", "yaml"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
     "scale": {"ray"},
     "train": {"holidays", "pandas", "polars", "sklearn", "threadpoolctl"},

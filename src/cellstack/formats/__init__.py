@@ -8,6 +8,7 @@ unless the format can only be read. `OPTIONS` lists the names of further argumen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from os import PathLike, fspath
@@ -46,6 +47,8 @@ def adapter_of(path: str) -> Any:
         OSError: the file can't be read, or isn't a regular file, such as a named pipe.
     """
     check_readable(path)
+    if os.path.isdir(path):
+        return import_module("cellstack.formats.folders")
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     candidates = [adapter for adapter in adapters() if adapter.recognises(head)]

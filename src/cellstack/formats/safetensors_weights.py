@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from cellstack.bfloat16 import widened
+from cellstack.formats import xlstm
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, keep_bfloat16, network_of, networks_of, parts_of, with_dense
 from cellstack.formats.pytorch.order import in_order
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 DTYPES = ("F16", "F32", "F64", "BF16")
 
 
-class _Tensor:
+class Tensor:
     """A tensor of the file, read on first use."""
 
     def __init__(self, path: str, file: safe_open, name: str) -> None:
@@ -56,22 +57,25 @@ def bfloat16_bits(path: str, name: str, shape: tuple[int, ...]) -> NDArray[np.ui
         return np.frombuffer(file.read(end - start), "<u2").reshape(shape)
 
 
-def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
-    return {name: _Tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 - no dict
+def tensors_in(path: str, file: safe_open) -> dict[str, Tensor]:
+    """Return the tensors of an open file by name."""
+    return {name: Tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 - no dict
 
 
 def has_parts(file: safe_open) -> bool:
     """Return whether any tensor has a name that PyTorch gives the weights of a recurrent module."""
     try:
-        tensors = _tensors("", file)
-        return bool(layers_of(tensors) or parts_of(joined(tensors, "", NAME)))
+        tensors = tensors_in("", file)
+        return xlstm.recognises(tensors) or bool(layers_of(tensors) or parts_of(joined(tensors, "", NAME)))
     except FormatError:  # weights in pieces that don't fit together: reading them reports it
         return True
 
 
 def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None = None) -> Network:
     """Return the network of a file of weights: its only recurrent module, or its modules in a given order."""
-    tensors = _tensors(path, file)
+    tensors = tensors_in(path, file)
+    if order is None and xlstm.recognises(tensors):
+        return xlstm.network_of(tensors, path)
     if order is not None:
         network = in_order(Contents(tensors), Source(path, Scripts(path, lambda _: "")), order)
     else:
@@ -81,6 +85,6 @@ def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None 
 
 def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
     """Return the recurrent and the Linear modules of a file of weights, by name."""
-    tensors = _tensors(path, file)
+    tensors = tensors_in(path, file)
     networks = {name: keep_bfloat16(network, tensors) for name, network in networks_of(tensors, path).items()}
     return with_dense(networks, tensors, path)

@@ -3,7 +3,8 @@
 These loops write to tensors, take packed sequences, or draw random masks. A subclass here overrides the method with the
 loop. Its results are compared with those of the library's class before a module is replaced.
 
-Ref: SpeechBrain, speechbrain/nnet/RNN.py; DeepCTR-Torch, deepctr_torch/layers/sequence.py.
+Ref: SpeechBrain, speechbrain/nnet/RNN.py; DeepCTR-Torch, deepctr_torch/layers/sequence.py; xlstm,
+xlstm/blocks/slstm/cell.py.
 """
 
 from __future__ import annotations
@@ -150,10 +151,57 @@ def _attention_examples(module: Any) -> list[tuple[Any, ...]]:
     ]
 
 
+# ── xlstm's sLSTM ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _slstm_spec(module: Any) -> CellSpec:
+    """Return the cell of an `sLSTMCell_vanilla`, whose input is the sums over x of all gates."""
+    config = module.config
+    if config.function != "slstm":
+        raise ValueError(f"function={config.function!r} isn't supported, only 'slstm'")
+    if config.input_shape != "BSGNH" or config.output_shape != "BNSH":
+        found = f"{config.input_shape} and {config.output_shape}"
+        raise ValueError(f"expected input_shape BSGNH and output_shape BNSH, got {found}")
+    units = config.hidden_size
+    return CellSpec(4 * units, units, kind="slstm", heads=config.num_heads, use_kernel=False)
+
+
+class HeadedSLSTM(HandWritten):
+    """An `sLSTMCell_vanilla`, the loop of an sLSTM with heads over its steps."""
+
+    def forward(self, input: Any, state: Any = None, lengths: Any = None) -> Any:
+        """Run like the module's own forward."""
+        module: Any = self
+        spec = _slstm_spec(module)
+        # Stored are [heads, 4·D, D]; ours are [heads, D, 4·D]. The biases have the same order.
+        recurrent = module._recurrent_kernel_.transpose(1, 2)
+        arrays = [recurrent[0] if spec.heads == 1 else recurrent, module._bias_]
+        before = [] if state is None else [*state]
+        if input.ndim != 3 or not self.runs([input, *before], spec.input_size, arrays):
+            return super().forward(input, state, lengths)
+        found = forward.run([CellRun(op.CellCall(spec), arrays, before)], input, None, None)
+        y = found.y.unflatten(-1, (spec.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
+        return y, torch.stack([*found.states[0]])
+
+
+def _slstm_text(module: Any) -> str:
+    return f"sLSTM of {module.config.hidden_size} units, {_slstm_spec(module).heads} heads"
+
+
+def _slstm_examples(module: Any) -> list[tuple[Any, ...]]:
+    units = module.config.hidden_size
+    state = torch.stack([torch.tanh(torch.randn(2, units)), torch.randn(2, units), 1 + torch.rand(2, units)])
+    return [
+        (torch.randn(3, 5, 4 * units),),
+        (torch.randn(2, 1, 4 * units), torch.cat([state, torch.randn(1, 2, units)])),
+    ]
+
+
 ADAPTERS = {
     "speechbrain.nnet.RNN.LiGRU_Layer": Adapter(
         LightGRU, lambda module: f"LiGRU {module.input_size} -> {_light_spec(module).units}", _light_examples
     ),
     "deepctr_torch.layers.sequence.DynamicGRU": Adapter(AttentionGRU, _attention_text, _attention_examples),
+    "xlstm.blocks.slstm.cell.sLSTMCell_vanilla": Adapter(HeadedSLSTM, _slstm_text, _slstm_examples),
 }
 """The adapters, by the full names of the classes."""

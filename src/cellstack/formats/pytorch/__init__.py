@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from cellstack.formats import xlstm
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import TIME_FIRST, Reader, from_torch, network_of_module
@@ -80,6 +81,8 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
 
 
 def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | Node] | None) -> Network:
+    if order is None and xlstm.recognises(found.tensors):
+        return xlstm.network_of(found.tensors, path)
     if order is not None:
         return in_order(found, Source(path, scripts), order)
     place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)

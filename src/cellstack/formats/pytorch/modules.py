@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats import xlstm
 from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import MODULES, NAME, array, networks_of
@@ -71,12 +72,13 @@ def from_torch(module: Any) -> Network:
     Supported are cellstack's layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of its cells, `Bidirectional`,
     `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
     `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
-    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, and any object with
-    `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is
-    off, batch normalisation uses its running statistics, and zoneout's rates act as constants. A recurrent layer passes
-    on its output only: a module after it that takes the output from `(output, state)` has nothing to do, and its
-    `to_nodes()` returns `[]`. One that takes the final states, `torch.cat((h[-2], h[-1]), 1)` after a bidirectional
-    layer, returns `[GlobalPool("final")]`; one that takes the last step, `y[:, -1]`, returns `[GlobalPool("last")]`.
+    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, models of xlstm, and
+    any object with `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation
+    mode: dropout is off, batch normalisation uses its running statistics, and zoneout's rates act as constants. A
+    recurrent layer passes on its output only: a module after it that takes the output from `(output, state)` has
+    nothing to do, and its `to_nodes()` returns `[]`. One that takes the final states, `torch.cat((h[-2], h[-1]), 1)`
+    after a bidirectional layer, returns `[GlobalPool("final")]`; one that takes the last step, `y[:, -1]`, returns
+    `[GlobalPool("last")]`.
 
     Warns if a module has `batch_first=False`, as the network takes the batch first, and if `to_nodes()` takes the last
     step of a bidirectional layer, which isn't its final states.
@@ -111,7 +113,7 @@ def network_of_module(module: Any, metadata: dict[str, Any] | None = None, reade
             "takes the batch first"
         )
     reader.builder.output(reader.wire)
-    network = reader.builder.network(metadata, numbered=True)
+    network = reader.builder.network(metadata, numbered=not reader.named)
     if reader.time_first:
         network.metadata.update(time_first(network))
     return network
@@ -205,6 +207,7 @@ class Reader:
         wire: the output of the last module read.
         time_first: path and class of the first recurrent layer without `batch_first`.
         batch_first: the first module that takes the batch first, or depends on the positions of axes.
+        named: whether the nodes have names from the model.
         last_of_both: whether a module's `to_nodes` takes the last step of a bidirectional layer.
     """
 
@@ -213,6 +216,7 @@ class Reader:
         self.wire = self.builder.input("x")
         self.time_first: tuple[str, str] | None = None
         self.batch_first: str | None = None
+        self.named = False
         self.last_of_both = False
 
     @property
@@ -278,6 +282,8 @@ class Reader:
                 self.time_first = self.time_first or (path, _called(module))
         elif not path and _is(module, *CELLS):  # only by itself: a Sequential doesn't loop over steps
             self.add(*_torch_layers(module, path))
+        elif any(_is(module, *kinds, package=package) for package, kinds in xlstm.PACKAGES.items()):
+            self.xlstm(module, path)
         elif _is(module, "Flatten"):
             self.flatten(module, path)
         elif _is(module, "BatchNorm1d"):
@@ -305,6 +311,20 @@ class Reader:
             if isinstance(node, (Recurrent, Bidirectional)):  # one of ours
                 self.has_batch_first(path, module)
             self.add(node if node is not None else _activation(module, path))
+
+    def xlstm(self, module: Any, path: str) -> None:
+        """Add a model, or a part of one, of the package xlstm."""
+        if isinstance(module, Saved):
+            raise _refuse(path, module, "expected its state dict, or the module in memory")
+        for name, part in module.named_modules():
+            if _hooked(part):
+                raise _refuse(f"{path}.{name}".strip("."), part, "forward hooks aren't supported")
+        state = {name: _array(path, module, value.detach().cpu()) for name, value in module.state_dict().items()}
+        self.has_batch_first(path, module)
+        self.named = self.named or not path
+        with _refusing(path, module):
+            kind = xlstm.kind_of(type(module))
+            self.wire = xlstm.add_model(self.builder, self.wire, kind, module.config, state, path or kind)
 
     def flatten(self, module: Any, path: str) -> None:
         """Add a Flatten."""
