@@ -31,7 +31,7 @@ class SessionSteps {
             PyArray_STRIDE(x, 1) != npy_intp(sizeof(T)) || PyArray_STRIDE(x, 0) % npy_intp(sizeof(T)))
             return nb::none();
         const npy_intp count = PyArray_DIM(x, 0);
-        const npy_intp shape[2] = {count, layers_.back().weights->description().output};
+        const npy_intp shape[2] = {count, npy_intp(layers_.back().weights->description().output)};
         nb::object y = nb::steal(PyArray_SimpleNew(2, shape, type));
         if (!y.is_valid()) nb::raise_python_error();
         std::vector<Layer<T>> layers = layers_;

@@ -149,7 +149,7 @@ class BoundStack {
             !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 2) != weights_[0]->description().x_width() || !PyArray_SIZE(x))
             return nb::none();
         const npy_intp batch = PyArray_DIM(x, 0), steps = PyArray_DIM(x, 1), width = PyArray_DIM(x, 2);
-        npy_intp shape[3] = {batch, steps, weights_.back()->description().output};
+        npy_intp shape[3] = {batch, steps, npy_intp(weights_.back()->description().output)};
         if (last_) shape[1] = shape[2];
         nb::object y = nb::steal(PyArray_SimpleNew(last_ ? 2 : 3, shape, type));
         if (!y.is_valid()) nb::raise_python_error();
