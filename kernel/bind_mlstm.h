@@ -17,8 +17,8 @@ struct MemoryOf {
     template <class T>
     MemorySequences<T> as() const {
         const Sequences<T> in = sequences.as<T>();
-        MemorySequences<T> call{memory, in.batch, in.steps, in.x, in.stride_batch, in.stride_time, in.mask, in.reset,
-                                {}, {}, in.places, y.as<T>(), MemoryForm(form)};
+        MemorySequences<T> call{memory,   in.batch, in.steps, in.x,      in.stride_batch, in.stride_time,  in.mask,
+                                in.reset, {},       {},       in.places, y.as<T>(),       MemoryForm(form)};
         for (size_t k = 0; k < before.size(); ++k) call.before[k] = before[k].as<const T>();
         for (size_t k = 0; k < after.size(); ++k) call.after[k] = after[k].as<T>();
         return call;
@@ -51,16 +51,18 @@ void check_states(const char* name, size_t count) {
 
 void bind_mlstm(nb::module_& m) {
     m.attr("SHORT_CHUNK") = kShortChunk;
-    nb::class_<MemoryOf>(m, "Memory").def(
-        "__init__",
-        [](MemoryOf* self, const SequencesOf& sequences, int64_t heads, int64_t keys, int64_t values, double epsilon,
-           std::vector<Read> before, std::vector<Write> after, Write y, int form) {
-            check_states("before", before.size()), check_states("after", after.size());
-            if (form < 0 || form > 2) throw nb::value_error("Memory: expected form to be 0, 1 or 2");
-            new (self) MemoryOf{sequences, {heads, keys, values, epsilon}, std::move(before), std::move(after), y, form};
-        },
-        "sequences"_a, "heads"_a, "keys"_a, "values"_a, "epsilon"_a, "before"_a, "after"_a, "y"_a, "form"_a = 0,
-        "The arrays of an mLSTM's call: see kernel/mlstm.h.");
+    nb::class_<MemoryOf>(m, "Memory")
+        .def(
+            "__init__",
+            [](MemoryOf* self, const SequencesOf& sequences, int64_t heads, int64_t keys, int64_t values,
+               double epsilon, std::vector<Read> before, std::vector<Write> after, Write y, int form) {
+                check_states("before", before.size()), check_states("after", after.size());
+                if (form < 0 || form > 2) throw nb::value_error("Memory: expected form to be 0, 1 or 2");
+                new (self)
+                    MemoryOf{sequences, {heads, keys, values, epsilon}, std::move(before), std::move(after), y, form};
+            },
+            "sequences"_a, "heads"_a, "keys"_a, "values"_a, "epsilon"_a, "before"_a, "after"_a, "y"_a, "form"_a = 0,
+            "The arrays of an mLSTM's call: see kernel/mlstm.h.");
     m.def(
         "memory_forward",
         [](const MemoryOf& of, bool twice, int threads) {

@@ -40,8 +40,12 @@ template <class T>
 class Call {
   public:
     Call(const MemorySequences<T>& in, T* const* m, int threads)
-        : in_(in), d_(in.memory), threads_(threads), stride_(ceil_div(d_.heads, leaf.width) * leaf.width),
-          row_(checked(in.steps, kGatesOfStep * stride_)), gates_(checked(in.batch, row_)) {
+        : in_(in),
+          d_(in.memory),
+          threads_(threads),
+          stride_(ceil_div(d_.heads, leaf.width) * leaf.width),
+          row_(checked(in.steps, kGatesOfStep * stride_)),
+          gates_(checked(in.batch, row_)) {
         chunk_ = chunk_of(in);
         each_task(in.batch, in.batch * in.steps * stride_ * 64, threads, [&](int64_t b, int) {
             const T *x = in.x + b * in.x_row, *gates = x + d_.heads * (2 * d_.keys + d_.values);

@@ -28,11 +28,11 @@ struct MemorySequences {
     int64_t batch, steps;
     const T* x;  // x of row b at step t: x + b·x_row + t·x_time
     int64_t x_row, x_time;
-    const uint8_t *mask, *reset;        // [batch][steps] or null: a masked step keeps the states, and its y is zero
-    const T* before[kMatrixStates];     // the states by row; null: zeros
-    T* after[kMatrixStates];            // may be the same arrays as `before`; null: not needed
-    const int64_t* places;              // the row of the states of each row of x; null: the same
-    T* y;                               // [batch][steps][heads·values]
+    const uint8_t *mask, *reset;     // [batch][steps] or null: a masked step keeps the states, and its y is zero
+    const T* before[kMatrixStates];  // the states by row; null: zeros
+    T* after[kMatrixStates];         // may be the same arrays as `before`; null: not needed
+    const int64_t* places;           // the row of the states of each row of x; null: the same
+    T* y;                            // [batch][steps][heads·values]
     MemoryForm form;
 };
 
@@ -88,10 +88,10 @@ struct MemoryHead {
 
 template <class T>
 struct MemoryHeadBack {
-    MemoryHead<T> head;             // C, n and form aren't used
-    const T *i, *f;                 // ĩ and f̃ of the first step
-    const T *dy, *dC, *dn, *dm;     // null: zeros; dy with y's distances
-    T *dq, *dk, *dv, *di, *df;      // of the first step; those of step t: + t·dx_time
+    MemoryHead<T> head;          // C, n and form aren't used
+    const T *i, *f;              // ĩ and f̃ of the first step
+    const T *dy, *dC, *dn, *dm;  // null: zeros; dy with y's distances
+    T *dq, *dk, *dv, *di, *df;   // of the first step; those of step t: + t·dx_time
     int64_t dx_time;
     T *dC_before, *dn_before, *dm_before;  // or null
     T m_before;

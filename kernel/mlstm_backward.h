@@ -1,5 +1,5 @@
-// The backward pass of an mLSTM's memory (mlstm.h), chunk by chunk from the last one, after the states before each chunk
-// were computed again.
+// The backward pass of an mLSTM's memory (mlstm.h), chunk by chunk from the last one, after the states before each
+// chunk were computed again.
 //
 // m is only a factor that C, n and e^(-m) share: with fixed C·e^m and n·e^m, h depends on m through ε alone, and the
 // states after the last step through their own factor. The gradients of the gates are therefore computed with m as a
@@ -78,7 +78,8 @@ void output_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, 
                 sum = fma(load_lanes(y + c, d.values - c < W ? int(d.values - c) : W), load(dh + c), sum);
             dot = sum_of_lanes<T>(sum);
             const T floor = d.gates[(first + t) * d.gate_step + kFloor * d.gate];
-            const T size = s.sums[t] < 0 ? -s.sums[t] : s.sums[t], by = T(1) / ((size < floor ? floor : size) + d.epsilon);
+            const T size = s.sums[t] < 0 ? -s.sums[t] : s.sums[t],
+                    by = T(1) / ((size < floor ? floor : size) + d.epsilon);
             dsum = size < floor ? T(0) : (s.sums[t] < 0 ? dot : -dot) * by;
             through = -dot * d.epsilon * by;
             const V<T> factor = splat(by);
@@ -142,7 +143,8 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
     transposed(g.V_columns, s.step_row, s.V, s.value_row, rows, s.values);
     multiply_triangle(g.A, s.step_row, g.G, s.value_row, g.V_columns, steps, s.values);
     // dV = weights∘(K·dC) + Sᵀ·G
-    if (of_state) multiply(g.dV, s.value_row, false, s.K, s.key_row, int64_t(1), g.dC, s.value_row, steps, s.values, s.keys);
+    if (of_state)
+        multiply(g.dV, s.value_row, false, s.K, s.key_row, int64_t(1), g.dC, s.value_row, steps, s.values, s.keys);
     for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < s.values; c += W) {
             T* dV = g.dV + t * s.value_row + c;
@@ -230,7 +232,9 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
     load_state(d, s, d.C_before, d.n_before);
     memcpy(states, s.C, size_t(C_size) * sizeof(T)), memcpy(states + C_size, s.n, size_t(s.keys) * sizeof(T));
     const bool given = b.dC || b.dn;  // a gradient of the state after the last step
-    const auto starts_empty = [&](int64_t first) { return (first == 0 && !d.C_before && !b.dC_before) || (d.reset && d.reset[first]); };
+    const auto starts_empty = [&](int64_t first) {
+        return (first == 0 && !d.C_before && !b.dC_before) || (d.reset && d.reset[first]);
+    };
     starts[0] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         T* at = states + chunk * size;

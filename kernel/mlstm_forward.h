@@ -33,7 +33,8 @@ void memory_gates(const MemoryGates<T>& g) {
                 const V<T> i = load_lanes(g.i + t * g.x_time + head, lanes);
                 const V<T> kept = log_sigmoid<T>(load_lanes(g.f + t * g.x_time + head, lanes)) + m;
                 const V<T> difference = kept - i;
-                const V<T> less = exp<T>(difference > zero ? -difference : difference);  // one of i and f, the other is 1
+                const V<T> less =
+                    exp<T>(difference > zero ? -difference : difference);  // one of i and f, the other is 1
                 m = difference > zero ? kept : i;
                 in = difference > zero ? less : one, forget = difference > zero ? one : less;
             }
@@ -130,8 +131,12 @@ struct Chunk {
     int64_t keys, values, steps, key_row, value_row, step_row;
     T *Q, *K, *V, *K_columns, *D, *S, *e, *i, *f, *sums, *weights, *H, *C, *n;
     Chunk(const MemoryHead<T>& d, Carve<T>& carve)
-        : keys(whole_vectors<T>(d.keys)), values(whole_vectors<T>(d.values)), steps(whole_vectors<T>(d.chunk)),
-          key_row(keys + 16), value_row(values + 16), step_row(steps + 16) {
+        : keys(whole_vectors<T>(d.keys)),
+          values(whole_vectors<T>(d.values)),
+          steps(whole_vectors<T>(d.chunk)),
+          key_row(keys + 16),
+          value_row(values + 16),
+          step_row(steps + 16) {
         Q = carve(steps * key_row), K = carve(steps * key_row), V = carve(steps * value_row);
         K_columns = carve(keys * step_row);
         D = carve(steps * step_row), S = carve(steps * step_row), e = carve(steps), i = carve(steps), f = carve(steps);
@@ -189,11 +194,11 @@ void transposed(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t 
         }
 }
 
-// Copies rows of a chunk, times `scale`, with zeros at masked steps and beyond the last step and number; returns whether
-// all numbers are finite.
+// Copies rows of a chunk, times `scale`, with zeros at masked steps and beyond the last step and number; returns
+// whether all numbers are finite.
 template <class T>
-bool copy_rows(T* to, int64_t to_row, int64_t width, const T* from, int64_t from_row, int64_t steps, int64_t columns, T scale,
-               const uint8_t* mask) {
+bool copy_rows(T* to, int64_t to_row, int64_t width, const T* from, int64_t from_row, int64_t steps, int64_t columns,
+               T scale, const uint8_t* mask) {
     constexpr int W = Vec<T>::W;
     const int64_t rows = whole_vectors<T>(steps);
     V<T> any = splat(T(0));
@@ -206,8 +211,8 @@ bool copy_rows(T* to, int64_t to_row, int64_t width, const T* from, int64_t from
     return sum_of_lanes<T>(any) == 0;
 }
 
-// What both passes need of a chunk of steps from `first`: copies of its rows, its gates, D and e, and the weights of its
-// steps in the state after it. Returns whether q, k and v are finite.
+// What both passes need of a chunk of steps from `first`: copies of its rows, its gates, D and e, and the weights of
+// its steps in the state after it. Returns whether q, k and v are finite.
 template <class T>
 bool load_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t steps) {
     constexpr int W = Vec<T>::W;
