@@ -17,9 +17,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from cellstack import reference
+from cellstack import reference, reference_mlstm
 from cellstack.cells import KINDS
-from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec
+from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec, MatrixState
 
 INSTALL = "install a wheel of cellstack for this platform, or a C++17 compiler and then cellstack from its source"
 THREAD_WORK = 1 << 20
@@ -205,6 +205,36 @@ def forward_each(runs: Sequence[tuple[Sequences, Sequence[Layer]]], threads: int
     for sequences, layers in runs:
         forward(sequences, layers, threads)
     return False
+
+
+SHORT_CHUNK = 0  # all steps run one after the other
+
+
+class Memory(NamedTuple):
+    """A call of an mLSTM's memory."""
+
+    sequences: Sequences
+    heads: int
+    keys: int
+    values: int
+    epsilon: float
+    before: Sequence[NDArray[Any]]
+    after: Sequence[NDArray[Any]]
+    y: NDArray[Any]
+
+
+def memory_forward(memory: Memory, twice: bool, threads: int) -> None:
+    """Run the memory; write h and the state after the last step."""
+    sequences, sizes = memory.sequences, (memory.heads, memory.keys, memory.values)
+    x = sequences.x(memory.heads * (2 * memory.keys + memory.values + 2)).astype(np.float64)
+    state = reference_mlstm.zero_state(len(x), *sizes)
+    if memory.before:
+        state = MatrixState(*(part[sequences.places].astype(np.float64) for part in memory.before))
+    flags = sequences.flags["mask"], sequences.flags["reset"]
+    h, after = reference_mlstm.steps(reference_mlstm.split(x, *sizes), state, memory.epsilon, *flags)
+    memory.y[...] = h.reshape(memory.y.shape)
+    for into, part in zip(memory.after, after, strict=False):
+        into[sequences.places] = part
 
 
 class Stream:

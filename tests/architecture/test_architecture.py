@@ -30,7 +30,7 @@ BELOW = {
     "reference": {"spec", "bfloat16"},
     "reference_mlstm": {"spec"},
     "layout": {"cells", "spec"},
-    "without_kernel": {"cells", "spec", "reference"},
+    "without_kernel": {"cells", "spec", "reference", "reference_mlstm"},
     "native": {"spec", "_kernel", "without_kernel"},
     "nodes": {"cells", "spec", "bfloat16", "reference", "native"},
     "graph": {"spec", "nodes"},
