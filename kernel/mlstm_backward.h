@@ -12,11 +12,12 @@ namespace {
 
 template <class T>
 struct ChunkBack {
-    T *G, *GE, *V_columns, *G_columns, *A, *dQ, *dK, *dV, *columns, *dot, *dsum, *dC, *dn;
+    T *G, *GE, *V_columns, *G_columns, *A, *turned, *dQ, *dK, *dV, *columns, *dot, *dsum, *dC, *dn;
     T *through_h, *of_weights;
     ChunkBack(const Chunk<T>& s, Carve<T>& carve) {
         G = carve(s.steps * s.value_row), GE = carve(s.steps * s.value_row), V_columns = carve(s.values * s.step_row);
-        G_columns = carve(s.values * s.step_row), A = carve(s.steps * s.step_row), dQ = carve(s.steps * s.key_row);
+        G_columns = carve(s.values * s.step_row), A = carve(s.steps * s.step_row), turned = carve(s.steps * s.step_row);
+        dQ = carve(s.steps * s.key_row);
         dK = carve(s.steps * s.key_row), dV = carve(s.steps * s.value_row), columns = carve(s.keys * s.step_row);
         dot = carve(s.steps), dsum = carve(s.steps);
         dC = carve(s.keys * s.value_row), dn = carve(s.keys);
@@ -38,16 +39,19 @@ void multiply_columns(T* to, const Chunk<T>& s, T* scratch, const T* matrix, con
     transposed(to, s.key_row, scratch, s.step_row, s.keys, rows);
 }
 
-// to [step] += Σ a[t][step]·panel[t] over the steps t from `step` on.
+// to [step] += Σ a[t][step]·panel[t] over the steps t from `step` on. `turned`: scratch for the transpose of a, along
+// whose rows the sums then run: down the columns, each number would be in another line.
 template <class T>
-void multiply_later(T* to, int64_t to_row, const T* a, int64_t a_row, const T* panel, int64_t panel_step, int64_t steps,
-                    int64_t columns) {
+void multiply_later(T* to, int64_t to_row, const T* a, int64_t a_row, T* turned, const T* panel, int64_t panel_step,
+                    int64_t steps, int64_t columns) {
     constexpr int W = Vec<T>::W;
     static constexpr Tiles<T> tiles = tiles_of<Plain<T>>();
+    const int64_t rows = whole_vectors<T>(steps);
+    transposed(turned, a_row, a, a_row, rows, rows);
     Tile<T> t{};
-    t.a_step = a_row, t.panel_step = panel_step, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.add = true;
+    t.a_step = 1, t.panel_step = panel_step, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.add = true;
     each_tile(steps, [&](int64_t r, int R) INLINED {
-        for (int k = 0; k < R; ++k) t.a[k] = a + r * a_row + r + k;
+        for (int k = 0; k < R; ++k) t.a[k] = turned + (r + k) * a_row + r;
         t.depth = steps - r;
         for (int64_t c = 0; c < columns; c += 4 * W) {
             t.panel = panel + r * panel_step + c, t.to = to + r * to_row + c;
@@ -150,7 +154,7 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             T* dV = g.dV + t * s.value_row + c;
             store(dV, of_state ? splat(s.weights[t]) * load(dV) : splat(T(0)));
         }
-    multiply_later(g.dV, s.value_row, s.S, s.step_row, g.G, s.value_row, steps, s.values);
+    multiply_later(g.dV, s.value_row, s.S, s.step_row, g.turned, g.G, s.value_row, steps, s.values);
     for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < rows; c += W) {
             T *A = g.A + t * s.step_row + c, *S = s.S + t * s.step_row + c;
@@ -181,7 +185,7 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             store(dK + c, of_state ? weight * (load(dK + c) + load(g.dn + c)) : splat(T(0)));
         g.of_weights[t] = of_state ? dot_of(s.K + t * s.key_row, dK, s.keys) : T(0);
     }
-    multiply_later(g.dK, s.key_row, g.A, s.step_row, s.Q, s.key_row, steps, s.keys);
+    multiply_later(g.dK, s.key_row, g.A, s.step_row, g.turned, s.Q, s.key_row, steps, s.keys);
     // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
     T kept = 0;
     if (!empty) {
@@ -229,13 +233,12 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
     const int64_t chunks = chunks_of(d), C_size = s.keys * s.value_row, size = C_size + s.keys;
     auto* starts = reinterpret_cast<int64_t*>(carve(2 * (chunks + 1)));
     T* states = carve((chunks + 1) * size);  // before each chunk, and after the last one
-    load_state(d, s, d.C_before, d.n_before);
-    memcpy(states, s.C, size_t(C_size) * sizeof(T)), memcpy(states + C_size, s.n, size_t(s.keys) * sizeof(T));
-    const bool given = b.dC || b.dn;  // a gradient of the state after the last step
+    const bool given = b.dC || b.dn;         // a gradient of the state after the last step
     const auto starts_empty = [&](int64_t first) {
         return (first == 0 && !d.C_before && !b.dC_before) || (d.reset && d.reset[first]);
     };
     starts[0] = 0;
+    load_state(d, s, d.C_before, d.n_before, states, states + C_size);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         T* at = states + chunk * size;
         const int64_t first = starts[chunk], steps = chunk_of(d, first);
@@ -250,8 +253,7 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
         for (int64_t k = 0; k < s.keys; ++k) sum += dot_of(state + k * s.value_row, g.dC + k * s.value_row, s.values);
         return sum;
     };
-    load_state(d, s, b.dC, b.dn);
-    memcpy(g.dC, s.C, size_t(C_size) * sizeof(T)), memcpy(g.dn, s.n, size_t(s.keys) * sizeof(T));
+    load_state(d, s, b.dC, b.dn, g.dC, g.dn);
     T through_m = (b.dm ? *b.dm : T(0)) - (given ? product(states + chunks * size) : T(0));
     bool of_state = given;
     for (int64_t chunk = chunks; chunk-- > 0;) {

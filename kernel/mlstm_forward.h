@@ -314,18 +314,18 @@ INLINE int64_t chunk_of(const MemoryHead<T>& d, int64_t first) {
     return most;
 }
 
-// The state of a head to or from the padded rows of a chunk.
+// The state of a head, null: zeros, in the padded rows of a chunk; and back.
 template <class T>
-void load_state(const MemoryHead<T>& d, Chunk<T>& s, const T* C, const T* n) {
+void load_state(const MemoryHead<T>& d, const Chunk<T>& s, const T* C, const T* n, T* C_to, T* n_to) {
     const size_t row = size_t(d.values) * sizeof(T);
     for (int64_t k = 0; k < s.keys; ++k) {
-        T* to = s.C + k * s.value_row;
+        T* to = C_to + k * s.value_row;
         const bool there = C && k < d.keys;
         if (there) memcpy(to, C + k * d.values, row);
         memset(there ? to + d.values : to, 0, size_t(there ? s.value_row - d.values : s.value_row) * sizeof(T));
     }
-    memset(s.n, 0, size_t(s.keys) * sizeof(T));
-    if (n) memcpy(s.n, n, size_t(d.keys) * sizeof(T));
+    memset(n_to, 0, size_t(s.keys) * sizeof(T));
+    if (n) memcpy(n_to, n, size_t(d.keys) * sizeof(T));
 }
 template <class T>
 void store_state(const MemoryHead<T>& d, const Chunk<T>& s, T* C, T* n) {
@@ -357,24 +357,32 @@ void memory_head(const MemoryHead<T>& d) {
             for (int64_t k = 0; k < d.keys; ++k) d.n[k] = n ? n[k] : T(0);
         return;
     }
-    load_state(d, s, C, n);
-    bool empty = !C;
+    bool empty = !C;  // then s.n is zeros, and s.C isn't read
+    const auto clear = [&] { empty = true, memset(s.n, 0, size_t(s.keys) * sizeof(T)); };
+    if (empty)
+        clear();
+    else
+        load_state(d, s, C, n, s.C, s.n);
     for (int64_t first = 0, steps; first < d.steps; first += steps) {
         steps = chunk_of(d, first);
-        if (d.reset && d.reset[first]) load_state<T>(d, s, nullptr, nullptr), empty = true;
+        if (d.reset && d.reset[first]) clear();
         const bool wanted = d.C || first + steps < d.steps;
         const bool chunk = d.form == MemoryForm::kChunks || steps >= kShortChunk;
-        if (!chunk || !memory_chunk(d, s, first, steps, empty, wanted)) {
-            // With infinities or NaN a product would spread them to earlier steps.
-            for (int64_t t = first; t < first + steps; ++t) {
-                if (d.mask && !d.mask[t])
-                    zero_output(d, t);
-                else
-                    memory_step(d, t, s.C, s.value_row, s.n, s.C, s.value_row, s.n, key, h);
+        if (chunk && memory_chunk(d, s, first, steps, empty, wanted)) {
+            empty = false;
+            continue;
+        }
+        // With infinities or NaN a product would spread them to earlier steps.
+        for (int64_t t = first; t < first + steps; ++t) {
+            if (d.mask && !d.mask[t]) {
+                zero_output(d, t);
+            } else {
+                memory_step<T>(d, t, empty ? nullptr : s.C, s.value_row, s.n, s.C, s.value_row, s.n, key, h);
+                empty = false;
             }
         }
-        empty = false;
     }
+    if (d.C && empty) load_state<T>(d, s, nullptr, nullptr, s.C, s.n);
     if (d.C) store_state(d, s, d.C, d.n);
 }
 
