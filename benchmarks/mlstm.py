@@ -43,8 +43,8 @@ def steps():
     print("| width of a head | state | a step | reading the state | ratio |\n|---|---|---|---|---|")
     for width in WIDTHS:
         node = MLSTM(HEADS, width, width)
-        x = np.random.default_rng(0).normal(size=(1, 1, node.input_size)).astype("f4")
-        state, y = node.memory.zeros(1), np.empty((1, 1, node.units), np.float32)
+        x = np.random.default_rng(0).normal(size=(1, 1, node.core_size)).astype("f4")
+        state, y = node.memory_in(np.dtype(np.float32)).zeros(1), np.empty((1, 1, node.units), np.float32)
         call, memory = kernel_call(node, x, state, state, y), torch.from_numpy(state.C)
         engines = {"step": lambda call=call: native.memory_forward(call, False, 1), "read": memory.sum}
         best = fastest(engines, 15, max(5, 2_000_000 // state.C.size))
@@ -61,7 +61,7 @@ def sequences():
     for batch, count, width in SEQUENCES:
         node = MLSTM(HEADS, width, width)
         rng = np.random.default_rng(0)
-        x = rng.normal(size=(batch, count, node.input_size)).astype("f4")
+        x = rng.normal(size=(batch, count, node.core_size)).astype("f4")
         x[..., -HEADS:] += 3
         y, dy = (rng.normal(size=(batch, count, node.units)).astype("f4") for _ in range(2))
         dx, call = np.empty_like(x), kernel_call(node, x, (), (), y)
@@ -111,7 +111,7 @@ def sequences():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--site", action="append", default=[], help="a folder with the packages to compare with")
     sys.path += parser.parse_args().site
     torch.set_num_threads(1)

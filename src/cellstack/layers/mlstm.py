@@ -89,7 +89,8 @@ def _call(
     sizes: Sizes, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor], after: Sequence[Tensor], y: Tensor
 ) -> native.Memory:
     flags = (_address(mask), _address(reset))
-    sequences = native.Sequences(*x.shape[:2], x.data_ptr(), x.stride(0), x.stride(1), *flags)
+    batch, steps, _ = x.shape
+    sequences = native.Sequences(batch, steps, x.data_ptr(), x.stride(0), x.stride(1), *flags)
     states = [_address(part) for part in before], [_address(part) for part in after]
     heads, keys, values, epsilon = sizes
     return native.Memory(sequences, heads, keys, values, epsilon, *states, y.data_ptr())
