@@ -164,7 +164,15 @@ class Cell:
         return STATES[self.spec.kind]
 
     def as_state(self, where: str, arrays: Sequence[Array]) -> State | HiddenState:
-        """Return a state from its arrays, which have the right shapes; `where` is for error messages."""
+        """Return a state from its arrays.
+
+        Args:
+            where: the function or class and the state, for error messages.
+            arrays: those of `state_shapes` in order, with these shapes after the batch.
+
+        Raises:
+            ValueError: numbers that the state of this kind can't have.
+        """
         check_state_numbers(where, self.spec.of_kind, arrays)
         return STATES[self.spec.kind](*arrays)
 
