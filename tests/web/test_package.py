@@ -63,6 +63,7 @@ def test_random_graphs(package):
         assert_near(list(found["outputs"].values()), wanted)
 
 
+@pytest.mark.usefixtures("baseline")  # some of the random networks amplify rounding errors
 def test_any_chunks_of_a_stream_have_the_same_bits(package):
     expected = []
     for seed in range(40):
