@@ -69,7 +69,8 @@ def stack(seed, kind=None, largest=6):
     rng = np.random.default_rng(seed)
     specs = [random_spec(rng, kind, largest) for _ in range(rng.integers(1, 4))]
     for n, below in enumerate(specs[:-1]):
-        specs[n + 1] = replace(specs[n + 1], input_size=below.output_size)
+        width, above = below.output_size, specs[n + 1]
+        specs[n + 1] = replace(above, input_size=width, attention=above.attention and width > 1)
     return specs
 
 

@@ -32,7 +32,7 @@ BELOW = {
     "layout": {"cells", "spec"},
     "without_kernel": {"cells", "spec", "reference", "reference_mlstm"},
     "native": {"spec", "_kernel", "without_kernel"},
-    "nodes": {"cells", "spec", "bfloat16", "reference", "native"},
+    "nodes": {"cells", "spec", "bfloat16", "reference", "native", "layout"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
     "network": {"spec", "bfloat16", "native", "nodes", "graph", "arguments"},
