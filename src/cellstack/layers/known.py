@@ -4,7 +4,7 @@ These loops write to tensors, take packed sequences, or draw random masks. A sub
 loop. Its results are compared with those of the library's class before a module is replaced.
 
 Ref: SpeechBrain, speechbrain/nnet/RNN.py; DeepCTR-Torch, deepctr_torch/layers/sequence.py; xlstm,
-xlstm/blocks/slstm/cell.py.
+xlstm/blocks/slstm/cell.py and xlstm/blocks/mlstm/cell.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from cellstack.layers import forward, op
+from cellstack.layers import forward, mlstm, op
 from cellstack.layers.cell import NO_MASKS, Masks
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
@@ -31,11 +31,13 @@ class Adapter(NamedTuple):
         base: the class that overrides the method with the loop.
         describe: returns a module's cells in words; `ValueError` if the kernel doesn't support it as it is configured.
         examples: returns the arguments of some calls, with random values.
+        growth: a factor of the tolerance, for a class whose results differ for another reason than rounding.
     """
 
     base: type[HandWritten]
     describe: Callable[[Any], str]
     examples: Callable[[Any], list[tuple[Any, ...]]]
+    growth: float = 1.0
 
 
 # ── SpeechBrain's light GRU ───────────────────────────────────────────────────────────────────────────────────────────
@@ -197,11 +199,63 @@ def _slstm_examples(module: Any) -> list[tuple[Any, ...]]:
     ]
 
 
+# ── xlstm's mLSTM ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _memory_sizes(module: Any) -> mlstm.Sizes:
+    """Return the sizes of the memory of an `mLSTMCell`; its epsilon is the default of the package's functions."""
+    heads, width = module.config.num_heads, module.config.embedding_dim
+    return mlstm.Sizes(heads, width // heads, width // heads, 1e-6)
+
+
+class MatrixMemory(HandWritten):
+    """An `mLSTMCell`: its gates and its norm stay in PyTorch."""
+
+    def forward(self, q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+        """Run like the module's own forward."""
+        found = self._remembered(q, k, v, [])
+        return super().forward(q, k, v, **kwargs) if found is None else found[0]
+
+    def step(self, q: Any, k: Any, v: Any, mlstm_state: Any = None, **kwargs: Any) -> Any:
+        """Run like the module's own step, with its shapes of the state: C, n `[…, 1]` and m `[…, 1, 1]`."""
+        state = mlstm_state
+        before = [] if state is None else [state[0], state[1].squeeze(-1), state[2].flatten(1)]
+        found = self._remembered(q, k, v, before)
+        if found is None:
+            return super().step(q, k, v, mlstm_state, **kwargs)  # type: ignore[misc]
+        y, memory, normaliser, stabiliser = found
+        return y, (memory, normaliser.unsqueeze(-1), stabiliser[..., None, None])
+
+    def _remembered(self, q: Any, k: Any, v: Any, before: list[Any]) -> list[Any] | None:
+        """Return the output and the state, or None for a call that the kernel doesn't support."""
+        module: Any = self
+        sizes = _memory_sizes(module)
+        parts = torch.cat([q, k, v], -1)
+        x = torch.cat([parts, module.igate(parts), module.fgate(parts)], -1)
+        if x.ndim != 3 or not self.runs([x], sizes.core, [module.igate.weight, module.fgate.weight]):
+            return None
+        h, *after = mlstm.run(sizes, x, before)
+        heads = h.unflatten(-1, (sizes.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
+        return [module.outnorm(heads).transpose(1, 2).flatten(2), *after]
+
+
+def _memory_examples(module: Any) -> list[tuple[Any, ...]]:
+    width = module.config.embedding_dim
+    steps = [min(steps, module.config.context_length) for steps in (5, 1, 40)]
+    return [tuple(torch.randn(2, count, width) for _ in range(3)) for count in steps]
+
+
 ADAPTERS = {
     "speechbrain.nnet.RNN.LiGRU_Layer": Adapter(
         LightGRU, lambda module: f"LiGRU {module.input_size} -> {_light_spec(module).units}", _light_examples
     ),
     "deepctr_torch.layers.sequence.DynamicGRU": Adapter(AttentionGRU, _attention_text, _attention_examples),
+    "xlstm.blocks.mlstm.cell.mLSTMCell": Adapter(
+        MatrixMemory,
+        lambda module: f"mLSTM, {_memory_sizes(module).heads} heads",
+        _memory_examples,
+        growth=1e4,  # its epsilon has another scale for sequences than for steps; ours has that of its steps
+    ),
     "xlstm.blocks.slstm.cell.sLSTMCell_vanilla": Adapter(HeadedSLSTM, _slstm_text, _slstm_examples),
 }
 """The adapters, by the full names of the classes."""

@@ -77,6 +77,17 @@ class _Memory(torch.autograd.Function):
         return (None, None, dx, None, None, *dbefore)
 
 
+def run(sizes: Sizes, x: Tensor, before: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """Return h `[B, T, sizes.units]` and the state after the last step, C, n and m.
+
+    Args:
+        sizes: those of the memory.
+        x: q, k, v, ĩ and f̃, `[B, T, sizes.core]`.
+        before: the state before the first step; empty: zeros.
+    """
+    return _Memory.apply(sizes, True, x, None, None, *before)  # pyright: ignore[reportReturnType]
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -156,7 +156,7 @@ def _adapted(module: nn.Module, adapter: Adapter) -> type:
             ours.__class__ = made
             weights = dict(theirs.named_parameters())
             for args in adapter.examples(theirs):
-                compare(theirs, theirs, _with_parameters(ours, weights), args, text)
+                compare(theirs, theirs, _with_parameters(ours, weights), args, text, adapter.growth)
     return made
 
 

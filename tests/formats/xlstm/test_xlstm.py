@@ -342,16 +342,24 @@ def test_hooks_and_unknown_activations_are_refused():
 # ── acceleration ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_accelerated_slstm_cells():
-    """In place, in training too: outputs, states and gradients are those of xlstm's loop."""
-    model = shaken(xLSTMBlockStack, stack_config(mlstm=False, blocks=1))
+@pytest.mark.parametrize(
+    ("settings", "cell", "text"),
+    [
+        ({"mlstm": False}, "slstm_cell", "sLSTM of 16 units, 4 heads: fused cpu kernel"),
+        ({"slstm": False}, "mlstm_cell", "mLSTM, 4 heads: fused cpu kernel"),
+    ],
+)
+def test_accelerated_cells(settings, cell, text):
+    """In place, in training too: outputs, states and gradients are those of xlstm."""
+    model = shaken(xLSTMBlockStack, stack_config(blocks=1, **settings))
+    before_class = type(getattr(model.blocks[0].xlstm, cell))
     x = torch.randn(3, 9, 16)
     want = computed(model, x)
     model(x).square().sum().backward()
     before = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     cs.accelerate(model, cells=True)
-    assert "sLSTM of 16 units, 4 heads: fused cpu kernel" in str(cs.plan(model))
+    assert text in str(cs.plan(model))
     assert_close(computed(model, x), want)
     model(x).square().sum().backward()
     for name, weight in model.named_parameters():
@@ -364,7 +372,7 @@ def test_accelerated_slstm_cells():
             steps.append(y[:, 0].numpy())
     assert_close(np.stack(steps, axis=1), want)
     cs.restore(model)
-    assert type(model.blocks[0].xlstm.slstm_cell).__name__ == "sLSTMCell_vanilla"
+    assert type(getattr(model.blocks[0].xlstm, cell)) is before_class
 
 
 def test_other_functions_of_a_cell_are_not_accelerated():
