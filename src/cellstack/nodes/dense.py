@@ -95,7 +95,7 @@ class Dense(Stepwise):
         return f"fused kernel ({native.isa()}, {dtype}): one product{after}"
 
 
-SMALL_GROUP = 128  # features of a group up to which NumPy's product of a row with its matrix is as fast as the kernel
+WIDE = 128  # features that a product of the kernel should have: smaller groups share one, with zeros between them
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,22 +137,24 @@ class GroupedDense(Stepwise):
 
     @cached_property
     def _packed(self) -> list[Any]:
-        """The matrix of each group in the kernel's layout, packed at the first use."""
-        return [native.dense(kernel, None, spec.activation("linear")) for kernel in self.kernel]
+        """The matrices in the kernel's layout, packed at the first use; small groups as one block-diagonal matrix."""
+        groups, inputs, outputs = self.kernel.shape
+        each = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * inputs <= WIDE))
+        wide = np.zeros((groups // each, each, inputs, each, outputs), self.dtype)
+        for n in range(each):
+            wide[:, n, :, n] = self.kernel[n::each]
+        matrices = wide.reshape(groups // each, each * inputs, each * outputs)
+        return [native.dense(matrix, None, spec.activation("linear")) for matrix in matrices]
 
     def apply(self, x: Array) -> Array:
         """Return `[..., O]` for `x [..., I]`."""
-        groups, inputs, outputs = self.kernel.shape
-        if inputs <= SMALL_GROUP:
-            # A separate product per row, so that its bits don't depend on the number of rows.
-            y = np.matmul(x.reshape(*x.shape[:-1], groups, 1, inputs), self.kernel).reshape(*x.shape[:-1], self.units)
-        else:
-            rows = x.reshape(1, -1, groups * inputs)
-            parts = np.empty((groups, rows.shape[1], outputs), x.dtype)
-            for group, packed in enumerate(self._packed):
-                own = native.sequences(rows[:, :, group * inputs : (group + 1) * inputs])
-                native.forward(own, [native.Layer(packed, y=parts[group])], 1)
-            y = parts.swapaxes(0, 1).reshape(*x.shape[:-1], self.units)
+        count = len(self._packed)
+        inputs, rows = x.shape[-1] // count, x.reshape(1, -1, x.shape[-1])
+        parts = np.empty((count, rows.shape[1], self.units // count), x.dtype)
+        for number, packed in enumerate(self._packed):
+            own = native.sequences(rows[:, :, number * inputs : (number + 1) * inputs])
+            native.forward(own, [native.Layer(packed, y=parts[number])], 1)
+        y = parts.swapaxes(0, 1).reshape(*x.shape[:-1], self.units)
         if self.bias is not None:
             y += self.bias
         return y
@@ -167,6 +169,5 @@ class GroupedDense(Stepwise):
         return f"{len(self.kernel)} groups"
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        if self.kernel.shape[1] <= SMALL_GROUP:
-            return f"NumPy ({dtype}): groups of {self.kernel.shape[1]} features"
-        return f"fused kernel ({native.isa()}, {dtype}): a product per group"
+        count = len(self._packed)
+        return f"fused kernel ({native.isa()}, {dtype}): {count} product{'s' if count > 1 else ''}"
