@@ -68,7 +68,7 @@ def extract(path: str) -> dict[str, Network]:
     return {
         name: Network([node], [name])
         for name, node in zip(network.names, network.nodes, strict=True)
-        if node.cells or node.state_sizes
+        if node.cells or node.memory is not None
     }
 
 

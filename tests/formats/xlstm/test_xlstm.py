@@ -235,6 +235,7 @@ def test_folders(name, shards, tmp_path):
     assert_close(net(ids().numpy()), computed(model, ids()))
     assert "assumed" not in net.metadata
     assert net.metadata["config"] == LM_CONFIG
+    assert list(cs.extract(tmp_path)) == ["blocks.0.xlstm.mlstm", "blocks.1.xlstm.slstm", "blocks.2.xlstm.mlstm"]
 
 
 @needs_large
