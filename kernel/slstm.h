@@ -26,19 +26,19 @@ struct Slstm {
         }
         const V<T> l = d.exponential_forget ? z[1] : log_sigmoid<T>(z[1]);
         const V<T> kept = l + before[kM], apart = kept - z[0];
-        const auto stored = before[kN] != zero;
-        // One of the two gates is 1, the other one is the exponential of a number that isn't positive.
+        const auto stored = before[kN] != zero, keeps = stored & (apart > zero);
+        const V<T> most = kept == kept ? (keeps ? kept : z[0]) : kept;  // a NaN stays one
+        const V<T> m = stored ? most : z[0];
+        // One of the two gates is 1, or NaN if m isn't finite; the other one is e^-|l + m_prev - z_i|.
         const V<T> smaller = exp<T>(apart < zero ? apart : -apart);
-        const auto keeps = stored & (apart > zero);
-        gates[0] = keeps ? smaller : one;
-        gates[1] = stored ? (keeps ? one : smaller) : zero;
+        gates[0] = keeps ? smaller : one + (z[0] - m);
+        gates[1] = stored ? (keeps ? one + (kept - m) : smaller) : zero;
         gates[2] = act<T, Usual, true>(d.activations[2], z[2]);
         gates[3] = act<T, Usual, false>(d.activations[3], z[3]);
         gates[kL] = l;
         UNROLL
         for (int v = 0; v < kGates; ++v) patch_gate<T>(f, v, at, gates[v]);
-        V<T> after[3] = {fma(gates[1], before[kC], gates[0] * gates[2]), fma(gates[1], before[kN], gates[0]),
-                         keeps ? kept : z[0]};
+        V<T> after[3] = {fma(gates[1], before[kC], gates[0] * gates[2]), fma(gates[1], before[kN], gates[0]), m};
         UNROLL
         for (int s = 0; s < 3; ++s) {
             if (f.patches.lines) patch_state<T>(f, 1 + s, at, after[s], before[s]);

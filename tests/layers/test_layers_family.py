@@ -277,7 +277,7 @@ def test_both_directions_of_two_kinds(x):
 
 
 def test_a_learned_start_is_trained_and_saved(x):
-    for kind in KINDS:
+    for kind in (name for name, (_, cell, _, _) in KINDS.items() if "learn_initial_state" in cell.signature):
         layer = make(kind, {"learn_initial_state": True}, stateful=True)
         layer(x).sum().backward()
         assert layer.cell.initial_h.grad.abs().min() > 0

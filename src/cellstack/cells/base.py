@@ -103,8 +103,8 @@ class Ops(Protocol[V]):
         """Return the larger of `a` and `b`, elementwise. Where they are equal, each has half of the gradient."""
         ...
 
-    def select(self, test: V, a: V, b: V) -> V:
-        """Return `a` where `test` isn't 0, else `b`; `test` has no gradient."""
+    def select(self, test: V, a: V, b: V | None = None) -> V:
+        """Return `a` where `test` isn't 0, else `b`, or 0 without one; `test` has no gradient."""
         ...
 
     def clip(self, v: V, bound: float | None) -> V:

@@ -43,7 +43,7 @@ def step(ops: Ops[V], spec: CellSpec, a: V, h: V, c: V, n: V, m: V) -> tuple[Seq
     most = ops.maximum(kept, z_i)
     m = ops.select(n, most, z_i)
     i = ops.record("i", ops.exp(ops.sub(z_i, m)))
-    f = ops.record("f", ops.select(n, ops.exp(ops.sub(kept, most)), n))  # n, where it is 0
+    f = ops.record("f", ops.select(n, ops.exp(ops.sub(kept, most))))
     g, o = ops.gate("g", z_g), ops.gate("o", z_o)
     c = ops.record("c", ops.add(ops.mul(f, c), ops.mul(i, g)))
     n = ops.record("n", ops.add(ops.mul(f, n), i))

@@ -116,9 +116,9 @@ class Recorded:
         """Record a maximum."""
         return self._new("maximum", a, b)
 
-    def select(self, test: Value, a: Value, b: Value) -> Value:
+    def select(self, test: Value, a: Value, b: Value | None = None) -> Value:
         """Record a selection."""
-        return self._new("select", test, a, b)
+        return self._new("select", test, a, *(() if b is None else (b,)))
 
     def clip(self, v: Value, bound: float | None) -> Value:
         """Record a clip; `v` itself without a bound."""

@@ -90,9 +90,9 @@ class TorchOps:
         """Return the larger of `a` and `b`."""
         return torch.maximum(a, b)
 
-    def select(self, test: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return `a` where `test` isn't 0, else `b`."""
-        return torch.where(test != 0.0, a, b)
+    def select(self, test: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
+        """Return `a` where `test` isn't 0, else `b` or 0."""
+        return torch.where(test != 0.0, a, 0.0 if b is None else b)
 
     def clip(self, v: Tensor, bound: float | None) -> Tensor:
         """Return `v` clipped to ±bound."""

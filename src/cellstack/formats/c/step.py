@@ -359,7 +359,7 @@ class Step:
             return f"${{name}}_maximum({inner[0][0]}, {inner[1][0]})", ATOM
         if operation == "select":
             test, *either = (text for text, _ in inner)
-            return f"({test} != 0.0$f ? {' : '.join(either)})", ATOM
+            return f"({test} != 0.0$f ? {' : '.join([*either, '0.0$f'][:2])})", ATOM
         (text, binds), *_ = inner
         if operation == "exp":
             return f"exp$f({text})", ATOM

@@ -92,9 +92,10 @@ class OnnxOps(Pieces):
         """Return the larger of `a` and `b`."""
         return self.of("Max", a, b)
 
-    def select(self, test: str, a: str, b: str) -> str:
-        """Return `a` where `test` isn't 0, else `b`."""
-        return self.of("Where", self.of("Cast", test, to=self.onnx.TensorProto.BOOL), a, b)
+    def select(self, test: str, a: str, b: str | None = None) -> str:
+        """Return `a` where `test` isn't 0, else `b` or 0."""
+        other = self.number(0.0) if b is None else b
+        return self.of("Where", self.of("Cast", test, to=self.onnx.TensorProto.BOOL), a, other)
 
     def clip(self, v: str, bound: float | None) -> str:
         """Return `v` clipped to ±bound."""

@@ -65,7 +65,7 @@ export class CellStep {
     if (operation === "exp" || operation === "log_sigmoid") return [`${operation === "exp" ? "exp" : "log σ"}(${inner()[0]})`, false];
     if (operation === "maximum") return [`max(${inner().join(", ")})`, false];
     if (operation === "select") {
-      const [test, one, other] = inner();
+      const [test, one, other = "0"] = inner();
       return [`(${test} ≠ 0 ? ${one} : ${other})`, false];
     }
     return this.formula(of[0], leaf, first);

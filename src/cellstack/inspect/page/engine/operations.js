@@ -198,7 +198,7 @@ export const OPERATIONS = {
       }
     },
   },
-  // b where a isn't 0, else c.
+  // b where a isn't 0, else c; 0 without it.
   select: {
     reads: true,
     run({ y, a, b, c }, at) {
@@ -207,8 +207,8 @@ export const OPERATIONS = {
       const i = startOf(y, at);
       const j = startOf(a, at);
       const k = startOf(b, at);
-      const l = startOf(c, at);
-      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] !== 0 ? b.data[k + u] : c.data[l + u];
+      const l = c ? startOf(c, at) : 0;
+      for (let u = 0; u < width; u += 1) Y[i + u] = A[j + u] !== 0 ? b.data[k + u] : c ? c.data[l + u] : 0;
     },
     back({ y, a, b, c }, at) {
       const { slopes: dY, width } = y;
@@ -216,10 +216,10 @@ export const OPERATIONS = {
       const j = startOf(a, at);
       const di = slopeStart(y, at);
       const dk = slopeStart(b, at);
-      const dl = slopeStart(c, at);
+      const dl = c ? slopeStart(c, at) : 0;
       for (let u = 0; u < width; u += 1) {
         if (A[j + u] !== 0) b.slopes[dk + u] += dY[di + u];
-        else c.slopes[dl + u] += dY[di + u];
+        else if (c) c.slopes[dl + u] += dY[di + u];
       }
     },
   },
