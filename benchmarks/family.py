@@ -47,6 +47,7 @@ def members(units):
         "minGRU": ({"kind": "mingru"}, {}),
         "minLSTM": ({"kind": "minlstm"}, {}),
         "LiGRU": ({"kind": "ligru"}, {}),
+        "sLSTM": ({"kind": "slstm"}, {}),
     }
 
 
