@@ -1,10 +1,10 @@
-"""The sLSTM compared with the loop of the package xlstm ("vanilla"), and with the LSTM of the same heads, on one thread.
+"""The sLSTM compared with the loop of the package xlstm ("vanilla") and an LSTM, on one thread.
 
     python benchmarks/slstm.py [--units 256] [--heads 4] [--rounds 15]
 
 Outputs and gradients are compared first. Then rounds go through all of them in turn; the results are the fastest
-round's microseconds per step, and ratios. I = H, T = 200 at batch 1 and 50 at batch 32, float32. Training is the forward
-pass and the gradients of all weights.
+round's microseconds per step, and ratios. I = H, T = 200 at batch 1 and 50 at batch 32, float32. Training is the
+forward pass and the gradients of all weights.
 """
 
 import argparse
