@@ -610,9 +610,7 @@ def by_hand(spec, arrays, case, patches):
                     write = (1 - now["z"]) * (case["x"][row, t, -1] if spec.attention else 1.0)
                     h = (1 - write) * h + write * now["g"]
                 elif spec.kind == "ligru":
-                    now = {
-                        name: gate(name, z) for name, z in zip("zg", np.split(a + h @ U + bias, 2), strict=True)
-                    }
+                    now = {name: gate(name, z) for name, z in zip("zg", np.split(a + h @ U + bias, 2), strict=True)}
                     h = now["z"] * h + (1 - now["z"]) * now["g"]
                 elif spec.kind == "mingru":
                     now = {name: gate(name, z) for name, z in zip("zg", np.split(a + bias, 2), strict=True)}
