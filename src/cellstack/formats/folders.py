@@ -1,7 +1,8 @@
 """Checkpoints that are folders: a configuration, and weights in safetensors files.
 
-Read are those of xlstm and of Transformers' xLSTM: `config.json` or `config.yaml`, with `model.safetensors`, the shards
-that `model.safetensors.index.json` lists, or `model_0.safetensors`, `model_1.safetensors` and so on.
+Read are those of xlstm, of Transformers' xLSTM and of TiRex-2: `config.json` or `config.yaml`, with
+`model.safetensors`, the shards that `model.safetensors.index.json` lists, or `model_0.safetensors`,
+`model_1.safetensors` and so on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cellstack.formats import xlstm
+from cellstack.formats import tirex, xlstm
 from cellstack.formats.safetensors_weights import Tensor, tensors_in
 from cellstack.formats.xlstm import blocks
 from cellstack.formats.xlstm.large import Settings
@@ -32,7 +33,7 @@ def recognises(head: bytes) -> bool:
 
 
 def load(path: str) -> Network:
-    """Read a checkpoint folder of an xLSTM.
+    """Read a checkpoint folder of an xLSTM or a TiRex-2.
 
     Args:
         path: the folder.
@@ -49,9 +50,11 @@ def load(path: str) -> Network:
     config = _config(path)
     with ExitStack() as files:
         tensors = _tensors(path, files)
+        if tirex.is_second(tensors):
+            return tirex.of_config(path, config, tensors)
         if not xlstm.recognises(tensors):
             few = ", ".join(list(tensors)[:4])
-            raise FormatError(f"{path}: expected the weights of an xLSTM, found {few or 'no tensor'}")
+            raise FormatError(f"{path}: expected the weights of an xLSTM or a TiRex-2, found {few or 'no tensor'}")
         large = xlstm.is_large(tensors)
         if large and config.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
             tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]

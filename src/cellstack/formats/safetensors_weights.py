@@ -19,6 +19,7 @@ from cellstack.formats.pytorch.ours import layers_of
 from cellstack.formats.pytorch.saved import Source
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import Contents
+from cellstack.formats.tirex import is_second, of_folder
 from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ def tensors_in(path: str, file: safe_open) -> dict[str, Tensor]:
 
 
 def has_parts(file: safe_open) -> bool:
-    """Return whether any tensor has a name that PyTorch gives the weights of a recurrent module."""
+    """Return whether any tensor has a name that PyTorch gives the weights of a recurrent module, or a TiRex-2 has."""
     try:
         tensors = tensors_in("", file)
-        return xlstm.recognises(tensors) or bool(layers_of(tensors) or parts_of(joined(tensors, "", NAME)))
+        known = is_second(tensors) or xlstm.recognises(tensors)
+        return known or bool(layers_of(tensors) or parts_of(joined(tensors, "", NAME)))
     except FormatError:  # weights in pieces that don't fit together: reading them reports it
         return True
 
@@ -76,6 +78,8 @@ def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None 
     tensors = tensors_in(path, file)
     if order is None and xlstm.recognises(tensors):
         return xlstm.network_of(tensors, path)
+    if order is None and is_second(tensors):
+        return of_folder(path, tensors)
     if order is not None:
         network = in_order(Contents(tensors), Source(path, Scripts(path, lambda _: "")), order)
     else:

@@ -17,6 +17,7 @@ from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecasting.recipe import Recipe
+from cellstack.train.forecasting.tirex import TiRexForecaster
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.predictions import Predictions
 from cellstack.train.settings import Settings
@@ -66,6 +67,7 @@ __all__ = [
     "Settings",
     "Spacing",
     "Table",
+    "TiRexForecaster",
     "UsageError",
     "Windows",
     "as_sequences",

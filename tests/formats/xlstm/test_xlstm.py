@@ -317,7 +317,7 @@ def test_incomplete_folders_are_refused(tmp_path):
     with pytest.raises(FormatError, match=r"the file other.safetensors isn't there"):
         cs.load(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(FormatError, match="expected the weights of an xLSTM, found a"):
+    with pytest.raises(FormatError, match="expected the weights of an xLSTM or a TiRex-2, found a"):
         cs.load(tmp_path)
 
 

@@ -40,6 +40,7 @@ from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import OUR_PACKAGE, Contents, attributes_of, contents, kind_of, within
 from cellstack.formats.pytorch.writer import save
+from cellstack.formats.tirex import of_checkpoint
 from cellstack.network import Network
 from cellstack.nodes import Node
 from cellstack.spec import FormatError
@@ -75,7 +76,10 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
     """
     with records(path) as file:
         scripts = Scripts(path, file.code)
-        root, left_out = _model(file.read())
+        whole = file.read()
+        if order is None and (tirex := of_checkpoint(path, whole)) is not None:
+            return tirex
+        root, left_out = _model(whole)
         found = contents(path, root, scripts)
         return keep_bfloat16(say_left_out(_read(path, found, scripts, order), left_out), found.tensors)
 

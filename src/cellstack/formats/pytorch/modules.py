@@ -21,6 +21,7 @@ from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import MODULES, NAME, array, networks_of
 from cellstack.formats.pytorch.saved import Saved
 from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, OUR_CELLS, OUR_RNNS, WRAPPERS
+from cellstack.formats.tirex import of_module
 from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.network.layouts import time_first
@@ -72,13 +73,13 @@ def from_torch(module: Any) -> Network:
     Supported are cellstack's layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of its cells, `Bidirectional`,
     `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
     `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
-    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, models of xlstm, and
-    any object with `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation
-    mode: dropout is off, batch normalisation uses its running statistics, and zoneout's rates act as constants. A
-    recurrent layer passes on its output only: a module after it that takes the output from `(output, state)` has
-    nothing to do, and its `to_nodes()` returns `[]`. One that takes the final states, `torch.cat((h[-2], h[-1]), 1)`
-    after a bidirectional layer, returns `[GlobalPool("final")]`; one that takes the last step, `y[:, -1]`, returns
-    `[GlobalPool("last")]`.
+    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, models of xlstm,
+    TiRex and TiRex-2, and any object with `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes
+    the module in evaluation mode: dropout is off, batch normalisation uses its running statistics, and zoneout's rates
+    act as constants. A recurrent layer passes on its output only: a module after it that takes the output from
+    `(output, state)` has nothing to do, and its `to_nodes()` returns `[]`. One that takes the final states,
+    `torch.cat((h[-2], h[-1]), 1)` after a bidirectional layer, returns `[GlobalPool("final")]`; one that takes the last
+    step, `y[:, -1]`, returns `[GlobalPool("last")]`.
 
     Warns if a module has `batch_first=False`, as the network takes the batch first, and if `to_nodes()` takes the last
     step of a bidirectional layer, which isn't its final states.
@@ -93,6 +94,9 @@ def from_torch(module: Any) -> Network:
         TypeError: an unsupported module or setting; the message names it by its path.
         ShapeError: modules whose widths or ranks don't match.
     """
+    tirex = of_module(module)
+    if tirex is not None:
+        return tirex
     reader = Reader()
     network = network_of_module(module, reader=reader)
     for doubt in reader.doubts:

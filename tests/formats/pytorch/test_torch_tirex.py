@@ -1,0 +1,307 @@
+"""TiRex and TiRex-2: networks, files and forecasts agree with the packages tirex-ts and tirex-2; bad files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tirex_cases as cases
+import tolerances
+import torch
+from safetensors.numpy import save_file
+
+import cellstack as cs
+from cellstack.train import TiRexForecaster
+
+EXPECTED = np.load(Path(__file__).with_name("tirex.npz"))  # written by tirex_cases.py
+
+
+def checkpoint(path, weights, settings=cases.FIRST):
+    """Write a checkpoint of a TiRex as Lightning does, with the names that the published one has."""
+    tensors = {name.replace("blocks.", "block_stack.blocks."): torch.from_numpy(w) for name, w in weights.items()}
+    torch.save({"state_dict": tensors, "hyper_parameters": settings, "pytorch-lightning_version": "2.5"}, path)
+    return path
+
+
+def folder(path, weights, settings=cases.SECOND):
+    """Write the folder of a TiRex-2, and return the file of weights."""
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings))
+    return path / "model.safetensors"
+
+
+def write(path, first, weights=None, settings=None):
+    weights = weights or cases.weights(first)
+    if first:
+        return checkpoint(path / "model.ckpt", weights, settings or cases.FIRST)
+    return folder(path, weights, settings or cases.SECOND)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["TiRex", "TiRex-2"])
+def model(request, tmp_path_factory):
+    return request.param, cs.load(write(tmp_path_factory.mktemp("tirex"), request.param))
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    return TiRexForecaster(cs.load(write(tmp_path_factory.mktemp("second"), False)))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    return TiRexForecaster(cs.load(write(tmp_path_factory.mktemp("first"), True)))
+
+
+def agree(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerances.TIREX * np.abs(expected).max())
+
+
+def test_network_agrees_with_the_package(model):
+    first, net = model
+    agree(net(cases.tokens()), EXPECTED["first" if first else "second"])
+
+
+def test_stream_takes_patches_one_by_one(model):
+    first, net = model
+    x, stream = cases.tokens(), net.stream(2)
+    found = np.stack([stream.step(x[:, t]) for t in range(x.shape[1])], axis=1)
+    agree(found, EXPECTED["first" if first else "second"])
+
+
+def test_every_gate_matters(tmp_path, model):
+    first, net = model
+    weights, x = cases.weights(first), cases.tokens()
+    names = [name for name in weights if "gate" in name and name.endswith("weight")]
+    for name in names[:8]:
+        changed = {**weights, name: weights[name] * np.float32(1.5)}
+        other = cs.load(write(tmp_path, first, changed))
+        assert np.abs(other(x) - net(x)).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+@pytest.mark.parametrize("together", [1, 2])
+def test_forecasts_of_the_first(first, steps, together):
+    found = first.forecast(cases.series(steps), cases.HORIZON, together=together)
+    agree(found, EXPECTED[f"first {steps} {together}"])
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+def test_forecasts_of_the_second(second, steps):
+    x = cases.series(steps)
+    agree(second.forecast(x, cases.HORIZON), EXPECTED[f"second {steps}"])
+    agree(second.forecast(x, cases.HORIZON, pad=False), EXPECTED[f"second {steps} short"])
+    agree(second.forecast(x[1], cases.HORIZON), EXPECTED[f"second {steps}"][1])
+
+
+def test_flipped_signs(tmp_path):
+    forecaster = TiRexForecaster(cs.load(write(tmp_path, False, settings={**cases.SECOND, "tta_sign_flip": True})))
+    found = forecaster.forecast(cases.series(40), cases.HORIZON)
+    agree(found, EXPECTED["second 40 flip"])
+    stream = forecaster.stream(cases.series(40))
+    agree(stream.forecast(cases.HORIZON), EXPECTED["second 40 flip"])
+    stream.step(cases.series(44)[:, 40:])
+    assert len(stream.drift[0]) == 4
+    agree(stream.restarted().forecast(4), forecaster.forecast(cases.series(44)[:, -32:], 4))
+
+
+def test_stream_agrees_with_the_package_at_the_same_scale(second):
+    x = cases.series(28)
+    stream = second.stream(x[:, :20], pad=False)
+    stream.step(x[:, 20:24])
+    stream.step(x[:, 24:])
+    agree(stream.forecast(cases.HORIZON), EXPECTED["second stream"])
+
+
+def test_stream_agrees_with_a_full_forecast_at_the_same_scale(model):
+    first, net = model
+    forecaster = TiRexForecaster(net)
+    x = cases.series(100)
+    stream = forecaster.stream(x[:, :40])
+    patches = -(-cases.HORIZON // cases.PATCH)
+    options = {"together": patches} if first else {}
+    agree(stream.forecast(cases.HORIZON), forecaster.forecast(x[:, :40], cases.HORIZON, **options))
+    before = stream.forecast(cases.HORIZON)
+    assert np.array_equal(stream.forecast(cases.HORIZON), before)  # a forecast doesn't change the stream
+    one, several = forecaster.stream(x[:, :40]), forecaster.stream(x[:, :40])
+    for start in range(40, 60, 4):
+        one.step(x[:, start : start + 4])
+    several.step(x[:, 40:60])
+    agree(one.forecast(4), several.forecast(4))
+    assert np.array_equal(one.last, several.last)
+
+
+def test_drift_says_when_to_restart(second):
+    calm = np.random.default_rng(3).normal(size=40)
+    stream = second.stream(calm)
+    offset, ratio = stream.drift
+    assert np.abs(offset).max() < 1e-9
+    assert np.abs(ratio - 1).max() < 1e-9
+    stream.step(10 + 3 * np.random.default_rng(4).normal(size=32))
+    offset, ratio = stream.drift
+    assert 8 < offset[0] < 12
+    assert 2 < ratio[0] < 5
+    assert np.abs(stream.restarted().drift[0]).max() < 1e-9
+
+
+def test_lists_of_series_of_different_lengths(second):
+    x = cases.series(40)
+    rows = [x[1, 30:], x[3, :35], x[0]]
+    found = second.forecast(rows, 6)
+    for row, own in zip(rows, found, strict=True):
+        agree(own, second.forecast(row, 6))
+    stream = second.stream(rows)
+    stream.step(np.ones((3, 4)))
+    assert stream.forecast(6).shape == stream.restarted().forecast(6).shape == (3, 6, 5)
+
+
+def test_saved_in_the_native_format(tmp_path, model):
+    _, net = model
+    net.save(tmp_path / "own.safetensors")
+    again = cs.load(tmp_path / "own.safetensors")
+    assert np.array_equal(again(cases.tokens()), net(cases.tokens()))
+    assert TiRexForecaster(again).settings == TiRexForecaster(net).settings
+
+
+def test_weights_of_covariates_are_left_out_by_name(model):
+    first, net = model
+    assert ("variate_mixer" in net.metadata.get("left_out", "")) == (not first)
+
+
+def edited(settings, path, value):
+    """Return a copy of a configuration with another value at `path`; without the key where the value is KeyError."""
+    copy = json.loads(json.dumps(settings))
+    inside = copy
+    for key in path[:-1]:
+        inside = inside[key]
+    if value is KeyError:
+        del inside[path[-1]]
+    else:
+        inside[path[-1]] = value
+    return copy
+
+
+BLOCK = ("stack_config", "templates", "s", "time_mixer")
+
+
+@pytest.mark.parametrize(
+    ("first", "path", "value", "message"),
+    [
+        (True, ("model_config", "output_patch_size"), 8, "expected output_patch_size=4"),
+        (True, ("model_config", "block_kwargs", "num_heads"), 5, "expected num_heads to divide embedding_dim=32"),
+        (
+            True,
+            ("model_config", "block_kwargs", "num_blocks"),
+            3,
+            "expected a weight 'blocks.2.norm_slstm.weight', found none",
+        ),
+        (True, ("model_config", "block_kwargs", "num_blocks"), 1, "no place in the model: blocks.1.norm_slstm.weight"),
+        (True, ("model_config", "quantiles"), [0.5, 0.1], "expected ascending quantiles with 0.5"),
+        (True, ("train_ctx_len",), 30, "expected train_ctx_len to be a multiple of 4, found 30"),
+        (False, ("num_blocks",), "3", "expected num_blocks to be of type int, found '3'"),
+        (False, ("embedding_dim",), KeyError, "expected embedding_dim to be of type int, found None"),
+        (False, ("embedding_dim",), -1, "expected embedding_dim to be positive"),
+        (False, ("embedding_dim",), 64, "expected embedding_dim=64, found 32"),
+        (False, ("new_part",), True, "'new_part' isn't supported"),
+        (False, ("tokenizer_cfg", "input_patch_stride"), 2, "expected input_patch_stride=4"),
+        (False, ("act_func",), "torch.nn.PReLU", "expected act_func among .*, found 'PReLU'"),
+        (False, (*BLOCK, "model_type"), "bi-gru", "expected model_type bi-slstm or bi-mlstm, found 'bi-gru'"),
+        (False, (*BLOCK, "conv1d_kernel_size"), 4, "'conv1d_kernel_size' isn't supported"),
+        (
+            False,
+            (*BLOCK, "num_slstm_heads"),
+            2,
+            r"stack\.0.*fgate.weight: expected the shape \[2, 16, 16\], found \[4, 8, 8\]",
+        ),
+        (False, ("stack_config", "recipe"), ["s", "m"], "expected a recipe of 3 blocks, found 2"),
+        (False, ("stack_config", "recipe"), ["s", "m", "x"], "templates: x: expected a dict, found None"),
+        (False, ("future_len",), 25, "expected future_len to be a multiple of 4, found 25"),
+    ],
+)
+def test_unsupported_configurations_are_refused_by_name(tmp_path, first, path, value, message):
+    settings = edited(cases.FIRST if first else cases.SECOND, path, value)
+    with pytest.raises(cs.FormatError, match=message):
+        cs.load(write(tmp_path, first, settings=settings))
+
+
+def test_missing_other_and_contradicting_weights_are_refused_by_name(tmp_path):
+    weights = cases.weights(False)
+    name = "stack.1.time_mixer.fwd_cell.q.weight"
+    less = {other: array for other, array in weights.items() if other != name}
+    with pytest.raises(cs.FormatError, match=f"expected a weight '{name}', found none"):
+        cs.load(folder(tmp_path, less))
+    with pytest.raises(cs.FormatError, match=r"these weights have no place in the model: stack\.9\.extra"):
+        cs.load(folder(tmp_path, {**weights, "stack.9.extra": np.ones(3, np.float32)}))
+    shared = name.replace("fwd_cell", "rev_cell")
+    cs.load(folder(tmp_path, {**weights, shared: weights[name]}))
+    with pytest.raises(cs.FormatError, match="which is the same weight"):
+        cs.load(folder(tmp_path, {**weights, shared: weights[name] + 1}))
+
+
+def test_a_missing_or_damaged_configuration(tmp_path):
+    path = folder(tmp_path, cases.weights(False))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(cs.FormatError, match="expected JSON"):
+        cs.load(path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(cs.FormatError, match=r"expected config\.json, the configuration of this TiRex-2, next to it"):
+        cs.load(path)
+
+
+def test_the_folder_of_both_files(tmp_path):
+    net = cs.load(folder(tmp_path, cases.weights(False)))
+    assert np.array_equal(cs.load(tmp_path)(cases.tokens()), net(cases.tokens()))
+
+
+def test_a_state_dict_of_torch_next_to_its_configuration(tmp_path):
+    net = cs.load(folder(tmp_path, cases.weights(False)))
+    tensors = {name: torch.from_numpy(array) for name, array in cases.weights(False).items()}
+    torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
+    assert np.array_equal(cs.load(tmp_path / "model.ckpt")(cases.tokens()), net(cases.tokens()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: f.forecast(np.ones(9), 25), "expected horizon to be a count from 1 to 24, got 25"),
+        (lambda f: f.forecast(np.ones(9), 0), "expected horizon"),
+        (lambda f: f.forecast(np.ones(0), 4), "with T >= 1"),
+        (lambda f: f.forecast([], 4), "with T >= 1"),
+        (lambda f: f.forecast(np.ones((2, 3, 4)), 4), "expected series"),
+        (lambda f: f.forecast([1.0, np.inf], 4), "got infinite ones"),
+        (lambda f: f.forecast(["a", "b"], 4), "expected series of numbers"),
+        (lambda f: f.forecast(np.ones(9), 4, together=2), "only for a TiRex"),
+        (lambda f: f.stream(np.ones(9)).step(np.ones(3)), "expected 1 series of a multiple of 4 observations"),
+        (lambda f: f.stream(np.ones((2, 9))).step(np.ones(4)), "expected 2 series"),
+        (lambda f: f.stream(np.ones(9)).forecast(25), "expected horizon"),
+    ],
+)
+def test_invalid_series_and_horizons(second, call, message):
+    with pytest.raises(cs.train.UsageError, match=message):
+        call(second)
+
+
+def test_other_networks_are_refused():
+    net = cs.Network([cs.Dense(np.ones((2, 2), np.float32))])
+    with pytest.raises(cs.FormatError, match="expected a network of a TiRex or a TiRex-2"):
+        TiRexForecaster(net)
+
+
+@pytest.mark.models
+def test_the_packages_return_what_these_tests_expect(tmp_path):
+    """Install both packages into a folder, and run `tirex_cases.py` with them."""
+    needed = ("tirex-ts==1.4.2", "tirex-2==0.4.0", "flashrnn==1.0.8", "mlstm_kernels==2.0.6")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path / "own")]
+    subprocess.run([*pip, "--no-deps", *needed], check=True)
+    subprocess.run(
+        [*pip, "--no-deps", "huggingface_hub<1", "requests", "urllib3", "charset_normalizer", "einops"], check=True
+    )
+    program = str(Path(__file__).parents[2] / "tirex_cases.py")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "own"), "TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run([sys.executable, program, str(tmp_path / "found.npz")], check=True, env=environment)
+    found = np.load(tmp_path / "found.npz")
+    assert set(found) == set(EXPECTED)
+    for name in found:
+        agree(found[name], EXPECTED[name])
