@@ -132,6 +132,8 @@ def expected():
     from tirex2.model import TiRex2
     from tirex2.model.types import TimeseriesType
 
+    import cellstack as cs
+
     def recurrence(self, x, state):  # as in the package, but in float32 instead of bfloat16
         bias = self._bias_.reshape(HEADS, 4, -1).permute(1, 0, 2).reshape(-1)
         return self._impl_forward_torch(x.reshape(*x.shape[:2], -1), state, self._recurrent_kernel_, bias)
@@ -144,6 +146,9 @@ def expected():
         model.load_state_dict(own, strict=False)
         return model.eval()
 
+    def from_torch_agrees(model, expected):
+        assert np.abs(cs.from_torch(model)(tokens()) - expected).max() < 1e-3
+
     def alone(rows):
         return [TimeseriesType(torch.from_numpy(row[None]), None, None) for row in rows]
 
@@ -153,6 +158,7 @@ def expected():
     sLSTMCell._impl_torch = recurrence
     with torch.no_grad():
         found["first"] = first._forward_model(torch.from_numpy(tokens())).numpy()
+    from_torch_agrees(first, found["first"])
     for steps in (10, 40):
         for together in (1, 2):
             x = torch.from_numpy(series(steps))
@@ -168,6 +174,7 @@ def expected():
         for block in second.stack:
             x, _ = block(x, group_vector=torch.arange(2.0), **masks)
         found["second"] = second.output_patch_embedding(second.stack_out_norm(x)).numpy()
+    from_torch_agrees(second, found["second"])
     for steps in (10, 40):
         for name, options in {"": {}, " short": {"pad_context": False}, " flip": {"tta_sign_flip": True}}.items():
             made = second.predict(alone(series(steps)), HORIZON, **options)
