@@ -136,41 +136,37 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
         if (E) at.tail = matrix + (block + N) * words * step;
         accumulate<Kind, 1, N, 4, false, E>(sums, at, words);
     };
-    const auto spread = [&](V<T>(&gates)[blocks* 4]) INLINED {
-        UNROLL
-        for (int v = 0; v < N * 4; ++v) gates[v] = sums[0][v];
-        if constexpr (E > 0) {
-            alignas(kVectorBytes) T shared[(E + 1) * W];
+    alignas(kVectorBytes) T shared[(E + 1) * W];  // the sums of the tail, whose gates are not at multiples of W
+    const auto spread = [&](int v) INLINED {
+        if (v == 0) {
             UNROLL
-            for (int v = 0; v < E; ++v) store(shared + v * W, sums[0][N * 4 + v]);
-            UNROLL
-            for (int v = 0; v < 4; ++v) gates[N * 4 + v] = gate_of(shared, f.w.tail, v);
+            for (int k = 0; k < E; ++k) store(shared + k * W, sums[0][N * 4 + k]);
         }
+        return gate_of(shared, f.w.tail, v);
     };
-    V<T> over_h[blocks * 4];
     alignas(kVectorBytes) V<T> here[blocks * 4];  // the sums over x, on the stack, unless z contains them already
     if (!f.z) {
         UNROLL
         for (int v = 0; v < N * 4 + E; ++v) sums[0][v] = load(f.w.bias + block * step + v * W);
         add_up(narrow(f.w.element) ? f.narrow_x : f.x + t * f.x_time, f.w.kernel, words_of(f.w.element, f.w.d->input));
-        spread(here);
+        UNROLL
+        for (int v = 0; v < blocks * 4; ++v) here[v] = v < N * 4 ? sums[0][v] : spread(v - N * 4);
     }
     UNROLL
     for (int v = 0; v < N * 4 + E; ++v) sums[0][v] = splat(T(0));
     add_up((narrow(f.w.element) ? f.narrow_h : h) + f.w.start(block), f.w.recurrent, f.w.band.depth);
-    spread(over_h);
     const T* over_x = f.z ? f.z + (block * total + n - f.first) * step : reinterpret_cast<const T*>(here);
     UNROLL
     for (int b = 0; b < blocks; ++b) {
         V<T> z[4];
         UNROLL
-        for (int v = 0; v < 4; ++v) z[v] = load(over_x + b * (f.z ? total : 1) * step + v * W) + over_h[b * 4 + v];
+        for (int v = 0; v < 4; ++v)
+            z[v] = load(over_x + b * (f.z ? total : 1) * step + v * W) + (b < N ? sums[0][b * 4 + v] : spread(v));
         finish<T>(f, z, block + b, 0, t, h, h_next);
     }
 }
 
-// A step of a batch of one row. Two blocks at a time: eight chains hide the latency of one. The tail is computed with
-// the block before it.
+// Blocks up to end_block at step n of a batch of one row. Two at a time: eight chains hide the latency of one.
 template <class Kind, class T>
 NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_block, const T* h, T* h_next) {
     if (f.mask && !f.mask[time_of(f, n)]) {
@@ -179,14 +175,6 @@ NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_b
             finish<T>(f, none, block, 0, time_of(f, n), h, h_next);
         return;
     }
-    const bool tail = f.w.is_tail(end_block - 1);
-    end_block -= 2 * tail;
-    const auto with_tail = [&] {
-        if (f.w.tail.vectors == 1) return step_alone<Kind, 1, 1>(f, n, end_block, h, h_next);
-        if (f.w.tail.vectors == 2) return step_alone<Kind, 1, 2>(f, n, end_block, h, h_next);
-        step_alone<Kind, 1, 3>(f, n, end_block, h, h_next);
-    };
-    if (tail && down) with_tail();
     for (int64_t left = end_block - f.block; left > 0;) {
         const int64_t block = down ? f.block + left - 2 : end_block - left;  // the first of two
         if (left > 1 && f.w.start(block) == f.w.start(block + 1)) {
@@ -197,16 +185,33 @@ NOINLINE void row_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_b
             left -= 1;
         }
     }
-    if (tail && !down) with_tail();
+}
+
+// The tail at step n of a batch of one row, and the block before it, whose chains hide the latency of its few.
+template <class Kind, class T>
+NOINLINE void tail_alone(const Forward<T>& f, int64_t n, const T* h, T* h_next) {
+    const int64_t block = f.w.blocks - 2;
+    if (f.w.tail.vectors == 1) return step_alone<Kind, 1, 1>(f, n, block, h, h_next);
+    if (f.w.tail.vectors == 2) return step_alone<Kind, 1, 2>(f, n, block, h, h_next);
+    step_alone<Kind, 1, 3>(f, n, block, h, h_next);
+}
+
+// Both, if the last block is the tail.
+template <class Kind, class T>
+INLINE void all_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_block, const T* h, T* h_next) {
+    const bool tail = f.w.is_tail(end_block - 1) && (!f.mask || f.mask[time_of(f, n)]);
+    if (tail && down) tail_alone<Kind>(f, n, h, h_next);
+    row_alone<Kind>(f, n, down, end_block - 2 * tail, h, h_next);
+    if (tail && !down) tail_alone<Kind>(f, n, h, h_next);
 }
 template <class T>
 void row_alone(const Forward<T>& f, int64_t n, bool down, int64_t end_block, const T* h, T* h_next) {
     if constexpr (sizeof(T) == 4) {
         if constexpr (kHasPairs)
-            if (f.w.pairs) return row_alone<Pairs>(f, n, down, end_block, h, h_next);
-        if (narrow(f.w.element)) return row_alone<Widened>(f, n, down, end_block, h, h_next);
+            if (f.w.pairs) return all_alone<Pairs>(f, n, down, end_block, h, h_next);
+        if (narrow(f.w.element)) return all_alone<Widened>(f, n, down, end_block, h, h_next);
     }
-    row_alone<Plain<T>>(f, n, down, end_block, h, h_next);
+    all_alone<Plain<T>>(f, n, down, end_block, h, h_next);
 }
 
 // Computes rows row … row+R of a block at step n from their sums over x and over h, [R][4][W] each.

@@ -178,11 +178,11 @@ NOINLINE void multiply_narrow(Product<float>& p, const Rows<float>& rows, int64_
     round_rows(p.w.pairs, p.narrow, rows, count, p.depth);
     const int vectors = p.gates < 3 || wanted == 1 || wanted == 2 ? 4 : p.gates;
     if (!widens_once(p.w, count, vectors)) return p.run(own, count, to, add, down, first, wanted);
-    p.each_group(to, add, down, count, first, wanted ? wanted : p.gates,
-                 [&](auto, int vectors, int64_t from, int64_t some) {
-                     const Rows<float> part{own.base + p.start + from * own.row, own.row, 0, some};
-                     widened_product(*p.w.plain, p.t, vectors, part, some);
-                 });
+    const auto product = [&](auto, int vectors, int64_t from, int64_t some) {
+        const Rows<float> part{own.base + p.start + from * own.row, own.row, 0, some};
+        widened_product(*p.w.plain, p.t, vectors, part, some);
+    };
+    p.each_group(to, add, down, count, first, wanted ? wanted : p.gates, product);
 }
 
 // Runs a product with weights in any format.

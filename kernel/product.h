@@ -173,7 +173,7 @@ struct Product {
         constexpr int64_t most = 4 * kRows;
         alignas(kVectorBytes) T sums[most * kMostGates * W + W];
         const int64_t last = end_block - 1, at = last * t.from_block, step = t.panel_step, to_row = t.to_row;
-        const bool both = count == 1 && last > block && w.start(last) == w.start(last - 1);
+        const bool both = count == 1 && last > block && (heads == 1 || w.start(last) == w.start(last - 1));
         const int before = both ? gates : 0, vectors = before + tail.vectors;
         start = heads > 1 ? w.start(last) : 0;
         t.tail = matrix + last * panel, t.panel = both ? t.tail - panel : t.tail;
@@ -181,18 +181,18 @@ struct Product {
         t.panel_vector = t.from_vector = t.to_vector = W, t.add = false;
         t.from = bias ? bias + at - before * W : nullptr;
         t.scales = scales + at - before * W, t.shifts = shifts + at - before * W;
+        const auto routine = both ? w.tiles->with_tail[gates - 3][tail.vectors - 1] : w.tiles->of[0][vectors - 1];
+        const auto move = [&](T* own, V<T> sum) INLINED { store(own, add ? load(own) + sum : sum); };
         for (int64_t m = 0, some; m < count; m += some) {
             some = count - m < most ? count - m : most;
             t.to = sums;
-            body(both ? w.tiles->with_tail[gates - 3][tail.vectors - 1] : w.tiles->of[0][vectors - 1], vectors, m,
-                 some);
+            body(routine, vectors, m, some);
             for (int64_t r = 0; r < some; ++r)
                 for (int gate = 0; gate < gates; ++gate) {
+                    const T* from = sums + r * vectors * W;
                     T* own = to + (m + r) * to_row + gate * stride + last * W;
-                    const T* shared = sums + r * vectors * W;
-                    const auto move = [&](T* own, V<T> sum) INLINED { store(own, add ? load(own) + sum : sum); };
-                    move(own, gate_of(shared + before * W, tail, gate));
-                    if (both) move(own - W, load(shared + gate * W));
+                    move(own, gate_of(from + before * W, tail, gate));
+                    if (both) move(own - W, load(from + gate * W));
                 }
         }
         t.panel_step = step, t.to_row = to_row;
@@ -215,13 +215,13 @@ struct Product {
         }
         if (count == 1) {
             t.row_scales = row_scales;
-            return each_group(to, add, down, 1, first, wanted,
-                              [&](TileRoutine<T> alone, int, int64_t, int64_t) INLINED {
-                                  t.a[0] = rows.base + start;
-                                  alone(t);
-                              });
+            const auto tile = [&](TileRoutine<T> alone, int, int64_t, int64_t) INLINED {
+                t.a[0] = rows.base + start;
+                alone(t);
+            };
+            return each_group(to, add, down, 1, first, wanted, tile);
         }
-        each_group(to, add, down, count, first, wanted, [&](TileRoutine<T>, int vectors, int64_t from, int64_t some) {
+        const auto tiles = [&](TileRoutine<T>, int vectors, int64_t from, int64_t some) INLINED {
             T* first_row = t.to;
             const Rows<T> own{rows.base + start, rows.row, rows.time, rows.batch};
             each_tile(some, [&](int64_t m, int R) INLINED {
@@ -229,7 +229,8 @@ struct Product {
                 t.to = first_row + m * t.to_row, t.row_scales = row_scales + from + m;
                 w.tiles->of[R - 1][vectors - 1](t);
             });
-        });
+        };
+        each_group(to, add, down, count, first, wanted, tiles);
     }
 
     // A row's product with an unpacked matrix of heads.
