@@ -228,7 +228,7 @@ class Recurrent(Node):
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "the input of a recorded cell is recorded too"
-                seen = type(after[-1])(kept["y"], *kept["states"])
+                seen = STATES[spec.kind](kept["y"], *kept["states"])
                 made.append(Record(kept["gates"], seen, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
