@@ -42,7 +42,12 @@ ARRAYS = (
     "recurrent_gain",
     "cell_gain",
     "cell_bias",
-    *dict.fromkeys(f"initial_{name}" for kind in KINDS.values() for name in kind.state._fields),
+    *dict.fromkeys(
+        f"initial_{name}"
+        for kind in KINDS.values()
+        if "learn_initial_state" in kind.settings
+        for name in kind.state._fields
+    ),
 )
 """Every array that a cell may have, in the order used for listing, passing and saving; see `CellSpec.shapes`."""
 

@@ -82,7 +82,7 @@ def without_denormals(array):
 
 def has_the_streams_bits(spec):
     """Whether all that a cell computes is the same in every implementation."""
-    vague = spec.layer_norm or spec.settings.get("attention")
+    vague = spec.layer_norm or spec.settings.get("attention") or spec.kind == "slstm"  # whose log σ is a softplus
     return FUSED and not vague and all(found.name != "softplus" for found in spec.activations)
 
 
@@ -114,7 +114,7 @@ def cells_of(kind, seeds):
 def test_every_kind_of_cell(tmp_path, kind, first):
     networks = dict(cells_of(kind, range(60, 80) if first else range(3, 6)))
     exact = {name: has_the_streams_bits(net.cells[0].spec) for name, net in networks.items()}
-    assert any(exact.values()) == FUSED
+    assert any(exact.values()) == (FUSED and kind != "slstm")
     for (name, weights), made in build(tmp_path, networks).items():
         compare(made, networks[name], weights, exact[name])
 

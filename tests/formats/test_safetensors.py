@@ -243,7 +243,7 @@ def test_the_native_suffix_may_be_omitted(tmp_path):
 def test_files_that_can_t_be_opened(tmp_path):
     with pytest.raises(FileNotFoundError):
         cs.load(tmp_path / "none.safetensors")
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(cs.FormatError, match="expected a folder with"):
         cs.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         small().save(tmp_path / "none" / "net.safetensors")

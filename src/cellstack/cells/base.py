@@ -147,13 +147,14 @@ def usual_shapes(spec: CellSpec) -> Shapes:
     """Return the shapes of the arrays that every kind may have."""
     wide = len(spec.gates) * spec.units
     recurrent = spec.of_kind.recurrent
+    learned = spec.state_sizes if "learn_initial_state" in spec.of_kind.settings else {}
     return {
         "kernel": (spec.features, wide) if spec.use_kernel else None,
         "recurrent_kernel": recurrent_shape(spec) if recurrent else None,
         "bias": (wide,) if spec.use_bias else None,
         "kernel_gain": (wide,) if spec.layer_norm else None,
         "recurrent_gain": (wide,) if spec.layer_norm and recurrent and not spec.joint else None,
-    } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in spec.state_sizes.items()}
+    } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in learned.items()}
 
 
 def recurrent_shape(spec: CellSpec) -> tuple[int, ...]:

@@ -179,7 +179,7 @@ class Cell:
     @property
     def initial(self) -> dict[str, Array]:
         """The initial state, `h [P]` and `c [H]` by name: learned, or zeros."""
-        learned = {name: getattr(self, f"initial_{name}") for name in self.spec.state_sizes}
+        learned = {name: getattr(self, f"initial_{name}", None) for name in self.spec.state_sizes}
         sizes = self.spec.state_sizes
         return {name: np.zeros(sizes[name], self.dtype) if of is None else of for name, of in learned.items()}
 

@@ -106,7 +106,7 @@ class MLSTM(Node):
     >>> node = MLSTM(heads=1, key_size=1, value_size=2, epsilon=0.0)
     >>> x = np.array([[[2.0, 1.0, 3.0, 4.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]])  # stores [3, 4], then asks
     >>> node.run([Flow(x)], (None,), 1).x
-    array([[[3., 4.],
+    array([[[3. , 4. ],
             [1.5, 2. ]]])
 
     Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19 to 27.
