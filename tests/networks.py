@@ -92,7 +92,10 @@ def make_network(seed, dtype="float32", streams=False):
             of_both = {"return_sequences": flags["return_sequences"], "residual": flags["residual"]}
             ahead = make_stack(rng, width, dtype, **of_both)
             units = ahead.units if merge != "concat" else int(rng.integers(1, 9))
-            made = replace(random_spec(rng), input_size=width, units=units, proj_size=0, heads=1)
+            made = random_spec(rng)
+            made = replace(
+                made, input_size=width, units=units, attention=made.attention and width > 1, proj_size=0, heads=1
+            )
             back = Recurrent((fill(rng, made, dtype),), go_backwards=True, **of_both)
             nodes.append(Bidirectional(ahead, back, merge))
             width, sequence = (units + ahead.units if merge == "concat" else units), flags["return_sequences"]
