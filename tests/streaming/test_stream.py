@@ -26,7 +26,7 @@ from cellstack import (
     State,
 )
 from cellstack.nodes import Conv1D, Embedding
-from cellstack.spec import GATES
+from cellstack.spec import GATES, STATES
 
 DTYPES = st.sampled_from(["float32", "float64"])
 
@@ -114,7 +114,7 @@ def test_a_residual_is_added_between_kernel_streams():
     stream, expected = residual.stream(2), residual(x)
     assert not np.array_equal(expected, plain(x))
     assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(8)], axis=1), expected)
-    assert [len(state) for state in stream.state] == [2, 1, 1, 1, 1, 1]
+    assert [len(state) for state in stream.state] == [len(STATES[kind]._fields) for kind in GATES]
     stream.reset()
     assert np.array_equal(stream.run(x), expected)
     assert all(same(one, other) for one, other in zip(stream.state, residual.run(x)[1], strict=True))
@@ -225,6 +225,17 @@ def test_reading_and_setting_the_state_copies():
     assert np.array_equal(stream.run(x[:, 4:]), rest)
     stream.state = [State(*kept_before[:2]), kept_before[2:]]  # other pairs are accepted too
     assert np.array_equal(stream.run(x[:, 4:]), rest)
+
+
+def test_a_stream_whose_state_is_nan_can_be_forked():
+    net = Network([Recurrent((make_cell(np.random.default_rng(0), 2, 3, kind="slstm"),))])
+    stream = net.stream()
+    stream.step(np.full((1, 2), np.nan, "float32"))
+    fork, x = stream.fork(), np.ones((1, 2), "float32")
+    assert np.isnan(fork.state[0].c).all()
+    assert np.array_equal(fork.step(x), stream.step(x), equal_nan=True)
+    with pytest.raises(ValueError, match="to be finite"):
+        fork.state = stream.state
 
 
 def test_a_fork_is_independent():

@@ -241,7 +241,7 @@ class Stream:
     def fork(self) -> Stream:
         """Return a new stream with a copy of this one's state."""
         other = Stream(self.network, self.batch, self.threads, self._engine.weights)
-        other.state = self.state
+        other._engine.write(self.state)  # unchecked: patches and NaN may lead to numbers that a caller can't set
         other._engine.copy_counts(self._engine)
         return other
 
