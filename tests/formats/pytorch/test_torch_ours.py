@@ -68,6 +68,8 @@ ONLY_IN_PICKLES = {
     ),
     "merged": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True), "mul"),
     "minimal lstm of many columns": lambda: layers.MinLSTM(4, **EVERY),
+    "slstm": lambda: layers.SLSTM(4, exponential_forget=True, **EVERY),
+    "slstm with heads": lambda: layers.SLSTM(4, heads=2, use_bias=False, **EVERY),
     "row": lambda: nn.Sequential(
         layers.GRU(4, **EVERY), layers.TimeDistributed(nn.Linear(4, 2)), layers.LSTM(2), nn.ReLU()
     ),
@@ -112,6 +114,17 @@ def test_whole_pickles_of_our_layers(tmp_path, name):
     assert "assumed" not in net.metadata
     net = cs.from_torch(module)
     check(net, module)
+
+
+def test_four_gates_in_a_state_dict_are_an_lstm_and_not_an_slstm(tmp_path):
+    states = {"lstm": layers.LSTM(4, **EVERY), "slstm": layers.SLSTM(4, **EVERY), "gru": layers.GRU(4, **EVERY)}
+    for name, module in states.items():
+        torch.save(module.state_dict(), tmp_path / f"{name}.pt")
+    read = {name: cs.load(tmp_path / f"{name}.pt") for name in states}
+    assert [net.cells[0].spec.kind for net in read.values()] == ["lstm", "lstm", "gru"]
+    assert read["lstm"].metadata["assumed"].startswith("LSTM and not SLSTM, default activations, ")
+    assert read["slstm"].metadata["assumed"] == read["lstm"].metadata["assumed"]
+    assert "SLSTM" not in read["gru"].metadata["assumed"]
 
 
 class Own(nn.Module):

@@ -3,19 +3,20 @@
 A cell's arrays have the names in `cellstack.spec.ARRAYS`, with the prefix `cell.` in a layer of one cell,
 `cell.cells.0.` and so on in a stack, and `forward_layer.cell.` and `backward_layer.cell.` in a `Bidirectional`. Their
 shapes determine the kind and most flags. The other settings are assumed to be the defaults, as the metadata says.
+Kinds with the same gates have the same arrays: the first of them in `KINDS` is assumed, an LSTM and not an sLSTM.
 A kind without a recurrent kernel is determined by the number of columns, if only one of these kinds can have it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cellstack.cells import KINDS
+from cellstack.cells import KINDS, Kind
 from cellstack.formats.build import Builder, listed
 from cellstack.formats.pytorch.tensors import short
 from cellstack.network import Network
@@ -36,8 +37,8 @@ HELD = re.compile(
 SHOWN = {"use_bias": "bias", "layer_norm": "kernel_gain", "learn_initial_state": "initial_h"}  # by their arrays
 HIDDEN = {"coupled": True, "reset_after": False}  # settings that only the numbers of gates and biases show
 ASSUMED = (
-    "default activations, no clipping, no zoneout, no attention, no residuals, every step returned{merged}: a state "
-    "dict doesn't store these settings; torch.save(layer) does"
+    "{kinds}default activations, no clipping, no zoneout, no attention, no residuals, every step returned{merged}: a "
+    "state dict doesn't store these settings; torch.save(layer) does"
 )
 
 
@@ -104,7 +105,9 @@ def network_of_layer(layer: Layer, tensors: Mapping[str, Any], where: str) -> Ne
             raise FormatError(f"{here}: expected cells numbered from 0 on, found {listed(map(str, numbers), 5, ', ')}")
         stacks.append([_cell(where, layer.cells[way, number], tensors) for number in numbers])
     merged = ", directions concatenated" if len(stacks) > 1 else ""
-    metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": ASSUMED.format(merged=merged)}
+    kinds = _assumed_kinds(cell.spec for cells in stacks for cell in cells)
+    assumed = ASSUMED.format(kinds=kinds, merged=merged)
+    metadata = {"source": {"format": "pytorch", "module": layer.title}, "assumed": assumed}
     if layer.held:
         metadata["left_out"] = f"the state of the stateful layer ({listed(layer.held, 3, ', ')})"
     builder = Builder()
@@ -180,7 +183,8 @@ def _spec(here: str, shapes: Mapping[str, tuple[int, ...]], columns: int) -> Cel
 def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSpec]:
     """Return the cells that have arrays of these names, of all kinds and with any number of gates.
 
-    Kinds without a recurrent kernel get as many units as fit the columns, unless an initial state gives the number.
+    Of the kinds with the same gates only the first is among them. Kinds without a recurrent kernel get as many units as
+    fit the columns, unless an initial state gives the number.
     """
     (width, columns), recurrent = shapes["kernel"], "recurrent_kernel" in shapes
     heads = heads_of(shapes)
@@ -190,7 +194,9 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     some = {"peepholes": "peepholes" in shapes, "proj_size": size, "heads": heads}
     found = []
     try:
-        for kind in (kind for kind in KINDS.values() if kind.recurrent == recurrent):
+        for kind in KINDS.values():
+            if kind.recurrent != recurrent or kind is not _alike(kind.gates, recurrent)[0]:
+                continue
             wide = units or max(1, columns // len(kind.gates))
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}
             for name in (None, *(name for name in HIDDEN if name in kind.settings)):
@@ -202,6 +208,17 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     except (ValueError, TypeError) as error:  # a projection as wide as the units
         raise FormatError(f"{here}: {str(error)[:300]}") from None
     return [spec for spec in found if shapes.keys() <= spec.shapes.keys()] or found
+
+
+def _alike(gates: Iterable[str], recurrent: bool) -> list[Kind]:
+    """Return the kinds with these gates, in the order of `KINDS`: their arrays have the same shapes."""
+    return [kind for kind in KINDS.values() if (*kind.gates, kind.recurrent) == (*gates, recurrent)]
+
+
+def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
+    """Return which kinds were assumed because others have the same arrays, with a comma at the end; "" if none."""
+    alike = [[kind.title for kind in _alike(spec.gates, spec.of_kind.recurrent)] for spec in specs]
+    return "".join(dict.fromkeys(f"{kinds[0]} and not {either(kinds[1:])}, " for kinds in alike if len(kinds) > 1))
 
 
 def _described(spec: CellSpec) -> str:
