@@ -21,7 +21,7 @@ from cellstack.layers.cell import NO_MASKS, Masks
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.sequences import pack
-from cellstack.spec import CellSpec
+from cellstack.spec import CellSpec, SLSTMState
 
 
 class Adapter(NamedTuple):
@@ -159,7 +159,7 @@ def _attention_examples(module: Any) -> list[tuple[Any, ...]]:
 def _slstm_spec(module: Any) -> CellSpec:
     """Return the cell of an `sLSTMCell_vanilla`, whose input is the sums over x of all gates."""
     config = module.config
-    if config.function != "slstm":
+    if config.num_states != len(SLSTMState._fields):  # those of its function
         raise ValueError(f"function={config.function!r} isn't supported, only 'slstm'")
     if config.input_shape != "BSGNH" or config.output_shape != "BNSH":
         found = f"{config.input_shape} and {config.output_shape}"
