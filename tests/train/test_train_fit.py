@@ -168,14 +168,14 @@ def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_
     assert "batches" not in torch.load(path, weights_only=True)["fingerprint"]  # earlier checkpoints can be resumed
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn", "mingru", "minlstm", "ligru"])
+@pytest.mark.parametrize("cell", ["gru", "rnn", "mingru", "minlstm", "ligru", "slstm"])
 def test_other_cells_learn_too(sequences, cell):
     model, *rest = prepare(sequences, cell=cell)
     result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
     assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
     assert result.best["accuracy"] >= 2 / 3
     with pytest.raises(
-        UsageError, match="expected cell to be one of lstm, gru, rnn, mingru, minlstm, ligru, got 'mlp'"
+        UsageError, match="expected cell to be one of lstm, gru, rnn, mingru, minlstm, ligru, slstm, got 'mlp'"
     ):
         prepare(sequences, cell="mlp")
 
