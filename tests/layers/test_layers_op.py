@@ -207,6 +207,9 @@ def test_gradients_of_every_flag_are_finite_differences(name, way, started, requ
     if way == "registered":
         request.getfixturevalue("registered")
     g = given([flagged(name)], 5, batch=2, steps=3, started=started, masked=True, resets=True, zoned=not started)
+    for state, start in zip(flagged(name).state_sizes, g.starts, strict=False):
+        if state == "n":  # 0 means that nothing is stored yet: the results aren't continuous there
+            start.data[start.data == 0] = 1.0
     assert torch.autograd.gradcheck(as_function(g), g.leaves)
 
 
