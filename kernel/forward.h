@@ -326,18 +326,17 @@ void run_blocks(Forward<T>& f) {
 // Without a kernel, the sums over x are x itself, and the bias.
 template <class T>
 NOINLINE void take_sums(const Forward<T>& f, const T* bias, int64_t stride) {
-    constexpr int W = Vec<T>::W;
-    const int64_t H = f.w.d->units, end = f.end_block * W < H ? f.end_block * W : H;
+    const int64_t H = f.w.d->units;
     const int G = f.w.d->gates();
     const Rows<T> rows = rows_of_x(f);
     for (int64_t m = 0; m < (f.last - f.first) * f.rows; ++m)
         for (int gate = 0; gate < G; ++gate) {
             const T* x = rows.at(m) + gate * H;
             T* z = f.z + (m * G + gate) * stride;
-            for (int64_t k = f.block * W; k < end; ++k) {
-                const int64_t packed = (k / W * G + gate) * W + k % W;
-                z[k] = x[k] + (bias ? bias[f.w.unpacked ? gate * H + k : packed] : T(0));
-            }
+            each_block(f, 0, 0, [&](const Place& at) INLINED {
+                const V<T> sum = load_lanes(x + at.unit, at.lanes) + bias_at(f.w, bias, gate, at);
+                store_lanes(z + at.unit, sum, at.lanes);
+            });
         }
 }
 
