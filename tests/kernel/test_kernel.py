@@ -253,7 +253,8 @@ DIVIDED = [name for name, flags in MEMBERS.items() if not flags.get("layer_norm"
 
 @pytest.mark.parametrize("member", DIVIDED)
 def test_threads_that_share_the_units_give_the_same_bits(isa, member):
-    units = {"rnn": 900, "minlstm": 2000, "mingru": 8000}.get(member, 290)  # enough for threads to save time
+    # enough for threads to save time, even where they exchange results slowly
+    units = {"rnn": 900, "minlstm": 8005, "mingru": 16000}.get(member, 450)
     spec, arrays, case, rng = make(5, 1, 30, 40, units, **MEMBERS[member])
     case["mask"] = rng.random((1, 30)) < 0.8
     weights = [native.weights(spec, arrays)]
