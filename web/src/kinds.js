@@ -64,4 +64,4 @@ export const KINDS = {
 
 // The kernel's codes of activations, and its order of a cell's arrays.
 export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c", "initial_n", "initial_m"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c"];
