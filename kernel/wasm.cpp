@@ -1,6 +1,7 @@
 // The C functions that JavaScript calls in a WebAssembly build (web/src/kernel.js). Pointers are addresses in the
 // module's memory; shapes are checked by the caller; see cell.h for what each pointer means. Every call has one thread.
 #include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <vector>
 
@@ -38,9 +39,11 @@ EXPORT void* allocate(int bytes) { return aligned_alloc(64, (size_t(bytes) + 63)
 EXPORT void release(void* memory) { free(memory); }
 
 // The weights of a cell of this kind, packed; null if there is no such kind. `element`: the format of the matrices, an
-// index in `Element`.
+// index in `Element`. `given`: the arrays, in the order of `Arrays`, of which those at the end may be left out.
 EXPORT const Weights<float>* weights(const char* kind, const Integers* integers, const Numbers* numbers, int element,
-                                     const Arrays<const float>* arrays) {
+                                     const float* const* given, int count) {
+    Arrays<const float> arrays{};
+    memcpy(&arrays, given, size_t(count) * sizeof *given);
     Description d{};
     d.kind = kind_named(kind);
     if (!d.kind) return nullptr;
@@ -50,10 +53,10 @@ EXPORT const Weights<float>* weights(const char* kind, const Integers* integers,
     d.use_bias = integers->use_bias, d.peepholes = integers->peepholes, d.coupled = integers->coupled;
     d.layer_norm = integers->layer_norm, d.joint = integers->joint, d.reset_after = integers->reset_after;
     d.attention = integers->attention, d.exponential_forget = integers->exponential_forget;
-    d.heads = integers->heads, d.use_kernel = arrays->kernel;
+    d.heads = integers->heads, d.use_kernel = arrays.kernel;
     d.norm_epsilon = numbers->norm_epsilon, d.clip = numbers->clip, d.cell_clip = numbers->cell_clip;
     d.zoneout = numbers->zoneout, d.zoneout_cell = numbers->zoneout_cell;
-    return new Weights<float>(d, *arrays, true, Element(element));
+    return new Weights<float>(d, arrays, true, Element(element));
 }
 
 // The number of planes [H] that `forward` writes to `gates` per step.

@@ -96,7 +96,7 @@ export class Kernel {
       const places = arrays.map((array) => this.put(take, array));
       const name = this.put(take, new TextEncoder().encode(`${kind}\0`), Uint8Array);
       const [first, second] = [this.put(take, integers, Int32Array), this.put(take, numbers, Float64Array)];
-      return this.exports.weights(name, first, second, element, this.put(take, places, Uint32Array));
+      return this.exports.weights(name, first, second, element, this.put(take, places, Uint32Array), places.length);
     });
   }
 
