@@ -83,7 +83,7 @@ class MLSTM(Node):
 
     The input is `[q | k | v | ĩ | f̃]`, of widths `heads·key_size`, `heads·key_size`, `heads·value_size`, `heads` and
     `heads`, followed by õ with an output gate; the output is h, or σ(õ)·h, of width `heads·value_size`. Per head, with
-    k scaled by `1/√key_size`:
+    k scaled by `1/√key_size`::
 
         m = max(log σ(f̃) + m₋, ĩ)    f = exp(log σ(f̃) + m₋ - m)    i = exp(ĩ - m)
         C = f·C₋ + i·k·vᵀ    n = f·n₋ + i·k    h = Cᵀq / (max(|nᵀq|, exp(-m)) + epsilon)
