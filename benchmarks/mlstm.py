@@ -1,17 +1,15 @@
 """An mLSTM's memory: a step next to reading its state, and sequences next to xlstm and mlstm_kernels, on one thread.
 
-    python benchmarks/mlstm.py --site FOLDER    # FOLDER has the packages xlstm and mlstm_kernels
-
 Outputs and gradients are compared first. Times are the fastest of interleaved rounds.
 """
 
 import argparse
-import importlib
-import sys
 import time
 
 import numpy as np
 import torch
+from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd as chunkwise
+from xlstm.blocks.mlstm.backends import parallel_stabilized_simple as parallel
 
 from cellstack import _kernel, native
 from cellstack.nodes.mlstm import MLSTM
@@ -54,8 +52,6 @@ def steps():
 
 def sequences():
     """Print sequences next to the functions of xlstm (parallel) and of mlstm_kernels (in chunks)."""
-    parallel = importlib.import_module("xlstm.blocks.mlstm.backends").parallel_stabilized_simple
-    chunkwise = importlib.import_module("mlstm_kernels.torch.chunkwise.native").mlstm_chunkwise__native_autograd
     print("\n| B, T, width | forward | xlstm | mlstm_kernels | with backward | xlstm | mlstm_kernels |")
     print("|---|---|---|---|---|---|---|")
     for batch, count, width in SEQUENCES:
@@ -82,7 +78,7 @@ def sequences():
 
         theirs = {
             "xlstm": lambda p=parts: parallel(*p),
-            "mlstm_kernels": lambda p=parts: chunkwise(*p[:3], p[3][..., 0], p[4][..., 0], chunk_size=CHUNK),
+            "mlstm_kernels": lambda p=parts: chunkwise(p[0], p[1], p[2], p[3][..., 0], p[4][..., 0], chunk_size=CHUNK),
         }
 
         def without(run):
@@ -111,9 +107,7 @@ def sequences():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--site", action="append", default=[], help="a folder with the packages to compare with")
-    sys.path += parser.parse_args().site
+    argparse.ArgumentParser(description=str(__doc__).splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     print(f"{_kernel.isa()}, torch {torch.__version__}, one thread, float32, {HEADS} heads\n")
     steps()

@@ -70,7 +70,7 @@ class MatrixMemory(NamedTuple):
 
 
 class MemoryRecord(NamedTuple):
-    """What a run of an `MLSTM` depends on, besides its input: the state before it, its mask and its resets."""
+    """The arguments of a run of an `MLSTM` other than its input: the state before it, its mask and its resets."""
 
     before: MatrixState | None
     mask: NDArray[np.bool_] | None
