@@ -127,6 +127,12 @@ def test_four_gates_in_a_state_dict_are_an_lstm_and_not_an_slstm(tmp_path):
     assert "SLSTM" not in read["gru"].metadata["assumed"]
 
 
+@pytest.mark.parametrize("flags", [{"peepholes": True}, {"proj_size": 2}, {"layer_norm": True}])
+def test_arrays_that_an_slstm_lacks_need_no_assumption_of_the_kind(tmp_path, flags):
+    torch.save(layers.LSTM(4, **flags, **EVERY).state_dict(), tmp_path / "lstm.pt")
+    assert "SLSTM" not in cs.load(tmp_path / "lstm.pt").metadata["assumed"]
+
+
 class Own(nn.Module):
     """A custom class; its names don't show the order."""
 

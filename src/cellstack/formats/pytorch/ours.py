@@ -217,8 +217,14 @@ def _alike(gates: Iterable[str], recurrent: bool) -> list[Kind]:
 
 def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
     """Return which kinds were assumed because others have the same arrays, with a comma at the end; "" if none."""
-    alike = [[kind.title for kind in _alike(spec.gates, spec.of_kind.recurrent)] for spec in specs]
-    return "".join(dict.fromkeys(f"{kinds[0]} and not {either(kinds[1:])}, " for kinds in alike if len(kinds) > 1))
+    said = {}
+    for spec in specs:
+        flags = spec.settings.keys() - {"input_size", "kind"}
+        alike = _alike(spec.gates, spec.of_kind.recurrent)
+        others = [kind.title for kind in alike if kind is not spec.of_kind and flags <= kind.settings.keys()]
+        if others:
+            said[f"{spec.of_kind.title} and not {either(others)}, "] = None
+    return "".join(said)
 
 
 def _described(spec: CellSpec) -> str:
