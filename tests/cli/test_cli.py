@@ -126,6 +126,7 @@ def test_run_gives_the_scores_of_training(capsys, vowels):
     status, out, _ = run(capsys, "run", vowels, VOWELS_TEST, "--json", "--threads", "1")
     report = json.loads(out)
     assert [row["predicted"] for row in rows] == report["predicted"]
+    assert report["answers"] == report["probabilities"] and len(report["probabilities"][0]) == len(report["labels"])
     assert f"accuracy {report['accuracy']:.4f}" in err
 
 
@@ -632,10 +633,20 @@ def test_a_reader_that_closes_the_pipe_early(vowels):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_output_to_a_full_disk(vowels):
-    with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-m", "cellstack", "run", vowels, VOWELS_TEST]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "cellstack run: error: No space left on device\n")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for words in (["run", vowels, VOWELS_TEST], ["info", vowels]):  # more than Python's buffer holds, and less
+        command = [sys.executable, "-m", "cellstack", *words]
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+        assert (done.returncode, done.stderr) == (2, f"cellstack {words[0]}: error: No space left on device\n")
+
+
+def test_closed_standard_output_and_input(vowels):
+    for words, closing, name in ((["info", vowels], ">&-", "output"), (["run", vowels, "-"], "<&-", "input")):
+        command = f"{shlex.join([sys.executable, '-m', 'cellstack', *words])} {closing}"
+        done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"cellstack {words[0]}: error: expected standard {name} to be open")
 
 
 def test_resume_from_the_command_line(capsys, tmp_path):

@@ -138,13 +138,13 @@ def test_numbers_beyond_float32_are_infinite(model, net):
 
 
 def test_closed_standard_input_and_output(model):
-    for closing in ("<&-", ">&-"):
+    for closing, name in (("<&-", "input"), (">&-", "output")):
         command = f"{shlex.join([*COMMAND, str(model)])} {closing}"
         done = subprocess.run(
             command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert "standard input and standard output to be open" in done.stderr
+        assert f"expected standard {name} to be open" in done.stderr
 
 
 @pytest.mark.parametrize(

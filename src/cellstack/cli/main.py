@@ -311,20 +311,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(given or ["help"])
+    if sys.stdout is None:  # closed by the shell: the first file that is opened would get what libraries write to it
+        return _fail(args.verb, "expected standard output to be open: > /dev/null discards it")
     try:
         threads = getattr(args, "threads", None)
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {threads}")
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(args.verb, "warning", str(message))
-            return VERBS[args.verb](args)
+            status = VERBS[args.verb](args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("cellstack: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritable()
         return 0
     except OSError as error:
+        _discard_unwritable()
         said = error.strerror or str(error)
         return _fail(args.verb, f"{error.filename}: {said}" if error.filename else said)
     except MemoryError as error:
@@ -333,6 +338,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args.verb, str(error), 1)
     except (FormatError, ShapeError, UsageError) as error:  # any other error is a bug, and keeps its traceback
         return _fail(args.verb, str(error))
+
+
+def _discard_unwritable() -> None:
+    """Discard what standard output can't take, such as on a full disk: Python would try to write it again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(verb: str, reason: str, status: int = 2) -> int:

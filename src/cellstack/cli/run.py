@@ -26,6 +26,8 @@ MOST_CLASSES = 10  # for which the confusion matrix is printed
 
 def run(args: argparse.Namespace) -> int:
     """Classify, predict or forecast with a network trained by cellstack; run any other network."""
+    if args.file == "-" and sys.stdin is None:  # closed by the shell
+        raise UsageError("expected standard input to be open")
     net, path = load_model(args.model, load_options(args))
     net = with_weights(net, args.weights)
     if net.task != "forecast":
@@ -60,9 +62,11 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
         return _show(args, found.columns(), _forecasts(found))
     how = {"id": only_one(args.id), "time": args.time, **given(args, SEQUENCES)}
     found = sequences(net, as_trained(net, args.file, args.label, path, **how), args.file, args.threads)
-    labels = {"labels": list(found.labels)} if found.labels else {}
-    report = {"answers": found.outputs, "predicted": found.predicted, **labels, **found.scores}
-    _show(args, found.columns(), {"ids": list(found.ids), **report} if found.ids else report)
+    report: dict[str, Any] = {"ids": list(found.ids)} if found.ids else {}
+    report |= {"predicted": found.predicted, "answers": found.outputs}  # answers: the name of 0.1.0, deprecated
+    if found.labels:
+        report |= {"probabilities": found.probabilities, "labels": list(found.labels)}
+    _show(args, found.columns(), report | found.scores)
     for name in ("accuracy", "mae", "rmse"):
         if name in found.scores and not args.json:
             print(f"{name} {found.scores[name]:.4f}", file=sys.stderr)

@@ -85,8 +85,8 @@ def stream(args: argparse.Namespace) -> int:
     Returns:
         0; or 128 plus the number of the signal that stopped it.
     """
-    if sys.stdin is None or sys.stdout is None:  # Python sets them to None if the shell has closed them
-        raise UsageError("expected standard input and standard output to be open")
+    if sys.stdin is None:  # closed by the shell
+        raise UsageError("expected standard input to be open")
     net, path = load_model(args.model, load_options(args))
     try:
         running = net.stream(weights=args.weights)
