@@ -176,7 +176,8 @@ def test_a_state_that_isn_t_finite_is_reported(model, tmp_path):
     said = run([model, "--state", state], "1,2,3\n").stderr
     assert said == f"1 steps, state in {state}\n"
     said = run([model, "--state", state], "1,nan,2\n").stderr
-    assert said == f"1 steps, state in {state}, which is no longer finite: a step contained nan or inf\n"
+    assert said == f"1 steps, state in {state}; the state is no longer finite: a step contained nan or inf\n"
+    assert run([model], "1,nan,2\n1,2,3\n").stderr.startswith("2 steps; the state is no longer finite: ")
 
 
 def test_a_model_with_mean_pooling_says_how_to_train_one_that_streams(tmp_path):

@@ -119,12 +119,12 @@ def stream(args: argparse.Namespace) -> int:
             signals.waiting, signals.stepping = False, True  # no signal may interrupt saving
             if args.state is not None:
                 save_state(args.state, running)
-    if status or args.state is not None:
+    finite = all(np.isfinite(array).all() for state in running.state for array in state)
+    if status or args.state is not None or not finite:
         ended = f", stopped by {signal.Signals(status - 128).name}" if status else ""
         saved = f", state in {args.state}" if args.state is not None else ""
-        if saved and not all(np.isfinite(array).all() for state in running.state for array in state):
-            saved += ", which is no longer finite: a step contained nan or inf"
-        print(f"{frames.count} steps{ended}{saved}", file=sys.stderr)
+        said = "" if finite else "; the state is no longer finite: a step contained nan or inf"
+        print(f"{frames.count} steps{ended}{saved}{said}", file=sys.stderr)
     elif not frames.count:
         print("0 steps: standard input was empty, or had only a header line", file=sys.stderr)
     return status
