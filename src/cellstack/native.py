@@ -147,20 +147,23 @@ def weights(
     return weights_at(description(spec), element or next(iter(arrays.values())).dtype.name, in_order(arrays), copy)
 
 
-def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activation) -> _kernel.Weights:
+def dense(
+    kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activation, element: str | None = None
+) -> _kernel.Weights:
     """Pack the weights of `activation(x·kernel + bias)` for the kernel.
 
     Args:
         kernel: `[I, O]`, float32 or float64.
         bias: `[O]` of the same dtype, or None.
         activation: one of `ACTIVATIONS` with its parameters.
+        element: the number format of the kernel, one of `ELEMENTS`; None: its dtype.
     """
     width, units = kernel.shape
     code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
     flags = (bias is not None, False, False, False, False, False, False, False, 0.0, math.inf, math.inf, 0.0, 0.0)
     what = _kernel.Description("dense", width, units, units, [code], *flags)
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
-    return weights_at(what, kernel.dtype.name, in_order(arrays))
+    return weights_at(what, element or kernel.dtype.name, in_order(arrays))
 
 
 def sequences(

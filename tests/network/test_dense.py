@@ -1,14 +1,15 @@
 """Dense layers: the equation, and that cells and dense layers in one call give the same bits as separately."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 import tolerances
 from networks import make_cell
 
-from cellstack import Network
-from cellstack.nodes import Dense, GlobalPool, Merge, Recurrent, Select
+from cellstack import Network, load
+from cellstack.nodes import Dense, GlobalPool, GroupedDense, Merge, Recurrent, Select
 from cellstack.nodes.activations import activation_function
 from cellstack.spec import ACTIVATIONS, ShapeError
 
@@ -162,14 +163,70 @@ def test_a_head_on_the_last_step():
         np.testing.assert_array_equal(net.stream(2).run(x), expected)
 
 
-def test_heads_stay_float32_if_cells_have_bfloat16_or_int8_weights():
-    """A head in bfloat16 or int8 would save little, and would round the final outputs."""
+@pytest.mark.parametrize("activation", ["linear", "softmax"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_heads_have_the_number_format_of_the_cells(weights, activation):
     rng = np.random.default_rng(2)
     cell = make_cell(rng, 4, 40)
-    head, x = dense(rng, 40, 3), rng.standard_normal((1, 30, 4)).astype("f4")
-    for weights in ("bfloat16", "int8"):
-        y = Network([Recurrent((cell,)), head]).stream(weights=weights).run(x)
-        np.testing.assert_array_equal(y, head.apply(Network([Recurrent((cell,))]).stream(weights=weights).run(x)))
+    head, x = dense(rng, 40, 3, activation), rng.standard_normal((1, 30, 4)).astype("f4")
+    net = Network([Recurrent((cell,)), head])
+    y = net.stream(weights=weights).run(x)
+    h = Network([Recurrent((cell,))]).stream(weights=weights).run(x)
+    np.testing.assert_array_equal(y, head.product(h, weights))
+    np.testing.assert_array_equal(y, net.run(x, weights=weights, threads=2)[0])
+    assert 0 < np.abs(y - head.apply(h)).max() < 0.1
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize(("weights", "bound"), [("bfloat16", 2**-7), ("int8", 1 / 127)])
+def test_products_with_fewer_bits(weights, bound, groups):
+    """Their errors are bounded by those of the two factors."""
+    rng = np.random.default_rng(4)
+    bias, x = rng.standard_normal(24).astype("f4"), rng.standard_normal((2, 7, 40)).astype("f4")
+    if groups:
+        node = GroupedDense(rng.standard_normal((groups, 10, 6)).astype("f4"), bias)
+    else:
+        node = Dense(rng.standard_normal((40, 24)).astype("f4"), bias)
+    net = Network([node], inputs={"x": (None, 40)})
+    y, exact = net.run(x, weights=weights)[0], net(x)
+    most = bound * 40 * np.abs(x).max() * np.abs(node.kernel).max()
+    assert 0 < np.abs(y - exact).max() < most
+    for batch in (1, 2):
+        np.testing.assert_array_equal(net.stream(batch, weights=weights).run(x[:batch]), y[:batch])
+    pool = net.pool(2, weights=weights)
+    np.testing.assert_array_equal(pool.step([pool.open(), pool.open()], x[:, 0]), y[:, 0])
+    if weights == "bfloat16":
+        small = net.with_weights(weights)
+        assert (small.weights, small.nodes[0].kernel.dtype) == ("bfloat16", np.float32)
+        np.testing.assert_array_equal(small(x), y)
+        np.testing.assert_array_equal(small.run(x, weights="float32")[0], small.with_weights("float32")(x))
+        assert "matrix in bfloat16" in small.plan()[0]
+        assert len(pickle.dumps(small)) < len(pickle.dumps(net)) - node.kernel.size
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(small))(x), y)
+
+
+def test_a_stored_bfloat16_kernel_comes_back_from_the_file(tmp_path):
+    rng = np.random.default_rng(5)
+    nodes = [dense(rng, 5, 8, "silu"), GroupedDense(rng.standard_normal((2, 4, 3)).astype("f4"))]
+    net = Network(nodes).with_weights("bfloat16")
+    net.save(tmp_path / "net.safetensors")
+    again = load(tmp_path / "net.safetensors")
+    x = rng.standard_normal((1, 3, 5)).astype("f4")
+    assert [node.weights for node in again.nodes] == ["bfloat16", "bfloat16"]
+    np.testing.assert_array_equal(again(x), net(x))
+
+
+def test_number_formats_that_a_dense_layer_cannot_have():
+    rng = np.random.default_rng(6)
+    net = Network([Dense(rng.standard_normal((3, 2)))])
+    for run in (lambda: net.run(np.ones((1, 1, 3)), weights="int8"), lambda: net.stream(weights="int8")):
+        with pytest.raises(TypeError, match="Dense: expected float32 arrays for weights='int8', got float64"):
+            run()
+    with pytest.raises(TypeError, match="Dense: expected float32 arrays for weights='bfloat16', got float64"):
+        net.with_weights("bfloat16")
+    deep = Dense(np.zeros((133_145, 1), "f4"))
+    with pytest.raises(ValueError, match="Dense: expected at most 133144 features and units for weights='int8'"):
+        deep.packed_in("int8")
 
 
 def test_the_plan_says_what_runs_a_head():

@@ -39,7 +39,7 @@ def rounded(cell):
 
 
 def with_cells(net, change):
-    """Return a chain of the network's nodes with `change` applied to the cells."""
+    """Return a chain of the network's nodes with `change` applied to the cells, and dense layers to bfloat16."""
     nodes = []
     for node in net.nodes:
         if isinstance(node, Bidirectional):
@@ -57,6 +57,8 @@ def with_cells(net, change):
         elif isinstance(node, Recurrent):
             flags = node.return_sequences, node.go_backwards, node.zero_output_for_mask, node.residual
             nodes.append(Recurrent(tuple(change(cell) for cell in node.cells), *flags))
+        elif isinstance(node, Dense):
+            nodes.append(Dense(near(node.kernel), node.bias, node.activation))
         else:
             nodes.append(node)
     return Network(nodes)

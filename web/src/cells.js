@@ -105,11 +105,14 @@ export function cellWeights(kernel, where, { spec, form }, tensors, format) {
   return kernel.weights(spec.kind, integers, numbers, ELEMENTS.indexOf(element), arrays);
 }
 
-// The same of a dense layer, with an activation that the kernel has.
-export function denseWeights(kernel, { settings: { input_size: input, units, use_bias, activation } }, tensors) {
+// The same of a dense layer, with its activation if the kernel has it.
+export function denseWeights(kernel, node, tensors, format) {
+  const { input_size: input, units, use_bias } = node.settings;
+  const activation = onKernel(node) ? node.settings.activation : "linear";
+  const element = format ?? (tensors.kernel.dtype === "BF16" ? "bfloat16" : "float32");
   const { integers, numbers } = words({ input, units, output: units, use_bias }, [codeOf(cellActivation(activation))]);
   const arrays = ARRAYS.map((name) => tensors[name]?.data ?? null);
-  return kernel.weights("dense", integers, numbers, ELEMENTS.indexOf("float32"), arrays);
+  return kernel.weights("dense", integers, numbers, ELEMENTS.indexOf(element), arrays);
 }
 
 // Whether the kernel has a dense layer's activation; the engine has further ones, such as softmax.

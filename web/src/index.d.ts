@@ -45,7 +45,7 @@ export interface Trace {
 export interface LoadOptions {
   /** Where the kernel is, if `cellstack.wasm` isn't next to the module: a URL, its bytes, or a compiled module. */
   wasm?: URL | string | ArrayBuffer | ArrayBufferView | WebAssembly.Module;
-  /** The number format of the cells' matrices in memory; omitted: that of the file. */
+  /** The number format of the matrices in memory; omitted: that of the file. */
   weights?: "float32" | "bfloat16" | "int8";
 }
 

@@ -1,6 +1,7 @@
 // A network from a safetensors file, run over sequences: the cells and dense layers by the kernel, all other nodes by
 // the engine of the page (engine/engine.js).
 
+import { activateRows } from "./engine/activations.js";
 import { readNetwork, run, unsupported } from "./engine/engine.js";
 import { cellShapes, stateSizes } from "./engine/cells.js";
 import { numbersIn, shapeText } from "./engine/shapes.js";
@@ -32,7 +33,7 @@ function stacksOf({ name, type, ...settings }) {
 }
 
 // Take the tensors of one owner out of `left`, after checking them.
-function taken(left, prefix, shapes, ofCell) {
+function taken(left, prefix, shapes, narrows) {
   const found = {};
   for (const [name, shape] of Object.entries(shapes)) {
     const full = prefix + name;
@@ -41,7 +42,7 @@ function taken(left, prefix, shapes, ofCell) {
     if (tensor.shape.join() !== shape.join()) {
       throw new Error(`${full}: expected ${shapeText(shape)}, got ${shapeText(tensor.shape)}`);
     }
-    const narrow = ofCell && MATRICES.includes(name);
+    const narrow = narrows && MATRICES.includes(name);
     if (tensor.dtype !== "F32" && !(narrow && tensor.dtype === "BF16")) {
       throw new Error(`${full}: expected ${narrow ? "F32 or BF16" : "F32"}, got ${tensor.dtype}`);
     }
@@ -81,7 +82,7 @@ export class Network {
           cell.arrays = cell.tensors;
         });
       }
-      if (node.cells.length === 0) node.arrays = taken(left, `${node.name}/`, SHAPES[node.type]?.(node.settings) ?? {}, false);
+      if (node.cells.length === 0) node.arrays = taken(left, `${node.name}/`, SHAPES[node.type]?.(node.settings) ?? {}, node.type === "dense");
     });
     const [problem] = [
       ...unsupported(network),
@@ -104,13 +105,14 @@ export class Network {
       const arrays = mapped(cell.tensors, ({ shape }) => ({ shape })); // the engine checks their shapes
       Object.assign(cell, { kernel, weights: packed, sizes: stateSizes(cell), pass: KernelPass, arrays, tensors: null });
     });
-    if (node.type === "dense" && onKernel(node)) {
-      node.weights = denseWeights(kernel, node, node.arrays);
-      const { input_size: input, units } = node.settings;
+    if (node.type === "dense") {
+      node.weights = denseWeights(kernel, node, node.arrays, weights);
+      const { input_size: input, units, activation } = node.settings;
+      node.activate = onKernel(node) ? null : (z) => Float32Array.from(activateRows(activation, z, units));
       node.run = (_, [flow]) => {
         const rows = flow.x.data.length / input;
         const { y } = kernel.forward(node.weights, { h: units }, flow.x.data, rows, 1, {});
-        return { x: { data: y, shape: [...flow.x.shape.slice(0, -1), units] }, ...flagsOf(flow) };
+        return { x: { data: node.activate?.(y) ?? y, shape: [...flow.x.shape.slice(0, -1), units] }, ...flagsOf(flow) };
       };
       node.arrays = {};
     } else {

@@ -158,6 +158,7 @@ export class Stream {
         checkWidth(node, x, node.settings.input_size);
         value.fit([this.#batch, T, node.settings.units]);
         kernel.exports.stream_run(stream, x.at, value.at, T);
+        if (node.activate) value.numbers.set(node.activate(value.numbers));
       };
       return { value, run };
     }

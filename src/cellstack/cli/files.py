@@ -81,7 +81,7 @@ def _number(text: str) -> float | int | bool:
 
 
 def with_weights(net: Network, weights: str | None) -> Network:
-    """Return a network whose cells' matrices have the dtype of --weights; `net` itself where that isn't given."""
+    """Return a network whose matrices have the dtype of --weights; `net` itself where that isn't given."""
     if weights is None:
         return net
     try:

@@ -213,7 +213,7 @@ def _add_run(runs: Parser) -> None:
     runs.add_argument("--time", metavar="COLUMN", help=text)
     runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (default: the last row)")
     runs.add_argument("--picture", metavar="FILE", help="plot the forecast: to .png, .svg or .pdf")
-    text = "round the cells' matrices to this dtype (default: as in the file)"
+    text = "round the matrices to this dtype (default: as in the file)"
     runs.add_argument("--weights", choices=STORED_WEIGHTS, help=text)
     add_load_options(runs)
     add_table_options(runs, "as in training")
@@ -229,7 +229,7 @@ def _add_stream(steps: Parser) -> None:
         help="start from the state in FILE, if it exists, and save the state to it at the end, also after Ctrl-C or "
         "SIGTERM",
     )
-    text = "round the cells' matrices to this dtype; fewer bits are faster (default: as in the file)"
+    text = "round the matrices to this dtype; fewer bits are faster (default: as in the file)"
     steps.add_argument("--weights", choices=WEIGHTS, help=text)
     add_load_options(steps)
 
@@ -248,7 +248,7 @@ def _add_convert(other: Parser) -> None:
     text = "largest relative difference that passes (default: 1e-4; for bfloat16 2e-2)"
     other.add_argument("--tolerance", type=float, metavar="X", help=text)
     text = (
-        "round the cells' matrices to this dtype; with bfloat16 the file is about half as large; int8 is for C only "
+        "round the matrices to this dtype; with bfloat16 the file is about half as large; int8 is for C only "
         "(default: as in SOURCE)"
     )
     other.add_argument("--weights", choices=WEIGHTS, help=text)

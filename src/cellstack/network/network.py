@@ -26,6 +26,7 @@ from cellstack.network.plan import Calls
 from cellstack.network.running import processors, run
 from cellstack.nodes.base import Array, CellState, Node, Shape
 from cellstack.nodes.cell import Cell
+from cellstack.nodes.dense import Products
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recording import Recording
 from cellstack.spec import Plan
@@ -275,7 +276,7 @@ class Network:
                 supported for inputs of a node that starts from values of the network.
             threads: the number of threads that the kernel may use; None: chosen by the number of processors and the
                 amount of work.
-            weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the same bits
+            weights: the number format of the matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the same bits
                 as in a `Stream`; None: the network's own. The weights are packed at the first such run.
             record: a recording to fill with the gates, c and h of each cell at every step and the values between the
                 nodes. The results have the same bits. `trace` is the public interface to it.
@@ -397,15 +398,17 @@ class Network:
 
     @property
     def weights(self) -> str:
-        """The number format of the cells' matrices: the network's dtype, or `"bfloat16"` if any cell has that."""
-        return "bfloat16" if any(cell.weights == "bfloat16" for cell in self.cells) else self.dtype.name
+        """The number format of the matrices: the network's dtype, or `"bfloat16"` if any node has that."""
+        layers = *self.cells, *(node for node in self.nodes if isinstance(node, Products))
+        return "bfloat16" if any(layer.weights == "bfloat16" for layer in layers) else self.dtype.name
 
     def with_weights(self, weights: str) -> Network:
-        """Return the network with the matrices of its cells stored in another number format, in memory and in files.
+        """Return the network with its matrices stored in another number format, in memory and in files.
 
         Its results are bit for bit those of `run(…, weights=weights)` of this network: x and h are rounded like the
-        matrices in products, sums and states are float32. Other weights, such as of dense layers, don't change. The
-        native format stores bfloat16 matrices as such; other formats and C get the same values as float32.
+        matrices in products, sums and states are float32. The matrices are those of cells, `Dense` and `GroupedDense`;
+        other weights, such as biases and convolutions, don't change. The native format stores bfloat16 matrices as
+        such; other formats get the same values as float32.
 
         Args:
             weights: `"bfloat16"`: round each number to the nearest bfloat16 (8 bits of precision, two bytes);
@@ -440,7 +443,7 @@ class Network:
         Args:
             batch: the number of sequences that run in parallel.
             threads: the number of threads for calls with enough work.
-            weights: the number format of the cells' matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`;
+            weights: the number format of the matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`;
                 None: the network's own.
 
         Returns:
@@ -465,7 +468,7 @@ class Network:
         Args:
             capacity: the largest number of open sessions.
             threads: the number of threads that the kernel may use for a step.
-            weights: the number format of the cells' matrices, as for `stream`.
+            weights: the number format of the matrices, as for `stream`.
 
         Returns:
             A pool without open sessions. Pools and streams share the network's weights.
@@ -566,7 +569,7 @@ class Network:
         Args:
             directory: the directory, which is created if it doesn't exist.
             name: the name of the files, and the prefix of all names in them.
-            weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the rounding
+            weights: the number format of the matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the rounding
                 of a `Stream`; None: as the network stores them.
 
         Returns:

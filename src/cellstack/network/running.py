@@ -13,6 +13,7 @@ from cellstack.arguments import as_flags, as_mask, as_own, as_states
 from cellstack.network import layouts
 from cellstack.nodes.base import Array, CellState, Flow, check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.dense import Products
 from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.nodes.recording import Recording
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
@@ -80,6 +81,8 @@ def run(
                 of_memories, ends = of_memories + of_memory, ()
                 if record is not None:
                     record.memories[name] = MemoryRecord(before, flows[0].mask, flows[0].reset)
+            elif isinstance(node, Products):
+                x, used, begun, ends = node.run(flows, own, threads, weights)
             else:
                 x, used, begun, ends = node.run(flows, own, threads)
             values[name] = Flow(x, used, begun)

@@ -409,7 +409,7 @@ class Node:
     # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def with_weights(self, weights: str) -> Node:
-        """Return the node with the matrices of its cells stored as `weights`: see `Network.with_weights`."""
+        """Return the node with its matrices stored as `weights`: see `Network.with_weights`."""
         return self
 
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-"""Number formats of the matrices of cells in a run or a stream; float64 cells keep float64."""
+"""Number formats of matrices, of cells and dense layers, in a run or a stream; float64 ones keep float64."""
 
 STORED_WEIGHTS = ("float32", "bfloat16")
-"""Number formats in which a float32 cell can store its matrices."""
+"""Number formats in which a float32 cell or dense layer can store its matrices."""
 
 MOST_DEPTH = (2**31 - 1) // 127**2
 """The largest number of products of 8-bit integers whose sum always fits into 32 bits."""
@@ -51,6 +51,25 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 CELL_WIDTHS: Types = {"input_size": int, "units": int}
 # Optional in a file: the default applies.
 CELL_FLAGS: Types = {flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS}
+
+
+def check_narrow(owner: str, weights: str, dtype: np.dtype[Any], depth: int = 1) -> None:
+    """Raise an error unless matrices of this dtype can have this number format.
+
+    Args:
+        owner: the class, for error messages.
+        weights: one of `WEIGHTS`.
+        dtype: float32 or float64.
+        depth: the largest number of products in a sum.
+
+    Raises:
+        TypeError: bfloat16 or int8 for float64.
+        ValueError: int8 with so large a depth that integer sums could overflow.
+    """
+    if weights in ("bfloat16", "int8") and dtype != np.float32:
+        raise TypeError(f"{owner}: expected float32 arrays for weights={weights!r}, got {dtype}")
+    if weights == "int8" and depth > MOST_DEPTH:
+        raise ValueError(f"{owner}: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -216,7 +235,7 @@ class Cell:
             return self
         if weights == "float32":
             return Cell(self.spec, *self.arrays.values())
-        self._check_narrow(weights)
+        check_narrow("Cell", weights, self.dtype)
         arrays = self.arrays.items()
         return Cell(
             self.spec, *(BFloat16Array(rounded(array)) if name in MATRICES else array for name, array in arrays)
@@ -266,15 +285,8 @@ class Cell:
             TypeError: bfloat16 or int8 for a float64 cell.
             ValueError: int8 with so many features or units that integer sums could overflow.
         """
-        self._check_narrow(weights)
-        depth = max(self.spec.input_size, self.spec.units)
-        if weights == "int8" and depth > MOST_DEPTH:
-            raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
+        check_narrow("Cell", weights, self.dtype, max(self.spec.input_size, self.spec.units))
         return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
-
-    def _check_narrow(self, weights: str) -> None:
-        if weights != "float32" and self.dtype != np.float32:
-            raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
 
     @property
     def multiplications(self) -> int:

@@ -161,7 +161,7 @@ class Recurrent(Node):
             threads: the number of threads that the kernel may use.
             record: a recording to extend, or None.
             patches: the patches of each cell; empty: none.
-            weights: the number format of the cells' matrices, one of `WEIGHTS`; None: their own.
+            weights: the number format of the matrices, one of `WEIGHTS`; None: their own.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` in either direction, or `[B, W]`.

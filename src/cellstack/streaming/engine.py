@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cellstack import native
 from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.nodes.base import check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS, Cell
+from cellstack.nodes.dense import Products
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.spec import ShapeError, check_sequence, check_step
 from cellstack.streaming.eligibility import (
@@ -39,7 +41,7 @@ class Engine:
         network: a network whose nodes can all run step by step, and whose inputs are all sequences or ids.
         rows: the name of the argument for the number of rows, and its value.
         threads: the number of threads that the kernel may use for a call.
-        weights: the number format of the cells' matrices: see `Stream`.
+        weights: the number format of the matrices: see `Stream`.
         shared: whether a call may step only some of the rows.
 
     Attributes:
@@ -67,6 +69,9 @@ class Engine:
         for call in network.calls.steps:
             node, name = call.node, network.names[call.nodes[0]]
             rule = rules[name]
+            if isinstance(node, Products):
+                rule = rule._replace(step=partial(node.product, weights=weights, threads=self.threads))
+                node.packed_in(weights)  # an unsupported format is an error now, not in a step
             on = tuple(places[source] for source in call.sources)
             if call.layers is not None:
                 place = self._kernel_call(call, on)
@@ -140,7 +145,7 @@ class Engine:
 
     @property
     def weights_format(self) -> str:
-        """The number format of the cells' matrices; also `"float32"` for a float64 network, which keeps float64."""
+        """The number format of the matrices; also `"float32"` for a float64 network, which keeps float64."""
         own = self.network.weights
         return ("float32" if own == "float64" else own) if self.weights is None else self.weights
 

@@ -129,11 +129,11 @@ class Cells:
 
     Args:
         layers: bottom first.
-        weights: the number format of the cells' matrices: see `Stream`.
+        weights: the number format of the matrices: see `Stream`.
     """
 
     def __init__(self, layers: Sequence[Cell | Dense], weights: str | None) -> None:
-        self.packed = [layer.packed_in(weights) if isinstance(layer, Cell) else layer.packed for layer in layers]
+        self.packed = [layer.packed_in(weights) for layer in layers]
         self.places = {place: layer for place, layer in enumerate(layers) if isinstance(layer, Cell)}
         self.kinds = [STATES[cell.spec.kind] for cell in self.places.values()]
 
@@ -224,7 +224,7 @@ class SharedCells(Cells):
         self.ends = [ends.get(place) for place in range(len(layers))]
         self.below = [self._layer(place) for place in range(len(layers) - 1)]
         top = layers[-1]
-        self.width = top.spec.output_size if isinstance(top, Cell) else top.kernel.shape[1]
+        self.width = top.spec.output_size if isinstance(top, Cell) else top.units
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Stateful`."""

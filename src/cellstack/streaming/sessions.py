@@ -27,7 +27,7 @@ class Sessions:
         network: a network that can be streamed: see `Stream`.
         capacity: the largest number of open sessions. A session's state, a few KB, is allocated when it is first used.
         threads: the number of threads that the kernel may use for a step.
-        weights: the number format of the cells' matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None:
+        weights: the number format of the matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None:
             the network's own.
 
     Raises:

@@ -31,7 +31,7 @@ class Stream:
         batch: the number B of sequences that run in parallel.
         threads: the largest number of threads per call. They share the rows, or, for a chunk in a stack, the layers. A
             call of less than some 50 µs uses one thread. The bits don't depend on it.
-        weights: the number format of the cells' matrices: None: the network's own; `"float32"`; `"bfloat16"`: rounded
+        weights: the number format of the matrices: None: the network's own; `"float32"`; `"bfloat16"`: rounded
             to 8 bits of precision, as are x and h in products; `"int8"`: integers from -127 to 127 with a scale per
             column, and x and h quantised likewise. At batch 1 the time of a step is the time to read its weights.
 

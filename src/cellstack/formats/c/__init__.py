@@ -34,14 +34,14 @@ def export(
     `name_init`, `name_reset` and `name_step`. If the network needs whole sequences, because it has a layer that runs
     backwards or a mean or maximum over time, it defines `name_run` instead, which takes a sequence of any length, and
     `name_WORK(steps)`, the length of the scratch array that it needs. A float64 network computes in double, a float32
-    one in float, with the cells' matrices in the same formats as a stream.
+    one in float, with matrices in the same formats as a stream.
 
     Args:
         network: a chain of `Recurrent`, `Bidirectional`, `Standardise`, `Scale`, `LayerNorm`, `Clip`, `Embedding`
             (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one group, `GlobalPool`.
         directory: the output folder; it is created if it doesn't exist. Both files are replaced, or neither.
         name: the name of the files, and the prefix of every identifier in them.
-        weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, see `Stream`; None: as
+        weights: the number format of the matrices: `"float32"`, `"bfloat16"` or `"int8"`, see `Stream`; None: as
             the network stores them.
 
     Returns:
@@ -111,15 +111,15 @@ def sizes(network: Network, weights: str | None = None) -> Sizes:
 
 
 def format_in(header: str) -> str:
-    """Return the number format of the cells' matrices in a header that `export` wrote.
+    """Return the number format of the matrices in a header that `export` wrote.
 
-    >>> format_in(" * Matrices of the cells: int8")
+    >>> format_in(" * Matrices: int8")
     'int8'
     """
-    found = re.search(r"^ \* Matrices of the cells: (\w+)$", header, re.MULTILINE)
+    found = re.search(r"^ \* Matrices(?: of the cells)?: (\w+)$", header, re.MULTILINE)
     return found[1] if found else "float32"
 
 
 def _writer(network: Network, name: str, weights: str | None) -> Writer:
     narrow = format_of(network, weights)
-    return (SequenceWriter if needs_sequence(network) else Writer)(network, name, narrow)
+    return (SequenceWriter if needs_sequence(network) else Writer)(network, name, narrow, weights is None)

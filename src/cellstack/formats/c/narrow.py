@@ -1,7 +1,7 @@
-"""Cells' matrices in int8 or bfloat16 in C: their numbers, and functions that compute the bits of the kernel's streams.
+"""Matrices in int8 or bfloat16 in C: their numbers, and functions that compute the bits of the kernel's streams.
 
 The order of sums, the roundings and the fused multiply-adds are those of kernel/narrow.h and kernel/vec.h: two chains
-per unit and gate, over x and over h. Other arrays and nodes remain float32, as in a stream.
+per unit and gate, over x and over h. Other arrays remain float32, as in a stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from cellstack.bfloat16 import rounded
 from cellstack.network import Network
 from cellstack.nodes.base import Array, check_choice
-from cellstack.nodes.cell import MOST_DEPTH, WEIGHTS
+from cellstack.nodes.cell import WEIGHTS, check_narrow
+from cellstack.nodes.dense import Dense
 
 
 class Narrow(NamedTuple):
@@ -61,7 +62,7 @@ def quantised(matrix: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
 
 
 def format_of(network: Network, weights: str | None) -> Narrow | None:
-    """Return the format of the cells' matrices; None: that of the other arrays.
+    """Return the format of the matrices; None: that of the other arrays.
 
     Args:
         network: the network.
@@ -78,12 +79,10 @@ def format_of(network: Network, weights: str | None) -> Narrow | None:
         return None
     if network.dtype != np.float32:
         raise TypeError(f"export_c: expected a float32 network for weights={weights!r}, got {network.dtype}")
-    for cell in network.cells:
-        depth = max(cell.spec.input_size, cell.spec.units)
-        if weights == "int8" and depth > MOST_DEPTH:
-            raise ValueError(
-                f"export_c: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}"
-            )
+    depths = [max(cell.spec.input_size, cell.spec.units) for cell in network.cells]
+    depths += [node.kernel.shape[0] for node in network.nodes if isinstance(node, Dense)]
+    for depth in depths:
+        check_narrow("export_c", weights, network.dtype, depth)
     return FORMATS[weights]
 
 

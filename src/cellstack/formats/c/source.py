@@ -17,7 +17,7 @@ from cellstack import spec
 from cellstack.formats.build import Names
 from cellstack.formats.c.cells import HELPERS, MATRICES, WIDTHS, Form, by_gate, form_key, form_of, shape_text
 from cellstack.formats.c.narrow import Narrow
-from cellstack.formats.c.step import Matrix, activate, literal
+from cellstack.formats.c.step import activate, literal
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -68,7 +68,8 @@ class Writer:
     Args:
         network: the network.
         name: the prefix of every identifier.
-        narrow: the format of the cells' matrices; None: that of the other arrays.
+        narrow: the format of the matrices; None: that of the other arrays.
+        as_stored: whether only those dense layers have this format that the network stores in it.
 
     Raises:
         ValueError: the network can't be written.
@@ -78,8 +79,8 @@ class Writer:
     memory = "what is kept between steps, and scratch. Nothing is allocated."
     includes = ""
 
-    def __init__(self, network: Network, name: str, narrow: Narrow | None = None) -> None:
-        self.network, self.name, self.narrow = network, name, narrow
+    def __init__(self, network: Network, name: str, narrow: Narrow | None = None, as_stored: bool = True) -> None:
+        self.network, self.name, self.narrow, self.as_stored = network, name, narrow, as_stored
         self.check()
         self.real, self.f = TYPES[network.dtype.name]
         self.identifiers = Names(mark="_")  # keeps the nodes' identifiers distinct
@@ -135,16 +136,16 @@ class Writer:
         rows = ([self._number(digits % value) for value in row] for row in array.reshape(-1, array.shape[-1]).tolist())
         return self._constants(owner, name, self.real, array.nbytes, array.size, shape, rows)
 
-    def _matrix(self, owner: str, matrix: Matrix, narrow: Narrow, array: Array, shape: str) -> list[str]:
-        """Write a cell's matrix `[m, n]` in a narrow format, column by column, and return the names of its arrays."""
+    def _matrix(self, owner: str, name: str, narrow: Narrow, array: Array, shape: str) -> list[str]:
+        """Write a matrix `[m, n]` in a narrow format, column by column, and return the names of its arrays."""
         numbers, scales = narrow.columns(array)
         rows, columns = shape[1:-1].split(", ")
         self.row = max(len(array), self.row)
         size = narrow.bytes_each * array.size
-        named = self._constants(owner, matrix.name, narrow.weights, size, array.size, f"[{columns}, {rows}]", numbers)
+        named = self._constants(owner, name, narrow.weights, size, array.size, f"[{columns}, {rows}]", numbers)
         if scales is None:
             return [named]
-        return [named, self._array(owner, f"{matrix.name}_scales", scales, f"[{columns}]")]
+        return [named, self._array(owner, f"{name}_scales", scales, f"[{columns}]")]
 
     def _constants(
         self, owner: str, name: str, type_: str, size: int, count: int, shape: str, rows: Iterable[list[str]]
@@ -201,7 +202,7 @@ class Writer:
             pointer = self.identifier(f"{owner}_row")
             self.steps.append(f"    const {self.real} *const {pointer} = {table} + {width} * ({choice});")
             return pointer, width
-        width_out = node.kernel.shape[1] if isinstance(node, Dense) else width
+        width_out = node.units if isinstance(node, Dense) else width
         target = self._target(at, width_out, last)
         if isinstance(node, Standardise):
             mean, scale = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("mean", "scale"))
@@ -219,9 +220,7 @@ class Writer:
             if gain or bias:
                 self.steps += self.each(width, target, f"{target}[j]{gain}{bias}")
         elif isinstance(node, Dense):
-            kernel = self._array(owner, "kernel", node.kernel, f"[I={width}, O={width_out}]")
-            self.steps += self._start(owner, target, width_out, node.bias)
-            self.steps.append(f"    ${{name}}_accumulate({target}, {width_out}, {at}, {width}, {kernel});")
+            self._product(owner, node, at, target)
             self.steps += self._activated(target, width_out, node.activation)
         elif isinstance(node, Clip):
             self.steps += self.each(width, target, _clipped(node, f"{at}[j]"))
@@ -231,6 +230,23 @@ class Writer:
         elif isinstance(node, Activation):
             self.steps += self.each(width, target, activate(_named(node.activation), f"{at}[j]"))
         return target, width_out
+
+    def _product(self, owner: str, node: Dense, at: str, target: str) -> None:
+        """Write the product of a dense layer, with its bias."""
+        (width, units), narrow = node.kernel.shape, self.narrow
+        shape = f"[I={width}, O={units}]"
+        if narrow is None or (self.as_stored and node.weights != narrow.name):
+            kernel = self._array(owner, "kernel", node.kernel, shape)
+            self.steps += self._start(owner, target, units, node.bias)
+            self.steps.append(f"    ${{name}}_accumulate({target}, {units}, {at}, {width}, {kernel});")
+            return
+        if node.bias is None:
+            self.steps += self._start(owner, target, units, None)
+            bias = "NULL"
+        else:
+            bias = self._array(owner, "bias", node.bias, f"[{units}]")
+        kernel = ", ".join(self._matrix(owner, "kernel", narrow, node.kernel, shape))
+        self.steps.append(f"    ${{name}}_multiply({target}, {units}, {bias}, {at}, {width}, {kernel}, s->row);")
 
     def _start(self, owner: str, target: str, width: int, bias: Array | None) -> list[str]:
         """Return the lines that initialise a sum with the bias, or with zeros."""
@@ -296,7 +312,7 @@ class Writer:
                 array = array[:, start * units : stop * units]
             shape = shape_text(cell.spec, matrix)
             if self.narrow and matrix.array in MATRICES:
-                pointers += self._matrix(owner, matrix, self.narrow, array, shape)
+                pointers += self._matrix(owner, matrix.name, self.narrow, array, shape)
             else:
                 pointers.append(self._array(owner, name, array, shape))
         sizes = {"inputs": cell.spec.features, "units": units, "projected": cell.spec.proj_size}
@@ -347,7 +363,7 @@ class Writer:
         stack, depth = "no arrays and no recursion: a few pointers and counters", "three"
         if self.narrow:
             stack, depth = "no recursion, no array of more than four numbers: a few pointers and counters", "four"
-        in_format = f" * Matrices of the cells: {self.narrow.name}\n" if self.narrow else ""
+        in_format = f" * Matrices: {self.narrow.name}\n" if self.narrow else ""
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
         kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]

@@ -27,6 +27,7 @@ from cellstack.layout import Array, from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.cell import Cell
+from cellstack.nodes.dense import Products
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import MATRICES, CellSpec, FormatError
 
@@ -252,7 +253,7 @@ def say_left_out(network: Network, what: Iterable[str]) -> Network:
 
 
 def keep_bfloat16(network: Network, tensors: Mapping[str, Any]) -> Network:
-    """Return a network with its cells' matrices in bfloat16, if the file has bfloat16 tensors and nothing is rounded.
+    """Return a network with its matrices in bfloat16, if the file has bfloat16 tensors and nothing is rounded.
 
     Args:
         network: the network of these tensors, in float32.
@@ -260,8 +261,9 @@ def keep_bfloat16(network: Network, tensors: Mapping[str, Any]) -> Network:
     """
     if not any(getattr(tensor, "dtype", None) in ("bfloat16", "BF16") for tensor in tensors.values()):
         return network
-    matrices = (cell.arrays[name] for cell in network.cells for name in MATRICES if name in cell.spec.shapes)
-    whole = all(cell.dtype == np.float32 for cell in network.cells) and all(exact(matrix) for matrix in matrices)
+    matrices = [cell.arrays[name] for cell in network.cells for name in MATRICES if name in cell.spec.shapes]
+    matrices += [node.kernel for node in network.nodes if isinstance(node, Products)]
+    whole = all(matrix.dtype == np.float32 and exact(matrix) for matrix in matrices)
     return network.with_weights("bfloat16") if whole else network
 
 

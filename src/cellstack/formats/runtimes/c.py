@@ -55,7 +55,7 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
 
 
 def weights_of(path: str) -> str:
-    """Return the number format of the cells' matrices in a C file, which its header states."""
+    """Return the number format of the matrices in a C file, which its header states."""
     header = Path(path).with_suffix(".h")
     return c.format_in(header.read_text(encoding="utf-8", errors="replace")) if header.exists() else "float32"
 
