@@ -25,7 +25,8 @@ SUFFIXES = [".keras", ".h5"]
 def good(tmp_path, rng):
     """A small file of each kind, written by our writer."""
     back = Recurrent((make_cell(rng, 3, 2),), go_backwards=True)
-    net = Network([Bidirectional(Recurrent((make_cell(rng, 3, 2),)), back), Dense(np.ones((4, 2), "float32"))])
+    nodes = [Bidirectional(Recurrent((make_cell(rng, 3, 2),)), back), Dense(np.ones((4, 2), "float32"))]
+    net = Network(nodes, metadata={"labels": ["a", "b"]})
     for suffix in SUFFIXES:
         adapter.save(net, str(tmp_path / f"good{suffix}"))
     return {suffix: (tmp_path / f"good{suffix}").read_bytes() for suffix in SUFFIXES}
@@ -236,6 +237,11 @@ HOSTILE = {
     "another shape": (lambda file, own: replace(own, "bias", data=np.ones(7, "float32")), r"expected a bias \[8\]"),
     "no names": (lambda file, own: own.attrs.__delitem__("weight_names"), "expected weight_names, found none"),
     "numbers as names": (lambda file, own: own.attrs.__setitem__("weight_names", [1.0]), "expected text"),
+    "metadata that isn't an object": (
+        lambda file, own: file.attrs.__setitem__("cellstack", "[1]"),
+        "expected the network's metadata as cellstack, found",
+    ),
+    "metadata with NaN": (lambda file, own: file.attrs.__setitem__("cellstack", '{"a": NaN}'), "without NaN"),
     "names of nothing": (lambda file, own: own.attrs.__setitem__("weight_names", [b"../../x"]), "expected a weight"),
 }
 

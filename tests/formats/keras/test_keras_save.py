@@ -238,6 +238,21 @@ def test_every_array_of_a_cell_is_written_bit_by_bit(tmp_path):
         assert all(np.array_equal(array, arrays[name]) for name, array in node.cells[0].arrays.items())
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_metadata_is_kept(tmp_path, rng, suffix):
+    net = Network(
+        [Recurrent((make_cell(rng, 3, 4),), return_sequences=False)],
+        metadata={"task": "classify", "labels": ["ä", 1], "note": "x" * 100_000},  # more than HDF5 has in an attribute
+    )
+    path, x = str(tmp_path / f"model{suffix}"), rng.normal(size=(2, 5, 3)).astype("f4")
+    adapter.save(net, path)
+    again = adapter.load(path)
+    assert again.metadata == {**net.metadata, "source": {"format": "keras", "producer": "Keras 3.10.0"}}
+    assert again.labels == ("ä", 1)
+    compare(net, loaded(path), x)
+    assert "labels" not in next(iter(adapter.extract(path).values())).metadata
+
+
 def test_a_suffix_that_keras_reads_as_weights_only(tmp_path):
     net = Network([Dense(np.ones((3, 2), "f4"))])
     with pytest.raises(ValueError, match=r"as weights without a model; leave out \.weights"):

@@ -51,7 +51,8 @@ def load(path: str | PathLike[str], architecture: Architecture | None = None) ->
 
     Returns:
         The model in inference mode, with a node for each layer, of the same name. `metadata["source"]` holds the
-        version of Keras that wrote the file, and any assumption made.
+        version of Keras that wrote the file, and any assumption made. A file that cellstack wrote has the network's
+        metadata too.
 
     Raises:
         FormatError: the file is damaged, or holds layers or settings that aren't supported, all of which are named.
@@ -222,7 +223,7 @@ def _alone(source: Source, name: str, nodes: list[Node]) -> Network:
 
 def _wired(source: Source, model: Model, built: Built) -> Network:
     try:
-        return Reader(built, source.major).network(model, _metadata(source))
+        return Reader(built, source.major).network(model, source.note | _metadata(source))
     except ProblemsError as error:
         hint = f"; {HINT}" if built.recurrent else ""
         raise FormatError(f"{source.path}: expected layers that are supported, found: {error}{hint}") from None

@@ -26,6 +26,8 @@ from cellstack.spec import FormatError
 HDF5_HEAD = b"\x89HDF\r\n\x1a\n"
 HEAP_HEAD = b"GCOL\x01\0\0\0"
 MEMBERS = {"config": "config.json", "metadata": "metadata.json", "weights": "model.weights.h5"}
+NOTE = "cellstack"
+"""Where our files have the network's metadata: a key of a zip's metadata.json, an attribute of HDF5, as JSON text."""
 EXPANSION = 100  # how many times its size a file may take in memory; Keras itself compresses nothing
 SPARE = 1 << 20  # bytes that a file may take in addition, however small it is
 MAX_CONFIG = 1 << 26  # bytes of JSON; parsing takes some twenty times as many
@@ -61,6 +63,7 @@ class Source:
         config: the model's description; None in a file of weights only.
         orders: `LEGACY`: for each layer, the names of its weights in order.
         weights: every array by its name, an open dataset or a NumPy array.
+        note: the network's metadata, if cellstack wrote the file.
         assumed: what was assumed, where the file doesn't specify it.
         room: how many bytes of arrays may still be read.
         taken: the names of the weights that have been read.
@@ -73,6 +76,7 @@ class Source:
     config: Any = None
     orders: dict[str, list[str]] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
     assumed: str | None = None
     room: float = float("inf")
     taken: set[str] = field(default_factory=set)
@@ -150,10 +154,10 @@ def opened(path: str) -> Iterator[Source]:
         room = EXPANSION * size + SPARE
         head = file.read(len(HDF5_HEAD))
         file.seek(0)
-        image, config, version = file, None, None
+        image, config, about = file, None, {}
         if head[:2] == b"PK":
             with guarded(path, "a .keras file, a zip archive"):
-                config, version, image = _unzip(path, file, room)
+                config, about, image = _unzip(path, file, room)
         handle: Any = None
         try:
             with guarded(path, "an HDF5 file"):
@@ -163,7 +167,8 @@ def opened(path: str) -> Iterator[Source]:
             if config is not None:
                 if source.layout != V3:
                     raise FormatError(f"{path}: expected the weights by layers, found HDF5 of another layout")
-                source.config, source.version = config, version
+                source.config, source.version = config, about["keras_version"]
+                source.note = _note(path, about.get(NOTE, {}))
             yield source
         finally:
             if handle is not None:
@@ -180,8 +185,8 @@ def import_h5py() -> Any:
     return h5py
 
 
-def _unzip(path: str, file: Any, room: int) -> tuple[Any, str | None, io.BytesIO]:
-    """Return the description, the version and the weights of a `.keras` file, all in memory."""
+def _unzip(path: str, file: Any, room: int) -> tuple[Any, dict[str, Any], io.BytesIO]:
+    """Return the description, Keras's metadata and the weights of a `.keras` file, all in memory."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         for name in names:
@@ -207,7 +212,7 @@ def _unzip(path: str, file: Any, room: int) -> tuple[Any, str | None, io.BytesIO
     if not isinstance(version, str):
         raise FormatError(f"{path}: {MEMBERS['metadata']}: expected keras_version, found {short(version)}")
     config = parse(f"{path}: {MEMBERS['config']}", contents["config"])
-    return config, version, io.BytesIO(contents["weights"])
+    return config, metadata, io.BytesIO(contents["weights"])
 
 
 def _check_heaps(path: str, image: Any) -> None:
@@ -277,6 +282,13 @@ def parse(where: str, text: str | bytes) -> Any:
         raise FormatError(f"{where}: expected JSON, found {short(str(error), 120)}") from None
 
 
+def _note(path: str, found: Any) -> dict[str, Any]:
+    """Return the network's metadata, as it was found at `NOTE`."""
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected the network's metadata as {NOTE}, found {short(found)}")
+    return found
+
+
 def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
     """Return the contents of an HDF5 file, without reading the datasets."""
     base = _child(h5py, path, file, "model_weights") if "model_weights" in file else file
@@ -296,6 +308,9 @@ def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
     config = _texts(h5py, path, file, "model_config", size)
     if config:
         source.config = parse(f"{path}: model_config", config[0])
+    note = _texts(h5py, path, file, NOTE, size)
+    if note:
+        source.note = _note(path, parse(f"{path}: {NOTE}", note[0]))
     seen: set[int] = set()
     if layout == V3:
         _walk(h5py, source, file, "", 0, seen)

@@ -1,7 +1,7 @@
 """Writes networks as files of Keras 3: `.keras`, and the HDF5 of `model.save("model.h5")`.
 
 A network becomes a functional model with a layer for each node, of the same name. Nodes that Keras has no layer for are
-refused, all of them by name. The network's metadata isn't written: Keras has no place for it.
+refused, all of them by name. The network's metadata is written where Keras ignores it, see `files.NOTE`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cellstack.formats.build import Names
 from cellstack.formats.files import replacing
 from cellstack.formats.keras.cells import MORE, PLAIN
 from cellstack.formats.keras.config import layer_of, numbered
-from cellstack.formats.keras.files import MEMBERS
+from cellstack.formats.keras.files import MEMBERS, NOTE
 from cellstack.formats.keras.layers import MERGES, slots
 from cellstack.graph import state_of
 from cellstack.nodes import (
@@ -100,7 +100,7 @@ def write(network: Network, path: str) -> None:
     order = _order([entry[1] for entry in entries], [feeds.layers for feeds in wires], [name for name, _ in outputs])
     entries, wires = [entries[number] for number in order], [wires[number] for number in order]
     config = _config(network, entries, wires, inputs, outputs)
-    content = _zipped(config, entries) if zipped else _legacy(config, entries)
+    content = (_zipped if zipped else _legacy)(config, entries, network.metadata)
     with replacing(path) as file:
         file.write(content)
 
@@ -529,7 +529,7 @@ def _hdf5(fill: Callable[[Any], None]) -> bytes:
     return image.getvalue()
 
 
-def _zipped(config: dict[str, Any], entries: list[Entry]) -> bytes:
+def _zipped(config: dict[str, Any], entries: list[Entry], metadata: dict[str, Any]) -> bytes:
     """Return a `.keras` file, uncompressed and with a fixed date, so that equal networks give equal files."""
 
     def fill(file: Any) -> None:
@@ -539,8 +539,9 @@ def _zipped(config: dict[str, Any], entries: list[Entry]) -> bytes:
                 file.create_dataset(f"layers/{place}/{path}", data=array)
         file.create_group("vars").attrs["name"] = "cellstack"
 
+    about = {"keras_version": VERSION, "date_saved": "", **({NOTE: metadata} if metadata else {})}
     contents = {
-        MEMBERS["metadata"]: json.dumps({"keras_version": VERSION, "date_saved": ""}).encode(),
+        MEMBERS["metadata"]: json.dumps(about).encode(),
         MEMBERS["config"]: json.dumps(config).encode(),
         MEMBERS["weights"]: _hdf5(fill),
     }
@@ -551,7 +552,7 @@ def _zipped(config: dict[str, Any], entries: list[Entry]) -> bytes:
     return image.getvalue()
 
 
-def _legacy(config: dict[str, Any], entries: list[Entry]) -> bytes:
+def _legacy(config: dict[str, Any], entries: list[Entry], metadata: dict[str, Any]) -> bytes:
     """Return the HDF5 of a whole model, its weights listed layer by layer."""
 
     def fill(file: Any) -> None:
@@ -560,6 +561,8 @@ def _legacy(config: dict[str, Any], entries: list[Entry]) -> bytes:
             at.attrs["keras_version"], at.attrs["backend"] = VERSION, "numpy"
         layers = [_older(layer) for layer in config["config"]["layers"]]
         file.attrs["model_config"] = json.dumps({**_older(config), "config": {**config["config"], "layers": layers}})
+        if metadata:
+            file.attrs[NOTE] = json.dumps(metadata)
         group.attrs["layer_names"] = [entry[1].encode() for entry in entries]
         for name, _, weights in _named(entries):
             own, names = group.create_group(name), []
