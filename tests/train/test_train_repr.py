@@ -24,6 +24,14 @@ def test_a_result_is_described_in_five_lines(data):
     assert lines[1] == "  trained for all 2 epochs"
     assert lines[3].startswith("  on the test part: accuracy ")
     assert lines[4].startswith(f"  {result.fit.steps} steps in ")
+    *curves, confusion = result.plot().axes
+    assert [axis.get_ylabel() for axis in curves] == ["loss", "validation accuracy"]
+    counts = result.scores["confusion"]
+    assert [text.get_text() for text in confusion.texts] == [str(count) for count in counts.flat if count]
+    assert [text.get_text() for text in confusion.get_yticklabels()] == ["busy", "calm"]
+    shares = np.asarray(confusion.images[0].get_array())
+    np.testing.assert_allclose(shares * counts.sum(axis=1, keepdims=True), counts)
+    assert result.labels == ("busy", "calm")
 
 
 def test_a_fit_says_which_part_each_metric_is_of(data):
@@ -38,6 +46,7 @@ def test_a_fit_says_which_part_each_metric_is_of(data):
 def test_no_metric_is_measured_on_the_training_part(data):
     result = train.fit(*data, validation=0, **QUICK)
     assert set(result.history[0]) == {"epoch", "lr", "loss"}
+    assert len(result.plot().axes) == 1
     assert "accuracy" not in repr(result).replace("no data was held out to measure its accuracy on", "")
 
 

@@ -149,7 +149,7 @@ class ForecastJob(Job):
         self.test = trained.test
         return trained.result
 
-    def panels(self) -> list[Panel]:
+    def panels(self, result: Any) -> list[Panel]:
         """Return functions that draw the test part, and the error by horizon, for --picture."""
         return [] if self.test is None else backtest_panels(self.test)
 

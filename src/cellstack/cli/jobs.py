@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cellstack.train.confusion import confusion_panels
 from cellstack.train.history import Panel
 from cellstack.train.settings import Architecture, FitOptions, epochs_of
 
@@ -46,9 +47,9 @@ class Job:
         """Return the scores on held-out data, as plain values and as lines in addition to the result's sentence."""
         return result.scores, []
 
-    def panels(self) -> list[Panel]:
+    def panels(self, result: Any) -> list[Panel]:
         """Return functions that draw further panels of --picture, in addition to the history."""
-        return []
+        return confusion_panels(result.scores, result.labels)
 
     def write(self) -> None:
         """Write further output files, after the network has been written."""

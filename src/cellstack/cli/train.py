@@ -111,7 +111,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     text = "write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard"
     said.add_argument("--log", metavar="PATH", help=text)
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    text = "plot all epochs' metrics at the end, and the forecasts of the test part: to .png, .svg or .pdf"
+    text = "plot all epochs' metrics at the end, and forecasts or the confusion matrix of the test part: to .png, .svg or .pdf"
     said.add_argument("--picture", metavar="FILE", help=text)
     said.add_argument(
         "--inspect",
@@ -160,7 +160,7 @@ def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bo
         if args.history and result.history:
             history.write(args.history, result.history)
         if args.picture and result.history:
-            history.draw(args.picture, result.history, result.fit.best, job.panels())
+            history.draw(args.picture, result.history, result.fit.best, job.panels(result))
         if folder is not None:
             report["inspect"] = _inspected(result, output, folder)
             lines += _inspect_text(report["inspect"])

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cellstack.network import Network
 from cellstack.nodes.recurrent import Bidirectional
+from cellstack.train import history
+from cellstack.train.checks import UsageError
+from cellstack.train.confusion import confusion_panels
 from cellstack.train.examples import Data
 from cellstack.train.history import Log, event_writer
 from cellstack.train.learner import Fit, Timed
@@ -20,6 +23,9 @@ from cellstack.train.loop import cost_of_fit, fit
 from cellstack.train.predict import predict
 from cellstack.train.processes import processes
 from cellstack.train.settings import FitOptions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RECURRENT = ("Recurrent", "Bidirectional")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
@@ -77,6 +83,18 @@ class Result:
     def predict(self, data: Any, y: Any = None, **options: Any) -> Any:
         """Predict for new data with the network: see `Network.predict`."""
         return predict(self.network, data, y, **options)
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: the losses and metrics by epoch, and the confusion matrix of the test data.
+
+        Raises:
+            UsageError: matplotlib isn't installed; no epoch was completed, and there is no such matrix.
+        """
+        found = history.curves(self.history, self.fit.best) if self.history else []
+        found += confusion_panels(self.scores, self.labels)
+        if not found:
+            raise UsageError("expected at least one completed epoch to plot, got none")
+        return history.panels(found)
 
     @property
     def sentence(self) -> str:
