@@ -179,6 +179,13 @@ void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t st
     }
 }
 
+// The number of a step that the last column of x has; 1 without it.
+template <class T>
+INLINE V<T> scalar_of(const Forward<T>& f, int64_t r, int64_t t) {
+    const Description& d = *f.w.d;
+    return splat(d.scalar ? f.x[r * f.x_row + t * f.x_time + d.input] : T(1));
+}
+
 // ── outputs of a step ────────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class T>
@@ -328,6 +335,16 @@ void normalise_back(const Backward<T>& f, int64_t r, int64_t n) {
                 });
         }
     }
+}
+
+template <class T>
+INLINE V<T> scalar_of(const Backward<T>& f, int64_t r, int64_t t) {
+    return splat(f.d->scalar ? f.scalar[r * f.scalar_row + t * f.scalar_time] : T(1));
+}
+// Writes its gradient, the sum over all units.
+template <class T>
+INLINE void give_scalar(const Backward<T>& f, int64_t r, int64_t t, V<T> gradient) {
+    if (f.d->scalar && f.dscalar) f.dscalar[r * f.dscalar_row + t * f.dscalar_time] = total<T>(gradient);
 }
 
 template <class T>

@@ -52,19 +52,20 @@ struct Activation {
 
 struct Description {
     const Kind* kind;
-    int64_t input, units, output;  // I, without an attention; H; P: the width of h, H where nothing is projected
+    int64_t input, units, output;  // I, without a scalar; H; P: the width of h, H where nothing is projected
     int64_t heads = 1;             // h and the units are divided into this many, each with its own recurrent matrix
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
     Activation activations[kMostGates + 1];
     bool use_kernel = true;  // false: x has the sums over x of all gates, and the input is as wide
-    bool use_bias, peepholes, coupled, layer_norm, joint, reset_after, attention;  // joint: a form of layer_norm
-    bool exponential_forget;
+    bool use_bias, peepholes, coupled, layer_norm, joint, reset_after;  // joint: a form of layer_norm
+    bool scalar;  // whether the last number of a row of x is one of the step, which isn't multiplied by the kernel
+    bool no_gate, exponential_forget;
     bool rows;                             // whether matrices have PyTorch's layout: see Arrays
     double norm_epsilon, clip, cell_clip;  // clips: infinity if there is none
     double zoneout, zoneout_cell;
 
-    // Numbers per row of x, of which the last one may be an attention.
-    int64_t x_width() const { return input + attention; }
+    // Numbers per row of x.
+    int64_t x_width() const { return input + scalar; }
     bool projects() const { return output != units; }  // proj_size
     bool keeps_state() const { return kind->states > 0; }
     int inner_states() const { return kind->states > 1 ? kind->states - 1 : 0; }

@@ -25,8 +25,8 @@ bool any(T* const (&pointers)[kStates]) {
 }
 
 // Whether threads may divide the units of a layer: a unit depends on others only through their dz. The gradient of an
-// attention is a sum over units.
-bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.attention; }
+// a scalar is a sum over units.
+bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.scalar; }
 
 // A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
 // rows processes `depth` vectors of a panel (half as many for pairs), and prefetches part of the next one; weights that
@@ -337,10 +337,10 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     }
     f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
     f.recurrent_dropout = at(s.dropped_h(), P), f.candidate_dropout = at(s.dropped_candidate(), P);
-    f.attention_row = in.stride_batch, f.attention_time = in.stride_time,
-    f.attention = at(in.x + d.input, in.stride_batch);
-    f.dattention_row = in.row_stride(X), f.dattention_time = in.time_stride(X);
-    f.dattention = at(g.dx ? g.dx + d.input : nullptr, f.dattention_row);
+    f.scalar_row = in.stride_batch, f.scalar_time = in.stride_time,
+    f.scalar = at(in.x + d.input, in.stride_batch);
+    f.dscalar_row = in.row_stride(X), f.dscalar_time = in.time_stride(X);
+    f.dscalar = at(g.dx ? g.dx + d.input : nullptr, f.dscalar_row);
     f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
     f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
     f.dm = at(dm, unit_columns);
@@ -368,7 +368,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
             const bool used = !in.mask || in.mask[b * steps + t];
             x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
             dx_rows[m] = g.dx ? g.dx + b * in.row_stride(X) + t * in.time_stride(X) : nullptr;
-            if (g.dx && d.attention) dx_rows[m][d.input] = 0;  // that of a step that is used is computed later
+            if (g.dx && d.scalar) dx_rows[m][d.input] = 0;  // that of a step that is used is computed later
             h_rows[m] = used ? state_before(0, b, n, t) : zeros;
             if (const T* drops = s.dropped_h()) {
                 T* product = h_dropped + m * P;

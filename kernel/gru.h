@@ -38,7 +38,7 @@ struct Gru {
     static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
         const Description& d = *f.w.d;
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
-        const V<T> attention = splat(d.attention ? f.x[r * f.x_row + t * f.x_time + d.input] : T(0));
+        const V<T> attention = scalar_of(f, r, t);
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[3], after[4] = {};
             UNROLL
@@ -63,7 +63,7 @@ struct Gru {
             } else {
                 keep_gates(f, at, z);
             }
-            if (d.attention) z[0] = kept_by<T>(attention, z[0]);
+            if (d.scalar) z[0] = kept_by<T>(attention, z[0]);
             write_output<T, false>(f, at, mixed<T>(z[0], h_before(f, at, h), z[2]), h, h_next);
         });
     }
@@ -77,7 +77,7 @@ struct Gru {
         const Description& d = *f.d;
         const int64_t t = time_of(f, n);
         const T* h_prev = output_before(f, r, n);
-        const V<T> attention = splat(d.attention ? f.attention[r * f.attention_row + t * f.attention_time] : T(0));
+        const V<T> attention = scalar_of(f, r, t);
         V<T> dattention = splat(T(0));
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> gates[4];
@@ -87,7 +87,7 @@ struct Gru {
             for (int v = 0; v < 3; ++v) gates[v] = load_lanes(from + v * H, at.lanes);
             const V<T> h = units_of(h_prev, at), dh = load(f.dm + r * columns + at.unit), zero = splat(T(0));
             V<T> dkept = dh * (h - gates[2]), kept = gates[0];
-            if (d.attention) {
+            if (d.scalar) {
                 dattention -= dkept * (splat(T(1)) - kept);
                 dkept *= attention, kept = kept_by<T>(attention, kept);
             }
@@ -111,8 +111,7 @@ struct Gru {
                 store(other + 2 * W, dg * gates[1]);
             }
         });
-        if (d.attention && f.dattention)
-            f.dattention[r * f.dattention_row + t * f.dattention_time] = total<T>(dattention);
+        give_scalar<T>(f, r, t, dattention);
         if (d.layer_norm) normalise_back(f, r, n);
     }
 

@@ -34,7 +34,8 @@ struct Kind {
     KIND(MinGru,    "mingru",  2,    "s-",    {0, 1},       1,      false,     false,  false,  0,      false,  0)       \
     KIND(MinLstm,   "minlstm", 3,    "ss-",   {0, 1, 2},    1,      false,     false,  false,  0,      false,  0)       \
     KIND(LiGru,     "ligru",   2,    "s-",    {0, 1},       1,      true,      true,   false,  0,      false,  0)       \
-    KIND(Slstm,     "slstm",   4,    "--ts",  {0, 1, 2, 3}, 4,      true,      false,  false,  0,      false,  1)
+    KIND(Slstm,     "slstm",   4,    "--ts",  {0, 1, 2, 3}, 4,      true,      false,  false,  0,      false,  1)       \
+    KIND(Cfc,       "cfc",     4,    "tt-s",  {0, 1, 2, 3}, 1,      true,      false,  false,  0,      false,  0)
 // clang-format on
 
 // The position of a kind in the table.

@@ -175,9 +175,9 @@ struct Backward {
     const T* before[kStates];                 // [rows][P], [rows][H] … or null
     const uint8_t *mask, *reset;              // [rows][steps] or null
     const T *recurrent_dropout, *candidate_dropout;
-    const T* attention;  // of every row and step, in x
-    T* dattention;       // in dx; or null
-    int64_t attention_row, attention_time, dattention_row, dattention_time;
+    const T* scalar;  // of every row and step, in x
+    T* dscalar;       // in dx; or null
+    int64_t scalar_row, scalar_time, dscalar_row, dscalar_time;
     const T *zoneout, *zoneout_cell;
     const T *dy, *dgates, *dstates[kInner];  // in the shapes of y, gates, states; or null
     T *dh, *dinner[kInner];  // [rows][columns of P], [rows][blocks·W]; in: after step last - 1; out: before first

@@ -1,5 +1,6 @@
 // The routines of every kind of cell.
 #pragma once
+#include "cfc.h"
 #include "gru.h"
 #include "ligru.h"
 #include "lstm.h"

@@ -1,5 +1,7 @@
 """Random cells, with arrays, states and inputs, all in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from cellstack.cells import KINDS
@@ -66,20 +68,28 @@ def random_spec(rng, kind=None, largest=8):
     if kind == "gru":
         flags["reset_after"] = flags["layer_norm"] or often(0.5)
         flags["attention"] = often(0.3)
+    if kind == "cfc":
+        flags |= {"timespans": often(0.5), "mode": "no_gate" if often(0.3) else "default"}
     if flags.get("layer_norm") and KINDS[kind].joins and often(0.5):
         flags["layer_norm"] = "joint"
     if often(0.3):
         slots = [gate for gate in GATES[kind] if not (gate == "f" and flags.get("coupled"))]
         slots = [gate for gate in slots if gate not in KINDS[kind].fixed]
         slot = str(rng.choice([*slots, *(["cell"] if kind == "lstm" else [])]))
-        tame = slot in ("g", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
+        tame = slot in ("g", "k", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
         bounded = POSITIVE if divides else BOUNDED
         flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
-    width = int(rng.integers(1, largest + 1)) + flags.get("attention", False)
+    width = int(rng.integers(1, largest + 1)) + flags.get(KINDS[kind].scalar, False)
     heads = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
     if KINDS[kind].recurrent and not flags.get("proj_size") and often(0.4):
         flags["heads"] = heads
     return CellSpec(width, units, kind=kind, **flags)
+
+
+def resized(spec, width):
+    """Return the cell with another input width; without its scalar where x has a single column."""
+    scalar = {} if width > 1 or not spec.scalar else {spec.of_kind.scalar: False}
+    return replace(spec, input_size=width, **scalar)
 
 
 def learned(kind):
@@ -113,7 +123,7 @@ def random_case(rng, spec, batch=3, steps=5):
     """
     there = lambda: bool(rng.random() < 0.5)  # noqa: E731
     x = rng.standard_normal((batch, steps, spec.input_size))
-    if spec.attention:
+    if spec.scalar:
         x[..., -1] = rng.random((batch, steps))
     training = there()
     kept = lambda rate, width: rng.random((batch, steps, width)) < rate  # noqa: E731

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from family import random_activation, random_arrays, random_spec, random_state
+from family import random_activation, random_arrays, random_spec, random_state, resized
 
 from cellstack import CellSpec, Network, reference, spec
 from cellstack.nodes import (
@@ -43,8 +43,7 @@ def make_stack(rng, inputs, dtype="float32", **flags):
     """Return one to three random cells, a third of them standard LSTMs; many have the width of the one below."""
     cells = []
     for _ in range(rng.integers(1, 4)):
-        made = random_spec(rng, largest=20)
-        made = replace(made, input_size=inputs, attention=made.attention and inputs > 1)
+        made = resized(random_spec(rng, largest=20), inputs)
         if rng.random() < 1 / 3:
             made = CellSpec(inputs, made.units)
         if flags.get("residual") and rng.random() < 2 / 3:
@@ -92,10 +91,7 @@ def make_network(seed, dtype="float32", streams=False):
             of_both = {"return_sequences": flags["return_sequences"], "residual": flags["residual"]}
             ahead = make_stack(rng, width, dtype, **of_both)
             units = ahead.units if merge != "concat" else int(rng.integers(1, 9))
-            made = random_spec(rng)
-            made = replace(
-                made, input_size=width, units=units, attention=made.attention and width > 1, proj_size=0, heads=1
-            )
+            made = replace(resized(random_spec(rng), width), units=units, proj_size=0, heads=1)
             back = Recurrent((fill(rng, made, dtype),), go_backwards=True, **of_both)
             nodes.append(Bidirectional(ahead, back, merge))
             width, sequence = (units + ahead.units if merge == "concat" else units), flags["return_sequences"]

@@ -1,12 +1,11 @@
 """Helpers for tests of the op: random cells as its arguments, and runs of the op, the torch loop and the reference."""
 
-from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from family import random_arrays, random_spec, random_state
+from family import random_arrays, random_spec, random_state, resized
 from torch import Tensor
 
 from cellstack import reference
@@ -69,8 +68,7 @@ def stack(seed, kind=None, largest=6):
     rng = np.random.default_rng(seed)
     specs = [random_spec(rng, kind, largest) for _ in range(rng.integers(1, 4))]
     for n, below in enumerate(specs[:-1]):
-        width, above = below.output_size, specs[n + 1]
-        specs[n + 1] = replace(above, input_size=width, attention=above.attention and width > 1)
+        specs[n + 1] = resized(specs[n + 1], below.output_size)
     return specs
 
 
@@ -206,6 +204,16 @@ FLAGS = {
     "ligru, zoneout": {"kind": "ligru", "zoneout": 0.3},
     "ligru, activations": {"kind": "ligru", "gate_activations": {"z": "hard_sigmoid", "g": "tanh"}},
     "ligru, learned start": {"kind": "ligru", "learn_initial_state": True},
+    "cfc": {"kind": "cfc"},
+    "cfc, no bias": {"kind": "cfc", "use_bias": False},
+    "cfc, timespans": {"kind": "cfc", "timespans": True},
+    "cfc, no gate": {"kind": "cfc", "mode": "no_gate"},
+    "cfc, layer norm": {"kind": "cfc", "layer_norm": True},
+    "cfc, joint layer norm": {"kind": "cfc", "layer_norm": "joint", "timespans": True},
+    "cfc, clip": {"kind": "cfc", "clip": 0.3},
+    "cfc, zoneout": {"kind": "cfc", "zoneout": 0.3},
+    "cfc, activations": {"kind": "cfc", "gate_activations": {"g": "softsign", "t": "hard_sigmoid"}},
+    "cfc, learned start": {"kind": "cfc", "learn_initial_state": True},
     "slstm": {"kind": "slstm"},
     "slstm, no bias": {"kind": "slstm", "use_bias": False},
     "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True},

@@ -20,6 +20,7 @@ def entry(kind: Kind) -> dict[str, Any]:
         "trace": list(kind.trace._fields),
         "slots": {slot: kind.activation(slot) for slot in kind.slots},
         "recurrent": kind.recurrent,
+        "scalar": kind.scalar,
         "settings": {**settings, "gate_activations": {}},
     }
 
@@ -36,8 +37,8 @@ def module() -> str:
         "// The kinds of cell, written by web/kinds.py from their declarations in Python: change those instead.",
         "",
         "// Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of",
-        "// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; and",
-        "// the settings with their defaults.",
+        "// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; the",
+        "// setting with which the last column of x is a number of the step; and the settings with their defaults.",
         f"export const KINDS = {{\n{kinds}}};",
         "",
         "// The kernel's codes of activations, and its order of a cell's arrays.",

@@ -99,7 +99,8 @@ def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
         bool(spec.layer_norm),
         spec.joint,
         spec.reset_after,
-        spec.attention,
+        spec.scalar,
+        spec.mode == "no_gate",
         spec.exponential_forget,
         spec.norm_epsilon,
         math.inf if spec.clip is None else spec.clip,
@@ -160,7 +161,7 @@ def dense(
     """
     width, units = kernel.shape
     code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
-    flags = (bias is not None, False, False, False, False, False, False, False, 0.0, math.inf, math.inf, 0.0, 0.0)
+    flags = (bias is not None, *[False] * 8, 0.0, math.inf, math.inf, 0.0, 0.0)
     what = _kernel.Description("dense", width, units, units, [code], *flags)
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, element or kernel.dtype.name, in_order(arrays))

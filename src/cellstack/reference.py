@@ -50,6 +50,14 @@ minGRU, gates z g, and minLSTM, gates i f g; both without recurrent_kernel:
     h_new = (1 - z)⊙h_prev + z⊙g               with z = σ(a_z), g = φ(a_g)                 minGRU
     h_new = (f⊙h_prev + i⊙g) / (f + i)         with i = σ(a_i), f = σ(a_f), g = φ(a_g)     minLSTM
 
+CfC, gates g k s t:
+    z = a + b + bias                           with a, b, layer_norm and clip as for the LSTM, but no clip of s
+    g = φ(z_g)    k = φ(z_k)    s = z_s        t = σ(z_t + s⊙τ), with τ = 1
+                                               τ is the last column of x, the other columns
+                                               are multiplied                              timespans
+    h_new = (1 - t)⊙g + t⊙k
+    h_new = g + t⊙k                                                                        mode="no_gate"
+
 sLSTM, gates i f g o, states h c n m:
     z = a + b + bias                           with a and b as for the LSTM
     l = log σ(z_f)
@@ -95,6 +103,9 @@ Ref, and where we differ:
     Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 8 to 17: the sLSTM; their z is g here, and their
         initial m, minus infinity, follows from n = 0 here, for each row and unit. NX-AI's `xlstm` does this for a whole
         batch: if any n isn't 0, an m of 0 takes part in every maximum.
+    Hasani et al. 2022, "Closed-form continuous-time neural networks", eq. 4: the CfC, with our 1 - t as their σ, so
+        that s and z_t are -f and their offset; as in ncps, which has their backbone too, and calls g, k, s and z_t
+        ff1, ff2, time_a and time_b.
     torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".
 """
 
@@ -198,6 +209,12 @@ class _Cell:
             for name, da in zip(self.spec.state_sizes, dstate, strict=True):
                 d[f"initial_{name}"] += da.sum(axis=0)
 
+    def features(self, s: SimpleNamespace, x: Array) -> Array:
+        """Return the columns of x that the kernel multiplies; save the last one, `[B, 1]`, of a cell with a scalar."""
+        if self.spec.scalar:
+            x, s.scalar = x[:, :-1], x[:, -1:]
+        return x
+
     def rows(self, name: str, v: Array) -> Array:
         return widened(rounded(v.astype(np.float32))).astype(np.float64) if name in self.bfloat16 else v
 
@@ -273,7 +290,8 @@ class _Cell:
         return y if slot == "cell" else self.patched(slot, y, None)
 
 
-# ── the kinds: a step takes x [B, I], h_in and the state before; `back` returns the gradients w.r.t. these three ────
+# ── the kinds: a step takes x [B, I], h_in and the state before; `back` returns the gradients w.r.t. these three, and
+#    saves that of a scalar, `s.dscalar` ──────────────────────────────────────────────────────────────────────────────
 
 
 class _LSTM(_Cell):
@@ -347,9 +365,7 @@ class _LSTM(_Cell):
 class _GRU(_Cell):
     def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
         spec, w, (h_prev,) = self.spec, self.w, state
-        u = 1.0
-        if spec.attention:
-            x, u = x[:, :-1], x[:, -1:]
+        u = s.scalar if spec.attention else 1.0
         a, q = self.product(s, "kernel", x), self.product(s, "recurrent_kernel", h_in)
         if spec.use_bias:
             a, q = (a + w["bias"][0], q + w["bias"][1]) if spec.reset_after else (a + w["bias"], q)
@@ -379,8 +395,7 @@ class _GRU(_Cell):
             d["bias"] += [da.sum(axis=0), dq.sum(axis=0)] if spec.reset_after else da.sum(axis=0)
         dh_in = dh_in + self.product_back(s, d, "recurrent_kernel", dq)
         dx = self.product_back(s, d, "kernel", da)
-        if spec.attention:
-            dx = np.concatenate([dx, (dkeep * (z - 1.0)).sum(axis=1, keepdims=True)], axis=1)
+        s.dscalar = (dkeep * (z - 1.0)).sum(axis=1, keepdims=True)
         return dx, dh_in, (dh_new * s.keep,)
 
 
@@ -406,6 +421,24 @@ class _LiGRU(_Cell):
         dz, dg = dz + dh * (s.h_prev - m * g), dg + dh * (1.0 - z) * m
         dx, dh_prev = self.sums_back(s, d, np.concatenate([dz * s.slopes["z"], dg * s.slopes["g"]], axis=1))
         return dx, np.zeros_like(dh), (dh * z + dh_prev,)
+
+
+class _CfC(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        z_g, z_k, z_s, z_t = np.split(self.sums(s, x, h_in), 4, axis=1)
+        s.sums["s"], s.time = z_s, s.scalar if self.spec.timespans else 1.0
+        g, k, slope = self.activate(s, "g", z_g), self.activate(s, "k", z_k), self.patched("s", z_s, None)
+        t = self.activate(s, "t", z_t + slope * s.time)
+        s.share = 1.0 if self.spec.mode == "no_gate" else 1.0 - t  # of g in h
+        s.state, s.gates = (s.share * g + t * k,), (g, k, slope, t)
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        (dh,), (g, k, slope, t), (dg, dk, dslope, dt) = dstate, s.gates, dgates
+        dz_t = (dt + dh * (k if self.spec.mode == "no_gate" else k - g)) * s.slopes["t"]
+        dz_g, dz_k = (dg + dh * s.share) * s.slopes["g"], (dk + dh * t) * s.slopes["k"]
+        s.dscalar = (dz_t * slope).sum(axis=1, keepdims=True)
+        dx, dh_in = self.sums_back(s, d, np.concatenate([dz_g, dz_k, dslope + dz_t * s.time, dz_t], axis=1))
+        return dx, dh_in, (0.0,)
 
 
 class _Min(_Cell):
@@ -488,6 +521,7 @@ CELLS = {
     "mingru": _MinGRU,
     "minlstm": _MinLSTM,
     "ligru": _LiGRU,
+    "cfc": _CfC,
     "slstm": _SLSTM,
 }
 
@@ -576,7 +610,7 @@ def forward(
         s, used = tape.steps[t], tape.used[:, t]
         now = _choose(tape.reset[:, t], fresh, now)
         before = _choose(used, now, zeros)  # masked rows run on zeros, so that a NaN in them has no effect
-        cell.step(s, np.where(used, x[:, t], 0.0), before[0] * tape.dropout, before)
+        cell.step(s, cell.features(s, np.where(used, x[:, t], 0.0)), before[0] * tape.dropout, before)
         after = [k[:, t] * a + (1.0 - k[:, t]) * new for k, a, new in zip(tape.kept, before, s.state, strict=True)]
         after = [cell.patched(name, new, a) for name, new, a in zip(spec.state_sizes, after, before, strict=True)]
         now = _choose(used, after, now)
@@ -610,7 +644,7 @@ def pre_activations(
     tape, state = _tape(), [np.asarray(a, np.float64) for a in before]
     cell = CELLS[spec.kind](spec, arrays)
     cell.patched = cell.patched if patched is None else patched
-    cell.step(tape, np.asarray(x, np.float64), state[0], state)
+    cell.step(tape, cell.features(tape, np.asarray(x, np.float64)), state[0], state)
     return {gate: tape.sums[gate] for gate in spec.gates}
 
 
@@ -653,7 +687,9 @@ def backward(
         dafter = _choose(used, dnow, zeros)
         dgate = np.moveaxis(np.where(used[:, None], dgates[:, t], 0.0), 1, 0)
         dnew = [(1.0 - k) * da for k, da in zip(kept, dafter, strict=True)]
-        dx[:, t], dh_in, dbefore = cell.back(tape.steps[t], d, dnew, dgate)
+        dx[:, t, : spec.features], dh_in, dbefore = cell.back(tape.steps[t], d, dnew, dgate)
+        if spec.scalar:
+            dx[:, t, -1:] = tape.steps[t].dscalar
         dbefore = [da + k * dkept for da, k, dkept in zip(dbefore, kept, dafter, strict=True)]
         dbefore[0] = dbefore[0] + dh_in * tape.dropout
         dnow = _choose(used, dbefore, dnow)

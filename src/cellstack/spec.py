@@ -24,6 +24,7 @@ from cellstack.cells.base import HiddenState as HiddenState
 from cellstack.cells.base import MatrixState as MatrixState
 from cellstack.cells.base import State as State
 from cellstack.cells.base import usual_shapes
+from cellstack.cells.cfc import CfCTrace as CfCTrace
 from cellstack.cells.gru import GRUTrace as GRUTrace
 from cellstack.cells.lstm import Trace as Trace
 from cellstack.cells.rnn import RNNTrace as RNNTrace
@@ -168,7 +169,7 @@ class CellSpec:
     """Description of one cell, without its arrays. For the equations of every flag see `cellstack.reference`.
 
     Args:
-        input_size: number I of input features, including an attention.
+        input_size: number I of input features, including a number of the step such as an attention: see `scalar`.
         units: number H of units.
         activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`. None:
             "tanh", and "positive" of a minGRU and a minLSTM.
@@ -208,6 +209,8 @@ class CellSpec:
     zoneout_cell: float = 0.0
     reset_after: bool = True
     attention: bool = False
+    timespans: bool = False
+    mode: str = "default"
     learn_initial_state: bool = False
     exponential_forget: bool = False
     heads: int = 1
@@ -248,11 +251,11 @@ class CellSpec:
         wide = len(self.gates) * self.units
         if not self.use_kernel and self.features != wide:
             raise ShapeError(
-                f"CellSpec: expected input_size {wide + self.attention} with use_kernel=False, the sums of "
+                f"CellSpec: expected input_size {wide + self.scalar} with use_kernel=False, the sums of "
                 f"{len(self.gates)} gates of {self.units} units, got {self.input_size}"
             )
         if self.features < 1:
-            raise ShapeError(f"CellSpec: expected input_size >= 2 with attention, got {self.input_size}")
+            raise ShapeError(f"CellSpec: expected input_size >= 2 with {self.of_kind.scalar}, got {self.input_size}")
         if self.joint and not self.of_kind.joins:
             raise ValueError(
                 f"CellSpec: layer_norm='joint' isn't supported for a {self.of_kind.title}: its gates aren't functions "
@@ -309,9 +312,14 @@ class CellSpec:
         return tuple(gate for gate in GATES[self.kind] if not (self.coupled and gate == "f"))
 
     @property
+    def scalar(self) -> bool:
+        """Whether the last column of x is a number of the step, which isn't multiplied by the kernel: `Kind.scalar`."""
+        return bool(self.of_kind.scalar) and getattr(self, self.of_kind.scalar)
+
+    @property
     def features(self) -> int:
-        """The number of columns of x that are multiplied by the kernel: all except the attention."""
-        return self.input_size - self.attention
+        """The number of columns of x that are multiplied by the kernel: all except that of a `scalar`."""
+        return self.input_size - self.scalar
 
     @property
     def joint(self) -> bool:

@@ -61,7 +61,8 @@ class Description(NamedTuple):
     layer_norm: bool
     joint: bool
     reset_after: bool
-    attention: bool
+    scalar: bool
+    no_gate: bool
     exponential_forget: bool
     norm_epsilon: float
     clip: float
@@ -77,9 +78,10 @@ class Description(NamedTuple):
         texts = [str(Activation(ACTIVATIONS[code], alpha, beta)) for code, alpha, beta in self.activations]
         kind = KINDS[self.kind]
         fixed = ("f",) if self.coupled else kind.fixed
+        scalar = {kind.scalar: True} if self.scalar else {}
         named = {slot: text for slot, text in zip(kind.slots, texts, strict=True) if slot not in fixed}
         return CellSpec(
-            self.input_size + self.attention,
+            self.input_size + self.scalar,
             self.units,
             use_bias=self.use_bias,
             kind=self.kind,
@@ -94,11 +96,12 @@ class Description(NamedTuple):
             zoneout=self.zoneout,
             zoneout_cell=self.zoneout_cell,
             reset_after=self.reset_after,
-            attention=self.attention,
+            mode="no_gate" if self.no_gate else "default",
             exponential_forget=self.exponential_forget,
             learn_initial_state=learn_initial_state,
             heads=self.heads,
             use_kernel=self.use_kernel,
+            **scalar,
         )
 
 
@@ -195,7 +198,7 @@ class Layer(NamedTuple):
 def forward(sequences: Sequences, layers: Sequence[Layer], threads: int) -> None:
     """Run a stack; y of one layer is x of the next."""
     first = layers[0].weights.description
-    y = sequences.x(first.input_size + first.attention)
+    y = sequences.x(first.input_size + first.scalar)
     for layer in layers:
         y = layer.run(sequences, y)
 
@@ -252,7 +255,7 @@ class Stream:
     def run(self, x: Any) -> NDArray[Any] | None:
         """Return y `[B, T, P]` of x `[B, T, I]`; None if x isn't such an array."""
         first = self.weights[0]
-        width = first.description.input_size + first.description.attention
+        width = first.description.input_size + first.description.scalar
         if (
             not isinstance(x, np.ndarray)
             or x.dtype != first.dtype

@@ -39,7 +39,7 @@ def test_contributions_sum_to_the_state(seed, backwards):
     if seed % 5 == 2:
         given["reset"] = rng.random((3, 9)) < 0.3
     seen = net.trace(x, **given)["layer_0"].cells[0]
-    if spec.attention or (spec.joint and spec.of_kind.memory == "c"):
+    if spec.scalar or spec.kind == "cfc" or (spec.joint and spec.of_kind.memory == "c"):
         with pytest.raises(ValueError, match=r"gates alone determine its state|cell_clip"):
             seen.contributions()
         return
@@ -345,7 +345,6 @@ def test_what_a_kind_keeps_and_writes_follows_from_the_roles_of_its_gates(roles,
     kind = Kind("toy", "Toy", roles, HiddenState, HiddenState, step=lambda *_: ((), ()))
     values = {"z": 0.25, "f": 0.5, "g": 2.0}
     assert (
-        kind.update(SimpleNamespace(attention=False, joint=False, of_kind=kind), values | {"r": 1.0, "o": 1.0})
-        == update
+        kind.update(SimpleNamespace(scalar=False, joint=False, of_kind=kind), values | {"r": 1.0, "o": 1.0}) == update
     )
     assert kind.multipliers == gates

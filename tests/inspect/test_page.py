@@ -442,6 +442,8 @@ FLAGS = {
     "normalised jointly": {"layer_norm": "joint"},
     "gru, attention": {"kind": "gru", "attention": True},
     "ligru": {"kind": "ligru"},
+    "cfc": {"kind": "cfc"},
+    "cfc, timespans": {"kind": "cfc", "timespans": True, "mode": "no_gate", "clip": 0.7},
     "slstm": {"kind": "slstm"},
     "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
     "heads": {"heads": 3},

@@ -607,11 +607,17 @@ def by_hand(spec, arrays, case, patches):
                     (z, r, g), (qz, qr, qg) = np.split(a + first, 3), np.split(h @ U + second, 3)
                     now["z"], now["r"] = gate("z", z + qz), gate("r", r + qr)
                     now["g"] = gate("g", g + (now["r"] * qg if spec.reset_after else (now["r"] * h) @ U[:, 2 * H :]))
-                    write = (1 - now["z"]) * (case["x"][row, t, -1] if spec.attention else 1.0)
+                    write = (1 - now["z"]) * (case["x"][row, t, -1] if spec.scalar else 1.0)
                     h = (1 - write) * h + write * now["g"]
                 elif spec.kind == "ligru":
                     now = {name: gate(name, z) for name, z in zip("zg", np.split(a + h @ U + bias, 2), strict=True)}
                     h = now["z"] * h + (1 - now["z"]) * now["g"]
+                elif spec.kind == "cfc":
+                    z_g, z_k, z_s, z_t = np.split(a + h @ U + bias, 4)
+                    now["g"], now["k"] = gate("g", z_g), gate("k", z_k)
+                    now["s"] = fix("s", z_s, None if last is None else fields["s"][row, last])
+                    now["t"] = gate("t", z_t + now["s"] * (case["x"][row, t, -1] if spec.scalar else 1.0))
+                    h = (1.0 if spec.mode == "no_gate" else 1.0 - now["t"]) * now["g"] + now["t"] * now["k"]
                 elif spec.kind == "mingru":
                     now = {name: gate(name, z) for name, z in zip("zg", np.split(a + bias, 2), strict=True)}
                     h = (1 - now["z"]) * h + now["z"] * now["g"]

@@ -18,6 +18,7 @@ import tolerances
 
 from cellstack import _kernel, bfloat16, native, reference
 from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells import KINDS as DECLARED
 from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, activation
 
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
@@ -50,7 +51,7 @@ def cast(value, dtype):
 def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
     """Return a cell that is stable over long sequences, its arrays, and a case of x and a state."""
     rng = np.random.default_rng(seed)
-    spec = CellSpec(width + flags.get("attention", False), units, **flags)
+    spec = CellSpec(width + flags.get(DECLARED[flags.get("kind", "lstm")].scalar, False), units, **flags)
     new = lambda *shape, scale=1.0: rng.standard_normal(shape) * scale  # noqa: E731
     scales = {"kernel": width**-0.5, "recurrent_kernel": units**-0.5}
     arrays = {
@@ -60,7 +61,7 @@ def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
         "x": new(batch, steps, spec.input_size),
         "state": family.random_state(rng, spec, batch),
     }
-    if spec.attention:
+    if spec.scalar:
         case["x"][..., -1] = rng.random((batch, steps))
     return spec, cast(arrays, dtype), cast(case, dtype), rng
 
@@ -156,6 +157,16 @@ MEMBERS = {
     "mingru, flags": {"kind": "mingru", "layer_norm": True, "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
     "minlstm": {"kind": "minlstm"},
     "ligru": {"kind": "ligru"},
+    "cfc": {"kind": "cfc"},
+    "cfc, timespans": {"kind": "cfc", "timespans": True},
+    "cfc, flags": {
+        "kind": "cfc",
+        "timespans": True,
+        "mode": "no_gate",
+        "layer_norm": True,
+        "clip": 1.5,
+        "zoneout": 0.2,
+    },
     "slstm": {"kind": "slstm"},
     "slstm, flags": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.2},
     "ligru, flags": {"kind": "ligru", "layer_norm": "joint", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
@@ -514,7 +525,7 @@ def test_a_clip_has_no_slope_at_its_bounds(isa):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL["float64"])
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru"])
+@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru", "cfc"])
 def test_all_wrong_gate_orders_fail(isa, member):
     spec, arrays, case, _ = make(9, 2, 4, 3, 5, **MEMBERS[member])
     expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
@@ -723,9 +734,7 @@ def test_a_step_in_bfloat16_is_a_step_with_rounded_numbers(isa, member, batch, w
     near = {name: to_bfloat16(array) if name in MATRICES else array for name, array in arrays.items()}
     assert not np.array_equal(near["kernel"], arrays["kernel"])
     state, rounded = (to_bfloat16(case["state"][0]), *case["state"][1:]), case["x"].copy()
-    rounded[..., : spec.features] = to_bfloat16(
-        rounded[..., : spec.features]
-    )  # an attention isn't multiplied by weights
+    rounded[..., : spec.features] = to_bfloat16(rounded[..., : spec.features])  # a scalar isn't multiplied by weights
     after = []
     for element, numbers, x in (("bfloat16", arrays, case["x"]), (None, near, rounded)):
         stream = _kernel.stream([native.weights(spec, numbers, element)], batch)

@@ -117,6 +117,15 @@ FLAGS = {
     "ligru clip": {"kind": "ligru", "clip": 0.5},
     "ligru zoneout": {"kind": "ligru", "zoneout": 0.3},
     "ligru learn_initial_state": {"kind": "ligru", "learn_initial_state": True},
+    "cfc": {"kind": "cfc"},
+    "cfc without bias": {"kind": "cfc", "use_bias": False},
+    "cfc timespans": {"kind": "cfc", "timespans": True},
+    "cfc no_gate": {"kind": "cfc", "mode": "no_gate", "timespans": True},
+    "cfc layer_norm": {"kind": "cfc", "layer_norm": True, "timespans": True},
+    "cfc layer_norm joint": {"kind": "cfc", "layer_norm": "joint"},
+    "cfc clip": {"kind": "cfc", "clip": 0.5, "timespans": True},
+    "cfc zoneout": {"kind": "cfc", "zoneout": 0.3},
+    "cfc learn_initial_state": {"kind": "cfc", "learn_initial_state": True},
     "slstm": {"kind": "slstm"},
     "slstm without bias": {"kind": "slstm", "use_bias": False},
     "slstm exponential_forget": {"kind": "slstm", "exponential_forget": True},
@@ -185,7 +194,7 @@ SCALARS = {
 
 
 def activated(spec, slot, z, clip=True):
-    usual = spec.activation if slot in ("g", "cell") else spec.recurrent_activation
+    usual = spec.activation if slot in ("g", "k", "cell") else spec.recurrent_activation
     name, a, b = activation(dict(spec.gate_activations).get(slot, usual))
     if clip and spec.clip is not None:
         z = min(max(z, -spec.clip), spec.clip)
@@ -287,6 +296,18 @@ def ligru_row(spec, w, x, drops, state):
     return ([z[n] * h_prev[n] + (1.0 - z[n]) * drops[n] * g[n] for n in range(H)],), (z, g)
 
 
+def cfc_row(spec, w, x, h_in, state):
+    H, h = spec.units, [0.0] * spec.units
+    *x, elapsed = x if spec.timespans else (*x, 1.0)
+    z = sums_row(spec, w, x, h_in)
+    g, k = ([activated(spec, gate, v) for v in row] for gate, row in (("g", z[:H]), ("k", z[H : 2 * H])))
+    s = z[2 * H : 3 * H]
+    t = [activated(spec, "t", z[3 * H + u] + s[u] * elapsed) for u in range(H)]
+    for u in range(H):
+        h[u] = g[u] + t[u] * (k[u] if spec.mode == "no_gate" else k[u] - g[u])
+    return (h,), (g, k, s, t)
+
+
 def row_of_x(spec, w, x):
     """Return the pre-activations of a kind without a recurrent product, for each gate."""
     a = times(x, w["kernel"])
@@ -328,6 +349,7 @@ ROWS = {
     "mingru": mingru_row,
     "minlstm": minlstm_row,
     "ligru": ligru_row,
+    "cfc": cfc_row,
     "slstm": slstm_row,
 }
 
@@ -476,6 +498,24 @@ def test_a_simple_rnn_s_step_by_hand():
     arrays = {"kernel": [[ln(3) / 2]], "recurrent_kernel": [[-ln(3)]], "bias": [ln(2)]}
     out = one_step(CellSpec(1, 1, kind="rnn"), arrays, [2], [1])
     np.testing.assert_allclose([out.state.h.item(), out.gates.item()], [0.6, 0.6], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("flags", "x", "t", "h"),
+    [
+        # g = tanh(ln 2) = 3/5, k = tanh(ln 3) = 4/5, s = ln 3; t = σ(ln 3 + ln 3·τ): σ(ln 9) = 9/10 for τ = 1, the only
+        # one without timespans, σ(0) = 1/2 for τ = -1; h = (1 - t)·3/5 + t·4/5, or 3/5 + t·4/5
+        ({}, [1], 0.9, 0.1 * 0.6 + 0.9 * 0.8),
+        ({"timespans": True}, [1, 1], 0.9, 0.1 * 0.6 + 0.9 * 0.8),
+        ({"timespans": True}, [1, 0], 0.75, 0.25 * 0.6 + 0.75 * 0.8),
+        ({"timespans": True, "mode": "no_gate"}, [1, -1], 0.5, 0.6 + 0.5 * 0.8),
+    ],
+)
+def test_a_cfc_s_step_by_hand(flags, x, t, h):
+    arrays = {"kernel": [[0, ln(3), ln(3), 0]], "recurrent_kernel": [[ln(2) / 2, 0, 0, 0]], "bias": [0, 0, 0, ln(3)]}
+    out = one_step(CellSpec(len(x), 1, kind="cfc", **flags), arrays, x, [2])
+    np.testing.assert_allclose(out.gates[0, 0, :, 0], [0.6, 0.8, ln(3), t], rtol=1e-14)
+    np.testing.assert_allclose(out.state.h.item(), h, rtol=1e-14)
 
 
 def test_a_light_gru_s_step_by_hand():

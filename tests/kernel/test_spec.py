@@ -67,13 +67,16 @@ def test_wrong_types_are_refused(given):
         (
             {"kind": "rnn", "recurrent_activation": "relu"},
             "recurrent_activation is valid with kind='lstm' or 'gru' or 'mingru' or 'minlstm' or 'ligru' "
-            "or 'slstm' only, not with 'rnn'",
+            "or 'slstm' or 'cfc' only, not with 'rnn'",
         ),
         ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
         ({"gate_activations": {"f": "tanh"}, "coupled": True}, "can't set f of a coupled cell"),
         ({"gate_activations": {"i": "tanh"}, "kind": "slstm"}, "can't set i of 'slstm'"),
         ({"learn_initial_state": True, "kind": "slstm"}, "learn_initial_state is valid with kind="),
+        ({"gate_activations": {"s": "tanh"}, "kind": "cfc"}, "can't set s of 'cfc'"),
+        ({"kind": "cfc", "timespans": True, "input_size": 1}, "input_size >= 2 with timespans"),
+        ({"kind": "cfc", "mode": "pure"}, "mode to be 'default' or 'no_gate', got 'pure': ncps's 'pure' isn't"),
         ({"activation": "swish"}, "activation"),
         ({"activation": "elu(-1)"}, "alpha >= 0"),
         ({"activation": "tanh(2)"}, "tanh with 0 finite parameters"),
@@ -127,7 +130,7 @@ def test_settings_omit_defaults():
 
 
 # Flags with a different name in the kernel.
-ELSEWHERE = {"input_size": "input, units"}
+ELSEWHERE = {"input_size": "input, units", "attention": "scalar", "timespans": "scalar", "mode": "no_gate"}
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -9,6 +9,7 @@ import tolerances
 import torch
 
 from cellstack import layers, reference
+from cellstack.cells.cfc import CfCTrace
 from cellstack.cells.ligru import LiGRUTrace
 from cellstack.cells.mingru import MinGRUTrace
 from cellstack.cells.minlstm import MinLSTMTrace
@@ -22,6 +23,7 @@ KINDS = {
     "MinGRU": (layers.MinGRU, layers.MinGRUCell, HiddenState, MinGRUTrace),
     "MinLSTM": (layers.MinLSTM, layers.MinLSTMCell, HiddenState, MinLSTMTrace),
     "LiGRU": (layers.LiGRU, layers.LiGRUCell, HiddenState, LiGRUTrace),
+    "CfC": (layers.CfC, layers.CfCCell, HiddenState, CfCTrace),
     "SLSTM": (layers.SLSTM, layers.SLSTMCell, SLSTMState, SLSTMTrace),
 }
 SHARED = [
@@ -66,6 +68,7 @@ FLAGS = {
     "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
     "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}, {"heads": 5, "layer_norm": "joint"}],
     "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
+    "CfC": [{"timespans": True}, {"mode": "no_gate", "timespans": True, "layer_norm": "joint"}, {"heads": 5}],
     "SLSTM": [{"exponential_forget": True}, {"activation": "softsign", "recurrent_activation": "hard_sigmoid"}],
 }
 CASES = [

@@ -104,6 +104,8 @@ FLAGS = {
     "ligru": {"kind": "ligru"},
     "ligru with joint layer norm": {"kind": "ligru", "layer_norm": "joint", "clip": 0.7},
     "ligru with a learned initial state": {"kind": "ligru", "learn_initial_state": True, "zoneout": 0.1},
+    "cfc": {"kind": "cfc"},
+    "cfc with timespans": {"kind": "cfc", "timespans": True, "mode": "no_gate", "layer_norm": True},
     "slstm": {"kind": "slstm"},
     "slstm with an exponential forget gate": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
 }

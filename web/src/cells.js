@@ -55,6 +55,7 @@ export function formOf(where, given) {
     settings,
     states: Object.fromEntries(widths),
     trace: kind.trace,
+    scalar: spec[kind.scalar] ? kind.scalar : "",
     activations: Object.fromEntries(activations),
     shapes: symbolicShapes(kind, spec),
     values: [], // the equations: the kernel has them
@@ -66,7 +67,7 @@ const codeOf = ({ name, alpha, beta }) => ({ code: ACTIVATIONS.indexOf(name), al
 // The words of a description, in the order of kernel/wasm.cpp.
 function words(spec, activations) {
   const slots = [0, 1, 2, 3, 4].map((n) => activations[n] ?? { code: 0, alpha: 0, beta: 0 });
-  const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "attention", "exponential_forget"];
+  const flags = ["use_bias", "peepholes", "coupled", "layer_norm", "joint", "reset_after", "scalar", "no_gate", "exponential_forget"];
   return {
     integers: [
       ...[spec.input, spec.units, spec.output],
@@ -95,7 +96,9 @@ export function cellWeights(kernel, where, { spec, form }, tensors, format) {
   const { integers, numbers } = words(
     {
       ...spec,
-      input: spec.input_size - (spec.attention ? 1 : 0),
+      scalar: Boolean(form.scalar),
+      no_gate: spec.mode === "no_gate",
+      input: spec.input_size - (form.scalar ? 1 : 0),
       output: spec.proj_size || spec.units,
       joint: spec.layer_norm === "joint",
     },

@@ -1,8 +1,8 @@
 // The kinds of cell, written by web/kinds.py from their declarations in Python: change those instead.
 
 // Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of
-// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; and
-// the settings with their defaults.
+// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; the
+// setting with which the last column of x is a number of the step; and the settings with their defaults.
 export const KINDS = {
   lstm: {
     gates: ["i", "f", "g", "o"],
@@ -10,6 +10,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "o", "c", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation", "cell": "activation"},
     recurrent: true,
+    scalar: "",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "peepholes": false, "coupled": false, "proj_size": 0, "cell_clip": null, "zoneout_cell": 0.0, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   gru: {
@@ -18,6 +19,7 @@ export const KINDS = {
     trace: ["z", "r", "g", "h"],
     slots: {"z": "recurrent_activation", "r": "recurrent_activation", "g": "activation"},
     recurrent: true,
+    scalar: "attention",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "reset_after": true, "attention": false, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   rnn: {
@@ -26,6 +28,7 @@ export const KINDS = {
     trace: ["g", "h"],
     slots: {"g": "activation"},
     recurrent: true,
+    scalar: "",
     settings: {"activation": "tanh", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   mingru: {
@@ -34,6 +37,7 @@ export const KINDS = {
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
     recurrent: false,
+    scalar: "",
     settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   minlstm: {
@@ -42,6 +46,7 @@ export const KINDS = {
     trace: ["i", "f", "g", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation"},
     recurrent: false,
+    scalar: "",
     settings: {"activation": "positive", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   ligru: {
@@ -50,6 +55,7 @@ export const KINDS = {
     trace: ["z", "g", "h"],
     slots: {"z": "recurrent_activation", "g": "activation"},
     recurrent: true,
+    scalar: "",
     settings: {"activation": "relu", "recurrent_activation": "sigmoid", "use_bias": true, "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
   slstm: {
@@ -58,7 +64,17 @@ export const KINDS = {
     trace: ["i", "f", "g", "o", "c", "n", "m", "h"],
     slots: {"i": "recurrent_activation", "f": "recurrent_activation", "g": "activation", "o": "recurrent_activation"},
     recurrent: true,
+    scalar: "",
     settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "exponential_forget": false, "gate_activations": {}, "heads": 1, "use_kernel": true, "zoneout": 0.0},
+  },
+  cfc: {
+    gates: ["g", "k", "s", "t"],
+    states: ["h"],
+    trace: ["g", "k", "s", "t", "h"],
+    slots: {"g": "activation", "k": "activation", "s": "recurrent_activation", "t": "recurrent_activation"},
+    recurrent: true,
+    scalar: "timespans",
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
 };
 

@@ -4,6 +4,7 @@ To add a kind, add a module and its `Kind` to `KINDS`; `cellstack.spec` and the 
 """
 
 from cellstack.cells.base import Kind
+from cellstack.cells.cfc import CFC
 from cellstack.cells.gru import GRU
 from cellstack.cells.ligru import LI_GRU
 from cellstack.cells.lstm import LSTM
@@ -12,7 +13,7 @@ from cellstack.cells.minlstm import MIN_LSTM
 from cellstack.cells.rnn import SIMPLE_RNN
 from cellstack.cells.slstm import SLSTM
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM, LI_GRU, SLSTM)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LSTM, GRU, SIMPLE_RNN, MIN_GRU, MIN_LSTM, LI_GRU, SLSTM, CFC)}
 """Every kind of cell by its name in a `CellSpec`, which is also its name in the kernel."""
 
 

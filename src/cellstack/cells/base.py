@@ -132,11 +132,11 @@ class Ops(Protocol[V]):
         ...
 
     def features(self, x: V) -> V:
-        """Return the columns of x that the kernel multiplies: all but the last one, of a cell with `attention`."""
+        """Return the columns of x that the kernel multiplies: all but the last one, of a cell with a scalar."""
         ...
 
-    def attention(self, x: V) -> V:
-        """Return the last column of x, the same number for all units."""
+    def scalar(self, x: V) -> V:
+        """Return the last column of x, a number of the step that is the same for all units."""
         ...
 
 
@@ -186,6 +186,13 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
     return out if spec.joint else biased(ops, spec, out)
 
 
+def prepared(ops: Ops[V], spec: CellSpec, x: V) -> Any:
+    """Return what a step takes of x: the result of `Kind.inputs`, and with a scalar, a tuple of it and the scalar."""
+    if not spec.scalar:
+        return spec.of_kind.inputs(ops, spec, x)
+    return spec.of_kind.inputs(ops, spec, ops.features(x)), ops.scalar(x)
+
+
 def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
     """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`."""
     z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
@@ -200,6 +207,8 @@ ROLES = {
     "candidate": "candidate: the new value that may be written",
     "output": "output gate: how much of the state is output",
     "reset": "reset gate: how much of the state the candidate uses",
+    "time": "time gate: how far the candidates have changed since the previous step",
+    "slope": "slope: how fast the time gate changes with the time since the previous step",
 }
 """The roles of gates, and what they mean."""
 
@@ -209,8 +218,8 @@ def gated_update(spec: CellSpec, gates: Mapping[str, Any]) -> tuple[Any, Any] | 
 
     A missing gate of the two that keep and write is 1 minus the other one.
     """
-    if spec.attention or (spec.joint and spec.of_kind.memory != "h"):
-        return None  # attention, or the normalisation of the state, scales both
+    if spec.scalar or (spec.joint and spec.of_kind.memory != "h"):
+        return None  # an attention, or the normalisation of the state, scales both
     values = {role: gates[gate] for gate, role in spec.of_kind.gates.items()}
     if len(values) < len(spec.of_kind.gates):
         raise NotImplementedError(f"{spec.of_kind.title}: several gates have the same role, so it needs its own update")
@@ -246,13 +255,14 @@ class Kind:
         state: the type of the state, h first.
         trace: the type of the values at every step: the gates, then the states, h last.
         step: the equations: returns the gates, followed by the `planes`, and the states after a step before zoneout,
-            from the operations, the description, the result of `inputs`, and the states before.
+            from the operations, the description, the result of `prepared`, and the states before.
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
-            description and x; it is computed for all steps at once where the view has them. With `attention`, a tuple
-            of it and the attention.
+            description and the features of x; it is computed for all steps at once where the view has them.
         shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
         recurrent: whether h is multiplied by a matrix, `recurrent_kernel`.
         drops: what recurrent dropout applies to: h in that product, `"h"`, or the `"candidate"`.
+        scalar: the flag with which the last column of x is a number of the step, which isn't multiplied by the kernel;
+            "": the kind has none.
         flags: arguments that not all kinds have: settings of `CellSpec`, and arguments of layers and cells.
         without: arguments of all other kinds that this one doesn't have.
         defaults: values of arguments whose default differs from that of other kinds.
@@ -283,6 +293,7 @@ class Kind:
     shapes: Callable[[CellSpec], Shapes] = lambda spec: {}
     recurrent: bool = True
     drops: str = "h"
+    scalar: str = ""
     flags: tuple[Argument, ...] = ()
     without: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)

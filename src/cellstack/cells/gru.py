@@ -26,11 +26,9 @@ def shapes(spec: CellSpec) -> Shapes:
     return {"bias": (2, 3 * spec.units)} if spec.use_bias and spec.reset_after else {}
 
 
-def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V | tuple[V, V]:
-    """Return `x·kernel` plus its bias, and with `attention` also the attention."""
-    features = ops.features(x) if spec.attention else x
-    a = biased(ops, spec, product(ops, spec, features, "kernel"), 0 if spec.reset_after else None)
-    return (a, ops.attention(x)) if spec.attention else a
+def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
+    """Return `x·kernel` plus its bias."""
+    return biased(ops, spec, product(ops, spec, x, "kernel"), 0 if spec.reset_after else None)
 
 
 def step(ops: Ops[V], spec: CellSpec, a: Any, h: V) -> tuple[Sequence[V], Sequence[V]]:
@@ -63,6 +61,7 @@ GRU = Kind(
     step=step,
     inputs=inputs,
     shapes=shapes,
+    scalar="attention",
     flags=(
         Argument(
             "reset_after",

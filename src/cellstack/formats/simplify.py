@@ -541,7 +541,7 @@ def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float6
 
 
 def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Cell | None:
-    if cell.spec.layer_norm or cell.spec.attention or not cell.spec.use_kernel:
+    if cell.spec.layer_norm or cell.spec.scalar or not cell.spec.use_kernel:
         return None  # normalises the kernel's product; isn't multiplied by the kernel; there is no kernel
     made = {"kernel": cell.kernel * scale[:, None]}
     description = cell.spec

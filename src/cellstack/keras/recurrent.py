@@ -45,7 +45,8 @@ class Recurrent(keras.layers.Layer):
         for name in {"activation", "recurrent_activation"} & given.keys():
             given[name] = _activation(self.name, name, given[name])
         settings = {name: given[name] for name in KINDS[self.kind].settings if name in given}
-        self._spec = CellSpec(1 + bool(settings.get("attention")), kind=self.kind, **{**settings, "units": self.units})
+        least = 1 + bool(settings.get(KINDS[self.kind].scalar))
+        self._spec = CellSpec(least, kind=self.kind, **{**settings, "units": self.units})
         for argument in self.signature.values():
             if "spec" not in argument.of and argument.name in given:  # CellSpec checks its own
                 argument.check(self.name, given[argument.name])
@@ -129,8 +130,8 @@ class Recurrent(keras.layers.Layer):
         batch, steps, _ = _ops.shape(x)
         spec = self._spec
         of_x = self._mask((batch, spec.features), self._given["dropout"])
-        if of_x is not None and spec.attention:
-            of_x = _ops.pad(of_x, ((0, 0), (0, 1)), constant_values=1.0)  # the attention isn't dropped
+        if of_x is not None and spec.scalar:
+            of_x = _ops.pad(of_x, ((0, 0), (0, 1)), constant_values=1.0)  # a scalar isn't dropped
         sizes, rates = spec.state_sizes, spec.zoneout_rates
         kept = [self._mask((batch, steps, sizes[state]), rates[state]) for state in spec.of_kind.zoneout]
         return (

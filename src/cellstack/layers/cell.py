@@ -156,7 +156,7 @@ class Cell(Layer):
         if "gate_activations" in fields:
             fields["gate_activations"] = {gate: texts[gate] for gate in by_gate}
         try:
-            spec = CellSpec(1 + bool(given.get("attention")), kind=self.kind, **fields)
+            spec = CellSpec(1 + bool(given.get(KINDS[self.kind].scalar)), kind=self.kind, **fields)
         except (ShapeError, TypeError, ValueError) as error:
             raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
         arguments = {slot: spec.of_kind.activation(slot) for slot in spec.slots}
@@ -216,7 +216,7 @@ class Cell(Layer):
     def input_size(self) -> int | None:
         """Width I of the input, None before the weights exist."""
         kernel = self._array("kernel")
-        return None if kernel is None else kernel.shape[0] + self._spec.attention
+        return None if kernel is None else kernel.shape[0] + self._spec.scalar
 
     @property
     def spec(self) -> CellSpec:
@@ -289,7 +289,7 @@ class Cell(Layer):
         if not self.built and kernel is not None:
             blocks = len(self._spec.gates)
             if kernel.ndim == 2 and kernel.shape[1] == blocks * self.units:
-                self.build(kernel.shape[0] + self._spec.attention)
+                self.build(kernel.shape[0] + self._spec.scalar)
             else:
                 expected = f"expected {prefix}kernel [I, {blocks}H={blocks * self.units}], got {tuple(kernel.shape)}"
                 args[-1].append(f"{self._owner}: {expected}")  # error_msgs
@@ -347,8 +347,8 @@ class Cell(Layer):
                 "other masks: leave seed at None, so that torch restores its generator for the second pass"
             )
         of_x = self._draw(batch, self._spec.features, self.dropout)
-        if of_x is not None and self._spec.attention:
-            of_x = torch.nn.functional.pad(of_x, (0, 1), value=1.0)  # the attention isn't dropped
+        if of_x is not None and self._spec.scalar:
+            of_x = torch.nn.functional.pad(of_x, (0, 1), value=1.0)  # a scalar isn't dropped
         return Masks(
             of_x,
             self._draw(batch, self.output_size, self.recurrent_dropout),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellstack.layers.cell import Cell
 
-__all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
+__all__ = ["CfCCell", "GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
 
 
 class LSTMCell(Cell):
@@ -143,3 +143,24 @@ class SLSTMCell(Cell):
     """
 
     kind = "slstm"
+
+
+class CfCCell(Cell):
+    """One step of a closed-form continuous-time network: h depends on the time τ since the previous step::
+
+        z = x·kernel + h_prev·recurrent_kernel + bias        g, k = φ(z_g, z_k)    s = z_s
+        t = σ(z_t + s·τ)                                     h = (1 - t)·g + t·k
+
+    With `timespans` τ is the last column of x, else 1.
+
+    >>> import torch
+    >>> cell = CfCCell(4, timespans=True)
+    >>> h, (h,) = cell(torch.ones(2, 6), torch.zeros(2, 4))
+    >>> tuple(h.shape), tuple(cell.kernel.shape)
+    ((2, 4), (5, 16))
+
+    Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks", eq. 4, without a backbone, as in the
+    package ncps's networks with wirings.
+    """
+
+    kind = "cfc"

@@ -6,7 +6,7 @@ import torch
 from cellstack.layers import weights
 from cellstack.layers.cell import Cell
 
-__all__ = ["GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
+__all__ = ["CfCCell", "GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
 
 class LSTMCell(Cell):
     def __init__(
@@ -103,4 +103,18 @@ class SLSTMCell(Cell):
         forget_bias: float | None = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
+    ) -> None: ...
+
+class CfCCell(Cell):
+    def __init__(
+        self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', recurrent_initializer: weights.Given = 'orthogonal',
+        bias_initializer: weights.Given = 'zeros', kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
+        seed: int | None = None, *, timespans: bool = False, mode: str = 'default', gate_activations: Any = (),
+        layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...

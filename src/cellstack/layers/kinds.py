@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from cellstack.layers.cells import GRUCell, LiGRUCell, LSTMCell, MinGRUCell, MinLSTMCell, SimpleRNNCell, SLSTMCell
+from cellstack.layers.cells import (
+    CfCCell,
+    GRUCell,
+    LiGRUCell,
+    LSTMCell,
+    MinGRUCell,
+    MinLSTMCell,
+    SimpleRNNCell,
+    SLSTMCell,
+)
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "SLSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 
 class LSTM(SingleCellRNN):
@@ -84,3 +93,14 @@ class SLSTM(SingleCellRNN):
     """
 
     cell_type = SLSTMCell
+
+
+class CfC(SingleCellRNN):
+    """Closed-form continuous-time networks over a sequence: an RNN of one `CfCCell`.
+
+    >>> y, h = CfC(4, return_sequences=True, return_state=True)([[[3, 2, 2, 2, 2, 2]]])
+    >>> tuple(y.shape), tuple(h.shape)
+    ((1, 1, 4), (1, 4))
+    """
+
+    cell_type = CfCCell

@@ -4,6 +4,7 @@
 from typing import Any
 import torch
 from cellstack.layers import weights
+from cellstack.layers.cells import CfCCell
 from cellstack.layers.cells import GRUCell
 from cellstack.layers.cells import LSTMCell
 from cellstack.layers.cells import LiGRUCell
@@ -13,7 +14,7 @@ from cellstack.layers.cells import SLSTMCell
 from cellstack.layers.cells import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
-__all__ = ["GRU", "LSTM", "SLSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 class LSTM(SingleCellRNN):
     cell: LSTMCell
@@ -131,5 +132,23 @@ class SLSTM(SingleCellRNN):
         zero_output_for_mask: bool = False, *, exponential_forget: bool = False, unit_forget_bias: bool = True,
         forget_bias: float | None = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
         remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
+        name: str | None = None
+    ) -> None: ...
+
+class CfC(SingleCellRNN):
+    cell: CfCCell
+    def __init__(
+        self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: weights.Given = 'glorot_uniform', recurrent_initializer: weights.Given = 'orthogonal',
+        bias_initializer: weights.Given = 'zeros', kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None, bias_regularizer: weights.Given = None,
+        activity_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
+        recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
+        recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
+        zero_output_for_mask: bool = False, *, timespans: bool = False, mode: str = 'default',
+        gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05,
+        clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
+        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from cellstack.cells.base import prepared
 from cellstack.spec import CellSpec
 
 H, P, I, X, D = "H", "P", "I", "X", "D"  # noqa: E741  # widths: units, projected units, features, x, units of a head
@@ -18,7 +19,7 @@ class Value:
 
     Args:
         operation: a method of `cellstack.cells.base.Ops`, or `"x"` or `"state"`; a gate is its `"activation"`.
-            Attention is a vector of H equal numbers.
+            A scalar is a vector of H equal numbers.
         of: the vectors that it is computed from.
         width: in columns: a number of blocks, and the letter of their width.
         name: the array, activation or state.
@@ -48,7 +49,7 @@ class Recorded:
     def __post_init__(self) -> None:
         spec, kind = self.spec, self.spec.of_kind
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
-        a = kind.inputs(self, spec, self._new("x", width=(1, X if spec.attention else I)))
+        a = prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
         self.kept = tuple(spec.zoneout_rates.values())
 
@@ -148,9 +149,9 @@ class Recorded:
         """Record the columns of x that the kernel multiplies."""
         return self._new("features", x, width=(1, I))
 
-    def attention(self, x: Value) -> Value:
+    def scalar(self, x: Value) -> Value:
         """Record the last column of x."""
-        return self._new("attention", x, width=(1, H))
+        return self._new("scalar", x, width=(1, H), name=self.spec.of_kind.scalar)
 
 
 def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
@@ -169,7 +170,7 @@ def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
         return next(found, (length, ""))
 
     large = replace(
-        spec, input_size=primes[I] + spec.attention, units=primes[H], proj_size=primes[P] if spec.proj_size else 0
+        spec, input_size=primes[I] + spec.scalar, units=primes[H], proj_size=primes[P] if spec.proj_size else 0
     )
     return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
 
@@ -180,8 +181,9 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
     Returns:
         `settings`, the fields of the `CellSpec`; `title` of the kind; `gates`, their roles by name; `blocks`, the gates
         that have columns in the arrays; `trace`, the names of the gates and states that a run records; `meanings` of
-        these; `states`, each with its width and the share that zoneout keeps; `activations` by slot; `shapes` of the
-        arrays. And the step: `values`, in which `of` are positions; `before` and `after`, the positions of the states.
+        these; `scalar`, the flag with which the last column of x is a number of the step, or ""; `states`, each with
+        its width and the share that zoneout keeps; `activations` by slot; `shapes` of the arrays. And the step:
+        `values`, in which `of` are positions; `before` and `after`, the positions of the states.
     """
     kind, recorded = spec.of_kind, Recorded(spec)
     place = {id(value): n for n, value in enumerate(recorded.values)}
@@ -193,6 +195,7 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
         "blocks": list(spec.gates),
         "trace": list(kind.trace._fields),
         "meanings": {name: kind.meaning(name) for name in kind.trace._fields},
+        "scalar": kind.scalar if spec.scalar else "",
         "states": {
             value.name: {"width": list(value.width), "kept": rate}
             for value, rate in zip(recorded.before, recorded.kept, strict=True)

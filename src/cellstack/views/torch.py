@@ -124,6 +124,6 @@ class TorchOps:
         """Return the columns of x that the kernel multiplies."""
         return x[..., :-1]
 
-    def attention(self, x: Tensor) -> Tensor:
+    def scalar(self, x: Tensor) -> Tensor:
         """Return the last column of x."""
         return x[..., -1:]

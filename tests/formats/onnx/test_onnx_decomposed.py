@@ -181,6 +181,8 @@ def test_its_unrolled_steps(toys, name):
         {"kind": "rnn", "layer_norm": "joint"},
         {"kind": "gru", "attention": True},
         {"kind": "gru", "attention": True, "reset_after": False, "zoneout": 0.25},
+        {"kind": "cfc"},
+        {"kind": "cfc", "timespans": True, "clip": 0.75, "zoneout": 0.25},
         {"kind": "ligru", "clip": 0.75, "zoneout": 0.25},
         {"kind": "ligru", "layer_norm": "joint", "use_bias": False},
         {"kind": "mingru"},

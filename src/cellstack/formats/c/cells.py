@@ -270,7 +270,7 @@ def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
         *(f"    {member:<32} /* {shape} */" for member, shape in members),
         "};",
         "",
-        f"/* {state} after x [{'I + 1' if spec.attention else 'I'}]; scratch [{blocks}H]. */",
+        f"/* {state} after x [{'I + 1' if spec.scalar else 'I'}]; scratch [{blocks}H]. */",
         f"static void ${{name}}_{stem}_step(const struct ${{name}}_{stem} *w, const $real *x{passed})",
         "{",
         *(f"    {line}" if line else "" for line in step.lines),

@@ -340,7 +340,7 @@ class Step:
             return f"w->{value.name}[{self._at(block, letter)}]", ATOM
         if operation == "split":
             return self._text(of[0], value.part)  # type: ignore[arg-type]
-        if operation == "attention":
+        if operation == "scalar":
             return "x[w->inputs]", ATOM
         inner = [self._text(one, block) for one in of]
         if operation == "add":

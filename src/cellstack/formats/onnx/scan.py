@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.base import prepared
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell import Cell
@@ -135,7 +136,7 @@ class OnnxOps(Pieces):
         """Return the columns of x that the kernel multiplies."""
         return self.of("Slice", x, self.integers(0), self.integers(self.spec.features), self.integers(-1))
 
-    def attention(self, x: str) -> str:
+    def scalar(self, x: str) -> str:
         """Return the last column of x."""
         return self.of(
             "Slice", x, self.integers(self.spec.features), self.integers(self.spec.input_size), self.integers(-1)
@@ -159,7 +160,7 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
     before = {name: step.fresh(f"{where}/{name}_before") for name in sizes}
     x = step.fresh(f"{where}/x")
     own = [before[name] for name in spec.state_sizes]
-    new = list(spec.of_kind.step(step, spec, spec.of_kind.inputs(step, spec, x), *own)[1])
+    new = list(spec.of_kind.step(step, spec, prepared(step, spec, x), *own)[1])
     for n, kept in enumerate(spec.zoneout_rates.values()):
         if kept:
             old = step.of("Mul", own[n], step.number(kept))

@@ -83,7 +83,7 @@ export class CellStep {
       const place = this.form.after.indexOf(k);
       if (place >= 0 && k !== n && operation !== "record") return Object.keys(this.form.states)[place];
       if (operation === "x" || operation === "features") return "x";
-      if (operation === "attention") return "attention";
+      if (operation === "scalar") return name;
       if (operation === "state") return `${name}_prev`;
       if (operation === "product") return `${this.symbol(of[0])} · ${words(name)}`;
       if (operation === "norm") return `LN(${this.symbol(of[0])})`;

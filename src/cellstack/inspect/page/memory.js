@@ -59,11 +59,11 @@ export class Memory {
     if (place.kind !== "cell") return this.refuse("Choose a layer with a cell in the network.");
     const { cell } = place;
     const { spec, form } = cell;
-    if (spec.attention) return this.refuse("An attention scales what this cell writes, so its state isn't a sum of what the gates write.");
     if (spec.layer_norm === "joint" && "c" in form.states) return this.refuse("This cell's state is normalised, so it isn't a sum of writes.");
     if (spec.cell_clip !== null) return this.refuse("This cell is clipped, so its state isn't a sum of writes.");
     const keeping = keepingOf(form);
     if (keeping === null) return this.refuse(`A ${form.title} has no gate that keeps a state, so its state isn't a sum of writes.`);
+    if (form.scalar) return this.refuse(`The number ${form.scalar} scales what this cell writes, so its state isn't a sum of what the gates write.`);
     if (!cell.whole) return this.refuse("The trace covers only part of the run, so earlier writes are unknown.");
     const changed = view.shows !== "trace" && view.result !== null;
     if (view.patches.some((patch) => patch.node === place.name && patch.cell === place.number && Object.hasOwn(form.states, patch.gate))) {

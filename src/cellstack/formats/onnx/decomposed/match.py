@@ -93,7 +93,7 @@ def forms(kind: Kind) -> tuple[Form, ...]:
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
     given: dict[str, Any] = {**flags, **bounds}
-    spec = CellSpec(1 + flags.get("attention", False), 2, kind=kind.name, **given)
+    spec = CellSpec(1 + flags.get(kind.scalar, False), 2, kind=kind.name, **given)
     usable = {*spec.gates, *kind.outputs} - {*kind.fixed}
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in usable}
     spec = replace(spec, gate_activations=slots)
@@ -413,7 +413,7 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     if "projection" in arrays:
         settings["proj_size"] = arrays["projection"].shape[1]
     dtype = np.dtype(np.float64 if arrays["kernel"].dtype == np.float64 else np.float32)
-    width = len(arrays["kernel"]) + settings.get("attention", False)
+    width = len(arrays["kernel"]) + settings.get(kind.scalar, False)
     spec = CellSpec(width, units, kind=kind.name, **settings)
     return Cell(spec, **{name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()})
 

@@ -8,8 +8,8 @@ import { productParts } from "./products.js";
 import { compiledPatches, patched } from "./patches.js";
 
 // The length of an axis that is `count` blocks of a width.
-function lengthOf([count, letter], { units, input_size: inputs, proj_size: projected, attention, heads }) {
-  return count * ({ H: units, P: projected, I: inputs - (attention ? 1 : 0), X: inputs, D: units / heads }[letter] ?? 1);
+function lengthOf([count, letter], { form, spec: { units, input_size: inputs, proj_size: projected, heads } }) {
+  return count * ({ H: units, P: projected, I: inputs - (form.scalar ? 1 : 0), X: inputs, D: units / heads }[letter] ?? 1);
 }
 
 export function copy(to, at, from, start, count) {
@@ -19,8 +19,8 @@ export function copy(to, at, from, start, count) {
 export const byName = (entries, of) => Object.fromEntries(Object.entries(entries).map(([name, one]) => [name, of(one, name)]));
 
 // The shape of each array, and the width of each state, of a cell, by name.
-export const cellShapes = ({ form, spec }) => byName(form.shapes, (axes) => axes.map((axis) => lengthOf(axis, spec)));
-export const stateSizes = ({ form, spec }) => byName(form.states, ({ width }) => lengthOf(width, spec));
+export const cellShapes = (cell) => byName(cell.form.shapes, (axes) => axes.map((axis) => lengthOf(axis, cell)));
+export const stateSizes = (cell) => byName(cell.form.states, ({ width }) => lengthOf(width, cell));
 
 // Values that are parts of others, and read from where they are.
 export const isPart = ({ operation }) => operation === "split" || operation === "features";
@@ -74,7 +74,7 @@ export class CellPass {
   // The vector of a value; `kept`: at every position, else only at the current one.
   vectorOf({ operation, name, part, width: axis }, source, field, kept) {
     const { cell, x, B, T, keep } = this;
-    const width = lengthOf(axis, cell.spec);
+    const width = lengthOf(axis, cell);
     const vector = { data: null, from: 0, stride: 0, width, slopes: null, slopesFrom: 0, slopesStride: 0 };
     if (isPart({ operation })) return { ...vector, data: source.data, from: source.from + (part ?? 0) * width, stride: source.stride };
     if (operation === "weight") return { ...vector, data: cell.arrays[name].data, from: (part ?? 0) * width };

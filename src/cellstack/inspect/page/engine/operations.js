@@ -102,7 +102,7 @@ export const OPERATIONS = {
     },
   },
   // The last number of x, for all units.
-  attention: {
+  scalar: {
     run({ y, a }, at) {
       const i = startOf(y, at);
       y.data.fill(a.data[startOf(a, at) + a.width - 1], i, i + y.width);
