@@ -33,9 +33,13 @@ class Screen:
     def __init__(self, page, path):
         self.page = page
         self.said, self.asked = [], []
-        page.on("console", lambda message: self.said.append(message.text))
-        page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("request", lambda request: self.asked.append(request.url))
+        self.listeners = {
+            "console": lambda message: self.said.append(message.text),
+            "pageerror": lambda error: self.said.append(str(error)),
+            "request": lambda request: self.asked.append(request.url),
+        }
+        for event, listener in self.listeners.items():
+            page.on(event, listener)
         page.goto(Path(path).as_uri())
         page.evaluate("document.getElementById('page').ready.then(() => null)")
 
@@ -44,6 +48,13 @@ class Screen:
         others = [url for url in self.asked[1:] if not url.startswith("blob:null/")]  # a worker's own text
         assert others == []
         assert self.asked[0].startswith("file:")
+
+    def leave(self):
+        """Make the page in the browser ready for another test."""
+        for event, listener in self.listeners.items():
+            self.page.remove_listener(event, listener)
+        self.page.mouse.move(0, 0)
+        self.page.goto("about:blank")
 
     def tab(self, name):
         self.page.locator(f"#tab-{name}").click()
@@ -96,29 +107,48 @@ def close(shown, true, digits=4):
     return shown == pytest.approx(true, rel=0.6 * 10.0 ** (1 - digits), abs=1e-9)
 
 
+def new_page(browser, touch=False):
+    context = browser.new_context(has_touch=touch, is_mobile=touch)
+    context.set_default_timeout(10_000)
+    return context.new_page()
+
+
+@pytest.fixture(scope="module")
+def unused_pages():
+    """Blank pages that earlier tests have left: a new one takes longer than loading a trace does."""
+    return []
+
+
 @pytest.fixture
-def open_page(browser, tmp_path):
-    screens = []
+def open_page(browser, unused_pages, tmp_path):
+    shared, screens = [], []
 
     def opened(trace, *, width=1400, height=900, touch=False, scheme="light", before="", first=True, **options):
         """Open the page of a trace; `first` moves from the step where it opens to step 0 and unit 0."""
         path = tmp_path / f"page{len(screens)}.html"
         trace.save_html(path, **options)
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch, is_mobile=touch
-        )
-        context.set_default_timeout(10_000)
-        context.add_init_script(before)
-        screen = Screen(context.new_page(), path)
-        screens.append((context, screen))
+        own = touch or before
+        page = new_page(browser, touch) if own or not unused_pages else unused_pages.pop()
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(media="screen", color_scheme=scheme)
+        if before:
+            page.add_init_script(before)
+        screen = Screen(page, path)
+        screens.append(screen)
+        if not own:
+            shared.append(screen)
         if first and screen.page.locator(".stack").count():
             screen.looked_at(step=0, unit=0)
         return screen
 
     yield opened
-    for context, screen in screens:
+    for screen in screens:
         screen.check()
-        context.close()
+        if screen in shared:
+            screen.leave()
+            unused_pages.append(screen.page)
+        else:
+            screen.page.context.close()
 
 
 @pytest.fixture
