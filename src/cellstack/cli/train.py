@@ -111,7 +111,10 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     text = "write each epoch's metrics as it ends: to .csv, .json or a folder for TensorBoard"
     said.add_argument("--log", metavar="PATH", help=text)
     said.add_argument("--history", metavar="FILE", help="write all epochs' metrics at the end: to .csv or .json")
-    text = "plot all epochs' metrics at the end, and forecasts or the confusion matrix of the test part: to .png, .svg or .pdf"
+    text = (
+        "plot all epochs' metrics at the end, and the forecasts or the confusion matrix of the test part: to .png, "
+        ".svg or .pdf"
+    )
     said.add_argument("--picture", metavar="FILE", help=text)
     said.add_argument(
         "--inspect",
