@@ -161,8 +161,8 @@ def dense(
     """
     width, units = kernel.shape
     code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
-    flags = (bias is not None, *[False] * 8, 0.0, math.inf, math.inf, 0.0, 0.0)
-    what = _kernel.Description("dense", width, units, units, [code], *flags)
+    flags = (bias is not None, False, False, False, False, False, False, False, False)
+    what = _kernel.Description("dense", width, units, units, [code], *flags, 0.0, math.inf, math.inf, 0.0, 0.0)
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, element or kernel.dtype.name, in_order(arrays))
 

@@ -78,7 +78,7 @@ class Description(NamedTuple):
         texts = [str(Activation(ACTIVATIONS[code], alpha, beta)) for code, alpha, beta in self.activations]
         kind = KINDS[self.kind]
         fixed = ("f",) if self.coupled else kind.fixed
-        scalar = {kind.scalar: True} if self.scalar else {}
+        scalar: dict[str, Any] = {kind.scalar: True} if self.scalar else {}
         named = {slot: text for slot, text in zip(kind.slots, texts, strict=True) if slot not in fixed}
         return CellSpec(
             self.input_size + self.scalar,

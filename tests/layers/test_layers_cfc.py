@@ -1,11 +1,15 @@
-"""The CfC compared with the package ncps: a sequence, its state, and the gradients, also with respect to the times."""
+"""The CfC compared with the package ncps: layers, gradients also with respect to the times, and whole modules."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 
+import cellstack as cs
 from cellstack import layers
 
-I, H, B, T = 3, 6, 2, 7
+I, H, B, T = 3, 6, 2, 7  # noqa: E741
 
 
 @pytest.fixture(params=["default", "no_gate"])
@@ -63,3 +67,72 @@ def test_without_timespans_every_step_takes_a_time_of_1(both):
     x = torch.randn(B, T, I, dtype=torch.float64)
     expected = theirs(cell, x, torch.ones(B, T, dtype=torch.float64), torch.zeros(B, H, dtype=torch.float64))
     torch.testing.assert_close(plain(x), expected, rtol=0, atol=1e-14)
+
+
+MODULES = {
+    "one cell": lambda ncps, wirings: ncps.CfC(I, H, backbone_layers=0),
+    "wiring": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(12, 2)),
+    "wiring, linear layer": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(9, 2), 4, mode="no_gate"),
+    "last step, time first": lambda ncps, wirings: ncps.CfC(I, H, 2, False, False, backbone_layers=0),
+}
+
+
+@pytest.fixture(params=MODULES)
+def module(request):
+    """Return a module of ncps in float64."""
+    ncps, wirings = pytest.importorskip("ncps.torch"), pytest.importorskip("ncps.wirings")
+    torch.manual_seed(1)
+    return MODULES[request.param](ncps, wirings).double()
+
+
+@pytest.mark.parametrize(("rows", "timed"), [(4, False), (1, True)])
+def test_a_module_of_ncps_runs_on_the_kernel(module, rows, timed):
+    before = copy.deepcopy(module)
+    cs.accelerate(module, cells=True)
+    assert "fused cpu kernel" in str(cs.plan(module))
+    given = [torch.randn(rows, T, I, dtype=torch.float64), 2.0 * torch.rand(rows, T, dtype=torch.float64)]
+    x, times = given if module.batch_first else [one.transpose(0, 1) for one in given]
+    state = torch.randn(rows, module.state_size, dtype=torch.float64)
+    results = []
+    for each in (module, before):
+        leaves = [one.clone().requires_grad_() for one in (x, state, *([times] if timed else []))]
+        y, after = each(*leaves)
+        (y.square().sum() + after.sin().sum()).backward()
+        results.append([y, after, *(leaf.grad for leaf in (*leaves, *each.parameters()))])
+    for ours, other in zip(*results, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
+
+
+def test_times_of_several_rows_are_left_to_ncps(module):
+    cs.accelerate(module, cells=True)
+    with pytest.raises(RuntimeError, match="must match the size"):  # its own error
+        module(torch.randn(4, T, I).double(), None, torch.rand(4, T).double())
+
+
+@pytest.mark.filterwarnings("ignore:from_torch. the module .CfC. has batch_first=False")
+def test_a_module_of_ncps_becomes_a_network(module, tmp_path):
+    x = torch.randn(2, T, I, dtype=torch.float64)
+    with torch.no_grad():
+        expected, last = module(x if module.batch_first else x.transpose(0, 1))
+    net = cs.from_torch(module)
+    net.save(tmp_path / "net.safetensors")
+    y, states = cs.load(tmp_path / "net.safetensors").run(x.numpy())
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(np.concatenate([state.h for state in states], axis=1), last, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "a backbone isn't supported, only backbone_layers=0"),
+        ({"backbone_layers": 0, "mode": "pure"}, "'pure'"),
+        ({"backbone_layers": 0, "mixed_memory": True}, "mixed_memory isn't supported"),
+    ],
+)
+def test_what_of_ncps_is_refused(given, why):
+    module = pytest.importorskip("ncps.torch").CfC(I, H, **given)
+    with pytest.raises(TypeError, match=why):
+        cs.from_torch(module)
+    if not module.use_mixed:  # of which the kernel runs the memory, an LSTM
+        with pytest.raises(ValueError, match=why):
+            cs.accelerate(module, cells=True)

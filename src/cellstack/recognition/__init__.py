@@ -219,7 +219,7 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
         warnings.warn(f"accelerate: not replaced: {'; '.join(differing)}", stacklevel=3)
     for part, error in why.values():
         replaced = any(isinstance(inner, HandWritten) for inner in part.modules())
-        if not replaced and (error.differs or NAMED.search(type(part).__name__)):
+        if not replaced and (error.differs or NAMED.search(type(part).__name__) or _adapter_of(part)):
             refused[part] = str(error)
     try:
         return integration.accelerate(model)
@@ -232,9 +232,13 @@ def accelerate(model: nn.Module, example: Any = None) -> nn.Module:
         raise ValueError(f"{error}{f'; hand-written modules: {listed}' if listed else ''}") from None
 
 
+def _adapter_of(module: nn.Module) -> Adapter | None:
+    return ADAPTERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
 def _class_of(module: nn.Module, calls: Sequence[tuple[Any, ...]]) -> type:
     """Return the subclass with which the kernel runs a hand-written module; `NotReplaced` if there is none."""
-    adapter = ADAPTERS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    adapter = _adapter_of(module)
     if adapter is not None:
         return _adapted(module, adapter)
     known = recognise(module, calls)

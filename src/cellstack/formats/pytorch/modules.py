@@ -17,6 +17,7 @@ import numpy as np
 
 from cellstack.formats import xlstm
 from cellstack.formats.build import Builder
+from cellstack.formats.pytorch import ncps
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import MODULES, NAME, array, networks_of
 from cellstack.formats.pytorch.saved import Saved
@@ -73,10 +74,10 @@ def from_torch(module: Any) -> Network:
     Supported are cellstack's layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of its cells, `Bidirectional`,
     `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
     `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
-    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, models of xlstm,
-    TiRex and TiRex-2, and any object with `to_nodes() -> list of nodes`. The Network takes `[B, T, I]`, and computes
-    the module in evaluation mode: dropout is off, batch normalisation uses its running statistics, and zoneout's rates
-    act as constants. A recurrent layer passes on its output only: a module after it that takes the output from
+    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, the CfC of ncps
+    with a time of 1 between steps, models of xlstm, TiRex and TiRex-2, and any object with `to_nodes() -> list of
+    nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is off, batch
+    normalisation uses its running statistics, and zoneout's rates act as constants. A recurrent layer passes on its output only: a module after it that takes the output from
     `(output, state)` has nothing to do, and its `to_nodes()` returns `[]`. One that takes the final states,
     `torch.cat((h[-2], h[-1]), 1)` after a bidirectional layer, returns `[GlobalPool("final")]`; one that takes the last
     step, `y[:, -1]`, returns `[GlobalPool("last")]`.
@@ -288,6 +289,8 @@ class Reader:
             self.add(*_torch_layers(module, path))
         elif any(_is(module, *kinds, package=package) for package, kinds in xlstm.PACKAGES.items()):
             self.xlstm(module, path)
+        elif _is(module, "CfC", package="ncps.torch"):
+            self.ncps(module, path)
         elif _is(module, "Flatten"):
             self.flatten(module, path)
         elif _is(module, "BatchNorm1d"):
@@ -329,6 +332,18 @@ class Reader:
         with _refusing(path, module):
             kind = xlstm.kind_of(type(module))
             self.wire = xlstm.add_model(self.builder, self.wire, kind, module.config, state, path or kind)
+
+    def ncps(self, module: Any, path: str) -> None:
+        """Add a CfC of the package ncps."""
+        if isinstance(module, Saved):
+            raise _refuse(path, module, "expected the module in memory")
+        weights = {name: _array(path, module, value) for name, value in _weights(path, module).items()}
+        with _refusing(path, module):
+            self.add(*ncps.nodes_of(module, weights))
+        if module.batch_first:
+            self.has_batch_first(path, module)
+        else:
+            self.time_first = self.time_first or (path, _called(module))
 
     def flatten(self, module: Any, path: str) -> None:
         """Add a Flatten."""

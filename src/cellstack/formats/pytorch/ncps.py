@@ -1,0 +1,42 @@
+"""Reads the CfC of the package ncps, with the cells of its wiring as one stack; every step takes a time of 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cellstack.layout import Array
+from cellstack.nodes import Cell, Dense, Node, Recurrent
+from cellstack.spec import CellSpec
+
+PRODUCTS = ("ff1", "ff2", "time_a", "time_b")  # g, k, s and t
+
+
+def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Node]:
+    """Return the nodes of a `CfC`.
+
+    Raises:
+        ValueError: settings that a `CellSpec` doesn't have.
+    """
+    if module.use_mixed:
+        raise ValueError("mixed_memory isn't supported")
+    wired = hasattr(module.rnn_cell, "_layers")
+    parts = {f"rnn_cell.layer_{n}.": part for n, part in enumerate(module.rnn_cell._layers)} if wired else {}
+    cells = tuple(_cell(part, prefix, weights) for prefix, part in (parts or {"rnn_cell.": module.rnn_cell}).items())
+    nodes: list[Node] = [Recurrent(cells, return_sequences=module.return_sequences)]
+    return [*nodes, Dense(weights["fc.weight"].T, weights["fc.bias"])] if "fc.weight" in weights else nodes
+
+
+def _cell(part: Any, prefix: str, weights: Mapping[str, Array]) -> Cell:
+    """Return a `CfCCell`; a wiring multiplies the weights of two of its four products by a mask."""
+    if part.backbone_layers:
+        raise ValueError("a backbone isn't supported, only backbone_layers=0")
+    spec = CellSpec(part.input_size, part.hidden_size, kind="cfc", mode=part.mode)
+    mask = weights.get(f"{prefix}sparsity_mask", np.float32(1.0))
+    matrices = [weights[f"{prefix}{name}.weight"] for name in PRODUCTS]
+    matrix = np.concatenate([matrices[0] * mask, matrices[1] * mask, *matrices[2:]]).T
+    kernel, recurrent = (np.ascontiguousarray(each) for each in np.split(matrix, [spec.input_size]))
+    bias = np.concatenate([weights[f"{prefix}{name}.bias"] for name in PRODUCTS])
+    return Cell(spec, kernel=kernel, recurrent_kernel=recurrent, bias=bias)
