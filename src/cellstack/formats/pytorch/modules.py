@@ -74,13 +74,13 @@ def from_torch(module: Any) -> Network:
     Supported are cellstack's layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of its cells, `Bidirectional`,
     `TimeDistributed`), `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`,
     `BatchNorm1d`, `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations,
-    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, the CfC of ncps
-    with a time of 1 between steps, models of xlstm, TiRex and TiRex-2, and any object with `to_nodes() -> list of
-    nodes`. The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is off, batch
-    normalisation uses its running statistics, and zoneout's rates act as constants. A recurrent layer passes on its output only: a module after it that takes the output from
-    `(output, state)` has nothing to do, and its `to_nodes()` returns `[]`. One that takes the final states,
-    `torch.cat((h[-2], h[-1]), 1)` after a bidirectional layer, returns `[GlobalPool("final")]`; one that takes the last
-    step, `y[:, -1]`, returns `[GlobalPool("last")]`.
+    `Sequential` and `DataParallel` of these, a single torch cell, which is then applied over time, the CfC of ncps with
+    a time of 1 between steps, models of xlstm, TiRex and TiRex-2, and any object with `to_nodes() -> list of nodes`.
+    The Network takes `[B, T, I]`, and computes the module in evaluation mode: dropout is off, batch normalisation uses
+    its running statistics, and zoneout's rates act as constants. A recurrent layer passes on its output only: a module
+    after it that takes the output from `(output, state)` has nothing to do, and its `to_nodes()` returns `[]`. One that
+    takes the final states, `torch.cat((h[-2], h[-1]), 1)` after a bidirectional layer, returns `[GlobalPool("final")]`;
+    one that takes the last step, `y[:, -1]`, returns `[GlobalPool("last")]`.
 
     Warns if a module has `batch_first=False`, as the network takes the batch first, and if `to_nodes()` takes the last
     step of a bidirectional layer, which isn't its final states.
