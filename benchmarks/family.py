@@ -48,6 +48,8 @@ def members(units):
         "minLSTM": ({"kind": "minlstm"}, {}),
         "LiGRU": ({"kind": "ligru"}, {}),
         "sLSTM": ({"kind": "slstm"}, {}),
+        "CfC": ({"kind": "cfc"}, {}),
+        "CfC, timespans": ({"kind": "cfc", "timespans": True}, {}),
     }
 
 
@@ -59,7 +61,7 @@ def prepare(flags, call, units, batch, steps, x):
     # with random weights, gains of 1 give a chaotic system that amplifies rounding errors
     arrays = {name: new(shape) + 0.3 * name.endswith("_gain") for name, shape in spec.shapes.items()}
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-    if spec.attention:
+    if spec.scalar:
         x = x.copy()
         x[..., -1] = rng.random((batch, steps))
     mask = rng.random((batch, steps)) < 0.8 if "mask" in call else None
