@@ -12,92 +12,76 @@ namespace {
 
 template <class T>
 struct ChunkBack {
-    T *G, *GE, *V_columns, *G_columns, *A, *turned, *dQ, *dK, *dV, *columns, *dot, *dsum, *dC, *dn;
+    T *Q, *K, *G, *GE, *V_columns, *G_columns, *X, *A, *dQ, *dK, *dV, *columns, *dsum, *dot, *dC, *dn;
     T *through_h, *of_weights;
     ChunkBack(const Chunk<T>& s, Carve<T>& carve) {
+        Q = carve(s.steps * s.key_row), K = carve(s.steps * s.key_row);
         G = carve(s.steps * s.value_row), GE = carve(s.steps * s.value_row), V_columns = carve(s.values * s.step_row);
-        G_columns = carve(s.values * s.step_row), A = carve(s.steps * s.step_row), turned = carve(s.steps * s.step_row);
-        dQ = carve(s.steps * s.key_row);
-        dK = carve(s.steps * s.key_row), dV = carve(s.steps * s.value_row), columns = carve(s.keys * s.step_row);
-        dot = carve(s.steps), dsum = carve(s.steps);
+        G_columns = carve(s.values * s.step_row), X = carve(s.steps * s.step_row), A = carve(s.steps * s.step_row);
+        dQ = carve(s.steps * s.key_row), dK = carve(s.steps * s.key_row), dV = carve(s.steps * s.value_row);
+        columns = carve(s.keys * s.step_row), dsum = carve(s.steps), dot = carve(s.steps);
         dC = carve(s.keys * s.value_row), dn = carve(s.keys);
         through_h = carve(s.steps), of_weights = carve(s.steps);
     }
 };
 
-template <class T>
-INLINE T dot_of(const T* a, const T* b, int64_t n) {
-    V<T> sum = splat(T(0));
-    for (int64_t c = 0; c < n; c += Vec<T>::W) sum = fma(load(a + c), load(b + c), sum);
-    return sum_of_lanes<T>(sum);
-}
-
 // to [steps][keys] = (matrix [keys][values]·columns [values][steps])ᵀ.
 template <class T>
-void multiply_columns(T* to, const Chunk<T>& s, T* scratch, const T* matrix, const T* columns, int64_t rows) {
-    multiply(scratch, s.step_row, false, matrix, s.value_row, int64_t(1), columns, s.step_row, s.keys, rows, s.values);
-    transposed(to, s.key_row, scratch, s.step_row, s.keys, rows);
-}
-
-// to [step] += Σ a[t][step]·panel[t] over the steps t from `step` on. `turned`: scratch for the transpose of a, along
-// whose rows the sums then run: down the columns, each number would be in another line.
-template <class T>
-void multiply_later(T* to, int64_t to_row, const T* a, int64_t a_row, T* turned, const T* panel, int64_t panel_step,
-                    int64_t steps, int64_t columns) {
+void multiply_columns(const Result<T>& to, const Chunk<T>& s, T* scratch, const T* matrix, const T* columns,
+                      int64_t steps) {
     constexpr int W = Vec<T>::W;
-    static constexpr Tiles<T> tiles = tiles_of<Plain<T>>();
-    const int64_t rows = whole_vectors<T>(steps);
-    transposed(turned, a_row, a, a_row, rows, rows);
-    Tile<T> t{};
-    t.a_step = 1, t.panel_step = panel_step, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.add = true;
-    each_tile(steps, [&](int64_t r, int R) INLINED {
-        for (int k = 0; k < R; ++k) t.a[k] = turned + (r + k) * a_row + r;
-        t.depth = steps - r;
-        for (int64_t c = 0; c < columns; c += 4 * W) {
-            t.panel = panel + r * panel_step + c, t.to = to + r * to_row + c;
-            tiles.of[R - 1][(columns - c < 4 * W ? columns - c : 4 * W) / W - 1](t);
+    multiply<Range::kAll>(scratch, s.step_row, false, {matrix, s.value_row, 1, columns, s.step_row}, s.keys, steps,
+                          s.values);
+    for (int64_t k = 0; k < s.keys; k += W)
+        for (int64_t t = 0; t < steps; t += W) {
+            V<T> square[W];
+            UNROLL
+            for (int r = 0; r < W; ++r) square[r] = load(scratch + (k + r) * s.step_row + t);
+            transpose<T>(square);
+            for (int r = 0; r < W && t + r < steps; ++r) store(to.at + (t + r) * to.row + k, square[r]);
         }
-    });
 }
 
-// The gradients of h at the steps of a chunk: G = dh/N, where h = (S·V + e∘(Q·C₋))/N, that of nᵀq in `dsum`, and that
-// of m, through ε, in `through_h`.
+// What one pass over the steps of a chunk computes: S = (Q·Kᵀ)∘D/N, X, the gradients of log D, A, those of Q·Kᵀ, and by
+// step the gradients of nᵀq in `dsum`, and of m, through ε, in `through_h`. s.e becomes e/N.
 template <class T>
-void output_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps) {
+void scores_back(const MemoryHead<T>& d, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps, const T* n,
+                 bool empty) {
     constexpr int W = Vec<T>::W;
-    const MemoryHead<T>& d = b.head;
     const uint8_t* mask = d.mask ? d.mask + first : nullptr;
-    const int64_t rows = whole_vectors<T>(steps);
-    if (b.dy) {
-        copy_rows(g.G, s.value_row, s.values, b.dy + first * d.y_time, d.y_time, steps, d.values, T(1), mask);
-    } else {
-        for (int64_t c = 0; c < rows * s.value_row; c += W) store(g.G + c, splat(T(0)));
-    }
-    for (int64_t t = 0; t < rows; ++t) {
-        T dot = 0, dsum = 0, through = 0;
-        if (t < steps && (!mask || mask[t])) {
-            const T *y = d.y + (first + t) * d.y_time, *dh = g.G + t * s.value_row;
-            V<T> sum = splat(T(0));
-            for (int64_t c = 0; c < d.values; c += W)
-                sum = fma(load_lanes(y + c, d.values - c < W ? int(d.values - c) : W), load(dh + c), sum);
-            dot = sum_of_lanes<T>(sum);
-            const T floor = d.gates[(first + t) * d.gate_step + kFloor * d.gate];
-            const T size = s.sums[t] < 0 ? -s.sums[t] : s.sums[t],
-                    by = T(1) / ((size < floor ? floor : size) + d.epsilon);
-            dsum = size < floor ? T(0) : (s.sums[t] < 0 ? dot : -dot) * by;
-            through = -dot * d.epsilon * by;
-            const V<T> factor = splat(by);
-            for (int64_t c = 0; c < s.values; c += W)
-                store(g.G + t * s.value_row + c, factor * load(g.G + t * s.value_row + c));
+    const Factors<T> of_scores{g.Q, s.key_row, 1, s.K_columns, s.step_row};
+    const Factors<T> of_h{g.G, s.value_row, 1, g.V_columns, s.step_row};
+    T e = 1;
+    memset(s.shares, 0, size_t(s.steps) * sizeof(T));
+    for (int64_t r = 0; r < steps; r += kBlock) {
+        const int64_t end = r + kBlock < steps ? r + kBlock : steps;
+        multiply_triangle(s.S, s.step_row, of_scores, r, end, s.keys);
+        multiply_triangle(g.A, s.step_row, of_h, r, end, s.values);
+        for (int64_t t = r; t < end; ++t) {
+            const T* gates = d.gates + (first + t) * d.gate_step;
+            T *S = s.S + t * s.step_row, *A = g.A + t * s.step_row, *X = g.X + t * s.step_row;
+            e *= gates[kForgetGate * d.gate];
+            next_shares(s.shares, t, d.scale * gates[kInputGate * d.gate], gates[kForgetGate * d.gate]);
+            T sum = apply_shares(S, s.shares, t);
+            if (!empty) sum += e * dot_of(g.Q + t * s.key_row, n, s.keys);
+            const T floor = gates[kFloor * d.gate], by = divided(d, sum, floor);
+            const bool used = !mask || mask[t];
+            const T dot = used ? dot_of(d.y + (first + t) * d.y_time, g.G + t * s.value_row, d.values) : T(0);
+            const T size = sum < 0 ? -sum : sum, dsum = size < floor ? T(0) : (sum < 0 ? dot : -dot) * by;
+            int64_t c = 0;
+            for (; c <= t; c += W) {
+                const V<T> share = load(s.shares + c), score = load(S + c), zero = splat(T(0));
+                const V<T> dS = fma(splat(by), load(A + c), splat(dsum));
+                store(S + c, splat(by) * score), store(X + c, score * dS);
+                store(A + c, share != zero ? share * dS : zero);
+            }
+            for (; c < t + kRows; c += W) store(A + c, splat(T(0)));
+            s.e[t] = e * by, g.dsum[t] = dsum, g.through_h[t] = -dot * d.epsilon * by;
         }
-        g.dsum[t] = dsum, g.through_h[t] = through;
-        const T e = t < steps ? s.e[t] : T(0);
-        for (int64_t c = 0; c < s.values; c += W)
-            store(g.GE + t * s.value_row + c, splat(e) * load(g.G + t * s.value_row + c));
     }
 }
 
-// The gradients of a chunk's ĩ and f̃, from those of D and e: of log D[t, s] in g.S, of log e[t] in g.dot, of the log of
+// The gradients of a chunk's ĩ and f̃, from those of D and e: of log D[t, s] in g.X, of log e[t] in g.dot, of the log of
 // the weights of the steps in g.of_weights, of e of the last step, in the state after it, in `kept`.
 template <class T>
 void gate_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps, T kept,
@@ -109,7 +93,7 @@ void gate_gradients(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g, in
     for (int64_t t = steps; t-- > 0;) {
         const int64_t at = first + t;
         const T* gates = d.gates + at * d.gate_step;
-        for (int64_t c = 0; c <= t; c += W) store(of_step + c, load(of_step + c) + load(s.S + t * s.step_row + c));
+        for (int64_t c = 0; c <= t; c += W) store(of_step + c, load(of_step + c) + load(g.X + t * s.step_row + c));
         kept += g.dot[t];
         V<T> before = splat(T(0));
         int64_t c = 0;
@@ -139,81 +123,83 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
                        const T* C, const T* n, bool empty, bool of_state, T& through_m) {
     constexpr int W = Vec<T>::W;
     const MemoryHead<T>& d = b.head;
-    const int64_t rows = whole_vectors<T>(steps);
-    load_chunk(d, s, first, steps);
-    scores(s, steps, n);
-    output_gradients(b, s, g, first, steps);
-    // A: the gradient of S, then of Q·Kᵀ; S: that of log D
-    transposed(g.V_columns, s.step_row, s.V, s.value_row, rows, s.values);
-    multiply_triangle(g.A, s.step_row, g.G, s.value_row, g.V_columns, steps, s.values);
+    const uint8_t* mask = d.mask ? d.mask + first : nullptr;
+    const int64_t at = first * d.x_time, to = first * b.dx_time;
+    find_weights(d, s, first, steps);
+    const T kept = s.e[steps - 1];
+    read_rows<T>(d.q + at, d.x_time, d.keys, steps, mask, g.Q, s.key_row, nullptr, 0);
+    read_rows<T>(d.k + at, d.x_time, d.keys, steps, mask, g.K, s.key_row, s.K_columns, s.step_row);
+    read_rows<T>(d.v + at, d.x_time, d.values, steps, mask, nullptr, 0, g.V_columns, s.step_row);
+    if (b.dy) {
+        read_rows<T>(b.dy + first * d.y_time, d.y_time, d.values, steps, mask, g.G, s.value_row, nullptr, 0);
+    } else {
+        memset(g.G, 0, size_t(s.steps * s.value_row) * sizeof(T));
+    }
+    scores_back(d, s, g, first, steps, n, empty);
+    if (!empty) {  // the gradients of Q·C₋
+        for (int64_t t = 0; t < s.steps; ++t)
+            for (int64_t c = 0; c < s.values; c += W)
+                store(g.GE + t * s.value_row + c,
+                      t < steps ? splat(s.e[t]) * load(g.G + t * s.value_row + c) : splat(T(0)));
+    }
     // dV = weights∘(K·dC) + Sᵀ·G
-    if (of_state)
-        multiply(g.dV, s.value_row, false, s.K, s.key_row, int64_t(1), g.dC, s.value_row, steps, s.values, s.keys);
-    for (int64_t t = 0; t < steps; ++t)
-        for (int64_t c = 0; c < s.values; c += W) {
-            T* dV = g.dV + t * s.value_row + c;
-            store(dV, of_state ? splat(s.weights[t]) * load(dV) : splat(T(0)));
-        }
-    multiply_later(g.dV, s.value_row, s.S, s.step_row, g.turned, g.G, s.value_row, steps, s.values);
-    for (int64_t t = 0; t < steps; ++t)
-        for (int64_t c = 0; c < rows; c += W) {
-            T *A = g.A + t * s.step_row + c, *S = s.S + t * s.step_row + c;
-            const V<T> share = load(s.D + t * s.step_row + c), score = load(S);
-            const V<T> dS = load(A) + splat(g.dsum[t]), zero = splat(T(0));
-            store(S, c <= t ? score * dS : zero);
-            store(A, c <= t ? (share != zero ? share * dS : zero) : zero);
-        }
+    const Result<T> dV(b.dv + to, b.dx_time, d.values, g.dV, s.value_row);
+    if (of_state) {
+        multiply<Range::kAll>(dV.at, dV.row, false, {g.K, s.key_row, 1, g.dC, s.value_row}, steps, s.values, s.keys);
+        for (int64_t t = 0; t < steps; ++t) scale_row(dV.at + t * dV.row, s.weights[t], s.values);
+    }
+    multiply<Range::kFromRow>(dV.at, dV.row, of_state, {s.S, 1, s.step_row, g.G, s.value_row}, steps, s.values, steps);
+    dV.finish(b.dv + to, b.dx_time, d.values, steps);
     // dQ = A·K + e∘(G·C₋ᵀ) + e∘dsum·n
+    const Result<T> dQ(b.dq + to, b.dx_time, d.keys, g.dQ, s.key_row);
     if (!empty) {
-        transposed(g.G_columns, s.step_row, g.GE, s.value_row, rows, s.values);
-        multiply_columns(g.dQ, s, g.columns, C, g.G_columns, rows);
+        transposed(g.G_columns, s.step_row, g.GE, s.value_row, s.steps, s.values);
+        multiply_columns(dQ, s, g.columns, C, g.G_columns, steps);
     }
+    T e = 1;
     for (int64_t t = 0; t < steps; ++t) {
-        const V<T> factor = splat(s.e[t] * g.dsum[t]);
-        T* dQ = g.dQ + t * s.key_row;
-        for (int64_t c = 0; c < s.keys; c += W)
-            store(dQ + c, empty ? splat(T(0)) : fma(factor, load(n + c), load(dQ + c)));
-        g.dot[t] = empty ? T(0) : dot_of(s.Q + t * s.key_row, dQ, s.keys);
+        e *= d.gates[(first + t) * d.gate_step + kForgetGate * d.gate];
+        g.dot[t] = 0;
+        if (empty) continue;
+        T* row = dQ.at + t * dQ.row;
+        for (int64_t c = 0; c < s.keys; c += W) store(row + c, fma(splat(e * g.dsum[t]), load(n + c), load(row + c)));
+        g.dot[t] = dot_of(g.Q + t * s.key_row, row, s.keys), g.dsum[t] *= e;
     }
-    multiply(g.dQ, s.key_row, true, g.A, s.step_row, int64_t(1), s.K, s.key_row, steps, s.keys, steps, true);
+    multiply<Range::kUpToRow>(dQ.at, dQ.row, !empty, {g.A, s.step_row, 1, g.K, s.key_row}, steps, s.keys, steps);
+    dQ.finish(b.dq + to, b.dx_time, d.keys, steps);
     // dK = weights∘(V·dCᵀ + dn) + Aᵀ·Q
-    if (of_state) multiply_columns(g.dK, s, g.columns, g.dC, g.V_columns, rows);
-    for (int64_t t = 0; t < rows; ++t) {
-        const V<T> weight = splat(t < steps ? s.weights[t] : T(0));
-        T* dK = g.dK + t * s.key_row;
-        for (int64_t c = 0; c < s.keys; c += W)
-            store(dK + c, of_state ? weight * (load(dK + c) + load(g.dn + c)) : splat(T(0)));
-        g.of_weights[t] = of_state ? dot_of(s.K + t * s.key_row, dK, s.keys) : T(0);
+    const Result<T> dK(b.dk + to, b.dx_time, d.keys, g.dK, s.key_row);
+    memset(g.of_weights, 0, size_t(s.steps) * sizeof(T));
+    if (of_state) {
+        multiply_columns(dK, s, g.columns, g.dC, g.V_columns, steps);
+        for (int64_t t = 0; t < steps; ++t) {
+            T* row = dK.at + t * dK.row;
+            for (int64_t c = 0; c < s.keys; c += W)
+                store(row + c, splat(s.weights[t]) * (load(row + c) + load(g.dn + c)));
+            g.of_weights[t] = dot_of(g.K + t * s.key_row, row, s.keys);
+        }
     }
-    multiply_later(g.dK, s.key_row, g.A, s.step_row, g.turned, s.Q, s.key_row, steps, s.keys);
+    multiply<Range::kFromRow>(dK.at, dK.row, of_state, {g.A, 1, s.step_row, g.Q, s.key_row}, steps, s.keys, steps);
+    dK.finish(b.dk + to, b.dx_time, d.keys, steps);
     // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
-    T kept = 0;
+    T of_kept = 0;
     if (!empty) {
-        const T e = s.e[steps - 1];
         if (of_state) {
             for (int64_t k = 0; k < s.keys; ++k) {
-                T* dC = g.dC + k * s.value_row;
-                kept += dot_of(C + k * s.value_row, dC, s.values);
-                for (int64_t c = 0; c < s.values; c += W) store(dC + c, splat(e) * load(dC + c));
+                of_kept += dot_of(C + k * s.value_row, g.dC + k * s.value_row, s.values);
+                scale_row(g.dC + k * s.value_row, kept, s.values);
             }
-            kept = e * (kept + dot_of(n, g.dn, s.keys));
+            of_kept = kept * (of_kept + dot_of(n, g.dn, s.keys));
         }
-        multiply(g.dC, s.value_row, of_state, s.Q, int64_t(1), s.key_row, g.GE, s.value_row, s.keys, s.values, steps);
+        multiply<Range::kAll>(g.dC, s.value_row, of_state, {g.Q, 1, s.key_row, g.GE, s.value_row}, s.keys, s.values,
+                              steps);
         for (int64_t c = 0; c < s.keys; c += W) {
-            V<T> sum = of_state ? splat(e) * load(g.dn + c) : splat(T(0));
-            for (int64_t t = 0; t < steps; ++t)
-                sum = fma(splat(s.e[t] * g.dsum[t]), load(s.Q + t * s.key_row + c), sum);
+            V<T> sum = of_state ? splat(kept) * load(g.dn + c) : splat(T(0));
+            for (int64_t t = 0; t < steps; ++t) sum = fma(splat(g.dsum[t]), load(g.Q + t * s.key_row + c), sum);
             store(g.dn + c, sum);
         }
     }
-    gate_gradients(b, s, g, first, steps, kept, through_m);
-    for (int64_t t = 0; t < steps; ++t) {
-        const bool used = !d.mask || d.mask[first + t];
-        const int64_t at = (first + t) * b.dx_time;
-        for (int64_t c = 0; c < d.keys; ++c) b.dq[at + c] = used ? g.dQ[t * s.key_row + c] : T(0);
-        for (int64_t c = 0; c < d.keys; ++c) b.dk[at + c] = used ? d.scale * g.dK[t * s.key_row + c] : T(0);
-        for (int64_t c = 0; c < d.values; ++c) b.dv[at + c] = used ? g.dV[t * s.value_row + c] : T(0);
-    }
+    gate_gradients(b, s, g, first, steps, of_kept, through_m);
 }
 
 template <class T>
@@ -238,22 +224,25 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
         return (first == 0 && !d.C_before && !b.dC_before) || (d.reset && d.reset[first]);
     };
     starts[0] = 0;
-    load_state(d, s, d.C_before, d.n_before, states, states + C_size);
+    if (!starts_empty(0)) load_state(d, s, d.C_before, d.n_before, states, states + C_size);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         T* at = states + chunk * size;
         const int64_t first = starts[chunk], steps = chunk_of(d, first);
         starts[chunk + 1] = first + steps;
-        if (d.reset && d.reset[first]) memset(at, 0, size_t(size) * sizeof(T));
         if (chunk + 1 == chunks && !given) break;
-        load_chunk(d, s, first, steps);
-        advance_state(s, steps, starts_empty(first), at, at + C_size, at + size, at + size + C_size);
+        const uint8_t* mask = d.mask ? d.mask + first : nullptr;
+        find_weights(d, s, first, steps);
+        read_rows<T>(d.k + first * d.x_time, d.x_time, d.keys, steps, mask, nullptr, 0, s.K_columns, s.step_row,
+                     s.weights, s.weighted);
+        read_rows<T>(d.v + first * d.x_time, d.x_time, d.values, steps, mask, s.V, s.value_row, nullptr, 0);
+        advance_state(s, steps, starts_empty(first), s.e[steps - 1], at, at + C_size, at + size, at + size + C_size);
     }
     const auto product = [&](const T* state) {  // of a state and its gradient
         T sum = dot_of(state + C_size, g.dn, s.keys);
         for (int64_t k = 0; k < s.keys; ++k) sum += dot_of(state + k * s.value_row, g.dC + k * s.value_row, s.values);
         return sum;
     };
-    load_state(d, s, b.dC, b.dn, g.dC, g.dn);
+    if (given) load_state(d, s, b.dC, b.dn, g.dC, g.dn);
     T through_m = (b.dm ? *b.dm : T(0)) - (given ? product(states + chunks * size) : T(0));
     bool of_state = given;
     for (int64_t chunk = chunks; chunk-- > 0;) {
@@ -264,11 +253,9 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
         of_state = !empty;
         if (d.reset && d.reset[first]) through_m = 0;
     }
-    if (!of_state) memset(g.dC, 0, size_t(C_size) * sizeof(T)), memset(g.dn, 0, size_t(s.keys) * sizeof(T));
-    if (b.dm_before) *b.dm_before = through_m + product(states);
-    for (int64_t k = 0; b.dC_before && k < d.keys; ++k)
-        memcpy(b.dC_before + k * d.values, g.dC + k * s.value_row, size_t(d.values) * sizeof(T));
-    if (b.dn_before) memcpy(b.dn_before, g.dn, size_t(d.keys) * sizeof(T));
+    if (!of_state && b.dC_before) load_state<T>(d, s, nullptr, nullptr, g.dC, g.dn);
+    if (b.dm_before) *b.dm_before = through_m + (of_state ? product(states) : T(0));
+    if (b.dC_before) store_state(d, s, g.dC, g.dn, b.dC_before, b.dn_before);
     for (int64_t t = 0; t < d.steps; t += W) {  // the derivative of log σ(f̃) is σ(-f̃)
         const int lanes = d.steps - t < W ? int(d.steps - t) : W;
         T f[W];

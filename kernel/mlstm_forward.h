@@ -124,12 +124,15 @@ struct Carve {
     }
 };
 
+// The products with the columns of K and V run over blocks of rows, which share the columns in the second-level cache.
+constexpr int64_t kBlock = 64;
+
 // A chunk's arrays, with rows of whole vectors: `keys`, `values` and `steps` numbers. Rows are a line further apart:
 // rows that are a multiple of 1 KB apart would share a few lines of the cache.
 template <class T>
 struct Chunk {
     int64_t keys, values, steps, key_row, value_row, step_row;
-    T *Q, *K, *V, *K_columns, *D, *S, *e, *i, *f, *sums, *weights, *H, *C, *n;
+    T *K_columns, *V, *S, *H, *shares, *weights, *weighted, *e, *C, *n;
     Chunk(const MemoryHead<T>& d, Carve<T>& carve)
         : keys(whole_vectors<T>(d.keys)),
           values(whole_vectors<T>(d.values)),
@@ -137,46 +140,83 @@ struct Chunk {
           key_row(keys + 16),
           value_row(values + 16),
           step_row(steps + 16) {
-        Q = carve(steps * key_row), K = carve(steps * key_row), V = carve(steps * value_row);
-        K_columns = carve(keys * step_row);
-        D = carve(steps * step_row), S = carve(steps * step_row), e = carve(steps), i = carve(steps), f = carve(steps);
-        sums = carve(steps), weights = carve(steps), H = carve(steps * value_row);
-        C = carve(keys * value_row), n = carve(keys);
+        K_columns = carve(keys * step_row), V = carve(steps * value_row), S = carve(steps * step_row);
+        H = carve(steps * value_row), shares = carve(steps), weights = carve(steps), weighted = carve(keys);
+        e = carve(steps), C = carve(keys * value_row), n = carve(keys);
     }
 };
 
-// to [rows][vectors·W] = or += a·panel over `depth`, where a[r][k] = a[r·a_row + k·a_step]. If `causal`, the panel has
-// the same steps as the rows, and a row takes those up to its own.
+// Rows of a result: in the caller's array, if its rows are whole vectors, or in a chunk's.
 template <class T>
-void multiply(T* to, int64_t to_row, bool add, const T* a, int64_t a_row, int64_t a_step, const T* panel,
-              int64_t panel_step, int64_t rows, int64_t columns, int64_t depth, bool causal = false) {
+struct Result {
+    T* at;
+    int64_t row;
+    bool direct;
+    Result(T* to, int64_t to_row, int64_t columns, T* own, int64_t own_row)
+        : direct(columns % Vec<T>::W == 0) {
+        at = direct ? to : own, row = direct ? to_row : own_row;
+    }
+    void finish(T* to, int64_t to_row, int64_t columns, int64_t steps) const {
+        for (int64_t t = 0; t < steps && !direct; ++t)
+            memcpy(to + t * to_row, at + t * row, size_t(columns) * sizeof(T));
+    }
+};
+
+// A product of matrices: a[r][k] = a[r·a_row + k·a_step]; the panel has rows of whole vectors.
+template <class T>
+struct Factors {
+    const T* a;
+    int64_t a_row, a_step;
+    const T* panel;
+    int64_t panel_step;
+};
+
+// R rows of a product, from row r: to [R][columns] = or += a·panel over k in [first, depth).
+template <class T>
+INLINE void multiply_rows(T* to, int64_t to_row, bool add, const Factors<T>& f, int64_t r, int R, int64_t column,
+                          int64_t columns, int64_t first, int64_t depth) {
     constexpr int W = Vec<T>::W;
     static constexpr Tiles<T> tiles = tiles_of<Plain<T>>();
     Tile<T> t{};
-    t.a_step = a_step, t.panel_step = panel_step, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.add = add;
-    for (int64_t c = 0; c < columns; c += 4 * W)
+    t.a_step = f.a_step, t.panel_step = f.panel_step, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.add = add;
+    t.depth = depth - first;
+    for (int k = 0; k < R; ++k) t.a[k] = f.a + (r + k) * f.a_row + first * f.a_step;
+    for (int64_t c = column; c < columns; c += 4 * W) {
+        const int64_t vectors = (columns - c + W - 1) / W;
+        t.panel = f.panel + first * f.panel_step + c, t.to = to + r * to_row + c;
+        tiles.of[R - 1][(vectors < 4 ? vectors : 4) - 1](t);
+    }
+}
+
+// Which k contribute to a row r of a product: all of `depth`, those up to r, or those from r on. In the last two cases
+// a is zero at the other ones.
+enum class Range { kAll, kUpToRow, kFromRow };
+
+// to [rows][columns] = or += a·panel.
+template <Range range, class T>
+void multiply(T* to, int64_t to_row, bool add, const Factors<T>& f, int64_t rows, int64_t columns, int64_t depth) {
+    constexpr int64_t width = 4 * Vec<T>::W;
+    for (int64_t c = 0; c < columns; c += width)
         each_tile(rows, [&](int64_t r, int R) INLINED {
-            for (int k = 0; k < R; ++k) t.a[k] = a + (r + k) * a_row;
-            t.panel = panel + c, t.to = to + r * to_row + c, t.depth = causal ? r + R : depth;
-            tiles.of[R - 1][(columns - c < 4 * W ? columns - c : 4 * W) / W - 1](t);
+            multiply_rows(to, to_row, add, f, r, R, c, columns - c < width ? columns : c + width,
+                          range == Range::kFromRow ? r : 0, range == Range::kUpToRow ? r + R : depth);
         });
 }
 
-// The lower triangle of to [steps][steps] = a·panel: in each row the vectors up to its own step.
+// The lower triangle of to [steps][steps] = a·panel in rows [from, end).
 template <class T>
-void multiply_triangle(T* to, int64_t to_row, const T* a, int64_t a_row, const T* panel, int64_t rows, int64_t depth) {
-    constexpr int W = Vec<T>::W;
-    static constexpr Tiles<T> tiles = tiles_of<Plain<T>>();
-    Tile<T> t{};
-    t.a_step = 1, t.panel_step = to_row, t.panel_vector = t.to_vector = W, t.to_row = to_row, t.depth = depth;
-    each_tile(rows, [&](int64_t r, int R) INLINED {
-        for (int k = 0; k < R; ++k) t.a[k] = a + (r + k) * a_row;
-        for (int64_t c = 0; c < r + R; c += 4 * W) {
-            const int64_t vectors = (r + R - c + W - 1) / W;
-            t.panel = panel + c, t.to = to + r * to_row + c;
-            tiles.of[R - 1][(vectors < 4 ? vectors : 4) - 1](t);
-        }
-    });
+void multiply_triangle(T* to, int64_t to_row, const Factors<T>& f, int64_t from, int64_t end, int64_t depth) {
+    constexpr int64_t width = 4 * Vec<T>::W;
+    for (int64_t c = 0; c < end; c += width)
+        each_tile(end - from, [&](int64_t row, int R) INLINED {
+            const int64_t r = from + row, last = r + R < c + width ? r + R : c + width;
+            if (c < last) multiply_rows(to, to_row, false, f, r, R, c, last, 0, depth);
+        });
+}
+
+template <class T>
+INLINE void scale_row(T* row, T factor, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += Vec<T>::W) store(row + c, splat(factor) * load(row + c));
 }
 
 // to [columns][to_row] = the transpose of from [rows][from_row]; whole squares of W.
@@ -194,114 +234,158 @@ void transposed(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t 
         }
 }
 
-// Copies rows of a chunk, times `scale`, with zeros at masked steps and beyond the last step and number; returns
-// whether all numbers are finite.
+// Reads rows of a chunk, with zeros at masked steps and beyond the last step and number, into `to` as they are and into
+// `turned` transposed; null: not needed. `weighted`: if not null, the sum of the rows times `weights`. Returns whether
+// all numbers are finite.
 template <class T>
-bool copy_rows(T* to, int64_t to_row, int64_t width, const T* from, int64_t from_row, int64_t steps, int64_t columns,
-               T scale, const uint8_t* mask) {
+bool read_rows(const T* from, int64_t from_row, int64_t columns, int64_t steps, const uint8_t* mask, T* to,
+               int64_t to_row, T* turned, int64_t turned_row, const T* weights = nullptr, T* weighted = nullptr) {
     constexpr int W = Vec<T>::W;
-    const int64_t rows = whole_vectors<T>(steps);
     V<T> any = splat(T(0));
-    for (int64_t t = 0; t < rows; ++t, to += to_row, from += from_row)
-        for (int64_t c = 0; c < width; c += W) {
-            const bool there = t < steps && c < columns && (!mask || mask[t]);
-            const V<T> x = there ? load_lanes(from + c, columns - c < W ? int(columns - c) : W) : splat(T(0));
-            store(to + c, splat(scale) * x), any = fma(x, splat(T(0)), any);
+    for (int64_t r = 0; r < steps; r += W)
+        for (int64_t c = 0; c < columns; c += W) {
+            const int lanes = columns - c < W ? int(columns - c) : W;
+            V<T> square[W];
+            UNROLL
+            for (int k = 0; k < W; ++k) {
+                const int64_t t = r + k;
+                square[k] = t < steps && (!mask || mask[t]) ? load_lanes(from + t * from_row + c, lanes) : splat(T(0));
+                if (t + W < steps) __builtin_prefetch(from + (t + W) * from_row + c);
+                any = fma(square[k], splat(T(0)), any);
+            }
+            if (to) {
+                UNROLL
+                for (int k = 0; k < W; ++k) store(to + (r + k) * to_row + c, square[k]);
+            }
+            if (weighted) {
+                V<T> sum = r ? load(weighted + c) : splat(T(0));
+                UNROLL
+                for (int k = 0; k < W; ++k) sum = fma(splat(weights[r + k]), square[k], sum);
+                store(weighted + c, sum);
+            }
+            if (turned) {
+                transpose<T>(square);
+                UNROLL
+                for (int k = 0; k < W; ++k) store(turned + (c + k) * turned_row + r, square[k]);
+            }
         }
     return sum_of_lanes<T>(any) == 0;
 }
 
-// What both passes need of a chunk of steps from `first`: copies of its rows, its gates, D and e, and the weights of
-// its steps in the state after it. Returns whether q, k and v are finite.
+// The weights of a chunk's steps in the state after it, with the scale of k, and that of the state before it in `e` of
+// the last step.
 template <class T>
-bool load_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t steps) {
-    constexpr int W = Vec<T>::W;
-    const uint8_t* mask = d.mask ? d.mask + first : nullptr;
-    const int64_t at = first * d.x_time;
-    bool finite = copy_rows(s.Q, s.key_row, s.keys, d.q + at, d.x_time, steps, d.keys, T(1), mask);
-    finite = copy_rows(s.K, s.key_row, s.keys, d.k + at, d.x_time, steps, d.keys, d.scale, mask) && finite;
-    finite = copy_rows(s.V, s.value_row, s.values, d.v + at, d.x_time, steps, d.values, T(1), mask) && finite;
-    const int64_t rows = whole_vectors<T>(steps);
+void find_weights(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t steps) {
     T kept = 1;
-    for (int64_t t = 0; t < steps; ++t) {
+    for (int64_t t = whole_vectors<T>(steps); t-- > 0;) {
         const T* gates = d.gates + (first + t) * d.gate_step;
-        const T f = gates[kForgetGate * d.gate];
-        T* row = s.D + t * s.step_row;
-        s.e[t] = kept *= f;
-        for (int64_t c = 0; c <= t; c += W) store(row + c, c < t ? splat(f) * load(row + c - s.step_row) : splat(T(0)));
-        row[t] = gates[kInputGate * d.gate];
+        s.weights[t] = t < steps ? kept * d.scale * gates[kInputGate * d.gate] : T(0);
+        if (t < steps) kept *= gates[kForgetGate * d.gate];
     }
-    const T* last = s.D + (steps - 1) * s.step_row;
-    for (int64_t c = 0; c < rows; c += W) store(s.weights + c, c < steps ? load(last + c) : splat(T(0)));
-    return finite;
+    s.e[steps - 1] = kept;
 }
 
-// The state after a chunk: C = e·C₋ + (weights∘K)ᵀ·V, n = e·n₋ + Kᵀ·weights. K is overwritten by weights∘K.
+// The state after a chunk: C = e·C₋ + Kᵀ·(weights∘V), n = e·n₋ + weights·K. K_columns are overwritten by weights∘K.
 // `empty`: the state before is zeros.
 template <class T>
-void advance_state(Chunk<T>& s, int64_t steps, bool empty, const T* C, const T* n, T* C_to, T* n_to) {
+void advance_state(Chunk<T>& s, int64_t steps, bool empty, T kept, const T* C, const T* n, T* C_to, T* n_to) {
     constexpr int W = Vec<T>::W;
-    const V<T> kept = splat(s.e[steps - 1]);
-    for (int64_t t = 0; t < steps; ++t)
-        for (int64_t c = 0; c < s.keys; c += W)
-            store(s.K + t * s.key_row + c, splat(s.weights[t]) * load(s.K + t * s.key_row + c));
-    for (int64_t c = 0; c < s.keys; c += W) {
-        V<T> sum = kept * load(n + c);
-        for (int64_t t = 0; t < steps; ++t) sum = sum + load(s.K + t * s.key_row + c);
-        store(n_to + c, sum);
-    }
+    for (int64_t k = 0; k < s.keys; ++k)
+        for (int64_t t = 0; t < steps; t += W) {
+            T* at = s.K_columns + k * s.step_row + t;
+            store(at, load(s.weights + t) * load(at));
+        }
     for (int64_t k = 0; k < s.keys && !empty; ++k)
         for (int64_t c = 0; c < s.values; c += W)
-            store(C_to + k * s.value_row + c, kept * load(C + k * s.value_row + c));
-    multiply(C_to, s.value_row, !empty, s.K, int64_t(1), s.key_row, s.V, s.value_row, s.keys, s.values, steps);
+            store(C_to + k * s.value_row + c, splat(kept) * load(C + k * s.value_row + c));
+    for (int64_t c = 0; c < s.keys; c += W)
+        store(n_to + c, empty ? load(s.weighted + c) : fma(splat(kept), load(n + c), load(s.weighted + c)));
+    multiply<Range::kAll>(C_to, s.value_row, !empty, {s.K_columns, s.step_row, 1, s.V, s.value_row}, s.keys, s.values,
+                          steps);
 }
 
-// S = (Q·Kᵀ)∘D, zero above the diagonal, and nᵀq of every step in `sums`.
+// D of a step from that of the step before it, in place: beyond the step it is zero.
 template <class T>
-void scores(Chunk<T>& s, int64_t steps, const T* n) {
-    constexpr int W = Vec<T>::W;
-    const int64_t rows = whole_vectors<T>(steps);
-    transposed(s.K_columns, s.step_row, s.K, s.key_row, rows, s.keys);
-    multiply_triangle(s.S, s.step_row, s.Q, s.key_row, s.K_columns, steps, s.keys);
-    for (int64_t t = 0; t < steps; ++t) {
-        V<T> sum = splat(T(0)), dot = splat(T(0));
-        for (int64_t c = 0; c < rows; c += W) {
-            T* at = s.S + t * s.step_row + c;
-            const V<T> share = load(s.D + t * s.step_row + c);
-            const V<T> score = c <= t ? (share != splat(T(0)) ? share * load(at) : splat(T(0))) : splat(T(0));
-            store(at, score), sum = sum + score;
-        }
-        for (int64_t c = 0; c < s.keys; c += W) dot = fma(load(s.Q + t * s.key_row + c), load(n + c), dot);
-        s.sums[t] = sum_of_lanes<T>(fma(dot, splat(s.e[t]), sum));
-    }
+INLINE void next_shares(T* shares, int64_t t, T in, T f) {
+    for (int64_t c = 0; c < t; c += Vec<T>::W) store(shares + c, splat(f) * load(shares + c));
+    shares[t] = in;
 }
 
-// `empty`: the state before is zeros; `wanted`: the state after is needed.
+// q·k of a step with all steps up to it becomes (q·k)∘D; returns the sum. Those of the steps after it that a tile may
+// read become zeros.
+template <class T>
+INLINE T apply_shares(T* row, const T* shares, int64_t t) {
+    constexpr int W = Vec<T>::W;
+    V<T> sum = splat(T(0));
+    int64_t c = 0;
+    for (; c <= t; c += W) {
+        const V<T> share = load(shares + c);
+        const V<T> score = share != splat(T(0)) ? share * load(row + c) : splat(T(0));
+        store(row + c, score), sum = sum + score;
+    }
+    for (; c < t + kRows; c += W) store(row + c, splat(T(0)));
+    return sum_of_lanes<T>(sum);
+}
+
+// 1/N, where h = (S·V + e∘(Q·C₋))/N.
+template <class T>
+INLINE T divided(const MemoryHead<T>& d, T sum, T floor) {
+    const T size = sum < 0 ? -sum : sum;
+    return T(1) / ((size < floor ? floor : size) + d.epsilon);
+}
+
+template <class T>
+INLINE T dot_of(const T* a, const T* b, int64_t n) {
+    V<T> sum = splat(T(0));
+    for (int64_t c = 0; c < n; c += Vec<T>::W) {
+        const int lanes = n - c < Vec<T>::W ? int(n - c) : Vec<T>::W;
+        sum = fma(load_lanes(a + c, lanes), load_lanes(b + c, lanes), sum);
+    }
+    return sum_of_lanes<T>(sum);
+}
+
+// `empty`: the state before is zeros; `wanted`: the state after is needed. Returns false, and changes no state, if a
+// number in q, k or v isn't finite.
 template <class T>
 bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t steps, bool empty, bool wanted) {
-    constexpr int W = Vec<T>::W;
-    if (!load_chunk(d, s, first, steps)) return false;
-    scores(s, steps, s.n);
-    if (!empty) {
-        multiply(s.H, s.value_row, false, s.Q, s.key_row, int64_t(1), s.C, s.value_row, steps, s.values, s.keys);
-        for (int64_t t = 0; t < steps; ++t)
-            for (int64_t c = 0; c < s.values; c += W)
-                store(s.H + t * s.value_row + c, splat(s.e[t]) * load(s.H + t * s.value_row + c));
-    }
-    multiply(s.H, s.value_row, !empty, s.S, s.step_row, int64_t(1), s.V, s.value_row, steps, s.values, steps, true);
-    for (int64_t t = 0; t < steps; ++t) {
-        if (d.mask && !d.mask[first + t]) {
-            zero_output(d, first + t);
-            continue;
+    const uint8_t* mask = d.mask ? d.mask + first : nullptr;
+    const int64_t at = first * d.x_time;
+    find_weights(d, s, first, steps);
+    const T kept = s.e[steps - 1];
+    read_rows<T>(d.k + at, d.x_time, d.keys, steps, mask, nullptr, 0, s.K_columns, s.step_row, s.weights,
+                 wanted ? s.weighted : nullptr);
+    if (!read_rows<T>(d.v + at, d.x_time, d.values, steps, mask, s.V, s.value_row, nullptr, 0)) return false;
+    // S = (Q·Kᵀ)∘D/N
+    const Factors<T> scores{d.q + at, d.x_time, 1, s.K_columns, s.step_row};
+    T e = 1, any = 0;
+    memset(s.shares, 0, size_t(s.steps) * sizeof(T));
+    for (int64_t r = 0; r < steps; r += kBlock) {
+        const int64_t end = r + kBlock < steps ? r + kBlock : steps;
+        multiply_triangle(s.S, s.step_row, scores, r, end, d.keys);
+        for (int64_t t = r; t < end; ++t) {
+            const T* gates = d.gates + (first + t) * d.gate_step;
+            T* row = s.S + t * s.step_row;
+            if (!mask || mask[t]) any += row[t] * T(0);  // NaN, if a number of the step's q or k isn't finite
+            e *= gates[kForgetGate * d.gate];
+            next_shares(s.shares, t, d.scale * gates[kInputGate * d.gate], gates[kForgetGate * d.gate]);
+            T sum = apply_shares(row, s.shares, t);
+            if (!empty) sum += e * dot_of(scores.a + t * d.x_time, s.n, d.keys);
+            const T by = divided(d, sum, gates[kFloor * d.gate]);
+            scale_row(row, by, t + 1), s.e[t] = e * by;
         }
-        const T floor = d.gates[(first + t) * d.gate_step + kFloor * d.gate];
-        const T size = s.sums[t] < 0 ? -s.sums[t] : s.sums[t];
-        const V<T> by = splat(T(1) / ((size < floor ? floor : size) + d.epsilon));
-        T* y = d.y + (first + t) * d.y_time;
-        for (int64_t c = 0; c < d.values; c += W)
-            store_lanes(y + c, load(s.H + t * s.value_row + c) * by, d.values - c < W ? int(d.values - c) : W);
     }
-    if (wanted) advance_state(s, steps, empty, s.C, s.n, s.C, s.n);
+    if (any != 0) return false;
+    T* y = d.y + first * d.y_time;
+    const Result<T> h(y, d.y_time, d.values, s.H, s.value_row);
+    if (!empty) {
+        multiply<Range::kAll>(h.at, h.row, false, {scores.a, d.x_time, 1, s.C, s.value_row}, steps, s.values, d.keys);
+        for (int64_t t = 0; t < steps; ++t) scale_row(h.at + t * h.row, s.e[t], s.values);
+    }
+    multiply<Range::kUpToRow>(h.at, h.row, !empty, {s.S, s.step_row, 1, s.V, s.value_row}, steps, s.values, steps);
+    h.finish(y, d.y_time, d.values, steps);
+    for (int64_t t = 0; t < steps && mask; ++t)
+        if (!mask[t]) zero_output(d, first + t);
+    if (wanted) advance_state(s, steps, empty, kept, s.C, s.n, s.C, s.n);
     return true;
 }
 
@@ -328,9 +412,9 @@ void load_state(const MemoryHead<T>& d, const Chunk<T>& s, const T* C, const T* 
     if (n) memcpy(n_to, n, size_t(d.keys) * sizeof(T));
 }
 template <class T>
-void store_state(const MemoryHead<T>& d, const Chunk<T>& s, T* C, T* n) {
-    for (int64_t k = 0; k < d.keys; ++k) memcpy(C + k * d.values, s.C + k * s.value_row, size_t(d.values) * sizeof(T));
-    memcpy(n, s.n, size_t(d.keys) * sizeof(T));
+void store_state(const MemoryHead<T>& d, const Chunk<T>& s, const T* C, const T* n, T* C_to, T* n_to) {
+    for (int64_t k = 0; k < d.keys; ++k) memcpy(C_to + k * d.values, C + k * s.value_row, size_t(d.values) * sizeof(T));
+    memcpy(n_to, n, size_t(d.keys) * sizeof(T));
 }
 
 template <class T>
@@ -383,7 +467,7 @@ void memory_head(const MemoryHead<T>& d) {
         }
     }
     if (d.C && empty) load_state<T>(d, s, nullptr, nullptr, s.C, s.n);
-    if (d.C) store_state(d, s, d.C, d.n);
+    if (d.C) store_state(d, s, s.C, s.n, d.C, d.n);
 }
 
 }  // namespace
