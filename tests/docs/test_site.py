@@ -60,10 +60,10 @@ def test_the_reference_has_every_layer():
     assert set(layers.__all__) - set(names_of("__init__")) - described("layers") == set()
 
 
-def test_the_gallery_has_eleven_short_programs_and_their_pictures():
+def test_the_gallery_has_twelve_short_programs_and_their_pictures():
     index = INDEXES[DOCS / "gallery" / "index.md"]
     programs = listed(DOCS / "gallery" / "index.md")
-    assert len(programs) == 11
+    assert len(programs) == 12
     for program in programs:
         text = program.with_suffix(".md").read_text(encoding="utf-8")
         title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
