@@ -18,10 +18,19 @@ WIDTH = 116  # of a line inside a class
 
 
 class Limit:
-    """The values that an argument may have: a test, its description in messages, and a hint that follows."""
+    """The values that an argument may have: a test, its description in messages, and a hint that follows.
 
-    def __init__(self, allows: Callable[[Any], bool], text: str, hint: str = "") -> None:
-        self.allows, self.text, self.hint = allows, text, hint
+    `options` are these values, if they are few.
+    """
+
+    def __init__(self, allows: Callable[[Any], bool], text: str, hint: str = "", options: tuple[Any, ...] = ()) -> None:
+        self.allows, self.text, self.hint, self.options = allows, text, hint, options
+
+
+def among(*options: Any, hint: str = "") -> Limit:
+    """Return the limit of an argument that has one of a few values."""
+    *others, last = map(repr, options)
+    return Limit(lambda value: value in options, f"to be {', '.join(others)} or {last}", hint, options)
 
 
 def _number(value: Any) -> bool:
@@ -125,7 +134,7 @@ KEYWORD = (
         False,
         "normalise each product, and a cell state before its activation, each times a gain: see `cellstack.reference`. "
         '"joint": the sum of the two products, and the cell state itself.',
-        Limit(lambda value: value in (False, True, "joint"), "to be True, False or 'joint'"),
+        among(True, False, "joint"),
     ),
     Argument(
         "heads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cellstack.cells.arguments import Argument, Limit
+from cellstack.cells.arguments import Argument, among
 from cellstack.cells.base import HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ CFC = Kind(
             "str",
             "default",
             '"default": the time gate mixes the candidates, `h = (1 - t)·g + t·k`; "no_gate": `h = g + t·k`.',
-            Limit(
-                lambda value: value in ("default", "no_gate"),
-                "to be 'default' or 'no_gate'",
-                ": ncps's 'pure' isn't supported, as it has neither these gates nor their weights",
+            among(
+                "default",
+                "no_gate",
+                hint=": ncps's 'pure' isn't supported, as it has neither these gates nor their weights",
             ),
         ),
     ),

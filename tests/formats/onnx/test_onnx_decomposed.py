@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import model
 
-from cellstack import cells, spec
-from cellstack.cells.base import HiddenState, Kind, State
+from cellstack import cells, reference, spec
+from cellstack.cells.base import HiddenState, Kind, State, prepared
 from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
 from cellstack.formats.onnx.decomposed.match import forms
@@ -105,7 +105,7 @@ def unrolled(cell, count=3):
     states = [ops.tensor(name, np.zeros((2, size), "f4")) for name, size in cell.spec.state_sizes.items()]
     kind = cell.spec.of_kind
     for n in range(count):
-        states = kind.step(ops, cell.spec, kind.inputs(ops, cell.spec, f"x{n}"), *states)[1]
+        states = kind.step(ops, cell.spec, prepared(ops, cell.spec, f"x{n}"), *states)[1]
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in ops.tensors}
     inputs = {f"x{n}": (TensorProto.FLOAT, [2, cell.spec.input_size]) for n in range(count)}
     return model(ops.nodes, inputs, {states[0]: 2}, arrays)
@@ -114,8 +114,8 @@ def unrolled(cell, count=3):
 def settings(described):
     """A description with the activation of each gate, however it was given."""
     own = {slot: str(text) for slot, text in zip(described.slots, described.activations, strict=True)}
-    if described.coupled:
-        del own["f"]
+    for gate in ("f",) if described.coupled else described.of_kind.fixed:
+        del own[gate]
     usual = {} if described.kind == "rnn" else {"recurrent_activation": "sigmoid"}
     return replace(described, activation="tanh", gate_activations=own, **usual)
 
@@ -181,7 +181,7 @@ def test_its_unrolled_steps(toys, name):
         {"kind": "rnn", "layer_norm": "joint"},
         {"kind": "gru", "attention": True},
         {"kind": "gru", "attention": True, "reset_after": False, "zoneout": 0.25},
-        {"kind": "cfc"},
+        {"kind": "cfc", "timespans": True, "mode": "no_gate", "use_bias": False},
         {"kind": "cfc", "timespans": True, "clip": 0.75, "zoneout": 0.25},
         {"kind": "ligru", "clip": 0.75, "zoneout": 0.25},
         {"kind": "ligru", "layer_norm": "joint", "use_bias": False},
@@ -214,6 +214,7 @@ def test_spellings(flags):
         {"kind": "ligru"},
         {"kind": "mingru"},
         {"kind": "minlstm"},
+        {"kind": "cfc", "timespans": True},
     ],
     ids=str,
 )
@@ -223,9 +224,18 @@ def test_unrolled_steps_with_flags(flags):
     check_same(operator.cells[0], cell)
 
 
+def test_of_a_cfc_s_equal_steps_only_the_sum_of_slope_and_time_gate_is_known():
+    rng = np.random.default_rng(5)
+    cell = some(rng, kind="cfc")
+    ((_, operator),) = find_decomposed(scope_of(unrolled(cell)))
+    x, found = rng.standard_normal((2, 4, cell.spec.input_size)), operator.cells[0]
+    y, expected = (reference.forward(one.spec, one.arrays, x).y for one in (found, cell))
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
 def test_every_combination_of_flags_is_a_form():
     count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
-    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2}
+    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2, "cfc": 12}
 
 
 @pytest.mark.parametrize("operator", ["Mul", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Add", "Sub"))])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import islice, permutations, product
 from typing import Any
@@ -28,8 +28,8 @@ VISITS = 4000, 100  # maximum number of values that are compared in a graph: at 
 
 # ── the steps of the kinds of cell ────────────────────────────────────────────────────────────────────────────────────
 
-CHOICES = {"bool": (False, True), "int": (0, 1), "bool | str": (False, True, "joint")}
-"""The values of flags in the forms of a kind, by type."""
+CHOICES = {"bool": (False, True), "int": (0, 1)}
+"""The values of flags in the forms of a kind, by type; those of other flags are their `Limit.options`."""
 
 Key = tuple[str, int | None, int]  # a block of an array: its name, the row where there are several, and its number
 
@@ -82,13 +82,19 @@ def forms(kind: Kind) -> tuple[Form, ...]:
     names = {*kind.settings} - {"use_bias", "learn_initial_state"}
     known = [entry for entry in fields(CellSpec) if entry.name in names]
     bounds = {entry.name: float(n) for n, entry in enumerate(known, 1) if entry.type == "float | None"}
-    switches = [entry for entry in known if entry.type in CHOICES and entry.default is not MISSING]
+    choices = {entry.name: _choices(kind, entry) for entry in known if entry.default is not MISSING}
+    switches = {name: values for name, values in choices.items() if values}
     found = []
-    for values in product(*(CHOICES[str(entry.type)] for entry in switches)):
-        flags = {entry.name: value for entry, value in zip(switches, values, strict=True)}
+    for values in product(*switches.values()):
+        flags = dict(zip(switches, values, strict=True))
         with suppress(ValueError):  # flags that exclude each other
             found.append(_form(kind, flags, bounds))
     return tuple(found)
+
+
+def _choices(kind: Kind, entry: Field[Any]) -> tuple[Any, ...]:
+    limit = kind.settings[entry.name].limit
+    return limit.options if limit is not None and limit.options else CHOICES.get(str(entry.type), ())
 
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
