@@ -11,6 +11,7 @@
 
 #include "bind_calls.h"
 #include "bind_mlstm.h"
+#include "bind_nodes.h"
 #include "bind_sessions.h"
 #include "bind_streams.h"
 
@@ -72,6 +73,7 @@ NB_MODULE(_kernel, m) {
     bind_streams(m);
     bind_calls(m);
     bind_mlstm(m);
+    bind_nodes(m);
     bind_sessions(m);
 
     m.def(

@@ -42,8 +42,15 @@ enum ActivationCode : int {
     kThresholdedRelu,
     kScaledTanh,
     kPositive,
-    kActivations
+    kActivations,
+    // of nodes only, in the order of kNodeActivations
+    kSilu = kActivations,
+    kGeluTanh,
+    kGelu
 };
+
+// Activations of layers without a state, in addition to those of cells; "gelu" in float32 only.
+inline constexpr const char* kNodeActivations[] = {"silu", "gelu_tanh", "gelu"};
 
 struct Activation {
     int code;

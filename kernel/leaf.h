@@ -17,6 +17,7 @@
 
 #include "description.h"
 #include "mlstm.h"
+#include "nodes.h"
 
 namespace cellstack {
 
@@ -275,6 +276,8 @@ struct Leaf {
     void (*memory_gates)(const MemoryGates<T>&);
     void (*memory_forward)(const MemoryHead<T>&);
     void (*memory_backward)(const MemoryHeadBack<T>&);
+    void (*norm)(const Norm<T>&);
+    void (*convolve)(const Convolution<T>&);
 
     const Tiles<T>& tiles_of(Element element) const {
         return element == Element::kBfloat16 ? bfloat16 : element == Element::kInt8 ? int8 : plain;

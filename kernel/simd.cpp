@@ -172,6 +172,7 @@ constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
             nullptr,   nullptr,
             nullptr,   activate<T>,
             nullptr,   nullptr,
+            nullptr,   nullptr,
             nullptr,   nullptr};
 }
 constexpr Leaf<double> kDouble{};
@@ -181,7 +182,8 @@ constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
     return {Vec<T>::W,         tiles_of<Plain<T>>(), bfloat16,           int8,
             pack<T>,           pack_narrow<T>,       pack_transposed<T>, forward<T>,
             backward<T>,       input_gradient<T>,    weight_gradient<T>, activate<T>,
-            memory_scratch<T>, memory_gates<T>,      memory_head<T>,     memory_head_back<T>};
+            memory_scratch<T>, memory_gates<T>,      memory_head<T>,     memory_head_back<T>,
+            norm_rows<T>,      convolve_rows<T>};
 }
 constexpr Leaf<double> kDouble = leaf<double>({}, {});
 #endif

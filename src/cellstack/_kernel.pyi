@@ -151,6 +151,23 @@ def weights(description: Description, element: str, arrays: tuple[_Array, ...], 
 THREAD_WORK: int
 SHORT_CHUNK: int
 
+NODE_ACTIVATIONS: tuple[str, ...]
+
+class Products:
+    def run(self, x: Any, threads: int) -> NDArray[Any] | None: ...
+
+def products(weights: list[Weights]) -> Products: ...
+
+class Norm:
+    def __init__(self, groups: int, centred: bool, epsilon: float, gain: Any, bias: Any) -> None: ...
+    def run(self, x: Any) -> NDArray[Any] | None: ...
+
+class Convolution:
+    def __init__(
+        self, taps: int, width: int, dilation: int, kernel: Any, bias: Any, code: int, alpha: float, beta: float
+    ) -> None: ...
+    def run(self, x: Any) -> NDArray[Any] | None: ...
+
 class Memory:
     def __init__(
         self,

@@ -32,12 +32,15 @@ if find_spec("cellstack._kernel") is None:  # installed without a compiler
 
 from cellstack import _kernel
 from cellstack._kernel import (
+    NODE_ACTIVATIONS,
     SHORT_CHUNK,
     THREAD_WORK,
     CallLock,
+    Convolution,
     Gradients,
     Layer,
     Memory,
+    Norm,
     Sequences,
     SessionTable,
     backward,
@@ -47,20 +50,24 @@ from cellstack._kernel import (
     memory_backward,
     memory_forward,
     prefer_large_pages,
+    products,
     session_steps,
     stack,
     stream,
 )
 from cellstack._kernel import weights as weights_at
-from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec
+from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec
 
 __all__ = [
+    "NODE_ACTIVATIONS",
     "SHORT_CHUNK",
     "THREAD_WORK",
     "CallLock",
+    "Convolution",
     "Gradients",
     "Layer",
     "Memory",
+    "Norm",
     "Sequences",
     "SessionTable",
     "backward",
@@ -70,6 +77,7 @@ __all__ = [
     "memory_backward",
     "memory_forward",
     "prefer_large_pages",
+    "products",
     "session_steps",
     "stack",
     "stream",
@@ -122,6 +130,25 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
     return array if array.flags.aligned else array.copy()
 
 
+def on_rows(run: Callable[..., NDArray[Any] | None], x: NDArray[Any], *given: Any) -> NDArray[Any]:
+    """Return `run(x, *given)`, of x made contiguous if necessary.
+
+    Args:
+        run: the method `run` of an object for a node without a state.
+        x: the input.
+        given: further arguments.
+
+    Raises:
+        TypeError: x has another dtype than the node, or too many axes.
+    """
+    y = run(x, *given)
+    if y is None:
+        y = run(plain(x), *given)
+        if y is None:
+            raise TypeError(f"expected x of the node's dtype and width and of at most 8 axes, got {x.dtype} {x.shape}")
+    return y
+
+
 def in_order(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a cell's arrays, or their gradients, in the kernel's order, that of `ARRAYS`; None for absent ones."""
     return tuple(map(arrays.get, ARRAYS))
@@ -148,21 +175,27 @@ def weights(
     return weights_at(description(spec), element or next(iter(arrays.values())).dtype.name, in_order(arrays), copy)
 
 
+LINEAR = ACTIVATIONS.index("linear"), 0.0, 0.0
+
+
 def dense(
-    kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activation, element: str | None = None
+    kernel: NDArray[Any],
+    bias: NDArray[Any] | None,
+    activation: tuple[int, float, float] = LINEAR,
+    element: str | None = None,
 ) -> _kernel.Weights:
     """Pack the weights of `activation(x·kernel + bias)` for the kernel.
 
     Args:
         kernel: `[I, O]`, float32 or float64.
         bias: `[O]` of the same dtype, or None.
-        activation: one of `ACTIVATIONS` with its parameters.
+        activation: the code of an activation, its place in `ACTIVATIONS` and after these in `NODE_ACTIVATIONS`, and its
+            parameters.
         element: the number format of the kernel, one of `ELEMENTS`; None: its dtype.
     """
     width, units = kernel.shape
-    code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
     flags = (bias is not None, False, False, False, False, False, False, False, False)
-    what = _kernel.Description("dense", width, units, units, [code], *flags, 0.0, math.inf, math.inf, 0.0, 0.0)
+    what = _kernel.Description("dense", width, units, units, [activation], *flags, 0.0, math.inf, math.inf, 0.0, 0.0)
     arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
     return weights_at(what, element or kernel.dtype.name, in_order(arrays))
 

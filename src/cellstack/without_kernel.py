@@ -119,6 +119,12 @@ class Weights:
         learned = any(name.startswith("initial") for name in given)
         self.spec = None if description.kind == "dense" else description.spec(learned)
 
+    def dense(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return the output of a dense layer in float64."""
+        ((code, alpha, beta),) = self.description.activations
+        z = x @ self.arrays["kernel"] + self.arrays.get("bias", 0.0)
+        return reference.ACTIVATIONS[ACTIVATIONS[code]][0](z, alpha, beta)
+
 
 weights = Weights
 
@@ -177,9 +183,7 @@ class Layer(NamedTuple):
             _refuse("patches need")
         own, places = self.weights, sequences.places
         if own.spec is None:
-            ((code, alpha, beta),) = own.description.activations
-            z = x @ own.arrays["kernel"] + own.arrays.get("bias", 0.0)
-            y = reference.ACTIVATIONS[ACTIVATIONS[code]][0](z, alpha, beta)
+            y = own.dense(x)
         else:
             before = [state[places] for state in self.before] if self.before else None
             done = reference.forward(own.spec, own.arrays, x, before, **sequences.flags)
@@ -208,6 +212,65 @@ def forward_each(runs: Sequence[tuple[Sequences, Sequence[Layer]]], threads: int
     for sequences, layers in runs:
         forward(sequences, layers, threads)
     return False
+
+
+NODE_ACTIVATIONS = ()  # NumPy computes all of them
+
+
+class Products:
+    """Dense layers that take equal parts of x, and return their y side by side."""
+
+    def __init__(self, weights: list[Weights]) -> None:
+        self.weights = weights
+
+    def run(self, x: NDArray[Any], threads: int) -> NDArray[Any]:
+        """Return y `[..., O]` of x `[..., I]`."""
+        parts = np.split(x, len(self.weights), axis=-1)
+        y = np.concatenate([own.dense(part) for own, part in zip(self.weights, parts, strict=True)], axis=-1)
+        return y.astype(x.dtype)
+
+
+products = Products
+
+
+class Norm(NamedTuple):
+    """A norm of each group of features; see kernel/nodes.h."""
+
+    groups: int
+    centred: bool
+    epsilon: float
+    gain: NDArray[Any] | None
+    bias: NDArray[Any] | None
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return y `[..., W]` of x `[..., W]`."""
+        z = x.reshape(*x.shape[:-1], self.groups, -1).astype(np.float64)
+        if self.centred:
+            z -= z.mean(axis=-1, keepdims=True)
+        y = (z / np.sqrt((z * z).mean(axis=-1, keepdims=True) + self.epsilon)).reshape(x.shape)
+        y = y if self.gain is None else y * self.gain
+        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+
+
+class Convolution(NamedTuple):
+    """A convolution of each feature by itself; see kernel/nodes.h."""
+
+    taps: int
+    width: int
+    dilation: int
+    kernel: NDArray[Any]
+    bias: NDArray[Any] | None
+    code: int
+    alpha: float
+    beta: float
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return y `[B, T', C]` of a padded x `[B, T, C]`."""
+        steps = x.shape[1] - (self.taps - 1) * self.dilation
+        z = np.zeros((len(x), steps, self.width)) if self.bias is None else np.float64(self.bias)
+        for tap in range(self.taps):
+            z = z + x[:, tap * self.dilation : tap * self.dilation + steps] * np.float64(self.kernel[tap].ravel())
+        return reference.ACTIVATIONS[ACTIVATIONS[self.code]][0](z, self.alpha, self.beta).astype(x.dtype)
 
 
 SHORT_CHUNK = 0  # all steps run one after the other

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import reference, spec
+from cellstack import native, reference, spec
 
 Array = NDArray[Any]
 
@@ -89,7 +89,7 @@ MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "exponential": np.exp,
     "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
 }
-"""Activations of nodes in addition to those of cells, `spec.ACTIVATIONS`; they run in NumPy, not in the kernel.
+"""Activations of nodes in addition to those of cells, `spec.ACTIVATIONS`, in NumPy; see `in_kernel`.
 
     softmax      e^z over its sum along the last axis      log_softmax  its logarithm
     silu         z·sigmoid(z)                              selu         1.0507·(z, or 1.6733·(e^z - 1) where negative)
@@ -99,6 +99,23 @@ MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 Ref: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; Klambauer et al. 2017, "Self-Normalizing Neural
 Networks", eq. 2.
 """
+
+
+@lru_cache(maxsize=256)
+def in_kernel(text: str, dtype: np.dtype[Any]) -> tuple[int, float, float] | None:
+    """Return the kernel's code of an activation and its parameters; None if layers without a state lack it there.
+
+    Args:
+        text: what `check_activation` returns.
+        dtype: float32 or float64.
+    """
+    if text in native.NODE_ACTIVATIONS:
+        code = len(spec.ACTIVATIONS) + native.NODE_ACTIVATIONS.index(text)
+        return None if text == "gelu" and dtype != np.float32 else (code, 0.0, 0.0)
+    if text in MORE_ACTIVATIONS:
+        return None
+    name, alpha, beta = spec.activation(text)
+    return spec.ACTIVATIONS.index(name), alpha, beta
 
 
 @lru_cache(maxsize=256)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from cellstack import native, spec
+from cellstack import native
 from cellstack.bfloat16 import BFloat16Array, rounded
-from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
+from cellstack.nodes.activations import activation_function, activation_gradient, check_activation, in_kernel
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -39,6 +39,7 @@ class Products(Stepwise):
     kernel: Array
     bias: Array | None
     units: int
+    _made: dict[str | None, tuple[list[Any], Any]]  # what `layers_in` returns, by number format
     multiplied = ("kernel",)
 
     def _take_arrays(self, *axes: str) -> tuple[int, ...]:
@@ -57,7 +58,7 @@ class Products(Stepwise):
         whole = np.empty(0, np.float32) if isinstance(stored, BFloat16Array) else stored
         object.__setattr__(self, "dtype", one_dtype(owner, {"kernel": whole, "bias": self.bias}))
         object.__setattr__(self, "_stored", stored)
-        object.__setattr__(self, "_packed", {})
+        object.__setattr__(self, "_made", {})
         object.__setattr__(self, "input_size", groups * shape[-2])
         object.__setattr__(self, "units", groups * shape[-1])
         return shape
@@ -92,8 +93,8 @@ class Products(Stepwise):
     def check(self, owner: str, *shapes: Shape) -> Shape:
         return (*super().check(owner, *shapes)[:-1], self.units)
 
-    def packed_in(self, weights: str | None) -> Any:
-        """Return the weights in the kernel's layout, packed at the first use and shared by runs and streams.
+    def layers_in(self, weights: str | None) -> tuple[list[Any], Any]:
+        """Return the matrices in the kernel's layout, and the object that multiplies them; made at the first use.
 
         Args:
             weights: one of `WEIGHTS`; None: their own number format. A float64 node has only its own.
@@ -101,16 +102,20 @@ class Products(Stepwise):
         Raises:
             TypeError, ValueError: see `Cell.pack`.
         """
-        if weights is None or (weights == "float32" and self.dtype == np.float64):
-            weights = self.weights
-        packed = self.__dict__["_packed"]
-        if weights not in packed:
-            assert self.dtype is not None
-            check_narrow(type(self).__name__, weights, self.dtype, self.kernel.shape[-2])
-            packed[weights] = self._pack(weights)
-        return packed[weights]
+        found = self._made.get(weights)
+        if found is None:
+            own = self.weights
+            used = own if weights is None or (weights == "float32" and own == "float64") else weights
+            found = self._made.get(used)
+            if found is None:
+                assert self.dtype is not None
+                check_narrow(type(self).__name__, used, self.dtype, self.kernel.shape[-2])
+                layers = self._pack(used)
+                found = self._made[used] = layers, native.products(layers)
+            self._made[weights] = found
+        return found
 
-    def _pack(self, weights: str) -> Any:
+    def _pack(self, weights: str) -> list[Any]:
         raise NotImplementedError
 
     def product(self, x: Array, weights: str | None = None, threads: int = 1) -> Array:
@@ -118,10 +123,10 @@ class Products(Stepwise):
 
         Args:
             x: the input.
-            weights: see `packed_in`.
+            weights: see `layers_in`.
             threads: the number of threads that the kernel may use.
         """
-        raise NotImplementedError
+        return native.on_rows(self.layers_in(weights)[1].run, x, threads)
 
     def apply(self, x: Array) -> Array:
         """Return `[..., O]` for `x [..., I]`.
@@ -144,7 +149,7 @@ class Products(Stepwise):
         threads: int,
         weights: str | None = None,
     ) -> Flow:
-        """See `Node.run` and `packed_in`."""
+        """See `Node.run` and `layers_in`."""
         (flow,) = flows
         return Flow(self.product(flow.x, weights, threads), self.mask_of(flows), flow.reset)
 
@@ -206,24 +211,28 @@ class Dense(Products):
         """The weights in the kernel's layout and in their own number format."""
         return self.packed_in(None)
 
-    def _pack(self, weights: str) -> Any:
-        activation = spec.activation("linear" if self.numpy_activation else self.activation)
-        return native.dense(self.kernel, self.bias, activation, weights)
+    def packed_in(self, weights: str | None) -> Any:
+        """Return the weights in the kernel's layout: see `layers_in`."""
+        (layer,), _ = self.layers_in(weights)
+        return layer
+
+    def _pack(self, weights: str) -> list[Any]:
+        assert self.dtype is not None
+        activation = in_kernel(self.activation, self.dtype) or native.LINEAR
+        return [native.dense(self.kernel, self.bias, activation, weights)]
 
     @cached_property
     def numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
-        return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
+        assert self.dtype is not None
+        return None if in_kernel(self.activation, self.dtype) else activation_function(self.activation)
 
     @property
     def kernel_layers(self) -> KernelLayers:
         return KernelLayers((((self,), False),), 1, finish=self.numpy_activation)
 
     def product(self, x: Array, weights: str | None = None, threads: int = 1) -> Array:
-        x = np.require(x, requirements=("C", "A"))
-        y = np.empty((*x.shape[:-1], self.units), x.dtype)
-        rows = native.Sequences(1, x.size // x.shape[-1], x, 0, x.shape[-1])
-        native.forward(rows, [native.Layer(self.packed_in(weights), y=y)], threads)
+        y = super().product(x, weights, threads)
         return self.numpy_activation(y) if self.numpy_activation else y
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
@@ -275,20 +284,11 @@ class GroupedDense(Products):
         for n in range(each):
             wide[:, n, :, n] = kernel[n::each]
         matrices = wide.reshape(groups // each, each * inputs, each * outputs)
-        return [native.dense(matrix, None, spec.activation("linear"), weights) for matrix in matrices]
-
-    def product(self, x: Array, weights: str | None = None, threads: int = 1) -> Array:
-        matrices = self.packed_in(weights)
-        count = len(matrices)
-        inputs, rows = x.shape[-1] // count, x.reshape(1, -1, x.shape[-1])
-        parts = np.empty((count, rows.shape[1], self.units // count), x.dtype)
-        for number, packed in enumerate(matrices):
-            own = native.sequences(rows[:, :, number * inputs : (number + 1) * inputs])
-            native.forward(own, [native.Layer(packed, y=parts[number])], threads)
-        y = parts.swapaxes(0, 1).reshape(*x.shape[:-1], self.units)
-        if self.bias is not None:
-            y += self.bias
-        return y
+        biases = np.zeros(0) if self.bias is None else self.bias.reshape(len(matrices), -1)
+        return [
+            native.dense(matrix, None if self.bias is None else biases[n], element=weights)
+            for n, matrix in enumerate(matrices)
+        ]
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         groups, inputs, outputs = self.kernel.shape
@@ -300,5 +300,5 @@ class GroupedDense(Products):
         return f"{len(self.kernel)} groups"
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        count = len(self.packed_in(None))
+        count = len(self.layers_in(None)[0])
         return f"fused kernel ({native.isa()}, {dtype}{self.narrowed}): {count} product{'s' if count > 1 else ''}"

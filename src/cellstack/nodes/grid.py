@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from cellstack import native, spec
+from cellstack import native
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -302,7 +302,7 @@ class GridConv(Grid):
     @cached_property
     def _packed(self) -> Any:
         """The convolution as a dense layer in the layout of `native`, packed at the first use."""
-        return native.dense(self.kernel.reshape(-1, self.filters), self.bias, spec.activation("linear"))
+        return native.dense(self.kernel.reshape(-1, self.filters), self.bias)
 
     def over(self, wide: Array) -> Array:
         """Return `[B, T', …, F]` for a padded input: the product of each window with the kernel."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack import native
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -42,6 +44,11 @@ def _check_arrays(node: Any) -> None:
     if width != ("W",):
         object.__setattr__(node, "dtype", one_dtype(owner, {"gain": node.gain, "bias": node.bias}))
         object.__setattr__(node, "input_size", width[0])
+
+
+def _in_kernel(node: Any, groups: int, centred: bool) -> native.Norm:
+    """Return the kernel's object for a norm of each step."""
+    return native.Norm(groups, centred, node.epsilon, node.gain, node.bias)
 
 
 def _scaled(node: Any, y: Array) -> Array:
@@ -104,9 +111,11 @@ class LayerNorm(Stepwise):
 
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` normalised over its last axis."""
-        y = _centred(x)
-        y /= _root_mean_square(y, self.epsilon)
-        return _scaled(self, y)
+        return native.on_rows(self._kernel.run, x)
+
+    @cached_property
+    def _kernel(self) -> native.Norm:
+        return _in_kernel(self, 1, True)
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         y = _centred(run.inputs[0].x)
@@ -152,8 +161,11 @@ class RMSNorm(Stepwise):
 
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` divided by its root mean square over the last axis."""
-        x = np.ascontiguousarray(x)
-        return _scaled(self, x / _root_mean_square(x, self.epsilon))
+        return native.on_rows(self._kernel.run, x)
+
+    @cached_property
+    def _kernel(self) -> native.Norm:
+        return _in_kernel(self, 1, False)
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         x = np.ascontiguousarray(run.inputs[0].x)
@@ -240,9 +252,11 @@ class GroupNorm(Node):
         """Return `x [..., W]` normalised; over time, `x [B, T, W]`."""
         if self.over_time:
             return _scaled(self, self._parts(x, mask)[3].astype(x.dtype).reshape(x.shape))
-        y = _centred(self._grouped(x))
-        y /= _root_mean_square(y, self.epsilon)
-        return _scaled(self, y.reshape(x.shape))
+        return native.on_rows(self._kernel.run, x)
+
+    @cached_property
+    def _kernel(self) -> native.Norm:
+        return _in_kernel(self, self.groups, True)
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows

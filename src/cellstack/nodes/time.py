@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from cellstack import native, spec
-from cellstack.nodes.activations import MORE_ACTIVATIONS, activation_function, activation_gradient, check_activation
+from cellstack import native
+from cellstack.nodes.activations import activation_function, activation_gradient, check_activation, in_kernel
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -165,13 +165,25 @@ class Conv1D(Node):
     @cached_property
     def _numpy_activation(self) -> Callable[[Array], Array] | None:
         """The activation as a NumPy function if the kernel doesn't implement it, else None."""
-        return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
+        assert self.dtype is not None
+        return None if in_kernel(self.activation, self.dtype) else activation_function(self.activation)
 
     @cached_property
     def _packed(self) -> Any:
         """The convolution as a dense layer `[K·C, F]` in the layout of `native`, packed at the first use."""
-        within = spec.activation("linear" if self._numpy_activation else self.activation)
+        assert self.dtype is not None
+        within = in_kernel(self.activation, self.dtype) or native.LINEAR
         return native.dense(self.kernel.reshape(-1, self.kernel.shape[2]), self.bias, within)
+
+    @cached_property
+    def _each_channel(self) -> Any:
+        """The convolution of each channel by itself, with one filter, by the kernel; None if it is another one."""
+        taps, channels, filters = self.kernel.shape
+        if channels > 1 or filters > self.groups or self.strides > 1:
+            return None
+        assert self.dtype is not None
+        within = in_kernel(self.activation, self.dtype) or native.LINEAR
+        return native.Convolution(taps, filters, self.dilation, self.kernel, self.bias, *within)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, *shapes)
@@ -199,11 +211,9 @@ class Conv1D(Node):
             rows = native.Sequences(batch, count, x, steps * channels, self.strides * channels)
             native.forward(rows, [native.Layer(self._packed, y=y)], 1)
             return y if self._numpy_activation is None else self._numpy_activation(y)
-        if channels == 1 and filters == self.groups:  # each channel by itself: one tap of all windows at a time
-            last = (count - 1) * self.strides + 1
-            taken = [x[:, tap * self.dilation : tap * self.dilation + last : self.strides] for tap in range(taps)]
-            y = reduce(np.add, map(np.multiply, taken, self.kernel[:, 0]))
-            return self._finished(y)
+        if self._each_channel is not None:
+            y = native.on_rows(self._each_channel.run, x)
+            return y if self._numpy_activation is None else self._numpy_activation(y)
         view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
         view = view.reshape(batch, count, self.groups, channels, taps)
         if self.by_steps:  # a separate product per window, so that its bits don't depend on the number of windows

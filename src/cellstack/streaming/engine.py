@@ -71,7 +71,7 @@ class Engine:
             rule = rules[name]
             if isinstance(node, Products):
                 rule = rule._replace(step=partial(node.product, weights=weights, threads=self.threads))
-                node.packed_in(weights)  # an unsupported format is an error now, not in a step
+                node.layers_in(weights)  # an unsupported format is an error now, not in a step
             on = tuple(places[source] for source in call.sources)
             if call.layers is not None:
                 place = self._kernel_call(call, on)
