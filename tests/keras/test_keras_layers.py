@@ -29,6 +29,11 @@ FLAGS = {
     "GRU": ("GRU", {"layer_norm": True, "zoneout": 0.2, "learn_initial_state": True}),
     "GRU, reset before": ("GRU", {"reset_after": False, "recurrent_activation": "hard_sigmoid", "clip": 1.0}),
     "SimpleRNN": ("SimpleRNN", {"layer_norm": True, "activation": "relu"}),
+    "MinGRU": ("MinGRU", {"layer_norm": True, "learn_initial_state": True}),
+    "MinLSTM": ("MinLSTM", {"clip": 2.0}),
+    "LiGRU": ("LiGRU", {"zoneout": 0.2}),
+    "SLSTM": ("SLSTM", {"heads": 5}),
+    "SLSTM, exponential forget gate": ("SLSTM", {"exponential_forget": True, "use_bias": False}),
 }
 
 
@@ -75,6 +80,13 @@ def test_each_head_is_initialised_by_itself():
         for head in heads:
             torch.testing.assert_close(head @ head.T, torch.eye(4), atol=1e-5, rtol=0)  # orthogonal
         assert not torch.allclose(heads[0], heads[1], atol=0.1)
+
+
+def test_the_forget_gate_s_bias_is_initialised_as_in_our_torch_layer():
+    for kind, flags in (("LSTM", {}), ("SLSTM", {}), ("SLSTM", {"exponential_forget": True})):
+        ours, theirs = getattr(layers, kind)(3, **flags, input_size=2), getattr(ours_for_keras, kind)(3, **flags)
+        theirs.build((None, None, 2))
+        np.testing.assert_array_equal(theirs.get_weights()[-1], ours.get_weights()[-1])
 
 
 def test_an_initial_state_is_used_and_checked():

@@ -33,14 +33,18 @@ if _keras.backend.backend() != "torch":
     raise ImportError(f"{_NEEDS}; it is set to {_keras.backend.backend()}", name="keras")
 
 from cellstack.keras.calls import Calls, calls
-from cellstack.keras.layers import GRU, LSTM, SimpleRNN
+from cellstack.keras.layers import GRU, LSTM, SLSTM, LiGRU, MinGRU, MinLSTM, SimpleRNN
 from cellstack.keras.patching import accelerate, patch, restore, unpatch
 from cellstack.keras.plan import plan
 
 __all__ = [
     "GRU",
     "LSTM",
+    "SLSTM",
     "Calls",
+    "LiGRU",
+    "MinGRU",
+    "MinLSTM",
     "SimpleRNN",
     "accelerate",
     "calls",

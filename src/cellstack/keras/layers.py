@@ -1,4 +1,4 @@
-"""`LSTM`, `GRU` and `SimpleRNN` as Keras layers, with all flags of our cells.
+"""All kinds of cell as Keras layers, with all flags of our cells.
 
 They work with functional models, `fit`, `summary`, masks, `Bidirectional`, and files, which need `import
 cellstack.keras` before they are loaded. They need the torch backend.
@@ -43,3 +43,51 @@ class SimpleRNN(Recurrent):
     """
 
     kind = "rnn"
+
+
+class MinGRU(Recurrent):
+    """Minimal gated recurrent units for Keras, without a product with h.
+
+    >>> import keras
+    >>> y = MinGRU(4)(keras.ops.zeros((2, 5, 6)))
+    >>> tuple(y.shape)
+    (2, 4)
+    """
+
+    kind = "mingru"
+
+
+class MinLSTM(Recurrent):
+    """A minimal long short-term memory for Keras, without a product with h.
+
+    >>> import keras
+    >>> y = MinLSTM(4)(keras.ops.zeros((2, 5, 6)))
+    >>> tuple(y.shape)
+    (2, 4)
+    """
+
+    kind = "minlstm"
+
+
+class LiGRU(Recurrent):
+    """Light gated recurrent units for Keras.
+
+    >>> import keras
+    >>> y = LiGRU(4, return_sequences=True)(keras.ops.zeros((2, 5, 6)))
+    >>> tuple(y.shape)
+    (2, 5, 4)
+    """
+
+    kind = "ligru"
+
+
+class SLSTM(Recurrent):
+    """The sLSTM of the xLSTM for Keras.
+
+    >>> import keras
+    >>> y = SLSTM(4, heads=2)(keras.ops.zeros((2, 5, 6)))
+    >>> tuple(y.shape)
+    (2, 4)
+    """
+
+    kind = "slstm"

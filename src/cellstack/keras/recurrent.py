@@ -11,7 +11,7 @@ import keras
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import Argument, sign
 from cellstack.keras import cells, torch_backend
-from cellstack.layers.cell import ROLES
+from cellstack.layers.cell import ROLES, usual_forget_bias
 from cellstack.spec import CellSpec, as_flag, as_integer, check_state
 
 _ops: Any = keras.ops
@@ -81,7 +81,7 @@ class Recurrent(keras.layers.Layer):
             return self.add_weight(shape=shape, name=name, initializer=first)
         made = {kind: self._made[f"{role}_{kind}"] for kind in _TABLES}
         if name == "bias" and self._given.get("unit_forget_bias") and "f" in self._spec.gates:
-            made["initializer"] = _forgetting(made["initializer"], self.units, self._spec.gates.index("f"))
+            made["initializer"] = _forgetting(made["initializer"], self._spec)
         if name == "recurrent_kernel" and self._spec.heads > 1:
             made["initializer"] = _by_head(made["initializer"])
         return self.add_weight(shape=shape, name=name, **made)
@@ -186,12 +186,13 @@ def _by_head(initializer: Any) -> Any:
     return every
 
 
-def _forgetting(initializer: Any, units: int, at: int) -> Any:
-    """Return an initialiser of a bias that sets the forget gate's block, the one at `at`, to ones."""
+def _forgetting(initializer: Any, spec: CellSpec) -> Any:
+    """Return an initialiser of a bias that sets the forget gate's block to its usual value."""
+    units, at = spec.units, spec.gates.index("f")
 
     def first(shape: Any, dtype: Any = None) -> Any:
         ahead, behind = at * units, shape[0] - (at + 1) * units
-        parts = [initializer((ahead,), dtype=dtype), _ops.ones((units,), dtype=dtype)]
+        parts = [initializer((ahead,), dtype=dtype), _ops.full((units,), usual_forget_bias(spec), dtype=dtype)]
         return _ops.concatenate([*parts, initializer((behind,), dtype=dtype)])
 
     return first

@@ -66,6 +66,11 @@ ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
 _TABLES = {"initializer": weights.INITIALIZERS, "regularizer": weights.REGULARIZERS, "constraint": weights.CONSTRAINTS}
 
 
+def usual_forget_bias(spec: CellSpec) -> float:
+    """Return the value with which `unit_forget_bias` initialises: exp keeps everything at 0, and σ most of it at 1."""
+    return 0.0 if spec.exponential_forget else 1.0
+
+
 class Cell(Layer):
     """Base class of the cells. Their arrays (`CellSpec.shapes`) are created in the constructor or at the first call.
 
@@ -276,7 +281,7 @@ class Cell(Layer):
         """Initial value of the forget gate's bias; None: there is none, or `bias_initializer` determines it."""
         given = self._config.get("forget_bias")
         if given is None and self.unit_forget_bias:
-            given = 0.0 if self._spec.exponential_forget else 1.0  # at which exp keeps everything, and σ most of it
+            given = usual_forget_bias(self._spec)
         return given if "f" in self._spec.gates else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cell:

@@ -34,6 +34,10 @@ LAYERS = {
     "GRU": lambda: ours.GRU(4, layer_norm=True, return_sequences=True, dropout=0.3, recurrent_dropout=0.2),
     "GRU, before": lambda: ours.GRU(4, reset_after=False, clip=2.0, zoneout=0.1),
     "SimpleRNN": lambda: ours.SimpleRNN(4, activation="softsign", learn_initial_state=True, zero_output_for_mask=True),
+    "SLSTM": lambda: ours.SLSTM(4, heads=2, exponential_forget=True, return_sequences=True),
+    "MinGRU": lambda: ours.MinGRU(4, layer_norm=True),
+    "MinLSTM": lambda: ours.MinLSTM(4, use_bias=False),
+    "LiGRU": lambda: ours.LiGRU(4),
     "both ways": lambda: keras.layers.Bidirectional(ours.LSTM(4, peepholes=True, return_sequences=True)),
     "two ways": lambda: keras.layers.Bidirectional(
         ours.GRU(4), backward_layer=ours.LSTM(5, proj_size=4, go_backwards=True)
