@@ -103,9 +103,9 @@ Ref, and where we differ:
     Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 8 to 17: the sLSTM; their z is g here, and their
         initial m, minus infinity, follows from n = 0 here, for each row and unit. NX-AI's `xlstm` does this for a whole
         batch: if any n isn't 0, an m of 0 takes part in every maximum.
-    Hasani et al. 2022, "Closed-form continuous-time neural networks", eq. 4: the CfC, with our 1 - t as their σ, so
-        that s and z_t are -f and their offset; as in ncps, which has their backbone too, and calls g, k, s and z_t
-        ff1, ff2, time_a and time_b.
+    Hasani et al. 2022, "Closed-form continuous-time neural networks": the CfC. Their f is s,
+        their h is k, and our 1 - t is their σ(-f·τ), with an additional offset, -z_t, as in ncps. Their products with
+        the state and x pass through a network first, the backbone; ours don't, as in ncps's networks with wirings.
     torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".
 """
 

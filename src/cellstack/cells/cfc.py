@@ -70,5 +70,5 @@ CFC = Kind(
         "g": "candidate for short times: the new h where the time gate is 0",
         "k": "candidate for long times: the new h where the time gate is 1",
     },
-    ref='Hasani et al. 2022, "Closed-form continuous-time neural networks", eq. 4',
+    ref='Hasani et al. 2022, "Closed-form continuous-time neural networks"',
 )

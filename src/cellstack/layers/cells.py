@@ -159,7 +159,7 @@ class CfCCell(Cell):
     >>> tuple(h.shape), tuple(cell.kernel.shape)
     ((2, 4), (5, 16))
 
-    Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks", eq. 4, without a backbone, as in the
+    Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks", without a backbone, as in the
     package ncps's networks with wirings.
     """
 
