@@ -30,7 +30,7 @@ def main():
     (cell,) = cs.from_torch(theirs).cells
     with torch.no_grad():
         for name, array in cell.arrays.items():
-            getattr(cfc.cell, name).copy_(torch.from_numpy(array))
+            getattr(cfc.cell, name).copy_(torch.tensor(array))
     runs = {"CfC": (cfc, cfc), "LSTM": (lstm, lstm), "ncps": (lambda x: theirs(x)[0], theirs)}
     print(f"I = H = {units}, one thread, {native.isa()}; µs per step, and ratio to the CfC")
 
@@ -53,7 +53,7 @@ def main():
         kernel, recurrent_kernel, bias = train(*runs["CfC"])
         given = train(*runs["ncps"])
         for ours, other in ((torch.cat([kernel, recurrent_kernel]), given[::2]), (bias, given[1::2])):
-            whole = torch.cat(other).T
+            whole = torch.cat(other).t()
             torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
         report(f"B = {batch} forward", {name: lambda run=run: forward(run) for name, (run, _) in runs.items()}, steps)
         report(f"B = {batch} training", {name: lambda pair=pair: train(*pair) for name, pair in runs.items()}, steps)
