@@ -128,12 +128,19 @@ def compared_with_the_stream(net, inside, steps=20):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "first"), [("float32", 0), pytest.param("float32", 1, marks=pytest.mark.slow), ("float64", 0)]
+    ("dtype", "seeds"),
+    [
+        ("float32", range(0, 30, 3)),
+        ("float64", range(1, 30, 6)),
+        pytest.param("float32", [*range(1, 30, 3), *range(2, 30, 3)], marks=pytest.mark.slow),
+        pytest.param("float64", range(0, 30, 2), marks=pytest.mark.slow),
+    ],
+    ids=["float32", "float64", "float32, more", "float64, more"],
 )
 @pytest.mark.parametrize("kind", GATES)
-def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype, first):
+def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype, seeds):
     networks = {}
-    for seed in range(first, 30, 2):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         networks[f"{kind}_{seed}"] = Network([Recurrent((fill(rng, random_spec(rng, kind, 12), dtype),))])
     for name, inside in build(tmp_path, networks).items():
@@ -152,9 +159,18 @@ def test_all_flags_are_covered():
     assert all(own[kind] <= seen for kind, seen in flags.items())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_random_networks(tmp_path, dtype):
-    networks = {f"net{seed}": make_network(seed, dtype, streams=True) for seed in range(40)}
+@pytest.mark.parametrize(
+    ("dtype", "seeds"),
+    [
+        ("float32", range(20)),
+        ("float64", range(20, 30)),
+        pytest.param("float32", range(20, 60), marks=pytest.mark.slow),
+        pytest.param("float64", range(30, 60), marks=pytest.mark.slow),
+    ],
+    ids=["float32", "float64", "float32, more", "float64, more"],
+)
+def test_random_networks(tmp_path, dtype, seeds):
+    networks = {f"net{seed}": make_network(seed, dtype, streams=True) for seed in seeds}
     for name, inside in build(tmp_path, networks).items():
         compared_with_the_stream(networks[name], inside)
 

@@ -135,7 +135,9 @@ def by_onnxruntime(spec, arrays, x, state, lengths=None, reverse=False):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
     onnx.checker.check_model(model)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     y, *after = session.run(None, inputs)
     return y[:, 0].transpose(1, 0, 2), tuple(a[0] for a in after)
 

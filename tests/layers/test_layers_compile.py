@@ -89,7 +89,12 @@ def check(name, backend):
             torch.testing.assert_close(a.grad, b.grad, msg=f"{key} in call {call}")
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# Each kind of cell and each way to run it. The others are slower, and test_compiled_by_inductor has all.
+MOST = ["gru", "gru, reset before", "gru, torch loop", "minimal gru", "minimal lstm", "flags", "residual", "lstm"]
+MOST += ["backwards", "bidirectional", "dropout"]
+
+
+@pytest.mark.parametrize("name", MOST)
 def test_compiled_in_one_graph(name):
     check(name, "aot_eager")
 
@@ -132,9 +137,11 @@ def test_compiled_stateful(make):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+EXPORTED = ["lstm", "stack", "bidirectional", "gru", "minimal gru", "minimal lstm", "flags", "residual"]
+
+
 @pytest.mark.parametrize(
-    "name", ["lstm", "stack", "bidirectional", "gru", "minimal gru", "minimal lstm", "flags", "residual"]
+    ("name", "strict"), [*((name, False) for name in EXPORTED), ("lstm", True), ("bidirectional", True)]
 )
 def test_exported_whole(name, strict):
     layer = LAYERS[name]().eval()

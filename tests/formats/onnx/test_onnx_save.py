@@ -539,6 +539,7 @@ def test_onnx_runtime_does_not_warn_of_a_file(tmp_path, capfd):
     path = str(tmp_path / "net.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2  # warnings
+    options.intra_op_num_threads = 1
     warned = 0
     networks = [*(make_graph(seed)[0] for seed in range(40)), *(make_network(seed) for seed in range(40))]
     networks += masked_networks(np.random.default_rng(0)).values()

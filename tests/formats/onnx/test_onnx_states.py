@@ -29,6 +29,7 @@ def floats(*shape, seed=0):
 def runtime(path, feeds, outputs=None):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options).run(outputs, feeds)
 
 
