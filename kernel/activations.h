@@ -80,10 +80,26 @@ INLINE V<T> slope(const Activation& activation, V<T> y) {
 
 constexpr Activation kUsualTanh = {kTanh, 0, 0}, kUsualSigmoid = {kSigmoid, 0, 0};
 
+// For a gate without a default: one copy for all kinds, as the switch has a branch for every activation.
+template <class T>
+NOINLINE V<T> any_activation(const Activation& activation, V<T> z) {
+    return apply<T>(activation, z);
+}
+
+// Whether gates with a default have copies of that switch, which saves a call per vector: not in float64, which is
+// seldom used where speed matters.
+template <class T>
+constexpr bool kInlined = sizeof(T) == 4;
+
 // The activation of a gate whose default is tanh (`Tanh`) or sigmoid.
 template <class T, bool Usual, bool Tanh>
 INLINE V<T> act(const Activation& activation, V<T> z) {
-    return apply<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : activation, z);
+    if constexpr (Usual)
+        return apply<T>(Tanh ? kUsualTanh : kUsualSigmoid, z);
+    else if constexpr (kInlined<T>)
+        return apply<T>(activation, z);
+    else
+        return any_activation<T>(activation, z);
 }
 
 // The values of the activations at the bounds of a clip: at or beyond them the derivative of a gate is 0.
@@ -98,27 +114,28 @@ struct Limits {
             // a thresholded ReLU is 0 in between, so its bounds are those of z
             const Activation a =
                 d.activations[k].code == kThresholdedRelu ? Activation{kLinear, 0, 0} : d.activations[k];
-            const V<T> first = apply<T>(a, -end), second = apply<T>(a, end);
+            const V<T> first = any_activation<T>(a, -end), second = any_activation<T>(a, end);
             low[k] = first < second ? first : second, high[k] = first < second ? second : first;
         }
     }
 };
 
-template <class T, bool Plain, bool Usual, bool Tanh>
-INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
-    const V<T> s = slope<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : d.activations[gate], y);
-    if (Plain || !limits.on) return s;
-    return ((y > limits.low[gate]) & (y < limits.high[gate])) ? s : splat(T(0));
+template <class T>
+INLINE V<T> within(const Limits<T>& limits, int gate, V<T> y, V<T> slope) {
+    if (!limits.on) return slope;
+    return ((y > limits.low[gate]) & (y < limits.high[gate])) ? slope : splat(T(0));
 }
 
-// For a gate without a default: one copy for all kinds, as the switch has a branch for every activation.
-template <class T>
-NOINLINE V<T> any_activation(const Activation& activation, V<T> z) {
-    return apply<T>(activation, z);
-}
 template <class T>
 NOINLINE V<T> any_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
-    return gate_slope<T, false, false, false>(d, limits, gate, y);
+    return within(limits, gate, y, slope<T>(d.activations[gate], y));
+}
+
+template <class T, bool Plain, bool Usual, bool Tanh>
+INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
+    if constexpr (!Usual && !kInlined<T>) return any_slope<T>(d, limits, gate, y);
+    const V<T> s = slope<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : d.activations[gate], y);
+    return Plain ? s : within(limits, gate, y, s);
 }
 
 }  // namespace

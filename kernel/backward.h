@@ -147,7 +147,7 @@ void output_gradient(const Backward<T>& f, int64_t r, int64_t n, int64_t columns
 
 // A masked row: its gradients pass to the step before, and its dz is zero.
 template <class T>
-void mask_row(const Backward<T>& f, int64_t r, int64_t n) {
+NOINLINE void mask_row(const Backward<T>& f, int64_t r, int64_t n) {
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
@@ -165,10 +165,11 @@ void mask_row(const Backward<T>& f, int64_t r, int64_t n) {
     });
 }
 
-template <class T, class Cell, bool Resets, bool Usual>
+template <class T>
 void run_rows_back(Backward<T>& f) {
-    constexpr int W = Vec<T>::W, wide = 4 * W;
+    constexpr int wide = 4 * Vec<T>::W;
     const Description& d = *f.d;
+    const BackwardRoutines<T>& kind = backward_routines<T>(d.kind, d.usual());
     const int64_t H = d.units, columns = (d.output + wide - 1) / wide * wide,
                   unit_columns = (H + wide - 1) / wide * wide;
     const int64_t dz_rows = (f.last - f.first) * f.batch, each_step = phases_of_step(d);
@@ -196,44 +197,26 @@ void run_rows_back(Backward<T>& f) {
                 if (!used)
                     mask_row(f, r, n);
                 else
-                    Cell::template row_back<T, Usual>(f, limits, r, n, columns, unit_columns);
+                    kind.row(f, limits, r, n, columns, unit_columns);
             });
-        }
-        if constexpr (!Resets) continue;
-        if (part == 1) {
+        } else if (part == 1) {
             // At this point dz of r is zero, so the product doesn't include it; the next phase computes it.
             const Outputs<T> own(f);
             to_dm(f.dz, d.gates(), f.blocks, f.candidate_t, f.band, d.output, own.panel, own.end_panel);
-        } else if (part == 2) {
+        } else {
             rows([&](int64_t r, bool used) {
-                if (!used) return;
-                each_block(f, r, t, [&](const Place& at) INLINED {
-                    const V<T> dm = load(f.dm + r * unit_columns + at.unit);
-                    if constexpr (Resets) Cell::template reset_back<T, Usual>(f, limits, n, columns, at, dm);
-                });
+                if (used) kind.reset(f, limits, r, n, columns, unit_columns);
             });
         }
     }
-}
-
-template <class T, bool Usual>
-void run_kind_back(Backward<T>& f) {
-    static constexpr void (*kinds[])(Backward<T>&) = {
-#define CELLSTACK_KIND(rows, ...) run_rows_back<T, rows, kKinds[k##rows].resets, Usual>,
-        CELLSTACK_KINDS(CELLSTACK_KIND)
-#undef CELLSTACK_KIND
-    };
-    kinds[f.d->kind - kKinds](f);
 }
 
 template <class T>
 void backward(Backward<T>& f) {
     if (f.d->plain())
         run_blocks_back<T>(f);
-    else if (f.d->usual())
-        run_kind_back<T, true>(f);
     else
-        run_kind_back<T, false>(f);
+        run_rows_back<T>(f);
 }
 
 template <class T>

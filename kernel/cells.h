@@ -60,9 +60,12 @@ INLINE V<T> zone(const T* mask, double rate, int64_t steps, int64_t width, const
     return mask ? load_lanes(mask + (at.r * steps + at.t) * width + at.unit, at.lanes) : splat(T(rate));
 }
 
-// A block of a target after its patch; `before` is its value after the previous step.
+// A block of a target after its patch, if it has one; `before` is its value after the previous step.
 template <class T>
-NOINLINE V<T> patched(const Patches<T>& p, int32_t line, const Place& at, V<T> v, V<T> before) {
+INLINE V<T> patched(const Forward<T>& f, int target, const Place& at, V<T> v, V<T> before) {
+    const Patches<T>& p = f.patches;
+    const int32_t line = p.lines[(at.r * f.steps + at.t) * f.w.d->targets() + target];
+    if (line < 0) return v;
     const T* row = p.table + line * 3 * p.width + at.unit;
     const V<T> scale = load_lanes(row, at.lanes), hold = load_lanes(row + p.width, at.lanes), none = splat(T(0));
     V<T> out = load_lanes(row + 2 * p.width, at.lanes);
@@ -70,22 +73,25 @@ NOINLINE V<T> patched(const Patches<T>& p, int32_t line, const Place& at, V<T> v
     return hold != none ? fma(hold, before, out) : out;
 }
 template <class T>
-INLINE int32_t line_of(const Forward<T>& f, int target, const Place& at) {
-    return f.patches.lines ? f.patches.lines[(at.r * f.steps + at.t) * f.w.d->targets() + target] : -1;
+NOINLINE V<T> patched_state(const Forward<T>& f, int state, const Place& at, V<T> v, V<T> before) {
+    return patched<T>(f, f.w.d->kind->gates + state, at, v, before);
+}
+template <class T>
+NOINLINE V<T> patched_gate(const Forward<T>& f, int plane, const Place& at, V<T> v) {
+    const Description& d = *f.w.d;
+    if (!f.patches.held) return patched<T>(f, plane, at, v, splat(T(0)));
+    T* held = f.patches.held + (at.r * d.planes() + plane) * d.units + at.unit;
+    v = patched<T>(f, plane, at, v, load_lanes(held, at.lanes));
+    store_lanes(held, v, at.lanes);
+    return v;
 }
 template <class T>
 INLINE void patch_state(const Forward<T>& f, int state, const Place& at, V<T>& v, V<T> before) {
-    const int32_t line = line_of(f, f.w.d->kind->gates + state, at);
-    if (line >= 0) v = patched<T>(f.patches, line, at, v, before);
+    if (f.patches.lines) v = patched_state<T>(f, state, at, v, before);
 }
 template <class T>
 INLINE void patch_gate(const Forward<T>& f, int plane, const Place& at, V<T>& v) {
-    if (!f.patches.lines) return;
-    const Description& d = *f.w.d;
-    T* held = f.patches.held ? f.patches.held + (at.r * d.planes() + plane) * d.units + at.unit : nullptr;
-    const int32_t line = line_of(f, plane, at);
-    if (line >= 0) v = patched<T>(f.patches, line, at, v, held ? load_lanes(held, at.lanes) : splat(T(0)));
-    if (held) store_lanes(held, v, at.lanes);
+    if (f.patches.lines) v = patched_gate<T>(f, plane, at, v);
 }
 
 // ── layer normalisation ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,7 +239,7 @@ INLINE void keep_inner(const Forward<T>& f, const Place& at, int k) {
 
 // A masked row: its state stays, its gates are zero.
 template <class T>
-void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
+NOINLINE void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
     const Description& d = *f.w.d;
     const int64_t here = r * f.steps + t, wide = f.w.blocks * Vec<T>::W;
     const auto stay = [&](const Place& at) {

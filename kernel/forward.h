@@ -114,7 +114,8 @@ template <class T>
 INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, int64_t t, const T* h, T* h_next) {
     const Place at = place<T>(r, t, block, f.w.d->units);
     if (!f.mask || f.mask[r * f.steps + t]) {
-        const V<T> c = lstm_gates<T, true, true>(f, at, z);
+        const V<T> c_prev = load(cell_state(f, at));
+        const V<T> c = lstm_output<T, true, true>(f, at, z[3], c_prev, lstm_cell<T, true, true>(f, at, z, c_prev));
         write_output<T, true>(f, at, z[3] * tanh<T>(c), h, h_next);
     } else {
         write_h(f, at, h_before(f, at, h), load(h + r * f.w.blocks * Vec<T>::W + at.unit), h_next);
@@ -343,10 +344,11 @@ NOINLINE void take_sums(const Forward<T>& f, const T* bias, int64_t stride) {
 
 // ── every cell, by rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
-template <class T, class Cell, bool Resets, bool Usual>
+template <class T>
 void run_rows(Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
+    const ForwardRoutines<T>& kind = forward_routines<T>(d.kind, w.usual);
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int G = d.gates();
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
@@ -374,20 +376,16 @@ void run_rows(Forward<T>& f) {
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
-        if (Resets && d.resets_before()) {
+        if (d.resets_before()) {
             multiply(over_h, h, f.rows, sums, add, down, 0, 2);
-            if constexpr (Resets)
-                rows([&](int64_t r, bool used) {
-                    Cell::template reset<T, Usual>(f, r, t, z + r * row, stride, f.h, used);
-                });
+            rows([&](int64_t r, bool used) { kind.reset(f, r, t, z + r * row, stride, f.h, used); });
             multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
         } else if (d.kind->recurrent) {
             multiply(over_h, h, f.rows, sums, add, down);
         }
         rows([&](int64_t r, bool used) {
             if (!used) return carry(f, r, t, f.h, f.h_next);
-            T *own = z + r * row, *q = sums + r * row;
-            Cell::template row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
+            kind.row(f, r, t, z + r * row, sums + r * row, stride, f.h, f.h_next);
         });
         if (d.projects()) {
             Product<T> projected(w, w.projection, nullptr, 1, H, d.output, w.output_blocks, 0, w.output_blocks,
@@ -423,26 +421,14 @@ void run_dense(const Forward<T>& f) {
             });
 }
 
-template <class T, bool Usual>
-void run_kind(Forward<T>& f) {
-    static constexpr void (*kinds[])(Forward<T>&) = {
-#define CELLSTACK_KIND(rows, ...) run_rows<T, rows, kKinds[k##rows].resets, Usual>,
-        CELLSTACK_KINDS(CELLSTACK_KIND)
-#undef CELLSTACK_KIND
-    };
-    kinds[f.w.d->kind - kKinds](f);
-}
-
 template <class T>
 void forward(Forward<T>& f) {
     if (!f.w.d->keeps_state())
         run_dense<T>(f);
     else if (f.w.by_blocks())
         run_blocks<T>(f);
-    else if (f.w.usual)
-        run_kind<T, true>(f);
     else
-        run_kind<T, false>(f);
+        run_rows<T>(f);
 }
 
 }  // namespace

@@ -115,19 +115,23 @@ struct Gru {
         if (d.layer_norm) normalise_back(f, r, n);
     }
 
-    // dz of an r that acts before the product; `given` is the gradient of r·h, to which h's dropout still applies.
+    // dz of an r that acts before the product, from dm, the gradient of r·h, to which h's dropout still applies.
     template <class T, bool Usual>
-    INLINE static void reset_back(const Backward<T>& f, const Limits<T>& limits, int64_t n, int64_t columns,
-                                  const Place& at, V<T> given) {
+    static void reset_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns,
+                           int64_t unit_columns) {
         const Description& d = *f.d;
         const int64_t H = d.units;
-        const V<T> reset = load_lanes(f.gates + (kept_at(f, at.r, at.t) * 3 + 1) * H + at.unit, at.lanes);
-        if (f.recurrent_dropout) given *= load_lanes(f.recurrent_dropout + at.r * H + at.unit, at.lanes);
-        const V<T> dr = given * units_of(output_before(f, at.r, n), at) + extra(f, at, 1);
-        store(block_of(f, f.dz, 3, at.r, n, at.unit) + Vec<T>::W,
-              dr * gate_slope<T, false, Usual, false>(d, limits, 1, reset));
-        T* carried = f.carry + at.r * columns + at.unit;
-        store(carried, fma(given, reset, load(carried)));
+        const T* h_prev = output_before(f, r, n);
+        each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
+            V<T> given = load(f.dm + r * unit_columns + at.unit);
+            const V<T> reset = load_lanes(f.gates + (kept_at(f, r, at.t) * 3 + 1) * H + at.unit, at.lanes);
+            if (f.recurrent_dropout) given *= load_lanes(f.recurrent_dropout + r * H + at.unit, at.lanes);
+            const V<T> dr = given * units_of(h_prev, at) + extra(f, at, 1);
+            store(block_of(f, f.dz, 3, r, n, at.unit) + Vec<T>::W,
+                  dr * gate_slope<T, false, Usual, false>(d, limits, 1, reset));
+            T* carried = f.carry + r * columns + at.unit;
+            store(carried, fma(given, reset, load(carried)));
+        });
     }
 };
 

@@ -52,10 +52,8 @@ INLINE V<T> lstm_output(const Forward<T>& f, const Place& at, V<T>& o, V<T> c_pr
     V<T> kept = c;
     if constexpr (!Plain) {
         if (d.zoneout_cell > 0) kept = mixed<T>(zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at), c_prev, c);
-        if (f.patches.lines) {
-            patch_state<T>(f, 1 + kC, at, kept, c_prev);
-            patch_state<T>(f, 1 + kC, at, c, c_prev);
-        }
+        patch_state<T>(f, 1 + kC, at, kept, c_prev);
+        patch_state<T>(f, 1 + kC, at, c, c_prev);
         if (d.peepholes) o = fma(peephole(d, f.w.arrays.peepholes, 3, at), c, o);
         o = limited<T>(d.clip, o);
     }
@@ -63,13 +61,6 @@ INLINE V<T> lstm_output(const Forward<T>& f, const Place& at, V<T>& o, V<T> c_pr
     if constexpr (!Plain) patch_gate<T>(f, 3, at, o);
     store(cell_state(f, at), kept);
     return c;
-}
-
-// Both: the gates from the sums, and the new cell state.
-template <class T, bool Plain, bool Usual>
-INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
-    const V<T> c_prev = load(cell_state(f, at));
-    return lstm_output<T, Plain, Usual>(f, at, z[3], c_prev, lstm_cell<T, Plain, Usual>(f, at, z, c_prev));
 }
 
 // h = o·φ(c): computes dz of o from `dm`, the gradient of h, and returns the gradient of c through h.
@@ -126,12 +117,14 @@ struct Lstm {
                 if (apart) z[v] += load_lanes(q + from, at.lanes);
                 ++column;
             }
+            const V<T> c_prev = load(cell_state(f, at));
+            V<T> c = lstm_cell<T, false, Usual>(f, at, z, c_prev);
             if (d.joint) {  // o, which the second pass computes, replaces its sum among the gates
-                store(line + at.unit, lstm_cell<T, false, Usual>(f, at, z, load(cell_state(f, at))));
+                store(line + at.unit, c);
                 keep_gates(f, at, z);
                 return;
             }
-            const V<T> c = lstm_gates<T, false, Usual>(f, at, z);
+            c = lstm_output<T, false, Usual>(f, at, z[3], c_prev, c);
             keep_gates(f, at, z);
             keep_inner(f, at, kC);
             if (d.layer_norm) {

@@ -1,4 +1,5 @@
-// The routines of every kind of cell.
+// The routines of every kind of cell, in tables. The loops over steps and rows exist once for all kinds, and call what
+// a kind computes through a pointer.
 #pragma once
 #include "cfc.h"
 #include "gru.h"
@@ -8,3 +9,62 @@
 #include "minlstm.h"
 #include "rnn.h"
 #include "slstm.h"
+
+namespace cellstack {
+namespace {
+
+// The routines of a kind that cells.h describes; those of a reset gate that acts before the product are null in kinds
+// without one.
+template <class T>
+struct ForwardRoutines {
+    void (*row)(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next);
+    void (*reset)(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h, bool used);
+};
+template <class T>
+struct BackwardRoutines {
+    void (*row)(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns,
+                int64_t unit_columns);
+    void (*reset)(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns,
+                  int64_t unit_columns);
+};
+
+template <class T, class Cell, bool Usual, bool Resets>
+constexpr ForwardRoutines<T> forward_of() {
+    if constexpr (Resets)
+        return {Cell::template row<T, Usual>, Cell::template reset<T, Usual>};
+    else
+        return {Cell::template row<T, Usual>, nullptr};
+}
+template <class T, class Cell, bool Usual, bool Resets>
+constexpr BackwardRoutines<T> backward_of() {
+    if constexpr (Resets)
+        return {Cell::template row_back<T, Usual>, Cell::template reset_back<T, Usual>};
+    else
+        return {Cell::template row_back<T, Usual>, nullptr};
+}
+
+template <class T, bool Usual>
+constexpr ForwardRoutines<T> kForward[] = {
+#define CELLSTACK_KIND(rows, ...) forward_of<T, rows, Usual, kKinds[k##rows].resets>(),
+    CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
+};
+template <class T, bool Usual>
+constexpr BackwardRoutines<T> kBackward[] = {
+#define CELLSTACK_KIND(rows, ...) backward_of<T, rows, Usual, kKinds[k##rows].resets>(),
+    CELLSTACK_KINDS(CELLSTACK_KIND)
+#undef CELLSTACK_KIND
+};
+
+// Those for the default activations (`usual`) or for any; in float64 there is only the copy for any.
+template <class T>
+INLINE const ForwardRoutines<T>& forward_routines(const Kind* kind, bool usual) {
+    return (usual ? kForward<T, kInlined<T>> : kForward<T, false>)[kind - kKinds];
+}
+template <class T>
+INLINE const BackwardRoutines<T>& backward_routines(const Kind* kind, bool usual) {
+    return (usual ? kBackward<T, kInlined<T>> : kBackward<T, false>)[kind - kKinds];
+}
+
+}  // namespace
+}  // namespace cellstack

@@ -41,7 +41,7 @@ struct Slstm {
         V<T> after[3] = {fma(gates[1], before[kC], gates[0] * gates[2]), fma(gates[1], before[kN], gates[0]), m};
         UNROLL
         for (int s = 0; s < 3; ++s) {
-            if (f.patches.lines) patch_state<T>(f, 1 + s, at, after[s], before[s]);
+            patch_state<T>(f, 1 + s, at, after[s], before[s]);
             store(states[s], after[s]);
         }
         return gates[3] * (after[kC] / after[kN]);
