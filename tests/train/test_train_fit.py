@@ -175,7 +175,7 @@ def test_other_cells_learn_too(sequences, cell):
     assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
     assert result.best["accuracy"] >= 2 / 3
     with pytest.raises(
-        UsageError, match="expected cell to be one of lstm, gru, rnn, mingru, minlstm, ligru, slstm, got 'mlp'"
+        UsageError, match="expected cell to be one of lstm, gru, rnn, mingru, minlstm, ligru, slstm, mlstm, got 'mlp'"
     ):
         prepare(sequences, cell="mlp")
 

@@ -138,7 +138,7 @@ class ForecastJob(Job):
         return [f"{path}.1"]
 
     def _build(self, architecture: Architecture) -> Build:
-        return Build(architecture.units, architecture.cell, architecture.dropout, self.members)
+        return Build(architecture.units, architecture.cell, architecture.dropout, self.members, architecture.heads)
 
     def fit(self, architecture: Architecture, options: FitOptions) -> Any:
         """Train on the table."""

@@ -97,7 +97,8 @@ class TextJob(Job):
 
     def built(self, architecture: Architecture) -> TextArchitecture:
         """Return how the text model is built."""
-        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
+        chosen = {"units": architecture.units, "cell": architecture.cell, "heads": architecture.heads}
+        chosen |= {"dropout": architecture.dropout}
         return replace(self.architecture, **chosen)
 
     def fit(self, architecture: Architecture, options: FitOptions) -> Any:

@@ -26,8 +26,8 @@ from cellstack.cli.jobs import Job
 from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
-from cellstack.spec import KINDS as CELLS
 from cellstack.train import history
+from cellstack.train.cells import CELLS
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, FitOptions, record_of
@@ -76,7 +76,8 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     add_table_options(train)
     model = train.add_argument_group("model")
     text = "kind of cell (default: %(default)s)"
-    model.add_argument("--cell", choices=tuple(CELLS), default="lstm", help=text)
+    model.add_argument("--cell", choices=CELLS, default="lstm", help=text)
+    model.add_argument("--heads", type=int, metavar="N", help="heads of each layer (default: 1; of an mlstm 4)")
     model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")
     model.add_argument("--pooling", choices=("mean", "max", "last"), help="pooling over time (default: mean)")
     text = "compute the loss at every step; for streams, with --pooling last"

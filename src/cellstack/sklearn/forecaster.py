@@ -41,7 +41,7 @@ class SequenceForecaster(BaseEstimator):
         scale: unit of the values, `"spread"` or `"level"`; None: `"level"` if the logarithm is smoothed.
         quantiles: quantiles to forecast; 0.5, the forecast, is added.
         date, id, zone, day_first, freq: how to read the table, see `train.table.read_table`; `id` is its `ids`.
-        units, cell, dropout, members: how to build the networks, see `train.forecasting.training.Build`.
+        units, cell, heads, dropout, members: how to build the networks, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience: how to train each network, see `train.Settings`.
         validation: share of each series' rows, the last ones, used to choose the number of epochs and other settings;
             None: 0.15, or 0 if the series are too short. With 0, training uses all rows and runs all epochs.
@@ -86,6 +86,7 @@ class SequenceForecaster(BaseEstimator):
     freq: str | None = None
     units: int | Sequence[int] | None = None
     cell: str = "lstm"
+    heads: int | None = None
     dropout: float | None = None
     members: int | None = None
     epochs: int | None = None
@@ -112,7 +113,19 @@ class SequenceForecaster(BaseEstimator):
         from cellstack.train.forecasting.entry import fit_forecast  # torch
 
         table = self._table(X)
-        same = ("units", "cell", "dropout", "members", "epochs", "batch", "lr", "clip", "patience", "validation")
+        same = (
+            "units",
+            "cell",
+            "heads",
+            "dropout",
+            "members",
+            "epochs",
+            "batch",
+            "lr",
+            "clip",
+            "patience",
+            "validation",
+        )
         trained = fit_forecast(
             table,
             self.target,

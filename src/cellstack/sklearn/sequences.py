@@ -35,6 +35,7 @@ class _SequenceEstimator(BaseEstimator):
 
     units: int | Sequence[int] = (48, 48)
     cell: str = "lstm"
+    heads: int | None = None
     bidirectional: bool = True
     dropout: float = 0.3
     pooling: str | None = None
@@ -123,6 +124,7 @@ class _SequenceEstimator(BaseEstimator):
             validation=validation,
             units=self.units,
             cell=self.cell,
+            heads=self.heads,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
             pooling=self._pooling if self.pooling is None else self.pooling,
@@ -214,7 +216,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
     Args:
         units: width of each layer, bottom first; one number for one layer.
-        cell: the kind of cell: `"lstm"`, `"gru"`, `"rnn"` …
+        cell: the kind of cell: `"lstm"`, `"gru"`, `"slstm"` …; `"mlstm"` needs `bidirectional=False`.
+        heads: number of heads of each layer; None: 1, of an mlstm 4.
         bidirectional: run each layer in both directions.
         dropout: share of values dropped out after each layer in training.
         pooling: `"mean"`, `"max"` or `"last"` over the steps; None: `"max"`, or `"mean"` with `every_step`.
@@ -336,7 +339,8 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
     """Stacked recurrent layers that predict one or more numbers per sequence.
 
     Args:
-        units, cell, bidirectional, dropout, pooling, every_step: how to build the network, see `SequenceClassifier`.
+        units, cell, heads, bidirectional, dropout, pooling, every_step: how to build the network, see
+            `SequenceClassifier`.
         epochs, batch, lr, clip, patience, noise, offset, validation: how to train it, see `SequenceClassifier`. There
             is no noise by default, as targets often depend on the level of the input, which noise hides.
         init, threads, device, verbose, random_state: see `SequenceClassifier`.

@@ -32,6 +32,7 @@ def fit(
     per_step: bool | None = None,
     units: int | Sequence[int] = (48, 48),
     cell: str = "lstm",
+    heads: int | None = None,
     bidirectional: bool = False,
     dropout: float = 0.3,
     pooling: str = "mean",
@@ -80,7 +81,7 @@ def fit(
         id, time, features, per_step: see `as_sequences`. `id` and `time` apply to frames only; `features` selects their
             columns, and names the channels of other data.
         units: units of each layer, first layer first.
-        cell, bidirectional, dropout, pooling, every_step: see `Model`.
+        cell, heads, bidirectional, dropout, pooling, every_step: see `Model`.
         head, loss, metrics, optimizer, scheduler, callbacks: your own parts: see `Architecture` and `FitOptions`.
         class_weight: `"balanced"`, or weights by class: their weights in the loss.
         sample_weight: `[N]`, the sequences' weights in the loss; with a frame also a column or a mapping by id.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cellstack.network import Network
+from cellstack.nodes import MLSTM
 from cellstack.nodes.recurrent import Bidirectional
 from cellstack.train import history
 from cellstack.train.checks import UsageError
@@ -22,12 +23,13 @@ from cellstack.train.learner import Fit, Timed
 from cellstack.train.loop import cost_of_fit, fit
 from cellstack.train.predict import predict
 from cellstack.train.processes import processes
+from cellstack.train.recurrent import check_supported
 from cellstack.train.settings import FitOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECURRENT = ("Recurrent", "Bidirectional")
+RECURRENT = ("Recurrent", "Bidirectional", "MLSTM")
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
 
@@ -61,11 +63,11 @@ class Result:
     def described(self) -> str:
         """The network in one line."""
         nodes = [node for node in self.network.nodes if type(node).__name__ in RECURRENT]
-        layers = Counter(
-            f"bidirectional {node.forward.summary}" if isinstance(node, Bidirectional) else node.summary
-            for node in nodes
-        )
-        said = [f"{count} networks of {name}" if count > 1 else name for name, count in layers.items()]
+        layers = Counter(map(_named, nodes))
+        said = [
+            f"{count} {'layers' if name.startswith('MLSTM') else 'networks'} of {name}" if count > 1 else name
+            for name, count in layers.items()
+        ]
         weights = sum(parameter.numel() for parameter in self.model.parameters())
         classes = [f"{len(self.labels)} classes"] * bool(self.labels)
         return ", ".join([*said, f"{weights:,} weights", *classes])
@@ -131,6 +133,13 @@ class Result:
         return f"on the {_count(self.validated, 'validation example')}, which also selected the epoch: {found}"
 
 
+def _named(node: Any) -> str:
+    """Return a recurrent node in words."""
+    if isinstance(node, Bidirectional):
+        return f"bidirectional {node.forward.summary}"
+    return f"MLSTM of {node.summary}" if isinstance(node, MLSTM) else node.summary
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
@@ -153,6 +162,7 @@ def fitted(make: Callable[[], Any], data: Data, options: FitOptions) -> tuple[An
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(options.seed)
                 model = make()
+            check_supported(model, team.device, options.inspect)
             if options.timing:
                 raise Timed(cost_of_fit(model, data, options, team))
             writer = None
@@ -172,6 +182,7 @@ def as_network(model: Any, metadata: dict[str, Any]) -> Network:
     """Return a trained model as a Network, with its layers named `layer_0`, `layer_1` … and other nodes by kind."""
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
+    kinds = ["Projection" if after == "MLSTM" else kind for kind, after in zip(kinds, [*kinds[1:], ""], strict=True)]
     layer = (f"layer_{n}" for n in count())
     names = [next(layer) if kind in RECURRENT else NODE_NAMES.get(kind, kind.lower()) for kind in kinds]
     names = [f"{name}_{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]

@@ -10,20 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellstack import layers, nodes
+from cellstack import nodes
 from cellstack.formats.pytorch.modules import from_torch
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
-from cellstack.nodes.cell import Cell
-from cellstack.nodes.recurrent import Bidirectional, Recurrent, final
-from cellstack.spec import KINDS
+from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
 from cellstack.train.data.targets import TASKS
 from cellstack.train.examples import digest
-from cellstack.train.settings import POOLINGS
-
-LAYERS: dict[str, Any] = {
-    name: getattr(layers, kind.title) for name, kind in KINDS.items() if hasattr(layers, kind.title)
-}
+from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
+from cellstack.train.settings import POOLINGS, check_layers
 
 
 class Standardise(nn.Module):
@@ -84,7 +79,8 @@ class Model(nn.Module):
         every_step: apply the head to every step and pool the outputs (class probabilities), not the hidden states. Such
             a model has an output after each step of a stream, and each step contributes to the loss.
         targets: mean and scale of each predicted number, `[O]` both; the loss uses standardised targets.
-        cell: kind of the cells, see `CellSpec`.
+        cell: kind of the cells, see `CellSpec`; or `"mlstm"`, see `layers.MLSTM`.
+        heads: number of heads of each layer; None = 1, of an mlstm 4.
         head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` if it
             is applied to every step; any module that `from_torch` supports. None = one dense layer.
         loss: a function of logits or standardised predictions, `[B, O]`, and of class indices `[B]` or standardised
@@ -107,16 +103,13 @@ class Model(nn.Module):
         every_step: bool = False,
         targets: tuple[np.ndarray, np.ndarray] | None = None,
         cell: str = "lstm",
+        heads: int | None = None,
         head: nn.Module | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        if not units or min(units) < 1:
-            raise UsageError(f"Model: expected units of at least 1 for at least one layer, got {units}")
-        if not 0.0 <= dropout < 1.0:
-            raise UsageError(f"Model: expected dropout in [0, 1), got {dropout}")
-        given = (("task", task, TASKS), ("pooling", pooling, POOLINGS), ("cell", cell, tuple(LAYERS)))
-        for name, value, choices in given:
+        check_layers(units, cell, heads, dropout, bidirectional)
+        for name, value, choices in (("task", task, TASKS), ("pooling", pooling, POOLINGS)):
             if value not in choices:
                 raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
         if every_step and pooling == "none":
@@ -129,12 +122,8 @@ class Model(nn.Module):
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
         self.cell, self.own_loss = cell, loss
         self.standardise = Standardise(*inputs)
-        self.recurrent = nn.ModuleList()
-        width = len(inputs[0])
-        for size in units:
-            layer = LAYERS[cell](size, return_sequences=True, input_size=width)
-            self.recurrent.append(layers.Bidirectional(layer) if bidirectional else layer)
-            width = size * (2 if bidirectional else 1)
+        self.recurrent = recurrent_layers(cell, heads, units, len(inputs[0]), bidirectional)
+        width = units[-1] * (1 + bidirectional)
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(width, outputs) if head is None else head
         if head is not None:
@@ -259,13 +248,7 @@ class Model(nn.Module):
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units."""
         standardise = nodes.Standardise(as_array(self.standardise.mean), as_array(self.standardise.scale))
-        if self.bidirectional:
-            stack = [
-                Bidirectional(as_recurrent([layer.forward_layer]), as_recurrent([layer.backward_layer], True))
-                for layer in self.recurrent
-            ]
-        else:
-            stack = [as_recurrent(list(self.recurrent))]
+        stack = nodes_of_layers(self.recurrent)
         if self.ends_both_ways:
             stack = [*stack[:-1], final(stack[-1])]
         before: list[Node] = [standardise, *stack]
@@ -305,15 +288,3 @@ def _folded(last: Node, end: Node) -> list[Node]:
 def named(function: Any) -> str:
     """Return the name of a function or class, or the repr of another callable."""
     return getattr(function, "__qualname__", None) or repr(function)
-
-
-def as_recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:
-    """Return cellstack layers as one node, first layer first."""
-    modules = [layer.cell for layer in stack]
-    cells = (Cell(cell.spec, *(as_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in modules)
-    return Recurrent(tuple(cells), return_sequences=True, go_backwards=go_backwards)
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as a contiguous array on the CPU."""
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())

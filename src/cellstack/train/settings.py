@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
-from cellstack.spec import KINDS
+from cellstack.train.cells import check_cell
 from cellstack.train.checks import UsageError
 
 POOLINGS = ("mean", "max", "last", "none")
@@ -68,14 +68,15 @@ def widths_of(units: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(several) if isinstance(units, Iterable) and not isinstance(units, str) else (several,)
 
 
-def check_layers(units: tuple[int, ...], cell: str, dropout: float) -> None:
+def check_layers(
+    units: tuple[int, ...], cell: str, heads: int | None, dropout: float, bidirectional: bool = False
+) -> None:
     """Raise `UsageError` if recurrent layers can't be made with these options."""
     whole = [isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in units]
     if not whole or not all(whole):
         given = ", ".join(map(repr, units)) or "none"
         raise UsageError(f"expected units to be integers of at least 1, one for each layer, got {given}")
-    if cell not in KINDS:
-        raise UsageError(f"expected cell to be one of {', '.join(KINDS)}, got {cell!r}")
+    check_cell(units, cell, heads, bidirectional)
     check_number("dropout", dropout, whole=False)
     if not 0.0 <= dropout < 1.0:
         raise UsageError(f"expected dropout in [0, 1), got {dropout}")
@@ -93,7 +94,7 @@ class Architecture:
 
     Args:
         units: units of each layer, first layer first.
-        bidirectional, dropout, pooling, every_step, cell: see `Model`.
+        bidirectional, dropout, pooling, every_step, cell, heads: see `Model`.
         head: a `torch.nn.Module` from pooled states `[B, W]` to `[B, O]`, instead of one dense layer.
         loss: a function of the model's output (logits or standardised predictions) and of the targets (class indices or
             standardised numbers) that returns each example's loss, `[B]` or in the targets' shape.
@@ -109,12 +110,13 @@ class Architecture:
     pooling: str = "mean"
     every_step: bool = False
     cell: str = "lstm"
+    heads: int | None = None
     head: Any = None
     loss: Callable[[Any, Any], Any] | None = None
     init: Any = None
 
     def __post_init__(self) -> None:
-        check_layers(self.units, self.cell, self.dropout)
+        check_layers(self.units, self.cell, self.heads, self.dropout, self.bidirectional)
         if self.pooling not in POOLINGS:
             raise UsageError(f"expected pooling to be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         check_function("loss", self.loss, "torch.nn.MSELoss(reduction='none')")

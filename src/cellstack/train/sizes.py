@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import NamedTuple
 
-from cellstack.spec import KINDS, CellSpec
+from cellstack.train.cells import title_of, weights_of
 from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture
 
@@ -27,9 +26,10 @@ def size_of(architecture: Architecture, width: int) -> Size:
     said = " -> ".join(map(str, (width, *architecture.units)))
     weights = 0
     for units in architecture.units:
-        arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
-        weights, width = weights + ways * sum(map(math.prod, arrays)), ways * units
-    return Size(f"{'bidirectional ' * (ways > 1)}{KINDS[architecture.cell].title} {said}", weights, width)
+        weights += ways * weights_of(architecture.cell, architecture.heads, width, units)
+        width = ways * units
+    title = title_of(architecture.cell, architecture.heads)
+    return Size(f"{'bidirectional ' * (ways > 1)}{title} {said}", weights, width)
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cellstack import layers
+from cellstack import layers, nodes
 from cellstack.formats import load
+from cellstack.layers.mlstm import Sizes
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.train import predict
+from cellstack.train.cells import MLSTM
 from cellstack.train.checks import UsageError
 from cellstack.train.model import Model
 
@@ -58,15 +60,14 @@ class Start:
         if len(cells) != len(wanted):
             raise UsageError(f"{self.name}: expected {len(wanted)} cells, as in this model, found {len(cells)}")
         for n, (initial, cell) in enumerate(zip(cells, wanted, strict=True)):
-            ours, theirs = asdict(cell.spec), asdict(initial.spec)
-            for name in ours:
-                if ours[name] != theirs[name]:
+            for name, ours in cell.settings.items():
+                theirs = initial.settings.get(name)
+                if ours != theirs:
                     raise UsageError(
-                        f"{self.name}: expected cell {n} with {name} {ours[name]}, as in this model, found "
-                        f"{theirs[name]}"
+                        f"{self.name}: expected cell {n} with {name} {ours}, as in this model, found {theirs}"
                     )
-            for name in initial.spec.shapes:
-                _copy(getattr(cell, name), getattr(initial, name))
+            for name, values in initial.arrays.items():
+                _copy(cell.arrays[name], values)
         if own_head or self.trained is None:
             return
         last = next((node for node in reversed(self.network.nodes) if isinstance(node, Dense)), None)
@@ -81,22 +82,45 @@ class Start:
         _copy(head.bias, (last.bias - mean) / scale)
 
 
-def _cells(network: Network) -> list[Cell]:
-    found: list[Cell] = []
-    for node in network.nodes:
-        if isinstance(node, Recurrent):
-            found += node.cells
-        elif isinstance(node, Bidirectional):
-            found += [*node.forward.cells, *node.backward.cells]
+class _Cell(NamedTuple):
+    """A cell, or an mLSTM with its projection: what has to be equal, and the weights."""
+
+    settings: dict[str, Any]
+    arrays: dict[str, Any]
+
+
+def _cells(network: Network) -> list[_Cell]:
+    found: list[_Cell] = []
+    for before, node in pairwise([None, *network.nodes]):
+        cells = node.cells if isinstance(node, Recurrent) else ()
+        if isinstance(node, Bidirectional):
+            cells = (*node.forward.cells, *node.backward.cells)
+        found += [_Cell(asdict(cell.spec), cell.arrays) for cell in cells]
+        if isinstance(node, nodes.MLSTM) and isinstance(before, Dense):
+            sizes = Sizes(node.heads, node.key_size, node.value_size, node.epsilon)
+            bias = np.zeros(node.input_size or 0) if before.bias is None else before.bias
+            found.append(_mlstm(len(before.kernel), sizes, {"kernel": before.kernel, "bias": bias}))
     return found
 
 
-def _cells_of(model: Model) -> list[Any]:
-    found: list[Any] = []
+def _cells_of(model: Model) -> list[_Cell]:
+    found: list[_Cell] = []
     for layer in model.recurrent:
         both = [layer.forward_layer, layer.backward_layer] if isinstance(layer, layers.Bidirectional) else [layer]
-        found += [one.cell for one in both]
+        found += map(_of_layer, both)
     return found
+
+
+def _of_layer(layer: Any) -> _Cell:
+    if isinstance(layer, layers.MLSTM):
+        arrays = dict(layer.named_parameters())
+        return _mlstm(len(arrays["kernel"]), layer.sizes, arrays)
+    spec = layer.cell.spec
+    return _Cell(asdict(spec), {name: getattr(layer.cell, name) for name in spec.shapes})
+
+
+def _mlstm(width: int, sizes: Sizes, arrays: dict[str, Any]) -> _Cell:
+    return _Cell({"kind": MLSTM, "input_size": width, **sizes._asdict()}, arrays)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ def fit_forecast(
     validation: float | None = FitOptions.validation,
     units: int | Sequence[int] | None = None,
     cell: str = "lstm",
+    heads: int | None = None,
     dropout: float | None = None,
     members: int | None = None,
     epochs: int | None = None,
@@ -61,7 +62,7 @@ def fit_forecast(
         test: share of each series' last rows to test on; 0 for none.
         validation: share of the rows before the test part, for model selection; None = 0.15, or 0 if the series are
             too short.
-        units, cell, dropout, members: how the networks are built, see `train.forecasting.training.Build`.
+        units, cell, heads, dropout, members: how the networks are built, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.

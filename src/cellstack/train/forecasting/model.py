@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cellstack import nodes
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.train.checks import UsageError
-from cellstack.train.model import LAYERS, Dropout, Standardise, as_array, as_recurrent
+from cellstack.train.model import Dropout, Standardise
+from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
+from cellstack.train.settings import check_layers
 
 
 class Calibration(NamedTuple):
@@ -40,8 +41,9 @@ class Forecaster(nn.Module):
         horizon: steps to forecast.
         quantiles: see `Recipe`.
         units: units of each layer, first layer first.
-        cell: kind of the cells, see `CellSpec`.
+        cell: see `Model`.
         dropout: dropout probability after each layer.
+        heads: see `Model`.
 
     Raises:
         UsageError: an option out of range.
@@ -60,23 +62,16 @@ class Forecaster(nn.Module):
         units: tuple[int, ...] = (48,),
         cell: str = "lstm",
         dropout: float = 0.0,
+        heads: int | None = None,
     ):
         super().__init__()
-        if not units or min(units) < 1:
-            raise UsageError(f"Forecaster: expected units of at least 1 for at least one layer, got {units}")
-        if not 0.0 <= dropout < 1.0:
-            raise UsageError(f"Forecaster: expected dropout in [0, 1), got {dropout}")
-        if cell not in LAYERS:
-            raise UsageError(f"Forecaster: expected cell to be one of {', '.join(LAYERS)}, got {cell!r}")
+        check_layers(units, cell, heads, dropout)
         self.horizon, self.cell = horizon, cell
         self.standardise = Standardise(*inputs)
-        self.recurrent = nn.ModuleList()
-        channels = width = len(inputs[0])
-        for size in units:
-            self.recurrent.append(LAYERS[cell](size, return_sequences=True, input_size=width))
-            width = size
+        channels = len(inputs[0])
+        self.recurrent = recurrent_layers(cell, heads, units, channels)
         self.dropout = Dropout(dropout)
-        self.head = nn.Linear(width + channels, len(targets) * len(quantiles))
+        self.head = nn.Linear(units[-1] + channels, len(targets) * len(quantiles))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.scale: Tensor
@@ -154,8 +149,12 @@ def as_network(
             shift = calibration.moved.reshape(-1).astype(np.float32)
         head = nodes.Dense(as_array(member.head.weight.T) * scale, as_array(member.head.bias) * scale + shift)
         end = f"_{n + 1}" if len(members) > 1 else ""
-        made[f"recurrent{end}"] = (as_recurrent(list(member.recurrent)), ("standardise",))
-        made[f"states_ahead{end}"] = (nodes.Select(-horizon, None), (f"recurrent{end}",))
+        wire, stack = "standardise", nodes_of_layers(member.recurrent)
+        for depth, node in enumerate(stack):
+            name = f"recurrent{end}" if len(stack) == 1 else f"layer_{depth}{end}"
+            made[name] = (node, (wire,))
+            wire = name
+        made[f"states_ahead{end}"] = (nodes.Select(-horizon, None), (wire,))
         made[f"ahead{end}"] = (nodes.Merge("concat", -1), (f"states_ahead{end}", "inputs_ahead"))
         made[f"head{end}"] = (head, (f"ahead{end}",))
         heads.append(f"head{end}")

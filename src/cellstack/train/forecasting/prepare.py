@@ -36,7 +36,7 @@ class Build:
 
     Args:
         units: units of each layer, first layer first.
-        cell: kind of the cells, see `CellSpec`.
+        cell, heads: see `Model`.
         dropout: dropout probability after each layer.
         members: number of networks to average, each trained with its own seed.
 
@@ -48,9 +48,10 @@ class Build:
     cell: str = "lstm"
     dropout: float = 0.1
     members: int = 3
+    heads: int | None = None
 
     def __post_init__(self) -> None:
-        check_layers(self.units, self.cell, self.dropout)
+        check_layers(self.units, self.cell, self.heads, self.dropout)
         check_number("members", self.members, whole=True)
         if not 1 <= self.members <= 99:
             raise UsageError(f"expected members from 1 to 99, got {self.members}")
@@ -115,7 +116,7 @@ def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> 
     table, recipe = windows.table, windows.recipe
     inputs = Inputs.measure(windows, np.arange(len(cut.training)), MEASURED)
     width, outputs = len(inputs.standardise[0]), len(recipe.targets) * len(recipe.quantiles)
-    size = size_of(Architecture(build.units, cell=build.cell), width)
+    size = size_of(Architecture(build.units, cell=build.cell, heads=build.heads), width)
     weights = size.weights + (size.width + width + 1) * outputs
     steps, many = epoch_steps(len(cut.training), settings.batch), build.members > 1
     spans: dict[str, list[str] | None] = {"validation": None, "test": None}

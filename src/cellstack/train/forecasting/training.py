@@ -256,13 +256,15 @@ class _Fits:
         recipe = windows.recipe
 
         def make() -> Forecaster:
-            how = (build.units, build.cell, build.dropout)
+            how = (build.units, build.cell, build.dropout, build.heads)
             model = Forecaster(inputs.standardise, scale, recipe.horizon, recipe.quantiles, *how)
             if start is not None:
                 model.load_state_dict(start.state_dict())
             return model
 
-        check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
+        check_memory(
+            Architecture(build.units, cell=build.cell, heads=build.heads), len(inputs.standardise[0]), len(scale)
+        )
         options = replace(options, seed=options.seed * self.build.members + member)
         if until is not None:
             options = replace(options, callbacks=[lambda epoch: epoch.entry["epoch"] >= until])

@@ -40,7 +40,7 @@ class Architecture:
 
     Args:
         units: units of each layer, first layer first.
-        cell: kind of the cells, see `CellSpec`.
+        cell, heads: see `Model`.
         embedding: size of the character embedding; 0: one-hot.
         dropout: dropout probability after each layer.
 
@@ -52,9 +52,10 @@ class Architecture:
     cell: str = "lstm"
     embedding: int = 64
     dropout: float = 0.3
+    heads: int | None = None
 
     def __post_init__(self) -> None:
-        check_layers(self.units, self.cell, self.dropout)
+        check_layers(self.units, self.cell, self.heads, self.dropout)
         if self.embedding < 0:
             raise UsageError(f"expected embedding of at least 0, got {self.embedding}")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cellstack.nodes import Dense, Node
 from cellstack.nodes.steps import Embedding
 from cellstack.train.examples import Batch, digest
-from cellstack.train.model import LAYERS, Dropout, as_array, as_recurrent
+from cellstack.train.model import Dropout
+from cellstack.train.recurrent import as_array, nodes_of_layers, recurrent_layers
 from cellstack.train.text.data import Architecture, Parts, Streams, Text, measured
 
 
@@ -29,14 +30,10 @@ class TextModel(nn.Module):
         super().__init__()
         embedding, self.size, self.cell = architecture.embedding, size, architecture.cell
         self.embedding = nn.Embedding(size, embedding) if embedding else None
-        self.recurrent = nn.ModuleList()
-        width = embedding or size
-        for units in architecture.units:
-            layer = LAYERS[self.cell](units, return_sequences=True, return_state=True, input_size=width)
-            self.recurrent.append(layer)
-            width = units
+        units = architecture.units
+        self.recurrent = recurrent_layers(self.cell, architecture.heads, units, embedding or size, return_state=True)
         self.dropout = Dropout(architecture.dropout)
-        self.head = nn.Linear(width, size)
+        self.head = nn.Linear(units[-1], size)
         self.carried: tuple[Any, ...] | None = None  # the initial states of the next chunk, one per layer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -84,7 +81,7 @@ class TextModel(nn.Module):
         """Return the model as nodes, from ids or one-hot to the probabilities of the next character after each."""
         table = [] if self.embedding is None else [Embedding(as_array(self.embedding.weight))]
         head = Dense(as_array(self.head.weight.T), as_array(self.head.bias), "softmax")
-        return [*table, as_recurrent(list(self.recurrent)), head]
+        return [*table, *nodes_of_layers(self.recurrent), head]
 
 
 class Chunks:

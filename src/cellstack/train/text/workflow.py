@@ -68,7 +68,8 @@ def train_text(
     """
     size, alphabet = text.alphabet.size, text.alphabet
     metadata = {**alphabet.metadata(), "data": os.path.basename(text.name)}
-    check_memory(Recurrent(architecture.units, cell=architecture.cell), architecture.embedding or size, size)
+    built = Recurrent(architecture.units, cell=architecture.cell, heads=architecture.heads)
+    check_memory(built, architecture.embedding or size, size)
     # For a text without line ends and spaces, such as DNA or Chinese, the prompt is its first character.
     prompt = beginning(alphabet) or alphabet.decoder()(int(text.ids[0]), True)
 
@@ -110,6 +111,7 @@ def fit_text(
     test: float = 0.05,
     units: int | Sequence[int] = (256, 256),
     cell: str = "lstm",
+    heads: int | None = None,
     embedding: int = 64,
     dropout: float = 0.3,
     steps: int = 128,
@@ -143,7 +145,7 @@ def fit_text(
         validation, test: shares of the text, at its end, to validate and test on. The best epoch on the validation part
             is kept; without one, the last.
         units: units of each layer, first layer first.
-        cell, embedding, dropout: see `Architecture`.
+        cell, heads, embedding, dropout: see `Architecture`.
         steps: characters over which gradients are backpropagated.
         batch: maximum number of streams, fewer if each would be shorter than `steps`; None = 8 to 32, depending on the
             length of the text, see `usual_batch`.

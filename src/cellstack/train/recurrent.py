@@ -1,0 +1,79 @@
+"""The recurrent layers of a model, built from the name of a cell, and their nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cellstack import layers
+from cellstack.formats.pytorch.modules import from_torch
+from cellstack.nodes import Node
+from cellstack.nodes.cell import Cell
+from cellstack.nodes.recurrent import Bidirectional, Recurrent
+from cellstack.spec import KINDS
+from cellstack.train.cells import MLSTM, heads_of
+from cellstack.train.checks import UsageError
+
+LAYERS: dict[str, Any] = {name: getattr(layers, kind.title) for name, kind in KINDS.items()} | {MLSTM: layers.MLSTM}
+
+
+def recurrent_layers(
+    cell: str, heads: int | None, units: Iterable[int], width: int, bidirectional: bool = False, **options: Any
+) -> nn.ModuleList:
+    """Return layers with an output at every step, first layer first.
+
+    Args:
+        cell, heads: see `Model`.
+        units: units of each layer.
+        width: of the first layer's input.
+        bidirectional: run each layer in both directions and concatenate the outputs.
+        options: further arguments of each layer.
+    """
+    stack = nn.ModuleList()
+    count = heads_of(cell, heads)
+    given = {"return_sequences": True, **({"heads": count} if cell == MLSTM or count > 1 else {}), **options}
+    for size in units:
+        layer = LAYERS[cell](size, input_size=width, **given)
+        stack.append(layers.Bidirectional(layer) if bidirectional else layer)
+        width = size * (1 + bidirectional)
+    return stack
+
+
+def nodes_of_layers(stack: Iterable[nn.Module]) -> list[Node]:
+    """Return such layers as nodes; consecutive layers of one direction are one node."""
+    nodes: list[Node] = []
+    alike: list[Any] = []
+    for layer in stack:
+        if isinstance(layer, layers.Bidirectional):
+            nodes.append(Bidirectional(_recurrent([layer.forward_layer]), _recurrent([layer.backward_layer], True)))
+        elif isinstance(layer, layers.MLSTM):
+            nodes += from_torch(layer).nodes
+        else:
+            alike.append(layer)
+    return [_recurrent(alike)] if alike else nodes
+
+
+def _recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:
+    """Return layers of cells as one node, first layer first."""
+    modules = [layer.cell for layer in stack]
+    cells = (Cell(cell.spec, *(as_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in modules)
+    return Recurrent(tuple(cells), return_sequences=True, go_backwards=go_backwards)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a contiguous array on the CPU."""
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+def check_supported(model: nn.Module, device: torch.device, inspect: int) -> None:
+    """Raise `UsageError` if a model can't be trained on this device, or can't be inspected."""
+    if not any(isinstance(module, layers.MLSTM) for module in model.modules()):
+        return
+    if device.type != "cpu":
+        raise UsageError(f"cell mlstm is trained on the CPU only: expected device cpu, got {device.type}")
+    if inspect:
+        raise UsageError("cell mlstm can't be inspected in training: expected inspect to be off, or another cell")
