@@ -122,13 +122,13 @@ def test_four_gates_in_a_state_dict_are_an_lstm_and_not_an_slstm(tmp_path):
         torch.save(module.state_dict(), tmp_path / f"{name}.pt")
     read = {name: cs.load(tmp_path / f"{name}.pt") for name in states}
     assert [net.cells[0].spec.kind for net in read.values()] == ["lstm", "lstm", "gru"]
-    assert read["lstm"].metadata["assumed"].startswith("LSTM and not SLSTM, default activations, ")
+    assert read["lstm"].metadata["assumed"].startswith("LSTM and not SLSTM or CfC, default activations, ")
     assert read["slstm"].metadata["assumed"] == read["lstm"].metadata["assumed"]
     assert "SLSTM" not in read["gru"].metadata["assumed"]
 
 
 @pytest.mark.parametrize("flags", [{"peepholes": True}, {"proj_size": 2}, {"layer_norm": True}])
-def test_arrays_that_an_slstm_lacks_need_no_assumption_of_the_kind(tmp_path, flags):
+def test_arrays_that_no_other_kind_has_need_no_assumption_of_the_kind(tmp_path, flags):
     torch.save(layers.LSTM(4, **flags, **EVERY).state_dict(), tmp_path / "lstm.pt")
     assert "SLSTM" not in cs.load(tmp_path / "lstm.pt").metadata["assumed"]
 

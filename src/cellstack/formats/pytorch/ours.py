@@ -3,7 +3,7 @@
 A cell's arrays have the names in `cellstack.spec.ARRAYS`, with the prefix `cell.` in a layer of one cell,
 `cell.cells.0.` and so on in a stack, and `forward_layer.cell.` and `backward_layer.cell.` in a `Bidirectional`. Their
 shapes determine the kind and most flags. The other settings are assumed to be the defaults, as the metadata says.
-Kinds with the same gates have the same arrays: the first of them in `KINDS` is assumed, an LSTM and not an sLSTM.
+Kinds with as many gates have the same arrays: the first of them in `KINDS` is assumed, an LSTM and not an sLSTM.
 A kind without a recurrent kernel is determined by the number of columns, if only one of these kinds can have it.
 """
 
@@ -183,7 +183,7 @@ def _spec(here: str, shapes: Mapping[str, tuple[int, ...]], columns: int) -> Cel
 def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSpec]:
     """Return the cells that have arrays of these names, of all kinds and with any number of gates.
 
-    Of the kinds with the same gates only the first is among them. Kinds without a recurrent kernel get as many units as
+    Of the kinds with as many gates only the first is among them. Kinds without a recurrent kernel get as many units as
     fit the columns, unless an initial state gives the number.
     """
     (width, columns), recurrent = shapes["kernel"], "recurrent_kernel" in shapes
@@ -195,7 +195,7 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     found = []
     try:
         for kind in KINDS.values():
-            if kind.recurrent != recurrent or kind is not _alike(kind.gates, recurrent)[0]:
+            if kind.recurrent != recurrent or kind is not _alike(len(kind.gates), recurrent)[0]:
                 continue
             wide = units or max(1, columns // len(kind.gates))
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}
@@ -210,9 +210,9 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     return [spec for spec in found if shapes.keys() <= spec.shapes.keys()] or found
 
 
-def _alike(gates: Iterable[str], recurrent: bool) -> list[Kind]:
-    """Return the kinds with these gates, in the order of `KINDS`: their arrays have the same shapes."""
-    return [kind for kind in KINDS.values() if (*kind.gates, kind.recurrent) == (*gates, recurrent)]
+def _alike(gates: int, recurrent: bool) -> list[Kind]:
+    """Return the kinds with so many gates, in the order of `KINDS`: their usual arrays have the same shapes."""
+    return [kind for kind in KINDS.values() if (len(kind.gates), kind.recurrent) == (gates, recurrent)]
 
 
 def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
@@ -220,7 +220,7 @@ def _assumed_kinds(specs: Iterable[CellSpec]) -> str:
     said = {}
     for spec in specs:
         flags = spec.settings.keys() - {"input_size", "kind"}
-        alike = _alike(spec.gates, spec.of_kind.recurrent)
+        alike = _alike(len(spec.gates), spec.of_kind.recurrent)
         others = [kind.title for kind in alike if kind is not spec.of_kind and flags <= kind.settings.keys()]
         if others:
             said[f"{spec.of_kind.title} and not {either(others)}, "] = None
