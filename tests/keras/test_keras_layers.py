@@ -31,6 +31,7 @@ FLAGS = {
     "SimpleRNN": ("SimpleRNN", {"layer_norm": True, "activation": "relu"}),
     "MinGRU": ("MinGRU", {"layer_norm": True, "learn_initial_state": True}),
     "MinLSTM": ("MinLSTM", {"clip": 2.0}),
+    "CfC": ("CfC", {"timespans": True, "clip": 2.0}),
     "LiGRU": ("LiGRU", {"zoneout": 0.2}),
     "SLSTM": ("SLSTM", {"heads": 5}),
     "SLSTM, exponential forget gate": ("SLSTM", {"exponential_forget": True, "use_bias": False}),

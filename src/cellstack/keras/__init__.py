@@ -33,7 +33,7 @@ if _keras.backend.backend() != "torch":
     raise ImportError(f"{_NEEDS}; it is set to {_keras.backend.backend()}", name="keras")
 
 from cellstack.keras.calls import Calls, calls
-from cellstack.keras.layers import GRU, LSTM, SLSTM, LiGRU, MinGRU, MinLSTM, SimpleRNN
+from cellstack.keras.layers import GRU, LSTM, SLSTM, CfC, LiGRU, MinGRU, MinLSTM, SimpleRNN
 from cellstack.keras.patching import accelerate, patch, restore, unpatch
 from cellstack.keras.plan import plan
 
@@ -42,6 +42,7 @@ __all__ = [
     "LSTM",
     "SLSTM",
     "Calls",
+    "CfC",
     "LiGRU",
     "MinGRU",
     "MinLSTM",

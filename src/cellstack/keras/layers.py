@@ -91,3 +91,15 @@ class SLSTM(Recurrent):
     """
 
     kind = "slstm"
+
+
+class CfC(Recurrent):
+    """A closed-form continuous-time network for Keras; with `timespans` the last column of x is a time.
+
+    >>> import keras
+    >>> y = CfC(4, timespans=True)(keras.ops.ones((2, 5, 6)))
+    >>> tuple(y.shape)
+    (2, 4)
+    """
+
+    kind = "cfc"

@@ -4,7 +4,7 @@
 from typing import Any
 from cellstack.keras.recurrent import Recurrent
 
-__all__ = ["GRU", "LSTM", "SLSTM", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]
 
 class LSTM(Recurrent):
     def __init__(
@@ -97,4 +97,18 @@ class SLSTM(Recurrent):
         return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
         exponential_forget: bool = False, unit_forget_bias: bool = True, gate_activations: Any = (), heads: int = 1,
         zoneout: float = 0.0, return_gates: bool = False, **kwargs: Any
+    ) -> None: ...
+
+class CfC(Recurrent):
+    def __init__(
+        self, units: int, activation: Any = 'tanh', recurrent_activation: Any = 'sigmoid', use_bias: bool = True,
+        kernel_initializer: Any = 'glorot_uniform', recurrent_initializer: Any = 'orthogonal',
+        bias_initializer: Any = 'zeros', kernel_regularizer: Any = None, recurrent_regularizer: Any = None,
+        bias_regularizer: Any = None, activity_regularizer: Any = None, kernel_constraint: Any = None,
+        recurrent_constraint: Any = None, bias_constraint: Any = None, dropout: float = 0.0,
+        recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
+        return_state: bool = False, go_backwards: bool = False, zero_output_for_mask: bool = False, *,
+        timespans: bool = False, mode: str = 'default', gate_activations: Any = (), layer_norm: bool | str = False,
+        heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0,
+        learn_initial_state: bool = False, return_gates: bool = False, **kwargs: Any
     ) -> None: ...

@@ -37,6 +37,7 @@ LAYERS = {
     "SLSTM": lambda: ours.SLSTM(4, heads=2, exponential_forget=True, return_sequences=True),
     "MinGRU": lambda: ours.MinGRU(4, layer_norm=True),
     "MinLSTM": lambda: ours.MinLSTM(4, use_bias=False),
+    "CfC": lambda: ours.CfC(4, timespans=True, mode="no_gate"),
     "LiGRU": lambda: ours.LiGRU(4),
     "both ways": lambda: keras.layers.Bidirectional(ours.LSTM(4, peepholes=True, return_sequences=True)),
     "two ways": lambda: keras.layers.Bidirectional(
