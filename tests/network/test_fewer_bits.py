@@ -70,8 +70,10 @@ def nets():
     plain = Network([Recurrent((make_cell(rng, 9, 33), make_cell(rng, 33, 16)))])
     many = [make_network(seed) for seed in range(30)]
     cells = [net for net in many if net.cells and net.input_size and all(net.dtype == np.float32 for _ in net.cells)]
-    stacks = [Network([make_stack(rng, 6, residual=True), Dense(np.ones((1, 1), "f4"))][:1]) for _ in range(6)]
-    return [plain, wide, *cells[:8], *stacks]
+    stacks = [Network([make_stack(rng, 6, residual=True)]) for _ in range(12)]
+    # a rounding error moves a value across the jump of a thresholded ReLU, and the outputs differ by any amount
+    smooth = [net for net in stacks if "thresholded_relu" not in str(net)]
+    return [plain, wide, *cells[:8], *smooth[:6]]
 
 
 NETS = nets()
