@@ -45,12 +45,12 @@ void multiply_columns(const Result<T>& to, const Chunk<T>& s, T* scratch, const 
 // What one pass over the steps of a chunk computes: S = (Q·Kᵀ)∘D/N, X, the gradients of log D, A, those of Q·Kᵀ, and by
 // step the gradients of nᵀq in `dsum`, and of m, through ε, in `through_h`. s.e becomes e/N.
 template <class T>
-void scores_back(const MemoryHead<T>& d, Chunk<T>& s, ChunkBack<T>& g, int64_t first, int64_t steps, const T* n,
-                 bool empty) {
+void scores_back(const MemoryHead<T>& d, Chunk<T>& s, ChunkBack<T>& g, const Source<T>& q, const Source<T>& dy,
+                 int64_t first, int64_t steps, const T* n, bool empty) {
     constexpr int W = Vec<T>::W;
     const uint8_t* mask = d.mask ? d.mask + first : nullptr;
-    const Factors<T> of_scores{g.Q, s.key_row, 1, s.K_columns, s.step_row};
-    const Factors<T> of_h{g.G, s.value_row, 1, g.V_columns, s.step_row};
+    const Factors<T> of_scores{q.at, q.row, 1, s.K_columns, s.step_row};
+    const Factors<T> of_h{dy.at, dy.row, 1, g.V_columns, s.step_row};
     T e = 1;
     memset(s.shares, 0, size_t(s.steps) * sizeof(T));
     for (int64_t r = 0; r < steps; r += kBlock) {
@@ -63,10 +63,10 @@ void scores_back(const MemoryHead<T>& d, Chunk<T>& s, ChunkBack<T>& g, int64_t f
             e *= gates[kForgetGate * d.gate];
             next_shares(s.shares, t, d.scale * gates[kInputGate * d.gate], gates[kForgetGate * d.gate]);
             T sum = apply_shares(S, s.shares, t);
-            if (!empty) sum += e * dot_of(g.Q + t * s.key_row, n, s.keys);
+            if (!empty) sum += e * dot_of(q.at + t * q.row, n, s.keys);
             const T floor = gates[kFloor * d.gate], by = divided(d, sum, floor);
             const bool used = !mask || mask[t];
-            const T dot = used ? dot_of(d.y + (first + t) * d.y_time, g.G + t * s.value_row, d.values) : T(0);
+            const T dot = used ? dot_of(d.y + (first + t) * d.y_time, dy.at + t * dy.row, d.values) : T(0);
             const T size = sum < 0 ? -sum : sum, dsum = size < floor ? T(0) : (sum < 0 ? dot : -dot) * by;
             int64_t c = 0;
             for (; c <= t; c += W) {
@@ -127,28 +127,27 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
     const int64_t at = first * d.x_time, to = first * b.dx_time;
     find_weights(d, s, first, steps);
     const T kept = s.e[steps - 1];
-    read_rows<T>(d.q + at, d.x_time, d.keys, steps, mask, g.Q, s.key_row, nullptr, 0);
-    read_rows<T>(d.k + at, d.x_time, d.keys, steps, mask, g.K, s.key_row, s.K_columns, s.step_row);
-    read_rows<T>(d.v + at, d.x_time, d.values, steps, mask, nullptr, 0, g.V_columns, s.step_row);
-    if (b.dy) {
-        read_rows<T>(b.dy + first * d.y_time, d.y_time, d.values, steps, mask, g.G, s.value_row, nullptr, 0);
-    } else {
-        memset(g.G, 0, size_t(s.steps * s.value_row) * sizeof(T));
-    }
-    scores_back(d, s, g, first, steps, n, empty);
+    const Source<T> q(d.q + at, d.x_time, d.keys, steps, mask, g.Q, s.key_row);
+    const Source<T> k(d.k + at, d.x_time, d.keys, steps, mask, g.K, s.key_row);
+    if (!b.dy) memset(g.G, 0, size_t(s.steps * s.value_row) * sizeof(T));
+    const Source<T> dy = b.dy ? Source<T>(b.dy + first * d.y_time, d.y_time, d.values, steps, mask, g.G, s.value_row)
+                              : Source<T>(g.G, s.value_row, s.values, steps, nullptr, nullptr, 0);
+    read_columns(s.K_columns, s.step_row, d.k + at, d.x_time, d.keys, steps, mask);
+    read_columns(g.V_columns, s.step_row, d.v + at, d.x_time, d.values, steps, mask);
+    scores_back(d, s, g, q, dy, first, steps, n, empty);
     if (!empty) {  // the gradients of Q·C₋
         for (int64_t t = 0; t < s.steps; ++t)
             for (int64_t c = 0; c < s.values; c += W)
                 store(g.GE + t * s.value_row + c,
-                      t < steps ? splat(s.e[t]) * load(g.G + t * s.value_row + c) : splat(T(0)));
+                      t < steps ? splat(s.e[t]) * load(dy.at + t * dy.row + c) : splat(T(0)));
     }
     // dV = weights∘(K·dC) + Sᵀ·G
     const Result<T> dV(b.dv + to, b.dx_time, d.values, g.dV, s.value_row);
     if (of_state) {
-        multiply<Range::kAll>(dV.at, dV.row, false, {g.K, s.key_row, 1, g.dC, s.value_row}, steps, s.values, s.keys);
+        multiply<Range::kAll>(dV.at, dV.row, false, {k.at, k.row, 1, g.dC, s.value_row}, steps, s.values, s.keys);
         for (int64_t t = 0; t < steps; ++t) scale_row(dV.at + t * dV.row, s.weights[t], s.values);
     }
-    multiply<Range::kFromRow>(dV.at, dV.row, of_state, {s.S, 1, s.step_row, g.G, s.value_row}, steps, s.values, steps);
+    multiply<Range::kFromRow>(dV.at, dV.row, of_state, {s.S, 1, s.step_row, dy.at, dy.row}, steps, s.values, steps);
     dV.finish(b.dv + to, b.dx_time, d.values, steps);
     // dQ = A·K + e∘(G·C₋ᵀ) + e∘dsum·n
     const Result<T> dQ(b.dq + to, b.dx_time, d.keys, g.dQ, s.key_row);
@@ -163,9 +162,9 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
         if (empty) continue;
         T* row = dQ.at + t * dQ.row;
         for (int64_t c = 0; c < s.keys; c += W) store(row + c, fma(splat(e * g.dsum[t]), load(n + c), load(row + c)));
-        g.dot[t] = dot_of(g.Q + t * s.key_row, row, s.keys), g.dsum[t] *= e;
+        g.dot[t] = dot_of(q.at + t * q.row, row, s.keys), g.dsum[t] *= e;
     }
-    multiply<Range::kUpToRow>(dQ.at, dQ.row, !empty, {g.A, s.step_row, 1, g.K, s.key_row}, steps, s.keys, steps);
+    multiply<Range::kUpToRow>(dQ.at, dQ.row, !empty, {g.A, s.step_row, 1, k.at, k.row}, steps, s.keys, steps);
     dQ.finish(b.dq + to, b.dx_time, d.keys, steps);
     // dK = weights∘(V·dCᵀ + dn) + Aᵀ·Q
     const Result<T> dK(b.dk + to, b.dx_time, d.keys, g.dK, s.key_row);
@@ -176,10 +175,10 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             T* row = dK.at + t * dK.row;
             for (int64_t c = 0; c < s.keys; c += W)
                 store(row + c, splat(s.weights[t]) * (load(row + c) + load(g.dn + c)));
-            g.of_weights[t] = dot_of(g.K + t * s.key_row, row, s.keys);
+            g.of_weights[t] = dot_of(k.at + t * k.row, row, s.keys);
         }
     }
-    multiply<Range::kFromRow>(dK.at, dK.row, of_state, {g.A, 1, s.step_row, g.Q, s.key_row}, steps, s.keys, steps);
+    multiply<Range::kFromRow>(dK.at, dK.row, of_state, {g.A, 1, s.step_row, q.at, q.row}, steps, s.keys, steps);
     dK.finish(b.dk + to, b.dx_time, d.keys, steps);
     // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
     T of_kept = 0;
@@ -191,11 +190,11 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
             }
             of_kept = kept * (of_kept + dot_of(n, g.dn, s.keys));
         }
-        multiply<Range::kAll>(g.dC, s.value_row, of_state, {g.Q, 1, s.key_row, g.GE, s.value_row}, s.keys, s.values,
+        multiply<Range::kAll>(g.dC, s.value_row, of_state, {q.at, 1, q.row, g.GE, s.value_row}, s.keys, s.values,
                               steps);
         for (int64_t c = 0; c < s.keys; c += W) {
             V<T> sum = of_state ? splat(kept) * load(g.dn + c) : splat(T(0));
-            for (int64_t t = 0; t < steps; ++t) sum = fma(splat(g.dsum[t]), load(g.Q + t * s.key_row + c), sum);
+            for (int64_t t = 0; t < steps; ++t) sum = fma(splat(g.dsum[t]), load(q.at + t * q.row + c), sum);
             store(g.dn + c, sum);
         }
     }
@@ -232,10 +231,11 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
         if (chunk + 1 == chunks && !given) break;
         const uint8_t* mask = d.mask ? d.mask + first : nullptr;
         find_weights(d, s, first, steps);
-        read_rows<T>(d.k + first * d.x_time, d.x_time, d.keys, steps, mask, nullptr, 0, s.K_columns, s.step_row,
-                     s.weights, s.weighted);
-        read_rows<T>(d.v + first * d.x_time, d.x_time, d.values, steps, mask, s.V, s.value_row, nullptr, 0);
-        advance_state(s, steps, starts_empty(first), s.e[steps - 1], at, at + C_size, at + size, at + size + C_size);
+        read_columns(s.K_columns, s.step_row, d.k + first * d.x_time, d.x_time, d.keys, steps, mask, s.weights,
+                     s.weighted);
+        const Source<T> values(d.v + first * d.x_time, d.x_time, d.values, steps, mask, s.V, s.value_row);
+        advance_state(s, values, steps, starts_empty(first), s.e[steps - 1], at, at + C_size, at + size,
+                      at + size + C_size);
     }
     const auto product = [&](const T* state) {  // of a state and its gradient
         T sum = dot_of(state + C_size, g.dn, s.keys);

@@ -152,8 +152,7 @@ struct Result {
     T* at;
     int64_t row;
     bool direct;
-    Result(T* to, int64_t to_row, int64_t columns, T* own, int64_t own_row)
-        : direct(columns % Vec<T>::W == 0) {
+    Result(T* to, int64_t to_row, int64_t columns, T* own, int64_t own_row) : direct(columns % Vec<T>::W == 0) {
         at = direct ? to : own, row = direct ? to_row : own_row;
     }
     void finish(T* to, int64_t to_row, int64_t columns, int64_t steps) const {
@@ -192,13 +191,15 @@ INLINE void multiply_rows(T* to, int64_t to_row, bool add, const Factors<T>& f, 
 // a is zero at the other ones.
 enum class Range { kAll, kUpToRow, kFromRow };
 
-// to [rows][columns] = or += a·panel.
+// to [rows][columns] = or += a·panel. While some columns are computed, the panel's next ones are read into the cache.
 template <Range range, class T>
 void multiply(T* to, int64_t to_row, bool add, const Factors<T>& f, int64_t rows, int64_t columns, int64_t depth) {
     constexpr int64_t width = 4 * Vec<T>::W;
-    for (int64_t c = 0; c < columns; c += width)
+    for (int64_t c = 0, next = width; c < columns; c = next, next += width)
         each_tile(rows, [&](int64_t r, int R) INLINED {
-            multiply_rows(to, to_row, add, f, r, R, c, columns - c < width ? columns : c + width,
+            for (int64_t k = r * depth / rows, end = (r + R) * depth / rows; k < end && next < columns; ++k)
+                for (int64_t v = next; v < next + width; v += kLine<T>) prefetch(f.panel + k * f.panel_step + v);
+            multiply_rows(to, to_row, add, f, r, R, c, next < columns ? next : columns,
                           range == Range::kFromRow ? r : 0, range == Range::kUpToRow ? r + R : depth);
         });
 }
@@ -234,14 +235,38 @@ void transposed(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t 
         }
 }
 
-// Reads rows of a chunk, with zeros at masked steps and beyond the last step and number, into `to` as they are and into
-// `turned` transposed; null: not needed. `weighted`: if not null, the sum of the rows times `weights`. Returns whether
-// all numbers are finite.
+// A chunk's rows of whole vectors, with zeros at masked steps: the caller's own, or copies.
 template <class T>
-bool read_rows(const T* from, int64_t from_row, int64_t columns, int64_t steps, const uint8_t* mask, T* to,
-               int64_t to_row, T* turned, int64_t turned_row, const T* weights = nullptr, T* weighted = nullptr) {
+struct Source {
+    const T* at;
+    int64_t row;
+    Source(const T* from, int64_t from_row, int64_t columns, int64_t steps, const uint8_t* mask, T* own,
+           int64_t own_row)
+        : at(from), row(from_row) {
+        constexpr int W = Vec<T>::W;
+        if (!mask && columns % W == 0) return;
+        at = own, row = own_row;
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t c = 0; c < columns; c += W) {
+                const int lanes = columns - c < W ? int(columns - c) : W;
+                store(own + t * own_row + c,
+                      mask && !mask[t] ? splat(T(0)) : load_lanes(from + t * from_row + c, lanes));
+            }
+    }
+    bool finite(int64_t columns, int64_t steps) const {
+        V<T> any = splat(T(0));
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t c = 0; c < columns; c += Vec<T>::W) any = fma(load(at + t * row + c), splat(T(0)), any);
+        return sum_of_lanes<T>(any) == 0;
+    }
+};
+
+// Transposes rows of a chunk, with zeros at masked steps and beyond the last step and number. `weighted`: if not null,
+// the sum of the rows times `weights`.
+template <class T>
+void read_columns(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t columns, int64_t steps,
+                  const uint8_t* mask, const T* weights = nullptr, T* weighted = nullptr) {
     constexpr int W = Vec<T>::W;
-    V<T> any = splat(T(0));
     for (int64_t r = 0; r < steps; r += W)
         for (int64_t c = 0; c < columns; c += W) {
             const int lanes = columns - c < W ? int(columns - c) : W;
@@ -250,12 +275,7 @@ bool read_rows(const T* from, int64_t from_row, int64_t columns, int64_t steps, 
             for (int k = 0; k < W; ++k) {
                 const int64_t t = r + k;
                 square[k] = t < steps && (!mask || mask[t]) ? load_lanes(from + t * from_row + c, lanes) : splat(T(0));
-                if (t + W < steps) __builtin_prefetch(from + (t + W) * from_row + c);
-                any = fma(square[k], splat(T(0)), any);
-            }
-            if (to) {
-                UNROLL
-                for (int k = 0; k < W; ++k) store(to + (r + k) * to_row + c, square[k]);
+                if (t + W < steps) prefetch(from + (t + W) * from_row + c);
             }
             if (weighted) {
                 V<T> sum = r ? load(weighted + c) : splat(T(0));
@@ -263,13 +283,10 @@ bool read_rows(const T* from, int64_t from_row, int64_t columns, int64_t steps, 
                 for (int k = 0; k < W; ++k) sum = fma(splat(weights[r + k]), square[k], sum);
                 store(weighted + c, sum);
             }
-            if (turned) {
-                transpose<T>(square);
-                UNROLL
-                for (int k = 0; k < W; ++k) store(turned + (c + k) * turned_row + r, square[k]);
-            }
+            transpose<T>(square);
+            UNROLL
+            for (int k = 0; k < W; ++k) store(to + (c + k) * to_row + r, square[k]);
         }
-    return sum_of_lanes<T>(any) == 0;
 }
 
 // The weights of a chunk's steps in the state after it, with the scale of k, and that of the state before it in `e` of
@@ -288,7 +305,8 @@ void find_weights(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
 // The state after a chunk: C = e·C₋ + Kᵀ·(weights∘V), n = e·n₋ + weights·K. K_columns are overwritten by weights∘K.
 // `empty`: the state before is zeros.
 template <class T>
-void advance_state(Chunk<T>& s, int64_t steps, bool empty, T kept, const T* C, const T* n, T* C_to, T* n_to) {
+void advance_state(Chunk<T>& s, const Source<T>& values, int64_t steps, bool empty, T kept, const T* C, const T* n,
+                   T* C_to, T* n_to) {
     constexpr int W = Vec<T>::W;
     for (int64_t k = 0; k < s.keys; ++k)
         for (int64_t t = 0; t < steps; t += W) {
@@ -300,8 +318,8 @@ void advance_state(Chunk<T>& s, int64_t steps, bool empty, T kept, const T* C, c
             store(C_to + k * s.value_row + c, splat(kept) * load(C + k * s.value_row + c));
     for (int64_t c = 0; c < s.keys; c += W)
         store(n_to + c, empty ? load(s.weighted + c) : fma(splat(kept), load(n + c), load(s.weighted + c)));
-    multiply<Range::kAll>(C_to, s.value_row, !empty, {s.K_columns, s.step_row, 1, s.V, s.value_row}, s.keys, s.values,
-                          steps);
+    multiply<Range::kAll>(C_to, s.value_row, !empty, {s.K_columns, s.step_row, 1, values.at, values.row}, s.keys,
+                          s.values, steps);
 }
 
 // D of a step from that of the step before it, in place: beyond the step it is zero.
@@ -352,9 +370,10 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
     const int64_t at = first * d.x_time;
     find_weights(d, s, first, steps);
     const T kept = s.e[steps - 1];
-    read_rows<T>(d.k + at, d.x_time, d.keys, steps, mask, nullptr, 0, s.K_columns, s.step_row, s.weights,
+    read_columns(s.K_columns, s.step_row, d.k + at, d.x_time, d.keys, steps, mask, s.weights,
                  wanted ? s.weighted : nullptr);
-    if (!read_rows<T>(d.v + at, d.x_time, d.values, steps, mask, s.V, s.value_row, nullptr, 0)) return false;
+    const Source<T> values(d.v + at, d.x_time, d.values, steps, mask, s.V, s.value_row);
+    if (!values.finite(d.values, steps)) return false;
     // S = (Q·Kᵀ)∘D/N
     const Factors<T> scores{d.q + at, d.x_time, 1, s.K_columns, s.step_row};
     T e = 1, any = 0;
@@ -381,11 +400,11 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
         multiply<Range::kAll>(h.at, h.row, false, {scores.a, d.x_time, 1, s.C, s.value_row}, steps, s.values, d.keys);
         for (int64_t t = 0; t < steps; ++t) scale_row(h.at + t * h.row, s.e[t], s.values);
     }
-    multiply<Range::kUpToRow>(h.at, h.row, !empty, {s.S, s.step_row, 1, s.V, s.value_row}, steps, s.values, steps);
+    multiply<Range::kUpToRow>(h.at, h.row, !empty, {s.S, s.step_row, 1, values.at, values.row}, steps, s.values, steps);
     h.finish(y, d.y_time, d.values, steps);
     for (int64_t t = 0; t < steps && mask; ++t)
         if (!mask[t]) zero_output(d, first + t);
-    if (wanted) advance_state(s, steps, empty, kept, s.C, s.n, s.C, s.n);
+    if (wanted) advance_state(s, values, steps, empty, kept, s.C, s.n, s.C, s.n);
     return true;
 }
 
