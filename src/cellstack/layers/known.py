@@ -246,6 +246,48 @@ def _memory_examples(module: Any) -> list[tuple[Any, ...]]:
     return [tuple(torch.randn(2, count, width) for _ in range(3)) for count in steps]
 
 
+def _large_sizes(module: Any) -> mlstm.Sizes:
+    """Return the sizes of the memory of an xLSTMLarge's `mLSTMLayer`."""
+    config, backend = module.config, module._modules["mlstm_backend"].config
+    if "siging" in backend.chunkwise_kernel:
+        raise ValueError(f"chunkwise_kernel={backend.chunkwise_kernel!r}, with sigmoid input gates, isn't supported")
+    if not backend.return_last_states and "inference" not in backend.mode:
+        raise ValueError("return_last_states=False isn't supported, which xlstm's own layer doesn't support either")
+    heads = config.num_heads
+    return mlstm.Sizes(heads, module.qk_dim // heads, module.v_dim // heads, backend.eps)
+
+
+class LargeMemory(HandWritten):
+    """An xLSTMLarge's `mLSTMLayer`: all but its memory, which its `mlstm_backend` computes, stays in PyTorch."""
+
+    @property
+    def mlstm_backend(self) -> Callable[..., Any]:
+        """The function that the module calls for its memory."""
+        return self._remembered
+
+    def _remembered(self, q: Any, k: Any, v: Any, i: Any, f: Any, **state: Any) -> Any:
+        """Return h `[B, heads, T, D]` and the state, from heads `[B, heads, T, …]` and gates `[B, heads, T]`."""
+        module: Any = self
+        sizes = _large_sizes(module)
+        C, n, m = before = [state[f"{name}_initial"] for name in "cnm"]
+        scale = sizes.key_size**0.5  # of our keys, which the module divides by it when they are retrieved
+        given = [] if C is None else [C / scale, n / scale, m.flatten(1)]
+        heads = [part.transpose(1, 2).flatten(2) for part in (q, k, v)]
+        x = torch.cat([*heads, i.transpose(1, 2), f.transpose(1, 2)], -1)
+        if not self.runs([x, *given], sizes.core, [module.out_proj.weight]):
+            return self._modules["mlstm_backend"](q, k, v, i, f, *before)  # type: ignore[misc]
+        h, C, n, m = mlstm.run(sizes, x, given)
+        return h.unflatten(-1, (sizes.heads, -1)).transpose(1, 2), (scale * C, scale * n, m.unsqueeze(-1))
+
+
+def _large_examples(module: Any) -> list[tuple[Any, ...]]:
+    sizes, chunk = _large_sizes(module), module._modules["mlstm_backend"].config.chunk_size
+    state = [torch.randn(2, *shape) for shape in sizes.state_shapes.values()]
+    state[1] = 1 + state[1].abs()
+    width = module.config.embedding_dim
+    return [(torch.randn(2, chunk, width),), (torch.randn(2, chunk, width), (*state[:2], state[2].unsqueeze(-1)))]
+
+
 # ── ncps's CfC ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -339,5 +381,8 @@ ADAPTERS = {
         growth=1e4,  # its epsilon has another scale for sequences than for steps; ours has that of its steps
     ),
     "xlstm.blocks.slstm.cell.sLSTMCell_vanilla": Adapter(HeadedSLSTM, _slstm_text, _slstm_examples),
+    "xlstm.xlstm_large.model.mLSTMLayer": Adapter(
+        LargeMemory, lambda module: f"mLSTM, {_large_sizes(module).heads} heads", _large_examples
+    ),
 }
 """The adapters, by the full names of the classes."""

@@ -74,7 +74,7 @@ def large_model(**settings):
         "step_kernel": "native",
     }
     fixed = {"mode": "inference", "return_last_states": True, "chunk_size": 16, "autocast_kernel_dtype": "float32"}
-    return shaken(xLSTMLarge, xLSTMLargeConfig(**config, **kernels, **fixed))
+    return shaken(xLSTMLarge, xLSTMLargeConfig(**{**kernels, **fixed, **config}))
 
 
 def computed(model, x):
@@ -374,6 +374,46 @@ def test_accelerated_cells(settings, cell, text):
     assert_close(np.stack(steps, axis=1), want)
     cs.restore(model)
     assert type(getattr(model.blocks[0].xlstm, cell)) is before_class
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_mode": "fused", "mode": "train"}])
+def test_an_accelerated_large_model(settings):
+    """Logits, states and gradients are those of xlstm, for a sequence and then step by step."""
+    model = large_model(**settings)
+    tokens = ids(2, 16)
+    with torch.no_grad():
+        want, state = model(tokens)
+    model(tokens)[0].square().mean().backward()
+    before = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    cs.accelerate(model, cells=True)
+    assert str(cs.plan(model)).count("mLSTM, 4 heads: fused cpu kernel") == 2
+    with torch.no_grad():
+        y, after = model(tokens)
+    assert_close(y.numpy(), want.numpy())
+    for got, own in zip(flat(after), flat(state), strict=True):
+        assert got.shape == own.shape
+        assert_close(got.numpy(), own.numpy())
+    model(tokens)[0].square().mean().backward()
+    for name, weight in model.named_parameters():
+        scale = max(1.0, float(before[name].abs().max()))
+        torch.testing.assert_close(weight.grad, before[name], rtol=0, atol=1e-4 * scale, msg=name)
+    with torch.no_grad():
+        y, _ = model(tokens, after)
+        cs.restore(model)
+        want, _ = model(tokens, state)
+    assert_close(y.numpy(), want.numpy())
+
+
+def flat(states):
+    return [part for layer in states.values() for part in layer]
+
+
+def test_a_large_model_with_sigmoid_input_gates_is_not_accelerated():
+    model = large_model(num_blocks=1)
+    model.backbone.blocks[0].mlstm_layer.mlstm_backend.config.chunkwise_kernel = "chunkwise--triton_xl_chunk_siging"
+    with pytest.raises(ValueError, match="with sigmoid input gates, isn't supported"):
+        cs.accelerate(model, cells=True)
 
 
 def test_other_functions_of_a_cell_are_not_accelerated():
