@@ -133,6 +133,22 @@ def test_stream_agrees_with_a_full_forecast_at_the_same_scale(model):
     assert np.array_equal(one.last, several.last)
 
 
+@pytest.mark.parametrize(("weights", "bound"), [("bfloat16", 3e-2), ("int8", 6e-2)])
+def test_weights_with_fewer_bits(model, weights, bound):
+    first, net = model
+    x = cases.series(40)
+    narrow = TiRexForecaster(net, weights)
+    options = {"together": -(-cases.HORIZON // cases.PATCH)} if first else {}
+    exact = TiRexForecaster(net).forecast(x, cases.HORIZON, **options)
+    found = narrow.forecast(x, cases.HORIZON, **options)
+    assert 0 < np.abs(found - exact).max() < bound * np.abs(exact).max()
+    stream = narrow.stream(x)
+    assert np.abs(stream.forecast(cases.HORIZON) - found).max() < bound * np.abs(exact).max()
+    if weights == "bfloat16":
+        stored = TiRexForecaster(net.with_weights(weights))
+        np.testing.assert_array_equal(stored.forecast(x, cases.HORIZON, **options), found)
+
+
 def test_drift_says_when_to_restart(second):
     calm = np.random.default_rng(3).normal(size=40)
     stream = second.stream(calm)
@@ -287,6 +303,11 @@ def test_other_networks_are_refused():
     net = cs.Network([cs.Dense(np.ones((2, 2), np.float32))])
     with pytest.raises(cs.FormatError, match="expected a network of a TiRex or a TiRex-2"):
         TiRexForecaster(net)
+
+
+def test_unknown_weights_are_refused(second):
+    with pytest.raises(ValueError, match="TiRexForecaster: expected weights to be one of float32, .*, got 'int4'"):
+        TiRexForecaster(second.network, "int4")
 
 
 @pytest.mark.models

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.nodes import Merge, Select
+from cellstack.nodes.base import check_choice
+from cellstack.nodes.cell import WEIGHTS
 from cellstack.train.checks import UsageError, is_count
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
@@ -32,17 +34,23 @@ class TiRexForecaster:
 
     Args:
         network: the network.
+        weights: the number format of its matrices in forecasts and streams, `"float32"`, `"bfloat16"` or `"int8"`: see
+            `Network.run`; None: the network's own. Fewer bits are faster and change forecasts a little.
 
     Raises:
         FormatError: another network.
+        ValueError: unknown weights.
 
     Attributes:
         network: the network.
+        weights: the number format.
         settings: the model's patch, context, longest horizon and so on.
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    def __init__(self, network: Network, weights: str | None = None) -> None:
+        if weights is not None:
+            check_choice("TiRexForecaster", "weights", weights, WEIGHTS)
+        self.network, self.weights = network, weights
         self.settings = Settings.of(network.metadata)
         self._networks: dict[int, Network] = {}  # by the number of steps that they return
 
@@ -95,12 +103,12 @@ class TiRexForecaster:
             context = _context(values, self.settings, pad)
             used = scaling or Scaling.of(context, prepared.differenced, self.settings)
             tokens = _tokens(used.apply(context, self.settings), self.settings, count - 1)
-            outputs, _ = self._last_steps(count).run(tokens, threads=threads)
+            outputs, _ = self._last_steps(count).run(tokens, threads=threads, weights=self.weights)
             parts.append(self._undone(outputs, used))
             done += count
         return self._finished(np.concatenate(parts, axis=1)[:, :horizon], prepared, single)
 
-    def stream(self, series: Any, *, pad: bool = True, threads: int = 1, weights: str | None = None) -> TiRexStream:
+    def stream(self, series: Any, *, pad: bool = True, threads: int = 1) -> TiRexStream:
         """Return a stream that continues one or more series, patch by patch, without computing their context again.
 
         The scaling, and whether a series is differenced, stay those of this first context: see `TiRexStream`.
@@ -108,13 +116,13 @@ class TiRexForecaster:
         Args:
             series: the first context, as for `forecast`.
             pad: see `forecast`.
-            threads, weights: see `Network.stream`.
+            threads: see `Network.stream`.
 
         Raises:
             UsageError: a series that isn't numbers.
         """
         rows, single = _rows(series)
-        return TiRexStream(self, rows, single, pad, threads, weights)
+        return TiRexStream(self, rows, single, pad, threads)
 
     def _last_steps(self, count: int) -> Network:
         """Return the network with only the last `count` steps of its output."""
@@ -168,9 +176,8 @@ class TiRexStream:
         single: bool,
         pad: bool,
         threads: int,
-        weights: str | None,
     ) -> None:
-        self._forecaster, self._single, self._options = forecaster, single, (pad, threads, weights)
+        self._forecaster, self._single, self._options = forecaster, single, (pad, threads)
         settings = forecaster.settings
         if settings.sign_flip:
             rows = rows + [-row for row in rows]
@@ -180,7 +187,7 @@ class TiRexStream:
         self.scaling = Scaling.of(context, self.differenced, settings)
         self._before = np.array([row[-1] for row in rows])  # the observation before the next patch, NaN if missing
         self._recent = padded(rows)[:, -settings.context - 1 :]
-        self._stream = forecaster.network.stream(len(rows), threads, weights)
+        self._stream = forecaster.network.stream(len(rows), threads, forecaster.weights)
         self._ahead = self._stream.fork()  # takes the steps of a horizon
         self._run(context)
 
