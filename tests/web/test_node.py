@@ -59,6 +59,8 @@ def test_memory_of_runs_and_streams_is_freed(net, tmp_path):
         const bytes = () => net.kernel.exports.memory.buffer.byteLength;
         const x = {{ data: new Float32Array(3 * 100), shape: [1, 100, 3] }};
         const sizes = [];
+        let collected = 0;
+        const collector = new FinalizationRegistry(() => {{ collected += 1; }});
         for (let round = 0; round < 4; round += 1) {{
           for (let n = 0; n < 500; n += 1) {{
             const stream = net.stream({{ batch: 8 }});
@@ -66,8 +68,12 @@ def test_memory_of_runs_and_streams_is_freed(net, tmp_path):
             stream.close();
             net.run(x);
           }}
-          for (let n = 0; n < 100; n += 1) net.stream({{ batch: 8 }}).step(new Float32Array(24));
-          for (let n = 0; n < 5; n += 1) {{
+          for (let n = 0; n < 100; n += 1) {{
+            const stream = net.stream({{ batch: 8 }});
+            stream.step(new Float32Array(24));
+            collector.register(stream);
+          }}
+          for (let n = 0; n < 500 && collected < 100 * round + 99; n += 1) {{  // the last may still be in a register
             gc();
             await new Promise((done) => setTimeout(done, 20));
           }}
@@ -77,11 +83,12 @@ def test_memory_of_runs_and_streams_is_freed(net, tmp_path):
         stream.close();
         let message = "";
         try {{ stream.step(new Float32Array(3)); }} catch (error) {{ message = error.message; }}
-        console.log(JSON.stringify({{ sizes, message }}));
+        console.log(JSON.stringify({{ sizes, collected, message }}));
         """,
         tmp_path,
     )
     answer = json.loads(found)
+    assert answer["collected"] >= 399
     sizes = answer["sizes"][1:]
     assert max(sizes) - min(sizes) < 2**19  # the collector's timing may cost a page or two; a leak takes more per round
     assert answer["message"] == "stream: it is closed"
