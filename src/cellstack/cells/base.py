@@ -186,13 +186,6 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
     return out if spec.joint else biased(ops, spec, out)
 
 
-def prepared(ops: Ops[V], spec: CellSpec, x: V) -> Any:
-    """Return what a step takes of x: the result of `Kind.inputs`, and with a scalar, a tuple of it and the scalar."""
-    if not spec.scalar:
-        return spec.of_kind.inputs(ops, spec, x)
-    return spec.of_kind.inputs(ops, spec, ops.features(x)), ops.scalar(x)
-
-
 def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
     """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`."""
     z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
@@ -341,6 +334,12 @@ class Kind:
         """The fields of `CellSpec` that this kind has, except `input_size` and `kind`."""
         every = (*POSITIONAL, *self.flags, *KEYWORD)
         return {one.name: self.own(one) for one in every if "spec" in one.of and one.name not in self.lacks}
+
+    def prepared(self, ops: Ops[V], spec: CellSpec, x: V) -> Any:
+        """Return what a step takes of x: the result of `inputs`, and with a scalar, a tuple of it and the scalar."""
+        if not spec.scalar:
+            return self.inputs(ops, spec, x)
+        return self.inputs(ops, spec, ops.features(x)), ops.scalar(x)
 
     def own(self, argument: Argument) -> Argument:
         """Return an argument with the default that it has in this kind."""

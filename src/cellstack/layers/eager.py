@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from cellstack import spec as words
-from cellstack.cells.base import prepared
 from cellstack.spec import CellSpec
 from cellstack.views.torch import TorchOps, clipped
 
@@ -221,7 +220,7 @@ def _layer(
     rates = enumerate(spec.zoneout_rates.items())
     zoneouts = [(k, rate, dropped.get(kind.zoneout.get(name, ""))) for k, (name, rate) in rates]
     # Masked steps must not take part in the backward pass, not even with a gradient of zero: 0·NaN is NaN.
-    a = prepared(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H] …
+    a = kind.prepared(ops, spec, x if mask is None else torch.where(mask[:, :, None], x, 0.0))  # [B, T, G·H] …
     gates = [x.new_zeros(0)] * steps
     seen: list[list[Tensor]] = [[x.new_zeros(0)] * steps for _ in states]  # each state at every step
     states = [state.clone() for state in states]  # with no step the results must not be the arguments themselves

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cellstack.cells.base import prepared
 from cellstack.spec import CellSpec
 
 H, P, I, X, D = "H", "P", "I", "X", "D"  # noqa: E741  # widths: units, projected units, features, x, units of a head
@@ -49,7 +48,7 @@ class Recorded:
     def __post_init__(self) -> None:
         spec, kind = self.spec, self.spec.of_kind
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
-        a = prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
+        a = kind.prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
         self.kept = tuple(spec.zoneout_rates.values())
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import model
 
 from cellstack import cells, reference, spec
-from cellstack.cells.base import HiddenState, Kind, State, prepared
+from cellstack.cells.base import HiddenState, Kind, State
 from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
 from cellstack.formats.onnx.decomposed.match import forms
@@ -105,7 +105,7 @@ def unrolled(cell, count=3):
     states = [ops.tensor(name, np.zeros((2, size), "f4")) for name, size in cell.spec.state_sizes.items()]
     kind = cell.spec.of_kind
     for n in range(count):
-        states = kind.step(ops, cell.spec, prepared(ops, cell.spec, f"x{n}"), *states)[1]
+        states = kind.step(ops, cell.spec, kind.prepared(ops, cell.spec, f"x{n}"), *states)[1]
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in ops.tensors}
     inputs = {f"x{n}": (TensorProto.FLOAT, [2, cell.spec.input_size]) for n in range(count)}
     return model(ops.nodes, inputs, {states[0]: 2}, arrays)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cells.base import prepared
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell import Cell
@@ -160,7 +159,8 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
     before = {name: step.fresh(f"{where}/{name}_before") for name in sizes}
     x = step.fresh(f"{where}/x")
     own = [before[name] for name in spec.state_sizes]
-    new = list(spec.of_kind.step(step, spec, prepared(step, spec, x), *own)[1])
+    kind = spec.of_kind
+    new = list(kind.step(step, spec, kind.prepared(step, spec, x), *own)[1])
     for n, kept in enumerate(spec.zoneout_rates.values()):
         if kept:
             old = step.of("Mul", own[n], step.number(kept))
