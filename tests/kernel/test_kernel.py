@@ -525,7 +525,9 @@ def test_a_clip_has_no_slope_at_its_bounds(isa):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL["float64"])
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru", "cfc"])
+@pytest.mark.parametrize(
+    "member", ["lstm", "coupled", "gru", "gru, reset before", "mingru", "minlstm", "ligru", "cfc, timespans"]
+)
 def test_all_wrong_gate_orders_fail(isa, member):
     flags = {"timespans": True} if member == "cfc" else {}  # without them the two gates of its time are only added
     spec, arrays, case, _ = make(9, 2, 4, 3, 5, **MEMBERS[member] | flags)
