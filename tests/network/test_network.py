@@ -827,7 +827,9 @@ def assert_matches_reference(cell, x, got, dtype, **given):
     exact = expected.gates, expected.y, *expected.states
     for array, wanted in zip((got.gates, *got.states), exact, strict=True):
         assert array.dtype == dtype
-        np.testing.assert_allclose(array, wanted, atol=tolerances.KERNEL[dtype] * max(1.0, np.abs(wanted).max()), rtol=0)
+        np.testing.assert_allclose(
+            array, wanted, atol=tolerances.KERNEL[dtype] * max(1.0, np.abs(wanted).max()), rtol=0
+        )
         assert array.shape == wanted.shape
 
 
