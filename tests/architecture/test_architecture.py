@@ -76,13 +76,15 @@ ON_CALL = {
 # Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.
 BELOW_FORMATS = {
     "files": set(),
-    "simplify": set(),
-    "build": {"simplify"},
+    "draft": set(),
+    "scaling": {"draft"},
+    "simplify": {"draft", "scaling"},
+    "build": {"draft", "simplify"},
     "lines": set(),
     "state": {"files"},
     "worker": set(),
     "keras": {"files", "build"},
-    "onnx": {"files", "build", "simplify"},
+    "onnx": {"files", "build", "draft", "simplify"},
     "xlstm": {"build"},
     "tirex": {"build", "xlstm"},
     "pytorch": {"files", "build", "xlstm", "tirex"},

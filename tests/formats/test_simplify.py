@@ -431,7 +431,7 @@ def test_shared_weights_stay_shared():
 
 
 def test_copies_of_shared_weights_are_limited(monkeypatch):
-    monkeypatch.setattr("cellstack.formats.simplify.MOST_COPIED", 100)
+    monkeypatch.setattr("cellstack.formats.draft.MOST_COPIED", 100)
     shared = dense(10, 10)
     builder = Builder()
     wire = builder.input("x", (None, 10))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from cellstack.formats.simplify import Draft, simplify
+from cellstack.formats.draft import Draft
+from cellstack.formats.simplify import simplify
 from cellstack.graph import origin, state_of
 from cellstack.network import Network
 from cellstack.nodes import Activation, Flatten, Node, Permute, Recurrent, Reshape

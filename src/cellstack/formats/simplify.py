@@ -7,28 +7,24 @@ and where it doesn't pass a mask that the graph creates further than before.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cellstack import spec
+from cellstack.formats.draft import Draft
+from cellstack.formats.scaling import scaled_after, scaled_before, scaled_norm, scaled_twice
 from cellstack.graph import origin, state_of
 from cellstack.nodes import (
     Activation,
     Bidirectional,
-    Cell,
     Clip,
     Conv1D,
     Dense,
     Flatten,
     GlobalPool,
     GridConv,
-    LayerNorm,
     Merge,
     Node,
     Pad,
@@ -38,153 +34,16 @@ from cellstack.nodes import (
     Reshape,
     Scale,
     Select,
-    Standardise,
 )
-from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.nodes.base import Array, Shape
 from cellstack.nodes.time import pads
 
-MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share
 BOUNDED = {(0.0, None): "relu", (0.0, 6.0): "relu6"}  # activations that are a Clip
 BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't elementwise
 
 
-class Draft:
-    """A graph that is being rewritten: nodes by name, in an order in which they can run.
-
-    Args:
-        inputs: the inputs' shapes.
-        nodes: the nodes by name; those that reach no output are dropped.
-        sources: the wires that each node takes.
-        outputs: names of nodes, all different.
-        shapes: the shape of every value, None where it is unknown.
-
-    Attributes:
-        cells: for each node that became part of another one, that node and the index of its first cell there.
-    """
-
-    def __init__(
-        self,
-        inputs: dict[str, Shape | None],
-        nodes: dict[str, Node],
-        sources: dict[str, tuple[str, ...]],
-        outputs: Sequence[str],
-        shapes: dict[str, Shape | None],
-    ) -> None:
-        used = set(map(origin, outputs))
-        for name in reversed(nodes):
-            if name in used:
-                used.update(map(origin, sources[name]))
-        self.inputs, self.outputs, self.shapes = dict(inputs), list(outputs), dict(shapes)
-        self.cells: dict[str, tuple[str, int]] = {}
-        self.nodes = {name: node for name, node in nodes.items() if name in used}
-        self.sources = {name: sources[name] for name in self.nodes}
-        self.takers: defaultdict[str, list[str]] = defaultdict(list)
-        self.masked: set[str] = set()  # values that may carry a mask that the graph creates
-        for name, node in self.nodes.items():
-            for source in self.sources[name]:
-                self.takers[source].append(name)
-            if node.makes_mask or not self.masked.isdisjoint(self.sources[name]):
-                self.masked.add(name)
-        self.waiting = deque(self.nodes)  # nodes to try the rules on
-        self._uses = Counter(id(node) for node in self.nodes.values())
-        self._made: dict[tuple[Any, ...], tuple[Any, Node | None]] = {}
-        self._copied = 0
-
-    def before(self, name: str) -> str | None:
-        """Return the node before this one, if nothing else uses its value; else None."""
-        (source, *others) = self.sources[name]
-        alone = not others and source in self.nodes and len(self.takers[source]) == 1 and source not in self.outputs
-        return source if alone else None
-
-    def state_used(self, name: str) -> bool:
-        """Return whether another node or an output uses a state of a node."""
-        states = (state_of(name, state) for state in self.nodes[name].state_sizes)
-        return any(self.takers.get(state) or state in self.outputs for state in states)
-
-    def starts(self, name: str) -> bool:
-        """Return whether a node's cells take their initial state from the graph."""
-        return bool(self.nodes[name].apart(self.sources[name])[1])
-
-    def fuse(self, before: str, name: str, node: Node) -> bool:
-        """Replace nodes `before` and `name` by one, which keeps the name of `before`."""
-        self.nodes[before], self.shapes[before] = node, self.shapes[name]
-        return self._leave_out(name, before)
-
-    def fold(self, before: str, name: str, node: Node) -> bool:
-        """Replace nodes `before` and `name` by one, which keeps the name `name`."""
-        (source,) = self.sources[before]
-        self.nodes[name], self.sources[name] = node, (source,)
-        self.takers[source] = [name if taker == before else taker for taker in self.takers[source]]
-        self._remove(before)
-        return True
-
-    def bypass(self, name: str) -> bool:
-        """Remove a node that changes nothing, unless it is needed as a separate output."""
-        (source,) = self.sources[name]
-        if name in self.outputs and (source in self.inputs or source in self.outputs):
-            return False
-        return self._leave_out(name, source)
-
-    def take(self, name: str, source: str, *gone: str) -> bool:
-        """Connect a node to another source; remove the nodes `gone`, and its old sources if they are no longer used."""
-        taken = self.sources[name]
-        self.sources[name] = (source,)
-        self.takers[source].append(name)
-        for one in taken:
-            self.takers[one].remove(name)
-        unused = [
-            one
-            for one in taken
-            if one in self.nodes and not self.takers[one] and one not in self.outputs and not self.state_used(one)
-        ]
-        gone = tuple(dict.fromkeys((*gone, *unused)))
-        for one in gone:
-            for below in self.sources[one]:
-                self.takers[below].remove(one)
-                self.waiting.extend(self.takers[below])
-        for one in gone:
-            self._remove(one)
-        return True
-
-    def _leave_out(self, name: str, source: str) -> bool:
-        """Remove a node, connect the nodes that use it to `source`, and try the rules on these again."""
-        takers = self.takers.pop(name, [])
-        for taker in takers:
-            self.sources[taker] = tuple(source if one == name else one for one in self.sources[taker])
-        self.takers[source] = [one for one in self.takers[source] if one != name] + takers
-        self.outputs = [source if one == name else one for one in self.outputs]
-        self.waiting.extend(takers)
-        self._remove(name)
-        return True
-
-    def _remove(self, name: str) -> None:
-        self.takers.pop(name, None)
-        del self.nodes[name], self.sources[name]
-
-    def made(self, node: Node, *others: Any, make: Callable[[], Node | None]) -> Node | None:
-        """Return a node with rewritten weights, made once for all places that share it; None = don't rewrite it.
-
-        Args:
-            node: the node whose weights are rewritten; it may occur in several places.
-            others: everything else that the result depends on.
-            make: makes the new node.
-        """
-        key = (id(node), *(id(other) if isinstance(other, Node) else other for other in others))
-        if key not in self._made:
-            if self._uses[id(node)] > 1:  # the weights, shared until now, are copied
-                self._copied += node.parameters
-                if self._copied > MOST_COPIED:
-                    return None
-            self._made[key] = ((node, *others), make())  # kept alive, so that no other node gets their ids
-        made = self._made[key][1]
-        self._uses[id(made)] += 1
-        return made
-
-
 def simplify(draft: Draft) -> None:
     """Apply the rules to a graph until none applies."""
-    with np.errstate(over="ignore", invalid="ignore"):  # weights that overflow aren't folded: see `_finite`
+    with np.errstate(over="ignore", invalid="ignore"):  # weights that overflow aren't folded: see `scaling`
         while draft.waiting:
             name = draft.waiting.popleft()
             while name in draft.nodes and any(rule(draft, name) for rule in RULES):
@@ -459,138 +318,6 @@ def gated(draft: Draft, name: str) -> bool:
             draft.nodes[name] = Activation("silu")
             return draft.take(name, x)
     return False
-
-
-# ── scale and shift of the features ─────────────────────────────────────────────────────────────────────────────────
-
-
-def scaling(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Return the scale and the shift of a node that computes x·scale + shift; None for any other node.
-
-    Both are `[W]`, or `[1]` if they are the same for all features.
-    """
-    if isinstance(node, Scale):
-        return node.scale.astype(np.float64), node.shift.astype(np.float64)
-    if isinstance(node, Standardise) and not node.mean.any():
-        return 1.0 / node.scale.astype(np.float64), np.zeros(len(node.scale))
-    if isinstance(node, Activation) and node.activation not in MORE_ACTIVATIONS:
-        kind, alpha, beta = spec.activation(node.activation)
-        if kind == "affine":
-            return np.array([alpha]), np.array([beta])
-    return None
-
-
-def scaled_after(draft: Draft, name: str) -> bool:
-    """Fold a scale and shift, such as a batch normalisation, into the Dense or Conv1D without activation before it."""
-    before, found = draft.before(name), scaling(draft.nodes[name])
-    if before is None or found is None:
-        return False
-    product = draft.nodes[before]
-    if not isinstance(product, (Dense, Conv1D)) or product.activation != "linear":
-        return False
-    if draft.nodes[name].dtype not in (None, product.dtype):
-        return False
-    scale, shift = found
-
-    def make() -> Node | None:
-        bias = shift if product.bias is None else product.bias * scale + shift
-        bias = np.broadcast_to(bias, product.kernel.shape[-1:])
-        keeps = product.bias is not None or bias.any() or (scale == 1.0).all()  # a shift by zeros is a bias too
-        made = _finite(product.kernel.dtype, product.kernel * scale, bias)
-        return None if made is None else replace(product, kernel=made[0], bias=made[1] if keeps else None)
-
-    made = draft.made(product, "after", draft.nodes[name], make=make)
-    return made is not None and draft.fuse(before, name, made)
-
-
-def scaled_before(draft: Draft, name: str) -> bool:
-    """Fold a scale and shift into the weights of the Dense, the Recurrent or the Conv1D without padding after it.
-
-    A shift without a scale stays: it may centre large numbers, which nearly cancel, and is more exact by itself.
-    """
-    before, node = draft.before(name), draft.nodes[name]
-    found = None if before is None else scaling(draft.nodes[before])
-    if before is None or found is None or draft.nodes[before].dtype not in (None, node.dtype):
-        return False
-    scale, shift = found
-    if (scale == 1.0).all():
-        return False
-    fits = isinstance(node, (Dense, Recurrent, Bidirectional)) or (
-        isinstance(node, Conv1D) and node.padding == "valid" and node.groups == 1
-    )
-    if not fits:
-        return False
-    made = draft.made(node, "before", draft.nodes[before], make=lambda: _with_input(node, scale, shift))
-    return made is not None and draft.fold(before, name, made)
-
-
-def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Node | None:
-    """Return a node whose output for `x` is that of `node` for `x·scale + shift`; None if there is none."""
-    if isinstance(node, Bidirectional):
-        parts = [_with_input(part, scale, shift) for part in (node.forward, node.backward)]
-        return None if None in parts else replace(node, forward=parts[0], backward=parts[1])
-    if isinstance(node, Recurrent):
-        cell = _cell_with_input(node.cells[0], scale, shift)
-        return None if cell is None else replace(node, cells=(cell, *node.cells[1:]))
-    assert isinstance(node, (Dense, Conv1D))
-    sums = np.broadcast_to(shift, node.kernel.shape[-2:-1]) @ node.kernel.reshape(-1, *node.kernel.shape[-2:]).sum(0)
-    bias = sums if node.bias is None else node.bias + sums
-    made = _finite(node.kernel.dtype, node.kernel * scale[:, None], bias)
-    keeps = node.bias is not None or shift.any()
-    return None if made is None else replace(node, kernel=made[0], bias=made[1] if keeps else None)
-
-
-def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Cell | None:
-    if cell.spec.layer_norm or cell.spec.scalar or not cell.spec.use_kernel:
-        return None  # normalises the kernel's product; isn't multiplied by the kernel; there is no kernel
-    made = {"kernel": cell.kernel * scale[:, None]}
-    description = cell.spec
-    if shift.any():
-        description = replace(cell.spec, use_bias=True)
-        bias = np.zeros(description.shapes["bias"]) if cell.bias is None else cell.bias.astype(np.float64)
-        bias[(0, ...) if bias.ndim == 2 else ...] += np.broadcast_to(shift, len(cell.kernel)) @ cell.kernel
-        made["bias"] = bias
-    found = _finite(cell.kernel.dtype, *made.values())
-    return None if found is None else Cell(description, **{**cell.arrays, **dict(zip(made, found, strict=True))})
-
-
-def _finite(dtype: np.dtype[Any], *arrays: NDArray[Any]) -> list[Array] | None:
-    """Return arrays in a dtype; None if one overflows, as infinity times zero is NaN."""
-    made = [array.astype(dtype) for array in arrays]
-    return made if all(np.isfinite(array).all() for array in made) else None
-
-
-def scaled_twice(draft: Draft, name: str) -> bool:
-    """Combine two consecutive scales and shifts. A shift before a division becomes a Standardise."""
-    before, second = draft.before(name), draft.nodes[name]
-    if before is None or not isinstance(draft.nodes[before], Scale) or not isinstance(second, (Scale, Standardise)):
-        return False
-    first, found = draft.nodes[before], scaling(second)
-    assert isinstance(first, Scale)
-    if found is None or first.dtype != second.dtype:
-        return False
-    if (first.scale == 1.0).all() and first.shift.any():  # a shift may centre large numbers: see `scaled_before`
-        if isinstance(second, Standardise):
-            return draft.fuse(before, name, Standardise(-first.shift, second.scale))
-        if not (second.scale == 1.0).all():
-            return False
-    scale, shift = found
-    made = _finite(first.scale.dtype, first.scale * scale, first.shift * scale + shift)
-    return made is not None and draft.fuse(before, name, Scale(*made))
-
-
-def scaled_norm(draft: Draft, name: str) -> bool:
-    """Fold a scale and shift after a layer normalisation into its gain and bias."""
-    before, second = draft.before(name), draft.nodes[name]
-    norm = None if before is None else draft.nodes[before]
-    if before is None or not isinstance(norm, LayerNorm) or not isinstance(second, Scale):
-        return False
-    if norm.dtype not in (None, second.dtype):
-        return False
-    gain = second.scale if norm.gain is None else norm.gain * second.scale
-    bias = second.shift if norm.bias is None else norm.bias * second.scale + second.shift
-    made = _finite(second.scale.dtype, gain, bias)
-    return made is not None and draft.fuse(before, name, LayerNorm(made[0], made[1], norm.epsilon))
 
 
 RULES: tuple[Callable[[Draft, str], bool], ...] = (

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.build import Builder
+from cellstack.formats.draft import Draft
 from cellstack.formats.onnx.cells import INPUTS, KIND_OF, is_recurrent, read_operator
 from cellstack.formats.onnx.file import Model, declared, short
 from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.values import Final, Flowing, Run, States
-from cellstack.formats.simplify import Draft, simplify
+from cellstack.formats.simplify import simplify
 from cellstack.nodes import Context, Flatten, GlobalPool, Merge, Node, PerFrame, Recurrent, Select
 from cellstack.nodes.along import Along
 from cellstack.nodes.base import Shape, Stepwise

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.build import Builder, ProblemsError, TooMuchError
+from cellstack.formats.draft import Draft
 from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
@@ -33,7 +34,6 @@ from cellstack.formats.onnx.values import (
     Unknown,
     Vector,
 )
-from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.layout import Array
 from cellstack.network import Network
