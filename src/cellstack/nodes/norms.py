@@ -78,7 +78,43 @@ def _norm_gradient(unit: Array, deviation: Array, du: Array, centred: bool) -> A
 
 
 @dataclass(frozen=True, eq=False)
-class LayerNorm(Stepwise):
+class _StepNorm(Stepwise):
+    """A norm of each step's features; `centred`: of their differences from the mean."""
+
+    gain: Array | None = None
+    bias: Array | None = None
+    epsilon: float = 1e-3
+    arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
+    settings: ClassVar = {"epsilon": float}
+    multiplied = ("gain",)
+    keeps_width = True
+    centred: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        _check_arrays(self)
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [..., W]` normalised over its last axis."""
+        return native.on_rows(self._kernel.run, x)
+
+    @cached_property
+    def _kernel(self) -> native.Norm:
+        return _in_kernel(self, 1, self.centred)
+
+    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        x = run.inputs[0].x
+        y = _centred(x) if self.centred else np.ascontiguousarray(x)
+        deviation = _root_mean_square(y, self.epsilon)
+        du = dy if self.gain is None else dy * self.gain
+        return [_norm_gradient(y / deviation, deviation, du, self.centred)]
+
+    @property
+    def summary(self) -> str:
+        return f"over the features, epsilon {self.epsilon:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm(_StepNorm):
     """`(x - mean) / sqrt(variance + epsilon)·gain + bias`, with the mean and variance of each step's features.
 
     Args:
@@ -97,38 +133,12 @@ class LayerNorm(Stepwise):
     Ref: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 3 and 4.
     """
 
-    gain: Array | None = None
-    bias: Array | None = None
-    epsilon: float = 1e-3
     file_type = "layer_norm"
-    arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
-    settings: ClassVar = {"epsilon": float}
-    multiplied = ("gain",)
-    keeps_width = True
-
-    def __post_init__(self) -> None:
-        _check_arrays(self)
-
-    def apply(self, x: Array) -> Array:
-        """Return `x [..., W]` normalised over its last axis."""
-        return native.on_rows(self._kernel.run, x)
-
-    @cached_property
-    def _kernel(self) -> native.Norm:
-        return _in_kernel(self, 1, True)
-
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        y = _centred(run.inputs[0].x)
-        deviation = _root_mean_square(y, self.epsilon)
-        return [_norm_gradient(y / deviation, deviation, dy if self.gain is None else dy * self.gain, True)]
-
-    @property
-    def summary(self) -> str:
-        return f"over the features, epsilon {self.epsilon:g}"
+    centred = True
 
 
 @dataclass(frozen=True, eq=False)
-class RMSNorm(Stepwise):
+class RMSNorm(_StepNorm):
     """`x / sqrt(mean of x² + epsilon)·gain + bias`, with the mean over each step's features.
 
     Args:
@@ -147,34 +157,9 @@ class RMSNorm(Stepwise):
     Ref: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
     """
 
-    gain: Array | None = None
-    bias: Array | None = None
     epsilon: float = 1e-6
     file_type = "rms_norm"
-    arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
-    settings: ClassVar = {"epsilon": float}
-    multiplied = ("gain",)
-    keeps_width = True
-
-    def __post_init__(self) -> None:
-        _check_arrays(self)
-
-    def apply(self, x: Array) -> Array:
-        """Return `x [..., W]` divided by its root mean square over the last axis."""
-        return native.on_rows(self._kernel.run, x)
-
-    @cached_property
-    def _kernel(self) -> native.Norm:
-        return _in_kernel(self, 1, False)
-
-    def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
-        x = np.ascontiguousarray(run.inputs[0].x)
-        size = _root_mean_square(x, self.epsilon)
-        return [_norm_gradient(x / size, size, dy if self.gain is None else dy * self.gain, False)]
-
-    @property
-    def summary(self) -> str:
-        return f"over the features, epsilon {self.epsilon:g}"
+    centred = False
 
 
 @dataclass(frozen=True, eq=False)
