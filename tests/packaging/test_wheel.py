@@ -1,4 +1,4 @@
-"""What a build of the package makes: with a compiler that doesn't work, and in two folders."""
+"""What a build of the package makes: with a compiler that doesn't work, and in two folders; the kernel's size."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from cellstack import _kernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,3 +72,7 @@ def test_two_builds_have_the_same_bytes(tmp_path):
     assert any(re.fullmatch(r"cellstack/_kernel\..*\.(so|pyd)", name) for name in names)
     licences = {Path(name).name for name in names if "/licenses/" in name}
     assert licences == {"LICENSE", "nanobind.txt", "robin-map.txt"}
+
+
+def test_the_kernel_takes_less_than_3_mb():
+    assert os.path.getsize(_kernel.__file__) < 3_000_000
