@@ -68,7 +68,7 @@ site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings an
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
 	$(INSTALL) '.[bench]'
-	for name in inference training accelerated text step scaling family slstm mlstm pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in inference training accelerated text step scaling family slstm mlstm tirex pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so

@@ -1,11 +1,12 @@
 """Forecasts of a TiRex-2 of the published size with random weights: tirex-2's own, compiled, and cellstack's.
 
-    python benchmarks/tirex.py [--batch B] [--threads N] [--horizon H] [--eager]
+    python benchmarks/tirex.py [--series B …] [--threads N] [--horizon H] [--seconds S] [--eager]
 
-Needs tirex-2 with its dependencies and a C++ compiler. Compares the forecasts first. Then it times, in turn: a forecast
-after a context of 2,048 observations by tirex-2, as `load_model(compile=True)` compiles it, and by cellstack; and a
-stream's next patch with its forecast. Each result is the fastest of --rounds: processor time with one thread, else
-elapsed time.
+Needs tirex-2 with its dependencies and a C++ compiler. For each number of series it compares the forecasts, and then
+times in turn: a forecast after a context of 2,048 observations by tirex-2, as `load_model(compile=True)` compiles it,
+and by cellstack; and a stream's next patch with its forecast, with weights in each number format. Each result is the
+fastest of several rounds: processor time with one thread, else elapsed time. A patch of one series is mostly the time
+of reading the weights once, which is measured too.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 import cellstack as cs
+from cellstack.nodes.cell import WEIGHTS
 from cellstack.train import TiRexForecaster
 from cellstack_bench.turns import alternate
 
 CONTEXT, PATCH = 2048, 32
+MOST_ROUNDS = 15
 
 
 def configuration():
@@ -65,45 +68,70 @@ def package(compiled):
     return model
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=1, help="number of series")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--horizon", type=int, default=PATCH)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--eager", action="store_true", help="don't compile the package's model")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+def rounds_in(runs, seconds):
+    """Return how many rounds, with two calls of each, fit into some seconds."""
+    begin = time.perf_counter()
+    for run in runs.values():
+        run()
+    return max(2, min(MOST_ROUNDS, int(seconds / 2 / (time.perf_counter() - begin))))
+
+
+def reading(net, clock):
+    """Print how long a sum over as many bytes as the weights have takes."""
+    weights = torch.ones(sum(node.numbers_read for node in net.nodes))
+    ((low, _),) = alternate({"read": weights.sum}, MOST_ROUNDS, clock).values()
+    size = 4 * len(weights)
+    print(f"{size / 1e6:.0f} MB of weights, read once in {low:.1f} ms: {size / low / 1e6:.1f} GB/s")
+
+
+def compare(model, net, count, given, clock):
+    """Print the differences and the times for some series."""
+    series = np.random.default_rng(0).normal(size=(count, CONTEXT + PATCH)).cumsum(axis=1).astype(np.float32)
+    context, patch = series[:, :CONTEXT], series[:, CONTEXT:]
     from tirex2 import TimeseriesType
 
-    model = package(not given.eager)
-    forecaster = TiRexForecaster(cs.from_torch(model))
-    series = np.random.default_rng(0).normal(size=(given.batch, CONTEXT + PATCH)).cumsum(axis=1).astype(np.float32)
-    context, patch = series[:, :CONTEXT], series[:, CONTEXT:]
     own = [TimeseriesType(torch.from_numpy(row[None]), None, None) for row in context]
-    stream = forecaster.stream(context, threads=given.threads)
 
     def theirs():
         return np.stack([one[0].numpy().T for one in model.predict(own, given.horizon)])
 
-    def ours():
-        return forecaster.forecast(context, given.horizon, threads=given.threads)
+    runs, expected = {"tirex-2": theirs}, theirs()  # the first call compiles
+    for weights in WEIGHTS:
+        forecaster = TiRexForecaster(net, weights)
+        found = forecaster.forecast(context, given.horizon, threads=given.threads)
+        far = np.abs(found - expected).max() / np.abs(expected).max()
+        print(f"{weights}: forecasts differ by {far:.1e} of the largest value")
+        if weights == "float32" and not far < 1e-4:
+            raise SystemExit("expected a difference below 1e-4")
+        runs[f"forecast, {weights}"] = lambda f=forecaster: f.forecast(context, given.horizon, threads=given.threads)
+        stream = forecaster.stream(context, threads=given.threads)
 
-    def continued():
-        stream.step(patch)
-        return stream.forecast(given.horizon)
+        def continued(stream=stream):
+            stream.step(patch)
+            return stream.forecast(given.horizon)
 
-    expected, found = theirs(), ours()
-    far = np.abs(found - expected).max() / np.abs(expected).max()
-    print(f"forecasts differ by {far:.1e} of the largest value")
-    if not far < 1e-4:
-        raise SystemExit("expected a difference below 1e-4")
-    clock = time.process_time if given.threads == 1 else time.perf_counter
-    runs = {"tirex-2": theirs, "cellstack": ours, "cellstack, next patch": continued}
-    times = {name: low for name, (low, _) in alternate(runs, given.rounds, clock).items()}
-    print(f"{given.batch} series, {given.threads} threads, horizon {given.horizon}")
+        runs[f"next patch, {weights}"] = continued
+    times = {name: low for name, (low, _) in alternate(runs, rounds_in(runs, given.seconds), clock).items()}
     for name, low in times.items():
-        print(f"{name:<24}{low:>9.1f} ms   {times['tirex-2'] / low:6.1f} times", flush=True)
+        print(f"  {name:<24}{low:>9.1f} ms   {times['tirex-2'] / low:6.1f} times", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--series", type=int, nargs="+", default=[1, 4], help="numbers of series")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--horizon", type=int, default=PATCH)
+    parser.add_argument("--seconds", type=float, default=30, help="about how long to measure each number of series")
+    parser.add_argument("--eager", action="store_true", help="don't compile the package's model")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    model = package(not given.eager)
+    net = cs.from_torch(model)
+    clock = time.process_time if given.threads == 1 else time.perf_counter
+    reading(net, clock)
+    for count in given.series:
+        print(f"{count} series, {given.threads} threads, horizon {given.horizon}")
+        compare(model, net, count, given, clock)
 
 
 if __name__ == "__main__":

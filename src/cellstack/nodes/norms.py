@@ -51,6 +51,10 @@ def _in_kernel(node: Any, groups: int, centred: bool) -> native.Norm:
     return native.Norm(groups, centred, node.epsilon, node.gain, node.bias)
 
 
+def _engine(dtype: np.dtype[Any]) -> str:
+    return f"fused kernel ({native.isa()}, {dtype}): each step by itself"
+
+
 def _scaled(node: Any, y: Array) -> Array:
     """Multiply by the gain and add the bias, in place."""
     if node.gain is not None:
@@ -107,6 +111,9 @@ class _StepNorm(Stepwise):
         deviation = _root_mean_square(y, self.epsilon)
         du = dy if self.gain is None else dy * self.gain
         return [_norm_gradient(y / deviation, deviation, du, self.centred)]
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        return _engine(dtype)
 
     @property
     def summary(self) -> str:
@@ -265,6 +272,9 @@ class GroupNorm(Node):
         if self.over_time:
             return StepRule("its mean and variance over time need the whole sequence, which a stream doesn't have")
         return StepRule(step=self.apply)
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        return super().engine(dtype) if self.over_time else _engine(dtype)
 
     @property
     def summary(self) -> str:

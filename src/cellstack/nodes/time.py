@@ -252,9 +252,11 @@ class Conv1D(Node):
         return [dwide[:, before : before + x.shape[1]]]
 
     def engine(self, dtype: np.dtype[Any]) -> str:
+        after = f", {self.activation} in NumPy" if self._numpy_activation else ""
         if self.dilation == self.groups == 1:
-            after = f", {self.activation} in NumPy" if self._numpy_activation else ""
             return f"fused kernel ({native.isa()}, {dtype}): a product per window{after}"
+        if self._each_channel is not None:
+            return f"fused kernel ({native.isa()}, {dtype}): each feature by itself{after}"
         return f"NumPy ({dtype}): dilation or groups"
 
     def keeps_steps(self, axes: int) -> bool:
