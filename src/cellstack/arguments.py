@@ -82,6 +82,11 @@ def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: st
     return array.astype(bool)
 
 
+class OwnState(tuple[Any, ...]):
+    """A state that a network computed. Its numbers aren't checked: NaN in an input, or patches, may have led to numbers
+    that a caller can't give."""
+
+
 def as_states(
     owner: str, state: Any, cells: Sequence[Cell | MatrixMemory], batch: int, sources: Sequence[str] = ()
 ) -> tuple[CellState | None, ...]:
@@ -92,7 +97,7 @@ def as_states(
 
     Args:
         owner: the function or class, for error messages.
-        state: a state or None per cell; None: no states.
+        state: a state or None per cell; None: no states. The numbers of an `OwnState` aren't checked.
         cells: the cells and memories in the order of their states, `Network.stateful`.
         batch: the number of rows.
         sources: for each cell, or for the first ones, which values of the network it starts from, for error messages;
@@ -122,7 +127,8 @@ def as_states(
         arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
         check_state(owner, [array.shape for array in arrays], batch, shapes, layer)
         plain = [np.require(array, requirements=("C", "A")) for array in arrays]
-        states.append(cell.as_state(f"{owner}: {where}", plain))
+        own = isinstance(state, OwnState)
+        states.append(cell.state_type(*plain) if own else cell.as_state(f"{owner}: {where}", plain))
     return tuple(states)
 
 

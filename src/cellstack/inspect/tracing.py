@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack.arguments import as_states
+from cellstack.arguments import OwnState, as_states
 from cellstack.inspect.memories import MemoryTrace
 from cellstack.inspect.pre_activations import pre_activations
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
@@ -58,7 +58,7 @@ def trace(
         states = as_states(
             "Network", state, network.stateful, len(next(iter(given.values()))), network.initial_state_sources
         )
-        state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
+        state = OwnState(None if one is None else type(one)(*map(np.array, one)) for one in states)  # checked above
     recording = Recording(cells, _Arrays(in_memory).empty)
     y, after = network.run(x, state, **run, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
+from cellstack.arguments import OwnState
 from cellstack.nodes.base import check_integer
 from cellstack.streaming.engine import Engine
 from cellstack.streaming.history import History
@@ -234,7 +235,7 @@ class Stream:
         if kept is None:
             raise RuntimeError("Stream: no step was taken since remember() or since the state was set")
         state, arrays = kept
-        whole = self.network.trace(dict(zip(self.network.inputs, arrays, strict=True)), state)
+        whole = self.network.trace(dict(zip(self.network.inputs, arrays, strict=True)), OwnState(state))
         first = max(0, len(whole.steps) - min(most, self._history.most))
         return whole.select(steps=slice(first, None))
 
