@@ -177,11 +177,21 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(again.state[1].C, t.state[1].C)
     np.testing.assert_array_equal(again["memory"].y, t["memory"].y)
     t.save_html(tmp_path / "t.html")
-    for suffix in ("onnx", "keras"):
-        with pytest.raises(ValueError, match="memory"):
-            net.save(tmp_path / f"net.{suffix}")
-    with pytest.raises(ValueError, match="memory: MLSTM isn't supported"):
-        net.export_c(tmp_path / "net")
+    with pytest.raises(ValueError, match="memory"):
+        net.save(tmp_path / "net.keras")
+
+
+def test_a_stream_with_nan_is_traced():
+    """Its state holds numbers that a caller can't set."""
+    net, x = network(), sequences(batch=1, steps=4)
+    stream = net.stream()
+    stream.remember(1)
+    stream.step(np.full((1, 5), np.nan, "f4"))
+    for n in range(4):
+        stream.step(x[:, n])
+    own = stream.trace()["memory"]
+    assert np.isnan(own.n).all()
+    assert np.isfinite(own.x).all()
 
 
 WITHOUT = """

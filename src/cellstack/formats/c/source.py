@@ -8,6 +8,7 @@ the files.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from string import Template
@@ -16,10 +17,12 @@ from typing import NamedTuple
 from cellstack import spec
 from cellstack.formats.build import Names
 from cellstack.formats.c.cells import HELPERS, MATRICES, WIDTHS, Form, by_gate, form_key, form_of, shape_text
+from cellstack.formats.c.memories import FUNCTION, lines_of
 from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import activate, literal
 from cellstack.network import Network
 from cellstack.nodes import (
+    MLSTM,
     Activation,
     Array,
     Cell,
@@ -39,7 +42,7 @@ from cellstack.streaming.eligibility import check_streamable
 
 NUMBERS_A_LINE = 8
 TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
-NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent)
+NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent, MLSTM)
 WHOLE = ("softmax", "log_softmax")  # activations over all features of a step together
 
 
@@ -89,6 +92,7 @@ class Writer:
         self.row = 0  # the length of the longest vector that is multiplied by a narrow matrix
         self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: its name, and the form
         self.members: list[tuple[str, int, str]] = []  # of the state: name, length, description
+        self.memories: list[tuple[str, int, str]] = []  # members too, after those of all cells
         self.frames: list[tuple[str, int, str]] = []  # members too: the past steps that convolutions need
         self.scratch: dict[str, int] = {}
         self.steps: list[str] = []
@@ -194,6 +198,8 @@ class Writer:
             return self.recurrent(owner, node, at, last)
         if isinstance(node, Conv1D):
             return self._convolution(owner, node, at, last)
+        if isinstance(node, MLSTM):
+            return self._memory(owner, node, at, last)
         if isinstance(node, Embedding):
             rows, width = node.table.shape
             table = self._array(owner, "table", node.table, f"[V={rows}, E={width}]")
@@ -279,6 +285,17 @@ class Writer:
         ]
         return target, filters
 
+    def _memory(self, owner: str, node: MLSTM, at: str, last: bool) -> tuple[str, int]:
+        """Write an mLSTM's memory, whose state starts with zeros."""
+        target, state = self._target(at, node.units, last), []
+        for name, shape in node.memory_in(self.network.dtype).state_shapes.items():
+            member = self.identifier(f"{owner}_{name}")
+            self.memories.append((member, math.prod(shape), f"{name} of {owner}"))
+            self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
+            state.append(f"s->{member}")
+        self.steps += lines_of(node, at, target, state)
+        return target, node.units
+
     def recurrent(self, owner: str, node: Recurrent, at: str, last: bool) -> tuple[str, int]:
         """Write a stack of cells. A cell's output is h, in the state."""
         for number, cell in enumerate(node.cells):
@@ -345,11 +362,16 @@ class Writer:
     def sizes(self) -> Sizes:
         """The bytes that the network needs."""
         item = self.network.dtype.itemsize
-        state, scratch = sum(size for _, size, _ in self.members + self.frames), sum(self.scratch.values())
+        state, scratch = sum(size for _, size, _ in self.kept), sum(self.scratch.values())
         row = self.row_length if self.narrow is None or self.narrow.scaled else item * self.row_length
         if not state and not scratch:
             scratch = 1  # C doesn't allow an empty struct
         return Sizes(self.constants, item * state, item * scratch + row)
+
+    @property
+    def kept(self) -> list[tuple[str, int, str]]:
+        """The members that are kept between steps: name, length, description."""
+        return self.members + self.memories + self.frames
 
     @property
     def row_length(self) -> int:
@@ -365,7 +387,7 @@ class Writer:
             stack, depth = "no recursion, no array of more than four numbers: a few pointers and counters", "four"
         in_format = f" * Matrices: {self.narrow.name}\n" if self.narrow else ""
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
-        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
+        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.kept]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
         if self.narrow and self.row:
             scratch.append(f"    {self.narrow.row} row[{self.row_length}]; /* scratch */")
@@ -469,9 +491,9 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
     def _helpers(self, code: str) -> str:
         """Return the functions that `code` calls."""
         own = self.narrow.helpers if self.narrow else {}
+        other = HELPERS | {"memory_step": FUNCTION}
         texts = {
-            helper: self.fill(text)
-            for helper, text in (own | {n: t for n, t in HELPERS.items() if n not in own}).items()
+            helper: self.fill(text) for helper, text in (own | {n: t for n, t in other.items() if n not in own}).items()
         }
         called: set[str] = set()
         found = re.findall(rf"\b{self.name}_(\w+?)\(", code)

@@ -21,10 +21,12 @@ from cellstack.formats.onnx.compositions import (
 )
 from cellstack.formats.onnx.file import KEY, onnx_package
 from cellstack.formats.onnx.masks import GraphMasks, last_used, masked, neutral, of_lengths, reduced
+from cellstack.formats.onnx.memories import memory
 from cellstack.formats.onnx.pieces import LAST, Pieces
 from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
 from cellstack.nodes import (
+    MLSTM,
     Activation,
     Attention,
     Bidirectional,
@@ -150,13 +152,13 @@ class Writer(Pieces):
             ready += each
         return ready
 
-    def after(self, sizes: Iterable[int]) -> list[str]:
-        """Add outputs `[B, H]` for the states added last, and return their names, which are yet to be computed."""
+    def after(self, shapes: Iterable[Sequence[int]]) -> list[str]:
+        """Add outputs `[B, …]` for the states added last, and return their names, which are yet to be computed."""
         names = []
-        for (given, name), size in zip(self.begun, sizes, strict=True):
+        for (given, name), shape in zip(self.begun, shapes, strict=True):
             after = self.fresh(f"{name}.after")
             self.states.append([given, after])
-            self.outputs.append(self.onnx.helper.make_tensor_value_info(after, self.type, ["batch", size]))
+            self.outputs.append(self.onnx.helper.make_tensor_value_info(after, self.type, ["batch", *shape]))
             names.append(after)
         self.begun = []
         return names
@@ -215,7 +217,7 @@ class Writer(Pieces):
             self.onnx.helper.make_node(written.kind, inputs, [y, *ends], name=where, **written.attributes)
         )
         each = [(end, way, size) for end, size in zip(ends, parts.values(), strict=True) for way in range(len(cells))]
-        for (end, way, _), after in zip(each, self.after(size for *_, size in each), strict=True):
+        for (end, way, _), after in zip(each, self.after([size] for *_, size in each), strict=True):
             self.put("Gather", [end, self.tensor(f"{after}.way", np.array(way, np.int64))], after, axis=0)
         return y, ends[0]
 
@@ -237,7 +239,7 @@ class Writer(Pieces):
         """
         states = self.start(where, (cell,), [where], x, False, given)
         body = body_of(where, cell, bool(mask), residual)
-        ends = self.after(cell.spec.state_sizes.values())
+        ends = self.after([size] for size in cell.spec.state_sizes.values())
         last, y = ends[0], self.fresh(f"{where}.y")
         if mask:
             states.append(states[0])
@@ -368,6 +370,8 @@ class Writer(Pieces):
             self.stack(name, node, x, name, masks[0], starts)
         elif isinstance(node, Bidirectional):
             self.bidirectional(name, node, x, name, masks[0], starts)
+        elif isinstance(node, MLSTM):
+            memory(self, name, node, x, masks[0])
         elif isinstance(node, Dense):
             product = self.put("MatMul", [x, self.tensor(f"{name}.kernel", node.kernel)], self.fresh(f"{name}.z"), name)
             if node.bias is not None:
@@ -524,12 +528,14 @@ def cell_names(name: str, node: Node) -> list[str]:
 
 
 def state_names(network: Network) -> dict[str, str]:
-    """Return the outputs that hold the final states, by cell and part, such as `cell 0 h`."""
-    names = [own for name, node in zip(network.names, network.nodes, strict=True) for own in cell_names(name, node)]
+    """Return the outputs that hold the final states, by their number and part, such as `cell 0 h`."""
+    entries = list(zip(network.names, network.nodes, strict=True))
+    names = [own for name, node in entries for own in cell_names(name, node)]
+    names += [name for name, node in entries if isinstance(node, MLSTM)]
     return {
         f"cell {number} {part}": f"{name}.{part}.after"
-        for number, (name, cell) in enumerate(zip(names, network.cells, strict=True))
-        for part in cell.spec.state_sizes
+        for number, (name, one) in enumerate(zip(names, network.stateful, strict=True))
+        for part in one.state_shapes
     }
 
 

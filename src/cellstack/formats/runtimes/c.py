@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -84,10 +85,10 @@ def _in_c(
         call("init", state)
         for t in range(frames.shape[1]):
             call("step", state, frames[row, t], y[row, t])
-    sizes = [size for cell in net.cells for size in cell.spec.state_sizes.values()]
-    blocks = np.split(memory, np.cumsum(sizes), axis=1)  # scratch comes last
-    names = (f"cell {n} {array}" for n, cell in enumerate(net.cells) for array in cell.spec.state_sizes)
-    return {net.outputs[0]: y if whole else y[:, -1]}, dict(zip(names, blocks, strict=False))
+    shapes = {f"cell {n} {name}": s for n, one in enumerate(net.stateful) for name, s in one.state_shapes.items()}
+    blocks = np.split(memory, np.cumsum([math.prod(shape) for shape in shapes.values()]), axis=1)  # scratch comes last
+    states = {name: block.reshape(-1, *shapes[name]) for name, block in zip(shapes, blocks, strict=False)}
+    return {net.outputs[0]: y if whole else y[:, -1]}, states
 
 
 def _number(pattern: str, header: str) -> int:
