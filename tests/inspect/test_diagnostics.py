@@ -100,6 +100,18 @@ def test_the_half_life_of_a_constant_gate(forget):
     assert np.isinf(whole.half_lives()).all()
 
 
+@pytest.mark.parametrize("exponential", [False, True])
+def test_the_half_life_of_an_slstm_is_that_of_its_forget_gate(exponential):
+    """And not of the f of its equations, which is 0 at the first step and depends on the input gate."""
+    spec = CellSpec(1, 2, kind="slstm", exponential_forget=exponential)
+    cell = Cell(spec, np.zeros((1, 8)), np.zeros((2, 8)), np.repeat([3.0, -1.0, 1.0, 0.0], 2))
+    seen = traced(cell, np.zeros((1, 50, 1)))
+    kept = math.exp(-1.0) if exponential else 1 / (1 + math.e)
+    np.testing.assert_allclose(kept ** seen.half_lives(), 0.5, rtol=1e-12)
+    with pytest.raises(ValueError, match="no pre-activations"):
+        traced(cell, np.zeros((1, 50, 1)), steps=slice(3, 9)).half_lives()
+
+
 def test_shares_of_gates():
     rng = rng_of(3)
     x, mask = 3 * rng.normal(size=(4, 30, 2)), rng.random((4, 30)) < 0.6

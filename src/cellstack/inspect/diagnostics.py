@@ -62,17 +62,18 @@ def half_lives(cell: CellTrace) -> Array:
     """Return the number of steps in which each unit forgets half of its state, `[H]`; infinite without forgetting.
 
     It is ln 2 over the mean of -ln f, f being the forget gate (z of a GRU): the half-life under the gate's
-    geometric mean. Masked steps don't count.
+    geometric mean. Masked steps don't count. The f of an sLSTM is scaled by its stabiliser: instead, it is σ(z_f).
 
     Raises:
-        ValueError: a SimpleRNN, which has no gate that keeps its state.
+        ValueError: a SimpleRNN, which has no gate that keeps its state; an sLSTM's trace of some steps or units without
+            pre-activations.
     """
-    kept, used = _update(cell)[0], _used(cell)
-    if not used.any():
-        return np.full(len(cell.units), np.nan)
     with np.errstate(divide="ignore"):
-        rate = -np.log(kept[used].astype(np.float64)).mean(axis=0)
-        return np.where(rate == 0.0, np.inf, math.log(2.0) / rate)
+        kept, used = _log_kept(cell), _used(cell)
+        if not used.any():
+            return np.full(len(cell.units), np.nan)
+        rate = -kept[used].mean(axis=0)
+        return np.where(rate <= 0.0, np.inf, math.log(2.0) / rate)
 
 
 def contributions(cell: CellTrace, step: int = -1) -> Array:
@@ -209,6 +210,15 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
         raise ValueError(f"expected a cell with gates: a {kind.title} has no gate that keeps a state")
     (kept, written), rate = found, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
+
+
+def _log_kept(cell: CellTrace) -> Array:
+    """Return the logarithm of the factor by which the gates of each step keep the memory, `[B, T, H]`."""
+    spec = cell.cell.spec
+    if "log_f" not in spec.of_kind.planes(spec):  # else f is scaled by the stabiliser
+        return np.log(_update(cell)[0].astype(np.float64))
+    z = cell.pre["f"]
+    return z if spec.settings.get("exponential_forget") else -np.logaddexp(0.0, -z)
 
 
 def _whole(cell: CellTrace) -> Record:
