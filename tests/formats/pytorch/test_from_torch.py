@@ -55,9 +55,9 @@ def test_gates_are_reordered(kind, order):
 
 
 def test_our_gate_orders():
-    recurrent = {"lstm": "ifgo", "gru": "zrg", "rnn": "g", "ligru": "zg", "slstm": "ifgo"}
+    recurrent = {"lstm": "ifgo", "gru": "zrg", "rnn": "g", "ligru": "zg", "slstm": "ifgo", "cfc": "gkst"}
     assert recurrent | {"mingru": "zg", "minlstm": "ifg"} == OURS
-    assert len(ORDERS) == 24 + 6 + 1 + 2 + 24 + 2 + 6
+    assert len(ORDERS) == 24 + 6 + 1 + 2 + 24 + 24 + 2 + 6
 
 
 def test_invalid_gate_orders_are_refused():
