@@ -16,7 +16,7 @@ from cellstack.formats.compiled.exported import export
 from cellstack.formats.compiled.nested import fresh, like, tensors_in, wider
 from cellstack.formats.compiled.probes import calls
 from cellstack.formats.pytorch import network_of_module
-from cellstack.formats.pytorch.modules import KNOWN
+from cellstack.formats.pytorch.torch_modules import KNOWN
 from cellstack.network import Network
 from cellstack.network.layouts import KEY, Layout, noted
 from cellstack.spec import FormatError
