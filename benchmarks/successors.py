@@ -199,32 +199,38 @@ def run(path: Path, names: list[str], seeds: int, quick: bool) -> None:
                 print(f"{key:45} {results[key]['score']:8.4f} {weights:8,} weights {took:6.1f} s", flush=True)
 
 
-def table(path: Path) -> str:
-    """Return a table with a row for each cell and a column for each task: mean ± standard deviation over the seeds."""
-    results = json.loads(path.read_text())
-    lines = ["| | " + " | ".join(TASKS) + " |", "|---" * (1 + len(TASKS)) + "|"]
+def grid(results: dict[str, dict], tasks: list[str], text: Callable[[str, list[dict]], str]) -> list[str]:
+    """Return the lines of a table with a row for each cell and a column for each task."""
+    lines = ["| | " + " | ".join(tasks) + " |", "|---" * (1 + len(tasks)) + "|"]
     for name in CELLS:
-        row = [name]
-        for task in TASKS:
-            runs = [run for key, run in results.items() if key.startswith(f"{task}/{name}/")]
-            scores, factor = np.array([run["score"] for run in runs]), 100 if task.startswith("speaker") else 1
-            digits = 2 if factor == 100 else 4 if task == "adding" else 3
-            row.append(
-                f"{factor * scores.mean():.{digits}f} ± {factor * scores.std(ddof=1):.{digits}f}"
-                if len(runs) > 1
-                else "not run"
-            )
-        lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "| | weights, steps, and processor seconds of a training, by task |", "|---|---|"]
-    for task in TASKS:
-        said = []
-        for name in CELLS:
-            runs = [run for key, run in results.items() if key.startswith(f"{task}/{name}/")]
-            if runs:
-                seconds = np.median([run["seconds"] for run in runs])
-                said.append(f"{name}: {runs[0]['weights']:,}, {runs[0]['steps']:,}, {seconds:.0f} ({len(runs)} seeds)")
-        lines.append(f"| {task} | {'; '.join(said)} |")
-    return "\n".join(lines)
+        runs = [[run for key, run in results.items() if key.startswith(f"{task}/{name}/")] for task in tasks]
+        row = [text(task, each) if each else "" for task, each in zip(tasks, runs, strict=True)]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return lines
+
+
+def score_of(task: str, runs: list[dict]) -> str:
+    """Return the mean, the standard deviation if there are several runs, and the number of runs unless it is five."""
+    percent = task.startswith("speaker")
+    scores, digits = np.array([run["score"] for run in runs]) * (100 if percent else 1), 2 if percent else 3
+    spread = f" ± {scores.std(ddof=1):.{digits}f}" if len(scores) > 1 else ""
+    return f"{scores.mean():.{digits}f}{spread}" + (f" ({len(scores)})" if len(scores) != 5 else "")
+
+
+def table(path: Path) -> str:
+    """Return the tables of the scores, and of the weights, steps and seconds of the trainings."""
+    results = json.loads(path.read_text())
+    first, series = ([task for task in TASKS if task.startswith("series") == which] for which in (False, True))
+    lines = [*grid(results, first, score_of), "", *grid(results, series, score_of)]
+
+    def size(task: str, runs: list[dict]) -> str:
+        return f"{runs[0]['weights']:,}, {np.median([run['seconds'] for run in runs]):.0f} s"
+
+    steps = {task: {run["steps"] for key, run in results.items() if key.startswith(f"{task}/")} for task in first}
+    shown = [f"{task}: {', '.join(map(str, sorted(counts)))} steps" for task, counts in steps.items()]
+    return "\n".join(
+        [*lines, "", "Weights, and processor time of a training; " + "; ".join(shown), "", *grid(results, first, size)]
+    )
 
 
 def cost() -> None:
