@@ -19,6 +19,7 @@ from cellstack.network.layouts import one_row
 from cellstack.nodes import Embedding
 from cellstack.nodes.base import Array
 from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.dense import Products
 from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4
@@ -308,8 +309,8 @@ def _other_sizes(net: Network, inputs: Inputs, seed: int) -> Iterator[tuple[str,
 
 def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
     """Return the differences of reduced-precision streams from the float32 one, and why if there are none."""
-    if not net.cells:
-        return (), "the network has no cells with weights to round"
+    if not net.cells and not any(isinstance(node, Products) for node in net.nodes):
+        return (), "the network has no cells or dense layers with weights to round"
     if net.dtype != np.float32:
         return (), f"the network is in {net.dtype}; only float32 weights can be rounded"
     batch = len(next(iter(inputs.values())))
