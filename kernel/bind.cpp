@@ -101,8 +101,8 @@ NB_MODULE(_kernel, m) {
             "__init__",
             [](Description* self, const char* kind, int64_t input, int64_t units, int64_t output,
                const nb::list& activations, bool bias, bool peepholes, bool coupled, bool layer_norm, bool joint,
-               bool reset_after, bool scalar, bool no_gate, bool exponential_forget, double epsilon, double clip, double cell_clip,
-               double zoneout, double zoneout_cell, bool rows, int64_t heads, bool kernel) {
+               bool reset_after, bool scalar, bool no_gate, bool exponential_forget, double epsilon, double clip,
+               double cell_clip, double zoneout, double zoneout_cell, bool rows, int64_t heads, bool kernel) {
                 if (activations.size() > std::size(Description{}.activations))
                     throw nb::value_error("Description: too many activations");
                 Description d{};

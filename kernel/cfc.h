@@ -31,8 +31,8 @@ struct Cfc {
             gates[kT] = act<T, Usual, false>(d.activations[kT], z);
             patch_gate<T>(f, kT, at, gates[kT]);
             keep_gates(f, at, gates);
-            const V<T> fresh = d.no_gate ? fma(gates[kT], gates[kK], gates[kG])
-                                         : mixed<T>(gates[kT], gates[kK], gates[kG]);
+            const V<T> fresh =
+                d.no_gate ? fma(gates[kT], gates[kK], gates[kG]) : mixed<T>(gates[kT], gates[kK], gates[kG]);
             write_output<T, false>(f, at, fresh, h, h_next);
         });
     }

@@ -337,8 +337,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     }
     f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
     f.recurrent_dropout = at(s.dropped_h(), P), f.candidate_dropout = at(s.dropped_candidate(), P);
-    f.scalar_row = in.stride_batch, f.scalar_time = in.stride_time,
-    f.scalar = at(in.x + d.input, in.stride_batch);
+    f.scalar_row = in.stride_batch, f.scalar_time = in.stride_time, f.scalar = at(in.x + d.input, in.stride_batch);
     f.dscalar_row = in.row_stride(X), f.dscalar_time = in.time_stride(X);
     f.dscalar = at(g.dx ? g.dx + d.input : nullptr, f.dscalar_row);
     f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);

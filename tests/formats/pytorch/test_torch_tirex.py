@@ -306,7 +306,7 @@ def test_other_networks_are_refused():
 
 
 def test_unknown_weights_are_refused(second):
-    with pytest.raises(ValueError, match="TiRexForecaster: expected weights to be one of float32, .*, got 'int4'"):
+    with pytest.raises(ValueError, match=r"TiRexForecaster: expected weights to be one of float32, .*, got 'int4'"):
         TiRexForecaster(second.network, "int4")
 
 
