@@ -86,8 +86,8 @@ NOINLINE V<T> any_activation(const Activation& activation, V<T> z) {
     return apply<T>(activation, z);
 }
 
-// Whether gates with a default have copies of that switch, which saves a call per vector: not in float64, which is
-// seldom used where speed matters.
+// Whether gates with a default have copies of that switch in the forward pass, which saves a call per vector: not in
+// float64, which is seldom used where speed matters.
 template <class T>
 constexpr bool kInlined = sizeof(T) == 4;
 
@@ -133,8 +133,8 @@ NOINLINE V<T> any_slope(const Description& d, const Limits<T>& limits, int gate,
 
 template <class T, bool Plain, bool Usual, bool Tanh>
 INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
-    if constexpr (!Usual && !kInlined<T>) return any_slope<T>(d, limits, gate, y);
-    const V<T> s = slope<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : d.activations[gate], y);
+    if constexpr (!Usual) return any_slope<T>(d, limits, gate, y);
+    const V<T> s = slope<T>(Tanh ? kUsualTanh : kUsualSigmoid, y);
     return Plain ? s : within(limits, gate, y, s);
 }
 

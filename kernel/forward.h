@@ -423,12 +423,10 @@ void run_dense(const Forward<T>& f) {
 
 template <class T>
 void forward(Forward<T>& f) {
-    if (!f.w.d->keeps_state())
-        run_dense<T>(f);
-    else if (f.w.by_blocks())
-        run_blocks<T>(f);
-    else
-        run_rows<T>(f);
+    if (!f.w.d->keeps_state()) return run_dense<T>(f);
+    if constexpr (Panels<T>::kBlocks)
+        if (f.w.by_blocks()) return run_blocks<T>(f);
+    run_rows<T>(f);
 }
 
 }  // namespace

@@ -105,8 +105,9 @@ struct Panels {
     bool is_tail(int64_t block) const { return tail.vectors && block == blocks - 1; }
     // Where a block's part of h begins, in a row that the weights are multiplied with.
     int64_t start(int64_t block) const { return band.start(block) * (element == Element::kBfloat16 && !pairs ? 2 : 1); }
-    // Whether a step is computed by blocks, the shorter path of the plain LSTM.
-    bool by_blocks() const { return flagless && !unpacked && element != Element::kInt8 && !patched; }
+    // Whether a step is computed by blocks, the shorter path of the plain LSTM, which exists in float32.
+    static constexpr bool kBlocks = sizeof(T) == 4;
+    bool by_blocks() const { return kBlocks && flagless && !unpacked && element != Element::kInt8 && !patched; }
 };
 
 // A matrix [depth, gates·units] in the caller's layout, or a bias as a matrix of depth 1.
