@@ -118,7 +118,7 @@ def compare(model, net, count, given, clock):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--series", type=int, nargs="+", default=[1, 4], help="numbers of series")
+    parser.add_argument("--series", type=int, nargs="+", default=[1], help="numbers of series")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--horizon", type=int, default=PATCH)
     parser.add_argument("--seconds", type=float, default=30, help="about how long to measure each number of series")
