@@ -214,28 +214,28 @@ class MatrixMemory(HandWritten):
 
     def forward(self, q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
         """Run like the module's own forward."""
-        found = self._remembered(q, k, v, [])
+        found = self._remembered(q, k, v, [], keeps_state=False)
         return super().forward(q, k, v, **kwargs) if found is None else found[0]
 
     def step(self, q: Any, k: Any, v: Any, mlstm_state: Any = None, **kwargs: Any) -> Any:
         """Run like the module's own step, with its shapes of the state: C, n `[…, 1]` and m `[…, 1, 1]`."""
         state = mlstm_state
         before = [] if state is None else [state[0], state[1].squeeze(-1), state[2].flatten(1)]
-        found = self._remembered(q, k, v, before)
+        found = self._remembered(q, k, v, before, keeps_state=True)
         if found is None:
             return super().step(q, k, v, mlstm_state, **kwargs)  # type: ignore[misc]
         y, memory, normaliser, stabiliser = found
         return y, (memory, normaliser.unsqueeze(-1), stabiliser[..., None, None])
 
-    def _remembered(self, q: Any, k: Any, v: Any, before: list[Any]) -> list[Any] | None:
-        """Return the output and the state, or None for a call that the kernel doesn't support."""
+    def _remembered(self, q: Any, k: Any, v: Any, before: list[Any], keeps_state: bool) -> list[Any] | None:
+        """Return the output and, if it is kept, the state, or None for a call that the kernel doesn't support."""
         module: Any = self
         sizes = _memory_sizes(module)
         parts = torch.cat([q, k, v], -1)
         x = torch.cat([parts, module.igate(parts), module.fgate(parts)], -1)
         if x.ndim != 3 or not self.runs([x], sizes.core, [module.igate.weight, module.fgate.weight]):
             return None
-        h, *after = mlstm.run(sizes, x, before)
+        h, *after = mlstm.run(sizes, x, before, keeps_state)
         heads = h.unflatten(-1, (sizes.heads, -1)).transpose(1, 2)  # [B, heads, T, D]
         return [module.outnorm(heads).transpose(1, 2).flatten(2), *after]
 

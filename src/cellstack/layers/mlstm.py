@@ -77,15 +77,16 @@ class _Memory(torch.autograd.Function):
         return (None, None, dx, None, None, *dbefore)
 
 
-def run(sizes: Sizes, x: Tensor, before: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """Return h `[B, T, sizes.units]` and the state after the last step, C, n and m.
+def run(sizes: Sizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True) -> tuple[Tensor, ...]:
+    """Return h `[B, T, sizes.units]` and, if it is to be kept, the state after the last step, C, n and m.
 
     Args:
         sizes: those of the memory.
         x: q, k, v, ĩ and f̃, `[B, T, sizes.core]`.
         before: the state before the first step; empty: zeros.
+        keeps_state: whether the state after the last step is returned, which costs a product.
     """
-    return _Memory.apply(sizes, True, x, None, None, *before)  # pyright: ignore[reportReturnType]
+    return _Memory.apply(sizes, keeps_state, x, None, None, *before)  # pyright: ignore[reportReturnType]
 
 
 def _address(tensor: Tensor | None) -> int:
