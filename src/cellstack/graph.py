@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from cellstack.nodes.base import MOST_AXES, Node, Shape, check_integer, shown
+from cellstack.nodes.base import MOST_AXES, Node, Shape, shown
+from cellstack.nodes.checks import check_integer
 from cellstack.spec import ShapeError
 
 Inputs = Sequence[str] | Mapping[str, Sequence[int | None] | None]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack import reference
-from cellstack.nodes.base import check_integer
+from cellstack.nodes.checks import check_integer
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace

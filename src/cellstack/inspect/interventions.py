@@ -11,7 +11,7 @@ import numpy as np
 
 from cellstack.inspect.differences import SHOWN
 from cellstack.inspect.values import as_tuple
-from cellstack.nodes.base import check_choice
+from cellstack.nodes.checks import check_choice
 from cellstack.nodes.patches import Patch
 from cellstack.spec import TRACES, ShapeError
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from cellstack.arguments import as_flags, as_mask, as_own, as_states
 from cellstack.network import layouts
-from cellstack.nodes.base import Array, CellState, Flow, check_choice, check_integer
+from cellstack.nodes.base import Array, CellState, Flow
 from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
 from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.nodes.recording import Recording

@@ -21,13 +21,11 @@ from cellstack.nodes.base import (
     Shape,
     StateGradients,
     StepRule,
-    check_choice,
-    check_integer,
-    check_number,
     gradient_of_moves,
     padded,
     shown,
 )
+from cellstack.nodes.checks import check_choice, check_integer, check_number
 from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:

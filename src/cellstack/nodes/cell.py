@@ -15,7 +15,8 @@ from cellstack import native
 from cellstack.bfloat16 import BFloat16Array, rounded
 from cellstack.cells import KINDS
 from cellstack.layout import block_diagonal
-from cellstack.nodes.base import Array, Types, check_choice, frozen_bfloat16, frozen_copy, one_dtype
+from cellstack.nodes.base import Array, Types
+from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
 from cellstack.spec import (
     ARRAYS,
     MATRICES,

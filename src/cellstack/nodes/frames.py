@@ -27,9 +27,9 @@ from cellstack.nodes.base import (
     StateGradients,
     StepRule,
     check_axes,
-    check_integer,
     shown,
 )
+from cellstack.nodes.checks import check_integer
 from cellstack.nodes.stored import Entry
 from cellstack.spec import ShapeError
 

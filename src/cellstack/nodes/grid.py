@@ -17,22 +17,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cellstack import native
-from cellstack.nodes.base import (
-    MOST_AXES,
-    Array,
-    Node,
-    NodeRun,
-    Shape,
-    StateGradients,
-    StepRule,
-    Types,
-    check_axes,
-    check_choice,
-    check_flag,
-    check_integer,
-    frozen_copy,
-    one_dtype,
-)
+from cellstack.nodes.base import MOST_AXES, Array, Node, NodeRun, Shape, StateGradients, StepRule, Types, check_axes
+from cellstack.nodes.checks import check_choice, check_flag, check_integer, frozen_copy, one_dtype
 from cellstack.nodes.time import WINDOW_MODES, checked_padding, why_not_by_steps, windows
 from cellstack.spec import ShapeError
 

@@ -11,19 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.nodes.base import (
-    Array,
-    CellState,
-    Flow,
-    Node,
-    NodeRun,
-    Shape,
-    StateGradients,
-    StepRule,
-    check_flag,
-    check_integer,
-    check_number,
-)
+from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule
+from cellstack.nodes.checks import check_flag, check_integer, check_number
 from cellstack.reference import ACTIVATIONS
 from cellstack.spec import MatrixState
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.nodes.base import Array, check_choice, check_integer
+from cellstack.nodes.base import Array
+from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.spec import GATES, TRACES, CellSpec, ShapeError
 
 HOWS = ("set", "add", "scale", "freeze")

@@ -23,12 +23,10 @@ from cellstack.nodes.base import (
     Shape,
     StateGradients,
     StepRule,
-    check_choice,
-    check_flag,
-    one_dtype,
     shown,
 )
 from cellstack.nodes.cell import Cell, summary_of
+from cellstack.nodes.checks import check_choice, check_flag, one_dtype
 from cellstack.nodes.recording import Record, Recording
 from cellstack.spec import STATES, ShapeError
 

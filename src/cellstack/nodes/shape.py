@@ -19,10 +19,10 @@ from cellstack.nodes.base import (
     Shape,
     StateGradients,
     StepRule,
-    check_integer,
     gradient_of_moves,
     shown,
 )
+from cellstack.nodes.checks import check_integer
 from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:

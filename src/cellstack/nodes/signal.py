@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.nodes.along import Along, check_axis
-from cellstack.nodes.base import Array, NodeRun, Shape, StateGradients, Stepwise, check_integer, check_number, shown
+from cellstack.nodes.base import Array, NodeRun, Shape, StateGradients, Stepwise, shown
+from cellstack.nodes.checks import check_integer, check_number
 from cellstack.spec import ShapeError
 
 

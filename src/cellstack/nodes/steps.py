@@ -10,23 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation
-from cellstack.nodes.base import (
-    Array,
-    CellState,
-    Flow,
-    Node,
-    NodeRun,
-    Shape,
-    StateGradients,
-    StepRule,
-    Stepwise,
-    check_choice,
-    check_flag,
-    check_number,
-    frozen_copy,
-    one_dtype,
-    shown,
-)
+from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule, Stepwise, shown
+from cellstack.nodes.checks import check_choice, check_flag, check_number, frozen_copy, one_dtype
 from cellstack.spec import ShapeError
 
 

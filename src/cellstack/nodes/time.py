@@ -21,13 +21,10 @@ from cellstack.nodes.base import (
     Shape,
     StateGradients,
     StepRule,
-    check_choice,
-    check_integer,
-    frozen_copy,
     gradient_of_moves,
-    one_dtype,
     padded,
 )
+from cellstack.nodes.checks import check_choice, check_integer, frozen_copy, one_dtype
 from cellstack.nodes.reduce import reduced, reduction_gradient
 from cellstack.spec import ShapeError
 

@@ -11,7 +11,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from cellstack.network import Network
-from cellstack.nodes.base import check_integer
+from cellstack.nodes.checks import check_integer
 from cellstack.scale.columns import as_ids, as_numbers, as_times, refuse_row
 from cellstack.streaming.engine import Engine
 from cellstack.train.checks import UsageError

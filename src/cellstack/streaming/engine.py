@@ -10,8 +10,8 @@ import numpy as np
 
 from cellstack import native
 from cellstack.arguments import as_floats, as_own, as_states
-from cellstack.nodes.base import check_choice, check_integer
 from cellstack.nodes.cell import WEIGHTS, Cell
+from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.spec import ShapeError, check_sequence, check_step

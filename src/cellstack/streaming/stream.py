@@ -8,7 +8,7 @@ import numpy as np
 
 from cellstack import native
 from cellstack.arguments import OwnState
-from cellstack.nodes.base import check_integer
+from cellstack.nodes.checks import check_integer
 from cellstack.streaming.engine import Engine
 from cellstack.streaming.history import History
 from cellstack.streaming.parts import ALL

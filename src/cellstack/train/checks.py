@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.nodes.base import MOST
+from cellstack.nodes.checks import MOST
 from cellstack.spec import FormatError
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from cellstack.bfloat16 import rounded
 from cellstack.network import Network
-from cellstack.nodes.base import Array, check_choice
+from cellstack.nodes.base import Array
 from cellstack.nodes.cell import WEIGHTS, check_narrow
+from cellstack.nodes.checks import check_choice
 from cellstack.nodes.dense import Dense
 
 

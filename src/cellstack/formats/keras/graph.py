@@ -20,7 +20,8 @@ from cellstack.formats.keras.operations import either, operate
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
 from cellstack.nodes import Masking, Merge, Node, Recurrent, Select, StepMask
-from cellstack.nodes.base import MOST, MOST_AXES, Shape
+from cellstack.nodes.base import MOST_AXES, Shape
+from cellstack.nodes.checks import MOST
 from cellstack.spec import FormatError
 
 MANY = (*MERGES, "Merge", "Dot")  # layers that take several tensors

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.nodes import Merge, Select
-from cellstack.nodes.base import check_choice
 from cellstack.nodes.cell import WEIGHTS
+from cellstack.nodes.checks import check_choice
 from cellstack.train.checks import UsageError, is_count
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
