@@ -24,7 +24,7 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 BELOW = {
     "cells": set(),
     "spec": {"cells"},
-    "views": {"cells", "spec"},
+    "views": {"spec"},
     "bfloat16": set(),
     "_kernel": set(),
     "reference": {"spec", "bfloat16"},
