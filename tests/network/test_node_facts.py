@@ -147,7 +147,7 @@ EVERY = [
     Context(2),
     PerFrame((3,), (Reshape((-1, 1)), Conv1D(floats(2, 1, 4)), GlobalPool("max")), ((0,), (1,), (2,))),
 ]
-NOT_IN_ONNX = (Context, PerFrame, MLSTM)
+NOT_IN_ONNX = (Context, PerFrame)
 
 
 def network(node):
