@@ -51,6 +51,7 @@ CELLS = {  # the name in the tables -> the cell and its number of heads
 }
 SERIES = ("retail", "gasoline", "sunspots", "airline", "departures")
 ADDING = {"steps": 500, "training": 1000, "test": 300}
+SHOWN = {"speaker, both directions": 2, "speaker, frame by frame": 2, "adding": 4}  # digits after the point
 WIDTH, ROWS, STEPS, ROUNDS = 128, 16, 100, 15  # of the costs
 
 
@@ -212,7 +213,7 @@ def grid(results: dict[str, dict], tasks: list[str], text: Callable[[str, list[d
 def score_of(task: str, runs: list[dict]) -> str:
     """Return the mean, the standard deviation if there are several runs, and the number of runs unless it is five."""
     percent = task.startswith("speaker")
-    scores, digits = np.array([run["score"] for run in runs]) * (100 if percent else 1), 2 if percent else 3
+    scores, digits = np.array([run["score"] for run in runs]) * (100 if percent else 1), SHOWN.get(task, 3)
     spread = f" ± {scores.std(ddof=1):.{digits}f}" if len(scores) > 1 else ""
     return f"{scores.mean():.{digits}f}{spread}" + (f" ({len(scores)})" if len(scores) != 5 else "")
 
