@@ -283,7 +283,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("quick.json" if args.quick else "successors.json")
     if not args.table:
-        run(path, args.only or list(TASKS), 2 if args.quick else args.seeds, args.quick)
+        run(path, args.only or list(TASKS), 1 if args.quick else args.seeds, args.quick)
     print(table(path))
 
 
