@@ -78,6 +78,8 @@ def before(record, name):
 def activated(seen, gate):
     """Return the values of a gate that follow from its pre-activations and, for an sLSTM's i and f, from n and m."""
     spec, z = seen.cell.spec, seen.pre[gate]
+    if spec.kind == "cfc" and gate == "s":
+        return z
     if spec.kind == "slstm" and gate == "i":
         return np.exp(z - seen.m)
     if spec.kind == "slstm" and gate == "f":

@@ -239,7 +239,8 @@ def _directions(layer: Layer) -> tuple[Layer, Layer]:
 
 def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
     if layer.kind in FLAGGED:
-        spec = _spec_of(layer, arrays[0].shape[0] if arrays[0].ndim == 2 else 1)
+        scalar = bool(layer.config.get(KINDS[kind].scalar))  # a column of x that no array has a row for
+        spec = _spec_of(layer, scalar + (arrays[0].shape[0] if arrays[0].ndim == 2 else 1))
         for (name, shape), array in zip(spec.shapes.items(), arrays, strict=True):
             if array.shape != shape:
                 raise layer.refuse(f"expected {name} {list(shape)}, found {array.shape}")
