@@ -561,6 +561,10 @@ def test_unsupported_nodes_are_refused_by_name(tmp_path):
         export(Network([Conv1D(np.ones((2, 1, 3), "f4"), groups=3, padding="causal"), ahead]), tmp_path)
     with pytest.raises(ValueError, match="layer_0: mask_zero isn't supported"):
         export(Network([Embedding(np.ones((4, 3), "f4"), mask_zero=True), ahead]), tmp_path)
+    spec = CellSpec(16, 4, use_kernel=False)
+    without = Cell(spec, *(np.ones(shape, "f4") for shape in spec.shapes.values()))
+    with pytest.raises(ValueError, match="layer_0: cells with use_kernel=False aren't supported"):
+        export(Network([Recurrent((without,))]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from onnx_graphs import run
 from cellstack import CellSpec
 from cellstack.cells import KINDS
 from cellstack.formats import onnx as adapter
+from cellstack.formats.verify import verify
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -316,7 +317,7 @@ DOUBLE = 1e-12  # float64 on both sides
 
 
 def flagged(rng, inputs, dtype="float32", **flags):
-    spec = CellSpec(inputs, 4, **flags)
+    spec = CellSpec(inputs, **{"units": 4, **flags})
     return Cell(spec, *(rng.normal(0, 0.7, shape).astype(dtype) for shape in spec.shapes.values()))
 
 
@@ -340,6 +341,19 @@ def test_cells_that_onnx_lacks(tmp_path, name, dtype):
                 np.testing.assert_array_equal(cell.arrays[key], array)
     back = Recurrent((first,), go_backwards=True)
     check(tmp_path, Network([Bidirectional(Recurrent((first,)), back)], ["pair"]), x, None, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn", "cfc"])
+def test_cells_without_a_kernel(tmp_path, kind):
+    """They are written as Scans too, which aren't read back."""
+    rng = np.random.default_rng(0)
+    width = 3 * len(CellSpec(1, 3, kind=kind).gates)
+    net = Network([Recurrent((flagged(rng, width, kind=kind, units=3, use_kernel=False),))], ["cell"])
+    path = str(tmp_path / "net.onnx")
+    net.save(path)
+    assert verify(net, path).ok()
+    with pytest.raises(FormatError, match="Scan node 'cell': the body isn't a step of a cell"):
+        adapter.load(path)
 
 
 @pytest.mark.parametrize("what", ["doc", "text", "width", "name", "names"])

@@ -538,6 +538,8 @@ def check_chain(network: Network, nodes: tuple[type[Node], ...]) -> None:
             raise ValueError(f"export_c: {name}: {type(node).__name__} isn't supported; these nodes are: {found}")
         if isinstance(node, Embedding) and node.mask_zero:
             raise ValueError(f"export_c: {name}: mask_zero isn't supported, as the C code has no masks")
+        if isinstance(node, Recurrent) and not all(cell.spec.use_kernel for cell in node.cells):
+            raise ValueError(f"export_c: {name}: cells with use_kernel=False aren't supported")
         if isinstance(node, Conv1D) and node.groups > 1:
             raise ValueError(f"export_c: {name}: expected a Conv1D with one group, got {node.groups}")
         if sources != (before,):

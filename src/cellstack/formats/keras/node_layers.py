@@ -104,7 +104,7 @@ def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
         "reset_after",
         "norm_epsilon",
     )
-    odd = [name.replace("_", " ") for name in description.settings if name not in known]
+    odd = [f"{name}={value!r}" for name, value in description.settings.items() if name not in known]
     if odd:
         raise RefusedError(f"a cell with {', '.join(odd)}")
     settings: dict[str, Any] = {

@@ -364,7 +364,7 @@ def _starts(
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "attention": False}
+NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "attention": False, "use_kernel": True}
 ONNX_NAMES = {ours: theirs for theirs, ours in NAMES.items()} | {"linear": "Affine"}
 
 
