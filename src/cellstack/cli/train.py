@@ -27,7 +27,7 @@ from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.train import history
-from cellstack.train.cells import CELLS
+from cellstack.train.cells import CELLS, MLSTM, NOT_INSPECTED
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, FitOptions, record_of
@@ -145,8 +145,10 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bool) -> int:
     """Train on a file and write the network to `output`; `first` is whether this is process 0 of several."""
-    folder = _inspect_folder(output, args.resume) if args.inspect else None
+    if args.inspect and args.cell == MLSTM:
+        raise UsageError(NOT_INSPECTED)
     job = module.read(args)
+    folder = _inspect_folder(output, args.resume) if args.inspect else None
     architecture, options = _choices(args, job, folder)
     say = (lambda lines: print("\n".join(lines), flush=True)) if first and not args.json else lambda _: None
     say(job.understood)

@@ -10,6 +10,7 @@ from cellstack.spec import KINDS, CellSpec
 from cellstack.train.checks import UsageError
 
 MLSTM = "mlstm"
+NOT_INSPECTED = "cell mlstm can't be inspected in training: expected inspect to be off, or another cell"
 CELLS = (*KINDS, MLSTM)
 WITH_HEADS = tuple(name for name in CELLS if name == MLSTM or "heads" in KINDS[name].settings)
 

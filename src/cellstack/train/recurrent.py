@@ -15,7 +15,7 @@ from cellstack.nodes import Node
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.spec import KINDS
-from cellstack.train.cells import MLSTM, heads_of
+from cellstack.train.cells import MLSTM, NOT_INSPECTED, heads_of
 from cellstack.train.checks import UsageError
 
 LAYERS: dict[str, Any] = {name: getattr(layers, kind.title) for name, kind in KINDS.items()} | {MLSTM: layers.MLSTM}
@@ -76,4 +76,4 @@ def check_supported(model: nn.Module, device: torch.device, inspect: int) -> Non
     if device.type != "cpu":
         raise UsageError(f"cell mlstm is trained on the CPU only: expected device cpu, got {device.type}")
     if inspect:
-        raise UsageError("cell mlstm can't be inspected in training: expected inspect to be off, or another cell")
+        raise UsageError(NOT_INSPECTED)
