@@ -103,6 +103,13 @@ def test_train_inspects_its_layers(capsys, tmp_path):
     assert "Layer recurrent.0.backward_layer" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_training_that_cannot_be_inspected_leaves_no_folder(capsys, tmp_path):
+    for words in ([VOWELS, "--cell", "mlstm"], [str(tmp_path / "missing.ts")]):
+        status, _, err = run(capsys, "train", *words, "--inspect", "-o", str(tmp_path / "net"))
+        assert (status, err.count("\n")) == (2, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_train_says_that_tensorboard_is_not_installed(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # makes its import fail
     output = tmp_path / "net"
@@ -640,6 +647,10 @@ def test_output_to_a_full_disk(vowels):
         with open("/dev/full", "wb") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
         assert (done.returncode, done.stderr) == (2, f"cellstack {words[0]}: error: No space left on device\n")
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "cellstack", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    assert (done.returncode, done.stderr) == (2, "cellstack: error: No space left on device\n")
 
 
 def test_closed_standard_output_and_input(vowels):

@@ -165,7 +165,11 @@ class Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the version and exit."""
-        print(f"cellstack {cellstack.__version__}")
+        try:
+            print(f"cellstack {cellstack.__version__}", flush=True)
+        except OSError as error:
+            _discard_unwritable()
+            parser.error(error.strerror or str(error))
         parser.exit()
 
 
