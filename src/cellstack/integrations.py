@@ -45,7 +45,12 @@ def accelerate(model: Any, *, cells: bool = False, example: Any = None) -> Any:
     if not cells:
         if example is not None:
             raise TypeError("accelerate: example is only used with cells=True")
-        return integration.accelerate(model)
+        try:
+            return integration.accelerate(model)
+        except ValueError as error:
+            if integration.__name__ != "cellstack.layers.accelerate":
+                raise
+            raise ValueError(f"{error}; cells=True also looks for hand-written ones") from None
     if integration.__name__ != "cellstack.layers.accelerate":
         raise TypeError("accelerate: cells=True isn't supported for Keras models, only for PyTorch modules")
     return import_module("cellstack.recognition").accelerate(model, example)

@@ -961,7 +961,7 @@ def test_bfloat16_meta_and_objects_that_are_no_modules():
     for call in (cs.accelerate, cs.restore, cs.plan):
         with pytest.raises(TypeError, match="expected a module of PyTorch or a model of Keras, got list"):
             call([nn.LSTM(3, 4)])
-    with pytest.raises(ValueError, match="got Linear without one"):
+    with pytest.raises(ValueError, match="got Linear without one; cells=True also looks for hand-written ones"):
         cs.accelerate(nn.Linear(3, 4))
     assert cs.plan(nn.Linear(3, 4)) == ("Linear: no recurrent module",)
 
