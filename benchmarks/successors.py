@@ -49,7 +49,7 @@ CELLS = {  # the name in the tables -> the cell and its number of heads
     "minGRU": ("mingru", None),
     "CfC": ("cfc", None),
 }
-SERIES = ("retail", "gasoline", "sunspots", "airline", "departures")
+SERIES = ("retail", "gasoline", "sunspots", "peyton", "departures")
 ADDING = {"steps": 500, "training": 1000, "test": 300}
 SHOWN = {"speaker, both directions": 2, "speaker, frame by frame": 2, "adding": 4}  # digits after the point
 WIDTH, ROWS, STEPS, ROUNDS = 128, 16, 100, 15  # of the costs
