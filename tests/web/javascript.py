@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-from tolerances import NETWORK
+from tolerances import KERNEL
 
 PACKAGE = Path(__file__).parents[2] / "web" / "dist"
 TYPES = {"Float32Array": "<f4", "Float64Array": "<f8"}
@@ -85,7 +85,7 @@ def assert_near(found, expected):
             assert_near(one, other)
     else:
         assert found.shape == expected.shape
-        assert np.abs(found - expected).max(initial=0) <= NETWORK * max(1.0, np.abs(expected).max(initial=0))
+        assert np.abs(found - expected).max(initial=0) <= KERNEL["float32"] * max(1.0, np.abs(expected).max(initial=0))
 
 
 def flags_of(rng, B, T):
