@@ -162,13 +162,13 @@ def test_float64_and_equal_networks_give_equal_files(tmp_path):
 ODD_CELLS = {
     "peepholes": {"peepholes": True},
     "coupled": {"coupled": True},
-    "proj size": {"proj_size": 2},
-    "layer norm": {"layer_norm": True},
+    "proj_size": {"proj_size": 2},
+    "layer_norm": {"layer_norm": True},
     "clip": {"clip": 1.0},
-    "cell clip": {"cell_clip": 1.0},
+    "cell_clip": {"cell_clip": 1.0},
     "zoneout": {"zoneout": 0.1},
-    "learn initial state": {"learn_initial_state": True},
-    "gate activations": {"gate_activations": {"o": "tanh"}},
+    "learn_initial_state": {"learn_initial_state": True},
+    "gate_activations": {"gate_activations": {"o": "tanh"}},
     "hard_sigmoid(0.2, 0.5)": {"recurrent_activation": "hard_sigmoid(0.2, 0.5)"},
     "elu(0.3)": {"activation": "elu(0.3)"},
 }
