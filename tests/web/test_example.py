@@ -72,7 +72,7 @@ def test_the_example_hears_a_whistle(site, tmp_path):
     assert not problems
     assert state in ("a whistle", "no whistle")
     assert re.fullmatch(r"A step and its features take \d+ µs\.", time)
-    heard = np.flatnonzero(found > 0.5)
+    heard = np.flatnonzero(found[10:] > 0.5)  # the first frames have the click of a microphone that starts
     # two seconds are 100 frames; a busy machine may lose some of the sound
     assert 60 <= len(heard) <= 110, f"heard {len(heard)} of {len(found)} frames: {heard}"
     assert heard[-1] - heard[0] < 120, f"expected one whistle, heard frames {heard}"
