@@ -1,4 +1,4 @@
-"""Rules of `simplify` that move a scale and a shift of the features into the weights of the node beside them."""
+"""Rules of `simplify` that fold a scaling of the features into the weights of the node before or after it."""
 
 from __future__ import annotations
 
