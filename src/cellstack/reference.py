@@ -581,7 +581,7 @@ def forward(
     rates, names = spec.zoneout_rates, spec.of_kind.zoneout
     for name in drawn.keys() - {*names.values()}:
         if drawn[name] is not None:
-            raise TypeError(f"reference: a {spec.of_kind.title} has no mask {name}")
+            raise TypeError(f"reference: {spec.of_kind.title} has no mask {name}")
     masks = {state: drawn.get(names.get(state, "")) for state in rates}
     batch, steps, _ = x.shape
     fresh = cell.initial_state(batch)

@@ -258,7 +258,7 @@ class CellSpec:
             raise ShapeError(f"CellSpec: expected input_size >= 2 with {self.of_kind.scalar}, got {self.input_size}")
         if self.joint and not self.of_kind.joins:
             raise ValueError(
-                f"CellSpec: layer_norm='joint' isn't supported for a {self.of_kind.title}: its gates aren't functions "
+                f"CellSpec: layer_norm='joint' isn't supported for {self.of_kind.title}: its gates aren't functions "
                 "of one sum over x and h"
             )
         if self.layer_norm and not self.reset_after:

@@ -144,9 +144,9 @@ BAD = {
     "cells within": (
         lambda: PerFrame((4, 3), (lstm(3),), ((0,),)),
         ValueError,
-        "with cells, .* aren't allowed, got a Recurrent",
+        "with cells, .* aren't allowed, got Recurrent",
     ),
-    "a mask within": (lambda: PerFrame((4, 3), (Masking(),), ((0,),)), ValueError, "got a Masking"),
+    "a mask within": (lambda: PerFrame((4, 3), (Masking(),), ((0,),)), ValueError, "got Masking"),
     "a later value": (lambda: PerFrame((4,), INSIDE, ((0,), (2,), (1,))), ValueError, "node 2 to take earlier values"),
     "two for one": (lambda: PerFrame((4,), INSIDE, ((0,), (1, 1), (2,))), ValueError, "node 2 to take earlier values"),
     "unused": (lambda: PerFrame((4,), INSIDE, ((0,), (1,), (1,))), ValueError, "the output of node 2 isn't used"),

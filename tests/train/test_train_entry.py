@@ -311,7 +311,7 @@ def test_units_may_be_a_numpy_integer(toy):
         (["a"] * 40, {}, "expected at least two classes, got only the class 'a'"),
         (["a", "b"] * 20, {"task": "regress"}, "y: expected numbers with task regress, got text"),
         ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: use task='regress' for numbers"),
-        ([object()] * 40, {}, "y: expected text, numbers or bools, got a object"),
+        ([object()] * 40, {}, "y: expected text, numbers or bools, got object"),
         (["a", "b"] * 20, {"task": "sort"}, "expected task to be one of classify, regress, got 'sort'"),
         (
             ["a", "b"] * 20,
@@ -385,8 +385,8 @@ def test_a_class_at_every_step(rng):
         (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got text"),
         (np.full((40, 3, 1), 1j), r"x\[0\]: expected numbers \[T, C\], got an array of complex128"),
         ([], "x: expected at least one sequence, got none"),
-        ({"a": np.ones((40, 3))}, r"a frame with id=, got a dict"),
-        (3, r"x: expected an array \[N, T, C\], a list of arrays \[T, C\] or a frame with id=, got a int"),
+        ({"a": np.ones((40, 3))}, r"a frame with id=, got dict"),
+        (3, r"x: expected an array \[N, T, C\], a list of arrays \[T, C\] or a frame with id=, got int"),
         (np.full((40, 3, 2), [1, np.nan]), "channel 1 has no values in the training part: leave it out"),
     ],
 )

@@ -205,9 +205,9 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
     spec = cell.cell.spec
     kind, found = spec.of_kind, _by_gates(cell)
     if found is None and {"keep", "write"} & set(kind.gates.values()):
-        raise ValueError(f"expected a cell whose gates alone determine its state, got a {kind.title} with {spec.text}")
+        raise ValueError(f"expected a cell whose gates alone determine its state, got {kind.title} with {spec.text}")
     if found is None:
-        raise ValueError(f"expected a cell with gates: a {kind.title} has no gate that keeps a state")
+        raise ValueError(f"expected a cell with gates: {kind.title} has no gate that keeps a state")
     (kept, written), rate = found, spec.zoneout_rates[kind.memory]
     return rate + (1.0 - rate) * kept, (1.0 - rate) * written
 

@@ -167,9 +167,7 @@ class PerFrame(Node):
         for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
             if not isinstance(node, Node) or node.cells or node.memory or node.makes_mask or node.takes_ids:
                 kind = type(node).__name__
-                raise ValueError(
-                    f"{owner}: nodes with cells, with ids, or that make masks aren't allowed, got a {kind}"
-                )
+                raise ValueError(f"{owner}: nodes with cells, with ids, or that make masks aren't allowed, got {kind}")
             known = all(type(source) is int and 0 <= source < number for source in sources)
             if not known or not sources or (node.inputs is not None and len(sources) != node.inputs):
                 raise ValueError(f"{owner}: expected node {number} to take earlier values, got {sources!r:.80}")

@@ -76,7 +76,7 @@ class Rows:
             if values.keys() != set(names):
                 raise ValueError(f"expected the inputs {', '.join(names)}, got {', '.join(map(str, values)) or 'none'}")
         elif len(names) > 1:
-            raise ValueError(f"expected an object with the inputs {', '.join(names)}, got a {type(values).__name__}")
+            raise ValueError(f"expected an object with the inputs {', '.join(names)}, got {type(values).__name__}")
         else:
             values = dict.fromkeys(names, values)
         for name in names:

@@ -573,7 +573,7 @@ REFUSED = {
     "softplus": (lambda: nn.Softplus(2.0), r"1\.0 \(Softplus\): expected a recurrent layer"),
     "not built": (lambda: layers.LSTM(3), r"1\.0 \(LSTM\): .*weights don't exist yet"),
     "activation": (lambda: layers.LSTM(3, "gelu", input_size=3), r"1\.0 \(LSTM\): .*activation gelu"),
-    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected cells of cellstack\.layers, got a Foreign"),
+    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected cells of cellstack\.layers, got Foreign"),
     "two outputs": (
         lambda: layers.Bidirectional(layers.LSTM(3, input_size=3), None),
         r"1\.0 \(Bidirectional\): expected a merge_mode",

@@ -336,11 +336,11 @@ def _child(h5py: Any, path: str, group: Any, name: str) -> Any:
     for part in name.split("/"):
         link = group.get(part, getlink=True) if part else None
         if not isinstance(link, h5py.HardLink):
-            found = "none" if link is None else f"a {type(link).__name__}"
+            found = "none" if link is None else type(link).__name__
             raise FormatError(f"{path}: expected a group {short(name)}, found {found}")
         group = group[part]
         if not isinstance(group, h5py.Group):
-            raise FormatError(f"{path}: expected a group {short(name)}, found a {type(group).__name__}")
+            raise FormatError(f"{path}: expected a group {short(name)}, found {type(group).__name__}")
     return group
 
 
@@ -364,7 +364,7 @@ def _walk(h5py: Any, source: Source, group: Any, prefix: str, depth: int, seen: 
         elif isinstance(item, h5py.Dataset):
             source.weights[prefix + name] = item
         else:
-            raise FormatError(f"{where}: expected a group or numbers, found a {type(item).__name__}")
+            raise FormatError(f"{where}: expected a group or numbers, found {type(item).__name__}")
 
 
 def _texts(h5py: Any, path: str, group: Any, name: str, size: int) -> list[str] | None:

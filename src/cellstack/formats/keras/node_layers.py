@@ -53,7 +53,7 @@ def layers_of(node: Node) -> list[Written]:
     for kind, build in BUILDERS.items():
         if isinstance(node, kind):
             return list(build(node))
-    raise RefusedError(f"a {type(node).__name__}")
+    raise RefusedError(type(node).__name__)
 
 
 def _activation(text: str) -> str:
@@ -93,7 +93,7 @@ def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
     cell = cell.one_head
     description, kind = cell.spec, cell.spec.of_kind
     if "keras" not in kind.names:
-        raise RefusedError(f"a {kind.title}")
+        raise RefusedError(kind.title)
     known = (
         "kind",
         "input_size",

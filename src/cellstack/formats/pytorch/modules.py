@@ -346,7 +346,7 @@ def _layer(module: Any, path: str) -> Node | None:
     cells = list(child_of(path, cell, "cells")._modules.values()) if stack else [cell]
     for one in cells:
         if not is_a(one, *OUR_CELLS, package=ours):
-            raise refuse(path, module, f"expected cells of cellstack.layers, got a {called(one)}")
+            raise refuse(path, module, f"expected cells of cellstack.layers, got {called(one)}")
     names = ("return_sequences", "go_backwards", "zero_output_for_mask")
     flags = {name: bool(getattr(module, name)) for name in names} | {"residual": stack and bool(cell.residual)}
     return Recurrent(tuple(_layer_cell(one, path, module) for one in cells), **flags)

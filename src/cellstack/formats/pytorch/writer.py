@@ -93,7 +93,7 @@ def _cells(name: str, node: Recurrent, backwards: bool = False) -> tuple[Cell, .
         raise _refuse(name, node, "expected no zero_output_for_mask")
     for cell in node.cells:
         if "torch" not in cell.spec.of_kind.names:
-            raise _refuse(name, node, f"expected cells as PyTorch has them, got a {cell.spec.of_kind.title}")
+            raise _refuse(name, node, f"expected cells as PyTorch has them, got {cell.spec.of_kind.title}")
         usual = {"reset_after": True, "activation": "tanh", "recurrent_activation": "sigmoid"}
         other = [key for key, value in cell.spec.settings.items() if key not in STORED and usual.get(key) != value]
         if other:

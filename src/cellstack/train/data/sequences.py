@@ -161,7 +161,7 @@ def named(features: Sequence[str] | None, channels: int, name: str) -> tuple[str
 
 def _kind(x: Any) -> str:
     shape = getattr(x, "shape", None)
-    return f"an array {tuple(shape)}" if shape is not None else f"a {type(x).__name__}"
+    return f"an array {tuple(shape)}" if shape is not None else type(x).__name__
 
 
 def _arrays(x: Any, name: str) -> list[Any]:

@@ -127,7 +127,7 @@ def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> 
         kinds = {type(value) for value in values}
         unknown = kinds - WORDS.keys()
         if unknown:
-            raise UsageError(f"y: expected text, numbers or bools, got a {unknown.pop().__name__}")
+            raise UsageError(f"y: expected text, numbers or bools, got {unknown.pop().__name__}")
         kinds -= {int} if kinds == {int, float} else set()
         if len(kinds) > 1:
             raise UsageError(
