@@ -377,7 +377,7 @@ class CellSpec:
     @property
     def parameters(self) -> int:
         """The number of parameters."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def test_wrong_types_are_refused(given):
         CellSpec(**{"input_size": 3, "units": 4, **given})
 
 
+def test_the_number_of_parameters_of_a_huge_cell_is_exact():
+    assert CellSpec(2**40, 2**40, use_bias=False).parameters == 2**83
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
