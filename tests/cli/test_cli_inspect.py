@@ -84,6 +84,9 @@ def test_numbers(run, saved, tmp_path, monkeypatch, rng):
     status, out, _ = run("model", "x.npy", "--rows", 2)
     assert (status, out.splitlines()[0]) == (0, "model.safetensors: 2 of 12 rows of x.npy")
     assert np.array_equal(seen[-1][0]["x"], x[:2])
+    np.savez(tmp_path / "to train on.npz", x=x, y=np.arange(12), weight=np.ones(12))
+    assert run("model", "to train on.npz")[0] == 0
+    assert np.array_equal(seen[-1][0]["x"], x[:8])
     (tmp_path / "x.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
     assert run("model", "x.csv")[0] == 0
     assert seen[-1][0]["x"].tolist() == [[[1, 2, 3], [4, 5, 6]]]
@@ -203,6 +206,12 @@ def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatc
     assert said["answer"]["truth"] == ["1", "1", "1"]  # the file begins with the first speaker
     assert said["nodes"][-1]["names"] == [str(speaker) for speaker in range(1, 10)]
     assert "expected a .ts or .npz file" in run("vowels", data / "co2.csv")[2]
+    x = np.random.default_rng(0).normal(size=(5, 7, 12))
+    np.savez(tmp_path / "spoken.npz", x=x, y=list("12345"), lengths=[7, 6, 5, 4, 3])
+    assert run("vowels", "spoken.npz", "--rows", 2)[::2] == (0, "")
+    assert np.allclose(seen[-1][0][0], x[0])
+    assert seen[-1][1]["mask"].sum(axis=1).tolist() == [7, 6]
+    assert description("vowels.html")["answer"]["truth"] == ["1", "2"]
     words = ["train", data / "co2.csv", "--target", "co2", "--members", 1, "--epochs", 1, "--units", 4]
     words += ["--quiet", "-o", "co2"]
     assert cli.main(list(map(str, words))) in (0, 130)

@@ -23,6 +23,7 @@ from cellstack.train.forecasting import predict as forecast
 from cellstack.train.forecasting.windows import extended_times
 from cellstack.train.tables.table import read_table
 from cellstack.train.text.data import alphabet_of, as_input, content
+from cellstack.train.trained import TASKS
 
 RANDOM_STEPS = 24
 SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".ts", ".tsv", ".txt", ".wav")
@@ -84,7 +85,8 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"expected a file with one of the suffixes {', '.join(SUFFIXES)}, got {path!r}")
-    if suffix == ".ts" or (suffix in TABLES and net.metadata.get("task") is not None):
+    task = net.metadata.get("task")
+    if suffix == ".ts" or (suffix in TABLES and task is not None) or (suffix == ".npz" and task in TASKS):
         return _series(net, model, path, rows)
     if suffix == ".txt":
         return _text(net, path)

@@ -21,9 +21,9 @@ def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -
 
     Args:
         net: the network.
-        path: `.npy`, an array `[B, T, I]`, or `[T, I]` of one row; `.npz`, such an array for each input, by name;
-            `.csv`, the steps of one row, a line each, with or without a header; `.jsonl`, the same as JSON; `-`,
-            either of these on standard input.
+        path: `.npy`, an array `[B, T, I]`, or `[T, I]` of one row; `.npz`, such an array for each input, by name (y and
+            weight, which a file to train on has, aren't used unless they are inputs); `.csv`, the steps of one row, a
+            line each, with or without a header; `.jsonl`, the same as JSON; `-`, either of these on standard input.
         columns: the columns of the lines to use, by name or by number from 1; None = all.
 
     Raises:
@@ -58,7 +58,11 @@ def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -
                 read: Any = np.load(file, allow_pickle=False)
                 if isinstance(read, np.ndarray) != (suffix == ".npy"):  # np.load ignores the suffix
                     raise ValueError(f"the content isn't {suffix}")
-                given = {net.inputs[0]: read} if suffix == ".npy" else {name: read[name] for name in read.files}
+                if suffix == ".npy":
+                    given = {net.inputs[0]: read}
+                else:  # a file to train on may contain y and weight too
+                    used = (name for name in read.files if name in net.inputs or name not in ("y", "weight"))
+                    given = {name: read[name] for name in used}
         except (ValueError, EOFError, AttributeError, BadZipFile) as error:
             raise UsageError(f"{path}: expected numeric arrays written by NumPy: {str(error)[:200]}") from None
     if not all(array.size for array in given.values()):
