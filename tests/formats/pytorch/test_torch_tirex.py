@@ -303,6 +303,8 @@ def test_other_networks_are_refused():
     net = cs.Network([cs.Dense(np.ones((2, 2), np.float32))])
     with pytest.raises(cs.FormatError, match="expected a network of a TiRex or a TiRex-2"):
         TiRexForecaster(net)
+    with pytest.raises(TypeError, match=r"expected a Network, as cellstack\.load\(path\) returns it, got int"):
+        TiRexForecaster(3)  # type: ignore[arg-type]
 
 
 def test_unknown_weights_are_refused(second):

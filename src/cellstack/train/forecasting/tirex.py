@@ -38,6 +38,7 @@ class TiRexForecaster:
             `Network.run`; None: the network's own. Fewer bits are faster and change forecasts a little.
 
     Raises:
+        TypeError: something else than a network.
         FormatError: another network.
         ValueError: unknown weights.
 
@@ -48,6 +49,9 @@ class TiRexForecaster:
     """
 
     def __init__(self, network: Network, weights: str | None = None) -> None:
+        if not isinstance(network, Network):
+            found = type(network).__name__
+            raise TypeError(f"TiRexForecaster: expected a Network, as cellstack.load(path) returns it, got {found}")
         if weights is not None:
             check_choice("TiRexForecaster", "weights", weights, WEIGHTS)
         self.network, self.weights = network, weights
