@@ -654,11 +654,17 @@ def test_output_to_a_full_disk(vowels):
 
 
 def test_closed_standard_output_and_input(vowels):
-    for words, closing, name in ((["info", vowels], ">&-", "output"), (["run", vowels, "-"], "<&-", "input")):
+    cases = (
+        ("cellstack", ["--version"], ">&-"),
+        ("cellstack", ["info", vowels], ">&-"),
+        ("cellstack run", ["run", vowels, "-"], "<&-"),
+    )
+    for program, words, closing in cases:
         command = f"{shlex.join([sys.executable, '-m', 'cellstack', *words])} {closing}"
         done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert done.stderr.startswith(f"cellstack {words[0]}: error: expected standard {name} to be open")
+        closed = "output" if closing == ">&-" else "input"
+        assert done.stderr.startswith(f"{program}: error: expected standard {closed} to be open")
 
 
 def test_resume_from_the_command_line(capsys, tmp_path):

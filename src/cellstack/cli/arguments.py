@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Help(argparse.HelpFormatter):
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(said))
         return found, left
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         """Print the error and exit with status 2."""
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice:

@@ -314,9 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have characters that the terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(given or ["help"])
+    top = parser()
     if sys.stdout is None:  # closed by the shell: the first file that is opened would get what libraries write to it
-        return _fail(args.verb, "expected standard output to be open: > /dev/null discards it")
+        top.error("expected standard output to be open: > /dev/null discards it")
+    args = top.parse_args(given or ["help"])
     try:
         threads = getattr(args, "threads", None)
         if threads is not None and not 1 <= threads <= MOST_THREADS:
