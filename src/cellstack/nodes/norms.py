@@ -18,88 +18,73 @@ from cellstack.spec import ShapeError
 Steps = NDArray[np.bool_] | None
 
 
-def _check_arrays(node: Any) -> None:
-    """Check gain, bias and epsilon of a norm, and set its dtype and its width."""
-    owner, width = type(node).__name__, ("W",)
-    for name in ("gain", "bias"):
-        if getattr(node, name) is not None:
-            array = frozen_copy(owner, name, getattr(node, name), width)
-            width = array.shape
-            object.__setattr__(node, name, array)
-    object.__setattr__(node, "epsilon", check_number(owner, "epsilon", node.epsilon, above=0.0))
-    if width != ("W",):
-        object.__setattr__(node, "dtype", one_dtype(owner, {"gain": node.gain, "bias": node.bias}))
-        object.__setattr__(node, "input_size", width[0])
+class _Norm(Node):
+    """What all norms share; `centred`: of the differences from the mean."""
 
-
-def _in_kernel(node: Any, groups: int, centred: bool) -> native.Norm:
-    """Return the kernel's object for a norm of each step."""
-    return native.Norm(groups, centred, node.epsilon, node.gain, node.bias)
-
-
-def _engine(dtype: np.dtype[Any]) -> str:
-    return f"fused kernel ({native.isa()}, {dtype}): each step by itself"
-
-
-def _scaled(node: Any, y: Array) -> Array:
-    """Multiply by the gain and add the bias, in place."""
-    if node.gain is not None:
-        y *= node.gain
-    if node.bias is not None:
-        y += node.bias
-    return y
-
-
-def _centred(x: Array) -> Array:
-    x = np.ascontiguousarray(x)  # else the order of summation, and with it the rounding, depends on the layout
-    return x - np.add.reduce(x, axis=-1, keepdims=True) / x.dtype.type(x.shape[-1])
-
-
-def _root_mean_square(x: Array, epsilon: float) -> Array:
-    """Return `sqrt(mean of x² + epsilon)` over the last axis of a contiguous `x`, which it keeps."""
-    count = x.dtype.type(x.shape[-1])
-    return np.sqrt(np.add.reduce(x * x, axis=-1, keepdims=True) / count + x.dtype.type(epsilon))
-
-
-def _norm_gradient(unit: Array, deviation: Array, du: Array, centred: bool) -> Array:
-    """Return the gradient of x for `unit`, x normalised over its last axis, and `du`, the gradient of `unit`."""
-    dx = du - unit * (du * unit).mean(axis=-1, keepdims=True)
-    return (dx - du.mean(axis=-1, keepdims=True) if centred else dx) / deviation
-
-
-@dataclass(frozen=True, eq=False)
-class _StepNorm(Stepwise):
-    """A norm of each step's features; `centred`: of their differences from the mean."""
-
-    gain: Array | None = None
-    bias: Array | None = None
-    epsilon: float = 1e-3
     arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
-    settings: ClassVar = {"epsilon": float}
     multiplied = ("gain",)
     keeps_width = True
+    groups: int
+    over_time: bool
     centred: ClassVar[bool]
+    gain: Array | None
+    bias: Array | None
+    epsilon: float
 
     def __post_init__(self) -> None:
-        _check_arrays(self)
+        owner, width = type(self).__name__, ("W",)
+        for name in ("gain", "bias"):
+            if getattr(self, name) is not None:
+                array = frozen_copy(owner, name, getattr(self, name), width)
+                width = array.shape
+                object.__setattr__(self, name, array)
+        object.__setattr__(self, "epsilon", check_number(owner, "epsilon", self.epsilon, above=0.0))
+        if width != ("W",):
+            object.__setattr__(self, "dtype", one_dtype(owner, {"gain": self.gain, "bias": self.bias}))
+            object.__setattr__(self, "input_size", width[0])
+
+    @cached_property
+    def _kernel(self) -> native.Norm:
+        """The kernel's object, for a norm of each step."""
+        return native.Norm(self.groups, self.centred, self.epsilon, self.gain, self.bias)
 
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` normalised over its last axis."""
         return native.on_rows(self._kernel.run, x)
 
-    @cached_property
-    def _kernel(self) -> native.Norm:
-        return _in_kernel(self, 1, self.centred)
+    def _grouped(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        """See `Node.gradients`; for a norm of each step."""
         x = run.inputs[0].x
-        y = _centred(x) if self.centred else np.ascontiguousarray(x)
-        deviation = _root_mean_square(y, self.epsilon)
-        du = dy if self.gain is None else dy * self.gain
-        return [_norm_gradient(y / deviation, deviation, du, self.centred)]
+        y = self._grouped(np.ascontiguousarray(x))
+        if self.centred:
+            y = y - np.add.reduce(y, axis=-1, keepdims=True) / y.dtype.type(y.shape[-1])
+        squares = np.add.reduce(y * y, axis=-1, keepdims=True)
+        deviation = np.sqrt(squares / x.dtype.type(y.shape[-1]) + x.dtype.type(self.epsilon))
+        unit, du = y / deviation, self._grouped(dy if self.gain is None else dy * self.gain)
+        dx = du - unit * (du * unit).mean(axis=-1, keepdims=True)
+        if self.centred:
+            dx -= du.mean(axis=-1, keepdims=True)
+        return [(dx / deviation).reshape(x.shape)]
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        return _engine(dtype)
+        return (
+            super().engine(dtype) if self.over_time else f"fused kernel ({native.isa()}, {dtype}): each step by itself"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _StepNorm(_Norm, Stepwise):
+    """A norm of each step's features."""
+
+    gain: Array | None = None
+    bias: Array | None = None
+    epsilon: float = 1e-3
+    groups = 1
+    over_time = False
+    settings: ClassVar = {"epsilon": float}
 
     @property
     def summary(self) -> str:
@@ -156,7 +141,7 @@ class RMSNorm(_StepNorm):
 
 
 @dataclass(frozen=True, eq=False)
-class GroupNorm(Node):
+class GroupNorm(_Norm):
     """`(x - mean) / sqrt(variance + epsilon)·gain + bias`, with the mean and variance of each group of features.
 
     With `over_time`, those are of all used steps: with one group per feature this is instance normalisation, with one
@@ -187,15 +172,13 @@ class GroupNorm(Node):
     epsilon: float = 1e-5
     over_time: bool = True
     file_type = "group_norm"
-    arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
     settings: ClassVar = {"groups": int, "epsilon": float, "over_time": bool}
-    multiplied = ("gain",)
-    keeps_width = True
+    centred = True
 
     def __post_init__(self) -> None:
         owner = "GroupNorm"
         object.__setattr__(self, "groups", check_integer(owner, "groups", self.groups))
-        _check_arrays(self)
+        super().__post_init__()
         check_flag(owner, "over_time", self.over_time)
         self._divides(owner, self.input_size)
         object.__setattr__(self, "mixes_steps", self.over_time)
@@ -211,9 +194,6 @@ class GroupNorm(Node):
         self._divides(owner, shape[-1])
         return shape
 
-    def _grouped(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
-
     def _parts(self, x: Array, mask: Steps) -> tuple[Array, Array, Array, Array]:
         """Return which entries of `[B, T, G, W/G]` count, their number, the deviation, and the normalised values."""
         z = self._grouped(np.ascontiguousarray(x))
@@ -228,13 +208,12 @@ class GroupNorm(Node):
 
     def apply(self, x: Array, mask: Steps = None) -> Array:
         """Return `x [..., W]` normalised; over time, `x [B, T, W]`."""
-        if self.over_time:
-            return _scaled(self, self._parts(x, mask)[3].astype(x.dtype).reshape(x.shape))
-        return native.on_rows(self._kernel.run, x)
-
-    @cached_property
-    def _kernel(self) -> native.Norm:
-        return _in_kernel(self, self.groups, True)
+        if not self.over_time:
+            return super().apply(x)
+        y = self._parts(x, mask)[3].astype(x.dtype).reshape(x.shape)
+        if self.gain is not None:
+            y *= self.gain
+        return y if self.bias is None else y + self.bias
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows
@@ -242,12 +221,10 @@ class GroupNorm(Node):
         return Flow(self.apply(flow.x, flow.mask), flow.mask, reset)
 
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
+        if not self.over_time:
+            return super().gradients(run, dy, dstates)
         (flow,) = run.inputs
         du = self._grouped(dy if self.gain is None else dy * self.gain)
-        if not self.over_time:
-            y = _centred(self._grouped(flow.x))
-            deviation = _root_mean_square(y, self.epsilon)
-            return [_norm_gradient(y / deviation, deviation, du, True).reshape(flow.x.shape)]
         there, count, deviation, unit = self._parts(flow.x, flow.mask)
         # Masked steps are normalised too, but the mean and the variance don't depend on them.
         mean = du.sum(axis=(1, 3), keepdims=True) / count
@@ -258,9 +235,6 @@ class GroupNorm(Node):
         if self.over_time:
             return StepRule("its mean and variance over time need the whole sequence, which a stream doesn't have")
         return StepRule(step=self.apply)
-
-    def engine(self, dtype: np.dtype[Any]) -> str:
-        return super().engine(dtype) if self.over_time else _engine(dtype)
 
     @property
     def summary(self) -> str:
