@@ -1,4 +1,4 @@
-"""Writes files atomically, and checks paths."""
+"""What formats share: writes files atomically, checks paths, parses JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from cellstack.network.description import short as short
+from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network
 
 
+MAX_JSON = 1 << 26  # bytes; parsing takes some twenty times as many
 NATIVE = ".safetensors"  # the suffix of the native format, which may be omitted to read a file
 
 
@@ -59,6 +61,25 @@ def digest_of(path: Path, options: Mapping[str, Any] | None = None) -> str:
 def options_text(options: Mapping[str, Any]) -> str:
     """Return keyword arguments of `cellstack.load` as JSON; arrays are lists."""
     return json.dumps(options, sort_keys=True, default=lambda array: np.asarray(array).tolist())
+
+
+def parse(where: str, text: str | bytes) -> Any:
+    """Parse JSON; any defect is a `FormatError`."""
+    if len(text) > MAX_JSON:
+        raise FormatError(f"{where}: {len(text)} bytes of JSON are more than the limit of {MAX_JSON}")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise FormatError(f"{where}: the JSON is nested too deeply") from None
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise FormatError(f"{where}: expected JSON, found {short(str(error), 120)}") from None
+
+
+def as_metadata(where: str, found: Any) -> dict[str, Any]:
+    """Return what a file has as the network's metadata; `FormatError` unless it is a JSON object."""
+    if not isinstance(found, dict):
+        raise FormatError(f"{where}: expected the network's metadata, found {short(found)}")
+    return found
 
 
 def check_unedited(network: Network, what: str) -> None:

@@ -239,7 +239,7 @@ HOSTILE = {
     "numbers as names": (lambda file, own: own.attrs.__setitem__("weight_names", [1.0]), "expected text"),
     "metadata that isn't an object": (
         lambda file, own: file.attrs.__setitem__("cellstack", "[1]"),
-        "expected the network's metadata as cellstack, found",
+        "cellstack: expected the network's metadata, found",
     ),
     "metadata with NaN": (lambda file, own: file.attrs.__setitem__("cellstack", '{"a": NaN}'), "without NaN"),
     "names of nothing": (lambda file, own: own.attrs.__setitem__("weight_names", [b"../../x"]), "expected a weight"),

@@ -537,6 +537,25 @@ def test_torch_loads_our_files(tmp_path, kind, depth, bidirectional, bias, dtype
     assert path.read_bytes() == first
 
 
+def test_our_files_have_the_metadata(tmp_path):
+    import zipfile
+
+    module, path = nn.RNN(5, 7, batch_first=True), tmp_path / "file.pt"
+    net = cs.from_torch(module)
+    cs.Network(net.nodes, metadata={"labels": ["a", "é"], "source": {"format": "another"}}).save(path)
+    assert set(torch.load(path, weights_only=True)) == set(module.state_dict())
+    again = cs.load(path).metadata
+    assert again.pop("assumed").startswith("tanh")
+    assert again == {"labels": ["a", "é"], "source": {"format": "pytorch", "module": ""}}
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, b"[1]" if name.endswith("cellstack.json") else data)
+    with pytest.raises(cs.FormatError, match=r"extra/cellstack\.json: expected the network's metadata, found \[1\]"):
+        cs.load(path)
+
+
 def test_storages_are_aligned_for_mapping(tmp_path):
     import zipfile
 

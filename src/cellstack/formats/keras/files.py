@@ -7,7 +7,6 @@ with two names are refused before they are followed. Sizes are checked against t
 from __future__ import annotations
 
 import io
-import json
 import mmap
 import os
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.files import short
+from cellstack.formats.files import MAX_JSON, as_metadata, parse, short
 from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
@@ -30,7 +29,6 @@ NOTE = "cellstack"
 """Where our files have the network's metadata: a key of a zip's metadata.json, an attribute of HDF5, as JSON text."""
 EXPANSION = 100  # how many times its size a file may take in memory; Keras itself compresses nothing
 SPARE = 1 << 20  # bytes that a file may take in addition, however small it is
-MAX_CONFIG = 1 << 26  # bytes of JSON; parsing takes some twenty times as many
 MOST_SEARCHED = 1 << 28  # bytes that are searched, which takes some tenths of a second
 DEEPEST = 32  # groups within groups
 MOST_TEXTS = 64  # variable-length texts in one attribute: each of them could be as long as the file
@@ -168,7 +166,7 @@ def opened(path: str) -> Iterator[Source]:
                 if source.layout != V3:
                     raise FormatError(f"{path}: expected the weights by layers, found HDF5 of another layout")
                 source.config, source.version = config, about["keras_version"]
-                source.note = _note(path, about.get(NOTE, {}))
+                source.note = as_metadata(f"{path}: {NOTE}", about.get(NOTE, {}))
             yield source
         finally:
             if handle is not None:
@@ -199,7 +197,7 @@ def _unzip(path: str, file: Any, room: int) -> tuple[Any, dict[str, Any], io.Byt
             raise FormatError(f"{path}: expected {', '.join(MEMBERS.values())}, found no {', '.join(lacking)}")
         contents = {}
         for kind, name in MEMBERS.items():
-            most = room if kind == "weights" else min(room, MAX_CONFIG)
+            most = room if kind == "weights" else min(room, MAX_JSON)
             claimed = archive.getinfo(name).file_size
             if claimed > most:
                 raise FormatError(f"{path}: {name}: {claimed} bytes are more than the limit of {most}")
@@ -270,25 +268,6 @@ def _check_texts(path: str, data: Any, heap: int, sizes: dict[bytes, int]) -> No
         at = data.find(address, at + 1)
 
 
-def parse(where: str, text: str | bytes) -> Any:
-    """Parse JSON; any defect is a `FormatError`."""
-    if len(text) > MAX_CONFIG:
-        raise FormatError(f"{where}: {len(text)} bytes of JSON are more than the limit of {MAX_CONFIG}")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise FormatError(f"{where}: the JSON is nested too deeply") from None
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise FormatError(f"{where}: expected JSON, found {short(str(error), 120)}") from None
-
-
-def _note(path: str, found: Any) -> dict[str, Any]:
-    """Return the network's metadata, as it was found at `NOTE`."""
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected the network's metadata as {NOTE}, found {short(found)}")
-    return found
-
-
 def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
     """Return the contents of an HDF5 file, without reading the datasets."""
     base = _child(h5py, path, file, "model_weights") if "model_weights" in file else file
@@ -310,7 +289,8 @@ def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
         source.config = parse(f"{path}: model_config", config[0])
     note = _texts(h5py, path, file, NOTE, size)
     if note:
-        source.note = _note(path, parse(f"{path}: {NOTE}", note[0]))
+        where = f"{path}: {NOTE}"
+        source.note = as_metadata(where, parse(where, note[0]))
     seen: set[int] = set()
     if layout == V3:
         _walk(h5py, source, file, "", 0, seen)

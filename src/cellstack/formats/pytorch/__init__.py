@@ -67,7 +67,8 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
         which stay in bfloat16 (see `Network.with_weights`). It takes `[B, T, I]` regardless of `batch_first`, and
         returns every step. Its metadata holds the source, and under `"assumed"` what the file doesn't specify: a state
         dict doesn't record the nonlinearity of `nn.RNN`, so tanh is assumed. `"computed"` lists weights that the file
-        stores in pieces or as integers, `"left_out"` tensors that aren't part of the model.
+        stores in pieces or as integers, `"left_out"` tensors that aren't part of the model. A file that cellstack wrote
+        also has the network's own metadata.
 
     Raises:
         FormatError: the file is damaged, tries to run code, or holds anything else, all of which is named.
@@ -81,7 +82,9 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
             return tirex
         root, left_out = _model(whole)
         found = contents(path, root, scripts)
-        return keep_bfloat16(say_left_out(_read(path, found, scripts, order), left_out), found.tensors)
+        network = say_left_out(_read(path, found, scripts, order), left_out)
+        network.metadata.update(file.metadata() | network.metadata)
+        return keep_bfloat16(network, found.tensors)
 
 
 def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | Node] | None) -> Network:

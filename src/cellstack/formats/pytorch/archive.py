@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.formats.files import as_metadata, parse
 from cellstack.formats.pytorch.pickles import read
 from cellstack.formats.pytorch.tensors import Builders, Records, Storage, short, size_of
 from cellstack.spec import FormatError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import zipfile
 
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number at the start of old files, as a pickle
+METADATA = "extra/cellstack.json"  # the member of our own files with the network's metadata, which PyTorch ignores
 PROTOCOL = 1001  # the version of old files
 MEMBER = re.compile(rb"[^/]+/(data\.pkl|data/|version|byteorder|constants\.pkl|code/|extra/|\.)")
 LONGEST_CODE = 1 << 20  # bytes of source of a module of TorchScript classes
@@ -94,6 +96,12 @@ class _Zip(Records):
         if len(self.kept[key]) != length:
             raise FormatError(f"{self.where}: storage {short(key)}: its tensors give it different lengths")
         return self.kept[key]
+
+    def metadata(self) -> dict[str, Any]:
+        if not self.has(METADATA):
+            return {}
+        where = f"{self.where}: {METADATA}"
+        return as_metadata(where, parse(where, self.take(METADATA)))
 
     def code(self, path: str) -> str:
         """See `Records.code`; source is compressed, so its size is limited."""

@@ -89,6 +89,10 @@ class Records:
         """Return the saved object."""
         raise NotImplementedError
 
+    def metadata(self) -> dict[str, Any]:
+        """Return the network's metadata, which cellstack's own files have."""
+        return {}
+
     def code(self, path: str) -> str:
         """Return the source that TorchScript stores for a module of classes; "" if there is none."""
         return ""

@@ -1,19 +1,22 @@
 """Writes a network as a state dict in the format of `torch.save`, without torch, for `load_state_dict` of `nn.LSTM`.
 
 The file is an uncompressed zip: `archive/data.pkl` is a pickle that lists every tensor and its storage,
-`archive/data/0` and so on are the storages; two more members hold the byte order and the format's version.
+`archive/data/0` and so on are the storages; two more members hold the byte order and the format's version. A third one
+holds the network's metadata as JSON, if it has any.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats.files import check_unedited, replacing
+from cellstack.formats.pytorch.archive import METADATA
 from cellstack.layout import Array, CellArrays, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node
@@ -31,7 +34,7 @@ def save(network: Network, path: str) -> None:
 
     Args:
         network: consecutive `Recurrent` nodes of equal cells, or `Bidirectional` nodes of single cells, as in
-            `nn.LSTM`, `nn.GRU` and `nn.RNN`. Its names and metadata aren't written: a state dict has no place for them.
+            `nn.LSTM`, `nn.GRU` and `nn.RNN`. Its names aren't written: a state dict has no place for them.
         path: the file to write.
 
     Raises:
@@ -40,7 +43,7 @@ def save(network: Network, path: str) -> None:
     """
     tensors = state_dict(network)
     with replacing(path) as file:
-        _write(file, tensors)
+        _write(file, tensors, network.metadata)
 
 
 def state_dict(network: Network) -> dict[str, Array]:
@@ -160,7 +163,7 @@ def _pickle(tensors: dict[str, Array]) -> bytes:
     return b"\x80\x02" + empty + b"(" + b"".join(entries) + b"u."
 
 
-def _write(file: Any, tensors: dict[str, Array]) -> None:
+def _write(file: Any, tensors: dict[str, Array], metadata: dict[str, Any]) -> None:
     import zipfile
 
     with zipfile.ZipFile(file, "w") as archive:
@@ -176,3 +179,5 @@ def _write(file: Any, tensors: dict[str, Array]) -> None:
         for number, array in enumerate(tensors.values()):
             put(f"data/{number}", array.astype(array.dtype.newbyteorder("<")).tobytes())
         put("version", VERSION)
+        if metadata:
+            put(METADATA, json.dumps(metadata).encode())
