@@ -24,15 +24,17 @@ void each_task(int64_t tasks, int64_t multiplications, int threads, F&& body) {
 
 // The steps of a chunk. Per step, a chunk of L steps takes L·(keys + values) multiplications, and its products with the
 // states before and after it 2·keys·values each, where those are needed.
-template <class T>
-int64_t chunk_of(const MemorySequences<T>& in) {
-    const int64_t before = in.before[0] != nullptr, after = in.after[0] != nullptr;
-    const int64_t sizes = in.memory.keys + in.memory.values, product = in.memory.keys * in.memory.values;
-    const int64_t steps = std::min(in.steps, kLongChunk);
-    if (steps < in.steps || steps <= kChunk) return kChunk;
+int64_t chunk_of(const MatrixMemory& d, int64_t steps, int64_t before, int64_t after) {
+    const int64_t sizes = d.keys + d.values, product = d.keys * d.values;
+    if (steps > kLongChunk || steps <= kChunk) return kChunk;
     const int64_t chunks = ceil_div(steps, kChunk);
     const int64_t many = kChunk * sizes + product * 2 * (2 * chunks - 2 + before + after) / chunks;
     return steps * sizes + product * 2 * (before + after) < many ? steps : kChunk;
+}
+
+template <class T>
+T* at(T* array, int64_t row, int64_t size) {
+    return array ? array + row * size : nullptr;
 }
 
 // A call: the gates of all rows, and its heads.
@@ -46,7 +48,8 @@ class Call {
           stride_(ceil_div(d_.heads, leaf.width) * leaf.width),
           row_(checked(in.steps, kGatesOfStep * stride_)),
           gates_(checked(in.batch, row_)) {
-        chunk_ = chunk_of(in);
+        chunk_ = in.scores ? in.score_row - kScorePadding
+                           : chunk_of(d_, in.steps, in.before[0] != nullptr, in.after[0] != nullptr);
         each_task(in.batch, in.batch * in.steps * stride_ * 64, threads, [&](int64_t b, int) {
             const T *x = in.x + b * in.x_row, *gates = x + d_.heads * (2 * d_.keys + d_.values);
             leaf.memory_gates({d_.heads, stride_, in.steps, gates, gates + d_.heads, in.x_time, of_row(in.mask, b),
@@ -66,7 +69,8 @@ class Call {
         head.gates = gates_.get() + b * row_ + h, head.gate_step = kGatesOfStep * stride_, head.gate = stride_;
         head.mask = of_row(in_.mask, b), head.reset = of_row(in_.reset, b);
         head.y_time = d_.heads * d_.values, head.y = in_.y + b * in_.steps * head.y_time + h * d_.values;
-        head.form = in_.form, head.chunk = chunk_;
+        head.o = in_.gated ? x + d_.width() + h * d_.values : nullptr;
+        head.form = in_.form, head.chunk = chunk_, head.scores = at(in_.scores, task, in_.steps * in_.score_row);
         return head;
     }
 
@@ -75,8 +79,11 @@ class Call {
     void each_head(bool backward, F&& body) const {
         const int64_t tasks = in_.batch * d_.heads;
         int64_t size = 0;
-        for (int64_t b = 0; b < in_.batch; b += backward ? 1 : in_.batch)  // the resets determine the chunks
-            size = std::max(size, leaf.memory_scratch(head(b * d_.heads), backward));
+        for (int64_t b = 0; b < in_.batch; b += backward ? 1 : in_.batch) {  // the resets determine the chunks
+            MemoryHead<T> one = head(b * d_.heads);
+            one.C = in_.after[0], one.n = in_.after[1];
+            size = std::max(size, leaf.memory_scratch(one, backward));
+        }
         const int64_t work = checked(checked(tasks, in_.steps), d_.keys * (d_.values + kChunk) * (backward ? 6 : 2));
         const int threads = int(std::min<int64_t>(useful_threads(threads_, work), std::max<int64_t>(tasks, 1)));
         const Scratch<T> scratch(checked(threads, size));
@@ -95,12 +102,12 @@ class Call {
     Scratch<T> gates_;
 };
 
-template <class T>
-T* at(T* array, int64_t row, int64_t size) {
-    return array ? array + row * size : nullptr;
-}
-
 }  // namespace
+
+int64_t score_row(const MatrixMemory& d, int64_t steps, bool before, bool after) {
+    const int64_t row = score_row(chunk_of(d, steps, before, after));
+    return steps >= kShortChunk && row <= d.keys + d.values ? row : 0;
+}
 
 template <class T>
 void memory_forward(const MemorySequences<T>& in, int threads) {

@@ -11,11 +11,12 @@
 namespace cellstack {
 
 // A row of x at a step has q [heads][keys], k [heads][keys], v [heads][values], ĩ [heads] and f̃ [heads]; a row of y
-// has h [heads][values].
+// has h [heads][values]. With an output gate, x ends in õ [heads][values], and y is σ(õ)·h.
 struct MatrixMemory {
     int64_t heads, keys, values;
     double epsilon;
-    int64_t width() const { return heads * (2 * keys + values + 2); }
+    int64_t width() const { return heads * (2 * keys + values + 2); }  // of x without õ
+    int64_t output() const { return heads * values; }
 };
 
 constexpr int kMatrixStates = 3;  // C [heads][keys][values], n [heads][keys], m [heads]
@@ -34,10 +35,20 @@ struct MemorySequences {
     const int64_t* places;           // the row of the states of each row of x; null: the same
     T* y;                            // [batch][steps][heads·values]
     MemoryForm form;
+    bool gated = false;  // whether there is an output gate; forward only
+    // S of each chunk, divided as h is, which forward writes and backward reads: [batch][heads][steps][score_row].
+    // Null: backward computes it again. The last number of a row is the sum that h is divided by, or NaN if the row is
+    // empty.
+    T* scores = nullptr;
+    int64_t score_row = 0;  // from score_row()
 };
 
 template <class T>
 void memory_forward(const MemorySequences<T>& in, int threads);
+
+// The row of `scores` of a sequence, with a state before it or needed after it; 0 if it shouldn't be kept: rows that
+// are longer than a key and a value take more memory than they are worth.
+int64_t score_row(const MatrixMemory& memory, int64_t steps, bool before, bool after);
 
 // Null inputs are zeros; null outputs are not computed.
 template <class T>
@@ -56,6 +67,11 @@ void memory_backward(const MemorySequences<T>& in, const MemoryGradients<T>& gra
 // most. Fewer steps than kShortChunk run in the step form.
 constexpr int64_t kChunk = 64, kLongChunk = 1024, kShortChunk = 6;
 
+// The distance between the rows of S: at least a line longer than a row, as rows that are a multiple of 1 KB apart
+// would share a few lines of the cache.
+constexpr int64_t kScorePadding = 16;
+constexpr int64_t score_row(int64_t chunk) { return (chunk + 15) / 16 * 16 + kScorePadding; }
+
 // The gates of a step: i, f, m and e^(-m), each of all heads, `stride` apart; m before the first step, and after it.
 enum Gate : int { kInputGate, kForgetGate, kStabiliser, kFloor, kGatesOfStep };
 template <class T>
@@ -73,6 +89,7 @@ struct MemoryHead {
     int64_t keys, values, steps;
     T scale, epsilon;
     const T *q, *k, *v;  // of the first step
+    const T* o;          // õ; null: no output gate
     int64_t x_time;
     const T* gates;  // gate g of step t: gates + t·gate_step + g·gate
     int64_t gate_step, gate;
@@ -83,6 +100,7 @@ struct MemoryHead {
     int64_t y_time;
     MemoryForm form;
     int64_t chunk;  // steps of a chunk
+    T* scores;      // of the first step, those of step t: + t·score_row(chunk); null: not kept
     T* scratch;     // of the leaf's memory_scratch numbers
 };
 

@@ -42,11 +42,18 @@ void multiply_columns(const Result<T>& to, const Chunk<T>& s, T* scratch, const 
         }
 }
 
-// What one pass over the steps of a chunk computes: S = (Q·Kᵀ)∘D/N, X, the gradients of log D, A, those of Q·Kᵀ, and by
-// step the gradients of nᵀq in `dsum`, and of m, through ε, in `through_h`. s.e becomes e/N.
+// S that the forward pass kept of a chunk; null: none.
+template <class T>
+const T* kept_scores(const MemoryHead<T>& d, const Chunk<T>& s, int64_t first) {
+    const T* rows = d.scores ? d.scores + first * s.step_row : nullptr;
+    return rows && rows[s.step_row - 1] == rows[s.step_row - 1] ? rows : nullptr;
+}
+
+// What one pass over the steps of a chunk computes: S = (Q·Kᵀ)∘D/N, unless it was kept, X, the gradients of log D, A,
+// those of Q·Kᵀ, and by step the gradients of nᵀq in `dsum`, and of m, through ε, in `through_h`. s.e becomes e/N.
 template <class T>
 void scores_back(const MemoryHead<T>& d, Chunk<T>& s, ChunkBack<T>& g, const Source<T>& q, const Source<T>& dy,
-                 int64_t first, int64_t steps, const T* n, bool empty) {
+                 int64_t first, int64_t steps, const T* n, bool empty, const T* kept) {
     constexpr int W = Vec<T>::W;
     const uint8_t* mask = d.mask ? d.mask + first : nullptr;
     const Factors<T> of_scores{q.at, q.row, 1, s.K_columns, s.step_row};
@@ -55,28 +62,30 @@ void scores_back(const MemoryHead<T>& d, Chunk<T>& s, ChunkBack<T>& g, const Sou
     memset(s.shares, 0, size_t(s.steps) * sizeof(T));
     for (int64_t r = 0; r < steps; r += kBlock) {
         const int64_t end = r + kBlock < steps ? r + kBlock : steps;
-        multiply_triangle(s.S, s.step_row, of_scores, r, end, s.keys);
+        if (!kept) multiply_triangle(s.S, s.step_row, of_scores, r, end, s.keys);
         multiply_triangle(g.A, s.step_row, of_h, r, end, s.values);
         for (int64_t t = r; t < end; ++t) {
             const T* gates = d.gates + (first + t) * d.gate_step;
-            T *S = s.S + t * s.step_row, *A = g.A + t * s.step_row, *X = g.X + t * s.step_row;
+            T *A = g.A + t * s.step_row, *X = g.X + t * s.step_row, *own = s.S + t * s.step_row;
+            const T *S = kept ? kept + t * s.step_row : own, floor = gates[kFloor * d.gate];
             e *= gates[kForgetGate * d.gate];
             next_shares(s.shares, t, d.scale * gates[kInputGate * d.gate], gates[kForgetGate * d.gate]);
-            T sum = apply_shares(S, s.shares, t);
-            if (!empty) sum += e * dot_of(q.at + t * q.row, n, s.keys);
-            const T floor = gates[kFloor * d.gate], by = divided(d, sum, floor);
+            T sum = kept ? S[s.step_row - 1] : apply_shares(own, s.shares, t);
+            if (!kept && !empty) sum += e * dot_of(q.at + t * q.row, n, s.keys);
+            const T by = divided(d, sum, floor), size = sum < 0 ? -sum : sum;
+            if (!kept) scale_row(own, by, t + 1);
             const bool used = !mask || mask[t];
             const T dot = used ? dot_of(d.y + (first + t) * d.y_time, dy.at + t * dy.row, d.values) : T(0);
-            const T size = sum < 0 ? -sum : sum, dsum = size < floor ? T(0) : (sum < 0 ? dot : -dot) * by;
+            const T through_sum = size < floor ? T(0) : sum < 0 ? dot : -dot;
             int64_t c = 0;
             for (; c <= t; c += W) {
-                const V<T> share = load(s.shares + c), score = load(S + c), zero = splat(T(0));
-                const V<T> dS = fma(splat(by), load(A + c), splat(dsum));
-                store(S + c, splat(by) * score), store(X + c, score * dS);
-                store(A + c, share != zero ? share * dS : zero);
+                const V<T> share = load(s.shares + c), zero = splat(T(0));
+                const V<T> given = load(A + c) + splat(through_sum);
+                store(X + c, load(S + c) * given);
+                store(A + c, share != zero ? share * splat(by) * given : zero);
             }
             for (; c < t + kRows; c += W) store(A + c, splat(T(0)));
-            s.e[t] = e * by, g.dsum[t] = dsum, g.through_h[t] = -dot * d.epsilon * by;
+            s.e[t] = e * by, g.dsum[t] = through_sum * by, g.through_h[t] = -dot * d.epsilon * by;
         }
     }
 }
@@ -126,15 +135,16 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
     const uint8_t* mask = d.mask ? d.mask + first : nullptr;
     const int64_t at = first * d.x_time, to = first * b.dx_time;
     find_weights(d, s, first, steps);
-    const T kept = s.e[steps - 1];
+    const T carried = s.e[steps - 1];
     const Source<T> q(d.q + at, d.x_time, d.keys, steps, mask, g.Q, s.key_row);
     const Source<T> k(d.k + at, d.x_time, d.keys, steps, mask, g.K, s.key_row);
     if (!b.dy) memset(g.G, 0, size_t(s.steps * s.value_row) * sizeof(T));
     const Source<T> dy = b.dy ? Source<T>(b.dy + first * d.y_time, d.y_time, d.values, steps, mask, g.G, s.value_row)
                               : Source<T>(g.G, s.value_row, s.values, steps, nullptr, nullptr, 0);
-    read_columns(s.K_columns, s.step_row, d.k + at, d.x_time, d.keys, steps, mask);
+    const T* kept = kept_scores(d, s, first);
+    if (!kept) read_columns(s.K_columns, s.step_row, d.k + at, d.x_time, d.keys, steps, mask);
     read_columns(g.V_columns, s.step_row, d.v + at, d.x_time, d.values, steps, mask);
-    scores_back(d, s, g, q, dy, first, steps, n, empty);
+    scores_back(d, s, g, q, dy, first, steps, n, empty, kept);
     if (!empty) {  // the gradients of Q·C₋
         for (int64_t t = 0; t < s.steps; ++t)
             for (int64_t c = 0; c < s.values; c += W)
@@ -147,7 +157,8 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
         multiply<Range::kAll>(dV.at, dV.row, false, {k.at, k.row, 1, g.dC, s.value_row}, steps, s.values, s.keys);
         for (int64_t t = 0; t < steps; ++t) scale_row(dV.at + t * dV.row, s.weights[t], s.values);
     }
-    multiply<Range::kFromRow>(dV.at, dV.row, of_state, {s.S, 1, s.step_row, dy.at, dy.row}, steps, s.values, steps);
+    multiply<Range::kFromRow>(dV.at, dV.row, of_state, {kept ? kept : s.S, 1, s.step_row, dy.at, dy.row}, steps,
+                              s.values, steps);
     dV.finish(b.dv + to, b.dx_time, d.values, steps);
     // dQ = A·K + e∘(G·C₋ᵀ) + e∘dsum·n
     const Result<T> dQ(b.dq + to, b.dx_time, d.keys, g.dQ, s.key_row);
@@ -181,24 +192,24 @@ void memory_chunk_back(const MemoryHeadBack<T>& b, Chunk<T>& s, ChunkBack<T>& g,
     multiply<Range::kFromRow>(dK.at, dK.row, of_state, {g.A, 1, s.step_row, q.at, q.row}, steps, s.keys, steps);
     dK.finish(b.dk + to, b.dx_time, d.keys, steps);
     // the state before: dC₋ = e·dC + Qᵀ·(e∘G), dn₋ = e·dn + Qᵀ·(e∘dsum)
-    T of_kept = 0;
+    T of_carried = 0;
     if (!empty) {
         if (of_state) {
             for (int64_t k = 0; k < s.keys; ++k) {
-                of_kept += dot_of(C + k * s.value_row, g.dC + k * s.value_row, s.values);
-                scale_row(g.dC + k * s.value_row, kept, s.values);
+                of_carried += dot_of(C + k * s.value_row, g.dC + k * s.value_row, s.values);
+                scale_row(g.dC + k * s.value_row, carried, s.values);
             }
-            of_kept = kept * (of_kept + dot_of(n, g.dn, s.keys));
+            of_carried = carried * (of_carried + dot_of(n, g.dn, s.keys));
         }
         multiply<Range::kAll>(g.dC, s.value_row, of_state, {q.at, 1, q.row, g.GE, s.value_row}, s.keys, s.values,
                               steps);
         for (int64_t c = 0; c < s.keys; c += W) {
-            V<T> sum = of_state ? splat(kept) * load(g.dn + c) : splat(T(0));
+            V<T> sum = of_state ? splat(carried) * load(g.dn + c) : splat(T(0));
             for (int64_t t = 0; t < steps; ++t) sum = fma(splat(g.dsum[t]), load(q.at + t * q.row + c), sum);
             store(g.dn + c, sum);
         }
     }
-    gate_gradients(b, s, g, first, steps, of_kept, through_m);
+    gate_gradients(b, s, g, first, steps, of_carried, through_m);
 }
 
 template <class T>
@@ -269,6 +280,7 @@ void memory_head_back(const MemoryHeadBack<T>& b) {
 template <class T>
 int64_t memory_scratch(const MemoryHead<T>& d, bool backward) {
     Carve<T> carve{nullptr};
+    if (!backward && runs_in_steps(d)) return StepScratch<T>(d, carve), carve.taken;
     const Chunk<T> s(d, carve);
     carve(s.keys), carve(s.values);
     if (backward) {

@@ -97,6 +97,56 @@ void zero_output(const MemoryHead<T>& d, int64_t t) {
     for (int64_t c = 0; c < d.values; ++c) d.y[t * d.y_time + c] = 0;
 }
 
+// y = σ(õ)·h at all steps that aren't masked.
+template <class T>
+void gate_output(const MemoryHead<T>& d) {
+    constexpr int W = Vec<T>::W;
+    for (int64_t t = 0; t < d.steps; ++t) {
+        if (d.mask && !d.mask[t]) continue;
+        T* y = d.y + t * d.y_time;
+        for (int64_t c = 0; c < d.values; c += W) {
+            const int lanes = d.values - c < W ? int(d.values - c) : W;
+            store_lanes(y + c, sigmoid<T>(load_lanes(d.o + t * d.x_time + c, lanes)) * load_lanes(y + c, lanes), lanes);
+        }
+    }
+}
+
+template <class T>
+INLINE bool runs_in_steps(const MemoryHead<T>& d) {
+    return d.form == MemoryForm::kSteps || (d.form == MemoryForm::kFastest && d.steps < kShortChunk);
+}
+
+// What the step form takes from scratch memory: the states, unless the caller needs them; a key, and h.
+template <class T>
+struct StepScratch {
+    T *C, *n, *key, *h;
+    StepScratch(const MemoryHead<T>& d, Carve<T>& carve) {
+        C = d.C ? d.C : carve(d.keys * d.values), n = d.n ? d.n : carve(d.keys);
+        key = carve(whole_vectors<T>(d.keys)), h = carve(whole_vectors<T>(d.values));
+    }
+};
+
+template <class T>
+void memory_steps(const MemoryHead<T>& d) {
+    Carve<T> carve{d.scratch};
+    const StepScratch<T> s(d, carve);
+    const T *C = d.C_before, *n = d.n_before;
+    for (int64_t t = 0; t < d.steps; ++t) {
+        if (d.reset && d.reset[t]) C = n = nullptr;
+        if (d.mask && !d.mask[t]) {
+            zero_output(d, t);
+        } else {
+            memory_step(d, t, C, d.values, n, s.C, d.values, s.n, s.key, s.h);
+            C = s.C, n = s.n;
+        }
+    }
+    const int64_t count = d.keys * d.values;
+    if (d.C && C != d.C)  // no step was used since the last reset
+        for (int64_t k = 0; k < count; ++k) d.C[k] = C ? C[k] : T(0);
+    if (d.n && n != d.n)
+        for (int64_t k = 0; k < d.keys; ++k) d.n[k] = n ? n[k] : T(0);
+}
+
 // ── the chunkwise form ───────────────────────────────────────────────────────────────────────────────────────────────
 
 // The weights of a chunk's steps in the state after it, with the scale of k, and that of the state before it in `e` of
@@ -186,14 +236,15 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
     if (!values.finite(d.values, steps)) return false;
     // S = (Q·Kᵀ)∘D/N
     const Factors<T> scores{d.q + at, d.x_time, 1, s.K_columns, s.step_row};
+    T* S = d.scores ? d.scores + first * s.step_row : s.S;
     T e = 1, any = 0;
     memset(s.shares, 0, size_t(s.steps) * sizeof(T));
     for (int64_t r = 0; r < steps; r += kBlock) {
         const int64_t end = r + kBlock < steps ? r + kBlock : steps;
-        multiply_triangle(s.S, s.step_row, scores, r, end, d.keys);
+        multiply_triangle(S, s.step_row, scores, r, end, d.keys);
         for (int64_t t = r; t < end; ++t) {
             const T* gates = d.gates + (first + t) * d.gate_step;
-            T* row = s.S + t * s.step_row;
+            T* row = S + t * s.step_row;
             if (!mask || mask[t]) any += row[t] * T(0);  // NaN, if a number of the step's q or k isn't finite
             e *= gates[kForgetGate * d.gate];
             next_shares(s.shares, t, d.scale * gates[kInputGate * d.gate], gates[kForgetGate * d.gate]);
@@ -201,6 +252,7 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
             if (!empty) sum += e * dot_of(scores.a + t * d.x_time, s.n, d.keys);
             const T by = divided(d, sum, gates[kFloor * d.gate]);
             scale_row(row, by, t + 1), s.e[t] = e * by;
+            if (d.scores) row[s.step_row - 1] = sum;
         }
     }
     if (any != 0) return false;
@@ -210,7 +262,7 @@ bool memory_chunk(const MemoryHead<T>& d, Chunk<T>& s, int64_t first, int64_t st
         multiply<Range::kAll>(h.at, h.row, false, {scores.a, d.x_time, 1, s.C, s.value_row}, steps, s.values, d.keys);
         for (int64_t t = 0; t < steps; ++t) scale_row(h.at + t * h.row, s.e[t], s.values);
     }
-    multiply<Range::kUpToRow>(h.at, h.row, !empty, {s.S, s.step_row, 1, values.at, values.row}, steps, s.values, steps);
+    multiply<Range::kUpToRow>(h.at, h.row, !empty, {S, s.step_row, 1, values.at, values.row}, steps, s.values, steps);
     h.finish(y, d.y_time, d.values, steps);
     for (int64_t t = 0; t < steps && mask; ++t)
         if (!mask[t]) zero_output(d, first + t);
@@ -247,29 +299,11 @@ void store_state(const MemoryHead<T>& d, const Chunk<T>& s, const T* C, const T*
 }
 
 template <class T>
-void memory_head(const MemoryHead<T>& d) {
+void memory_chunks(const MemoryHead<T>& d) {
     Carve<T> carve{d.scratch};
     Chunk<T> s(d, carve);
     T *key = carve(s.keys), *h = carve(s.values);
     const T *C = d.C_before, *n = d.n_before;
-    if (d.form == MemoryForm::kSteps || (d.form == MemoryForm::kFastest && d.steps < kShortChunk)) {
-        T *C_to = d.C ? d.C : s.C, *n_to = d.n ? d.n : s.n;
-        for (int64_t t = 0; t < d.steps; ++t) {
-            if (d.reset && d.reset[t]) C = n = nullptr;
-            if (d.mask && !d.mask[t]) {
-                zero_output(d, t);
-            } else {
-                memory_step(d, t, C, d.values, n, C_to, d.values, n_to, key, h);
-                C = C_to, n = n_to;
-            }
-        }
-        const int64_t count = d.keys * d.values;
-        if (d.C && C != d.C)  // no step was used since the last reset
-            for (int64_t k = 0; k < count; ++k) d.C[k] = C ? C[k] : T(0);
-        if (d.n && n != d.n)
-            for (int64_t k = 0; k < d.keys; ++k) d.n[k] = n ? n[k] : T(0);
-        return;
-    }
     bool empty = !C;  // then s.n is zeros, and s.C isn't read
     const auto clear = [&] { empty = true, memset(s.n, 0, size_t(s.keys) * sizeof(T)); };
     if (empty)
@@ -287,6 +321,7 @@ void memory_head(const MemoryHead<T>& d) {
         }
         // With infinities or NaN a product would spread them to earlier steps.
         for (int64_t t = first; t < first + steps; ++t) {
+            if (d.scores) d.scores[(t + 1) * s.step_row - 1] = T(__builtin_nan(""));
             if (d.mask && !d.mask[t]) {
                 zero_output(d, t);
             } else {
@@ -297,6 +332,12 @@ void memory_head(const MemoryHead<T>& d) {
     }
     if (d.C && empty) load_state<T>(d, s, nullptr, nullptr, s.C, s.n);
     if (d.C) store_state(d, s, s.C, s.n, d.C, d.n);
+}
+
+template <class T>
+void memory_head(const MemoryHead<T>& d) {
+    runs_in_steps(d) ? memory_steps(d) : memory_chunks(d);
+    if (d.o) gate_output(d);
 }
 
 }  // namespace

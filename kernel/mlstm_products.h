@@ -33,8 +33,8 @@ struct Carve {
 // The products with the columns of K and V run over blocks of rows, which share the columns in the second-level cache.
 constexpr int64_t kBlock = 64;
 
-// A chunk's arrays, with rows of whole vectors: `keys`, `values` and `steps` numbers. Rows are a line further apart:
-// rows that are a multiple of 1 KB apart would share a few lines of the cache.
+// A chunk's arrays, with rows of whole vectors: `keys`, `values` and `steps` numbers. Rows are a line further apart,
+// for the reason of score_row().
 template <class T>
 struct Chunk {
     int64_t keys, values, steps, key_row, value_row, step_row;
@@ -45,7 +45,7 @@ struct Chunk {
           steps(whole_vectors<T>(d.chunk)),
           key_row(keys + 16),
           value_row(values + 16),
-          step_row(steps + 16) {
+          step_row(score_row(d.chunk)) {
         K_columns = carve(keys * step_row), V = carve(steps * value_row), S = carve(steps * step_row);
         H = carve(steps * value_row), shares = carve(steps), weights = carve(steps), weighted = carve(keys);
         e = carve(steps), C = carve(keys * value_row), n = carve(keys);

@@ -287,20 +287,73 @@ class Memory(NamedTuple):
     before: Sequence[NDArray[Any]]
     after: Sequence[NDArray[Any]]
     y: NDArray[Any]
+    form: int = 0
+    gated: bool = False
+
+
+def _core(heads: int, keys: int, values: int) -> int:
+    """Return the width of a memory's input without an output gate."""
+    return heads * (2 * keys + values + 2)
 
 
 def memory_forward(memory: Memory, twice: bool, threads: int) -> None:
     """Run the memory; write h and the state after the last step."""
     sequences, sizes = memory.sequences, (memory.heads, memory.keys, memory.values)
-    x = sequences.x(memory.heads * (2 * memory.keys + memory.values + 2)).astype(np.float64)
+    core = _core(*sizes)
+    whole = sequences.x(core + memory.gated * memory.y.shape[-1]).astype(np.float64)
+    x = whole[..., :core]
     state = reference_mlstm.zero_state(len(x), *sizes)
     if memory.before:
         state = MatrixState(*(part[sequences.places].astype(np.float64) for part in memory.before))
     flags = sequences.flags["mask"], sequences.flags["reset"]
     h, after = reference_mlstm.steps(reference_mlstm.split(x, *sizes), state, memory.epsilon, *flags)
     memory.y[...] = h.reshape(memory.y.shape)
+    if memory.gated:
+        memory.y[...] *= reference.ACTIVATIONS["sigmoid"][0](whole[..., core:])
     for into, part in zip(memory.after, after, strict=False):
         into[sequences.places] = part
+
+
+class MemorySteps:
+    """Dense layers and memories in turn, run one step at a time."""
+
+    def __init__(self, stages: Sequence[Any], rows: int, twice: bool, threads: int) -> None:
+        self.stages, self.rows, self.dtype = stages, rows, np.dtype(np.float64 if twice else np.float32)
+        self.states: dict[int, Sequence[NDArray[Any]]] = {}
+
+    def set_states(self, number: int, states: Sequence[NDArray[Any]]) -> None:
+        """Set one of the two sets of states: C, n and m of each memory in turn."""
+        self.states[number] = states
+
+    def step(self, x: Any, places: Any = None, before: int = 0, after: int = 0) -> NDArray[Any] | None:
+        """Return y `[n, W]` of x `[n, I]`; None if x isn't such an array."""
+        first = self.stages[0]
+        width = (
+            first.description.input_size
+            if isinstance(first, Weights)
+            else _core(*first[:3]) + first[4] * first[0] * first[2]
+        )
+        fits = isinstance(x, np.ndarray) and x.ndim == 2 and x.dtype == self.dtype and x.shape[1] == width
+        if not fits or (places is None and len(x) != self.rows):
+            return None
+        states = zip(self.states[before], self.states[after], strict=True)
+        for stage in self.stages:
+            if isinstance(stage, Weights):
+                x = Products([stage]).run(x, 1)
+            else:
+                old, new = zip(*(next(states) for _ in range(3)), strict=True)
+                x = np.ascontiguousarray(x)
+                given = Sequences(len(x), 1, x, x.shape[1], x.shape[1], places=places)
+                heads, keys, values, epsilon, gated = stage
+                y = np.empty((len(x), 1, heads * values), x.dtype)
+                memory_forward(Memory(given, heads, keys, values, epsilon, old, new, y, 0, gated), False, 1)
+                x = y[:, 0]
+        return x
+
+
+def memory_steps(stages: Sequence[Any], rows: int, twice: bool, threads: int) -> MemorySteps:
+    """See `MemorySteps`."""
+    return MemorySteps(stages, rows, twice, threads)
 
 
 class Stream:

@@ -179,6 +179,33 @@ def test_one_long_chunk_is_many_chunks():
     near(reference.split(dx, *sizes), expected, 10 * REFERENCE_DOUBLE)
 
 
+@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 131, 1, 17, 90), (1, 200, 2, 160, 160)], ids=str)
+def test_gradients_are_the_same_with_what_forward_keeps(sizes, nan, isa):
+    """Many chunks, and one long chunk. Chunks with NaN keep nothing; the state after them is rounded differently."""
+    batch, steps, heads, dk, dv = sizes
+    x = case(*sizes)[0].astype("f4")
+    if nan:
+        x[0, 70, 3] = np.nan
+    reset = np.zeros((batch, steps), bool)
+    reset[0, 40] = nan
+    row = native.score_row(dk, dv, steps, False, False)
+    assert row == (80 if steps < 200 else 224)
+    dh, found = np.random.default_rng(1).normal(size=(batch, steps, heads * dv)).astype("f4"), []
+    for scores in (None, np.full((batch, heads, steps, row), np.inf, "f4")):
+        y, dx = np.empty_like(dh), np.empty_like(x)
+        kept = {"scores": scores, "score_row": row}
+        memory = _kernel.Memory(native.sequences(x, None, reset), heads, dk, dv, 1e-6, [], [], y, **kept)
+        native.memory_forward(memory, False, 1)
+        native.memory_backward(memory, False, dh, [], dx, [], 1)
+        found.append((y, dx))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(
+            one, other, rtol=0, atol=10 * KERNEL["float32"] * np.nanmax(np.abs(one)) if nan else 0
+        )
+    assert native.score_row(32, 32, steps, False, False) == 0  # more than keys and values together
+
+
 def test_bits_depend_neither_on_threads_nor_on_the_batch():
     x, _, state = case(3, 80, 2, 24, 24)
     whole = run(x, (2, 24, 24), state, "float32", threads=1)

@@ -78,6 +78,45 @@ def test_streams_and_pools_are_the_run():
     near(pool.state(b)[1].C, state[1].C[:1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_stack_of_memories_is_one_call_of_a_stream(dtype):
+    """Also with dense layers below, between and above, the last with an activation in NumPy."""
+    rng = np.random.default_rng(3)
+    array = lambda *shape: (0.4 * rng.normal(size=shape)).astype(dtype)  # noqa: E731
+    first, second = MLSTM(HEADS, KEYS, VALUES, output_gate=True), MLSTM(3, 2, 5)
+    dense = [Dense(array(a, b), array(b)) for a, b in ((5, first.input_size), (first.units, second.input_size))]
+    head = Dense(array(second.units, 4), None, "softmax")
+    net, x = Network([dense[0], first, dense[1], second, head]), sequences(dtype=dtype)
+    assert [len(call.nodes) for call in net.calls.steps] == [5]
+    assert [len(call.nodes) for call in net.calls.sequences] == [1] * 5
+    y, state = net.run(x)
+    stream, chunks = net.stream(batch=2), net.stream(batch=2)
+    streamed = np.stack([stream.step(x[:, t]) for t in range(20)], axis=1)
+    near(streamed, y)
+    for own, other in zip(stream.state, state, strict=True):
+        for part, wanted in zip(own, other, strict=True):
+            near(part, wanted)
+    parts = [chunks.run(x[:, t : t + 5]) for t in range(0, 20, 5)]  # short chunks have the bits of steps
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), streamed)
+    assert net.stream(batch=2).run(x).shape == streamed.shape
+    near(net.stream(batch=2).run(x), y)
+    alone = Network([dense[0], first]).stream(batch=2)
+    assert alone.step(x[:, 0, ::-1]) is not None  # an array that the kernel doesn't take as it is
+    assert alone.step(x[:, 0].tolist()).dtype == dtype
+    with pytest.raises(ShapeError, match=r"expected x \[B, I=5\]|expected input \[B, I=5\]"):
+        alone.step(x[:, 0, :4])
+    with pytest.raises(ShapeError, match="B=2"):
+        alone.step(x[:1, 0])
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_a_stream_with_fewer_bits_is_joined_too(weights):
+    net, x = network(gate=True), sequences()
+    stream = net.stream(batch=2, weights=weights)
+    y, exact = np.stack([stream.step(x[:, t]) for t in range(20)], axis=1), net(x)
+    assert 1e-5 < np.abs(y - exact).max() < 0.2 * np.abs(exact).max()
+
+
 def test_a_failing_step_leaves_the_state(monkeypatch):
     net, x = network(), sequences()
     stream = net.stream(batch=2)

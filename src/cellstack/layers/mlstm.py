@@ -45,7 +45,7 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: Sizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, *before: Tensor
+        ctx: Any, sizes: Sizes, keeps_state: bool, keeps_scores: bool, x: Tensor, mask: Any, reset: Any, *before: Tensor
     ) -> tuple[Tensor, ...]:
         batch, steps, _ = x.shape
         x = x if x.stride(2) == 1 else x.contiguous()
@@ -53,20 +53,23 @@ class _Memory(torch.autograd.Function):
         shapes = sizes.state_shapes.values() if keeps_state else ()
         after = [x.new_empty(batch, *shape) for shape in shapes]
         before = tuple(part.contiguous() for part in before)
-        native.memory_forward(_call(sizes, x, mask, reset, before, after, y), _twice(x), torch.get_num_threads())
+        row = native.score_row(sizes.key_size, sizes.value_size, steps, bool(before), keeps_state)
+        scores = x.new_empty(batch, sizes.heads, steps, row) if row and keeps_scores else None
+        call = _call(sizes, x, mask, reset, scores, before, after, y)
+        native.memory_forward(call, _twice(x), torch.get_num_threads())
         ctx.sizes = sizes
-        ctx.save_for_backward(x, y, mask, reset, *before)
+        ctx.save_for_backward(x, y, mask, reset, scores, *before)
         return (y, *after)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, y, mask, reset, *before = ctx.saved_tensors
+        x, y, mask, reset, scores, *before = ctx.saved_tensors
         dy, *dafter = (None if part is None else part.contiguous() for part in gradients)
         dx = x.new_empty(*x.shape[:2], ctx.sizes.core)
         dbefore = [torch.empty_like(part) for part in before]
         native.memory_backward(
-            _call(ctx.sizes, x, mask, reset, before, (), y),
+            _call(ctx.sizes, x, mask, reset, scores, before, (), y),
             _twice(x),
             _address(dy),
             [_address(part) for part in dafter],
@@ -74,7 +77,12 @@ class _Memory(torch.autograd.Function):
             [_address(part) for part in dbefore],
             torch.get_num_threads(),
         )
-        return (None, None, dx, None, None, *dbefore)
+        return (None, None, None, dx, None, None, *dbefore)
+
+
+def _memory(sizes: Sizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
+    keeps_scores = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *before))
+    return _Memory.apply(sizes, keeps_state, keeps_scores, x, mask, reset, *before)
 
 
 def run(sizes: Sizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True) -> tuple[Tensor, ...]:
@@ -86,7 +94,7 @@ def run(sizes: Sizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: boo
         before: the state before the first step; empty: zeros.
         keeps_state: whether the state after the last step is returned, which costs a product.
     """
-    return _Memory.apply(sizes, keeps_state, x, None, None, *before)  # pyright: ignore[reportReturnType]
+    return _memory(sizes, keeps_state, x, None, None, before)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -98,14 +106,24 @@ def _twice(x: Tensor) -> bool:
 
 
 def _call(
-    sizes: Sizes, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor], after: Sequence[Tensor], y: Tensor
+    sizes: Sizes,
+    x: Tensor,
+    mask: Any,
+    reset: Any,
+    scores: Any,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    y: Tensor,
 ) -> native.Memory:
     flags = (_address(mask), _address(reset))
     batch, steps, _ = x.shape
     sequences = native.Sequences(batch, steps, x.data_ptr(), x.stride(0), x.stride(1), *flags)
     states = [_address(part) for part in before], [_address(part) for part in after]
     heads, keys, values, epsilon = sizes
-    return native.Memory(sequences, heads, keys, values, epsilon, *states, y.data_ptr())
+    row = 0 if scores is None else scores.shape[-1]
+    return native.Memory(
+        sequences, heads, keys, values, epsilon, *states, y.data_ptr(), scores=_address(scores), score_row=row
+    )
 
 
 class MLSTM(Layer):
@@ -257,8 +275,8 @@ class MLSTM(Layer):
         assert self.kernel is not None
         z = torch.nn.functional.linear(x, self.kernel.t(), self.bias)
         core, gate = z.split([self.sizes.core, self.units], dim=-1)
-        flags = [None if one is None else one.contiguous() for one in (used, starts)]
-        h, *after = _Memory.apply(self.sizes, self.return_state, core, *flags, *before)
+        used, starts = (None if one is None else one.contiguous() for one in (used, starts))
+        h, *after = _memory(self.sizes, self.return_state, core, used, starts, before)
         y = torch.sigmoid(gate) * h
         if not self.return_sequences:
             y = y[:, -1] if used is None else _last(y, used)

@@ -62,18 +62,24 @@ class Calls:
 
     @cached_property
     def steps(self) -> tuple[Call, ...]:
-        """The calls for single steps and chunks of steps, as in a stream: dense layers next to cells are joined too."""
+        """The calls for single steps and chunks of steps, as in a stream: dense layers next to states are joined."""
+
+        def joins(call: Call, below: KernelLayers, above: KernelLayers, name: str) -> bool:
+            return not ((below.has_memories and above.has_cells) or (below.has_cells and above.has_memories))
+
         # Step by step, the output of a node and its state are the same value.
-        calls = self._joined(lambda call, below, above, name: True, origin)
+        calls = self._joined(joins, origin)
         return tuple(
             part
             for call in calls
-            for part in ([call] if call.layers and call.layers.has_cells else self._separate(call))
+            for part in ([call] if call.layers and call.layers.has_states else self._separate(call))
         )
 
     @cached_property
     def whole(self) -> KernelLayers | None:
         """The network as one call over sequences without masks and initial states; None if that isn't possible."""
+        if any(node.memory is not None for node in self._nodes):
+            return None
 
         def joins(call: Call, below: KernelLayers, above: KernelLayers, name: str) -> bool:
             return not above.reverse and not (below.last_step and above.has_cells)

@@ -118,6 +118,16 @@ class KernelLayers(NamedTuple):
         return any(not isinstance(layer, Node) for layer in self.layers)
 
     @property
+    def has_memories(self) -> bool:
+        """Whether any layer is an `MLSTM`."""
+        return any(isinstance(layer, Node) and layer.memory is not None for layer in self.layers)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether any layer has a state."""
+        return self.has_cells or self.has_memories
+
+    @property
     def only_cells(self) -> bool:
         """Whether all layers are cells."""
         return not any(isinstance(layer, Node) for layer in self.layers)

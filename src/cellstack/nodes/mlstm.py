@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule
+from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, Node, NodeRun, Shape, StateGradients, StepRule
 from cellstack.nodes.checks import check_flag, check_integer, check_number
 from cellstack.reference import ACTIVATIONS
 from cellstack.spec import MatrixState
@@ -162,16 +162,26 @@ class MLSTM(Node):
         batch, steps, _ = flow.x.shape
         y = np.empty((batch, steps, self.units), flow.x.dtype)
         sequences = native.sequences(flow.x, flow.mask, flow.reset, places=places)
-        native.memory_forward(self.kernel_call(sequences, before, after, y), y.dtype == np.float64, threads)
-        return y * self._gate(flow.x) if self.output_gate and gated else y
+        call = self.kernel_call(sequences, before, after, y, gated=self.output_gate and gated)
+        native.memory_forward(call, y.dtype == np.float64, threads)
+        return y
 
     def _gate(self, x: Array) -> Array:
         return ACTIVATIONS["sigmoid"][0](np.ascontiguousarray(x[..., self.core_size :]))
 
-    def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any) -> native.Memory:
+    def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any, **more: Any) -> native.Memory:
         """Return the kernel's object for a call: see `call`; the arrays may be addresses."""
         sizes = self.heads, self.key_size, self.value_size
-        return native.Memory(sequences, *sizes, self.epsilon, before or (), after or (), y)
+        return native.Memory(sequences, *sizes, self.epsilon, before or (), after or (), y, **more)
+
+    @property
+    def stage(self) -> tuple[int, int, int, float, bool]:
+        """What `native.memory_steps` takes for the node."""
+        return self.heads, self.key_size, self.value_size, self.epsilon, self.output_gate
+
+    @property
+    def kernel_layers(self) -> KernelLayers:
+        return KernelLayers((((self,), False),), 1)
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,), before = flows, next(iter(states), None)

@@ -13,7 +13,6 @@ from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.nodes.cell import WEIGHTS, Cell
 from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.nodes.dense import Products
-from cellstack.nodes.mlstm import MLSTM
 from cellstack.spec import ShapeError, check_sequence, check_step
 from cellstack.streaming.eligibility import (
     check_streamable,
@@ -27,7 +26,7 @@ from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.network.plan import Call
-    from cellstack.nodes import Dense
+    from cellstack.nodes import MLSTM, Dense
     from cellstack.nodes.base import Array, CellState
     from cellstack.nodes.patches import CellPatches
     from cellstack.streaming.parts import Rows, Run, Stateful
@@ -75,9 +74,6 @@ class Engine:
             on = tuple(places[source] for source in call.sources)
             if call.layers is not None:
                 place = self._kernel_call(call, on)
-            elif isinstance(node, MLSTM):
-                part = Memories(node, self.rows, self.threads, network.dtype)
-                place = self._add_stateful(part, on)
             elif rule.memory is not None:
                 place = self._add_stateful(Memory(rule, self.rows, network.dtype, self.shared), on)
             else:
@@ -114,7 +110,8 @@ class Engine:
         of_cells = iter([patches for name in names for patches in self.network.patches_of(name)])
         for layers, added in call.layers.groups:
             patches = [next(of_cells, None) if isinstance(layer, Cell) else None for layer in layers]
-            place = self._add_stateful(self._cells(layers, patches), on)
+            part = self._memories(layers) if call.layers.has_memories else self._cells(layers, patches)
+            place = self._add_stateful(part, on)
             on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
         finish = call.layers.finish
         return on[0] if finish is None else self._add(lambda rows, y: finish(y), on)
@@ -125,13 +122,16 @@ class Engine:
             return SharedCells(layers, self.weights, self.rows, self.threads, dtype, patches, self.shared)
         return OwnCells(layers, self.weights, self.rows, self.threads)
 
+    def _memories(self, layers: Sequence[Dense | MLSTM]) -> Stateful:
+        return Memories(layers, self.weights, self.rows, self.threads, self.network.dtype)
+
     def single_step(self) -> Callable[[Array], Array | None] | None:
         """Return the kernel's step function if the network is a single call of the kernel, else None.
 
         It has the least overhead. It returns None for an input that needs a conversion.
         """
         part = self._single_part()
-        return part.kernel.step if isinstance(part, OwnCells) else None
+        return part.kernel.step if isinstance(part, (OwnCells, Memories)) else None
 
     def session_step(self, table: native.SessionTable) -> Callable[[Any, Any], Array | None] | None:
         """Return the same for sessions: a function of their numbers and the input, which also checks the sessions."""

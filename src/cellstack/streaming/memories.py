@@ -1,4 +1,4 @@
-"""The part of an engine that runs an `MLSTM`: a matrix memory per row, which the kernel updates in place."""
+"""The part of an engine that runs memories of mLSTMs: a matrix memory per row, which the kernel updates in place."""
 
 from __future__ import annotations
 
@@ -7,72 +7,103 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellstack import native
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.mlstm import MLSTM
 from cellstack.spec import MatrixState
 from cellstack.streaming.parts import ALL
 
 if TYPE_CHECKING:
+    from cellstack.nodes import Dense
     from cellstack.streaming.parts import Rows
 
 
 class Memories:
-    """The memories of an `MLSTM`, one per row.
+    """Memories, with the dense layers around them: a step is one call of the kernel.
 
-    After a snapshot of all rows, the next run writes to a second state instead of changing the first: a step takes
-    longer to copy a memory than to update it.
+    After a snapshot of all rows, the next run writes to a second set of states instead of changing the first: a step
+    takes longer to copy a memory than to update it.
 
     Args:
-        node: the node.
+        layers: the nodes, bottom first.
+        weights: the number format of the matrices: see `Stream`.
         rows: the number of rows.
         threads: the number of threads that the kernel may use.
         dtype: the dtype of the states.
     """
 
-    kinds = (MatrixState,)
-
-    def __init__(self, node: MLSTM, rows: int, threads: int, dtype: np.dtype[Any]) -> None:
-        self.node, self.threads = node, threads
-        self.memory = node.memory_in(dtype)
-        self.state = self.memory.zeros(rows)
-        self._spare: MatrixState | None = None
+    def __init__(
+        self, layers: Sequence[Dense | MLSTM], weights: str | None, rows: int, threads: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.layers, self.weights, self.rows, self.threads = layers, weights, rows, threads
+        self.memories = [layer.memory_in(dtype) for layer in layers if isinstance(layer, MLSTM)]
+        self.kinds = [MatrixState] * len(self.memories)
+        stages = [layer.stage if isinstance(layer, MLSTM) else layer.packed_in(weights) for layer in layers]
+        self.kernel = native.memory_steps(stages, rows, dtype == np.float64, threads)
+        self._sets: dict[int, list[MatrixState]] = {}
+        self._now = 0  # the number of the current set
         self._keeps = False  # whether a snapshot must not change
+        self._create(0)
+
+    def _create(self, number: int) -> None:
+        self._sets[number] = states = [memory.zeros(self.rows) for memory in self.memories]
+        self.kernel.set_states(number, [array for state in states for array in state])
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Stateful`."""
-        flow = Flow(x if x.ndim == 3 else x[:, None])
-        after, places = self.state, None if rows is ALL else np.ascontiguousarray(rows, np.int64)
+        after, places = self._now, None if rows is ALL else np.ascontiguousarray(rows, np.int64)
         if rows is ALL and self._keeps:
-            after = self._spare or self.memory.zeros(len(x))
-            self._spare, self._keeps = self.state, False
-        y = self.node.call(flow, self.state, after, self.threads, places)
-        self.state = after
-        return y if x.ndim == 3 else y[:, 0]
+            after = 1 - self._now
+            if after not in self._sets:
+                self._create(after)
+        if x.ndim == 2:
+            y = self.kernel.step(np.ascontiguousarray(x), places, self._now, after)
+            assert y is not None, "values between nodes always have the form that the kernel needs"
+        else:
+            y = self._sequence(x, places, after)
+        self._now, self._keeps = after, False
+        return y
+
+    def _sequence(self, x: Array, places: Any, after: int) -> Array:
+        states = zip(self._sets[self._now], self._sets[after], strict=True)
+        for layer in self.layers:
+            if isinstance(layer, MLSTM):
+                x = layer.call(Flow(x), *next(states), self.threads, places)
+            else:  # without the activations in NumPy, which the engine applies
+                x = native.on_rows(layer.layers_in(self.weights)[1].run, x, self.threads)
+        return x
 
     def initial(self) -> list[dict[str, Any]]:
         """See `Stateful`."""
-        return [{name: np.zeros(shape, self.memory.dtype) for name, shape in self.memory.state_shapes.items()}]
+        return [
+            {name: np.zeros(shape, memory.dtype) for name, shape in memory.state_shapes.items()}
+            for memory in self.memories
+        ]
 
     def read(self, rows: Rows) -> list[MatrixState]:
         """See `Stateful`."""
-        return [MatrixState(*(array.copy() if rows is ALL else array[rows] for array in self.state))]
+        return [
+            MatrixState(*(array.copy() if rows is ALL else array[rows] for array in state))
+            for state in self._sets[self._now]
+        ]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Stateful`."""
-        for old, array in zip(self.state, entries[0], strict=True):
-            old[rows] = array
+        for state, new in zip(self._sets[self._now], entries, strict=True):
+            for old, array in zip(state, new, strict=True):
+                old[rows] = array
 
-    def snapshot(self, rows: Rows) -> MatrixState:
+    def snapshot(self, rows: Rows) -> Any:
         """See `Stateful`."""
         if rows is ALL:
             self._keeps = True
-            return self.state
-        return self.read(rows)[0]
+            return self._now
+        return self.read(rows)
 
-    def restore(self, rows: Rows, entries: MatrixState) -> None:
+    def restore(self, rows: Rows, entries: Any) -> None:
         """See `Stateful`."""
         if rows is not ALL:
-            self.write(rows, [entries])
-        elif entries is not self.state:
-            self._spare, self.state = self.state, entries
+            self.write(rows, entries)
+        else:
+            self._now = entries
         self._keeps = False
