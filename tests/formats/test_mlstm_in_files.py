@@ -81,7 +81,69 @@ def test_the_c_code_is_strict_and_is_the_stream(tmp_path):
     assert not any(inside.member(f"memory_{name}").any() for name in "Cnm")
 
 
-def test_only_runtimes_read_the_scan(tmp_path):
-    network().save(tmp_path / "net.onnx")
-    with pytest.raises(cs.FormatError, match="Scan node 'memory': the body isn't a step of a cell"):
-        cs.load(tmp_path / "net.onnx")
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_onnx_is_read_back(dtype, gate, tmp_path):
+    """The same nodes with the same bits; states are compared too, and the file is written again as it was."""
+    net, path, again = network(dtype, gate), tmp_path / "net.onnx", tmp_path / "again.onnx"
+    net.save(path)
+    loaded = cs.load(path)
+    (memory,) = (node for node in loaded.nodes if isinstance(node, MLSTM))
+    assert memory.values() == net.nodes[1].values()
+    x = np.random.default_rng(1).normal(size=(2, 12, 5)).astype(dtype)
+    np.testing.assert_array_equal(loaded(x), net(x))
+    report = cs.verify(loaded, path)
+    assert {one.name for one in report.differences} >= {f"cell 1 {part}" for part in "Cnm"}
+    assert report.ok(1e-5 if dtype == "float32" else 1e-13), report
+    loaded.save(again)
+    assert len(again.read_bytes()) == pytest.approx(len(path.read_bytes()), rel=0.1)
+
+
+def edited(path, edit):
+    """Edit the Scan of a file and its body."""
+    onnx_package = pytest.importorskip("onnx")
+    model = onnx_package.load(path)
+    (scan,) = (node for node in model.graph.node if node.op_type == "Scan")
+    (body,) = (one.g for one in scan.attribute if one.name == "body")
+    edit(model.graph, scan, body)
+    onnx_package.save(model, path)
+
+
+def test_the_scan_is_recognised_by_what_it_computes(tmp_path):
+    """Other names and orders are the same memory; another operator, constant or initial state isn't."""
+    path, net = tmp_path / "net.onnx", network()
+    x = np.random.default_rng(1).normal(size=(2, 12, 5)).astype("f4")
+
+    def swap(graph, scan, body):
+        for node in body.node:
+            if node.op_type in ("Add", "Mul"):
+                node.input[:] = node.input[::-1]
+
+    net.save(path)
+    edited(path, swap)
+    np.testing.assert_array_equal(cs.load(path)(x), net(x))
+
+    def replace(before, after):
+        def edit(graph, scan, body):
+            (*_, node) = (node for node in body.node if node.op_type == before)
+            node.op_type = after
+
+        return edit
+
+    def scale(graph, scan, body):
+        (number,) = (one for one in body.initializer if one.raw_data == np.float32(0.5).tobytes())
+        number.raw_data = np.float32(0.25).tobytes()
+
+    def start(graph, scan, body):
+        (array,) = (one for one in graph.initializer if one.name == "memory.n")
+        array.raw_data = np.ones(8, "f4").tobytes()
+
+    for edit in (replace("Max", "Min"), replace("Add", "Sub"), replace("Neg", "Abs"), scale):
+        net.save(path)
+        edited(path, edit)
+        with pytest.raises(cs.FormatError, match="Scan node 'memory': the body isn't a step of a cell"):
+            cs.load(path)
+    net.save(path)
+    edited(path, start)
+    with pytest.raises(cs.FormatError, match="expected the initial n to be zeros"):
+        cs.load(path)

@@ -27,6 +27,7 @@ from cellstack.formats.onnx.values import (
     Initial,
     Lengths,
     Moment,
+    Remembered,
     Run,
     Squares,
     States,
@@ -421,7 +422,7 @@ class Reader:
             if not self.model.said and self.frames is None:  # our own files have the network's axes
                 given = dict(zip(builder.inputs, self.layouts, strict=True))
                 moved = noted("file", given, dict(zip(draft.outputs, layouts, strict=True)))
-            return {**own, **moved, "onnx": ends | self._states(draft, states)}
+            return {**own, **moved, "onnx": ends | self._states(draft, states) | _memories(draft, values)}
 
         return builder.network(metadata)
 
@@ -432,7 +433,7 @@ class Reader:
             values: all outputs.
             after: those that are final states.
         """
-        data = values.keys() - after.keys()
+        data = {name for name in values.keys() - after.keys() if not isinstance(values[name], Remembered)}
         taken = {source for sources in self.builder.sources.values() for source in sources}
         flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
         taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
@@ -485,6 +486,17 @@ class Reader:
             if None in refs:
                 raise Refused(f"output {short(name)}: a state of a cell that no other output depends on")
         return {"states": states} | ({"starts": starts} if starts else {})
+
+
+def _memories(draft: Draft, values: dict[str, Any]) -> dict[str, Any]:
+    """Return which outputs hold states of memories: for each, the index of its node among those, and the part."""
+    numbers = {name: number for number, name in enumerate(name for name, node in draft.nodes.items() if node.memory)}
+    ends = {
+        name: [numbers[value.node], value.part]
+        for name, value in values.items()
+        if isinstance(value, Remembered) and value.node in numbers
+    }
+    return {"memories": ends} if ends else {}
 
 
 def _is_all(ends: States, part: str, operator: int) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.cells import KIND_OF, Operator, nodes_of, read_operator
+from cellstack.formats.onnx.decomposed.memories import memory_of
 from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Broadcast
+from cellstack.formats.onnx.fold import Broadcast, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.values import Final, Flowing, Lengths, Run, States
-from cellstack.nodes import Reshape, Scale, Select
+from cellstack.formats.onnx.values import Final, Flowing, Lengths, Remembered, Run, States
+from cellstack.nodes import MLSTM, Reshape, Scale, Select
 
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -159,7 +160,10 @@ def _in_order(value: States, what: str, wanted: str, ways: int) -> list[Any]:
 
 
 def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Scan that is a cell."""
+    """Read a Scan that is a cell, or the memory of an mLSTM."""
+    memory = memory_of(reader.scope, node)
+    if memory is not None:
+        return _remembered(reader, node, memory, values)
     operator, number = read_scan(reader.scope, node), len(reader.runs)
     given = {
         part: (f"the initial {part}", value)
@@ -180,6 +184,20 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         refs[0] = Final(number, 0, part)
         ends.append(States(axes, refs if axes[0] == "S" else refs.reshape(())))
     return [*ends, y]
+
+
+def _remembered(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> list[Any]:
+    """Add a memory, and return the states after it and its output."""
+    *starts, x = values
+    for name, start in zip(memory.memory_in(np.dtype(np.float32)).state_shapes, starts, strict=True):
+        array = numbers(start)
+        if not isinstance(array, np.ndarray) or array.any():
+            raise Refused(f"expected the initial {name} to be zeros")
+    flow = reader.flowing(x, "its steps")
+    if not flow.has("TBF"):
+        raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
+    y = reader.put(node, memory, flow)
+    return [*(Remembered(y.wire, name) for name in memory.memory_in(np.dtype(np.float32)).state_shapes), y]
 
 
 HANDLERS: dict[str, Handler] = {**dict.fromkeys(KIND_OF, recurrent), "Scan": scanned}

@@ -163,6 +163,14 @@ class Final:
 
 
 @dataclass(frozen=True)
+class Remembered:
+    """A part of the state of an mLSTM's memory after the last step."""
+
+    node: str
+    part: str  # "C", "n" or "m"
+
+
+@dataclass(frozen=True)
 class Vector:
     """A computed vector per row that is used as an initial state."""
 

@@ -58,6 +58,8 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
         cells = [ends["firsts"][node] + way for node, way, _ in refs]
         parts = parted(found[name], ends["state_axes"][name])
         states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=True)}
+    for name, (number, part) in ends.get("memories", {}).items():  # in a state, the memories follow the cells
+        states[f"cell {len(net.cells) + number} {part}"] = found[name]
     if not ends["outputs"]:  # our writer may write what our reader can't read, such as masks
         states = {name: found[after] for name, after in state_names(net).items() if after in found}
     return Answers("onnxruntime", ort.__version__, outputs, states, note=ends["note"])
@@ -171,6 +173,7 @@ def _noted(read: Network, net: Network) -> dict[str, Any]:
         "states": noted["states"],
         "state_axes": noted.get("state_axes", {}),
         "starts": noted.get("starts", {}),
+        "memories": noted.get("memories", {}),
         "frames": noted.get("frames"),
         "given": noted.get("given", {}),
         "note": rearranged(read) if onnx.others(read) else "",
