@@ -547,11 +547,38 @@ def test_the_initial_forget_bias(given_bias, unit, wanted):
     assert bias.tolist() == [0.5, 0.5, wanted, wanted, 0.5, 0.5, 0.5, 0.5]
 
 
+def test_a_forget_bias_by_a_power_law_is_that_of_xlstm():
+    """Numbers of xlstm 2.0.6 for `bias_init="powerlaw_blockdependent"`, 4 units: the first and the last of 3 blocks."""
+    first, last = [5.0, -3.630677, -5.625610, -7.0], [5.0, 2.930872, -1.272422, -7.0]
+    law = {"class_name": "power_law", "config": {"exponent": 1.6}}
+    settings = {"input_size": 1, "bias_initializer": "ones"}
+    for make in (layers.SLSTMCell, layers.LSTMCell):
+        for chosen, wanted in (("power_law", first), (law, last)):
+            cell = make(8, heads=2, forget_bias=chosen, **settings)
+            assert cell.bias[8:16].tolist() == pytest.approx(wanted * 2, abs=1e-6)
+            assert (cell.bias[:8] == 1).all()
+            assert (cell.bias[16:] == 1).all()
+            assert torch.equal(make.from_config(cell.get_config()).bias, cell.bias)
+    assert layers.SLSTM(1, forget_bias="power_law", input_size=1).cell.bias[1] == 5.0
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_the_power_law_is_that_of_the_package(block):
+    cells = pytest.importorskip("xlstm.blocks.slstm.cell")
+    config = cells.sLSTMCellConfig(hidden_size=12, num_heads=2, backend="vanilla", _block_idx=block, _num_blocks=3)
+    theirs = dict(cells.sLSTMCell(config).named_parameters())["_bias_"].detach()[12:24]  # of the gates i, f, z, o
+    law = {"class_name": "power_law", "config": {"exponent": 0.3 + 1.3 * block / 2}}
+    ours = layers.SLSTMCell(12, heads=2, input_size=1, forget_bias=law).bias.detach()[12:24]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 WRONG = [
     (layers.LSTMCell, {"proj_size": 4}, layers.ShapeError, "LSTMCell 'a': expected proj_size from 1 to below units=4"),
     (layers.LSTMCell, {"zoneout": 1}, ValueError, r"LSTMCell 'a': expected zoneout in \[0, 1\), got 1"),
     (layers.LSTMCell, {"coupled": 1}, TypeError, "LSTMCell 'a': expected coupled to be True or False, got 1"),
     (layers.LSTMCell, {"coupled": True, "forget_bias": 1.0}, ValueError, "forget_bias needs a forget gate"),
+    (layers.LSTMCell, {"forget_bias": "power"}, ValueError, "expected forget_bias to be one of constant, "),
     (layers.GRUCell, {"gate_activations": {"f": "tanh"}}, ValueError, "GRUCell 'a': expected gate_activations of z, r"),
     (layers.GRUCell, {"gate_activations": 3}, TypeError, "GRUCell 'a': expected gate_activations as a dict.* 3"),
     (layers.GRUCell, {"reset_after": False, "layer_norm": True}, ValueError, "GRUCell 'a': expected reset_after=True"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def _number(value: Any) -> bool:
 
 POSITIVE = Limit(lambda value: 0.0 < value < math.inf, "above 0 and finite")
 FINITE = Limit(lambda value: _number(value) and math.isfinite(value), "to be a finite number")
+FINITE_OR_GIVEN = Limit(
+    lambda value: isinstance(value, (str, Mapping)) or callable(value) or FINITE.allows(value),
+    "to be a finite number or an initializer",
+)
 SHARE = Limit(lambda value: _number(value) and 0.0 <= value < 1.0, "in [0, 1)")
 BELOW_ONE = Limit(SHARE.allows, SHARE.text, ": at 1 the state never changes")
 
@@ -221,10 +225,11 @@ FORGET_BIAS = (
     ),
     Argument(
         "forget_bias",
-        "float | None",
+        "float | weights.Given",
         None,
-        "initial value of the forget gate's bias. None: `unit_forget_bias` determines it.",
-        FINITE,
+        'initial value of the forget gate\'s bias; or how that of each head is initialised, such as `"power_law"` (see '
+        "`cellstack.layers.weights.power_law`). None: `unit_forget_bias` determines it.",
+        FINITE_OR_GIVEN,
         TORCH,
     ),
 )

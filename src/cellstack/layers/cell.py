@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -71,6 +72,13 @@ def usual_forget_bias(spec: CellSpec) -> float:
     return 0.0 if spec.exponential_forget else 1.0
 
 
+def _of_forget_bias(given: Any) -> Any:
+    """Return the initializer that a number, a name, a description or a callable stands for."""
+    if isinstance(given, (int, float)):
+        return partial(weights.constant, value=given)
+    return weights.find(given, weights.INITIALIZERS, "forget_bias")
+
+
 class Cell(Layer):
     """Base class of the cells. Their arrays (`CellSpec.shapes`) are created in the constructor or at the first call.
 
@@ -116,6 +124,7 @@ class Cell(Layer):
             setattr(self, name, getattr(spec, name))
         if given.get("forget_bias") is not None and not self._forgets:
             raise ValueError(f"{self._owner}: forget_bias needs a forget gate with a bias")
+        _of_forget_bias(given.get("forget_bias"))  # a name that isn't known is an error now
         seed = given["seed"]
         if seed is not None:
             given["seed"] = seed = as_integer(self._owner, "seed", seed)
@@ -262,7 +271,8 @@ class Cell(Layer):
                 weights.fill(matrix, initializer)
             return
         at = self._spec.gates.index("f") * self.units
-        values[at : at + self.units] = self.forget_bias
+        for head in values[at : at + self.units].view(self._spec.heads, -1):
+            weights.fill(head, _of_forget_bias(self.forget_bias))
         for part in (values[:at], values[at + self.units :]):
             if len(part):
                 weights.fill(part, initializer)
@@ -277,8 +287,8 @@ class Cell(Layer):
         return self._config.get("unit_forget_bias", False)
 
     @property
-    def forget_bias(self) -> float | None:
-        """Initial value of the forget gate's bias; None: there is none, or `bias_initializer` determines it."""
+    def forget_bias(self) -> Any:
+        """Initial value of the forget gate's bias, or its initializer; None: `bias_initializer` determines it."""
         given = self._config.get("forget_bias")
         if given is None and self.unit_forget_bias:
             given = usual_forget_bias(self._spec)

@@ -17,11 +17,11 @@ class LSTMCell(Cell):
         bias_regularizer: weights.Given = None, kernel_constraint: weights.Given = None,
         recurrent_constraint: weights.Given = None, bias_constraint: weights.Given = None, dropout: float = 0.0,
         recurrent_dropout: float = 0.0, seed: int | None = None, *, peepholes: bool = False, coupled: bool = False,
-        proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0, forget_bias: float | None = None,
-        implementation: int = 2, gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1,
-        norm_epsilon: float = 1e-05, clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False,
-        input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
-        name: str | None = None
+        proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0,
+        forget_bias: float | weights.Given = None, implementation: int = 2, gate_activations: Any = (),
+        layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05, clip: float | None = None,
+        zoneout: float = 0.0, learn_initial_state: bool = False, input_size: int | None = None,
+        dtype: str | torch.dtype | None = None, device: Any = None, name: str | None = None
     ) -> None: ...
 
 class GRUCell(Cell):
@@ -100,7 +100,7 @@ class SLSTMCell(Cell):
         kernel_constraint: weights.Given = None, recurrent_constraint: weights.Given = None,
         bias_constraint: weights.Given = None, dropout: float = 0.0, recurrent_dropout: float = 0.0,
         seed: int | None = None, *, exponential_forget: bool = False, unit_forget_bias: bool = True,
-        forget_bias: float | None = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
+        forget_bias: float | weights.Given = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...

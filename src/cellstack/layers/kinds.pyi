@@ -29,7 +29,7 @@ class LSTM(SingleCellRNN):
         seed: int | None = None, return_sequences: bool = False, return_state: bool = False, go_backwards: bool = False,
         stateful: bool = False, unroll: bool = False, zero_output_for_mask: bool = False, *, peepholes: bool = False,
         coupled: bool = False, proj_size: int = 0, cell_clip: float | None = None, zoneout_cell: float = 0.0,
-        forget_bias: float | None = None, use_cudnn: bool | str = 'auto', implementation: int = 2,
+        forget_bias: float | weights.Given = None, use_cudnn: bool | str = 'auto', implementation: int = 2,
         gate_activations: Any = (), layer_norm: bool | str = False, heads: int = 1, norm_epsilon: float = 1e-05,
         clip: float | None = None, zoneout: float = 0.0, learn_initial_state: bool = False, remat: bool = False,
         input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
@@ -130,7 +130,7 @@ class SLSTM(SingleCellRNN):
         recurrent_dropout: float = 0.0, seed: int | None = None, return_sequences: bool = False,
         return_state: bool = False, go_backwards: bool = False, stateful: bool = False, unroll: bool = False,
         zero_output_for_mask: bool = False, *, exponential_forget: bool = False, unit_forget_bias: bool = True,
-        forget_bias: float | None = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
+        forget_bias: float | weights.Given = None, gate_activations: Any = (), heads: int = 1, zoneout: float = 0.0,
         remat: bool = False, input_size: int | None = None, dtype: str | torch.dtype | None = None, device: Any = None,
         name: str | None = None
     ) -> None: ...

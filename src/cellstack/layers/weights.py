@@ -76,6 +76,19 @@ def identity(w: Tensor, gain: float = 1.0) -> Tensor:
     return nn.init.eye_(w).mul_(gain)
 
 
+def power_law(w: Tensor, first: float = 5.0, last: float = -7.0, exponent: float = 0.3) -> Tensor:
+    """Fill the last axis by a power law, `first + (last - first)·(k/(n - 1))^exponent` for k from 0 to n - 1.
+
+    As `forget_bias` of an sLSTM, the defaults are the initialisation `powerlaw_blockdependent` of the package xlstm for
+    a single block. In a stack its exponent rises evenly from 0.3 in the first block to 1.6 in the last one.
+
+    Ref: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory"; the package xlstm, `sLSTMCell`.
+    """
+    share = torch.linspace(0.0, 1.0, w.shape[-1], dtype=torch.float64, device=w.device)
+    with torch.no_grad():
+        return w.copy_(first + (last - first) * share**exponent)
+
+
 INITIALIZERS: dict[str, Callable[..., Any]] = {
     "constant": constant,
     "glorot_normal": partial(variance_scaling, mode="fan_avg"),
@@ -87,6 +100,7 @@ INITIALIZERS: dict[str, Callable[..., Any]] = {
     "lecun_uniform": partial(variance_scaling, distribution="uniform"),
     "ones": nn.init.ones_,
     "orthogonal": nn.init.orthogonal_,
+    "power_law": power_law,
     "random_normal": random_normal,
     "random_uniform": random_uniform,
     "truncated_normal": truncated_normal,
