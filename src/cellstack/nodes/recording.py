@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from cellstack.nodes.mlstm import MemoryRecord
 from cellstack.spec import CellSpec, HiddenState, State
 
 if TYPE_CHECKING:
+    from cellstack.nodes.cell import Cell
     from cellstack.nodes.patches import CellPatches
 
 
@@ -74,3 +75,23 @@ class Recording(list[Record | None]):
                 return {}
             kept = ("y",)
         return native.results(spec, batch, steps, lambda shape: self._empty(shape, dtype), kept)
+
+
+def cell_gradients(
+    cell: Cell, record: Record, dy: Array | None, ends: Sequence[Array | None]
+) -> tuple[Array, list[Array]]:
+    """Return the gradients of a cell's input, and of its initial state, where one was given."""
+    own = {name: native.plain(array) for name, array in cell.arrays.items()}
+    weights = native.weights(cell.spec, own, copy=False)
+    x = native.plain(record.x)
+    batch, steps, _ = x.shape
+    before = [native.plain(array) for array in record.before or ()]
+    made = native.results(cell.spec, batch, steps, lambda shape: np.empty(shape, x.dtype))
+    layer = native.Layer(weights, before, **made)
+    sequences = native.sequences(x, record.mask, record.reset, record.reverse)
+    native.forward(sequences, [layer], 1)
+    dx = np.zeros_like(x)
+    dbefore = [np.zeros_like(array) for array in before]
+    dy, *dafter = (None if array is None else native.plain(array) for array in (dy, *ends))
+    native.backward(sequences, [layer], [native.Gradients(dy, dafter, dx=dx, dbefore=dbefore)], 1)
+    return dx, dbefore
