@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -339,7 +340,8 @@ def public():
         value = getattr(cellstack, name)
         yield name, value
         if inspect.isclass(value):
-            for key, member in vars(value).items():
+            own = [vars(one) for one in value.__mro__ if one is value or one.__module__.startswith("cellstack.network")]
+            for key, member in ChainMap(*own).items():
                 if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
                     yield f"{name}.{key}", member
 

@@ -1,11 +1,10 @@
-"""`Network`: nodes and the wires between them as data, and the public methods."""
+"""`Network`: nodes and the wires between them as data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from os import PathLike
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from cellstack.network.construction import (
     warn_of_last_steps,
     with_final,
 )
+from cellstack.network.delegated import Delegated
 from cellstack.network.description import as_text, plan_lines
 from cellstack.network.plan import Calls
 from cellstack.network.running import processors, run
@@ -32,19 +32,14 @@ from cellstack.nodes.recording import Recording
 from cellstack.spec import Plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from cellstack.inspect.trace import NetworkTrace
     from cellstack.nodes.mlstm import MatrixMemory
-    from cellstack.streaming.sessions import Sessions
-    from cellstack.streaming.stream import Stream
 
 
 TASKS = ("classify", "regress", "forecast", "text")
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class Network:
+class Network(Delegated):
     """A network as data: nodes, their names, the wires between them, and metadata.
 
     Without wires the nodes run in sequence. With wires they form a graph: each node takes the named inputs or earlier
@@ -322,45 +317,6 @@ class Network:
             for name, value in zip(names, values, strict=True)
         }
 
-    def trace(
-        self,
-        x: Any,
-        state: Any = None,
-        mask: Any = None,
-        lengths: Any = None,
-        reset: Any = None,
-        threads: int | None = None,
-        *,
-        nodes: str | Iterable[str] | None = None,
-        units: Any = None,
-        steps: Any = None,
-        pre: bool = False,
-        in_memory: int = 1 << 30,
-    ) -> NetworkTrace:
-        """Run the network like `run`, and return all nodes' inputs and outputs and the cells' gates and states.
-
-        `y` and the state have the same bits as with `run`.
-
-        Args:
-            x, state, mask, lengths, reset, threads: see `run`.
-            nodes: the names of the nodes to keep; None: all.
-            units: the units of the cells to keep, a slice or indices; None: all.
-            steps: the steps to keep, a slice or indices, of all values with a time axis of T; None: all.
-            pre: also keep the pre-activations of the gates; a trace of all units and steps can compute them later.
-            in_memory: the size in bytes up to which gates and states are kept in memory; larger traces use a
-                memory-mapped file, which is deleted with the trace.
-
-        Returns:
-            A mapping from the names of the nodes to their inputs, outputs, gates and states, such as `t["layer_0"].f`,
-            each `[B, T, H]`; with the attributes `y` and `state`.
-
-        Raises:
-            ShapeError, TypeError, ValueError: see `run`; also an unknown node.
-            IndexError: a unit or a step out of range.
-        """
-        run = {"mask": mask, "lengths": lengths, "reset": reset, "threads": threads}
-        return _trace()(self, x, state, run, nodes, units, steps, pre, in_memory)
-
     def edit(self, patches: Patch | Iterable[Patch]) -> Network:
         """Return the network with additional patches, which change gates and states during a run.
 
@@ -437,50 +393,6 @@ class Network:
     def _with(self, nodes: tuple[Node, ...], patches: tuple[Patch, ...]) -> Network:
         return Network(**{**self._arguments(), "nodes": nodes, "patches": patches}, _warn=False)
 
-    def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:
-        """Return a `Stream` that runs this network step by step.
-
-        Args:
-            batch: the number of sequences that run in parallel.
-            threads: the number of threads for calls with enough work.
-            weights: the number format of the matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`;
-                None: the network's own.
-
-        Returns:
-            A stream with its own state, which starts as the cells' initial state. Streams share the network's weights.
-
-        Raises:
-            ValueError: a node needs the whole sequence (the message names it); unknown weights.
-            TypeError: bfloat16 or int8 for a float64 network.
-
-        >>> from cellstack import Cell, CellSpec, Recurrent
-        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
-        >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
-        (1, 4)
-        """
-        from cellstack.streaming.stream import Stream  # imported here because streaming depends on networks
-
-        return Stream(self, batch, threads, weights)
-
-    def pool(self, capacity: int, threads: int = 1, weights: str | None = None) -> Sessions:
-        """Return a `Sessions`: a pool of sessions that are opened and closed at any time, and stepped in batches.
-
-        Args:
-            capacity: the largest number of open sessions.
-            threads: the number of threads that the kernel may use for a step.
-            weights: the number format of the matrices, as for `stream`.
-
-        Returns:
-            A pool without open sessions. Pools and streams share the network's weights.
-
-        Raises:
-            ValueError: a node that can't be streamed (the message names it); a number out of range; unknown weights.
-            TypeError: bfloat16 or int8 for a float64 network.
-        """
-        from cellstack.streaming.sessions import Sessions  # imported here, like Stream
-
-        return Sessions(self, capacity, threads, weights)
-
     @property
     def task(self) -> str | None:
         """What `cellstack.train` trained the network for: classify, regress, forecast or text; None for others."""
@@ -491,99 +403,6 @@ class Network:
     def labels(self) -> tuple[Any, ...]:
         """The classes, in the order of the outputs; () unless the network was trained to classify."""
         return tuple(self.metadata.get("labels") or ()) if self.task == "classify" else ()
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """The names of the input's channels, as many as its width; () if they aren't known."""
-        from cellstack.train.trained import channels  # imported here because training depends on networks
-
-        return channels(self)
-
-    def predict(
-        self, data: Any, y: Any = None, *, id: Any = None, time: Any = None, threads: int | None = None, **options: Any
-    ) -> Any:
-        """Predict for new data what the network was trained for: classes, numbers, forecasts or a text's continuation.
-
-        Needs no torch. The data is read as in training: missing values, the columns of a table and their format, the
-        names of classes and the units of numbers. `task` determines what is predicted:
-
-        - `"classify"`, `"regress"`: the class or the numbers of each sequence, or of each of its steps, as
-          `Predictions`: a sequence of them with `probabilities`, `scores` and `to_frame`. The data is anything that
-          `train.fit` takes; the columns of a table may be in another order.
-        - `"forecast"`: the steps after the last rows of a table, or after the row `origin=`, as `Forecasts` with
-          dates, ids, quantiles, `to_frame`, and `scores` if the table has later rows. The data is a pandas or polars
-          frame, a table's file, or a `Table`.
-        - `"text"`: the text that follows a prompt, without the prompt. A str is always a prompt; a `pathlib.Path` is a
-          file that contains it.
-        - None, for networks that `cellstack.train` didn't train: the outputs, `[N, …]`, for arrays, lists of sequences,
-          or files of them; a list of arrays if the outputs have a time axis and the lengths differ.
-
-        Args:
-            data: see above.
-            y: the true values, if known, in the form that `train.fit` takes; then `scores` compares them with the
-                predictions. Of a frame it is the name of the column. None: what a file contains, or the column of the
-                training's classes or numbers, if a table has it.
-            id, time: columns of a table, as in `train.fit`; None: as in training.
-            threads: the number of threads that the kernel may use.
-            options: `origin`, and the options of `train.read_table`, for forecasts; `length`, `temperature`, `top_k`,
-                `top_p`, `seed`, `stop` for texts, see `train.generate`; `day_first`, `date_format`, `decimal`,
-                `encoding` of a file that is a table. Those of a table are as in training where they aren't given.
-
-        Returns:
-            See above.
-
-        Raises:
-            ValueError: data of another kind or width than the network takes, or an option that doesn't apply to it.
-            TypeError: an unknown option.
-            OSError: a file that can't be read.
-
-        >>> from cellstack import Cell, CellSpec, Recurrent
-        >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
-        >>> net = Network([Recurrent((cell,), return_sequences=False)])
-        >>> net.predict([np.ones((5, 3)), np.ones((7, 3))]).shape
-        (2, 4)
-        """
-        from cellstack.train.predict import predict  # imported here because training depends on networks
-
-        return predict(self, data, y, id=id, time=time, threads=threads, **options)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the network to a file atomically; the suffix determines the format.
-
-        Args:
-            path: the file, which is replaced if it exists; `.safetensors` is the native format.
-
-        Raises:
-            ValueError: an unknown suffix.
-            OSError: the file can't be written.
-        """
-        from cellstack import formats  # imported here because formats depend on networks
-
-        formats.save(self, path)
-
-    def export_c(
-        self, directory: str | PathLike[str], name: str = "model", weights: str | None = None
-    ) -> tuple[Path, Path]:
-        """Write the network as C code without dependencies: `name.h` and `name.c`, with init, reset and step.
-
-        Args:
-            directory: the directory, which is created if it doesn't exist.
-            name: the name of the files, and the prefix of all names in them.
-            weights: the number format of the matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the rounding
-                of a `Stream`; None: as the network stores them.
-
-        Returns:
-            The paths of the header and of the source.
-
-        Raises:
-            ValueError: a node that can't be streamed or written as C (the message names it); an invalid C identifier;
-                an unknown format.
-            TypeError: bfloat16 or int8 for a float64 network.
-            OSError: the files can't be written.
-        """
-        from cellstack.formats import c  # imported here because formats depend on networks
-
-        return c.export(self, directory, name, weights)
 
     def plan(self) -> Plan:
         """Return the cost of each node and which implementation runs it, one line per node, and the total cost.
@@ -606,11 +425,3 @@ def _arguments_in(attributes: Mapping[str, Any]) -> dict[str, Any]:
     names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
     inputs = {name: attributes["shapes"][name] for name in attributes["inputs"]}
     return {name: attributes[name] for name in names} | {"inputs": inputs}
-
-
-@cache
-def _trace() -> Callable[..., NetworkTrace]:
-    """Return the trace function, imported on demand because it depends on networks, and cached to keep calls fast."""
-    from cellstack.inspect.tracing import trace
-
-    return trace
