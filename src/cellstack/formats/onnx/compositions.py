@@ -11,7 +11,7 @@ from cellstack.nodes import Attention, GridConv, GridPool, GroupedDense, GroupNo
 
 if TYPE_CHECKING:
     from cellstack.formats.onnx.pieces import Pieces
-    from cellstack.nodes.grid import Grid
+    from cellstack.nodes.grid_base import Grid
 
 
 def _channels_first(pieces: Pieces, node: Grid, x: str, vector: bool) -> str:
