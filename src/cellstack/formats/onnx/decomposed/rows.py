@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.axes import BY_NUMBER, TOGETHER
+from cellstack.formats.onnx.axis_rules import BY_NUMBER, TOGETHER
 from cellstack.formats.onnx.decomposed.linear import Place, Term, place_of
 from cellstack.formats.onnx.file import DOMAINS, Scope, declared, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, axes_of
