@@ -123,7 +123,7 @@ def attention(pieces: Pieces, name: str, node: Attention, sources: Sequence[str]
 ONE = np.ones(1, np.float32)
 
 
-def group_norm(pieces: Pieces, name: str, node: GroupNorm, x: str, shape: Sequence[int | None], mask: str) -> None:
+def group_norm(pieces: Pieces, name: str, node: GroupNorm, x: str, axes: int, width: int, mask: str) -> None:
     """Add a GroupNorm.
 
     Args:
@@ -131,15 +131,13 @@ def group_norm(pieces: Pieces, name: str, node: GroupNorm, x: str, shape: Sequen
         name: the name of the node.
         node: the node.
         x: its input.
-        shape: the shape of its input.
+        axes: the number of its input's axes after the batch.
+        width: the last of them.
         mask: the mask of its input, if the node heeds it; else "".
     """
-    of, width = pieces.of, shape[-1]
-    if width is None:
-        raise ValueError(f"save: {name}: a GroupNorm needs a known width")
-    ahead = [0] * len(shape)
+    of, ahead = pieces.of, [0] * axes
     wide = of("Reshape", x, pieces.integers(*ahead, node.groups, width // node.groups))
-    over = [1, 3] if node.over_time else [len(shape) + 1]
+    over = [1, 3] if node.over_time else [axes + 1]
     mask = of("Unsqueeze", mask, pieces.integers(3)) if mask else ""
 
     def mean(value: str) -> str:

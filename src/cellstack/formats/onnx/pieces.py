@@ -14,6 +14,7 @@ from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import PARAMETERS, activation
 
 FIRST, LAST = -(2**63), 2**63 - 1
+MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": "Max", "min": "Min", "sub": "Sub"}
 SINGLE = ("Elu", "HardSigmoid", "LeakyRelu", "Softplus", "Softsign", "ThresholdedRelu")
 """Activations that ONNX Runtime supports in float32 only, or whose parameters ONNX stores in float32 only."""
 
@@ -76,6 +77,23 @@ class Pieces:
         stop = taken.stop if taken.stop is not None else LAST if step > 0 else FIRST
         given = [self.integers(value) for value in (start, stop, axis, step)]
         return self.put("Slice", [x, *given], output, name)
+
+    def merge(self, mode: str, sources: list[str], axis: int, output: str, name: str = "") -> None:
+        """Add a merge of values, elementwise or along an axis."""
+        if mode == "sub" or len(sources) == 2 or mode in ("concat", "ave", "max", "min"):
+            self.put(MERGES[mode], sources, output, name, **({"axis": axis} if mode == "concat" else {}))
+            return
+        total = sources[0]
+        for number, source in enumerate(sources[1:]):
+            last = number == len(sources) - 2
+            total = self.put(MERGES[mode], [total, source], output if last else self.fresh(f"{output}.{number}"))
+
+    def finish(self, name: str, x: str, text: str, output: str) -> None:
+        """Add a node's final activation of `x`, the output of the last operator added."""
+        if text == "linear":
+            self.nodes[-1].output[0] = output
+        else:
+            self.activate(f"{name}.activation", x, text, output)
 
     def activate(self, name: str, x: str, text: str, output: str, plain: bool = False) -> str:
         """Add an activation.

@@ -1,0 +1,254 @@
+"""Writes the nodes with cells: as ONNX's recurrent operators, else as Scans; their states as inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.cells import write_operator
+from cellstack.formats.onnx.file import onnx_package
+from cellstack.formats.onnx.pieces import Pieces
+from cellstack.formats.onnx.scan import body_of
+from cellstack.network import Network
+from cellstack.nodes import Bidirectional, Cell, Node, Recurrent
+
+
+def can_be_operator(cells: tuple[Cell, ...]) -> bool:
+    """Whether cells, one per direction, can be written as one of ONNX's recurrent operators."""
+    try:
+        write_operator("", cells, "forward")
+    except ValueError:
+        return False
+    return True
+
+
+class CellWriter(Pieces):
+    """Writes a network's cells into a graph.
+
+    Args:
+        network: the network; its names become the names of values.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(onnx_package(), network.dtype, {*network.inputs, *network.names})
+        self.network = network
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        self.states: list[list[str]] = []  # by cell and part: the input's name, "" without one, and the output's
+        self.begun: list[list[str]] = []  # of the current operator: the inputs, and the names of its states
+        self.zeros: list[str] = []  # operators whose output is zero at masked steps
+        self.masks: dict[str, str] = {}  # masks by value: a flag per step, [B, T, 1], True where it is used
+
+    def start(
+        self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
+    ) -> list[str]:
+        """Add the inputs for the initial states, and return the values of each part.
+
+        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An omitted input takes the cell's own
+        initial state, `[1, H]`. Cells whose initial states are values of the graph, `given`, in order of the cells,
+        have no such inputs.
+        """
+        if given:
+            parts = list(cells[0].spec.state_sizes)
+            ready = []
+            for place, part in enumerate(parts):
+                self.begun += [["", f"{name}.{part}"] for name in names]
+                each = [*given[place :: len(parts)]]
+                if ways:
+                    wide = self.fresh(f"{where}.{part}.wide")
+                    each = [self.put("Unsqueeze", [one, self.integers(0)], self.fresh(wide)) for one in each]
+                if len(each) > 1:
+                    each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
+                ready += each
+            return ready
+        batch = self.put("Shape", [x], self.fresh(f"{where}.batch"), start=0, end=1)
+        ready = []
+        for part, size in cells[0].spec.state_sizes.items():
+            each = []
+            shape = self.fresh(f"{where}.{part}.shape")
+            self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
+            for name, cell in zip(names, cells, strict=True):
+                start = self.tensor(f"{name}.{part}", cell.initial[part][None])
+                rows = self.fresh(f"{start}.rows")
+                self.inputs.append(self.onnx.helper.make_tensor_value_info(start, self.type, [rows, size]))
+                self.begun.append([start, start])
+                if ways:
+                    start = self.put("Unsqueeze", [start, self.integers(0)], self.fresh(f"{start}.wide"))
+                each.append(self.put("Expand", [start, shape], self.fresh(f"{name}.{part}.start")))
+            if len(each) > 1:
+                each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
+            ready += each
+        return ready
+
+    def after(self, shapes: Iterable[Sequence[int]]) -> list[str]:
+        """Add outputs `[B, …]` for the states added last, and return their names, which are yet to be computed."""
+        names = []
+        for (given, name), shape in zip(self.begun, shapes, strict=True):
+            after = self.fresh(f"{name}.after")
+            self.states.append([given, after])
+            self.outputs.append(self.onnx.helper.make_tensor_value_info(after, self.type, ["batch", *shape]))
+            names.append(after)
+        self.begun = []
+        return names
+
+    def operator(
+        self,
+        where: str,
+        cells: tuple[Cell, ...],
+        names: list[str],
+        direction: str,
+        x: str,
+        steps: str,
+        wanted: bool,
+        given: Sequence[str],
+    ) -> tuple[str, str]:
+        """Add a recurrent operator.
+
+        Args:
+            where: the name of the operator.
+            cells: one per direction.
+            names: the names of their states.
+            direction: ONNX's direction.
+            x: a value `[B, …]` with the batch size.
+            steps: X, `[T, B, I]`.
+            wanted: whether Y is used.
+            given: the initial states as values; empty = inputs of the graph.
+
+        Returns:
+            Y `[T, D, B, H]`, "" where unused, and Y_h `[D, B, H]`.
+        """
+        written = write_operator(where, cells, direction)
+        arrays = {key: self.tensor(f"{where}.{key}", array) for key, array in written.arrays.items()}
+        parts = cells[0].spec.state_sizes
+        states = self.start(where, cells, names, x, True, given)
+        inputs = [steps, arrays["W"], arrays["R"], arrays.get("B", ""), "", *states, arrays.get("P", "")]
+        while not inputs[-1]:
+            inputs.pop()
+        ends = [self.fresh(f"{where}.Y_{part}") for part in parts]
+        y = self.fresh(f"{where}.Y") if wanted else ""
+        self.nodes.append(
+            self.onnx.helper.make_node(written.kind, inputs, [y, *ends], name=where, **written.attributes)
+        )
+        each = [(end, way, size) for end, size in zip(ends, parts.values(), strict=True) for way in range(len(cells))]
+        for (end, way, _), after in zip(each, self.after([size] for *_, size in each), strict=True):
+            self.put("Gather", [end, self.tensor(f"{after}.way", np.array(way, np.int64))], after, axis=0)
+        return y, ends[0]
+
+    def scan(
+        self,
+        where: str,
+        cell: Cell,
+        direction: str,
+        x: str,
+        steps: str,
+        mask: str,
+        residual: bool,
+        given: Sequence[str],
+    ) -> tuple[str, str]:
+        """Add a cell as a Scan; the arguments are as in `operator`, the mask is `[T, B, 1]`, or "".
+
+        Returns:
+            y `[T, B, P]`, and y after the last step `[B, P]`; with a mask and a residual, both are h + x.
+        """
+        states = self.start(where, (cell,), [where], x, False, given)
+        body = body_of(where, cell, bool(mask), residual)
+        ends = self.after([size] for size in cell.spec.state_sizes.values())
+        last, y = ends[0], self.fresh(f"{where}.y")
+        if mask:
+            states.append(states[0])
+            last = self.fresh(f"{where}.y_last")
+        way = [int(direction == "reverse")]
+        flows = [steps, mask] if mask else [steps]
+        self.nodes.append(
+            self.onnx.helper.make_node(
+                "Scan",
+                [*states, *flows],
+                [*ends, *([last] if mask else []), y],
+                name=where,
+                body=body,
+                num_scan_inputs=len(flows),
+                scan_input_directions=way * len(flows),
+                scan_output_directions=way,
+            )
+        )
+        return y, last
+
+    def stack(self, name: str, node: Recurrent, x: str, output: str, mask: str, starts: Sequence[str] = ()) -> None:
+        """Add a stack of cells; `mask` is the mask of `x`, or "", `starts` the initial states."""
+        direction = "reverse" if node.go_backwards else "forward"
+        steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
+        transposed = self.of("Transpose", mask, perm=[1, 0, 2]) if mask else ""
+        top = len(node.cells) - 1
+        at = np.array(0 if node.go_backwards else -1, np.int64)
+        last = ""  # the top cell's final output, [B, P]; "": taken from its steps
+        for number, cell in enumerate(node.cells):
+            own = f"{name}.{number}" if top else name
+            added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
+            if node.zero_output_for_mask and number == top:
+                self.zeros.append(own)
+            wanted = number < top or node.return_sequences or added
+            given, starts = starts[: len(cell.spec.state_sizes)], starts[len(cell.spec.state_sizes) :]
+            if mask or self.dtype == np.float64 or not can_be_operator((cell,)):
+                flat, last = self.scan(own, cell, direction, x, steps, transposed, added, given)
+                added = added and not mask
+            else:
+                y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted, given)
+                flat = self.put("Squeeze", [y, self.integers(1)], self.fresh(f"{own}.flat")) if wanted else ""
+                last = "" if wanted else self.put("Squeeze", [h, self.integers(0)], self.fresh(f"{own}.last"))
+            steps = self.put("Add", [flat, steps], self.fresh(f"{own}.added")) if added else flat
+            last = "" if added else last
+        if node.return_sequences:
+            rows = self.put("Transpose", [steps], self.fresh(f"{name}.rows"), perm=[1, 0, 2])
+            if mask and node.zero_output_for_mask:
+                rows = self.of("Where", mask, rows, self.number(0.0))
+            if node.go_backwards:
+                self.cut(rows, slice(None, None, -1), 1, output, self.fresh(f"{name}.in_order"))
+            else:
+                self.nodes[-1].output[0] = output
+            return
+        last = last or self.put("Gather", [steps, self.tensor(f"{name}.at", at)], self.fresh(f"{name}.last"), axis=0)
+        if mask and node.zero_output_for_mask:
+            used = self.of("Gather", mask, self.tensor(f"{name}.at", at), axis=1)
+            last = self.of("Where", used, last, self.number(0.0))
+        if list(self.nodes[-1].output) == [last]:
+            self.nodes[-1].output[0] = output
+        else:  # it is also the state after the call
+            self.put("Identity", [last], output, f"{name}.end")
+
+    def bidirectional(
+        self, name: str, node: Bidirectional, x: str, output: str, mask: str, starts: Sequence[str]
+    ) -> None:
+        """Add a pair of stacks: as one operator where each is one cell, with the same flags."""
+        directions = (node.forward, node.backward)
+        cells = tuple(cell for direction in directions for cell in direction.cells)
+        names = [f"{name}.{way}" for way in ("forward", "backward")]
+        one = node.merge_mode == "concat" and len(cells) == 2 and not mask and self.dtype == np.float32
+        if one and can_be_operator(cells):
+            steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
+            wanted = node.forward.return_sequences
+            y, h = self.operator(name, cells, names, "bidirectional", x, steps, wanted, starts)
+            perm, shape = ([2, 0, 1, 3], (0, 0, -1)) if wanted else ([1, 0, 2], (0, -1))
+            rows = self.put("Transpose", [y if wanted else h], self.fresh(f"{name}.rows"), perm=perm)
+            self.put("Reshape", [rows, self.integers(*shape)], output, f"{name}.concat")
+            return
+        ends = [self.fresh(f"{way}.out") for way in names]
+        count = len(node.forward.state_sizes)
+        each = (starts[:count], starts[count:])
+        for way, direction, end, given in zip(names, directions, ends, each, strict=True):
+            if way == names[0] or not direction.return_sequences:
+                self.stack(way, direction, x, end, mask, given)
+            else:
+                backwards = self.fresh(f"{way}.backwards")
+                self.stack(way, direction, x, backwards, mask, given)
+                self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
+        self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
+
+
+def cell_names(name: str, node: Node) -> list[str]:
+    """Return the names of the states of a node's cells."""
+    directions = {name: node.cells}
+    if isinstance(node, Bidirectional):
+        directions = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
+    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in directions.items() for n in range(len(cells))]
