@@ -19,8 +19,8 @@ from cellstack.formats.onnx.decomposed.loops import roll_steps
 from cellstack.formats.onnx.decomposed.scans import is_scan, read_scan
 from cellstack.formats.onnx.file import ODD, Model, Scope, label, read, short
 from cellstack.formats.onnx.frames import frames_of, makes_steps
-from cellstack.formats.onnx.graph import load_graph
 from cellstack.formats.onnx.inputs import data_inputs
+from cellstack.formats.onnx.networks import load_graph
 from cellstack.formats.onnx.passes import passes
 from cellstack.formats.onnx.writer import write
 from cellstack.network import Network, layouts

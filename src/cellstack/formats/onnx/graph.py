@@ -1,4 +1,4 @@
-"""Whole ONNX graphs as Networks: axes are ordered, operators become nodes, and unsupported parts are listed."""
+"""Reads an ONNX graph: axes are ordered, operators become nodes, and unsupported parts are listed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.build import Builder, ProblemsError, TooMuchError
-from cellstack.formats.draft import Draft
+from cellstack.formats.build import Builder, TooMuchError
 from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
-from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
+from cellstack.formats.onnx.file import DOMAINS, Scope, declared, label, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
-from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
 from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
-from cellstack.formats.onnx.inputs import roles, weight_inputs
+from cellstack.formats.onnx.frames import Frame, input_of
 from cellstack.formats.onnx.messages import line_of
 from cellstack.formats.onnx.values import (
     Filled,
@@ -27,7 +25,6 @@ from cellstack.formats.onnx.values import (
     Initial,
     Lengths,
     Moment,
-    Remembered,
     Run,
     Squares,
     States,
@@ -35,11 +32,10 @@ from cellstack.formats.onnx.values import (
     Unknown,
     Vector,
 )
-from cellstack.graph import STATE, origin, state_of
+from cellstack.graph import state_of
 from cellstack.layout import Array
-from cellstack.network import Network
-from cellstack.network.layouts import Layout, noted
-from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
+from cellstack.network.layouts import Layout
+from cellstack.nodes import Activation, GlobalPool, Merge, Node, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
 from cellstack.spec import DTYPES, FormatError
 
@@ -367,143 +363,6 @@ class Reader:
         where = line_of(node)
         self.builder.refuse(f"{node.op_type} {text}" + (f" ({where})" if where else ""))
 
-    def network(self) -> Network:
-        """Return the network; its metadata describes all inputs and outputs of the graph."""
-        axes: dict[str, str] = {}
-        layouts: list[Layout] = []
-        values = {value.name: self.value(value.name) for value in self.scope.graph.output}
-        after = {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, States) and not value.initial and not value.computed
-        }
-        data = self._data_outputs(values, after)
-        for name, value in values.items():
-            if name not in data or (isinstance(value, Unknown) and value.reported):
-                continue
-            try:
-                flow = self._as_output(value)
-            except Refused as error:
-                self.builder.refuse(f"output {short(name)}: {error}")
-                continue
-            axes[name] = "".join(flow.axes)
-            layouts.append(flow.layout)
-            if self.frames is None:  # else one output per frame
-                if self.model.said and axes[name] in ("BFT", "FT"):  # the network that we wrote ends in a Permute
-                    flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
-                elif axes[name] in ("B1F", "BF1"):
-                    flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
-            self.builder.output(flow.wire, name)
-        states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
-        held = {name: "".join(labels) for name, labels in self.start_axes.items()}
-        frames: dict[str, Any] = {}
-        if self.frames is not None:
-            contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
-            by_rows = any("B" not in value.axes for value in after.values())
-            frames = {"context": contexts, "steps": "rows" if by_rows else "calls"}
-        ends = {
-            "inputs": self.inputs,
-            "outputs": axes,
-            "lengths": sorted(self.lengths),
-            "unused": list(self.model.unused),
-            "state_axes": held | {name: "".join(after[name].axes) for name in states},
-            "frames": frames,
-            "unrolled": dict(self.model.unrolled),
-            "branches": list(self.model.branches),
-            "given": dict(self.model.given),
-        }
-        ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
-        own = {**self.model.said.get("metadata", {}), "source": self.model.source}
-        self.builder.check()
-        builder = self.builder if self.frames is None else lifted(self.builder)
-
-        def metadata(draft: Draft) -> dict[str, Any]:
-            moved = {}
-            if not self.model.said and self.frames is None:  # our own files have the network's axes
-                given = dict(zip(builder.inputs, self.layouts, strict=True))
-                moved = noted("file", given, dict(zip(draft.outputs, layouts, strict=True)))
-            return {**own, **moved, "onnx": ends | self._states(draft, states) | _memories(draft, values)}
-
-        return builder.network(metadata)
-
-    def _data_outputs(self, values: dict[str, Any], after: dict[str, States]) -> set[str]:
-        """Return the names of the graph's outputs that become outputs of the network.
-
-        Args:
-            values: all outputs.
-            after: those that are final states.
-        """
-        data = {name for name in values.keys() - after.keys() if not isinstance(values[name], Remembered)}
-        taken = {source for sources in self.builder.sources.values() for source in sources}
-        flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
-        taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
-        exported = {origin(wire) for wire in taken if STATE in wire}
-        taken |= {run.in_order for run in self.runs if run.node in exported}
-        for number, run in enumerate(self.runs):
-            if run.in_order not in taken:  # only its final h or c is used: that is data, not just a state
-                parts = run.cells[0].spec.state_sizes
-                wanted = [name for part in parts for name, value in after.items() if _is_all(value, part, number)]
-                data.update(wanted[:1])
-        if self.model.said:
-            data |= values.keys() - {end for _, end in self.model.said["states"]}
-        return data
-
-    def _as_output(self, value: Any) -> Flowing:
-        """Return a value with feature axes F, or C and F; `Refused` where it can't be an output of a network."""
-        from cellstack.formats.onnx.grids import in_order  # imported here because it imports this module
-
-        flow = self.flowing(value)
-        if flow.parts:
-            flow = in_order(self, flow)
-            if len(flow.parts) > 2:
-                raise Refused(f"expected at most two feature axes, found {len(flow.parts)}")
-            names = dict(zip((part for part, _ in flow.parts), "CF", strict=True))
-            parts = tuple((names[part], size) for part, size in flow.parts)
-            flow = replace(flow, axes=tuple(names.get(axis, axis) for axis in flow.axes), parts=parts)
-        if "M" in flow.axes:
-            raise Refused("an output with time and batch in one axis isn't supported")
-        return flow
-
-    def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:
-        """Return which states each output and input holds.
-
-        A state is identified by the index of its node among those with cells, the index of its cell, and its name.
-        """
-        celled = [name for name, node in draft.nodes.items() if node.cells]
-        numbers = {name: number for number, name in enumerate(celled)}
-
-        def named(ref: Final | None) -> list[Any] | None:
-            name = "" if ref is None else self.runs[ref.operator].node
-            name, first = draft.cells.get(name, (name, 0))
-            return None if ref is None or name not in numbers else [numbers[name], first + ref.way, ref.part]
-
-        starts = {}
-        for name in self.start_axes:
-            found = {initial.place: named(ref) for initial, ref in self.starts.items() if initial.name == name}
-            starts[name] = [found.get(place) for place in range(max(found, default=-1) + 1)]
-        states = {name: [named(ref) for ref in refs] for name, refs in ends.items()}
-        for name, refs in states.items():
-            if None in refs:
-                raise Refused(f"output {short(name)}: a state of a cell that no other output depends on")
-        return {"states": states} | ({"starts": starts} if starts else {})
-
-
-def _memories(draft: Draft, values: dict[str, Any]) -> dict[str, Any]:
-    """Return which outputs hold states of memories: for each, the index of its node among those, and the part."""
-    numbers = {name: number for number, name in enumerate(name for name, node in draft.nodes.items() if node.memory)}
-    ends = {
-        name: [numbers[value.node], value.part]
-        for name, value in values.items()
-        if isinstance(value, Remembered) and value.node in numbers
-    }
-    return {"memories": ends} if ends else {}
-
-
-def _is_all(ends: States, part: str, operator: int) -> bool:
-    """Whether all states are the given part, such as h, and some belong to the given operator."""
-    refs = ends.refs.reshape(-1)
-    return all(ref.part == part for ref in refs) and any(ref.operator == operator for ref in refs)
-
 
 def _cast(value: Any, kind: type) -> Any:
     """Return lengths that are formulas in another type; return other values unchanged."""
@@ -524,48 +383,3 @@ def _settled(array: Any) -> Any:
     if all(isinstance(entry, (int, np.integer)) for entry in array.reshape(-1)):
         return array.astype(np.int64)
     return Symbols(array)
-
-
-# ── the graph as a whole ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def load_graph(model: Model, handlers: dict[str, Handler], frames: dict[str, Frame | str] | None = None) -> Network:
-    """Return a whole file as a Network.
-
-    Args:
-        model: the file.
-        handlers: the function that reads each operator.
-        frames: where a call is one step: how the inputs relate to frames; None = the file has a time axis.
-
-    Raises:
-        FormatError: unsupported parts; all of them are named.
-    """
-    scope = model.scope()
-    starts, lengths = roles(scope)
-    live = live_nodes(scope)
-    axes = Axes(scope, live, starts, lengths, frames is not None)
-    reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
-    for name in weight_inputs(scope) - starts - lengths:
-        given = f"cs.load(path, weights={{{name!r}: ...}})"
-        reader.builder.refuse(f"input {short(name)}: pass its weights when loading: {given}", -2)
-    for value in scope.graph.input:
-        if value.name not in scope.initializers and declared(value) == [] and value.name not in lengths:
-            given = f"cs.load(path, constants={{{value.name!r}: ...}})"
-            reader.builder.refuse(f"input {short(value.name)}: pass its number when loading: {given}", -2)
-            reader.values[value.name] = Unknown("", True)
-    reader.read()
-    if not reader.inputs:
-        reader.builder.refuse("no input")
-    open_frames = [n for n, frame in (frames or {}).items() if isinstance(frame, Frame) and frame.size is None]
-    if reader.builder.problems and open_frames:
-        name = open_frames[0]
-        example = EXAMPLE.format(name=name)
-        reader.builder.refuse(f"input {short(name)}: the size of a frame is unknown; pass it: {example}", -1)
-    try:
-        return reader.network()
-    except ProblemsError as error:
-        raise FormatError(f"{model.path}: the graph can't be read as a Network, found: {error}") from None
-    except TooMuchError as error:
-        raise FormatError(f"{model.path}: {error}") from None
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"{model.path}: {str(error)[:300]}") from None
