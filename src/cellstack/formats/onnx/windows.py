@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cellstack.formats.onnx import grids
+from cellstack.formats.onnx import grid_windows
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
@@ -37,7 +37,7 @@ def window(attributes: dict[str, Any], over: int, count: int) -> tuple[int, list
         over: the index of time among the windowed axes.
         count: the number of windowed axes.
     """
-    strides, dilations, steps = grids.window_lists(attributes, count)
+    strides, dilations, steps = grid_windows.window_lists(attributes, count)
     auto = attributes.get("auto_pad", "NOTSET")
     if auto not in ("NOTSET", "VALID", "SAME_UPPER", ""):
         raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
@@ -75,7 +75,7 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     if reader.frames is not None and (made := _at_once(reader, node, attributes, values[0], kernel, bias)) is not None:
         return [made]
     if reader.frames is None and not _only_time(reader.flowing(values[0]), kernel.shape[2:]):
-        made = grids.conv(reader, node, attributes, values[0], kernel, bias)
+        made = grid_windows.conv(reader, node, attributes, values[0], kernel, bias)
         return [made]
     x, over, count = over_time(reader, node, values[0])
     if kernel.ndim != count + 2:
@@ -116,7 +116,7 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     """Read a MaxPool or AveragePool over time; with ceil_mode, an incomplete last window counts too."""
     sizes = whole(attributes["kernel_shape"])
     if reader.frames is None and not _only_time(reader.flowing(values[0]), sizes):
-        return [grids.pool(reader, node, attributes, values[0])]
+        return [grid_windows.pool(reader, node, attributes, values[0])]
     x, over, count = over_time(reader, node, values[0])
     strides, dilations, padding = window(attributes, over, count)
     if len(sizes) != count or any(n != 1 for axis, n in enumerate(sizes) if axis != over) or set(dilations) != {1}:
@@ -142,7 +142,7 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 HANDLERS: dict[str, Handler] = {
     "Conv": conv,
-    "ConvTranspose": grids.conv_transpose,
+    "ConvTranspose": grid_windows.conv_transpose,
     "MaxPool": pool,
     "AveragePool": pool,
 }
