@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 
+from cellstack.formats.c.files import Sizes
 from cellstack.formats.c.narrow import format_of
 from cellstack.formats.c.sequences import SequenceWriter, needs_sequence
-from cellstack.formats.c.source import Sizes, Writer
+from cellstack.formats.c.source import Writer
 from cellstack.formats.files import check_unedited, replacing
 from cellstack.network import Network
 

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from string import Template
-from typing import NamedTuple
 
 from cellstack import spec
-from cellstack.formats.build import Names
-from cellstack.formats.c.cells import HELPERS, MATRICES, WIDTHS, Form, by_gate, form_key, form_of, shape_text
-from cellstack.formats.c.memories import FUNCTION, lines_of
-from cellstack.formats.c.narrow import Narrow
+from cellstack.formats.c.cells import MATRICES, WIDTHS, by_gate, form_key, form_of, shape_text
+from cellstack.formats.c.files import Files, acts
+from cellstack.formats.c.memories import lines_of
 from cellstack.formats.c.step import activate, literal
 from cellstack.network import Network
 from cellstack.nodes import (
@@ -40,65 +36,12 @@ from cellstack.nodes import (
 from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.streaming.eligibility import check_streamable
 
-NUMBERS_A_LINE = 8
-TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
 NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent, MLSTM)
 WHOLE = ("softmax", "log_softmax")  # activations over all features of a step together
 
 
-class Sizes(NamedTuple):
-    """The bytes that a network needs in C, in addition to its code.
-
-    Args:
-        constants: the weights, in flash.
-        state: in RAM, what is kept between steps.
-        scratch: in RAM, the rest of the struct of the state.
-    """
-
-    constants: int
-    state: int
-    scratch: int
-
-    @property
-    def ram(self) -> int:
-        """The size of the struct of the state."""
-        return self.state + self.scratch
-
-
-class Writer:
-    """Collects the parts of the files: arrays, members of the state, functions, and the lines of a step.
-
-    Args:
-        network: the network.
-        name: the prefix of every identifier.
-        narrow: the format of the matrices; None: that of the other arrays.
-        as_stored: whether only those dense layers have this format that the network stores in it.
-
-    Raises:
-        ValueError: the network can't be written.
-    """
-
-    unit = "one step"
-    memory = "what is kept between steps, and scratch. Nothing is allocated."
-    includes = ""
-
-    def __init__(self, network: Network, name: str, narrow: Narrow | None = None, as_stored: bool = True) -> None:
-        self.network, self.name, self.narrow, self.as_stored = network, name, narrow, as_stored
-        self.check()
-        self.real, self.f = TYPES[network.dtype.name]
-        self.identifiers = Names(mark="_")  # keeps the nodes' identifiers distinct
-        self.arrays: list[str] = []
-        self.constants = 0  # their bytes
-        self.row = 0  # the length of the longest vector that is multiplied by a narrow matrix
-        self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: its name, and the form
-        self.members: list[tuple[str, int, str]] = []  # of the state: name, length, description
-        self.memories: list[tuple[str, int, str]] = []  # members too, after those of all cells
-        self.frames: list[tuple[str, int, str]] = []  # members too: the past steps that convolutions need
-        self.scratch: dict[str, int] = {}
-        self.steps: list[str] = []
-        self.resets: list[str] = []
-        self.inputs = self.outputs = 0
-        self.write()
+class Writer(Files):
+    """Writes the nodes of a chain that runs step by step; see `Files`."""
 
     def check(self) -> None:
         """Raise `ValueError` where a node can't run step by step, or can't be written as C."""
@@ -122,52 +65,6 @@ class Writer:
             raise ValueError("export_c: the network must fix the width of its input")
         self.inputs = width
         return width
-
-    # ── names and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def fill(self, template: str) -> str:
-        """Return a template with the names of this network filled in."""
-        tanh = f"{self.name}_tanh" if self.narrow else f"tanh{self.f}"
-        return Template(template).substitute(name=self.name, real=self.real, f=self.f, tanh=tanh)
-
-    def identifier(self, text: str) -> str:
-        """Return `text` as part of a C identifier, made unique."""
-        return self.identifiers.fresh(re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "node")
-
-    def _array(self, owner: str, name: str, array: Array, shape: str) -> str:
-        """Write an array of constants, and return its name."""
-        digits = "%.9g" if self.real == "float" else "%.17g"  # as many as a round trip needs
-        rows = ([self._number(digits % value) for value in row] for row in array.reshape(-1, array.shape[-1]).tolist())
-        return self._constants(owner, name, self.real, array.nbytes, array.size, shape, rows)
-
-    def _matrix(self, owner: str, name: str, narrow: Narrow, array: Array, shape: str) -> list[str]:
-        """Write a matrix `[m, n]` in a narrow format, column by column, and return the names of its arrays."""
-        numbers, scales = narrow.columns(array)
-        rows, columns = shape[1:-1].split(", ")
-        self.row = max(len(array), self.row)
-        size = narrow.bytes_each * array.size
-        named = self._constants(owner, name, narrow.weights, size, array.size, f"[{columns}, {rows}]", numbers)
-        if scales is None:
-            return [named]
-        return [named, self._array(owner, f"{name}_scales", scales, f"[{columns}]")]
-
-    def _constants(
-        self, owner: str, name: str, type_: str, size: int, count: int, shape: str, rows: Iterable[list[str]]
-    ) -> str:
-        """Write constants of `size` bytes, each row on a new line, and return the name of the array."""
-        called = f"{self.name}_{self.identifier(f'{owner}_{name}')}"
-        self.constants += size
-        self.arrays += ["", f"static const {type_} {called}[{count}] = {{ /* {shape} */"]
-        for row in rows:
-            for start in range(0, len(row), NUMBERS_A_LINE):
-                self.arrays.append(f"    {', '.join(row[start : start + NUMBERS_A_LINE])},")
-        self.arrays.append("};")
-        return called
-
-    def _number(self, text: str) -> str:
-        if "n" in text:  # inf and nan
-            return text.replace("inf", "INFINITY").replace("nan", "NAN")
-        return f"{text}{'' if '.' in text or 'e' in text else '.0'}{self.f}"
 
     # ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,7 +99,7 @@ class Writer:
             return self._memory(owner, node, at, last)
         if isinstance(node, Embedding):
             rows, width = node.table.shape
-            table = self._array(owner, "table", node.table, f"[V={rows}, E={width}]")
+            table = self.array(owner, "table", node.table, f"[V={rows}, E={width}]")
             zero = f"0.0{self.f}"
             choice = f"{at}[0] >= {zero} && {at}[0] < {rows}.0{self.f} ? (size_t){at}[0] : 0"
             pointer = self.identifier(f"{owner}_row")
@@ -211,18 +108,18 @@ class Writer:
         width_out = node.units if isinstance(node, Dense) else width
         target = self._target(at, width_out, last)
         if isinstance(node, Standardise):
-            mean, scale = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("mean", "scale"))
+            mean, scale = (self.array(owner, name, getattr(node, name), f"[{width}]") for name in ("mean", "scale"))
             self.steps += self.each(width, target, f"({at}[j] - {mean}[j]) / {scale}[j]")
         elif isinstance(node, Scale):
-            scale, shift = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("scale", "shift"))
+            scale, shift = (self.array(owner, name, getattr(node, name), f"[{width}]") for name in ("scale", "shift"))
             self.steps += self.each(width, target, f"{at}[j] * {scale}[j] + {shift}[j]")
         elif isinstance(node, LayerNorm):
             self.steps += [
                 f"    memcpy({target}, {at}, {width} * sizeof *{target});",
                 f"    ${{name}}_normalise({target}, {width}, {literal(node.epsilon)});",
             ]
-            gain = "" if node.gain is None else f" * {self._array(owner, 'gain', node.gain, f'[{width}]')}[j]"
-            bias = "" if node.bias is None else f" + {self._array(owner, 'bias', node.bias, f'[{width}]')}[j]"
+            gain = "" if node.gain is None else f" * {self.array(owner, 'gain', node.gain, f'[{width}]')}[j]"
+            bias = "" if node.bias is None else f" + {self.array(owner, 'bias', node.bias, f'[{width}]')}[j]"
             if gain or bias:
                 self.steps += self.each(width, target, f"{target}[j]{gain}{bias}")
         elif isinstance(node, Dense):
@@ -242,7 +139,7 @@ class Writer:
         (width, units), narrow = node.kernel.shape, self.narrow
         shape = f"[I={width}, O={units}]"
         if narrow is None or (self.as_stored and node.weights != narrow.name):
-            kernel = self._array(owner, "kernel", node.kernel, shape)
+            kernel = self.array(owner, "kernel", node.kernel, shape)
             self.steps += self._start(owner, target, units, node.bias)
             self.steps.append(f"    ${{name}}_accumulate({target}, {units}, {at}, {width}, {kernel});")
             return
@@ -250,20 +147,20 @@ class Writer:
             self.steps += self._start(owner, target, units, None)
             bias = "NULL"
         else:
-            bias = self._array(owner, "bias", node.bias, f"[{units}]")
-        kernel = ", ".join(self._matrix(owner, "kernel", narrow, node.kernel, shape))
+            bias = self.array(owner, "bias", node.bias, f"[{units}]")
+        kernel = ", ".join(self.matrix(owner, "kernel", narrow, node.kernel, shape))
         self.steps.append(f"    ${{name}}_multiply({target}, {units}, {bias}, {at}, {width}, {kernel}, s->row);")
 
     def _start(self, owner: str, target: str, width: int, bias: Array | None) -> list[str]:
         """Return the lines that initialise a sum with the bias, or with zeros."""
         if bias is None:  # no memset: GCC warns where its byte count equals the array's length
             return self.each(width, target, "0")
-        return [f"    memcpy({target}, {self._array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"]
+        return [f"    memcpy({target}, {self.array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"]
 
     def _convolution(self, owner: str, node: Conv1D, at: str, last: bool) -> tuple[str, int]:
         """Write a causal convolution. The steps in its window are stored in the state, the oldest first."""
         taps, channels, filters = node.kernel.shape
-        kernel = self._array(owner, "kernel", node.kernel, f"[K={taps}, C={channels}, F={filters}]")
+        kernel = self.array(owner, "kernel", node.kernel, f"[K={taps}, C={channels}, F={filters}]")
         target = self._target(at, filters, last)
         start, done = self._start(owner, target, filters, node.bias), self._activated(target, filters, node.activation)
         if taps == 1:
@@ -329,9 +226,9 @@ class Writer:
                 array = array[:, start * units : stop * units]
             shape = shape_text(cell.spec, matrix)
             if self.narrow and matrix.array in MATRICES:
-                pointers += self._matrix(owner, matrix.name, self.narrow, array, shape)
+                pointers += self.matrix(owner, matrix.name, self.narrow, array, shape)
             else:
-                pointers.append(self._array(owner, name, array, shape))
+                pointers.append(self.array(owner, name, array, shape))
         sizes = {"inputs": cell.spec.features, "units": units, "projected": cell.spec.proj_size}
         widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
         weights = f"{self.name}_{self.identifier(f'{owner}_weights')}"
@@ -347,7 +244,7 @@ class Writer:
             self.members.append((member, size, f"{array} of {owner}"))
             state.append(f"s->{member}")
             if cell.spec.learn_initial_state:
-                start = self._array(owner, f"initial_{array}", arrays[f"initial_{array}"], f"[{size}]")
+                start = self.array(owner, f"initial_{array}", arrays[f"initial_{array}"], f"[{size}]")
                 self.resets.append(f"    memcpy(s->{member}, {start}, sizeof s->{member});")
             else:
                 self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
@@ -355,152 +252,6 @@ class Writer:
         passed = ", ".join([f"&{weights}", at, *state, "s->gates", *(["s->row"] if self.narrow else [])])
         self.steps.append(f"    ${{name}}_{called}_step({passed});")
         return state[0]
-
-    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def sizes(self) -> Sizes:
-        """The bytes that the network needs."""
-        item = self.network.dtype.itemsize
-        state, scratch = sum(size for _, size, _ in self.kept), sum(self.scratch.values())
-        row = self.row_length if self.narrow is None or self.narrow.scaled else item * self.row_length
-        if not state and not scratch:
-            scratch = 1  # C doesn't allow an empty struct
-        return Sizes(self.constants, item * state, item * scratch + row)
-
-    @property
-    def kept(self) -> list[tuple[str, int, str]]:
-        """The members that are kept between steps: name, length, description."""
-        return self.members + self.memories + self.frames
-
-    @property
-    def row_length(self) -> int:
-        """The length of the array for a vector that is multiplied by a narrow matrix; such a state has no padding."""
-        return -(-self.row // 4) * 4
-
-    def header(self) -> str:
-        """Return the header."""
-        name, real = self.name, self.real
-        sizes = self.sizes
-        stack, depth = "no arrays and no recursion: a few pointers and counters", "three"
-        if self.narrow:
-            stack, depth = "no recursion, no array of more than four numbers: a few pointers and counters", "four"
-        in_format = f" * Matrices: {self.narrow.name}\n" if self.narrow else ""
-        described = [f" *     {line}" for line in repr(self.network).splitlines()]
-        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.kept]
-        scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
-        if self.narrow and self.row:
-            scratch.append(f"    {self.narrow.row} row[{self.row_length}]; /* scratch */")
-        nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between steps */"]
-        text = f"""\
-/* {name}: a recurrent network, {self.unit} at a time. Written by cellstack (export_c); don't edit, export again.
- *
-{chr(10).join(described)}
- *
-{in_format} * Flash:  {sizes.constants:,} bytes of constants, and the code.
- * RAM:    {sizes.ram:,} bytes, sizeof({name}_state): {self.memory}
- * Stack:  {stack} per call, {depth} calls deep, and <math.h>'s own.
- *
- * Build:  cc -std=c99 -O3{" -ffp-contract=off" if self.narrow else ""} program.c {name}.c -lm
- *
- * States are independent: use any number of them, in any threads. A state is plain memory, and may be copied.
- */
-#ifndef {name.upper()}_H
-#define {name.upper()}_H
-{self.includes}{chr(10) + "#include <stdint.h>" + chr(10) if self.narrow else ""}
-#ifdef __cplusplus
-extern "C" {{
-#endif
-
-#define {name}_IN {self.inputs}
-#define {name}_OUT {self.outputs}
-
-typedef struct {{
-{chr(10).join(kept + scratch + nothing)}
-}} {name}_state;
-
-{self.declarations()}
-#ifdef __cplusplus
-}}
-#endif
-
-#endif
-"""
-        return _ascii(text)
-
-    def declarations(self) -> str:
-        """Return the functions' declarations, with comments."""
-        name, real = self.name, self.real
-        return f"""\
-/* Initialise a state: call this first. */
-void {name}_init({name}_state *s);
-
-/* Reset a state to the start of a sequence: every cell's own initial state. */
-void {name}_reset({name}_state *s);
-
-/* Take x, {self.ids or "one step"}, and write the network's output to y, which may be the same array as x. */
-void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT]);
-"""
-
-    @property
-    def ids(self) -> str | None:
-        """What a step of x is, if it is an id."""
-        ids = isinstance(next(filter(acts, self.network.nodes)), Embedding)
-        return "one id, a whole number; ids out of range are treated as 0" if ids else None
-
-    def functions(self, resets: str, steps: str) -> str:
-        """Return the functions' source."""
-        name, real = self.name, self.real
-        steps += "" if "s->" in steps else "\n    (void)s;"
-        return f"""\
-void {name}_init({name}_state *s)
-{{
-    memset(s, 0, sizeof *s);
-    {name}_reset(s);
-}}
-
-void {name}_reset({name}_state *s)
-{{
-{resets}
-}}
-
-void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT])
-{{
-{steps}
-}}
-"""
-
-    def source(self) -> str:
-        """Return the source."""
-        name = self.name
-        forms = "".join(self.fill(form.text) for _, form in self.forms.values())
-        steps = self.fill("\n".join(self.steps)).lstrip("\n")
-        helpers = self._helpers(forms + steps)
-        resets = "\n".join(self.resets) or "    (void)s; /* no cell, no state */"
-        text = f"""\
-/* {name}: see {name}.h. Arrays are row-major; I is a cell's input width, H its units. */
-#include "{name}.h"
-
-#include <math.h>
-#include <string.h>
-{helpers}{forms}{chr(10).join(self.arrays)}
-
-{self.functions(resets, steps)}"""
-        return _ascii(text)
-
-    def _helpers(self, code: str) -> str:
-        """Return the functions that `code` calls."""
-        own = self.narrow.helpers if self.narrow else {}
-        other = HELPERS | {"memory_step": FUNCTION}
-        texts = {
-            helper: self.fill(text) for helper, text in (own | {n: t for n, t in other.items() if n not in own}).items()
-        }
-        called: set[str] = set()
-        found = re.findall(rf"\b{self.name}_(\w+?)\(", code)
-        while new := set(found) - called:
-            called |= new
-            found = [name for helper in new for name in re.findall(rf"\b{self.name}_(\w+?)\(", texts.get(helper, ""))]
-        return "".join(texts[helper] for helper in texts if helper in called)
 
 
 def _named(text: str) -> spec.Activation:
@@ -515,18 +266,9 @@ def _clipped(node: Clip, inner: str) -> str:
     return f"{below}{above}{inner}"
 
 
-def acts(node: Node) -> bool:
-    """Whether a node changes the values of a step."""
-    return not isinstance(node, GlobalPool) and not (isinstance(node, Activation) and node.activation == "linear")
-
-
 def comment(text: str) -> str:
     """Return a comment in which nothing ends the comment early or looks like a template field."""
     return text[:-2].replace("*/", "* /").replace("$", "$$") + text[-2:]
-
-
-def _ascii(text: str) -> str:
-    return text.replace("·", "*").encode("ascii", "backslashreplace").decode("ascii")
 
 
 def check_chain(network: Network, nodes: tuple[type[Node], ...]) -> None:
