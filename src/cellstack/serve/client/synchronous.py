@@ -8,7 +8,8 @@ import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from cellstack.serve.client.asynchronous import AsyncClient, OpenSession
+from cellstack.serve.client.asynchronous import AsyncClient
+from cellstack.serve.client.sessions import OpenSession
 
 T = TypeVar("T")
 
