@@ -352,20 +352,17 @@ void run_rows(Forward<T>& f) {
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int G = d.gates();
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
-    const auto product = [&](const T* matrix, const T* bias, int64_t depth, T* narrow, int64_t heads) {
-        return Product<T>(w, matrix, bias, G, depth, H, w.blocks, f.block, f.end_block, stride, narrow, f.scales,
-                          heads);
-    };
+    Product<T> product(w, G, H, w.blocks, f.block, f.end_block, stride, f.scales);
     // Layer normalisation is applied between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     if (f.project && !d.use_kernel) {
         take_sums(f, bias, stride);
     } else if (f.project) {
-        Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x, 1);
-        multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
+        product.set(w.kernel, bias, d.input, f.narrow_x);
+        multiply(product, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     }
-    Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias,
-                                d.kind->recurrent ? d.output : 0, f.narrow_h, d.heads);
+    if (d.kind->recurrent)
+        product.set(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias, d.output, f.narrow_h, d.heads);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
@@ -377,19 +374,20 @@ void run_rows(Forward<T>& f) {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
         if (d.resets_before()) {
-            multiply(over_h, h, f.rows, sums, add, down, 0, 2);
+            multiply(product, h, f.rows, sums, add, down, 0, 2);
             rows([&](int64_t r, bool used) { kind.reset(f, r, t, z + r * row, stride, f.h, used); });
-            multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
+            multiply(product, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
         } else if (d.kind->recurrent) {
-            multiply(over_h, h, f.rows, sums, add, down);
+            multiply(product, h, f.rows, sums, add, down);
         }
         rows([&](int64_t r, bool used) {
             if (!used) return carry(f, r, t, f.h, f.h_next);
             kind.row(f, r, t, z + r * row, sums + r * row, stride, f.h, f.h_next);
         });
         if (d.projects()) {
-            Product<T> projected(w, w.projection, nullptr, 1, H, d.output, w.output_blocks, 0, w.output_blocks,
-                                 w.unpacked ? d.output : output_wide, f.narrow_h, f.scales);
+            Product<T> projected(w, 1, d.output, w.output_blocks, 0, w.output_blocks,
+                                 w.unpacked ? d.output : output_wide, f.scales);
+            projected.set(w.projection, nullptr, H, f.narrow_h);
             multiply(projected, {f.m, wide, 0, f.rows}, f.rows, f.p);
             rows([&](int64_t r, bool used) {
                 if (!used) return;
@@ -409,8 +407,8 @@ void run_dense(const Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     const int64_t wide = w.blocks * Vec<T>::W;
-    Product<T> over_x(w, w.kernel, w.bias, 1, d.input, d.units, w.blocks, f.block, f.end_block, wide, f.narrow_x,
-                      f.scales);
+    Product<T> over_x(w, 1, d.units, w.blocks, f.block, f.end_block, wide, f.scales);
+    over_x.set(w.kernel, w.bias, d.input, f.narrow_x);
     multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     for (int64_t n = f.first; n < f.last; ++n)
         for (int64_t r = 0; r < f.rows; ++r)

@@ -89,44 +89,46 @@ void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matri
 }
 
 // A product of rows: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate, each summed in a separate
-// chain. It is set up once per call, for a matrix and some blocks, and run at every step.
+// chain. It is set up once per call for some blocks, and then for a matrix, and run at every step.
 template <class T>
 struct Product {
     const Panels<T>& w;
+    int gates;
+    int64_t units, blocks, block, end_block;  // blocks [block, end_block) are computed
+    int64_t stride;                           // of the result, [rows][gates][stride]
+    T* row_scales;                            // for int8, scratch: the scale of each row
+    Tail tail;
+    Tile<T> t;
+    // Of the matrix:
     const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
     const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
-    int gates;
-    int64_t heads;                           // of the matrix
-    int64_t depth, units, block, end_block;  // blocks [block, end_block) are computed
-    int64_t stride;                          // of the result, [rows][gates][stride]
-    T* narrow;      // scratch for narrow weights: the rows in their format, [rows][narrow_stride(element, depth)]
-    T* row_scales;  // for int8 also the scale of each row
-    Tile<T> t;
+    int64_t depth, heads;
+    T* narrow;  // scratch for narrow weights: the rows in their format, [rows][narrow_stride(element, depth)]
     const T *scales, *shifts;
     int64_t panel;
-    int64_t start = 0;  // of a group's part of a row
-    Tail tail;
+    int64_t start;  // of a group's part of a row
 
-    Product(const Panels<T>& w, const T* matrix, const T* bias, int gates, int64_t depth, int64_t units, int64_t blocks,
-            int64_t block, int64_t end_block, int64_t stride, T* narrow, T* row_scales, int64_t heads = 1)
+    Product(const Panels<T>& w, int gates, int64_t units, int64_t blocks, int64_t block, int64_t end_block,
+            int64_t stride, T* row_scales)
         : w(w),
-          matrix(matrix),
-          bias(bias),
           gates(gates),
-          heads(heads),
-          depth(depth),
           units(units),
+          blocks(blocks),
           block(block),
           end_block(end_block),
           stride(stride),
-          narrow(narrow),
           row_scales(row_scales),
-          t(tile_over<T>(heads > 1 ? w.band.depth : words_of(w.element, depth))) {
+          t(tile_over<T>(0)) {
         constexpr int W = Vec<T>::W;
         t.panel_step = t.from_block = gates * W, t.to_row = gates * stride, t.to_block = W;
-        t.panel_block = panel = t.depth * t.panel_step;
-        scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step;
         if (gates > 1 && end_block == blocks) tail = w.tail;
+    }
+
+    void set(const T* matrix, const T* bias, int64_t depth, T* narrow, int64_t heads = 1) {
+        this->matrix = matrix, this->bias = bias, this->depth = depth, this->narrow = narrow, this->heads = heads;
+        t.depth = heads > 1 ? w.band.depth : words_of(w.element, depth);
+        t.panel_block = panel = t.depth * t.panel_step;
+        scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step, start = 0;
     }
 
     // Calls body(routine for a single row, vectors, first row, rows) for each group of vectors, after setting

@@ -177,6 +177,7 @@ std::vector<Case> all_cases() {
         add("packing columns H=128 bfloat16", [k = kind] { return packing(k, 128, false, Element::kBfloat16); });
         add("packing columns H=128 int8", [k = kind] { return packing(k, 128, false, Element::kInt8); });
     }
+    cases.emplace_back("mingru step H=32", [] { return steps(kMinGru, 32, Element::kFloat32); });
     return cases;
 }
 
