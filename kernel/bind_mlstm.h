@@ -110,7 +110,8 @@ class MemorySteps {
         if (!y.is_valid()) nb::raise_python_error();
         auto* to = static_cast<T*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(y.ptr())));
         const auto* from = static_cast<const T*>(PyArray_DATA(x));
-        const InUse in_use(busy_);
+        std::optional<InUse> in_use;
+        if (!places.at) in_use.emplace(busy_);  // calls for different rows may run at the same time
         nb::gil_scoped_release released;
         const int64_t size = checked(rows, widest_);
         const Scratch<T> between(2 * size);

@@ -446,7 +446,7 @@ def test_flags_are_bools(flag):
         layers.GRU(4, **{flag: "False"})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "a"])
-def test_a_forget_bias_is_a_finite_number(value):
-    with pytest.raises(ValueError, match="LSTMCell: expected forget_bias to be a finite number"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0]])
+def test_a_forget_bias_is_a_finite_number_or_an_initializer(value):
+    with pytest.raises(ValueError, match="LSTMCell: expected forget_bias to be a finite number or an initializer"):
         layers.LSTM(4, forget_bias=value, input_size=3)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -115,6 +116,21 @@ def test_a_stream_with_fewer_bits_is_joined_too(weights):
     stream = net.stream(batch=2, weights=weights)
     y, exact = np.stack([stream.step(x[:, t]) for t in range(20)], axis=1), net(x)
     assert 1e-5 < np.abs(y - exact).max() < 0.2 * np.abs(exact).max()
+
+
+def test_threads_step_different_sessions_at_the_same_time():
+    """A step takes long enough for the other thread to be within one of its own."""
+    rng, node = np.random.default_rng(0), MLSTM(1, 256, 256)
+    net = Network([Dense(rng.normal(size=(5, node.input_size)).astype("f4")), node])
+    pool, x = net.pool(2), sequences(batch=1, steps=40)
+    numbers = [pool.open(), pool.open()]
+
+    def run(number):
+        return np.stack([pool.step([number], x[:, t]) for t in range(40)], axis=1)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(run, numbers)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_failing_step_leaves_the_state(monkeypatch):
