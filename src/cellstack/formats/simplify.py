@@ -35,7 +35,7 @@ from cellstack.nodes import (
     Scale,
     Select,
 )
-from cellstack.nodes.time import pads
+from cellstack.nodes.windows import pads
 
 BOUNDED = {(0.0, None): "relu", (0.0, 6.0): "relu6"}  # activations that are a Clip
 BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't elementwise

@@ -19,7 +19,7 @@ from cellstack import native
 from cellstack.nodes.base import MOST_AXES, Array, NodeRun, Shape, StateGradients, StepRule, Types
 from cellstack.nodes.checks import check_choice, check_flag, check_integer, frozen_copy, one_dtype
 from cellstack.nodes.grid_base import Grid, Lengths, lengths_of, pads_of, sizes_text
-from cellstack.nodes.time import WINDOW_MODES
+from cellstack.nodes.windows import WINDOW_MODES
 from cellstack.spec import ShapeError
 
 BLOCK = 1 << 22  # numbers in the windows that are computed together

@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from cellstack.nodes.base import Array, Node, Shape, StepRule, check_axes
 from cellstack.nodes.checks import check_integer
-from cellstack.nodes.time import checked_padding, why_not_by_steps, windows
+from cellstack.nodes.windows import checked_padding, why_not_by_steps, windows
 from cellstack.spec import ShapeError
 
 Lengths = tuple[int, ...]

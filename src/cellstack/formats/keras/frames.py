@@ -28,7 +28,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import Node
-from cellstack.nodes.time import pads
+from cellstack.nodes.windows import pads
 
 POINTWISE = (Activation, Clip, Dense, LayerNorm, Scale, Standardise)
 
