@@ -126,6 +126,12 @@ INLINE V<T> within(const Limits<T>& limits, int gate, V<T> y, V<T> slope) {
     return ((y > limits.low[gate]) & (y < limits.high[gate])) ? slope : splat(T(0));
 }
 
+// The derivative of any activation.
+template <class T>
+NOINLINE V<T> slope_of(const Activation& activation, V<T> y) {
+    return slope<T>(activation, y);
+}
+
 template <class T>
 NOINLINE V<T> any_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
     return within(limits, gate, y, slope<T>(d.activations[gate], y));

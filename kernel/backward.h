@@ -1,6 +1,7 @@
 // The backward pass, some steps at a time: first their dz, from last to first, with dh through the transposed weights;
 // then the gradients of x and of the weights, over all of these steps and rows at once.
 #pragma once
+#include "backbone.h"
 #include "product.h"
 #include "rows.h"
 
@@ -70,8 +71,8 @@ NOINLINE void restart_back(const Backward<T>& f, int64_t n, int64_t columns) {
     }
 }
 
-// dh before step n: dq times the transposed weights, for unmasked rows, plus (not Plain) the part in `carry`. Panels in
-// ascending order at even steps, descending at odd ones: the last ones are still in the cache.
+// dh before step n: dq, or db, times the transposed weights, for unmasked rows, plus (not Plain) the part in `carry`.
+// Panels in ascending order at even steps, descending at odd ones: the last ones are still in the cache.
 template <class T, bool Plain>
 void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
@@ -85,11 +86,11 @@ void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
         return;
     }
     const Transposed<T> p{*f.tiles,
-                          f.dq,
-                          f.d->gates(),
+                          f.dsums,
+                          f.sum_gates,
                           (n - f.first) * f.batch + f.row0,
                           f.rows,
-                          f.blocks,
+                          f.sum_blocks,
                           (f.last - f.first) * f.batch,
                           f.recurrent_t,
                           f.band,
@@ -199,6 +200,7 @@ void run_rows_back(Backward<T>& f) {
                 else
                     kind.row(f, limits, r, n, columns, unit_columns);
             });
+            if (d.backbone) backbone_back(f, n);
         } else if (part == 1) {
             // At this point dz of r is zero, so the product doesn't include it; the next phase computes it.
             const Outputs<T> own(f);

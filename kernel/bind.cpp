@@ -102,7 +102,8 @@ NB_MODULE(_kernel, m) {
             [](Description* self, const char* kind, int64_t input, int64_t units, int64_t output,
                const nb::list& activations, bool bias, bool peepholes, bool coupled, bool layer_norm, bool joint,
                bool reset_after, bool scalar, bool no_gate, bool exponential_forget, double epsilon, double clip,
-               double cell_clip, double zoneout, double zoneout_cell, bool rows, int64_t heads, bool kernel) {
+               double cell_clip, double zoneout, double zoneout_cell, bool rows, int64_t heads, bool kernel,
+               int64_t backbone) {
                 if (activations.size() > std::size(Description{}.activations))
                     throw nb::value_error("Description: too many activations");
                 Description d{};
@@ -118,13 +119,14 @@ NB_MODULE(_kernel, m) {
                 d.exponential_forget = exponential_forget, d.norm_epsilon = epsilon, d.clip = clip,
                 d.cell_clip = cell_clip;
                 d.zoneout = zoneout, d.zoneout_cell = zoneout_cell, d.rows = rows, d.heads = heads;
-                d.use_kernel = kernel;
+                d.use_kernel = kernel, d.backbone = backbone;
                 new (self) Description(d);
             },
             "kind"_a, "input_size"_a, "units"_a, "output_size"_a, "activations"_a, "use_bias"_a, "peepholes"_a,
             "coupled"_a, "layer_norm"_a, "joint"_a, "reset_after"_a, "scalar"_a, "no_gate"_a, "exponential_forget"_a,
             "norm_epsilon"_a, "clip"_a, "cell_clip"_a, "zoneout"_a, "zoneout_cell"_a, "rows"_a = false, "heads"_a = 1,
-            "use_kernel"_a = true, "A cell without its arrays; cellstack.native makes it from a CellSpec.");
+            "use_kernel"_a = true, "backbone"_a = 0,
+            "A cell without its arrays; cellstack.native makes it from a CellSpec.");
     m.def(
         "weights",
         [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy) -> nb::object {

@@ -10,6 +10,7 @@
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <numpy/arrayobject.h>
 
+#include <iterator>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -157,9 +158,10 @@ Arrays<T> arrays_of(const nb::tuple& tuple) {
     if (tuple.size() < others || tuple.size() > others + kStates)
         throw nb::value_error("arrays: expected one entry for each of spec.ARRAYS");
     Arrays<T> arrays{};
-    T** const all[] = {&arrays.kernel,         &arrays.recurrent_kernel, &arrays.bias,
-                       &arrays.peepholes,      &arrays.projection,       &arrays.kernel_gain,
+    T** const all[] = {&arrays.kernel,         &arrays.recurrent_kernel, &arrays.bias,       &arrays.gate_kernel,
+                       &arrays.gate_bias,      &arrays.peepholes,        &arrays.projection, &arrays.kernel_gain,
                        &arrays.recurrent_gain, &arrays.cell_gain,        &arrays.cell_bias};
+    static_assert(std::size(all) == others);
     using Entry = Address<std::is_const_v<T> ? Use::kRead : Use::kWrite>;
     for (size_t k = 0; k < tuple.size(); ++k)
         (k < others ? *all[k] : arrays.initial[k - others]) = nb::cast<Entry>(tuple[k]).template as<T>();

@@ -64,7 +64,7 @@ struct Layer {
     T* y;                      // [B, T, P], h of every step (see time_major); null: not written
     T* gates;                  // [B, T, planes, H], after their activations; null: not written
     T* states[kInner];         // [B, T, H] each, the inner states of every step; null: not written, or no such state
-    T* norms;  // [B, T, norm_size()], what layer normalisation stores; null: not written, or no such flag
+    T* norms;  // [B, T, norm_size()], what layer normalisation or a backbone stores; null: not written, or neither
     Drops<T> drops;
     Patches<T> patches{};  // forward only
 

@@ -61,7 +61,8 @@ struct Description {
     const Kind* kind;
     int64_t input, units, output;  // I, without a scalar; H; P: the width of h, H where nothing is projected
     int64_t heads = 1;             // h and the units are divided into this many, each with its own recurrent matrix
-    // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots.
+    int64_t backbone = 0;          // U: units of a dense layer over x and h, whose output the gates' sums are; 0: none
+    // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots; then a backbone's.
     Activation activations[kMostGates + 1];
     bool use_kernel = true;  // false: x has the sums over x of all gates, and the input is as wide
     bool use_bias, peepholes, coupled, layer_norm, joint, reset_after;  // joint: a form of layer_norm
@@ -84,6 +85,10 @@ struct Description {
     int64_t recurrent() const { return kind->recurrent ? output / heads : 0; }
     // Blocks of columns in the matrices: one per gate, except a coupled f.
     int gates() const { return kind->gates - coupled; }
+    // What the products with x and h add up to: the gates' sums, or those of a backbone.
+    int sum_gates() const { return backbone ? 1 : gates(); }
+    int64_t sum_units() const { return backbone ? backbone : units; }
+    const Activation& backbone_activation() const { return activations[kind->gates]; }
     // The position of a gate's block in the caller's matrices and biases.
     int place(int gate) const { return rows ? kind->in_rows[gate] : gate; }
     bool resets_before() const { return kind->resets && !reset_after; }
@@ -99,8 +104,8 @@ struct Description {
     // How many sums layer normalisation normalises: those over x and over h, or all in one.
     int normed() const { return kind->recurrent && !joint ? 2 : 1; }
     // Numbers that layer normalisation stores per step: these sums, normalised, and for each the reciprocal deviations
-    // of two groups of gates.
-    int64_t norm_size() const { return layer_norm ? normed() * (gates() * units + 2) : 0; }
+    // of two groups of gates. Or the output of a backbone, which excludes it.
+    int64_t norm_size() const { return layer_norm ? normed() * (gates() * units + 2) : backbone; }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {
@@ -118,13 +123,16 @@ struct Description {
 };
 
 // The arrays of a cell, or their gradients, in the order of cellstack.spec.ARRAYS; null if the cell doesn't have one.
-// If the description has `rows`, which excludes heads, each matrix is transposed, [gates·H, I], [gates·H, P], [P, H],
-// and the gates have PyTorch's order, in biases too.
+// If the description has `rows`, which excludes heads and a backbone, each matrix is transposed, [gates·H, I],
+// [gates·H, P], [P, H], and the gates have PyTorch's order, in biases too.
 template <class T>
 struct Arrays {
-    T* kernel;            // [I, gates·H]; null without use_kernel
-    T* recurrent_kernel;  // [P, gates·H] or [heads, P/heads, gates·H/heads]; null if the kind has no product with h
-    T* bias;              // [gates·H]; [2, gates·H] if a reset acts after the product
+    T* kernel;            // [I, gates·H]; null without use_kernel; [I, U] with a backbone
+    T* recurrent_kernel;  // [P, gates·H] or [heads, P/heads, gates·H/heads]; null if the kind has no product with h;
+                          // [P, U] with a backbone
+    T* bias;              // [gates·H]; [2, gates·H] if a reset acts after the product; [U] with a backbone
+    T* gate_kernel;       // [U, gates·H], of a backbone
+    T* gate_bias;         // [gates·H], of a backbone
     T* peepholes;         // [3, H], i f o; [2, H], i o, if coupled
     T* projection;        // [H, P]
     T* kernel_gain;       // [gates·H]
@@ -133,7 +141,7 @@ struct Arrays {
     T* cell_bias;         // [H]
     T* initial[kStates];  // [P], [H] …, with learn_initial_state
 };
-constexpr int kArraysWithoutStates = 9;
+constexpr int kArraysWithoutStates = 11;
 
 // Patches change values of a layer during a run, for each unit of a target: v becomes scale·v + hold·before + shift,
 // where `before` is v after the previous step (or in the initial state). A term with the factor 0 is left out, even if

@@ -42,7 +42,7 @@ Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step);
 // The recurrent matrix in the caller's layout, and which part of it a panel has.
 template <class T>
 Matrix<T> recurrent_of(const Description& d, const T* at, const Band& band) {
-    Matrix<T> m = matrix_of(d, at, d.output, d.units, d.gates());
+    Matrix<T> m = matrix_of(d, at, d.output, d.sum_units(), d.sum_gates());
     m.heads = d.heads, m.band = band;
     return m;
 }

@@ -11,7 +11,7 @@ namespace {
 template <class T>
 bool divides(const Weights<T>& weights) {
     const Description& d = weights.description();
-    return weights.copied() && !d.layer_norm && !d.projects() && !d.resets_before();
+    return weights.copied() && !d.layer_norm && !d.projects() && !d.resets_before() && !d.backbone;
 }
 
 // A rough estimate, in nanoseconds, of the time of some rows and blocks of a step, to compare cuts. A core computes two
@@ -19,7 +19,10 @@ bool divides(const Weights<T>& weights) {
 // which the sums hide; and if the weights of a core exceed that cache, each panel is loaded once from a slower level.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, activation = 12, gigahertz = 3;
-    const double depth = double(d.multiplied() + d.recurrent()), panel = depth * d.gates() * width * bytes;
+    const double depth =
+        double(d.sum_units() * d.sum_gates() * (d.multiplied() + d.recurrent())) / double(d.units * d.gates()) +
+        double(d.backbone);
+    const double panel = depth * d.gates() * width * bytes;
     const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2),
                  near = double(ceil_div(rows, 6)) * panel / near_bytes;
     const double far = panel * double(blocks) > resident_bytes() ? panel / far_bytes : 0;

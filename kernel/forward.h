@@ -2,6 +2,7 @@
 // computes each block of units from the sums to h in registers; all other cells compute a row once the sums of all its
 // blocks are known.
 #pragma once
+#include "backbone.h"
 #include "narrow.h"
 #include "nodes_forward.h"
 #include "rows.h"
@@ -350,9 +351,12 @@ void run_rows(Forward<T>& f) {
     const Description& d = *w.d;
     const ForwardRoutines<T>& kind = forward_routines<T>(d.kind, w.usual);
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
-    const int G = d.gates();
+    const int G = d.gates(), sum_gates = d.sum_gates();
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
-    Product<T> product(w, G, H, w.blocks, f.block, f.end_block, stride, f.scales);
+    // Of the sums over x and h, which with a backbone are not the gates'.
+    const int64_t sum_stride = w.unpacked ? d.sum_units() : w.sum_blocks * Vec<T>::W, sum_row = sum_gates * sum_stride;
+    Product<T> product(w, sum_gates, d.sum_units(), w.sum_blocks, f.block, d.backbone ? w.sum_blocks : f.end_block,
+                       sum_stride, f.scales);
     // Layer normalisation is applied between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     if (f.project && !d.use_kernel) {
@@ -366,7 +370,7 @@ void run_rows(Forward<T>& f) {
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
-        T* z = f.z + (n - f.first) * f.rows * row;
+        T* z = f.z + (n - f.first) * f.rows * sum_row;
         T* sums = d.apart() ? f.q : z;
         const Rows<T> h{f.h, output_wide, 0, f.rows};
         const bool add = !d.apart(), down = n & 1;
@@ -379,6 +383,10 @@ void run_rows(Forward<T>& f) {
             multiply(product, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
         } else if (d.kind->recurrent) {
             multiply(product, h, f.rows, sums, add, down);
+        }
+        if (d.backbone) {
+            run_backbone(f, t, z, sum_row, stride);
+            z = sums = f.q;
         }
         rows([&](int64_t r, bool used) {
             if (!used) return carry(f, r, t, f.h, f.h_next);

@@ -26,7 +26,7 @@ bool any(T* const (&pointers)[kStates]) {
 
 // Whether threads may divide the units of a layer: a unit depends on others only through their dz. The gradient of an
 // a scalar is a sum over units.
-bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.scalar; }
+bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.scalar && !d.backbone; }
 
 // A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
 // rows processes `depth` vectors of a panel (half as many for pairs), and prefetches part of the next one; weights that
@@ -115,11 +115,13 @@ class BackwardLayer {
     const Arrays<const T>& arrays = s.weights->arrays();
     const Arrays<T>& to = g.arrays;
     const int64_t B = in.batch, steps = in.steps, I = d.multiplied(), X = d.x_width(), H = d.units, P = d.output;
-    const int G = d.gates();
+    const int G = d.gates(), sum_gates = d.sum_gates();
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
-    const Bands bands = bands_of(d, wide, blocks* W, W);  // blocks of dz
+    // Of the sums over x and h, which are those of a backbone, or the gates'.
+    const int64_t U = d.sum_units(), sum_blocks = ceil_div(U, W), sum_deep = sum_gates * W;
+    const Bands bands = bands_of(d, wide, sum_blocks* W, W);  // blocks of their gradient
     const int64_t planes = d.planes(), norms = d.norm_size();
     const int inner = d.inner_states();
     const bool by_rows = !d.plain(), reset_before = d.resets_before();
@@ -133,15 +135,15 @@ class BackwardLayer {
     const Cut cut;
 
     std::unique_ptr<Scratch<T>> scratch;
-    T *dh, *dinner[kInner]{}, *carry, *initial[kStates]{};   // initial: gradients of initial states, per row
-    T *recurrent_t, *candidate_t, *kernel_t, *projection_t;  // transposed
-    T *dz, *dq, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
-    T *gradients, *gradients_out, *copied;
+    T *dh, *dinner[kInner]{}, *carry, *initial[kStates]{};             // initial: gradients of initial states, per row
+    T *recurrent_t, *candidate_t, *kernel_t, *projection_t, *gates_t;  // transposed
+    T *dz, *dq, *db, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
+    T *gradients, *gradients_out, *gradients_gates, *copied;
     T* rows_in_pairs;  // `paired` numbers per thread: operands as pairs of bfloat16
     T *made_gates, *made_norms, *x_in, *states_in[kStates]{};  // for recomputed gates
     int64_t rows_again, lines, copies, paired;
-    // For each row of dz, in its order: x, h before the step, r·h, and dx.
-    std::vector<const T*> x_rows, h_rows, m_rows;
+    // For each row of dz, in its order: x, h before the step, r·h, the output of a backbone, and dx.
+    std::vector<const T*> x_rows, h_rows, m_rows, b_rows;
     std::vector<T*> dx_rows;
     std::unique_ptr<Weights<T>> packed;
     std::vector<uint8_t> mask_in;
@@ -154,7 +156,7 @@ class BackwardLayer {
 // although dz is then read from a slower level.
 template <class T>
 int64_t chunk_of(const Sequences<T>& in, const Description& d, int64_t numbers) {
-    const int64_t sums = d.gates() * d.units * (d.multiplied() + d.recurrent()) * int64_t(sizeof(T));
+    const int64_t sums = d.sum_gates() * d.sum_units() * (d.multiplied() + d.recurrent()) * int64_t(sizeof(T));
     const int64_t bytes = std::max(kGradientBytes, sums / 2);
     const int64_t steps = bytes / int64_t(numbers * sizeof(T)) / std::max<int64_t>(in.batch, 1);
     return std::max<int64_t>(1, std::min(in.steps, steps));
@@ -165,16 +167,18 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
     : in(in),
       s(s),
       g(g),
-      threads(useful_threads(most_threads, B * steps * 2 * G * H * (I + d.recurrent()))),
-      chunk(chunk_of(in, d, blocks * deep)),
+      threads(useful_threads(most_threads, B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone))),
+      chunk(chunk_of(in, d, blocks * deep + (d.backbone ? sum_blocks * W : 0))),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
 // Without steps, the gradients of matrices and biases are zero.
 template <class T>
 void BackwardLayer<T>::clear() const {
-    const std::pair<T*, int64_t> sums[] = {{to.kernel, I * G * H},
-                                           {to.recurrent_kernel, d.recurrent() * G * H},
-                                           {to.bias, (1 + d.two_biases()) * G * H},
+    const std::pair<T*, int64_t> sums[] = {{to.kernel, I * sum_gates * U},
+                                           {to.recurrent_kernel, d.recurrent() * sum_gates * U},
+                                           {to.bias, (1 + d.two_biases()) * sum_gates * U},
+                                           {to.gate_kernel, d.backbone * G * H},
+                                           {to.gate_bias, G * H},
                                            {to.projection, H * P}};
     for (const auto& [out, count] : sums)
         if (out) std::fill_n(out, count, T(0));
@@ -186,10 +190,12 @@ void BackwardLayer<T>::take_memory() {
     rows_again = std::min<int64_t>(chunk_rows, kAgainRows * threads);
     const auto if_ = [](bool needed, int64_t count) { return needed ? Parts<T>::size(count) : 0; };
     const int64_t rows_h = Parts<T>::size(B * columns), rows_c = Parts<T>::size(B * blocks * W);
-    const int64_t transposed = if_(d.kind->recurrent, columns * bands.depth * deep);
-    const int64_t transposed_in = if_(g.dx, columns_of(I) * blocks * deep);
+    const int64_t transposed = if_(d.kind->recurrent, columns * bands.depth * sum_deep);
+    const int64_t transposed_in = if_(g.dx, columns_of(I) * sum_blocks * sum_deep);
+    const int64_t transposed_gates = if_(d.backbone, columns_of(U) * blocks * deep);
     const int64_t transposed_out = if_(d.projects(), unit_columns * output_blocks * W);
     const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
+    const int64_t chunk_db = if_(d.backbone, sum_blocks * chunk_rows * W);
     const int64_t chunk_dp = if_(d.projects(), output_blocks * chunk_rows * W);
     const int64_t chunk_m = if_(d.projects() || reset_before, chunk_rows * H);
     const int64_t dropped = if_(s.dropped_h(), chunk_rows * P);
@@ -198,31 +204,34 @@ void BackwardLayer<T>::take_memory() {
     const int64_t vectors = if_(d.peepholes || d.layer_norm, B * kVectors * blocks * W);
     // Columns whose sums are in scratch until they are written.
     const int64_t matrices = d.rows ? I + (1 + reset_before) * d.recurrent() : 0;
-    const int64_t sums = Parts<T>::size(blocks * (matrices + 2) * deep);
+    const int64_t sums = Parts<T>::size(sum_blocks * (matrices + 2) * sum_deep);
+    const int64_t sums_gates = if_(d.backbone, blocks * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
-    const int64_t most = std::max({X, P, H});
+    const int64_t most = std::max({X, P, H, d.backbone});
     const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
     const int64_t x_again = if_(again, rows_again * X), h_again = if_(again, rows_again * P);
     const int64_t c_again = if_(again, rows_again * H);
     // Rows of a step or of a task of the gradient of x; or all rows of some blocks, two rows in one.
     const int64_t paired_rows = std::max(ceil_div(B, cut.groups), std::min(kInputRows, chunk_rows));
-    paired = if_(pairs, std::max(paired_rows * std::max(blocks * deep, output_blocks * W) / 2,
+    paired = if_(pairs, std::max(paired_rows * std::max({blocks * deep, sum_blocks * sum_deep, output_blocks * W}) / 2,
                                  kBlocksOfPanel * ceil_div(chunk_rows, 2) * deep));
     copies = Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
     scratch.reset(new Scratch<T>(3 * rows_h + 2 * inner * rows_c + (1 + reset_before) * transposed + transposed_in +
-                                 transposed_out + (1 + d.apart()) * chunk_dz + chunk_dp + chunk_m + dropped + rows_dm +
-                                 cut.groups * lines + vectors + sums + sums_out + threads * (copies + paired) +
-                                 Parts<T>::size(most) + gates_again + norms_again + x_again + h_again +
-                                 inner * c_again));
+                                 transposed_out + transposed_gates + (1 + d.apart()) * chunk_dz + chunk_db + chunk_dp +
+                                 chunk_m + dropped + rows_dm + cut.groups * lines + vectors + sums + sums_gates +
+                                 sums_out + threads * (copies + paired) + Parts<T>::size(most) + gates_again +
+                                 norms_again + x_again + h_again + inner * c_again));
     Parts<T> parts(scratch->get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
     dh = take(rows_h), carry = take(rows_h), initial[0] = take(rows_h);
     for (int s = 0; s < inner; ++s) dinner[s] = take(rows_c), initial[1 + s] = take(rows_c);
     recurrent_t = take(transposed), candidate_t = reset_before ? take(transposed) : nullptr;
-    kernel_t = take(transposed_in), projection_t = take(transposed_out);
+    kernel_t = take(transposed_in), projection_t = take(transposed_out), gates_t = take(transposed_gates);
     dz = take(chunk_dz), dq = d.apart() ? take(chunk_dz) : dz, dp = take(chunk_dp), m_rows_at = take(chunk_m);
+    db = take(chunk_db);
     h_dropped = take(dropped), dm = take(rows_dm), line = take(cut.groups * lines), vector_sums = take(vectors);
-    gradients = take(sums), gradients_out = take(sums_out), copied = take(threads * copies), zeros = take(most);
+    gradients = take(sums), gradients_out = take(sums_out), gradients_gates = take(sums_gates),
+    copied = take(threads * copies), zeros = take(most);
     rows_in_pairs = take(threads * paired);
     made_gates = take(gates_again), made_norms = take(norms_again);
     x_in = take(x_again), states_in[0] = take(h_again);
@@ -230,7 +239,7 @@ void BackwardLayer<T>::take_memory() {
     std::fill_n(zeros, most, T(0));
     std::fill_n(vector_sums, vectors, T(0));
     for (int s = 0; s <= inner; ++s) std::fill_n(initial[s], s ? rows_c : rows_h, T(0));
-    for (auto* rows : {&x_rows, &h_rows, &m_rows}) rows->resize(size_t(chunk_rows));
+    for (auto* rows : {&x_rows, &h_rows, &m_rows, &b_rows}) rows->resize(size_t(chunk_rows));
     dx_rows.resize(size_t(chunk_rows));
     mask_in.resize(again && in.mask ? size_t(rows_again) : 0);
 }
@@ -243,11 +252,13 @@ void BackwardLayer<T>::transpose_weights() {
         Matrix<T> from;
         int first, last;
         int64_t panels;
-    } packs[] = {{d.kind->recurrent && (steps > 1 || to_start) ? recurrent_t : nullptr, recurrent, 0,
-                  reset_before ? 2 : G, ceil_div(P, wide)},
-                 {candidate_t, recurrent, 2, 3, ceil_div(P, wide)},
-                 {I ? kernel_t : nullptr, matrix_of(d, arrays.kernel, I, H, G), 0, G, ceil_div(I, wide)},
-                 {projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1, ceil_div(H, wide)}};
+    } packs[] = {
+        {d.kind->recurrent && (steps > 1 || to_start) ? recurrent_t : nullptr, recurrent, 0,
+         reset_before ? 2 : sum_gates, ceil_div(P, wide)},
+        {candidate_t, recurrent, 2, 3, ceil_div(P, wide)},
+        {I ? kernel_t : nullptr, matrix_of(d, arrays.kernel, I, U, sum_gates), 0, sum_gates, ceil_div(I, wide)},
+        {gates_t, matrix_of(d, arrays.gate_kernel, U, H, G), 0, G, ceil_div(U, wide)},
+        {projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1, ceil_div(H, wide)}};
     parallel(threads, [&](int k) {
         for (const auto& pack : packs)
             if (pack.to)
@@ -274,13 +285,13 @@ template <class T>
 void BackwardLayer<T>::list_passes() {
     T* const bias = d.layer_norm ? nullptr : to.bias;
     if (!d.apart()) {
-        add_pass({dz,
-                  G,
-                  H,
-                  blocks,
+        add_pass({d.backbone ? db : dz,
+                  sum_gates,
+                  U,
+                  sum_blocks,
                   0,
-                  {{&x_rows, to.kernel, I, 0, G, 1},
-                   {&h_rows, to.recurrent_kernel, P, 0, reset_before ? 2 : G, d.heads},
+                  {{&x_rows, to.kernel, I, 0, sum_gates, 1},
+                   {&h_rows, to.recurrent_kernel, P, 0, reset_before ? 2 : sum_gates, d.heads},
                    {&m_rows, reset_before ? to.recurrent_kernel : nullptr, P, 2, 3, d.heads}},
                   bias,
                   gradients});
@@ -296,6 +307,8 @@ void BackwardLayer<T>::list_passes() {
                   recurrent_bias,
                   gradients + blocks * ((d.rows ? I : 0) + 1) * deep});
     }
+    if (d.backbone)
+        add_pass({dz, G, H, blocks, 0, {{&b_rows, to.gate_kernel, U, 0, G, 1}, {}, {}}, to.gate_bias, gradients_gates});
     if (d.projects())
         add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1, 1}, {}, {}}, nullptr, gradients_out});
 }
@@ -318,7 +331,8 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.block = panels * share / cut.shares * kBlocksOfPanel;
     f.end_block = std::min(blocks, panels * (share + 1) / cut.shares * kBlocksOfPanel);
     f.first = first_step, f.last = last_step, f.reverse = in.reverse;
-    f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t, f.band = bands.band();
+    f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t, f.gates_t = gates_t;
+    f.band = bands.band();
     f.gates = again ? made_gates : at(s.gates, steps * planes * H);
     f.norms = again ? made_norms : at(s.norms, steps * norms);
     f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
@@ -344,6 +358,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.dgates = at(g.dgates, steps * planes * H), f.dh = at(dh, columns), f.carry = at(carry, columns),
     f.dm = at(dm, unit_columns);
     f.vectors = at(vector_sums, kVectors * blocks * W);
+    f.db = db, f.dsums = d.backbone ? db : dq, f.sum_gates = sum_gates, f.sum_blocks = sum_blocks;
     f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
     f.tiles = &tiles, f.pairs = pairs_of(share * cut.groups + group);
     return f;
@@ -375,6 +390,7 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
                 h_rows[m] = product;
             }
             if (m_rows_at) m_rows[m] = m_rows_at + m * H;
+            if (d.backbone) b_rows[m] = again ? made_norms + m * norms : s.norms + (b * steps + t) * norms;
         }
 }
 
@@ -453,8 +469,8 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
             if (!d.use_kernel)
                 pass_on(rows, rows * n / inputs, rows * (n + 1) / inputs);
             else
-                leaf.input_gradient(tiles, dz, G, blocks, rows, kernel_t, I, rows * n / inputs, rows * (n + 1) / inputs,
-                                    dx_rows.data(), pairs_of(k));
+                leaf.input_gradient(tiles, d.backbone ? db : dz, sum_gates, sum_blocks, rows, kernel_t, I,
+                                    rows * n / inputs, rows * (n + 1) / inputs, dx_rows.data(), pairs_of(k));
         }
     });
 }
@@ -562,8 +578,8 @@ void BackwardLayer<T>::run() {
 template <class T>
 bool wanted(const Gradients<T>& g) {
     const Arrays<T>& a = g.arrays;
-    for (const T* out : {g.dx, a.kernel, a.recurrent_kernel, a.bias, a.peepholes, a.projection, a.kernel_gain,
-                         a.recurrent_gain, a.cell_gain, a.cell_bias})
+    for (const T* out : {g.dx, a.kernel, a.recurrent_kernel, a.bias, a.gate_kernel, a.gate_bias, a.peepholes,
+                         a.projection, a.kernel_gain, a.recurrent_gain, a.cell_gain, a.cell_bias})
         if (out) return true;
     return any(g.dbefore) || any(a.initial);
 }

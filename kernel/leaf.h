@@ -88,10 +88,13 @@ struct Panels {
     const Description* d = nullptr;
     bool usual = false, flagless = false;   // d->usual(), d->plain(): they take longer than a test in a step
     int64_t blocks = 0, output_blocks = 0;  // of H, of P
-    const T* kernel = nullptr;              // [blocks][I][gates][W]; unpacked: [I, gates·H]
-    const T* recurrent = nullptr;           // [blocks][band.depth][gates][W]; unpacked: as in Arrays
-    const T* bias = nullptr;                // [blocks][gates][W]; unpacked: [gates·H], or null
+    int64_t sum_blocks = 0;                 // of the sums over x and h: of U with a backbone, whose `gates` are 1; of H
+    const T* kernel = nullptr;              // [sum_blocks][I][gates][W]; unpacked: [I, gates·H]
+    const T* recurrent = nullptr;           // [sum_blocks][band.depth][gates][W]; unpacked: as in Arrays
+    const T* bias = nullptr;                // [sum_blocks][gates][W]; unpacked: [gates·H], or null
     const T* recurrent_bias = nullptr;      // the same for the sums over h, if they are separate; null: none
+    const T* gate_kernel = nullptr;         // [blocks][U][gates][W]; unpacked: [U, gates·H]
+    const T* gate_bias = nullptr;           // [blocks][gates][W]; unpacked: [gates·H], or null
     const T* projection = nullptr;          // [output_blocks][H][1][W]; unpacked: [H, P]
     Arrays<const T> arrays{};
     bool unpacked = false;
@@ -147,12 +150,13 @@ struct Forward {
     T* states[kInner];  // the inner states of every step, (r, t) at r·steps·H + t·H; or null
     T *gates, *norms;   // [rows][steps][planes][H], [rows][steps][norms] or null
     // Scratch, sums over x. By blocks: [blocks][(last-first)·rows][4][W], null: summed in place. By rows:
-    // [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H.
+    // [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H. With a backbone, its sums
+    // [(last-first)·rows][sum_blocks·W]; unpacked: U.
     T* z;
-    // Scratch of the path by rows: separate sums over h [rows][gates][stride]; a vector per row [rows][blocks·W]; the
-    // projected h [rows][output_blocks·W].
+    // Scratch of the path by rows: separate sums over h, or those of the gates over a backbone, [rows][gates][stride];
+    // a vector per row [rows][blocks·W]; the projected h [rows][output_blocks·W].
     T *q, *m, *p;
-    // Scratch for narrow weights: rows of x; rows of h, r·h or o·φ(c); scales of rows: see Product.
+    // Scratch for narrow weights: rows of x; rows of h, r·h, o·φ(c) or a backbone; scales of rows: see Product.
     T *narrow_x, *narrow_h, *scales;
     Patches<T> patches;  // `lines` and `held` start at the first of the rows
 };
@@ -168,7 +172,7 @@ struct Backward {
     int64_t phase, end_phase, block, end_block;                            // what this call computes
     bool reverse;
     // Transposed panels, see pack_transposed; candidate_t: if a reset acts before the product.
-    const T *recurrent_t, *candidate_t, *projection_t;
+    const T *recurrent_t, *candidate_t, *projection_t, *gates_t;
     Band band;                                // the blocks of dz that a panel of recurrent_t or candidate_t multiplies
     const T *gates, *norms;                   // [planes][H], [norms] of every row and step;
     int64_t kept_first, kept_row, kept_time;  // row r and time t: kept_first + r·kept_row + t·kept_time
@@ -186,6 +190,11 @@ struct Backward {
     // Out, [blocks][(last - first)·batch][gates][W], row (n - first)·batch + b: for the sums over x and over h; dq = dz
     // unless these are separate.
     T *dz, *dq;
+    T* db;  // out, [sum_blocks][(last - first)·batch][1][W]: for the sums of a backbone; null without
+    // What is multiplied by the transposed recurrent weights: dq, or db.
+    const T* dsums;
+    int sum_gates;
+    int64_t sum_blocks;
     T* dp;          // out, [output_blocks][(last - first)·batch][1][W]: for the projection's output; null without
     T* m;           // out, rows [(last - first)·batch]: the projection's input [H], or the candidate's input r·h [P]
     T *dm, *carry;  // scratch [rows][columns of H], [rows][columns of P]

@@ -29,7 +29,8 @@ inline int64_t chunk_steps(int64_t rows, int64_t steps) {
 
 // Multiplications per row and step.
 inline int64_t multiplications(const Description& d) {
-    return d.units * (d.gates() * (d.multiplied() + d.recurrent()) + (d.projects() ? d.output : 0));
+    return d.sum_units() * d.sum_gates() * (d.multiplied() + d.recurrent()) +
+           d.units * (d.gates() * d.backbone + (d.projects() ? d.output : 0));
 }
 
 // The fastest cut with at most this many groups of rows, by an estimate.
@@ -68,8 +69,8 @@ struct Runner {
             h = d.keeps_state() ? rows * w.output_blocks * width : 0;
             kept = dropout ? h : 0;
             inner = d.inner_states() * Parts<T>::size(wide);
-            z = w.by_blocks() && chunk == 1 ? 0 : chunk * d.gates() * wide;
-            q = d.apart() ? d.gates() * wide : 0;
+            z = w.by_blocks() && chunk == 1 ? 0 : chunk * rows * d.sum_gates() * w.sum_blocks * width;
+            q = d.apart() || d.backbone ? d.gates() * wide : 0;
             m = d.projects() || d.layer_norm || d.resets_before() ? wide : 0;
             p = d.projects() ? h : 0;
             const auto narrow_rows = [&](int64_t count, int64_t columns) {
@@ -77,7 +78,7 @@ struct Runner {
             };
             scales = w.element == Element::kInt8 ? Parts<T>::size(chunk * rows) : 0;
             narrow_x = narrow_rows(chunk * rows, d.multiplied()),
-            narrow_h = narrow_rows(rows, std::max(d.units, d.output));
+            narrow_h = narrow_rows(rows, std::max({d.units, d.output, d.backbone}));
         }
         int64_t sum(int shares) const {
             int64_t total = 0;

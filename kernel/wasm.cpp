@@ -16,7 +16,8 @@ namespace {
 // The fields of a description, as cellstack.native passes them: integers and numbers in this order.
 struct Integers {
     int32_t input, units, output;
-    int32_t use_bias, peepholes, coupled, layer_norm, joint, reset_after, scalar, no_gate, exponential_forget, heads;
+    int32_t use_bias, peepholes, coupled, layer_norm, joint, reset_after, scalar, no_gate, exponential_forget, heads,
+        backbone;
     int32_t activations[kMostGates + 1];
 };
 struct Numbers {
@@ -53,7 +54,7 @@ EXPORT const Weights<float>* weights(const char* kind, const Integers* integers,
     d.use_bias = integers->use_bias, d.peepholes = integers->peepholes, d.coupled = integers->coupled;
     d.layer_norm = integers->layer_norm, d.joint = integers->joint, d.reset_after = integers->reset_after;
     d.scalar = integers->scalar, d.no_gate = integers->no_gate, d.exponential_forget = integers->exponential_forget;
-    d.heads = integers->heads, d.use_kernel = arrays.kernel;
+    d.heads = integers->heads, d.backbone = integers->backbone, d.use_kernel = arrays.kernel;
     d.norm_epsilon = numbers->norm_epsilon, d.clip = numbers->clip, d.cell_clip = numbers->cell_clip;
     d.zoneout = numbers->zoneout, d.zoneout_cell = numbers->zoneout_cell;
     return new Weights<float>(d, arrays, true, Element(element));

@@ -32,8 +32,10 @@ Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step) 
 template <class T>
 Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element) {
     const Leaf<T>& leaf = narrow(element) ? leaf_of<T>(current()) : leaf_for<T>(d.units);
-    const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
-    const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
+    const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width),
+                  sum_blocks = ceil_div(d.sum_units(), leaf.width);
+    const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width,
+                  sum_row = sum_blocks * d.sum_gates() * leaf.width;
     // The arrays that are neither matrices nor biases, and how many numbers they have.
     struct {
         const T* Arrays<const T>::* array;
@@ -51,8 +53,12 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const int64_t step = narrow(element) ? 32 / bits_of(element) : 1;
     Bands bands = bands_of(d, leaf.width, d.output, step);
     const int64_t recurrent = bands.depth * step;  // rows of a panel
-    const int64_t matrices[] = {size(d.multiplied(), d.units, d.gates(), element),
-                                size(recurrent, d.units, d.gates(), element), row, row,
+    const int64_t matrices[] = {size(d.multiplied(), d.sum_units(), d.sum_gates(), element),
+                                size(recurrent, d.sum_units(), d.sum_gates(), element),
+                                sum_row,
+                                sum_row,
+                                d.backbone ? size(d.backbone, d.units, d.gates(), element) : 0,
+                                d.backbone ? row : 0,
                                 d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
@@ -61,12 +67,13 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), std::move(bands), {}});
     Panels<T>& p = impl_->panels;
     p.d = &impl_->d, p.usual = d.usual(), p.flagless = d.plain(), p.blocks = blocks, p.output_blocks = output_blocks,
-    p.unpacked = !copy, p.element = element;
+    p.sum_blocks = sum_blocks, p.unpacked = !copy, p.element = element;
     p.pairs = element == Element::kBfloat16 && current().pairs;
     p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain, p.band = impl_->bands.band();
     if (copy) p.tail = tail_of(d, leaf.width);
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = d.two_biases() ? arrays.bias + columns : nullptr;
+    p.gate_kernel = arrays.gate_kernel, p.gate_bias = arrays.gate_bias;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
@@ -85,13 +92,18 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
             std::fill_n(to, size(rows, from.units, from.gates, held), T(0));
         return to;
     };
-    const auto bias = [&](const T* from) {
-        return packed(matrix_of(d, from, 1, d.units, d.gates()), 1, element_of<T>());
+    const auto bias = [&](const T* from, int64_t units, int gates) {
+        return packed(matrix_of(d, from, 1, units, gates), 1, element_of<T>());
     };
-    if (d.use_kernel) p.kernel = packed(matrix_of(d, p.kernel, d.input, d.units, d.gates()), d.input, element);
+    if (d.use_kernel)
+        p.kernel = packed(matrix_of(d, p.kernel, d.input, d.sum_units(), d.sum_gates()), d.input, element);
     if (d.kind->recurrent) p.recurrent = packed(recurrent_of(d, p.recurrent, p.band), recurrent, element);
-    p.bias = bias(p.bias);
-    if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias);
+    p.bias = bias(p.bias, d.sum_units(), d.sum_gates());
+    if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias, d.units, d.gates());
+    if (d.backbone) {
+        p.gate_kernel = packed(matrix_of(d, p.gate_kernel, d.backbone, d.units, d.gates()), d.backbone, element);
+        p.gate_bias = bias(p.gate_bias, d.units, d.gates());
+    }
     if (d.projects()) p.projection = packed(matrix_of(d, p.projection, d.units, d.output, 1), d.units, element);
     for (const auto& vector : vectors) {
         const T*& array = p.arrays.*vector.array;

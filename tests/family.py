@@ -70,6 +70,9 @@ def random_spec(rng, kind=None, largest=8):
         flags["attention"] = often(0.3)
     if kind == "cfc":
         flags |= {"timespans": often(0.5), "mode": "no_gate" if often(0.3) else "default"}
+        if often(0.5):
+            flags |= {"backbone_units": int(rng.integers(1, 3 * largest)), "layer_norm": False}
+            flags |= {"backbone_activation": random_activation(rng)} if often(0.5) else {}
     if flags.get("layer_norm") and KINDS[kind].joins and often(0.5):
         flags["layer_norm"] = "joint"
     if often(0.3):
@@ -81,7 +84,7 @@ def random_spec(rng, kind=None, largest=8):
         flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
     width = int(rng.integers(1, largest + 1)) + flags.get(KINDS[kind].scalar, False)
     heads = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
-    if KINDS[kind].recurrent and not flags.get("proj_size") and often(0.4):
+    if KINDS[kind].recurrent and not flags.get("proj_size") and not flags.get("backbone_units") and often(0.4):
         flags["heads"] = heads
     return CellSpec(width, units, kind=kind, **flags)
 
@@ -100,7 +103,7 @@ def learned(kind):
 def random_arrays(rng, spec):
     """Return random arrays of the cell, by name; all numbers differ, and gains are near 1."""
     scales = {"kernel": spec.features**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}
-    scales["projection"] = spec.units**-0.5
+    scales |= {"projection": spec.units**-0.5, "gate_kernel": max(spec.backbone_units, 1) ** -0.5}
     return {
         name: name.endswith("_gain") * 1.0 + scales.get(name, 0.4) * rng.standard_normal(shape)
         for name, shape in spec.shapes.items()

@@ -210,6 +210,7 @@ FLAGS = {
     "cfc, no gate": {"kind": "cfc", "mode": "no_gate"},
     "cfc, layer norm": {"kind": "cfc", "layer_norm": True},
     "cfc, joint layer norm": {"kind": "cfc", "layer_norm": "joint", "timespans": True},
+    "cfc, backbone": {"kind": "cfc", "backbone_units": 5, "timespans": True},
     "cfc, clip": {"kind": "cfc", "clip": 0.3},
     "cfc, zoneout": {"kind": "cfc", "zoneout": 0.3},
     "cfc, activations": {"kind": "cfc", "gate_activations": {"g": "softsign", "t": "hard_sigmoid"}},

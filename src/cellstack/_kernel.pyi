@@ -37,6 +37,7 @@ class Description:
         rows: bool = False,
         heads: int = 1,
         use_kernel: bool = True,
+        backbone: int = 0,
     ) -> None: ...
 
 class WeightsSingle:

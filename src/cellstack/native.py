@@ -122,6 +122,7 @@ def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
         rows,
         spec.heads,
         spec.use_kernel,
+        spec.backbone_units,
     )
 
 
@@ -235,7 +236,7 @@ def results(
 
     `after`: a tuple of the states after the last step. At every step: `y`, which is h; `gates`, after their
     activations; `states`, a tuple of the states other than h; `norms`, what the backward pass of layer normalisation
-    needs, absent without it.
+    or of a backbone needs, absent without both.
     """
     sizes = tuple(spec.state_sizes.values())
     shapes: dict[str, tuple[Any, ...]] = {

@@ -57,6 +57,7 @@ CfC, gates g k s t:
                                                are multiplied                              timespans
     h_new = (1 - t)⊙g + t⊙k
     h_new = g + t⊙k                                                                        mode="no_gate"
+    z = φ_b(a + b + bias)·gate_kernel + gate_bias                                          backbone_units
 
 sLSTM, gates i f g o, states h c n m:
     z = a + b + bias                           with a and b as for the LSTM
@@ -105,7 +106,8 @@ Ref, and where we differ:
         batch: if any n isn't 0, an m of 0 takes part in every maximum.
     Hasani et al. 2022, "Closed-form continuous-time neural networks": the CfC. Their f is s,
         their h is k, and our 1 - t is their σ(-f·τ), with an additional offset, -z_t, as in ncps. Their products with
-        the state and x pass through a network first, the backbone; ours don't, as in ncps's networks with wirings.
+        the state and x pass through a network first, the backbone: one dense layer here, with backbone_units, or none,
+        as in ncps's networks with wirings.
     torchaudio's RNN-T (`torchaudio.models.RNNT`): layer_norm="joint".
 """
 
@@ -229,9 +231,13 @@ class _Cell:
         return self.times_back(d, name, s.factors[name], dout) if name in self.w else dout
 
     def by_head(self, arrays: Arrays, name: str, gates: slice) -> Array:
-        """Return a view of a matrix, or of some of its gates, as `[heads, inputs/heads, gates, H/heads]`."""
+        """Return a view of a matrix, or of some of its gates, as `[heads, inputs/heads, gates, H/heads]`.
+
+        The product of a backbone has one gate, of U units.
+        """
         heads = self.spec.heads if name == "recurrent_kernel" else 1
-        return arrays[name].reshape(heads, -1, len(self.spec.gates), self.spec.units // heads)[:, :, gates]
+        count = 1 if self.spec.backbone_units and name != "gate_kernel" else len(self.spec.gates)
+        return arrays[name].reshape(heads, -1, count, arrays[name].shape[-1] // count)[:, :, gates]
 
     def times(self, name: str, v: Array, gates: slice = slice(None)) -> Array:
         w = self.by_head(self.w, name, gates)
@@ -253,9 +259,17 @@ class _Cell:
         z = self.product(s, "kernel", x) + self.product(s, "recurrent_kernel", h_in)
         if self.spec.joint:
             z = self.normalise(s, "kernel_gain", z)
-        return z + self.w.get("bias", 0.0)
+        z = z + self.w.get("bias", 0.0)
+        if not self.spec.backbone_units:
+            return z
+        s.backbone = self.activate(s, "backbone", z)
+        return self.times("gate_kernel", s.backbone) + self.w.get("gate_bias", 0.0)
 
     def sums_back(self, s: SimpleNamespace, d: Arrays, dz: Array) -> tuple[Array, Array]:
+        if self.spec.backbone_units:
+            if self.spec.use_bias:
+                d["gate_bias"] += dz.sum(axis=0)
+            dz = self.times_back(d, "gate_kernel", s.backbone, dz) * s.slopes["backbone"]
         if self.spec.use_bias:
             d["bias"] += dz.sum(axis=0)
         if self.spec.joint:
@@ -282,12 +296,13 @@ class _Cell:
     def activate(self, s: SimpleNamespace, slot: str, z: Array) -> Array:
         name, alpha, beta = self.spec.activations[self.spec.slots.index(slot)]
         function, slope = ACTIVATIONS[name]
-        clip = np.inf if self.spec.clip is None or slot == "cell" else self.spec.clip
+        gate = slot in self.spec.of_kind.gates
+        clip = self.spec.clip if gate and self.spec.clip is not None else np.inf
         cut = np.clip(z, -clip, clip)
         s.sums[slot] = z
         y = function(cut, alpha, beta)
         s.slopes[slot] = slope(cut, y, alpha, beta) * (np.abs(z) < clip)  # dy/dz
-        return y if slot == "cell" else self.patched(slot, y, None)
+        return self.patched(slot, y, None) if gate else y
 
 
 # ── the kinds: a step takes x [B, I], h_in and the state before; `back` returns the gradients w.r.t. these three, and

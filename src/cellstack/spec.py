@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.cells import KINDS, Kind
-from cellstack.cells.arguments import Argument, documented
+from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, documented
 from cellstack.cells.base import HiddenState as HiddenState
 from cellstack.cells.base import MatrixState as MatrixState
 from cellstack.cells.base import State as State
@@ -37,6 +37,8 @@ ARRAYS = (
     "kernel",
     "recurrent_kernel",
     "bias",
+    "gate_kernel",
+    "gate_bias",
     "peepholes",
     "projection",
     "kernel_gain",
@@ -52,8 +54,8 @@ ARRAYS = (
 )
 """Every array that a cell may have, in the order used for listing, passing and saving; see `CellSpec.shapes`."""
 
-MATRICES = ("kernel", "recurrent_kernel", "projection")
-"""The arrays that are matrices multiplied by x, h or m: nearly all of a cell's numbers."""
+MATRICES = ("kernel", "recurrent_kernel", "gate_kernel", "projection")
+"""The arrays that are matrices multiplied by x, h, a backbone or m: nearly all of a cell's numbers."""
 
 ACTIVATIONS = (
     "sigmoid",
@@ -211,6 +213,8 @@ class CellSpec:
     attention: bool = False
     timespans: bool = False
     mode: str = "default"
+    backbone_units: int = 0
+    backbone_activation: str = "scaled_tanh(1.7159, 0.666)"
     learn_initial_state: bool = False
     exponential_forget: bool = False
     heads: int = 1
@@ -248,6 +252,7 @@ class CellSpec:
             raise ShapeError(f"CellSpec: units {self.units} can't be divided into heads={self.heads}")
         if self.heads > 1 and self.proj_size:
             raise ValueError(f"CellSpec: expected heads=1 with proj_size={self.proj_size}, got heads={self.heads}")
+        self._check_backbone()
         wide = len(self.gates) * self.units
         if not self.use_kernel and self.features != wide:
             raise ShapeError(
@@ -266,6 +271,18 @@ class CellSpec:
                 "CellSpec: expected reset_after=True with layer_norm: the two products are normalised separately"
             )
 
+    def _check_backbone(self) -> None:
+        usual = {field.name: field.default for field in fields(self)}
+        if self.backbone_units:
+            for name in ("layer_norm", "heads", "use_kernel"):
+                if getattr(self, name) != usual[name]:
+                    raise ValueError(
+                        f"CellSpec: expected {name}={usual[name]} with backbone_units={self.backbone_units}, got "
+                        f"{getattr(self, name)!r}"
+                    )
+        elif self.backbone_activation != usual["backbone_activation"]:
+            raise ValueError("CellSpec: backbone_activation is valid with backbone_units only, which is 0")
+
     def _check_activations(self) -> None:
         given = self.gate_activations
         try:
@@ -279,12 +296,13 @@ class CellSpec:
                 raise ValueError(
                     f"CellSpec: gate_activations can't set {gate} of {self.kind!r}: its activation is part of the kind"
                 )
-            if gate not in self.slots:
-                raise ValueError(f"CellSpec: expected gate_activations of {', '.join(self.slots)}, got {gate!r}")
-        for name in ("activation", "recurrent_activation"):
+            if gate not in self.of_kind.slots:
+                slots = ", ".join(self.of_kind.slots)
+                raise ValueError(f"CellSpec: expected gate_activations of {slots}, got {gate!r}")
+        for name in ACTIVATION_ARGUMENTS:
             object.__setattr__(self, name, _canonical(name, getattr(self, name)))
         named = {gate: _canonical(f"gate_activations[{gate!r}]", text) for gate, text in given.items()}
-        kept = tuple((s, named[s]) for s in self.slots if s in named and named[s] != self._usual(s))
+        kept = tuple((s, named[s]) for s in self.of_kind.slots if s in named and named[s] != self._usual(s))
         object.__setattr__(self, "gate_activations", kept)
 
     def _usual(self, slot: str) -> str:
@@ -297,8 +315,8 @@ class CellSpec:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the activations: the gates, and "cell" for an LSTM's c. That of a coupled f isn't used."""
-        return self.of_kind.slots
+        """Names of the activations: the gates, "cell" for an LSTM's c, "backbone". That of a coupled f isn't used."""
+        return (*self.of_kind.slots, *(["backbone"] if self.backbone_units else []))
 
     @property
     def activations(self) -> tuple[Activation, ...]:
@@ -310,6 +328,11 @@ class CellSpec:
     def gates(self) -> tuple[str, ...]:
         """Gates with a block of H columns in the arrays, in order."""
         return tuple(gate for gate in GATES[self.kind] if not (self.coupled and gate == "f"))
+
+    @property
+    def columns(self) -> int:
+        """The number of columns of `kernel`, `recurrent_kernel` and `bias`: G·H, or U with a backbone."""
+        return self.backbone_units or len(self.gates) * self.units
 
     @property
     def scalar(self) -> bool:
@@ -353,7 +376,9 @@ class CellSpec:
 
     @cached_property
     def norm_size(self) -> int:
-        """How many numbers the kernel saves per step and row for layer normalisation; 0 without it."""
+        """How many numbers the kernel saves per step and row for layer normalisation or of a backbone; 0 without."""
+        if self.backbone_units:
+            return self.backbone_units
         products = sum(name in self.shapes for name in ("kernel_gain", "recurrent_gain"))
         return products * (len(self.gates) * self.units + 2)
 

@@ -72,6 +72,7 @@ class Description(NamedTuple):
     rows: bool = False
     heads: int = 1
     use_kernel: bool = True
+    backbone: int = 0
 
     def spec(self, learn_initial_state: bool) -> CellSpec:
         """Convert it back to the cell's `CellSpec`."""
@@ -79,7 +80,8 @@ class Description(NamedTuple):
         kind = KINDS[self.kind]
         fixed = ("f",) if self.coupled else kind.fixed
         scalar: dict[str, Any] = {kind.scalar: True} if self.scalar else {}
-        named = {slot: text for slot, text in zip(kind.slots, texts, strict=True) if slot not in fixed}
+        named = {slot: text for slot, text in zip(kind.slots, texts, strict=False) if slot not in fixed}
+        backbone = {"backbone_units": self.backbone, "backbone_activation": texts[-1]} if self.backbone else {}
         return CellSpec(
             self.input_size + self.scalar,
             self.units,
@@ -102,6 +104,7 @@ class Description(NamedTuple):
             heads=self.heads,
             use_kernel=self.use_kernel,
             **scalar,
+            **backbone,
         )
 
 

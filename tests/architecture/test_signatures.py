@@ -102,7 +102,7 @@ def test_a_kind_without_a_recurrent_product_has_no_arguments_or_arrays_for_it():
     spec = SimpleNamespace(
         **vars(CellSpec(3, 4, kind="gru", layer_norm=True)), of_kind=kind, output_size=4, features=3, joint=False
     )
-    spec.gates, spec.state_sizes = ("z", "g"), {"h": 4}
+    spec.gates, spec.state_sizes, spec.columns = ("z", "g"), {"h": 4}, 8
     shapes = usual_shapes(spec)
     assert (shapes["kernel"], shapes["kernel_gain"]) == ((3, 8), (8,))
     assert shapes["recurrent_kernel"] is None

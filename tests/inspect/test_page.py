@@ -474,6 +474,7 @@ FLAGS = {
     "ligru": {"kind": "ligru"},
     "cfc": {"kind": "cfc"},
     "cfc, timespans": {"kind": "cfc", "timespans": True, "mode": "no_gate", "clip": 0.7},
+    "cfc, backbone": {"kind": "cfc", "backbone_units": 4, "timespans": True},
     "slstm": {"kind": "slstm"},
     "slstm, exponential forget": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
     "heads": {"heads": 3},

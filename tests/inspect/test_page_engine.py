@@ -613,7 +613,12 @@ def by_hand(spec, arrays, case, patches):
                     now = {name: gate(name, z) for name, z in zip("zg", np.split(a + h @ U + bias, 2), strict=True)}
                     h = now["z"] * h + (1 - now["z"]) * now["g"]
                 elif spec.kind == "cfc":
-                    z_g, z_k, z_s, z_t = np.split(a + h @ U + bias, 4)
+                    z = a + h @ U + bias
+                    if spec.backbone_units:
+                        kind, alpha, beta = spec.activations[-1]
+                        z = reference.ACTIVATIONS[kind][0](z, alpha, beta) @ arrays["gate_kernel"]
+                        z = z + arrays.get("gate_bias", 0.0)
+                    z_g, z_k, z_s, z_t = np.split(z, 4)
                     now["g"], now["k"] = gate("g", z_g), gate("k", z_k)
                     now["s"] = fix("s", z_s, None if last is None else fields["s"][row, last])
                     now["t"] = gate("t", z_t + now["s"] * (case["x"][row, t, -1] if spec.scalar else 1.0))

@@ -32,6 +32,7 @@ FLAGS = {
     "MinGRU": ("MinGRU", {"layer_norm": True, "learn_initial_state": True}),
     "MinLSTM": ("MinLSTM", {"clip": 2.0}),
     "CfC": ("CfC", {"timespans": True, "clip": 2.0}),
+    "CfC, backbone": ("CfC", {"timespans": True, "backbone_units": 6, "backbone_activation": "tanh"}),
     "LiGRU": ("LiGRU", {"zoneout": 0.2}),
     "SLSTM": ("SLSTM", {"heads": 5}),
     "SLSTM, exponential forget gate": ("SLSTM", {"exponential_forget": True, "use_bias": False}),

@@ -19,7 +19,7 @@ import tolerances
 from cellstack import _kernel, bfloat16, native, reference
 from cellstack.bfloat16 import BFloat16Array
 from cellstack.cells import KINDS as DECLARED
-from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, activation
+from cellstack.spec import ACTIVATIONS, GATES, MATRICES, PARAMETERS, CellSpec, activation
 
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
 
@@ -167,6 +167,17 @@ MEMBERS = {
         "clip": 1.5,
         "zoneout": 0.2,
     },
+    "cfc, backbone": {"kind": "cfc", "backbone_units": 37},
+    "cfc, backbone, flags": {
+        "kind": "cfc",
+        "backbone_units": 70,
+        "backbone_activation": "tanh",
+        "timespans": True,
+        "mode": "no_gate",
+        "clip": 1.5,
+        "zoneout": 0.2,
+        "learn_initial_state": True,
+    },
     "slstm": {"kind": "slstm"},
     "slstm, flags": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.2},
     "ligru, flags": {"kind": "ligru", "layer_norm": "joint", "clip": 1.5, "zoneout": 0.2, "learn_initial_state": True},
@@ -259,7 +270,7 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, member):
         assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
-DIVIDED = [name for name, flags in MEMBERS.items() if not flags.get("layer_norm") and not flags.get("proj_size")]
+DIVIDED = [name for name, flags in MEMBERS.items() if not {"layer_norm", "proj_size", "backbone_units"} & flags.keys()]
 
 
 @pytest.mark.parametrize("member", DIVIDED)
@@ -712,9 +723,6 @@ def to_bfloat16(array):
     return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
 
 
-MATRICES = ("kernel", "recurrent_kernel", "projection")
-
-
 @over_isas("member, units, batch", list(MEMBERS), [5, 33], [1, 7])
 def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
     spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
@@ -727,7 +735,11 @@ def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
 
 
 # Cells that multiply matrices only with x and h, not with intermediate results.
-DIRECT = [name for name, flags in MEMBERS.items() if "proj_size" not in flags and flags.get("reset_after", True)]
+DIRECT = [
+    name
+    for name, flags in MEMBERS.items()
+    if not {"proj_size", "backbone_units"} & flags.keys() and flags.get("reset_after", True)
+]
 
 
 @over_isas("member, batch, width", DIRECT, [1, 7, 64, 80], [1, 8, 17, 70], also=(0, 2, 3))

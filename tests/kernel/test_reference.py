@@ -124,6 +124,15 @@ FLAGS = {
     "cfc layer_norm": {"kind": "cfc", "layer_norm": True, "timespans": True},
     "cfc layer_norm joint": {"kind": "cfc", "layer_norm": "joint"},
     "cfc clip": {"kind": "cfc", "clip": 0.5, "timespans": True},
+    "cfc backbone": {"kind": "cfc", "backbone_units": 7, "timespans": True},
+    "cfc backbone, flags": {
+        "kind": "cfc",
+        "backbone_units": 4,
+        "backbone_activation": "softsign",
+        "use_bias": False,
+        "clip": 0.5,
+        "mode": "no_gate",
+    },
     "cfc zoneout": {"kind": "cfc", "zoneout": 0.3},
     "cfc learn_initial_state": {"kind": "cfc", "learn_initial_state": True},
     "slstm": {"kind": "slstm"},
@@ -195,6 +204,7 @@ SCALARS = {
 
 def activated(spec, slot, z, clip=True):
     usual = spec.activation if slot in ("g", "k", "cell") else spec.recurrent_activation
+    usual = spec.backbone_activation if slot == "backbone" else usual
     name, a, b = activation(dict(spec.gate_activations).get(slot, usual))
     if clip and spec.clip is not None:
         z = min(max(z, -spec.clip), spec.clip)
@@ -300,6 +310,10 @@ def cfc_row(spec, w, x, h_in, state):
     H, h = spec.units, [0.0] * spec.units
     *x, elapsed = x if spec.timespans else (*x, 1.0)
     z = sums_row(spec, w, x, h_in)
+    if spec.backbone_units:
+        bias = w["gate_bias"] if spec.use_bias else [0.0] * 4 * H
+        b = [activated(spec, "backbone", v, clip=False) for v in z]
+        z = [v + shift for v, shift in zip(times(b, w["gate_kernel"]), bias, strict=True)]
     g, k = ([activated(spec, gate, v) for v in row] for gate, row in (("g", z[:H]), ("k", z[H : 2 * H])))
     s = z[2 * H : 3 * H]
     t = [activated(spec, "t", z[3 * H + u] + s[u] * elapsed) for u in range(H)]

@@ -81,6 +81,14 @@ def test_the_number_of_parameters_of_a_huge_cell_is_exact():
         ({"gate_activations": {"s": "tanh"}, "kind": "cfc"}, "can't set s of 'cfc'"),
         ({"kind": "cfc", "timespans": True, "input_size": 1}, "input_size >= 2 with timespans"),
         ({"kind": "cfc", "mode": "pure"}, "mode to be 'default' or 'no_gate', got 'pure': ncps's 'pure' isn't"),
+        ({"kind": "cfc", "backbone_units": -1}, "backbone_units to be at least 0, got -1"),
+        ({"kind": "gru", "backbone_units": 8}, "backbone_units is valid with kind='cfc' only"),
+        ({"kind": "cfc", "backbone_units": 8, "layer_norm": True}, "expected layer_norm=False with backbone_units=8"),
+        ({"kind": "cfc", "backbone_units": 8, "heads": 2}, "expected heads=1 with backbone_units=8, got 2"),
+        ({"kind": "cfc", "backbone_units": 8, "use_kernel": False}, "expected use_kernel=True with backbone_units=8"),
+        ({"kind": "cfc", "backbone_units": 8, "backbone_activation": "gelu"}, "backbone_activation: expected one of"),
+        ({"kind": "cfc", "backbone_activation": "relu"}, "valid with backbone_units only"),
+        ({"kind": "cfc", "backbone_units": 8, "gate_activations": {"backbone": "relu"}}, "gate_activations of g, k"),
         ({"activation": "swish"}, "activation"),
         ({"activation": "elu(-1)"}, "alpha >= 0"),
         ({"activation": "tanh(2)"}, "tanh with 0 finite parameters"),
@@ -134,7 +142,10 @@ def test_settings_omit_defaults():
 
 
 # Flags with a different name in the kernel.
-ELSEWHERE = {"input_size": "input, units", "attention": "scalar", "timespans": "scalar", "mode": "no_gate"}
+ELSEWHERE = {
+    "input_size": "input, units", "attention": "scalar", "timespans": "scalar", "mode": "no_gate",
+    "backbone_units": "backbone",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIELDS)

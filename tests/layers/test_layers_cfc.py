@@ -12,14 +12,32 @@ from cellstack import layers
 I, H, B, T = 3, 6, 2, 7  # noqa: E741
 
 
-@pytest.fixture(params=["default", "no_gate"])
+U = 19
+BACKBONES = {
+    None: {},
+    "lecun_tanh": {},
+    "tanh": {"backbone_activation": "tanh"},
+    "relu": {"backbone_activation": "relu"},
+}
+
+
+@pytest.fixture(
+    params=[("default", None), ("no_gate", None), ("default", "lecun_tanh"), ("no_gate", "tanh"), ("default", "relu")],
+    ids=str,
+)
 def both(request):
-    """Return ncps's cell without a backbone, and a layer with its weights; in float64."""
-    cell = pytest.importorskip("ncps.torch").CfCCell(I, H, request.param, backbone_layers=0).double()
-    torch.nn.init.normal_(cell.ff1.bias)
+    """Return ncps's cell, with or without a backbone, and a layer with its weights; in float64."""
+    mode, backbone = request.param
+    with_one = {"backbone_layers": 0} if backbone is None else {"backbone_activation": backbone, "backbone_units": U}
+    cell = pytest.importorskip("ncps.torch").CfCCell(I, H, mode, **with_one).double()
+    for name, one in cell.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(one)
     layer = layers.CfC(
         H,
-        mode=request.param,
+        mode=mode,
+        backbone_units=0 if backbone is None else U,
+        **BACKBONES[backbone],
         timespans=True,
         return_sequences=True,
         return_state=True,
@@ -27,12 +45,29 @@ def both(request):
         dtype="float64",
     )
     parts = [cell.ff1, cell.ff2, cell.time_a, cell.time_b]
-    of_x, of_h = torch.cat([part.weight for part in parts]).T.split([I, H])
+    weight, bias = torch.cat([part.weight for part in parts]).T, torch.cat([part.bias for part in parts])
     with torch.no_grad():
+        if backbone is not None:
+            layer.cell.gate_kernel.copy_(weight)
+            layer.cell.gate_bias.copy_(bias)
+            weight, bias = cell.backbone[0].weight.T, cell.backbone[0].bias
+        of_x, of_h = weight.split([I, H])
         layer.cell.kernel.copy_(of_x)
         layer.cell.recurrent_kernel.copy_(of_h)
-        layer.cell.bias.copy_(torch.cat([part.bias for part in parts]))
+        layer.cell.bias.copy_(bias)
     return cell, layer
+
+
+def slopes_of(cell, loss):
+    """Return the gradients of a loss w.r.t. the weights of ncps's cell, in the order of our arrays."""
+    parts = [cell.ff1, cell.ff2, cell.time_a, cell.time_b]
+    last = [part.weight for part in parts], [part.bias for part in parts]
+    first = [] if cell.backbone is None else [[cell.backbone[0].weight], [cell.backbone[0].bias]]
+    groups = [*first, *last]
+    found = iter(torch.autograd.grad(loss, [one for group in groups for one in group]))
+    weight, bias, *rest = (torch.cat([next(found) for _ in group]) for group in groups)
+    of_x, of_h = weight.T.split([I, H])
+    return [of_x, of_h, bias, *(one.t() for one in rest)]
 
 
 def theirs(cell, x, times, h):
@@ -55,14 +90,18 @@ def test_a_cfc_is_that_of_ncps(both):
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(last, expected[:, -1], rtol=0, atol=1e-14)
     weights = torch.randn_like(y)
-    slopes = torch.autograd.grad((y * weights).sum(), given)
-    for ours, other in zip(slopes, torch.autograd.grad((expected * weights).sum(), given), strict=True):
-        torch.testing.assert_close(ours, other, rtol=0, atol=1e-13)
+    wanted = [*given, *layer.cell.arrays()]
+    slopes = torch.autograd.grad((y * weights).sum(), wanted)
+    loss = (expected * weights).sum()
+    others = [*torch.autograd.grad(loss, given, retain_graph=True), *slopes_of(cell, loss)]
+    for ours, other in zip(slopes, others, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
 
 
 def test_without_timespans_every_step_takes_a_time_of_1(both):
     cell, layer = both
-    plain = layers.CfC(H, mode=cell.mode, return_sequences=True, input_size=I, dtype="float64")
+    flags = {name: layer.cell._config[name] for name in ("mode", "backbone_units", "backbone_activation")}
+    plain = layers.CfC(H, **flags, return_sequences=True, input_size=I, dtype="float64")
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(B, T, I, dtype=torch.float64)
     expected = theirs(cell, x, torch.ones(B, T, dtype=torch.float64), torch.zeros(B, H, dtype=torch.float64))
@@ -70,6 +109,10 @@ def test_without_timespans_every_step_takes_a_time_of_1(both):
 
 
 MODULES = {
+    "backbone": lambda ncps, wirings: ncps.CfC(I, H),
+    "backbone of 24 units, no gate": lambda ncps, wirings: ncps.CfC(
+        I, H, 2, mode="no_gate", activation="tanh", backbone_units=24
+    ),
     "one cell": lambda ncps, wirings: ncps.CfC(I, H, backbone_layers=0),
     "wiring": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(12, 2)),
     "wiring, linear layer": lambda ncps, wirings: ncps.CfC(I, wirings.AutoNCP(9, 2), 4, mode="no_gate"),
@@ -124,7 +167,8 @@ def test_a_module_of_ncps_becomes_a_network(module, tmp_path):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({}, "a backbone isn't supported, only backbone_layers=0"),
+        ({"backbone_layers": 2}, "expected backbone_layers to be 0 or 1, got 2"),
+        ({"activation": "gelu"}, "expected the backbone's activation to be lecun_tanh, tanh or relu, got GELU"),
         ({"backbone_layers": 0, "mode": "pure"}, "'pure'"),
         ({"backbone_layers": 0, "mixed_memory": True}, "mixed_memory isn't supported"),
     ],

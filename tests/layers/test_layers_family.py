@@ -36,6 +36,7 @@ SHARED = [
     {"gate_activations": {"g": "scaled_tanh(1.7159, 0.6667)"}},
     {"activation": "softsign", "layer_norm": True, "clip": 0.7, "zoneout": 0.2, "learn_initial_state": True},
 ]
+BACKBONE = {"backbone_units": 7, "backbone_activation": "tanh", "timespans": True}
 FLAGS = {
     "LSTM": [
         {"peepholes": True},
@@ -68,7 +69,7 @@ FLAGS = {
     "MinGRU": [{"activation": "tanh", "recurrent_activation": "hard_sigmoid"}, {"gate_activations": {"z": "softsign"}}],
     "LiGRU": [{"activation": "tanh"}, {"layer_norm": "joint"}, {"heads": 5, "layer_norm": "joint"}],
     "MinLSTM": [{"activation": "tanh", "recurrent_activation": "softplus"}, {"gate_activations": {"f": "softplus"}}],
-    "CfC": [{"timespans": True}, {"mode": "no_gate", "timespans": True, "layer_norm": "joint"}, {"heads": 5}],
+    "CfC": [{"timespans": True}, {"mode": "no_gate", "timespans": True, "layer_norm": "joint"}, {"heads": 5}, BACKBONE],
     "SLSTM": [{"exponential_forget": True}, {"activation": "softsign", "recurrent_activation": "hard_sigmoid"}],
 }
 CASES = [

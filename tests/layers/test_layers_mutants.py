@@ -164,6 +164,7 @@ WITHOUT = {
     "ligru, activations": {"gate_activations": {"z": "sigmoid", "g": "tanh"}},
     "cfc": {"mode": "no_gate"},
     "cfc, layer norm": {"norm_epsilon": 1.1e-3},
+    "cfc, backbone": {"backbone_activation": "tanh"},
     "cfc, clip": {"clip": 0.301},
     "cfc, zoneout": {"zoneout": 0.301},
     "cfc, activations": {"gate_activations": {"g": "softsign", "t": "tanh"}},

@@ -106,6 +106,7 @@ FLAGS = {
     "ligru with a learned initial state": {"kind": "ligru", "learn_initial_state": True, "zoneout": 0.1},
     "cfc": {"kind": "cfc"},
     "cfc with timespans": {"kind": "cfc", "timespans": True, "mode": "no_gate", "layer_norm": True},
+    "cfc with a backbone": {"kind": "cfc", "backbone_units": 7, "timespans": True},
     "slstm": {"kind": "slstm"},
     "slstm with an exponential forget gate": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
 }

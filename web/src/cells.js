@@ -6,19 +6,22 @@ import { ACTIVATIONS, ARRAYS, KINDS } from "./kinds.js";
 
 // The kernel's number formats, in its order.
 export const ELEMENTS = ["float32", "float64", "bfloat16", "int8"];
-export const MATRICES = ["kernel", "recurrent_kernel", "projection"];
+export const MATRICES = ["kernel", "recurrent_kernel", "gate_kernel", "projection"];
 
-// The shapes of a cell's arrays, by name, as lists of [count, letter]: count blocks of I, H, P or D, the units of a head, or just
-// a number.
+// The shapes of a cell's arrays, by name, as lists of [count, letter]: count blocks of I, H, P, D, the units of a head, or U, those
+// of a backbone; or just a number.
 function symbolicShapes(kind, spec) {
   const P = spec.proj_size ? "P" : "H";
   const gates = kind.gates.length - (spec.coupled ? 1 : 0);
   const wide = [gates, "H"];
+  const sums = spec.backbone_units ? [1, "U"] : wide; // of the products with x and h
   const [normed, twice, cell] = [Boolean(spec.layer_norm), spec.reset_after, kind.states.includes("c")];
   const shapes = {
-    kernel: spec.use_kernel && [[1, "I"], wide],
-    recurrent_kernel: kind.recurrent && (spec.heads > 1 ? [[spec.heads, ""], [1, "D"], [gates, "D"]] : [[1, P], wide]),
-    bias: spec.use_bias && (twice ? [[2, ""], wide] : [wide]),
+    kernel: spec.use_kernel && [[1, "I"], sums],
+    recurrent_kernel: kind.recurrent && (spec.heads > 1 ? [[spec.heads, ""], [1, "D"], [gates, "D"]] : [[1, P], sums]),
+    bias: spec.use_bias && (twice ? [[2, ""], wide] : [sums]),
+    gate_kernel: spec.backbone_units > 0 && [[1, "U"], wide],
+    gate_bias: spec.backbone_units > 0 && spec.use_bias && [wide],
     peepholes: spec.peepholes && [[spec.coupled ? 2 : 3, ""], [1, "H"]],
     projection: Boolean(spec.proj_size) && [[1, "H"], [1, "P"]],
     kernel_gain: normed && [wide],
@@ -49,7 +52,11 @@ export function formOf(where, given) {
     throw new Error(`${where}: expected heads to divide units=${spec.units}, got ${spec.heads}`);
   }
   if (spec.heads > 1 && spec.proj_size) throw new Error(`${where}: expected heads=1 with proj_size, got ${spec.heads}`);
+  if (spec.backbone_units !== undefined && !(Number.isInteger(spec.backbone_units) && spec.backbone_units >= 0)) {
+    throw new Error(`${where}: expected backbone_units to be a non-negative integer, got ${spec.backbone_units}`);
+  }
   const activations = Object.entries(kind.slots).map(([slot, usual]) => [slot, spec.gate_activations[slot] ?? spec[usual]]);
+  if (spec.backbone_units) activations.push(["backbone", spec.backbone_activation]);
   const widths = kind.states.map((state) => [state, { width: [1, state === "h" && spec.proj_size ? "P" : "H"] }]);
   return {
     settings,
@@ -73,6 +80,7 @@ function words(spec, activations) {
       ...[spec.input, spec.units, spec.output],
       ...flags.map((flag) => (spec[flag] ? 1 : 0)),
       spec.heads ?? 1,
+      spec.backbone_units ?? 0,
       ...slots.map(({ code }) => code),
     ],
     numbers: [

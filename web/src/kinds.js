@@ -74,10 +74,10 @@ export const KINDS = {
     slots: {"g": "activation", "k": "activation", "s": "recurrent_activation", "t": "recurrent_activation"},
     recurrent: true,
     scalar: "timespans",
-    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
+    settings: {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": true, "timespans": false, "mode": "default", "backbone_units": 0, "backbone_activation": "scaled_tanh(1.7159, 0.666)", "gate_activations": {}, "layer_norm": false, "heads": 1, "use_kernel": true, "norm_epsilon": 1e-05, "clip": null, "zoneout": 0.0, "learn_initial_state": false},
   },
 };
 
 // The kernel's codes of activations, and its order of a cell's arrays.
 export const ACTIVATIONS = ["sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "affine", "leaky_relu", "thresholded_relu", "scaled_tanh", "positive"];
-export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c"];
+export const ARRAYS = ["kernel", "recurrent_kernel", "bias", "gate_kernel", "gate_bias", "peepholes", "projection", "kernel_gain", "recurrent_gain", "cell_gain", "cell_bias", "initial_h", "initial_c"];

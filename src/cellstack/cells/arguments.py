@@ -191,6 +191,9 @@ KEYWORD = (
 )
 """The other arguments of every kind, given by name, after the kind's own."""
 
+ACTIVATION_ARGUMENTS = ("activation", "recurrent_activation", "backbone_activation")
+"""The arguments that are activations."""
+
 RECURRENT = ("recurrent_initializer", "recurrent_regularizer", "recurrent_constraint", "recurrent_dropout", "heads")
 """The arguments that kinds without a recurrent product don't have."""
 

@@ -55,8 +55,8 @@ class MatrixState(NamedTuple):
 class Ops(Protocol[V]):
     """The operations of a step, over row vectors; each view implements them once for all kinds.
 
-    A vector has H columns, or G·H with a block of H for each of G gates. `product` and `weight` take the names of
-    arrays, as in `CellSpec.shapes`.
+    A vector has H columns, or G·H with a block of H for each of G gates; that of a backbone has U. `product` and
+    `weight` take the names of arrays, as in `CellSpec.shapes`.
     """
 
     def product(self, v: V, name: str, gates: slice = ...) -> V:
@@ -124,7 +124,7 @@ class Ops(Protocol[V]):
         ...
 
     def activation(self, slot: str, v: V) -> V:
-        """Return the activation of one of the kind's `outputs`."""
+        """Return the activation of one of the kind's `outputs`, or of the `"backbone"`."""
         ...
 
     def dropped(self, v: V) -> V:
@@ -145,21 +145,34 @@ Shapes = dict[str, "tuple[int, ...] | None"]  # of arrays by name; None for thos
 
 def usual_shapes(spec: CellSpec) -> Shapes:
     """Return the shapes of the arrays that every kind may have."""
-    wide = len(spec.gates) * spec.units
+    wide = spec.columns
     recurrent = spec.of_kind.recurrent
     learned = spec.state_sizes if "learn_initial_state" in spec.of_kind.settings else {}
+    return (
+        {
+            "kernel": (spec.features, wide) if spec.use_kernel else None,
+            "recurrent_kernel": recurrent_shape(spec) if recurrent else None,
+            "bias": (wide,) if spec.use_bias else None,
+            "kernel_gain": (wide,) if spec.layer_norm else None,
+            "recurrent_gain": (wide,) if spec.layer_norm and recurrent and not spec.joint else None,
+        }
+        | backbone_shapes(spec)
+        | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in learned.items()}
+    )
+
+
+def backbone_shapes(spec: CellSpec) -> Shapes:
+    """Return the shapes of the arrays that a backbone adds: those of the product from it to the gates."""
+    width, wide = spec.backbone_units, len(spec.gates) * spec.units
     return {
-        "kernel": (spec.features, wide) if spec.use_kernel else None,
-        "recurrent_kernel": recurrent_shape(spec) if recurrent else None,
-        "bias": (wide,) if spec.use_bias else None,
-        "kernel_gain": (wide,) if spec.layer_norm else None,
-        "recurrent_gain": (wide,) if spec.layer_norm and recurrent and not spec.joint else None,
-    } | {f"initial_{name}": (size,) if spec.learn_initial_state else None for name, size in learned.items()}
+        "gate_kernel": (width, wide) if width else None,
+        "gate_bias": (wide,) if width and spec.use_bias else None,
+    }
 
 
 def recurrent_shape(spec: CellSpec) -> tuple[int, ...]:
     """Return the shape of the recurrent kernel: a matrix, or one for each head."""
-    rows, columns, heads = spec.output_size, len(spec.gates) * spec.units, spec.heads
+    rows, columns, heads = spec.output_size, spec.columns, spec.heads
     return (rows, columns) if heads == 1 else (heads, rows // heads, columns // heads)
 
 
@@ -187,8 +200,14 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
 
 
 def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
-    """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`."""
+    """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`.
+
+    With a backbone, the sum of the two products is that of the backbone.
+    """
     z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
+    if spec.backbone_units:
+        z = ops.product(ops.activation("backbone", z), "gate_kernel")
+        return ops.add(z, ops.weight("gate_bias")) if spec.use_bias else z
     if not spec.joint:
         return z
     return biased(ops, spec, ops.mul(ops.norm(z, spec.of_kind.blocks(spec)), ops.weight("kernel_gain")))
@@ -347,6 +366,8 @@ class Kind:
 
     def activation(self, slot: str) -> str:
         """Return which argument sets the activation of a slot by default."""
+        if slot == "backbone":
+            return "backbone_activation"
         return "activation" if self.gates.get(slot, "candidate") == "candidate" else "recurrent_activation"
 
     def meaning(self, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cellstack.cells.arguments import Argument, among
+from cellstack.cells.arguments import Argument, Limit, among
 from cellstack.cells.base import HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
@@ -63,6 +63,21 @@ CFC = Kind(
                 hint=": ncps's 'pure' isn't supported, as it has neither these gates nor their weights",
             ),
         ),
+        Argument(
+            "backbone_units",
+            "int",
+            0,
+            "width U of a backbone, a dense layer over x and h from which the gates are computed: "
+            "`b = φ_b(x·kernel + h_prev·recurrent_kernel + bias)` and `z = b·gate_kernel + gate_bias`, with matrices "
+            "`[I, U]`, `[H, U]` and `[U, 4H]`. 0: none.",
+            Limit(lambda value: value >= 0, "to be at least 0"),
+        ),
+        Argument(
+            "backbone_activation",
+            "Any",
+            "scaled_tanh(1.7159, 0.666)",
+            "φ_b, in the forms of `activation`; the default is ncps's `lecun_tanh`.",
+        ),
     ),
     fixed=("s",),
     update=update,
@@ -72,3 +87,24 @@ CFC = Kind(
     },
     ref='Hasani et al. 2022, "Closed-form continuous-time neural networks"',
 )
+
+NCPS_ACTIVATIONS = {"LeCun": "scaled_tanh(1.7159, 0.666)", "Tanh": "tanh", "ReLU": "relu"}
+"""The activations of a backbone, by the classes of the package ncps."""
+
+
+def ncps_settings(cell: Any) -> dict[str, Any]:
+    """Return the settings of a `CellSpec` for a `CfCCell` of the package ncps.
+
+    Raises:
+        ValueError: a backbone that isn't supported.
+    """
+    settings = {"input_size": cell.input_size, "units": cell.hidden_size, "mode": cell.mode}
+    if not cell.backbone_layers:
+        return settings
+    if cell.backbone_layers > 1:
+        raise ValueError(f"expected backbone_layers to be 0 or 1, got {cell.backbone_layers}")
+    layer, activation = cell.backbone
+    name = type(activation).__name__
+    if name not in NCPS_ACTIVATIONS:
+        raise ValueError(f"expected the backbone's activation to be lecun_tanh, tanh or relu, got {name}")
+    return settings | {"backbone_units": layer.out_features, "backbone_activation": NCPS_ACTIVATIONS[name]}

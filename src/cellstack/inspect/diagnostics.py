@@ -131,13 +131,17 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
 def spectral_radii(cell: Cell) -> dict[str, float]:
     """Return the spectral radius of each gate's recurrent weights, including the projection, by gate.
 
-    Empty for a kind without recurrent weights.
+    With a backbone they are `recurrent_kernel·gate_kernel`, as if its activation were linear. Empty for a kind without
+    recurrent weights.
     """
     cell = cell.one_head
     spec = cell.spec
     if not spec.of_kind.recurrent:
         return {}
-    blocks = np.split(cell.recurrent_kernel.astype(np.float64), len(spec.gates), axis=1)
+    recurrent = cell.recurrent_kernel.astype(np.float64)
+    if cell.gate_kernel is not None:
+        recurrent = recurrent @ cell.gate_kernel.astype(np.float64)
+    blocks = np.split(recurrent, len(spec.gates), axis=1)
     through = np.eye(spec.units) if cell.projection is None else cell.projection.astype(np.float64)
     return {
         gate: float(np.abs(np.linalg.eigvals(through @ block)).max())

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import keras
 
 from cellstack.cells import KINDS
-from cellstack.cells.arguments import Argument, sign
+from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
 from cellstack.keras import cells, torch_backend
 from cellstack.layers.cell import ROLES, usual_forget_bias
-from cellstack.spec import CellSpec, as_flag, as_integer, check_state
+from cellstack.spec import MATRICES, CellSpec, as_flag, as_integer, check_state
 
 _ops: Any = keras.ops
 
@@ -42,7 +42,7 @@ class Recurrent(keras.layers.Layer):
         self.units = as_integer(self.name, "units", given["units"])
         for name in _FLAGS:
             setattr(self, name, as_flag(self.name, name, given[name]))
-        for name in {"activation", "recurrent_activation"} & given.keys():
+        for name in {*ACTIVATION_ARGUMENTS} & given.keys():
             given[name] = _activation(self.name, name, given[name])
         settings = {name: given[name] for name in KINDS[self.kind].settings if name in given}
         least = 1 + bool(settings.get(KINDS[self.kind].scalar))
@@ -72,11 +72,7 @@ class Recurrent(keras.layers.Layer):
         role = ROLES.get(name)
         if role is None:
             first = (
-                self._made["kernel_initializer"]
-                if name == "projection"
-                else "ones"
-                if name.endswith("_gain")
-                else "zeros"
+                self._made["kernel_initializer"] if name in MATRICES else "ones" if name.endswith("_gain") else "zeros"
             )
             return self.add_weight(shape=shape, name=name, initializer=first)
         made = {kind: self._made[f"{role}_{kind}"] for kind in _TABLES}

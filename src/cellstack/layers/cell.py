@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.cells import KINDS
-from cellstack.cells.arguments import Argument, sign
+from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
 from cellstack.spec import (
     ACTIVATIONS,
     ARRAYS,
+    MATRICES,
     CellSpec,
     ShapeError,
     as_integer,
@@ -155,7 +156,7 @@ class Cell(Layer):
             by_gate = dict(by_gate.items() if isinstance(by_gate, Mapping) else by_gate)
         except (TypeError, ValueError):
             raise TypeError(f"{self._owner}: expected gate_activations as a dict by gate, got {by_gate!r}") from None
-        usual = {name: given[name] for name in ("activation", "recurrent_activation") if name in given}
+        usual = {name: given[name] for name in ACTIVATION_ARGUMENTS if name in given}
         texts = {}
         for key, value in (*usual.items(), *by_gate.items()):
             try:
@@ -204,7 +205,7 @@ class Cell(Layer):
         """Return the widths, and the arguments that differ from the defaults."""
         parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
         declared = self._spec.of_kind.settings
-        usual = {key: declared[key].default for key in ("activation", "recurrent_activation") if key in declared}
+        usual = {key: declared[key].default for key in ACTIVATION_ARGUMENTS if key in declared}
         changed = {key: self._config[key] for key in usual if self._config[key] != usual[key]}
         settings = [key for key in self._spec.settings if key not in ("input_size", "units", "kind", *usual)]
         changed |= {key: self._config[key] for key in sorted(settings, key=lambda key: key != "gate_activations")}
@@ -258,12 +259,12 @@ class Cell(Layer):
                 values = self._like.new_zeros(shape)
                 if name.endswith("_gain"):
                     values.fill_(1.0)
-                elif name in (*self._parts, "projection"):
-                    self._fill(name, values, self._parts["kernel" if name == "projection" else name][0])
+                elif name in (*self._parts, *MATRICES):
+                    self._fill(name, values, self._parts[name if name in self._parts else "kernel"][0])
                 setattr(self, name, nn.Parameter(values))
 
     def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
-        """Initialise a kernel, a bias or a projection; the forget gate's bias with `forget_bias`, if that is given."""
+        """Initialise a matrix or a bias; the forget gate's bias with `forget_bias`, if that is given."""
         if initializer is None:
             raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
         if name != "bias" or self.forget_bias is None:
@@ -302,11 +303,12 @@ class Cell(Layer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         kernel = state_dict.get(f"{prefix}kernel")
         if not self.built and kernel is not None:
-            blocks = len(self._spec.gates)
-            if kernel.ndim == 2 and kernel.shape[1] == blocks * self.units:
+            columns = self._spec.columns
+            if kernel.ndim == 2 and kernel.shape[1] == columns:
                 self.build(kernel.shape[0] + self._spec.scalar)
             else:
-                expected = f"expected {prefix}kernel [I, {blocks}H={blocks * self.units}], got {tuple(kernel.shape)}"
+                letters = "U" if self._spec.backbone_units else f"{len(self._spec.gates)}H"
+                expected = f"expected {prefix}kernel [I, {letters}={columns}], got {tuple(kernel.shape)}"
                 args[-1].append(f"{self._owner}: {expected}")  # error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

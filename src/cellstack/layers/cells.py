@@ -151,7 +151,9 @@ class CfCCell(Cell):
         z = x·kernel + h_prev·recurrent_kernel + bias        g, k = φ(z_g, z_k)    s = z_s
         t = σ(z_t + s·τ)                                     h = (1 - t)·g + t·k
 
-    With `timespans` τ is the last column of x, else 1.
+    With `timespans` τ is the last column of x, else 1. With `backbone_units` the sums are computed from a dense layer::
+
+        b = φ_b(x·kernel + h_prev·recurrent_kernel + bias)   z = b·gate_kernel + gate_bias
 
     >>> import torch
     >>> cell = CfCCell(4, timespans=True)
@@ -159,8 +161,8 @@ class CfCCell(Cell):
     >>> tuple(h.shape), tuple(cell.kernel.shape)
     ((2, 4), (5, 16))
 
-    Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks", without a backbone, as in the
-    package ncps's networks with wirings.
+    Ref: Hasani et al. 2022, "Closed-form continuous-time neural networks". Without a backbone it is the cell of the
+    package ncps's networks with wirings; ncps's own default is a backbone of 128 units.
     """
 
     kind = "cfc"

@@ -80,8 +80,8 @@ class Cell:
     Args:
         spec: the kind of cell, its widths and its flags.
         arrays: the arrays of `spec.shapes` in order, float32 or float64. The matrices of a float32 cell (`kernel`,
-            `recurrent_kernel`, `projection`) may all be `BFloat16Array`; they are stored so, and the attributes return
-            them as float32. See `with_weights`.
+            `recurrent_kernel`, `gate_kernel`, `projection`) may all be `BFloat16Array`; they are stored so, and the
+            attributes return them as float32. See `with_weights`.
         named: the remaining arrays by name; None for one that the cell doesn't have.
 
     Raises:
@@ -101,6 +101,8 @@ class Cell:
     kernel: Array
     recurrent_kernel: Array
     bias: Array | None
+    gate_kernel: Array | None
+    gate_bias: Array | None
     peepholes: Array | None
     projection: Array | None
     kernel_gain: Array | None
@@ -286,14 +288,18 @@ class Cell:
             TypeError: bfloat16 or int8 for a float64 cell.
             ValueError: int8 with so many features or units that integer sums could overflow.
         """
-        check_narrow("Cell", weights, self.dtype, max(self.spec.input_size, self.spec.units))
+        check_narrow("Cell", weights, self.dtype, max(self.spec.input_size, self.spec.units, self.spec.backbone_units))
         return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
 
     @property
     def multiplications(self) -> int:
         """The number of multiplications by parameters per step."""
         shapes = self.spec.shapes.items()
-        return sum(math.prod(shape) for name, shape in shapes if not name.startswith(("initial", "bias", "cell_bias")))
+        return sum(
+            math.prod(shape)
+            for name, shape in shapes
+            if not name.startswith(("initial", "bias", "gate_bias", "cell_bias"))
+        )
 
     @property
     def numbers_read(self) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from cellstack.spec import CellSpec
 
-H, P, I, X, D = "H", "P", "I", "X", "D"  # noqa: E741  # widths: units, projected units, features, x, units of a head
-PRIMES = {H: 30011, P: 20011, I: 10007}
+# Widths: units, projected units, features, x, units of a head, units of a backbone.
+H, P, I, X, D, U = "H", "P", "I", "X", "D", "U"  # noqa: E741
+PRIMES = {H: 30011, P: 20011, I: 10007, U: 40009}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class Recorded:
 
     def __post_init__(self) -> None:
         spec, kind = self.spec, self.spec.of_kind
+        self.shapes = symbolic_shapes(spec)
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
         a = kind.prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
@@ -69,16 +71,19 @@ class Recorded:
 
     def product(self, v: Value, name: str, gates: slice = slice(None)) -> Value:
         """Record a matrix product."""
-        if name == "projection":
-            return self._new("product", v, width=(1, P), name=name)
-        taken = range(len(self.spec.gates))[gates]
+        count, letter = self._columns(name)
+        taken = range(count)[gates]
         part = None if gates == slice(None) else (taken.start, taken.stop)
-        return self._new("product", v, width=(len(taken), H), name=name, part=part)
+        return self._new("product", v, width=(len(taken), letter), name=name, part=part)
+
+    def _columns(self, name: str) -> tuple[int, str]:
+        """Return the number of an array's columns; those of a matrix for each head together."""
+        *rows, columns = self.shapes[name]
+        return (len(self.spec.gates), H) if len(rows) == 2 else columns
 
     def weight(self, name: str, row: int | None = None) -> Value:
         """Record a vector of weights."""
-        columns = self.spec.shapes[name][-1]
-        return self._new("weight", width=(columns // self.spec.units, H), name=name, part=row)
+        return self._new("weight", width=self._columns(name), name=name, part=row)
 
     def split(self, v: Value, count: int) -> list[Value]:
         """Record the blocks of a vector; `v` itself where it is one block."""
@@ -162,14 +167,19 @@ def symbolic_shapes(spec: CellSpec) -> dict[str, tuple[tuple[int, str], ...]]:
     ((2, ''), (3, 'H'))
     """
 
-    primes = {H: PRIMES[H] * spec.heads, P: PRIMES[P], I: PRIMES[I], D: PRIMES[H]}
+    primes = {H: PRIMES[H] * spec.heads, P: PRIMES[P], I: PRIMES[I], D: PRIMES[H], U: PRIMES[U]}
 
     def axis(length: int) -> tuple[int, str]:
         found = ((length // prime, letter) for letter, prime in primes.items() if length % prime == 0)
         return next(found, (length, ""))
 
+    features = primes[I] if spec.use_kernel else len(spec.gates) * primes[H]
     large = replace(
-        spec, input_size=primes[I] + spec.scalar, units=primes[H], proj_size=primes[P] if spec.proj_size else 0
+        spec,
+        input_size=features + spec.scalar,
+        units=primes[H],
+        proj_size=primes[P] if spec.proj_size else 0,
+        backbone_units=primes[U] if spec.backbone_units else 0,
     )
     return {name: tuple(map(axis, shape)) for name, shape in large.shapes.items()}
 

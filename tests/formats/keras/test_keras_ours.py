@@ -38,6 +38,7 @@ LAYERS = {
     "MinGRU": lambda: ours.MinGRU(4, layer_norm=True),
     "MinLSTM": lambda: ours.MinLSTM(4, use_bias=False),
     "CfC": lambda: ours.CfC(4, timespans=True, mode="no_gate"),
+    "CfC, backbone": lambda: ours.CfC(4, backbone_units=7, backbone_activation="tanh", return_sequences=True),
     "LiGRU": lambda: ours.LiGRU(4),
     "both ways": lambda: keras.layers.Bidirectional(ours.LSTM(4, peepholes=True, return_sequences=True)),
     "two ways": lambda: keras.layers.Bidirectional(

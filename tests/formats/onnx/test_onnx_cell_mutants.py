@@ -123,6 +123,7 @@ def stepped(spec, arrays, x, state, at=-1, how=""):
 CASES = [
     *({"kind": name} for name in KINDS if name != "cfc"),
     {"kind": "cfc", "timespans": True},  # without times only the sum of two of its gates has an effect
+    {"kind": "cfc", "timespans": True, "backbone_units": 4},
     {"peepholes": True, "cell_clip": 0.5},
     {"coupled": True, "proj_size": 2},
     {"layer_norm": True},

@@ -116,6 +116,7 @@ def settings(described):
     own = {slot: str(text) for slot, text in zip(described.slots, described.activations, strict=True)}
     for gate in ("f",) if described.coupled else described.of_kind.fixed:
         del own[gate]
+    own.pop("backbone", None)  # which has an argument of its own
     usual = {} if described.kind == "rnn" else {"recurrent_activation": "sigmoid"}
     return replace(described, activation="tanh", gate_activations=own, **usual)
 
@@ -183,6 +184,15 @@ def test_its_unrolled_steps(toys, name):
         {"kind": "gru", "attention": True, "reset_after": False, "zoneout": 0.25},
         {"kind": "cfc", "timespans": True, "mode": "no_gate", "use_bias": False},
         {"kind": "cfc", "timespans": True, "clip": 0.75, "zoneout": 0.25},
+        {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "scaled_tanh(1.75, 0.625)"},
+        {
+            "kind": "cfc",
+            "timespans": True,
+            "backbone_units": 4,
+            "backbone_activation": "relu",
+            "clip": 0.5,
+            "use_bias": False,
+        },
         {"kind": "ligru", "clip": 0.75, "zoneout": 0.25},
         {"kind": "ligru", "layer_norm": "joint", "use_bias": False},
         {"kind": "mingru"},
@@ -215,6 +225,7 @@ def test_spellings(flags):
         {"kind": "mingru"},
         {"kind": "minlstm"},
         {"kind": "cfc", "timespans": True},
+        {"kind": "cfc", "timespans": True, "backbone_units": 4, "backbone_activation": "tanh"},
     ],
     ids=str,
 )
@@ -235,7 +246,7 @@ def test_of_a_cfc_s_equal_steps_only_the_sum_of_slope_and_time_gate_is_known():
 
 def test_every_combination_of_flags_is_a_form():
     count = {name: len(forms(kind)) for name, kind in cells.KINDS.items()}
-    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2, "cfc": 12}
+    assert count == {"lstm": 24, "gru": 6, "rnn": 3, "mingru": 2, "minlstm": 2, "ligru": 3, "slstm": 2, "cfc": 16}
 
 
 @pytest.mark.parametrize("operator", ["Mul", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Add", "Sub"))])

@@ -14,7 +14,8 @@ import numpy as np
 from cellstack.formats.c.narrow import Narrow
 from cellstack.formats.c.step import Matrix, Step, times
 from cellstack.nodes.base import Array
-from cellstack.spec import CellSpec
+from cellstack.spec import MATRICES, CellSpec
+from cellstack.views.recorded import symbolic_shapes
 
 HELPERS = {
     "accumulate": """
@@ -203,28 +204,28 @@ static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 }
 """Helper functions in C; only those that are called are written."""
 
-MATRICES: tuple[str, ...] = ("kernel", "recurrent_kernel", "projection")
-WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
+WIDTHS = {"inputs": "I", "units": "H", "projected": "P", "backbone": "U"}
 
 
 class Form(NamedTuple):
     """A form of cell: cells of one form share a function, regardless of their widths.
 
     `arrays` are the members of the struct that point to weights: each is one of the cell's arrays, or columns of one.
-    `scratch` is the length of the function's last argument in units of H.
+    `scratch` is the length of the function's last argument: a number of H, and of U.
     """
 
     text: str
     widths: tuple[str, ...]
     arrays: dict[str, Matrix]
-    scratch: int
+    scratch: tuple[int, int]
 
 
 def form_key(spec: CellSpec) -> str:
     """Return what identifies a form: every setting except the widths and the initial state."""
     apart = ("input_size", "units", "learn_initial_state")
     settings = {name: value for name, value in spec.settings.items() if name not in apart}
-    return json.dumps({**settings, "proj_size": spec.proj_size > 0}, sort_keys=True)
+    some = {"proj_size": spec.proj_size > 0, "backbone_units": spec.backbone_units > 0}
+    return json.dumps({**settings, **some}, sort_keys=True)
 
 
 def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
@@ -245,7 +246,8 @@ def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
         if not name.startswith("initial_"):
             parts = [matrix for matrix in step.matrices if matrix.array == name] or [Matrix(name, None)]
             arrays |= {matrix.name: matrix for matrix in parts}
-    widths = ("inputs", "units", "projected") if spec.proj_size else ("inputs", "units")
+    some = {"projected": spec.proj_size, "backbone": spec.backbone_units}
+    widths = ("inputs", "units", *(width for width, size in some.items() if size))
     members = [(f"size_t {width};", WIDTHS[width]) for width in widths]
     for name, matrix in arrays.items():
         shape = shape_text(spec, matrix)
@@ -261,7 +263,8 @@ def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
     passed = "".join(f", $real *{name}" for name in (*spec.state_sizes, "scratch"))
     passed += f", {narrow.row} *row" if narrow else ""
     state = " and ".join(f"{name} [{letter}]" for name, letter in height.items())
-    blocks = sum(step.scratch.values())
+    lengths = step.lengths(step.scratch.values())
+    scratch = " + ".join(f"{count}{letter}" for count, letter in lengths if count)
     heads = f", in {spec.heads} heads of D = H / {spec.heads}" if spec.heads > 1 else ""
     lines = [
         "",
@@ -270,14 +273,14 @@ def form_of(spec: CellSpec, stem: str, narrow: Narrow | None) -> Form:
         *(f"    {member:<32} /* {shape} */" for member, shape in members),
         "};",
         "",
-        f"/* {state} after x [{'I + 1' if spec.scalar else 'I'}]; scratch [{blocks}H]. */",
+        f"/* {state} after x [{'I + 1' if spec.scalar else 'I'}]; scratch [{scratch}]. */",
         f"static void ${{name}}_{stem}_step(const struct ${{name}}_{stem} *w, const $real *x{passed})",
         "{",
         *(f"    {line}" if line else "" for line in step.lines),
         "}",
         "",
     ]
-    return Form("\n".join(lines), widths, arrays, blocks)
+    return Form("\n".join(lines), widths, arrays, (lengths[0][0], lengths[1][0]))
 
 
 def by_gate(matrices: Array, spec: CellSpec, gates: tuple[int, int] | None) -> Array:
@@ -288,18 +291,11 @@ def by_gate(matrices: Array, spec: CellSpec, gates: tuple[int, int] | None) -> A
 
 def shape_text(spec: CellSpec, matrix: Matrix) -> str:
     """Return the shape of one of a cell's arrays in terms of its widths, such as `[I, 4H]`."""
-    shape = spec.shapes[matrix.array]
-    if len(shape) == 3:
+    *rows, (count, letter) = symbolic_shapes(spec)[matrix.array]
+    if len(rows) == 2:
         first, end = matrix.gates or (0, len(spec.gates))
         return f"[{end - first}, {spec.heads}, D, D]"
     if matrix.gates is not None:
-        shape = (*shape[:-1], (matrix.gates[1] - matrix.gates[0]) * spec.units)
-    letters: dict[str, tuple[str, str]] = dict(
-        zip(MATRICES, (("I", "H"), ("P" if spec.proj_size else "H", "H"), ("H", "P")), strict=True)
-    )
-    names = letters.get(matrix.array)
-    if names is None:
-        rows = [str(n) for n in shape[:-1]]
-        return f"[{', '.join([*rows, times(shape[-1] // spec.units, 'H').replace(' * ', '')])}]"
-    last = times(shape[-1] // spec.units, "H").replace(" * ", "") if names[1] == "H" else names[1]
-    return f"[{names[0]}, {last}]"
+        count = matrix.gates[1] - matrix.gates[0]
+    axes = (times(*axis).replace(" * ", "") if axis[1] else str(axis[0]) for axis in (*rows, (count, letter)))
+    return f"[{', '.join(axes)}]"

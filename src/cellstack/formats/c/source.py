@@ -12,7 +12,7 @@ import math
 import re
 
 from cellstack import spec
-from cellstack.formats.c.cells import MATRICES, WIDTHS, by_gate, form_key, form_of, shape_text
+from cellstack.formats.c.cells import WIDTHS, by_gate, form_key, form_of, shape_text
 from cellstack.formats.c.files import Files, acts
 from cellstack.formats.c.memories import lines_of
 from cellstack.formats.c.step import activate, literal
@@ -34,6 +34,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
+from cellstack.spec import MATRICES
 from cellstack.streaming.eligibility import check_streamable
 
 NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent, MLSTM)
@@ -229,7 +230,10 @@ class Writer(Files):
                 pointers += self.matrix(owner, matrix.name, self.narrow, array, shape)
             else:
                 pointers.append(self.array(owner, name, array, shape))
-        sizes = {"inputs": cell.spec.features, "units": units, "projected": cell.spec.proj_size}
+        backbone = cell.spec.backbone_units
+        sizes = {
+            "inputs": cell.spec.features, "units": units, "projected": cell.spec.proj_size, "backbone": backbone
+        }  # fmt: skip
         widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
         weights = f"{self.name}_{self.identifier(f'{owner}_weights')}"
         self.arrays += [
@@ -248,7 +252,8 @@ class Writer(Files):
                 self.resets.append(f"    memcpy(s->{member}, {start}, sizeof s->{member});")
             else:
                 self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
-        self.scratch["gates"] = max(form.scratch * units, self.scratch.get("gates", 0))
+        length = form.scratch[0] * units + form.scratch[1] * backbone
+        self.scratch["gates"] = max(length, self.scratch.get("gates", 0))
         passed = ", ".join([f"&{weights}", at, *state, "s->gates", *(["s->row"] if self.narrow else [])])
         self.steps.append(f"    ${{name}}_{called}_step({passed});")
         return state[0]

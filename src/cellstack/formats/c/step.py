@@ -8,9 +8,8 @@ loop, or parts of an expression.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from cellstack.formats.c.narrow import Narrow
@@ -78,8 +77,8 @@ def times(count: int, letter: str) -> str:
 class Step:
     """A cell's step as C, in a template.
 
-    After construction, `lines` is the body of the function, `scratch` the length of each of its scratch arrays in units
-    of H, and `matrices` what it multiplies by.
+    After construction, `lines` is the body of the function, `scratch` the length of each of its scratch arrays, a
+    number and the letter of a width, and `matrices` what it multiplies by.
 
     Args:
         spec: the cell.
@@ -101,21 +100,21 @@ class Step:
         self.readers = {node: [other for other in every if node in other.of] for node in every}
         self.levels = {node: node.level for node in every}
         self._sink()
-        self.scratch: dict[str, int] = {}
+        self.scratch: dict[str, tuple[int, str]] = {}
         self.places: dict[Node, str] = {}  # the arrays in which values are stored
         self.texts: dict[Node, tuple[str, int]] = {}  # local variables of the current loop
         body: list[str] = []
         for level in range(1 + max(self.levels.values())):
             body += [line for call in self.calls if self.levels[call] == level for line in self._call(call)]
-            for letter in ("H", "P"):
+            for letter in ("U", "H", "P"):
                 body += self._loop(level, letter)
         self.lines = ["const size_t H = w->units;", *(["const size_t P = w->projected;"] if spec.proj_size else [])]
+        self.lines += ["const size_t U = w->backbone;"] if spec.backbone_units else []
         self.lines += [f"const size_t D = H / {spec.heads};"] if spec.heads > 1 else []
-        ends = accumulate(self.scratch.values(), initial=0)
-        for name, end in zip(self.scratch, ends, strict=False):
-            self.lines.append(
-                f"$real *const {name} = scratch{' + ' + times(end, 'H') if end else ''}; /* [{self.scratch[name]}H] */"
-            )
+        lengths = list(self.scratch.values())
+        for n, (name, (count, letter)) in enumerate(self.scratch.items()):
+            start = " + ".join(["scratch", *(times(*one) for one in self.lengths(lengths[:n]) if one[0])])
+            self.lines.append(f"$real *const {name} = {start}; /* [{count}{letter}] */")
         self.lines += ["", *body]
 
     # ── from recorded values to nodes ─────────────────────────────────────────────────────────────────────────────────
@@ -183,11 +182,19 @@ class Step:
 
     # ── calls ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _array(self, count: int) -> str:
-        """Return the name of a new scratch array of `count` blocks of H."""
+    @staticmethod
+    def lengths(scratch: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], tuple[int, str]]:
+        """Return the total length of some scratch arrays: a number of H, and of U."""
+        totals = {"H": 0, "U": 0}
+        for count, letter in scratch:
+            totals[letter] += count
+        return (totals["H"], "H"), (totals["U"], "U")
+
+    def _array(self, count: int, letter: str) -> str:
+        """Return the name of a new scratch array of `count` blocks of a width; P is at most H."""
         taken = {*self.scratch, *self.spec.gates, *self.spec.state_sizes}
         name = next(name for name in ARRAYS if name not in taken)
-        self.scratch[name] = count
+        self.scratch[name] = count, "H" if letter == "P" else letter
         return name
 
     def _call(self, call: Node) -> Iterator[str]:
@@ -199,7 +206,7 @@ class Step:
             if place is None:
                 place = self.places[of]
                 if len(self.readers[of]) > 1:
-                    place = self._array(count)
+                    place = self._array(count, letter)
                     yield f"memcpy({place}, {self.places[of]}, {wide} * sizeof *{place});"
                 self.places[call] = place
             start = 0
@@ -208,7 +215,7 @@ class Step:
                 yield f"${{name}}_normalise({at}, {times(blocks, 'H')}, {literal(self.spec.norm_epsilon)});"
                 start += blocks
             return
-        place = self.places[call] = self._state_of(call) or self._array(count)
+        place = self.places[call] = self._state_of(call) or self._array(count, letter)
         bias = None if call.weight is None else f"w->{call.weight.value.name}{self._row(call.weight)}"
         if bias is None:
             yield f"memset({place}, 0, {wide} * sizeof *{place});"
@@ -277,7 +284,7 @@ class Step:
                 self.texts[node] = name, ATOM
             for other in stored:  # a norm is computed in place
                 count, letter = node.value.width
-                place = self._array(count)
+                place = self._array(count, letter)
                 for block in range(count):
                     text = self._text(node, block)
                     body.append(f"{place}[{self._at(block, letter)}] = {text[0]};")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.cfc import ncps_settings
 from cellstack.layout import Array
 from cellstack.nodes import Cell, Dense, Node, Recurrent
 from cellstack.spec import CellSpec
@@ -31,12 +32,14 @@ def nodes_of(module: Any, weights: Mapping[str, Array]) -> list[Node]:
 
 def _cell(part: Any, prefix: str, weights: Mapping[str, Array]) -> Cell:
     """Return a `CfCCell`; a wiring multiplies the weights of two of its four products by a mask."""
-    if part.backbone_layers:
-        raise ValueError("a backbone isn't supported, only backbone_layers=0")
-    spec = CellSpec(part.input_size, part.hidden_size, kind="cfc", mode=part.mode)
+    spec = CellSpec(kind="cfc", **ncps_settings(part))
     mask = weights.get(f"{prefix}sparsity_mask", np.float32(1.0))
     matrices = [weights[f"{prefix}{name}.weight"] for name in PRODUCTS]
     matrix = np.concatenate([matrices[0] * mask, matrices[1] * mask, *matrices[2:]]).T
-    kernel, recurrent = (np.ascontiguousarray(each) for each in np.split(matrix, [spec.input_size]))
     bias = np.concatenate([weights[f"{prefix}{name}.bias"] for name in PRODUCTS])
-    return Cell(spec, kernel=kernel, recurrent_kernel=recurrent, bias=bias)
+    after = {}
+    if spec.backbone_units:
+        after = {"gate_kernel": np.ascontiguousarray(matrix), "gate_bias": bias}
+        matrix, bias = (weights[f"{prefix}backbone.0.{name}"].T for name in ("weight", "bias"))
+    kernel, recurrent = (np.ascontiguousarray(each) for each in np.split(matrix, [spec.input_size]))
+    return Cell(spec, kernel=kernel, recurrent_kernel=recurrent, bias=bias, **after)

@@ -22,7 +22,7 @@ from cellstack.formats.pytorch.tensors import short
 from cellstack.network import Network
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import ARRAYS, STATES, CellSpec, FormatError
+from cellstack.spec import ARRAYS, MATRICES, STATES, CellSpec, FormatError
 
 COUNTER = "draws"  # how many dropout masks a cell has drawn
 NAME = re.compile(
@@ -131,7 +131,7 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
     def tensor(what: str) -> str:
         return f"{where}: tensor {short(names[what], 200)}"
 
-    for what in ("kernel", "recurrent_kernel", "projection"):
+    for what in MATRICES:
         able = (2, 3) if what == "recurrent_kernel" else (2,)  # three: a matrix for each head
         if what in shapes and (len(shapes[what]) not in able or 0 in shapes[what]):
             raise FormatError(f"{tensor(what)}: expected two axes, found {short(list(shapes[what]))}")
@@ -192,10 +192,13 @@ def _candidates(here: str, shapes: Mapping[str, tuple[int, ...]]) -> list[CellSp
     units, size = shapes.get("projection", (out, 0))
     flags = {name: what in shapes for name, what in SHOWN.items()}
     some = {"peepholes": "peepholes" in shapes, "proj_size": size, "heads": heads}
+    backbone = "gate_kernel" in shapes
+    some |= {"backbone_units": columns} if backbone else {}
     found = []
     try:
         for kind in KINDS.values():
-            if kind.recurrent != recurrent or kind is not _alike(len(kind.gates), recurrent)[0]:
+            first = _alike(len(kind.gates), recurrent)[:1] if not backbone else [kind]
+            if kind not in first or (backbone and "backbone_units" not in kind.settings):
                 continue
             wide = units or max(1, columns // len(kind.gates))
             own: dict[str, Any] = flags | {name: value for name, value in some.items() if name in kind.settings}

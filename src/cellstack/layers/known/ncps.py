@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cellstack.cells.cfc import ncps_settings
 from cellstack.layers import forward, op
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
@@ -22,14 +23,8 @@ def _cells(module: Any) -> list[tuple[Any, CellSpec]]:
     """Return the cells of a `CfC`, bottom first, with our descriptions of them: several if it has a wiring."""
     if module.use_mixed:
         raise ValueError("mixed_memory isn't supported")
-    found = []
-    for cell in getattr(module.rnn_cell, "_layers", [module.rnn_cell]):
-        if cell.backbone_layers:
-            raise ValueError("a backbone isn't supported, only backbone_layers=0")
-        if cell.mode == "pure":
-            raise ValueError("mode='pure' isn't supported")
-        found.append((cell, CellSpec(cell.input_size, cell.hidden_size, kind="cfc", mode=cell.mode)))
-    return found
+    cells = getattr(module.rnn_cell, "_layers", [module.rnn_cell])
+    return [(cell, CellSpec(kind="cfc", **ncps_settings(cell))) for cell in cells]
 
 
 def _arrays(cell: Any) -> list[Tensor]:
@@ -38,12 +33,15 @@ def _arrays(cell: Any) -> list[Tensor]:
     masks = (cell.sparsity_mask, cell.sparsity_mask, None, None)
     pairs = zip(products, masks, strict=True)
     weights = torch.cat([one.weight if mask is None else one.weight * mask for one, mask in pairs])
+    bias, after = torch.cat([one.bias for one in products]), []
+    if cell.backbone_layers:
+        weights, bias, after = cell.backbone[0].weight, cell.backbone[0].bias, [weights.t(), bias]
     kernel, recurrent = weights.t().split([cell.input_size, cell.hidden_size])
-    return [kernel, recurrent, torch.cat([one.bias for one in products])]
+    return [kernel, recurrent, bias, *after]
 
 
 class ClosedForm(HandWritten):
-    """A `CfC` without a backbone: one cell, or those of a wiring."""
+    """A `CfC`: one cell, or those of a wiring."""
 
     def forward(self, input: Any, hx: Any = None, timespans: Any = None) -> Any:
         """Run like the module's own forward."""

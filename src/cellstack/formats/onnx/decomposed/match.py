@@ -31,6 +31,9 @@ VISITS = 4000, 100  # maximum number of values that are compared in a graph: at 
 CHOICES = {"bool": (False, True), "int": (0, 1)}
 """The values of flags in the forms of a kind, by type; those of other flags are their `Limit.options`."""
 
+BACKBONE = "elu(9.5)"
+"""The activation of a backbone in the forms: another one than that of any slot."""
+
 Key = tuple[str, int | None, int]  # a block of an array: its name, the row where there are several, and its number
 
 
@@ -99,10 +102,14 @@ def _choices(kind: Kind, entry: Field[Any]) -> tuple[Any, ...]:
 
 def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
     given: dict[str, Any] = {**flags, **bounds}
+    if flags.get("backbone_units"):
+        given["backbone_activation"] = BACKBONE
     spec = CellSpec(1 + flags.get(kind.scalar, False), 2, kind=kind.name, **given)
     usable = {*spec.gates, *kind.outputs} - {*kind.fixed}
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in usable}
     spec = replace(spec, gate_activations=slots)
+    if spec.backbone_units:
+        slots["backbone"] = spec.backbone_activation
     arrays, keys = dict[str, Array](), dict[float, Key]()
     for name, shape in spec.shapes.items():
         rows = [None] if name in MATRICES or len(shape) == 1 else [*range(shape[0])]
@@ -161,7 +168,7 @@ class Step:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The activation of each slot, and numbers by flag."""
-        names = (*self.form.kind.slots, *self.form.bounds.values(), "norm_epsilon")
+        names = (*self.form.kind.slots, "backbone", *self.form.bounds.values(), "norm_epsilon")
         return {name: self.bound[name] for name in names if name in self.bound}
 
     @property
@@ -394,12 +401,16 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     Raises:
         ValueError: weights that don't form one cell.
     """
-    kind, rows_of_kernel = step.form.kind, len(array_of(scope, step.terms["kernel", None, 0][0]))
-    blocks_of_kernel = [key for key in step.form.keys.values() if key[0] == "kernel"]
-    units = rows_of_kernel // (len(blocks_of_kernel) // sum(key in step.terms for key in blocks_of_kernel))
+    kind, found = step.form.kind, dict(step.settings)
+    backbone = found.pop("backbone", None)
+    gated = "gate_kernel" if backbone else "kernel"  # the product that has a block of columns for each gate
+    rows_of_gates, rows_of_kernel = (len(array_of(scope, step.terms[name, None, 0][0])) for name in (gated, "kernel"))
+    blocks_of_gates = [key for key in step.form.keys.values() if key[0] == gated]
+    units = rows_of_gates // (len(blocks_of_gates) // sum(key in step.terms for key in blocks_of_gates))
     rows: dict[str, dict[int | None, list[Array]]] = {}
     for (name, row, _), terms in step.terms.items():
-        rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, units))
+        width = rows_of_kernel if backbone and name == "bias" else units
+        rows.setdefault(name, {}).setdefault(row, []).append(total(scope, terms, width))
     if any(len({len(block) for block in blocks}) != 1 for each in rows.values() for blocks in each.values()):
         raise ValueError("the gates of an array don't have the same width")
     for name in rows:
@@ -407,15 +418,18 @@ def cell_of(scope: Scope, step: Step, flags: dict[str, Any], **arrays: Array) ->
     for name, each in rows.items():
         joined = [np.concatenate(blocks).T for blocks in each.values()]
         arrays[name] = joined[0] if None in each else np.stack(joined)
-    biased = any(terms for (name, *_), terms in step.terms.items() if name == "bias")
+    biases = {name for (name, *_), terms in step.terms.items() if terms and name in ("bias", "gate_bias")}
+    biased = bool(biases)
     if not biased:
-        arrays.pop("bias", None)
-    texts = {slot: text for slot, text in step.settings.items() if slot in kind.slots}
+        arrays = {name: array for name, array in arrays.items() if name not in ("bias", "gate_bias")}
+    texts = {slot: text for slot, text in found.items() if slot in kind.slots}
     settings = {**step.form.flags, **flags, "use_bias": biased, "gate_activations": texts}
-    settings |= {name: n for name, n in step.settings.items() if name not in texts and n is not None}
+    settings |= {name: n for name, n in found.items() if name not in texts and n is not None}
     for gate, role in reversed(kind.gates.items()):  # the first of each role
         if gate in texts:
             settings["activation" if role == "candidate" else "recurrent_activation"] = texts[gate]
+    if backbone:
+        settings |= {"backbone_units": rows_of_kernel, "backbone_activation": backbone}
     if "projection" in arrays:
         settings["proj_size"] = arrays["projection"].shape[1]
     dtype = np.dtype(np.float64 if arrays["kernel"].dtype == np.float64 else np.float32)
@@ -442,7 +456,7 @@ def _check_normed(name: str, blocks: Sequence[Sequence[Term]], units: int) -> No
         raise ValueError(f"the gates don't use all blocks of the normalised {name}")
 
 
-def total(scope: Scope, terms: Sequence[Term], units: int) -> Array:
-    """Return the rows of a matrix, a vector, or the sum of constants."""
+def total(scope: Scope, terms: Sequence[Term], width: int) -> Array:
+    """Return the rows of a matrix, a vector, or the sum of constants of this width."""
     found = [array_of(scope, term) for term in terms]
-    return found[0] if len(found) == 1 else sum(found, np.zeros(units))
+    return found[0] if len(found) == 1 else sum(found, np.zeros(width))

@@ -8,8 +8,9 @@ import { productParts } from "./products.js";
 import { compiledPatches, patched } from "./patches.js";
 
 // The length of an axis that is `count` blocks of a width.
-function lengthOf([count, letter], { form, spec: { units, input_size: inputs, proj_size: projected, heads } }) {
-  return count * ({ H: units, P: projected, I: inputs - (form.scalar ? 1 : 0), X: inputs, D: units / heads }[letter] ?? 1);
+function lengthOf([count, letter], { form, spec: { units, input_size: inputs, proj_size: projected, heads, backbone_units: backbone } }) {
+  const widths = { H: units, P: projected, I: inputs - (form.scalar ? 1 : 0), X: inputs, D: units / heads, U: backbone };
+  return count * (widths[letter] ?? 1);
 }
 
 export function copy(to, at, from, start, count) {
