@@ -9,7 +9,10 @@ from onnx import TensorProto, helper
 from onnx_graphs import model, run, write
 from torch import nn
 
+import cellstack as cs
+from cellstack import Network
 from cellstack.formats import onnx as adapter
+from cellstack.nodes import GroupedDense
 from cellstack.spec import ShapeError
 
 T = {0: "batch", 1: "steps"}
@@ -314,3 +317,15 @@ def test_automatic_padding_of_strided_steps_is_that_of_the_file_s_number_of_step
     np.testing.assert_allclose(net(x[:, 0]), run(path, {"X": x})[0][:, 0].transpose(1, 0, 2), atol=1e-6)
     with pytest.raises(ShapeError, match="8"):
         net(x[:, 0, :7])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_grouped_dense_is_read_back(biased, tmp_path):
+    """Its product, one matrix per entry of the outer of two feature axes; the bias becomes a node of its own."""
+    rng = np.random.default_rng(0)
+    bias = rng.normal(size=12).astype("f4") if biased else None
+    net = Network([GroupedDense(rng.normal(size=(3, 2, 4)).astype("f4"), bias)], inputs={"x": (None, 6)})
+    net.save(tmp_path / "net.onnx")
+    loaded, x = cs.load(tmp_path / "net.onnx"), rng.normal(size=(2, 5, 6)).astype("f4")
+    assert isinstance(loaded.nodes[0], GroupedDense)
+    np.testing.assert_allclose(loaded(x), net(x), rtol=0, atol=1e-6)

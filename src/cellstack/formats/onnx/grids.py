@@ -18,7 +18,7 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.graph import Reader, Refused
 from cellstack.formats.onnx.values import GRID, Dim, Flowing, Length, shown
 from cellstack.layout import Array
-from cellstack.nodes import GridConv, GridPool, Merge, Node, Pad, Power, Reshape, Select, Take
+from cellstack.nodes import GridConv, GridPool, GroupedDense, Merge, Node, Pad, Power, Reshape, Select, Take
 
 
 def as_grid(x: Flowing) -> Flowing:
@@ -347,8 +347,15 @@ def divided(reader: Reader, node: Any, one: Flowing, other: Flowing) -> Flowing:
 
 
 def dense(reader: Reader, node: Any, x: Flowing, kernel: Array) -> Flowing:
-    """Return the product of the last of several feature axes with a matrix, for each entry of the others."""
-    name = x.axes[-1]
+    """Return the product of the last of several feature axes with a matrix, for each entry of the others.
+
+    Or with a matrix for each entry of the one other feature axis: a block-diagonal matrix.
+    """
+    name, sizes = x.axes[-1], dict(x.parts)
+    group = x.axes[-3] if kernel.ndim == 3 and len(x.axes) > 2 and x.axes[-2] == "1" else ""
+    if sizes.keys() == {group, name} and (sizes[group], sizes[name]) == kernel.shape[:2]:
+        y = reader.put(node, GroupedDense(kernel), arranged(reader, x, [group, name]))
+        return replace(y, axes=x.axes, parts=((group, sizes[group]), (name, kernel.shape[2])))
     if kernel.ndim != 2 or name not in dict(x.parts):
         raise Refused(
             f"expected a matrix of weights and features as the last axis, found {kernel.shape}, {' '.join(x.axes)}"
