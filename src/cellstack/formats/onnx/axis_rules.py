@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.onnx.attributes import axes_of, order_of, pads_of, place, slices, within
 from cellstack.formats.onnx.cells import KIND_OF, NAMES
-from cellstack.formats.onnx.fold import axes_of, order_of, pads_of, place, slices, within
 from cellstack.formats.onnx.values import Dim, Symbols
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.fold import whole
+from cellstack.formats.onnx.attributes import whole
 from cellstack.formats.onnx.graph import Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.grids import arranged, as_features, as_grid, fresh
 from cellstack.formats.onnx.values import Flowing

@@ -11,9 +11,10 @@ import numpy as np
 
 from cellstack.formats.onnx import attention, grids
 from cellstack.formats.onnx.activations import power
+from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import axes_of, numbers
+from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.ops import arithmetic, features_last
 from cellstack.formats.onnx.ops import reduce as over_time

@@ -9,8 +9,9 @@ import numpy as np
 
 from cellstack.formats.onnx import attention, grids
 from cellstack.formats.onnx.activations import clipped
+from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Broadcast, axes_of
+from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx import grids
+from cellstack.formats.onnx.attributes import order_of
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import order_of
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.values import (
     Dim,

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx import grids
+from cellstack.formats.onnx.attributes import LARGEST, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import LARGEST, Broadcast, pads_of, place, slices, split_sizes, whole, within
+from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.shapes import moving, rearranged

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.fold import place, whole
+from cellstack.formats.onnx.attributes import place, whole
 from cellstack.layout import Array
 from cellstack.network.layouts import Layout
 from cellstack.nodes.base import Shape

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cellstack.formats.onnx import grid_windows
+from cellstack.formats.onnx.attributes import whole
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.slices import unfilled
 from cellstack.formats.onnx.values import Filled, Flowing

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.onnx.attributes import axes_of, slices, whole
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import DOMAINS, Scope
-from cellstack.formats.onnx.fold import axes_of, numbers, slices, whole
+from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array
 
 MOST_NODES = 32  # maximum number of nodes in one sum

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.cells import Operator, operator_of
 from cellstack.formats.onnx.decomposed.chains import Chain, find_chains
 from cellstack.formats.onnx.decomposed.found import find_steps
@@ -17,7 +18,7 @@ from cellstack.formats.onnx.decomposed.match import cell_of
 from cellstack.formats.onnx.decomposed.rows import Added, Loop
 from cellstack.formats.onnx.decomposed.sums import stripped
 from cellstack.formats.onnx.file import Model, Scope, live_nodes
-from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
+from cellstack.formats.onnx.fold import Broadcast, numbers
 from cellstack.nodes.cell import Cell
 
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.onnx.attributes import axes_of
 from cellstack.formats.onnx.axis_rules import BY_NUMBER, TOGETHER
 from cellstack.formats.onnx.decomposed.linear import Place, Term, place_of
 from cellstack.formats.onnx.file import DOMAINS, Scope, declared, onnx_package
-from cellstack.formats.onnx.fold import Broadcast, axes_of
+from cellstack.formats.onnx.fold import Broadcast
 
 BY_ITSELF = {*BY_NUMBER, *TOGETHER, "Abs", "Cos", "Erf", "Log", "Neg", "Sin"}
 ALONG = {"Concat": 0, "LogSoftmax": -1, "Softmax": -1, "Split": 0}  # operators along one axis, and its default
