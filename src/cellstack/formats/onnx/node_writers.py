@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cellstack import nodes as n
+from cellstack import nodes
 from cellstack.formats.onnx import compositions, memories
 from cellstack.formats.onnx.masks import last_used, masked, neutral, reduced
 from cellstack.nodes.base import Shape
@@ -39,7 +39,7 @@ class Feed(NamedTuple):
         """The number of its axes after the batch."""
         return len(self.shape)
 
-    def width(self, name: str, node: n.Node) -> int:
+    def width(self, name: str, node: nodes.Node) -> int:
         """Return the width of the first input, which the operators of a node depend on."""
         if self.shape[-1] is None:
             raise ValueError(f"save: {name}: {type(node).__name__} needs a known width")
@@ -63,20 +63,20 @@ def _arrays(out: Pieces, name: str, **arrays: Any) -> list[str]:
     return [out.tensor(f"{name}.{what}", array) for what, array in arrays.items() if array is not None]
 
 
-def _step_mask(out: Pieces, name: str, node: n.StepMask, feed: Feed) -> str:
+def _step_mask(out: Pieces, name: str, node: nodes.StepMask, feed: Feed) -> str:
     flags = out.of("Not", out.of("Equal", feed.sources[1], out.number(0.0)))
     out.put("Identity", [feed.x], name)
     return out.of("Unsqueeze", flags, out.integers(2))
 
 
-def _dense(out: Pieces, name: str, node: n.Dense, feed: Feed) -> None:
+def _dense(out: Pieces, name: str, node: nodes.Dense, feed: Feed) -> None:
     product = out.put("MatMul", [feed.x, *_arrays(out, name, kernel=node.kernel)], out.fresh(f"{name}.z"), name)
     if node.bias is not None:
         product = out.put("Add", [product, *_arrays(out, name, bias=node.bias)], out.fresh(f"{name}.sum"))
     out.finish(name, product, node.activation, name)
 
 
-def _conv(out: Pieces, name: str, node: n.Conv1D, feed: Feed) -> None:
+def _conv(out: Pieces, name: str, node: nodes.Conv1D, feed: Feed) -> None:
     arrays = _arrays(out, name, kernel=node.kernel.transpose(2, 1, 0), bias=node.bias)
     sizes = {"strides": [node.strides], "dilations": [node.dilation], "group": node.groups}
     sizes |= _padding(node.padding, node.span)
@@ -85,7 +85,7 @@ def _conv(out: Pieces, name: str, node: n.Conv1D, feed: Feed) -> None:
     out.finish(name, y, node.activation, name)
 
 
-def _pool(out: Pieces, name: str, node: n.Pool1D, feed: Feed) -> None:
+def _pool(out: Pieces, name: str, node: nodes.Pool1D, feed: Feed) -> None:
     if isinstance(node.padding, tuple) and max(node.padding) >= node.size:
         raise ValueError(f"save: {name}: expected padding below the window's {node.size}, got {node.padding}")
     sizes = {"kernel_shape": [node.size], "strides": [node.strides], **_padding(node.padding, node.size)}
@@ -94,7 +94,7 @@ def _pool(out: Pieces, name: str, node: n.Pool1D, feed: Feed) -> None:
     out.put("Transpose", [y], name, f"{name}.rows", perm=[0, 2, 1])
 
 
-def _global_pool(out: Pieces, name: str, node: n.GlobalPool, feed: Feed) -> None:
+def _global_pool(out: Pieces, name: str, node: nodes.GlobalPool, feed: Feed) -> None:
     if node.mode != "last":
         reduced(out, name, node.mode, feed.x, 1, False, feed.mask)
     elif feed.mask:
@@ -103,34 +103,34 @@ def _global_pool(out: Pieces, name: str, node: n.GlobalPool, feed: Feed) -> None
         out.put("Gather", [feed.x, out.tensor(f"{name}.at", np.array(-1, np.int64))], name, axis=1)
 
 
-def _reduce(out: Pieces, name: str, node: n.Reduce, feed: Feed) -> None:
+def _reduce(out: Pieces, name: str, node: nodes.Reduce, feed: Feed) -> None:
     place = node.place(feed.axes)
     reduced(out, name, node.mode, feed.x, place, node.keepdims, feed.mask if place == 1 else "")
 
 
-def _standardise(out: Pieces, name: str, node: n.Standardise, feed: Feed) -> None:
+def _standardise(out: Pieces, name: str, node: nodes.Standardise, feed: Feed) -> None:
     centred = out.put("Sub", [feed.x, *_arrays(out, name, mean=node.mean)], out.fresh(f"{name}.Sub"), name)
     out.put("Div", [centred, *_arrays(out, name, scale=node.scale)], name, f"{name}.Div")
 
 
-def _scale(out: Pieces, name: str, node: n.Scale, feed: Feed) -> None:
+def _scale(out: Pieces, name: str, node: nodes.Scale, feed: Feed) -> None:
     scaled = out.put("Mul", [feed.x, *_arrays(out, name, scale=node.scale)], out.fresh(f"{name}.Mul"), name)
     out.put("Add", [scaled, *_arrays(out, name, shift=node.shift)], name, f"{name}.Add")
 
 
-def _layer_norm(out: Pieces, name: str, node: n.LayerNorm, feed: Feed) -> None:
+def _layer_norm(out: Pieces, name: str, node: nodes.LayerNorm, feed: Feed) -> None:
     """ONNX requires a gain, so a missing one becomes ones."""
     gain = np.ones(feed.width(name, node), out.dtype) if node.gain is None else node.gain
     arrays = _arrays(out, name, gain=gain, bias=node.bias)
     out.put("LayerNormalization", [feed.x, *arrays], name, axis=-1, epsilon=float(node.epsilon))
 
 
-def _attention(out: Pieces, name: str, node: n.Attention, feed: Feed) -> None:
+def _attention(out: Pieces, name: str, node: nodes.Attention, feed: Feed) -> None:
     masks = [mask for mask in feed.masks[1:] if mask]
     compositions.attention(out, name, node, feed.sources, feed.width(name, node), masks)
 
 
-def _magnitude(out: Pieces, name: str, node: n.Magnitude, feed: Feed) -> None:
+def _magnitude(out: Pieces, name: str, node: nodes.Magnitude, feed: Feed) -> None:
     """A slice for the real parts and one for the imaginary parts."""
     width, squares = feed.width(name, node), []
     for part, taken in (("real", slice(0, width // 2)), ("imaginary", slice(width // 2, width))):
@@ -143,25 +143,25 @@ def _magnitude(out: Pieces, name: str, node: n.Magnitude, feed: Feed) -> None:
     out.put("Sqrt", [total], name)
 
 
-def _clip(out: Pieces, name: str, node: n.Clip, feed: Feed) -> None:
+def _clip(out: Pieces, name: str, node: nodes.Clip, feed: Feed) -> None:
     bounds = ["" if bound is None else out.number(bound) for bound in (node.low, node.high)]
     out.put("Clip", [feed.x, *bounds], name)
 
 
-def _power(out: Pieces, name: str, node: n.Power, feed: Feed) -> None:
+def _power(out: Pieces, name: str, node: nodes.Power, feed: Feed) -> None:
     operator = {0.5: "Sqrt", -1.0: "Reciprocal"}.get(node.exponent, "Pow")
     out.put(operator, [feed.x, *([out.number(node.exponent)] if operator == "Pow" else [])], name)
 
 
-def _pad(out: Pieces, name: str, node: n.Pad, feed: Feed) -> None:
+def _pad(out: Pieces, name: str, node: nodes.Pad, feed: Feed) -> None:
     ends = np.zeros((2, feed.axes + 1), np.int64)
     ends[:, node.place(feed.axes)] = node.before, node.after
     out.put("Pad", [feed.x, out.integers(*ends.ravel().tolist()), out.number(node.value)], name)
 
 
-def _repeat(out: Pieces, name: str, node: n.Repeat | n.RepeatLike, feed: Feed) -> None:
+def _repeat(out: Pieces, name: str, node: nodes.Repeat | nodes.RepeatLike, feed: Feed) -> None:
     wide = out.put("Unsqueeze", [feed.x, out.integers(1)], out.fresh(f"{name}.wide"))
-    if isinstance(node, n.Repeat):
+    if isinstance(node, nodes.Repeat):
         times = out.integers(1, node.times, 1)
     else:
         steps = out.put("Shape", [feed.sources[1]], out.fresh(f"{name}.steps"), start=1, end=2)
@@ -169,62 +169,62 @@ def _repeat(out: Pieces, name: str, node: n.Repeat | n.RepeatLike, feed: Feed) -
     out.put("Tile", [wide, times], name)
 
 
-def _take(out: Pieces, name: str, node: n.Take, feed: Feed) -> None:
+def _take(out: Pieces, name: str, node: nodes.Take, feed: Feed) -> None:
     out.put("Gather", [feed.x, out.integers(*node.indices)], name, axis=node.place(feed.axes))
 
 
-def _bidirectional(out: CellWriter, name: str, node: n.Bidirectional, feed: Feed) -> None:
+def _bidirectional(out: CellWriter, name: str, node: nodes.Bidirectional, feed: Feed) -> None:
     out.bidirectional(name, node, feed.x, name, feed.mask, node.apart(feed.sources)[1])
 
 
-def _recurrent(out: CellWriter, name: str, node: n.Recurrent, feed: Feed) -> None:
+def _recurrent(out: CellWriter, name: str, node: nodes.Recurrent, feed: Feed) -> None:
     out.stack(name, node, feed.x, name, feed.mask, node.apart(feed.sources)[1])
 
 
-def _group_norm(out: Pieces, name: str, node: n.GroupNorm, feed: Feed) -> None:
+def _group_norm(out: Pieces, name: str, node: nodes.GroupNorm, feed: Feed) -> None:
     mask = feed.mask if node.over_time else ""
     compositions.group_norm(out, name, node, feed.x, feed.axes, feed.width(name, node), mask)
 
 
-def _masked(out: Pieces, name: str, node: n.Embedding | n.Masking, feed: Feed) -> str:
+def _masked(out: Pieces, name: str, node: nodes.Embedding | nodes.Masking, feed: Feed) -> str:
     return masked(out, name, node, feed.x, feed.mask)
 
 
-WRITERS: dict[type[n.Node], Callable[[Any, str, Any, Feed], Any]] = {
-    n.Recurrent: _recurrent,
-    n.Bidirectional: _bidirectional,
-    n.MLSTM: lambda out, name, node, feed: memories.memory(out, name, node, feed.x, feed.mask),
-    n.Embedding: _masked,
-    n.Masking: _masked,
-    n.StepMask: _step_mask,
-    n.Dense: _dense,
-    n.GroupedDense: lambda out, name, node, feed: compositions.grouped_dense(out, name, node, feed.x, feed.axes),
-    n.Conv1D: _conv,
-    n.Pool1D: _pool,
-    n.GlobalPool: _global_pool,
-    n.GridConv: lambda out, name, node, feed: compositions.grid_conv(out, name, node, feed.x, feed.axes == 1),
-    n.GridPool: lambda out, name, node, feed: compositions.grid_pool(out, name, node, feed.x, feed.axes == 1),
-    n.Reduce: _reduce,
-    n.Standardise: _standardise,
-    n.Scale: _scale,
-    n.LayerNorm: _layer_norm,
-    n.GroupNorm: _group_norm,
-    n.RMSNorm: lambda out, name, node, feed: compositions.rms_norm(out, name, node, feed.x),
-    n.TimeSoftmax: lambda out, name, node, feed: compositions.time_softmax(out, name, feed.x, feed.mask),
-    n.Attention: _attention,
-    n.Activation: lambda out, name, node, feed: out.activate(name, feed.x, node.activation, name),
-    n.Clip: _clip,
-    n.Power: _power,
-    n.Function: lambda out, name, node, feed: out.put(node.function.title(), [feed.x], name),
-    n.Pad: _pad,
-    n.Flatten: lambda out, name, node, feed: out.put("Flatten", [feed.x], name, axis=1),
-    n.Reshape: lambda out, name, node, feed: out.put("Reshape", [feed.x, out.integers(0, *node.shape)], name),
-    n.Permute: lambda out, name, node, feed: out.put("Transpose", [feed.x], name, perm=[0, *node.dims]),
-    n.Repeat: _repeat,
-    n.RepeatLike: _repeat,
-    n.Select: lambda out, name, node, feed: out.cut(feed.x, node.taken, node.axis, name),
-    n.Take: _take,
-    n.Magnitude: _magnitude,
-    n.Merge: lambda out, name, node, feed: out.merge(node.mode, neutral(out, node, *feed[:2]), node.axis, name),
+WRITERS: dict[type[nodes.Node], Callable[[Any, str, Any, Feed], Any]] = {
+    nodes.Recurrent: _recurrent,
+    nodes.Bidirectional: _bidirectional,
+    nodes.MLSTM: lambda out, name, node, feed: memories.memory(out, name, node, feed.x, feed.mask),
+    nodes.Embedding: _masked,
+    nodes.Masking: _masked,
+    nodes.StepMask: _step_mask,
+    nodes.Dense: _dense,
+    nodes.GroupedDense: lambda out, name, node, feed: compositions.grouped_dense(out, name, node, feed.x, feed.axes),
+    nodes.Conv1D: _conv,
+    nodes.Pool1D: _pool,
+    nodes.GlobalPool: _global_pool,
+    nodes.GridConv: lambda out, name, node, feed: compositions.grid_conv(out, name, node, feed.x, feed.axes == 1),
+    nodes.GridPool: lambda out, name, node, feed: compositions.grid_pool(out, name, node, feed.x, feed.axes == 1),
+    nodes.Reduce: _reduce,
+    nodes.Standardise: _standardise,
+    nodes.Scale: _scale,
+    nodes.LayerNorm: _layer_norm,
+    nodes.GroupNorm: _group_norm,
+    nodes.RMSNorm: lambda out, name, node, feed: compositions.rms_norm(out, name, node, feed.x),
+    nodes.TimeSoftmax: lambda out, name, node, feed: compositions.time_softmax(out, name, feed.x, feed.mask),
+    nodes.Attention: _attention,
+    nodes.Activation: lambda out, name, node, feed: out.activate(name, feed.x, node.activation, name),
+    nodes.Clip: _clip,
+    nodes.Power: _power,
+    nodes.Function: lambda out, name, node, feed: out.put(node.function.title(), [feed.x], name),
+    nodes.Pad: _pad,
+    nodes.Flatten: lambda out, name, node, feed: out.put("Flatten", [feed.x], name, axis=1),
+    nodes.Reshape: lambda out, name, node, feed: out.put("Reshape", [feed.x, out.integers(0, *node.shape)], name),
+    nodes.Permute: lambda out, name, node, feed: out.put("Transpose", [feed.x], name, perm=[0, *node.dims]),
+    nodes.Repeat: _repeat,
+    nodes.RepeatLike: _repeat,
+    nodes.Select: lambda out, name, node, feed: out.cut(feed.x, node.taken, node.axis, name),
+    nodes.Take: _take,
+    nodes.Magnitude: _magnitude,
+    nodes.Merge: lambda out, name, node, feed: out.merge(node.mode, neutral(out, node, *feed[:2]), node.axis, name),
 }
 """The nodes that can be written; a function returns the mask that its node makes, if the node makes one."""
