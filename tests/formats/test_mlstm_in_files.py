@@ -143,6 +143,16 @@ def test_the_scan_is_recognised_by_what_it_computes(tmp_path):
         edited(path, edit)
         with pytest.raises(cs.FormatError, match="Scan node 'memory': the body isn't a step of a cell"):
             cs.load(path)
+
+    def bodiless(graph, scan, body):
+        (attribute,) = (one for one in scan.attribute if one.name == "body")
+        attribute.ClearField("g")
+        attribute.type, attribute.i = 2, 1
+
+    net.save(path)
+    edited(path, bodiless)
+    with pytest.raises(cs.FormatError, match="expected a graph as its body"):
+        cs.load(path)
     net.save(path)
     edited(path, start)
     with pytest.raises(cs.FormatError, match="expected the initial n to be zeros"):

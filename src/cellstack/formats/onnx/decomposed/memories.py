@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.decomposed.sums import bare
-from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors, declared, label
+from cellstack.formats.onnx.file import DOMAINS, Budget, Graph, Model, Scope, Tensors, declared, label, onnx_package
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.memories import body_of
 from cellstack.nodes import MLSTM
@@ -30,7 +30,9 @@ def memory_of(scope: Scope, node: Any) -> MLSTM | None:
     """
     attributes = scope.model.attributes(node)
     body = attributes.get("body")
-    if body is None or attributes.keys() != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"] != 1:
+    if attributes.keys() != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"] != 1:
+        return None
+    if not isinstance(body, onnx_package().GraphProto):
         return None
     if {len(part) for part in (body.input, body.output, node.input, node.output)} != {4}:
         return None

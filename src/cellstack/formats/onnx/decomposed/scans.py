@@ -20,7 +20,7 @@ from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.decomposed.linear import Term, pairs, scalar
 from cellstack.formats.onnx.decomposed.match import Matcher, cell_of, forms
 from cellstack.formats.onnx.decomposed.sums import bare
-from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
+from cellstack.formats.onnx.file import DOMAINS, Scope, label, onnx_package, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array
 from cellstack.nodes.cell import Cell
@@ -56,6 +56,8 @@ def read_scan(scope: Scope, node: Any) -> Operator:
     if not flat or way[0] != way[1] or way[0] not in ([0], [1]):
         raise FormatError(f"{where}: inputs and outputs must run in the same direction, along the first axis")
     body: Any = attributes["body"]
+    if not isinstance(body, onnx_package().GraphProto):
+        raise FormatError(f"{where}: expected a graph as its body")
     counts = (len(body.input), len(body.output), len(node.input), len(node.output))
     if len(set(counts)) != 1 or counts[0] < 2:
         raise FormatError(f"{where}: expected a step of a cell: states, x and y, found {counts}")
