@@ -94,8 +94,9 @@ def test_the_expected_time_is_about_that_of_the_training(capsys, tmp_path):
         ([CO2, "--checkpoint", "old"], "old.1: the checkpoint already exists"),
     ],
 )
-def test_what_a_training_refuses_a_dry_run_refuses(capsys, tmp_path, monkeypatch, words, message):
+def test_what_a_training_refuses_a_dry_run_refuses(capsys, tmp_path, monkeypatch, co2_table, words, message):
     monkeypatch.chdir(tmp_path)
+    words = [co2_table if word == CO2 else word for word in words]
     for name in ("old", "old.1"):
         (tmp_path / name).write_text("")
     before = sorted(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def test_invalid_characters_in_the_metadata(run, saved, tmp_path, characters):
     assert "expected characters in the metadata as a string or a list of characters" in run("model", "t.txt")[2]
 
 
-def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatch):
+def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatch, co2_table):
     data = files("cellstack_demo") / "data"
     words = ["train", data / "JapaneseVowels_TRAIN.ts", "--epochs", 1, "--units", 6, "--quiet", "-o", "vowels"]
     monkeypatch.chdir(tmp_path)
@@ -205,17 +205,17 @@ def test_files_of_the_kind_that_a_model_was_trained_on(run, tmp_path, monkeypatc
     assert said["answer"]["task"] == "classify"
     assert said["answer"]["truth"] == ["1", "1", "1"]  # the file begins with the first speaker
     assert said["nodes"][-1]["names"] == [str(speaker) for speaker in range(1, 10)]
-    assert "expected a .ts or .npz file" in run("vowels", data / "co2.csv")[2]
+    assert "expected a .ts or .npz file" in run("vowels", co2_table)[2]
     x = np.random.default_rng(0).normal(size=(5, 7, 12))
     np.savez(tmp_path / "spoken.npz", x=x, y=list("12345"), lengths=[7, 6, 5, 4, 3])
     assert run("vowels", "spoken.npz", "--rows", 2)[::2] == (0, "")
     assert np.allclose(seen[-1][0][0], x[0])
     assert seen[-1][1]["mask"].sum(axis=1).tolist() == [7, 6]
     assert description("vowels.html")["answer"]["truth"] == ["1", "2"]
-    words = ["train", data / "co2.csv", "--target", "co2", "--members", 1, "--epochs", 1, "--units", 4]
+    words = ["train", co2_table, "--target", "co2", "--members", 1, "--epochs", 1, "--units", 4]
     words += ["--quiet", "-o", "co2"]
     assert cli.main(list(map(str, words))) in (0, 130)
-    status, out, err = run("co2", data / "co2.csv")
+    status, out, err = run("co2", co2_table)
     assert (status, err) == (0, "")
     labels = description("co2.html")["labels"]
     assert labels["kind"] == "date"
