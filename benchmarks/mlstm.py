@@ -1,4 +1,5 @@
-"""An mLSTM's memory: a step next to reading its state, and sequences next to xlstm and mlstm_kernels, on one thread.
+"""An mLSTM on one thread: a step of its memory next to reading the state, a step of a stream of a whole layer next to
+reading its weights and state, and sequences next to xlstm and mlstm_kernels.
 
 Outputs and gradients are compared first. Times are the fastest of interleaved rounds.
 """
@@ -11,11 +12,13 @@ import torch
 from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd as chunkwise
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple as parallel
 
-from cellstack import _kernel, native
+import cellstack as cs
+from cellstack import _kernel, layers, native
 from cellstack.nodes.mlstm import MLSTM
 
 HEADS, CHUNK = 4, 64
 WIDTHS = (64, 128, 256, 512)
+UNITS = (64, 128, 256, 512)
 SEQUENCES = ((1, 256, 64), (1, 1024, 64), (8, 256, 64), (1, 512, 128), (4, 256, 256), (1, 512, 512))  # B, T, width
 
 
@@ -48,6 +51,21 @@ def steps():
         best = fastest(engines, 15, max(5, 2_000_000 // state.C.size))
         numbers = f"{best['step'] * 1e3:.1f} µs | {best['read'] * 1e3:.1f} µs | {best['step'] / best['read']:.2f}"
         print(f"| {width} | {state.C.nbytes >> 10} KB | {numbers} |", flush=True)
+
+
+def streams():
+    """Print a step of a stream of a layer next to sums over its weights and its state."""
+    print("\n| units | weights and state | a step of a stream | reading them | ratio |\n|---|---|---|---|---|")
+    for units in UNITS:
+        net = cs.from_torch(layers.MLSTM(units, heads=HEADS, input_size=units, return_sequences=True))
+        stream, x = net.stream(), np.random.default_rng(0).normal(size=(1, units)).astype("f4")
+        arrays = [net.nodes[0].kernel.copy(), *(np.array(part) for part in stream.state[0])]
+        weights, state = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
+        calls = {"step": lambda: stream.step(x), "weights": weights.sum, "state": state.sum}  # noqa: B023
+        best = fastest(calls, 15, max(5, 10_000_000 // arrays[0].size))
+        step, read = best["step"] * 1e3, (best["weights"] + best["state"]) * 1e3
+        size = sum(array.nbytes for array in arrays) >> 10
+        print(f"| {units} | {size} KB | {step:.1f} µs | {read:.1f} µs | {step / read:.2f} |", flush=True)
 
 
 def sequences():
@@ -110,8 +128,9 @@ def sequences():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=str(__doc__).splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=str(__doc__).partition("\n\n")[0]).parse_args()
     torch.set_num_threads(1)
     print(f"{_kernel.isa()}, torch {torch.__version__}, one thread, float32, {HEADS} heads\n")
     steps()
+    streams()
     sequences()
