@@ -362,13 +362,15 @@ def test_whole_sequences_under_sanitizers(tmp_path, name, seed):
     (tmp_path / "main.c").write_text(text.replace("REAL", {"float32": "float", "float64": "double"}[dtype]))
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     compiled(["gcc", "-std=c99", *STRICT, *sanitize, "-o", "run", "main.c", "net.c", "-lm"], tmp_path)
-    compiled(["g++", "-x", "c++", "-std=c++11", *STRICT, "-fsyntax-only", "net.c"], tmp_path)
     x = np.stack([frames(net, steps, seed) for seed in range(3)])
     done = subprocess.run([tmp_path / "run"], input=x.tobytes(), capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     expected = net(x[..., 0].astype(int) if net.inputs[0] in net.graph.ids else x)
     near(np.frombuffer(done.stdout, net.dtype).reshape(expected.shape), expected)
-    assert verify(net, tmp_path / "net.c", streams=False).ok(1e-4 if dtype == "float32" else 1e-9)
+    if seed == 0:  # which compiles the file once more
+        assert verify(net, tmp_path / "net.c", streams=False).ok(1e-9)
+    else:
+        compiled(["g++", "-x", "c++", "-std=c++11", *STRICT, "-fsyntax-only", "net.c"], tmp_path)
 
 
 def test_the_maximum_of_nan_is_nan_in_c(tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import tolerances
-from test_kernel import ISAS, isa
+from test_kernel import FLOAT_ISAS, isa
 
 from cellstack import native
 from cellstack.nodes import Conv1D, Dense, GroupedDense, GroupNorm, LayerNorm, RMSNorm
@@ -13,7 +13,7 @@ from cellstack.nodes import Conv1D, Dense, GroupedDense, GroupNorm, LayerNorm, R
 __all__ = ["isa"]
 
 DTYPES = ["float32", "float64"]
-EACH = pytest.mark.parametrize("isa", ISAS, indirect=True)
+EACH = pytest.mark.parametrize("isa", FLOAT_ISAS, indirect=True)
 WIDTHS = [1, 7, 16, 33, 130]
 
 

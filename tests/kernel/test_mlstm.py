@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from test_kernel import isa
 from tolerances import KERNEL, KERNEL_GRADIENT, REFERENCE_DOUBLE
 
 from cellstack import _kernel, native
@@ -11,14 +12,9 @@ from cellstack import reference_mlstm as reference
 from cellstack.reference_mlstm import MatrixInputs
 from cellstack.spec import MatrixState
 
+__all__ = ["isa"]
+
 STEPS, CHUNKS = 1, 2
-
-
-@pytest.fixture(params=_kernel.isas())
-def isa(request):
-    _kernel.set_isa(request.param)
-    yield request.param
-    _kernel.set_isa("")
 
 
 def case(batch, steps, heads, dk, dv, seed=0, given=True):

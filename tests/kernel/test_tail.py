@@ -6,7 +6,7 @@ import kernel_calls as calls
 import numpy as np
 import pairs
 import pytest
-from test_kernel import ISAS, isa, make
+from test_kernel import EVERY_ISA, ISAS, isa, make
 
 from cellstack import _kernel, native
 from cellstack.layout import block_diagonal
@@ -64,6 +64,7 @@ def test_the_bits_are_those_of_a_wider_cell(isa, member, units, batch, element):
         np.testing.assert_array_equal(a, b[:, :units])
 
 
+@EVERY_ISA
 @pytest.mark.parametrize("element", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("member", ["lstm", "gru"])
 def test_a_thread_may_have_the_last_block_alone(isa, member, element):
