@@ -18,7 +18,7 @@ from cellstack.nodes.mlstm import MLSTM
 
 HEADS, CHUNK = 4, 64
 WIDTHS = (64, 128, 256, 512)
-UNITS = (64, 128, 256, 512)
+UNITS = (128, 256, 512)
 SEQUENCES = ((1, 256, 64), (1, 1024, 64), (8, 256, 64), (1, 512, 128), (4, 256, 256), (1, 512, 512))  # B, T, width
 
 
