@@ -1,4 +1,4 @@
-"""Parametrises a test with few of all combinations of its options; the others are slow tests."""
+"""Parametrises a test with few of all combinations of its options, or few seeds; the others are slow tests."""
 
 import itertools
 import random
@@ -49,3 +49,9 @@ def parametrize(names, *axes, also=(), unless=lambda *values: False, indirect=()
         for places in every
     ]
     return pytest.mark.parametrize(names, cases, indirect=list(indirect))
+
+
+def seeds(few, many):
+    """Return `pytest.mark.parametrize` over `many` seeds, of which all but the first `few` are slow."""
+    cases = [pytest.param(seed, marks=() if seed < few else pytest.mark.slow) for seed in range(many)]
+    return pytest.mark.parametrize("seed", cases)

@@ -13,6 +13,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
+import pairs
 import pytest
 import safetensors
 import safetensors.numpy
@@ -97,7 +98,7 @@ def test_a_network_round_trips_bit_for_bit(seed, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("seed", range(20))
+@pairs.seeds(10, 20)
 def test_a_cell_of_every_flag_round_trips(seed, kind, tmp_path):
     rng = np.random.default_rng(seed)
     cell = fill(rng, random_spec(rng, kind), "float64" if seed % 2 else "float32")

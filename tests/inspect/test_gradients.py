@@ -3,6 +3,7 @@
 from itertools import product
 
 import numpy as np
+import pairs
 import pytest
 import torch
 from family import random_spec
@@ -81,7 +82,7 @@ def check(net, x, step=-1, unit=0, output=None, **run):
     return found
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pairs.seeds(30, 60)
 def test_random_networks(seed):
     rng = rng_of(seed)
     if seed % 2:

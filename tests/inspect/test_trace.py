@@ -8,6 +8,7 @@ import tracemalloc
 from dataclasses import replace
 
 import numpy as np
+import pairs
 import pytest
 import tolerances
 from family import random_spec
@@ -29,7 +30,7 @@ def equal(one, other):
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pairs.seeds(30, 60)
 def test_a_trace_has_the_bits_of_the_run_and_of_every_node(seed):
     rng = rng_of(seed)
     dtype = ("float32", "float64")[seed % 2]
@@ -91,7 +92,7 @@ def activated(seen, gate):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("seed", range(60))
+@pairs.seeds(30, 60)
 def test_cells_and_their_sums_are_the_reference(seed, backwards):
     """Every flag: gates, c and h equal those of the equations for the same x; gates equal the activated sums."""
     rng = rng_of(seed)
@@ -564,7 +565,7 @@ def test_rows_of_a_masked_run_go_into_a_file_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-@pytest.mark.parametrize("seed", range(80))
+@pairs.seeds(40, 80)
 def test_pre_activations_of_a_patched_run_give_its_gates(seed, from_file, tmp_path):
     rng = rng_of(seed)
     spec = replace(random_spec(rng, largest=6), clip=None)

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import pairs
 import pytest
 import tolerances
 from family import learned, random_spec
@@ -47,7 +48,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", range(120))
+@pairs.seeds(60, 120)
 def test_a_network_matches_the_reference(seed, dtype):
     net, rng = make_network(seed, dtype), rng_of(seed + 1000)
     batch, steps = int(rng.integers(1, 6)), int(rng.integers(1, 12))
@@ -835,7 +836,7 @@ def assert_matches_reference(cell, x, got, dtype, **given):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", range(40))
+@pairs.seeds(20, 40)
 @pytest.mark.parametrize("return_sequences", [True, False])
 def test_a_record_has_gates_and_states_of_every_cell_at_every_step(seed, dtype, return_sequences):
     rng = rng_of(seed)

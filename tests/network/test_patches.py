@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pairs
 import pytest
 import tolerances
 from family import random_spec
@@ -82,7 +83,7 @@ class Patched:
         return list(index).index(number) if number in index else None
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pairs.seeds(60, 150)
 def test_a_patched_cell_matches_the_reference(seed):
     rng = rng_of(seed)
     spec = random_spec(rng, largest=20)

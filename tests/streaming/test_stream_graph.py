@@ -1,6 +1,7 @@
 """Streams of graphs: the same bits as a run, memories of convolutions, and nodes that can't run step by step."""
 
 import numpy as np
+import pairs
 import pytest
 from networks import make_cell, make_graph, make_states
 
@@ -28,7 +29,7 @@ from cellstack.nodes import (
 )
 from cellstack.streaming.parts import Frames
 
-SEEDS = range(150)
+SEEDS = pairs.seeds(75, 150)
 
 
 def floats(*shape, seed=0):
@@ -52,7 +53,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", SEEDS)
+@SEEDS
 def test_steps_and_chunks_are_a_pass(seed, dtype):
     net, given = make_graph(seed, dtype, streams=True)
     rng = np.random.default_rng(seed)
@@ -70,7 +71,7 @@ def test_steps_and_chunks_are_a_pass(seed, dtype):
     assert equal(fork.step(cut(given, 0)), stream.step(cut(given, 0)))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@SEEDS
 def test_states_can_be_read_and_set(seed):
     net, given = make_graph(seed, streams=True)
     stream, other = net.stream(3), net.stream(3)

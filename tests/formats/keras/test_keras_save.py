@@ -4,6 +4,7 @@ import warnings
 
 import keras
 import numpy as np
+import pairs
 import pytest
 from networks import fill, make_cell
 from test_keras_load import compare, functional, random_sequential, randomise
@@ -48,7 +49,7 @@ def same(net, again, x):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("seed", range(25))
+@pairs.seeds(15, 25)
 @pytest.mark.filterwarnings("ignore:Layer .* does not support")
 def test_keras_models_round_trip(tmp_path, seed, suffix):
     rng = np.random.default_rng(seed)

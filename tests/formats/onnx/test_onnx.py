@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import pairs
 import pytest
 from onnx import TensorProto, helper
 from onnx_graphs import model, operator_model, random_operator, run, write
@@ -36,7 +37,7 @@ def as_ours(y):
     return y.transpose(2, 0, 1, 3).reshape(batch, steps, ways * units)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pairs.seeds(75, 150)
 def test_every_attribute(tmp_path, seed):
     rng = np.random.default_rng(seed)
     node, arrays, feeds, outputs = random_operator(rng)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pairs
 import pytest
 import tolerances
 import torch
@@ -410,7 +411,7 @@ RESET = np.array([[False, True, False, False], [False] * 4, [True, False, False,
 
 
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("seed", range(20))
+@pairs.seeds(10, 20)
 def test_our_cells_of_any_flags(seed, kind):
     """Every flag and array is converted, with learned initial states and zoneout rates; dropout isn't."""
     spec = random_spec(np.random.default_rng(seed), kind)
