@@ -15,11 +15,13 @@ def few(every, lengths, also=()):
     """
     parts = [*itertools.combinations(range(len(lengths)), 2), *([also] if also else [])]
     missing = {(part, *values) for part in parts for values in itertools.product(*(range(lengths[n]) for n in part))}
-    every = random.Random(0).sample(every, len(every))
+    occurring = [
+        (one, {(part, *(one[n] for n in part)) for part in parts}) for one in random.Random(0).sample(every, len(every))
+    ]
     chosen = set()
     for most in range(len(parts), 0, -1):
-        for one in every:
-            new = missing.intersection((part, *(one[n] for n in part)) for part in parts)
+        for one, occurs in occurring:
+            new = missing & occurs
             if len(new) >= most:
                 missing -= new
                 chosen.add(one)
