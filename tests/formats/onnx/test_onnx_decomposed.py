@@ -11,7 +11,7 @@ from onnx_graphs import model
 
 from cellstack import cells, reference, spec
 from cellstack.cells.base import HiddenState, Kind, State
-from cellstack.formats.onnx.cells import write_operator
+from cellstack.formats.onnx.cell_writer import write_operator
 from cellstack.formats.onnx.decomposed.found import find_decomposed
 from cellstack.formats.onnx.decomposed.match import forms
 from cellstack.formats.onnx.decomposed.scans import read_scan

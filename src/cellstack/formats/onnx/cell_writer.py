@@ -3,16 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import write_operator
+from cellstack.formats.onnx.cells import (
+    FLAGS,
+    ONNX_NAMES,
+    OPERATORS_OF,
+    ORDER,
+    PARAMETERS,
+    blocks_of,
+    gates_of,
+    gates_of_arrays,
+    orders_of_peepholes,
+    slots_of,
+)
 from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.formats.onnx.scan import body_of
+from cellstack.layout import Array, CellArrays, reorder, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Node, Recurrent
+
+NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "attention": False, "use_kernel": True}
+
+
+class Written(NamedTuple):
+    """A recurrent operator to be written: its attributes, and its inputs by name, except X and the states."""
+
+    kind: str
+    arrays: dict[str, Array]
+    attributes: dict[str, Any]
+
+
+def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Written:
+    """Return cells, one per direction, as one recurrent operator.
+
+    Raises:
+        ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
+    """
+    cells = tuple(cell.one_head for cell in cells)
+    first = cells[0].spec
+    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
+    if operator is None:
+        raise ValueError(f"save: {where}: ONNX has no operator for {kind.title}")
+    for cell in cells:
+        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
+            if getattr(cell.spec, flag) != usual:
+                raise ValueError(f"save: {where}: ONNX's {operator} has no {flag}")
+        alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
+        for flag in alike:
+            if getattr(cell.spec, flag) != getattr(first, flag):
+                raise ValueError(f"save: {where}: ONNX needs the same {flag} forward and backward")
+        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
+        usual, *others = [gate for gate in gates_of(kind) if gate in cell.spec.gates] or [""]
+        for gate in others:
+            if named[gate] != named[usual]:
+                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {usual} and {gate}")
+    rows = [_rows(cell) for cell in cells]
+    arrays = {key: np.ascontiguousarray(np.stack([row[key] for row in rows])) for key in rows[0]}
+    attributes: dict[str, Any] = {"hidden_size": first.units, "direction": direction}
+    attributes |= _written_activations(cells)
+    if first.clip is not None:
+        attributes["clip"] = float(first.clip)
+    for ours, theirs in FLAGS.items():
+        if ours in kind.settings and getattr(first, ours):
+            attributes[theirs] = 1
+    return Written(operator, arrays, attributes)
+
+
+def _rows(cell: Cell) -> dict[str, Array]:
+    """Return a cell's arrays in ONNX's layout, without the direction axis."""
+    spec, units = cell.spec, cell.spec.units
+    own = {name: a for name, a in cell.arrays.items() if name in ("kernel", "recurrent_kernel", "bias", "peepholes")}
+    for name, gates in gates_of_arrays(spec.of_kind).items():  # zeros for a coupled f
+        if name in own:
+            given = own[name].reshape(-1) if name == "peepholes" else own[name]
+            whole = np.zeros((*given.shape[:-1], len(gates), units), given.dtype)
+            whole[..., [n for n, gate in enumerate(gates) if gate in spec.gates], :] = blocks_of(given, units)
+            own[name] = whole.reshape(*given.shape[:-1], -1)
+    weight, recurrent, bias = to_rows(
+        spec.kind, CellArrays(own["kernel"], own["recurrent_kernel"], own.get("bias")), ORDER[spec.kind]
+    )
+    rows = {"W": weight, "R": recurrent}
+    if bias is not None:
+        rows["B"] = bias.reshape(-1) if bias.ndim == 2 else np.concatenate([bias, np.zeros_like(bias)])
+    if spec.peepholes:
+        theirs, ours = orders_of_peepholes(spec.of_kind)
+        rows["P"] = reorder(own["peepholes"], ours, theirs)
+    return rows
+
+
+def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
+    names, alphas, betas = [], [], []
+    for cell in cells:
+        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
+        for slot in slots_of(cell.spec.of_kind):
+            name, alpha, beta = named[slot]
+            if name not in ONNX_NAMES:
+                raise ValueError(f"save: ONNX has no activation {name}")
+            names.append(ONNX_NAMES[name])
+            count = len(PARAMETERS.get(names[-1], ()))
+            if count:
+                alphas.append(1.0 if name == "linear" else alpha)
+            if count == 2:
+                betas.append(beta)
+    attributes = {"activations": names, "activation_alpha": alphas, "activation_beta": betas}
+    return {key: value for key, value in attributes.items() if value}
 
 
 def can_be_operator(cells: tuple[Cell, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""ONNX's recurrent operators as cells, and cells as the operators' attributes and inputs.
+"""ONNX's recurrent operators as cells.
 
 Ref: ONNX, Operators.md, LSTM, GRU and RNN; DynamicQuantizeLSTM: ONNX Runtime, ContribOperators.md.
 """
@@ -13,7 +13,7 @@ from cellstack.cells import KINDS, Kind, orders
 from cellstack.formats.build import clean
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
-from cellstack.layout import Array, CellArrays, from_rows, reorder, to_rows
+from cellstack.layout import Array, from_rows, reorder
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
 from cellstack.nodes.cell import Cell
@@ -43,6 +43,7 @@ NAMES = {
     "ThresholdedRelu": "thresholded_relu",
     "ScaledTanh": "scaled_tanh",
 }
+ONNX_NAMES = {ours: theirs for theirs, ours in NAMES.items()} | {"linear": "Affine"}
 OPERATORS = {  # standalone activation operators
     "Exp": "exponential",
     "LogSoftmax": "log_softmax",
@@ -302,11 +303,11 @@ def _cells(
         rows = from_rows(kind.name, arrays["W"][d], arrays["R"][d], biases, ORDER[kind.name], spec.reset_after)
         own: dict[str, Any] = rows._asdict()
         if spec.peepholes:
-            own["peepholes"] = reorder(arrays["P"][d], *_orders_of_peepholes(kind))
-        for name, gates_of_array in _gates_of_arrays(kind).items():  # of a coupled f, they exist, but aren't used
+            own["peepholes"] = reorder(arrays["P"][d], *orders_of_peepholes(kind))
+        for name, gates_of_array in gates_of_arrays(kind).items():  # of a coupled f, they exist, but aren't used
             if own.get(name) is not None:
                 kept = [n for n, gate in enumerate(gates_of_array) if gate in spec.gates]
-                own[name] = _blocks(own[name], units)[..., kept, :].reshape(*own[name].shape[:-1], -1)
+                own[name] = blocks_of(own[name], units)[..., kept, :].reshape(*own[name].shape[:-1], -1)
         if spec.peepholes:
             own["peepholes"] = own["peepholes"].reshape(-1, units)
         own |= {f"initial_{key}": values[d].astype(dtype) for key, values in starts.items() if key in spec.state_sizes}
@@ -314,7 +315,7 @@ def _cells(
     return tuple(cells)
 
 
-def _gates_of_arrays(kind: Kind) -> dict[str, list[str]]:
+def gates_of_arrays(kind: Kind) -> dict[str, list[str]]:
     """Return the gates that have columns in each array."""
     return {
         **{name: [*kind.gates] for name in ("kernel", "recurrent_kernel", "bias")},
@@ -322,13 +323,14 @@ def _gates_of_arrays(kind: Kind) -> dict[str, list[str]]:
     }
 
 
-def _orders_of_peepholes(kind: Kind) -> tuple[str, str]:
+def orders_of_peepholes(kind: Kind) -> tuple[str, str]:
     """Return the order of the gates in ONNX's P, and in our peepholes."""
     gates = gates_of(kind)
     return "".join(gate for gate in ORDER[kind.name] if gate in gates), "".join(gates)
 
 
-def _blocks(array: Array, units: int) -> Array:
+def blocks_of(array: Array, units: int) -> Array:
+    """Return an array with its last axis divided into blocks of `units`."""
     return array.reshape(*array.shape[:-1], -1, units)
 
 
@@ -360,93 +362,3 @@ def _starts(
     if found:
         found = {key: found.get(key, np.zeros((ways, units))) for key in kind.state._fields}
     return found
-
-
-# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "attention": False, "use_kernel": True}
-ONNX_NAMES = {ours: theirs for theirs, ours in NAMES.items()} | {"linear": "Affine"}
-
-
-class Written(NamedTuple):
-    """A recurrent operator to be written: its attributes, and its inputs by name, except X and the states."""
-
-    kind: str
-    arrays: dict[str, Array]
-    attributes: dict[str, Any]
-
-
-def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Written:
-    """Return cells, one per direction, as one recurrent operator.
-
-    Raises:
-        ValueError: a flag or an activation that the operator lacks, or a flag that differs between the directions.
-    """
-    cells = tuple(cell.one_head for cell in cells)
-    first = cells[0].spec
-    kind, operator = first.of_kind, OPERATORS_OF.get(first.kind)
-    if operator is None:
-        raise ValueError(f"save: {where}: ONNX has no operator for {kind.title}")
-    for cell in cells:
-        for flag, usual in (NOT_IN_ONNX | dict.fromkeys(kind.zoneout.values(), 0.0)).items():
-            if getattr(cell.spec, flag) != usual:
-                raise ValueError(f"save: {where}: ONNX's {operator} has no {flag}")
-        alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
-        for flag in alike:
-            if getattr(cell.spec, flag) != getattr(first, flag):
-                raise ValueError(f"save: {where}: ONNX needs the same {flag} forward and backward")
-        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        usual, *others = [gate for gate in gates_of(kind) if gate in cell.spec.gates] or [""]
-        for gate in others:
-            if named[gate] != named[usual]:
-                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {usual} and {gate}")
-    rows = [_rows(cell) for cell in cells]
-    arrays = {key: np.ascontiguousarray(np.stack([row[key] for row in rows])) for key in rows[0]}
-    attributes: dict[str, Any] = {"hidden_size": first.units, "direction": direction}
-    attributes |= _written_activations(cells)
-    if first.clip is not None:
-        attributes["clip"] = float(first.clip)
-    for ours, theirs in FLAGS.items():
-        if ours in kind.settings and getattr(first, ours):
-            attributes[theirs] = 1
-    return Written(operator, arrays, attributes)
-
-
-def _rows(cell: Cell) -> dict[str, Array]:
-    """Return a cell's arrays in ONNX's layout, without the direction axis."""
-    spec, units = cell.spec, cell.spec.units
-    own = {name: a for name, a in cell.arrays.items() if name in ("kernel", "recurrent_kernel", "bias", "peepholes")}
-    for name, gates in _gates_of_arrays(spec.of_kind).items():  # zeros for a coupled f
-        if name in own:
-            given = own[name].reshape(-1) if name == "peepholes" else own[name]
-            whole = np.zeros((*given.shape[:-1], len(gates), units), given.dtype)
-            whole[..., [n for n, gate in enumerate(gates) if gate in spec.gates], :] = _blocks(given, units)
-            own[name] = whole.reshape(*given.shape[:-1], -1)
-    weight, recurrent, bias = to_rows(
-        spec.kind, CellArrays(own["kernel"], own["recurrent_kernel"], own.get("bias")), ORDER[spec.kind]
-    )
-    rows = {"W": weight, "R": recurrent}
-    if bias is not None:
-        rows["B"] = bias.reshape(-1) if bias.ndim == 2 else np.concatenate([bias, np.zeros_like(bias)])
-    if spec.peepholes:
-        theirs, ours = _orders_of_peepholes(spec.of_kind)
-        rows["P"] = reorder(own["peepholes"], ours, theirs)
-    return rows
-
-
-def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
-    names, alphas, betas = [], [], []
-    for cell in cells:
-        named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
-        for slot in slots_of(cell.spec.of_kind):
-            name, alpha, beta = named[slot]
-            if name not in ONNX_NAMES:
-                raise ValueError(f"save: ONNX has no activation {name}")
-            names.append(ONNX_NAMES[name])
-            count = len(PARAMETERS.get(names[-1], ()))
-            if count:
-                alphas.append(1.0 if name == "linear" else alpha)
-            if count == 2:
-                betas.append(beta)
-    attributes = {"activations": names, "activation_alpha": alphas, "activation_beta": betas}
-    return {key: value for key, value in attributes.items() if value}
