@@ -5,11 +5,8 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
-from sktime.forecasting.model_evaluation import evaluate
-from sktime.split import ExpandingWindowSplitter
 
 from cellstack import sklearn
-from cellstack.adapters import aeon, sktime
 from cellstack.sklearn import SequenceForecaster as Estimator
 
 ROWS = 60
@@ -21,7 +18,12 @@ def quick(**more):
     return Estimator(**small | more)
 
 
+# sktime and aeon take seconds to import: each is imported where it is used, by the one process that runs these tests.
+
+
 def forecaster(**more):
+    from cellstack.adapters import sktime
+
     return sktime.SequenceForecaster(quick(**more))
 
 
@@ -75,6 +77,8 @@ def test_quantiles_within_the_fitted_range_only(fitted):
 
 
 def test_the_default_estimator_has_sktime_s_quantiles(days, monkeypatch):
+    from cellstack.adapters import sktime
+
     monkeypatch.setattr(sklearn, "SequenceForecaster", quick)
     model = sktime.SequenceForecaster().fit(days, fh=[1])
     assert list(model.predict_interval().columns) == [("sales", 0.9, "lower"), ("sales", 0.9, "upper")]
@@ -213,6 +217,9 @@ def test_a_network_of_a_panel_forecasts_other_series(days):
 
 
 def test_it_is_pickled_cloned_and_evaluated(days, fitted):
+    from sktime.forecasting.model_evaluation import evaluate
+    from sktime.split import ExpandingWindowSplitter
+
     pd.testing.assert_series_equal(pickle.loads(pickle.dumps(fitted)).predict(), fitted.predict())
     assert fitted.clone().get_params()["estimator__units"] == 4
     cv = ExpandingWindowSplitter(fh=[1, 2], initial_window=40, step_length=15)
@@ -230,6 +237,8 @@ def test_parameters_determined_by_sktime_are_refused(days, name, value):
 
 
 def test_aeon_s_forecast_is_the_last_step_of_the_horizon():
+    from cellstack.adapters import aeon
+
     alone = quick(horizon=3).fit(SEASON)
     model = aeon.SequenceForecaster(quick(), horizon=3)
     assert model.forecast(SEASON) == alone.predict()[-1]
@@ -241,6 +250,8 @@ def test_aeon_s_forecast_is_the_last_step_of_the_horizon():
 
 
 def test_aeon_s_series_may_have_gaps_but_not_at_the_end():
+    from cellstack.adapters import aeon
+
     gaps = np.where(np.arange(ROWS) % 9 == 4, np.nan, SEASON)
     model = aeon.SequenceForecaster(quick(), horizon=2).fit(gaps)
     assert np.isfinite(model.predict(gaps))
