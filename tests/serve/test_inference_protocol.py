@@ -30,6 +30,7 @@ from cellstack.serve.inference_protocol.grpc import InferRequest, InferResponse,
 from cellstack.serve.inference_protocol.service import Request, Service
 from cellstack.serve.inference_protocol.tensors import Tensor, as_exactly
 from cellstack.serve.models import Limits, Models, ServeError
+from cellstack.serve.server import listen
 
 WIDTH, H = 3, 5
 MESSAGE = 100_000  # bytes: the limit of the tests' server
@@ -80,9 +81,7 @@ class Served:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        listening = socket.create_server(("127.0.0.1", 0))
-        # asyncio sets it only where a socket names its protocol; without it, each answer waits 40 ms for a packet
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listening = listen("127.0.0.1", 0)
         self.http_port, self.grpc_port = listening.getsockname()[1], free_port()
 
         async def begin():

@@ -105,10 +105,14 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         number = error.errno or 0  # negative for names that are unknown
         raise ServeError(503, f"{host}:{port}: {os.strerror(number) if number > 0 else error}") from None
+    # Connections inherit it. asyncio sets it only where a socket names its protocol, and then an answer in two parts
+    # waits 40 ms for an acknowledgement; uvloop, which doesn't exist for Windows, always sets it.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 class Http(HttpToolsProtocol):
