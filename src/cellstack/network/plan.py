@@ -62,7 +62,7 @@ class Calls:
 
     @cached_property
     def steps(self) -> tuple[Call, ...]:
-        """The calls for single steps and chunks of steps, as in a stream: dense layers next to states are joined."""
+        """The calls for single steps and chunks of steps, as in a stream, which include dense layers around states."""
 
         def joins(call: Call, below: KernelLayers, above: KernelLayers, name: str) -> bool:
             return not ((below.has_memories and above.has_cells) or (below.has_cells and above.has_memories))

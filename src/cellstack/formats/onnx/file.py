@@ -1,4 +1,4 @@
-"""ONNX files: parses and checks the protobuf, reads tensors as arrays, resolves names, computes constants on demand.
+"""ONNX files: parses and checks the protobuf, resolves names, computes constants on demand.
 
 Nothing in a file is trusted: sizes of tensors are checked against the bytes present, nodes must come in order (which
 rules out cycles), external tensors must be in the file's own folder, and the constants to compute are bounded by the

@@ -13,7 +13,7 @@ from cellstack.formats.onnx.frames import EXAMPLE, Frame, lifted
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.grids import in_order
 from cellstack.formats.onnx.inputs import roles, weight_inputs
-from cellstack.formats.onnx.values import Final, Flowing, Moment, Remembered, States, Unknown
+from cellstack.formats.onnx.values import Final, FinalMemory, Flowing, Moment, States, Unknown
 from cellstack.graph import STATE, origin
 from cellstack.network import Network
 from cellstack.network.layouts import Layout, noted
@@ -130,7 +130,7 @@ def _data_outputs(reader: Reader, values: dict[str, Any], after: dict[str, State
         values: all outputs.
         after: those that are final states.
     """
-    data = {name for name in values.keys() - after.keys() if not isinstance(values[name], Remembered)}
+    data = {name for name in values.keys() - after.keys() if not isinstance(values[name], FinalMemory)}
     taken = {source for sources in reader.builder.sources.values() for source in sources}
     flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
     taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
@@ -186,12 +186,12 @@ def _states(reader: Reader, draft: Draft, ends: dict[str, list[Final]]) -> dict[
 
 
 def _memories(draft: Draft, values: dict[str, Any]) -> dict[str, Any]:
-    """Return which outputs hold states of memories: for each, the index of its node among those, and the part."""
+    """Return, for each output that is a part of a memory's state, the number of its `MLSTM` node, and the part."""
     numbers = {name: number for number, name in enumerate(name for name, node in draft.nodes.items() if node.memory)}
     ends = {
         name: [numbers[value.node], value.part]
         for name, value in values.items()
-        if isinstance(value, Remembered) and value.node in numbers
+        if isinstance(value, FinalMemory) and value.node in numbers
     }
     return {"memories": ends} if ends else {}
 

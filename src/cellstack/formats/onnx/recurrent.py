@@ -13,7 +13,7 @@ from cellstack.formats.onnx.decomposed.scans import read_scan
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Broadcast, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.values import Final, Flowing, Lengths, Remembered, Run, States
+from cellstack.formats.onnx.values import Final, FinalMemory, Flowing, Lengths, Run, States
 from cellstack.nodes import MLSTM, Reshape, Scale, Select
 
 
@@ -163,7 +163,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     """Read a Scan that is a cell, or the memory of an mLSTM."""
     memory = memory_of(reader.scope, node)
     if memory is not None:
-        return _remembered(reader, node, memory, values)
+        return _add_memory(reader, node, memory, values)
     operator, number = read_scan(reader.scope, node), len(reader.runs)
     given = {
         part: (f"the initial {part}", value)
@@ -186,7 +186,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     return [*ends, y]
 
 
-def _remembered(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> list[Any]:
+def _add_memory(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> list[Any]:
     """Add a memory, and return the states after it and its output."""
     *starts, x = values
     for name, start in zip(memory.memory_in(np.dtype(np.float32)).state_shapes, starts, strict=True):
@@ -197,7 +197,7 @@ def _remembered(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> 
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     y = reader.put(node, memory, flow)
-    return [*(Remembered(y.wire, name) for name in memory.memory_in(np.dtype(np.float32)).state_shapes), y]
+    return [*(FinalMemory(y.wire, name) for name in memory.memory_in(np.dtype(np.float32)).state_shapes), y]
 
 
 HANDLERS: dict[str, Handler] = {**dict.fromkeys(KIND_OF, recurrent), "Scan": scanned}

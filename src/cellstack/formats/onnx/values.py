@@ -163,8 +163,8 @@ class Final:
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """A part of the state of an mLSTM's memory after the last step."""
+class FinalMemory:
+    """A part of the final state of the memory of an mLSTM: the wire of its node, and the part's name."""
 
     node: str
     part: str  # "C", "n" or "m"
