@@ -39,7 +39,7 @@ def _number(value: Any) -> bool:
 
 POSITIVE = Limit(lambda value: 0.0 < value < math.inf, "above 0 and finite")
 FINITE = Limit(lambda value: _number(value) and math.isfinite(value), "to be a finite number")
-FINITE_OR_GIVEN = Limit(
+FINITE_OR_INITIALIZER = Limit(
     lambda value: isinstance(value, (str, Mapping)) or callable(value) or FINITE.allows(value),
     "to be a finite number or an initializer",
 )
@@ -232,7 +232,7 @@ FORGET_BIAS = (
         None,
         'initial value of the forget gate\'s bias; or how that of each head is initialised, such as `"power_law"` (see '
         "`cellstack.layers.weights.power_law`). None: `unit_forget_bias` determines it.",
-        FINITE_OR_GIVEN,
+        FINITE_OR_INITIALIZER,
         TORCH,
     ),
 )

@@ -202,7 +202,7 @@ def inputs(ops: Ops[V], spec: CellSpec, x: V) -> V:
 def sums(ops: Ops[V], spec: CellSpec, a: V, h: V) -> V:
     """Return the pre-activations for kinds that add the two products; `a` is the result of `inputs`.
 
-    With a backbone, the sum of the two products is that of the backbone.
+    With a backbone, the two products add up to its pre-activations, and the result is a product with its output.
     """
     z = ops.add(a, product(ops, spec, h, "recurrent_kernel"))
     if spec.backbone_units:

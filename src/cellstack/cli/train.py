@@ -75,7 +75,7 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     add_table_options(train)
     model = train.add_argument_group("model")
-    text = "kind of cell (default: %(default)s); a cfc takes all steps as equally long"
+    text = "kind of cell (default: %(default)s); a cfc assumes equal time between steps"
     model.add_argument("--cell", choices=CELLS, default="lstm", help=text)
     model.add_argument("--heads", type=int, metavar="N", help="heads of each layer (default: 1; of an mlstm 4)")
     model.add_argument("--bidirectional", action="store_true", help="run layers in both directions")

@@ -19,7 +19,7 @@ Steps = NDArray[np.bool_] | None
 
 
 class _Norm(Node):
-    """What all norms share; `centred`: of the differences from the mean."""
+    """What all norms share; `centred`: whether the mean is subtracted first."""
 
     arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
     multiplied = ("gain",)

@@ -1,4 +1,4 @@
-"""What a run records of the cells and of the values between the nodes."""
+"""What a run records of the cells and of the values between the nodes; the gradients of a recorded cell."""
 
 from __future__ import annotations
 

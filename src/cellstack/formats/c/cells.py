@@ -211,7 +211,7 @@ class Form(NamedTuple):
     """A form of cell: cells of one form share a function, regardless of their widths.
 
     `arrays` are the members of the struct that point to weights: each is one of the cell's arrays, or columns of one.
-    `scratch` is the length of the function's last argument: a number of H, and of U.
+    `scratch` is the length of the function's last argument: how many times H, and how many times U.
     """
 
     text: str

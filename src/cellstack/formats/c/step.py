@@ -184,7 +184,7 @@ class Step:
 
     @staticmethod
     def lengths(scratch: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], tuple[int, str]]:
-        """Return the total length of some scratch arrays: a number of H, and of U."""
+        """Return the total length of some scratch arrays: how many times H, and how many times U."""
         totals = {"H": 0, "U": 0}
         for count, letter in scratch:
             totals[letter] += count
