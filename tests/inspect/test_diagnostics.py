@@ -70,9 +70,9 @@ def test_what_has_no_contributions():
     rng = rng_of(0)
     x = rng.normal(size=(2, 6, 3))
     seen = traced(make_cell(rng, 3, 4, "float64", kind="rnn"), x)
-    with pytest.raises(ValueError, match="a SimpleRNN has no gate that keeps a state"):
+    with pytest.raises(ValueError, match="SimpleRNN has no gate that keeps a state"):
         seen.contributions()
-    with pytest.raises(ValueError, match="a SimpleRNN has no gate"):
+    with pytest.raises(ValueError, match="SimpleRNN has no gate"):
         seen.half_lives()
     seen = traced(make_cell(rng, 3, 4, "float64"), x)
     for step in (6, -7):
