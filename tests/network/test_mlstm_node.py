@@ -1,7 +1,9 @@
 """The node `MLSTM` in a network: states, streams, pools, masks, traces, files; what refuses it by name."""
 
+import contextlib
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -131,6 +133,32 @@ def test_threads_step_different_sessions_at_the_same_time():
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(run, numbers)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_step_during_another_call_is_refused():
+    rng, node = np.random.default_rng(0), MLSTM(1, 64, 64)
+    stream = Network([Dense(rng.normal(size=(5, node.input_size)).astype("f4")), node]).stream()
+    x, began = sequences(batch=1, steps=20_000), threading.Event()
+
+    def chunk():
+        began.set()
+        while not done.is_set():
+            with contextlib.suppress(RuntimeError):  # a step is running
+                stream.run(x)
+                return
+
+    def step_while_it_runs():
+        while thread.is_alive():
+            stream.step(x[:, 0])
+
+    done, thread = threading.Event(), threading.Thread(target=chunk)
+    thread.start()
+    began.wait()
+    with pytest.raises(RuntimeError, match="Stream: only one thread at a time"):
+        step_while_it_runs()
+    done.set()
+    thread.join()
+    assert stream.step(x[:, 0]).shape == (1, 64)
 
 
 def test_a_failing_step_leaves_the_state(monkeypatch):

@@ -125,13 +125,18 @@ class Engine:
     def _memories(self, layers: Sequence[Dense | MLSTM]) -> Stateful:
         return Memories(layers, self.weights, self.rows, self.threads, self.network.dtype)
 
-    def single_step(self) -> Callable[[Array], Array | None] | None:
+    def single_step(self, lock: native.CallLock) -> Callable[[Array], Array | None] | None:
         """Return the kernel's step function if the network is a single call of the kernel, else None.
 
-        It has the least overhead. It returns None for an input that needs a conversion.
+        It has the least overhead. It returns None for an input that needs a conversion, and may during another call.
+
+        Args:
+            lock: the lock of the stream's other calls.
         """
         part = self._single_part()
-        return part.kernel.step if isinstance(part, (OwnCells, Memories)) else None
+        if isinstance(part, Memories):
+            return part.single_step(lock)
+        return part.kernel.step if isinstance(part, OwnCells) else None
 
     def session_step(self, table: native.SessionTable) -> Callable[[Any, Any], Array | None] | None:
         """Return the same for sessions: a function of their numbers and the input, which also checks the sessions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,19 @@ class Memories:
     def _create(self, number: int) -> None:
         self._sets[number] = states = [memory.zeros(self.rows) for memory in self.memories]
         self.kernel.set_states(number, [array for state in states for array in state])
+
+    def single_step(self, lock: native.CallLock) -> Callable[[Any], Array | None]:
+        """Return a function of one step of all rows, for a stream with this part alone; see `Engine.single_step`.
+
+        Chunks and states don't go through the kernel's object, so the stream's lock keeps them apart from steps.
+        """
+        step = self.kernel.step
+
+        def run(x: Any) -> Array | None:
+            with lock.attempt() as locked:
+                return step(x) if locked else None
+
+        return run
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Stateful`."""

@@ -62,7 +62,7 @@ class Stream:
             engine.weights_format,
         )
         self._lock = native.CallLock()
-        self._single_step = engine.single_step()
+        self._single_step = engine.single_step(self._lock)
         self._step_shape = engine.step_shape
         self._dtype = network.dtype
         self._history: History | None = None
