@@ -87,6 +87,9 @@ def test_refusals():
         layers.MLSTM(7, heads=2)
     with pytest.raises(ValueError, match="expected heads of at least 1"):
         layers.MLSTM(8, heads=0)
+    for wrong in (3.0, None, "power_law", "36", (1.0,), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="MLSTM: expected forget_bias to be two finite numbers"):
+            layers.MLSTM(8, forget_bias=wrong)
     with pytest.raises(ShapeError, match=r"expected sequences \[B, T, I=3\]"):
         own(torch.zeros(2, 4, 5))
     with pytest.raises(ShapeError, match=r"expected state to be 3 array\(s\), C, n, m"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -150,7 +151,7 @@ class MLSTM(Layer):
 
     Raises:
         ShapeError: `heads` doesn't divide `units`.
-        ValueError: a number below 1, or a negative epsilon.
+        ValueError: a number below 1, a negative epsilon, or a forget_bias that isn't two finite numbers.
 
     >>> layer = MLSTM(8, heads=2, return_sequences=True, input_size=3)
     >>> tuple(layer(torch.zeros(2, 5, 3)).shape)
@@ -192,6 +193,15 @@ class MLSTM(Layer):
             raise ShapeError(f"{owner}: expected heads to divide units={width}, got {self.heads}")
         if not 0 <= epsilon < float("inf"):
             raise ValueError(f"{owner}: expected epsilon to be a finite number of 0 or more, got {epsilon!r}")
+        try:
+            ends = () if isinstance(forget_bias, str) else tuple(map(float, forget_bias))
+        except (TypeError, ValueError):
+            ends = ()
+        if len(ends) != 2 or not all(map(math.isfinite, ends)):
+            raise ValueError(
+                f"{owner}: expected forget_bias to be two finite numbers, of the first and the last head, got "
+                f"{forget_bias!r}"
+            )
         self.sizes = Sizes(self.heads, given["key_size"], width // self.heads, float(epsilon))
         self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
         self._initializer = weights.find(kernel_initializer, weights.INITIALIZERS, "kernel_initializer")
@@ -204,7 +214,7 @@ class MLSTM(Layer):
             "return_sequences": self.return_sequences,
             "return_state": self.return_state,
             "epsilon": self.sizes.epsilon,
-            "forget_bias": tuple(map(float, forget_bias)),
+            "forget_bias": ends,
             "kernel_initializer": kernel_initializer,
             "input_size": input_size,
             "dtype": dtype,
