@@ -152,6 +152,15 @@ def test_times_of_several_rows_are_left_to_ncps(module):
         module(torch.randn(4, T, I).double(), None, torch.rand(4, T).double())
 
 
+def test_times_along_another_axis_are_left_to_ncps(module):
+    cs.accelerate(module, cells=True)
+    x, times = torch.randn(1, T, I).double(), torch.rand(T, 1).double()
+    if not module.batch_first:
+        x, times = x.transpose(0, 1), times.T
+    with pytest.raises((RuntimeError, IndexError), match=r"size|out of bounds"):  # its own error
+        module(x, None, times)
+
+
 @pytest.mark.filterwarnings("ignore:from_torch. the module .CfC. has batch_first=False")
 def test_a_module_of_ncps_becomes_a_network(module, tmp_path):
     x = torch.randn(2, T, I, dtype=torch.float64)

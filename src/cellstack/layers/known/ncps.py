@@ -54,7 +54,8 @@ class ClosedForm(HandWritten):
             return super().forward(input, hx, timespans)
         x = input if module.batch_first else input.transpose(0, 1)
         # The module multiplies the times of several rows by units, not by rows, or refuses them.
-        if timespans is not None and (len(x) > 1 or timespans.numel() != x.shape[1]):
+        shapes = (input.shape[:2], (*input.shape[:2], 1))
+        if timespans is not None and (len(x) > 1 or timespans.shape not in shapes):
             return super().forward(input, hx, timespans)
         sizes = [spec.units for _, spec in cells]
         starts = [[]] * len(cells) if hx is None else [[part] for part in hx.split(sizes, dim=1)]
