@@ -73,7 +73,7 @@ def prepare(flags, call, units, batch, steps, x):
     drops = {"recurrent_dropout": dropout, "zoneout": zoneout, "zoneout_cell": zoneout_cell}
     layer, out = peers.kernel_layer(spec, arrays, x, "gates" in call, **drops)
     layer_kept, kept = peers.kernel_layer(spec, arrays, x, True, **drops)
-    every = {name: kept.get(name) for name in ("y", "gates", "states", "norms")}
+    every = {name: kept.get(name) for name in ("y", "gates", "states", "intermediate")}
     layer_back = native.Layer(native.weights(spec, arrays, copy=False), **every, **drops)
     gradients = {name: np.empty_like(array) for name, array in arrays.items()}
     wanted = native.Gradients(dy=np.ones_like(kept["y"]), arrays=native.in_order(gradients))

@@ -9,7 +9,7 @@ from cellstack.spec import CellSpec
 def kernel_layer(spec, arrays, x, saved=False, y=True, **drops):
     """A layer for `native.forward`, from a state of zeros, and its outputs by name, see `native.results`."""
     batch, steps, _ = x.shape
-    names = {"after", *(("y",) if y else ()), *(("gates", "states", "norms") if saved else ())}
+    names = {"after", *(("y",) if y else ()), *(("gates", "states", "intermediate") if saved else ())}
     out = native.results(spec, batch, steps, lambda shape: np.empty(shape, np.float32), names)
     return native.Layer(native.weights(spec, arrays), **out, **drops), out
 

@@ -1,5 +1,5 @@
-// A backbone, forward and backward: a dense layer of U units over x and h, from whose output the gates' sums are
-// computed,
+// A backbone, forward and backward: a dense layer of U units over x and h. The gates' sums z are products with its
+// output b:
 //     b = φ(x·kernel + h·recurrent_kernel + bias)      z = b·gate_kernel + gate_bias
 #pragma once
 #include "cells.h"
@@ -8,15 +8,15 @@
 namespace cellstack {
 namespace {
 
-// From the sums of a step, in rows of `row` numbers, to those of the gates, in q, [gates][stride] each. The output b
-// replaces the sums; it is also stored for the backward pass.
+// Computes the output b of a step from its sums, in their place, in rows of `row` numbers, and from b the sums of the
+// gates, in q, [gates][stride] per row. Also stores b for the backward pass.
 template <class T>
 NOINLINE void run_backbone(const Forward<T>& f, int64_t t, T* sums, int64_t row, int64_t stride) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     for (int64_t r = 0; r < f.rows; ++r) {
         if (f.mask && !f.mask[r * f.steps + t]) continue;
-        T* kept = f.norms ? f.norms + (r * f.steps + t) * d.norm_size() : nullptr;
+        T* kept = f.intermediate ? f.intermediate + (r * f.steps + t) * d.intermediate_size() : nullptr;
         each_block<T>(r, t, w.sum_blocks, d.backbone, [&](const Place& at) INLINED {
             T* b = sums + r * row + at.unit;
             const V<T> v = any_activation<T>(d.backbone_activation(), load_lanes(b, at.lanes));
@@ -29,7 +29,7 @@ NOINLINE void run_backbone(const Forward<T>& f, int64_t t, T* sums, int64_t row,
     multiply(product, {sums, row, 0, f.rows}, f.rows, f.q);
 }
 
-// The gradient of its sums, in db, from that of the gates' sums, in dz.
+// Computes the gradient of the backbone's sums, in db, from that of the gates' sums, in dz.
 template <class T>
 NOINLINE void backbone_back(const Backward<T>& f, int64_t n) {
     const Description& d = *f.d;
@@ -50,7 +50,7 @@ NOINLINE void backbone_back(const Backward<T>& f, int64_t n) {
                           f.pairs};
     product_transposed(p, [&](int64_t r, int64_t unit, V<T> gradient) INLINED {
         const Place at = place<T>(r, t, unit / Vec<T>::W, d.backbone);
-        const V<T> b = load_lanes(f.norms + kept_at(f, r, t) * d.norm_size() + unit, at.lanes);
+        const V<T> b = load_lanes(f.intermediate + kept_at(f, r, t) * d.intermediate_size() + unit, at.lanes);
         store(block_of(f, f.db, 1, r, n, unit), gradient * slope_of<T>(d.backbone_activation(), b));
     });
 }

@@ -133,7 +133,7 @@ struct LayerOf {
     PerState<Use::kWrite> after;
     Write y, gates;
     PerState<Use::kWrite> states;
-    Write norms;
+    Write intermediate;
     Read recurrent_dropout, zoneout, zoneout_cell;
     Read patch_lines, patch_table;
     int64_t patch_width;
@@ -144,7 +144,7 @@ struct LayerOf {
         Layer<T> layer{};
         layer.weights = nb::cast<const Weights<T>*>(weights);
         before.put(layer.before), after.put(layer.after), states.put(layer.states);
-        layer.y = y.as<T>(), layer.gates = gates.as<T>(), layer.norms = norms.as<T>();
+        layer.y = y.as<T>(), layer.gates = gates.as<T>(), layer.intermediate = intermediate.as<T>();
         layer.drops = {recurrent_dropout.as<const T>(), zoneout.as<const T>(), zoneout_cell.as<const T>()};
         layer.patches = {patch_lines.as<const int32_t>(), patch_table.as<const T>(), patch_width, patch_held.as<T>()};
         return layer;
@@ -258,14 +258,14 @@ void bind_calls(nb::module_& m) {
         .def(
             "__init__",
             [](LayerOf* self, nb::object weights, PerState<Use::kRead> before, PerState<Use::kWrite> after, Write y,
-               Write gates, PerState<Use::kWrite> states, Write norms, Read recurrent_dropout, Read zoneout,
+               Write gates, PerState<Use::kWrite> states, Write intermediate, Read recurrent_dropout, Read zoneout,
                Read zoneout_cell, Read patch_lines, Read patch_table, int64_t patch_width, Write patch_held) {
                 new (self) LayerOf{
-                    weights,           before,  after,        y,           gates,       states,      norms,
+                    weights,           before,  after,        y,           gates,       states,      intermediate,
                     recurrent_dropout, zoneout, zoneout_cell, patch_lines, patch_table, patch_width, patch_held};
             },
             "weights"_a, "before"_a = none, "after"_a = none, "y"_a = none, "gates"_a = none, "states"_a = none,
-            "norms"_a = none, "recurrent_dropout"_a = none, "zoneout"_a = none, "zoneout_cell"_a = none,
+            "intermediate"_a = none, "recurrent_dropout"_a = none, "zoneout"_a = none, "zoneout_cell"_a = none,
             "patch_lines"_a = none, "patch_table"_a = none, "patch_width"_a = 0, "patch_held"_a = none);
     nb::class_<GradientsOf>(m, "Gradients")
         .def(

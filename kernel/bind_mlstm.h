@@ -87,12 +87,12 @@ class MemorySteps {
     }
 
     // Sets one of the two sets of states: C, n and m of each memory in turn.
-    void set_states(int set, const nb::list& states) {
+    void set_states(int number, const nb::list& states) {
         size_t n = 0;
         for (Stage& stage : stages_)
             for (int s = 0; s < kMatrixStates && !stage.weights; ++s, ++n)
-                stage.states[set][s] = nb::cast<Write>(states[n]).as<T>();
-        states_[set] = states;
+                stage.states[number][s] = nb::cast<Write>(states[n]).as<T>();
+        states_[number] = states;
     }
 
     // y [n, W] of x [n, I]: from the states `before` to the states `after`, each the number of a set. `places` [n] are

@@ -64,7 +64,7 @@ struct Layer {
     T* y;                      // [B, T, P], h of every step (see time_major); null: not written
     T* gates;                  // [B, T, planes, H], after their activations; null: not written
     T* states[kInner];         // [B, T, H] each, the inner states of every step; null: not written, or no such state
-    T* norms;  // [B, T, norm_size()], what layer normalisation or a backbone stores; null: not written, or neither
+    T* intermediate;           // [B, T, intermediate_size()], see there; null: not written, or of size 0
     Drops<T> drops;
     Patches<T> patches{};  // forward only
 
@@ -137,10 +137,10 @@ struct Gradients {
     Arrays<T> arrays;          // overwritten
 };
 
-// The backward pass through a stack: `layers` as they were passed to `forward`, with the y, gates, states and norms
-// that it wrote (`after` isn't read), and with weights without a copy; `gradients` has one entry per layer. If gates
-// and norms are null, they are recomputed from x, y and states, some steps at a time, with the same bits. Layers below
-// the lowest one with a requested gradient are skipped. `places` isn't supported.
+// The backward pass through a stack: `layers` as they were passed to `forward`, with the y, gates, states and
+// intermediate values that it wrote (`after` isn't read), and with weights without a copy; `gradients` has one entry
+// per layer. If gates and intermediate values are null, they are recomputed from x, y and states, some steps at a time,
+// with the same bits. Layers below the lowest one with a requested gradient are skipped. `places` isn't supported.
 template <class T>
 void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const std::vector<Gradients<T>>& gradients,
               int threads);

@@ -162,7 +162,7 @@ void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t st
     const int64_t H = d.units, wide = d.gates() * H;
     const int sides = d.normed();
     const Groups groups(d);
-    T* norms = f.norms ? f.norms + (r * f.steps + t) * d.norm_size() : nullptr;
+    T* norms = f.intermediate ? f.intermediate + (r * f.steps + t) * d.intermediate_size() : nullptr;
     for (int side = 0; side < sides; ++side) {
         T* sums = side ? q : z;
         const T* gain = side ? f.w.arrays.recurrent_gain : f.w.arrays.kernel_gain;
@@ -247,7 +247,8 @@ NOINLINE void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_
     };
     if (d.projects()) each_block<T>(r, t, f.w.output_blocks, d.output, stay);
     if (f.m) memset(f.m + r * wide, 0, size_t(wide) * sizeof(T));  // which the projection reads
-    if (f.norms) memset(f.norms + here * d.norm_size(), 0, size_t(d.norm_size()) * sizeof(T));
+    if (f.intermediate)
+        memset(f.intermediate + here * d.intermediate_size(), 0, size_t(d.intermediate_size()) * sizeof(T));
     each_block(f, r, t, [&](const Place& at) {
         if (!d.projects()) stay(at);
         for (int plane = 0; f.gates && plane < d.planes(); ++plane)
@@ -264,7 +265,7 @@ INLINE void each_block(const Backward<T>& f, int64_t r, int64_t t, F&& body) {
     for (int64_t block = f.block; block < f.end_block; ++block) body(place<T>(r, t, block, f.d->units));
 }
 
-// The index of a row and time in the stored gates and norms.
+// The index of a row and time in the stored gates and intermediate values.
 template <class T>
 INLINE int64_t kept_at(const Backward<T>& f, int64_t r, int64_t t) {
     return f.kept_first + r * f.kept_row + t * f.kept_time;
@@ -313,7 +314,7 @@ void normalise_back(const Backward<T>& f, int64_t r, int64_t n) {
     const Description& d = *f.d;
     const int64_t H = d.units, t = time_of(f, n), wide = d.gates() * H;
     const int sides = d.normed();
-    const T* norms = f.norms + kept_at(f, r, t) * d.norm_size();
+    const T* norms = f.intermediate + kept_at(f, r, t) * d.intermediate_size();
     const Groups groups(d);
     for (int side = 0; side < sides; ++side) {
         T* dz = side ? f.dq : f.dz;

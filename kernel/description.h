@@ -61,7 +61,7 @@ struct Description {
     const Kind* kind;
     int64_t input, units, output;  // I, without a scalar; H; P: the width of h, H where nothing is projected
     int64_t heads = 1;             // h and the units are divided into this many, each with its own recurrent matrix
-    int64_t backbone = 0;          // U: units of a dense layer over x and h, whose output the gates' sums are; 0: none
+    int64_t backbone = 0;          // U: units of a dense layer between x and h and the gates' sums; 0: none
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots; then a backbone's.
     Activation activations[kMostGates + 1];
     bool use_kernel = true;  // false: x has the sums over x of all gates, and the input is as wide
@@ -85,7 +85,7 @@ struct Description {
     int64_t recurrent() const { return kind->recurrent ? output / heads : 0; }
     // Blocks of columns in the matrices: one per gate, except a coupled f.
     int gates() const { return kind->gates - coupled; }
-    // What the products with x and h add up to: the gates' sums, or those of a backbone.
+    // The sums of the products with x and h: of the gates, or of a backbone, which is one block of U columns.
     int sum_gates() const { return backbone ? 1 : gates(); }
     int64_t sum_units() const { return backbone ? backbone : units; }
     const Activation& backbone_activation() const { return activations[kind->gates]; }
@@ -103,9 +103,10 @@ struct Description {
     bool apart() const { return kind->recurrent && ((layer_norm && !joint) || resets_after()); }
     // How many sums layer normalisation normalises: those over x and over h, or all in one.
     int normed() const { return kind->recurrent && !joint ? 2 : 1; }
-    // Numbers that layer normalisation stores per step: these sums, normalised, and for each the reciprocal deviations
-    // of two groups of gates. Or the output of a backbone, which excludes it.
-    int64_t norm_size() const { return layer_norm ? normed() * (gates() * units + 2) : backbone; }
+    // The numbers between the products and the gates that the forward pass stores per step for the backward pass: with
+    // layer normalisation these sums, normalised, and for each the reciprocal deviations of two groups of gates; or the
+    // output of a backbone, which excludes layer normalisation.
+    int64_t intermediate_size() const { return layer_norm ? normed() * (gates() * units + 2) : backbone; }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its default activation: a constant in a specialised copy of each routine.
     bool usual() const {

@@ -353,7 +353,7 @@ void run_rows(Forward<T>& f) {
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int G = d.gates(), sum_gates = d.sum_gates();
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
-    // Of the sums over x and h, which with a backbone are not the gates'.
+    // Of the sums over x and h: of the gates, or of the backbone.
     const int64_t sum_stride = w.unpacked ? d.sum_units() : w.sum_blocks * Vec<T>::W, sum_row = sum_gates * sum_stride;
     Product<T> product(w, sum_gates, d.sum_units(), w.sum_blocks, f.block, d.backbone ? w.sum_blocks : f.end_block,
                        sum_stride, f.scales);

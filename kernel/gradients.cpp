@@ -24,8 +24,8 @@ bool any(T* const (&pointers)[kStates]) {
     return std::any_of(pointers, pointers + kStates, [](T* p) { return p; });
 }
 
-// Whether threads may divide the units of a layer: a unit depends on others only through their dz. The gradient of an
-// a scalar is a sum over units.
+// Whether threads may divide the units of a layer: a unit depends on others only through their dz. The gradient of a
+// scalar is a sum over units.
 bool divides_back(const Description& d) { return !d.layer_norm && !d.projects() && !d.scalar && !d.backbone; }
 
 // A rough estimate, in nanoseconds, of the time of some rows and panels of a step, to compare cuts. A tile of up to six
@@ -119,10 +119,10 @@ class BackwardLayer {
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
-    // Of the sums over x and h, which are those of a backbone, or the gates'.
+    // Of the sums over x and h: of the gates, or of the backbone.
     const int64_t U = d.sum_units(), sum_blocks = ceil_div(U, W), sum_deep = sum_gates * W;
     const Bands bands = bands_of(d, wide, sum_blocks* W, W);  // blocks of their gradient
-    const int64_t planes = d.planes(), norms = d.norm_size();
+    const int64_t planes = d.planes(), intermediate_size = d.intermediate_size();
     const int inner = d.inner_states();
     const bool by_rows = !d.plain(), reset_before = d.resets_before();
     const bool again = !s.gates;  // gates are recomputed, a chunk at a time
@@ -140,7 +140,7 @@ class BackwardLayer {
     T *dz, *dq, *db, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
     T *gradients, *gradients_out, *gradients_gates, *copied;
     T* rows_in_pairs;  // `paired` numbers per thread: operands as pairs of bfloat16
-    T *made_gates, *made_norms, *x_in, *states_in[kStates]{};  // for recomputed gates
+    T *made_gates, *made_intermediate, *x_in, *states_in[kStates]{};  // for recomputed gates
     int64_t rows_again, lines, copies, paired;
     // For each row of dz, in its order: x, h before the step, r·h, the output of a backbone, and dx.
     std::vector<const T*> x_rows, h_rows, m_rows, b_rows;
@@ -208,7 +208,8 @@ void BackwardLayer<T>::take_memory() {
     const int64_t sums_gates = if_(d.backbone, blocks * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
     const int64_t most = std::max({X, P, H, d.backbone});
-    const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
+    const int64_t gates_again = if_(again, chunk_rows * planes * H),
+                  intermediate_again = if_(again, chunk_rows * intermediate_size);
     const int64_t x_again = if_(again, rows_again * X), h_again = if_(again, rows_again * P);
     const int64_t c_again = if_(again, rows_again * H);
     // Rows of a step or of a task of the gradient of x; or all rows of some blocks, two rows in one.
@@ -220,7 +221,7 @@ void BackwardLayer<T>::take_memory() {
                                  transposed_out + transposed_gates + (1 + d.apart()) * chunk_dz + chunk_db + chunk_dp +
                                  chunk_m + dropped + rows_dm + cut.groups * lines + vectors + sums + sums_gates +
                                  sums_out + threads * (copies + paired) + Parts<T>::size(most) + gates_again +
-                                 norms_again + x_again + h_again + inner * c_again));
+                                 intermediate_again + x_again + h_again + inner * c_again));
     Parts<T> parts(scratch->get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
     dh = take(rows_h), carry = take(rows_h), initial[0] = take(rows_h);
@@ -233,7 +234,7 @@ void BackwardLayer<T>::take_memory() {
     gradients = take(sums), gradients_out = take(sums_out), gradients_gates = take(sums_gates),
     copied = take(threads * copies), zeros = take(most);
     rows_in_pairs = take(threads * paired);
-    made_gates = take(gates_again), made_norms = take(norms_again);
+    made_gates = take(gates_again), made_intermediate = take(intermediate_again);
     x_in = take(x_again), states_in[0] = take(h_again);
     for (int s = 0; s < inner; ++s) states_in[1 + s] = take(c_again);
     std::fill_n(zeros, most, T(0));
@@ -334,7 +335,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t, f.gates_t = gates_t;
     f.band = bands.band();
     f.gates = again ? made_gates : at(s.gates, steps * planes * H);
-    f.norms = again ? made_norms : at(s.norms, steps * norms);
+    f.intermediate = again ? made_intermediate : at(s.intermediate, steps * intermediate_size);
     f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
     if (again) {  // rows of a chunk, step by step in the processing order, like those of dz
         f.kept_row = 1, f.kept_time = in.reverse ? -B : B;
@@ -390,7 +391,9 @@ void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
                 h_rows[m] = product;
             }
             if (m_rows_at) m_rows[m] = m_rows_at + m * H;
-            if (d.backbone) b_rows[m] = again ? made_norms + m * norms : s.norms + (b * steps + t) * norms;
+            if (d.backbone)
+                b_rows[m] = again ? made_intermediate + m * intermediate_size
+                                  : s.intermediate + (b * steps + t) * intermediate_size;
         }
 }
 
@@ -425,7 +428,7 @@ void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
         layer.weights = packed.get();
         std::copy_n(states_in, kStates, layer.before);
         layer.gates = made_gates + from * planes * H;
-        layer.norms = made_norms ? made_norms + from * norms : nullptr;
+        layer.intermediate = made_intermediate ? made_intermediate + from * intermediate_size : nullptr;
         forward<T>({rows, 1, x_in, X, X, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
     }
 }

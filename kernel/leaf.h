@@ -88,14 +88,14 @@ struct Panels {
     const Description* d = nullptr;
     bool usual = false, flagless = false;   // d->usual(), d->plain(): they take longer than a test in a step
     int64_t blocks = 0, output_blocks = 0;  // of H, of P
-    int64_t sum_blocks = 0;                 // of the sums over x and h: of U with a backbone, whose `gates` are 1; of H
-    const T* kernel = nullptr;              // [sum_blocks][I][gates][W]; unpacked: [I, gates·H]
-    const T* recurrent = nullptr;           // [sum_blocks][band.depth][gates][W]; unpacked: as in Arrays
-    const T* bias = nullptr;                // [sum_blocks][gates][W]; unpacked: [gates·H], or null
-    const T* recurrent_bias = nullptr;      // the same for the sums over h, if they are separate; null: none
-    const T* gate_kernel = nullptr;         // [blocks][U][gates][W]; unpacked: [U, gates·H]
-    const T* gate_bias = nullptr;           // [blocks][gates][W]; unpacked: [gates·H], or null
-    const T* projection = nullptr;          // [output_blocks][H][1][W]; unpacked: [H, P]
+    int64_t sum_blocks = 0;             // of the sums over x and h: of H, or of U with a backbone, [gates] then is 1
+    const T* kernel = nullptr;          // [sum_blocks][I][gates][W]; unpacked: [I, gates·H]
+    const T* recurrent = nullptr;       // [sum_blocks][band.depth][gates][W]; unpacked: as in Arrays
+    const T* bias = nullptr;            // [sum_blocks][gates][W]; unpacked: [gates·H], or null
+    const T* recurrent_bias = nullptr;  // the same for the sums over h, if they are separate; null: none
+    const T* gate_kernel = nullptr;     // [blocks][U][gates][W]; unpacked: [U, gates·H]
+    const T* gate_bias = nullptr;       // [blocks][gates][W]; unpacked: [gates·H], or null
+    const T* projection = nullptr;      // [output_blocks][H][1][W]; unpacked: [H, P]
     Arrays<const T> arrays{};
     bool unpacked = false;
     Element element = element_of<T>();  // format of a matrix's weights; narrow.h describes the layout of narrow ones
@@ -147,8 +147,8 @@ struct Forward {
     T* inner[kInner];  // [rows][blocks·W], the inner states
     T* y;              // with the strides below; or null
     int64_t y_row, y_time;
-    T* states[kInner];  // the inner states of every step, (r, t) at r·steps·H + t·H; or null
-    T *gates, *norms;   // [rows][steps][planes][H], [rows][steps][norms] or null
+    T* states[kInner];        // the inner states of every step, (r, t) at r·steps·H + t·H; or null
+    T *gates, *intermediate;  // [rows][steps][planes][H], [rows][steps][intermediate_size()] or null
     // Scratch, sums over x. By blocks: [blocks][(last-first)·rows][4][W], null: summed in place. By rows:
     // [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H. With a backbone, its sums
     // [(last-first)·rows][sum_blocks·W]; unpacked: U.
@@ -174,7 +174,7 @@ struct Backward {
     // Transposed panels, see pack_transposed; candidate_t: if a reset acts before the product.
     const T *recurrent_t, *candidate_t, *projection_t, *gates_t;
     Band band;                                // the blocks of dz that a panel of recurrent_t or candidate_t multiplies
-    const T *gates, *norms;                   // [planes][H], [norms] of every row and step;
+    const T *gates, *intermediate;            // [planes][H], [intermediate_size()] of every row and step;
     int64_t kept_first, kept_row, kept_time;  // row r and time t: kept_first + r·kept_row + t·kept_time
     const T *y, *states[kInner];              // as `forward` wrote them
     int64_t y_row, y_time;                    // the strides of y and dy, as in Forward
@@ -191,7 +191,7 @@ struct Backward {
     // unless these are separate.
     T *dz, *dq;
     T* db;  // out, [sum_blocks][(last - first)·batch][1][W]: for the sums of a backbone; null without
-    // What is multiplied by the transposed recurrent weights: dq, or db.
+    // What is multiplied by the transposed recurrent weights, dq or db, and its gates and blocks.
     const T* dsums;
     int sum_gates;
     int64_t sum_blocks;

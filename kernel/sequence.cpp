@@ -98,7 +98,7 @@ void Pass<T>::open_layer(Runner<T>& runner, int l, int group) const {
     f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(y[l], f.y_row);
     f.gates = at(layer.gates, steps * d.planes() * H);
     for (int s = 0; s < d.inner_states(); ++s) f.states[s] = at(layer.states[s], steps * H);
-    f.norms = at(layer.norms, steps * d.norm_size());
+    f.intermediate = at(layer.intermediate, steps * d.intermediate_size());
     f.recurrent_dropout = at(layer.dropped_h(), P), f.candidate_dropout = at(layer.dropped_candidate(), P);
     f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
     f.patches = layer.patches;

@@ -49,13 +49,13 @@ def forward_stack(
     layers, outs = [], []
     for n, ((spec, arrays), state) in enumerate(zip(cells, states, strict=True)):
         drop = drops[n] if drops else (None, None, None)
-        names = ("after", "y", "gates", "states", "norms") if save else ("after", "y")
+        names = ("after", "y", "gates", "states", "intermediate") if save else ("after", "y")
         results = native.results(spec, batch, steps, lambda shape: np.full(shape, np.nan, x.dtype), names)
         layers.append(layer(native.weights(spec, arrays, element, copy), state, drop, **results))
         case = {"spec": spec, "x": x, "state": state, "drop": drop, "mask": mask, "reset": reset, "reverse": reverse}
-        norms = {"norms": results.get("norms")}
+        intermediate = {"intermediate": results.get("intermediate")}
         seen = results.get("gates"), results.get("states")
-        outs.append(Out(results["y"], results["after"], *seen, {**case, **norms}))
+        outs.append(Out(results["y"], results["after"], *seen, {**case, **intermediate}))
     native.forward(native.sequences(x, mask, reset, reverse), layers, threads)
     return outs
 
@@ -86,7 +86,7 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=No
     for n, ((spec, arrays), out, given) in enumerate(zip(cells, outs, gradients, strict=True)):
         names = None if wanted is None else wanted[n]
         want = lambda name, array, names=names: array if names is None or name in names else None  # noqa: E731
-        kept = {"y": out.y, "gates": out.gates, "states": out.states, "norms": out.case["norms"]}
+        kept = {"y": out.y, "gates": out.gates, "states": out.states, "intermediate": out.case["intermediate"]}
         state = out.case["state"]
         layers.append(layer(native.weights(spec, arrays, element, False), state, out.case["drop"], **kept))
         start = () if state is None else tuple(map(new, state))

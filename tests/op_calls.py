@@ -90,7 +90,7 @@ def split(g, out):
 
 
 def differentiable(g, out):
-    """Return the differentiable results of a run with save: all except norms and the product in a GRU's gates."""
+    """Return the differentiable results of a run with save: no intermediate values, no product in a GRU's gates."""
     states, ys, gates, inner = split(g, out)
     gates = [t[:, :, : len(GATES[spec.kind])] for spec, t in zip(g.specs, gates, strict=True)]
     flat = [*(part for of in states for part in of), *ys, *gates, *(part for of in inner for part in of)]

@@ -72,7 +72,7 @@ class Layer:
         y: _Array = None,
         gates: _Array = None,
         states: _States = None,
-        norms: _Array = None,
+        intermediate: _Array = None,
         recurrent_dropout: _Array = None,
         zoneout: _Array = None,
         zoneout_cell: _Array = None,

@@ -230,13 +230,13 @@ def results(
     batch: int,
     steps: int,
     new: Callable[[tuple[int, ...]], Any] = tuple,
-    names: Collection[str] = ("after", "y", "gates", "states", "norms"),
+    names: Collection[str] = ("after", "y", "gates", "states", "intermediate"),
 ) -> dict[str, Any]:
     """Return `new(shape)` for each result that a layer of this kind can write, by their names in `Layer`.
 
     `after`: a tuple of the states after the last step. At every step: `y`, which is h; `gates`, after their
-    activations; `states`, a tuple of the states other than h; `norms`, what the backward pass of layer normalisation
-    or of a backbone needs, absent without both.
+    activations; `states`, a tuple of the states other than h; `intermediate`, what the backward pass of layer
+    normalisation or of a backbone needs, absent without both.
     """
     sizes = tuple(spec.state_sizes.values())
     shapes: dict[str, tuple[Any, ...]] = {
@@ -245,8 +245,8 @@ def results(
         "gates": (batch, steps, spec.planes, spec.units),
         "states": tuple((batch, steps, size) for size in sizes[1:]),
     }
-    if spec.norm_size:
-        shapes["norms"] = (batch, steps, spec.norm_size)
+    if spec.intermediate_size:
+        shapes["intermediate"] = (batch, steps, spec.intermediate_size)
     return {
         name: tuple(map(new, shape)) if name in ("after", "states") else new(shape)
         for name, shape in shapes.items()

@@ -375,8 +375,8 @@ class CellSpec:
         return len(GATES[self.kind]) + len(self.of_kind.planes(self))
 
     @cached_property
-    def norm_size(self) -> int:
-        """How many numbers the kernel saves per step and row for layer normalisation or of a backbone; 0 without."""
+    def intermediate_size(self) -> int:
+        """How many intermediate values of layer normalisation or a backbone the kernel saves per row and step."""
         if self.backbone_units:
             return self.backbone_units
         products = sum(name in self.shapes for name in ("kernel_gain", "recurrent_gain"))

@@ -169,7 +169,7 @@ class Layer(NamedTuple):
     y: NDArray[Any] | None = None
     gates: NDArray[Any] | None = None
     states: Sequence[Any] | None = None
-    norms: None = None
+    intermediate: None = None
     recurrent_dropout: None = None
     zoneout: None = None
     zoneout_cell: None = None

@@ -118,8 +118,8 @@ def compare(spec, arrays, case, rng, dtype, tolerance, threads=2, copy=True):
 
 
 def bare(out):
-    """Return results with only y and c, so that the backward pass recomputes gates and norms."""
-    return out._replace(gates=None, case={**out.case, "norms": None})
+    """Return results with only y and c, so that the backward pass recomputes gates and intermediate values."""
+    return out._replace(gates=None, case={**out.case, "intermediate": None})
 
 
 SHAPES = [

@@ -88,7 +88,7 @@ def run(kind, flags, arrays, case, threads=1, copy=True, element=None):
         "after": [new(batch, units)],
     }
     if flags.get("layer_norm"):
-        found["norms"] = new(batch, steps, GATES[kind] * units + 2)
+        found["intermediate"] = new(batch, steps, GATES[kind] * units + 2)
     what = describe(kind, width, units, **flags)
     weights = native.weights_at(what, element or x.dtype.name, native.in_order(arrays), copy)
     sequences = native.sequences(x, case["mask"], case["reset"])
@@ -106,7 +106,7 @@ def test_results_follow_the_equations(kind, flags):
         found = run(kind, FLAGS[flags], arrays, case, copy=copy)
         for got, expected in ((found["y"], y), (found["gates"], gates), (found["after"][0], h)):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-        assert np.isfinite(found.get("norms", np.zeros(1))).all()
+        assert np.isfinite(found.get("intermediate", np.zeros(1))).all()
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_finite_differences(kind, flags, again):
 
     what = describe(kind, case["x"].shape[2], case["h"].shape[1], **FLAGS[flags])
     weights = native.weights_at(what, "float64", native.in_order(arrays), False)
-    kept = {"y": found["y"]} if again else {name: found.get(name) for name in ("y", "gates", "norms")}
+    kept = {"y": found["y"]} if again else {name: found.get(name) for name in ("y", "gates", "intermediate")}
     into = {name: np.full_like(array, np.nan) for name, array in (*arrays.items(), *list(case.items())[:2])}
     gradients = native.Gradients(
         dy,

@@ -250,11 +250,11 @@ def test_any_subset_of_inputs_may_require_gradients(wanted):
         assert torch.equal(leaf.grad, gradient) if ask else leaf.grad is None
 
 
-def test_norms_have_no_gradient():
+def test_intermediate_values_have_no_gradient():
     g = given([flagged("lstm, layer norm"), flagged("gru", 3)])
-    *_, norms, none = fused(g)
-    assert norms.shape == (3, 4, g.specs[0].norm_size)
-    assert not norms.requires_grad
+    *_, intermediate, none = fused(g)
+    assert intermediate.shape == (3, 4, g.specs[0].intermediate_size)
+    assert not intermediate.requires_grad
     assert none.shape == (0,)
 
 

@@ -70,7 +70,7 @@ def _keep(ctx: Any, call: Call, output: Sequence[Tensor]) -> None:
     if call.save:
         count = len(call.cells)
         absent = [t for t in kept[count : 2 * count] if t.ndim == 1]  # recomputed gates
-        ctx.mark_non_differentiable(*absent, *kept[len(kept) - count :])  # and norms
+        ctx.mark_non_differentiable(*absent, *kept[len(kept) - count :])  # and intermediate values
 
 
 def _keep_of_op(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:

@@ -26,7 +26,7 @@ class CellCall:
         torch_layout: its weights are those of PyTorch's modules, in this order: `weight_ih [G·H, I]`, `weight_hh
             [G·H, P]`, with a bias `bias_ih` and `bias_hh [G·H]`, and with a projection `weight_hr [P, H]`; the gates
             have PyTorch's order.
-        recompute_gates: the backward pass recomputes gates and norms, instead of reading saved ones.
+        recompute_gates: the backward pass recomputes gates and intermediate values, instead of reading saved ones.
         bf16_matmul: the factors of products are rounded to bfloat16, forward and backward; for float32 only.
 
     Attributes:
@@ -96,7 +96,7 @@ class CellCall:
 
     def saved(self, batch: int, steps: int, time_major: bool) -> Saved:
         """Return the shapes of what is saved at every step, `(0,)` for absent ones."""
-        names = ("y", "states") if self.recompute_gates else ("y", "gates", "states", "norms")
+        names = ("y", "states") if self.recompute_gates else ("y", "gates", "states", "intermediate")
         shapes = native.results(self.spec, batch, steps, names=names)
         if time_major:
             shapes["y"] = (steps, batch, self.spec.output_size)
@@ -117,7 +117,7 @@ class Saved(NamedTuple):
     y: Any
     gates: Any
     states: Sequence[Any]
-    norms: Any
+    intermediate: Any
 
 
 class Call(NamedTuple):

@@ -169,8 +169,8 @@ def run(
     """Run a stack of cells as a torch loop; arguments and results are those of `cellstack::recurrent` (see `op`).
 
     The differences: `specs` has descriptions instead of their texts; `functions` has each layer's activations, one per
-    entry of `spec.slots`, which replace those of the description; and the norms are empty tensors. If `steps` is given,
-    each step appends the state that the equations give before zoneout and mask, with its graph.
+    entry of `spec.slots`, which replace those of the description; and the intermediate values are empty tensors. If
+    `steps` is given, each step appends the state that the equations give before zoneout and mask, with its graph.
     """
     finals, ys, gates, cells = [], [], [], []
     left, begin, drawn = iter(weights), iter(starts), iter(dropped)

@@ -167,8 +167,8 @@ def _layer(
     first, last = [*map(Tensor.data_ptr, before)], [*map(Tensor.data_ptr, after)]  # faster than comprehensions
     if saved is _NOTHING and drops is None:  # the usual step
         return native.Layer(weights, first, last)
-    y, gates, states, norms = saved
-    kept = _address(y), _address(gates), [*map(Tensor.data_ptr, states)], _address(norms)
+    y, gates, states, intermediate = saved
+    kept = _address(y), _address(gates), [*map(Tensor.data_ptr, states)], _address(intermediate)
     masks = {} if drops is None else {name: _address(mask) for name, mask in zip(cell.masks, drops, strict=False)}
     return native.Layer(weights, first, last, *kept, **masks)
 
@@ -212,9 +212,9 @@ def _prepared(call: Call, keep: Kept | None) -> tuple[native.Sequences, list[nat
         ends += end
         made = _NOTHING
         if call.save or (call.sequences and n == len(cells) - 1):
-            y, gates, states, norms = _saved(cell, batch, steps, call.time_major)
+            y, gates, states, intermediate = _saved(cell, batch, steps, call.time_major)
             if call.save:
-                made = Saved(_new(x, y), _new(x, gates), [_new(x, shape) for shape in states], _new(x, norms))
+                made = Saved(_new(x, y), _new(x, gates), [_new(x, shape) for shape in states], _new(x, intermediate))
             else:
                 made = Saved(_new(x, y), None, (), None)
             saved.append(made)
@@ -222,8 +222,8 @@ def _prepared(call: Call, keep: Kept | None) -> tuple[native.Sequences, list[nat
     held += begin, drops
     if not call.save:
         return sequences, layers, [*ends, *(made.y for made in saved)], held
-    ys, gates, states, norms = zip(*saved, strict=True)
-    return sequences, layers, [*ends, *ys, *gates, *(state for of in states for state in of), *norms], held
+    ys, gates, states, intermediate = zip(*saved, strict=True)
+    return sequences, layers, [*ends, *ys, *gates, *(state for of in states for state in of), *intermediate], held
 
 
 def step_of(
@@ -311,8 +311,8 @@ def fake_forward(call: Call) -> list[Tensor]:
     shapes: list[tuple[int, ...]] = [(batch, size) for cell in call.cells for size in cell.sizes]
     if call.save or call.sequences:
         saved = [cell.saved(batch, steps, call.time_major) for cell in call.cells]
-        ys, gates, states, norms = zip(*saved, strict=True)
-        shapes += [*ys, *gates, *(shape for of in states for shape in of), *norms] if call.save else ys[-1:]
+        ys, gates, states, intermediate = zip(*saved, strict=True)
+        shapes += [*ys, *gates, *(shape for of in states for shape in of), *intermediate] if call.save else ys[-1:]
     return [x.new_empty(shape) for shape in shapes]
 
 

@@ -7,8 +7,9 @@ a `Call` record, in which it has the `CellCall` itself. Results, in order:
 
     final states, layer by layer: h [B, P], and the kind's other states [B, H] (`CellSpec.state_sizes`),
     with save: y [B, T, P] of every layer; gates [B, T, planes, H] of every layer; the states other than h, [B, T, H]
-        each, layer by layer; norms [B, T, norm_size] of every layer (size 0 without layer_norm and a backbone). All but
-        norms are differentiable. With recomputed gates, gates and norms have size 0. `by_layer` groups these by layer.
+        each, layer by layer; intermediate values [B, T, intermediate_size] of every layer (size 0 without layer_norm
+        and without a backbone). All but the intermediate values are differentiable. With recomputed gates, they and the
+        gates have size 0. `by_layer` groups these by layer.
     otherwise, with sequences: y [B, T, P] of the top layer.
 
 `starts` is empty (each layer's initial state) or has every array of the states, in the order of the results.
