@@ -142,5 +142,6 @@ def test_the_recorded_counts_cover_all_cases():
     (kinds,) = re.findall(r"KindIndex kind : \{(.+?)\}", driver)
     kinds = re.findall(r"k(\w+)", kinds.lower())
     assert list(known["counts"]) == [
-        f"{kind} {case}" for kind in kinds for case in re.findall(r' add\("(.+?)"', driver)
+        *(f"{kind} {case}" for kind in kinds for case in re.findall(r' add\("(.+?)"', driver)),
+        *re.findall(r'emplace_back\("(.+?)"', driver),
     ]

@@ -193,7 +193,7 @@ CASES = {
         states_as_values, masked, masked_and_merged, models_within, two_decoders, zeros_where_masked,
     )
 }  # fmt: skip
-UNWRITTEN = {"video": "a StepMask"}
+UNWRITTEN = {"video": "StepMask"}
 
 
 @pytest.mark.parametrize("case", CASES)
