@@ -29,9 +29,9 @@ def memory_of(scope: Scope, node: Any) -> MLSTM | None:
         node: the Scan.
     """
     attributes = scope.model.attributes(node)
-    body = attributes.get("body")
     if attributes.keys() != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"] != 1:
         return None
+    body = attributes["body"]
     if not isinstance(body, onnx_package().GraphProto):
         return None
     if {len(part) for part in (body.input, body.output, node.input, node.output)} != {4}:
