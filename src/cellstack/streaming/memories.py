@@ -53,6 +53,7 @@ class Memories:
         """Return a function of one step of all rows, for a stream with this part alone; see `Engine.single_step`.
 
         Chunks and states don't go through the kernel's object, so the stream's lock keeps them apart from steps.
+        Only engines of several parts take snapshots of all rows, so the states of a part alone are always set 0.
         """
         step = self.kernel.step
 
