@@ -256,21 +256,22 @@ def test_packages_are_imported_only_where_allowed():
 
 def test_import_cellstack_is_fast_and_imports_no_framework(tmp_path):
     code = (
-        "import time; start = time.process_time(); import cellstack; took = time.process_time() - start\n"
-        "import sys; print(took, *sorted({name.split('.')[0] for name in sys.modules}))"
+        "from time import process_time as now; start = now(); import numpy; middle = now(); import cellstack\n"
+        "ratio = (now() - middle) / (middle - start)\n"
+        "import sys; print(ratio, *sorted({name.split('.')[0] for name in sys.modules}))"
     )
     # With a bytecode cache, as in an installed package.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env |= {"PYTHONPYCACHEPREFIX": str(tmp_path), "OPENBLAS_NUM_THREADS": "1"}  # NumPy's threads spin while they start
-    took, loaded = [], set()
+    ratios, loaded = [], set()
     for _ in range(6):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-        seconds, *names = done.stdout.split()
-        took.append(float(seconds))
+        ratio, *names = done.stdout.split()
+        ratios.append(float(ratio))
         loaded.update(names)
-    print(f"import cellstack: {min(took):.3f} s")
+    print(f"import cellstack takes {min(ratios):.2f} times as long as NumPy's import")
     assert not loaded & {"torch", "matplotlib", "tqdm", "keras", "onnx", "h5py", "pandas", "safetensors", "starlette"}
-    assert min(took) < 0.15
+    assert min(ratios) < 2
 
 
 def run_python(code):

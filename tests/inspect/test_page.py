@@ -27,6 +27,22 @@ def make_net(rng):
     return Network([lower, upper, Dense(rng.normal(size=(5, 2)))], ["lower", "upper", "head"])
 
 
+SETTLED = """async () => {
+    const { changes } = await document.getElementById("page").ready;
+    const frame = () => new Promise(requestAnimationFrame);
+    const computing = () => [...(changes?.rerun.runner.open.values() ?? [])].some(({ what }) => what !== "train");
+    do {
+        await frame();
+        await frame();
+        await new Promise((done) => setTimeout(done, 30));
+    } while (computing());
+}"""
+FOUND = "[...document.getElementById('page').shadowRoot.querySelectorAll(selector)]"
+TEXTS = f"(selector) => {FOUND}.map((one) => one.innerText ?? one.textContent)"  # drawings have only textContent
+CHOICES = "(select) => [...select.options].map((one) => one.text)"
+ROWS = f"(selector) => {FOUND}.map((row) => [...row.cells].map((cell) => cell.innerText))"
+
+
 class Screen:
     """A page in the browser, with its messages and requests."""
 
@@ -66,10 +82,8 @@ class Screen:
         self.settle()
 
     def settle(self):
-        """Wait for two animation frames, so that changes are on the screen."""
-        self.page.evaluate(
-            "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30))))"
-        )
+        """Wait until changes are on the screen: for the worker's answers, and two animation frames after them."""
+        self.page.evaluate(SETTLED)
 
     def choose(self, label, value):
         self.page.get_by_role("combobox", name=label, exact=True).select_option(value)
@@ -81,6 +95,17 @@ class Screen:
 
     def text(self, selector):
         return self.page.locator(selector).first.inner_text()
+
+    def texts(self, selector):
+        """The texts of all these elements.
+
+        They are found and read in one call: between two, the page could replace the elements.
+        """
+        return self.page.evaluate(TEXTS, selector)
+
+    def rows(self, selector):
+        """The texts of the cells of each of these table rows, found and read in one call too."""
+        return self.page.evaluate(ROWS, selector)
 
     def number(self, selector):
         return parsed(self.text(selector))
@@ -213,21 +238,20 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     screen = open_page(net.trace(x))
     page = screen.page
     page.locator(".inputs .titled").first.wait_for()
-    assert page.locator(".inputs .titled > span").all_inner_texts() == CHANNELS
+    assert screen.texts(".inputs .titled > span") == CHANNELS
     page.locator('.port[data-field="f"]').hover()
-    rows = [line.split("\t")[0] for line in page.locator(".popover tr").all_inner_texts()]
-    assert rows[:4] == [*CHANNELS, "sum"]
+    assert [row[0] for row in screen.rows(".popover tr")][:4] == [*CHANNELS, "sum"]
     assert page.locator(".popover").evaluate("(one) => one.scrollWidth - one.clientWidth") == 0
     page.locator('.port[data-field="x"]').hover()
     assert "visits per hour = " in screen.text(".popover")
     screen.tab("whatif")
     page.get_by_label("Weight of temperature into").wait_for()
     assert page.get_by_role("slider", name="visits per hour").count() == 1
-    assert page.locator(".outcome tbody th").all_inner_texts() == CLASSES
+    assert screen.texts(".outcome tbody th") == CLASSES
     screen.tab("gradient")
     page.locator("#panel-gradient tbody tr").first.wait_for()
     options = [
-        page.locator("#panel-gradient").get_by_label(label, exact=True).locator("option").all_inner_texts()
+        page.locator("#panel-gradient").get_by_label(label, exact=True).evaluate(CHOICES)
         for label in ("Output unit", "Feature")
     ]
     assert options == [CLASSES, ["all, their norm", *CHANNELS]]
@@ -237,7 +261,7 @@ def test_channels_and_classes_have_their_names_everywhere(open_page, rng):
     assert screen.text(".readout").startswith("step 3 · visits per hour · x = ")
     page.locator(".map summary").click()
     page.locator(".map .behind tbody th").first.wait_for()
-    assert page.locator(".map .behind tbody th").all_inner_texts() == CHANNELS
+    assert screen.texts(".map .behind tbody th") == CHANNELS
     left = page.evaluate("document.getElementById('page').ready.then(({ view }) => view.left)")
     assert left > 44  # wide enough for the names
     box = page.locator(".stack").bounding_box()
@@ -316,7 +340,7 @@ def test_a_forecast_in_its_units_at_the_steps_of_the_horizon(open_page, rng):
         assert [close(found[n], value, 5) for n, value in ((0, middle), (2, low), (4, high))] == [True] * 3
         screen.tab("whatif")
         screen.settle()
-        rows = [line.split("\t") for line in screen.page.locator(".outcome tbody tr").all_inner_texts()]
+        rows = screen.rows(".outcome tbody tr")
         assert [row[0] for row in rows] == [f"sales, quantile {q}" for q in (0.1, 0.5, 0.9)]
         for row, value in zip(rows, t.y[0, at] * 7.0 + 100.0 + at, strict=True):
             assert close(parsed(row[1]), value, 5)
@@ -326,8 +350,7 @@ def test_a_forecast_in_its_units_at_the_steps_of_the_horizon(open_page, rng):
 
 def test_rows_have_their_ids(open_page, net, x):
     screen = open_page(net.trace(x), names={"head": ["up", "down"]}, ids=["customer 17", ""])
-    choices = screen.page.get_by_role("combobox", name="Row", exact=True).locator("option").all_inner_texts()
-    assert choices == ["0 (customer 17)", "1"]
+    assert screen.page.get_by_role("combobox", name="Row", exact=True).evaluate(CHOICES) == ["0 (customer 17)", "1"]
     assert screen.text(".answer").startswith("Row 0 (customer 17), step 0: predicted up: ")
 
 
@@ -445,7 +468,7 @@ def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
         screen.keys("Home", *["ArrowRight"] * step)
         cell = t[name]
         for unit in range(cell.h.shape[2]):
-            texts = screen.page.locator(f'.number[data-unit="{unit}"]:not([data-field="x"])').all_inner_texts()
+            texts = screen.texts(f'.number[data-unit="{unit}"]:not([data-field="x"])')
             for field, text in zip("ifgoch", texts[2:], strict=True):
                 assert close(parsed(text), cell.cells[0][field][row, step, unit])
             previous = cell.h[row, step - 1] if step else np.zeros(cell.h.shape[2])
@@ -501,7 +524,7 @@ def test_a_formula_goes_down_to_each_product(open_page, net, x):
     screen.keys("ArrowRight", "ArrowRight", "ArrowDown")
     screen.page.locator('.port[data-field="f"]').hover()
     cell = net.cells[0]
-    rows = [line.split("\t") for line in screen.page.locator(".popover tr").all_inner_texts()]
+    rows = screen.rows(".popover tr")
     named = [row for row in rows if row[0] != "sum"]
     h = t["lower"].h[0, 1]
     for k, row in enumerate(named[:3]):
@@ -516,7 +539,7 @@ def test_a_formula_goes_down_to_each_product(open_page, net, x):
     sums = [parsed(row[-1]) for row in rows if row[0] == "sum"]
     assert close(sums[0], x[0, 2] @ cell.kernel[:, 5], 5)
     assert close(sums[1], h @ cell.recurrent_kernel[:, 5], 5)
-    lines = screen.page.locator(".popover > div").all_inner_texts()
+    lines = screen.texts(".popover > div")
     assert close(numbers_in(lines[-2])[-1], t["lower"].pre["f"][0, 2, 1], 5)
     screen.page.keyboard.press("Escape")
     assert screen.page.locator(".popover").is_hidden()
@@ -528,7 +551,7 @@ def test_a_sum_has_only_the_products_of_its_head(open_page, rng):
     screen = open_page(t)
     screen.keys("End")
     screen.page.locator('.number[data-field="g"][data-unit="4"]').focus()
-    rows = [line.split("\t") for line in screen.page.locator(".popover tr").all_inner_texts()]
+    rows = screen.rows(".popover tr")
     h, head = t["layer_0"].h[0, 2], cell.recurrent_kernel[1]
     products = {row[0]: parsed(row[3].lstrip("= ")) for row in rows if row[0].startswith("h_prev")}
     assert list(products) == ["h_prev[3]", "h_prev[4]", "h_prev[5]"]
@@ -541,7 +564,7 @@ def test_long_sums_show_their_largest_products(open_page, rng):
     screen = open_page(t)
     screen.keys("End")
     screen.page.locator('.number[data-field="i"][data-unit="0"]').focus()
-    rows = [line.split("\t") for line in screen.page.locator(".popover .sum").first.locator("tr").all_inner_texts()]
+    rows = screen.rows(".popover .sum:first-of-type tr")
     products = t["layer_0"].x[0, 2] * t["layer_0"].cell.kernel[:, 0]
     assert rows[12][0] == "the other 28"
     assert close(parsed(rows[0][3].lstrip("= ")), products[np.argmax(abs(products))], 5)
@@ -568,9 +591,9 @@ def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
     assert screen.text(".readout").startswith("step 9 ")
     screen.page.locator(".map summary").click()
     screen.settle()
-    rows = [line.split("\t") for line in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
+    rows = screen.rows(".map .behind tbody tr")
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
-    at = screen.page.locator(".map .behind thead th").all_inner_texts().index("9")
+    at = screen.texts(".map .behind thead th").index("9")
     assert close(parsed(rows[2][at]), t["lower"].o[0, 9, 2])
 
 
@@ -637,7 +660,7 @@ def test_units_in_the_order_of_memory_variance_and_likeness(open_page, rng):
 
     def order():
         screen.settle()
-        return [int(text.split("\t")[0]) for text in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
+        return [int(row[0]) for row in screen.rows(".map .behind tbody tr")]
 
     assert order() == list(range(9))
     screen.choose("Units by", "memory")
@@ -689,7 +712,7 @@ def test_contributions_of_each_step(open_page, rng):
         parts = t["layer_0"].contributions(7)[0, :, 1]
         total = float(screen.page.locator("#panel-memory [data-sum]").get_attribute("data-sum"))
         assert total == pytest.approx(t["layer_0"].cells[0][name][0, 7, 1], abs=1e-12)
-        rows = [line.split("\t") for line in screen.page.locator("#panel-memory tbody tr").all_inner_texts()]
+        rows = screen.rows("#panel-memory tbody tr")
         by_step = {int(re.findall(r"\d+", row[0])[0]): parsed(row[3]) for row in rows}
         for step, value in by_step.items():
             assert close(value, parts[1 + (11 - step if name == "h" else step)])
@@ -761,7 +784,7 @@ def test_labels_as_coloured_text(open_page, net, x):
     screen.tab("text")
     screen.settle()
     spans = screen.page.locator(".text span")
-    assert spans.all_inner_texts() == [*labels[:3], "↵", *labels[4:]]
+    assert screen.texts(".text span") == [*labels[:3], "↵", *labels[4:]]
     assert screen.page.locator(".text b, .text img").count() == 0
     before = spans.nth(6).evaluate("(span) => getComputedStyle(span).backgroundColor")
     screen.field("f")
@@ -797,7 +820,7 @@ def test_find_similar_steps(open_page, rng):
     screen.keys("Shift+ArrowRight", "Shift+ArrowRight")
     threshold = 0.3 * abs(h[0]).max()
     on = np.flatnonzero((h[0, 20:23] >= threshold).all(axis=0))
-    assert [int(text) for text in screen.page.locator(".pills button").all_inner_texts()] == on.tolist()
+    assert [int(text) for text in screen.texts(".pills button")] == on.tolist()
 
     def expected(units):
         both = (h[:, :, units] >= threshold).all(axis=2) if len(units) else np.zeros(h.shape[:2], bool)
@@ -811,7 +834,7 @@ def test_find_similar_steps(open_page, rng):
 
     def shown():
         found = set()
-        for text in screen.page.locator(".found li button").all_inner_texts():
+        for text in screen.texts(".found li button"):
             row, first, *last = map(int, re.findall(r"\d+", text))
             found.add((row, first, (last[0] if last else first) + 1))
         return found
@@ -871,7 +894,7 @@ def test_a_wave_is_shown_above_the_map(open_page, rng):
 
 def outputs_shown(screen):
     screen.settle()
-    rows = [line.split("\t") for line in screen.page.locator("#panel-whatif tbody tr").all_inner_texts()]
+    rows = screen.rows("#panel-whatif tbody tr")
     return np.array([[parsed(text) for text in row[1:]] for row in rows])
 
 
@@ -1057,7 +1080,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
 
     def shown():
         screen.settle()
-        rows = [line.split("\t") for line in screen.page.locator("#panel-gradient tbody tr").all_inner_texts()]
+        rows = screen.rows("#panel-gradient tbody tr")
         return {int(re.findall(r"\d+", row[0])[0]): parsed(row[1]) for row in rows}
 
     norms = np.linalg.norm(slopes, axis=1)
@@ -1435,7 +1458,7 @@ def steps_drawn(screen):
     """The numbers of the steps in the drawing of the network; it must fit into its card."""
     screen.settle()
     assert screen.page.locator(".net .scroll").evaluate("(one) => one.scrollWidth - one.clientWidth") == 0
-    names = screen.page.locator(".network .stepname:not(.head)").all_text_contents()
+    names = screen.texts(".network .stepname:not(.head)")
     return [int(re.findall(r"\d+", name)[0]) for name in names]
 
 
@@ -1467,7 +1490,7 @@ def test_steps_in_the_drawing_have_their_labels_if_they_fit(open_page, net, rng)
         (390, ["a long label"] * 4, [f"step {n}" for n in range(4)]),
     ):
         screen = open_page(t, width=width, labels=labels)
-        assert screen.page.locator(".network .stepname").all_text_contents() == names
+        assert screen.texts(".network .stepname") == names
 
 
 CUT_OFF = """() => {

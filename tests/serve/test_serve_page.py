@@ -135,7 +135,8 @@ def test_frames_from_sliders_are_answered_as_by_a_stream(screen, server):
         answered(page, frame)
     stream = server.models.model("states").network.stream()
     expected = [stream.step(np.array([[0, 1.5, 0]], np.float32)) for _ in range(2)][-1][0]
-    shown = [text.split(": ")[1].replace("−", "-") for text in page.locator(".values span").all_inner_texts()]
+    texts = page.evaluate("[...document.querySelectorAll('.values span')].map((one) => one.innerText)")  # in one call
+    shown = [text.split(": ")[1].replace("−", "-") for text in texts]
     np.testing.assert_allclose(np.array(shown, float), expected[:8], rtol=1e-3)
     page.get_by_role("combobox", name="Lines of outputs").select_option("8")
     assert page.locator(".values span").count() == 4
