@@ -27,6 +27,14 @@ def records(model, x):
     return rows
 
 
+def wait_until(condition, seconds=60):
+    """Wait until a condition holds; the limit is far above what a busy machine needs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.002)
+
+
 def with_model(test, network, **limits):
     """Run an asynchronous test with a model without a server."""
 

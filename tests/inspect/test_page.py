@@ -134,7 +134,7 @@ def close(shown, true, digits=4):
 
 def new_page(browser, touch=False):
     context = browser.new_context(has_touch=touch, is_mobile=touch)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     return context.new_page()
 
 

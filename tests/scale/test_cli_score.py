@@ -28,8 +28,7 @@ def test_files_are_scored_and_complete_ones_are_kept(folder, capsys):
     same(outputs(pq.read_table(folder / "out/a.parquet")), expected(make_net(), make_rows(0, names="a-{}")[1]))
     assert main(["score", "model", "data/*.parquet", "-o", "out", "--json", *COLUMNS]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["seconds"] < 5
-    del report["seconds"]
+    assert report.pop("seconds") > 0
     assert report == {"files": 0, "rows": 0, "earlier": 2, "failed": {}, "waiting": []}
 
 

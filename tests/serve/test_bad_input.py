@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from serving import UNITS, WIDTH, lstm, running
+from serving import UNITS, WIDTH, lstm, running, wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -42,14 +42,14 @@ def other(short):
         own.recv()
         for n, row in enumerate(x):
             own.send(row.tobytes())
-            assert own.recv(timeout=5) == stream.step(row[None])[0].tobytes()
+            assert own.recv(timeout=60) == stream.step(row[None])[0].tobytes()
             if n == 1:
                 yield
 
 
 @contextlib.contextmanager
 def raw(served, data=b""):
-    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as found:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as found:
         found.sendall(data)
         yield found
 
@@ -98,7 +98,7 @@ def test_a_text_of_a_hundred_megabytes(short, other, path):
         with contextlib.suppress(ConnectionClosed):
             found.send("x" * 100_000_000)
             while True:
-                found.recv(timeout=10)
+                found.recv(timeout=60)
         assert found.protocol.close_code in (1009, 1006)  # 1006: the client was still sending
     assert memory() - before < 300e6  # the client's text is in this process too
 
@@ -185,9 +185,7 @@ def test_a_client_that_is_killed(short, other):
     assert session.owner is not None
     client.kill()
     client.communicate()
-    until = time.monotonic() + 5
-    while session.owner is not None:
-        assert time.monotonic() < until
+    wait_until(lambda: session.owner is None)
     with connect(f"{short.ws}/models/lstm/stream?session={token}&last=0") as again:
         assert json.loads(again.recv())["session"] == token
 
@@ -201,10 +199,7 @@ def test_connects_and_disconnects(short, other, caplog):
             pass
         with raw(short, b"GET /multiplex HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"):
             pass
-    until = time.monotonic() + 10
-    while len(os.listdir("/proc/self/fd")) > files:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
     assert not caplog.records
 
 
@@ -213,7 +208,7 @@ ABRUPT = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
 
 def client_that_ends(port, n):
     """Connect in one of several ways, and leave without a word."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as found:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as found:
         if n % 2:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABRUPT)
         if n % 5 == 0:
@@ -234,10 +229,7 @@ def test_clients_that_leave_before_the_handshake_is_answered(model_file):
     with running(model_file, limits=Limits(sessions=400, idle=0.05)) as served:
         for n in range(300):
             client_that_ends(served.port, 15 * n + 3)
-        until = time.monotonic() + 10
-        while served.models.model("lstm").sessions:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_until(lambda: not served.models.model("lstm").sessions)
 
 
 KILLED = """
@@ -279,7 +271,7 @@ def test_ten_thousand_clients_that_end_beside_others(model_file):
             if n % 50 == 0:
                 x = random.standard_normal(WIDTH).astype(np.float32)
                 own.send(x.tobytes())
-                assert own.recv(timeout=20) == stream.step(x[None])[0].tobytes()
+                assert own.recv(timeout=60) == stream.step(x[None])[0].tobytes()
             if n % 1000 == 0:  # half-open connections, and a client that is killed
                 for data in (b"", b"GET / HT", b"GET /multiplex HTTP/1.1\r\nUpgrade: webs"):
                     half = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -308,12 +300,12 @@ def test_the_model_file_changes_under_the_server(tmp_path):
         found.recv()
         os.truncate(path, 10)
         found.send(np.ones(WIDTH, "<f4").tobytes())
-        assert found.recv(timeout=5) == lstm().stream().step(np.ones((1, WIDTH), np.float32))[0].tobytes()
+        assert found.recv(timeout=60) == lstm().stream().step(np.ones((1, WIDTH), np.float32))[0].tobytes()
         path.unlink()
         served.call(served.server.reload())
         assert "version 1 stays" in served.reports[0]
         found.send(np.ones(WIDTH, "<f4").tobytes())
-        assert len(found.recv(timeout=5)) == 4 * UNITS
+        assert len(found.recv(timeout=60)) == 4 * UNITS
 
 
 def test_a_session_that_is_closed_while_the_body_of_its_step_arrives(short, other):

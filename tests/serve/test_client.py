@@ -99,7 +99,7 @@ async def moved(proxy, port, *calls):
 
 
 def run(work):
-    return asyncio.run(asyncio.wait_for(work, 30))
+    return asyncio.run(asyncio.wait_for(work, 120))
 
 
 @pytest.fixture(autouse=True)

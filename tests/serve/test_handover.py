@@ -42,7 +42,7 @@ class Process:
     def stop(self, number=signal.SIGKILL):
         """End it; return what it wrote to its standard error."""
         self.process.send_signal(number)
-        return self.process.communicate(timeout=20)[1].decode()
+        return self.process.communicate(timeout=60)[1].decode()
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_no_request_is_lost(start):
         return json.loads(connection.getresponse().read())
 
     def connected():
-        return closing(HTTPConnection(url.host, url.port, timeout=20))
+        return closing(HTTPConnection(url.host, url.port, timeout=60))
 
     with ExitStack() as stack:
         kept = [stack.enter_context(connected()) for _ in range(4)]
@@ -131,7 +131,7 @@ def test_no_request_is_lost(start):
         clients = Clients(4, send)
         clients.wait(20)
         new = start()
-        assert old.process.wait(20) == 0
+        assert old.process.wait(60) == 0
         clients.wait(20)
         clients.end()
     assert new.url == url
@@ -150,7 +150,7 @@ def infer(channel, sequence, x, **parameters):
         response_deserializer=InferResponse.FromString,
     )
     try:
-        answer = call(given, timeout=20, wait_for_ready=True)
+        answer = call(given, timeout=60, wait_for_ready=True)
     except grpc.RpcError as error:
         if error.code() not in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE):
             raise
@@ -173,7 +173,7 @@ def test_sequences_over_grpc_continue_after_a_kill_and_a_handover(start):
         clients = Clients(2, send)
         clients.wait(20)
         processes.append(start("--grpc-port", port))
-        assert processes[0].process.wait(20) == 0
+        assert processes[0].process.wait(60) == 0
         clients.wait(20)
         clients.pause()
         processes[1].stop()

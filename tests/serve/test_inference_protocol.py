@@ -101,7 +101,7 @@ class Served:
                 await asyncio.sleep(0.005)
 
         self.do(begin())
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}/v2", timeout=20)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}/v2", timeout=60)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.grpc_port}")
 
     def do(self, coroutine):
@@ -135,7 +135,7 @@ class Served:
             request_serializer=message(ends[0]).SerializeToString,
             response_deserializer=message(ends[1]).FromString,
         )
-        return call(message(ends[0])() if request is None else request, timeout=20, **kwargs)
+        return call(message(ends[0])() if request is None else request, timeout=60, **kwargs)
 
     def stream(self, requests, **kwargs):
         call = self.channel.stream_stream(
@@ -143,7 +143,7 @@ class Served:
             request_serializer=InferRequest.SerializeToString,
             response_deserializer=StreamResponse.FromString,
         )
-        return call(iter(requests), timeout=20, **kwargs)
+        return call(iter(requests), timeout=60, **kwargs)
 
 
 @contextmanager
@@ -488,7 +488,7 @@ def test_a_cancelled_stream_leaves_its_sequences_usable(server):
 
     def requests():
         yield message_of(x[:, 0], sequence_id=number, sequence_start=True)
-        waiting.wait(10)
+        waiting.wait(60)
 
     call = server.stream(requests())
     stream = networks()["lstm"].stream()
@@ -563,7 +563,7 @@ def test_messages_that_are_not_protocol_buffers(server):
     send = server.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     for body in (b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x05abc"):
         with pytest.raises(grpc.RpcError):
-            send(body, timeout=20)
+            send(body, timeout=60)
     assert in_unary(server, sequence()).shape == (1, 6, H)
 
 
@@ -776,7 +776,7 @@ def test_changed_messages_get_clear_answers(server):
         for _ in range(change.randint(1, 4)):
             other[change.randrange(len(other))] = change.randrange(256)
         try:
-            InferResponse.FromString(send(bytes(other), timeout=20))
+            InferResponse.FromString(send(bytes(other), timeout=60))
         except grpc.RpcError as error:
             seen.add(error.code())
             texts.add(error.details())
@@ -1097,7 +1097,7 @@ def test_triton_over_grpc(server):
             ends = {"sequence_id": "first request fails", "sequence_start": t == 0, "sequence_end": t == 5}
             client.async_stream_infer("lstm", [tensor], enable_empty_final_response=True, **ends)
         for _ in range(7):
-            assert arrived.acquire(timeout=20)
+            assert arrived.acquire(timeout=60)
         client.stop_stream()
         assert "must specify the START flag" in str(answers[0])
         found = np.concatenate([answer.as_numpy("layer_0") for answer in answers[1:]])

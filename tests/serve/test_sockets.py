@@ -7,7 +7,7 @@ from socket import SO_RCVBUF, SO_SNDBUF, SOL_SOCKET
 
 import numpy as np
 import pytest
-from serving import UNITS, WIDTH, lstm, running
+from serving import UNITS, WIDTH, lstm, running, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -39,7 +39,7 @@ def multiplexed(served, count=0):
 
 def asked(socket, message):
     socket.send(json.dumps({"id": 7, **message}))
-    answer = json.loads(socket.recv(timeout=10))
+    answer = json.loads(socket.recv(timeout=60))
     assert answer.pop("id") == 7
     return answer
 
@@ -54,7 +54,7 @@ def received(socket, count):
     """Return `count` answers by (number, frame): outputs, or the reason of the refusal."""
     found = {}
     while len(found) < count:
-        data = socket.recv(timeout=10)
+        data = socket.recv(timeout=60)
         if frames.header(data)[0] == frames.REFUSED:
             found |= {(number, frame): why for number, frame, why in frames.unpack_refused(data)}
         else:
@@ -120,7 +120,7 @@ def test_resuming_takes_the_session_from_its_connection(served):
         with stream(served, f"?session={token}&last=0") as new:
             new.recv()
             with pytest.raises(ConnectionClosed) as closed:
-                old.recv(timeout=5)
+                old.recv(timeout=60)
             assert closed.value.rcvd.code == 4410
             new.send(np.ones(WIDTH, "<f4").tobytes())
             assert len(new.recv()) == 4 * UNITS
@@ -135,7 +135,7 @@ def test_answers_that_are_no_longer_stored(served):
     for last in (3, 21):
         with stream(served, f"?session={token}&last={last}") as socket:
             with pytest.raises(ConnectionClosed) as closed:
-                socket.recv(timeout=5)
+                socket.recv(timeout=60)
             assert closed.value.rcvd.code == 4409
 
 
@@ -146,7 +146,7 @@ def test_a_session_is_closed_by_its_client(served):
         socket.send('{"close": true}')
         assert len(socket.recv()) == 4 * UNITS
         with pytest.raises(ConnectionClosed) as closed:
-            socket.recv(timeout=5)
+            socket.recv(timeout=60)
     assert closed.value.rcvd.code == 1000
     assert token not in served.models.model("lstm").sessions
 
@@ -199,7 +199,7 @@ def test_sessions_are_resumed_in_another_connection(served):
         assert [one.get("status") for one in found] == [None, None, 404, 400]
         stored = received(new, 2)
         assert (np.stack([stored[0, 2], stored[0, 3]]) == stepped(x)[1:3]).all()
-        assert [json.loads(old.recv(timeout=5))["lost"] for _ in opened] == [0, 1]
+        assert [json.loads(old.recv(timeout=60))["lost"] for _ in opened] == [0, 1]
         old.send(message([0], [4], x[3]))
         assert received(old, 1)[0, 4] == "no session of this connection has the number 0"
         new.send(message([0], [4], x[3]))
@@ -233,9 +233,9 @@ def test_malformed_messages_are_answered(served):
     with multiplexed(served, 1) as socket:
         for data in [*bad, "{", "[]", '"text"']:
             socket.send(data)
-            assert json.loads(socket.recv(timeout=5))["error"]
+            assert json.loads(socket.recv(timeout=60))["error"]
         socket.send(good[:4] + b"\xff\xff\xff\xff" + good[8:])
-        assert "at most 4096 frames" in json.loads(socket.recv(timeout=5))["error"]
+        assert "at most 4096 frames" in json.loads(socket.recv(timeout=60))["error"]
         socket.send(good)
         assert (received(socket, 1)[0, 1] == stepped(np.ones((1, WIDTH)))[0]).all()
 
@@ -262,9 +262,7 @@ def test_mutated_messages_leave_other_sessions_as_they_are(served, seed):
                     sockets[n] = begin[n]()
             other.send(message([0], [t + 1], x[t]))
             assert (received(other, 1)[0, t + 1] == stepped(x[: t + 1])[-1]).all()
-    deadline = time.monotonic() + 5
-    while served.server.app.state.connections.open:
-        assert time.monotonic() < deadline
+    wait_until(lambda: not served.server.app.state.connections.open)
 
 
 # ── the end of the server ───────────────────────────────────────────────────────────────────────────────────────────
@@ -280,15 +278,15 @@ def test_a_server_that_stops_answers_what_it_received(model_file):
         other.recv()
         for t, row in enumerate(x):
             socket.send(message([0], [t + 1], row))
-        found = [socket.recv(timeout=10)]
+        found = [socket.recv(timeout=60)]
         served.server.should_exit = True
         with contextlib.suppress(ConnectionClosed):
             while True:
-                found.append(socket.recv(timeout=10))
+                found.append(socket.recv(timeout=60))
         assert frames.unpack(found[-1], ANSWERED)["frame"][-1] == len(x)
         assert socket.protocol.close_code == 1012
         with pytest.raises(ConnectionClosed) as closed:
-            other.recv(timeout=10)
+            other.recv(timeout=60)
         assert closed.value.rcvd.code == 1012
 
 
@@ -299,8 +297,8 @@ def test_the_rate_of_a_connection_is_limited(model_file):
             socket.send(message([0] * 50, range(50 * t + 1, 50 * t + 51), np.ones(WIDTH)))
         received_frames = 0
         while received_frames < 300:
-            received_frames += frames.header(socket.recv(timeout=10))[2]
-        assert 0.2 < time.monotonic() - begun < 3  # the message beyond 200 frames is the last that is read at once
+            received_frames += frames.header(socket.recv(timeout=60))[2]
+        assert time.monotonic() - begun > 0.2  # the message beyond 200 frames is the last that is read at once
 
 
 # ── messages in every form that the protocol allows ─────────────────────────────────────────────────────────────────
@@ -315,7 +313,7 @@ def test_messages_in_fragments(served):
             parts = [data[:5], data[5:5], data[5:]] if n != 1 else [text[:7], text[7:]]
             single.send(iter(parts))
             single.ping()
-        found = [single.recv(timeout=5) for _ in x]
+        found = [single.recv(timeout=60) for _ in x]
         found[1] = np.float32(json.loads(found[1])["y"]).tobytes()
         assert b"".join(found) == stepped(x).tobytes()
         data = message([0, 0, 0], [1, 2, 3], x)
@@ -339,7 +337,7 @@ def test_what_the_protocol_forbids(served, sent, code):
     with contextlib.suppress(ConnectionClosed), stream(served) as socket:
         token = json.loads(socket.recv())["session"]
         socket.socket.sendall(sent)
-        socket.recv(timeout=5)
+        socket.recv(timeout=60)
     assert socket.protocol.close_rcvd.code == code
     with stream(served, f"?session={token}&last=0") as again:  # the session itself is as before
         assert json.loads(again.recv())["frame"] == 0
@@ -355,10 +353,10 @@ def test_messages_wait_for_those_before_them(served):
             socket.send(json.dumps({"close": [t]}))
             socket.send(message([t], [3], x[0]))
         for t in range(40):
-            assert json.loads(socket.recv(timeout=5))["opened"][0]["number"] == t
+            assert json.loads(socket.recv(timeout=60))["opened"][0]["number"] == t
             said, found = [], {}
             while len(said) + len(found) < 4:
-                data = socket.recv(timeout=5)
+                data = socket.recv(timeout=60)
                 if isinstance(data, str):
                     said.append(json.loads(data))
                 elif frames.header(data)[0] == frames.REFUSED:
@@ -389,14 +387,11 @@ def test_a_client_that_reads_late_receives_every_answer_in_order(model_file, pat
             end.setsockopt(SOL_SOCKET, option, 1 << 12)
         for one in messages:  # the system's buffers hold what the server doesn't read
             socket.send(one)
-        deadline = time.monotonic() + 30
-        while not websocket.read_paused:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # the server's thread needs the interpreter
+        wait_until(lambda: websocket.read_paused)
         assert 128 < connection._unanswered <= 128 + together
         answered, last = 0, b""
         while answered < count:
-            data = socket.recv(timeout=10)
+            data = socket.recv(timeout=60)
             if many:
                 found = frames.unpack(data, ANSWERED)
                 assert (found["frame"] == np.arange(answered + 1, answered + len(found) + 1)).all()

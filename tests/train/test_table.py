@@ -474,4 +474,4 @@ def test_a_million_rows_of_a_thousand_series(tmp_path, rng):
     table = read_table(tmp_path / "a.csv", ids="shop")
     took = time.process_time() - start
     assert (len(table), len(table.ids)) == (10**6, 1000)
-    assert took < 20, f"{took:.1f} s"  # 4 s on an idle machine
+    assert took < 60, f"{took:.1f} s"  # 4 s on an idle machine

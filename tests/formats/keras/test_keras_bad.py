@@ -315,10 +315,10 @@ def test_cycles_and_too_many_nodes(tmp_path):
             layers[1]["config"]["name"] = f"m{depth}"
         else:
             layers[1]["config"] = {"name": f"m{depth}", "layers": layers[1]["config"]}
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FormatError, match="more than 10000 nodes"):
         adapter.load(hdf5(tmp_path / "bad.h5", config=json.dumps(inner)))
-    assert time.monotonic() - start < 20.0
+    assert time.process_time() - start < 20
 
 
 def heap_of(data):

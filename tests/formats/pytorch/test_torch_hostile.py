@@ -73,7 +73,7 @@ def test_multiply_nested_modules(refused):
         body += kind + b")\x81}X\x08\0\0\0_modules}(" + held + b"usbq" + bytes((n + 1,))
     start = time.process_time()
     refused(zipped(b"\x80\x02" + body + b"."), "the file doesn't specify weight|expected weights of recurrent layers")
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -188,5 +188,5 @@ def test_damaged_pickles_and_source(tmp_path):
                     read(str(path))
                 except cs.FormatError:
                     refusals += 1
-                assert time.process_time() - start < 2.0
+                assert time.process_time() - start < 10
     assert refusals > tries

@@ -194,4 +194,4 @@ def test_source_of_many_classes_is_read_once(tmp_path):
     start = time.process_time()
     with pytest.raises(cs.FormatError, match="the file doesn't hold the source of its class"):
         pytorch.load(str(path))
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10
