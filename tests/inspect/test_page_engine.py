@@ -11,11 +11,12 @@ from networks import by_reference, fill, make_cell, make_graph, make_network, ma
 from safetensors import safe_open
 from toy import ToyTrace, evaluate, register
 
-from cellstack import CellSpec, Network, Patch, Recurrent, reference
+from cellstack import CellSpec, Network, Patch, Recurrent, reference, reference_mlstm
 from cellstack.inspect import html
 from cellstack.inspect.payload import packed, payload_of
 from cellstack.layout import block_diagonal
 from cellstack.nodes import (
+    MLSTM,
     NODES,
     Activation,
     Bidirectional,
@@ -45,7 +46,7 @@ from cellstack.nodes import (
     Take,
 )
 from cellstack.nodes.activations import MORE_ACTIVATIONS
-from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES
+from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES, MatrixState
 
 NEAR = (
     1e-10  # float64 on both sides, relative to the greatest number above 1: sums in another order, other exp and tanh
@@ -438,6 +439,8 @@ def every_node():
             for backwards in (True, False):
                 add(make_stacked(rng, 4, sequences, go_backwards=backwards, zero_output_for_mask=True), **flags)
                 add(make_stacked(rng, 4, True, go_backwards=backwards), make_stacked(rng, 4, sequences), **flags)
+            for node in (MLSTM(2, 2, 3), MLSTM(3, 4, 1, output_gate=True)):
+                add(Dense(rng.normal(size=(4, node.input_size))), node, **flags)
             for merge in ("concat", "sum", "mul", "ave"):
                 ahead, back = make_stacked(rng, 4, sequences), make_stacked(rng, 4, sequences, go_backwards=True)
                 add(Bidirectional(ahead, back, merge), **flags)
@@ -455,7 +458,7 @@ def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
     made = every_node()
     kinds = {node.file_type for case in made for node in case["network"].nodes}
     refused = {"take", "magnitude", "context", "per_frame", "step_mask", "power", "function"}
-    refused |= {"grid_conv", "grid_pool", "group_norm", "time_softmax", "attention", "repeat_like", "mlstm"}
+    refused |= {"grid_conv", "grid_pool", "group_norm", "time_softmax", "attention", "repeat_like"}
     assert kinds == set(NODES) - refused
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
         net, options = case["network"], case["options"]
@@ -481,6 +484,105 @@ def test_gradients_of_every_kind_of_node_are_their_differences(page):
             with_seeds(rng, {**case, "still": 0.25}, {net.outputs[0]: y.shape})
         )  # the value that `Masking` masks
     agree(page, made)
+
+
+# ── memories ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def memories(seeds):
+    """Random memories of mLSTMs: their node, the arguments of the reference, the gradient of h, and a case each."""
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        heads, keys, values, batch, steps = (int(rng.integers(1, most)) for most in (4, 5, 5, 4, 9))
+        node = MLSTM(heads, keys, values, float(rng.choice([0.0, 1e-6, 0.1])), output_gate=bool(seed % 2))
+        x = rng.normal(scale=2.0, size=(batch, steps, node.input_size))
+        state = None
+        if rng.random() < 0.6:
+            state = MatrixState(*(rng.normal(size=(batch, *shape)) for shape in node.memory.state_shapes.values()))
+        flags = [rng.random((batch, steps)) < share if rng.random() < 0.6 else None for share in (0.7, 0.3)]
+        options = {"mask": flags[0], "reset": flags[1], "pre": True}
+        if state is not None:
+            options["state"] = [{name: array.reshape(batch, -1) for name, array in state._asdict().items()}]
+        network = Network(
+            [Scale(np.ones(node.input_size), np.zeros(node.input_size)), node], ["x_", "memory"], inputs=["x"]
+        )
+        dy = rng.standard_normal((batch, steps, node.units))
+        case = {"network": network, "inputs": {"x": x}, "options": options, "of": {"seeds": {"memory": dy}}}
+        inputs = reference_mlstm.split(x[..., : node.core_size], heads, keys, values)
+        before = reference_mlstm.zero_state(batch, heads, keys, values) if state is None else state
+        yield node, inputs, before, flags, case
+
+
+def test_memories_are_run_as_the_reference_runs_them(page):
+    made = list(memories(range(60)))
+    for (node, inputs, before, (mask, reset), case), found in zip(
+        made, evaluated(page, RUN, [case for *_, case in made]), strict=True
+    ):
+        x = case["inputs"]["x"]
+        h, after = reference_mlstm.steps(inputs, before, node.epsilon, mask, reset)
+        gates = reference_mlstm.gates_of(inputs, before.m, mask, reset)
+        used = np.ones(x.shape[:2], bool) if mask is None else mask
+        o = 1 / (1 + np.exp(-x[..., node.core_size :])) if node.output_gate else 1.0
+        near(found["values"]["memory"], h.reshape(*x.shape[:2], -1) * o)
+        (fields,) = found["cells"]["memory"]
+        near(fields["i"], gates.i)
+        near(fields["f"], np.where(used[..., None], gates.f, 0))
+        near(fields["m"], gates.m)
+        for name, array in after._asdict().items():
+            near(found["state"][0][name], array.reshape(len(x), -1))
+        near(fields["n"][:, -1], after.n.reshape(len(x), -1))
+        for name, array in inputs._asdict().items():
+            if name in "qkv":
+                near(fields[name], np.where(used[..., None], array.reshape(*x.shape[:2], -1), 0))
+
+
+def test_gradients_of_memories_are_those_of_the_reference(page):
+    made = list(memories(range(100, 160)))
+    answers = evaluated(page, GRADIENT, [case for *_, case in made])
+    for (node, inputs, before, (mask, reset), case), found in zip(made, answers, strict=True):
+        x, dy = case["inputs"]["x"], case["of"]["seeds"]["memory"]
+        z_o = x[..., node.core_size :]
+        o = 1 / (1 + np.exp(-z_o)) if node.output_gate else np.ones_like(dy)
+        zeros = MatrixState(*map(np.zeros_like, before))
+        dh = (dy * o).reshape(inputs.v.shape)
+        dx, dbefore = reference_mlstm.backward(inputs, before, dh, zeros, node.epsilon, mask, reset)
+        parts = [array.reshape(*x.shape[:2], -1) for array in dx]
+        if node.output_gate:
+            h, _ = reference_mlstm.steps(inputs, before, node.epsilon, mask, reset)
+            parts.append(dy * h.reshape(dy.shape) * o * (1 - o))
+        near(found["inputs"]["x"], np.concatenate(parts, axis=-1))
+        for name, array in dbefore._asdict().items():
+            near(found["state"][0][name], array.reshape(len(x), -1))
+
+
+DIFFERENCES = """(network, { inputs, options, of, along }) => {
+  const found = engine.gradient(network, inputs, options, of).inputs.x.data;
+  const { data } = inputs.x;
+  const moved = (step) => {
+    along.data.forEach((way, n) => { data[n] += step * way; });
+    const { data: field, shape: [, steps, width] } = engine.run(network, inputs, options).cells.memory[0][of.gate];
+    along.data.forEach((way, n) => { data[n] -= step * way; });
+    return field[(of.row * steps + of.step) * width + of.unit];
+  };
+  const predicted = found.reduce((sum, d, n) => sum + d * along.data[n], 0);
+  return { predicted, seen: (moved(1e-6) - moved(-1e-6)) / 2e-6 };
+}"""
+
+
+def test_the_gradient_of_one_number_of_a_memory_is_its_difference(page):
+    rng, cases = np.random.default_rng(0), []
+    for number, (node, inputs, _, (mask, _), case) in enumerate(memories(range(200, 264))):
+        name = "qkvifmnh"[number % 8]
+        width = {"i": node.heads, "f": node.heads, "m": node.heads, "v": node.units, "h": node.units}
+        unit = int(rng.integers(width.get(name, node.heads * node.key_size)))
+        of = {"node": "memory", "cell": 0, "gate": name, "row": 0, "step": inputs.i.shape[1] - 1, "unit": unit}
+        cases.append({**case, "of": of, "along": rng.standard_normal(case["inputs"]["x"].shape)})
+        if mask is not None:
+            mask[0, -1] = True  # else most of them are 0
+    found = evaluated(page, DIFFERENCES, cases)
+    assert sum(one["predicted"] != 0 for one in found) > 50
+    for one in found:
+        assert one["predicted"] == pytest.approx(one["seen"], rel=1e-5, abs=1e-6)
 
 
 # ── patches ───────────────────────────────────────────────────────────────────────────────────────────────────────────

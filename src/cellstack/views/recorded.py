@@ -211,17 +211,23 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
         },
         "activations": {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)},
         "shapes": {name: [list(axis) for axis in axes] for name, axes in symbolic_shapes(spec).items()},
-        "values": [
-            {
-                "operation": value.operation,
-                "of": [place[id(source)] for source in value.of],
-                "width": list(value.width),
-                "name": value.name,
-                "part": value.part,
-                "numbers": list(value.numbers),
-            }
-            for value in recorded.values
-        ],
+        "values": listed(recorded.values),
         "before": [place[id(value)] for value in recorded.before],
         "after": [place[id(value)] for value in recorded.states],
     }
+
+
+def listed(values: Sequence[Value]) -> list[dict[str, Any]]:
+    """Return values, each after its operands, as JSON-compatible values, in which `of` are positions in the list."""
+    place = {id(value): n for n, value in enumerate(values)}
+    return [
+        {
+            "operation": value.operation,
+            "of": [place[id(source)] for source in value.of],
+            "width": list(value.width),
+            "name": value.name,
+            "part": value.part,
+            "numbers": list(value.numbers),
+        }
+        for value in values
+    ]

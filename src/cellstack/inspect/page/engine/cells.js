@@ -24,11 +24,11 @@ export const cellShapes = (cell) => byName(cell.form.shapes, (axes) => axes.map(
 export const stateSizes = (cell) => byName(cell.form.states, ({ width }) => lengthOf(width, cell));
 
 // Values that are parts of others, and read from where they are.
-export const isPart = ({ operation }) => operation === "split" || operation === "features";
+export const isPart = ({ operation }) => ["split", "features", "part"].includes(operation);
 const isGiven = ({ operation }) => ["x", "state", "weight"].includes(operation);
 
-// A forward pass of a cell: `fields`, its gates and states [B, T, ·] and their pre-activations; `after`, its states after the
-// last step; and with `keep`, what the backward pass needs.
+// A forward pass of a cell: `fields`, its traced gates and states [B, T, ·] and their pre-activations; `after`, its states after
+// the last step; and with `keep`, what the backward pass needs.
 export class CellPass {
   // x [B, T, I]; state { h, … } of Float64Arrays or null; mask and reset [B·T] or null; patches of this cell.
   constructor(cell, x, B, T, { state, mask, reset, reverse, patches, pre, keep }) {
@@ -36,7 +36,8 @@ export class CellPass {
     Object.assign(this, { cell, x, B, T, state, mask, reset, reverse, keep });
     this.sizes = stateSizes(cell);
     const plane = (width) => ({ data: new Float64Array(B * T * width), shape: [B, T, width] });
-    this.fields = Object.fromEntries(form.trace.map((name) => [name, plane(this.sizes[name] ?? spec.units)]));
+    const widths = Object.fromEntries(form.values.flatMap(({ operation, name, width }) => (operation === "record" ? [[name, lengthOf(width, cell)]] : [])));
+    this.fields = Object.fromEntries(form.trace.map((name) => [name, plane(this.sizes[name] ?? widths[name])]));
     this.patches = compiledPatches(patches, byName(this.fields, ({ shape }) => shape[2]), B, T);
     this.pre = pre ? Object.fromEntries(form.blocks.map((gate) => [gate, plane(spec.units)])) : {};
     this.after = byName(this.sizes, (size) => new Float64Array(B * size));
@@ -77,7 +78,8 @@ export class CellPass {
     const { cell, x, B, T, keep } = this;
     const width = lengthOf(axis, cell);
     const vector = { data: null, from: 0, stride: 0, width, slopes: null, slopesFrom: 0, slopesStride: 0 };
-    if (isPart({ operation })) return { ...vector, data: source.data, from: source.from + (part ?? 0) * width, stride: source.stride };
+    const first = operation === "part" ? part : (part ?? 0) * width;
+    if (isPart({ operation })) return { ...vector, data: source.data, from: source.from + first, stride: source.stride };
     if (operation === "weight") return { ...vector, data: cell.arrays[name].data, from: (part ?? 0) * width };
     if (operation === "x") return { ...vector, data: x, stride: width };
     const every = field !== null || kept || (operation === "state" && keep);
@@ -94,6 +96,8 @@ export class CellPass {
     }
     if (operation === "activation") return cellActivation(cell.form.activations[name]);
     if (operation === "clip") return numbers[0];
+    if (operation === "affine") return numbers;
+    if (["outer", "contract"].includes(operation)) return cell.form.heads;
     if (operation !== "norm") return null;
     const ends = numbers.map((_, n) => numbers.slice(0, n + 1).reduce((sum, one) => sum + one) * units);
     const parts = ends.map((end, n) => [end - numbers[n] * units, numbers[n] * units]);
@@ -138,7 +142,7 @@ export class CellPass {
     const recorded = operation === "record" && own === name;
     const value = this.vectors[recorded && kept ? of[0] : after];
     const patches = recorded && !kept ? null : (this.patches[name] ?? null);
-    return { name, size: this.sizes[name], kept, recorded, value, patches, before: this.vectors[form.before[n]], now: this.now[name], plane: this.fields[name].data };
+    return { name, size: this.sizes[name], kept, recorded, value, patches, before: this.vectors[form.before[n]], now: this.now[name], plane: this.fields[name]?.data };
   }
 
   begin(row, state) {
@@ -166,7 +170,7 @@ export class CellPass {
         for (let k = 0; k < states.length; k += 1) this.finish(states[k], at);
         this.last = at;
       }
-      for (let k = 0; k < states.length; k += 1) states[k].plane.set(states[k].now, at * states[k].size);
+      for (let k = 0; k < states.length; k += 1) states[k].plane?.set(states[k].now, at * states[k].size);
     }
     for (const { name, size, now } of states) this.after[name].set(now, row * size);
   }

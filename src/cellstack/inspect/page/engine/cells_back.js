@@ -66,7 +66,7 @@ export class CellBack {
       for (const { name, size } of states) {
         if (name === "h" && this.dh !== null) addNumbers(now[name], 0, this.dh, at * size, size);
         if (dfields[name]) addNumbers(now[name], 0, dfields[name], at * size, size);
-        by[name].set(now[name], at * size);
+        by[name]?.set(now[name], at * size);
       }
       if (mask === null || mask[at]) {
         pass.t = t;

@@ -13,7 +13,8 @@
 //               arrays: { name: { data, shape } },
 //               cells: [{ spec: {…every field of CellSpec…}, form: {…}, arrays: { kernel: { data, shape }, … } }] }],
 //               patches: as in the options }
-//             A bidirectional node's cells are the forward cells, then the backward cells. Optional, for other
+//             A bidirectional node's cells are the forward cells, then the backward cells. The memory of an mLSTM is a
+//             cell without arrays. Optional, for other
 //             implementations: a cell's `pass`, a class that runs it instead of CellPass, and a node's `run`; `narrow`,
 //             true if they take inputs as they are passed, without converting them to float64.
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
@@ -44,7 +45,7 @@
 //                                    of each node with cells, the gates and states of its cells; values [B, T, H] in
 //                                    the order of time, regardless of the cell's direction. `pre`: the pre-activations,
 //                                    before a clip; a coupled f has none. At masked steps, gates and pre are 0, and
-//                                    states are carried over.
+//                                    states are carried over. Of an mLSTM: q, k, v, i, f, m, n, o and h, without pre.
 //       state: [{ h, c }] }          after the last step, as options.state
 //   gradient(network, inputs, options, of)
 //     of    { value: name, row, step, unit } one number of an input's or a node's value; no step for [B, W];
@@ -69,7 +70,7 @@ import { OPERATIONS } from "./operations.js";
 import { NODE_KINDS, STACK_SETTINGS } from "./nodes.js";
 
 const FORMAT_VERSION = 1;
-const GIVEN = ["x", "state", "weight", "split", "features", "record"]; // values of a step without an operation of their own
+const GIVEN = ["x", "state", "weight", "split", "features", "part", "record"]; // values of a step without an operation of their own
 
 function readArray({ dtype, shape, data }) {
   if (typeof data !== "string") return { data: new Float64Array(data), shape };
@@ -96,6 +97,7 @@ export function readNetwork({ description, arrays, cells: { forms, numbers } }) 
     if (type === "recurrent") stacks.push(["", settings]);
     if (type === "bidirectional") stacks.push(["forward/", settings.forward], ["backward/", settings.backward]);
     const found = stacks.flatMap(([prefix, stack]) => stack.cells.map((spec, n) => [spec, groups[`${name}/${prefix}${n}`] ?? {}]));
+    if (type === "mlstm" && Object.hasOwn(numbers, name)) found.push([{}, {}]); // its form has its settings
     const cells = found.map(([spec, own], n) => {
       const form = forms[numbers[name][n]];
       return { spec: { ...form.settings, ...spec }, form, arrays: own };
@@ -125,7 +127,7 @@ export function unsupported(network) {
     if (states.length) {
       found.push(`${name}: reading the states ${states.join(", ")} isn't supported: run the network in Python.`);
     }
-    if (!Object.hasOwn(NODE_KINDS, type)) {
+    if (!Object.hasOwn(NODE_KINDS, type) || (type === "mlstm" && !cells.length)) {
       found.push(`${name}: a node of the type ${type} isn't supported.`);
       continue;
     }
@@ -176,6 +178,8 @@ function unsupportedCell(where, cell) {
   return found;
 }
 
+const OF_MATRIX = 8; // times that a step reads or writes each number of a memory's matrices, about
+
 // The number of multiplications by weights for one row over `steps` steps, each node counted at every step: a good
 // measure of the time, about 10^9 per second.
 export function multiplications(network, steps) {
@@ -185,6 +189,7 @@ export function multiplications(network, steps) {
     for (const arrays of [node.arrays, ...node.cells.map((cell) => cell.arrays)]) {
       for (const [name, { data }] of Object.entries(arrays)) if (!added.test(name)) sum += data.length;
     }
+    for (const cell of node.cells) if (cell.form.heads) sum += OF_MATRIX * stateSizes(cell).C;
   }
   return sum * steps;
 }
@@ -288,7 +293,7 @@ export function runNodes(network, inputs, options, keep) {
 
 function checkTaken(node, kind, taken) {
   const width = node.cells.length ? node.cells[0].spec.input_size : (node.settings.input_size ?? null);
-  const ranks = { recurrent: 3, bidirectional: 3, conv1d: 3, pool1d: 3, pool: 3, masking: 3, repeat: 2, embedding: 2 };
+  const ranks = { recurrent: 3, bidirectional: 3, mlstm: 3, conv1d: 3, pool1d: 3, pool: 3, masking: 3, repeat: 2, embedding: 2 };
   const rank = ranks[node.type] ?? null;
   for (const { x, reset } of taken) {
     if ((width !== null && lastAxis(x.shape) !== width) || (rank !== null && x.shape.length !== rank)) {

@@ -2,6 +2,8 @@
 
 import { lastAxis, numbersIn } from "./shapes.js";
 import { addNumbers } from "./products.js";
+import { CellPass } from "./cells.js";
+import { CellBack } from "./cells_back.js";
 import { backStack, fromTheEnd, runStack } from "./stacks.js";
 import { flagsOf, noFlags } from "./nodes_base.js";
 import {
@@ -102,11 +104,30 @@ const bidirectionalNode = {
   },
 };
 
+// The memory of an mLSTM is a cell that has only traced gates and states, and whose h isn't a state.
+const memoryNode = {
+  settings: ["heads", "key_size", "value_size", "epsilon", "output_gate"],
+  arrays: [],
+  run(node, [flow], { states: [state], patches: [patches], keep }) {
+    const [B, T] = flow.x.shape;
+    const pass = new CellPass(node.cells[0], flow.x.data, B, T, { ...flagsOf(flow), state, patches, reverse: false, pre: false, keep });
+    return { x: pass.fields.h, ...flagsOf(flow), kept: pass };
+  },
+  passes: ({ kept }) => [kept],
+  back(node, inputs, { kept }, dy, darrays, [dfields]) {
+    const h = new Float64Array(kept.fields.h.data.length);
+    for (const own of [dy, dfields?.h]) if (own) addNumbers(h, 0, own, 0, h.length);
+    const cell = new CellBack(kept, null, null, { ...dfields, h });
+    return { dxs: [cell.dx], cells: [cell] };
+  },
+};
+
 // Every kind of node, by its name in files: its settings and arrays in a description; `run` maps a flow to a flow, and
 // stores what the backward pass needs; `back` maps the gradient of the output to the gradients of the inputs.
 export const NODE_KINDS = {
   recurrent: recurrentNode,
   bidirectional: bidirectionalNode,
+  mlstm: memoryNode,
   standardise: standardiseNode,
   scale: scaleNode,
   layer_norm: layerNormNode,

@@ -9,6 +9,13 @@ import { addNumbers, addOuter, addProduct, addProductBack, normaliseRow, normali
 export const startOf = (v, at) => v.from + at * v.stride;
 export const slopeStart = (v, at) => v.slopesFrom + at * v.slopesStride;
 
+// visit(m, v, w, rows, columns) the matrix of each head, which begins at m; its rows belong to the numbers of v from v on, its
+// columns to those of w from w on.
+function eachHead(heads, { width: allRows }, { width: allColumns }, visit) {
+  const [rows, columns] = [allRows / heads, allColumns / heads];
+  for (let head = 0; head < heads; head += 1) visit(head * rows * columns, head * rows, head * columns, rows, columns);
+}
+
 // `run` computes the vector y of an operation { y, a, b, c, given } at a position. `back` adds to the gradients of its operands
 // a, b and c, given y's, which it may overwrite. `reads`: the backward pass needs the operands; `returns`: it needs y.
 export const OPERATIONS = {
@@ -303,6 +310,84 @@ export const OPERATIONS = {
         normaliseRowBack(y.slopes, di + from, width, null, 0, null, null, y.data, i + from, deviation);
       });
       addNumbers(a.slopes, slopeStart(a, at), y.slopes, di, y.width);
+    },
+  },
+  // a·numbers[0] + numbers[1].
+  affine: {
+    run({ y, a, given: [factor, term] }, at) {
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      for (let u = 0; u < y.width; u += 1) y.data[i + u] = factor * a.data[j + u] + term;
+    },
+    back({ y, a, given: [factor] }, at) {
+      const di = slopeStart(y, at);
+      const dj = slopeStart(a, at);
+      for (let u = 0; u < y.width; u += 1) a.slopes[dj + u] += factor * y.slopes[di + u];
+    },
+  },
+  // b times the number in a of each head; without b, that number.
+  scaled: {
+    reads: true,
+    run({ y, a, b }, at) {
+      const { data: Y, width } = y;
+      const each = width / a.width;
+      let i = startOf(y, at);
+      let k = b ? startOf(b, at) : 0;
+      for (let j = startOf(a, at); j < startOf(a, at) + a.width; j += 1) {
+        for (const end = i + each; i < end; i += 1, k += 1) Y[i] = b ? a.data[j] * b.data[k] : a.data[j];
+      }
+    },
+    back({ y, a, b }, at) {
+      const { slopes: dY, width } = y;
+      const each = width / a.width;
+      const j = startOf(a, at);
+      const dj = slopeStart(a, at);
+      let di = slopeStart(y, at);
+      let k = b ? startOf(b, at) : 0;
+      let dk = b ? slopeStart(b, at) : 0;
+      for (let head = 0; head < a.width; head += 1) {
+        const factor = a.data[j + head];
+        let sum = 0;
+        for (const end = di + each; di < end; di += 1, k += 1, dk += 1) {
+          sum += b ? dY[di] * b.data[k] : dY[di];
+          if (b) b.slopes[dk] += dY[di] * factor;
+        }
+        a.slopes[dj + head] += sum;
+      }
+    },
+  },
+  // The products of the numbers of a with those of b, a matrix for each head.
+  outer: {
+    reads: true,
+    run({ y, a, b, given: heads }, at) {
+      const [i, j, k] = [y, a, b].map((v) => startOf(v, at));
+      y.data.fill(0, i, i + y.width);
+      eachHead(heads, a, b, (m, v, w, rows, columns) => addOuter(y.data, i + m, columns, a.data, j + v, rows, b.data, k + w, columns));
+    },
+    back({ y, a, b, given: heads }, at) {
+      const [j, k] = [a, b].map((v) => startOf(v, at));
+      const [di, dj, dk] = [y, a, b].map((v) => slopeStart(v, at));
+      eachHead(heads, a, b, (m, v, w, rows, columns) => {
+        addProductBack(a.slopes, dj + v, rows, y.slopes, di + m, columns, columns, b.data, k + w);
+        addProduct(b.slopes, dk + w, a.data, j + v, rows, y.slopes, di + m, columns, columns);
+      });
+    },
+  },
+  // The matrix of each head in a, transposed, times b.
+  contract: {
+    reads: true,
+    run({ y, a, b, given: heads }, at) {
+      const [i, j, k] = [y, a, b].map((v) => startOf(v, at));
+      y.data.fill(0, i, i + y.width);
+      eachHead(heads, b, y, (m, v, w, rows, columns) => addProduct(y.data, i + w, b.data, k + v, rows, a.data, j + m, columns, columns));
+    },
+    back({ y, a, b, given: heads }, at) {
+      const [j, k] = [a, b].map((v) => startOf(v, at));
+      const [di, dj, dk] = [y, a, b].map((v) => slopeStart(v, at));
+      eachHead(heads, b, y, (m, v, w, rows, columns) => {
+        addOuter(a.slopes, dj + m, columns, b.data, k + v, rows, y.slopes, di + w, columns);
+        addProductBack(b.slopes, dk + v, rows, a.data, j + m, columns, columns, y.slopes, di + w);
+      });
     },
   },
 };
