@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +17,13 @@ import numpy as np
 
 from cellstack.graph import origin
 from cellstack.inspect.annotations import answer_of, audio_of, each_row, features_of, labels_of
+from cellstack.inspect.memories import MemoryTrace
+from cellstack.inspect.memory_step import memory_form
 from cellstack.inspect.payload import cells_of, payload_of
 from cellstack.inspect.values import as_tuple, rows_of
 
 if TYPE_CHECKING:
-    from cellstack.inspect.trace import CellTrace, NetworkTrace
+    from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
     from cellstack.nodes.base import Array
 
 VERSION = 1
@@ -155,7 +157,9 @@ def payload(
         seen = nodes.get(name)
         value = _value(None if seen is None else seen.y, network.graph.timed(name), name in aligned, taken, arrays)
         cells = [] if seen is None else [_cell(cell, taken, arrays, sequence) for cell in seen.cells]
-        if cells and seen is not None and seen.cells[0].record is None:  # the input of its first cell is known
+        if isinstance(seen, MemoryTrace) and seen.known:
+            cells = [_memory(seen, taken, arrays, sequence)]
+        elif cells and seen is not None and seen.cells[0].record is None:  # the input of its first cell is known
             first = as_tuple(seen.x)[0]
             if first.ndim == 3:
                 cells[0]["x"] = sequence(first)
@@ -248,7 +252,7 @@ def _dtype(t: NetworkTrace, taken: Array) -> Any:
 
 def size_of(t: NetworkTrace, rows: int | None = None) -> int:
     """Return the number of values of a trace in `rows` rows, or in all rows; shared arrays count once."""
-    distinct = {array.__array_interface__["data"][0]: array for array in _all(t)}.values()
+    distinct = {(array.__array_interface__["data"][0], array.size): array for array in _all(t)}.values()
     return sum(array.size if rows is None else rows * math.prod(array.shape[1:]) for array in distinct)
 
 
@@ -258,6 +262,8 @@ def _all(t: NetworkTrace) -> list[Array]:
         arrays += [*as_tuple(node.x), node.y]
         for cell in node.cells:
             arrays += [cell[field] for field in cell]
+        if isinstance(node, MemoryTrace) and node.known:
+            arrays += node.fields.values()
     return arrays
 
 
@@ -303,9 +309,39 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
     return described
 
 
+def _memory(
+    seen: MemoryTrace, taken: Array, arrays: Arrays, sequence: Callable[[Array], dict[str, int]]
+) -> dict[str, Any]:
+    """Return the memory of an `MLSTM` in the form of a cell, which has no weights and no directions."""
+    node, record = seen.node, seen.record
+    described: dict[str, Any] = {
+        "spec": memory_form(node)["settings"],
+        "summary": node.summary,
+        "fields": {name: sequence(array) for name, array in seen.fields.items()},
+        "units": list(range(node.units)),
+        "mask": None if seen.mask is None else arrays.put(rows_of(seen.mask, taken)),
+        "weights": None,
+        "x": sequence(seen.x),
+        "before": None,
+        "reset": None,
+        "reverse": False,
+        "whole": record is not None,
+    }
+    if record is not None:
+        before = record.before or node.memory_in(seen.x.dtype).zeros(len(seen.x))
+        flat = {name: rows_of(array, taken).reshape(len(taken), -1) for name, array in before._asdict().items()}
+        described["before"] = {name: arrays.put(array) for name, array in flat.items()}
+        described["reset"] = None if record.reset is None else arrays.put(rows_of(record.reset, taken))
+    return described
+
+
 def spec_of(spec: Any) -> dict[str, Any]:
     """Return a `CellSpec` in JSON-compatible form."""
     return {**asdict(spec), "gate_activations": dict(spec.gate_activations)}
+
+
+def _stateful(node: NodeTrace) -> Sequence[CellTrace | MemoryTrace]:
+    return [node] if isinstance(node, MemoryTrace) else node.cells
 
 
 def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
@@ -316,18 +352,19 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     if total > MOST_WEIGHTS:
         reason = f"The network has {total:,} weights; a page can run networks of up to {MOST_WEIGHTS:,}."
         return {**nothing, "why_not": reason}
-    if any(node.memory for node in network.nodes):
-        return {**nothing, "why_not": "The page doesn't compute the memory of an mLSTM."}
     if any(network.graph.states) or any(network.initial_state_sources):
         why = "The page doesn't support nodes that start from the states of others, or pass on their own."
         return {**nothing, "why_not": why}
-    cells = [cell for node in t.values() for cell in node.cells]
+    if any(isinstance(node, MemoryTrace) and not node.known for node in t.values()):
+        why = "A trace from a file lacks the gates of an mLSTM: trace the network again to run it in the page."
+        return {**nothing, "why_not": why}
+    found = [cell.record for node in t.values() for cell in _stateful(node)]
+    records = [record for record in found if record is not None]
     flows = _flows(t)
-    if len(cells) < len(network.cells) or any(cell.record is None for cell in cells) or network.inputs[0] not in flows:
+    if len(records) < len(network.stateful) or network.inputs[0] not in flows:
         return {**nothing, "why_not": "The trace covers only part of a run, so the page can't run the network again."}
     if any(name not in flows for name in network.inputs):
         return {**nothing, "why_not": "The trace lacks some inputs, so the page can't run the network again."}
-    records = [cell.record for cell in cells if cell.record is not None]
     resets = [record.reset for record in records]
     if len({None if one is None else one.tobytes() for one in resets}) > 1:
         why = "The layers of this run were reset at different steps, so the page can't run the network again."

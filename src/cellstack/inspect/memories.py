@@ -25,6 +25,7 @@ class MemoryTrace(NodeTrace):
 
     Attributes:
         record: the state before the run, the mask and the resets; None in a trace of some rows or steps.
+        mask: `[B, T]`, True at used steps; None = all.
     """
 
     node: MLSTM
@@ -36,9 +37,11 @@ class MemoryTrace(NodeTrace):
         y: Array,
         record: MemoryRecord | None,
         known: tuple[MatrixGates, Array] | None = None,
+        mask: Array | None = None,
     ) -> None:
         super().__init__(node, x, y, ())
         self.record, self._known = record, known
+        self.mask = mask if record is None else record.mask
 
     @property
     def _inputs(self) -> MatrixInputs:
@@ -60,6 +63,11 @@ class MemoryTrace(NodeTrace):
             n = gates.f[:, t, :, None] * kept + gates.i[:, t, :, None] * inputs.k[:, t] * self._scale
             found[:, t] = n
         return gates, found
+
+    @property
+    def known(self) -> bool:
+        """Whether the gates and states can be computed: not in a trace from a file."""
+        return self.record is not None or self._known is not None
 
     @property
     def _scale(self) -> Any:
@@ -87,6 +95,43 @@ class MemoryTrace(NodeTrace):
     def h(self) -> Array:
         """The output by head, `[B, T, heads, value_size]`, times the output gate if there is one."""
         return self.y.reshape(*self.y.shape[:2], self.node.heads, self.node.value_size)
+
+    @cached_property
+    def fields(self) -> dict[str, Array]:
+        """q k v i f m n h, and o with an output gate, by name, `[B, T, W]` each: heads one after the other.
+
+        At masked steps all but m and n are 0, as the gates of cells are.
+        """
+        found = {name: array.reshape(*self.x.shape[:2], -1) for name, array in self._inputs._asdict().items()}
+        found |= {"i": self.i, "f": self.f}
+        if self.node.output_gate:
+            found["o"] = self.node.output_gate_of(self.x)
+        if self.mask is not None:
+            found = {name: np.where(self.mask[..., None], array, 0) for name, array in found.items()}
+        return found | {"m": self.m, "n": self.n.reshape(*self.x.shape[:2], -1), "h": self.y}
+
+    def weights(self, step: int = -1) -> Array:
+        """Return the weight of every step's v in h of a step, before an output gate: `[B, heads, T]`.
+
+        What the query of the step retrieves is the sum of the values with these weights, and of what is left of the
+        state before the run.
+
+        Args:
+            step: the step; -1 = the last.
+
+        Raises:
+            IndexError: a step that doesn't exist.
+            ValueError: a trace of some rows or steps.
+        """
+        step = self._step(step)
+        q = self.q[:, step]
+        products = self.shares(step) * np.einsum("bshk,bhk->bhs", self.k * self._scale, q)
+        found = products / self._divisor(q, step)[..., None]
+        return found if self.mask is None else np.where(self.mask[:, step, None, None], found, 0)
+
+    def _divisor(self, q: Array, step: int) -> Array:
+        size = np.maximum(np.abs((self.n[:, step] * q).sum(-1)), np.exp(-self.m[:, step]))
+        return size + self.node.epsilon
 
     def shares(self, step: int = -1) -> Array:
         """Return the share of every step in the memory after a step, `[B, heads, T]`: C is their sum, times k·vᵀ.
@@ -139,8 +184,7 @@ class MemoryTrace(NodeTrace):
         if q.shape not in ((width,), (heads, width)):
             raise ShapeError(f"retrieve: expected query [{width}] or [{heads}, {width}], got {q.shape}")
         q, step = np.broadcast_to(q, (heads, width)), self._step(step)
-        size = np.maximum(np.abs((self.n[:, step] * q).sum(-1)), np.exp(-self.m[:, step]))
-        return np.einsum("bhkv,hk->bhv", self.memory(step), q) / (size + self.node.epsilon)[..., None]
+        return np.einsum("bhkv,hk->bhv", self.memory(step), q) / self._divisor(q, step)[..., None]
 
     def _step(self, step: int) -> int:
         count = self.x.shape[1]
@@ -150,7 +194,8 @@ class MemoryTrace(NodeTrace):
 
     def _part(self, x: Any, y: Array, cells: tuple[CellTrace, ...], take: Callable[[Array], Array]) -> MemoryTrace:
         gates, n = self._values
-        return MemoryTrace(self.node, x, y, None, (MatrixGates(*map(take, gates)), take(n)))
+        mask = None if self.mask is None else take(self.mask)
+        return MemoryTrace(self.node, x, y, None, (MatrixGates(*map(take, gates)), take(n)), mask)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n  {self.node.summary}: q k v i f m n h"

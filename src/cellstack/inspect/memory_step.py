@@ -8,7 +8,6 @@ from cellstack.nodes.mlstm import MLSTM
 from cellstack.views.recorded import Value, listed
 
 STATES = ("C", "n", "m")
-TRACE = ("q", "k", "v", "i", "f", "m", "n", "h")
 MEANINGS = {
     "q": "query: what is looked for in the memory",
     "k": "key: under what the value is stored",
@@ -72,7 +71,7 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
     new("record", h, name="h")
     place = {id(value): number for number, value in enumerate(new.values)}
     gates = {"i": "write", "f": "keep"} | ({"o": "output"} if node.output_gate else {})
-    trace = fields_of(node)
+    trace = [*"qkv", *gates, "m", "n", "h"]  # not C, which has too many numbers
     return {
         "settings": {"kind": "mlstm", "input_size": node.input_size, "units": node.units}
         | {name: getattr(node, name) for name in node.settings},
@@ -80,7 +79,7 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
         "heads": heads,
         "gates": gates,
         "blocks": [],
-        "trace": list(trace),
+        "trace": trace,
         "meanings": {name: MEANINGS[name] for name in (*trace, "C")},
         "scalar": "",
         "states": {name: {"width": [size, ""], "kept": 0.0} for name, size in sizes.items()},
@@ -91,7 +90,3 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
         "after": [place[id(value)] for value in (C, n, m)],
     }
 
-
-def fields_of(node: MLSTM) -> tuple[str, ...]:
-    """Return the names of the gates and states that the page shows: C isn't one of them."""
-    return (*TRACE[:-1], "o", "h") if node.output_gate else TRACE

@@ -166,7 +166,8 @@ class MLSTM(Node):
         native.memory_forward(call, y.dtype == np.float64, threads)
         return y
 
-    def _gate(self, x: Array) -> Array:
+    def output_gate_of(self, x: Array) -> Array:
+        """Return σ(õ) of the input, `[B, T, units]`."""
         return ACTIVATIONS["sigmoid"][0](np.ascontiguousarray(x[..., self.core_size :]))
 
     def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any, **more: Any) -> native.Memory:
@@ -196,7 +197,7 @@ class MLSTM(Node):
         x, y, dy = (native.plain(array) for array in (flow.x, run.y, dy))
         of_gate = []
         if self.output_gate:
-            o, y = self._gate(x), self.call(flow._replace(reset=record.reset), record.before, None, 1, gated=False)
+            o, y = self.output_gate_of(x), self.call(flow._replace(reset=record.reset), record.before, None, 1, gated=False)
             of_gate, dy = [dy * y * o * (1 - o)], dy * o
         dx = np.empty((*x.shape[:2], self.core_size), x.dtype)
         call = self.kernel_call(native.sequences(x, record.mask, record.reset), record.before, None, y)

@@ -4,6 +4,7 @@ import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
 import { cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
 import { stateSizes } from "./engine/cells.js";
 import { CellStep } from "./formulas.js";
+import { MemoryStep, unitsOf } from "./mlstm.js";
 import { isGate, meaningOf } from "./view.js";
 import { wiringOf } from "./wiring.js";
 
@@ -49,8 +50,9 @@ export class CellView {
     if (asked !== this.asked) return;
     this.found = found;
     const { cell } = place;
-    const unit = Math.min(view.unit, cell.units.length - 1);
-    this.title.textContent = `${cell.form.title} cell of ${place.title}, unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
+    this.units = unitsOf(cell);
+    const unit = cell.form.heads ? this.units.unit(view.unitsOf(place, view.field), view.unit) : Math.min(view.unit, cell.units.length - 1);
+    this.title.textContent = `${cell.form.title} cell of ${place.title}, ${this.units.title(unit)}, ${view.labels.full(view.row, view.step)}`;
     this.note.textContent = found.why ?? "";
     this.build(place, unit);
     this.fill(place, unit);
@@ -59,7 +61,8 @@ export class CellView {
   // The drawing and the table, rebuilt when another cell or other units are shown.
   build(place, unit) {
     const { cell } = place;
-    const first = Math.max(0, Math.min(unit - MOST_UNITS / 2, cell.units.length - MOST_UNITS));
+    const [start, length] = this.units.part(unit);
+    const first = Math.max(start, Math.min(unit - MOST_UNITS / 2, start + length - MOST_UNITS));
     const parts = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;
     this.narrow = this.element.clientWidth / parts < NARROW;
     const key = `${place.key} ${first} ${this.narrow}`;
@@ -96,19 +99,22 @@ export class CellView {
       ...wiring.paths.map((d) => svg("path", { d: d.replace(/([MH]) (\d+)/g, (_, letter, x) => `${letter} ${x * across}`), class: "wire", "marker-end": "url(#tip)" })),
       ...wiring.dots.map(([cx, cy]) => svg("circle", { cx: cx * across, cy, r: 3, class: "head" })),
       ...wiring.signs.map(([left, y, sign]) => {
-        const [x, width] = [left * across, (sign.length > 1 ? 44 : 32) * across];
+        const [x, width] = [left * across, sign.length > 1 ? Math.max(38, 44 * across) : 32 * across];
         return svg("g", { class: "sign" }, svg("rect", { x: x - width / 2, y: y - 16, width, height: 32, rx: width / 2 }), svg("text", { x, y: y + 5 }, sign));
       }),
       ...boxes,
     );
     // The table of all values of the step.
     const fields = Object.keys(cell.fields);
-    const columns = [...Object.keys(cell.form.states).reverse().map((name) => `${name}_prev`), ...fields];
-    const count = Math.min(MOST_UNITS, cell.units.length);
+    const states = Object.keys(cell.form.states).filter((name) => name in cell.fields);
+    const all = [...states.reverse().map((name) => `${name}_prev`), ...fields];
+    const several = (name) => this.view.unitsOf(place, name.replace("_prev", "")) > cell.form.heads; // others are in the drawing
+    const columns = cell.form.heads && all.some(several) ? all.filter(several) : all;
+    const count = Math.min(MOST_UNITS, length);
     const cells = [];
     const rows = Array.from({ length: count }, (_, n) => {
       const own = first + n;
-      const head = make("th", { scope: "row" }, button(`unit ${cell.units[own]}`, () => this.view.set({ unit: own }), { class: "plain", title: "Show the wiring of this unit" }));
+      const head = make("th", { scope: "row" }, button(this.units.title(own), () => this.choose(place, own), { class: "plain", title: "Show the wiring of this unit" }));
       const row = make("tr", { "data-unit": own }, head);
       for (const name of columns) {
         const number = make("button", { type: "button", class: "number", "data-field": name, "data-unit": own });
@@ -118,7 +124,7 @@ export class CellView {
       }
       return row;
     });
-    const inputs = Math.min(MOST_INPUTS, cell.spec.input_size);
+    const inputs = cell.form.heads ? 0 : Math.min(MOST_INPUTS, cell.spec.input_size); // q, k and v are in the table
     const xs = Array.from({ length: inputs }, (_, n) => {
       const number = make("button", { type: "button", class: "number", "data-field": "x", "data-unit": n });
       this.pop.attach(number, () => this.formula(place, "x", n));
@@ -134,14 +140,22 @@ export class CellView {
         make(
           "table",
           { class: "steptable" },
-          make("caption", {}, count < cell.units.length ? `All values of this step, for ${count} of ${cell.units.length} units` : "All values of this step"),
+          make("caption", {}, count < cell.units.length && !cell.form.heads ? `All values of this step, for ${count} of ${cell.units.length} units` : "All values of this step"),
           make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map((name) => make("th", { scope: "col", title: meaningOf(cell.form, name) ?? null }, name)))),
           make("tbody", {}, ...rows),
         ),
       ),
-      make("p", { class: "inputs" }, make("span", {}, `x, the input${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...titled),
+      inputs === 0 ? null : make("p", { class: "inputs" }, make("span", {}, `x, the input${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...titled),
     );
     this.built = { key, ports, cells, xs, rows };
+  }
+
+  // Select a unit, in the field that the map shows if it has one of its own there.
+  choose(place, unit) {
+    const { view } = this;
+    const at = (field) => this.units.index(view.unitsOf(place, field), unit);
+    const field = [view.field, "h", "n"].find((one) => this.units.unit(view.unitsOf(place, one), at(one) ?? -1) === unit);
+    view.set({ field, unit: at(field) });
   }
 
   // Update the numbers in the existing elements.
@@ -157,8 +171,10 @@ export class CellView {
       element.style.setProperty("--on", fine ? inkOn(pixel) : "#fff");
     };
     for (const [name, port] of Object.entries(built.ports)) {
-      const value = name === "x" ? null : valueOf(found, name, Math.min(unit, (found.now[name.replace("_prev", "")]?.length ?? 1) - 1));
-      port.value.textContent = name === "x" ? this.listed(found.x) : this.short(value);
+      const field = name.replace("_prev", "");
+      const matrix = field in place.cell.form.states && !(field in found.now);
+      const value = name === "x" || matrix ? null : valueOf(found, name, place.cell.form.heads ? unit : Math.min(unit, (found.now[field]?.length ?? 1) - 1));
+      port.value.textContent = name === "x" ? this.listed(found.x) : matrix ? `${place.cell.spec.key_size} × ${place.cell.spec.value_size}` : this.short(value);
       if (value !== null && value !== undefined) paint(port.group, value, name);
       else port.group.style.setProperty("--fill", "var(--raised)");
       port.group.setAttribute("aria-label", name === "x" ? `x, the input: ${this.listed(found.x)}` : `${name} of this unit: ${shown(value, 4)}`);
@@ -198,7 +214,7 @@ export class CellView {
     const { cell } = place;
     if (found === null) return null;
     const head = (text) => make("strong", {}, text);
-    const number = cell.units[unit] ?? unit;
+    const title = this.units.title(unit);
     if (name === "x") {
       if (found.x === null) return null;
       const names = view.namesOf(place, "x");
@@ -209,22 +225,25 @@ export class CellView {
       const letter = name.replace("_prev", "");
       const value = valueOf(found, name, unit);
       const from = found.begins === null ? `${letter} of the previous step` : found.begins;
-      return [head(`${letter}_prev, unit ${number}`), make("div", {}, `${shown(value, 6)}: ${from}`)];
+      return [head(`${letter}_prev, ${title}`), make("div", {}, value === undefined ? from : `${shown(value, 6)}: ${from}`)];
     }
-    const title = head(`${name}, unit ${number}: ${(meaningOf(cell.form, name) ?? "").split(":")[0]}`);
+    const number = cell.units[unit] ?? unit;
+    const headline = head(`${name}, ${title}: ${(meaningOf(cell.form, name) ?? "").split(":")[0]}`);
+    if (!(name in found.now)) return [headline, make("div", { class: "result" }, `C = f · C_prev + i · k · vᵀ / √${cell.spec.key_size}`)]; // a matrix
     const kept = valueOf(found, name, unit);
+    if (kept === undefined) return null;
     if (found.masked) {
       const text = Object.hasOwn(cell.form.states, name) ? `This step is masked: ${name} stays ${shown(kept, 5)}.` : "This step is masked: its gates are 0.";
-      return [title, make("div", {}, text)];
+      return [headline, make("div", {}, text)];
     }
     const patches = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
     const lines = patches.map((patch) => {
       const what = patch.text ?? `${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}`;
       return make("div", { class: "patched" }, `It is patched: ${what}. Its value is then ${shown(kept, 5)}.`);
     });
-    if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
-    const made = found.step.explain(name, unit);
-    return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
+    if (found.step === null) return [headline, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
+    const made = found.step.explain(name, found.units.index(found.now[name].length, unit));
+    return [headline, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
   }
 
   // A sum of products: all of them, or the largest and the total of the others.
@@ -252,8 +271,8 @@ export class CellView {
 }
 
 function valueOf(found, name, unit) {
-  if (name.endsWith("_prev")) return found.before[name.replace("_prev", "")]?.[unit];
-  return found.now[name]?.[unit];
+  const column = name.endsWith("_prev") ? found.before[name.replace("_prev", "")] : found.now[name];
+  return column?.[found.units.index(column.length, unit)];
 }
 
 // Whether an axis of a patch includes an index: all, a list, [start, stop, step], or a slice object.
@@ -281,12 +300,12 @@ export async function given(view, place) {
   const fields = Object.keys(cell.fields);
   const planes = Object.fromEntries(await Promise.all(fields.map(async (field) => [field, await planeOfField(field)])));
   const now = Object.fromEntries(fields.map((field) => [field, planes[field].column(step)]));
-  const states = Object.keys(cell.form.states);
+  const states = Object.keys(cell.form.states).filter((name) => name in planes);
   const mask = await view.mask(place);
   const steps = planes.h.steps;
   const previous = cell.reverse ? step + 1 : step - 1;
   const first = previous < 0 || previous >= steps;
-  const found = { now, x: null, before: {}, step: null, masked: mask !== null && !mask[step], begins: null, why: null, scale: null };
+  const found = { units: unitsOf(cell), now, x: null, before: {}, step: null, masked: mask !== null && !mask[step], begins: null, why: null, scale: null };
   // The input of the cell, from the trace or from the changed run.
   if (changed) found.x = changedInput(view, place, step);
   if (!changed && cell.x !== null) found.x = (await view.traced(place, "x")).column(step);
@@ -307,14 +326,26 @@ export async function given(view, place) {
   else if (first && cell.before !== null) found.begins = "the initial state of the run";
   const allUnits = cell.units.length === cell.spec.units;
   const known = states.every((name) => found.before[name] !== undefined) && found.x !== null && allUnits;
-  if (cell.weights === null) found.why = "This page doesn't include the weights of this cell, so its sums can't be shown.";
+  if (cell.weights === null && !cell.form.heads) found.why = "This page doesn't include the weights of this cell, so its sums can't be shown.";
   else if (!known) found.why = changed && found.x === null ? "The input of this cell after the change is unknown, so its sums can't be shown." : "The trace covers only part of the run, so the sums of this step can't be shown.";
-  else if (!found.masked) {
+  else if (!found.masked && cell.form.heads) {
+    const memory = await memoryOf(view, place, planes);
+    if (memory === null) found.why = "The trace covers only part of the run, so the sums of this step can't be shown.";
+    else found.step = new MemoryStep(memory, step, { x: found.x, before: found.before, now, label: (at) => view.labels.full(view.row, at) });
+  } else if (!found.masked) {
     const arrays = {};
     for (const [name, reference] of Object.entries(cell.weights)) arrays[name] = changed ? (view.result.weights?.[place.key]?.[name] ?? (await view.store.get(reference))) : await view.store.get(reference);
     found.step = new CellStep({ spec: cell.spec, form: cell.form, arrays }, { x: found.x, before: found.before, now, names: view.namesOf(place, "x") });
   }
   return found;
+}
+
+// What the weights of a memory are computed from, see `weightsAt`; null where it isn't known.
+export async function memoryOf(view, place, planes) {
+  const { cell } = place;
+  if (!cell.whole) return null;
+  const [C, mask, reset] = await Promise.all([view.store.get(cell.before.C), view.mask(place), view.resets(place)]);
+  return { planes, spec: cell.spec, mask, reset, start: { C: rowOf(C, view.row) } };
 }
 
 function rowOf({ data, shape }, row) {

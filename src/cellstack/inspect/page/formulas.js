@@ -9,7 +9,7 @@ import { columnOf } from "./engine/products.js";
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
 const SIGNS = { add: "+", sub: "−", mul: "·", div: "/" };
 const IS_SUM = ["add", "sub", "one_minus"];
-const DIGITS = 5;
+export const DIGITS = 5;
 
 // An activation of `argument` as written in a formula: σ(0.5).
 function callOf(text, argument) {

@@ -70,7 +70,7 @@ export class Gradients {
       const { place } = view;
       this.unit.element.hidden = true;
       of = { node: place.name, cell: place.number, gate: view.field, row: 0, step: view.stepAt(place), unit: view.unit };
-      what = `${view.field} of unit ${view.unit} of ${place.title}, ${view.labels.full(view.row, view.step)}`;
+      what = `${view.field} of ${view.unitTitle(place, view.field, view.unit)} of ${place.title}, ${view.labels.full(view.row, view.step)}`;
     } else {
       const name = chosen.slice("value ".length);
       const node = description.nodes.find((one) => one.name === name);

@@ -31,7 +31,6 @@ export class LabelText {
     const { view } = this;
     const plane = await view.plane();
     if (asked !== this.asked) return;
-    const number = view.unitNumber(view.place, view.field, view.unit);
     if (plane.steps !== view.steps || view.labels.kind === null) {
       this.title.textContent = "No labels to show";
       this.note.textContent =
@@ -40,7 +39,7 @@ export class LabelText {
       this.spans = [];
       return;
     }
-    this.title.textContent = `The steps, coloured by ${view.field} of unit ${number} of ${view.place.title}`;
+    this.title.textContent = `The steps, coloured by ${view.field} of ${view.unitTitle(view.place, view.field, view.unit)} of ${view.place.title}`;
     const scale = scaleOf(view.shows !== "difference" && isGate(view.place.cell?.form, view.field), plane.range);
     const colours = palette(scale.kind, view.theme);
     const first = Math.max(0, Math.min(Math.floor(view.step / MOST_LABELS) * MOST_LABELS, view.steps - 1));

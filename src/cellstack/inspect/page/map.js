@@ -151,7 +151,8 @@ export class HeatMap {
     this.rows.box.value = String(view.row);
     const form = view.place.cell?.form;
     this.field.set(view.place.fields.map((field) => [field, field, meaningOf(form, field)]), view.field);
-    this.about.textContent = `${view.field}: ${meaningOf(form, view.field)}. Each row is a unit, each column a step.`;
+    const each = form?.heads ? (plane.units === form.heads ? "a head" : "a number of a head") : "a unit";
+    this.about.textContent = `${view.field}: ${meaningOf(form, view.field)}. Each row is ${each}, each column a step.`;
     this.scale = scaleOf(view.shows !== "difference" && isGate(form, view.field), plane.range);
     this.layOut();
     this.setMargin();

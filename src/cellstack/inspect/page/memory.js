@@ -1,8 +1,10 @@
-// The contributions to c: what each past step wrote, and the share that later gates kept until the cursor.
+// The contributions to c: what each past step wrote, and the share that later gates kept until the cursor; or what the query
+// of an mLSTM reads.
 
 import { make, replaceChildren, shown, table } from "./dom.js";
 import { drawBars } from "./draw.js";
 import { keepingOf } from "./formulas.js";
+import { Retrieval } from "./retrieval.js";
 
 // c at a step, unrolled: entry s is the write of step s times the product of the later keep factors, and `start` the rest
 // of the initial state. Up to rounding, they sum to the state. In the order of time.
@@ -32,7 +34,9 @@ export class Memory {
     this.chart = make("canvas", { class: "chart", role: "img" });
     this.sum = make("p", { class: "readout", "data-sum": "" });
     this.list = make("div", { class: "scroll" });
-    this.element = make("div", {}, this.title, this.chart, this.sum, this.list);
+    this.sums = make("div", {}, this.title, this.chart, this.sum, this.list);
+    this.retrieval = new Retrieval(view);
+    this.element = make("div", {}, this.sums, this.retrieval.element);
     this.open = false;
     this.asked = 0;
     this.chart.addEventListener("click", (event) => {
@@ -40,7 +44,7 @@ export class Memory {
       if (step >= 0 && step < view.steps) view.set({ step });
     });
     view.on((changed) => {
-      if (["step", "row", "place", "unit", "result", "shows", "theme", "window"].some((name) => changed.has(name))) this.draw();
+      if (["step", "row", "place", "unit", "field", "result", "shows", "theme", "window"].some((name) => changed.has(name))) this.draw();
     });
   }
 
@@ -56,6 +60,10 @@ export class Memory {
     const asked = (this.asked += 1);
     const { view } = this;
     const { place } = view;
+    const ofMatrix = Boolean(place.cell?.form.heads);
+    this.sums.hidden = ofMatrix;
+    this.retrieval.element.hidden = !ofMatrix;
+    if (ofMatrix) return this.retrieval.draw(place, () => asked === this.asked);
     if (place.kind !== "cell") return this.refuse("Choose a layer with a cell in the network.");
     const { cell } = place;
     const { spec, form } = cell;

@@ -9,7 +9,7 @@ import { plural } from "./dom.js";
 export const LIVE = 2e8; // maximum multiplications of a run during a drag
 export const MOST_RUN = 6e9; // maximum multiplications of other runs: a few seconds
 const MOST_NUMBERS = 4e7; // maximum numbers of gates and states in a run, in float64
-const BACK = { multiplications: 3, kept: 4 }; // cost of a gradient relative to a run
+const BACK = { multiplications: 3, kept: 4, matrices: 2 }; // cost of a gradient relative to a run; copies of each C
 
 // The patches of a network for one row of its batch, the only row that a run in the page has.
 export function patchesOfRow(patches, row) {
@@ -186,13 +186,13 @@ export class Rerun {
     this.size = found.multiplications;
     if (found.unsupported.length) this.why = `This page can't run the network again. ${found.unsupported.join(" ")}`;
     else this.why = this.tooMuch("A run of this network", 1, 1);
-    if (this.why === null) this.whyNoGradient = this.tooMuch("A gradient of this run", BACK.multiplications, BACK.kept);
+    if (this.why === null) this.whyNoGradient = this.tooMuch("A gradient of this run", BACK.multiplications, BACK.kept, BACK.matrices * this.matrices);
   }
 
-  // The reason why a run, scaled by these factors, is too expensive for a browser; null where it isn't.
-  tooMuch(what, times, copies) {
+  // The reason why a run, scaled by these factors, and with `more` numbers, is too expensive for a browser; null where it isn't.
+  tooMuch(what, times, copies, more = 0) {
     const count = this.size * times;
-    const numbers = this.numbers * copies;
+    const numbers = this.numbers * copies + more;
     if (count > MOST_RUN) {
       const seconds = Math.round(count / 1e9);
       return `${what} takes ${count.toLocaleString("en")} multiplications, about ${plural(seconds, "second")} in a browser: too long to wait for. Trace fewer steps.`;
@@ -206,6 +206,13 @@ export class Rerun {
     const { arrays } = this.view.description;
     const fields = this.view.description.nodes.flatMap((node) => node.cells.flatMap((cell) => Object.values(cell.fields)));
     return fields.reduce((sum, { array }) => sum + arrays[array].shape[1] * arrays[array].shape[2], 0);
+  }
+
+  // The number of values of the memories of mLSTMs at all steps of one row.
+  get matrices() {
+    const { arrays, nodes } = this.view.description;
+    const memories = nodes.flatMap(({ cells }) => cells.filter((cell) => cell.form.heads));
+    return memories.reduce((sum, { before }) => sum + arrays[before.C.array].shape[1] * this.view.steps, 0);
   }
 
   get live() {

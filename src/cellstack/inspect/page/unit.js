@@ -38,18 +38,18 @@ export class UnitLines {
     const { view } = this;
     const { place } = view;
     const fields = place.fields.filter((field) => field !== "x" || place.kind !== "cell");
-    const wanted = fields.filter((field) => view.unit < view.unitsOf(place, field));
+    const wanted = fields.filter((field) => view.unitIn(field) < view.unitsOf(place, field));
     const before = await Promise.all(wanted.map((field) => view.traced(place, field)));
     const changed = view.result !== null && view.shows !== "trace";
     if (asked !== this.asked) return;
-    const number = view.unitNumber(place, view.field, view.unit);
-    this.title.textContent = `Unit ${number} of ${place.title}`;
+    const title = place.cell?.form.heads ? view.unitTitle(place, view.field, view.unit) : `unit ${view.unitNumber(place, view.field, view.unit)}`;
+    this.title.textContent = `${title[0].toUpperCase()}${title.slice(1)} of ${place.title}`;
     const lines = wanted.flatMap((field, n) => {
       const colour = lineColour(field, view.theme);
       const after = changed ? view.after(place, field) : null;
       return [
-        { field, plane: after ?? before[n], unit: view.unit, colour },
-        ...(after === null ? [] : [{ field, plane: before[n], unit: view.unit, colour, dash: [3, 3] }]),
+        { field, plane: after ?? before[n], unit: view.unitIn(field), colour },
+        ...(after === null ? [] : [{ field, plane: before[n], unit: view.unitIn(field), colour, dash: [3, 3] }]),
       ];
     });
     this.drawLegend(wanted, lines);
@@ -74,7 +74,7 @@ export class UnitLines {
     const number = view.unitNumber(place, view.field, view.unit);
     const at = pointed ?? view.step;
     const own = view.steps === view.stepsOf(place) ? at : Math.floor((at * view.stepsOf(place)) / view.steps);
-    const said = lines.filter((line) => !line.dash).map((line) => `${line.field} = ${shown(line.plane.at(view.unit, own), 4)}`);
+    const said = lines.filter((line) => !line.dash).map((line) => `${line.field} = ${shown(line.plane.at(line.unit, own), 4)}`);
     const changed = lines.some((line) => line.dash);
     this.values.textContent = `${view.labels.full(view.row, at)}: ${said.join("   ")}${changed ? "   (dashed: as traced)" : ""}`;
     for (const canvas of [this.gates, this.states]) canvas.setAttribute("aria-label", `Lines over the steps of unit ${number}. ${said.join(", ")}`);

@@ -3,6 +3,7 @@
 
 import { Labels, Plane, planeOf, visible } from "./data.js";
 import { LEFT } from "./draw.js";
+import { headTitle, unitsOf } from "./mlstm.js";
 
 // What a gate, a state, or the value of a place is.
 export const meaningOf = (form, field) => form?.meanings[field] ?? { x: "input of the cell", y: "output" }[field];
@@ -34,7 +35,7 @@ function placesOf(description) {
         number,
         cell,
         lowest: node.kind === "Bidirectional" ? number % (node.cells.length / 2) === 0 : number === 0,
-        fields: [...Object.keys(cell.fields), ...(cell.x === null ? [] : ["x"])],
+        fields: [...Object.keys(cell.fields), ...(cell.x === null || cell.form.heads ? [] : ["x"])], // q, k and v are parts of x
         inStep: node.aligned,
       });
     });
@@ -82,6 +83,9 @@ export class View {
 
   // Change the selection: { step: 3 }; dependent values are kept in bounds.
   set(changes) {
+    if (this.place?.cell?.form.heads && this.place.fields.includes(changes.field) && !("unit" in changes)) {
+      changes = { ...changes, unit: this.unitIn(changes.field) ?? 0 }; // of the same head
+    }
     for (const [name, value] of Object.entries(changes)) {
       if (this[name] !== value) {
         this[name] = value;
@@ -161,6 +165,11 @@ export class View {
   // The names of the units of a field: the channels of an input, the classes of an output; null where it has none.
   namesOf(place, field) {
     if (place.kind !== "cell") return this.shownNames(place.node.names);
+    const { heads } = place.cell.form;
+    if (heads && field !== "x") {
+      const length = this.unitsOf(place, field);
+      return Array.from({ length }, (_, unit) => headTitle(heads, length / heads, unit));
+    }
     return field === "x" && place.lowest ? this.namesFrom(place.node.sources[0]) : null;
   }
 
@@ -211,6 +220,16 @@ export class View {
     }
     if (plane.steps !== this.steps) found.step = Math.floor((found.step * this.steps) / plane.steps);
     return found;
+  }
+
+  // The place of the selected unit in another field of its cell; undefined where that has none.
+  unitIn(field) {
+    const { place, unit } = this;
+    if (place.kind !== "cell") return unit;
+    const [own, other] = [this.field, field].map((one) => this.unitsOf(place, one));
+    const units = unitsOf(place.cell);
+    const found = units.index(other, units.unit(own, unit));
+    return found < other ? found : undefined;
   }
 
   // The number of a unit in its layer: a trace may cover only some of them.

@@ -80,15 +80,17 @@ export class WhatIf {
     setChoices(this.output.box, description.outputs, description.outputs[0]);
     this.output.element.hidden = description.outputs.length < 2;
     const group = (title, ...children) => make("div", { class: "group" }, make("h3", {}, title), ...children);
+    this.patchGroup = group("Patch a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches);
+    this.weightGroup = group("Edit a weight", make("div", { class: "toolbar" }, this.weightGate.element), this.weights);
     replaceChildren(
       this.whole,
       make(
         "div",
         {},
         group("Change an input value", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.inputTitle, this.inputChart, this.sliders),
-        group("Patch a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
+        this.patchGroup,
         group("Reset the state", make("p", {}, this.reset)),
-        group("Edit a weight", make("div", { class: "toolbar" }, this.weightGate.element), this.weights),
+        this.weightGroup,
       ),
       make(
         "div",
@@ -205,16 +207,18 @@ export class WhatIf {
 
   // ── patching a gate or a state ─────────────────────────────────────────────────────────────────────────────────────
 
+  // The selected cell, or the first one. The memory of an mLSTM can't be patched, and has no weights.
   get cellPlace() {
     const { view } = this;
-    if (view.place.kind === "cell") return view.place;
-    return view.places.find((place) => place.kind === "cell" && place.name === view.place.name) ?? view.places.find((place) => place.kind === "cell") ?? null;
+    const cells = view.places.filter((place) => place.kind === "cell" && !place.cell.form.heads);
+    return cells.find((place) => place === view.place) ?? cells.find((place) => place.name === view.place.name) ?? cells[0] ?? null;
   }
 
   fillPatchForm() {
     const { view } = this;
     const place = this.cellPlace;
-    this.add.disabled = place === null;
+    this.patchGroup.hidden = this.weightGroup.hidden = place === null;
+    this.warning.textContent = view.place.cell?.form.heads ? "The memory of an mLSTM can't be patched, and it has no weights: change the input, or reset the state." : "";
     if (place === null) return;
     const fields = Object.keys(place.cell.fields);
     setChoices(this.gate.box, fields.map((field) => [field, `${field}, ${meaningOf(place.cell.form, field).split(":")[0]}`]), fields.includes(this.gate.box.value) ? this.gate.box.value : keepsOf(place.cell.form) ?? fields[0]);
@@ -282,7 +286,8 @@ export class WhatIf {
   async fillWeights(rebuild) {
     const { view, changes } = this;
     const place = this.cellPlace;
-    if (place === null || place.cell.weights === null) {
+    if (place === null) return;
+    if (place.cell.weights === null) {
       replaceChildren(this.weights, make("p", { class: "note" }, "This page has no weights of a cell for this layer."));
       this.weightGate.element.hidden = true;
       return;

@@ -58,6 +58,39 @@ const WIRINGS = [
   },
 ];
 
+// The wiring of an mLSTM; `o`: with an output gate.
+const memoryWiring = (o) => ({
+  size: [760, 500],
+  ports: {
+    C_prev: [46, 60],
+    C: [708, 60],
+    n_prev: [46, 150],
+    n: [708, 150],
+    m_prev: [46, 330],
+    m: [708, 330],
+    x: [116, 450],
+    f: [190, 265],
+    k: [286, 265],
+    i: [382, 265],
+    v: [478, 265],
+    q: [568, 265],
+    ...(o ? { o: [540, 450] } : {}),
+    h: [708, 450],
+  },
+  signs: [
+    [190, 60, "×"], [190, 150, "×"], [334, 150, "+"], [334, 215, "×"], [430, 60, "+"], [430, 182, "×"], [140, 330, "max"], [636, 390, "Cᵀq"],
+    ...(o ? [[636, 450, "×"]] : []),
+  ],
+  paths: [
+    "M 90 60 H 174", "M 206 60 H 414", "M 446 60 H 662", "M 90 150 H 174", "M 206 150 H 318", "M 350 150 H 662", "M 190 243 V 166", "M 190 134 V 76",
+    "M 286 243 V 215 H 318", "M 382 243 V 215 H 350", "M 334 199 V 166", "M 334 182 H 414", "M 478 243 V 182 H 446", "M 430 166 V 76",
+    "M 90 330 H 118", "M 162 330 H 662", "M 190 330 V 287", "M 382 330 V 287", "M 116 428 V 400", "M 116 396 H 568 V 287", "M 140 396 V 348",
+    "M 286 396 V 287", "M 478 396 V 287", "M 590 287 V 390 H 614", "M 636 60 V 374",
+    ...(o ? ["M 540 396 V 426", "M 636 406 V 434", "M 584 450 H 620", "M 652 450 H 662"] : ["M 636 406 V 450 H 662"]),
+  ],
+  dots: [[334, 182], [190, 330], [382, 330], [140, 396], [286, 396], [478, 396], [636, 60], [636, 150], [636, 330], ...(o ? [[540, 396]] : [])],
+});
+
 // The gates and states that value n is computed from, by name; a state before the step has the suffix _prev.
 function sourcesOf({ values }, n) {
   const found = new Set();
@@ -122,6 +155,7 @@ function madeWiring({ states, gates }) {
 }
 
 export function wiringOf(form) {
+  if (form.heads) return memoryWiring("o" in form.gates);
   const wires = wiresOf(form);
   const same = (from) => JSON.stringify(from) === JSON.stringify(wires.states);
   const ordered = ({ from }) => Object.fromEntries(Object.keys(wires.states).map((name) => [name, from[name]]));
