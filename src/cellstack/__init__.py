@@ -76,7 +76,6 @@ LATER = {
     "compile": "formats.compiled",
     "from_keras": "formats.keras",
     "from_torch": "formats.pytorch",
-    "frozen": "integrations",
     "packed_weights": "integrations",
     "plan": "integrations",
     "restore": "integrations",

@@ -6,7 +6,6 @@ Nothing here imports a framework: a program that has a model has already importe
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib import import_module
 from typing import Any
 
@@ -101,12 +100,6 @@ def packed_weights(model: Any) -> Any:
     if torch is None or not isinstance(model, torch.nn.Module):
         raise TypeError(f"packed_weights: expected a module of PyTorch, got {type(model).__name__}")
     return import_module("cellstack.layers.accelerate").packed_weights(model)
-
-
-def frozen(model: Any) -> Any:
-    """Deprecated name of `packed_weights`; elsewhere, frozen means `requires_grad=False`."""
-    warnings.warn("cellstack.frozen is now cellstack.packed_weights", DeprecationWarning, stacklevel=2)
-    return packed_weights(model)
 
 
 def plan(model: Any) -> Plan:

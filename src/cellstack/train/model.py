@@ -240,10 +240,7 @@ class Model(nn.Module):
         names = ("task", "cell", "bidirectional", "pooling", "every_step")
         targets = digest(value.cpu().numpy() for value in (self.targets.mean, self.targets.scale))
         own = {"head": repr(self.head), "own_loss": None if self.own_loss is None else named(self.own_loss)}
-        both = {"pooling": "final"} if self.ends_both_ways else {}  # older checkpoints were trained on the last step
-        return (
-            {name: getattr(self, name) for name in names} | both | {"dropout": self.dropout.p, "targets": targets} | own
-        )
+        return {name: getattr(self, name) for name in names} | {"dropout": self.dropout.p, "targets": targets} | own
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes, from raw inputs to class probabilities, or predictions in the targets' units."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,12 +42,6 @@ class Backtest(NamedTuple):
     baselines: dict[str, Floats]
     typical: Floats
     series: Ints
-
-    @property
-    def rivals(self) -> dict[str, Floats]:
-        """Return `baselines`; `rivals` was its name until 0.2."""
-        warnings.warn("Backtest.rivals is now Backtest.baselines", DeprecationWarning, stacklevel=2)
-        return self.baselines
 
     @property
     def scores(self) -> dict[str, Any]:

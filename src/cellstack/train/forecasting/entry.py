@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -90,9 +89,6 @@ def fit_forecast(
         (4, 'forecast')
     """
     given = locals()
-    if "rivals" in options:
-        warnings.warn("fit_forecast: rivals= is now baselines=", DeprecationWarning, stacklevel=2)
-        baselines = options.pop("rivals")
     _check(options)
     reading = {"ids": id, "date": time, **{name: options.pop(name) for name in READING if name in options}}
     table = _table(data, {name: value for name, value in reading.items() if value is not None})
