@@ -93,12 +93,14 @@ ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 
 
 @lru_cache(maxsize=1024)
-def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
-    """Convert `spec` to the kernel's description.
+def description(spec: CellSpec, rows: bool = False) -> Any:
+    """Convert `spec` to the kernel's description; without the kernel, NumPy computes from `spec` itself.
 
     With `rows` the cell's arrays and their gradients are in PyTorch's layout: matrices are transposed, and the gates
     have PyTorch's order. A forward pass then requires packed weights.
     """
+    if _kernel.__name__ == "cellstack.without_kernel":
+        return spec
     return _kernel.Description(
         spec.kind,
         spec.features,

@@ -8,7 +8,6 @@ The names and arguments are those of `_kernel.pyi`. Arrays are NumPy arrays here
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -18,8 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from cellstack import reference, reference_mlstm
-from cellstack.cells import KINDS
-from cellstack.spec import ACTIVATIONS, ARRAYS, Activation, CellSpec, MatrixState
+from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, MatrixState
 
 INSTALL = "install a wheel of cellstack for this platform, or a C++17 compiler and then cellstack from its source"
 THREAD_WORK = 1 << 20
@@ -47,84 +45,35 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     return lambda *args, **kwargs: _refuse(_REFUSED.get(name, f"{name} needs"))
 
 
-class Description(NamedTuple):
-    """A cell without its arrays, as `native` describes it; or a dense layer."""
+class Dense(NamedTuple):
+    """A dense layer without its arrays."""
 
-    kind: str
     input_size: int
-    units: int
-    output_size: int
-    activations: list[tuple[int, float, float]]
-    use_bias: bool
-    peepholes: bool
-    coupled: bool
-    layer_norm: bool
-    joint: bool
-    reset_after: bool
-    scalar: bool
-    no_gate: bool
-    exponential_forget: bool
-    norm_epsilon: float
-    clip: float
-    cell_clip: float
-    zoneout: float
-    zoneout_cell: float
-    rows: bool = False
-    heads: int = 1
-    use_kernel: bool = True
-    backbone: int = 0
+    activation: tuple[int, float, float]
 
-    def spec(self, learn_initial_state: bool) -> CellSpec:
-        """Convert it back to the cell's `CellSpec`."""
-        texts = [str(Activation(ACTIVATIONS[code], alpha, beta)) for code, alpha, beta in self.activations]
-        kind = KINDS[self.kind]
-        fixed = ("f",) if self.coupled else kind.fixed
-        scalar: dict[str, Any] = {kind.scalar: True} if self.scalar else {}
-        named = {slot: text for slot, text in zip(kind.slots, texts, strict=False) if slot not in fixed}
-        backbone = {"backbone_units": self.backbone, "backbone_activation": texts[-1]} if self.backbone else {}
-        return CellSpec(
-            self.input_size + self.scalar,
-            self.units,
-            use_bias=self.use_bias,
-            kind=self.kind,
-            gate_activations=named,
-            peepholes=self.peepholes,
-            coupled=self.coupled,
-            proj_size=self.output_size % self.units,  # 0: none
-            layer_norm="joint" if self.joint else self.layer_norm,
-            norm_epsilon=self.norm_epsilon,
-            clip=None if math.isinf(self.clip) else self.clip,
-            cell_clip=None if math.isinf(self.cell_clip) else self.cell_clip,
-            zoneout=self.zoneout,
-            zoneout_cell=self.zoneout_cell,
-            reset_after=self.reset_after,
-            mode="no_gate" if self.no_gate else "default",
-            exponential_forget=self.exponential_forget,
-            learn_initial_state=learn_initial_state,
-            heads=self.heads,
-            use_kernel=self.use_kernel,
-            **scalar,
-            **backbone,
-        )
+
+def Description(kind: str, input_size: int, *others: Any) -> Dense:  # noqa: N802
+    """Return the description of a dense layer; that of a cell is its `CellSpec`: see `native.description`."""
+    ((activation,),) = (part for part in others if isinstance(part, list))
+    return Dense(input_size, activation)
 
 
 class Weights:
-    """Weights of a cell or of a dense layer; `spec` is None for the latter."""
+    """Weights of a cell or of a dense layer."""
 
-    def __init__(self, description: Description, element: str, arrays: Sequence[Any], copy: bool = True) -> None:
+    def __init__(self, description: CellSpec | Dense, element: str, arrays: Sequence[Any], copy: bool = True) -> None:
         if element not in ("float32", "float64"):
             _refuse(f"{element} weights need")
         given = {name: array for name, array in zip(ARRAYS, arrays, strict=False) if array is not None}
         if not all(isinstance(array, np.ndarray) for array in given.values()):
             _refuse("the torch layers need")
-        self.description, self.element, self.dtype = description, element, np.dtype(element)
+        self.description, self.dtype = description, np.dtype(element)
         self.arrays = {name: array.astype(np.float64) for name, array in given.items()}
-        learned = any(name.startswith("initial") for name in given)
-        self.spec = None if description.kind == "dense" else description.spec(learned)
 
     def dense(self, x: NDArray[Any]) -> NDArray[Any]:
         """Return the output of a dense layer in float64."""
-        ((code, alpha, beta),) = self.description.activations
+        assert isinstance(self.description, Dense)
+        code, alpha, beta = self.description.activation
         z = x @ self.arrays["kernel"] + self.arrays.get("bias", 0.0)
         return reference.ACTIVATIONS[ACTIVATIONS[code]][0](z, alpha, beta)
 
@@ -185,11 +134,11 @@ class Layer(NamedTuple):
         if self.patch_lines is not None:
             _refuse("patches need")
         own, places = self.weights, sequences.places
-        if own.spec is None:
+        if isinstance(own.description, Dense):
             y = own.dense(x)
         else:
             before = [state[places] for state in self.before] if self.before else None
-            done = reference.forward(own.spec, own.arrays, x, before, **sequences.flags)
+            done = reference.forward(own.description, own.arrays, x, before, **sequences.flags)
             y = done.y
             for into, state in zip(self.after or (), done.state, strict=False):
                 into[places] = state
@@ -204,8 +153,7 @@ class Layer(NamedTuple):
 
 def forward(sequences: Sequences, layers: Sequence[Layer], threads: int) -> None:
     """Run a stack; y of one layer is x of the next."""
-    first = layers[0].weights.description
-    y = sequences.x(first.input_size + first.scalar)
+    y = sequences.x(layers[0].weights.description.input_size)
     for layer in layers:
         y = layer.run(sequences, y)
 
@@ -374,13 +322,9 @@ class Stream:
     def run(self, x: Any) -> NDArray[Any] | None:
         """Return y `[B, T, P]` of x `[B, T, I]`; None if x isn't such an array."""
         first = self.weights[0]
-        width = first.description.input_size + first.description.scalar
-        if (
-            not isinstance(x, np.ndarray)
-            or x.dtype != first.dtype
-            or x.ndim != 3
-            or x.shape[::2] != (self.batch, width)
-        ):
+        if not isinstance(x, np.ndarray) or x.dtype != first.dtype or x.ndim != 3:
+            return None
+        if x.shape[::2] != (self.batch, first.description.input_size):
             return None
         sequences = Sequences(self.batch, x.shape[1], x, 0, 0)
         for own, state in zip(self.weights, self.states, strict=True):
@@ -389,14 +333,12 @@ class Stream:
 
     def reset(self) -> None:
         """Set the cells' initial states."""
-        specs = [own.spec for own in self.weights]
-        sizes = [{} if spec is None else spec.state_sizes for spec in specs]
         self.states = [
             [
                 np.broadcast_to(own.arrays.get(f"initial_{name}", 0.0), (self.batch, size)).astype(own.dtype)
-                for name, size in widths.items()
+                for name, size in getattr(own.description, "state_sizes", {}).items()
             ]
-            for own, widths in zip(self.weights, sizes, strict=True)
+            for own in self.weights
         ]
 
     def keep(self) -> None:
@@ -460,11 +402,6 @@ class CallLock:
 def isa() -> str:
     """Return what computes, in the place of an instruction set."""
     return "not compiled: NumPy"
-
-
-def isas() -> list[str]:
-    """Return the only entry, that of `isa`."""
-    return [isa()]
 
 
 def prefer_large_pages(memory: int, bytes: int) -> None:

@@ -33,7 +33,7 @@ BELOW = {
     "reference": {"spec", "reference_cells"},
     "reference_mlstm": {"spec"},
     "layout": {"cells", "spec"},
-    "without_kernel": {"cells", "spec", "reference", "reference_mlstm"},
+    "without_kernel": {"spec", "reference", "reference_mlstm"},
     "native": {"spec", "_kernel", "without_kernel"},
     "nodes": {"cells", "spec", "bfloat16", "reference", "native", "layout"},
     "graph": {"spec", "nodes"},
