@@ -100,3 +100,46 @@ def test_refusals():
         own(x, (C, n, m - torch.inf))
     with pytest.raises(TypeError, match="expected weights of float32 or float64 on the CPU, got bfloat16"):
         own.to(torch.bfloat16)(x.to(torch.bfloat16))
+
+
+def test_second_derivatives_and_transforms():
+    """Of the input and the state, with a mask and resets; a torch loop computes them."""
+    own = layer(key_size=3, return_sequences=True, return_state=True, dtype="float64")
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    state = [
+        torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in own.sizes.state_shapes.values()
+    ]
+    mask, reset = torch.rand(2, 4) < 0.8, torch.rand(2, 4) < 0.2
+
+    def run(x, *state):
+        return own(x, state, mask, reset)
+
+    assert torch.autograd.gradgradcheck(run, (x, *state), fast_mode=True)
+    plain = layer(return_sequences=True)
+    x = torch.randn(2, 4, 3)
+    y = plain(x)
+    torch.testing.assert_close(torch.func.vmap(plain)(x[None]), y[None], atol=LOOP, rtol=0)
+    one, each = (torch.autograd.functional.jacobian(plain, x, vectorize=vectorize) for vectorize in (True, False))
+    torch.testing.assert_close(one, each, atol=LOOP, rtol=0)
+    exported = torch.export.export(plain, (x,)).module()
+    torch.testing.assert_close(exported(x), y, atol=LOOP, rtol=0)
+
+
+def test_autocast():
+    """The memory computes in the dtype of the weights, whatever the dtype of products is."""
+    own, x = layer(return_sequences=True), torch.randn(2, 9, 3)
+    y = own(x)
+    (expected,) = torch.autograd.grad(y.sum(), own.kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, widened = own(x), own(x.bfloat16())
+    assert found.equal(y)
+    assert widened.equal(own(x.bfloat16().float()))
+    assert torch.autograd.grad(found.sum(), own.kernel)[0].equal(expected)
+
+
+def test_no_steps():
+    for flags, shape in (({}, (2, 8)), ({"return_sequences": True}, (2, 0, 8))):
+        y, C, _, _ = layer(return_state=True, **flags)(torch.zeros(2, 0, 3))
+        assert y.shape == shape
+        assert not y.any()
+        assert not C.any()

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from cellstack.layers import eager
 from cellstack.layers.cell_call import Call
 from cellstack.layers.kernel_calls import backward, fake_backward, fake_forward, forward, in_columns
-from cellstack.layers.tracing import direct, transformed
+from cellstack.layers.tracing import batched, direct, transformed
 
 _LIBRARY = torch.library.Library("cellstack", "DEF")
 
@@ -78,11 +78,6 @@ def _keep_of_op(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> No
 
 
 # ── Batches of gradients: vmap over the backward pass ─────────────────────────────────────────────────────────────────
-
-
-def _batched(grad: Tensor) -> bool:
-    """Whether `grad` is a batch of gradients, as torch.autograd.grad(…, is_grads_batched=True) gives them."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _picked(value: Any, dim: Any, n: int) -> Any:
@@ -154,8 +149,8 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
         def back(grads: Sequence[Tensor | None]) -> list[Tensor]:
             return through(call, saved, grads, needs)
 
-        batched = [grad for grad in grads if grad is not None and _batched(grad)]
-        found = _of_each(back, grads) if batched else back(grads)
+        several = any(grad is not None and batched(grad) for grad in grads)
+        found = _of_each(back, grads) if several else back(grads)
     queue = iter(found)
     return [next(queue) if need else None for need in needs]
 

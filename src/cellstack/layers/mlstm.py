@@ -13,6 +13,7 @@ from cellstack import native
 from cellstack.layers import weights
 from cellstack.layers.base import Layer, as_dtype, as_input, last_axis
 from cellstack.layers.sequences import as_steps, as_used
+from cellstack.layers.tracing import batched, symbolic, transformed
 from cellstack.spec import MatrixState, Plan, ShapeError, as_integer, check_sequence, check_state
 
 
@@ -63,9 +64,12 @@ class _Memory(torch.autograd.Function):
         return (y, *after)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, y, mask, reset, scores, *before = ctx.saved_tensors
+        if torch.is_grad_enabled() or any(part is not None and batched(part) for part in gradients):
+            needs = ctx.needs_input_grad[3], *ctx.needs_input_grad[6:]
+            dx, *dbefore = _loop_gradients(ctx.sizes, (x, *before), mask, reset, gradients, needs)
+            return (None, None, None, dx, None, None, *dbefore)
         dy, *dafter = (None if part is None else part.contiguous() for part in gradients)
         dx = x.new_empty(*x.shape[:2], ctx.sizes.core)
         dbefore = [torch.empty_like(part) for part in before]
@@ -81,7 +85,62 @@ class _Memory(torch.autograd.Function):
         return (None, None, None, dx, None, None, *dbefore)
 
 
+def _loop(
+    sizes: Sizes, x: Tensor, before: Sequence[Tensor], mask: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return h and the state after the last step by torch's operations: see `cellstack.reference_mlstm.steps`."""
+    heads, keys, values, epsilon = sizes
+    parts = x.split([heads * keys, heads * keys, heads * values, heads, heads], dim=-1)
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in parts[:3])
+    k, i, kept = k * keys**-0.5, parts[3], torch.nn.functional.logsigmoid(parts[4])
+    C, n, m = before or (x.new_zeros(len(x), *shape) for shape in sizes.state_shapes.values())
+    ys = []
+    for t in range(x.shape[1]):
+        if reset is not None:
+            C, n, m = (torch.where(_wide(reset[:, t], part), 0.0, part) for part in (C, n, m))
+        old, m = (C, n, m), torch.maximum(kept[:, t] + m, i[:, t])
+        write, keep = torch.exp(i[:, t] - m)[..., None], torch.exp(kept[:, t] + old[2] - m)[..., None]
+        C = keep[..., None] * C + (write * k[:, t])[..., None] * v[:, t, :, None]
+        n = keep * n + write * k[:, t]
+        size = torch.maximum((n * q[:, t]).sum(-1).abs(), torch.exp(-m))
+        h = (C * q[:, t, ..., None]).sum(-2) / (size + epsilon)[..., None]
+        if mask is not None:
+            C, n, m = (torch.where(_wide(mask[:, t], new), new, part) for new, part in zip((C, n, m), old, strict=True))
+            h = torch.where(_wide(mask[:, t], h), h, 0.0)
+        ys.append(h.flatten(1))
+    return torch.stack(ys, 1) if ys else x.new_zeros(len(x), 0, sizes.units), C, n, m
+
+
+def _wide(flags: Tensor, like: Tensor) -> Tensor:
+    """Return flags `[B]` with the axes of a tensor `[B, …]`."""
+    return flags.view(-1, *[1] * (like.ndim - 1))
+
+
+def _loop_gradients(
+    sizes: Sizes, given: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of x and the state before it, which can be differentiated, and be batches."""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, as one input may depend on another: that dependency isn't part of this gradient.
+        x, *before = (part.view_as(part) if graph else part.detach().requires_grad_() for part in given)
+        outputs = zip(_loop(sizes, x, before, mask, reset), gradients, strict=False)
+        pairs = [(out, grad) for out, grad in outputs if grad is not None and out.requires_grad]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [part for part, need in zip((x, *before), needs, strict=True) if need],
+            [grad for _, grad in pairs],
+            create_graph=graph,
+            allow_unused=True,
+        )
+    queue = iter(found)
+    return [next(queue) if need else None for need in needs]
+
+
 def _memory(sizes: Sizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
+    if transformed() or symbolic(x):
+        found = _loop(sizes, x, before, mask, reset)
+        return found if keeps_state else found[:1]
     keeps_scores = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *before))
     return _Memory.apply(sizes, keeps_state, keeps_scores, x, mask, reset, *before)
 
@@ -283,13 +342,14 @@ class MLSTM(Layer):
         starts = None if reset is None else as_steps(owner, "reset", reset, x)
         before = () if initial_state is None else self._state(initial_state, x)
         assert self.kernel is not None
-        z = torch.nn.functional.linear(x, self.kernel.t(), self.bias)
-        core, gate = z.split([self.sizes.core, self.units], dim=-1)
         used, starts = (None if one is None else one.contiguous() for one in (used, starts))
-        h, *after = _memory(self.sizes, self.return_state, core, used, starts, before)
-        y = torch.sigmoid(gate) * h
+        with torch.autocast("cpu", enabled=False):  # the memory needs the dtype of the weights
+            z = torch.nn.functional.linear(x, self.kernel.t(), self.bias)
+            core, gate = z.split([self.sizes.core, self.units], dim=-1)
+            h, *after = _memory(self.sizes, self.return_state, core, used, starts, before)
+            y = torch.sigmoid(gate) * h
         if not self.return_sequences:
-            y = y[:, -1] if used is None else _last(y, used)
+            y = _last(y, used)
         return (y, *after) if self.return_state else y
 
     def _state(self, value: Any, x: Tensor) -> MatrixState:
@@ -312,8 +372,12 @@ class MLSTM(Layer):
         )
 
 
-def _last(y: Tensor, used: Tensor) -> Tensor:
+def _last(y: Tensor, used: Tensor | None) -> Tensor:
     """Return the output of each row's last used step, zeros without one."""
+    if not y.shape[1]:
+        return y.new_zeros(len(y), y.shape[2])
+    if used is None:
+        return y[:, -1]
     steps = torch.arange(1, used.shape[1] + 1, device=used.device)
     last = torch.where(used, steps, 0).amax(1)
     picked = y[torch.arange(len(y), device=y.device), (last - 1).clamp(min=0)]

@@ -17,6 +17,11 @@ def transformed() -> bool:
     )
 
 
+def batched(grad: Tensor) -> bool:
+    """Whether `grad` is a batch of gradients, as torch.autograd.grad(…, is_grads_batched=True) gives them."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def untraced() -> bool:
     """Whether no compiler, tracer or mode records or intercepts torch's operators."""
     return (
