@@ -33,12 +33,7 @@ class ProblemsError(FormatError):
 
 
 class Names:
-    """Makes names unique: one that is already taken gets a number appended.
-
-    Args:
-        taken: names that are already in use.
-        mark: the separator between a name and its number.
-    """
+    """Makes names unique: one that is already taken gets a number appended, after `mark`."""
 
     def __init__(self, taken: Iterable[str] = (), mark: str = ".") -> None:
         self.taken, self.mark = set(taken), mark
@@ -173,12 +168,7 @@ class Builder:
         self.nodes[wire], self.shapes[wire] = node, (None,) if shape is None else shape[-1:]
 
     def output(self, wire: str, name: str = "output") -> None:
-        """Make a wire an output; an input, or a wire that is an output already, is copied by an extra node.
-
-        Args:
-            wire: the wire.
-            name: the name of that extra node.
-        """
+        """Make a wire an output; an input, or a wire that is one already, is copied by an extra node of this name."""
         if wire in self.inputs or wire in self.outputs:
             wire = self.add(name, Activation("linear"), wire)
         self.outputs.append(wire)
@@ -207,12 +197,7 @@ class Builder:
         return numbers
 
     def refuse(self, problem: str, rank: int = 0) -> None:
-        """Record once that something can't be translated.
-
-        Args:
-            problem: a description that names it.
-            rank: its position in the message; the lowest rank is listed first.
-        """
+        """Record once that something can't be translated; the message lists problems of the lowest rank first."""
         self.problems.setdefault(problem, rank)
 
     def check(self) -> None:

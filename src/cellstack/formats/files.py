@@ -83,12 +83,7 @@ def as_metadata(where: str, found: Any) -> dict[str, Any]:
 
 
 def check_unedited(network: Network, what: str) -> None:
-    """Raise `ValueError` if a network has patches, which only the native format can store.
-
-    Args:
-        network: the network to write.
-        what: the format, for the message.
-    """
+    """Raise `ValueError` if a network has patches, which the format `what` can't store: only the native one can."""
     for patch in network.patches[:1]:
         more = f" and {len(network.patches) - 1} more" if len(network.patches) > 1 else ""
         raise ValueError(
@@ -112,9 +107,6 @@ def check_readable(path: str | PathLike[str]) -> None:
 
 def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:
     """Check in advance that `replacing` can replace or create a file.
-
-    Args:
-        path: the file to replace or create.
 
     Returns:
         The file that the path resolves to, and the mode of the existing file, None if there is none.
@@ -146,9 +138,6 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     The data is written to a new file in the same folder and flushed to the disk, then renamed in one step. The mode of
     an existing file is kept; a read-only file isn't replaced; a symbolic link stays one. A killed process leaves its
     temporary file `.cellstack-….tmp`, which is never read and may be deleted.
-
-    Args:
-        path: the file to replace or create.
 
     Returns:
         A context manager over the open binary file.

@@ -35,9 +35,6 @@ def recognises(head: bytes) -> bool:
 def load(path: str) -> Network:
     """Read a checkpoint folder of an xLSTM or a TiRex-2.
 
-    Args:
-        path: the folder.
-
     Returns:
         The network, with the configuration in its metadata.
 

@@ -52,10 +52,7 @@ class Lines:
         self._texts: dict[int, str] = {}  # a format string for an answer of each width
 
     def frame(self, line: bytes) -> list[float] | None:
-        """Return the numbers of a line; None if it is blank or names the columns.
-
-        Args:
-            line: with or without its line end.
+        """Return the numbers of a line, with or without its end; None if it is blank or names the columns.
 
         Raises:
             FormatError: it isn't a step; the message gives the line, what was expected and what was found.

@@ -276,13 +276,7 @@ def names_of(module: nn.Module) -> dict[str, Any]:
 
 
 def arguments_of(names: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Return the arguments of a call by position, without trailing defaults; None where that isn't possible.
-
-    Args:
-        names: see `names_of`.
-        args: the arguments by position.
-        kwargs: the arguments by name.
-    """
+    """Return the arguments of a call by position, without trailing defaults; None where that isn't possible."""
     if not kwargs and args and isinstance(args[-1], (Tensor, tuple)):
         return tuple(args) if len(args) <= len(names) else None
     values, defaults, left = list(args), list(names.values()), dict(kwargs)

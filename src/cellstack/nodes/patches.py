@@ -172,12 +172,7 @@ class RunError(ShapeError, IndexError):
 
 
 class CellPatches:
-    """The patches of one cell, in the order in which they are applied, and their conversion for the kernel.
-
-    Args:
-        spec: the cell.
-        patches: all patches of this cell.
-    """
+    """The patches of one cell, in the order in which they are applied, and their conversion for the kernel."""
 
     def __init__(self, spec: CellSpec, patches: Sequence[Patch]) -> None:
         self.spec, self.patches = spec, tuple(patches)

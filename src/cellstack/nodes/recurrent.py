@@ -143,12 +143,9 @@ class Bidirectional(RecurrentNode):
 
 
 def ends_both_ways(backwards: Iterable[Node]) -> bool:
-    """Return whether a row of nodes gives the sequence of a bidirectional layer, perhaps changed step by step.
+    """Whether nodes, the last one first, give the sequence of a bidirectional layer, perhaps changed step by step.
 
     Its last step isn't the layer's final states: the backward direction ends at the first step.
-
-    Args:
-        backwards: the nodes, the last one first.
     """
     for node in backwards:
         if node.cells or node.mixes_steps:

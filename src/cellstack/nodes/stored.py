@@ -42,9 +42,5 @@ class Entry(Protocol):
         ...
 
     def refuse(self, what: str) -> Exception:
-        """Return a `FormatError` about this entry.
-
-        Args:
-            what: what is wrong.
-        """
+        """Return a `FormatError` about this entry."""
         ...

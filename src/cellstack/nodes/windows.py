@@ -11,14 +11,7 @@ PADDINGS = ("valid", "same", "causal")
 
 
 def checked_padding(owner: str, padding: Any, span: int, strides: int) -> str | tuple[int, int]:
-    """Return the padding of a `Conv1D` or `Pool1D`, by name if a name exists; `ValueError` if it is invalid.
-
-    Args:
-        owner: the node, for error messages.
-        padding: the padding.
-        span: steps in a window.
-        strides: steps from window to window.
-    """
+    """Return the padding of a `Conv1D` or `Pool1D`, by name if a name exists; `ValueError` if it is invalid."""
     if isinstance(padding, (tuple, list)) and len(padding) == 2:
         before, after = (check_integer(owner, "padding", steps, least=0) for steps in padding)
         names = PADDINGS if strides == 1 else ("valid", "causal")  # else "same" depends on the sequence's length

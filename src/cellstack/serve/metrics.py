@@ -36,11 +36,7 @@ LABELS = ["model", "version"]
 
 
 class ServeCollector(Collector):
-    """The metrics of all models at the time of a scrape. See docs/serve.md for their names.
-
-    Args:
-        models: the models of the server.
-    """
+    """The metrics of all models at the time of a scrape. See docs/serve.md for their names."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -102,9 +98,6 @@ class ServeCollector(Collector):
 
 class Drift:
     """Figures of a model's cells in a sample of its sessions, taken from one batch at most every 10 seconds.
-
-    Args:
-        model: the model.
 
     Attributes:
         saturated: the share of saturated units by cell.

@@ -39,9 +39,6 @@ class SessionRecorder:
 
     The worker calls it, never from two threads at the same time.
 
-    Args:
-        pool: the pool of the sessions.
-
     Attributes:
         wanted: the largest number of sessions of the next sample; set it to take one.
         sample: the newest sample.
@@ -109,15 +106,10 @@ def why_not_traced(network: Network) -> str | None:
 
 
 async def trace_page(model: Model, session: Session, steps: int = 100) -> str:
-    """Return the trace page of the last steps of a session, as HTML.
+    """Return the trace page of at most the last `steps` steps of a session, as HTML.
 
     The first request starts recording the session's inputs. The recorded steps are run again from a copy of the state
     before them, so that the session itself isn't affected. Refused frames aren't steps.
-
-    Args:
-        model: the session's model.
-        session: the session.
-        steps: the largest number of steps.
 
     Raises:
         ServeError: a number of steps outside 1 to 1000 (400); nothing has been recorded yet (202); the network can't be

@@ -33,13 +33,7 @@ def size_of(architecture: Architecture, width: int) -> Size:
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
-    """Raise `UsageError` if a model can't fit into this machine's memory, before it is made.
-
-    Args:
-        architecture: how the model is built.
-        width: of its input.
-        outputs: number of classes or of predicted numbers.
-    """
+    """Raise `UsageError` if a model can't fit into this machine's memory, before it is made."""
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     _, numbers, width = size_of(architecture, width)
     takes = 4 * COPIES * (numbers + (width + 1) * outputs)

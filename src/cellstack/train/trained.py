@@ -37,10 +37,6 @@ def metadata(task: str, inputs: Inputs, labels: tuple[Any, ...] = (), **more: An
 def trained(net: Network, path: str) -> Task:
     """Return what the network was trained for.
 
-    Args:
-        net: the network.
-        path: the file it was read from, for the message.
-
     Raises:
         FormatError: it wasn't written by `cellstack train`, or its metadata doesn't fit its nodes.
     """

@@ -102,9 +102,6 @@ def fold(module: Any) -> list[str]:
 
     These are parametrizations, such as `torch.nn.utils.parametrizations.weight_norm` and `spectral_norm`, their
     older form, `torch.nn.utils.weight_norm` and `spectral_norm`, and pruned weights.
-
-    Args:
-        module: a copy in evaluation mode, which is changed.
     """
     from torch.nn.utils import parametrize
     from torch.nn.utils.prune import BasePruningMethod

@@ -47,13 +47,7 @@ REMEDIES = (
 
 
 def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, Any]) -> list[str]:
-    """Write a module as an ONNX file, by tracing it once.
-
-    Args:
-        module: the module, in evaluation mode.
-        inputs: its inputs.
-        path: the file to write.
-        options: passed to `torch.onnx.export`.
+    """Write a module in evaluation mode as an ONNX file, by tracing it once; `options` are of `torch.onnx.export`.
 
     Returns:
         The places, such as `file.py:12`, where the module reads tensors' values: the file doesn't record how its output

@@ -24,12 +24,7 @@ LINEAR_SETTINGS = ("receptive_field", "bias")
 
 
 class _Numbers:
-    """A file's weights, read one array after the other.
-
-    Args:
-        path: the file, for messages.
-        found: its JSON object.
-    """
+    """The weights in a file's JSON object, read one array after the other."""
 
     def __init__(self, path: str, found: Mapping[str, Any]) -> None:
         self.path, self.at = path, 0
@@ -100,11 +95,7 @@ ARCHITECTURES = {"LSTM": _lstm, "Linear": _linear}
 
 
 def network_of(path: str, found: Mapping[str, Any]) -> Network:
-    """Return a file's network, `[B, T, I]` to `[B, T, 1]`, one sample per step.
-
-    Args:
-        path: the file, for messages.
-        found: its JSON object.
+    """Return the network of a file's JSON object, `[B, T, I]` to `[B, T, 1]`, one sample per step.
 
     Raises:
         FormatError: another architecture, or weights that don't fit it.

@@ -204,11 +204,7 @@ def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
 
 
 def network_of(path: str, found: Mapping[str, Any]) -> Network:
-    """Return a model file's network, `[B, T, I]` to `[B, T, O]`.
-
-    Args:
-        path: the file, for messages.
-        found: its JSON object.
+    """Return the network of a file's JSON object, `[B, T, I]` to `[B, T, O]`.
 
     Raises:
         FormatError: an unsupported layer, or weights of the wrong shape.

@@ -192,12 +192,7 @@ def recurrent_slots(layer: Layer, major: int) -> list[Slot]:
 
 
 def recurrent(layer: Layer, arrays: Iterator[Array], major: int) -> Recurrent | Bidirectional:
-    """Return the node of a recurrent layer.
-
-    Args:
-        layer: as the file describes it.
-        arrays: its weights, in the order of `recurrent_slots`.
-        major: the version of Keras.
+    """Return the node of a recurrent layer from its weights, in the order of `recurrent_slots`.
 
     Raises:
         FormatError: unsupported settings, or weights of other shapes.
@@ -283,11 +278,7 @@ def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
 
 
 def found_cudnn(name: str, arrays: dict[str, Array]) -> Recurrent | None:
-    """Return the node of a cuDNN layer from its weights, which determine it without a description.
-
-    Args:
-        name: the layer's name, for messages.
-        arrays: the layer's weights by their own names.
+    """Return the node of a cuDNN layer from its weights by name, which determine it without a description.
 
     Returns:
         A Recurrent that returns sequences; None if the weights aren't those of a cuDNN layer.

@@ -119,14 +119,7 @@ def over_features(build: LayerBuilder, value: Value) -> bool:
 
 
 def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> list[Value | Pending]:
-    """Return the outputs of a recurrent layer: its sequence or last step, then its states if it returns them.
-
-    Args:
-        build: the layer's builder.
-        node: the layer's node.
-        value: the node's output.
-        masked: whether the layer's input has a mask.
-    """
+    """Return the outputs of a recurrent layer: its sequence or last step, then its states if it returns them."""
     layer = build.layer
     if isinstance(node, Recurrent):
         states = _states(build, node, value, lambda: value, masked, 0) if layer.flag("return_state") else []

@@ -157,11 +157,7 @@ def numbered(kinds: list[str]) -> list[str]:
 
 
 def model_of(source: Source, config: Any) -> Model:
-    """Return the model in a description.
-
-    Args:
-        source: the file, for messages.
-        config: the model's description as in the file; or a list of consecutive layers.
+    """Return the model in a file's description, or in a list of consecutive layers.
 
     Raises:
         FormatError: it isn't such a description.

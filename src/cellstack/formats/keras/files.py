@@ -135,9 +135,6 @@ def _of_training(name: str) -> bool:
 def opened(path: str) -> Iterator[Source]:
     """Open a Keras file of any kind; its arrays can be read until the block ends.
 
-    Args:
-        path: the file.
-
     Returns:
         A context manager over the file's `Source`.
 

@@ -36,11 +36,6 @@ POINTWISE = (Activation, Clip, Dense, LayerNorm, Scale, Standardise)
 def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Value:
     """Apply a layer to each step of `value [B, T, …]` separately.
 
-    Args:
-        build: the layer's builder.
-        nodes: the layer's nodes.
-        value: the frames.
-
     Raises:
         FormatError: a layer for which this isn't supported.
     """

@@ -31,10 +31,6 @@ Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and cal
 class Reader:
     """Reads the layers of a model in the order in which they run.
 
-    Args:
-        built: the nodes of every layer.
-        major: the version of Keras.
-
     Attributes:
         builder: the network's builder.
         dtype: the dtype of the weights.

@@ -32,12 +32,7 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
 def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> list[Value | Pending]:
-    """Return the results of an operation.
-
-    Args:
-        build: the operation's builder.
-        call: its arguments.
-        look: returns the value of a reference.
+    """Return the results of an operation; `look` returns the value of a reference.
 
     Raises:
         FormatError: an unsupported operation, or unsupported arguments.

@@ -51,10 +51,6 @@ def parts_of(
 class Built:
     """The nodes of every layer, or the reason why it has none.
 
-    Args:
-        source: the file.
-        model: its description.
-
     Attributes:
         nodes: each layer's nodes, by the layer's `id`.
         refused: why a layer isn't supported, by its `id`.

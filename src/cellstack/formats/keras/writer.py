@@ -45,10 +45,6 @@ class Feeds(NamedTuple):
 def write(network: Network, path: str) -> None:
     """Write a network as a model of Keras 3: a zip if the suffix is `.keras`, else HDF5.
 
-    Args:
-        network: the network to write.
-        path: the file to write.
-
     Raises:
         ValueError: nodes or settings that Keras doesn't have, all of which are named.
         OSError: the file can't be written.
@@ -74,12 +70,7 @@ def _flat(starts: list[Any]) -> Iterator[Tensor]:
 
 
 def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feeds], list[Tensor]]:
-    """Return the layers, the inputs of each, and the output tensors.
-
-    Args:
-        network: the network to write.
-        operations: whether the file can store functions among the layers.
-    """
+    """Return the layers, the inputs of each, and the output tensors; with `operations`, layers may be functions."""
     dtype, problems = str(network.dtype), []
     entries: list[Entry] = []
     wires: list[Feeds] = []

@@ -123,11 +123,7 @@ def can_be_operator(cells: tuple[Cell, ...]) -> bool:
 
 
 class CellWriter(Pieces):
-    """Writes a network's cells into a graph.
-
-    Args:
-        network: the network; its names become the names of values.
-    """
+    """Writes a network's cells into a graph, where the network's names become those of values."""
 
     def __init__(self, network: Network) -> None:
         super().__init__(onnx_package(), network.dtype, {*network.inputs, *network.names})

@@ -88,16 +88,7 @@ LEAST = -1e30  # the score of an unused step; -inf would make NaN of a row witho
 
 
 def attention(pieces: Pieces, name: str, node: Attention, sources: Sequence[str], width: int, masks: list[str]) -> None:
-    """Add an Attention.
-
-    Args:
-        pieces: the graph.
-        name: the name of the node.
-        node: the node.
-        sources: queries, keys and values.
-        width: the width of the queries.
-        masks: the masks of keys and values, without "".
-    """
+    """Add an Attention of sources with these masks, "" for none, to queries of this width."""
     of, split = pieces.of, pieces.integers(0, 0, node.heads, -1)
     queries, keys, values = (
         of("Transpose", of("Reshape", source, split), perm=[0, 2, 3, 1] if n == 1 else [0, 2, 1, 3])

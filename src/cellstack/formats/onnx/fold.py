@@ -37,11 +37,7 @@ def check_inputs(operator: str, given: Sequence[bool]) -> None:
 
 
 class Budget:
-    """The budget of numbers that a file's constants may still use.
-
-    Args:
-        size: the size of the file, in bytes.
-    """
+    """The budget of numbers that the constants of a file of `size` bytes may still use."""
 
     def __init__(self, size: int) -> None:
         self.most = self.left = FREE + TIMES * size

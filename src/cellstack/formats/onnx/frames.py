@@ -174,11 +174,7 @@ def makes_steps(model: Model) -> bool:
 
 
 class _Lifter:
-    """Turns a graph over rows into one over frames; see the module's docstring.
-
-    Args:
-        builder: the graph that was read.
-    """
+    """Turns a graph over rows into one over frames; see the module's docstring."""
 
     def __init__(self, builder: Builder) -> None:
         self.draft = Draft(builder.inputs, builder.nodes, builder.sources, builder.outputs, builder.shapes)
@@ -262,10 +258,7 @@ class _Lifter:
 
 
 def lifted(builder: Builder) -> Builder:
-    """Return a graph over rows as a graph over frames.
-
-    Args:
-        builder: the graph; a `Step` wraps each node that runs over the frames.
+    """Return a graph over rows as a graph over frames; a `Step` wraps each node that runs over the frames.
 
     Raises:
         ValueError: a value that can't be computed per frame.

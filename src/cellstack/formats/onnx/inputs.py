@@ -35,12 +35,7 @@ def roles(scope: Scope) -> tuple[set[str], set[str]]:
 
 
 def _starts_alone(takers: dict[str, list[Any]], name: str) -> bool:
-    """Whether an input reaches, through moves only, nothing but the initial states of operators.
-
-    Args:
-        takers: the nodes that use each value.
-        name: the name of the input.
-    """
+    """Whether an input reaches, through moves only, nothing but the initial states of operators."""
     waiting, seen = [name], {name}
     while waiting:
         value = waiting.pop()

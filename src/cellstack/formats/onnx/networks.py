@@ -124,12 +124,7 @@ def _network(reader: Reader) -> Network:
 
 
 def _data_outputs(reader: Reader, values: dict[str, Any], after: dict[str, States]) -> set[str]:
-    """Return the names of the graph's outputs that become outputs of the network.
-
-    Args:
-        values: all outputs.
-        after: those that are final states.
-    """
+    """Return the names of the graph's outputs that become outputs of the network: all but final states."""
     data = {name for name in values.keys() - after.keys() if not isinstance(values[name], FinalMemory)}
     taken = {source for sources in reader.builder.sources.values() for source in sources}
     flows = [value.of if isinstance(value, Moment) else value for value in values.values()]

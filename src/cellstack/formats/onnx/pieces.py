@@ -20,14 +20,7 @@ SINGLE = ("Elu", "HardSigmoid", "LeakyRelu", "Softplus", "Softsign", "Thresholde
 
 
 class Pieces:
-    """A graph's operators and constants, with unique names.
-
-    Args:
-        onnx: the package.
-        dtype: the dtype of the numbers.
-        taken: names already in use.
-        prefix: the prefix of generated names.
-    """
+    """A graph's operators and constants, with unique names, which begin with `prefix` where they are generated."""
 
     def __init__(self, onnx: Any, dtype: np.dtype[Any], taken: set[str], prefix: str = "") -> None:
         self.onnx, self.dtype, self.prefix = onnx, dtype, prefix

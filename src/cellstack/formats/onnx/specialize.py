@@ -35,11 +35,7 @@ KINDS = {  # TensorProto's names of the types of values that can be passed
 
 
 def fix_inputs(model: Model, constants: Mapping[str, Any]) -> Model:
-    """Return a model in which inputs, or tensors, have given values.
-
-    Args:
-        model: the file.
-        constants: array-like values by name.
+    """Return a model in which inputs, or tensors, have the given values, array-like, by name.
 
     Raises:
         FormatError: no input or tensor of this name, or a value of another type or shape.
@@ -88,12 +84,7 @@ def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
 
 
 class KnownLengths:
-    """The known lengths in a graph, from the onnx package's shape inference.
-
-    Args:
-        model: the file.
-        sizes: lengths of inputs that the file leaves open, by name.
-    """
+    """The known lengths in a graph, from the onnx package's shape inference for inputs of these sizes, by name."""
 
     def __init__(self, model: Model, sizes: Mapping[str, Sequence[int | None]]) -> None:
         onnx, self.scope = onnx_package(), model.scope()

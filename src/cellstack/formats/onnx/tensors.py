@@ -33,11 +33,7 @@ MOST_AXES = 32
 
 
 class Tensors:
-    """Reads the tensors of one file as arrays.
-
-    Args:
-        path: the file; external tensors must be in its folder.
-    """
+    """Reads the tensors of one file as arrays; external tensors must be in its folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path

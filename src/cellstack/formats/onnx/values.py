@@ -336,12 +336,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Grouped:
-    """A value `[B, C, …]` as `[B, G, …]`, an intermediate result of a group normalisation.
-
-    Args:
-        of: the value.
-        groups: the number of groups of its channels.
-    """
+    """A value `[B, C, …]` as `[B, G, …]`, an intermediate result of a group normalisation."""
 
     of: Flowing
     groups: int

@@ -64,11 +64,7 @@ def state_names(network: Network) -> dict[str, str]:
 
 
 def model_of(network: Network, lengths: bool = False) -> Any:
-    """Return a network as a ModelProto.
-
-    Args:
-        network: what to write.
-        lengths: whether to add an input with the rows' lengths.
+    """Return a network as a ModelProto; with `lengths`, it has an input with the rows' lengths.
 
     Raises:
         ValueError: something that ONNX can't express; the message names it.

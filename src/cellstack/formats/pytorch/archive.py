@@ -232,9 +232,6 @@ def recognises(head: bytes) -> bool:
 def records(path: str) -> Iterator[Records]:
     """Open a PyTorch file; `read()` of its records returns the saved object.
 
-    Args:
-        path: the file.
-
     Returns:
         A context manager over its records.
 

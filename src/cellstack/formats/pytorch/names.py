@@ -253,12 +253,7 @@ def say_left_out(network: Network, what: Iterable[str]) -> Network:
 
 
 def keep_bfloat16(network: Network, tensors: Mapping[str, Any]) -> Network:
-    """Return a network with its matrices in bfloat16, if the file has bfloat16 tensors and nothing is rounded.
-
-    Args:
-        network: the network of these tensors, in float32.
-        tensors: the file's tensors by name.
-    """
+    """Return a network in float32 with its matrices in bfloat16, if tensors of its file are and none is rounded."""
     if not any(getattr(tensor, "dtype", None) in ("bfloat16", "BF16") for tensor in tensors.values()):
         return network
     matrices = [cell.arrays[name] for cell in network.cells for name in MATRICES if name in cell.spec.shapes]

@@ -25,12 +25,7 @@ KINDS = ("Linear", "Embedding")  # modules that may consist of one matrix
 
 
 def in_order(found: Contents, source: Source, order: Sequence[str | Node]) -> Network:
-    """Return the network that runs a file's modules in the given order.
-
-    Args:
-        found: the file's contents.
-        source: the file.
-        order: see `cellstack.load`.
+    """Return the network that runs a file's modules in the given order, see `cellstack.load`.
 
     Raises:
         FormatError: a module is missing, ambiguous, or of an unknown kind; weights of modules that aren't in the order.

@@ -64,12 +64,7 @@ class Scripts:
     known: dict[int, tuple[Standin, Written]] = field(default_factory=dict)
 
     def written(self, module: Standin, attributes: dict[Any, Any]) -> Written | None:
-        """Evaluate the source of a module; return None if its class isn't TorchScript's.
-
-        Args:
-            module: the module in the pickle.
-            attributes: its attributes.
-        """
+        """Evaluate the source of a module; return None if its class isn't TorchScript's."""
         if not module.kind.startswith("__torch__."):
             return None
         if id(module) not in self.known:

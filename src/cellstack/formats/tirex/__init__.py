@@ -28,10 +28,6 @@ CONFIG = "config.json"
 def of_checkpoint(path: str, root: Any) -> Network | None:
     """Return the network of a file of `torch.save` that holds a TiRex or a TiRex-2; None if it holds another model.
 
-    Args:
-        path: the file.
-        root: its content.
-
     Raises:
         FormatError: a configuration or tensors that aren't supported.
     """
@@ -53,10 +49,6 @@ def is_second(names: Iterable[Any]) -> bool:
 def of_folder(path: str, tensors: Mapping[str, Any]) -> Network:
     """Return the network of a TiRex-2, whose configuration is next to its weights.
 
-    Args:
-        path: the file of weights.
-        tensors: its tensors by name.
-
     Raises:
         FormatError: a configuration or tensors that aren't supported, or no configuration.
     """
@@ -75,11 +67,6 @@ def of_folder(path: str, tensors: Mapping[str, Any]) -> Network:
 
 def of_config(where: str, settings: Any, tensors: Mapping[str, Any]) -> Network:
     """Return the network of a TiRex-2.
-
-    Args:
-        where: the file or the folder, for messages.
-        settings: its configuration.
-        tensors: its tensors by name.
 
     Raises:
         FormatError: a configuration or tensors that aren't supported.

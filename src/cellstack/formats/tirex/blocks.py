@@ -35,11 +35,6 @@ SHARED = (
 def network(where: str, design: Design, tensors: Mapping[str, Any]) -> Network:
     """Return the network of a model.
 
-    Args:
-        where: the file or the module, for messages.
-        design: the model.
-        tensors: its state dict.
-
     Raises:
         FormatError: a tensor is missing, has another shape, or isn't part of the model.
     """

@@ -57,12 +57,7 @@ class Design:
 
 
 class Entries:
-    """The entries of a configuration, which are checked when they are read.
-
-    Args:
-        where: the file and the place in it, for messages.
-        found: the configuration.
-    """
+    """The entries of a configuration, which are checked when they are read."""
 
     def __init__(self, where: str, found: Any) -> None:
         if not isinstance(found, Mapping):
@@ -136,11 +131,7 @@ def design_of_first(where: str, settings: Any) -> Design:
 
 
 def design_of_second(where: str, settings: Any) -> Design:
-    """Return the design of a TiRex-2.
-
-    Args:
-        where: the file, for messages.
-        settings: its configuration, the content of `config.json`.
+    """Return the design of a TiRex-2 from its configuration, the content of `config.json`.
 
     Raises:
         FormatError: see `design_of_first`.

@@ -52,15 +52,7 @@ def kind_of(module: type) -> str:
 
 
 def add_model(builder: Builder, x: str, kind: str, config: Any, tensors: Mapping[str, Any], where: str) -> str:
-    """Add a model in memory to a network, and return the wire of its output.
-
-    Args:
-        builder: the network's builder.
-        x: the wire of its input.
-        kind: the name of its class, in `PACKAGES`.
-        config: its configuration.
-        tensors: its state dict.
-        where: the module, for messages.
+    """Add a model in memory, of a class in `PACKAGES`, to a network, and return the wire of its output.
 
     Raises:
         FormatError: a configuration that isn't supported.

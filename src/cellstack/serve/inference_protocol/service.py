@@ -187,11 +187,7 @@ class Service:
         }
 
     def index(self, ready: bool = False) -> list[dict[str, str]]:
-        """Return the models and their versions.
-
-        Args:
-            ready: only those that are ready, as far as the server is.
-        """
+        """Return the models and their versions; with `ready`, only those that are, as far as the server is."""
         state = "READY" if self.ready else "UNAVAILABLE"
         models = [] if ready and not self.ready else self.models.all()
         return [{"name": m.name, "version": str(m.version), "state": state, "reason": ""} for m in models]

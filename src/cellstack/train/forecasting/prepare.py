@@ -107,12 +107,7 @@ def refit_epochs(best: int, long: bool) -> int:
 
 
 def describe(windows: Windows, cut: Parts, build: Build, settings: Settings) -> tuple[list[str], dict[str, Any]]:
-    """Describe the training to come, in sentences and as plain values.
-
-    Args:
-        windows, cut: see `prepared`.
-        build, settings: how the networks are built and fitted.
-    """
+    """Describe the training to come on windows that `prepared` returned, in sentences and as plain values."""
     table, recipe = windows.table, windows.recipe
     inputs = Inputs.measure(windows, np.arange(len(cut.training)), MEASURED)
     width, outputs = len(inputs.standardise[0]), len(recipe.targets) * len(recipe.quantiles)

@@ -19,12 +19,7 @@ from cellstack.train.text.data import Architecture, Parts, Streams, Text, measur
 
 
 class TextModel(nn.Module):
-    """A model from characters to logits of the next one: embedding or one-hot, stacked cells, a dense head.
-
-    Args:
-        size: number of characters, V.
-        architecture: how it is built.
-    """
+    """A model from characters to logits of the next one: embedding or one-hot, stacked cells, a dense head."""
 
     def __init__(self, size: int, architecture: Architecture):
         super().__init__()

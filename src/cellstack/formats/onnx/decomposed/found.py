@@ -48,13 +48,9 @@ def _started(step: Step) -> dict[str, str]:
 
 
 def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[tuple[str, Cell, Step]]:
-    """Yield the decomposed cells of a single step, each once: its name, the cell and the step.
+    """Yield the decomposed cells of a single step, each once, as `seen` grows: its name, the cell and the step.
 
     Only kinds with further states than h are found: a layer of two products is a step of the others.
-
-    Args:
-        scope: the graph.
-        seen: the sets of matrices already found; new ones are added.
 
     Raises:
         FormatError: see `find_decomposed`.
@@ -146,13 +142,7 @@ def cells_of_module(path: str, states: int) -> list[Cell]:
 
 
 def _single(scope: Scope, x: str, before: list[str]) -> tuple[Cell | None, str]:
-    """Return the cell whose step a graph is, and ""; or None, and a message with the operator that differs.
-
-    Args:
-        scope: the graph.
-        x: its input.
-        before: its states before the step, in any order.
-    """
+    """Return the cell whose step a graph is, and ""; or None, and a message with the operator that differs."""
     ends = list(dict.fromkeys(stripped(scope, value.name) for value in scope.graph.output))
     matcher, furthest = Matcher(scope, within_loop=True), (0, "")
     for form in (form for kind in KINDS.values() if len(kind.state._fields) == len(before) for form in forms(kind)):

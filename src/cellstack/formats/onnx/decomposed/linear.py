@@ -307,13 +307,7 @@ def _part(inner: Linear, start: int, stop: int) -> Linear:
 
 
 def _columns(scope: Scope, node: Any, last: Sequence[int]) -> tuple[int, int] | None:
-    """Return the columns, start and stop, that a Slice takes of the last axis; None for another slice.
-
-    Args:
-        scope: the graph.
-        node: the Slice.
-        last: the numbers of the last axis.
-    """
+    """Return the columns, start and stop, that a Slice takes of the `last` ones; None for a slice of another axis."""
     values = [scope.constant(name) if name else None for name in node.input[1:]]
     lists = [whole(value) if isinstance(value, np.ndarray) else None for value in (*values, None, None, None, None)[:4]]
     starts, ends, axes, steps = lists
@@ -344,13 +338,7 @@ class Place(NamedTuple):
 
 
 def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
-    """Return the step and sequence that a product belongs to; None where unknown.
-
-    Args:
-        scope: the graph.
-        term: the product.
-        known: steps that are already known, by their names.
-    """
+    """Return the step and sequence that a product belongs to, given the `known` steps by name; None where unknown."""
     if term.moves:
         path = [*reversed(term.moves)]
         found = _located(scope, path)

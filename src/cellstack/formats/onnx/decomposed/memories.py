@@ -22,12 +22,7 @@ DTYPES = {1: np.dtype(np.float32), 11: np.dtype(np.float64)}
 
 
 def memory_of(scope: Scope, node: Any) -> MLSTM | None:
-    """Return the memory whose step a Scan computes; None if it computes something else, or skips masked steps.
-
-    Args:
-        scope: the graph that the Scan is in.
-        node: the Scan.
-    """
+    """Return the memory whose step a Scan computes; None if it computes something else, or skips masked steps."""
     attributes = scope.model.attributes(node)
     if attributes.keys() != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"] != 1:
         return None

@@ -48,11 +48,7 @@ class Rows(NamedTuple):
 
 
 class Added:
-    """Operators that are added to a graph.
-
-    Args:
-        scope: the graph.
-        prefix: the prefix of generated names.
+    """Operators that are added to a graph; generated names begin with `prefix`.
 
     Attributes:
         made: the added nodes.

@@ -40,10 +40,6 @@ def is_scan(node: Any) -> bool:
 def read_scan(scope: Scope, node: Any) -> Operator:
     """Return as an operator a Scan whose body is a step of a cell.
 
-    Args:
-        scope: the graph that the Scan is in.
-        node: the Scan.
-
     Raises:
         FormatError: its body isn't a step of a cell.
     """
