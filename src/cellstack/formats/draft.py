@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellstack.graph import origin, state_of
-from cellstack.nodes import (
-    Node,
-)
+from cellstack.nodes import Node
 from cellstack.nodes.base import Shape
 
 MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share

@@ -13,17 +13,7 @@ from cellstack.nodes.recurrent import Bidirectional, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Permute, Repeat, RepeatLike, Reshape
 from cellstack.nodes.signal import Magnitude, Take
-from cellstack.nodes.steps import (
-    Activation,
-    Clip,
-    Embedding,
-    Function,
-    Masking,
-    Power,
-    Scale,
-    Standardise,
-    StepMask,
-)
+from cellstack.nodes.steps import Activation, Clip, Embedding, Function, Masking, Power, Scale, Standardise, StepMask
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {

@@ -17,16 +17,7 @@ from cellstack.cells import KINDS
 from cellstack.layout import block_diagonal
 from cellstack.nodes.base import Array, Types
 from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
-from cellstack.spec import (
-    ARRAYS,
-    MATRICES,
-    STATES,
-    CellSpec,
-    HiddenState,
-    ShapeError,
-    State,
-    check_state_numbers,
-)
+from cellstack.spec import ARRAYS, MATRICES, STATES, CellSpec, HiddenState, ShapeError, State, check_state_numbers
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry

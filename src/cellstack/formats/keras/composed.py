@@ -11,13 +11,7 @@ import numpy as np
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
-from cellstack.nodes import (
-    Activation,
-    Bidirectional,
-    GlobalPool,
-    Recurrent,
-    Scale,
-)
+from cellstack.nodes import Activation, Bidirectional, GlobalPool, Recurrent, Scale
 from cellstack.nodes.base import Node
 from cellstack.spec import TRACES
 

@@ -15,17 +15,7 @@ from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, steps_apart
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.shapes import moving, rearranged
-from cellstack.formats.onnx.values import (
-    Counted,
-    Dim,
-    Filled,
-    Flowing,
-    Formula,
-    States,
-    Symbols,
-    Vector,
-    entries_of,
-)
+from cellstack.formats.onnx.values import Counted, Dim, Filled, Flowing, Formula, States, Symbols, Vector, entries_of
 from cellstack.nodes import GlobalPool, Merge, Pad, Repeat, RepeatLike, Select, Take
 
 

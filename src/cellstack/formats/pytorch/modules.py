@@ -28,31 +28,12 @@ from cellstack.formats.pytorch.access import (
 )
 from cellstack.formats.pytorch.names import MODULES
 from cellstack.formats.pytorch.saved import Saved
-from cellstack.formats.pytorch.torch_modules import (
-    CELLS,
-    activation_of,
-    convolution,
-    pooling,
-    simple,
-    torch_layers,
-)
+from cellstack.formats.pytorch.torch_modules import CELLS, activation_of, convolution, pooling, simple, torch_layers
 from cellstack.formats.pytorch.tree import NOTHING, OUR_CELLS, OUR_RNNS, WRAPPERS
 from cellstack.formats.tirex import of_module
 from cellstack.network import Network
 from cellstack.network.layouts import time_first
-from cellstack.nodes import (
-    MLSTM,
-    Activation,
-    Clip,
-    Dense,
-    Flatten,
-    GlobalPool,
-    Merge,
-    Node,
-    Permute,
-    Reshape,
-    Scale,
-)
+from cellstack.nodes import MLSTM, Activation, Clip, Dense, Flatten, GlobalPool, Merge, Node, Permute, Reshape, Scale
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent, ends_both_ways
 from cellstack.nodes.time import FINAL

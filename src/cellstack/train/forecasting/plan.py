@@ -10,14 +10,7 @@ import numpy as np
 from cellstack.train.checks import UsageError
 from cellstack.train.forecasting import calendar
 from cellstack.train.forecasting.parts import Parts, can_validate, epoch_steps, parts
-from cellstack.train.forecasting.recipe import (
-    LONGEST_WINDOW,
-    NAIVE,
-    SCALES,
-    SHORTEST_WINDOW,
-    Category,
-    Recipe,
-)
+from cellstack.train.forecasting.recipe import LONGEST_WINDOW, NAIVE, SCALES, SHORTEST_WINDOW, Category, Recipe
 from cellstack.train.forecasting.seasons import find
 from cellstack.train.settings import FitOptions
 from cellstack.train.tables.table import Table, listed
