@@ -623,7 +623,7 @@ def test_wrong_compression(server, encoding):
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}[encoding]
     good = pack(json.dumps({"inputs": [as_json(sequence())]}).encode())
     for content, status, text in (
-        (pack(bytes(10**7)), 413, "at most 100000 bytes"),
+        (pack(bytes(10**7)), 413, "larger than 100000 bytes"),
         (good[:-3], 400, "incomplete"),
         (good + b"more", 400, "continues after"),
         (b"nothing of the kind", 400, "isn't compressed"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
 from collections.abc import Callable, Collection
@@ -36,7 +35,6 @@ try:
 except ImportError:  # OpenTelemetry is optional
     OpenTelemetryMiddleware = None
 
-BODY_SECONDS = 60.0  # in which a request's body must arrive
 OPEN_PATHS = (
     "/",
     "/health",
@@ -333,25 +331,7 @@ class Api:
         return self.models.session(request.path_params["token"])
 
     async def _body(self, request: Request) -> bytes:
-        most = self.models.limits.message
-        too_large = ServeError(413, f"the body is larger than {most} bytes")
-        length = request.headers.get("content-length", "0")
-        if len(length) > 18 or int(length) > most:
-            raise too_large
-
-        async def read() -> bytes:
-            parts, size = [], 0
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise too_large
-                parts.append(part)
-            return b"".join(parts)
-
-        try:
-            return await asyncio.wait_for(read(), BODY_SECONDS)
-        except asyncio.TimeoutError:
-            raise ServeError(408, f"the body didn't arrive within {BODY_SECONDS:.0f} seconds") from None
+        return await inference_protocol.body_of(request, self.models.limits.message)
 
 
 def _x(body: Any) -> Any:

@@ -16,7 +16,7 @@ from cellstack.serve.rows import Records
 from cellstack.serve.sockets import Connection
 from cellstack.serve.texts import described, parsed
 from cellstack.serve.websocket import WebSocket
-from cellstack.serve.worker import Answers
+from cellstack.serve.worker import Answers, occurrence
 
 MOST_BYTES = 1 << 20  # of a message to a client: what clients accept by default
 
@@ -311,18 +311,3 @@ class Multiplex(Connection):
         for start in range(0, len(records), most):
             part = records[start : start + most]
             yield frames.pack(frames.ANSWERS, model, part), len(part)
-
-
-def occurrence(numbers: NDArray[Any]) -> Any:
-    """Return how often each number occurs before its place: 0 if all are different."""
-    if (numbers[1:] > numbers[:-1]).all():  # as gateways send them
-        return 0
-    order = np.argsort(numbers, kind="stable")
-    ordered = numbers[order]
-    new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    if new.all():
-        return 0
-    starts = np.flatnonzero(new)
-    found = np.empty(len(numbers), np.int64)
-    found[order] = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
-    return found

@@ -429,23 +429,25 @@ def call_all(done: Sequence[tuple[Callable[[Any], Any], Any]]) -> None:
             after()
 
 
+def occurrence(numbers: NDArray[Any]) -> NDArray[np.int64] | int:
+    """Return how often each number occurs before its place, `[n]`; 0 if all are different."""
+    if len(numbers) == 1 or (numbers[1:] > numbers[:-1]).all():  # as gateways send them
+        return 0
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    if len(starts) == len(numbers):
+        return 0
+    found = np.empty(len(numbers), np.int64)
+    found[order] = np.arange(len(numbers)) - np.repeat(starts, np.diff(starts, append=len(numbers)))
+    return found
+
+
 def turns(sessions: NDArray[np.int64]) -> list[NDArray[np.int64]] | None:
     """Divide frames into steps in which each session occurs once: the first frame of each, then the second and so on.
-
-    Args:
-        sessions: `[n]`, in the order of arrival.
 
     Returns:
         the positions of each step, ascending; None if one step takes all.
     """
-    if len(sessions) == 1 or (sessions[1:] > sessions[:-1]).all():
-        return None
-    order = np.argsort(sessions, kind="stable")
-    ordered = sessions[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    if len(starts) == len(sessions):
-        return None
-    counts = np.diff(starts, append=len(sessions))
-    turn = np.empty(len(sessions), np.int64)
-    turn[order] = np.arange(len(sessions)) - np.repeat(starts, counts)
-    return [np.flatnonzero(turn == n) for n in range(int(counts.max()))]
+    turn = occurrence(sessions)
+    return None if isinstance(turn, int) else [np.flatnonzero(turn == n) for n in range(int(turn.max()) + 1)]

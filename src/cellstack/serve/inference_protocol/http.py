@@ -128,7 +128,7 @@ async def _statistics(service: Service, request: Request) -> Response:
 
 
 async def _index(service: Service, request: Request) -> Response:
-    body = await _body(request, service.models.limits.message)
+    body = await body_of(request, service.models.limits.message)
     asked = _parsed(body) if body else {}
     return _json(service.index(as_bool("ready", asked.get("ready", False))))
 
@@ -143,7 +143,7 @@ async def _unknown(service: Service, request: Request) -> Response:
 async def _infer(service: Service, request: Request) -> Response:
     name, version = _model(request)
     service.models.model(name, version)
-    body = await _body(request, service.models.limits.message)
+    body = await body_of(request, service.models.limits.message)
     length = request.headers.get(JSON_BYTES)
     if length is None:
         size = len(body)
@@ -171,12 +171,16 @@ async def _infer(service: Service, request: Request) -> Response:
     return await converted(count, _response, response, asked, raw, encodings)
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """Return a request's body, decompressed, of at most `limit` bytes."""
+async def body_of(request: Request, limit: int) -> bytes:
+    """Return a request's body, decompressed, of at most `limit` bytes.
+
+    Raises:
+        ServeError: a larger or incomplete body, or one that takes too long.
+    """
     try:
         return await asyncio.wait_for(_received(request, limit), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ServeError(408, f"the request's body didn't arrive within {BODY_SECONDS:g} s") from None
+        raise ServeError(408, f"the body didn't arrive within {BODY_SECONDS:.0f} seconds") from None
 
 
 async def _received(request: Request, limit: int) -> bytes:
@@ -187,7 +191,7 @@ async def _received(request: Request, limit: int) -> bytes:
         unpack = zlib.decompressobj(WINDOWS[encoding])
     else:
         raise ServeError(501, f"unsupported compression type {encoding:.40}: expected gzip or deflate")
-    too_long = ServeError(413, f"expected at most {limit} bytes")
+    too_long = ServeError(413, f"the body is larger than {limit} bytes")
     declared = request.headers.get("content-length", "0")
     if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
         raise too_long
