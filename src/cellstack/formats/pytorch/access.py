@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import array
 from cellstack.formats.pytorch.saved import Saved
+from cellstack.formats.pytorch.tensors import array
 from cellstack.formats.pytorch.tree import COMPUTING
 from cellstack.layout import Array
 from cellstack.spec import DTYPES

@@ -22,8 +22,8 @@ from cellstack.cells import KINDS, named
 from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, layers_of, network_of_layer, of_units
-from cellstack.formats.pytorch.tensors import short
-from cellstack.layout import Array, from_rows
+from cellstack.formats.pytorch.tensors import array, short
+from cellstack.layout import from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.cell import Cell
@@ -185,14 +185,6 @@ def dense(title: str, tensors: Mapping[str, Any], where: str) -> Network:
     except (FormatError, ValueError, TypeError) as error:
         raise FormatError(f"{where}: {short(title, 200)}: {str(error)[:300]}") from None
     return Network([node], metadata={"source": {"format": "pytorch", "module": title}})
-
-
-def array(tensor: Any) -> Array:
-    """Return a weight of a file, float32 or float64."""
-    found = np.asarray(tensor)
-    if found.dtype.kind != "f":
-        raise FormatError(f"expected floats, found {found.dtype}")
-    return found.astype(np.float32) if found.dtype.itemsize < 4 else found
 
 
 def network_of(
@@ -370,12 +362,7 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], acti
         if shape != wanted.get(what, (rows,)):
             found = f"found {short(list(shape))} with {short(names['weight_ih'], 200)} {[rows, width]}"
             raise FormatError(f"{tensor(what)}: expected {list(wanted.get(what, (rows,)))}, {found}")
-    arrays: dict[str, Any] = {}
-    for what, name in names.items():
-        array = np.asarray(tensors[name])
-        if array.dtype.kind != "f":
-            raise FormatError(f"{tensor(what)}: expected floats, found {array.dtype}: perhaps a quantised layer")
-        arrays[what] = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+    arrays = {what: array(tensors[name], f"{tensor(what)}: ") for what, name in names.items()}
     biases = tuple(arrays[what] for what in ("bias_ih", "bias_hh") if what in arrays)
     size = out if projected else 0
     try:

@@ -9,9 +9,9 @@ from typing import Any
 from cellstack.formats.build import listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import Reader
-from cellstack.formats.pytorch.names import OPTIMISER, array, by_module, dense, networks_of, say_left_out
+from cellstack.formats.pytorch.names import OPTIMISER, by_module, dense, networks_of, say_left_out
 from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
-from cellstack.formats.pytorch.tensors import short
+from cellstack.formats.pytorch.tensors import array, short
 from cellstack.formats.pytorch.tree import Contents, within
 from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, Dense, Embedding, GlobalPool, Node

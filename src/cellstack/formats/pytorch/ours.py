@@ -14,11 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from cellstack.cells import KINDS, Kind
 from cellstack.formats.build import Builder, listed
-from cellstack.formats.pytorch.tensors import short
+from cellstack.formats.pytorch.tensors import array, short
 from cellstack.network import Network
 from cellstack.nodes.cell import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
@@ -146,12 +144,7 @@ def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any]) -> C
     for what in names:
         if what not in spec.shapes:
             raise FormatError(f"{tensor(what)}: {spec.kind} cells have no such array")
-    arrays = {}
-    for what in spec.shapes:
-        array = np.asarray(tensors[names[what]])
-        if array.dtype.kind != "f":
-            raise FormatError(f"{tensor(what)}: expected floats, found {array.dtype}")
-        arrays[what] = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+    arrays = {what: array(tensors[names[what]], f"{tensor(what)}: ") for what in spec.shapes}
     try:
         return Cell(spec, **arrays)
     except (ValueError, TypeError) as error:  # dtypes that differ

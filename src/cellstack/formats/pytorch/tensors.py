@@ -350,3 +350,12 @@ def _dtype(where: str, kind: Any) -> str:
         found = short(kind.path) if isinstance(kind, Global) else type(kind).__name__
         raise FormatError(f"{where}: expected a storage type of torch, found {found}")
     return dtype
+
+
+def array(tensor: Any, label: str = "") -> NDArray[Any]:
+    """Return a weight of a file, float32 or float64; `label` begins the message about another dtype."""
+    found = np.asarray(tensor)
+    if found.dtype.kind != "f":
+        why = ": perhaps a quantised layer" if found.dtype.kind in "iu" else ""
+        raise FormatError(f"{label}expected floats, found {found.dtype}{why}")
+    return found.astype(np.float32) if found.dtype.itemsize < 4 else found
