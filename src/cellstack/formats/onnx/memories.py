@@ -25,11 +25,6 @@ class _Step(Pieces):
         columns = self.of("Slice", x, self.integers(start), self.integers(start + size), self.integers(-1))
         return self.of("Reshape", columns, self.integers(0, *shape))
 
-    def log_sigmoid(self, v: str) -> str:
-        """Return `log σ(v)`."""
-        made = self.fresh(f"{self.prefix}softplus")
-        return self.of("Neg", self.activate(made, self.of("Neg", v), "softplus", made, self.dtype == np.float64))
-
 
 def body_of(where: str, node: MLSTM, dtype: np.dtype[Any], masked: bool) -> Any:
     """Return a step of a memory as a GraphProto.

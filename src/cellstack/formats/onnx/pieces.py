@@ -111,6 +111,12 @@ class Pieces:
         keys = ("alpha", "beta")[: len(PARAMETERS.get(kind, ()))]
         return self.put(ONNX_NAMES[kind], [x], output, name, **dict(zip(keys, (alpha, beta), strict=False)))
 
+    def log_sigmoid(self, v: str) -> str:
+        """Return `log σ(v)`: -softplus(-v)."""
+        softplus = self.fresh(f"{self.prefix}softplus")
+        plain = self.dtype == np.float64
+        return self.of("Neg", self.activate(softplus, self.of("Neg", v), "softplus", softplus, plain))
+
     def _made(self, kind: str, alpha: float, beta: float, x: str) -> str:
         """Add an activation that ONNX has in recurrent operators only, or ONNX Runtime in float32 only."""
         of, number = self.of, self.number

@@ -20,8 +20,6 @@ from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell import Cell
 
-FIRST_OPSET = 9  # earlier, a Scan had other inputs
-
 
 class OnnxOps(Pieces):
     """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
@@ -81,12 +79,6 @@ class OnnxOps(Pieces):
     def exp(self, v: str) -> str:
         """Return `e^v`."""
         return self.of("Exp", v)
-
-    def log_sigmoid(self, v: str) -> str:
-        """Return `log σ(v)`: -softplus(-v)."""
-        softplus = self.fresh(f"{self.prefix}softplus")
-        plain = self.dtype == np.float64
-        return self.of("Neg", self.activate(softplus, self.of("Neg", v), "softplus", softplus, plain))
 
     def maximum(self, a: str, b: str) -> str:
         """Return the larger of `a` and `b`."""
