@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
-from cellstack.inspect import contents, html
-from cellstack.nodes import Embedding, Merge, Select, Standardise
+from cellstack.inspect import contents, html, load
+from cellstack.nodes import MLSTM, Embedding, Merge, Select, Standardise
+from cellstack.spec import MatrixState
 
 PAGE = Path(html.__file__).parent / "page"
 
@@ -1112,6 +1113,205 @@ def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
     screen.keys("End")
     patched = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
     assert close(outputs_shown(screen)[0, 1], patched(x)[0, 9, 0], 5)
+
+
+# ── an mLSTM ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_memory_net(rng, **flags):
+    """Two heads with keys of 4 and values of 3 numbers, below a projection and a head."""
+    memory = MLSTM(2, 4, 3, **flags)
+    projection = Dense(rng.normal(size=(3, memory.input_size)), rng.normal(size=memory.input_size))
+    return Network([projection, memory, Dense(rng.normal(size=(6, 2)))], ["projection", "memory", "head"])
+
+
+def memory_trace(rng, net, x):
+    """A run from a state, with masked steps and resets in the second row."""
+    state = MatrixState(*(rng.normal(size=(len(x), *shape)) for shape in net.stateful[0].state_shapes.values()))
+    mask, reset = np.ones(x.shape[:2], bool), np.zeros(x.shape[:2], bool)
+    mask[1, [4, 9]] = False
+    reset[1, 3] = True
+    return net.trace(x, (state,), mask=mask, reset=reset)
+
+
+def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
+    net = make_memory_net(rng, output_gate=True)
+    t = memory_trace(rng, net, x)
+    memory = t["memory"]
+    screen = open_page(t)
+    assert screen.page.locator(".choice button").all_inner_texts()[:9] == [*"qkvifomnh"]
+    for row in (0, 1):
+        screen.choose("Row", str(row))
+        for name, array in memory.fields.items():
+            screen.field(name)
+            unit = array.shape[-1] - 1
+            for step in (2, 4):
+                screen.looked_at(step=step, unit=unit)
+                said = screen.text(".readout")
+                assert close(numbers_in(said.split(" = ")[1])[0], array[row, step, unit], 5)
+                place = "" if name in "ifm" else " [3]" if name in "qkn" else " [2]"
+                assert f" · head 1{place} · {name} = " in said
+    screen.looked_at(field="h", unit=4)
+    screen.field("f")
+    assert "· head 1 · f = " in screen.text(".readout")  # still the same head
+    screen.tab("unit")
+    screen.settle()
+    assert screen.text("#panel-unit h3") == "Head 1 of memory"
+    shown_values = dict(re.findall(r"(\w) = (\S+)", screen.text("#panel-unit .readout")))
+    for name, array in memory.fields.items():
+        unit = array.shape[-1] // 2
+        assert close(parsed(shown_values[name]), array[1, 4, unit], 4)
+
+
+def test_the_formulas_of_an_mlstm(open_page, rng, x):
+    net = make_memory_net(rng, output_gate=True)
+    t = memory_trace(rng, net, x)
+    memory, z = t["memory"], t["memory"].x[0, 5]
+    screen = open_page(t)
+    screen.looked_at(step=5, unit=4)  # h of head 1, number 1
+    before = {name: memory.fields[name][0, 4] for name in "mn"}
+    log_f = -np.log1p(np.exp(-z[25]))
+    expected = {
+        "q": [z[5], 5],
+        "i": [z[23], memory.m[0, 5, 1], memory.i[0, 5, 1]],
+        "f": [log_f, before["m"][1], memory.m[0, 5, 1], memory.f[0, 5, 1]],
+        "m": [z[23], log_f, before["m"][1], memory.m[0, 5, 1]],
+        "n": [before["n"][5], memory.f[0, 5, 1], memory.k[0, 5, 1, 1], memory.n[0, 5, 1, 1]],
+        "o": [z[30], memory.fields["o"][0, 5, 4]],
+        "h": [memory.h[0, 5, 1, 1], memory.fields["o"][0, 5, 4]],
+    }
+    for name, values in expected.items():
+        screen.page.locator(f'.port[data-field="{name}"]').hover()
+        screen.settle()
+        numbers = numbers_in(screen.text(".popover"))
+        for value in values:
+            assert any(close(number, value, 5) for number in numbers), (name, value, screen.text(".popover"))
+        assert close(
+            numbers_in(screen.text(".popover .result"))[-1],
+            memory.fields[name][0, 5].reshape(2, -1)[1][-1 if name in "ifm" else 1],
+            5,
+        )
+    rows = [line.split("\t") for line in screen.page.locator(".popover tr").all_inner_texts()]
+    terms = {row[0]: [numbers_in(cell)[0] for cell in row[1:]] for row in rows[:-1]}
+    for step in range(6):
+        value, weight, product = terms[f"step {step}"]
+        assert close(value, memory.v[0, step, 1, 1], 5)
+        assert close(weight, memory.weights(5)[0, 1, step], 5)
+        assert close(product, value * weight, 4)
+    rest = memory.h[0, 5, 1, 1] / memory.fields["o"][0, 5, 4] - memory.weights(5)[0, 1] @ memory.v[0, :, 1, 1]
+    assert close(terms["state before the run"][0], rest, 4)
+    screen.page.locator('.port[data-field="C"]').hover()
+    assert "C = f · C_prev + i · k · vᵀ / √4" in screen.text(".popover")
+    assert screen.page.locator('.port[data-field="C"] .value').text_content() == "4 × 3"
+    table = screen.page.locator(".steptable")
+    assert table.locator("thead th").all_inner_texts() == ["", "n_prev", *"qkvonh"]
+    for name in "qkvonh":
+        unit = 4 + 1  # of the four of head 1, the second
+        assert close(
+            parsed(table.locator(f'[data-field="{name}"][data-unit="{unit}"]').inner_text()),
+            memory.fields[name][0, 5].reshape(2, -1)[1, 1],
+            4,
+        )
+    table.get_by_role("button", name="head 1 [3]").click()  # a key has a number there, a value doesn't
+    screen.settle()
+    assert "head 1 [3] · n = " in screen.text(".readout")
+
+
+def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
+    net = make_memory_net(rng)
+    t = memory_trace(rng, net, x)
+    memory = t["memory"]
+    screen = open_page(t)
+    screen.tab("memory")
+    panel = screen.page.locator(".retrieval")
+    for row, step, head in ((0, 6, 1), (1, 8, 0), (1, 2, 1), (1, 4, 0)):
+        screen.choose("Row", str(row))
+        screen.looked_at(step=step, unit=3 * head + 1)
+        weights, v = memory.weights(step)[row, head], memory.v[row, :, head, 1]
+        order = [at for at in np.argsort(-np.abs(weights)) if weights[at]][:8]
+        rows = [line.split("\t") for line in panel.locator("tbody tr").all_inner_texts()]
+        assert [one[0] for one in rows] == [f"step {at}" for at in order]
+        for one, at in zip(rows, order, strict=True):
+            assert [close(parsed(one[1]), weights[at]), close(parsed(one[2]), v[at])] == [True, True]
+        total, start, h = numbers_in(panel.locator(".readout").inner_text().split("]: ")[1])
+        assert close(total, weights @ v, 5)
+        assert close(h, memory.h[row, step, head, 1], 5)
+        assert start == pytest.approx(memory.h[row, step, head, 1] - weights @ v, abs=1e-4)
+        assert (start == 0) == (row == 1 and step >= 3)  # after the reset
+    # Pointing at the map of all queries gives the weight of a step for a query; a click chooses the query.
+    screen.looked_at(step=9, unit=1)
+    screen.choose("Row", "0")
+    panel.locator("canvas").nth(-1).scroll_into_view_if_needed()
+    box = panel.locator("canvas").nth(-1).bounding_box()
+    across = (box["width"] - 44 - 6) / screen.page.evaluate(
+        "document.getElementById('page').ready.then(({ view }) => view.window.span)"
+    )
+    place = (box["x"] + 44 + 2.5 * across, box["y"] + 7.5 * box["height"] / 10)
+    screen.page.mouse.move(*place)
+    said = panel.locator(".readout").inner_text()
+    assert said.startswith("Query of step 7, step 2: weight ")
+    assert close(numbers_in(said)[-1], memory.weights(7)[0, 0, 2], 5)
+    screen.page.mouse.click(*place)
+    screen.settle()
+    assert "head 0 reads at step 7" in panel.locator("h3").inner_text()
+
+
+def test_what_if_and_gradients_of_an_mlstm(open_page, rng, x):
+    net = make_memory_net(rng, output_gate=True)
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("gradient")
+    screen.looked_at(step=9)
+    screen.page.locator("#panel-gradient tbody tr").first.wait_for()
+    norms = np.linalg.norm(t.gradient(unit=0)["x"][0], axis=-1)
+    row = screen.page.locator("#panel-gradient tbody tr").first.inner_text().split("\t")
+    assert row[0] == f"step {norms.argmax()}"
+    assert close(parsed(row[1]), norms.max(), 4)
+    screen.field("i")
+    screen.choose("Gradient of", "shown")
+    assert "i of head 0 of memory" in screen.text("#panel-gradient h3")
+    screen.tab("whatif")
+    assert "can't be patched" in screen.text("#panel-whatif .note")
+    assert screen.page.get_by_role("button", name="Add patch").is_hidden()
+    screen.looked_at(step=4)
+    screen.page.get_by_role("button", name="Reset the state before step 4").click()
+    slider = screen.page.get_by_label("x 1", exact=True)
+    slider.evaluate("(slider) => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }")
+    wait_for_result(screen)
+    changed, reset = x[:1].copy(), np.zeros((1, 10), bool)
+    changed[0, 4, 1], reset[0, 4] = float(slider.input_value()), True
+    after = net.trace(changed, reset=reset)
+    screen.looked_at(step=7, field="h", unit=5)
+    assert close(outputs_shown(screen)[1, 1], after.y[0, 7, 1], 5)
+    for name in ("h", "n", "i"):
+        screen.field(name)
+        screen.looked_at(unit=after["memory"].fields[name].shape[-1] - 1)
+        assert close(numbers_in(screen.text(".readout").split(" = ")[1])[0], after["memory"].fields[name][0, 7, -1], 5)
+    screen.tab("memory")
+    screen.settle()
+    weights = after["memory"].weights(7)[0, 1]
+    rows = [line.split("\t") for line in screen.page.locator("#panel-memory tbody tr").all_inner_texts()]
+    assert [row[0] for row in rows] == [f"step {at}" for at in np.argsort(-np.abs(weights))[:4]]
+    assert close(parsed(rows[0][1]), np.abs(weights).max() * np.sign(weights[np.abs(weights).argmax()]))
+    ran = {"net": net, "x": x.copy()}
+    exec(screen.page.locator("pre").first.text_content(), ran)
+    assert np.allclose(ran["t"].y[:1], after.y, rtol=0, atol=1e-12)
+
+
+def test_a_part_of_the_run_of_an_mlstm_and_one_from_a_file(open_page, rng, x, tmp_path):
+    net = make_memory_net(rng)
+    t = memory_trace(rng, net, x)
+    screen = open_page(t.select(rows=slice(1, 2), steps=slice(2, 8)))
+    screen.field("n")
+    screen.looked_at(step=1, unit=7)
+    assert close(numbers_in(screen.text(".readout").split(" = ")[1])[0], t["memory"].fields["n"][1, 3, 7], 5)
+    screen.page.locator('.port[data-field="n"]').hover()
+    assert "covers only part of the run" in screen.text(".popover")
+    screen.tab("memory")
+    assert "covers only part of the run" in screen.text(".retrieval .readout")
+    t.save(tmp_path / "trace.safetensors")
+    screen = open_page(load(tmp_path / "trace.safetensors"))
+    assert "A trace from a file lacks the gates of an mLSTM" in screen.text(".warning")
 
 
 BLUE = """(canvas) => {

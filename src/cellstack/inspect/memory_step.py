@@ -89,4 +89,3 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
         "before": [place[id(value)] for value in before],
         "after": [place[id(value)] for value in (C, n, m)],
     }
-

@@ -197,7 +197,10 @@ class MLSTM(Node):
         x, y, dy = (native.plain(array) for array in (flow.x, run.y, dy))
         of_gate = []
         if self.output_gate:
-            o, y = self.output_gate_of(x), self.call(flow._replace(reset=record.reset), record.before, None, 1, gated=False)
+            o, y = (
+                self.output_gate_of(x),
+                self.call(flow._replace(reset=record.reset), record.before, None, 1, gated=False),
+            )
             of_gate, dy = [dy * y * o * (1 - o)], dy * o
         dx = np.empty((*x.shape[:2], self.core_size), x.dtype)
         call = self.kernel_call(native.sequences(x, record.mask, record.reset), record.before, None, y)

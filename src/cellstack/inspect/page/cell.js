@@ -214,12 +214,13 @@ export class CellView {
     const { cell } = place;
     if (found === null) return null;
     const head = (text) => make("strong", {}, text);
-    const title = this.units.title(unit);
+    const title = this.units.title(unit, found.now[name.replace("_prev", "")]?.length ?? cell.form.heads);
     if (name === "x") {
       if (found.x === null) return null;
       const names = view.namesOf(place, "x");
       const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `${names?.[n] ?? `x[${n}]`} = ${shown(value, 5)}`);
-      return [head("x: the input at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
+      const parts = cell.form.heads ? `, [q | k | v | z_i | z_f${"o" in found.now ? " | z_o" : ""}]` : "";
+      return [head(`x: the input at this step${parts}`), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
     }
     if (name.endsWith("_prev")) {
       const letter = name.replace("_prev", "");

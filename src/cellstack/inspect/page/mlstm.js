@@ -4,9 +4,9 @@
 import { inBrackets, shown } from "./dom.js";
 import { DIGITS } from "./formulas.js";
 
-// The units of a cell: `part(unit)` the range of those shown together; `title(unit)`; `index(width, unit)` the place of a unit
-// in a vector, and `unit(width, index)` the reverse. In an mLSTM a unit is a number of a head; it has none in vectors whose
-// heads are narrower, and all of a head have the same in a vector of one number per head.
+// The units of a cell: `part(unit)` the range of those shown together; `title(unit, width)` in a vector; `index(width, unit)`
+// the place of a unit in a vector, and `unit(width, index)` the reverse. In an mLSTM a unit is a number of a head; it has none
+// in vectors whose heads are narrower, and all of a head have the same in a vector of one number per head.
 export function unitsOf({ form: { heads }, spec, units }) {
   const same = (_, unit) => unit;
   if (!heads) return { part: () => [0, units.length], title: (unit) => `unit ${units[unit] ?? unit}`, index: same, unit: same };
@@ -14,7 +14,7 @@ export function unitsOf({ form: { heads }, spec, units }) {
   const split = (unit, each) => [Math.floor(unit / each), unit % each];
   return {
     part: (unit) => [split(unit, most)[0] * most, most],
-    title: (unit) => headTitle(heads, most, unit),
+    title: (unit, width) => (width === heads ? headTitle(1, split(unit, most)[0]) : headTitle(most, unit)),
     index: (width, unit) => {
       const [head, n] = split(unit, most);
       const each = width / heads;
@@ -28,7 +28,7 @@ export function unitsOf({ form: { heads }, spec, units }) {
 }
 
 // "head 1", or "head 1 [3]".
-export function headTitle(heads, each, unit) {
+export function headTitle(each, unit) {
   return `head ${Math.floor(unit / each)}${each > 1 ? ` [${unit % each}]` : ""}`;
 }
 
@@ -109,13 +109,13 @@ export class MemoryStep {
       return { name: label(at), value, weight: weights[at], product: weights[at] * value };
     });
     const rest = readOfStart(given, step, left, index);
-    const total = terms.reduce((sum, term) => sum + term.product, rest);
-    const more = rest === 0 ? [] : [{ text: `of the state before the run: ${s(rest)}` }];
-    const size = `max(|${s(product)}|, ${s(Math.exp(-now.m[head]))})`;
+    if (rest !== 0) terms.push({ name: "state before the run", value: rest, weight: 1, product: rest });
+    const total = terms.reduce((sum, term) => sum + term.product, 0);
+    const epsilon = given.spec.epsilon ? ` + ${s(given.spec.epsilon)}` : "";
     return [
-      { text: `h = Cᵀq / max(|n·q|, exp(−m)), which is divided by ${size} = ${s(divisor)}: the values v of earlier steps, each times the weight with which the query reads it` },
+      { text: `Cᵀq is divided by max(|n·q|, exp(−m))${epsilon} = max(|${s(product)}|, ${s(Math.exp(-now.m[head]))})${epsilon} = ${s(divisor)}` },
+      { text: "C is a sum over the steps, so the query reads the sum of their values v, each with a weight:" },
       { terms, title: "v · weight", total },
-      ...more,
       now.o === undefined ? result("h = the sum") : result(`h = o · the sum = ${s(now.o[index])} · ${inBrackets(total, DIGITS)}`),
     ];
   }

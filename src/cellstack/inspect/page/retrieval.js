@@ -19,7 +19,7 @@ export class Retrieval {
     this.about = make("p", { class: "note" });
     this.map = make("canvas", { class: "chart", role: "img" });
     this.list = make("div", { class: "scroll" });
-    this.element = make("div", {}, make("p", { class: "note" }, ABOUT), this.title, this.chart, this.readout, this.about, this.map, this.list);
+    this.element = make("div", { class: "retrieval" }, make("p", { class: "note" }, ABOUT), this.title, this.chart, this.readout, this.about, this.map, this.list);
     this.key = "";
     const inside = (step) => step >= 0 && step < view.steps;
     this.chart.addEventListener("click", ({ offsetX }) => inside(this.stepOf(offsetX)) && view.set({ step: this.stepOf(offsetX) }));
@@ -49,8 +49,8 @@ export class Retrieval {
     const { step } = view;
     const units = unitsOf(place.cell);
     const unit = units.unit(view.unitsOf(place, view.field), view.unit);
-    const index = units.index(spec.units, unit) ?? 0;
     const head = units.index(form.heads, unit);
+    const index = units.index(spec.units, unit) ?? head * spec.value_size;
     const [value, name] = [units.title(units.unit(spec.units, index)), (at) => view.labels.full(view.row, at)];
     Object.assign(this, { head, memory, ...weightsAt(memory, head, step) });
     const { weights, left } = this;

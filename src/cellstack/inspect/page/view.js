@@ -168,7 +168,7 @@ export class View {
     const { heads } = place.cell.form;
     if (heads && field !== "x") {
       const length = this.unitsOf(place, field);
-      return Array.from({ length }, (_, unit) => headTitle(heads, length / heads, unit));
+      return Array.from({ length }, (_, unit) => headTitle(length / heads, unit));
     }
     return field === "x" && place.lowest ? this.namesFrom(place.node.sources[0]) : null;
   }
