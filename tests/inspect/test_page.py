@@ -1156,7 +1156,7 @@ def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
     assert "· head 1 · f = " in screen.text(".readout")  # still the same head
     screen.tab("unit")
     screen.settle()
-    assert screen.text("#panel-unit h3") == "Head 1 of memory"
+    assert screen.text("#panel-unit h3") == "Unit, head 1 of memory"
     shown_values = dict(re.findall(r"(\w) = (\S+)", screen.text("#panel-unit .readout")))
     for name, array in memory.fields.items():
         unit = array.shape[-1] // 2
@@ -1176,7 +1176,7 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
         "i": [z[23], memory.m[0, 5, 1], memory.i[0, 5, 1]],
         "f": [log_f, before["m"][1], memory.m[0, 5, 1], memory.f[0, 5, 1]],
         "m": [z[23], log_f, before["m"][1], memory.m[0, 5, 1]],
-        "n": [before["n"][5], memory.f[0, 5, 1], memory.k[0, 5, 1, 1], memory.n[0, 5, 1, 1]],
+        "n": [before["n"][5], memory.f[0, 5, 1], memory.k[0, 5, 1, 1] / 2, memory.n[0, 5, 1, 1]],
         "o": [z[30], memory.fields["o"][0, 5, 4]],
         "h": [memory.h[0, 5, 1, 1], memory.fields["o"][0, 5, 4]],
     }
@@ -1199,22 +1199,25 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
         assert close(weight, memory.weights(5)[0, 1, step], 5)
         assert close(product, value * weight, 4)
     rest = memory.h[0, 5, 1, 1] / memory.fields["o"][0, 5, 4] - memory.weights(5)[0, 1] @ memory.v[0, :, 1, 1]
-    assert close(terms["state before the run"][0], rest, 4)
+    assert close(terms["initial state"][0], rest, 4)
     screen.page.locator('.port[data-field="C"]').hover()
     assert "C = f · C_prev + i · k · vᵀ / √4" in screen.text(".popover")
     assert screen.page.locator('.port[data-field="C"] .value').text_content() == "4 × 3"
     table = screen.page.locator(".steptable")
     assert table.locator("thead th").all_inner_texts() == ["", "n_prev", *"qkvonh"]
     for name in "qkvonh":
-        unit = 4 + 1  # of the four of head 1, the second
+        unit = 3 + 1  # of the three of head 1, the second
         assert close(
             parsed(table.locator(f'[data-field="{name}"][data-unit="{unit}"]').inner_text()),
             memory.fields[name][0, 5].reshape(2, -1)[1, 1],
             4,
         )
-    table.get_by_role("button", name="head 1 [3]").click()  # a key has a number there, a value doesn't
+    table.get_by_role("button", name="head 1 [2]").click()
     screen.settle()
-    assert "head 1 [3] · n = " in screen.text(".readout")
+    assert "head 1 [2] · h = " in screen.text(".readout")
+    screen.field("n")
+    screen.looked_at(unit=7)  # a number of a key that a value doesn't have
+    assert screen.text("#panel-cell h3").startswith("mLSTM cell of memory, head 1 [0]")
 
 
 def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
@@ -1223,7 +1226,7 @@ def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
     memory = t["memory"]
     screen = open_page(t)
     screen.tab("memory")
-    panel = screen.page.locator(".retrieval")
+    panel = screen.page.locator("#panel-memory")
     for row, step, head in ((0, 6, 1), (1, 8, 0), (1, 2, 1), (1, 4, 0)):
         screen.choose("Row", str(row))
         screen.looked_at(step=step, unit=3 * head + 1)
@@ -1233,7 +1236,7 @@ def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
         assert [one[0] for one in rows] == [f"step {at}" for at in order]
         for one, at in zip(rows, order, strict=True):
             assert [close(parsed(one[1]), weights[at]), close(parsed(one[2]), v[at])] == [True, True]
-        total, start, h = numbers_in(panel.locator(".readout").inner_text().split("]: ")[1])
+        total, start, *_, h = numbers_in(panel.locator(".readout").inner_text())
         assert close(total, weights @ v, 5)
         assert close(h, memory.h[row, step, head, 1], 5)
         assert start == pytest.approx(memory.h[row, step, head, 1] - weights @ v, abs=1e-4)
@@ -1243,17 +1246,14 @@ def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):
     screen.choose("Row", "0")
     panel.locator("canvas").nth(-1).scroll_into_view_if_needed()
     box = panel.locator("canvas").nth(-1).bounding_box()
-    across = (box["width"] - 44 - 6) / screen.page.evaluate(
-        "document.getElementById('page').ready.then(({ view }) => view.window.span)"
-    )
-    place = (box["x"] + 44 + 2.5 * across, box["y"] + 7.5 * box["height"] / 10)
+    place = (box["x"] + 44 + 2.5 * (box["width"] - 50) / 10, box["y"] + 7.5 * box["height"] / 10)
     screen.page.mouse.move(*place)
     said = panel.locator(".readout").inner_text()
-    assert said.startswith("Query of step 7, step 2: weight ")
+    assert said.startswith("query of step 7, step 2: ")
     assert close(numbers_in(said)[-1], memory.weights(7)[0, 0, 2], 5)
     screen.page.mouse.click(*place)
     screen.settle()
-    assert "head 0 reads at step 7" in panel.locator("h3").inner_text()
+    assert "query of head 0 reads, step 7" in panel.locator("h3").inner_text()
 
 
 def test_what_if_and_gradients_of_an_mlstm(open_page, rng, x):
@@ -1308,7 +1308,7 @@ def test_a_part_of_the_run_of_an_mlstm_and_one_from_a_file(open_page, rng, x, tm
     screen.page.locator('.port[data-field="n"]').hover()
     assert "covers only part of the run" in screen.text(".popover")
     screen.tab("memory")
-    assert "covers only part of the run" in screen.text(".retrieval .readout")
+    assert "covers only part of the run" in screen.text("#panel-memory .readout")
     t.save(tmp_path / "trace.safetensors")
     screen = open_page(load(tmp_path / "trace.safetensors"))
     assert "A trace from a file lacks the gates of an mLSTM" in screen.text(".warning")

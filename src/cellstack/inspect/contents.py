@@ -312,7 +312,7 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
 def _memory(
     seen: MemoryTrace, taken: Array, arrays: Arrays, sequence: Callable[[Array], dict[str, int]]
 ) -> dict[str, Any]:
-    """Return the memory of an `MLSTM` in the form of a cell, which has no weights and no directions."""
+    """Return the memory of an `MLSTM` in the form of a cell, which has no weights of its own."""
     node, record = seen.node, seen.record
     described: dict[str, Any] = {
         "spec": memory_form(node)["settings"],
@@ -320,7 +320,7 @@ def _memory(
         "fields": {name: sequence(array) for name, array in seen.fields.items()},
         "units": list(range(node.units)),
         "mask": None if seen.mask is None else arrays.put(rows_of(seen.mask, taken)),
-        "weights": None,
+        "weights": {},
         "x": sequence(seen.x),
         "before": None,
         "reset": None,

@@ -48,8 +48,8 @@ MODULES = (
     "data",
     "draw",
     "seriation",
+    "heads",
     "formulas",
-    "mlstm",
     "view",
     "answer",
     "network",
@@ -60,7 +60,6 @@ MODULES = (
     "cell",
     "unit",
     "labels",
-    "retrieval",
     "memory",
     "runner",
     "gradients",
@@ -126,9 +125,9 @@ def _kinds() -> str:
 
 
 def joinable(name: str, package: str = "cellstack.inspect") -> str:
-    """Return the text of a module without its imports and exports."""
+    """Return the text of a module without its imports and exports, and without lines of comments."""
     text = (resources.files(package) / "page" / f"{name}.js").read_text(encoding="utf-8")
-    text = re.sub(r"^import [^;]*;\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?:import [^;]*;| *//.*)\n", "", text, flags=re.MULTILINE)
     return re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
 
 

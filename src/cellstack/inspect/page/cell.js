@@ -4,7 +4,7 @@ import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
 import { cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
 import { stateSizes } from "./engine/cells.js";
 import { CellStep } from "./formulas.js";
-import { MemoryStep, unitsOf } from "./mlstm.js";
+import { placeIn } from "./heads.js";
 import { isGate, meaningOf } from "./view.js";
 import { wiringOf } from "./wiring.js";
 
@@ -50,19 +50,25 @@ export class CellView {
     if (asked !== this.asked) return;
     this.found = found;
     const { cell } = place;
-    this.units = unitsOf(cell);
-    const unit = cell.form.heads ? this.units.unit(view.unitsOf(place, view.field), view.unit) : Math.min(view.unit, cell.units.length - 1);
-    this.title.textContent = `${cell.form.title} cell of ${place.title}, ${this.units.title(unit)}, ${view.labels.full(view.row, view.step)}`;
+    const { heads } = cell.form;
+    const unit = heads ? view.output : Math.min(view.unit, cell.units.length - 1);
+    this.title.textContent = `${cell.form.title} cell of ${place.title}, ${this.titleOf(place, unit)}, ${view.labels.full(view.row, view.step)}`;
     this.note.textContent = found.why ?? "";
     this.build(place, unit);
     this.fill(place, unit);
   }
 
+  titleOf(place, unit) {
+    return place.cell.form.heads ? this.view.unitTitle(place, "h", unit) : `unit ${place.cell.units[unit] ?? unit}`;
+  }
+
   // The drawing and the table, rebuilt when another cell or other units are shown.
   build(place, unit) {
     const { cell } = place;
-    const [start, length] = this.units.part(unit);
-    const first = Math.max(start, Math.min(unit - MOST_UNITS / 2, start + length - MOST_UNITS));
+    const { heads } = cell.form;
+    const each = cell.units.length / (heads ?? 1); // shown together: the units of a head
+    const start = unit - (unit % each);
+    const first = Math.max(start, Math.min(unit - MOST_UNITS / 2, start + each - MOST_UNITS));
     const parts = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;
     this.narrow = this.element.clientWidth / parts < NARROW;
     const key = `${place.key} ${first} ${this.narrow}`;
@@ -106,15 +112,14 @@ export class CellView {
     );
     // The table of all values of the step.
     const fields = Object.keys(cell.fields);
-    const states = Object.keys(cell.form.states).filter((name) => name in cell.fields);
-    const all = [...states.reverse().map((name) => `${name}_prev`), ...fields];
-    const several = (name) => this.view.unitsOf(place, name.replace("_prev", "")) > cell.form.heads; // others are in the drawing
-    const columns = cell.form.heads && all.some(several) ? all.filter(several) : all;
-    const count = Math.min(MOST_UNITS, length);
+    const states = Object.keys(cell.form.states).filter((name) => fields.includes(name));
+    const several = (name) => !heads || each === 1 || this.view.unitsOf(place, name.replace("_prev", "")) > heads; // the others are in the drawing
+    const columns = [...states.reverse().map((name) => `${name}_prev`), ...fields].filter(several);
+    const count = Math.min(MOST_UNITS, each);
     const cells = [];
     const rows = Array.from({ length: count }, (_, n) => {
       const own = first + n;
-      const head = make("th", { scope: "row" }, button(this.units.title(own), () => this.choose(place, own), { class: "plain", title: "Show the wiring of this unit" }));
+      const head = make("th", { scope: "row" }, button(this.titleOf(place, own), () => this.view.set(heads ? { field: "h", unit: own } : { unit: own }), { class: "plain", title: "Show the wiring of this unit" }));
       const row = make("tr", { "data-unit": own }, head);
       for (const name of columns) {
         const number = make("button", { type: "button", class: "number", "data-field": name, "data-unit": own });
@@ -124,7 +129,7 @@ export class CellView {
       }
       return row;
     });
-    const inputs = cell.form.heads ? 0 : Math.min(MOST_INPUTS, cell.spec.input_size); // q, k and v are in the table
+    const inputs = heads ? 0 : Math.min(MOST_INPUTS, cell.spec.input_size); // q, k and v are in the table
     const xs = Array.from({ length: inputs }, (_, n) => {
       const number = make("button", { type: "button", class: "number", "data-field": "x", "data-unit": n });
       this.pop.attach(number, () => this.formula(place, "x", n));
@@ -140,7 +145,7 @@ export class CellView {
         make(
           "table",
           { class: "steptable" },
-          make("caption", {}, count < cell.units.length && !cell.form.heads ? `All values of this step, for ${count} of ${cell.units.length} units` : "All values of this step"),
+          make("caption", {}, count < each ? `All values of this step, for ${count} of ${each} units` : "All values of this step"),
           make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map((name) => make("th", { scope: "col", title: meaningOf(cell.form, name) ?? null }, name)))),
           make("tbody", {}, ...rows),
         ),
@@ -148,14 +153,6 @@ export class CellView {
       inputs === 0 ? null : make("p", { class: "inputs" }, make("span", {}, `x, the input${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...titled),
     );
     this.built = { key, ports, cells, xs, rows };
-  }
-
-  // Select a unit, in the field that the map shows if it has one of its own there.
-  choose(place, unit) {
-    const { view } = this;
-    const at = (field) => this.units.index(view.unitsOf(place, field), unit);
-    const field = [view.field, "h", "n"].find((one) => this.units.unit(view.unitsOf(place, one), at(one) ?? -1) === unit);
-    view.set({ field, unit: at(field) });
   }
 
   // Update the numbers in the existing elements.
@@ -171,10 +168,10 @@ export class CellView {
       element.style.setProperty("--on", fine ? inkOn(pixel) : "#fff");
     };
     for (const [name, port] of Object.entries(built.ports)) {
-      const field = name.replace("_prev", "");
-      const matrix = field in place.cell.form.states && !(field in found.now);
-      const value = name === "x" || matrix ? null : valueOf(found, name, place.cell.form.heads ? unit : Math.min(unit, (found.now[field]?.length ?? 1) - 1));
-      port.value.textContent = name === "x" ? this.listed(found.x) : matrix ? `${place.cell.spec.key_size} × ${place.cell.spec.value_size}` : this.short(value);
+      const numbers = found.now[name.replace("_prev", "")];
+      const value = numbers === undefined ? null : valueOf(found, name, place.cell.form.heads ? unit : Math.min(unit, numbers.length - 1));
+      const { key_size: keys, value_size: values } = place.cell.spec;
+      port.value.textContent = name === "x" ? this.listed(found.x) : numbers === undefined ? `${keys} × ${values}` : this.short(value);
       if (value !== null && value !== undefined) paint(port.group, value, name);
       else port.group.style.setProperty("--fill", "var(--raised)");
       port.group.setAttribute("aria-label", name === "x" ? `x, the input: ${this.listed(found.x)}` : `${name} of this unit: ${shown(value, 4)}`);
@@ -214,37 +211,35 @@ export class CellView {
     const { cell } = place;
     if (found === null) return null;
     const head = (text) => make("strong", {}, text);
-    const title = this.units.title(unit, found.now[name.replace("_prev", "")]?.length ?? cell.form.heads);
+    const number = cell.units[unit] ?? unit;
     if (name === "x") {
       if (found.x === null) return null;
       const names = view.namesOf(place, "x");
       const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `${names?.[n] ?? `x[${n}]`} = ${shown(value, 5)}`);
-      const parts = cell.form.heads ? `, [q | k | v | z_i | z_f${"o" in found.now ? " | z_o" : ""}]` : "";
-      return [head(`x: the input at this step${parts}`), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
+      return [head("x: the input at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
     }
     if (name.endsWith("_prev")) {
       const letter = name.replace("_prev", "");
       const value = valueOf(found, name, unit);
       const from = found.begins === null ? `${letter} of the previous step` : found.begins;
-      return [head(`${letter}_prev, ${title}`), make("div", {}, value === undefined ? from : `${shown(value, 6)}: ${from}`)];
+      return [head(`${letter}_prev, ${this.titleOf(place, unit)}`), make("div", {}, `${value === undefined ? "" : `${shown(value, 6)}: `}${from}`)];
     }
-    const number = cell.units[unit] ?? unit;
-    const headline = head(`${name}, ${title}: ${(meaningOf(cell.form, name) ?? "").split(":")[0]}`);
-    if (!(name in found.now)) return [headline, make("div", { class: "result" }, `C = f · C_prev + i · k · vᵀ / √${cell.spec.key_size}`)]; // a matrix
+    const title = head(`${name}, ${this.titleOf(place, unit)}: ${(meaningOf(cell.form, name) ?? "").split(":")[0]}`);
+    if (found.now[name] === undefined) return [title, make("div", { class: "result" }, `C = f · C_prev + i · k · vᵀ / √${cell.spec.key_size}`)];
     const kept = valueOf(found, name, unit);
     if (kept === undefined) return null;
     if (found.masked) {
       const text = Object.hasOwn(cell.form.states, name) ? `This step is masked: ${name} stays ${shown(kept, 5)}.` : "This step is masked: its gates are 0.";
-      return [headline, make("div", {}, text)];
+      return [title, make("div", {}, text)];
     }
     const patches = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
     const lines = patches.map((patch) => {
       const what = patch.text ?? `${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}`;
       return make("div", { class: "patched" }, `It is patched: ${what}. Its value is then ${shown(kept, 5)}.`);
     });
-    if (found.step === null) return [headline, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
-    const made = found.step.explain(name, found.units.index(found.now[name].length, unit));
-    return [headline, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
+    if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
+    const made = found.step.explain(name, unit);
+    return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
   }
 
   // A sum of products: all of them, or the largest and the total of the others.
@@ -271,9 +266,9 @@ export class CellView {
   }
 }
 
-function valueOf(found, name, unit) {
-  const column = name.endsWith("_prev") ? found.before[name.replace("_prev", "")] : found.now[name];
-  return column?.[found.units.index(column.length, unit)];
+function valueOf({ before, now, heads }, name, unit) {
+  const numbers = name.endsWith("_prev") ? before[name.replace("_prev", "")] : now[name];
+  return numbers?.[placeIn(heads, unit, now.h.length, numbers.length)];
 }
 
 // Whether an axis of a patch includes an index: all, a list, [start, stop, step], or a slice object.
@@ -306,7 +301,7 @@ export async function given(view, place) {
   const steps = planes.h.steps;
   const previous = cell.reverse ? step + 1 : step - 1;
   const first = previous < 0 || previous >= steps;
-  const found = { units: unitsOf(cell), now, x: null, before: {}, step: null, masked: mask !== null && !mask[step], begins: null, why: null, scale: null };
+  const found = { heads: cell.form.heads, now, x: null, before: {}, step: null, masked: mask !== null && !mask[step], begins: null, why: null, scale: null };
   // The input of the cell, from the trace or from the changed run.
   if (changed) found.x = changedInput(view, place, step);
   if (!changed && cell.x !== null) found.x = (await view.traced(place, "x")).column(step);
@@ -327,26 +322,20 @@ export async function given(view, place) {
   else if (first && cell.before !== null) found.begins = "the initial state of the run";
   const allUnits = cell.units.length === cell.spec.units;
   const known = states.every((name) => found.before[name] !== undefined) && found.x !== null && allUnits;
-  if (cell.weights === null && !cell.form.heads) found.why = "This page doesn't include the weights of this cell, so its sums can't be shown.";
-  else if (!known) found.why = changed && found.x === null ? "The input of this cell after the change is unknown, so its sums can't be shown." : "The trace covers only part of the run, so the sums of this step can't be shown.";
-  else if (!found.masked && cell.form.heads) {
-    const memory = await memoryOf(view, place, planes);
-    if (memory === null) found.why = "The trace covers only part of the run, so the sums of this step can't be shown.";
-    else found.step = new MemoryStep(memory, step, { x: found.x, before: found.before, now, label: (at) => view.labels.full(view.row, at) });
-  } else if (!found.masked) {
+  if (cell.weights === null) found.why = "This page doesn't include the weights of this cell, so its sums can't be shown.";
+  else if (!known || (cell.form.heads && !cell.whole)) found.why = changed && found.x === null ? "The input of this cell after the change is unknown, so its sums can't be shown." : "The trace covers only part of the run, so the sums of this step can't be shown.";
+  else if (!found.masked) {
     const arrays = {};
     for (const [name, reference] of Object.entries(cell.weights)) arrays[name] = changed ? (view.result.weights?.[place.key]?.[name] ?? (await view.store.get(reference))) : await view.store.get(reference);
-    found.step = new CellStep({ spec: cell.spec, form: cell.form, arrays }, { x: found.x, before: found.before, now, names: view.namesOf(place, "x") });
+    found.step = new CellStep({ spec: cell.spec, form: cell.form, arrays }, { x: found.x, before: found.before, now, names: view.namesOf(place, "x"), memory: cell.form.heads ? { memory: await memoryOf(view, place, planes), step, label: (at) => view.labels.full(view.row, at) } : null });
   }
   return found;
 }
 
-// What the weights of a memory are computed from, see `weightsAt`; null where it isn't known.
+// What the weights of an mLSTM are computed from; see `weightsAt`.
 export async function memoryOf(view, place, planes) {
-  const { cell } = place;
-  if (!cell.whole) return null;
-  const [C, mask, reset] = await Promise.all([view.store.get(cell.before.C), view.mask(place), view.resets(place)]);
-  return { planes, spec: cell.spec, mask, reset, start: { C: rowOf(C, view.row) } };
+  const [C, mask, reset] = await Promise.all([view.store.get(place.cell.before.C), view.mask(place), view.resets(place)]);
+  return { planes, spec: place.cell.spec, mask, reset, C: rowOf(C, view.row) };
 }
 
 function rowOf({ data, shape }, row) {

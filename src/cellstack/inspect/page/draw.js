@@ -79,8 +79,8 @@ export function fitted(canvas) {
   return { context: canvas.getContext("2d"), width, height, ratio };
 }
 
-// A small map of a whole plane, with names of its rows if there are any.
-export function drawTiles(canvas, view, plane, scale, names) {
+// A small map of a whole plane, with names of its rows if there are any; one row may be marked.
+export function drawTiles(canvas, view, plane, scale, names, marked = null) {
   canvas.style.height = `${Math.max(24, Math.min(260, plane.units * (names === null ? 13 : 20)))}px`;
   const { context: pen, width, height, ratio } = fitted(canvas);
   pen.clearRect(0, 0, width, height);
@@ -100,6 +100,9 @@ export function drawTiles(canvas, view, plane, scale, names) {
     pen.fillStyle = view.colours.muted;
     if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high);
   }
+  pen.strokeStyle = view.colours.cursor;
+  pen.lineWidth = 1.5 * ratio;
+  if (marked !== null) pen.strokeRect(left, marked * high, width - left - RIGHT * ratio, high);
 }
 
 // A limited number of round numbers between two ends.

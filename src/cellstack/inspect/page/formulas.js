@@ -2,14 +2,15 @@
 // each product and sum. The formulas are those of the cell's recorded step.
 
 import { inBrackets, shown } from "./dom.js";
-import { CellPass, byName } from "./engine/cells.js";
+import { CellPass, byName, stateSizes } from "./engine/cells.js";
 import { startOf } from "./engine/operations.js";
 import { columnOf } from "./engine/products.js";
+import { placeIn, weightsAt } from "./heads.js";
 
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
-const SIGNS = { add: "+", sub: "−", mul: "·", div: "/" };
+const SIGNS = { add: "+", sub: "−", mul: "·", scaled: "·", div: "/" };
 const IS_SUM = ["add", "sub", "one_minus"];
-export const DIGITS = 5;
+const DIGITS = 5;
 
 // An activation of `argument` as written in a formula: σ(0.5).
 function callOf(text, argument) {
@@ -21,8 +22,8 @@ const words = (name) => name.replaceAll("_", " ");
 
 export class CellStep {
   // cell   { spec, form, arrays: { kernel: { data, shape }, … } }
-  // given  { x, before, now, names }: the input, the states before the step, the actual gates and states, which a patch may
-  //        have changed, and names of the input's features
+  // given  { x, before, now, names, memory }: the input, the states before the step, the actual gates and states, which a patch
+  //        may have changed, names of the input's features, and of an mLSTM what `memoryOf` returns and the step
   constructor(cell, given) {
     Object.assign(this, { cell, given, form: cell.form, values: cell.form.values });
   }
@@ -32,7 +33,8 @@ export class CellStep {
     const { cell, form, given } = this;
     const actual = form.trace.filter((name) => !form.states[name]?.kept); // those without zoneout: the step uses them unchanged
     const patches = actual.map((gate) => ({ node: "", gate, how: "set", value: { data: given.now[gate], shape: [given.now[gate].length] } }));
-    const options = { state: byName(given.before, (array) => Float64Array.from(array)), mask: null, reset: null, reverse: false, patches, pre: false, keep: false };
+    const before = byName(stateSizes(cell), (size, name) => Float64Array.from(given.before[name] ?? new Float64Array(size))); // C isn't shown
+    const options = { state: before, mask: null, reset: null, reverse: false, patches, pre: false, keep: false };
     const pass = new CellPass(cell, Float64Array.from(given.x), 1, 1, options);
     Object.defineProperty(this, "pass", { value: pass });
     return pass;
@@ -40,7 +42,7 @@ export class CellStep {
 
   number(n, unit) {
     const vector = this.pass.vectors[n];
-    return vector.data[startOf(vector, 0) + unit];
+    return vector.data[startOf(vector, 0) + placeIn(this.form.heads, unit, this.cell.spec.units, vector.width)];
   }
 
   // Whether a value is computed from products or norms, and not only from gates and states.
@@ -61,6 +63,7 @@ export class CellStep {
     if (operation in SIGNS) return [`${factor(0, first)} ${SIGNS[operation]} ${factor(1, false)}`, IS_SUM.includes(operation)];
     if (operation === "one_minus") return [`1 − ${factor(0, false)}`, true];
     if (operation === "activation") return [callOf(this.form.activations[name], this.formula(of[0], leaf)[0]), false];
+    if (operation === "affine") return [`${shown(this.values[n].numbers[0], 3)} · ${this.formula(of[0], leaf, false)[0]}`, false];
     const inner = () => of.map((one) => this.formula(one, leaf)[0]);
     if (operation === "exp" || operation === "log_sigmoid") return [`${operation === "exp" ? "exp" : "log σ"}(${inner()[0]})`, false];
     if (operation === "maximum") return [`max(${inner().join(", ")})`, false];
@@ -83,7 +86,7 @@ export class CellStep {
       const place = this.form.after.indexOf(k);
       if (place >= 0 && k !== n && operation !== "record") return Object.keys(this.form.states)[place];
       if (operation === "x" || operation === "features") return "x";
-      if (operation === "scalar") return name;
+      if (operation === "scalar" || operation === "part") return name;
       if (operation === "state") return `${name}_prev`;
       if (operation === "product") return `${this.symbol(of[0])} · ${words(name)}`;
       if (operation === "norm") return `LN(${this.symbol(of[0])})`;
@@ -187,7 +190,8 @@ export class CellStep {
     if (operation === "product") lines.push({ text: `${name} = ${this.product(n, unit, lines)} = ${value}`, result: true });
     else if (!(operation in SIGNS)) {
       if (this.isDeep(n)) this.derive(n, unit, lines);
-      const numbers = of.length && operation !== "record" ? ` = ${this.formula(n, (k, first) => (k === n ? null : this.written(k, unit, first)))[0]}` : "";
+      const leaf = (k, first) => (k === n || (this.values[k].operation in SIGNS && !this.isDeep(k)) ? null : this.written(k, unit, first));
+      const numbers = of.length && operation !== "record" ? ` = ${this.formula(n, leaf)[0]}` : "";
       lines.push({ text: `${name} = ${this.symbol(n)}${numbers} = ${value}`, result: true });
     } else {
       for (const one of of) this.derive(one, unit, lines);
@@ -211,6 +215,11 @@ export class CellStep {
     const place = Object.keys(form.states).indexOf(name);
     let n = place < 0 ? values.findIndex((value) => value.operation === "record" && value.name === name) : form.after[place];
     if (values[n].operation === "record" && values[n].name === name) [n] = values[n].of;
+    if (values[n].operation === "part") {
+      const column = values[n].part + placeIn(form.heads, unit, this.cell.spec.units, this.given.now[name].length);
+      return [{ text: `${name} = x[${column}] = ${this.written(n, unit, true)}`, result: true }];
+    }
+    if (form.heads && name === "h") return this.retrieved(unit);
     const clipped = (k) => lines.push({ text: `clipped to ±${shown(values[k].numbers[0])}: ${this.written(k, unit, true)}` });
     if (place < 0 && values[n].operation === "activation") {
       const [source] = values[n].of;
@@ -230,6 +239,25 @@ export class CellStep {
       lines.push({ text: `zoneout keeps ${shown(kept)} of the previous value: ${shown(kept)} · ${inBrackets(before, DIGITS)} + ${shown(1 - kept)} · ${this.written(n, unit, false)} = ${shown(value, DIGITS)}`, result: true });
     }
     return lines;
+  }
+
+  // h of an mLSTM: the values of the steps that its query reads, with their weights.
+  retrieved(unit) {
+    const { memory: { memory, step, label }, now } = this.given;
+    const { weights, start, product, divisor } = weightsAt(memory, step, unit);
+    const terms = [...weights.keys()].flatMap((at) => {
+      const [value, weight] = [memory.planes.v.at(unit, at), weights[at]];
+      return weight === 0 ? [] : [{ name: label(at), value, weight, product: value * weight }];
+    });
+    if (start !== 0) terms.push({ name: "initial state", value: start, weight: 1, product: start });
+    const total = terms.reduce((sum, term) => sum + term.product, 0);
+    const [size, gate] = [Math.exp(-now.m[placeIn(this.form.heads, unit, now.h.length, now.m.length)]), now.o?.[unit]];
+    return [
+      { text: `the divisor: max(|n·q|, exp(−m)) + ε = max(|${shown(product, DIGITS)}|, ${shown(size, DIGITS)}) + ε = ${shown(divisor, DIGITS)}` },
+      { text: "Cᵀq, divided by it, is a sum of the v of all steps:" },
+      { terms, title: "v · weight", total },
+      { text: `h = ${gate === undefined ? shown(total, DIGITS) : `o · the sum = ${shown(gate, DIGITS)} · ${inBrackets(total, DIGITS)}`} = ${shown(now.h[unit], DIGITS)}`, result: true },
+    ];
   }
 }
 

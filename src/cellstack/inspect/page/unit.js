@@ -42,8 +42,8 @@ export class UnitLines {
     const before = await Promise.all(wanted.map((field) => view.traced(place, field)));
     const changed = view.result !== null && view.shows !== "trace";
     if (asked !== this.asked) return;
-    const title = place.cell?.form.heads ? view.unitTitle(place, view.field, view.unit) : `unit ${view.unitNumber(place, view.field, view.unit)}`;
-    this.title.textContent = `${title[0].toUpperCase()}${title.slice(1)} of ${place.title}`;
+    const title = place.cell?.form.heads ? `, ${view.unitTitle(place, view.field, view.unit)}` : ` ${view.unitNumber(place, view.field, view.unit)}`;
+    this.title.textContent = `Unit${title} of ${place.title}`;
     const lines = wanted.flatMap((field, n) => {
       const colour = lineColour(field, view.theme);
       const after = changed ? view.after(place, field) : null;

@@ -3,7 +3,7 @@
 
 import { Labels, Plane, planeOf, visible } from "./data.js";
 import { LEFT } from "./draw.js";
-import { headTitle, unitsOf } from "./mlstm.js";
+import { placeIn } from "./heads.js";
 
 // What a gate, a state, or the value of a place is.
 export const meaningOf = (form, field) => form?.meanings[field] ?? { x: "input of the cell", y: "output" }[field];
@@ -35,7 +35,7 @@ function placesOf(description) {
         number,
         cell,
         lowest: node.kind === "Bidirectional" ? number % (node.cells.length / 2) === 0 : number === 0,
-        fields: [...Object.keys(cell.fields), ...(cell.x === null || cell.form.heads ? [] : ["x"])], // q, k and v are parts of x
+        fields: [...Object.keys(cell.fields), ...(cell.x === null || cell.form.heads ? [] : ["x"])],
         inStep: node.aligned,
       });
     });
@@ -83,9 +83,8 @@ export class View {
 
   // Change the selection: { step: 3 }; dependent values are kept in bounds.
   set(changes) {
-    if (this.place?.cell?.form.heads && this.place.fields.includes(changes.field) && !("unit" in changes)) {
-      changes = { ...changes, unit: this.unitIn(changes.field) ?? 0 }; // of the same head
-    }
+    const moves = this.place?.cell?.form.heads && "field" in changes && !("unit" in changes) && !("place" in changes);
+    if (moves) changes = { ...changes, unit: this.unitIn(changes.field) ?? 0 };
     for (const [name, value] of Object.entries(changes)) {
       if (this[name] !== value) {
         this[name] = value;
@@ -168,7 +167,8 @@ export class View {
     const { heads } = place.cell.form;
     if (heads && field !== "x") {
       const length = this.unitsOf(place, field);
-      return Array.from({ length }, (_, unit) => headTitle(length / heads, unit));
+      const each = length / heads;
+      return Array.from({ length }, (_, unit) => `head ${Math.floor(unit / each)}${each > 1 ? ` [${unit % each}]` : ""}`);
     }
     return field === "x" && place.lowest ? this.namesFrom(place.node.sources[0]) : null;
   }
@@ -222,14 +222,16 @@ export class View {
     return found;
   }
 
-  // The place of the selected unit in another field of its cell; undefined where that has none.
+  // The place of the selected unit in another field of its layer; undefined where that has none.
   unitIn(field) {
-    const { place, unit } = this;
-    if (place.kind !== "cell") return unit;
-    const [own, other] = [this.field, field].map((one) => this.unitsOf(place, one));
-    const units = unitsOf(place.cell);
-    const found = units.index(other, units.unit(own, unit));
-    return found < other ? found : undefined;
+    const { place } = this;
+    return placeIn(place.cell?.form.heads, this.unit, this.unitsOf(place, this.field), this.unitsOf(place, field));
+  }
+
+  // The unit of an mLSTM's h that is selected, or the first one of the selected head.
+  get output() {
+    const { form: { heads }, units } = this.place.cell;
+    return this.unitIn("h") ?? (this.unitIn("m") * units.length) / heads;
   }
 
   // The number of a unit in its layer: a trace may cover only some of them.

@@ -329,30 +329,20 @@ export const OPERATIONS = {
   scaled: {
     reads: true,
     run({ y, a, b }, at) {
-      const { data: Y, width } = y;
-      const each = width / a.width;
-      let i = startOf(y, at);
-      let k = b ? startOf(b, at) : 0;
-      for (let j = startOf(a, at); j < startOf(a, at) + a.width; j += 1) {
-        for (const end = i + each; i < end; i += 1, k += 1) Y[i] = b ? a.data[j] * b.data[k] : a.data[j];
-      }
+      const i = startOf(y, at);
+      const j = startOf(a, at);
+      const k = b ? startOf(b, at) : 0;
+      const each = y.width / a.width;
+      for (let u = 0; u < y.width; u += 1) y.data[i + u] = a.data[j + Math.floor(u / each)] * (b ? b.data[k + u] : 1);
     },
     back({ y, a, b }, at) {
-      const { slopes: dY, width } = y;
-      const each = width / a.width;
-      const j = startOf(a, at);
-      const dj = slopeStart(a, at);
-      let di = slopeStart(y, at);
-      let k = b ? startOf(b, at) : 0;
-      let dk = b ? slopeStart(b, at) : 0;
-      for (let head = 0; head < a.width; head += 1) {
-        const factor = a.data[j + head];
-        let sum = 0;
-        for (const end = di + each; di < end; di += 1, k += 1, dk += 1) {
-          sum += b ? dY[di] * b.data[k] : dY[di];
-          if (b) b.slopes[dk] += dY[di] * factor;
-        }
-        a.slopes[dj + head] += sum;
+      const [i, j] = [slopeStart(y, at), slopeStart(a, at)];
+      const [k, first] = b ? [startOf(b, at), startOf(a, at)] : [0, 0];
+      const each = y.width / a.width;
+      for (let u = 0; u < y.width; u += 1) {
+        const head = Math.floor(u / each);
+        a.slopes[j + head] += y.slopes[i + u] * (b ? b.data[k + u] : 1);
+        if (b) b.slopes[slopeStart(b, at) + u] += y.slopes[i + u] * a.data[first + head];
       }
     },
   },
