@@ -1218,6 +1218,14 @@ def test_the_formulas_of_an_mlstm(open_page, rng, x):
     screen.field("n")
     screen.looked_at(unit=7)  # a number of a key that a value doesn't have
     assert screen.text("#panel-cell h3").startswith("mLSTM cell of memory, head 1 [0]")
+    screen.field("v")
+    assert "head 1 [0] · v = " in screen.text(".readout")
+    screen.choose("Row", "1")
+    screen.looked_at(step=4)
+    for name, said in (("C", "C stays as it is"), ("m", "m stays "), ("h", "its gates are 0")):
+        screen.page.locator(f'.port[data-field="{name}"]').hover()
+        screen.settle()
+        assert f"This step is masked: {said}" in screen.text(".popover")
 
 
 def test_the_weights_with_which_a_query_reads_earlier_steps(open_page, rng, x):

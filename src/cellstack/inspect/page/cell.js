@@ -51,7 +51,7 @@ export class CellView {
     this.found = found;
     const { cell } = place;
     const { heads } = cell.form;
-    const unit = heads ? view.output : Math.min(view.unit, cell.units.length - 1);
+    const unit = heads ? view.nearestIn("h") : Math.min(view.unit, cell.units.length - 1);
     this.title.textContent = `${cell.form.title} cell of ${place.title}, ${this.titleOf(place, unit)}, ${view.labels.full(view.row, view.step)}`;
     this.note.textContent = found.why ?? "";
     this.build(place, unit);
@@ -225,13 +225,14 @@ export class CellView {
       return [head(`${letter}_prev, ${this.titleOf(place, unit)}`), make("div", {}, `${value === undefined ? "" : `${shown(value, 6)}: `}${from}`)];
     }
     const title = head(`${name}, ${this.titleOf(place, unit)}: ${(meaningOf(cell.form, name) ?? "").split(":")[0]}`);
-    if (found.now[name] === undefined) return [title, make("div", { class: "result" }, `C = f · C_prev + i · k · vᵀ / √${cell.spec.key_size}`)];
     const kept = valueOf(found, name, unit);
-    if (kept === undefined) return null;
+    const isMatrix = found.now[name] === undefined;
+    if (kept === undefined && !isMatrix) return null;
     if (found.masked) {
-      const text = Object.hasOwn(cell.form.states, name) ? `This step is masked: ${name} stays ${shown(kept, 5)}.` : "This step is masked: its gates are 0.";
+      const text = Object.hasOwn(cell.form.states, name) ? `This step is masked: ${name} stays ${isMatrix ? "as it is" : shown(kept, 5)}.` : "This step is masked: its gates are 0.";
       return [title, make("div", {}, text)];
     }
+    if (isMatrix) return [title, make("div", { class: "result" }, `C = f · C_prev + i · k · vᵀ / √${cell.spec.key_size}`)];
     const patches = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
     const lines = patches.map((patch) => {
       const what = patch.text ?? `${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}`;

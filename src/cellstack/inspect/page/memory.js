@@ -122,11 +122,11 @@ export class Memory {
     const planes = Object.fromEntries(await Promise.all(Object.keys(place.cell.fields).map(async (field) => [field, await this.plane(place, field)])));
     const memory = await memoryOf(view, place, planes);
     if (!current()) return null;
-    const [unit, { h: state, v, o }] = [view.output, planes];
-    const { weights, start } = weightsAt(memory, view.step, unit);
-    const gate = o?.at(unit, view.step) ?? 1;
+    const [unit, step, { h: state, v, o }] = [view.nearestIn("h"), view.stepAt(place), planes];
+    const { weights, start } = weightsAt(memory, step, unit);
+    const gate = o?.at(unit, step) ?? 1;
     const parts = weights.map((weight, n) => gate * weight * v.at(unit, n));
-    const all = state.steps > MOST_QUERIES ? null : new Plane(new Float64Array(state.steps ** 2), state.steps, state.steps);
+    const all = state.steps > MOST_QUERIES || state.steps !== view.steps ? null : new Plane(new Float64Array(state.steps ** 2), state.steps, state.steps);
     for (let query = 0; query < all?.units; query += 1) all.data.set(weightsAt(memory, query, unit).weights, query * all.units);
     const name = view.unitTitle(place, "h", unit);
     return {

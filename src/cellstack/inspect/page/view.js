@@ -84,7 +84,7 @@ export class View {
   // Change the selection: { step: 3 }; dependent values are kept in bounds.
   set(changes) {
     const moves = this.place?.cell?.form.heads && "field" in changes && !("unit" in changes) && !("place" in changes);
-    if (moves) changes = { ...changes, unit: this.unitIn(changes.field) ?? 0 };
+    if (moves) changes = { ...changes, unit: this.nearestIn(changes.field) };
     for (const [name, value] of Object.entries(changes)) {
       if (this[name] !== value) {
         this[name] = value;
@@ -228,10 +228,9 @@ export class View {
     return placeIn(place.cell?.form.heads, this.unit, this.unitsOf(place, this.field), this.unitsOf(place, field));
   }
 
-  // The unit of an mLSTM's h that is selected, or the first one of the selected head.
-  get output() {
-    const { form: { heads }, units } = this.place.cell;
-    return this.unitIn("h") ?? (this.unitIn("m") * units.length) / heads;
+  // The same in an mLSTM, or the first place of the same head.
+  nearestIn(field) {
+    return this.unitIn(field) ?? (this.unitIn("m") * this.unitsOf(this.place, field)) / this.place.cell.form.heads;
   }
 
   // The number of a unit in its layer: a trace may cover only some of them.
