@@ -27,6 +27,7 @@ from cellstack.cells.base import usual_shapes
 from cellstack.cells.cfc import CfCTrace as CfCTrace
 from cellstack.cells.gru import GRUTrace as GRUTrace
 from cellstack.cells.lstm import Trace as Trace
+from cellstack.cells.mlstm import MemorySizes as MemorySizes
 from cellstack.cells.rnn import RNNTrace as RNNTrace
 from cellstack.cells.slstm import SLSTMState as SLSTMState
 

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cellstack import native
+from cellstack.cells.mlstm import MemorySizes, step
 from cellstack.layers import weights
 from cellstack.layers.base import Layer, as_dtype, as_input, last_axis
 from cellstack.layers.sequences import as_steps, as_used
 from cellstack.layers.tracing import batched, symbolic, transformed
 from cellstack.spec import MatrixState, Plan, ShapeError, as_integer, check_sequence, check_state
-
-
-class Sizes(NamedTuple):
-    """The widths of a head, and what is added to the divisor of h: see `cellstack.nodes.MLSTM`."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    epsilon: float
-
-    @property
-    def core(self) -> int:
-        """Width of q, k, v, ĩ and f̃ of all heads."""
-        return self.heads * (2 * self.key_size + self.value_size + 2)
-
-    @property
-    def units(self) -> int:
-        """Width of h."""
-        return self.heads * self.value_size
-
-    @property
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the state, by name, without the batch."""
-        keys = self.heads, self.key_size
-        return {"C": (*keys, self.value_size), "n": keys, "m": (self.heads,)}
+from cellstack.views.torch import TorchMemoryOps
 
 
 class _Memory(torch.autograd.Function):
@@ -47,7 +24,14 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: Sizes, keeps_state: bool, keeps_scores: bool, x: Tensor, mask: Any, reset: Any, *before: Tensor
+        ctx: Any,
+        sizes: MemorySizes,
+        keeps_state: bool,
+        keeps_scores: bool,
+        x: Tensor,
+        mask: Any,
+        reset: Any,
+        *before: Tensor,
     ) -> tuple[Tensor, ...]:
         batch, steps, _ = x.shape
         x = x if x.stride(2) == 1 else x.contiguous()
@@ -86,29 +70,25 @@ class _Memory(torch.autograd.Function):
 
 
 def _loop(
-    sizes: Sizes, x: Tensor, before: Sequence[Tensor], mask: Tensor | None, reset: Tensor | None
+    sizes: MemorySizes, x: Tensor, before: Sequence[Tensor], mask: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Return h and the state after the last step by torch's operations: see `cellstack.reference_mlstm.steps`."""
-    heads, keys, values, epsilon = sizes
-    parts = x.split([heads * keys, heads * keys, heads * values, heads, heads], dim=-1)
-    q, k, v = (part.unflatten(-1, (heads, -1)) for part in parts[:3])
-    k, i, kept = k * keys**-0.5, parts[3], torch.nn.functional.logsigmoid(parts[4])
-    C, n, m = before or (x.new_zeros(len(x), *shape) for shape in sizes.state_shapes.values())
+    """Return h and the state after the last step by torch's operations."""
+    names, shapes = zip(*sizes.parts().items(), strict=True)
+    parts = x.split([math.prod(shape) for shape in shapes], dim=-1)
+    parts = [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+    state = before or [x.new_zeros(len(x), *shape) for shape in sizes.state_shapes.values()]
     ys = []
     for t in range(x.shape[1]):
         if reset is not None:
-            C, n, m = (torch.where(_wide(reset[:, t], part), 0.0, part) for part in (C, n, m))
-        old, m = (C, n, m), torch.maximum(kept[:, t] + m, i[:, t])
-        write, keep = torch.exp(i[:, t] - m)[..., None], torch.exp(kept[:, t] + old[2] - m)[..., None]
-        C = keep[..., None] * C + (write * k[:, t])[..., None] * v[:, t, :, None]
-        n = keep * n + write * k[:, t]
-        size = torch.maximum((n * q[:, t]).sum(-1).abs(), torch.exp(-m))
-        h = (C * q[:, t, ..., None]).sum(-2) / (size + epsilon)[..., None]
+            state = [torch.where(_wide(reset[:, t], part), 0.0, part) for part in state]
+        given = {name: part[:, t] for name, part in zip(names, parts, strict=True)}
+        h, new = step(TorchMemoryOps(), sizes, given, *state)
         if mask is not None:
-            C, n, m = (torch.where(_wide(mask[:, t], new), new, part) for new, part in zip((C, n, m), old, strict=True))
+            new = [torch.where(_wide(mask[:, t], now), now, old) for now, old in zip(new, state, strict=True)]
             h = torch.where(_wide(mask[:, t], h), h, 0.0)
+        state = new
         ys.append(h.flatten(1))
-    return torch.stack(ys, 1) if ys else x.new_zeros(len(x), 0, sizes.units), C, n, m
+    return torch.stack(ys, 1) if ys else x.new_zeros(len(x), 0, sizes.units), *state
 
 
 def _wide(flags: Tensor, like: Tensor) -> Tensor:
@@ -117,7 +97,7 @@ def _wide(flags: Tensor, like: Tensor) -> Tensor:
 
 
 def _loop_gradients(
-    sizes: Sizes, given: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
+    sizes: MemorySizes, given: Sequence[Tensor], mask: Any, reset: Any, gradients: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of x and the state before it, which can be differentiated, and be batches."""
     graph = torch.is_grad_enabled()
@@ -137,7 +117,7 @@ def _loop_gradients(
     return [next(queue) if need else None for need in needs]
 
 
-def _memory(sizes: Sizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
+def _memory(sizes: MemorySizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, before: Sequence[Tensor]) -> Any:
     if transformed() or symbolic(x):
         found = _loop(sizes, x, before, mask, reset)
         return found if keeps_state else found[:1]
@@ -145,7 +125,7 @@ def _memory(sizes: Sizes, keeps_state: bool, x: Tensor, mask: Any, reset: Any, b
     return _Memory.apply(sizes, keeps_state, keeps_scores, x, mask, reset, *before)
 
 
-def run(sizes: Sizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True) -> tuple[Tensor, ...]:
+def run(sizes: MemorySizes, x: Tensor, before: Sequence[Tensor] = (), keeps_state: bool = True) -> tuple[Tensor, ...]:
     """Return h `[B, T, sizes.units]` and, if it is to be kept, the state after the last step, C, n and m.
 
     Args:
@@ -166,7 +146,7 @@ def _twice(x: Tensor) -> bool:
 
 
 def _call(
-    sizes: Sizes,
+    sizes: MemorySizes,
     x: Tensor,
     mask: Any,
     reset: Any,
@@ -261,7 +241,7 @@ class MLSTM(Layer):
                 f"{owner}: expected forget_bias to be two finite numbers, of the first and the last head, got "
                 f"{forget_bias!r}"
             )
-        self.sizes = Sizes(self.heads, given["key_size"], width // self.heads, float(epsilon))
+        self.sizes = MemorySizes(self.heads, given["key_size"], width // self.heads, float(epsilon))
         self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
         self._initializer = weights.find(kernel_initializer, weights.INITIALIZERS, "kernel_initializer")
         self._like = torch.empty(0, dtype=as_dtype(dtype))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.cells.mlstm import MemorySizes
 from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, Node, NodeRun, Shape, StateGradients, StepRule
 from cellstack.nodes.checks import check_flag, check_integer, check_number
 from cellstack.reference import ACTIVATIONS
@@ -23,21 +24,18 @@ class MatrixMemory(NamedTuple):
     """What a network's state has for an `MLSTM`: the shapes of `MatrixState`, without the batch.
 
     Attributes:
-        heads, key_size, value_size: see `MLSTM`.
+        sizes: those of the memory.
         dtype: the network's dtype.
     """
 
-    heads: int
-    key_size: int
-    value_size: int
+    sizes: MemorySizes
     dtype: np.dtype[Any] = np.dtype(np.float32)
     state_type = MatrixState
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array of the state, by name."""
-        keys = self.heads, self.key_size
-        return {"C": (*keys, self.value_size), "n": keys, "m": (self.heads,)}
+        return self.sizes.state_shapes
 
     def as_state(self, where: str, arrays: Sequence[Array]) -> MatrixState:
         """Return a state from its arrays, which have the right shapes; `ValueError` unless all numbers are finite."""
@@ -124,17 +122,22 @@ class MLSTM(Node):
 
     def memory_in(self, dtype: np.dtype[Any]) -> MatrixMemory:
         """Return what the state of a network of this dtype has for the node."""
-        return MatrixMemory(self.heads, self.key_size, self.value_size, dtype)
+        return MatrixMemory(self.sizes, dtype)
+
+    @property
+    def sizes(self) -> MemorySizes:
+        """The widths of a head, and epsilon."""
+        return MemorySizes(self.heads, self.key_size, self.value_size, self.epsilon)
 
     @property
     def units(self) -> int:
         """Width of the output."""
-        return self.heads * self.value_size
+        return self.sizes.units
 
     @property
     def core_size(self) -> int:
         """Width of the input without õ."""
-        return self.heads * (2 * self.key_size + self.value_size + 2)
+        return self.sizes.core
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, *shapes)
@@ -172,8 +175,7 @@ class MLSTM(Node):
 
     def kernel_call(self, sequences: Any, before: Any, after: Any, y: Any, **more: Any) -> native.Memory:
         """Return the kernel's object for a call: see `call`; the arrays may be addresses."""
-        sizes = self.heads, self.key_size, self.value_size
-        return native.Memory(sequences, *sizes, self.epsilon, before or (), after or (), y, **more)
+        return native.Memory(sequences, *self.sizes, before or (), after or (), y, **more)
 
     @property
     def stage(self) -> tuple[int, int, int, float, bool]:

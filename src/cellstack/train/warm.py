@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cellstack import layers, nodes
 from cellstack.formats import load
-from cellstack.layers.mlstm import Sizes
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
+from cellstack.spec import MemorySizes
 from cellstack.train import predict
 from cellstack.train.cells import MLSTM
 from cellstack.train.checks import UsageError
@@ -97,9 +97,8 @@ def _cells(network: Network) -> list[_Cell]:
             cells = (*node.forward.cells, *node.backward.cells)
         found += [_Cell(asdict(cell.spec), cell.arrays) for cell in cells]
         if isinstance(node, nodes.MLSTM) and isinstance(before, Dense):
-            sizes = Sizes(node.heads, node.key_size, node.value_size, node.epsilon)
             bias = np.zeros(node.input_size or 0) if before.bias is None else before.bias
-            found.append(_mlstm(len(before.kernel), sizes, {"kernel": before.kernel, "bias": bias}))
+            found.append(_mlstm(len(before.kernel), node.sizes, {"kernel": before.kernel, "bias": bias}))
     return found
 
 
@@ -119,7 +118,7 @@ def _of_layer(layer: Any) -> _Cell:
     return _Cell(asdict(spec), {name: getattr(layer.cell, name) for name in spec.shapes})
 
 
-def _mlstm(width: int, sizes: Sizes, arrays: dict[str, Any]) -> _Cell:
+def _mlstm(width: int, sizes: MemorySizes, arrays: dict[str, Any]) -> _Cell:
     return _Cell({"kind": MLSTM, "input_size": width, **sizes._asdict()}, arrays)
 
 

@@ -35,8 +35,58 @@ class Value:
     numbers: tuple[float, ...] = ()
 
 
+class RecordedMath:
+    """Elementwise operations, which `cellstack.cells.base.Ops` and `cellstack.cells.mlstm.MemoryOps` share.
+
+    Attributes:
+        values: all values in the order in which they are computed; every method appends one.
+    """
+
+    values: list[Value]
+
+    def _new(
+        self,
+        operation: str,
+        *of: Value,
+        width: tuple[int, str] | None = None,
+        name: str = "",
+        part: tuple[int, int] | int | None = None,
+        numbers: Sequence[float] = (),
+    ) -> Value:
+        self.values.append(Value(operation, of, width or of[0].width, name, part, tuple(numbers)))
+        return self.values[-1]
+
+    def add(self, a: Value, b: Value) -> Value:
+        """Record `a + b`."""
+        return self._new("add", a, b)
+
+    def sub(self, a: Value, b: Value) -> Value:
+        """Record `a - b`."""
+        return self._new("sub", a, b)
+
+    def mul(self, a: Value, b: Value) -> Value:
+        """Record `a⊙b`."""
+        return self._new("mul", a, b)
+
+    def exp(self, v: Value) -> Value:
+        """Record `e^v`."""
+        return self._new("exp", v)
+
+    def log_sigmoid(self, v: Value) -> Value:
+        """Record `log σ(v)`."""
+        return self._new("log_sigmoid", v)
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        """Record a maximum."""
+        return self._new("maximum", a, b)
+
+    def record(self, name: str, v: Value) -> Value:
+        """Record a named value."""
+        return self._new("record", v, name=name)
+
+
 @dataclass
-class Recorded:
+class Recorded(RecordedMath):
     """The operations of a cell's step, see `Ops`; every method appends a value to `values`.
 
     `gates` and `states` are what the step returns: the gates, and the states after it, before zoneout. `kept` is the
@@ -56,18 +106,6 @@ class Recorded:
 
     def _letter(self, state: str) -> str:
         return P if state == "h" and self.spec.proj_size else H
-
-    def _new(
-        self,
-        operation: str,
-        *of: Value,
-        width: tuple[int, str] | None = None,
-        name: str = "",
-        part: tuple[int, int] | int | None = None,
-        numbers: Sequence[float] = (),
-    ) -> Value:
-        self.values.append(Value(operation, of, width or of[0].width, name, part, tuple(numbers)))
-        return self.values[-1]
 
     def product(self, v: Value, name: str, gates: slice = slice(None)) -> Value:
         """Record a matrix product."""
@@ -89,37 +127,13 @@ class Recorded:
         """Record the blocks of a vector; `v` itself where it is one block."""
         return [self._new("split", v, width=(1, H), part=n) for n in range(count)] if count > 1 else [v]
 
-    def add(self, a: Value, b: Value) -> Value:
-        """Record `a + b`."""
-        return self._new("add", a, b)
-
-    def mul(self, a: Value, b: Value) -> Value:
-        """Record `a⊙b`."""
-        return self._new("mul", a, b)
-
     def div(self, a: Value, b: Value) -> Value:
         """Record `a / b`."""
         return self._new("div", a, b)
 
-    def sub(self, a: Value, b: Value) -> Value:
-        """Record `a - b`."""
-        return self._new("sub", a, b)
-
     def one_minus(self, v: Value) -> Value:
         """Record `1 - v`."""
         return self._new("one_minus", v)
-
-    def exp(self, v: Value) -> Value:
-        """Record `e^v`."""
-        return self._new("exp", v)
-
-    def log_sigmoid(self, v: Value) -> Value:
-        """Record `log σ(v)`."""
-        return self._new("log_sigmoid", v)
-
-    def maximum(self, a: Value, b: Value) -> Value:
-        """Record a maximum."""
-        return self._new("maximum", a, b)
 
     def select(self, test: Value, a: Value, b: Value | None = None) -> Value:
         """Record a selection."""
@@ -136,10 +150,6 @@ class Recorded:
     def gate(self, name: str, z: Value) -> Value:
         """Record a gate."""
         return self.record(name, self.activation(name, self.clip(z, self.spec.clip)))
-
-    def record(self, name: str, v: Value) -> Value:
-        """Record a named value."""
-        return self._new("record", v, name=name)
 
     def activation(self, slot: str, v: Value) -> Value:
         """Record an activation."""

@@ -16,7 +16,39 @@ def clipped(z: Tensor, low: float, high: float) -> Tensor:
     return torch.where((z > low) & (z < high), z, z.detach().clamp(low, high))
 
 
-class TorchOps:
+class TorchMath:
+    """Elementwise operations, which `cellstack.cells.base.Ops` and `cellstack.cells.mlstm.MemoryOps` share."""
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a + b`."""
+        return a + b
+
+    def sub(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a - b`."""
+        return a - b
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a⊙b`."""
+        return a * b
+
+    def exp(self, v: Tensor) -> Tensor:
+        """Return `e^v`."""
+        return torch.exp(v)
+
+    def log_sigmoid(self, v: Tensor) -> Tensor:
+        """Return `log σ(v)`."""
+        return functional.logsigmoid(v)
+
+    def maximum(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the larger of `a` and `b`."""
+        return torch.maximum(a, b)
+
+    def record(self, name: str, v: Tensor) -> Tensor:
+        """Return `v`."""
+        return v
+
+
+class TorchOps(TorchMath):
     """See `cellstack.cells.base.Ops`; vectors are tensors `[B, …]`, or `[B, T, …]` for all steps at once.
 
     Args:
@@ -58,37 +90,13 @@ class TorchOps:
         """Return the blocks of a vector."""
         return v.chunk(count, dim=-1)
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return `a + b`."""
-        return a + b
-
-    def mul(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return `a⊙b`."""
-        return a * b
-
     def div(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a / b`."""
         return a / b
 
-    def sub(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return `a - b`."""
-        return a - b
-
     def one_minus(self, v: Tensor) -> Tensor:
         """Return `1 - v`."""
         return 1.0 - v
-
-    def exp(self, v: Tensor) -> Tensor:
-        """Return `e^v`."""
-        return torch.exp(v)
-
-    def log_sigmoid(self, v: Tensor) -> Tensor:
-        """Return `log σ(v)`."""
-        return functional.logsigmoid(v)
-
-    def maximum(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the larger of `a` and `b`."""
-        return torch.maximum(a, b)
 
     def select(self, test: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
         """Return `a` where `test` isn't 0, else `b` or 0."""
@@ -108,10 +116,6 @@ class TorchOps:
         """Return a gate."""
         return self.activations[name](self.clip(z, self.spec.clip))
 
-    def record(self, name: str, v: Tensor) -> Tensor:
-        """Return `v`."""
-        return v
-
     def activation(self, slot: str, v: Tensor) -> Tensor:
         """Return an activation."""
         return self.activations[slot](v)
@@ -127,3 +131,43 @@ class TorchOps:
     def scalar(self, x: Tensor) -> Tensor:
         """Return the last column of x."""
         return x[..., -1:]
+
+
+class TorchMemoryOps(TorchMath):
+    """See `cellstack.cells.mlstm.MemoryOps`; numbers are `[B, heads]`, vectors and matrices have more axes."""
+
+    def absolute(self, v: Tensor) -> Tensor:
+        """Return `|v|`."""
+        return v.abs()
+
+    def affine(self, v: Tensor, factor: float = 1.0, offset: float = 0.0) -> Tensor:
+        """Return `factor·v + offset`."""
+        return v * factor + offset
+
+    def scaled(self, v: Tensor, s: Tensor) -> Tensor:
+        """Return vectors times numbers."""
+        return v * s[..., None]
+
+    def scaled_matrix(self, M: Tensor, s: Tensor) -> Tensor:
+        """Return matrices times numbers."""
+        return M * s[..., None, None]
+
+    def divided(self, v: Tensor, s: Tensor) -> Tensor:
+        """Return vectors divided by numbers."""
+        return v / s[..., None]
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return inner products."""
+        return (a * b).sum(-1)
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a·bᵀ`."""
+        return a[..., None] * b[..., None, :]
+
+    def retrieved(self, M: Tensor, q: Tensor) -> Tensor:
+        """Return `Mᵀq`."""
+        return (M * q[..., None]).sum(-2)
+
+    def sigmoid(self, name: str, v: Tensor) -> Tensor:
+        """Return a gate."""
+        return torch.sigmoid(v)

@@ -186,7 +186,7 @@ class Writer(Files):
     def _memory(self, owner: str, node: MLSTM, at: str, last: bool) -> tuple[str, int]:
         """Write an mLSTM's memory, whose state starts with zeros."""
         target, state = self._target(at, node.units, last), []
-        for name, shape in node.memory_in(self.network.dtype).state_shapes.items():
+        for name, shape in node.sizes.state_shapes.items():
             member = self.identifier(f"{owner}_{name}")
             self.memories.append((member, math.prod(shape), f"{name} of {owner}"))
             self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")

@@ -4,26 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from cellstack.cells.mlstm import step
 from cellstack.formats.onnx.file import onnx_package
-from cellstack.formats.onnx.pieces import Pieces
+from cellstack.formats.onnx.scan import OnnxMath
 from cellstack.nodes import MLSTM
 
 
-class _Step(Pieces):
-    """The operators of a step."""
+class _Ops(OnnxMath):
+    """See `cellstack.cells.mlstm.MemoryOps`; numbers are `[B, heads]`, vectors and matrices have more axes."""
 
     def wide(self, v: str, *axes: int) -> str:
         """Return `v` with new axes of size 1."""
         return self.of("Unsqueeze", v, self.integers(*axes))
 
-    def part(self, x: str, start: int, size: int, *shape: int) -> str:
-        """Return columns of `x [B, W]` as `[B, *shape]`."""
-        columns = self.of("Slice", x, self.integers(start), self.integers(start + size), self.integers(-1))
-        return self.of("Reshape", columns, self.integers(0, *shape))
+    def parts(self, x: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+        """Return the parts of `x [B, W]`, `[B, *shape]` each."""
+        ends = [0, *accumulate(map(math.prod, shapes.values()))]
+        return {
+            name: self.of(
+                "Reshape", self.cut(x, slice(*pair), -1, self.fresh(f"{self.prefix}{name}")), self.integers(0, *shape)
+            )
+            for (name, shape), pair in zip(shapes.items(), pairwise(ends), strict=True)
+        }
+
+    def absolute(self, v: str) -> str:
+        """Return `|v|`."""
+        return self.of("Abs", v)
+
+    def affine(self, v: str, factor: float = 1.0, offset: float = 0.0) -> str:
+        """Return `factor·v + offset`."""
+        if factor != 1.0:
+            v = self.of("Neg", v) if factor == -1.0 else self.of("Mul", v, self.number(factor))
+        return self.of("Add", v, self.number(offset)) if offset else v
+
+    def scaled(self, v: str, s: str) -> str:
+        """Return vectors times numbers."""
+        return self.of("Mul", v, self.wide(s, -1))
+
+    def scaled_matrix(self, M: str, s: str) -> str:
+        """Return matrices times numbers."""
+        return self.of("Mul", M, self.wide(s, -1, -2))
+
+    def divided(self, v: str, s: str) -> str:
+        """Return vectors divided by numbers."""
+        return self.of("Div", v, self.wide(s, -1))
+
+    def dot(self, a: str, b: str) -> str:
+        """Return inner products."""
+        product = self.of("MatMul", self.wide(a, -2), self.wide(b, -1))
+        return self.of("Squeeze", product, self.integers(-1, -2))
+
+    def outer(self, a: str, b: str) -> str:
+        """Return `a·bᵀ`."""
+        return self.of("Mul", self.wide(a, -1), self.wide(b, -2))
+
+    def retrieved(self, M: str, q: str) -> str:
+        """Return `Mᵀq`."""
+        return self.of("Squeeze", self.of("MatMul", self.wide(q, -2), M), self.integers(-2))
+
+    def sigmoid(self, name: str, v: str) -> str:
+        """Return a gate."""
+        return self.of("Sigmoid", v)
 
 
 def body_of(where: str, node: MLSTM, dtype: np.dtype[Any], masked: bool) -> Any:
@@ -36,44 +82,26 @@ def body_of(where: str, node: MLSTM, dtype: np.dtype[Any], masked: bool) -> Any:
         masked: whether it takes a flag per row too, False where the step is skipped: then the state is carried over,
             and the output is zeros.
     """
-    step = _Step(onnx_package(), dtype, set(), f"{where}/")
-    states = node.memory_in(dtype).state_shapes
-    of, wide, heads, keys, values = step.of, step.wide, node.heads, node.key_size, node.value_size
-    x, *before = (step.fresh(f"{where}/{name}") for name in ("x", *states))
-    C, n, m = before
-    ends = np.cumsum([0, heads * keys, heads * keys, heads * values, heads, heads]).tolist()
-    shapes = (heads, 1, keys), (heads, keys), (heads, 1, values), (heads,), (heads,)
-    q, k, v, i, f = (
-        step.part(x, start, end - start, *shape) for start, end, shape in zip(ends[:-1], ends[1:], shapes, strict=True)
-    )
-    kept = of("Add", step.log_sigmoid(f), m)
-    m_new = of("Max", kept, i)
-    f = wide(of("Exp", of("Sub", kept, m_new)), -1)
-    i = of("Mul", of("Exp", of("Sub", i, m_new)), step.number(1 / math.sqrt(keys)))
-    key = of("Mul", k, wide(i, -1))
-    n_new = of("Add", of("Mul", n, f), key)
-    C_new = of("Add", of("Mul", C, wide(f, -1)), of("Mul", wide(key, -1), v))
-    size = of("Abs", of("MatMul", q, wide(n_new, -1)))  # [B, heads, 1, 1]
-    floor = wide(of("Exp", of("Neg", m_new)), -1, -2)
-    h = of("Div", of("MatMul", q, C_new), of("Add", of("Max", size, floor), step.number(node.epsilon)))
-    h = of("Reshape", h, step.integers(0, node.units))
-    if node.output_gate:
-        h = of("Mul", h, of("Sigmoid", step.part(x, node.core_size, node.units, node.units)))
-    new, info = [C_new, n_new, m_new], step.onnx.helper.make_tensor_value_info
-    inputs = [info(name, step.type, ["batch", *shape]) for name, shape in zip(before, states.values(), strict=True)]
-    inputs.append(info(x, step.type, ["batch", node.input_size]))
+    ops = _Ops(onnx_package(), dtype, set(), f"{where}/")
+    states = node.sizes.state_shapes
+    x, *before = (ops.fresh(f"{where}/{name}") for name in ("x", *states))
+    h, after = step(ops, node.sizes, ops.parts(x, node.sizes.parts(node.output_gate)), *before)
+    h, new = ops.of("Reshape", h, ops.integers(0, node.units)), list(after)
+    info = ops.onnx.helper.make_tensor_value_info
+    inputs = [info(name, ops.type, ["batch", *shape]) for name, shape in zip(before, states.values(), strict=True)]
+    inputs.append(info(x, ops.type, ["batch", node.input_size]))
     if masked:
-        used = step.fresh(f"{where}/used")
-        inputs.append(info(used, step.onnx.TensorProto.BOOL, ["batch", 1]))
-        flags = wide(used, -1, -2), wide(used, -1), used
-        new = [of("Where", *flow) for flow in zip(flags, new, before, strict=True)]
-        h = of("Where", used, h, step.number(0.0))
+        used = ops.fresh(f"{where}/used")
+        inputs.append(info(used, ops.onnx.TensorProto.BOOL, ["batch", 1]))
+        flags = ops.wide(used, -1, -2), ops.wide(used, -1), used
+        new = [ops.of("Where", *flow) for flow in zip(flags, new, before, strict=True)]
+        h = ops.of("Where", used, h, ops.number(0.0))
     outputs = []
     all_shapes = *states.values(), (node.units,)
     for name, value, shape in zip([*states, "h"], [*new, h], all_shapes, strict=True):
-        after = step.put("Identity", [value], step.fresh(f"{where}/{name}_after"))
-        outputs.append(info(after, step.type, ["batch", *shape]))
-    return step.onnx.helper.make_graph(step.nodes, f"{where}/step", inputs, outputs, step.tensors)
+        after = ops.put("Identity", [value], ops.fresh(f"{where}/{name}_after"))
+        outputs.append(info(after, ops.type, ["batch", *shape]))
+    return ops.onnx.helper.make_graph(ops.nodes, f"{where}/step", inputs, outputs, ops.tensors)
 
 
 def memory(pieces: Any, name: str, node: MLSTM, x: str, mask: str) -> None:
@@ -86,7 +114,7 @@ def memory(pieces: Any, name: str, node: MLSTM, x: str, mask: str) -> None:
         x: its input, `[B, T, W]`.
         mask: a flag per step, `[B, T, 1]`; "": all steps are used.
     """
-    states = node.memory_in(pieces.dtype).state_shapes
+    states = node.sizes.state_shapes
     starts = [_start(pieces, name, part, shape, x) for part, shape in states.items()]
     ends = pieces.after(states.values())
     flows = [pieces.of("Transpose", flow, perm=[1, 0, 2]) for flow in (x, mask) if flow]

@@ -189,7 +189,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
 def _add_memory(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> list[Any]:
     """Add a memory, and return the states after it and its output."""
     *starts, x = values
-    for name, start in zip(memory.memory_in(np.dtype(np.float32)).state_shapes, starts, strict=True):
+    for name, start in zip(memory.sizes.state_shapes, starts, strict=True):
         array = numbers(start)
         if not isinstance(array, np.ndarray) or array.any():
             raise Refused(f"expected the initial {name} to be zeros")
@@ -197,7 +197,7 @@ def _add_memory(reader: Reader, node: Any, memory: MLSTM, values: list[Any]) -> 
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     y = reader.put(node, memory, flow)
-    return [*(FinalMemory(y.wire, name) for name in memory.memory_in(np.dtype(np.float32)).state_shapes), y]
+    return [*(FinalMemory(y.wire, name) for name in memory.sizes.state_shapes), y]
 
 
 HANDLERS: dict[str, Handler] = {**dict.fromkeys(KIND_OF, recurrent), "Scan": scanned}

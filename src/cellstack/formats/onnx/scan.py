@@ -21,7 +21,35 @@ from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.cell import Cell
 
 
-class OnnxOps(Pieces):
+class OnnxMath(Pieces):
+    """Elementwise operations, which `cellstack.cells.base.Ops` and `cellstack.cells.mlstm.MemoryOps` share."""
+
+    def add(self, a: str, b: str) -> str:
+        """Return `a + b`."""
+        return self.of("Add", a, b)
+
+    def sub(self, a: str, b: str) -> str:
+        """Return `a - b`."""
+        return self.of("Sub", a, b)
+
+    def mul(self, a: str, b: str) -> str:
+        """Return `a⊙b`."""
+        return self.of("Mul", a, b)
+
+    def exp(self, v: str) -> str:
+        """Return `e^v`."""
+        return self.of("Exp", v)
+
+    def maximum(self, a: str, b: str) -> str:
+        """Return the larger of `a` and `b`."""
+        return self.of("Max", a, b)
+
+    def record(self, name: str, v: str) -> str:
+        """Return `v`."""
+        return v
+
+
+class OnnxOps(OnnxMath):
     """See `cellstack.cells.base.Ops`; vectors are the names of values `[B, …]`."""
 
     def __init__(self, where: str, cell: Cell) -> None:
@@ -56,33 +84,13 @@ class OnnxOps(Pieces):
         """Return the blocks of a vector."""
         return [self.columns(v, n, n + 1) for n in range(count)]
 
-    def add(self, a: str, b: str) -> str:
-        """Return `a + b`."""
-        return self.of("Add", a, b)
-
-    def mul(self, a: str, b: str) -> str:
-        """Return `a⊙b`."""
-        return self.of("Mul", a, b)
-
     def div(self, a: str, b: str) -> str:
         """Return `a / b`."""
         return self.of("Div", a, b)
 
-    def sub(self, a: str, b: str) -> str:
-        """Return `a - b`."""
-        return self.of("Sub", a, b)
-
     def one_minus(self, v: str) -> str:
         """Return `1 - v`."""
         return self.of("Sub", self.number(1.0), v)
-
-    def exp(self, v: str) -> str:
-        """Return `e^v`."""
-        return self.of("Exp", v)
-
-    def maximum(self, a: str, b: str) -> str:
-        """Return the larger of `a` and `b`."""
-        return self.of("Max", a, b)
 
     def select(self, test: str, a: str, b: str | None = None) -> str:
         """Return `a` where `test` isn't 0, else `b` or 0."""
@@ -108,10 +116,6 @@ class OnnxOps(Pieces):
     def gate(self, name: str, z: str) -> str:
         """Return a gate."""
         return self.activation(name, self.clip(z, self.spec.clip))
-
-    def record(self, name: str, v: str) -> str:
-        """Return `v`."""
-        return v
 
     def activation(self, slot: str, v: str) -> str:
         """Return an activation."""

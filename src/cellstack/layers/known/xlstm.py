@@ -14,7 +14,7 @@ from cellstack.layers import forward, mlstm, op
 from cellstack.layers.forward import CellRun
 from cellstack.layers.handwritten import HandWritten
 from cellstack.layers.known.adapter import Adapter
-from cellstack.spec import CellSpec, SLSTMState
+from cellstack.spec import CellSpec, MemorySizes, SLSTMState
 
 
 def _slstm_spec(module: Any) -> CellSpec:
@@ -60,10 +60,10 @@ def _slstm_examples(module: Any) -> list[tuple[Any, ...]]:
     ]
 
 
-def _memory_sizes(module: Any) -> mlstm.Sizes:
+def _memory_sizes(module: Any) -> MemorySizes:
     """Return the sizes of the memory of an `mLSTMCell`; its epsilon is the default of the package's functions."""
     heads, width = module.config.num_heads, module.config.embedding_dim
-    return mlstm.Sizes(heads, width // heads, width // heads, 1e-6)
+    return MemorySizes(heads, width // heads, width // heads, 1e-6)
 
 
 class MatrixMemory(HandWritten):
@@ -103,7 +103,7 @@ def _memory_examples(module: Any) -> list[tuple[Any, ...]]:
     return [tuple(torch.randn(2, count, width) for _ in range(3)) for count in steps]
 
 
-def _large_sizes(module: Any) -> mlstm.Sizes:
+def _large_sizes(module: Any) -> MemorySizes:
     """Return the sizes of the memory of an xLSTMLarge's `mLSTMLayer`."""
     config, backend = module.config, module._modules["mlstm_backend"].config
     if "siging" in backend.chunkwise_kernel:
@@ -111,7 +111,7 @@ def _large_sizes(module: Any) -> mlstm.Sizes:
     if not backend.return_last_states and "inference" not in backend.mode:
         raise ValueError("return_last_states=False isn't supported, which xlstm's own layer doesn't support either")
     heads = config.num_heads
-    return mlstm.Sizes(heads, module.qk_dim // heads, module.v_dim // heads, backend.eps)
+    return MemorySizes(heads, module.qk_dim // heads, module.v_dim // heads, backend.eps)
 
 
 class LargeMemory(HandWritten):
