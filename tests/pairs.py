@@ -6,14 +6,15 @@ import random
 import pytest
 
 
-def few(every, lengths, also=()):
+def few(every, lengths, also=(), unpaired=()):
     """Return few of the combinations `every`, in which every pair of values of two axes occurs.
 
     A combination has the index of a value for each axis; `lengths` has the numbers of values. Every combination of the
-    axes `also`, by their places, occurs too. Combinations are chosen in a fixed random order, first those that have the
-    most of what still has to occur.
+    axes `also`, by their places, occurs too. Of the axes `unpaired`, every value occurs, with any values of the others.
+    Combinations are chosen in a fixed random order, first those that have the most of what still has to occur.
     """
-    parts = [*itertools.combinations(range(len(lengths)), 2), *([also] if also else [])]
+    paired = [n for n in range(len(lengths)) if n not in unpaired]
+    parts = [*itertools.combinations(paired, 2), *((n,) for n in range(len(lengths))), *([also] if also else [])]
     missing = {(part, *values) for part in parts for values in itertools.product(*(range(lengths[n]) for n in part))}
     occurring = [
         (one, {(part, *(one[n] for n in part)) for part in parts}) for one in random.Random(0).sample(every, len(every))
@@ -32,7 +33,7 @@ def name_of(value):
     return getattr(value, "__name__", str(value))
 
 
-def parametrize(names, *axes, also=(), unless=lambda *values: False, indirect=()):
+def parametrize(names, *axes, also=(), unpaired=(), unless=lambda *values: False, indirect=()):
     """Return `pytest.mark.parametrize` over all combinations, of which those that `few` leaves out are slow.
 
     `names` are the arguments, comma-separated; those in `indirect` are fixtures. Combinations for which `unless` holds
@@ -41,7 +42,7 @@ def parametrize(names, *axes, also=(), unless=lambda *values: False, indirect=()
     lengths = [len(axis) for axis in axes]
     at = lambda places: [axis[n] for axis, n in zip(axes, places, strict=True)]  # noqa: E731
     every = [places for places in itertools.product(*map(range, lengths)) if not unless(*at(places))]
-    chosen = few(every, lengths, also)
+    chosen = few(every, lengths, also, unpaired)
     cases = [
         pytest.param(
             *at(places),

@@ -42,6 +42,11 @@ def over_isas(names, *axes, isas=FLOAT_ISAS, **options):
     return pairs.parametrize(f"isa, {names}", isas, *axes, **options, indirect=["isa"])
 
 
+def over_isas_in_turn(names, *axes, isas=FLOAT_ISAS):
+    """Each case on one instruction set, on the others in slow tests."""
+    return over_isas(names, *axes, isas=isas, unpaired=[0])
+
+
 def cast(value, dtype):
     """Convert all float arrays in `value` to `dtype`, contiguous."""
     if isinstance(value, dict):
@@ -213,8 +218,7 @@ def test_every_flag_at_widths_beyond_one_block(isa, member, shape, dtype):
     compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
 
 
-@EVERY_ISA
-@pytest.mark.parametrize("seed", [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 150))])
+@over_isas_in_turn("seed", range(150), isas=ISAS)
 def test_a_random_cell_follows_the_reference(isa, seed):
     """Any combination of flags, with any masks, in either direction."""
     rng = np.random.default_rng(seed)
@@ -225,13 +229,13 @@ def test_a_random_cell_follows_the_reference(isa, seed):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS, threads, copy)
 
 
-@over_isas("phi, sigma", [*ACTIVATIONS, "leaky_relu(0.0)", "elu(0.0)"], SIGMAS)
+@over_isas_in_turn("phi, sigma", [*ACTIVATIONS, "leaky_relu(0.0)", "elu(0.0)"], SIGMAS)
 def test_every_activation(isa, phi, sigma):
     spec, arrays, case, rng = make(7, 3, 6, 5, 9, np.float64, activation=phi, recurrent_activation=sigma)
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas_in_turn("member", list(MEMBERS))
 def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, member):
     spec, arrays, case, _ = make(3, 9, 150, 10, 35, **MEMBERS[member])
     whole = calls.forward(spec, arrays, **case, threads=1)
@@ -248,7 +252,7 @@ def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, member):
     assert first == 150
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas_in_turn("member", list(MEMBERS))
 def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
     spec, arrays, case, _ = make(21, 3, 40, 10, 35, **MEMBERS[member])
     whole = calls.forward(spec, arrays, **case)
@@ -264,7 +268,7 @@ def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
         np.testing.assert_array_equal(array, np.broadcast_to(arrays.get(f"initial_{name}", 0.0), array.shape))
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas_in_turn("member", list(MEMBERS))
 def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, member):
     spec, arrays, case, rng = make(4, 9, 40, 10, 35, **MEMBERS[member])
     out = calls.forward(spec, arrays, **case)
@@ -277,7 +281,7 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, member):
 DIVIDED = [name for name, flags in MEMBERS.items() if not {"layer_norm", "proj_size", "backbone_units"} & flags.keys()]
 
 
-@pytest.mark.parametrize("member", DIVIDED)
+@over_isas_in_turn("member", list(DIVIDED))
 def test_threads_that_share_the_units_give_the_same_bits(isa, member):
     # enough for threads to save time, even where they exchange results slowly
     units = {"rnn": 900, "minlstm": 8005, "mingru": 16000}.get(member, 450)
@@ -291,8 +295,7 @@ def test_threads_that_share_the_units_give_the_same_bits(isa, member):
         assert_equal(calls.forward(spec, arrays, **case, threads=threads), whole)
 
 
-@EVERY_ISA
-@pytest.mark.parametrize("element", ["float32", "bfloat16", "int8"])
+@over_isas_in_turn("element", ["float32", "bfloat16", "int8"], isas=ISAS)
 def test_threads_of_a_stream_share_the_units_of_its_layers(isa, element):
     spec, arrays, case, _ = make(6, 1, 90, 48, 500)
     above, more, _, _ = make(7, 1, 1, 500, 450, kind="gru")
@@ -339,7 +342,7 @@ def test_a_thread_that_does_not_run_does_not_block_the_others(tmp_path):
     assert float(run.stdout) < 2, run.stdout
 
 
-@over_isas("member, batch", list(MEMBERS), [1, 5])
+@over_isas_in_turn("member, batch", list(MEMBERS), [1, 5])
 def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, batch):
     spec, arrays, case, rng = make(5, batch, 9, 70, 330, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
@@ -350,7 +353,7 @@ def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, ba
         assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
-@over_isas("member, reverse", list(MEMBERS), [False, True])
+@over_isas_in_turn("member, reverse", list(MEMBERS), [False, True])
 def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
     """600 rows per step, so that the second-level cache holds only a chunk of the steps."""
     spec, arrays, case, rng = make(6, 600, 5, 6, 70, **MEMBERS[member])
@@ -363,7 +366,7 @@ def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
         assert_equal(calls.backward(spec, arrays, bare(out), dy=dy, threads=threads), kept)
 
 
-@over_isas("member, size", list(MEMBERS), [(1, 330), (5, 70), (150, 33)], isas=ISAS)
+@over_isas_in_turn("member, size", list(MEMBERS), [(1, 330), (5, 70), (150, 33)], isas=ISAS)
 def test_gradients_in_bfloat16(isa, member, size):
     """Close to float32 if pairs are multiplied, else equal; equal for any threads, with and without saved gates."""
     batch, units = size
@@ -498,7 +501,7 @@ def test_a_strided_input_is_read_in_place(isa):
             assert_equal(got, calls.forward(spec, arrays, **case, reverse=reverse))
 
 
-@over_isas("member, shape", list(MEMBERS), [(0, 4), (3, 0), (0, 0)])
+@over_isas_in_turn("member, shape", list(MEMBERS), [(0, 4), (3, 0), (0, 0)])
 def test_empty_batches_and_sequences(isa, member, shape):
     batch, steps = shape
     spec, arrays, case, _ = make(1, batch, steps, 3, 4, **MEMBERS[member])
@@ -567,7 +570,7 @@ def long_sequence(member):
     return spec, arrays, case, reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64)).y
 
 
-@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "joint norm", "gru", "rnn", "mingru", "minlstm"])
+@over_isas_in_turn("member", ["lstm", "coupled", "projection", "joint norm", "gru", "rnn", "mingru", "minlstm"])
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, expected = long_sequence(member)
     assert np.abs(calls.forward(spec, arrays, **case).y - expected).max() < tolerances.REFERENCE
@@ -655,7 +658,7 @@ def test_tanh_of_the_smallest_floats(isa):
         np.testing.assert_array_equal(activated("tanh", signed), signed)  # of -0, a zero
 
 
-@over_isas("member, shape, dtype", list(MEMBERS), SHAPES, DTYPES, also=(0, 2, 3))
+@over_isas_in_turn("member, shape, dtype", list(MEMBERS), SHAPES, DTYPES)
 def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtype):
     if MEMBERS[member].get("proj_size", 0) >= shape[3]:
         shape = (*shape[:3], 4)
@@ -701,10 +704,9 @@ def test_a_stream_takes_only_what_the_kernel_can_read():
     assert stream.step(read_only).shape == (2, 4)
 
 
-@EVERY_ISA
-@pytest.mark.parametrize(("batch", "steps"), [(1, 333), (3, 111), (40, 33)])
-@pytest.mark.parametrize("element", ["float32", "int8"])
-def test_threads_leave_every_bit_of_a_stream(isa, batch, steps, element):
+@over_isas_in_turn("size, element", [(1, 333), (3, 111), (40, 33)], ["float32", "int8"], isas=ISAS)
+def test_threads_leave_every_bit_of_a_stream(isa, size, element):
+    batch, steps = size
     rng = np.random.default_rng(0)
     packed = []
     for seed, (width, units) in enumerate(((40, 96), (96, 130), (130, 64))):
@@ -729,7 +731,7 @@ def to_bfloat16(array):
     return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
 
 
-@over_isas("member, units, batch", list(MEMBERS), [5, 33], [1, 7], isas=ISAS)
+@over_isas_in_turn("member, units, batch", list(MEMBERS), [5, 33], [1, 7], isas=ISAS)
 def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
     spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
     rounded = {name: BFloat16Array(bfloat16.rounded(a)) if name in MATRICES else a for name, a in arrays.items()}
@@ -798,8 +800,7 @@ def test_products_of_int8_weights_are_integer_sums(isa, units, batch):
     assert 1e-5 < np.abs(got - whole).max() < 0.05
 
 
-@EVERY_ISA
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas_in_turn("member", list(MEMBERS), isas=ISAS)
 def test_weights_in_int8_are_close_to_float32(isa, member):
     spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
     if spec.of_kind.recurrent:
@@ -835,7 +836,7 @@ def test_weights_have_a_number_format():
         native.weights(spec, arrays, "float16")
 
 
-@over_isas("member, threads", list(MEMBERS), [1, 3])
+@over_isas_in_turn("member, threads", list(MEMBERS), [1, 3])
 def test_states_may_be_rows_of_a_larger_array(isa, member, threads):
     spec, arrays, case, rng = make(27, 6, 5, 9, 35, **MEMBERS[member])
     expected = calls.forward(spec, arrays, **case)
@@ -901,9 +902,7 @@ def test_softplus_keeps_its_tail(isa):
 
 
 # Without a requested instruction set, layers with few units use narrower vectors.
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
-@pytest.mark.parametrize("units", [1, 4, 5, 8, 9])
-@pytest.mark.parametrize("member", MEMBERS)
+@pairs.parametrize("member, units, dtype", list(MEMBERS), [1, 4, 5, 8, 9], DTYPES)
 def test_the_default_instruction_set_gives_the_bits_of_the_best_one(member, units, dtype):
     flags = {**MEMBERS[member], **({"proj_size": 1} if member == "projection" else {})}
     spec, arrays, case, _ = make(18, 7, 9, 3, max(2, units) if member == "projection" else units, dtype, **flags)
@@ -929,7 +928,7 @@ def test_an_instruction_set_can_be_requested_by_name():
     assert plainest in wrong.stderr
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@over_isas_in_turn("member", list(MEMBERS))
 def test_masked_values_may_be_nan(isa, member):
     spec, arrays, case, rng = make(18, 4, 9, 5, 20, **MEMBERS[member])
     mask = rng.random((4, 9)) < 0.6

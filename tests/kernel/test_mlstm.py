@@ -3,8 +3,9 @@
 import itertools
 
 import numpy as np
+import pairs
 import pytest
-from test_kernel import isa
+from test_kernel import FLOAT_ISAS, isa
 from tolerances import KERNEL, KERNEL_GRADIENT, REFERENCE_DOUBLE
 
 from cellstack import _kernel, native
@@ -137,9 +138,8 @@ def test_gradients_of_the_reference_are_differences(epsilon):
 SIZES = [(1, 1, 1, 4, 4), (2, 5, 3, 3, 5), (1, 70, 2, 16, 16), (2, 131, 1, 17, 40), (1, 90, 4, 64, 64)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_the_kernel_is_the_reference(sizes, dtype, isa):
+@pairs.parametrize("isa, sizes, dtype", FLOAT_ISAS, SIZES, ["float32", "float64"], unpaired=[0], indirect=["isa"])
+def test_the_kernel_is_the_reference(isa, sizes, dtype):
     """Outputs, states and gradients, with masks and resets, with and without a state, in steps and in chunks."""
     batch, steps, heads, dk, dv = sizes
     rng = np.random.default_rng(1)

@@ -1,5 +1,6 @@
-"""Kernel tasks on PyTorch's threads. Each test runs in a new process, so that it can count the threads."""
+"""Kernel tasks on PyTorch's threads. Each test runs in a forked process without threads, so that it can count them."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are cou
 
 BEGIN = """
 import os
+import signal
 import numpy as np
 import torch
 from cellstack import Network
@@ -31,18 +33,40 @@ def used():
     return threads()
 
 alone = net.run(x, threads=1)[0]
+
+import json
+import sys
+
+for line in sys.stdin:  # a script, run in a child
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        exec(json.loads(line))
+        sys.stdout.flush()
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def output_of(script):
-    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=120)
-    assert not done.returncode, done.stderr
-    return done.stdout.split()
+@pytest.fixture(scope="module")
+def output_of():
+    """Return a function that runs a script after BEGIN, and returns the words that it prints."""
+    command = [sys.executable, "-W", "ignore", "-c", BEGIN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask(script):
+            print(json.dumps(script), file=process.stdin, flush=True)
+            words = process.stdout.readline().split()
+            assert process.stdout.readline() == "0\n", "the script failed"
+            return words
+
+        yield ask
+        process.stdin.close()
 
 
-def test_the_kernel_uses_the_threads_of_pytorch():
+def test_the_kernel_uses_the_threads_of_pytorch(output_of):
     created = []
-    for _ in range(10):  # PyTorch's threads count as asleep while other processes run on their processors
+    for _ in range(100):  # PyTorch's threads count as asleep while other processes run on their processors
         same, before, after = output_of("""
 before = used()
 y = net.run(x, threads=2)[0]  # one parallel call: there is one block of units, so threads share the rows
@@ -55,7 +79,7 @@ print(np.array_equal(y, alone), before, threads())
     assert created[-1] == 0
 
 
-def test_the_kernel_creates_threads_if_pytorch_is_limited_to_one():
+def test_the_kernel_creates_threads_if_pytorch_is_limited_to_one(output_of):
     same, before, after = output_of("""
 torch.set_num_threads(1)
 before = used()
@@ -66,7 +90,7 @@ print(np.array_equal(y, alone), before, threads())
     assert int(after) == int(before) + 1
 
 
-def test_the_kernel_creates_threads_while_those_of_pytorch_sleep():
+def test_the_kernel_creates_threads_while_those_of_pytorch_sleep(output_of):
     same, before, after = output_of("""
 import time
 before = used()
@@ -82,10 +106,8 @@ print(np.array_equal(y, alone), before, threads())
     assert int(after) == int(before) + 1
 
 
-def test_a_forked_child_leaves_the_threads_of_its_parent_alone():
+def test_a_forked_child_leaves_the_threads_of_its_parent_alone(output_of):
     assert output_of("""
-import signal
-
 used()
 net.run(x, threads=2)
 child = os.fork()
@@ -96,7 +118,7 @@ print(os.waitpid(child, 0)[1])
 """) == ["0"]
 
 
-def test_callers_in_several_threads_of_python():
+def test_callers_in_several_threads_of_python(output_of):
     assert output_of("""
 from concurrent.futures import ThreadPoolExecutor
 

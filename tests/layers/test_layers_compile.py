@@ -90,11 +90,11 @@ def check(name, backend):
 
 
 # Each kind of cell and each way to run it. The others are slower, and test_compiled_by_inductor has all.
-MOST = ["gru", "gru, reset before", "gru, torch loop", "minimal gru", "minimal lstm", "flags", "residual", "lstm"]
-MOST += ["backwards", "bidirectional", "dropout"]
+QUICK = ["lstm", "gru, reset before", "minimal gru", "flags", "bidirectional"]
+MOST = ["gru", "gru, torch loop", "minimal lstm", "residual", "backwards", "dropout"]
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MOST)])
 def test_compiled_in_one_graph(name):
     check(name, "aot_eager")
 

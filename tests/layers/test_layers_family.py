@@ -244,8 +244,14 @@ def test_going_backwards_equals_going_forwards_over_the_reversed_sequence(kind, 
     assert_close(back(x, return_gates=True), ahead(x.flip(1), return_gates=True))
 
 
-@each_case
-@pytest.mark.parametrize("merge_mode", ["concat", "sum", None])
+@pytest.mark.parametrize(
+    ("kind", "flags", "merge_mode"),
+    [
+        pytest.param(*case, merge_mode, marks=() if (n + place) % 3 == 0 else pytest.mark.slow)
+        for n, case in enumerate(CASES)
+        for place, merge_mode in enumerate(["concat", "sum", None])
+    ],
+)
 def test_both_directions(kind, flags, merge_mode, x):
     layer = make(kind, flags, return_sequences=True, return_state=True)
     both = randomise(layers.Bidirectional(layer, merge_mode)).eval()

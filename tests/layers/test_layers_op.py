@@ -84,7 +84,7 @@ def test_float32_is_the_reference(name, reverse):
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("seed", range(20))
+@pairs.parametrize("path, seed", ["direct", "registered"], range(20), unpaired=[0], indirect=["path"])
 def test_gradients_of_gates_and_cells_are_those_of_the_loop(seed):
     g = given(stack(100 + seed), seed)
     results = [differentiable(g, call(g)) for call in (fused, loop)]
@@ -93,15 +93,12 @@ def test_gradients_of_gates_and_cells_are_those_of_the_loop(seed):
     assert furthest(got, wanted) <= tolerances.KERNEL_ACTIVATIONS
 
 
-@pytest.mark.parametrize("name", ["lstm", "lstm, all", "gru", "rnn", "mingru", "minlstm"])
-@pytest.mark.parametrize(
-    ("units", "dtype"),
-    [
-        pytest.param(16, torch.float64, marks=pytest.mark.slow),
-        (50, torch.float32),
-        pytest.param(64, torch.float32, marks=pytest.mark.slow),
-        (64, torch.float64),
-    ],
+@pairs.parametrize(
+    "dtype, units, name",
+    [torch.float32, torch.float64],
+    [16, 50, 64],
+    ["lstm, all", "lstm", "gru", "rnn", "mingru", "minlstm"],
+    unpaired=[2],
 )
 def test_a_thousand_steps_are_the_reference(dtype, units, name):
     specs = [flagged(name, 8, units), flagged(name, flagged(name, 8, units).output_size, units)]
@@ -231,7 +228,7 @@ SECOND += [name for name in FLAGS if name.startswith("min")]
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("name", SECOND)
+@pairs.parametrize("path, name", ["direct", "registered"], SECOND, unpaired=[0], indirect=["path"])
 def test_second_derivatives_are_finite_differences(name):
     g = given([flagged(name)], 7, batch=2, steps=2, masked=True)
     assert torch.autograd.gradgradcheck(as_function(g), g.leaves, fast_mode=True)
@@ -279,7 +276,10 @@ def in_a_row(names):
     return specs
 
 
-@pytest.mark.parametrize(("names", "save", "sequences", "there"), OPCHECKS)
+@pytest.mark.parametrize(
+    ("names", "save", "sequences", "there"),
+    [pytest.param(*case, marks=pytest.mark.slow if n % 2 else ()) for n, case in enumerate(OPCHECKS)],
+)
 def test_opcheck_is_clean(names, save, sequences, there):
     flags = dict.fromkeys(("started", "masked", "resets", "dropped", "zoned"), there)
     g = given(in_a_row(names), grad=save, dtype=torch.float32, **flags)
