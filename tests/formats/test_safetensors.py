@@ -614,7 +614,7 @@ def test_random_damage(data, blob, tmp_path):
         max_leaves=12,
     )
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_any_place(header, blob, tmp_path):
     path, (good, data) = tmp_path / "net.safetensors", parts_of(blob)
     description = json.loads(good["__metadata__"]["cellstack"])

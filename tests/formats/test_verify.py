@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import pairs
 import pytest
 import torch
 from networks import make_cell, make_network
@@ -524,8 +525,7 @@ def in_order(order, end, kind, ways, states, sizes):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("sizes", [{}, {"B": 2, "T": 4}, {"T": 1}])
+@pairs.parametrize("order, sizes", ORDERS, [{}, {"B": 2, "T": 4}, {"T": 1}], unpaired=[1])
 def test_inputs_in_any_order_of_axes(tmp_path, order, sizes):
     path = tmp_path / "net.onnx"
     for end in (end for end in ENDS if ("B" in end) == ("B" in order)):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from serving import wait_until
 
 from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
 from cellstack.inspect import contents, html, load
@@ -506,7 +507,13 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+QUICK = ("lstm", "peepholes and coupled", "gru, normalised", "rnn", "mingru", "cfc", "slstm")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(flags, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, flags in FLAGS.items()],
+)
 def test_formulas_end_in_the_numbers_that_they_explain(open_page, rng, flags):
     t = Network([Recurrent((make_cell(rng, 3, 3, **flags),))]).trace(rng.normal(size=(1, 4, 3)))
     screen = open_page(t)
@@ -972,7 +979,10 @@ def test_what_if_a_gate_is_patched(open_page, net, x):
     assert screen.page.get_by_label("Show", exact=True).is_hidden()
 
 
-@pytest.mark.parametrize(("how", "value"), [("add", 0.5), ("scale", -2.0), ("freeze", None)])
+@pytest.mark.parametrize(
+    ("how", "value"),
+    [("add", 0.5), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("scale", -2.0), ("freeze", None)))],
+)
 def test_what_if_a_state_is_changed_in_other_ways(open_page, net, x, how, value):
     t = net.trace(x)
     screen = open_page(t)
@@ -1352,10 +1362,7 @@ def test_the_playground_learns(open_page, net, x):
     assert chart.evaluate(BLUE)
     first = numbers_in(said.inner_text().split("loss")[1])[0]
     screen.page.get_by_role("button", name="Learn", exact=True).click()
-    for _ in range(200):
-        if int(said.get_attribute("data-batches")) > 150:
-            break
-        screen.page.wait_for_timeout(50)
+    wait_until(lambda: int(said.get_attribute("data-batches")) > 150)
     screen.page.get_by_role("button", name="Pause").click()
     screen.settle()
     loss, right = numbers_in(said.inner_text().split("loss")[1])[:2]
@@ -1448,7 +1455,10 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
     assert "whole" not in screen.text("#panel-memory h3")
 
 
-@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_NUMBERS", "600"), ("MOST_NUMBERS", "100")])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("MOST_RUN", "1"), ("MOST_NUMBERS", "600"), pytest.param("MOST_NUMBERS", "100", marks=pytest.mark.slow)],
+)
 def test_expensive_runs_are_not_computed(open_page, net, x, monkeypatch, name, most):
     text = html.module_text()
     bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
@@ -1586,7 +1596,7 @@ def test_waves_of_any_size_have_one_spectrum(net, x, most):
     np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(np.float32, marks=pytest.mark.slow), np.float16])
 def test_large_traces_are_rounded_and_labelled(open_page, rng, net, x, monkeypatch, dtype):
     monkeypatch.setattr(contents, "ROUNDED", ((1 << 20, dtype),))
     t = net.trace(x)

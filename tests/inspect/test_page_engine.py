@@ -187,7 +187,7 @@ def networks(seeds):
 
 
 def test_random_networks_are_run_as_the_reference_runs_them(page):
-    made = list(networks(range(150)))
+    made = list(networks(range(60)))
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
         net, options = case["network"], case["options"]
         y, states = by_reference(net, case["inputs"], options["state"], options["mask"], options["reset"])
@@ -251,7 +251,7 @@ def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
 
 
 def test_gradients_of_cells_are_those_of_the_reference_for_every_flag(page):
-    made, seeds = list(members(range(1000, 1240))), []
+    made, seeds = list(members(range(1000, 1120))), []
     for rng, net, spec, case in made:
         seeds.append(rng.standard_normal((*case["x"].shape[:2], spec.output_size)))
         del net
@@ -801,7 +801,7 @@ def test_patches_of_a_network_act_before_those_of_a_run(page):
 
 def test_gradients_through_patches_are_their_differences(page):
     made = []
-    for rng, _, spec, case, _, sent in patched_cases(range(5000, 5150)):
+    for rng, _, spec, case, _, sent in patched_cases(range(5000, 5060)):
         made.append(with_seeds(rng, sent, {"cell": (*case["x"].shape[:2], spec.output_size)}))
     agree(page, made)
 
@@ -823,7 +823,7 @@ BY_FIELDS = """(network, { inputs, options, seeds, places }) => {
 
 def test_gradients_of_gates_and_states_equal_differences(page):
     made = []
-    for rng, net, spec, case in members(range(6100, 6190)):
+    for rng, net, spec, case in members(range(6100, 6140)):
         if spec.zoneout_cell:  # φ then uses a different c than the kept one, and a patch changes both
             continue
         batch, steps, _ = case["x"].shape
@@ -1049,7 +1049,7 @@ def test_a_worker_made_of_the_same_text_computes_the_same(page, text):
     assert any(found)
 
 
-def test_a_thousand_steps_of_64_units_take_a_few_times_their_multiplications(page):
+def test_steps_of_64_units_take_a_few_times_their_multiplications(page):
     """Compared with a plain loop, which other processes delay as much."""
     rng = np.random.default_rng(0)
     net = Network([Recurrent((make_cell(rng, 64, 64),))], ["lstm"], inputs=["x"])
@@ -1061,17 +1061,17 @@ def test_a_thousand_steps_of_64_units_take_a_few_times_their_multiplications(pag
       return Array.from({ length: 8 }, () => {
         const times = [performance.now()];
         const took = (work) => { work(); times.push(performance.now()); };
-        took(() => { for (let step = 0; step < 1000; ++step) multiply(step); });
+        took(() => { for (let step = 0; step < 200; ++step) multiply(step); });
         took(() => engine.run(network, inputs));
-        took(() => engine.gradient(network, inputs, {}, { value: "lstm", row: 0, step: 999, unit: 0 }));
+        took(() => engine.gradient(network, inputs, {}, { value: "lstm", row: 0, step: 199, unit: 0 }));
         return times.slice(1).map((time, n) => time - times[n]);
       });
     }"""
-    (times,) = evaluated(page, work, [{"network": net, "inputs": {"x": rng.normal(size=(1, 1000, 64))}}])
+    (times,) = evaluated(page, work, [{"network": net, "inputs": {"x": rng.normal(size=(1, 200, 64))}}])
     loop, run, gradient = np.min(times, axis=0)
-    print(f"LSTM, 1,000 steps, I = H = 64: loop {loop:.0f} ms, run {run:.0f} ms, run and gradient {gradient:.0f} ms")
-    assert run < 3 * loop
-    assert gradient < 10 * loop
+    print(f"LSTM, 200 steps, I = H = 64: loop {loop:.0f} ms, run {run:.0f} ms, run and gradient {gradient:.0f} ms")
+    assert run < 6 * loop
+    assert gradient < 25 * loop
 
 
 # ── the playground ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1096,7 +1096,7 @@ TRAINED = """([options, steps]) => {
     [
         ("echo", "lstm", 250, 0.02),  # nats per bit; 0.69 by chance
         ("parity", "gru", 250, 0.02),
-        ("echo", "rnn", 250, 0.02),
+        pytest.param("echo", "rnn", 250, 0.02, marks=pytest.mark.slow),
         pytest.param("adding", "gru", 400, 0.03, marks=pytest.mark.slow),  # squared error; 0.17 for always 1
         pytest.param("wave", "lstm", 300, 0.01, marks=pytest.mark.slow),  # 0.37 for always 0
         pytest.param("brackets", "lstm", 300, 0.05, marks=pytest.mark.slow),  # 3 for always the mean

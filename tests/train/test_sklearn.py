@@ -24,6 +24,7 @@ from cellstack.sklearn import SequenceClassifier, SequenceRegressor, with_change
 
 QUICK = {"units": 6, "epochs": 12, "lr": 0.03, "dropout": 0.0, "bidirectional": False, "random_state": 0}
 QUICK |= {"noise": 0.0, "offset": 0.0, "validation": 0.15, "threads": 1}
+BRIEF = QUICK | {"epochs": 2}  # to compare trainings
 
 
 @pytest.fixture
@@ -95,19 +96,19 @@ def test_answers_of_steps_are_averaged_and_states_are_not(ragged):
 def test_the_forms_of_one_and_the_same_sequences(ragged, table):
     same = np.stack([x[:5] for x in ragged[0]])  # [60, 5, 2]
     y = ragged[1]
-    want = SequenceClassifier(**QUICK).fit(same, y).predict_proba(same)
+    want = SequenceClassifier(**BRIEF).fit(same, y).predict_proba(same)
     for form in (list(same), tuple(same), same.tolist()):
-        np.testing.assert_array_equal(SequenceClassifier(**QUICK).fit(form, y).predict_proba(form), want)
+        np.testing.assert_array_equal(SequenceClassifier(**BRIEF).fit(form, y).predict_proba(form), want)
     objects = np.empty(60, object)
     objects[:] = list(same)
     for form in (objects, pd.Series(list(same))):
-        np.testing.assert_array_equal(SequenceClassifier(**QUICK).fit(form, y).predict_proba(form), want)
+        np.testing.assert_array_equal(SequenceClassifier(**BRIEF).fit(form, y).predict_proba(form), want)
     X, y = table
-    want = SequenceClassifier(**QUICK).fit(X, y).predict_proba(X)
+    want = SequenceClassifier(**BRIEF).fit(X, y).predict_proba(X)
     for form in (X[:, :, None], list(X), pd.DataFrame(X), pl.DataFrame(X), X.tolist()):
-        np.testing.assert_array_equal(SequenceClassifier(**QUICK).fit(form, y).predict_proba(form), want)
+        np.testing.assert_array_equal(SequenceClassifier(**BRIEF).fit(form, y).predict_proba(form), want)
     uneven = [x.tolist()[: 4 + n % 3] for n, x in enumerate(X)]
-    assert SequenceClassifier(**QUICK).fit(uneven, y).predict(uneven[:3]).shape == (3,)
+    assert SequenceClassifier(**BRIEF).fit(uneven, y).predict(uneven[:3]).shape == (3,)
 
 
 def test_a_table_is_held_to_its_columns_and_sequences_to_their_channels(ragged, table):
@@ -249,13 +250,13 @@ def test_numbers_one_or_several(rng):
 
 def test_the_seed_is_that_of_train_fit_and_repeats(ragged):
     X, y = ragged
-    fit = lambda **seed: SequenceClassifier(**(QUICK | seed)).fit(X, y).predict_proba(X)  # noqa: E731
+    fit = lambda **seed: SequenceClassifier(**(BRIEF | seed)).fit(X, y).predict_proba(X)  # noqa: E731
     np.testing.assert_array_equal(fit(), fit(random_state=np.int64(0)))
     assert np.abs(fit() - fit(random_state=1)).max() > 1e-3
-    options = {name: value for name, value in QUICK.items() if name != "random_state"}
+    options = {name: value for name, value in BRIEF.items() if name != "random_state"}
     same = train.fit([with_changes(x) for x in X], y, seed=0, patience=20, pooling="max", **options)
     loss = [entry["loss"] for entry in same.history]
-    assert loss == [entry["loss"] for entry in SequenceClassifier(**QUICK, patience=20).fit(X, y).history_]
+    assert loss == [entry["loss"] for entry in SequenceClassifier(**BRIEF, patience=20).fit(X, y).history_]
     drawn = [fit(random_state=np.random.RandomState(7)) for _ in range(2)]
     np.testing.assert_array_equal(*drawn)
     np.random.seed(3)  # noqa: NPY002 - what random_state=None draws from
@@ -278,7 +279,7 @@ def test_weights_of_samples_and_classes(table):
     y = np.arange(60) % 3 == 0  # nothing to be learned: what comes out are the classes' shares
 
     def share(weight=None, **more):
-        model = SequenceClassifier(**QUICK | {"validation": 0.0, "epochs": 30, "lr": 0.01} | more)
+        model = SequenceClassifier(**BRIEF | {"validation": 0.0, "epochs": 30, "lr": 0.01} | more)
         return model.fit(X * 0, y, sample_weight=weight).predict_proba(X[:1] * 0)[0, 1]
 
     assert share() < 0.42

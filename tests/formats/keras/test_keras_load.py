@@ -165,7 +165,7 @@ def random_sequential(rng):
     return keras.Sequential(layers), x
 
 
-@pairs.seeds(20, 40)
+@pairs.seeds(10, 40)
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.filterwarnings("ignore:Layer .* does not support")
 def test_sequential_models(tmp_path, seed, suffix):
@@ -197,7 +197,7 @@ def functional(rng, masked):
     return keras.Model([ids, other], [L.Dense(3, activation="softmax", name="label")(out), L.Dropout(0.5)(y)])
 
 
-@pairs.seeds(12, 20)
+@pairs.seeds(6, 20)
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_functional_models(tmp_path, seed, suffix):
     rng = np.random.default_rng(seed)

@@ -393,7 +393,7 @@ def test_lengths_within_lengths(tmp_path):
 def test_many_nodes_that_share_a_large_weight(tmp_path, operator, shapes, axes, reads):
     """Each node has its own copy of its weights: they must not be far larger than the file."""
     arrays = {name: np.ones(shape, np.float32) for name, shape in zip(("W", "R"), shapes, strict=True)}
-    outputs = [f"v{n}" for n in range(800)]
+    outputs = [f"v{n}" for n in range(300)]
     nodes = [helper.make_node(operator, ["X", "W", "R"], [name]) for name in outputs]
     nodes.append(helper.make_node("Concat", outputs, ["Y"], axis=-1))
     made = model(nodes, {"X": (TensorProto.FLOAT, axes)}, {"Y": len(shapes[0]) + len(axes) - 2}, arrays)

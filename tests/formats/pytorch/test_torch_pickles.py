@@ -7,7 +7,7 @@ import pickle
 import types
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cellstack as cs
@@ -28,6 +28,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(value=VALUES, protocol=st.integers(2, 5), shared=st.booleans())
 def test_plain_data_is_read_as_by_python(value, protocol, shared):
     value = [value, {"again": value}] if shared else value
