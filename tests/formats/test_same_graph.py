@@ -288,13 +288,10 @@ def test_torch_and_keras_have_the_same_model(name):
     np.testing.assert_allclose(model(x.numpy()).detach(), module(x).detach(), atol=tolerances.KERAS, rtol=0)
 
 
-EXPORTED = ("norms after Conv1D",)  # by the newer exporter, which takes seconds; the others are slow
-
-
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        pytest.param(name, way, marks=() if way != "dynamo" or name in EXPORTED else pytest.mark.slow)
+        pytest.param(name, way, marks=pytest.mark.slow if way == "dynamo" else ())
         for name in MODELS
         for way in READ
         if way != "from_torch"
@@ -319,7 +316,7 @@ FUNCTIONS = [nn.Hardtanh(), nn.GELU("tanh"), nn.Hardswish(), nn.Mish(), nn.ReLU6
 
 @pytest.mark.parametrize(
     ("functions", "dynamo"),
-    [*(([one], False) for one in FUNCTIONS), (FUNCTIONS, True)],
+    [*(([one], False) for one in FUNCTIONS), pytest.param(FUNCTIONS, True, marks=pytest.mark.slow)],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "dynamo" if value else "traced",
 )
 def test_the_same_activation_from_a_module_its_file_and_its_export(functions, dynamo, tmp_path):

@@ -47,7 +47,7 @@ def trained(frame, request=YEARLY, ids=(), **over):
 
 @pytest.fixture(scope="module")
 def found():
-    return trained(waves(), build=Build((16,), members=2, dropout=0.0), options=replace(TWO_EPOCHS, epochs=12))
+    return trained(waves(), build=Build((16,), members=2, dropout=0.0), options=replace(TWO_EPOCHS, epochs=6))
 
 
 def test_it_beats_every_rule_where_there_is_more_to_learn(found):

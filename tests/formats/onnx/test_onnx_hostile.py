@@ -387,13 +387,16 @@ def test_lengths_within_lengths(tmp_path):
     ("operator", "shapes", "axes", "reads"),
     [
         ("Gemm", [(2000, 4), (4,)], ["B", 2000], [adapter.load]),
-        ("LSTM", [(1, 4, 2000), (1, 4, 1)], ["T", "B", 2000], [adapter.load, adapter.extract]),
+        pytest.param(
+            *("LSTM", [(1, 4, 2000), (1, 4, 1)], ["T", "B", 2000], [adapter.load, adapter.extract]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_many_nodes_that_share_a_large_weight(tmp_path, operator, shapes, axes, reads):
     """Each node has its own copy of its weights: they must not be far larger than the file."""
     arrays = {name: np.ones(shape, np.float32) for name, shape in zip(("W", "R"), shapes, strict=True)}
-    outputs = [f"v{n}" for n in range(300)]
+    outputs = [f"v{n}" for n in range(800)]
     nodes = [helper.make_node(operator, ["X", "W", "R"], [name]) for name in outputs]
     nodes.append(helper.make_node("Concat", outputs, ["Y"], axis=-1))
     made = model(nodes, {"X": (TensorProto.FLOAT, axes)}, {"Y": len(shapes[0]) + len(axes) - 2}, arrays)
@@ -402,5 +405,5 @@ def test_many_nodes_that_share_a_large_weight(tmp_path, operator, shapes, axes, 
         tracemalloc.start()
         with pytest.raises(FormatError, match=r"more than|the constants exceed the limit"):
             read(path)
-        assert tracemalloc.get_traced_memory()[1] < 40e6
+        assert tracemalloc.get_traced_memory()[1] < 60e6
         tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import pairs
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -41,13 +42,12 @@ HOW = {"LSTM": ["last", "seq", "hn", "hcat", "mean", "all"], "GRU": ["last", "hn
 HOW["RNN"] = HOW["GRU"]
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize(
-    ("kind", "both", "how"),
-    [(kind, both, how) for kind in HOW for both in (False, True) for how in HOW[kind] if both or how != "hcat"],
-)
-def test_torch_layers(tmp_path, kind, layers, both, batch_first, how):
+CASES = [(kind, both, how) for kind in HOW for both in (False, True) for how in HOW[kind] if both or how != "hcat"]
+
+
+@pairs.parametrize("case, layers, batch_first", CASES, [1, 2], [False, True], unpaired=[0])
+def test_torch_layers(tmp_path, case, layers, batch_first):
+    kind, both, how = case
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3) if batch_first else torch.randn(5, 2, 3)
     net = compare(*export(tmp_path / "net.onnx", Layers(kind, layers, both, batch_first, how), (x,)))

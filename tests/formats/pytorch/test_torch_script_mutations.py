@@ -223,7 +223,7 @@ def runtime():
 @pytest.mark.parametrize("traced", [False, True], ids=["scripted", "traced"])
 @pytest.mark.parametrize("name", MODELS)
 def test_files_with_one_change(tmp_path, name, traced, runtime):
-    assert taken(tmp_path, name, traced, 10, runtime) or (traced and name in TAKEN_APART)
+    assert taken(tmp_path, name, traced, 14, runtime) or (traced and name in TAKEN_APART)
 
 
 @pytest.mark.slow
