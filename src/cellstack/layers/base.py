@@ -42,10 +42,9 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
         TypeError: complex numbers, another floating dtype, a sparse tensor, or not an array of numbers.
         ValueError: a tensor on another device.
     """
-    if type(value) is Tensor and value.dtype is like.dtype and value.device == like.device:
-        if value.layout is torch.strided:
-            return value
-        raise TypeError(f"{owner}: expected {name} to be a dense tensor, got one of layout {value.layout}")
+    as_is = type(value) is Tensor and value.dtype is like.dtype and value.device == like.device
+    if as_is and value.layout is torch.strided:
+        return value
     if not isinstance(value, Tensor):
         if isinstance(value, PackedSequence):
             raise TypeError(

@@ -13,16 +13,19 @@ from cellstack.formats.onnx.graph import Reader, Refused, floats, steps_apart
 from cellstack.formats.onnx.grids import arranged, as_features, as_grid, fresh
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
-from cellstack.nodes import GridConv, GridPool
+from cellstack.nodes import GridConv, GridPool, windows
 
 
-def window_lists(attributes: dict[str, Any], count: int) -> tuple[list[int], list[int], list[int]]:
-    """Return the strides, dilations and pads of windows over some axes, as an operator's attributes list them."""
+def window_lists(attributes: dict[str, Any], count: int) -> tuple[list[int], list[int], list[int], str]:
+    """Return the strides, dilations, pads and auto_pad of windows over some axes, as attributes list them."""
     usual = {"strides": [1] * count, "dilations": [1] * count, "pads": [0] * 2 * count}
     strides, dilations, pads = (whole(attributes.get(name, values)) for name, values in usual.items())
     if (len(strides), len(dilations), len(pads)) != (count, count, 2 * count):
         raise Refused(f"expected strides, dilations and pads for {count} axes")
-    return strides, dilations, pads
+    auto = attributes.get("auto_pad") or "NOTSET"
+    if auto not in ("NOTSET", "VALID", "SAME_UPPER"):
+        raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
+    return strides, dilations, pads, auto
 
 
 class Spatial:
@@ -73,12 +76,11 @@ class Spatial:
     def settings(self, attributes: dict[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
         """Return the strides, dilation and padding of windows with these sizes, time first."""
         count = self.count
-        strides, dilations, pads = window_lists(attributes, count)
+        strides, dilations, pads, auto = window_lists(attributes, count)
         if min(pads) < 0:
             raise Refused(f"expected strides, dilations and pads for {count} axes")
         made = {"strides": self.turned(strides, 1), "dilation": self.turned(dilations, 1)}
         pairs = [(pads[n], pads[n + count]) for n in range(count)]
-        auto = attributes.get("auto_pad", "NOTSET")
         if auto == "SAME_UPPER":
             lengths = [self.x.steps if n == self.over else None for n in range(count)]
             for n, length in zip(self.places, self.grid, strict=False):
@@ -87,11 +89,8 @@ class Spatial:
                 if length is None and strides[n] > 1:
                     raise Refused("auto_pad SAME_UPPER with strides above 1 needs a known number of steps")
                 span = (sizes[n] - 1) * dilations[n] + 1
-                missing = max(0, (-(-(length or 1) // strides[n]) - 1) * strides[n] + span - (length or 1))
-                pairs[n] = (missing // 2, missing - missing // 2)
+                pairs[n] = windows.pads("same", length or 1, span, strides[n])
                 self.pins |= length is not None and n == self.over and strides[n] > 1
-        elif auto not in ("NOTSET", "VALID", ""):
-            raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
         return made | {"padding": self.turned(pairs, (0, 0))}
 
     def put(self, reader: Reader, node: Any, made: GridConv | GridPool) -> Flowing:

@@ -37,10 +37,7 @@ def window(attributes: dict[str, Any], over: int, count: int) -> tuple[int, list
         over: the index of time among the windowed axes.
         count: the number of windowed axes.
     """
-    strides, dilations, steps = grid_windows.window_lists(attributes, count)
-    auto = attributes.get("auto_pad", "NOTSET")
-    if auto not in ("NOTSET", "VALID", "SAME_UPPER", ""):
-        raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
+    strides, dilations, steps, auto = grid_windows.window_lists(attributes, count)
     if auto in ("VALID", "SAME_UPPER"):
         return strides[over], dilations, "same" if auto == "SAME_UPPER" else "valid"
     if any(number for n, number in enumerate(steps) if n % count != over) or min(steps) < 0:
