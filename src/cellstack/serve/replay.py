@@ -50,11 +50,6 @@ class Restored:
 def replayed(journal: Journal, snapshots: list[int], logs: list[int], recover: bool) -> Restored:
     """Restore the sessions of a journal's folder from its newest complete snapshot and the logs since.
 
-    Args:
-        journal: whose folder is read.
-        snapshots, logs: the numbers of the snapshots and logs in the folder.
-        recover: see `Journal.restore`.
-
     Raises:
         DamageError, ServeError: see `Journal.restore`.
     """

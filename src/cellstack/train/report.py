@@ -83,14 +83,7 @@ footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
 def training_page(
     name: str, history: Sequence[dict[str, float]], records: Sequence[TrainingRecord], unit: str = "nats"
 ) -> str:
-    """Return the page of an inspected training.
-
-    Args:
-        name: of the model.
-        history: of the fit, see `Fit`.
-        records: records of the layers, of at least one epoch.
-        unit: of the loss.
-    """
+    """Return the page of an inspected training: of its history, see `Fit`, and the records of at least one epoch."""
     last = records[-1]
     names = list(dict.fromkeys(name for record in records for name in record.layers))
     tiles = [

@@ -260,14 +260,7 @@ class Reader:
         return [value]
 
     def _mask(self, layer: Layer, node: Node, values: list[Value], wire: str) -> Any:
-        """Return the mask of a node's output; raise `FormatError` if Keras's would differ.
-
-        Args:
-            layer: the node's layer, for messages.
-            node: the node.
-            values: its inputs.
-            wire: the wire of the first input in the file.
-        """
+        """Return the mask of a node's output, its first wire given; raise `FormatError` if Keras's would differ."""
         masks, shape = [_own(value.mask) for value in values], self.builder.shapes[values[0].wire]
         axes, masked = 2 if shape is None else len(shape), any(value.mask is not None for value in values)
         if isinstance(node, Merge) and masked:

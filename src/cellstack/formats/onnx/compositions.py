@@ -115,17 +115,7 @@ ONE = np.ones(1, np.float32)
 
 
 def group_norm(pieces: Pieces, name: str, node: GroupNorm, x: str, axes: int, width: int, mask: str) -> None:
-    """Add a GroupNorm.
-
-    Args:
-        pieces: the graph.
-        name: the name of the node.
-        node: the node.
-        x: its input.
-        axes: the number of its input's axes after the batch.
-        width: the last of them.
-        mask: the mask of its input, if the node heeds it; else "".
-    """
+    """Add a GroupNorm of a value with so many axes after the batch; `mask` is "" unless the node heeds one."""
     of, ahead = pieces.of, [0] * axes
     wide = of("Reshape", x, pieces.integers(*ahead, node.groups, width // node.groups))
     over = [1, 3] if node.over_time else [axes + 1]

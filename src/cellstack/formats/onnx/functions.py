@@ -20,14 +20,7 @@ Key = tuple[str, str, str]
 
 
 class _Inliner:
-    """Replaces calls by the nodes of their functions.
-
-    Args:
-        path: the file, for messages.
-        functions: those that the file defines.
-        opset: version of the file's default operator set.
-        size: the size of the file, in bytes.
-    """
+    """Replaces calls by the nodes of their functions; the size of the file in bytes limits the expansion."""
 
     def __init__(self, path: str, functions: Sequence[Any], opset: int, size: int) -> None:
         self.path = path
@@ -132,16 +125,9 @@ def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:
 
 
 def inline(path: str, graph: Graph, functions: Sequence[Any], opset: int, size: int) -> Graph:
-    """Return a graph in which each call of a function is replaced by the function's nodes.
+    """Return a graph in which each call of a function of the file is replaced by the function's nodes: see `_Inliner`.
 
     `onnx.inliner` isn't used: it doesn't limit how large calls expand, and its names don't say which call a node is of.
-
-    Args:
-        path: the file, for messages.
-        graph: the outermost graph.
-        functions: those that the file defines.
-        opset: version of the file's default operator set.
-        size: the size of the file, in bytes, which limits the expansion.
 
     Raises:
         FormatError: functions that are recursive, expand beyond the limit, or have another opset.

@@ -108,13 +108,7 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 def _ends(ends: Symbols, axes: Sequence[str], of: str) -> Any:
-    """Return the ends of a Slice of a value, those computed from its number of steps as negative numbers.
-
-    Args:
-        ends: the ends.
-        axes: the label of the axis of each.
-        of: the name of the value in formulas.
-    """
+    """Return the ends of a Slice of the value `of`, those computed from its number of steps as negative numbers."""
     made = list(ends.array.reshape(-1))
     for n, (end, axis) in enumerate(zip(made, axes, strict=True)):
         formula = end.formula() if isinstance(end, Counted) else None

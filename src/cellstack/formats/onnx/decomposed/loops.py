@@ -111,14 +111,7 @@ class _Roller(Added):
         return before
 
     def _operator(self, cell: Cell, x: str, starts: list[str | None], direction: str) -> list[str]:
-        """Add a cell as an operator, and return the names of its outputs: Y and the states.
-
-        Args:
-            cell: the cell.
-            x: the name of its input, `[T, B, I]`.
-            starts: the names of the initial states; "" for zeros.
-            direction: the operator's direction.
-        """
+        """Add a cell as an operator on `x [T, B, I]`, and return the names of its outputs: Y and the states."""
         names = [f"{self.prefix}{part}" for part in ("Y", *cell.spec.state_sizes)]
         inputs = [x, "", "", "", "", *(name or "" for name in starts)]
         self.add(self.onnx.helper.make_node(operator_of(cell.spec), inputs, names, name=self.chain.name))
