@@ -89,13 +89,13 @@ BELOW_FORMATS = {
     "keras": {"files", "build"},
     "onnx": {"files", "build", "draft", "simplify"},
     "xlstm": {"build"},
-    "tirex": {"build", "xlstm"},
+    "tirex": {"files", "build", "xlstm"},
     "pytorch": {"files", "build", "xlstm", "tirex"},
     "json": {"files", "build", "pytorch"},  # a PyTorch state dict in another container
     "c": {"files", "build"},
     "safetensors_weights": {"pytorch", "xlstm", "tirex"},  # a PyTorch state dict in another container
     "safetensors": {"files", "safetensors_weights"},
-    "folders": {"xlstm", "tirex", "safetensors_weights"},
+    "folders": {"files", "xlstm", "tirex", "safetensors_weights"},
     "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"files", "runtimes"},

@@ -63,12 +63,14 @@ def options_text(options: Mapping[str, Any]) -> str:
     return json.dumps(options, sort_keys=True, default=lambda array: np.asarray(array).tolist())
 
 
-def parse(where: str, text: str | bytes) -> Any:
-    """Parse JSON; any defect is a `FormatError`."""
+def parse(where: str, text: str | bytes, **hooks: Any) -> Any:
+    """Parse JSON, with hooks of `json.loads`; any defect is a `FormatError`."""
     if len(text) > MAX_JSON:
         raise FormatError(f"{where}: {len(text)} bytes of JSON are more than the limit of {MAX_JSON}")
     try:
-        return json.loads(text)
+        return json.loads(text, **hooks)
+    except FormatError:  # of a hook
+        raise
     except RecursionError:
         raise FormatError(f"{where}: the JSON is nested too deeply") from None
     except ValueError as error:  # includes UnicodeDecodeError

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cellstack.formats import tirex, xlstm
+from cellstack.formats.files import parse
 from cellstack.formats.safetensors_weights import Tensor, tensors_in
 from cellstack.formats.xlstm import blocks
 from cellstack.formats.xlstm.large import Settings
@@ -79,10 +80,7 @@ def _config(path: str) -> dict[str, Any]:
             continue
         with open(file, encoding="utf-8") as stream:
             text = stream.read()
-        try:
-            found = json.loads(text) if name.endswith(".json") else _yaml(file, text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{file}: expected JSON, found {str(error)[:200]}") from None
+        found = parse(file, text) if name.endswith(".json") else _yaml(file, text)
         if not isinstance(found, dict):
             raise FormatError(f"{file}: expected settings by name, found {type(found).__name__}")
         return found

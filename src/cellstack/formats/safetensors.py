@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from cellstack.bfloat16 import BFloat16Array
-from cellstack.formats.files import replacing, short
+from cellstack.formats.files import parse, replacing, short
 from cellstack.formats.safetensors_weights import bfloat16_bits, extract_weights, has_parts, load_weights
 from cellstack.network import Network
 from cellstack.network.description import described, restored
@@ -104,14 +104,7 @@ def _parse(where: str, text: str) -> Any:
     def no_constant(name: str) -> Any:
         raise FormatError(f"{where}: {name} isn't a number in JSON")
 
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
-    except FormatError:
-        raise
-    except RecursionError:
-        raise FormatError(f"{where}: the JSON is nested too deeply") from None
-    except ValueError as error:  # invalid JSON, or integers with too many digits
-        raise FormatError(f"{where}: expected JSON, found {str(error)[:300]}") from None
+    return parse(where, text, object_pairs_hook=unique, parse_constant=no_constant)
 
 
 class _Tensors:

@@ -7,7 +7,6 @@ size of the file.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.build import TooMuchError
-from cellstack.formats.files import short
+from cellstack.formats.files import parse, short
 from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
 from cellstack.formats.onnx.functions import inline
 from cellstack.formats.onnx.messages import DOMAINS as DOMAINS
@@ -125,10 +124,7 @@ class Model:
         text = self.note
         if text is None:
             return {}
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{self.path}: the metadata {KEY} isn't valid JSON: {str(error)[:200]}") from None
+        found = parse(f"{self.path}: the metadata {KEY}", text)
         metadata, states = (found.get("metadata"), found.get("states")) if isinstance(found, dict) else (None, None)
         pairs = states if isinstance(states, list) else [None]
         named = all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs)

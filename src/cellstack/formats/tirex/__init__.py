@@ -11,12 +11,12 @@ Podest et al. 2026, "TiRex-2: Generalizing TiRex to Multivariate Data and Stream
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cellstack.formats.files import parse
 from cellstack.formats.tirex.blocks import network
 from cellstack.formats.tirex.design import design_of_first, design_of_second
 from cellstack.network import Network
@@ -58,11 +58,7 @@ def of_folder(path: str, tensors: Mapping[str, Any]) -> Network:
             f"{path}: expected {CONFIG}, the configuration of this TiRex-2, next to it, found no such file; "
             "model-config.yaml, which older downloads have, isn't supported"
         )
-    try:
-        settings = json.loads(config.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{config}: expected JSON, found {str(error)[:300]}") from None
-    return of_config(str(config), settings, tensors)
+    return of_config(str(config), parse(str(config), config.read_bytes()), tensors)
 
 
 def of_config(where: str, settings: Any, tensors: Mapping[str, Any]) -> Network:
