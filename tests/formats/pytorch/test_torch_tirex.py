@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tirex_cases as cases
 import tolerances
@@ -79,6 +80,18 @@ def test_every_gate_matters(tmp_path, model):
         changed = {**weights, name: weights[name] * np.float32(1.5)}
         other = cs.load(write(tmp_path, first, changed))
         assert np.abs(other(x) - net(x)).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_head(tmp_path, monkeypatch, first):
+    monkeypatch.setattr(cases, "HEADS", 1)
+    settings = json.loads(
+        json.dumps(cases.FIRST if first else cases.SECOND).replace('"num_heads": 4', '"num_heads": 1')
+    )
+    weights = cases.weights(first)
+    net = cs.load(write(tmp_path, first, weights, settings))
+    stored = next(array for name, array in weights.items() if name.endswith("_recurrent_kernel_"))
+    np.testing.assert_array_equal(net.cells[0].recurrent_kernel, stored.reshape(cases.WIDTH, 4 * cases.WIDTH))
 
 
 @pytest.mark.parametrize("steps", [10, 40])
@@ -292,11 +305,24 @@ def test_a_state_dict_of_torch_next_to_its_configuration(tmp_path):
         (lambda f: f.stream(np.ones(9)).step(np.ones(3)), "expected 1 series of a multiple of 4 observations"),
         (lambda f: f.stream(np.ones((2, 9))).step(np.ones(4)), "expected 2 series"),
         (lambda f: f.stream(np.ones(9)).forecast(25), "expected horizon"),
+        (lambda f: f.forecast(None, 4), "expected series"),
+        (lambda f: f.forecast(3.0, 4), "expected series"),
+        (lambda f: f.forecast(np.ones(9) * 1j, 4), "complex numbers aren't supported"),
+        (lambda f: f.forecast(pd.DataFrame({"a": np.ones(9), "b": np.ones(9)}), 4), "whose columns are series"),
+        (lambda f: f.forecast(np.ones((3, 9)), 4, scaling=f.stream(np.ones(9)).scaling), "as many series"),
+        (lambda f: f.forecast(np.ones(9), 4, scaling=(0.0, 1.0)), "expected scaling"),
     ],
 )
 def test_invalid_series_and_horizons(second, call, message):
     with pytest.raises(cs.train.UsageError, match=message):
         call(second)
+
+
+def test_masked_values_are_missing(second):
+    x = cases.series(40)[0]
+    missing = np.arange(40) % 5 == 0
+    found = second.forecast(np.ma.masked_array(x, missing), np.int64(4))
+    np.testing.assert_array_equal(found, second.forecast(np.where(missing, np.nan, x), 4))
 
 
 def test_other_networks_are_refused():

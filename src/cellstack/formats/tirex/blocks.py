@@ -124,7 +124,7 @@ def _slstm(graph: Graph, weights: Weights, x: str, design: Design, heads: int) -
     recurrent = cell.take("_recurrent_kernel_", *((heads, size, 4 * size) if first else (heads, size, 4, size)))
     bias = cell.take("_bias_", *((4 * width,) if first else (heads, 4, size)))
     spec = CellSpec(4 * width, width, kind="slstm", heads=heads, use_kernel=False)
-    arrays = recurrent.reshape(heads, size, 4 * size), bias.reshape(heads, 4, size).swapaxes(0, 1).reshape(-1)
+    arrays = recurrent.reshape(spec.shapes["recurrent_kernel"]), bias.reshape(heads, 4, size).swapaxes(0, 1).reshape(-1)
     y = graph.add("slstm", Recurrent((Cell(spec, *arrays),)), graph.concat("gates", *sums))
     gain = weights.take("group_norm.weight", width)
     if first:  # the difference from one is stored

@@ -12,7 +12,7 @@ from cellstack.network import Network
 from cellstack.nodes import Merge, Select
 from cellstack.nodes.cell import WEIGHTS
 from cellstack.nodes.checks import check_choice
-from cellstack.train.checks import UsageError, is_count
+from cellstack.train.checks import UsageError, is_count, unmasked
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
     Scaling,
@@ -89,7 +89,7 @@ class TiRexForecaster:
             The quantiles, `[horizon, Q]` for one series, else `[B, horizon, Q]`.
 
         Raises:
-            UsageError: a series that isn't numbers, or an invalid horizon.
+            UsageError: a series that isn't numbers, an invalid horizon, or the scaling of other series.
         """
         rows, single = _rows(series)
         patches = self._patches(horizon)
@@ -99,6 +99,8 @@ class TiRexForecaster:
             raise UsageError("TiRexForecaster: expected together to be a count of patches, and only for a TiRex")
         if self.settings.sign_flip:
             rows += [-row for row in rows]
+        if scaling is not None and (not isinstance(scaling, Scaling) or len(scaling.loc) != len(rows)):
+            raise UsageError("TiRexForecaster: expected scaling to be that of a stream of as many series")
         prepared = _Prepared(rows, scaling, self.settings)
         parts, done = [], 0
         while done < patches:
@@ -137,6 +139,7 @@ class TiRexForecaster:
     def _patches(self, horizon: int) -> int:
         """Return the number of patches of a horizon."""
         longest = self.settings.future
+        horizon = int(horizon) if isinstance(horizon, np.integer) else horizon
         if not is_count(horizon) or (longest is not None and horizon > longest):
             expected = "a count of observations" if longest is None else f"a count from 1 to {longest}"
             raise UsageError(f"TiRexForecaster: expected horizon to be {expected}, got {horizon!r:.80}")
@@ -316,18 +319,31 @@ def last_steps(network: Network, count: int) -> Network:
 
 def _rows(series: Any) -> tuple[list[Floats], bool]:
     """Return series as a list of arrays, and whether there is only one, without a batch axis."""
+    if hasattr(series, "columns"):
+        raise UsageError(
+            "TiRexForecaster: expected series [T] or [B, T], got a table, whose columns are series: pass "
+            "table.to_numpy().T"
+        )
     several = isinstance(series, (list, tuple)) and any(np.ndim(row) for row in series)
     try:
-        rows = [np.asarray(row, np.float64) for row in series] if several else np.asarray(series, np.float64)
+        rows = [_floats(row) for row in series] if several else _floats(series)
     except (TypeError, ValueError) as error:
         raise UsageError(f"TiRexForecaster: expected series of numbers, got {series!r:.80}: {error}") from None
     single = isinstance(rows, np.ndarray) and rows.ndim == 1
-    found = [rows] if isinstance(rows, np.ndarray) and single else list(rows)
+    found = [rows] if isinstance(rows, np.ndarray) and rows.ndim < 2 else list(rows)
     if not found or any(row.ndim != 1 or not len(row) for row in found):
         raise UsageError("TiRexForecaster: expected series [T] or [B, T], or a list of series [T], with T >= 1")
     if any(np.isinf(row).any() for row in found):
         raise UsageError("TiRexForecaster: expected finite observations, or NaN for missing ones, got infinite ones")
     return found, single
+
+
+def _floats(row: Any) -> Floats:
+    """Return numbers as float64, NaN where they are masked."""
+    row = unmasked(row)
+    if np.iscomplexobj(row):
+        raise TypeError("complex numbers aren't supported")
+    return np.asarray(row, np.float64)
 
 
 def _begun(row: Floats) -> Floats:
