@@ -167,8 +167,13 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         raise
     if os.name == "posix":
         with suppress(OSError):  # the file is complete by now; not every file system can flush a folder
-            folder_descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(folder_descriptor)
-            finally:
-                os.close(folder_descriptor)
+            flush_folder(folder)
+
+
+def flush_folder(folder: str | PathLike[str]) -> None:
+    """Write a folder's list of files to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.formats.files import flush_folder
 from cellstack.spec import FormatError
 
 APPLICATION = 0x63737373  # SQLite's application_id of these files
@@ -90,15 +91,6 @@ def files_before(folder: Path, number: int) -> list[Path]:
     names = re.compile(rf"(\d{{6,}})\.({'|'.join(SUFFIXES)})")
     found = ((names.fullmatch(path.name), path) for path in folder.iterdir())
     return [path for _, path in sorted((int(m[1]), path) for m, path in found if m and int(m[1]) < number)]
-
-
-def flush_folder(folder: Path) -> None:
-    """Write a folder's list of files to disk."""
-    entry = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)
 
 
 def as_bytes(data: Any) -> Any:

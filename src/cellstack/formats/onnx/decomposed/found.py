@@ -14,7 +14,7 @@ from cellstack.formats.onnx.decomposed.lengths import fix_lengths
 from cellstack.formats.onnx.decomposed.linear import Term, array_of
 from cellstack.formats.onnx.decomposed.match import Matcher, Step, cell_of, forms, steps_of
 from cellstack.formats.onnx.decomposed.norms import expand_norms
-from cellstack.formats.onnx.decomposed.sums import stripped
+from cellstack.formats.onnx.decomposed.sums import origin, stripped
 from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.inputs import MOVES
 from cellstack.formats.onnx.specialize import specialize
@@ -84,14 +84,7 @@ def takes_states(scope: Scope) -> bool:
 
 def _root(scope: Scope, name: str) -> str:
     """Return the origin of a value, skipping operators that only move numbers."""
-    seen = 0
-    while seen < 1000:
-        seen += 1
-        node = scope.producers.get(name)
-        if node is None or node.op_type not in MOVES or not node.input:
-            break
-        name = node.input[0]
-    return name
+    return origin(scope, name, MOVES, 1000)
 
 
 def _with_h(scope: Scope, readings: list[Step]) -> Step | None:

@@ -6,7 +6,7 @@ which differences are multiplied out: 1 - z times g is g - z·g.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -22,15 +22,16 @@ MOST_TERMS = 32  # maximum number of operators and of terms in one sum
 
 def bare(scope: Scope, name: str) -> str:
     """Return a value's origin, skipping operators without effect."""
-    return _origin(scope, name, ("Identity",), 100)
+    return origin(scope, name, ("Identity",), 100)
 
 
 def stripped(scope: Scope, name: str) -> str:
     """Return the origin of a value, ignoring axes of length 1."""
-    return _origin(scope, name, FOLLOWED, 4)
+    return origin(scope, name, FOLLOWED, 4)
 
 
-def _origin(scope: Scope, name: str, skipped: Sequence[str], most: int) -> str:
+def origin(scope: Scope, name: str, skipped: Collection[str], most: int) -> str:
+    """Return a value from which another one derives, skipping at most so many operators of some types."""
     for _ in range(most):
         node = scope.producers.get(name)
         if node is None or node.op_type not in skipped or not node.input:
