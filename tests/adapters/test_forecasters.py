@@ -1,5 +1,6 @@
 """`SequenceForecaster` for sktime and aeon: horizons, indices, panels, columns known in advance, errors."""
 
+import doctest
 import pickle
 
 import numpy as np
@@ -25,6 +26,15 @@ def forecaster(**more):
     from cellstack.adapters import sktime
 
     return sktime.SequenceForecaster(quick(**more))
+
+
+def test_the_examples_in_the_docstrings():
+    from cellstack.adapters import aeon, sktime
+
+    for module in (aeon, sktime):
+        failed, attempted = doctest.testmod(module)
+        assert attempted
+        assert not failed
 
 
 @pytest.fixture(scope="module")

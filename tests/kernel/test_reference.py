@@ -4,6 +4,7 @@ import math
 import statistics
 
 import numpy as np
+import pairs
 import pytest
 from family import POSITIVE, learned, random_arrays, random_case, random_spec, random_state
 
@@ -172,8 +173,7 @@ def test_gradients_of_every_argument_alone(rng, kind, argument):
     check_gradients(rng, spec, random_arrays(rng, spec), case)
 
 
-@pytest.mark.parametrize("kind", STATES)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pairs.parametrize("kind, name", list(STATES), ACTIVATIONS, unpaired=[0])
 def test_gradients_of_every_activation_in_every_place(rng, kind, name):
     gates = {"rnn": {}, "minlstm": {"recurrent_activation": name if name in POSITIVE else "sigmoid"}}
     spec = CellSpec(2, 2, kind=kind, activation=name, **gates.get(kind, {"recurrent_activation": name}))
@@ -181,7 +181,7 @@ def test_gradients_of_every_activation_in_every_place(rng, kind, name):
     check_gradients(rng, spec, random_arrays(rng, spec), case)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pairs.seeds(24, 60)
 def test_gradients_of_products_of_flags(seed):
     rng = np.random.default_rng(seed)
     spec = random_spec(rng, tuple(STATES)[seed % len(STATES)], largest=4)

@@ -92,8 +92,7 @@ def check(theirs, ours, make, tolerance=1e-10, second=False):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+@pairs.parametrize("training, kind", [True, False], [*MODULES, *CELLS], unpaired=[0])
 def test_pytorch_s_test_inputs_give_the_results_of_pytorch(kind, training, runs):
     from torch.testing._internal.common_modules import module_db  # a second of time
 

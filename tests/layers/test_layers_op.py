@@ -199,11 +199,11 @@ def test_gradients_are_finite_differences(there):
     assert torch.autograd.gradcheck(as_function(g), g.leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize(("way", "started"), [("direct", False), ("registered", True)])
-@pytest.mark.parametrize("name", FLAGS)
-def test_gradients_of_every_flag_are_finite_differences(name, way, started, request):
-    if way == "registered":
-        request.getfixturevalue("registered")
+@pytest.mark.usefixtures("path")
+@pairs.parametrize(
+    "path, started, name", ["direct", "registered"], [False, True], list(FLAGS), unpaired=[0, 1], indirect=["path"]
+)
+def test_gradients_of_every_flag_are_finite_differences(started, name):
     g = given([flagged(name)], 5, batch=2, steps=3, started=started, masked=True, resets=True, zoned=not started)
     for state, start in zip(flagged(name).state_sizes, g.starts, strict=False):
         if state == "n":  # 0 means that nothing is stored yet: the results aren't continuous there
@@ -211,8 +211,7 @@ def test_gradients_of_every_flag_are_finite_differences(name, way, started, requ
     assert torch.autograd.gradcheck(as_function(g), g.leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pairs.parametrize("kind, name", list(GATES), ACTIVATIONS, unpaired=[0])
 def test_every_activation_has_the_right_derivative(name, kind):
     parameters = tuple(0.9 * p + 0.03 for p in PARAMETERS.get(name, ()))
     text = f"{name}({', '.join(map(str, parameters))})" if parameters else name

@@ -160,7 +160,7 @@ class Stopping(Chunks):
             yield batch
 
 
-@pytest.mark.parametrize("at", [0, 33, 50])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 33, pytest.param(50, marks=pytest.mark.slow)])
 def test_resume_after_ctrl_c_equals_an_uninterrupted_run(tmp_path, at):
     how = {"threads": 1, "optimizer": adam(SETTINGS.lr)}
     whole = made()

@@ -169,7 +169,10 @@ def test_a_checkpoint_of_batches_of_one_length_each_is_refused_for_sequences_of_
     assert "batches" not in torch.load(path, weights_only=True)["fingerprint"]  # earlier checkpoints can be resumed
 
 
-@pytest.mark.parametrize("cell", ["gru", "rnn", "mingru", "minlstm", "ligru", "slstm"])
+SLOW_CELLS = [pytest.param(cell, marks=pytest.mark.slow) for cell in ("rnn", "minlstm", "ligru", "slstm")]
+
+
+@pytest.mark.parametrize("cell", ["gru", "mingru", *SLOW_CELLS])
 def test_other_cells_learn_too(sequences, cell):
     model, *rest = prepare(sequences, cell=cell)
     result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
@@ -185,7 +188,7 @@ def test_early_stopping(sequences):
     assert len(result.history) == result.best["epoch"] + 3
 
 
-@pytest.mark.parametrize("at", [1, 9, 14, 30])
+@pytest.mark.parametrize("at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (9, 14)), 30])
 def test_resume_after_ctrl_c_equals_an_uninterrupted_run(sequences, tmp_path, at):
     path = tmp_path / "run.ckpt"
     whole, *rest = prepare(sequences)

@@ -63,7 +63,7 @@ def test_threads_that_lock_and_release_exclude_each_other(tmp_path):
 
     def often(_):
         done = 0
-        while done < 40:
+        while done < 15:
             with suppress(UsageError), locked(tmp_path / "file"):
                 inside[0] += 1
                 most[0], done = max(most[0], inside[0]), done + 1
