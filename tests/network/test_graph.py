@@ -423,6 +423,7 @@ X, SPEAKER = np.zeros((2, 5, 3)), np.zeros((2, 2))
 CALLS = {
     "one of two": (X, TypeError, "expected the inputs x, speaker, by name or in order, got ndarray"),
     "three of two": ((X, X, X), TypeError, "by name or in order, got 3 values"),
+    "none": ({}, TypeError, "expected the inputs x, speaker, got none"),
     "missing": ({"x": X}, TypeError, "expected the inputs x, speaker, got x"),
     "unknown": ({"x": X, "speaker": SPEAKER, "y": X}, TypeError, "expected the inputs x, speaker, got x, speaker, y"),
     "rank": ((X, X), ShapeError, r"expected speaker \[B, 2\], got \(2, 5, 3\)"),

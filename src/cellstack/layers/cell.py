@@ -73,11 +73,11 @@ def usual_forget_bias(spec: CellSpec) -> float:
     return 0.0 if spec.exponential_forget else 1.0
 
 
-def _of_forget_bias(given: Any) -> Any:
+def _of_forget_bias(owner: str, given: Any) -> Any:
     """Return the initializer that a number, a name, a description or a callable stands for."""
     if isinstance(given, (int, float)):
         return partial(weights.constant, value=given)
-    return weights.find(given, weights.INITIALIZERS, "forget_bias")
+    return weights.find(owner, "forget_bias", given, weights.INITIALIZERS)
 
 
 class Cell(Layer):
@@ -125,7 +125,7 @@ class Cell(Layer):
             setattr(self, name, getattr(spec, name))
         if given.get("forget_bias") is not None and not self._forgets:
             raise ValueError(f"{self._owner}: forget_bias needs a forget gate with a bias")
-        _of_forget_bias(given.get("forget_bias"))  # a name that isn't known is an error now
+        _of_forget_bias(self._owner, given.get("forget_bias"))  # a name that isn't known is an error now
         seed = given["seed"]
         if seed is not None:
             given["seed"] = seed = as_integer(self._owner, "seed", seed)
@@ -134,7 +134,10 @@ class Cell(Layer):
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
         self._parts = {
-            array: [weights.find(given[name], _TABLES[what], name) for what in _TABLES for name in [f"{role}_{what}"]]
+            array: [
+                weights.find(self._owner, f"{role}_{what}", given[f"{role}_{what}"], table)
+                for what, table in _TABLES.items()
+            ]
             for array, role in ROLES.items()
             if f"{role}_initializer" in given
         }
@@ -273,7 +276,7 @@ class Cell(Layer):
             return
         at = self._spec.gates.index("f") * self.units
         for head in values[at : at + self.units].view(self._spec.heads, -1):
-            weights.fill(head, _of_forget_bias(self.forget_bias))
+            weights.fill(head, _of_forget_bias(self._owner, self.forget_bias))
         for part in (values[:at], values[at + self.units :]):
             if len(part):
                 weights.fill(part, initializer)

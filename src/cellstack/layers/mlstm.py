@@ -243,7 +243,7 @@ class MLSTM(Layer):
             )
         self.sizes = MemorySizes(self.heads, given["key_size"], width // self.heads, float(epsilon))
         self.return_sequences, self.return_state = bool(return_sequences), bool(return_state)
-        self._initializer = weights.find(kernel_initializer, weights.INITIALIZERS, "kernel_initializer")
+        self._initializer = weights.find(owner, "kernel_initializer", kernel_initializer, weights.INITIALIZERS)
         self._like = torch.empty(0, dtype=as_dtype(dtype))
         self._config = {
             "units": self.units,

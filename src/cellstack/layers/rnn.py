@@ -88,7 +88,9 @@ class RNN(StatefulLayer):
         self.return_sequences, self.return_state = return_sequences, return_state
         self.go_backwards, self.stateful, self.unroll = go_backwards, stateful, unroll
         self.zero_output_for_mask, self.remat = zero_output_for_mask, self._config["remat"]
-        self.activity_regularizer = weights.find(activity_regularizer, weights.REGULARIZERS, "activity_regularizer")
+        self.activity_regularizer = weights.find(
+            self._owner, "activity_regularizer", activity_regularizer, weights.REGULARIZERS
+        )
         self._activity: Tensor | None = None
         self._ours = all(isinstance(part, Cell) for part in self.cells)
         self._like = torch.empty(0)  # for a stack without weights

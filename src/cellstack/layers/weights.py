@@ -210,8 +210,16 @@ def _initial(initializer: Any, w: Tensor) -> Tensor:
     return values.to(w)
 
 
-def find(given: Given, table: Mapping[str, Callable[..., Any]], argument: str) -> Callable[[Tensor], Any] | None:
+def find(
+    owner: str, argument: str, given: Given, table: Mapping[str, Callable[..., Any]]
+) -> Callable[[Tensor], Any] | None:
     """Return the function of `table` that `given` names or describes; a callable unchanged; None for None.
+
+    Args:
+        owner: the layer, for error messages.
+        argument: its argument, likewise.
+        given: the value of the argument.
+        table: the functions by name.
 
     Raises:
         ValueError: a name that isn't in the table.
@@ -226,15 +234,21 @@ def find(given: Given, table: Mapping[str, Callable[..., Any]], argument: str) -
         name = given.get("class_name")
         settings = {key: value for key, value in (given.get("config") or {}).items() if value is not None}
         if "class_name" not in given:
-            raise ValueError(f"expected {argument} to have a 'class_name', got {dict(given)!r}")
+            raise ValueError(f"{owner}: expected {argument} to have a 'class_name', got {dict(given)!r}")
     if name is None or (callable(name) and not isinstance(name, str)):
         return name
     if not isinstance(name, str):
-        raise TypeError(f"expected {argument} to be a name, a description or a callable, got {type(name).__name__}")
+        came = type(name).__name__
+        raise TypeError(f"{owner}: expected {argument} to be a name, a description or a callable, got {came}")
     function = table.get(_snake(name))
     if function is None:
-        raise ValueError(f"expected {argument} to be one of {', '.join(table)} or a callable, got {name!r}")
+        raise ValueError(f"{owner}: expected {argument} to be one of {', '.join(table)} or a callable, got {name!r}")
     seed = settings.pop("seed", None)
+    known = [*inspect.signature(function).parameters][1:]
+    for setting in settings:
+        if setting not in known:
+            takes = ", ".join(known) or "no settings"
+            raise TypeError(f"{owner}: {argument}: {name} takes {takes}, got {setting!r}")
     if isinstance(seed, int):
         return partial(_seeded, function, seed, settings)
     return partial(function, **settings) if settings else function

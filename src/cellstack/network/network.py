@@ -302,7 +302,8 @@ class Network(Delegated):
         names = self.inputs
         if isinstance(x, Mapping):
             if x.keys() != set(names):
-                raise TypeError(f"{owner}: expected the inputs {', '.join(names)}, got {', '.join(map(str, x))}")
+                got = ", ".join(map(str, x)) or "none"
+                raise TypeError(f"{owner}: expected the inputs {', '.join(names)}, got {got}")
             values = [x[name] for name in names]
         elif len(names) == 1:
             values = [x]
