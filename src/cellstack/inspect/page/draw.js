@@ -100,9 +100,11 @@ export function drawTiles(canvas, view, plane, scale, names, marked = null) {
     pen.fillStyle = view.colours.muted;
     if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high);
   }
-  pen.strokeStyle = view.colours.cursor;
+  if (marked === null) return;
+  pen.strokeStyle = pen.fillStyle = view.colours.cursor;
   pen.lineWidth = 1.5 * ratio;
-  if (marked !== null) pen.strokeRect(left, marked * high, width - left - RIGHT * ratio, high);
+  if (high > 6 * ratio) pen.strokeRect(left, marked * high, width - left - RIGHT * ratio, high);
+  else pen.fillRect(0, marked * high - ratio, left - 3 * ratio, 2 * ratio); // beside it
 }
 
 // A limited number of round numbers between two ends.
