@@ -11,6 +11,7 @@ template <class T>
 struct Stream<T>::Impl {
     std::vector<const Weights<T>*> weights;
     int64_t batch, chunk, work = 0;  // work: multiplications per step
+    int64_t most_steps;              // beyond these, the work of a call is counted as kMostNumbers
     int threads, groups;             // threads divide the rows into groups, each with separate runners
     std::vector<Runner<T>> runners;  // [groups][layers]
     std::vector<T*> between;         // [groups][layers], y of a layer: two chunks alternately, each [rows, chunk, P]
@@ -102,6 +103,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
         checked(checked(batch, kProductRows), 64 * (w->description().units + w->description().input));
         s.work += batch * multiplications(w->description());
     }
+    s.most_steps = kMostNumbers / std::max<int64_t>(s.work, 1);
     s.batch = batch, s.threads = int(std::min<int64_t>(threads, kMostThreads));
     s.groups = int(std::min<int64_t>(batch, s.threads));
     const int64_t most_rows = ceil_div(batch, s.groups);
@@ -134,26 +136,30 @@ template <class T>
 void Stream<T>::run(const T* x, T* y, int64_t steps) {
     Impl& s = *impl_;
     const int depth = int(s.weights.size());
-    const int64_t chunks = ceil_div(steps, s.chunk);
-    const int64_t work = steps > kMostNumbers / std::max<int64_t>(s.work, 1) ? kMostNumbers : s.work * steps;
+    const int64_t work = steps > s.most_steps ? kMostNumbers : s.work * steps;
     const int threads = useful_threads(s.threads, work);
+    const int64_t chunks = ceil_div(steps, s.chunk);
+    // Runs layers [first_layer, end_layer) of every `tasks`-th group.
+    const auto pass = [&](int64_t n, int64_t end, int task, int tasks, int first_layer, int end_layer) {
+        FlushDenormals flush;
+        for (; n < end; ++n)
+            for (int group = task; group < s.groups; group += tasks)
+                for (int l = first_layer; l < end_layer; ++l) s.advance(group, l, n, x, y, steps);
+    };
+    if (threads == 1) return pass(0, chunks, 0, 1, 0, depth);  // the divisions below take as long as a small step
     // Threads divide the rows if there are enough, else the units or the layers: each team's layers stay a chunk behind
     // the team below.
     const int tasks = std::min(threads, s.groups);
-    const Cut cut = s.groups == 1 && threads > 1 ? cut_up(s.weights, s.batch, steps, 1, false, threads)
-                                                 : Cut{tasks, std::min(depth, threads / tasks), 1, s.chunk};
+    const Cut cut = s.groups == 1 ? cut_up(s.weights, s.batch, steps, 1, false, threads)
+                                  : Cut{tasks, std::min(depth, threads / tasks), 1, s.chunk};
     if (cut.shares > 1) return s.share_out(x, y, steps, cut.shares);
     const int teams = chunks > 1 ? cut.teams : 1;
     for (int64_t round = 0; round < (teams > 1 ? chunks + teams - 1 : 1); ++round)
         parallel(tasks * teams, [&](int k) {
-            FlushDenormals flush;
             const int team = k / tasks;
             const int64_t first = teams > 1 ? std::max<int64_t>(round - team, 0) : 0;
             const int64_t end = teams > 1 ? std::min(round - team + 1, chunks) : chunks;
-            for (int64_t n = first; n < end; ++n)
-                for (int group = k % tasks; group < s.groups; group += tasks)
-                    for (int l = depth * team / teams; l < depth * (team + 1) / teams; ++l)
-                        s.advance(group, l, n, x, y, steps);
+            pass(first, end, k % tasks, tasks, depth * team / teams, depth * (team + 1) / teams);
         });
 }
 
