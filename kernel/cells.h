@@ -195,11 +195,22 @@ INLINE V<T> scalar_of(const Forward<T>& f, int64_t r, int64_t t) {
 // ── outputs of a step ────────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class T>
+INLINE void write_y(const Forward<T>& f, const Place& at, V<T> h) {
+    if (f.y) store_lanes(f.y + at.r * f.y_row + at.t * f.y_time + at.unit, h, at.lanes);
+}
+
+template <class T>
 INLINE void write_h(const Forward<T>& f, const Place& at, V<T> kept, V<T> fed, T* h_next) {
     const int64_t here = at.r * f.w.output_blocks * Vec<T>::W + at.unit;
     if (f.recurrent_dropout) store(f.h_kept + here, kept);
     store(h_next + here, fed);
-    if (f.y) store_lanes(f.y + at.r * f.y_row + at.t * f.y_time + at.unit, kept, at.lanes);
+    write_y(f, at, kept);
+}
+
+// h after recurrent dropout.
+template <class T>
+INLINE V<T> dropped(const Forward<T>& f, const Place& at, V<T> h) {
+    return f.recurrent_dropout ? h * load_lanes(f.recurrent_dropout + at.r * f.w.d->output + at.unit, at.lanes) : h;
 }
 
 // h before the step, without recurrent dropout.
@@ -208,17 +219,22 @@ INLINE V<T> h_before(const Forward<T>& f, const Place& at, const T* h) {
     return load((f.recurrent_dropout ? f.h_kept : h) + at.r * f.w.output_blocks * Vec<T>::W + at.unit);
 }
 
-// Writes a block of h for the next step, and to y.
-template <class T, bool Plain>
-INLINE void write_output(const Forward<T>& f, const Place& at, V<T> fresh, const T* h, T* h_next) {
+// Writes a block of h for the next step, and to y. Zoneout, patches and dropout are applied out of line on the path by
+// rows, whose kinds then contain one test of them.
+template <class T>
+NOINLINE void write_altered(const Forward<T>& f, const Place& at, V<T> fresh, const T* h, T* h_next) {
     const Description& d = *f.w.d;
     V<T> kept = fresh;
-    if (!Plain && d.zoneout > 0)
-        kept = mixed<T>(zone(f.zoneout, d.zoneout, f.steps, d.output, at), h_before(f, at, h), fresh);
-    if (!Plain && f.patches.lines) patch_state<T>(f, 0, at, kept, h_before(f, at, h));
-    V<T> fed = kept;
-    if (f.recurrent_dropout) fed = kept * load_lanes(f.recurrent_dropout + at.r * d.output + at.unit, at.lanes);
-    write_h(f, at, kept, fed, h_next);
+    if (d.zoneout > 0) kept = mixed<T>(zone(f.zoneout, d.zoneout, f.steps, d.output, at), h_before(f, at, h), fresh);
+    if (f.patches.lines) patch_state<T>(f, 0, at, kept, h_before(f, at, h));
+    write_h(f, at, kept, dropped<T>(f, at, kept), h_next);
+}
+template <class T, bool Plain>
+INLINE void write_output(const Forward<T>& f, const Place& at, V<T> fresh, const T* h, T* h_next) {
+    if constexpr (Plain) return write_h(f, at, fresh, dropped<T>(f, at, fresh), h_next);
+    if (f.altered) return write_altered<T>(f, at, fresh, h, h_next);
+    store(h_next + at.r * f.w.output_blocks * Vec<T>::W + at.unit, fresh);
+    write_y(f, at, fresh);
 }
 
 template <class T, int Planes>

@@ -299,22 +299,29 @@ void run_blocks(Forward<T>& f) {
     };
     if (f.project) round(f.narrow_x, rows_of_x(f), (f.last - f.first) * f.rows, f.w.d->input);
     if (f.z && f.project) project<T>(f);
-    alignas(kVectorBytes) T over_x[kWideRows * 4 * W], over_h[kWideRows * 4 * W];
-    Side<T> x(f.w.kernel, words_of(f.w.element, I), over_x), h(f.w.recurrent, f.w.band.depth, over_h);
-    x.t.a_row = rounds ? narrow_stride(f.w.element, I) : f.x_row;
-    h.t.a_row = rounds ? narrow_stride(f.w.element, H) : f.w.blocks * W;
     // The blocks before this one are computed as those of a single row; with the tail, if the block before it is there
     // too and multiplies the same part of h.
     int64_t alone = f.rows == 1 ? end : f.block;
     if (f.rows == 1 && f.w.is_tail(end - 1)) alone -= end - f.block == 1 || f.w.start(end - 1) != f.w.start(end - 2);
-    for (int64_t n = f.from; n < f.to; ++n) {
-        if (f.reset) restart(f, n);
-        T* h_next = f.h_next;
-        const Rows<T> own{f.h, f.w.blocks * W, 0, f.rows};
-        round(f.narrow_h, own, f.rows, H);
-        // Blocks in ascending order at even steps, descending at odd ones: the last ones are still in the cache.
-        const bool down = n & 1;
-        if (alone > f.block) row_alone(f, n, down, alone, static_cast<const T*>(f.h), h_next);
+    const auto each_step = [&](auto&& body) INLINED {
+        for (int64_t n = f.from; n < f.to; ++n) {
+            if (f.reset) restart(f, n);
+            T* h_next = f.h_next;
+            const Rows<T> own{f.h, f.w.blocks * W, 0, f.rows};
+            round(f.narrow_h, own, f.rows, H);
+            // Blocks in ascending order at even steps, descending at odd ones: the last ones are still in the cache.
+            const bool down = n & 1;
+            if (alone > f.block) row_alone(f, n, down, alone, static_cast<const T*>(f.h), h_next);
+            body(n, down, h_next);
+            swap_states(f);
+        }
+    };
+    if (alone == end) return each_step([](int64_t, bool, T*) {});
+    alignas(kVectorBytes) T over_x[kWideRows * 4 * W], over_h[kWideRows * 4 * W];
+    Side<T> x(f.w.kernel, words_of(f.w.element, I), over_x), h(f.w.recurrent, f.w.band.depth, over_h);
+    x.t.a_row = rounds ? narrow_stride(f.w.element, I) : f.x_row;
+    h.t.a_row = rounds ? narrow_stride(f.w.element, H) : f.w.blocks * W;
+    each_step([&](int64_t n, bool down, T* h_next) INLINED {
         x.first = rounds ? f.narrow_x : f.x + time_of(f, n) * f.x_time;
         for (int64_t left = end - alone; left > 0; --left) {
             const int64_t block = down ? alone + left - 1 : end - left;
@@ -322,8 +329,7 @@ void run_blocks(Forward<T>& f) {
             const int64_t after = left == 1 ? block : down ? block - 1 : block + 1;
             step_rows(f, x, h, n, block, f.w.recurrent + after * h.panel, h_next);
         }
-        swap_states(f);
-    }
+    });
 }
 
 // Without a kernel, the sums over x are x itself, and the bias.
@@ -350,9 +356,10 @@ void run_rows(Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     const ForwardRoutines<T>& kind = forward_routines<T>(d.kind, w.usual);
+    f.altered = f.patches.lines || f.recurrent_dropout || d.zoneout > 0;
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
-    const int G = d.gates(), sum_gates = d.sum_gates();
-    const int64_t stride = w.unpacked ? H : wide, row = G * stride;
+    const int sum_gates = d.sum_gates();
+    const int64_t stride = w.unpacked ? H : wide;
     // Of the sums over x and h: of the gates, or of the backbone.
     const int64_t sum_stride = w.unpacked ? d.sum_units() : w.sum_blocks * Vec<T>::W, sum_row = sum_gates * sum_stride;
     Product<T> product(w, sum_gates, d.sum_units(), w.sum_blocks, f.block, d.backbone ? w.sum_blocks : f.end_block,
@@ -374,12 +381,9 @@ void run_rows(Forward<T>& f) {
         T* sums = d.apart() ? f.q : z;
         const Rows<T> h{f.h, output_wide, 0, f.rows};
         const bool add = !d.apart(), down = n & 1;
-        const auto rows = [&](auto&& body) INLINED {
-            for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
-        };
         if (d.resets_before()) {
             multiply(product, h, f.rows, sums, add, down, 0, 2);
-            rows([&](int64_t r, bool used) { kind.reset(f, r, t, z + r * row, stride, f.h, used); });
+            kind.reset(f, t, z, stride);
             multiply(product, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
         } else if (d.kind->recurrent) {
             multiply(product, h, f.rows, sums, add, down);
@@ -388,22 +392,19 @@ void run_rows(Forward<T>& f) {
             run_backbone(f, t, z, sum_row, stride);
             z = sums = f.q;
         }
-        rows([&](int64_t r, bool used) {
-            if (!used) return carry(f, r, t, f.h, f.h_next);
-            kind.row(f, r, t, z + r * row, sums + r * row, stride, f.h, f.h_next);
-        });
+        kind.rows(f, t, z, sums, stride);
         if (d.projects()) {
             Product<T> projected(w, 1, d.output, w.output_blocks, 0, w.output_blocks,
                                  w.unpacked ? d.output : output_wide, f.scales);
             projected.set(w.projection, nullptr, H, f.narrow_h);
             multiply(projected, {f.m, wide, 0, f.rows}, f.rows, f.p);
-            rows([&](int64_t r, bool used) {
-                if (!used) return;
+            for (int64_t r = 0; r < f.rows; ++r) {
+                if (!is_used(f, r, t)) continue;
                 each_block<T>(r, t, w.output_blocks, d.output, [&](const Place& at) INLINED {
                     write_output<T, false>(f, at, load_lanes(f.p + r * projected.stride + at.unit, at.lanes), f.h,
                                            f.h_next);
                 });
-            });
+            }
         }
         swap_states(f);
     }

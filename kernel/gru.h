@@ -17,7 +17,8 @@ struct Gru {
     // For a reset gate before the product: computes z, r, and r·h, the input of the candidate's product. Patches don't
     // apply to masked rows, whose results aren't used.
     template <class T, bool Usual>
-    static void reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h, bool used) {
+    INLINE static void reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h,
+                             bool used) {
         const Description& d = *f.w.d;
         const int64_t wide = f.w.blocks * Vec<T>::W;
         each_block(f, r, t, [&](const Place& at) INLINED {
@@ -35,7 +36,8 @@ struct Gru {
     }
 
     template <class T, bool Usual>
-    static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
+    INLINE static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h,
+                           T* h_next) {
         const Description& d = *f.w.d;
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
         const V<T> attention = scalar_of(f, r, t);

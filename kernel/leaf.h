@@ -142,8 +142,9 @@ struct Forward {
     const uint8_t *mask, *reset;                     // [rows][steps] or null
     const T *recurrent_dropout, *candidate_dropout;  // [rows][P] or null
     const T *zoneout, *zoneout_cell;                 // [rows][steps][P], [rows][steps][H] or null
-    T *h, *h_next;     // [rows][output_blocks·W]; swapped after every step: `h` is the state
-    T* h_kept;         // [rows][output_blocks·W], h before recurrent dropout; null without it
+    bool altered;   // by rows: whether patches, recurrent dropout or zoneout change h; tested instead of each of them
+    T *h, *h_next;  // [rows][output_blocks·W]; swapped after every step: `h` is the state
+    T* h_kept;      // [rows][output_blocks·W], h before recurrent dropout; null without it
     T* inner[kInner];  // [rows][blocks·W], the inner states
     T* y;              // with the strides below; or null
     int64_t y_row, y_time;

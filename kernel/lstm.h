@@ -88,7 +88,8 @@ INLINE V<T> lstm_cell_back(const Backward<T>& f, const Limits<T>& limits, const 
 
 struct Lstm {
     template <class T, bool Usual>
-    static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
+    INLINE static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h,
+                           T* h_next) {
         constexpr int W = Vec<T>::W;
         const Description& d = *f.w.d;
         T* line = f.m ? f.m + r * f.w.blocks * W : nullptr;

@@ -7,7 +7,8 @@ namespace {
 
 struct MinLstm {
     template <class T, bool Usual>
-    static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T*, int64_t stride, const T* h, T* h_next) {
+    INLINE static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T*, int64_t stride, const T* h,
+                           T* h_next) {
         const Description& d = *f.w.d;
         if (d.layer_norm) normalise(f, r, t, sums, sums, stride);
         each_block(f, r, t, [&](const Place& at) INLINED {

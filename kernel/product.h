@@ -96,7 +96,7 @@ struct Product {
     int gates;
     int64_t units, blocks, block, end_block;  // blocks [block, end_block) are computed
     int64_t stride;                           // of the result, [rows][gates][stride]
-    T* row_scales;                            // for int8, scratch: the scale of each row
+    T* row_scales;                            // for int8, scratch: the scale of each row; else null
     Tail tail;
     Tile<T> t;
     // Of the matrix:
@@ -104,7 +104,7 @@ struct Product {
     const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
     int64_t depth, heads;
     T* narrow;  // scratch for narrow weights: the rows in their format, [rows][narrow_stride(element, depth)]
-    const T *scales, *shifts;
+    const T *scales, *shifts;  // of columns, for int8
     int64_t panel;
     int64_t start;  // of a group's part of a row
 
@@ -127,8 +127,8 @@ struct Product {
     void set(const T* matrix, const T* bias, int64_t depth, T* narrow, int64_t heads = 1) {
         this->matrix = matrix, this->bias = bias, this->depth = depth, this->narrow = narrow, this->heads = heads;
         t.depth = heads > 1 ? w.band.depth : words_of(w.element, depth);
-        t.panel_block = panel = t.depth * t.panel_step;
-        scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step, start = 0;
+        t.panel_block = panel = t.depth * t.panel_step, start = 0;
+        if (row_scales) scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step;
     }
 
     // Calls body(routine for a single row, vectors, first row, rows) for each group of vectors, after setting
@@ -158,7 +158,7 @@ struct Product {
                 }
                 const int64_t at = of * t.from_block + gate * W;
                 t.panel = matrix + of * panel + gate * W, t.from = bias ? bias + at : nullptr;
-                t.scales = scales + at, t.shifts = shifts + at;
+                if (row_scales) t.scales = scales + at, t.shifts = shifts + at;
                 t.to = to + gate * stride + of * W;
                 if (across)
                     body(some == 8 ? tiles.eight_blocks : tiles.of[0][some - 1], int(some), 0, count);
@@ -170,7 +170,7 @@ struct Product {
     // The same for the tail, and with a single row for the block before it too, in one group; returns how many blocks
     // these are. Their sums are moved to the result from a buffer.
     template <class F>
-    INLINE int64_t each_tail(T* to, bool add, int64_t count, F&& body) {
+    NOINLINE int64_t each_tail(T* to, bool add, int64_t count, F&& body) {
         constexpr int W = Vec<T>::W;
         constexpr int64_t most = 4 * kRows;
         alignas(kVectorBytes) T sums[most * kMostGates * W + W];
@@ -182,7 +182,7 @@ struct Product {
         t.panel_step = both ? step : tail.vectors * W, t.to_row = vectors * W;
         t.panel_vector = t.from_vector = t.to_vector = W, t.add = false;
         t.from = bias ? bias + at - before * W : nullptr;
-        t.scales = scales + at - before * W, t.shifts = shifts + at - before * W;
+        if (row_scales) t.scales = scales + at - before * W, t.shifts = shifts + at - before * W;
         const auto routine = both ? w.tiles->with_tail[gates - 3][tail.vectors - 1] : w.tiles->of[0][vectors - 1];
         const auto move = [&](T* own, V<T> sum) INLINED { store(own, add ? load(own) + sum : sum); };
         for (int64_t m = 0, some; m < count; m += some) {

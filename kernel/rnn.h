@@ -7,12 +7,14 @@ namespace {
 
 struct SimpleRnn {
     template <class T, bool Usual>
-    static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
+    INLINE static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h,
+                           T* h_next) {
         const Description& d = *f.w.d;
         if (d.layer_norm) normalise(f, r, t, sums, q, stride);
+        const bool apart = d.apart();
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[1] = {load_lanes(sums + at.unit, at.lanes)};
-            if (d.apart()) z[0] += load_lanes(q + at.unit, at.lanes);
+            if (apart) z[0] += load_lanes(q + at.unit, at.lanes);
             z[0] = act<T, Usual, true>(d.activations[0], limited<T>(d.clip, z[0]));
             patch_gate<T>(f, 0, at, z[0]);
             keep_gates(f, at, z);

@@ -13,12 +13,12 @@
 namespace cellstack {
 namespace {
 
-// The routines of a kind that cells.h describes; those of a reset gate that acts before the product are null in kinds
-// without one.
+// The routines of a kind that cells.h describes, forward for all rows at time t; those of a reset gate that acts before
+// the product are null in kinds without one.
 template <class T>
 struct ForwardRoutines {
-    void (*row)(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next);
-    void (*reset)(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h, bool used);
+    void (*rows)(const Forward<T>& f, int64_t t, T* z, T* q, int64_t stride);
+    void (*reset)(const Forward<T>& f, int64_t t, T* z, int64_t stride);
 };
 template <class T>
 struct BackwardRoutines {
@@ -28,12 +28,35 @@ struct BackwardRoutines {
                   int64_t unit_columns);
 };
 
+template <class T>
+INLINE bool is_used(const Forward<T>& f, int64_t r, int64_t t) {
+    return !f.mask || f.mask[r * f.steps + t];
+}
+
+template <class T, class Cell, bool Usual>
+void all_rows(const Forward<T>& f, int64_t t, T* z, T* q, int64_t stride) {
+    const int64_t row = f.w.d->gates() * stride;
+    const T* h = f.h;
+    T* h_next = f.h_next;
+    for (int64_t r = 0; r < f.rows; ++r, z += row, q += row)
+        if (is_used(f, r, t))
+            Cell::template row<T, Usual>(f, r, t, z, q, stride, h, h_next);
+        else
+            carry(f, r, t, h, h_next);
+}
+template <class T, class Cell, bool Usual>
+void reset_rows(const Forward<T>& f, int64_t t, T* z, int64_t stride) {
+    const int64_t row = f.w.d->gates() * stride;
+    for (int64_t r = 0; r < f.rows; ++r, z += row)
+        Cell::template reset<T, Usual>(f, r, t, z, stride, f.h, is_used(f, r, t));
+}
+
 template <class T, class Cell, bool Usual, bool Resets>
 constexpr ForwardRoutines<T> forward_of() {
     if constexpr (Resets)
-        return {Cell::template row<T, Usual>, Cell::template reset<T, Usual>};
+        return {all_rows<T, Cell, Usual>, reset_rows<T, Cell, Usual>};
     else
-        return {Cell::template row<T, Usual>, nullptr};
+        return {all_rows<T, Cell, Usual>, nullptr};
 }
 template <class T, class Cell, bool Usual, bool Resets>
 constexpr BackwardRoutines<T> backward_of() {

@@ -48,7 +48,8 @@ struct Slstm {
     }
 
     template <class T, bool Usual>
-    static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T*, int64_t stride, const T* h, T* h_next) {
+    INLINE static void row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T*, int64_t stride, const T* h,
+                           T* h_next) {
         each_block(f, r, t, [&](const Place& at) INLINED {
             V<T> z[kGates], gates[kGates + 1];
             UNROLL
