@@ -186,6 +186,12 @@ def test_lists_of_series_of_different_lengths(second):
     assert stream.forecast(6).shape == stream.restarted().forecast(6).shape == (3, 6, 5)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(second, threads):
+    series = np.random.default_rng(0).normal(size=(3, 40)).cumsum(axis=1)
+    np.testing.assert_array_equal(second.forecast(series, 8, threads=threads), second.forecast(series, 8, threads=1))
+
+
 def test_saved_in_the_native_format(tmp_path, model):
     _, net = model
     net.save(tmp_path / "own.safetensors")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.network import Network
+from cellstack.network import Network, processors
 from cellstack.nodes import Merge, Select
 from cellstack.nodes.cell import WEIGHTS
-from cellstack.nodes.checks import check_choice
+from cellstack.nodes.checks import check_choice, check_integer
 from cellstack.train.checks import UsageError, is_count, unmasked
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
@@ -83,7 +84,7 @@ class TiRexForecaster:
                 in its training; False is faster. TiRex always pads.
             together: the number of patches that TiRex forecasts in one run; for the next ones the context moves, and is
                 scaled anew. None: 1, the default of its package. TiRex-2 forecasts all in one run.
-            threads: the number of threads that the kernel may use; None: see `Network.run`.
+            threads: the number of threads, which share the series if there are enough; None: one per processor.
 
         Returns:
             The quantiles, `[horizon, Q]` for one series, else `[B, horizon, Q]`.
@@ -109,8 +110,7 @@ class TiRexForecaster:
             context = _context(values, self.settings, pad)
             used = scaling or Scaling.of(context, prepared.differenced, self.settings)
             tokens = _tokens(used.apply(context, self.settings), self.settings, count - 1)
-            outputs, _ = self._last_steps(count).run(tokens, threads=threads, weights=self.weights)
-            parts.append(self._undone(outputs, used))
+            parts.append(self._undone(self._outputs(tokens, count, threads), used))
             done += count
         return self._finished(np.concatenate(parts, axis=1)[:, :horizon], prepared, single)
 
@@ -129,6 +129,22 @@ class TiRexForecaster:
         """
         rows, single = _rows(series)
         return TiRexStream(self, rows, single, pad, threads)
+
+    def _outputs(self, tokens: NDArray[np.float32], count: int, threads: int | None) -> NDArray[np.float32]:
+        """Return the last `count` steps of the network's output.
+
+        If there are enough series, each thread runs the whole network over some of them: threads that divide each node
+        wait for each other after it, and some nodes use only one thread.
+        """
+        network = self._last_steps(count)
+        threads = processors() if threads is None else check_integer("TiRexForecaster", "threads", threads)
+        if threads == 1 or len(tokens) < threads:
+            return network.run(tokens, threads=threads, weights=self.weights)[0]
+        with ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(
+                lambda part: network.run(part, threads=1, weights=self.weights)[0], np.array_split(tokens, threads)
+            )
+            return np.concatenate(list(parts))
 
     def _last_steps(self, count: int) -> Network:
         """Return the network with only the last `count` steps of its output."""
