@@ -229,7 +229,10 @@ def test_an_id_out_of_range_is_treated_as_0(tmp_path):
     assert not np.array_equal(inside.step([8]), first)
 
 
-@pytest.mark.parametrize(("language", "standard"), [("c", "c99"), ("c", "c11"), ("c++", "c++11"), ("c++", "c++17")])
+LATER = [pytest.param(*case, marks=pytest.mark.slow) for case in (("c", "c11"), ("c++", "c++17"))]
+
+
+@pytest.mark.parametrize(("language", "standard"), [("c", "c99"), ("c++", "c++11"), *LATER])
 def test_it_is_c_and_c_plus_plus(tmp_path, language, standard):
     networks = {f"net{seed}": make_network(seed, streams=True) for seed in range(3)} | {"around": around()}
     for name, inside in build(tmp_path, networks, language=language, standard=standard).items():

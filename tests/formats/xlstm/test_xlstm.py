@@ -376,7 +376,9 @@ def test_accelerated_cells(settings, cell, text):
     assert type(getattr(model.blocks[0].xlstm, cell)) is before_class
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_mode": "fused", "mode": "train"}])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"weight_mode": "fused", "mode": "train"}, marks=pytest.mark.slow)]
+)
 def test_an_accelerated_large_model(settings):
     """Logits, states and gradients are those of xlstm, for a sequence and then step by step."""
     model = large_model(**settings)
