@@ -1150,17 +1150,15 @@ def test_the_fields_of_an_mlstm_are_those_of_the_trace(open_page, rng, x):
     memory = t["memory"]
     screen = open_page(t)
     assert screen.page.locator(".choice button").all_inner_texts()[:9] == [*"qkvifomnh"]
-    for row in (0, 1):
+    for row, step in ((0, 2), (1, 4)):  # used, and masked
         screen.choose("Row", str(row))
         for name, array in memory.fields.items():
-            screen.field(name)
             unit = array.shape[-1] - 1
-            for step in (2, 4):
-                screen.looked_at(step=step, unit=unit)
-                said = screen.text(".readout")
-                assert close(numbers_in(said.split(" = ")[1])[0], array[row, step, unit], 5)
-                place = "" if name in "ifm" else " [3]" if name in "qkn" else " [2]"
-                assert f" · head 1{place} · {name} = " in said
+            screen.looked_at(field=name, step=step, unit=unit)
+            said = screen.text(".readout")
+            assert close(numbers_in(said.split(" = ")[1])[0], array[row, step, unit], 5)
+            place = "" if name in "ifm" else " [3]" if name in "qkn" else " [2]"
+            assert f" · head 1{place} · {name} = " in said
     screen.looked_at(field="h", unit=4)
     screen.field("f")
     assert "· head 1 · f = " in screen.text(".readout")  # still the same head
