@@ -28,6 +28,7 @@ from cellstack.nodes import (
     Flatten,
     GlobalPool,
     GroupedDense,
+    GroupNorm,
     LayerNorm,
     Magnitude,
     Masking,
@@ -385,6 +386,8 @@ def every_node():
     add(first, LayerNorm())
     add(RMSNorm(floats(rng, 4), floats(rng, 4)))
     add(first, RMSNorm(epsilon=0.1))
+    add(GroupNorm(2, floats(rng, 4), floats(rng, 4), over_time=False))
+    add(first, GroupNorm(4, epsilon=0.1, over_time=False))
     add(GroupedDense(floats(rng, 2, 2, 3), floats(rng, 6)))
     add(GroupedDense(floats(rng, 4, 1, 2)))
     ids = {"x": np.array([[0, 3, 1, 0, 2, 5, 4], [1, 1, 0, 5, 0, 2, 3]], float)}
@@ -458,7 +461,7 @@ def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
     made = every_node()
     kinds = {node.file_type for case in made for node in case["network"].nodes}
     refused = {"take", "magnitude", "context", "per_frame", "step_mask", "power", "function"}
-    refused |= {"grid_conv", "grid_pool", "group_norm", "time_softmax", "attention", "repeat_like"}
+    refused |= {"grid_conv", "grid_pool", "time_softmax", "attention", "repeat_like"}
     assert kinds == set(NODES) - refused
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
         net, options = case["network"], case["options"]
@@ -938,6 +941,9 @@ def test_unsupported_parts_are_named_and_never_run(page):
         work += "return [engine.unsupported(network), said]; }"
         assert evaluated(page, work, [{"network": net}]) == [[[sentence], sentence]]
     assert evaluated(page, "(network) => engine.unsupported(network)", every_node()) == [[] for _ in every_node()]
+    over_time = Network([GroupNorm(2)], ["node"], inputs={"x": (None, 2)})
+    said = ["node: a norm over time isn't supported."]
+    assert evaluated(page, "(network) => engine.unsupported(network)", [{"network": over_time}]) == [said]
     for node in (Take((1, 0)), Magnitude(), Context(1), PerFrame((2,), (Reshape((-1, 1)), Flatten()), ((0,), (1,)))):
         net = Network([node], ["node"], inputs={"x": (None, 2)})
         said = [f"node: a node of the type {node.file_type} isn't supported."]

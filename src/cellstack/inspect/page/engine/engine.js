@@ -132,6 +132,8 @@ export function unsupported(network) {
       continue;
     }
     const kind = NODE_KINDS[type];
+    const why = kind.refuses?.(settings) ?? null;
+    if (why !== null) found.push(`${name}: ${why}`);
     for (const key of Object.keys(settings)) {
       if (!kind.settings.includes(key)) found.push(`${name}: the setting ${key} of ${type} isn't supported.`);
     }

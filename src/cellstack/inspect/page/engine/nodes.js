@@ -11,6 +11,7 @@ import {
   clipNode,
   denseNode,
   embeddingNode,
+  groupNormNode,
   groupedDenseNode,
   layerNormNode,
   maskingNode,
@@ -123,7 +124,8 @@ const memoryNode = {
 };
 
 // Every kind of node, by its name in files: its settings and arrays in a description; `run` maps a flow to a flow, and
-// stores what the backward pass needs; `back` maps the gradient of the output to the gradients of the inputs.
+// stores what the backward pass needs; `back` maps the gradient of the output to the gradients of the inputs. Optional:
+// `refuses` returns why some settings aren't supported, or null.
 export const NODE_KINDS = {
   recurrent: recurrentNode,
   bidirectional: bidirectionalNode,
@@ -132,6 +134,7 @@ export const NODE_KINDS = {
   scale: scaleNode,
   layer_norm: layerNormNode,
   rms_norm: rmsNormNode,
+  group_norm: groupNormNode,
   dense: denseNode,
   grouped_dense: groupedDenseNode,
   activation: activationNode,

@@ -126,30 +126,31 @@ export const scaleNode = stepwiseNode(
   },
 );
 
-// Normalise every row; also returns LN(x) and the deviations, for the backward pass.
+// Normalise each group of every row; also returns the result before the gain, and the deviations, for the backward pass.
 function normalisedRows(node, x, centred) {
-  const W = lastAxis(x.shape);
+  const { groups = 1, epsilon } = node.settings;
+  const W = lastAxis(x.shape) / groups;
   const [gain, bias] = ["gain", "bias"].map((name) => node.arrays[name]?.data ?? null);
   const y = x.data.slice();
   const unit = new Float64Array(y.length);
   const deviations = new Float64Array(y.length / W || 0);
-  for (let row = 0; row < deviations.length; row += 1) {
-    deviations[row] = normaliseRow(y, row * W, W, gain, 0, bias, node.settings.epsilon, unit, row * W, centred);
+  for (let n = 0; n < deviations.length; n += 1) {
+    deviations[n] = normaliseRow(y, n * W, W, gain, (n % groups) * W, bias, epsilon, unit, n * W, centred);
   }
-  return { y, unit, deviations, gain, W };
+  return { y, unit, deviations, gain, groups, W };
 }
 
-const normNode = (centred) =>
+const normNode = (centred, ...settings) =>
   stepwiseNode(
-    ["input_size", "use_gain", "use_bias", "epsilon"],
+    ["input_size", "use_gain", "use_bias", "epsilon", ...settings],
     ["gain", "bias"],
     (node, x) => ({ data: normalisedRows(node, x, centred).y, shape: x.shape }),
     (node, x, y, dy, darrays) => {
-      const { unit, deviations, gain, W } = normalisedRows(node, x, centred);
+      const { unit, deviations, gain, groups, W } = normalisedRows(node, x, centred);
       const dx = dy.slice();
       const [dgain, dbias] = [darrays.gain ?? null, darrays.bias ?? null];
-      for (let row = 0; row < deviations.length; row += 1) {
-        normaliseRowBack(dx, row * W, W, gain, 0, dgain, dbias, unit, row * W, deviations[row], centred);
+      for (let n = 0; n < deviations.length; n += 1) {
+        normaliseRowBack(dx, n * W, W, gain, (n % groups) * W, dgain, dbias, unit, n * W, deviations[n], centred);
       }
       return dx;
     },
@@ -157,6 +158,10 @@ const normNode = (centred) =>
 
 export const layerNormNode = normNode(true);
 export const rmsNormNode = normNode(false);
+export const groupNormNode = {
+  ...normNode(true, "groups", "over_time"),
+  refuses: ({ over_time: overTime }) => (overTime ? "a norm over time isn't supported." : null),
+};
 
 // A mask that a node creates, combined with its input's mask.
 const withOwnMask = (mask, own) => (mask === null ? own : own.map((kept, at) => kept & mask[at]));
