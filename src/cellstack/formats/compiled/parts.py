@@ -23,7 +23,7 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     recurrent = {
         path
         for path, part in ready.module.named_modules()
-        if path and any(isinstance(inner, kinds) for inner in part.modules())
+        if path and any(isinstance(inner, kinds) or _is_ours(inner) for inner in part.modules())
     }
     if isinstance(ready.module, torch.jit.ScriptModule):
         return ""  # hooks can't observe the calls of its parts
@@ -44,6 +44,10 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     if not named:
         return ""
     return f"; parts that can be compiled: {'; '.join(named)}" + (f"; and {more} more" if more else "")
+
+
+def _is_ours(part: Any) -> bool:
+    return any(kind.__module__.startswith("cellstack.layers.") for kind in type(part).__mro__)
 
 
 def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: dict[int, tuple[Any, str]]) -> str:
@@ -79,7 +83,10 @@ def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, .
             sources[id(value)] = value, f"the output of module.{path}"
 
     hooks = []
+    ours = [path for path, part in ready.module.named_modules() if path and _is_ours(part)]
     for path, part in ready.module.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in ours):  # our layers refuse hooks of their cells
+            continue
         if path in recurrent:
             hooks.append(
                 part.register_forward_pre_hook(
