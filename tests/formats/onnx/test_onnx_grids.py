@@ -12,7 +12,7 @@ from torch import nn
 import cellstack as cs
 from cellstack import Network
 from cellstack.formats import onnx as adapter
-from cellstack.nodes import GroupedDense
+from cellstack.nodes import Dense, GroupedDense, Scale
 from cellstack.spec import ShapeError
 
 T = {0: "batch", 1: "steps"}
@@ -328,4 +328,14 @@ def test_a_grouped_dense_is_read_back(biased, tmp_path):
     net.save(tmp_path / "net.onnx")
     loaded, x = cs.load(tmp_path / "net.onnx"), rng.normal(size=(2, 5, 6)).astype("f4")
     assert isinstance(loaded.nodes[0], GroupedDense)
+    np.testing.assert_allclose(loaded(x), net(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((1, 4, 3), Dense), ((3, 1, 1), Scale)])
+def test_a_single_block_is_a_matrix_and_blocks_of_one_number_are_factors(rng, tmp_path, shape, kind):
+    net = Network([GroupedDense(rng.normal(size=shape).astype("f4"), rng.normal(size=3).astype("f4"))])
+    net.save(tmp_path / "net.onnx")
+    loaded = cs.load(tmp_path / "net.onnx")
+    assert isinstance(loaded.nodes[0], kind)
+    x = rng.normal(size=(2, 5, shape[0] * shape[1])).astype("f4")
     np.testing.assert_allclose(loaded(x), net(x), rtol=0, atol=1e-6)

@@ -151,10 +151,15 @@ def rms_norm(pieces: Pieces, name: str, node: RMSNorm, x: str) -> None:
 
 def grouped_dense(pieces: Pieces, name: str, node: GroupedDense, x: str, axes: int) -> None:
     """Add a GroupedDense; its input has `axes` axes after the batch."""
-    of, (groups, inputs, _) = pieces.of, node.kernel.shape
-    rows = of("Reshape", x, pieces.integers(*[0] * axes, groups, 1, inputs))
-    y = of("MatMul", rows, pieces.tensor(f"{name}.kernel", node.kernel))
-    y = of("Reshape", y, pieces.integers(*[0] * axes, node.units))
+    of, (groups, inputs, units) = pieces.of, node.kernel.shape
+    if inputs == units == 1:
+        y = of("Mul", x, pieces.tensor(f"{name}.kernel", node.kernel.ravel()))
+    elif groups == 1:
+        y = of("MatMul", x, pieces.tensor(f"{name}.kernel", node.kernel[0]))
+    else:
+        rows = of("Reshape", x, pieces.integers(*[0] * axes, groups, 1, inputs))
+        y = of("MatMul", rows, pieces.tensor(f"{name}.kernel", node.kernel))
+        y = of("Reshape", y, pieces.integers(*[0] * axes, node.units))
     if node.bias is not None:
         y = of("Add", y, pieces.tensor(f"{name}.bias", node.bias))
     pieces.put("Identity", [y], name)
