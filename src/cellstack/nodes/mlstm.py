@@ -76,8 +76,8 @@ class MLSTM(Node):
         C = f·C₋ + i·k·vᵀ    n = f·n₋ + i·k    h = Cᵀq / (max(|nᵀq|, exp(-m)) + epsilon)
 
     The initial state is zeros. At a masked step the state keeps its value, and the output is zeros; at a reset the
-    state is set to zeros. A few steps run one after the other; a sequence runs in chunks, as products of matrices. Both
-    give the same results up to rounding.
+    state is set to zeros. Streams and a few steps run one after the other; a sequence runs in chunks, as products of
+    matrices. Both give the same results up to rounding.
 
     Args:
         heads: the number of heads, each with its own memory.
@@ -219,6 +219,6 @@ class MLSTM(Node):
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         return (
-            f"fused kernel ({native.isa()}, {dtype}): sequences in chunks, as products of matrices; fewer than "
-            f"{native.SHORT_CHUNK} steps, as in a stream, step by step"
+            f"fused kernel ({native.isa()}, {dtype}): sequences in chunks, as products of matrices; streams, "
+            f"and fewer than {native.SHORT_CHUNK} steps, step by step"
         )

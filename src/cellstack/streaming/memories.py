@@ -82,10 +82,19 @@ class Memories:
         states = zip(self._sets[self._now], self._sets[after], strict=True)
         for layer in self.layers:
             if isinstance(layer, MLSTM):
-                x = layer.call(Flow(x), *next(states), self.threads, places)
+                x = self._one_by_one(layer, x, *next(states), places)
             else:  # without the activations in NumPy, which the engine applies
                 x = native.on_rows(layer.layers_in(self.weights)[1].run, x, self.threads)
         return x
+
+    def _one_by_one(self, layer: MLSTM, x: Array, before: MatrixState, after: MatrixState, places: Any) -> Array:
+        """Run a memory in pieces that are so short that the kernel runs them step by step, with the bits of steps."""
+        most = max(native.SHORT_CHUNK - 1, 1)
+        pieces = []
+        for start in range(0, max(x.shape[1], 1), most):
+            pieces.append(layer.call(Flow(x[:, start : start + most]), before, after, self.threads, places))
+            before = after
+        return np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
     def initial(self) -> list[dict[str, Any]]:
         """See `Stateful`."""
