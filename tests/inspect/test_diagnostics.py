@@ -100,6 +100,23 @@ def test_the_half_life_of_a_constant_gate(forget):
     assert np.isinf(whole.half_lives()).all()
 
 
+@pytest.mark.parametrize(("forget", "expected"), [(-0.5, 1.0), (0.0, 0.0), (-2.0, math.inf), (2.0, math.inf)])
+def test_the_half_life_of_a_gate_outside_0_to_1_is_that_of_its_magnitude(forget, expected):
+    spec = CellSpec(1, 2, recurrent_activation="linear")
+    bias = np.repeat([0.5, forget, 0.5, 0.5], 2)
+    seen = traced(Cell(spec, np.zeros((1, 8)), np.zeros((2, 8)), bias), np.zeros((1, 5, 1)))
+    np.testing.assert_allclose(seen.half_lives(), expected)
+
+
+def test_gates_outside_0_to_1_are_reported_without_warnings():
+    spec = CellSpec(2, 4, recurrent_activation="scaled_tanh(1.7159, 0.666)")
+    rng = rng_of(7)
+    net = Network([Recurrent((fill(rng, spec, "float32"),))])
+    trace = net.trace(rng.normal(size=(2, 9, 2)))
+    assert (trace["layer_0"].f < 0.0).any()
+    assert trace.report().figures["layer_0"]["half-life in steps"]["median"] > 0.0
+
+
 @pytest.mark.parametrize("exponential", [False, True])
 def test_the_half_life_of_an_slstm_is_that_of_its_forget_gate(exponential):
     """And not of the f of its equations, which is 0 at the first step and depends on the input gate."""

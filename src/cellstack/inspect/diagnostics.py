@@ -61,14 +61,17 @@ def gate_shares(cell: CellTrace) -> dict[str, Shares]:
 def half_lives(cell: CellTrace) -> Array:
     """Return the number of steps in which each unit forgets half of its state, `[H]`; infinite without forgetting.
 
-    It is ln 2 over the mean of -ln f, f being the forget gate (z of a GRU): the half-life under the gate's
+    It is ln 2 over the mean of -ln |f|, f being the forget gate (z of a GRU): the half-life under the gate's
     geometric mean. Masked steps don't count. The f of an sLSTM is scaled by its stabiliser: instead, it is σ(z_f).
+
+    An activation may yield gates outside 0 to 1: of a negative f, which also changes the sign of the state, the
+    magnitude counts; an f of 0 at any step makes the half-life 0; a geometric mean of 1 or more makes it infinite.
 
     Raises:
         ValueError: a SimpleRNN, which has no gate that keeps its state; an sLSTM's trace of some steps or units without
             pre-activations.
     """
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # gates of 0, and of infinity as well
         kept, used = _log_kept(cell), _used(cell)
         if not used.any():
             return np.full(len(cell.units), np.nan)
@@ -217,10 +220,10 @@ def _update(cell: CellTrace) -> tuple[Array, Array]:
 
 
 def _log_kept(cell: CellTrace) -> Array:
-    """Return the logarithm of the factor by which the gates of each step keep the memory, `[B, T, H]`."""
+    """Return the logarithm of the size of the factor by which each step keeps the memory, `[B, T, H]`."""
     spec = cell.cell.spec
     if "log_f" not in spec.of_kind.planes(spec):  # else f is scaled by the stabiliser
-        return np.log(_update(cell)[0].astype(np.float64))
+        return np.log(np.abs(_update(cell)[0].astype(np.float64)))
     z = cell.pre["f"]
     return z if spec.settings.get("exponential_forget") else -np.logaddexp(0.0, -z)
 
