@@ -194,6 +194,7 @@ def test_its_unrolled_steps(toys, name):
             "use_bias": False,
         },
         {"kind": "ligru", "clip": 0.75, "zoneout": 0.25},
+        {"kind": "cfc", "timespans": True, "layer_norm": "joint"},
         {"kind": "ligru", "layer_norm": "joint", "use_bias": False},
         {"kind": "mingru"},
         {"kind": "mingru", "layer_norm": True, "clip": 0.75, "zoneout": 0.25, "activation": "tanh"},

@@ -104,7 +104,8 @@ def _form(kind: Kind, flags: dict[str, Any], bounds: dict[str, float]) -> Form:
     given: dict[str, Any] = {**flags, **bounds}
     if flags.get("backbone_units"):
         given["backbone_activation"] = BACKBONE
-    spec = CellSpec(1 + flags.get(kind.scalar, False), 2, kind=kind.name, **given)
+    # Each bound of a slice is one value, which matches one value of a graph: bounds of x, at most 2, mustn't be units.
+    spec = CellSpec(1 + flags.get(kind.scalar, False), 3, kind=kind.name, **given)
     usable = {*spec.gates, *kind.outputs} - {*kind.fixed}
     slots = {slot: f"elu({n}.5)" for n, slot in enumerate(kind.slots) if slot in usable}
     spec = replace(spec, gate_activations=slots)
