@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import cellstack as cs
-from cellstack import layers
 
 
 class Tagger(nn.Module):
@@ -77,19 +76,6 @@ def test_an_unsupported_module_is_refused_with_all_reasons_the_most_important_fi
         "read directly: from_torch: the module (Sine): a custom class without to_nodes(); "
         "parts that can be compiled: module.lstm, [B, T, 4] -> [B, T, 6], applied to the module's input"
     )
-
-
-def test_a_module_with_a_layer_that_cannot_be_exported_names_the_layer():
-    class Reversed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.cell = nn.Linear(4, 4), layers.SLSTM(3, return_sequences=True, input_size=4)
-
-        def forward(self, x):
-            return self.cell(self.first(x).flip(1))
-
-    with pytest.raises(cs.FormatError, match=r"can be compiled: module\.cell, \[B, T, 4\] -> \[B, T, 3\]"):
-        cs.compile(Reversed(), torch.randn(2, 7, 4))
 
 
 class Loud(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import cellstack as cs
+from cellstack import layers
 
 
 class Net(nn.Module):
@@ -210,6 +211,22 @@ def test_the_parts_that_can_be_compiled_are_named_with_their_connections():
         "; parts that can be compiled: module.encoder, [B, T, 3] -> [B, T, 2], applied to the output of module.first; "
         "module.decoder, [B, T, 2] -> [B, T, 4], applied to a tensor computed in forward"
     )
+
+
+@pytest.mark.parametrize(("name", "named"), [("MLSTM", "MLSTM"), ("SLSTM", "SLSTMCell")])
+def test_layers_that_cannot_be_exported_are_named_and_can_be_compiled_alone(name, named):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 8)
+            self.layer = getattr(layers, name)(8, heads=2, return_sequences=True, input_size=8)
+
+        def forward(self, x):
+            return self.layer(self.first(x).flip(1))
+
+    with pytest.raises(cs.FormatError, match=f"PyTorch can't export it: {named}: torch.jit.trace") as raised:
+        cs.compile(Whole(), X)
+    assert "; parts that can be compiled: module.layer, [B, T, 8] -> [B, T, 8]" in str(raised.value)
 
 
 class Scripted(nn.Module):

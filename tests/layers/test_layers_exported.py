@@ -88,6 +88,7 @@ def test_traced_and_exported_programs(model):
 
 OTHERS = {
     "cell": (lambda: layers.LSTM(4, peepholes=True, **EVERY), {}),
+    "memory": (lambda: layers.MLSTM(4, heads=2, **EVERY), {}),
     "mask": (lambda: layers.LSTM(4, **EVERY), {"mask": torch.ones(2, 5, dtype=torch.bool)}),
 }
 

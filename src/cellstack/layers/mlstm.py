@@ -12,7 +12,7 @@ from torch import Tensor
 from cellstack import native
 from cellstack.cells.mlstm import MemorySizes, step
 from cellstack.layers import weights
-from cellstack.layers.base import Layer, as_dtype, as_input, last_axis
+from cellstack.layers.base import EXPORT_HINT, Layer, as_dtype, as_input, last_axis
 from cellstack.layers.sequences import as_steps, as_used
 from cellstack.layers.tracing import batched, symbolic, transformed
 from cellstack.spec import MatrixState, Plan, ShapeError, as_integer, check_sequence, check_state
@@ -307,13 +307,16 @@ class MLSTM(Layer):
 
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
-            TypeError: another dtype or device than float32 or float64 on the CPU; a mask that isn't bool.
+            TypeError: another dtype or device than float32 or float64 on the CPU; a mask that isn't bool; a call that
+                torch.jit.trace or torch.onnx.export records.
             ValueError: a tensor on another device; both `mask` and `lengths`.
         """
         owner, like = self._owner, self._like if self.kernel is None else self.kernel
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             came = f"{str(like.dtype).removeprefix('torch.')} on {like.device}"
             raise TypeError(f"{owner}: expected weights of float32 or float64 on the CPU, got {came}")
+        if torch._C._get_tracing_state() is not None:  # h would be recorded as a constant
+            raise TypeError(f"{owner}: torch.jit.trace and torch.onnx.export aren't supported; {EXPORT_HINT}")
         x = as_input(owner, "sequences", sequences, like)
         check_sequence(owner, tuple(x.shape), None if self.kernel is None else self.kernel.shape[0], "sequences")
         if self.kernel is None:

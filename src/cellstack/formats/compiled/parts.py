@@ -20,14 +20,20 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     import torch
 
     kinds = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+    layers = [f"{path}." if path else "" for path, part in ready.module.named_modules() if _is_layer(part)]
+    parts = {
+        path: part
+        for path, part in ready.module.named_modules()
+        if path and not path.startswith(tuple(layers))  # a layer of ours doesn't call its cells
+    }
     recurrent = {
         path
-        for path, part in ready.module.named_modules()
-        if path and any(isinstance(inner, kinds) or _is_ours(inner) for inner in part.modules())
+        for path, part in parts.items()
+        if any(isinstance(inner, kinds) or _is_layer(inner) for inner in part.modules())
     }
     if isinstance(ready.module, torch.jit.ScriptModule):
         return ""  # hooks can't observe the calls of its parts
-    calls, sources = _calls(ready, recurrent)
+    calls, sources = _calls(ready, parts, recurrent)
     found: dict[str, Network] = {}
     tried = 0
     for path in sorted(calls, key=lambda path: path.count(".")):
@@ -46,10 +52,6 @@ def compilable(ready: Prepared, tolerance: float) -> str:
     return f"; parts that can be compiled: {'; '.join(named)}" + (f"; and {more} more" if more else "")
 
 
-def _is_ours(part: Any) -> bool:
-    return any(kind.__module__.startswith("cellstack.layers.") for kind in type(part).__mro__)
-
-
 def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: dict[int, tuple[Any, str]]) -> str:
     shapes = repr(network).splitlines()[0].split(": ", 1)[1].rsplit(", ", 1)[0]
     computed = None, "a tensor computed in forward"
@@ -57,7 +59,14 @@ def _described(path: str, network: Network, inputs: tuple[Any, ...], sources: di
     return f"module.{path}, {shapes}, applied to {given}"
 
 
-def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, ...]], dict[int, tuple[Any, str]]]:
+def _is_layer(part: Any) -> bool:
+    """Whether a part of a module is one of `cellstack.layers`."""
+    return any(kind.__module__.startswith("cellstack.layers.") for kind in type(part).__mro__)
+
+
+def _calls(
+    ready: Prepared, parts: dict[str, Any], recurrent: set[str]
+) -> tuple[dict[str, tuple[Any, ...]], dict[int, tuple[Any, str]]]:
     """Run a module; return the inputs of each recurrent part's first call, and tensors with their origin, by id."""
     import torch
 
@@ -83,17 +92,14 @@ def _calls(ready: Prepared, recurrent: set[str]) -> tuple[dict[str, tuple[Any, .
             sources[id(value)] = value, f"the output of module.{path}"
 
     hooks = []
-    ours = [path for path, part in ready.module.named_modules() if path and _is_ours(part)]
-    for path, part in ready.module.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in ours):  # our layers refuse hooks of their cells
-            continue
+    for path, part in parts.items():
         if path in recurrent:
             hooks.append(
                 part.register_forward_pre_hook(
                     lambda part, args, kwargs, path=path: before(path, part, args, kwargs), with_kwargs=True
                 )
             )
-        if path and not isinstance(part, torch.jit.ScriptModule):
+        if not isinstance(part, torch.jit.ScriptModule):
             hooks.append(part.register_forward_hook(lambda _, __, made, path=path: after(path, made)))
     try:
         with torch.no_grad():
