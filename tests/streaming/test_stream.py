@@ -1,5 +1,7 @@
 """Streams: the same bits for any chunking, independent states, and networks that can't be streamed."""
 
+import copy
+import pickle
 import signal
 import sys
 import threading
@@ -247,6 +249,15 @@ def test_a_fork_is_independent():
     assert np.array_equal(other.run(x[:, 5:]), expected[:, 5:])
     assert np.array_equal(stream.run(x[:, 5:]), expected[:, 5:])
     assert other.network is net
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_and_pickles_are_refused_with_what_to_use_instead(copied):
+    net = make_lstm()
+    with pytest.raises(TypeError, match=r"Stream: can't be copied or pickled: fork\(\)"):
+        copied(net.stream())
+    with pytest.raises(TypeError, match=r"Sessions: can't be copied or pickled: .* state\(session\)"):
+        copied(net.pool(3))
 
 
 @pytest.mark.parametrize(

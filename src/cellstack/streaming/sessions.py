@@ -148,6 +148,12 @@ class Sessions:
         with self._table.locked(numbers):
             self._table.close(int(numbers[0]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "Sessions: can't be copied or pickled: pickle the network, and state(session) of each session, which open() "
+            "of another pool takes"
+        )
+
     def __len__(self) -> int:
         return len(self._table)
 

@@ -246,6 +246,12 @@ class Stream:
         other._engine.copy_counts(self._engine)
         return other
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "Stream: can't be copied or pickled: fork() returns a new stream with the same state; to store a stream, pickle "
+            "its network and its state, and set the state of a new one"
+        )
+
     def __repr__(self) -> str:
         threads = "" if self.threads == 1 else f", threads={self.threads}"
         weights = f", weights={self.weights!r}" if self._engine.narrowed else ""
