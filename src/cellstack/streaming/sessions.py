@@ -150,8 +150,8 @@ class Sessions:
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
-            "Sessions: can't be copied or pickled: pickle the network, and state(session) of each session, which open() "
-            "of another pool takes"
+            "Sessions: can't be copied or pickled: pickle the network and the state(session) of each session, and "
+            "pass each state to open() of a new pool"
         )
 
     def __len__(self) -> int:

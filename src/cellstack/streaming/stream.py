@@ -248,8 +248,8 @@ class Stream:
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
-            "Stream: can't be copied or pickled: fork() returns a new stream with the same state; to store a stream, pickle "
-            "its network and its state, and set the state of a new one"
+            "Stream: can't be copied or pickled: fork() returns a new stream with the same state; to store a stream, "
+            "pickle its network and its state, and set the state of a new one"
         )
 
     def __repr__(self) -> str:
