@@ -306,6 +306,8 @@ def test_a_state_dict_of_torch_next_to_its_configuration(tmp_path):
         (lambda f: f.forecast([], 4), "with T >= 1"),
         (lambda f: f.forecast(np.ones((2, 3, 4)), 4), "expected series"),
         (lambda f: f.forecast([1.0, np.inf], 4), "got infinite ones"),
+        (lambda f: f.forecast([1.0, -1e200], 4), r"float32 can hold, up to 3.4e\+38, got one of size 1e\+200"),
+        (lambda f: f.stream([1.0, np.nan, 1e39]), r"got one of size 1e\+39"),
         (lambda f: f.forecast(["a", "b"], 4), "expected series of numbers"),
         (lambda f: f.forecast(np.ones(9), 4, together=2), "only for a TiRex"),
         (lambda f: f.stream(np.ones(9)).step(np.ones(3)), "expected 1 series of a multiple of 4 observations"),
@@ -322,6 +324,30 @@ def test_a_state_dict_of_torch_next_to_its_configuration(tmp_path):
 def test_invalid_series_and_horizons(second, call, message):
     with pytest.raises(cs.train.UsageError, match=message):
         call(second)
+
+
+def test_large_values_are_forecast_if_float32_can_hold_them_scaled(model):
+    first, net = model
+    forecaster = TiRexForecaster(net)
+    large, small = np.array([1e38, -3e38, 2e38, 1e38]), np.full(9, 1e-3)
+    assert np.isfinite(forecaster.forecast(large, 4)).all()
+    stream = forecaster.stream(small)
+    if not first:  # takes the arcsinh of scaled values
+        stream.step(large)
+        assert np.isfinite(stream.forecast(4)).all()
+        return
+    with pytest.raises(cs.train.UsageError, match="float32 can hold after scaling"):
+        stream.step(large)
+    np.testing.assert_array_equal(stream.forecast(4), forecaster.stream(small).forecast(4))
+    with pytest.raises(cs.train.UsageError, match="float32 can hold after scaling"):
+        forecaster.forecast(large, 4, scaling=stream.scaling)
+
+
+@pytest.mark.parametrize("pad", ["no", 0, None])
+def test_pad_has_to_be_a_bool(second, pad):
+    for call in (lambda: second.forecast(np.ones(9), 4, pad=pad), lambda: second.stream(np.ones(9), pad=pad)):
+        with pytest.raises(TypeError, match=f"TiRexForecaster: expected pad to be True or False, got {pad!r}"):
+            call()
 
 
 def test_masked_values_are_missing(second):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cellstack.network import Network, processors
 from cellstack.nodes import Merge, Select
 from cellstack.nodes.cell import WEIGHTS
-from cellstack.nodes.checks import check_choice, check_integer
+from cellstack.nodes.checks import check_choice, check_flag, check_integer
 from cellstack.train.checks import UsageError, is_count, unmasked
 from cellstack.train.forecasting.tirex_scaling import (
     Floats,
@@ -25,6 +25,8 @@ from cellstack.train.forecasting.tirex_scaling import (
     mirrored,
     padded,
 )
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class TiRexForecaster:
@@ -90,12 +92,13 @@ class TiRexForecaster:
             The quantiles, `[horizon, Q]` for one series, else `[B, horizon, Q]`.
 
         Raises:
-            UsageError: a series that isn't numbers, an invalid horizon, or the scaling of other series.
+            UsageError: a series that isn't numbers, or has numbers that float32 can't hold; an invalid horizon; the
+                scaling of other series; `pad=False` for a TiRex.
+            TypeError: `pad` isn't a bool.
         """
         rows, single = _rows(series)
         patches = self._patches(horizon)
-        if not pad and not self.settings.second:
-            raise UsageError("TiRexForecaster: expected pad=True for a TiRex, which always pads its context")
+        self._check_pad(pad)
         if together is not None and (self.settings.second or not is_count(together)):
             raise UsageError("TiRexForecaster: expected together to be a count of patches, and only for a TiRex")
         if self.settings.sign_flip:
@@ -125,9 +128,11 @@ class TiRexForecaster:
             threads: see `Network.stream`.
 
         Raises:
-            UsageError: a series that isn't numbers.
+            UsageError: a series that isn't numbers, or has numbers that float32 can't hold; `pad=False` for a TiRex.
+            TypeError: `pad` isn't a bool.
         """
         rows, single = _rows(series)
+        self._check_pad(pad)
         return TiRexStream(self, rows, single, pad, threads)
 
     def _outputs(self, tokens: NDArray[np.float32], count: int, threads: int | None) -> NDArray[np.float32]:
@@ -145,6 +150,11 @@ class TiRexForecaster:
                 lambda part: network.run(part, threads=1, weights=self.weights)[0], np.array_split(tokens, threads)
             )
             return np.concatenate(list(parts))
+
+    def _check_pad(self, pad: bool) -> None:
+        check_flag("TiRexForecaster", "pad", pad)
+        if not pad and not self.settings.second:
+            raise UsageError("TiRexForecaster: expected pad=True for a TiRex, which always pads its context")
 
     def _last_steps(self, count: int) -> Network:
         """Return the network with only the last `count` steps of its output."""
@@ -205,7 +215,7 @@ class TiRexStream:
         if settings.sign_flip:
             rows = rows + [-row for row in rows]
         prepared = _Prepared(rows, None, settings)
-        context = _context(prepared.values, settings, pad or not settings.second)
+        context = _context(prepared.values, settings, pad)
         self.differenced, self.last = prepared.differenced, prepared.last
         self.scaling = Scaling.of(context, self.differenced, settings)
         self._before = np.array([row[-1] for row in rows])  # the observation before the next patch, NaN if missing
@@ -221,7 +231,8 @@ class TiRexStream:
             values: `[n·patch]` for one series, else `[B, n·patch]`: whole patches; NaN for missing observations.
 
         Raises:
-            UsageError: another number of series or of observations, or values that aren't numbers.
+            UsageError: another number of series or of observations, or values that aren't numbers, or that float32
+                can't hold, scaled or not.
         """
         rows, _ = _rows(values)
         patch, count = self._forecaster.settings.patch, len(self.last)
@@ -351,6 +362,12 @@ def _rows(series: Any) -> tuple[list[Floats], bool]:
         raise UsageError("TiRexForecaster: expected series [T] or [B, T], or a list of series [T], with T >= 1")
     if any(np.isinf(row).any() for row in found):
         raise UsageError("TiRexForecaster: expected finite observations, or NaN for missing ones, got infinite ones")
+    largest = max((float(np.nanmax(np.abs(row), initial=0.0)) for row in found), default=0.0)
+    if largest > LARGEST:
+        raise UsageError(
+            f"TiRexForecaster: expected observations that float32 can hold, up to {LARGEST:.3g}, got one of size "
+            f"{largest:.3g}: divide the series by a number"
+        )
     return found, single
 
 
@@ -376,6 +393,11 @@ def _context(values: Floats, settings: Settings, pad: bool) -> Floats:
 
 def _tokens(scaled: Floats, settings: Settings, missing: int) -> NDArray[np.float32]:
     """Return scaled observations `[B, n·patch]` as the network's input, and `missing` patches without any."""
+    if (np.abs(scaled) > LARGEST).any():  # with the scaling of other observations
+        raise UsageError(
+            "TiRexForecaster: expected observations that float32 can hold after scaling, got one that is too large for "
+            "the scaling of an earlier context: make a new stream, or forecast with scaling=None"
+        )
     patches = scaled.reshape(len(scaled), -1, settings.patch)
     there = ~np.isnan(patches)
     tokens = np.concatenate([np.where(there, patches, 0.0), there], axis=2)
