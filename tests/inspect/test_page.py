@@ -684,6 +684,18 @@ def test_units_in_the_order_of_memory_variance_and_likeness(open_page, rng):
     assert sorted(found) == list(range(9))
 
 
+def test_units_in_the_order_of_memory_where_gates_are_negative(open_page):
+    keeps = np.array([-0.5, 0.2, -0.9, 0.7])
+    bias = np.concatenate([np.full(4, 0.5), keeps, np.full(8, 0.5)])
+    cell = Cell(CellSpec(1, 4, recurrent_activation="linear"), np.zeros((1, 16)), np.zeros((4, 16)), bias)
+    t = Network([Recurrent((cell,))]).trace(np.zeros((1, 5, 1)))
+    screen = open_page(t)
+    screen.page.locator(".map summary").click()
+    screen.choose("Units by", "memory")
+    screen.settle()
+    assert [int(row[0]) for row in screen.rows(".map .behind tbody tr")] == [2, 3, 0, 1]
+
+
 def test_the_lines_of_a_unit(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)

@@ -31,8 +31,8 @@ export function variances(plane) {
   });
 }
 
-// The number of steps in which each unit forgets half of its state: ln 2 over the mean of -ln f; f is the keep factor of
-// a step. Masked steps don't count. Values rounded to 0 count as `least`.
+// The number of steps in which each unit forgets half of its state: ln 2 over the mean of -ln |f|; f is the keep factor
+// of a step. Masked steps don't count. Values rounded to 0 count as `least`.
 export function halfLives(kept, rate, mask, least) {
   return Float64Array.from({ length: kept.units }, (_, unit) => {
     const line = kept.line(unit);
@@ -40,7 +40,7 @@ export function halfLives(kept, rate, mask, least) {
     let count = 0;
     for (let step = 0; step < line.length; step += 1) {
       if (mask !== null && !mask[step]) continue;
-      sum -= Math.log(Math.max(rate + (1 - rate) * line[step], least));
+      sum -= Math.log(Math.max(Math.abs(rate + (1 - rate) * line[step]), least));
       count += 1;
     }
     if (!count) return NaN;
