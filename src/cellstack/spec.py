@@ -499,6 +499,8 @@ def check_sequence(owner: str, shape: tuple[int, ...], input_size: int | None, n
         hint = "the last axis is the feature axis"
         if len(shape) == 2 and input_size in (None, shape[1]):
             hint = "add a batch axis: x[None]"
+            if name == "sequences":
+                hint += ", or set return_sequences=True in the layer below"
         elif len(shape) == 2 and input_size == 1:
             hint = "add a feature axis: x[..., None]"
         raise ShapeError(f"{owner}: expected {name} [B, T, {expected}], got {tuple(shape)}: {hint}")

@@ -174,8 +174,10 @@ def test_plots():
 
 def test_what_is_refused():
     net, x, _ = classifier(7)
+    without_cells = Network([Dense(np.ones((x.shape[-1], 2)))], ["head"])
     for error, match, call in (
         (ValueError, "nodes with cells, both, above, got 'head'", lambda: cs.ablate(net, x, "head")),
+        (ValueError, "a network with cells, and this one has none", lambda: cs.ablate(without_cells, x, "head")),
         (ValueError, "how to be one of", lambda: cs.ablate(net, x, how="median")),
         (ValueError, "a gate of both out of z, r, g, h, got 'f'", lambda: cs.ablate(net, x, gate="f")),
         (

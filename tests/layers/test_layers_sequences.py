@@ -482,8 +482,9 @@ def test_a_model_can_return_the_results_of_a_layer(kind, units, x):
 
 
 def test_an_error_suggests_to_add_a_batch_axis(x):
+    hint = r"add a batch axis: x\[None\], or set return_sequences=True in the layer below$"
     for layer in (layers.LSTM(H), layers.LSTM(H, input_size=I), layers.RNN([layers.GRUCell(H)])):
-        with pytest.raises(ShapeError, match=r"got \(9, 3\): add a batch axis: x\[None\]$"):
+        with pytest.raises(ShapeError, match=rf"got \(9, 3\): {hint}"):
             layer(x[0].float())
     with pytest.raises(ShapeError, match=r"got \(3, 9\): add a feature axis: x\[..., None\]$"):
         layers.LSTM(H, input_size=1)(x[..., 0].float())

@@ -661,3 +661,10 @@ def test_the_sentence_at_the_end(toy):
         "trained for all 2 epochs; kept epoch 2, the last, without a validation part; no data was held out to "
         "measure its accuracy on"
     )
+
+
+def test_a_table_of_sequences_without_rows_is_refused(tmp_path):
+    path = tmp_path / "empty.csv"
+    path.write_text("sensor,t,temperature,state\n")
+    with pytest.raises(FormatError, match="rows below the header"):
+        train.read_sequences(path, label="state", id="sensor")

@@ -393,7 +393,8 @@ def _cells(
     names = own if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     for name in names:
         if name not in own:
-            raise ValueError(f"{owner}: expected nodes with cells, {', '.join(own)}, got {name!r:.80}")
+            expected = f"nodes with cells, {', '.join(own)}" if own else "a network with cells, and this one has none"
+            raise ValueError(f"{owner}: expected {expected}, got {name!r:.80}")
     found = [(name, number) for name in names for number in range(len(every[name].cells))]
     if not found:
         what = "none of the nodes has cells" if own else "the network has no cells"

@@ -81,6 +81,7 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
     _, after = step(ops, node.sizes, ops.parts(x, node.output_gate), *before)
     place = {id(value): number for number, value in enumerate(ops.values)}
     gates = {"i": "write", "f": "keep"} | ({"o": "output"} if node.output_gate else {})
+    output = MEANINGS["h"] + (", times the output gate" if node.output_gate else "")
     trace = [*"qkv", *gates, "m", "n", "h"]  # not C, which has too many numbers
     return {
         "settings": {"kind": "mlstm", "input_size": node.input_size, "units": node.units}
@@ -90,7 +91,7 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
         "gates": gates,
         "blocks": [],
         "trace": trace,
-        "meanings": {name: MEANINGS[name] for name in (*trace, "C")},
+        "meanings": {name: MEANINGS[name] for name in (*trace, "C")} | {"h": output},
         "scalar": "",
         "states": {name: {"width": [math.prod(shape), ""], "kept": 0.0} for name, shape in shapes.items()},
         "activations": {"o": "sigmoid"} if node.output_gate else {},

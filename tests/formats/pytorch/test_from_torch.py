@@ -604,7 +604,7 @@ def test_unsupported_modules_are_named_by_path(case):
 
 @pytest.mark.parametrize("module", [None, 3, "lstm", nn.Linear])
 def test_other_objects_are_refused(module):
-    with pytest.raises(TypeError, match=r"from_torch: the module .*expected a torch module"):
+    with pytest.raises(TypeError, match=r"from_torch: the module .*expected a torch module; cs.load reads files"):
         cs.from_torch(module)
     with pytest.raises(TypeError, match="expected a module that computes something, got Sequential"):
         cs.from_torch(nn.Sequential(nn.Identity()))

@@ -175,7 +175,7 @@ class Reader:
             return
         torch = sys.modules.get("torch")
         if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):
-            raise refuse(path, module, "expected a torch module")
+            raise refuse(path, module, "expected a torch module; cs.load reads files")
         if isinstance(module, Saved) and module.changed:
             raise refuse(path, module, module.changed)
         if hooked(module):

@@ -144,6 +144,8 @@ def read_frame(
     if time is None and (day_first is not None or date_format is not None):
         raise UsageError("day_first and date_format need time, the column of dates")
     source = read_source(path, encoding, () if id is None else (id,))
+    if not len(source.frame):
+        raise FormatError(f"{path}: expected rows below the header, found none")
     frame, notes, ignored = source.frame, source.notes, dict[str, str]()
     named = (id, time, label, weight)
     if features is None:
