@@ -667,4 +667,4 @@ def test_a_table_of_sequences_without_rows_is_refused(tmp_path):
     path = tmp_path / "empty.csv"
     path.write_text("sensor,t,temperature,state\n")
     with pytest.raises(FormatError, match="rows below the header"):
-        train.read_sequences(path, label="state", id="sensor")
+        train.read_sequences(path, "state", id="sensor")
