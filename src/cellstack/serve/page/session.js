@@ -51,6 +51,7 @@ export class LiveSession {
   }
 
   send(x) {
+    if (this.socket.readyState > WebSocket.OPEN) return; // the server closes it, which `lost` will report
     this.frame += 1;
     this.sent.set(this.frame, performance.now());
     this.socket.send(JSON.stringify({ x }));
