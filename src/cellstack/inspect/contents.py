@@ -18,7 +18,7 @@ import numpy as np
 from cellstack.graph import origin
 from cellstack.inspect.annotations import answer_of, audio_of, each_row, features_of, labels_of
 from cellstack.inspect.memories import MemoryTrace
-from cellstack.inspect.memory_step import memory_form
+from cellstack.inspect.memory_step import settings_of
 from cellstack.inspect.payload import cells_of, payload_of
 from cellstack.inspect.values import as_tuple, rows_of
 
@@ -315,7 +315,7 @@ def _memory(
     """Return the memory of an `MLSTM` in the form of a cell, which has no weights of its own."""
     node, record = seen.node, seen.record
     described: dict[str, Any] = {
-        "spec": memory_form(node)["settings"],
+        "spec": settings_of(node),
         "summary": node.summary,
         "fields": {name: sequence(array) for name, array in seen.fields.items()},
         "units": list(range(node.units)),

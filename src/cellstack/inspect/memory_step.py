@@ -66,6 +66,12 @@ class _Recorder(RecordedMath):
         return self.record(name, self._new("activation", v, name=name))
 
 
+def settings_of(node: MLSTM) -> dict[str, Any]:
+    """Return the settings of an `MLSTM`, as those of a cell."""
+    sizes = {"kind": "mlstm", "input_size": node.input_size, "units": node.units}
+    return sizes | {name: getattr(node, name) for name in node.settings}
+
+
 def memory_form(node: MLSTM) -> dict[str, Any]:
     """Return an `MLSTM` as a form of cell without arrays, with the keys of `views.recorded.form_of`, and `heads`.
 
@@ -84,8 +90,7 @@ def memory_form(node: MLSTM) -> dict[str, Any]:
     output = MEANINGS["h"] + (", times the output gate" if node.output_gate else "")
     trace = [*"qkv", *gates, "m", "n", "h"]  # not C, which has too many numbers
     return {
-        "settings": {"kind": "mlstm", "input_size": node.input_size, "units": node.units}
-        | {name: getattr(node, name) for name in node.settings},
+        "settings": settings_of(node),
         "title": "mLSTM",
         "heads": node.heads,
         "gates": gates,

@@ -104,7 +104,7 @@ export function drawTiles(canvas, view, plane, scale, names, marked = null) {
   pen.strokeStyle = pen.fillStyle = view.colours.cursor;
   pen.lineWidth = 1.5 * ratio;
   if (high > 6 * ratio) pen.strokeRect(left, marked * high, width - left - RIGHT * ratio, high);
-  else pen.fillRect(0, marked * high - ratio, left - 3 * ratio, 2 * ratio); // beside it
+  else pen.fillRect(0, marked * high - ratio, left - 3 * ratio, 2 * ratio); // a line at the left end of the row
 }
 
 // A limited number of round numbers between two ends.
