@@ -74,8 +74,9 @@ sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so
 	PYTHON=$(PYTHON) tests/sanitize.sh thread libtsan.so
 
-guard: $(VENV)/ready  ## the compiler's memory, and the kernel's instructions (valgrind); RECORD=1 records their counts
+guard: $(VENV)/tested  ## the compiler's memory; instructions that processors lack; counts of instructions (valgrind), which RECORD=1 records
 	$(BIN)/python tests/guard/compiler.py
+	$(BIN)/python tests/guard/foreign.py
 	$(BIN)/python tests/guard/instructions.py $(if $(RECORD),--record)
 
 check-platforms: $(VENV)/ready  ## compile the kernel for other systems with Zig, and run it where possible

@@ -250,42 +250,31 @@ struct Sums {
     int64_t block, column, gate;
 };
 
-// Joins a row and the next one, which may be missing, to a row of pairs.
-template <class T>
-INLINE void pair_up(T* to, const T* a, const T* b, int64_t n) {
-    if constexpr (kHasPairs && sizeof(T) == 4) {
-        constexpr int W = Vec<T>::W;
-        for (int64_t k = 0; k < n; k += W) {
-            const int lanes = n - k < W ? int(n - k) : W;
-            const V<T> second = b ? load_lanes(b + k, lanes) : splat(T(0));
-            store_lanes(to + k, pairs_of(load_lanes(a + k, lanes), second), lanes);
-        }
-    }
-}
-
 template <class T>
 void weight_gradient(const WeightGradient<T>& f) {
     constexpr int W = Vec<T>::W;
     const int G = f.gates, wide = G * W, together = G > 1 ? 1 : int(kBlocksOfPanel);
-    const int64_t count = f.pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
+    const bool pairs = f.tiles->pairs();
+    const int64_t count = pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
     for (const auto& of : f.of)
         for (int64_t m = 0; !f.copied && of.columns && m < count; ++m) {
             T* to = of.copy + m * gradient_stride(of.columns);
-            if (f.pairs)
-                pair_up<T>(to, of.rows[2 * m], 2 * m + 1 < f.dz_rows ? of.rows[2 * m + 1] : nullptr, of.columns);
+            if (pairs)
+                f.tiles->pair_rows(to, of.rows[2 * m], 2 * m + 1 < f.dz_rows ? of.rows[2 * m + 1] : nullptr,
+                                   of.columns);
             else
                 memcpy(to, of.rows[m], size_t(of.columns) * sizeof(T));
         }
     const int64_t pieces = (count + kGradientRows - 1) / kGradientRows;
     const auto blocks = [&](int N, int64_t block, int lanes) {
         const T* all = f.dz + block * dz_stride;
-        if (f.pairs) {
+        if (pairs) {
             all = f.dz_pairs;
             for (int b = 0; b < N; ++b)
                 for (int64_t m = 0; m < count; ++m) {
                     const T* row = f.dz + ((block + b) * f.dz_rows + 2 * m) * wide;
-                    pair_up<T>(f.dz_pairs + (b * count + m) * wide, row, 2 * m + 1 < f.dz_rows ? row + wide : nullptr,
-                               wide);
+                    f.tiles->pair_rows(f.dz_pairs + (b * count + m) * wide, row,
+                                       2 * m + 1 < f.dz_rows ? row + wide : nullptr, wide);
                 }
         }
         const int vectors = N > 1 ? N : G;  // one gate of several blocks, or all gates of one block

@@ -64,7 +64,7 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
         const Panels<T>& w = layers[l]->impl().panels;
         const int width = layers[l]->impl().leaf->width;
         const double bytes = w.element == Element::kBfloat16 ? 2 : w.element == Element::kInt8 ? 1 : sizeof(T);
-        return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes, w.pairs);
+        return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes, w.tiles->pairs());
     };
     const auto cost_of = [&](int first, int last, int64_t rows, int shares) {
         double sum = 0;

@@ -126,8 +126,8 @@ class BackwardLayer {
     const int inner = d.inner_states();
     const bool by_rows = !d.plain(), reset_before = d.resets_before();
     const bool again = !s.gates;  // gates are recomputed, a chunk at a time
-    const bool pairs = s.weights->element() == Element::kBfloat16 && current().pairs;  // products of bfloat16
-    const Tiles<T>& tiles = leaf.tiles_of(pairs ? Element::kBfloat16 : element_of<T>());
+    const bool pairs = s.weights->element() == Element::kBfloat16 && leaf.bfloat16.pairs();  // products of bfloat16
+    const Tiles<T>& tiles = pairs ? leaf.bfloat16 : leaf.plain;
     // Whether any gradient from before the first step is requested; if not, its product is skipped.
     const bool to_start = any(g.dbefore) || any(to.initial);
     const int threads;
@@ -264,7 +264,7 @@ void BackwardLayer<T>::transpose_weights() {
         for (const auto& pack : packs)
             if (pack.to)
                 leaf.pack_transposed(pack.to, pack.from, pack.first, pack.last, pack.panels * k / threads,
-                                     pack.panels * (k + 1) / threads, pairs);
+                                     pack.panels * (k + 1) / threads, tiles);
     });
 }
 
@@ -513,7 +513,7 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for,
     }
     f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
     f.more = last < steps, f.write = first == 0, f.copied = copied_for == which;
-    f.tiles = &tiles, f.pairs = pairs, f.dz_pairs = pairs_of(thread);
+    f.tiles = &tiles, f.dz_pairs = pairs_of(thread);
     copied_for = which;
     leaf.weight_gradient(f);
 }

@@ -46,7 +46,11 @@ struct Tile {
 template <class T>
 using TileRoutine = void (*)(const Tile<T>&);
 
-// The routines for tiles of every size, for one kind of number: T; bfloat16, widened or in pairs; int8.
+template <class T>
+struct Forward;
+
+// The routines for tiles of every size, for one kind of number: T; bfloat16, widened or in pairs; int8. And what else
+// depends on it.
 template <class T>
 struct Tiles {
     TileRoutine<T> of[kMostRows][4];  // [rows - 1][vectors - 1]
@@ -58,6 +62,13 @@ struct Tiles {
     // For the products of every step, with fixed distances: rows contiguous in k, which start at a[0], panels 4·W wide,
     // and sums that start from zero and are written to [rows][4][W].
     TileRoutine<T> recurrent[kMostRows][4];
+    // Computes blocks [f.block, end_block) of a plain LSTM at step n of a batch of one row: see forward.h.
+    void (*alone)(const Forward<T>& f, int64_t n, bool down, int64_t end_block, const T* h, T* h_next);
+    // For bfloat16 that is multiplied two k at a time, by one instruction; else null. They write pairs of adjacent
+    // numbers of a row, or of numbers of a row and the next one, which may be missing.
+    void (*pair_lanes)(T* to, const T* from, int64_t n);
+    void (*pair_rows)(T* to, const T* row, const T* next, int64_t n);
+    bool pairs() const { return pair_lanes; }
 };
 
 // Which rows of a matrix of heads its panels have: those of the heads to which a panel's columns belong. All panels
@@ -99,7 +110,6 @@ struct Panels {
     Arrays<const T> arrays{};
     bool unpacked = false;
     Element element = element_of<T>();  // format of a matrix's weights; narrow.h describes the layout of narrow ones
-    bool pairs = false;                 // bfloat16 is multiplied two k at a time, by one instruction
     Band band{0, nullptr};              // the rows of `recurrent`
     Tail tail;
     const Tiles<T>*tiles = nullptr, *plain = nullptr;  // for `element`, for T
@@ -107,7 +117,9 @@ struct Panels {
 
     bool is_tail(int64_t block) const { return tail.vectors && block == blocks - 1; }
     // Where a block's part of h begins, in a row that the weights are multiplied with.
-    int64_t start(int64_t block) const { return band.start(block) * (element == Element::kBfloat16 && !pairs ? 2 : 1); }
+    int64_t start(int64_t block) const {
+        return band.start(block) * (element == Element::kBfloat16 && !tiles->pairs() ? 2 : 1);
+    }
     // Whether a step is computed by blocks, the shorter path of the plain LSTM, which exists in float32.
     static constexpr bool kBlocks = sizeof(T) == 4;
     bool by_blocks() const { return kBlocks && flagless && !unpacked && element != Element::kInt8 && !patched; }
@@ -245,14 +257,13 @@ struct WeightGradient {
         T* sums;        // scratch [last - first][columns][gates][W] if out is transposed
         T* copy;        // scratch [dz_rows][gradient_stride(columns)], a contiguous copy of `rows`
     } of[3];
-    bool copied;  // the copies were made by an earlier call
-    const Tiles<T>* tiles;
-    bool pairs;    // products of bfloat16, two rows at once; `copy` then has half as many rows
-    T* dz_pairs;   // scratch for pairs, [kBlocksOfPanel][dz_rows / 2, rounded up][gates][W]
-    T* bias;       // [gates·H] or null
-    T* bias_sums;  // scratch [last - first][gates][W]
-    bool more;     // continue the sums of the previous call; else start from zero
-    bool write;    // the sums are complete: write `out` and `bias`
+    bool copied;            // the copies were made by an earlier call
+    const Tiles<T>* tiles;  // if they multiply pairs, two rows are multiplied at once, and `copy` has half as many rows
+    T* dz_pairs;            // scratch for pairs, [kBlocksOfPanel][dz_rows / 2, rounded up][gates][W]
+    T* bias;                // [gates·H] or null
+    T* bias_sums;           // scratch [last - first][gates][W]
+    bool more;              // continue the sums of the previous call; else start from zero
+    bool write;             // the sums are complete: write `out` and `bias`
 };
 
 // Rows of dz that stay in the L1 cache during a pass over the columns; and the distance between copied rows of a. The
@@ -271,10 +282,10 @@ struct Leaf {
     void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), rows have the order of dz;
     // of a matrix of heads [panel][band.depth·gates·W][4·W], the blocks that the panel's band of them has; gates
-    // outside [first, last) are zero. Writes panels [panel, end_panel), each at its position in the whole. With
-    // `pairs`, two rows of a panel become one row of pairs of bfloat16.
+    // outside [first, last) are zero. Writes panels [panel, end_panel), each at its position in the whole. If the tiles
+    // multiply pairs, two rows of a panel become one row of pairs of bfloat16.
     void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last, int64_t panel, int64_t end_panel,
-                            bool pairs);
+                            const Tiles<T>& tiles);
     void (*forward)(Forward<T>&);
     void (*backward)(Backward<T>&);
     // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows × steps. `tiles` and `pairs` as in
@@ -296,17 +307,23 @@ struct Leaf {
 };
 
 struct InstructionSet {
-    const char* name;
+    const char *name, *needs;  // `needs`: the features of the processor that its code uses, separated by commas
     Leaf<float> single;
     Leaf<double> twice;
-    bool pairs;  // bfloat16 is multiplied two k at a time
+};
+
+// What replaces routines of a set on processors with more instructions; `needs` as above, of this code.
+struct Replacement {
+    const char *name, *needs;
+    Tiles<float> tiles;
 };
 
 // The time of a steady clock (threads.cpp).
 int64_t nanoseconds();
 
-// What kernel/simd.cpp is compiled to. `vnni` and `pairs` are for processors with instructions for 8-bit and 16-bit
-// weights, and differ from `set` only in their tiles.
+// What kernel/simd.cpp is compiled to, and the routines for weights of 8 and 16 bits on processors with instructions
+// for them (int8.cpp, bfloat16.cpp). Each is an object of its own: a compiler may move any instruction of an object in
+// front of the test that guards it.
 namespace baseline {
 extern const InstructionSet set;
 }
@@ -317,8 +334,13 @@ namespace avx2 {
 extern const InstructionSet set;
 }
 namespace avx512 {
-extern const InstructionSet set, vnni, pairs;
-bool pairs_pay();  // whether multiplying pairs is faster than multiplying the numbers one by one
-}  // namespace avx512
+extern const InstructionSet set;
+}
+namespace avx512vnni {
+extern const Replacement int8;
+}
+namespace avx512bf16 {
+extern const Replacement bfloat16;
+}
 
 }  // namespace cellstack

@@ -2,7 +2,7 @@
 //
 // bfloat16: the weights and the rows that they are multiplied with are rounded, the sums stay floats. A product of two
 // bfloat16 is exact in a float, and k rises; so the sums have the same bits whether the processor multiplies pairs
-// (`Panels::pairs`), or a shift and a mask convert the two parts of a word to floats.
+// (bfloat16.cpp), or a shift and a mask convert the two parts of a word to floats.
 // int8: weights have one scale per column; a row is quantised before its product, in steps of its largest magnitude /
 // 127. The sums are integers, exact on every machine, up to a depth of 133,144 (127·127·depth < 2^31). Ref: Jacob et
 // al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", eq. 1;
@@ -37,21 +37,17 @@ INLINE void pack_bfloat16(uint32_t* to, const float* panel, int64_t depth, int g
 
 // Rounds rows to bfloat16, as floats or in pairs as in a panel; zeros beyond `depth`. The results are narrow_stride
 // apart.
-NOINLINE void round_rows(bool pairs, float* to, const Rows<float>& rows, int64_t count, int64_t depth) {
+NOINLINE void round_rows(const Tiles<float>& tiles, float* to, const Rows<float>& rows, int64_t count, int64_t depth) {
     constexpr int W = Vec<float>::W;
     const int64_t stride = narrow_stride(Element::kBfloat16, depth);
     for (int64_t m = 0; m < count; ++m, to += stride) {
         const float* row = rows.at(m);
-        for (int64_t k = 0; k < depth; k += W) {
-            const V<float> x = load_lanes(row + k, depth - k < W ? int(depth - k) : W);
-            if constexpr (kHasPairs)
-                if (pairs) {
-                    const HalfOfWords two = pairs_of(x);
-                    memcpy(to + k / 2, &two, sizeof two);
-                    continue;
-                }
-            store(to + k, (V<float>)rounded(x));
+        if (tiles.pairs()) {
+            tiles.pair_lanes(to, row, depth);
+            continue;
         }
+        for (int64_t k = 0; k < depth; k += W)
+            store(to + k, (V<float>)rounded(load_lanes(row + k, depth - k < W ? int(depth - k) : W)));
     }
 }
 
@@ -161,7 +157,7 @@ void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vector
 // or if there are many rows.
 INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
     const int64_t few = kRows == 3 && vectors == 4 ? 4 : 12;
-    return w.element == Element::kBfloat16 && !w.pairs && count > few;
+    return w.element == Element::kBfloat16 && !w.tiles->pairs() && count > few;
 }
 INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
@@ -175,7 +171,7 @@ NOINLINE void multiply_narrow(Product<float>& p, const Rows<float>& rows, int64_
             p.row_scales[m] = quantise(reinterpret_cast<uint8_t*>(p.narrow + m * own.row), rows.at(m), p.depth);
         return p.run(own, count, to, add, down, first, wanted);
     }
-    round_rows(p.w.pairs, p.narrow, rows, count, p.depth);
+    round_rows(*p.w.tiles, p.narrow, rows, count, p.depth);
     const int vectors = p.gates < 3 || wanted == 1 || wanted == 2 ? 4 : p.gates;
     if (!widens_once(p.w, count, vectors)) return p.run(own, count, to, add, down, first, wanted);
     const auto product = [&](auto, int vectors, int64_t from, int64_t some) {

@@ -88,6 +88,8 @@ inline bool cpu_supports(const char* name) {
     }
     return false;
 }
+#else
+inline bool cpu_supports(const char*) { return false; }
 #endif
 
 // The bytes of a core's second-level cache; 0: the system doesn't say.

@@ -267,16 +267,11 @@ INLINE void product_transposed(const Transposed<T>& p, F&& body) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const T* dz = p.dz + p.m * p.gates * W;
     int64_t dz_rows = p.dz_rows, deep = p.gates * W;
-    if constexpr (kHasPairs && sizeof(T) == 4)
-        if (p.pairs) {
-            T* to = p.pairs;
-            for (int64_t block = 0; block < p.blocks; ++block)
-                for (int64_t k = 0; k < p.count * p.gates; ++k, to += W / 2) {
-                    const HalfOfWords two = pairs_of(load(dz + block * dz_rows * deep + k * W));
-                    memcpy(to, &two, sizeof two);
-                }
-            dz = p.pairs, dz_rows = p.count, deep /= 2;
-        }
+    if (p.pairs) {
+        for (int64_t block = 0, size = p.count * deep; block < p.blocks; ++block)
+            p.tiles.pair_lanes(p.pairs + block * size / 2, dz + block * dz_rows * deep, size);
+        dz = p.pairs, dz_rows = p.count, deep /= 2;
+    }
     alignas(kVectorBytes) T sums[kRows * wide];
     Tile<T> t = tile_over<T>(deep);
     t.segments = p.band.depth, t.a_segment = dz_rows * deep, t.a_row = deep;

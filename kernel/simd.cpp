@@ -113,9 +113,10 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
 }
 
 template <class T>
-void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
+void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel,
+                     const Tiles<T>& tiles) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
-    const int64_t blocks = m.heads > 1 ? m.band.depth : (m.units + W - 1) / W, deep = pairs ? W / 2 : W;
+    const int64_t blocks = m.heads > 1 ? m.band.depth : (m.units + W - 1) / W, deep = tiles.pairs() ? W / 2 : W;
     // A quarter of a panel at a time: so few rows are read alternately that each read continues where the last one
     // ended.
     for (int64_t k = panel * wide; k < end_panel * wide; k += W) {
@@ -140,13 +141,14 @@ void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t pan
                         transpose<T>(square);
                     }
                 }
-                if constexpr (kHasPairs && sizeof(T) == 4)
-                    if (pairs) {
-                        UNROLL
-                        for (int r = 0; r < W / 2; ++r)
-                            store(row + r * wide, pairs_of(square[2 * r], square[2 * r + 1]));
-                        continue;
-                    }
+                if (tiles.pairs()) {
+                    alignas(kVectorBytes) T rows[W * W];
+                    UNROLL
+                    for (int r = 0; r < W; ++r) store(rows + r * W, square[r]);
+                    for (int r = 0; r < W; r += 2)
+                        tiles.pair_rows(row + r / 2 * wide, rows + r * W, rows + (r + 1) * W, W);
+                    continue;
+                }
                 UNROLL
                 for (int r = 0; r < W; ++r) store(row + r * wide, square[r]);
             }
@@ -164,48 +166,34 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 
 #ifdef CELLSTACK_FORWARD_ONLY  // in float32: less than half the size
 template <class T>
-constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
-    return {Vec<T>::W, tiles_of<Plain<T>>(),
-            bfloat16,  int8,
-            pack<T>,   pack_narrow<T>,
-            nullptr,   forward<T>,
-            nullptr,   nullptr,
-            nullptr,   activate<T>,
-            nullptr,   nullptr,
-            nullptr,   nullptr,
-            nullptr,   nullptr};
+constexpr Leaf<T> leaf(const Tiles<T>& plain, const Tiles<T>& bfloat16, const Tiles<T>& int8) {
+    return {Vec<T>::W, plain,   bfloat16,    int8,    pack<T>, pack_narrow<T>, nullptr, forward<T>, nullptr,
+            nullptr,   nullptr, activate<T>, nullptr, nullptr, nullptr,        nullptr, nullptr,    nullptr};
 }
 constexpr Leaf<double> kDouble{};
 #else
 template <class T>
-constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
-    return {Vec<T>::W,         tiles_of<Plain<T>>(), bfloat16,           int8,
-            pack<T>,           pack_narrow<T>,       pack_transposed<T>, forward<T>,
-            backward<T>,       input_gradient<T>,    weight_gradient<T>, activate<T>,
-            memory_scratch<T>, memory_gates<T>,      memory_head<T>,     memory_head_back<T>,
-            norm_rows<T>,      convolve_rows<T>};
+constexpr Leaf<T> leaf(const Tiles<T>& plain, const Tiles<T>& bfloat16, const Tiles<T>& int8) {
+    return {Vec<T>::W,
+            plain,
+            bfloat16,
+            int8,
+            pack<T>,
+            pack_narrow<T>,
+            pack_transposed<T>,
+            forward<T>,
+            backward<T>,
+            input_gradient<T>,
+            weight_gradient<T>,
+            activate<T>,
+            memory_scratch<T>,
+            memory_gates<T>,
+            memory_head<T>,
+            memory_head_back<T>,
+            norm_rows<T>,
+            convolve_rows<T>};
 }
-constexpr Leaf<double> kDouble = leaf<double>({}, {});
-#endif
-
-#if defined(__AVX512F__)
-// The time of some tiles of sums in nanoseconds: the least of several measurements.
-double time_of_sums(TileRoutine<float> routine) {
-    constexpr int W = Vec<float>::W, depth = 64;
-    alignas(kVectorBytes) static float rows[kRows * depth], panel[depth * 4 * W], sums[kRows * 4 * W];
-    Tile<float> t = tile_over<float>(depth);
-    for (int r = 0; r < kRows; ++r) t.a[r] = rows + r * depth;
-    t.panel = panel, t.panel_step = 4 * W, t.panel_vector = W;
-    t.to = sums, t.to_row = 4 * W, t.to_vector = W;
-    double least = 1e9;
-    for (int time = 0; time < 8; ++time) {
-        const int64_t begin = nanoseconds();
-        for (int n = 0; n < 8; ++n) routine(t);
-        const double taken = double(nanoseconds() - begin);
-        least = taken < least ? taken : least;
-    }
-    return least;
-}
+constexpr Leaf<double> kDouble = leaf<double>(tiles_of<Plain<double>>(), {}, {});
 #endif
 
 #define NAME_OF(x) #x
@@ -215,15 +203,9 @@ double time_of_sums(TileRoutine<float> routine) {
 
 namespace CELLSTACK_ISA {
 extern const InstructionSet set;
-const InstructionSet set = {NAME(CELLSTACK_ISA), leaf<float>(tiles_of<Widened>(), tiles_of<Int8<false>>()), kDouble,
-                            false};
-#if defined(__AVX512F__)
-const InstructionSet vnni = {"avx512vnni", leaf<float>(tiles_of<Widened>(), tiles_of<Int8<true>>()), kDouble, false};
-const InstructionSet pairs = {"avx512bf16", leaf<float>(tiles_of<Pairs>(), tiles_of<Int8<true>>()), kDouble, true};
-bool pairs_pay() {
-    return time_of_sums(pairs.single.bfloat16.of[kRows - 1][3]) < 1.5 * time_of_sums(set.single.plain.of[kRows - 1][3]);
-}
-#endif
+const InstructionSet set = {
+    NAME(CELLSTACK_ISA), CELLSTACK_NEEDS,
+    leaf<float>(plain_lstm_tiles<Plain<float>>(), plain_lstm_tiles<Widened>(), tiles_of<Int8>()), kDouble};
 }  // namespace CELLSTACK_ISA
 
 }  // namespace cellstack

@@ -63,6 +63,7 @@ struct Plain {
     static INLINE Sum multiply_add(V<T> a, V<T> w, Sum sum) { return fma(a, w, sum); }
 };
 
+#if defined(__AVX512BF16__)
 // Two bfloat16 of adjacent k in the bits of a float, in the rows and in the panel, multiplied by one instruction.
 struct Pairs {
     using Number = float;
@@ -71,17 +72,15 @@ struct Pairs {
     static constexpr int kRecurrent = 2;
     static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) { return add_pairs(a, w, sum); }
 };
+#endif
 
 // Four int8 of adjacent k, those of the rows with an offset of 128; the sums are integers and exact.
-template <bool Vnni>
 struct Int8 {
     using Number = float;
     using Sum = Words;
     static constexpr bool kWidens = false;
     static constexpr int kRecurrent = 0;
-    static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) {
-        return Vnni ? add_dot_vnni(sum, (Words)a, (Words)w) : add_dot(sum, (Words)a, (Words)w);
-    }
+    static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) { return add_dot(sum, (Words)a, (Words)w); }
 };
 
 // Two bfloat16 of adjacent k in each word of the panel, widened to floats after loading; rows of floats that are

@@ -154,7 +154,6 @@ INLINE void store_lanes(T* p, V<T> v, int n) {
 typedef Vec<float>::I Words;  // 32 bits per lane: two bfloat16 or four int8, of adjacent k
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));  // the same bits, for sums that may wrap around
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // one per lane
-typedef uint32_t HalfOfWords __attribute__((vector_size(kVectorBytes / 2)));
 
 INLINE Words load_words(const uint32_t* p) {
     Words v;
@@ -166,43 +165,30 @@ INLINE Words splat(int32_t x) { return Words{} + x; }
 
 // sums + Σ a[j]·w[j] over the four bytes of a lane; those of a are unsigned.
 INLINE Words add_dot(Words sums, Words a, Words w) {
+#if defined(__AVX512VNNI__)
+    return (Words)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)w);
+#else
     for (int shift = 24; shift >= 0; shift -= 8) sums += ((a >> (24 - shift)) & 255) * ((w << shift) >> 24);
     return sums;
+#endif
 }
 
 INLINE V<float> lower_float(Words w) { return (V<float>)(w << 16); }
 INLINE V<float> upper_float(Words w) { return (V<float>)(w & int32_t(0xffff0000)); }
 
-// Instructions of processors with AVX512-VNNI and AVX512-BF16, for routines that only the tables of these sets contain.
-// add_pairs: sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, upper 16 bits first; the bits are those of
-// two fused multiply-adds of the numbers as floats, with denormals as zeros. pairs_of: pairs of adjacent numbers in x;
-// pairs of the numbers that a and b have in the same lane.
-#if defined(__AVX512F__)
-constexpr bool kHasPairs = true;
-INLINE Words add_dot_vnni(Words sums, Words a, Words w) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
-    return sums;
-}
+#if defined(__AVX512BF16__)
+// sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, upper 16 bits first; the bits are those of two fused
+// multiply-adds of the numbers as floats, with denormals as zeros.
 INLINE V<float> add_pairs(V<float> a, V<float> w, V<float> sums) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
-    return sums;
+    return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)w);
 }
-INLINE __m256i bfloat16_of(V<float> x) {
-    __m256i rounded;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x));
-    return rounded;
-}
-INLINE HalfOfWords pairs_of(V<float> x) { return (HalfOfWords)_mm256_rol_epi32(bfloat16_of(x), 16); }
+// Pairs of adjacent numbers in x, and pairs of the numbers that a and b have in the same lane.
+INLINE __m256i bfloat16_of(V<float> x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+INLINE __m256i pairs_of(V<float> x) { return _mm256_rol_epi32(bfloat16_of(x), 16); }
 INLINE V<float> pairs_of(V<float> a, V<float> b) {
     const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_of(a)), 16);
     return (V<float>)_mm512_or_si512(upper, _mm512_cvtepu16_epi32(bfloat16_of(b)));
 }
-#else
-constexpr bool kHasPairs = false;  // the functions below are never called
-INLINE Words add_dot_vnni(Words sums, Words, Words) { return sums; }
-INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }
-INLINE HalfOfWords pairs_of(V<float>) { return HalfOfWords{}; }
-INLINE V<float> pairs_of(V<float>, V<float>) { return V<float>{}; }
 #endif
 
 // Transposes a square matrix of W vectors: for each bit of the index, numbers whose row and lane differ in that bit are

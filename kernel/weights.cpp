@@ -68,7 +68,6 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     Panels<T>& p = impl_->panels;
     p.d = &impl_->d, p.usual = d.usual(), p.flagless = d.plain(), p.blocks = blocks, p.output_blocks = output_blocks,
     p.sum_blocks = sum_blocks, p.unpacked = !copy, p.element = element;
-    p.pairs = element == Element::kBfloat16 && current().pairs;
     p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain, p.band = impl_->bands.band();
     if (copy) p.tail = tail_of(d, leaf.width);
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;

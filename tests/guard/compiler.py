@@ -44,6 +44,7 @@ def measured(build: Path) -> list[dict[str, float | str]]:
     launcher = f"{sys.executable};{Path(__file__).resolve()};--"
     options = [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}", "-DCMAKE_BUILD_TYPE=Release"]
     options += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS=-Werror"]
+    options += ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]  # for foreign.py
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *options], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(
