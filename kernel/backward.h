@@ -295,7 +295,7 @@ void weight_gradient(const WeightGradient<T>& f) {
                     t.a_step = stride, t.panel = panel + m * wide, t.panel_step = wide, t.panel_vector = vector;
                     t.from_row = t.to_row = inside.column;
                     t.from_vector = t.to_vector = N > 1 ? inside.block : inside.gate;
-                    each_tile(columns, [&](int64_t column, int R) {
+                    each_tile<kColumns>(columns, [&](int64_t column, int R) {
                         alignas(kVectorBytes) T own[kRows * 4 * W];
                         T* outside = sums + column * apart.column;
                         const auto each = [&](auto&& body) INLINED {

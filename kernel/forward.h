@@ -97,7 +97,7 @@ void project(const Forward<T>& f) {
         const int vectors = vectors_of(f, block);
         t.panel = f.w.kernel + block * panel, t.panel_step = vectors * W;
         t.from = f.w.bias + block * 4 * W, t.to = z;
-        if (widens_once(f.w, total, 4)) {
+        if (widens_once(f.w, total)) {
             widened_product(*f.w.plain, t, vectors, rows, total);
         } else {
             each_tile(total, [&](int64_t m, int R) {
@@ -141,7 +141,7 @@ struct Side {
     // Computes the sums of some rows; tiles of h also prefetch part of `ahead`.
     INLINE void add_up(const Forward<T>& f, int vectors, int64_t row, int64_t count, const T*& ahead) {
         t.to = sums;
-        if (widens_once(f.w, f.rows, 4)) {
+        if (widens_once(f.w, f.rows)) {
             widened_product(*f.w.plain, t, vectors, {first + row * t.a_row, t.a_row, 0, count}, count);
         } else {
             each_tile(count, [&](int64_t r, int R) INLINED {
@@ -165,7 +165,7 @@ template <class T>
 void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t block, const T* ahead, T* h_next) {
     constexpr int W = Vec<T>::W;
     const int64_t before = (n - f.first) * f.rows, total = (f.last - f.first) * f.rows;
-    const int64_t most = widens_once(f.w, f.rows, 4) ? kWideRows : kStepRows;
+    const int64_t most = widens_once(f.w, f.rows) ? kWideRows : kStepRows;
     const int vectors = vectors_of(f, block);
     x.t.panel_step = h.t.panel_step = vectors * W;
     x.t.panel = x.matrix + block * x.panel, x.t.from = f.w.bias + block * 4 * W;

@@ -80,7 +80,7 @@ void memory_step(const MemoryHead<T>& d, int64_t t, const T* C_from, int64_t fro
     for (int64_t c = 0; c < d.values; c += W) store(h + c, splat(T(0)));
     const auto row = [&](int64_t j) { return C_from ? C_from + j * from_row : nullptr; };
     int64_t j = 0;
-    constexpr int R = kRows == 6 ? 8 : 4;  // two registers per row
+    constexpr int R = kRegisters / 4;  // two registers per row
     for (; j + R <= d.keys; j += R)
         update_rows<R>(row(j), from_row, C_to + j * to_row, to_row, key + j, q + j, f, v, h, d.values);
     for (; j < d.keys; ++j)

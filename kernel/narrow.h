@@ -153,13 +153,11 @@ void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vector
     }
 }
 
-// Whether that is faster than widening words in each tile: if the sums of a tile leave no registers for it (12 of 16),
-// or if there are many rows.
-INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
-    const int64_t few = kRows == 3 && vectors == 4 ? 4 : 12;
-    return w.element == Element::kBfloat16 && !w.tiles->pairs() && count > few;
+// Whether that is faster than widening words in each tile: if there are more rows than two tiles take.
+INLINE bool widens_once(const Panels<float>& w, int64_t count) {
+    return w.element == Element::kBfloat16 && !w.tiles->pairs() && count > (kRegisters == 16 ? 9 : 12);
 }
-INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
+INLINE bool widens_once(const Panels<double>&, int64_t) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
 // Runs a product with narrow weights. One copy serves all kinds of cell.
@@ -172,8 +170,7 @@ NOINLINE void multiply_narrow(Product<float>& p, const Rows<float>& rows, int64_
         return p.run(own, count, to, add, down, first, wanted);
     }
     round_rows(*p.w.tiles, p.narrow, rows, count, p.depth);
-    const int vectors = p.gates < 3 || wanted == 1 || wanted == 2 ? 4 : p.gates;
-    if (!widens_once(p.w, count, vectors)) return p.run(own, count, to, add, down, first, wanted);
+    if (!widens_once(p.w, count)) return p.run(own, count, to, add, down, first, wanted);
     const auto product = [&](auto, int vectors, int64_t from, int64_t some) {
         const Rows<float> part{own.base + p.start + from * own.row, own.row, 0, some};
         widened_product(*p.w.plain, p.t, vectors, part, some);

@@ -7,12 +7,22 @@ namespace cellstack {
 namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 6;  // per tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
-#elif defined(__wasm__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+#if defined(__wasm__)
 constexpr int kRows = 2;  // as browsers keep one of 16 registers for themselves, and a product takes one
 #else
-constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
+constexpr int kRows = kMostRows;  // per tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
 #endif
+// The vectors that a tile of R rows sums at a time, in two passes over k if it has more. With 16 registers 6·2 sums,
+// two weights and a broadcast fill them: each pass then reads half of the panel, where 3·4 sums would read all of it
+// twice as often, from a cache that can't deliver it as fast as it is multiplied.
+template <int R, bool Widens = false>
+constexpr int kAtOnce = kRegisters == 16 && R > (Widens ? 2 : 3) ? 2 : 4;
+// Rows of a tile of weight gradients, whose panels are in the first-level cache.
+constexpr int kColumns = kAtOnce<kRows> == 2 ? 3 : kRows;
 
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // numbers per cache line
@@ -92,11 +102,34 @@ struct Widened {
     static constexpr int kRecurrent = 1;
     static INLINE Sum multiply_add(V<float>, V<float>, Sum sum) { return sum; }  // never called
 };
+// Adds the products of vectors of weights with the numbers at `a` of all rows, of which one is in a register at a time.
+template <class Kind, int R, int C, class T>
+INLINE void add_products(typename Kind::Sum (&sums)[R][C], const V<T> (&w)[C], const Cursor<T, R>& at, int64_t a) {
+    UNROLL
+    for (int r = 0; r < R; ++r) {
+        const V<T> s = splat(at.a[r][a]);
+        UNROLL
+        for (int v = 0; v < C; ++v) sums[r][v] = Kind::multiply_add(s, w[v], sums[r][v]);
+    }
+}
 template <int R, int N, int C, bool Ahead, int E>
 INLINE void accumulate_widened(V<float> (&sums)[R][N * C + E], Cursor<float, R>& at, int64_t depth) {
     // With many sums the two numbers of a word are processed one after the other, which leaves registers for the sums.
-    constexpr bool apart = R * (N * C + E) > (kRows == 6 ? 16 : 8);
+    constexpr bool apart = R * (N * C + E) > kRegisters / 2;
     for (int64_t k = 0; k < depth; ++k, at.template next<Ahead, E>()) {
+        if constexpr (kAtOnce<R, true> == 2) {
+            UNROLL
+            for (int part = 0; part < 2; ++part) {
+                V<float> w[N * C];
+                UNROLL
+                for (int v = 0; v < N * C; ++v) {
+                    const Words both = (Words)at.template read<N, C>(v);
+                    w[v] = part ? lower_float(both) : upper_float(both);
+                }
+                add_products<Plain<float>>(sums, w, at, 2 * k + part);
+            }
+            continue;
+        }
         V<float> even[R], odd[R];
         UNROLL
         for (int r = 0; r < R; ++r) even[r] = splat(at.a[r][2 * k]);
@@ -132,6 +165,13 @@ INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C + E], Cursor<typename
     using T = typename Kind::Number;
     if constexpr (Kind::kWidens) return accumulate_widened<R, N, C, Ahead, E>(sums, at, depth);
     for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.template next<Ahead, E>()) {
+        if constexpr (kAtOnce<R> == 2) {  // no registers for broadcasts of all rows
+            V<T> w[N * C];
+            UNROLL
+            for (int v = 0; v < N * C; ++v) w[v] = at.template weights<N, C>(v);
+            add_products<Kind>(sums, w, at, a);
+            continue;
+        }
         V<T> s[R];
         UNROLL
         for (int r = 0; r < R; ++r) s[r] = splat(at.a[r][a]);
@@ -219,6 +259,15 @@ template <class Kind, int R, int N, int C, int E = 0>
 NOINLINE void tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
     constexpr int W = Vec<T>::W, all = C + E;  // a tail has one block before it
+    if constexpr (constexpr int half = kAtOnce<R, Kind::kWidens>; C > half) {
+        tile<Kind, R, N, half>(t);
+        Tile<T> rest = t;
+        rest.panel += half * t.panel_vector, rest.to += half * t.to_vector;
+        const int64_t columns = half * t.from_vector;
+        if (t.from) rest.from += columns;
+        if (t.scales) rest.scales += columns, rest.shifts += columns;
+        return tile<Kind, R, N, C - half>(rest);
+    }
     typename Kind::Sum sums[R][N * all];
     begin<T, R, N, all>(t, sums);
     Cursor<T, R> at{{}, t.a_step, t.panel, t.panel_step, N == 1 ? t.panel_vector : W, t.panel_block};
@@ -229,10 +278,16 @@ NOINLINE void tile(const Tile<typename Kind::Number>& t) {
     end<T, R, N, all>(t, sums);
 }
 
-template <class Kind, int R, int C>
+template <class Kind, int R, int C, bool Ahead = (R > 1)>
 NOINLINE void recurrent_tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
     constexpr int W = Vec<T>::W;
+    if constexpr (constexpr int half = kAtOnce<R, Kind::kWidens>; C > half) {
+        recurrent_tile<Kind, R, half>(t);
+        Tile<T> rest = t;
+        rest.panel += half * W, rest.to += half * W;
+        return recurrent_tile<Kind, R, C - half, false>(rest);
+    }
     typename Kind::Sum sums[R][C];
     UNROLL
     for (int r = 0; r < R; ++r) UNROLL
@@ -241,7 +296,7 @@ NOINLINE void recurrent_tile(const Tile<typename Kind::Number>& t) {
     UNROLL
     for (int r = 0; r < R; ++r) at.a[r] = t.a[0] + r * t.a_row;
     for (int64_t segment = 0; segment < t.segments; ++segment) {
-        accumulate<Kind, R, 1, C, (R > 1)>(sums, at, t.depth);
+        accumulate<Kind, R, 1, C, Ahead>(sums, at, t.depth);
         UNROLL
         for (int r = 0; r < R; ++r) at.a[r] += t.a_segment;
     }

@@ -255,10 +255,38 @@ def _training(module: Any, x: Array, gradients: Callable[[], dict[str, Any]], x_
 PARAMETERS = {"kernel": "weight_ih", "recurrent_kernel": "weight_hh", "bias": "bias_ih"}
 
 
+def cellstack_layers(x: Array, cells: Sequence[Arrays], threads: int, directions: int = 1) -> Engine:
+    """cellstack's layers, without gradients."""
+    import torch
+
+    module, _ = _layers(x, cells, threads, directions)
+    tensor = torch.from_numpy(x)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return module(tensor)
+
+    return Engine(run, lambda: {"y": run().numpy()})
+
+
 def cellstack_training(
     x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False, directions: int = 1
 ) -> Engine:
     """cellstack's layers; the sum of y is the loss."""
+    module, stack = _layers(x, cells, threads, directions)
+
+    def gradients() -> dict[str, Any]:
+        return {
+            f"gradient of {name}, {_torch_name(n, directions)}": getattr(cell, name).grad
+            for n, cell in enumerate(stack)
+            for name in PARAMETERS
+        }
+
+    return _training(module, x, gradients, x_gradient)
+
+
+def _layers(x: Array, cells: Sequence[Arrays], threads: int, directions: int) -> tuple[Any, list[Any]]:
+    """Return the module and its cells."""
     import torch
 
     from cellstack import layers
@@ -277,15 +305,7 @@ def cellstack_training(
         for cell, arrays in zip(stack, cells, strict=True):
             for name, array in zip(PARAMETERS, arrays, strict=True):
                 getattr(cell, name).copy_(torch.from_numpy(array))
-
-    def gradients() -> dict[str, Any]:
-        return {
-            f"gradient of {name}, {_torch_name(n, directions)}": getattr(cell, name).grad
-            for n, cell in enumerate(stack)
-            for name in PARAMETERS
-        }
-
-    return _training(module, x, gradients, x_gradient)
+    return module, stack
 
 
 def pytorch_training(
@@ -398,6 +418,7 @@ SURFACES: Mapping[str, Mapping[str, Callable[..., Engine]]] = {
         "torch": partial(pytorch, element="bfloat16"),
         "openvino": partial(openvino, precision="bf16"),
     },
+    "layers": {"cellstack": cellstack_layers, "torch": pytorch},
     "training": {"cellstack": cellstack_training, "torch": pytorch_training},
     "step": {"cellstack": stream, "torch": torch_cell, "onnxruntime": onnx_bound, "openvino": openvino_step},
 }
