@@ -295,7 +295,7 @@ void weight_gradient(const WeightGradient<T>& f) {
                     t.a_step = stride, t.panel = panel + m * wide, t.panel_step = wide, t.panel_vector = vector;
                     t.from_row = t.to_row = inside.column;
                     t.from_vector = t.to_vector = N > 1 ? inside.block : inside.gate;
-                    each_tile<kColumns>(columns, [&](int64_t column, int R) {
+                    const auto tile = [&](int64_t column, int R) {
                         alignas(kVectorBytes) T own[kRows * 4 * W];
                         T* outside = sums + column * apart.column;
                         const auto each = [&](auto&& body) INLINED {
@@ -311,7 +311,8 @@ void weight_gradient(const WeightGradient<T>& f) {
                         t.to = whole ? outside : own, t.from = more ? t.to : nullptr;
                         f.tiles->of[R - 1][vectors - 1](t);
                         each([&](T* to, const T* from) INLINED { store_lanes(to, load_lanes(from, lanes), lanes); });
-                    });
+                    };
+                    each_tile(columns, tile, kGradientColumns);
                 };
                 if (of.heads == 1) {
                     const Sums apart = f.rows ? Sums{of.columns * wide, wide, W} : Sums{W, G * H, H};

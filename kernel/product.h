@@ -5,17 +5,16 @@
 namespace cellstack {
 namespace {
 
-// Calls body(first row, rows) on tiles of at most Most rows, as equal in size as possible, the larger ones first. With
-// 16 registers a tile of three rows has more sums at once than one of four, and 7 to 9 rows are divided into three and
-// the rest.
-template <int Most = kRows, class F>
-INLINE void each_tile(int64_t rows, F&& body) {
-    if (rows <= Most) {
+// Calls body(first row, rows) on tiles of at most this many rows, as equal in size as possible, the larger ones first.
+// With 16 registers a tile of three rows has more sums at once than one of four, so 7 to 9 rows are three and the rest.
+template <class F>
+INLINE void each_tile(int64_t rows, F&& body, int64_t most = kRows) {
+    if (rows <= most) {
         if (rows > 0) body(int64_t(0), int(rows));
         return;
     }
-    const bool by_three = kAtOnce<Most> == 2 && rows <= 9;
-    const int64_t count = (rows + Most - 1) / Most, least = by_three ? 3 : rows / count, larger = rows - count * least;
+    const bool by_three = kFewRegisters && most > 4 && rows <= 9;
+    const int64_t count = (rows + most - 1) / most, least = by_three ? 3 : rows / count, larger = rows - count * least;
     for (int64_t n = 0, r = 0, size; n < count; ++n, r += size)
         body(r, int(size = least + (by_three ? n == 0 ? larger : 0 : n < larger)));
 }
@@ -230,11 +229,12 @@ struct Product {
         const auto tiles = [&](TileRoutine<T>, int vectors, int64_t from, int64_t some) INLINED {
             T* first_row = t.to;
             const Rows<T> own{rows.base + start, rows.row, rows.time, rows.batch};
-            each_tile(some, [&](int64_t m, int R) INLINED {
+            const auto tile = [&](int64_t m, int R) INLINED {
                 own.point(t, from + m, R);
                 t.to = first_row + m * t.to_row, t.row_scales = row_scales + from + m;
                 w.tiles->of[R - 1][vectors - 1](t);
-            });
+            };
+            each_tile(some, tile, most_rows(vectors));
         };
         each_group(to, add, down, count, first, wanted, tiles);
     }

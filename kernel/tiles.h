@@ -16,13 +16,17 @@ constexpr int kRows = 2;  // as browsers keep one of 16 registers for themselves
 #else
 constexpr int kRows = kMostRows;  // per tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
 #endif
-// The vectors that a tile of R rows sums at a time, in two passes over k if it has more. With 16 registers 6·2 sums,
-// two weights and a broadcast fill them: each pass then reads half of the panel, where 3·4 sums would read all of it
-// twice as often, from a cache that can't deliver it as fast as it is multiplied.
-template <int R, bool Widens = false>
-constexpr int kAtOnce = kRegisters == 16 && R > (Widens ? 2 : 3) ? 2 : 4;
-// Rows of a tile of weight gradients, whose panels are in the first-level cache.
-constexpr int kColumns = kAtOnce<kRows> == 2 ? 3 : kRows;
+constexpr bool kFewRegisters = kRegisters == 16;
+// Whether a tile's sums fit into the registers, with one operand of each row or of each vector and one of the others. A
+// larger one takes two passes over k, the first one with two vectors. So six rows read half of the panel in a pass,
+// where two tiles of three rows would read all of it twice, from a cache that can't deliver it as fast as it is
+// multiplied.
+template <int R, int C, bool Widens = false>
+constexpr bool kFits = R * C + (Widens || C < R ? C : R) + 1 <= kRegisters;
+// The most rows of a tile, for which most sums fit; and of a tile of weight gradients, whose panels are in the
+// first-level cache, so that passes gain nothing.
+constexpr int most_rows(int vectors) { return kFewRegisters && vectors == 3 ? 4 : kRows; }
+constexpr int kGradientColumns = kFewRegisters ? 3 : kRows;
 
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // numbers per cache line
@@ -117,7 +121,7 @@ INLINE void accumulate_widened(V<float> (&sums)[R][N * C + E], Cursor<float, R>&
     // With many sums the two numbers of a word are processed one after the other, which leaves registers for the sums.
     constexpr bool apart = R * (N * C + E) > kRegisters / 2;
     for (int64_t k = 0; k < depth; ++k, at.template next<Ahead, E>()) {
-        if constexpr (kAtOnce<R, true> == 2) {
+        if constexpr (kFewRegisters && R > 2) {
             UNROLL
             for (int part = 0; part < 2; ++part) {
                 V<float> w[N * C];
@@ -165,7 +169,7 @@ INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C + E], Cursor<typename
     using T = typename Kind::Number;
     if constexpr (Kind::kWidens) return accumulate_widened<R, N, C, Ahead, E>(sums, at, depth);
     for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.template next<Ahead, E>()) {
-        if constexpr (kAtOnce<R> == 2) {  // no registers for broadcasts of all rows
+        if constexpr (kFewRegisters && C < R) {  // no registers for broadcasts of all rows
             V<T> w[N * C];
             UNROLL
             for (int v = 0; v < N * C; ++v) w[v] = at.template weights<N, C>(v);
@@ -255,18 +259,22 @@ INLINE void end(const Tile<T>& t, const Words (&sums)[R][N * C]) {
     }
 }
 
+template <class T>
+Tile<T> after_two_vectors(const Tile<T>& t) {
+    Tile<T> rest = t;
+    rest.panel += 2 * t.panel_vector, rest.to += 2 * t.to_vector;
+    if (t.from) rest.from += 2 * t.from_vector;
+    if (t.scales) rest.scales += 2 * t.from_vector, rest.shifts += 2 * t.from_vector;
+    return rest;
+}
+
 template <class Kind, int R, int N, int C, int E = 0>
 NOINLINE void tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
     constexpr int W = Vec<T>::W, all = C + E;  // a tail has one block before it
-    if constexpr (constexpr int half = kAtOnce<R, Kind::kWidens>; C > half) {
-        tile<Kind, R, N, half>(t);
-        Tile<T> rest = t;
-        rest.panel += half * t.panel_vector, rest.to += half * t.to_vector;
-        const int64_t columns = half * t.from_vector;
-        if (t.from) rest.from += columns;
-        if (t.scales) rest.scales += columns, rest.shifts += columns;
-        return tile<Kind, R, N, C - half>(rest);
+    if constexpr (R > 2 && C > 2 && !kFits<R, C, Kind::kWidens>) {
+        tile<Kind, R, N, 2>(t);
+        return tile<Kind, R, N, C - 2>(after_two_vectors(t));
     }
     typename Kind::Sum sums[R][N * all];
     begin<T, R, N, all>(t, sums);
@@ -282,11 +290,11 @@ template <class Kind, int R, int C, bool Ahead = (R > 1)>
 NOINLINE void recurrent_tile(const Tile<typename Kind::Number>& t) {
     using T = typename Kind::Number;
     constexpr int W = Vec<T>::W;
-    if constexpr (constexpr int half = kAtOnce<R, Kind::kWidens>; C > half) {
-        recurrent_tile<Kind, R, half>(t);
+    if constexpr (R > 2 && C > 2 && !kFits<R, C, Kind::kWidens>) {
+        recurrent_tile<Kind, R, 2>(t);
         Tile<T> rest = t;
-        rest.panel += half * W, rest.to += half * W;
-        return recurrent_tile<Kind, R, C - half, false>(rest);
+        rest.panel += 2 * W, rest.to += 2 * W;
+        return recurrent_tile<Kind, R, C - 2, false>(rest);
     }
     typename Kind::Sum sums[R][C];
     UNROLL
