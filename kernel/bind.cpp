@@ -129,16 +129,18 @@ NB_MODULE(_kernel, m) {
             "A cell without its arrays; cellstack.native makes it from a CellSpec.");
     m.def(
         "weights",
-        [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy) -> nb::object {
+        [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy,
+           int threads) -> nb::object {
             const Element element = element_named(name);
             if (element == Element::kInt8 && !copy) throw nb::value_error("weights: int8 requires copy=True");
             if (element == Element::kFloat64)
-                return nb::cast(new Weights<double>(description, arrays_of<const double>(arrays), copy),
-                                nb::rv_policy::take_ownership);
-            return nb::cast(new Weights<float>(description, arrays_of<const float>(arrays), copy, element),
+                return nb::cast(
+                    new Weights<double>(description, arrays_of<const double>(arrays), copy, element, threads),
+                    nb::rv_policy::take_ownership);
+            return nb::cast(new Weights<float>(description, arrays_of<const float>(arrays), copy, element, threads),
                             nb::rv_policy::take_ownership);
         },
-        "description"_a, "element"_a, "arrays"_a, "copy"_a = true);
+        "description"_a, "element"_a, "arrays"_a, "copy"_a = true, "threads"_a = 1);
     m.def(
         "cut",
         [](const nb::list& weights, int64_t batch, int64_t steps, bool resets, int threads) {

@@ -31,9 +31,10 @@ class Weights {
     // every call reads them in place, and they must outlive this object: steps are slower, but for a call of a few
     // steps this costs less than packing. `backward` only accepts weights without a copy. The results have the same
     // bits. Copied matrices may have a narrower format. Without a copy, bfloat16 is for `backward` only, which then
-    // rounds the operands of its products, if the instruction set multiplies pairs of bfloat16.
+    // rounds the operands of its products, if the instruction set multiplies pairs of bfloat16. Threads share the
+    // packing of a large matrix.
     Weights(const Description& description, const Arrays<const T>& arrays, bool copy = true,
-            Element element = element_of<T>());
+            Element element = element_of<T>(), int threads = 1);
     ~Weights();
     Weights(const Weights&) = delete;
     const Description& description() const;

@@ -276,10 +276,11 @@ template <class T>
 struct Leaf {
     int width;
     Tiles<T> plain, bfloat16, int8;
-    // a matrix [K, gates·H] with H columns per gate -> panels [blocks][K][gates][W]
-    void (*pack)(T* to, const Matrix<T>& from);
+    // a matrix [K, gates·H] with H columns per gate -> panels [blocks][K][gates][W]; writes those of [block,
+    // end_block), each at its position in the whole
+    void (*pack)(T* to, const Matrix<T>& from, int64_t block, int64_t end_block);
     // the same in a narrow format, in the layout of narrow.h; panel: scratch for a block, [K][gates][W]
-    void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
+    void (*pack_narrow)(T* to, const Matrix<T>& from, int64_t block, int64_t end_block, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), rows have the order of dz;
     // of a matrix of heads [panel][band.depth·gates·W][4·W], the blocks that the panel's band of them has; gates
     // outside [first, last) are zero. Writes panels [panel, end_panel), each at its position in the whole. If the tiles

@@ -80,17 +80,19 @@ void pack_tail(T* panel, const Matrix<T>& m, int64_t rows) {
 }
 
 template <class T>
-void pack(T* to, const Matrix<T>& m) {
+void pack(T* to, const Matrix<T>& m, int64_t block, int64_t end_block) {
     constexpr int W = Vec<T>::W;
     const int64_t blocks = (m.units + W - 1) / W, rows = m.heads > 1 ? m.band.depth : m.depth,
                   size = rows * m.gates * W;
-    for (int64_t block = 0; block < blocks; ++block) pack_block(to + block * size, m, block, 1);
-    if (m.tail.vectors) pack_tail(to + (blocks - 1) * size, m, rows);
+    for (; block < end_block; ++block) {
+        pack_block(to + block * size, m, block, 1);
+        if (m.tail.vectors && block == blocks - 1) pack_tail(to + block * size, m, rows);
+    }
 }
 
 // For int8, the scales of all columns and their shifts follow the words.
 template <class T>
-void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
+void pack_narrow(T* to, const Matrix<T>& m, int64_t block, int64_t end_block, Element element, T* panel) {
     if constexpr (sizeof(T) == 4) {
         constexpr int W = Vec<T>::W;
         const int64_t blocks = (m.units + W - 1) / W, columns = m.gates * W;
@@ -99,7 +101,7 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
         auto* at = reinterpret_cast<uint32_t*>(to);
         T* scales = to + blocks * words * columns;
         auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * columns);
-        for (int64_t block = 0; block < blocks; ++block, at += words * columns) {
+        for (at += block * words * columns; block < end_block; ++block, at += words * columns) {
             pack_block(panel, m, block, step);
             const bool tail = m.tail.vectors && block == blocks - 1;
             const int vectors = tail ? m.tail.vectors : m.gates;

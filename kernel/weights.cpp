@@ -29,8 +29,11 @@ Bands bands_of(const Description& d, int64_t wide, int64_t total, int64_t step) 
     return bands;
 }
 
+// Numbers of a matrix per thread that packs it.
+constexpr int64_t kPackedNumbers = int64_t(1) << 16;
+
 template <class T>
-Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element) {
+Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element, int threads) {
     const Leaf<T>& leaf = narrow(element) ? leaf_of<T>(current()) : leaf_for<T>(d.units);
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width),
                   sum_blocks = ceil_div(d.sum_units(), leaf.width);
@@ -79,16 +82,19 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     // Packs a matrix, in panels of this many rows.
     const auto packed = [&](Matrix<T> from, int64_t rows, Element held) {
         if (from.gates > 1) from.tail = p.tail;
-        T* to = parts.take(size(rows, from.units, from.gates, held));
-        if (narrow(held)) {
-            const Scratch<T> panel(rows * from.gates * leaf.width);
-            leaf.pack_narrow(to, from, held, panel.get());
+        const int64_t numbers = size(rows, from.units, from.gates, held), of = ceil_div(from.units, leaf.width);
+        T* to = parts.take(numbers);
+        if (!from.at) {
+            std::fill_n(to, numbers, T(0));
             return to;
         }
-        if (from.at)
-            leaf.pack(to, from);
-        else
-            std::fill_n(to, size(rows, from.units, from.gates, held), T(0));
+        const int shares = int(std::max<int64_t>(1, std::min<int64_t>({threads, numbers / kPackedNumbers, of})));
+        parallel(shares, [&](int k) {
+            const int64_t block = of * k / shares, end_block = of * (k + 1) / shares;
+            if (!narrow(held)) return leaf.pack(to, from, block, end_block);
+            const Scratch<T> panel(rows * from.gates * leaf.width);
+            leaf.pack_narrow(to, from, block, end_block, held, panel.get());
+        });
         return to;
     };
     const auto bias = [&](const T* from, int64_t units, int gates) {

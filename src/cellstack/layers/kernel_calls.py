@@ -95,7 +95,7 @@ ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 def _weights(cell: CellCall, flat: Sequence[Tensor], dtype: torch.dtype, copy: bool) -> Any:
     """Return the kernel's weights from contiguous arrays, which must outlive them without `copy`."""
     element = "bfloat16" if cell.bf16_matmul else ELEMENTS[dtype]
-    return native.weights_at(cell.description, element, _addresses(cell, flat), copy)
+    return native.weights_at(cell.description, element, _addresses(cell, flat), copy, torch.get_num_threads())
 
 
 def _packed(cell: CellCall, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
