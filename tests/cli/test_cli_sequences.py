@@ -147,7 +147,7 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     answers = [run(capsys, "run", machines / "net", machines / name)[1] for name in ("machines.csv", "german.csv")]
     assert answers[0] == answers[1]
     table.to_csv(machines / "quoted.csv", decimal=",", index=False)
-    assert "use --decimal comma if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
+    assert "use --decimal ',' if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
 
 
@@ -239,9 +239,7 @@ def test_a_checkpoint_is_overwritten_or_resumed_only_on_request(capsys, tmp_path
     assert run(capsys, *words)[0] == 0
     status, _, err = run(capsys, *words)
     assert status == 2
-    assert (
-        "c: the checkpoint already exists: resume (--resume) continues from it, overwrite (--overwrite) starts" in err
-    )
+    assert "c: the checkpoint already exists: --resume continues from it, --overwrite starts again" in err
     assert run(capsys, *words, "--overwrite")[0] == 0
     status, out, _ = run(capsys, *words, "--resume", "--epochs", "3")
     assert status == 0
@@ -278,8 +276,8 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
     ("words", "message"),
     [
         (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
-        (["machines.csv", "--label", "state"], "expected id= or --id, the column"),
-        (["machines.csv", "--label", "mood", "--id", "machine"], "expected y (--label) to be a column, one of machine"),
+        (["machines.csv", "--label", "state"], "expected --id, the column"),
+        (["machines.csv", "--label", "mood", "--id", "machine"], "expected --label to be a column, one of machine"),
         (["machines.csv", *COLUMNS, "--season", "7"], "--season doesn't apply to sequences, only to forecasts"),
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
         (["machines.npz", "--label", "state"], "y applies only to tables, not to .npz"),

@@ -25,7 +25,7 @@ def forecasts(origins, horizon=4, targets=("y",), shops=("a", "b"), dates=True, 
         frame = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=60), "shop": shop})
         parts.append(frame.assign(**{name: 2.0 * np.arange(60) for name in targets}))
     frame = pd.concat(parts).drop(columns=[] if dates else ["day"])
-    table = read_table(frame, ids="shop", date=None if dates else "")
+    table = read_table(frame, id="shop", date=None if dates else "")
     recipe = Recipe(targets, horizon, 16, quantiles=quantiles)
     windows = Windows(recipe, table, np.array(origins))
     ahead = windows.origins[:, None] + np.arange(1, horizon + 1)

@@ -42,7 +42,7 @@ def waves(rows=500, seed=0, noise=0.1, period=12):
 
 
 def trained(frame, request=YEARLY, ids=(), **over):
-    return train_forecast(read_table(frame, ids=ids), request, **{**QUICK, **over})
+    return train_forecast(read_table(frame, id=ids), request, **{**QUICK, **over})
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_several_series_one_new_and_one_too_short_to_train_on():
     done = trained(whole, ids="shop")
     assert set(done.test.forecasts.ids) == {"a", "b"}
     new = pd.concat([waves(100, seed=8).assign(shop="new"), waves(80, seed=9).assign(shop="other")])
-    forecasts = predict.forecast(done.result.network, read_table(new, ids="shop"), "model")
+    forecasts = predict.forecast(done.result.network, read_table(new, id="shop"), "model")
     assert forecasts.ids == ["new", "other"]
     assert np.isfinite(forecasts.values).all()
 
@@ -289,7 +289,7 @@ def test_the_table_is_described():
         (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
         (Request(("note",)), r"got 'note', which is ignored: text"),
         (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
-        (Request(), r"expected target= or --target, one or more of y, z"),
+        (Request(), r"expected `target=…`, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
         (Request(("y",), horizon=450), r"too few rows for the training part"),
         (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),

@@ -400,9 +400,10 @@ def test_invalid_frames(toy):
     varied = frame.assign(state=np.where(frame.t == 3, "odd", frame.state))
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
     refused = [
-        (frame, "state", {}, r"x: expected id= or --id, .* one of id, t, c0"),
-        (frame, "mood", {"id": "id"}, "expected y .--label. to be a column, one of id, .* got 'mood'"),
-        (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
+        (frame, "state", {}, r"x: expected `id=…`, .* of a row, one of id, t$"),
+        (frame[["c0", "c1", "state"]], "state", {}, r"of a row; for a single sequence, add it with the same value"),
+        (frame, "mood", {"id": "id"}, "expected `y=…` to be a column, one of id, .* got 'mood'"),
+        (frame, "state", {"id": "id", "time": "when"}, "expected `time=…` to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
         (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),
         (
@@ -458,7 +459,7 @@ def test_an_unused_column_of_dates_gets_a_hint(library):
     frame = pd.DataFrame(columns) if library == "pandas" else pl.DataFrame(columns)
     given = {"id": "id", "features": None, "weight": None, "per_step": None, "name": "x"}
     assert grouped(frame, None, time=None, **given).ignored == {
-        "when": "contains dates: use time= or --time to order a sequence's rows by them"
+        "when": "contains dates: use `time=…` to order a sequence's rows by them"
     }
     assert not grouped(frame, None, time="when", **given).ignored
 

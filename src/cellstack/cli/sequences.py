@@ -21,7 +21,7 @@ from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import size_of
 
-UNUSED = ("date", "zone", "freq", "category")
+UNUSED = ("date", "zone", "freq", "categories")
 SHOWN = 12  # most classes to list
 
 
@@ -30,12 +30,14 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     data = train.add_argument_group("sequences", "options for .csv, .tsv and .parquet tables of sequences")
     text = "sequences in a table: column of the classes or numbers to learn"
     return [
-        train.add_argument("--label", metavar="COLUMN", help=text),
+        train.add_argument("--label", dest="y", metavar="COLUMN", help=text),
         data.add_argument(
             "--time", metavar="COLUMN", help="column that orders the rows of a sequence (default: as in the file)"
         ),
         data.add_argument("--features", metavar="A,B", help="input columns (default: all other numeric ones)"),
-        data.add_argument("--weight", metavar="COLUMN", help="column of the sequences' weights in the loss"),
+        data.add_argument(
+            "--weight", dest="sample_weight", metavar="COLUMN", help="column of the sequences' weights in the loss"
+        ),
         data.add_argument("--per-step", action="store_true", help="learn a label for each step, not for each sequence"),
         data.add_argument("--class-weights", choices=("balanced",), help="give every class the same total weight"),
     ]
@@ -109,11 +111,11 @@ def read(args: argparse.Namespace) -> SequencesJob:
         FormatError: the content of a file doesn't match its suffix.
     """
     tables = [name for name in (args.file, args.test) if name is not None and Path(name).suffix.lower() in TABLES]
-    if tables and args.label is None:
+    if tables and args.y is None:
         raise UsageError(f"{args.file}: expected --label COLUMN, the classes or numbers to learn")
     features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
-    columns = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
-    how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **columns)
+    columns = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.sample_weight}
+    how = partial(read_sequences, y=args.y, per_step=args.per_step or None, **columns)
     training = how(args.file, task=args.task, **given(args, SEQUENCES))
     if args.test is None:
         test = None

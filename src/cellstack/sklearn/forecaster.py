@@ -40,7 +40,7 @@ class SequenceForecaster(BaseEstimator):
         holidays: a country whose holidays are an input, such as `"US"` or `"DE-BY"`; "": none.
         scale: unit of the values, `"spread"` or `"level"`; None: `"level"` if the logarithm is smoothed.
         quantiles: quantiles to forecast; 0.5, the forecast, is added.
-        date, id, zone, day_first, freq: how to read the table, see `train.table.read_table`; `id` is its `ids`.
+        date, id, zone, day_first, freq: how to read the table, see `train.read_table`.
         units, cell, heads, dropout, members: how to build the networks, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience: how to train each network, see `train.Settings`.
         validation: share of each series' rows, the last ones, used to choose the number of epochs and other settings;
@@ -232,7 +232,7 @@ class SequenceForecaster(BaseEstimator):
                 raise UsageError(f"expected a frame, a file, or numbers [n] or [n, K], got {X.ndim} axes")
             X = X.reshape(len(X), -1)
             X = pd.DataFrame(X, columns=[str(n) for n in range(X.shape[1])])
-        return read_table(X, date=self.date, day_first=self.day_first, zone=self.zone, ids=self.id, freq=self.freq)
+        return read_table(X, date=self.date, day_first=self.day_first, zone=self.zone, id=self.id, freq=self.freq)
 
 
 def _squeezed(forecasts: Forecasts, values: Floats) -> Floats:

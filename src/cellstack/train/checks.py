@@ -24,8 +24,8 @@ def refuse_existing(checkpoint: str | os.PathLike[str]) -> None:
     """Raise `UsageError` if a checkpoint exists that a training without `resume` or `overwrite` would replace."""
     if os.path.exists(checkpoint):
         raise UsageError(
-            f"{os.fspath(checkpoint)}: the checkpoint already exists: resume (--resume) continues from it, overwrite "
-            "(--overwrite) starts again"
+            f"{os.fspath(checkpoint)}: the checkpoint already exists: `resume=True` continues from it, "
+            "`overwrite=True` starts again"
         )
 
 

@@ -142,7 +142,7 @@ def read_frame(
         UsageError: the reader isn't installed, or an argument is out of range.
     """
     if time is None and (day_first is not None or date_format is not None):
-        raise UsageError("day_first and date_format need time, the column of dates")
+        raise UsageError("`day_first=…` and `date_format=…` need `time=…`, the column of dates")
     source = read_source(path, encoding, () if id is None else (id,))
     if not len(source.frame):
         raise FormatError(f"{path}: expected rows below the header, found none")
@@ -168,7 +168,7 @@ def read_frame(
         notes += [f"`{time}`: {found.note}"] if found.note else []
         frame[time], date_format = found.times, found.form
     elif day_first is not None:
-        raise UsageError(f"day_first has no effect: column {time!r} contains numbers, not dates")
+        raise UsageError(f"`day_first=…` has no effect: column {time!r} contains numbers, not dates")
     reading = {"date_format": date_format or None, "decimal": "," if sign == "," else decimal, "encoding": encoding}
     return Read(frame.drop(columns=list(ignored)), ignored, tuple(notes), reading)
 

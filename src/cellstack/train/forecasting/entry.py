@@ -15,7 +15,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.plan import Request, planned
 from cellstack.train.forecasting.training import Build, Trained, train_forecast
 from cellstack.train.settings import FitOptions, record_of, widths_of
-from cellstack.train.tables.table import Table, read_table
+from cellstack.train.tables.table import Table, read_table, reading_of
 
 SEVERAL = ("seasons", "inputs", "known", "quantiles")  # of `Request`; one alone is accepted too
 ELSEWHERE = {"holidays": "country"}  # names of the command line and of `SequenceForecaster`
@@ -57,7 +57,7 @@ def fit_forecast(
         target: column to forecast, or several; None = the only numeric column.
         horizon: steps to forecast; None = one season.
         id: column that identifies the series, or several; None = one series.
-        time: column of dates, or several that form them together; None = detected.
+        time: column of dates, or several that form them together, as `date` of `read_table`; None = detected.
         test: share of each series' last rows to test on; 0 for none.
         validation: share of the rows before the test part, for model selection; None = 0.15, or 0 if the series are
             too short.
@@ -90,8 +90,8 @@ def fit_forecast(
     """
     given = locals()
     _check(options)
-    reading = {"ids": id, "date": time, **{name: options.pop(name) for name in READING if name in options}}
-    table = _table(data, {name: value for name, value in reading.items() if value is not None})
+    reading = reading_of(id, time, {name: options.pop(name) for name in READING if name in options})
+    table = _table(data, reading)
     asked: dict[str, Any] = {name: _several(value) if name in SEVERAL else value for name, value in options.items()}
     request = Request(_several(target) or (), horizon, **asked)
     recipe, _, usual, validation = planned(table, request, validation, test)
@@ -124,8 +124,7 @@ def _table(data: Any, reading: dict[str, Any]) -> Table:
     if not isinstance(data, Table):
         return read_table(data, **reading)
     for name in reading:
-        shown = {"ids": "id", "date": "time"}.get(name, name)
-        raise UsageError(f"fit_forecast: {shown} has no effect for a Table, which has been read already")
+        raise UsageError(f"fit_forecast: {name} has no effect for a Table, which has been read already")
     return data
 
 

@@ -192,9 +192,7 @@ def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
 def _only_target(table: Table, request: Request) -> tuple[str, ...]:
     names = [name for name in table.columns if name not in request.known]
     if len(names) != 1:
-        raise UsageError(
-            f"{table.path}: expected target= or --target, one or more of {listed(names) or 'no numeric columns'}"
-        )
+        raise UsageError(f"{table.path}: expected `target=…`, one or more of {listed(names) or 'no numeric columns'}")
     return (names[0],)
 
 

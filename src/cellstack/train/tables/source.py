@@ -194,7 +194,7 @@ def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source
     marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if encoding is None:
         if marked is None and b"\0" in head:
-            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: use --encoding, such as utf-16-le")
+            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: use `encoding=…`, such as utf-16-le")
         encoding = marked or "utf-8"
         if encoding.startswith(("utf-16", "utf-32")):
             notes.append(f"{encoding.upper()} text, detected from its byte order mark")
@@ -218,7 +218,7 @@ def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
         said = f"line {line}: expected {encoding.upper().removesuffix('-SIG')} text, found byte {byte:#04x}"
         start = data.rfind(b"\n", 0, whole.start) + 1
         like = data[start : start + 60].split(b"\n")[0].decode("latin-1").strip()
-        return said + (f": use --encoding, such as latin-1, which gives {like!r}" if encoding != "latin-1" else "")
+        return said + (f": use `encoding=…`, such as latin-1, which gives {like!r}" if encoding != "latin-1" else "")
     return f"expected {encoding} text ({error})"
 
 
