@@ -242,13 +242,13 @@ def test_boosting_gets_the_same_holidays_as_the_network(monkeypatch):
     monkeypatch.setattr(backtest, "Boosting", Model)
     days = pd.date_range("2021-01-01", periods=400)
     table = read_table(pd.DataFrame({"day": days, "y": np.arange(400) % 7.0, "price": 1.0 + np.arange(400) % 3}))
-    recipe = plan(table, Request(("y",), known=("price",), country="DE"), 0.35)
+    recipe = plan(table, Request(("y",), known=("price",), holidays="DE"), 0.35)
     cut = parts(table, recipe, 0.15, 0.2)
     assert backtest.by_boosting(table, recipe, cut.test, cut)["gradient boosting on lags"].shape[1:] == (7, 1)
     same, following, previous = (given[0].known[f"holidays of DE, {n}"] for n in range(3))
     assert [flag[358] for flag in (same, following, previous)] == [1, 1, 0]  # 25 December, before the 26th
     assert set(given[0].known) == {"price", *(f"holidays of DE, {n}" for n in range(3))}
-    backtest.by_boosting(table, replace(recipe, calendar=(), country=""), cut.test, cut)
+    backtest.by_boosting(table, replace(recipe, calendar=(), holidays=""), cut.test, cut)
     assert set(given[1].known) == {"price"}
 
 

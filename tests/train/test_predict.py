@@ -69,7 +69,7 @@ def shops():
 def forecaster(shops):
     table = train.read_table(shops, id="shop")
     how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
-    return train.fit_forecast(table, "sales", horizon=5, country="US", **how)
+    return train.fit_forecast(table, "sales", horizon=5, holidays="US", **how)
 
 
 @pytest.fixture(scope="module")
@@ -410,8 +410,8 @@ def test_options_of_reading_are_passed_on(shops, tmp_path):
 def test_an_unknown_option_is_refused_with_the_closest_one(shops):
     with pytest.raises(TypeError, match=r"^fit_forecast: there is no option 'season': did you mean 'seasons'\?$"):
         train.fit_forecast(shops, "sales", season=7)
-    with pytest.raises(TypeError, match=r"no option 'holidays': did you mean 'country'\?"):
-        train.fit_forecast(shops, "sales", holidays="DE")
+    with pytest.raises(TypeError, match=r"no option 'holiday': did you mean 'holidays'\?"):
+        train.fit_forecast(shops, "sales", holiday="DE")
     with pytest.raises(TypeError, match=r"no option 'qqq': expected one of target, horizon, id, .*window.*, zone"):
         train.fit_forecast(shops, "sales", qqq=7)
 

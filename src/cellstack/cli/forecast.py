@@ -191,7 +191,7 @@ def read(args: argparse.Namespace) -> ForecastJob:
         seasons=args.seasons,
         inputs=args.inputs,
         known=args.known or (),
-        country=args.holidays or "",
+        holidays=args.holidays or "",
         scale=args.scale,
         quantiles=args.quantiles or QUANTILES,
     )

@@ -138,7 +138,7 @@ class SequenceForecaster(BaseEstimator):
             seasons=self.seasons,
             inputs=self.inputs,
             known=self.known,
-            country=self.holidays,
+            holidays=self.holidays,
             quantiles=self.quantiles,
         )
         result = trained.result

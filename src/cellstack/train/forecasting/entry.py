@@ -18,8 +18,7 @@ from cellstack.train.settings import FitOptions, record_of, widths_of
 from cellstack.train.tables.table import Table, read_table, reading_of
 
 SEVERAL = ("seasons", "inputs", "known", "quantiles")  # of `Request`; one alone is accepted too
-ELSEWHERE = {"holidays": "country"}  # names of the command line and of `SequenceForecaster`
-READING = tuple(name for name in signature(read_table).parameters if name != "source")
+READING = tuple(name for name in signature(read_table).parameters if name not in ("source", "id"))
 
 
 def fit_forecast(
@@ -65,7 +64,7 @@ def fit_forecast(
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.
-        options: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`; one column or
+        options: `window`, `seasons`, `inputs`, `known`, `holidays`, `scale`, `quantiles`: see `Request`; one column or
             number alone is accepted where it has several. And the options of `read_table`: `zone`, `freq`, `day_first`,
             `decimal` and more.
 
@@ -111,12 +110,9 @@ def _check(options: dict[str, Any]) -> None:
     own = [name for name in signature(fit_forecast).parameters if name not in ("data", "options")]
     for name in options:
         if name not in (*known, *READING):
-            close = get_close_matches(name, [*own, *known, *READING, *ELSEWHERE], 1)
-            fix = (
-                f"did you mean {ELSEWHERE.get(close[0], close[0])!r}?"
-                if close
-                else f"expected one of {', '.join([*own, *known, *READING])}"
-            )
+            names = [*own, *known, *READING]
+            close = get_close_matches(name, names, 1)
+            fix = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
             raise TypeError(f"fit_forecast: there is no option {name!r}: {fix}")
 
 
