@@ -20,7 +20,7 @@ from cellstack.train.examples import Inputs
 from cellstack.train.forecasting import backtest, predict, prepare, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
-from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, understood
+from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, planned, understood
 from cellstack.train.forecasting.recipe import SMOOTHED
 from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.training import Build, calibrated, train_forecast
@@ -291,8 +291,9 @@ def test_the_table_is_described():
         (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
         (Request(), r"expected `target=…`, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
-        (Request(("y",), horizon=450), r"too few rows for the training part"),
-        (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
+        (Request(("y",), horizon=450), r"too few rows for the training part, .*: choose a horizon of at most 75, or"),
+        (Request(("y",), horizon=100), r"too few rows for the validation part, .*: choose a horizon of at most 75, or"),
+        (Request(("y",), holidays="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
         (Request(("y",), scale="log"), r"expected scale to be one of spread, level"),
     ],
 )
@@ -301,6 +302,21 @@ def test_invalid_requests(request_, message):
     frame["z"], frame["sky"], frame["note"] = frame["y"] ** 2, ["sun", "rain"] * 250, [f"n{n}" for n in range(500)]
     with pytest.raises(UsageError, match=message):
         trained(frame, request_)
+
+
+def test_the_longest_horizon_that_a_message_names_is_the_longest():
+    table = read_table(pd.concat([waves(60).assign(shop="a"), waves(200).assign(shop="b")]), id="shop")
+
+    def origins(horizon, validation=0.15, test=0.2):
+        return planned(table, Request(("y",), horizon=horizon, seasons=(12,)), validation, test).parts
+
+    with pytest.raises(UsageError, match=r"horizon of 99 don't fit: choose a horizon of at most 30,"):
+        origins(99)
+    assert [len(part) for part in origins(30)[1:3]] == [1, 11]
+    with pytest.raises(UsageError, match="too few rows for the validation part"):
+        origins(31)
+    with pytest.raises(UsageError, match=r"choose a horizon of at most 40,"):
+        origins(99, validation=0.0)
 
 
 def test_a_target_without_values_is_refused():
