@@ -251,7 +251,7 @@ MEMBERS = [
 def test_each_network_has_its_own_curves():
     figure = history.panels(history.curves(MEMBERS))
     losses, mase = figure.axes
-    assert (losses.get_ylabel(), mase.get_ylabel()) == ("loss", "validation mase")
+    assert (losses.get_ylabel(), mase.get_ylabel()) == ("loss", "validation MASE")
     assert losses.get_xticks().tolist() == [1, 2, 3]
     curves = [(line.get_color(), line.get_linestyle(), line.get_xdata()) for line in losses.get_lines()]
     assert [len(x) for *_, x in curves] == [3, 3, 1, 3, 3, 1, 3, 3]  # loss, validation loss, kept epoch; with all rows

@@ -76,6 +76,6 @@ def test_plots_name_the_part(tmp_path):
     assert (tmp_path / "a.svg").stat().st_size
     assert [history.named(name) for name in ("accuracy", "rmse", "mine")] == [
         "validation accuracy",
-        "validation rmse",
+        "validation RMSE",
         "mine",
     ]

@@ -123,12 +123,12 @@ class Result:
 
     def _measured(self) -> str:
         best, names = self.fit.best, ("accuracy", "mae", "rmse", "bits_per_character")
-        scored = [f"{name.replace('_', ' ')} {self.scores[name]:.4g}" for name in names if name in self.scores]
+        scored = [f"{history.in_words(name)} {self.scores[name]:.4g}" for name in names if name in self.scores]
         if scored:
             return f"on the test part: {', '.join(scored)}"
         if best is None or "validation_loss" not in best:
             return "no data was held out to measure its accuracy on"
-        found = [f"{name.replace('_', ' ')} {best[name]:.4g}" for name in names if name in best]
+        found = [f"{history.in_words(name)} {best[name]:.4g}" for name in names if name in best]
         found = ", ".join(found or [f"loss {best['validation_loss']:.4g}"])
         return f"on the {_count(self.validated, 'validation example')}, which also selected the epoch: {found}"
 
