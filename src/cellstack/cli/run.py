@@ -64,7 +64,7 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
     how = {"id": only_one(args.id), "time": args.time, **given(args, SEQUENCES)}
     found = sequences(net, as_trained(net, args.file, args.y, path, **how), args.file, args.threads)
     report: dict[str, Any] = {"ids": list(found.ids)} if found.ids else {}
-    report |= {"predicted": found.predicted, "answers": found.outputs}  # answers: the name of 0.1.0, deprecated
+    report["predicted"] = found.predicted
     if found.labels:
         report |= {"probabilities": found.probabilities, "labels": list(found.labels)}
     _show(args, found.columns(), report | found.scores)
