@@ -227,7 +227,11 @@ class SequenceForecaster(BaseEstimator):
         if isinstance(X, (np.ndarray, list, tuple)):
             import pandas as pd
 
-            X = np.asarray([unmasked(row) for row in X] if isinstance(X, (list, tuple)) else unmasked(X), np.float64)
+            rows = [unmasked(row) for row in X] if isinstance(X, (list, tuple)) else unmasked(X)
+            try:
+                X = np.asarray(rows, np.float64)
+            except OverflowError:
+                raise UsageError("expected numbers that float32 can hold, got an integer beyond float64") from None
             if X.ndim not in (1, 2):
                 raise UsageError(f"expected a frame, a file, or numbers [n] or [n, K], got {X.ndim} axes")
             X = X.reshape(len(X), -1)

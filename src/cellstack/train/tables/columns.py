@@ -141,7 +141,7 @@ def convert(
             ), "0 and 1 for false and true"
         try:
             return _checked(source, name, cells.astype(np.float64).to_numpy()), ""
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return f"objects of {type(present.iloc[0]).__name__}", ""
     return _of_text(source, name, cells, decimal)
 
