@@ -395,6 +395,43 @@ def test_invalid_sequences(x, message):
         train.fit(x, np.arange(40) % 2, **SMALL)
 
 
+def test_a_lazy_frame_of_polars_is_collected(toy):
+    frame = long_form(*toy)
+    lazy = pl.from_pandas(frame).lazy()
+    expected = train.fit(frame, "state", id="id", time="t", **SMALL)
+    result = train.fit(lazy, "state", id="id", time="t", test=lazy, **SMALL)
+    assert result.history == expected.history
+    found = result.predict(lazy)
+    assert isinstance(found.to_frame(), pl.DataFrame)
+    assert list(found) == list(expected.predict(frame))
+    assert train.read_table(lazy, id="id", date="").ids == train.read_table(frame, id="id", date="").ids
+
+
+def test_a_result_says_how_the_data_was_understood(toy):
+    x, y = toy
+    x[0, 3, 1] = np.nan
+    x[..., 2] = 7
+    result = train.fit(x, y, test=0.25, **SMALL)
+    assert result.understood == [
+        "training: 30 sequences of 12 steps, 3 channels",
+        "classification: 2 classes, one per sequence: busy (15), calm (15)",
+        "missing: 1 values, 0.09%, handled by a mask or by indicator channels",
+        "constant: channel 2",
+        "test: 10 sequences of 12 steps, 3 channels",
+        "classification: 2 classes, one per sequence: busy (5), calm (5)",
+        "constant: channel 2",
+    ]
+    items = lambda: zip(x[..., :1], y.tolist(), strict=True)  # noqa: E731
+    assert train.fit(items, **SMALL).understood[0] == "training: 40 sequences of 12 steps, 1 channel"
+    frame = long_form(x, y).assign(name="a")
+    with pytest.warns(UserWarning, match="name"):
+        result = train.fit(frame, "state", id="id", **SMALL)
+    assert "ignored: name, because it isn't numeric: 'a'" in result.understood
+    assert (
+        train.fit_text("a rose is " * 100, units=4, epochs=1, threads=1, steps=16).understood[0].startswith("1,000 ch")
+    )
+
+
 def test_invalid_frames(toy):
     frame = long_form(*toy)
     varied = frame.assign(state=np.where(frame.t == 3, "odd", frame.state))

@@ -48,6 +48,11 @@ def unmasked(array: Any) -> Any:
     return np.ma.filled(array.astype(dtype), np.nan)
 
 
+def collected(value: Any) -> Any:
+    """Return the frame that a lazy frame of polars computes; return anything else unchanged."""
+    return value.collect() if type(value).__name__ == "LazyFrame" else value
+
+
 def refuse_masked(name: str, values: Any) -> None:
     """Raise `UsageError` where an array, or an array in a list, has masked values."""
     parts = values if isinstance(values, (list, tuple)) else [values]

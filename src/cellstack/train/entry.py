@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.reading import read_sequences
 from cellstack.train.data.sequences import Sequences, as_sequences, taken
 from cellstack.train.data.stream import BUFFER, Stream, is_stream
@@ -109,7 +109,7 @@ def fit(
     >>> result.labels, result.network(x[:2].astype(np.float32)).shape
     (('busy', 'calm'), (2, 2))
     """
-    given = locals()
+    given, x = locals(), collected(x)
     reading = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
     if is_stream(x):
         share = float(validation) if isinstance(validation, (int, float)) else 0.0

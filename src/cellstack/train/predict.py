@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.spec import FormatError
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.frames import is_frame, is_polars
 from cellstack.train.data.reading import TABLES, TABLES_ONLY, merged, read_sequences
 from cellstack.train.data.samples import read_sample
@@ -52,6 +52,7 @@ def predict(
         net, data, y, id, time, threads, options: see `Network.predict`.
         name: the network's file, for messages.
     """
+    data = collected(data)
     task = net.metadata.get("task")  # `as_trained` refuses an unknown one
     if task == "forecast":
         _refuse({"y": y}, "a network that forecasts: later rows of the table are compared: see .scores")

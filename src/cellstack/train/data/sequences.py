@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.checks import UsageError, unmasked
+from cellstack.train.checks import UsageError, collected, unmasked
 from cellstack.train.data import frames, lazy
 from cellstack.train.data.targets import FLOAT, as_targets, as_weights
 
@@ -105,6 +105,7 @@ def as_sequences(
         if y is not None or weight is not None:
             raise UsageError(f"{x.name}: y and weights aren't supported with Sequences, which contain them")
         return x
+    x, y = collected(x), collected(y)
     ids: tuple[Any, ...] = ()
     columns: tuple[str, ...] = ()
     ignored: dict[str, str] = {}

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, collected
 
 # pandas's types: Any, because its stubs leave most return types open, and it is imported only to read a table.
 Series: TypeAlias = Any
@@ -132,12 +132,12 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
         if suffix in (".xlsx", ".xls", ".ods"):
             raise UsageError(f"{path}: expected CSV or Parquet, found a spreadsheet: save it as CSV")
         return _of_text(path, encoding, texts)
+    source = collected(source)
     if isinstance(source, pd.Series):
         source = source.to_frame("y" if source.name is None else source.name)
     if not isinstance(source, pd.DataFrame):
         if not hasattr(source, "to_pandas"):
-            fix = ": call its collect() first" if hasattr(source, "collect") else ""
-            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}{fix}")
+            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}")
         try:
             source = source.to_pandas()
         except ModuleNotFoundError as error:
