@@ -129,6 +129,21 @@ def test_train_and_run_on_every_kind_of_file(capsys, machines, tmp_path, name):
     assert (again["labels"], again["confusion"]) == (["broken", "fine"], report["test"]["confusion"])
 
 
+def test_a_dry_run_reports_different_rates(capsys, tmp_path):
+    parts = [pd.DataFrame({"id": n, "t": (1 + n % 2) * np.arange(9) / 100, "a": np.arange(9) % 4}) for n in range(8)]
+    frame = pd.concat(parts).assign(state=np.repeat(["off", "on"], 36))
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    words = ["train", tmp_path / "a.csv", "--label", "state", "--id", "id", "--time", "t", "--dry-run"]
+    said = "differs: 0.01 in 4 sequences and 0.02 in 4 sequences; --resample interpolates at one rate"
+    assert said in run(capsys, *words)[1]
+    assert "median time" not in run(capsys, *words[:-3], *words[-1:])[1]
+    report = run(capsys, *words, "--resample", "0.02")[1].splitlines()
+    assert "a.csv: 8 sequences of 5 to 9 steps, 1 channel (a)" in report[0]
+    assert "  interpolated at intervals of 0.02, by 't'" in report
+    status, _, err = run(capsys, *words[:-3], *words[-1:], "--resample", "0.02")
+    assert (status, "--resample needs --time, the column of times" in err) == (2, True)
+
+
 def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     """Semicolons, decimal commas, another encoding; an index column, which isn't used."""
     table = pd.read_csv(machines / "machines.csv")

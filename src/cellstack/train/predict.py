@@ -116,6 +116,7 @@ def as_trained(
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None  # None: any numeric columns
     label = table.get("label") if y is None else y
     named = {"id": id or table.get("id"), "time": time or table.get("time"), "features": columns}
+    named["resample"] = table.get("resample")
     if isinstance(data, (str, os.PathLike)):
         if Path(data).suffix.lower() not in TABLES:
             return read_sequences(data, y, id=id, time=time, **known, **how)

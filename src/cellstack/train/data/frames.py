@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data import rates as rates_of
 
 PANDAS_DATES = re.compile(r"datetime64\[(\w+)")  # with or without a zone
 ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ].*)?)?)?$")
@@ -29,6 +30,7 @@ class Grouped(NamedTuple):
     columns: tuple[str, ...]
     ignored: dict[str, str]
     label: str | None
+    rates: str
 
 
 def is_frame(value: Any) -> bool:
@@ -84,6 +86,7 @@ def grouped(
     features: Sequence[str] | None,
     weight: Any,
     per_step: bool | None,
+    resample: float | None,
     name: str,
 ) -> Grouped:
     """Split a frame into its sequences: see `as_sequences` for the arguments.
@@ -113,7 +116,7 @@ def grouped(
                 f"{name}: expected `{what}=…` to be a column, one of {', '.join(names)}, got {column!r}{alone}"
             )
     codes, ids = _coded(plain(frame, id), id, name)
-    order = np.argsort(codes, kind="stable")
+    order, ticks = np.argsort(codes, kind="stable"), np.empty(0)
     if time is not None:
         ticks = ordered(frame, time, name)
         order = np.lexsort((ticks, codes))
@@ -125,6 +128,8 @@ def grouped(
                 f"{ids[codes[row]]!r}"
             )
     cuts = np.cumsum(np.bincount(codes, minlength=len(ids)))[:-1]
+    if resample is not None and time is None:
+        raise UsageError("`resample=…` needs `time=…`, the column of times")
     used, ignored = {}, {}
     for column in features if features is not None else names:
         if column in (id, time, label, weighs) and features is None:
@@ -145,6 +150,16 @@ def grouped(
     if not used:
         raise UsageError(f"{name}: expected a numeric column in addition to {id!r}, found none")
     x = np.split(np.stack(list(used.values()), axis=1)[order], cuts)
+    rates = ""
+    if time is not None:
+        times = np.split(rates_of.as_numbers(ticks[order]), cuts)
+        if resample is not None:
+            x, nearest = rates_of.resampled(x, times, resample)
+            starts = np.concatenate([[0], cuts])
+            order = order[np.concatenate([start + place for start, place in zip(starts, nearest, strict=True)])]
+            cuts = np.cumsum([len(own) for own in x])[:-1]
+        else:
+            rates = rates_of.differing(times, time, " s" if ticks.dtype.kind == "M" else "")
     by_id = {value: n for n, value in enumerate(ids)}
     return Grouped(
         x,
@@ -154,6 +169,7 @@ def grouped(
         tuple(used),
         ignored,
         label,
+        rates,
     )
 
 
