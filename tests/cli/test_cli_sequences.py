@@ -356,9 +356,9 @@ def test_row_numbers_are_no_feature_and_ids_keep_their_zeros(capsys, tmp_path, r
     assert run(capsys, *words, "-o", tmp_path / "net", *SMALL)[0] == 0
     assert run(capsys, "run", tmp_path / "net", tmp_path / "a.csv")[1].splitlines()[3].startswith("002,")
     status, _, err = run(capsys, *words, "--day-first", "--dry-run")
-    assert (status, "day_first and date_format need time, the column of dates" in err) == (2, True)
+    assert (status, "--day-first and --date-format need --time, the column of dates" in err) == (2, True)
     status, _, err = run(capsys, *words, "--time", "x", "--day-first", "--dry-run")
-    assert (status, "day_first has no effect: column 'x' contains numbers, not dates" in err) == (2, True)
+    assert (status, "--day-first has no effect: column 'x' contains numbers, not dates" in err) == (2, True)
     status, _, err = run(capsys, "train", VOWELS, "--decimal", ",", "--dry-run")
     assert (status, "decimal applies only to tables" in err) == (2, True)
 
