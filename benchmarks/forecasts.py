@@ -165,7 +165,7 @@ def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
         if done.returncode:
             raise RuntimeError(f"{task.name}: {done.stderr[-2000:]}")
         entry = SERIES[task.name]
-        table = read_table(file, ids=(entry.id,) if entry.id else ())
+        table = read_table(file, id=(entry.id,) if entry.id else ())
         if not np.array_equal(table.columns[entry.target], task.panel.values, equal_nan=True):
             raise ValueError(f"{task.name}: the table differs from the data that the benchmark reads")
         net = cellstack.load(model)

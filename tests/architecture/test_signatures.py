@@ -44,6 +44,8 @@ def test_a_constructor_is_like_one_written_by_hand(name):
     if "kwargs" not in parameters:  # Keras reports unknown arguments itself
         with pytest.raises(TypeError, match=f"{cls.__name__}.__init__.* unexpected keyword argument 'unit'"):
             cls(4, unit=5)
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'activations': did you mean 'activation'\?$"):
+            cls(4, activations="tanh")
     with pytest.raises(TypeError, match="multiple values for argument 'units'"):
         cls(4, units=5)
 

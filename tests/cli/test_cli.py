@@ -134,7 +134,7 @@ def test_run_gives_the_scores_of_training(capsys, vowels):
     status, out, _ = run(capsys, "run", vowels, VOWELS_TEST, "--json", "--threads", "1")
     report = json.loads(out)
     assert [row["predicted"] for row in rows] == report["predicted"]
-    assert report["answers"] == report["probabilities"]
+    assert "answers" not in report
     assert len(report["probabilities"][0]) == len(report["labels"])
     assert f"accuracy {report['accuracy']:.4f}" in err
 

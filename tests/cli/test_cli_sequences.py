@@ -129,6 +129,21 @@ def test_train_and_run_on_every_kind_of_file(capsys, machines, tmp_path, name):
     assert (again["labels"], again["confusion"]) == (["broken", "fine"], report["test"]["confusion"])
 
 
+def test_a_dry_run_reports_different_rates(capsys, tmp_path):
+    parts = [pd.DataFrame({"id": n, "t": (1 + n % 2) * np.arange(9) / 100, "a": np.arange(9) % 4}) for n in range(8)]
+    frame = pd.concat(parts).assign(state=np.repeat(["off", "on"], 36))
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    words = ["train", tmp_path / "a.csv", "--label", "state", "--id", "id", "--time", "t", "--dry-run"]
+    said = "differs: 0.01 in 4 sequences and 0.02 in 4 sequences; --resample interpolates at one rate"
+    assert said in run(capsys, *words)[1]
+    assert "median time" not in run(capsys, *words[:-3], *words[-1:])[1]
+    report = run(capsys, *words, "--resample", "0.02")[1].splitlines()
+    assert "a.csv: 8 sequences of 5 to 9 steps, 1 channel (a)" in report[0]
+    assert "  interpolated at intervals of 0.02, by 't'" in report
+    status, _, err = run(capsys, *words[:-3], *words[-1:], "--resample", "0.02")
+    assert (status, "--resample needs --time, the column of times" in err) == (2, True)
+
+
 def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     """Semicolons, decimal commas, another encoding; an index column, which isn't used."""
     table = pd.read_csv(machines / "machines.csv")
@@ -147,7 +162,7 @@ def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
     answers = [run(capsys, "run", machines / "net", machines / name)[1] for name in ("machines.csv", "german.csv")]
     assert answers[0] == answers[1]
     table.to_csv(machines / "quoted.csv", decimal=",", index=False)
-    assert "use --decimal comma if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
+    assert "use --decimal ',' if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
     assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
 
 
@@ -239,9 +254,7 @@ def test_a_checkpoint_is_overwritten_or_resumed_only_on_request(capsys, tmp_path
     assert run(capsys, *words)[0] == 0
     status, _, err = run(capsys, *words)
     assert status == 2
-    assert (
-        "c: the checkpoint already exists: resume (--resume) continues from it, overwrite (--overwrite) starts" in err
-    )
+    assert "c: the checkpoint already exists: --resume continues from it, --overwrite starts again" in err
     assert run(capsys, *words, "--overwrite")[0] == 0
     status, out, _ = run(capsys, *words, "--resume", "--epochs", "3")
     assert status == 0
@@ -278,8 +291,8 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
     ("words", "message"),
     [
         (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
-        (["machines.csv", "--label", "state"], "expected id= or --id, the column"),
-        (["machines.csv", "--label", "mood", "--id", "machine"], "expected y (--label) to be a column, one of machine"),
+        (["machines.csv", "--label", "state"], "expected --id, the column"),
+        (["machines.csv", "--label", "mood", "--id", "machine"], "expected --label to be a column, one of machine"),
         (["machines.csv", *COLUMNS, "--season", "7"], "--season doesn't apply to sequences, only to forecasts"),
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
         (["machines.npz", "--label", "state"], "y applies only to tables, not to .npz"),
@@ -343,9 +356,9 @@ def test_row_numbers_are_no_feature_and_ids_keep_their_zeros(capsys, tmp_path, r
     assert run(capsys, *words, "-o", tmp_path / "net", *SMALL)[0] == 0
     assert run(capsys, "run", tmp_path / "net", tmp_path / "a.csv")[1].splitlines()[3].startswith("002,")
     status, _, err = run(capsys, *words, "--day-first", "--dry-run")
-    assert (status, "day_first and date_format need time, the column of dates" in err) == (2, True)
+    assert (status, "--day-first and --date-format need --time, the column of dates" in err) == (2, True)
     status, _, err = run(capsys, *words, "--time", "x", "--day-first", "--dry-run")
-    assert (status, "day_first has no effect: column 'x' contains numbers, not dates" in err) == (2, True)
+    assert (status, "--day-first has no effect: column 'x' contains numbers, not dates" in err) == (2, True)
     status, _, err = run(capsys, "train", VOWELS, "--decimal", ",", "--dry-run")
     assert (status, "decimal applies only to tables" in err) == (2, True)
 

@@ -101,6 +101,8 @@ def test_invalid_modules_and_examples_are_refused():
     for example in (None, (), ([1.0],)):
         with pytest.raises(TypeError, match="expected example to be a tensor"):
             cs.compile(nn.LSTM(3, 4), example)
+    with pytest.raises(TypeError, match=r"expected example to be a tensor.* such as torch.zeros\(1, 10, 3\)"):
+        cs.compile(nn.LSTM(3, 4))
 
 
 class Parts(nn.Module):

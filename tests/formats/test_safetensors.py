@@ -276,6 +276,13 @@ def test_truncated_anywhere(blob, tmp_path):
     refused(path, blob + b"\0", package("incomplete"))
 
 
+def test_a_file_of_another_kind(tmp_path):
+    image = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(20)
+    refused(
+        tmp_path / "net.safetensors", image, r"net.safetensors: expected a safetensors file, found a file that begins"
+    )
+
+
 def edited(change):
     """A change to the header's JSON, as a change to the file."""
 

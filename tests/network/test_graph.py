@@ -452,6 +452,7 @@ def test_masks_of_inputs_without_time_are_refused():
 
 IDS = {
     "above": ([[1, 9]], ValueError, "Embedding: expected ids from 0 to 8, got 1 to 9"),
+    "one above": ([[9, 9]], ValueError, "Embedding: expected ids from 0 to 8, got 9$"),
     "below": ([[-1, 2]], ValueError, "expected ids from 0 to 8, got -1 to 2"),
     "fractions": ([[0.5, 2]], ValueError, "ids to be integers, got numbers that aren't whole"),
     "nan": ([[np.nan, 2]], ValueError, "ids to be integers, got numbers that aren't whole"),

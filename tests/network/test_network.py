@@ -1,6 +1,7 @@
 """Networks: results compared with the reference, masks, resets, every kind of input, and errors."""
 
 import copy
+import inspect
 import pickle
 import threading
 from dataclasses import replace
@@ -111,6 +112,12 @@ FLAGS = {
     "slstm": {"kind": "slstm"},
     "slstm with an exponential forget gate": {"kind": "slstm", "exponential_forget": True, "zoneout": 0.1},
 }
+
+
+def test_the_signature_has_only_arguments_for_users():
+    names = inspect.signature(Network).parameters
+    assert [*names][:3] == ["nodes", "names", "metadata"]
+    assert not [name for name in names if name.startswith("_")]
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -1,6 +1,9 @@
 """`cellstack score`: what it prints and returns."""
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
@@ -67,3 +70,30 @@ def test_the_progress_bar_counts_rows(folder, capsys, monkeypatch):
     monkeypatch.setattr("cellstack.scale.run.is_shown", lambda progress: True)
     assert main(["score", "model", "data", "-o", "out", *COLUMNS]) == 0
     assert "38.0/38.0" in capsys.readouterr().err
+
+
+def test_a_package_that_ray_needs_is_named_if_it_is_missing(folder, capsys, monkeypatch):
+    (folder / "fake/ray").mkdir(parents=True)
+    (folder / "fake/ray/__init__.py").write_text("import needed_by_ray.part")
+    monkeypatch.syspath_prepend(folder / "fake")
+    assert main(["score", "model", "data", "-o", "out", *COLUMNS, "--ray", "local"]) == 2
+    said = "Ray needs needed_by_ray, which isn't installed: pip install needed_by_ray"
+    assert capsys.readouterr().err == f"cellstack score: error: {said}\n"
+
+
+def test_without_a_cluster_a_local_ray_is_suggested(folder, capsys, monkeypatch):
+    def init(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance: set the --address flag")
+
+    for name, entries in {
+        "ray": {"is_initialized": lambda: False, "init": init, "__path__": []},
+        "ray.data": {},
+        "ray.exceptions": {"RayError": RuntimeError},
+    }.items():
+        fake = ModuleType(name)
+        fake.__spec__ = ModuleSpec(name, None)
+        vars(fake).update(entries)
+        monkeypatch.setitem(sys.modules, name, fake)
+    assert main(["score", "model", "data", "-o", "out", *COLUMNS, "--ray", "auto"]) == 2
+    said = "--ray auto: no Ray cluster is running on this machine: use --ray local to start Ray here"
+    assert capsys.readouterr().err == f"cellstack score: error: {said}\n"

@@ -148,5 +148,5 @@ def test_no_cluster():
     if ray.is_initialized():
         ray.shutdown()
     job = Job(Scorer(make_net(), **COLUMNS), Folder("out"), False, 5)
-    with pytest.raises(UsageError, match="--ray auto: "):
+    with pytest.raises(UsageError, match=r"`ray='auto'`: no Ray cluster .*: use `ray='local'`"):
         list(run_on_ray(job, [()], "auto"))

@@ -418,7 +418,7 @@ def test_too_little_memory_is_named(score, tmp_path, monkeypatch):
     write(tmp_path / "data/a.parquet", make_rows()[0])
     monkeypatch.setattr("cellstack.scale.states.States.update", fail)
     report = score()
-    assert list(report.failed.values()) == ["not enough memory: use smaller batches (--batch-rows)"]
+    assert list(report.failed.values()) == ["not enough memory: use smaller batches (`batch_rows=…`)"]
     assert os.listdir(tmp_path / "out") == ["_cellstack"]
 
 

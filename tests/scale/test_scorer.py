@@ -169,7 +169,7 @@ def test_skipped_rows_leave_the_sequence_as_it_was():
     net, (table, whole) = make_net(), make_rows(0, (6, 3))
     frame = table.to_pandas()
     frame.loc[4, "wind"] = np.nan  # meter-0 at hour 2
-    with pytest.raises(UsageError, match=r"row 4: column 'wind' has no value: missing='skip' \(--missing skip\)"):
+    with pytest.raises(UsageError, match=r"row 4: column 'wind' has no value: `missing='skip'` leaves"):
         Scorer(net, **COLUMNS).score(frame)
     scored, _ = Scorer(net, **COLUMNS, missing="skip").score(pa.Table.from_pandas(frame))
     assert scored["predicted_1"].is_null().to_pylist() == [n == 4 for n in range(9)]
@@ -222,9 +222,9 @@ def test_rows_before_the_state_and_states_of_other_networks(scorer):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"id": None}, r"expected id \(--id\), the column that identifies the sequence"),
-        ({"features": None}, r"give a list of features \(--columns A,B\)"),
-        ({"features": "load"}, r"give a list of features \(--columns A,B\)"),
+        ({"id": None}, r"expected `id=…`, the column that identifies the sequence"),
+        ({"features": None}, r"give a list with `features=…`"),
+        ({"features": "load"}, r"give a list with `features=…`"),
         ({"features": ("load", "heat")}, "expected 3 features, as the network has, got 2: load, heat"),
         ({"features": ("load", "heat", "hour")}, "expected different columns for id, time and features"),
         ({"missing": "drop"}, "expected missing to be refuse or skip, got 'drop'"),

@@ -63,7 +63,9 @@ def test_a_date_with_an_offset_names_one_of_two_equal_local_times():
     assert origins_at(table, "2024-10-27T01:00Z").tolist() == [3]
     assert origins_at(table, utc[3].to_pydatetime()).tolist() == [3]
     assert origins_at(table, "2024-10-27T03:00").tolist() == [4]
-    with pytest.raises(UsageError, match="origin 2024-10-27 02:00 occurs twice, because the clock is set back then"):
+    with pytest.raises(
+        UsageError, match="`origin=…` 2024-10-27 02:00 occurs twice, because the clock is set back then"
+    ):
         origins_at(table, "2024-10-27 02:00")
 
 
@@ -71,7 +73,7 @@ def test_each_series_has_its_row_unless_it_ends_before():
     frame = pd.concat(
         [pd.DataFrame({"t": pd.date_range("2024-01-01", periods=n), "y": 1.0 * np.arange(n), "s": n}) for n in (9, 5)]
     )
-    table = read_table(frame, ids="s")
+    table = read_table(frame, id="s")
     assert origins_at(table, "2024-01-04").tolist() == [3, 12]
     assert origins_at(table, 4).tolist() == [3, 12]
     assert origins_at(table, "2024-01-07").tolist() == [6]
@@ -80,26 +82,34 @@ def test_each_series_has_its_row_unless_it_ends_before():
 @pytest.mark.parametrize(
     ("table", "origin", "message"),
     [
-        (written("%d.%m.%Y"), "05/02/2024", r"expected origin to be a date such as 10.03.2024 or 2024-03-10, got '05"),
+        (
+            written("%d.%m.%Y"),
+            "05/02/2024",
+            r"expected `origin=…` to be a date such as 10.03.2024 or 2024-03-10, got '05",
+        ),
         (
             written("%d.%m.%Y"),
             "05.02.1999",
-            r"expected origin to be a row of a data frame, which covers 2024-01-01 to ",
+            r"expected `origin=…` to be a row of a data frame, which covers 2024-01-01 to ",
         ),
-        (written("%d.%m.%Y"), "36", r"expected origin to be a date"),
-        (written("%d.%m.%Y"), 0, r"expected origin to be a date"),
-        (written("%d.%m.%Y"), 71, r"expected origin to be a row of"),
-        (written("%d.%m.%Y"), pd.NaT, r"expected origin to be a date"),
-        (written("%d.%m.%Y"), np.datetime64("NaT"), r"expected origin to be a date"),
-        (written("%d.%m.%Y"), 3.5, r"expected origin to be a date"),
+        (written("%d.%m.%Y"), "36", r"expected `origin=…` to be a date"),
+        (written("%d.%m.%Y"), 0, r"expected `origin=…` to be a date"),
+        (written("%d.%m.%Y"), 71, r"expected `origin=…` to be a row of"),
+        (written("%d.%m.%Y"), pd.NaT, r"expected `origin=…` to be a date"),
+        (written("%d.%m.%Y"), np.datetime64("NaT"), r"expected `origin=…` to be a date"),
+        (written("%d.%m.%Y"), 3.5, r"expected `origin=…` to be a date"),
         (
             written("%d.%m.%Y"),
             "2024-02-05T00:00Z",
-            r"expected origin without a UTC offset, because a data frame has no",
+            r"expected `origin=…` without a UTC offset, because a data frame has no",
         ),
         (read_table(pd.DataFrame({"y": np.arange(9) % 7.0})), "2024-01-01", r"a row number from 1, because a data fr"),
         (read_table(pd.DataFrame({"y": np.arange(9) % 7.0})), "0", r"a row number from 1, because a data frame has no"),
-        (read_table(pd.DataFrame({"y": np.arange(9) % 7.0})), 10, r"expected origin to be a row of a data frame, got "),
+        (
+            read_table(pd.DataFrame({"y": np.arange(9) % 7.0})),
+            10,
+            r"expected `origin=…` to be a row of a data frame, got ",
+        ),
     ],
 )
 def test_what_isn_t_a_row_of_the_table_is_refused(table, origin, message):

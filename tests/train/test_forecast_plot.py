@@ -25,7 +25,7 @@ def forecasts(origins, horizon=4, targets=("y",), shops=("a", "b"), dates=True, 
         frame = pd.DataFrame({"day": pd.date_range("2024-01-01", periods=60), "shop": shop})
         parts.append(frame.assign(**{name: 2.0 * np.arange(60) for name in targets}))
     frame = pd.concat(parts).drop(columns=[] if dates else ["day"])
-    table = read_table(frame, ids="shop", date=None if dates else "")
+    table = read_table(frame, id="shop", date=None if dates else "")
     recipe = Recipe(targets, horizon, 16, quantiles=quantiles)
     windows = Windows(recipe, table, np.array(origins))
     ahead = windows.origins[:, None] + np.arange(1, horizon + 1)
@@ -44,9 +44,11 @@ def test_history_forecast_intervals_and_what_the_table_has_after_the_origin():
     found = lines(axis)
     assert list(found) == ["history", "actual", "forecast"]
     np.testing.assert_array_equal(found["history"].get_ydata(), 2.0 * np.arange(40, 50))
-    np.testing.assert_array_equal(found["actual"].get_ydata(), 2.0 * np.arange(50, 54))
-    np.testing.assert_array_equal(found["forecast"].get_ydata(), np.arange(50, 54))
-    assert found["forecast"].get_xdata()[0] == np.datetime64("2024-02-20")
+    np.testing.assert_array_equal(found["actual"].get_ydata(), 2.0 * np.arange(49, 54))  # from the end of the history
+    np.testing.assert_array_equal(found["forecast"].get_ydata(), [98, *range(50, 54)])
+    assert found["forecast"].get_xdata()[1] == np.datetime64("2024-02-20")
+    assert found["forecast"].get_xdata()[0] == found["actual"].get_xdata()[0] == found["history"].get_xdata()[-1]
+    assert found["forecast"].get_markevery() == slice(1, None)  # the row of the history isn't a forecast
     assert [area.get_label() for area in axis.collections] == ["90% interval", "50% interval"]
     heights = [area.get_datalim(axis.transData).height for area in axis.collections]
     np.testing.assert_allclose(heights, [3 + 0.9, 3 + 0.5])
@@ -76,14 +78,14 @@ def test_names_are_not_read_as_math():
 
 def test_many_forecasts_are_six_panels():
     figure = forecasts(list(range(20, 50))).plot()
-    assert [lines(axis)["forecast"].get_ydata()[0] for axis in figure.axes] == [21, 26, 32, 38, 44, 50]
+    assert [lines(axis)["forecast"].get_ydata()[1] for axis in figure.axes] == [21, 26, 32, 38, 44, 50]
 
 
 def test_without_dates_rows_are_counted_from_1_in_each_series():
     (axis,) = forecasts([109], dates=False).plot().axes
     assert axis.get_xlabel() == "row"
-    np.testing.assert_array_equal(lines(axis)["forecast"].get_xdata(), [51, 52, 53, 54])
-    np.testing.assert_array_equal(lines(axis)["actual"].get_xdata(), [51, 52, 53, 54])
+    np.testing.assert_array_equal(lines(axis)["forecast"].get_xdata(), [50, 51, 52, 53, 54])
+    np.testing.assert_array_equal(lines(axis)["actual"].get_xdata(), [50, 51, 52, 53, 54])
 
 
 def test_one_step_and_one_quantile():
@@ -251,7 +253,7 @@ MEMBERS = [
 def test_each_network_has_its_own_curves():
     figure = history.panels(history.curves(MEMBERS))
     losses, mase = figure.axes
-    assert (losses.get_ylabel(), mase.get_ylabel()) == ("loss", "validation mase")
+    assert (losses.get_ylabel(), mase.get_ylabel()) == ("loss", "validation MASE")
     assert losses.get_xticks().tolist() == [1, 2, 3]
     curves = [(line.get_color(), line.get_linestyle(), line.get_xdata()) for line in losses.get_lines()]
     assert [len(x) for *_, x in curves] == [3, 3, 1, 3, 3, 1, 3, 3]  # loss, validation loss, kept epoch; with all rows

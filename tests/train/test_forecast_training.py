@@ -20,7 +20,7 @@ from cellstack.train.examples import Inputs
 from cellstack.train.forecasting import backtest, predict, prepare, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
-from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, understood
+from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, planned, understood
 from cellstack.train.forecasting.recipe import SMOOTHED
 from cellstack.train.forecasting.smoothing import Smoothing
 from cellstack.train.forecasting.training import Build, calibrated, train_forecast
@@ -42,7 +42,7 @@ def waves(rows=500, seed=0, noise=0.1, period=12):
 
 
 def trained(frame, request=YEARLY, ids=(), **over):
-    return train_forecast(read_table(frame, ids=ids), request, **{**QUICK, **over})
+    return train_forecast(read_table(frame, id=ids), request, **{**QUICK, **over})
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_several_series_one_new_and_one_too_short_to_train_on():
     done = trained(whole, ids="shop")
     assert set(done.test.forecasts.ids) == {"a", "b"}
     new = pd.concat([waves(100, seed=8).assign(shop="new"), waves(80, seed=9).assign(shop="other")])
-    forecasts = predict.forecast(done.result.network, read_table(new, ids="shop"), "model")
+    forecasts = predict.forecast(done.result.network, read_table(new, id="shop"), "model")
     assert forecasts.ids == ["new", "other"]
     assert np.isfinite(forecasts.values).all()
 
@@ -242,13 +242,13 @@ def test_boosting_gets_the_same_holidays_as_the_network(monkeypatch):
     monkeypatch.setattr(backtest, "Boosting", Model)
     days = pd.date_range("2021-01-01", periods=400)
     table = read_table(pd.DataFrame({"day": days, "y": np.arange(400) % 7.0, "price": 1.0 + np.arange(400) % 3}))
-    recipe = plan(table, Request(("y",), known=("price",), country="DE"), 0.35)
+    recipe = plan(table, Request(("y",), known=("price",), holidays="DE"), 0.35)
     cut = parts(table, recipe, 0.15, 0.2)
     assert backtest.by_boosting(table, recipe, cut.test, cut)["gradient boosting on lags"].shape[1:] == (7, 1)
     same, following, previous = (given[0].known[f"holidays of DE, {n}"] for n in range(3))
     assert [flag[358] for flag in (same, following, previous)] == [1, 1, 0]  # 25 December, before the 26th
     assert set(given[0].known) == {"price", *(f"holidays of DE, {n}" for n in range(3))}
-    backtest.by_boosting(table, replace(recipe, calendar=(), country=""), cut.test, cut)
+    backtest.by_boosting(table, replace(recipe, calendar=(), holidays=""), cut.test, cut)
     assert set(given[1].known) == {"price"}
 
 
@@ -289,10 +289,11 @@ def test_the_table_is_described():
         (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
         (Request(("note",)), r"got 'note', which is ignored: text"),
         (Request(("sky",)), r"expected a numeric target, found text in column 'sky'"),
-        (Request(), r"expected target= or --target, one or more of y, z"),
+        (Request(), r"expected `target=…`, one or more of y, z"),
         (Request(("y",), inputs=("y",)), r"each column can have one role only: y can't be"),
-        (Request(("y",), horizon=450), r"too few rows for the training part"),
-        (Request(("y",), country="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
+        (Request(("y",), horizon=450), r"too few rows for the training part, .*: choose a horizon of at most 75, or"),
+        (Request(("y",), horizon=100), r"too few rows for the validation part, .*: choose a horizon of at most 75, or"),
+        (Request(("y",), holidays="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
         (Request(("y",), scale="log"), r"expected scale to be one of spread, level"),
     ],
 )
@@ -301,6 +302,21 @@ def test_invalid_requests(request_, message):
     frame["z"], frame["sky"], frame["note"] = frame["y"] ** 2, ["sun", "rain"] * 250, [f"n{n}" for n in range(500)]
     with pytest.raises(UsageError, match=message):
         trained(frame, request_)
+
+
+def test_the_longest_horizon_that_a_message_names_is_the_longest():
+    table = read_table(pd.concat([waves(60).assign(shop="a"), waves(200).assign(shop="b")]), id="shop")
+
+    def origins(horizon, validation=0.15, test=0.2):
+        return planned(table, Request(("y",), horizon=horizon, seasons=(12,)), validation, test).parts
+
+    with pytest.raises(UsageError, match=r"horizon of 99 don't fit: choose a horizon of at most 30,"):
+        origins(99)
+    assert [len(part) for part in origins(30)[1:3]] == [1, 11]
+    with pytest.raises(UsageError, match="too few rows for the validation part"):
+        origins(31)
+    with pytest.raises(UsageError, match=r"choose a horizon of at most 40,"):
+        origins(99, validation=0.0)
 
 
 def test_a_target_without_values_is_refused():

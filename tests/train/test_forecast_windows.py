@@ -44,7 +44,7 @@ def fetched(table, origin, recipe=RECIPE):
 def test_a_window_doesn_t_depend_on_rows_after_its_origin():
     before, after = frame(), frame()
     after.loc[201:, ["y", "other"]] = 1e6
-    a, b = (fetched(read_table(one, ids=()), 200) for one in (before, after))
+    a, b = (fetched(read_table(one, id=()), 200) for one in (before, after))
     np.testing.assert_array_equal(a.x, b.x)
     assert not np.array_equal(a.y, b.y)  # the targets did change
 
@@ -154,7 +154,7 @@ def test_series_of_a_panel_have_separate_windows():
     a, b = frame(1), frame(2, rows=300)
     b["y"] *= 50
     whole = pd.concat([a.assign(shop="a"), b.assign(shop="b")])
-    panel = read_table(whole, ids="shop")
+    panel = read_table(whole, id="shop")
     for number, (one, origin) in enumerate([(a, 399), (b, 250), (b, 299), (b, 170)]):
         alone = fetched(read_table(one), origin)
         together = fetched(panel, origin + (400 if number else 0))

@@ -67,9 +67,9 @@ def shops():
 
 @pytest.fixture(scope="module")
 def forecaster(shops):
-    table = train.read_table(shops, ids="shop")
+    table = train.read_table(shops, id="shop")
     how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
-    return train.fit_forecast(table, "sales", horizon=5, country="US", **how)
+    return train.fit_forecast(table, "sales", horizon=5, holidays="US", **how)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_a_network_of_unnamed_arrays_takes_frames_and_tables_with_as_many_numeri
         assert read.scores["accuracy"] == net.predict(x, y).scores["accuracy"]
     with pytest.raises(FormatError, match=r"new: expected 3 channels, found 4: a, b, c, hour$"):
         net.predict(tmp_path / "new.csv", id="machine")
-    with pytest.raises(UsageError, match=r"wasn't trained on a table, or id= \(--id\), the column that identifies"):
+    with pytest.raises(UsageError, match=r"wasn't trained on a table, or `id=…`, the column that identifies"):
         net.predict(tmp_path / "new.csv")
 
 
@@ -328,7 +328,7 @@ def test_forecasts_as_a_frame_with_dates_ids_and_quantiles(shops, forecaster, tm
     shops.to_csv(tmp_path / "shops.csv", index=False)
     forecaster.network.save(tmp_path / "net.safetensors")
     net = load(tmp_path / "net")
-    for data in (tmp_path / "shops.csv", train.read_table(shops, ids="shop")):
+    for data in (tmp_path / "shops.csv", train.read_table(shops, id="shop")):
         again = net.predict(data).to_frame()
         assert again["shop"].tolist() == ["1"] * 5 + ["2"] * 5
         np.testing.assert_array_equal(again["sales"], frame["sales"])
@@ -348,7 +348,7 @@ def test_forecasts_after_an_earlier_row(shops, forecaster):
 
 
 def test_what_the_parts_of_a_forecast_show(shops, forecaster):
-    table = train.read_table(shops, ids="shop")
+    table = train.read_table(shops, id="shop")
     assert repr(table).splitlines() == [
         "Table of a data frame: 960 rows of 2 series by `shop` (480 steps each), hourly from 2024-01-01 00:00 to "
         "2024-01-20 23:00 by `time`",
@@ -377,7 +377,7 @@ def test_a_table_with_one_forecast_per_day_has_days():
 
 def test_warnings_of_a_forecast_name_the_line_of_the_caller(shops, forecaster):
     how = {"members": 1, "units": 4, "epochs": 1, "baselines": False, "threads": 1}
-    done = train.fit_forecast(train.read_table(shops, ids="shop"), "sales", horizon=5, known=("rain",), **how)
+    done = train.fit_forecast(train.read_table(shops, id="shop"), "sales", horizon=5, known=("rain",), **how)
     for predict in (done.predict, done.result.predict, done.network.predict):
         with pytest.warns(UserWarning, match="`rain`, known in advance, has no value") as caught:
             predict(shops)
@@ -400,18 +400,18 @@ def test_options_of_reading_are_passed_on(shops, tmp_path):
     options = {"id": ["shop"], "time": "when", "zone": "UTC", "decimal": ","}
     done = train.fit_forecast(tmp_path / "shops.csv", "sales", seasons=24, **options, **QUICK)
     reading = done.network.metadata["reading"]
-    assert (reading["ids"], reading["date"], reading["zone"], reading["decimal"]) == (["shop"], "when", "UTC", ",")
+    assert (reading["id"], reading["date"], reading["zone"], reading["decimal"]) == (["shop"], "when", "UTC", ",")
     with pytest.raises(UsageError, match="fit_forecast: id has no effect for a Table"):
-        train.fit_forecast(train.read_table(shops, ids="shop"), "sales", id="shop", **QUICK)
-    with pytest.raises(FormatError, match=r"use --id shop \(in Python id='shop'"):
+        train.fit_forecast(train.read_table(shops, id="shop"), "sales", id="shop", **QUICK)
+    with pytest.raises(FormatError, match=r"use `id='shop'`, if"):
         train.fit_forecast(shops, "sales", **QUICK)
 
 
 def test_an_unknown_option_is_refused_with_the_closest_one(shops):
     with pytest.raises(TypeError, match=r"^fit_forecast: there is no option 'season': did you mean 'seasons'\?$"):
         train.fit_forecast(shops, "sales", season=7)
-    with pytest.raises(TypeError, match=r"no option 'holidays': did you mean 'country'\?"):
-        train.fit_forecast(shops, "sales", holidays="DE")
+    with pytest.raises(TypeError, match=r"no option 'holiday': did you mean 'holidays'\?"):
+        train.fit_forecast(shops, "sales", holiday="DE")
     with pytest.raises(TypeError, match=r"no option 'qqq': expected one of target, horizon, id, .*window.*, zone"):
         train.fit_forecast(shops, "sales", qqq=7)
 
@@ -475,12 +475,12 @@ def test_ids_several_inputs_and_several_outputs():
 
 def test_what_a_task_doesn_t_take_is_refused_by_name(ragged, classifier, forecaster, writer, shops):
     bare = Network([Recurrent((cell(),))])
-    table = train.read_table(shops, ids="shop")
+    table = train.read_table(shops, id="shop")
     frame = long_form(*ragged)
     refused = [
         (classifier.network, ragged[0], {"origin": 3}, TypeError, "expected options among day_first.*, got 'origin'"),
         (classifier.network, ragged[0], {"id": "machine"}, UsageError, "id applies only to frames"),
-        (classifier.network, frame, {}, UsageError, "expected id="),
+        (classifier.network, frame, {}, UsageError, "expected `id=…`"),
         (classifier.network, frame, {"id": "machine", "decimal": ","}, UsageError, "decimal applies only to a table's"),
         (classifier.network, ragged[0][0], {}, UsageError, r"x\[None\] for one sequence"),
         (classifier.network, ragged[0], {"y": ["loud"] * 40}, UsageError, "expected the classes 'busy', 'calm'"),

@@ -151,7 +151,7 @@ def test_it_repeats_is_cloned_and_runs_without_torch(table, tmp_path):
 
 
 def test_tables_that_cannot_be_used(table):
-    with pytest.raises(ValueError, match="expected target= or --target, one or more of"):
+    with pytest.raises(ValueError, match="expected `target=…`, one or more of"):
         SequenceForecaster(**QUICK).fit(table)
     with pytest.raises(ValueError, match="expected target to be one of sales, noise, got 'sale'"):
         SequenceForecaster(**QUICK, target="sale").fit(table)

@@ -102,14 +102,14 @@ def test_numbers_that_aren_t_times_stay_numbers(tmp_path):
     assert (table.date, list(table.columns)) == (None, ["total", "y"])
     assert table.understood()[0] == "6 rows, in row order: no column of dates"
     table = read_table(series(tmp_path, range(6), "time,y"))
-    assert "`time` read as numbers, not dates: use --date and --date-format if it has dates" in table.notes
+    assert "`time` read as numbers, not dates: use `date=…` and `date_format=…` if it has dates" in table.notes
 
 
 def test_excel_s_numbers_are_dates_where_asked(tmp_path):
     serial = [(time - pd.Timestamp("1899-12-30")) / pd.Timedelta("1D") for time in HOURS]
     file = series(tmp_path, serial, "date,y")
     with pytest.raises(
-        FormatError, match=r"line 2: expected dates .*found '44956.83.*--date-format to their format \(excel"
+        FormatError, match=r"line 2: expected dates .*found '44956.83.*`date_format=…` to their format \(excel"
     ):
         read_table(file)
     np.testing.assert_array_equal(read_table(file, date="date", date_format="excel").times, HOURS.to_numpy())
@@ -127,7 +127,9 @@ def test_the_order_of_day_and_month_is_detected_from_even_steps(tmp_path):
 
 def test_an_ambiguous_order_of_day_and_month_is_refused(tmp_path):
     file = series(tmp_path, [f"01/{month:02}/2022" for month in range(1, 13)])
-    ways = re.escape("'01/02/2022' in column time is ambiguous, it may be 2022-02-01 or 2022-01-02: use --day-first or")
+    ways = re.escape(
+        "'01/02/2022' in column time is ambiguous, it may be 2022-02-01 or 2022-01-02: use `day_first=True` or"
+    )
     with pytest.raises(FormatError, match=f"a.csv: line 3: {ways}"):
         read_table(file)
     assert str(read_table(file, day_first=True).spacing) == "monthly"
@@ -180,7 +182,7 @@ def test_any_column_can_be_named(tmp_path):
     with pytest.raises(UsageError, match="expected a column of dates 'c', found a, b, y"):
         read_table(file, date="c")
     file.write_text("a,y\n1.5,2\n2.5,3\n")
-    with pytest.raises(UsageError, match="--zone needs a column of dates, found none in a, y"):
+    with pytest.raises(UsageError, match="`zone=…` needs a column of dates, found none in a, y"):
         read_table(file, zone="UTC")
 
 
@@ -203,7 +205,7 @@ def test_a_day_and_its_hour_in_separate_columns(tmp_path, header, form, date):
 
 def test_hours_from_1_to_24(tmp_path):
     file = series(tmp_path, [f"{day:%Y-%m-%d},{hour}" for day in DAYS for hour in range(1, 25)], "day,hour,y")
-    with pytest.raises(FormatError, match=r"line 3: .* use --id .* for the column that identifies series, or --date"):
+    with pytest.raises(FormatError, match=r"line 3: .* use `id=…` for the column that identifies series, or `date=…`"):
         read_table(file)
     with pytest.raises(FormatError, match=r"line 25: expected a date such as .*, found '2023-01-01 24:00'"):
         read_table(file, date="day,hour")
@@ -245,7 +247,7 @@ def test_an_offset_with_some_dates_only(tmp_path, ends):
 def test_days_of_local_time_whose_offset_changes(tmp_path):
     days = pd.date_range("2022-01-01", periods=400, freq="D", tz="Europe/Berlin")
     file = series(tmp_path, [day.isoformat() for day in days])
-    with pytest.raises(FormatError, match=r"line 88: expected evenly spaced dates \(daily\), .* use --zone, if they"):
+    with pytest.raises(FormatError, match=r"line 88: expected evenly spaced dates \(daily\), .* use `zone=…`, if they"):
         read_table(file)
     table = read_table(file, zone="Europe/Berlin")
     np.testing.assert_array_equal(table.times, days.tz_localize(None).to_numpy())
@@ -276,7 +278,7 @@ def test_daylight_saving_is_inferred_from_the_hours(tmp_path, zone, inferred, tw
     assert table.columns["y"].tolist() == list(range(8760))[::order]
     assert (table.times == np.datetime64(twice)).sum() == 2
     said = next(note for note in table.notes if "clock" in note)
-    assert f"local time with the daylight-saving rule of {inferred} (set --zone for another)" in said
+    assert f"local time with the daylight-saving rule of {inferred} (set `zone=…` for another)" in said
     assert twice[:10] in said
     asked = read_table(series(tmp_path, times[::order]), zone=zone)
     np.testing.assert_array_equal(asked.times, times.to_numpy())
@@ -303,7 +305,7 @@ def test_a_spring_alone_and_series_with_gaps(tmp_path):
     times = local("America/New_York")
     frame = pd.DataFrame({"t": [*times, *times], "shop": [*"a" * 8760, *"b" * 8760], "y": range(17520)})
     frame = frame.drop(index=[40, 41, 8760 + 7345])  # the last one is in an hour that occurs twice
-    table = read_table(frame, ids="shop")
+    table = read_table(frame, id="shop")
     assert table.zone == "America/New_York"
     assert table.filled.rows.tolist() == [2, 1]
     assert "so are 1 rows whose time occurs only once" in " ".join(table.notes)
@@ -321,5 +323,5 @@ def test_duplicate_times_without_daylight_saving(tmp_path):
         read_table(series(tmp_path, fixed), zone="Europe/Berlin")
     twice = fixed.to_numpy().copy()
     twice[7177] = twice[7178]  # an hour that Berlin's clock shows twice, in a year whose spring lacks none
-    with pytest.raises(FormatError, match=r"use --zone, if the clock is set back then, as in Europe/Berlin"):
+    with pytest.raises(FormatError, match=r"use `zone=…`, if the clock is set back then, as in Europe/Berlin"):
         read_table(series(tmp_path, twice))

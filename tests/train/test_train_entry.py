@@ -366,6 +366,87 @@ def test_a_class_at_every_step(rng):
     assert {len(column) for column in found.columns().values()} == {sum(map(len, x))}
 
 
+# ── rates ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def at_two_rates(rng):
+    """20 sequences of 0.6 s, half of them at 50 Hz and half at 100 Hz."""
+    parts = []
+    for n in range(20):
+        steps, step = ((30, 0.02), (60, 0.01))[n % 2]
+        parts.append(pd.DataFrame({"id": n, "time_s": 5 + step * np.arange(steps), "a": rng.normal(size=steps)}))
+    frame = pd.concat(parts, ignore_index=True)
+    return frame.assign(state=np.where(frame.id % 4 < 2, "busy", "calm"))
+
+
+RATES = "the median time between steps, by 'time_s', differs: 0.01{0} in 10 sequences and 0.02{0} in 10 sequences"
+
+
+def test_sequences_sampled_at_different_rates_are_reported(rng):
+    frame = at_two_rates(rng)
+    with pytest.warns(UserWarning, match=RATES.format("")):
+        result = train.fit(frame, "state", id="id", time="time_s", **SMALL)
+    assert any(line.startswith(RATES.format("")) for line in result.understood)
+    dated = frame.assign(time_s=pd.Timestamp("2024-01-31") + pd.to_timedelta(frame.time_s, unit="s"))
+    assert as_sequences(dated, "state", id="id", time="time_s").rates.startswith(RATES.format(" s"))
+    assert as_sequences(frame[frame.id % 2 == 0], "state", id="id", time="time_s").rates == ""
+    irregular = frame.assign(time_s=np.arange(len(frame)) + frame.id**2)
+    assert as_sequences(irregular, id="id", time="time_s").rates == ""
+    growing = frame.assign(time_s=frame.time_s * (1 + frame.id))
+    assert "differs: from 0.02 to 0.38; `resample=…`" in as_sequences(growing, id="id", time="time_s").rates
+
+
+def test_resampled_sequences_have_one_rate(rng):
+    frame = at_two_rates(rng)
+    frame["b"] = 3 * frame.time_s
+    frame["own"] = np.arange(len(frame)) % 2 == 0  # a class per step: with the odd steps of 100 Hz, they differ
+    rows = frame.sample(frac=1, random_state=0)
+    how = {"id": "id", "time": "time_s", "features": ["a", "b"]}
+    found = as_sequences(rows, "own", per_step=True, resample=0.02, **how)
+    assert set(found.lengths) == {30}
+    for n, x, y in zip(found.ids, found.x, found.y, strict=True):
+        own = frame[frame.id == n]
+        own = own[:: 1 + n % 2]  # every second step of 100 Hz, with the same bits
+        np.testing.assert_array_equal(x[:, 0], own.a.to_numpy(np.float32))
+        assert [found.labels[k] for k in y] == own.own.tolist()
+    for x in as_sequences(rows, resample=0.003, **how).x:  # between the rows
+        np.testing.assert_allclose(x[:, 1], 15 + 0.009 * np.arange(len(x)), rtol=1e-6)
+    result = train.fit(frame, "state", resample=0.02, **how, **SMALL)  # without a warning
+    assert result.network.metadata["table"]["resample"] == 0.02
+    assert "interpolated at intervals of 0.02, by 'time_s'" in result.understood
+    fast = frame[frame.id % 2 == 1]
+    slow = fast[fast.groupby("id").cumcount() % 2 == 0]
+    found = [result.predict(part).probabilities for part in (fast, slow)]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_gap_stays_missing_when_sequences_are_resampled():
+    frame = pd.DataFrame({"id": 1, "t": [0.0, 1.0, 2.0, 3.0], "a": [1.0, np.nan, 3.0, 5.0]})
+    (x,) = as_sequences(frame, id="id", time="t", resample=0.5).x
+    np.testing.assert_array_equal(x[:, 0], [1, np.nan, np.nan, np.nan, 3, 4, 5])
+    (x,) = as_sequences(frame[:1], id="id", time="t", resample=0.5).x
+    assert x.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    ("resample", "message"),
+    [
+        (0, "expected `resample=…` to be the time between steps, a number above 0, got 0"),
+        (np.nan, "a number above 0, got nan"),
+        ("20ms", "a number above 0, got '20ms'"),
+        (1e-6, "expected `resample=…` in the unit of the times .* got 1e-06, which makes 11,700,020 steps of 900"),
+    ],
+)
+def test_invalid_rates(rng, resample, message):
+    frame = at_two_rates(rng)
+    with pytest.raises(UsageError, match=message):
+        as_sequences(frame, id="id", time="time_s", resample=resample)
+    with pytest.raises(UsageError, match="`resample=…` needs `time=…`, the column of times"):
+        as_sequences(frame, id="id", resample=0.02)
+    with pytest.raises(UsageError, match="resample applies only to frames"):
+        as_sequences(np.ones((2, 3, 1)), resample=0.02)
+
+
 # ── sequences that can't be used ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -395,14 +476,52 @@ def test_invalid_sequences(x, message):
         train.fit(x, np.arange(40) % 2, **SMALL)
 
 
+def test_a_lazy_frame_of_polars_is_collected(toy):
+    frame = long_form(*toy)
+    lazy = pl.from_pandas(frame).lazy()
+    expected = train.fit(frame, "state", id="id", time="t", **SMALL)
+    result = train.fit(lazy, "state", id="id", time="t", test=lazy, **SMALL)
+    assert result.history == expected.history
+    found = result.predict(lazy)
+    assert isinstance(found.to_frame(), pl.DataFrame)
+    assert list(found) == list(expected.predict(frame))
+    assert train.read_table(lazy, id="id", date="").ids == train.read_table(frame, id="id", date="").ids
+
+
+def test_a_result_says_how_the_data_was_understood(toy):
+    x, y = toy
+    x[0, 3, 1] = np.nan
+    x[..., 2] = 7
+    result = train.fit(x, y, test=0.25, **SMALL)
+    assert result.understood == [
+        "training: 30 sequences of 12 steps, 3 channels",
+        "classification: 2 classes, one per sequence: busy (15), calm (15)",
+        "missing: 1 values, 0.09%, handled by a mask or by indicator channels",
+        "constant: channel 2",
+        "test: 10 sequences of 12 steps, 3 channels",
+        "classification: 2 classes, one per sequence: busy (5), calm (5)",
+        "constant: channel 2",
+    ]
+    items = lambda: zip(x[..., :1], y.tolist(), strict=True)  # noqa: E731
+    assert train.fit(items, **SMALL).understood[0] == "training: 40 sequences of 12 steps, 1 channel"
+    frame = long_form(x, y).assign(name="a")
+    with pytest.warns(UserWarning, match="name"):
+        result = train.fit(frame, "state", id="id", **SMALL)
+    assert "ignored: name, because it isn't numeric: 'a'" in result.understood
+    assert (
+        train.fit_text("a rose is " * 100, units=4, epochs=1, threads=1, steps=16).understood[0].startswith("1,000 ch")
+    )
+
+
 def test_invalid_frames(toy):
     frame = long_form(*toy)
     varied = frame.assign(state=np.where(frame.t == 3, "odd", frame.state))
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
     refused = [
-        (frame, "state", {}, r"x: expected id= or --id, .* one of id, t, c0"),
-        (frame, "mood", {"id": "id"}, "expected y .--label. to be a column, one of id, .* got 'mood'"),
-        (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
+        (frame, "state", {}, r"x: expected `id=…`, .* of a row, one of id, t$"),
+        (frame[["c0", "c1", "state"]], "state", {}, r"of a row; for a single sequence, add it with the same value"),
+        (frame, "mood", {"id": "id"}, "expected `y=…` to be a column, one of id, .* got 'mood'"),
+        (frame, "state", {"id": "id", "time": "when"}, "expected `time=…` to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
         (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),
         (
@@ -456,9 +575,9 @@ def test_an_unused_column_of_dates_gets_a_hint(library):
         "c": [1.0, 2.0, 3.0],
     }
     frame = pd.DataFrame(columns) if library == "pandas" else pl.DataFrame(columns)
-    given = {"id": "id", "features": None, "weight": None, "per_step": None, "name": "x"}
+    given = {"id": "id", "features": None, "weight": None, "per_step": None, "resample": None, "name": "x"}
     assert grouped(frame, None, time=None, **given).ignored == {
-        "when": "contains dates: use time= or --time to order a sequence's rows by them"
+        "when": "contains dates: use `time=…` to order a sequence's rows by them"
     }
     assert not grouped(frame, None, time="when", **given).ignored
 

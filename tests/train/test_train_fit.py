@@ -581,7 +581,7 @@ def test_an_existing_checkpoint_is_not_overwritten_by_default(sequences, tmp_pat
     model, *rest = prepare(sequences)
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match=r"run\.ckpt: the checkpoint already exists: resume \(--resume\) continues"):
+    with pytest.raises(UsageError, match=r"run\.ckpt: the checkpoint already exists: `resume=True` continues"):
         fit(model, *rest, Settings(epochs=1), checkpoint=path)
     assert path.read_bytes() == whole
     path.write_bytes(b"something else")

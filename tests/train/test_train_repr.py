@@ -34,6 +34,13 @@ def test_a_result_is_described_in_five_lines(data):
     assert result.labels == ("busy", "calm")
 
 
+def test_the_number_of_epochs_is_the_reason_where_patience_ends_in_the_same_one(data):
+    how = {"units": 4, "threads": 1, "lr": 1e-30, "patience": 2}  # the first epoch is the best
+    early = "stopped after 3 epochs, because the validation loss had not decreased for 2; kept epoch 1"
+    assert train.fit(*data, epochs=4, **how).sentence.startswith(early)
+    assert train.fit(*data, epochs=3, **how).sentence.startswith("trained for all 3 epochs; kept epoch 1")
+
+
 def test_a_fit_says_which_part_each_metric_is_of(data):
     first, best = repr(train.fit(*data, **QUICK).fit).splitlines()
     assert first.startswith("Fit: 2 epochs, all of them; ")
@@ -69,6 +76,6 @@ def test_plots_name_the_part(tmp_path):
     assert (tmp_path / "a.svg").stat().st_size
     assert [history.named(name) for name in ("accuracy", "rmse", "mine")] == [
         "validation accuracy",
-        "validation rmse",
+        "validation RMSE",
         "mine",
     ]

@@ -9,6 +9,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -280,14 +281,30 @@ def sign(cls: type, kind: Kind, of: str, names: dict[str, Any]) -> dict[str, Arg
     if "__init__" in vars(cls):  # a user's class with a constructor of its own
         return found
     given = ", ".join(f"{name!r}: {name}" for name in (*found, *(["kwargs"] if of == "keras" else [])))
-    body = textwrap.indent(f"{constructor(kind, of)}:\n    super(cls, self).__init__({{{given}}})", "    ")
+    head, refuse = constructor(kind, of), ""
+    if of != "keras":  # which passes further arguments to Keras
+        head = head.replace(") -> None", ", **unknown) -> None")
+        refuse = "    if unknown:\n        raise refuse(cls, unknown, found)\n"
+    body = textwrap.indent(f"{head}:\n{refuse}    super(cls, self).__init__({{{given}}})", "    ")
     local: dict[str, Any] = {}
-    exec(compile(f"def made(cls):\n{body}\n    return __init__", f"<{cls.__qualname__}>", "exec"), names, local)
-    init = local["made"](cls)
+    source = f"def made(cls, found, refuse):\n{body}\n    return __init__"
+    exec(compile(source, f"<{cls.__qualname__}>", "exec"), names, local)
+    init = local["made"](cls, found, _unexpected)
     init.__module__, init.__qualname__ = cls.__module__, f"{cls.__qualname__}.__init__"
+    if of != "keras":
+        shown = inspect.signature(init)
+        init.__signature__ = shown.replace(parameters=list(shown.parameters.values())[:-1])
     cls.__init__ = init  # type: ignore[misc]
     cls.__doc__ = documented(cls.__doc__, found.values(), "\n\n>>> ", RAISES)
     return found
+
+
+def _unexpected(cls: type, unknown: Mapping[str, Any], known: Iterable[str]) -> TypeError:
+    """Return the error for an argument that a class doesn't have, in Python's words, with the closest one it has."""
+    name = next(iter(unknown))
+    close = get_close_matches(name, known, 1)
+    fix = f": did you mean {close[0]!r}?" if close else ""
+    return TypeError(f"{cls.__qualname__}.__init__() got an unexpected keyword argument {name!r}{fix}")
 
 
 RAISES = """

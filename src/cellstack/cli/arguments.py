@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+TEXT = r"'[^'`\\]*'"
+NAMED = re.compile(rf"`(\w+)=(…|True|False|{TEXT}|\[{TEXT}(?:, {TEXT})*\])`")  # an argument of Python in a message
 
 
 class Help(argparse.HelpFormatter):
@@ -57,6 +62,32 @@ def near(word: str, known: Iterable[str]) -> str:
     """Return a suggestion of the closest known word, "" if none is close."""
     found = get_close_matches(word, list(known), 1)
     return f", did you mean {found[0]}?" if found else ""
+
+
+def as_flags(text: str, args: argparse.Namespace) -> str:
+    """Return a message with options of the command line instead of arguments of Python.
+
+    Messages name an argument in backquotes: `` `id='shop'` `` or, without a value, `` `id=…` ``. An option's `dest` is
+    the name of its argument. Options of other verbs stand for arguments that this verb doesn't have, as in what
+    `stream` says about a network's training.
+    """
+    parsers = [args.parsers[args.verb], *args.parsers.values()]
+
+    def flag(found: re.Match[str]) -> str:
+        name, written = found.groups()
+        value = None if written == "…" else ast.literal_eval(written)
+        for action in (action for parser in parsers for action in parser._actions if action.option_strings):
+            if action.dest == name and (action.nargs != 0 or value in (None, action.const)):
+                flag, shown = action.option_strings[-1], ",".join(value) if isinstance(value, list) else value
+                return flag if value is None or action.nargs == 0 else f"{flag} {_quoted(str(shown))}"
+        return found[0]
+
+    return NAMED.sub(flag, text)
+
+
+def _quoted(value: str) -> str:
+    """Return a value as in a shell; one without letters and digits in quotation marks, which sets it apart."""
+    return shlex.quote(value) if re.search(r"\w", value) else f"'{value}'"
 
 
 def sizes(text: str) -> tuple[int, ...]:

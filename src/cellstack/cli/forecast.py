@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cli.arguments import as_flags
 from cellstack.cli.files import write_csv
 from cellstack.cli.jobs import Job
 from cellstack.cli.tables import names, table_from
@@ -67,7 +68,11 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
             "--known", type=names, metavar="A,B", help="columns whose future values are known, such as prices"
         ),
         group.add_argument(
-            "--season", type=_numbers, metavar="N,N", help="steps in each season; 1 for none (default: detected)"
+            "--season",
+            dest="seasons",
+            type=_numbers,
+            metavar="N,N",
+            help="steps in each season; 1 for none (default: detected)",
         ),
         group.add_argument(
             "--window", type=int, metavar="N", help="input steps (default: two seasons, from 16 to 168)"
@@ -183,16 +188,16 @@ def read(args: argparse.Namespace) -> ForecastJob:
         targets=args.target or (),
         horizon=args.horizon,
         window=args.window,
-        seasons=args.season,
+        seasons=args.seasons,
         inputs=args.inputs,
         known=args.known or (),
-        country=args.holidays or "",
+        holidays=args.holidays or "",
         scale=args.scale,
         quantiles=args.quantiles or QUANTILES,
     )
     validation = FitOptions.validation if args.validation is None else args.validation
     recipe, cut, usual, _ = planned(table, request, validation, share)
-    said = understood(table, recipe, request, cut)
+    said = [as_flags(line, args) for line in understood(table, recipe, request, cut)]
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
     members = usual.pop("members") if args.members is None else args.members

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cellstack
-from cellstack.cli.arguments import Parser
+from cellstack.cli.arguments import Parser, as_flags
 from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
@@ -190,6 +190,7 @@ def parser() -> Parser:
             epilog=f"example{'s' * (len(verb.examples.splitlines()) > 1)}:\n  {verb.examples}",
             add_help=False,
         )
+        made.set_defaults(parsers=verbs.choices)
         ARGUMENTS[name](made)
         general = made.add_argument_group("general")
         if verb.json is not None:
@@ -212,7 +213,7 @@ def _add_run(runs: Parser) -> None:
     text = "columns to use, by name or by number from 1 (default: all)"
     runs.add_argument("--columns", type=names, metavar="A,B", help=text)
     text = "table column of the true values (default: as in training, if the table has it)"
-    runs.add_argument("--label", metavar="COLUMN", help=text)
+    runs.add_argument("--label", dest="y", metavar="COLUMN", help=text)
     text = "table column that orders a sequence's rows (default: as in training)"
     runs.add_argument("--time", metavar="COLUMN", help=text)
     runs.add_argument("--origin", metavar="DATE", help="forecast the steps after this row (default: the last row)")
@@ -323,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {threads}")
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: _say(args.verb, "warning", str(message))
+            warnings.showwarning = lambda message, *_: _say(args, "warning", str(message))
             status = VERBS[args.verb](args)
         sys.stdout.flush()
         return status
@@ -336,13 +337,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _discard_unwritable()
         said = error.strerror or str(error)
-        return _fail(args.verb, f"{error.filename}: {said}" if error.filename else said)
+        return _fail(args, f"{error.filename}: {said}" if error.filename else said)
     except MemoryError as error:
-        return _fail(args.verb, f"not enough memory: {error}")
+        return _fail(args, f"not enough memory: {error}")
     except TooFewRowsError as error:
-        return _fail(args.verb, str(error), 1)
+        return _fail(args, str(error), 1)
     except (FormatError, ShapeError, UsageError) as error:  # any other error is a bug, and keeps its traceback
-        return _fail(args.verb, str(error))
+        return _fail(args, str(error))
 
 
 def _discard_unwritable() -> None:
@@ -353,14 +354,14 @@ def _discard_unwritable() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(verb: str, reason: str, status: int = 2) -> int:
-    _say(verb, "error", reason)
+def _fail(args: argparse.Namespace, reason: str, status: int = 2) -> int:
+    _say(args, "error", reason)
     return status
 
 
-def _say(verb: str, what: str, text: str) -> None:
+def _say(args: argparse.Namespace, what: str, text: str) -> None:
     """Print an error or a warning in one line, without its place in the code."""
-    print(f"cellstack {verb}: {what}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"cellstack {args.verb}: {what}: {as_flags(' '.join(text.split()), args)}", file=sys.stderr)
 
 
 def _help(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cellstack import Network
+from cellstack.cli.arguments import as_flags
 from cellstack.cli.files import load_model, load_options, run_any, show, with_weights, write_csv
 from cellstack.cli.tables import SEQUENCES, TABLE, given, only_one
 from cellstack.cli.text import measure
@@ -54,16 +55,16 @@ def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
         if args.picture is not None:
             check(args.picture, PICTURES, "--picture")
         how = given(args, TABLE)
-        found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, "--origin", **how)
+        found, notes = forecasts_after(net, args.file, path, args.origin, args.threads, **how)
         for note in notes:
-            print(f"cellstack run: warning: {note}", file=sys.stderr)
+            print(f"cellstack run: warning: {as_flags(note, args)}", file=sys.stderr)
         if args.picture is not None:
             save(args.picture, found.plot())
         return _show(args, found.columns(), _forecasts(found))
     how = {"id": only_one(args.id), "time": args.time, **given(args, SEQUENCES)}
-    found = sequences(net, as_trained(net, args.file, args.label, path, **how), args.file, args.threads)
+    found = sequences(net, as_trained(net, args.file, args.y, path, **how), args.file, args.threads)
     report: dict[str, Any] = {"ids": list(found.ids)} if found.ids else {}
-    report |= {"predicted": found.predicted, "answers": found.outputs}  # answers: the name of 0.1.0, deprecated
+    report["predicted"] = found.predicted
     if found.labels:
         report |= {"probabilities": found.probabilities, "labels": list(found.labels)}
     _show(args, found.columns(), report | found.scores)

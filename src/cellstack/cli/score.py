@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 
+from cellstack.cli.arguments import as_flags
 from cellstack.cli.files import add_load_options, load_options, show
 from cellstack.cli.tables import names, only_one
 from cellstack.train.checks import UsageError
@@ -25,7 +26,8 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("columns", "default: as in training")
     group.add_argument("--id", type=names, metavar="COLUMN", help="column that identifies the sequence of a row")
     group.add_argument("--time", metavar="COLUMN", help="column that orders a sequence's rows ('' for none)")
-    group.add_argument("--columns", type=names, metavar="A,B", help="columns of the input, in the network's order")
+    text = "columns of the input, in the network's order"
+    group.add_argument("--columns", dest="features", type=names, metavar="A,B", help=text)
     text = "what to do with a row without a value: an error, or no prediction (default: %(default)s)"
     group.add_argument("--missing", choices=("refuse", "skip"), default="refuse", help=text)
     group = parser.add_argument_group("sequences")
@@ -57,7 +59,7 @@ def score(args: argparse.Namespace) -> int:
             args.output,
             id=only_one(args.id),
             time=args.time,
-            features=args.columns,
+            features=args.features,
             missing=args.missing,
             across_files=args.across_files,
             ray=args.ray,
@@ -67,6 +69,7 @@ def score(args: argparse.Namespace) -> int:
         )
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
+    report.failed = {path: as_flags(why, args) for path, why in report.failed.items()}
     seconds = time.perf_counter() - start
     earlier = f"; {report.earlier} files were complete before" if report.earlier else ""
     text = f"{report.files} files, {report.rows:,} rows, {report.rows / seconds:,.0f} per second{earlier}"

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cli.arguments import as_flags
 from cellstack.cli.jobs import Job
 from cellstack.cli.tables import SEQUENCES, given, only_one
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
-from cellstack.train.data.targets import counted
+from cellstack.train.data.understood import understood
 from cellstack.train.parts import check, parts_of, per_step
 from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import size_of
 
-UNUSED = ("date", "zone", "freq", "category")
-SHOWN = 12  # most classes to list
+UNUSED = ("date", "zone", "freq", "categories")
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -30,12 +30,17 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
     data = train.add_argument_group("sequences", "options for .csv, .tsv and .parquet tables of sequences")
     text = "sequences in a table: column of the classes or numbers to learn"
     return [
-        train.add_argument("--label", metavar="COLUMN", help=text),
+        train.add_argument("--label", dest="y", metavar="COLUMN", help=text),
         data.add_argument(
             "--time", metavar="COLUMN", help="column that orders the rows of a sequence (default: as in the file)"
         ),
+        data.add_argument(
+            "--resample", type=float, metavar="X", help="interpolate with this time between steps (dates: in seconds)"
+        ),
         data.add_argument("--features", metavar="A,B", help="input columns (default: all other numeric ones)"),
-        data.add_argument("--weight", metavar="COLUMN", help="column of the sequences' weights in the loss"),
+        data.add_argument(
+            "--weight", dest="sample_weight", metavar="COLUMN", help="column of the sequences' weights in the loss"
+        ),
         data.add_argument("--per-step", action="store_true", help="learn a label for each step, not for each sequence"),
         data.add_argument("--class-weights", choices=("balanced",), help="give every class the same total weight"),
     ]
@@ -109,11 +114,12 @@ def read(args: argparse.Namespace) -> SequencesJob:
         FormatError: the content of a file doesn't match its suffix.
     """
     tables = [name for name in (args.file, args.test) if name is not None and Path(name).suffix.lower() in TABLES]
-    if tables and args.label is None:
+    if tables and args.y is None:
         raise UsageError(f"{args.file}: expected --label COLUMN, the classes or numbers to learn")
     features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
-    columns = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
-    how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **columns)
+    columns = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.sample_weight}
+    columns["resample"] = args.resample
+    how = partial(read_sequences, y=args.y, per_step=args.per_step or None, **columns)
     training = how(args.file, task=args.task, **given(args, SEQUENCES))
     if args.test is None:
         test = None
@@ -127,44 +133,7 @@ def read(args: argparse.Namespace) -> SequencesJob:
     if test is not None and args.test is not None:
         more, report["test"] = understood(test, args.test)
         lines += more
-    return SequencesJob(training, test, args.class_weights, lines, report)
-
-
-def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
-    """Describe how the data was read, as lines and as plain values."""
-    lengths, count = data.lengths, len(data.x)
-    missing = np.sum([np.isnan(x).sum(axis=0) for x in data.x], axis=0)
-    low = np.min([np.where(np.isnan(x), np.inf, x).min(axis=0) for x in data.x], axis=0)
-    high = np.max([np.where(np.isnan(x), -np.inf, x).max(axis=0) for x in data.x], axis=0)
-    names = list(data.columns) or [f"channel {n}" for n in range(data.channels)]
-    constant = [name for name, a, b in zip(names, low, high, strict=True) if a == b]
-    empty = [name for name, a, b in zip(names, low, high, strict=True) if a > b]
-    span = f"{lengths.min()}" if lengths.min() == lengths.max() else f"{lengths.min()} to {lengths.max()}"
-    channels = f"{data.channels} channel{'s' * (data.channels != 1)}"
-    channels += f" ({', '.join(data.columns)})" if data.columns else ""
-    lines = [f"{path}: {count:,} sequence{'s' * (count != 1)} of {span} steps, {channels}"]
-    lines += [f"  {line}" for line in (*_learned(data), *data.notes)]
-    share = float(missing.sum()) / float(lengths.sum() * data.channels)
-    if share:
-        lines.append(
-            f"  missing: {int(missing.sum()):,} values, {share:.2%}, handled by a mask or by indicator channels"
-        )
-    lines += [
-        f"  {what}: {', '.join(found)}" for what, found in (("constant", constant), ("without values", empty)) if found
-    ]
-    lines += [f"  ignored: {column}, because it {why}" for column, why in data.ignored.items()]
-    described: dict[str, Any] = {
-        "file": path,
-        "sequences": count,
-        "steps": [int(lengths.min()), int(lengths.max())],
-        "channels": names,
-        "classes": None if not data.labels or data.y is None else {str(k): n for k, n in _counts(data).items()},
-        "per_step": data.per_step,
-        "missing": int(missing.sum()),
-        "constant": constant,
-        "ignored": data.ignored,
-    }
-    return lines, described
+    return SequencesJob(training, test, args.class_weights, [as_flags(line, args) for line in lines], report)
 
 
 def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
@@ -180,27 +149,3 @@ def _baseline(y: NDArray, labels: tuple[Any, ...]) -> tuple[dict[str, Any], str]
         {"most frequent class": {"class": best, "accuracy": share}},
         f"for comparison: the accuracy of always predicting {best!r} is {share:.4g} on the training part",
     )
-
-
-def _counts(data: Sequences) -> dict[Any, int]:
-    assert data.y is not None
-    return counted(np.concatenate(data.y) if isinstance(data.y, list) else data.y, data.labels)
-
-
-def _learned(data: Sequences) -> list[str]:
-    """Describe what is to be learned."""
-    each = "step" if data.per_step else "sequence"
-    if data.y is None:
-        return ["no classes or numbers to learn"]
-    if not data.labels:
-        y = np.concatenate(data.y) if isinstance(data.y, list) else data.y
-        many = "a number" if y.ndim == 1 else f"{y.shape[1]} numbers"
-        return [f"regression: {many} per {each}, from {y.min():.6g} to {y.max():.6g}"]
-    counts = _counts(data)
-    shown = ", ".join(f"{label} ({n:,})" for label, n in list(counts.items())[:SHOWN])
-    more = f", and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
-    lines = [f"classification: {len(counts)} classes, one per {each}: {shown}{more}"]
-    single = [str(label) for label, n in counts.items() if n == 1]
-    if single:
-        lines.append(f"  with a single example, so either without training or without validation: {', '.join(single)}")
-    return lines

@@ -11,7 +11,7 @@ from cellstack.train.data.reading import TABLES_ONLY
 from cellstack.train.tables.table import Table, read_table
 
 SEQUENCES = TABLES_ONLY  # options that apply to sequences too
-TABLE = ("date", "zone", "id", "freq", "category", *SEQUENCES)
+TABLE = ("date", "zone", "id", "freq", "categories", *SEQUENCES)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -32,7 +32,8 @@ def add_table_options(parser: argparse.ArgumentParser, default: str = "detected"
     group = parser.add_argument_group("tables", f"how to read a table; see docs/tables.md (default: {default})")
     group.add_argument("--date", metavar="COLUMN", help="date column, or two: day,hour ('' for none)")
     group.add_argument("--id", type=names, metavar="A,B", help="columns that identify the series or sequence of a row")
-    group.add_argument("--category", type=names, metavar="A,B", help="columns to treat as categories, not as numbers")
+    text = "columns to treat as categories, not as numbers"
+    group.add_argument("--category", dest="categories", type=names, metavar="A,B", help=text)
     order = group.add_mutually_exclusive_group()
     order.add_argument("--day-first", dest="day_first", action="store_true", default=None, help="01/02 is 1 February")
     order.add_argument("--month-first", dest="day_first", action="store_false", default=None, help="01/02 is 2 January")
@@ -73,5 +74,4 @@ def table_from(args: argparse.Namespace, path: str) -> Table:
 
 def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
     """Return the options of `add_table_options` that were given, as keyword arguments of `read_table`."""
-    names = {"id": "ids", "category": "categories"}
-    return {names.get(name, name): value for name in options if (value := getattr(args, name)) is not None}
+    return {name: value for name in options if (value := getattr(args, name)) is not None}

@@ -249,7 +249,7 @@ def kind_of(args: argparse.Namespace) -> str:
         raise UsageError(f"{args.file}: expected a table to forecast, with one of the suffixes {tables}")
     if args.task is not None:
         return TASKS[args.task]
-    return "sequences" if args.label is not None else SUFFIXES[suffix]
+    return "sequences" if args.y is not None else SUFFIXES[suffix]
 
 
 def _check_used(args: argparse.Namespace, name: str) -> None:
@@ -261,7 +261,7 @@ def _check_used(args: argparse.Namespace, name: str) -> None:
         if dest in given:
             more = f", only to {kind}" if kind else ""
             more += ": to test, name a TEST file after FILE" * (dest == "test_share")
-            raise UsageError(f"{args.file}: --{dest.replace('_', '-')} doesn't apply to {name}{more}")
+            raise UsageError(f"{args.file}: `{dest}=…` doesn't apply to {name}{more}")
 
 
 def _checked_output(args: argparse.Namespace) -> Path | None:

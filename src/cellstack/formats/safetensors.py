@@ -188,7 +188,10 @@ def _opened(path: str) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise FormatError(f"{path}: expected a safetensors file, found {short(str(error), 300)}") from None
+        with open(path, "rb") as opened:
+            head = opened.read(9)
+        found = short(str(error), 300) if recognises(head) else f"a file that begins with {head[:8]!r}"
+        raise FormatError(f"{path}: expected a safetensors file, found {found}") from None
     except RecursionError:
         raise FormatError(f"{path}: the JSON is nested too deeply") from None
     except MemoryError:  # the original error names neither the file nor its size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -426,3 +427,9 @@ def _arguments_in(attributes: Mapping[str, Any]) -> dict[str, Any]:
     names = ("nodes", "names", "metadata", "wires", "outputs", "patches")
     inputs = {name: attributes["shapes"][name] for name in attributes["inputs"]}
     return {name: attributes[name] for name in names} | {"inputs": inputs}
+
+
+_signature = inspect.signature(Network.__init__)  # for users: without `_warn`
+Network.__init__.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[one for name, one in _signature.parameters.items() if name != "_warn"]
+)

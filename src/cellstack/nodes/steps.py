@@ -331,7 +331,8 @@ class Embedding(Stepwise):
             raise ValueError("Embedding: expected ids to be integers, got numbers that aren't whole")
         last = len(self.table) - 1
         if x.size and (x.min() < 0 or x.max() > last):
-            raise ValueError(f"Embedding: expected ids from 0 to {last}, got {x.min()} to {x.max()}")
+            got = f"{x.min()}" if x.min() == x.max() else f"{x.min()} to {x.max()}"
+            raise ValueError(f"Embedding: expected ids from 0 to {last}, got {got}")
         return x.astype(np.intp)
 
     def apply(self, x: Array) -> Array:

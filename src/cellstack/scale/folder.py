@@ -123,7 +123,7 @@ class Folder(NamedTuple):
         if before != now:
             raise UsageError(
                 f"{source.path}: it has changed since it was scored: delete {path} to score it again, and with "
-                "--across-files continue those of later files in its folder too"
+                "`across_files='continue'` those of later files in its folder too"
             )
 
     def ids(self, name: str, id: str, carried: bool = False) -> list[Any]:

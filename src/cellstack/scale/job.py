@@ -66,7 +66,7 @@ class Job:
                     states = self._states_before(source)
                 yield self._score(source, states, progress)
             except MemoryError:
-                yield Scored(source, error="not enough memory: use smaller batches (--batch-rows)")
+                yield Scored(source, error="not enough memory: use smaller batches (`batch_rows=…`)")
                 return
             except (FormatError, ShapeError, UsageError, OSError) as error:
                 yield Scored(source, error=str(error))

@@ -34,16 +34,23 @@ def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int 
     """
     check_installed("scoring on Ray", "ray", "ray")
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # read at the import of Ray, whose default is no limit
-    import ray  # pyright: ignore[reportMissingImports]
-    import ray.data  # pyright: ignore[reportMissingImports]
-    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        raise ModuleNotFoundError(f"Ray needs {name}, which isn't installed: pip install {name}", name=name) from None
 
     own = not ray.is_initialized()
     if own:
         try:
             ray.init(address, logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"--ray {address}: {error}") from None
+            why: Any = error
+            if address == "auto" and isinstance(error, ConnectionError):
+                why = "no Ray cluster is running on this machine: use `ray='local'` to start Ray here"
+            raise UsageError(f"`ray={address!r}`: {why}") from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -57,8 +64,9 @@ def run_on_ray(job: Job, chains: Sequence[Chain], address: str, processors: int 
     except RayError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise UsageError(
-            f"Ray gave up: {why}. If workers are killed, they may need more memory than the machine has: use fewer "
-            "workers (--threads) or smaller batches (--batch-rows), and start again: complete files are kept"
+            f"Ray gave up: {why}. If workers are killed, they may need more memory than the machine has: use more "
+            "`threads=…` for each task, so that fewer tasks run at a time, or smaller `batch_rows=…`, and start again: "
+            "complete files are kept"
         ) from None
     finally:
         if own:

@@ -167,8 +167,8 @@ class _Owners:
 
 def _reappears(id: Any, first: str, second: str) -> str:
     return (
-        f"the id {id!r} occurs in {first} and in {second}: --across-files continue continues the sequence in the next "
-        "file of the folder, restart begins another one in each file"
+        f"the id {id!r} occurs in {first} and in {second}: `across_files='continue'` continues the sequence in the "
+        "next file of the folder, `across_files='restart'` begins another one in each file"
     )
 
 
@@ -222,8 +222,8 @@ def _chains(sources: Sequence[Source], folder: Folder, scorer: Scorer, carries: 
         last = folder.last_beside(source.output) if carries else None
         if last is not None and source.output < last:
             raise UsageError(
-                f"{source.path}: its name is before {last}, which is complete: with --across-files continue, new files "
-                "follow those that are complete, in the order of their names"
+                f"{source.path}: its name is before {last}, which is complete: with `across_files='continue'`, new "
+                "files follow those that are complete, in the order of their names"
             )
         left.append(source)
     chains: dict[str, list[Source]] = {}

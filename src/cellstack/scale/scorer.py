@@ -90,11 +90,11 @@ class Scorer:
         id, time = table.get("id") if id is None else id, table.get("time") if time is None else time
         features = network.metadata.get("columns") if features is None else features
         if id is None:
-            raise UsageError("expected id (--id), the column that identifies the sequence of a row")
+            raise UsageError("expected `id=…`, the column that identifies the sequence of a row")
         if not features or isinstance(features, str):
             raise UsageError(
-                "the network doesn't name its columns: give a list of features (--columns A,B), the columns of the "
-                "input in the network's order"
+                "the network doesn't name its columns: give a list with `features=…`, the columns of the input "
+                "in the network's order"
             )
         self.id, self.time, self.features = id, time or None, tuple(features)
         if len({*self.columns}) != len(self.columns):
@@ -199,7 +199,7 @@ class Scorer:
         if self.missing == "refuse" and absent.any():
             row = int(np.argmax(absent))
             name = self.features[int(np.argmax(missing[row]))]
-            fix = "missing='skip' (--missing skip) leaves out such rows"
+            fix = "`missing='skip'` leaves out such rows"
             raise refuse_row(first + row, f"column {name!r} has no value: {fix}")
         return x, np.asarray(~absent)
 

@@ -40,7 +40,7 @@ class SequenceForecaster(BaseEstimator):
         holidays: a country whose holidays are an input, such as `"US"` or `"DE-BY"`; "": none.
         scale: unit of the values, `"spread"` or `"level"`; None: `"level"` if the logarithm is smoothed.
         quantiles: quantiles to forecast; 0.5, the forecast, is added.
-        date, id, zone, day_first, freq: how to read the table, see `train.table.read_table`; `id` is its `ids`.
+        date, id, zone, day_first, freq: how to read the table, see `train.read_table`.
         units, cell, heads, dropout, members: how to build the networks, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience: how to train each network, see `train.Settings`.
         validation: share of each series' rows, the last ones, used to choose the number of epochs and other settings;
@@ -138,7 +138,7 @@ class SequenceForecaster(BaseEstimator):
             seasons=self.seasons,
             inputs=self.inputs,
             known=self.known,
-            country=self.holidays,
+            holidays=self.holidays,
             quantiles=self.quantiles,
         )
         result = trained.result
@@ -227,12 +227,16 @@ class SequenceForecaster(BaseEstimator):
         if isinstance(X, (np.ndarray, list, tuple)):
             import pandas as pd
 
-            X = np.asarray([unmasked(row) for row in X] if isinstance(X, (list, tuple)) else unmasked(X), np.float64)
+            rows = [unmasked(row) for row in X] if isinstance(X, (list, tuple)) else unmasked(X)
+            try:
+                X = np.asarray(rows, np.float64)
+            except OverflowError:
+                raise UsageError("expected numbers that float32 can hold, got an integer beyond float64") from None
             if X.ndim not in (1, 2):
                 raise UsageError(f"expected a frame, a file, or numbers [n] or [n, K], got {X.ndim} axes")
             X = X.reshape(len(X), -1)
             X = pd.DataFrame(X, columns=[str(n) for n in range(X.shape[1])])
-        return read_table(X, date=self.date, day_first=self.day_first, zone=self.zone, ids=self.id, freq=self.freq)
+        return read_table(X, date=self.date, day_first=self.day_first, zone=self.zone, id=self.id, freq=self.freq)
 
 
 def _squeezed(forecasts: Forecasts, values: Floats) -> Floats:

@@ -104,7 +104,7 @@ def check_streamable(owner: str, network: Network) -> frozenset[str]:
                 why = f"its state {state.value} is an input of a node or an output, which only run() supports"
         if why is not None:
             trained = isinstance(node, GlobalPool) and network.metadata.get("task")
-            fix = '; train with pooling="last" (--pooling last) for a network that can be streamed' if trained else ""
+            fix = "; train with `pooling='last'` for a network that can be streamed" if trained else ""
             raise ValueError(f"{owner}: {name} can't run step by step: {why}{fix}")
         on = [masks.get(source) for source in sources]  # a state has none
         if node.heeds_mask:

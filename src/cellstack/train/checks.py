@@ -24,8 +24,8 @@ def refuse_existing(checkpoint: str | os.PathLike[str]) -> None:
     """Raise `UsageError` if a checkpoint exists that a training without `resume` or `overwrite` would replace."""
     if os.path.exists(checkpoint):
         raise UsageError(
-            f"{os.fspath(checkpoint)}: the checkpoint already exists: resume (--resume) continues from it, overwrite "
-            "(--overwrite) starts again"
+            f"{os.fspath(checkpoint)}: the checkpoint already exists: `resume=True` continues from it, "
+            "`overwrite=True` starts again"
         )
 
 
@@ -46,6 +46,11 @@ def unmasked(array: Any) -> Any:
         raise UsageError(f"expected real numbers in a masked array, got {array.dtype}")
     dtype = array.dtype if array.dtype.kind == "f" else np.float64
     return np.ma.filled(array.astype(dtype), np.nan)
+
+
+def collected(value: Any) -> Any:
+    """Return the frame that a lazy frame of polars computes; return anything else unchanged."""
+    return value.collect() if type(value).__name__ == "LazyFrame" else value
 
 
 def refuse_masked(name: str, values: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.reading import read_sequences
 from cellstack.train.data.sequences import Sequences, as_sequences, taken
 from cellstack.train.data.stream import BUFFER, Stream, is_stream
@@ -30,6 +30,7 @@ def fit(
     time: str | None = None,
     features: Sequence[str] | None = None,
     per_step: bool | None = None,
+    resample: float | None = None,
     units: int | Sequence[int] = (48, 48),
     cell: str = "lstm",
     heads: int | None = None,
@@ -78,8 +79,8 @@ def fit(
             pair `(x, y)`, a frame or a file like `x`. The best epoch on it is kept; 0: none, and the last is kept.
         test: likewise, for data that isn't used in training: `scores` are measured on it. None: no test.
         task: `"classify"` or `"regress"`; None = determined by `y`: text, bools and integers are classes.
-        id, time, features, per_step: see `as_sequences`. `id` and `time` apply to frames only; `features` selects their
-            columns, and names the channels of other data.
+        id, time, features, per_step, resample: see `as_sequences`. `id`, `time` and `resample` apply to frames only;
+            `features` selects their columns, and names the channels of other data.
         units: units of each layer, first layer first.
         cell, heads, bidirectional, dropout, pooling, every_step: see `Model`.
         head, loss, metrics, optimizer, scheduler, callbacks: your own parts: see `Architecture` and `FitOptions`.
@@ -109,8 +110,9 @@ def fit(
     >>> result.labels, result.network(x[:2].astype(np.float32)).shape
     (('busy', 'calm'), (2, 2))
     """
-    given = locals()
+    given, x = locals(), collected(x)
     reading = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
+    reading["resample"] = resample
     if is_stream(x):
         share = float(validation) if isinstance(validation, (int, float)) else 0.0
         if isinstance(test, (int, float)):
@@ -120,6 +122,8 @@ def fit(
         whole = _taken(x, y, "x", weight=sample_weight, **reading)
     for column, why in whole.ignored.items():
         warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=2)
+    if whole.rates:
+        warnings.warn(whole.rates, stacklevel=2)
     reading["task"] = task or ("classify" if whole.labels else None if whole.y is None else "regress")
     parts, shares = {}, {}
     for name, part in (("validation", validation), ("test", test)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Result:
         rank: number of this process among those that trained; process 0 writes and prints.
         validated: number of examples in the validation part.
         summary: the text of `sentence`, if several fits made the network.
+        understood: how the data was read, a sentence each.
     """
 
     network: Network
@@ -54,6 +55,7 @@ class Result:
     rank: int = 0
     validated: int = 0
     summary: str = ""
+    understood: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Describe the result in about five lines, without the history."""
@@ -123,12 +125,12 @@ class Result:
 
     def _measured(self) -> str:
         best, names = self.fit.best, ("accuracy", "mae", "rmse", "bits_per_character")
-        scored = [f"{name.replace('_', ' ')} {self.scores[name]:.4g}" for name in names if name in self.scores]
+        scored = [f"{history.in_words(name)} {self.scores[name]:.4g}" for name in names if name in self.scores]
         if scored:
             return f"on the test part: {', '.join(scored)}"
         if best is None or "validation_loss" not in best:
             return "no data was held out to measure its accuracy on"
-        found = [f"{name.replace('_', ' ')} {best[name]:.4g}" for name in names if name in best]
+        found = [f"{history.in_words(name)} {best[name]:.4g}" for name in names if name in best]
         found = ", ".join(found or [f"loss {best['validation_loss']:.4g}"])
         return f"on the {_count(self.validated, 'validation example')}, which also selected the epoch: {found}"
 

@@ -25,6 +25,7 @@ COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#9b6bc4", "#8a8984")  # blue, orange
 NO_MATPLOTLIB = "a plot needs matplotlib: pip install 'cellstack[torch]'"
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
 METRICS = ("accuracy", "rmse", "mase", "bits_per_character")  # all are measured on the validation part
+ABBREVIATED = ("mae", "rmse", "mase")
 APART = ("epoch", "lr")  # entries that aren't plotted
 STEPS = (1, *(part * 10**n for n in range(7) for part in (5, 10, 20)))  # between ticks
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # first characters of a spreadsheet's formula; the last four are full-width
@@ -80,11 +81,16 @@ def cell(value: Any) -> Any:
 def named(entry: str) -> str:
     """Return the name of a history's entry for readers, with the part that it was measured on.
 
-    >>> named("loss"), named("validation_loss"), named("accuracy")
-    ('training loss', 'validation loss', 'validation accuracy')
+    >>> named("loss"), named("validation_loss"), named("mase")
+    ('training loss', 'validation loss', 'validation MASE')
     """
     part = "training " if entry == "loss" else "validation " if entry in METRICS else ""
-    return part + entry.replace("_", " ")
+    return part + in_words(entry)
+
+
+def in_words(entry: str) -> str:
+    """Return the name of a history's entry or of a score in words."""
+    return entry.upper() if entry in ABBREVIATED else entry.replace("_", " ")
 
 
 def draw(

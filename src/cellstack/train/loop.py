@@ -336,10 +336,12 @@ class _Run(FitState):
         """Return why there is no further epoch; "" if there is one."""
         if self.called_off:
             return "callback"
+        if self.epoch >= self.options.epochs:
+            return "epochs"
         best, patience = self.result.best, self.options.patience
         if best is not None and patience and self.data.validates and self.epoch - best["epoch"] >= patience:
             return "patience"
-        return "epochs" if self.epoch >= self.options.epochs else ""
+        return ""
 
 
 def _flat(batch: Batch, answers: NDArray) -> tuple[NDArray, NDArray]:

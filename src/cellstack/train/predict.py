@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.spec import FormatError
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, collected
 from cellstack.train.data.frames import is_frame, is_polars
 from cellstack.train.data.reading import TABLES, TABLES_ONLY, merged, read_sequences
 from cellstack.train.data.samples import read_sample
@@ -27,7 +27,7 @@ from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecasting.predict import forecasts_after
 from cellstack.train.measures import errors
 from cellstack.train.predictions import Predictions
-from cellstack.train.tables.table import read_table
+from cellstack.train.tables.table import read_table, reading_of
 from cellstack.train.text.data import alphabet_of, content
 from cellstack.train.text.sampling import generate
 from cellstack.train.trained import Task, trained
@@ -52,13 +52,12 @@ def predict(
         net, data, y, id, time, threads, options: see `Network.predict`.
         name: the network's file, for messages.
     """
+    data = collected(data)
     task = net.metadata.get("task")  # `as_trained` refuses an unknown one
     if task == "forecast":
         _refuse({"y": y}, "a network that forecasts: later rows of the table are compared: see .scores")
         _check_options(options, ("origin", *signature(read_table).parameters))
-        how = {"ids": id, "date": time, **options}  # named as in `read_table`
-        how = {key: value for key, value in how.items() if value is not None}
-        found, notes = forecasts_after(net, data, name, threads=threads, **how)
+        found, notes = forecasts_after(net, data, name, threads=threads, **reading_of(id, time, options))
         for note in notes:
             warnings.warn(note, stacklevel=3)
         return found
@@ -117,12 +116,13 @@ def as_trained(
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None  # None: any numeric columns
     label = table.get("label") if y is None else y
     named = {"id": id or table.get("id"), "time": time or table.get("time"), "features": columns}
+    named["resample"] = table.get("resample")
     if isinstance(data, (str, os.PathLike)):
         if Path(data).suffix.lower() not in TABLES:
             return read_sequences(data, y, id=id, time=time, **known, **how)
         if named["id"] is None:
             raise UsageError(
-                f"{data}: expected a .ts or .npz file, because {name} wasn't trained on a table, or id= (--id), the "
+                f"{data}: expected a .ts or .npz file, because {name} wasn't trained on a table, or `id=…`, the "
                 "column that identifies the sequence of a row"
             )
         how = merged({option: table.get(option) for option in TABLES_ONLY}, how)

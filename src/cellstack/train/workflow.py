@@ -14,6 +14,7 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.stream import Stream
+from cellstack.train.data.understood import understood
 from cellstack.train.examples import GAP, target_scaling
 from cellstack.train.fitting import Result, as_network, fitted
 from cellstack.train.model import Model
@@ -90,7 +91,10 @@ def train_sequences(
     }
     net = as_network(model, metadata(task, inputs, training.labels, **more))
     scores = {} if test is None else predict.sequences(net, test, test.name).scores
-    return Result(net, model, fit, scores, rank, parts.validated)
+    parts_of_data = {"training": training, "validation": validation, "test": test}
+    said = [understood(one, name)[0] for name, one in parts_of_data.items() if one is not None]
+    said = [line.strip() for lines in said for line in lines]
+    return Result(net, model, fit, scores, rank, parts.validated, understood=said)
 
 
 def gap_of(device: str) -> float:

@@ -641,7 +641,7 @@ def test_the_refusal_of_a_checkpoint_names_what_matters(tmp_path):
         cs.load(tmp_path / "file.pt")
     text = str(caught.value)
     assert "found 1 recurrent (model.rnn), and model.head (weight [2, 8], bias [2]), loss_0" in text
-    assert "loss_4 (value [2]), and 36 more; pass order=[…] (--order A,B), the names of modules" in text
+    assert "loss_4 (value [2]), and 36 more; pass `order=…`, the names of modules" in text
     torch.save({"model": model["rnn"].state_dict(), "optimizer": optimiser.state_dict()}, tmp_path / "file.pt")
     assert cs.load(tmp_path / "file.pt").metadata["left_out"] == "30 tensors of an optimiser (optimizer.state)"
     assert [*cs.extract(tmp_path / "file.pt")] == ["model"]

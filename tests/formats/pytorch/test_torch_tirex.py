@@ -128,6 +128,18 @@ def test_stream_agrees_with_the_package_at_the_same_scale(second):
     agree(stream.forecast(cases.HORIZON), EXPECTED["second stream"])
 
 
+def test_a_full_forecast_repeats_a_stream_without_padding_only(second):
+    x = cases.series(32)
+    for pad, steps in ((False, 20), (False, 18), (True, 20)):
+        stream = second.stream(x[:, :steps], pad=pad)
+        stream.step(x[:, steps : steps + 8])
+        again = second.forecast(x[:, : steps + 8], cases.HORIZON, scaling=stream.scaling, pad=pad)
+        if pad:  # of the model's context, 12 observations were missing, now 4
+            assert np.abs(stream.forecast(cases.HORIZON) - again).max() > 1e-3
+        else:
+            agree(stream.forecast(cases.HORIZON), again)
+
+
 def test_stream_agrees_with_a_full_forecast_at_the_same_scale(model):
     first, net = model
     forecaster = TiRexForecaster(net)
@@ -308,6 +320,8 @@ def test_a_state_dict_of_torch_next_to_its_configuration(tmp_path):
         (lambda f: f.forecast([1.0, np.inf], 4), "got infinite ones"),
         (lambda f: f.forecast([1.0, -1e200], 4), r"float32 can hold, up to 3.4e\+38, got one of size 1e\+200"),
         (lambda f: f.stream([1.0, np.nan, 1e39]), r"got one of size 1e\+39"),
+        (lambda f: f.forecast([10**400], 3), "float32 can hold, .* got one of size more than 1e308"),
+        (lambda f: f.forecast([[1, 2], [10**400]], 3), "float32 can hold, .* got one of size more than 1e308"),
         (lambda f: f.forecast(["a", "b"], 4), "expected series of numbers"),
         (lambda f: f.forecast(np.ones(9), 4, together=2), "only for a TiRex"),
         (lambda f: f.stream(np.ones(9)).step(np.ones(3)), "expected 1 series of a multiple of 4 observations"),

@@ -12,7 +12,7 @@ from cellstack.network import Network
 from cellstack.spec import FormatError
 
 
-def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
+def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> Network:
     """Convert a PyTorch module to a Network, which runs without PyTorch, streams, and can be saved in any format.
 
     The module is read by `from_torch` or, if that isn't possible, exported to ONNX. The outputs of the network are then

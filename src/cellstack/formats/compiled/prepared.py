@@ -71,8 +71,8 @@ def checked(module: Any, example: Any, tolerance: Any) -> tuple[Any, ...]:
     if not tensors or not all(isinstance(value, (torch.Tensor, *SETTINGS)) for value in leaves):
         got = f"a tuple of {', '.join(type(v).__name__ for v in leaves)}" if isinstance(example, tuple) else None
         raise TypeError(
-            "compile: expected example to be a tensor, or a tuple of tensors, as the module takes them, "
-            f"got {got or type(example).__name__}"
+            "compile: expected example to be a tensor, such as torch.zeros(1, 10, 3), or a tuple of tensors, as the "
+            f"module takes them, got {got or type(example).__name__}"
         )
     if not all(value.numel() for value in tensors):
         shapes = " and ".join(str(list(value.shape)) for value in tensors)

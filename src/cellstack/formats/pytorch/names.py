@@ -229,7 +229,7 @@ def network_of(
         )
         raise FormatError(
             f"{where}: expected only one recurrent module, as {what}, "
-            f"found {len(parts)} recurrent ({names}){rest}; pass order=[…] (--order A,B), the names of modules in the "
+            f"found {len(parts)} recurrent ({names}){rest}; pass `order=…`, the names of modules in the "
             f"order in which they run, with 'final' or 'last' after a recurrent one; {HINT}"
         )
     network = next(iter(networks_of(tensors, where, activations, directions).values()))

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data import rates as rates_of
 
 PANDAS_DATES = re.compile(r"datetime64\[(\w+)")  # with or without a zone
 ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ].*)?)?)?$")
+ALONE = "for a single sequence, add it with the same value in every row"
 NUMBERED = re.compile(r"Unnamed: \d+|index(_0)?")  # names that an index column without a name gets
 
 
@@ -28,6 +30,7 @@ class Grouped(NamedTuple):
     columns: tuple[str, ...]
     ignored: dict[str, str]
     label: str | None
+    rates: str
 
 
 def is_frame(value: Any) -> bool:
@@ -83,6 +86,7 @@ def grouped(
     features: Sequence[str] | None,
     weight: Any,
     per_step: bool | None,
+    resample: float | None,
     name: str,
 ) -> Grouped:
     """Split a frame into its sequences: see `as_sequences` for the arguments.
@@ -98,21 +102,21 @@ def grouped(
         raise UsageError(f"{name}: the frame has no rows")
     label, weighs = (given if isinstance(given, str) else None for given in (y, weight))
     if id is None:
-        others = ", ".join(column for column in names if column not in (label, weighs, time, *(features or ())))
-        raise UsageError(
-            f"{name}: expected id= or --id, the column that identifies the sequence of a row, one of {others}"
-        )
+        others = [column for column in names if column not in (label, weighs, time, *(features or ()))]
+        named = [column for column in others if not _floats(frame, column)]
+        fix = f", one of {', '.join(named)}" if named else f"; {ALONE}"
+        raise UsageError(f"{name}: expected `id=…`, the column that identifies the sequence of a row{fix}")
     if id in (label, weighs, time):
         what = "y" if id == label else "time" if id == time else "sample_weight"
         raise UsageError(f"{name}: {id!r} can't be both id and {what}: id is the column that identifies the sequence")
-    for what, column in (("id", id), ("time", time), ("y (--label)", label), ("sample_weight (--weight)", weighs)):
+    for what, column in (("id", id), ("time", time), ("y", label), ("sample_weight", weighs)):
         if column is not None and column not in names:
-            alone = "; for a single sequence, add it with the same value in every row" if what == "id" else ""
+            alone = f"; {ALONE}" if what == "id" else ""
             raise UsageError(
-                f"{name}: expected {what} to be a column, one of {', '.join(names)}, got {column!r}{alone}"
+                f"{name}: expected `{what}=…` to be a column, one of {', '.join(names)}, got {column!r}{alone}"
             )
     codes, ids = _coded(plain(frame, id), id, name)
-    order = np.argsort(codes, kind="stable")
+    order, ticks = np.argsort(codes, kind="stable"), np.empty(0)
     if time is not None:
         ticks = ordered(frame, time, name)
         order = np.lexsort((ticks, codes))
@@ -124,6 +128,8 @@ def grouped(
                 f"{ids[codes[row]]!r}"
             )
     cuts = np.cumsum(np.bincount(codes, minlength=len(ids)))[:-1]
+    if resample is not None and time is None:
+        raise UsageError("`resample=…` needs `time=…`, the column of times")
     used, ignored = {}, {}
     for column in features if features is not None else names:
         if column in (id, time, label, weighs) and features is None:
@@ -138,12 +144,22 @@ def grouped(
         elif features is not None:
             raise UsageError(f"{name}: expected numbers in column {column!r}, got {plain(frame, column)[0]!r:.40}")
         elif time is None and _dated(frame, column):
-            ignored[column] = "contains dates: use time= or --time to order a sequence's rows by them"
+            ignored[column] = "contains dates: use `time=…` to order a sequence's rows by them"
         else:
             ignored[column] = f"isn't numeric: {plain(frame, column)[0]!r:.40}"
     if not used:
         raise UsageError(f"{name}: expected a numeric column in addition to {id!r}, found none")
     x = np.split(np.stack(list(used.values()), axis=1)[order], cuts)
+    rates = ""
+    if time is not None:
+        times = np.split(rates_of.as_numbers(ticks[order]), cuts)
+        if resample is not None:
+            x, nearest = rates_of.resampled(x, times, resample)
+            starts = np.concatenate([[0], cuts])
+            order = order[np.concatenate([start + place for start, place in zip(starts, nearest, strict=True)])]
+            cuts = np.cumsum([len(own) for own in x])[:-1]
+        else:
+            rates = rates_of.differing(times, time, " s" if ticks.dtype.kind == "M" else "")
     by_id = {value: n for n, value in enumerate(ids)}
     return Grouped(
         x,
@@ -153,7 +169,13 @@ def grouped(
         tuple(used),
         ignored,
         label,
+        rates,
     )
+
+
+def _floats(frame: Any, column: str) -> bool:
+    """Return whether a column has a float dtype of pandas or polars: then it doesn't identify sequences."""
+    return str(getattr(_series(frame, column), "dtype", "")).lower().startswith("float")
 
 
 def _dated(frame: Any, column: str) -> bool:
@@ -256,7 +278,7 @@ def _of_each(
             first = part.tolist()[0]
             other = next((one for one in part.tolist() if one != first and one == one), first)
             if other != first and first == first:
-                more = "; for one per step use per_step=True (--per-step)" if what == "y" else ""
+                more = "; for one per step use `per_step=True`" if what == "y" else ""
                 raise UsageError(
                     f"{name}: expected one {given!r} for each {id!r}, got {first!r} and {other!r} for {value!r}{more}"
                 )

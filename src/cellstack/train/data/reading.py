@@ -50,6 +50,7 @@ def read_sequences(
     features: Sequence[str] | None = None,
     weight: str | None = None,
     per_step: bool | None = None,
+    resample: float | None = None,
     optional: bool = False,
     **reading: Any,
 ) -> Sequences:
@@ -59,7 +60,7 @@ def read_sequences(
         path: `.ts`; `.npz` with `x [N, T, C]` and optionally `y`, `lengths [N]` of sequences that are padded at the
             end, and `weight [N]`; `.csv`, `.tsv` or `.parquet`, a table with a row per step.
         y: a table's column of classes or targets; None for none, and for other files.
-        task, labels, id, time, features, weight, per_step: see `as_sequences`.
+        task, labels, id, time, features, weight, per_step, resample: see `as_sequences`.
         optional: accept a table without the column y, as data without classes or targets.
         reading: `day_first`, `date_format`, `decimal` and `encoding` of a table, see `read_table`.
 
@@ -73,7 +74,7 @@ def read_sequences(
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a file with one of the suffixes {', '.join(SUFFIXES)}")
     if suffix in (".ts", ".npz"):
-        own = {"y": y, "id": id, "time": time, "weight": weight, **reading}
+        own = {"y": y, "id": id, "time": time, "weight": weight, "resample": resample, **reading}
         for name, given in own.items():
             if given is not None:
                 raise UsageError(f"{path}: {name} applies only to tables, not to {suffix}, got {given!r}")
@@ -99,6 +100,7 @@ def read_sequences(
             features=features,
             weight=weight,
             per_step=per_step,
+            resample=resample,
             name=str(path),
         )
         return replace(
@@ -142,7 +144,7 @@ def read_frame(
         UsageError: the reader isn't installed, or an argument is out of range.
     """
     if time is None and (day_first is not None or date_format is not None):
-        raise UsageError("day_first and date_format need time, the column of dates")
+        raise UsageError("`day_first=…` and `date_format=…` need `time=…`, the column of dates")
     source = read_source(path, encoding, () if id is None else (id,))
     if not len(source.frame):
         raise FormatError(f"{path}: expected rows below the header, found none")
@@ -168,7 +170,7 @@ def read_frame(
         notes += [f"`{time}`: {found.note}"] if found.note else []
         frame[time], date_format = found.times, found.form
     elif day_first is not None:
-        raise UsageError(f"day_first has no effect: column {time!r} contains numbers, not dates")
+        raise UsageError(f"`day_first=…` has no effect: column {time!r} contains numbers, not dates")
     reading = {"date_format": date_format or None, "decimal": "," if sign == "," else decimal, "encoding": encoding}
     return Read(frame.drop(columns=list(ignored)), ignored, tuple(notes), reading)
 

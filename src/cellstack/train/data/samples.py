@@ -36,7 +36,7 @@ def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -
     if suffix not in (".npy", ".npz") and not as_lines:
         raise UsageError(f"expected a .npy, .npz, .csv or .jsonl file, or - for standard input, got {path!r}")
     if columns is not None and not as_lines:
-        raise UsageError(f"{path}: --columns applies only to .csv, .jsonl and standard input")
+        raise UsageError(f"{path}: `columns=…` applies only to .csv, .jsonl and standard input")
     if as_lines:
         if len(net.inputs) > 1:
             raise UsageError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.checks import UsageError, unmasked
+from cellstack.train.checks import UsageError, collected, unmasked
 from cellstack.train.data import frames, lazy
 from cellstack.train.data.targets import FLOAT, as_targets, as_weights
 
@@ -31,9 +31,10 @@ class Sequences:
         ids: of the sequences; () for none.
         weight: `[N]` float32, the weights in the loss; None = all 1.
         ignored: unused columns, and why.
-        table: the columns `id`, `time` and `label` of a table, and the options of reading its file, see
+        table: the columns `id`, `time` and `label` of a table, `resample`, and the options of reading its file, see
             `read_sequences`; {} for data that isn't a table.
         notes: assumptions made in reading, a sentence each.
+        rates: a sentence if the sequences are sampled at different rates, by the column of times; else "".
     """
 
     x: Sequence[NDArray[np.float32]]
@@ -44,8 +45,9 @@ class Sequences:
     ids: tuple[Any, ...] = ()
     weight: NDArray[np.float32] | None = None
     ignored: dict[str, str] = field(default_factory=dict)
-    table: dict[str, str | None] = field(default_factory=dict)
+    table: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rates: str = ""
 
     @property
     def channels(self) -> int:
@@ -78,6 +80,7 @@ def as_sequences(
     features: Sequence[str] | None = None,
     weight: Any = None,
     per_step: bool | None = None,
+    resample: float | None = None,
     name: str = "x",
 ) -> Sequences:
     """Return data in memory as `Sequences`.
@@ -96,6 +99,8 @@ def as_sequences(
         features: the frame's input columns, None = all other numeric ones; of other data, the names of its channels.
         weight: `[N]`, the sequences' weights in the loss; with a frame also a column's name or a mapping.
         per_step: whether `y` has one entry per step; None = determined by its shape.
+        resample: time between the steps to which a frame's sequences are interpolated linearly, in the unit of `time`,
+            for dates in seconds; an entry of `y` per step is that of the nearest row. None = the rows as they are.
         name: of the data, for messages.
 
     Raises:
@@ -105,10 +110,12 @@ def as_sequences(
         if y is not None or weight is not None:
             raise UsageError(f"{x.name}: y and weights aren't supported with Sequences, which contain them")
         return x
+    x, y = collected(x), collected(y)
     ids: tuple[Any, ...] = ()
     columns: tuple[str, ...] = ()
     ignored: dict[str, str] = {}
-    table: dict[str, str | None] = {}
+    table: dict[str, Any] = {}
+    rates = ""
     width = 0
     order: list[str] = []  # of the columns, if each sequence is a frame
 
@@ -126,12 +133,14 @@ def as_sequences(
         return found
 
     if frames.is_frame(x):
-        found = frames.grouped(x, y, id=id, time=time, features=features, weight=weight, per_step=per_step, name=name)
+        how = {"id": id, "time": time, "features": features, "weight": weight, "per_step": per_step}
+        found = frames.grouped(x, y, **how, resample=resample, name=name)
         arrays, y, weight = found.x, found.y, found.weight
-        ids, columns, ignored = found.ids, found.columns, found.ignored
+        ids, columns, ignored, rates = found.ids, found.columns, found.ignored, found.rates
         table = {"id": id, "time": time, "label": found.label}
+        table |= {} if resample is None else {"resample": float(resample)}
     else:
-        for what, given in (("id", id), ("time", time)):
+        for what, given in (("id", id), ("time", time), ("resample", resample)):
             if given is not None:
                 raise UsageError(f"{what} applies only to frames, not to {_kind(x)}")
         if lazy.is_dataset(x):
@@ -143,7 +152,8 @@ def as_sequences(
     columns = columns or named(order or None if features is None else features, rows[0].shape[1], name)
     lengths = lengths_of(rows)
     targets, labels = as_targets(y, lengths, task, labels, per_step)
-    return Sequences(rows, targets, labels, name, columns, ids, as_weights(weight, len(rows)), ignored, table)
+    weights = as_weights(weight, len(rows))
+    return Sequences(rows, targets, labels, name, columns, ids, weights, ignored, table, rates=rates)
 
 
 def named(features: Sequence[str] | None, channels: int, name: str) -> tuple[str, ...]:

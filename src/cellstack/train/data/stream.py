@@ -65,6 +65,8 @@ class Stream:
     """
 
     columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    rates = ""
     per_step = False
 
     def __init__(
@@ -79,7 +81,7 @@ class Stream:
             )
         self.source, self.name, self.buffer = source, name, buffer
         self.ignored: dict[str, str] = {}
-        self.table: dict[str, str | None] = {}
+        self.table: dict[str, Any] = {}
         draws = np.random.default_rng([seed, 2])
         lengths, held, y, weights = [], [], [], []
         sums, digests = _Sums(), (Digest(), Digest())

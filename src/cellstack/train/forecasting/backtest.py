@@ -154,9 +154,9 @@ def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict
     codes = {category.name: table.categories[category.name].codes for category in recipe.categories}
     numbers = {name: table.columns[name] for name in (*recipe.inputs, *recipe.known)}
     known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
-    if recipe.country and table.times is not None:
-        flags = features(table.times, ("holidays",), recipe.country).T.astype(np.float64)
-        days = {f"holidays of {recipe.country}, {n}": flag for n, flag in enumerate(flags)}
+    if recipe.holidays and table.times is not None:
+        flags = features(table.times, ("holidays",), recipe.holidays).T.astype(np.float64)
+        days = {f"holidays of {recipe.holidays}, {n}": flag for n, flag in enumerate(flags)}
         numbers |= days
         known |= days.keys()
     columns = numbers | codes

@@ -15,11 +15,10 @@ from cellstack.train.checks import UsageError
 from cellstack.train.forecasting.plan import Request, planned
 from cellstack.train.forecasting.training import Build, Trained, train_forecast
 from cellstack.train.settings import FitOptions, record_of, widths_of
-from cellstack.train.tables.table import Table, read_table
+from cellstack.train.tables.table import Table, read_table, reading_of
 
 SEVERAL = ("seasons", "inputs", "known", "quantiles")  # of `Request`; one alone is accepted too
-ELSEWHERE = {"holidays": "country"}  # names of the command line and of `SequenceForecaster`
-READING = tuple(name for name in signature(read_table).parameters if name != "source")
+READING = tuple(name for name in signature(read_table).parameters if name not in ("source", "id"))
 
 
 def fit_forecast(
@@ -57,7 +56,7 @@ def fit_forecast(
         target: column to forecast, or several; None = the only numeric column.
         horizon: steps to forecast; None = one season.
         id: column that identifies the series, or several; None = one series.
-        time: column of dates, or several that form them together; None = detected.
+        time: column of dates, or several that form them together, as `date` of `read_table`; None = detected.
         test: share of each series' last rows to test on; 0 for none.
         validation: share of the rows before the test part, for model selection; None = 0.15, or 0 if the series are
             too short.
@@ -65,7 +64,7 @@ def fit_forecast(
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
         baselines: also measure gradient boosting on lags, if scikit-learn is installed.
-        options: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`; one column or
+        options: `window`, `seasons`, `inputs`, `known`, `holidays`, `scale`, `quantiles`: see `Request`; one column or
             number alone is accepted where it has several. And the options of `read_table`: `zone`, `freq`, `day_first`,
             `decimal` and more.
 
@@ -90,8 +89,8 @@ def fit_forecast(
     """
     given = locals()
     _check(options)
-    reading = {"ids": id, "date": time, **{name: options.pop(name) for name in READING if name in options}}
-    table = _table(data, {name: value for name, value in reading.items() if value is not None})
+    reading = reading_of(id, time, {name: options.pop(name) for name in READING if name in options})
+    table = _table(data, reading)
     asked: dict[str, Any] = {name: _several(value) if name in SEVERAL else value for name, value in options.items()}
     request = Request(_several(target) or (), horizon, **asked)
     recipe, _, usual, validation = planned(table, request, validation, test)
@@ -111,12 +110,9 @@ def _check(options: dict[str, Any]) -> None:
     own = [name for name in signature(fit_forecast).parameters if name not in ("data", "options")]
     for name in options:
         if name not in (*known, *READING):
-            close = get_close_matches(name, [*own, *known, *READING, *ELSEWHERE], 1)
-            fix = (
-                f"did you mean {ELSEWHERE.get(close[0], close[0])!r}?"
-                if close
-                else f"expected one of {', '.join([*own, *known, *READING])}"
-            )
+            names = [*own, *known, *READING]
+            close = get_close_matches(name, names, 1)
+            fix = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
             raise TypeError(f"fit_forecast: there is no option {name!r}: {fix}")
 
 
@@ -124,8 +120,7 @@ def _table(data: Any, reading: dict[str, Any]) -> Table:
     if not isinstance(data, Table):
         return read_table(data, **reading)
     for name in reading:
-        shown = {"ids": "id", "date": "time"}.get(name, name)
-        raise UsageError(f"fit_forecast: {shown} has no effect for a Table, which has been read already")
+        raise UsageError(f"fit_forecast: {name} has no effect for a Table, which has been read already")
     return data
 
 

@@ -44,10 +44,10 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
         raise UsageError(f"the validation share {validation} and the test share {test} leave no rows to train on")
     starts, ends = _bounds(table, recipe, validation, test)
     first, rows = table.starts[:-1], np.diff(table.starts)
+    shares = (1.0, validation, test)
+    longest = min(int((end - start).max()) - 1 for share, start, end in zip(shares, starts, ends, strict=True) if share)
     found: list[Ints] = []
-    for name, share, start, end in zip(
-        ("training", "validation", "test"), (1.0, validation, test), starts, ends, strict=True
-    ):
+    for name, share, start, end in zip(("training", "validation", "test"), shares, starts, ends, strict=True):
         stop = end - recipe.horizon  # all targets of the origins before it are in the part
         pieces = [np.arange(a, b) for a, b in zip(start, stop, strict=True)]
         origins = np.concatenate(pieces) if share > 0 else np.empty(0, np.int64)
@@ -55,7 +55,8 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
             raise UsageError(
                 f"{table.path}: too few rows for the {name} part, which ends at row {int((end - first).max())} of "
                 f"{int(rows.max())}: a season of {recipe.needed} and a horizon of {recipe.horizon} don't fit: choose a "
-                "shorter horizon or season, or other validation and test shares"
+                f"{f'horizon of at most {longest}' if longest > 0 else 'shorter season'}, or other validation and test "
+                "shares"
             )
         found.append(origins)
     return Parts(found[0], found[1], found[2], ends[0], ends[1])

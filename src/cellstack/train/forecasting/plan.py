@@ -32,7 +32,7 @@ class Request:
         seasons: lengths of the seasons, in steps; by default detected in the training part.
         inputs: further columns, known up to the origin; by default all others.
         known: columns whose future values are known.
-        country: the country of holidays, `"US"` or `"DE-BY"`; "" for none.
+        holidays: the country of holidays, `"US"` or `"DE-BY"`; "" for none.
         scale: unit of the values, see `Recipe`; by default the level if the logarithm is smoothed, else the spread.
         quantiles: of the forecast's distribution; 0.5 is added.
     """
@@ -43,7 +43,7 @@ class Request:
     seasons: tuple[int, ...] | None = None
     inputs: tuple[str, ...] | None = None
     known: tuple[str, ...] = ()
-    country: str = ""
+    holidays: str = ""
     scale: str | None = None
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
 
@@ -152,11 +152,11 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
     dates: tuple[str, ...] = ()
     if table.times is not None and table.spacing is not None:
         span = float((table.times.max() - table.times.min()) / np.timedelta64(1, "s"))
-        dates = calendar.usual(step_seconds(table), span, request.country)
-    elif request.country:
+        dates = calendar.usual(step_seconds(table), span, request.holidays)
+    elif request.holidays:
         raise UsageError(f"{table.path}: holidays need a column of dates, found none")
-    if request.country:
-        calendar.holidays(request.country, np.array(["2020-01-01"], "datetime64[D]"))  # an error now, not later
+    if request.holidays:
+        calendar.holidays(request.holidays, np.array(["2020-01-01"], "datetime64[D]"))  # an error now, not later
     categories = tuple(
         Category(name, table.categories[name].labels, name in request.known)
         for name in (*inputs, *request.known)
@@ -173,7 +173,7 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
         known=tuple(name for name in request.known if name in table.columns),
         categories=categories,
         calendar=dates,
-        country=request.country if "holidays" in dates else "",
+        holidays=request.holidays if "holidays" in dates else "",
         quantiles=tuple(sorted({*request.quantiles, 0.5})),
     )
 
@@ -192,9 +192,7 @@ def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
 def _only_target(table: Table, request: Request) -> tuple[str, ...]:
     names = [name for name in table.columns if name not in request.known]
     if len(names) != 1:
-        raise UsageError(
-            f"{table.path}: expected target= or --target, one or more of {listed(names) or 'no numeric columns'}"
-        )
+        raise UsageError(f"{table.path}: expected `target=…`, one or more of {listed(names) or 'no numeric columns'}")
     return (names[0],)
 
 
@@ -246,7 +244,7 @@ def understood(table: Table, recipe: Recipe, asked: Request, cut: Parts) -> list
             "day": "the day of the year",
         }
         looked.append(
-            "calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar)
+            "calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.holidays}") for kind in recipe.calendar)
         )
     said.append("; ".join(looked) or "no inputs other than the target")
     still = table.unchanging()

@@ -84,21 +84,25 @@ def _series(
     rows = table.rows(int(np.searchsorted(table.starts, forecasts.origins[at[0]], side="right")) - 1)
     first, last = forecasts.origins[at[0]], forecasts.origins[at[-1]]
     past = np.arange(max(rows.start, first + 1 - history), first + 1)
-    later = np.arange(first + 1, min(rows.stop, last + 1 + recipe.horizon))
+    joined = int(len(past) > 0)  # the lines of what follows begin at the last row of the history
+    later = np.arange(first + 1 - joined, min(rows.stop, last + 1 + recipe.horizon))
     times = np.arange(len(table)) - rows.start + 1 if table.times is None else table.times
     values = table.columns[name]
     marker = "." if len(past) + len(later) + recipe.horizon <= FEW_POINTS else ""
     if len(past):
         axis.plot(times[past], values[past], color=ACTUAL, linewidth=1.2, label="history")
-    if len(later) and not np.isnan(values[later]).all():
+    if not np.isnan(values[later[joined:]]).all():
         look = {"linestyle": (0, (2, 1)), "marker": marker} if len(past) else {}
         axis.plot(times[later], values[later], color=ACTUAL, linewidth=1.2, label="actual", zorder=3, **look)
     for n in at:
         ahead = forecasts.origins[n] + np.arange(1, recipe.horizon + 1)
         x = ahead - rows.start + 1 if forecasts.times is None else forecasts.times[n]
         label = {"label": "forecast"} if n == at[0] else {}
-        axis.plot(x, forecasts.median[n, :, target], color=FORECAST, linewidth=1.8, marker=marker, **label)
-        _intervals(axis, x, forecasts.values[n, :, target], recipe.quantiles, labelled=bool(label))
+        x = np.append(times[past[-1:]], x)
+        median = np.append(values[past[-1:]], forecasts.median[n, :, target])
+        look = {"color": FORECAST, "linewidth": 1.8, "marker": marker, "markevery": slice(joined, None)}
+        axis.plot(x, median, **look, **label)
+        _intervals(axis, x[joined:], forecasts.values[n, :, target], recipe.quantiles, labelled=bool(label))
     said = title + ", ".join(part for part in (str(forecasts.ids[at[0]]), name) if part)
     axis.set_title(said, **TITLE)
     axis.set_ylabel(name, parse_math=False)

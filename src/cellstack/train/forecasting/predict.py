@@ -63,7 +63,6 @@ def forecasts_after(
     path: str,
     origin: Any = None,
     threads: int | None = None,
-    origin_name: str = "origin",
     **given: Any,
 ) -> tuple[Forecasts, list[str]]:
     """Forecast the steps after the last rows of a table, or after another origin, and return warnings about the table.
@@ -74,7 +73,6 @@ def forecasts_after(
         path: the network's file, for messages.
         origin: see `origins_at`; None = in each series the last row with an observed target.
         threads: number of the kernel's threads.
-        origin_name: of the argument `origin`, for messages.
         given: arguments of `read_table`; as in training where not given.
 
     Raises:
@@ -87,7 +85,7 @@ def forecasts_after(
         table = data
     else:
         table = read_table(data, **merged(reading(net, path), given))
-    origins = None if origin is None else origins_at(table, origin, origin_name)
+    origins = None if origin is None else origins_at(table, origin)
     found = forecast(net, table, path, origins, threads)
     ids = _own_ids(data, table, found.ids)
     return replace(found, ids=ids, polars=is_polars(data)), unknown(recipe, table, found.origins)
@@ -177,7 +175,7 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
     return np.array(found, np.int64)
 
 
-def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
+def origins_at(table: Table, origin: Any) -> Ints:
     """Return the row with a date, or with a row number, in each series that has it.
 
     Args:
@@ -185,7 +183,6 @@ def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
         origin: a date: text in the format of the table's dates or in ISO form, a `datetime` or a `datetime64`; or the
             number of a row in each series, from 1. Without a UTC offset, a date is in the table's time zone; without a
             time of day, it is midnight.
-        name: of the argument, for messages.
 
     Raises:
         UsageError: no series has it, it isn't a date, or it occurs twice because the clock is set back.
@@ -196,35 +193,37 @@ def origins_at(table: Table, origin: Any, name: str = "origin") -> Ints:
         found = table.starts[:-1] + int(origin) - 1
         found = found[found < table.starts[1:]]
     elif table.times is None:
-        raise UsageError(f"expected {name} to be a row number from 1, because {table.path} has no dates, got {origin}")
+        raise UsageError(
+            f"expected `origin=…` to be a row number from 1, because {table.path} has no dates, got {origin}"
+        )
     else:
-        found = _rows_at(table, table.times, origin, name)
+        found = _rows_at(table, table.times, origin)
     if not len(found):
         span = (
             f", which covers {table.shown(table.times.min())} to {table.shown(table.times.max())}"
             if table.times is not None
             else ""
         )
-        raise UsageError(f"expected {name} to be a row of {table.path}{span}, got {origin}")
+        raise UsageError(f"expected `origin=…` to be a row of {table.path}{span}, got {origin}")
     return found.astype(np.int64)
 
 
-def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any, name: str) -> Ints:
+def _rows_at(table: Table, times: NDArray[np.datetime64], origin: Any) -> Ints:
     """Return the rows of a table with a date."""
     form = table.reading.get("date_format")
     time = _time_of(origin, form)
     if time is None:
         like = dict.fromkeys([written_as(times[-1], form), iso(times[-1])])
-        raise UsageError(f"expected {name} to be a date such as {' or '.join(like)}, got {origin!r}")
+        raise UsageError(f"expected `origin=…` to be a date such as {' or '.join(like)}, got {origin!r}")
     if time[1] and table.zone is None:
-        raise UsageError(f"expected {name} without a UTC offset, because {table.path} has none, got {origin}")
+        raise UsageError(f"expected `origin=…` without a UTC offset, because {table.path} has none, got {origin}")
     if time[1]:
         times = np.concatenate([utc_of(times[table.rows(series)], table.zone) for series in range(len(table.ids))])
     found = np.flatnonzero(times == time[0])
     series = np.searchsorted(table.starts, found, side="right")
     if len(np.unique(series)) < len(series):
         raise UsageError(
-            f"{name} {origin} occurs twice, because the clock is set back then: add the UTC offset of one of them"
+            f"`origin=…` {origin} occurs twice, because the clock is set back then: add the UTC offset of one of them"
         )
     return found
 

@@ -64,7 +64,7 @@ class Recipe:
         known: numeric columns whose future values are known.
         categories: columns of text.
         calendar: calendar features, of `CALENDAR`.
-        country: the country of the holidays; "" without holidays in `calendar`.
+        holidays: the country of the holidays; "" without holidays in `calendar`.
         quantiles: of the forecast's distribution, ascending; 0.5, the forecast itself, is one of them.
 
     Raises:
@@ -83,7 +83,7 @@ class Recipe:
     known: tuple[str, ...] = ()
     categories: tuple[Category, ...] = ()
     calendar: tuple[str, ...] = ()
-    country: str = ""
+    holidays: str = ""
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
 
     def __post_init__(self) -> None:

@@ -192,9 +192,10 @@ class TiRexStream:
 
     A full forecast scales a series with the mean and the standard deviation of its whole context, so that each new
     observation changes all inputs of the network. A stream keeps the scaling of its first context, and whether the
-    series is differenced. Its forecasts are those of `TiRexForecaster.forecast` over all patches since the start of the
-    first context, with this scaling. `drift` says how much the statistics of the last observations differ from it, and
-    `restarted` returns a stream with a new scaling.
+    series is differenced. Its forecasts are those of the network over all patches since the start of the first context,
+    with this scaling and, with `pad`, the missing values before that context. With `pad=False`,
+    `TiRexForecaster.forecast` repeats them for a series that isn't longer than a context. `drift` says how much the
+    statistics of the last observations differ from the scaling, and `restarted` returns a stream with a new one.
 
     Attributes:
         scaling: of the first context.
@@ -354,6 +355,8 @@ def _rows(series: Any) -> tuple[list[Floats], bool]:
     several = isinstance(series, (list, tuple)) and any(np.ndim(row) for row in series)
     try:
         rows = [_floats(row) for row in series] if several else _floats(series)
+    except OverflowError:  # an integer beyond float64
+        raise _too_large("more than 1e308") from None
     except (TypeError, ValueError) as error:
         raise UsageError(f"TiRexForecaster: expected series of numbers, got {series!r:.80}: {error}") from None
     single = isinstance(rows, np.ndarray) and rows.ndim == 1
@@ -364,11 +367,15 @@ def _rows(series: Any) -> tuple[list[Floats], bool]:
         raise UsageError("TiRexForecaster: expected finite observations, or NaN for missing ones, got infinite ones")
     largest = max((float(np.nanmax(np.abs(row), initial=0.0)) for row in found), default=0.0)
     if largest > LARGEST:
-        raise UsageError(
-            f"TiRexForecaster: expected observations that float32 can hold, up to {LARGEST:.3g}, got one of size "
-            f"{largest:.3g}: divide the series by a number"
-        )
+        raise _too_large(f"{largest:.3g}")
     return found, single
+
+
+def _too_large(size: str) -> UsageError:
+    return UsageError(
+        f"TiRexForecaster: expected observations that float32 can hold, up to {LARGEST:.3g}, got one of size {size}: "
+        "divide the series by a number"
+    )
 
 
 def _floats(row: Any) -> Floats:

@@ -160,6 +160,7 @@ def train_forecast(
     if len(cut.test) and fits.rank == 0:
         found = measured(network, windows, fits.inputs, cut, baselines)
         scores = found.scores
+    said = understood(table, recipe, request, cut)
     result = Result(
         network,
         nn.ModuleList(members),
@@ -168,8 +169,9 @@ def train_forecast(
         fits.rank,
         len(fits.held),
         fits.summary(scores, calibration),
+        said,
     )
-    return Trained(result, recipe, found, understood(table, recipe, request, cut))
+    return Trained(result, recipe, found, said)
 
 
 def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, baselines: bool) -> backtest.Backtest:

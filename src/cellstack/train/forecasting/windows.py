@@ -99,7 +99,7 @@ class Windows:
         numbers = _extended(np.concatenate(parts, axis=1), table.starts, recipe.horizon)
         if not recipe.calendar:
             return numbers
-        dates = features(extended_times(table, recipe.horizon), recipe.calendar, recipe.country)
+        dates = features(extended_times(table, recipe.horizon), recipe.calendar, recipe.holidays)
         return np.concatenate([numbers, dates], axis=1)
 
     def _labels(self) -> NDArray[np.float32]:

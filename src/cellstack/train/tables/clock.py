@@ -37,7 +37,7 @@ def zoned(
             if not same:
                 given.notes.append(
                     f"`{found.name}` has {len(found.offsets)} UTC offsets ({', '.join(found.offsets[:3])}): converted "
-                    f"to UTC; --zone converts to local time"
+                    f"to UTC; `zone=…` converts to local time"
                 )
         return found.times.to_numpy(), zone or found.zone
     asked = zone is not None
@@ -48,7 +48,7 @@ def zoned(
     utc, said = to_utc(given, found.times, codes, zone)
     if not asked:
         how = said or "the hours that daylight saving skips are missing"
-        said = f"local time with the daylight-saving rule of {zone} (set --zone for another): {how}"
+        said = f"local time with the daylight-saving rule of {zone} (set `zone=…` for another): {how}"
     if said:
         given.notes.append(f"`{found.name}`: {said}")
     return utc.to_numpy(), zone
@@ -107,7 +107,7 @@ def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -
         row = int(np.argmax(gone))
         raise FormatError(
             f"{source.at(row)}: {times.iloc[row]} doesn't exist in {zone}, because the clock is set forward then: omit "
-            f"--zone, or set it to UTC, if the file's times have no daylight saving"
+            f"`zone=…`, or set it to UTC, if the file's times have no daylight saving"
         )
     changes = np.unique(times[twice].to_numpy().astype("datetime64[D]"))
     said = ""

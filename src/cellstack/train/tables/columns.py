@@ -73,12 +73,12 @@ def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str
     if comma and source.separator == ",":
         raise FormatError(
             f"{source.at(comma[0])}: expected a decimal point in column {comma[1]}, found {source.quote(*comma)}: use "
-            f"--decimal comma if these are decimal commas"
+            f"`decimal=','` if these are decimal commas"
         )
     if either and not comma and not pointed:
         raise FormatError(
-            f"{source.at(either[0])}: {source.quote(*either)} in column {either[1]} is ambiguous: use --decimal comma "
-            f"for decimal commas, or --decimal point if the comma separates thousands"
+            f"{source.at(either[0])}: {source.quote(*either)} in column {either[1]} is ambiguous: use `decimal=','` "
+            f"for decimal commas, or `decimal='.'` if the comma separates thousands"
         )
     return "," if comma else "."
 
@@ -141,7 +141,7 @@ def convert(
             ), "0 and 1 for false and true"
         try:
             return _checked(source, name, cells.astype(np.float64).to_numpy()), ""
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return f"objects of {type(present.iloc[0]).__name__}", ""
     return _of_text(source, name, cells, decimal)
 
@@ -160,7 +160,7 @@ def _of_text(
             raise FormatError(
                 f"{source.at(row)}: expected the decimal separator {decimal!r} in all columns, found "
                 f"{source.quote(row, name)} in column {name!r}: use the same one everywhere, or add the column to "
-                "--category if its cells are names"
+                "`categories=…` if its cells are names"
             )
         if 2 * int(some.str.fullmatch(MONEY).sum()) >= len(some):
             row = int(present.index[0])
@@ -177,7 +177,7 @@ def _of_text(
             raise FormatError(f"{source.at(row)}: expected finite numbers in column {name!r}, found {found}")
         raise FormatError(
             f"{source.at(row)}: expected a number in column {name!r}, found {found}: leave the column out, or, for a "
-            f"forecast, add it to --category if its cells are names"
+            f"forecast, add it to `categories=…` if its cells are names"
         )
     parted = present.str.contains(f"[{groups}]", regex=True)
     plain = cells.str.replace(f"[{groups}]", "", regex=True) if parted.any() else cells

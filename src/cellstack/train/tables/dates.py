@@ -110,11 +110,13 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
                 )
             raise FormatError(
                 f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
-                f"{source.quote(row, name)}: set --date-format to their format (excel for Excel's day numbers), --date "
-                f"to another column, or --date '' for no dates"
+                f"{source.quote(row, name)}: set `date_format=…` to their format (excel for Excel's day numbers), "
+                f"`date=…` to another column, or `date=''` for no dates"
             )
         if MAY_BE_NAMED.match(name) and name in numbers and len(text) == len(frame) and text.is_monotonic_increasing:
-            source.notes.append(f"`{name}` read as numbers, not dates: use --date and --date-format if it has dates")
+            source.notes.append(
+                f"`{name}` read as numbers, not dates: use `date=…` and `date_format=…` if it has dates"
+            )
     return None
 
 
@@ -384,7 +386,7 @@ def _chosen(
     ways = [read[form].to_numpy()[numbers[row]].astype("datetime64[D]") for form in (best, differ[0])]
     raise FormatError(
         f"{source.at(row)}: {cells.iloc[row]!r} in column {name} is ambiguous, it may be {ways[0]} or {ways[1]}: use "
-        f"--day-first or --month-first"
+        f"`day_first=True` or `day_first=False`"
     )
 
 

@@ -135,7 +135,7 @@ def _on_grid(
         raise UsageError(f"expected a spacing such as h, 30min, D, B or MS, got {freq!r}") from None
     if spacing is None:
         raise FormatError(
-            f"{given.path}: the spacing can't be inferred from one row per series: use --freq, such as D for days"
+            f"{given.path}: the spacing can't be inferred from one row per series: use `freq=…`, such as D for days"
         )
     if times.max() >= LATEST:
         raise FormatError(f"{given.path}: expected dates before the year 9999, found {times.max()}")
@@ -148,7 +148,7 @@ def _on_grid(
         row, name = int(order[uneven[0]]), found.name
         months = np.diff(times.astype("datetime64[M]").astype(np.int64))[np.diff(codes) == 0]
         alias = "MS" if months.min() >= 1 else spacing.alias  # one row per month, on irregular days
-        zone = "" if len(found.offsets) < 2 else "use --zone, if they are even in local time; or "
+        zone = "" if len(found.offsets) < 2 else "use `zone=…`, if they are even in local time; or "
         raise FormatError(
             f"{given.at(row)}: expected evenly spaced dates ({spacing}), found {found.shown(given, row)}, which is "
             f"between two steps: {zone}resample them, in pandas "
@@ -219,15 +219,14 @@ def _untwinned(
     before = int(np.argmax((codes == codes[row]) & (times == times[row])))
     if apart := _apart(given.frame, keys, found.name):
         names = apart.split(",")
-        python = f"id={names if len(names) > 1 else apart!r}, for read_table ids="
-        fix = f"use --id {apart} (in Python {python}), if that identifies the series"
+        fix = f"use `id={names if len(names) > 1 else apart!r}`, if that identifies the series"
     else:
         fix = f"keep one row, or their mean, in pandas df.groupby({found.name!r}).mean()"
         if 10 * twin.sum() > len(twin):
-            by_id = "use --id (in Python id=, for read_table ids=) for the column that identifies series"
-            fix = f"{by_id}, or --date {found.name},… to add hours; or {fix}"
+            by_id = "use `id=…` for the column that identifies series"
+            fix = f"{by_id}, or `date=…` with a column of hours too; or {fix}"
         if zone is None and (like := near_a_change(pd.Series(times[[row]]))):
-            fix = f"use --zone, if the clock is set back then, as in {like}; else {fix}"
+            fix = f"use `zone=…`, if the clock is set back then, as in {like}; else {fix}"
     where = "" if codes.max() == 0 else " in each series"
     raise FormatError(
         f"{given.at(row)}: expected each time only once{where}, found {found.shown(given, row)} in column {found.name} "

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, collected
 
 # pandas's types: Any, because its stubs leave most return types open, and it is imported only to read a table.
 Series: TypeAlias = Any
@@ -132,12 +132,12 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
         if suffix in (".xlsx", ".xls", ".ods"):
             raise UsageError(f"{path}: expected CSV or Parquet, found a spreadsheet: save it as CSV")
         return _of_text(path, encoding, texts)
+    source = collected(source)
     if isinstance(source, pd.Series):
         source = source.to_frame("y" if source.name is None else source.name)
     if not isinstance(source, pd.DataFrame):
         if not hasattr(source, "to_pandas"):
-            fix = ": call its collect() first" if hasattr(source, "collect") else ""
-            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}{fix}")
+            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}")
         try:
             source = source.to_pandas()
         except ModuleNotFoundError as error:
@@ -194,7 +194,7 @@ def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source
     marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
     if encoding is None:
         if marked is None and b"\0" in head:
-            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: use --encoding, such as utf-16-le")
+            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: use `encoding=…`, such as utf-16-le")
         encoding = marked or "utf-8"
         if encoding.startswith(("utf-16", "utf-32")):
             notes.append(f"{encoding.upper()} text, detected from its byte order mark")
@@ -218,7 +218,7 @@ def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
         said = f"line {line}: expected {encoding.upper().removesuffix('-SIG')} text, found byte {byte:#04x}"
         start = data.rfind(b"\n", 0, whole.start) + 1
         like = data[start : start + 60].split(b"\n")[0].decode("latin-1").strip()
-        return said + (f": use --encoding, such as latin-1, which gives {like!r}" if encoding != "latin-1" else "")
+        return said + (f": use `encoding=…`, such as latin-1, which gives {like!r}" if encoding != "latin-1" else "")
     return f"expected {encoding} text ({error})"
 
 

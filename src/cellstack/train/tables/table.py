@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,18 @@ class Table:
         return sentences
 
 
+def reading_of(id: Any, time: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `read_table`, without None; `time` is its `date`, named as for sequences.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if time is not None and options.get("date") is not None:
+        raise UsageError("`time=…` and `date=…` both name the column of dates: give one of them")
+    reading = {**options, "id": id, "date": options.get("date") if time is None else time}
+    return {name: value for name, value in reading.items() if value is not None}
+
+
 def iso(time: Any) -> str:
     """Return a datetime64 in ISO form, only the day if it is midnight."""
     return str(time.astype("datetime64[us]").item().isoformat()).removesuffix("T00:00:00")
@@ -192,7 +204,7 @@ def read_table(
     day_first: bool | None = None,
     date_format: str | None = None,
     zone: str | None = None,
-    ids: str | Sequence[str] = (),
+    id: str | Sequence[str] = (),
     freq: str | None = None,
     decimal: str | None = None,
     encoding: str | None = None,
@@ -208,7 +220,7 @@ def read_table(
         date_format: format of the dates: strptime's, `s`, `ms`, `us` or `ns` for Unix times, `excel` for Excel's day
             numbers; None = detected.
         zone: time zone, such as `Europe/Berlin`, of dates without an offset, or to which to convert those with one.
-        ids: names of the columns that identify series.
+        id: column that identifies the series, or several.
         freq: spacing of the rows, in pandas's notation: `h`, `30min`, `D`, `B`, `MS`; None = inferred.
         decimal: decimal separator, `.` or `,`; None = detected.
         encoding: of a text file; None = UTF-8, or according to the byte order mark.
@@ -219,8 +231,8 @@ def read_table(
         UsageError: a column that doesn't exist, an argument out of range, or a package that isn't installed.
         OSError: the file can't be read.
     """
-    ids = (ids,) if isinstance(ids, str) else tuple(ids)
-    how = {"--day-first": day_first, "--date-format": date_format, "--zone": zone, "--freq": freq}
+    ids = (id,) if isinstance(id, str) else tuple(id)
+    how = {"day_first": day_first, "date_format": date_format, "zone": zone, "freq": freq}
     given = read_source(source, encoding, (*ids, *categories))
     if len(given.frame) < 2:
         below = " below the header" if given.lines is not None else ""
@@ -233,8 +245,8 @@ def read_table(
         date = dates.find(given, ids, series_of(given, ids)[0])
         if date is None and (asked := [name for name, value in how.items() if value is not None]):
             raise UsageError(
-                f"{given.path}: {asked[0]} needs a column of dates, found none in {listed(list(given.frame))}: name it "
-                "with --date"
+                f"{given.path}: `{asked[0]}=…` needs a column of dates, found none in {listed(list(given.frame))}: "
+                "name it with `date=…`"
             )
     if not ids and len(given.index) > 1 and date in given.index:
         ids = tuple(name for name in given.index if name != date)
@@ -275,7 +287,7 @@ def read_table(
         "date": date or "",
         "date_format": placed.form,
         "zone": placed.zone,
-        "ids": list(ids),
+        "id": list(ids),
         "freq": None if placed.spacing is None else placed.spacing.alias,
         "decimal": "," if decimal == "," else asked,
         "encoding": encoding,

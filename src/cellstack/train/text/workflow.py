@@ -95,7 +95,8 @@ def train_text(
         for name, (whole, part) in measured.items()
         if part[1] > part[0]
     }
-    return Result(net, model, fit, scores, rank, parts.validation[1] - parts.validation[0])
+    validated = parts.validation[1] - parts.validation[0]
+    return Result(net, model, fit, scores, rank, validated, understood=[text.summary(parts)])
 
 
 def _line(entry: dict[str, Any]) -> str:
