@@ -79,7 +79,7 @@ guard: $(VENV)/tested  ## the compiler's memory; instructions that processors la
 	$(BIN)/python tests/guard/foreign.py
 	$(BIN)/python tests/guard/instructions.py $(if $(RECORD),--record)
 
-check-platforms: $(VENV)/ready  ## compile the kernel for other systems with Zig, and run it where possible
+check-platforms: $(VENV)/ready  ## run the kernel on other systems, for which Zig compiles it, and on emulated processors
 	$(BIN)/pip install -q 'ziglang>=0.14'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/packaging/platforms.py
 
