@@ -223,7 +223,8 @@ def test_headers_reach_the_application_unchanged(model_file):
                 assert connection.recv(12) == b"HTTP/1.1 " + status
 
 
-def test_the_end_of_a_server_whose_clients_do_not_go_on(model_file):
+def test_the_end_of_a_server_whose_clients_do_not_go_on(model_file, monkeypatch):
+    monkeypatch.setattr(server, "FLUSH_SECONDS", 0.2)
     with running(model_file) as served, contextlib.ExitStack() as stack:
         for data in (
             b"",
@@ -237,7 +238,16 @@ def test_the_end_of_a_server_whose_clients_do_not_go_on(model_file):
             stack.enter_context(raw(served, data))
         wait_until(lambda: len(served.server.server_state.connections) >= 6)
         served.server.should_exit = True
-        wait_until(lambda: served.loop.is_closed())
+        wait_until(served.loop.is_closed)
+
+
+def test_the_end_of_a_server_whose_client_does_not_read(model_file, monkeypatch, caplog):
+    monkeypatch.setattr(server, "FLUSH_SECONDS", 0.2)
+    with running(model_file) as served, raw(served, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100):
+        wait_until(lambda: any(one.flow.write_paused for one in served.server.server_state.connections))
+        served.server.should_exit = True
+        wait_until(served.loop.is_closed)
+    assert not caplog.records
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ class Http(HttpToolsProtocol):
     _size = 0  # bytes of it so far
     _receiving = False  # whether a request has arrived in part
     _in_head = True  # whether less than its head
+    _answering: Any = None  # the request that is being answered, or was last
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -80,7 +81,13 @@ class Http(HttpToolsProtocol):
         """Forget a connection."""
         self._arrived()
         self.clients.discard(self.transport)
+        if self._answering is not None:  # uvicorn only tells the request that arrived last
+            self._answering.disconnected = True
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def between_requests(self) -> bool:
         """Return whether all requests are answered, and no part of a further one has arrived."""

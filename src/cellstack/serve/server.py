@@ -41,6 +41,7 @@ FILES = 256  # that are open beside connections
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
 ANSWER_SECONDS = 2.0  # for requests that are under way then
+FLUSH_SECONDS = 5.0  # for clients to read their last answers
 EXIT_SECONDS = 5.0  # for the process that has handed over, to release its folder
 SWITCH_SECONDS = (
     0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
@@ -328,7 +329,13 @@ class Server(uvicorn.Server):
         await self.finish()
         for task in self._tasks:
             task.cancel()
+        asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._abort)
         await super().shutdown(sockets)
+
+    def _abort(self) -> None:
+        """End connections whose clients don't read."""
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
     async def reload(self) -> None:
         """Load the models whose files have changed. Open sessions stay with the version that they began with."""
