@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import socket
 import struct
@@ -18,8 +19,9 @@ from serving import UNITS, WIDTH, lstm, running, wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from cellstack.serve import Limits, frames, server
+from cellstack.serve import Limits, clients, frames, http, server
 
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENT = frames.numbered([("x", "<f4", (WIDTH,))])
 
 
@@ -27,7 +29,7 @@ SENT = frames.numbered([("x", "<f4", (WIDTH,))])
 def short(model_file):
     """Serve with short times and small limits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "HEAD_SECONDS", 0.2)
+        patch.setattr(http, "HEAD_SECONDS", 0.2)
         limits = Limits(sessions=400, message=1 << 20, waiting=64)
         with running(model_file, limits=limits, connections=20) as served:
             yield served
@@ -116,6 +118,56 @@ def test_a_head_that_does_not_arrive_after_another_request(short, other):
         assert answer(connection)[0] == 408
 
 
+def test_the_rest_of_a_body_that_nobody_reads(short, other):
+    post = b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    with raw(short, post + b"1000000000000\r\n\r\n") as connection:
+        assert b" 405 " in connection.recv(1000)
+        with pytest.raises(OSError, match=r"reset|[Pp]ipe"):  # noqa: PT012
+            for _ in range(1000):
+                connection.sendall(bytes(1 << 20))
+    with raw(short, post + b"10\r\n\r\n") as connection:
+        assert b" 405 " in connection.recv(1000)
+        connection.sendall(b"12345")
+        with contextlib.suppress(ConnectionResetError):
+            assert not connection.recv(1000)  # the rest doesn't arrive in time
+    with raw(short, post + b"10\r\n\r\n") as connection:
+        assert b" 405 " in connection.recv(1000)
+        connection.sendall(b"1234567890" + GET)
+        assert b" 200 " in connection.recv(1000)
+
+
+def test_pipelined_requests_are_answered_in_order(short, other):
+    names = [b"/health", b"/ready", b"/models"] * 300
+    sent = b"".join(b"GET " + name + b" HTTP/1.1\r\nHost: localhost\r\n\r\n" for name in names)
+    with raw(short, sent) as connection:
+        data = b""
+        while data.count(b"HTTP/1.1 200") < len(names) or not data.endswith(b"}]}"):
+            part = connection.recv(1 << 16)
+            assert part
+            data += part
+    kinds = re.findall(rb'"(status": "ok|status":"ok|status":"ready|models)"', data)
+    assert [b"ok" in one for one in kinds] == [True, False, False] * 300
+    assert [b"models" in one for one in kinds] == [False, False, True] * 300
+
+
+def test_a_body_in_many_portions(short, other):
+    x = np.random.default_rng(0).standard_normal((1, 3000, WIDTH)).astype(np.float32)
+    found = httpx.post(f"{short.http}/models/lstm/run", json={"x": x.tolist()}, timeout=60)
+    assert (np.float32(found.json()["y"]) == lstm().run(x)[0]).all()
+
+
+@pytest.mark.parametrize("protocol", ["Upgrade: h2c", "Upgrade: websocket\r\nContent-Length: 10"])
+def test_an_upgrade_that_does_not_exist(short, other, protocol):
+    head = f"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n{protocol}\r\n\r\n"
+    with raw(short, head.encode()) as connection:
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(1000):
+                found += part
+        assert found.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in found
+
+
 def test_a_head_that_does_not_end(short, other):
     with raw(short, b"GET /health HTTP/1.1\r\n") as connection, contextlib.suppress(OSError):
         for n in range(600):
@@ -129,12 +181,79 @@ def test_no_http(short, other, data):
         assert connection.recv(1000).split()[1] in (b"400", b"408")
 
 
+def handshake(*headers, path=b"/multiplex"):
+    known = b"Host: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
+    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    return b"\r\n".join([b"GET " + path + b" HTTP/1.1", known, key, *headers, b"", b""])
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (handshake(b"Cookie: " + b"x" * 60_000), b"101"),
+        (handshake(*[b"a: b"] * 200), b"101"),
+        (handshake(path=b"/multiplex?" + b"x" * 60_000), b"101"),
+        (handshake(b"Cookie: \xe9"), b"101"),
+        (handshake(b"Cookie: " + b"x" * 80_000), b"431"),
+        (handshake(b"Cookie: " + b"x" * 10_000_000), b"431"),
+        (handshake(*[b"a: b"] * 300), b"431"),
+        (b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 300, b"431"),
+        (handshake(path=b"/\xff"), b"400"),
+        (handshake(b"Sec-WebSocket-Key: other"), b"400"),
+        (handshake().replace(b"GET", b"POST", 1), b"404"),
+        (handshake().replace(b"HTTP/1.1", b"HTTP/1.0", 1), b"404"),
+    ],
+)
+def test_heads_of_handshakes(short, other, data, status):
+    """Each is answered, and if it is refused the connection ends."""
+    with raw(short) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+        assert connection.recv(12) == b"HTTP/1.1 " + status
+        if status != b"101":
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(1 << 16):
+                    pass
+
+
+def test_headers_reach_the_application_unchanged(model_file):
+    with running(model_file, tokens=("é",)) as served:
+        for token, status in ((b"\xe9", b"101"), (b"\xe8", b"401")):
+            with raw(served, handshake(b"Authorization: Bearer " + token)) as connection:
+                assert connection.recv(12) == b"HTTP/1.1 " + status
+
+
+def test_the_end_of_a_server_whose_clients_do_not_go_on(model_file, monkeypatch):
+    monkeypatch.setattr(server, "FLUSH_SECONDS", 0.2)
+    with running(model_file) as served, contextlib.ExitStack() as stack:
+        for data in (
+            b"",
+            b"GET /health HT",
+            b"POST /models/lstm/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n",
+            handshake(b"Cookie: " + b"x" * 9000),
+            handshake() + b"\x82\xfe",
+            handshake(b"Content-Length: 10"),
+            handshake(),
+        ):
+            stack.enter_context(raw(served, data))
+        wait_until(lambda: len(served.server.server_state.connections) >= 6)
+        served.server.should_exit = True
+        wait_until(served.loop.is_closed)
+
+
+def test_the_end_of_a_server_whose_client_does_not_read(model_file, monkeypatch, caplog):
+    monkeypatch.setattr(server, "FLUSH_SECONDS", 0.2)
+    with running(model_file) as served, raw(served, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100):
+        wait_until(lambda: any(one.flow.write_paused for one in served.server.server_state.connections))
+        served.server.should_exit = True
+        wait_until(served.loop.is_closed)
+    assert not caplog.records
+
+
 @contextlib.contextmanager
 def upgraded(served):
     """Open a WebSocket that reads nothing: yield a function that sends data until the server reads no longer."""
-    head = b"GET /multiplex HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    with raw(served, head + key) as found:
+    with raw(served, handshake()) as found:
         assert b" 101 " in found.recv(1000)
         found.settimeout(0.3)
 
@@ -169,9 +288,53 @@ def test_pings_without_reading(short, other):
 
 
 def test_more_connections_than_allowed(short, other):
+    """Those that have sent no request give way, the oldest first."""
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(raw(short)) for _ in range(30)]
-        assert answer(connections[-1])[:2] == (503, "more than 20 connections are open")
+        assert answer(connections[0])[:2] == (503, "more than 20 connections have sent no request")
+        connections[-1].sendall(GET)
+        assert b"200 OK" in connections[-1].recv(1000)
+    with contextlib.ExitStack() as stack:
+        known = [stack.enter_context(raw(short, GET)) for _ in range(19)]  # beside that of `other`
+        for connection in known:
+            assert b"200 OK" in connection.recv(1000)
+        assert answer(stack.enter_context(raw(short, GET)))[:2] == (503, "more than 20 connections are open")
+
+
+def test_connections_without_a_token_take_none_of_those_with_one(model_file):
+    with running(model_file, tokens=("secret",), connections=3) as served, contextlib.ExitStack() as stack:
+        for data in (b"", b"GET / HT", handshake(b"Cookie: " + b"x" * 9000)) * 8:
+            stack.enter_context(raw(served, data))
+        found = [stack.enter_context(connect(f"{served.ws}/multiplex?access_token=secret")) for _ in range(3)]
+        assert refused(f"{served.ws}/multiplex?access_token=secret")[0] == 503
+        for connection in found:
+            connection.send('{"open": "lstm"}')
+            assert "opened" in json.loads(connection.recv(timeout=60))
+
+
+def test_connections_without_a_token_end_after_their_answer(guarded):
+    for path, status in ((b"/health", 200), (b"/", 200), (b"/models", 401)):
+        data = b""
+        with raw(guarded, GET.replace(b"/health", path) * 2) as connection:
+            while part := connection.recv(1 << 20):
+                data += part
+        assert int(data.split()[1]) == status
+        assert data.count(b"HTTP/1.1 ") == 1
+        assert b"connection: close" in data.partition(b"\r\n\r\n")[0]
+
+
+def test_connections_to_slow_readers_end(guarded, monkeypatch):
+    with raw(guarded) as connection:
+        wait_until(lambda: guarded.server.clients._new)
+        monkeypatch.setattr(clients, "NEW_SECONDS", 0.0)
+
+        async def drop():
+            guarded.server.clients.drop_late()
+
+        guarded.call(drop())
+        with contextlib.suppress(ConnectionResetError):
+            assert not connection.recv(1000)
+        wait_until(lambda: not guarded.server.clients._new)
 
 
 def test_a_client_that_is_killed(short, other):
@@ -283,7 +446,7 @@ def test_ten_thousand_clients_that_end_beside_others(model_file):
                 killed.kill()
                 killed.communicate()
             if n in (1000, 10_999):
-                time.sleep(server.HEAD_SECONDS + 6)  # until half-open connections are refused, and sessions closed
+                time.sleep(http.HEAD_SECONDS + 6)  # until half-open connections are refused, and sessions closed
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 files = len(os.listdir(f"/proc/{process.pid}/fd"))
                 measured.append((int(status.partition("VmRSS:")[2].split()[0]), files))

@@ -1,17 +1,20 @@
 """Both WebSocket protocols against a real server."""
 
+import asyncio
 import contextlib
 import json
+import sys
 import time
 from socket import SO_RCVBUF, SO_SNDBUF, SOL_SOCKET
 
 import numpy as np
 import pytest
+import uvicorn
 from serving import UNITS, WIDTH, lstm, running, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from cellstack.serve import Limits, frames
+from cellstack.serve import Limits, clients, frames, websocket
 
 SENT, ANSWERED = frames.numbered([("x", "<f4", (WIDTH,))]), frames.numbered([("layer_0", "<f4", (UNITS,))])
 
@@ -341,6 +344,119 @@ def test_what_the_protocol_forbids(served, sent, code):
     assert socket.protocol.close_rcvd.code == code
     with stream(served, f"?session={token}&last=0") as again:  # the session itself is as before
         assert json.loads(again.recv())["frame"] == 0
+
+
+def masked(first, data=b""):
+    length = bytes([0x80 + len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
+    return bytes([first]) + length + b"\0\0\0\0" + data
+
+
+TINY = {
+    "pongs": (b"", masked(0x8A)),
+    "empty fragments": (masked(0x02), masked(0x00)),
+    "fragments of a byte": (masked(0x02, b"x"), masked(0x00, b"x")),
+    "messages of a byte": (b"", masked(0x82, b"x")),
+}
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.parametrize("kind", TINY)
+def test_others_have_their_turn_between_tiny_frames(model_file, monkeypatch, loop, kind):
+    """As many as one read takes: of a connection, at most `FRAMES` are processed in a turn of the event loop."""
+    if loop == "asyncio":
+        monkeypatch.setattr(uvicorn.Config, "get_loop_factory", lambda self: asyncio.new_event_loop)
+    begin, block = TINY[kind]
+    count, counts = 6000, []
+    frame = websocket.WebSocket._frame
+
+    def counted(self, first, payload):
+        counts[-1] += 1
+        return frame(self, first, payload)
+
+    monkeypatch.setattr(websocket.WebSocket, "_frame", counted)
+    with (
+        running(model_file, limits=Limits(sessions=4)) as served,
+        stream(served) as other,
+        multiplexed(served) as flood,
+    ):
+        other.recv()
+
+        async def watch():  # wakes once in each turn
+            while sum(counts) < count:
+                counts.append(0)
+                await asyncio.sleep(0)
+
+        counts.append(0)
+        watching = asyncio.run_coroutine_threadsafe(watch(), served.loop)
+        flood.socket.sendall(begin + block * count)
+        x = random(5, WIDTH)
+        for row in x:
+            other.send(row.tobytes())
+        found = [other.recv(timeout=60) for _ in x]
+        watching.result(60)
+    assert b"".join(found) == stepped(x).tobytes()
+    assert max(counts) <= 2 * websocket.FRAMES + len(x)  # what has arrived, and what waits
+
+
+def test_connections_share_the_time_for_frames_that_wait(model_file, monkeypatch):
+    with running(model_file, limits=Limits(sessions=4)) as served:
+        monkeypatch.setattr(clients, "TURN_SECONDS", 0.0)  # then one of them has its turn
+        sockets, turns = [], []
+
+        async def watch():
+            while len(turns) < 300:
+                await asyncio.sleep(0)
+
+        go_on = websocket.WebSocket._go_on
+        monkeypatch.setattr(websocket.WebSocket, "_go_on", lambda self: (turns.append(self), go_on(self))[1])
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(multiplexed(served)) for _ in range(4)]
+            for socket in sockets:
+                socket.socket.sendall(masked(0x8A) * 20_000)
+            asyncio.run_coroutine_threadsafe(watch(), served.loop).result(60)
+        assert len(set(turns[-100:])) == 4
+
+
+def test_a_message_of_many_fragments_takes_no_more_memory_than_its_bytes(served):
+    with multiplexed(served) as socket:
+        (connection,) = served.server.app.state.connections.open
+        parts = connection._websocket
+        socket.socket.sendall(masked(0x02) + masked(0x00, b"x") * 5000 + masked(0x00) * 5000)
+        wait_until(lambda: parts._fragments == 10_001)
+        assert parts._parts == b"x" * 5000
+        assert sys.getsizeof(parts._parts) < 10_000
+        socket.socket.sendall(masked(0x00) * (websocket.MOST_FRAGMENTS - 10_001))
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=60)
+    assert socket.protocol.close_rcvd.code == 1009
+    assert socket.protocol.close_rcvd.reason == "a message has at most 16384 fragments"
+
+
+@pytest.mark.parametrize("sent", [masked(0x8A) * 300, masked(0x02) + masked(0x00) * 299])
+def test_frames_that_complete_no_message_count_for_the_rate(model_file, sent):
+    with running(model_file, limits=Limits(sessions=4, rate=100)) as served, multiplexed(served) as socket:
+        (connection,) = served.server.app.state.connections.open
+        begun = time.monotonic()
+        socket.socket.sendall(sent)
+        wait_until(lambda: connection._due > begun + 0.5)
+        assert connection._websocket.read_paused
+        wait_until(lambda: connection._due - begun > 1.9 and not connection._too_fast)  # 300 frames, 1 s in advance
+        assert time.monotonic() - begun > 1.8
+
+
+def test_a_client_whose_frames_wait_for_the_rate_is_not_disconnected(model_file):
+    """It can't answer pings meanwhile, since the answer comes after the frames."""
+    with running(model_file, limits=Limits(sessions=4, rate=100)) as served, multiplexed(served, 1) as socket:
+        (connection,) = served.server.app.state.connections.open
+        parts = connection._websocket
+        parts.ping_timeout = 0.1
+        for t in range(3):
+            socket.send(message([0] * 100, range(100 * t + 1, 100 * t + 101), np.ones(WIDTH)))
+        wait_until(lambda: parts.read_paused)
+        served.loop.call_soon_threadsafe(parts.send_keepalive_ping)
+        assert len(received(socket, 300)) == 300
+        wait_until(lambda: parts.pending_ping_payload is None)
+        assert socket.protocol.state.name == "OPEN"
 
 
 def test_messages_wait_for_those_before_them(served):

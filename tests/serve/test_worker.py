@@ -1,7 +1,10 @@
 """The thread that steps sessions: batches, order, refused frames, stored answers."""
 
 import asyncio
+import itertools
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -63,6 +66,29 @@ async def test_frames_of_several_sessions_are_those_of_streams(model):
         found = np.concatenate([part.rows[model.rows.outputs.names[0]] for part in parts])
         assert (found == expected).all()
     assert one.processed == two.processed == 6
+
+
+@pytest.mark.parametrize(("seconds", "in_thread"), [(0.3 * worker.SHORT, False), (1.5 * worker.SHORT, True)])
+@pytest.mark.parametrize("frames", [1, 20])
+def test_batches_that_take_less_than_a_change_of_threads_stay_on_the_event_loop(
+    monkeypatch, seconds, in_thread, frames
+):
+    clock = itertools.count()
+    passing = types.SimpleNamespace(monotonic=lambda: seconds * next(clock), sleep=time.sleep)
+    threads = []
+
+    @served
+    async def test(model):
+        process, session = model.worker.process, await model.open()
+        monkeypatch.setattr(
+            model.worker, "process", lambda *given: (threads.append(threading.current_thread()), process(*given))[1]
+        )
+        monkeypatch.setattr(worker, "time", passing)  # each batch takes `seconds`
+        for _ in range(60):
+            await model.steps(session, records(model, np.zeros((frames, WIDTH), np.float32)))
+
+    test()
+    assert {one is not threading.main_thread() for one in threads[-10:]} == {in_thread}
 
 
 @pytest.mark.parametrize("short", [0.0, 1e-3, 9.0], ids=["in the thread", "where it is faster", "on the event loop"])

@@ -55,7 +55,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     text = "close sessions that were unused for this many seconds (default: %(default)s)"
     group.add_argument("--idle", type=float, default=300.0, metavar="S", help=text)
     group = parser.add_argument_group("limits")
-    text = "open connections (default: %(default)s)"
+    text = "open connections whose client has sent a valid request (default: %(default)s)"
     group.add_argument("--connections", type=int, default=10_000, metavar="N", help=text)
     text = "frames per second of a WebSocket or, over HTTP and gRPC, of a session (default: no limit)"
     group.add_argument("--rate", type=float, metavar="N", help=text)

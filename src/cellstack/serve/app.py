@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,8 +16,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cellstack.serve.clients import EXTENSION
 from cellstack.serve.inference_protocol import http as inference_protocol
 from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
@@ -29,6 +30,10 @@ from cellstack.serve.stream_socket import Stream
 from cellstack.serve.texts import array_of, converted, described, headers_of, parsed, text_of, text_of_array
 from cellstack.serve.tracing import trace_page
 from cellstack.serve.worker import StoppingError
+
+if TYPE_CHECKING:
+    from cellstack.serve.http import Http
+    from cellstack.serve.websocket import WebSocket
 
 try:
     from starlette.middleware.opentelemetry import OpenTelemetryMiddleware
@@ -161,18 +166,35 @@ class Guard:
             await self.app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
+        client: Http | WebSocket | None = scope.get("extensions", {}).get(EXTENSION)
         origin, host = connection.headers.get("origin"), connection.headers.get("host", "")
         if host and self.allow_hosts and name_of(host) not in self.allow_hosts:  # browsers always send it
             refusal = _error(403, f"the host {host:.100} isn't allowed: see --allow-host")
         elif origin and origin not in self.allow_origins and urlsplit(origin).netloc != host:
             refusal = _error(403, f"the origin {origin} isn't allowed: see --allow-origin")
-        elif scope["path"] not in OPEN_PATHS and not self.authorized(connection):
+        elif not self.authorized(connection):
+            if scope["path"] in OPEN_PATHS:
+                await self.app(scope, receive, _closing(send))
+                return
             refusal = _error(401, "a valid token is required: Authorization: Bearer TOKEN")
             refusal.headers["www-authenticate"] = "Bearer"
+        elif client is not None and not client.clients.know(client.transport):
+            refusal = _error(503, f"more than {client.clients.most} connections are open")
         else:
             await self.app(scope, receive, send)
             return
-        await refusal(scope, receive, send)
+        await refusal(scope, receive, _closing(send))
+
+
+def _closing(send: Send) -> Send:
+    """Return a `send` with which the connection ends after the answer, as its client may not use the server."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        await send(message)
+
+    return sent
 
 
 def name_of(host: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -18,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import uvicorn
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     from cellstack.serve.app import application
+    from cellstack.serve.http import Http
     from cellstack.serve.websocket import WebSocket
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
 from cellstack.formats.files import digest_of
+from cellstack.serve.clients import MOST_NEW, Clients
 from cellstack.serve.inference_protocol.service import Service
 from cellstack.serve.models import Limits, Models, ServeError
 from cellstack.serve.texts import described
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from cellstack.serve.durable import Store
     from cellstack.serve.handover import HandoverServer, Taken
 
-HEAD_SECONDS = 10.0  # in which a request's head must arrive
-HEAD_BYTES = 64 << 10  # of a head that isn't complete
 BACKLOG = 2048
+FILES = 256  # that are open beside connections
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
 ANSWER_SECONDS = 2.0  # for requests that are under way then
+FLUSH_SECONDS = 5.0  # for clients to read their last answers
 EXIT_SECONDS = 5.0  # for the process that has handed over, to release its folder
 SWITCH_SECONDS = (
     0.0005  # after which a thread gets the interpreter; the default of 5 ms is longer than most answers take
@@ -58,7 +58,7 @@ class Settings:
         durable: the folder in which sessions are stored; None: they end with the process.
         durability: `"none"`, `"snapshot"`, `"frames"` or `"synced"`, see docs/serve.md.
         limits: see `Limits`.
-        connections: open connections.
+        connections: open connections whose client has sent a valid request; at most as many others may be open.
         tokens: one of them is required in each request; none: no token is required.
         allow_origins: origins of other pages that may use the server from a browser.
         allow_hosts: names of the server that are accepted in the header Host, see `hosts`.
@@ -115,69 +115,6 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-class Http(HttpToolsProtocol):
-    """A connection whose request heads have limits, and that is refused if there are too many."""
-
-    most_connections = 10_000
-    _deadline: asyncio.TimerHandle | None = None
-    _head = 0  # bytes of the head so far
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection."""
-        super().connection_made(transport)
-        if len(self.connections) > self.most_connections:
-            self._refuse("503 Service Unavailable", f"more than {self.most_connections} connections are open")
-        else:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
-        self._arrived()
-        super().connection_lost(exc)
-
-    def between_requests(self) -> bool:
-        """Return whether all requests are answered, and no part of a further one has arrived."""
-        answered = self.cycle is None or self.cycle.response_complete
-        transport = self.transport
-        return answered and not (self._head or transport.is_closing() or transport.get_write_buffer_size())
-
-    def data_received(self, data: bytes) -> None:
-        """Parse data."""
-        if self.transport.is_closing():
-            return
-        super().data_received(data)
-        if self._deadline is not None and not self.transport.is_closing():
-            self._head += len(data)
-            if self._head > HEAD_BYTES:
-                self._refuse("431 Request Header Fields Too Large", f"the head is larger than {HEAD_BYTES} bytes")
-
-    def on_message_begin(self) -> None:
-        """Begin a request."""
-        super().on_message_begin()
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self._late)
-
-    def on_headers_complete(self) -> None:
-        """End a request's head."""
-        self._arrived()
-        super().on_headers_complete()
-
-    def _arrived(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline, self._head = None, 0
-
-    def _late(self) -> None:
-        self._refuse("408 Request Timeout", f"the head didn't arrive within {HEAD_SECONDS:.0f} seconds")
-
-    def _refuse(self, status: str, text: str) -> None:
-        body = json.dumps({"error": text})
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
-        self.transport.write(f"HTTP/1.1 {status}\r\n{head}\r\n\r\n{body}".encode())
-        self.transport.close()
-        self._arrived()
-
-
 class Server(uvicorn.Server):
     """A server of models.
 
@@ -200,7 +137,7 @@ class Server(uvicorn.Server):
         listens: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         self.models, self.settings, self.report, self._listens = models, settings, report, listens
-        self.ready, self.signal = False, 0
+        self.ready, self.signal, self.clients = False, 0, Clients(settings.connections)
         self.app = application(models, settings.tokens, settings.allow_origins, self, hosts(settings))
         self._store: Store | None = None
         self._handover: HandoverServer | None = None
@@ -211,8 +148,8 @@ class Server(uvicorn.Server):
         self._tasks: set[asyncio.Task[None]] = set()
         config = uvicorn.Config(
             self.app,
-            http=type("LimitedHttp", (Http,), {"most_connections": settings.connections}),
-            ws=WebSocket,
+            http=type("LimitedHttp", (Http,), {"clients": self.clients}),
+            ws=type("LimitedWebSocket", (WebSocket,), {"clients": self.clients}),
             ws_max_size=settings.limits.message,
             ws_per_message_deflate=False,
             lifespan="off",
@@ -392,7 +329,13 @@ class Server(uvicorn.Server):
         await self.finish()
         for task in self._tasks:
             task.cancel()
+        asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._abort)
         await super().shutdown(sockets)
+
+    def _abort(self) -> None:
+        """End connections whose clients don't read."""
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
     async def reload(self) -> None:
         """Load the models whose files have changed. Open sessions stay with the version that they began with."""
@@ -424,6 +367,7 @@ class Server(uvicorn.Server):
     async def _close_idle(self) -> None:
         while True:
             await asyncio.sleep(min(5.0, self.settings.limits.idle / 4))
+            self.clients.drop_late()
             await self.models.drop_unused()
 
 
@@ -450,7 +394,7 @@ def prepare_process(connections: int) -> int:
     """Set what is per process: the switch between threads, and the limit of open files.
 
     Returns:
-        the number of connections that can be open.
+        the number of connections with a valid request that can be open, beside those without.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     if sys.platform == "win32":
@@ -458,8 +402,9 @@ def prepare_process(connections: int) -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + 256  # for files
+    wanted = connections + min(connections, MOST_NEW) + FILES
     if soft < wanted:
         soft = min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(connections, soft - 256)
+    free = soft - FILES
+    return min(connections, max(free // 2, free - MOST_NEW))

@@ -12,9 +12,10 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from cellstack.serve.clients import EXTENSION
 from cellstack.serve.models import Models, ServeError, Session
 from cellstack.serve.texts import text_of
-from cellstack.serve.websocket import EXTENSION, WebSocket
+from cellstack.serve.websocket import WebSocket
 
 CLOSED, RESTARTING, CONFLICT, TAKEN = 1000, 1012, 4409, 4410  # close codes
 FINISH_SECONDS = 5.0  # for the answers to queued frames when the server stops
@@ -131,6 +132,7 @@ class Connection:
             if self._answered.done():
                 self._answered.result()  # raises the exception of a task
                 code, reason = self._ending or (CLOSED, "")
+                self._websocket.read(True)  # until the client closes it too
                 await send({"type": "websocket.close", "code": code, "reason": reason[:MOST_REASON]})
         finally:
             self.end(CLOSED, "")  # if the client has left
@@ -168,7 +170,7 @@ class Connection:
                 self._process(waiting.popleft())
         finally:
             self._reading = False
-        if waiting:
+        if waiting or self._too_fast:
             websocket.read(False)
         elif websocket.read_paused and websocket.can_write:
             websocket.read(True)
@@ -184,18 +186,24 @@ class Connection:
         except (ServeError, ValueError) as error:
             self.refuse(str(error))
             count = 1
-        if self.limits.rate is not None:
-            self._count(count, self.limits.rate)
+        self._count(count)
 
     def _can_process(self) -> bool:
         free = self._task is None and not self._too_fast and self._unanswered <= self.limits.waiting
         return free and self._accepted and self._ending is None
 
-    def _count(self, frames: int, rate: float) -> None:
-        """Apply the rate limit."""
+    def count(self, frames: int) -> None:
+        """Apply the rate limit to frames of the WebSocket that complete no message, such as fragments and pings."""
+        self._count(frames)
+        if self._too_fast:
+            self._websocket.read(False)
+
+    def _count(self, frames: int) -> None:
+        if self.limits.rate is None:
+            return
         now = time.monotonic()
-        self._due = max(self._due, now - 1) + frames / rate
-        if self._due > now:
+        self._due = max(self._due, now - 1) + frames / self.limits.rate
+        if self._due > now and not self._too_fast:
             self._too_fast = True
             asyncio.get_running_loop().call_later(self._due - now, self._at_rate)
 

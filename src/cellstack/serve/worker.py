@@ -332,9 +332,8 @@ class Worker:
         self.frames += len(rows)
         self.refused += len(refused)
         share = min(1.0, (now - self._before) / 0.05)  # of the newest rate in the smoothed one
-        own = min(
-            (now - begun) / len(rows), 2 * self._frame_seconds
-        )  # one batch that the system held up changes little
+        # As `_is_short` expects it; one batch that the system held up changes little.
+        own = min((now - begun) / (FIXED + len(rows)), 2 * self._frame_seconds)
         self._frame_seconds += 0.2 * (own - self._frame_seconds)
         self._size += 0.1 * (len(rows) - self._size)
         self._rate += share * (len(rows) / max(now - self._before, 1e-6) - self._rate)

@@ -18,6 +18,7 @@ from cellstack.serve.models import Model, Models, ServeError
 try:
     import grpc
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    from google.protobuf.message import DecodeError
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"the Open Inference Protocol over gRPC needs {error.name}: pip install 'cellstack[grpc]'", name=error.name
@@ -42,7 +43,6 @@ StreamResponse = message("ModelStreamInferResponse")
 
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -88,7 +88,9 @@ def bound(
     Raises:
         OSError: the port can't be used.
     """
+    known = [f"Bearer {token}".encode() for token in tokens]
     server = grpc.aio.server(
+        interceptors=[_Guard(known)] if known else [],
         options=[
             ("grpc.max_receive_message_length", models.limits.message),
             ("grpc.max_send_message_length", -1),
@@ -96,11 +98,10 @@ def bound(
             # Clients that check idle connections once per second aren't disconnected.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
-        ]
+        ],
     )
     service = Service.of(models)
-    known = [f"Bearer {token}".encode() for token in tokens]
-    handlers = {method.name: _handler(service, known, method) for method in SERVICE.methods}
+    handlers = {method.name: _handler(service, method) for method in SERVICE.methods}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
@@ -113,24 +114,53 @@ def bound(
     return server
 
 
-def _handler(service: Service, known: list[bytes], method: Any) -> grpc.RpcMethodHandler:
+class _Guard(grpc.aio.ServerInterceptor):
+    """Refuses calls without a valid token, before their messages are read."""
+
+    def __init__(self, known: list[bytes]) -> None:
+        self.known = known
+        self.refusal = grpc.stream_stream_rpc_method_handler(self.refuse)
+
+    async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Return the handler of a call."""
+        if handler_call_details.method.rpartition("/")[2] in WITHOUT_TOKEN:
+            return await continuation(handler_call_details)
+        metadata = handler_call_details.invocation_metadata or ()
+        given = "".join(str(value) for key, value in metadata if key == "authorization")
+        if any(hmac.compare_digest(given.encode(), token) for token in self.known):
+            return await continuation(handler_call_details)
+        return self.refusal
+
+    async def refuse(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        """Answer a call without a valid token."""
+        text = "a valid token is required in the metadata: authorization: Bearer TOKEN"
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+
+
+def _handler(service: Service, method: Any) -> grpc.RpcMethodHandler:
     answer = message(method.output_type.name)
     messages = {
-        "request_deserializer": message(method.input_type.name).FromString,
+        "request_deserializer": partial(_parsed, message(method.input_type.name)),
         "response_serializer": answer.SerializeToString,
     }
-    if method.name in WITHOUT_TOKEN:
-        known = []
     if method.name == "ModelStreamInfer":
-        return grpc.stream_stream_rpc_method_handler(partial(_stream, service, known), **messages)
+        return grpc.stream_stream_rpc_method_handler(partial(_stream, service), **messages)
     if method.name == "ModelInfer":
-        return grpc.unary_unary_rpc_method_handler(partial(_answered, known, partial(_infer, service)), **messages)
+        return grpc.unary_unary_rpc_method_handler(partial(_answered, partial(_infer, service)), **messages)
     describe = DESCRIPTIONS[method.name]
 
     async def described(request: Any) -> Any:
         return answer(**describe(service, request))
 
-    return grpc.unary_unary_rpc_method_handler(partial(_answered, known, described), **messages)
+    return grpc.unary_unary_rpc_method_handler(partial(_answered, described), **messages)
+
+
+def _parsed(kind: Any, data: bytes) -> Any:
+    """Return a request, or the error if it is malformed: gRPC would answer an exception with UNKNOWN."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return ServeError(400, f"malformed request: expected an inference.{kind.DESCRIPTOR.name}")
 
 
 DESCRIPTIONS: dict[str, Callable[[Service, Any], dict[str, Any]]] = {
@@ -145,11 +175,10 @@ DESCRIPTIONS: dict[str, Callable[[Service, Any], dict[str, Any]]] = {
 }
 
 
-async def _answered(
-    known: list[bytes], answer: Callable[[Any], Awaitable[Any]], request: Any, context: grpc.aio.ServicerContext
-) -> Any:
+async def _answered(answer: Callable[[Any], Awaitable[Any]], request: Any, context: grpc.aio.ServicerContext) -> Any:
     try:
-        _check_token(known, context)
+        if isinstance(request, ServeError):
+            raise request
         return await answer(request)
     except ServeError as error:
         found = error
@@ -161,14 +190,6 @@ async def _answered(
 def _internal(error: Exception) -> ServeError:
     logging.getLogger("cellstack.serve").error("gRPC", exc_info=error)
     return ServeError(500, "internal error")
-
-
-def _check_token(known: list[bytes], context: grpc.aio.ServicerContext) -> None:
-    if not known:
-        return
-    given = "".join(str(value) for key, value in context.invocation_metadata() or () if key == "authorization")
-    if not any(hmac.compare_digest(given.encode(), token) for token in known):
-        raise ServeError(401, "a valid token is required in the metadata: authorization: Bearer TOKEN")
 
 
 # ── inference ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,22 +205,23 @@ async def _infer(service: Service, request: Any) -> Any:
 
 
 async def _stream(
-    service: Service, known: list[bytes], requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
+    service: Service, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
 ) -> AsyncIterator[Any]:
     """Answer the requests of a stream in their order. A refused request doesn't end it.
 
     No more are read while `STREAMED` requests, or more bytes than the largest message, wait for their answers.
     """
     ends = any(key == "triton_grpc_error" and value == "true" for key, value in context.invocation_metadata() or ())
-    pending: asyncio.Queue[tuple[Any, asyncio.Task[Any]] | Exception | None] = asyncio.Queue()
+    pending: asyncio.Queue[tuple[Any, asyncio.Task[Any] | ServeError] | Exception | None] = asyncio.Queue()
     most, held, answered = service.models.limits.message, 0, asyncio.Event()
 
     async def read() -> None:
         nonlocal held
         try:
-            async for request in requests:
+            async for found in requests:
+                request = InferRequest() if isinstance(found, ServeError) else found
                 held += request.ByteSize()
-                pending.put_nowait((request, _started(service, request)))
+                pending.put_nowait((request, found if request is not found else _started(service, request)))
                 while held > most or pending.qsize() >= STREAMED:
                     answered.clear()
                     await answered.wait()
@@ -212,10 +234,6 @@ async def _stream(
         reading.cancel()
         pending.put_nowait(None)
 
-    try:
-        _check_token(known, context)
-    except ServeError as error:
-        await context.abort(CODES[error.status], str(error))
     reading, ending = asyncio.create_task(read()), asyncio.create_task(end())
     try:
         while (item := await pending.get()) is not None:
@@ -223,6 +241,8 @@ async def _stream(
                 raise item
             request, task = item
             try:
+                if isinstance(task, ServeError):
+                    raise task
                 response = StreamResponse(infer_response=await asyncio.shield(task))
                 response.infer_response.parameters["triton_final_response"].bool_param = True
             except Exception as error:
