@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 from importlib.resources import files
 
 os.environ["KERAS_BACKEND"] = "torch"  # before anything imports keras
@@ -53,6 +54,14 @@ def pytest_collection():
         gc.freeze()
         gc.set_threshold(*gc.get_threshold()[:2], 200)
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure():
+    """Release what a failed test's traceback still refers to: triton would report these objects in thirty lines."""
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,9 @@ ARRAYS = (
 MATRICES = ("kernel", "recurrent_kernel", "gate_kernel", "projection")
 """The arrays that are matrices multiplied by x, h, a backbone or m: nearly all of a cell's numbers."""
 
+ZEROS = ("gate_bias", "peepholes", "cell_bias")
+"""The arrays that are zeros at first, as are initial states; gains are ones, and all others need an initializer."""
+
 ACTIVATIONS = (
     "sigmoid",
     "tanh",

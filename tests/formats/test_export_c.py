@@ -18,7 +18,7 @@ from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPo
 from cellstack.cells import KINDS
 from cellstack.formats.c import export
 from cellstack.formats.verify import verify
-from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Scale
+from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Reduce, Scale, TimeSoftmax
 from cellstack.nodes.activations import MORE_ACTIVATIONS
 from cellstack.spec import GATES
 
@@ -350,6 +350,27 @@ def sequence_cases(rng, dtype):
     cells = tuple(make_cell(rng, 4, 4, dtype=dtype) for _ in range(2))
     ends = [Recurrent(cells, return_sequences=False, go_backwards=way, residual=True) for way in (False, True)]
     yield "residual", [Dense(floats(3, 4)), Bidirectional(*ends)]
+    score = [Dense(floats(3, 5), activation="tanh"), Dense(floats(5, 1))]
+    yield "attention", attention([Dense(floats(3, 3))], score, [Dense(floats(3, 2), activation="softmax")])
+    yield "attention of each feature", attention([Dense(floats(3, 3))], [Dense(floats(3, 3), floats(3))], [])
+    yield "attention of cells", attention([layer(rng, dtype, 3)], [], [Clip(-0.5, 0.5)])
+    yield "attention of both ways", attention([two], [Dense(floats(wide(two), 1))], [])
+    yield "attention of the input", attention([], score, [])
+
+
+def attention(before, scores, after):
+    """A network with attention pooling: its nodes, names and wires."""
+    nodes = [*before, *scores, TimeSoftmax(), Merge("mul"), Reduce("sum", 1), *after]
+    names = [f"n{number}" for number in range(len(nodes))]
+    values = ["x", *names]
+    wires = [(value,) for value in values[:-1]]
+    at = len(before) + len(scores)
+    wires[at + 1] = (values[len(before)], names[at])
+    return nodes, names, wires
+
+
+def sequence_network(case):
+    return Network(*case[:2], wires=case[2]) if isinstance(case, tuple) else Network(case, _warn=False)
 
 
 CASES = [name for name, _ in sequence_cases(np.random.default_rng(0), "float64")]
@@ -358,7 +379,7 @@ CASES = [name for name, _ in sequence_cases(np.random.default_rng(0), "float64")
 @pairs.parametrize("seed, name", range(2), CASES, unpaired=[0])
 def test_whole_sequences_under_sanitizers(tmp_path, name, seed):
     rng, dtype = np.random.default_rng(seed), ("float64", "float32")[seed]
-    net = Network(dict(sequence_cases(rng, dtype))[name], _warn=False)
+    net = sequence_network(dict(sequence_cases(rng, dtype))[name])
     export(net, tmp_path, "net")
     every_step, steps = len(net.shapes[net.outputs[0]]) == 2, (9, 1)[seed]
     text = WHOLE_DRIVER.replace("STEPS", str(steps)).replace("ANSWERS", str(steps if every_step else 1))
@@ -552,6 +573,13 @@ def test_unsupported_nodes_are_refused_by_name(tmp_path):
     back = Recurrent(ahead.cells, go_backwards=True)
     with pytest.raises(ValueError, match=r"layer_0 can't be written as C: .*padding"):
         export(Network([Conv1D(np.ones((2, 3, 3), "f4")), Bidirectional(ahead, back)]), tmp_path)
+    alone = "layer_1: TimeSoftmax is only supported in attention pooling"
+    with pytest.raises(ValueError, match=alone):
+        export(Network([ahead, TimeSoftmax()]), tmp_path)
+    cut = attention([Bidirectional(ahead, back)], [Dense(np.ones((8, 8), "f4"))], [])
+    cut[0][3] = Merge("max")
+    with pytest.raises(ValueError, match="n2: TimeSoftmax is only supported in attention pooling"):
+        export(sequence_network(cut), tmp_path)
     with pytest.raises(ValueError, match="must fix the width"):
         export(Network([Activation("tanh")]), tmp_path)
     wires = [("x",), ("x",), ("layer_0", "layer_1")]

@@ -54,7 +54,7 @@ def test_gates_that_would_overflow(tmp_path):
 def test_a_session_continues_and_skips_steps(tmp_path):
     ort = pytest.importorskip("onnxruntime")
     net, x = network(), np.random.default_rng(1).normal(size=(2, 12, 5)).astype("f4")
-    onnx.save(net, tmp_path / "net.onnx", lengths=True)
+    onnx.save(net, tmp_path / "net.onnx", lengths=True, states=True)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(tmp_path / "net.onnx", options)

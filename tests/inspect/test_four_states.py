@@ -11,6 +11,7 @@ from toy import ToyState, ToyTrace, evaluate, register, run_without_kernel
 
 import cellstack as cs
 from cellstack import CellSpec, Network, Recurrent
+from cellstack.formats import onnx
 from cellstack.formats.runtimes import c as c_runtime
 from cellstack.inspect import diagnostics, files
 from cellstack.layers import RNN
@@ -147,7 +148,7 @@ def test_the_native_file_and_onnx_have_the_states(tmp_path, flags):
     net = network("float32", **flags)
     (cell,) = net.cells
     path = tmp_path / "net.onnx"
-    net.save(path)
+    onnx.save(net, path, states=True)
     session = onnxruntime.InferenceSession(path)
     x, start = drawn(1, 2, 5, WIDTH).astype("f4"), ToyState(*drawn(3, 4, 2, UNITS).astype("f4"))
     feed = {f"cell.{name}": array for name, array in start._asdict().items()}

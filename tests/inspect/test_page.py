@@ -458,6 +458,37 @@ def test_the_input_row_and_the_wires_are_visible_at_390_pixels(open_page, rng):
     assert texts == []
 
 
+def test_nothing_is_cut_or_covered_at_390_pixels(open_page, net, x):
+    screen = open_page(net.trace(x), width=390, height=800, touch=True)
+    inside = "(one) => one.scrollWidth - one.clientWidth"
+    assert screen.page.locator(".tabs").evaluate(inside) == 0
+    assert screen.page.locator(".numbers .scroll").evaluate(inside) == 0
+    steps = [int(re.findall(r"\d+", name)[0]) for name in screen.texts(".network .stepname:not(.head)")]
+    said = f"Steps {steps[0]} to {steps[-1]} of 10: move the cursor to see others."
+    assert screen.text(".net .note") == said
+    for port in ("c_prev", "f", "o"):
+        screen.page.locator(f'.port[data-field="{port}"]').tap()
+        drawing = screen.page.locator(".wires").bounding_box()
+        formula = screen.page.locator(".popover").bounding_box()
+        above = formula["y"] + formula["height"] <= drawing["y"]
+        assert above or formula["y"] >= drawing["y"] + drawing["height"], port
+
+
+def test_a_short_trace_fills_the_width_and_colours_are_explained(open_page, net, rng):
+    screen = open_page(net.trace(rng.normal(size=(1, 5, 3))), width=1280)
+    screen.settle()
+    box = screen.page.locator(".stack").bounding_box()
+    screen.page.locator(".stack").click(position={"x": box["width"] - 30, "y": 10})
+    screen.settle()
+    assert screen.text(".readout").startswith("step 4")
+    assert screen.text(".net .note") == ""  # all steps are drawn
+    gates, others = (text.split() for text in screen.texts("#panel-cell .legend .scale"))
+    assert gates == ["gates:", "0", "1"]
+    assert others == ["other", "values:", f"−{others[-1]}", others[-1]]
+    screen.tab("playground")
+    screen.page.locator("#panel-playground h3", has_text="Logarithm of the loss, base 10").wait_for()
+
+
 # ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

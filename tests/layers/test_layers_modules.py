@@ -644,3 +644,11 @@ def test_rounding_under_autocast_is_the_same_for_all_calls(isa):
     with torch.autocast("cpu", torch.float16):  # our kernels don't multiply float16
         mixed = layer(x)
     torch.testing.assert_close(mixed, layer(x), atol=0, rtol=0)
+
+
+def test_an_array_without_an_initializer_is_an_error(monkeypatch):
+    """An array of a new kind of cell must not stay zero unnoticed."""
+    monkeypatch.setattr("cellstack.layers.cell.ZEROS", ("gate_bias", "cell_bias"))
+    with pytest.raises(ValueError, match="LSTMCell: peepholes has no initializer: add it to MATRICES or ZEROS"):
+        layers.LSTM(4, peepholes=True).build(3)
+    layers.LSTM(4, layer_norm=True, learn_initial_state=True).build(3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import make_cell, make_network
 
 from cellstack import Bidirectional, Dense, Network, Patch, Recurrent, Standardise
-from cellstack.nodes import Conv1D, Embedding
+from cellstack.nodes import MLSTM, Conv1D, Embedding
 from cellstack.scale import Scorer
 from cellstack.train import UsageError
 
@@ -70,6 +70,20 @@ def test_a_convolution_keeps_its_steps_in_the_state(rng):
     table, whole = make_rows(1)
     scored, _ = in_parts(Scorer(net, **COLUMNS), table, [2, 3, 11])
     same(outputs(scored), expected(net, whole))
+
+
+def test_an_mlstm_has_the_bits_of_a_stream(rng):
+    """A run of the network computes several steps together."""
+    memory = MLSTM(2, 3, 3)
+    nodes = [Dense(rng.normal(size=(3, memory.input_size)).astype("f4")), memory]
+    net = Network([*nodes, Dense(rng.normal(size=(6, 2)).astype("f4"))])
+    table, whole = make_rows(lengths=(90, 7, 60))
+    scored, _ = in_parts(Scorer(net, **COLUMNS), table, [2, 3, 70])
+    stream = {name: net.stream().run(x[None])[0] for name, x in whole.items()}
+    same(outputs(scored), stream)
+    run = expected(net, whole)
+    assert any((run[name] != y).any() for name, y in stream.items())
+    assert all(np.abs(run[name] - y).max() < 1e-5 * max(1.0, np.abs(y).max()) for name, y in stream.items())
 
 
 def test_ids_of_an_embedding(rng):

@@ -389,7 +389,7 @@ CALLS = {
     "rank": (lambda s: s.step(X[None]), ShapeError, r"x \[B, I=3\], got \(1, 2, 3\): one step has no time axis"),
     "vector": (lambda s: s.step(X[0]), ShapeError, r"x \[B, I=3\], got \(3,\)"),
     "width": (lambda s: s.step(X[:, :2]), ShapeError, r"I=3\], got \(2, 2\)"),
-    "batch": (lambda s: s.step(X[:1]), ShapeError, r"B=2, got \(1, 3\)"),
+    "batch": (lambda s: s.step(X[:1]), ShapeError, r"B=2, got \(1, 3\): use net\.stream\(batch=1\)"),
     "dtype": (lambda s: s.step(X + 1j), TypeError, "real numbers, got complex64"),
     "chunk rank": (lambda s: s.run(X), ShapeError, r"x \[B, T, I=3\], got \(2, 3\)"),
     "chunk batch": (lambda s: s.run(X[:1, None]), ShapeError, r"B=2, got \(1, 1, 3\)"),

@@ -1,5 +1,7 @@
 """Streams of graphs: the same bits as a run, memories of convolutions, and nodes that can't run step by step."""
 
+import re
+
 import numpy as np
 import pairs
 import pytest
@@ -8,6 +10,7 @@ from networks import make_cell, make_graph, make_states
 from cellstack import Network, ShapeError
 from cellstack.nodes import (
     Activation,
+    Bidirectional,
     Context,
     Conv1D,
     Dense,
@@ -228,6 +231,25 @@ def test_a_graph_that_can_t_be_a_stream_says_why_in_a_line(case):
     with pytest.raises(ValueError, match=f"Stream: {message}") as error:
         net.stream()
     assert "\n" not in str(error.value)
+
+
+def test_every_part_that_can_t_be_a_stream_is_named():
+    """With advice that applies to the whole network."""
+    back = Recurrent(lstm().cells, go_backwards=True)
+    nodes = [Conv1D(floats(3, 3, 3), padding="same"), Conv1D(floats(3, 3, 3)), Bidirectional(lstm(), back)]
+    names = ["same", "valid", "pair", "pool"]
+    message = (
+        "Stream: same, valid can't run step by step: its windows contain future steps, which a stream doesn't have "
+        "(trained with padding='causal' they don't); pair can't run step by step: it runs backwards from the end of "
+        "the sequence, which a stream doesn't have; pool can't run step by step: the mean over time needs the whole "
+        "sequence, which a stream doesn't have; it runs whole sequences only: net(x), cellstack run"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Network([*nodes, GlobalPool("mean")], names).stream()
+    trained = Network([*nodes[2:], GlobalPool("mean")], names[2:], metadata={"task": "classify"})
+    advice = 'train without bidirectional (--bidirectional) and with pooling="last" (--pooling last) for a network that'
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        trained.stream()
 
 
 def test_merging_along_time_can_t_be_a_stream():

@@ -51,7 +51,7 @@ for (const { file, action, load: options, ...given } of JSON.parse(await readFil
     const net = await load(file, options ?? {});
     answers.push(action === undefined ? {} : packed(ACTIONS[action](net, unpacked(given))));
   } catch (error) {
-    answers.push({ error: error.message });
+    answers.push({ error: error.message, name: error.name });
   }
 }
 await writeFile(results, JSON.stringify(answers));

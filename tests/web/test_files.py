@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Network, Patch, Recurrent
+from cellstack import FormatError, Network, Patch, Recurrent, load
 from cellstack.nodes import Dense, PerFrame
 
 pytestmark = pytest.mark.web
@@ -105,6 +105,52 @@ def test_damaged_files(package, saved):
         package.add(data)
     for found, (_, message) in zip(package.run(), cases, strict=True):
         assert message in found["error"]
+        assert found["name"] == "FormatError"
+
+
+def test_descriptions_with_values_of_a_wrong_type(package, saved, tmp_path):
+    """Python refuses them too."""
+
+    def cell(**changes):
+        return lambda one: one["nodes"][0]["cells"][0].update(changes)
+
+    def node(n, **changes):
+        return lambda one: one["nodes"][n].update(changes)
+
+    cases = [
+        (lambda one: one.update(metadata=[]), "description: metadata: expected an object, got []"),
+        (lambda one: one.update(inputs=[None]), "description: input 0: expected an object, got null"),
+        (lambda one: one["inputs"][0].update(shape=3), "description: input 0: shape: expected a list of sizes"),
+        (
+            lambda one: one["inputs"][0].update(shape=[None, 5]),
+            "layer_0: expected an input of 3 features, got 5 from x",
+        ),
+        (lambda one: one["inputs"][0].update(shape=[3]), "layer_0: expected a sequence [B, T, W] from x"),
+        (lambda one: one.update(nodes=[None]), "description: node 0: expected an object, got null"),
+        (lambda one: one.update(outputs=[]), "description: outputs: expected a list of names, got []"),
+        (lambda one: one.update(outputs=["other"]), "expected outputs to be values of the network, got other"),
+        (node(1, name="layer_0"), 'description: node 1: name: "layer_0" occurs twice'),
+        (node(1, wires=None), "description: node 1: wires: expected a list of names, got null"),
+        (node(0, wires=["layer_1"]), "layer_0: expected an input or an earlier node, got layer_1"),
+        (node(0, return_sequences=None), "layer_0: return_sequences: expected true or false, got null"),
+        (node(0, cells=None), "layer_0: cells: expected a list of cells, got null"),
+        (node(0, cells=[None]), "layer_0, cell 0: expected an object, got null"),
+        (cell(units="4"), 'layer_0, cell 0: units: expected a positive integer, got "4"'),
+        (cell(clip="1"), 'layer_0, cell 0: clip: expected a number or null, got "1"'),
+        (cell(peepholes=0), "layer_0, cell 0: peepholes: expected true or false, got 0"),
+        (cell(gate_activations=[]), "layer_0, cell 0: gate_activations: expected activations by gate, got []"),
+        (node(1, use_bias=None), "layer_1: use_bias: expected true or false, got null"),
+        (node(1, activation=None), "layer_1: activation: expected a text, got null"),
+        (node(1, type="pool", mode="least"), 'layer_1: mode: expected one of mean, max, last, final, got "least"'),
+    ]
+    for change, _ in cases:
+        package.add(redescribed(saved, change))
+        (tmp_path / "damaged.safetensors").write_bytes(redescribed(saved, change))
+        with pytest.raises(FormatError):
+            load(tmp_path / "damaged.safetensors")
+    for found, (_, message) in zip(package.run(), cases, strict=True):
+        assert message in found["error"]
+        assert found["name"] == "FormatError"
 
 
 def test_networks_with_parts_that_only_python_has(package, rng):

@@ -2,6 +2,7 @@
 // sequences in place of the engine's own.
 
 import { cellActivation, knowsNodeActivation } from "./engine/activations.js";
+import { FormatError } from "./description.js";
 import { ACTIVATIONS, ARRAYS, KINDS } from "./kinds.js";
 
 // The kernel's number formats, in its order.
@@ -37,23 +38,23 @@ function symbolicShapes(kind, spec) {
 export function formOf(where, given) {
   const name = given.kind ?? "lstm";
   const kind = Object.hasOwn(KINDS, name) ? KINDS[name] : null;
-  if (kind === null) throw new Error(`${where}: expected kind to be one of ${Object.keys(KINDS).join(", ")}, got ${name}`);
+  if (kind === null) throw new FormatError(`${where}: expected kind to be one of ${Object.keys(KINDS).join(", ")}, got ${name}`);
   const settings = { ...kind.settings, kind: name };
   const spec = { ...settings, ...given };
   for (const width of ["input_size", "units"]) {
     if (!Number.isInteger(spec[width]) || spec[width] < 1) {
-      throw new Error(`${where}: expected ${width} to be a positive integer, got ${spec[width]}`);
+      throw new FormatError(`${where}: expected ${width} to be a positive integer, got ${spec[width]}`);
     }
   }
   if (spec.proj_size !== undefined && !(Number.isInteger(spec.proj_size) && spec.proj_size >= 0 && spec.proj_size < spec.units)) {
-    throw new Error(`${where}: expected proj_size from 0 to below units=${spec.units}, got ${spec.proj_size}`);
+    throw new FormatError(`${where}: expected proj_size from 0 to below units=${spec.units}, got ${spec.proj_size}`);
   }
   if (spec.heads !== undefined && !(Number.isInteger(spec.heads) && spec.heads >= 1 && spec.units % spec.heads === 0)) {
-    throw new Error(`${where}: expected heads to divide units=${spec.units}, got ${spec.heads}`);
+    throw new FormatError(`${where}: expected heads to divide units=${spec.units}, got ${spec.heads}`);
   }
-  if (spec.heads > 1 && spec.proj_size) throw new Error(`${where}: expected heads=1 with proj_size, got ${spec.heads}`);
+  if (spec.heads > 1 && spec.proj_size) throw new FormatError(`${where}: expected heads=1 with proj_size, got ${spec.heads}`);
   if (spec.backbone_units !== undefined && !(Number.isInteger(spec.backbone_units) && spec.backbone_units >= 0)) {
-    throw new Error(`${where}: expected backbone_units to be a non-negative integer, got ${spec.backbone_units}`);
+    throw new FormatError(`${where}: expected backbone_units to be a non-negative integer, got ${spec.backbone_units}`);
   }
   const activations = Object.entries(kind.slots).map(([slot, usual]) => [slot, spec.gate_activations[slot] ?? spec[usual]]);
   if (spec.backbone_units) activations.push(["backbone", spec.backbone_activation]);
@@ -98,7 +99,7 @@ function words(spec, activations) {
 // that of its matrices in memory, one of ELEMENTS, or null for the file's.
 export function cellWeights(kernel, where, { spec, form }, tensors, format) {
   const dtypes = new Set(MATRICES.filter((name) => tensors[name]).map((name) => tensors[name].dtype));
-  if (dtypes.size > 1) throw new Error(`${where}: expected its matrices all in F32 or all in BF16`);
+  if (dtypes.size > 1) throw new FormatError(`${where}: expected its matrices all in F32 or all in BF16`);
   const element = format ?? (dtypes.has("BF16") ? "bfloat16" : "float32");
   const activations = Object.values(form.activations).map((text) => codeOf(cellActivation(text)));
   const { integers, numbers } = words(

@@ -53,9 +53,13 @@ export interface LoadOptions {
  * Load a network from a safetensors file that cellstack wrote (`net.save`, `cellstack convert`).
  *
  * @param source a URL; in Node also a path; or the bytes of the file
- * @throws Error if the file is damaged, or has something that isn't supported; the message names the tensor or node
+ * @throws FormatError if the file is damaged, or has something that isn't supported; the message names the tensor or
+ *   node, what was expected and what was found
  */
 export function load(source: URL | string | ArrayBuffer | ArrayBufferView, options?: LoadOptions): Promise<Network>;
+
+/** A file that isn't a network, or one that the package doesn't support. */
+export class FormatError extends Error {}
 
 /** A network. Its weights never change; it may be used by any number of streams. */
 export class Network {

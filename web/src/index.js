@@ -1,2 +1,3 @@
+export { FormatError } from "./description.js";
 export { load, Network } from "./network.js";
 export { Stream } from "./stream.js";

@@ -8,6 +8,7 @@ import { numbersIn, shapeText } from "./engine/shapes.js";
 import { flagsOf } from "./engine/nodes_base.js";
 import { NODE_KINDS } from "./engine/nodes.js";
 import { KernelPass, MATRICES, cellWeights, denseWeights, formOf, onKernel } from "./cells.js";
+import { FormatError } from "./description.js";
 import { bytesOf, loadKernel } from "./kernel.js";
 import { readSafetensors } from "./safetensors.js";
 import { Stream } from "./stream.js";
@@ -38,13 +39,13 @@ function taken(left, prefix, shapes, narrows) {
   for (const [name, shape] of Object.entries(shapes)) {
     const full = prefix + name;
     const tensor = left[full];
-    if (tensor === undefined) throw new Error(`${full}: expected this tensor in the file, ${shapeText(shape)}`);
+    if (tensor === undefined) throw new FormatError(`${full}: expected this tensor in the file, ${shapeText(shape)}`);
     if (tensor.shape.join() !== shape.join()) {
-      throw new Error(`${full}: expected ${shapeText(shape)}, got ${shapeText(tensor.shape)}`);
+      throw new FormatError(`${full}: expected ${shapeText(shape)}, got ${shapeText(tensor.shape)}`);
     }
     const narrow = narrows && MATRICES.includes(name);
     if (tensor.dtype !== "F32" && !(narrow && tensor.dtype === "BF16")) {
-      throw new Error(`${full}: expected ${narrow ? "F32 or BF16" : "F32"}, got ${tensor.dtype}`);
+      throw new FormatError(`${full}: expected ${narrow ? "F32 or BF16" : "F32"}, got ${tensor.dtype}`);
     }
     found[name] = tensor;
     delete left[full];
@@ -59,7 +60,7 @@ const statesOf = (state) => state.map((one) => mapped(one, asFloats));
 export class Network {
   // See `load`.
   constructor(kernel, description, tensors, weights) {
-    if (description.patches?.length) throw new Error("The network's patches aren't supported: run it in Python.");
+    if (description.patches?.length) throw new FormatError("The network's patches aren't supported: run it in Python.");
     const forms = [];
     const numbers = {};
     for (const node of description.nodes) {
@@ -88,7 +89,7 @@ export class Network {
       ...unsupported(network),
       ...Object.keys(left).map((name) => `${name}: no node uses this tensor.`),
     ];
-    if (problem !== undefined) throw new Error(problem);
+    if (problem !== undefined) throw new FormatError(problem);
     this.kernel = kernel;
     this.network = network;
     this.inputs = network.inputs;

@@ -1,5 +1,7 @@
 // Reads a network from the bytes of a safetensors file: docs/format.md describes it.
 
+import { checkDescription, FormatError } from "./description.js";
+
 const MOST_HEADER = 100e6; // bytes, as in the safetensors package
 const BYTES = { F64: 8, F32: 4, BF16: 2 };
 
@@ -8,7 +10,7 @@ function textOf(bytes) {
 }
 
 function headerOf(bytes) {
-  const bad = (why) => new Error(`expected a safetensors file: ${why}`);
+  const bad = (why) => new FormatError(`expected a safetensors file: ${why}`);
   if (bytes.byteLength < 8) throw bad(`it has ${bytes.byteLength} bytes`);
   const length = Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true));
   if (length > MOST_HEADER || 8 + length > bytes.byteLength) {
@@ -36,52 +38,51 @@ function numbersOf(bytes, dtype) {
   return new Float32Array(Uint32Array.from(words, (word) => word << 16).buffer);
 }
 
-// { description, tensors: { name: { dtype, shape, data: Float32Array or null } } }. Throws an Error that names the tensor.
+// { description, tensors: { name: { dtype, shape, data: Float32Array or null } } }. Throws a FormatError that names the tensor.
 export function readSafetensors(bytes) {
   const { header, data } = headerOf(bytes);
   const { __metadata__: metadata, ...entries } = header;
   if (typeof metadata?.cellstack !== "string") {
-    throw new Error(
+    throw new FormatError(
       "the safetensors file has no description of a network: write it with cellstack, by net.save or `cellstack convert`",
     );
   }
   const tensors = {};
   const ranges = [];
-  for (const [name, { dtype, shape, data_offsets: offsets }] of Object.entries(entries)) {
+  for (const [name, entry] of Object.entries(entries)) {
+    const { dtype, shape, data_offsets: offsets } = entry ?? {};
     if (!Object.hasOwn(BYTES, dtype)) {
-      throw new Error(`${name}: expected ${Object.keys(BYTES).join(", ")}, got ${dtype}`);
+      throw new FormatError(`${name}: expected ${Object.keys(BYTES).join(", ")}, got ${dtype}`);
     }
     const lengths = (list) => Array.isArray(list) && list.every((length) => Number.isSafeInteger(length) && length >= 0);
     if (!lengths(shape) || !lengths(offsets) || offsets.length !== 2) {
-      throw new Error(`${name}: expected a shape and two offsets, got ${JSON.stringify({ shape, data_offsets: offsets })}`);
+      throw new FormatError(`${name}: expected a shape and two offsets, got ${JSON.stringify({ shape, data_offsets: offsets })}`);
     }
     const [start, end] = offsets;
     const size = shape.reduce((product, length) => product * length, BYTES[dtype]);
     if (end - start !== size) {
-      throw new Error(`${name}: expected ${size} bytes for ${dtype} [${shape.join(", ")}], got ${end - start}`);
+      throw new FormatError(`${name}: expected ${size} bytes for ${dtype} [${shape.join(", ")}], got ${end - start}`);
     }
     if (end > data.byteLength) {
-      throw new Error(`${name}: the file ends before this tensor does, it may be truncated`);
+      throw new FormatError(`${name}: the file ends before this tensor does, it may be truncated`);
     }
     ranges.push({ name, start, end });
     tensors[name] = { dtype, shape, data: numbersOf(data.subarray(start, end), dtype) };
   }
   let last = 0;
   for (const { name, start, end } of ranges.sort((a, b) => a.start - b.start || a.end - b.end)) {
-    if (start !== last) throw new Error(`${name}: expected it to start at byte ${last} of the arrays, got ${start}`);
+    if (start !== last) throw new FormatError(`${name}: expected it to start at byte ${last} of the arrays, got ${start}`);
     last = end;
   }
   if (last !== data.byteLength) {
-    throw new Error(`expected the file's tensors to end at its end, got ${data.byteLength - last} bytes after them`);
+    throw new FormatError(`expected the file's tensors to end at its end, got ${data.byteLength - last} bytes after them`);
   }
   let description;
   try {
     description = JSON.parse(metadata.cellstack);
   } catch (error) {
-    throw new Error(`the description of the network isn't JSON (${error.message})`);
+    throw new FormatError(`the description of the network isn't JSON (${error.message})`);
   }
-  for (const part of ["inputs", "nodes", "outputs"]) {
-    if (!Array.isArray(description?.[part])) throw new Error(`expected a description of a network, which has a list of ${part}`);
-  }
+  checkDescription(description);
   return { description, tensors };
 }

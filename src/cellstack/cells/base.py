@@ -271,7 +271,8 @@ class Kind:
         inputs: returns the part of the pre-activations that depends on x only, `[…, G·H]`, from the operations, the
             description and the features of x; it is computed for all steps at once where the view has them.
         shapes: returns the shapes of this kind's arrays in addition to `usual_shapes`, or instead of them.
-        recurrent: whether h is multiplied by a matrix, `recurrent_kernel`.
+        recurrent: whether the gates depend on h, through a product with a matrix, `recurrent_kernel`; if not, they
+            depend on x only, and may be computed for all steps at once.
         drops: what recurrent dropout applies to: h in that product, `"h"`, or the `"candidate"`.
         scalar: the flag with which the last column of x is a number of the step, which isn't multiplied by the kernel;
             "": the kind has none.

@@ -18,6 +18,7 @@ from cellstack.spec import (
     ACTIVATIONS,
     ARRAYS,
     MATRICES,
+    ZEROS,
     CellSpec,
     ShapeError,
     as_integer,
@@ -264,6 +265,9 @@ class Cell(Layer):
                     values.fill_(1.0)
                 elif name in (*self._parts, *MATRICES):
                     self._fill(name, values, self._parts[name if name in self._parts else "kernel"][0])
+                elif name not in ZEROS and not name.startswith("initial_"):
+                    where = "MATRICES or ZEROS in spec.py"
+                    raise ValueError(f"{self._owner}: {name} has no initializer: add it to {where}")
                 setattr(self, name, nn.Parameter(values))
 
     def _fill(self, name: str, values: Tensor, initializer: Any) -> None:

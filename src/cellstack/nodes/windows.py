@@ -26,7 +26,7 @@ def why_not_by_steps(padding: str | tuple[int, int], span: int, strides: int) ->
         return f"it has an output every {strides} steps, and a stream needs one per step"
     if padding == "causal" or (span == 1 and padding in PADDINGS):
         return None
-    return "its windows contain future steps, which a stream doesn't have (padding='causal' avoids this)"
+    return "its windows contain future steps, which a stream doesn't have (trained with padding='causal' they don't)"
 
 
 def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) -> tuple[int, int]:

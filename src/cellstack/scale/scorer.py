@@ -118,8 +118,9 @@ class Scorer:
     def score(self, frame: Any, state: pa.Table | None = None) -> tuple[Any, pa.Table]:
         """Score rows. Nothing is changed: the same arguments give the same results, bit for bit.
 
-        However the rows of a sequence are divided among calls, its predictions have the bits of `Network.run` on the
-        whole sequence, as long as each call gets the state that the call before returned.
+        However the rows of a sequence are divided among calls, its predictions have the bits of a `Stream` of the
+        whole sequence, as long as each call gets the state that the call before returned. Those are the bits of
+        `Network.run`, unless the network has an `MLSTM`.
 
         Args:
             frame: a pandas frame or a pyarrow table with at least `columns`, in which the rows of each sequence are in

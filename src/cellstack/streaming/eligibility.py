@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack.nodes import GlobalPool, Recurrent
+from cellstack.nodes import Bidirectional, GlobalPool, Recurrent
 from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def check_streamable(owner: str, network: Network) -> frozenset[str]:
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes that mask each value
     heeded: set[str] = set()
     moved: str | None = None  # the first node with a state
+    refused: dict[str, list[str]] = {}  # nodes by the reason
     rules = step_rules(network)
     for name, node, sources, rule in zip(network.names, network.nodes, network.wires, rules, strict=True):
         why = rule.why_not
@@ -103,13 +105,32 @@ def check_streamable(owner: str, network: Network) -> frozenset[str]:
             if why is None and not equals_output(node, state):
                 why = f"its state {state.value} is an input of a node or an output, which only run() supports"
         if why is not None:
+<<<<<<< HEAD
             trained = isinstance(node, GlobalPool) and network.metadata.get("task")
             fix = "; train with `pooling='last'` for a network that can be streamed" if trained else ""
             raise ValueError(f"{owner}: {name} can't run step by step: {why}{fix}")
+=======
+            refused.setdefault(why, []).append(name)
+>>>>>>> views
         on = [masks.get(source) for source in sources]  # a state has none
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))
         masks[name] = node.mask_after(on, len(network.shapes[sources[0]]), NamedMasks(name))
         if node.cells or node.memory or rule.memory:
             moved = moved or name
+    if refused:
+        parts = [f"{', '.join(names)} can't run step by step: {why}" for why, names in refused.items()]
+        raise ValueError(f"{owner}: {'; '.join(parts)}{_advice(network, rules)}")
     return frozenset(heeded)
+
+
+def _advice(network: Network, rules: Sequence[StepRule]) -> str:
+    """Return what to do with a network of which some nodes need whole sequences."""
+    whole = [node for node, rule in zip(network.nodes, rules, strict=True) if rule.why_not is not None]
+    if not whole:
+        return ""
+    if not network.metadata.get("task") or not all(isinstance(node, (GlobalPool, Bidirectional)) for node in whole):
+        return "; it runs whole sequences only: net(x), cellstack run"
+    how = ["without bidirectional (--bidirectional)"] if any(isinstance(node, Bidirectional) for node in whole) else []
+    how += ['with pooling="last" (--pooling last)'] if any(isinstance(node, GlobalPool) for node in whole) else []
+    return f"; train {' and '.join(how)} for a network that can be streamed"

@@ -198,7 +198,8 @@ class Engine:
             first = next(iter(arrays.values()))
             if len(array) != batch:
                 why = ", one step per session" if self.shared else ""
-                raise ShapeError(f"{owner}: expected {name} with B={batch}{why}, got {array.shape}")
+                fix = "" if self.shared or not len(array) else f": use net.stream(batch={len(array)})"
+                raise ShapeError(f"{owner}: expected {name} with B={batch}{why}, got {array.shape}{fix}")
             if chunk and array.shape[1] != first.shape[1]:
                 raise ShapeError(f"{owner}: expected {name} with T={first.shape[1]}, got {array.shape}")
         if self._late:  # no state has changed yet, so errors leave the engine as it was

@@ -96,14 +96,14 @@ def random_states(rng, net, batch):
 def check(tmp_path, net, x, states=None, tolerance=TOLERANCE, exact_names=False):
     """Save `net`, compare ONNX Runtime's output and that of the network read back with its own; return the latter."""
     path = str(tmp_path / "net.onnx")
-    adapter.save(net, path)
+    adapter.save(net, path, states=states is not None)
     onnx.checker.check_model(path, full_check=True)
     feeds = dict(zip(net.inputs, x if isinstance(x, tuple) else (x,), strict=True))
     y, after = net.run(x, states)
     outputs = y if isinstance(y, tuple) else (y,)
     names = state_names(net)
     said = json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}["cellstack"])["states"]
-    assert sorted(said) == sorted([name, f"{name}.after"] for name in names)
+    assert sorted(said) == sorted(["" if states is None else name, f"{name}.after"] for name in names)
     if states is not None:
         feeds |= dict(zip(names, flat(states), strict=True))
     answers = run(path, feeds, [*net.outputs, *(f"{name}.after" for name in names)])
@@ -284,7 +284,7 @@ def test_a_stream_goes_on_in_onnx_runtime(tmp_path):
     rng = np.random.default_rng(1)
     net = Network([Recurrent((random_cell(rng, 3, 4, "lstm"), random_cell(rng, 4, 2, "gru")))], ["stack"])
     path = str(tmp_path / "net.onnx")
-    adapter.save(net, path)
+    adapter.save(net, path, states=True)
     x = floats(rng, 1, 6, 3)
     state, frames = {}, []
     names = ["stack", "stack.0.h.after", "stack.0.c.after", "stack.1.h.after"]
@@ -335,10 +335,10 @@ def test_cells_that_onnx_lacks(tmp_path, name, dtype):
         states = tuple(type(state)(*(a.astype(dtype) for a in state)) for state in random_states(rng, net, 3))
         for given in (None, states):
             again = check(tmp_path, net, x, given, tolerance)
-        assert [cell.spec for cell in again.cells] == [cell.spec for cell in net.cells]
-        for cell, expected in zip(again.cells, net.cells, strict=True):
-            for key, array in expected.arrays.items():
-                np.testing.assert_array_equal(cell.arrays[key], array)
+            assert [cell.spec for cell in again.cells] == [cell.spec for cell in net.cells]
+            for cell, expected in zip(again.cells, net.cells, strict=True):
+                for key, array in expected.arrays.items():
+                    np.testing.assert_array_equal(cell.arrays[key], array)
     back = Recurrent((first,), go_backwards=True)
     check(tmp_path, Network([Bidirectional(Recurrent((first,)), back)], ["pair"]), x, None, tolerance)
 
@@ -493,7 +493,7 @@ def test_masks(tmp_path, name, lengths):
     x[rng.random((4, 6)) < 0.2] = 1.0
     x[1] = 0.0
     path = str(tmp_path / "net.onnx")
-    adapter.save(net, path, lengths)
+    adapter.save(net, path, lengths, states=True)
     onnx.checker.check_model(path, full_check=True)
     names = state_names(net)
     for given in [None, rng.integers(0, 7, 4)] if lengths else [None]:
@@ -554,24 +554,45 @@ def test_zeros_at_masked_steps_are_read_back(tmp_path, kind, sequences):
 
 
 def test_onnx_runtime_does_not_warn_of_a_file(tmp_path, capfd):
-    """Except that an optional initial state isn't a constant, which is intended."""
+    """Except that an initial state, if requested as an optional input, isn't a constant."""
     path = str(tmp_path / "net.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2  # warnings
     options.intra_op_num_threads = 1
-    warned = 0
     networks = [*(make_graph(seed)[0] for seed in range(40)), *(make_network(seed) for seed in range(40))]
     networks += masked_networks(np.random.default_rng(0)).values()
     networks += [make_network(seed, "float64") for seed in (7, 16, 19)]
     for net in networks:
-        adapter.save(net, path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        states = [f"Initializer {name} appears in graph inputs" for name in state_names(net)]
-        said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-        assert all(any(text in line for text in states) for line in said), said
-        warned += len(said)
-        assert len(session.get_outputs()) == len(net.outputs) + len(states)
-    assert warned  # the runtime does report what is wrong
+        states = state_names(net)
+        for takes_states in (False, True):
+            adapter.save(net, path, states=takes_states)
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+            assert len(said) == (len(states) if takes_states else 0), said  # the runtime does report what is wrong
+            assert all(f"Initializer {name} appears in graph inputs" in "".join(said) for name in states if said)
+            assert [entry.name for entry in session.get_inputs()] == list(net.inputs)
+            assert len(session.get_outputs()) == len(net.outputs) + len(states)
+
+
+def test_the_axes_of_inputs_and_outputs_are_named(tmp_path):
+    rng, path = np.random.default_rng(0), str(tmp_path / "net.onnx")
+
+    def axes(net):
+        adapter.save(net, path, states=True)
+        graph = onnx.load(path).graph
+        return {
+            value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            for value in [*graph.input, *graph.output]
+        }
+
+    found = axes(Network([lstm(rng, 3, 4)], ["lstm"]))
+    assert found["x"] == ["batch", "time", 3]
+    assert found["lstm"] == ["batch", "lstm.time", 4]
+    assert found["lstm.h"] == ["lstm.h.rows", 4]  # one row, or the whole batch
+    assert found["lstm.h.after"] == ["batch", 4]
+    two = {"inputs": {"x": (None, 3), "ids": (None,)}, "wires": [("x",), ("ids",)], "outputs": ("lstm", "table")}
+    found = axes(Network([lstm(rng, 3, 4), Embedding(floats(rng, 9, 3))], ["lstm", "table"], **two))
+    assert (found["x"], found["ids"]) == (["batch", "x.time", 3], ["batch", "ids.time"])  # of any two lengths
 
 
 @pairs.seeds(20, 40)

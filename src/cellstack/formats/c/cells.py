@@ -90,6 +90,22 @@ static void ${name}_log_softmax($real *v, size_t n)
     }
 }
 """,
+    "weigh": """
+/* Add value [n] to sum, weighted by exp(scores [m]), m = 1 or n; all is relative to the largest score so far */
+static void ${name}_weigh($real *sum, size_t n, const $real *value, const $real *scores, size_t m,
+    $real *largest, $real *total)
+{
+    for (size_t j = 0; j < m; j++) {
+        const $real next = scores[j] <= largest[j] ? largest[j] : scores[j];
+        const $real kept = exp$f(largest[j] - next), weight = exp$f(scores[j] - next);
+        largest[j] = next;
+        total[j] = total[j] * kept + weight;
+        for (size_t k = j; k < n; k += m) {
+            sum[k] = sum[k] * kept + weight * value[k];
+        }
+    }
+}
+""",
     "silu": """
 static $real ${name}_silu($real z)
 {

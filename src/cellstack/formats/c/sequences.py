@@ -1,7 +1,8 @@
 """Networks that need a whole sequence, as C: those that run backwards, or take a mean or maximum over time.
 
-A chain is cut at these nodes. The nodes between two cuts run step by step, in one loop. If the next node reads the
-steps in another order, their outputs are stored in memory that the caller provides.
+Attention pooling is one of these nodes too: a softmax over time, its product with the value that it was computed from,
+and the sum of the product over time. A chain is cut at these nodes. The nodes between two cuts run step by step, in one
+loop. If the next node reads the steps in another order, their outputs are stored in memory that the caller provides.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from contextlib import contextmanager
 
 from cellstack.formats.c.source import NODES, Writer, check_chain, comment
 from cellstack.network import Network
-from cellstack.nodes import Activation, Bidirectional, GlobalPool, Node, Recurrent
+from cellstack.nodes import Activation, Bidirectional, GlobalPool, Merge, Node, Recurrent, Reduce, TimeSoftmax
 
 VECTOR = "s->vector"  # the value after the time axis is removed
+LEAST = {"float": "-3.40282347e+38f", "double": "-1.7976931348623157e+308"}
 MERGES = {"sum": "{a} + {b}", "mul": "{a} * {b}", "ave": "({a} + {b}) * 0.5$f"}
 
 
@@ -24,7 +26,35 @@ def needs_sequence(network: Network) -> bool:
 
 def _whole(node: Node) -> bool:
     backwards = isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards)
-    return backwards or (isinstance(node, GlobalPool) and node.mode != "last")
+    return backwards or isinstance(node, TimeSoftmax) or (isinstance(node, GlobalPool) and node.mode != "last")
+
+
+def pooled_by_attention(network: Network) -> dict[int, int]:
+    """Return the number of the node that attention pooling weighs, -1 for the input, by that of its `TimeSoftmax`.
+
+    The nodes between the two, which compute the scores, are a chain.
+    """
+    values, found = (network.inputs[0], *network.names), {}
+    for number in range(len(network.nodes) - 2):
+        softmax, merge, reduce = network.nodes[number : number + 3]
+        if not isinstance(softmax, TimeSoftmax) or not isinstance(merge, Merge) or not isinstance(reduce, Reduce):
+            continue
+        others = [name for name in network.wires[number + 1] if name != network.names[number]]
+        if merge.mode != "mul" or len(network.wires[number + 1]) != 2 or len(others) != 1 or reduce.keepdims:
+            continue
+        if network.shapes[network.names[number]][-1] not in (1, network.shapes[others[0]][-1]):
+            continue  # one value, weighted in several ways
+        at = values.index(others[0]) - 1
+        scores = range(at + 1, number + 1)
+        chained = all(network.wires[n] == (values[n],) for n in (*scores, number + 2))
+        if (
+            reduce.mode == "sum"
+            and reduce.place(2) == 1
+            and chained
+            and not any(_whole(network.nodes[n]) for n in scores[:-1])
+        ):
+            found[number] = at
+    return found
 
 
 class SequenceWriter(Writer):
@@ -37,12 +67,21 @@ class SequenceWriter(Writer):
     def check(self) -> None:
         """Raise `ValueError` where a node can't be written as C."""
         network = self.network
-        check_chain(network, (*NODES, Bidirectional))
+        self.attention = pooled_by_attention(network)
+        ends = {network.names[number + n] for number in self.attention for n in range(3)}
+        for label, node in zip(network.names, network.nodes, strict=True):
+            if isinstance(node, TimeSoftmax) and label not in ends:
+                raise ValueError(
+                    f"export_c: {label}: TimeSoftmax is only supported in attention pooling: the sum over time of its "
+                    "product with the value from which it was computed, step by step"
+                )
+        kinds = (*NODES, Bidirectional, TimeSoftmax, *((Merge, Reduce) if ends else ()))
+        check_chain(network, kinds, joined=ends)
         (name,) = network.inputs
         if not network.graph.timed(name):
             raise ValueError(f"export_c: expected an input with a time axis, got {name} {network.graph.shown(name)}")
-        for name, node, (source,) in zip(network.names, network.nodes, network.wires, strict=True):
-            why = None if _whole(node) else node.step_rule(network.shapes[source]).why_not
+        for name, node, (source, *_) in zip(network.names, network.nodes, network.wires, strict=True):
+            why = None if _whole(node) or name in ends else node.step_rule(network.shapes[source]).why_not
             if why is not None and len(network.shapes[source]) > 1:
                 raise ValueError(f"export_c: {name} can't be written as C: {why}")
 
@@ -52,6 +91,7 @@ class SequenceWriter(Writer):
             (label, node)
             for label, node in zip(self.network.names, self.network.nodes, strict=True)
             if not (isinstance(node, Activation) and node.activation == "linear")
+            and not isinstance(node, (Merge, Reduce))  # they are written with their TimeSoftmax
         ]
         self.buffers = [0, 0]  # the width of each buffer: values per step
         self.sequence, self.width = "x", self.input_width([node for _, node in entries])
@@ -63,6 +103,8 @@ class SequenceWriter(Writer):
                 at, self.width = self.node(label, node, at, self.width, last)
             elif isinstance(node, GlobalPool):
                 at = self._pool(group, node, label)
+            elif isinstance(node, TimeSoftmax):
+                at = self._attention(group, label)
             elif isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards):
                 if group:
                     self._store(group, self._buffer())
@@ -147,6 +189,37 @@ class SequenceWriter(Writer):
             self.steps[before:before] = self.each(self.width, VECTOR, "0" if node.mode == "mean" else "-INFINITY")
         if node.mode == "mean":
             self.steps += self.each(self.width, VECTOR, f"{VECTOR}[j] / ({self.real})steps")
+        return VECTOR
+
+    def _attention(self, group: list[tuple[str, Node]], label: str) -> str:
+        """Write nodes, and attention pooling of the output of one of them; those after it compute the scores."""
+        names = self.network.names
+        at, before = self.attention[names.index(label)], len(self.steps)
+        valued = [entry for entry in group if names.index(entry[0]) <= at]
+        scored = group[len(valued) :]
+        with self._loop():
+            value = self._steps(valued)
+            width = self.width
+            if scored and value in ("s->a", "s->b"):  # the scores need these
+                self.scratch["value"] = max(width, self.scratch.get("value", 0))
+                self._copy("s->value", value, width)
+                value = "s->value"
+            scores = value
+            for name, node in scored:
+                scores, self.width = self.node(name, node, scores, self.width, False)
+            given = f"{VECTOR}, {width}, {value}, {scores}, {self.width}, s->largest, s->total"
+            self.steps += ["", comment(f"    /* {label}: attention pooling */"), f"    ${{name}}_weigh({given});"]
+        for name in ("largest", "total"):
+            self.scratch[name] = max(self.width, self.scratch.get(name, 0))
+        self.steps[before:before] = [
+            *self.each(width, VECTOR, "0"),
+            *self.each(self.width, "s->largest", LEAST[self.real]),
+            *self.each(self.width, "s->total", "0"),
+        ]
+        total = "s->total[j]" if self.width == width else "s->total[0]"
+        self.steps += self.each(width, VECTOR, f"{total} == 0 ? 0 : {VECTOR}[j] / {total}")
+        self._vector(width)
+        self.width = width
         return VECTOR
 
     def _backwards(self, label: str, node: Bidirectional | Recurrent, end: str) -> str:

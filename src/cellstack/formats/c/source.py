@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 from cellstack import spec
 from cellstack.formats.c.cells import WIDTHS, by_gate, form_key, form_of, shape_text
@@ -276,8 +277,11 @@ def comment(text: str) -> str:
     return text[:-2].replace("*/", "* /").replace("$", "$$") + text[-2:]
 
 
-def check_chain(network: Network, nodes: tuple[type[Node], ...]) -> None:
-    """Raise `ValueError` where a node isn't of one of these kinds or can't be written as C, or isn't in a chain."""
+def check_chain(network: Network, nodes: tuple[type[Node], ...], joined: Collection[str] = ()) -> None:
+    """Raise `ValueError` where a node isn't of one of these kinds or can't be written as C, or isn't in a chain.
+
+    Nodes in `joined` may also read values before the preceding one.
+    """
     expected = (network.inputs[0], *network.names)
     for name, node, sources, before in zip(network.names, network.nodes, network.wires, expected, strict=False):
         if not isinstance(node, nodes):
@@ -289,7 +293,7 @@ def check_chain(network: Network, nodes: tuple[type[Node], ...]) -> None:
             raise ValueError(f"export_c: {name}: cells with use_kernel=False aren't supported")
         if isinstance(node, Conv1D) and node.groups > 1:
             raise ValueError(f"export_c: {name}: expected a Conv1D with one group, got {node.groups}")
-        if sources != (before,):
+        if sources != (before,) and name not in joined:
             raise ValueError(f"export_c: only a chain of nodes is supported, but {name} reads {', '.join(sources)}")
     if network.outputs != network.names[-1:]:
         raise ValueError(f"export_c: the last node must be the only output, got {', '.join(network.outputs)}")

@@ -242,19 +242,21 @@ def _loaded(model: Model, sizes: dict[str, Any], contexts: dict[str, Any]) -> Ne
         raise problem from error
 
 
-def save(network: Network, path: str, lengths: bool = False) -> None:
+def save(network: Network, path: str, lengths: bool = False, states: bool = False) -> None:
     """Write a network as an ONNX file, whole or not at all: opset 17, any batch size and any number of steps.
 
-    Every state of a cell is an input, such as `name.h` and `name.c` `[B, H]`, and an output, `name.h.after`. An omitted
-    input takes the cell's own initial state. The cells of a stack are named `name.0` and so on, those of a
-    Bidirectional `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't express, float64 cells
-    and masked cells are written as Scans.
+    Every state of a cell is an output, such as `name.h.after` and `name.c.after` `[B, H]`. The cells of a stack are
+    named `name.0` and so on, those of a Bidirectional `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU
+    and RNN can't express, float64 cells and masked cells are written as Scans.
 
     Args:
         network: what to write.
         path: the path of the file.
         lengths: whether to add an input `lengths` `[B]`, int64: the number of valid steps of each row; if omitted, all
             steps are. cellstack can't read such a file back.
+        states: whether to add an input for every state, `name.h` and `name.c`, with which a later call continues an
+            earlier one; if omitted, it is the cell's own initial state. ONNX Runtime warns about each when it loads the
+            file, because the input is optional.
 
     Raises:
         ValueError: lengths for a network without time, a LayerNorm of unknown width, or more data than protobuf
@@ -263,4 +265,4 @@ def save(network: Network, path: str, lengths: bool = False) -> None:
         ModuleNotFoundError: the package onnx isn't installed.
     """
     check_unedited(network, NAME)
-    write(network, path, lengths)
+    write(network, path, lengths, states)

@@ -125,9 +125,9 @@ def can_be_operator(cells: tuple[Cell, ...]) -> bool:
 class CellWriter(Pieces):
     """Writes a network's cells into a graph, where the network's names become those of values."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, takes_states: bool = False) -> None:
         super().__init__(onnx_package(), network.dtype, {*network.inputs, *network.names})
-        self.network = network
+        self.network, self.takes_states = network, takes_states
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self.states: list[list[str]] = []  # by cell and part: the input's name, "" without one, and the output's
@@ -138,11 +138,11 @@ class CellWriter(Pieces):
     def start(
         self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
     ) -> list[str]:
-        """Add the inputs for the initial states, and return the values of each part.
+        """Add the initial states, and return the values of each part.
 
-        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An omitted input takes the cell's own
-        initial state, `[1, H]`. Cells whose initial states are values of the graph, `given`, in order of the cells,
-        have no such inputs.
+        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. Where `ways`, "" stands for zeros, the
+        operators' default. Cells whose initial states are values of the graph, `given`, in order of the cells, have
+        no inputs for them.
         """
         if given:
             parts = list(cells[0].spec.state_sizes)
@@ -157,17 +157,18 @@ class CellWriter(Pieces):
                     each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
                 ready += each
             return ready
+        sizes = cells[0].spec.state_sizes
+        if ways and not self.takes_states and not any(cell.initial[part].any() for cell in cells for part in sizes):
+            self.begun += [["", f"{name}.{part}"] for part in sizes for name in names]
+            return [""] * len(sizes)
         batch = self.put("Shape", [x], self.fresh(f"{where}.batch"), start=0, end=1)
         ready = []
-        for part, size in cells[0].spec.state_sizes.items():
+        for part, size in sizes.items():
             each = []
             shape = self.fresh(f"{where}.{part}.shape")
             self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
-                start = self.tensor(f"{name}.{part}", cell.initial[part][None])
-                rows = self.fresh(f"{start}.rows")
-                self.inputs.append(self.onnx.helper.make_tensor_value_info(start, self.type, [rows, size]))
-                self.begun.append([start, start])
+                start = self.initial(f"{name}.{part}", cell.initial[part][None])
                 if ways:
                     start = self.put("Unsqueeze", [start, self.integers(0)], self.fresh(f"{start}.wide"))
                 each.append(self.put("Expand", [start, shape], self.fresh(f"{name}.{part}.start")))
@@ -175,6 +176,15 @@ class CellWriter(Pieces):
                 each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
             ready += each
         return ready
+
+    def initial(self, name: str, array: Array) -> str:
+        """Add an initial state `[1, …]`, the default of an input if the file takes states, and return its name."""
+        start = self.tensor(name, array)
+        if self.takes_states:
+            axes = [self.fresh(f"{start}.rows"), *array.shape[1:]]
+            self.inputs.append(self.onnx.helper.make_tensor_value_info(start, self.type, axes))
+        self.begun.append([start if self.takes_states else "", start])
+        return start
 
     def after(self, shapes: Iterable[Sequence[int]]) -> list[str]:
         """Add outputs `[B, …]` for the states added last, and return their names, which are yet to be computed."""

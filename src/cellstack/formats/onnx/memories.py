@@ -105,7 +105,7 @@ def body_of(where: str, node: MLSTM, dtype: np.dtype[Any], masked: bool) -> Any:
 
 
 def memory(pieces: Any, name: str, node: MLSTM, x: str, mask: str) -> None:
-    """Add a memory, its states as inputs and outputs, of which an omitted input is zeros.
+    """Add a memory, with its states as outputs, and as inputs if the file takes states.
 
     Args:
         pieces: the graph's writer.
@@ -126,11 +126,8 @@ def memory(pieces: Any, name: str, node: MLSTM, x: str, mask: str) -> None:
 
 
 def _start(pieces: Any, name: str, part: str, shape: Sequence[int], x: str) -> str:
-    """Add the input for the initial state of a part, and return its value for every row."""
-    start = pieces.tensor(f"{name}.{part}", np.zeros((1, *shape), pieces.dtype))
-    rows = pieces.fresh(f"{start}.rows")
-    pieces.inputs.append(pieces.onnx.helper.make_tensor_value_info(start, pieces.type, [rows, *shape]))
-    pieces.begun.append([start, start])
+    """Add the initial state of a part, and return its value for every row."""
+    start = pieces.initial(f"{name}.{part}", np.zeros((1, *shape), pieces.dtype))
     batch = pieces.of("Shape", x, start=0, end=1)
     wide = pieces.of("Concat", batch, pieces.integers(*shape), axis=0)
     return pieces.put("Expand", [start, wide], pieces.fresh(f"{start}.start"))

@@ -63,33 +63,31 @@ def state_names(network: Network) -> dict[str, str]:
     }
 
 
-def model_of(network: Network, lengths: bool = False) -> Any:
-    """Return a network as a ModelProto; with `lengths`, it has an input with the rows' lengths.
+def model_of(network: Network, lengths: bool = False, states: bool = False) -> Any:
+    """Return a network as a ModelProto.
+
+    Args:
+        network: what to write.
+        lengths: whether it has an input with the rows' lengths.
+        states: whether it has an input for each initial state.
 
     Raises:
         ValueError: something that ONNX can't express; the message names it.
     """
-    writer = Writer(network)
+    writer = Writer(network, states)
     helper = writer.onnx.helper
-    inputs = []
-    for name in network.inputs:
-        ids = name in network.graph.ids
-        axes = [axis if axis is not None else f"{name}.{n + 1}" for n, axis in enumerate(network.shapes[name])]
-        kind = writer.onnx.TensorProto.INT64 if ids else writer.type
-        inputs.append(helper.make_tensor_value_info(name, kind, ["batch", *axes]))
+    kinds = dict.fromkeys(network.graph.ids, writer.onnx.TensorProto.INT64)
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, kinds.get(name, writer.type), _axes(network, name)) for name in names]
+        for names in (network.inputs, network.outputs)
+    )
     if lengths:
         inputs.append(writer.lengths())
-    for name, node, sources, states in zip(
-        network.names, network.nodes, network.wires, network.graph.states, strict=True
-    ):
+    for name, node, sources, own in zip(network.names, network.nodes, network.wires, network.graph.states, strict=True):
         writer.node(name, node, list(sources))
-        owns = cell_names(name, node)
-        for value, cell, part in states:
-            writer.put("Identity", [f"{owns[cell]}.{part}.after"], value)
-    outputs = []
-    for name in network.outputs:
-        axes = [axis if axis is not None else f"{name}.{n + 1}" for n, axis in enumerate(network.shapes[name])]
-        outputs.append(helper.make_tensor_value_info(name, writer.type, ["batch", *axes]))
+        cells = cell_names(name, node)
+        for value, cell, part in own:
+            writer.put("Identity", [f"{cells[cell]}.{part}.after"], value)
     graph = helper.make_graph(
         writer.nodes, "network", [*inputs, *writer.inputs], [*outputs, *writer.outputs], writer.tensors
     )
@@ -101,13 +99,23 @@ def model_of(network: Network, lengths: bool = False) -> Any:
     return model
 
 
-def write(network: Network, path: str, lengths: bool = False) -> None:
-    """Write a network to a file, whole or not at all; `lengths` as for `model_of`.
+def _axes(network: Network, name: str) -> list[str | int]:
+    """Return the axes of an input or output: sizes, or names, which are the same only for axes of the same size."""
+    shape = network.shapes[name]
+    alone = [other for other in network.inputs if network.graph.timed(other)] == [name]
+    names = [f"{name}.{n + 1}" for n in range(len(shape))]
+    if name in network.graph.ids or len(shape) > 1:
+        names[0] = "time" if alone else f"{name}.time"
+    return ["batch", *(axis if axis is not None else own for axis, own in zip(shape, names, strict=True))]
+
+
+def write(network: Network, path: str, lengths: bool = False, states: bool = False) -> None:
+    """Write a network to a file, whole or not at all; the options are those of `model_of`.
 
     Raises:
         ValueError: something that ONNX can't express, or more data than protobuf allows, 2 GiB.
         OSError: the file can't be written.
     """
-    data = model_of(network, lengths).SerializeToString()
+    data = model_of(network, lengths, states).SerializeToString()
     with replacing(path) as file:
         file.write(data)

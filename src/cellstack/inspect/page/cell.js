@@ -1,7 +1,7 @@
 // The wiring of a cell: one unit at one step, with its actual numbers, and the formula of each.
 
 import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
-import { cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
+import { colourBar, cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
 import { stateSizes } from "./engine/cells.js";
 import { CellStep } from "./formulas.js";
 import { placeIn } from "./heads.js";
@@ -13,6 +13,13 @@ const MOST_UNITS = 12; // in the table
 const MOST_INPUTS = 24;
 const NARROW = 640; // with less space, in CSS pixels, the drawing is narrower, with shorter numbers
 const NARROWER = 0.68;
+const TIGHT = 480; // with less space, the table has shorter numbers
+
+// A number with as many of these digits as fit into `most` characters.
+function shortest(value, digits, most) {
+  const texts = digits.map((count) => shown(value, count));
+  return texts.find((text) => text.length <= most) ?? texts.at(-1);
+}
 
 export class CellView {
   constructor(view, root) {
@@ -22,7 +29,8 @@ export class CellView {
     this.wires = svg("svg", { class: "wires", role: "group" });
     this.numbers = make("div", { class: "numbers" });
     this.note = make("p", { class: "note" });
-    this.body = make("div", { class: "cellview" }, make("div", { class: "scroll" }, this.wires), this.numbers);
+    this.legend = make("div", { class: "legend" });
+    this.body = make("div", { class: "cellview" }, make("div", {}, make("div", { class: "scroll" }, this.wires), this.legend), this.numbers);
     this.element = make("div", {}, this.title, this.note, this.body);
     this.open = false;
     this.built = null;
@@ -43,6 +51,7 @@ export class CellView {
       this.note.textContent = why;
       replaceChildren(this.wires);
       replaceChildren(this.numbers);
+      replaceChildren(this.legend);
       this.built = null;
       return;
     }
@@ -71,7 +80,8 @@ export class CellView {
     const first = Math.max(start, Math.min(unit - MOST_UNITS / 2, start + each - MOST_UNITS));
     const parts = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;
     this.narrow = this.element.clientWidth / parts < NARROW;
-    const key = `${place.key} ${first} ${this.narrow}`;
+    this.tight = this.element.clientWidth < TIGHT;
+    const key = `${place.key} ${first} ${this.narrow} ${this.tight}`;
     if (this.built?.key === key) return;
     this.pop.hide();
     const wiring = wiringOf(cell.form);
@@ -79,6 +89,7 @@ export class CellView {
     const across = this.narrow ? NARROWER : 1;
     const wide = whole * across;
     this.wires.classList.toggle("narrow", this.narrow);
+    this.body.classList.toggle("tight", this.tight);
     this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
     this.wires.setAttribute("aria-label", `The wiring of one unit of this ${cell.form.title} cell`);
     const ports = {};
@@ -179,7 +190,7 @@ export class CellView {
     }
     for (const { number, name, unit: own } of built.cells) {
       const value = valueOf(found, name, own);
-      number.textContent = shown(value, 4);
+      number.textContent = this.tight ? shortest(value, [2, 1], 5) : shown(value, 4);
       number.disabled = value === undefined;
       if (value === null || value === undefined) number.style.setProperty("--fill", "transparent");
       else paint(number, value, name);
@@ -189,14 +200,19 @@ export class CellView {
       number.textContent = shown(found.x?.[n], 4);
       number.setAttribute("aria-label", `${names?.[n] ?? `x ${n}`}: ${number.textContent}`);
     });
+    const gates = scaleOf(true, { low: 0, high: 1 });
+    const some = Object.keys(built.ports).some((name) => isGate(place.cell.form, name));
+    replaceChildren(
+      this.legend,
+      some ? make("span", { class: "scale" }, "gates:", ...colourBar(gates, theme)) : null,
+      make("span", { class: "scale" }, some ? "other values:" : null, ...colourBar(found.scale, theme)),
+    );
     for (const row of built.rows) row.classList.toggle("chosen", Number(row.dataset.unit) === unit);
   }
 
   // A number that fits into a box of the drawing.
   short(value) {
-    const [digits, most] = this.narrow ? [[3, 2, 1], 6] : [[4, 3, 2, 1], 8];
-    const texts = digits.map((count) => shown(value, count));
-    return texts.find((text) => text.length <= most) ?? texts.at(-1);
+    return this.narrow ? shortest(value, [3, 2, 1], 6) : shortest(value, [4, 3, 2, 1], 8);
   }
 
   listed(x) {

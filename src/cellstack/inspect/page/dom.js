@@ -181,17 +181,19 @@ export function popover(root) {
     const at = element.getBoundingClientRect();
     const own = box.getBoundingClientRect();
     const base = root.getBoundingClientRect();
-    // Next to it if there is space, else below or above.
+    // Next to it if there is space, else below or above; not over the drawing that it is part of.
     const [wide, high] = [document.documentElement.clientWidth, window.innerHeight];
     let left = at.right + 10;
     if (left + own.width > wide - 8) left = at.left - own.width - 10;
     let top = Math.min(at.top + at.height / 2 - own.height / 2, high - own.height - 8);
     if (left < 8 || wide < 700) {
       left = Math.max(8, Math.min(at.left + at.width / 2 - own.width / 2, wide - own.width - 8));
-      top = at.bottom + 8 + own.height <= high || at.top < own.height + 8 ? at.bottom + 8 : at.top - own.height - 8;
+      const free = element.closest("svg")?.getBoundingClientRect() ?? at;
+      top = free.bottom + 8 + own.height <= high || free.top < own.height + 8 ? free.bottom + 8 : free.top - own.height - 8;
     } else top = Math.max(8, top);
     box.style.left = `${left - base.left}px`;
     box.style.top = `${top - base.top}px`;
+    if (window.matchMedia("(hover: none)").matches) box.scrollIntoView({ block: "nearest" });
   };
   root.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !box.hidden) hide();

@@ -1,6 +1,6 @@
 // Canvases, colours, axes and lines.
 
-import { shown } from "./dom.js";
+import { make, shown } from "./dom.js";
 
 // The margins of the map and all charts left and right of the steps, in CSS pixels: numbers are on the left.
 export const LEFT = 44;
@@ -40,6 +40,14 @@ export function palette(kind, theme) {
 
 export function cssColour(pixel) {
   return `rgb(${pixel & 255}, ${(pixel >> 8) & 255}, ${(pixel >> 16) & 255})`;
+}
+
+// A legend of a scale: its colours between its ends.
+export function colourBar(scale, theme) {
+  const colours = palette(scale.kind, theme);
+  const stops = Array.from({ length: 9 }, (_, n) => cssColour(colours[Math.round((n * 255) / 8)]));
+  const bar = make("span", { class: "bar", style: `background: linear-gradient(to right, ${stops.join(", ")})` });
+  return [make("span", {}, shown(scale.low, 3)), bar, make("span", {}, shown(scale.high, 3))];
 }
 
 // Black on light colours, white on dark ones.

@@ -2,7 +2,7 @@
 
 import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { Plane } from "./data.js";
-import { clipped, cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
+import { clipped, colourBar, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
 import { keepingOf } from "./formulas.js";
 import { byLikeness, byNumber, bySize, halfLives, variances } from "./seriation.js";
 import { paintTiles } from "./tiles.js";
@@ -490,13 +490,9 @@ export class HeatMap {
 
   drawLegend() {
     const { view, scale, plane } = this;
-    const colours = palette(scale.kind, view.theme);
-    const stops = Array.from({ length: 9 }, (_, n) => cssColour(colours[Math.round((n * 255) / 8)]));
     replaceChildren(
       this.legend,
-      make("span", {}, shown(scale.low, 3)),
-      make("span", { class: "bar", style: `background: linear-gradient(to right, ${stops.join(", ")})` }),
-      make("span", {}, shown(scale.high, 3)),
+      ...colourBar(scale, view.theme),
       plane.range.broken ? make("span", { class: "broken" }, make("span", { class: "striped" }), "NaN", make("span", { class: "chequered" }), "infinite") : null,
       make("span", { class: "extent" }, `${plural(plane.units, "unit")} × ${plural(plane.steps, "step")}`),
       this.left.length ? make("span", { class: "extent" }, "pale: masked steps") : null,

@@ -5,6 +5,7 @@ import { make, replaceChildren, shown, svg } from "./dom.js";
 import { cssColour, palette, scaleOf } from "./draw.js";
 
 const BOX = { least: 34, most: 104, high: 28 };
+const SMALL = 26; // the least width of a box where there is little space
 const GAP = { least: 14, most: 34, up: 26 };
 const MOST_ROWS = 9; // more rows are drawn closer together
 const CHARACTER = 7.2; // width of one in a name, about
@@ -16,6 +17,7 @@ export class NetworkDiagram {
     this.view = view;
     this.picture = svg("svg", { class: "network", role: "group", "aria-label": "The network, unrolled over time" });
     this.element = make("div", { class: "scroll" }, this.picture);
+    this.part = make("p", { class: "note" }); // which steps are drawn
     this.asked = 0;
     this.space = 0; // the width that the drawing fills
     new ResizeObserver(() => {
@@ -49,9 +51,10 @@ export class NetworkDiagram {
     const letters = Math.min(this.space < 350 ? 11 : 16, Math.max(4, ...rows.map((row) => row.name.length)));
     const left = letters * CHARACTER + 12; // the names
     const least = skips ? 28 : GAP.least;
-    const count = Math.min(Math.max(1, view.steps), Math.max(1, Math.floor((this.space - left - least) / (BOX.least + least))));
+    const box = this.space < 350 ? SMALL : BOX.least;
+    const count = Math.min(Math.max(1, view.steps), Math.max(1, Math.floor((this.space - left - least) / (box + least))));
     const fitting = Math.min((this.space - left) / (count + 0.25), (this.space - left - least) / count); // with a gap before the first
-    const across = Math.max(BOX.least + least, Math.min(BOX.most + GAP.most, fitting));
+    const across = Math.max(box + least, Math.min(BOX.most + GAP.most, fitting));
     const gap = Math.max(least, Math.min(GAP.most, across / 4));
     const boxWide = across - gap;
     const first = Math.max(0, Math.min(view.step - Math.floor(count / 2), view.steps - count));
@@ -65,6 +68,8 @@ export class NetworkDiagram {
       }),
     );
     if (asked !== this.asked) return;
+    const label = (step) => view.description.steps[step];
+    this.part.textContent = count < view.steps ? `Steps ${label(steps[0])} to ${label(steps.at(-1))} of ${view.steps}: move the cursor to see others.` : "";
     const x = (column) => left + gap + column * across;
     const wide = x(steps.length);
     const up = rows.length > MOST_ROWS ? GAP.up / 2 : GAP.up;

@@ -141,7 +141,7 @@ async function build(payload, page, root) {
     make(
       "div",
       { class: "stage" },
-      make("section", { class: "card net" }, make("h2", {}, "The network"), make("p", { class: "about" }, "Layers upwards, steps to the right; the colours are the values of the first units. Choose a layer to open it."), diagram.element),
+      make("section", { class: "card net" }, make("h2", {}, "The network"), make("p", { class: "about" }, "Layers upwards, steps to the right; the colours are the values of the first units. Choose a layer to open it."), diagram.element, diagram.part),
       make("section", { class: "card" }, make("h2", {}, "Units over time"), map.element),
     ),
     tabbed.element,

@@ -50,7 +50,7 @@ export class Playground {
       make(
         "div",
         { class: "columns" },
-        make("div", {}, group("Loss, logarithmic", this.loss), group("A sequence outside the training data: the target is dashed", this.answer)),
+        make("div", {}, group("Logarithm of the loss, base 10", this.loss), group("A sequence outside the training data: the target is dashed", this.answer)),
         make("div", {}, group("Input", this.inputs), group("Units over time", this.gate.element, this.gates, this.behind)),
       ),
     );
@@ -141,7 +141,7 @@ export class Playground {
       : "It hasn't learned yet.";
     this.said.dataset.batches = String(count);
     const logs = new Plane(Float64Array.from(this.losses, (loss) => Math.log10(Math.max(loss, 1e-12))), 1, count);
-    drawLines(this.loss, view.colours, count ? [{ plane: logs, unit: 0, colour: view.colours.accent }] : [], { from: 0, span: Math.max(50, count) }, { zero: false });
+    drawLines(this.loss, view.colours, count ? [{ plane: logs, unit: 0, colour: view.colours.accent }] : [], { from: 0, span: Math.max(50, count) }, { zero: false, ends: count ? null : { low: -2, high: 0 } });
     this.loss.setAttribute("aria-label", `The loss of each batch. ${this.said.textContent}`);
     const steps = example.target.shape[1];
     const whole = { from: 0, span: steps };

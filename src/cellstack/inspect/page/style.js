@@ -76,6 +76,7 @@ canvas { display: block; width: 100%; }
 .readout { font-weight: 600; overflow-wrap: anywhere; min-height: 1.45em; white-space: pre-wrap; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: center; color: var(--muted); font-size: 12.5px; margin-top: 8px; }
 .legend .bar { width: 130px; height: 10px; border-radius: 3px; border: 1px solid var(--edge); }
+.legend .scale { display: inline-flex; gap: 8px; align-items: center; margin-right: 10px; }
 .legend .extent { margin-left: 10px; }
 .legend .extent:empty { display: none; }
 .broken { display: inline-flex; gap: 5px; align-items: center; margin-left: 10px; }
@@ -99,6 +100,7 @@ tbody th, thead th:first-child { text-align: left; }
 .chart.dragged { height: 120px; cursor: ns-resize; touch-action: none; margin: 0 0 8px; }
 .tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
+.cellview > div { min-width: 0; }
 .cellview { display: grid; grid-template-columns: minmax(440px, 1fr) minmax(0, auto); gap: 16px 28px; align-items: start; }
 .port.small .value { font-size: 12px; font-weight: 500; }
 .wires { display: block; width: 100%; min-width: 560px; max-width: 880px; height: auto; }
@@ -131,6 +133,10 @@ tbody th, thead th:first-child { text-align: left; }
 .network .stepname.now { fill: var(--ink); font-weight: 650; }
 .steptable td { padding: 2px; }
 .steptable { font-size: 12.5px; }
+.tight .steptable { font-size: 11px; }
+.tight .steptable th { padding: 3px 2px; }
+.tight .steptable td { padding: 1px; }
+.tight .steptable .number { min-width: 0; padding: 1px 2px; font-size: 11px; }
 .steptable th:first-child { position: sticky; left: 0; background: var(--ground); }
 .number { min-height: 28px; min-width: 60px; padding: 2px 6px; border-radius: 6px; background: var(--fill, transparent); color: var(--on, inherit); border-color: var(--grid); text-align: right; cursor: help; font-variant-numeric: tabular-nums; }
 .steptable tr.chosen th .plain { font-weight: 700; color: var(--ink); }
@@ -172,6 +178,7 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
 @media (max-width: 1340px) { .stage { grid-template-columns: minmax(0, 400px) minmax(0, 1fr); } }
 @media (max-width: 1240px) { .cellview { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 900px) {
+  .tabs { flex-wrap: wrap; overflow: visible; }
   .inner { padding: 14px 12px 32px; }
   .stage { grid-template-columns: minmax(0, 1fr); gap: 14px; }
   .outcome { order: -1; }

@@ -303,9 +303,10 @@ export class View {
     return stored === null ? null : stored.data.subarray(this.row * stored.shape[1], (this.row + 1) * stored.shape[1]);
   }
 
-  // Keep a window in bounds: all steps, or as many as fit with cells of a readable size.
+  // Keep a window in bounds: all steps, or as many as fit with cells of a readable size. A short trace fills the width,
+  // unless its cells would be very wide.
   move(from, span, width) {
-    const most = Math.max(this.steps, width / 72);
+    const most = Math.max(this.steps, width / 200);
     const wide = Math.min(most, Math.max(Math.min(4, most), width / 72, span));
     const start = Math.max(0, Math.min(from, this.steps - wide));
     this.set({ window: { from: start, span: wide, steps: this.description.steps } });

@@ -69,7 +69,7 @@ import { byName, cellShapes, stateSizes } from "./cells.js";
 import { OPERATIONS } from "./operations.js";
 import { NODE_KINDS, STACK_SETTINGS } from "./nodes.js";
 
-const FORMAT_VERSION = 1;
+export const FORMAT_VERSION = 1;
 const GIVEN = ["x", "state", "weight", "split", "features", "part", "record"]; // values of a step without an operation of their own
 
 function readArray({ dtype, shape, data }) {
