@@ -192,13 +192,8 @@ def test_a_state_that_isn_t_finite_is_reported(run, model, tmp_path):
 def test_a_model_with_mean_pooling_says_how_to_train_one_that_streams(run, tmp_path):
     path = str(tmp_path / "mean.safetensors")
     for task, fix in (
-<<<<<<< HEAD
         ("classify", "; train with --pooling last for a network that can be streamed\n"),
-        (None, "which a stream doesn't have\n"),
-=======
-        ("classify", '; train with pooling="last" (--pooling last) for a network that can be streamed\n'),
         (None, "which a stream doesn't have; it runs whole sequences only: net(x), cellstack run\n"),
->>>>>>> views
     ):
         Network([make_net().nodes[1], GlobalPool("mean")], metadata={"task": task}).save(path)
         done = run([path], "1,2,3\n")

@@ -247,7 +247,7 @@ def test_every_part_that_can_t_be_a_stream_is_named():
     with pytest.raises(ValueError, match=re.escape(message)):
         Network([*nodes, GlobalPool("mean")], names).stream()
     trained = Network([*nodes[2:], GlobalPool("mean")], names[2:], metadata={"task": "classify"})
-    advice = 'train without bidirectional (--bidirectional) and with pooling="last" (--pooling last) for a network that'
+    advice = "train without `bidirectional=True` and with `pooling='last'` for a network that"
     with pytest.raises(ValueError, match=re.escape(advice)):
         trained.stream()
 

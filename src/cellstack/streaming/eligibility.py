@@ -105,13 +105,7 @@ def check_streamable(owner: str, network: Network) -> frozenset[str]:
             if why is None and not equals_output(node, state):
                 why = f"its state {state.value} is an input of a node or an output, which only run() supports"
         if why is not None:
-<<<<<<< HEAD
-            trained = isinstance(node, GlobalPool) and network.metadata.get("task")
-            fix = "; train with `pooling='last'` for a network that can be streamed" if trained else ""
-            raise ValueError(f"{owner}: {name} can't run step by step: {why}{fix}")
-=======
             refused.setdefault(why, []).append(name)
->>>>>>> views
         on = [masks.get(source) for source in sources]  # a state has none
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))
@@ -131,6 +125,6 @@ def _advice(network: Network, rules: Sequence[StepRule]) -> str:
         return ""
     if not network.metadata.get("task") or not all(isinstance(node, (GlobalPool, Bidirectional)) for node in whole):
         return "; it runs whole sequences only: net(x), cellstack run"
-    how = ["without bidirectional (--bidirectional)"] if any(isinstance(node, Bidirectional) for node in whole) else []
-    how += ['with pooling="last" (--pooling last)'] if any(isinstance(node, GlobalPool) for node in whole) else []
+    how = ["without `bidirectional=True`"] if any(isinstance(node, Bidirectional) for node in whole) else []
+    how += ["with `pooling='last'`"] if any(isinstance(node, GlobalPool) for node in whole) else []
     return f"; train {' and '.join(how)} for a network that can be streamed"
