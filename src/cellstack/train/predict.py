@@ -260,7 +260,7 @@ def outputs(net: Network, data: Any, threads: int | None = None, columns: Sequen
     array = hasattr(data, "shape") and getattr(data.dtype, "kind", "") != "O"
     if array or isinstance(data, Mapping) or len(net.inputs) > 1:
         return net.run(data, threads=threads)[0]
-    return _of_rows(net, data, lambda rows: net.run(rows, threads=threads)[0])
+    return _of_rows(net, data, lambda rows: net.unpadded.run(rows, threads=threads)[0])
 
 
 def _of_rows(net: Network, data: Any, run: Callable[[NDArray], Any]) -> Any:

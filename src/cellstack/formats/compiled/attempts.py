@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cellstack.formats.compiled.equality import MUCH_LONGER, difference
+from cellstack.formats.compiled.equality import FLAGS, MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
 from cellstack.formats.compiled.nested import fresh, tensors_in
 from cellstack.formats.compiled.packing import (
@@ -71,6 +71,8 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
             "outside its recurrent layers too, such as for a mean over the used steps; return the sequence, and compute"
             " the mean outside the module"
         )
+    if how.kind == "computed" and FLAGS not in network.inputs:
+        network.metadata["lengths"] = "computed"
     return network, [*ready.notes, *notes, f"packs sequences: {note}"]
 
 
