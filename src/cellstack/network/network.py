@@ -270,7 +270,8 @@ class Network(Delegated):
         Args:
             x: `[B, T, I]`, array-like of real numbers, which are cast to the network's dtype (also float64 to float32).
                 Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and keep their dtype. Several inputs
-                are a dict by name, or a tuple in order.
+                are a dict by name, or a tuple in order. NaN isn't looked for: states and outputs become NaN from its
+                step on, unless a mask leaves the step out; `predict` treats missing values as in training.
             state: a state per cell in the order of `cells`: `State(h, c)` for an LSTM and `HiddenState(h)` for the
                 others, or a pair of arrays, each `[B, H]`; or all arrays in one flat list. With one cell the outer
                 tuple may be omitted. None, for all or for one cell: the cell's initial state, which is zeros

@@ -68,7 +68,9 @@ def predict(
         return _continued(net, data, name, options)
     if task is None:
         _refuse({"y": y, "id": id, "time": time, **options}, "a network that cellstack.train didn't train")
-        return outputs(net, data, threads)
+        found = outputs(net, data, threads)
+        _warn_of_nan(found)
+        return found
     _check_options(options, TABLES_ONLY)
     found = as_trained(net, data, y, name, id=id, time=time, **options)
     return replace(sequences(net, found, found.name, threads), polars=is_polars(data))
@@ -227,6 +229,18 @@ def _continued(net: Network, prompt: Any, name: str, options: dict[str, Any]) ->
 
 
 # ── other networks ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _warn_of_nan(found: Any) -> None:
+    """Warn of NaN in the outputs of a network, which doesn't say what becomes of missing values."""
+    several = found if isinstance(found, tuple) else (found,)
+    count = max(sum(bool(np.isnan(row).any()) for row in rows) for rows in several)
+    if count:
+        warnings.warn(
+            f"predict: the outputs contain NaN for {count} of {len(several[0])} sequences: NaN in the data makes "
+            "states and outputs NaN from its step on. Fill in missing values, or leave out their steps by a mask",
+            stacklevel=4,
+        )
 
 
 def outputs(net: Network, data: Any, threads: int | None = None, columns: Sequence[str] | None = None) -> Any:
