@@ -124,8 +124,8 @@ def test_chunks_of_steps_are_warned_of():
             return torch.cat([self.layer(x[:, a : a + 280])[0] for a in range(0, x.shape[1], 280)], 1)
 
     with pytest.warns(UserWarning, match=r"turns sizes .*\(test_compiled_sizes.py:\d+\)"):
-        net = cs.compile(Chunks(), X)
-    assert "test_compiled_sizes.py" in cs.verify(net, Chunks(), streams=False).verdict()
+        net = cs.compile(module := Chunks(), X)
+    assert "test_compiled_sizes.py" in cs.verify(net, module, streams=False).verdict()
 
 
 def test_a_size_as_a_key_is_warned_of():
@@ -153,7 +153,7 @@ def test_loops_over_steps_and_states_of_as_many_rows_are_no_plain_numbers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net = cs.compile(Loop(), X)
-    assert cs.verify(net, Loop(), streams=False).unsure == ""
+    assert cs.verify(net, Loop(), streams=False).unsure == ""  # only the sizes matter here, not the weights
     assert globals().keys() == before  # where `compile` replaces functions for a while
 
 
