@@ -115,3 +115,11 @@ def test_a_module_that_mixes_rows_isn_t_taken_for_one_with_time_first():
     module = Fn(lambda m, x: m.r(x)[0].mean(1), r=lstm(6, batch_first=False)).eval()
     with pytest.raises(cs.FormatError, match="compile: Fn can't be a Network"):
         cs.compile(module, torch.randn(3, 9, 6))
+
+
+def test_rows_and_steps_that_a_module_merges_are_warned_of():
+    module = Fn(lambda m, x: m.h((y := m.r(x)[0]).reshape(-1, y.shape[-1])), r=lstm(6), h=nn.Linear(4, 2)).eval()
+    with pytest.warns(UserWarning, match=r"output '.*' \[B·T, 2\] is \[B, T, 2\] in the network"):
+        net = cs.compile(module, torch.randn(3, 9, 6))
+    x = torch.randn(2, 5, 6)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy().reshape(2, 5, 2), atol=1e-5)

@@ -396,3 +396,50 @@ def test_a_table_sliced_to_the_number_of_steps_is_refused_by_what_it_is():
         cs.FormatError, match="Slice '/Slice': expected constant integers, found some that are computed"
     ):
         cs.compile(module, X)
+
+
+class Answers(nn.Module):
+    """Knowledge tracing: ids of questions and of answers become one id; an argument has a default."""
+
+    def __init__(self, joined):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.lstm, self.joined = nn.Embedding(14, 3), nn.LSTM(3, 4, batch_first=True), joined
+
+    def forward(self, q, r, inner=False):
+        y = self.lstm(self.table(self.joined(q, r)))[0]
+        if not inner:
+            return y.sigmoid()
+        return y
+
+
+@pytest.mark.parametrize("joined", [lambda q, r: q + 7 * r, lambda q, r: (q + 1) - (1 - r)])
+def test_ids_are_computed_from_ids_of_any_number_of_steps(joined):
+    module = Answers(joined).eval()
+    q, r = torch.randint(7, (2, 5)), torch.randint(2, (2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the default of an argument is no value that the module reads
+        net = cs.compile(module, (q, r))
+    q, r = torch.randint(7, (3, 9)), torch.randint(2, (3, 9))
+    np.testing.assert_allclose(net((q.numpy(), r.numpy())), module(q, r).detach().numpy(), atol=1e-5)
+
+
+def test_a_division_of_ids_is_refused_with_its_line():
+    line = (joined := lambda q, r: q // 2 + r).__code__.co_firstlineno
+    with pytest.raises(cs.FormatError, match=rf"ids outside the module.* division of ids.*_modules.py:{line}"):
+        cs.compile(Answers(joined), (torch.randint(7, (2, 5)), torch.randint(2, (2, 5))))
+
+
+def test_samples_without_an_axis_of_features_are_refused_with_the_way_out():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(1, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm((x - x.mean(1, keepdim=True))[:, :, None])[0]
+
+    with pytest.raises(cs.FormatError, match=r"let forward take \[B, T, 1\], without x\[:, :, None\]") as error:
+        cs.compile(Centred(), torch.randn(2, 9))
+    assert "test_compiled_modules.py" in str(error.value)
+    assert "cs.load" not in str(error.value)

@@ -92,6 +92,33 @@ def test_lengths_that_follow_from_the_input_are_passed_to_the_network():
     np.testing.assert_allclose(net(x.numpy(), lengths=LENGTHS.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
+def test_a_network_whose_module_computes_lengths_needs_them(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(9, 3)
+            self.rest = Packs(lambda x, lengths: (x, lengths, None), bidirectional=True)
+
+        def forward(self, ids):
+            return self.rest(self.table(ids), (ids != 0).sum(1))
+
+    module, ids = Tokens().eval(), torch.tensor([[3, 4, 5, 2], [1, 0, 0, 0]])
+    with pytest.warns(UserWarning, match="pass the lengths, which it computes"):
+        net = cs.compile(module, ids)
+    net.save(tmp_path / "net.safetensors")
+    for one in (net, cs.load(tmp_path / "net.safetensors"), net.edit([])):
+        for call in (one, one.run, one.trace):
+            with pytest.raises(ValueError, match=r"expected lengths, or a mask: the module .* computed"):
+                call(ids.numpy())
+        expected = module(ids).detach().numpy()
+        np.testing.assert_allclose(one(ids.numpy(), lengths=[4, 1]), expected, atol=1e-5)
+        np.testing.assert_allclose(one.predict([ids[0, :4], ids[1, :1]])[1], expected[1, :1], atol=1e-5)
+        np.testing.assert_allclose(one.unpadded(ids[:1].numpy()), expected[:1], atol=1e-5)
+    assert "compare net(x, lengths=...)" in cs.verify(net, module).verdict()
+    assert cs.verify(net, tmp_path / "net.safetensors", streams=False).ok()
+
+
 def test_a_convolution_before_the_packing_makes_the_lengths_an_input_of_flags():
     class Front(nn.Module):
         def __init__(self):

@@ -40,6 +40,8 @@ def twice_where(condition):
         lambda x: x.shape[0] > 4,
         lambda x: not x.size(0) <= 4,
         lambda x: x.size(1) - 1 < 1,
+        lambda x: len(x) == 1,
+        lambda x: len(x) > 4,
         lambda x: x.shape[1] // 2 >= 60,
     ],
 )
@@ -49,10 +51,12 @@ def test_a_branch_on_a_size_that_was_tried_is_refused_and_located(condition):
         cs.compile(module, X)
 
 
-@pytest.mark.parametrize("condition", [lambda x: len(x) == 1, lambda x: len(x) > 4])
-def test_a_branch_on_len_is_refused_and_located(condition):
+@pytest.mark.parametrize("condition", [lambda x: list(range(99))[x.shape[0]] > 4, lambda x: math.sqrt(x.size(0)) > 2])
+def test_a_size_that_becomes_a_plain_number_is_refused_and_located(condition):
     module, place = twice_where(condition)
-    with pytest.raises(cs.FormatError, match=rf"Network: its outputs differ for other sizes, .*len\(x\) \({place}\)"):
+    with pytest.raises(
+        cs.FormatError, match=rf"Network: its outputs differ for other sizes, .*int\(n\), .*\({place}\)"
+    ):
         cs.compile(module, X)
 
 
@@ -65,6 +69,14 @@ def test_a_branch_on_len_is_refused_and_located(condition):
         lambda x: not x.size(1) - 600,
         lambda x: x.shape == (3, 600, 3),
         lambda x: max(x.shape[1], 600) > 600,
+        lambda x: x.shape[1] in (600, 601),
+        lambda x: x.numel() > 20000,
+        lambda x: x.nelement() > 20000,
+        lambda x: x.nbytes > 80000,
+        lambda x: x.stride(0) > 1800,
+        lambda x: x.stride()[0] > 1800,
+        lambda x: np.array(x.shape[1]) > 600,
+        lambda x: x.shape[1] / 4 > 150.5,
     ],
 )
 def test_a_branch_on_a_size_that_was_not_tried_is_warned_of_and_located(condition):
@@ -72,6 +84,77 @@ def test_a_branch_on_a_size_that_was_not_tried_is_warned_of_and_located(conditio
     with pytest.warns(UserWarning, match=rf"^compile: Layer compares sizes of its input \({place}\)"):
         net = cs.compile(module, X)
     np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), atol=1e-6)
+
+
+CONVERSIONS = {
+    "range with an end": lambda m, x, y: y * 2 if list(range(600, x.shape[1])) else y,
+    "range over chunks": lambda m, x, y: y * 2 if list(range(x.shape[1] // 600)) else y,
+    "repeated list": lambda m, x, y: y * 2 if [1] * (x.shape[1] - 600) else y,
+    "index of a list": lambda m, x, y: y * ([1] * 600 + [2] * 400)[x.shape[1]],
+    "int": lambda m, x, y: y * 2 if int(x.shape[1]) > 600 else y,
+    "float": lambda m, x, y: y * 2 if float(x.shape[1]) > 600 else y,
+    "chunks": lambda m, x, y: torch.cat([y[:, a : a + 600] for a in range(0, 600 * (x.shape[1] // 600) + 1, 600)], 1),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_size_that_becomes_a_plain_number_is_warned_of_located_and_not_verified(name, tmp_path):
+    module = Layer(CONVERSIONS[name]).eval()
+    place = re.escape(f"test_compiled_sizes.py:{CONVERSIONS[name].__code__.co_firstlineno}")
+    with pytest.warns(
+        UserWarning, match=rf"^compile: Layer turns sizes of its input into plain numbers, .*\({place}\)"
+    ):
+        net = cs.compile(module, X)
+    net.save(tmp_path / "net.safetensors")
+    report = cs.verify(cs.load(tmp_path / "net.safetensors"), module, streams=False)
+    assert not report.ok(1e-3)
+    assert re.match(rf"not verified: .*\({place}\)", report.verdict())
+    given = cs.verify(net, module, x=X.numpy(), streams=False)
+    assert given.ok()
+    assert re.search(rf"for these sizes only: .*\({place}\)", given.note)
+
+
+def test_chunks_of_steps_are_warned_of():
+    class Chunks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x):
+            return torch.cat([self.layer(x[:, a : a + 280])[0] for a in range(0, x.shape[1], 280)], 1)
+
+    with pytest.warns(UserWarning, match=r"turns sizes .*\(test_compiled_sizes.py:\d+\)"):
+        net = cs.compile(module := Chunks(), X)
+    assert "test_compiled_sizes.py" in cs.verify(net, module, streams=False).verdict()
+
+
+def test_a_size_as_a_key_is_warned_of():
+    module, place = twice_where(lambda x: x.shape[1] in {600, 601})
+    with pytest.warns(UserWarning, match=rf"^compile: Layer .* can't be checked: it uses a size as a key, .*{place}"):
+        net = cs.compile(module, X)
+    assert not cs.verify(net, module, streams=False).ok()
+
+
+def test_loops_over_steps_and_states_of_as_many_rows_are_no_plain_numbers():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 4)
+
+        def forward(self, x):
+            h = c = x.new_zeros(len(x), 4)
+            ys = []
+            for t in range(x.shape[1]):
+                h, c = self.cell(x[:, t], (h, c))
+                ys.append(h)
+            return torch.stack(ys, 1)
+
+    before = globals().keys() - {"len", "range"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = cs.compile(Loop(), X)
+    assert cs.verify(net, Loop(), streams=False).unsure == ""  # only the sizes matter here, not the weights
+    assert globals().keys() == before  # where `compile` replaces functions for a while
 
 
 def test_a_branch_on_the_number_of_a_step_is_refused():

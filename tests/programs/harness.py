@@ -304,10 +304,9 @@ def matched(found: list[np.ndarray], wanted: np.ndarray) -> float:
                 least = min(least, _off(array.reshape(wanted.shape), wanted))
         return least
 
-    least = nearest(wanted)
-    if not np.isfinite(least) and wanted.ndim > 2:
-        least = min(max(map(nearest, np.moveaxis(wanted, axis, 0))) for axis in range(wanted.ndim))
-    return least
+    stacked = wanted.ndim if wanted.ndim > 2 else 0
+    parts = [max(map(nearest, np.moveaxis(wanted, axis, 0))) for axis in range(stacked)]
+    return min([nearest(wanted), *parts])
 
 
 def _off_stream(net: cs.Network, stream: cs.Stream, inputs: list[Any]) -> float:

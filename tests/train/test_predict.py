@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import accuracy_score, mean_absolute_error
 
 from cellstack import Cell, CellSpec, Dense, FormatError, Network, Recurrent, ShapeError, load, train
-from cellstack.nodes import Embedding, Merge
+from cellstack.nodes import Embedding, Masking, Merge
 from cellstack.train import Predictions, UsageError
 
 SMALL = {"units": 4, "epochs": 2, "threads": 1}
@@ -450,6 +450,18 @@ def test_a_network_without_a_task_takes_sequences_of_any_lengths(ragged, sequenc
     np.testing.assert_allclose(net.predict(list(even)), net(even), rtol=1e-12)
     np.save(tmp_path / "x.npy", even)
     np.testing.assert_array_equal(net.predict(tmp_path / "x.npy"), net(even))
+
+
+def test_nan_in_the_outputs_of_a_network_without_a_task_is_warned_of():
+    net = Network([Recurrent((cell(),))])
+    x = np.zeros((3, 5, 3))
+    x[1, 2, 0] = np.nan
+    for data in (x, [x[0], x[1, :4], x[2]]):
+        with pytest.warns(UserWarning, match="outputs contain NaN for 1 of 3 sequences: NaN in the data") as caught:
+            net.predict(data)
+        assert [one.filename for one in caught] == [__file__]
+    masked = Network([Masking(0.0), Recurrent((cell(),))])
+    assert not np.isnan(masked.predict(np.zeros((3, 5, 3)))).any()
 
 
 def test_ids_several_inputs_and_several_outputs():

@@ -73,7 +73,7 @@ class Layout(NamedTuple):
         """Whether callers who have arrays with these axes must rearrange them for the network."""
         ordered = [axis for axis in self.axes if axis in "BTF"]
         steps = "T" in self.axes and not {"1", "C"}.isdisjoint(self.axes)
-        return steps or ordered != sorted(ordered, key="BTF".index)
+        return steps or "N" in self.axes or ordered != sorted(ordered, key="BTF".index)
 
     def to_network(self, array: Array, batch: int | None = None) -> Array:
         """Return an array in the network's layout: rows, steps, then features, with D and C as their outer axes.

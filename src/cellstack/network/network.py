@@ -186,6 +186,19 @@ class Network(Delegated):
         memories = (node.memory._replace(dtype=self.dtype) for node in self.nodes if node.memory is not None)
         return (*self.cells, *memories)
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether each run needs `lengths` or `mask`: the module that was compiled computed them from its input."""
+        return self.metadata.get("lengths") == "computed"
+
+    @property
+    def unpadded(self) -> Network:
+        """The network for rows without padding: it doesn't need `lengths`."""
+        if not self.needs_lengths:
+            return self
+        metadata = {key: value for key, value in self.metadata.items() if key != "lengths"}
+        return Network(**{**self._arguments(), "metadata": metadata}, _warn=False)
+
     def patches_of(self, name: str) -> tuple[CellPatches | None, ...]:
         """Return the patches of each cell of a node; empty if the network has no patches.
 
@@ -236,7 +249,7 @@ class Network(Delegated):
         None if the network needs several calls.
         """
         call = self.calls.whole
-        if call is None:
+        if call is None or self.needs_lengths:
             return None
         work = sum(node.multiplications for node in self.nodes) / (self.input_size or 1)
         return native.stack([layer.packed for layer in call.layers], call.timed, call.last_step), work
@@ -258,7 +271,8 @@ class Network(Delegated):
         Args:
             x: `[B, T, I]`, array-like of real numbers, which are cast to the network's dtype (also float64 to float32).
                 Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and keep their dtype. Several inputs
-                are a dict by name, or a tuple in order.
+                are a dict by name, or a tuple in order. NaN isn't looked for: states and outputs become NaN from its
+                step on, unless a mask leaves the step out; `predict` treats missing values as in training.
             state: a state per cell in the order of `cells`: `State(h, c)` for an LSTM and `HiddenState(h)` for the
                 others, or a pair of arrays, each `[B, H]`; or all arrays in one flat list. With one cell the outer
                 tuple may be omitted. None, for all or for one cell: the cell's initial state, which is zeros
@@ -286,7 +300,7 @@ class Network(Delegated):
             ShapeError: a wrong rank, width, batch or number of states.
             TypeError: values that aren't real numbers; both mask and lengths; bfloat16 or int8 for a float64 network.
             ValueError: threads below 1 or above 2^31 - 1; unknown weights; ids out of range; resets for a node that
-                combines steps.
+                combines steps; neither mask nor lengths for a network that needs them.
         """
         return run(self, x, state, mask, lengths, reset, threads, weights, record)
 

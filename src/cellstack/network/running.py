@@ -124,6 +124,12 @@ def _flows(network: Network, x: Any, mask: Any, lengths: Any, reset: Any) -> dic
             _check_input(network, name, arrays)
     except (ShapeError, TypeError) as error:
         raise type(error)(f"{error}{_hint(network, x)}") from error
+    if network.needs_lengths and mask is None and lengths is None:
+        raise ValueError(
+            "Network: expected lengths, or a mask: the module that was compiled computed the rows' lengths from its "
+            "input, the network can't. Pass lengths=[...], the number of steps of each row without padding; or call "
+            "net.unpadded(x) if no row has padding"
+        )
     if mask is None and lengths is None and reset is None:
         return {name: Flow(array) for name, array in arrays.items()}
     timed = [name for name in arrays if network.graph.timed(name)]

@@ -67,7 +67,9 @@ def predict(
         return _continued(net, data, name, options)
     if task is None:
         _refuse({"y": y, "id": id, "time": time, **options}, "a network that cellstack.train didn't train")
-        return outputs(net, data, threads)
+        found = outputs(net, data, threads)
+        _warn_of_nan(found)
+        return found
     _check_options(options, TABLES_ONLY)
     found = as_trained(net, data, y, name, id=id, time=time, **options)
     return replace(sequences(net, found, found.name, threads), polars=is_polars(data))
@@ -229,6 +231,18 @@ def _continued(net: Network, prompt: Any, name: str, options: dict[str, Any]) ->
 # ── other networks ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _warn_of_nan(found: Any) -> None:
+    """Warn of NaN in the outputs of a network, which doesn't say what becomes of missing values."""
+    several = found if isinstance(found, tuple) else (found,)
+    count = max(sum(bool(np.isnan(row).any()) for row in rows) for rows in several)
+    if count:
+        warnings.warn(
+            f"predict: the outputs contain NaN for {count} of {len(several[0])} sequences: NaN in the data makes "
+            "states and outputs NaN from its step on. Fill in missing values, or leave out their steps by a mask",
+            stacklevel=4,
+        )
+
+
 def outputs(net: Network, data: Any, threads: int | None = None, columns: Sequence[str] | None = None) -> Any:
     """Return the outputs of any network, for sequences of any lengths.
 
@@ -260,7 +274,7 @@ def outputs(net: Network, data: Any, threads: int | None = None, columns: Sequen
     array = hasattr(data, "shape") and getattr(data.dtype, "kind", "") != "O"
     if array or isinstance(data, Mapping) or len(net.inputs) > 1:
         return net.run(data, threads=threads)[0]
-    return _of_rows(net, data, lambda rows: net.run(rows, threads=threads)[0])
+    return _of_rows(net, data, lambda rows: net.unpadded.run(rows, threads=threads)[0])
 
 
 def _of_rows(net: Network, data: Any, run: Callable[[NDArray], Any]) -> Any:

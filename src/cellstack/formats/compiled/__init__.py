@@ -35,9 +35,10 @@ def compile(module: Any, example: Any = None, tolerance: float = TOLERANCE) -> N
         that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
 
     Outputs of the module that aren't tensors are left out. If the module's code reads values of tensors, as in
-    `if x.sum() > 0`, or compares sizes of its input, as in `if x.shape[1] > 4`, and the outputs agree nonetheless, a
-    warning lists the lines. Uses of `len` and of step numbers, as in `if t == 300`, are only found if the outputs
-    differ for one of the sizes above.
+    `if x.sum() > 0`, compares sizes of its input, as in `if x.shape[1] > 4`, or turns them into plain numbers, as in
+    `int(x.shape[1])`, and the outputs agree nonetheless, a warning lists the lines; where sizes matter, `verify` with
+    random inputs doesn't pass. Uses of step numbers, as in `if t == 300`, are only found if the outputs differ for one
+    of the sizes above.
 
     Raises:
         TypeError: `module` isn't a module, the example holds no tensor, or the tolerance isn't a number.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cellstack.formats.compiled.equality import MUCH_LONGER, difference
+from cellstack.formats.compiled.equality import FLAGS, MUCH_LONGER, difference
 from cellstack.formats.compiled.exported import remedy, shortened
 from cellstack.formats.compiled.nested import fresh, tensors_in
 from cellstack.formats.compiled.packing import (
@@ -20,7 +20,6 @@ from cellstack.formats.compiled.packing import (
 from cellstack.formats.compiled.prepared import Prepared
 from cellstack.formats.compiled.probes import calls_cells_repeatedly, compared_sizes, line_of_call, reads_values
 from cellstack.formats.compiled.routes import by_onnx, directly
-from cellstack.formats.compiled.sizes import Places
 from cellstack.network import Network, layouts
 from cellstack.spec import FormatError
 
@@ -72,6 +71,8 @@ def attempt(ready: Prepared, tolerance: float) -> tuple[Network, list[str]]:
             "outside its recurrent layers too, such as for a mean over the used steps; return the sequence, and compute"
             " the mean outside the module"
         )
+    if how.kind == "computed" and FLAGS not in network.inputs:
+        network.metadata["lengths"] = "computed"
     return network, [*ready.notes, *notes, f"packs sequences: {note}"]
 
 
@@ -137,15 +138,24 @@ def _notes(network: Network, module: Any, inputs: tuple[Any, ...], looks: list[s
             f"reads values of tensors ({_some(looks)}), and the network does what it did for the example: the outputs "
             "for other values that were tried agree, but not all values can be tried"
         )
-    places, _, failed = compared_sizes(network, module, inputs) if exported else Places([], [])
-    places = [*places, *network.metadata.get("onnx", {}).get("branches", ())]
+    if not exported:
+        return notes
+    onnx = network.metadata.setdefault("onnx", {})
+    compared, converted, failed = compared_sizes(network, module, inputs)
+    compared = [*compared, *onnx.get("branches", ())]
     if failed:
         notes.append(f"may compare sizes of its input, which can't be checked: {failed}")
-    if places:
-        notes.append(
-            f"compares sizes of its input ({_some(places)}), and the network does what it did for the example's sizes: "
-            "it agrees for the other sizes that were tried, but may differ for sizes that weren't"
-        )
+    for does, places in (
+        ("compares sizes of its input", compared),
+        ("turns sizes of its input into plain numbers, as int(n), range(0, n, 2) or items[n] do", converted),
+    ):
+        if places:
+            notes.append(
+                f"{does} ({_some(places)}), and the network does what it did for the example's sizes: it agrees for "
+                "the other sizes that were tried, but may differ for sizes that weren't"
+            )
+    if places := [*compared, *converted, *([failed] if failed else [])]:
+        onnx["sizes"] = places
     return notes
 
 
@@ -178,19 +188,20 @@ def _differs(
             "torch.stack(ys, 1): a Network does the same at every step, and returns all steps"
         )
     places: list[str] = []
-    measured: list[str] = []
+    converted: list[str] = []
     if exported and why.startswith("with "):
-        places, measured, _ = compared_sizes(network, module, inputs)
+        places, converted, _ = compared_sizes(network, module, inputs)
         places = [*places, *onnx.get("branches", ())]
         if places:
             reasons.append(
                 f"it compares sizes of its input ({_some(places)}), but a graph only contains what it "
                 "did for the example's sizes: do the same for all sizes, or compile a module for each case",
             )
-    if measured and not known and not reasons:
+    if converted and not known and not reasons:
         reasons.append(
-            f"its outputs differ for other sizes, perhaps because of len(x) ({_some(measured)}): a graph only "
-            "contains what it did for the example's sizes"
+            "its outputs differ for other sizes, perhaps because it turns sizes into plain numbers, as int(n), "
+            f"range(0, n, 2) or items[n] do ({_some(converted)}): a graph only contains what it did for the example's "
+            "sizes"
         )
     return reasons, places
 

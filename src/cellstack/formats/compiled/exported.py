@@ -22,11 +22,14 @@ LISTED = 2  # problems that a message lists if it also gives a remedy; the rest 
 
 # Patterns in the reason why a module can't be read, and how to fix each; the first that matches is used.
 REMEDIES = (
+    (r"size of a frame is unknown|found axes F 1 1|found T B 1|found axis F of B F(?! [A-Z1])", "it takes samples "
+     "without an axis of features: let forward take [B, T, 1], without x[:, :, None], and pass such an example"),
     (r"ScatterND|aten::index_put|aten::copy_", "it writes into an existing tensor, as in out[:, t] = y: collect "
      "the parts in a list and join them by torch.stack(parts, 1)"),
     (r"Dropout '", "its dropout is active in evaluation mode too: pass training=self.training to it"),
     (r"Random|Multinomial|Bernoulli|aten::normal|aten::rand", "it draws random numbers, which a Network can't: "
      "return the distribution's parameters, and draw outside the module"),
+    (r"division of ids", "it divides ids, which rounds: compute these ids outside the module"),
     (r"ArgMax|ArgMin|TopK|aten::sort", "its output depends on comparing values: return the values, and choose outside "
      "the module"),
     (r"a branch depends on the values", "its scripted code branches on values, as in if x.sum() > 0: compute both "
@@ -104,12 +107,12 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
 @contextmanager
 def _positional(module: Any) -> Iterator[None]:
-    """Hide the keyword-only arguments of a module's forward: the exporter passes their defaults by position."""
+    """Hide the arguments of a module's forward with defaults: the exporter passes these by position, as tensors."""
     import torch
 
     forward = module.forward
     scripted = isinstance(module, torch.jit.ScriptModule)
-    if scripted or all(each.kind != each.KEYWORD_ONLY for each in inspect.signature(forward).parameters.values()):
+    if scripted or all(each.default is each.empty for each in inspect.signature(forward).parameters.values()):
         yield
         return
     own = vars(module).get("forward")

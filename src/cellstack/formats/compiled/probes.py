@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from cellstack.formats.compiled.copied import duplicate
 from cellstack.formats.compiled.equality import Ends
 from cellstack.formats.compiled.nested import fresh, like, tensors_in
 from cellstack.formats.compiled.sizes import OURS, Places, compared, line_of, outside, pytorch
@@ -58,8 +59,8 @@ def calls_cells_repeatedly(module: Any, inputs: tuple[Any, ...]) -> bool:
 
 
 def compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> Places:
-    """Return where a module's code compares sizes of its input."""
-    first = tensors_in(example)
+    """Return where a module's code depends on sizes of its input."""
+    first, module = tensors_in(example), duplicate(module)  # whose attributes may keep sizes
     others = [given for _, given in Ends(network, len(first)).longer(first)]
     try:
         return compared(lambda given: module(*fresh(like(example, given))), first, others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +89,8 @@ def by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: lis
                 network = onnx.read_whole(path, whole_loops=True, example=shapes)
                 break
             except FormatError as error:
-                reasons.append(FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")))
+                said = str(error).replace(path, "its graph").removesuffix(f"; {HINT}")
+                reasons.append(FormatError(re.sub(r"; pass it: cs\.load\(.*?\}\)", "", said)))  # for owners of files
     else:
         raise reasons[0]
     if KEY in network.metadata:
@@ -143,6 +145,8 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
         if value.ndim > 2:
             free = [axis for axis in range(value.ndim) if may_change(n, axis)]
             found.append(free or [0, 1])
+        elif len(flat) > 1 and all(one.ndim == 2 and not one.is_floating_point() for one in flat):  # ids
+            found.append([axis for axis in range(2) if may_change(n, axis)])
         else:
             found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
     return found

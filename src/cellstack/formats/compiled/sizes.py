@@ -1,9 +1,13 @@
-"""Finds where a module's code compares sizes of tensors: a graph only contains what it did for the example's sizes."""
+"""Finds where a module's code depends on sizes: a graph only contains what it did for the example's sizes."""
 
 from __future__ import annotations
 
+import builtins
+import math
+import operator
 import os
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -12,45 +16,64 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod")
+ARITHMETIC = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
+ALONE = {"neg": operator.neg, "abs": abs, "ceil": math.ceil, "floor": math.floor, "round": round, "trunc": math.trunc}
+MEASURES = ("__get__", "size", "stride", "numel")  # functions of tensors that return sizes; shape and nbytes are got
+BUILTINS = {"len", "range"}
 OURS = str(Path(__file__).absolute().parents[2])
 
 
 class Places(NamedTuple):
-    """Where a module's code uses sizes, each as `file.py:12`: where it compares them, and where it calls `len`.
+    """Where a module's code depends on sizes, each as `file.py:12`.
 
-    `failed` says why these places can't be found; "" if they can.
+    Attributes:
+        compared: where it compares sizes.
+        converted: where it turns them into plain numbers, as `int`, `range` and the index of a list do.
+        failed: why these places can't be found; "" if they can.
     """
 
     compared: list[str]
-    measured: list[str]
+    converted: list[str]
     failed: str = ""
 
 
-def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> Places:
-    """Return where code compares sizes that change with the size of the input, and where it takes `len` of a tensor.
+# By "compared" or "converted" and the place: the size, what it is compared with, and the sizes that both follow from
+Uses = dict[tuple[str, str], set[tuple[Any, Any, frozenset[float]]]]
 
-    Comparisons in PyTorch's code and in ours don't count. Neither do those of sizes that never change, such as the
-    number of features, nor of two sizes that are always equal. What `len`, `int` and `float` return is a plain number,
-    whose comparisons can't be recorded.
+
+def compared(run: Callable[[Any], Any], example: Any, others: Iterable[Any]) -> Places:
+    """Return where code depends on sizes that change with the size of the input.
+
+    Sizes are followed through arithmetic and into tensors, whose sizes the graph contains. Every other use counts:
+    comparisons, and conversions to plain numbers, which can't be followed further. A `range` with steps of 1 that isn't
+    empty doesn't count: the outputs for other sizes show whether the network contains the loop. Neither do uses in
+    PyTorch's code and in ours, of sizes that never change, such as the number of features, and comparisons of two sizes
+    that are always equal.
 
     Args:
         run: calls the module.
         example: the input that it was exported with.
         others: inputs of other sizes; those that the module rejects are skipped.
     """
-    measured: list[str] = []
-    runs = [_comparisons(run, example, measured)]
-    for other in others:
-        with suppress(Exception):  # the module rejects this size
-            runs.append(_comparisons(run, other, measured))
-    found = []
-    for place in dict.fromkeys(place for seen in runs for place in seen):
-        seen = [one[place] for one in runs if place in one]
-        checked = all(size == other for pairs in seen for size, other in pairs)
+    names: list[dict[str, Any]] = []
+    uses_in = _follow(names)
+    try:
+        uses_in(run, example)  # the first run finds the files with the module's code
+        runs = [uses_in(run, example)]
+        for other in others:
+            with suppress(Exception):  # the module rejects this size
+                runs.append(uses_in(run, other))
+    finally:
+        for own in names:
+            for name in BUILTINS:
+                own.pop(name, None)
+    found = Places([], [])
+    for kind, place in dict.fromkeys(use for uses in runs for use in uses):
+        seen = [uses[kind, place] for uses in runs if (kind, place) in uses]
+        checked = all(size == other for pairs in seen for size, other, _ in pairs)
         if not checked and any(pairs != seen[0] for pairs in seen):
-            found.append(place)
-    return Places(found, list(dict.fromkeys(measured)))
+            getattr(found, kind).append(place)
+    return found
 
 
 def pytorch() -> str:
@@ -73,67 +96,123 @@ def line_of(frame: FrameType) -> str:
     return "" if path.startswith((pytorch(), OURS)) else f"{os.path.basename(path)}:{frame.f_lineno}"
 
 
-def _comparisons(run: Callable[[Any], Any], inputs: Any, measured: list[str]) -> dict[str, set[tuple[int, int | None]]]:
-    """Run a module, and return the sizes that its code compares, by place: each with the size it is compared with.
+def _follow(names: list[dict[str, Any]]) -> Callable[[Callable[[Any], Any], Any], Uses]:
+    """Return a function that runs a module, and returns the sizes that its code uses, each with what it is compared to.
 
-    The places where it calls `len` are added to `measured`.
+    Python asks an object for its conversion to a number, but not for whom, and `len` must return an int. In the files
+    of the module's code, functions of the same names therefore take the place of `len` and `range`.
+
+    Args:
+        names: to which the global names of these files are added; the caller removes both functions.
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
-    seen: dict[str, set[tuple[int, int | None]]] = defaultdict(set)
+    seen: Uses = defaultdict(set)
+    thread = threading.get_ident()  # others may call the module's code meanwhile
 
-    class Size(int):
-        """The length of an axis, or a number computed from it. Its comparisons are recorded."""
-
-        __hash__ = int.__hash__
-
-        def __bool__(self) -> bool:
-            record(self, 0, sys._getframe(1))
-            return int(self) != 0
-
-        def __neg__(self) -> Size:
-            return Size(-int(self))
-
-    def record(size: Size, other: Any, frame: FrameType) -> None:
+    def record(kind: str, size: Size, frame: FrameType, other: Any = None) -> None:
         if line := line_of(frame):
-            seen[line].add((int(size), int(other) if isinstance(other, Size) else None))
+            compared, sources = (other.number, other.sources) if isinstance(other, Size) else (None, frozenset())
+            seen[kind, line].add((size.number, compared, size.sources | sources))
 
-    def comparison(name: str) -> Callable[[Size, Any], Any]:
-        plain = getattr(int, f"__{name}__")
+    class Size(torch.SymInt):
+        """A size, or a number computed from sizes. It isn't an int, so that Python asks for each conversion to one."""
 
+        def __init__(self, number: float, *computed_from: Any) -> None:
+            self.number = number
+            sources = [one.sources for one in computed_from if isinstance(one, Size)]
+            self.sources: frozenset[float] = frozenset().union(*sources) if sources else frozenset((number,))
+
+        def __repr__(self) -> str:
+            return repr(self.number)
+
+        def __format__(self, form: str) -> str:
+            return format(self.number, form)
+
+        def __hash__(self) -> int:  # a cache would keep a size as a key, and return what was computed from it
+            raise TypeError(f"it uses a size as a key, as in n in {{1, 2}} ({line_of(sys._getframe(1))})")
+
+    def plain(value: Any) -> Any:
+        """Return a value, or nested values, with sizes as plain numbers."""
+        if isinstance(value, Size):
+            return value.number
+        if type(value) in (tuple, list, torch.Size):
+            return type(value)(map(plain, value))
+        if isinstance(value, slice):
+            return slice(plain(value.start), plain(value.stop), plain(value.step))
+        return {key: plain(one) for key, one in value.items()} if type(value) is dict else value
+
+    def comparison(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def compare(self: Size, other: Any) -> Any:
-            record(self, other, sys._getframe(1))
-            return plain(int(self), int(other) if isinstance(other, Size) else other)
+            record("compared", self, sys._getframe(1), other)
+            return function(self.number, plain(other))
 
         return compare
 
-    def arithmetic(name: str) -> Callable[[Size, Any], Any]:
-        plain = getattr(int, name)
+    def truth(self: Size) -> bool:
+        record("compared", self, sys._getframe(1), 0)
+        return bool(self.number)
 
+    def arithmetic(function: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Any, Any], Any]:
         def compute(self: Size, other: Any) -> Any:
-            value: Any = plain(int(self), int(other) if isinstance(other, Size) else other)
-            return value if value is NotImplemented else Size(value)
+            if not isinstance(other, (int, float, Size)):
+                return NotImplemented
+            pair = (plain(other), self.number) if swapped else (self.number, plain(other))
+            return Size(function(*pair), self, other)
 
         return compute
 
+    def conversion(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def convert(self: Size) -> Any:
+            record("converted", self, sys._getframe(1))
+            return function(self.number)
+
+        return convert
+
     for name in COMPARISONS:
-        setattr(Size, f"__{name}__", comparison(name))
+        setattr(Size, f"__{name}__", comparison(getattr(operator, name)))
     for name in ARITHMETIC:
-        for method in (f"__{name}__", f"__r{name}__"):
-            setattr(Size, method, arithmetic(method))
+        for swapped in (False, True):
+            setattr(Size, f"__{'r' * swapped}{name}__", arithmetic(getattr(operator, name), swapped))
+    for name, function in ALONE.items():
+        setattr(Size, f"__{name}__", lambda self, *args, function=function: Size(function(self.number, *args), self))
+    for name, function in (("index", operator.index), ("int", int), ("float", float), ("complex", complex)):
+        setattr(Size, f"__{name}__", conversion(function))
+    Size.__bool__ = truth
+
+    def measured(value: Any) -> Any:
+        tracked = isinstance(value, torch.Tensor) and value.ndim and threading.get_ident() == thread
+        return Size(value.shape[0]) if tracked else builtins.len(value)
+
+    def steps(*ends: Any) -> range:
+        numbers = range(*map(plain, ends))
+        if abs(numbers.step) > 1 or not numbers:
+            for end in ends:
+                if isinstance(end, Size):
+                    record("converted", end, sys._getframe(1))
+        return numbers
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made, frame = func(*args, **(kwargs or {})), sys._getframe(1)
-            if isinstance(made, torch.Size) and line_of(frame):
-                return torch.Size([Size(size) for size in made])
-            if func is torch.Tensor.size and type(made) is int and line_of(frame):
-                return Size(made)
-            if func is torch.Tensor.__len__ and (line := line_of(outside(frame, pytorch()))):
-                measured.append(line)
-            return made
+            made = func(*plain(args), **plain(kwargs or {}))
+            frame, name = sys._getframe(1), getattr(func, "__name__", "")
+            caller = outside(frame, pytorch())
+            if line_of(caller) and BUILTINS.isdisjoint(caller.f_globals):
+                caller.f_globals.update(len=measured, range=steps)
+                names.append(caller.f_globals)
+            if func is torch.Tensor.__len__:
+                record("converted", Size(made), caller)
+            if name not in MEASURES or not line_of(frame):
+                return made
+            if isinstance(made, tuple):
+                return type(made)(map(Size, made))
+            return Size(made) if type(made) is int else made
 
-    with torch.no_grad(), Watch():
-        run(inputs)
-    return seen
+    def uses_in(run: Callable[[Any], Any], inputs: Any) -> Uses:
+        seen.clear()
+        with torch.no_grad(), Watch():
+            run(inputs)
+        return dict(seen)
+
+    return uses_in

@@ -138,7 +138,11 @@ def arithmetic(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     if len(values) != 2 or name not in ("Add", "Sub", "Mul", "Div", "Max", "Min"):
         raise Refused("a constant isn't supported here")
     x, first = reader.flowing(values[constants.index(False)]), constants[0]
-    numbers = by_features(x, constant := floats(values[constants.index(True)], "the other"))
+    constant = values[constants.index(True)]
+    whole = x.wire in reader.ids and isinstance(constant, np.ndarray) and constant.dtype.kind in "iu"
+    if whole and name == "Div":
+        raise Refused("a division of ids, which rounds, isn't supported")
+    numbers = by_features(x, constant := floats(constant.astype(np.float32) if whole else constant, "the constant"))
     if numbers is None:
         raise Refused(f"expected one number, or one per feature, found {constant.shape} with axes {' '.join(x.axes)}")
     if name in ("Max", "Min"):
@@ -153,8 +157,10 @@ def arithmetic(reader: Reader, node: Any, attributes: dict[str, Any], values: li
             "Mul": (numbers, zero),
             "Div": (one / numbers, zero),
         }[name]
-    if x.shape[-1] is None and numbers.size == 1:
-        return [reader.put(node, Activation(f"affine({scale[0]!s}, {shift[0]!s})"), x)]
+    if numbers.size == 1 and (x.shape[-1] is None or whole):
+        y = reader.put(node, Activation(f"affine({scale[0]!s}, {shift[0]!s})"), x)
+        reader.ids |= {y.wire} if whole else set()
+        return [y]
     width = reader.builder.make((x.shape[-1] if x.width or x.parts else 0) or numbers.size)
     scale, shift, by = (np.ascontiguousarray(np.broadcast_to(array, (width,))) for array in (scale, shift, numbers))
     exact = name == "Div" and by.all()
@@ -180,6 +186,7 @@ def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
         return [flows[0]]
     wide = max(flows, key=lambda flow: len(flow.parts))
     y = reader.put(node, Merge(MERGES[node.op_type]), *flows)
+    reader.ids |= {y.wire} if all(flow.wire in reader.ids for flow in flows) else set()
     return [replace(y, parts=wide.parts)]
 
 

@@ -13,7 +13,7 @@ from cellstack.spec import FormatError
 def run(net: Network, path: str, inputs: Inputs) -> Answers:
     """Load and run a file in the native format."""
     try:
-        other = safetensors.load(path)
+        other = safetensors.load(path).unpadded
         y, states = other.run(by_name(other.inputs, list(inputs), list(inputs.values()), "inputs"))
     except FormatError as error:
         ordered = net.metadata.get("source", {}).get("order")
