@@ -1,11 +1,11 @@
 """The whole surface: a grid of shapes, compared with torch, ONNX Runtime and OpenVINO, outputs checked first.
 
-    python benchmarks/surface.py [--what inference bfloat16 training step] [--threads 1] [--before torch] [-o FOLDER]
+    python benchmarks/surface.py [--what SURFACE …] [--threads 1] [--before torch] [-o FOLDER]
 
 140 shapes of inference: batches of 1 to 128, 20 and 200 steps, 8 to 512 units, one and two layers, an input as wide as
-a layer, up to 64; 48 of inference in bfloat16; 59 of training; steps of a stream at every width; 16 shapes of inference
-and 8 of training with bidirectional layers. It runs the code of `cellstack bench` on more shapes, and takes
-correspondingly longer. After Ctrl-C, it reports the results so far.
+a layer, up to 64; 48 of inference in bfloat16; 40 of layers without gradients; 59 of training; steps of a stream at
+every width; 16 shapes of inference and 8 of training with bidirectional layers. It runs the code of `cellstack bench`
+on more shapes, and takes correspondingly longer. After Ctrl-C, it reports the results so far.
 """
 
 import argparse
@@ -26,6 +26,7 @@ BIDIRECTIONAL = [
 WORK = {
     "inference": [shape for layers in (1, 2) for shape in shapes(BATCHES, (20, 200), UNITS, layers)] + BIDIRECTIONAL,
     "bfloat16": [shape for layers in (1, 2) for shape in shapes((1, 32, 128), (20, 200), (64, 128, 256, 512), layers)],
+    "layers": [shape for layers in (1, 2) for shape in shapes((1, 8, 16, 32, 128), (20, 50), (256, 512), layers)],
     "training": shapes((1, 8, 32, 128), (20, 100), UNITS)
     + [Shape(32, 100, 64, units, 2) for units in (128, 256, 512)]
     + [shape for shape in BIDIRECTIONAL if shape.batch > 2],
