@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import pickle
 import tracemalloc
@@ -288,6 +289,17 @@ def test_fields_by_name_and_by_attribute():
         t["layer_0"].f  # noqa: B018
     assert "i f g o c h | i f g o c h" in repr(t)
     assert repr(t["layer_0"]).splitlines()[1] == "  LSTM 3 -> 4: i, f, g, o, c, h [2, 10, 4]"
+
+
+def test_gates_and_states_of_some_hundred_kilobytes_share_large_pages(rng):
+    net = Network([Recurrent((make_cell(rng, 8, 64), make_cell(rng, 64, 64)))])
+    cells = net.trace(np.zeros((8, 100, 8), np.float32))["layer_0"].cells
+    arrays = [array for cell in cells for array in (cell.record.states.c, cell.record.gates)]
+    roots = [_root(array) for array in arrays]
+    assert len({id(root) for root in roots}) == 1
+    assert roots[0].nbytes > 4 << 20  # from which NumPy asks for large pages
+    assert all(array.ctypes.data % 64 == 0 for array in arrays)
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))
 
 
 @pytest.mark.parametrize("in_memory", [0, 5000])

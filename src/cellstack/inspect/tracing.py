@@ -123,17 +123,26 @@ def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
     return frozenset(aligned)
 
 
+_BLOCK, _PAGE = 8 << 20, 2 << 20  # bytes; NumPy asks for large pages from 4 MB on
+_PARTS = range(128 << 10, 4 << 20)  # bytes of arrays that are parts of a block
+
+
 class _Arrays:
-    """Allocates arrays in memory, and beyond a limit in memory-mapped anonymous files."""
+    """Allocates arrays in memory, and beyond a limit in memory-mapped anonymous files.
+
+    Arrays of some hundred kilobytes are parts of larger blocks: on pages of 4 KB of their own, filling them would take
+    several times as long as the kernel takes to compute them.
+    """
 
     def __init__(self, in_memory: float) -> None:
         self.left = in_memory
+        self.block = np.empty(0, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         size = math.prod(shape) * dtype.itemsize
         self.left -= size
         if self.left >= 0 or not size:
-            return np.empty(shape, dtype)
+            return self._part(size).view(dtype).reshape(shape) if size in _PARTS else np.empty(shape, dtype)
         with tempfile.TemporaryFile() as file:
             try:
                 if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process
@@ -142,6 +151,13 @@ class _Arrays:
                 where = tempfile.gettempdir()
                 raise OSError(error.errno, f"{error.strerror}: a trace needs {size:,} more bytes in {where}") from None
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+
+    def _part(self, size: int) -> Array:
+        if self.block.size < size:
+            whole = np.empty(_BLOCK + _PAGE, np.uint8)
+            self.block = whole[-whole.ctypes.data % _PAGE :]
+        part, self.block = self.block[:size], self.block[(size + 63) // 64 * 64 :]
+        return part
 
 
 def _in_own_order(
