@@ -36,7 +36,7 @@ web:  ## the npm package for browsers and Node, in web/dist; needs Emscripten
 	$(PYTHON) web/build.py build/web/cellstack.wasm
 
 test-web: $(VENV)/tested web  ## the tests of the npm package, which also need Node and Chromium
-	$(CACHED) $(BIN)/python -m pytest -m web tests/web
+	$(CACHED) CI=true $(BIN)/python -m pytest -m web tests/web
 
 test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, and installs into .venv-clusters
 	$(PYTHON) -m venv .venv-clusters
@@ -44,7 +44,7 @@ test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, a
 	$(CACHED) .venv-clusters/bin/python -m pytest -m clusters tests/scale
 
 test-devices: $(VENV)/tested  ## the C code on emulated Cortex-M processors; needs arm-none-eabi-gcc and QEMU
-	$(CACHED) $(BIN)/python -m pytest -m devices tests/devices -s
+	$(CACHED) CI=true $(BIN)/python -m pytest -m devices tests/devices -s
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
