@@ -9,9 +9,9 @@ CACHED := env -u PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 # The build requirements of pyproject.toml. Builds use them from .venv: pip's isolated environment has a new path each
 # time, which would compile everything again.
-BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
+BUILD_NEEDS := 'pip>=22.2' 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
-INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
+DEPENDENCIES := $(BIN)/python tests/packaging/dependencies.py
 
 .PHONY: help demo test test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
 
@@ -62,12 +62,12 @@ stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
 	$(BIN)/python web/kinds.py
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
-	$(INSTALL) '.[docs]'
+	$(DEPENDENCIES) docs
 	$(BIN)/sphinx-build -W --keep-going -E -b html -j auto -d build/site-cache docs build/site
 	! grep -rlE '<(script|img|iframe|link rel="stylesheet")[^>]*(src|href)="https?:' build/site --include='*.html'
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
-	$(INSTALL) '.[bench]'
+	$(DEPENDENCIES) bench
 	for name in inference training accelerated text step scaling family slstm mlstm tirex pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
@@ -98,16 +98,21 @@ clean:  ## remove what the targets created
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready:
+	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON): on Debian or Ubuntu, apt-get install python3" >&2; exit 1; }
+	@$(PYTHON) tests/packaging/system.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(BUILD_NEEDS)
+	$(BIN)/pip install -q $(BUILD_NEEDS) || { echo "make: pip can't install: expected a network, or pip's configuration of an index" >&2; exit 1; }
 	touch $@
 
+# The dependencies are downloaded and installed while the kernel compiles; make fails if either does.
 $(VENV)/installed: $(VENV)/ready $(SOURCES)
-	@echo "installing, and compiling the kernel: about a minute"
-	$(INSTALL) '.[torch]'
+	@echo "installing PyTorch, and compiling the kernel: one or two minutes"
+	$(DEPENDENCIES) torch & \
+	$(BIN)/pip install -q --no-deps --no-build-isolation --check-build-dependencies -e .; kernel=$$?; \
+	wait $$! && exit $$kernel
 	touch $@
 
-$(VENV)/tested: $(VENV)/ready $(SOURCES)
-	@echo "installing, and compiling the kernel: one or two minutes"
-	$(INSTALL) '.[test,lint]'
-	touch $@ $(VENV)/installed
+$(VENV)/tested: pyproject.toml | $(VENV)/installed
+	@echo "installing what the tests need: one or two minutes"
+	$(DEPENDENCIES) test lint
+	touch $@

@@ -14,6 +14,7 @@ INSTALL = {  # on Debian
     "espeak-ng": "apt-get install espeak-ng",
     "g++": "apt-get install g++",
     "gcc": "apt-get install gcc libc6-dev",
+    "make": "apt-get install make",
     "node": "apt-get install nodejs",
     "npm": "apt-get install npm",
     "qemu-system-arm": "apt-get install qemu-system-arm",
