@@ -12,8 +12,10 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 BUILD_NEEDS := 'pip>=22.2' 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
 DEPENDENCIES := $(BIN)/python tests/packaging/dependencies.py
+FAST_TESTS := $(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" \
+	-n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
+.PHONY: help demo test check test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -22,7 +24,10 @@ demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" -n auto --dist loadfile --no-loadscope-reorder
+	$(FAST_TESTS)
+
+check: $(VENV)/checked  ## those of them that a change affects; the first run records it, and takes longer than make test
+	$(FAST_TESTS) --testmon --testmon-forceselect
 
 test-all: $(VENV)/tested  ## all tests, except those that download or have their own target
 	$(CACHED) $(BIN)/python -m pytest -m "not models and not web and not clusters and not devices"
@@ -93,7 +98,7 @@ sbom:  ## build/cellstack.cdx.json: what the package needs and contains (Cyclone
 		--output-reproducible --output-file build/cellstack.cdx.json
 
 clean:  ## remove what the targets created
-	rm -rf $(VENV) .venv-sanitize-* .venv-clusters build .pytest_cache .ruff_cache .hypothesis cellstack-demo \
+	rm -rf $(VENV) .venv-sanitize-* .venv-clusters build .pytest_cache .ruff_cache .hypothesis .testmondata* cellstack-demo \
 		docs/reference/generated
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
@@ -101,7 +106,7 @@ $(VENV)/ready:
 	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON): on Debian or Ubuntu, apt-get install python3" >&2; exit 1; }
 	@$(PYTHON) tests/packaging/system.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(BUILD_NEEDS) || { echo "make: pip can't install: expected a network, or pip's configuration of an index" >&2; exit 1; }
+	$(BIN)/pip install -q $(BUILD_NEEDS) || { echo "make: pip failed: without a network, it needs an index in its configuration" >&2; exit 1; }
 	touch $@
 
 # The dependencies are downloaded and installed while the kernel compiles; make fails if either does.
@@ -115,4 +120,11 @@ $(VENV)/installed: $(VENV)/ready $(SOURCES)
 $(VENV)/tested: pyproject.toml | $(VENV)/installed
 	@echo "installing what the tests need: one or two minutes"
 	$(DEPENDENCIES) test lint
+	touch $@
+
+# pytest-testmon records which tests execute which Python function. It doesn't see the kernel, whose tests run here.
+$(VENV)/checked: $(VENV)/installed | $(VENV)/tested
+	$(BIN)/pip install -q 'pytest-testmon>=2.2'
+	@if [ -e .testmondata ]; then $(FAST_TESTS) tests/kernel; \
+	else echo "make check: the first run takes longer than make test: all tests run, and what they execute is recorded"; fi
 	touch $@
