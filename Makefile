@@ -9,11 +9,13 @@ CACHED := env -u PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 # The build requirements of pyproject.toml. Builds use them from .venv: pip's isolated environment has a new path each
 # time, which would compile everything again.
-BUILD_NEEDS := 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
+BUILD_NEEDS := 'pip>=22.2' 'scikit-build-core>=0.10,<2' 'nanobind>=2.4,<4' 'numpy>=2.0,<3' \
 	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
-INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
+DEPENDENCIES := $(BIN)/python tests/packaging/dependencies.py
+FAST_TESTS := $(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" \
+	-n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
+.PHONY: help demo test check test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -22,7 +24,10 @@ demo: $(VENV)/installed  ## the whole workflow on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" -n auto --dist loadfile --no-loadscope-reorder
+	$(FAST_TESTS)
+
+check: $(VENV)/checked  ## those of them that a change affects; the first run records it, and takes longer than make test
+	$(FAST_TESTS) --testmon --testmon-forceselect
 
 test-all: $(VENV)/tested  ## all tests, except those that download or have their own target
 	$(CACHED) $(BIN)/python -m pytest -m "not models and not web and not clusters and not devices"
@@ -36,7 +41,7 @@ web:  ## the npm package for browsers and Node, in web/dist; needs Emscripten
 	$(PYTHON) web/build.py build/web/cellstack.wasm
 
 test-web: $(VENV)/tested web  ## the tests of the npm package, which also need Node and Chromium
-	$(CACHED) $(BIN)/python -m pytest -m web tests/web
+	$(CACHED) CI=true $(BIN)/python -m pytest -m web tests/web
 
 test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, and installs into .venv-clusters
 	$(PYTHON) -m venv .venv-clusters
@@ -44,7 +49,7 @@ test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, a
 	$(CACHED) .venv-clusters/bin/python -m pytest -m clusters tests/scale
 
 test-devices: $(VENV)/tested  ## the C code on emulated Cortex-M processors; needs arm-none-eabi-gcc and QEMU
-	$(CACHED) $(BIN)/python -m pytest -m devices tests/devices -s
+	$(CACHED) CI=true $(BIN)/python -m pytest -m devices tests/devices -s
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -62,12 +67,12 @@ stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors
 	$(BIN)/python web/kinds.py
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors
-	$(INSTALL) '.[docs]'
+	$(DEPENDENCIES) docs
 	$(BIN)/sphinx-build -W --keep-going -E -b html -j auto -d build/site-cache docs build/site
 	! grep -rlE '<(script|img|iframe|link rel="stylesheet")[^>]*(src|href)="https?:' build/site --include='*.html'
 
 bench: $(VENV)/tested  ## all benchmarks: cellstack and the libraries it is compared with
-	$(INSTALL) '.[bench]'
+	$(DEPENDENCIES) bench
 	for name in inference training accelerated text step scaling family slstm mlstm tirex pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
@@ -93,21 +98,33 @@ sbom:  ## build/cellstack.cdx.json: what the package needs and contains (Cyclone
 		--output-reproducible --output-file build/cellstack.cdx.json
 
 clean:  ## remove what the targets created
-	rm -rf $(VENV) .venv-sanitize-* .venv-clusters build .pytest_cache .ruff_cache .hypothesis cellstack-demo \
+	rm -rf $(VENV) .venv-sanitize-* .venv-clusters build .pytest_cache .ruff_cache .hypothesis .testmondata* cellstack-demo \
 		docs/reference/generated
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/ready:
+	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON): on Debian or Ubuntu, apt-get install python3" >&2; exit 1; }
+	@$(PYTHON) tests/packaging/system.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(BUILD_NEEDS)
+	$(BIN)/pip install -q $(BUILD_NEEDS) || { echo "make: pip failed: without a network, it needs an index in its configuration" >&2; exit 1; }
 	touch $@
 
+# The dependencies are downloaded and installed while the kernel compiles; make fails if either does.
 $(VENV)/installed: $(VENV)/ready $(SOURCES)
-	@echo "installing, and compiling the kernel: about a minute"
-	$(INSTALL) '.[torch]'
+	@echo "installing PyTorch, and compiling the kernel: one or two minutes"
+	$(DEPENDENCIES) torch & \
+	$(BIN)/pip install -q --no-deps --no-build-isolation --check-build-dependencies -e .; kernel=$$?; \
+	wait $$! && exit $$kernel
 	touch $@
 
-$(VENV)/tested: $(VENV)/ready $(SOURCES)
-	@echo "installing, and compiling the kernel: one or two minutes"
-	$(INSTALL) '.[test,lint]'
-	touch $@ $(VENV)/installed
+$(VENV)/tested: pyproject.toml | $(VENV)/installed
+	@echo "installing what the tests need: one or two minutes"
+	$(DEPENDENCIES) test lint
+	touch $@
+
+# pytest-testmon records which tests execute which Python function. It doesn't see the kernel, whose tests run here.
+$(VENV)/checked: $(VENV)/installed | $(VENV)/tested
+	$(BIN)/pip install -q 'pytest-testmon>=2.2'
+	@if [ -e .testmondata ]; then $(FAST_TESTS) tests/kernel; \
+	else echo "make check: the first run takes longer than make test: all tests run, and what they execute is recorded"; fi
+	touch $@

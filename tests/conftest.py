@@ -2,7 +2,6 @@
 
 import gc
 import os
-import shutil
 import signal
 import sys
 from importlib.resources import files
@@ -14,7 +13,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before anything im
 
 import numpy as np
 import pytest
+import tools
 import torch
+from tools import pytest_unconfigure  # noqa: F401
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job of a shell: some tests send SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,13 +84,8 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = shutil.which("chromium") or shutil.which("chromium-browser") or (own if os.path.exists(own) else None)
-        if found is None:
-            pytest.fail(
-                "no Chromium found: install it with `apt-get install chromium`, or with `playwright install chromium`"
-            )
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        path = tools.chromium(playwright)
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 

@@ -1,10 +1,10 @@
 """`cellstack completion`: the script completes verbs, options, their values and file names in a real shell."""
 
-import shutil
 import subprocess
 import sys
 
 import pytest
+from tools import need
 
 from cellstack.cli import main as cli
 
@@ -18,8 +18,8 @@ words() {
 """
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes(capsys, tmp_path):
+    need("bash")
     pytest.importorskip("shtab")
     assert cli.main(["completion", "bash"]) == 0
     (tmp_path / "completion").write_text(capsys.readouterr().out)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from networks import make_cell
+from tools import need
 
 import cellstack
 from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, Standardise, formats, load
@@ -65,6 +66,7 @@ def test_to_the_native_format(capsys, tmp_path, model):
     ],
 )
 def test_to_c(capsys, tmp_path, model, monkeypatch, target, files):
+    need("cc")
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "convert", model, target, "--json")
     assert (status, err) == (0, "")
@@ -87,6 +89,7 @@ def test_names_that_aren_t_valid_in_c(capsys, tmp_path, model, name, stem):
 
 
 def test_a_difference_is_status_1(capsys, tmp_path, model):
+    need("cc")
     status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), "--tolerance", "1e-12")
     assert (status, err) == (1, "")
     assert "greatest difference from cc" in out
@@ -165,6 +168,7 @@ def test_a_node_that_c_doesn_t_support_is_named(capsys, tmp_path):
 
 
 def test_a_bidirectional_network_becomes_c_from_weights_in_an_order(capsys, tmp_path):
+    need("cc")
     rnn = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
     torch.save(torch.nn.ModuleDict({"rnn": rnn, "head": torch.nn.Linear(8, 2)}).state_dict(), tmp_path / "net.pt")
     status, out, _ = run(
@@ -245,6 +249,7 @@ def test_the_version(capsys):
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
 def test_a_user_s_sample(capsys, tmp_path, model, suffix):
+    need("cc")
     rows = np.random.default_rng(0).normal(size=(9, 3))
     sample = str(tmp_path / f"sample{suffix}")
     if suffix == ".csv":

@@ -1,8 +1,4 @@
-"""The C code on Cortex-M processors, emulated by QEMU: `make test-devices`.
-
-They need arm-none-eabi-gcc, newlib and qemu-system-arm (Debian: gcc-arm-none-eabi, libnewlib-arm-none-eabi,
-qemu-system-arm).
-"""
+"""The C code on Cortex-M processors, emulated by QEMU: `make test-devices`."""
 
 import re
 import shutil
@@ -12,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from networks import make_cell
+from tools import need
 
 from cellstack import Dense, Network, Recurrent, native
 from cellstack.formats.c import sizes
@@ -29,10 +26,8 @@ pytestmark = pytest.mark.devices
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tools():
-    missing = [tool for tool in ("arm-none-eabi-gcc", "qemu-system-arm") if shutil.which(tool) is None]
-    if missing:
-        pytest.fail(f"needs {', '.join(missing)}: install gcc-arm-none-eabi, libnewlib-arm-none-eabi, qemu-system-arm")
+def _tools():
+    need("arm-none-eabi-gcc", "qemu-system-arm")
 
 
 def done(command, folder):

@@ -13,6 +13,7 @@ import pytest
 from family import random_spec
 from networks import fill, make_cell, make_network
 from tolerances import KERNEL
+from tools import need
 
 from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, Standardise
 from cellstack.cells import KINDS
@@ -27,6 +28,7 @@ REAL = {"float32": ctypes.c_float, "float64": ctypes.c_double}
 
 
 def compiled(command, folder):
+    need(command[0])
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -398,6 +400,7 @@ def test_whole_sequences_under_sanitizers(tmp_path, name, seed):
 
 
 def test_the_maximum_of_nan_is_nan_in_c(tmp_path):
+    need("cc")
     rng = np.random.default_rng(0)
     net = Network([layer(rng, "float32", 3), GlobalPool("max")])
     x = frames(net, 6)[None]

@@ -11,6 +11,7 @@ import pytest
 from family import random_spec
 from networks import fill, make_cell
 from test_export_c import STRICT, compiled
+from tools import need
 
 from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, native, verify
 from cellstack.cli import main as cli
@@ -142,6 +143,7 @@ def test_a_softmax_is_within_float_rounding(tmp_path):
 
 @pytest.mark.parametrize("weights", NARROW)
 def test_whole_sequences(tmp_path, weights):
+    need("cc")
     rng = np.random.default_rng(0)
     ahead, back = (Recurrent((make_cell(rng, 3, 5),), go_backwards=way) for way in (False, True))
     for name, nodes in {"tagger": [Bidirectional(ahead, back)], "last": [back, GlobalPool("last")]}.items():
@@ -244,6 +246,7 @@ def test_refused_formats(tmp_path):
 
 
 def test_convert_writes_and_verifies_narrow_weights(tmp_path, capsys):
+    need("cc")
     model = tmp_path / "net.safetensors"
     net = Network([Recurrent((make_cell(np.random.default_rng(0), 3, 8),)), Dense(np.ones((8, 2), "f4"))])
     net.save(model)
@@ -256,6 +259,7 @@ def test_convert_writes_and_verifies_narrow_weights(tmp_path, capsys):
 
 
 def test_a_changed_file_in_a_narrow_format_is_not_verified(tmp_path):
+    need("cc")
     net = Network([Recurrent((make_cell(np.random.default_rng(0), 3, 4),))])
     _, source = net.export_c(tmp_path, "net", "int8")
     other = dataclasses.replace(net.cells[0], bias=np.ones(16, "f4"))

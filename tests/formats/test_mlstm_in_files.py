@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from networks import make_cell
 from test_export_c import build, compared_with_the_stream
+from tools import need
 
 import cellstack as cs
 from cellstack import Dense, Network, Recurrent
@@ -31,6 +32,7 @@ def test_the_runtime_computes_the_same(suffix, dtype, gate, tmp_path):
     """Outputs and all states, also of the cells next to the memory."""
     net, path = network(dtype, gate), tmp_path / f"net.{suffix}"
     if suffix == "c":
+        need("cc")
         net.export_c(tmp_path, "net")
     else:
         net.save(path)
@@ -44,6 +46,7 @@ def test_the_runtime_computes_the_same(suffix, dtype, gate, tmp_path):
 
 def test_gates_that_would_overflow(tmp_path):
     """Pre-activations of hundreds, in both formats."""
+    need("cc")
     net = network(scale=100.0)
     net.save(tmp_path / "net.onnx")
     net.export_c(tmp_path, "net")

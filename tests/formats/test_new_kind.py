@@ -1,9 +1,8 @@
 """A kind of cell that only its declaration describes: formats that don't have it refuse it by name, C has it."""
 
-import shutil
-
 import numpy as np
 import pytest
+from tools import need
 
 import cellstack as cs
 from cellstack import layout, spec
@@ -50,8 +49,8 @@ def test_writers_refuse_a_kind_that_their_format_lacks(network, tmp_path, suffix
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_c_is_derived_from_the_step(network, tmp_path):
+    need("cc")
     _, source = network.export_c(tmp_path)
     x = np.random.default_rng(1).standard_normal((2, 5, 3)).astype(np.float32)
     (y,) = c.run(network, str(source), {"x": x}).outputs.values()

@@ -19,6 +19,7 @@ import torch
 from networks import make_cell, make_network
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
+from tools import need
 
 from cellstack import (
     Activation,
@@ -130,6 +131,7 @@ def test_a_network_of_other_shapes(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_c_is_compiled_and_run(tmp_path, dtype):
+    need("cc")
     rng = np.random.default_rng(0)
     net = make_net(dtype, kind="gru", learn_initial_state=True)
     last = Network([*net.nodes, Dense(rng.normal(size=(5, 2)).astype(dtype)), GlobalPool("last")])
@@ -143,6 +145,7 @@ def test_c_is_compiled_and_run(tmp_path, dtype):
 
 
 def test_other_c_files_are_not_run(tmp_path, monkeypatch):
+    need("cc")
     net = make_net()
     header, source = export(net, tmp_path)
     assert "isn't the file that export_c writes" in str(verify(other_than(net), source))

@@ -1,12 +1,11 @@
 """A kind of cell with four states, which only its declaration describes: what runs without the kernel."""
 
-import shutil
-
 import numpy as np
 import pytest
 import tolerances
 import torch
 from networks import fill
+from tools import need
 from toy import ToyState, ToyTrace, evaluate, register, run_without_kernel
 
 import cellstack as cs
@@ -169,8 +168,8 @@ def test_the_native_file_and_onnx_have_the_states(tmp_path, flags):
             np.testing.assert_array_equal(again.arrays[name], array)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_c_has_the_states(tmp_path):
+    need("cc")
     net = network("float32", zoneout=0.2, zoneout_cell=0.4)
     (cell,) = net.cells
     _, source = net.export_c(tmp_path)

@@ -1,13 +1,13 @@
 """The example that inspects a published speech detector, on speech from espeak-ng."""
 
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from tools import need
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "what_a_detector_remembers.py"
 MODEL = "silero_vad/data/silero_vad_16k_sequence.onnx"
@@ -19,8 +19,8 @@ def run(*arguments, folder):
 
 
 @pytest.mark.models
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng isn't installed")
 def test_in_noise_it_needs_its_memory(tmp_path):
+    need("espeak-ng")
     ask = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "silero-vad==6.2.3", "-d", tmp_path]
     subprocess.run(ask, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("silero_vad-*.whl"))) as wheel:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tools import need
 
 from cellstack import layers
 
@@ -103,6 +104,7 @@ def test_compiled_in_one_graph(name):
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor uses it
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_by_inductor(name):
+    need("g++")
     check(name, "inductor")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 import subprocess
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import make_cell
+from tools import need
 
 import cellstack as cs
 from cellstack import Bidirectional, Dense, Network, Recurrent, ShapeError
@@ -376,8 +376,8 @@ def test_a_trace_matches_the_run_and_is_restored_from_a_file(rng, tmp_path):
     assert "start from the states of others, or pass on their own" in (tmp_path / "a.html").read_text()
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the page's engine")
 def test_the_pages_engine_refuses_it_by_name(tmp_path):
+    need("node")
     net = seq2seq(*PAIRS["an LSTM"]())
     net = Network(net.nodes, net.names, inputs=net.inputs, wires=net.wires, outputs=("decoder", "decoder/c"))
     inputs = {"x": (None, 3), "used": (None,)}

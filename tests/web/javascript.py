@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from tolerances import KERNEL
+from tools import need
 
 PACKAGE = Path(__file__).parents[2] / "web" / "dist"
 TYPES = {"Float32Array": "<f4", "Float64Array": "<f8"}
@@ -50,6 +51,7 @@ class Package:
     def run(self):
         cases, results = self.folder / "cases.json", self.folder / "results.json"
         cases.write_text(json.dumps([{k: v for k, v in case.items() if v is not None} for case in self.cases]))
+        need("node")
         script = Path(__file__).parent / "run.mjs"
         subprocess.run(["node", script, PACKAGE, cases, results], check=True, timeout=300)
         return [unpack(one) for one in json.loads(results.read_text())]

@@ -9,6 +9,7 @@ import wave
 
 import numpy as np
 import pytest
+import tools
 from javascript import PACKAGE
 
 from cellstack import load
@@ -46,7 +47,7 @@ def test_the_example_hears_a_whistle(site, tmp_path):
     write_sound(sound)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or playwright.chromium.executable_path,
+            executable_path=tools.chromium(playwright),
             args=[
                 "--no-sandbox",
                 "--use-fake-ui-for-media-stream",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from javascript import PACKAGE
 from networks import make_cell
+from tools import need
 
 from cellstack import Network, Recurrent
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.web
 
 def script(text, folder):
     """Run a module in Node, and return what it printed."""
+    need("node")
     done = subprocess.run(
         ["node", "--expose-gc", "--input-type=module", "-e", text],
         cwd=folder,
@@ -34,6 +36,7 @@ def net(rng, tmp_path):
 
 
 def test_installed_from_a_tarball(net, tmp_path):
+    need("node", "npm")
     tarball = subprocess.run(["npm", "pack", PACKAGE], cwd=tmp_path, capture_output=True, text=True, check=True)
     name = tarball.stdout.split()[-1]
     (tmp_path / "package.json").write_text('{"name": "user", "private": true}')
