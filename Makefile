@@ -15,7 +15,7 @@ DEPENDENCIES := $(BIN)/python tests/packaging/dependencies.py
 FAST_TESTS := $(CACHED) $(BIN)/python -m pytest -m "not slow and not models and not web and not clusters and not devices" \
 	-n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check test-all test-models web test-web test-clusters test-devices lint format stubs site bench sanitize guard check-platforms sbom clean
+.PHONY: help demo test check test-all test-models web test-web test-clusters test-devices test-versions lint format stubs site bench sanitize guard check-platforms sbom clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -50,6 +50,11 @@ test-clusters:  ## scoring and training on Ray, Dask and Spark; needs Java 17, a
 
 test-devices: $(VENV)/tested  ## the C code on emulated Cortex-M processors; needs arm-none-eabi-gcc and QEMU
 	$(CACHED) CI=true $(BIN)/python -m pytest -m devices tests/devices -s
+
+test-versions:  ## tests with other versions of Python, torch and the other libraries; VERSIONS=newest, or other names
+	$(PYTHON) -m venv .venv-versions/uv
+	.venv-versions/uv/bin/pip install -q uv
+	$(CACHED) .venv-versions/uv/bin/python tests/versions.py $(VERSIONS)
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -98,7 +103,7 @@ sbom:  ## build/cellstack.cdx.json: what the package needs and contains (Cyclone
 		--output-reproducible --output-file build/cellstack.cdx.json
 
 clean:  ## remove what the targets created
-	rm -rf $(VENV) .venv-sanitize-* .venv-clusters build .pytest_cache .ruff_cache .hypothesis .testmondata* cellstack-demo \
+	rm -rf $(VENV) .venv-sanitize-* .venv-clusters .venv-versions build .pytest_cache .ruff_cache .hypothesis .testmondata* cellstack-demo \
 		docs/reference/generated
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 

@@ -720,7 +720,7 @@ def test_co2_beats_the_seasonal_naive_forecast(capsys, tmp_path):
         ("run a b c", "cellstack run: error: unrecognized argument c"),
         (
             "trian x.csv",
-            "'inspect', 'info', 'bench', 'completion', 'help'), did you mean train?",
+            "inspect, info, bench, completion, help), did you mean train?",
         ),
     ],
 )
@@ -728,4 +728,6 @@ def test_a_misspelt_word_gets_a_suggestion(capsys, words, said):
     with pytest.raises(SystemExit) as end:
         cli.main(words.split())
     assert end.value.code == 2
-    assert capsys.readouterr().err.endswith(said + "\n")
+    assert (
+        capsys.readouterr().err.replace("'", "").endswith(said + "\n")
+    )  # Python 3.12 quotes the choices, 3.13 doesn't

@@ -265,28 +265,22 @@ def value(y):
     return y
 
 
-def script(function):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.script(function)
-
-
 def test_branches_on_ranks_and_sizes_are_resolved_and_those_on_values_refused(capfd):
-    agrees(cs.compile(Scripted(script(rank)), X), Scripted(rank))
+    agrees(cs.compile(Scripted(torch.jit.script(rank)), X), Scripted(rank))
     with pytest.warns(UserWarning, match=r"compares sizes of its input \(.*\), and the network does what it did for"):
-        net = cs.compile(Scripted(script(long)), X)
+        net = cs.compile(Scripted(torch.jit.script(long)), X)
     agrees(net, Scripted(long))
     with pytest.raises(cs.FormatError, match=r"compares sizes of its input .*: with one step output 0 differs"):
-        cs.compile(Scripted(script(short)), X)
+        cs.compile(Scripted(torch.jit.script(short)), X)
     with pytest.raises(
         cs.FormatError, match=r"branches on values, as in if .*: If '.*': a branch depends on the values of"
     ):
-        cs.compile(Scripted(script(value)), X)
+        cs.compile(Scripted(torch.jit.script(value)), X)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_scripted_module_compiles_silently_and_keeps_its_name(capfd):
-    module = script(Scripted(script(long)))
+    module = torch.jit.script(Scripted(torch.jit.script(long)))
     with pytest.warns(UserWarning, match=r"compile: Scripted compares sizes of its input"):
         net = cs.compile(module, X)
     agrees(net, module)

@@ -597,7 +597,7 @@ def test_every_bit_of_the_header(tmp_path):
     assert passed < size / 5  # most bits matter
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(10, {True}), (900, {True, False}), (5000, {False})])
+@pytest.mark.parametrize(("depth", "expected"), [(10, {True}), (900, {True, False}), (200_000, {False})])
 def test_deep_and_too_deep_metadata(depth, expected, blob, tmp_path):
     deep = described(lambda d: json.dumps(d).replace('{"labels": ["a", "b"]}', '{"a":' * depth + "1" + "}" * depth))
     assert loads(tmp_path / "net.safetensors", deep(blob)) in expected

@@ -101,7 +101,6 @@ def test_compiled_in_one_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor uses it
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_by_inductor(name):
     need("g++")

@@ -343,7 +343,6 @@ def test_vectorized_jacobians_and_hessians(name):
         close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch uses it
 @pytest.mark.usefixtures("path")
 def test_forward_mode_over_gradients():
     """Forward-mode tangents of incoming gradients are computed, though the kernel doesn't support them."""

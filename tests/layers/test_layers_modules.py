@@ -373,7 +373,6 @@ def test_a_stack_with_one_layer_that_the_kernel_lacks(x):
     assert torch.equal(value, y)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch uses it
 def test_transforms_of_torch_func_take_the_torch_loop(x):
     lstm = layers.LSTM(4, input_size=3)
     tangent = torch.randn_like(x)

@@ -40,6 +40,7 @@ class Accelerated(nn.Module):
     """Base of the subclasses."""
 
     _class_before: type[nn.Module]
+    _base_forward: Any  # what super().forward is, at which torch.compile fails after a break of the graph
     _packed: dict[Any, Any] | None = None
 
 
@@ -142,7 +143,7 @@ class _Sequence(Accelerated, nn.RNNBase):
         if isinstance(input, Tensor) and not asked and (exporting() or self._is_short(input)):
             # torch.jit.trace names values after local variables, and repeats the call without gradients to compare the
             # graphs: both calls have to take the same path.
-            return super().forward(input, hx)
+            return self._base_forward(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
         weights = self._weights()
@@ -154,7 +155,7 @@ class _Sequence(Accelerated, nn.RNNBase):
                 raise RuntimeError(  # PyTorch doesn't check packed input, and writes beyond its arrays
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
                 )
-            return super().forward(input, hx)
+            return self._base_forward(input, hx)
         sizes = None if packed is None else packed.batch_sizes
         padded = sizes is None or bool(sizes[-1] == sizes[0])  # packed rows of equal length run like padded ones
         returned = None
@@ -324,20 +325,20 @@ class _Step(Accelerated, nn.RNNCellBase):
         asked = reset is not None or return_gates
         # Packing at every call, or the backward pass of one step, costs more than the kernel saves.
         if not asked and (keep is None or eligibility.is_narrow(self)):
-            return super().forward(input, hx)
+            return self._base_forward(input, hx)
         mode = mode_of(self)
         states = arrays_of(hx, mode)
         weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         if not self._supports(input, states, weights):
             if asked:
                 raise _needs_kernel(self)
-            return super().forward(input, hx)
+            return self._base_forward(input, hx)
         if reset is not None:
             begins = _checked_reset(self, reset, input.shape[:-1]).unsqueeze(-1)
             states = [torch.where(begins, 0.0, state) for state in states]
         kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
         if not (kernel or return_gates):
-            return super().forward(input, hx if reset is None or not states else self._as_one(states))
+            return self._base_forward(input, hx if reset is None or not states else self._as_one(states))
         x, returned = input, None
         if torch.is_autocast_enabled("cpu"):
             returned = _autocast_dtypes(mode, x, states, False, False)
@@ -446,7 +447,7 @@ def class_of(kind: type) -> type:
     assert base is not None
     serves = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
     bases = (serves, kind) if kind is base else (kind, serves, base)
-    return subclass_of(kind, bases, _own_forward=overrides_forward(kind))
+    return subclass_of(kind, bases, _own_forward=overrides_forward(kind), _base_forward=base.forward)
 
 
 def subclass_of(kind: type, bases: tuple[type, ...], **own: Any) -> type:

@@ -188,7 +188,6 @@ def test_a_module_around_an_lstm_is_not_read_as_the_lstm(write):
     same(pytorch.extract(path)["lstm"], class_.lstm)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_torchscript(tmp_path):
     lstm = nn.LSTM(5, 7, batch_first=True)
     scripted = torch.jit.script(lstm)

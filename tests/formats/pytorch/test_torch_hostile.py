@@ -76,7 +76,6 @@ def test_multiply_nested_modules(refused):
     assert time.process_time() - start < 10
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_damaged_or_too_long_source(tmp_path, refused):
     torch.jit.script(nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU())).save(str(tmp_path / "scripted.pt"))
     with zipfile.ZipFile(tmp_path / "scripted.pt") as archive:
@@ -119,7 +118,6 @@ def test_damaged_or_too_long_source(tmp_path, refused):
     load_only(damaged[:at] + bytes(20) + damaged[at + 20 :], "expected a class's source, found")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_more_source_than_any_model_has(tmp_path):
     """A class for each layer, each in a separate file that unpacks to a megabyte."""
     torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).save(str(tmp_path / "scripted.pt"))

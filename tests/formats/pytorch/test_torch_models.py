@@ -135,7 +135,6 @@ def tensors_by_torch(path, name):
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_published_models(fetched, name):
     package, member, parts = MODELS[name]
