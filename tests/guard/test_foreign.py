@@ -5,6 +5,7 @@ import subprocess
 
 import foreign
 import pytest
+import tools
 from elftools.elf.elffile import ELFFile
 
 SUM = """
@@ -17,13 +18,14 @@ SHARED = "inline int shared(int x) { return x ? shared(x - 1) + 2 : 1; } int (*u
 
 def built(folder, needs, source=SUM, flags=("-mavx2", "-mfma")):
     """Compile a source as an instruction set's object, and link it; return the build's folder and its module."""
+    tools.need("g++")
     name = "simd_avx2.dir/kernel.o"
     (folder / "simd_avx2.dir").mkdir()
     (folder / "kernel.cpp").write_text(source)
-    command = ["c++", "-O2", "-Wno-psabi", "-fPIC", *flags, "-c", str(folder / "kernel.cpp"), "-o", str(folder / name)]
+    command = ["g++", "-O2", "-Wno-psabi", "-fPIC", *flags, "-c", str(folder / "kernel.cpp"), "-o", str(folder / name)]
     subprocess.run(command, check=True)
     module = folder / "_kernel.so"
-    subprocess.run(["c++", "-shared", str(folder / name), "-o", str(module)], check=True)
+    subprocess.run(["g++", "-shared", str(folder / name), "-o", str(module)], check=True)
     entry = {"output": name, "command": f'c++ -DCELLSTACK_NEEDS=\\"{needs}\\" kernel.cpp'}
     (folder / "compile_commands.json").write_text(json.dumps([entry]))
     return foreign.objects(folder), module
