@@ -76,12 +76,12 @@ def bench(args: argparse.Namespace) -> int:
     if args.output is not None and (not args.output or (Path(args.output).exists() and not Path(args.output).is_dir())):
         raise UsageError(f"expected --output to name a folder, got {args.output!r}")
     said = []
-    if "training" in what and (reason := _no_training()):
+    if (needy := [name for name in what if name in ("layers", "training")]) and (reason := _without_torch()):
         if args.what:
-            raise UsageError(f"training needs torch, and {reason}: pip install 'cellstack[torch]'")
-        what = tuple(name for name in what if name != "training")
-        said.append(f"training was not measured, because {reason}")
-    if args.before == "torch" and (reason := _no_training()):
+            raise UsageError(f"{needy[0]} needs torch, and {reason}: pip install 'cellstack[torch]'")
+        what = tuple(name for name in what if name not in needy)
+        said.append(f"{' and '.join(needy)} weren't measured, because {reason}")
+    if args.before == "torch" and (reason := _without_torch()):
         raise UsageError(f"--before torch needs torch, and {reason}: pip install 'cellstack[torch]'")
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
     report = run({name: _shapes(name, args) for name in what}, args.threads, rounds, seconds, _progress, args.before)
@@ -94,7 +94,7 @@ def bench(args: argparse.Namespace) -> int:
     return int(any(record["differs"] for records in report["surfaces"].values() for record in records))
 
 
-def _no_training() -> str | None:
+def _without_torch() -> str | None:
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:

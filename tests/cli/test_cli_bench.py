@@ -155,8 +155,9 @@ def test_a_swapped_direction_is_found(monkeypatch):
 def test_the_option_bidirectional(light, capsys, tmp_path):
     status, out, _ = run(capsys, "--bidirectional", "--units", "5", "--batch", "2", "--steps", "4", "-o", str(tmp_path))
     assert status == 0
-    assert out.count("    2    4    5    5  1  2 ") == 3
-    assert {path.name for path in tmp_path.glob("*.png")} == {"inference.png", "bfloat16.png", "training.png"}
+    assert out.count("    2    4    5    5  1  2 ") == 4
+    names = {f"{name}.png" for name in ("inference", "bfloat16", "layers", "training")}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
 
 
 @pytest.mark.parametrize("what", engines.SURFACES)
@@ -195,7 +196,7 @@ def test_without_torch_there_is_no_training_and_without_matplotlib_no_plot(light
         monkeypatch.setitem(sys.modules, name, None)
     status, out, err = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 0
-    assert "training was not measured, because torch isn't installed" in out
+    assert "layers and training weren't measured, because torch isn't installed" in out
     assert "no plots were written, because matplotlib isn't installed: pip install 'cellstack[torch]'" in out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     assert err == ""
@@ -223,6 +224,7 @@ def test_ctrl_c_reports_what_was_measured(light, monkeypatch, capsys, tmp_path):
     assert {what: len(records) for what, records in report["surfaces"].items()} == {
         "inference": 1,
         "bfloat16": 0,
+        "layers": 0,
         "training": 0,
         "step": 0,
     }
@@ -236,7 +238,10 @@ def test_ctrl_c_reports_what_was_measured(light, monkeypatch, capsys, tmp_path):
     [
         (["--units", "8,0"], "expected positive integers separated by commas, got '8,0'"),
         (["--batch", "few"], "expected positive integers separated by commas, got 'few'"),
-        (["--what", "inference,flight"], "expected one or more of inference, bfloat16, training, step, got 'flight'"),
+        (
+            ["--what", "inference,flight"],
+            "expected one or more of inference, bfloat16, layers, training, step, got 'flight'",
+        ),
         (
             ["--what", "step", "--batch", "4"],
             "--batch has no effect: the surface 'step' always measures one step at batch 1",
@@ -275,6 +280,7 @@ def test_the_grid_of_the_benchmark_has_the_shapes_that_it_names():
     assert {what: len(set(some)) for what, some in grid.items()} == {
         "inference": 140 + 16,
         "bfloat16": 48,
+        "layers": 40,
         "training": 59 + 8,
         "step": 7,
     }

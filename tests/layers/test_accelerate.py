@@ -46,6 +46,16 @@ def pair(kind, *args, **rest):
     return theirs, cs.accelerate(copy.deepcopy(theirs))
 
 
+def under_autocast(module, *given):
+    """Return the results of PyTorch's module, if it has any in bfloat16 on this processor."""
+    try:
+        return flat(module(*given))
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" not in str(error):
+            raise
+        pytest.skip("on processors without AVX-512, PyTorch's LSTM in bfloat16 ends with an error of oneDNN")
+
+
 def flat(value):
     """Return the tensors in a module's results as a flat list."""
     if isinstance(value, PackedSequence):
@@ -353,8 +363,9 @@ def test_both_directions_run_at_the_same_time_with_the_same_bits(kind, packed, m
     seen, real = [], kernel_calls.native.forward_each
     monkeypatch.setattr(kernel_calls.native, "forward_each", lambda *given: seen.append(real(*given)))
     torch.manual_seed(0)
-    module = cs.accelerate(kind(64, 64, 2, bidirectional=True))
-    x, found, before = torch.randn(50, 3, 64), [], torch.get_num_threads()
+    # One row of one block of units: threads can't divide a direction on any processor.
+    module = cs.accelerate(kind(64, 8, 2, bidirectional=True))
+    x, found, before = torch.randn(4000, 1, 64), [], torch.get_num_threads()
     trained = module(x)  # one after the other
     try:
         for threads in (1, 2, 3):
@@ -998,7 +1009,7 @@ def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, dtype, start, runs):
     if packed:
         x = torch.nn.utils.rnn.pack_padded_sequence(x, [9, 4])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cs.packed_weights(ours):
-        expected, found = flat(theirs(x, state)), flat(ours(x, state))
+        expected, found = under_autocast(theirs, x, state), flat(ours(x, state))
         assert "under torch.autocast" in cs.plan(ours)[0]
     assert "autocast" not in cs.plan(ours)[0]
     assert [t.dtype for t in found] == [t.dtype for t in expected]
@@ -1013,7 +1024,7 @@ def test_autocast_gives_packed_rows_the_dtypes_that_pytorch_gives(kind, lengths,
     theirs, ours = pair(kind, 3, 4)
     x = pack_sequence([torch.randn(length, 3) for length in lengths])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected, found = flat(theirs(x)), flat(ours(x))
+        expected, found = under_autocast(theirs, x), flat(ours(x))
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert runs
 

@@ -109,7 +109,7 @@ def test_another_sequence_begins_in_each_file(score, tmp_path):
 
 def test_an_id_in_two_files_is_refused_before_anything_is_written(score, tmp_path):
     days(tmp_path / "data")
-    message = "the id 'meter-0' occurs in day-0.parquet and in day-1.parquet: --across-files continue"
+    message = "the id 'meter-0' occurs in day-0.parquet and in day-1.parquet: `across_files='continue'`"
     with pytest.raises(UsageError, match=message):
         score()
     assert os.listdir(tmp_path / "out") == ["_cellstack"]

@@ -13,6 +13,8 @@ from serving import wait_until
 from cellstack import Bidirectional, Cell, CellSpec, Network, Recurrent
 from cellstack.serve import Limits, Models
 from cellstack.serve.app import application
+from cellstack.serve.clients import Clients
+from cellstack.serve.http import Http
 from cellstack.serve.websocket import WebSocket
 
 WIDTH, H = 3, 12
@@ -39,7 +41,10 @@ class Running:
             network.save(folder / f"{name}.safetensors")
             self.models.add(folder / f"{name}.safetensors")
         app = application(self.models, tokens)
-        config = uvicorn.Config(app, ws=WebSocket, port=0, log_level="error", lifespan="off")
+        of = {"clients": Clients(100)}
+        http, ws = type("OwnHttp", (Http,), of), type("OwnWebSocket", (WebSocket,), of)
+        options = {"http": http, "ws": ws, "ws_per_message_deflate": False}
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", **options)
         self.server, self.started = uvicorn.Server(config), threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
         self.thread.start()

@@ -190,7 +190,7 @@ def _opened(path: str) -> Iterator[safe_open]:
     except SafetensorError as error:
         with open(path, "rb") as opened:
             head = opened.read(9)
-        found = short(str(error), 300) if recognises(head) else f"a file that begins with {head[:8]!r}"
+        found = short(str(error), 300) if head[8:9] in (b"", b"{", b"[") else f"a file that begins with {head[:8]!r}"
         raise FormatError(f"{path}: expected a safetensors file, found {found}") from None
     except RecursionError:
         raise FormatError(f"{path}: the JSON is nested too deeply") from None

@@ -407,13 +407,17 @@ def _autocast_dtypes(
         return (mixed if "keep" in cells.KINDS[kind].gates.values() else product,)
     if projects:
         return product, mixed
-    if padded and product is torch.bfloat16 and (x.dtype is not torch.float16 or _onednn_takes_float16()):
+    if padded and product is torch.bfloat16 and _onednn_takes(product) and _onednn_takes(x.dtype):
         return product, product
     return mixed, mixed
 
 
-def _onednn_takes_float16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN runs LSTMs of this dtype on this processor."""
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return torch.backends.mkldnn.is_available() and (
+        dtype not in checks or bool(getattr(torch.ops.mkldnn, checks[dtype])())
+    )
 
 
 def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:

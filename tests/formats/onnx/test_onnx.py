@@ -195,7 +195,8 @@ def test_dynamic_quantize_lstm(tmp_path, by_column, signed):
     rng = np.random.default_rng(4)
     ways, units, width, steps, batch = 2, 4, 3, 4, 2
     dtype, zero = (np.int8, 0) if signed else (np.uint8, 128)
-    whole = lambda rows: (zero + rng.integers(-128, 128, (ways, rows, 4 * units))).astype(dtype)  # noqa: E731
+    # 7 bits: without VNNI, ONNX Runtime adds pairs of products in 16 bits, which larger weights overflow
+    whole = lambda rows: (zero + rng.integers(-64, 64, (ways, rows, 4 * units))).astype(dtype)  # noqa: E731
     shape = (ways, 4 * units) if by_column else (ways,)
     arrays = {
         "Wq": whole(width),

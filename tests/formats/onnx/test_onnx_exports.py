@@ -172,7 +172,8 @@ def test_eight_bits_throughout(tmp_path, per_channel):
     torch.manual_seed(9)
     path, feeds = export(tmp_path / "net.onnx", Tagger(), (torch.randint(0, 11, (2, 6)),), opset=17)
     small = str(tmp_path / "small.onnx")
-    quantize_dynamic(path, small, per_channel=per_channel, weight_type=QuantType.QInt8)
+    # reduce_range: without VNNI, ONNX Runtime adds pairs of products in 16 bits, which weights of 8 bits overflow
+    quantize_dynamic(path, small, per_channel=per_channel, reduce_range=True, weight_type=QuantType.QInt8)
     kinds = {node.op_type for node in onnx.load(small).graph.node}
     assert {"DynamicQuantizeLSTM", "DynamicQuantizeLinear", "MatMulInteger"} <= kinds
     net = adapter.load(small)
@@ -182,8 +183,8 @@ def test_eight_bits_throughout(tmp_path, per_channel):
         difference = np.abs(y - expected).max()
         assert least <= difference <= most * np.abs(expected).max()
     dense = next(node for node in net.nodes if type(node).__name__ == "Dense")
-    steps = np.abs(dense.kernel).max(axis=0 if per_channel else None) / 127
-    np.testing.assert_allclose(dense.kernel / steps, np.round(dense.kernel / steps), rtol=0, atol=0.02 * 127)
+    steps = np.abs(dense.kernel).max(axis=0 if per_channel else None) / 63
+    np.testing.assert_allclose(dense.kernel / steps, np.round(dense.kernel / steps), rtol=0, atol=0.02 * 63)
 
 
 def test_rounded_values_of_another(tmp_path):
