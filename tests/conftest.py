@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tools
 import torch
-from tools import pytest_unconfigure  # noqa: F401
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job of a shell: some tests send SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,8 +57,9 @@ def pytest_collection():
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_unconfigure():
-    """Release what a failed test's traceback still refers to: triton would report these objects in thirty lines."""
+def pytest_unconfigure(config):
+    """Say what wasn't tested, and release what a failed test's traceback still refers to: triton would report these objects in thirty lines."""
+    tools.pytest_unconfigure(config)
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
     gc.unfreeze()
