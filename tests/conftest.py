@@ -58,7 +58,7 @@ def pytest_collection():
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """Say what wasn't tested, and release what a failed test's traceback refers to, or triton would list it at length."""
+    """Say what wasn't tested, and release what a failed test's traceback refers to: triton would list it at length."""
     tools.pytest_unconfigure(config)
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         vars(sys).pop(name, None)
