@@ -16,7 +16,7 @@ constexpr int kRows = 2;  // as browsers keep one of 16 registers for themselves
 #else
 constexpr int kRows = kMostRows;  // per tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
 #endif
-constexpr bool kFewRegisters = kRegisters == 16;
+constexpr bool kFewRegisters = kRegisters == 16 && kRows > 2;  // for tiles of so many rows
 // Whether a tile's sums fit into the registers, with one operand of each row or of each vector and one of the others. A
 // larger one takes two passes over k, the first one with two vectors. So six rows read half of the panel in a pass,
 // where two tiles of three rows would read all of it twice, from a cache that can't deliver it as fast as it is

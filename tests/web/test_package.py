@@ -123,4 +123,5 @@ def test_a_step_that_is_masked_is_refused(package, rng):
     x = np.ones((2, 2, 3), "f4")
     x[1, 1] = 0
     package.add(net, "stream", x=x, chunks=[2])
-    assert package.run() == [{"error": "stream: layer_0 masks a step: leave padding out of the stream"}]
+    (answer,) = package.run()
+    assert answer["error"] == "stream: layer_0 masks a step: leave padding out of the stream"
