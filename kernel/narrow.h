@@ -153,7 +153,7 @@ void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vector
     }
 }
 
-// Whether that is faster than widening words in each tile: if there are more rows than two tiles take.
+// Whether that is faster than widening words in each tile: with more rows than these, as measured.
 INLINE bool widens_once(const Panels<float>& w, int64_t count) {
     return w.element == Element::kBfloat16 && !w.tiles->pairs() && count > (kRegisters == 16 ? 9 : 12);
 }

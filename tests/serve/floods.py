@@ -2,7 +2,7 @@
 
     python tests/serve/floods.py [--only NAME;NAME] [--seconds 3] [--loop uvloop|asyncio] [options of cellstack serve]
 
-For each flood: the longest step of a session beside it, and the most processor time of the server within a step, which
+For each flood: the longest step of another session, and the most processor time of the server within a step, which
 doesn't depend on what else runs on the machine; the server's memory before, at most and afterwards; whether the
 session's outputs differ from a stream's; and the exit status after SIGTERM with the flood's connections open.
 """
@@ -263,11 +263,11 @@ def measured(path, name, seconds, loop, options):
                     ended = time.monotonic() - begun
                 finally:
                     client.kill()
-    beside, works = sorted(times[200:]), sorted(works[200:])
+    others, works = sorted(times[200:]), sorted(works[200:])
     last = errors.strip().splitlines()[-1][:60] if errors and status else ""
     return (
-        f"longest {1e3 * beside[-1]:5.0f} ms, processor {1e3 * works[-1]:5.0f} ms, "
-        f"p99 {1e3 * works[int(len(works) * 0.99)]:4.1f}; steps {len(beside)}, differ {differs}; "
+        f"longest {1e3 * others[-1]:5.0f} ms, processor {1e3 * works[-1]:5.0f} ms, "
+        f"p99 {1e3 * works[int(len(works) * 0.99)]:4.1f}; steps {len(others)}, differ {differs}; "
         f"MB {memory:.0f} {most:.0f} {after:.0f}; sent {sent / 1e6:.1f} MB, closed {closed}, open {left}; "
         f"status {status} in {ended:.1f} s {last}"
     )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cellstack.serve.handover import HandoverServer, Taken
 
 BACKLOG = 2048
-FILES = 256  # that are open beside connections
+FILES = 256  # open ones other than connections
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SETTLE_SECONDS = 0.2  # for requests of connections that were accepted last when the server stops
 ANSWER_SECONDS = 2.0  # for requests that are under way then
@@ -394,7 +394,7 @@ def prepare_process(connections: int) -> int:
     """Set what is per process: the switch between threads, and the limit of open files.
 
     Returns:
-        the number of connections with a valid request that can be open, beside those without.
+        the number of connections with a valid request that can be open, in addition to those without.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     if sys.platform == "win32":
