@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import socket
 import threading
 import time
 
@@ -51,9 +52,10 @@ def with_model(test, network, **limits):
 
 @dataclasses.dataclass
 class Running:
-    """A running server: `call` runs a coroutine function on its event loop."""
+    """A running server with the socket that listens: `call` runs a coroutine function on its event loop."""
 
     server: Server
+    socket: socket.socket
     loop: asyncio.AbstractEventLoop
     port: int
     reports: list
@@ -82,15 +84,15 @@ def running(*paths, limits=None, threads=1, options=None, **settings):
     for path in paths:
         models.add(path)
     chosen = Settings(port=0, limits=limits, threads=threads, **settings)
-    socket, reports = listen(chosen.host, chosen.port), []
+    listening, reports = listen(chosen.host, chosen.port), []
     server = Server(models, chosen, reports.append)
     loops = []
 
     async def serve():
         loops.append(asyncio.get_running_loop())
-        await server.serve([socket])
+        await server.serve([listening])
 
-    port = socket.getsockname()[1]
+    port = listening.getsockname()[1]
     factory = server.config.get_loop_factory()
 
     def run():
@@ -104,7 +106,7 @@ def running(*paths, limits=None, threads=1, options=None, **settings):
         assert thread.is_alive()
         time.sleep(0.001)
     try:
-        yield Running(server, loops[0], port, reports)
+        yield Running(server, listening, loops[0], port, reports)
     finally:
         server.should_exit = True
         thread.join(30)
