@@ -7,6 +7,7 @@ import gymnasium
 import pytest
 import torch
 from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.logger import Logger
 from torch import nn
 
 import cellstack as cs
@@ -17,9 +18,11 @@ def ppo(**settings):
     # Plain gradient descent, as Adam turns the rounding error of a gradient near zero into a full step.
     lstm = {"lstm_hidden_size": 16, "optimizer_class": torch.optim.SGD, **settings}
     env = gymnasium.make("CartPole-v1")
-    return RecurrentPPO(
+    model = RecurrentPPO(
         "MlpLstmPolicy", env, n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu", policy_kwargs=lstm
     )
+    model.set_logger(Logger(None, []))  # its own logger makes a folder for temporary files
+    return model
 
 
 def pass_over(policy, lstm, given):
