@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 
 from cellstack import Cell, CellSpec, Dense, Network, Recurrent
 from cellstack.nodes import Embedding
+from cellstack.serve.inference_protocol import grpc as over_grpc
 from cellstack.serve.inference_protocol import http as over_http
 from cellstack.serve.inference_protocol.grpc import InferRequest, InferResponse, StreamResponse, bound, message
 from cellstack.serve.inference_protocol.service import Request, Service
@@ -868,7 +869,7 @@ def test_nan_in_json(server):
 
 
 def test_descriptions_are_the_same_over_both_protocols(server):
-    def over_grpc(method, kind, **fields):
+    def from_grpc(method, kind, **fields):
         found = server.unary(method, message(kind)(**fields))
         return MessageToDict(found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
@@ -880,26 +881,26 @@ def test_descriptions_are_the_same_over_both_protocols(server):
     def get(path):
         return server.http.get(str(server.http.base_url).rstrip("/") + path).json()
 
-    assert over_grpc("ServerMetadata", "ServerMetadataRequest") == get("")
+    assert from_grpc("ServerMetadata", "ServerMetadataRequest") == get("")
     assert {"sequence", "sequence(string_id)", "binary_tensor_data", "statistics"} <= set(get("")["extensions"])
     for name in networks():
         for path in ("", "/versions/1"):
             version = path[-1:]
             found = get(f"/models/{name}{path}")
-            assert plain(over_grpc("ModelMetadata", "ModelMetadataRequest", name=name, version=version)) == plain(found)
+            assert plain(from_grpc("ModelMetadata", "ModelMetadataRequest", name=name, version=version)) == plain(found)
             config = get(f"/models/{name}{path}/config")
-            ours = over_grpc("ModelConfig", "ModelConfigRequest", name=name, version=version)["config"]
+            ours = from_grpc("ModelConfig", "ModelConfigRequest", name=name, version=version)["config"]
             assert plain(ours) == plain(config)
             assert ("sequence_batching" in config) == (name != "whole")
             stats = get(f"/models/{name}{path}/stats")
-            ours = over_grpc("ModelStatistics", "ModelStatisticsRequest", name=name, version=version)
+            ours = from_grpc("ModelStatistics", "ModelStatisticsRequest", name=name, version=version)
             assert plain(ours) == plain(stats)
     assert get("/models/words")["inputs"] == [{"name": "x", "datatype": "INT64", "shape": [-1, -1]}]
     assert get("/models/lstm")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, -1, 3]}]
     assert get("/models/last")["outputs"] == [{"name": "layer_0", "datatype": "FP32", "shape": [-1, 5]}]
     assert len(get("/models/stats")["model_stats"]) == len(networks())
     index = server.http.post("/repository/index").json()
-    assert index == over_grpc("RepositoryIndex", "RepositoryIndexRequest")["models"]
+    assert index == from_grpc("RepositoryIndex", "RepositoryIndexRequest")["models"]
     assert {entry["state"] for entry in index} == {"READY"}
 
 
@@ -920,6 +921,26 @@ def test_statistics_count_requests_and_steps(server):
     with pytest.raises(grpc.RpcError):
         step(in_unary, x, sequence_id=1)
     assert (counts() - before).tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"PRI * HT", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"]
+)
+def test_grpc_connections_without_a_call_end(monkeypatch, sent):
+    monkeypatch.setattr(over_grpc, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(over_grpc, "NEW_SECONDS", 0.2)
+
+    async def connect():
+        port = free_port()
+        server = bound(Models(Limits()), "127.0.0.1", port, ())
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        await asyncio.wait_for(reader.read(), 20)  # until the server closes it
+        writer.close()
+        await server.stop(0)
+
+    asyncio.run(connect())
 
 
 # ── the life of sequences ───────────────────────────────────────────────────────────────────────────────────────────

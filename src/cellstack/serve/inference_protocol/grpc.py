@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cellstack.serve.clients import NEW_SECONDS
+from cellstack.serve.http import HEAD_SECONDS
 from cellstack.serve.inference_protocol import service as shared
 from cellstack.serve.inference_protocol.service import Service, as_bool, request_of
 from cellstack.serve.inference_protocol.tensors import Tensor, datatype_of, from_bytes, from_values, to_bytes
@@ -98,6 +100,9 @@ def bound(
             # Clients that check idle connections once per second aren't disconnected.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+            # As gRPC has no limit on connections, those without a call end; a client connects anew with its next call.
+            ("grpc.server_handshake_timeout_ms", int(HEAD_SECONDS * 1000)),
+            ("grpc.max_connection_idle_ms", int(NEW_SECONDS * 1000)),
         ],
     )
     service = Service.of(models)
