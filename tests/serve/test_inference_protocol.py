@@ -924,7 +924,8 @@ def test_statistics_count_requests_and_steps(server):
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"PRI * HT", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"]
+    "sent",
+    [b"", b"PRI * HT", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"],
 )
 def test_grpc_connections_without_a_call_end(monkeypatch, sent):
     monkeypatch.setattr(over_grpc, "HEAD_SECONDS", 0.2)
