@@ -27,8 +27,8 @@ ACTIVATIONS = {  # with a range for alpha and one for beta
     "ThresholdedRelu": ((-0.3, 0.3),),
 }
 BOUNDED = ("Sigmoid", "HardSigmoid", "Tanh")
-# ONNX Runtime's RNN ends the process where only the second direction's activation has an alpha. 1.23 is the last version
-# for Python 3.10, and newer ones don't.
+# ONNX Runtime's RNN ended the process where only the second direction's activation has an alpha. For Python 3.10, 1.23
+# is the last version.
 READS_BEYOND_ALPHA = [int(part) for part in onnxruntime.__version__.split(".")[:2]] < [1, 24]
 
 
