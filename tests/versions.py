@@ -28,7 +28,7 @@ class Versions(NamedTuple):
 
 ENVIRONMENTS = {
     "newest": Versions("3.13"),
-    "oldest": Versions("3.10", "lowest-direct", "torch==2.6.*"),
+    "oldest": Versions("3.10", "lowest-direct", "torch==2.8.*"),
     "3.10": Versions("3.10"),
     "3.11": Versions("3.11", torch="torch==2.13.*"),
     "3.12": Versions("3.12", torch="torch==2.8.*"),
