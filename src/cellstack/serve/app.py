@@ -18,8 +18,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cellstack.serve.bodies import body_of
 from cellstack.serve.clients import EXTENSION
-from cellstack.serve.inference_protocol import http as inference_protocol
 from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
 from cellstack.serve.multiplex_socket import Multiplex
@@ -40,13 +40,7 @@ try:
 except ImportError:  # OpenTelemetry is optional
     OpenTelemetryMiddleware = None
 
-OPEN_PATHS = (
-    "/",
-    "/health",
-    "/ready",
-    "/v2/health/live",
-    "/v2/health/ready",
-)  # without a token: the page has no data, and probes have no tokens
+OPEN_PATHS = ("/", "/health", "/ready")  # without a token: the page has no data, and probes have no tokens
 
 # Spans have the whole URL: requests with a secret in it get none, and frequent ones from probes neither.
 UNTRACED = (r"/sessions/", r"[?&](access_)?token=", r"/(health|ready|metrics)$")
@@ -101,7 +95,6 @@ def application(
         Route("/sessions/{token}/trace", api.trace),
         WebSocketRoute("/models/{name}/stream", Endpoint(Stream, models, connections)),
         WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
-        *inference_protocol.routes(models, authorized),
     ]
     allowed = {"allow_origins": frozenset(allow_origins), "allow_hosts": frozenset(allow_hosts)}
     middleware = [Middleware(Guard, authorized=authorized, **allowed)]
@@ -353,7 +346,7 @@ class Api:
         return self.models.session(request.path_params["token"])
 
     async def _body(self, request: Request) -> bytes:
-        return await inference_protocol.body_of(request, self.models.limits.message)
+        return await body_of(request, self.models.limits.message)
 
 
 def _x(body: Any) -> Any:

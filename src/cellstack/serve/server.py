@@ -27,7 +27,6 @@ except ModuleNotFoundError as error:
     ) from error
 from cellstack.formats.files import digest_of
 from cellstack.serve.clients import MOST_NEW, Clients
-from cellstack.serve.inference_protocol.service import Service
 from cellstack.serve.models import Limits, Models, ServeError
 from cellstack.serve.texts import described
 from cellstack.spec import FormatError
@@ -54,7 +53,6 @@ class Settings:
 
     Attributes:
         host, port: where it listens; port 0: any free one.
-        grpc_port: where it listens for gRPC; None: nowhere.
         durable: the folder in which sessions are stored; None: they end with the process.
         durability: `"none"`, `"snapshot"`, `"frames"` or `"synced"`, see docs/serve.md.
         limits: see `Limits`.
@@ -70,7 +68,6 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    grpc_port: int | None = None
     durable: Path | None = None
     durability: str = "frames"
     limits: Limits = field(default_factory=Limits)
@@ -141,7 +138,6 @@ class Server(uvicorn.Server):
         self.app = application(models, settings.tokens, settings.allow_origins, self, hosts(settings))
         self._store: Store | None = None
         self._handover: HandoverServer | None = None
-        self._grpc: Any = None
         self._taken: Taken | None = None
         self._finished = False
         self._reloading = asyncio.Lock()
@@ -207,24 +203,11 @@ class Server(uvicorn.Server):
 
         settings = self.settings
         if is_running(folder):
-            self._bind_grpc(reuse_port=True)  # before the other process stops listening, so that clients can connect
             self._taken = await request_handover(folder)
-        elif settings.grpc_port is not None:
-            listen(settings.host, settings.grpc_port).close()  # gRPC wouldn't notice that others use a port it shares
-            self._bind_grpc(reuse_port=True)
         self._restore(folder)
         if self._taken is not None:
             return self._taken.sockets
         return sockets or [listen(settings.host, settings.port)]
-
-    def _bind_grpc(self, reuse_port: bool = False) -> None:
-        settings = self.settings
-        if settings.grpc_port is None:
-            return
-        from cellstack.serve.inference_protocol import grpc
-
-        address, credentials = (settings.host, settings.grpc_port), grpc_credentials(settings)
-        self._grpc = grpc.bound(self.models, *address, settings.tokens, credentials, reuse_port)
 
     def _restore(self, folder: Path) -> None:
         """Restore the stored sessions, and store sessions from now on."""
@@ -247,7 +230,6 @@ class Server(uvicorn.Server):
                     self.report(f"{said} in {found.seconds:.2f} s")
                     for text in found.damage:
                         self.report(f"{name}: {text}")
-        Service.of(models).find_restored()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving."""
@@ -255,10 +237,6 @@ class Server(uvicorn.Server):
         loop, settings = asyncio.get_running_loop(), self.settings
         for model in self.models.all():
             model.start(loop)
-        if self._grpc is None:
-            self._bind_grpc()
-        if self._grpc is not None:
-            await self._grpc.start()
         if self._store is not None:
             from cellstack.serve.handover import HandoverServer
 
@@ -312,10 +290,7 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await (settle() if settle is not None else asyncio.sleep(SETTLE_SECONDS))
-        Service.of(self.models).stop()
         await self.app.state.connections.finish()
-        if self._grpc is not None:
-            await self._grpc.stop(ANSWER_SECONDS)
         loop = asyncio.get_running_loop()
         for model in self.models.all():
             await loop.run_in_executor(None, model.stop)
@@ -377,17 +352,6 @@ def taken_from(connection: Http) -> socket.socket:
     found = socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno()))
     connection.transport.abort()
     return found
-
-
-def grpc_credentials(settings: Settings) -> Any:
-    """Return the certificate and its key for gRPC; None without TLS."""
-    if settings.tls_cert is None:
-        return None
-    import grpc
-
-    certificate = Path(settings.tls_cert).read_bytes()
-    key = Path(settings.tls_key).read_bytes() if settings.tls_key else certificate
-    return grpc.ssl_server_credentials([(key, certificate)])
 
 
 def prepare_process(connections: int) -> int:
