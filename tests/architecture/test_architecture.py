@@ -59,7 +59,7 @@ BELOW = {
     "keras": {"cells", "spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
-    "serve": {"", "spec", "formats", "inspect", "streaming"},
+    "serve": {"spec", "formats", "inspect", "streaming"},
     "scale": {"spec", "network", "nodes", "streaming", "formats", "train"},
     "cli": {"spec", "nodes", "formats", "train", "serve", "scale", ""},
     "sklearn": {"spec", "network", "train"},

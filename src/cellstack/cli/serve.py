@@ -134,8 +134,7 @@ def _run(
     from cellstack.serve.server import Server, listen
 
     with ExitStack() as stack:
-        # With durable sessions, another process may have the port, and hand it over.
-        sockets = None if settings.durable else [stack.enter_context(listen(settings.host, settings.port))]
+        listening = stack.enter_context(listen(settings.host, settings.port))
         models = Models(settings.limits, settings.threads, settings.options)
         for name in args.models:
             path = Path(found(name))
@@ -143,7 +142,7 @@ def _run(
                 raise UsageError(f"{models.paths[path.stem]} and {path} have the same name, {path.stem}")
             loaded(str(path), settings.options, partial(models.add, path))
         server = Server(models, settings, report, listens)
-        server.run(sockets)
+        server.run([listening])
         return 130 if server.signal == signal.SIGINT else 0
 
 
