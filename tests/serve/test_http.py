@@ -134,11 +134,6 @@ def test_errors_are_json(client, method, path, body, status):
     assert list(answer.json()) == ["error"]
 
 
-def test_the_api_is_described(client):
-    paths = client.get("/openapi.json").json()["paths"]
-    assert {"/models/{name}/run", "/sessions/{token}/step", "/sessions/{token}/state"} <= set(paths)
-
-
 def test_a_network_without_sessions_runs_whole_sequences(tmp_path):
     forward, backward = (Recurrent((lstm(seed=n).cells[0],), go_backwards=n == 1) for n in range(2))
     Network([Bidirectional(forward, backward)]).save(tmp_path / "both.safetensors")

@@ -23,7 +23,6 @@ from cellstack.serve.clients import EXTENSION
 from cellstack.serve.metrics import exposition
 from cellstack.serve.models import Model, Models, ServeError
 from cellstack.serve.multiplex_socket import Multiplex
-from cellstack.serve.openapi import OPENAPI
 from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint
 from cellstack.serve.stream_socket import Stream
@@ -82,7 +81,6 @@ def application(
         Route("/metrics", api.metrics),
         Route("/health", api.health),
         Route("/ready", api.ready),
-        Route("/openapi.json", api.openapi),
         Route("/models", api.models_),
         Route("/models/{name}", api.model),
         Route("/models/{name}/run", api.run, methods=["POST"]),
@@ -220,10 +218,6 @@ class Api:
         """Return the metrics for Prometheus."""
         content_type, body = exposition(self.models, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
-
-    async def openapi(self, request: Request) -> Response:
-        """Return the description of this API."""
-        return JSONResponse(OPENAPI)
 
     async def models_(self, request: Request) -> Response:
         """List the models."""

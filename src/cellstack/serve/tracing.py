@@ -1,9 +1,9 @@
-"""The last steps of live sessions: their trace pages, and the samples that `metrics.py` examines."""
+"""The last steps of live sessions, as trace pages."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,48 +22,27 @@ MOST_STEPS = 1000  # of a trace
 MOST_SESSIONS = 16  # per model whose steps are recorded; the one whose trace was requested longest ago is dropped first
 
 
-class Sample(NamedTuple):
-    """One step of some sessions.
-
-    Attributes:
-        states: before the step, one per session.
-        rows: records of inputs.
-    """
-
-    states: list[tuple[Any, ...]]
-    rows: Records
-
-
 class SessionRecorder:
-    """A `worker.Recorder`: the last steps of sessions whose trace was requested, and samples of a batch.
+    """A `worker.Recorder`: the last steps of sessions whose trace was requested.
 
     The worker calls it, never from two threads at the same time.
-
-    Attributes:
-        wanted: the largest number of sessions of the next sample; set it to take one.
-        sample: the newest sample.
     """
 
     def __init__(self, pool: Sessions) -> None:
         self._pool, self._histories = pool, dict[int, History]()
-        self.wanted = 0
-        self.sample: Sample | None = None
 
-    def before(self, sessions: NDArray[np.int64]) -> tuple[list[tuple[int, Any]], list[Any]]:
-        """Return the positions of recorded sessions, with their state if a block of steps begins; sampled states."""
-        recorded = np.flatnonzero(np.isin(sessions, list(self._histories))).tolist() if self._histories else []
-        begun = [(n, self._state(sessions[n], self._histories[int(sessions[n])].wants_state)) for n in recorded]
-        return begun, [self._state(number) for number in sessions[: self.wanted]]
+    def before(self, sessions: NDArray[np.int64]) -> list[tuple[int, Any]]:
+        """Return the positions of recorded sessions, with their state if a block of steps begins."""
+        found = []
+        for n in np.flatnonzero(np.isin(sessions, list(self._histories))).tolist() if self._histories else ():
+            number = int(sessions[n])
+            found.append((n, self._pool.state(number) if self._histories[number].wants_state else None))
+        return found
 
-    def after(
-        self, sessions: NDArray[np.int64], rows: Records, before: tuple[list[tuple[int, Any]], list[Any]]
-    ) -> None:
+    def after(self, sessions: NDArray[np.int64], rows: Records, before: list[tuple[int, Any]]) -> None:
         """Record a step."""
-        begun, states = before
-        for n, state in begun:
+        for n, state in before:
             self._histories[int(sessions[n])].add(state, arrays_of(rows[n : n + 1]), chunk=False)
-        if states:
-            self.sample, self.wanted = Sample(states, rows[: len(states)].copy()), 0
 
     def closed(self, session: int) -> None:
         """Forget a session."""
@@ -77,9 +56,6 @@ class SessionRecorder:
         if len(self._histories) > MOST_SESSIONS:
             del self._histories[next(iter(self._histories))]
         return history
-
-    def _state(self, session: Any, wanted: bool = True) -> Any:
-        return self._pool.state(int(session)) if wanted else None
 
 
 def recorder_of(model: Model) -> SessionRecorder:

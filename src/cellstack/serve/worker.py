@@ -70,7 +70,7 @@ class Journal(Protocol):
 
 
 class Recorder(Protocol):
-    """Records steps of sessions, for traces and metrics; see `tracing.py`."""
+    """Records steps of sessions, for traces; see `tracing.py`."""
 
     def before(self, sessions: NDArray[np.int64]) -> Any:
         """Return what `after` needs of the states before a step of different sessions."""
