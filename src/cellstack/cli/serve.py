@@ -47,8 +47,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what is stored: nothing, states every few seconds, every frame (survives the process) or synced (survives "
     text += "the machine) (default: frames with --durable)"
     group.add_argument("--durability", choices=LEVELS, help=text)
-    text = "start also if stored sessions are damaged, with what precedes the damage"
-    group.add_argument("--recover", action="store_true", help=text)
     text = "open sessions per model (default: %(default)s)"
     group.add_argument("--sessions", type=int, default=10_000, metavar="N", help=text)
     text = "close sessions that were unused for this many seconds (default: %(default)s)"
@@ -101,7 +99,6 @@ def serve(args: argparse.Namespace) -> int:
         tls_key=args.tls_key,
         threads=args.threads or 1,
         options=load_options(args),
-        recover=args.recover,
     )
 
     def say(text: str) -> None:

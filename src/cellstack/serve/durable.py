@@ -81,13 +81,12 @@ class Store:
             found.append((paths[0].stat().st_mtime, paths[0], options))
         return [(path, options) for _, path, options in sorted(found, key=lambda one: one[:2])]
 
-    def restore(self, model: Model, path: Path | None = None, recover: bool = False) -> Restored | None:
+    def restore(self, model: Model, path: Path | None = None) -> Restored | None:
         """Restore a model's sessions, and store them from now on. Must be called before the model accepts frames.
 
         Args:
             model: the model.
             path: its file, which is copied into the folder, so that the sessions survive when the file changes.
-            recover: see `Journal.restore`.
 
         Returns:
             what was found; None for a model without sessions.
@@ -101,7 +100,7 @@ class Store:
         folder.mkdir(mode=0o700, exist_ok=True)
         if path is not None and not (folder / "model").exists():
             _copy(path, folder, model)
-        return Journal(folder, model, self.level, self.every).restore(recover)
+        return Journal(folder, model, self.level, self.every).restore()
 
     def close(self) -> None:
         """Let other servers use the folder. The models must have been stopped before."""

@@ -59,7 +59,6 @@ class Settings:
         tls_cert, tls_key: files of the certificate and its key; None: no TLS.
         threads: the threads of a step.
         options: keyword arguments of `cellstack.load`.
-        recover: start also if stored sessions are damaged, with what precedes the damage.
     """
 
     host: str = "127.0.0.1"
@@ -75,7 +74,6 @@ class Settings:
     tls_key: str | None = None
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    recover: bool = False
 
 
 def hosts(settings: Settings) -> set[str]:
@@ -203,14 +201,10 @@ class Server(uvicorn.Server):
         for name, versions in models.versions.items():
             for number, model in enumerate(versions, 1):
                 model.version = number
-                found = store.restore(
-                    model, models.paths.get(name) if model is versions[-1] else None, settings.recover
-                )
-                if found is not None and (found.sessions or found.damage):
+                found = store.restore(model, models.paths.get(name) if model is versions[-1] else None)
+                if found is not None and found.sessions:
                     said = f"{name}: restored {found.sessions} sessions and {found.frames} frames"
                     self.report(f"{said} in {found.seconds:.2f} s")
-                    for text in found.damage:
-                        self.report(f"{name}: {text}")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving."""
