@@ -27,7 +27,6 @@ from cellstack.serve.page import page
 from cellstack.serve.sockets import Connections, Endpoint
 from cellstack.serve.stream_socket import Stream
 from cellstack.serve.texts import array_of, converted, described, headers_of, parsed, text_of, text_of_array
-from cellstack.serve.tracing import trace_page
 from cellstack.serve.worker import StoppingError
 
 if TYPE_CHECKING:
@@ -90,7 +89,6 @@ def application(
         Route("/sessions/{token}/step", api.step, methods=["POST"]),
         Route("/sessions/{token}/steps", api.steps, methods=["POST"]),
         Route("/sessions/{token}/state", api.state),
-        Route("/sessions/{token}/trace", api.trace),
         WebSocketRoute("/models/{name}/stream", Endpoint(Stream, models, connections)),
         WebSocketRoute("/multiplex", Endpoint(Multiplex, models, connections)),
     ]
@@ -299,14 +297,6 @@ class Api:
         """Return a session's state."""
         session = self._session(request)
         return Response(await session.model.state(session), media_type="application/octet-stream")
-
-    async def trace(self, request: Request) -> Response:
-        """Return the trace page of a session's last steps."""
-        session = self._session(request)
-        steps = request.query_params.get("steps", "100")
-        if not (steps.isascii() and steps.isdigit() and len(steps) < 10):
-            raise ServeError(400, f"steps: expected a number, got {steps!r:.50}")
-        return HTMLResponse(await trace_page(session.model, session, int(steps)))
 
     async def _steps(self, session: Any, body: bytes, one: bool) -> tuple[int, list[Any], dict[int, str]]:
         """Step a session; return the last frame's number, the outputs, None where refused, and the reasons."""
