@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from cellstack.bfloat16 import widened
+from cellstack.cells.bfloat16 import widened
+from cellstack.cells.errors import FormatError
 from cellstack.formats import xlstm
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import (
@@ -27,7 +28,6 @@ from cellstack.formats.pytorch.saved import Source
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import Contents
 from cellstack.formats.tirex import is_second, of_folder
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network

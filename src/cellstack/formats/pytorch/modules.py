@@ -34,7 +34,7 @@ from cellstack.formats.tirex import of_module
 from cellstack.network import Network
 from cellstack.network.layouts import time_first
 from cellstack.nodes import MLSTM, Activation, Clip, Dense, Flatten, GlobalPool, Merge, Node, Permute, Reshape, Scale
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Bidirectional, Recurrent, ends_both_ways
 from cellstack.nodes.time import FINAL
 

@@ -17,20 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.bfloat16 import exact
 from cellstack.cells import KINDS, named
+from cellstack.cells.bfloat16 import exact
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import from_rows
+from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch import ours, pararnn
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import either, of_units
 from cellstack.formats.pytorch.tensors import array, short
-from cellstack.layout import from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.dense import Products
 from cellstack.nodes.recurrent import Bidirectional, Recurrent
-from cellstack.spec import MATRICES, CellSpec, FormatError
 
 MODULES = {name: KINDS[kind] for name, kind in named("torch").items()}  # of torch.nn
 NAME = re.compile(

@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 if find_spec("cellstack._kernel") is None:  # installed without a compiler
-    from cellstack import without_kernel
+    from cellstack.native import without_kernel
 
     sys.modules["cellstack._kernel"] = without_kernel
 
-from cellstack import _kernel
+import cellstack._kernel as _kernel
 from cellstack._kernel import (
     NODE_ACTIVATIONS,
     SHORT_CHUNK,
@@ -58,7 +58,8 @@ from cellstack._kernel import (
     stream,
 )
 from cellstack._kernel import weights as weights_at
-from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.spec import ARRAYS, CellSpec
 
 __all__ = [
     "NODE_ACTIVATIONS",
@@ -99,7 +100,7 @@ def description(spec: CellSpec, rows: bool = False) -> Any:
     With `rows` the cell's arrays and their gradients are in PyTorch's layout: matrices are transposed, and the gates
     have PyTorch's order. A forward pass then requires packed weights.
     """
-    if _kernel.__name__ == "cellstack.without_kernel":
+    if _kernel.__name__ == "cellstack.native.without_kernel":
         return spec
     return _kernel.Description(
         spec.kind,

@@ -16,8 +16,11 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from cellstack import reference, reference_mlstm
-from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, MatrixState
+from cellstack import reference
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.base import MatrixState
+from cellstack.cells.spec import ARRAYS, CellSpec
+from cellstack.reference import memory as reference_mlstm
 
 INSTALL = "install a wheel of cellstack for this platform, or a C++17 compiler and then cellstack from its source"
 THREAD_WORK = 1 << 20
