@@ -6,7 +6,7 @@ import torch
 from safetensors.numpy import save_file
 
 import cellstack as cs
-from cellstack.spec import FormatError
+from cellstack.cells.errors import FormatError
 
 HIDDEN, INPUTS = 6, 4
 

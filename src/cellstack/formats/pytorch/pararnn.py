@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.cells.errors import FormatError
+from cellstack.cells.layout import Array
+from cellstack.cells.spec import CellSpec
 from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.tensors import array, short
-from cellstack.layout import Array
 from cellstack.network import Network
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.recurrent import Recurrent
-from cellstack.spec import CellSpec, FormatError
 
 OF_A_LINEAR = ("W_x.weight", "W_x.bias")
 CELLS = {  # the arrays on h of each gate, in our order, by all names of a cell
