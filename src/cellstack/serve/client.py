@@ -11,8 +11,8 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import numpy as np
 
+from cellstack.cells.errors import ShapeError
 from cellstack.serve.models import ServeError
-from cellstack.spec import ShapeError
 
 try:
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus

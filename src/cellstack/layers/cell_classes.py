@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cellstack.layers.cell import Cell
+from cellstack.layers.cell_base import Cell
 
 __all__ = ["CfCCell", "GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import MOST_AXES, Node, Shape, shown
 from cellstack.nodes.checks import check_integer
-from cellstack.spec import ShapeError
 
 Inputs = Sequence[str] | Mapping[str, Sequence[int | None] | None]
 

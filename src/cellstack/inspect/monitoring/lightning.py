@@ -7,10 +7,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from cellstack.train.monitoring.monitor import TrainingMonitor
+from cellstack.inspect.monitoring.monitor import TrainingMonitor
 
 if TYPE_CHECKING:
-    from cellstack.train.monitoring.records import TrainingRecord
+    from cellstack.inspect.monitoring.records import TrainingRecord
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")  # the same library under two names
 

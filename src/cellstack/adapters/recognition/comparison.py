@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from cellstack.adapters.recognition.calls import Call, call_of, outputs_of
+from cellstack.adapters.recognition.values import TOLERANCE, NotReplaced, difference, flat, mapped, same
 from cellstack.formats.compiled.probes import value_reads
 from cellstack.layers.handwritten import Known, Protocol, result_of
-from cellstack.recognition.calls import Call, call_of, outputs_of
-from cellstack.recognition.values import TOLERANCE, NotReplaced, difference, flat, mapped, same
 
 SCALES = (0.1, 1.0, 4.0)  # of inputs, in the comparison
 SIZES = ((1, 1), (2, 3), (5, 7))  # rows and steps, at each scale

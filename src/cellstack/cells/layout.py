@@ -1,6 +1,6 @@
 """Conversion between our array layout and those of other formats: the only place where gates are reordered.
 
-Our layout: columns `[n, G·H]`, a block of H per gate, in the order of `cellstack.spec.GATES`; one bias `[G·H]`, or two,
+Our layout: columns `[n, G·H]`, a block of H per gate, in the order of `spec.GATES`; one bias `[G·H]`, or two,
 `[2, 3H]`, for a GRU with `reset_after`.
 """
 
@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.cells import KINDS
-from cellstack.spec import GATES, ShapeError
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import GATES
 
 Array = NDArray[Any]
 OURS = {kind: "".join(gates) for kind, gates in GATES.items()}

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
-from cellstack.bfloat16 import BFloat16Array, rounded
 from cellstack.cells import KINDS
-from cellstack.layout import block_diagonal
+from cellstack.cells.base import HiddenState, State
+from cellstack.cells.bfloat16 import BFloat16Array, rounded
+from cellstack.cells.errors import ShapeError, check_state_numbers
+from cellstack.cells.layout import block_diagonal
+from cellstack.cells.spec import ARRAYS, MATRICES, STATES, CellSpec
 from cellstack.nodes.base import Array, Types
 from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
-from cellstack.spec import ARRAYS, MATRICES, STATES, CellSpec, HiddenState, ShapeError, State, check_state_numbers
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry

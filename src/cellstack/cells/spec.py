@@ -1,35 +1,19 @@
-"""The shared definitions: gates, activations, states, traces, the description of a cell, and the common checks.
-
-All other parts work on what is defined here: formats read and write it, kernels run it, layers train it.
-"""
+"""`CellSpec`, the description of a cell: what formats read and write, kernels run, and layers train."""
 
 from __future__ import annotations
 
 import json
 import math
-import operator
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
-from itertools import islice
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from cellstack.cells import KINDS, Kind
+from cellstack.cells.activations import Activation, activation
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, documented
-from cellstack.cells.base import HiddenState as HiddenState
-from cellstack.cells.base import MatrixState as MatrixState
-from cellstack.cells.base import State as State
 from cellstack.cells.base import usual_shapes
-from cellstack.cells.cfc import CfCTrace as CfCTrace
-from cellstack.cells.gru import GRUTrace as GRUTrace
-from cellstack.cells.lstm import Trace as Trace
-from cellstack.cells.mlstm import MemorySizes as MemorySizes
-from cellstack.cells.rnn import RNNTrace as RNNTrace
-from cellstack.cells.slstm import SLSTMState as SLSTMState
+from cellstack.cells.errors import ShapeError, as_flag, as_integer, as_number
 
 GATES = {name: tuple(kind.gates) for name, kind in KINDS.items()}
 """The kinds of cell, and the order of their gate blocks in every array that has H columns per gate."""
@@ -61,113 +45,13 @@ MATRICES = ("kernel", "recurrent_kernel", "gate_kernel", "projection")
 ZEROS = ("gate_bias", "peepholes", "cell_bias")
 """The arrays that are zeros at first, as are initial states; gains are ones, and all others need an initializer."""
 
-ACTIVATIONS = (
-    "sigmoid",
-    "tanh",
-    "linear",
-    "relu",
-    "hard_sigmoid",
-    "softsign",
-    "softplus",
-    "elu",
-    "affine",
-    "leaky_relu",
-    "thresholded_relu",
-    "scaled_tanh",
-    "positive",
-)
-"""Activations that the kernel implements; the position in this tuple is the kernel's code for the activation."""
-
-PARAMETERS = {
-    "hard_sigmoid": (1.0 / 6.0, 0.5),
-    "elu": (1.0,),
-    "affine": (1.0, 0.0),
-    "leaky_relu": (0.2,),
-    "thresholded_relu": (1.0,),
-    "scaled_tanh": (1.0, 1.0),
-}
-"""Activations that take parameters, alpha or alpha and beta, with their default values.
-
-    hard_sigmoid  min(max(alpha·z + beta, 0), 1)          elu               z, or alpha·(e^z - 1) where negative
-    affine        alpha·z + beta                          leaky_relu        z, or alpha·z where negative
-    scaled_tanh   alpha·tanh(beta·z)                      thresholded_relu  z where above alpha, else 0
-
-Without parameters, `positive` is z + 1/2 where z >= 0, else sigmoid(z) (Feng et al. 2024, appendix B.3, their g).
-"""
-
 DTYPES = ("float32", "float64")
-
-
-class ShapeError(ValueError):
-    """An argument has the wrong rank, width or batch: the message names it, the expected shape and the actual one."""
-
-
-class FormatError(ValueError):
-    """A file is malformed or unsupported: the message names the file, the tensor, and what was expected and found."""
-
 
 STATES = {name: kind.state for name, kind in KINDS.items()}
 """The type of the state of each kind of cell."""
 
 TRACES = {name: kind.trace for name, kind in KINDS.items()}
 """The type of the trace of each kind of cell."""
-
-
-class Plan(tuple[str, ...]):
-    """Which kernel runs each part, and why: a tuple of lines; its repr is these lines.
-
-    >>> Plan(["layer_0: fused kernel", "layer_1: NumPy"])
-    layer_0: fused kernel
-    layer_1: NumPy
-    """
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "\n".join(self)
-
-
-class Activation(NamedTuple):
-    """An activation with its parameters, as `activation` parses them; parameters that it doesn't take are zero."""
-
-    name: str
-    alpha: float = 0.0
-    beta: float = 0.0
-
-    def __str__(self) -> str:
-        usual = PARAMETERS.get(self.name, ())
-        given = (self.alpha, self.beta)[: len(usual)]
-        return self.name if given == usual else f"{self.name}({', '.join(map(repr, given))})"
-
-
-_ACTIVATION = re.compile(r"(\w+)\s*(?:\(([^()]*)\))?")
-
-
-@lru_cache(maxsize=256)
-def activation(text: str) -> Activation:
-    """Parse an activation: a name in `ACTIVATIONS`, followed by its parameters in parentheses if it has any.
-
-    Raises:
-        ValueError: an unknown name, or invalid parameters.
-
-    >>> activation("hard_sigmoid(0.2, 0.5)")  # that of Keras 1 and 2; the default parameters are Keras 3's
-    Activation(name='hard_sigmoid', alpha=0.2, beta=0.5)
-    """
-    match = _ACTIVATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None or match[1] not in ACTIVATIONS:
-        raise ValueError(f"expected one of the activations {', '.join(ACTIVATIONS)}, got {text!r}")
-    name, usual = match[1], PARAMETERS.get(match[1], ())
-    try:
-        given = () if match[2] is None else tuple(float(number) for number in match[2].split(","))
-    except ValueError:
-        raise ValueError(f"expected numbers as the parameters of {name}, got {text!r}") from None
-    if (match[2] is not None and len(given) != len(usual)) or not all(map(math.isfinite, given)):
-        raise ValueError(f"expected {name} with {len(usual)} finite parameters or without any, got {text!r}")
-    found = Activation(name, *(given or usual))
-    if (name in ("elu", "leaky_relu") and found.alpha < 0.0) or (name == "scaled_tanh" and found.alpha == 0.0):
-        bound = "alpha other than 0" if name == "scaled_tanh" else "alpha >= 0"
-        raise ValueError(f"expected {name} with {bound}, so that its value determines its slope, got {text!r}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -437,39 +321,13 @@ def _flags() -> Iterator[Argument]:
 CellSpec.__doc__ = documented(CellSpec.__doc__, _flags())
 
 
-def check_installed(owner: str, package: str, extra: str) -> None:
-    """Raise `ModuleNotFoundError`, which names the extra of cellstack to install, unless a package is installed."""
-    if find_spec(package) is None:
-        raise ModuleNotFoundError(f"{owner} needs {package}: pip install 'cellstack[{extra}]'", name=package)
-
-
-def as_flag(owner: str, name: str, value: Any) -> bool:
-    """Return `value`, a Python or NumPy bool; `TypeError` for anything else, such as the truthy text "False"."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
-    return bool(value)
-
-
-def as_integer(owner: str, name: str, value: Any) -> int:
-    """Return `value`, a Python or NumPy integer, as an int; `TypeError` for anything else, bools included."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
-    return operator.index(value)
-
-
-def _as_number(owner: str, name: str, value: Any) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}")
-    return float(value)
-
-
 # How the fields of CellSpec are checked and converted, by annotation.
 _CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
     "bool": as_flag,
     "int": as_integer,
-    "float": _as_number,
+    "float": as_number,
     "bool | str": lambda owner, name, value: value if isinstance(value, str) else as_flag(owner, name, value),
-    "float | None": lambda owner, name, value: None if value is None else _as_number(owner, name, value),
+    "float | None": lambda owner, name, value: None if value is None else as_number(owner, name, value),
 }
 
 
@@ -493,86 +351,3 @@ def described(text: str) -> CellSpec:
     True
     """
     return CellSpec(**json.loads(text))
-
-
-def check_sequence(owner: str, shape: tuple[int, ...], input_size: int | None, name: str = "x") -> None:
-    """Raise `ShapeError` unless `shape` is `[B, T, I]` with `input_size` features (None: any number)."""
-    expected = "I" if input_size is None else f"I={input_size}"
-    if len(shape) != 3 or (input_size is not None and shape[2] != input_size):
-        hint = "the last axis is the feature axis"
-        if len(shape) == 2 and input_size in (None, shape[1]):
-            hint = "add a batch axis: x[None]"
-            if name == "sequences":
-                hint += ", or set return_sequences=True in the layer below"
-        elif len(shape) == 2 and input_size == 1:
-            hint = "add a feature axis: x[..., None]"
-        raise ShapeError(f"{owner}: expected {name} [B, T, {expected}], got {tuple(shape)}: {hint}")
-    if shape[2] < 1:
-        raise ShapeError(f"{owner}: expected {name} [B, T, {expected}] with at least one feature, got {tuple(shape)}")
-
-
-def check_step(owner: str, shape: tuple[int, ...], input_size: int | None, name: str = "x") -> None:
-    """Raise `ShapeError` unless `shape` is one step `[B, I]`."""
-    expected = "I" if input_size is None else f"I={input_size}"
-    if len(shape) != 2 or shape[1] < 1 or (input_size is not None and shape[1] != input_size):
-        alone = len(shape) == 1 and input_size in (None, shape[0])
-        hint = "add a batch axis: x[None]" if alone else "one step has no time axis"
-        raise ShapeError(f"{owner}: expected {name} [B, {expected}], got {tuple(shape)}: {hint}")
-
-
-def check_state(
-    owner: str,
-    shapes: list[tuple[int, ...]],
-    batch: int,
-    sizes: Mapping[str, int | tuple[int, ...]],
-    layer: int | None = None,
-) -> None:
-    """Raise `ShapeError` unless `shapes` are the batch and the size, or the shape, of each array of the state."""
-    where = "state" if layer is None else f"state of layer {layer}"
-    if len(shapes) != len(sizes):
-        names = ", ".join(sizes)
-        expected = f"a pair ({names})" if len(sizes) == 2 else f"{len(sizes)} array(s), {names}"
-        raise ShapeError(f"{owner}: expected {where} to be {expected}, got {len(shapes)} array(s)")
-    for (name, size), shape in zip(sizes.items(), shapes, strict=True):
-        own = (size,) if isinstance(size, int) else size
-        if tuple(shape) != (batch, *own):
-            axes = f"H={own[0]}" if len(own) == 1 else ", ".join(map(str, own))
-            raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, {axes}], got {tuple(shape)}")
-
-
-def check_state_numbers(where: str, kind: Kind, state: Sequence[Any]) -> None:
-    """Raise `ValueError` if a kind of cell can't be in a state, arrays or tensors in the order of `Kind.state`."""
-    problem = kind.refuses(dict(zip(kind.state._fields, state, strict=True)))
-    if problem:
-        raise ValueError(f"{where}: {problem}")
-
-
-def as_nested(owner: str, name: str, value: Any, counts: Sequence[int]) -> list[Any]:
-    """Return the states of a stack as one entry per cell, from that form or from a flat list of arrays.
-
-    Args:
-        owner: the function or class, for the message.
-        name: the argument's name, for the message.
-        value: one state per cell; or the arrays of all states, bottom first: h, c, h, c for two LSTM cells.
-        counts: the number of arrays of each cell's state.
-
-    Raises:
-        ShapeError: neither.
-    """
-    given = list(value)
-    as_list = isinstance(value, Sequence)  # not one array of all states, such as PyTorch's [layers, B, H]
-    if as_list and len(given) == sum(counts) > len(counts) and all(hasattr(one, "ndim") for one in given):
-        arrays = iter(given)
-        return [tuple(islice(arrays, count)) for count in counts]
-    if len(given) != len(counts):
-        flat = f", or as a flat list of {sum(counts)} arrays" if sum(counts) > len(counts) else ""
-        kinds = ", ".join(type(one).__name__ for one in given[:4])
-        found = f"{len(given)} ({kinds})" if as_list and given else f"{type(value).__name__} of length {len(given)}"
-        raise ShapeError(f"{owner}: expected {name} as one state per cell ({len(counts)}){flat}, got {found}")
-    return given
-
-
-def check_mask(owner: str, shape: tuple[int, ...], batch: int, steps: int, name: str = "mask") -> None:
-    """Raise `ShapeError` unless `shape` is `[batch, steps]`."""
-    if tuple(shape) != (batch, steps):
-        raise ShapeError(f"{owner}: expected {name} [B={batch}, T={steps}], got {tuple(shape)}")

@@ -6,7 +6,8 @@ import math
 from numbers import Integral
 
 from cellstack import nodes
-from cellstack.spec import KINDS, CellSpec
+from cellstack.cells import KINDS
+from cellstack.cells.spec import CellSpec
 from cellstack.train.checks import UsageError
 
 MLSTM = "mlstm"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import _kernel
+import cellstack._kernel as _kernel
 from cellstack._kernel import (
     NODE_ACTIVATIONS,
     SHORT_CHUNK,
@@ -51,7 +51,8 @@ from cellstack._kernel import (
     stream,
 )
 from cellstack._kernel import weights as weights_at
-from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.spec import ARRAYS, CellSpec
 
 __all__ = [
     "NODE_ACTIVATIONS",

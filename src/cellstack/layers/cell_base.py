@@ -11,22 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.cells import KINDS
+from cellstack.cells.activations import ACTIVATIONS
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, sign
+from cellstack.cells.errors import ShapeError, as_integer, check_state, check_state_numbers, check_step
+from cellstack.cells.spec import ARRAYS, MATRICES, ZEROS, CellSpec, described
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
-from cellstack.spec import (
-    ACTIVATIONS,
-    ARRAYS,
-    MATRICES,
-    ZEROS,
-    CellSpec,
-    ShapeError,
-    as_integer,
-    check_state,
-    check_state_numbers,
-    check_step,
-    described,
-)
 
 
 class Masks(NamedTuple):
@@ -242,7 +232,7 @@ class Cell(Layer):
         """Description of the built cell, without its arrays.
 
         Raises:
-            ValueError: the cell isn't built, or an activation isn't in `cellstack.spec.ACTIVATIONS`.
+            ValueError: the cell isn't built, or an activation isn't in `cellstack.cells.activations.ACTIVATIONS`.
         """
         if not self.built:
             raise ValueError(f"{self._owner}: the weights don't exist yet: call the layer, or pass input_size=")

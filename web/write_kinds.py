@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cellstack.cells import KINDS
+from cellstack.cells.activations import ACTIVATIONS
 from cellstack.cells.base import Kind
-from cellstack.spec import ACTIVATIONS, ARRAYS
+from cellstack.cells.spec import ARRAYS
 
 TARGET = Path(__file__).parent / "src" / "kinds.js"
 
@@ -34,7 +35,7 @@ def module() -> str:
         for name, kind in KINDS.items()
     )
     lines = (
-        "// The kinds of cell, written by web/kinds.py from their declarations in Python: change those instead.",
+        "// The kinds of cell, written by web/write_kinds.py from their declarations in Python: change those instead.",
         "",
         "// Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of",
         "// an activation, in the kernel's order, the setting that names it; whether h is multiplied by a matrix; the",

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.adapters.recognition.values import NotReplaced
+from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.layers import op
 from cellstack.layers.handwritten import Layer, Part, weight
-from cellstack.nodes.cell import Cell
-from cellstack.recognition.values import NotReplaced
-from cellstack.spec import MATRICES, CellSpec
+from cellstack.nodes.cell_arrays import Cell
 
 
 class Origins:

@@ -4,7 +4,7 @@
 from typing import Any
 import torch
 from cellstack.layers import weights
-from cellstack.layers.cell import Cell
+from cellstack.layers.cell_base import Cell
 
 __all__ = ["CfCCell", "GRUCell", "LSTMCell", "LiGRUCell", "MinGRUCell", "MinLSTMCell", "SLSTMCell", "SimpleRNNCell"]
 

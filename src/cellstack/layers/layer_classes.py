@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cellstack.layers.cells import (
+from cellstack.layers.cell_classes import (
     CfCCell,
     GRUCell,
     LiGRUCell,

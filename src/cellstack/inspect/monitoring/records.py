@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.inspect import diagnostics
 from cellstack.inspect.trace import CellTrace
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 
 if TYPE_CHECKING:
     from cellstack.nodes.base import Array

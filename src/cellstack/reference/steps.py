@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import BFloat16Array, rounded, widened
-from cellstack.spec import CellSpec
+from cellstack.cells.bfloat16 import BFloat16Array, rounded, widened
+from cellstack.cells.spec import CellSpec
 
 Array = NDArray[np.float64]
 Arrays = dict[str, Array]

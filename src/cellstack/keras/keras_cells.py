@@ -11,7 +11,8 @@ import keras
 
 from cellstack import cells
 from cellstack.cells import Kind
-from cellstack.spec import ACTIVATIONS, CellSpec
+from cellstack.cells.activations import ACTIVATIONS
+from cellstack.cells.spec import CellSpec
 
 KINDS: dict[type, Kind] = {
     getattr(keras.layers, f"{kind.title}Cell"): kind for kind in cells.KINDS.values() if "keras1" in kind.names

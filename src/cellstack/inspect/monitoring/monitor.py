@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cellstack.train.monitoring.records import LayerRecord, TrainingRecord, examined
+from cellstack.inspect.monitoring.records import LayerRecord, TrainingRecord, examined
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -52,7 +52,7 @@ class TrainingMonitor:
 
     def __init__(self, model: nn.Module, every: int = 1, rows: int = 32, lags: int = 256, writer: Any = None) -> None:
         from cellstack.layers import RNN
-        from cellstack.layers.cell import Cell as LayerCell
+        from cellstack.layers.cell_base import Cell as LayerCell
         from cellstack.layers.observer import Observer
 
         if not hasattr(model, "named_modules"):

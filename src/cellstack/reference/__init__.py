@@ -120,9 +120,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.reference_cells import ACTIVATIONS as ACTIVATIONS
-from cellstack.reference_cells import CELLS, Array, Arrays
-from cellstack.spec import STATES, CellSpec
+from cellstack.cells.spec import STATES, CellSpec
+from cellstack.reference.steps import ACTIVATIONS as ACTIVATIONS
+from cellstack.reference.steps import CELLS, Array, Arrays
 
 Mask = NDArray[np.bool_]
 

@@ -23,6 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellstack.adapters.recognition.calls import Call, accepted, guesses, protocol_of, shortened
+from cellstack.adapters.recognition.comparison import compare, effect_of, is_steady, verify
+from cellstack.adapters.recognition.origins import Origins, layer_of
+from cellstack.adapters.recognition.values import NotReplaced, as_float64, copy_of, experiments, fill, put
+from cellstack.cells.errors import FormatError
 from cellstack.formats.compiled.exported import export
 from cellstack.formats.onnx.decomposed.found import cells_of_module
 from cellstack.layers import accelerate as integration
@@ -39,12 +44,7 @@ from cellstack.layers.handwritten import (
     settings_of,
 )
 from cellstack.layers.known import ADAPTERS, Adapter
-from cellstack.nodes.cell import Cell
-from cellstack.recognition.calls import Call, accepted, guesses, protocol_of, shortened
-from cellstack.recognition.comparison import compare, effect_of, is_steady, verify
-from cellstack.recognition.origins import Origins, layer_of
-from cellstack.recognition.values import NotReplaced, as_float64, copy_of, experiments, fill, put
-from cellstack.spec import FormatError
+from cellstack.nodes.cell_arrays import Cell
 
 MOST_CALLS = 400  # calls that are tried
 MOST_TRACES = 4  # calls that are traced

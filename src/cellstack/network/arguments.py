@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.base import HiddenState, MatrixState, State
+from cellstack.cells.errors import ShapeError, as_nested, check_mask, check_state
 from cellstack.nodes.base import Array, CellState
-from cellstack.nodes.cell import Cell
+from cellstack.nodes.cell_arrays import Cell
 from cellstack.nodes.mlstm import MatrixMemory
-from cellstack.spec import HiddenState, MatrixState, ShapeError, State, as_nested, check_mask, check_state
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.spec import MatrixState
+from cellstack.cells.base import MatrixState
 
 Array = NDArray[Any]
 

@@ -4,14 +4,14 @@
 from typing import Any
 import torch
 from cellstack.layers import weights
-from cellstack.layers.cells import CfCCell
-from cellstack.layers.cells import GRUCell
-from cellstack.layers.cells import LSTMCell
-from cellstack.layers.cells import LiGRUCell
-from cellstack.layers.cells import MinGRUCell
-from cellstack.layers.cells import MinLSTMCell
-from cellstack.layers.cells import SLSTMCell
-from cellstack.layers.cells import SimpleRNNCell
+from cellstack.layers.cell_classes import CfCCell
+from cellstack.layers.cell_classes import GRUCell
+from cellstack.layers.cell_classes import LSTMCell
+from cellstack.layers.cell_classes import LiGRUCell
+from cellstack.layers.cell_classes import MinGRUCell
+from cellstack.layers.cell_classes import MinLSTMCell
+from cellstack.layers.cell_classes import SLSTMCell
+from cellstack.layers.cell_classes import SimpleRNNCell
 from cellstack.layers.rnn import SingleCellRNN
 
 __all__ = ["GRU", "LSTM", "SLSTM", "CfC", "LiGRU", "MinGRU", "MinLSTM", "SimpleRNN"]

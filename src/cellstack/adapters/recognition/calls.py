@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cellstack.adapters.recognition.values import NotReplaced, same
 from cellstack.layers.handwritten import (
     Known,
     Place,
@@ -21,7 +22,6 @@ from cellstack.layers.handwritten import (
     run_layers,
     states_of,
 )
-from cellstack.recognition.values import NotReplaced, same
 
 BATCH, STEPS = 2, 3  # of the traced call
 
