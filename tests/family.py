@@ -84,7 +84,7 @@ def random_spec(rng, kind=None, largest=8):
         flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
     width = int(rng.integers(1, largest + 1)) + flags.get(KINDS[kind].scalar, False)
     heads = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
-    if KINDS[kind].recurrent and not flags.get("proj_size") and not flags.get("backbone_units") and often(0.4):
+    if KINDS[kind].has_recurrent_kernel and not flags.get("proj_size") and not flags.get("backbone_units") and often(0.4):
         flags["heads"] = heads
     return CellSpec(width, units, kind=kind, **flags)
 

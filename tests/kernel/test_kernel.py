@@ -565,7 +565,7 @@ def test_all_wrong_gate_orders_fail(isa, member):
 def long_sequence(member):
     """Return a case of 1,000 steps, and y of the reference."""
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
-    if spec.of_kind.recurrent:  # a GRU and a SimpleRNN with larger random weights are chaotic
+    if spec.of_kind.has_recurrent_kernel:  # a GRU and a SimpleRNN with larger random weights are chaotic
         arrays["recurrent_kernel"] *= np.float32(0.5)
     return spec, arrays, case, reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64)).y
 
@@ -803,7 +803,7 @@ def test_products_of_int8_weights_are_integer_sums(isa, units, batch):
 @over_isas_in_turn("member", list(MEMBERS), isas=ISAS)
 def test_weights_in_int8_are_close_to_float32(isa, member):
     spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
-    if spec.of_kind.recurrent:
+    if spec.of_kind.has_recurrent_kernel:
         arrays["recurrent_kernel"] *= np.float32(0.5)
     whole, narrow = (streamed(spec, arrays, case["x"], element) for element in (None, "int8"))
     assert 1e-5 < np.abs(narrow - whole).mean() < 0.02

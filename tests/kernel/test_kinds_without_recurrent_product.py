@@ -174,4 +174,4 @@ def test_threads_formats_and_streams_agree(kind):
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="unknown kind nonsense"):
-        _kernel.Description("nonsense", 1, 1, 1, [], *[False] * 9, *[0.0] * 5)
+        _kernel.Description("nonsense", 1, 1, 1, [], {})

@@ -7,7 +7,7 @@ import { cellShapes, stateSizes } from "./engine/cells.js";
 import { numbersIn, shapeText } from "./engine/shapes.js";
 import { flagsOf } from "./engine/nodes_base.js";
 import { NODE_KINDS } from "./engine/nodes.js";
-import { KernelPass, MATRICES, cellWeights, denseWeights, formOf, onKernel } from "./cells.js";
+import { KernelPass, cellWeights, denseWeights, formOf, onKernel } from "./cells.js";
 import { FormatError } from "./description.js";
 import { bytesOf, loadKernel } from "./kernel.js";
 import { readSafetensors } from "./safetensors.js";
