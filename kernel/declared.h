@@ -2,7 +2,7 @@
 // clang-format off
 #pragma once
 
-// struct, name, gates, slots, in_rows, states, recurrent, drops_candidate, resets, normed, saved: see kinds.h
+// struct, name, gates, slots, in_rows, states, recurrent, drops, resets, normed, saved: see kinds.h
 #define CELLSTACK_KINDS(KIND) \
     KIND(Lstm, "lstm", 4, "sstst", {0, 1, 2, 3}, 2, true, false, false, 0, 0) \
     KIND(Gru, "gru", 3, "sst", {1, 0, 2}, 1, true, false, true, 2, 0) \
@@ -27,7 +27,7 @@
     ARRAY(gate_kernel, kMatrix, d.backbone_units * d.gates() * d.units, 0) \
     ARRAY(gate_bias, kBias, d.gates() * d.units, 0)
 
-// type, name, default: settings of cellstack.spec.CellSpec; None is an infinity, a text its place in the options
+// type, name, default: settings of CellSpec; None is an infinity, a text its place in its options
 #define CELLSTACK_FLAGS(FLAG) \
     FLAG(bool, use_bias, true) \
     FLAG(bool, peepholes, false) \

@@ -24,21 +24,32 @@ AXES = {
     "biases": "(1 + d.two_biases())",
 }
 MOST = {"S": "kMostGates", "GH": "kMostGates", "G-1": "kMostGates - 1", "biases S": "2 * kMostGates", "H": "1"}
-TYPES = {"bool": "bool", "int": "int64_t", "float": "double", "float | None": "double", "bool | str": "int", "str": "int"}
+TYPES = {
+    "bool": "bool",
+    "int": "int64_t",
+    "float": "double",
+    "float | None": "double",
+    "bool | str": "int",
+    "str": "int",
+}
 
 
 def kind_row(kind: Kind) -> list[str]:
     """Return the fields of a row of the table of kinds, see `Kind` in kinds.h."""
     usual = {"sigmoid": "s", "tanh": "t"}
     slots = [
-        "-" if slot in kind.fixed else usual.get(kind.settings[kind.activation(slot)].default, "-") for slot in kind.slots
+        "-" if slot in kind.fixed else usual.get(kind.settings[kind.activation(slot)].default, "-")
+        for slot in kind.slots
     ]
     order = kind.names["torch"].order if "torch" in kind.names else "".join(kind.gates)
     resets = "reset" in kind.gates.values()
     saved = 0 if resets else len(kind.planes(CellSpec(3, 4, kind=kind.name)))
     flags = [str(flag).lower() for flag in (kind.has_recurrent_kernel, kind.drops == "candidate", resets)]
     rows = f"{{{', '.join(str(order.index(gate)) for gate in kind.gates)}}}"
-    name, text = re.sub("([A-Z])([A-Z]+)(?![a-z])", lambda found: found[1] + found[2].lower(), kind.title), "".join(slots)
+    name, text = (
+        re.sub("([A-Z])([A-Z]+)(?![a-z])", lambda found: found[1] + found[2].lower(), kind.title),
+        "".join(slots),
+    )
     counts = [str(len(kind.gates)), f'"{text}"', rows, str(len(kind.state._fields))]
     return [name, f'"{kind.name}"', *counts, *flags, str(kind.normed[0] if kind.normed else 0), str(saved)]
 
@@ -66,11 +77,11 @@ def written() -> dict[Path, str]:
     return {
         HERE / "declared.h": WRITTEN
         + "// clang-format off\n#pragma once\n\n"
-        + "// struct, name, gates, slots, in_rows, states, recurrent, drops_candidate, resets, normed, saved: see kinds.h\n"
+        + "// struct, name, gates, slots, in_rows, states, recurrent, drops, resets, normed, saved: see kinds.h\n"
         + table("CELLSTACK_KINDS", kinds)
         + "\n// name, form, numbers, sums: see description.h\n"
         + table("CELLSTACK_ARRAYS", list(arrays.values()))
-        + "\n// type, name, default: settings of cellstack.spec.CellSpec; None is an infinity, a text its place in the options\n"
+        + "\n// type, name, default: settings of CellSpec; None is an infinity, a text its place in its options\n"
         + table("CELLSTACK_FLAGS", flags),
         HERE / "declared_rows.h": WRITTEN
         + "#pragma once\n"

@@ -15,7 +15,6 @@ here take any strides and any alignment.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache

@@ -20,7 +20,7 @@ import numpy as np
 
 from cellstack.cells import KINDS, Kind
 from cellstack.cells.arguments import ACTIVATION_ARGUMENTS, Argument, documented
-from cellstack.cells.arrays import shapes_of
+from cellstack.cells.arrays import Axis, axes_of
 from cellstack.cells.base import HiddenState as HiddenState
 from cellstack.cells.base import MatrixState as MatrixState
 from cellstack.cells.base import State as State
@@ -381,7 +381,18 @@ class CellSpec:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the cell's arrays by name, in the order of `Kind.arrays`."""
-        return shapes_of(self)
+        widths = {"": 1, "I": self.features, "H": self.units, "P": self.proj_size}
+        widths |= {"U": self.backbone_units, "D": self.units // self.heads}
+        return {name: tuple(n * widths[letter] for n, letter in axes) for name, axes in self.axes.items()}
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The axes of the cell's arrays by name, each as a number of blocks and the letter of their width.
+
+        >>> CellSpec(3, 4, kind="gru").axes["bias"]
+        ((2, ''), (3, 'H'))
+        """
+        return axes_of(self)
 
     @property
     def parameters(self) -> int:

@@ -1,9 +1,9 @@
 // The kinds of cell, written by web/kinds.py from their declarations in Python: change those instead.
 
 // Of each kind: the gates in the order of their blocks; its states; the names in a trace; for each slot of
-// an activation, in the kernel's order, the setting that names it; its arrays, each with the symbols of its axes
-// and the settings that it needs; the setting with which the last column of x is a number of the step; and the
-// settings with their defaults.
+// an activation, in the kernel's order, the setting that names it; its arrays, each with the symbols of its
+// axes and the settings that it needs; the setting with which the last column of x is a number of the step;
+// and the settings with their defaults.
 export const KINDS = {
   lstm: {
     gates: ["i", "f", "g", "o"],

@@ -19,8 +19,8 @@ class Array(NamedTuple):
         first: its first values: those of the initializer that a layer's `kernel_initializer`, `recurrent_initializer`
             or `bias_initializer` sets, `"kernel"`, `"recurrent"` or `"bias"`; or `"zeros"` or `"ones"`.
         needs: the settings with which a cell has it, such as `"layer_norm and not joint"`; "": always.
-        pack: how the kernel stores it: in panels, as a `"matrix"`, whose numbers may have fewer bits, or a `"bias"` of a
-            product with one; or as it is, as `"vectors"` of H numbers each.
+        pack: how the kernel stores it: in panels, as a `"matrix"`, whose numbers may have fewer bits, or the `"bias"`
+            of a product with one; or as it is, as `"vectors"` of H numbers each.
 
     >>> BIAS.of({"use_bias": False})
     False
@@ -74,9 +74,7 @@ def symbols(spec: CellSpec) -> dict[str, Axis | None]:
 def axes_of(spec: CellSpec) -> dict[str, tuple[Axis, ...]]:
     """Return the axes of a cell's arrays by name, each as a number of blocks and the letter of their width.
 
-    >>> from cellstack.spec import CellSpec
-    >>> axes_of(CellSpec(3, 4, kind="gru"))["bias"]
-    ((2, ''), (3, 'H'))
+    `CellSpec.axes` stores them.
     """
     settings, known = vars(spec) | {"joint": spec.joint}, symbols(spec)
     return {
@@ -84,10 +82,3 @@ def axes_of(spec: CellSpec) -> dict[str, tuple[Axis, ...]]:
         for array in spec.of_kind.every_array
         if array.of(settings)
     }
-
-
-def shapes_of(spec: CellSpec) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a cell's arrays by name."""
-    widths = {"": 1, "I": spec.features, "H": spec.units, "P": spec.proj_size}
-    widths |= {"U": spec.backbone_units, "D": spec.units // spec.heads}
-    return {name: tuple(n * widths[letter] for n, letter in axes) for name, axes in axes_of(spec).items()}

@@ -32,8 +32,8 @@ except ModuleNotFoundError as error:  # without a setting, Keras imports TensorF
 if _keras.backend.backend() != "torch":
     raise ImportError(f"{_NEEDS}; it is set to {_keras.backend.backend()}", name="keras")
 
-from cellstack.keras.calls import Calls, calls
 from cellstack.keras import layers
+from cellstack.keras.calls import Calls, calls
 from cellstack.keras.layers import *  # noqa: F403
 from cellstack.keras.patching import accelerate, patch, restore, unpatch
 from cellstack.keras.plan import plan

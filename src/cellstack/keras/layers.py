@@ -27,4 +27,4 @@ def _layer(kind: Kind) -> Any:
 
 _MADE = {kind.title: _layer(kind) for kind in KINDS.values()}
 globals().update(_MADE)
-__all__ = list(_MADE)  # noqa: PLE0605
+__all__ = list(_MADE)  # pyright: ignore[reportUnsupportedDunderAll]

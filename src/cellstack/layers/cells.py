@@ -25,4 +25,4 @@ def _cell(kind: Kind) -> Any:
 
 _MADE = {f"{kind.title}Cell": _cell(kind) for kind in KINDS.values()}
 globals().update(_MADE)
-__all__ = list(_MADE)  # noqa: PLE0605
+__all__ = list(_MADE)  # pyright: ignore[reportUnsupportedDunderAll]

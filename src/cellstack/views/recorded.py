@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cellstack.cells.arrays import axes_of
 from cellstack.spec import CellSpec
 
 # Widths: units, projected units, features, x.
@@ -98,7 +97,7 @@ class Recorded(RecordedMath):
 
     def __post_init__(self) -> None:
         spec, kind = self.spec, self.spec.of_kind
-        self.shapes = axes_of(spec)
+        self.shapes = spec.axes
         self.before = [self._new("state", width=(1, self._letter(name)), name=name) for name in spec.state_sizes]
         a = kind.prepared(self, spec, self._new("x", width=(1, X if spec.scalar else I)))
         self.gates, self.states = kind.step(self, spec, a, *self.before)
@@ -194,7 +193,7 @@ def form_of(spec: CellSpec) -> dict[str, Any]:
             for value, rate in zip(recorded.before, recorded.kept, strict=True)
         },
         "activations": {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)},
-        "shapes": {name: [list(axis) for axis in axes] for name, axes in axes_of(spec).items()},
+        "shapes": {name: [list(axis) for axis in axes] for name, axes in spec.axes.items()},
         "values": listed(recorded.values),
         "before": [place[id(value)] for value in recorded.before],
         "after": [place[id(value)] for value in recorded.states],
