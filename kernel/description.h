@@ -116,13 +116,13 @@ struct Description {
     // Whether the cell has no flag, so that it can take the path by blocks.
     bool plain() const {
         constexpr double none = __builtin_inf();
-        return kind == &kKinds[kLstm] && use_kernel && usual() && !peepholes && !coupled && !projects() && !layer_norm &&
-               clip == none && cell_clip == none && !zones();
+        return kind == &kKinds[kLstm] && use_kernel && usual() && !peepholes && !coupled && !projects() &&
+               !layer_norm && clip == none && cell_clip == none && !zones();
     }
 };
 
-// The arrays of a cell, or their gradients; null if the cell doesn't have one. From the table in declared.h, which is in
-// the order of cellstack.spec.ARRAYS, follow the fields, the bindings, the packing of vectors and the sums of their
+// The arrays of a cell, or their gradients; null if the cell doesn't have one. From the table in declared.h, which is
+// in the order of cellstack.spec.ARRAYS, follow the fields, the bindings, the packing of vectors and the sums of their
 // gradients. If the description has `rows`, which excludes heads and a backbone, each matrix is transposed,
 // [gates·H, I], [gates·H, P], [P, H], and the gates have PyTorch's order, in biases too.
 template <class T>
@@ -163,8 +163,7 @@ struct Layout {
 // Calls body(array, its layout) for each array except the initial states; `arrays` is an Arrays.
 template <class A, class F>
 void each_array(A& arrays, const Description& d, F&& body) {
-#define CELLSTACK_ARRAY(name, form, numbers, sums) \
-    body(arrays.name, Layout{Form::form, numbers, sums_of::name});
+#define CELLSTACK_ARRAY(name, form, numbers, sums) body(arrays.name, Layout{Form::form, numbers, sums_of::name});
     CELLSTACK_ARRAYS(CELLSTACK_ARRAY)
 #undef CELLSTACK_ARRAY
 }

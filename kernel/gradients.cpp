@@ -167,7 +167,8 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
     : in(in),
       s(s),
       g(g),
-      threads(useful_threads(most_threads, B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone_units))),
+      threads(useful_threads(most_threads,
+                             B * steps * 2 * (sum_gates * U * (I + d.recurrent()) + G * H * d.backbone_units))),
       chunk(chunk_of(in, d, blocks * deep + (d.backbone_units ? sum_blocks * W : 0))),
       cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 

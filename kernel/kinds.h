@@ -1,5 +1,5 @@
-// Every kind of cell in one table, which kernel/declared.py writes from `src/cellstack/cells/`; a kind also has a header
-// with a struct of its routines (see cells.h), whose name its row begins with.
+// Every kind of cell in one table, which kernel/declared.py writes from `src/cellstack/cells/`; a kind also has a
+// header with a struct of its routines (see cells.h), whose name its row begins with.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -99,7 +99,8 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     p.bias = bias(p.bias, d.sum_units(), d.sum_gates());
     if (d.two_biases()) p.recurrent_bias = bias(p.recurrent_bias, d.units, d.gates());
     if (d.backbone_units) {
-        p.gate_kernel = packed(matrix_of(d, p.gate_kernel, d.backbone_units, d.units, d.gates()), d.backbone_units, element);
+        p.gate_kernel =
+            packed(matrix_of(d, p.gate_kernel, d.backbone_units, d.units, d.gates()), d.backbone_units, element);
         p.gate_bias = bias(p.gate_bias, d.units, d.gates());
     }
     if (d.projects()) p.projection = packed(matrix_of(d, p.projection, d.units, d.output, 1), d.units, element);

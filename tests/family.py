@@ -41,7 +41,7 @@ def random_spec(rng, kind=None, largest=8):
     often = lambda share: bool(rng.random() < share)  # noqa: E731
     units = int(rng.integers(1, largest + 1))
     flags = {
-        "activation": random_activation(rng),
+        "activation": random_activation(rng, BOUNDED if tested.bounded else ACTIVATIONS),
         "recurrent_activation": random_activation(
             rng, POSITIVE if tested.positive else ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")
         ),
