@@ -9,6 +9,7 @@ import { flagsOf } from "./engine/nodes_base.js";
 import { NODE_KINDS } from "./engine/nodes.js";
 import { KernelPass, cellWeights, denseWeights, formOf, onKernel } from "./cells.js";
 import { FormatError } from "./description.js";
+import { MATRICES } from "./kinds.js";
 import { bytesOf, loadKernel } from "./kernel.js";
 import { readSafetensors } from "./safetensors.js";
 import { Stream } from "./stream.js";
