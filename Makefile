@@ -69,7 +69,7 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 
 stubs: $(VENV)/tested  ## write what follows from the declarations of cells: the stubs of constructors, the kernel's and JavaScript's tables
 	$(BIN)/python tests/architecture/stubs.py
-	$(BIN)/python web/kinds.py
+	$(BIN)/python web/write_kinds.py
 	$(BIN)/python kernel/declared.py
 
 site: $(VENV)/tested  ## the documentation as a site, in build/site: warnings and files of other hosts are errors

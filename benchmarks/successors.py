@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from cellstack import from_torch, native, train
-from cellstack.train.cells import MLSTM
+from cellstack.train.cell_names import MLSTM
 from cellstack.train.data.ts import read_ts
 from cellstack.train.recurrent import recurrent_layers
 from cellstack.train.settings import Architecture

@@ -151,7 +151,7 @@ struct LayerOf {
     }
 };
 
-// The arrays of a cell from a tuple, in the order of cellstack.spec.ARRAYS.
+// The arrays of a cell from a tuple, in the order of cellstack.cells.spec.ARRAYS.
 template <class T>
 Arrays<T> arrays_of(const nb::tuple& tuple) {
     constexpr size_t others = std::size(kArrays);

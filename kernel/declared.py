@@ -6,7 +6,7 @@ from pathlib import Path
 from cellstack.cells import KINDS
 from cellstack.cells.arrays import Array
 from cellstack.cells.base import Kind
-from cellstack.spec import FLAGS, CellSpec
+from cellstack.cells.spec import FLAGS, CellSpec
 
 HERE = Path(__file__).parent
 WRITTEN = "// Written by kernel/declared.py from the declarations in src/cellstack/cells: change those instead.\n"

@@ -1,4 +1,4 @@
-// What a cell is, without its weights: the kernel's view of cellstack.spec.CellSpec.
+// What a cell is, without its weights: the kernel's view of cellstack.cells.spec.CellSpec.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ constexpr int64_t narrow_stride(Element e, int64_t depth) {
     return e == Element::kBfloat16 ? (depth + 15) / 16 * 16 : narrow_words(depth, 8);
 }
 
-// In the order of cellstack.spec.ACTIVATIONS.
+// In the order of cellstack.cells.activations.ACTIVATIONS.
 enum ActivationCode : int {
     kSigmoid,
     kTanh,
@@ -63,8 +63,8 @@ struct Description {
     // Of activation, recurrent_activation and gate_activations: one for each of the kind's slots; then a backbone's.
     Activation activations[kMostGates + 1];
     bool rows = false;  // whether matrices have PyTorch's layout: see Arrays
-    // The settings of cellstack.spec.CellSpec, and `scalar`: whether the last number of a row of x is one of the step,
-    // which isn't multiplied by the kernel. Without `use_kernel` x has the sums over x of all gates.
+    // The settings of cellstack.cells.spec.CellSpec, and `scalar`: whether the last number of a row of x is one of the
+    // step, which isn't multiplied by the kernel. Without `use_kernel` x has the sums over x of all gates.
 #define CELLSTACK_FLAG(type, name, value) type name = value;
     CELLSTACK_FLAGS(CELLSTACK_FLAG)
 #undef CELLSTACK_FLAG
@@ -122,8 +122,8 @@ struct Description {
 };
 
 // The arrays of a cell, or their gradients; null if the cell doesn't have one. From the table in declared.h, which is
-// in the order of cellstack.spec.ARRAYS, follow the fields, the bindings, the packing of vectors and the sums of their
-// gradients. If the description has `rows`, which excludes heads and a backbone, each matrix is transposed,
+// in the order of cellstack.cells.spec.ARRAYS, follow the fields, the bindings, the packing of vectors and the sums of
+// their gradients. If the description has `rows`, which excludes heads and a backbone, each matrix is transposed,
 // [gates·H, I], [gates·H, P], [P, H], and the gates have PyTorch's order, in biases too.
 template <class T>
 struct Arrays {

@@ -6,7 +6,8 @@ import numpy as np
 from kinds import TESTED, chosen
 
 from cellstack.cells import KINDS
-from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS
+from cellstack.cells.spec import GATES, CellSpec
 
 ALPHAS = {
     "hard_sigmoid": (0.15, 0.35),
@@ -17,6 +18,7 @@ ALPHAS = {
     "scaled_tanh": (0.5, 1.5),
 }
 POSITIVE = ("sigmoid", "softplus")
+CONTINUOUS = tuple(name for name in ACTIVATIONS if name != "thresholded_relu")  # at a jump, rounding decides
 BOUNDED = ("sigmoid", "tanh", "hard_sigmoid", "softsign", "scaled_tanh")
 BETAS = {"hard_sigmoid": (0.3, 0.6), "affine": (-0.3, 0.3), "scaled_tanh": (0.5, 1.5)}
 
@@ -41,7 +43,7 @@ def random_spec(rng, kind=None, largest=8):
     often = lambda share: bool(rng.random() < share)  # noqa: E731
     units = int(rng.integers(1, largest + 1))
     flags = {
-        "activation": random_activation(rng, BOUNDED if tested.bounded else ACTIVATIONS),
+        "activation": random_activation(rng, BOUNDED if tested.bounded else CONTINUOUS),
         "recurrent_activation": random_activation(
             rng, POSITIVE if tested.positive else ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")
         ),
@@ -67,7 +69,7 @@ def random_spec(rng, kind=None, largest=8):
         candidate = declared.activation(slot) == "activation"
         tame = candidate or (bool(declared.outputs) and flags["activation"].startswith(BOUNDED))
         bounded = POSITIVE if tested.positive else BOUNDED
-        flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else bounded)}
+        flags["gate_activations"] = {slot: random_activation(rng, CONTINUOUS if tame else bounded)}
     width = int(rng.integers(1, largest + 1)) + flags.get(declared.scalar, False)
     heads = int(rng.choice([n for n in range(1, units + 1) if units % n == 0]))
     if declared.has_recurrent_kernel and not flags.get("proj_size") and not flags.get("backbone_units") and often(0.4):

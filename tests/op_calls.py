@@ -10,8 +10,8 @@ from kinds import named
 from torch import Tensor
 
 from cellstack import reference
+from cellstack.cells.spec import GATES, CellSpec
 from cellstack.layers import eager, op
-from cellstack.spec import GATES, CellSpec
 
 
 class Given(NamedTuple):

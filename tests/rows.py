@@ -6,7 +6,7 @@
 import math
 import statistics
 
-from cellstack.spec import activation
+from cellstack.cells.activations import activation
 
 SCALARS = {
     "sigmoid": lambda z, a, b: 1.0 / (1.0 + math.exp(-z)),

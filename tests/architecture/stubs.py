@@ -17,7 +17,7 @@ from cellstack.cells import KINDS
 from cellstack.cells.arguments import constructor
 
 SOURCE = Path(cellstack.__file__).parent
-MODULES = {"layers.cells": "cell", "layers.kinds": "layer", "keras.layers": "keras"}
+MODULES = {"layers.cell_classes": "cell", "layers.layer_classes": "layer", "keras.layers": "keras"}
 """The modules, and what their classes are."""
 
 

@@ -11,11 +11,11 @@ from kinds import TESTED
 
 import cellstack
 from cellstack.cells import KINDS
-from cellstack.reference_cells import CELLS
-from cellstack.spec import ARRAYS
+from cellstack.cells.spec import ARRAYS
+from cellstack.reference.steps import CELLS
 
 SOURCE = Path(cellstack.__file__).parent
-OWN = {SOURCE / "reference_cells.py", *(SOURCE / "cells").rglob("*.py")}
+OWN = {SOURCE / "reference" / "steps.py", *(SOURCE / "cells").rglob("*.py")}
 PYTHON = sorted(set(SOURCE.rglob("*.py")) - OWN)
 SCRIPTS = sorted(SOURCE.rglob("*.js"))
 NAMES = "|".join(KINDS)
@@ -117,7 +117,7 @@ def lacking(kind):
     """Yield what a kind of cell still lacks outside its declaration."""
     tested = TESTED.get(kind.name)
     if kind.name not in CELLS:
-        yield "its step in NumPy, in CELLS of src/cellstack/reference_cells.py"
+        yield "its step in NumPy, in CELLS of src/cellstack/reference/steps.py"
     if not (DOCS.parent / "kernel" / f"{kind.name}.h").exists():
         yield f"its routines in the kernel, kernel/{kind.name}.h"
     if "::" not in kind.doc or "Ref: " not in kind.doc:

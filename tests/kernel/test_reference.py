@@ -1,4 +1,4 @@
-"""reference.py, compared with finite differences, numbers worked by hand, and a second version of the equations."""
+"""The reference, compared with finite differences, numbers worked by hand, and a second version of the equations."""
 
 import math
 
@@ -11,7 +11,8 @@ from rows import SCALARS
 
 from cellstack import reference
 from cellstack.cells import KINDS
-from cellstack.spec import ACTIVATIONS, GATES, STATES, CellSpec, activation
+from cellstack.cells.activations import ACTIVATIONS, activation
+from cellstack.cells.spec import GATES, STATES, CellSpec
 
 ln = math.log
 

@@ -11,7 +11,7 @@ from kinds import named
 from op_calls import FLAGS, by_reference, flagged, furthest, fused, given, split
 
 from cellstack import layers, reference
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 UNITS, WIDTH = 5, 3
 CELLS = {

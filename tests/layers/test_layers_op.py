@@ -14,9 +14,11 @@ from torch import Tensor
 
 from cellstack import layers
 from cellstack.cells import KINDS
+from cellstack.cells.activations import ACTIVATIONS, PARAMETERS, activation
+from cellstack.cells.errors import ShapeError
+from cellstack.cells.spec import GATES, CellSpec
 from cellstack.layers import eager, op
 from cellstack.layers.sequences import shifted
-from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, ShapeError, activation
 
 MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 

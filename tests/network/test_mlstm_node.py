@@ -13,9 +13,9 @@ from tolerances import NETWORK
 
 import cellstack as cs
 from cellstack import Dense, Network, Recurrent, ShapeError, inspect
-from cellstack import reference_mlstm as reference
+from cellstack.cells.base import MatrixState
 from cellstack.nodes import MLSTM, Conv1D, PerFrame
-from cellstack.spec import MatrixState
+from cellstack.reference import memory as reference
 
 HEADS, KEYS, VALUES = 2, 4, 3
 

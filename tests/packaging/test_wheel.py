@@ -56,7 +56,7 @@ def test_without_a_working_compiler_the_wheel_has_no_kernel_and_the_build_says_s
     assert "C++17 compiler" in printed
     with zipfile.ZipFile(made) as file:
         names = file.namelist()
-    assert "cellstack/without_kernel.py" in names
+    assert "cellstack/native/without_kernel.py" in names
     assert not any(re.search(r"\.(so|pyd)$", name) for name in names)
 
 

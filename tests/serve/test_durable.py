@@ -19,11 +19,11 @@ import pytest
 from durable_server import KEPT, WIDTH, model, network, records
 from serving import wait_until
 
+from cellstack.cells.errors import FormatError
 from cellstack.serve import generations, journal
 from cellstack.serve.durable import Store
 from cellstack.serve.models import Limits, Model, Models, ServeError
 from cellstack.serve.server import Server, Settings
-from cellstack.spec import FormatError
 
 SERVER = Path(__file__).with_name("durable_server.py")
 

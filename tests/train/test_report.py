@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from cellstack.cells.lstm import Trace
 from cellstack.cli import main as cli
 from cellstack.inspect import LayerRecord, TrainingRecord
-from cellstack.spec import Trace
 from cellstack.train import Sequences
 from cellstack.train import report as training_report
 from cellstack_demo import demo, report

@@ -14,7 +14,7 @@ from cellstack import load, train
 from cellstack.cli import main as cli
 from cellstack.sklearn import SequenceClassifier, SequenceForecaster, SequenceRegressor
 from cellstack.train import UsageError
-from cellstack.train.cells import CELLS, WITH_HEADS
+from cellstack.train.cell_names import CELLS, WITH_HEADS
 from cellstack.train.forecasting.training import Build
 from cellstack.train.recurrent import check_supported, recurrent_layers
 from cellstack.train.settings import Architecture

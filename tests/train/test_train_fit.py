@@ -17,7 +17,7 @@ import torch
 from cellstack import FormatError, GlobalPool, Network, layers, train
 from cellstack.train import Indexed, Inputs, Labelled, Model, Sequences, Settings, learn
 from cellstack.train import checkpoint as checkpoints
-from cellstack.train.cells import CELLS
+from cellstack.train.cell_names import CELLS
 from cellstack.train.checks import UsageError
 
 CLASSES = ("a", "b", "c")

@@ -11,7 +11,7 @@ from cellstack.cells.arguments import KEYWORD, POSITIONAL, RECURRENT, Argument
 from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN, RECURRENT_GAIN, RECURRENT_KERNEL, Array
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 V = TypeVar("V")  # a vector of a view: an array, a tensor, the name of a value in a graph …
 

@@ -10,7 +10,7 @@ from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN, RECURRENT_GAIN, RE
 from cellstack.cells.base import HiddenState, Kind, Ops, V, sums
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class CfCTrace(NamedTuple):

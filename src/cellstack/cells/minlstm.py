@@ -9,7 +9,7 @@ from cellstack.cells.arrays import BIAS, KERNEL, KERNEL_GAIN
 from cellstack.cells.base import HiddenState, Kind, Ops, V
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class MinLSTMTrace(NamedTuple):

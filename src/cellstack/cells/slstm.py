@@ -11,7 +11,7 @@ from cellstack.cells.arrays import BIAS, KERNEL, RECURRENT_KERNEL
 from cellstack.cells.base import Kind, Ops, V, sums
 
 if TYPE_CHECKING:
-    from cellstack.spec import CellSpec
+    from cellstack.cells.spec import CellSpec
 
 
 class SLSTMState(NamedTuple):

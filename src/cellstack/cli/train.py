@@ -27,7 +27,7 @@ from cellstack.cli.tables import add_table_options
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.train import history
-from cellstack.train.cells import CELLS, MLSTM, NOT_INSPECTED
+from cellstack.train.cell_names import CELLS, MLSTM, NOT_INSPECTED
 from cellstack.train.checks import UsageError, refuse_existing
 from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, FitOptions, record_of

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -26,7 +27,6 @@ from cellstack.nodes.base import (
     shown,
 )
 from cellstack.nodes.checks import check_choice, check_integer, check_number
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells.base import HiddenState, MatrixState, State
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.masks import ArrayMasks
-from cellstack.spec import HiddenState, MatrixState, ShapeError, State
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks

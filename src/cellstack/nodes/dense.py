@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from cellstack import native
-from cellstack.bfloat16 import BFloat16Array, rounded
+from cellstack.cells.bfloat16 import BFloat16Array, rounded
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation, in_kernel
 from cellstack.nodes.base import Array, CellState, Flow, KernelLayers, NodeRun, Shape, StateGradients, Stepwise
-from cellstack.nodes.cell import STORED_WEIGHTS, check_narrow
+from cellstack.nodes.cell_arrays import STORED_WEIGHTS, check_narrow
 from cellstack.nodes.checks import check_choice, frozen_bfloat16, frozen_copy, one_dtype
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry

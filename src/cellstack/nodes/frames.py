@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import (
     MOST_AXES,
     Array,
@@ -31,7 +32,6 @@ from cellstack.nodes.base import (
 )
 from cellstack.nodes.checks import check_integer
 from cellstack.nodes.stored import Entry
-from cellstack.spec import ShapeError
 
 # The number of frames that a PerFrame processes at a time, so that intermediate values stay in the cache.
 BLOCK = 64

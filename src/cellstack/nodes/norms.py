@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule, Stepwise
 from cellstack.nodes.checks import check_flag, check_integer, check_number, frozen_copy, one_dtype
-from cellstack.spec import ShapeError
 
 Steps = NDArray[np.bool_] | None
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from cellstack.bfloat16 import BFloat16Array
+from cellstack.cells.bfloat16 import BFloat16Array
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.base import Array, Node, NodeRun, Shape, StateGradients, StepRule
 from cellstack.nodes.checks import check_choice, one_dtype
 from cellstack.nodes.stack import BACKWARDS, Calls, CellsRun, Recurrent, RecurrentNode, run_each
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks

@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.along import Along, check_axis
 from cellstack.nodes.base import Array, NodeRun, Shape, StateGradients, Stepwise, shown
 from cellstack.nodes.checks import check_integer, check_number
-from cellstack.spec import ShapeError
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation
 from cellstack.nodes.base import Array, CellState, Flow, Node, NodeRun, Shape, StateGradients, StepRule, Stepwise, shown
 from cellstack.nodes.checks import check_choice, check_flag, check_number, frozen_copy, one_dtype
-from cellstack.spec import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +129,8 @@ class Activation(Stepwise):
     """An activation of cells, or one that only nodes have, such as softmax.
 
     Args:
-        activation: what `cellstack.spec.activation` parses, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a name
-            in `cellstack.nodes.activations.MORE_ACTIVATIONS`, such as `"softmax"`.
+        activation: what `cells.activations.activation` parses, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a
+            name in `nodes.activations.MORE_ACTIVATIONS`, such as `"softmax"`.
 
     Raises:
         ValueError: an unknown name, or invalid parameters.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cellstack import native
+from cellstack.cells.errors import ShapeError
 from cellstack.nodes.activations import activation_function, activation_gradient, check_activation, in_kernel
 from cellstack.nodes.base import (
     Array,
@@ -27,7 +28,6 @@ from cellstack.nodes.base import (
 from cellstack.nodes.checks import check_choice, check_integer, frozen_copy, one_dtype
 from cellstack.nodes.reduce import reduced, reduction_gradient
 from cellstack.nodes.windows import WINDOW_MODES, checked_padding, pads, steps_out, why_not_by_steps, windows
-from cellstack.spec import ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks

@@ -25,12 +25,12 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"cellstack serve needs {error.name}: pip install 'cellstack[serve]'", name=error.name
     ) from error
+from cellstack.cells.errors import FormatError
 from cellstack.formats.files import digest_of
 from cellstack.serve.clients import MOST_NEW, Clients
 from cellstack.serve.inference_protocol.service import Service
 from cellstack.serve.models import Limits, Models, ServeError
 from cellstack.serve.texts import described
-from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.serve.durable import Store

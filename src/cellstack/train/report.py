@@ -14,8 +14,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from cellstack.inspect.monitoring.records import VANISHED, LayerRecord, TrainingRecord
 from cellstack.train.history import named
-from cellstack.train.monitoring.records import VANISHED, LayerRecord, TrainingRecord
 
 # Figures are drawn in placeholder colours, which are replaced by variables of the style sheet, for light and dark mode.
 INK, FAINT = "#010203", "#010204"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
-from cellstack.train.cells import check_cell
+from cellstack.train.cell_names import check_cell
 from cellstack.train.checks import UsageError
 
 POOLINGS = ("mean", "max", "last", "none")

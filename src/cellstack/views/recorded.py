@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cellstack.spec import CellSpec
+from cellstack.cells.spec import CellSpec
 
 # Widths: units, projected units, features, x.
 H, P, I, X = "H", "P", "I", "X"  # noqa: E741

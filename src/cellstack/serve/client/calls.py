@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.cells.errors import ShapeError
 from cellstack.serve import frames
 from cellstack.serve.client.errors import LostError
 from cellstack.serve.rows import Records
-from cellstack.spec import ShapeError
 
 AHEAD = 16  # frames of a session without an answer: as many answers as a server stores for clients that reconnect
 WAITING = 4096  # frames of a connection without an answer, and frames in a message: a server's default limit
