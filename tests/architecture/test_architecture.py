@@ -79,7 +79,7 @@ OUTSIDE_ALSO = {
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
     "scale": {"pyarrow", "tqdm"},
-    "serve": {"google", "grpc", "prometheus_client", "starlette", "uvicorn", "websockets"},
+    "serve": {"prometheus_client", "starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
