@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from serving import UNITS, WIDTH, lstm, running
 
-from cellstack import Dense, Network, ShapeError
+from cellstack import Network, ShapeError
+from cellstack.nodes import Dense
 from cellstack.serve import Limits, ServeError
 from cellstack.serve.client import AsyncClient, Client, LostError, RefusedError, server
 from cellstack.serve.client.calls import AHEAD

@@ -23,8 +23,8 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.json_format import MessageToDict
 from starlette.applications import Starlette
 
-from cellstack import Cell, CellSpec, Dense, Network, Recurrent
-from cellstack.nodes import Embedding
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Dense, Embedding, Recurrent
 from cellstack.serve.inference_protocol import grpc as over_grpc
 from cellstack.serve.inference_protocol import http as over_http
 from cellstack.serve.inference_protocol.grpc import InferRequest, InferResponse, StreamResponse, bound, message

@@ -9,8 +9,8 @@ import pytest
 import serving
 from serving import records
 
-from cellstack import Cell, CellSpec, Network, Recurrent
-from cellstack.nodes import Conv1D
+from cellstack import CellSpec, Network
+from cellstack.nodes import Cell, Conv1D, Recurrent
 from cellstack.serve import ServeError
 from cellstack.serve.tracing import MOST_SESSIONS, last_steps, recorder_of, trace_page
 
