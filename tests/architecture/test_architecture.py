@@ -79,7 +79,7 @@ OUTSIDE_ALSO = {
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "livekit", "pandas", "pipecat", "sb3_contrib", "sklearn", "sktime", "torch"},
     "scale": {"pyarrow", "tqdm"},
-    "serve": {"google", "grpc", "prometheus_client", "starlette", "uvicorn", "websockets"},
+    "serve": {"prometheus_client", "starlette", "uvicorn", "websockets"},
     "cli": {"cellstack_bench", "cellstack_demo"},  # of the same wheel, but not the library: a verb each
 }
 # Which packages each part may also import in a function: optional dependencies, such as those of a file format.
@@ -248,7 +248,7 @@ def test_dir_shows_the_public_names_and_nothing_else():
     assert train.split() == sorted(training.__all__)
     assert (torch, lstm) == ("False", "LSTM")
     assert parts == [" ".join(sorted(package.__all__)) for package in (layers, cellstack.inspect, cellstack.sklearn)]
-    assert more == "__version__ layers sklearn train"  # an integration is shown once it is imported
+    assert more == "__version__ inspect layers nodes sklearn train"  # an integration is shown once it is imported
     assert dir(keras_integration) == sorted(keras_integration.__all__)
 
 

@@ -293,7 +293,7 @@ def test_torch_and_keras_have_the_same_model(name):
         pytest.param(name, way, marks=pytest.mark.slow if way == "dynamo" else ())
         for name in MODELS
         for way in READ
-        if way != "load"
+        if way != "module"
     ],
 )
 def test_the_same_graph_from_every_file(name, way, tmp_path):
@@ -350,6 +350,6 @@ def test_streams_of_the_same_model_run_at_the_same_speed(name, tmp_path):
         order = order[turn % len(order) :] + order[: turn % len(order)]  # no stream is always the first
         times = {way: took(streams[way], frames) for way in order}
         for way in order:
-            ratios[way].append(times[way] / times["load"])
+            ratios[way].append(times[way] / times["module"])
     medians = {way: statistics.median(found) for way, found in ratios.items()}
     assert all(0.95 < median < 1.05 for median in medians.values()), medians

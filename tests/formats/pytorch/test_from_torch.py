@@ -600,9 +600,9 @@ def test_unsupported_modules_are_named_by_path(case):
         cs.load(nn.Sequential(nn.Linear(3, 3), nn.Sequential(make())))
 
 
-@pytest.mark.parametrize("module", [None, 3, "lstm", nn.Linear])
+@pytest.mark.parametrize("module", [None, 3, nn.Linear])
 def test_other_objects_are_refused(module):
-    with pytest.raises(TypeError, match=r"load: the module .*expected a torch module; cs.load reads files"):
+    with pytest.raises(TypeError, match="load: expected a path, a PyTorch module or a Keras model, got"):
         cs.load(module)
     with pytest.raises(TypeError, match="expected a module that computes something, got Sequential"):
         cs.load(nn.Sequential(nn.Identity()))
