@@ -21,23 +21,11 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from tools import need
 
-from cellstack import (
-    Activation,
-    Bidirectional,
-    Cell,
-    CellSpec,
-    Dense,
-    FormatError,
-    GlobalPool,
-    Network,
-    Recurrent,
-    ShapeError,
-    load,
-)
+from cellstack import CellSpec, FormatError, Network, ShapeError, load
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.formats.c import export
 from cellstack.formats.verify import Difference, Report, Rounding, _difference, verify
-from cellstack.nodes import Embedding, Merge, Scale
+from cellstack.nodes import Activation, Bidirectional, Cell, Dense, Embedding, GlobalPool, Merge, Recurrent, Scale
 
 
 def make_net(dtype="float32", **settings):
