@@ -15,7 +15,18 @@ from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network,
 from cellstack.cells import KINDS
 from cellstack.cells.base import MatrixState
 from cellstack.inspect import contents, html, load
-from cellstack.nodes import MLSTM, Embedding, Merge, Select, Standardise
+from cellstack.nodes import (
+    MLSTM,
+    Bidirectional,
+    Cell,
+    Dense,
+    Embedding,
+    GlobalPool,
+    Merge,
+    Recurrent,
+    Select,
+    Standardise,
+)
 
 PAGE = Path(html.__file__).parent / "page"
 
