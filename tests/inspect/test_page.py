@@ -11,7 +11,7 @@ import pytest
 from kinds import named
 from serving import wait_until
 
-from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
+from cellstack import CellSpec, Network, Patch
 from cellstack.cells import KINDS
 from cellstack.cells.base import MatrixState
 from cellstack.inspect import contents, html, load
