@@ -14,8 +14,8 @@ from cellstack.serve.rows import Records
 from cellstack.streaming.history import History
 
 if TYPE_CHECKING:
+    from cellstack import Network
     from cellstack.inspect.trace import NetworkTrace
-    from cellstack.network import Network
     from cellstack.streaming.sessions import Sessions
 
 MOST_STEPS = 1000  # of a trace

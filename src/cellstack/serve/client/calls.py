@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cells.errors import ShapeError
+from cellstack import ShapeError
 from cellstack.serve import frames
 from cellstack.serve.client.errors import LostError
 from cellstack.serve.rows import Records

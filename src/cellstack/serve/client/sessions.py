@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from cellstack.serve.client.calls import Form
+from cellstack.serve.client.calls import Calls, Form
 from cellstack.serve.client.errors import LostError
 
-if TYPE_CHECKING:
-    from cellstack.serve.client.asynchronous import AsyncClient
+
+class SessionClient(Protocol):
+    """What a session uses of its client, an `AsyncClient`."""
+
+    _calls: Calls
+
+    async def _step_one(self, session: OpenSession, x: Any) -> Any: ...
+    async def _state(self, session: OpenSession) -> bytes: ...
+    async def _close(self, session: OpenSession) -> None: ...
 
 
 class OpenSession:
@@ -20,7 +27,7 @@ class OpenSession:
         answers: what `resume` found: outputs by the frame's number, None for a refused frame.
     """
 
-    def __init__(self, client: AsyncClient, id: int, token: str, form: Form) -> None:
+    def __init__(self, client: SessionClient, id: int, token: str, form: Form) -> None:
         self._client, self._id, self._form = client, id, form
         self.token, self.model = token, form.model
         self.answers: dict[int, Any] = {}
