@@ -145,7 +145,6 @@ def forecast(name: str, cell: str, heads: int | None, seed: int, quick: bool) ->
         heads=heads,
         members=1,
         epochs=1 if quick else 4,
-        baselines=False,
         seed=seed,
         threads=1,
         progress=False,

@@ -52,7 +52,7 @@ def test_it_serves_until_a_signal(model, number, status):
         (["nothing"], "no such file"),
         ([__file__], "expected one of safetensors"),
         (["--sessions", "0"], "expected --sessions of at least 1, got 0"),
-        (["--grpc-port", "70000"], "expected --grpc-port of at most 65535, got 70000"),
+        (["--connections", "0"], "expected --connections of at least 1, got 0"),
         (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
         (["--tls-cert", "nothing.pem"], "--tls-cert: nothing.pem: no such file"),
         (["--tls-cert", __file__], "needs --tls-key"),

@@ -17,7 +17,7 @@ from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
-from cellstack.train.forecasting import backtest, predict, prepare, training
+from cellstack.train.forecasting import predict, prepare, training
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import epoch_steps, parts, typical_errors
 from cellstack.train.forecasting.plan import MOST_WORK, Request, defaults, plan, planned, understood
@@ -29,7 +29,7 @@ from cellstack.train.settings import FitOptions
 from cellstack.train.tables.table import date_unit, read_table
 
 TWO_EPOCHS = FitOptions(epochs=2, batch=64, lr=1e-2, patience=0, threads=1)
-QUICK = {"build": Build((8,), members=1, dropout=0.0), "options": TWO_EPOCHS, "baselines": False}
+QUICK = {"build": Build((8,), members=1, dropout=0.0), "options": TWO_EPOCHS}
 YEARLY = Request(seasons=(12,))
 
 
@@ -229,29 +229,6 @@ def test_networks_without_weight_are_not_trained_further(monkeypatch):
     np.testing.assert_allclose(done.test.forecasts.median, done.test.baselines["exponential smoothing"])
 
 
-def test_boosting_gets_the_same_holidays_as_the_network(monkeypatch):
-    given = []
-
-    class Model:
-        def __init__(self, panel, *_):
-            given.append(panel)
-
-        def forecast(self, origins):
-            return np.zeros((len(origins), 7))
-
-    monkeypatch.setattr(backtest, "Boosting", Model)
-    days = pd.date_range("2021-01-01", periods=400)
-    table = read_table(pd.DataFrame({"day": days, "y": np.arange(400) % 7.0, "price": 1.0 + np.arange(400) % 3}))
-    recipe = plan(table, Request(("y",), known=("price",), holidays="DE"), 0.35)
-    cut = parts(table, recipe, 0.15, 0.2)
-    assert backtest.by_boosting(table, recipe, cut.test, cut)["gradient boosting on lags"].shape[1:] == (7, 1)
-    same, following, previous = (given[0].known[f"holidays of DE, {n}"] for n in range(3))
-    assert [flag[358] for flag in (same, following, previous)] == [1, 1, 0]  # 25 December, before the 26th
-    assert set(given[0].known) == {"price", *(f"holidays of DE, {n}" for n in range(3))}
-    backtest.by_boosting(table, replace(recipe, calendar=(), holidays=""), cut.test, cut)
-    assert set(given[1].known) == {"price"}
-
-
 def test_seasons_are_found_and_none_where_there_is_none():
     assert plan(read_table(waves()), Request(), 0.35).seasons == (12,)
     noise = pd.DataFrame({"y": np.random.default_rng(0).normal(size=300)})
@@ -416,7 +393,7 @@ def command(tmp_path_factory):
 def test_the_command_describes_the_table_and_compares_with_baselines(command):
     out = (command / "printed.txt").read_text()
     assert "300 rows, monthly from 1980-01-01" in out
-    assert "gradient boosting on lags" in out
+    assert "exponential smoothing" in out
     assert "this model's mean absolute error is" in out
     assert "of the actual values are in the 80% prediction interval" in out
 
@@ -583,9 +560,7 @@ def test_a_recipe_of_an_older_version_says_to_train_again(command):
 
 
 def test_the_function_and_the_command_give_the_same_network(command):
-    done = train.fit_forecast(
-        str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, baselines=False, target="y"
-    )
+    done = train.fit_forecast(str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, target="y")
     net = cellstack.load(command / "y.safetensors")
     a, b = (predict.forecast(one, read_table(waves(300)), "y").values for one in (done.result.network, net))
     np.testing.assert_array_equal(a, b)

@@ -106,7 +106,7 @@ def sales(rng):
 
 @pytest.mark.parametrize(("cell", "heads"), [("slstm", 2), ("mlstm", 2)])
 def test_forecasts(sales, tmp_path, cell, heads):
-    how = {"units": (4, 8), "members": 2, "epochs": 1, "threads": 1, "baselines": False, "seasons": 12}
+    how = {"units": (4, 8), "members": 2, "epochs": 1, "threads": 1, "seasons": 12}
     trained = train.fit_forecast(sales, "sales", horizon=3, cell=cell, heads=heads, **how)
     trained.result.network.save(tmp_path / "net.safetensors")
     net = load(tmp_path / "net.safetensors")

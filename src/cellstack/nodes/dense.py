@@ -187,6 +187,7 @@ class Dense(Products):
     bias: Array | None = None
     activation: str = "linear"
     file_type = "dense"
+    about = "{0.activation}"
     arrays: ClassVar = {"kernel": ("input_size", "units"), "bias": ("units",)}
     settings: ClassVar = {"activation": str}
 
@@ -226,10 +227,6 @@ class Dense(Products):
     def gradients(self, run: NodeRun, dy: Array, dstates: StateGradients = ()) -> list[Array]:
         z = run.inputs[0].x @ self.kernel + (0 if self.bias is None else self.bias)
         return [activation_gradient(self.activation, z, dy) @ self.kernel.T]
-
-    @property
-    def summary(self) -> str:
-        return self.activation
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         after = f", {self.activation} in NumPy" if self.numpy_activation else ""

@@ -57,6 +57,7 @@ class Context(Node):
 
     size: int
     file_type = "context"
+    about = "{0.size} numbers of the frame before"
     settings: ClassVar = {"size": int}
     axes = (2, 2)
     heeds_mask = True
@@ -106,10 +107,6 @@ class Context(Node):
             return np.concatenate([before, x], axis=2), ends[:, -1:].copy()
 
         return StepRule(memory=(1, self.size), advance=advance)
-
-    @property
-    def summary(self) -> str:
-        return f"{self.size} numbers of the frame before"
 
 
 def _begun(reset: NDArray[np.bool_], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -86,9 +86,7 @@ class _StepNorm(_Norm, Stepwise):
     over_time = False
     settings: ClassVar = {"epsilon": float}
 
-    @property
-    def summary(self) -> str:
-        return f"over the features, epsilon {self.epsilon:g}"
+    about = "over the features, epsilon {0.epsilon:g}"
 
 
 @dataclass(frozen=True, eq=False)

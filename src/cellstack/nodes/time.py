@@ -271,6 +271,7 @@ class Pool1D(Node):
     strides: int | None = None
     padding: str | tuple[int, int] = "valid"
     file_type = "pool1d"
+    about = "{0.mode} of {0.size} steps every {0.strides}, {0.padding}"
     settings: ClassVar = {"mode": str, "size": int, "strides": int, "padding": (str, list)}
     axes = (2, 2)
     keeps_width = True
@@ -359,10 +360,6 @@ class Pool1D(Node):
 
         return StepRule(memory=(self.size - 1, width + 1), advance=advance)
 
-    @property
-    def summary(self) -> str:
-        return f"{self.mode} of {self.size} steps every {self.strides}, {self.padding}"
-
 
 @dataclass(frozen=True, eq=False)
 class GlobalPool(Node):
@@ -381,6 +378,7 @@ class GlobalPool(Node):
 
     mode: str = "mean"
     file_type = "pool"
+    about = "{0.mode} over time"
     settings: ClassVar = {"mode": str}
     axes = (2, 1)
     keeps_width = True
@@ -396,10 +394,6 @@ class GlobalPool(Node):
                 "in a graph, give that node return_sequences=False instead"
             )
         return super().check(owner, *shapes)[1:]
-
-    @property
-    def summary(self) -> str:
-        return f"{self.mode} over time"
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows

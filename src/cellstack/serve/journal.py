@@ -19,6 +19,7 @@ from cellstack.serve.generations import (
     FRAMES,
     OPENED,
     REFUSED,
+    DamageError,
     Log,
     Numbers,
     Part,
@@ -29,7 +30,7 @@ from cellstack.serve.generations import (
     write_snapshot,
 )
 from cellstack.serve.models import Model, ServeError, Session
-from cellstack.serve.replay import Restored, replayed
+from cellstack.serve.replay import Replay, Restored
 
 if TYPE_CHECKING:
     from cellstack.serve.rows import Records
@@ -90,7 +91,6 @@ class Journal:
         self._last, self._not_before = time.monotonic(), 0.0
         self._job: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, f"cellstack-{model.name}-snapshots")
-        self._damaged: Path | None = None  # where damaged files are kept when they are replaced
         self._ended = threading.Event()
         like = model.initial
         self._shapes = [(array.dtype, array.shape[1:]) for entry in like for array in entry]
@@ -268,11 +268,7 @@ class Journal:
 
     def _delete_before(self, number: int) -> None:
         for path in files_before(self.folder, number):
-            if self._damaged is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.rename(self._damaged / path.name)
-        self._damaged = None
+            path.unlink(missing_ok=True)
 
     def _described(self) -> dict[str, Any]:
         return self._about | {"capacity": self.model.capacity, "kept": self.model.worker.kept}
@@ -316,12 +312,8 @@ class Journal:
 
     # ── restoring ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def restore(self, recover: bool = False) -> Restored:
+    def restore(self) -> Restored:
         """Restore the sessions, and store them from now on.
-
-        Args:
-            recover: keep all that precedes the first damage, instead of raising an error. The damaged files are moved
-                to a subfolder.
 
         Returns:
             what was found.
@@ -335,15 +327,14 @@ class Journal:
         found = Restored()
         snapshots, logs = numbers_of(self.folder, "snapshot"), numbers_of(self.folder, "log")
         if snapshots or logs:
-            found = replayed(self, snapshots, logs, recover)
+            try:
+                found = Replay(self, snapshots, logs).run()
+            except DamageError as damage:
+                raise DamageError(f"{damage}: move {self.folder} away to give up its sessions") from None
         self._next = max([*snapshots, *logs, 0]) + 1
         self._prepare()
         assert self._spare is not None
         self._log, self._spare = self._spare, None
-        if found.damage:
-            self._damaged = self.folder / f"damaged-{self._log.number:06}"
-            self._damaged.mkdir()
-            found.damage.append(f"the files are kept in {self._damaged}")
         self._writer.submit(self._complete, self._log.number, self._moment()).result()
         found.sessions, found.seconds = len(self._tokens), time.perf_counter() - begun
         for number, token in self._tokens.items():

@@ -132,7 +132,6 @@ class SequenceForecaster(BaseEstimator):
             self.horizon,
             **{name: getattr(self, name) for name in (*same, "threads", "device", "window", "scale")},
             test=0.0,
-            baselines=False,
             seed=seed_of(self.random_state),
             progress=self.verbose,
             seasons=self.seasons,

@@ -23,8 +23,9 @@ from cellstack.cells.errors import FormatError
 from cellstack.cells.layout import from_rows
 from cellstack.cells.spec import MATRICES, CellSpec
 from cellstack.formats.build import HINT, Builder, listed
+from cellstack.formats.pytorch import ours, pararnn
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.ours import either, layers_of, network_of_layer, of_units
+from cellstack.formats.pytorch.ours import either, of_units
 from cellstack.formats.pytorch.tensors import array, short
 from cellstack.network import Network
 from cellstack.nodes import Dense
@@ -122,6 +123,11 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
     return found
 
 
+def layers_of(tensors: Mapping[str, Any]) -> list[ours.Layer | pararnn.Layer]:
+    """Return the layers with names of their own to which these tensors belong: ours and ParaRNN's."""
+    return [*ours.layers_of(tensors), *pararnn.layers_of(tensors)]
+
+
 def networks_of(
     tensors: Mapping[str, Any],
     where: str,
@@ -158,7 +164,10 @@ def networks_of(
         networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
     for layer in layers_of(tensors):
         title = layer.title if layer.title not in networks else layer.prefix
-        networks[title] = network_of_layer(layer, tensors, where)
+        if isinstance(layer, ours.Layer):
+            networks[title] = ours.network_of_layer(layer, tensors, where)
+        else:
+            networks[title] = pararnn.network_of_layer(layer, tensors, where)
     return networks
 
 
@@ -168,10 +177,18 @@ def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], wher
     No other PyTorch module has a weight with two axes and a bias for each of its rows.
     """
     found = dict(networks)
+    used = {name for layer in layers_of(tensors) for name in layer.used}
     for name, tensor in tensors.items() if networks else ():
         title, _, what = name.rpartition(".")
         bias = tensors.get(f"{title}.bias" if title else "bias")
-        if what != "weight" or title in found or bias is None or len(tensor.shape) != 2 or 0 in tensor.shape:
+        if (
+            what != "weight"
+            or title in found
+            or name in used
+            or bias is None
+            or len(tensor.shape) != 2
+            or 0 in tensor.shape
+        ):
             continue
         if tuple(bias.shape) == (tensor.shape[0],):
             found[title] = dense(title, tensors, where)

@@ -44,7 +44,6 @@ def fit_forecast(
     threads: int | None = None,
     device: str = "auto",
     progress: bool | None = None,
-    baselines: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     **options: Any,
@@ -63,7 +62,6 @@ def fit_forecast(
         units, cell, heads, dropout, members: how the networks are built, see `train.forecasting.training.Build`.
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
-        baselines: also measure gradient boosting on lags, if scikit-learn is installed.
         options: `window`, `seasons`, `inputs`, `known`, `holidays`, `scale`, `quantiles`: see `Request`; one column or
             number alone is accepted where it has several. And the options of `read_table`: `zone`, `freq`, `day_first`,
             `decimal` and more.
@@ -82,7 +80,7 @@ def fit_forecast(
         >>> from cellstack import train
         >>> n = np.arange(120)
         >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
-        >>> quick = {"units": 4, "members": 1, "epochs": 1, "baselines": False}
+        >>> quick = {"units": 4, "members": 1, "epochs": 1}
         >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=12, **quick)
         >>> done.recipe.horizon, done.result.network.metadata["task"]
         (4, 'forecast')
@@ -97,7 +95,7 @@ def fit_forecast(
     chosen = {name: usual[name] for name in usual if given[name] is None}
     build = record_of(Build, given | chosen, units=widths_of((given | chosen)["units"]))
     fitting = record_of(FitOptions, given | chosen, validation=validation)
-    return train_forecast(table, request, build, fitting, test, baselines, recipe)
+    return train_forecast(table, request, build, fitting, test, recipe)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -112,7 +112,6 @@ def train_forecast(
     build: Build,
     options: FitOptions,
     test: float = 0.2,
-    baselines: bool = True,
     recipe: Recipe | None = None,
     ready: tuple[Windows, Parts] | None = None,
 ) -> Trained:
@@ -124,7 +123,6 @@ def train_forecast(
         build: how the networks are built.
         options: how each is fitted; the validation part is between the training part and the test part.
         test: share of each series' last rows to test on; 0 for none.
-        baselines: also measure gradient boosting on lags, if scikit-learn is installed.
         recipe: the result of `plan` for table and request, if already known.
         ready: the result of `prepared`, if already known.
 
@@ -158,7 +156,7 @@ def train_forecast(
     found = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, windows, fits.inputs, cut, baselines)
+        found = measured(network, windows, fits.inputs, cut)
         scores = found.scores
     said = understood(table, recipe, request, cut)
     result = Result(
@@ -174,7 +172,7 @@ def train_forecast(
     return Trained(result, recipe, found, said)
 
 
-def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, baselines: bool) -> backtest.Backtest:
+def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts) -> backtest.Backtest:
     """Return the forecasts of a network and of its baselines on the test part."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
@@ -182,8 +180,6 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, bas
     windows = Windows(recipe, table, origins)
     forecasts = forecasts_of(network, inputs, windows)
     others = backtest.by_rules(table, windows)
-    if baselines:
-        others |= backtest.by_boosting(table, recipe, origins, cut)
     return backtest.Backtest(forecasts, windows.actual(np.arange(len(origins))), others, typical, windows.series)
 
 

@@ -1,4 +1,4 @@
-"""Gradient boosting on lags: a baseline for a trained network in its backtest. Needs scikit-learn, no torch.
+"""Gradient boosting on lags: a baseline for trained networks. Needs scikit-learn, no torch.
 
 One model forecasts all steps of all series: its rows are pairs of an origin and a step ahead. Its features are the
 step, the values at the same phase of the last seasons, the latest values, means of the last seasons, the calendar of

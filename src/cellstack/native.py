@@ -16,19 +16,12 @@ here take any strides and any alignment.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if find_spec("cellstack._kernel") is None:  # installed without a compiler
-    from cellstack.native import without_kernel
-
-    sys.modules["cellstack._kernel"] = without_kernel
 
 import cellstack._kernel as _kernel
 from cellstack._kernel import (
@@ -95,13 +88,11 @@ ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 
 @lru_cache(maxsize=1024)
 def description(spec: CellSpec, rows: bool = False) -> Any:
-    """Convert `spec` to the kernel's description; without the kernel, NumPy computes from `spec` itself.
+    """Convert `spec` to the kernel's description.
 
     With `rows` the cell's arrays and their gradients are in PyTorch's layout: matrices are transposed, and the gates
     have PyTorch's order. A forward pass then requires packed weights.
     """
-    if _kernel.__name__ == "cellstack.native.without_kernel":
-        return spec
     return _kernel.Description(
         spec.kind,
         spec.features,
