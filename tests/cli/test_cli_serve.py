@@ -10,8 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
-from cellstack import Cell, CellSpec, Network, Recurrent
+from cellstack import CellSpec, Network
 from cellstack.cli.main import main
+from cellstack.nodes import Cell, Recurrent
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_it_serves_until_a_signal(model, number, status):
         (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
         (["--tls-cert", "nothing.pem"], "--tls-cert: nothing.pem: no such file"),
         (["--tls-cert", __file__], "needs --tls-key"),
-        (["--durability", "frames"], "--durability frames needs --durable FOLDER"),
+        (["--synced"], "--synced needs --durable FOLDER"),
         (["--token", ""], "expected a token"),
         (["--host", "203.0.113.1"], "203.0.113.1"),
     ],

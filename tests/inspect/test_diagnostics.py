@@ -8,9 +8,10 @@ import pytest
 from family import random_spec
 from networks import fill, make_cell, make_states
 
-from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, inspect, reference
+from cellstack import CellSpec, Network, Patch, inspect, reference
 from cellstack.cells import KINDS
 from cellstack.cells.base import HiddenState, Kind
+from cellstack.nodes import Cell, Dense, Recurrent
 
 
 def rng_of(seed):

@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 from serving import wait_until
 
-from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
+from cellstack import CellSpec, Network, Patch
 from cellstack.cells.base import MatrixState
 from cellstack.inspect import contents, html, load
-from cellstack.nodes import MLSTM, Embedding, Merge, Select, Standardise
+from cellstack.nodes import (
+    MLSTM,
+    Bidirectional,
+    Cell,
+    Dense,
+    Embedding,
+    GlobalPool,
+    Merge,
+    Recurrent,
+    Select,
+    Standardise,
+)
 
 PAGE = Path(html.__file__).parent / "page"
 

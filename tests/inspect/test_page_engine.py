@@ -11,7 +11,7 @@ from networks import by_reference, fill, make_cell, make_graph, make_network, ma
 from safetensors import safe_open
 from toy import ToyTrace, evaluate, register
 
-from cellstack import CellSpec, Network, Patch, Recurrent, reference
+from cellstack import CellSpec, Network, Patch, reference
 from cellstack.cells.activations import ACTIVATIONS
 from cellstack.cells.base import MatrixState
 from cellstack.cells.layout import block_diagonal
@@ -40,6 +40,7 @@ from cellstack.nodes import (
     PerFrame,
     Permute,
     Pool1D,
+    Recurrent,
     Reduce,
     Repeat,
     Reshape,

@@ -13,24 +13,9 @@ import tolerances
 from family import learned, random_spec
 from networks import by_reference, fill, make_cell, make_network, make_stack, make_states
 
-from cellstack import (
-    Activation,
-    Bidirectional,
-    Cell,
-    CellSpec,
-    Dense,
-    GlobalPool,
-    HiddenState,
-    Network,
-    Recurrent,
-    ShapeError,
-    Standardise,
-    State,
-    native,
-    reference,
-)
+from cellstack import CellSpec, HiddenState, Network, ShapeError, State, native, reference
 from cellstack.cells.spec import ARRAYS, GATES
-from cellstack.nodes import Merge, Scale
+from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Merge, Recurrent, Scale, Standardise
 from cellstack.nodes.recording import Recording
 
 TOLERANCE = {"float32": tolerances.NETWORK, "float64": tolerances.REFERENCE_DOUBLE}

@@ -1,4 +1,4 @@
-"""Durable sessions: kill -9, restarts, full disks, damaged files, the levels."""
+"""Durable sessions: kill -9, restarts, full disks, damaged files."""
 
 import asyncio
 import errno
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from durable_server import KEPT, WIDTH, model, network, records
-from serving import wait_until
 
 from cellstack.cells.errors import FormatError
 from cellstack.serve import generations, journal
@@ -171,9 +170,9 @@ def test_every_session_continues_after_many_kills(tmp_path):
 class Served:
     """A model with durable sessions. `kill` forgets it as `kill -9` does: nothing is written any more."""
 
-    def __init__(self, folder, level="frames", path=None, every=3600.0, **options):
+    def __init__(self, folder, synced=False, path=None, **options):
         self.model = model(**options)
-        self.store = Store(folder, level, every)
+        self.store = Store(folder, synced)
         try:
             self.restored = self.store.restore(self.model, path)
         except BaseException:
@@ -256,9 +255,9 @@ def with_frames(folder, **options):
     return served
 
 
-@pytest.mark.parametrize("level", ["frames", "synced"])
-def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeypatch, level):
-    served, writes = Served(tmp_path, level, sessions=8), []
+@pytest.mark.parametrize("synced", [False, True])
+def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeypatch, synced):
+    served, writes = Served(tmp_path, synced, sessions=8), []
     write = generations.Log.write
     monkeypatch.setattr(
         generations.Log, "write", lambda log, records: writes.append(len(records)) or write(log, records)
@@ -282,7 +281,7 @@ def test_sessions_that_are_opened_together_are_stored_together(tmp_path, monkeyp
     contents = served.contents()
     assert len(contents) == 8
     served.kill()
-    after = Served(tmp_path, level)
+    after = Served(tmp_path, synced)
     assert after.contents() == contents
     after.stop()
 
@@ -318,13 +317,13 @@ def test_a_kill_at_any_moment_of_the_next_generation(tmp_path, monkeypatch):
         after.stop()
 
 
-@pytest.mark.parametrize("level", ["frames", "synced"])
-def test_a_restart_changes_nothing(tmp_path, level):
-    before = with_frames(tmp_path, level=level)
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_restart_changes_nothing(tmp_path, synced):
+    before = with_frames(tmp_path, synced=synced)
     contents = before.contents()
     assert contents["busy"][:2] == (27, 27 - KEPT + 1)
     before.kill()
-    after = Served(tmp_path, level)
+    after = Served(tmp_path, synced)
     assert after.contents() == contents
     assert after.restored.sessions == 4
     assert after.restored.frames == 14
@@ -335,7 +334,7 @@ def test_a_restart_changes_nothing(tmp_path, level):
     assert np.array_equal(answers.rows[after.model.rows.outputs.names[0]], expected[-3:])
     contents = after.contents()
     after.stop()  # in order
-    again = Served(tmp_path, level)
+    again = Served(tmp_path, synced)
     assert again.contents() == contents
     assert again.restored.frames == 0  # all are in the last snapshot
     again.stop()
@@ -354,41 +353,6 @@ def test_the_last_answers_are_stored_when_a_restart_stores_more_or_fewer(tmp_pat
         after.stop()
 
 
-def test_the_level_snapshot_restores_the_last_snapshot(tmp_path):
-    before = Served(tmp_path, "snapshot")
-    before.open("a")
-    before.step("a", steps(3))
-    before.advance()
-    contents = before.contents()
-    before.step("a", steps(3))
-    before.open("b")
-    before.step("b", steps(3))
-    before.kill()
-    after = Served(tmp_path, "snapshot")
-    assert after.contents()["a"] == contents["a"]
-    assert after.model.sessions["b"].processed == 0
-    after.step("b", steps(3))
-    contents = after.contents()
-    after.stop()
-    again = Served(tmp_path, "snapshot")
-    assert again.contents() == contents
-    again.stop()
-
-
-def test_the_level_snapshot_writes_snapshots_while_no_frames_arrive(tmp_path):
-    served = Served(tmp_path, "snapshot", every=0.05)
-    served.open("a")
-    served.step("a", steps(3))
-    written = served.journal.snapshots
-    wait_until(lambda: served.journal.snapshots > written)
-    contents = served.contents()
-    served.kill()
-    after = Served(tmp_path)
-    assert after.contents() == contents
-    assert after.restored.frames == 0
-    after.stop()
-
-
 def test_without_sessions_nothing_is_left(tmp_path):
     served = with_frames(tmp_path)
     for token in list(served.model.sessions):
@@ -403,8 +367,6 @@ def test_a_folder_is_used_by_one_server_at_a_time(tmp_path):
         Store(tmp_path)
     served.stop()
     Store(tmp_path).close()
-    with pytest.raises(ValueError, match="expected level to be one of snapshot, frames, synced, got 'none'"):
-        Store(tmp_path, "none")
 
 
 def test_fewer_sessions_than_are_stored(tmp_path):

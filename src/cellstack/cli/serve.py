@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from cellstack.serve.server import Settings
 
-LEVELS = ("none", "snapshot", "frames", "synced")
 TOKEN = "CELLSTACK_TOKEN"  # of the environment
 
 
@@ -44,9 +43,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     group = parser.add_argument_group("sessions")
     group.add_argument("--durable", metavar="FOLDER", help="store sessions in FOLDER, so that they survive the process")
-    text = "what is stored: nothing, states every few seconds, every frame (survives the process) or synced (survives "
-    text += "the machine) (default: frames with --durable)"
-    group.add_argument("--durability", choices=LEVELS, help=text)
+    text = "flush each stored frame to the disk, so that sessions survive the machine too"
+    group.add_argument("--synced", action="store_true", help=text)
     text = "open sessions per model (default: %(default)s)"
     group.add_argument("--sessions", type=int, default=10_000, metavar="N", help=text)
     text = "close sessions that were unused for this many seconds (default: %(default)s)"
@@ -82,14 +80,14 @@ def serve(args: argparse.Namespace) -> int:
         raise UsageError("--tls-key needs --tls-cert")
     if args.tls_cert:
         _check_certificate(args.tls_cert, args.tls_key)
-    if args.durability and args.durability != "none" and not args.durable:
-        raise UsageError(f"--durability {args.durability} needs --durable FOLDER")
+    if args.synced and not args.durable:
+        raise UsageError("--synced needs --durable FOLDER")
     limits = Limits(args.sessions, args.idle, message=args.message, rate=args.rate)
     settings = Settings(
         host=args.host,
         port=args.port,
-        durable=Path(args.durable) if args.durable and args.durability != "none" else None,
-        durability=args.durability or "frames",
+        durable=Path(args.durable) if args.durable else None,
+        synced=args.synced,
         limits=limits,
         connections=prepare_process(args.connections),
         tokens=tokens(args.token),

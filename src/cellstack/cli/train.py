@@ -365,7 +365,7 @@ def _inspected(result: Any, output: Path, folder: Path) -> dict[str, Any]:
     records = result.fit.records
     report = None
     if records:
-        from cellstack.train.report import training_page
+        from cellstack_demo.pages import training_page
 
         nats = result.network.metadata["task"] in ("classify", "text")
         unit = "nats" if nats else "squared standard deviations"

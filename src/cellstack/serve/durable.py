@@ -18,31 +18,25 @@ from cellstack.serve.journal import OPTIONS, Journal
 from cellstack.serve.models import Model, ServeError
 from cellstack.serve.replay import Restored
 
-LEVELS = ("none", "snapshot", "frames", "synced")
-"""What survives `kill -9`: nothing; the sessions as of some seconds ago; every frame; every frame, also a power cut."""
-
 
 class Store:
     """A durable folder, which one server uses at a time. It has a subfolder for each version of a model.
 
     Args:
         folder: is created if it doesn't exist.
-        level: one of `LEVELS`, but not `"none"`.
-        every: seconds between snapshots at the level `"snapshot"`.
+        synced: whether each frame is flushed to the disk, so that it survives a power cut too.
 
     Raises:
         ServeError: another server uses the folder.
         OSError: it can't be created.
     """
 
-    def __init__(self, folder: Path, level: str = "frames", every: float = 5.0) -> None:
-        if level not in LEVELS[1:]:
-            raise ValueError(f"Store: expected level to be one of {', '.join(LEVELS[1:])}, got {level!r}")
+    def __init__(self, folder: Path, synced: bool = False) -> None:
         try:
             import fcntl
         except ImportError:
             raise ServeError(503, "durable sessions need a system with file locks, such as Linux or macOS") from None
-        self.folder, self.level, self.every = folder, level, every
+        self.folder, self.synced = folder, synced
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = open(folder / "lock", "a+")  # noqa: SIM115  (kept open while the folder is in use)
         try:
@@ -100,7 +94,7 @@ class Store:
         folder.mkdir(mode=0o700, exist_ok=True)
         if path is not None and not (folder / "model").exists():
             _copy(path, folder, model)
-        return Journal(folder, model, self.level, self.every).restore()
+        return Journal(folder, model, self.synced).restore()
 
     def close(self) -> None:
         """Let other servers use the folder. The models must have been stopped before."""

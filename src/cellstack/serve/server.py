@@ -50,7 +50,7 @@ class Settings:
     Attributes:
         host, port: where it listens; port 0: any free one.
         durable: the folder in which sessions are stored; None: they end with the process.
-        durability: `"none"`, `"snapshot"`, `"frames"` or `"synced"`, see docs/serve.md.
+        synced: whether each frame is flushed to the disk, so that it survives a power cut too.
         limits: see `Limits`.
         connections: open connections whose client has sent a valid request; at most as many others may be open.
         tokens: one of them is required in each request; none: no token is required.
@@ -64,7 +64,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     durable: Path | None = None
-    durability: str = "frames"
+    synced: bool = False
     limits: Limits = field(default_factory=Limits)
     connections: int = 10_000
     tokens: tuple[str, ...] = ()
@@ -193,7 +193,7 @@ class Server(uvicorn.Server):
         from cellstack.serve.durable import Store
 
         settings, models = self.settings, self.models
-        self._store = store = Store(folder, settings.durability)
+        self._store = store = Store(folder, settings.synced)
         loaded = {model.digest for model in models.all()}
         for path, options in reversed(store.stored_models()):  # older versions, of which there are sessions
             if digest_of(path, options) not in loaded:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack import nodes
-from cellstack.formats.pytorch.modules import from_torch
+from cellstack.formats.pytorch.modules import of_module
 from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.recurrent import final
 from cellstack.train.checks import UsageError
@@ -82,7 +82,7 @@ class Model(nn.Module):
         cell: kind of the cells, see `CellSpec`; or `"mlstm"`, see `layers.MLSTM`.
         heads: number of heads of each layer; None = 1, of an mlstm 4.
         head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` if it
-            is applied to every step; any module that `from_torch` supports. None = one dense layer.
+            is applied to every step; any module that `load` supports. None = one dense layer.
         loss: a function of logits or standardised predictions, `[B, O]`, and of class indices `[B]` or standardised
             targets `[B, O]`, that returns the loss of each, `[B]` or in the targets' shape, like torch's losses with
             `reduction="none"`; None = cross-entropy or squared error. With an output at every step, B counts all steps.
@@ -136,7 +136,7 @@ class Model(nn.Module):
             last = nodes_of(self.head)[-1]
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"head: the module can't be converted to a Network: {str(error).removeprefix('from_torch: ')}"
+                f"head: the module can't be converted to a Network: {str(error).removeprefix('load: ')}"
             ) from None
         if self.task == "classify" and isinstance(last, (Activation, Dense)) and last.activation == "softmax":
             raise UsageError("head: expected logits, got a softmax at its end: the loss and the network apply softmax")
@@ -268,7 +268,7 @@ def nodes_of(head: nn.Module) -> list[Node]:
     if isinstance(head, nn.Linear):
         bias = head.bias if head.bias is not None else torch.zeros(head.out_features)
         return [Dense(as_array(head.weight.T), as_array(bias))]
-    return list(from_torch(head).nodes)
+    return list(of_module(head).nodes)
 
 
 def _folded(last: Node, end: Node) -> list[Node]:
