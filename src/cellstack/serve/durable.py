@@ -8,7 +8,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from cellstack.cells.errors import FormatError
+from cellstack import FormatError
 from cellstack.formats.files import replacing
 from cellstack.serve.models import Model, ServeError
 from cellstack.serve.session import Session
