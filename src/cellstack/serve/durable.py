@@ -10,8 +10,7 @@ import numpy as np
 
 from cellstack import FormatError
 from cellstack.formats.files import replacing
-from cellstack.serve.models import Model, ServeError
-from cellstack.serve.session import Session
+from cellstack.serve.models import Model, ServeError, Session
 
 
 class Store:
