@@ -1,4 +1,4 @@
-"""Stubs of the classes whose constructors are compiled from declarations: what type checkers and editors read.
+"""Stubs of the classes and functions whose signatures are made from declarations: what editors and pyright read.
 
 `make stubs` writes them; `test_signatures.py` compares them with the declarations.
 """
@@ -15,10 +15,13 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import cellstack
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import constructor
+from cellstack.train import entry
 
 SOURCE = Path(cellstack.__file__).parent
 MODULES = {"layers.cells": "cell", "layers.kinds": "layer", "keras.layers": "keras"}
 """The modules, and what their classes are."""
+TRAINING = {"train.entry": "functions", "sklearn.parameters": "estimators"}
+"""Modules with the options of training."""
 
 
 def path(module):
@@ -27,6 +30,8 @@ def path(module):
 
 def stub(module):
     """Return the text of a module's stub."""
+    if module in TRAINING:
+        return globals()[TRAINING[module]]()
     of, found = MODULES[module], import_module(f"cellstack.{module}")
     imports, classes, names = {"from typing import Any"}, [], []
     for cls in vars(found).values():
@@ -51,11 +56,44 @@ def stub(module):
     )
 
 
+def functions():
+    """Return the stub of the functions that train."""
+    made = (entry.fit, entry.fit_forecast, entry.fit_text)
+    heads = [f"\n{one.head} -> {one.__annotations__['return']}: ...\n" for one in made]
+    return (
+        "# Written by `make stubs`.\n# fmt: off\n# ruff: noqa: Q000\nimport os\n"
+        "from collections.abc import Callable, Mapping, Sequence\nfrom pathlib import Path\nfrom typing import Any\n\n"
+        "from cellstack.train.fitting import Result\n"
+        "from cellstack.train.forecasting.training import Trained\n" + "".join(heads)
+    )
+
+
+def estimators():
+    """Return the stub of the estimators' parameters."""
+    from cellstack.sklearn import parameters as made
+
+    bases = {"Sequence": (made.SEQUENCE, "BaseEstimator"), "Classifier": (made.CLASSIFIER, "SequenceParameters")}
+    bases["Forecaster"] = (made.FORECASTER, "BaseEstimator")
+    classes = [
+        f"\n@dataclass(repr=False, eq=False, kw_only=True)\nclass {name}Parameters({base}):\n"
+        + "".join(f"    {one.name}: {one.type} = {one.default!r}\n" for one in some.values())
+        for name, (some, base) in bases.items()
+    ]
+    return (
+        "# Written by `make stubs`.\n# fmt: off\n# ruff: noqa: Q000\n"
+        "from collections.abc import Callable, Mapping, Sequence\nfrom dataclasses import dataclass\n"
+        "from typing import Any, TypeVar\n\nimport numpy as np\nfrom sklearn.base import BaseEstimator\n\n"
+        "from cellstack.cells.arguments import Argument\n\nC = TypeVar('C', bound=type)\n"
+        "SEQUENCE: dict[str, Argument]\nCLASSIFIER: dict[str, Argument]\nFORECASTER: dict[str, Argument]\n\n"
+        "def described(of: Mapping[str, Argument]) -> Callable[[C], C]: ...\n" + "".join(classes)
+    )
+
+
 def _order(line):
     package = line.split()[1].partition(".")[0]
     return ("typing", "torch", "cellstack").index(package), line
 
 
 if __name__ == "__main__":
-    for module in MODULES:
+    for module in (*MODULES, *TRAINING):
         path(module).write_text(stub(module), encoding="utf-8")

@@ -171,7 +171,7 @@ def test_a_forecast_warns_of_missing_inputs(capsys, tmp_path):
         ("new", [line.replace(",a", ",c") for line in lines]),
     ):
         (tmp_path / f"{name}.csv").write_text("\n".join(["t,y,plan,kind", *rows]))
-    words = ["--target", "y", "--known", "plan", "--horizon", "4", "--season", "6", "--members", "1"]
+    words = ["--target", "y", "--known", "plan", "--horizon", "4", "--seasons", "6", "--members", "1"]
     assert run(capsys, "train", str(tmp_path / "all.csv"), *words, "-o", str(tmp_path / "net"), *SMALL)[0] == 0
     said = {name: run(capsys, "run", str(tmp_path / "net"), str(tmp_path / f"{name}.csv")) for name in ("ahead", "new")}
     assert said["ahead"][2] == ""
@@ -186,7 +186,7 @@ def test_a_forecast_warns_of_missing_inputs(capsys, tmp_path):
 def test_unused_columns_are_named(capsys, tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("y,place,note\n" + "".join(f"{n % 7},north,n{n}\n" for n in range(120)), encoding="utf-8")
-    words = ["train", str(file), "--season", "7", "--window", "8", "-o", str(tmp_path / "net"), *SMALL]
+    words = ["train", str(file), "--seasons", "7", "--window", "8", "-o", str(tmp_path / "net"), *SMALL]
     said = run(capsys, *words)[1]
     assert "constant or empty, not used: `place` (always 'north')\n" in said
     assert "ignored: `note` (text with 120 distinct values in 120 rows)\n" in said
@@ -198,7 +198,7 @@ def test_a_column_without_values_is_named(capsys, tmp_path):
     file.write_text("y,z\n" + "5,\n" * 200, encoding="utf-8")
     status, _, err = run(capsys, "train", str(file), "--target", "z", "-o", str(tmp_path / "net"), *SMALL)
     assert (status, err) == (2, f"cellstack train: error: {file}: column 'z' has no values\n")
-    words = ["--target", "y", "--season", "1", "--horizon", "3", "-o", str(tmp_path / "net"), *SMALL]
+    words = ["--target", "y", "--seasons", "1", "--horizon", "3", "-o", str(tmp_path / "net"), *SMALL]
     status, out, _ = run(capsys, "train", str(file), *words)
     assert (status, "constant or empty, not used: `z` (no value)\n" in out) == (0, True)
     assert "the target `y` is always 5, and so is its forecast\n" in out
@@ -321,10 +321,9 @@ def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
             ["train", VOWELS, "-o", "x", "--target", "a"],
             r"JapaneseVowels_TRAIN.ts: --target doesn't apply to sequences, only to forecasts",
         ),
-        (["train", VOWELS, "-o", "x", "--season", "7"], r"--season doesn't apply to sequences"),
-        (["train", VOWELS, "-o", "x", "--test-share", "0.2"], r"--test-share doesn't apply to sequences"),
+        (["train", VOWELS, "-o", "x", "--seasons", "7"], r"--seasons doesn't apply to sequences"),
         (["train", VOWELS, "-o", "x", "--label", "a"], r"y applies only to tables, not to .ts, got 'a'"),
-        (["train", CO2, "-o", "x", "--class-weights", "balanced"], r"--class-weights doesn't apply to forecasts"),
+        (["train", CO2, "-o", "x", "--class-weight", "balanced"], r"--class-weight doesn't apply to forecasts"),
         (["train", CO2, "-o", "x", "--task", "classify"], r"expected --label COLUMN"),
         (["train", VOWELS], r"expected -o MODEL, the file to write, or --dry-run"),
         (["train", VOWELS, "-o", "x", "--overwrite"], r"--overwrite requires --checkpoint FILE"),
@@ -342,7 +341,7 @@ def test_the_decimal_separator_by_name_and_as_the_character(capsys, tmp_path):
             r"expected horizon to be an integer from 1 to 2147483647, got -1",
         ),
         (
-            ["train", CO2, "-o", "x", "--test-share", "0.9"],
+            ["train", CO2, "-o", "x", "--test", "0.9"],
             r"leave no rows to train on",
         ),
         (["run", "nothing", CO2], r"nothing: no such file"),
@@ -372,7 +371,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, co2_t
         ["train", "a.ts", "-o", "x", "--units", "4,x"],
         ["run", "m"],
         ["train", "a.ts", "-o", "x", "--cell", "mlp"],
-        ["train", "a.csv", "-o", "x", "--season", "0"],
+        ["train", "a.csv", "-o", "x", "--seasons", "0"],
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(capsys, words):

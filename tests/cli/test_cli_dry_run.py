@@ -89,7 +89,7 @@ def test_the_expected_time_is_about_that_of_the_training(capsys, tmp_path, monke
         ([VOWELS, "--checkpoint", "old"], "old: the checkpoint already exists"),
         ([VOWELS, "--log", "missing/log.csv"], "missing/log.csv: there is no folder"),
         ([VOWELS, VOWELS], "the test file is the training file; test on other data"),
-        ([VOWELS, "--test-share", "0.2"], "only to forecasts: to test, name a TEST file after FILE"),
+        ([VOWELS, VOWELS_TEST, "--test", "0.2"], "both name data to test on: give one of them"),
         ([CO2, "--members", "0"], "expected members from 1 to 99, got 0"),
         ([CO2, "--horizon", "0"], "expected horizon to be an integer from 1 to 2147483647, got 0"),
         ([CO2, "--window", "0"], "expected window to be an integer from 1 to 2147483647, got 0"),

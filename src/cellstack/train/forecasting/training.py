@@ -29,18 +29,18 @@ from cellstack.train.forecasting import backtest
 from cellstack.train.forecasting.forecasts import Forecasts
 from cellstack.train.forecasting.model import Calibration, Forecaster, as_network
 from cellstack.train.forecasting.parts import Parts, WindowData, spread_out
-from cellstack.train.forecasting.plan import Request, plan, takes_long, understood
+from cellstack.train.forecasting.plan import plan, takes_long, understood
 from cellstack.train.forecasting.plot import backtest_panels
 from cellstack.train.forecasting.predict import forecasts_of, outputs
-from cellstack.train.forecasting.prepare import MEASURED, Build, prepared, refit_epochs, smoothings
+from cellstack.train.forecasting.prepare import MEASURED, prepared, refit_epochs, smoothings
 from cellstack.train.forecasting.recipe import SMOOTHED, Recipe
 from cellstack.train.forecasting.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.locks import locked
+from cellstack.train.options import Architecture, FitOptions, ForecastOptions
 from cellstack.train.predict import predict
 from cellstack.train.processes import is_first
 from cellstack.train.progress import Bar, is_shown
-from cellstack.train.settings import Architecture, FitOptions
 from cellstack.train.sizes import check_memory
 from cellstack.train.tables.table import Table, listed
 
@@ -108,11 +108,10 @@ class Trained(NamedTuple):
 
 def train_forecast(
     table: Table,
-    request: Request,
-    build: Build,
+    request: ForecastOptions,
+    build: Architecture,
     options: FitOptions,
     test: float = 0.2,
-    baselines: bool = True,
     recipe: Recipe | None = None,
     ready: tuple[Windows, Parts] | None = None,
 ) -> Trained:
@@ -124,7 +123,6 @@ def train_forecast(
         build: how the networks are built.
         options: how each is fitted; the validation part is between the training part and the test part.
         test: share of each series' last rows to test on; 0 for none.
-        baselines: also measure gradient boosting on lags, if scikit-learn is installed.
         recipe: the result of `plan` for table and request, if already known.
         ready: the result of `prepared`, if already known.
 
@@ -158,7 +156,7 @@ def train_forecast(
     found = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, windows, fits.inputs, cut, baselines)
+        found = measured(network, windows, fits.inputs, cut, request.baselines)
         scores = found.scores
     said = understood(table, recipe, request, cut)
     result = Result(
@@ -190,7 +188,7 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, bas
 class _Fits:
     """The fits of a training, and their combined result."""
 
-    def __init__(self, build: Build, options: FitOptions, windows: Windows, cut: Parts):
+    def __init__(self, build: Architecture, options: FitOptions, windows: Windows, cut: Parts):
         self.build, self.windows = build, windows
         self.kept = np.arange(len(cut.training))
         self.held = np.arange(len(cut.training), len(windows.origins))
@@ -258,15 +256,12 @@ class _Fits:
         recipe = windows.recipe
 
         def make() -> Forecaster:
-            how = (build.units, build.cell, build.dropout, build.heads)
-            model = Forecaster(inputs.standardise, scale, recipe.horizon, recipe.quantiles, *how)
+            model = Forecaster(inputs.standardise, scale, recipe.horizon, recipe.quantiles, build)
             if start is not None:
                 model.load_state_dict(start.state_dict())
             return model
 
-        check_memory(
-            Architecture(build.units, cell=build.cell, heads=build.heads), len(inputs.standardise[0]), len(scale)
-        )
+        check_memory(build, len(inputs.standardise[0]), len(scale))
         options = replace(options, seed=options.seed * self.build.members + member)
         if until is not None:
             options = replace(options, callbacks=[lambda epoch: epoch.entry["epoch"] >= until])
