@@ -67,7 +67,7 @@ format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
-stubs: $(VENV)/tested  ## write the stubs of the layers' and cells' constructors, and the kinds of cell for JavaScript
+stubs: $(VENV)/tested  ## write what follows from declarations: stubs, the table of options, the kinds of cell for JavaScript
 	$(BIN)/python tests/architecture/stubs.py
 	$(BIN)/python web/kinds.py
 

@@ -1,4 +1,4 @@
-"""Stubs of the classes and functions whose signatures are made from declarations: what editors and pyright read.
+"""Stubs of classes and functions whose signatures are made from declarations, and the table of options in the docs.
 
 `make stubs` writes them; `test_signatures.py` compares them with the declarations.
 """
@@ -15,9 +15,12 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import cellstack
 from cellstack.cells import KINDS
 from cellstack.cells.arguments import constructor
+from cellstack.cli.options import TITLES, has_flag, shown
 from cellstack.train import entry
+from cellstack.train.options import DATA, RECORDS, declared
 
 SOURCE = Path(cellstack.__file__).parent
+PAGE = SOURCE.parents[1] / "docs" / "options.md"
 MODULES = {"layers.cells": "cell", "layers.kinds": "layer", "keras.layers": "keras"}
 """The modules, and what their classes are."""
 TRAINING = {"train.entry": "functions", "sklearn.parameters": "estimators"}
@@ -61,7 +64,7 @@ def functions():
     made = (entry.fit, entry.fit_forecast, entry.fit_text)
     heads = [f"\n{one.head} -> {one.__annotations__['return']}: ...\n" for one in made]
     return (
-        "# Written by `make stubs`.\n# fmt: off\n# ruff: noqa: Q000\nimport os\n"
+        "# Written by `make stubs`.\n# fmt: off\nimport os\n"
         "from collections.abc import Callable, Mapping, Sequence\nfrom pathlib import Path\nfrom typing import Any\n\n"
         "from cellstack.train.fitting import Result\n"
         "from cellstack.train.forecasting.training import Trained\n" + "".join(heads)
@@ -80,13 +83,35 @@ def estimators():
         for name, (some, base) in bases.items()
     ]
     return (
-        "# Written by `make stubs`.\n# fmt: off\n# ruff: noqa: Q000\n"
+        "# Written by `make stubs`.\n# fmt: off\n"
         "from collections.abc import Callable, Mapping, Sequence\nfrom dataclasses import dataclass\n"
         "from typing import Any, TypeVar\n\nimport numpy as np\nfrom sklearn.base import BaseEstimator\n\n"
         "from cellstack.cells.arguments import Argument\n\nC = TypeVar('C', bound=type)\n"
         "SEQUENCE: dict[str, Argument]\nCLASSIFIER: dict[str, Argument]\nFORECASTER: dict[str, Argument]\n\n"
         "def described(of: Mapping[str, Argument]) -> Callable[[C], C]: ...\n" + "".join(classes)
     )
+
+
+def options_page():
+    """Return docs/options.md."""
+    lines = [
+        "# Options of training\n",
+        "Each option is an argument of [`train.fit`](training.md) (sequences), `train.fit_forecast` or\n"
+        "`train.fit_text`, and a flag of `cellstack train` with hyphens, such as `--day-first`; only Python has those\n"
+        "marked so. A flag for False begins with `--no-`; for `day_first` it is `--month-first`. `cellstack train FILE\n"
+        "--help` shows the main options for the data of FILE, `--help-all` all of them. The [estimators](sklearn.md)\n"
+        "have those that apply, some with other defaults. A cell without an entry means none, or off; \\- means that the\n"
+        "option doesn't apply, and is refused.\n",
+    ]
+    for title, record in zip(TITLES, RECORDS, strict=True):
+        lines += [f"## {title.capitalize()}\n", f"| option | {' | '.join(DATA)} | |", "|---" * (len(DATA) + 2) + "|"]
+        for one in declared(record).values():
+            cells = [shown(one, data) if data in one.defaults else "\\-" for data in DATA]
+            choices = f": {', '.join(one.limit.options)}" if one.limit is not None and one.limit.options else ""
+            where = "" if has_flag(one) else " (Python)"
+            lines.append(f"| `{one.name}`{where} | {' | '.join(cells)} | {one.text}{choices} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _order(line):
@@ -97,3 +122,4 @@ def _order(line):
 if __name__ == "__main__":
     for module in (*MODULES, *TRAINING):
         path(module).write_text(stub(module), encoding="utf-8")
+    PAGE.write_text(options_page(), encoding="utf-8")

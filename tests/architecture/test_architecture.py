@@ -57,12 +57,12 @@ BELOW = {
     "recognition": {"spec", "nodes", "formats", "layers"},  # compares torch modules with graphs of cells
     "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"cells", "spec", "layers"},
-    "train": {"spec", "layers", "nodes", "network", "formats", "inspect"},
+    "train": {"cells", "spec", "layers", "nodes", "network", "formats", "inspect"},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "serve": {"", "spec", "formats", "inspect", "streaming"},
     "scale": {"spec", "network", "nodes", "streaming", "formats", "train"},
     "cli": {"spec", "nodes", "formats", "train", "serve", "scale", ""},
-    "sklearn": {"spec", "network", "train"},
+    "sklearn": {"spec", "train"},
     "adapters": {"sklearn", "layers", "formats"},
     "__main__": {"cli"},
 }

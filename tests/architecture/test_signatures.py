@@ -30,6 +30,10 @@ def test_stubs_are_those_of_the_declarations(module):
     assert stubs.path(module).read_text(encoding="utf-8") == stubs.stub(module), "run `make stubs`"
 
 
+def test_the_table_of_options_is_that_of_the_declarations():
+    assert stubs.PAGE.read_text(encoding="utf-8") == stubs.options_page(), "run `make stubs`"
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_constructor_is_like_one_written_by_hand(name):
     cls = CLASSES[name]

@@ -263,7 +263,7 @@ def test_a_checkpoint_is_overwritten_or_resumed_only_on_request(capsys, tmp_path
         in out
     )
     status, _, err = run(capsys, *words, "--resume", "--overwrite")
-    assert (status, "and --overwrite (start again) exclude each other" in err) == (2, True)
+    assert (status, "--overwrite, to start again, exclude each other" in err) == (2, True)
 
 
 def test_the_ts_format_is_described(capsys):

@@ -300,7 +300,6 @@ def test_the_table_is_described():
             r"too few rows for the validation part, .*: choose a horizon of at most 75, or",
         ),
         (ForecastOptions(("y",), holidays="XX"), r"expected a supported country, such as US or DE-BY, got 'XX'"),
-        (ForecastOptions(("y",), scale="log"), r"expected scale to be one of spread, level"),
     ],
 )
 def test_invalid_requests(request_, message):

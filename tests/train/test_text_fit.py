@@ -87,7 +87,7 @@ def test_the_state_is_carried_without_its_graph_and_reset_in_each_epoch():
         ({"units": (4, 0)}, "units to be integers of at least 1"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ({"cell": "elman"}, "cell to be one of lstm, gru, rnn"),
-        ({"embedding": -1}, "embedding of at least 0"),
+        ({"embedding": -1}, "expected embedding >= 0"),
         ({"steps": 0}, "steps >= 1"),
         ({"text": "short"}, "at least 200 characters"),
         ({"text": 5}, "a text as str or bytes, got int"),

@@ -15,14 +15,13 @@ from cellstack.cli.arguments import Parser, as_flags, names
 from cellstack.cli.completion import add_completion_arguments, completion
 from cellstack.cli.files import add_load_options, convert, info
 from cellstack.cli.inspect import inspect
-from cellstack.cli.options import ShowHelp
 from cellstack.cli.run import run
 from cellstack.cli.score import add_score_arguments, score
 from cellstack.cli.serve import add_serve_arguments, serve
 from cellstack.cli.stream import stream
 from cellstack.cli.tables import add_table_options
 from cellstack.cli.text import add_generate_arguments, generate
-from cellstack.cli.train import add_arguments, kind_of, train
+from cellstack.cli.train import add_arguments, add_help, train
 from cellstack.formats.lines import FORMS
 from cellstack.nodes.cell import STORED_WEIGHTS, WEIGHTS
 from cellstack.spec import FormatError, ShapeError
@@ -200,9 +199,7 @@ def parser() -> Parser:
             text = f"number of processor threads (default: {verb.threads})"
             general.add_argument("--threads", type=int, metavar="N", help=text)
         if name == "train":
-            general.add_argument("-h", "--help", action=ShowHelp, data_of=kind_of, help="show the options for FILE")
-            text = "show all options, also the rare ones"
-            general.add_argument("--help-all", action=ShowHelp, const=True, data_of=kind_of, help=text)
+            add_help(general)
         else:
             general.add_argument("-h", "--help", action="help", help="show this help and exit")
     return top

@@ -46,8 +46,8 @@ OWN: dict[str, tuple[Callable[[str], Any], str]] = {
     "decimal": (_sign, "{point,comma}"),
 }
 """The same, by the option's name."""
-OPPOSITE = {"day_first": "--month-first"}
-"""Flags for False, of options that have a name for it; for others it is `--no-` and the option's name."""
+OPPOSITE = {"day_first": ("--month-first", "01/02 is 2 January")}
+"""Flags for False and their help, of options that have a name for it; for others it begins with `--no-`."""
 
 
 def add_flags(group: Any, options: Mapping[str, Option], default: str = "") -> None:
@@ -59,7 +59,7 @@ def add_flags(group: Any, options: Mapping[str, Option], default: str = "") -> N
         default: what holds without the flag, in all helps.
     """
     for name, one in options.items():
-        if not one.flag:
+        if not has_flag(one):
             continue
         flag, kind = "--" + name.replace("_", "-"), one.type.removesuffix(" | None")
         text = as_help(one.text) + f" (default: {default})" * bool(default)
@@ -68,13 +68,19 @@ def add_flags(group: Any, options: Mapping[str, Option], default: str = "") -> N
             if not usual:
                 group.add_argument(flag, dest=name, action="store_const", const=True, help=text)
             if usual or name in OPPOSITE:
-                flag = OPPOSITE.get(name, flag.replace("--", "--no-"))
-                group.add_argument(flag, dest=name, action="store_const", const=False, help=f"don't {text}")
+                flag, text = OPPOSITE.get(name, (flag.replace("--", "--no-"), f"don't {text}"))
+                group.add_argument(flag, dest=name, action="store_const", const=False, help=text)
         elif one.limit is not None and one.limit.options:
             group.add_argument(flag, dest=name, choices=one.limit.options, help=text)
-        elif name in OWN or kind in WORDS:
+        else:
             parsed, shown = OWN.get(name) or WORDS[kind]
             group.add_argument(flag, dest=name, type=parsed, metavar=shown, help=text)
+
+
+def has_flag(one: Option) -> bool:
+    """Return whether the command line has an option: its value can be written in a word, or is a switch."""
+    kind = one.type.removesuffix(" | None")
+    return one.flag and (one.name in OWN or kind in WORDS or kind == "bool")
 
 
 def add_groups(parser: argparse.ArgumentParser) -> None:
@@ -86,21 +92,28 @@ def add_groups(parser: argparse.ArgumentParser) -> None:
 class ShowHelp(argparse.Action):
     """Shows the flags for the data of FILE, or without it those for all data; with `const` also the rare ones."""
 
-    def __init__(self, *given: Any, data_of: Callable[[argparse.Namespace], str], **named: Any) -> None:
+    def __init__(
+        self,
+        *given: Any,
+        data_of: Callable[[argparse.Namespace], str],
+        others: Mapping[str, tuple[str, ...]],
+        **named: Any,
+    ) -> None:
+        """Take a function that returns the kind of data of FILE, and flags that aren't options, with their kinds."""
         super().__init__(*given, nargs=0, default=argparse.SUPPRESS, **named)
-        self.data_of = data_of
+        self.data_of, self.others = data_of, others
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         """Print the help and exit."""
         kinds = DATA if namespace.file is None else (self.data_of(namespace),)
         for action in parser._actions:
             one = declared().get(action.dest)
-            if one is None or not action.option_strings:
-                continue
-            known = [data for data in kinds if data in one.defaults]
-            if (not self.const and (one.rare or len(known) < len(kinds))) or not known:
+            one = one if one is not None and has_flag(one) else None
+            applies = self.others.get(action.dest, DATA) if one is None else tuple(one.defaults)
+            known = [data for data in kinds if data in applies]
+            if not known or (not self.const and (len(known) < len(kinds) or (one is not None and one.rare))):
                 action.help = argparse.SUPPRESS
-            elif action.const is not False:
+            elif one is not None and action.const is not False:
                 action.help = f"{as_help(one.text)}{_default(one, known)}"
         parser.print_help()
         parser.exit()
@@ -113,14 +126,15 @@ def as_help(text: str) -> str:
 
 def _default(one: Option, kinds: Iterable[str]) -> str:
     """Return the defaults for kinds of data, in brackets; "" if there are none."""
-    said = {data: _shown(one, data) for data in kinds}
+    said = {data: shown(one, data) for data in kinds}
     if len({*said.values()}) == 1:
         (only,) = {*said.values()}
         return f" (default: {only})" if only else ""
     return f" (default: {'; '.join(f'{data} {value}' for data, value in said.items() if value)})"
 
 
-def _shown(one: Option, data: str) -> str:
+def shown(one: Option, data: str) -> str:
+    """Return the default of an option for a kind of data in words; "" for False and nothing."""
     value = one.defaults[data]
     if value is None:
         return one.unset.get(data, "")

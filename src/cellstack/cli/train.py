@@ -19,7 +19,7 @@ from cellstack import Network
 from cellstack.cli import forecast, sequences, text
 from cellstack.cli.files import needs_torch, show, with_suffix
 from cellstack.cli.jobs import Job
-from cellstack.cli.options import add_groups, options_of
+from cellstack.cli.options import ShowHelp, add_groups, options_of
 from cellstack.formats import adapters
 from cellstack.formats.files import NATIVE, check_replaceable, found, replacing
 from cellstack.train import history
@@ -33,7 +33,7 @@ KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast, "
 TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts", "text": "texts"}
 SUFFIXES = {".ts": "sequences", ".npz": "sequences", ".csv": "forecasts", ".tsv": "forecasts", ".parquet": "forecasts"}
 SUFFIXES |= dict.fromkeys(text.SUFFIXES, "texts")
-ONLY = {"y": "sequences", "forecasts": "forecasts"}  # flags that aren't options, and the data that they apply to
+ONLY = {"y": ("sequences",), "forecasts": ("forecasts",)}  # flags that aren't options, and what they apply to
 
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
@@ -64,6 +64,13 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     said.add_argument("--picture", metavar="FILE", help=text)
     text = "of a series: write the forecasts and actual values of the test part to a CSV"
     said.add_argument("--forecasts", metavar="FILE", help=text)
+
+
+def add_help(group: Any) -> None:
+    """Add `--help` and `--help-all`."""
+    text = "show the main options, with FILE those for its data; --help-all shows all"
+    group.add_argument("-h", "--help", action=ShowHelp, data_of=kind_of, others=ONLY, help=text)
+    group.add_argument("--help-all", action=ShowHelp, const=True, data_of=kind_of, others=ONLY, help=argparse.SUPPRESS)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -195,9 +202,7 @@ def kind_of(args: argparse.Namespace) -> str:
 
 def _check_used(args: argparse.Namespace, name: str) -> None:
     """Raise `UsageError` if an option is given that doesn't apply to this kind of data."""
-    applies = {dest: (kind,) for dest, kind in ONLY.items()} | {
-        one.name: tuple(one.defaults) for one in declared().values()
-    }
+    applies = ONLY | {one.name: tuple(one.defaults) for one in declared().values() if one.flag}
     for dest, value in vars(args).items():
         if value is not None and name not in applies.get(dest, (name,)):
             raise UsageError(f"{args.file}: `{dest}=…` doesn't apply to {name}, only to {' and '.join(applies[dest])}")

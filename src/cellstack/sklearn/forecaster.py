@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
+from cellstack import train
 from cellstack.sklearn.parameters import FORECASTER, ForecasterParameters, described
 from cellstack.sklearn.sequences import seed_of
-from cellstack.train import fit_forecast
 from cellstack.train.checks import UsageError, unmasked
 from cellstack.train.forecasting import predict
 from cellstack.train.forecasting.forecasts import Forecasts
@@ -33,7 +33,7 @@ class SequenceForecaster(ForecasterParameters):
 
     Attributes:
         network_: the fitted `cellstack.Network`; once saved, `cellstack run` can use it.
-        recipe_: the inputs and targets of the forecast, a `train.Recipe`.
+        recipe_: the inputs and targets of the forecast, a `Recipe`.
         understood_: how the table was interpreted, as sentences.
         history_: one dict per epoch of each member.
         n_iter_: total number of epochs of all members.
@@ -66,7 +66,7 @@ class SequenceForecaster(ForecasterParameters):
             name: getattr(self, name) for name in FORECASTER if name in applying("forecasts") and name not in READING
         }
         given |= {"seed": seed_of(self.random_state), "progress": self.verbose}
-        trained = fit_forecast(table, **given, test=0.0, baselines=False)
+        trained = train.fit_forecast(table, **given, test=0.0, baselines=False)
         result = trained.result
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history
         self.understood_, self.n_iter_ = trained.understood, len(result.history)

@@ -8,8 +8,15 @@ from typing import Any, TypeVar
 
 from sklearn.base import BaseEstimator
 
-from cellstack.cells.arguments import Argument, documented
-from cellstack.train.options import Architecture, ForecastOptions, Optimisation, applying, declared
+from cellstack.train.options import (
+    Architecture,
+    Argument,
+    ForecastOptions,
+    Optimisation,
+    applying,
+    declared,
+    documented,
+)
 from cellstack.train.tables.table import READING
 
 C = TypeVar("C", bound=type)
@@ -23,6 +30,7 @@ OWN = (
     Argument("verbose", "bool | None", False, "show a progress bar; None = in terminals and notebooks."),
     Argument("random_state", "int | np.random.RandomState | None", None, "makes a fit repeatable; an int is the seed."),
 )  # fmt: skip
+SHORT = Argument("validation", "float | None", None, "share to choose settings on; None = 0.15, or 0 for short series.")
 SEQUENCES = (
     Argument("bidirectional", "bool", True, declared()["bidirectional"].described("sequences")),
     Argument("pooling", "str | None", None, "how the steps of a sequence become one output: mean, max or last; None = "
@@ -64,7 +72,7 @@ def parameters(data: str, options: Iterable[str], own: Iterable[Argument]) -> di
 NETWORK = (*declared(Architecture, Optimisation), *RUN)
 SEQUENCE = parameters("sequences", NETWORK, SEQUENCES)
 CLASSIFIER = SEQUENCE | {one.name: one for one in CLASSES}
-FORECASTER = parameters("forecasts", (*declared(ForecastOptions), *READING, *NETWORK), OWN)
+FORECASTER = parameters("forecasts", (*declared(ForecastOptions), *READING, *NETWORK), (*OWN, SHORT))
 
 
 def made(name: str, of: Mapping[str, Argument], *bases: type) -> Any:

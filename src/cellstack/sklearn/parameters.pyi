@@ -95,7 +95,7 @@ class ForecasterParameters(BaseEstimator):
     lr: float | None = None
     clip: float = 1.0
     patience: int | None = None
-    validation: Any = None
+    validation: float | None = None
     threads: int | None = 1
     device: str = 'auto'
     verbose: bool | None = False

@@ -92,7 +92,7 @@ def fit_forecast(
     clip: float = 1.0,
     patience: int | None = None,
     seed: int = 0,
-    validation: Any = None,
+    validation: Any = 0.15,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,

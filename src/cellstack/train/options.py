@@ -43,7 +43,8 @@ class Option(NamedTuple):
         unset: what None means, by kind of data.
         limit: its range.
         rare: whether only `--help-all` shows it.
-        flag: whether the command line has it.
+        flag: whether the command line may have it.
+        python: what only Python accepts, in words.
         kept: annotation of the record's field, which may lack None where it is replaced before.
     """
 
@@ -55,6 +56,7 @@ class Option(NamedTuple):
     limit: Limit | None
     rare: bool
     flag: bool
+    python: str
     kept: str
 
     def typed(self, data: str) -> str:
@@ -66,7 +68,8 @@ class Option(NamedTuple):
         """Return the text for a kind of data."""
         unset = self.unset.get(data) if self.defaults[data] is None else ""
         choices = f": {', '.join(self.limit.options)}" if self.limit is not None and self.limit.options else ""
-        return f"{self.text}{choices}; None = {unset}." if unset else f"{self.text}{choices}."
+        more = f"; {self.python}" * (bool(self.python) and data == "sequences")
+        return f"{self.text}{choices}{more}{f'; None = {unset}' if unset else ''}."
 
     def check(self, value: Any) -> None:
         """Raise `OptionError` if the option can't have this value."""
@@ -89,13 +92,14 @@ def option(
     unset: str | dict[str, str] = "",
     rare: bool = False,
     flag: bool = True,
+    python: str = "",
     **defaults: Any,
 ) -> Any:
     """Declare a field as an option.
 
     Args:
         default: the field's.
-        text, limit, rare, flag: see `Option`.
+        text, limit, rare, flag, python: see `Option`.
         of: the kinds of data that it applies to.
         type: annotation in signatures; "" = the field's.
         unset: what None means, for all kinds of data or for some.
@@ -105,7 +109,9 @@ def option(
     said = unset if isinstance(unset, dict) else dict.fromkeys(own, unset)
     return field(
         default=default,
-        metadata={"option": lambda name, kept: Option(name, type or kept, text, own, said, limit, rare, flag, kept)},
+        metadata={
+            "option": lambda name, kept: Option(name, type or kept, text, own, said, limit, rare, flag, python, kept)
+        },
     )
 
 
@@ -149,13 +155,18 @@ class DataOptions(Record):
 
     test: Any = option(
         None,
-        "share to test on, of each class or at the end; or separate sequences: `(x, y)`, a frame or a file",
+        "share to test on, of each class or at the end",
+        python="or separate data: `(x, y)`, a frame or a file",
         unset="no test",
         forecasts=0.2,
         texts=0.05,
     )
     task: str | None = option(
-        None, '`"classify"` or `"regress"`', of="sequences", unset="text, bools and integers are classes", flag=False
+        None,
+        '`"classify"` or `"regress"`',
+        of="sequences",
+        unset="by y: text, bools and integers are classes",
+        flag=False,
     )
     id: str | Sequence[str] | None = option(
         None, "column of a table that identifies the sequence or series of a row; of series, or several", of=TABLES
@@ -170,7 +181,11 @@ class DataOptions(Record):
         None, "input columns of a table, or the names of the channels", of="sequences", unset="all other numeric ones"
     )
     per_step: bool | None = option(
-        None, "whether y has an entry per step, not per sequence", of="sequences", unset="determined by its shape"
+        None,
+        "whether y has an entry per step, not per sequence",
+        of="sequences",
+        unset="determined by its shape",
+        rare=True,
     )
     resample: float | None = option(
         None,
@@ -200,7 +215,7 @@ class DataOptions(Record):
         (), "columns to read as categories, not as numbers", of="forecasts", type=NAMES, rare=True
     )
     day_first: bool | None = option(
-        None, "whether 01/02 in a table is 1 February, not 2 January", of=TABLES, unset="detected"
+        None, "01/02 in a table is 1 February, not 2 January", of=TABLES, unset="detected", rare=True
     )
     date_format: str | None = option(
         None,
@@ -231,7 +246,7 @@ class ForecastOptions(Record):
         (), "column to forecast, or several", of="forecasts", type=NAMES, forecasts=None, unset="the only numeric one"
     )
     horizon: int | None = option(None, "steps to forecast", of="forecasts", unset="one season")
-    window: int | None = option(None, "input steps", of="forecasts", unset="two seasons, from 16 to 168")
+    window: int | None = option(None, "input steps", of="forecasts", unset="two seasons, from 16 to 168", rare=True)
     seasons: Sequence[int] | None = option(
         None,
         "steps in each season, or several; 1 for none",
@@ -284,7 +299,7 @@ class Architecture(Record):
         texts=(256, 256),
     )
     cell: str = option("lstm", "kind of the recurrent layers", among(*CELLS))
-    heads: int | None = option(None, "heads of each layer", unset="1, of an mlstm 4")
+    heads: int | None = option(None, "heads of each layer", unset="1, of an mlstm 4", rare=True)
     bidirectional: bool = option(False, "run layers in both directions, and concatenate the outputs", of="sequences")
     embedding: int = option(64, "size of the character embedding; 0: one-hot", at_least(0), of="texts")
     dropout: float = option(
@@ -301,6 +316,7 @@ class Architecture(Record):
         of="forecasts",
         forecasts=None,
         unset="3, or 2 for many windows",
+        rare=True,
     )
     pooling: str = option(
         "mean",
@@ -361,6 +377,7 @@ class Optimisation(Record):
         forecasts=None,
         texts=None,
         unset={"forecasts": "32 or 64", "texts": "8 to 32"},
+        rare=True,
     )
     lr: float = option(
         5e-3,
@@ -377,6 +394,7 @@ class Optimisation(Record):
         forecasts=None,
         unset="6 or 8",
         texts=5,
+        rare=True,
     )
     noise: float = option(
         0.0,
@@ -403,11 +421,10 @@ class FitOptions(Optimisation):
 
     validation: float = option(
         0.15,
-        "share to choose the best epoch on, of each class or before the test part; 0: none; or separate sequences",
+        "share to choose the best epoch on, of each class or before the test part; 0: none",
         SHARE,
         type="Any",
-        forecasts=None,
-        unset="0.15, or 0 for short series",
+        python="or separate data, as for `test`",
         texts=0.05,
     )
     steps: int = option(128, "characters over which gradients are backpropagated", at_least(1), of="texts")
@@ -453,7 +470,7 @@ class FitOptions(Optimisation):
     )
     device: str = option("auto", "device to train on", among("auto", "cpu", "cuda"), rare=True)
     inspect: bool | int = option(
-        False, "record gates, norms and gradients of the layers in one batch of each epoch", type="bool"
+        False, "record gates, norms and gradients of the layers in one batch of each epoch", type="bool", rare=True
     )
     events: str | os.PathLike[str] | None = None
     name: str = ""
