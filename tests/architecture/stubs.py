@@ -97,11 +97,11 @@ def options_page():
     lines = [
         "# Options of training\n",
         "Each option is an argument of [`train.fit`](training.md) (sequences), `train.fit_forecast` or\n"
-        "`train.fit_text`, and a flag of `cellstack train` with hyphens, such as `--day-first`; only Python has those\n"
-        "marked so. A flag for False begins with `--no-`; for `day_first` it is `--month-first`. `cellstack train FILE\n"
-        "--help` shows the main options for the data of FILE, `--help-all` all of them. The [estimators](sklearn.md)\n"
-        "have those that apply, some with other defaults. A cell without an entry means none, or off; \\- means that the\n"
-        "option doesn't apply, and is refused.\n",
+        "`train.fit_text`, and a flag of `cellstack train` with hyphens, such as `--day-first`; only Python has\n"
+        "those marked so. A flag for False begins with `--no-`; for `day_first` it is `--month-first`.\n"
+        "`cellstack train FILE --help` shows the main options for the data of FILE, `--help-all` all of them.\n"
+        "The [estimators](sklearn.md) have those that apply, some with other defaults. A cell without an entry\n"
+        "means none, or off; \\- means that the option doesn't apply, and is refused.\n",
     ]
     for title, record in zip(TITLES, RECORDS, strict=True):
         lines += [f"## {title.capitalize()}\n", f"| option | {' | '.join(DATA)} | |", "|---" * (len(DATA) + 2) + "|"]

@@ -64,12 +64,12 @@ def add_flags(group: Any, options: Mapping[str, Option], default: str = "") -> N
         flag, kind = "--" + name.replace("_", "-"), one.type.removesuffix(" | None")
         text = as_help(one.text) + f" (default: {default})" * bool(default)
         if kind == "bool":
-            usual = next(iter(one.defaults.values()))
+            usual, pair = next(iter(one.defaults.values())), group.add_mutually_exclusive_group()
             if not usual:
-                group.add_argument(flag, dest=name, action="store_const", const=True, help=text)
+                pair.add_argument(flag, dest=name, action="store_const", const=True, help=text)
             if usual or name in OPPOSITE:
                 flag, text = OPPOSITE.get(name, (flag.replace("--", "--no-"), f"don't {text}"))
-                group.add_argument(flag, dest=name, action="store_const", const=False, help=text)
+                pair.add_argument(flag, dest=name, action="store_const", const=False, help=text)
         elif one.limit is not None and one.limit.options:
             group.add_argument(flag, dest=name, choices=one.limit.options, help=text)
         else:
